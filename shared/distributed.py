@@ -1,0 +1,229 @@
+"""Joining the processes of a run, and the few collectives that the methods use.
+
+The same calls work for one process (every collective is the identity), under ``torchrun`` and under ``srun``.
+"""
+
+import datetime
+import os
+import subprocess
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+_control_group: dist.ProcessGroup | None = None  # gloo, for messages that must not wait for the GPU
+
+
+def init(dist_url: str = "env://", device: str = "auto", timeout_s: float = 1800) -> torch.device:
+    """Join the process group that the launcher asked for and return this process's device.
+
+    The launcher is recognised by its variables: RANK, WORLD_SIZE and LOCAL_RANK (torchrun), a SLURM job step
+    (srun), or none of them (a single process, no group). GPUs talk through NCCL, CPUs through gloo.
+
+    Args:
+        dist_url: Rendezvous address; ``env://`` reads MASTER_ADDR and MASTER_PORT.
+        device: ``auto`` (a GPU if there is one), ``cpu`` or ``cuda``.
+        timeout_s: How long to wait for the other processes, here and in every later collective.
+
+    Raises:
+        RuntimeError: If the requested processes do not come up; the message names the rank and the reason.
+        ValueError: If ``device`` asks for a GPU that this process cannot have.
+    """
+    rank, world_size, local_rank = _launched_as()
+    chosen = _choose_device(device, rank, local_rank)
+    if world_size == 1:
+        return chosen
+    if dist_url == "env://" and "MASTER_ADDR" not in os.environ:
+        if "SLURM_JOB_ID" not in os.environ:
+            raise RuntimeError(
+                f"rank {rank} of {world_size}: MASTER_ADDR is not set; start the run with torchrun or srun"
+            )
+        os.environ["MASTER_ADDR"] = _first_slurm_host()
+        os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000))
+    where = dist_url
+    if dist_url == "env://":
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
+    timeout = datetime.timedelta(seconds=timeout_s)
+    try:
+        dist.init_process_group(
+            "nccl" if chosen.type == "cuda" else "gloo",
+            init_method=dist_url,
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+            device_id=chosen if chosen.type == "cuda" else None,
+        )
+        global _control_group
+        _control_group = dist.new_group(backend="gloo", timeout=timeout) if chosen.type == "cuda" else None
+        barrier()
+    except (RuntimeError, ValueError) as error:
+        raise RuntimeError(
+            f"rank {rank} of {world_size} could not form the process group at {where}: {error}"
+        ) from error
+    return chosen
+
+
+def _launched_as() -> tuple[int, int, int]:
+    """(rank, world size, local rank) as the launcher's environment variables state them."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
+    if "SLURM_STEP_ID" in env:  # set by srun for each task, not in the batch script itself
+        return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"])
+    if int(env.get("SLURM_NTASKS", 1)) > 1:
+        raise RuntimeError(
+            f"this job has SLURM_NTASKS={env['SLURM_NTASKS']} but was not started by srun or torchrun: "
+            "it would train as a single process"
+        )
+    return 0, 1, 0
+
+
+def _choose_device(device: str, rank: int, local_rank: int) -> torch.device:
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"--device must be auto, cpu or cuda, got {device!r}")
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError("--device cuda: no GPU is visible to this process")
+    # launchers that give each task its own GPU show it as device 0
+    index = local_rank if torch.cuda.device_count() > 1 else 0
+    if index >= torch.cuda.device_count() or (local_rank > 0 and torch.cuda.device_count() == 1 and _shares_gpu()):
+        raise ValueError(
+            f"rank {rank}: local rank {local_rank} has no GPU, {torch.cuda.device_count()} visible on this node"
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def _shares_gpu() -> bool:
+    """Whether several local processes would land on the one visible GPU (torchrun shows all GPUs to each)."""
+    return "LOCAL_WORLD_SIZE" in os.environ and int(os.environ["LOCAL_WORLD_SIZE"]) > 1
+
+
+def _first_slurm_host() -> str:
+    nodes = os.environ["SLURM_STEP_NODELIST"]
+    hosts = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    return hosts.stdout.split()[0]
+
+
+def is_initialized() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def get_rank() -> int:
+    return dist.get_rank() if is_initialized() else 0
+
+
+def get_world_size() -> int:
+    return dist.get_world_size() if is_initialized() else 1
+
+
+def is_main_process() -> bool:
+    return get_rank() == 0
+
+
+def print_once(*args, **kwargs) -> None:
+    """``print`` on rank 0, flushed."""
+    if is_main_process():
+        print(*args, **kwargs, flush=True)
+
+
+def barrier() -> None:
+    if is_initialized():
+        dist.barrier(group=_control_group)
+
+
+def shutdown() -> None:
+    """Leave the process group (nothing to do for a single process)."""
+    global _control_group
+    if is_initialized():
+        dist.destroy_process_group()
+    _control_group = None
+
+
+def wrap(module: nn.Module, device: torch.device) -> nn.Module:
+    """DistributedDataParallel around ``module``, or the module itself for a single process."""
+    if get_world_size() == 1:
+        return module
+    return nn.parallel.DistributedDataParallel(
+        module, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
+    )
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    return module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum over processes, as a new tensor without gradient."""
+    total = tensor.detach().clone()
+    if get_world_size() > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def all_reduce_mean(tensor: Tensor) -> Tensor:
+    """Mean over processes, as a new tensor without gradient."""
+    return all_reduce_sum(tensor) / get_world_size()
+
+
+def all_gather(tensor: Tensor) -> Tensor:
+    """Tensors of all ranks (same shape on each) joined on dimension 0 in rank order, without gradient."""
+    if get_world_size() == 1:
+        return tensor.detach()
+    parts = [torch.empty_like(tensor) for _ in range(get_world_size())]
+    dist.all_gather(parts, tensor.detach().contiguous())
+    return torch.cat(parts)
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: Tensor) -> Tensor:
+        ctx.rows = len(tensor)
+        return all_gather(tensor)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        start = get_rank() * ctx.rows
+        return all_reduce_sum(grad)[start : start + ctx.rows]
+
+
+def all_gather_with_grad(tensor: Tensor) -> Tensor:
+    """Like :func:`all_gather`; the gradient of a row is the sum of its gradients on all ranks."""
+    return _AllGather.apply(tensor) if get_world_size() > 1 else tensor
+
+
+def all_gather_object(value) -> list:
+    """One small picklable value of each rank, in rank order."""
+    values = [value] * get_world_size()
+    if get_world_size() > 1:
+        dist.all_gather_object(values, value, group=_control_group)
+    return values
+
+
+def broadcast_object(value, src: int = 0):
+    """The value that rank ``src`` passed, on every rank."""
+    values = [value]
+    if get_world_size() > 1:
+        dist.broadcast_object_list(values, src=src, group=_control_group)
+    return values[0]
+
+
+def max_over_processes(number: int) -> int:
+    """The largest value that any rank passed; every rank must call this."""
+    if get_world_size() == 1:
+        return number
+    largest = torch.tensor(number)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=_control_group)
+    return int(largest.item())
+
+
+def check_same_on_all_processes(value, what: str) -> None:
+    """Raise ``RuntimeError`` on every rank if ``value`` (small, comparable) differs between ranks."""
+    values = all_gather_object(value)
+    different = [rank for rank, other in enumerate(values) if other != values[0]]
+    if different:
+        raise RuntimeError(
+            f"{what} differs between processes: rank 0 has {values[0]!r}, "
+            f"rank {different[0]} has {values[different[0]]!r}"
+        )

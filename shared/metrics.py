@@ -1,0 +1,189 @@
+"""The log of a run: JSON lines always, a progress bar on a terminal, TensorBoard by flag."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from . import distributed
+
+
+def feature_spread(features: Tensor) -> Tensor:
+    """Mean over dimensions of the standard deviation of the L2-normalised rows of (N, D), times sqrt(D).
+
+    About 1 for features spread over the whole sphere, 0 when all inputs give the same feature.
+    """
+    normalized = torch.nn.functional.normalize(features.detach().float(), dim=1)
+    return normalized.std(dim=0).mean() * features.shape[1] ** 0.5
+
+
+def rank_me(features: Tensor) -> Tensor:
+    """Effective rank of features (N, D): exp of the entropy of the normalised singular values (RankMe, eq. 1)."""
+    singular_values = torch.linalg.svdvals(features.detach().float())
+    p = singular_values / singular_values.sum().clamp_min(1e-12) + 1e-7
+    return torch.exp(-(p * p.log()).sum())
+
+
+class RunLog:
+    """Averages of a run, in two files of JSON lines inside ``output_dir``.
+
+    ``metrics.jsonl`` gets one line per ``log_freq`` steps and one per evaluation; ``log.txt`` one per epoch. Both are
+    written by rank 0 with values averaged over processes. The state (sums since the last line and the lengths of the
+    files) belongs into the checkpoint: after a resume the files are cut back to it, so no line is lost, doubled or
+    reordered.
+
+    Args:
+        output_dir: Folder of the run.
+        total_steps: Length of the whole run, for the progress bar.
+        log_freq: Steps per line of ``metrics.jsonl``.
+        tensorboard: Also write TensorBoard events to ``<output_dir>/tensorboard``.
+    """
+
+    def __init__(self, output_dir: str | Path, total_steps: int, log_freq: int = 10, tensorboard: bool = False):
+        self.files = {name: Path(output_dir) / name for name in ("metrics.jsonl", "log.txt")}
+        self.total_steps = total_steps
+        self.log_freq = log_freq
+        self.window: dict[str, Tensor] = {}  # sums since the last line, on the device: reading them would wait
+        self.epoch: dict[str, Tensor] = {}
+        self.counts = {"window": 0, "epoch": 0}
+        self.images = 0
+        self.waited_s = 0.0
+        self.line_start = time.perf_counter()
+        self.bar = None
+        self.writer = None
+        if distributed.is_main_process():
+            for path in self.files.values():
+                path.touch()
+            if sys.stderr.isatty():
+                self.bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True)
+            if tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.writer = SummaryWriter(str(Path(output_dir) / "tensorboard"))
+
+    def batches(self, loader: Iterable) -> Iterator:
+        """Iterate over ``loader`` and measure how long the training waits for data."""
+        self.line_start = time.perf_counter()
+        iterator = iter(loader)
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            self.waited_s += time.perf_counter() - start
+            yield batch
+
+    def is_due(self, step: int) -> bool:
+        """Whether the step with this global index ends with a line, so that costly statistics are wanted."""
+        return (step + 1) % self.log_freq == 0 or step + 1 == self.total_steps
+
+    def step(self, step: int, epoch: int, images: int, averages: dict[str, Tensor | float], **values) -> dict | None:
+        """Count one step of ``images`` images per process; when a line is due, write it and return it.
+
+        Args:
+            averages: Quantities to average over steps and processes, e.g. the loss (0-d tensors are not read here).
+            values: Quantities of this very step that the line states as they are, averaged over processes.
+        """
+        for name, value in averages.items():
+            value = value.detach().double() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.double)
+            self.window[name] = self.window.get(name, 0.0) + value
+            self.epoch[name] = self.epoch.get(name, 0.0) + value
+        self.counts["window"] += 1
+        self.counts["epoch"] += 1
+        self.images += images
+        if self.bar is not None:
+            self.bar.n = step + 1
+            self.bar.refresh() if self.is_due(step) else self.bar.update(0)
+        if not self.is_due(step):
+            return None
+        line = {"step": step + 1, "epoch": epoch}
+        line |= self._mean(self.window, self.counts["window"])
+        line |= self._mean({name: torch.as_tensor(v, dtype=torch.double) for name, v in values.items()}, 1)
+        elapsed = time.perf_counter() - self.line_start
+        line["images_per_s"] = round(self.images * distributed.get_world_size() / elapsed, 2)
+        line["data_wait"] = round(self.waited_s / elapsed, 4)
+        self.window, self.counts["window"], self.images, self.waited_s = {}, 0, 0, 0.0
+        self.line_start = time.perf_counter()
+        self._write("metrics.jsonl", line)
+        self._show(line)
+        return line
+
+    def evaluation(self, step: int, epoch: int, **values: float) -> None:
+        """Write the result of an evaluation after ``step`` steps."""
+        self._write("metrics.jsonl", {"step": step, "epoch": epoch, **values})
+        self._show({"step": step, "epoch": epoch, **values})
+
+    def end_epoch(self, epoch: int) -> dict:
+        """Write the averages of the epoch as ``train_<name>`` to ``log.txt`` and start the next one."""
+        means = self._mean(self.epoch, self.counts["epoch"])
+        line = {f"train_{name}": value for name, value in means.items()} | {"epoch": epoch}
+        self.epoch, self.counts["epoch"] = {}, 0
+        self._write("log.txt", line)
+        return line
+
+    def state_dict(self) -> dict:
+        """Sums of this rank and the lengths of the files, which are on the disk when this returns."""
+        lengths = {}
+        for name, path in self.files.items() if distributed.is_main_process() else ():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+                lengths[name] = os.fstat(file.fileno()).st_size
+        sums = {name: {k: v.item() for k, v in getattr(self, name).items()} for name in ("window", "epoch")}
+        sums = distributed.all_gather_object(sums)
+        return {"lengths": lengths, "sums": sums, "counts": dict(self.counts)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue after the lines that ``state`` knows; later ones belong to steps that will be repeated.
+
+        Raises:
+            ValueError: If a file has become shorter than when the state was saved.
+        """
+        if distributed.get_rank() < len(state["sums"]):
+            for name, sums in state["sums"][distributed.get_rank()].items():
+                setattr(self, name, {k: torch.tensor(v, dtype=torch.double) for k, v in sums.items()})
+        self.counts = dict(state["counts"])
+        for name, length in state["lengths"].items() if distributed.is_main_process() else ():
+            if self.files[name].stat().st_size < length:
+                raise ValueError(
+                    f"{self.files[name]} is shorter than when the checkpoint was written: lines were removed; "
+                    "restore the file or start in an empty --output_dir"
+                )
+            os.truncate(self.files[name], length)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        if self.writer is not None:
+            self.writer.close()
+
+    def _mean(self, sums: dict[str, Tensor], count: int) -> dict[str, float]:
+        if not sums:
+            return {}
+        stacked = torch.stack([value.to(next(iter(sums.values())).device) for value in sums.values()])
+        return dict(zip(sums, (distributed.all_reduce_mean(stacked) / count).tolist(), strict=True))
+
+    def _write(self, name: str, line: dict) -> None:
+        if not distributed.is_main_process():
+            return
+        with open(self.files[name], "a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.writer is not None and "step" in line:
+            for key, value in line.items():
+                if key not in ("step", "epoch"):
+                    self.writer.add_scalar(key, value, line["step"])
+
+    def _show(self, line: dict) -> None:
+        if not distributed.is_main_process():
+            return
+        text = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items())
+        if self.bar is not None:
+            self.bar.write(text)
+        else:
+            print(text, flush=True)
