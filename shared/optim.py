@@ -1,0 +1,130 @@
+"""Parameter groups, optimisers, gradient clipping and moving averages."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+def param_groups_no_decay_on_bias_and_norm(module: nn.Module) -> list[dict]:
+    """Two groups of the trainable parameters: with weight decay, and without (biases and all 1-D tensors)."""
+    decayed, plain = [], []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            (plain if name.endswith(".bias") or parameter.ndim == 1 else decayed).append(parameter)
+    return [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+
+
+def build_optimizer(name: str, groups: list[dict]) -> torch.optim.Optimizer:
+    """Optimiser whose learning rate and weight decay are written into its groups at every step.
+
+    Args:
+        name: ``"adamw"`` (torch's betas and epsilon), ``"sgd"`` (momentum 0.9) or ``"lars"``.
+        groups: Parameter groups; a group without ``weight_decay`` starts at 0.
+
+    Raises:
+        ValueError: If the name is another one.
+    """
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, fused=True)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
+    if name == "lars":
+        return LARS(groups, lr=0.0)
+    raise ValueError(f"unknown optimizer {name!r}: choose adamw, sgd or lars")
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling (You et al. 2017) with momentum; 1-D tensors get plain momentum SGD.
+
+    Each other tensor's gradient ``g + weight_decay * p`` is scaled by
+    ``eta * |p| / |g + weight_decay * p|``, or not at all where either norm is 0.
+
+    Args:
+        params: Parameters or groups.
+        lr: Learning rate.
+        weight_decay: Not applied to 1-D tensors.
+        momentum: Weight of the old update.
+        eta: Trust coefficient.
+    """
+
+    _step_supports_amp_scaling = (
+        True  # like torch's fused optimisers: `found_inf` skips the step on the device
+    )
+
+    def __init__(
+        self, params, lr: float, weight_decay: float = 0.0, momentum: float = 0.9, eta: float = 0.001
+    ):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, eta=eta))
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        if closure is not None:
+            raise ValueError("LARS takes no closure")
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                update = p.grad if grad_scale is None else p.grad / grad_scale
+                if p.ndim != 1:
+                    update = update.add(p, alpha=group["weight_decay"])
+                    p_norm, update_norm = p.norm(), update.norm()
+                    trust = group["eta"] * p_norm / update_norm
+                    update = update * torch.where((p_norm > 0) & (update_norm > 0), trust, 1.0)
+                state = self.state[p]
+                if "mu" not in state:
+                    state["mu"] = torch.zeros_like(p)
+                mu = group["momentum"] * state["mu"] + update
+                if found_inf is None:
+                    state["mu"].copy_(mu)
+                    p.sub_(mu, alpha=group["lr"])
+                else:
+                    skip = found_inf.bool()
+                    state["mu"].copy_(torch.where(skip, state["mu"], mu))
+                    p.copy_(torch.where(skip, p, p - group["lr"] * mu))
+
+
+def clip_grad_norm_per_tensor_(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scales every gradient tensor on its own to a norm of at most ``max_norm``, in place.
+
+    Args:
+        parameters: Those without a gradient are left out.
+        max_norm: Cap of each tensor's L2 norm; 0 measures only.
+
+    Returns:
+        Norms before clipping, shape ``(number of gradients,)``; reading them does not wait for the device.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norms = torch._foreach_norm(grads)
+    stacked = torch.stack(norms)
+    if max_norm > 0:
+        coefficients = (max_norm / (stacked + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(grads, list(coefficients.unbind()))
+    return stacked
+
+
+def step_unless_not_finite(optimizer: torch.optim.Optimizer, grad_norms: Tensor) -> Tensor:
+    """One optimiser step, left out as a whole (moments included) when a gradient holds an infinity or a NaN.
+
+    The decision is taken where the gradients are, so the step never waits for a GPU.
+
+    Args:
+        optimizer: From :func:`build_optimizer`.
+        grad_norms: Norms of all gradients, from :func:`clip_grad_norm_per_tensor_`.
+
+    Returns:
+        1.0 where the step was left out, else 0.0 (0-d float32 tensor on the gradients' device).
+    """
+    optimizer.found_inf = (~grad_norms.isfinite()).any().float()
+    try:
+        optimizer.step()
+        return optimizer.found_inf
+    finally:
+        del optimizer.found_inf
+
+
+@torch.no_grad()
+def ema_update_(averages: Iterable[Tensor], values: Iterable[Tensor], momentum: float) -> None:
+    """``averages = momentum * averages + (1 - momentum) * values``, in place."""
+    torch._foreach_lerp_(list(averages), list(values), 1.0 - momentum)
