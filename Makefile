@@ -1,0 +1,46 @@
+PYTHON ?= python3
+METHOD ?= dino
+BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
+.PHONY: demo test test-slow lint bench evidence clean
+.DELETE_ON_ERROR:
+
+## make demo [METHOD=dino]: train, evaluate and draw on the embedded data, in minutes on a CPU
+demo: .venv/installed
+	cd $(METHOD) && ../$(BIN)/python main.py $(DEMO_$(METHOD))
+DEMO_dino := --arch vit_small
+
+## make test: format, lint and the whole test suite without the long tests
+test: lint
+	$(PYTEST) -m "not slow"
+
+## make test-slow: the long tests (kill and resume, SLURM, torch.compile)
+test-slow: .venv/installed-test
+	$(PYTEST) -m slow
+
+lint: .venv/installed-test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+## make bench: every benchmark, compared side by side; JSON files in build/bench
+bench: .venv/installed-test
+	$(BIN)/python tests/benchmarks/run_all.py --out build/bench
+
+## make evidence [METHOD=dino]: repeat the small experiments of the method's README
+evidence: .venv/installed
+	$(BIN)/python tests/evidence/$(METHOD).py --out build/evidence/$(METHOD)
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/installed: pyproject.toml | .venv/bin/python
+	$(BIN)/pip install --quiet -e .
+	touch $@
+
+.venv/installed-test: pyproject.toml | .venv/bin/python
+	$(BIN)/pip install --quiet -e '.[test]'
+	touch $@ .venv/installed
+
+clean:
+	rm -rf .venv build
