@@ -28,7 +28,12 @@ def build_optimizer(name: str, groups: list[dict]) -> torch.optim.Optimizer:
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, fused=True)
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
+        optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
+        # Momentum starts at 0, which is the same update: torch's fused SGD fails when a tensor gets its first
+        # gradient later than others (a frozen last layer), and keeps garbage when the first step is left out.
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return optimizer
     if name == "lars":
         return LARS(groups, lr=0.0)
     raise ValueError(f"unknown optimizer {name!r}: choose adamw, sgd or lars")
@@ -48,13 +53,9 @@ class LARS(torch.optim.Optimizer):
         eta: Trust coefficient.
     """
 
-    _step_supports_amp_scaling = (
-        True  # like torch's fused optimisers: `found_inf` skips the step on the device
-    )
+    _step_supports_amp_scaling = True  # like torch's fused optimisers: `found_inf` skips the step on the device
 
-    def __init__(
-        self, params, lr: float, weight_decay: float = 0.0, momentum: float = 0.9, eta: float = 0.001
-    ):
+    def __init__(self, params, lr: float, weight_decay: float = 0.0, momentum: float = 0.9, eta: float = 0.001):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, eta=eta))
 
     @torch.no_grad()
