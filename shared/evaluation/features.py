@@ -1,0 +1,98 @@
+"""Features of a whole data set from a frozen network, the same on every process and in the order of the data set."""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from shared import distributed
+
+
+class ShareOfRank(torch.utils.data.Sampler):
+    """Samples ``rank, rank + W, rank + 2 W, ...``; every rank gets ceil(N / W), the last sample fills up."""
+
+    def __init__(self, num_samples: int):
+        self.num_samples = num_samples
+        self.rank, self.world_size = distributed.get_rank(), distributed.get_world_size()
+
+    def __len__(self) -> int:
+        return -(-self.num_samples // self.world_size)
+
+    def __iter__(self):
+        last = self.num_samples - 1
+        return (min(self.rank + i * self.world_size, last) for i in range(len(self)))
+
+
+@torch.no_grad()
+def extract_features(
+    model: nn.Module,
+    dataset: Dataset,
+    device: torch.device,
+    batch_size: int = 128,
+    num_workers: int = 0,
+    store_on: torch.device | str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run every image through the model once, shared out over the processes.
+
+    The model is put in eval mode and given back in the mode it came in.
+
+    Args:
+        model: Maps images (B, C, H, W) to features (B, D).
+        dataset: Items ``(image, label, ...)``.
+        device: Where the model is.
+        batch_size: Images per process in one pass.
+        num_workers: Loader processes.
+        store_on: Where the features are kept; the model's device when None.
+
+    Returns:
+        Features (N, D) in float32 and labels (N,) in int64, both in the order of the data set on every process.
+
+    Raises:
+        ValueError: If the data set is empty, or a feature vector is all zeros or not finite (first index named).
+    """
+    num_samples = len(dataset)
+    if num_samples == 0:
+        raise ValueError("cannot extract features: the data set is empty")
+    loader = DataLoader(
+        dataset,
+        batch_size,
+        sampler=ShareOfRank(num_samples),
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+    )
+    features = labels = None
+    was_training = model.training
+    model.eval()
+    done = 0
+    for images, targets, *_ in loader:
+        batch = _in_dataset_order(model(images.to(device, non_blocking=True)).float())
+        targets = _in_dataset_order(targets.to(device))
+        if features is None:
+            features = batch.new_empty(num_samples, batch.shape[1], device=store_on)
+            labels = targets.new_empty(num_samples, device=store_on)
+        rows = slice(done, min(done + len(batch), num_samples))  # the last rows are fill
+        features[rows], labels[rows] = batch[: rows.stop - done], targets[: rows.stop - done]
+        done = rows.stop
+    model.train(was_training)
+    check_features(features)
+    return features, labels
+
+
+def _in_dataset_order(batch: Tensor) -> Tensor:
+    """Rows of all ranks, interleaved: (B, ...) on each of W ranks -> (B * W, ...)."""
+    gathered = distributed.all_gather(batch)
+    return gathered.unflatten(0, (-1, len(batch))).transpose(0, 1).flatten(0, 1)
+
+
+def check_features(features: Tensor) -> None:
+    """Refuse features (N, D) that would make every later number meaningless.
+
+    Raises:
+        ValueError: If a row is all zeros or holds NaN or infinity; the message names the first such row.
+    """
+    norms = features.norm(dim=1)
+    for bad, what in ((~norms.isfinite(), "not finite"), (norms == 0, "all zeros")):
+        if bad.any():
+            raise ValueError(
+                f"{int(bad.sum())} of {len(features)} feature vectors are {what}, "
+                f"the first is that of sample {int(bad.nonzero()[0])}"
+            )
