@@ -1,0 +1,82 @@
+"""One attempt at a run: it can be asked to stop, and a newer attempt can take its place. Needs no torch.
+
+After a host was given up for dead, SLURM starts the job again elsewhere; the old processes may still live behind a
+broken network and go on writing. So each attempt puts its name on the output folder, and before it writes anything
+it looks whether the folder still carries its name.
+"""
+
+import contextlib
+import json
+import os
+import socket
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+class Interrupted(SystemExit):
+    """The run stopped on a signal after saving its state; the exit code is 128 + signal number."""
+
+    def __init__(self, signal_number: int):
+        super().__init__(128 + signal_number)
+        self.signal_number = signal_number
+
+
+class Superseded(SystemExit):
+    """A newer attempt owns the output folder: this process ends (exit code 1) and leaves the folder as it is."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """The job that is running, and how often SLURM has started it again.
+
+    Outside SLURM a job is a process of a host, and its number is always 0.
+    """
+
+    job: str
+    number: int
+
+    @classmethod
+    def current(cls) -> "Attempt":
+        if "SLURM_JOB_ID" in os.environ:
+            return cls(os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", 0)))
+        return cls(f"{socket.gethostname()}:{os.getpid()}", 0)
+
+    def claim(self, folder: str | Path) -> None:
+        """Put this attempt's name on ``folder``; the last one to do so owns it.
+
+        Raises:
+            Superseded: If a later attempt of the same job was here first.
+        """
+        owner = owner_of(folder)
+        if owner is not None and owner.job == self.job and owner.number > self.number:
+            raise Superseded(self._message(folder, owner))
+        temporary = _file(folder).with_name(f".attempt.{socket.gethostname()}-{os.getpid()}")
+        temporary.write_text(json.dumps(asdict(self)))
+        os.replace(temporary, _file(folder))
+
+    def check(self, folder: str | Path) -> None:
+        """Make sure that no other attempt has claimed ``folder``; a folder that nobody claimed is free.
+
+        Raises:
+            Superseded: If another one has.
+        """
+        owner = owner_of(folder)
+        if owner not in (None, self):
+            raise Superseded(self._message(folder, owner))
+
+    def _message(self, folder: str | Path, owner: "Attempt") -> str:
+        return (
+            f"attempt {self.number} of job {self.job} writes nothing more: {folder} now belongs to attempt "
+            f"{owner.number} of job {owner.job}"
+        )
+
+
+def owner_of(folder: str | Path) -> Attempt | None:
+    """The attempt that claimed ``folder`` last, None if there is none."""
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):  # a power cut can leave an empty file
+        return Attempt(**json.loads(_file(folder).read_text()))
+    return None
+
+
+def _file(folder: str | Path) -> Path:
+    return Path(folder) / "attempt.json"

@@ -1,0 +1,351 @@
+"""A private SLURM cluster on this machine: real daemons, one network namespace per node, all state in one folder.
+
+Needs root and Debian's ``slurmctld slurmd slurm-client munge`` (``.ci/install_slurm.sh``). Where namespaces are not
+allowed, the nodes share this machine's address on different ports, and their names stand in /etc/hosts meanwhile.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+PROGRAMS = (
+    "munged",
+    "mungekey",
+    "slurmctld",
+    "slurmd",
+    "sbatch",
+    "srun",
+    "scontrol",
+    "squeue",
+    "scancel",
+    "sinfo",
+    "ip",
+)
+CLIENTS = ("sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
+
+# `sacct` needs a data base; what submitit asks of it, squeue can answer (MinJobAge keeps ended jobs there)
+SACCT = r"""#!/bin/sh
+jobs=
+while [ $# -gt 0 ]; do
+    case "$1" in -j) jobs="$jobs,$2"; shift ;; esac
+    shift
+done
+echo 'JobID|State|NodeList'
+squeue --noheader --array --states=all --format='%i|%T|%N' --jobs="${jobs#,}"
+"""
+
+
+def missing() -> str | None:
+    """Why no cluster can be started here, or None."""
+    if os.geteuid() != 0:
+        return "the SLURM daemons must be started by root"
+    absent = [program for program in PROGRAMS if shutil.which(program) is None]
+    return f"not installed (.ci/install_slurm.sh): {', '.join(absent)}" if absent else None
+
+
+class Cluster:
+    """Nodes n1, n2, ... of 8 CPUs, 4 GB and 8 pretended GPUs; partition ``high`` preempts partition ``main``.
+
+    Args:
+        folder: Empty folder for configuration, keys, logs and state; its path must be short (UNIX sockets).
+        num_nodes: Number of node daemons.
+    """
+
+    def __init__(self, folder: Path, num_nodes: int = 3):
+        self.folder = folder
+        self.nodes = [f"n{i}" for i in range(1, num_nodes + 1)]
+        self.namespaces: dict[str, subprocess.Popen] = {}  # a sleeping process holds each one
+        self.daemons: dict[str, subprocess.Popen] = {}
+        self.config = folder / "slurm.conf"
+        # what a process needs to talk to this cluster
+        self.environment = {"SLURM_CONF": str(self.config), "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
+
+    def start(self) -> None:
+        self.folder.chmod(0o755)  # munged wants its socket reachable by every user
+        for name in ("munge", "state", "log", "bin", "gpus", *(f"spool/{node}" for node in self.nodes)):
+            (self.folder / name).mkdir(parents=True, mode=0o755)
+        with contextlib.suppress(subprocess.CalledProcessError):
+            self._make_namespaces()
+        if not self.namespaces:
+            self._name_nodes_in_etc_hosts()
+        self._write_config()
+        self._write_clients()
+        self._start_munged()
+        self._start("slurmctld", "controller", "slurmctld", "-D", "-c")
+        for node in self.nodes:
+            self.start_node(node)
+        self.wait_for(lambda: self.run("sinfo", "-h", "-p", "main", "-o", "%D%t").stdout == f"{len(self.nodes)}idle\n")
+
+    def start_node(self, node: str) -> None:
+        self._start(node, node, "slurmd", "-D", "-N", node)
+
+    def run(self, *command: str, timeout_s: float = 20, **options) -> subprocess.CompletedProcess:
+        """Run a client program as a user of the login node would."""
+        environment = {**os.environ, **self.environment}
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment, **options)
+
+    def show(self, job_id: str) -> dict[str, str]:
+        """The fields of ``scontrol show job``."""
+        text = self.run("scontrol", "--oneliner", "show", "job", job_id).stdout
+        return dict(field.split("=", 1) for field in text.split() if "=" in field)
+
+    def state(self, job_id: str) -> str:
+        """The job's state in ``squeue``, e.g. PENDING, RUNNING, COMPLETED."""
+        return self.run("squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={job_id}").stdout.strip()
+
+    def wait_for_state(self, job_id: str, *states: str, timeout_s: float = 60) -> str:
+        self.wait_for(lambda: self.state(job_id) in states, timeout_s, f"job {job_id} to be {' or '.join(states)}")
+        return self.state(job_id)
+
+    def wait_for(self, condition, timeout_s: float = 30, what: str = "the cluster") -> None:
+        """Poll until ``condition()`` holds.
+
+        Raises:
+            TimeoutError: With the end of the controller's log and the queue, after ``timeout_s``.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            if time.monotonic() > deadline:
+                log = (self.folder / "log" / "slurmctld.log").read_text()[-3000:]
+                queue = self.run("squeue", "--states=all").stdout
+                raise TimeoutError(f"waited {timeout_s} s for {what}\n{log}\n{queue}")
+            time.sleep(0.1)
+
+    def kill_node(self, node: str) -> None:
+        """The host dies: its daemon, its job steps and their tasks end by SIGKILL, at once and unannounced."""
+        self._kill(node, signal.SIGKILL)
+        for pid, environment in self._processes():
+            if f"SLURMD_NODENAME={node}" in environment:
+                for victim in (_parent(pid), pid):  # the step daemon first, so that it reports nothing
+                    if victim is not None and (victim == pid or "slurmstepd" in _name(victim)):
+                        with contextlib.suppress(ProcessLookupError):
+                            os.kill(victim, signal.SIGKILL)
+
+    def set_network(self, node: str, up: bool) -> None:
+        """Plug the node's cable in or out."""
+        link = f"v{self.nodes.index(node) + 1}"
+        subprocess.run([*self._inside("controller"), "ip", "link", "set", link, "up" if up else "down"], check=True)
+
+    def stop(self) -> None:
+        """End jobs, daemons and namespaces; nothing started by this cluster survives."""
+        if "slurmctld" in self.daemons:
+            with contextlib.suppress(subprocess.TimeoutExpired, TimeoutError):
+                self.run("scancel", f"--user={os.environ.get('USER', 'root')}")
+                self.wait_for(lambda: not self.run("squeue", "--noheader").stdout, timeout_s=10)
+        for name in ("slurmctld", *self.nodes, "munged"):
+            if name in self.daemons:
+                self.daemons[name].terminate()
+        for daemon in self.daemons.values():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                daemon.wait(timeout=10)
+        for pid, _ in self._processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for process in (*self.daemons.values(), *self.namespaces.values()):
+            process.kill()
+            process.wait()
+        if not self.namespaces:
+            _edit_etc_hosts(remove=str(self.folder))
+
+    # -- parts
+
+    def _make_namespaces(self) -> None:
+        """A switch in the controller's namespace and a cable from it to each node; nothing of it is visible outside."""
+        hosts = self.folder / "hosts"
+        addresses = {node: f"10.77.0.{i}" for i, node in enumerate(self.nodes, 1)} | {"ctl": "10.77.0.254"}
+        hosts.write_text("127.0.0.1 localhost\n" + "".join(f"{ip} {name}\n" for name, ip in addresses.items()))
+        try:
+            self._make_namespace("controller", "ctl", hosts)
+            inside = self._inside("controller")
+            for command in ("link add br0 type bridge", f"addr add {addresses['ctl']}/24 dev br0", "link set br0 up"):
+                subprocess.run([*inside, "ip", *command.split()], check=True, capture_output=True)
+            for i, node in enumerate(self.nodes, 1):
+                self._make_namespace(node, node, hosts)
+                pid = self.namespaces[node].pid
+                for command in (
+                    f"link add v{i} type veth peer name eth0 netns {pid}",
+                    f"link set v{i} master br0 up",
+                ):
+                    subprocess.run([*inside, "ip", *command.split()], check=True, capture_output=True)
+                for command in (f"addr add {addresses[node]}/24 dev eth0", "link set eth0 up"):
+                    subprocess.run([*self._inside(node), "ip", *command.split()], check=True, capture_output=True)
+        except subprocess.CalledProcessError:
+            for process in self.namespaces.values():
+                process.kill()
+            self.namespaces.clear()
+            raise
+
+    def _make_namespace(self, name: str, hostname: str, hosts: Path) -> None:
+        ready = self.folder / f"ready.{hostname}"
+        script = (
+            f"hostname {hostname} && ip link set lo up && mount --bind {hosts} /etc/hosts"
+            f" && touch {ready} && exec sleep infinity"
+        )
+        process = subprocess.Popen(
+            ["unshare", "--net", "--uts", "--mount", "setpriv", "--pdeathsig", "KILL", "sh", "-c", script],
+            stderr=subprocess.DEVNULL,
+        )
+        self.namespaces[name] = process
+        while not ready.exists():
+            if process.poll() is not None:
+                raise subprocess.CalledProcessError(process.returncode, "unshare")
+            time.sleep(0.01)
+
+    def _inside(self, name: str) -> list[str]:
+        if not self.namespaces:
+            return []
+        return ["nsenter", f"--target={self.namespaces[name].pid}", "--net", "--uts", "--mount", f"--wd={os.getcwd()}"]
+
+    def _name_nodes_in_etc_hosts(self) -> None:
+        _edit_etc_hosts(add=f"127.0.0.1 {' '.join(self.nodes)} # {self.folder}")
+
+    def _write_config(self) -> None:
+        folder, count = self.folder, len(self.nodes)
+        if self.namespaces:
+            host, port = "ctl(10.77.0.254)", 16817
+            address = f"NodeAddr=10.77.0.[1-{count}] Port=16818"
+        else:
+            host, port = f"{socket.gethostname()}(127.0.0.1)", _free_ports(count + 1)
+            address = f"NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port=[{port + 1}-{port + count}]"
+        for i in range(8):
+            try:
+                os.mknod(folder / "gpus" / f"nvidia{i}", 0o20666, os.makedev(1, 3))
+            except PermissionError:
+                (folder / "gpus" / f"nvidia{i}").touch()
+        (folder / "gres.conf").write_text(f"NodeName=n[1-{count}] Name=gpu File={folder}/gpus/nvidia[0-7]\n")
+        (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
+        self.config.write_text(
+            f"""
+ClusterName=ci
+SlurmctldHost={host}
+SlurmctldPort={port}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+# a requeued job waits for the credential to expire: 120 s by default
+AuthInfo=socket={folder}/munge/munge.socket,cred_expire=5
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool/%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
+SlurmctldLogFile={folder}/log/slurmctld.log
+SlurmdLogFile={folder}/log/slurmd.%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+MailProg=/bin/true
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core_Memory
+SchedulerType=sched/backfill
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
+SlurmctldParameters=preempt_send_user_signal
+SlurmdParameters=config_overrides
+EnforcePartLimits=ALL
+ReturnToService=2
+JobRequeue=1
+KillWait=5
+MinJobAge=3600
+SlurmctldTimeout=30
+SlurmdTimeout=10
+BatchStartTimeout=30
+MessageTimeout=5
+DefMemPerCPU=256
+GresTypes=gpu
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+NodeName=n[1-{count}] {address} CPUs=8 CoresPerSocket=8 RealMemory=4096 Gres=gpu:8 State=UNKNOWN
+PartitionName=main Nodes=n[1-{count}] Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
+PartitionName=high Nodes=n[1-{count}] PriorityTier=10 PreemptMode=OFF
+"""
+        )
+
+    def _write_clients(self) -> None:
+        """Clients that enter the controller's network, first on PATH; jobs find the real ones."""
+        for name in CLIENTS:
+            enter = " ".join(self._inside("controller")).replace(f"--wd={os.getcwd()}", '--wd="$PWD"')
+            program = self.folder / "bin" / name
+            program.write_text(f'#!/bin/sh\nPATH="{os.environ["PATH"]}" exec {enter} {shutil.which(name)} "$@"\n')
+            program.chmod(0o755)
+        sacct = self.folder / "bin" / "sacct"
+        sacct.write_text(SACCT)
+        sacct.chmod(0o755)
+
+    def _start_munged(self) -> None:
+        munge = self.folder / "munge"
+        subprocess.run(["mungekey", "-c", "-k", str(munge / "munge.key")], check=True)
+        options = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
+        self._start("munged", None, "munged", "--foreground", *(f"--{o}={munge}/munge.{f}" for o, f in options.items()))
+        self.wait_for_file(munge / "munge.socket")
+
+    def wait_for_file(self, path: Path, timeout_s: float = 30) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not path.exists():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"waited {timeout_s} s for {path}")
+            time.sleep(0.05)
+
+    def _start(self, name: str, namespace: str | None, *command: str) -> None:
+        enter = self._inside(namespace) if namespace else []
+        with open(self.folder / "log" / f"{name}.out", "ab") as output:
+            self.daemons[name] = subprocess.Popen(
+                [*enter, "setpriv", "--pdeathsig", "KILL", *command],
+                stdout=output,
+                stderr=output,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "SLURM_CONF": str(self.config)},
+                start_new_session=True,
+            )
+
+    def _kill(self, name: str, number: int) -> None:
+        self.daemons[name].send_signal(number)
+        self.daemons[name].wait()
+
+    def _processes(self) -> Iterator[tuple[int, list[str]]]:
+        """Every live process that was started with this cluster's configuration, with its environment."""
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit() and int(entry.name) != os.getpid():
+                with contextlib.suppress(OSError):
+                    environment = (entry / "environ").read_text(errors="replace").split("\0")
+                    if f"SLURM_CONF={self.config}" in environment:
+                        yield int(entry.name), environment
+
+
+def _parent(pid: int) -> int | None:
+    with contextlib.suppress(OSError):
+        return int((Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[1])
+    return None
+
+
+def _name(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return (Path("/proc") / str(pid) / "cmdline").read_text()
+    return ""
+
+
+def _free_ports(count: int) -> int:
+    """The first of ``count`` consecutive ports that nobody listens on, below the range of outgoing connections."""
+    for first in range(17000 + os.getpid() % 1000 * 10, 32000, count):
+        with contextlib.ExitStack() as stack:
+            try:
+                for port in range(first, first + count):
+                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return first
+    raise RuntimeError("no free ports for the cluster")
+
+
+def _edit_etc_hosts(add: str | None = None, remove: str | None = None) -> None:
+    with open("/etc/hosts", "r+") as file:  # in place: containers mount this file
+        lines = [line for line in file.read().splitlines() if remove is None or remove not in line]
+        file.seek(0)
+        file.write("\n".join([*lines, *([add] if add else [])]) + "\n")
+        file.truncate()
