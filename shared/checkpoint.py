@@ -5,6 +5,7 @@ keeps of every record, and only then renamed into place; the file it replaces st
 instant at least one complete checkpoint is on the disk.
 """
 
+import argparse
 import contextlib
 import os
 import signal
@@ -121,8 +122,8 @@ class Checkpointer:
     """Saves a run every so many steps or minutes, and once more when it is asked to stop.
 
     Use as a context manager around training: inside it SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 finish the current step,
-    save and raise :class:`Interrupted`; a second SIGINT or SIGTERM stops at once, which loses nothing but the steps since
-    the last save.
+    save and raise :class:`Interrupted`; a second SIGINT or SIGTERM stops at once, and only the steps since the last
+    save have to be repeated.
 
     Args:
         path: The file that holds the newest state, e.g. ``<output_dir>/checkpoint.pth``.
@@ -179,6 +180,17 @@ class Checkpointer:
         if request > 1:
             raise Interrupted(request - 1)
 
+    def after_epoch(self, epoch: int, keep_as: str | None = None) -> None:
+        """Save at the end of ``epoch``, keep the file under a second name if given, and stop if asked to."""
+        self.save(epoch + 1, 0)
+        if keep_as is not None and distributed.is_main_process():
+            kept = self.path.with_name(keep_as)
+            kept.unlink(missing_ok=True)
+            os.link(self.path, kept)
+        request = distributed.max_over_processes(self.received or 0)
+        if request:
+            raise Interrupted(request)
+
     def save(self, epoch: int, step_in_epoch: int) -> None:
         """Write the state of a run that continues at ``step_in_epoch`` of ``epoch``."""
         state = self.state(epoch, step_in_epoch)
@@ -192,3 +204,53 @@ class Checkpointer:
         if error is not None:
             raise CheckpointError(error)
         self.last_save = time.monotonic()
+
+
+def check_flags(checkpoint: dict, args: argparse.Namespace, must_match: tuple[str, ...]) -> None:
+    """Compare the command line with the one the checkpoint was written with.
+
+    Args:
+        checkpoint: Holds the old flags under ``args``, as a dictionary or a Namespace.
+        args: The flags of this run.
+        must_match: Flags that shape the network; a difference in any other one is only reported.
+
+    Raises:
+        ValueError: If one of ``must_match`` differs.
+    """
+    old = checkpoint["args"] if isinstance(checkpoint["args"], dict) else vars(checkpoint["args"])
+    for flag, value in vars(args).items():
+        if flag not in old or old[flag] == value or flag in ("output_dir", "local_rank", "num_workers", "device"):
+            continue
+        if flag in must_match:
+            raise ValueError(
+                f"--{flag} {value} does not fit the checkpoint in {args.output_dir}, which was written with "
+                f"--{flag} {old[flag]}; use that or another --output_dir"
+            )
+        distributed.print_once(f"resuming with --{flag} {value}, the checkpoint was written with {old[flag]}")
+
+
+def resume_position(checkpoint: dict, batch_size: int, on_changed_run: str) -> tuple[int, int]:
+    """(epoch, step in the epoch) at which a run with ``batch_size`` images per step goes on.
+
+    Raises:
+        ValueError: If the run has changed and ``on_changed_run`` is ``refuse``.
+    """
+    epoch, step = checkpoint["epoch"], checkpoint.get("step_in_epoch", 0)
+    old_batch, old_world = checkpoint.get("batch_size", batch_size), checkpoint.get("world_size")
+    world = distributed.get_world_size()
+    if old_batch == batch_size and old_world in (None, world):
+        return epoch, step
+    change = f"{old_batch} images per step on {old_world} processes before, {batch_size} on {world} now"
+    if on_changed_run == "refuse":
+        raise ValueError(f"--on_changed_run refuse: {change}")
+    seen = step * old_batch
+    distributed.print_once(
+        f"resuming a changed run ({change}) after {seen - seen % batch_size} images of epoch {epoch}: learning-rate "
+        "steps, grouping into batches and random draws of the network differ from an unchanged run"
+    )
+    return epoch, seen // batch_size
+
+
+def without_prefix(state_dict: dict, prefix: str) -> dict:
+    """The same tensors under names without ``prefix``, which DistributedDataParallel adds."""
+    return {name.removeprefix(prefix): value for name, value in state_dict.items()}

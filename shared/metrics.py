@@ -1,5 +1,6 @@
 """The log of a run: JSON lines always, a progress bar on a terminal, TensorBoard by flag."""
 
+import itertools
 import json
 import os
 import sys
@@ -30,6 +31,19 @@ def rank_me(features: Tensor) -> Tensor:
     return torch.exp(-(p * p.log()).sum())
 
 
+def _means(sums: dict[str, Tensor]) -> dict[str, float]:
+    """Means over steps and processes of (sum, count) pairs; NaN where no step was finite."""
+    if not sums:
+        return {}
+    device = next(iter(sums.values())).device
+    totals = distributed.all_reduce_sum(torch.stack([pair.to(device) for pair in sums.values()]))
+    return dict(zip(sums, (totals[:, 0] / totals[:, 1]).tolist(), strict=True))
+
+
+def _free_name(path: Path) -> Path:
+    return next(p for i in itertools.count(1) if not (p := path.with_name(f"{path.name}.{i}")).exists())
+
+
 class RunLog:
     """Averages of a run, in two files of JSON lines inside ``output_dir``.
 
@@ -43,15 +57,22 @@ class RunLog:
         total_steps: Length of the whole run, for the progress bar.
         log_freq: Steps per line of ``metrics.jsonl``.
         tensorboard: Also write TensorBoard events to ``<output_dir>/tensorboard``.
+        resumed: Whether :meth:`load_state_dict` will follow; otherwise files that exist are put aside.
     """
 
-    def __init__(self, output_dir: str | Path, total_steps: int, log_freq: int = 10, tensorboard: bool = False):
+    def __init__(
+        self,
+        output_dir: str | Path,
+        total_steps: int,
+        log_freq: int = 10,
+        tensorboard: bool = False,
+        resumed: bool = False,
+    ):
         self.files = {name: Path(output_dir) / name for name in ("metrics.jsonl", "log.txt")}
         self.total_steps = total_steps
         self.log_freq = log_freq
-        self.window: dict[str, Tensor] = {}  # sums since the last line, on the device: reading them would wait
-        self.epoch: dict[str, Tensor] = {}
-        self.counts = {"window": 0, "epoch": 0}
+        self.window: dict[str, Tensor] = {}  # (sum, count) of each average since the last line
+        self.epoch: dict[str, Tensor] = {}  # the same since the start of the epoch
         self.images = 0
         self.waited_s = 0.0
         self.line_start = time.perf_counter()
@@ -59,6 +80,8 @@ class RunLog:
         self.writer = None
         if distributed.is_main_process():
             for path in self.files.values():
+                if path.exists() and path.stat().st_size and not resumed:
+                    os.replace(path, _free_name(path))  # lines of another run are kept, not mixed with ours
                 path.touch()
             if sys.stderr.isatty():
                 self.bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True)
@@ -88,28 +111,30 @@ class RunLog:
         """Count one step of ``images`` images per process; when a line is due, write it and return it.
 
         Args:
-            averages: Quantities to average over steps and processes, e.g. the loss (0-d tensors are not read here).
+            averages: Quantities to average over steps and processes, e.g. the loss; steps where one is not finite do
+                not count. 0-d tensors are read only when a line is due.
             values: Quantities of this very step that the line states as they are, averaged over processes.
         """
         for name, value in averages.items():
-            value = value.detach().double() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.double)
-            self.window[name] = self.window.get(name, 0.0) + value
-            self.epoch[name] = self.epoch.get(name, 0.0) + value
-        self.counts["window"] += 1
-        self.counts["epoch"] += 1
+            value = torch.as_tensor(value, dtype=torch.double).detach()
+            finite = value.isfinite()
+            # (sum, count) stay on the device: reading them would wait for it
+            pair = torch.stack([torch.where(finite, value, 0.0), finite.double()])
+            self.window[name] = self.window.get(name, 0.0) + pair
+            self.epoch[name] = self.epoch.get(name, 0.0) + pair
         self.images += images
         if self.bar is not None:
-            self.bar.n = step + 1
-            self.bar.refresh() if self.is_due(step) else self.bar.update(0)
+            self.bar.update(step + 1 - self.bar.n)
         if not self.is_due(step):
             return None
         line = {"step": step + 1, "epoch": epoch}
-        line |= self._mean(self.window, self.counts["window"])
-        line |= self._mean({name: torch.as_tensor(v, dtype=torch.double) for name, v in values.items()}, 1)
+        one = torch.ones((), dtype=torch.double)
+        current = {name: torch.as_tensor(value, dtype=torch.double) for name, value in values.items()}
+        line |= _means(self.window | {k: torch.stack([v, one.to(v.device)]) for k, v in current.items()})
         elapsed = time.perf_counter() - self.line_start
         line["images_per_s"] = round(self.images * distributed.get_world_size() / elapsed, 2)
         line["data_wait"] = round(self.waited_s / elapsed, 4)
-        self.window, self.counts["window"], self.images, self.waited_s = {}, 0, 0, 0.0
+        self.window, self.images, self.waited_s = {}, 0, 0.0
         self.line_start = time.perf_counter()
         self._write("metrics.jsonl", line)
         self._show(line)
@@ -122,9 +147,8 @@ class RunLog:
 
     def end_epoch(self, epoch: int) -> dict:
         """Write the averages of the epoch as ``train_<name>`` to ``log.txt`` and start the next one."""
-        means = self._mean(self.epoch, self.counts["epoch"])
-        line = {f"train_{name}": value for name, value in means.items()} | {"epoch": epoch}
-        self.epoch, self.counts["epoch"] = {}, 0
+        line = {f"train_{name}": value for name, value in _means(self.epoch).items()} | {"epoch": epoch}
+        self.epoch = {}
         self._write("log.txt", line)
         return line
 
@@ -135,9 +159,8 @@ class RunLog:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
                 lengths[name] = os.fstat(file.fileno()).st_size
-        sums = {name: {k: v.item() for k, v in getattr(self, name).items()} for name in ("window", "epoch")}
-        sums = distributed.all_gather_object(sums)
-        return {"lengths": lengths, "sums": sums, "counts": dict(self.counts)}
+        sums = {name: {k: v.tolist() for k, v in getattr(self, name).items()} for name in ("window", "epoch")}
+        return {"lengths": lengths, "sums": distributed.all_gather_object(sums)}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue after the lines that ``state`` knows; later ones belong to steps that will be repeated.
@@ -148,7 +171,6 @@ class RunLog:
         if distributed.get_rank() < len(state["sums"]):
             for name, sums in state["sums"][distributed.get_rank()].items():
                 setattr(self, name, {k: torch.tensor(v, dtype=torch.double) for k, v in sums.items()})
-        self.counts = dict(state["counts"])
         for name, length in state["lengths"].items() if distributed.is_main_process() else ():
             if self.files[name].stat().st_size < length:
                 raise ValueError(
@@ -162,12 +184,6 @@ class RunLog:
             self.bar.close()
         if self.writer is not None:
             self.writer.close()
-
-    def _mean(self, sums: dict[str, Tensor], count: int) -> dict[str, float]:
-        if not sums:
-            return {}
-        stacked = torch.stack([value.to(next(iter(sums.values())).device) for value in sums.values()])
-        return dict(zip(sums, (distributed.all_reduce_mean(stacked) / count).tolist(), strict=True))
 
     def _write(self, name: str, line: dict) -> None:
         if not distributed.is_main_process():

@@ -1,0 +1,423 @@
+"""Self-distillation with no labels: train a backbone with DINO.
+
+Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", ICCV 2021.
+
+    python main_dino.py --arch vit_small                                  # embedded digits, minutes on a CPU
+    torchrun --nproc_per_node=8 main_dino.py --arch vit_small \\
+        --data_path /path/to/imagenet/train --output_dir /path/to/run     # 100 epochs: 69.3 k-NN, 74.0 linear
+
+A student sees all views of an image, a teacher (the moving average of the student) only the two global ones, and the
+student learns to predict the teacher's output across views. Running the same command again resumes the run.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+if __name__ == "__main__":  # run as a script: make the repository root importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dino.augmentations import MEAN, STD, dino_views
+from dino.collapse import CollapseMonitor
+from dino.losses import DINOLoss
+from dino.networks import build_backbone
+from dino.vision_transformer import DINOHead
+from shared import distributed, randomness
+from shared.checkpoint import Checkpointer, check_flags, load_latest, resume_position, without_prefix
+from shared.data import EpochBatchSampler, make_loader, open_source
+from shared.metrics import RunLog, feature_spread, rank_me
+from shared.multicrop import MultiCropDataset, MultiCropWrapper, normalize_views
+from shared.optim import (
+    build_optimizer,
+    clip_grad_norm_per_tensor_,
+    ema_update_,
+    param_groups_no_decay_on_bias_and_norm,
+    step_unless_not_finite,
+)
+from shared.precision import Precision
+from shared.schedules import cosine_schedule
+
+# What replaces the official defaults when no --data_path is given: 8x8 pixel digits need no ViT at 224 pixels.
+EMBEDDED_DATA_DEFAULTS = {
+    "patch_size": 4,
+    "global_crop_size": 16,
+    "local_crop_size": 8,
+    "local_crops_number": 4,
+    "out_dim": 1024,
+    "epochs": 5,
+    "warmup_epochs": 1,
+    "momentum_teacher": 0.99,
+    "output_dir": "runs/digits",
+}
+NETWORK_FLAGS = ("arch", "patch_size", "in_chans", "out_dim", "use_bn_in_head", "norm_last_layer", "optimizer")
+
+
+def bool_flag(text: str) -> bool:
+    """An explicit boolean value on the command line: on/true/1 or off/false/0."""
+    if text.lower() in ("on", "true", "1"):
+        return True
+    if text.lower() in ("off", "false", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected on/true/1 or off/false/0, got {text!r}")
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "DINO", description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument_group("data").add_argument
+    add("--data_path", default=None, help="training images: a folder, a .txt list or a torchvision data set name; "
+        "without it the embedded digits are used and the defaults fit them")  # fmt: skip
+    add(
+        "--val_path",
+        default=None,
+        help="images for the k-NN evaluation; by default those that belong to --data_path",
+    )
+    add("--in_chans", type=int, default=3, choices=(1, 3), help="channels of the images")
+    add("--cache", default="none", help="decoded images: none, memory, or a folder for a memory-mapped file")
+    add(
+        "--on_bad_image",
+        default="replace",
+        choices=("replace", "error"),
+        help="what an unreadable image does",
+    )
+    add(
+        "--max_bad_fraction",
+        type=float,
+        default=0.01,
+        help="stop when more images than this share are unreadable",
+    )
+    add(
+        "--num_workers",
+        type=int,
+        default=None,
+        help="loader processes per rank (default: cores per rank - 1, max 10)",
+    )
+
+    add = parser.add_argument_group("views").add_argument
+    add(
+        "--global_crops_scale",
+        type=float,
+        nargs=2,
+        default=(0.4, 1.0),
+        help="area range of the two global crops",
+    )
+    add("--local_crops_number", type=int, default=8, help="number of local crops")
+    add("--local_crops_scale", type=float, nargs=2, default=(0.05, 0.4), help="area range of the local crops")
+    add("--global_crop_size", type=int, default=224, help="side of the global views in pixels")
+    add("--local_crop_size", type=int, default=96, help="side of the local views in pixels")
+    add("--augmentation", default="fast", choices=("fast", "pil"), help="pil: the slow exact reference chain")
+
+    add = parser.add_argument_group("networks").add_argument
+    add(
+        "--arch",
+        default="vit_small",
+        help="vit_tiny, vit_small, vit_base, or any torchvision or timm model name",
+    )
+    add("--patch_size", type=int, default=16, help="side of the ViT's patches in pixels")
+    add("--drop_path_rate", type=float, default=0.1, help="stochastic depth of the student")
+    add("--out_dim", type=int, default=65536, help="outputs of the head")
+    add(
+        "--norm_last_layer",
+        type=bool_flag,
+        default=True,
+        help="freeze the norms of the last layer's rows at 1",
+    )
+    add("--use_bn_in_head", type=bool_flag, default=False, help="batch normalisation in the head")
+    add("--compile", action="store_true", help="torch.compile the backbones")
+
+    add = parser.add_argument_group("teacher").add_argument
+    add(
+        "--momentum_teacher",
+        type=float,
+        default=0.996,
+        help="first EMA momentum of the teacher, cosine to the end",
+    )
+    add("--momentum_teacher_end", type=float, default=1.0, help="last EMA momentum of the teacher")
+    add("--warmup_teacher_temp", type=float, default=0.04, help="teacher temperature at epoch 0")
+    add("--teacher_temp", type=float, default=0.04, help="teacher temperature after its warm-up")
+    add("--warmup_teacher_temp_epochs", type=int, default=0, help="epochs of the linear temperature warm-up")
+    add("--center_momentum", type=float, default=0.9, help="momentum of the centre; 1 switches centring off")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=int, default=100)
+    add("--batch_size_per_gpu", type=int, default=64, help="images per process")
+    add("--optimizer", default="adamw", choices=("adamw", "sgd", "lars"))
+    add(
+        "--lr", type=float, default=0.0005, help="peak learning rate for 256 images per step; scaled linearly"
+    )
+    add("--warmup_epochs", type=int, default=10, help="epochs of linear learning-rate warm-up")
+    add("--min_lr", type=float, default=1e-6, help="learning rate at the end")
+    add("--weight_decay", type=float, default=0.04, help="weight decay at the start")
+    add("--weight_decay_end", type=float, default=0.4, help="weight decay at the end")
+    add("--clip_grad", type=float, default=3.0, help="cap of each tensor's gradient norm; 0 disables it")
+    add("--freeze_last_layer", type=int, default=1, help="epochs during which the last layer is not updated")
+    add("--use_fp16", type=bool_flag, default=True, help="false: the same as --amp fp32")
+    add("--amp", default="auto", choices=("auto", "bf16", "fp16", "fp32"), help="auto: bf16 where it is fast")
+
+    add = parser.add_argument_group("run").add_argument
+    add("--output_dir", default=".", help="checkpoints, logs and pictures")
+    add(
+        "--saveckp_freq",
+        type=int,
+        default=20,
+        help="keep a numbered checkpoint every so many epochs; 0: none",
+    )
+    add("--saveckp_steps", type=int, default=0, help="also save within the epoch every so many steps")
+    add("--saveckp_minutes", type=float, default=15, help="also save within the epoch after so many minutes")
+    add("--on_changed_run", default="continue", choices=("continue", "refuse"),
+        help="when the checkpoint was written with another batch or number of processes")  # fmt: skip
+    add("--eval_knn_freq", type=int, default=None, help="k-NN every so many epochs; 0: never; by default before and "
+        "after training when there are at most 100,000 images")  # fmt: skip
+    add("--pictures", type=bool_flag, default=True, help="write pictures at the end")
+    add("--log_freq", type=int, default=10, help="steps per line of the log")
+    add("--tensorboard", action="store_true", help="also log to TensorBoard")
+    add("--seed", type=int, default=0)
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add("--dist_url", default="env://", help="rendezvous of the processes")
+    add("--dist_timeout", type=float, default=1800, help="seconds to wait for other processes")
+    add("--local_rank", "--local-rank", type=int, default=0, help="ignored: read from the environment")
+    return parser
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parse and check the command line; without ``--data_path`` the defaults are those of the embedded data."""
+    parser = get_args_parser()
+    args = parser.parse_args(arguments)
+    if args.data_path is None:
+        parser.set_defaults(**EMBEDDED_DATA_DEFAULTS)
+        args = parser.parse_args(arguments)
+    if args.epochs < max(args.warmup_epochs, args.warmup_teacher_temp_epochs):
+        parser.error(
+            f"--epochs {args.epochs} is less than --warmup_epochs {args.warmup_epochs} or "
+            f"--warmup_teacher_temp_epochs {args.warmup_teacher_temp_epochs}"
+        )
+    return args
+
+
+@dataclass
+class Schedules:
+    """One value per training step of the learning rate, the weight decay and the teacher's momentum."""
+
+    lr: np.ndarray
+    weight_decay: np.ndarray
+    momentum: np.ndarray
+
+    def apply(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        for i, group in enumerate(optimizer.param_groups):
+            group["lr"] = float(self.lr[step])
+            if i == 0:  # the second group holds biases and norms, which never decay
+                group["weight_decay"] = float(self.weight_decay[step])
+
+
+def train_dino(args: argparse.Namespace) -> None:
+    """Train from the newest checkpoint in ``args.output_dir``, or from scratch if there is none."""
+    device = distributed.init(args.dist_url, args.device, args.dist_timeout)
+    precision = Precision(args.amp if args.use_fp16 else "fp32", device)
+    randomness.seed_everything(args.seed)
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    world_size = distributed.get_world_size()
+
+    # data
+    source = open_source(args.data_path, "train", in_chans=args.in_chans)
+    recipes = dino_views(
+        args.global_crops_scale,
+        args.local_crops_scale,
+        args.local_crops_number,
+        args.global_crop_size,
+        args.local_crop_size,
+    )
+    dataset = MultiCropDataset(source, recipes, seed=args.seed, backend=args.augmentation)
+    sampler = EpochBatchSampler(
+        len(source), args.batch_size_per_gpu, args.seed, distributed.get_rank(), world_size
+    )
+    loader = make_loader(dataset, sampler, args.num_workers, device)
+    steps_per_epoch = len(sampler)
+    distributed.print_once(f"{source.describe()}: {steps_per_epoch} steps per epoch")
+
+    # student and teacher: the same network and the same initial weights
+    student = build_network(args, args.drop_path_rate)
+    teacher = build_network(args, drop_path_rate=0.0)
+    teacher.load_state_dict(student.state_dict())
+    teacher.requires_grad_(False)
+    student, teacher = student.to(device), teacher.to(device)
+    if args.compile:
+        student.backbone.compile()
+        teacher.backbone.compile()
+    student = distributed.wrap(student, device)
+
+    # loss, optimiser, schedules
+    criterion = DINOLoss(
+        args.out_dim,
+        2 + args.local_crops_number,
+        args.warmup_teacher_temp,
+        args.teacher_temp,
+        args.warmup_teacher_temp_epochs,
+        args.epochs,
+        center_momentum=args.center_momentum,
+    ).to(device)
+    optimizer = build_optimizer(args.optimizer, param_groups_no_decay_on_bias_and_norm(student))
+    peak_lr = args.lr * args.batch_size_per_gpu * world_size / 256
+    schedules = Schedules(
+        lr=cosine_schedule(peak_lr, args.min_lr, args.epochs, steps_per_epoch, args.warmup_epochs),
+        weight_decay=cosine_schedule(args.weight_decay, args.weight_decay_end, args.epochs, steps_per_epoch),
+        momentum=cosine_schedule(
+            args.momentum_teacher, args.momentum_teacher_end, args.epochs, steps_per_epoch
+        ),
+    )
+
+    # resume
+    checkpoint = load_latest(output_dir / "checkpoint.pth")
+    log = RunLog(output_dir, args.epochs * steps_per_epoch, args.log_freq, args.tensorboard, resumed=bool(checkpoint))
+    first_epoch, first_step = 0, 0
+    monitor = CollapseMonitor(args.out_dim, patience_steps=len(schedules.lr) // 4)
+
+    def state(epoch: int, step_in_epoch: int) -> dict:
+        """Everything a run needs to go on at this step; the first keys are those of the official checkpoints."""
+        return {
+            "student": {f"module.{name}": value for name, value in distributed.unwrap(student).state_dict().items()},
+            "teacher": teacher.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "epoch": epoch,
+            "args": vars(args),
+            "dino_loss": criterion.state_dict(),
+            "fp16_scaler": precision.scaler.state_dict(),
+            "step_in_epoch": step_in_epoch,
+            "batch_size": args.batch_size_per_gpu * world_size,
+            "world_size": world_size,
+            "log": log.state_dict(),
+        }
+
+    if checkpoint is not None:
+        check_flags(checkpoint, args, NETWORK_FLAGS)
+        distributed.unwrap(student).load_state_dict(without_prefix(checkpoint["student"], "module."))
+        teacher.load_state_dict(without_prefix(checkpoint["teacher"], "module."))
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        criterion.load_state_dict(checkpoint["dino_loss"])
+        if checkpoint.get("fp16_scaler"):
+            precision.scaler.load_state_dict(checkpoint["fp16_scaler"])
+        if "log" in checkpoint:  # the official checkpoints have none
+            log.load_state_dict(checkpoint["log"])
+        first_epoch, first_step = resume_position(checkpoint, args.batch_size_per_gpu * world_size, args.on_changed_run)
+        distributed.print_once(f"resuming at epoch {first_epoch}, step {first_step}")
+    evaluation = KNNEvaluation(args, device)
+
+    # epochs
+    with Checkpointer(output_dir / "checkpoint.pth", state, args.saveckp_steps, args.saveckp_minutes) as checkpointer:
+        if checkpoint is None and evaluation.is_due(-1):
+            log.evaluation(0, 0, knn_top1=evaluation.run(teacher.backbone))
+        for epoch in range(first_epoch, args.epochs):
+            sampler.set_epoch(epoch, first_step)
+            train_one_epoch(
+                student,
+                teacher,
+                criterion,
+                loader,
+                optimizer,
+                schedules,
+                epoch=epoch,
+                first_step=first_step,
+                steps_per_epoch=steps_per_epoch,
+                clip_grad=args.clip_grad,
+                freeze_last_layer=args.freeze_last_layer,
+                seed=args.seed,
+                precision=precision,
+                log=log,
+                monitor=monitor,
+                checkpointer=checkpointer,
+            )
+            first_step = 0
+            log.end_epoch(epoch)
+            if evaluation.is_due(epoch):
+                log.evaluation((epoch + 1) * steps_per_epoch, epoch + 1, knn_top1=evaluation.run(teacher.backbone))
+            numbered = args.saveckp_freq and epoch % args.saveckp_freq == 0
+            checkpointer.after_epoch(epoch, keep_as=f"checkpoint{epoch:04d}.pth" if numbered else None)
+    log.close()
+
+
+def build_network(args: argparse.Namespace, drop_path_rate: float) -> MultiCropWrapper:
+    """Backbone and projection head; the teacher's and the student's differ in stochastic depth only."""
+    backbone, embed_dim = build_backbone(
+        args.arch, args.patch_size, drop_path_rate, img_size=args.global_crop_size, in_chans=args.in_chans
+    )
+    head = DINOHead(embed_dim, args.out_dim, use_bn=args.use_bn_in_head, norm_last_layer=args.norm_last_layer)
+    return MultiCropWrapper(backbone, head)
+
+
+def train_one_epoch(
+    student: nn.Module,
+    teacher: MultiCropWrapper,
+    criterion: DINOLoss,
+    loader: Iterable,
+    optimizer: torch.optim.Optimizer,
+    schedules: Schedules,
+    *,
+    epoch: int,
+    first_step: int,
+    steps_per_epoch: int,
+    clip_grad: float,
+    freeze_last_layer: int,
+    seed: int,
+    precision: Precision,
+    log: RunLog,
+    monitor: CollapseMonitor,
+    checkpointer: Checkpointer,
+) -> None:
+    """One epoch (from its step ``first_step`` on) of Algorithm 1.
+
+    ``loader`` yields (views, labels, indices); views holds one batch per resolution, crop-major, the two global views
+    of each image first: uint8 images, or float tensors that are normalised already.
+    """
+    parameters = list(student.parameters())
+    teacher_parameters = list(teacher.parameters())
+    last_layer = [p for name, p in student.named_parameters() if "last_layer" in name]
+    student.train()
+    teacher.train()
+    start = epoch * steps_per_epoch + first_step
+    for step, (views, labels, _) in enumerate(log.batches(loader), start=start):
+        randomness.seed_step(seed, step, distributed.get_rank())
+        schedules.apply(optimizer, step)
+        views = normalize_views(views, precision.device, MEAN, STD)
+        global_views = views[0][: 2 * len(labels)]
+
+        with precision.autocast():
+            with torch.no_grad():  # the teacher sees the global views only
+                teacher_features = teacher.embed(global_views)
+                teacher_logits = teacher.head(teacher_features)
+            loss = criterion(student(views), teacher_logits, epoch)
+
+        optimizer.zero_grad(set_to_none=True)
+        precision.backward(loss, optimizer)
+        grad_norms = clip_grad_norm_per_tensor_(parameters, clip_grad)
+        if epoch < freeze_last_layer:
+            for parameter in last_layer:
+                parameter.grad = None  # no update, no weight decay, no state
+        skipped = step_unless_not_finite(optimizer, grad_norms)
+        precision.update()
+        ema_update_(teacher_parameters, parameters, schedules.momentum[step])  # parameters only, no buffers
+
+        averages = {"loss": loss, "lr": schedules.lr[step], "wd": schedules.weight_decay[step], "skipped": skipped}
+        health = output_health(criterion, loss, teacher_features) if log.is_due(step) else {}
+        line = log.step(step, epoch, len(labels), averages, **health)
+        if line is not None:
+            monitor.check(line)
+        checkpointer.after_step(epoch, step + 1 - epoch * steps_per_epoch)
+
+
+def output_health(criterion: DINOLoss, loss: Tensor, teacher_features: Tensor) -> dict[str, Tensor | float]:
+    """What shows a collapse: both ways end with a KL of 0, at an entropy of ln K or of 0 (section 5.3)."""
+    return {
+        "teacher_entropy": criterion.teacher_entropy,
+        "kl": loss.detach() - criterion.teacher_entropy,
+        "ln_k": math.log(criterion.center.shape[1]),
+        "feature_spread": feature_spread(teacher_features),
+        "rank_me": rank_me(teacher_features),
+    }

@@ -1,0 +1,89 @@
+import pytest
+import torch
+
+from shared import distributed
+from tests.processes import free_port, run_processes
+
+
+def collectives(rank):
+    x = torch.tensor([[1.0 + rank], [10.0 + rank]], requires_grad=True)
+    gathered = distributed.all_gather_with_grad(x)
+    # every rank weighs the gathered rows differently: the gradient must sum what all ranks want of a row
+    weights = torch.arange(float(len(gathered))).view(-1, 1) * (rank + 1)
+    (gathered * weights).sum().backward()
+    return {
+        "sum": distributed.all_reduce_sum(torch.tensor(rank + 1.0)),
+        "mean": distributed.all_reduce_mean(torch.tensor(rank + 1.0)),
+        "gathered": gathered.detach(),
+        "grad": x.grad,
+        "objects": distributed.all_gather_object({"rank": rank}),
+        "broadcast": distributed.broadcast_object(f"from {rank}", src=1),
+        "largest": distributed.max_over_processes(7 * rank),
+    }
+
+
+def test_collectives_of_two_processes():
+    results = run_processes(collectives, 2)
+    for rank, result in enumerate(results):
+        assert result["sum"] == 3 and result["mean"] == 1.5
+        assert result["gathered"].flatten().tolist() == [1, 10, 2, 11]
+        assert result["grad"].flatten().tolist() == [3.0 * (2 * rank), 3.0 * (2 * rank + 1)]
+        assert result["objects"] == [{"rank": 0}, {"rank": 1}]
+        assert result["broadcast"] == "from 1"
+        assert result["largest"] == 7
+
+
+def test_collectives_of_one_process_are_the_identity():
+    result = {key: value for key, value in collectives(0).items() if key not in ("gathered", "grad", "broadcast")}
+    assert result == {"sum": 1, "mean": 1, "objects": [{"rank": 0}], "largest": 0}
+
+
+def disagree(rank):
+    distributed.check_same_on_all_processes(10, "the batch size")
+    try:
+        distributed.check_same_on_all_processes(100 + rank, "the number of images")
+    except RuntimeError as error:
+        return str(error)
+
+
+def test_processes_that_see_different_data_sets_say_so():
+    message = "the number of images differs between processes: rank 0 has 100, rank 1 has 101"
+    assert run_processes(disagree, 2) == [message, message]
+
+
+@pytest.fixture
+def launcher(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_ID", "SLURM_NTASKS", "MASTER_ADDR", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def test_a_world_that_does_not_come_up_is_an_error_that_names_the_rank(launcher):
+    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}.items():
+        launcher.setenv(name, str(value))
+    with pytest.raises(RuntimeError, match=r"rank 1 of 2 could not form the process group at 127\.0\.0\.1:\d+"):
+        distributed.init(device="cpu", timeout_s=1)
+
+
+def test_ranks_without_an_address_are_an_error(launcher):
+    launcher.setenv("RANK", "0")
+    launcher.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match="MASTER_ADDR is not set"):
+        distributed.init(device="cpu")
+
+
+def test_a_slurm_allocation_of_several_tasks_without_srun_is_not_trained_as_one_process(launcher):
+    launcher.setenv("SLURM_NTASKS", "8")
+    with pytest.raises(RuntimeError, match="SLURM_NTASKS=8 but was not started by srun"):
+        distributed.init(device="cpu")
+
+
+def test_a_single_process_needs_no_group(launcher):
+    assert distributed.init(device="cpu") == torch.device("cpu")
+    assert not distributed.is_initialized()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU on a machine without one")
+def test_asking_for_a_gpu_where_there_is_none_is_an_error(launcher):
+    with pytest.raises(ValueError, match="--device cuda: no GPU"):
+        distributed.init(device="cuda")
