@@ -1,7 +1,134 @@
-"""Multi-crop views and the wrapper that runs them through a network in as few passes as possible."""
+"""Multi-crop views of a data set, and the wrapper that runs them through a network in as few passes as possible."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from shared.data import BadImages, ImageSource
+from shared.randomness import derive_seed
+from shared.views import DrawStreams, ViewParams, ViewRecipe, apply_fast, apply_pil, draw_view
+
+__all__ = ["MultiCropDataset", "MultiCropWrapper", "ViewRecipe", "normalize_views"]
+
+
+class MultiCropDataset(Dataset):
+    """Batches of random views; every draw is a function of (seed, epoch, index).
+
+    An item's key is (epoch, index), and the loader fetches a whole batch at once (``__getitems__``): consecutive
+    recipes of equal size share one uint8 tensor, into which their views are written in place.
+
+    Args:
+        source: The images.
+        recipes: One per view.
+        backend: ``fast``, or ``pil`` for torchvision's PIL operations.
+        in_chans: Channels of the views: 3, or 1 for the luminance.
+        bad_images: Policy for images that cannot be read; by default they are replaced.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        recipes: Sequence[ViewRecipe],
+        seed: int = 0,
+        backend: str = "fast",
+        in_chans: int = 3,
+        bad_images: BadImages | None = None,
+    ):
+        if backend not in ("fast", "pil"):
+            raise ValueError(f"--augmentation {backend!r} is neither fast nor pil")
+        if in_chans not in (1, 3):
+            raise ValueError(f"--in_chans {in_chans} is neither 1 nor 3")
+        self.source, self.recipes, self.seed = source, list(recipes), seed
+        self.backend, self.in_chans = backend, in_chans
+        self.bad_images = bad_images or BadImages(len(source))
+        self.groups: list[list[ViewRecipe]] = []
+        for recipe in self.recipes:
+            if self.groups and self.groups[-1][-1].size_px == recipe.size_px:
+                self.groups[-1].append(recipe)
+            else:
+                self.groups.append([recipe])
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[list[Tensor], Tensor, Tensor]:
+        return self.__getitems__([key])
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Views, labels and indices of a batch.
+
+        Returns:
+            One uint8 tensor per group of equal size, (views in the group * B, C, size, size), crop-major (all images
+            of its first view, then of its second, ...) and channels-last in memory; labels (B,), -1 where there are
+            none; indices (B,), those of the replacements for images that cannot be read.
+        """
+        batches = [
+            np.empty((len(group), len(keys), group[0].size_px, group[0].size_px, self.in_chans), dtype=np.uint8)
+            for group in self.groups
+        ]
+        indices = []
+        for position, (epoch, index) in enumerate(keys):
+            slots = [view for batch in batches for view in batch[:, position]]
+            key = (self.seed, epoch, index)
+            indices.append(
+                self.bad_images.read(
+                    self.source, index, key, lambda i, key=key, slots=slots: self._write(i, key, slots)
+                )
+            )
+        views = [torch.from_numpy(batch).flatten(0, 1).permute(0, 3, 1, 2) for batch in batches]
+        labels = torch.tensor([self.source.label(index) for index in indices])
+        return views, labels, torch.tensor(indices)
+
+    def draw(self, height: int, width: int, key: tuple[int, int, int]) -> list[ViewParams]:
+        """Parameters of all views of an image of this size for ``key`` = (seed, epoch, index)."""
+        streams = DrawStreams(derive_seed(*key, 0), derive_seed(*key, 1))
+        return [draw_view(recipe, height, width, streams) for recipe in self.recipes]
+
+    def _write(self, index: int, key: tuple[int, int, int], slots: list[np.ndarray]) -> int:
+        """Write the views of image ``index`` into ``slots``; the image is decoded once."""
+        image = self.source.load(index)
+        views = self.draw(image.height, image.width, key)
+        if self.backend == "pil":
+            pixels = image.decode()
+            for view, recipe, slot in zip(views, self.recipes, slots, strict=True):
+                apply_pil(pixels, view, recipe, slot)
+            return index
+        pixels = image.decode(_allowed_reduction(views, self.recipes))
+        scale = pixels.shape[0] / image.height, pixels.shape[1] / image.width
+        for view, recipe, slot in zip(views, self.recipes, slots, strict=True):
+            apply_fast(pixels, view, recipe, slot, scale)
+        return index
+
+
+def _allowed_reduction(views: Sequence[ViewParams], recipes: Sequence[ViewRecipe]) -> int:
+    """Largest of 1, 2, 4, 8 by which the image may shrink with every crop still at least as large as its view."""
+    shrink = min(min(v.height, v.width) / r.size_px for v, r in zip(views, recipes, strict=True))
+    return next(reduction for reduction in (8, 4, 2, 1) if reduction <= max(shrink, 1))
+
+
+def normalize_views(
+    views: Sequence[Tensor],
+    device: torch.device | str,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype = torch.float32,
+) -> list[Tensor]:
+    """Move uint8 views to the device and normalise them there: (x / 255 - mean) / std.
+
+    Args:
+        views: uint8, each (V * B, C, H, W).
+        mean, std: Per channel, for pixels in [0, 1]; views of one channel take the averages over the channels.
+        dtype: Of the result; computed in float32.
+    """
+    mean, std = torch.tensor(mean), torch.tensor(std)
+    if views[0].shape[1] == 1:
+        mean, std = mean.mean(dim=0, keepdim=True), std.mean(dim=0, keepdim=True)
+    shift = (255 * mean).view(1, -1, 1, 1).to(device)
+    scale = (1 / (255 * std)).view(1, -1, 1, 1).to(device)
+    return [((view.to(device, non_blocking=True) - shift) * scale).to(dtype) for view in views]
 
 
 class MultiCropWrapper(nn.Module):

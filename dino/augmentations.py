@@ -1,0 +1,38 @@
+"""DINO's augmentation: two global views and several local ones (BYOL's colours, SwAV's multi-crop)."""
+
+from shared.views import ViewRecipe
+
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+FLIP_AND_COLOR = {"flip_p": 0.5, "jitter": (0.4, 0.4, 0.2, 0.1), "jitter_p": 0.8, "grey_p": 0.2}
+SOLARIZE_THRESHOLD = 128
+
+
+def dino_views(
+    global_crops_scale: tuple[float, float],
+    local_crops_scale: tuple[float, float],
+    local_crops_number: int,
+    global_crop_size: int = 224,
+    local_crop_size: int = 96,
+) -> list[ViewRecipe]:
+    """Recipes of the views of one image: global 1, global 2, then the local ones.
+
+    All are bicubic crops with the same flip and colours. The first global view is always blurred, the second rarely but
+    it may be solarised, the local ones are blurred half of the time.
+
+    Args:
+        global_crops_scale: Range of a global crop's share of the image area.
+        local_crops_scale: The same for the local crops.
+        global_crop_size: Side of the global views in pixels.
+        local_crop_size: Side of the local views in pixels.
+    """
+    if local_crops_number < 0:
+        raise ValueError(f"--local_crops_number {local_crops_number} is negative")
+    global_crop = {"size_px": global_crop_size, "scale": tuple(global_crops_scale), **FLIP_AND_COLOR}
+    local_crop = {"size_px": local_crop_size, "scale": tuple(local_crops_scale), **FLIP_AND_COLOR}
+    return [
+        ViewRecipe(**global_crop, blur_p=1.0),
+        ViewRecipe(**global_crop, blur_p=0.1, solarize_p=0.2, solarize_threshold=SOLARIZE_THRESHOLD),
+        *[ViewRecipe(**local_crop, blur_p=0.5)] * local_crops_number,
+    ]

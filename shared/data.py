@@ -1,0 +1,275 @@
+"""Loading in an order and with replacements that depend on nothing but seeds.
+
+``open_source`` (``sources.py``) understands ``--data_path``; :class:`EpochBatchSampler` and :func:`make_loader` feed
+training, :class:`EvalDataset` feeds evaluation, :class:`BadImages` decides what a broken file does to a run.
+"""
+
+import math
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from shared.images import DecodedImage, EncodedImage, ImageError, read_image
+from shared.randomness import derive_seed
+from shared.sources import ArraySource, FileSource, ImageSource, check_same_classes, locked, open_source
+
+__all__ = [
+    "ArraySource",
+    "BadImages",
+    "DecodedImage",
+    "EncodedImage",
+    "EpochBatchSampler",
+    "EvalDataset",
+    "EvalTransform",
+    "FileSource",
+    "ImageError",
+    "ImageSource",
+    "check_same_classes",
+    "make_loader",
+    "open_source",
+    "read_image",
+]
+
+T = TypeVar("T")
+
+
+class BadImages:
+    """What happens when an image cannot be read: another one takes its place, or the run stops.
+
+    Args:
+        num_images: Size of the data set.
+        list_path: File that gets one line per bad image, ``path<TAB>reason``, whichever process meets it first; a run
+            that resumes goes on with the same list. None keeps the list in memory, per process.
+        on_bad_image: ``replace`` or ``error``.
+        max_fraction: The run stops when more than this share of the images (and more than one) is bad.
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        list_path: str | os.PathLike | None = None,
+        on_bad_image: str = "replace",
+        max_fraction: float = 0.01,
+    ):
+        if on_bad_image not in ("replace", "error"):
+            raise ValueError(f"--on_bad_image {on_bad_image!r} is neither replace nor error")
+        if not 0 <= max_fraction <= 1:
+            raise ValueError(f"--max_bad_fraction {max_fraction} is outside [0, 1]")
+        self.num_images = num_images
+        self.list_path = None if list_path is None else Path(list_path)
+        self.on_bad_image = on_bad_image
+        self.limit = max(1, math.floor(max_fraction * num_images))
+        self._known: set[str] = set()
+
+    def count(self) -> int:
+        """Number of bad images met so far (by all processes, with a ``list_path``)."""
+        if self.list_path is None:
+            return len(self._known)
+        return len(self._listed()) if self.list_path.exists() else 0
+
+    def read(self, source: ImageSource, index: int, key: Sequence[int], process: Callable[[int], T]) -> T:
+        """``process(index)``, or ``process`` of the first readable replacement.
+
+        Args:
+            key: Integers that fix the replacements, such as (seed, epoch, index).
+
+        Raises:
+            ImageError: If there are too many bad images or ``on_bad_image`` is ``error``.
+        """
+        candidate = index
+        for attempt in range(100):
+            try:
+                return process(candidate)
+            except ImageError as error:
+                self._report(source.path(candidate), error)
+            candidate = derive_seed(*key, attempt) % self.num_images
+        raise ImageError(f"{source.path(index)} and 100 replacements for it cannot be read")
+
+    def _report(self, path: str, error: ImageError) -> None:
+        if self.on_bad_image == "error":
+            raise error
+        if path in self._known:
+            return
+        self._known.add(path)
+        if self.list_path is not None:
+            reason = str(error).removeprefix(f"{path}: ")
+            self._append(path, f"{path}\t{reason}".replace("\n", " "))
+        if (count := self.count()) > self.limit:
+            listed = "" if self.list_path is None else f", see {self.list_path}"
+            raise ImageError(
+                f"{count} of {self.num_images} images cannot be read, more than --max_bad_fraction allows "
+                f"({self.limit}){listed}; the last one: {error}"
+            )
+
+    def _append(self, path: str, line: str) -> None:
+        with locked(self.list_path):
+            listed = self._listed()
+            if path not in listed:
+                with open(self.list_path, "a", encoding="utf-8", errors="surrogateescape") as file:
+                    file.write(line + "\n")
+
+    def _listed(self) -> set[str]:
+        with open(self.list_path, encoding="utf-8", errors="surrogateescape") as lines:
+            return {line.partition("\t")[0] for line in lines}
+
+
+# --------------------------------------------------------------------------------------------- evaluation and loading
+
+
+class EvalTransform:
+    """Resize the short side (bicubic, antialiased as Pillow does it), crop the centre, normalise.
+
+    Args:
+        resize_px: Short side after resizing.
+        crop_px: Side of the centre crop.
+        mean, std: Per channel, for pixels in [0, 1]; without them the result stays uint8.
+        in_chans: 3, or 1 for the luminance.
+    """
+
+    def __init__(self, resize_px: int = 256, crop_px: int = 224, mean=None, std=None, in_chans: int = 3):
+        if crop_px > resize_px:
+            raise ValueError(f"a centre crop of {crop_px} pixels does not fit into a short side of {resize_px}")
+        self.resize_px, self.crop_px, self.in_chans = resize_px, crop_px, in_chans
+        self.mean = None if mean is None else torch.tensor(mean, dtype=torch.float32).reshape(-1, 1, 1)
+        self.std = None if std is None else torch.tensor(std, dtype=torch.float32).reshape(-1, 1, 1)
+
+    def __call__(self, pixels: np.ndarray) -> Tensor:
+        """RGB pixels (H, W, 3), uint8, to (C, crop_px, crop_px): float32 when normalised, else uint8."""
+        height, width = pixels.shape[:2]
+        short = min(height, width)
+        size = (int(self.resize_px * height / short), int(self.resize_px * width / short))
+        image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+        image = F.interpolate(image, size=size, mode="bicubic", antialias=True)[0]
+        top, left = (round((side - self.crop_px) / 2) for side in size)
+        image = image[:, top : top + self.crop_px, left : left + self.crop_px]
+        if self.in_chans == 1:
+            image = torchvision.transforms.functional.rgb_to_grayscale(image)
+        if self.mean is None:
+            return image.contiguous()
+        return (image.float() / 255 - self.mean) / self.std
+
+
+class EvalDataset(Dataset):
+    """(image, label, index) of a source, in its order; the label is -1 where there are no classes.
+
+    Args:
+        transform: Maps RGB pixels (H, W, 3), uint8, to a tensor.
+        bad_images: Policy for images that cannot be read; by default the first one is an error.
+    """
+
+    def __init__(
+        self, source: ImageSource, transform: Callable[[np.ndarray], Tensor], bad_images: BadImages | None = None
+    ):
+        self.source = source
+        self.transform = transform
+        self.bad_images = bad_images or BadImages(len(source), on_bad_image="error")
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+        return self.bad_images.read(self.source, index, (index,), self._read)
+
+    def _read(self, index: int) -> tuple[Tensor, int, int]:
+        return self.transform(self.source.load(index).decode()), self.source.label(index), index
+
+
+class EpochBatchSampler:
+    """Batches of (epoch, index) keys, the same on every run, resumable inside an epoch.
+
+    The order is that of torch's ``DistributedSampler``: a permutation seeded with ``seed + epoch``, padded with its own
+    beginning to a multiple of ``world_size``, of which rank r takes every ``world_size``-th from r on.
+
+    Args:
+        num_samples: Size of the data set.
+        batch_size: Images per process.
+        drop_last: Leave out the last, smaller batch.
+
+    Raises:
+        ValueError: If there are fewer images per process than a batch takes.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        drop_last: bool = True,
+    ):
+        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
+        self.rank, self.world_size, self.drop_last = rank, world_size, drop_last
+        self.epoch = self.start_step = 0
+        if batch_size < 1 or len(self) < 1:
+            raise ValueError(
+                f"{num_samples} images on {world_size} process(es) do not fill one batch of {batch_size} per process"
+            )
+
+    def __len__(self) -> int:
+        """Steps of a whole epoch."""
+        per_rank = -(-self.num_samples // self.world_size)
+        return per_rank // self.batch_size if self.drop_last else -(-per_rank // self.batch_size)
+
+    def set_epoch(self, epoch: int, start_step: int = 0) -> None:
+        """Choose the next epoch and how many of its batches were done already; those are not loaded."""
+        self.epoch, self.start_step = epoch, start_step
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(self.num_samples, generator=generator).numpy()
+        per_rank = -(-self.num_samples // self.world_size)
+        mine = np.resize(order, per_rank * self.world_size)[self.rank :: self.world_size]
+        for step in range(self.start_step, len(self)):
+            batch = mine[step * self.batch_size : (step + 1) * self.batch_size]
+            yield [(self.epoch, index) for index in batch.tolist()]
+
+
+def make_loader(
+    dataset: Dataset,
+    *,
+    batch_sampler: EpochBatchSampler | None = None,
+    batch_size: int | None = None,
+    sampler: Iterable[int] | None = None,
+    num_workers: int = 0,
+    device: torch.device | str = "cpu",
+    prefetch_factor: int = 2,
+) -> DataLoader:
+    """A loader whose batches do not depend on ``num_workers``.
+
+    Workers persist, prefetch, and compute with one thread each; batches are pinned when ``device`` is a GPU.
+
+    Args:
+        batch_sampler: For training; otherwise ``batch_size`` and optionally ``sampler``, in order and complete.
+    """
+    how = {"batch_sampler": batch_sampler} if batch_sampler else {"batch_size": batch_size, "sampler": sampler}
+    return DataLoader(
+        dataset,
+        num_workers=num_workers,
+        collate_fn=_as_is if hasattr(dataset, "__getitems__") else None,
+        pin_memory=torch.device(device).type == "cuda",
+        persistent_workers=num_workers > 0,
+        prefetch_factor=prefetch_factor if num_workers > 0 else None,
+        worker_init_fn=_start_worker,
+        **how,
+    )
+
+
+def _as_is(batch):
+    return batch  # the data set assembled it
+
+
+def _start_worker(worker_id: int) -> None:
+    cv2.setNumThreads(1)  # torch sets its own
+    for name in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):  # these are for the main process, which ends workers
+        signal.signal(name, signal.SIG_IGN)

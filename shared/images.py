@@ -1,0 +1,203 @@
+"""Compressed images: their size without decoding them, and pixels that are right or an error, never half a picture."""
+
+import io
+import os
+import stat
+import struct
+import warnings
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+MAX_PIXELS = 89_478_485  # what Pillow warns at; a larger image is refused before memory is allocated for it
+MAX_FILE_BYTES = 1 << 28
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's list
+_ORIENTATION_TAG = 0x0112
+
+
+class ImageError(ValueError):
+    """A file that cannot be read as an image; the message holds its name and the reason."""
+
+
+class DecodedImage:
+    """Pixels in memory with the interface of :class:`EncodedImage`.
+
+    Args:
+        pixels: RGB, uint8, shape (H, W, 3).
+    """
+
+    def __init__(self, pixels: np.ndarray):
+        self.pixels = pixels
+        self.height, self.width = pixels.shape[:2]
+
+    def decode(self, reduction: int = 1) -> np.ndarray:
+        """The pixels at full size, whatever ``reduction`` allows."""
+        return self.pixels
+
+
+class EncodedImage:
+    """An image file in memory, decoded on demand.
+
+    ``height`` and ``width`` come from the header and are those after the EXIF rotation. Every mode becomes 8-bit RGB:
+    grey is repeated, palettes and CMYK are converted, transparent pixels are laid over white, 16-bit grey is divided
+    by 257.
+
+    Args:
+        data: Content of the file.
+        name: File name for error messages.
+
+    Raises:
+        ImageError: If the header is not that of an image or announces more than ``MAX_PIXELS``.
+    """
+
+    def __init__(self, data: bytes, name: str = "image"):
+        self.data, self.name = data, name
+        self._pil: Image.Image | None = None
+        header = _turbo_header(data)
+        self._turbo = header is not None
+        if header:
+            height, width = header
+            self.orientation = _jpeg_orientation(data)
+        else:
+            self._pil = _open_with_pil(data, name)
+            width, height = self._pil.size
+            self.orientation = _pil_orientation(self._pil)
+        if height * width > MAX_PIXELS:
+            raise ImageError(f"{name}: {width}x{height} pixels are more than the limit of {MAX_PIXELS}")
+        transposed = self.orientation >= 5
+        self.height, self.width = (width, height) if transposed else (height, width)
+
+    def decode(self, reduction: int = 1) -> np.ndarray:
+        """RGB pixels, uint8, C-contiguous, shape (H, W, 3).
+
+        Args:
+            reduction: 1, 2, 4 or 8; allows sides divided by it (rounded up). JPEG files use it to decode faster, other
+                files come at full size, so callers take the scale from the shape.
+
+        Raises:
+            ImageError: If the file is truncated or broken.
+        """
+        pixels = self._decode_turbo(reduction) if self._turbo else self._decode_pil()
+        return pixels if self.orientation == 1 else np.ascontiguousarray(_rotate(pixels, self.orientation))
+
+    def _decode_turbo(self, reduction: int) -> np.ndarray:
+        least = {}
+        if reduction > 1:
+            height, width = (self.width, self.height) if self.orientation >= 5 else (self.height, self.width)
+            least = {"min_height": -(-height // reduction), "min_width": -(-width // reduction)}
+        try:
+            return simplejpeg.decode_jpeg(self.data, "RGB", **least)
+        except ValueError as error:
+            # Bytes before the end marker come after the last pixel; any other warning may mean missing pixels.
+            if not str(error).endswith("extraneous bytes before marker 0xd9"):
+                raise ImageError(f"{self.name}: {error}") from error
+        return simplejpeg.decode_jpeg(self.data, "RGB", strict=False, **least)
+
+    def _decode_pil(self) -> np.ndarray:
+        image = self._pil or _open_with_pil(self.data, self.name)
+        self._pil = None  # loading keeps the pixels alive in the PIL object
+        try:
+            image.load()
+            return np.array(_to_rgb(image, self.name))  # a copy: PIL's own memory is read-only
+        except ImageError:
+            raise
+        except Exception as error:  # a broken file makes Pillow raise nearly anything; it goes on as one type
+            raise ImageError(f"{self.name}: {error or type(error).__name__}") from error
+
+
+def read_image(path: str | os.PathLike) -> EncodedImage:
+    """Read an image file.
+
+    Raises:
+        ImageError: If it is missing, unreadable, no regular file, larger than ``MAX_FILE_BYTES`` or no image.
+    """
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # opening a named pipe would wait for ever
+            raise ImageError(f"{path}: not a regular file")
+        if status.st_size > MAX_FILE_BYTES:
+            raise ImageError(f"{path}: {status.st_size} bytes are more than the limit of {MAX_FILE_BYTES}")
+        with open(path, "rb") as file:
+            data = file.read()
+    except OSError as error:
+        raise ImageError(f"{path}: {error.strerror or error}") from error
+    return EncodedImage(data, str(path))
+
+
+def _turbo_header(data: bytes) -> tuple[int, int] | None:
+    """Height and width of a JPEG that libjpeg-turbo turns into RGB; None for CMYK, rare layouts and other formats."""
+    if data[:3] != b"\xff\xd8\xff":
+        return None
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+    except (ValueError, KeyError):  # KeyError: a layout it has no name for
+        return None
+    return (height, width) if colorspace in ("YCbCr", "Gray", "RGB") else None
+
+
+def _open_with_pil(data: bytes, name: str) -> Image.Image:
+    if not data:
+        raise ImageError(f"{name}: empty file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            return Image.open(io.BytesIO(data))
+    except Image.UnidentifiedImageError as error:
+        raise ImageError(f"{name}: not an image of a known format") from error
+    except Exception as error:  # as in _decode_pil
+        raise ImageError(f"{name}: {error or type(error).__name__}") from error
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode == "F":
+        raise ImageError(f"{name}: floating-point pixels have no defined range")
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ImageError(f"{name}: pixel values outside the 16-bit range")
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _pil_orientation(image: Image.Image) -> int:
+    try:
+        orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+    except Exception:  # metadata that cannot be read says nothing about the pixels
+        return 1
+    return orientation if orientation in range(1, 9) else 1
+
+
+def _jpeg_orientation(data: bytes) -> int:
+    """EXIF orientation of a JPEG file, found by walking over its header segments (microseconds)."""
+    position = 2
+    while position + 4 <= len(data) and data[position] == 0xFF:
+        marker, length = data[position + 1], struct.unpack_from(">H", data, position + 2)[0]
+        if marker == 0xE1 and data[position + 4 : position + 10] == b"Exif\0\0":
+            exif = Image.Exif()
+            try:
+                exif.load(data[position + 4 : position + 2 + length])
+                orientation = exif.get(_ORIENTATION_TAG, 1)
+            except Exception:  # metadata that cannot be read says nothing about the pixels
+                return 1
+            return orientation if orientation in range(1, 9) else 1
+        if marker in (0xDA, 0xC0, 0xC2):  # the picture begins
+            return 1
+        position += 2 + length
+    return 1
+
+
+def _rotate(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Undo the camera's orientation: 5 to 8 swap the axes, then rows and columns may run backwards."""
+    if orientation >= 5:
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return pixels
