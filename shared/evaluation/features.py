@@ -2,12 +2,13 @@
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset, Sampler
 
 from shared import distributed
+from shared.data import make_loader
 
 
-class ShareOfRank(torch.utils.data.Sampler):
+class ShareOfRank(Sampler):
     """Samples ``rank, rank + W, rank + 2 W, ...``; every rank gets ceil(N / W), the last sample fills up."""
 
     def __init__(self, num_samples: int):
@@ -52,12 +53,8 @@ def extract_features(
     num_samples = len(dataset)
     if num_samples == 0:
         raise ValueError("cannot extract features: the data set is empty")
-    loader = DataLoader(
-        dataset,
-        batch_size,
-        sampler=ShareOfRank(num_samples),
-        num_workers=num_workers,
-        pin_memory=device.type == "cuda",
+    loader = make_loader(
+        dataset, batch_size=batch_size, sampler=ShareOfRank(num_samples), num_workers=num_workers, device=device
     )
     features = labels = None
     was_training = model.training

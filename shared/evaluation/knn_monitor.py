@@ -1,0 +1,95 @@
+"""Weighted k-NN while a network trains: the cheapest honest sign that features get better."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from shared.data import EvalDataset, EvalTransform, ImageSource, check_same_classes, open_source
+
+from .features import extract_features
+from .knn import knn_classify
+
+AUTOMATIC_UP_TO = 100_000  # images; beyond, an evaluation is worth asking for by flag
+
+
+def open_labelled(data_path: str | None, val_path: str | None) -> tuple[ImageSource, ImageSource] | str:
+    """Labelled train and val images for an evaluation, or the reason why there are none.
+
+    The val images are those of ``val_path``; else the val part of ``data_path``; else a folder ``val`` beside a folder
+    ``train``; else one image in ten of ``data_path`` (by the CRC-32 of its relative path).
+    """
+    train = open_source(data_path, "train")
+    if train.classes is None:
+        return "the images have no classes"
+    if len(train.classes) < 2:
+        return f"there is only one class, {train.classes[0]!r}"
+    beside = Path(data_path).with_name("val") if data_path and Path(data_path).name == "train" else None
+    if val_path is not None:
+        val = open_source(val_path, "all", flag="--val_path")
+    elif beside is not None and beside.is_dir():
+        val = open_source(str(beside), "all")
+    else:
+        try:
+            val = open_source(data_path, "val")
+        except ValueError:  # no val part
+            train, val = (open_source(data_path, split, holdout=True) for split in ("train", "val"))
+    check_same_classes(train, val)
+    return train, val
+
+
+class KNNMonitor:
+    """Top-1 of weighted k-NN on a validation split, between epochs.
+
+    Args:
+        sources: From :func:`open_labelled`; a reason switches the monitor off.
+        image_size: Side in pixels of the centre crops.
+        every_epochs: Evaluate after every so many epochs; 0: never. None: before and after training, when there are at
+            most 100,000 images.
+        epochs: Length of the training.
+        k: Neighbours; fewer if the train split is smaller.
+    """
+
+    def __init__(
+        self,
+        sources: tuple[ImageSource, ImageSource] | str,
+        image_size: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        every_epochs: int | None,
+        epochs: int,
+        device: torch.device,
+        in_chans: int = 3,
+        num_workers: int = 0,
+        k: int = 20,
+    ):
+        self.every_epochs, self.epochs, self.device, self.num_workers = every_epochs, epochs, device, num_workers
+        self.off = sources if isinstance(sources, str) else None
+        if self.off is None and every_epochs is None and len(sources[0]) > AUTOMATIC_UP_TO:
+            self.off = f"there are {len(sources[0]):,} images; ask for it with --eval_knn_freq"
+        if every_epochs == 0:
+            self.off = "--eval_knn_freq 0"
+        if self.off is None:
+            resize_px = round(image_size * 256 / 224)  # the usual ratio of short side and crop
+            transform = EvalTransform(resize_px, image_size, mean, std, in_chans)
+            self.train, self.val = (EvalDataset(source, transform) for source in sources)
+            self.k = min(k, len(sources[0]))
+
+    def is_due(self, epoch: int) -> bool:
+        """Whether to evaluate after ``epoch`` (-1: before training)."""
+        if self.off is not None:
+            return False
+        ends = epoch in (-1, self.epochs - 1)
+        return ends or (self.every_epochs is not None and (epoch + 1) % self.every_epochs == 0)
+
+    def features(self, backbone: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Train features, train labels, val features, val labels."""
+        return tuple(
+            tensor
+            for dataset in (self.train, self.val)
+            for tensor in extract_features(backbone, dataset, self.device, num_workers=self.num_workers)
+        )
+
+    def run(self, backbone: nn.Module) -> float:
+        """Top-1 in percent."""
+        return knn_classify(*self.features(backbone), k=self.k)[0]
