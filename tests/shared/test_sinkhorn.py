@@ -1,0 +1,153 @@
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from shared import distributed, sinkhorn
+from shared.sinkhorn import sinkhorn_knopp
+from tests.processes import run_processes
+
+
+def cosines(num_samples, num_prototypes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    samples, prototypes = (torch.randn(n, 4, generator=generator) for n in (num_samples, num_prototypes))
+    return F.normalize(samples, dim=1) @ F.normalize(prototypes, dim=1).t()
+
+
+def log_sum_exp(values):
+    largest = max(values)
+    return largest + math.log(sum(math.exp(value - largest) for value in values))
+
+
+def slow_sinkhorn(scores, epsilon, num_iters):
+    """The iteration entry by entry on Python's floats, in logarithms."""
+    rows = [[score / epsilon for score in row] for row in scores.double().tolist()]
+    B, K = len(rows), len(rows[0])
+    total = log_sum_exp([value for row in rows for value in row])
+    rows = [[value - total for value in row] for row in rows]
+    for _ in range(num_iters):
+        for k in range(K):
+            mass = log_sum_exp([row[k] for row in rows])
+            for row in rows:
+                row[k] -= mass + math.log(K)
+        for row in rows:
+            mass = log_sum_exp(row)
+            row[:] = [value - mass - math.log(B) for value in row]
+    return torch.tensor([[B * math.exp(value) for value in row] for row in rows])
+
+
+@pytest.mark.parametrize("num_iters", [0, 1, 3, 20])
+@pytest.mark.parametrize("epsilon", [1.0, 0.05, 0.03, 1e-4])
+def test_assignments_equal_a_loop_over_entries(epsilon, num_iters):
+    """1e-4 puts the logarithms between -1e4 and 1e4."""
+    scores = cosines(12, 7)
+    torch.testing.assert_close(
+        sinkhorn_knopp(scores, epsilon, num_iters), slow_sinkhorn(scores, epsilon, num_iters), rtol=1e-4, atol=1e-7
+    )
+
+
+@pytest.mark.parametrize("limit", [math.inf, 0.0])
+def test_both_forms_of_the_iteration_give_the_same(limit, monkeypatch):
+    scores, expected = cosines(50, 20), sinkhorn_knopp(cosines(50, 20))
+    monkeypatch.setattr(sinkhorn, "SCALING_LIMIT", limit)
+    torch.testing.assert_close(sinkhorn_knopp(scores), expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e2, 1e4, 1e30])
+def test_every_sample_has_mass_one_at_any_range_of_scores(scale):
+    assignments = sinkhorn_knopp(scale * cosines(40, 10), epsilon=1.0)
+    torch.testing.assert_close(assignments.sum(dim=1), torch.ones(40))
+
+
+def test_a_prototype_that_no_sample_is_near_still_gets_its_share():
+    """Its column underflows in exp(scores / epsilon), where the plain iteration divides 0 by 0."""
+    scores = cosines(40, 10)
+    scores[:, 3] = -1000.0
+    assignments = sinkhorn_knopp(scores, num_iters=100)
+    torch.testing.assert_close(assignments.sum(dim=0), torch.full((10,), 4.0), rtol=1e-3, atol=0)
+
+
+def test_assignments_use_every_prototype_equally_when_the_iteration_converges():
+    assignments = sinkhorn_knopp(cosines(64, 8), epsilon=0.5, num_iters=100)
+    torch.testing.assert_close(assignments.sum(dim=0), torch.full((8,), 8.0))
+
+
+def test_prototypes_get_more_equal_with_every_iteration():
+    scores = cosines(64, 8)
+    unevenness = [sinkhorn_knopp(scores, num_iters=n).sum(dim=0).std().item() for n in (1, 2, 4, 8, 16)]
+    assert all(later < earlier for earlier, later in pairwise(unevenness))
+
+
+@pytest.mark.parametrize("epsilon", [0.05, 1e-3])
+def test_a_constant_added_to_all_scores_changes_nothing(epsilon):
+    scores = (cosines(30, 10) * 1024).round() / 1024  # exact when shifted
+    torch.testing.assert_close(sinkhorn_knopp(scores + 64, epsilon), sinkhorn_knopp(scores, epsilon))
+
+
+def test_scores_of_half_precision_and_autocast_are_balanced_in_float32():
+    scores = cosines(30, 10).half()  # exp(1 / 0.05) is beyond the range of float16
+    expected = sinkhorn_knopp(scores.float())
+    torch.testing.assert_close(sinkhorn_knopp(scores), expected, rtol=0, atol=0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(sinkhorn_knopp(scores), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("num_iters", [0, 3])
+def test_a_known_bound_on_the_scores_changes_nothing(num_iters):
+    for epsilon in (0.05, 0.01):
+        bounded = sinkhorn_knopp(cosines(30, 10), epsilon, num_iters, max_abs_score=1.0)
+        torch.testing.assert_close(bounded, sinkhorn_knopp(cosines(30, 10), epsilon, num_iters), rtol=1e-4, atol=1e-7)
+
+
+def test_no_gradient_flows_and_the_scores_stay_as_they_are():
+    scores = cosines(30, 10).requires_grad_()
+    before = scores.detach().clone()
+    assert not sinkhorn_knopp(scores).requires_grad
+    assert torch.equal(scores, before)
+
+
+def test_nan_scores_are_not_hidden():
+    scores = cosines(30, 10)
+    scores[0, 0] = torch.nan
+    assert sinkhorn_knopp(scores).isnan().any()
+
+
+@pytest.mark.parametrize("arguments", [{"epsilon": 0.0}, {"epsilon": -1.0}, {"num_iters": -1}])
+def test_impossible_parameters_are_refused(arguments):
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        sinkhorn_knopp(cosines(3, 3), **arguments)
+
+
+CASES = [(epsilon, n, bound) for epsilon in (0.05, 1e-4) for n in (0, 3) for bound in (None, 1.0)]
+
+
+def balance_share(rank):
+    """Assignments of this rank's half of the rows and the number of collectives, per case."""
+    calls = 0
+
+    def counted(collective):
+        def call(tensor):
+            nonlocal calls
+            calls += 1
+            return collective(tensor)
+
+        return call
+
+    distributed.all_gather = counted(distributed.all_gather)
+    distributed.all_reduce_sum = counted(distributed.all_reduce_sum)
+    results = []
+    for epsilon, num_iters, bound in CASES:
+        calls = 0
+        results.append((sinkhorn_knopp(cosines(24, 7)[12 * rank :][:12], epsilon, num_iters, bound), calls))
+    return results
+
+
+def test_two_processes_give_the_assignments_of_one_with_one_collective_per_iteration():
+    ranks = run_processes(balance_share, 2)
+    for (epsilon, num_iters, bound), *shares in zip(CASES, *ranks, strict=True):
+        together = torch.cat([assignments for assignments, _ in shares])
+        alone = sinkhorn_knopp(cosines(24, 7), epsilon, num_iters)
+        torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-7)
+        assert [calls for _, calls in shares] == [max(num_iters, 1) + (bound is None)] * 2
