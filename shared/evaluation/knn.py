@@ -89,7 +89,7 @@ def knn_accuracies(
         for k in hits:
             rank = _rank_of_target(similarities[:, :k], train_labels[indices[:, :k]], targets, temperature, num_classes)
             hits[k] += torch.stack([(rank < 1).sum(), (rank < min(5, k, num_classes)).sum()]).cpu()
-    return {k: tuple((100 * count / len(test_labels)).tolist()) for k, count in hits.items()}
+    return {k: tuple(100 * count / len(test_labels) for count in counts.tolist()) for k, counts in hits.items()}
 
 
 def _check_labels(labels: Tensor, features: Tensor, name: str) -> None:

@@ -1,0 +1,46 @@
+"""Flags that the evaluation scripts have in common."""
+
+import argparse
+
+
+def bool_flag(text: str) -> bool:
+    """An explicit boolean value on the command line: on/true/1 or off/false/0, in any case."""
+    if text.lower() in ("on", "true", "1"):
+        return True
+    if text.lower() in ("off", "false", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected on/true/1 or off/false/0, got {text!r}")
+
+
+def evaluation_parser(docstring: str, arch: str = "vit_small", patch_size: int = 16) -> argparse.ArgumentParser:
+    """A parser with the flags that choose the frozen backbone.
+
+    Args:
+        docstring: Of the script; its first paragraph is the description.
+        arch: Default architecture.
+        patch_size: Default patch size in pixels.
+    """
+    parser = argparse.ArgumentParser(
+        description=docstring.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument_group("backbone").add_argument
+    add("--arch", default=arch, help="vit_tiny, vit_small, vit_base, or any torchvision or timm model name")
+    add("--patch_size", type=int, default=patch_size, help="side of the ViT's patches in pixels")
+    add("--pretrained_weights", default="", help="a file of any layout; random; without it the released weights")
+    add("--checkpoint_key", default="teacher", help="network to take from a training checkpoint")
+    return parser
+
+
+def add_process_flags(parser: argparse.ArgumentParser, launcher: bool = True) -> None:
+    """Device and loader flags, and those of the launcher for scripts that run on several processes."""
+    add = parser.add_argument_group("processes").add_argument
+    add("--num_workers", type=int, default=10, help="loader processes per rank")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    if launcher:
+        add("--dist_url", default="env://", help="rendezvous of the processes")
+        add("--local_rank", "--local-rank", type=int, default=0, help="ignored: read from the environment")
+
+
+def set_embedded_data_defaults(parser: argparse.ArgumentParser) -> None:
+    """Defaults for the embedded 8x8 pixel digits and for the network that ``main_dino.py`` trains on them."""
+    parser.set_defaults(patch_size=4, image_size=16, pretrained_weights="runs/digits/checkpoint.pth")
