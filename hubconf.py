@@ -16,12 +16,13 @@ dependencies = ["torch", "torchvision", "timm", "numpy", "safetensors"]
 
 def _backbone(name: str, pretrained: bool, **kwargs) -> nn.Module:
     release = _pretrained.RELEASES[name]
+    weights = _pretrained.fetch(release.backbone) if pretrained else None
     if release.arch.startswith("vit_"):
         backbone = getattr(_vision_transformer, release.arch)(patch_size=release.patch_size, **kwargs)
     else:
         backbone, _ = _build_backbone(release.arch, **kwargs)
-    if pretrained:
-        _load_backbone_weights(backbone, _pretrained.fetch(release.backbone))
+    if weights is not None:
+        _load_backbone_weights(backbone, weights)
     return backbone
 
 

@@ -55,11 +55,11 @@ def build_backbone(
         arch += "_224"
     if timm.is_model(arch):
         return _build_timm(arch, drop_path_rate, img_size, in_chans)
-    close = difflib.get_close_matches(arch, available_architectures(), n=5)
+    names = available_architectures()
+    close = difflib.get_close_matches(arch, names, n=5) or [name for name in names if arch in name][:5]
     raise ValueError(
-        f"--arch {arch} is unknown"
-        + (f"; did you mean {', '.join(close)}?" if close else "")
-        + f" Known are {', '.join(VIT_NAMES)} and the models of torchvision and timm."
+        f"--arch {arch} is unknown{'; did you mean ' + ', '.join(close) + '?' if close else '.'} "
+        f"Known are {', '.join(VIT_NAMES)} and the models of torchvision and timm."
     )
 
 
