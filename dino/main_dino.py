@@ -30,8 +30,10 @@ from dino.losses import DINOLoss
 from dino.networks import build_backbone
 from dino.vision_transformer import DINOHead
 from shared import distributed, randomness
+from shared.attempt import Attempt
 from shared.checkpoint import Checkpointer, check_flags, load_latest, resume_position, without_prefix
-from shared.data import EpochBatchSampler, make_loader, open_source
+from shared.data import BadImages, EpochBatchSampler, default_num_workers, make_loader, open_source
+from shared.evaluation.knn_monitor import KNNMonitor, open_labelled
 from shared.metrics import RunLog, feature_spread, rank_me
 from shared.multicrop import MultiCropDataset, MultiCropWrapper, normalize_views
 from shared.optim import (
@@ -150,9 +152,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--epochs", type=int, default=100)
     add("--batch_size_per_gpu", type=int, default=64, help="images per process")
     add("--optimizer", default="adamw", choices=("adamw", "sgd", "lars"))
-    add(
-        "--lr", type=float, default=0.0005, help="peak learning rate for 256 images per step; scaled linearly"
-    )
+    add("--lr", type=float, default=0.0005, help="peak learning rate for 256 images per step; scaled linearly")
     add("--warmup_epochs", type=int, default=10, help="epochs of linear learning-rate warm-up")
     add("--min_lr", type=float, default=1e-6, help="learning rate at the end")
     add("--weight_decay", type=float, default=0.04, help="weight decay at the start")
@@ -187,9 +187,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Parse and check the command line; without ``--data_path`` the defaults are those of the embedded data."""
-    parser = get_args_parser()
+def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
+    """Parse and check the command line; without ``--data_path`` the defaults are those of the embedded data.
+
+    Args:
+        arguments: The command line's own by default.
+        parser: That of :func:`get_args_parser` with further flags, for scripts that have them.
+    """
+    parser = parser or get_args_parser()
     args = parser.parse_args(arguments)
     if args.data_path is None:
         parser.set_defaults(**EMBEDDED_DATA_DEFAULTS)
@@ -223,11 +228,15 @@ def train_dino(args: argparse.Namespace) -> None:
     precision = Precision(args.amp if args.use_fp16 else "fp32", device)
     randomness.seed_everything(args.seed)
     output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    if distributed.is_main_process():
+        output_dir.mkdir(parents=True, exist_ok=True)
+        Attempt.current().claim(output_dir)
+    distributed.barrier()
     world_size = distributed.get_world_size()
 
     # data
-    source = open_source(args.data_path, "train", in_chans=args.in_chans)
+    source = open_source(args.data_path, "train")
+    distributed.check_same_on_all_processes(len(source), "the number of training images")
     recipes = dino_views(
         args.global_crops_scale,
         args.local_crops_scale,
@@ -235,11 +244,11 @@ def train_dino(args: argparse.Namespace) -> None:
         args.global_crop_size,
         args.local_crop_size,
     )
-    dataset = MultiCropDataset(source, recipes, seed=args.seed, backend=args.augmentation)
-    sampler = EpochBatchSampler(
-        len(source), args.batch_size_per_gpu, args.seed, distributed.get_rank(), world_size
-    )
-    loader = make_loader(dataset, sampler, args.num_workers, device)
+    bad_images = BadImages(len(source), output_dir / "bad_images.txt", args.on_bad_image, args.max_bad_fraction)
+    dataset = MultiCropDataset(source, recipes, args.seed, args.augmentation, args.in_chans, bad_images)
+    sampler = EpochBatchSampler(len(source), args.batch_size_per_gpu, args.seed, distributed.get_rank(), world_size)
+    num_workers = default_num_workers() if args.num_workers is None else args.num_workers
+    loader = make_loader(dataset, batch_sampler=sampler, num_workers=num_workers, device=device)
     steps_per_epoch = len(sampler)
     distributed.print_once(f"{source.describe()}: {steps_per_epoch} steps per epoch")
 
@@ -269,9 +278,7 @@ def train_dino(args: argparse.Namespace) -> None:
     schedules = Schedules(
         lr=cosine_schedule(peak_lr, args.min_lr, args.epochs, steps_per_epoch, args.warmup_epochs),
         weight_decay=cosine_schedule(args.weight_decay, args.weight_decay_end, args.epochs, steps_per_epoch),
-        momentum=cosine_schedule(
-            args.momentum_teacher, args.momentum_teacher_end, args.epochs, steps_per_epoch
-        ),
+        momentum=cosine_schedule(args.momentum_teacher, args.momentum_teacher_end, args.epochs, steps_per_epoch),
     )
 
     # resume
@@ -308,12 +315,24 @@ def train_dino(args: argparse.Namespace) -> None:
             log.load_state_dict(checkpoint["log"])
         first_epoch, first_step = resume_position(checkpoint, args.batch_size_per_gpu * world_size, args.on_changed_run)
         distributed.print_once(f"resuming at epoch {first_epoch}, step {first_step}")
-    evaluation = KNNEvaluation(args, device)
+    knn = KNNMonitor(
+        open_labelled(args.data_path, args.val_path) if args.eval_knn_freq != 0 else "off",
+        args.global_crop_size,
+        MEAN,
+        STD,
+        args.eval_knn_freq,
+        args.epochs,
+        device,
+        args.in_chans,
+        num_workers,
+    )
+    if knn.off:
+        distributed.print_once(f"no k-NN evaluation: {knn.off}")
 
     # epochs
     with Checkpointer(output_dir / "checkpoint.pth", state, args.saveckp_steps, args.saveckp_minutes) as checkpointer:
-        if checkpoint is None and evaluation.is_due(-1):
-            log.evaluation(0, 0, knn_top1=evaluation.run(teacher.backbone))
+        if checkpoint is None and knn.is_due(-1):
+            log.evaluation(0, 0, knn_top1=knn.run(teacher.backbone))
         for epoch in range(first_epoch, args.epochs):
             sampler.set_epoch(epoch, first_step)
             train_one_epoch(
@@ -336,8 +355,8 @@ def train_dino(args: argparse.Namespace) -> None:
             )
             first_step = 0
             log.end_epoch(epoch)
-            if evaluation.is_due(epoch):
-                log.evaluation((epoch + 1) * steps_per_epoch, epoch + 1, knn_top1=evaluation.run(teacher.backbone))
+            if knn.is_due(epoch):
+                log.evaluation((epoch + 1) * steps_per_epoch, epoch + 1, knn_top1=knn.run(teacher.backbone))
             numbered = args.saveckp_freq and epoch % args.saveckp_freq == 0
             checkpointer.after_epoch(epoch, keep_as=f"checkpoint{epoch:04d}.pth" if numbered else None)
     log.close()
@@ -421,3 +440,12 @@ def output_health(criterion: DINOLoss, loss: Tensor, teacher_features: Tensor) -
         "feature_spread": feature_spread(teacher_features),
         "rank_me": rank_me(teacher_features),
     }
+
+
+def main() -> None:
+    with distributed.clean_exit():
+        train_dino(parse_args())
+
+
+if __name__ == "__main__":
+    main()

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from . import distributed
+from .attempt import Attempt, Interrupted
 from .weights import safe_load
 
 
@@ -110,20 +111,12 @@ def _is_legacy(path: Path) -> bool:
         return file.read(2) == b"\x80\x02"  # a bare pickle
 
 
-class Interrupted(SystemExit):
-    """The run stopped on a signal after saving its state; the exit code is 128 + signal number."""
-
-    def __init__(self, signal_number: int):
-        super().__init__(128 + signal_number)
-        self.signal_number = signal_number
-
-
 class Checkpointer:
     """Saves a run every so many steps or minutes, and once more when it is asked to stop.
 
     Use as a context manager around training: inside it SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 finish the current step,
-    save and raise :class:`Interrupted`; a second SIGINT or SIGTERM stops at once, and only the steps since the last
-    save have to be repeated.
+    save and raise :class:`Interrupted`; a SIGINT after another signal stops at once, and only the steps since the last
+    save have to be repeated. A repeated SIGTERM does not: schedulers and launchers send it twice.
 
     Args:
         path: The file that holds the newest state, e.g. ``<output_dir>/checkpoint.pth``.
@@ -132,7 +125,8 @@ class Checkpointer:
         every_minutes: Save when this long has passed since the last save (0: never).
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+    # of several signals the last one here counts: a job that gets SIGTERM and SIGUSR2 is to be requeued
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
     def __init__(
         self,
@@ -145,6 +139,7 @@ class Checkpointer:
         self.state = state
         self.every_steps = every_steps
         self.every_s = every_minutes * 60
+        self.attempt = Attempt.current()  # a newer attempt at the same run may take the folder over
         self.last_save = time.monotonic()
         self.received: int | None = None
         self._old_handlers: dict = {}
@@ -160,10 +155,10 @@ class Checkpointer:
 
     def _on_signal(self, number: int, frame) -> None:
         name = signal.Signals(number).name
-        if self.received is not None and number in (signal.SIGINT, signal.SIGTERM):
-            os.write(2, f"\nsecond {name}: stopping now, without saving\n".encode())
+        if self.received is not None and number == signal.SIGINT:
+            os.write(2, f"\n{name}: stopping now, without saving\n".encode())
             raise Interrupted(number)
-        self.received = self.received or number
+        self.received = max(self.received or number, number, key=self.SIGNALS.index)
         os.write(2, f"\n{name}: finishing this step, then saving\n".encode())  # print is not reentrant
 
     def after_step(self, epoch: int, step_in_epoch: int) -> None:
@@ -174,11 +169,14 @@ class Checkpointer:
         due = self.every_steps > 0 and step_in_epoch % self.every_steps == 0
         late = self.every_s > 0 and time.monotonic() - self.last_save > self.every_s
         # one small reduction: 0 go on, 1 save, more: save and stop on that signal
-        request = distributed.max_over_processes(1 + self.received if self.received else int(due or late))
+        request = distributed.max_over_processes(self._stop_request() or int(due or late))
         if request:
             self.save(epoch, step_in_epoch)
         if request > 1:
-            raise Interrupted(request - 1)
+            raise Interrupted(self.SIGNALS[request - 2])
+
+    def _stop_request(self) -> int:
+        return 0 if self.received is None else 2 + self.SIGNALS.index(self.received)
 
     def after_epoch(self, epoch: int, keep_as: str | None = None) -> None:
         """Save at the end of ``epoch``, keep the file under a second name if given, and stop if asked to."""
@@ -187,15 +185,16 @@ class Checkpointer:
             kept = self.path.with_name(keep_as)
             kept.unlink(missing_ok=True)
             os.link(self.path, kept)
-        request = distributed.max_over_processes(self.received or 0)
+        request = distributed.max_over_processes(self._stop_request())
         if request:
-            raise Interrupted(request)
+            raise Interrupted(self.SIGNALS[request - 2])
 
     def save(self, epoch: int, step_in_epoch: int) -> None:
         """Write the state of a run that continues at ``step_in_epoch`` of ``epoch``."""
         state = self.state(epoch, step_in_epoch)
         error = None
         if distributed.is_main_process():
+            self.attempt.check(self.path.parent)
             try:
                 save(self.path, state)
             except CheckpointError as failure:

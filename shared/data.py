@@ -35,6 +35,7 @@ __all__ = [
     "ImageError",
     "ImageSource",
     "check_same_classes",
+    "default_num_workers",
     "make_loader",
     "open_source",
     "read_image",
@@ -132,7 +133,8 @@ class EvalTransform:
     Args:
         resize_px: Short side after resizing.
         crop_px: Side of the centre crop.
-        mean, std: Per channel, for pixels in [0, 1]; without them the result stays uint8.
+        mean, std: Per channel, for pixels in [0, 1]; without them the result stays uint8. One channel takes the
+            averages over the channels.
         in_chans: 3, or 1 for the luminance.
     """
 
@@ -140,8 +142,12 @@ class EvalTransform:
         if crop_px > resize_px:
             raise ValueError(f"a centre crop of {crop_px} pixels does not fit into a short side of {resize_px}")
         self.resize_px, self.crop_px, self.in_chans = resize_px, crop_px, in_chans
-        self.mean = None if mean is None else torch.tensor(mean, dtype=torch.float32).reshape(-1, 1, 1)
-        self.std = None if std is None else torch.tensor(std, dtype=torch.float32).reshape(-1, 1, 1)
+        self.mean, self.std = (
+            None if values is None else torch.tensor(values, dtype=torch.float32).reshape(-1, 1, 1)
+            for values in (mean, std)
+        )
+        if in_chans == 1 and mean is not None:
+            self.mean, self.std = self.mean.mean(dim=0, keepdim=True), self.std.mean(dim=0, keepdim=True)
 
     def __call__(self, pixels: np.ndarray) -> Tensor:
         """RGB pixels (H, W, 3), uint8, to (C, crop_px, crop_px): float32 when normalised, else uint8."""
@@ -263,6 +269,12 @@ def make_loader(
         worker_init_fn=_start_worker,
         **how,
     )
+
+
+def default_num_workers(most: int = 10) -> int:
+    """Loader processes per rank: this process's share of the machine's cores, less one for the training itself."""
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(0, min(most, cores - 1))
 
 
 def _as_is(batch):

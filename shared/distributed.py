@@ -3,9 +3,12 @@
 The same calls work for one process (every collective is the identity), under ``torchrun`` and under ``srun``.
 """
 
+import contextlib
 import datetime
 import os
 import subprocess
+import sys
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -139,6 +142,18 @@ def shutdown() -> None:
     if is_initialized():
         dist.destroy_process_group()
     _control_group = None
+
+
+@contextlib.contextmanager
+def clean_exit() -> Iterator[None]:
+    """For scripts: a mistake of the user (ValueError, OSError) ends with one line and exit code 2, not a traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        print(f"error: {error}" if get_world_size() == 1 else f"error (rank {get_rank()}): {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    finally:
+        shutdown()
 
 
 def wrap(module: nn.Module, device: torch.device) -> nn.Module:

@@ -1,0 +1,239 @@
+"""The real script: flags, training, resuming, several processes, copied folders."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dino.main_dino import parse_args, train_dino
+from shared.checkpoint import load_latest
+from tests.processes import free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = (  # noqa: SIM905
+    "--arch vit_tiny --patch_size 8 --global_crop_size 16 --local_crop_size 8 --local_crops_number 2 --out_dim 32 "
+    "--batch_size_per_gpu 8 --warmup_epochs 0 --epochs 1 --num_workers 0 --log_freq 1 --eval_knn_freq 0 --pictures off "
+    "--device cpu --saveckp_freq 0"
+).split()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """24 small noise images in three class folders: three steps of 8."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        path = folder / f"class{i % 3}" / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(path)
+    return folder
+
+
+def train(output_dir, *flags):
+    train_dino(parse_args([*TINY, "--output_dir", str(output_dir), *map(str, flags)]))
+    return lines(output_dir)
+
+
+def lines(output_dir):
+    return [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(output_dir):
+    return [line["loss"] for line in lines(output_dir) if "loss" in line]
+
+
+def state_of(output_dir):
+    return load_latest(Path(output_dir) / "checkpoint.pth")
+
+
+def assert_same_state(a, b):
+    for key in ("student", "teacher", "dino_loss"):
+        assert a[key].keys() == b[key].keys()
+        for name in a[key]:
+            assert torch.equal(a[key][name], b[key][name]), f"{key} {name}"
+    for index, moments in a["optimizer"]["state"].items():
+        for name, value in moments.items():
+            assert torch.equal(value, b["optimizer"]["state"][index][name]), f"moment {name} of parameter {index}"
+    assert (a["epoch"], a["step_in_epoch"]) == (b["epoch"], b["step_in_epoch"])
+
+
+# the command lines of the paper's repository, flag by flag as published
+PUBLISHED = [
+    "--arch vit_small --data_path /imagenet/train --output_dir /run",
+    "--arch deit_small --data_path /imagenet/train --output_dir /run --local_rank 3",
+    "--arch vit_small --data_path /imagenet/train --output_dir /run --local-rank=0 --epochs 300 "
+    "--teacher_temp 0.07 --warmup_teacher_temp_epochs 30 --norm_last_layer false",
+    "--arch resnet50 --optimizer sgd --lr 0.03 --weight_decay 1e-4 --weight_decay_end 1e-4 --global_crops_scale 0.14 1 "
+    "--local_crops_scale 0.05 0.14 --data_path /imagenet/train --output_dir /run",
+    "--arch vit_small --patch_size 16 --out_dim 65536 --momentum_teacher 0.996 --use_bn_in_head false --use_fp16 True "
+    "--clip_grad 0 --batch_size_per_gpu 64 --freeze_last_layer 1 --warmup_epochs 10 --min_lr 1e-5 --drop_path_rate 0.1 "
+    "--local_crops_number 8 --saveckp_freq 20 --seed 0 --num_workers 10 --dist_url env:// --data_path /imagenet/train",
+]
+
+
+@pytest.mark.parametrize("command", PUBLISHED)
+def test_published_command_lines_parse(command):
+    parse_args(command.split())
+
+
+def test_defaults_are_the_official_ones():
+    args = vars(parse_args(["--data_path", "/imagenet/train"]))
+    official = {
+        "arch": "vit_small", "patch_size": 16, "out_dim": 65536, "norm_last_layer": True, "momentum_teacher": 0.996,
+        "use_bn_in_head": False, "warmup_teacher_temp": 0.04, "teacher_temp": 0.04, "warmup_teacher_temp_epochs": 0,
+        "use_fp16": True, "weight_decay": 0.04, "weight_decay_end": 0.4, "clip_grad": 3.0, "batch_size_per_gpu": 64,
+        "epochs": 100, "freeze_last_layer": 1, "lr": 0.0005, "warmup_epochs": 10, "min_lr": 1e-6, "optimizer": "adamw",
+        "drop_path_rate": 0.1, "global_crops_scale": (0.4, 1.0), "local_crops_number": 8,
+        "local_crops_scale": (0.05, 0.4), "output_dir": ".", "saveckp_freq": 20, "seed": 0, "dist_url": "env://",
+        "local_rank": 0, "global_crop_size": 224, "local_crop_size": 96,
+    }  # fmt: skip
+    assert {name: args[name] for name in official} == official
+
+
+def test_training_writes_the_official_checkpoint_layout(images, tmp_path):
+    written = train(tmp_path, "--data_path", images, "--saveckp_freq", 1)
+    assert [line["step"] for line in written] == [1, 2, 3]
+    assert abs(written[0]["loss"] - math.log(32)) < 0.5
+    assert {"teacher_entropy", "kl", "ln_k", "feature_spread", "rank_me", "images_per_s", "data_wait"} <= written[
+        0
+    ].keys()
+    epoch = json.loads((tmp_path / "log.txt").read_text())
+    assert {"train_loss", "train_lr", "train_wd", "epoch"} <= epoch.keys()
+    state = state_of(tmp_path)
+    assert {"student", "teacher", "optimizer", "epoch", "args", "dino_loss", "fp16_scaler"} <= state.keys()
+    assert state["epoch"] == 1 and state["dino_loss"]["center"].shape == (1, 32)
+    assert all(name.startswith("module.") for name in state["student"])
+    assert {name.split(".")[0] for name in state["teacher"]} == {"backbone", "head"}
+    assert load_latest(tmp_path / "checkpoint0000.pth")["epoch"] == 1
+
+
+def test_the_loss_log_does_not_depend_on_the_number_of_workers(images, tmp_path):
+    for workers in (0, 2):
+        train(tmp_path / str(workers), "--data_path", images, "--num_workers", workers)
+    assert losses(tmp_path / "0") == losses(tmp_path / "2")
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3, 4])
+def test_a_run_stopped_anywhere_ends_like_an_uninterrupted_one(images, tmp_path, monkeypatch, stop_after):
+    flags = ("--data_path", images, "--epochs", 2, "--saveckp_steps", 1, "--drop_path_rate", 0.2)
+    train(tmp_path / "whole", *flags)
+
+    from dino import main_dino
+
+    update, calls = main_dino.ema_update_, []
+
+    def stop(*args):
+        calls.append(args)
+        if len(calls) > stop_after:
+            raise Stop
+        update(*args)
+
+    monkeypatch.setattr(main_dino, "ema_update_", stop)
+    with pytest.raises(Stop):
+        train(tmp_path / "stopped", *flags)
+    monkeypatch.undo()
+    train(tmp_path / "stopped", *flags, "--num_workers", 1)
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    assert_same_state(state_of(tmp_path / "stopped"), state_of(tmp_path / "whole"))
+    assert (tmp_path / "stopped/log.txt").read_text() == (tmp_path / "whole/log.txt").read_text()
+
+
+def run_script(*command, cwd, **environment):
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "PYTHONPATH"))} | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=cwd,
+        env=env | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_two_processes_give_the_losses_of_one_with_twice_the_batch(images, tmp_path):
+    flags = [*TINY, "--data_path", images, "--drop_path_rate", 0, "--epochs", 2, "--saveckp_freq", 0]
+    train(tmp_path / "one", *flags, "--batch_size_per_gpu", 8)
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}", "main_dino.py"]
+    two = run_script(*torchrun, *flags, "--batch_size_per_gpu", 4, "--output_dir", tmp_path / "two", cwd=ROOT / "dino")
+    assert two.returncode == 0, two.stderr
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=2e-4)
+    assert len(losses(tmp_path / "one")) == 6
+
+
+@pytest.mark.parametrize("command", [["main_dino.py"], ["main.py"], ["-m", "dino.main_dino"]])
+def test_every_way_to_start_the_script_works_in_a_copied_folder(images, tmp_path, command):
+    """The method's folder with ``shared/`` beside it, below a folder of another name, is all it takes."""
+    project = tmp_path / "some" / "project"
+    for folder in ("dino", "shared"):
+        shutil.copytree(ROOT / folder, project / folder, ignore=shutil.ignore_patterns("__pycache__", "runs"))
+    cwd = project if command[0] == "-m" else project / "dino"
+    run = run_script(*command, *TINY, "--data_path", images, "--output_dir", tmp_path / "run", cwd=cwd)
+    assert run.returncode == 0, run.stderr
+    assert len(losses(tmp_path / "run")) == 3
+
+
+def test_the_network_file_needs_torch_alone(tmp_path):
+    shutil.copy(ROOT / "dino" / "vision_transformer.py", tmp_path)
+    code = (
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import vision_transformer\n"
+        "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
+        "assert new <= set(sys.stdlib_module_names) | {'torch', 'vision_transformer'}, new\n"
+        "assert vision_transformer.vit_tiny()(torch.zeros(1, 3, 32, 32)).shape == (1, 192)\n"
+    )
+    run = run_script("-c", code, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+
+
+def test_help_needs_no_gpu_and_no_network():
+    run = run_script("main_dino.py", "--help", cwd=ROOT / "dino", CUDA_VISIBLE_DEVICES="")
+    assert run.returncode == 0 and "--momentum_teacher" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data_path", "/no/such/folder"], "--data_path /no/such/folder"),
+        (["--patch_size", "32"], "--patch_size 32"),
+        (["--batch_size_per_gpu", "5000"], "1438 images on 1 process"),
+        (["--arch", "vit_smal"], "vit_small"),
+        (["--device", "cuda"], "--device cuda"),
+    ],
+)
+def test_bad_input_is_one_clear_message_and_no_traceback(tmp_path, flags, message):
+    if flags[0] == "--device" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    run = run_script("main_dino.py", *TINY, "--output_dir", tmp_path, *flags, cwd=ROOT / "dino")
+    assert run.returncode == 2
+    assert message in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_another_architecture_than_the_checkpoints_is_refused_and_leaves_it_alone(images, tmp_path):
+    train(tmp_path, "--data_path", images)
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    with pytest.raises(ValueError, match=r"--patch_size 4 does not fit .*--patch_size 8"):
+        train(tmp_path, "--data_path", images, "--patch_size", 4)
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before
+
+
+def test_a_changed_batch_continues_with_a_statement_or_is_refused(images, tmp_path, capsys):
+    train(tmp_path, "--data_path", images)
+    with pytest.raises(ValueError, match="on_changed_run refuse: 8 images per step"):
+        train(tmp_path, "--data_path", images, "--batch_size_per_gpu", 4, "--epochs", 2, "--on_changed_run", "refuse")
+    train(tmp_path, "--data_path", images, "--batch_size_per_gpu", 4, "--epochs", 2)
+    assert "8 images per step on 1 processes before, 4 on 1 now" in capsys.readouterr().out
+    assert len(losses(tmp_path)) == 3 + 6
