@@ -26,8 +26,10 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from dino.augmentations import MEAN, STD, dino_views
 from dino.collapse import CollapseMonitor
+from dino.flags import bool_flag
 from dino.losses import DINOLoss
 from dino.networks import build_backbone
+from dino.report import save_pictures, summary
 from dino.vision_transformer import DINOHead
 from shared import distributed, randomness
 from shared.attempt import Attempt
@@ -59,15 +61,6 @@ EMBEDDED_DATA_DEFAULTS = {
     "output_dir": "runs/digits",
 }
 NETWORK_FLAGS = ("arch", "patch_size", "in_chans", "out_dim", "use_bn_in_head", "norm_last_layer", "optimizer")
-
-
-def bool_flag(text: str) -> bool:
-    """An explicit boolean value on the command line: on/true/1 or off/false/0."""
-    if text.lower() in ("on", "true", "1"):
-        return True
-    if text.lower() in ("off", "false", "0"):
-        return False
-    raise argparse.ArgumentTypeError(f"expected on/true/1 or off/false/0, got {text!r}")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -360,6 +353,11 @@ def train_dino(args: argparse.Namespace) -> None:
             numbered = args.saveckp_freq and epoch % args.saveckp_freq == 0
             checkpointer.after_epoch(epoch, keep_as=f"checkpoint{epoch:04d}.pth" if numbered else None)
     log.close()
+    pictures = []
+    if args.pictures:
+        pictures = save_pictures(teacher.backbone, dataset, knn, args.global_crop_size, output_dir, device)
+    if distributed.is_main_process():
+        print(summary(output_dir, args.arch, args.patch_size, args.data_path, knn, pictures))
 
 
 def build_network(args: argparse.Namespace, drop_path_rate: float) -> MultiCropWrapper:
@@ -426,8 +424,8 @@ def train_one_epoch(
         averages = {"loss": loss, "lr": schedules.lr[step], "wd": schedules.weight_decay[step], "skipped": skipped}
         health = output_health(criterion, loss, teacher_features) if log.is_due(step) else {}
         line = log.step(step, epoch, len(labels), averages, **health)
-        if line is not None:
-            monitor.check(line)
+        if line is not None and (problem := monitor.check(line)):
+            distributed.print_once(problem)
         checkpointer.after_step(epoch, step + 1 - epoch * steps_per_epoch)
 
 

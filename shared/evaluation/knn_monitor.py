@@ -64,6 +64,7 @@ class KNNMonitor:
         k: int = 20,
     ):
         self.every_epochs, self.epochs, self.device, self.num_workers = every_epochs, epochs, device, num_workers
+        self.latest_features: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         self.off = sources if isinstance(sources, str) else None
         if self.off is None and every_epochs is None and len(sources[0]) > AUTOMATIC_UP_TO:
             self.off = f"there are {len(sources[0]):,} images; ask for it with --eval_knn_freq"
@@ -92,4 +93,5 @@ class KNNMonitor:
 
     def run(self, backbone: nn.Module) -> float:
         """Top-1 in percent."""
-        return knn_classify(*self.features(backbone), k=self.k)[0]
+        self.latest_features = self.features(backbone)
+        return knn_classify(*self.latest_features, k=self.k)[0]
