@@ -15,6 +15,7 @@ def dino_views(
     local_crops_number: int,
     global_crop_size: int = 224,
     local_crop_size: int = 96,
+    blur_radius: tuple[float, float] = (0.1, 2.0),
 ) -> list[ViewRecipe]:
     """Recipes of the views of one image: global 1, global 2, then the local ones.
 
@@ -26,11 +27,13 @@ def dino_views(
         local_crops_scale: The same for the local crops.
         global_crop_size: Side of the global views in pixels.
         local_crop_size: Side of the local views in pixels.
+        blur_radius: Range of the blur's standard deviation in pixels of the view; small views need a smaller one.
     """
     if local_crops_number < 0:
         raise ValueError(f"--local_crops_number {local_crops_number} is negative")
-    global_crop = {"size_px": global_crop_size, "scale": tuple(global_crops_scale), **FLIP_AND_COLOR}
-    local_crop = {"size_px": local_crop_size, "scale": tuple(local_crops_scale), **FLIP_AND_COLOR}
+    common = {**FLIP_AND_COLOR, "blur_radius": tuple(blur_radius)}
+    global_crop = {"size_px": global_crop_size, "scale": tuple(global_crops_scale), **common}
+    local_crop = {"size_px": local_crop_size, "scale": tuple(local_crops_scale), **common}
     return [
         ViewRecipe(**global_crop, blur_p=1.0),
         ViewRecipe(**global_crop, blur_p=0.1, solarize_p=0.2, solarize_threshold=SOLARIZE_THRESHOLD),

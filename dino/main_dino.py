@@ -108,6 +108,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--local_crops_scale", type=float, nargs=2, default=(0.05, 0.4), help="area range of the local crops")
     add("--global_crop_size", type=int, default=224, help="side of the global views in pixels")
     add("--local_crop_size", type=int, default=96, help="side of the local views in pixels")
+    add("--blur_radius", type=float, nargs=2, default=(0.1, 2.0), help="range of the blur in pixels of the view")
     add("--augmentation", default="fast", choices=("fast", "pil"), help="pil: the slow exact reference chain")
 
     add = parser.add_argument_group("networks").add_argument
@@ -236,6 +237,7 @@ def train_dino(args: argparse.Namespace) -> None:
         args.local_crops_number,
         args.global_crop_size,
         args.local_crop_size,
+        args.blur_radius,
     )
     bad_images = BadImages(len(source), output_dir / "bad_images.txt", args.on_bad_image, args.max_bad_fraction)
     dataset = MultiCropDataset(source, recipes, args.seed, args.augmentation, args.in_chans, bad_images)
