@@ -1,0 +1,262 @@
+"""Where the class token looks: self-attention of the last block, head by head (Caron et al. 2021, figure 1).
+
+    python visualize_attention.py                            # an embedded digit, weights of the run in runs/digits
+    python visualize_attention.py --image_path photo.jpg     # released ViT-S/8
+    python visualize_attention.py --pretrained_weights checkpoint.pth --patch_size 16 --threshold 0.6
+
+Without --image_path, given weights look at a photograph that comes with scikit-learn. ``attention.png`` shows
+everything on one sheet; each map is also a file of its own.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_image
+from torch import Tensor, nn
+
+if __name__ == "__main__":  # run as a script: make the repository root importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dino.augmentations import MEAN, STD
+from dino.flags import evaluation_parser
+from dino.pretrained import VITS8_300_EPOCHS, fetch, load_pretrained
+from shared import distributed
+from shared.images import read_image
+from shared.pictures import Tile, colorize, magnify, save_sheet, write_png
+from shared.sources import open_source
+
+LEAST_SIDE_PX = 240  # smaller pictures are magnified
+MASK_COLOR = np.array([230, 60, 40], dtype=np.uint8)
+DIGIT = 5  # the embedded image whose attention is shown by default
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = evaluation_parser(__doc__, patch_size=8)
+    add = parser.add_argument_group("image").add_argument
+    add("--image_path", default=None, help="any image file")
+    add("--image_size", type=int, nargs="+", default=[480, 480], help="height and width, or the short side, in pixels")
+    add("--threshold", type=float, default=None, help="also show the patches that hold this share of the attention")
+    add("--output_dir", default=".", help="where the pictures go")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    return parser
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; with neither image nor weights the defaults are those of the embedded digits."""
+    parser = get_args_parser()
+    args = parser.parse_args(arguments)
+    if args.image_path is None and args.pretrained_weights == "":
+        weights = "runs/digits/checkpoint.pth"
+        parser.set_defaults(patch_size=4, image_size=[32, 32], pretrained_weights=weights, output_dir="runs/digits")
+        args = parser.parse_args(arguments)
+        args.embedded = True
+    else:
+        args.embedded = False
+    if args.threshold is not None and not 0 < args.threshold <= 1:
+        parser.error(f"--threshold {args.threshold} is not in (0, 1]")
+    if len(args.image_size) > 2 or min(args.image_size) < 1:
+        parser.error(f"--image_size {args.image_size}: give one or two positive numbers")
+    return args
+
+
+# --- Attention --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def class_attention(model: nn.Module, images: Tensor) -> Tensor:
+    """Attention of the class token to the patches in the last block.
+
+    Args:
+        model: A ViT of this folder.
+        images: Normalised, shape (B, C, H, W); rows and columns beyond a multiple of the patch size are not seen.
+
+    Returns:
+        Shape (B, heads, H / patch, W / patch); the share of the class token itself is missing from the sum of 1.
+
+    Raises:
+        ValueError: If the model has no class token, or the image is smaller than a patch.
+    """
+    if not hasattr(model, "get_last_selfattention"):
+        raise ValueError(
+            f"--arch: {type(model).__name__} has no class token whose attention could be shown; choose a ViT"
+        )
+    patch_size = model.patch_embed.patch_size
+    rows, columns = images.shape[-2] // patch_size, images.shape[-1] // patch_size
+    if rows == 0 or columns == 0:
+        raise ValueError(f"--image_size: {tuple(images.shape[-2:])} pixels are less than a patch of {patch_size}")
+    attention = model.get_last_selfattention(images)[:, :, 0, 1:]
+    return attention.unflatten(2, (rows, columns))
+
+
+def attended_patches(attention: Tensor, threshold: float) -> Tensor:
+    """The most attended patches of each head that together hold the share ``threshold`` of its attention.
+
+    Args:
+        attention: Shape (..., h, w).
+        threshold: In (0, 1].
+
+    Returns:
+        Boolean mask of the same shape.
+    """
+    flat = attention.flatten(-2)
+    ascending, order = flat.sort(dim=-1, stable=True)
+    kept = ascending.cumsum(dim=-1) / ascending.sum(dim=-1, keepdim=True) > 1 - threshold
+    return torch.zeros_like(kept).scatter(-1, order, kept).view_as(attention)
+
+
+# --- Pictures ---------------------------------------------------------------------------------------------------------
+
+
+def overlay_attention(pixels: np.ndarray, attention: np.ndarray) -> np.ndarray:
+    """The image under the colours of a map (H, W) of the same size."""
+    return (0.45 * pixels + 0.55 * colorize(attention)).round().astype(np.uint8)
+
+
+def overlay_mask(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The image with the region ``mask`` (H, W) coloured and outlined."""
+    picture = pixels.copy()
+    picture[mask] = (0.5 * pixels[mask] + 0.5 * MASK_COLOR).round().astype(np.uint8)
+    contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+    return cv2.drawContours(picture, contours, -1, (255, 255, 255), thickness=max(1, min(mask.shape) // 160))
+
+
+def to_picture(image: Tensor, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD) -> np.ndarray:
+    """RGB pixels (H, W, 3), uint8, of a normalised image (C, H, W); one channel uses the averages of mean and std."""
+    mean, std = torch.tensor(mean), torch.tensor(std)
+    if len(image) == 1:
+        mean, std = mean.mean(dim=0, keepdim=True), std.mean(dim=0, keepdim=True)
+    pixels = image.cpu() * std[:, None, None] + mean[:, None, None]
+    pixels = (255 * pixels).round().clamp(0, 255).byte().expand(3, -1, -1)
+    return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
+
+
+def save_attention(
+    model: nn.Module,
+    image: Tensor,
+    output_dir: str | Path,
+    threshold: float | None = None,
+    mean: tuple[float, ...] = MEAN,
+    std: tuple[float, ...] = STD,
+) -> list[Path]:
+    """Write the attention of one image: a sheet of everything, and every map as a file of its own.
+
+    Files: ``attention.png`` (the sheet), ``img.png``, ``attn-head{j}.png`` and ``attn-mean.png`` (maps),
+    ``overlay-head{j}.png`` and ``overlay-mean.png`` (on the image); with a threshold also
+    ``mask_th{t}_head{j}.png`` and ``mask_th{t}_mean.png``.
+
+    Args:
+        model: A ViT of this folder, in evaluation mode.
+        image: Normalised, shape (C, H, W), on the model's device.
+        output_dir: Created if missing.
+        threshold: Share of the attention that the masks hold, in (0, 1].
+        mean, std: What the image was normalised with.
+
+    Returns:
+        The paths, the sheet first.
+    """
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    patch_size = model.patch_embed.patch_size
+    attention = class_attention(model, image[None])[0].float().cpu()
+    attention = torch.cat([attention, attention.mean(dim=0, keepdim=True)])
+    names = [*(f"head{j}" for j in range(len(attention) - 1)), "mean"]
+    rows, columns = attention.shape[-2:]
+    pixels = magnify(to_picture(image[:, : rows * patch_size, : columns * patch_size], mean, std), LEAST_SIDE_PX)
+    patch_px = pixels.shape[0] // rows
+
+    def enlarge(maps: Tensor) -> np.ndarray:  # every patch becomes a square of the picture's size
+        return maps.numpy().repeat(patch_px, axis=-2).repeat(patch_px, axis=-1)
+
+    pictures = {"img.png": pixels}
+    maps, overlays, masks = [], [], []
+    for name, values in zip(names, enlarge(attention), strict=True):
+        maps.append(colorize(values))
+        overlays.append(overlay_attention(pixels, values))
+        pictures |= {f"attn-{name}.png": maps[-1], f"overlay-{name}.png": overlays[-1]}
+    if threshold is not None:
+        for name, mask in zip(names, enlarge(attended_patches(attention, threshold)), strict=True):
+            masks.append(overlay_mask(pixels, mask))
+            pictures[f"mask_th{threshold}_{name}.png"] = masks[-1]
+
+    titles = [*(f"head {j}" for j in range(len(names) - 1)), "mean of heads"]
+    sheet = [[Tile(pixels, "image"), *(Tile(p, t) for p, t in zip(maps, titles, strict=True))]]
+    for kind in filter(None, (overlays, masks)):
+        sheet.append([Tile(np.full_like(pixels, 255)), *(Tile(picture) for picture in kind)])
+    heading = (
+        "Attention of the class token in the last block\n"
+        "First row: from the least (dark blue) to the most attended patch (yellow) of each head. "
+        "Second row: the same on the image."
+    )
+    if masks:
+        heading += f"\nThird row: the patches that together hold {100 * threshold:g} % of the attention."
+    return [
+        save_sheet(sheet, output_dir / "attention.png", heading, [1.6] * len(sheet)),
+        *(write_png(output_dir / name, picture) for name, picture in pictures.items()),
+    ]
+
+
+# --- Script -----------------------------------------------------------------------------------------------------------
+
+
+def prepare_image(pixels: np.ndarray, image_size: list[int], in_chans: int = 3) -> Tensor:
+    """Resize (bilinear, as Pillow does it) to (height, width) or a short side, and normalise.
+
+    Args:
+        pixels: RGB, uint8, shape (H, W, 3).
+        image_size: Two numbers, or one.
+        in_chans: 3, or 1 for the luminance.
+
+    Returns:
+        Shape (in_chans, height, width).
+    """
+    height, width = pixels.shape[:2]
+    if len(image_size) == 1:
+        short = min(height, width)
+        image_size = [int(image_size[0] * height / short), int(image_size[0] * width / short)]
+    resized = Image.fromarray(pixels).resize(image_size[::-1], Image.Resampling.BILINEAR)
+    mean, std = torch.tensor(MEAN), torch.tensor(STD)
+    if in_chans == 1:
+        resized = resized.convert("L")
+        mean, std = mean.mean(dim=0, keepdim=True), std.mean(dim=0, keepdim=True)
+    image = torch.from_numpy(np.array(resized).reshape(*image_size, in_chans)).permute(2, 0, 1)
+    return (image / 255 - mean[:, None, None]) / std[:, None, None]
+
+
+def load_vit(args: argparse.Namespace, device: torch.device) -> nn.Module:
+    """The network that the flags name; released ViT-S/8 weights are those of 300 epochs, as in the paper's figures."""
+    weights = args.pretrained_weights
+    if weights == "" and (args.arch.replace("deit", "vit"), args.patch_size) == ("vit_small", 8):
+        weights = fetch(VITS8_300_EPOCHS)
+    model, _ = load_pretrained(args.arch, args.patch_size, weights, args.checkpoint_key)
+    return model.to(device)
+
+
+def visualize_attention(args: argparse.Namespace) -> list[Path]:
+    """Write the pictures that the flags ask for."""
+    device = distributed.init(device=args.device)
+    model = load_vit(args, device)
+    if args.image_path is not None:
+        pixels = read_image(args.image_path).decode()
+    elif args.embedded:
+        pixels = open_source(None, "val").load(DIGIT).decode()
+    else:
+        pixels = load_sample_image("flower.jpg")
+    in_chans = next(module for module in model.modules() if isinstance(module, nn.Conv2d)).in_channels
+    image = prepare_image(pixels, args.image_size, in_chans).to(device)
+    paths = save_attention(model, image, args.output_dir, args.threshold)
+    print(f"{paths[0]}, and {len(paths) - 1} pictures of single maps beside it")
+    return paths
+
+
+def main() -> None:
+    with distributed.clean_exit():
+        visualize_attention(parse_args())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""PNG files that explain themselves: images at fixed places of a sheet, curves of a log, coloured maps."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+DPI = 100
+INK, FAINT = "#222222", "#9a9a9a"
+AGREE, DIFFER = "#2a8f4a", "#c8372d"
+
+
+def to_pixels(image: Tensor | np.ndarray) -> np.ndarray:
+    """RGB pixels (H, W, 3), uint8, of a uint8 tensor (3, H, W) or (1, H, W), or of such an array."""
+    if isinstance(image, Tensor):
+        image = image.detach().cpu().permute(1, 2, 0).numpy()
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3):
+        raise ValueError(f"expected a uint8 image with 1 or 3 channels, got {image.dtype} of shape {image.shape}")
+    return np.ascontiguousarray(np.broadcast_to(image, (*image.shape[:2], 3)))
+
+
+def write_png(path: str | Path, pixels: np.ndarray) -> Path:
+    """Write RGB pixels (H, W, 3), uint8, and return the path."""
+    Image.fromarray(pixels).save(path, format="PNG")
+    return Path(path)
+
+
+def magnify(pixels: np.ndarray, least_px: int) -> np.ndarray:
+    """Repeat pixels, by a whole factor, until the short side has at least ``least_px``; larger images stay."""
+    factor = -(-least_px // min(pixels.shape[:2]))
+    return pixels.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def colorize(values: np.ndarray, colormap: str = "viridis") -> np.ndarray:
+    """Colours (H, W, 3), uint8, of a map (H, W), from its smallest to its largest value."""
+    low, high = float(values.min()), float(values.max())
+    scaled = (values - low) / (high - low) if high > low else np.zeros_like(values)
+    return matplotlib.colormaps[colormap](scaled, bytes=True)[..., :3]
+
+
+@dataclass
+class Tile:
+    """An image on a sheet.
+
+    Attributes:
+        pixels: RGB, uint8, shape (H, W, 3).
+        title: Text above it.
+        caption: Text below it.
+        frame: Colour of a frame, or None.
+    """
+
+    pixels: np.ndarray
+    title: str = ""
+    caption: str = ""
+    frame: str | None = None
+
+
+def save_sheet(
+    rows: Sequence[Sequence[Tile]], path: str | Path, heading: str, heights_in: Sequence[float] | None = None
+) -> Path:
+    """Write rows of images with texts above and below each.
+
+    Args:
+        rows: Images from left to right; rows may differ in length.
+        heading: First line of the sheet; further lines become smaller text.
+        heights_in: Height of the images of each row in inches; 1.2 by default.
+    """
+    heights = list(heights_in) if heights_in else [1.2] * len(rows)
+    gap, margin, line = 0.12, 0.3, 0.2
+    above = [line if any(tile.title for tile in row) else 0 for row in rows]
+    below = [line if any(tile.caption for tile in row) else 0 for row in rows]
+    widths = [
+        [height * tile.pixels.shape[1] / tile.pixels.shape[0] for tile in row]
+        for row, height in zip(rows, heights, strict=True)
+    ]
+    title, *notes = heading.split("\n")
+    title_in = 0.45 + 0.22 * len(notes)
+    text_in = max(0.105 * len(title), *(0.075 * len(note) for note in notes), 0)
+    width = 2 * margin + max(*(sum(row) + gap * (len(row) - 1) for row in widths), text_in)
+    height = 2 * margin + title_in + sum(heights) + sum(above) + sum(below) + gap * (len(rows) - 1)
+
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
+    y = height - margin
+    figure.text(margin / width, y / height, title, fontsize=13, weight="bold", color=INK, va="top")
+    for i, note in enumerate(notes):
+        figure.text(margin / width, (y - 0.3 - 0.22 * i) / height, note, fontsize=9.5, color="#555555", va="top")
+    y -= title_in
+    for row, row_widths, tile_height, over, under in zip(rows, widths, heights, above, below, strict=True):
+        y -= over + tile_height
+        x = margin
+        for tile, tile_width in zip(row, row_widths, strict=True):
+            place = (x / width, y / height, tile_width / width, tile_height / height)
+            _draw_tile(figure.add_axes(place), tile)
+            x += tile_width + gap
+        y -= under + gap
+    figure.savefig(path)
+    return Path(path)
+
+
+def _draw_tile(axes: Axes, tile: Tile) -> None:
+    smooth = tile.pixels.shape[0] > axes.bbox.height  # shrink without aliasing, but show single pixels as squares
+    axes.imshow(tile.pixels, interpolation="antialiased" if smooth else "nearest", aspect="auto")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(tile.frame is not None)
+        spine.set(color=tile.frame, linewidth=3)
+    axes.set_title(tile.title, fontsize=8.5, color=INK, pad=3)
+    axes.set_xlabel(tile.caption, fontsize=8.5, color=INK, labelpad=2)
+
+
+def read_log(path: str | Path) -> list[dict]:
+    """Lines of a JSON-lines file; a last line that is still being written is left out.
+
+    Raises:
+        ValueError: If another line is no JSON object.
+    """
+    lines = []
+    for number, text in enumerate(Path(path).read_text().splitlines(keepends=True), start=1):
+        if not text.endswith("\n"):
+            break
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+        if not isinstance(line, dict):
+            raise ValueError(f"{path}, line {number} is not a JSON object")
+        lines.append(line)
+    return lines
+
+
+@dataclass
+class Curve:
+    """Points to draw: ``x`` and ``y`` of equal length, and how.
+
+    Attributes:
+        label: For the legend; empty for none.
+        style: ``line``, ``points`` (joined, with first and last value written beside them) or ``reference`` (dashed).
+    """
+
+    x: Sequence[float]
+    y: Sequence[float]
+    label: str = ""
+    style: str = "line"
+
+
+@dataclass
+class Panel:
+    """One pair of axes."""
+
+    title: str
+    xlabel: str
+    ylabel: str
+    curves: Sequence[Curve]
+
+
+COLORS = ("#1f5fa8", "#c8702a", "#2a8f4a", "#8a4fa3")
+
+
+def save_panels(panels: Sequence[Panel], path: str | Path, heading: str) -> Path:
+    """Write curves, one panel beside the other."""
+    figure = Figure(figsize=(4.6 * len(panels), 4.4), dpi=DPI, facecolor="white", layout="constrained")
+    figure.suptitle(heading, fontsize=13, weight="bold", color=INK)
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        _draw_panel(axes, panel)
+    figure.savefig(path)
+    return Path(path)
+
+
+def _draw_panel(axes: Axes, panel: Panel) -> None:
+    colors = iter(COLORS)
+    for curve in panel.curves:
+        label = curve.label or None
+        if curve.style == "reference":
+            axes.plot(curve.x, curve.y, "--", color=FAINT, linewidth=1.2, label=label)
+        elif curve.style == "points":
+            axes.plot(curve.x, curve.y, "o-", color=next(colors), markersize=6, linewidth=1.6, label=label)
+            for i in {0, len(curve.x) - 1}:
+                axes.annotate(
+                    f"{curve.y[i]:.1f}",
+                    (curve.x[i], curve.y[i]),
+                    xytext=(0, 8),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=9,
+                )
+            axes.margins(x=0.12, y=0.18)
+        else:
+            axes.plot(curve.x, curve.y, color=next(colors), linewidth=1.6, label=label)
+    axes.set_title(panel.title, fontsize=11, color=INK)
+    axes.set_xlabel(panel.xlabel)
+    axes.set_ylabel(panel.ylabel)
+    axes.grid(color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    if any(curve.label for curve in panel.curves):
+        axes.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.16))  # never on a curve

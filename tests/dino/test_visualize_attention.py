@@ -1,0 +1,187 @@
+"""Attention maps: any image and size, files that show what they say, and thresholds by a slow loop."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dino.networks import build_backbone
+from dino.vision_transformer import VisionTransformer
+from dino.visualize_attention import (
+    attended_patches,
+    class_attention,
+    main,
+    overlay_mask,
+    parse_args,
+    prepare_image,
+    save_attention,
+    to_picture,
+    visualize_attention,
+)
+from shared.weights import WeightMismatch
+
+HEADS = 3
+
+
+def make_vit(in_chans: int = 3) -> VisionTransformer:
+    torch.manual_seed(0)
+    return VisionTransformer(
+        img_size=[16], patch_size=4, in_chans=in_chans, embed_dim=24, depth=2, num_heads=HEADS, qkv_bias=True
+    ).eval()
+
+
+def read(path) -> np.ndarray:
+    return np.array(Image.open(path))
+
+
+def test_attention_and_class_token_share_sum_to_one():
+    model, images = make_vit(), torch.randn(2, 3, 18, 23)
+    attention = class_attention(model, images)
+    assert attention.shape == (2, HEADS, 4, 5)
+    own = model.get_last_selfattention(images)[:, :, 0, 0]
+    torch.testing.assert_close(attention.sum(dim=(2, 3)) + own, torch.ones(2, HEADS))
+
+
+def test_network_without_class_token_is_refused():
+    backbone, _ = build_backbone("resnet18")
+    with pytest.raises(ValueError, match="ResNet has no class token"):
+        class_attention(backbone, torch.zeros(1, 3, 32, 32))
+
+
+def test_image_smaller_than_a_patch_is_refused():
+    with pytest.raises(ValueError, match="less than a patch of 4"):
+        class_attention(make_vit(), torch.zeros(1, 3, 3, 8))
+
+
+@pytest.mark.parametrize("threshold", [0.1, 0.5, 0.6, 0.99, 1.0])
+def test_attended_patches_are_the_fewest_that_hold_the_share(threshold):
+    attention = torch.rand(HEADS, 3, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for values, mask in zip(attention, attended_patches(attention, threshold), strict=True):
+        total = values.sum()
+        assert values[mask].sum() / total >= threshold - 1e-9
+        if threshold < 1:
+            least = values[mask].min()
+            assert (values[mask].sum() - least) / total < threshold
+        assert not (~mask).any() or values[~mask].max() <= values[mask].min()
+
+
+def test_picture_is_the_image_before_normalisation():
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(to_picture(prepare_image(pixels, [6, 5])), pixels)
+
+
+def test_one_channel_is_the_luminance():
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
+    picture = to_picture(prepare_image(pixels, [6, 5], in_chans=1))
+    luminance = np.array(Image.fromarray(pixels).convert("L"))
+    np.testing.assert_array_equal(picture, np.repeat(luminance[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize(("size", "expected"), [([7, 9], (7, 9)), ([10], (10, 20))])
+def test_image_size_is_height_and_width_or_the_short_side(size, expected):
+    assert prepare_image(np.zeros((30, 60, 3), dtype=np.uint8), size).shape == (3, *expected)
+
+
+def test_mask_is_coloured_and_outlined():
+    mask = np.zeros((20, 20), dtype=bool)
+    mask[5:15, 5:15] = True
+    picture = overlay_mask(np.zeros((20, 20, 3), dtype=np.uint8), mask)
+    assert (picture[0, 0] == 0).all()
+    assert (picture[5, 5:15] == 255).all()
+    assert picture[10, 10, 0] > 100 > picture[10, 10, 1]
+
+
+def test_every_file_is_written_and_shows_its_map(tmp_path):
+    model = make_vit()
+    image = torch.randn(3, 18, 23, generator=torch.Generator().manual_seed(0))
+    paths = save_attention(model, image, tmp_path / "out", threshold=0.6)
+    names = [*(f"head{j}" for j in range(HEADS)), "mean"]
+    expected = ["attention.png", "img.png"]
+    expected += [f"{kind}{name}.png" for kind in ("attn-", "overlay-", "mask_th0.6_") for name in names]
+    assert sorted(path.name for path in paths) == sorted(expected)
+    assert paths[0].name == "attention.png"
+    assert {read(path).shape for path in paths[1:]} == {(240, 300, 3)}  # 4 x 5 patches, magnified 15 times
+
+    attention = class_attention(model, image[None])[0]
+    for j in range(HEADS):
+        colours = read(tmp_path / "out" / f"attn-head{j}.png").astype(int)
+        brightest = np.unravel_index(colours[:, :, :2].sum(axis=2).argmax(), colours.shape[:2])
+        assert (brightest[0] // 60, brightest[1] // 60) == divmod(int(attention[j].argmax()), 5)
+
+
+def test_without_threshold_there_are_no_masks(tmp_path):
+    paths = save_attention(make_vit(in_chans=1), torch.randn(1, 16, 16), tmp_path)
+    assert not any("mask" in path.name for path in paths)
+
+
+# --- The script -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    backbone, _ = build_backbone("vit_tiny", patch_size=4, img_size=16)
+    path = tmp_path_factory.mktemp("weights") / "checkpoint.pth"
+    torch.save({"teacher": {f"backbone.{name}": value for name, value in backbone.state_dict().items()}}, path)
+    return path
+
+
+def test_official_flags_and_defaults():
+    args = parse_args(["--image_path", "x.jpg"])
+    assert vars(args) | {
+        "arch": "vit_small",
+        "patch_size": 8,
+        "pretrained_weights": "",
+        "checkpoint_key": "teacher",
+        "image_size": [480, 480],
+        "output_dir": ".",
+        "threshold": None,
+    } == vars(args)
+
+
+@pytest.mark.parametrize("flags", [["--threshold", "0"], ["--threshold", "1.5"], ["--image_size", "1", "2", "3"]])
+def test_wrong_flags_are_refused(flags, capsys):
+    with pytest.raises(SystemExit):
+        parse_args([*flags, "--image_path", "x.jpg"])
+    assert flags[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])
+def test_any_image_and_checkpoint(mode, checkpoint, tmp_path):
+    Image.effect_mandelbrot((70, 50), (-2, -1, 1, 1), 20).convert(mode).save(tmp_path / "image.png")
+    flags = f"--arch vit_tiny --patch_size 4 --pretrained_weights {checkpoint} --image_path {tmp_path / 'image.png'}"
+    flags += f" --image_size 33 --threshold 0.5 --output_dir {tmp_path / 'out'}"
+    paths = visualize_attention(parse_args(flags.split()))
+    assert read(tmp_path / "out" / "img.png").shape[:2] == (256, 352)  # 32 x 44 pixels, magnified 8 times
+    assert all(path.exists() for path in paths)
+
+
+def test_without_image_given_weights_look_at_a_photograph(checkpoint, tmp_path):
+    flags = (
+        f"--arch vit_tiny --patch_size 4 --pretrained_weights {checkpoint} --image_size 24 24 --output_dir {tmp_path}"
+    )
+    visualize_attention(parse_args(flags.split()))
+    assert read(tmp_path / "img.png").std() > 20
+
+
+def test_without_anything_it_is_a_digit_and_the_run_on_digits(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/digits").mkdir(parents=True)
+    (tmp_path / "runs/digits/checkpoint.pth").write_bytes(checkpoint.read_bytes())
+    visualize_attention(parse_args(["--arch", "vit_tiny"]))
+    picture = read("runs/digits/img.png")
+    assert (picture[..., 0] == picture[..., 1]).all()
+
+
+def test_other_architecture_is_refused(checkpoint, tmp_path):
+    flags = f"--arch vit_small --patch_size 4 --pretrained_weights {checkpoint} --output_dir {tmp_path}"
+    with pytest.raises(WeightMismatch, match="looks like a vit_tiny/4"):
+        visualize_attention(parse_args(flags.split()))
+
+
+def test_mistakes_end_with_one_line(monkeypatch, capsys, tmp_path):
+    command = f"visualize_attention.py --pretrained_weights random --image_path {tmp_path / 'nothing.jpg'}"
+    monkeypatch.setattr("sys.argv", command.split())
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert "nothing.jpg" in capsys.readouterr().err
