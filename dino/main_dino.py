@@ -33,6 +33,7 @@ from dino.report import save_pictures, summary
 from dino.vision_transformer import DINOHead
 from shared import distributed, randomness
 from shared.attempt import Attempt
+from shared.batchnorm import has_batchnorm, synchronize_batchnorm
 from shared.checkpoint import Checkpointer, check_flags, load_latest, resume_position, without_prefix
 from shared.data import BadImages, EpochBatchSampler, default_num_workers, make_loader, open_source
 from shared.evaluation.knn_monitor import KNNMonitor, open_labelled
@@ -252,7 +253,9 @@ def train_dino(args: argparse.Namespace) -> None:
     teacher = build_network(args, drop_path_rate=0.0)
     teacher.load_state_dict(student.state_dict())
     teacher.requires_grad_(False)
-    student, teacher = student.to(device), teacher.to(device)
+    # with batch norms the teacher normalises with its own batches' statistics, and both need those of all processes
+    student = synchronize_batchnorm(student, device).to(device)
+    teacher = synchronize_batchnorm(teacher, device).to(device)
     if args.compile:
         student.backbone.compile()
         teacher.backbone.compile()
@@ -282,11 +285,13 @@ def train_dino(args: argparse.Namespace) -> None:
     first_epoch, first_step = 0, 0
     monitor = CollapseMonitor(args.out_dim, patience_steps=len(schedules.lr) // 4)
 
+    teacher_prefix = "module." if has_batchnorm(teacher) else ""  # as in the official files
+
     def state(epoch: int, step_in_epoch: int) -> dict:
         """Everything a run needs to go on at this step; the first keys are those of the official checkpoints."""
         return {
             "student": {f"module.{name}": value for name, value in distributed.unwrap(student).state_dict().items()},
-            "teacher": teacher.state_dict(),
+            "teacher": {teacher_prefix + name: value for name, value in teacher.state_dict().items()},
             "optimizer": optimizer.state_dict(),
             "epoch": epoch,
             "args": vars(args),
@@ -349,7 +354,7 @@ def train_dino(args: argparse.Namespace) -> None:
                 checkpointer=checkpointer,
             )
             first_step = 0
-            log.end_epoch(epoch)
+            log.end_epoch(epoch, bad_images=bad_images.count())
             if knn.is_due(epoch):
                 log.evaluation((epoch + 1) * steps_per_epoch, epoch + 1, knn_top1=knn.run(teacher.backbone))
             numbered = args.saveckp_freq and epoch % args.saveckp_freq == 0

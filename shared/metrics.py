@@ -145,9 +145,9 @@ class RunLog:
         self._write("metrics.jsonl", {"step": step, "epoch": epoch, **values})
         self._show({"step": step, "epoch": epoch, **values})
 
-    def end_epoch(self, epoch: int) -> dict:
-        """Write the averages of the epoch as ``train_<name>`` to ``log.txt`` and start the next one."""
-        line = {f"train_{name}": value for name, value in _means(self.epoch).items()} | {"epoch": epoch}
+    def end_epoch(self, epoch: int, **values: float) -> dict:
+        """Write the averages of the epoch as ``train_<name>``, and ``values``, to ``log.txt``; start the next one."""
+        line = {f"train_{name}": value for name, value in _means(self.epoch).items()} | {"epoch": epoch, **values}
         self.epoch = {}
         self._write("log.txt", line)
         return line
