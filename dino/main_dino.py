@@ -37,6 +37,7 @@ from shared.batchnorm import has_batchnorm, synchronize_batchnorm
 from shared.checkpoint import Checkpointer, check_flags, load_latest, resume_position, without_prefix
 from shared.data import BadImages, EpochBatchSampler, default_num_workers, make_loader, open_source
 from shared.evaluation.knn_monitor import KNNMonitor, open_labelled
+from shared.image_cache import cache_images
 from shared.metrics import RunLog, feature_spread, rank_me
 from shared.multicrop import MultiCropDataset, MultiCropWrapper, normalize_views
 from shared.optim import (
@@ -230,7 +231,7 @@ def train_dino(args: argparse.Namespace) -> None:
     world_size = distributed.get_world_size()
 
     # data
-    source = open_source(args.data_path, "train")
+    source = cache_images(open_source(args.data_path, "train"), args.cache)
     distributed.check_same_on_all_processes(len(source), "the number of training images")
     recipes = dino_views(
         args.global_crops_scale,
