@@ -4,8 +4,9 @@ A job that has to stop early saves its state into its output folder, comes back 
 
     what happens                                signal          state saved          back in the queue by
     time limit, ``scancel --signal=USR2``,
-    preemption with a warning                   USR2 or USR1    after this step      rank 0, ``scontrol requeue``
-    ``scontrol requeue``, preemption without    TERM            after this step      SLURM
+    preemption with the job's own signal        USR2 or USR1    after this step      rank 0, ``scontrol requeue``
+    preemption                                  TERM            after this step      rank 0, ``scontrol requeue``
+    ``scontrol requeue``                        TERM            after this step      SLURM
     ``scancel``                                 TERM            after this step      nobody
     dead host, cut network                      none            last periodic save   SLURM
 
@@ -254,22 +255,35 @@ class Trainer:
         return result
 
     def _leave(self, job: submitit.JobEnvironment, attempt: Attempt, stop: Interrupted) -> None:
-        """End this process after its state was saved; on USR1 and USR2 the job goes back into the queue."""
+        """End this process after a save; rank 0 puts the job back into the queue where nobody else does."""
         for number in STOP_SIGNALS:  # inherited by scontrol, which a TERM that follows USR2 would kill
             signal.signal(number, signal.SIG_IGN)
-        if stop.signal_number not in (signal.SIGUSR1, signal.SIGUSR2):
-            raise stop
         if job.global_rank != 0:
             raise SystemExit(0)  # an exit code would make srun end rank 0 before it has requeued the job
+        local = isinstance(job, submitit.local.local.LocalJobEnvironment)
+        warned = stop.signal_number in (signal.SIGUSR1, signal.SIGUSR2)
+        if not warned and (local or not is_preempted(job.job_id)):
+            raise stop
         if attempt.number >= self.max_restarts:
             raise RuntimeError(
                 f"job {job.job_id} was restarted {attempt.number} times (--max_restarts) and stays stopped; its state "
                 f"is in {self.args.output_dir}: submit it again to continue"
             )
-        if isinstance(job, submitit.local.local.LocalJobEnvironment):
+        if local:
             raise SystemExit(submitit.local.local.LOCAL_REQUEUE_RETURN_CODE)
         requeue(job.job_id)
         raise SystemExit(0)
+
+
+def is_preempted(job_id: str) -> bool:
+    """Whether SLURM is taking the nodes of a running job away.
+
+    A job that ends by itself in the grace time counts as failed or completed, and SLURM does not restart it.
+    """
+    answer = subprocess.run(["scontrol", "--oneliner", "show", "job", job_id], capture_output=True, text=True)
+    fields = dict(field.split("=", 1) for field in answer.stdout.split() if "=" in field)
+    times = fields.get("StartTime", ""), fields.get("PreemptTime", "None")  # ISO dates; that of an old attempt may stay
+    return fields.get("JobState") in ("RUNNING", "SIGNALING") and times[1] != "None" and times[1] >= times[0]
 
 
 def requeue(job_id: str, tries: int = 6) -> None:

@@ -127,6 +127,27 @@ class Cluster:
                         with contextlib.suppress(ProcessLookupError):
                             os.kill(victim, signal.SIGKILL)
 
+    def kill_tasks(self, node: str) -> None:
+        """SIGKILL to the processes of the jobs on a node, as the kernel does when memory runs out."""
+        for pid, environment in self._processes():
+            if f"SLURMD_NODENAME={node}" in environment and "SLURM_PROCID" in "".join(environment):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    @contextlib.contextmanager
+    def without(self, option: str) -> Iterator[None]:
+        """The cluster as it is configured without this line."""
+        complete = self.config.read_text()
+        self._reconfigure("".join(line for line in complete.splitlines(True) if not line.startswith(f"{option}=")))
+        try:
+            yield
+        finally:
+            self._reconfigure(complete)
+
+    def _reconfigure(self, text: str) -> None:
+        self.config.write_text(text)
+        self.run("scontrol", "reconfigure")
+
     def set_network(self, node: str, up: bool) -> None:
         """Plug the node's cable in or out."""
         link = f"v{self.nodes.index(node) + 1}"

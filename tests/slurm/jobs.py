@@ -40,6 +40,41 @@ def wait_for_a_signal_once(args):
     time.sleep(60)
 
 
+def count(args):
+    """A training in miniature: ``args.steps`` steps of ``args.step_s`` seconds, each with a collective and a log line.
+
+    The state after step t is the sum over steps of (rank + 1) * step over all ranks, so a repeated or lost step shows.
+    """
+    import torch
+
+    from shared import distributed
+    from shared.checkpoint import Checkpointer, load_latest
+    from shared.metrics import RunLog
+
+    distributed.init(device="cpu", timeout_s=120)
+    path = Path(args.output_dir) / "checkpoint.pth"
+    checkpoint = load_latest(path)
+    log = RunLog(args.output_dir, args.steps, log_freq=1, resumed=checkpoint is not None)
+    total = torch.zeros(())
+    if checkpoint is not None:
+        total = checkpoint["total"]
+        log.load_state_dict(checkpoint["log"])
+    first = 0 if checkpoint is None else checkpoint["step"]
+
+    def state(epoch: int, step: int) -> dict:
+        return {"total": total, "step": step, "log": log.state_dict()}
+
+    with Checkpointer(path, state, every_steps=args.save_every) as checkpointer:
+        for step in range(first, args.steps):
+            time.sleep(args.step_s)
+            total = total + distributed.all_reduce_sum(torch.tensor((distributed.get_rank() + 1.0) * step))
+            log.step(step, epoch=0, images=1, averages={"total": total})
+            checkpointer.after_step(0, step + 1)
+    log.close()
+    distributed.shutdown()
+    return int(os.environ.get("SLURM_RESTART_COUNT", 0)), total.item()
+
+
 def kill_self(args):
     os.kill(os.getpid(), args.number)
     time.sleep(5)

@@ -1,0 +1,119 @@
+"""What stops a job, and whether it comes back without losing or repeating a step."""
+
+import pytest
+import submitit
+
+from shared.attempt import Attempt, owner_of
+from tests.slurm import jobs
+
+
+def test_processes_on_two_nodes_form_one_group(submit, cluster):
+    run = submit("--tasks_per_node", "2", train=jobs.sum_over_processes)
+    assert run.job.results() == [10 + 11 + 12 + 13] * 4
+    assert run.ends() == "COMPLETED"
+    for rank, node in enumerate(("n1", "n1", "n2", "n2") if cluster.namespaces else ()):
+        assert f"job {run.id}, attempt 0: rank {rank} of 4 on {node}, rendezvous at n1:" in run.output(rank)
+
+
+def test_a_warning_signal_saves_requeues_and_resumes(submit, cluster):
+    run = submit()
+    run.wait_for_step(3)
+    cluster.run("scancel", "--signal=USR2", run.id)
+    assert run.ends() == "COMPLETED"
+    assert run.restarts() == 1
+    assert run.job.results() == [(1, 3 * 66.0)] * 2
+    run.assert_every_step_counted_once()
+    assert f"requeued job {run.id}" in run.output(0)
+    assert owner_of(run.output_dir) == Attempt(run.id, 1)
+
+
+def test_a_termination_before_the_warning_does_not_stop_the_requeue(submit, cluster):
+    run = submit()
+    run.wait_for_step(2)
+    for name in ("TERM", "USR2", "TERM"):  # some clusters send both
+        cluster.run("scancel", f"--signal={name}", run.id)
+    assert run.ends() == "COMPLETED"
+    assert run.restarts() == 1
+    run.assert_every_step_counted_once()
+
+
+def test_a_requeue_by_the_operator_resumes_after_the_step_it_interrupted(submit, cluster):
+    run = submit()
+    run.wait_for_step(3)
+    cluster.run("scontrol", "requeue", run.id)
+    assert run.ends() == "COMPLETED"
+    assert run.restarts() == 1
+    run.assert_every_step_counted_once()
+
+
+@pytest.mark.slow
+def test_a_job_preempted_with_its_own_signal_comes_back(submit, cluster):
+    run = submit()
+    run.wait_for_step(3)
+    preempt(cluster)
+    assert run.ends() == "COMPLETED"
+    assert run.restarts() == 1
+    run.assert_every_step_counted_once()
+
+
+def test_a_job_preempted_with_a_mere_termination_comes_back(submit, cluster):
+    with cluster.without("SlurmctldParameters"):  # else SLURM sends the signal that the job asked for
+        run = submit()
+        run.wait_for_step(3)
+        preempt(cluster)
+        assert run.ends() == "COMPLETED"
+    assert run.restarts() == 1
+    run.assert_every_step_counted_once()
+
+
+def preempt(cluster):
+    """A more important job takes all nodes for an instant."""
+    options = ("--partition=high", f"--nodes={len(cluster.nodes)}", "--exclusive", "--output=/dev/null")
+    assert cluster.run("sbatch", *options, "--wrap=true").returncode == 0
+
+
+def test_a_cancelled_job_has_saved_and_does_not_come_back(submit, cluster):
+    run = submit()
+    run.wait_for_step(3)
+    cluster.run("scancel", run.id)
+    assert run.ends() == "CANCELLED"
+    assert run.restarts() == 0
+    again = submit()  # a new job continues in the same folder
+    assert again.ends() == "COMPLETED"
+    again.assert_every_step_counted_once()
+    assert owner_of(run.output_dir) == Attempt(again.id, 0)
+
+
+def test_a_failing_rank_fails_the_job_and_is_not_requeued(submit):
+    run = submit(train=jobs.fail_on_rank_1)
+    assert run.ends() == "FAILED"
+    assert run.restarts() == 0
+    with pytest.raises(submitit.core.utils.FailedJobError, match="a message of rank 1"):
+        run.job.task(1).result()
+
+
+def test_a_killed_rank_ends_the_job_instead_of_leaving_the_other_one_waiting(submit, cluster):
+    run = submit("--steps", "1000")
+    run.wait_for_step(2)
+    cluster.kill_tasks("n2")
+    assert run.ends(timeout_s=30) == "FAILED"
+    assert cluster.show(run.id)["ExitCode"] != "0:0"
+
+
+def test_a_job_set_down_with_its_node_resumes_elsewhere(submit, cluster):
+    run = submit("--save_every", "2")
+    run.wait_for_step(5)
+    cluster.run("scontrol", "update", "nodename=n2", "state=down", "reason=test")
+    assert run.ends() == "COMPLETED"
+    assert run.restarts() == 1
+    run.assert_every_step_counted_once()
+    assert not isinstance(run.job.exception(), Exception)  # the broken attempt's errors are gone
+
+
+def test_every_process_gets_its_cpus_and_sees_the_gpus_of_its_node(submit, cluster):
+    run = submit("--ngpus", "2", "--cpus_per_task", "3", "--nodes", "1", train=jobs.wait_for_a_signal_once)
+    cluster.wait_for(lambda: len(list(run.output_dir.glob("started-*"))) == 2)
+    step = cluster.run("scontrol", "--oneliner", "show", "step", f"{run.id}.0").stdout
+    assert "Tasks=2" in step
+    assert "TresPerTask=cpu:3" in step  # srun would give each process one, whatever sbatch was told
+    assert "gres:gpu:2" in step
