@@ -63,11 +63,17 @@ class PlainArray:
         return iter(self.values.tolist())
 
 
+def encode_bytes(text: str, encoding: str) -> bytes:
+    """What ``_codecs.encode`` becomes when read: how Python 3 writes bytes in protocols 0 to 2."""
+    return text.encode("latin1")
+
+
 PLAIN = {
     **{(f"numpy.{core}.multiarray", "_reconstruct"): PlainArray for core in ("core", "_core")},
     **{(f"numpy.{core}.multiarray", "scalar"): read_number for core in ("core", "_core")},
     ("numpy", "ndarray"): PlainArray,
     ("numpy", "dtype"): NumberType,
+    ("_codecs", "encode"): encode_bytes,
 }
 
 

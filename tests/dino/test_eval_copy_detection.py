@@ -1,0 +1,130 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dino import eval_copy_detection
+from dino.eval_copy_detection import EDITS, CopyDescriptor, Whitening, mean_average_precision
+from dino.vision_transformer import VisionTransformer
+from tests.dino.small_data import COLOURS, picture, write_image
+
+NAMES = [f"20{i:02d}00.jpg" for i in range(6)]
+
+
+def save_jpeg(path, image, quality=95):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, quality=quality)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Copydays' layout with six originals: two JPEG qualities, one crop, strong edits of the first three."""
+    root = tmp_path_factory.mktemp("copydays")
+    colours = list(COLOURS.values())
+    for i, name in enumerate(NAMES):
+        image = Image.fromarray(picture(i, colours[i % 3], height=64, width=80))
+        save_jpeg(root / "original" / name, image)
+        save_jpeg(root / "jpegqual" / "75" / name, image, quality=75)
+        save_jpeg(root / "jpegqual" / "3" / name, image, quality=3)
+        save_jpeg(root / "crops" / "10" / name, image.crop((4, 3, 78, 61)))
+    for i in (0, 0, 1, 2):
+        edited = Image.fromarray(255 - picture(i, colours[i % 3], height=64, width=80))
+        save_jpeg(root / "strong" / f"20{i:02d}{len(list(root.glob('strong/*'))) + 1:02d}.jpg", edited)
+    for i in range(5):
+        write_image(root / "distractors" / f"{i}.png", picture(100 + i))
+        write_image(root / "whitening" / f"{i}.png", picture(200 + i))
+    return root
+
+
+def run(data, *flags):
+    small = ["--arch", "vit_tiny", "--patch_size", "16", "--pretrained_weights", "random", "--imsize", "32"]
+    arguments = [*small, "--num_workers", "0", "--device", "cpu", "--data_path", data, *flags]
+    parser = eval_copy_detection.get_args_parser()
+    return eval_copy_detection.eval_copy_detection(parser.parse_args([str(argument) for argument in arguments]))
+
+
+def test_published_command_lines_parse():
+    parse = eval_copy_detection.get_args_parser().parse_args
+    line = (
+        "--data_path /copydays --whitening_path /whitening --distractors_path /distractors --imsize 320 "
+        "--batch_size_per_gpu 16 --pretrained_weights w.pth --use_cuda true --arch vit_base --patch_size 8 "
+        "--checkpoint_key teacher --num_workers 10 --dist_url env:// --local_rank 0"
+    )
+    assert parse(line.split()).whitening_path == "/whitening"
+    defaults = parse(["--data_path", "/copydays"])
+    assert (defaults.arch, defaults.patch_size, defaults.imsize) == ("vit_base", 8, 320)
+    assert defaults.batch_size_per_gpu == 16
+
+
+def test_copies_find_their_originals(data, capsys):
+    torch.manual_seed(0)
+    result = run(data, "--distractors_path", data / "distractors")
+    assert set(result) == {"original", "strong", "jpegqual/3", "jpegqual/75", "crops/10"}
+    assert result["original"] == result["jpegqual/75"] == 1
+    assert 0 < result["strong"] <= 1
+    output = capsys.readouterr().out
+    assert "eval on original mAP=1.000" in output
+    assert "not in" in output
+    assert "jpegqual/50" in output
+
+
+def test_whitening_and_distractors_change_the_search(data):
+    torch.manual_seed(0)
+    result = run(data, "--whitening_path", data / "whitening", "--distractors_path", data / "distractors")
+    assert result["original"] == 1
+
+
+def test_a_neighbour_beyond_the_twentieth_does_not_count():
+    neighbours = np.array([[3, 0, 1], [2, 1, 0]])
+    assert mean_average_precision(neighbours, [[3], [0]]) == pytest.approx((1 + (0 + 1 / 3) / 2) / 2)
+    assert mean_average_precision(neighbours, [[9], [2, 9]]) == pytest.approx((0 + 0.5) / 2)
+
+
+def test_descriptor_is_the_class_token_and_the_generalised_mean_of_the_patches():
+    torch.manual_seed(0)
+    backbone = VisionTransformer(img_size=16, patch_size=8, embed_dim=12, depth=2, num_heads=2).eval()
+    images = torch.randn(2, 3, 16, 24)
+    backbone.requires_grad_(False)
+    descriptors = CopyDescriptor(backbone)(images)
+    tokens = backbone.get_intermediate_layers(images, 1)[0]
+    torch.testing.assert_close(descriptors[:, :12], tokens[:, 0])
+    for image in range(2):
+        for d in range(12):
+            values = [max(float(v), 1e-6) ** 4 for v in tokens[image, 1:, d]]
+            assert descriptors[image, 12 + d].item() == pytest.approx((sum(values) / 6) ** 0.25, rel=1e-5)
+
+
+def test_whitened_features_about_zero_have_unit_second_moments():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(500, 8, generator=generator) @ torch.randn(8, 8, generator=generator)
+    features -= features.mean(dim=0)
+    whitened = Whitening(features)(features)
+    torch.testing.assert_close(whitened.t() @ whitened / 500, torch.eye(8), rtol=1e-4, atol=1e-4)
+
+
+def test_whitening_does_not_blow_up_directions_without_variance():
+    features = torch.randn(100, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 1.0, 1.0, 0.0])
+    assert Whitening(features)(features).abs().max() < 10
+
+
+def test_bad_input_is_one_clear_error(data, tmp_path):
+    with pytest.raises(ValueError, match=r"--data_path .*: expected original/ and some of strong"):
+        run(tmp_path)
+    with pytest.raises(ValueError, match=r"--whitening_path .* is not a folder"):
+        run(data, "--whitening_path", tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="copy detection needs a ViT"):
+        run(data, "--arch", "resnet18")
+
+    write_image(tmp_path / "original" / "200000.jpg", picture(0))
+    write_image(tmp_path / "crops" / "10" / "200000.jpg", picture(0))
+    write_image(tmp_path / "crops" / "10" / "200100.jpg", picture(1))
+    with pytest.raises(ValueError, match=r"crops/10 has 2 images, .*original has 1"):
+        run(tmp_path)
+    (tmp_path / "crops" / "10" / "200100.jpg").unlink()
+    write_image(tmp_path / "strong" / "999900.jpg", picture(0))
+    with pytest.raises(ValueError, match=r"999900\.jpg: no original has the same first four characters"):
+        run(tmp_path)
+
+
+def test_edits_are_those_of_copydays():
+    assert len(EDITS) == 1 + 9 + 9

@@ -1,0 +1,185 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from dino import eval_video_segmentation
+from dino.eval_video_segmentation import (
+    davis_palette,
+    hard_mask,
+    neighborhood_window,
+    propagate_masks,
+    read_frame,
+    write_mask,
+)
+from tests.dino.small_data import picture, write_image
+
+
+def write_video(root, name, height, width, num_frames=4, size=32):
+    """Two textured squares that move 2 and 4 pixels per frame over a dark background."""
+    background = picture(0, (40, 40, 40), height, width)
+    squares = [picture(1, (220, 60, 40), size, size), picture(2, (40, 80, 230), size, size)]
+    masks = []
+    for t in range(num_frames):
+        pixels, mask = background.copy(), np.zeros((height, width), dtype=np.uint8)
+        for i, square in enumerate(squares):
+            top, left = 8 + i * (height - size - 16), 8 + 2 * t * (i + 1)
+            pixels[top : top + size, left : left + size] = square
+            mask[top : top + size, left : left + size] = i + 1
+        path = root / "JPEGImages" / "480p" / name / f"{t:05d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path, quality=95)
+        masks.append(mask)
+    annotation = root / "Annotations" / "480p" / name / "00000.png"
+    annotation.parent.mkdir(parents=True, exist_ok=True)
+    write_mask(annotation, masks[0])
+    return masks
+
+
+@pytest.fixture(scope="module")
+def davis(tmp_path_factory):
+    root = tmp_path_factory.mktemp("DAVIS")
+    masks = {
+        "wide": write_video(root, "wide", 96, 144),
+        "tall": write_video(root, "tall", 144, 96),
+        "square": write_video(root, "square", 128, 128),
+    }
+    (root / "ImageSets" / "2017").mkdir(parents=True)
+    (root / "ImageSets" / "2017" / "val.txt").write_text("wide\ntall\nsquare\n")
+    return root, masks
+
+
+def run(root, output_dir, *flags):
+    small = ["--arch", "vit_tiny", "--patch_size", "8", "--pretrained_weights", "random", "--image_size", "96"]
+    arguments = [*small, "--device", "cpu", "--data_path", root, "--output_dir", output_dir, *flags]
+    parser = eval_video_segmentation.get_args_parser()
+    return eval_video_segmentation.eval_video_segmentation(parser.parse_args([str(a) for a in arguments]))
+
+
+def test_published_command_lines_parse():
+    parse = eval_video_segmentation.get_args_parser().parse_args
+    line = (
+        "--data_path /davis --output_dir out --pretrained_weights w.pth --arch vit_base --patch_size 8 "
+        "--checkpoint_key teacher --n_last_frames 7 --size_mask_neighborhood 12 --topk 5 --bs 6"
+    )
+    assert parse(line.split()).arch == "vit_base"
+    defaults = parse(["--data_path", "/davis"])
+    assert (defaults.n_last_frames, defaults.size_mask_neighborhood, defaults.topk) == (7, 12, 5)
+
+
+def test_moving_objects_are_followed(davis, tmp_path):
+    root, masks = davis
+    torch.manual_seed(0)
+    run(root, tmp_path, "--n_last_frames", 2)
+    for name, true_masks in masks.items():
+        files = sorted((tmp_path / name).iterdir())
+        assert [file.name for file in files] == ["00000.png", "00001.png", "00002.png", "00003.png"]
+        for t, (file, true_mask) in enumerate(zip(files, true_masks, strict=True)):
+            with Image.open(file) as image:
+                assert image.mode == "P"
+                assert image.getpalette()[:9] == [0, 0, 0, 128, 0, 0, 0, 128, 0]
+                mask = np.array(image)
+            assert mask.shape == true_mask.shape
+            overlap = [((mask == i) & (true_mask == i)).sum() / ((mask == i) | (true_mask == i)).sum() for i in (1, 2)]
+            assert min(overlap) > (0.5 if t else 0.999), (name, t, overlap)
+
+
+def slow_propagation(features, context_features, context_masks, window, topk):
+    """One target patch at a time, over a list of all (affinity, mask) pairs."""
+    frames, num_classes, height, width = context_masks.shape
+    result = torch.zeros(num_classes, height, width)
+    for target in range(height * width):
+        pairs = []
+        for t in range(frames):
+            for source in range(height * width):
+                if window[target, source]:
+                    cosine = F.cosine_similarity(features[target], context_features[t, source], dim=0)
+                    mask = context_masks[t, :, source // width, source % width]
+                    pairs.append((torch.exp(cosine / 0.1), mask))
+        pairs.sort(key=lambda pair: -pair[0])
+        best = pairs[:topk]
+        total = sum(weight for weight, _ in best)
+        result[:, target // width, target % width] = sum(weight * mask for weight, mask in best) / total
+    return result
+
+
+@pytest.mark.parametrize("neighborhood", [0, 1, 2])
+def test_propagation_equals_a_loop_over_patches(neighborhood):
+    generator = torch.Generator().manual_seed(0)
+    features, context = torch.randn(20, 6, generator=generator), torch.randn(3, 20, 6, generator=generator)
+    masks = torch.rand(3, 4, 4, 5, generator=generator).softmax(dim=1)
+    window = neighborhood_window(4, 5, neighborhood)
+    expected = slow_propagation(features, context, masks, window, topk=5)
+    propagated = propagate_masks(features, context, masks, window, topk=5)
+    torch.testing.assert_close(propagated, expected)
+    torch.testing.assert_close(propagated.sum(dim=0), torch.ones(4, 5))
+
+
+def test_fewer_context_patches_than_matches_are_all_used():
+    features, masks = torch.randn(1, 3), torch.tensor([[[[0.25]], [[0.75]]]])
+    propagated = propagate_masks(features, features[None], masks, neighborhood_window(1, 1, 0), topk=5)
+    torch.testing.assert_close(propagated, masks[0])
+
+
+def test_a_constant_channel_does_not_win_everywhere():
+    """Stretching it to [0, 1] would divide 0 by 0."""
+    soft_mask = torch.stack([torch.full((4, 4), 0.2), torch.zeros(4, 4), torch.eye(4)])
+    mask = hard_mask(soft_mask, patch_size=2)
+    assert mask.shape == (8, 8)
+    assert set(mask.unique().tolist()) == {0, 2}
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "expected"), [(480, 854, (480, 832)), (854, 480, (832, 480)), (1080, 1920, (480, 832))]
+)
+def test_frames_keep_their_shape_up_to_multiples_of_64(tmp_path, height, width, expected):
+    path = write_image(tmp_path / "frame.jpg", picture(0, height=height // 8 * 8, width=width // 8 * 8))
+    assert read_frame(path, 480).shape == (3, *expected)
+
+
+def test_palette_spreads_the_bits_of_an_index_over_the_colours():
+    palette = np.array(davis_palette()).reshape(256, 3)
+    assert palette[[1, 2, 4, 7, 9, 21, 22, 255]].tolist() == [
+        [128, 0, 0],
+        [0, 128, 0],
+        [0, 0, 128],
+        [128, 128, 128],
+        [191, 0, 0],
+        [128, 64, 128],
+        [22, 22, 22],
+        [255, 255, 255],
+    ]
+
+
+def test_an_object_that_is_too_small_for_the_grid_does_not_stop_the_run(tmp_path):
+    masks = write_video(tmp_path, "tiny", 96, 96, num_frames=2)
+    masks[0][0, 0] = 5
+    write_mask(tmp_path / "Annotations" / "480p" / "tiny" / "00000.png", masks[0])
+    (tmp_path / "ImageSets" / "2017").mkdir(parents=True)
+    (tmp_path / "ImageSets" / "2017" / "val.txt").write_text("tiny\n")
+    run(tmp_path, tmp_path / "out")
+    with Image.open(tmp_path / "out" / "tiny" / "00001.png") as mask:
+        assert np.array(mask).max() <= 5
+
+
+def test_bad_input_is_one_clear_error(davis, tmp_path):
+    with pytest.raises(ValueError, match=r"--data_path .*val.txt does not exist"):
+        run(tmp_path, tmp_path)
+    file = tmp_path / "ImageSets" / "2017" / "val.txt"
+    file.parent.mkdir(parents=True)
+    for content, message in (
+        ("", "names no video"),
+        ("missing", "no frames"),
+        ("../../elsewhere", "leads out of the folder"),
+    ):
+        file.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            run(tmp_path, tmp_path)
+    write_video(tmp_path, "v", 64, 64)
+    (tmp_path / "Annotations" / "480p" / "v" / "00000.png").unlink()
+    file.write_text("v")
+    with pytest.raises(ValueError, match=r"00000.png does not exist"):
+        run(tmp_path, tmp_path)
+    with pytest.raises(ValueError, match="video segmentation needs a ViT"):
+        run(davis[0], tmp_path, "--arch", "resnet18")
