@@ -104,6 +104,16 @@ def test_a_second_interrupt_stops_at_once(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_of_several_signals_the_one_that_requeues_a_job_counts(tmp_path):
+    with pytest.raises(Interrupted) as stop:
+        with Checkpointer(tmp_path / "checkpoint.pth", lambda epoch, step: {}) as checkpointer:
+            for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGTERM):  # torchrun and SLURM repeat SIGTERM
+                os.kill(os.getpid(), number)
+            checkpointer.after_step(0, 1)
+    assert stop.value.signal_number == signal.SIGUSR2
+    assert (tmp_path / "checkpoint.pth").exists()
+
+
 def test_saves_every_n_steps_and_at_the_end_of_an_epoch(tmp_path):
     path = tmp_path / "checkpoint.pth"
     saved = []
