@@ -149,7 +149,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--batch_size_per_gpu", type=int, default=64, help="images per process")
     add("--optimizer", default="adamw", choices=("adamw", "sgd", "lars"))
     add("--lr", type=float, default=0.0005, help="peak learning rate for 256 images per step; scaled linearly")
-    add("--warmup_epochs", type=int, default=10, help="epochs of linear learning-rate warm-up")
+    add("--warmup_epochs", type=float, default=10, help="epochs (or parts of one) of linear learning-rate warm-up")
     add("--min_lr", type=float, default=1e-6, help="learning rate at the end")
     add("--weight_decay", type=float, default=0.04, help="weight decay at the start")
     add("--weight_decay_end", type=float, default=0.4, help="weight decay at the end")

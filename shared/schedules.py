@@ -8,7 +8,7 @@ def cosine_schedule(
     final: float,
     epochs: int,
     steps_per_epoch: int,
-    warmup_epochs: int = 0,
+    warmup_epochs: float = 0,
     start: float = 0.0,
 ) -> np.ndarray:
     """One value per step: a linear warm-up from ``start`` to ``base``, then half a cosine towards ``final``.
@@ -32,15 +32,13 @@ def cosine_schedule(
     """
     if warmup_epochs > epochs:
         raise ValueError(f"a warm-up of {warmup_epochs} epochs does not fit into {epochs} epochs")
-    warmup = np.linspace(start, base, warmup_epochs * steps_per_epoch)
+    warmup = np.linspace(start, base, round(warmup_epochs * steps_per_epoch))
     num_steps = epochs * steps_per_epoch - len(warmup)
     progress = np.arange(num_steps) / max(num_steps, 1)
     return np.concatenate([warmup, final + (base - final) / 2 * (1 + np.cos(np.pi * progress))])
 
 
-def teacher_temperature_schedule(
-    warmup_temp: float, temp: float, warmup_epochs: int, epochs: int
-) -> np.ndarray:
+def teacher_temperature_schedule(warmup_temp: float, temp: float, warmup_epochs: int, epochs: int) -> np.ndarray:
     """One temperature per epoch: linear from ``warmup_temp`` to ``temp``, both included, then constant.
 
     Returns:
