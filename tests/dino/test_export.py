@@ -1,0 +1,119 @@
+"""Exported files compute what the torch network computes, or are not kept."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import timm
+import torch
+from torch import nn
+
+from dino.export import ExportMismatch, check_outputs, export, export_onnx, timm_options
+from dino.networks import build_backbone
+from shared.weights import load_backbone_weights, safe_load
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def make_backbone(arch: str, seed: int = 0, **options) -> nn.Module:
+    torch.manual_seed(seed)
+    backbone, _ = build_backbone(arch, **options)
+    return backbone.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module", params=[3, 1])
+def exported(request, tmp_path_factory):
+    """A ViT and its files."""
+    backbone = make_backbone("vit_tiny", patch_size=8, img_size=24, in_chans=request.param)
+    folder = tmp_path_factory.mktemp("export")
+    return backbone, export(backbone, "vit_tiny", folder, image_size=[24, 40])
+
+
+def test_safetensors_fill_the_network_again(exported):
+    backbone, files = exported
+    other = make_backbone("vit_tiny", seed=1, patch_size=8, img_size=24, in_chans=backbone.patch_embed.proj.in_channels)
+    load_backbone_weights(other, files["safetensors"])
+    torch.testing.assert_close(other.state_dict(), backbone.state_dict())
+    header_bytes = files["safetensors"].read_bytes()[8:400]
+    metadata, _ = json.JSONDecoder().raw_decode(header_bytes[header_bytes.index(b"__metadata__") + 14 :].decode())
+    assert metadata["arch"] == "vit_tiny"
+    assert metadata["img_size"] == "24"
+
+
+def test_timm_gives_the_same_features(exported):
+    backbone, files = exported
+    in_chans = backbone.patch_embed.proj.in_channels
+    twin = timm.create_model("vit_tiny_patch16_224", patch_size=8, img_size=24, in_chans=in_chans, num_classes=0)
+    twin.load_state_dict(safe_load(files["timm"]))
+    images = torch.randn(2, in_chans, 24, 24)
+    torch.testing.assert_close(twin.eval()(images), backbone(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_onnx_takes_any_batch_of_its_image_size(batch_size, exported):
+    backbone, files = exported
+    onnx.checker.check_model(str(files["onnx"]))
+    session = onnxruntime.InferenceSession(str(files["onnx"]), providers=["CPUExecutionProvider"])
+    images = torch.randn(batch_size, backbone.patch_embed.proj.in_channels, 24, 40)  # positions are interpolated
+    (features,) = session.run(["features"], {"images": images.numpy()})
+    np.testing.assert_allclose(features, backbone(images).numpy(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "xcit_nano_12_p16", "squeezenet1_1"])
+def test_other_networks_are_exported(arch, tmp_path):
+    files = export(make_backbone(arch), arch, tmp_path, image_size=[64, 64])
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in files.values())
+    assert ("timm" in files) == (arch != "squeezenet1_1")  # a network that timm does not have
+
+
+def test_network_of_another_shape_is_not_taken_for_that_of_timm():
+    backbone = make_backbone("resnet18")
+    backbone.layer4 = nn.Identity()
+    assert timm_options("resnet18", backbone) is None
+
+
+class Shifted(nn.Module):
+    def __init__(self, backbone: nn.Module, shift: float):
+        super().__init__()
+        self.backbone, self.shift = backbone, shift
+
+    def forward(self, images):
+        return self.backbone(images) + self.shift
+
+
+@pytest.mark.parametrize("shift", [0.01, float("nan")])
+def test_difference_is_an_error(shift):
+    backbone = make_backbone("resnet18")
+    with pytest.raises(ExportMismatch, match="file differs"):
+        check_outputs("file", Shifted(backbone, shift), backbone, [32, 32])
+
+
+def test_file_that_computes_something_else_is_not_kept(tmp_path, monkeypatch):
+    backbone = make_backbone("resnet18")
+    (tmp_path / "network.onnx").write_bytes(b"old")
+    monkeypatch.setattr("dino.export.copy.deepcopy", lambda network: Shifted(network, 0.01).eval())
+    with pytest.raises(ExportMismatch):
+        export_onnx(backbone, tmp_path / "network.onnx", [32, 32])
+    assert [p.name for p in tmp_path.iterdir()] == ["network.onnx"]
+    assert (tmp_path / "network.onnx").read_bytes() == b"old"
+
+
+def test_command_exports_a_training_checkpoint(tmp_path):
+    backbone = make_backbone("vit_tiny", patch_size=8, img_size=16)
+    teacher = {f"backbone.{name}": value for name, value in backbone.state_dict().items()}
+    torch.save({"teacher": teacher, "student": teacher}, tmp_path / "checkpoint.pth")
+    command = f"-m dino.export --arch vit_tiny --patch_size 8 --pretrained_weights {tmp_path / 'checkpoint.pth'}"
+    command += f" --output_dir {tmp_path / 'out'}"
+    done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("equal to the torch network") == 3
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "vit_tiny.onnx",
+        "vit_tiny.safetensors",
+        "vit_tiny_timm.pth",
+    ]
