@@ -145,13 +145,15 @@ class MultiCropWrapper(nn.Module):
     are joined crop-major (every image of view 0, then of view 1, ...) and go through the head once.
 
     Args:
-        backbone: Maps (B, C, H, W) to features (B, D). ``fc`` and ``head`` are replaced by ``nn.Identity``.
+        backbone: Maps (B, C, H, W) to features (B, D). A linear ``fc`` or ``head`` is replaced by ``nn.Identity``.
         head: Maps features (V * B, D) to outputs (V * B, K).
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module):
         super().__init__()
-        backbone.fc, backbone.head = nn.Identity(), nn.Identity()
+        for name in ("fc", "head"):
+            if isinstance(getattr(backbone, name, None), nn.Linear):  # timm's heads also hold the pooling
+                setattr(backbone, name, nn.Identity())
         self.backbone = backbone
         self.head = head
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from dino.networks import available_architectures, build_backbone
 from dino.vision_transformer import VisionTransformer
+from shared.multicrop import MultiCropWrapper
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +64,16 @@ def test_features_have_the_stated_dimension(arch, in_chans):
     backbone, embed_dim = build_backbone(arch, in_chans=in_chans)
     features = backbone.eval()(torch.randn(2, in_chans, 64, 64))
     assert features.shape == (2, embed_dim)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "convnext_atto", "vit_tiny_patch16_224", "xcit_nano_12_p16"])
+def test_views_of_two_sizes_go_through_the_wrapper(arch):
+    backbone, embed_dim = build_backbone(arch)
+    wrapper = MultiCropWrapper(backbone.eval(), nn.Linear(embed_dim, 5))
+    large, small = torch.randn(2, 3, 64, 64), torch.randn(6, 3, 32, 32)
+    features = wrapper.embed([large, small])
+    torch.testing.assert_close(features, torch.cat([backbone(large), backbone(small)]))
+    assert wrapper([large, small]).shape == (8, 5)
 
 
 def test_name_known_to_both_libraries_is_torchvision():
