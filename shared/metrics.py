@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import distributed
+from .attempt import Attempt
 
 
 def feature_spread(features: Tensor) -> Tensor:
@@ -69,6 +70,7 @@ class RunLog:
         resumed: bool = False,
     ):
         self.files = {name: Path(output_dir) / name for name in ("metrics.jsonl", "log.txt")}
+        self.attempt = Attempt.current()
         self.total_steps = total_steps
         self.log_freq = log_freq
         self.window: dict[str, Tensor] = {}  # (sum, count) of each average since the last line
@@ -77,6 +79,7 @@ class RunLog:
         self.waited_s = 0.0
         self.line_start = time.perf_counter()
         self.bar = None
+        self.tensorboard = Path(output_dir) / "tensorboard" if tensorboard else None
         self.writer = None
         if distributed.is_main_process():
             for path in self.files.values():
@@ -85,10 +88,6 @@ class RunLog:
                 path.touch()
             if sys.stderr.isatty():
                 self.bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True)
-            if tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.writer = SummaryWriter(str(Path(output_dir) / "tensorboard"))
 
     def batches(self, loader: Iterable) -> Iterator:
         """Iterate over ``loader`` and measure how long the training waits for data."""
@@ -120,8 +119,8 @@ class RunLog:
             finite = value.isfinite()
             # (sum, count) stay on the device: reading them would wait for it
             pair = torch.stack([torch.where(finite, value, 0.0), finite.double()])
-            self.window[name] = self.window.get(name, 0.0) + pair
-            self.epoch[name] = self.epoch.get(name, 0.0) + pair
+            for sums in (self.window, self.epoch):
+                sums[name] = sums[name].to(pair.device) + pair if name in sums else pair
         self.images += images
         if self.bar is not None:
             self.bar.update(step + 1 - self.bar.n)
@@ -188,9 +187,19 @@ class RunLog:
     def _write(self, name: str, line: dict) -> None:
         if not distributed.is_main_process():
             return
-        with open(self.files[name], "a") as file:
-            file.write(json.dumps(line) + "\n")
-        if self.writer is not None and "step" in line:
+        self.attempt.check(self.files[name].parent)  # a newer attempt may be writing its own lines by now
+        path = self.files[name]
+        try:
+            with open(path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk comes without a name
+        if self.tensorboard is not None and "step" in line:
+            if self.writer is None:
+                from torch.utils.tensorboard import SummaryWriter
+
+                # hides what was drawn beyond the checkpoint that the run has gone back to
+                self.writer = SummaryWriter(str(self.tensorboard), purge_step=line["step"])
             for key, value in line.items():
                 if key not in ("step", "epoch"):
                     self.writer.add_scalar(key, value, line["step"])

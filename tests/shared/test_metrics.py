@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 
+from shared.attempt import Attempt, Superseded
 from shared.metrics import RunLog, feature_spread, rank_me
 
 
@@ -78,3 +79,12 @@ def test_spread_and_rank_tell_collapsed_from_spread_features():
     assert feature_spread(collapsed) < 0.01
     assert rank_me(spread) > 15
     assert rank_me(torch.randn(256, 2) @ torch.randn(2, 16)) < 2.1
+
+
+def test_a_superseded_attempt_writes_no_line(tmp_path):
+    log = RunLog(tmp_path, total_steps=10, log_freq=1)
+    log.step(0, 0, images=1, averages={"loss": 1.0})
+    Attempt("of a newer job", 0).claim(tmp_path)
+    with pytest.raises(Superseded):
+        log.step(1, 0, images=1, averages={"loss": 1.0})
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
