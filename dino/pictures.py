@@ -112,5 +112,7 @@ def save_curves(log_path: str | Path, path: str | Path) -> Path:
     evaluations = [line for line in lines if "knn_top1" in line]
     if evaluations:
         curve = Curve([x["step"] for x in evaluations], [x["knn_top1"] for x in evaluations], style="points")
-        panels.append(Panel("Weighted k-NN of the teacher's features", "step", "top-1 accuracy (%)", [curve]))
+        panels.append(
+            Panel("Weighted k-NN of the teacher's features", "step", "top-1 accuracy (%)", [curve], least_range=10)
+        )
     return save_panels(panels, path, "DINO training")

@@ -153,12 +153,13 @@ class Curve:
 
 @dataclass
 class Panel:
-    """One pair of axes."""
+    """One pair of axes; ``least_range`` keeps its y axis from magnifying noise."""
 
     title: str
     xlabel: str
     ylabel: str
     curves: Sequence[Curve]
+    least_range: float = 0.0
 
 
 COLORS = ("#1f5fa8", "#c8702a", "#2a8f4a", "#8a4fa3")
@@ -193,7 +194,12 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
                 )
             axes.margins(x=0.12, y=0.18)
         else:
-            axes.plot(curve.x, curve.y, color=next(colors), linewidth=1.6, label=label)
+            marker = "." if len(curve.x) <= 20 else None  # a single point is no line
+            axes.plot(curve.x, curve.y, color=next(colors), linewidth=1.6, marker=marker, label=label)
+    low, high = axes.get_ylim()
+    if high - low < panel.least_range:
+        middle = (low + high) / 2
+        axes.set_ylim(middle - panel.least_range / 2, middle + panel.least_range / 2)
     axes.set_title(panel.title, fontsize=11, color=INK)
     axes.set_xlabel(panel.xlabel)
     axes.set_ylabel(panel.ylabel)

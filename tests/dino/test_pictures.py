@@ -129,6 +129,16 @@ def test_curves_show_the_numbers_of_the_log(tmp_path, drawn):
     assert_nothing_is_clipped(drawn[0])
 
 
+def test_short_run_is_visible_and_its_noise_not_magnified(tmp_path, drawn):
+    lines = ['{"step": 0, "knn_top1": 83.3}', '{"step": 5, "loss": 6.7}', '{"step": 5, "knn_top1": 83.0}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    save_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    loss, knn = drawn[0].axes
+    assert loss.lines[0].get_marker() == "."
+    low, high = knn.get_ylim()
+    assert high - low == pytest.approx(10)
+
+
 def test_curves_without_evaluation_have_one_panel_less(tmp_path, drawn):
     (tmp_path / "metrics.jsonl").write_text('{"step": 10, "loss": 3.0}\n{"step": 20, "loss": 2.0}\n')
     save_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
