@@ -132,9 +132,14 @@ def normalize_views(
     mean, std = torch.tensor(mean), torch.tensor(std)
     if views[0].shape[1] == 1:
         mean, std = mean.mean(dim=0, keepdim=True), std.mean(dim=0, keepdim=True)
-    shift = (255 * mean).view(1, -1, 1, 1).to(device)
+    shift = (-mean / std).view(1, -1, 1, 1).to(device)
     scale = (1 / (255 * std)).view(1, -1, 1, 1).to(device)
-    return [((view.to(device, non_blocking=True) - shift) * scale).to(dtype) for view in views]
+    normalized = []
+    for view in views:
+        pixels = view.to(device, non_blocking=True).float()
+        torch.addcmul(shift, pixels, scale, out=pixels)  # one pass, in place: new memory costs more than arithmetic
+        normalized.append(pixels.to(dtype))
+    return normalized
 
 
 class MultiCropWrapper(nn.Module):
