@@ -123,8 +123,7 @@ def timm_options(arch: str, backbone: nn.Module) -> dict | None:
     if not timm.is_model(name):
         return None
     options = {"model_name": name, "num_classes": 0, **options}
-    with torch.device("meta"):
-        twin = timm.create_model(**options).state_dict()
+    twin = timm.create_model(**options).state_dict()
     shapes = {name: value.shape for name, value in backbone.state_dict().items()}
     return options if shapes == {name: value.shape for name, value in twin.items()} else None
 
