@@ -78,9 +78,13 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def update_center(self, teacher_logits: Tensor) -> None:
-        """Moving average of the teacher's mean output over both views and all processes (eq. 4)."""
+        """Moving average of the teacher's mean output over both views and all processes (eq. 4).
+
+        A batch with a mean that is not finite does not count: it would stay in the average for ever.
+        """
         batch_center = distributed.all_reduce_mean(teacher_logits.mean(dim=0, keepdim=True))
-        self.center.lerp_(batch_center, 1 - self.center_momentum)
+        updated = self.center.lerp(batch_center, 1 - self.center_momentum)
+        self.center.copy_(torch.where(batch_center.isfinite().all(), updated, self.center))
 
 
 class CrossViewEntropy(torch.autograd.Function):
@@ -97,9 +101,7 @@ class CrossViewEntropy(torch.autograd.Function):
         weight = 1 / (2 * (num_crops - 1) * targets.shape[1])
         loss = torch.zeros((), device=student_logits.device)
         grad = torch.empty_like(student_logits)
-        for v, (logits, grad_v) in enumerate(
-            zip(student_logits.chunk(num_crops), grad.chunk(num_crops), strict=True)
-        ):
+        for v, (logits, grad_v) in enumerate(zip(student_logits.chunk(num_crops), grad.chunk(num_crops), strict=True)):
             target, mass = (targets[1 - v], 1) if v < 2 else (both, 2)  # a view is never its own target
             logits = logits.float() / temperature
             prediction = logits.softmax(dim=1)

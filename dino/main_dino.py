@@ -40,6 +40,7 @@ from shared.evaluation.knn_monitor import KNNMonitor, open_labelled
 from shared.image_cache import cache_images
 from shared.metrics import RunLog, feature_spread, rank_me
 from shared.multicrop import MultiCropDataset, MultiCropWrapper, normalize_views
+from shared.not_finite import FiniteGuard
 from shared.optim import (
     build_optimizer,
     clip_grad_norm_per_tensor_,
@@ -175,6 +176,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--pictures", type=bool_flag, default=True, help="write pictures at the end")
     add("--log_freq", type=int, default=10, help="steps per line of the log")
     add("--tensorboard", action="store_true", help="also log to TensorBoard")
+    add("--max_skipped_steps", type=int, default=10,
+        help="stop after so many steps in a row without finite gradients (exit code 3); 0: never")  # fmt: skip
     add("--seed", type=int, default=0)
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--dist_url", default="env://", help="rendezvous of the processes")
@@ -299,6 +302,7 @@ def train_dino(args: argparse.Namespace) -> None:
             "dino_loss": criterion.state_dict(),
             "fp16_scaler": precision.scaler.state_dict(),
             "step_in_epoch": step_in_epoch,
+            "skipped_steps": int(guard.in_a_row),
             "batch_size": args.batch_size_per_gpu * world_size,
             "world_size": world_size,
             "log": log.state_dict(),
@@ -316,6 +320,13 @@ def train_dino(args: argparse.Namespace) -> None:
             log.load_state_dict(checkpoint["log"])
         first_epoch, first_step = resume_position(checkpoint, args.batch_size_per_gpu * world_size, args.on_changed_run)
         distributed.print_once(f"resuming at epoch {first_epoch}, step {first_step}")
+    guard = FiniteGuard(
+        {"teacher": teacher, "student": distributed.unwrap(student)},
+        output_dir,
+        args.max_skipped_steps,
+        device,
+        in_a_row=checkpoint.get("skipped_steps", 0) if checkpoint else 0,
+    )
     knn = KNNMonitor(
         open_labelled(args.data_path, args.val_path) if args.eval_knn_freq != 0 else "off",
         args.global_crop_size,
@@ -331,7 +342,9 @@ def train_dino(args: argparse.Namespace) -> None:
         distributed.print_once(f"no k-NN evaluation: {knn.off}")
 
     # epochs
-    with Checkpointer(output_dir / "checkpoint.pth", state, args.saveckp_steps, args.saveckp_minutes) as checkpointer:
+    with Checkpointer(
+        output_dir / "checkpoint.pth", state, args.saveckp_steps, args.saveckp_minutes, guard.is_good
+    ) as checkpointer:
         if checkpoint is None and knn.is_due(-1):
             log.evaluation(0, 0, knn_top1=knn.run(teacher.backbone))
         for epoch in range(first_epoch, args.epochs):
@@ -352,6 +365,7 @@ def train_dino(args: argparse.Namespace) -> None:
                 precision=precision,
                 log=log,
                 monitor=monitor,
+                guard=guard,
                 checkpointer=checkpointer,
             )
             first_step = 0
@@ -394,6 +408,7 @@ def train_one_epoch(
     precision: Precision,
     log: RunLog,
     monitor: CollapseMonitor,
+    guard: FiniteGuard,
     checkpointer: Checkpointer,
 ) -> None:
     """One epoch (from its step ``first_step`` on) of Algorithm 1.
@@ -407,10 +422,10 @@ def train_one_epoch(
     student.train()
     teacher.train()
     start = epoch * steps_per_epoch + first_step
-    for step, (views, labels, _) in enumerate(log.batches(loader), start=start):
+    for step, (loaded_views, labels, indices) in enumerate(log.batches(loader), start=start):
         randomness.seed_step(seed, step, distributed.get_rank())
         schedules.apply(optimizer, step)
-        views = normalize_views(views, precision.device, MEAN, STD)
+        views = normalize_views(loaded_views, precision.device, MEAN, STD)
         global_views = views[0][: 2 * len(labels)]
 
         with precision.autocast():
@@ -428,12 +443,18 @@ def train_one_epoch(
         skipped = step_unless_not_finite(optimizer, grad_norms)
         precision.update()
         ema_update_(teacher_parameters, parameters, schedules.momentum[step])  # parameters only, no buffers
+        guard.count(skipped)
 
         averages = {"loss": loss, "lr": schedules.lr[step], "wd": schedules.weight_decay[step], "skipped": skipped}
         health = output_health(criterion, loss, teacher_features) if log.is_due(step) else {}
         line = log.step(step, epoch, len(labels), averages, **health)
         if line is not None and (problem := monitor.check(line)):
             distributed.print_once(problem)
+        if line is not None and guard.too_many():
+            randomness.seed_step(seed, step, distributed.get_rank())
+            with precision.autocast():
+                batch = {"views": loaded_views, "indices": indices, "step": step, "epoch": epoch}
+                guard.stop(batch, views, {"teacher": global_views, "student": views}, loss)
         checkpointer.after_step(epoch, step + 1 - epoch * steps_per_epoch)
 
 

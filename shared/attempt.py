@@ -21,6 +21,10 @@ class Interrupted(SystemExit):
         self.signal_number = signal_number
 
 
+class NotFinite(RuntimeError):
+    """Infinities or NaNs where a run cannot go on; its last checkpoint is good. Scripts end with exit code 3."""
+
+
 class Superseded(SystemExit):
     """A newer attempt owns the output folder: this process ends (exit code 1) and leaves the folder as it is."""
 

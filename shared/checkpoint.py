@@ -2,26 +2,31 @@
 
 A file is written beside its final name, flushed to the disk, read back against the CRC-32 that the zip container
 keeps of every record, and only then renamed into place; the file it replaces stays as ``*.previous``. At every
-instant at least one complete checkpoint is on the disk.
+instant at least one complete checkpoint is on the disk, and none ever holds a NaN.
 """
 
 import argparse
 import contextlib
+import math
 import os
+import shutil
 import signal
+import socket
 import time
 import zipfile
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from . import distributed
-from .attempt import Attempt, Interrupted
+from .attempt import Attempt, Interrupted, NotFinite
 from .weights import safe_load
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(OSError):
     """A checkpoint could not be written or none of the existing ones can be read."""
 
 
@@ -29,15 +34,21 @@ def previous(path: Path) -> Path:
     return path.with_name(path.name + ".previous")
 
 
-def save(path: str | Path, state: dict) -> None:
+def save(path: str | Path, state: dict, keep_as: str | None = None) -> None:
     """Write ``state`` to ``path`` atomically and durably; the old file remains as ``<name>.previous``.
 
+    Args:
+        keep_as: Second name in the same folder under which the new file stays when later ones replace it.
+
     Raises:
-        CheckpointError: If the file cannot be written (disk full, read-only or deleted folder). What was on the disk
-            before is untouched.
+        CheckpointError: If the file cannot be written (disk full, read-only or deleted folder).
+        NotFinite: If a tensor holds an infinity or a NaN; the message names it.
+        Whichever it is, what was on the disk before is untouched.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    if (name := first_not_finite(state)) is not None:
+        raise NotFinite(f"{path} is not written: {name} is not finite; the checkpoint before it stays")
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
             torch.save(state, file)
@@ -45,17 +56,58 @@ def save(path: str | Path, state: dict) -> None:
             os.fsync(file.fileno())
         verify(temporary)
         if path.exists():
-            # a second name for the old file first: `path` itself never disappears
-            link = path.with_name(f".{path.name}.link-{os.getpid()}")
-            link.unlink(missing_ok=True)
-            os.link(path, link)
-            os.replace(link, previous(path))
+            _name(path, previous(path))
+        if keep_as is not None:
+            _name(temporary, path.with_name(keep_as))  # before `path`: a kill in between repeats this save
         os.replace(temporary, path)
         _fsync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+    except (OSError, RuntimeError) as error:
+        # torch wraps a failed write into an error that does not tell the reason
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        kept = "; the checkpoint before it is intact" if path.exists() else ""
+        raise CheckpointError(f"could not write {path}: {reason}{kept}") from error
+    finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"could not write {path}: {error}; the previous checkpoint is intact") from error
+
+
+def _name(file: Path, name: Path) -> None:
+    """Give a file a second name, in one step; it gets a copy where the file system knows no hard links."""
+    temporary = name.with_name(f".{file.name.removeprefix('.')}.link")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(file, temporary)
+    except OSError:
+        with open(file, "rb") as source, open(temporary, "wb") as copy:
+            shutil.copyfileobj(source, copy)
+            copy.flush()
+            os.fsync(copy.fileno())
+    os.replace(temporary, name)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove the unfinished files of processes that were killed while they wrote ``path``."""
+    for leftover in path.parent.glob(f".{path.name}.*"):
+        leftover.unlink(missing_ok=True)
+
+
+def first_not_finite(state) -> str | None:
+    """Name of the first tensor, in nested dictionaries and lists, that holds an infinity or a NaN."""
+    named = [(name, t) for name, t in _tensors(state, "") if t.is_floating_point() and t.numel()]
+    for device in {t.device for _, t in named}:
+        names, tensors = zip(*[(name, t) for name, t in named if t.device == device], strict=True)
+        largest = torch.stack([norm.double() for norm in torch._foreach_norm(tensors, ord=math.inf)])
+        if not_finite := (~largest.isfinite()).nonzero().flatten().tolist():  # waits for a GPU once
+            return names[not_finite[0]]
+    return None
+
+
+def _tensors(state, name: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(state, Tensor):
+        yield name, state
+    elif isinstance(state, dict | list | tuple):
+        for key, value in state.items() if isinstance(state, dict) else enumerate(state):
+            yield from _tensors(value, f"{name}.{key}" if name else str(key))
 
 
 def _fsync_folder(folder: Path) -> None:
@@ -66,44 +118,59 @@ def _fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def verify(path: Path) -> None:
-    """Raise ``CheckpointError`` unless every record of a zip checkpoint matches its stored CRC-32."""
+def verify(path: Path) -> int:
+    """Check every record of a zip checkpoint against its stored CRC-32.
+
+    Returns:
+        A checksum of the whole content.
+
+    Raises:
+        CheckpointError: If the file is torn, damaged or no checkpoint.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
+            records = [(record.filename, record.CRC) for record in archive.infolist()]
+            if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+                raise zipfile.BadZipFile("a compressed record")
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, EOFError) as error:
+    except (zipfile.BadZipFile, EOFError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} is torn or not a checkpoint: {error}") from error
     if damaged is not None:
-        raise CheckpointError(f"{path} is corrupt: record {damaged} does not match its checksum")
+        raise CheckpointError(f"{path} is damaged: record {damaged} does not match its checksum")
+    return zlib.crc32(repr(records).encode())
 
 
 def load_latest(path: str | Path, map_location: str | torch.device = "cpu") -> dict | None:
     """The newest intact checkpoint among ``path`` and its ``.previous``, or None if neither exists.
 
-    A damaged newest file is reported on standard output and the previous one is used.
+    Every process must call this. A damaged newest file is reported on standard output and put aside as ``*.damaged``,
+    and the previous one is used.
 
     Raises:
         CheckpointError: If files exist and none of them is intact.
+        ValueError: If processes find different checkpoints, as with an output folder that not all nodes share.
     """
     path = Path(path)
-    candidates = [p for p in (path, previous(path)) if p.exists()]
-    problems = []
-    for candidate in candidates:
+    state, checksum, problems = None, None, {}
+    for candidate in (path, previous(path)):
         try:
             # files of torch < 1.6 are no zip archives and carry no checksum
-            if zipfile.is_zipfile(candidate) or candidate.suffix == ".previous" or not _is_legacy(candidate):
-                verify(candidate)
+            checksum = candidate.stat().st_size if _is_legacy(candidate) else verify(candidate)
             state = safe_load(candidate, map_location=map_location)
-        except (CheckpointError, OSError, ValueError, RuntimeError) as error:
-            problems.append(str(error))
-            distributed.print_once(f"WARNING: {error}")
+            break
+        except FileNotFoundError:
             continue
-        if problems:
-            distributed.print_once(f"WARNING: falling back to the previous checkpoint {candidate}")
-        return state
+        except (OSError, ValueError, RuntimeError) as error:
+            problems[candidate] = str(error)
+            distributed.print_once(f"WARNING: {error}")
+    distributed.check_same_on_all_processes(checksum, f"the newest checkpoint in {path.parent} (a checksum)")
+    if problems and state is None:
+        raise CheckpointError("no intact checkpoint: " + "; ".join(problems.values()))
     if problems:
-        raise CheckpointError("no intact checkpoint: " + "; ".join(problems))
-    return None
+        distributed.print_once(f"WARNING: falling back to the previous checkpoint {previous(path)}")
+        if distributed.is_main_process():  # else the next save would replace the intact one with the damaged one
+            os.replace(path, path.with_name(path.name + ".damaged"))
+    return state
 
 
 def _is_legacy(path: Path) -> bool:
@@ -123,6 +190,7 @@ class Checkpointer:
         state: Called as ``state(epoch, next_step)`` on every rank; rank 0 writes what it returns.
         every_steps: Save after this many steps (0: only at the end of epochs).
         every_minutes: Save when this long has passed since the last save (0: never).
+        is_good: Asked before each of these saves; where it says no, the last good checkpoint stays a while longer.
     """
 
     # of several signals the last one here counts: a job that gets SIGTERM and SIGUSR2 is to be requeued
@@ -134,15 +202,19 @@ class Checkpointer:
         state: Callable[[int, int], dict],
         every_steps: int = 0,
         every_minutes: float = 0,
+        is_good: Callable[[], bool] = lambda: True,
     ):
         self.path = Path(path)
         self.state = state
         self.every_steps = every_steps
         self.every_s = every_minutes * 60
+        self.is_good = is_good
         self.attempt = Attempt.current()  # a newer attempt at the same run may take the folder over
         self.last_save = time.monotonic()
         self.received: int | None = None
         self._old_handlers: dict = {}
+        if distributed.is_main_process():
+            remove_leftovers(self.path)
 
     def __enter__(self):
         for number in self.SIGNALS:
@@ -169,7 +241,7 @@ class Checkpointer:
         due = self.every_steps > 0 and step_in_epoch % self.every_steps == 0
         late = self.every_s > 0 and time.monotonic() - self.last_save > self.every_s
         # one small reduction: 0 go on, 1 save, more: save and stop on that signal
-        request = distributed.max_over_processes(self._stop_request() or int(due or late))
+        request = distributed.max_over_processes(self._stop_request() or int((due or late) and self.is_good()))
         if request:
             self.save(epoch, step_in_epoch)
         if request > 1:
@@ -180,28 +252,24 @@ class Checkpointer:
 
     def after_epoch(self, epoch: int, keep_as: str | None = None) -> None:
         """Save at the end of ``epoch``, keep the file under a second name if given, and stop if asked to."""
-        self.save(epoch + 1, 0)
-        if keep_as is not None and distributed.is_main_process():
-            kept = self.path.with_name(keep_as)
-            kept.unlink(missing_ok=True)
-            os.link(self.path, kept)
+        self.save(epoch + 1, 0, keep_as)
         request = distributed.max_over_processes(self._stop_request())
         if request:
             raise Interrupted(self.SIGNALS[request - 2])
 
-    def save(self, epoch: int, step_in_epoch: int) -> None:
+    def save(self, epoch: int, step_in_epoch: int, keep_as: str | None = None) -> None:
         """Write the state of a run that continues at ``step_in_epoch`` of ``epoch``."""
         state = self.state(epoch, step_in_epoch)
         error = None
         if distributed.is_main_process():
             self.attempt.check(self.path.parent)
             try:
-                save(self.path, state)
-            except CheckpointError as failure:
-                error = str(failure)
+                save(self.path, state, keep_as)
+            except (CheckpointError, NotFinite) as failure:
+                error = failure
         error = distributed.broadcast_object(error)  # a full disk on rank 0 stops every rank
         if error is not None:
-            raise CheckpointError(error)
+            raise error
         self.last_save = time.monotonic()
 
 

@@ -259,7 +259,7 @@ def make_loader(
         batch_sampler: For training; otherwise ``batch_size`` and optionally ``sampler``, in order and complete.
     """
     how = {"batch_sampler": batch_sampler} if batch_sampler else {"batch_size": batch_size, "sampler": sampler}
-    return DataLoader(
+    return _Loader(
         dataset,
         num_workers=num_workers,
         collate_fn=_as_is if hasattr(dataset, "__getitems__") else None,
@@ -269,6 +269,26 @@ def make_loader(
         worker_init_fn=_start_worker,
         **how,
     )
+
+
+class _Loader(DataLoader):
+    """Says which worker has died and how, whatever became of its last message."""
+
+    def __iter__(self) -> Iterator:
+        iterator = super().__iter__()
+        while True:
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            except (RuntimeError, OSError, EOFError) as error:
+                for worker in getattr(iterator, "_workers", ()):
+                    worker.join(timeout=0.1)
+                    if worker.exitcode:
+                        how = signal.Signals(-worker.exitcode).name if worker.exitcode < 0 else worker.exitcode
+                        raise RuntimeError(f"DataLoader worker (pid {worker.pid}) has died: {how}") from error
+                raise
+            yield batch
 
 
 def default_num_workers(most: int = 10) -> int:

@@ -8,11 +8,14 @@ import datetime
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from .attempt import NotFinite
 
 _control_group: dist.ProcessGroup | None = None  # gloo, for messages that must not wait for the GPU
 
@@ -144,16 +147,76 @@ def shutdown() -> None:
     _control_group = None
 
 
+class RankLost(RuntimeError):
+    """Another process of the run has died; the message names its rank."""
+
+
 @contextlib.contextmanager
-def clean_exit() -> Iterator[None]:
-    """For scripts: a mistake of the user (ValueError, OSError) ends with one line and exit code 2, not a traceback."""
+def naming_lost_ranks() -> Iterator[None]:
+    """Turn the error of a collective that a dead process has broken off into :class:`RankLost`."""
     try:
         yield
+    except RuntimeError as error:
+        broken_off = "gloo" in str(error) or isinstance(error, dist.DistError)
+        if broken_off and (lost := lost_ranks()):
+            ranks = ", ".join(map(str, lost))
+            raise RankLost(
+                f"lost the connection to rank {ranks} of {get_world_size()}: the process or its host has died"
+            ) from error
+        raise
+
+
+def lost_ranks() -> list[int]:
+    """Ranks to which the connection of this process is closed, because their processes have ended."""
+    time.sleep(0.2)  # gloo's own thread notices the end of a connection a little later than the kernel
+    lost = []
+    for rank in range(get_world_size()):
+        if rank != get_rank():
+            try:
+                dist.isend(torch.zeros(1), rank, group=_control_group)  # waits for nobody
+            except RuntimeError:
+                lost.append(rank)
+    return lost
+
+
+@contextlib.contextmanager
+def clean_exit() -> Iterator[None]:
+    """For scripts: whatever can stop a run is one line on standard error and an exit code, not a traceback.
+
+    ========  ==========================================================================================
+    code      why
+    ========  ==========================================================================================
+    2         a mistake of the user, or a file that cannot be read or written (ValueError, OSError)
+    3         gradients or weights are not finite (:class:`shared.attempt.NotFinite`)
+    4         another process of the run, or a process that loads images, has died
+    128 + n   stopped by signal n, after saving (:class:`shared.attempt.Interrupted`)
+    1         anything else: a bug, with its traceback
+    ========  ==========================================================================================
+    """
+    try:
+        with naming_lost_ranks():
+            yield
+    except RankLost as error:
+        _say(error)
+        os._exit(4)  # a regular end of the process could wait for the one that is lost
+    except NotFinite as error:
+        _say(error)
+        raise SystemExit(3) from error
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        _say(error)
+        raise SystemExit(4) from error
     except (ValueError, OSError) as error:
-        print(f"error: {error}" if get_world_size() == 1 else f"error (rank {get_rank()}): {error}", file=sys.stderr)
+        _say(error)
         raise SystemExit(2) from error
     finally:
         shutdown()
+
+
+def _say(error: Exception) -> None:
+    rank = "" if get_world_size() == 1 else f" (rank {get_rank()})"
+    print(f"error{rank}: {error}", file=sys.stderr, flush=True)
 
 
 def wrap(module: nn.Module, device: torch.device) -> nn.Module:
@@ -234,11 +297,11 @@ def max_over_processes(number: int) -> int:
 
 
 def check_same_on_all_processes(value, what: str) -> None:
-    """Raise ``RuntimeError`` on every rank if ``value`` (small, comparable) differs between ranks."""
+    """Raise ``ValueError`` on every rank if ``value`` (small, comparable) differs between ranks."""
     values = all_gather_object(value)
     different = [rank for rank, other in enumerate(values) if other != values[0]]
     if different:
-        raise RuntimeError(
+        raise ValueError(
             f"{what} differs between processes: rank 0 has {values[0]!r}, "
             f"rank {different[0]} has {values[different[0]]!r}"
         )

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import sys
 import time
@@ -27,9 +28,10 @@ def feature_spread(features: Tensor) -> Tensor:
 
 def rank_me(features: Tensor) -> Tensor:
     """Effective rank of features (N, D): exp of the entropy of the normalised singular values (RankMe, eq. 1)."""
-    singular_values = torch.linalg.svdvals(features.detach().float())
+    features = features.detach().float()
+    singular_values = torch.linalg.svdvals(features.nan_to_num(0, 0, 0))  # refuses what is not finite
     p = singular_values / singular_values.sum().clamp_min(1e-12) + 1e-7
-    return torch.exp(-(p * p.log()).sum())
+    return torch.where(features.isfinite().all(), torch.exp(-(p * p.log()).sum()), torch.nan)
 
 
 def _means(sums: dict[str, Tensor]) -> dict[str, float]:
@@ -39,6 +41,11 @@ def _means(sums: dict[str, Tensor]) -> dict[str, float]:
     device = next(iter(sums.values())).device
     totals = distributed.all_reduce_sum(torch.stack([pair.to(device) for pair in sums.values()]))
     return dict(zip(sums, (totals[:, 0] / totals[:, 1]).tolist(), strict=True))
+
+
+def _jsonable(value):
+    """The value itself; None for a NaN or an infinity, which JSON does not have."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _free_name(path: Path) -> Path:
@@ -187,11 +194,11 @@ class RunLog:
     def _write(self, name: str, line: dict) -> None:
         if not distributed.is_main_process():
             return
-        self.attempt.check(self.files[name].parent)  # a newer attempt may be writing its own lines by now
         path = self.files[name]
+        self.attempt.check(path.parent)  # a newer attempt may be writing its own lines by now
         try:
             with open(path, "a") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps({k: _jsonable(v) for k, v in line.items()}) + "\n")
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk comes without a name
         if self.tensorboard is not None and "step" in line:

@@ -42,7 +42,7 @@ def disagree(rank):
     distributed.check_same_on_all_processes(10, "the batch size")
     try:
         distributed.check_same_on_all_processes(100 + rank, "the number of images")
-    except RuntimeError as error:
+    except ValueError as error:
         return str(error)
 
 

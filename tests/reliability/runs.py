@@ -1,0 +1,194 @@
+"""Training runs that a test starts, disturbs, and compares.
+
+A run is a process of its own that calls main_dino.py's ``main()``. It is forked from a server that has imported torch
+already, so a start takes a fraction of a second, and its networks are smaller than any flag makes them.
+"""
+
+import functools
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from shared.checkpoint import load_latest
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = (  # noqa: SIM905
+    "--patch_size 8 --global_crop_size 16 --local_crop_size 8 --local_crops_number 2 --out_dim 32 --device cpu "
+    "--batch_size_per_gpu 4 --warmup_epochs 0 --epochs 2 --drop_path_rate 0.2 --eval_knn_freq 0 --pictures off "
+    "--num_workers 0 --log_freq 2 --saveckp_freq 1 --saveckp_steps 1"
+).split()
+STEPS_PER_EPOCH = 6
+TIMINGS = ("images_per_s", "data_wait")
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["dino.main_dino", "tests.reliability.runs"])
+
+
+def write_images(folder: Path, count: int = 4 * STEPS_PER_EPOCH) -> Path:
+    """Small noise images in three class folders."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        path = folder / f"class{i % 3}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(path)
+    return folder
+
+
+class Run:
+    """One process of a training that has just been started.
+
+    Args:
+        output_dir: Of the training; what the process prints is in a file beside it.
+        flags: Added to ``TINY``.
+        fault: Called in the process before the training, to disturb it from inside.
+        environment: Variables of the process, such as its rank.
+    """
+
+    def __init__(
+        self, output_dir: Path, *flags, fault: Callable[[], None] | None = None, environment: dict | None = None
+    ):
+        self.output_dir = output_dir
+        self.printed = output_dir.with_suffix(f".{time.monotonic_ns()}.txt")
+        arguments = [*TINY, "--output_dir", str(output_dir), *map(str, flags)]
+        variables = {name: str(value) for name, value in (environment or {}).items()}
+        self.process = SERVER.Process(target=_train, args=(arguments, variables, self.printed, fault))
+        self.process.start()
+
+    def signal(self, number: int) -> None:
+        os.kill(self.process.pid, number)
+
+    def kill(self) -> None:
+        """SIGKILL now, unless the run has ended by itself."""
+        self.process.kill()
+        self.process.join()
+
+    def exit_code(self, timeout_s: float = 120) -> int:
+        """Exit code, negative for a signal, once the process has ended."""
+        self.process.join(timeout_s)
+        if self.process.exitcode is None:
+            self.kill()
+            raise AssertionError(f"still running after {timeout_s} s:\n{self.output()}")
+        return self.process.exitcode
+
+    def assert_ends(self, exit_code: int = 0, timeout_s: float = 120) -> str:
+        """Wait for this exit code and return what was printed."""
+        ended_with = self.exit_code(timeout_s)
+        assert ended_with == exit_code, f"exit code {ended_with}:\n{self.output()}"
+        return self.output()
+
+    def output(self) -> str:
+        return self.printed.read_text() if self.printed.exists() else ""
+
+    def wait_for(self, condition: Callable[[], bool], timeout_s: float = 120) -> None:
+        end = time.monotonic() + timeout_s
+        while not condition():
+            assert self.process.is_alive(), f"ended with {self.process.exitcode}:\n{self.output()}"
+            assert time.monotonic() < end, self.output()
+            time.sleep(0.005)
+
+    def wait_for_step(self, step: int) -> None:
+        """Wait until the log has a line for ``step`` steps or more."""
+        self.wait_for(lambda: any(line["step"] >= step for line in log_lines(self.output_dir)))
+
+
+def start_ranks(output_dir: Path, world_size: int, *flags, fault: Callable[[], None] | None = None) -> list[Run]:
+    """The processes of one training, in rank order."""
+    from tests.processes import free_port
+
+    port = free_port()
+    return [
+        Run(
+            output_dir,
+            *flags,
+            fault=fault,
+            environment={
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": world_size,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            },
+        )
+        for rank in range(world_size)
+    ]
+
+
+def _train(arguments: list[str], variables: dict[str, str], printed: Path, fault: Callable[[], None] | None) -> None:
+    file = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ.update(variables)
+    torch.set_num_threads(1)
+    shrink_networks()
+    if fault is not None:
+        fault()
+    from dino import main_dino
+
+    sys.argv = ["main_dino.py", *arguments]
+    main_dino.main()
+
+
+def shrink_networks() -> None:
+    """Give main_dino.py networks of 40 thousand parameters."""
+    from dino import main_dino
+    from dino.vision_transformer import DINOHead, VisionTransformer
+
+    def build_backbone(arch: str, patch_size: int, drop_path_rate: float, img_size: int, in_chans: int):
+        network = VisionTransformer(
+            img_size, patch_size, in_chans, embed_dim=32, depth=2, num_heads=2, drop_path_rate=drop_path_rate
+        )
+        return network, network.embed_dim
+
+    main_dino.build_backbone = build_backbone
+    main_dino.DINOHead = functools.partial(DINOHead, hidden_dim=32, bottleneck_dim=16)
+
+
+def log_lines(output_dir: Path) -> list[dict]:
+    """Complete lines of ``metrics.jsonl`` without what a clock has measured."""
+    path = output_dir / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Checkpoints equal tensor by tensor, logs equal line by line."""
+    assert log_lines(one) == log_lines(other)
+    assert (one / "log.txt").read_text() == (other / "log.txt").read_text()
+    names = sorted(path.name for path in other.glob("*.pth"))
+    assert sorted(path.name for path in one.glob("*.pth")) == names
+    for name in names:
+        a, b = load_latest(one / name), load_latest(other / name)
+        for state in (a, b):
+            state["log"].pop("lengths")  # the clock's numbers are in the files
+            state["args"] = {k: v for k, v in state["args"].items() if k not in ("output_dir", "num_workers")}
+        assert_same(a, b, name)
+
+
+def assert_same(a, b, name: str) -> None:
+    """Nested dictionaries and lists are equal, tensors bit by bit."""
+    assert type(a) is type(b), name
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b), name
+    elif isinstance(a, dict):
+        assert list(a) == list(b), name
+        for key in a:
+            assert_same(a[key], b[key], f"{name} {key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), name
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{name} {i}")
+    else:
+        assert a == b, name
+
+
+def kill_on_signal(number: int = signal.SIGKILL) -> None:
+    os.kill(os.getpid(), number)
