@@ -150,6 +150,7 @@ def export_onnx(backbone: nn.Module, path: Path, image_size: list[int]) -> None:
         with torch.no_grad(), warnings.catch_warnings():
             # dynamo=False: the exporter that every supported torch has, in a tenth of the time
             warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)  # checks of the image size, which is fixed here
             torch.onnx.export(
                 network,
                 (torch.zeros(2, channels(backbone), *image_size),),

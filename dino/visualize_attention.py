@@ -89,7 +89,7 @@ def class_attention(model: nn.Module, images: Tensor) -> Tensor:
     rows, columns = images.shape[-2] // patch_size, images.shape[-1] // patch_size
     if rows == 0 or columns == 0:
         raise ValueError(f"--image_size: {tuple(images.shape[-2:])} pixels are less than a patch of {patch_size}")
-    attention = model.get_last_selfattention(images)[:, :, 0, 1:]
+    attention = model.get_last_selfattention(images, num_queries=1)[:, :, 0, 1:]
     return attention.unflatten(2, (rows, columns))
 
 
