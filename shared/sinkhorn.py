@@ -7,8 +7,8 @@ from torch import Tensor
 
 from . import distributed
 
-# exp(+-25), two scaling vectors of that spread and sums over 10^9 entries stay far inside float32
-SCALING_LIMIT = 25.0
+# Largest |logarithm| for which the matrix, two scaling vectors of its spread and their products stay normal numbers
+SCALING_LIMIT = {torch.float32: 25.0, torch.float64: 200.0}
 
 
 @torch.no_grad()
@@ -21,9 +21,10 @@ def sinkhorn_knopp(
     processes, then every sample to mass 1. Samples are therefore exactly normalised (rows sum to 1), prototypes
     approximately. With no iteration only the total mass is normalised, to B.
 
-    The matrix is exp(scores / epsilon) scaled by a vector per side: one read of it per half iteration. Where that
-    would leave the range of float32, the same iteration runs on logarithms in float64. Either way, an iteration costs
-    one collective; one more comes before the first unless ``max_abs_score`` is given.
+    The matrix is exp(scores / epsilon) scaled by a vector per side, so a half iteration reads it once. Where that would
+    leave the range of float32 it is done in float64, and beyond the range of that the same iteration runs on
+    logarithms. Either way an iteration costs one collective; one more comes before the first unless ``max_abs_score``
+    is given.
 
     Args:
         scores: Shape (B / W, K), any float type; the rows of this process.
@@ -45,9 +46,12 @@ def sinkhorn_knopp(
     scores = scores.float()
     low, high = _range(scores) if max_abs_score is None else (-max_abs_score, max_abs_score)
     middle = (low + high) / 2
-    iterate = _scale if (high - middle) / epsilon <= SCALING_LIMIT else _scale_logarithms
+    spread = (high - middle) / epsilon
     with torch.autocast(scores.device.type, enabled=False):  # its products would be rounded to half precision
-        return iterate(scores, middle, epsilon, num_iters)
+        for dtype, limit in SCALING_LIMIT.items():
+            if spread <= limit:
+                return _scale(scores.to(dtype), middle, epsilon, num_iters).float()
+        return _scale_logarithms(scores, middle, epsilon, num_iters)
 
 
 def _range(scores: Tensor) -> tuple[float, float]:

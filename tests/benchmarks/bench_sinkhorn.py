@@ -7,6 +7,7 @@ Ways that take turns in one process:
 - ``textbook``: exp, then each normalisation as a sum and a division of the whole matrix;
 - ``ours``: ``sinkhorn_knopp``, which looks for the range of the scores and then scales two vectors;
 - ``bounded``: the same with ``max_abs_score=1``, as for cosines;
+- ``float64``: at an epsilon for which two scaling vectors leave float32;
 - ``wide``: scores of 1e4 epsilon, on logarithms; the textbook form overflows there.
 """
 
@@ -58,6 +59,7 @@ def main() -> None:
         "textbook": lambda: textbook(scores),
         "ours": lambda: sinkhorn_knopp(scores),
         "bounded": lambda: sinkhorn_knopp(scores, max_abs_score=1.0),
+        "float64": lambda: sinkhorn_knopp(scores, epsilon=0.01),
         "wide": lambda: sinkhorn_knopp(scores, epsilon=1e-4),
     }
     answers = {name: way() for name, way in ways.items()}
