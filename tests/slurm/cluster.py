@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,10 +81,33 @@ class Cluster:
         self._start("slurmctld", "controller", "slurmctld", "-D", "-c")
         for node in self.nodes:
             self.start_node(node)
-        self.wait_for(lambda: self.run("sinfo", "-h", "-p", "main", "-o", "%D%t").stdout == f"{len(self.nodes)}idle\n")
+        self.wait_for(self.is_idle, what="all nodes to be idle")
+
+    def start_controller(self) -> None:
+        """Start the controller again with the state it left."""
+        self._start("slurmctld", "controller", "slurmctld", "-D")
 
     def start_node(self, node: str) -> None:
         self._start(node, node, "slurmd", "-D", "-N", node)
+
+    def is_idle(self) -> bool:
+        return self.run("sinfo", "-h", "-p", "main", "-o", "%D%t").stdout == f"{len(self.nodes)}idle\n"
+
+    def repair(self) -> None:
+        """Plug in every cable, start daemons that were killed, and put the nodes back to work."""
+        self.run("scancel", "--user=root")
+        for node in self.nodes:
+            if self.namespaces:
+                self.set_network(node, up=True)
+            if self.daemons[node].poll() is not None:
+                self.start_node(node)
+
+        def idle() -> bool:
+            for node in self.nodes:
+                self.run("scontrol", "update", f"nodename={node}", "state=resume")
+            return self.is_idle()
+
+        self.wait_for(idle, 60, "the nodes to be repaired")
 
     def run(self, *command: str, timeout_s: float = 20, **options) -> subprocess.CompletedProcess:
         """Run a client program as a user of the login node would."""
@@ -119,7 +143,7 @@ class Cluster:
 
     def kill_node(self, node: str) -> None:
         """The host dies: its daemon, its job steps and their tasks end by SIGKILL, at once and unannounced."""
-        self._kill(node, signal.SIGKILL)
+        self.kill_daemon(node)
         for pid, environment in self._processes():
             if f"SLURMD_NODENAME={node}" in environment:
                 for victim in (_parent(pid), pid):  # the step daemon first, so that it reports nothing
@@ -127,12 +151,25 @@ class Cluster:
                         with contextlib.suppress(ProcessLookupError):
                             os.kill(victim, signal.SIGKILL)
 
+    def kill_daemon(self, name: str) -> None:
+        self.daemons[name].kill()
+        self.daemons[name].wait()
+
+    def tasks(self, node: str) -> list[int]:
+        """Process ids of the jobs' tasks on a node."""
+        of_node = f"SLURMD_NODENAME={node}"
+        return [pid for pid, env in self._processes() if of_node in env and any("SLURM_PROCID=" in v for v in env)]
+
     def kill_tasks(self, node: str) -> None:
-        """SIGKILL to the processes of the jobs on a node, as the kernel does when memory runs out."""
-        for pid, environment in self._processes():
-            if f"SLURMD_NODENAME={node}" in environment and "SLURM_PROCID" in "".join(environment):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+        """SIGKILL to them, as the kernel does when memory runs out."""
+        for pid in self.tasks(node):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def preempt(self) -> None:
+        """A more important job takes all nodes for an instant."""
+        options = ("--partition=high", f"--nodes={len(self.nodes)}", "--exclusive", "--output=/dev/null")
+        self.run("sbatch", *options, "--wrap=true", check=True)
 
     @contextlib.contextmanager
     def without(self, option: str) -> Iterator[None]:
@@ -289,11 +326,12 @@ PartitionName=high Nodes=n[1-{count}] PriorityTier=10 PreemptMode=OFF
         )
 
     def _write_clients(self) -> None:
-        """Clients that enter the controller's network, first on PATH; jobs find the real ones."""
+        """Clients that enter the controller's network, first on PATH; jobs find the real ones, and this Python."""
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         for name in CLIENTS:
             enter = " ".join(self._inside("controller")).replace(f"--wd={os.getcwd()}", '--wd="$PWD"')
             program = self.folder / "bin" / name
-            program.write_text(f'#!/bin/sh\nPATH="{os.environ["PATH"]}" exec {enter} {shutil.which(name)} "$@"\n')
+            program.write_text(f'#!/bin/sh\nPATH="{path}" exec {enter} {shutil.which(name)} "$@"\n')
             program.chmod(0o755)
         sacct = self.folder / "bin" / "sacct"
         sacct.write_text(SACCT)
@@ -324,10 +362,6 @@ PartitionName=high Nodes=n[1-{count}] PriorityTier=10 PreemptMode=OFF
                 env={**os.environ, "SLURM_CONF": str(self.config)},
                 start_new_session=True,
             )
-
-    def _kill(self, name: str, number: int) -> None:
-        self.daemons[name].send_signal(number)
-        self.daemons[name].wait()
 
     def _processes(self) -> Iterator[tuple[int, list[str]]]:
         """Every live process that was started with this cluster's configuration, with its environment."""

@@ -31,6 +31,15 @@ def fail_on_rank_1(args):
         raise ArithmeticError("a message of rank 1")
 
 
+def fail_in_the_first_attempt(args):
+    """Rank 1 leaves an error, rank 0 is still there."""
+    if os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
+        return f"attempt {os.environ['SLURM_RESTART_COUNT']}"
+    if os.environ["RANK"] == "1":
+        raise ArithmeticError
+    time.sleep(60)
+
+
 def wait_for_a_signal_once(args):
     """The first attempt waits to be interrupted, the second one ends."""
     note = Path(args.output_dir) / f"started-{os.environ['RANK']}"

@@ -1,12 +1,14 @@
 """DINO itself as a job: the same numbers as under torchrun, also when the job is interrupted."""
 
+import contextlib
 import json
-import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -35,32 +37,69 @@ def loss_log(output_dir: Path) -> list[tuple[int, float, float]]:
     return [(line["step"], line["loss"], line["lr"]) for line in lines]
 
 
-def test_an_interrupted_job_on_two_nodes_equals_an_uninterrupted_run_under_torchrun(cluster, tmp_path, capsys):
-    torchrun, training = tmp_path / "torchrun", [*TRAINING.split(), "--data_path", str(tmp_path / "images")]
-    write_images(tmp_path / "images", count=2 * 8 * STEPS)
-    run_with_submitit.main([*training, *JOB.split(), "--output_dir", str(tmp_path / "%j")])
-    job_id = capsys.readouterr().out.split()[2].rstrip(":")
-    slurm = tmp_path / job_id
-    log = slurm / "metrics.jsonl"
-    cluster.wait_for(lambda: log.exists() and len(log.read_text().splitlines()) >= 2, 120, "step 2")
-    cluster.run("scancel", "--signal=USR2", job_id)
-
+@pytest.fixture(scope="module")
+def torchrun(cluster, tmp_path_factory) -> Path:
+    """Output folder of an uninterrupted run of two processes on this machine."""
+    folder = tmp_path_factory.mktemp("torchrun")
+    write_images(folder / "images", count=2 * 8 * STEPS)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main_dino.py"]
     subprocess.run(
-        [*command, *training, "--device", "cpu", "--output_dir", str(torchrun)],
+        [*command, *training_flags(folder), "--output_dir", str(folder)],
         cwd=ROOT / "dino",
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         check=True,
         capture_output=True,
-        timeout=120,
+        timeout=200,
     )
+    assert [step for step, *_ in loss_log(folder)] == list(range(1, STEPS + 1))
+    return folder
+
+
+def training_flags(folder: Path) -> list[str]:
+    return [*TRAINING.split(), "--device", "cpu", "--data_path", str(folder / "images")]
+
+
+def wait_for_step(cluster, output_dir: Path, step: int) -> None:
+    log = output_dir / "metrics.jsonl"
+    cluster.wait_for(lambda: log.exists() and len(log.read_text().splitlines()) >= step, 120, f"step {step}")
+
+
+def assert_same_run(ours: Path, theirs: Path) -> None:
+    assert loss_log(ours) == loss_log(theirs)
+    ours, theirs = safe_load(ours / "checkpoint.pth"), safe_load(theirs / "checkpoint.pth")
+    for network in ("student", "teacher", "dino_loss"):
+        for name, tensor in theirs[network].items():
+            assert torch.equal(ours[network][name], tensor), f"{network} {name}"
+
+
+def test_an_interrupted_job_on_two_nodes_equals_an_uninterrupted_run_under_torchrun(
+    cluster, torchrun, tmp_path, capsys
+):
+    run_with_submitit.main([*training_flags(torchrun), *JOB.split(), "--output_dir", str(tmp_path / "run-%j")])
+    job_id = re.search(r"Submitted job (\d+)", capsys.readouterr().out)[1]
+    wait_for_step(cluster, tmp_path / f"run-{job_id}", 2)
+    cluster.run("scancel", "--signal=USR2", job_id)
     assert cluster.wait_for_state(job_id, "COMPLETED", "FAILED", timeout_s=180) == "COMPLETED"
     assert cluster.show(job_id)["Restarts"] == "1"
+    assert_same_run(tmp_path / f"run-{job_id}", torchrun)
 
-    assert [step for step, *_ in loss_log(torchrun)] == list(range(1, STEPS + 1))
-    assert loss_log(slurm) == loss_log(torchrun)
-    ours, theirs = safe_load(slurm / "checkpoint.pth"), safe_load(torchrun / "checkpoint.pth")
-    for network in ("student", "teacher"):
-        for name, weight in theirs[network].items():
-            assert torch.equal(ours[network][name], weight), f"{network} {name}"
-    assert torch.equal(ours["dino_loss"]["center"], theirs["dino_loss"]["center"])
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reason", ["time limit", "preemption"])
+def test_an_interrupted_batch_script_with_torchrun_gives_the_same_run(cluster, torchrun, tmp_path, reason):
+    options = (
+        f"--chdir={ROOT} --partition=main --gpus-per-node=0 --cpus-per-task=2 --mem=2G --time=60 "
+        f"--output={tmp_path}/batch.out"
+    ).split()
+    script = (str(ROOT / "shared" / "torchrun.sbatch"), "dino/main_dino.py")
+    flags = (*training_flags(torchrun), "--output_dir", str(tmp_path / "run"))
+    with cluster.without("SlurmctldParameters") if reason == "preemption" else contextlib.nullcontext():
+        answer = cluster.run("sbatch", *options, *script, *flags)
+        job_id = answer.stdout.split()[-1]
+        wait_for_step(cluster, tmp_path / "run", 2)
+        if reason == "preemption":
+            cluster.preempt()
+        else:
+            cluster.run("scancel", "--batch", "--signal=USR2", job_id)  # as SLURM does before the time limit
+        assert cluster.wait_for_state(job_id, "COMPLETED", "FAILED", timeout_s=180) == "COMPLETED"
+    assert cluster.show(job_id)["Restarts"] == "1"
+    assert_same_run(tmp_path / "run", torchrun)

@@ -50,7 +50,7 @@ def test_a_requeue_by_the_operator_resumes_after_the_step_it_interrupted(submit,
 def test_a_job_preempted_with_its_own_signal_comes_back(submit, cluster):
     run = submit()
     run.wait_for_step(3)
-    preempt(cluster)
+    cluster.preempt()
     assert run.ends() == "COMPLETED"
     assert run.restarts() == 1
     run.assert_every_step_counted_once()
@@ -60,16 +60,10 @@ def test_a_job_preempted_with_a_mere_termination_comes_back(submit, cluster):
     with cluster.without("SlurmctldParameters"):  # else SLURM sends the signal that the job asked for
         run = submit()
         run.wait_for_step(3)
-        preempt(cluster)
+        cluster.preempt()
         assert run.ends() == "COMPLETED"
     assert run.restarts() == 1
     run.assert_every_step_counted_once()
-
-
-def preempt(cluster):
-    """A more important job takes all nodes for an instant."""
-    options = ("--partition=high", f"--nodes={len(cluster.nodes)}", "--exclusive", "--output=/dev/null")
-    assert cluster.run("sbatch", *options, "--wrap=true").returncode == 0
 
 
 def test_a_cancelled_job_has_saved_and_does_not_come_back(submit, cluster):
