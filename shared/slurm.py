@@ -282,8 +282,8 @@ def is_preempted(job_id: str) -> bool:
     """
     answer = subprocess.run(["scontrol", "--oneliner", "show", "job", job_id], capture_output=True, text=True)
     fields = dict(field.split("=", 1) for field in answer.stdout.split() if "=" in field)
-    times = fields.get("StartTime", ""), fields.get("PreemptTime", "None")  # ISO dates; that of an old attempt may stay
-    return fields.get("JobState") in ("RUNNING", "SIGNALING") and times[1] != "None" and times[1] >= times[0]
+    # the other states: cancelled or requeued already
+    return fields.get("JobState") in ("RUNNING", "SIGNALING") and fields.get("PreemptTime", "")[:1].isdigit()
 
 
 def requeue(job_id: str, tries: int = 6) -> None:
