@@ -90,8 +90,8 @@ class DINOLoss(nn.Module):
 class CrossViewEntropy(torch.autograd.Function):
     """Mean of ``-sum_k q_k log p_k`` over pairs of a target q and the prediction p of another view.
 
-    The gradient is made together with the value, view by view: no other array of the size of all
-    views exists beside it.
+    The gradient is made together with the value, view by view, and no other array is as large as the logits of all
+    views. It is handed on in place, so a graph that is kept cannot be run backward a second time.
     """
 
     @staticmethod
@@ -115,4 +115,4 @@ class CrossViewEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss: Tensor):
         (grad,) = ctx.saved_tensors
-        return grad * grad_loss, None, None, None
+        return grad.mul_(grad_loss), None, None, None

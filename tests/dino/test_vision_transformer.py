@@ -1,0 +1,381 @@
+import copy
+import math
+from functools import partial
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from dino import vision_transformer
+from dino.vision_transformer import (
+    Attention,
+    Block,
+    DINOHead,
+    DropPath,
+    VisionTransformer,
+    WeightNormLinear,
+    trunc_normal_,
+    vit_base,
+    vit_small,
+    vit_tiny,
+)
+
+SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "qkv_bias": True}
+
+
+def make_vit(**kwargs) -> VisionTransformer:
+    """A small network whose biases, norms and positions are all far from their trivial initial values."""
+    torch.manual_seed(0)
+    model = VisionTransformer(**(SIZES | kwargs))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    return model
+
+
+def gradients(model: nn.Module, output: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Gradients of a weighted sum of ``output`` with respect to all parameters that it depends on."""
+    model.zero_grad(set_to_none=True)
+    (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(found, expected):
+    assert found.keys() == expected.keys()
+    for name in expected:
+        scale = expected[name].abs().max().item()
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5 * scale + 1e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    "arch, patch_size, parameters",
+    [
+        (vit_tiny, 16, 5_524_416),
+        (vit_tiny, 8, 5_526_720),
+        (vit_small, 16, 21_665_664),
+        (vit_small, 8, 21_670_272),
+        (vit_base, 16, 85_798_656),
+        (vit_base, 8, 85_807_872),
+    ],
+)
+def test_networks_have_the_published_sizes(arch, patch_size, parameters):
+    with torch.device("meta"):
+        model = arch(patch_size=patch_size)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert len(model.state_dict()) == 150
+    assert {m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)} == {1e-6}
+
+
+@pytest.mark.parametrize("arch", ["vit_tiny", "vit_small", "vit_base"])
+def test_features_equal_those_of_timm(arch):
+    with torch.device("meta"):  # initial values would be overwritten
+        model = getattr(vision_transformer, arch)().eval()
+    torch.manual_seed(0)
+    state = {name: 0.05 * torch.randn(value.shape) for name, value in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    twin = timm.create_model(f"{arch}_patch16_224", num_classes=0, global_pool="token", weight_init="skip").eval()
+    twin.load_state_dict(state)
+    images = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), twin(images), rtol=1e-4, atol=2e-5)
+
+
+def test_a_seed_draws_weights_in_the_official_order():
+    torch.manual_seed(5)
+    model = VisionTransformer(**(SIZES | {"depth": 2}))
+    torch.manual_seed(5)
+    conv = nn.Conv2d(3, 48, 8, 8)
+    for _ in range(2):  # torch's own initialisation of every layer comes first
+        nn.Linear(48, 144), nn.Linear(48, 48), nn.Linear(48, 192), nn.Linear(192, 48)
+    positions, cls = (trunc_normal_(torch.empty(1, n, 48), std=0.02) for n in (17, 1))
+    qkv = trunc_normal_(torch.empty(144, 48), std=0.02)
+    torch.testing.assert_close(model.patch_embed.proj.weight, conv.weight)
+    torch.testing.assert_close(model.pos_embed.detach(), positions)
+    torch.testing.assert_close(model.cls_token.detach(), cls)
+    torch.testing.assert_close(model.blocks[0].attn.qkv.weight.detach(), qkv)
+    assert not model.blocks[1].mlp.fc2.bias.any()
+
+
+def test_truncated_normal_stays_inside_absolute_cuts():
+    torch.manual_seed(0)
+    wide, narrow = trunc_normal_(torch.empty(100_000)), trunc_normal_(torch.empty(100_000), std=0.02)
+    assert wide.abs().max() <= 2 and wide.abs().max() > 1.99
+    assert abs(wide.std().item() - 0.8796) < 0.005  # of a normal distribution cut at two standard deviations
+    assert abs(narrow.std().item() - 0.02) < 2e-4  # practically not cut
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_packed_resolutions_equal_separate_passes_in_values_and_gradients(training):
+    model = make_vit().train(training)
+    batches = [torch.randn(2, 3, 32, 32), torch.randn(5, 3, 16, 16), torch.randn(3, 3, 24, 40)]
+    separate = torch.cat([model(batch) for batch in batches])
+    expected = gradients(model, separate)
+    packed = model(batches)
+    assert packed.shape == (10, 48)
+    torch.testing.assert_close(packed, separate, rtol=1e-5, atol=1e-5)
+    assert_same_gradients(gradients(model, packed), expected)
+
+
+def test_images_of_a_pack_do_not_see_each_other():
+    model = make_vit()
+    large, small = torch.randn(2, 3, 32, 32), torch.randn(3, 3, 16, 16)
+    features = model([large, small])
+    changed = model([large, torch.cat([torch.randn(1, 3, 16, 16), small[1:]])])
+    same = torch.tensor([True, True, False, True, True])
+    assert torch.equal((features - changed).abs().amax(dim=1) < 1e-5, same)
+
+
+@pytest.mark.parametrize("sizes", [[32], [32, 16]])
+def test_leaving_out_the_last_blocks_other_tokens_changes_nothing(sizes):
+    model = make_vit(drop_path_rate=0.5).train()
+    batches = [torch.randn(4, 3, size, size) for size in sizes]
+    images = batches if len(batches) > 1 else batches[0]
+    torch.manual_seed(1)
+    features = model(images)
+    found = gradients(model, features)
+    model.training = False  # only the outer module: the blocks go on dropping paths
+    torch.manual_seed(1)
+    expected = model(images)
+    torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
+    assert_same_gradients(found, gradients(model, expected))
+
+
+def test_recomputing_activations_changes_no_gradient_and_repeats_no_matrix_product(monkeypatch):
+    model = make_vit(drop_rate=0.3, attn_drop_rate=0.0, drop_path_rate=0.3).train()
+    images = [torch.randn(2, 3, 32, 32), torch.randn(2, 3, 16, 16)]
+
+    def step():
+        torch.manual_seed(2)  # the same dropout
+        with FlopCounterMode(display=False) as counter:
+            grads = gradients(model, model(images))
+        return grads, counter.get_total_flops()
+
+    found, flops = step()
+    monkeypatch.setattr(vision_transformer, "recompute", lambda function, x: function(x))
+    expected, expected_flops = step()
+    assert_same_gradients(found, expected)
+    assert flops == expected_flops > 0
+
+
+def test_a_block_keeps_ten_widths_per_token():
+    block = Block(64, num_heads=2)
+    x = torch.randn(4, 50, 64, requires_grad=True)
+    kept = {}
+    with saved_tensors_hooks(lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t) is None or t, lambda t: t):
+        block(x)
+    parameters = {p.untyped_storage().data_ptr() for p in block.parameters()}
+    elements = sum(t.untyped_storage().nbytes() / 4 for pointer, t in kept.items() if pointer not in parameters)
+    # input, queries with keys and values, attention's output, its residual sum, the MLP's hidden layer
+    assert elements / (4 * 50 * 64) == pytest.approx(1 + 3 + 1 + 1 + 4, rel=0.02)
+
+
+@pytest.mark.parametrize("num_queries", [None, 1])
+def test_last_attention_is_the_softmax_of_scaled_products(num_queries):
+    model = make_vit().eval()
+    images = torch.randn(2, 3, 24, 40)
+    inputs = []
+    handle = model.blocks[-1].norm1.register_forward_hook(lambda module, args, output: inputs.append(output))
+    attention = model.get_last_selfattention(images, num_queries=num_queries)
+    handle.remove()
+    (x,) = inputs
+    weight, bias = model.blocks[-1].attn.qkv.weight, model.blocks[-1].attn.qkv.bias
+    for head in range(3):
+        q, k = (x @ weight[i : i + 16].T + bias[i : i + 16] for i in (16 * head, 48 + 16 * head))
+        for b in range(2):
+            scores = torch.stack([torch.stack([(q_i * k_j).sum() / 16**0.5 for k_j in k[b]]) for q_i in q[b]])
+            rows = torch.stack([row.exp() / row.exp().sum() for row in scores])
+            torch.testing.assert_close(attention[b, head], rows[:num_queries], rtol=1e-4, atol=1e-6)
+
+
+def test_attention_module_equals_its_own_attention_map():
+    torch.manual_seed(0)
+    attn = Attention(48, num_heads=3, qkv_bias=True)
+    x = torch.randn(2, 7, 48)
+    values = attn.qkv(x)[..., 96:].unflatten(-1, (3, 16)).transpose(1, 2)
+    expected = attn.proj((attn.attention_map(x) @ values).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(attn(x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_intermediate_layers_end_with_the_features():
+    model = make_vit().eval()
+    images = torch.randn(2, 3, 32, 32)
+    layers = model.get_intermediate_layers(images, n=3)
+    assert [layer.shape for layer in layers] == [(2, 17, 48)] * 3
+    torch.testing.assert_close(layers[-1][:, 0], model(images))
+    torch.testing.assert_close(model.get_intermediate_layers(images, n=2), layers[1:])
+
+
+def cubic(t: float, a: float = -0.75) -> float:
+    """Keys' cubic convolution kernel with torch's coefficient."""
+    t = abs(t)
+    if t <= 1:
+        return (a + 2) * t**3 - (a + 3) * t**2 + 1
+    return a * t**3 - 5 * a * t**2 + 8 * a * t - 4 * a if t < 2 else 0.0
+
+
+def resampling_matrix(length: int, stored: int) -> torch.Tensor:
+    """(length, stored): sampling points (i + 1/2) / scale - 1/2 for a scale of (length + 0.1) / stored."""
+    matrix = torch.zeros(length, stored, dtype=torch.double)
+    for i in range(length):
+        center = (i + 0.5) * stored / (length + 0.1) - 0.5
+        for j in range(math.floor(center) - 1, math.floor(center) + 3):
+            matrix[i, min(max(j, 0), stored - 1)] += cubic(center - j)
+    return matrix
+
+
+@pytest.mark.parametrize("height, width", [(48, 48), (16, 16), (64, 16), (40, 24), (33, 47), (32, 36)])
+def test_positions_are_sampled_with_a_scale_a_tenth_of_a_patch_too_large(height, width):
+    model = make_vit()
+    rows, columns = height // 8, width // 8
+    grid = model.pos_embed.detach()[0, 1:].view(4, 4, 48).double()
+    expected = torch.einsum("ri,cj,ijd->rcd", resampling_matrix(rows, 4), resampling_matrix(columns, 4), grid)
+    positions = model.interpolate_pos_encoding(height, width).detach()[0]
+    torch.testing.assert_close(positions[1:].double(), expected.flatten(0, 1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(positions[0], model.pos_embed.detach()[0, 0])
+
+
+@pytest.mark.parametrize("height, width", [(32, 32), (35, 35)])
+def test_positions_of_square_images_with_the_stored_grid_are_untouched(height, width):
+    model = make_vit()
+    assert model.interpolate_pos_encoding(height, width) is model.pos_embed
+
+
+def test_pixels_that_fill_no_patch_are_not_seen():
+    model = make_vit().eval()
+    images = torch.randn(1, 3, 35, 35)
+    torch.testing.assert_close(model(images), model(images[:, :, :32, :32]))
+
+
+def test_images_of_one_channel():
+    assert make_vit(in_chans=1)(torch.randn(2, 1, 32, 32)).shape == (2, 48)
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="8x4 pixels holds no patch of 8"):
+        make_vit()(torch.randn(1, 3, 8, 4))
+    with pytest.raises(ValueError, match="width of 48 cannot be split into 5 heads"):
+        make_vit(num_heads=5)
+
+
+def test_drop_path_drops_whole_samples_and_keeps_the_mean():
+    torch.manual_seed(0)
+    drop = DropPath(0.25)
+    layout = [(300, 5), (200, 3)]
+    kept = drop(torch.ones(300 * 5 + 200 * 3, 4), layout)
+    samples = [kept[:1500].view(300, -1), kept[1500:].view(200, -1)]
+    for sample in torch.cat([s[:, :1] for s in samples]).unique():
+        assert sample == 0 or sample == pytest.approx(1 / 0.75)
+    assert all((s == s[:, :1]).all() for s in samples)
+    assert abs(torch.cat([s[:, 0] for s in samples]).mean().item() - 1) < 0.08
+    x = torch.randn(4, 5)
+    assert drop.eval()(x) is x
+
+
+def test_drop_path_rates_grow_from_zero_to_the_last_block():
+    rates = [block.drop_path.drop_prob for block in make_vit(depth=5, drop_path_rate=0.1).blocks]
+    assert rates == pytest.approx([0, 0.025, 0.05, 0.075, 0.1])
+
+
+def test_bfloat16_autocast_stays_close_and_leaves_float32_gradients():
+    student = nn.Sequential(make_vit(), DINOHead(48, 40, hidden_dim=32, bottleneck_dim=16))
+    images = [torch.randn(2, 3, 32, 32), torch.randn(2, 3, 16, 16)]
+    exact = student(images)
+    expected = gradients(student, exact)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = student(images)
+    torch.testing.assert_close(logits.float(), exact, rtol=0, atol=0.03)
+    for name, gradient in gradients(student, logits.float()).items():
+        assert gradient.dtype == torch.float32
+        similarity = F.cosine_similarity(gradient.flatten(), expected[name].flatten(), dim=0)
+        assert similarity > 0.98 or expected[name].norm() < 1e-4, name
+
+
+@pytest.mark.slow
+def test_compiled_network_gives_the_same_loss_and_gradients():
+    model = make_vit(depth=2).train()
+    images = [torch.randn(2, 3, 32, 32), torch.randn(3, 3, 16, 16)]
+    eager = model(images)
+    expected = gradients(model, eager)
+    model.compile()
+    compiled = model(images)
+    torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+    assert_same_gradients(gradients(model, compiled), expected)
+
+
+@pytest.mark.parametrize(
+    "in_dim, parameters",
+    [(192, 21_958_912), (384, 22_352_128), (512, 22_614_272), (768, 23_138_560), (2048, 25_760_000)],
+)
+def test_heads_have_the_published_sizes(in_dim, parameters):
+    with torch.device("meta"):
+        head = DINOHead(in_dim, 65536)
+    assert sum(p.numel() for p in head.parameters()) == parameters
+
+
+@pytest.mark.parametrize(
+    "options, linears, batchnorms",
+    [
+        ({}, [0, 2, 4], []),
+        ({"use_bn": True}, [0, 3, 6], [1, 4]),
+        ({"nlayers": 2}, [0, 2], []),
+        ({"nlayers": 1}, [], []),
+    ],
+)
+def test_head_layers_are_named_as_in_released_checkpoints(options, linears, batchnorms):
+    head = DINOHead(8, 12, hidden_dim=10, bottleneck_dim=6, **options)
+    names = dict(head.named_parameters())
+    assert [i for i in range(9) if f"mlp.{i}.weight" in names and names[f"mlp.{i}.weight"].ndim == 2] == linears
+    assert [i for i in range(9) if f"mlp.{i}.weight" in names and names[f"mlp.{i}.weight"].ndim == 1] == batchnorms
+    assert ("mlp.weight" in names) == (not linears)
+    assert list(names)[-2:] == ["last_layer.weight_g", "last_layer.weight_v"]
+
+
+def test_only_a_free_last_layer_trains_its_norms():
+    assert not DINOHead(8, 12, hidden_dim=10, bottleneck_dim=6).last_layer.weight_g.requires_grad
+    assert DINOHead(8, 12, hidden_dim=10, bottleneck_dim=6, norm_last_layer=False).last_layer.weight_g.requires_grad
+
+
+def test_weight_normalised_layer_equals_torchs_parametrisation_in_values_and_gradients():
+    torch.manual_seed(0)
+    layer = WeightNormLinear(6, 9)
+    nn.init.uniform_(layer.weight_g, 0.5, 1.5)
+    twin = nn.utils.parametrizations.weight_norm(nn.Linear(6, 9, bias=False))
+    twin.parametrizations.weight.original0.data.copy_(layer.weight_g.data)
+    twin.parametrizations.weight.original1.data.copy_(layer.weight_v.data)
+    x = torch.randn(5, 6, requires_grad=True)
+    weights = torch.randn(5, 9)
+    found = torch.autograd.grad((layer(x) * weights).sum(), (x, layer.weight_g, layer.weight_v))
+    expected = torch.autograd.grad((twin(x) * weights).sum(), (x, *twin.parameters()))
+    torch.testing.assert_close(layer(x), twin(x))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_weight_normalised_layer_passes_the_numerical_gradient_check():
+    layer = WeightNormLinear(3, 4).double()
+    x = torch.randn(5, 3, dtype=torch.double, requires_grad=True)
+    product = vision_transformer.WeightNormProduct.apply
+    assert torch.autograd.gradcheck(product, (x, layer.weight_g, layer.weight_v))
+
+
+def test_heads_can_be_copied_after_a_step():
+    head = DINOHead(8, 12, hidden_dim=10, bottleneck_dim=6)
+    x = torch.randn(4, 8)
+    head(x).sum().backward()
+    torch.testing.assert_close(copy.deepcopy(head)(x), head(x))
+
+
+def test_head_outputs_are_cosines_when_norms_are_fixed():
+    head = DINOHead(8, 12, hidden_dim=10, bottleneck_dim=6)
+    x = torch.randn(4, 8)
+    cosines = F.cosine_similarity(head.mlp(x).unsqueeze(1), head.last_layer.weight_v.unsqueeze(0), dim=-1)
+    torch.testing.assert_close(head(x), cosines)
+
+
+def test_factories_take_every_constructor_argument():
+    model = vit_small(patch_size=8, img_size=[16], depth=2, in_chans=1, norm_layer=partial(nn.LayerNorm, eps=1e-5))
+    assert model(torch.randn(1, 1, 16, 16)).shape == (1, 384)
+    assert len(model.blocks) == 2
