@@ -56,9 +56,11 @@ EMBEDDED_DATA_DEFAULTS = {
     "patch_size": 4,
     "global_crop_size": 16,
     "local_crop_size": 8,
-    "local_crops_number": 4,
-    "out_dim": 1024,
-    "epochs": 5,
+    "local_crops_number": 2,
+    "out_dim": 512,
+    "batch_size_per_gpu": 32,
+    "lr": 0.002,
+    "epochs": 2,
     "warmup_epochs": 1,
     "momentum_teacher": 0.99,
     "output_dir": "runs/digits",
@@ -251,6 +253,9 @@ def train_dino(args: argparse.Namespace) -> None:
     loader = make_loader(dataset, batch_sampler=sampler, num_workers=num_workers, device=device)
     steps_per_epoch = len(sampler)
     distributed.print_once(f"{source.describe()}: {steps_per_epoch} steps per epoch")
+    if args.data_path is None:
+        names = " ".join(f"--{name}" for name in EMBEDDED_DATA_DEFAULTS)
+        distributed.print_once(f"without --data_path these flags have defaults for the embedded data: {names}")
 
     # student and teacher: the same network and the same initial weights
     student = build_network(args, args.drop_path_rate)

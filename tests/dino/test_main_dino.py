@@ -18,7 +18,7 @@ from shared.checkpoint import load_latest
 from tests.processes import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = (  # noqa: SIM905
+TINY = (
     "--arch vit_tiny --patch_size 8 --global_crop_size 16 --local_crop_size 8 --local_crops_number 2 --out_dim 32 "
     "--batch_size_per_gpu 8 --warmup_epochs 0 --epochs 1 --num_workers 0 --log_freq 1 --eval_knn_freq 0 --pictures off "
     "--device cpu --saveckp_freq 0"
