@@ -3,23 +3,24 @@
 Every size, parameter and case name comes from the file, so the tests hold for any file of this layout.
 """
 
+import json
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from dino.collapse import CollapseMonitor
 from dino.losses import DINOLoss
+from dino.main_dino import Schedules, train_one_epoch
 from dino.vision_transformer import DINOHead, DropPath, VisionTransformer, trunc_normal_
+from shared.metrics import RunLog
 from shared.multicrop import MultiCropWrapper
-from shared.optim import (
-    build_optimizer,
-    clip_grad_norm_per_tensor_,
-    ema_update_,
-    param_groups_no_decay_on_bias_and_norm,
-    step_unless_not_finite,
-)
+from shared.not_finite import FiniteGuard
+from shared.optim import build_optimizer, clip_grad_norm_per_tensor_, param_groups_no_decay_on_bias_and_norm
+from shared.precision import Precision
 from shared.schedules import cosine_schedule
 from tests.golden.golden_file import GoldenFile
 
@@ -246,8 +247,15 @@ def parameter_tolerance(name: str, role: str, optimizer: str) -> float:
     return 1e-5
 
 
+def load_batch(it: int) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Views of one iteration as the training loader gives them: one tensor per resolution, labels, indices."""
+    crops = [GOLDEN.tensor(f"train/images/it{it}/{crop}") for crop in GOLDEN.cases(f"train/images/it{it}/")]
+    assert len(crops) == 2 + CONFIG["train"]["nloc"]
+    return [torch.cat(crops[:2]), torch.cat(crops[2:])], torch.zeros(len(crops[0])), torch.arange(len(crops[0]))
+
+
 @pytest.mark.parametrize("case", TRAIN_CASES.values(), ids=TRAIN_CASES)
-def test_training_follows_the_reference_step_by_step(case):
+def test_training_follows_the_reference_step_by_step(case, tmp_path):
     sizes, name = CONFIG["train"], case["name"]
     epochs, steps = sizes["epochs"], sizes["nit"]
     student, teacher = make_wrapped(case["norm"]), make_wrapped(True)
@@ -255,45 +263,47 @@ def test_training_follows_the_reference_step_by_step(case):
     teacher.load_state_dict(student.state_dict())
     optimizer = build_optimizer(case["opt"], param_groups_no_decay_on_bias_and_norm(student))
     criterion = DINOLoss(sizes["out"], 2 + sizes["nloc"], sizes["wt"], sizes["tt"], sizes["we"], epochs)
-    lr = cosine_schedule(case["lr"] * sizes["B"] / 256, sizes["min_lr"], epochs, steps, warmup_epochs=1)
-    weight_decay = cosine_schedule(sizes["wd"], sizes["wd_end"], epochs, steps)
-    momentum = cosine_schedule(sizes["mom"], 1.0, epochs, steps)
-    np.testing.assert_allclose(lr, GOLDEN[f"train/{name}/lr_f64"], rtol=0, atol=1e-12)
-    np.testing.assert_allclose(weight_decay, GOLDEN[f"train/{name}/wd_f64"], rtol=0, atol=1e-12)
-    np.testing.assert_allclose(momentum, GOLDEN[f"train/{name}/mom_f64"], rtol=0, atol=1e-12)
+    schedules = Schedules(
+        lr=cosine_schedule(case["lr"] * sizes["B"] / 256, sizes["min_lr"], epochs, steps, warmup_epochs=1),
+        weight_decay=cosine_schedule(sizes["wd"], sizes["wd_end"], epochs, steps),
+        momentum=cosine_schedule(sizes["mom"], 1.0, epochs, steps),
+    )
+    for key, values in (("lr", schedules.lr), ("wd", schedules.weight_decay), ("mom", schedules.momentum)):
+        np.testing.assert_allclose(values, GOLDEN[f"train/{name}/{key}_f64"], rtol=0, atol=1e-12)
 
-    losses = []
+    log = RunLog(tmp_path, epochs * steps, log_freq=1)
     for epoch in range(epochs):
-        for it in range(epoch * steps, (epoch + 1) * steps):
-            crops = [GOLDEN.tensor(f"train/images/it{it}/{crop}") for crop in GOLDEN.cases(f"train/images/it{it}/")]
-            for i, group in enumerate(optimizer.param_groups):
-                group["lr"] = float(lr[it])
-                if i == 0:
-                    group["weight_decay"] = float(weight_decay[it])
-            with torch.no_grad():
-                targets = teacher(crops[:2])
-            loss = criterion(student(crops), targets, epoch)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            norms = clip_grad_norm_per_tensor_(student.parameters(), case["clip"])
-            if epoch < case["freeze"]:
-                for key, p in student.named_parameters():
-                    if "last_layer" in key:
-                        p.grad = None
-            step_unless_not_finite(optimizer, norms)
-            ema_update_(teacher.parameters(), student.parameters(), float(momentum[it]))
-            losses.append(loss.detach())
+        train_one_epoch(
+            student,
+            teacher,
+            criterion,
+            [load_batch(it) for it in range(epoch * steps, (epoch + 1) * steps)],
+            optimizer,
+            schedules,
+            epoch=epoch,
+            first_step=0,
+            steps_per_epoch=steps,
+            clip_grad=case["clip"],
+            freeze_last_layer=case["freeze"],
+            seed=0,
+            precision=Precision("fp32", torch.device("cpu")),
+            log=log,
+            monitor=CollapseMonitor(sizes["out"], patience_steps=epochs * steps),
+            guard=FiniteGuard({"student": student}, tmp_path, max_skipped_steps=1, device=torch.device("cpu")),
+            checkpointer=SimpleNamespace(after_step=lambda epoch, step_in_epoch: None),
+        )
         for role, network in (("student", student), ("teacher", teacher)):
             names = GOLDEN[f"train/{name}/epoch{epoch}/{role}/names"]
             values = GOLDEN.tensor(f"train/{name}/epoch{epoch}/{role}/values")
-            sums = checksums(dict(network.named_parameters()), names)
-            assert set(names) == {key for key, _ in network.named_parameters()}
-            for key, row, expected in zip(names, sums, values, strict=True):
+            parameters = dict(network.named_parameters())
+            assert set(names) == set(parameters)
+            for key, found, expected in zip(names, checksums(parameters, names), values, strict=True):
                 atol = parameter_tolerance(key, role, case["opt"])
-                torch.testing.assert_close(row, expected, rtol=1e-4, atol=atol, msg=lambda m, key=key: f"{key}: {m}")
-        expected_center = GOLDEN.tensor(f"train/{name}/epoch{epoch}/center")
-        torch.testing.assert_close(criterion.center, expected_center, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(torch.stack(losses), GOLDEN.tensor(f"train/{name}/losses"), rtol=1e-4, atol=0)
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=atol, msg=lambda m, key=key: f"{key}: {m}")
+        center = GOLDEN.tensor(f"train/{name}/epoch{epoch}/center")
+        torch.testing.assert_close(criterion.center, center, rtol=1e-4, atol=1e-5)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    np.testing.assert_allclose(losses, GOLDEN[f"train/{name}/losses"], rtol=1e-4)
 
     for key in GOLDEN.keys(f"train/{name}/final_"):
         role, tensor = key.removeprefix(f"train/{name}/final_").split("_", 1)
