@@ -83,6 +83,7 @@ def _name(file: Path, name: Path) -> None:
             copy.flush()
             os.fsync(copy.fileno())
     os.replace(temporary, name)
+    temporary.unlink(missing_ok=True)  # two names of one file: replacing one with the other does nothing
 
 
 def remove_leftovers(path: Path) -> None:

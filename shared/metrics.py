@@ -1,5 +1,6 @@
 """The log of a run: JSON lines always, a progress bar on a terminal, TensorBoard by flag."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -46,6 +47,15 @@ def _means(sums: dict[str, Tensor]) -> dict[str, float]:
 def _jsonable(value):
     """The value itself; None for a NaN or an infinity, which JSON does not have."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Put the file into an error that does not name it, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _free_name(path: Path) -> Path:
@@ -162,7 +172,7 @@ class RunLog:
         """Sums of this rank and the lengths of the files, which are on the disk when this returns."""
         lengths = {}
         for name, path in self.files.items() if distributed.is_main_process() else ():
-            with open(path, "rb") as file:
+            with _naming(path), open(path, "rb") as file:
                 os.fsync(file.fileno())
                 lengths[name] = os.fstat(file.fileno()).st_size
         sums = {name: {k: v.tolist() for k, v in getattr(self, name).items()} for name in ("window", "epoch")}
@@ -196,11 +206,8 @@ class RunLog:
             return
         path = self.files[name]
         self.attempt.check(path.parent)  # a newer attempt may be writing its own lines by now
-        try:
-            with open(path, "a") as file:
-                file.write(json.dumps({k: _jsonable(v) for k, v in line.items()}) + "\n")
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk comes without a name
+        with _naming(path), open(path, "a") as file:
+            file.write(json.dumps({k: _jsonable(v) for k, v in line.items()}) + "\n")
         if self.tensorboard is not None and "step" in line:
             if self.writer is None:
                 from torch.utils.tensorboard import SummaryWriter

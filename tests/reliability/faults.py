@@ -1,0 +1,195 @@
+"""Disturbances from inside a run: each is called in the process before the training starts."""
+
+import ctypes
+import functools
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Container
+from pathlib import Path
+
+import torch
+
+
+def before_update(number: int, action: Callable[[], None]) -> None:
+    """``action()`` inside the process's ``number``-th step (from 1), after the optimiser and before the teacher."""
+    from dino import main_dino
+
+    update, calls = main_dino.ema_update_, []
+
+    def disturbed(*args) -> None:
+        calls.append(args)
+        if len(calls) == number:
+            action()
+        update(*args)
+
+    main_dino.ema_update_ = disturbed
+
+
+def slow_steps(seconds: float) -> None:
+    from dino import main_dino
+
+    update = main_dino.ema_update_
+
+    def slow(*args) -> None:
+        time.sleep(seconds)
+        update(*args)
+
+    main_dino.ema_update_ = slow
+
+
+def send(*numbers: int) -> None:
+    """These signals to this process, one after the other."""
+    for number in numbers:
+        os.kill(os.getpid(), number)
+
+
+def signals_during_save(save: int, *numbers: int) -> None:
+    """Signals that arrive while the process's ``save``-th checkpoint lies half finished on the disk."""
+    from shared import checkpoint
+
+    verify, calls = checkpoint.verify, []
+
+    def disturbed(path: Path) -> int:
+        calls.append(path)
+        if len(calls) == save:
+            send(*numbers)
+        return verify(path)
+
+    checkpoint.verify = disturbed
+
+
+def kill_at_line(number: int, after_saves: int = 0) -> None:
+    """SIGKILL before the ``number``-th line (from 1) of shared/checkpoint.py that runs in a save."""
+    from shared import checkpoint
+
+    save, calls, lines = checkpoint.save, [], []
+
+    def trace(frame, event, argument):
+        if frame.f_code.co_filename != checkpoint.__file__:
+            return None
+        if event == "line":
+            lines.append(frame.f_lineno)
+            if len(lines) == number:
+                send(signal.SIGKILL)
+        return trace
+
+    def traced(*args, **kwargs) -> None:
+        calls.append(args)
+        sys.settrace(trace if len(calls) > after_saves else None)
+        try:
+            save(*args, **kwargs)
+        finally:
+            sys.settrace(None)
+
+    checkpoint.save = traced
+
+
+def kill_in_write(number: int) -> None:
+    """SIGKILL in the middle of the ``number``-th write (from 1) to the temporary file of a save."""
+    from shared import checkpoint
+
+    writes = []
+
+    class TornFile:
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, data) -> int:
+            writes.append(len(data))
+            if len(writes) == number:
+                self.file.write(data[: len(data) // 2])
+                self.file.flush()
+                send(signal.SIGKILL)
+            return self.file.write(data)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exception) -> None:
+            self.file.close()
+
+        def __getattr__(self, name: str):
+            return getattr(self.file, name)
+
+    def torn_open(path: Path, mode: str = "r"):
+        file = open(path, mode)  # noqa: SIM115
+        return TornFile(file) if mode == "wb" else file
+
+    checkpoint.open = torn_open
+
+
+def nan_in_views(steps: Container[int], rank: int = 0) -> None:
+    """One NaN in the first view of these steps (from 0, of the whole run) on one rank."""
+    from dino import main_dino
+
+    seed_step, normalize_views = main_dino.randomness.seed_step, main_dino.normalize_views
+    current = []
+
+    def remember(seed: int, step: int, this_rank: int) -> None:
+        current[:] = step, this_rank
+        seed_step(seed, step, this_rank)
+
+    def spoilt(*args) -> list[torch.Tensor]:
+        views = normalize_views(*args)
+        if current[0] in steps and current[1] == rank:
+            views[0][0, 0, 0, 0] = torch.nan
+        return views
+
+    main_dino.randomness.seed_step, main_dino.normalize_views = remember, spoilt
+
+
+def kill_worker(epoch: int) -> None:
+    """The loader process that gets the first batch of ``epoch`` is killed."""
+    from dino import main_dino
+
+    dataset = main_dino.MultiCropDataset
+    main_process, fetch = os.getpid(), dataset.__getitems__
+
+    def fetch_or_die(self, keys):
+        if keys[0][0] == epoch and os.getpid() != main_process:
+            send(signal.SIGKILL)
+        return fetch(self, keys)
+
+    dataset.__getitems__ = fetch_or_die
+
+
+def remove_after_listing(path: Path) -> None:
+    from dino import main_dino
+
+    open_source = main_dino.open_source
+
+    def open_and_remove(*args, **kwargs):
+        source = open_source(*args, **kwargs)
+        path.unlink(missing_ok=True)
+        return source
+
+    main_dino.open_source = open_and_remove
+
+
+def limit_file_size(num_bytes: int, from_update: int) -> None:
+    """No file may grow beyond this from some step on: what a full disk looks like to one file."""
+    limits = (num_bytes, resource.RLIM_INFINITY)
+    before_update(from_update, functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, limits))
+
+
+def make_read_only(folder: Path, from_update: int) -> None:
+    def forbid() -> None:
+        give_up_privileges()
+        folder.chmod(0o555)
+
+    before_update(from_update, forbid)
+
+
+def give_up_privileges() -> None:
+    """Permissions count from now on, for root too: it keeps its name and loses its capabilities."""
+    header, nothing = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()  # _LINUX_CAPABILITY_VERSION_3
+    if ctypes.CDLL(None).capset(ctypes.byref(header), ctypes.byref(nothing)) != 0:
+        raise OSError("capset failed")
+
+
+def remove_folder(folder: Path, from_update: int) -> None:
+    before_update(from_update, functools.partial(shutil.rmtree, folder))
