@@ -1,0 +1,21 @@
+"""Host memory of a training process."""
+
+import ctypes
+import platform
+
+
+def keep_freed_memory() -> bool:
+    """Keep freed memory in the process, for its next allocation, until it ends.
+
+    By default glibc returns large blocks to the system as soon as they are free. Training frees all activations once
+    per step, and getting them back costs a page fault per 4 KiB: a tenth of a step on a CPU. The peak stays the same.
+
+    Returns:
+        Whether this C library can be told; others than glibc are left alone.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    m_trim_threshold, m_mmap_max = -1, -4
+    # never return the top of the heap, and take nothing from elsewhere
+    return bool(mallopt(m_trim_threshold, -1) and mallopt(m_mmap_max, 0))
