@@ -1,5 +1,6 @@
 """Running a test function in several gloo processes."""
 
+import multiprocessing
 import os
 import socket
 import tempfile
@@ -11,6 +12,9 @@ import torch.multiprocessing as mp
 
 from shared import distributed
 
+SERVER = multiprocessing.get_context("forkserver")  # its processes start in no time: it has imported torch already
+SERVER.set_forkserver_preload(["dino.main_dino", "tests.processes"])
+
 
 def free_port() -> int:
     with socket.socket() as s:
@@ -21,7 +25,8 @@ def free_port() -> int:
 def run_processes(function: Callable, world_size: int, *args) -> list:
     """Call the module-level ``function(rank, *args)`` in ``world_size`` joined processes; its results in rank order."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_run, (function, world_size, free_port(), folder, args), nprocs=world_size)
+        arguments = (function, world_size, free_port(), folder, args)
+        mp.start_processes(_run, arguments, nprocs=world_size, start_method="forkserver")
         return [torch.load(Path(folder) / f"{rank}.pth", weights_only=True) for rank in range(world_size)]
 
 

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from shared.checkpoint import load_latest
+from tests.processes import SERVER, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = (
@@ -27,8 +28,6 @@ TINY = (
 ).split()
 STEPS_PER_EPOCH = 6
 TIMINGS = ("images_per_s", "data_wait")
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["dino.main_dino", "tests.reliability.runs"])
 
 
 def write_images(folder: Path, count: int = 4 * STEPS_PER_EPOCH) -> Path:
@@ -100,8 +99,6 @@ class Run:
 
 def start_ranks(output_dir: Path, world_size: int, *flags, fault: Callable[[], None] | None = None) -> list[Run]:
     """The processes of one training, in rank order."""
-    from tests.processes import free_port
-
     port = free_port()
     return [
         Run(

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from shared import checkpoint
+from tests.processes import SERVER
 from tests.reliability import faults
-from tests.reliability.runs import SERVER
 
 
 def state(value: int) -> dict:

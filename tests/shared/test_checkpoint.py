@@ -1,11 +1,16 @@
+import math
 import os
+import random
 import signal
+import zipfile
 
 import pytest
 import torch
 
 from shared import checkpoint
-from shared.checkpoint import CheckpointError, Checkpointer, Interrupted
+from shared.attempt import NotFinite
+from shared.checkpoint import Checkpointer, CheckpointError, Interrupted
+from tests.processes import run_processes
 
 
 def write(path, value):
@@ -50,6 +55,55 @@ def test_a_damaged_newest_file_falls_back_loudly(tmp_path, capsys, damage):
     assert "WARNING" in printed and "previous" in printed and str(path) in printed
 
 
+def test_any_damage_to_the_newest_file_is_harmless_or_found(tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    for value in (1, 2):
+        checkpoint.save(path, {"weight": torch.full((20,), float(value)), "value": value})
+    content = path.read_bytes()
+    rng = random.Random(0)
+    damaged = [content[:length] for length in rng.sample(range(len(content)), 100)]
+    for position in rng.sample(range(len(content)), 300):
+        flipped = bytearray(content)
+        flipped[position] ^= 1 << rng.randrange(8)
+        damaged.append(bytes(flipped))
+    found = {1: 0, 2: 0}
+    for newest in damaged:
+        path.write_bytes(newest)
+        state = checkpoint.load_latest(path)
+        assert torch.equal(state["weight"], torch.full((20,), float(state["value"])))
+        found[state["value"]] += 1
+    assert found[1] > 200  # the rest are names and dates of records that nobody reads
+
+
+def test_a_compressed_record_is_no_checkpoint(tmp_path):
+    """torch never compresses, so nothing has to be inflated: no decompression bombs."""
+    with zipfile.ZipFile(tmp_path / "checkpoint.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(1000))
+    with pytest.raises(CheckpointError, match="a compressed record"):
+        checkpoint.verify(tmp_path / "checkpoint.pth")
+
+
+def test_a_damaged_newest_file_never_replaces_the_intact_previous_one(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pth"
+    write(path, 1)
+    write(path, 2)
+    path.unlink()
+    path.write_bytes(b"torn")
+    checkpoint.load_latest(path)
+    assert (tmp_path / "checkpoint.pth.damaged").read_bytes() == b"torn"
+
+    def no_replace(source, target):
+        if target == path:
+            raise OSError(5, "Input/output error")
+        replace(source, target)
+
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", no_replace)
+    with pytest.raises(CheckpointError, match="Input/output error"):
+        write(path, 3)
+    assert value_of(checkpoint.load_latest(path)) == 1
+
+
 def test_two_damaged_files_are_an_error_that_names_both(tmp_path):
     path = tmp_path / "checkpoint.pth"
     path.write_bytes(b"x")
@@ -71,6 +125,82 @@ def test_a_full_disk_leaves_the_old_checkpoint_intact(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert value_of(checkpoint.load_latest(path)) == 1
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pth"]
+
+
+def test_the_disk_has_the_data_before_the_name_and_the_name_before_the_end(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pth"
+    write(path, 1)
+    events = []
+    fsync, replace = os.fsync, os.replace
+
+    def record_fsync(descriptor):
+        events.append(("fsync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def record_replace(source, target):
+        events.append(("replace", str(target)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", record_replace)
+    write(path, 2)
+    (first, temporary), *_, (before_last, new_name), (last, folder) = events
+    assert (first, before_last, last) == ("fsync", "replace", "fsync")
+    assert ".checkpoint.pth." in temporary
+    assert (new_name, folder) == (str(path), str(tmp_path))
+
+
+def test_without_hard_links_the_old_file_and_the_second_name_are_copies(tmp_path, monkeypatch):
+    def no_link(source, target):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "link", no_link)
+    path = tmp_path / "checkpoint.pth"
+    write(path, 1)
+    checkpoint.save(path, {"weight": torch.full((1000,), 2.0)}, keep_as="checkpoint0000.pth")
+    values = [value_of(checkpoint.load_latest(p)) for p in (path, checkpoint.previous(path))]
+    assert values == [2, 1]
+    assert value_of(checkpoint.load_latest(tmp_path / "checkpoint0000.pth")) == 2
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_leftovers_of_killed_processes_are_removed_when_the_run_goes_on(tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    write(path, 1)
+    for name in (".checkpoint.pth.host-123", ".checkpoint.pth.link"):
+        (tmp_path / name).write_bytes(b"half a checkpoint")
+    Checkpointer(path, lambda epoch, step: {})
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pth"]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_weights_that_are_not_finite_never_reach_the_disk(tmp_path, bad, dtype):
+    path = tmp_path / "checkpoint.pth"
+    write(path, 1)
+    weight = torch.zeros(3, 4, dtype=dtype)
+    weight[2, 1] = bad
+    state = {"counts": torch.ones(2, dtype=torch.int64), "empty": torch.zeros(0), "moments": [torch.ones(2), weight]}
+    with pytest.raises(NotFinite, match=r"moments\.1 is not finite; the checkpoint before it stays"):
+        checkpoint.save(path, state)
+    assert value_of(checkpoint.load_latest(path)) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pth"]
+
+
+def look_into_own_folder(rank, folder):
+    """Rank 1 sees another file system than rank 0."""
+    try:
+        checkpoint.load_latest(os.path.join(folder, str(rank), "checkpoint.pth"))
+    except ValueError as error:
+        return str(error)
+
+
+def test_processes_that_find_different_checkpoints_say_so(tmp_path):
+    (tmp_path / "0").mkdir()
+    write(tmp_path / "0" / "checkpoint.pth", 1)
+    for message in run_processes(look_into_own_folder, 2, str(tmp_path)):
+        assert "the newest checkpoint in" in message and "differs between processes" in message
+        assert "rank 1 has None" in message
 
 
 def test_a_deleted_folder_is_a_clear_error(tmp_path):
@@ -112,6 +242,20 @@ def test_of_several_signals_the_one_that_requeues_a_job_counts(tmp_path):
             checkpointer.after_step(0, 1)
     assert stop.value.signal_number == signal.SIGUSR2
     assert (tmp_path / "checkpoint.pth").exists()
+
+
+def test_a_run_in_doubt_keeps_its_last_good_checkpoint_until_it_is_stopped(tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    good = True
+    checkpointer = Checkpointer(path, lambda epoch, step: {"step": step}, every_steps=1, is_good=lambda: good)
+    checkpointer.after_step(0, 1)
+    good = False
+    checkpointer.after_step(0, 2)
+    assert checkpoint.load_latest(path) == {"step": 1}
+    checkpointer.received = signal.SIGTERM
+    with pytest.raises(Interrupted):
+        checkpointer.after_step(0, 3)
+    assert checkpoint.load_latest(path) == {"step": 3}
 
 
 def test_saves_every_n_steps_and_at_the_end_of_an_epoch(tmp_path):

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from shared import distributed
+from shared.attempt import NotFinite
 from tests.processes import free_port, run_processes
 
 
@@ -87,3 +88,43 @@ def test_a_single_process_needs_no_group(launcher):
 def test_asking_for_a_gpu_where_there_is_none_is_an_error(launcher):
     with pytest.raises(ValueError, match="--device cuda: no GPU"):
         distributed.init(device="cuda")
+
+
+def raise_lost_rank(rank):
+    try:
+        with distributed.naming_lost_ranks():
+            raise RuntimeError("a bug of this process, not of a collective")
+    except distributed.RankLost:
+        return "taken for a lost rank"
+    except RuntimeError as error:
+        return str(error)
+
+
+def test_a_processs_own_error_is_not_taken_for_a_lost_rank():
+    assert run_processes(raise_lost_rank, 2) == ["a bug of this process, not of a collective"] * 2
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (ValueError("--flag 3 is wrong"), 2, "error: --flag 3 is wrong\n"),
+        (OSError(28, "No space left on device", "/run/x"), 2, "error: [Errno 28] No space left on device: '/run/x'\n"),
+        (NotFinite("10 steps in a row"), 3, "error: 10 steps in a row\n"),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+            4,
+            "error: DataLoader worker (pid 7)",
+        ),
+    ],
+)
+def test_each_way_to_end_has_its_exit_code_and_one_line(error, code, message, capsys):
+    with pytest.raises(SystemExit) as end, distributed.clean_exit():
+        raise error
+    assert end.value.code == code
+    printed = capsys.readouterr().err
+    assert printed.startswith(message) and printed.count("\n") == 1
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="shape"), distributed.clean_exit():
+        raise RuntimeError("shape mismatch")

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from shared.attempt import Attempt, Superseded
 from shared.metrics import RunLog, feature_spread, rank_me
@@ -64,6 +65,36 @@ def test_a_shortened_log_is_refused(tmp_path):
         RunLog(tmp_path, 3, resumed=True).load_state_dict(state)
 
 
+def test_what_is_not_finite_is_null_in_the_file(tmp_path):
+    log = RunLog(tmp_path, 1, log_freq=1)
+    line = log.step(0, 0, images=1, averages={"loss": math.nan}, kl=torch.tensor(math.inf))
+    assert math.isnan(line["loss"])  # as in the line that is returned
+    written = (tmp_path / "metrics.jsonl").read_text()
+    assert '"loss": null' in written and '"kl": null' in written and "NaN" not in written
+
+
+def test_a_failed_write_names_the_file(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    log = RunLog(tmp_path, 1, log_freq=1)
+    with pytest.raises(OSError, match=r"No space left on device: .*metrics\.jsonl"):
+        log.evaluation(0, 0, knn_top1=50.0)
+
+
+def test_tensorboard_shows_no_step_twice_after_a_resume(tmp_path):
+    log = RunLog(tmp_path, 6, log_freq=1, tensorboard=True)
+    run(log, 2)
+    state = log.state_dict()
+    run(log, 4, start=2)  # lost: the run goes back to step 2
+    log.close()
+    resumed = RunLog(tmp_path, 6, log_freq=1, tensorboard=True, resumed=True)
+    resumed.load_state_dict(state)
+    run(resumed, 6, start=2)
+    resumed.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+
+
 def test_steps_that_are_not_finite_do_not_count(tmp_path):
     log = RunLog(tmp_path, 3, log_freq=3)
     for step, loss in enumerate((1.0, math.nan, 3.0)):
@@ -79,6 +110,8 @@ def test_spread_and_rank_tell_collapsed_from_spread_features():
     assert feature_spread(collapsed) < 0.01
     assert rank_me(spread) > 15
     assert rank_me(torch.randn(256, 2) @ torch.randn(2, 16)) < 2.1
+    spread[7, 3] = math.nan
+    assert rank_me(spread).isnan() and feature_spread(spread).isnan()
 
 
 def test_a_superseded_attempt_writes_no_line(tmp_path):
