@@ -237,7 +237,8 @@ def train_dino(args: argparse.Namespace) -> None:
 
     # data
     source = cache_images(open_source(args.data_path, "train"), args.cache)
-    distributed.check_same_on_all_processes(len(source), "the number of training images")
+    images = source.checksum()
+    distributed.check_same_on_all_processes((len(source), images), "the training data (number of images, checksum)")
     recipes = dino_views(
         args.global_crops_scale,
         args.local_crops_scale,
@@ -310,6 +311,7 @@ def train_dino(args: argparse.Namespace) -> None:
             "skipped_steps": int(guard.in_a_row),
             "batch_size": args.batch_size_per_gpu * world_size,
             "world_size": world_size,
+            "images": images,
             "log": log.state_dict(),
         }
 
@@ -323,7 +325,9 @@ def train_dino(args: argparse.Namespace) -> None:
             precision.scaler.load_state_dict(checkpoint["fp16_scaler"])
         if "log" in checkpoint:  # the official checkpoints have none
             log.load_state_dict(checkpoint["log"])
-        first_epoch, first_step = resume_position(checkpoint, args.batch_size_per_gpu * world_size, args.on_changed_run)
+        first_epoch, first_step = resume_position(
+            checkpoint, args.batch_size_per_gpu * world_size, images, args.on_changed_run
+        )
         distributed.print_once(f"resuming at epoch {first_epoch}, step {first_step}")
     guard = FiniteGuard(
         {"teacher": teacher, "student": distributed.unwrap(student)},

@@ -297,26 +297,33 @@ def check_flags(checkpoint: dict, args: argparse.Namespace, must_match: tuple[st
         distributed.print_once(f"resuming with --{flag} {value}, the checkpoint was written with {old[flag]}")
 
 
-def resume_position(checkpoint: dict, batch_size: int, on_changed_run: str) -> tuple[int, int]:
+def resume_position(checkpoint: dict, batch_size: int, images: int, on_changed_run: str) -> tuple[int, int]:
     """(epoch, step in the epoch) at which a run with ``batch_size`` images per step goes on.
+
+    Args:
+        images: Checksum of the training images.
+        on_changed_run: ``continue`` or ``refuse``.
 
     Raises:
         ValueError: If the run has changed and ``on_changed_run`` is ``refuse``.
     """
     epoch, step = checkpoint["epoch"], checkpoint.get("step_in_epoch", 0)
-    old_batch, old_world = checkpoint.get("batch_size", batch_size), checkpoint.get("world_size")
     world = distributed.get_world_size()
-    if old_batch == batch_size and old_world in (None, world):
-        return epoch, step
-    change = f"{old_batch} images per step on {old_world} processes before, {batch_size} on {world} now"
-    if on_changed_run == "refuse":
-        raise ValueError(f"--on_changed_run refuse: {change}")
-    seen = step * old_batch
-    distributed.print_once(
-        f"resuming a changed run ({change}) after {seen - seen % batch_size} images of epoch {epoch}: learning-rate "
-        "steps, grouping into batches and random draws of the network differ from an unchanged run"
-    )
-    return epoch, seen // batch_size
+    old_batch, old_world = checkpoint.get("batch_size", batch_size), checkpoint.get("world_size", world)
+    changes = []
+    if (old_batch, old_world) != (batch_size, world):
+        changes.append(f"{old_batch} images per step on {old_world} processes before, {batch_size} on {world} now")
+    if checkpoint.get("images", images) != images:
+        changes.append("other training images, or the same under other names")
+    if changes and on_changed_run == "refuse":
+        raise ValueError(f"--on_changed_run refuse: {'; '.join(changes)}")
+    if changes:
+        distributed.print_once(
+            f"resuming a changed run ({'; '.join(changes)}) after {step * old_batch // batch_size * batch_size} images "
+            f"of epoch {epoch}: learning-rate steps, grouping into batches and random draws of the network differ from "
+            "an unchanged run"
+        )
+    return epoch, step * old_batch // batch_size
 
 
 def without_prefix(state_dict: dict, prefix: str) -> dict:

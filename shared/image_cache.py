@@ -41,6 +41,9 @@ class CachedSource(ImageSource):
             return self.source.load(index)
         return DecodedImage(self.pixels[start : start + 3 * height * width].reshape(height, width, 3))
 
+    def checksum(self) -> int:
+        return self.source.checksum()
+
 
 def cache_images(source: ImageSource, cache: str) -> ImageSource:
     """``source`` with every image decoded once; its pixels and so all views stay the same.

@@ -48,6 +48,10 @@ class ImageSource:
         """Class of image ``index``; -1 where there are no classes."""
         return -1 if self.labels is None else int(self.labels[index])
 
+    def checksum(self) -> int:
+        """CRC-32 of all names below the data set's root (of the pixels where there are no files) and of the labels."""
+        raise NotImplementedError
+
     def describe(self) -> str:
         """One line for the log."""
         classes = "no classes" if self.classes is None else f"{len(self.classes):,} classes"
@@ -64,6 +68,9 @@ class PackedStrings(Sequence[str]):
 
     def __len__(self) -> int:
         return len(self._ends)
+
+    def checksum(self) -> int:
+        return zlib.crc32(self._ends, zlib.crc32(self._bytes))
 
     def __getitem__(self, index: int) -> str:
         start = self._ends[index - 1] if index else 0
@@ -92,6 +99,9 @@ class FileSource(ImageSource):
     def load(self, index: int) -> EncodedImage:
         return read_image(self.path(index))
 
+    def checksum(self) -> int:
+        return self.names.checksum() if self.labels is None else zlib.crc32(self.labels, self.names.checksum())
+
 
 class ArraySource(ImageSource):
     """Images that lie decoded in memory.
@@ -113,6 +123,10 @@ class ArraySource(ImageSource):
     def load(self, index: int) -> DecodedImage:
         pixels = self.pixels[index]
         return DecodedImage(np.repeat(pixels[..., None], 3, axis=-1) if pixels.ndim == 2 else pixels)
+
+    def checksum(self) -> int:
+        pixels = zlib.crc32(np.ascontiguousarray(self.pixels))
+        return pixels if self.labels is None else zlib.crc32(self.labels, pixels)
 
 
 def open_source(

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -69,7 +70,7 @@ def test_two_ranks_killed_together_at_random_instants_end_like_an_uninterrupted_
 
 
 class Torchrun:
-    """The real script on two processes, its launcher and all in a process group of their own."""
+    """The real script on two processes."""
 
     def __init__(self, output_dir, *flags, options=()):
         self.output_dir = output_dir
@@ -83,21 +84,21 @@ class Torchrun:
             env=environment,
             stdout=self.printed,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
         )
 
     def kill_everything(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
-        for pid in self.workers():  # torchrun puts each into a session of its own
+        workers = self.workers()
+        assert len(workers) == 2
+        for pid in (self.process.pid, *workers):
             os.kill(pid, signal.SIGKILL)
         self.process.wait()
 
     def workers(self) -> list[int]:
-        listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
-        lines = [line.split(maxsplit=1) for line in listed.splitlines()]
+        """Process ids of the ranks, all of them alive."""
+        commands = {path: path.read_text().split("\0") for path in Path("/proc").glob("[0-9]*/cmdline")}
         return [
-            int(pid)
-            for pid, command in lines
+            int(path.parent.name)
+            for path, command in commands.items()
             if str(self.output_dir) in command and "torch.distributed.run" not in command
         ]
 

@@ -12,7 +12,7 @@ from tests.reliability.runs import Run, assert_same_run, start_ranks
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
-@pytest.mark.parametrize(("number", "workers"), zip(SIGNALS, (0, 1, 2, 1), strict=True))
+@pytest.mark.parametrize(("number", "workers"), list(zip(SIGNALS, (0, 1, 2, 1), strict=True)))
 def test_a_signal_saves_the_state_and_ends_with_128_and_its_number(number, workers, images, uninterrupted, tmp_path):
     flags = ("--data_path", images, "--num_workers", workers, "--saveckp_steps", 0)
     run = Run(tmp_path / "run", *flags, fault=functools.partial(faults.slow_steps, 0.1))
