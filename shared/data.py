@@ -303,5 +303,6 @@ def _as_is(batch):
 
 def _start_worker(worker_id: int) -> None:
     cv2.setNumThreads(1)  # torch sets its own
-    for name in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):  # these are for the main process, which ends workers
+    # these are for the main process, which saves and then ends its workers; schedulers may send them to every process
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(name, signal.SIG_IGN)

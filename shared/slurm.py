@@ -233,14 +233,15 @@ class Trainer:
         job = submitit.JobEnvironment()
         attempt = Attempt.current()
         args = _with_job_id(self.args, job.job_id)
-        _forget_results_of_earlier_attempts(job)
-        _export_rendezvous(job, attempt)
-        print(
-            f"job {job.job_id}, attempt {attempt.number}: rank {job.global_rank} of {job.num_tasks} on {job.hostname}, "
-            f"rendezvous at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}, output in {args.output_dir}",
-            flush=True,
-        )
         try:
+            _forget_results_of_earlier_attempts(job)
+            _export_rendezvous(job, attempt)
+            print(
+                f"job {job.job_id}, attempt {attempt.number}: rank {job.global_rank} of {job.num_tasks} on "
+                f"{job.hostname}, rendezvous at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}, output in "
+                f"{args.output_dir}",
+                flush=True,
+            )
             if job.global_rank == 0:
                 Path(args.output_dir).mkdir(parents=True, exist_ok=True)
                 attempt.claim(args.output_dir)

@@ -249,13 +249,29 @@ def test_the_other_ranks_end_without_an_error_code_on_a_warning_signal(job_envir
     assert end.value.code == 0
 
 
-def test_a_termination_signal_does_not_requeue(job_environment, tmp_path):
-    program(tmp_path / "bin", "scontrol", f"echo $@ >> {tmp_path}/calls")
+def ends_on_termination(tmp_path, job_as_scontrol_shows_it: str) -> tuple[SystemExit, str]:
+    """How rank 0 ends after SIGTERM, and what it told scontrol."""
+    program(tmp_path / "bin", "scontrol", f"echo $@ >> {tmp_path}/calls; echo '{job_as_scontrol_shows_it}'")
     os.environ.update(PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}", SLURM_PROCID="0")
-    with pytest.raises(Interrupted) as end:
+    with pytest.raises(SystemExit) as end:
         slurm.Trainer(jobs.kill_self, argparse.Namespace(output_dir=str(tmp_path), number=signal.SIGTERM))()
-    assert end.value.code == 128 + signal.SIGTERM
-    assert not (tmp_path / "calls").exists()
+    return end.value, (tmp_path / "calls").read_text()
+
+
+@pytest.mark.parametrize(
+    "state", ["JobState=RUNNING PreemptTime=None", "JobState=CANCELLED PreemptTime=2026-11-22T22:59"]
+)
+def test_a_termination_signal_does_not_requeue(job_environment, tmp_path, state):
+    end, calls = ends_on_termination(tmp_path, state)
+    assert isinstance(end, Interrupted)
+    assert end.code == 128 + signal.SIGTERM
+    assert "requeue" not in calls
+
+
+def test_a_termination_signal_of_a_preemption_requeues(job_environment, tmp_path):
+    end, calls = ends_on_termination(tmp_path, "JobId=41 JobState=RUNNING Reason=None PreemptTime=2026-11-22T22:59:17")
+    assert end.code == 0
+    assert calls.splitlines() == ["--oneliner show job 41", "requeue 41"]
 
 
 def test_a_job_restarted_too_often_stays_stopped_and_says_so(job_environment, tmp_path):

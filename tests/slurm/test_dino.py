@@ -84,6 +84,19 @@ def test_an_interrupted_job_on_two_nodes_equals_an_uninterrupted_run_under_torch
 
 
 @pytest.mark.slow
+def test_a_termination_that_reaches_the_loader_workers_too_still_saves(cluster, torchrun, tmp_path, capsys):
+    flags = [*training_flags(torchrun), "--num_workers", "1"]
+    run_with_submitit.main([*flags, *JOB.split(), "--output_dir", str(tmp_path)])
+    job_id = re.search(r"Submitted job (\d+)", capsys.readouterr().out)[1]
+    wait_for_step(cluster, tmp_path, 2)
+    cluster.run("scontrol", "requeue", job_id)  # SIGTERM to every process of the step
+    assert cluster.wait_for_state(job_id, "COMPLETED", "FAILED", timeout_s=180) == "COMPLETED"
+    output = (tmp_path / "submitit" / f"{job_id}_0_log.out").read_text()
+    assert re.search("resuming at epoch 0, step [2-6]", output)
+    assert_same_run(tmp_path, torchrun)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("reason", ["time limit", "preemption"])
 def test_an_interrupted_batch_script_with_torchrun_gives_the_same_run(cluster, torchrun, tmp_path, reason):
     options = (
