@@ -50,6 +50,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--val_path", default=None, help="validation images; by default those that belong to --data_path")
     add("--num_labels", type=int, default=1000, help="outputs of the classifier")
     add("--image_size", type=int, default=224, help="side in pixels of the train crops and of the val centre crops")
+    add("--crop_scale", type=float, nargs=2, default=(0.08, 1.0), help="area range of the train crops")
     add("--batch_size_per_gpu", type=int, default=128, help="images per process")
 
     add = parser.add_argument_group("optimisation").add_argument
@@ -71,7 +72,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.data_path is None:
         set_embedded_data_defaults(parser)
-        parser.set_defaults(num_labels=10, lr=0.01, output_dir="runs/digits")
+        parser.set_defaults(num_labels=10, crop_scale=(0.6, 1.0), lr=0.1, output_dir="runs/digits")
         args = parser.parse_args(arguments)
     return args
 
@@ -110,7 +111,7 @@ def eval_linear(args: argparse.Namespace) -> dict[str, float]:
         return result
 
     # loader and optimiser
-    recipe = ViewRecipe(args.image_size, scale=(0.08, 1.0), interpolation="bilinear")
+    recipe = ViewRecipe(args.image_size, tuple(args.crop_scale), interpolation="bilinear")
     sampler = EpochBatchSampler(len(train), args.batch_size_per_gpu, args.seed, rank, world_size, drop_last=False)
     loader = make_loader(
         MultiCropDataset(

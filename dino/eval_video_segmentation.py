@@ -217,8 +217,8 @@ def davis_palette() -> list[int]:
 
 
 def write_mask(path: Path, mask: np.ndarray) -> None:
-    image = Image.fromarray(mask.astype(np.uint8), mode="P")
-    image.putpalette(davis_palette())
+    image = Image.fromarray(mask.astype(np.uint8))
+    image.putpalette(davis_palette())  # makes it an indexed image
     image.save(path)
 
 
