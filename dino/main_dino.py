@@ -38,6 +38,7 @@ from shared.checkpoint import Checkpointer, check_flags, load_latest, resume_pos
 from shared.data import BadImages, EpochBatchSampler, default_num_workers, make_loader, open_source
 from shared.evaluation.knn_monitor import KNNMonitor, open_labelled
 from shared.image_cache import cache_images
+from shared.memory import keep_freed_memory
 from shared.metrics import RunLog, feature_spread, rank_me
 from shared.multicrop import MultiCropDataset, MultiCropWrapper, normalize_views
 from shared.not_finite import FiniteGuard
@@ -226,6 +227,7 @@ class Schedules:
 def train_dino(args: argparse.Namespace) -> None:
     """Train from the newest checkpoint in ``args.output_dir``, or from scratch if there is none."""
     device = distributed.init(args.dist_url, args.device, args.dist_timeout)
+    keep_freed_memory()
     precision = Precision(args.amp if args.use_fp16 else "fp32", device)
     randomness.seed_everything(args.seed)
     output_dir = Path(args.output_dir)
@@ -434,6 +436,7 @@ def train_one_epoch(
     for step, (loaded_views, labels, indices) in enumerate(log.batches(loader), start=start):
         randomness.seed_step(seed, step, distributed.get_rank())
         schedules.apply(optimizer, step)
+        optimizer.zero_grad(set_to_none=True)  # before the activations: the two never need memory at once
         views = normalize_views(loaded_views, precision.device, MEAN, STD)
         global_views = views[0][: 2 * len(labels)]
 
@@ -443,7 +446,6 @@ def train_one_epoch(
                 teacher_logits = teacher.head(teacher_features)
             loss = criterion(student(views), teacher_logits, epoch)
 
-        optimizer.zero_grad(set_to_none=True)
         precision.backward(loss, optimizer)
         grad_norms = clip_grad_norm_per_tensor_(parameters, clip_grad)
         if epoch < freeze_last_layer:

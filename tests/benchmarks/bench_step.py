@@ -1,0 +1,406 @@
+"""Time and peak memory of one DINO training step: ViT-S/16, 8 images, 2 x 224 + 8 x 96 pixels, 65,536 outputs.
+
+    python tests/benchmarks/bench_step.py [--threads 2] [--rounds 5] [--out FILE.json]
+    python tests/benchmarks/bench_step.py --growth             # cost against crops, batch, image side and outputs
+
+Steps that take turns, each in a process of its own so that peak memory is told apart:
+
+- ``plain``: the step as a textbook writes it (this file): one pass per resolution, explicit attention matrices,
+  ``nn.utils.weight_norm``, a loop over pairs of crops, loops over parameters for clipping, AdamW and the teacher;
+- ``ours``: ``train_one_epoch`` of ``dino/main_dino.py`` in float32;
+- ``ours-bf16``: the same under bfloat16 autocast, where the processor has units for it.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dino.collapse import CollapseMonitor
+from dino.losses import DINOLoss
+from dino.main_dino import Schedules, train_one_epoch
+from dino.networks import build_backbone
+from dino.vision_transformer import DINOHead
+from shared.memory import keep_freed_memory
+from shared.multicrop import MultiCropWrapper
+from shared.not_finite import FiniteGuard
+from shared.optim import build_optimizer, param_groups_no_decay_on_bias_and_norm
+from shared.precision import Precision, fast_bf16
+from shared.schedules import cosine_schedule
+
+LR, WEIGHT_DECAY, MOMENTUM, CLIP = 1e-4, 0.04, 0.996, 3.0
+CPU = torch.device("cpu")
+
+
+class PlainAttention(nn.Module):
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads, self.scale = num_heads, (dim // num_heads) ** -0.5
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, D = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
+        attention = ((q @ k.transpose(-2, -1)) * self.scale).softmax(dim=-1)
+        return self.proj((attention @ v).transpose(1, 2).reshape(B, N, D))
+
+
+class PlainBlock(nn.Module):
+    def __init__(self, dim: int, num_heads: int, drop_path: float):
+        super().__init__()
+        self.drop_path = drop_path
+        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
+        self.attn = PlainAttention(dim, num_heads)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, 4 * dim), "fc2": nn.Linear(4 * dim, dim)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop(self.attn(self.norm1(x)))
+        return x + self.drop(self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x)))))
+
+    def drop(self, x: Tensor) -> Tensor:
+        if self.drop_path == 0 or not self.training:
+            return x
+        keep = 1 - self.drop_path
+        return x.div(keep) * torch.floor(keep + torch.rand(len(x), 1, 1))
+
+
+class PlainViT(nn.Module):
+    def __init__(self, patch_size: int, dim: int, num_heads: int, side_px: int, drop_path_rate: float):
+        super().__init__()
+        self.patch_size = patch_size
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + (side_px // patch_size) ** 2, dim))
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, patch_size, patch_size)})
+        rates = torch.linspace(0, drop_path_rate, 12).tolist()
+        self.blocks = nn.Sequential(*[PlainBlock(dim, num_heads, rate) for rate in rates])
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patch_embed["proj"](x).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), tokens], dim=1)
+        return self.norm(self.blocks(tokens + self.positions(x.shape[-1])))[:, 0]
+
+    def positions(self, side_px: int) -> Tensor:
+        stored, side = math.isqrt(self.pos_embed.shape[1] - 1), side_px // self.patch_size
+        if side == stored:
+            return self.pos_embed
+        grid = self.pos_embed[:, 1:].reshape(1, stored, stored, -1).permute(0, 3, 1, 2)
+        grid = F.interpolate(grid, scale_factor=(side + 0.1) / stored, mode="bicubic")
+        return torch.cat([self.pos_embed[:, :1], grid.permute(0, 2, 3, 1).reshape(1, side**2, -1)], dim=1)
+
+
+class PlainHead(nn.Module):
+    def __init__(self, dim: int, out_dim: int):
+        super().__init__()
+        hidden = [nn.Linear(dim, 2048), nn.GELU(), nn.Linear(2048, 2048), nn.GELU(), nn.Linear(2048, 256)]
+        self.mlp = nn.Sequential(*hidden)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # deprecated, and what people run
+            self.last_layer = nn.utils.weight_norm(nn.Linear(256, out_dim, bias=False))
+        self.last_layer.weight_g.data.fill_(1)
+        self.last_layer.weight_g.requires_grad = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last_layer(F.normalize(self.mlp(x), dim=-1))
+
+
+class PlainNetwork(nn.Module):
+    def __init__(self, backbone: nn.Module, head: nn.Module):
+        super().__init__()
+        self.backbone, self.head = backbone, head
+
+    def forward(self, views: list[Tensor]) -> Tensor:
+        return self.head(torch.cat([self.backbone(batch) for batch in views]))
+
+
+class PlainStep:
+    def __init__(self, size: argparse.Namespace, drop_path_rate: float):
+        dim, num_heads = {"vit_tiny": (192, 3), "vit_small": (384, 6), "vit_base": (768, 12)}[size.arch]
+        self.student, self.teacher = (
+            PlainNetwork(PlainViT(size.patch_size, dim, num_heads, size.global_px, rate), PlainHead(dim, size.out_dim))
+            for rate in (drop_path_rate, 0.0)
+        )
+        self.num_crops = 2 + size.local_crops
+        self.center = torch.zeros(1, size.out_dim)
+
+    def start(self, state: dict[str, Tensor]) -> None:
+        self.student.load_state_dict(state)
+        self.teacher.load_state_dict(state)
+        self.teacher.requires_grad_(False)
+        trained = [p for p in self.student.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
+            {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=LR)
+
+    def __call__(self, views: list[Tensor]) -> float:
+        student_logits = self.student(views)
+        teacher_logits = self.teacher(views[:1])
+        loss = self.loss(student_logits, teacher_logits)
+        self.center = 0.9 * self.center + 0.1 * teacher_logits.mean(dim=0, keepdim=True)
+        self.optimizer.zero_grad()
+        loss.backward()
+        for p in self.student.parameters():
+            if p.grad is not None:
+                coefficient = CLIP / (p.grad.norm() + 1e-6)
+                if coefficient < 1:
+                    p.grad.mul_(coefficient)
+        self.optimizer.step()
+        with torch.no_grad():
+            for p, average in zip(self.student.parameters(), self.teacher.parameters(), strict=True):
+                average.mul_(MOMENTUM).add_((1 - MOMENTUM) * p)
+        return loss.item()
+
+    def loss(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        student = (student_logits / 0.1).chunk(self.num_crops)
+        teacher = F.softmax((teacher_logits - self.center) / 0.04, dim=-1).detach().chunk(2)
+        total, pairs = 0, 0
+        for i, q in enumerate(teacher):
+            for v, s in enumerate(student):
+                if v != i:
+                    total = total + torch.sum(-q * F.log_softmax(s, dim=-1), dim=-1).mean()
+                    pairs += 1
+        return total / pairs
+
+
+class OurStep:
+    def __init__(self, size: argparse.Namespace, drop_path_rate: float, amp: str):
+        self.student, self.teacher = (self.build(size, rate) for rate in (drop_path_rate, 0.0))
+        self.criterion = DINOLoss(size.out_dim, 2 + size.local_crops, 0.04, 0.04, 0, 1)
+        self.precision = Precision(amp, CPU)
+        self.monitor = CollapseMonitor(size.out_dim, patience_steps=1)
+        self.step = 0
+
+    @staticmethod
+    def build(size: argparse.Namespace, drop_path_rate: float) -> MultiCropWrapper:
+        backbone, dim = build_backbone(size.arch, size.patch_size, drop_path_rate, img_size=size.global_px)
+        return MultiCropWrapper(backbone, DINOHead(dim, size.out_dim))
+
+    def start(self, state: dict[str, Tensor]) -> None:
+        self.student.load_state_dict(state)
+        self.teacher.load_state_dict(state)
+        self.teacher.requires_grad_(False)
+        self.optimizer = build_optimizer("adamw", param_groups_no_decay_on_bias_and_norm(self.student))
+        steps = 10_000
+        self.schedules = Schedules(
+            lr=cosine_schedule(LR, LR, 1, steps),
+            weight_decay=cosine_schedule(WEIGHT_DECAY, WEIGHT_DECAY, 1, steps),
+            momentum=cosine_schedule(MOMENTUM, MOMENTUM, 1, steps),
+        )
+        networks = {"teacher": self.teacher, "student": self.student}
+        self.guard = FiniteGuard(networks, ".", max_skipped_steps=0, device=CPU)
+
+    def __call__(self, views: list[Tensor]) -> float:
+        log = LossOfAStep()
+        batch = len(views[0]) // 2
+        train_one_epoch(
+            self.student,
+            self.teacher,
+            self.criterion,
+            [(views, torch.zeros(batch), torch.arange(batch))],
+            self.optimizer,
+            self.schedules,
+            epoch=0,
+            first_step=self.step,
+            steps_per_epoch=10_000,
+            clip_grad=CLIP,
+            freeze_last_layer=0,
+            seed=0,
+            precision=self.precision,
+            log=log,
+            monitor=self.monitor,
+            guard=self.guard,
+            checkpointer=SimpleNamespace(after_step=lambda epoch, step_in_epoch: None),
+        )
+        self.step += 1
+        return log.loss
+
+
+class LossOfAStep:
+    """Takes the place of the run's log."""
+
+    def batches(self, loader):
+        return loader
+
+    def is_due(self, step: int) -> bool:
+        return False
+
+    def step(self, step: int, epoch: int, images: int, averages: dict) -> None:
+        self.loss = averages["loss"].item()
+
+
+def make_step(kind: str, size: argparse.Namespace, drop_path_rate: float):
+    if kind == "plain":
+        return PlainStep(size, drop_path_rate)
+    return OurStep(size, drop_path_rate, amp="bf16" if kind == "ours-bf16" else "fp32")
+
+
+def make_views(size: argparse.Namespace) -> list[Tensor]:
+    shapes = [(2 * size.batch, size.global_px), (size.local_crops * size.batch, size.local_px)]
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(n, 3, side, side, generator=generator) for n, side in shapes if n]
+
+
+def worker(kind: str, size: argparse.Namespace, drop_path_rate: float, weights: str, connection) -> None:
+    """Does a step whenever told to; answers with its seconds, its loss and the peak memory so far in GiB."""
+    torch.set_num_threads(size.threads)
+    if kind != "plain":
+        keep_freed_memory()
+    step, views = make_step(kind, size, drop_path_rate), make_views(size)
+    step.start(torch.load(weights, weights_only=True, mmap=True))
+    connection.send("ready")
+    while connection.recv() == "step":
+        start = time.perf_counter()
+        loss = step(views)
+        seconds = time.perf_counter() - start
+        peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        connection.send((seconds, loss, peak_gib))
+
+
+class Worker:
+    def __init__(self, kind: str, size: argparse.Namespace, drop_path_rate: float, weights: str):
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=worker, args=(kind, size, drop_path_rate, weights, theirs), daemon=True)
+        self.process.start()
+        assert self.connection.recv() == "ready"
+        self.seconds: list[float] = []
+        self.losses: list[float] = []
+        self.peak_gib = 0.0
+
+    def step(self, count: bool = True) -> None:
+        self.connection.send("step")
+        seconds, loss, self.peak_gib = self.connection.recv()
+        self.losses.append(loss)
+        if count:
+            self.seconds.append(seconds)
+
+    def stop(self) -> None:
+        self.connection.send("stop")
+        self.process.join()
+
+
+def take_turns(kinds: list[str], size: argparse.Namespace, rounds: int, drop_path_rate: float) -> dict[str, Worker]:
+    """``rounds`` timed steps of every kind in alternation, after two that are not timed."""
+    with tempfile.NamedTemporaryFile(suffix=".pth") as file:
+        torch.manual_seed(0)
+        torch.save(OurStep.build(size, 0.0).state_dict(), file.name)
+        workers = {kind: Worker(kind, size, drop_path_rate, file.name) for kind in kinds}
+    for i, one in itertools.product(range(2 + rounds), workers.values()):
+        one.step(count=i >= 2)
+    for one in workers.values():
+        one.stop()
+    return workers
+
+
+def compare(size: argparse.Namespace, rounds: int) -> dict:
+    kinds = ["plain", "ours", *(["ours-bf16"] if fast_bf16(CPU) else [])]
+    if "ours-bf16" not in kinds:
+        print("ours-bf16: not timed, this processor has no bfloat16 units", flush=True)
+    workers = take_turns(kinds, size, rounds, drop_path_rate=0.1)
+    plain, result = workers["plain"], {}
+    print(f"{'step':10} {'images/s':>9} {'peak GiB':>9}  speed-up: median (range), of best  memory")
+    for kind, one in workers.items():
+        ratios = [a / b for a, b in zip(plain.seconds, one.seconds, strict=True)]
+        row = {
+            "seconds": one.seconds,
+            "images_per_s": size.batch / min(one.seconds),
+            "peak_gib": one.peak_gib,
+            "speedup": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
+            "memory_ratio": one.peak_gib / plain.peak_gib,
+        }
+        row["speedup"]["of_best"] = min(plain.seconds) / min(one.seconds)
+        result[kind] = row
+        spread = "{median:.2f} ({min:.2f} .. {max:.2f}), {of_best:.2f}".format(**row["speedup"])
+        print(f"{kind:10} {row['images_per_s']:9.2f} {one.peak_gib:9.2f}  {spread:32}  {row['memory_ratio']:.2f}")
+    return result
+
+
+def check_equal_losses(size: argparse.Namespace) -> dict:
+    """Losses of three steps from the same weights, without stochastic depth and on small inputs."""
+    small = argparse.Namespace(**(vars(size) | {"arch": "vit_tiny", "batch": 2, "out_dim": 1024, "local_crops": 2}))
+    losses = {k: w.losses for k, w in take_turns(["plain", "ours", "ours-bf16"], small, 1, drop_path_rate=0.0).items()}
+    worst = {
+        kind: max(abs(a / b - 1) for a, b in zip(losses[kind], losses["plain"], strict=True))
+        for kind in ("ours", "ours-bf16")
+    }
+    print("largest relative difference from the plain losses:", ", ".join(f"{k} {v:.1e}" for k, v in worst.items()))
+    assert worst["ours"] < 1e-4, losses
+    return worst
+
+
+def growth(size: argparse.Namespace, rounds: int) -> list[dict]:
+    """Our step when one size changes and the others stay."""
+    changes = {
+        "local_crops": (0, 2, 4, 8),
+        "batch": (2, 4, 8),
+        "global_px": (160, 224, 288),
+        "out_dim": (1024, 16384, 65536),
+        "threads": (1, 2),
+    }
+    rows = []
+    print(f"{'':18} {'images/s':>9} {'peak GiB':>9}")
+    for name, values in changes.items():
+        for value in values:
+            changed = argparse.Namespace(**(vars(size) | {name: value}))
+            (one,) = take_turns(["ours"], changed, rounds, drop_path_rate=0.1).values()
+            images_per_s = changed.batch / min(one.seconds)
+            rows.append({name: value, "images_per_s": images_per_s, "peak_gib": one.peak_gib})
+            print(f"{name:11} {value:6} {images_per_s:9.2f} {one.peak_gib:9.2f}", flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--arch", default="vit_small", choices=("vit_tiny", "vit_small", "vit_base"))
+    parser.add_argument("--patch_size", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--global_px", type=int, default=224)
+    parser.add_argument("--local_px", type=int, default=96)
+    parser.add_argument("--local_crops", type=int, default=8)
+    parser.add_argument("--out_dim", type=int, default=65536)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--growth", action="store_true", help="measure how the cost grows instead")
+    parser.add_argument("--out", help="JSON file for the results")
+    size = parser.parse_args()
+    rounds, out, grow = size.rounds, size.out, size.growth
+
+    result = {
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "versions": {"torch": torch.__version__},
+        "setting": {k: v for k, v in vars(size).items() if k not in ("out", "growth")},
+    }
+    print(", ".join(f"{k} {v}" for k, v in result["setting"].items()), flush=True)
+    if grow:
+        result["growth"] = growth(size, rounds)
+    else:
+        result["relative_difference_of_losses"] = check_equal_losses(size)
+        result["steps"] = compare(size, rounds)
+    print("versions: torch", torch.__version__, result["capability"])
+    if out:
+        Path(out).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
