@@ -51,9 +51,12 @@ def init(dist_url: str = "env://", device: str = "auto", timeout_s: float = 1800
         where = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
     timeout = datetime.timedelta(seconds=timeout_s)
     try:
+        store, _, _ = next(dist.rendezvous(dist_url, rank, world_size, timeout=timeout))
+        # torchrun may keep its store when it restarts the workers: addresses of dead ones must not be found there
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         dist.init_process_group(
             "nccl" if chosen.type == "cuda" else "gloo",
-            init_method=dist_url,
+            store=dist.PrefixStore(f"attempt {attempt}", store),
             rank=rank,
             world_size=world_size,
             timeout=timeout,
