@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from shared.slurm import add_slurm_flags
+
 ROOT = Path(__file__).resolve().parents[1]
 READMES = sorted(path for path in [ROOT / "README.md", *ROOT.glob("*/README.md")] if ".venv" not in path.parts)
 # flags that a README must give but that would start something are checked by parsing only
@@ -38,10 +40,12 @@ def test_commands_are_understood_by_their_scripts(path, line):
     else:
         start = next(i for i, word in enumerate(words) if word.endswith(".py"))
         module = f"{method}.{words[start][:-3]}"
-    script = importlib.import_module(module)
-    if not hasattr(script, "parse_args"):  # the alias main.py
-        script = importlib.import_module(f"{method}.main_{method}")
-    script.parse_args(words[start + 1 :])
+    if module.endswith(".main"):  # the alias
+        module = f"{method}.main_{method}"
+    parser = importlib.import_module(module).get_args_parser()
+    if module.endswith("run_with_submitit"):
+        add_slurm_flags(parser)
+    parser.parse_args(words[start + 1 :])
 
 
 def test_there_are_commands_to_check():
