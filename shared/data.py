@@ -275,6 +275,8 @@ class _Loader(DataLoader):
     """Says which worker has died and how, whatever became of its last message."""
 
     def __iter__(self) -> Iterator:
+        # OpenCV's threads do not live on in a forked worker, which would wait for them forever: end them here
+        cv2.setNumThreads(1)
         iterator = super().__iter__()
         while True:
             try:
@@ -302,7 +304,8 @@ def _as_is(batch):
 
 
 def _start_worker(worker_id: int) -> None:
-    cv2.setNumThreads(1)  # torch sets its own
+    if cv2.getNumThreads() != 1:  # a worker that was started afresh; torch sets its own threads
+        cv2.setNumThreads(1)
     # these are for the main process, which saves and then ends its workers; schedulers may send them to every process
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(name, signal.SIG_IGN)

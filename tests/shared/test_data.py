@@ -1,6 +1,9 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -22,6 +25,8 @@ from shared.data import (
     make_loader,
 )
 from tests.shared.photographs import encoded, photograph
+
+ROOT = Path(__file__).resolve().parents[2]
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -274,3 +279,17 @@ def test_array_sources_serve_grey_and_colour():
     assert grey.shape == (4, 4, 3) and (grey == np.arange(16, 32).reshape(4, 4, 1)).all()
     colour = np.arange(96, dtype=np.uint8).reshape(2, 4, 4, 3)
     np.testing.assert_array_equal(ArraySource("colour", colour).load(0).decode(), colour[0])
+
+
+def test_workers_start_after_opencv_has_used_its_threads():
+    """OpenCV's pool of threads does not survive a fork: a worker that touched it waited forever."""
+    code = (
+        "import cv2, numpy as np, torch\n"
+        "from shared.data import make_loader\n"
+        "cv2.setNumThreads(4)\n"
+        "cv2.GaussianBlur(np.zeros((2000, 2000, 3), np.uint8), (31, 31), 5)\n"
+        "for (batch,) in make_loader(torch.utils.data.TensorDataset(torch.arange(4)), batch_size=2, num_workers=2):\n"
+        "    print(batch.tolist())\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert run.stdout.split("\n")[:2] == ["[0, 1]", "[2, 3]"], run.stderr
