@@ -11,13 +11,13 @@ demo: .venv/installed
 	cd $(METHOD) && ../$(BIN)/python main.py $(DEMO_$(METHOD))
 DEMO_dino := --arch vit_small
 
-## make test: format, lint and the whole test suite without the long tests
+## make test: format, lint and the whole test suite without the long tests and the cluster
 test: lint
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not slurm"
 
-## make test-slow: the long tests (kill and resume, SLURM, torch.compile)
+## make test-slow: the long tests (kill and resume, torch.compile) and those on a real SLURM cluster
 test-slow: .venv/installed-test
-	$(PYTEST) -m slow
+	$(PYTEST) -m "slow or slurm"
 
 lint: .venv/installed-test
 	$(BIN)/ruff format --check .

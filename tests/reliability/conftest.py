@@ -1,6 +1,15 @@
+from pathlib import Path
+
 import pytest
 
 from tests.reliability.runs import Run, write_images
+
+
+def pytest_collection_modifyitems(items):
+    """Every test here starts and kills training processes: they belong to `make test-slow`."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")
