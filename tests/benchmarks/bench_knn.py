@@ -137,7 +137,9 @@ def main() -> None:
         spread = f"{entry['over_faiss']['median']:.2f} ({min(ratios):.2f} .. {max(ratios):.2f})"
         print(f"{name:8} {seconds:8.2f} {operations / seconds / 1e9:8.0f}  {spread:20}  {agreement}")
     result["peak_mib"] = peak_mib()
-    met = result["ways"]["ours"]["over_faiss"]["median"] < 0.5
+    result["target_met"] = met = result["ways"]["ours"]["over_faiss"]["median"] < 0.5
+    bound = result["ways"]["product"]["over_faiss"]["median"]
+    print(f"the float32 product alone takes {bound:.2f} of faiss: no exact search that computes all of it takes less")
     print(f"target: ours below 0.50 of faiss: {'met' if met else 'not met'}; peak memory {result['peak_mib']:.0f} MiB")
     print("versions:", ", ".join(f"{name} {version}" for name, version in result["versions"].items()))
     if args.out:

@@ -92,11 +92,18 @@ def main() -> None:
         ms = 1e3 * statistics.median(values)
         print(f"{name:9} {ms:8.1f}  {spread['median']:.2f} ({spread['min']:.2f} .. {spread['max']:.2f})")
     result["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    met = result["ways"]["ours"]["over_textbook"]["median"] <= 1 and wide_is_balanced
     print(f"largest difference from the textbook loop {difference:.1e}; wide scores: rows of ours sum to 1: "
           f"{wide_is_balanced}, the textbook loop fails: {overflows}")  # fmt: skip
-    print(f"target: not slower than the textbook loop, right at any range: {'met' if met else 'not met'}; "
-          f"peak memory {result['peak_mib']:.0f} MiB")  # fmt: skip
+    # the range of float64 overlaps with the one in which the textbook loop is still right (logarithms up to 88)
+    result["targets"] = {
+        "right at 1e4 epsilon": wide_is_balanced,
+        "not slower than the textbook loop, range of float32": result["ways"]["ours"]["over_textbook"]["median"] <= 1,
+        "not slower than the textbook loop, range of float64": result["ways"]["float64"]["over_textbook"]["median"]
+        <= 1,
+    }
+    for target, met in result["targets"].items():
+        print(f"target: {target}: {'met' if met else 'not met'}")
+    print(f"peak memory {result['peak_mib']:.0f} MiB")
     print(f"versions: torch {torch.__version__}")
     if args.out:
         Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
