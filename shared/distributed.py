@@ -235,11 +235,26 @@ def unwrap(module: nn.Module) -> nn.Module:
     return module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module
 
 
-def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Sum over processes, as a new tensor without gradient."""
+def neighbours(size: int) -> dist.ProcessGroup | None:
+    """The group of ``size`` processes of consecutive ranks that this one belongs to; None when it is all of them.
+
+    Raises:
+        ValueError: If the processes cannot be divided into such groups.
+    """
+    world_size = get_world_size()
+    if size == world_size:
+        return None
+    if size < 1 or world_size % size:
+        raise ValueError(f"{world_size} processes cannot be divided into groups of {size}")
+    groups = [dist.new_group(range(first, first + size)) for first in range(0, world_size, size)]
+    return groups[get_rank() // size]
+
+
+def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Sum over all processes, or those of ``group``, as a new tensor without gradient."""
     total = tensor.detach().clone()
     if get_world_size() > 1:
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=group)
     return total
 
 
