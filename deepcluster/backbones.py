@@ -1,14 +1,13 @@
 """Networks by name, and networks from checkpoint files, the official ones included."""
 
-import difflib
+import dataclasses
 import re
 from pathlib import Path
 
-import timm
-import torchvision
 from torch import Tensor, nn
 
-from shared.weights import BackboneWeights, WeightMismatch, load_backbone_weights, safe_load, select_backbone_weights
+from shared.backbones import build_library_backbone
+from shared.weights import WeightMismatch, load_backbone_weights, safe_load, select_backbone_weights
 
 from .networks import ClusterNetwork, alexnet, vgg16
 
@@ -32,44 +31,8 @@ def build_network(
     """
     if arch in PAPER:
         return PAPER[arch](sobel, bn, out, img_size)
-    in_chans = 2 if sobel else 3
-    if arch in torchvision.models.list_models(module=torchvision.models):
-        backbone, dim = _build_torchvision(arch, img_size, in_chans)
-    elif timm.is_model(arch):
-        backbone, dim = _build_timm(arch, img_size, in_chans)
-    else:
-        names = [*PAPER, *torchvision.models.list_models(module=torchvision.models), *timm.list_models()]
-        close = difflib.get_close_matches(arch, names, n=5)
-        raise ValueError(
-            f"--arch {arch} is unknown{'; did you mean ' + ', '.join(close) + '?' if close else '.'} "
-            f"Known are {', '.join(PAPER)} and the models of torchvision and timm."
-        )
+    backbone, dim = build_library_backbone(arch, img_size=img_size, in_chans=2 if sobel else 3, own_names=tuple(PAPER))
     return ClusterNetwork(backbone, nn.Sequential(), dim, sobel, out)
-
-
-def _build_torchvision(arch: str, img_size: int, in_chans: int) -> tuple[nn.Module, int]:
-    options = {"image_size": img_size} if arch.startswith("vit_") else {}
-    if arch in ("googlenet", "inception_v3"):
-        options = {"aux_logits": False, "init_weights": True}
-    backbone = torchvision.models.get_model(arch, weights=None, **options)
-    # the classifier is the last linear layer (a 1x1 convolution in SqueezeNet)
-    name, last = [(n, m) for n, m in backbone.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)][-1]
-    backbone.set_submodule(name, nn.Identity())
-    if in_chans != 3:
-        name, first = next((n, m) for n, m in backbone.named_modules() if isinstance(m, nn.Conv2d))
-        shape = (first.out_channels, first.kernel_size, first.stride, first.padding)
-        backbone.set_submodule(name, nn.Conv2d(in_chans, *shape, bias=first.bias is not None))
-    return backbone, last.in_features if isinstance(last, nn.Linear) else last.in_channels
-
-
-def _build_timm(arch: str, img_size: int, in_chans: int) -> tuple[nn.Module, int]:
-    try:
-        backbone = timm.create_model(arch, num_classes=0, in_chans=in_chans, img_size=img_size)
-    except TypeError as error:  # convnets take images of any size
-        if "img_size" not in str(error):
-            raise
-        backbone = timm.create_model(arch, num_classes=0, in_chans=in_chans)
-    return backbone, getattr(backbone, "head_hidden_size", backbone.num_features)
 
 
 # --- Checkpoints ------------------------------------------------------------------------------------------------------
@@ -83,6 +46,24 @@ def official_names(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 def plain_names(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Names without what wrappers for several GPUs add."""
     return {re.sub(r"(^|\.)module\.", r"\1", name): value for name, value in state_dict.items()}
+
+
+def fill_network(network: ClusterNetwork, checkpoint: dict, arch: str, origin: str) -> dict[str, Tensor]:
+    """Fill a network without a top layer from a checkpoint whose weights must be exactly those of ``arch``.
+
+    Returns:
+        The state dict of the checkpoint's top layer, empty if it has none.
+
+    Raises:
+        ValueError: If the checkpoint is of another network.
+    """
+    if checkpoint.get("arch") != arch:
+        raise WeightMismatch(f"--arch {arch} does not fit {origin}, which is of {checkpoint.get('arch')}")
+    weights = select_backbone_weights(checkpoint, "state_dict", origin)
+    tensors = plain_names(weights.tensors)
+    top_layer = {name: tensors.pop(name) for name in list(tensors) if name.startswith("top_layer.")}
+    load_backbone_weights(network, dataclasses.replace(weights, tensors=tensors))
+    return {name.removeprefix("top_layer."): value for name, value in top_layer.items()}
 
 
 def load_network(path: str | Path, flag: str = "--model", keep_top_layer: bool = True) -> ClusterNetwork:
@@ -120,5 +101,5 @@ def load_network(path: str | Path, flag: str = "--model", keep_top_layer: bool =
         img_size=dict(checkpoint.get("args") or {}).get("crop_size", OFFICIAL_CROP_SIZE),
         bn=any(name.endswith("running_mean") for name in tensors),
     )
-    load_backbone_weights(network, BackboneWeights(tensors, 0, weights.origin))
+    load_backbone_weights(network, dataclasses.replace(weights, tensors=tensors))
     return network.eval()
