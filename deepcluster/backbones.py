@@ -32,7 +32,7 @@ def build_network(
     if arch in PAPER:
         return PAPER[arch](sobel, bn, out, img_size)
     backbone, dim = build_library_backbone(arch, img_size=img_size, in_chans=2 if sobel else 3, own_names=tuple(PAPER))
-    return ClusterNetwork(backbone, nn.Sequential(), dim, sobel, out)
+    return ClusterNetwork(backbone, nn.Sequential(), dim, sobel, out, img_size)
 
 
 # --- Checkpoints ------------------------------------------------------------------------------------------------------
@@ -67,8 +67,7 @@ def fill_network(network: ClusterNetwork, checkpoint: dict, arch: str, origin: s
 
 
 def load_network(path: str | Path, flag: str = "--model", keep_top_layer: bool = True) -> ClusterNetwork:
-    """Rebuild the network of a checkpoint and fill it; every entry must find its counterpart, and their number is
-    printed.
+    """Rebuild the network of a checkpoint and fill it, entry by entry and in full; the number of entries is printed.
 
     The architecture is the checkpoint's ``arch``, the Sobel filter is there if its weights are, and the top layer has
     as many outputs as the file has biases for it. Checkpoints of ``main.py`` also say for which size of images the

@@ -24,12 +24,20 @@ class ClusterNetwork(nn.Module):
         dim: D.
         sobel: Whether images go through :func:`sobel_filter` first; ``features`` then takes 2 channels.
         out: Outputs of the top layer; None for no top layer.
+        img_size: Side in pixels of the images that it was made for.
     """
 
     def __init__(
-        self, features: nn.Module, classifier: nn.Sequential, dim: int, sobel: bool = False, out: int | None = None
+        self,
+        features: nn.Module,
+        classifier: nn.Sequential,
+        dim: int,
+        sobel: bool = False,
+        out: int | None = None,
+        img_size: int = 224,
     ):
         super().__init__()
+        self.img_size = img_size
         self.features = features
         self.classifier = classifier
         self.dim = dim
@@ -94,7 +102,7 @@ def alexnet(sobel: bool = False, bn: bool = True, out: int | None = 1000, img_si
         nn.Linear(HIDDEN, HIDDEN),
         nn.ReLU(inplace=True),
     )
-    return _initialized(_convolutions(ALEXNET, pool, 2 if sobel else 3, bn), classifier, sobel, out)
+    return _initialized(_convolutions(ALEXNET, pool, 2 if sobel else 3, bn), classifier, sobel, out, img_size)
 
 
 def vgg16(sobel: bool = False, bn: bool = True, out: int | None = 1000, img_size: int = 224) -> ClusterNetwork:
@@ -108,7 +116,7 @@ def vgg16(sobel: bool = False, bn: bool = True, out: int | None = 1000, img_size
         nn.Linear(HIDDEN, HIDDEN),
         nn.ReLU(inplace=True),
     )
-    return _initialized(_convolutions(VGG16, pool, 2 if sobel else 3, bn), classifier, sobel, out)
+    return _initialized(_convolutions(VGG16, pool, 2 if sobel else 3, bn), classifier, sobel, out, img_size)
 
 
 def _convolutions(plan: list, pool: tuple[int, int], in_channels: int, bn: bool) -> nn.Sequential:
@@ -135,7 +143,9 @@ def _map_side(plan: list, pool: tuple[int, int], img_size: int, name: str) -> in
     return side
 
 
-def _initialized(features: nn.Sequential, classifier: nn.Sequential, sobel: bool, out: int | None) -> ClusterNetwork:
+def _initialized(
+    features: nn.Sequential, classifier: nn.Sequential, sobel: bool, out: int | None, img_size: int
+) -> ClusterNetwork:
     for module in (*features, *classifier):
         if isinstance(module, nn.Conv2d):
             height, width = module.kernel_size
@@ -144,4 +154,4 @@ def _initialized(features: nn.Sequential, classifier: nn.Sequential, sobel: bool
         elif isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.01)
             nn.init.zeros_(module.bias)
-    return ClusterNetwork(features, classifier, HIDDEN, sobel, out)
+    return ClusterNetwork(features, classifier, HIDDEN, sobel, out, img_size)
