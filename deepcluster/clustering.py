@@ -262,7 +262,7 @@ def split_empty_clusters(centroids: Tensor, counts: Tensor, num_rows: int) -> No
         giver = _draw_cluster(sizes, num_rows, words)
         centroids[taker] = centroids[giver] * (1 + away)
         centroids[giver] = centroids[giver] * (1 - away)
-        sizes[taker] = sizes[giver] // 2
+        sizes[taker] = sizes[giver] / 2
         sizes[giver] -= sizes[taker]
 
 

@@ -121,7 +121,7 @@ def ascend(
 
 
 def deprocess(image: np.ndarray) -> np.ndarray:
-    """Pixels (H, W, 3), uint8, of an array (1, 3, H, W): the mean becomes grey, a standard deviation 0.1 of the range."""
+    """Pixels (H, W, 3), uint8, of an array (1, 3, H, W): the mean becomes grey, a deviation 0.1 of the range."""
     scaled = (image - image.mean()) / (image.std() + 1e-5) * 0.1 + 0.5
     return (scaled[0].clip(0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)
 
