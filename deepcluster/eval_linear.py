@@ -1,8 +1,8 @@
 """Linear classification on the maps of one convolutional layer of a frozen network (Caron et al. 2018, section 4.2).
 
-    python eval_linear.py --conv 3                       # embedded digits, weights of the run in runs/digits
+    python eval_linear.py --conv 3                    # embedded digits, weights of the run in runs/digits
     python eval_linear.py --data /path/to/imagenet --model /path/to/checkpoint.pth.tar --conv 3 --lr 0.01 --wd -7 \\
-        --tencrops --exp /path/to/linear --workers 12    # released AlexNet, ImageNet: 38.2 (conv3)
+        --tencrops --exp /path/to/linear --workers 12
 
 Maps are averaged to about 9,600 numbers, on which a linear layer learns with random crops and flips. The result is the
 accuracy after the last epoch. Running the same command again resumes.
@@ -44,8 +44,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = evaluation_parser(__doc__)
     add = parser.add_argument_group("network").add_argument
     add("--model", default=None, help="checkpoint of main.py or of the official code")
-    add("--conv", type=int, default=None, help="layer: AlexNet has 1 to 5, VGG16 1 to 13; by default the features that "
-        "are clustered")  # fmt: skip
+    add("--conv", type=int, default=None, help="layer: AlexNet has 1 to 5, VGG16 1 to 13, a ResNet 1 to 5; by default "
+        "the features that are clustered")  # fmt: skip
 
     add = parser.add_argument_group("data").add_argument
     add("--data", default=None, help="folder with train/ and val/, a folder with one folder per class, a .txt list or "
