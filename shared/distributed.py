@@ -289,6 +289,27 @@ def all_gather_with_grad(tensor: Tensor) -> Tensor:
     return _AllGather.apply(tensor) if get_world_size() > 1 else tensor
 
 
+def gather_on_main(tensor: Tensor) -> Tensor | None:
+    """Tensors of all ranks (same shape on each) stacked in rank order on rank 0 and its CPU; None on the others."""
+    tensor = tensor.detach().cpu().contiguous()
+    if not is_main_process():
+        dist.send(tensor, 0, group=_control_group)
+        return None
+    gathered = tensor.new_empty(get_world_size(), *tensor.shape)
+    gathered[0] = tensor
+    for rank in range(1, get_world_size()):  # one at a time: no other process holds more than its own
+        dist.recv(gathered[rank], rank, group=_control_group)
+    return gathered
+
+
+def broadcast(tensor: Tensor) -> Tensor:
+    """Rank 0's tensor, on every rank; the others pass one of the same shape and type."""
+    tensor = tensor.detach().clone()
+    if get_world_size() > 1:
+        dist.broadcast(tensor, src=0)
+    return tensor
+
+
 def all_gather_object(value) -> list:
     """One small picklable value of each rank, in rank order."""
     values = [value] * get_world_size()

@@ -8,6 +8,20 @@ from torch import Tensor
 from shared import distributed
 
 
+def usage_of(counts: Tensor) -> dict[str, Tensor]:
+    """Statistics of the number of images that each of K prototypes got; 0-d tensors.
+
+    ``assigned``: images; ``prototypes_used``: prototypes that got any; ``prototype_perplexity``: the number of equally
+    used prototypes with the same entropy.
+    """
+    shares = counts / counts.sum().clamp_min(1)
+    return {
+        "assigned": counts.sum(),
+        "prototypes_used": (counts > 0).sum(),
+        "prototype_perplexity": torch.special.entr(shares).sum().exp(),
+    }
+
+
 class PrototypeUsage:
     """Counts for every prototype the images that were assigned to it in this epoch, on all processes.
 
@@ -28,18 +42,13 @@ class PrototypeUsage:
         self.counts.zero_()
 
     def summary(self) -> dict[str, Tensor]:
-        """Statistics over all processes, which must all call this; 0-d tensors.
+        """:func:`usage_of` the counts of all processes, which must all call this."""
+        return usage_of(distributed.all_reduce_sum(self.counts))
 
-        ``assigned``: images so far; ``prototypes_used``: prototypes that got any of them; ``prototype_perplexity``: the
-        number of equally used prototypes with the same entropy.
-        """
-        counts = distributed.all_reduce_sum(self.counts)
-        shares = counts / counts.sum().clamp_min(1)
-        return {
-            "assigned": counts.sum(),
-            "prototypes_used": (counts > 0).sum(),
-            "prototype_perplexity": torch.special.entr(shares).sum().exp(),
-        }
+    def of_epoch(self) -> dict[str, int]:
+        """``prototypes_used`` and ``dead_prototypes``, for the line of an epoch; every process must call this."""
+        used = int(self.summary()["prototypes_used"])
+        return {"prototypes_used": used, "dead_prototypes": len(self.counts) - used}
 
     def state_dict(self) -> dict:
         """Counts of all processes, which must all call this."""
@@ -94,7 +103,7 @@ class CollapseMonitor:
             return "features", (
                 f"COLLAPSE: all images have nearly the same embedding (spread {line['feature_spread']:.4f})"
             )
-        if line["loss"] is not None and abs(line["loss"] / self.uniform_entropy - 1) < 0.005:
+        if abs(line["loss"] / self.uniform_entropy - 1) < 0.005:
             return "flat", (
                 f"the loss is still at {ln_k}, the value of a network that knows nothing about the other view's code"
             )

@@ -1,4 +1,4 @@
-"""The objective of SwAV (Caron et al. 2020, section 3.1): swapped prediction of codes, and the queue behind them."""
+"""The objectives of Caron et al. 2020: swapped prediction of codes (SwAV) and its queue; DeepCluster-v2."""
 
 from collections.abc import Sequence
 
@@ -37,6 +37,25 @@ def swapped_prediction(
     return loss / len(codes)
 
 
+def cluster_classification(scores: Sequence[Tensor], assignments: Tensor, temperature: float = 0.1) -> Tensor:
+    """Cross-entropy between the cluster of an image and the predictions from all of its crops (DeepCluster-v2).
+
+    Args:
+        scores: For each head the cosines with its prototypes, crop-major, shape (V * B, K_h).
+        assignments: Cluster of each image for each head, int64, shape (H, B); -100 where an image has none.
+        temperature: Of the softmax over prototypes.
+
+    Returns:
+        Mean over the heads of the mean over all crops of images with a cluster (0 if there are none); 0-d float32.
+    """
+    losses = []
+    for head_scores, clusters in zip(scores, assignments, strict=True):
+        targets = clusters.repeat(len(head_scores) // len(clusters))
+        total = F.cross_entropy(head_scores.float() / temperature, targets, ignore_index=-100, reduction="sum")
+        losses.append(total / (targets >= 0).sum().clamp_min(1))
+    return torch.stack(losses).mean()
+
+
 class EmbeddingQueue:
     """The last embeddings of every crop that has a code, newest first (section 3.1, small batches).
 
@@ -71,6 +90,16 @@ class EmbeddingQueue:
         embeddings = torch.where(embeddings.isfinite().all(dim=1, keepdim=True), embeddings.float(), newest)
         self.embeddings[i] = torch.cat([embeddings, self.embeddings[i, :-rows]])
         self.pushed[i] += rows
+
+    def load_rows(self, embeddings: Tensor) -> None:
+        """Take this rank's queue (num_codes, rows, D) of an official file; rows of zeros have not been written."""
+        if embeddings.shape != self.embeddings.shape:
+            raise ValueError(
+                f"the official queue file holds a queue of shape {tuple(embeddings.shape)}, the flags make one of "
+                f"{tuple(self.embeddings.shape)}"
+            )
+        self.embeddings.copy_(embeddings)
+        self.pushed = (embeddings.abs().sum(dim=2) > 0).sum(dim=1).tolist()
 
     def state_dict(self) -> dict:
         """The queues of all ranks; every rank must call this."""

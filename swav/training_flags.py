@@ -7,7 +7,6 @@ import argparse
 from collections.abc import Callable
 
 from shared import flags
-from shared.flags import bool_flag
 
 SYNC_BN = ("pytorch", "apex", "none")
 
