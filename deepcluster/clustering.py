@@ -20,6 +20,7 @@ except ImportError:  # k-means in torch needs none
     faiss = None
 
 ITERATIONS = 20  # of k-means
+NEIGHBOURS = 5  # of an image in power iteration clustering
 BLOCK_ROWS = 1 << 14  # features that are looked at together
 BLOCK_DISTANCES = 1 << 26  # of features to centroids, held in memory together: 256 MiB
 
@@ -77,15 +78,16 @@ def _whitening_matrix(covariance: Tensor, dim: int) -> tuple[Tensor, int]:
     return (directions * scale).float().cpu(), int(varies.sum())
 
 
-def gather_rows(rows_of_rank: Tensor, num_rows: int) -> Tensor:
-    """Rows of all ranks in the order of the data set, on every rank: (n, D) on each to (``num_rows``, D).
+def gather_rows(rows_of_rank: Tensor, num_rows: int) -> Tensor | None:
+    """Rows of all ranks in the order of the data set, (n, D) on each to (``num_rows``, D), on rank 0; None elsewhere.
 
     Row i of rank r is row ``r + i * W`` of the data set, as with ``range(r, num_rows, W)``.
     """
-    world_size = distributed.get_world_size()
-    missing = -(-num_rows // world_size) - len(rows_of_rank)  # collectives want the same shape everywhere
-    rows = distributed.all_gather(F.pad(rows_of_rank, (0, 0, 0, missing)))
-    return rows.unflatten(0, (world_size, -1)).transpose(0, 1).flatten(0, 1)[:num_rows]
+    if distributed.get_world_size() == 1:
+        return rows_of_rank
+    missing = -(-num_rows // distributed.get_world_size()) - len(rows_of_rank)  # all ranks send the same shape
+    rows = distributed.gather_on_main(F.pad(rows_of_rank, (0, 0, 0, missing)))
+    return None if rows is None else rows.transpose(0, 1).flatten(0, 1)[:num_rows].to(rows_of_rank.device)
 
 
 # --- Clusters ---------------------------------------------------------------------------------------------------------
@@ -110,24 +112,34 @@ class Clusters:
         return self.assignments.bincount(minlength=self.num_clusters)
 
 
-def cluster(features: Tensor, algorithm: str, num_clusters: int, seed: int, backend: str = "auto") -> Clusters:
+def check_clustering(num_images: int, algorithm: str, num_clusters: int, backend: str = "auto") -> None:
+    """Raise ``ValueError`` if :func:`cluster` cannot do this."""
+    if algorithm == "PIC" and num_images <= NEIGHBOURS:
+        raise ValueError(f"--clustering PIC: {NEIGHBOURS} neighbours need more images than {num_images}")
+    if algorithm == "Kmeans" and not 1 <= num_clusters <= num_images:
+        raise ValueError(f"--nmb_cluster {num_clusters}: {num_images} images make between 1 and {num_images} clusters")
+    if backend not in ("auto", "faiss", "torch"):
+        raise ValueError(f"--kmeans {backend!r} is none of auto, faiss and torch")
+    if algorithm == "Kmeans" and backend == "faiss" and faiss is None:
+        raise ValueError("--kmeans faiss: faiss is not installed; pip install faiss-cpu, or use --kmeans torch")
+
+
+def cluster(features: Tensor | None, algorithm: str, num_clusters: int, seed: int, backend: str = "auto") -> Clusters:
     """Cluster on the first process; every process gets the result.
 
     Args:
-        features: Whitened, normalised features, (N, d), the same on every process.
+        features: Whitened, normalised features, (N, d); only the first process needs them.
         algorithm: ``Kmeans`` or ``PIC``, which finds the number of clusters itself.
         num_clusters: K of k-means.
         seed: Of the rows that k-means starts from.
         backend: Of k-means; see :func:`kmeans`.
 
     Raises:
-        ValueError: If there are fewer images than clusters, or faiss is asked for and not installed.
+        ValueError: As :func:`check_clustering`, which scripts of several processes call first.
     """
-    if algorithm == "Kmeans" and not 1 <= num_clusters <= len(features):
-        raise ValueError(f"--nmb_cluster {num_clusters}: {len(features)} images make between 1 and {len(features)}")
-    check_backend(backend)
     found = None
     if distributed.is_main_process():
+        check_clustering(len(features), algorithm, num_clusters, backend)
         if algorithm == "PIC":
             assignments = power_iteration_clustering(features)
             found = assignments.numpy(), int(assignments.max()) + 1, 0.0
@@ -154,14 +166,6 @@ class KMeans:
     assignments: Tensor
     centroids: Tensor
     objective: list[float]
-
-
-def check_backend(backend: str) -> None:
-    """Raise ``ValueError`` if k-means cannot run with this backend here."""
-    if backend not in ("auto", "faiss", "torch"):
-        raise ValueError(f"--kmeans {backend!r} is none of auto, faiss and torch")
-    if backend == "faiss" and faiss is None:
-        raise ValueError("--kmeans faiss: faiss is not installed; pip install faiss-cpu, or use --kmeans torch")
 
 
 def kmeans(features: Tensor, num_clusters: int, seed: int, backend: str = "auto") -> KMeans:
@@ -284,7 +288,7 @@ def _draw_cluster(sizes: np.ndarray, num_rows: int, words: np.random.RandomState
 
 def power_iteration_clustering(
     features: Tensor,
-    num_neighbours: int = 5,
+    num_neighbours: int = NEIGHBOURS,
     sigma: float = 0.2,
     alpha: float = 0.001,
     merge_singletons: bool = True,
@@ -303,12 +307,7 @@ def power_iteration_clustering(
 
     Returns:
         Cluster of each image, int64, (N,) on the CPU, numbered in the order of their summits.
-
-    Raises:
-        ValueError: If there are not more images than neighbours.
     """
-    if not 1 <= num_neighbours < len(features):
-        raise ValueError(f"--clustering PIC: {num_neighbours} neighbours need more images than {len(features)}")
     neighbours, distances = neighbour_graph(features, num_neighbours)
     rows, columns, weights = symmetric_affinity(neighbours, np.exp(-distances.astype(np.float64) / sigma**2))
     mass = diffuse(rows, columns, weights, len(features), alpha)

@@ -25,7 +25,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from deepcluster.augmentations import MEAN, STD, centre_crop, random_crop
 from deepcluster.backbones import build_network, fill_network, official_names
-from deepcluster.clustering import Clusters, cluster, gather_rows, pca_whiten
+from deepcluster.clustering import Clusters, check_clustering, cluster, gather_rows, pca_whiten
 from deepcluster.networks import ClusterNetwork, new_top_layer
 from deepcluster.report import save_clusters, save_pictures, summary
 from deepcluster.sampling import SAMPLERS, DrawnBatches, cluster_lists, draw_epoch, pseudo_labels
@@ -149,8 +149,7 @@ def train_deepcluster(args: argparse.Namespace) -> None:
     source = cache_images(open_source(args.data_path, "train", flag="DIR"), args.cache)
     images = source.checksum()
     distributed.check_same_on_all_processes((len(source), images), "the training data (number of images, checksum)")
-    if args.clustering == "Kmeans" and args.nmb_cluster > len(source):
-        raise ValueError(f"--nmb_cluster {args.nmb_cluster} is more than the {len(source)} images of {source.name}")
+    check_clustering(len(source), args.clustering, args.nmb_cluster, args.kmeans)
     bad_images = BadImages(len(source), output_dir / "bad_images.txt", args.on_bad_image, args.max_bad_fraction)
     batches = DrawnBatches(int(args.reassign * len(source)), args.batch)
     train_loader = make_loader(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from shared.data import EvalTransform, ImageSource
 from shared.evaluation.knn_monitor import KNNMonitor
+from shared.evaluation.summary import end_of_run
 from shared.pictures import AGREE, DIFFER, Curve, Panel, Tile, read_log, save_panels, save_sheet, to_pixels
 
 from .clustering import Clusters
@@ -118,45 +119,21 @@ def summary(
 ) -> str:
     """What was learned, where the files are and what to run next, as text for the end of a run."""
     lines = read_log(output_dir / "metrics.jsonl")
-    training = [line for line in lines if "loss" in line]
-    accuracies = [line["knn_top1"] for line in lines if "knn_top1" in line]
-    sizes = clusters.sizes()
-    filled = sizes[sizes > 0]
-    learned = []
-    if training:
-        first, last = training[0], training[-1]
-        learned.append(f"loss {first['loss']:.3f} at step {first['step']}, {last['loss']:.3f} at step {last['step']}")
-    if len(accuracies) > 1:
-        learned.append(
-            f"k-NN on {knn.val.source.describe()}: {accuracies[0]:.1f} % before training, {accuracies[-1]:.1f} % after "
-            f"(chance {100 / len(knn.val.source.classes):.1f} %)"
-        )
-    elif knn.off:
-        learned.append(f"no k-NN evaluation: {knn.off}")
-    found = [f"{len(filled)} clusters of {int(filled.min())} to {int(filled.max())} images"]
+    filled = clusters.sizes()[clusters.sizes() > 0]
+    learned = [f"{len(filled)} clusters of {int(filled.min())} to {int(filled.max())} images"]
     if agreement := [line["nmi_previous"] for line in lines if "nmi_previous" in line]:
-        found.append(f"NMI with the partition before: {agreement[0]:.3f} at first, {agreement[-1]:.3f} in the end")
-    if source.labels is not None:
-        agreement = [line["nmi_labels"] for line in lines if "nmi_labels" in line]
-        found.append(
+        learned.append(f"NMI with the partition before: {agreement[0]:.3f} at first, {agreement[-1]:.3f} in the end")
+    if agreement := [line["nmi_labels"] for line in lines if "nmi_labels" in line]:
+        learned.append(
             f"NMI with the true labels: {agreement[0]:.3f} before training, {agreement[-1]:.3f} in the end; "
             f"purity {100 * purity(clusters.assignments, source.labels):.1f} %"
         )
     weights = output_dir / "checkpoint.pth.tar"
     data = f" --data {data_path}" if data_path else ""
-    blocks = [
-        ("Learned", learned),
-        ("Clusters", found),
-        ("Checkpoint", [f"{weights} (the same command resumes from it)"]),
-        ("Files", [str(file) for file in files]),
-        (
-            "Next",
-            [
-                f"python eval_linear.py --model {weights} --conv 3{data}",
-                f"python activ_retrieval.py --model {weights} --conv 3{data}",
-                f"python gradient_ascent.py --model {weights} --conv 3",
-                "python main.py YOUR_IMAGES --sobel --k 100 --exp YOUR_RUN",
-            ],
-        ),
+    commands = [
+        f"python eval_linear.py --model {weights} --conv 3{data}",
+        f"python activ_retrieval.py --model {weights} --conv 3{data} --exp YOUR_PICTURES",
+        f"python gradient_ascent.py --model {weights} --conv 3 --exp YOUR_PICTURES",
+        "python main.py YOUR_IMAGES --sobel --k 100 --exp YOUR_RUN",
     ]
-    return "\n".join(f"{title if i == 0 else '':12s}{text}" for title, block in blocks for i, text in enumerate(block))
+    return end_of_run(output_dir, weights, knn, files, commands, tuple(learned))

@@ -76,14 +76,16 @@ def test_more_components_than_dimensions_are_refused(dim):
 
 def whiten_share(rank, features, dim):
     whitened, _ = pca_whiten(features[rank::2], dim)
-    return gather_rows(whitened, len(features))
+    rows = gather_rows(whitened, len(features))
+    assert (rows is None) == (rank == 1)
+    return rows
 
 
 def test_two_processes_whiten_like_one():
     features = features_of_some_rank(rows=101)
     expected, _ = pca_whiten(features, 6)
-    for found in run_processes(whiten_share, 2, features, 6):
-        torch.testing.assert_close(found @ found.t(), expected @ expected.t(), atol=1e-4, rtol=0)
+    found, _ = run_processes(whiten_share, 2, features, 6)
+    torch.testing.assert_close(found @ found.t(), expected @ expected.t(), atol=1e-4, rtol=0)
 
 
 # --- k-means ----------------------------------------------------------------------------------------------------------
@@ -184,7 +186,7 @@ def test_without_faiss_torch_is_taken_and_faiss_is_an_error(monkeypatch):
 
 
 def cluster_on(rank, features):
-    found = cluster(features if rank == 0 else features[:3], "Kmeans", 3, seed=0)
+    found = cluster(features if rank == 0 else None, "Kmeans", 3, seed=0)
     return {"assignments": found.assignments, "loss": found.loss}
 
 
@@ -256,4 +258,4 @@ def test_an_image_is_not_its_own_neighbour_even_among_duplicates():
 
 def test_pic_needs_more_images_than_neighbours():
     with pytest.raises(ValueError, match="--clustering PIC: 5 neighbours need more images than 4"):
-        power_iteration_clustering(torch.randn(4, 3))
+        cluster(torch.randn(4, 3), "PIC", 2, seed=0)

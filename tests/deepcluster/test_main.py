@@ -398,7 +398,7 @@ def test_every_way_to_start_the_script_works_in_a_copied_folder(images, tmp_path
     ("flags", "message"),
     [
         (["/no/such/folder"], "DIR /no/such/folder"),
-        (["--k", "2000"], "--nmb_cluster 2000 is more than the 1438 images"),
+        (["--k", "2000"], "--nmb_cluster 2000: 1438 images make between 1 and 1438 clusters"),
         (["--pca_dim", "5000"], "--pca_dim 5000"),
         (["--arch", "alexnt"], "did you mean alexnet"),
         (["--arch", "alexnet"], "images of 32 pixels are too small for alexnet; raise --crop_size"),

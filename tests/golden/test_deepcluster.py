@@ -1,8 +1,5 @@
 """DeepCluster against arrays measured on the reference (those of DeepCluster-v2, ``v2/``, belong to SwAV's folder)."""
 
-import zlib
-from collections.abc import Callable, Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -28,6 +25,7 @@ from deepcluster.rmac import Whitening, region_vectors, rmac, rmac_regions
 from deepcluster.sampling import cluster_lists, draw_uniformly, pseudo_labels
 from shared.precision import Precision
 from tests.golden.golden_file import GoldenFile
+from tests.golden.hash_fill import hash_filled, hash_input
 
 GOLDEN = GoldenFile("deepcluster")
 
@@ -147,43 +145,6 @@ def test_sobel_filter():
     torch.testing.assert_close(sobel(GOLDEN.tensor("sobel/in/x")), GOLDEN.tensor("sobel/out/y"), rtol=0, atol=1e-5)
 
 
-def hash_values(name: str, count: int, portion: int = 1 << 16) -> Iterator[np.ndarray]:
-    """The recipe of the golden file: ``count`` numbers in [0, 1) that belong to a name, in portions."""
-    salt = np.uint64((zlib.crc32(name.encode()) + 1) * 0xBF58476D1CE4E5B9 % 2**64)
-    for start in range(0, count, portion):
-        x = np.arange(start + 1, min(start + portion, count) + 1, dtype=np.uint64)
-        x *= np.uint64(0x9E3779B97F4A7C15)
-        x += salt
-        x ^= x >> np.uint64(30)
-        x *= np.uint64(0xBF58476D1CE4E5B9)
-        x ^= x >> np.uint64(27)
-        x *= np.uint64(0x94D049BB133111EB)
-        x ^= x >> np.uint64(31)
-        yield (x >> np.uint64(11)) / 2.0**53
-
-
-def hash_transform(name: str, shape: torch.Size) -> Callable[[np.ndarray], np.ndarray]:
-    """How the numbers of a name become the values of the tensor of that name."""
-    if name.endswith("running_var"):
-        return lambda u: 1 + 0.5 * u
-    if name.endswith("running_mean"):
-        return lambda u: 0.1 * (2 * u - 1)
-    if len(shape) >= 2:
-        return lambda u: (2 * u - 1) * np.sqrt(3 / np.prod(shape[1:]))
-    return lambda u: (1 if name.endswith("weight") else 0) + 0.1 * (2 * u - 1)
-
-
-@torch.no_grad()
-def hash_fill(module: nn.Module, salt: str = "") -> None:
-    for name, tensor in module.state_dict().items():
-        if name.endswith("num_batches_tracked") or name.startswith("sobel"):
-            continue
-        transform, values, start = hash_transform(name, tensor.shape), tensor.view(-1).numpy(), 0
-        for u in hash_values(salt + name, len(values)):
-            values[start : start + len(u)] = transform(u)
-            start += len(u)
-
-
 @pytest.mark.parametrize("case", cases("alexnet", "vgg16"))
 @torch.no_grad()
 def test_official_networks(case):
@@ -196,10 +157,9 @@ def test_official_networks(case):
     if network.sobel is not None:
         network.sobel.load_state_dict(sobel_filter().state_dict())
     assert sum(p.numel() for p in network.parameters()) == GOLDEN.scalar(f"{case}/out/nparams")
-    hash_fill(network)
+    network.load_state_dict(hash_filled(network.state_dict()), assign=True)
     network.eval()
-    image = torch.from_numpy(2 * np.concatenate(list(hash_values("image", 3 * 224 * 224))) - 1)
-    image = image.float().reshape(1, 3, 224, 224)
+    image = hash_input("image", (1, 3, 224, 224))
     close = {"rtol": 2e-3, "atol": 1e-4}
     torch.testing.assert_close(network(image), expected, **close)
     means = GOLDEN.tensor(f"{case}/out/features_mean_per_channel")
@@ -210,7 +170,7 @@ def test_official_networks(case):
         conv = int(key.removeprefix(f"{case}/out/probe_conv"))
         inputs = LayerFeatures(network, conv)(image)
         probe = nn.ModuleDict({"linear": nn.Linear(inputs.shape[1], GOLDEN[key].shape[1])})
-        hash_fill(probe, f"conv{conv}:")
+        probe.load_state_dict(hash_filled(probe.state_dict(), f"conv{conv}:"))
         torch.testing.assert_close(probe["linear"](inputs), GOLDEN.tensor(key), **close)
 
 
