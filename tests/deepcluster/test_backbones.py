@@ -4,6 +4,7 @@ import torch
 from deepcluster.backbones import build_network, load_network, official_names, plain_names
 from shared.weights import UnsafeFileError, WeightMismatch, safe_load
 from tests.deepcluster.conftest import write_checkpoint
+from tests.shared.test_legacy_tar import write as write_legacy_tar
 
 
 def test_a_checkpoint_of_the_official_layout_gives_the_network_back(checkpoint, capsys):
@@ -72,3 +73,14 @@ def test_networks_of_torchvision_and_timm_work_with_and_without_the_filter(arch,
 def test_an_unknown_name_comes_with_suggestions():
     with pytest.raises(ValueError, match="--arch alexnt is unknown; did you mean alexnet"):
         build_network("alexnt")
+
+
+def test_files_of_the_torch_version_of_the_official_code_are_read(checkpoint, tmp_path):
+    """They are tar archives with strings of Python 2, without counters of batches."""
+    state = safe_load(checkpoint)
+    weights = {k: v for k, v in state["state_dict"].items() if not k.endswith("num_batches_tracked")}
+    old = {"epoch": 3, "arch": "alexnet", "state_dict": weights, "optimizer": {}, "args": {"crop_size": 64}}
+    write_legacy_tar(tmp_path / "old.pth.tar", old, list(weights.values()))
+    network, expected = load_network(tmp_path / "old.pth.tar"), load_network(checkpoint)
+    images = torch.randn(1, 3, 64, 64)
+    assert torch.equal(network(images), expected(images))

@@ -18,6 +18,7 @@ from deepcluster.eval_linear import (
 )
 from deepcluster.layers import conv_maps
 from shared.sources import open_source
+from shared.weights import safe_load
 from tests.deepcluster.conftest import write_checkpoint
 
 FAST = "--workers 0 --epochs 2 --batch_size 8 --device cpu".split()
@@ -136,7 +137,7 @@ def test_a_probe_goes_on_like_an_uninterrupted_one(images, small_checkpoint, tmp
     for folder, epochs in (("whole", (3,)), ("parts", (1, 3))):
         for n in epochs:
             result = evaluate(images, small_checkpoint, "--conv", 2, "--exp", tmp_path / folder, "--epochs", n)
-    whole, parts = (torch.load(tmp_path / name / "linear_conv2.pth.tar") for name in ("whole", "parts"))
+    whole, parts = (safe_load(tmp_path / name / "linear_conv2.pth.tar") for name in ("whole", "parts"))
     assert torch.equal(whole["state_dict"]["weight"], parts["state_dict"]["weight"])
     assert whole["log"] == parts["log"] and np.isfinite(result["loss"])
 
