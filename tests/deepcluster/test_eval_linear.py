@@ -17,9 +17,11 @@ from deepcluster.eval_linear import (
     score_crops,
 )
 from deepcluster.layers import conv_maps
+from shared import distributed
 from shared.sources import open_source
 from shared.weights import safe_load
 from tests.deepcluster.conftest import write_checkpoint
+from tests.processes import run_processes
 
 FAST = "--workers 0 --epochs 2 --batch_size 8 --device cpu".split()
 
@@ -140,6 +142,20 @@ def test_a_probe_goes_on_like_an_uninterrupted_one(images, small_checkpoint, tmp
     whole, parts = (safe_load(tmp_path / name / "linear_conv2.pth.tar") for name in ("whole", "parts"))
     assert torch.equal(whole["state_dict"]["weight"], parts["state_dict"]["weight"])
     assert whole["log"] == parts["log"] and np.isfinite(result["loss"])
+
+
+def evaluate_on_rank(rank, *arguments):
+    distributed.init = lambda *_: torch.device("cpu")  # the processes have joined already
+    return evaluate(*arguments)
+
+
+def test_two_processes_train_the_probe_of_one(images, small_checkpoint, tmp_path):
+    flags = ("--conv", 2, "--exp")
+    result = evaluate(images, small_checkpoint, *flags, tmp_path / "one")
+    for of_rank in run_processes(evaluate_on_rank, 2, images, small_checkpoint, *flags, tmp_path / "two"):
+        assert of_rank == pytest.approx(result, rel=1e-3)
+    one, two = (safe_load(tmp_path / name / "linear_conv2.pth.tar")["state_dict"] for name in ("one", "two"))
+    torch.testing.assert_close(one["weight"], two["weight"], rtol=1e-3, atol=1e-5)
 
 
 def test_bad_input_is_named(images, small_checkpoint, tmp_path):
