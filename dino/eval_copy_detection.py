@@ -183,8 +183,8 @@ def mean_average_precision(neighbours: np.ndarray, positives: list[list[int]]) -
 
 
 def main() -> None:
-    eval_copy_detection(get_args_parser().parse_args())
-    distributed.shutdown()
+    with distributed.clean_exit():
+        eval_copy_detection(get_args_parser().parse_args())
 
 
 if __name__ == "__main__":

@@ -169,8 +169,8 @@ def score_ranks(ranks: np.ndarray, truth: GroundTruth, protocol: str) -> Retriev
 
 
 def main() -> None:
-    eval_image_retrieval(get_args_parser().parse_args())
-    distributed.shutdown()
+    with distributed.clean_exit():
+        eval_image_retrieval(get_args_parser().parse_args())
 
 
 if __name__ == "__main__":

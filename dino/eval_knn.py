@@ -131,9 +131,9 @@ def read_features(folder: Path, device: torch.device | str) -> tuple[Tensor, ...
 
 
 def main() -> None:
-    eval_knn(parse_args())
-    distributed.barrier()
-    distributed.shutdown()
+    with distributed.clean_exit():
+        eval_knn(parse_args())
+        distributed.barrier()
 
 
 if __name__ == "__main__":

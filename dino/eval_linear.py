@@ -249,8 +249,8 @@ def set_weights(classifier: nn.Module, state_dict: dict[str, Tensor], file: str 
 
 
 def main() -> None:
-    eval_linear(parse_args())
-    distributed.shutdown()
+    with distributed.clean_exit():
+        eval_linear(parse_args())
 
 
 if __name__ == "__main__":

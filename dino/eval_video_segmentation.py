@@ -223,7 +223,8 @@ def write_mask(path: Path, mask: np.ndarray) -> None:
 
 
 def main() -> None:
-    eval_video_segmentation(get_args_parser().parse_args())
+    with distributed.clean_exit():
+        eval_video_segmentation(get_args_parser().parse_args())
 
 
 if __name__ == "__main__":

@@ -140,7 +140,10 @@ def export_timm(backbone: nn.Module, options: dict, path: Path, image_size: list
 
 def export_onnx(backbone: nn.Module, path: Path, image_size: list[int]) -> None:
     """ONNX file with input ``images`` (batch, C, H, W) and output ``features`` (batch, D); H and W are fixed."""
-    import onnxruntime  # an optional dependency
+    try:
+        import onnxruntime  # an optional dependency
+    except ModuleNotFoundError as error:
+        raise ValueError("ONNX files need the packages of `pip install -e '.[export]'`") from error
 
     network = copy.deepcopy(backbone)
     if hasattr(network, "interpolate_pos_encoding"):
