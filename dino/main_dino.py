@@ -46,6 +46,7 @@ from shared.optim import (
     build_optimizer,
     clip_grad_norm_per_tensor_,
     ema_update_,
+    load_optimizer_state,
     param_groups_no_decay_on_bias_and_norm,
     step_unless_not_finite,
 )
@@ -321,7 +322,7 @@ def train_dino(args: argparse.Namespace) -> None:
         check_flags(checkpoint, args, NETWORK_FLAGS)
         distributed.unwrap(student).load_state_dict(without_prefix(checkpoint["student"], "module."))
         teacher.load_state_dict(without_prefix(checkpoint["teacher"], "module."))
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        load_optimizer_state(optimizer, checkpoint["optimizer"])
         criterion.load_state_dict(checkpoint["dino_loss"])
         if checkpoint.get("fp16_scaler"):
             precision.scaler.load_state_dict(checkpoint["fp16_scaler"])
