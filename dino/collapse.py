@@ -12,12 +12,15 @@ class CollapseMonitor:
     Args:
         out_dim: Number K of outputs of the head.
         patience_steps: Steps before a verdict; random networks look flat at first.
+
+    Attributes:
+        said: The sentences so far, by kind of failure.
     """
 
     def __init__(self, out_dim: int, patience_steps: int):
         self.uniform_entropy = math.log(out_dim)
         self.patience_steps = patience_steps
-        self.said: set[str] = set()
+        self.said: dict[str, str] = {}  # by kind
 
     def check(self, line: dict) -> str | None:
         """A sentence if this line of the log shows a new problem, else None."""
@@ -26,7 +29,7 @@ class CollapseMonitor:
         kind, sentence = self._diagnose(line)
         if kind is None or kind in self.said:
             return None
-        self.said.add(kind)
+        self.said[kind] = sentence
         return sentence
 
     def _diagnose(self, line: dict) -> tuple[str | None, str | None]:
