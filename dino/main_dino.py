@@ -317,7 +317,11 @@ def train_dino(args: argparse.Namespace) -> None:
     checkpoint = load_latest(output_dir / "checkpoint.pth")
     log = RunLog(output_dir, args.epochs * steps_per_epoch, args.log_freq, args.tensorboard, resumed=bool(checkpoint))
     first_epoch, first_step = 0, 0
-    monitor = CollapseMonitor(args.out_dim, patience_steps=min(len(schedules.lr) // 4, 2 * steps_per_epoch + 1000))
+    monitor = CollapseMonitor(
+        args.out_dim,
+        patience_steps=min(len(schedules.lr) // 4, 2 * steps_per_epoch + 1000),
+        warmup_steps=round(args.warmup_epochs * steps_per_epoch),
+    )
 
     teacher_prefix = "module." if has_batchnorm(teacher) else ""  # as in the official files
 

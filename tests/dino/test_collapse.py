@@ -75,6 +75,14 @@ def test_each_failure_is_said_once_and_only_after_the_patience(line, flag):
     assert monitor.check(HEALTHY | line) is None
 
 
+def test_what_a_slow_start_looks_like_is_said_after_the_warm_up_only():
+    monitor = CollapseMonitor(K, patience_steps=50, warmup_steps=200)
+    uniform = HEALTHY | {"teacher_entropy": math.log(K), "kl": 0.0, "loss": math.log(K)}
+    assert monitor.check(uniform | {"step": 249}) is None
+    assert "--center_momentum" in monitor.check(HEALTHY | {"teacher_entropy": 0.0, "kl": 0.0, "step": 60})
+    assert "--teacher_temp" in monitor.check(uniform | {"step": 250})
+
+
 def test_a_healthy_line_and_one_without_finite_steps_say_nothing():
     monitor = CollapseMonitor(K, patience_steps=0)
     assert monitor.check(HEALTHY) is None
