@@ -2,7 +2,6 @@
 
 import math
 
-
 LIKE_A_START = ("uniform", "flat")
 
 
