@@ -32,8 +32,9 @@ from dino.pretrained import RUN_ON_DIGITS, VITS8_300_EPOCHS, fetch, load_pretrai
 from dino.vision_transformer import VisionTransformer
 from shared import distributed
 from shared.data import ArraySource, EvalTransform, open_source, read_image
-from shared.multicrop import MultiCropDataset
+from shared.multicrop import MultiCropDataset, ViewRecipe
 from shared.pictures import Tile, colorize, magnify, save_sheet, write_png
+from shared.weights import safe_load
 
 LEAST_SIDE_PX = 240  # smaller pictures are magnified
 MASK_COLOR = np.array([230, 60, 40], dtype=np.uint8)
@@ -47,12 +48,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--image_size", type=int, nargs="+", default=[480, 480], help="height and width, or the short side, in pixels")
     add("--threshold", type=float, default=None, help="also show the patches that hold this share of the attention")
     add("--output_dir", default=".", help="where the pictures go")
-    add = parser.add_argument_group("views and neighbours").add_argument
     add("--data_path", default=None, help="images (a folder, a .txt list or a torchvision data set name); at most "
         "2,000 of them are searched for the neighbours of ten")  # fmt: skip
-    add("--global_crop_size", type=int, default=224, help="side of the global views in pixels")
-    add("--local_crop_size", type=int, default=96, help="side of the local views in pixels")
-    add("--local_crops_number", type=int, default=8, help="number of local views")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     return parser
 
@@ -67,9 +64,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
             image_size=[32, 32],
             pretrained_weights=RUN_ON_DIGITS,
             output_dir="runs/digits/attention",
-            global_crop_size=16,
-            local_crop_size=8,
-            local_crops_number=2,
         )
         args = parser.parse_args(arguments)
         args.embedded = True
@@ -250,6 +244,16 @@ def load_vit(args: argparse.Namespace, device: torch.device) -> VisionTransforme
     return model.to(device)
 
 
+def training_views(pretrained_weights: str) -> list[ViewRecipe]:
+    """The views that the run of a training checkpoint drew; for other weights those of the released networks."""
+    recipe = {"global_crops_scale": (0.4, 1.0), "local_crops_scale": (0.05, 0.4), "local_crops_number": 8}
+    checkpoint = safe_load(pretrained_weights) if Path(pretrained_weights).is_file() else {}
+    flags = checkpoint.get("args", {})
+    flags = vars(flags) if isinstance(flags, argparse.Namespace) else flags
+    names = [*recipe, "global_crop_size", "local_crop_size", "blur_radius"]  # the official code has but one size
+    return dino_views(**(recipe | {name: flags[name] for name in names if name in flags}))
+
+
 def visualize_attention(args: argparse.Namespace) -> list[Path]:
     """Write the pictures that the flags ask for."""
     device = distributed.init(device=args.device)
@@ -264,11 +268,11 @@ def visualize_attention(args: argparse.Namespace) -> list[Path]:
     image = prepare_image(pixels, args.image_size, in_chans).to(device)
     sheet, *maps = save_attention(model, image, output_dir, args.threshold)
 
-    recipes = dino_views((0.4, 1.0), (0.05, 0.4), args.local_crops_number, args.global_crop_size, args.local_crop_size)
+    recipes = training_views(args.pretrained_weights)
     views, _, _ = MultiCropDataset(ArraySource("image", pixels[None]), recipes, in_chans=in_chans)[(0, 0)]
     sheets = [sheet, save_views([view for group in views for view in group], output_dir / "views.png")]
     if args.data_path is not None or args.embedded:
-        size = args.global_crop_size
+        size = recipes[0].size_px
         transform = EvalTransform(round(size * 256 / 224), size, MEAN, STD, in_chans)
         gallery = sample_gallery(model, open_source(args.data_path, "train"), transform, device)
         sheets.append(save_nearest(gallery, gallery, output_dir / "neighbours.png"))

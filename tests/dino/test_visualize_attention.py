@@ -1,10 +1,13 @@
 """Attention maps: any image and size, files that show what they say, and thresholds by a slow loop."""
 
+import argparse
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from dino.augmentations import dino_views
 from dino.networks import build_backbone
 from dino.vision_transformer import VisionTransformer
 from dino.visualize_attention import (
@@ -16,6 +19,7 @@ from dino.visualize_attention import (
     prepare_image,
     save_attention,
     to_picture,
+    training_views,
     visualize_attention,
 )
 from shared.weights import WeightMismatch
@@ -167,25 +171,29 @@ def test_without_image_given_weights_look_at_a_photograph(checkpoint, tmp_path):
 def test_without_anything_it_is_a_digit_and_the_run_on_digits(checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/digits").mkdir(parents=True)
-    (tmp_path / "runs/digits/checkpoint.pth").write_bytes(checkpoint.read_bytes())
+    state = torch.load(checkpoint, weights_only=True) | {"args": {"global_crop_size": 16, "local_crop_size": 8}}
+    torch.save(state, tmp_path / "runs/digits/checkpoint.pth")
     visualize_attention(parse_args(["--arch", "vit_tiny"]))
     folder = tmp_path / "runs/digits/attention"
     picture = read(folder / "img.png")
     assert (picture[..., 0] == picture[..., 1]).all()
     assert {"views.png", "neighbours.png"} <= {path.name for path in folder.iterdir()}
+    assert training_views("") == dino_views((0.4, 1.0), (0.05, 0.4), 8)
 
 
 def test_views_neighbours_and_curves_are_shown_too(checkpoint, tmp_path, capsys):
     images = write_class_folders(tmp_path / "images", 4)
     run = tmp_path / "run"
     run.mkdir()
-    (run / "checkpoint.pth").write_bytes(checkpoint.read_bytes())
+    drawn = {"global_crop_size": 24, "local_crop_size": 8, "local_crops_number": 3, "global_crops_scale": (0.5, 1.0)}
+    state = torch.load(checkpoint, weights_only=True)
+    torch.save(state | {"args": argparse.Namespace(**drawn)}, run / "checkpoint.pth")
+    assert training_views(str(run / "checkpoint.pth")) == dino_views((0.5, 1.0), (0.05, 0.4), 3, 24, 8)
     (run / "metrics.jsonl").write_text('{"step": 10, "loss": 3.0}\n{"step": 20, "loss": 2.0}\n')
     flags = (
         f"--arch vit_tiny --patch_size 4 --pretrained_weights {run / 'checkpoint.pth'} --image_size 24 --device cpu "
     )
     flags += f"--data_path {images} --image_path {images / 'red' / '000.png'} --output_dir {tmp_path / 'out'} "
-    flags += "--global_crop_size 24 --local_crop_size 8 --local_crops_number 3"
     paths = visualize_attention(parse_args(flags.split()))
     assert [path.name for path in paths[:4]] == ["attention.png", "views.png", "neighbours.png", "curves.png"]
     assert all(read(path).std() > 0 for path in paths)
