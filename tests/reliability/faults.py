@@ -14,6 +14,11 @@ from pathlib import Path
 import torch
 
 
+def together(*faults: Callable[[], None]) -> None:
+    for fault in faults:
+        fault()
+
+
 def before_update(number: int, action: Callable[[], None]) -> None:
     """``action()`` inside the process's ``number``-th step (from 1), after the optimiser and before the teacher."""
     from dino import main_dino
@@ -60,6 +65,21 @@ def signals_during_save(save: int, *numbers: int) -> None:
         return verify(path)
 
     checkpoint.verify = disturbed
+
+
+def signal_in_evaluation(evaluation: int, number: int) -> None:
+    """A signal as the process's ``evaluation``-th k-NN evaluation (from 1) begins."""
+    from shared.evaluation.knn_monitor import KNNMonitor
+
+    features, calls = KNNMonitor.features, []
+
+    def disturbed(self, *args):
+        calls.append(args)
+        if len(calls) == evaluation:
+            send(number)
+        return features(self, *args)
+
+    KNNMonitor.features = disturbed
 
 
 def kill_at_line(number: int, after_saves: int = 0) -> None:
@@ -140,6 +160,18 @@ def nan_in_views(steps: Container[int], rank: int = 0) -> None:
         return views
 
     main_dino.randomness.seed_step, main_dino.normalize_views = remember, spoilt
+
+
+def scale_loss_on_cpu(growth_interval: int) -> None:
+    """The loss is scaled as for fp16 on a GPU, in float32 so that a CPU can do it."""
+    from dino import main_dino
+
+    class Scaled(main_dino.Precision):
+        def __init__(self, amp: str, device: torch.device):
+            super().__init__("fp32", device)
+            self.scaler = torch.amp.GradScaler(device.type, growth_interval=growth_interval)
+
+    main_dino.Precision = Scaled
 
 
 def kill_worker(epoch: int) -> None:
