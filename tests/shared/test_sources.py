@@ -260,6 +260,19 @@ def test_without_a_network_the_error_says_what_to_do(tmp_path, monkeypatch):
             open_source(name, download_root=tmp_path / name)
 
 
+def test_a_forged_archive_of_a_data_set_is_not_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: (_ for _ in ()).throw(urllib.error.URLError("off")))
+    for name, archive in (("cifar10", "cifar-10-python.tar.gz"), ("imagenette", "imagenette2.tgz")):
+        root = tmp_path / name
+        root.mkdir()
+        with tarfile.open(root / archive, "w:gz") as tar:
+            for member in ("../outside", "cifar-10-batches-py/data_batch_1", "imagenette2/train/a/1.JPEG"):
+                tar.addfile(tarfile.TarInfo(member))
+        with pytest.raises(ValueError, match=f"--data_path {name}: could not be downloaded"):
+            open_source(name, download_root=root)
+    assert not {path.name for path in tmp_path.rglob("*")} & {"outside", "data_batch_1", "1.JPEG"}
+
+
 def test_every_torchvision_name_exists_and_takes_its_arguments(tmp_path, monkeypatch):
     monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: (_ for _ in ()).throw(urllib.error.URLError("off")))
     for name in TORCHVISION:
