@@ -208,6 +208,17 @@ def limit_file_size(num_bytes: int, from_update: int) -> None:
     before_update(from_update, functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, limits))
 
 
+def fill_disk(folder: Path, from_update: int, leave_bytes: int = 100_000) -> None:
+    """The file ``filler`` takes all that is free on the disk but so much, from some step on."""
+
+    def fill() -> None:
+        status = os.statvfs(folder)
+        with open(folder / "filler", "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, status.f_bavail * status.f_frsize - leave_bytes)
+
+    before_update(from_update, fill)
+
+
 def make_read_only(folder: Path, from_update: int) -> None:
     def forbid() -> None:
         give_up_privileges()
