@@ -90,6 +90,7 @@ def test_a_requeue_while_the_controller_is_down_is_tried_again(submit, cluster):
 def test_results_are_those_of_the_attempt_that_finished(submit, cluster):
     run = submit(train=jobs.fail_in_the_first_attempt)
     cluster.wait_for(lambda: run.job.task(1).paths.result_pickle.exists())
-    cluster.run("scontrol", "requeue", run.id)
+    # a job that is just coming to its end cannot be requeued; one that has ended can
+    cluster.wait_for(lambda: cluster.run("scontrol", "requeue", run.id).returncode == 0, what="the requeue")
     assert run.ends() == "COMPLETED"
     assert run.job.results() == ["attempt 1"] * 2
