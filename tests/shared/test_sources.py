@@ -1,5 +1,6 @@
 import hashlib
 import multiprocessing
+import os
 import pickle
 import re
 import tarfile
@@ -9,10 +10,12 @@ import zlib
 import numpy as np
 import pytest
 import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from shared.data import check_same_classes, open_source
+from shared.data import ImageError, check_same_classes, open_source
 from shared.sources import TORCHVISION, ArraySource, FileSource, PackedStrings
 from tests.shared.photographs import photograph
 
@@ -147,6 +150,36 @@ def test_wrong_lists_are_refused_with_the_line(tmp_path, text, reason):
     (tmp_path / "list.txt").write_text(text)
     with pytest.raises(ValueError, match=re.escape(f"--data_path {tmp_path / 'list.txt'}") + ".*" + re.escape(reason)):
         open_source(tmp_path / "list.txt")
+
+
+LINES = st.lists(
+    st.one_of(
+        st.sampled_from(
+            [b"a.png", b"x/1.png\t3", b"../b.png", b"x/../../c", b"/etc/passwd", b"d\t--5", b"e\t\xc2\xb2"]
+        ),
+        st.binary(max_size=20),
+    ),
+    max_size=6,
+)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(LINES)
+def test_any_file_is_a_list_inside_its_folder_or_an_error_that_names_it(tmp_path_factory, lines):
+    path = tmp_path_factory.getbasetemp() / "lists" / "list.txt"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"\n".join(lines))
+    try:
+        source = open_source(path)
+    except ValueError as error:
+        assert str(error).startswith(f"--data_path {path}")
+        return
+    for index in range(len(source)):
+        assert (
+            os.path.normpath(source.path(index)).startswith(f"{path.parent}{os.sep}") or source.path(index)[-1] in "/."
+        )
+        with pytest.raises(ImageError, match=re.escape(str(path.parent))):  # there are no images
+            source.load(index)
 
 
 def test_absolute_paths_in_a_list_need_permission(tmp_path):
