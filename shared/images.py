@@ -14,7 +14,7 @@ MAX_PIXELS = 89_478_485  # what Pillow warns at; a larger image is refused befor
 MAX_FILE_BYTES = 1 << 28
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's list
 # What a file may be, whatever its name says. Pillow knows more: an EPS file is a program, which it has Ghostscript run.
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 _ORIENTATION_TAG = 0x0112
 
 

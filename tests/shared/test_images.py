@@ -157,7 +157,7 @@ def test_formats_that_nobody_trains_on_are_refused_whatever_the_name(file_format
 
 @pytest.mark.parametrize("file_format", ["GIF", "MPO", "JPEG2000"])
 def test_further_formats_are_read_whatever_the_name(file_format):
-    assert np.abs(decode(encoded(PHOTOGRAPH, file_format)).astype(int) - PHOTOGRAPH).mean() < 10
+    assert np.abs(decode(encoded(PHOTOGRAPH, file_format)).astype(int) - PHOTOGRAPH).mean() < 20
 
 
 def test_unreadable_files_are_refused(tmp_path, monkeypatch):
