@@ -112,7 +112,7 @@ def segment_video(
 ):
     """Yields the mask (H, W) of each frame at its original size, object indices in uint8."""
     patch_size = backbone.patch_embed.patch_size
-    first = np.array(Image.open(video.first_mask))
+    first = np.array(Image.open(video.first_mask, formats=["PNG"]))
     if first.ndim != 2:
         raise ValueError(f"{video.first_mask} is not an indexed image")
     yield first

@@ -6,6 +6,7 @@ The same calls work for one process (every collective is the identity), under ``
 import contextlib
 import datetime
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -32,8 +33,9 @@ def init(dist_url: str = "env://", device: str = "auto", timeout_s: float = 1800
         timeout_s: How long to wait for the other processes, here and in every later collective.
 
     Raises:
-        RuntimeError: If the requested processes do not come up; the message names the rank and the reason.
-        ValueError: If ``device`` asks for a GPU that this process cannot have.
+        RankLost: If the requested processes do not come up; the message names the rank and the reason.
+        ValueError: If the launcher's variables are not complete, or ``device`` asks for a GPU that this process cannot
+            have.
     """
     rank, world_size, local_rank = _launched_as()
     chosen = _choose_device(device, rank, local_rank)
@@ -41,7 +43,7 @@ def init(dist_url: str = "env://", device: str = "auto", timeout_s: float = 1800
         return chosen
     if dist_url == "env://" and "MASTER_ADDR" not in os.environ:
         if "SLURM_JOB_ID" not in os.environ:
-            raise RuntimeError(
+            raise ValueError(
                 f"rank {rank} of {world_size}: MASTER_ADDR is not set; start the run with torchrun or srun"
             )
         os.environ["MASTER_ADDR"] = _first_slurm_host()
@@ -66,9 +68,7 @@ def init(dist_url: str = "env://", device: str = "auto", timeout_s: float = 1800
         _control_group = dist.new_group(backend="gloo", timeout=timeout) if chosen.type == "cuda" else None
         barrier()
     except (RuntimeError, ValueError) as error:
-        raise RuntimeError(
-            f"rank {rank} of {world_size} could not form the process group at {where}: {error}"
-        ) from error
+        raise RankLost(f"rank {rank} of {world_size} could not form the process group at {where}: {error}") from error
     return chosen
 
 
@@ -80,7 +80,7 @@ def _launched_as() -> tuple[int, int, int]:
     if "SLURM_STEP_ID" in env:  # set by srun for each task, not in the batch script itself
         return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"])
     if int(env.get("SLURM_NTASKS", 1)) > 1:
-        raise RuntimeError(
+        raise ValueError(
             f"this job has SLURM_NTASKS={env['SLURM_NTASKS']} but was not started by srun or torchrun: "
             "it would train as a single process"
         )
@@ -151,7 +151,7 @@ def shutdown() -> None:
 
 
 class RankLost(RuntimeError):
-    """Another process of the run has died; the message names its rank."""
+    """Another process of the run has died, the message names its rank; or the processes have not found each other."""
 
 
 @contextlib.contextmanager
@@ -159,6 +159,8 @@ def naming_lost_ranks() -> Iterator[None]:
     """Turn the error of a collective that a dead process has broken off into :class:`RankLost`."""
     try:
         yield
+    except RankLost:
+        raise
     except RuntimeError as error:
         broken_off = "gloo" in str(error) or isinstance(error, dist.DistError)
         if broken_off and (lost := lost_ranks()):
@@ -191,8 +193,8 @@ def clean_exit() -> Iterator[None]:
     ========  ==========================================================================================
     2         a mistake of the user, or a file that cannot be read or written (ValueError, OSError)
     3         gradients or weights are not finite (:class:`shared.attempt.NotFinite`)
-    4         another process of the run, or a process that loads images, has died
-    128 + n   stopped by signal n, after saving (:class:`shared.attempt.Interrupted`)
+    4         another process of the run, or a process that loads images, has died or never came up
+    128 + n   stopped by signal n, after saving (:class:`shared.attempt.Interrupted`) where there was something to save
     1         anything else: a bug, with its traceback
     ========  ==========================================================================================
     """
@@ -213,6 +215,8 @@ def clean_exit() -> Iterator[None]:
     except (ValueError, OSError) as error:
         _say(error)
         raise SystemExit(2) from error
+    except KeyboardInterrupt:  # before training has begun or after it has ended
+        raise SystemExit(128 + signal.SIGINT) from None
     finally:
         shutdown()
 
