@@ -1,15 +1,25 @@
 """Pictures of a run: the views as they enter the networks, nearest neighbours, loss and k-NN curves."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from shared.data import BadImages, EvalDataset, EvalTransform, ImageError, ImageSource
+from shared.evaluation.features import extract_features
+from shared.evaluation.knn import nearest_neighbours
 from shared.pictures import AGREE, DIFFER, Curve, Panel, Tile, read_log, save_panels, save_sheet, to_pixels
 
 LOCAL_VIEWS_PER_ROW = 8
 TEACHER_VIEWS = 2
+QUERIES = 10
+NEIGHBOURS = 8
+MOST_IMAGES = 2000  # of one set that is searched for its own neighbours
+THUMBNAIL_PX = 96
 
 
 def save_views(views: Sequence[Tensor | np.ndarray], path: str | Path, titles: Sequence[str] | None = None) -> Path:
@@ -75,6 +85,64 @@ def save_neighbours(
     return save_sheet(rows, path, "\n".join(["Nearest neighbours in feature space", *notes]))
 
 
+@dataclass
+class Gallery:
+    """Images of a source with their features: feature i, shape (D,), belongs to image ``rows[i]``."""
+
+    source: ImageSource
+    rows: Sequence[int]
+    features: Tensor
+
+
+def sample_gallery(backbone: nn.Module, source: ImageSource, transform: EvalTransform, device: torch.device) -> Gallery:
+    """At most ``MOST_IMAGES`` images, evenly spaced over the source; every rank must call this."""
+    rows = np.linspace(0, len(source) - 1, min(MOST_IMAGES, len(source))).astype(int).tolist()
+    few = EvalDataset(source, transform, BadImages(len(source), max_fraction=1), rows)
+    features, _ = extract_features(backbone, few, device)
+    return Gallery(source, rows, features)
+
+
+def save_nearest(queries: Gallery, database: Gallery, path: str | Path) -> Path:
+    """Ten queries, evenly spaced, and their nearest neighbours by cosine similarity.
+
+    Args:
+        queries: The same object as ``database`` to search a set for its own neighbours; an image is then not counted
+            among its neighbours.
+        path: PNG file to write.
+    """
+    chosen = torch.linspace(0, len(queries.rows) - 1, min(QUERIES, len(queries.rows))).long()
+    itself = int(queries is database)  # the nearest neighbour of an image is itself
+    similarities, indices = nearest_neighbours(
+        F.normalize(queries.features[chosen], dim=1),
+        F.normalize(database.features, dim=1),
+        min(NEIGHBOURS + itself, len(database.rows)),
+    )
+    similarities = similarities[:, itself:].tolist()
+    query_rows = [queries.rows[i] for i in chosen.tolist()]
+    neighbour_rows = [[database.rows[j] for j in row] for row in indices[:, itself:].tolist()]
+    labelled = queries.source.classes is not None
+    return save_neighbours(
+        [_thumbnail(queries.source, i) for i in query_rows],
+        [[_thumbnail(database.source, j) for j in row] for row in neighbour_rows],
+        path,
+        [_class_name(queries.source, i) for i in query_rows] if labelled else None,
+        [[_class_name(database.source, j) for j in row] for row in neighbour_rows] if labelled else None,
+        similarities,
+    )
+
+
+def _thumbnail(source: ImageSource, row: int) -> Tensor:
+    """uint8, (3, THUMBNAIL_PX, THUMBNAIL_PX); grey where the image cannot be read."""
+    try:
+        return EvalTransform(THUMBNAIL_PX, THUMBNAIL_PX)(source.load(row).decode())
+    except ImageError:
+        return torch.full((3, THUMBNAIL_PX, THUMBNAIL_PX), 128, dtype=torch.uint8)
+
+
+def _class_name(source: ImageSource, row: int) -> str:
+    return source.classes[source.label(row)]
+
+
 def _plain(label):
     return label.item() if hasattr(label, "item") else label
 
@@ -94,13 +162,13 @@ def save_curves(log_path: str | Path, path: str | Path) -> Path:
         ValueError: If the log holds no training steps.
     """
     lines = read_log(log_path)
-    training = [line for line in lines if "loss" in line]
+    training = [line for line in lines if line.get("loss") is not None]  # None: no step of the line was finite
     if not training:
         raise ValueError(f"{log_path} holds no training steps")
     steps = [line["step"] for line in training]
     panels = [Panel("Loss of the student", "step", "cross-entropy", [Curve(steps, [x["loss"] for x in training])])]
 
-    health = [line for line in training if "teacher_entropy" in line]
+    health = [line for line in training if line.get("teacher_entropy") is not None]
     if health:
         x = [line["step"] for line in health]
         curves = [

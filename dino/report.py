@@ -1,27 +1,22 @@
 """What a run leaves for a person to look at: pictures, and a summary that says what was learned and what to do next."""
 
+import shlex
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from shared import distributed
-from shared.data import EvalDataset, EvalTransform, ImageSource
-from shared.evaluation.features import extract_features
-from shared.evaluation.knn import nearest_neighbours
+from shared.data import BadImages, EvalDataset, EvalTransform
 from shared.evaluation.knn_monitor import KNNMonitor
 from shared.multicrop import MultiCropDataset
 from shared.pictures import read_log
 
 from .augmentations import MEAN, STD
-from .pictures import save_curves, save_neighbours, save_views
+from .networks import VIT_NAMES
+from .pictures import Gallery, sample_gallery, save_curves, save_nearest, save_views
 from .vision_transformer import VisionTransformer
 from .visualize_attention import save_attention
-
-QUERIES = 10
-NEIGHBOURS = 8
-MOST_IMAGES = 2000  # searched for neighbours when there is no validation split
 
 
 def save_pictures(
@@ -43,17 +38,12 @@ def save_pictures(
     """
     folder = output_dir / "pictures"
     if knn.off is None:
-        queries, database = knn.val.source, knn.train.source
-        database_features, _, query_features, _ = knn.latest_features or knn.features(backbone)
-        same_images = False
+        train_features, _, val_features, _ = knn.latest_features or knn.features(backbone)
+        database = Gallery(knn.train.source, range(len(train_features)), train_features)
+        queries = Gallery(knn.val.source, range(len(val_features)), val_features)
     else:
-        queries = database = views.source
-        few = torch.utils.data.Subset(
-            EvalDataset(database, EvalTransform(round(image_size * 256 / 224), image_size, MEAN, STD, views.in_chans)),
-            range(min(MOST_IMAGES, len(database))),
-        )
-        database_features, _ = extract_features(backbone, few, device)
-        query_features, same_images = database_features, True
+        transform = EvalTransform(round(image_size * 256 / 224), image_size, MEAN, STD, views.in_chans)
+        queries = database = sample_gallery(backbone, views.source, transform, device)
     if not distributed.is_main_process():
         return []
     folder.mkdir(exist_ok=True)
@@ -61,84 +51,93 @@ def save_pictures(
     image_views, _, _ = views[(0, 0)]
     paths = [
         save_views([view for group in image_views for view in group], folder / "views.png"),
-        _save_neighbours(queries, query_features, database, database_features, folder / "neighbours.png", same_images),
+        save_nearest(queries, database, folder / "neighbours.png"),
         save_curves(output_dir / "metrics.jsonl", folder / "curves.png"),
     ]
     if isinstance(backbone, VisionTransformer):
         transform = EvalTransform(image_size, image_size, MEAN, STD, views.in_chans)
-        image = transform(queries.load(0).decode()).to(device)
+        readable = BadImages(len(queries.source), max_fraction=1)
+        image, *_ = EvalDataset(queries.source, transform, readable)[0]
         training = backbone.training
-        paths.append(save_attention(backbone.eval(), image, folder / "attention")[0])
+        paths.append(save_attention(backbone.eval(), image.to(device), folder / "attention")[0])
         backbone.train(training)
     return paths
 
 
-def _save_neighbours(
-    queries: ImageSource,
-    query_features: Tensor,
-    database: ImageSource,
-    database_features: Tensor,
-    path: Path,
-    same_images: bool,
-) -> Path:
-    rows = torch.linspace(0, len(query_features) - 1, min(QUERIES, len(query_features))).long()
-    skip = int(same_images)  # an image is its own nearest neighbour
-    k = min(NEIGHBOURS + skip, len(database_features))
-    similarities, indices = nearest_neighbours(
-        F.normalize(query_features[rows], dim=1), F.normalize(database_features, dim=1), k
-    )
-    similarities, indices = similarities[:, skip:].tolist(), indices[:, skip:].tolist()
-    size = 96  # pixels of a thumbnail
-    thumbnail = EvalTransform(size, size)
-
-    def picture(source: ImageSource, index: int) -> Tensor:
-        return thumbnail(source.load(index).decode())
-
-    def name(source: ImageSource, index: int) -> str:
-        return source.classes[source.label(index)]
-
-    labelled = queries.classes is not None
-    return save_neighbours(
-        [picture(queries, i) for i in rows.tolist()],
-        [[picture(database, j) for j in row] for row in indices],
-        path,
-        [name(queries, i) for i in rows.tolist()] if labelled else None,
-        [[name(database, j) for j in row] for row in indices] if labelled else None,
-        similarities,
-    )
-
-
 def summary(
-    output_dir: Path, arch: str, patch_size: int, data_path: str | None, knn: KNNMonitor, pictures: list[Path]
+    output_dir: Path,
+    arch: str,
+    patch_size: int,
+    image_size: int,
+    data_path: str | None,
+    val_path: str | None,
+    knn: KNNMonitor,
+    pictures: list[Path],
+    problems: list[str],
 ) -> str:
-    """What was learned, where the files are and what to run next, as text for the end of a run."""
+    """What was learned, where the files are and what to run next, as text for the end of a run.
+
+    Args:
+        problems: Sentences of the collapse monitor.
+    """
     lines = read_log(output_dir / "metrics.jsonl")
-    training = [line for line in lines if "loss" in line]
-    accuracies = [line["knn_top1"] for line in lines if "knn_top1" in line]
-    first, last = training[0], training[-1]
-    text = [f"loss {first['loss']:.3f} at step {first['step']}, {last['loss']:.3f} at step {last['step']}"]
-    if len(accuracies) > 1:
-        text.append(
-            f"k-NN on {knn.val.source.describe()}: {accuracies[0]:.1f} % before training, {accuracies[-1]:.1f} % after "
-            f"(chance {100 / len(knn.val.source.classes):.1f} %)"
+    losses = [line for line in lines if line.get("loss") is not None]
+    accuracies = [line for line in lines if "knn_top1" in line]
+    learned = [f"loss {line['loss']:.3f} at step {line['step']}" for line in (losses[:1] + losses[1:][-1:])]
+    learned = [", ".join(learned)]
+    if accuracies:
+        before = f"{accuracies[0]['knn_top1']:.1f} % after {accuracies[0]['step']} steps, " if accuracies[1:] else ""
+        learned.append(
+            f"k-NN on {knn.val.source.describe()}: {before}{accuracies[-1]['knn_top1']:.1f} % after "
+            f"{accuracies[-1]['step']} steps (chance {100 / len(knn.val.source.classes):.1f} %)"
         )
     elif knn.off:
-        text.append(f"no k-NN evaluation: {knn.off}")
-    weights = output_dir / "checkpoint.pth"
-    network = f"--arch {arch}" + (f" --patch_size {patch_size}" if arch.startswith(("vit", "deit")) else "")
-    data = f" --data_path {data_path}" if data_path else ""
-    rows = [("Learned", text), ("Checkpoint", [f"{weights} (the same command resumes from it)"])]
-    if pictures:
-        rows.append(("Pictures", [str(path) for path in pictures]))
-    rows.append(
-        (
-            "Next",
-            [
-                f"python eval_knn.py {network} --pretrained_weights {weights}{data}",
-                f"python eval_linear.py {network} --pretrained_weights {weights}{data}",
-                f"python visualize_attention.py {network} --pretrained_weights {weights} --image_path YOUR_IMAGE",
-                "python main_dino.py --arch vit_small --data_path YOUR_IMAGES --output_dir YOUR_RUN",
-            ],
-        )
+        learned.append(f"no k-NN evaluation: {knn.off}")
+    files = [
+        f"{output_dir / 'checkpoint.pth'} (the same command resumes from it)",
+        f"{output_dir / 'metrics.jsonl'} (every few steps), {output_dir / 'log.txt'} (every epoch)",
+    ]
+    blocks = {
+        "Learned": learned,
+        "Problems": problems,
+        "Files": files,
+        "Pictures": [str(path) for path in pictures],
+        "Next": next_commands(output_dir, arch, patch_size, image_size, data_path, val_path, knn),
+    }
+    return "\n".join(
+        f"{title if i == 0 else '':10s}{line}" for title, block in blocks.items() for i, line in enumerate(block)
     )
-    return "\n".join(f"{title if i == 0 else '':12s}{line}" for title, block in rows for i, line in enumerate(block))
+
+
+def next_commands(
+    output_dir: Path,
+    arch: str,
+    patch_size: int,
+    image_size: int,
+    data_path: str | None,
+    val_path: str | None,
+    knn: KNNMonitor,
+) -> list[str]:
+    """Evaluations of the network that was trained, as they can be pasted into a shell."""
+    flags = {"arch": arch, "patch_size": patch_size if arch in VIT_NAMES else None}
+    flags["pretrained_weights"] = output_dir / "checkpoint.pth"
+    evaluation, linear = flags | {"data_path": data_path, "val_path": val_path}, {}
+    if data_path and not knn.off:  # the scripts have defaults for the embedded data
+        evaluation["image_size"] = image_size if image_size != 224 else None
+        linear = {"num_labels": len(knn.val.source.classes), "output_dir": output_dir / "linear"}
+    attention = {"image_path": "YOUR_IMAGE", "data_path": data_path, "output_dir": output_dir / "attention"}
+    attention["image_size"] = 2 * image_size if image_size != 224 else None
+    commands = []
+    if not knn.off:
+        few = len(knn.train.source) < 200  # by default the script asks for 200 neighbours
+        commands.append(command("eval_knn.py", **evaluation, nb_knn=knn.k if few else None))
+        commands.append(command("eval_linear.py", **evaluation, **linear))
+    if arch in VIT_NAMES:
+        commands.append(command("visualize_attention.py", **flags, **attention))
+    return [*commands, "python main_dino.py --arch vit_small --data_path YOUR_IMAGES --output_dir YOUR_RUN"]
+
+
+def command(script: str, **flags) -> str:
+    """A command line; flags without a value are left out."""
+    given = [f"--{name} {shlex.quote(str(value))}" for name, value in flags.items() if value is not None]
+    return " ".join(["python", script, *given])

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from . import distributed
 from .attempt import Attempt, Interrupted, NotFinite
+from .optim import load_optimizer_state
 from .weights import safe_load
 
 
@@ -323,7 +324,10 @@ def restore(checkpoint: dict, **parts: nn.Module | torch.optim.Optimizer) -> Non
         if not isinstance(entry := checkpoint.get(name), dict):
             raise ValueError(f"the checkpoint cannot be resumed, it has no {name}: {', '.join(map(str, checkpoint))}")
         try:
-            part.load_state_dict(without_prefix(entry, "module.") if isinstance(part, nn.Module) else entry)
+            if isinstance(part, torch.optim.Optimizer):
+                load_optimizer_state(part, entry)
+            else:
+                part.load_state_dict(without_prefix(entry, "module."))
         except (RuntimeError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"the checkpoint's {name} does not fit this run: {reason[:1000]}") from error
