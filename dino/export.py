@@ -24,7 +24,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dino.flags import evaluation_parser
-from dino.networks import VIT_NAMES, build_backbone
+from dino.networks import VIT_NAMES, build_backbone, input_channels
 from dino.pretrained import load_pretrained
 from shared import distributed
 from shared.weights import load_backbone_weights, vit_shape
@@ -64,7 +64,7 @@ def check_outputs(name: str, network: Callable[[Tensor], Tensor], backbone: nn.M
     generator = torch.Generator().manual_seed(0)
     largest = 0.0
     for batch_size in (1, 3):
-        images = torch.randn(batch_size, channels(backbone), *image_size, generator=generator)
+        images = torch.randn(batch_size, input_channels(backbone), *image_size, generator=generator)
         expected = backbone(images)
         difference = ((network(images) - expected).abs().max() / expected.abs().max()).item()
         if not difference <= TOLERANCE:
@@ -85,13 +85,9 @@ def appearing_when_checked(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def channels(backbone: nn.Module) -> int:
-    return next(module for module in backbone.modules() if isinstance(module, nn.Conv2d)).in_channels
-
-
 def build_options(arch: str, backbone: nn.Module) -> dict:
     """Arguments of :func:`dino.networks.build_backbone` for the same network."""
-    options = {"arch": arch, "in_chans": channels(backbone)}
+    options = {"arch": arch, "in_chans": input_channels(backbone)}
     if arch in VIT_NAMES:
         shape = vit_shape(backbone.state_dict())
         options |= {"patch_size": shape.patch_size, "img_size": shape.img_size}
@@ -140,7 +136,10 @@ def export_timm(backbone: nn.Module, options: dict, path: Path, image_size: list
 
 def export_onnx(backbone: nn.Module, path: Path, image_size: list[int]) -> None:
     """ONNX file with input ``images`` (batch, C, H, W) and output ``features`` (batch, D); H and W are fixed."""
-    import onnxruntime  # an optional dependency
+    try:
+        import onnxruntime  # an optional dependency
+    except ModuleNotFoundError as error:
+        raise ValueError("ONNX files need the packages of `pip install -e '.[export]'`") from error
 
     network = copy.deepcopy(backbone)
     if hasattr(network, "interpolate_pos_encoding"):
@@ -153,7 +152,7 @@ def export_onnx(backbone: nn.Module, path: Path, image_size: list[int]) -> None:
             warnings.simplefilter("ignore", torch.jit.TracerWarning)  # checks of the image size, which is fixed here
             torch.onnx.export(
                 network,
-                (torch.zeros(2, channels(backbone), *image_size),),
+                (torch.zeros(2, input_channels(backbone), *image_size),),
                 temporary,
                 input_names=["images"],
                 output_names=["features"],
@@ -205,7 +204,9 @@ def export(
 def main() -> None:
     with distributed.clean_exit():
         args = get_args_parser().parse_args()
-        backbone, _ = load_pretrained(args.arch, args.patch_size, args.pretrained_weights, args.checkpoint_key)
+        backbone, _ = load_pretrained(
+            args.arch, args.patch_size, args.pretrained_weights, args.checkpoint_key, args.allow_partial
+        )
         export(backbone, args.arch, args.output_dir, args.image_size)
 
 

@@ -172,7 +172,7 @@ class RunLog:
         """Sums of this rank and the lengths of the files, which are on the disk when this returns."""
         lengths = {}
         for name, path in self.files.items() if distributed.is_main_process() else ():
-            with _naming(path), open(path, "rb") as file:
+            with _naming(path), open(path, "r+b") as file:  # some file systems flush no file that is open for reading
                 os.fsync(file.fileno())
                 lengths[name] = os.fstat(file.fileno()).st_size
         sums = {name: {k: v.tolist() for k, v in getattr(self, name).items()} for name in ("window", "epoch")}
@@ -216,9 +216,12 @@ class RunLog:
                     self.writer.add_scalar(key, value, line["step"])
 
     def _show(self, line: dict) -> None:
+        self.say("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()))
+
+    def say(self, text: str) -> None:
+        """Print a line on rank 0, above the progress bar."""
         if not distributed.is_main_process():
             return
-        text = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items())
         if self.bar is not None:
             self.bar.write(text)
         else:

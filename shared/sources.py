@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import socket
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -273,7 +274,10 @@ def _read_list(path: Path, allow_absolute_paths: bool, where: str):
             if "\0" in name:
                 raise ValueError(f"{where}, line {number}: not a text list")
             if os.path.isabs(name) and not allow_absolute_paths:
-                raise ValueError(f"{where}, line {number}: {name} is absolute; paths are relative to the list")
+                raise ValueError(
+                    f"{where}, line {number}: {name} is absolute; paths are relative to the list, unless "
+                    "--allow_absolute_paths is given"
+                )
             if os.path.normpath(name).split(os.sep)[0] == os.pardir:
                 raise ValueError(f"{where}, line {number}: {name} leads out of the list's folder")
             names.append(name)
@@ -285,7 +289,7 @@ def _read_list(path: Path, allow_absolute_paths: bool, where: str):
         raise ValueError(f"{where}: an empty list")
     if not texts:
         return names, None, None
-    are_numbers = all(text.strip().lstrip("-").isdigit() for text in set(texts))
+    are_numbers = all(re.fullmatch(r"\s*-?[0-9]{1,18}\s*", text) for text in set(texts))
     classes = sorted(set(texts), key=int if are_numbers else None)
     index_of = {text: index for index, text in enumerate(classes)}
     return names, np.array([index_of[text] for text in texts]), classes

@@ -91,7 +91,9 @@ def safe_load(path: str | Path, map_location: str | torch.device = "cpu"):
             _refuse_expanding_archive(path)
         with torch.serialization.safe_globals(SAFE_GLOBALS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle protocol of files that are refused anyway
-            return torch.load(path, map_location=map_location, weights_only=True)
+            contents = torch.load(path, map_location=map_location, weights_only=True)
+        _refuse_expanding_contents(contents, path.stat().st_size)
+        return contents
     except UnsafeFileError as error:
         raise UnsafeFileError(f"{path} is refused: {error}") from None
     except Exception as error:  # a forged pickle can raise anything from inside the reader
@@ -115,6 +117,28 @@ def _refuse_expanding_archive(path: Path) -> None:
         size = sum(record.file_size for record in archive.infolist())
     if size > path.stat().st_size:
         raise UnsafeFileError(f"its {path.stat().st_size} bytes expand to {size}")
+
+
+def _refuse_expanding_contents(contents, file_size: int) -> None:
+    """Refuse what would make the code that reads the result run out of memory or never end.
+
+    A few bytes can describe a tensor of any size (strides of 0), and a list that contains itself.
+    """
+    waiting, seen = [(contents, 0)], set()
+    while waiting:
+        value, depth = waiting.pop()
+        if isinstance(value, Tensor):
+            if value.layout != torch.strided or value.is_quantized or value.is_nested or value.is_meta:
+                raise UnsafeFileError("it holds a tensor that is sparse, quantized, nested or without data")
+            if value.numel() * value.element_size() > file_size:
+                raise UnsafeFileError(f"its {file_size} bytes expand to a tensor of shape {tuple(value.shape)}")
+        elif isinstance(value, dict | list | tuple | set | argparse.Namespace) and id(value) not in seen:
+            if depth == 100:
+                raise UnsafeFileError("it is nested more than 100 levels deep")
+            seen.add(id(value))
+            parts = vars(value) if isinstance(value, argparse.Namespace) else value
+            children = [*parts.keys(), *parts.values()] if isinstance(parts, dict) else parts
+            waiting += [(child, depth + 1) for child in children]
 
 
 # --- Layouts ----------------------------------------------------------------------------------------------------------
@@ -218,6 +242,8 @@ def vit_shape(tensors: Mapping[str, Tensor]) -> VitShape | None:
     blocks = [int(name.split(".")[1]) for name in tensors if re.match(r"blocks\.\d+\.", name)]
     embed_dim, in_chans, patch_size, _ = patches.shape
     side = math.isqrt(positions.shape[1] - 1)
+    if side**2 != positions.shape[1] - 1:  # register tokens, or no position for the class token
+        return None
     return VitShape(embed_dim, max(blocks, default=-1) + 1, patch_size, side * patch_size, in_chans)
 
 
