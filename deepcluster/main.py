@@ -12,7 +12,8 @@ the network, and train it for an epoch. Running the same command again resumes t
 
 import argparse
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,8 +34,8 @@ from deepcluster.trivial_solutions import trivial_clusters, trivial_training
 from shared import distributed, randomness
 from shared.attempt import Attempt
 from shared.batchnorm import synchronize_batchnorm
-from shared.checkpoint import Checkpointer, check_flags, load_latest, resume_position
-from shared.data import BadImages, EvalDataset, ImageSource, make_loader, open_source
+from shared.checkpoint import Checkpointer, check_flags, is_at_start, load_latest, restore, resume_position
+from shared.data import BadImages, EvalDataset, ImageSource, make_loader, open_source, short_side
 from shared.evaluation.features import ShareOfRank, check_features
 from shared.evaluation.knn_monitor import KNNMonitor, open_labelled
 from shared.flags import add_run_flags
@@ -59,6 +60,7 @@ EMBEDDED_DATA_DEFAULTS = {
     "output_dir": "runs/digits",
 }
 NETWORK_FLAGS = ("arch", "sobel", "crop_size")
+LEAST = {"epochs": 1, "batch": 1, "nmb_cluster": 2, "pca_dim": 1, "crop_size": 1, "log_freq": 1, "checkpoints": 0}
 CLUSTERING, DRAWING, TOP_LAYER = range(3)  # what is drawn once per epoch
 
 
@@ -70,6 +72,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("data_path", metavar="DIR", nargs="?", default=None, help="training images: a folder, a .txt list or a "
         "torchvision data set name; without it the embedded digits are used and the defaults fit them")  # fmt: skip
     add("--val_path", default=None, help="images for the k-NN evaluation; by default those that belong to DIR")
+    add("--allow_absolute_paths", action="store_true", help="in .txt lists")
     add("--cache", default="none", help="decoded images: none, memory, or a folder for a memory-mapped file")
     add("--on_bad_image", default="replace", choices=("replace", "error"), help="what an unreadable image does")
     add("--max_bad_fraction", type=float, default=0.01, help="stop when more images than this share are unreadable")
@@ -121,14 +124,13 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
     if args.data_path is None:
         parser.set_defaults(**EMBEDDED_DATA_DEFAULTS)
         args = parser.parse_args(arguments)
-    for flag, is_wrong, expected in (
-        ("reassign", args.reassign <= 0, "more than 0"),
-        ("epochs", args.epochs < 1, "at least 1"),
-        ("nmb_cluster", args.nmb_cluster < 2, "at least 2"),
-        ("wd", args.wd > 0, "at most 0: it is a power of ten, -5 means 1e-5"),
-    ):
-        if is_wrong:
-            parser.error(f"--{flag} {getattr(args, flag)}: must be {expected}")
+    for flag, least in LEAST.items():
+        if getattr(args, flag) < least:
+            parser.error(f"--{flag} {getattr(args, flag)} is less than {least}")
+    if args.reassign <= 0:
+        parser.error(f"--reassign {args.reassign}: must be more than 0")
+    if args.wd > 0:
+        parser.error(f"--wd {args.wd}: must be at most 0; it is a power of ten, -5 means 1e-5")
     return args
 
 
@@ -146,7 +148,8 @@ def train_deepcluster(args: argparse.Namespace) -> None:
     world_size = distributed.get_world_size()
 
     # data: the same images as centre crops for clustering and as random crops for training
-    source = cache_images(open_source(args.data_path, "train", flag="DIR"), args.cache)
+    source = open_source(args.data_path, "train", allow_absolute_paths=args.allow_absolute_paths, flag="DIR")
+    source = cache_images(source, args.cache)
     images = source.checksum()
     distributed.check_same_on_all_processes((len(source), images), "the training data (number of images, checksum)")
     check_clustering(len(source), args.clustering, args.nmb_cluster, args.kmeans)
@@ -170,6 +173,10 @@ def train_deepcluster(args: argparse.Namespace) -> None:
     if args.data_path is None:
         names = " ".join(f"--{name}" for name in EMBEDDED_DATA_DEFAULTS)
         distributed.print_once(f"without DIR these flags have defaults for the embedded data: {names}")
+    elif (side := short_side(source)) < args.crop_size:
+        distributed.print_once(
+            f"images of {side} pixels are smaller than --crop_size {args.crop_size}: they are enlarged"
+        )
 
     # the network without a top layer, and its optimiser
     network = build_network(args.arch, args.sobel, img_size=args.crop_size)
@@ -191,6 +198,8 @@ def train_deepcluster(args: argparse.Namespace) -> None:
     resumed_log = checkpoint is not None and "log" in checkpoint
     log = RunLog(output_dir, args.epochs * steps_per_epoch, args.log_freq, args.tensorboard, resumed=resumed_log)
     first_epoch, first_step = args.start_epoch, 0
+    evaluated_before = checkpoint is not None and checkpoint.get("evaluated_before", False)
+    problems: list[str] = []
 
     def state(epoch: int, step_in_epoch: int) -> dict:
         """Everything a run needs to go on at this step; the first keys are those of the official checkpoints."""
@@ -209,8 +218,9 @@ def train_deepcluster(args: argparse.Namespace) -> None:
             "batch_size": args.batch,
             "world_size": world_size,
             "images": images,
+            "evaluated_before": evaluated_before,
             "clustered_epoch": clustered_epoch,
-            "clusters": vars(clusters),
+            "clusters": clusters and vars(clusters),
             "log": log.state_dict(),
         }
 
@@ -218,13 +228,13 @@ def train_deepcluster(args: argparse.Namespace) -> None:
         if "args" in checkpoint:  # the official checkpoints have none
             check_flags(checkpoint, args, NETWORK_FLAGS)
         saved_top_layer = fill_network(network, checkpoint, args.arch, "the checkpoint")
-        load_sgd(optimizer, checkpoint["optimizer"])
+        restore_momentum(checkpoint, optimizer)
         first_epoch, first_step = resume_position(checkpoint, args.batch, images, args.on_changed_run)
         if checkpoint.get("fp16_scaler"):
             precision.scaler.load_state_dict(checkpoint["fp16_scaler"])
         if resumed_log:
             log.load_state_dict(checkpoint["log"])
-        if checkpoint.get("images") == images:  # else the clusters are those of other images
+        if checkpoint.get("images") == images and checkpoint["clusters"]:  # else they are those of other images
             clusters = Clusters(**checkpoint["clusters"])
             clustered_epoch = checkpoint["clustered_epoch"]
             top_layer = new_top_layer(network.dim, clusters.num_clusters).to(device)
@@ -237,8 +247,13 @@ def train_deepcluster(args: argparse.Namespace) -> None:
         device,
         in_a_row=checkpoint.get("skipped_steps", 0) if checkpoint else 0,
     )
+    labelled = "off"
+    if args.eval_knn_freq != 0:
+        labelled = open_labelled(args.data_path, args.val_path, args.allow_absolute_paths)
+    if args.eval_knn_freq and isinstance(labelled, str):
+        raise ValueError(f"--eval_knn_freq {args.eval_knn_freq}: {labelled}")
     knn = KNNMonitor(
-        open_labelled(args.data_path, args.val_path) if args.eval_knn_freq != 0 else "off",
+        labelled,
         args.crop_size,
         MEAN,
         STD,
@@ -246,6 +261,9 @@ def train_deepcluster(args: argparse.Namespace) -> None:
         args.epochs,
         device,
         num_workers=args.num_workers,
+        on_bad_image=args.on_bad_image,
+        max_bad_fraction=args.max_bad_fraction,
+        output_dir=output_dir,
     )
     if knn.off:
         distributed.print_once(f"no k-NN evaluation: {knn.off}")
@@ -256,7 +274,8 @@ def train_deepcluster(args: argparse.Namespace) -> None:
 
         def cluster_images(epoch: int) -> Clusters:
             """Features of all images, whitened, and their clusters."""
-            features = compute_features(network, feature_loader, precision, checkpointer)
+            stop = partial(checkpointer.stop_if_asked, epoch, 0)
+            features = compute_features(network, feature_loader, precision, stop)
             whitened, with_variance = pca_whiten(features, args.pca_dim, device)
             if with_variance < args.pca_dim:
                 distributed.print_once(
@@ -266,8 +285,10 @@ def train_deepcluster(args: argparse.Namespace) -> None:
             rows = gather_rows(whitened, len(source))
             return cluster(rows, args.clustering, args.nmb_cluster, seed, args.kmeans)
 
-        if checkpoint is None and knn.is_due(-1):
-            log.evaluation(0, 0, knn_top1=knn.run(FeaturesForClustering(network)))
+        if not evaluated_before and is_at_start(checkpoint) and knn.is_due(-1):
+            stop = partial(checkpointer.stop_if_asked, 0, 0)
+            log.evaluation(0, 0, knn_top1=knn.run(FeaturesForClustering(network), stop))
+        evaluated_before = True
         for epoch in range(first_epoch, args.epochs):
             # 1. cluster the features: the clusters are labels that nobody had to give
             if clustered_epoch != epoch:
@@ -277,7 +298,8 @@ def train_deepcluster(args: argparse.Namespace) -> None:
                 if args.verbose:
                     distributed.print_once(f"sizes of the clusters: {sorted(clusters.sizes().tolist(), reverse=True)}")
                 if problem := trivial_clusters(clusters.sizes()):
-                    distributed.print_once(f"epoch {epoch}: {problem}")
+                    problems.append(f"epoch {epoch}: {problem}")
+                    log.say(problems[-1])
                 # 2. a new top layer: nothing says that cluster 7 of this epoch is cluster 7 of the one before
                 seed = randomness.derive_seed(args.seed, epoch, TOP_LAYER) % 2**63
                 generator = torch.Generator().manual_seed(seed)
@@ -306,12 +328,14 @@ def train_deepcluster(args: argparse.Namespace) -> None:
                 checkpointer=checkpointer,
             )
             first_step = 0
+            if knn.is_due(epoch):
+                stop = partial(checkpointer.stop_if_asked, epoch, steps_per_epoch)
+                top1 = knn.run(FeaturesForClustering(network), stop)
+                log.evaluation((epoch + 1) * steps_per_epoch, epoch + 1, knn_top1=top1)
             line = log.end_epoch(epoch, bad_images=bad_images.count())
             if problem := trivial_training(line["train_loss"], int((clusters.sizes() > 0).sum())):
-                distributed.print_once(f"epoch {epoch}: {problem}")
-            if knn.is_due(epoch):
-                top1 = knn.run(FeaturesForClustering(network))
-                log.evaluation((epoch + 1) * steps_per_epoch, epoch + 1, knn_top1=top1)
+                problems.append(f"epoch {epoch}: {problem}")
+                log.say(problems[-1])
             checkpointer.after_epoch(epoch)
 
         # what the network makes of the images in the end
@@ -322,7 +346,7 @@ def train_deepcluster(args: argparse.Namespace) -> None:
         files = [save_clusters(source, clusters.assignments, output_dir / "clusters.csv")]
         if args.pictures:
             files += save_pictures(source, clusters, output_dir)
-        print(summary(output_dir, args.data_path, source, clusters, knn, files))
+        print(summary(output_dir, args.data_path, args.val_path, source, clusters, knn, files, problems[-3:]))
 
 
 def build_sgd(module: nn.Module, lr: float, momentum: float, weight_decay: float) -> torch.optim.SGD:
@@ -337,10 +361,10 @@ def build_sgd(module: nn.Module, lr: float, momentum: float, weight_decay: float
     return optimizer
 
 
-def load_sgd(optimizer: torch.optim.SGD, state: dict) -> None:
-    """Momentum from a checkpoint; everything else as the flags say."""
+def restore_momentum(checkpoint: dict, optimizer: torch.optim.SGD) -> None:
+    """Take the momentum from a checkpoint; learning rate and weight decay stay as the flags say."""
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
+    restore(checkpoint, optimizer=optimizer)
     for group, values in zip(optimizer.param_groups, settings, strict=True):
         group.update(values)
 
@@ -358,13 +382,13 @@ class FeaturesForClustering(nn.Module):
 
 @torch.no_grad()
 def compute_features(
-    network: ClusterNetwork, loader: Iterable, precision: Precision, checkpointer: Checkpointer
+    network: ClusterNetwork, loader: Iterable, precision: Precision, between_batches: Callable[[], None]
 ) -> Tensor:
     """Features of this process's share of the images (every W-th one), in evaluation mode: (n, D), float32, on the CPU.
 
     Args:
         loader: Yields (uint8 images, labels, indices); every rank has as many batches, the last image may be repeated.
-        checkpointer: Ends the run between two batches if it is asked to.
+        between_batches: Called after every batch, equally often on every process; may raise to stop.
 
     Raises:
         ValueError: If a feature is not finite or all zeros.
@@ -379,7 +403,7 @@ def compute_features(
         with precision.autocast():
             features[done : done + len(images)] = network.embed(images).float().cpu()
         done += len(images)
-        checkpointer.stop_if_asked()
+        between_batches()
     check_features(features)
     return features[:mine]
 

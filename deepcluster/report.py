@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shared.data import EvalTransform, ImageSource
+from shared.data import BadImages, EvalDataset, EvalTransform, ImageSource
 from shared.evaluation.knn_monitor import KNNMonitor
-from shared.evaluation.summary import end_of_run
+from shared.evaluation.summary import command, end_of_run
 from shared.pictures import AGREE, DIFFER, Curve, Panel, Tile, read_log, save_panels, save_sheet, to_pixels
 
 from .clustering import Clusters
@@ -73,9 +73,14 @@ def _cluster_row(source: ImageSource, number: int, images: np.ndarray) -> list[T
 
 
 def _thumbnail(source: ImageSource, index: int) -> np.ndarray:
-    pixels = source.load(index).decode()
+    """A square of an image, or of another one where it cannot be read."""
+    dataset = EvalDataset(source, _square, BadImages(len(source), max_fraction=1))
+    return to_pixels(dataset[index][0])
+
+
+def _square(pixels: np.ndarray) -> Tensor:
     side = min(THUMBNAIL_PX, *pixels.shape[:2])
-    return to_pixels(EvalTransform(side, side)(pixels))
+    return EvalTransform(side, side)(pixels)
 
 
 def most_frequent(labels: np.ndarray) -> tuple[int, int]:
@@ -115,9 +120,21 @@ def save_curves(log_path: Path, path: Path) -> Path:
 
 
 def summary(
-    output_dir: Path, data_path: str | None, source: ImageSource, clusters: Clusters, knn: KNNMonitor, files: list[Path]
+    output_dir: Path,
+    data_path: str | None,
+    val_path: str | None,
+    source: ImageSource,
+    clusters: Clusters,
+    knn: KNNMonitor,
+    files: list[Path],
+    problems: list[str],
 ) -> str:
-    """What was learned, where the files are and what to run next, as text for the end of a run."""
+    """What was learned, where the files are and what to run next, as text for the end of a run.
+
+    Args:
+        files: The list and the pictures.
+        problems: Sentences about trivial solutions.
+    """
     lines = read_log(output_dir / "metrics.jsonl")
     filled = clusters.sizes()[clusters.sizes() > 0]
     learned = [f"{len(filled)} clusters of {int(filled.min())} to {int(filled.max())} images"]
@@ -129,11 +146,13 @@ def summary(
             f"purity {100 * purity(clusters.assignments, source.labels):.1f} %"
         )
     weights = output_dir / "checkpoint.pth.tar"
-    data = f" --data {data_path}" if data_path else ""
-    commands = [
-        f"python eval_linear.py --model {weights} --conv 3{data}",
-        f"python activ_retrieval.py --model {weights} --conv 3{data} --exp YOUR_PICTURES",
-        f"python gradient_ascent.py --model {weights} --conv 3 --exp YOUR_PICTURES",
+    commands = []
+    if not knn.off:
+        linear = {"model": weights, "conv": 3, "data": data_path, "val_path": val_path, "exp": output_dir / "linear"}
+        commands.append(command("eval_linear.py", **linear))
+    commands += [
+        command("activ_retrieval.py", model=weights, conv=3, data=data_path, exp=output_dir / "pictures"),
+        command("gradient_ascent.py", model=weights, conv=3, exp=output_dir / "pictures"),
         "python main.py YOUR_IMAGES --sobel --k 100 --exp YOUR_RUN",
     ]
-    return end_of_run(output_dir, weights, knn, files, commands, tuple(learned))
+    return end_of_run(output_dir, weights, knn, files, commands, learned, problems)

@@ -268,10 +268,6 @@ class Checkpointer:
     def after_epoch(self, epoch: int, keep_as: str | None = None) -> None:
         """Save at the end of ``epoch``, keep the file under a second name if given, and stop if asked to."""
         self.save(epoch + 1, 0, keep_as)
-        self.stop_if_asked()
-
-    def stop_if_asked(self) -> None:
-        """Stop, without saving, if a signal has arrived on any rank: for long work between steps, done again later."""
         request = distributed.max_over_processes(self._stop_request())
         if request:
             raise Interrupted(self.SIGNALS[request - 2])

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -91,10 +92,11 @@ def test_defaults_are_the_official_ones():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--wd 0.00001", "--wd 1e-05: must be at most 0: it is a power of ten"),
-        ("--k 1", "--nmb_cluster 1: must be at least 2"),
+        ("--wd 0.00001", "--wd 1e-05: must be at most 0; it is a power of ten"),
+        ("--k 1", "--nmb_cluster 1 is less than 2"),
         ("--reassign 0", "--reassign 0.0: must be more than 0"),
-        ("--epochs 0", "--epochs 0"),
+        ("--epochs 0", "--epochs 0 is less than 1"),
+        ("--log_freq 0", "--log_freq 0 is less than 1"),
     ],
 )
 def test_flags_that_make_no_sense_are_refused(flags, message, capsys):
@@ -212,7 +214,8 @@ def test_an_unreadable_image_is_replaced_and_listed(images, tmp_path):
     folder = shutil.copytree(images, tmp_path / "images")
     broken = folder / "class0" / "00.png"
     broken.write_bytes(broken.read_bytes()[:60])
-    train(tmp_path / "run", folder, "--epochs", 1)
+    train(tmp_path / "run", folder, "--epochs", 1, "--eval_knn_freq", 1, "--val_path", images, "--pictures", "on")
+    assert (tmp_path / "run/pictures/clusters.png").exists()
     assert "00.png" in (tmp_path / "run/bad_images.txt").read_text()
 
 
@@ -292,19 +295,40 @@ def test_a_run_stopped_while_it_clusters_ends_like_an_uninterrupted_one(images, 
     assert_same_run(tmp_path / "run", finished)
 
 
-def test_a_signal_during_the_clustering_stops_before_the_features_are_complete(images, tmp_path, monkeypatch):
-    batches = []
+@pytest.mark.parametrize("batch", [1, 4, 8])
+def test_a_signal_during_the_clustering_is_obeyed_at_once(images, tmp_path, monkeypatch, batch, finished):
+    """Batches 1 to 3 are those of the first clustering, 4 to 6 of the second, 7 to 9 of the last."""
+    calls = []
     embed = script.ClusterNetwork.embed
 
     def interrupted(self, x):
-        batches.append(x)
-        os.kill(os.getpid(), 10)  # SIGUSR1
+        calls.append(x)
+        if len(calls) == batch:
+            os.kill(os.getpid(), signal.SIGUSR1)
         return embed(self, x)
 
-    monkeypatch.setattr(script.ClusterNetwork, "embed", interrupted)
-    with pytest.raises(Interrupted) as end:
-        train(tmp_path, images)
-    assert end.value.code == 138 and len(batches) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(script.ClusterNetwork, "embed", interrupted)
+        with pytest.raises(Interrupted) as end:
+            train(tmp_path, images, "--checkpoints", 4)
+    assert end.value.code == 128 + signal.SIGUSR1 and len(calls) == batch
+    train(tmp_path, images, "--checkpoints", 4)
+    assert_same_run(tmp_path, finished)
+
+
+def test_an_evaluation_before_training_is_not_repeated(images, tmp_path, monkeypatch):
+    flags = ("--eval_knn_freq", 1, "--val_path", images, "--epochs", 1)
+    train(tmp_path / "whole", images, *flags)
+
+    with monkeypatch.context() as patch:
+        whiten = script.pca_whiten
+        patch.setattr(script, "pca_whiten", lambda *args: os.kill(os.getpid(), signal.SIGUSR1) or whiten(*args))
+        with pytest.raises(Interrupted):
+            train(tmp_path / "run", images, *flags)
+    train(tmp_path / "run", images, *flags)
+    assert [line for line in lines(tmp_path / "run") if "knn_top1" in line] == [
+        line for line in lines(tmp_path / "whole") if "knn_top1" in line
+    ]
 
 
 def test_a_finished_run_that_is_started_again_changes_nothing(images, finished, tmp_path):

@@ -246,17 +246,6 @@ def test_a_signal_saves_the_state_of_the_finished_step_and_stops(tmp_path):
     assert signal.getsignal(signal.SIGUSR1) is handler
 
 
-def test_long_work_between_steps_stops_on_a_signal_without_saving(tmp_path):
-    with pytest.raises(Interrupted) as stop:
-        with Checkpointer(tmp_path / "checkpoint.pth", lambda epoch, step: {}) as checkpointer:
-            checkpointer.stop_if_asked()
-            os.kill(os.getpid(), signal.SIGTERM)
-            checkpointer.stop_if_asked()
-            raise AssertionError("the work went on")
-    assert stop.value.code == 128 + signal.SIGTERM
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_second_interrupt_stops_at_once(tmp_path):
     with pytest.raises(Interrupted):
         with Checkpointer(tmp_path / "checkpoint.pth", lambda epoch, step: {}):
