@@ -20,7 +20,7 @@ from deepcluster.backbones import load_network
 from deepcluster.main import parse_args, train_deepcluster
 from shared.attempt import Interrupted
 from shared.checkpoint import load_latest
-from tests.processes import free_port
+from tests.reliability.runs import Script, start_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = (
@@ -396,24 +396,23 @@ def run_script(*command, cwd, **environment):
 
 
 def test_two_processes_train_like_one(images, finished, tmp_path):
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}", "main.py"]
-    two = run_script(*torchrun, images, *TINY, "--checkpoints", 4, "--exp", tmp_path, cwd=ROOT / "deepcluster")
-    assert two.returncode == 0, two.stderr
-    np.testing.assert_allclose(losses(tmp_path), losses(finished), rtol=2e-3)
-    first, expected = partitions(tmp_path)[0], partitions(finished)[0]
+    ranks = start_ranks(tmp_path / "run", 2, images, "--checkpoints", 4, script=Script("deepcluster.main", tuple(TINY)))
+    for rank in ranks:
+        rank.assert_ends(timeout_s=300)
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(finished), rtol=2e-3)
+    first, expected = partitions(tmp_path / "run")[0], partitions(finished)[0]
     assert {k: v for k, v in first.items() if k != "clustering_loss"} == {
         k: v for k, v in expected.items() if k != "clustering_loss"
     }
 
 
-@pytest.mark.parametrize("command", [["main.py"], ["-m", "deepcluster.main"]])
-def test_every_way_to_start_the_script_works_in_a_copied_folder(images, tmp_path, command):
+def test_the_script_works_in_a_copied_folder(images, tmp_path):
     """The method's folder with ``shared/`` beside it, below a folder of another name, is all it takes."""
     project = tmp_path / "some" / "project"
     for folder in ("deepcluster", "shared"):
         shutil.copytree(ROOT / folder, project / folder, ignore=shutil.ignore_patterns("__pycache__", "runs"))
-    cwd = project if command[0] == "-m" else project / "deepcluster"
-    run = run_script(*command, images, *TINY, "--epochs", 1, "--exp", tmp_path / "run", cwd=cwd)
+    flags = ["--epochs", 1, "--exp", tmp_path / "run"]
+    run = run_script("main.py", images, *TINY, *flags, cwd=project / "deepcluster")
     assert run.returncode == 0, run.stderr
     assert len(losses(tmp_path / "run")) == 3
 
