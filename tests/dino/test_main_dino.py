@@ -17,6 +17,7 @@ from PIL import Image
 
 from dino import main_dino
 from dino.main_dino import parse_args, train_dino
+from dino.pretrained import load_pretrained
 from shared.checkpoint import load_latest
 from shared.images import ImageError
 from tests.dino.small_data import picture, write_image
@@ -127,6 +128,17 @@ def test_training_writes_the_official_checkpoint_layout(images, tmp_path):
     assert all(name.startswith("module.") for name in state["student"])
     assert {name.split(".")[0] for name in state["teacher"]} == {"backbone", "head"}
     assert load_latest(tmp_path / "checkpoint0000.pth")["epoch"] == 1
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "xcit_nano_12_p16", "vit_tiny_patch16_224"])
+def test_networks_of_torchvision_and_timm_train_and_their_checkpoints_are_evaluated(arch, images, tmp_path):
+    flags = ("--arch", arch, "--optimizer", "sgd", "--global_crop_size", 32, "--local_crop_size", 16)
+    written = train(tmp_path, "--data_path", images, *flags, "--in_chans", 1)
+    assert len(written) == 3 and all(math.isfinite(line["loss"]) for line in written)
+    teacher = state_of(tmp_path)["teacher"]
+    assert all(name.startswith("module.") for name in teacher) == (arch != "vit_tiny_patch16_224")  # batch norms
+    backbone, embed_dim = load_pretrained(arch, 16, tmp_path / "checkpoint.pth")
+    assert backbone(torch.zeros(2, 1, 32, 32)).shape == (2, embed_dim)
 
 
 def test_the_loss_log_does_not_depend_on_the_number_of_workers(images, tmp_path):
