@@ -68,7 +68,16 @@ EMBEDDED_DATA_DEFAULTS = {
     "output_dir": "runs/digits",
 }
 LEAST = {"epochs": 1, "batch_size_per_gpu": 1, "out_dim": 2, "log_freq": 1, "patch_size": 1, "local_crops_number": 0}
-NETWORK_FLAGS = ("arch", "patch_size", "in_chans", "out_dim", "use_bn_in_head", "norm_last_layer", "optimizer")
+NETWORK_FLAGS = (
+    "arch",
+    "patch_size",
+    "global_crop_size",
+    "in_chans",
+    "out_dim",
+    "use_bn_in_head",
+    "norm_last_layer",
+    "optimizer",
+)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -345,8 +354,11 @@ def train_dino(args: argparse.Namespace) -> None:
 
     if checkpoint is not None:
         check_flags(checkpoint, args, NETWORK_FLAGS)
-        distributed.unwrap(student).load_state_dict(without_prefix(checkpoint["student"], "module."))
-        teacher.load_state_dict(without_prefix(checkpoint["teacher"], "module."))
+        try:
+            distributed.unwrap(student).load_state_dict(without_prefix(checkpoint["student"], "module."))
+            teacher.load_state_dict(without_prefix(checkpoint["teacher"], "module."))
+        except RuntimeError as error:
+            raise ValueError(f"the checkpoint in {output_dir} does not fit the network: {error}") from error
         load_optimizer_state(optimizer, checkpoint["optimizer"])
         criterion.load_state_dict(checkpoint["dino_loss"])
         if checkpoint.get("fp16_scaler"):

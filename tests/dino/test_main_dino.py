@@ -274,6 +274,12 @@ def test_a_checkpoint_of_the_official_code_is_gone_on_with(images, tmp_path, sma
     assert losses(tmp_path / "resumed") == losses(tmp_path / "whole")[3:]
     assert_same_state(state_of(tmp_path / "resumed"), state_of(tmp_path / "whole"))
 
+    del state["student"]["module.backbone.cls_token"]
+    (tmp_path / "other").mkdir()
+    torch.save(as_the_official_code_saves(state), tmp_path / "other" / "checkpoint.pth")
+    with pytest.raises(ValueError, match=r"(?s)the checkpoint in .* does not fit the network: .*backbone\.cls_token"):
+        train(tmp_path / "other", *flags)
+
 
 def test_unreadable_images_stop_neither_the_training_nor_its_knn_and_pictures(images, tmp_path, small_networks):
     folder = shutil.copytree(images, tmp_path / "images")
@@ -321,6 +327,8 @@ def test_another_architecture_than_the_checkpoints_is_refused_and_leaves_it_alon
     before = (tmp_path / "checkpoint.pth").read_bytes()
     with pytest.raises(ValueError, match=r"--patch_size 4 does not fit .*--patch_size 8"):
         train(tmp_path, "--data_path", images, "--patch_size", 4)
+    with pytest.raises(ValueError, match=r"--global_crop_size 24 does not fit .*--global_crop_size 16"):
+        train(tmp_path, "--data_path", images, "--global_crop_size", 24)
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
 
 
