@@ -147,6 +147,14 @@ def test_the_loss_log_does_not_depend_on_the_number_of_workers(images, tmp_path)
     assert losses(tmp_path / "0") == losses(tmp_path / "2")
 
 
+@pytest.mark.slow
+def test_compiled_backbones_train_alike(images, tmp_path, small_networks):
+    for name, flags in (("eager", ()), ("compiled", ("--compile",))):
+        train(tmp_path / name, "--data_path", images, "--epochs", 2, *flags)
+    np.testing.assert_allclose(losses(tmp_path / "compiled"), losses(tmp_path / "eager"), rtol=1e-4)
+    assert state_of(tmp_path / "compiled")["student"].keys() == state_of(tmp_path / "eager")["student"].keys()
+
+
 class Stop(Exception):
     pass
 
@@ -277,7 +285,7 @@ def test_a_checkpoint_of_the_official_code_is_gone_on_with(images, tmp_path, sma
     del state["student"]["module.backbone.cls_token"]
     (tmp_path / "other").mkdir()
     torch.save(as_the_official_code_saves(state), tmp_path / "other" / "checkpoint.pth")
-    with pytest.raises(ValueError, match=r"(?s)the checkpoint in .* does not fit the network: .*backbone\.cls_token"):
+    with pytest.raises(ValueError, match=r"the checkpoint's student does not fit this run: .*backbone\.cls_token"):
         train(tmp_path / "other", *flags)
 
 
@@ -330,6 +338,12 @@ def test_another_architecture_than_the_checkpoints_is_refused_and_leaves_it_alon
     with pytest.raises(ValueError, match=r"--global_crop_size 24 does not fit .*--global_crop_size 16"):
         train(tmp_path, "--data_path", images, "--global_crop_size", 24)
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
+
+
+def test_a_checkpoint_that_fits_in_part_is_refused(images, tmp_path):
+    train(tmp_path, "--data_path", images)
+    with pytest.raises(ValueError, match=r"student does not fit this run: .*size mismatch for backbone\.pos_embed"):
+        train(tmp_path, "--data_path", images, "--global_crop_size", 24, "--epochs", 2)
 
 
 def test_a_changed_batch_continues_with_a_statement_or_is_refused(images, tmp_path, capsys):

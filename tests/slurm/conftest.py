@@ -65,18 +65,21 @@ class Run:
         path = self.output_dir / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def wait_for_step(self, step: int, timeout_s: float = 60) -> None:
+    def wait_for_step(self, step: int, timeout_s: float = 180) -> None:
         self.cluster.wait_for(lambda: len(self.lines()) >= step, timeout_s, f"step {step} of job {self.id}")
 
-    def ends(self, timeout_s: float = 90) -> str:
+    def ends(self, timeout_s: float = 300) -> str:
         """The state in which the job leaves the queue for good."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
-        return self.cluster.wait_for_state(self.id, *ended, timeout_s=timeout_s)
+        state = self.cluster.wait_for_state(self.id, *ended, timeout_s=timeout_s)
+        for rank in range(self.job.num_tasks):  # shown when the test fails
+            print(f"-- rank {rank} of job {self.id}, {state}\n{self.output(rank)}")
+        return state
 
     def output(self, rank: int) -> str:
         """Standard output and error of a process, over all attempts."""
         paths = self.job.task(rank).paths
-        return paths.stdout.read_text() + paths.stderr.read_text()
+        return "".join(path.read_text() for path in (paths.stdout, paths.stderr) if path.exists())
 
     def restarts(self) -> int:
         return int(self.cluster.show(self.id)["Restarts"])
