@@ -150,7 +150,8 @@ def test_the_loss_log_does_not_depend_on_the_number_of_workers(images, tmp_path)
 @pytest.mark.slow
 def test_compiled_backbones_train_alike(images, tmp_path, small_networks):
     for name, flags in (("eager", ()), ("compiled", ("--compile",))):
-        train(tmp_path / name, "--data_path", images, "--epochs", 2, *flags)
+        # compiled code draws other numbers for dropped paths
+        train(tmp_path / name, "--data_path", images, "--epochs", 2, "--drop_path_rate", 0, *flags)
     np.testing.assert_allclose(losses(tmp_path / "compiled"), losses(tmp_path / "eager"), rtol=1e-4)
     assert state_of(tmp_path / "compiled")["student"].keys() == state_of(tmp_path / "eager")["student"].keys()
 
