@@ -145,7 +145,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="freeze the norms of the last layer's rows at 1",
     )
     add("--use_bn_in_head", type=bool_flag, default=False, help="batch normalisation in the head")
-    add("--compile", action="store_true", help="torch.compile the backbones; drops other paths")
+    add("--compile", action="store_true", help="torch.compile the backbones; stochastic depth then draws otherwise")
 
     add = parser.add_argument_group("teacher").add_argument
     add(
