@@ -4,17 +4,11 @@ import argparse
 from collections.abc import Callable
 
 from shared.data import default_num_workers
+from shared.flags import bool_flag
 
 from .pretrained import RUN_ON_DIGITS
 
-
-def bool_flag(text: str) -> bool:
-    """An explicit boolean value on the command line: on/true/1 or off/false/0, in any case."""
-    if text.lower() in ("on", "true", "1"):
-        return True
-    if text.lower() in ("off", "false", "0"):
-        return False
-    raise argparse.ArgumentTypeError(f"expected on/true/1 or off/false/0, got {text!r}")
+__all__ = ["add_process_flags", "bool_flag", "evaluation_parser", "set_embedded_data_defaults"]
 
 
 def evaluation_parser(docstring: str, arch: str = "vit_small", patch_size: int = 16) -> argparse.ArgumentParser:

@@ -1,13 +1,10 @@
 """Backbones by name: the ViTs of this folder, then torchvision, then timm. None of it needs a network."""
 
-import difflib
-import re
 import warnings
 
-import timm
-import torchvision
 from torch import nn
-from torchvision.ops import StochasticDepth
+
+from shared.backbones import build_library_backbone, library_architectures
 
 from . import vision_transformer
 
@@ -17,8 +14,7 @@ VIT_NAMES = (*VITS, *(name.replace("vit", "deit") for name in VITS))
 
 def available_architectures() -> list[str]:
     """Every name that :func:`build_backbone` accepts, our ViTs first."""
-    others = {*torchvision.models.list_models(module=torchvision.models), *timm.list_models()}
-    return [*VIT_NAMES, *sorted(others - set(VIT_NAMES))]
+    return [*VIT_NAMES, *sorted(library_architectures() - set(VIT_NAMES))]
 
 
 def build_backbone(
@@ -49,18 +45,7 @@ def build_backbone(
             img_size=[img_size], patch_size=patch_size, in_chans=in_chans, drop_path_rate=drop_path_rate
         )
         return backbone, backbone.embed_dim
-    if arch in torchvision.models.list_models(module=torchvision.models):
-        return _build_torchvision(arch, drop_path_rate, img_size, in_chans)
-    if re.fullmatch(r"xcit_\w+_p\d+", arch):
-        arch += "_224"
-    if timm.is_model(arch):
-        return _build_timm(arch, drop_path_rate, img_size, in_chans)
-    names = available_architectures()
-    close = difflib.get_close_matches(arch, names, n=5) or [name for name in names if arch in name][:5]
-    raise ValueError(
-        f"--arch {arch} is unknown{'; did you mean ' + ', '.join(close) + '?' if close else '.'} "
-        f"Known are {', '.join(VIT_NAMES)} and the models of torchvision and timm."
-    )
+    return build_library_backbone(arch, drop_path_rate, img_size, in_chans, own_names=VIT_NAMES)
 
 
 def input_channels(backbone: nn.Module) -> int:
@@ -77,55 +62,3 @@ def _check_patches(arch: str, patch_size: int, img_size: int) -> None:
             "columns of pixels are not seen",
             stacklevel=3,
         )
-
-
-def _build_torchvision(arch: str, drop_path_rate: float, img_size: int, in_chans: int) -> tuple[nn.Module, int]:
-    options = {}
-    if arch.startswith("vit_"):
-        options["image_size"] = img_size
-    if arch.startswith("maxvit"):
-        options["input_size"] = (img_size, img_size)
-    if arch in ("googlenet", "inception_v3"):
-        options |= {"aux_logits": False, "init_weights": True}
-    backbone = torchvision.models.get_model(arch, weights=None, **options)
-    # the classifier is the last linear layer (a 1x1 convolution in SqueezeNet); norms before it stay
-    name, classifier = [(n, m) for n, m in backbone.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)][-1]
-    backbone.set_submodule(name, nn.Identity())
-    if in_chans != 3:
-        _replace_first_convolution(backbone, in_chans)
-
-    depths = [m for m in backbone.modules() if isinstance(m, StochasticDepth)]
-    deepest = max((m.p for m in depths), default=0.0)
-    for module in depths:
-        module.p *= drop_path_rate / deepest
-    for module in backbone.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0  # part of the recipe for classification
-    embed_dim = classifier.in_features if isinstance(classifier, nn.Linear) else classifier.in_channels
-    return backbone, embed_dim
-
-
-def _replace_first_convolution(backbone: nn.Module, in_chans: int) -> None:
-    name, old = next((n, m) for n, m in backbone.named_modules() if isinstance(m, nn.Conv2d))
-    new = nn.Conv2d(in_chans, old.out_channels, old.kernel_size, old.stride, old.padding, bias=old.bias is not None)
-    nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
-    backbone.set_submodule(name, new)
-
-
-def _build_timm(arch: str, drop_path_rate: float, img_size: int, in_chans: int) -> tuple[nn.Module, int]:
-    # images of several sizes and of sides that are no multiple of a patch through a ViT; convnets have none of these
-    options = {"img_size": img_size, "dynamic_img_size": True, "dynamic_img_pad": True}
-    options["drop_path_rate"] = drop_path_rate
-    while True:
-        try:
-            backbone = timm.create_model(arch, pretrained=False, num_classes=0, in_chans=in_chans, **options)
-        except TypeError as error:
-            unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-            if unknown is None or unknown[1] not in options:
-                raise
-            if unknown[1] == "drop_path_rate" and drop_path_rate > 0:
-                warnings.warn(f"{arch} has no stochastic depth: --drop_path_rate is not used", stacklevel=3)
-            del options[unknown[1]]
-        else:
-            break
-    return backbone, getattr(backbone, "head_hidden_size", backbone.num_features)

@@ -1,6 +1,5 @@
 """What a run leaves for a person to look at: pictures, and a summary that says what was learned and what to do next."""
 
-import shlex
 from pathlib import Path
 
 import torch
@@ -9,12 +8,13 @@ from torch import nn
 from shared import distributed
 from shared.data import BadImages, EvalDataset, EvalTransform
 from shared.evaluation.knn_monitor import KNNMonitor
+from shared.evaluation.neighbours import save_nearest_neighbours
+from shared.evaluation.summary import command, end_of_run
 from shared.multicrop import MultiCropDataset
-from shared.pictures import read_log
 
 from .augmentations import MEAN, STD
 from .networks import VIT_NAMES
-from .pictures import Gallery, sample_gallery, save_curves, save_nearest, save_views
+from .pictures import save_curves, save_views
 from .vision_transformer import VisionTransformer
 from .visualize_attention import save_attention
 
@@ -37,27 +37,22 @@ def save_pictures(
         output_dir: Folder of the run; pictures go to ``pictures/`` inside it.
     """
     folder = output_dir / "pictures"
-    if knn.off is None:
-        train_features, _, val_features, _ = knn.latest_features or knn.features(backbone)
-        database = Gallery(knn.train.source, range(len(train_features)), train_features)
-        queries = Gallery(knn.val.source, range(len(val_features)), val_features)
-    else:
-        transform = EvalTransform(round(image_size * 256 / 224), image_size, MEAN, STD, views.in_chans)
-        queries = database = sample_gallery(backbone, views.source, transform, device)
+    if distributed.is_main_process():
+        folder.mkdir(exist_ok=True)
+    neighbours = save_nearest_neighbours(backbone, views, knn, image_size, MEAN, STD, folder / "neighbours.png", device)
     if not distributed.is_main_process():
         return []
-    folder.mkdir(exist_ok=True)
 
     image_views, _, _ = views[(0, 0)]
     paths = [
         save_views([view for group in image_views for view in group], folder / "views.png"),
-        save_nearest(queries, database, folder / "neighbours.png"),
+        neighbours,
         save_curves(output_dir / "metrics.jsonl", folder / "curves.png"),
     ]
     if isinstance(backbone, VisionTransformer):
         transform = EvalTransform(image_size, image_size, MEAN, STD, views.in_chans)
-        readable = BadImages(len(queries.source), max_fraction=1)
-        image, *_ = EvalDataset(queries.source, transform, readable)[0]
+        source = knn.val.source if knn.off is None else views.source
+        image, *_ = EvalDataset(source, transform, BadImages(len(source), max_fraction=1))[0]
         training = backbone.training
         paths.append(save_attention(backbone.eval(), image.to(device), folder / "attention")[0])
         backbone.train(training)
@@ -80,33 +75,9 @@ def summary(
     Args:
         problems: Sentences of the collapse monitor.
     """
-    lines = read_log(output_dir / "metrics.jsonl")
-    losses = [line for line in lines if line.get("loss") is not None]
-    accuracies = [line for line in lines if "knn_top1" in line]
-    learned = [f"loss {line['loss']:.3f} at step {line['step']}" for line in (losses[:1] + losses[1:][-1:])]
-    learned = [", ".join(learned)]
-    if accuracies:
-        before = f"{accuracies[0]['knn_top1']:.1f} % after {accuracies[0]['step']} steps, " if accuracies[1:] else ""
-        learned.append(
-            f"k-NN on {knn.val.source.describe()}: {before}{accuracies[-1]['knn_top1']:.1f} % after "
-            f"{accuracies[-1]['step']} steps (chance {100 / len(knn.val.source.classes):.1f} %)"
-        )
-    elif knn.off:
-        learned.append(f"no k-NN evaluation: {knn.off}")
-    files = [
-        f"{output_dir / 'checkpoint.pth'} (the same command resumes from it)",
-        f"{output_dir / 'metrics.jsonl'} (every few steps), {output_dir / 'log.txt'} (every epoch)",
-    ]
-    blocks = {
-        "Learned": learned,
-        "Problems": problems,
-        "Files": files,
-        "Pictures": [str(path) for path in pictures],
-        "Next": next_commands(output_dir, arch, patch_size, image_size, data_path, val_path, knn),
-    }
-    return "\n".join(
-        f"{title if i == 0 else '':10s}{line}" for title, block in blocks.items() for i, line in enumerate(block)
-    )
+    weights = output_dir / "checkpoint.pth"
+    commands = next_commands(output_dir, arch, patch_size, image_size, data_path, val_path, knn)
+    return end_of_run(output_dir, weights, knn, pictures, commands, problems=problems)
 
 
 def next_commands(
@@ -135,9 +106,3 @@ def next_commands(
     if arch in VIT_NAMES:
         commands.append(command("visualize_attention.py", **flags, **attention))
     return [*commands, "python main_dino.py --arch vit_small --data_path YOUR_IMAGES --output_dir YOUR_RUN"]
-
-
-def command(script: str, **flags) -> str:
-    """A command line; flags without a value are left out."""
-    given = [f"--{name} {shlex.quote(str(value))}" for name, value in flags.items() if value is not None]
-    return " ".join(["python", script, *given])

@@ -1,6 +1,7 @@
 """Batch normalisation whose statistics are those of the whole batch, over all processes."""
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -8,15 +9,16 @@ from . import distributed
 
 
 class _SumOverProcesses(torch.autograd.Function):
-    """Sum over ranks; the gradient with respect to each rank's term is the sum of all ranks' gradients."""
+    """Sum over the ranks of a group; the gradient with respect to each one's term is the sum of their gradients."""
 
     @staticmethod
-    def forward(ctx, tensor: Tensor) -> Tensor:
-        return distributed.all_reduce_sum(tensor)
+    def forward(ctx, tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        return distributed.all_reduce_sum(tensor, group)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return distributed.all_reduce_sum(grad)
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return distributed.all_reduce_sum(grad, ctx.group), None
 
 
 class CPUSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -24,6 +26,8 @@ class CPUSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     Input (B, C, ...), any number of trailing dimensions; ranks may hold different numbers of rows.
     """
+
+    process_group: dist.ProcessGroup | None = None
 
     def _check_input_dim(self, x: Tensor) -> None:
         if x.ndim < 2:
@@ -34,11 +38,11 @@ class CPUSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         reduced = [d for d in range(x.ndim) if d != 1]
         count = x.new_full((1,), x.numel() / x.shape[1])
-        total = _SumOverProcesses.apply(torch.cat([x.sum(reduced), count]))
+        total = _SumOverProcesses.apply(torch.cat([x.sum(reduced), count]), self.process_group)
         count = total[-1].detach()
         mean = total[:-1] / count
         centred = x - mean.view(-1, *[1] * (x.ndim - 2))
-        variance = _SumOverProcesses.apply(centred.square().sum(reduced)) / count
+        variance = _SumOverProcesses.apply(centred.square().sum(reduced), self.process_group) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
@@ -51,13 +55,19 @@ def has_batchnorm(module: nn.Module) -> bool:
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
 
 
-def synchronize_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
-    """The module with its batch norms synchronised over processes (unchanged for one process)."""
+def synchronize_batchnorm(module: nn.Module, device: torch.device, group_size: int | None = None) -> nn.Module:
+    """The module with its batch norms synchronised over processes (unchanged for one process).
+
+    Args:
+        group_size: Synchronise within groups of so many processes of consecutive ranks; None: over all.
+    """
     if distributed.get_world_size() == 1:
         return module
+    group = None if group_size is None else distributed.neighbours(group_size)
     if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module, group)
     for child in module.modules():
         if isinstance(child, nn.modules.batchnorm._BatchNorm):
             child.__class__ = CPUSyncBatchNorm  # same parameters, buffers and names
+            child.process_group = group
     return module

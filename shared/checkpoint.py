@@ -38,7 +38,7 @@ def save(path: str | Path, state: dict, keep_as: str | None = None) -> None:
     """Write ``state`` to ``path`` atomically and durably; the old file remains as ``<name>.previous``.
 
     Args:
-        keep_as: Second name in the same folder under which the new file stays when later ones replace it.
+        keep_as: Second name, relative to the same folder, under which the new file stays when later ones replace it.
 
     Raises:
         CheckpointError: If the file cannot be written (disk full, read-only or deleted folder).
@@ -58,7 +58,8 @@ def save(path: str | Path, state: dict, keep_as: str | None = None) -> None:
         if path.exists():
             _name(path, previous(path))
         if keep_as is not None:
-            _name(temporary, path.with_name(keep_as))  # before `path`: a kill in between repeats this save
+            _name(temporary, path.parent / keep_as)  # before `path`: a kill in between repeats this save
+            _fsync_folder((path.parent / keep_as).parent)
         os.replace(temporary, path)
         _fsync_folder(path.parent)
     except (OSError, RuntimeError) as error:
@@ -73,7 +74,7 @@ def save(path: str | Path, state: dict, keep_as: str | None = None) -> None:
 
 def _name(file: Path, name: Path) -> None:
     """Give a file a second name, in one step; it gets a copy where the file system knows no hard links."""
-    temporary = name.with_name(f".{file.name.removeprefix('.')}.link")
+    temporary = name.with_name(f".{name.name}.link")
     temporary.unlink(missing_ok=True)
     try:
         os.link(file, temporary)

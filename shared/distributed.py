@@ -243,11 +243,26 @@ def unwrap(module: nn.Module) -> nn.Module:
     return module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module
 
 
-def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Sum over processes, as a new tensor without gradient."""
+def neighbours(size: int) -> dist.ProcessGroup | None:
+    """The group of ``size`` processes of consecutive ranks that this one belongs to; None when it is all of them.
+
+    Raises:
+        ValueError: If the processes cannot be divided into such groups.
+    """
+    world_size = get_world_size()
+    if size == world_size:
+        return None
+    if size < 1 or world_size % size:
+        raise ValueError(f"{world_size} processes cannot be divided into groups of {size}")
+    groups = [dist.new_group(range(first, first + size)) for first in range(0, world_size, size)]
+    return groups[get_rank() // size]
+
+
+def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Sum over all processes, or those of ``group``, as a new tensor without gradient."""
     total = tensor.detach().clone()
     if get_world_size() > 1:
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=group)
     return total
 
 
@@ -280,6 +295,27 @@ class _AllGather(torch.autograd.Function):
 def all_gather_with_grad(tensor: Tensor) -> Tensor:
     """Like :func:`all_gather`; the gradient of a row is the sum of its gradients on all ranks."""
     return _AllGather.apply(tensor) if get_world_size() > 1 else tensor
+
+
+def gather_on_main(tensor: Tensor) -> Tensor | None:
+    """Tensors of all ranks (same shape on each) stacked in rank order on rank 0 and its CPU; None on the others."""
+    tensor = tensor.detach().cpu().contiguous()
+    if not is_main_process():
+        dist.send(tensor, 0, group=_control_group)
+        return None
+    gathered = tensor.new_empty(get_world_size(), *tensor.shape)
+    gathered[0] = tensor
+    for rank in range(1, get_world_size()):  # one at a time: no other process holds more than its own
+        dist.recv(gathered[rank], rank, group=_control_group)
+    return gathered
+
+
+def broadcast(tensor: Tensor) -> Tensor:
+    """Rank 0's tensor, on every rank; the others pass one of the same shape and type."""
+    tensor = tensor.detach().clone()
+    if get_world_size() > 1:
+        dist.broadcast(tensor, src=0)
+    return tensor
 
 
 def all_gather_object(value) -> list:

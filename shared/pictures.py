@@ -116,6 +116,54 @@ def _draw_tile(axes: Axes, tile: Tile) -> None:
     axes.set_xlabel(tile.caption, fontsize=8.5, color=INK, labelpad=2)
 
 
+def save_neighbours(
+    query_images: Sequence[Tensor | np.ndarray],
+    neighbour_images: Sequence[Sequence[Tensor | np.ndarray]],
+    path: str | Path,
+    query_labels: Sequence | None = None,
+    neighbour_labels: Sequence[Sequence] | None = None,
+    similarities: Sequence[Sequence[float]] | None = None,
+) -> Path:
+    """Queries at the left and their nearest neighbours, nearest first, one row each.
+
+    Args:
+        query_images: Q uint8 images (3, H, W).
+        neighbour_images: Q x k uint8 images.
+        path: PNG file to write.
+        query_labels: Q class names or numbers.
+        neighbour_labels: Q x k of them; frames tell whether they agree with the query's.
+        similarities: Q x k cosine similarities.
+    """
+    rows, agreeing, total = [], 0, 0
+    for q, (query, neighbours) in enumerate(zip(query_images, neighbour_images, strict=True)):
+        row = [Tile(to_pixels(query), "query" if q == 0 else "", _caption(query_labels, q))]
+        for i, neighbour in enumerate(neighbours):
+            frame = None
+            caption = _caption(neighbour_labels[q] if neighbour_labels is not None else None, i)
+            if query_labels is not None and neighbour_labels is not None:
+                agrees = _plain(neighbour_labels[q][i]) == _plain(query_labels[q])
+                frame = AGREE if agrees else DIFFER
+                agreeing, total = agreeing + agrees, total + 1
+            if similarities is not None:
+                caption = f"{caption}  {float(similarities[q][i]):.2f}".strip()
+            row.append(Tile(to_pixels(neighbour), f"neighbour {i + 1}" if q == 0 else "", caption, frame))
+        rows.append(row)
+    notes = []
+    if total:
+        notes.append(f"{agreeing} of {total} neighbours are of the query's class: green frame yes, red no.")
+    if similarities is not None:
+        notes.append("The decimal number is the cosine similarity.")
+    return save_sheet(rows, path, "\n".join(["Nearest neighbours in feature space", *notes]))
+
+
+def _plain(label):
+    return label.item() if hasattr(label, "item") else label
+
+
+def _caption(labels: Sequence | None, index: int) -> str:
+    return "" if labels is None else str(_plain(labels[index]))
+
+
 def read_log(path: str | Path) -> list[dict]:
     """Lines of a JSON-lines file; a last line that is still being written is left out.
 

@@ -8,7 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dino.pictures import save_curves, save_neighbours, save_views
+from dino.pictures import save_curves, save_views
 from shared.pictures import (
     AGREE,
     DIFFER,
@@ -16,6 +16,7 @@ from shared.pictures import (
     colorize,
     magnify,
     read_log,
+    save_neighbours,
     save_sheet,
     to_pixels,
     write_png,

@@ -1,0 +1,83 @@
+"""LARC: momentum SGD whose gradients are scaled tensor by tensor to a fraction of the weights' norm."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+class LARC(torch.optim.Optimizer):
+    """Layer-wise adaptive rate control (after You et al. 2017) around SGD with momentum.
+
+    A tensor p with gradient g is updated with ``r * (g + weight_decay * p)`` instead of g, where
+    ``r = trust_coefficient * |p| / (|g| + weight_decay * |p| + eps)``. If either norm is 0 the update is g itself. All
+    tensors decay, biases and norms too. The state is that of ``torch.optim.SGD``, as in the official checkpoints.
+
+    Args:
+        params: Parameters or groups.
+        lr: Learning rate.
+        weight_decay: Part of the gradient before it is scaled.
+        momentum: Weight of the old update.
+        trust_coefficient: Size of an update, before ``lr``, relative to that of its tensor.
+        clip: Use ``min(r / lr, 1)`` in place of r: the scaling can only make steps smaller.
+        eps: Keeps r finite.
+    """
+
+    _step_supports_amp_scaling = True  # like torch's fused optimisers: `found_inf` skips the step on the device
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float,
+        weight_decay: float = 0.0,
+        momentum: float = 0.9,
+        trust_coefficient: float = 0.001,
+        clip: bool = False,
+        eps: float = 1e-8,
+    ):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.trust_coefficient, self.clip, self.eps = trust_coefficient, clip, eps  # not in official checkpoints
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        """Update every parameter that has a gradient; with ``found_inf`` set to 1 nothing changes."""
+        if closure is not None:
+            raise ValueError("LARC takes no closure")
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                self._update(params, group["lr"], group["momentum"], group["weight_decay"])
+
+    def _update(self, params: list[Tensor], lr: float, momentum: float, weight_decay: float) -> None:
+        updates = self._scaled_gradients(params, lr, weight_decay)
+        buffers = [self._buffer(p) for p in params]
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is None:
+            torch._foreach_mul_(buffers, momentum)
+            torch._foreach_add_(buffers, updates)
+            torch._foreach_add_(params, buffers, alpha=-lr)
+            return
+        # A step that is left out adds zeros to what it multiplies by 1, so that nobody has to wait for `found_inf`.
+        skip = found_inf.bool()
+        updates = [torch.where(skip, 0.0, update) for update in updates]
+        torch._foreach_mul_(buffers, torch.where(skip, 1.0, momentum))
+        torch._foreach_add_(buffers, updates)
+        torch._foreach_add_(params, torch._foreach_mul(buffers, torch.where(skip, 0.0, -lr)))
+
+    def _scaled_gradients(self, params: list[Tensor], lr: float, weight_decay: float) -> list[Tensor]:
+        grads = [p.grad for p in params]
+        p_norms, g_norms = (torch.stack(torch._foreach_norm(tensors)) for tensors in (params, grads))
+        rates = self.trust_coefficient * p_norms / (g_norms + weight_decay * p_norms + self.eps)
+        if self.clip:
+            rates = (rates / lr).clamp(max=1.0)
+        adapted = (p_norms > 0) & (g_norms > 0)
+        updates = torch._foreach_mul(grads, list(torch.where(adapted, rates, 1.0).unbind()))
+        decays = torch.where(adapted, weight_decay * rates, 0.0)
+        torch._foreach_add_(updates, torch._foreach_mul(params, list(decays.unbind())))
+        return updates
+
+    def _buffer(self, p: Tensor) -> Tensor:
+        state = self.state[p]
+        if state.get("momentum_buffer") is None:  # starting at 0 is the same update as starting with the first one
+            state["momentum_buffer"] = torch.zeros_like(p)
+        return state["momentum_buffer"]

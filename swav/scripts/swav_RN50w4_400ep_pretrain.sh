@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# SwAV, ResNet-50 four times as wide, 400 epochs, 2x224 + 4x96, batch 2560 on 64 GPUs: 77.9 % (published, linear)
+set -euo pipefail
+source "$(dirname "$0")/launch.sh"
+launch main_swav 8 8 100 \
+    --nmb_crops 2 4 --size_crops 224 96 --min_scale_crops 0.08 0.08 --max_scale_crops 1. 0.14 \
+    --crops_for_assign 0 1 --temperature 0.1 --epsilon 0.05 --sinkhorn_iterations 3 --feat_dim 128 --nmb_prototypes 3000 \
+    --queue_length 2560 --epoch_queue_starts 0 \
+    --epochs 400 --batch_size 40 --base_lr 4.8 --final_lr 0.0048 --warmup_epochs 10 --start_warmup 0.3 --wd 0.000001 \
+    --freeze_prototypes_niters 313 \
+    --arch resnet50w4 --hidden_mlp 8192 --use_fp16 true --sync_bn apex --syncbn_process_group_size 8 \
+    "$@"
