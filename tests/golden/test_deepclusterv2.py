@@ -1,0 +1,176 @@
+"""DeepCluster-v2's memory, clustering and training against arrays measured on the reference, on one and two ranks."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shared.metrics import RunLog
+from shared.not_finite import FiniteGuard
+from shared.precision import Precision
+from swav import main_deepclusterv2
+from swav.collapse import CollapseMonitor
+from swav.kmeans import cluster_memory
+from swav.larc import LARC
+from swav.memory_bank import MemoryBank
+from swav.resnet50 import MultiPrototypes
+from tests.golden.golden_file import GoldenFile
+from tests.golden.small_resnet import small_resnet
+from tests.processes import run_processes
+
+GOLDEN = GoldenFile("deepcluster")
+CPU = torch.device("cpu")
+CASES = [case for case in GOLDEN.cases("v2/") if case.startswith("cluster")]
+TEMPERATURE = 0.1
+
+
+def filled_memory(embeddings: Tensor, indices: Tensor) -> MemoryBank:
+    memory = MemoryBank(*embeddings.shape)
+    memory.write(0, indices, embeddings)
+    return memory
+
+
+def orders(case: str) -> list[Tensor]:
+    return [GOLDEN.tensor(key) for key in GOLDEN.keys(f"v2/{case}/in/perm")]
+
+
+def centroids(case: str, suffix: str = "") -> list[Tensor]:
+    keys = [key for key in GOLDEN.keys(f"v2/{case}/out/centroids") if key.endswith(suffix)]
+    return [GOLDEN.tensor(key) for key in keys]
+
+
+def cluster(embeddings: Tensor, indices: Tensor, sizes: list[int], num_images: int, starts: list[Tensor]):
+    """Assignments and centroids; what lies in the heads before does not matter."""
+    heads = MultiPrototypes(embeddings.shape[2], sizes).heads()
+    assignments = cluster_memory(filled_memory(embeddings, indices), heads, num_images, starts)
+    return assignments, [head.weight.detach() for head in heads]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if f"v2/{case}/in/emb" in GOLDEN])
+def test_clusters_of_one_process(case):
+    wanted, wanted_centroids = GOLDEN.tensor(f"v2/{case}/out/assignments"), centroids(case)
+    assignments, found = cluster(
+        GOLDEN.tensor(f"v2/{case}/in/emb"),
+        GOLDEN.tensor(f"v2/{case}/in/index"),
+        [len(c) for c in wanted_centroids],
+        wanted.shape[1],
+        orders(case),
+    )
+    assert torch.equal(assignments, wanted)
+    torch.testing.assert_close(found, wanted_centroids, rtol=0, atol=1e-5)
+
+
+def cluster_share(rank: int, embeddings: list[Tensor], indices: list[Tensor], *args):
+    assignments, found = cluster(embeddings[rank], indices[rank], *args)
+    return {"assignments": assignments, "centroids": found}
+
+
+def of_ranks(case: str, name: str) -> list[Tensor]:
+    return [GOLDEN.tensor(key) for key in sorted(GOLDEN.keys(f"v2/{case}/{name}_rank"))]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if f"v2/{case}/in/emb_rank0" in GOLDEN])
+def test_clusters_of_two_processes(case):
+    wanted = of_ranks(case, "out/assignments")
+    sizes = [len(c) for c in centroids(case, "_rank0")]
+    found = run_processes(
+        cluster_share,
+        len(wanted),
+        of_ranks(case, "in/emb"),
+        of_ranks(case, "in/index"),
+        sizes,
+        wanted[0].shape[1],
+        orders(case),
+    )
+    for rank, result in enumerate(found):
+        assert torch.equal(result["assignments"], wanted[rank])
+        torch.testing.assert_close(result["centroids"], centroids(case, f"_rank{rank}"), rtol=0, atol=1e-5)
+
+
+class Stub(nn.Module):
+    """Gives the stored embeddings, one set per step, and their scores with every head."""
+
+    def __init__(self, outputs: list[Tensor], sizes: list[int]):
+        super().__init__()
+        self.outputs = nn.ParameterList(outputs)
+        self.prototypes = MultiPrototypes(outputs[0].shape[1], sizes)
+        self.step = 0
+
+    def forward(self, views):
+        embeddings = F.normalize(self.outputs[self.step], dim=1)
+        self.step += 1
+        return embeddings, self.prototypes(embeddings)
+
+
+def test_an_epoch_follows_the_reference(tmp_path):
+    case = "v2/train_epoch"
+    batches = GOLDEN.tensor(f"{case}/in/batch_index")
+    steps, batch_size = batches.shape
+    sizes = [len(c) for c in centroids("train_epoch")]
+    network = Stub([GOLDEN.tensor(key) for key in GOLDEN.keys(f"{case}/in/z")], sizes)
+    heads = network.prototypes.heads()
+    memory = filled_memory(GOLDEN.tensor(f"{case}/in/mem_emb"), GOLDEN.tensor(f"{case}/in/mem_index"))
+    wanted = GOLDEN.tensor(f"{case}/out/assignments")
+    assignments = cluster_memory(memory, heads, wanted.shape[1], orders("train_epoch"))
+    assert torch.equal(assignments, wanted)
+
+    main_deepclusterv2.train_one_epoch(
+        network,
+        [([torch.zeros(1)], torch.zeros(batch_size), indices) for indices in batches],
+        LARC(network.prototypes.parameters(), lr=0.0),
+        GOLDEN[f"{case}/in/lr"],
+        memory,
+        assignments,
+        crops_for_assign=list(range(len(memory.embeddings))),
+        temperature=TEMPERATURE,
+        freeze_prototypes_niters=steps,
+        epoch=0,
+        first_step=0,
+        steps_per_epoch=steps,
+        seed=0,
+        precision=Precision("fp32", CPU),
+        log=RunLog(tmp_path, steps, log_freq=1),
+        usage=main_deepclusterv2.cluster_usage(assignments, heads),
+        monitor=CollapseMonitor(min(sizes), steps, main_deepclusterv2.ADVICE),
+        guard=FiniteGuard({"network": network}, tmp_path, max_skipped_steps=1, device=CPU),
+        checkpointer=SimpleNamespace(after_step=lambda epoch, step_in_epoch: None),
+    )
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    torch.testing.assert_close(torch.tensor(losses), GOLDEN.tensor(f"{case}/out/loss"), rtol=1e-4, atol=0)
+    for i, output in enumerate(network.outputs):
+        expected = GOLDEN.tensor(f"{case}/out/grad_z{i}")
+        torch.testing.assert_close(output.grad, expected, rtol=1e-3, atol=1e-6)
+    for head, expected in zip(heads, centroids("train_epoch"), strict=True):
+        torch.testing.assert_close(head.weight.detach(), expected, rtol=0, atol=1e-5)
+    assert torch.equal(memory.indices, GOLDEN.tensor(f"{case}/out/mem_index_after"))
+    torch.testing.assert_close(memory.embeddings, GOLDEN.tensor(f"{case}/out/mem_emb_after"), rtol=1e-5, atol=1e-6)
+
+
+def test_memory_is_filled_in_train_mode_and_crop_by_crop():
+    case = "v2/init_memory"
+    network = small_resnet(GOLDEN.state_dict(f"{case}/sd/"))
+    indices = GOLDEN.tensor(f"{case}/in/index")
+    crops = [[GOLDEN.tensor(key) for key in GOLDEN.keys(f"{case}/in/x{step}_")] for step in range(len(indices))]
+    loader = [([torch.cat(c)], torch.zeros(len(i)), i) for c, i in zip(crops, indices, strict=True)]
+    memory = MemoryBank(*GOLDEN[f"{case}/out/mem_emb"].shape)
+    precision = Precision("fp32", CPU)
+    main_deepclusterv2.fill_memory(network, loader, memory, list(range(len(crops[0]))), precision)
+
+    def close(found: Tensor, name: str) -> None:
+        torch.testing.assert_close(found, GOLDEN.tensor(f"{case}/out/{name}"), rtol=1e-3, atol=1e-5)
+
+    assert torch.equal(memory.indices, GOLDEN.tensor(f"{case}/out/mem_index"))
+    close(memory.embeddings, "mem_emb")
+    close(network.bn1.running_mean, "bn1_running_mean_after")
+    with torch.no_grad():
+        embeddings, scores = network.eval()(crops[0])
+    close(embeddings, "emb_eval")
+    for head, found in enumerate(scores):
+        close(found, f"head{head}_scores")
+
+
+def test_every_array_was_compared():
+    assert GOLDEN.unread("v2/") == []

@@ -1,0 +1,131 @@
+"""The real script: flags, memory, clusters, resuming, several processes."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from swav import main_deepclusterv2
+from swav.main_deepclusterv2 import first_centroids, parse_args, train_deepclusterv2
+from tests.processes import run_processes
+from tests.reliability.runs import assert_same
+from tests.swav.test_main_swav import Stop, stop_after
+from tests.swav.training_runs import DEEPCLUSTERV2, comparable, losses, state_of, write_noise
+from tests.swav.training_runs import train_deepclusterv2 as train
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_noise(tmp_path_factory.mktemp("images") / "noise", count=26)  # the last two fill no batch
+
+
+PUBLISHED = (
+    "--data_path /imagenet/train --nmb_crops 2 4 --size_crops 160 96 --min_scale_crops 0.08 0.05 --max_scale_crops 1. "
+    "0.14 --crops_for_assign 0 1 --temperature 0.1 --feat_dim 128 --nmb_prototypes 3000 3000 3000 --epochs 400 "
+    "--batch_size 64 --base_lr 4.8 --final_lr 0.0048 --freeze_prototypes_niters 300000 --wd 0.000001 --warmup_epochs "
+    "10 --start_warmup 0.3 --dist_url tcp://host:40000 --arch resnet50 --sync_bn apex --dump_path /run"
+)
+
+
+def test_the_published_command_line_parses():
+    parse_args(PUBLISHED.split())
+
+
+def test_defaults_are_the_official_ones():
+    args = vars(parse_args(["--data_path", "/imagenet/train"]))
+    official = {
+        "nmb_prototypes": [3000] * 3,
+        "freeze_prototypes_niters": 1e10,
+        "base_lr": 4.8,
+        "epochs": 100,
+        "seed": 31,
+    }
+    assert {name: args[name] for name in official} == official
+    assert not {"epsilon", "sinkhorn_iterations", "queue_length", "epoch_queue_starts", "use_fp16"} & args.keys()
+
+
+def test_training_writes_memory_and_clusters(images, tmp_path):
+    written = train(tmp_path, "--data_path", images, "--epochs", 2)
+    assert [line["step"] for line in written] == [1, 2, 3, 4, 5, 6]
+    assert all(abs(line["loss"] - math.log(6)) < 0.5 for line in written)
+    epochs = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert all(line["prototypes_used"] + line["dead_prototypes"] in (5, 6) for line in epochs)
+    state = state_of(tmp_path)
+    assert state["memory"]["embeddings"].shape == (1, 2, 24, 8)
+    indices = state["memory"]["indices"][0]
+    assert len(indices.unique()) == 24  # two images of 26 are left out of every epoch
+    assert state["assignments"].shape == (2, 26)
+    # the clusters were made from the epoch before; 24 images have one
+    assert ((state["assignments"] >= 0).sum(dim=1) == 24).all()
+    weights = state["state_dict"]
+    for head in (0, 1):
+        prototypes = weights[f"module.prototypes.prototypes{head}.weight"]
+        torch.testing.assert_close(prototypes.norm(dim=1), torch.ones(len(prototypes)))
+
+
+def test_first_centroids_depend_on_seed_epoch_and_head_only():
+    orders = [
+        tuple(order.tolist()) for seed in (0, 1) for epoch in (0, 1) for order in first_centroids(seed, epoch, 2, 9)
+    ]
+    assert len(set(orders)) == 8 and all(sorted(order) == list(range(9)) for order in orders)
+    assert tuple(first_centroids(1, 1, 2, 9)[1].tolist()) == orders[-1]
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4])
+def test_a_run_stopped_anywhere_ends_like_an_uninterrupted_one(images, tmp_path, monkeypatch, steps):
+    flags = ("--data_path", images, "--epochs", 2, "--saveckp_steps", 1, "--freeze_prototypes_niters", 2)
+    train(tmp_path / "whole", *flags)
+    stop_after(monkeypatch, main_deepclusterv2, steps)
+    with pytest.raises(Stop):
+        train(tmp_path / "stopped", *flags)
+    monkeypatch.undo()
+    train(tmp_path / "stopped", *flags, "--workers", 1)
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    assert_same(*(comparable(state_of(tmp_path / name)) for name in ("stopped", "whole")), "checkpoint")
+
+
+def train_share(rank: int, flags: list[str]) -> None:
+    train_deepclusterv2(parse_args([*DEEPCLUSTERV2, *flags]))
+
+
+def test_two_processes_stopped_between_epochs_end_like_uninterrupted_ones(images, tmp_path):
+    flags = ["--data_path", str(images), "--batch_size", "4", "--base_lr", "0.1", "--final_lr", "0.1"]
+    run_processes(train_share, 2, [*flags, "--epochs", "2", "--dump_path", str(tmp_path / "whole")])
+    for epochs in ("1", "2"):
+        run_processes(train_share, 2, [*flags, "--epochs", epochs, "--dump_path", str(tmp_path / "resumed")])
+    assert_same(*(comparable(state_of(tmp_path / name)) for name in ("resumed", "whole")), "checkpoint")
+    memory = state_of(tmp_path / "whole")["memory"]
+    assert memory["embeddings"].shape == (2, 2, 12, 8)
+    assert len(memory["indices"].unique()) == 24
+
+
+def test_the_memory_is_filled_again_on_another_number_of_processes(images, tmp_path, capsys):
+    train(tmp_path, "--data_path", images, "--epochs", 1)
+    assert "filling the memory" in capsys.readouterr().out
+    train(tmp_path, "--data_path", images, "--epochs", 2)
+    assert "filling the memory" not in capsys.readouterr().out
+    train(tmp_path, "--data_path", images, "--epochs", 3, "--batch_size", 7)
+    assert "filling the memory" in capsys.readouterr().out
+
+
+def test_the_memory_of_the_official_files_is_used(images, tmp_path, capsys):
+    train(tmp_path / "ours", "--data_path", images, "--epochs", 1)
+    state = state_of(tmp_path / "ours")
+    (tmp_path / "official").mkdir()
+    official = {key: state[key] for key in ("epoch", "state_dict", "optimizer")}
+    torch.save(official, tmp_path / "official/checkpoint.pth.tar")
+    memory = {
+        "local_memory_embeddings": state["memory"]["embeddings"][0],
+        "local_memory_index": state["memory"]["indices"][0],
+    }
+    torch.save(memory, tmp_path / "official/mb0.pth")
+    for name in ("ours", "official"):
+        train(tmp_path / name, "--data_path", images, "--epochs", 2)
+    assert capsys.readouterr().out.count("filling the memory") == 1  # before the first epoch of all
+    assert losses(tmp_path / "official") == losses(tmp_path / "ours")[3:]
+
+
+def test_more_clusters_than_images_of_an_epoch_are_refused(images, tmp_path):
+    with pytest.raises(ValueError, match=r"--nmb_prototypes 25 is more than the 24 images"):
+        train(tmp_path, "--data_path", images, "--nmb_prototypes", 25)

@@ -1,0 +1,265 @@
+"""The real script: flags, training, the queue, resuming, several processes, copied folders."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from swav import main_swav
+from swav.main_swav import parse_args, rows_of_queue, train_swav
+from tests.processes import run_processes
+from tests.reliability.runs import assert_same
+from tests.swav.training_runs import ROOT, SWAV, comparable, lines, losses, state_of, write_noise
+from tests.swav.training_runs import train_swav as train
+
+QUEUE = ("--queue_length", 16, "--epoch_queue_starts", 0)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_noise(tmp_path_factory.mktemp("images") / "noise")
+
+
+# command lines of the official README and recipes, flag by flag as published
+PUBLISHED = [
+    "--data_path /imagenet/train --epochs 400 --base_lr 0.6 --final_lr 0.0006 --warmup_epochs 0 --batch_size 32 "
+    "--size_crops 224 96 --nmb_crops 2 6 --min_scale_crops 0.14 0.05 --max_scale_crops 1. 0.14 --use_fp16 true "
+    "--freeze_prototypes_niters 5005 --queue_length 3840 --epoch_queue_starts 15",
+    "--data_path /imagenet/train --nmb_crops 2 6 --size_crops 224 96 --min_scale_crops 0.14 0.05 --max_scale_crops 1. "
+    "0.14 --crops_for_assign 0 1 --temperature 0.1 --epsilon 0.05 --sinkhorn_iterations 3 --feat_dim 128 "
+    "--nmb_prototypes 3000 --queue_length 0 --epochs 800 --batch_size 64 --base_lr 4.8 --final_lr 0.0048 "
+    "--freeze_prototypes_niters 313 --wd 0.000001 --warmup_epochs 10 --start_warmup 0.3 --dist_url tcp://host:40000 "
+    "--arch resnet50 --use_fp16 true --sync_bn apex --dump_path /run --world_size 64 --rank 0 --local_rank 3 "
+    "--workers 10",
+]
+
+
+@pytest.mark.parametrize("command", PUBLISHED)
+def test_published_command_lines_parse(command):
+    parse_args(command.split())
+
+
+def test_defaults_are_the_official_ones():
+    args = vars(parse_args(["--data_path", "/imagenet/train"]))
+    official = {
+        "nmb_crops": [2], "size_crops": [224], "min_scale_crops": [0.14], "max_scale_crops": [1],
+        "crops_for_assign": [0, 1], "temperature": 0.1, "epsilon": 0.05, "sinkhorn_iterations": 3, "feat_dim": 128,
+        "nmb_prototypes": 3000, "queue_length": 0, "epoch_queue_starts": 15, "epochs": 100, "batch_size": 64,
+        "base_lr": 4.8, "final_lr": 0, "freeze_prototypes_niters": 313, "wd": 1e-6, "warmup_epochs": 10,
+        "start_warmup": 0, "dist_url": "env://", "local_rank": 0, "arch": "resnet50", "hidden_mlp": 2048,
+        "checkpoint_freq": 25, "use_fp16": True, "sync_bn": "pytorch", "syncbn_process_group_size": 8,
+        "output_dir": ".", "seed": 31,
+    }  # fmt: skip
+    assert {name: args[name] for name in official} == official
+
+
+def test_training_writes_the_official_files(images, tmp_path):
+    written = train(tmp_path, "--data_path", images, *QUEUE, "--checkpoint_freq", 1)
+    assert [line["step"] for line in written] == [1, 2, 3]
+    assert abs(written[0]["loss"] - math.log(6)) < 0.5
+    health = {"code_entropy", "ln_k", "prototypes_used", "prototype_perplexity", "feature_spread", "rank_me"}
+    assert health <= written[0].keys()
+    epoch = json.loads((tmp_path / "log.txt").read_text())
+    assert {"train_loss", "train_lr", "epoch", "prototypes_used", "dead_prototypes"} <= epoch.keys()
+    assert epoch["prototypes_used"] + epoch["dead_prototypes"] == 6
+    state = state_of(tmp_path)
+    assert state["epoch"] == 1 and all(name.startswith("module.") for name in state["state_dict"])
+    assert set(state["optimizer"]["state"][0]) == {"momentum_buffer"}
+    assert state["queue"]["embeddings"].shape == (1, 2, 16, 8)
+    assert (tmp_path / "checkpoints/ckp-0.pth").is_file()
+
+
+def test_codes_of_a_full_queue_use_its_rows(images, tmp_path, monkeypatch):
+    rows = []
+    sinkhorn = main_swav.sinkhorn_knopp
+    monkeypatch.setattr(
+        main_swav, "sinkhorn_knopp", lambda scores, *a, **k: rows.append(len(scores)) or sinkhorn(scores, *a, **k)
+    )
+    train(tmp_path, "--data_path", images, "--queue_length", 20, "--epoch_queue_starts", 1, "--epochs", 2)
+    # no queue in epoch 0; afterwards 20 rows are rounded down to two batches, which have to be filled first
+    assert rows == [8] * 6 + [8, 8, 8, 8, 24, 24]
+
+
+def test_a_queue_has_whole_batches_of_all_processes(capsys):
+    assert rows_of_queue(3840, 64, 4) == 960
+    assert capsys.readouterr().out == ""
+    assert rows_of_queue(3841, 64, 4) == 960
+    assert "the queue has 3840 rows" in capsys.readouterr().out
+    assert rows_of_queue(100, 64, 4) == 0
+    assert "there is no queue" in capsys.readouterr().out
+
+
+def test_prototypes_are_frozen_at_first_and_normalised_before_every_step(images, tmp_path):
+    train(tmp_path / "frozen", "--data_path", images, "--freeze_prototypes_niters", 3)
+    frozen = state_of(tmp_path / "frozen")["state_dict"]["module.prototypes.weight"]
+    torch.testing.assert_close(frozen.norm(dim=1), torch.ones(6))
+    train(tmp_path / "trained", "--data_path", images, "--freeze_prototypes_niters", 2)
+    trained = state_of(tmp_path / "trained")["state_dict"]["module.prototypes.weight"]
+    assert not torch.equal(trained, frozen)
+
+
+def test_the_loss_log_does_not_depend_on_the_number_of_workers(images, tmp_path):
+    for workers in (0, 2):
+        train(tmp_path / str(workers), "--data_path", images, "--workers", workers)
+    assert losses(tmp_path / "0") == losses(tmp_path / "2")
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_after(monkeypatch, script, steps: int) -> None:
+    """Break the training off in the middle of a step."""
+    step, calls = script.step_unless_not_finite, []
+
+    def stop(*args):
+        calls.append(args)
+        if len(calls) > steps:
+            raise Stop
+        return step(*args)
+
+    monkeypatch.setattr(script, "step_unless_not_finite", stop)
+
+
+@pytest.mark.parametrize("steps", [2, 3, 4])
+def test_a_run_stopped_anywhere_ends_like_an_uninterrupted_one(images, tmp_path, monkeypatch, steps):
+    flags = ("--data_path", images, "--epochs", 2, "--saveckp_steps", 1, *QUEUE)
+    train(tmp_path / "whole", *flags)
+    stop_after(monkeypatch, main_swav, steps)
+    with pytest.raises(Stop):
+        train(tmp_path / "stopped", *flags)
+    monkeypatch.undo()
+    train(tmp_path / "stopped", *flags, "--workers", 1)
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    assert_same(*(comparable(state_of(tmp_path / name)) for name in ("stopped", "whole")), "checkpoint")
+    assert (tmp_path / "stopped/log.txt").read_text() == (tmp_path / "whole/log.txt").read_text()
+
+
+def train_share(rank: int, flags: list[str]) -> None:
+    train_swav(parse_args([*SWAV, *flags]))
+
+
+def test_two_processes_give_the_losses_of_one_with_twice_the_batch_and_the_same_queue(images, tmp_path):
+    flags = ["--data_path", str(images), "--epochs", "2", *map(str, QUEUE)]
+    train(tmp_path / "one", *flags)
+    run_processes(train_share, 2, [*flags, "--batch_size", "4", "--dump_path", str(tmp_path / "two")])
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=5e-4)
+    assert len(losses(tmp_path / "one")) == 6
+    for key in ("prototypes_used", "assigned"):
+        one, two = ([line[key] for line in lines(tmp_path / name)] for name in ("one", "two"))
+        assert one == two
+    (queue,) = state_of(tmp_path / "one")["queue"]["embeddings"]
+    halves = state_of(tmp_path / "two")["queue"]["embeddings"]  # rank r has every second image
+    for batch, half in zip(queue.split(8, dim=1), halves.split(4, dim=2), strict=True):
+        torch.testing.assert_close(half.permute(1, 2, 0, 3).flatten(1, 2), batch, rtol=0, atol=2e-3)
+
+
+def test_the_queue_moves_to_another_number_of_processes(images, tmp_path, capsys):
+    flags = ["--data_path", str(images), *map(str, QUEUE)]
+    run_processes(train_share, 2, [*flags, "--batch_size", "4", "--dump_path", str(tmp_path)])
+    two = state_of(tmp_path)["queue"]
+    train(tmp_path, *flags, "--epochs", 2)
+    assert "4 images per step" not in capsys.readouterr().out  # 8 before and after
+    assert two["pushed"] == [12, 12] and state_of(tmp_path)["queue"]["pushed"] == [48, 48]
+
+
+def test_an_official_checkpoint_with_its_queue_files_is_resumed(images, tmp_path):
+    flags = ("--data_path", images, *QUEUE)
+    train(tmp_path / "ours", *flags, "--epochs", 2)
+    train(tmp_path / "official", *flags)
+    state = state_of(tmp_path / "official")
+    groups = [{**group, "lr": np.float64(group["lr"]), "dampening": 0, "nesterov": False}
+              for group in state["optimizer"]["param_groups"]]  # fmt: skip
+    optimizer = {"state": state["optimizer"]["state"], "param_groups": groups}
+    torch.save({"epoch": 1, "state_dict": state["state_dict"], "optimizer": optimizer, "amp": {"loss_scaler0": {}}},
+               tmp_path / "official/checkpoint.pth.tar")  # fmt: skip
+    torch.save({"queue": state["queue"]["embeddings"][0]}, tmp_path / "official/queue0.pth")
+    train(tmp_path / "official", *flags, "--epochs", 2)
+    # other learning rates in epoch 0, for its end was another one; the second epoch starts where the first one ended
+    found, ours = state_of(tmp_path / "official"), state_of(tmp_path / "ours")
+    assert found["epoch"] == 2 and found["queue"]["pushed"] == [40, 40]
+    assert found["state_dict"].keys() == ours["state_dict"].keys()
+
+
+def run_script(*command, cwd, **environment):
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "PYTHONPATH"))} | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=cwd,
+        env=env | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize("command", [["main_swav.py"], ["main.py"], ["-m", "swav.main_swav"]])
+def test_every_way_to_start_the_script_works_in_a_copied_folder(images, tmp_path, command):
+    """The method's folder with ``shared/`` beside it, below a folder of another name, is all it takes."""
+    project = tmp_path / "some" / "project"
+    for folder in ("swav", "shared"):
+        shutil.copytree(ROOT / folder, project / folder, ignore=shutil.ignore_patterns("__pycache__", "runs"))
+    cwd = project if command[0] == "-m" else project / "swav"
+    run = run_script(*command, *SWAV, "--data_path", images, "--dump_path", tmp_path / "run", cwd=cwd)
+    assert run.returncode == 0, run.stderr
+    assert len(losses(tmp_path / "run")) == 3
+
+
+def test_the_network_file_needs_torch_alone(tmp_path):
+    shutil.copy(ROOT / "swav" / "resnet50.py", tmp_path)
+    code = (
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import resnet50\n"
+        "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
+        "assert new <= set(sys.stdlib_module_names) | {'torch', 'resnet50'}, new\n"
+        "network = resnet50.ResNet([1, 1, 1, 1], width_per_group=8)\n"
+        "assert network(torch.zeros(1, 3, 32, 32)).shape == (1, 256)\n"
+    )
+    run = run_script("-c", code, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--nmb_crops", "2"], "--nmb_crops 2"),
+        (["--crops_for_assign", "0", "4"], "--crops_for_assign 0 4"),
+        (["--nmb_prototypes", "1"], "--nmb_prototypes 1"),
+        (["--epochs", "1", "--warmup_epochs", "2"], "--warmup_epochs 2"),
+        (["--sync_bn", "pytorhc"], "pytorhc"),
+        (["--arch", "resnt50"], "resnet50"),
+        (["--batch_size", "5000"], "24 images on 1 process"),
+        (["--epsilon", "0"], "epsilon must be positive"),
+    ],
+)
+def test_bad_input_is_one_clear_message(images, tmp_path, flags, message, monkeypatch, capsys):
+    arguments = [*SWAV, "--data_path", str(images), "--dump_path", str(tmp_path), *flags]
+    monkeypatch.setattr(sys, "argv", ["main_swav.py", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main_swav.main()
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_another_network_than_the_checkpoints_is_refused_and_leaves_it_alone(images, tmp_path):
+    train(tmp_path, "--data_path", images)
+    before = (tmp_path / "checkpoint.pth.tar").read_bytes()
+    with pytest.raises(ValueError, match=r"--feat_dim 4 does not fit .*--feat_dim 8"):
+        train(tmp_path, "--data_path", images, "--feat_dim", 4)
+    assert (tmp_path / "checkpoint.pth.tar").read_bytes() == before
+
+
+def test_the_end_of_a_run_shows_pictures_and_what_was_learned(images, tmp_path, capsys):
+    train(tmp_path, "--data_path", images, "--pictures", "on", "--eval_knn_freq", 1)
+    for name in ("views", "neighbours", "curves"):
+        assert (tmp_path / f"pictures/{name}.png").stat().st_size > 1000
+    printed = capsys.readouterr().out
+    assert "prototypes used by the 48 codes of the last epoch" in printed
+    assert "before training" in printed and "swav.clusters" in printed
