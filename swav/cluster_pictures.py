@@ -58,6 +58,12 @@ def tile_of(source: ImageSource, clustering: Clustering, members: Sequence[int],
     return Tile(mosaic(images, columns, framed), title)
 
 
+def beside(tiles: Sequence[Tile]) -> list[Tile]:
+    """Tiles with some white between them."""
+    space = Tile(np.full((tiles[0].pixels.shape[0], 6 * GAP_PX, 3), 255, dtype=np.uint8))
+    return [tiles[0], *(tile for other in tiles[1:] for tile in (space, other))]
+
+
 def height_in(tile: Tile) -> float:
     """Height at which a pixel of the tile is one of the sheet."""
     return tile.pixels.shape[0] / DPI
@@ -70,7 +76,7 @@ def describe_cluster(source: ImageSource, clustering: Clustering, cluster: int) 
     text = f"{number:,} image{'s' if number > 1 else ''}, confidence {clustering.confidences[mine].mean():.2f}"
     if clustering.labels is not None:
         label, share = clustering.majority(cluster)
-        text += f", {100 * share:.0f} % {shortened(source.classes[label])}"
+        text += f", {100 * share:.0f} % class {shortened(source.classes[label])}"
     return text
 
 
@@ -85,7 +91,7 @@ def save_overview(source: ImageSource, clustering: Clustering, path: Path) -> Pa
     for cluster in clusters[:OVERVIEW_CLUSTERS]:
         title = f"cluster {cluster}: {describe_cluster(source, clustering, cluster)}"
         tiles.append(tile_of(source, clustering, clustering.members(cluster)[:STRIP], STRIP, title))
-    rows = [tiles[i : i + 2] for i in range(0, len(tiles), 2)]
+    rows = [beside(tiles[i : i + 2]) for i in range(0, len(tiles), 2)]
     which = f"The {len(tiles)} largest of {len(clusters):,}" if len(tiles) < len(clusters) else f"All {len(clusters):,}"
     notes = [f"{which} clusters, the most confident images first; {len(clustering.clusters):,} images in all."]
     if clustering.labels is not None:

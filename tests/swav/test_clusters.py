@@ -164,7 +164,7 @@ def test_contact_sheet_shows_the_most_and_the_least_confident(tmp_path, drawn): 
     path = save_contact_sheet(Colours(), clustering, 0, tmp_path / "sheet.png", most_images=30)
     shown = texts(drawn[0])
     assert "Cluster 0" in shown
-    assert "40 images, confidence 0.72, 98 % dark" in shown
+    assert "40 images, confidence 0.72, 98 % class dark" in shown
     assert any(text.startswith("the 20 most confident, 0.90 to 0.73") for text in shown)
     assert any(text.startswith("the 10 least confident, 0.63 to 0.55") for text in shown)
     assert_nothing_is_clipped(drawn[0])
