@@ -1,11 +1,14 @@
 """Tiny trainings through the real scripts, on generated images."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
+from shared import distributed
 from shared.checkpoint import load_latest
 from swav import main_deepclusterv2, main_swav
 
@@ -41,6 +44,12 @@ def train_deepclusterv2(output_dir, *flags) -> list[dict]:
     arguments = [*DEEPCLUSTERV2, "--dump_path", str(output_dir), *map(str, flags)]
     main_deepclusterv2.train_deepclusterv2(main_deepclusterv2.parse_args(arguments))
     return lines(output_dir)
+
+
+def train_on_rank(rank: int, train: Callable, *flags) -> None:
+    """One of several processes of ``run_processes``, which have joined already."""
+    distributed.init = lambda *_: torch.device("cpu")
+    train(*flags)
 
 
 def lines(output_dir) -> list[dict]:

@@ -1,0 +1,92 @@
+import math
+
+import pytest
+import torch
+
+from swav.collapse import CollapseMonitor, PrototypeUsage, usage_of
+from swav.main_deepclusterv2 import cluster_usage
+from swav.main_swav import ADVICE
+from tests.processes import run_processes
+
+HEALTHY = {
+    "step": 100,
+    "loss": 5.0,
+    "code_entropy": 3.0,
+    "assigned": 20000.0,
+    "prototypes_used": 2900.0,
+    "prototype_perplexity": 2500.0,
+    "feature_spread": 0.9,
+}
+
+
+@pytest.mark.parametrize(
+    ("signs", "words", "flag"),
+    [
+        ({"code_entropy": 8.0}, "the codes are uniform", "--epsilon"),
+        ({"prototype_perplexity": 20.0, "prototypes_used": 25.0}, "25 of 3000 got any of 20000", "--nmb_prototypes"),
+        ({"feature_spread": 0.01}, "nearly the same embedding", "--base_lr"),
+        ({"loss": math.log(3000)}, "still at ln K = 8.006", "--freeze_prototypes_niters"),
+    ],
+)
+def test_every_kind_of_collapse_is_said_once_with_a_flag_to_try(signs, words, flag):
+    monitor = CollapseMonitor(3000, patience_steps=50, advice=ADVICE)
+    sentence = monitor.check(HEALTHY | signs)
+    assert words in sentence and flag in sentence and sentence.startswith("step 100: ")
+    assert monitor.check(HEALTHY | signs) is None
+
+
+def test_healthy_and_early_lines_say_nothing():
+    monitor = CollapseMonitor(3000, patience_steps=50, advice=ADVICE)
+    assert monitor.check(HEALTHY) is None
+    assert monitor.check(HEALTHY | {"step": 49, "code_entropy": 8.0}) is None
+    without_codes = {key: value for key, value in HEALTHY.items() if key != "code_entropy"}  # DeepCluster-v2
+    assert monitor.check(without_codes) is None
+    not_finite = HEALTHY | {"loss": math.nan, "feature_spread": math.nan}
+    assert monitor.check(not_finite) is None
+
+
+def test_the_first_images_of_an_epoch_are_no_collapse():
+    torch.manual_seed(0)
+    monitor = CollapseMonitor(3000, patience_steps=0, advice=ADVICE)
+    for images in (10, 100, 1000, 10_000):
+        counts = torch.bincount(torch.randint(3000, (images,)), minlength=3000)
+        usage = {name: value.item() for name, value in usage_of(counts).items()}
+        assert monitor.check(HEALTHY | usage) is None
+
+
+def test_usage_of_some_prototypes():
+    usage = usage_of(torch.tensor([4, 0, 4, 0, 0]))
+    assert usage["assigned"] == 8 and usage["prototypes_used"] == 2
+    torch.testing.assert_close(usage["prototype_perplexity"].item(), 2.0)
+    assert usage_of(torch.zeros(5, dtype=torch.int64))["prototypes_used"] == 0
+
+
+def test_the_likeliest_prototype_of_a_code_counts():
+    usage = PrototypeUsage(3)
+    usage.add(torch.tensor([[0.2, 0.5, 0.3], [0.1, 0.6, 0.3], [0.9, 0.1, 0.0], [math.nan, 0.1, 0.2]]))
+    assert usage.counts.tolist() == [1, 2, 0]
+    assert usage.of_epoch() == {"prototypes_used": 2, "dead_prototypes": 1}
+    usage.reset()
+    assert usage.of_epoch() == {"prototypes_used": 0, "dead_prototypes": 3}
+
+
+def count_on(rank: int) -> dict:
+    usage = PrototypeUsage(3)
+    usage.add(torch.eye(3)[[rank, 2]])
+    state = usage.state_dict()
+    again = PrototypeUsage(3)
+    again.load_state_dict(state)
+    return {"state": state, "before": usage.summary(), "after": again.summary()}
+
+
+def test_processes_count_together_and_go_on_from_a_checkpoint():
+    for found in run_processes(count_on, 2):
+        assert found["state"]["counts"].tolist() == [1, 1, 2]
+        assert found["before"] == found["after"] and found["after"]["assigned"] == 4
+
+
+def test_the_head_that_uses_its_clusters_least_evenly_is_reported():
+    assignments = torch.tensor([[0, 1, 2, -100], [1, 1, 1, -100]])
+    heads = [torch.nn.Linear(2, 3, bias=False), torch.nn.Linear(2, 4, bias=False)]
+    usage = cluster_usage(assignments, heads)
+    assert usage == {"assigned": 3, "prototypes_used": 1, "prototype_perplexity": 1.0, "dead_prototypes": 3}

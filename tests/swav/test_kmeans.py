@@ -1,0 +1,126 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from swav import kmeans
+from swav.kmeans import NOT_SEEN, cluster_memory, nearest_centroids, spherical_kmeans
+from swav.memory_bank import MemoryBank
+from tests.processes import run_processes
+
+
+def unit_rows(rows: int, dim: int = 5, seed: int = 0) -> torch.Tensor:
+    return F.normalize(torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+def by_loops(embeddings, centroids, num_iters):
+    """Row by row and in double precision."""
+    embeddings, centroids = embeddings.double(), centroids.double().clone()
+    for iteration in range(num_iters + 1):
+        clusters = [max(range(len(centroids)), key=lambda k, row=row: float(row @ centroids[k])) for row in embeddings]
+        if iteration < num_iters:
+            for k in range(len(centroids)):
+                rows = [row for row, cluster in zip(embeddings, clusters, strict=True) if cluster == k]
+                mean = sum(rows) / len(rows) if rows else centroids[k]
+                centroids[k] = mean / mean.norm()
+    return torch.tensor(clusters), centroids
+
+
+def test_clusters_and_centroids_equal_those_of_loops():
+    embeddings = unit_rows(40)
+    first = torch.cat([embeddings[:5], embeddings[4:5]])  # the sixth cluster stays empty: the lowest index wins a tie
+    clusters, centroids = spherical_kmeans(embeddings, first, num_iters=4)
+    expected, expected_centroids = by_loops(embeddings, first, num_iters=4)
+    assert torch.equal(clusters, expected)
+    torch.testing.assert_close(centroids.double(), expected_centroids, rtol=1e-5, atol=1e-6)
+
+
+def test_separate_groups_are_found():
+    centres = F.normalize(torch.eye(3, 6) + 0.1, dim=1)
+    embeddings = F.normalize(centres.repeat_interleave(20, dim=0) + 0.05 * unit_rows(60, 6), dim=1)
+    clusters, centroids = spherical_kmeans(embeddings, embeddings[[0, 25, 50]])
+    assert torch.equal(clusters, torch.arange(3).repeat_interleave(20))
+    assert (F.cosine_similarity(centroids, centres) > 0.99).all()
+
+
+def test_rows_are_compared_a_portion_at_a_time(monkeypatch):
+    embeddings, centroids = unit_rows(50), unit_rows(4, seed=1)
+    whole = nearest_centroids(embeddings, centroids)
+    monkeypatch.setattr(kmeans, "ROWS_AT_A_TIME", 7)
+    assert torch.equal(nearest_centroids(embeddings, centroids), whole)
+
+
+def share(rank: int, embeddings: torch.Tensor, centroids: torch.Tensor) -> dict:
+    clusters, found = spherical_kmeans(embeddings[rank::2], centroids)
+    return {"clusters": clusters, "centroids": found}
+
+
+def test_two_processes_find_the_clusters_of_one():
+    embeddings = unit_rows(60)
+    clusters, centroids = spherical_kmeans(embeddings, embeddings[:6])
+    first, second = run_processes(share, 2, embeddings, embeddings[:6])
+    assert torch.equal(torch.stack([first["clusters"], second["clusters"]], dim=1).flatten(), clusters)
+    torch.testing.assert_close(first["centroids"], centroids, rtol=1e-5, atol=1e-6)
+    assert torch.equal(first["centroids"], second["centroids"])
+
+
+def filled(rows: int, num_banks: int = 2) -> MemoryBank:
+    memory = MemoryBank(num_banks, rows, 5)
+    memory.write(0, torch.arange(rows) + 3, torch.stack([unit_rows(rows, seed=bank) for bank in range(num_banks)]))
+    return memory
+
+
+def test_heads_take_banks_in_turn_and_become_the_centroids():
+    memory = filled(20)
+    heads = [nn.Linear(5, k, bias=False) for k in (4, 3, 6)]
+    orders = [torch.randperm(20, generator=torch.Generator().manual_seed(h)) for h in range(3)]
+    assignments = cluster_memory(memory, heads, 30, orders)
+    for head, bank, order, found in zip(heads, (0, 1, 0), orders, assignments, strict=True):
+        rows = memory.embeddings[bank]
+        clusters, centroids = spherical_kmeans(rows, rows[order[: len(head.weight)]])
+        assert torch.equal(found[3:23], clusters)
+        assert (found[:3] == NOT_SEEN).all() and (found[23:] == NOT_SEEN).all()
+        assert torch.equal(head.weight, centroids) and head.weight.requires_grad
+
+
+def test_more_prototypes_than_rows_are_refused():
+    with pytest.raises(ValueError, match="--nmb_prototypes 7 is more than the 6 images"):
+        cluster_memory(filled(6), [nn.Linear(5, 7, bias=False)], 20, [torch.arange(6)])
+
+
+def test_rows_that_are_not_finite_do_not_enter_the_memory():
+    memory = filled(4)
+    before = memory.embeddings.clone()
+    new = torch.stack([unit_rows(2, seed=bank + 5) for bank in range(2)])
+    new[1, 0, 2] = math.nan
+    memory.write(1, torch.tensor([9, 8]), new)
+    assert memory.indices.tolist() == [3, 4, 8, 6]
+    assert torch.equal(memory.embeddings[:, [0, 1, 3]], before[:, [0, 1, 3]])
+    assert torch.equal(memory.embeddings[:, 2], new[:, 1])
+
+
+def save_and_load(rank: int) -> dict:
+    memory = MemoryBank(1, 2, 5)
+    memory.write(0, torch.tensor([rank, rank + 10]), unit_rows(2, seed=rank)[None])
+    state = memory.state_dict()
+    assert (state is None) == (rank == 1)
+    return state or {"indices": memory.indices, "embeddings": memory.embeddings}
+
+
+def test_the_memory_of_all_processes_is_gathered_on_the_first():
+    state, second = run_processes(save_and_load, 2)
+    assert state["indices"].tolist() == [[0, 10], [1, 11]]
+    assert torch.equal(state["embeddings"][1], second["embeddings"])
+    assert not MemoryBank(1, 4, 5).load_state_dict(state)  # for two processes, this is one
+
+
+def test_a_memory_of_another_shape_is_refused_or_reported():
+    state = filled(4).state_dict()
+    same, other = filled(4), filled(5)
+    same.embeddings.zero_()
+    assert same.load_state_dict(state) and torch.equal(same.embeddings, state["embeddings"][0])
+    assert not other.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"\(2, 4, 5\)"):
+        other.load_rows(state["indices"][0], state["embeddings"][0])

@@ -1,0 +1,89 @@
+"""Jobs and recipes: every published recipe is understood by its training script, however it is started."""
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from swav import main_deepclusterv2, main_swav, run_with_submitit
+from tests.swav.training_runs import ROOT, TINY, losses, write_noise
+
+RECIPES = sorted((ROOT / "swav/scripts").glob("*_pretrain.sh"))
+
+
+@pytest.fixture
+def submitted(monkeypatch):
+    """The arguments that would have been submitted."""
+    calls = []
+    monkeypatch.setattr(run_with_submitit.slurm, "submit", lambda train, args: calls.append((train, args)))
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("method", "script", "train"),
+    [
+        ("swav", main_swav, main_swav.train_swav),
+        ("deepclusterv2", main_deepclusterv2, main_deepclusterv2.train_deepclusterv2),
+    ],
+)
+def test_every_training_flag_is_accepted_with_its_default(submitted, method, script, train):
+    run_with_submitit.main(["--method", method, "--data_path", "images", "--nodes", "4"])
+    chosen, args = submitted[0]
+    assert chosen is train
+    assert vars(script.parse_args(["--data_path", "images"])).items() <= vars(args).items()
+    assert (args.nodes, args.job_name) == (4, method)
+    assert not hasattr(args, "method")
+
+
+def test_debug_trains_in_this_process(tmp_path):
+    flags = [*TINY, "--nmb_prototypes", "6", "--data_path", str(write_noise(tmp_path / "images"))]
+    run_with_submitit.main([*flags, "--cluster", "debug", "--dump_path", str(tmp_path / "%j")])
+    assert len(losses(tmp_path / "debug")) == 3
+
+
+def started(recipe: Path, launcher: str, folder: Path) -> list[str]:
+    """The command that a recipe would start, from a shell where ``python`` and ``torchrun`` only print."""
+    for program in ("python", "torchrun"):
+        (folder / program).write_text('#!/bin/bash\nprintf "%s\\n" "$(basename "$0")" "$@"\n')
+        (folder / program).chmod(0o755)
+    environment = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "LAUNCHER": launcher, "RENDEZVOUS": "host:1"}
+    command = ["bash", str(recipe), "--data_path", "my images", "--epochs", "50"]
+    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=folder)
+    return printed.stdout.splitlines()
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_start_jobs_and_torchrun(recipe, tmp_path, submitted):
+    program, script, *flags = started(recipe, "slurm", tmp_path)
+    assert (program, Path(script)) == ("python", ROOT / "swav/run_with_submitit.py")
+    run_with_submitit.main(flags)
+    train, job = submitted[0]
+    assert (job.data_path, job.epochs) == ("my images", 50)  # flags behind the recipe's name replace its own
+    if recipe.stem.startswith("swav"):
+        assert train is main_swav.train_swav
+        assert job.queue_length % (job.nodes * job.ngpus * job.batch_size) == 0
+
+    program, *rest = started(recipe, "torchrun", tmp_path)
+    place = next(i for i, word in enumerate(rest) if word.endswith(".py"))
+    parser = main_swav if recipe.stem.startswith("swav") else main_deepclusterv2
+    assert program == "torchrun" and Path(rest[place]) == Path(parser.__file__)
+    assert f"--nproc_per_node={job.ngpus}" in rest[:place] and f"--nnodes={job.nodes}" in rest[:place]
+    args = parser.parse_args(rest[place + 1 :])
+    assert vars(args).items() <= vars(job).items()
+
+
+def test_recipes_hold_the_published_values():
+    assert len(RECIPES) == 12
+    batches = {}
+    for recipe in RECIPES:
+        words = shlex.split(recipe.read_text().partition("launch ")[2])
+        nodes, gpus = int(words[1]), int(words[2])
+        batches[recipe.stem] = nodes * gpus * int(words[words.index("--batch_size") + 1])
+        warmup = words[words.index("--warmup_epochs") + 1]
+        small = "bs256" in recipe.stem
+        assert (words[words.index("--base_lr") + 1], warmup) == (("0.6", "0") if small else ("4.8", "10"))
+        assert words[-1] == "$@"
+    expected = {name: 256 if "bs256" in name else 2560 if "w4" in name else 4096 for name in batches}
+    assert batches == expected
