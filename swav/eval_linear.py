@@ -90,6 +90,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         num_labels=10,
         crop_scale=(0.6, 1.0),
         epochs=10,
+        lr=0.03,
         dump_path="runs/digits/linear",
     )
 

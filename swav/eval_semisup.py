@@ -82,6 +82,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         **EMBEDDED_DATA_DEFAULTS,
         num_labels=10,
         crop_scale=(0.6, 1.0),
+        lr=0.003,
+        lr_last_layer=0.03,
         dump_path="runs/digits/semisup",
     )
 

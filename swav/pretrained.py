@@ -18,7 +18,7 @@ from shared.weights import (
     vit_shape,
 )
 
-from .networks import LibraryNetwork, build_network
+from .networks import RESNETS, LibraryNetwork, build_network
 from .resnet50 import PrototypeNetwork
 
 BASE_URL = "https://dl.fbaipublicfiles.com/deepcluster/"
@@ -122,6 +122,7 @@ def load_backbone(arch: str, pretrained: str | Path = "", allow_partial: bool = 
     if pretrained == "random":
         return build_network(arch).eval().requires_grad_(False)
     weights = read_weights(find_file(arch, pretrained))
+    check_width(arch, weights)
     network = build_for(arch, weights.tensors)
     load_backbone_weights(trunk_of(network), weights, allow_partial=allow_partial)
     return network.eval().requires_grad_(False)
@@ -133,12 +134,22 @@ def load_network(arch: str, pretrained: str | Path = "", allow_partial: bool = F
     Embeddings are normalised where there are prototypes.
     """
     weights = read_weights(find_file(arch, pretrained))
+    check_width(arch, weights)
     heads = head_options(weights.head)
     network = build_for(arch, weights.tensors, normalize="nmb_prototypes" in heads, **heads)
     prefix = "backbone." if isinstance(network, LibraryNetwork) else ""
     tensors = {prefix + name: value for name, value in weights.tensors.items()} | weights.head
     load_backbone_weights(network, BackboneWeights(tensors, {}, weights.origin), allow_partial=allow_partial)
     return network.eval().requires_grad_(False)
+
+
+def check_width(arch: str, weights: BackboneWeights) -> None:
+    """Say which of our ResNets a file holds when it is another one, before a large network is built in vain."""
+    stem = weights.tensors.get("conv1.weight")
+    if arch in RESNETS and stem is not None and "layer1.0.conv3.weight" in weights.tensors:
+        found = dict(zip((64, 128, 256, 320), RESNETS, strict=True)).get(len(stem), arch)
+        if found != arch:
+            raise WeightMismatch(f"{weights.origin} holds a network of the width of {found}, not of --arch {arch}")
 
 
 def head_options(head: Mapping[str, Tensor]) -> dict:

@@ -109,11 +109,18 @@ def test_file_that_fills_half_of_the_network_is_refused_unless_told(tmp_path):
         load("resnet50", file, allow_partial=True)
 
 
-def test_wider_network_is_refused(tmp_path, monkeypatch):
+def test_network_of_another_shape_is_refused(tmp_path, monkeypatch):
     file = save(tmp_path, pretraining_file(make_network()))
     monkeypatch.undo()
     with pytest.raises(WeightMismatch, match=r"of another shape: conv1.weight"):
         pretrained.load_backbone("resnet50", file)
+
+
+def test_width_of_a_file_is_named(tmp_path):
+    wide = {"conv1.weight": torch.zeros(128, 3, 7, 7), "layer1.0.conv3.weight": torch.zeros(512, 128, 1, 1)}
+    for load in (pretrained.load_backbone, pretrained.load_network):
+        with pytest.raises(WeightMismatch, match=r"a network of the width of resnet50w2, not of --arch resnet50$"):
+            load("resnet50", save(tmp_path, wide))
 
 
 def test_linear_classifier_is_told_from_a_network(tmp_path):
