@@ -37,13 +37,18 @@ def unpack(tokens: Tensor, layout: Layout | None) -> list[Tensor]:
     return [part.view(B, N, -1) for part, (B, N) in zip(parts, layout, strict=True)]
 
 
-def recompute(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def recompute(function: Callable[[Tensor], Tensor], x: Tensor, draws: bool = False) -> Tensor:
     """``function(x)`` that keeps only ``x`` for the backward pass, where the rest is computed again.
 
     The second run stops at the last tensor that was to be kept. A ``function`` that ends in a linear layer therefore
     repeats everything up to that layer's input, but not its matrix product.
+
+    Args:
+        draws: Whether the function draws random numbers, which then have to be the same again.
     """
-    return checkpoint(function, x, use_reentrant=False) if torch.is_grad_enabled() else function(x)
+    if not torch.is_grad_enabled():
+        return function(x)
+    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=draws)
 
 
 def trunc_normal_(tensor: Tensor, mean: float = 0.0, std: float = 1.0, a: float = -2.0, b: float = 2.0) -> Tensor:
@@ -100,7 +105,8 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
         """(..., D) -> (..., D), of ``norm(x)`` if a norm is given."""
         hidden = self.fc1(x) if norm is None else recompute(lambda x: self.fc1(norm(x)), x)
-        return self.drop(recompute(lambda hidden: self.fc2(self.drop(self.act(hidden))), hidden))
+        draws = self.training and self.drop.p > 0
+        return self.drop(recompute(lambda hidden: self.fc2(self.drop(self.act(hidden))), hidden, draws))
 
 
 class Attention(nn.Module):
@@ -443,6 +449,7 @@ class WeightNormProduct(torch.autograd.Function):
         x, g, v, norm, product = ctx.saved_tensors
         grad_scale = (grad * product).sum(dim=0).unsqueeze(1)
         grad_product = (grad * (g / norm).T).to(product.dtype)
-        grad_v = v * (-grad_scale * g / norm**3)  # through |v|
-        grad_v += grad_product.T @ x.to(product.dtype)
-        return (grad_product @ v.to(product.dtype)).to(x.dtype), grad_scale / norm, grad_v
+        grad_x = (grad_product @ v.to(product.dtype)).to(x.dtype)
+        grad_v = (grad_product.T @ x.to(product.dtype)).to(v.dtype)
+        grad_v.addcmul_(v, -grad_scale * g / norm**3)  # through |v|; in place: an array of this size is most of a peak
+        return grad_x, grad_scale / norm, grad_v

@@ -16,6 +16,7 @@ def keep_freed_memory() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    m_trim_threshold, m_mmap_max = -1, -4
-    # never return the top of the heap, and take nothing from elsewhere
-    return bool(mallopt(m_trim_threshold, -1) and mallopt(m_mmap_max, 0))
+    m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8
+    # never return the top of the heap, take nothing from elsewhere, and let the thread of the backward pass use the same
+    # heap: one of its own would be returned as soon as it is empty
+    return bool(mallopt(m_trim_threshold, -1) and mallopt(m_mmap_max, 0) and mallopt(m_arena_max, 1))

@@ -179,21 +179,18 @@ class RunLog:
         return {"lengths": lengths, "sums": distributed.all_gather_object(sums)}
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue after the lines that ``state`` knows; later ones belong to steps that will be repeated.
-
-        Raises:
-            ValueError: If a file has become shorter than when the state was saved.
-        """
+        """Continue after the lines that ``state`` knows; later ones belong to steps that will be repeated."""
         if distributed.get_rank() < len(state["sums"]):
             for name, sums in state["sums"][distributed.get_rank()].items():
                 setattr(self, name, {k: torch.tensor(v, dtype=torch.double) for k, v in sums.items()})
         for name, length in state["lengths"].items() if distributed.is_main_process() else ():
-            if self.files[name].stat().st_size < length:
-                raise ValueError(
-                    f"{self.files[name]} is shorter than when the checkpoint was written: lines were removed; "
-                    "restore the file or start in an empty --output_dir"
+            path = self.files[name]
+            if path.stat().st_size < length:
+                distributed.print_once(
+                    f"WARNING: {path} is shorter than when the checkpoint was written: lines are gone"
                 )
-            os.truncate(self.files[name], length)
+                length = path.read_bytes().rfind(b"\n") + 1  # without a torn last line
+            os.truncate(path, length)
 
     def close(self) -> None:
         if self.bar is not None:

@@ -1,6 +1,7 @@
 """Balanced assignments by the Sinkhorn-Knopp iteration (Cuturi 2013), on one process or many."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -8,7 +9,11 @@ from torch import Tensor
 from . import distributed
 
 # Largest |logarithm| for which the matrix, two scaling vectors of its spread and their products stay normal numbers
-SCALING_LIMIT = {torch.float32: 25.0, torch.float64: 200.0}
+SCALING_LIMIT = 25.0
+# Largest |logarithm| of a scaling vector that is not yet absorbed into the matrix; an iteration adds log(B K) at most
+ABSORPTION_LIMIT = 10.0
+SMALLEST = -80.0  # exponents below do not count, and subnormal numbers would slow every later product down
+BLOCK_SIZE = 1 << 17  # entries: in float64 they stay in a core's cache
 
 
 @torch.no_grad()
@@ -22,9 +27,8 @@ def sinkhorn_knopp(
     approximately. With no iteration only the total mass is normalised, to B.
 
     The matrix is exp(scores / epsilon) scaled by a vector per side, so a half iteration reads it once. Where that would
-    leave the range of float32 it is done in float64, and beyond the range of that the same iteration runs on
-    logarithms. Either way an iteration costs one collective; one more comes before the first unless ``max_abs_score``
-    is given.
+    leave the range of float32, the scaling is absorbed into the exponents. Either way an iteration costs one
+    collective; one more comes before the first unless ``max_abs_score`` is given.
 
     Args:
         scores: Shape (B / W, K), any float type; the rows of this process.
@@ -45,13 +49,10 @@ def sinkhorn_knopp(
         raise ValueError(f"num_iters must not be negative, got {num_iters}")
     scores = scores.float()
     low, high = _range(scores) if max_abs_score is None else (-max_abs_score, max_abs_score)
-    middle = (low + high) / 2
-    spread = (high - middle) / epsilon
     with torch.autocast(scores.device.type, enabled=False):  # its products would be rounded to half precision
-        for dtype, limit in SCALING_LIMIT.items():
-            if spread <= limit:
-                return _scale(scores.to(dtype), middle, epsilon, num_iters).float()
-        return _scale_logarithms(scores, middle, epsilon, num_iters)
+        if (high - low) / (2 * epsilon) <= SCALING_LIMIT:
+            return _scale(scores, (low + high) / 2, epsilon, num_iters)
+        return _scale_with_absorption(scores, epsilon, num_iters)
 
 
 def _range(scores: Tensor) -> tuple[float, float]:
@@ -74,18 +75,60 @@ def _scale(scores: Tensor, middle: float, epsilon: float, num_iters: int) -> Ten
     return kernel.mul_(prototypes).mul_(samples[:, None])
 
 
-def _scale_logarithms(scores: Tensor, middle: float, epsilon: float, num_iters: int) -> Tensor:
+def _scale_with_absorption(scores: Tensor, epsilon: float, num_iters: int) -> Tensor:
+    """The iteration for any range of scores (Schmitzer, "Stabilized sparse scaling algorithms", 2019, section 3.1).
+
+    The logarithms of the scaling vectors are kept in float64, and the matrix is exp(scores / epsilon + both of them) in
+    float32. From the first iteration on every sample has an entry of 1 and every prototype one of at least 1 / B, so
+    what underflows does not count; the vectors by which later iterations scale this matrix are small numbers, and are
+    absorbed before they grow.
+    """
     num_samples, num_prototypes = len(scores) * distributed.get_world_size(), scores.shape[1]
-    kernel = (scores.double() - middle) / epsilon  # at 1e4, float64 keeps 1e-12 of a difference, float32 only 1e-3
+    log_mass = _log_mass_of_prototypes(scores, epsilon)
     if num_iters == 0:
-        return (kernel + math.log(num_samples) - _logsumexp_over_processes(kernel.logsumexp(dim=(0, 1)))).exp_().float()
-    samples = kernel.new_zeros(len(kernel), 1)
-    for _ in range(num_iters):
-        mass = _logsumexp_over_processes((kernel + samples).logsumexp(dim=0))
-        prototypes = math.log(num_samples / num_prototypes) - mass
-        samples = -(kernel + prototypes).logsumexp(dim=1, keepdim=True)
-    return kernel.add_(prototypes).add_(samples).exp_().float()
+        log_total = math.log(num_samples) - log_mass.logsumexp(dim=0)
+        kernel, _ = _matrix(scores, epsilon, log_total.expand(num_prototypes), log_total.new_zeros(len(scores)))
+        return kernel
+    log_prototypes = math.log(num_samples / num_prototypes) - log_mass
+    kernel, log_samples = _matrix(scores, epsilon, log_prototypes)
+    samples, prototypes = 1 / kernel.sum(dim=1), kernel.new_ones(num_prototypes)
+    for _ in range(num_iters - 1):
+        if max(samples.log().abs().max(), prototypes.log().abs().max()) > ABSORPTION_LIMIT:
+            log_prototypes = log_prototypes + prototypes.log()
+            kernel, log_samples = _matrix(scores, epsilon, log_prototypes, log_samples + samples.log())
+            samples = torch.ones_like(samples)
+        prototypes = (num_samples / num_prototypes) / distributed.all_reduce_sum(samples @ kernel)
+        samples = 1 / (kernel @ prototypes)
+    return kernel.mul_(prototypes).mul_(samples[:, None])
 
 
-def _logsumexp_over_processes(logarithms: Tensor) -> Tensor:
-    return distributed.all_gather(logarithms[None]).logsumexp(dim=0)
+def _blocks(scores: Tensor) -> Iterator[slice]:
+    """Rows that stay in the cache of a core; a GPU takes all of them at once."""
+    num_rows = max(1, BLOCK_SIZE // scores.shape[1]) if scores.device.type == "cpu" else len(scores)
+    return (slice(start, start + num_rows) for start in range(0, len(scores), num_rows))
+
+
+def _log_mass_of_prototypes(scores: Tensor, epsilon: float) -> Tensor:
+    """Logarithm of the sum of exp(scores / epsilon) over the samples of all processes, (K,), float64."""
+    largest = scores.amax(dim=0)
+    mass = sum(
+        scores[rows].sub(largest).mul_(1 / epsilon).clamp_(min=SMALLEST).exp_().sum(dim=0) for rows in _blocks(scores)
+    )
+    return distributed.all_gather((largest.double() / epsilon + mass.log())[None]).logsumexp(dim=0)
+
+
+def _matrix(
+    scores: Tensor, epsilon: float, log_prototypes: Tensor, log_samples: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """exp(scores / epsilon + log_prototypes + log_samples) in float32, with exponents in float64.
+
+    Without ``log_samples`` they are chosen, and returned, such that the largest entry of every sample is 1.
+    """
+    matrix, chosen = torch.empty_like(scores), []
+    for rows in _blocks(scores):
+        # at 1e4, float64 keeps 1e-12 of a difference, float32 only 1e-3
+        exponents = scores[rows].double().mul_(1 / epsilon).add_(log_prototypes)
+        chosen.append(-exponents.amax(dim=1) if log_samples is None else log_samples[rows])
+        matrix[rows] = exponents.add_(chosen[-1][:, None])
+        matrix[rows].clamp_(min=SMALLEST).exp_()
+    return matrix, torch.cat(chosen)

@@ -24,6 +24,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -52,7 +53,8 @@ def add_slurm_flags(parser: argparse.ArgumentParser, job_name: str = "train") ->
     add("--job_name", default=job_name, help="name in the queue")
     add("--cpus_per_task", type=int, default=10, help="CPU cores per process")
     add("--mem_gb_per_gpu", type=float, default=40, help="host memory per process in GB")
-    add("--signal_delay_s", type=int, default=120, help="seconds between the warning signal and the end of the job")
+    add("--signal_delay_s", type=int, default=120, help="seconds between the warning signal and the time limit; SLURM "
+        "may warn half a minute earlier")  # fmt: skip
     add("--max_restarts", type=int, default=100, help="a job that has been restarted so often does not requeue itself")
     add("--job_dir", default=None, help="submitit's logs and pickles (default: <output_dir>/submitit)")
     add("--slurm_option", action="append", default=[], metavar="KEY=VALUE",
@@ -90,7 +92,7 @@ def submit(train: Callable[[argparse.Namespace], object], args: argparse.Namespa
         return _run_locally(trainer, folder, tasks, job_flags)
     if shutil.which("srun") is None:
         raise ValueError("--cluster slurm: there is no srun here; log in to the cluster or use --cluster local")
-    executor = submitit.SlurmExecutor(folder)
+    executor = submitit.SlurmExecutor(folder, python=f"{_DEAF_START} {shlex.quote(sys.executable)}")
     executor.update_parameters(**_sbatch_parameters(job_flags, tasks))
     try:
         job = executor.submit(trainer)
@@ -153,6 +155,10 @@ def _sbatch_parameters(flags: argparse.Namespace, tasks: int) -> dict:
         **{key: value for key, value in optional.items() if value},
     }
 
+
+# a signal in the half second in which Python starts would end the job for good; unheard, it is followed by SLURM's own
+# SIGKILL and requeue
+_DEAF_START = """sh -c 'trap "" TERM USR1 USR2; exec "$0" "$@"'"""
 
 _OPTIONS_WITH_A_FLAG = {
     "nodes": "nodes",
@@ -252,13 +258,14 @@ class Trainer:
         except Exception:
             _end_if_superseded(attempt, args.output_dir)
             raise
+        finally:
+            _ignore_signals()  # Python's exit would reset them, and one that comes late would undo a success
         _end_if_superseded(attempt, args.output_dir)
         return result
 
     def _leave(self, job: submitit.JobEnvironment, attempt: Attempt, stop: Interrupted) -> None:
         """End this process after a save; rank 0 puts the job back into the queue where nobody else does."""
-        for number in STOP_SIGNALS:  # inherited by scontrol, which a TERM that follows USR2 would kill
-            signal.signal(number, signal.SIG_IGN)
+        _ignore_signals()  # inherited by scontrol, which a TERM that follows USR2 would kill
         if job.global_rank != 0:
             raise SystemExit(0)  # an exit code would make srun end rank 0 before it has requeued the job
         local = isinstance(job, submitit.local.local.LocalJobEnvironment)
@@ -311,6 +318,11 @@ def requeue(job_id: str, tries: int = 6) -> None:
 
 def _interrupt(number: int, frame) -> None:
     raise Interrupted(number)
+
+
+def _ignore_signals() -> None:
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _forget_results_of_earlier_attempts(job: submitit.JobEnvironment) -> None:

@@ -56,13 +56,17 @@ def test_lines_of_another_run_are_put_aside(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
-def test_a_shortened_log_is_refused(tmp_path):
-    log = RunLog(tmp_path, 3, log_freq=1)
+def test_lines_that_are_gone_are_reported_and_do_not_stop_the_run(tmp_path, capsys):
+    log = RunLog(tmp_path, 4, log_freq=1)
     run(log, 3)
     state = log.state_dict()
-    (tmp_path / "metrics.jsonl").write_text("")
-    with pytest.raises(ValueError, match="shorter"):
-        RunLog(tmp_path, 3, resumed=True).load_state_dict(state)
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])  # in the middle of the second line
+    resumed = RunLog(tmp_path, 4, log_freq=1, resumed=True)
+    resumed.load_state_dict(state)
+    assert f"WARNING: {path} is shorter than" in capsys.readouterr().out
+    run(resumed, 4, start=3)
+    assert [line["step"] for line in lines(path)] == [1, 4]
 
 
 def test_what_is_not_finite_is_null_in_the_file(tmp_path):

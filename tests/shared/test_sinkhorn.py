@@ -48,29 +48,30 @@ def test_assignments_equal_a_loop_over_entries(epsilon, num_iters):
     )
 
 
-@pytest.mark.parametrize("forms", [{}, {torch.float64: math.inf}, {torch.float32: math.inf}])
-def test_all_forms_of_the_iteration_give_the_same(forms, monkeypatch):
-    """No scaling form leaves the logarithms."""
-    scores, expected = cosines(50, 20), sinkhorn_knopp(cosines(50, 20))
-    monkeypatch.setattr(sinkhorn, "SCALING_LIMIT", forms)
-    torch.testing.assert_close(sinkhorn_knopp(scores), expected, rtol=1e-4, atol=1e-7)
+@pytest.mark.parametrize("num_iters", [0, 1, 3])
+def test_both_forms_of_the_iteration_give_the_same(num_iters, monkeypatch):
+    scores, expected = cosines(50, 20), sinkhorn_knopp(cosines(50, 20), num_iters=num_iters)
+    monkeypatch.setattr(sinkhorn, "SCALING_LIMIT", 0.0)
+    monkeypatch.setattr(sinkhorn, "BLOCK_SIZE", 7 * 20)
+    torch.testing.assert_close(sinkhorn_knopp(scores, num_iters=num_iters), expected, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("form", list(sinkhorn.SCALING_LIMIT))
-@pytest.mark.parametrize("num_iters", [1, 30])
-def test_scaling_is_right_up_to_its_limit(form, num_iters):
+def competing_blocks(limit):
     """Two blocks of samples that compete for unequal shares of the prototypes need the widest scaling vectors."""
-    limit = sinkhorn.SCALING_LIMIT[form]
-    blocks = torch.full((200, 50), -limit)
-    blocks[:100, :1] = limit
-    blocks[100:, 1:] = limit
-    cross = torch.full((50, 200), limit)
+    blocks = torch.full((40, 20), -limit)
+    blocks[:20, :1] = limit
+    blocks[20:, 1:] = limit
+    cross = torch.full((20, 40), limit)
     cross[0] = cross[:, 0] = -limit
-    for scores in (blocks, cross, blocks.t().contiguous(), -cross):
-        scaled = sinkhorn._scale(scores.to(form), 0.0, 1.0, num_iters).float()
-        torch.testing.assert_close(
-            scaled, sinkhorn._scale_logarithms(scores, 0.0, 1.0, num_iters), rtol=1e-4, atol=1e-7
-        )
+    return blocks, cross, blocks.t().contiguous(), -cross
+
+
+@pytest.mark.parametrize("limit", [sinkhorn.SCALING_LIMIT, 40.0, 300.0, 1e4])
+@pytest.mark.parametrize("num_iters", [1, 30])
+def test_prototypes_that_samples_compete_for_are_shared_at_any_range(limit, num_iters):
+    for scores in competing_blocks(limit):
+        expected = slow_sinkhorn(scores, 1.0, num_iters)
+        torch.testing.assert_close(sinkhorn_knopp(scores, 1.0, num_iters), expected, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e2, 1e4, 1e30])

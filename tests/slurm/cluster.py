@@ -155,10 +155,10 @@ class Cluster:
         self.daemons[name].kill()
         self.daemons[name].wait()
 
-    def tasks(self, node: str) -> list[int]:
-        """Process ids of the jobs' tasks on a node."""
-        of_node = f"SLURMD_NODENAME={node}"
-        return [pid for pid, env in self._processes() if of_node in env and any("SLURM_PROCID=" in v for v in env)]
+    def tasks(self, node: str, program: str = "") -> list[int]:
+        """Ids of the jobs' processes on a node, of those that run ``program`` if it is given."""
+        processes = [pid for pid, environment in self._processes() if f"SLURMD_NODENAME={node}" in environment]
+        return [pid for pid in processes if _name(pid).startswith(program)]
 
     def kill_tasks(self, node: str) -> None:
         """SIGKILL to them, as the kernel does when memory runs out."""

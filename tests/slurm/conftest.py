@@ -71,12 +71,15 @@ class Run:
     def ends(self, timeout_s: float = 90) -> str:
         """The state in which the job leaves the queue for good."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
-        return self.cluster.wait_for_state(self.id, *ended, timeout_s=timeout_s)
+        state = self.cluster.wait_for_state(self.id, *ended, timeout_s=timeout_s)
+        for rank in range(self.job.num_tasks):  # shown when the test fails
+            print(f"-- rank {rank} of job {self.id}, {state}\n{self.output(rank)}")
+        return state
 
     def output(self, rank: int) -> str:
         """Standard output and error of a process, over all attempts."""
         paths = self.job.task(rank).paths
-        return paths.stdout.read_text() + paths.stderr.read_text()
+        return "".join(path.read_text() for path in (paths.stdout, paths.stderr) if path.exists())
 
     def restarts(self) -> int:
         return int(self.cluster.show(self.id)["Restarts"])

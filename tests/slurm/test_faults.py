@@ -16,9 +16,9 @@ def cluster(cluster):
 
 
 def test_a_job_longer_than_its_time_limit_finishes_in_several_attempts(submit, cluster):
-    run = submit("--timeout", "1", "--signal_delay_s", "30", "--steps", "60", "--step_s", "0.6")
-    assert run.ends(timeout_s=300) == "COMPLETED"
-    assert run.restarts() >= 1
+    run = submit("--timeout", "2", "--signal_delay_s", "75", "--steps", "80", "--step_s", "0.6")
+    assert run.ends(timeout_s=400) == "COMPLETED"
+    assert run.restarts() >= 1  # the signal comes between second 15 and 45
     run.assert_every_step_counted_once()
 
 

@@ -3,6 +3,8 @@
 The warning signal is tried on DINO itself in test_dino.py, so its variants here are among the slow tests.
 """
 
+import sys
+
 import pytest
 import submitit
 
@@ -34,12 +36,21 @@ def test_a_warning_signal_saves_requeues_and_resumes(submit, cluster):
 
 @pytest.mark.slow
 def test_a_termination_before_the_warning_does_not_stop_the_requeue(submit, cluster):
-    run = submit()
-    run.wait_for_step(2)
+    run = submit("--steps", "6", "--step_s", "2")
+    run.wait_for_step(1)
     for name in ("TERM", "USR2", "TERM"):  # some clusters send both
         cluster.run("scancel", f"--signal={name}", run.id)
     assert run.ends() == "COMPLETED"
     assert run.restarts() == 1
+    run.assert_every_step_counted_once()
+
+
+@pytest.mark.slow
+def test_a_signal_while_python_starts_does_not_end_the_job(submit, cluster):
+    run = submit()
+    cluster.wait_for(lambda: all(cluster.tasks(node, program=sys.executable) for node in ("n1", "n2")))
+    cluster.run("scancel", "--signal=USR2", run.id)
+    assert run.ends() == "COMPLETED"
     run.assert_every_step_counted_once()
 
 
