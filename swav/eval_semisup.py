@@ -125,6 +125,7 @@ def eval_semisup(args: argparse.Namespace) -> dict[str, float]:
         val_set.transform.in_chans,
         args.workers,
         device,
+        drop_single=True,
     )
     wrapped = distributed.wrap(network, device)
     last_layer = list(network.projection_head.parameters())

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from shared import distributed
 from shared.checkpoint import load_latest, save, without_prefix
-from shared.data import BadImages, EpochBatchSampler, EvalTransform, ImageSource, make_loader
+from shared.data import BadImages, EpochBatchSampler, EvalTransform, ImageSource, default_num_workers, make_loader
 from shared.evaluation.knn_monitor import open_labelled
 from shared.export import channels
 from shared.multicrop import MultiCropDataset, normalize_views
@@ -63,7 +63,8 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
 def add_process_flags(parser: argparse.ArgumentParser) -> None:
     """Device and loader flags, and those of the official launchers."""
     add = parser.add_argument_group("processes").add_argument
-    add("--workers", "--num_workers", type=int, default=10, help="loader processes per rank")
+    add("--workers", "--num_workers", type=int, default=None,
+        help="loader processes per rank (default: cores per rank - 1, max 10)")  # fmt: skip
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--dist_url", default="env://", help="rendezvous of the processes")
     add("--world_size", type=int, default=-1, help="ignored: read from the environment")
@@ -79,6 +80,8 @@ def parse_with_embedded_defaults(
     if args.data_path is None:
         parser.set_defaults(**defaults)
         args = parser.parse_args(arguments)
+    if args.workers is None:
+        args.workers = default_num_workers()
     return args
 
 
@@ -117,12 +120,20 @@ def train_loader(
     in_chans: int,
     workers: int,
     device: torch.device,
+    drop_single: bool = False,
 ) -> tuple[DataLoader, EpochBatchSampler]:
-    """Random crops and flips of this process's share of the images, and the sampler that wants to know the epoch."""
+    """Random crops and flips of this process's share of the images, and the sampler that wants to know the epoch.
+
+    Args:
+        drop_single: Leave out the last batch of an epoch if it is a single image, which batch norms that see one pixel
+            cannot normalise.
+    """
     recipe = ViewRecipe(image_size, tuple(crop_scale), interpolation="bilinear")
     bad_images = BadImages(len(source), on_bad_image="error")
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
-    sampler = EpochBatchSampler(len(source), batch_size, seed, rank, world_size, drop_last=False)
+    per_rank = -(-len(source) // world_size)
+    drop_last = drop_single and per_rank > 1 and per_rank % batch_size == 1
+    sampler = EpochBatchSampler(len(source), batch_size, seed, rank, world_size, drop_last)
     dataset = MultiCropDataset(source, [recipe], seed, in_chans=in_chans, bad_images=bad_images)
     return make_loader(dataset, batch_sampler=sampler, num_workers=workers, device=device), sampler
 

@@ -133,6 +133,8 @@ def load_network(arch: str, pretrained: str | Path = "", allow_partial: bool = F
 
     Embeddings are normalised where there are prototypes.
     """
+    if pretrained == "random":
+        raise ValueError("--pretrained random: a file is needed here, for its heads")
     weights = read_weights(find_file(arch, pretrained))
     check_width(arch, weights)
     heads = head_options(weights.head)

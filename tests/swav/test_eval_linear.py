@@ -45,7 +45,7 @@ def test_published_command_lines_parse():
     assert (defaults.arch, defaults.global_pooling, defaults.use_bn, defaults.seed) == ("resnet50", True, False, 31)
     assert (defaults.epochs, defaults.batch_size, defaults.lr, defaults.wd) == (100, 32, 0.3, 1e-6)
     assert (defaults.scheduler_type, defaults.decay_epochs, defaults.gamma) == ("cosine", [60, 80], 0.1)
-    assert (defaults.final_lr, defaults.nesterov, defaults.workers, defaults.dump_path) == (0, False, 10, ".")
+    assert (defaults.final_lr, defaults.nesterov, defaults.dump_path) == (0, False, ".")
 
 
 # --- Features and classifier ------------------------------------------------------------------------------------------

@@ -149,6 +149,12 @@ def test_one_step_is_that_of_a_plain_loop(data, tmp_path):
     torch.testing.assert_close(state["module.layer4.0.conv3.weight"], network.layer4[0].conv3.weight.detach())
 
 
+def test_a_last_batch_of_one_image_is_left_out(data, tmp_path):
+    """At 32 pixels the last feature map is one pixel: batch norms could not normalise it."""
+    result = run(data, tmp_path, "--epochs", 1, "--image_size", 32, "--labels_perc", 67, "--batch_size", 11)
+    assert 0 <= result["acc1"] <= 100
+
+
 def test_an_interrupted_run_ends_like_an_uninterrupted_one(data, tmp_path, monkeypatch):
     run(data, tmp_path / "whole", "--epochs", 3)
 

@@ -145,6 +145,8 @@ def test_absent_weights_are_an_error(arch, weights, message):
 
 def test_random_weights_are_asked_for_by_name():
     assert pretrained.load_backbone("resnet50", "random")(IMAGES).shape == (2, 256)
+    with pytest.raises(ValueError, match="--pretrained random: a file is needed here"):
+        pretrained.load_network("resnet50", "random")
 
 
 # --- Releases and hub -------------------------------------------------------------------------------------------------
