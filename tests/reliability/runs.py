@@ -1,16 +1,18 @@
 """Training runs that a test starts, disturbs, and compares.
 
-A run is a process of its own that calls main_dino.py's ``main()``. It is forked from a server that has imported torch
-already, so a start takes a fraction of a second, and its networks are smaller than any flag makes them.
+A run is a process of its own that calls the ``main()`` of a training script, main_dino.py if nothing else is said. It
+is forked from a server that has imported torch already, so a start takes a fraction of a second; its networks are tiny.
 """
 
 import functools
+import importlib
 import json
 import multiprocessing
 import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +30,22 @@ TINY = (
 ).split()
 STEPS_PER_EPOCH = 6
 TIMINGS = ("images_per_s", "data_wait")
+CHECKPOINTS = (".pth", ".tar")
+
+
+@dataclass(frozen=True)
+class Script:
+    """A training script.
+
+    Attributes:
+        module: Its name.
+        flags: Of a run of two epochs with ``STEPS_PER_EPOCH`` steps each that saves after every step.
+        prepare: Called before the training, to make its networks smaller.
+    """
+
+    module: str
+    flags: tuple[str, ...]
+    prepare: Callable[[], None] | None = None
 
 
 def write_images(folder: Path, count: int = 4 * STEPS_PER_EPOCH) -> Path:
@@ -45,19 +63,26 @@ class Run:
 
     Args:
         output_dir: Of the training; what the process prints is in a file beside it.
-        flags: Added to ``TINY``.
+        flags: Added to those of the script.
         fault: Called in the process before the training, to disturb it from inside.
         environment: Variables of the process, such as its rank.
+        script: What to run; DINO by default.
     """
 
     def __init__(
-        self, output_dir: Path, *flags, fault: Callable[[], None] | None = None, environment: dict | None = None
+        self,
+        output_dir: Path,
+        *flags,
+        fault: Callable[[], None] | None = None,
+        environment: dict | None = None,
+        script: Script | None = None,
     ):
+        script = script or DINO
         self.output_dir = output_dir
         self.printed = output_dir.with_suffix(f".{time.monotonic_ns()}.txt")
-        arguments = [*TINY, "--output_dir", str(output_dir), *map(str, flags)]
+        arguments = [*script.flags, "--output_dir", str(output_dir), *map(str, flags)]
         variables = {name: str(value) for name, value in (environment or {}).items()}
-        self.process = SERVER.Process(target=_train, args=(arguments, variables, self.printed, fault))
+        self.process = SERVER.Process(target=_train, args=(script, arguments, variables, self.printed, fault))
         self.process.start()
 
     def signal(self, number: int) -> None:
@@ -97,7 +122,13 @@ class Run:
         self.wait_for(lambda: any(line["step"] >= step for line in log_lines(self.output_dir)))
 
 
-def start_ranks(output_dir: Path, world_size: int, *flags, fault: Callable[[], None] | None = None) -> list[Run]:
+def start_ranks(
+    output_dir: Path,
+    world_size: int,
+    *flags,
+    fault: Callable[[], None] | None = None,
+    script: Script | None = None,
+) -> list[Run]:
     """The processes of one training, in rank order."""
     port = free_port()
     return [
@@ -105,6 +136,7 @@ def start_ranks(output_dir: Path, world_size: int, *flags, fault: Callable[[], N
             output_dir,
             *flags,
             fault=fault,
+            script=script,
             environment={
                 "RANK": rank,
                 "LOCAL_RANK": rank,
@@ -117,20 +149,22 @@ def start_ranks(output_dir: Path, world_size: int, *flags, fault: Callable[[], N
     ]
 
 
-def _train(arguments: list[str], variables: dict[str, str], printed: Path, fault: Callable[[], None] | None) -> None:
+def _train(
+    script: Script, arguments: list[str], variables: dict[str, str], printed: Path, fault: Callable[[], None] | None
+) -> None:
     file = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.environ.update(variables)
     multiprocessing.set_start_method("fork", force=True)  # for loader processes, as in a script
     torch.set_num_threads(1)
-    shrink_networks()
+    if script.prepare is not None:
+        script.prepare()
     if fault is not None:
         fault()
-    from dino import main_dino
-
-    sys.argv = ["main_dino.py", *arguments]
-    main_dino.main()
+    module = importlib.import_module(script.module)
+    sys.argv = [module.__file__, *arguments]
+    module.main()
 
 
 def shrink_networks() -> None:
@@ -148,6 +182,9 @@ def shrink_networks() -> None:
     main_dino.DINOHead = functools.partial(DINOHead, hidden_dim=32, bottleneck_dim=16)
 
 
+DINO = Script("dino.main_dino", tuple(TINY), shrink_networks)
+
+
 def log_lines(output_dir: Path) -> list[dict]:
     """Complete lines of ``metrics.jsonl`` without what a clock has measured."""
     path = output_dir / "metrics.jsonl"
@@ -160,14 +197,19 @@ def assert_same_run(one: Path, other: Path) -> None:
     """Checkpoints equal tensor by tensor, logs equal line by line."""
     assert log_lines(one) == log_lines(other)
     assert (one / "log.txt").read_text() == (other / "log.txt").read_text()
-    names = sorted(path.name for path in other.glob("*.pth"))
-    assert sorted(path.name for path in one.glob("*.pth")) == names
+    names = checkpoints(other)
+    assert checkpoints(one) == names
     for name in names:
         a, b = load_latest(one / name), load_latest(other / name)
         for state in (a, b):
             state["log"].pop("lengths")  # the clock's numbers are in the files
             state.pop("args")
-        assert_same(a, b, name)
+        assert_same(a, b, str(name))
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Files of weights below a run's folder."""
+    return sorted(path.relative_to(output_dir) for path in output_dir.rglob("*") if path.suffix in CHECKPOINTS)
 
 
 def assert_same(a, b, name: str) -> None:

@@ -6,13 +6,13 @@ from shared.batchnorm import has_batchnorm, synchronize_batchnorm
 from tests.processes import run_processes
 
 
-def normalize_shares(rank, rows, weights):
+def normalize_shares(rank, rows, weights, group_size=None):
     """Each of two ranks normalises half of the rows; the loss weighs every entry differently."""
     torch.manual_seed(0)
     norm = nn.Sequential(nn.BatchNorm2d(3))
     norm[0].weight.data.uniform_(0.5, 2)
     norm[0].bias.data.uniform_(-1, 1)
-    norm = synchronize_batchnorm(norm, torch.device("cpu"))
+    norm = synchronize_batchnorm(norm, torch.device("cpu"), group_size)
     share = slice(None) if distributed.get_world_size() == 1 else slice(4 * rank, 4 * rank + 4)
     x = rows[share].clone().requires_grad_()
     out = norm(x)
@@ -32,6 +32,17 @@ def test_two_processes_normalise_like_one_with_the_whole_batch():
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         torch.testing.assert_close(two[0][name], one[name], rtol=1e-5, atol=1e-6)
         assert torch.equal(two[0][name], two[1][name])
+
+
+def test_groups_of_processes_normalise_on_their_own():
+    torch.manual_seed(1)
+    rows, weights = torch.randn(2, 8, 3, 4, 5)
+    two = run_processes(normalize_shares, 2, rows, weights, 1)
+    for rank, found in enumerate(two):
+        share = slice(4 * rank, 4 * rank + 4)
+        expected = normalize_shares(0, rows[share], weights[share])
+        for name in ("out", "grad", "bias_grad", "running_var"):
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
 
 
 def test_networks_with_batchnorm_are_recognised():

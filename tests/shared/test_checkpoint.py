@@ -164,6 +164,16 @@ def test_without_hard_links_the_old_file_and_the_second_name_are_copies(tmp_path
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_the_second_name_may_be_in_a_folder_below(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    path = tmp_path / "checkpoint.pth.tar"
+    for value, name in ((1, "checkpoints/ckp-0.pth"), (2, None)):
+        checkpoint.save(path, {"weight": torch.full((1000,), float(value))}, keep_as=name)
+    assert value_of(checkpoint.load_latest(path)) == 2
+    assert value_of(checkpoint.load_latest(tmp_path / "checkpoints/ckp-0.pth")) == 1
+    assert [file.name for file in (tmp_path / "checkpoints").iterdir()] == ["ckp-0.pth"]
+
+
 def test_leftovers_of_killed_processes_are_removed_when_the_run_goes_on(tmp_path):
     path = tmp_path / "checkpoint.pth"
     write(path, 1)

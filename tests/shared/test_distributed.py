@@ -20,6 +20,9 @@ def collectives(rank):
         "objects": distributed.all_gather_object({"rank": rank}),
         "broadcast": distributed.broadcast_object(f"from {rank}", src=1),
         "largest": distributed.max_over_processes(7 * rank),
+        "broadcast tensor": distributed.broadcast(torch.tensor([5 + rank])),
+        "on main": distributed.gather_on_main(torch.tensor([1.5 + rank])),
+        "alone": distributed.all_reduce_sum(torch.tensor(rank + 1.0), distributed.neighbours(1)),
     }
 
 
@@ -32,11 +35,20 @@ def test_collectives_of_two_processes():
         assert result["objects"] == [{"rank": 0}, {"rank": 1}]
         assert result["broadcast"] == "from 1"
         assert result["largest"] == 7
+        assert result["broadcast tensor"] == 5
+        assert result["alone"] == rank + 1
+    assert results[0]["on main"].tolist() == [[1.5], [2.5]] and results[1]["on main"] is None
 
 
 def test_collectives_of_one_process_are_the_identity():
     result = {key: value for key, value in collectives(0).items() if key not in ("gathered", "grad", "broadcast")}
-    assert result == {"sum": 1, "mean": 1, "objects": [{"rank": 0}], "largest": 0}
+    expected = {"sum": 1, "mean": 1, "objects": [{"rank": 0}], "largest": 0}
+    assert result == expected | {"broadcast tensor": 5, "on main": torch.tensor([[1.5]]), "alone": 1}
+
+
+def test_processes_that_do_not_divide_into_groups_are_refused():
+    with pytest.raises(ValueError, match="1 processes cannot be divided into groups of 3"):
+        distributed.neighbours(3)
 
 
 def disagree(rank):
