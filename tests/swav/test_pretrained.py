@@ -187,6 +187,10 @@ def test_address_and_file_names_are_the_published_ones(monkeypatch):
     assert set(urls) == expected
 
 
+def test_every_hub_entry_is_tested():
+    assert set(HUB) == {name for name in dir(hubconf) if name.startswith(("swav_", "deepclusterv2_", "selav2_"))}
+
+
 @pytest.mark.parametrize(("entry", "file"), HUB.items())
 def test_hub_entry_builds_offline_and_asks_for_its_file(entry, file, published):
     with torch.device("meta"):
