@@ -89,7 +89,10 @@ def export_onnx(network: nn.Module, path: Path, backbone: nn.Module, image_size:
         network: What is written; computes what ``backbone`` does at this image size.
         backbone: What the file's output is compared with.
     """
-    import onnxruntime  # an optional dependency
+    try:
+        import onnxruntime  # an optional dependency
+    except ModuleNotFoundError as error:
+        raise ValueError("ONNX files need the packages of `pip install -e '.[export]'`") from error
 
     with appearing_when_checked(path) as temporary:
         with torch.no_grad(), warnings.catch_warnings():

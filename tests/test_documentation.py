@@ -17,9 +17,7 @@ COMMANDS = [
     for path in READMES
     for block in re.findall(r"```bash\n(.*?)```", path.read_text(), re.S)
     for line in block.replace("\\\n", " ").splitlines()
-    if re.search(
-        r"\b(main|main_\w+|eval_\w+|visualize_\w+|video_\w+|run_with_\w+)\.py|-m \w+\.export|\bclusters\.py", line
-    )
+    if re.search(r"\b(main|main_\w+|eval_\w+|visualize_\w+|video_\w+|run_with_\w+)\.py|-m \w+\.export", line)
 ]
 
 

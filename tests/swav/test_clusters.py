@@ -1,5 +1,8 @@
 import csv
 import json
+import re
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -185,6 +188,14 @@ def test_overview_and_usage_fit_their_sheets(tmp_path, drawn):  # noqa: F811
 
 
 # --- The command ------------------------------------------------------------------------------------------------------
+
+
+def test_commands_of_the_readme_are_understood():
+    readme = (Path(clusters.__file__).parent / "README.md").read_text()
+    commands = re.findall(r"^python clusters\.py(.*)$", readme, re.MULTILINE)
+    assert len(commands) >= 3
+    for flags in commands:
+        clusters.get_args_parser().parse_args(shlex.split(flags))
 
 
 def run(*flags):
