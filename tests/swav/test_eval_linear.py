@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from swav.eval_linear import FrozenFeatures, RegLog
 from swav.resnet50 import ResNet
 from tests.dino.small_data import write_train_and_val
 from tests.processes import run_processes
+from tests.swav.interruption import interrupting
 from tests.swav.official_layouts import build_small, linear_checkpoint, make_network, small_resnet50
 
 SMALL = ["--pretrained", "random", "--image_size", "32", "--workers", "0", "--device", "cpu"]
@@ -126,15 +128,8 @@ def test_windows_with_batch_norms_learn(data, tmp_path):
 def test_an_interrupted_run_ends_like_an_uninterrupted_one(data, tmp_path, monkeypatch):
     run(data, tmp_path / "whole", "--epochs", 3)
 
-    def interrupt_second_call(*arguments, calls=[]):  # noqa: B006
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return train_one_epoch(*arguments)
-
-    train_one_epoch = eval_linear.train_one_epoch
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(eval_linear, "train_one_epoch", interrupt_second_call)
+        patched.setattr(eval_linear, "train_one_epoch", interrupting(eval_linear.train_one_epoch, call=2))
         run(data, tmp_path / "resumed", "--epochs", 3)
     run(data, tmp_path / "resumed", "--epochs", 3)
 
@@ -145,6 +140,21 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(data, tmp_path, monke
     torch.testing.assert_close(resumed["state_dict"], whole["state_dict"], rtol=0, atol=0)
     assert resumed["log"] == whole["log"]
     assert run(data, tmp_path / "whole", "--epochs", 3)["acc1"] == whole["log"][-1]["test_acc1"]
+
+
+def test_a_checkpoint_of_the_official_script_is_resumed(data, tmp_path, monkeypatch):
+    """It has neither our flags nor our log, and a learning rate that is a numpy number."""
+    whole = run(data, tmp_path / "whole", "--epochs", 2)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(eval_linear, "train_one_epoch", interrupting(eval_linear.train_one_epoch, call=2))
+        run(data, tmp_path / "official", "--epochs", 2)
+    file = tmp_path / "official" / "checkpoint.pth.tar"
+    checkpoint = torch.load(file, weights_only=True)
+    assert checkpoint["epoch"] == 1
+    official = {k: v for k, v in checkpoint.items() if k not in ("flags", "log")}
+    official["optimizer"]["param_groups"][0]["lr"] = np.float64(official["optimizer"]["param_groups"][0]["lr"])
+    torch.save(official, file)
+    assert run(data, tmp_path / "official", "--epochs", 2) == whole
 
 
 def test_evaluate_validates_saved_and_official_classifiers(data, tmp_path, monkeypatch):

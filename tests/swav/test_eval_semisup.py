@@ -11,6 +11,7 @@ from swav import eval_semisup
 from swav.eval_semisup import drawn_images, labelled_subset, listed_images
 from tests.dino.small_data import COLOURS, picture, write_image, write_train_and_val
 from tests.processes import run_processes
+from tests.swav.interruption import interrupting
 from tests.swav.official_layouts import (
     build_small,
     finetuned_checkpoint,
@@ -158,15 +159,8 @@ def test_a_last_batch_of_one_image_is_left_out(data, tmp_path):
 def test_an_interrupted_run_ends_like_an_uninterrupted_one(data, tmp_path, monkeypatch):
     run(data, tmp_path / "whole", "--epochs", 3)
 
-    def interrupt_second_call(*arguments, calls=[]):  # noqa: B006
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return train_one_epoch(*arguments)
-
-    train_one_epoch = eval_semisup.train_one_epoch
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(eval_semisup, "train_one_epoch", interrupt_second_call)
+        patched.setattr(eval_semisup, "train_one_epoch", interrupting(eval_semisup.train_one_epoch, call=2))
         run(data, tmp_path / "resumed", "--epochs", 3)
     run(data, tmp_path / "resumed", "--epochs", 3)
     whole, resumed = (
