@@ -50,7 +50,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--data_path", default=None, help="a folder of images, with or without class folders, a .txt list or a "
         "torchvision data set name; without it the embedded digits")  # fmt: skip
     add("--split", default="all", choices=("all", "train", "val"), help="part of a data set that has several")
-    add("--image_size", type=int, default=224, help="side of the centre crop in pixels, of 8/7 the short side")
+    add("--image_size", type=int, default=224, help="side of the centre crop in pixels; before it the short side "
+        "is resized to 8/7 of it")  # fmt: skip
     add("--on_bad_image", default="skip", choices=("skip", "error"), help="what an unreadable image does")
     add("--batch_size", type=int, default=64, help="images per process")
 

@@ -56,8 +56,8 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add("--data_path", default=None, help="folder with train/ and val/, a folder with one folder per class, a .txt "
         "list or a torchvision data set name; without it the embedded digits")  # fmt: skip
     add("--val_path", default=None, help="images to classify; by default those that belong to --data_path")
-    add("--image_size", type=int, default=224, help="side of the crops in pixels; centre crops are of 8/7 the short "
-        "side")  # fmt: skip
+    add("--image_size", type=int, default=224, help="side of the crops in pixels; for centre crops the short side "
+        "is resized to 8/7 of it")  # fmt: skip
 
 
 def add_process_flags(parser: argparse.ArgumentParser) -> None:
@@ -108,7 +108,7 @@ def labelled_sources(
 
 def eval_transform(image_size: int, network: nn.Module) -> EvalTransform:
     """Resize (256 for a crop of 224), crop the centre, normalise, for the channels that the network takes."""
-    return EvalTransform(round(image_size * 256 / 224), image_size, MEAN, STD, channels(network))
+    return EvalTransform(round(image_size * 256 / 224), image_size, MEAN, STD, channels(network), "bilinear")
 
 
 def train_loader(

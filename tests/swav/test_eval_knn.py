@@ -2,9 +2,12 @@ import re
 
 import pytest
 import torch
+from PIL import Image
+from torchvision import transforms
 
 from swav import eval_knn
 from tests.dino.small_data import write_train_and_val
+from tests.shared.photographs import photograph
 from tests.swav.official_layouts import build_small, make_network, training_checkpoint
 
 SMALL = ["--pretrained", "random", "--image_size", "32", "--workers", "0", "--device", "cpu"]
@@ -46,6 +49,22 @@ def test_features_are_those_of_the_trunk_before_the_head(data, tmp_path, monkeyp
     dataset = eval_knn.EvalDataset(eval_knn.labelled_sources(str(data), None)[1], eval_knn.eval_transform(32, source))
     expected = torch.nn.functional.normalize(source.forward_backbone(dataset[0][0][None]), dim=1)
     torch.testing.assert_close(val_features[:1], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_images_are_prepared_as_in_the_official_code():
+    chain = transforms.Compose(
+        [
+            transforms.Resize(256),  # bilinear
+            transforms.CenterCrop(224),
+            transforms.ToTensor(),
+            transforms.Normalize((0.485, 0.456, 0.406), (0.228, 0.224, 0.225)),
+        ]
+    )
+    pixels = photograph(0, 300, 400)
+    ours = eval_knn.eval_transform(224, make_network())(pixels)
+    difference = (ours - chain(Image.fromarray(pixels))).abs()
+    assert difference.mean() < 0.05 / (255 * 0.228)
+    assert difference.max() < 2.5 / (255 * 0.224)  # rounding of the two passes
 
 
 def test_without_a_data_path_the_embedded_digits_are_classified(capsys):
