@@ -10,6 +10,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 demo: .venv/installed
 	cd $(METHOD) && ../$(BIN)/python main.py $(DEMO_$(METHOD))
 DEMO_dino := --arch vit_small
+DEMO_swav :=
 
 ## make test: format, lint and the whole test suite without the long tests and the cluster
 test: lint

@@ -1,4 +1,9 @@
-"""DINO's augmentation: two global views and several local ones (BYOL's colours, SwAV's multi-crop)."""
+"""DINO's augmentation: two global views and several local ones (BYOL's colours, SwAV's multi-crop); normalisation."""
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
 
 from shared.views import ViewRecipe
 
@@ -31,6 +36,9 @@ def dino_views(
     """
     if local_crops_number < 0:
         raise ValueError(f"--local_crops_number {local_crops_number} is negative")
+    for flag, (low, high) in (("global", global_crops_scale), ("local", local_crops_scale)):
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"--{flag}_crops_scale {low} {high}: expected 0 < low <= high <= 1")
     common = {**FLIP_AND_COLOR, "blur_radius": tuple(blur_radius)}
     global_crop = {"size_px": global_crop_size, "scale": tuple(global_crops_scale), **common}
     local_crop = {"size_px": local_crop_size, "scale": tuple(local_crops_scale), **common}
@@ -39,3 +47,21 @@ def dino_views(
         ViewRecipe(**global_crop, blur_p=0.1, solarize_p=0.2, solarize_threshold=SOLARIZE_THRESHOLD),
         *[ViewRecipe(**local_crop, blur_p=0.5)] * local_crops_number,
     ]
+
+
+def to_input(
+    image: Image.Image,
+    in_chans: int = 3,
+    mean: tuple[float, ...] = MEAN,
+    std: tuple[float, ...] = STD,
+) -> Tensor:
+    """A Pillow image in RGB as the networks see it, float32, shape (in_chans, H, W).
+
+    Args:
+        in_chans: 3, or 1 for the luminance, which takes the averages of ``mean`` and ``std`` over the channels.
+    """
+    mean, std = torch.tensor(mean), torch.tensor(std)
+    if in_chans == 1:
+        image, mean, std = image.convert("L"), mean.mean(dim=0, keepdim=True), std.mean(dim=0, keepdim=True)
+    pixels = torch.from_numpy(np.array(image)).view(image.height, image.width, in_chans).permute(2, 0, 1)
+    return (pixels / 255 - mean[:, None, None]) / std[:, None, None]

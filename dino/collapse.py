@@ -2,6 +2,8 @@
 
 import math
 
+LIKE_A_START = ("uniform", "flat")
+
 
 class CollapseMonitor:
     """Reads the lines of the log and says once, for each kind of failure, what happened and which flag to try.
@@ -11,13 +13,20 @@ class CollapseMonitor:
 
     Args:
         out_dim: Number K of outputs of the head.
-        patience_steps: Steps before a verdict; random networks look flat at first.
+        patience_steps: Steps before a verdict.
+        warmup_steps: Length of the learning rate's warm-up. At its start the centre takes away what all images have in
+            common, which is nearly everything, so that a healthy run looks uniform and flat; the verdicts on these wait
+            ``patience_steps`` more after it.
+
+    Attributes:
+        said: The sentences so far, by kind of failure.
     """
 
-    def __init__(self, out_dim: int, patience_steps: int):
+    def __init__(self, out_dim: int, patience_steps: int, warmup_steps: int = 0):
         self.uniform_entropy = math.log(out_dim)
         self.patience_steps = patience_steps
-        self.said: set[str] = set()
+        self.warmup_steps = warmup_steps
+        self.said: dict[str, str] = {}  # by kind
 
     def check(self, line: dict) -> str | None:
         """A sentence if this line of the log shows a new problem, else None."""
@@ -26,7 +35,9 @@ class CollapseMonitor:
         kind, sentence = self._diagnose(line)
         if kind is None or kind in self.said:
             return None
-        self.said.add(kind)
+        if kind in LIKE_A_START and line["step"] < self.warmup_steps + self.patience_steps:
+            return None
+        self.said[kind] = sentence
         return sentence
 
     def _diagnose(self, line: dict) -> tuple[str | None, str | None]:

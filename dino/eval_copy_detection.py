@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms.functional import normalize, to_tensor
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dino.augmentations import MEAN, STD
+from dino.augmentations import to_input
 from dino.flags import add_process_flags, bool_flag, evaluation_parser
+from dino.networks import input_channels
 from dino.pretrained import load_pretrained
 from dino.vision_transformer import VisionTransformer
 from shared import distributed
@@ -64,16 +64,19 @@ def eval_copy_detection(args: argparse.Namespace) -> dict[str, float]:
     if missing:
         distributed.print_once(f"not in {root}: {', '.join(missing)}")
     groups = {name: open_flat(root / name, "--data_path") for name in ("original", *EDITS) if name not in missing}
-    backbone, _ = load_pretrained(args.arch, args.patch_size, args.pretrained_weights, args.checkpoint_key)
+    backbone, _ = load_pretrained(
+        args.arch, args.patch_size, args.pretrained_weights, args.checkpoint_key, args.allow_partial
+    )
     if not isinstance(backbone, VisionTransformer):
         raise ValueError(f"--arch {args.arch}: copy detection needs a ViT")
     model = CopyDescriptor(backbone).to(device)
+    transform = partial(resize_and_normalize, imsize=args.imsize, in_chans=input_channels(backbone))
 
     def describe(source: ImageSource) -> Tensor:
         distributed.print_once(source.describe())
         return extract_features(
             model,
-            EvalDataset(source, partial(resize_and_normalize, imsize=args.imsize)),
+            EvalDataset(source, transform),
             device,
             args.batch_size_per_gpu,
             args.num_workers,
@@ -107,10 +110,10 @@ def open_flat(folder: str | Path, flag: str) -> ImageSource:
     return open_source(folder, "all", flag=flag)
 
 
-def resize_and_normalize(pixels: np.ndarray, imsize: int) -> Tensor:
-    """RGB pixels (H, W, 3), uint8, to a float tensor (3, imsize, imsize), aspect ratio lost."""
+def resize_and_normalize(pixels: np.ndarray, imsize: int, in_chans: int = 3) -> Tensor:
+    """RGB pixels (H, W, 3), uint8, to the network's input (C, imsize, imsize), aspect ratio lost."""
     image = Image.fromarray(pixels).resize((imsize, imsize), Image.Resampling.BICUBIC)
-    return normalize(to_tensor(image), MEAN, STD)
+    return to_input(image, in_chans)
 
 
 class CopyDescriptor(nn.Module):
@@ -183,8 +186,8 @@ def mean_average_precision(neighbours: np.ndarray, positives: list[list[int]]) -
 
 
 def main() -> None:
-    eval_copy_detection(get_args_parser().parse_args())
-    distributed.shutdown()
+    with distributed.clean_exit():
+        eval_copy_detection(get_args_parser().parse_args())
 
 
 if __name__ == "__main__":

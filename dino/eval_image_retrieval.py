@@ -18,14 +18,14 @@ import numpy as np
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms.functional import normalize, to_tensor
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dino.augmentations import MEAN, STD
+from dino.augmentations import to_input
 from dino.flags import add_process_flags, bool_flag, evaluation_parser
 from dino.ground_truth import GroundTruth, read_ground_truth
+from dino.networks import input_channels
 from dino.pretrained import VITS16_LANDMARKS, fetch, load_pretrained
 from shared import distributed
 from shared.data import EvalDataset
@@ -56,7 +56,8 @@ def eval_image_retrieval(args: argparse.Namespace) -> dict[str, "RetrievalResult
     weights = args.pretrained_weights
     if not weights and (args.arch, args.patch_size) == ("vit_small", 16):
         weights = fetch(VITS16_LANDMARKS)
-    model, _ = load_pretrained(args.arch, args.patch_size, weights, args.checkpoint_key)
+    model, _ = load_pretrained(args.arch, args.patch_size, weights, args.checkpoint_key, args.allow_partial)
+    in_chans = input_channels(model)
     if args.multiscale:
         model = MultiScale(model)
     model.to(device)
@@ -65,7 +66,7 @@ def eval_image_retrieval(args: argparse.Namespace) -> dict[str, "RetrievalResult
         F.normalize(
             extract_features(
                 model,
-                retrieval_images(folder / "jpg", names, args.imsize),
+                retrieval_images(folder / "jpg", names, args.imsize, in_chans),
                 device,
                 batch_size=1,  # images differ in shape
                 num_workers=args.num_workers,
@@ -86,16 +87,16 @@ def eval_image_retrieval(args: argparse.Namespace) -> dict[str, "RetrievalResult
     return results
 
 
-def retrieval_images(folder: Path, names: list[str], imsize: int) -> EvalDataset:
+def retrieval_images(folder: Path, names: list[str], imsize: int, in_chans: int) -> EvalDataset:
     source = FileSource(str(folder), folder, [f"{name}.jpg" for name in names])
-    return EvalDataset(source, partial(shrink_and_normalize, imsize=imsize))
+    return EvalDataset(source, partial(shrink_and_normalize, imsize=imsize, in_chans=in_chans))
 
 
-def shrink_and_normalize(pixels: np.ndarray, imsize: int) -> Tensor:
-    """RGB pixels (H, W, 3), uint8, shrunk into a box of ``imsize`` pixels if larger, to a float tensor (3, H', W')."""
+def shrink_and_normalize(pixels: np.ndarray, imsize: int, in_chans: int = 3) -> Tensor:
+    """RGB pixels (H, W, 3), uint8, shrunk into a box of side ``imsize`` if larger, as input (C, H', W')."""
     image = Image.fromarray(pixels)
     image.thumbnail((imsize, imsize), Image.Resampling.LANCZOS)
-    return normalize(to_tensor(image), MEAN, STD)
+    return to_input(image, in_chans)
 
 
 class MultiScale(nn.Module):
@@ -169,8 +170,8 @@ def score_ranks(ranks: np.ndarray, truth: GroundTruth, protocol: str) -> Retriev
 
 
 def main() -> None:
-    eval_image_retrieval(get_args_parser().parse_args())
-    distributed.shutdown()
+    with distributed.clean_exit():
+        eval_image_retrieval(get_args_parser().parse_args())
 
 
 if __name__ == "__main__":

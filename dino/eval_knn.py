@@ -20,7 +20,8 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dino.augmentations import MEAN, STD
-from dino.flags import add_process_flags, bool_flag, evaluation_parser, set_embedded_data_defaults
+from dino.flags import add_data_flags, add_process_flags, bool_flag, evaluation_parser, set_embedded_data_defaults
+from dino.networks import input_channels
 from dino.pretrained import load_pretrained
 from shared import distributed
 from shared.data import EvalDataset, EvalTransform
@@ -34,10 +35,7 @@ FEATURE_FILES = ("trainfeat.pth", "testfeat.pth", "trainlabels.pth", "testlabels
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = evaluation_parser(__doc__)
-    add = parser.add_argument_group("data").add_argument
-    add("--data_path", default=None, help="folder with train/ and val/, a folder with one folder per class, a .txt "
-        "list or a torchvision data set name; without it the embedded digits")  # fmt: skip
-    add("--val_path", default=None, help="images to classify; by default those that belong to --data_path")
+    add = add_data_flags(parser)
     add("--image_size", type=int, default=224, help="side of the centre crop in pixels, of 8/7 the short side")
     add("--batch_size_per_gpu", type=int, default=128, help="images per process")
     add("--dump_features", default=None, help="folder to write the features and labels to")
@@ -81,12 +79,14 @@ def eval_knn(args: argparse.Namespace) -> dict[int, tuple[float, float]] | None:
 
 def extract_train_and_val(args: argparse.Namespace, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Normalised train features, train labels, val features, val labels."""
-    sources = open_labelled(args.data_path, args.val_path)
+    sources = open_labelled(args.data_path, args.val_path, args.allow_absolute_paths)
     if isinstance(sources, str):
         raise ValueError(f"--data_path {args.data_path}: {sources}")
     if max(args.nb_knn) > len(sources[0]):
         raise ValueError(f"--nb_knn {max(args.nb_knn)} is more than the {len(sources[0])} images of {sources[0].name}")
-    backbone, _ = load_pretrained(args.arch, args.patch_size, args.pretrained_weights, args.checkpoint_key)
+    backbone, _ = load_pretrained(
+        args.arch, args.patch_size, args.pretrained_weights, args.checkpoint_key, args.allow_partial
+    )
     backbone.to(device)
     transform = eval_transform(args.image_size, backbone)
     found = []
@@ -107,8 +107,7 @@ def extract_train_and_val(args: argparse.Namespace, device: torch.device) -> tup
 
 def eval_transform(image_size: int, backbone: nn.Module) -> EvalTransform:
     """Resize (256 for a crop of 224), crop the centre, normalise, for the channels that the backbone takes."""
-    in_chans = next(module for module in backbone.modules() if isinstance(module, nn.Conv2d)).in_channels
-    return EvalTransform(round(image_size * 256 / 224), image_size, MEAN, STD, in_chans)
+    return EvalTransform(round(image_size * 256 / 224), image_size, MEAN, STD, input_channels(backbone))
 
 
 def write_features(folder: Path, features: tuple[Tensor, ...]) -> None:
@@ -131,9 +130,9 @@ def read_features(folder: Path, device: torch.device | str) -> tuple[Tensor, ...
 
 
 def main() -> None:
-    eval_knn(parse_args())
-    distributed.barrier()
-    distributed.shutdown()
+    with distributed.clean_exit():
+        eval_knn(parse_args())
+        distributed.barrier()
 
 
 if __name__ == "__main__":

@@ -11,9 +11,11 @@ the mean patch token. The result is the accuracy after the last epoch. Running t
 import argparse
 import json
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -23,7 +25,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from dino.augmentations import MEAN, STD
 from dino.eval_knn import eval_transform
-from dino.flags import add_process_flags, bool_flag, evaluation_parser, set_embedded_data_defaults
+from dino.flags import add_data_flags, add_process_flags, bool_flag, evaluation_parser, set_embedded_data_defaults
 from dino.pretrained import fetch, find_release, load_pretrained
 from dino.vision_transformer import VisionTransformer
 from shared import distributed, randomness
@@ -44,20 +46,24 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     add("--avgpool_patchtokens", type=bool_flag, default=False, help="ViT: also the mean patch token (true for ViT-B)")
 
-    add = parser.add_argument_group("data").add_argument
-    add("--data_path", default=None, help="folder with train/ and val/, a folder with one folder per class, a .txt "
-        "list or a torchvision data set name; without it the embedded digits")  # fmt: skip
-    add("--val_path", default=None, help="validation images; by default those that belong to --data_path")
+    add = add_data_flags(parser)
     add("--num_labels", type=int, default=1000, help="outputs of the classifier")
     add("--image_size", type=int, default=224, help="side in pixels of the train crops and of the val centre crops")
     add("--crop_scale", type=float, nargs=2, default=(0.08, 1.0), help="area range of the train crops")
     add("--batch_size_per_gpu", type=int, default=128, help="images per process")
+    add("--on_bad_image", default="replace", choices=("replace", "error"), help="what an unreadable train image does")
+    add(
+        "--max_bad_fraction",
+        type=float,
+        default=0.01,
+        help="stop when more train images than this share are unreadable",
+    )
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=int, default=100)
+    add("--epochs", type=int, default=100, help="passes over the train images")
     add("--lr", type=float, default=0.001, help="learning rate at the start for 256 images per step; scaled linearly")
     add("--val_freq", type=int, default=1, help="validate every so many epochs, and after the last one")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of the classifier, the order of the images and the crops")
 
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", default=".", help="for checkpoint.pth.tar and linear_log.txt")
@@ -74,6 +80,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         set_embedded_data_defaults(parser)
         parser.set_defaults(num_labels=10, crop_scale=(0.6, 1.0), lr=0.1, output_dir="runs/digits")
         args = parser.parse_args(arguments)
+    for flag in ("epochs", "val_freq", "batch_size_per_gpu"):
+        if getattr(args, flag) < 1:
+            parser.error(f"--{flag} {getattr(args, flag)} is less than 1")
     return args
 
 
@@ -84,7 +93,7 @@ def eval_linear(args: argparse.Namespace) -> dict[str, float]:
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
 
     # data
-    sources = open_labelled(args.data_path, args.val_path)
+    sources = open_labelled(args.data_path, args.val_path, args.allow_absolute_paths)
     if isinstance(sources, str):
         raise ValueError(f"--data_path {args.data_path}: {sources}")
     train, val = sources
@@ -96,7 +105,9 @@ def eval_linear(args: argparse.Namespace) -> dict[str, float]:
         distributed.print_once(source.describe())
 
     # frozen backbone and linear classifier
-    backbone, embed_dim = load_pretrained(args.arch, args.patch_size, args.pretrained_weights, args.checkpoint_key)
+    backbone, embed_dim = load_pretrained(
+        args.arch, args.patch_size, args.pretrained_weights, args.checkpoint_key, args.allow_partial
+    )
     features = FrozenFeatures(backbone.to(device), args.n_last_blocks, args.avgpool_patchtokens)
     classifier = LinearClassifier(features.dim(embed_dim), args.num_labels).to(device)
     val_set = EvalDataset(val, eval_transform(args.image_size, backbone))
@@ -111,16 +122,15 @@ def eval_linear(args: argparse.Namespace) -> dict[str, float]:
         return result
 
     # loader and optimiser
+    output_dir = Path(args.output_dir)
+    if distributed.is_main_process():
+        output_dir.mkdir(parents=True, exist_ok=True)
+    distributed.barrier()
+    bad_images = BadImages(len(train), output_dir / "bad_images.txt", args.on_bad_image, args.max_bad_fraction)
     recipe = ViewRecipe(args.image_size, tuple(args.crop_scale), interpolation="bilinear")
     sampler = EpochBatchSampler(len(train), args.batch_size_per_gpu, args.seed, rank, world_size, drop_last=False)
     loader = make_loader(
-        MultiCropDataset(
-            train,
-            [recipe],
-            args.seed,
-            in_chans=val_set.transform.in_chans,
-            bad_images=BadImages(len(train), on_bad_image="error"),
-        ),
+        MultiCropDataset(train, [recipe], args.seed, in_chans=val_set.transform.in_chans, bad_images=bad_images),
         batch_sampler=sampler,
         num_workers=args.num_workers,
         device=device,
@@ -131,11 +141,16 @@ def eval_linear(args: argparse.Namespace) -> dict[str, float]:
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
 
     # resume
-    output_dir = Path(args.output_dir)
+    checksum = weights_checksum(backbone)
     log: list[dict] = []
     first_epoch, best_acc = 0, 0.0
     checkpoint = load_latest(output_dir / "checkpoint.pth.tar")
     if checkpoint is not None:
+        if checkpoint.get("backbone", checksum) != checksum:
+            raise ValueError(
+                f"{output_dir / 'checkpoint.pth.tar'} was trained on the features of other weights than "
+                f"{args.pretrained_weights or 'the released ones'}; use another --output_dir"
+            )
         set_weights(classifier, checkpoint["state_dict"], output_dir / "checkpoint.pth.tar")
         optimizer.load_state_dict(checkpoint["optimizer"])
         scheduler.load_state_dict(checkpoint["scheduler"])
@@ -147,6 +162,7 @@ def eval_linear(args: argparse.Namespace) -> dict[str, float]:
         sampler.set_epoch(epoch)
         line = {"epoch": epoch, "train_lr": optimizer.param_groups[0]["lr"]}
         line["train_loss"] = train_one_epoch(wrapped, features, on_device(loader, device), optimizer)
+        line["bad_images"] = bad_images.count()
         scheduler.step()
         if (epoch + 1) % args.val_freq == 0 or epoch + 1 == args.epochs:
             result = validate_now()
@@ -155,13 +171,13 @@ def eval_linear(args: argparse.Namespace) -> dict[str, float]:
         log.append(line)
         distributed.print_once("  ".join(f"{name} {value:.5g}" for name, value in line.items()))
         if distributed.is_main_process():
-            output_dir.mkdir(parents=True, exist_ok=True)
             state = {
                 "epoch": epoch + 1,
                 "state_dict": {f"module.{name}": value for name, value in classifier.state_dict().items()},
                 "optimizer": optimizer.state_dict(),
                 "scheduler": scheduler.state_dict(),
                 "best_acc": best_acc,
+                "backbone": checksum,
                 "log": log,
             }
             save(output_dir / "checkpoint.pth.tar", state)
@@ -212,6 +228,14 @@ class FrozenFeatures:
         return torch.cat(tokens, dim=-1)
 
 
+def weights_checksum(network: nn.Module) -> int:
+    """CRC-32 of all weights: a classifier makes sense with its own backbone only."""
+    checksum = 0
+    for value in network.state_dict().values():
+        checksum = zlib.crc32(np.ascontiguousarray(value.cpu().numpy()), checksum)
+    return checksum
+
+
 def on_device(loader, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """Normalised images and labels, with a progress bar on a terminal."""
     hidden = not (distributed.is_main_process() and sys.stderr.isatty())
@@ -249,8 +273,8 @@ def set_weights(classifier: nn.Module, state_dict: dict[str, Tensor], file: str 
 
 
 def main() -> None:
-    eval_linear(parse_args())
-    distributed.shutdown()
+    with distributed.clean_exit():
+        eval_linear(parse_args())
 
 
 if __name__ == "__main__":

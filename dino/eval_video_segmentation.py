@@ -23,13 +23,14 @@ from tqdm import tqdm
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dino.augmentations import MEAN
 from dino.flags import add_process_flags, evaluation_parser
+from dino.networks import input_channels
 from dino.pretrained import load_pretrained
 from dino.vision_transformer import VisionTransformer
 from shared import distributed
 from shared.images import read_image
 
-MEAN = (0.485, 0.456, 0.406)
 STD = (0.228, 0.224, 0.225)  # 0.228 as in the official script; everywhere else it is 0.229
 TEMPERATURE = 0.1
 
@@ -55,7 +56,9 @@ def eval_video_segmentation(args: argparse.Namespace) -> Path:
     device = distributed.init(device=args.device)
     root, output_dir = Path(args.data_path), Path(args.output_dir)
     videos = [Video(root, name) for name in read_video_names(root)]
-    backbone, _ = load_pretrained(args.arch, args.patch_size, args.pretrained_weights, args.checkpoint_key)
+    backbone, _ = load_pretrained(
+        args.arch, args.patch_size, args.pretrained_weights, args.checkpoint_key, args.allow_partial
+    )
     if not isinstance(backbone, VisionTransformer):
         raise ValueError(f"--arch {args.arch}: video segmentation needs a ViT")
     backbone.to(device)
@@ -111,12 +114,12 @@ def segment_video(
     device: torch.device,
 ):
     """Yields the mask (H, W) of each frame at its original size, object indices in uint8."""
-    patch_size = backbone.patch_embed.patch_size
+    patch_size, in_chans = backbone.patch_embed.patch_size, input_channels(backbone)
     first = np.array(Image.open(video.first_mask))
     if first.ndim != 2:
         raise ValueError(f"{video.first_mask} is not an indexed image")
     yield first
-    frame = read_frame(video.frames[0], image_size)
+    frame = read_frame(video.frames[0], image_size, in_chans)
     rows, columns = (side // patch_size for side in frame.shape[1:])
     small = np.array(Image.fromarray(first).resize((columns, rows), Image.Resampling.NEAREST))
     num_classes = int(first.max()) + 1  # an object lost in the small mask keeps its channel
@@ -126,7 +129,7 @@ def segment_video(
     context = [(patch_features(backbone, frame.to(device)), soft_mask)]
     last = deque(maxlen=n_last_frames)
     for path in video.frames[1:]:
-        frame = read_frame(path, image_size)
+        frame = read_frame(path, image_size, in_chans)
         features = patch_features(backbone, frame.to(device))
         context_features, context_masks = (torch.stack(part) for part in zip(*context, *last, strict=True))
         soft_mask = propagate_masks(features, context_features, context_masks, window, topk)
@@ -135,18 +138,24 @@ def segment_video(
         yield np.array(Image.fromarray(mask).resize(first.shape[::-1], Image.Resampling.NEAREST))
 
 
-def read_frame(path: Path, image_size: int) -> Tensor:
-    """A normalised frame (3, H, W): short side ``image_size``, long side in proportion but a multiple of 64 pixels."""
+def read_frame(path: Path, image_size: int, in_chans: int = 3) -> Tensor:
+    """A normalised frame (C, H, W): short side ``image_size``, long side in proportion but a multiple of 64 pixels."""
     pixels = read_image(path).decode()
     height, width = pixels.shape[:2]
     long_side = max(1, int(image_size * max(height, width) / min(height, width) / 64)) * 64
     size = (image_size, long_side) if height > width else (long_side, image_size)  # (width, height)
-    return normalize_frame(torch.from_numpy(cv2.resize(pixels, size)).permute(2, 0, 1).float() / 255)
+    pixels = cv2.resize(pixels, size)
+    if in_chans == 1:
+        pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)[..., None]
+    return normalize_frame(torch.from_numpy(pixels).permute(2, 0, 1).float() / 255)
 
 
 def normalize_frame(pixels: Tensor) -> Tensor:
-    """RGB (3, H, W) in [0, 1] to the network's input."""
-    return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    """Pixels (C, H, W) in [0, 1] to the network's input; one channel takes the averages of mean and deviation."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    if len(pixels) == 1:
+        mean, std = mean.mean(dim=0, keepdim=True), std.mean(dim=0, keepdim=True)
+    return (pixels - mean) / std
 
 
 def patch_features(backbone: VisionTransformer, frame: Tensor) -> Tensor:
@@ -223,7 +232,8 @@ def write_mask(path: Path, mask: np.ndarray) -> None:
 
 
 def main() -> None:
-    eval_video_segmentation(get_args_parser().parse_args())
+    with distributed.clean_exit():
+        eval_video_segmentation(get_args_parser().parse_args())
 
 
 if __name__ == "__main__":

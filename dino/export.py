@@ -19,10 +19,10 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dino.flags import evaluation_parser
-from dino.networks import VIT_NAMES, build_backbone
+from dino.networks import VIT_NAMES, build_backbone, input_channels
 from dino.pretrained import load_pretrained
 from shared import distributed
-from shared.export import channels, export_onnx, export_safetensors, export_state_dict
+from shared.export import export_onnx, export_safetensors, export_state_dict
 from shared.weights import load_backbone_weights, vit_shape
 
 
@@ -37,7 +37,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def build_options(arch: str, backbone: nn.Module) -> dict:
     """Arguments of :func:`dino.networks.build_backbone` for the same network."""
-    options = {"arch": arch, "in_chans": channels(backbone)}
+    options = {"arch": arch, "in_chans": input_channels(backbone)}
     if arch in VIT_NAMES:
         shape = vit_shape(backbone.state_dict())
         options |= {"patch_size": shape.patch_size, "img_size": shape.img_size}
@@ -119,7 +119,9 @@ def export(
 def main() -> None:
     with distributed.clean_exit():
         args = get_args_parser().parse_args()
-        backbone, _ = load_pretrained(args.arch, args.patch_size, args.pretrained_weights, args.checkpoint_key)
+        backbone, _ = load_pretrained(
+            args.arch, args.patch_size, args.pretrained_weights, args.checkpoint_key, args.allow_partial
+        )
         export(backbone, args.arch, args.output_dir, args.image_size)
 
 

@@ -1,8 +1,12 @@
 """Flags that the evaluation scripts have in common."""
 
 import argparse
+from collections.abc import Callable
 
+from shared.data import default_num_workers
 from shared.flags import bool_flag
+
+from .pretrained import RUN_ON_DIGITS
 
 __all__ = ["add_process_flags", "bool_flag", "evaluation_parser", "set_embedded_data_defaults"]
 
@@ -22,14 +26,29 @@ def evaluation_parser(docstring: str, arch: str = "vit_small", patch_size: int =
     add("--arch", default=arch, help="vit_tiny, vit_small, vit_base, or any torchvision or timm model name")
     add("--patch_size", type=int, default=patch_size, help="side of the ViT's patches in pixels")
     add("--pretrained_weights", default="", help="a file of any layout; random; without it the released weights")
+    add("--allow_partial", action="store_true", help="load what fits when the weights do not fill the network")
     add("--checkpoint_key", default="teacher", help="network to take from a training checkpoint")
     return parser
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> Callable[..., argparse.Action]:
+    """Flags that choose labelled images, those to learn from and those to classify.
+
+    Returns:
+        ``add_argument`` of their group.
+    """
+    add = parser.add_argument_group("data").add_argument
+    add("--data_path", default=None, help="folder with train/ and val/, a folder with one folder per class, a .txt "
+        "list or a torchvision data set name; without it the embedded digits")  # fmt: skip
+    add("--val_path", default=None, help="images to classify; by default those that belong to --data_path")
+    add("--allow_absolute_paths", action="store_true", help="in .txt lists")
+    return add
 
 
 def add_process_flags(parser: argparse.ArgumentParser, launcher: bool = True) -> None:
     """Device and loader flags, and those of the launcher for scripts that run on several processes."""
     add = parser.add_argument_group("processes").add_argument
-    add("--num_workers", type=int, default=10, help="loader processes per rank")
+    add("--num_workers", type=int, default=default_num_workers(), help="loader processes per rank")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     if launcher:
         add("--dist_url", default="env://", help="rendezvous of the processes")
@@ -38,4 +57,4 @@ def add_process_flags(parser: argparse.ArgumentParser, launcher: bool = True) ->
 
 def set_embedded_data_defaults(parser: argparse.ArgumentParser) -> None:
     """Defaults for the embedded 8x8 pixel digits and for the network that ``main_dino.py`` trains on them."""
-    parser.set_defaults(patch_size=4, image_size=16, pretrained_weights="runs/digits/checkpoint.pth")
+    parser.set_defaults(patch_size=4, image_size=16, pretrained_weights=RUN_ON_DIGITS)

@@ -28,14 +28,14 @@ from dino.augmentations import MEAN, STD, dino_views
 from dino.collapse import CollapseMonitor
 from dino.flags import bool_flag
 from dino.losses import DINOLoss
-from dino.networks import build_backbone
+from dino.networks import VIT_NAMES, build_backbone
 from dino.report import save_pictures, summary
 from dino.vision_transformer import DINOHead
 from shared import distributed, randomness
 from shared.attempt import Attempt
 from shared.batchnorm import has_batchnorm, synchronize_batchnorm
 from shared.checkpoint import Checkpointer, check_flags, load_latest, resume_position, without_prefix
-from shared.data import BadImages, EpochBatchSampler, default_num_workers, make_loader, open_source
+from shared.data import BadImages, EpochBatchSampler, default_num_workers, make_loader, open_source, short_side
 from shared.evaluation.knn_monitor import KNNMonitor, open_labelled
 from shared.image_cache import cache_images
 from shared.memory import keep_freed_memory
@@ -46,6 +46,7 @@ from shared.optim import (
     build_optimizer,
     clip_grad_norm_per_tensor_,
     ema_update_,
+    load_optimizer_state,
     param_groups_no_decay_on_bias_and_norm,
     step_unless_not_finite,
 )
@@ -66,6 +67,7 @@ EMBEDDED_DATA_DEFAULTS = {
     "momentum_teacher": 0.99,
     "output_dir": "runs/digits",
 }
+LEAST = {"epochs": 1, "batch_size_per_gpu": 1, "out_dim": 2, "log_freq": 1, "patch_size": 1, "local_crops_number": 0}
 NETWORK_FLAGS = ("arch", "patch_size", "in_chans", "out_dim", "use_bn_in_head", "norm_last_layer", "optimizer")
 
 
@@ -81,6 +83,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         default=None,
         help="images for the k-NN evaluation; by default those that belong to --data_path",
     )
+    add("--allow_absolute_paths", action="store_true", help="in .txt lists")
     add("--in_chans", type=int, default=3, choices=(1, 3), help="channels of the images")
     add("--cache", default="none", help="decoded images: none, memory, or a folder for a memory-mapped file")
     add(
@@ -99,7 +102,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--num_workers",
         type=int,
         default=None,
-        help="loader processes per rank (default: cores per rank - 1, max 10)",
+        help="loader processes per rank; None: cores per rank less one, at most 10",
     )
 
     add = parser.add_argument_group("views").add_argument
@@ -149,9 +152,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--center_momentum", type=float, default=0.9, help="momentum of the centre; 1 switches centring off")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=int, default=100)
+    add("--epochs", type=int, default=100, help="passes over the images")
     add("--batch_size_per_gpu", type=int, default=64, help="images per process")
-    add("--optimizer", default="adamw", choices=("adamw", "sgd", "lars"))
+    add("--optimizer", default="adamw", choices=("adamw", "sgd", "lars"), help="lars: large batches")
     add("--lr", type=float, default=0.0005, help="peak learning rate for 256 images per step; scaled linearly")
     add("--warmup_epochs", type=float, default=10, help="epochs (or parts of one) of linear learning-rate warm-up")
     add("--min_lr", type=float, default=1e-6, help="learning rate at the end")
@@ -181,8 +184,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--tensorboard", action="store_true", help="also log to TensorBoard")
     add("--max_skipped_steps", type=int, default=10,
         help="stop after so many steps in a row without finite gradients (exit code 3); 0: never")  # fmt: skip
-    add("--seed", type=int, default=0)
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add("--seed", type=int, default=0, help="of the initial weights, the order of the images and the views")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
     add("--dist_url", default="env://", help="rendezvous of the processes")
     add("--dist_timeout", type=float, default=1800, help="seconds to wait for other processes")
     add("--local_rank", "--local-rank", type=int, default=0, help="ignored: read from the environment")
@@ -201,11 +204,19 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
     if args.data_path is None:
         parser.set_defaults(**EMBEDDED_DATA_DEFAULTS)
         args = parser.parse_args(arguments)
+    for flag, least in LEAST.items():
+        if getattr(args, flag) < least:
+            parser.error(f"--{flag} {getattr(args, flag)} is less than {least}")
     if args.epochs < max(args.warmup_epochs, args.warmup_teacher_temp_epochs):
         parser.error(
             f"--epochs {args.epochs} is less than --warmup_epochs {args.warmup_epochs} or "
             f"--warmup_teacher_temp_epochs {args.warmup_teacher_temp_epochs}"
         )
+    if args.arch in VIT_NAMES:
+        args.arch = args.arch.replace("deit", "vit")  # as in the official checkpoints
+        for flag in ("global_crop_size", "local_crop_size"):
+            if getattr(args, flag) < args.patch_size:
+                parser.error(f"--{flag} {getattr(args, flag)} is less than --patch_size {args.patch_size}")
     return args
 
 
@@ -238,7 +249,8 @@ def train_dino(args: argparse.Namespace) -> None:
     world_size = distributed.get_world_size()
 
     # data
-    source = cache_images(open_source(args.data_path, "train"), args.cache)
+    source = open_source(args.data_path, "train", allow_absolute_paths=args.allow_absolute_paths)
+    source = cache_images(source, args.cache)
     images = source.checksum()
     distributed.check_same_on_all_processes((len(source), images), "the training data (number of images, checksum)")
     recipes = dino_views(
@@ -256,9 +268,19 @@ def train_dino(args: argparse.Namespace) -> None:
     loader = make_loader(dataset, batch_sampler=sampler, num_workers=num_workers, device=device)
     steps_per_epoch = len(sampler)
     distributed.print_once(f"{source.describe()}: {steps_per_epoch} steps per epoch")
+    if args.data_path is not None and (side := short_side(source)) < args.global_crop_size:
+        distributed.print_once(
+            f"images of {side} pixels are smaller than --global_crop_size {args.global_crop_size}: views are enlarged"
+        )
     if args.data_path is None:
         names = " ".join(f"--{name}" for name in EMBEDDED_DATA_DEFAULTS)
         distributed.print_once(f"without --data_path these flags have defaults for the embedded data: {names}")
+
+    if args.arch in VIT_NAMES and (unseen := args.local_crop_size % args.patch_size):  # global crops: build_backbone
+        distributed.print_once(
+            f"--patch_size {args.patch_size} does not divide --local_crop_size {args.local_crop_size}; the last "
+            f"{unseen} rows and columns of pixels are not seen"
+        )
 
     # student and teacher: the same network and the same initial weights
     student = build_network(args, args.drop_path_rate)
@@ -295,7 +317,11 @@ def train_dino(args: argparse.Namespace) -> None:
     checkpoint = load_latest(output_dir / "checkpoint.pth")
     log = RunLog(output_dir, args.epochs * steps_per_epoch, args.log_freq, args.tensorboard, resumed=bool(checkpoint))
     first_epoch, first_step = 0, 0
-    monitor = CollapseMonitor(args.out_dim, patience_steps=len(schedules.lr) // 4)
+    monitor = CollapseMonitor(
+        args.out_dim,
+        patience_steps=min(len(schedules.lr) // 4, 2 * steps_per_epoch + 1000),
+        warmup_steps=round(args.warmup_epochs * steps_per_epoch),
+    )
 
     teacher_prefix = "module." if has_batchnorm(teacher) else ""  # as in the official files
 
@@ -321,7 +347,7 @@ def train_dino(args: argparse.Namespace) -> None:
         check_flags(checkpoint, args, NETWORK_FLAGS)
         distributed.unwrap(student).load_state_dict(without_prefix(checkpoint["student"], "module."))
         teacher.load_state_dict(without_prefix(checkpoint["teacher"], "module."))
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        load_optimizer_state(optimizer, checkpoint["optimizer"])
         criterion.load_state_dict(checkpoint["dino_loss"])
         if checkpoint.get("fp16_scaler"):
             precision.scaler.load_state_dict(checkpoint["fp16_scaler"])
@@ -338,8 +364,13 @@ def train_dino(args: argparse.Namespace) -> None:
         device,
         in_a_row=checkpoint.get("skipped_steps", 0) if checkpoint else 0,
     )
+    labelled = (
+        open_labelled(args.data_path, args.val_path, args.allow_absolute_paths) if args.eval_knn_freq != 0 else "off"
+    )
+    if args.eval_knn_freq and isinstance(labelled, str):
+        raise ValueError(f"--eval_knn_freq {args.eval_knn_freq}: {labelled}")
     knn = KNNMonitor(
-        open_labelled(args.data_path, args.val_path) if args.eval_knn_freq != 0 else "off",
+        labelled,
         args.global_crop_size,
         MEAN,
         STD,
@@ -348,6 +379,9 @@ def train_dino(args: argparse.Namespace) -> None:
         device,
         args.in_chans,
         num_workers,
+        on_bad_image=args.on_bad_image,
+        max_bad_fraction=args.max_bad_fraction,
+        output_dir=output_dir,
     )
     if knn.off:
         distributed.print_once(f"no k-NN evaluation: {knn.off}")
@@ -390,7 +424,19 @@ def train_dino(args: argparse.Namespace) -> None:
     if args.pictures:
         pictures = save_pictures(teacher.backbone, dataset, knn, args.global_crop_size, output_dir, device)
     if distributed.is_main_process():
-        print(summary(output_dir, args.arch, args.patch_size, args.data_path, knn, pictures))
+        print(
+            summary(
+                output_dir,
+                args.arch,
+                args.patch_size,
+                args.global_crop_size,
+                args.data_path,
+                args.val_path,
+                knn,
+                pictures,
+                problems=list(monitor.said.values()),
+            )
+        )
 
 
 def build_network(args: argparse.Namespace, drop_path_rate: float) -> MultiCropWrapper:
@@ -460,7 +506,7 @@ def train_one_epoch(
         health = output_health(criterion, loss, teacher_features) if log.is_due(step) else {}
         line = log.step(step, epoch, len(labels), averages, **health)
         if line is not None and (problem := monitor.check(line)):
-            distributed.print_once(problem)
+            log.say(problem)
         if line is not None and guard.too_many():
             randomness.seed_step(seed, step, distributed.get_rank())
             with precision.autocast():

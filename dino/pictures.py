@@ -46,13 +46,13 @@ def save_curves(log_path: str | Path, path: str | Path) -> Path:
         ValueError: If the log holds no training steps.
     """
     lines = read_log(log_path)
-    training = [line for line in lines if "loss" in line]
+    training = [line for line in lines if line.get("loss") is not None]  # None: no step of the line was finite
     if not training:
         raise ValueError(f"{log_path} holds no training steps")
     steps = [line["step"] for line in training]
     panels = [Panel("Loss of the student", "step", "cross-entropy", [Curve(steps, [x["loss"] for x in training])])]
 
-    health = [line for line in training if "teacher_entropy" in line]
+    health = [line for line in training if line.get("teacher_entropy") is not None]
     if health:
         x = [line["step"] for line in health]
         curves = [

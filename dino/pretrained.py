@@ -13,6 +13,7 @@ from shared.weights import download, load_backbone_weights, read_backbone_weight
 from .networks import VIT_NAMES, build_backbone
 
 BASE_URL = "https://dl.fbaipublicfiles.com/dino/"
+RUN_ON_DIGITS = "runs/digits/checkpoint.pth"  # where main_dino.py leaves the network of the embedded data
 
 
 class Release(NamedTuple):
@@ -71,7 +72,11 @@ def fetch(file: str) -> Path:
 
 
 def load_pretrained(
-    arch: str, patch_size: int, pretrained_weights: str | Path = "", checkpoint_key: str = "teacher"
+    arch: str,
+    patch_size: int,
+    pretrained_weights: str | Path = "",
+    checkpoint_key: str = "teacher",
+    allow_partial: bool = False,
 ) -> tuple[nn.Module, int]:
     """Build a backbone and fill it, as the evaluation scripts do with their flags of these names.
 
@@ -82,6 +87,7 @@ def load_pretrained(
         patch_size: Side of a ViT's patches in pixels.
         pretrained_weights: A file of any layout; ``""`` for the released weights; ``"random"`` for none.
         checkpoint_key: The network to take from a training checkpoint.
+        allow_partial: Load what fits when the file does not fill the network.
 
     Returns:
         The backbone in evaluation mode, without gradients, and its embedding dimension.
@@ -101,16 +107,17 @@ def load_pretrained(
             )
         pretrained_weights = fetch(release.backbone)
     if not Path(pretrained_weights).is_file():
-        raise ValueError(f"--pretrained_weights {pretrained_weights} is not a file")
+        hint = ": run python main_dino.py first" if str(pretrained_weights) == RUN_ON_DIGITS else ""
+        raise ValueError(f"--pretrained_weights {pretrained_weights} is not a file{hint}")
 
     weights = read_backbone_weights(pretrained_weights, checkpoint_key)
     shape = vit_shape(weights.tensors)
-    fits = arch in VIT_NAMES and shape is not None and shape.patch_size == patch_size
+    fits = shape is not None and (arch not in VIT_NAMES or shape.patch_size == patch_size)
     img_size = shape.img_size if fits else 224
     backbone, embed_dim = build_backbone(arch, patch_size, img_size=img_size)
     first = next(name for name, module in backbone.named_modules() if isinstance(module, nn.Conv2d))
     in_chans = weights.tensors[f"{first}.weight"].shape[1] if f"{first}.weight" in weights.tensors else 3
     if in_chans != 3:
         backbone, embed_dim = build_backbone(arch, patch_size, img_size=img_size, in_chans=in_chans)
-    load_backbone_weights(backbone, weights)
+    load_backbone_weights(backbone, weights, allow_partial=allow_partial)
     return backbone.eval().requires_grad_(False), embed_dim

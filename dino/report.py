@@ -6,13 +6,14 @@ import torch
 from torch import nn
 
 from shared import distributed
-from shared.data import EvalTransform
+from shared.data import BadImages, EvalDataset, EvalTransform
 from shared.evaluation.knn_monitor import KNNMonitor
 from shared.evaluation.neighbours import save_nearest_neighbours
-from shared.evaluation.summary import end_of_run
+from shared.evaluation.summary import command, end_of_run
 from shared.multicrop import MultiCropDataset
 
 from .augmentations import MEAN, STD
+from .networks import VIT_NAMES
 from .pictures import save_curves, save_views
 from .vision_transformer import VisionTransformer
 from .visualize_attention import save_attention
@@ -50,25 +51,58 @@ def save_pictures(
     ]
     if isinstance(backbone, VisionTransformer):
         transform = EvalTransform(image_size, image_size, MEAN, STD, views.in_chans)
-        queries = knn.val.source if knn.off is None else views.source
-        image = transform(queries.load(0).decode()).to(device)
+        source = knn.val.source if knn.off is None else views.source
+        image, *_ = EvalDataset(source, transform, BadImages(len(source), max_fraction=1))[0]
         training = backbone.training
-        paths.append(save_attention(backbone.eval(), image, folder / "attention")[0])
+        paths.append(save_attention(backbone.eval(), image.to(device), folder / "attention")[0])
         backbone.train(training)
     return paths
 
 
 def summary(
-    output_dir: Path, arch: str, patch_size: int, data_path: str | None, knn: KNNMonitor, pictures: list[Path]
+    output_dir: Path,
+    arch: str,
+    patch_size: int,
+    image_size: int,
+    data_path: str | None,
+    val_path: str | None,
+    knn: KNNMonitor,
+    pictures: list[Path],
+    problems: list[str],
 ) -> str:
-    """What was learned, where the files are and what to run next, as text for the end of a run."""
+    """What was learned, where the files are and what to run next, as text for the end of a run.
+
+    Args:
+        problems: Sentences of the collapse monitor.
+    """
     weights = output_dir / "checkpoint.pth"
-    network = f"--arch {arch}" + (f" --patch_size {patch_size}" if arch.startswith(("vit", "deit")) else "")
-    data = f" --data_path {data_path}" if data_path else ""
-    commands = [
-        f"python eval_knn.py {network} --pretrained_weights {weights}{data}",
-        f"python eval_linear.py {network} --pretrained_weights {weights}{data}",
-        f"python visualize_attention.py {network} --pretrained_weights {weights} --image_path YOUR_IMAGE",
-        "python main_dino.py --arch vit_small --data_path YOUR_IMAGES --output_dir YOUR_RUN",
-    ]
-    return end_of_run(output_dir, weights, knn, pictures, commands)
+    commands = next_commands(output_dir, arch, patch_size, image_size, data_path, val_path, knn)
+    return end_of_run(output_dir, weights, knn, pictures, commands, problems=problems)
+
+
+def next_commands(
+    output_dir: Path,
+    arch: str,
+    patch_size: int,
+    image_size: int,
+    data_path: str | None,
+    val_path: str | None,
+    knn: KNNMonitor,
+) -> list[str]:
+    """Evaluations of the network that was trained, as they can be pasted into a shell."""
+    flags = {"arch": arch, "patch_size": patch_size if arch in VIT_NAMES else None}
+    flags["pretrained_weights"] = output_dir / "checkpoint.pth"
+    evaluation, linear = flags | {"data_path": data_path, "val_path": val_path}, {}
+    if data_path and not knn.off:  # the scripts have defaults for the embedded data
+        evaluation["image_size"] = image_size if image_size != 224 else None
+        linear = {"num_labels": len(knn.val.source.classes), "output_dir": output_dir / "linear"}
+    attention = {"image_path": "YOUR_IMAGE", "data_path": data_path, "output_dir": output_dir / "attention"}
+    attention["image_size"] = 2 * image_size if image_size != 224 else None
+    commands = []
+    if not knn.off:
+        few = len(knn.train.source) < 200  # by default the script asks for 200 neighbours
+        commands.append(command("eval_knn.py", **evaluation, nb_knn=knn.k if few else None))
+        commands.append(command("eval_linear.py", **evaluation, **linear))
+    if arch in VIT_NAMES:
+        commands.append(command("visualize_attention.py", **flags, **attention))
+    return [*commands, "python main_dino.py --arch vit_small --data_path YOUR_IMAGES --output_dir YOUR_RUN"]

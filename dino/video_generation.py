@@ -23,6 +23,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dino.flags import evaluation_parser
+from dino.networks import input_channels
 from dino.visualize_attention import attended_patches, class_attention, load_vit, prepare_image
 from shared import distributed
 from shared.images import EXTENSIONS, read_image
@@ -117,7 +118,7 @@ def draw_attention(
     """
     folder.mkdir(parents=True, exist_ok=True)
     patch_size = model.patch_embed.patch_size
-    in_chans = model.patch_embed.proj.in_channels
+    in_chans = input_channels(model)
     written = []
     for frame in tqdm(list(frames), unit="frame", disable=None):
         pixels = read_image(frame).decode()

@@ -2,10 +2,12 @@
 
     python visualize_attention.py                            # an embedded digit, weights of the run in runs/digits
     python visualize_attention.py --image_path photo.jpg     # released ViT-S/8
-    python visualize_attention.py --pretrained_weights checkpoint.pth --patch_size 16 --threshold 0.6
+    python visualize_attention.py --pretrained_weights run/checkpoint.pth --patch_size 16 --threshold 0.6 \\
+        --data_path /path/to/imagenet/val                    # also the nearest neighbours of ten of these images
 
 Without --image_path, given weights look at a photograph that comes with scikit-learn. ``attention.png`` shows
-everything on one sheet; each map is also a file of its own.
+everything on one sheet; each map is also a file of its own. Beside it are ``views.png``, the image as it would enter
+the networks in training, ``neighbours.png`` and, for weights in the folder of a run, its ``curves.png``.
 """
 
 import argparse
@@ -17,18 +19,23 @@ import numpy as np
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
-from torch import Tensor, nn
+from torch import Tensor
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dino.augmentations import MEAN, STD
+from dino.augmentations import MEAN, STD, dino_views, to_input
 from dino.flags import evaluation_parser
-from dino.pretrained import VITS8_300_EPOCHS, fetch, load_pretrained
+from dino.networks import input_channels
+from dino.pictures import save_curves, save_views
+from dino.pretrained import RUN_ON_DIGITS, VITS8_300_EPOCHS, fetch, load_pretrained
+from dino.vision_transformer import VisionTransformer
 from shared import distributed
-from shared.images import read_image
+from shared.data import ArraySource, EvalTransform, open_source, read_image
+from shared.evaluation.neighbours import sample_gallery, save_nearest
+from shared.multicrop import MultiCropDataset, ViewRecipe
 from shared.pictures import Tile, colorize, magnify, save_sheet, write_png
-from shared.sources import open_source
+from shared.weights import safe_load
 
 LEAST_SIDE_PX = 240  # smaller pictures are magnified
 MASK_COLOR = np.array([230, 60, 40], dtype=np.uint8)
@@ -42,6 +49,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--image_size", type=int, nargs="+", default=[480, 480], help="height and width, or the short side, in pixels")
     add("--threshold", type=float, default=None, help="also show the patches that hold this share of the attention")
     add("--output_dir", default=".", help="where the pictures go")
+    add("--data_path", default=None, help="images (a folder, a .txt list or a torchvision data set name); at most "
+        "2,000 of them are searched for the neighbours of ten")  # fmt: skip
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     return parser
 
@@ -51,8 +60,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = get_args_parser()
     args = parser.parse_args(arguments)
     if args.image_path is None and args.pretrained_weights == "":
-        weights = "runs/digits/checkpoint.pth"
-        parser.set_defaults(patch_size=4, image_size=[32, 32], pretrained_weights=weights, output_dir="runs/digits")
+        parser.set_defaults(
+            patch_size=4,
+            image_size=[32, 32],
+            pretrained_weights=RUN_ON_DIGITS,
+            output_dir="runs/digits/attention",
+        )
         args = parser.parse_args(arguments)
         args.embedded = True
     else:
@@ -68,7 +81,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 @torch.no_grad()
-def class_attention(model: nn.Module, images: Tensor) -> Tensor:
+def class_attention(model: VisionTransformer, images: Tensor) -> Tensor:
     """Attention of the class token to the patches in the last block.
 
     Args:
@@ -79,12 +92,8 @@ def class_attention(model: nn.Module, images: Tensor) -> Tensor:
         Shape (B, heads, H / patch, W / patch); the share of the class token itself is missing from the sum of 1.
 
     Raises:
-        ValueError: If the model has no class token, or the image is smaller than a patch.
+        ValueError: If the image is smaller than a patch.
     """
-    if not hasattr(model, "get_last_selfattention"):
-        raise ValueError(
-            f"--arch: {type(model).__name__} has no class token whose attention could be shown; choose a ViT"
-        )
     patch_size = model.patch_embed.patch_size
     rows, columns = images.shape[-2] // patch_size, images.shape[-1] // patch_size
     if rows == 0 or columns == 0:
@@ -136,7 +145,7 @@ def to_picture(image: Tensor, mean: tuple[float, ...] = MEAN, std: tuple[float, 
 
 
 def save_attention(
-    model: nn.Module,
+    model: VisionTransformer,
     image: Tensor,
     output_dir: str | Path,
     threshold: float | None = None,
@@ -218,22 +227,32 @@ def prepare_image(pixels: np.ndarray, image_size: list[int], in_chans: int = 3) 
     if len(image_size) == 1:
         short = min(height, width)
         image_size = [int(image_size[0] * height / short), int(image_size[0] * width / short)]
-    resized = Image.fromarray(pixels).resize(image_size[::-1], Image.Resampling.BILINEAR)
-    mean, std = torch.tensor(MEAN), torch.tensor(STD)
-    if in_chans == 1:
-        resized = resized.convert("L")
-        mean, std = mean.mean(dim=0, keepdim=True), std.mean(dim=0, keepdim=True)
-    image = torch.from_numpy(np.array(resized).reshape(*image_size, in_chans)).permute(2, 0, 1)
-    return (image / 255 - mean[:, None, None]) / std[:, None, None]
+    return to_input(Image.fromarray(pixels).resize(image_size[::-1], Image.Resampling.BILINEAR), in_chans)
 
 
-def load_vit(args: argparse.Namespace, device: torch.device) -> nn.Module:
-    """The network that the flags name; released ViT-S/8 weights are those of 300 epochs, as in the paper's figures."""
+def load_vit(args: argparse.Namespace, device: torch.device) -> VisionTransformer:
+    """The network that the flags name; released ViT-S/8 weights are those of 300 epochs, as in the official scripts.
+
+    Raises:
+        ValueError: If it has no class token whose attention could be shown.
+    """
     weights = args.pretrained_weights
     if weights == "" and (args.arch.replace("deit", "vit"), args.patch_size) == ("vit_small", 8):
         weights = fetch(VITS8_300_EPOCHS)
-    model, _ = load_pretrained(args.arch, args.patch_size, weights, args.checkpoint_key)
+    model, _ = load_pretrained(args.arch, args.patch_size, weights, args.checkpoint_key, args.allow_partial)
+    if not isinstance(model, VisionTransformer):
+        raise ValueError(f"--arch {args.arch}: attention maps need vit_tiny, vit_small or vit_base")
     return model.to(device)
+
+
+def training_views(pretrained_weights: str) -> list[ViewRecipe]:
+    """The views that the run of a training checkpoint drew; for other weights those of the released networks."""
+    recipe = {"global_crops_scale": (0.4, 1.0), "local_crops_scale": (0.05, 0.4), "local_crops_number": 8}
+    checkpoint = safe_load(pretrained_weights) if Path(pretrained_weights).is_file() else {}
+    flags = checkpoint.get("args", {})
+    flags = vars(flags) if isinstance(flags, argparse.Namespace) else flags
+    names = [*recipe, "global_crop_size", "local_crop_size", "blur_radius"]  # the official code has but one size
+    return dino_views(**(recipe | {name: flags[name] for name in names if name in flags}))
 
 
 def visualize_attention(args: argparse.Namespace) -> list[Path]:
@@ -246,11 +265,23 @@ def visualize_attention(args: argparse.Namespace) -> list[Path]:
         pixels = open_source(None, "val").load(DIGIT).decode()
     else:
         pixels = load_sample_image("flower.jpg")
-    in_chans = next(module for module in model.modules() if isinstance(module, nn.Conv2d)).in_channels
+    in_chans, output_dir = input_channels(model), Path(args.output_dir)
     image = prepare_image(pixels, args.image_size, in_chans).to(device)
-    paths = save_attention(model, image, args.output_dir, args.threshold)
-    print(f"{paths[0]}, and {len(paths) - 1} pictures of single maps beside it")
-    return paths
+    sheet, *maps = save_attention(model, image, output_dir, args.threshold)
+
+    recipes = training_views(args.pretrained_weights)
+    views, _, _ = MultiCropDataset(ArraySource("image", pixels[None]), recipes, in_chans=in_chans)[(0, 0)]
+    sheets = [sheet, save_views([view for group in views for view in group], output_dir / "views.png")]
+    if args.data_path is not None or args.embedded:
+        size = recipes[0].size_px
+        transform = EvalTransform(round(size * 256 / 224), size, MEAN, STD, in_chans)
+        gallery = sample_gallery(model, open_source(args.data_path, "train"), transform, device)
+        sheets.append(save_nearest(gallery, gallery, output_dir / "neighbours.png"))
+    log = Path(args.pretrained_weights).parent / "metrics.jsonl"
+    if args.pretrained_weights and log.is_file():
+        sheets.append(save_curves(log, output_dir / "curves.png"))
+    print(f"{', '.join(map(str, sheets))}, and {len(maps)} pictures of single maps beside them")
+    return sheets + maps
 
 
 def main() -> None:

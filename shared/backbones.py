@@ -85,8 +85,9 @@ def _replace_first_convolution(backbone: nn.Module, in_chans: int) -> None:
 
 
 def _build_timm(arch: str, drop_path_rate: float, img_size: int, in_chans: int) -> tuple[nn.Module, int]:
-    # dynamic_img_size: views of several sizes through a ViT; convnets have none of the three
-    options = {"img_size": img_size, "dynamic_img_size": True, "drop_path_rate": drop_path_rate}
+    # images of several sizes and of sides that are no multiple of a patch through a ViT; convnets have none of these
+    options = {"img_size": img_size, "dynamic_img_size": True, "dynamic_img_pad": True}
+    options["drop_path_rate"] = drop_path_rate
     while True:
         try:
             backbone = timm.create_model(arch, pretrained=False, num_classes=0, in_chans=in_chans, **options)

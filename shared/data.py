@@ -4,6 +4,7 @@
 training, :class:`EvalDataset` feeds evaluation, :class:`BadImages` decides what a broken file does to a run.
 """
 
+import contextlib
 import math
 import os
 import signal
@@ -39,6 +40,7 @@ __all__ = [
     "make_loader",
     "open_source",
     "read_image",
+    "short_side",
 ]
 
 T = TypeVar("T")
@@ -124,6 +126,16 @@ class BadImages:
             return {line.partition("\t")[0] for line in lines}
 
 
+def short_side(source: ImageSource, sample: int = 16) -> int:
+    """Median of the shorter sides, in pixels, of a few images spaced evenly over the source; 0 if none can be read."""
+    sides = []
+    for index in np.linspace(0, len(source) - 1, min(sample, len(source))).astype(int).tolist():
+        with contextlib.suppress(ImageError):
+            image = source.load(index)
+            sides.append(min(image.height, image.width))
+    return int(np.median(sides)) if sides else 0
+
+
 # --------------------------------------------------------------------------------------------- evaluation and loading
 
 
@@ -181,19 +193,26 @@ class EvalDataset(Dataset):
     Args:
         transform: Maps RGB pixels (H, W, 3), uint8, to a tensor.
         bad_images: Policy for images that cannot be read; by default the first one is an error.
+        rows: Only these images of the source, in this order.
     """
 
     def __init__(
-        self, source: ImageSource, transform: Callable[[np.ndarray], Tensor], bad_images: BadImages | None = None
+        self,
+        source: ImageSource,
+        transform: Callable[[np.ndarray], Tensor],
+        bad_images: BadImages | None = None,
+        rows: Sequence[int] | None = None,
     ):
         self.source = source
         self.transform = transform
         self.bad_images = bad_images or BadImages(len(source), on_bad_image="error")
+        self.rows = range(len(source)) if rows is None else rows
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.rows)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+    def __getitem__(self, position: int) -> tuple[Tensor, int, int]:
+        index = self.rows[position]
         return self.bad_images.read(self.source, index, (index,), self._read)
 
     def _read(self, index: int) -> tuple[Tensor, int, int]:

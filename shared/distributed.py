@@ -6,6 +6,7 @@ The same calls work for one process (every collective is the identity), under ``
 import contextlib
 import datetime
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -20,6 +21,10 @@ from .attempt import NotFinite
 _control_group: dist.ProcessGroup | None = None  # gloo, for messages that must not wait for the GPU
 
 
+class WorldNotFormed(RuntimeError):
+    """The processes that the launcher asked for did not come together; the message names the rank and the reason."""
+
+
 def init(dist_url: str = "env://", device: str = "auto", timeout_s: float = 1800) -> torch.device:
     """Join the process group that the launcher asked for and return this process's device.
 
@@ -32,7 +37,7 @@ def init(dist_url: str = "env://", device: str = "auto", timeout_s: float = 1800
         timeout_s: How long to wait for the other processes, here and in every later collective.
 
     Raises:
-        RuntimeError: If the requested processes do not come up; the message names the rank and the reason.
+        WorldNotFormed: If the requested processes do not come up.
         ValueError: If ``device`` asks for a GPU that this process cannot have.
     """
     rank, world_size, local_rank = _launched_as()
@@ -41,7 +46,7 @@ def init(dist_url: str = "env://", device: str = "auto", timeout_s: float = 1800
         return chosen
     if dist_url == "env://" and "MASTER_ADDR" not in os.environ:
         if "SLURM_JOB_ID" not in os.environ:
-            raise RuntimeError(
+            raise WorldNotFormed(
                 f"rank {rank} of {world_size}: MASTER_ADDR is not set; start the run with torchrun or srun"
             )
         os.environ["MASTER_ADDR"] = _first_slurm_host()
@@ -66,7 +71,7 @@ def init(dist_url: str = "env://", device: str = "auto", timeout_s: float = 1800
         _control_group = dist.new_group(backend="gloo", timeout=timeout) if chosen.type == "cuda" else None
         barrier()
     except (RuntimeError, ValueError) as error:
-        raise RuntimeError(
+        raise WorldNotFormed(
             f"rank {rank} of {world_size} could not form the process group at {where}: {error}"
         ) from error
     return chosen
@@ -80,7 +85,7 @@ def _launched_as() -> tuple[int, int, int]:
     if "SLURM_STEP_ID" in env:  # set by srun for each task, not in the batch script itself
         return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"])
     if int(env.get("SLURM_NTASKS", 1)) > 1:
-        raise RuntimeError(
+        raise WorldNotFormed(
             f"this job has SLURM_NTASKS={env['SLURM_NTASKS']} but was not started by srun or torchrun: "
             "it would train as a single process"
         )
@@ -191,8 +196,8 @@ def clean_exit() -> Iterator[None]:
     ========  ==========================================================================================
     2         a mistake of the user, or a file that cannot be read or written (ValueError, OSError)
     3         gradients or weights are not finite (:class:`shared.attempt.NotFinite`)
-    4         another process of the run, or a process that loads images, has died
-    128 + n   stopped by signal n, after saving (:class:`shared.attempt.Interrupted`)
+    4         another process of the run, or a process that loads images, has died or has not come up
+    128 + n   stopped by signal n, in training after saving (:class:`shared.attempt.Interrupted`)
     1         anything else: a bug, with its traceback
     ========  ==========================================================================================
     """
@@ -206,18 +211,21 @@ def clean_exit() -> Iterator[None]:
         _say(error)
         raise SystemExit(3) from error
     except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
+        if not isinstance(error, WorldNotFormed) and not str(error).startswith("DataLoader worker"):
             raise
         _say(error)
         raise SystemExit(4) from error
     except (ValueError, OSError) as error:
         _say(error)
         raise SystemExit(2) from error
+    except KeyboardInterrupt as error:
+        _say("stopped by Ctrl-C")
+        raise SystemExit(128 + signal.SIGINT) from error
     finally:
         shutdown()
 
 
-def _say(error: Exception) -> None:
+def _say(error: Exception | str) -> None:
     rank = "" if get_world_size() == 1 else f" (rank {get_rank()})"
     print(f"error{rank}: {error}", file=sys.stderr, flush=True)
 

@@ -19,6 +19,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> Callable:
     add("--data_path", default=None, help="training images: a folder, a .txt list or a torchvision data set name; "
         "without it the embedded digits are used and the defaults fit them")  # fmt: skip
     add("--val_path", default=None, help="images for the k-NN evaluation; by default those that belong to --data_path")
+    add("--allow_absolute_paths", action="store_true", help="in .txt lists")
     add("--in_chans", type=int, default=3, choices=(1, 3), help="channels of the images")
     add("--cache", default="none", help="decoded images: none, memory, or a folder for a memory-mapped file")
     add("--on_bad_image", default="replace", choices=("replace", "error"), help="what an unreadable image does")
@@ -40,7 +41,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> Callable:
     add("--tensorboard", action="store_true", help="also log to TensorBoard")
     add("--max_skipped_steps", type=int, default=10,
         help="stop after so many steps in a row without finite gradients (exit code 3); 0: never")  # fmt: skip
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
     add("--dist_url", default="env://", help="rendezvous of the processes")
     add("--dist_timeout", type=float, default=1800, help="seconds to wait for other processes")
     add("--local_rank", "--local-rank", type=int, default=0, help="ignored: read from the environment")

@@ -216,9 +216,12 @@ class RunLog:
                     self.writer.add_scalar(key, value, line["step"])
 
     def _show(self, line: dict) -> None:
+        self.say("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()))
+
+    def say(self, text: str) -> None:
+        """Print a line on rank 0, above the progress bar."""
         if not distributed.is_main_process():
             return
-        text = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items())
         if self.bar is not None:
             self.bar.write(text)
         else:

@@ -29,14 +29,35 @@ def build_optimizer(name: str, groups: list[dict]) -> torch.optim.Optimizer:
         return torch.optim.AdamW(groups, lr=0.0, weight_decay=0.0, fused=True)
     if name == "sgd":
         optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=True)
-        # Momentum starts at 0, which is the same update: torch's fused SGD fails when a tensor gets its first
-        # gradient later than others (a frozen last layer), and keeps garbage when the first step is left out.
-        for p in (p for group in optimizer.param_groups for p in group["params"]):
-            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        _start_momentum(optimizer)
         return optimizer
     if name == "lars":
         return LARS(groups, lr=0.0)
     raise ValueError(f"unknown optimizer {name!r}: choose adamw, sgd or lars")
+
+
+def _start_momentum(optimizer: torch.optim.SGD) -> None:
+    """Give every tensor without a momentum one of 0, which makes the same update.
+
+    torch's fused SGD fails when a tensor gets its first gradient later than others (a frozen last layer), and keeps
+    garbage when the first step is left out.
+    """
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        if optimizer.state[p].get("momentum_buffer") is None:
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Load a state dict into an optimiser of :func:`build_optimizer`, also one that another implementation wrote.
+
+    Published checkpoints come from optimisers that are not fused and may lack the state of a frozen layer; only the
+    fused ones can leave a step out on the device.
+    """
+    own = [{k: group[k] for k in ("fused", "foreach") if k in group} for group in optimizer.param_groups]
+    groups = [saved | mine for saved, mine in zip(state["param_groups"], own, strict=True)]
+    optimizer.load_state_dict({**state, "param_groups": groups})
+    if isinstance(optimizer, torch.optim.SGD):
+        _start_momentum(optimizer)
 
 
 class LARS(torch.optim.Optimizer):

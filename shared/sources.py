@@ -273,7 +273,10 @@ def _read_list(path: Path, allow_absolute_paths: bool, where: str):
             if "\0" in name:
                 raise ValueError(f"{where}, line {number}: not a text list")
             if os.path.isabs(name) and not allow_absolute_paths:
-                raise ValueError(f"{where}, line {number}: {name} is absolute; paths are relative to the list")
+                raise ValueError(
+                    f"{where}, line {number}: {name} is absolute; paths are relative to the list, unless "
+                    "--allow_absolute_paths is given"
+                )
             if os.path.normpath(name).split(os.sep)[0] == os.pardir:
                 raise ValueError(f"{where}, line {number}: {name} leads out of the list's folder")
             names.append(name)

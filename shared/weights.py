@@ -217,6 +217,8 @@ def vit_shape(tensors: Mapping[str, Tensor]) -> VitShape | None:
     blocks = [int(name.split(".")[1]) for name in tensors if re.match(r"blocks\.\d+\.", name)]
     embed_dim, in_chans, patch_size, _ = patches.shape
     side = math.isqrt(positions.shape[1] - 1)
+    if side**2 != positions.shape[1] - 1:  # register tokens, or no position for the class token
+        return None
     return VitShape(embed_dim, max(blocks, default=-1) + 1, patch_size, side * patch_size, in_chans)
 
 

@@ -73,7 +73,7 @@ class CollapseMonitor:
         self.uniform_entropy = math.log(nmb_prototypes)
         self.patience_steps = patience_steps
         self.advice = advice
-        self.said: set[str] = set()
+        self.said: dict[str, str] = {}
 
     def check(self, line: dict) -> str | None:
         """A sentence if this line of the log shows a new problem, else None."""
@@ -82,8 +82,8 @@ class CollapseMonitor:
         kind, sentence = self._diagnose(line)
         if kind is None or kind in self.said:
             return None
-        self.said.add(kind)
-        return f"step {line['step']}: {sentence}: {self.advice[kind]}"
+        self.said[kind] = f"step {line['step']}: {sentence}: {self.advice[kind]}"
+        return self.said[kind]
 
     def _diagnose(self, line: dict) -> tuple[str | None, str | None]:
         ln_k = f"ln K = {self.uniform_entropy:.3f}"

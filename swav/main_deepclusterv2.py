@@ -51,13 +51,14 @@ from swav.training_setup import (
     build_student,
     numbered_checkpoint,
     open_training_data,
+    patience_steps,
     start,
 )
 
 # What replaces the official defaults when no --data_path is given.
 EMBEDDED_DATA_DEFAULTS = {
-    **{name: value for name, value in SWAV_DEFAULTS.items() if name != "freeze_prototypes_niters"},
-    "nmb_prototypes": [60, 60, 60],
+    **{name: value for name, value in SWAV_DEFAULTS.items() if name not in ("epsilon", "freeze_prototypes_niters")},
+    "nmb_prototypes": [30, 30, 30],
     "output_dir": "runs/digits_deepclusterv2",
 }
 ADVICE = {
@@ -123,7 +124,7 @@ def train_deepclusterv2(args: argparse.Namespace) -> None:
     # the embeddings that are clustered, and the clusters of all images
     memory = MemoryBank(len(args.crops_for_assign), steps_per_epoch * args.batch_size, args.feat_dim, device)
     memory_is_filled, assignments = False, None
-    monitor = CollapseMonitor(min(args.nmb_prototypes), len(lr_schedule) // 4, ADVICE)
+    monitor = CollapseMonitor(min(args.nmb_prototypes), patience_steps(len(lr_schedule), steps_per_epoch), ADVICE)
 
     # resume
     checkpoint = load_latest(output_dir / CHECKPOINT)
@@ -153,7 +154,7 @@ def train_deepclusterv2(args: argparse.Namespace) -> None:
     training.guard = guard = FiniteGuard(
         {"network": distributed.unwrap(network)}, output_dir, args.max_skipped_steps, device, in_a_row=skipped_steps
     )
-    knn = build_knn_monitor(args, device, data.num_workers)
+    knn = build_knn_monitor(args, output_dir, device, data.num_workers)
     trunk = Trunk(distributed.unwrap(network))
 
     # epochs
@@ -203,9 +204,10 @@ def train_deepclusterv2(args: argparse.Namespace) -> None:
     if args.pictures:
         heading = "DeepCluster-v2 training"
         pictures = save_pictures(trunk, data.dataset, knn, args.size_crops[0], output_dir, device, heading)
+    problems = list(monitor.said.values())
     if distributed.is_main_process():
         weights = output_dir / CHECKPOINT
-        print(summary("main_deepclusterv2.py", output_dir, weights, args.arch, args.data_path, knn, pictures))
+        print(summary("main_deepclusterv2.py", output_dir, weights, args.arch, args.data_path, knn, pictures, problems))
 
 
 def first_centroids(seed: int, epoch: int, num_heads: int, rows: int) -> list[Tensor]:
@@ -292,7 +294,7 @@ def train_one_epoch(
             health["rank_me"] = rank_me(embeddings[0])
         line = log.step(step, epoch, len(labels), averages, **health)
         if line is not None and (problem := monitor.check(line)):
-            distributed.print_once(problem)
+            log.say(problem)
         if line is not None and guard.too_many():
             randomness.seed_step(seed, step, distributed.get_rank())
             with precision.autocast():

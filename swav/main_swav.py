@@ -51,34 +51,36 @@ from swav.training_setup import (
     build_student,
     numbered_checkpoint,
     open_training_data,
+    patience_steps,
     start,
 )
 
 # What replaces the official defaults when no --data_path is given: 8x8 pixel digits need no ResNet-50 at 224 pixels.
 EMBEDDED_DATA_DEFAULTS = {
     "arch": "resnet18",
-    "nmb_crops": [2, 2],
-    "size_crops": [32, 16],
-    "min_scale_crops": [0.4, 0.15],
-    "max_scale_crops": [1.0, 0.4],
-    "blur_radius": (0.1, 0.8),
+    "nmb_crops": [2],
+    "size_crops": [16],
+    "min_scale_crops": [0.6],
+    "max_scale_crops": [1.0],
+    "blur_radius": (0.1, 0.4),
     "hidden_mlp": 256,
-    "feat_dim": 64,
-    "nmb_prototypes": 60,
+    "feat_dim": 32,
+    "nmb_prototypes": 30,
+    "epsilon": 0.02,
     "batch_size": 64,
-    "base_lr": 1.0,
-    "final_lr": 0.001,
-    "epochs": 10,
-    "warmup_epochs": 1,
-    "freeze_prototypes_niters": 22,
+    "base_lr": 2.0,
+    "epochs": 12,
+    "warmup_epochs": 2,
+    "freeze_prototypes_niters": 66,
     "output_dir": "runs/digits",
 }
 ADVICE = {
-    "uniform": "lower --epsilon (0.03)",
+    "uniform": "lower --epsilon (0.03), or take more --nmb_prototypes than --feat_dim",
     "few": "lengthen --freeze_prototypes_niters, lower --base_lr, or take fewer --nmb_prototypes or a longer "
     "--queue_length for a small batch",
     "features": "lower --base_lr, or lengthen --warmup_epochs and --freeze_prototypes_niters",
-    "flat": "lower --epsilon (0.03), lengthen --freeze_prototypes_niters, or take fewer or larger crops",
+    "flat": "lower --epsilon (0.03), take more --nmb_prototypes than --feat_dim, take fewer or larger crops, or lengthen "
+    "--freeze_prototypes_niters",
 }
 
 
@@ -142,7 +144,7 @@ def train_swav(args: argparse.Namespace) -> None:
     queue = None
     queue_rows = rows_of_queue(args.queue_length, args.batch_size, distributed.get_world_size())
     usage = PrototypeUsage(args.nmb_prototypes, device)
-    monitor = CollapseMonitor(args.nmb_prototypes, len(lr_schedule) // 4, ADVICE)
+    monitor = CollapseMonitor(args.nmb_prototypes, patience_steps(len(lr_schedule), steps_per_epoch), ADVICE)
 
     # resume
     checkpoint = load_latest(output_dir / CHECKPOINT)
@@ -176,7 +178,7 @@ def train_swav(args: argparse.Namespace) -> None:
     training.guard = guard = FiniteGuard(
         {"network": distributed.unwrap(network)}, output_dir, args.max_skipped_steps, device, in_a_row=skipped_steps
     )
-    knn = build_knn_monitor(args, device, data.num_workers)
+    knn = build_knn_monitor(args, output_dir, device, data.num_workers)
     trunk = Trunk(distributed.unwrap(network))
 
     # epochs
@@ -219,8 +221,10 @@ def train_swav(args: argparse.Namespace) -> None:
             checkpointer.after_epoch(epoch, keep_as=numbered_checkpoint(epoch, args.epochs, args.checkpoint_freq))
     log.close()
     pictures = save_pictures(trunk, data.dataset, knn, args.size_crops[0], output_dir, device) if args.pictures else []
+    problems = list(monitor.said.values())
     if distributed.is_main_process():
-        print(summary("main_swav.py", output_dir, output_dir / CHECKPOINT, args.arch, args.data_path, knn, pictures))
+        weights = output_dir / CHECKPOINT
+        print(summary("main_swav.py", output_dir, weights, args.arch, args.data_path, knn, pictures, problems))
 
 
 def rows_of_queue(queue_length: int, batch_size: int, world_size: int) -> int:
@@ -301,7 +305,7 @@ def train_one_epoch(
         health = assignment_health(codes, embeddings[0], usage) if log.is_due(step) else {}
         line = log.step(step, epoch, len(labels), averages, **health)
         if line is not None and (problem := monitor.check(line)):
-            distributed.print_once(problem)
+            log.say(problem)
         if line is not None and guard.too_many():
             randomness.seed_step(seed, step, distributed.get_rank())
             with precision.autocast():

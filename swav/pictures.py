@@ -40,7 +40,7 @@ def save_curves(log_path: str | Path, path: str | Path, heading: str = "SwAV tra
         ValueError: If the log holds no training steps.
     """
     lines = read_log(log_path)
-    training = [line for line in lines if "loss" in line]
+    training = [line for line in lines if line.get("loss") is not None]  # None: no step of the line was finite
     if not training:
         raise ValueError(f"{log_path} holds no training steps")
     x = [line["step"] for line in training]

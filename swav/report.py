@@ -8,7 +8,7 @@ from torch import nn
 from shared import distributed
 from shared.evaluation.knn_monitor import KNNMonitor
 from shared.evaluation.neighbours import save_nearest_neighbours
-from shared.evaluation.summary import end_of_run
+from shared.evaluation.summary import command, end_of_run
 from shared.multicrop import MultiCropDataset
 from shared.pictures import read_log
 
@@ -57,17 +57,22 @@ def summary(
     data_path: str | None,
     knn: KNNMonitor,
     pictures: list[Path],
+    problems: list[str],
 ) -> str:
-    """What was learned, where the files are and what to run next, as text for the end of a run."""
+    """What was learned, where the files are and what to run next, as text for the end of a run.
+
+    Args:
+        problems: Sentences of the collapse monitor.
+    """
     last = [line for line in read_log(output_dir / "metrics.jsonl") if "loss" in line][-1]
     used = (
         f"{last['prototypes_used']:.0f} prototypes used by the {last['assigned']:.0f} codes of the last epoch "
         f"(perplexity {last['prototype_perplexity']:.1f})"
     )
-    data = f" --data_path {data_path}" if data_path else ""
+    flags = {"arch": arch, "pretrained": weights, "data_path": data_path}
     commands = [
-        f"python -m swav.clusters --arch {arch} --pretrained {weights}{data}",
-        f"python eval_linear.py --arch {arch} --pretrained {weights}{data}",
+        command("clusters.py", **flags),
+        command("eval_linear.py", **flags),
         f"python {script} --data_path YOUR_IMAGES --dump_path YOUR_RUN",
     ]
-    return end_of_run(output_dir, weights, knn, pictures, commands, learned=(used,))
+    return end_of_run(output_dir, weights, knn, pictures, commands, learned=(used,), problems=problems)

@@ -9,13 +9,14 @@ from collections.abc import Callable
 from shared import flags
 
 SYNC_BN = ("pytorch", "apex", "none")
+LEAST = {"epochs": 1, "batch_size": 1, "feat_dim": 1, "hidden_mlp": 0, "log_freq": 1, "syncbn_process_group_size": 1}
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> Callable:
     """Where the images come from and how they are loaded."""
     add = flags.add_data_flags(parser)
     add("--workers", "--num_workers", type=int, default=None, dest="num_workers",
-        help="loader processes per rank (default: cores per rank - 1, max 10)")  # fmt: skip
+        help="loader processes per rank; None: cores per rank less one, at most 10")  # fmt: skip
     return add
 
 
@@ -48,7 +49,7 @@ def add_network_flags(parser: argparse.ArgumentParser) -> Callable:
 def add_optimisation_flags(parser: argparse.ArgumentParser) -> Callable:
     """LARC, its schedule and mixed precision."""
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=int, default=100)
+    add("--epochs", type=int, default=100, help="passes over the images")
     add("--batch_size", type=int, default=64, help="images per process")
     add("--base_lr", type=float, default=4.8, help="peak learning rate; it is not scaled with the batch")
     add("--final_lr", type=float, default=0.0, help="learning rate at the end")
@@ -64,7 +65,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> Callable:
     add = flags.add_run_flags(parser)
     add("--dump_path", "--output_dir", default=".", dest="output_dir", help="checkpoints, logs and pictures")
     add("--checkpoint_freq", type=int, default=25, help="keep a checkpoint every so many epochs, and the last; 0: none")
-    add("--seed", type=int, default=31)
+    add("--seed", type=int, default=31, help="of the initial weights, the order of the images and the views")
     for name in ("--world_size", "--rank"):
         add(name, type=int, default=None, help="ignored: read from the environment")
     return add
@@ -83,6 +84,9 @@ def parse_with_embedded_defaults(
     if args.data_path is None:
         parser.set_defaults(**embedded)
         args = parser.parse_args(arguments)
+    for flag, least in LEAST.items():
+        if getattr(args, flag) < least:
+            parser.error(f"--{flag} {getattr(args, flag)} is less than {least}")
     if args.epochs < args.warmup_epochs:
         parser.error(f"--epochs {args.epochs} is less than --warmup_epochs {args.warmup_epochs}")
     crops = range(sum(args.nmb_crops))

@@ -12,7 +12,7 @@ from shared import distributed, randomness
 from shared.attempt import Attempt
 from shared.batchnorm import synchronize_batchnorm
 from shared.checkpoint import check_flags, resume_position, without_prefix
-from shared.data import BadImages, EpochBatchSampler, default_num_workers, make_loader, open_source
+from shared.data import BadImages, EpochBatchSampler, default_num_workers, make_loader, open_source, short_side
 from shared.evaluation.knn_monitor import KNNMonitor, open_labelled
 from shared.image_cache import cache_images
 from shared.memory import keep_freed_memory
@@ -66,7 +66,8 @@ class TrainingData:
 
 def open_training_data(args: argparse.Namespace, output_dir: Path, device: torch.device) -> TrainingData:
     """Open ``--data_path`` and make its loader."""
-    source = cache_images(open_source(args.data_path, "train"), args.cache)
+    source = open_source(args.data_path, "train", allow_absolute_paths=args.allow_absolute_paths)
+    source = cache_images(source, args.cache)
     checksum = source.checksum()
     distributed.check_same_on_all_processes((len(source), checksum), "the training data (number of images, checksum)")
     recipes = swav_views(args.nmb_crops, args.size_crops, args.min_scale_crops, args.max_scale_crops, args.blur_radius)
@@ -77,6 +78,10 @@ def open_training_data(args: argparse.Namespace, output_dir: Path, device: torch
     num_workers = default_num_workers() if args.num_workers is None else args.num_workers
     loader = make_loader(dataset, batch_sampler=sampler, num_workers=num_workers, device=device)
     distributed.print_once(f"{source.describe()}: {len(sampler)} steps per epoch")
+    if args.data_path is not None and (side := short_side(source)) < max(args.size_crops):
+        distributed.print_once(
+            f"images of {side} pixels are smaller than --size_crops {max(args.size_crops)}: views are enlarged"
+        )
     batch_size = args.batch_size * world_size
     return TrainingData(dataset, sampler, loader, bad_images, checksum, batch_size, num_workers)
 
@@ -112,10 +117,19 @@ def _batchnorm_group(args: argparse.Namespace) -> int | None:
     return args.syncbn_process_group_size
 
 
-def build_knn_monitor(args: argparse.Namespace, device: torch.device, num_workers: int) -> KNNMonitor:
-    """k-NN between epochs; says why when there is none."""
+def build_knn_monitor(args: argparse.Namespace, output_dir: Path, device: torch.device, num_workers: int) -> KNNMonitor:
+    """k-NN between epochs; says why when there is none.
+
+    Raises:
+        ValueError: If it was asked for and there are no labelled images.
+    """
+    labelled = "off"
+    if args.eval_knn_freq != 0:
+        labelled = open_labelled(args.data_path, args.val_path, args.allow_absolute_paths)
+    if args.eval_knn_freq and isinstance(labelled, str):
+        raise ValueError(f"--eval_knn_freq {args.eval_knn_freq}: {labelled}")
     knn = KNNMonitor(
-        open_labelled(args.data_path, args.val_path) if args.eval_knn_freq != 0 else "off",
+        labelled,
         args.size_crops[0],
         MEAN,
         STD,
@@ -124,6 +138,9 @@ def build_knn_monitor(args: argparse.Namespace, device: torch.device, num_worker
         device,
         args.in_chans,
         num_workers,
+        on_bad_image=args.on_bad_image,
+        max_bad_fraction=args.max_bad_fraction,
+        output_dir=output_dir,
     )
     if knn.off:
         distributed.print_once(f"no k-NN evaluation: {knn.off}")
@@ -134,6 +151,11 @@ def numbered_checkpoint(epoch: int, epochs: int, checkpoint_freq: int) -> str | 
     """Name under which the checkpoint of this epoch stays, as in the official code; None for most epochs."""
     due = checkpoint_freq > 0 and (epoch % checkpoint_freq == 0 or epoch == epochs - 1)
     return f"checkpoints/ckp-{epoch}.pth" if due else None
+
+
+def patience_steps(total_steps: int, steps_per_epoch: int) -> int:
+    """Steps before a verdict about a collapse: a quarter of the run, of a long one two epochs and a little more."""
+    return min(total_steps // 4, 2 * steps_per_epoch + 1000)
 
 
 @dataclass

@@ -2,6 +2,8 @@
 
 import functools
 import http.server
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import torchvision
 import hubconf
 from dino import pretrained
 from dino.networks import build_backbone
-from shared.weights import DownloadError
+from shared.weights import DownloadError, WeightMismatch
 
 ROOT = Path(__file__).resolve().parents[1]
 ENTRIES = [name for name in dir(hubconf) if name.startswith("dino_")]
@@ -96,6 +98,13 @@ def test_entry_points_work_from_another_folder(tmp_path, monkeypatch):
     assert backbone(torch.randn(1, 3, 16, 16)).shape == (1, 384)
 
 
+def test_entry_points_need_the_stated_packages_only():
+    others = ["cv2", "simplejpeg", "sklearn", "faiss", "submitit", "matplotlib"]
+    code = f"import sys, hubconf; print(*[name for name in {others} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
 # --- Weights for the scripts ------------------------------------------------------------------------------------------
 
 
@@ -110,13 +119,25 @@ def test_scripts_get_the_release_without_a_file(server):
 
 
 @pytest.mark.parametrize(
-    ("arch", "img_size", "in_chans"), [("vit_tiny", 24, 1), ("vit_tiny", 16, 3), ("resnet18", 0, 1)]
+    ("arch", "img_size", "in_chans"),
+    [("vit_tiny", 24, 1), ("vit_tiny", 16, 3), ("resnet18", 0, 1), ("vit_tiny_patch16_224", 32, 1)],
 )
 def test_size_and_channels_come_from_the_file(arch, img_size, in_chans, tmp_path):
     source, _ = build_backbone(arch, patch_size=8, img_size=img_size or 224, in_chans=in_chans)
     torch.save({"teacher": {f"backbone.{k}": v for k, v in source.state_dict().items()}}, tmp_path / "checkpoint.pth")
     backbone, _ = pretrained.load_pretrained(arch, 8, tmp_path / "checkpoint.pth")
     torch.testing.assert_close(backbone.state_dict(), source.state_dict())
+
+
+def test_weights_that_fill_a_part_are_loaded_when_that_is_allowed(tmp_path):
+    source, _ = build_backbone("vit_tiny", patch_size=8, img_size=16)
+    state = source.state_dict()
+    del state["norm.bias"]
+    torch.save(state, tmp_path / "part.pth")
+    with pytest.raises(WeightMismatch, match="149/150 entries"):
+        pretrained.load_pretrained("vit_tiny", 8, tmp_path / "part.pth")
+    backbone, _ = pretrained.load_pretrained("vit_tiny", 8, tmp_path / "part.pth", allow_partial=True)
+    torch.testing.assert_close(backbone.cls_token.data, source.cls_token.data)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
 """Weighted k-NN while a network trains: the cheapest honest sign that features get better."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from shared.data import EvalDataset, EvalTransform, ImageSource, check_same_classes, open_source
+from shared.data import BadImages, EvalDataset, EvalTransform, ImageSource, check_same_classes, open_source
 
 from .features import extract_features
 from .knn import knn_classify
@@ -13,27 +15,44 @@ from .knn import knn_classify
 AUTOMATIC_UP_TO = 100_000  # images; beyond, an evaluation is worth asking for by flag
 
 
-def open_labelled(data_path: str | None, val_path: str | None) -> tuple[ImageSource, ImageSource] | str:
+def open_labelled(
+    data_path: str | None, val_path: str | None, allow_absolute_paths: bool = False
+) -> tuple[ImageSource, ImageSource] | str:
     """Labelled train and val images for an evaluation, or the reason why there are none.
 
     The val images are those of ``val_path``; else the val part of ``data_path``; else a folder ``val`` beside a folder
     ``train``; else one image in ten of ``data_path`` (by the CRC-32 of its relative path).
+
+    Raises:
+        ValueError: If ``data_path`` cannot be opened, or ``val_path`` does not fit.
     """
-    train = open_source(data_path, "train")
+    open_images = partial(open_source, allow_absolute_paths=allow_absolute_paths)
+    train = open_images(data_path, "train")
     if train.classes is None:
         return "the images have no classes"
     if len(train.classes) < 2:
         return f"there is only one class, {train.classes[0]!r}"
-    beside = Path(data_path).with_name("val") if data_path and Path(data_path).name == "train" else None
     if val_path is not None:
-        val = open_source(val_path, "all", flag="--val_path")
-    elif beside is not None and beside.is_dir():
-        val = open_source(str(beside), "all")
+        val = open_images(val_path, "all", flag="--val_path")
+        check_same_classes(train, val)
+        return train, val
+    try:
+        return _split(data_path, train, open_images)
+    except ValueError as error:
+        return str(error).removeprefix(f"--data_path {data_path}: ")
+
+
+def _split(
+    data_path: str | None, train: ImageSource, open_images: Callable[..., ImageSource]
+) -> tuple[ImageSource, ImageSource]:
+    beside = Path(data_path).with_name("val") if data_path and Path(data_path).name == "train" else None
+    if beside is not None and beside.is_dir():
+        val = open_images(str(beside), "all")
     else:
         try:
-            val = open_source(data_path, "val")
+            val = open_images(data_path, "val")
         except ValueError:  # no val part
-            train, val = (open_source(data_path, split, holdout=True) for split in ("train", "val"))
+            train, val = (open_images(data_path, split, holdout=True) for split in ("train", "val"))
     check_same_classes(train, val)
     return train, val
 
@@ -48,6 +67,8 @@ class KNNMonitor:
             most 100,000 images.
         epochs: Length of the training.
         k: Neighbours; fewer if the train split is smaller.
+        on_bad_image, max_bad_fraction: As for :class:`shared.data.BadImages`.
+        output_dir: Where unreadable images are listed, those of the val split in ``bad_images_val.txt``.
     """
 
     def __init__(
@@ -62,6 +83,9 @@ class KNNMonitor:
         in_chans: int = 3,
         num_workers: int = 0,
         k: int = 20,
+        on_bad_image: str = "replace",
+        max_bad_fraction: float = 0.01,
+        output_dir: Path | None = None,
     ):
         self.every_epochs, self.epochs, self.device, self.num_workers = every_epochs, epochs, device, num_workers
         self.latest_features: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
@@ -73,7 +97,14 @@ class KNNMonitor:
         if self.off is None:
             resize_px = round(image_size * 256 / 224)  # the usual ratio of short side and crop
             transform = EvalTransform(resize_px, image_size, mean, std, in_chans)
-            self.train, self.val = (EvalDataset(source, transform) for source in sources)
+            self.train, self.val = (
+                EvalDataset(
+                    source,
+                    transform,
+                    BadImages(len(source), output_dir and output_dir / listed, on_bad_image, max_bad_fraction),
+                )
+                for source, listed in zip(sources, ("bad_images.txt", "bad_images_val.txt"), strict=True)
+            )
             self.k = min(k, len(sources[0]))
 
     def is_due(self, epoch: int) -> bool:

@@ -1,13 +1,16 @@
 """A picture of nearest neighbours in feature space: what a backbone holds for alike."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared import distributed
-from shared.data import EvalDataset, EvalTransform, ImageSource
+from shared.data import BadImages, EvalDataset, EvalTransform, ImageError, ImageSource
 from shared.multicrop import MultiCropDataset
 from shared.pictures import save_neighbours
 
@@ -17,7 +20,66 @@ from .knn_monitor import KNNMonitor
 
 QUERIES = 10
 NEIGHBOURS = 8
-MOST_IMAGES = 2000  # searched for neighbours when there is no validation split
+MOST_IMAGES = 2000  # of one set that is searched for its own neighbours
+THUMBNAIL_PX = 96
+
+
+@dataclass
+class Gallery:
+    """Images of a source with their features: feature i, shape (D,), belongs to image ``rows[i]``."""
+
+    source: ImageSource
+    rows: Sequence[int]
+    features: Tensor
+
+
+def sample_gallery(backbone: nn.Module, source: ImageSource, transform: EvalTransform, device: torch.device) -> Gallery:
+    """At most ``MOST_IMAGES`` images, evenly spaced over the source; every rank must call this."""
+    rows = np.linspace(0, len(source) - 1, min(MOST_IMAGES, len(source))).astype(int).tolist()
+    few = EvalDataset(source, transform, BadImages(len(source), max_fraction=1), rows)
+    features, _ = extract_features(backbone, few, device)
+    return Gallery(source, rows, features)
+
+
+def save_nearest(queries: Gallery, database: Gallery, path: str | Path) -> Path:
+    """Ten queries, evenly spaced, and their nearest neighbours by cosine similarity.
+
+    Args:
+        queries: The same object as ``database`` to search a set for its own neighbours; an image is then not counted
+            among its neighbours.
+        path: PNG file to write.
+    """
+    chosen = torch.linspace(0, len(queries.rows) - 1, min(QUERIES, len(queries.rows))).long()
+    itself = int(queries is database)  # the nearest neighbour of an image is itself
+    similarities, indices = nearest_neighbours(
+        F.normalize(queries.features[chosen], dim=1),
+        F.normalize(database.features, dim=1),
+        min(NEIGHBOURS + itself, len(database.rows)),
+    )
+    similarities = similarities[:, itself:].tolist()
+    query_rows = [queries.rows[i] for i in chosen.tolist()]
+    neighbour_rows = [[database.rows[j] for j in row] for row in indices[:, itself:].tolist()]
+    labelled = queries.source.classes is not None
+    return save_neighbours(
+        [_thumbnail(queries.source, i) for i in query_rows],
+        [[_thumbnail(database.source, j) for j in row] for row in neighbour_rows],
+        path,
+        [_class_name(queries.source, i) for i in query_rows] if labelled else None,
+        [[_class_name(database.source, j) for j in row] for row in neighbour_rows] if labelled else None,
+        similarities,
+    )
+
+
+def _thumbnail(source: ImageSource, row: int) -> Tensor:
+    """uint8, (3, THUMBNAIL_PX, THUMBNAIL_PX); grey where the image cannot be read."""
+    try:
+        return EvalTransform(THUMBNAIL_PX, THUMBNAIL_PX)(source.load(row).decode())
+    except ImageError:
+        return torch.full((3, THUMBNAIL_PX, THUMBNAIL_PX), 128, dtype=torch.uint8)
+
+
+def _class_name(source: ImageSource, row: int) -> str:
+    return source.classes[source.label(row)]
 
 
 def save_nearest_neighbours(
@@ -30,7 +92,7 @@ def save_nearest_neighbours(
     path: Path,
     device: torch.device,
 ) -> Path | None:
-    """Write the nearest neighbours of ten images; every rank must call this, rank 0 returns the path.
+    """:func:`save_nearest` at the end of a training; every rank must call this, rank 0 returns the path.
 
     Args:
         views: The training set.
@@ -39,52 +101,10 @@ def save_nearest_neighbours(
         mean, std: For pixels in [0, 1].
     """
     if knn.off is None:
-        queries, database = knn.val.source, knn.train.source
-        database_features, _, query_features, _ = knn.latest_features or knn.features(backbone)
-        same_images = False
+        train_features, _, val_features, _ = knn.latest_features or knn.features(backbone)
+        database = Gallery(knn.train.source, range(len(train_features)), train_features)
+        queries = Gallery(knn.val.source, range(len(val_features)), val_features)
     else:
-        queries = database = views.source
-        few = torch.utils.data.Subset(
-            EvalDataset(database, EvalTransform(round(image_size * 256 / 224), image_size, mean, std, views.in_chans)),
-            range(min(MOST_IMAGES, len(database))),
-        )
-        database_features, _ = extract_features(backbone, few, device)
-        query_features, same_images = database_features, True
-    if not distributed.is_main_process():
-        return None
-    return _save(queries, query_features, database, database_features, path, same_images)
-
-
-def _save(
-    queries: ImageSource,
-    query_features: Tensor,
-    database: ImageSource,
-    database_features: Tensor,
-    path: Path,
-    same_images: bool,
-) -> Path:
-    rows = torch.linspace(0, len(query_features) - 1, min(QUERIES, len(query_features))).long()
-    skip = int(same_images)  # an image is its own nearest neighbour
-    k = min(NEIGHBOURS + skip, len(database_features))
-    similarities, indices = nearest_neighbours(
-        F.normalize(query_features[rows], dim=1), F.normalize(database_features, dim=1), k
-    )
-    similarities, indices = similarities[:, skip:].tolist(), indices[:, skip:].tolist()
-    size = 96  # pixels of a thumbnail
-    thumbnail = EvalTransform(size, size)
-
-    def picture(source: ImageSource, index: int) -> Tensor:
-        return thumbnail(source.load(index).decode())
-
-    def name(source: ImageSource, index: int) -> str:
-        return source.classes[source.label(index)]
-
-    labelled = queries.classes is not None
-    return save_neighbours(
-        [picture(queries, i) for i in rows.tolist()],
-        [[picture(database, j) for j in row] for row in indices],
-        path,
-        [name(queries, i) for i in rows.tolist()] if labelled else None,
-        [[name(database, j) for j in row] for row in indices] if labelled else None,
-        similarities,
-    )
+        transform = EvalTransform(round(image_size * 256 / 224), image_size, mean, std, views.in_chans)
+        queries = database = sample_gallery(backbone, views.source, transform, device)
+    return save_nearest(queries, database, path) if distributed.is_main_process() else None

@@ -3,8 +3,12 @@
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
+from dino.vision_transformer import vit_tiny
+
+OTHER_ARCHITECTURES = ["resnet18", "convnext_atto", "xcit_nano_12_p16", "vit_tiny_patch16_224"]  # torchvision, timm
 COLOURS = {"blue": (30, 60, 200), "green": (40, 180, 60), "red": (200, 50, 40)}
 
 
@@ -18,6 +22,14 @@ def picture(seed: int, colour: tuple[int, int, int] = (120, 120, 120), height: i
 def write_image(path: Path, pixels: np.ndarray) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
+    return path
+
+
+def write_grey_checkpoint(path: Path) -> Path:
+    """A training checkpoint of a ViT-tiny/8 for images of one channel."""
+    torch.manual_seed(0)
+    backbone = vit_tiny(patch_size=8, img_size=[16], in_chans=1)
+    torch.save({"teacher": {f"backbone.{name}": value for name, value in backbone.state_dict().items()}}, path)
     return path
 
 

@@ -12,7 +12,7 @@ from dino import eval_image_retrieval
 from dino.eval_image_retrieval import MultiScale, score_ranks, shrink_and_normalize
 from dino.ground_truth import GroundTruth, read_ground_truth
 from shared.weights import UnsafeFileError
-from tests.dino.small_data import COLOURS, picture, write_image
+from tests.dino.small_data import COLOURS, OTHER_ARCHITECTURES, picture, write_grey_checkpoint, write_image
 
 IMAGES = [f"{colour}_{i:06d}" for colour in COLOURS for i in range(4)]  # 4 images of each of 3 buildings
 QUERIES = [f"query_{colour}" for colour in COLOURS]
@@ -73,6 +73,17 @@ def test_buildings_of_one_colour_are_found(data, multiscale, capsys):
     output = capsys.readouterr().out
     assert f">> roxford5k: mAP M: {100 * results['medium'].mean_ap:.2f}, H: " in output
     assert ">> roxford5k: mP@k[1, 5, 10] M: [" in output
+
+
+@pytest.mark.parametrize("arch", OTHER_ARCHITECTURES)
+def test_other_networks_are_evaluated(data, arch):
+    torch.manual_seed(0)
+    assert run(data, "--arch", arch)["medium"].mean_ap > 0.3
+
+
+def test_networks_for_one_channel_see_the_luminance(data, tmp_path):
+    weights = write_grey_checkpoint(tmp_path / "checkpoint.pth")
+    assert run(data, "--pretrained_weights", weights, "--patch_size", 8)["medium"].mean_precision[0] == 1
 
 
 def test_without_weights_vit_small_takes_those_of_google_landmarks(data, monkeypatch):

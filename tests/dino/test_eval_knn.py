@@ -5,7 +5,7 @@ import torch
 
 from dino import eval_knn
 from dino.vision_transformer import vit_tiny
-from tests.dino.small_data import COLOURS, write_class_folders, write_train_and_val
+from tests.dino.small_data import COLOURS, OTHER_ARCHITECTURES, write_class_folders, write_train_and_val
 
 SMALL = ["--arch", "vit_tiny", "--pretrained_weights", "random", "--image_size", "32", "--num_workers", "0"]
 
@@ -52,6 +52,12 @@ def test_a_training_checkpoint_of_another_image_size_and_grey_images_is_evaluate
     torch.save({"student": state, "teacher": state, "epoch": 1}, tmp_path / "checkpoint.pth")
     flags = ["--pretrained_weights", tmp_path / "checkpoint.pth", "--checkpoint_key", "student", "--patch_size", 8]
     assert run("--data_path", data, "--nb_knn", 3, *flags)[3][1] > 0
+
+
+@pytest.mark.parametrize("arch", OTHER_ARCHITECTURES)
+def test_other_networks_are_evaluated(data, arch):
+    accuracies = run("--data_path", data, "--nb_knn", 3, "--arch", arch)
+    assert accuracies[3][0] > 50
 
 
 def test_without_a_data_path_the_embedded_digits_are_classified(capsys):

@@ -9,7 +9,8 @@ from dino.eval_linear import FrozenFeatures
 from dino.pretrained import Release
 from dino.vision_transformer import VisionTransformer
 from shared import distributed
-from tests.dino.small_data import write_train_and_val
+from shared.images import ImageError
+from tests.dino.small_data import OTHER_ARCHITECTURES, write_train_and_val
 from tests.processes import run_processes
 
 SMALL = ["--arch", "vit_tiny", "--pretrained_weights", "random", "--image_size", "32", "--num_workers", "0"]
@@ -73,6 +74,11 @@ def test_other_networks_give_their_output():
     assert features(torch.ones(2, 3, 2, 2)).shape == (2, 12)
 
 
+@pytest.mark.parametrize("arch", OTHER_ARCHITECTURES)
+def test_other_networks_are_evaluated(data, arch, tmp_path):
+    assert 0 <= run(data, tmp_path, "--epochs", 1, "--arch", arch)["acc1"] <= 100
+
+
 def test_training_reports_the_last_epoch_and_logs_the_best(data, tmp_path, capsys):
     result = run(data, tmp_path, "--epochs", 3, "--val_freq", 2)
     log = [json.loads(line) for line in (tmp_path / "linear_log.txt").read_text().splitlines()]
@@ -122,9 +128,25 @@ def test_evaluate_validates_saved_and_released_classifiers(data, tmp_path, monke
     assert run(data, tmp_path, "--evaluate") == result
 
 
+def test_unreadable_train_images_are_replaced_and_listed_unless_they_are_to_stop_the_run(tmp_path):
+    root = write_train_and_val(tmp_path / "data")
+    broken = root / "train" / "green" / "002.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    run(root, tmp_path / "run", "--epochs", 2)
+    assert (tmp_path / "run" / "bad_images.txt").read_text().split("\t")[0] == str(broken)
+    log = [json.loads(line) for line in (tmp_path / "run" / "linear_log.txt").read_text().splitlines()]
+    assert [line["bad_images"] for line in log] == [1, 1]
+    with pytest.raises(ImageError, match=str(broken)):
+        run(root, tmp_path / "strict", "--on_bad_image", "error")
+
+
 def test_bad_input_is_one_clear_error(data, tmp_path):
     run(data, tmp_path, "--epochs", 1)
     file = tmp_path / "checkpoint.pth.tar"
+    with pytest.raises(ValueError, match="features of other weights than random; use another --output_dir"):
+        run(data, tmp_path, "--epochs", 2, "--patch_size", 8)
+    with pytest.raises(SystemExit):
+        run(data, tmp_path, "--val_freq", 0)
     with pytest.raises(ValueError, match=r"checkpoint.pth.tar holds .* check --arch, --n_last_blocks"):
         run(data, tmp_path, "--evaluate", "--linear_weights", file, "--n_last_blocks", 1)
     with pytest.raises(ValueError, match="no linear weights are released for --arch vit_tiny"):

@@ -13,7 +13,7 @@ from dino.eval_video_segmentation import (
     read_frame,
     write_mask,
 )
-from tests.dino.small_data import picture, write_image
+from tests.dino.small_data import picture, write_grey_checkpoint, write_image
 
 
 def write_video(root, name, height, width, num_frames=4, size=32):
@@ -83,6 +83,13 @@ def test_moving_objects_are_followed(davis, tmp_path):
             assert mask.shape == true_mask.shape
             overlap = [((mask == i) & (true_mask == i)).sum() / ((mask == i) | (true_mask == i)).sum() for i in (1, 2)]
             assert min(overlap) > (0.5 if t else 0.999), (name, t, overlap)
+
+
+def test_networks_for_one_channel_see_the_luminance(davis, tmp_path):
+    weights = write_grey_checkpoint(tmp_path / "checkpoint.pth")
+    run(davis[0], tmp_path, "--pretrained_weights", weights, "--n_last_frames", 1)
+    with Image.open(tmp_path / "wide" / "00003.png") as mask:
+        assert set(np.unique(np.array(mask))) == {0, 1, 2}
 
 
 def slow_propagation(features, context_features, context_masks, window, topk):

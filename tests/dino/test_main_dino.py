@@ -1,11 +1,13 @@
 """The real script: flags, training, resuming, several processes, copied folders."""
 
+import argparse
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +15,13 @@ import pytest
 import torch
 from PIL import Image
 
+from dino import main_dino
 from dino.main_dino import parse_args, train_dino
 from shared.checkpoint import load_latest
+from shared.images import ImageError
+from tests.dino.small_data import picture, write_image
 from tests.processes import free_port
+from tests.reliability.runs import shrink_networks
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = (
@@ -35,6 +41,14 @@ def images(tmp_path_factory):
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(path)
     return folder
+
+
+@pytest.fixture
+def small_networks(monkeypatch):
+    """Networks of 40 thousand parameters, for tests that are not about them."""
+    for name in ("build_backbone", "DINOHead"):
+        monkeypatch.setattr(main_dino, name, getattr(main_dino, name))  # what is put back after the test
+    shrink_networks()
 
 
 def train(output_dir, *flags):
@@ -130,8 +144,6 @@ def test_a_run_stopped_anywhere_ends_like_an_uninterrupted_one(images, tmp_path,
     flags = ("--data_path", images, "--epochs", 2, "--saveckp_steps", 1, "--drop_path_rate", 0.2)
     train(tmp_path / "whole", *flags)
 
-    from dino import main_dino
-
     update, calls = main_dino.ema_update_, []
 
     def stop(*args):
@@ -207,7 +219,10 @@ def test_help_needs_no_gpu_and_no_network():
     ("flags", "message"),
     [
         (["--data_path", "/no/such/folder"], "--data_path /no/such/folder"),
-        (["--patch_size", "32"], "--patch_size 32"),
+        (["--patch_size", "32"], "--global_crop_size 16 is less than --patch_size 32"),
+        (["--local_crop_size", "4"], "--local_crop_size 4 is less than --patch_size 8"),
+        (["--epochs", "0"], "--epochs 0 is less than 1"),
+        (["--eval_knn_freq", "1", "--val_path", "/no/such/folder"], "--val_path /no/such/folder"),
         (["--batch_size_per_gpu", "5000"], "1438 images on 1 process"),
         (["--arch", "vit_smal"], "vit_small"),
         (["--device", "cuda"], "--device cuda"),
@@ -220,6 +235,73 @@ def test_bad_input_is_one_clear_message_and_no_traceback(tmp_path, flags, messag
     assert run.returncode == 2
     assert message in run.stderr
     assert "Traceback" not in run.stderr
+
+
+def as_the_official_code_saves(state: dict) -> dict:
+    """Flags in a Namespace, an optimiser that is not fused, nothing of ours."""
+    groups = [
+        {key: value for key, value in group.items() if key not in ("fused", "foreach")}
+        for group in state["optimizer"]["param_groups"]
+    ]
+    return {
+        **{key: state[key] for key in ("student", "teacher", "epoch", "dino_loss")},
+        "optimizer": {"state": state["optimizer"]["state"], "param_groups": groups},
+        "args": argparse.Namespace(**state["args"]),
+    }
+
+
+def test_a_checkpoint_of_the_official_code_is_gone_on_with(images, tmp_path, small_networks):
+    flags = ("--data_path", images, "--epochs", 2)
+    train(tmp_path / "whole", *flags)
+
+    train(tmp_path / "official", *flags, "--saveckp_freq", 1)
+    (tmp_path / "resumed").mkdir()
+    state = load_latest(tmp_path / "official" / "checkpoint0000.pth")
+    torch.save(as_the_official_code_saves(state), tmp_path / "resumed" / "checkpoint.pth")
+    train(tmp_path / "resumed", *flags, "--arch", "deit_tiny")
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "whole")[3:]
+    assert_same_state(state_of(tmp_path / "resumed"), state_of(tmp_path / "whole"))
+
+
+def test_unreadable_images_stop_neither_the_training_nor_its_knn_and_pictures(images, tmp_path, small_networks):
+    folder = shutil.copytree(images, tmp_path / "images")
+    val = shutil.copytree(images, tmp_path / "val")
+    for broken in (folder / "class0" / "0.png", val / "class1" / "22.png"):
+        broken.write_bytes(broken.read_bytes()[:100])
+    flags = ("--data_path", folder, "--val_path", val, "--eval_knn_freq", 1, "--pictures", "on")
+    written = train(tmp_path / "run", *flags)
+    assert sum("knn_top1" in line for line in written) == 2
+    listed = [(tmp_path / "run" / f"bad_images{part}.txt").read_text().split("\t")[0] for part in ("", "_val")]
+    assert listed == [str(folder / "class0" / "0.png"), str(val / "class1" / "22.png")]
+    with pytest.raises(ImageError, match=str(folder / "class0" / "0.png")):
+        train(tmp_path / "strict", *flags, "--on_bad_image", "error")
+
+
+def test_too_few_images_for_a_val_part_are_trained_on_unless_knn_was_asked_for(tmp_path, capsys, small_networks):
+    for c in "ab":  # names of which none falls into the val part
+        names = [name for name in map("{}.png".format, range(20)) if zlib.crc32(f"{c}/{name}".encode()) % 10]
+        for i, name in enumerate(names[:4]):
+            write_image(tmp_path / "images" / c / name, picture(i))
+    flags = [*TINY, "--data_path", str(tmp_path / "images"), "--output_dir", str(tmp_path / "run")]
+    args = parse_args(flags)
+    args.eval_knn_freq, args.pictures = None, True
+    train_dino(args)
+    printed = capsys.readouterr().out
+    drawn = {path.name for path in (tmp_path / "run" / "pictures").iterdir()}
+    assert drawn == {"views.png", "neighbours.png", "curves.png", "attention"}
+    assert "no k-NN evaluation: too few images, none of them falls into the val part" in printed
+    assert "views are enlarged" not in printed
+    with pytest.raises(ValueError, match="--eval_knn_freq 1: too few images"):
+        train_dino(parse_args([*flags, "--eval_knn_freq", "1"]))
+
+
+def test_views_larger_than_the_images_and_pixels_that_fill_no_patch_are_stated(
+    images, tmp_path, capsys, small_networks
+):
+    train(tmp_path, "--data_path", images, "--global_crop_size", 24, "--local_crop_size", 11)
+    printed = capsys.readouterr().out
+    assert "images of 20 pixels are smaller than --global_crop_size 24: views are enlarged" in printed
+    assert "--patch_size 8 does not divide --local_crop_size 11; the last 3 rows and columns" in printed
 
 
 def test_another_architecture_than_the_checkpoints_is_refused_and_leaves_it_alone(images, tmp_path):

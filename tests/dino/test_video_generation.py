@@ -126,6 +126,13 @@ def test_bad_input_is_named(contents, message, checkpoint, tmp_path):
         run(checkpoint, "--input_path", source, "--output_path", tmp_path)
 
 
+def test_a_network_without_a_class_token_is_refused(tmp_path):
+    (tmp_path / "frames").mkdir()
+    flags = f"--arch resnet18 --pretrained_weights random --input_path {tmp_path / 'frames'}"
+    with pytest.raises(ValueError, match="--arch resnet18: attention maps need vit_tiny"):
+        generate_video(parse_args(flags.split()))
+
+
 @pytest.mark.parametrize("flags", [["--threshold", "2"], ["--resize", "0"], ["--fps", "0"], ["--video_format", "gif"]])
 def test_wrong_flags_are_refused(flags, capsys):
     with pytest.raises(SystemExit):

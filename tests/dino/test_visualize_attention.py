@@ -1,10 +1,13 @@
 """Attention maps: any image and size, files that show what they say, and thresholds by a slow loop."""
 
+import argparse
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from dino.augmentations import dino_views
 from dino.networks import build_backbone
 from dino.vision_transformer import VisionTransformer
 from dino.visualize_attention import (
@@ -16,9 +19,11 @@ from dino.visualize_attention import (
     prepare_image,
     save_attention,
     to_picture,
+    training_views,
     visualize_attention,
 )
 from shared.weights import WeightMismatch
+from tests.dino.small_data import write_class_folders
 
 HEADS = 3
 
@@ -43,9 +48,9 @@ def test_attention_and_class_token_share_sum_to_one():
 
 
 def test_network_without_class_token_is_refused():
-    backbone, _ = build_backbone("resnet18")
-    with pytest.raises(ValueError, match="ResNet has no class token"):
-        class_attention(backbone, torch.zeros(1, 3, 32, 32))
+    flags = "--arch resnet18 --pretrained_weights random --image_path x.jpg"
+    with pytest.raises(ValueError, match="--arch resnet18: attention maps need vit_tiny"):
+        visualize_attention(parse_args(flags.split()))
 
 
 def test_image_smaller_than_a_patch_is_refused():
@@ -166,10 +171,33 @@ def test_without_image_given_weights_look_at_a_photograph(checkpoint, tmp_path):
 def test_without_anything_it_is_a_digit_and_the_run_on_digits(checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/digits").mkdir(parents=True)
-    (tmp_path / "runs/digits/checkpoint.pth").write_bytes(checkpoint.read_bytes())
+    state = torch.load(checkpoint, weights_only=True) | {"args": {"global_crop_size": 16, "local_crop_size": 8}}
+    torch.save(state, tmp_path / "runs/digits/checkpoint.pth")
     visualize_attention(parse_args(["--arch", "vit_tiny"]))
-    picture = read("runs/digits/img.png")
+    folder = tmp_path / "runs/digits/attention"
+    picture = read(folder / "img.png")
     assert (picture[..., 0] == picture[..., 1]).all()
+    assert {"views.png", "neighbours.png"} <= {path.name for path in folder.iterdir()}
+    assert training_views("") == dino_views((0.4, 1.0), (0.05, 0.4), 8)
+
+
+def test_views_neighbours_and_curves_are_shown_too(checkpoint, tmp_path, capsys):
+    images = write_class_folders(tmp_path / "images", 4)
+    run = tmp_path / "run"
+    run.mkdir()
+    drawn = {"global_crop_size": 24, "local_crop_size": 8, "local_crops_number": 3, "global_crops_scale": (0.5, 1.0)}
+    state = torch.load(checkpoint, weights_only=True)
+    torch.save(state | {"args": argparse.Namespace(**drawn)}, run / "checkpoint.pth")
+    assert training_views(str(run / "checkpoint.pth")) == dino_views((0.5, 1.0), (0.05, 0.4), 3, 24, 8)
+    (run / "metrics.jsonl").write_text('{"step": 10, "loss": 3.0}\n{"step": 20, "loss": 2.0}\n')
+    flags = (
+        f"--arch vit_tiny --patch_size 4 --pretrained_weights {run / 'checkpoint.pth'} --image_size 24 --device cpu "
+    )
+    flags += f"--data_path {images} --image_path {images / 'red' / '000.png'} --output_dir {tmp_path / 'out'} "
+    paths = visualize_attention(parse_args(flags.split()))
+    assert [path.name for path in paths[:4]] == ["attention.png", "views.png", "neighbours.png", "curves.png"]
+    assert all(read(path).std() > 0 for path in paths)
+    assert str(tmp_path / "out" / "curves.png") in capsys.readouterr().out
 
 
 def test_other_architecture_is_refused(checkpoint, tmp_path):

@@ -22,6 +22,7 @@ from shared.not_finite import FiniteGuard
 from shared.optim import build_optimizer, clip_grad_norm_per_tensor_, param_groups_no_decay_on_bias_and_norm
 from shared.precision import Precision
 from shared.schedules import cosine_schedule
+from tests.golden import test_dino_protocols
 from tests.golden.golden_file import GoldenFile
 
 GOLDEN = GoldenFile("dino")
@@ -148,7 +149,7 @@ def test_head_outputs_and_gradients(case):
         sizes["in"],
         sizes["out"],
         use_bn=any(name.endswith("running_mean") for name in state),
-        norm_last_layer=case != "free",
+        norm_last_layer=not GOLDEN.scalar(f"head/{case}/requires_grad_g"),
         nlayers=sum(value.ndim == 2 for name, value in state.items() if name.startswith("mlp")),
         hidden_dim=sizes["hid"],
         bottleneck_dim=sizes["bot"],
@@ -251,7 +252,8 @@ def load_batch(it: int) -> tuple[list[Tensor], Tensor, Tensor]:
     """Views of one iteration as the training loader gives them: one tensor per resolution, labels, indices."""
     crops = [GOLDEN.tensor(f"train/images/it{it}/{crop}") for crop in GOLDEN.cases(f"train/images/it{it}/")]
     assert len(crops) == 2 + CONFIG["train"]["nloc"]
-    return [torch.cat(crops[:2]), torch.cat(crops[2:])], torch.zeros(len(crops[0])), torch.arange(len(crops[0]))
+    groups = [torch.cat(group) for group in (crops[:2], crops[2:]) if group]
+    return groups, torch.zeros(len(crops[0])), torch.arange(len(crops[0]))
 
 
 @pytest.mark.parametrize("case", TRAIN_CASES.values(), ids=TRAIN_CASES)
@@ -326,6 +328,11 @@ def test_parameter_groups():
     names = {id(p): name for name, p in student.named_parameters()}
     for i, group in enumerate(param_groups_no_decay_on_bias_and_norm(student)):
         assert [names[id(p)] for p in group["params"]] == list(GOLDEN[f"train/param_group{i}_names"])
+
+
+def test_every_group_of_the_file_has_a_test():
+    elsewhere = (*test_dino_protocols.GROUPS, "attn_th/", "aug/")  # test_dino_attention.py, test_dino_augmentation.py
+    assert [key for key in GOLDEN.arrays if not key.startswith((*GROUPS, *elsewhere))] == []
 
 
 def test_every_array_was_compared():

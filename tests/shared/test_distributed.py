@@ -74,20 +74,22 @@ def launcher(monkeypatch):
 def test_a_world_that_does_not_come_up_is_an_error_that_names_the_rank(launcher):
     for name, value in {"RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}.items():
         launcher.setenv(name, str(value))
-    with pytest.raises(RuntimeError, match=r"rank 1 of 2 could not form the process group at 127\.0\.0\.1:\d+"):
+    with pytest.raises(
+        distributed.WorldNotFormed, match=r"rank 1 of 2 could not form the process group at 127\.0\.0\.1:\d+"
+    ):
         distributed.init(device="cpu", timeout_s=1)
 
 
 def test_ranks_without_an_address_are_an_error(launcher):
     launcher.setenv("RANK", "0")
     launcher.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RuntimeError, match="MASTER_ADDR is not set"):
+    with pytest.raises(distributed.WorldNotFormed, match="MASTER_ADDR is not set"):
         distributed.init(device="cpu")
 
 
 def test_a_slurm_allocation_of_several_tasks_without_srun_is_not_trained_as_one_process(launcher):
     launcher.setenv("SLURM_NTASKS", "8")
-    with pytest.raises(RuntimeError, match="SLURM_NTASKS=8 but was not started by srun"):
+    with pytest.raises(distributed.WorldNotFormed, match="SLURM_NTASKS=8 but was not started by srun"):
         distributed.init(device="cpu")
 
 
@@ -127,6 +129,8 @@ def test_a_processs_own_error_is_not_taken_for_a_lost_rank():
             4,
             "error: DataLoader worker (pid 7)",
         ),
+        (distributed.WorldNotFormed("rank 1 of 2: why"), 4, "error: rank 1 of 2: why\n"),
+        (KeyboardInterrupt(), 130, "error: stopped by Ctrl-C\n"),
     ],
 )
 def test_each_way_to_end_has_its_exit_code_and_one_line(error, code, message, capsys):

@@ -11,6 +11,7 @@ from shared.optim import (
     build_optimizer,
     clip_grad_norm_per_tensor_,
     ema_update_,
+    load_optimizer_state,
     param_groups_no_decay_on_bias_and_norm,
     step_unless_not_finite,
 )
@@ -76,6 +77,46 @@ def test_fused_optimisers_follow_torchs_plain_ones_also_when_a_tensor_joins_late
             optimizer.step()
         for found, expected in zip(*(n.parameters() for n in networks), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def as_saved_by_old_torch(state: dict) -> dict:
+    """Steps were whole numbers then, and no group knew of implementations."""
+    state = copy.deepcopy(state)
+    new = ("fused", "foreach", "capturable", "differentiable", "decoupled_weight_decay", "maximize")
+    return {
+        "state": {i: s | ({"step": int(s["step"])} if "step" in s else {}) for i, s in state["state"].items()},
+        "param_groups": [
+            {key: value for key, value in group.items() if key not in new} for group in state["param_groups"]
+        ],
+    }
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_states_of_torchs_plain_optimisers_are_gone_on_with_and_bad_steps_still_left_out(name):
+    network = make_network()
+    plain = reference_optimizer(name, param_groups_no_decay_on_bias_and_norm(network))
+    for step in range(2):
+        set_rates(plain, lr=0.1, weight_decay=0.05)
+        set_gradients(network, seed=step)
+        network[2].weight.grad = None  # the frozen last layer has no state yet
+        plain.step()
+    twin = copy.deepcopy(network)
+    resumed = build_optimizer(name, param_groups_no_decay_on_bias_and_norm(twin))
+    load_optimizer_state(resumed, as_saved_by_old_torch(plain.state_dict()))
+    for step in range(2, 4):
+        for n in (network, twin):
+            set_gradients(n, seed=step)
+        plain.step()
+        norms = clip_grad_norm_per_tensor_(twin.parameters(), 0)
+        assert step_unless_not_finite(resumed, norms) == 0
+    for found, expected in zip(twin.parameters(), network.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+    before = state_of(twin, resumed)
+    set_gradients(twin, seed=4)
+    twin[0].weight.grad[0, 0] = math.nan
+    assert step_unless_not_finite(resumed, clip_grad_norm_per_tensor_(twin.parameters(), 0)) == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, state_of(twin, resumed), strict=True))
 
 
 def test_lars_equals_its_formula():
