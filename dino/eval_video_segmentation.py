@@ -115,7 +115,7 @@ def segment_video(
 ):
     """Yields the mask (H, W) of each frame at its original size, object indices in uint8."""
     patch_size, in_chans = backbone.patch_embed.patch_size, input_channels(backbone)
-    first = np.array(Image.open(video.first_mask))
+    first = np.array(Image.open(video.first_mask, formats=["PNG"]))
     if first.ndim != 2:
         raise ValueError(f"{video.first_mask} is not an indexed image")
     yield first

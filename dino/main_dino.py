@@ -15,6 +15,7 @@ import math
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ from dino.vision_transformer import DINOHead
 from shared import distributed, randomness
 from shared.attempt import Attempt
 from shared.batchnorm import has_batchnorm, synchronize_batchnorm
-from shared.checkpoint import Checkpointer, check_flags, load_latest, resume_position, without_prefix
+from shared.checkpoint import Checkpointer, check_flags, is_at_start, load_latest, restore, resume_position
 from shared.data import BadImages, EpochBatchSampler, default_num_workers, make_loader, open_source, short_side
 from shared.evaluation.knn_monitor import KNNMonitor, open_labelled
 from shared.image_cache import cache_images
@@ -46,7 +47,6 @@ from shared.optim import (
     build_optimizer,
     clip_grad_norm_per_tensor_,
     ema_update_,
-    load_optimizer_state,
     param_groups_no_decay_on_bias_and_norm,
     step_unless_not_finite,
 )
@@ -345,10 +345,13 @@ def train_dino(args: argparse.Namespace) -> None:
 
     if checkpoint is not None:
         check_flags(checkpoint, args, NETWORK_FLAGS)
-        distributed.unwrap(student).load_state_dict(without_prefix(checkpoint["student"], "module."))
-        teacher.load_state_dict(without_prefix(checkpoint["teacher"], "module."))
-        load_optimizer_state(optimizer, checkpoint["optimizer"])
-        criterion.load_state_dict(checkpoint["dino_loss"])
+        restore(
+            checkpoint,
+            student=distributed.unwrap(student),
+            teacher=teacher,
+            optimizer=optimizer,
+            dino_loss=criterion,
+        )
         if checkpoint.get("fp16_scaler"):
             precision.scaler.load_state_dict(checkpoint["fp16_scaler"])
         if "log" in checkpoint:  # the official checkpoints have none
@@ -390,8 +393,9 @@ def train_dino(args: argparse.Namespace) -> None:
     with Checkpointer(
         output_dir / "checkpoint.pth", state, args.saveckp_steps, args.saveckp_minutes, guard.is_good
     ) as checkpointer:
-        if checkpoint is None and knn.is_due(-1):
-            log.evaluation(0, 0, knn_top1=knn.run(teacher.backbone))
+        if is_at_start(checkpoint) and knn.is_due(-1):
+            stop = partial(checkpointer.stop_if_asked, 0, 0)
+            log.evaluation(0, 0, knn_top1=knn.run(teacher.backbone, stop))
         for epoch in range(first_epoch, args.epochs):
             sampler.set_epoch(epoch, first_step)
             train_one_epoch(
@@ -414,9 +418,10 @@ def train_dino(args: argparse.Namespace) -> None:
                 checkpointer=checkpointer,
             )
             first_step = 0
-            log.end_epoch(epoch, bad_images=bad_images.count())
             if knn.is_due(epoch):
-                log.evaluation((epoch + 1) * steps_per_epoch, epoch + 1, knn_top1=knn.run(teacher.backbone))
+                stop = partial(checkpointer.stop_if_asked, epoch, steps_per_epoch)
+                log.evaluation((epoch + 1) * steps_per_epoch, epoch + 1, knn_top1=knn.run(teacher.backbone, stop))
+            log.end_epoch(epoch, bad_images=bad_images.count())
             numbered = args.saveckp_freq and epoch % args.saveckp_freq == 0
             checkpointer.after_epoch(epoch, keep_as=f"checkpoint{epoch:04d}.pth" if numbered else None)
     log.close()

@@ -50,13 +50,18 @@ class Attempt:
 
         Raises:
             Superseded: If a later attempt of the same job was here first.
+            OSError: If the folder cannot be written to.
         """
         owner = owner_of(folder)
         if owner is not None and owner.job == self.job and owner.number > self.number:
             raise Superseded(self._message(folder, owner))
         temporary = _file(folder).with_name(f".attempt.{socket.gethostname()}-{os.getpid()}")
-        temporary.write_text(json.dumps(asdict(self)))
-        os.replace(temporary, _file(folder))
+        try:
+            temporary.write_text(json.dumps(asdict(self)))
+            os.replace(temporary, _file(folder))
+        except OSError as error:  # that of a full disk does not name the file
+            temporary.unlink(missing_ok=True)
+            raise OSError(error.errno, error.strerror, str(_file(folder))) from error
 
     def check(self, folder: str | Path) -> None:
         """Make sure that no other attempt has claimed ``folder``; a folder that nobody claimed is free.

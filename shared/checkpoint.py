@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import distributed
 from .attempt import Attempt, Interrupted, NotFinite
+from .optim import load_optimizer_state
 from .weights import safe_load
 
 
@@ -146,7 +147,7 @@ def load_latest(path: str | Path, map_location: str | torch.device = "cpu") -> d
     """The newest intact checkpoint among ``path`` and its ``.previous``, or None if neither exists.
 
     Every process must call this. A damaged newest file is reported on standard output and put aside as ``*.damaged``,
-    and the previous one is used.
+    and the previous one is used; so it is, and reported, when the newest file has been removed.
 
     Raises:
         CheckpointError: If files exist and none of them is intact.
@@ -168,10 +169,12 @@ def load_latest(path: str | Path, map_location: str | torch.device = "cpu") -> d
     distributed.check_same_on_all_processes(checksum, f"the newest checkpoint in {path.parent} (a checksum)")
     if problems and state is None:
         raise CheckpointError("no intact checkpoint: " + "; ".join(problems.values()))
-    if problems:
-        distributed.print_once(f"WARNING: falling back to the previous checkpoint {previous(path)}")
-        if distributed.is_main_process():  # else the next save would replace the intact one with the damaged one
-            os.replace(path, path.with_name(path.name + ".damaged"))
+    if state is not None and candidate != path:
+        missing = "" if problems else f"{path} is missing, "
+        distributed.print_once(f"WARNING: {missing}falling back to the previous checkpoint {candidate}")
+    if problems and distributed.is_main_process():
+        # else the next save would replace the intact one with the damaged one
+        os.replace(path, path.with_name(path.name + ".damaged"))
     return state
 
 
@@ -242,8 +245,18 @@ class Checkpointer:
         """
         due = self.every_steps > 0 and step_in_epoch % self.every_steps == 0
         late = self.every_s > 0 and time.monotonic() - self.last_save > self.every_s
+        self._save_or_stop(epoch, step_in_epoch, int((due or late) and self.is_good()))
+
+    def stop_if_asked(self, epoch: int, step_in_epoch: int) -> None:
+        """Save and stop if a signal has arrived on any rank: for work between steps that outlasts the time for a save.
+
+        Every rank calls this equally often; the run comes back to that work, which starts again.
+        """
+        self._save_or_stop(epoch, step_in_epoch, 0)
+
+    def _save_or_stop(self, epoch: int, step_in_epoch: int, request: int) -> None:
         # one small reduction: 0 go on, 1 save, more: save and stop on that signal
-        request = distributed.max_over_processes(self._stop_request() or int((due or late) and self.is_good()))
+        request = distributed.max_over_processes(self._stop_request() or request)
         if request:
             self.save(epoch, step_in_epoch)
         if request > 1:
@@ -284,8 +297,10 @@ def check_flags(checkpoint: dict, args: argparse.Namespace, must_match: tuple[st
         must_match: Flags that shape the network; a difference in any other one is only reported.
 
     Raises:
-        ValueError: If one of ``must_match`` differs.
+        ValueError: If one of ``must_match`` differs, or the file is not the checkpoint of a training run.
     """
+    if not isinstance(checkpoint, dict) or not {"args", "epoch"} <= checkpoint.keys():
+        raise ValueError(f"the checkpoint in --output_dir {args.output_dir} is not that of a training run")
     old = checkpoint["args"] if isinstance(checkpoint["args"], dict) else vars(checkpoint["args"])
     for flag, value in vars(args).items():
         if flag not in old or old[flag] == value or flag in ("output_dir", "local_rank", "num_workers", "device"):
@@ -296,6 +311,27 @@ def check_flags(checkpoint: dict, args: argparse.Namespace, must_match: tuple[st
                 f"--{flag} {old[flag]}; use that or another --output_dir"
             )
         distributed.print_once(f"resuming with --{flag} {value}, the checkpoint was written with {old[flag]}")
+
+
+def restore(checkpoint: dict, **parts: nn.Module | torch.optim.Optimizer) -> None:
+    """Fill networks, losses and optimisers from the entries of ``checkpoint`` with their names, each one completely.
+
+    Names of tensors may have the prefix ``module.``.
+
+    Raises:
+        ValueError: If an entry is missing or does not fit its part; the message names the entry.
+    """
+    for name, part in parts.items():
+        if not isinstance(entry := checkpoint.get(name), dict):
+            raise ValueError(f"the checkpoint cannot be resumed, it has no {name}: {', '.join(map(str, checkpoint))}")
+        try:
+            if isinstance(part, torch.optim.Optimizer):
+                load_optimizer_state(part, entry)
+            else:
+                part.load_state_dict(without_prefix(entry, "module."))
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"the checkpoint's {name} does not fit this run: {reason[:1000]}") from error
 
 
 def resume_position(checkpoint: dict, batch_size: int, images: int, on_changed_run: str) -> tuple[int, int]:
@@ -325,6 +361,11 @@ def resume_position(checkpoint: dict, batch_size: int, images: int, on_changed_r
             "an unchanged run"
         )
     return epoch, step * old_batch // batch_size
+
+
+def is_at_start(checkpoint: dict | None) -> bool:
+    """Whether the run has not done a step yet; it may have been stopped during an evaluation before the first one."""
+    return checkpoint is None or (checkpoint["epoch"], checkpoint.get("step_in_epoch", 0)) == (0, 0)
 
 
 def without_prefix(state_dict: dict, prefix: str) -> dict:

@@ -301,7 +301,7 @@ def make_loader(
 
 
 class _Loader(DataLoader):
-    """Says which worker has died and how, whatever became of its last message."""
+    """Gives a worker's error as it was raised, or says which worker has died and how."""
 
     def __iter__(self) -> Iterator:
         # OpenCV's threads do not live on in a forked worker, which would wait for them forever: end them here
@@ -312,6 +312,8 @@ class _Loader(DataLoader):
                 batch = next(iterator)
             except StopIteration:
                 return
+            except ImageError as error:  # torch has put the worker's traceback around the message
+                raise ImageError(str(error).rpartition("ImageError: ")[2].strip()) from error
             except (RuntimeError, OSError, EOFError) as error:
                 for worker in getattr(iterator, "_workers", ()):
                     worker.join(timeout=0.1)

@@ -1,5 +1,6 @@
 """Compressed images: their size without decoding them, and pixels that are right or an error, never half a picture."""
 
+import functools
 import io
 import os
 import stat
@@ -12,6 +13,8 @@ from PIL import Image
 MAX_PIXELS = 89_478_485  # what Pillow warns at; a larger image is refused before memory is allocated for it
 MAX_FILE_BYTES = 1 << 28
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's list
+# What a file may be, whatever its name says. Pillow knows more: an EPS file is a program, which it has Ghostscript run.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 _ORIENTATION_TAG = 0x0112
 
 
@@ -139,11 +142,17 @@ def _open_with_pil(data: bytes, name: str) -> Image.Image:
     if not data:
         raise ImageError(f"{name}: empty file")
     try:
-        return Image.open(io.BytesIO(data))
+        return Image.open(io.BytesIO(data), formats=_known_formats())
     except Image.UnidentifiedImageError as error:
         raise ImageError(f"{name}: not an image of a known format") from error
     except Exception as error:  # as in _decode_pil
         raise ImageError(f"{name}: {error or type(error).__name__}") from error
+
+
+@functools.cache
+def _known_formats() -> list[str]:
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]  # older versions of Pillow lack AVIF
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:

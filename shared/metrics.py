@@ -172,7 +172,7 @@ class RunLog:
         """Sums of this rank and the lengths of the files, which are on the disk when this returns."""
         lengths = {}
         for name, path in self.files.items() if distributed.is_main_process() else ():
-            with _naming(path), open(path, "rb") as file:
+            with _naming(path), open(path, "r+b") as file:  # some file systems flush no file that is open for reading
                 os.fsync(file.fileno())
                 lengths[name] = os.fstat(file.fileno()).st_size
         sums = {name: {k: v.tolist() for k, v in getattr(self, name).items()} for name in ("window", "epoch")}

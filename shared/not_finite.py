@@ -81,12 +81,16 @@ class FiniteGuard:
         # gradients are summed over processes, so they cannot tell where it began
         name = found[rank] or next(self._gradients(), "nothing when the step is repeated")
         path = self.output_dir / "nonfinite.pth"
+        where = f"the batch is in {path}"
         if distributed.get_rank() == rank:
-            torch.save({**batch, "rank": rank, "first_not_finite": name}, path)
-        distributed.barrier()
+            try:
+                torch.save({**batch, "rank": rank, "first_not_finite": name}, path)
+            except (OSError, RuntimeError) as error:  # a full disk must not hide why the run ends
+                where = f"the batch could not be saved to {path}: {error}"
+        where = distributed.broadcast_object(where, src=rank)
         raise NotFinite(
             f"{int(self.in_a_row)} steps in a row, up to step {batch['step'] + 1}, had gradients that are not finite; "
-            f"the first such tensor is {name} (rank {rank}), the batch is in {path}; the weights are those of the last "
+            f"the first such tensor is {name} (rank {rank}), {where}; the weights are those of the last "
             "good checkpoint, from which the same command goes on"
         )
 

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import socket
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -288,7 +289,7 @@ def _read_list(path: Path, allow_absolute_paths: bool, where: str):
         raise ValueError(f"{where}: an empty list")
     if not texts:
         return names, None, None
-    are_numbers = all(text.strip().lstrip("-").isdigit() for text in set(texts))
+    are_numbers = all(re.fullmatch(r"\s*-?[0-9]{1,18}\s*", text) for text in set(texts))
     classes = sorted(set(texts), key=int if are_numbers else None)
     index_of = {text: index for index, text in enumerate(classes)}
     return names, np.array([index_of[text] for text in texts]), classes

@@ -88,7 +88,9 @@ def safe_load(path: str | Path, map_location: str | torch.device = "cpu"):
             _refuse_expanding_archive(path)
         with torch.serialization.safe_globals(SAFE_GLOBALS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle protocol of files that are refused anyway
-            return torch.load(path, map_location=map_location, weights_only=True)
+            contents = torch.load(path, map_location=map_location, weights_only=True)
+        _refuse_expanding_contents(contents, path.stat().st_size)
+        return contents
     except UnsafeFileError as error:
         raise UnsafeFileError(f"{path} is refused: {error}") from None
     except Exception as error:  # a forged pickle can raise anything from inside the reader
@@ -112,6 +114,28 @@ def _refuse_expanding_archive(path: Path) -> None:
         size = sum(record.file_size for record in archive.infolist())
     if size > path.stat().st_size:
         raise UnsafeFileError(f"its {path.stat().st_size} bytes expand to {size}")
+
+
+def _refuse_expanding_contents(contents, file_size: int) -> None:
+    """Refuse what would make the code that reads the result run out of memory or never end.
+
+    A few bytes can describe a tensor of any size (strides of 0), and a list that contains itself.
+    """
+    waiting, seen = [(contents, 0)], set()
+    while waiting:
+        value, depth = waiting.pop()
+        if isinstance(value, Tensor):
+            if value.layout != torch.strided or value.is_quantized or value.is_nested or value.is_meta:
+                raise UnsafeFileError("it holds a tensor that is sparse, quantized, nested or without data")
+            if value.numel() * value.element_size() > file_size:
+                raise UnsafeFileError(f"its {file_size} bytes expand to a tensor of shape {tuple(value.shape)}")
+        elif isinstance(value, dict | list | tuple | set | argparse.Namespace) and id(value) not in seen:
+            if depth == 100:
+                raise UnsafeFileError("it is nested more than 100 levels deep")
+            seen.add(id(value))
+            parts = vars(value) if isinstance(value, argparse.Namespace) else value
+            children = [*parts.keys(), *parts.values()] if isinstance(parts, dict) else parts
+            waiting += [(child, depth + 1) for child in children]
 
 
 # --- Layouts ----------------------------------------------------------------------------------------------------------

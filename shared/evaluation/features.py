@@ -1,5 +1,7 @@
 """Features of a whole data set from a frozen network, the same on every process and in the order of the data set."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
@@ -31,6 +33,7 @@ def extract_features(
     batch_size: int = 128,
     num_workers: int = 0,
     store_on: torch.device | str | None = None,
+    between_batches: Callable[[], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run every image through the model once, shared out over the processes.
 
@@ -43,6 +46,7 @@ def extract_features(
         batch_size: Images per process in one pass.
         num_workers: Loader processes.
         store_on: Where the features are kept; the model's device when None.
+        between_batches: Called after every batch, equally often on every process; may raise to stop.
 
     Returns:
         Features (N, D) in float32 and labels (N,) in int64, both in the order of the data set on every process.
@@ -69,6 +73,8 @@ def extract_features(
         rows = slice(done, min(done + len(batch), num_samples))  # the last rows are fill
         features[rows], labels[rows] = batch[: rows.stop - done], targets[: rows.stop - done]
         done = rows.stop
+        if between_batches is not None:
+            between_batches()
     model.train(was_training)
     check_features(features)
     return features, labels

@@ -114,15 +114,23 @@ class KNNMonitor:
         ends = epoch in (-1, self.epochs - 1)
         return ends or (self.every_epochs is not None and (epoch + 1) % self.every_epochs == 0)
 
-    def features(self, backbone: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def features(
+        self, backbone: nn.Module, between_batches: Callable[[], None] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Train features, train labels, val features, val labels."""
         return tuple(
             tensor
             for dataset in (self.train, self.val)
-            for tensor in extract_features(backbone, dataset, self.device, num_workers=self.num_workers)
+            for tensor in extract_features(
+                backbone, dataset, self.device, num_workers=self.num_workers, between_batches=between_batches
+            )
         )
 
-    def run(self, backbone: nn.Module) -> float:
-        """Top-1 in percent."""
-        self.latest_features = self.features(backbone)
+    def run(self, backbone: nn.Module, between_batches: Callable[[], None] | None = None) -> float:
+        """Top-1 in percent.
+
+        Args:
+            between_batches: Called after every batch, equally often on every process; may raise to stop.
+        """
+        self.latest_features = self.features(backbone, between_batches)
         return knn_classify(*self.latest_features, k=self.k)[0]

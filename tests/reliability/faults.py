@@ -14,6 +14,11 @@ from pathlib import Path
 import torch
 
 
+def together(*faults: Callable[[], None]) -> None:
+    for fault in faults:
+        fault()
+
+
 def before_update(number: int, action: Callable[[], None]) -> None:
     """``action()`` inside the process's ``number``-th step (from 1), after the optimiser and before the teacher."""
     from dino import main_dino
@@ -60,6 +65,21 @@ def signals_during_save(save: int, *numbers: int) -> None:
         return verify(path)
 
     checkpoint.verify = disturbed
+
+
+def signal_in_evaluation(evaluation: int, number: int) -> None:
+    """A signal as the process's ``evaluation``-th k-NN evaluation (from 1) begins."""
+    from shared.evaluation.knn_monitor import KNNMonitor
+
+    features, calls = KNNMonitor.features, []
+
+    def disturbed(self, *args):
+        calls.append(args)
+        if len(calls) == evaluation:
+            send(number)
+        return features(self, *args)
+
+    KNNMonitor.features = disturbed
 
 
 def kill_at_line(number: int, after_saves: int = 0) -> None:
@@ -142,6 +162,18 @@ def nan_in_views(steps: Container[int], rank: int = 0) -> None:
     main_dino.randomness.seed_step, main_dino.normalize_views = remember, spoilt
 
 
+def scale_loss_on_cpu(growth_interval: int) -> None:
+    """The loss is scaled as for fp16 on a GPU, in float32 so that a CPU can do it."""
+    from dino import main_dino
+
+    class Scaled(main_dino.Precision):
+        def __init__(self, amp: str, device: torch.device):
+            super().__init__("fp32", device)
+            self.scaler = torch.amp.GradScaler(device.type, growth_interval=growth_interval)
+
+    main_dino.Precision = Scaled
+
+
 def kill_worker(epoch: int) -> None:
     """The loader process that gets the first batch of ``epoch`` is killed."""
     from dino import main_dino
@@ -174,6 +206,17 @@ def limit_file_size(num_bytes: int, from_update: int) -> None:
     """No file may grow beyond this from some step on: what a full disk looks like to one file."""
     limits = (num_bytes, resource.RLIM_INFINITY)
     before_update(from_update, functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, limits))
+
+
+def fill_disk(folder: Path, from_update: int, leave_bytes: int = 100_000) -> None:
+    """The file ``filler`` takes all that is free on the disk but so much, from some step on."""
+
+    def fill() -> None:
+        status = os.statvfs(folder)
+        with open(folder / "filler", "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, status.f_bavail * status.f_frsize - leave_bytes)
+
+    before_update(from_update, fill)
 
 
 def make_read_only(folder: Path, from_update: int) -> None:

@@ -4,6 +4,7 @@ import functools
 import os
 import re
 import shutil
+import subprocess
 
 import pytest
 
@@ -29,6 +30,32 @@ def test_a_save_that_fails_is_one_message_and_the_run_goes_on_later(fault, reaso
     folder.chmod(0o755)
     assert load_latest(folder / "checkpoint.pth")["step_in_epoch"] == 3
     assert not [path for path in folder.glob(".*") if "checkpoint" in path.name]
+    Run(folder, "--data_path", images).assert_ends()
+    assert_same_run(folder, uninterrupted)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 64 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder], capture_output=True, text=True
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"may not mount a file system here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_fills_up_is_one_message_and_the_run_goes_on_once_there_is_space(small_disk, images, uninterrupted):
+    folder = small_disk / "run"
+    run = Run(folder, "--data_path", images, fault=functools.partial(faults.fill_disk, small_disk, 4))
+    printed = run.assert_ends(2)
+    assert re.search(rf"error: could not write {folder}/checkpoint.pth: .*No space left on device.*is intact", printed)
+    assert "Traceback" not in printed
+    (small_disk / "filler").unlink()
+    assert load_latest(folder / "checkpoint.pth")["step_in_epoch"] == 3
     Run(folder, "--data_path", images).assert_ends()
     assert_same_run(folder, uninterrupted)
 

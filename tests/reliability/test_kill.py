@@ -1,10 +1,13 @@
 """SIGKILL at any instant: the same command goes on by itself and ends like a run that was never killed."""
 
+import functools
 import random
 import time
 
 import pytest
 
+from shared.checkpoint import load_latest
+from tests.reliability import faults
 from tests.reliability.runs import Run, assert_same_run, log_lines
 
 
@@ -27,3 +30,17 @@ def test_runs_killed_at_random_instants_end_like_an_uninterrupted_one(kills, ima
         finished += 1
         assert_same_run(folder, uninterrupted)
         assert [line["step"] for line in log_lines(folder)] == [2, 4, 6, 8, 10, 12]
+
+
+def test_a_killed_run_goes_on_with_its_scale_of_the_loss(images, tmp_path):
+    scaled = functools.partial(faults.scale_loss_on_cpu, 2)  # doubled after two good steps, halved after a bad one
+    spoilt = functools.partial(faults.together, scaled, functools.partial(faults.nan_in_views, {3}))
+    slow = functools.partial(faults.together, spoilt, functools.partial(faults.slow_steps, 0.1))
+    Run(tmp_path / "whole", "--data_path", images, fault=spoilt).assert_ends()
+    killed = Run(tmp_path / "killed", "--data_path", images, fault=slow)
+    killed.wait_for_step(6)
+    killed.kill()
+    scale = load_latest(tmp_path / "killed/checkpoint.pth")["fp16_scaler"]["scale"]
+    Run(tmp_path / "killed", "--data_path", images, fault=spoilt).assert_ends()
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+    assert load_latest(tmp_path / "whole/checkpoint.pth")["fp16_scaler"]["scale"] > scale

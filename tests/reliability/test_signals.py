@@ -45,3 +45,23 @@ def test_a_signal_to_one_of_two_ranks_stops_and_saves_both(images, tmp_path):
     for rank in ranks:
         rank.assert_ends(128 + signal.SIGUSR1)
     assert load_latest(tmp_path / "run/checkpoint.pth")["step_in_epoch"] >= 2
+
+
+@pytest.fixture(scope="module")
+def evaluated(images, tmp_path_factory):
+    """An uninterrupted run with k-NN evaluations before training and after each epoch."""
+    folder = tmp_path_factory.mktemp("evaluated") / "run"
+    Run(folder, "--data_path", images, "--eval_knn_freq", 1).assert_ends()
+    return folder
+
+
+@pytest.mark.parametrize(("evaluation", "position"), [(1, (0, 0)), (2, (0, 6)), (3, (1, 6))])
+def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(evaluation, position, images, evaluated, tmp_path):
+    flags = ("--data_path", images, "--eval_knn_freq", 1)
+    fault = functools.partial(faults.signal_in_evaluation, evaluation, signal.SIGUSR2)
+    printed = Run(tmp_path / "run", *flags, fault=fault).assert_ends(128 + signal.SIGUSR2)
+    assert printed.count("knn_top1") == evaluation - 1
+    saved = load_latest(tmp_path / "run/checkpoint.pth")
+    assert (saved["epoch"], saved["step_in_epoch"]) == position
+    Run(tmp_path / "run", *flags).assert_ends()
+    assert_same_run(tmp_path / "run", evaluated)

@@ -21,6 +21,15 @@ def test_fewer_images_than_a_batch_are_refused(images, tmp_path):
     assert "error: 24 images on 1 process(es) do not fill one batch of 25" in printed
 
 
+def test_processes_that_do_not_come_up_are_an_error_and_not_a_smaller_run(images, tmp_path):
+    rank_1_of_2 = {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    run = Run(tmp_path / "run", "--data_path", images, "--dist_timeout", 2, environment=rank_1_of_2)
+    printed = run.assert_ends(4)
+    assert "error: rank 1 of 2 could not form the process group at 127.0.0.1" in printed
+    assert "Traceback" not in printed
+    assert not (tmp_path / "run").exists()
+
+
 def test_two_ranks_with_as_many_but_other_images_are_refused(images, tmp_path):
     other = write_images(tmp_path / "other")
     (other / "class0" / "0.png").rename(other / "class0" / "00.png")

@@ -1,4 +1,6 @@
+import errno
 import json
+from pathlib import Path
 
 import pytest
 
@@ -45,6 +47,20 @@ def test_an_unclaimed_folder_is_free(tmp_path):
     Attempt("7", 0).claim(tmp_path)
     assert json.loads((tmp_path / "attempt.json").read_text()) == {"job": "7", "number": 0}
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_full_disk_is_an_error_that_names_the_file_and_leaves_the_old_owner(tmp_path, monkeypatch):
+    Attempt("7", 0).claim(tmp_path)
+
+    def no_space(self, text):
+        self.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", no_space)
+    with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/attempt.json'"):
+        Attempt("8", 0).claim(tmp_path)
+    assert owner_of(tmp_path) == Attempt("7", 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["attempt.json"]
 
 
 def test_an_attempt_is_known_by_slurms_variables_or_by_its_process(monkeypatch):

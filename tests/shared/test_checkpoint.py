@@ -1,8 +1,10 @@
+import argparse
 import math
 import os
 import random
 import signal
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -102,6 +104,15 @@ def test_a_damaged_newest_file_never_replaces_the_intact_previous_one(tmp_path, 
     with pytest.raises(CheckpointError, match="Input/output error"):
         write(path, 3)
     assert value_of(checkpoint.load_latest(path)) == 1
+
+
+def test_a_newest_file_that_was_removed_is_reported_too(tmp_path, capsys):
+    path = tmp_path / "checkpoint.pth"
+    write(path, 1)
+    write(path, 2)
+    path.unlink()
+    assert value_of(checkpoint.load_latest(path)) == 1
+    assert f"WARNING: {path} is missing, falling back to the previous checkpoint" in capsys.readouterr().out
 
 
 def test_two_damaged_files_are_an_error_that_names_both(tmp_path):
@@ -268,6 +279,34 @@ def test_a_run_in_doubt_keeps_its_last_good_checkpoint_until_it_is_stopped(tmp_p
     assert checkpoint.load_latest(path) == {"step": 3}
 
 
+def test_a_signal_during_other_work_saves_the_state_before_it_and_stops(tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    with pytest.raises(Interrupted) as stop:
+        with Checkpointer(path, lambda epoch, step: {"epoch": epoch, "step": step}, every_steps=1) as checkpointer:
+            checkpointer.stop_if_asked(2, 5)
+            assert not path.exists()  # nobody has asked
+            os.kill(os.getpid(), signal.SIGTERM)
+            checkpointer.stop_if_asked(2, 5)
+    assert stop.value.signal_number == signal.SIGTERM
+    assert checkpoint.load_latest(path) == {"epoch": 2, "step": 5}
+
+
+def test_saves_when_so_many_minutes_have_passed_since_the_last_save(tmp_path, monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: now))
+    saved = []
+
+    def state(epoch, step):
+        saved.append((step, now))
+        return {}
+
+    checkpointer = Checkpointer(tmp_path / "checkpoint.pth", state, every_minutes=2)
+    for step in range(1, 20):
+        now += 50
+        checkpointer.after_step(0, step)
+    assert [now - before for (_, before), (_, now) in zip([(0, 1000), *saved], saved, strict=False)] == [150] * 6
+
+
 def test_saves_every_n_steps_and_at_the_end_of_an_epoch(tmp_path):
     path = tmp_path / "checkpoint.pth"
     saved = []
@@ -283,3 +322,55 @@ def test_saves_every_n_steps_and_at_the_end_of_an_epoch(tmp_path):
     assert saved == [(0, 2), (0, 4), (1, 0)]
     checkpointer.after_step(1, 2)  # replaces checkpoint.pth, not the numbered one
     assert checkpoint.load_latest(tmp_path / "checkpoint0000.pth") == {"epoch": 1, "step": 0}
+
+
+# -- going on from a checkpoint
+
+
+def network():
+    return torch.nn.Linear(2, 3)
+
+
+def test_restore_fills_every_part_and_understands_the_prefix_of_distributed_runs():
+    old, new = network(), network()
+    optimizer = torch.optim.SGD(new.parameters(), lr=1.0)
+    entry = {f"module.{name}": value for name, value in old.state_dict().items()}
+    saved = torch.optim.SGD(old.parameters(), lr=0.5).state_dict()
+    checkpoint.restore({"student": entry, "optimizer": saved, "epoch": 3}, student=new, optimizer=optimizer)
+    assert torch.equal(new.weight, old.weight) and optimizer.param_groups[0]["lr"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"epoch": 1, "teacher": {}}, "it has no student: epoch, teacher"),
+        ({"student": torch.nn.Linear(2, 4).state_dict()}, "student does not fit this run: .*size mismatch for weight"),
+        ({"student": {"weight": torch.zeros(3, 2)}}, r"student does not fit this run: .*Missing key.* \"bias\""),
+        ({"student": network().state_dict(), "optimizer": {"state": {}, "param_groups": []}}, "optimizer does not fit"),
+    ],
+)
+def test_a_checkpoint_that_fits_in_part_is_refused(entries, message):
+    part = network()
+    with pytest.raises(ValueError, match=message):
+        checkpoint.restore(entries, student=part, optimizer=torch.optim.SGD(part.parameters(), lr=1.0))
+
+
+def test_a_file_of_weights_is_not_taken_for_a_run():
+    with pytest.raises(ValueError, match="--output_dir run is not that of a training run"):
+        checkpoint.check_flags(network().state_dict(), argparse.Namespace(output_dir="run"), ())
+
+
+@pytest.mark.parametrize(("old_world", "old_batch"), [(2, 8), (1, 4)])
+def test_a_changed_world_or_batch_is_refused_or_stated_with_what_differs(old_world, old_batch, capsys):
+    saved = {"epoch": 3, "step_in_epoch": 4, "batch_size": old_batch, "world_size": old_world, "images": 7}
+    with pytest.raises(ValueError, match=f"--on_changed_run refuse: {old_batch} images per step on {old_world} proc"):
+        checkpoint.resume_position(saved, 8, 7, "refuse")
+    assert checkpoint.resume_position(saved, 8, 7, "continue") == (3, 4 * old_batch // 8)
+    printed = capsys.readouterr().out
+    assert "resuming a changed run" in printed and "grouping into batches and random draws" in printed
+
+
+def test_an_unchanged_run_goes_on_without_a_word(capsys):
+    saved = {"epoch": 3, "step_in_epoch": 4, "batch_size": 8, "world_size": 1, "images": 7}
+    assert checkpoint.resume_position(saved, 8, 7, "refuse") == (3, 4)
+    assert capsys.readouterr().out == ""

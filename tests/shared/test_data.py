@@ -1,5 +1,6 @@
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -194,6 +195,14 @@ def test_a_bad_image_in_an_evaluation_is_an_error_unless_allowed(tmp_path):
         EvalDataset(source, EvalTransform(12, 12))[2]
     _, label, index = EvalDataset(source, EvalTransform(12, 12), BadImages(6))[2]
     assert index != 2 and label == source.label(index)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_the_message_of_a_bad_image_is_the_same_from_a_worker(num_workers, tmp_path):
+    source = photographs(tmp_path, 2, bad=(1,))
+    with pytest.raises(ImageError) as error:
+        list(make_loader(EvalDataset(source, EvalTransform(12, 12)), batch_size=2, num_workers=num_workers))
+    assert re.fullmatch(rf"{tmp_path}/1\.jpg: .+", str(error.value))
 
 
 # ------------------------------------------------------------------------------------------------- sampler and loader

@@ -148,6 +148,18 @@ def test_other_files_are_refused_with_their_name(tmp_path):
             read_image(tmp_path / name)
 
 
+@pytest.mark.parametrize("file_format", ["EPS", "PCX", "TGA", "ICO", "SGI"])
+def test_formats_that_nobody_trains_on_are_refused_whatever_the_name(file_format):
+    """Above all EPS, which is a program: Pillow would start an interpreter for it."""
+    with pytest.raises(ImageError, match=r"picture\.jpg: not an image of a known format"):
+        EncodedImage(encoded(PHOTOGRAPH, file_format), "picture.jpg")
+
+
+@pytest.mark.parametrize("file_format", ["GIF", "MPO", "JPEG2000"])
+def test_further_formats_are_read_whatever_the_name(file_format):
+    assert np.abs(decode(encoded(PHOTOGRAPH, file_format)).astype(int) - PHOTOGRAPH).mean() < 20
+
+
 def test_unreadable_files_are_refused(tmp_path, monkeypatch):
     (tmp_path / "secret.jpg").write_bytes(encoded(PHOTOGRAPH, "JPEG"))
 

@@ -94,3 +94,10 @@ def test_the_first_bad_tensor_is_named_and_saved_with_the_batch(fault, name, tmp
     torch.testing.assert_close(saved["views"], views, equal_nan=True)
     assert saved["indices"].tolist() == list(range(6))
     assert not any(module._forward_hooks for module in net.modules())
+
+
+def test_a_batch_that_cannot_be_saved_does_not_hide_why_the_run_ends(tmp_path):
+    net, views = network(), torch.full((6, 4), torch.nan)
+    guard = FiniteGuard({"net": net}, tmp_path / "gone", 2, CPU, in_a_row=2)
+    with pytest.raises(NotFinite, match=r"the first such tensor is views\[0\] .* could not be saved to .*gone"):
+        guard.stop({"views": views, "step": 41}, [views], {"net": views}, torch.tensor(torch.nan))

@@ -6,8 +6,12 @@ import functools
 import io
 import os
 import pickle
+import resource
+import struct
 import subprocess
+import tarfile
 import zipfile
+import zlib
 from collections import OrderedDict
 from pathlib import Path
 
@@ -18,7 +22,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shared.images import read_image
 from shared.weights import UnsafeFileError, load_backbone_weights, safe_load
+from tests.processes import SERVER
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -165,6 +171,102 @@ def test_decompression_bomb_is_refused_before_it_expands(tmp_path):
         safe_load(tmp_path / "weights.pth")
 
 
+def contains_itself() -> dict:
+    endless = []
+    endless.append(endless)
+    return {"teacher": endless, "again": endless}
+
+
+def deep(levels: int) -> bytes:
+    """A checkpoint of lists in lists in lists, deeper than Python's own pickle could write it."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02" + b"]" * levels + b"a" * (levels - 1) + b".")
+        archive.writestr("archive/version", b"3\n")
+    return buffer.getvalue()
+
+
+def shared_lists() -> list:
+    """Thirty lists that hold the next one twice: a billion ways to the end."""
+    inner = [torch.zeros(2)]
+    for _ in range(30):
+        inner = [inner, inner]
+    return inner
+
+
+BOMBS = {
+    "a tensor that repeats one number": (
+        zip_bytes({"teacher": {"weight": torch.zeros(1).expand(1 << 20, 1 << 14)}}),
+        r"expand to a tensor of shape \(1048576, 16384\)",
+    ),
+    "the same in the old format": (
+        legacy_bytes({"teacher": {"weight": torch.zeros(1).expand(1 << 20, 1 << 14)}}),
+        r"expand to a tensor of shape \(1048576, 16384\)",
+    ),
+    "a sparse tensor": (
+        zip_bytes({"weight": torch.sparse_coo_tensor([[0], [0]], [1.0], (1 << 20, 1 << 14), check_invariants=False)}),
+        "sparse",
+    ),
+    "a tensor without data": (zip_bytes({"weight": torch.zeros(1 << 20, 1 << 14, device="meta")}), "without data"),
+    "a list in itself": (zip_bytes(contains_itself()), None),
+    "a deep list": (deep(100_000), "more than 100 levels"),
+    "lists shared a billion times": (zip_bytes(shared_lists()), None),
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_small_file_cannot_fill_the_memory_or_keep_the_reader_busy(bomb, tmp_path):
+    content, refusal = BOMBS[bomb]
+    (tmp_path / "weights.pth").write_bytes(content)
+    if refusal is not None:
+        with pytest.raises(UnsafeFileError, match=rf"weights\.pth is refused: .*{refusal}"):
+            safe_load(tmp_path / "weights.pth")
+    with pytest.raises(ValueError):
+        load_backbone_weights(torch.nn.Linear(2, 2), tmp_path / "weights.pth")
+
+
+def read_within(slack_bytes: int, files: list[Path]) -> None:
+    """Every file is refused by a process that may take this much more memory than it has."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + slack_bytes
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    for file in files:
+        with pytest.raises(ValueError) as refusal:
+            load_backbone_weights(torch.nn.Linear(2, 2), file) if file.suffix == ".pth" else read_image(file).decode()
+        assert "emory" not in str(refusal.value) and "alloc" not in str(refusal.value), refusal.value
+
+
+def test_bombs_are_refused_in_little_memory(tmp_path):
+    for number, (content, _) in enumerate(BOMBS.values()):
+        (tmp_path / f"{number}.pth").write_bytes(content)
+    with zipfile.ZipFile(tmp_path / "compressed.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/0", bytes(1 << 28))
+    side = 9459  # 89,472,681 pixels are within the limit, 6,000 times as much as the file
+    pixels = zlib.compress(bytes(side * (1 + side)))
+    for name, width, height, data in (("large", 60000, 60000, b""), ("cut", side, side, pixels[: len(pixels) // 2])):
+        chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)), (b"IDAT", data), (b"IEND", b"")]
+        png = b"".join(struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks)
+        (tmp_path / f"{name}.png").write_bytes(b"\x89PNG\r\n\x1a\n" + png)
+    process = SERVER.Process(target=read_within, args=(512 << 20, sorted(tmp_path.iterdir())))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+
+
+def test_tar_files_are_refused_and_nothing_is_unpacked(tmp_path):
+    """torch once wrote tar files, and unpacking one can write anywhere."""
+    (tmp_path / "inner").mkdir()
+    with tarfile.open(tmp_path / "inner" / "weights.pth", "w") as archive:
+        for name in ("../outside", "storages", "tensors", "pickle"):
+            archive.addfile(tarfile.TarInfo(name), io.BytesIO())
+        link = tarfile.TarInfo("storages")
+        link.type, link.linkname = tarfile.SYMTYPE, str(tmp_path / "outside")
+        archive.addfile(link)
+    with pytest.raises(UnsafeFileError):
+        safe_load(tmp_path / "inner" / "weights.pth")
+    assert [path.name for path in tmp_path.rglob("*")] == ["inner", "weights.pth"]
+
+
 @pytest.mark.parametrize("content", [b"", b"PK", b"PK\x03\x04", b"\x80\x02", b"not a checkpoint", b"12345678{"])
 def test_other_files_are_refused(content, tmp_path):
     (tmp_path / "weights.pth").write_bytes(content)
@@ -210,6 +312,9 @@ FORBIDDEN = {
     "dill.load",
     "dill.loads",
     "joblib.load",
+    "cloudpickle.load",
+    "cloudpickle.loads",
+    "pandas.read_pickle",
     "marshal.loads",
     "shelve.open",
     "yaml.load",
@@ -223,7 +328,7 @@ FORBIDDEN = {
 
 
 def unsafe_calls(source: str) -> list[str]:
-    """Calls in ``source`` that may run code from a file, as ``line: call``."""
+    """Calls in ``source`` that may run code from a file, as ``line: call``, and such functions handed on by name."""
     found = []
     tree = ast.parse(source)
     full_names = {
@@ -238,15 +343,24 @@ def unsafe_calls(source: str) -> list[str]:
         for alias in node.names
         if alias.asname
     }
+
+    def full_name(node: ast.AST) -> str:
+        first, _, rest = ast.unparse(node).partition(".")
+        return full_names.get(first, first) + (f".{rest}" if rest else "")
+
+    looked_at = {node.func for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    looked_at |= {base for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for base in node.bases}
     for node in ast.walk(tree):
+        handed_on = isinstance(node, ast.Name | ast.Attribute) and node not in looked_at
+        if handed_on and (name := full_name(node)) in FORBIDDEN | {"torch.load", "pickle.Unpickler"}:
+            found.append(f"{node.lineno}: {name}, whoever calls it")
         if isinstance(node, ast.ClassDef) and any(ast.unparse(b).endswith("Unpickler") for b in node.bases):
             if not any(isinstance(f, ast.FunctionDef) and f.name == "find_class" for f in node.body):
                 found.append(f"{node.lineno}: {node.name} without find_class")
             continue
         if not isinstance(node, ast.Call):
             continue
-        first, _, rest = ast.unparse(node.func).partition(".")
-        name = full_names.get(first, first) + (f".{rest}" if rest else "")
+        name = full_name(node.func)
         keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
         unsafe = (
             name in FORBIDDEN
@@ -284,6 +398,9 @@ def test_sources_read_files_safely():
         "import numpy as np; np.load(path, allow_pickle=True)",
         "import yaml; yaml.load(text, Loader=yaml.Loader)",
         "import pickle\nclass Reader(pickle.Unpickler): pass",
+        "import torch; read = torch.load; read(path)",
+        "import functools, torch; functools.partial(torch.load, weights_only=False)(path)",
+        "from pickle import loads; map(loads, lines)",
     ],
 )
 def test_scan_finds_unsafe_calls(line):

@@ -1,5 +1,6 @@
 import hashlib
 import multiprocessing
+import os
 import pickle
 import re
 import tarfile
@@ -9,10 +10,12 @@ import zlib
 import numpy as np
 import pytest
 import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from shared.data import check_same_classes, open_source
+from shared.data import ImageError, check_same_classes, open_source
 from shared.sources import TORCHVISION, ArraySource, FileSource, PackedStrings
 from tests.shared.photographs import photograph
 
@@ -149,6 +152,35 @@ def test_wrong_lists_are_refused_with_the_line(tmp_path, text, reason):
         open_source(tmp_path / "list.txt")
 
 
+LINES = st.lists(
+    st.one_of(
+        st.sampled_from(
+            [b"a.png", b"x/1.png\t3", b"../b.png", b"x/../../c", b"/etc/passwd", b"d\t--5", b"e\t\xc2\xb2"]
+        ),
+        st.binary(max_size=20),
+    ),
+    max_size=6,
+)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(LINES)
+def test_any_file_is_a_list_inside_its_folder_or_an_error_that_names_it(tmp_path_factory, lines):
+    path = tmp_path_factory.getbasetemp() / "lists" / "list.txt"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"\n".join(lines))
+    try:
+        source = open_source(path)
+    except ValueError as error:
+        assert str(error).startswith(f"--data_path {path}")
+        return
+    for index in range(len(source)):
+        inside = os.path.normpath(source.path(index))
+        assert inside == str(path.parent) or inside.startswith(f"{path.parent}{os.sep}")
+        with pytest.raises(ImageError, match=re.escape(str(path.parent))):  # there are no images
+            source.load(index)
+
+
 def test_absolute_paths_in_a_list_need_permission(tmp_path):
     write(tmp_path / "1.png")
     (tmp_path / "lists").mkdir()
@@ -258,6 +290,19 @@ def test_without_a_network_the_error_says_what_to_do(tmp_path, monkeypatch):
     for name in ("cifar10", "stl10", "flowers102", "imagenette"):
         with pytest.raises(ValueError, match=f"--data_path {name}: could not be downloaded.*Name or service not known"):
             open_source(name, download_root=tmp_path / name)
+
+
+def test_a_forged_archive_of_a_data_set_is_not_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: (_ for _ in ()).throw(urllib.error.URLError("off")))
+    for name, archive in (("cifar10", "cifar-10-python.tar.gz"), ("imagenette", "imagenette2.tgz")):
+        root = tmp_path / name
+        root.mkdir()
+        with tarfile.open(root / archive, "w:gz") as tar:
+            for member in ("../outside", "cifar-10-batches-py/data_batch_1", "imagenette2/train/a/1.JPEG"):
+                tar.addfile(tarfile.TarInfo(member))
+        with pytest.raises(ValueError, match=f"--data_path {name}: could not be downloaded"):
+            open_source(name, download_root=root)
+    assert not {path.name for path in tmp_path.rglob("*")} & {"outside", "data_batch_1", "1.JPEG"}
 
 
 def test_every_torchvision_name_exists_and_takes_its_arguments(tmp_path, monkeypatch):

@@ -107,9 +107,9 @@ class Cluster:
                 self.run("scontrol", "update", f"nodename={node}", "state=resume")
             return self.is_idle()
 
-        self.wait_for(idle, 60, "the nodes to be repaired")
+        self.wait_for(idle, 120, "the nodes to be repaired")
 
-    def run(self, *command: str, timeout_s: float = 20, **options) -> subprocess.CompletedProcess:
+    def run(self, *command: str, timeout_s: float = 60, **options) -> subprocess.CompletedProcess:
         """Run a client program as a user of the login node would."""
         environment = {**os.environ, **self.environment}
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment, **options)
@@ -123,11 +123,11 @@ class Cluster:
         """The job's state in ``squeue``, e.g. PENDING, RUNNING, COMPLETED."""
         return self.run("squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={job_id}").stdout.strip()
 
-    def wait_for_state(self, job_id: str, *states: str, timeout_s: float = 60) -> str:
+    def wait_for_state(self, job_id: str, *states: str, timeout_s: float = 180) -> str:
         self.wait_for(lambda: self.state(job_id) in states, timeout_s, f"job {job_id} to be {' or '.join(states)}")
         return self.state(job_id)
 
-    def wait_for(self, condition, timeout_s: float = 30, what: str = "the cluster") -> None:
+    def wait_for(self, condition, timeout_s: float = 120, what: str = "the cluster") -> None:
         """Poll until ``condition()`` holds.
 
         Raises:
@@ -309,7 +309,7 @@ SlurmdParameters=config_overrides
 EnforcePartLimits=ALL
 ReturnToService=2
 JobRequeue=1
-KillWait=5
+KillWait=30
 MinJobAge=3600
 SlurmctldTimeout=30
 SlurmdTimeout=10

@@ -65,10 +65,10 @@ class Run:
         path = self.output_dir / "metrics.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def wait_for_step(self, step: int, timeout_s: float = 60) -> None:
+    def wait_for_step(self, step: int, timeout_s: float = 180) -> None:
         self.cluster.wait_for(lambda: len(self.lines()) >= step, timeout_s, f"step {step} of job {self.id}")
 
-    def ends(self, timeout_s: float = 90) -> str:
+    def ends(self, timeout_s: float = 300) -> str:
         """The state in which the job leaves the queue for good."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
         state = self.cluster.wait_for_state(self.id, *ended, timeout_s=timeout_s)

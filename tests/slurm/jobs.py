@@ -20,7 +20,7 @@ def sum_over_processes(args):
 
     from shared import distributed
 
-    distributed.init(device="cpu", timeout_s=60)
+    distributed.init(device="cpu", timeout_s=180)
     total = distributed.all_reduce_sum(torch.tensor(10.0 + distributed.get_rank())).item()
     distributed.shutdown()
     return total

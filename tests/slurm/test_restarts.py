@@ -108,7 +108,7 @@ def test_a_killed_rank_ends_the_job_instead_of_leaving_the_other_one_waiting(sub
     run = submit("--steps", "1000")
     run.wait_for_step(2)
     cluster.kill_tasks("n2")
-    assert run.ends(timeout_s=30) == "FAILED"
+    assert run.ends(timeout_s=60) == "FAILED"
     assert cluster.show(run.id)["ExitCode"] != "0:0"
 
 
