@@ -10,6 +10,7 @@ import sys
 import urllib.request
 import warnings
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -369,6 +370,14 @@ def _shape_hint(tensors: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> 
     if found is None or wanted is None or found == wanted:
         return ""
     return f"\n  the file looks like a {found}, the network is a {wanted}"
+
+
+def weights_checksum(network: nn.Module) -> int:
+    """CRC-32 of all weights: what was learned on features makes sense with their own network only."""
+    checksum = 0
+    for value in network.state_dict().values():
+        checksum = zlib.crc32(np.ascontiguousarray(value.cpu().numpy()), checksum)
+    return checksum
 
 
 # --- Downloading ------------------------------------------------------------------------------------------------------

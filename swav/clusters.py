@@ -49,6 +49,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("images").add_argument
     add("--data_path", default=None, help="a folder of images, with or without class folders, a .txt list or a "
         "torchvision data set name; without it the embedded digits")  # fmt: skip
+    add("--allow_absolute_paths", action="store_true", help="in .txt lists")
     add("--split", default="all", choices=("all", "train", "val"), help="part of a data set that has several")
     add("--image_size", type=int, default=224, help="side of the centre crop in pixels; before it the short side "
         "is resized to 8/7 of it")  # fmt: skip
@@ -76,13 +77,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def cluster_images(args: argparse.Namespace) -> dict | None:
     """Assign, measure, write and draw; the summary on rank 0."""
-    for flag in ("images_per_sheet", "max_sheets"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise ValueError(f"--{flag} {getattr(args, flag)} is less than 1")
     if args.temperature <= 0:
         raise ValueError(f"--temperature {args.temperature} is not positive")
     device = distributed.init(args.dist_url, args.device)
-    source = open_source(args.data_path, args.split)
+    source = open_source(args.data_path, args.split, allow_absolute_paths=args.allow_absolute_paths)
     distributed.print_once(source.describe())
     network = load_network(args.arch, args.pretrained, args.allow_partial).to(device)
     prototypes = choose_prototypes(network, args.head)
@@ -143,7 +141,8 @@ def choose_prototypes(network: PrototypeNetwork, head: int) -> Tensor:
 class ReadableImages(EvalDataset):
     """Images that cannot be read are black and have the label ``UNREADABLE``."""
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+    def __getitem__(self, position: int) -> tuple[Tensor, int, int]:
+        index = self.rows[position]
         try:
             return self._read(index)
         except ImageError:

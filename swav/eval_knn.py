@@ -55,7 +55,7 @@ def eval_knn(args: argparse.Namespace) -> dict[int, tuple[float, float]] | None:
     """Extract the features and classify the val images; ``{k: (top-1, top-5)}`` in percent on rank 0."""
     device = distributed.init(args.dist_url, args.device)
     randomness.seed_everything(args.seed)
-    sources = labelled_sources(args.data_path, args.val_path)
+    sources = labelled_sources(args.data_path, args.val_path, args.allow_absolute_paths)
     if max(args.nb_knn) > len(sources[0]):
         raise ValueError(f"--nb_knn {max(args.nb_knn)} is more than the {len(sources[0])} images of {sources[0].name}")
     network = load_backbone(args.arch, args.pretrained, args.allow_partial).to(device)

@@ -24,11 +24,13 @@ from shared.batchnorm import synchronize_batchnorm
 from shared.data import EvalDataset
 from shared.evaluation.linear import LinearClassifier, train_one_epoch, validate
 from shared.flags import bool_flag
-from shared.weights import safe_load
+from shared.weights import safe_load, weights_checksum
 from swav.evaluation import (
     EMBEDDED_DATA_DEFAULTS,
+    add_bad_image_flags,
     add_data_flags,
     add_process_flags,
+    bad_images_of,
     eval_transform,
     evaluation_parser,
     labelled_sources,
@@ -43,7 +45,7 @@ from swav.pretrained import LINEAR_CLASSIFIER, fetch, load_backbone
 from swav.resnet50 import PrototypeNetwork, ResNet
 
 # A run that is resumed must have these as they were.
-RUN_FLAGS = ("arch", "pretrained", "global_pooling", "use_bn", "epochs", "lr", "wd", "nesterov", "scheduler_type",
+RUN_FLAGS = ("arch", "global_pooling", "use_bn", "epochs", "lr", "wd", "nesterov", "scheduler_type",
              "decay_epochs", "gamma", "final_lr")  # fmt: skip
 
 
@@ -56,6 +58,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_data_flags(parser)
     add = parser.add_argument_group("optimisation").add_argument
     add("--num_labels", type=int, default=1000, help="outputs of the classifier")
+    add_bad_image_flags(add)
     add("--crop_scale", type=float, nargs=2, default=(0.08, 1.0), help="area range of the train crops")
     add("--epochs", type=int, default=100)
     add("--batch_size", type=int, default=32, help="images per process")
@@ -101,10 +104,11 @@ def eval_linear(args: argparse.Namespace) -> dict[str, float]:
     randomness.seed_everything(args.seed)
 
     # data, frozen trunk, classifier
-    train, val = labelled_sources(args.data_path, args.val_path, args.num_labels)
+    train, val = labelled_sources(args.data_path, args.val_path, args.allow_absolute_paths, args.num_labels)
     for source in (train, val):
         distributed.print_once(source.describe())
     network = load_backbone(args.arch, args.pretrained, args.allow_partial).to(device)
+    checksum = weights_checksum(network)
     val_set = EvalDataset(val, eval_transform(args.image_size, network))
     features = FrozenFeatures(network, args.global_pooling)
     feature_shape = features(torch.zeros(1, val_set.transform.in_chans, *[args.image_size] * 2, device=device)).shape[
@@ -123,6 +127,7 @@ def eval_linear(args: argparse.Namespace) -> dict[str, float]:
         return result
 
     # loader, optimiser, schedule
+    bad_images = bad_images_of(train, args)
     loader, sampler = train_loader(
         train,
         args.image_size,
@@ -130,6 +135,7 @@ def eval_linear(args: argparse.Namespace) -> dict[str, float]:
         args.batch_size,
         args.seed,
         val_set.transform.in_chans,
+        bad_images,
         args.workers,
         device,
     )
@@ -144,19 +150,20 @@ def eval_linear(args: argparse.Namespace) -> dict[str, float]:
 
     # epochs
     flags = {name: getattr(args, name) for name in RUN_FLAGS}
-    first_epoch, log = resume(args.dump_path, classifier, optimizer, scheduler, flags)
+    first_epoch, log = resume(args.dump_path, classifier, optimizer, scheduler, flags, checksum)
     best_acc = max((line["test_acc1"] for line in log if "test_acc1" in line), default=0.0)
     for epoch in range(first_epoch, args.epochs):
         sampler.set_epoch(epoch)
         line = {"epoch": epoch, "train_lr": optimizer.param_groups[0]["lr"]}
         line["train_loss"] = train_one_epoch(wrapped, features, on_device(loader, device), optimizer)
+        line["bad_images"] = bad_images.count()
         if (epoch + 1) % args.val_freq == 0 or epoch + 1 == args.epochs:
             result = validate_now()
             best_acc = max(best_acc, result["acc1"])
             line |= {f"test_{name}": value for name, value in result.items()} | {"best_acc1": best_acc}
         scheduler.step()
         log.append(line)
-        save_epoch(args.dump_path, classifier, optimizer, scheduler, flags, log, best_acc)
+        save_epoch(args.dump_path, classifier, optimizer, scheduler, flags, checksum, log, best_acc)
     if first_epoch >= args.epochs:  # resumed after the last epoch
         result = validate_now()
     distributed.print_once(

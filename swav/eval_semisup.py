@@ -23,10 +23,13 @@ from shared import distributed, randomness
 from shared.batchnorm import synchronize_batchnorm
 from shared.data import DecodedImage, EncodedImage, EvalDataset, FileSource, ImageSource
 from shared.evaluation.linear import train_one_epoch, validate
+from shared.weights import weights_checksum
 from swav.evaluation import (
     EMBEDDED_DATA_DEFAULTS,
+    add_bad_image_flags,
     add_data_flags,
     add_process_flags,
+    bad_images_of,
     eval_transform,
     evaluation_parser,
     labelled_sources,
@@ -40,7 +43,7 @@ from swav.pretrained import load_backbone, load_network
 from swav.resnet50 import PrototypeNetwork
 
 # A run that is resumed must have these as they were.
-RUN_FLAGS = ("labels_perc", "subset_list", "arch", "pretrained", "epochs", "lr", "lr_last_layer", "decay_epochs",
+RUN_FLAGS = ("labels_perc", "subset_list", "arch", "epochs", "lr", "lr_last_layer", "decay_epochs",
              "gamma", "seed")  # fmt: skip
 
 
@@ -52,6 +55,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--subset_list", default=None, help="text file with their names, one a line, as n01440764_10183.JPEG or "
         "relative to the train folder; without it they are drawn from every class")  # fmt: skip
     add("--num_labels", type=int, default=1000, help="outputs of the classifier")
+    add_bad_image_flags(add)
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--crop_scale", type=float, nargs=2, default=(0.08, 1.0), help="area range of the train crops")
@@ -94,7 +98,7 @@ def eval_semisup(args: argparse.Namespace) -> dict[str, float]:
     randomness.seed_everything(args.seed)
 
     # data
-    train, val = labelled_sources(args.data_path, args.val_path, args.num_labels)
+    train, val = labelled_sources(args.data_path, args.val_path, args.allow_absolute_paths, args.num_labels)
     for source in (train, val):
         distributed.print_once(source.describe())
     images_as_they_are = nn.Identity()  # the network learns as a whole: nothing is computed before it
@@ -111,11 +115,13 @@ def eval_semisup(args: argparse.Namespace) -> dict[str, float]:
 
     # network: the trunk, and a new linear layer
     network = load_backbone(args.arch, args.pretrained, args.allow_partial).requires_grad_(True)
+    checksum = weights_checksum(network)
     network.add_heads(network.embed_dim, output_dim=args.num_labels)
     network = synchronize_batchnorm(network, device).to(device)
     val_set = EvalDataset(val, eval_transform(args.image_size, network))
 
     # loader, optimiser, schedule
+    bad_images = bad_images_of(subset, args)
     loader, sampler = train_loader(
         subset,
         args.image_size,
@@ -123,6 +129,7 @@ def eval_semisup(args: argparse.Namespace) -> dict[str, float]:
         args.batch_size,
         args.seed,
         val_set.transform.in_chans,
+        bad_images,
         args.workers,
         device,
         drop_single=True,
@@ -140,19 +147,20 @@ def eval_semisup(args: argparse.Namespace) -> dict[str, float]:
 
     # epochs
     flags = {name: getattr(args, name) for name in RUN_FLAGS}
-    first_epoch, log = resume(args.dump_path, network, optimizer, scheduler, flags)
+    first_epoch, log = resume(args.dump_path, network, optimizer, scheduler, flags, checksum)
     best_acc = max(((line["test_acc1"], line["test_acc5"]) for line in log), default=(0.0, 0.0))
     for epoch in range(first_epoch, args.epochs):
         sampler.set_epoch(epoch)
         trunk_lr, last_layer_lr = (group["lr"] for group in optimizer.param_groups)
         line = {"epoch": epoch, "train_lr": trunk_lr, "train_lr_last_layer": last_layer_lr}
         line["train_loss"] = train_one_epoch(wrapped, images_as_they_are, on_device(loader, device), optimizer)
+        line["bad_images"] = bad_images.count()
         result = validate_now()
         best_acc = max(best_acc, (result["acc1"], result["acc5"]))
         line |= {f"test_{name}": value for name, value in result.items()} | {"best_acc1": best_acc[0]}
         scheduler.step()
         log.append(line)
-        save_epoch(args.dump_path, network, optimizer, scheduler, flags, log, best_acc)
+        save_epoch(args.dump_path, network, optimizer, scheduler, flags, checksum, log, best_acc)
     if first_epoch >= args.epochs:  # resumed after the last epoch
         result = validate_now()
     distributed.print_once(

@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from shared.multicrop import MultiCropDataset, normalize_views
 from shared.views import ViewRecipe
 
 from .augmentations import MEAN, STD
+from .pretrained import RUN_ON_DIGITS
 
 # --- Flags ------------------------------------------------------------------------------------------------------------
 
@@ -28,7 +29,7 @@ from .augmentations import MEAN, STD
 EMBEDDED_DATA_DEFAULTS = {
     "arch": "resnet18",
     "image_size": 32,
-    "pretrained": "runs/digits/checkpoint.pth.tar",
+    "pretrained": RUN_ON_DIGITS,
 }
 
 
@@ -56,8 +57,16 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     add("--data_path", default=None, help="folder with train/ and val/, a folder with one folder per class, a .txt "
         "list or a torchvision data set name; without it the embedded digits")  # fmt: skip
     add("--val_path", default=None, help="images to classify; by default those that belong to --data_path")
+    add("--allow_absolute_paths", action="store_true", help="in .txt lists")
     add("--image_size", type=int, default=224, help="side of the crops in pixels; for centre crops the short side "
         "is resized to 8/7 of it")  # fmt: skip
+
+
+def add_bad_image_flags(add: Callable[..., argparse.Action]) -> None:
+    """What an unreadable image does to a training; ``add`` is the ``add_argument`` of a group."""
+    add("--on_bad_image", default="replace", choices=("replace", "error"), help="what an unreadable train image does")
+    add("--max_bad_fraction", type=float, default=0.01,
+        help="stop when more train images than this share are unreadable")  # fmt: skip
 
 
 def add_process_flags(parser: argparse.ArgumentParser) -> None:
@@ -75,11 +84,14 @@ def add_process_flags(parser: argparse.ArgumentParser) -> None:
 def parse_with_embedded_defaults(
     parser: argparse.ArgumentParser, arguments: list[str] | None, **defaults
 ) -> argparse.Namespace:
-    """Parse; without ``--data_path`` the defaults are those for the embedded digits."""
+    """Parse and check; without ``--data_path`` the defaults are those for the embedded digits."""
     args = parser.parse_args(arguments)
     if args.data_path is None:
         parser.set_defaults(**defaults)
         args = parser.parse_args(arguments)
+    for flag in ("epochs", "val_freq", "batch_size", "images_per_sheet", "max_sheets"):
+        if (value := getattr(args, flag, None)) is not None and value < 1:
+            parser.error(f"--{flag} {value} is less than 1")
     if args.workers is None:
         args.workers = default_num_workers()
     return args
@@ -89,14 +101,14 @@ def parse_with_embedded_defaults(
 
 
 def labelled_sources(
-    data_path: str | None, val_path: str | None, num_labels: int | None = None
+    data_path: str | None, val_path: str | None, allow_absolute_paths: bool = False, num_labels: int | None = None
 ) -> tuple[ImageSource, ImageSource]:
     """Train and val images with classes.
 
     Raises:
         ValueError: If there are none, or they have more than ``num_labels`` classes.
     """
-    sources = open_labelled(data_path, val_path)
+    sources = open_labelled(data_path, val_path, allow_absolute_paths)
     if isinstance(sources, str):
         raise ValueError(f"--data_path {data_path}: {sources}")
     if num_labels is not None and num_labels < len(sources[0].classes):
@@ -118,6 +130,7 @@ def train_loader(
     batch_size: int,
     seed: int,
     in_chans: int,
+    bad_images: BadImages,
     workers: int,
     device: torch.device,
     drop_single: bool = False,
@@ -129,13 +142,21 @@ def train_loader(
             cannot normalise.
     """
     recipe = ViewRecipe(image_size, tuple(crop_scale), interpolation="bilinear")
-    bad_images = BadImages(len(source), on_bad_image="error")
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     per_rank = -(-len(source) // world_size)
     drop_last = drop_single and per_rank > 1 and per_rank % batch_size == 1
     sampler = EpochBatchSampler(len(source), batch_size, seed, rank, world_size, drop_last)
     dataset = MultiCropDataset(source, [recipe], seed, in_chans=in_chans, bad_images=bad_images)
     return make_loader(dataset, batch_sampler=sampler, num_workers=workers, device=device), sampler
+
+
+def bad_images_of(source: ImageSource, args: argparse.Namespace) -> BadImages:
+    """The policy of the flags for unreadable train images, listed in ``<dump_path>/bad_images.txt``."""
+    folder = Path(args.dump_path)
+    if distributed.is_main_process():
+        folder.mkdir(parents=True, exist_ok=True)
+    distributed.barrier()
+    return BadImages(len(source), folder / "bad_images.txt", args.on_bad_image, args.max_bad_fraction)
 
 
 def on_device(loader: DataLoader, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
@@ -149,12 +170,18 @@ def on_device(loader: DataLoader, device: torch.device) -> Iterator[tuple[Tensor
 
 
 def resume(
-    dump_path: str | Path, module: nn.Module, optimizer: torch.optim.Optimizer, scheduler: LRScheduler, flags: dict
+    dump_path: str | Path,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: LRScheduler,
+    flags: dict,
+    pretrained: int,
 ) -> tuple[int, list[dict]]:
     """Go on from ``<dump_path>/checkpoint.pth.tar``, ours or an official one, if there is one.
 
     Args:
         flags: Those that must be what they were, with their values.
+        pretrained: Checksum of the weights that the evaluation started from.
 
     Returns:
         The first epoch that is still to be done, and the log of those before it.
@@ -168,6 +195,8 @@ def resume(
         return 0, []
     if not {"epoch", "state_dict", "optimizer", "scheduler"} <= checkpoint.keys():
         raise ValueError(f"{path} is a checkpoint of another script; choose another --dump_path")
+    if checkpoint.get("pretrained", pretrained) != pretrained:
+        raise ValueError(f"{path} started from other weights than those of --pretrained; use another --dump_path")
     for flag, value in checkpoint.get("flags", {}).items():
         if flag in flags and flags[flag] != value:
             raise ValueError(
@@ -187,6 +216,7 @@ def save_epoch(
     optimizer: torch.optim.Optimizer,
     scheduler: LRScheduler,
     flags: dict,
+    pretrained: int,
     log: list[dict],
     best_acc: float | tuple[float, float],
 ) -> None:
@@ -195,7 +225,6 @@ def save_epoch(
     if not distributed.is_main_process():
         return
     folder = Path(dump_path)
-    folder.mkdir(parents=True, exist_ok=True)
     state = {
         "epoch": log[-1]["epoch"] + 1,
         "state_dict": {f"module.{name}": value for name, value in module.state_dict().items()},
@@ -203,6 +232,7 @@ def save_epoch(
         "scheduler": scheduler.state_dict(),
         "best_acc": best_acc,
         "flags": flags,
+        "pretrained": pretrained,
         "log": log,
     }
     save(folder / "checkpoint.pth.tar", state)

@@ -22,6 +22,7 @@ from .networks import RESNETS, LibraryNetwork, build_network
 from .resnet50 import PrototypeNetwork
 
 BASE_URL = "https://dl.fbaipublicfiles.com/deepcluster/"
+RUN_ON_DIGITS = "runs/digits/checkpoint.pth.tar"  # where main_swav.py leaves the network of the embedded data
 
 # Name of a release and its architecture; the file is called <name>_pretrain.pth.tar. The first of an architecture is
 # what evaluations take without a file.
@@ -82,6 +83,8 @@ def find_file(arch: str, pretrained: str | Path) -> Path:
         if RELEASES[pretrained] != arch:
             raise ValueError(f"--pretrained {pretrained} is a {RELEASES[pretrained]}, not a {arch}: change --arch")
         return fetch_release(pretrained)
+    if pretrained == RUN_ON_DIGITS and not Path(pretrained).is_file():
+        raise ValueError(f"--pretrained {pretrained} is not there: run python main_swav.py first")
     if not Path(pretrained).is_file():
         raise ValueError(f"--pretrained {pretrained} is neither a file nor a release ({', '.join(RELEASES)})")
     return Path(pretrained)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from shared import distributed
+from shared.images import ImageError
 from swav import eval_linear
 from swav.eval_linear import FrozenFeatures, RegLog
 from swav.resnet50 import ResNet
@@ -151,7 +152,7 @@ def test_a_checkpoint_of_the_official_script_is_resumed(data, tmp_path, monkeypa
     file = tmp_path / "official" / "checkpoint.pth.tar"
     checkpoint = torch.load(file, weights_only=True)
     assert checkpoint["epoch"] == 1
-    official = {k: v for k, v in checkpoint.items() if k not in ("flags", "log")}
+    official = {k: v for k, v in checkpoint.items() if k not in ("flags", "pretrained", "log")}
     official["optimizer"]["param_groups"][0]["lr"] = np.float64(official["optimizer"]["param_groups"][0]["lr"])
     torch.save(official, file)
     assert run(data, tmp_path / "official", "--epochs", 2) == whole
@@ -176,6 +177,18 @@ def random_trunk():
     return small_resnet50().eval().requires_grad_(False)
 
 
+def test_unreadable_train_images_are_replaced_and_listed_unless_they_are_to_stop_the_run(tmp_path):
+    root = write_train_and_val(tmp_path / "data")
+    broken = root / "train" / "green" / "002.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    run(root, tmp_path / "run", "--epochs", 2)
+    assert (tmp_path / "run" / "bad_images.txt").read_text().split("\t")[0] == str(broken)
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.txt").read_text().splitlines()]
+    assert [line["bad_images"] for line in log] == [1, 1]
+    with pytest.raises(ImageError, match=str(broken)):
+        run(root, tmp_path / "strict", "--on_bad_image", "error")
+
+
 def test_bad_input_is_one_clear_error(data, tmp_path):
     run(data, tmp_path, "--epochs", 1)
     file = tmp_path / "checkpoint.pth.tar"
@@ -197,6 +210,10 @@ def test_bad_input_is_one_clear_error(data, tmp_path):
         run(data, tmp_path, "--global_pooling", "false", "--arch", "resnet18")
     with pytest.raises(ValueError, match=r"--epochs 2 does not fit .* was written with --epochs 1"):
         run(data, tmp_path, "--epochs", 2)
+    with pytest.raises(ValueError, match=r"started from other weights than those of --pretrained; use another"):
+        run(data, tmp_path, "--epochs", 1, "--seed", 32)
+    with pytest.raises(SystemExit):
+        run(data, tmp_path, "--val_freq", 0)
     with pytest.raises(ValueError, match=r"--data_path .* no such file or folder"):
         run(tmp_path / "nowhere", tmp_path)
     torch.save({"epoch": 3, "state_dict": {}, "optimizer": {}}, tmp_path / "checkpoint.pth.tar")

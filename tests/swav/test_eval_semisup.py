@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from shared import distributed
+from shared.data import BadImages
 from shared.sources import open_source
 from swav import eval_semisup
 from swav.eval_semisup import drawn_images, labelled_subset, listed_images
@@ -141,7 +142,9 @@ def test_one_step_is_that_of_a_plain_loop(data, tmp_path):
     train, _ = eval_semisup.labelled_sources(str(data), None)
     subset = labelled_subset(train, 67, None, 31)
     assert len(subset) == 12
-    loader, _ = eval_semisup.train_loader(subset, 64, (0.08, 1.0), 12, 31, 3, 0, torch.device("cpu"))
+    loader, _ = eval_semisup.train_loader(
+        subset, 64, (0.08, 1.0), 12, 31, 3, BadImages(len(subset)), 0, torch.device("cpu")
+    )
     images, labels = next(iter(eval_semisup.on_device(loader, torch.device("cpu"))))
     nn.functional.cross_entropy(network.train()(images), labels).backward()
     head = network.projection_head

@@ -135,6 +135,7 @@ def test_linear_classifier_is_told_from_a_network(tmp_path):
         ("resnet18", "", "no weights are released for --arch resnet18"),
         ("resnet50", "nowhere.pth.tar", "--pretrained nowhere.pth.tar is neither a file nor a release .swav_800ep, "),
         ("resnet50", "swav_RN50w2_400ep", "--pretrained swav_RN50w2_400ep is a resnet50w2, not a resnet50"),
+        ("resnet18", pretrained.RUN_ON_DIGITS, "is not there: run python main_swav.py first"),
         ("resnet51", "random", "--arch resnet51 is unknown"),
     ],
 )
