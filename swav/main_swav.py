@@ -79,7 +79,7 @@ ADVICE = {
     "few": "lengthen --freeze_prototypes_niters, lower --base_lr, or take fewer --nmb_prototypes or a longer "
     "--queue_length for a small batch",
     "features": "lower --base_lr, or lengthen --warmup_epochs and --freeze_prototypes_niters",
-    "flat": "lower --epsilon (0.03), take more --nmb_prototypes than --feat_dim, take fewer or larger crops, or lengthen "
+    "flat": "lower --epsilon (0.03), take more --nmb_prototypes than --feat_dim, fewer or larger crops, or lengthen "
     "--freeze_prototypes_niters",
 }
 
