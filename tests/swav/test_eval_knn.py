@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from swav import eval_knn
+from swav import eval_knn, main_swav
 from tests.dino.small_data import write_train_and_val
 from tests.shared.photographs import photograph
 from tests.swav.official_layouts import build_small, make_network, training_checkpoint
@@ -71,8 +71,13 @@ def test_without_a_data_path_the_embedded_digits_are_classified(capsys):
     accuracies = run("--arch", "resnet50", "--nb_knn", 5)
     assert "embedded digits (val): 359 images" in capsys.readouterr().out
     assert 30 < accuracies[5][0] < 100
-    defaults = eval_knn.parse_args([])
-    assert (defaults.arch, defaults.pretrained) == ("resnet18", "runs/digits/checkpoint.pth.tar")
+
+
+def test_defaults_for_the_embedded_digits_are_those_of_the_training():
+    defaults, training = eval_knn.parse_args([]), main_swav.EMBEDDED_DATA_DEFAULTS
+    assert defaults.arch == training["arch"]
+    assert defaults.image_size == training["size_crops"][0]
+    assert defaults.pretrained == training["output_dir"] + "/checkpoint.pth.tar"
     assert eval_knn.parse_args(["--data_path", "images"]).pretrained == ""
 
 
