@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed
+from .legacy_tar import is_legacy_tar, read_legacy_tar
 
 
 class UnsafeFileError(ValueError):
@@ -70,7 +71,7 @@ SAFE_GLOBALS = [
 
 
 def safe_load(path: str | Path, map_location: str | torch.device = "cpu"):
-    """Read a file of ``torch.save`` (both formats) or safetensors, recognised by content, without running code.
+    """Read a file of ``torch.save`` (all three formats) or safetensors, recognised by content, without running code.
 
     Besides tensors and plain containers, ``argparse.Namespace`` and numpy numbers are read, the latter as Python
     numbers.
@@ -85,6 +86,8 @@ def safe_load(path: str | Path, map_location: str | torch.device = "cpu"):
     try:
         if start[8:] == b"{":
             return safetensors.torch.load_file(path, device=str(map_location))
+        if is_legacy_tar(path):
+            return read_legacy_tar(path, map_location)
         if start.startswith(b"PK"):
             _refuse_expanding_archive(path)
         with torch.serialization.safe_globals(SAFE_GLOBALS), warnings.catch_warnings():
