@@ -27,7 +27,6 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from dino.augmentations import MEAN, STD, dino_views
 from dino.collapse import CollapseMonitor
-from dino.flags import bool_flag
 from dino.losses import DINOLoss
 from dino.networks import VIT_NAMES, build_backbone
 from dino.report import save_pictures, summary
@@ -38,6 +37,7 @@ from shared.batchnorm import has_batchnorm, synchronize_batchnorm
 from shared.checkpoint import Checkpointer, check_flags, is_at_start, load_latest, restore, resume_position
 from shared.data import BadImages, EpochBatchSampler, default_num_workers, make_loader, open_source, short_side
 from shared.evaluation.knn_monitor import KNNMonitor, open_labelled
+from shared.flags import add_data_flags, add_run_flags, bool_flag
 from shared.image_cache import cache_images
 from shared.memory import keep_freed_memory
 from shared.metrics import RunLog, feature_spread, rank_me
@@ -68,36 +68,23 @@ EMBEDDED_DATA_DEFAULTS = {
     "output_dir": "runs/digits",
 }
 LEAST = {"epochs": 1, "batch_size_per_gpu": 1, "out_dim": 2, "log_freq": 1, "patch_size": 1, "local_crops_number": 0}
-NETWORK_FLAGS = ("arch", "patch_size", "in_chans", "out_dim", "use_bn_in_head", "norm_last_layer", "optimizer")
+NETWORK_FLAGS = (
+    "arch",
+    "patch_size",
+    "global_crop_size",
+    "in_chans",
+    "out_dim",
+    "use_bn_in_head",
+    "norm_last_layer",
+    "optimizer",
+)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "DINO", description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    add = parser.add_argument_group("data").add_argument
-    add("--data_path", default=None, help="training images: a folder, a .txt list or a torchvision data set name; "
-        "without it the embedded digits are used and the defaults fit them")  # fmt: skip
-    add(
-        "--val_path",
-        default=None,
-        help="images for the k-NN evaluation; by default those that belong to --data_path",
-    )
-    add("--allow_absolute_paths", action="store_true", help="in .txt lists")
-    add("--in_chans", type=int, default=3, choices=(1, 3), help="channels of the images")
-    add("--cache", default="none", help="decoded images: none, memory, or a folder for a memory-mapped file")
-    add(
-        "--on_bad_image",
-        default="replace",
-        choices=("replace", "error"),
-        help="what an unreadable image does",
-    )
-    add(
-        "--max_bad_fraction",
-        type=float,
-        default=0.01,
-        help="stop when more images than this share are unreadable",
-    )
+    add = add_data_flags(parser)
     add(
         "--num_workers",
         type=int,
@@ -136,7 +123,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="freeze the norms of the last layer's rows at 1",
     )
     add("--use_bn_in_head", type=bool_flag, default=False, help="batch normalisation in the head")
-    add("--compile", action="store_true", help="torch.compile the backbones")
+    add("--compile", action="store_true", help="torch.compile the backbones; stochastic depth then draws otherwise")
 
     add = parser.add_argument_group("teacher").add_argument
     add(
@@ -165,7 +152,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--use_fp16", type=bool_flag, default=True, help="false: the same as --amp fp32")
     add("--amp", default="auto", choices=("auto", "bf16", "fp16", "fp32"), help="auto: bf16 where it is fast")
 
-    add = parser.add_argument_group("run").add_argument
+    add = add_run_flags(parser)
     add("--output_dir", default=".", help="checkpoints, logs and pictures")
     add(
         "--saveckp_freq",
@@ -173,22 +160,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         default=20,
         help="keep a numbered checkpoint every so many epochs; 0: none",
     )
-    add("--saveckp_steps", type=int, default=0, help="also save within the epoch every so many steps")
-    add("--saveckp_minutes", type=float, default=15, help="also save within the epoch after so many minutes")
-    add("--on_changed_run", default="continue", choices=("continue", "refuse"),
-        help="when the checkpoint was written with another batch or number of processes")  # fmt: skip
-    add("--eval_knn_freq", type=int, default=None, help="k-NN every so many epochs; 0: never; by default before and "
-        "after training when there are at most 100,000 images")  # fmt: skip
-    add("--pictures", type=bool_flag, default=True, help="write pictures at the end")
-    add("--log_freq", type=int, default=10, help="steps per line of the log")
-    add("--tensorboard", action="store_true", help="also log to TensorBoard")
-    add("--max_skipped_steps", type=int, default=10,
-        help="stop after so many steps in a row without finite gradients (exit code 3); 0: never")  # fmt: skip
     add("--seed", type=int, default=0, help="of the initial weights, the order of the images and the views")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
-    add("--dist_url", default="env://", help="rendezvous of the processes")
-    add("--dist_timeout", type=float, default=1800, help="seconds to wait for other processes")
-    add("--local_rank", "--local-rank", type=int, default=0, help="ignored: read from the environment")
     return parser
 
 

@@ -73,7 +73,8 @@ class CollapseMonitor:
         self.uniform_entropy = math.log(nmb_prototypes)
         self.patience_steps = patience_steps
         self.advice = advice
-        self.said: dict[str, str] = {}
+        self.said: dict[str, str] = {}  # by kind
+        self.is_flat = False
 
     def check(self, line: dict) -> str | None:
         """A sentence if this line of the log shows a new problem, else None."""
@@ -103,7 +104,8 @@ class CollapseMonitor:
             return "features", (
                 f"COLLAPSE: all images have nearly the same embedding (spread {line['feature_spread']:.4f})"
             )
-        if abs(line["loss"] / self.uniform_entropy - 1) < 0.005:
+        was_flat, self.is_flat = self.is_flat, abs(line["loss"] / self.uniform_entropy - 1) < 0.005
+        if was_flat and self.is_flat:  # a loss that only passes by is no problem
             return "flat", (
                 f"the loss is still at {ln_k}, the value of a network that knows nothing about the other view's code"
             )

@@ -104,6 +104,38 @@ def test_prototypes_are_frozen_at_first_and_normalised_before_every_step(images,
     assert not torch.equal(trained, frozen)
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--amp", "bf16"],
+        ["--in_chans", "1", "--hidden_mlp", "0"],
+        ["--sync_bn", "apex", "--crops_for_assign", "2", "0", "3"],
+        ["--augmentation", "pil", "--cache", "memory"],
+        pytest.param(["--compile"], marks=pytest.mark.slow),
+    ],
+)
+def test_other_flags_train_too(images, tmp_path, flags):
+    written = train(tmp_path, "--data_path", images, *QUEUE, *flags)
+    assert len(written) == 3 and all(math.isfinite(line["loss"]) and line["skipped"] == 0 for line in written)
+
+
+def test_a_step_that_is_not_finite_leaves_network_and_queue_finite(images, tmp_path, monkeypatch):
+    normalize_views, calls = main_swav.normalize_views, []
+
+    def spoilt(*args):
+        views = normalize_views(*args)
+        calls.append(views)
+        if len(calls) == 2:
+            views[0][0, 0, 0, 0] = math.nan
+        return views
+
+    monkeypatch.setattr(main_swav, "normalize_views", spoilt)
+    written = train(tmp_path, "--data_path", images, *QUEUE)
+    assert [line["skipped"] for line in written] == [0, 1, 0]
+    state = state_of(tmp_path)  # a checkpoint with a NaN would not have been written
+    assert state["queue"]["embeddings"].isfinite().all()
+
+
 def test_the_loss_log_does_not_depend_on_the_number_of_workers(images, tmp_path):
     for workers in (0, 2):
         train(tmp_path / str(workers), "--data_path", images, "--workers", workers)
