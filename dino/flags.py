@@ -57,4 +57,4 @@ def add_process_flags(parser: argparse.ArgumentParser, launcher: bool = True) ->
 
 def set_embedded_data_defaults(parser: argparse.ArgumentParser) -> None:
     """Defaults for the embedded 8x8 pixel digits and for the network that ``main_dino.py`` trains on them."""
-    parser.set_defaults(patch_size=4, image_size=16, pretrained_weights=RUN_ON_DIGITS)
+    parser.set_defaults(patch_size=4, image_size=12, pretrained_weights=RUN_ON_DIGITS)
