@@ -11,6 +11,7 @@ demo: .venv/installed
 	cd $(METHOD) && ../$(BIN)/python main.py $(DEMO_$(METHOD))
 DEMO_dino := --arch vit_small
 DEMO_swav :=
+DEMO_deepcluster :=
 
 ## make test: format, lint and the whole test suite without the long tests and the cluster
 test: lint

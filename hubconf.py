@@ -1,7 +1,8 @@
 """Entry points of ``torch.hub``.
 
 torch.hub.load("/path/to/this/repository", "dino_vits16", source="local") returns a backbone that maps normalised
-images (B, 3, H, W) to features (B, D). The environment variable DINO_WEIGHTS_URL replaces the address of the weights.
+images (B, 3, H, W) to features (B, D). The environment variables DINO_WEIGHTS_URL and SWAV_WEIGHTS_URL replace the
+addresses of the weights.
 """
 
 from torch import nn
@@ -10,6 +11,8 @@ from dino import pretrained as _pretrained
 from dino import vision_transformer as _vision_transformer
 from dino.networks import build_backbone as _build_backbone
 from shared.weights import load_backbone_weights as _load_backbone_weights
+from swav import pretrained as _swav_pretrained
+from swav import resnet50 as _swav_resnets
 
 dependencies = ["torch", "torchvision", "timm", "numpy", "safetensors"]
 
@@ -69,3 +72,41 @@ def dino_xcit_medium_24_p16(pretrained: bool = True, **kwargs) -> nn.Module:
 def dino_xcit_medium_24_p8(pretrained: bool = True, **kwargs) -> nn.Module:
     """XCiT-M24/8, 512 dimensions (k-NN 77.9 on ImageNet)."""
     return _backbone("dino_xcit_medium_24_p8", pretrained, **kwargs)
+
+
+def _swav(release: str, pretrained: bool, **kwargs) -> nn.Module:
+    weights = _swav_pretrained.read_weights(_swav_pretrained.fetch_release(release)) if pretrained else None
+    backbone = getattr(_swav_resnets, _swav_pretrained.RELEASES[release])(**kwargs)
+    if weights is not None:
+        _load_backbone_weights(backbone, weights)
+    return backbone
+
+
+def swav_resnet50(pretrained: bool = True, **kwargs) -> nn.Module:
+    """SwAV, 800 epochs: ResNet-50, 2048 dimensions (linear 75.3 on ImageNet)."""
+    return _swav("swav_800ep", pretrained, **kwargs)
+
+
+def swav_resnet50w2(pretrained: bool = True, **kwargs) -> nn.Module:
+    """SwAV, 400 epochs: ResNet-50 twice as wide, 4096 dimensions (linear 77.3 on ImageNet)."""
+    return _swav("swav_RN50w2_400ep", pretrained, **kwargs)
+
+
+def swav_resnet50w4(pretrained: bool = True, **kwargs) -> nn.Module:
+    """SwAV, 400 epochs: ResNet-50 four times as wide, 8192 dimensions (linear 77.9 on ImageNet)."""
+    return _swav("swav_RN50w4_400ep", pretrained, **kwargs)
+
+
+def swav_resnet50w5(pretrained: bool = True, **kwargs) -> nn.Module:
+    """SwAV, 400 epochs: ResNet-50 five times as wide, 10240 dimensions (linear 78.5 on ImageNet)."""
+    return _swav("swav_RN50w5_400ep", pretrained, **kwargs)
+
+
+def deepclusterv2_resnet50(pretrained: bool = True, **kwargs) -> nn.Module:
+    """DeepCluster-v2, 800 epochs: ResNet-50, 2048 dimensions (linear 75.2 on ImageNet)."""
+    return _swav("deepclusterv2_800ep", pretrained, **kwargs)
+
+
+def selav2_resnet50(pretrained: bool = True, **kwargs) -> nn.Module:
+    """SeLa-v2, 400 epochs: ResNet-50, 2048 dimensions (linear 71.8 on ImageNet)."""
+    return _swav("selav2_400ep", pretrained, **kwargs)

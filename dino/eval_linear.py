@@ -11,11 +11,9 @@ the mean patch token. The result is the accuracy after the last epoch. Running t
 import argparse
 import json
 import sys
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -35,7 +33,7 @@ from shared.evaluation.knn_monitor import open_labelled
 from shared.evaluation.linear import LinearClassifier, train_one_epoch, validate
 from shared.multicrop import MultiCropDataset, normalize_views
 from shared.views import ViewRecipe
-from shared.weights import safe_load
+from shared.weights import safe_load, weights_checksum
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -226,14 +224,6 @@ class FrozenFeatures:
             if self.n_last_blocks == 1:
                 return torch.stack(tokens, dim=-1).flatten(1)
         return torch.cat(tokens, dim=-1)
-
-
-def weights_checksum(network: nn.Module) -> int:
-    """CRC-32 of all weights: a classifier makes sense with its own backbone only."""
-    checksum = 0
-    for value in network.state_dict().values():
-        checksum = zlib.crc32(np.ascontiguousarray(value.cpu().numpy()), checksum)
-    return checksum
 
 
 def on_device(loader, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

@@ -68,7 +68,16 @@ EMBEDDED_DATA_DEFAULTS = {
     "output_dir": "runs/digits",
 }
 LEAST = {"epochs": 1, "batch_size_per_gpu": 1, "out_dim": 2, "log_freq": 1, "patch_size": 1, "local_crops_number": 0}
-NETWORK_FLAGS = ("arch", "patch_size", "in_chans", "out_dim", "use_bn_in_head", "norm_last_layer", "optimizer")
+NETWORK_FLAGS = (
+    "arch",
+    "patch_size",
+    "global_crop_size",
+    "in_chans",
+    "out_dim",
+    "use_bn_in_head",
+    "norm_last_layer",
+    "optimizer",
+)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -114,7 +123,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="freeze the norms of the last layer's rows at 1",
     )
     add("--use_bn_in_head", type=bool_flag, default=False, help="batch normalisation in the head")
-    add("--compile", action="store_true", help="torch.compile the backbones")
+    add("--compile", action="store_true", help="torch.compile the backbones; stochastic depth then draws otherwise")
 
     add = parser.add_argument_group("teacher").add_argument
     add(

@@ -140,7 +140,7 @@ def short_side(source: ImageSource, sample: int = 16) -> int:
 
 
 class EvalTransform:
-    """Resize the short side (bicubic, antialiased as Pillow does it), crop the centre, normalise.
+    """Resize the short side (antialiased as Pillow does it), crop the centre, normalise.
 
     Args:
         resize_px: Short side after resizing.
@@ -148,12 +148,22 @@ class EvalTransform:
         mean, std: Per channel, for pixels in [0, 1]; without them the result stays uint8. One channel takes the
             averages over the channels.
         in_chans: 3, or 1 for the luminance.
+        interpolation: ``bicubic`` or ``bilinear``.
     """
 
-    def __init__(self, resize_px: int = 256, crop_px: int = 224, mean=None, std=None, in_chans: int = 3):
+    def __init__(
+        self,
+        resize_px: int = 256,
+        crop_px: int = 224,
+        mean=None,
+        std=None,
+        in_chans: int = 3,
+        interpolation: str = "bicubic",
+    ):
         if crop_px > resize_px:
             raise ValueError(f"a centre crop of {crop_px} pixels does not fit into a short side of {resize_px}")
         self.resize_px, self.crop_px, self.in_chans = resize_px, crop_px, in_chans
+        self.interpolation = interpolation
         self.mean, self.std = (
             None if values is None else torch.tensor(values, dtype=torch.float32).reshape(-1, 1, 1)
             for values in (mean, std)
@@ -167,7 +177,7 @@ class EvalTransform:
         short = min(height, width)
         size = (int(self.resize_px * height / short), int(self.resize_px * width / short))
         image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-        image = F.interpolate(image, size=size, mode="bicubic", antialias=True)[0]
+        image = F.interpolate(image, size=size, mode=self.interpolation, antialias=True)[0]
         top, left = (round((side - self.crop_px) / 2) for side in size)
         image = image[:, top : top + self.crop_px, left : left + self.crop_px]
         if self.in_chans == 1:

@@ -17,6 +17,6 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8
-    # never return the top of the heap, take nothing from elsewhere, and let the thread of the backward pass use this
-    # heap, too: one of its own would be returned as soon as it is empty
+    # never return the top of the heap, take nothing from elsewhere, and let the thread of the backward pass use the
+    # same heap: one of its own would be returned as soon as it is empty
     return bool(mallopt(m_trim_threshold, -1) and mallopt(m_mmap_max, 0) and mallopt(m_arena_max, 1))

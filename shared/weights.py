@@ -10,7 +10,8 @@ import sys
 import urllib.request
 import warnings
 import zipfile
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed
+from .legacy_tar import is_legacy_tar, read_legacy_tar
 
 
 class UnsafeFileError(ValueError):
@@ -69,7 +71,7 @@ SAFE_GLOBALS = [
 
 
 def safe_load(path: str | Path, map_location: str | torch.device = "cpu"):
-    """Read a file of ``torch.save`` (both formats) or safetensors, recognised by content, without running code.
+    """Read a file of ``torch.save`` (all three formats) or safetensors, recognised by content, without running code.
 
     Besides tensors and plain containers, ``argparse.Namespace`` and numpy numbers are read, the latter as Python
     numbers.
@@ -84,6 +86,8 @@ def safe_load(path: str | Path, map_location: str | torch.device = "cpu"):
     try:
         if start[8:] == b"{":
             return safetensors.torch.load_file(path, device=str(map_location))
+        if is_legacy_tar(path):
+            return read_legacy_tar(path, map_location)
         if start.startswith(b"PK"):
             _refuse_expanding_archive(path)
         with torch.serialization.safe_globals(SAFE_GLOBALS), warnings.catch_warnings():
@@ -149,33 +153,37 @@ class BackboneWeights:
 
     Attributes:
         tensors: State dict without wrappers' prefixes.
-        head_entries: How many entries of a projection head were left out.
+        head: The entries of a projection head.
         origin: File and key, for messages.
     """
 
     tensors: dict[str, Tensor]
-    head_entries: int
+    head: dict[str, Tensor]
     origin: str
 
 
-def read_backbone_weights(path: str | Path, checkpoint_key: str = "teacher") -> BackboneWeights:
+def read_backbone_weights(
+    path: str | Path, checkpoint_key: str = "teacher", head_names: Sequence[str] = ()
+) -> BackboneWeights:
     """Read a file and pick the backbone's weights; see :func:`select_backbone_weights`."""
-    return select_backbone_weights(safe_load(path), checkpoint_key, str(path))
+    return select_backbone_weights(safe_load(path), checkpoint_key, str(path), head_names)
 
 
 def select_backbone_weights(
-    checkpoint, checkpoint_key: str = "teacher", origin: str = "the weights"
+    checkpoint, checkpoint_key: str = "teacher", origin: str = "the weights", head_names: Sequence[str] = ()
 ) -> BackboneWeights:
     """The backbone's weights in a checkpoint of any layout.
 
     Known are training checkpoints (``{"student": ..., "teacher": ..., ...}``, the published ones and ours), plain state
     dicts, and state dicts under ``state_dict`` or ``model``. The prefixes of wrappers (``module.``, ``_orig_mod.``,
-    ``backbone.``) are removed; where there is a ``backbone.``, all else belongs to the projection head.
+    ``backbone.``) are removed; where there is a ``backbone.``, all else belongs to the projection head, elsewhere the
+    modules of ``head_names`` do.
 
     Args:
         checkpoint: What :func:`safe_load` returns.
         checkpoint_key: The network to take from a training checkpoint.
         origin: Where it comes from, for messages.
+        head_names: Modules of the head in files that keep them beside those of the backbone.
 
     Raises:
         WeightMismatch: If there is no such network.
@@ -196,12 +204,10 @@ def select_backbone_weights(
         raise WeightMismatch(f"{origin} holds no network that is known here, but {keys}")
 
     tensors = {_unwrapped(name): value for name, value in state_dict.items()}
-    backbone = {
-        _unwrapped(name.removeprefix("backbone.")): value
-        for name, value in tensors.items()
-        if name.startswith("backbone.")
-    }
-    return BackboneWeights(backbone or tensors, len(tensors) - len(backbone) if backbone else 0, origin)
+    inside = [name for name in tensors if name.startswith("backbone.")]
+    inside = inside or [name for name in tensors if name.split(".")[0] not in head_names]
+    backbone = {_unwrapped(name.removeprefix("backbone.")): tensors.pop(name) for name in inside}
+    return BackboneWeights(backbone, head=tensors, origin=origin)
 
 
 def _is_state_dict(value) -> bool:
@@ -332,7 +338,7 @@ def load_backbone_weights(
     report = LoadReport(
         matched=len(matching),
         total=len(expected),
-        head_entries=weights.head_entries + len(classifier),
+        head_entries=len(weights.head) + len(classifier),
         missing=[k for k in expected if k not in tensors],
         mismatched=[
             f"{k} {tuple(v.shape)} instead of {tuple(target[k].shape)}"
@@ -367,6 +373,14 @@ def _shape_hint(tensors: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> 
     if found is None or wanted is None or found == wanted:
         return ""
     return f"\n  the file looks like a {found}, the network is a {wanted}"
+
+
+def weights_checksum(network: nn.Module) -> int:
+    """CRC-32 of all weights: what was learned on features makes sense with their own network only."""
+    checksum = 0
+    for value in network.state_dict().values():
+        checksum = zlib.crc32(np.ascontiguousarray(value.cpu().numpy()), checksum)
+    return checksum
 
 
 # --- Downloading ------------------------------------------------------------------------------------------------------

@@ -11,13 +11,14 @@ from shared.slurm import add_slurm_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = sorted(path for path in [ROOT / "README.md", *ROOT.glob("*/README.md")] if ".venv" not in path.parts)
+SCRIPTS = r"\b(main|main_\w+|eval_\w+|visualize_\w+|video_\w+|run_with_\w+|\w+_retrieval|\w+_ascent)\.py|-m \w+\.export"
 # flags that a README must give but that would start something are checked by parsing only
 COMMANDS = [
     (path, line)
     for path in READMES
     for block in re.findall(r"```bash\n(.*?)```", path.read_text(), re.S)
     for line in block.replace("\\\n", " ").splitlines()
-    if re.search(r"\b(main|main_\w+|eval_\w+|visualize_\w+|video_\w+|run_with_\w+)\.py|-m \w+\.export", line)
+    if re.search(SCRIPTS, line)
 ]
 
 
@@ -40,7 +41,7 @@ def test_commands_are_understood_by_their_scripts(path, line):
     else:
         start = next(i for i, word in enumerate(words) if word.endswith(".py"))
         module = f"{method}.{words[start][:-3]}"
-    if module.endswith(".main"):  # the alias
+    if module.endswith(".main") and (ROOT / method / f"main_{method}.py").exists():  # the alias
         module = f"{method}.main_{method}"
     parser = importlib.import_module(module).get_args_parser()
     if module.endswith("run_with_submitit"):

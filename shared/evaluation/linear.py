@@ -67,7 +67,7 @@ def train_one_epoch(
         total += torch.stack([loss.detach().double(), torch.ones_like(total[0])]) * len(labels)
     loss, images = distributed.all_reduce_sum(total).tolist()
     if not torch.isfinite(torch.tensor(loss)):
-        raise ValueError(f"the loss of the linear classifier is {loss}; try a smaller --lr")
+        raise ValueError(f"the loss is {loss}; try a smaller --lr")
     return loss / images
 
 

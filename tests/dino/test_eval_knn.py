@@ -66,6 +66,18 @@ def test_without_a_data_path_the_embedded_digits_are_classified(capsys):
     assert 30 < accuracies[5][0] < 100
 
 
+def test_a_list_may_hold_absolute_paths_where_that_is_allowed(data, tmp_path):
+    lists = []
+    for part in ("train", "val"):
+        lists.append(tmp_path / f"{part}.txt")
+        files = sorted((data / part).rglob("*.png"))
+        lists[-1].write_text("".join(f"{file}\t{file.parent.name}\n" for file in files))
+    flags = ["--data_path", lists[0], "--val_path", lists[1], "--nb_knn", 1]
+    with pytest.raises(ValueError, match=r"is absolute; .* unless --allow_absolute_paths is given"):
+        run(*flags)
+    assert run(*flags, "--allow_absolute_paths") == {1: (100, 100)}
+
+
 def test_bad_input_is_one_clear_error(data, tmp_path):
     with pytest.raises(ValueError, match="--nb_knn 19 is more than the 18 images"):
         run("--data_path", data, "--nb_knn", 19)

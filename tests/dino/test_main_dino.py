@@ -17,6 +17,7 @@ from PIL import Image
 
 from dino import main_dino
 from dino.main_dino import parse_args, train_dino
+from dino.pretrained import load_pretrained
 from shared.checkpoint import load_latest
 from shared.images import ImageError
 from tests.dino.small_data import picture, write_image
@@ -129,10 +130,30 @@ def test_training_writes_the_official_checkpoint_layout(images, tmp_path):
     assert load_latest(tmp_path / "checkpoint0000.pth")["epoch"] == 1
 
 
+@pytest.mark.parametrize("arch", ["resnet18", "xcit_nano_12_p16", "vit_tiny_patch16_224"])
+def test_networks_of_torchvision_and_timm_train_and_their_checkpoints_are_evaluated(arch, images, tmp_path):
+    flags = ("--arch", arch, "--optimizer", "sgd", "--global_crop_size", 32, "--local_crop_size", 16)
+    written = train(tmp_path, "--data_path", images, *flags, "--in_chans", 1)
+    assert len(written) == 3 and all(math.isfinite(line["loss"]) for line in written)
+    teacher = state_of(tmp_path)["teacher"]
+    assert all(name.startswith("module.") for name in teacher) == (arch != "vit_tiny_patch16_224")  # batch norms
+    backbone, embed_dim = load_pretrained(arch, 16, tmp_path / "checkpoint.pth")
+    assert backbone(torch.zeros(2, 1, 32, 32)).shape == (2, embed_dim)
+
+
 def test_the_loss_log_does_not_depend_on_the_number_of_workers(images, tmp_path):
     for workers in (0, 2):
         train(tmp_path / str(workers), "--data_path", images, "--num_workers", workers)
     assert losses(tmp_path / "0") == losses(tmp_path / "2")
+
+
+@pytest.mark.slow
+def test_compiled_backbones_train_alike(images, tmp_path, small_networks):
+    for name, flags in (("eager", ()), ("compiled", ("--compile",))):
+        # compiled code draws other numbers for dropped paths
+        train(tmp_path / name, "--data_path", images, "--epochs", 2, "--drop_path_rate", 0, *flags)
+    np.testing.assert_allclose(losses(tmp_path / "compiled"), losses(tmp_path / "eager"), rtol=1e-4)
+    assert state_of(tmp_path / "compiled")["student"].keys() == state_of(tmp_path / "eager")["student"].keys()
 
 
 class Stop(Exception):
@@ -262,6 +283,12 @@ def test_a_checkpoint_of_the_official_code_is_gone_on_with(images, tmp_path, sma
     assert losses(tmp_path / "resumed") == losses(tmp_path / "whole")[3:]
     assert_same_state(state_of(tmp_path / "resumed"), state_of(tmp_path / "whole"))
 
+    del state["student"]["module.backbone.cls_token"]
+    (tmp_path / "other").mkdir()
+    torch.save(as_the_official_code_saves(state), tmp_path / "other" / "checkpoint.pth")
+    with pytest.raises(ValueError, match=r"the checkpoint's student does not fit this run: .*backbone\.cls_token"):
+        train(tmp_path / "other", *flags)
+
 
 def test_unreadable_images_stop_neither_the_training_nor_its_knn_and_pictures(images, tmp_path, small_networks):
     folder = shutil.copytree(images, tmp_path / "images")
@@ -309,6 +336,8 @@ def test_another_architecture_than_the_checkpoints_is_refused_and_leaves_it_alon
     before = (tmp_path / "checkpoint.pth").read_bytes()
     with pytest.raises(ValueError, match=r"--patch_size 4 does not fit .*--patch_size 8"):
         train(tmp_path, "--data_path", images, "--patch_size", 4)
+    with pytest.raises(ValueError, match=r"--global_crop_size 24 does not fit .*--global_crop_size 16"):
+        train(tmp_path, "--data_path", images, "--global_crop_size", 24)
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
 
 

@@ -150,19 +150,20 @@ def test_wrong_policies_are_refused(wrong, flag):
 
 
 @pytest.mark.parametrize("height, width", [(60, 80), (91, 33), (20, 24), (64, 64)])
-def test_the_eval_transform_equals_torchvision_on_pil_images(height, width):
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_the_eval_transform_equals_torchvision_on_pil_images(interpolation, height, width):
     pixels = photograph(1, height, width)
     reference = transforms.Compose(
         [
-            transforms.Resize(48, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.Resize(48, interpolation=transforms.InterpolationMode(interpolation)),
             transforms.CenterCrop(40),
             transforms.PILToTensor(),
         ]
     )(Image.fromarray(pixels))
-    ours = EvalTransform(48, 40)(pixels)
+    ours = EvalTransform(48, 40, interpolation=interpolation)(pixels)
     assert ours.dtype == torch.uint8 and ours.shape == (3, 40, 40)
     difference = (ours.int() - reference.int()).abs()
-    assert difference.float().mean() < 0.05 and difference.max() <= 2  # rounding of the two passes
+    assert difference.float().mean() < 0.1 and difference.max() <= 2  # rounding of the two passes
 
 
 def test_the_eval_transform_normalises():

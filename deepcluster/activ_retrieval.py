@@ -1,0 +1,93 @@
+"""The images that excite each filter of a layer most (Caron et al. 2018, section 4.1).
+
+    python activ_retrieval.py --conv 3                   # embedded digits, weights of the run in runs/digits
+    python activ_retrieval.py --data /path/to/images --model /path/to/checkpoint.pth.tar --conv 5 --exp pictures
+
+The response of a filter to an image is the mean of its map.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+if __name__ == "__main__":  # run as a script: make the repository root importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from deepcluster.augmentations import centre_crop
+from deepcluster.backbones import load_network
+from deepcluster.flags import DIGITS_CHECKPOINT, add_process_flags, evaluation_parser
+from deepcluster.layers import check_conv, conv_maps
+from deepcluster.networks import ClusterNetwork
+from shared import distributed
+from shared.data import EvalDataset, ImageSource, make_loader, open_source
+from shared.pictures import Tile, magnify, save_sheet, to_pixels
+
+FILTERS_PER_SHEET = 16
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = evaluation_parser(__doc__)
+    add = parser.add_argument
+    add("--data", default=None, help="images: a folder, a .txt list or a torchvision data set name; without it the "
+        "embedded digits")  # fmt: skip
+    add("--model", default=DIGITS_CHECKPOINT, help="checkpoint of main.py or of the official code")
+    add("--conv", type=int, default=1, help="layer, from 1")
+    add("--exp", "--output_dir", dest="output_dir", default="", help="folder for the pictures")
+    add("--count", type=int, default=9, help="images per filter")
+    add("--batch_size", type=int, default=64)
+    add_process_flags(parser, launcher=False)
+    return parser
+
+
+def activ_retrieval(args: argparse.Namespace) -> list[Path]:
+    """Find the images and draw them, 16 filters on a sheet; paths of the sheets."""
+    device = distributed.init(device=args.device)
+    network = load_network(args.model, keep_top_layer=False).requires_grad_(False).to(device)
+    check_conv(network, args.conv)
+    source = open_source(args.data, "train", flag="--data")
+    if not 1 <= args.count <= len(source):
+        raise ValueError(f"--count {args.count}: there are {len(source)} images")
+    dataset = EvalDataset(source, centre_crop(network.img_size))
+    loader = make_loader(dataset, batch_size=args.batch_size, num_workers=args.num_workers, device=device)
+    responses = torch.cat([filter_responses(network, images.to(device), args.conv).cpu() for images, *_ in loader])
+    values, indices = responses.topk(args.count, dim=0)  # (count, filters)
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for first in range(0, responses.shape[1], FILTERS_PER_SHEET):
+        filters = range(first, min(first + FILTERS_PER_SHEET, responses.shape[1]))
+        rows = [_row(source, network, f, indices[:, f].tolist(), values[:, f].tolist()) for f in filters]
+        heading = f"Layer {args.conv}: the images with the largest response of each filter, largest first"
+        path = output_dir / f"layer{args.conv}-filters{filters[0]}-{filters[-1]}.png"
+        paths.append(save_sheet(rows, path, heading, [0.8] * len(rows)))
+    print(f"{len(paths)} pictures in {output_dir.absolute()}, the first is {paths[0].name}")
+    return paths
+
+
+@torch.no_grad()
+def filter_responses(network: nn.Module, images: Tensor, conv: int) -> Tensor:
+    """Mean of the map of every filter, (B, C), for normalised images (B, 3, H, W)."""
+    return conv_maps(network, images, conv).mean(dim=(2, 3))
+
+
+def _row(
+    source: ImageSource, network: ClusterNetwork, number: int, images: list[int], values: list[float]
+) -> list[Tile]:
+    crop = centre_crop(network.img_size, normalized=False)
+    tiles = []
+    for place, (index, value) in enumerate(zip(images, values, strict=True)):
+        pixels = magnify(to_pixels(crop(source.load(index).decode())), 64)
+        tiles.append(Tile(pixels, f"filter {number}" if place == 0 else "", f"{value:.2f}"))
+    return tiles
+
+
+def main() -> None:
+    with distributed.clean_exit():
+        activ_retrieval(get_args_parser().parse_args())
+
+
+if __name__ == "__main__":
+    main()

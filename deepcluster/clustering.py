@@ -1,0 +1,383 @@
+"""From features to clusters: PCA with whitening, then k-means or power iteration clustering (PIC).
+
+Caron et al., "Deep Clustering for Unsupervised Learning of Visual Features", ECCV 2018, sections 3.2 and 3.3; PIC as in
+its appendix, after Lin and Cohen, "Power Iteration Clustering", ICML 2010.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shared import distributed
+from shared.evaluation.knn import nearest_neighbours
+
+try:
+    import faiss
+except ImportError:  # k-means in torch needs none
+    faiss = None
+
+ITERATIONS = 20  # of k-means
+NEIGHBOURS = 5  # of an image in power iteration clustering
+BLOCK_ROWS = 1 << 14  # features that are looked at together
+BLOCK_DISTANCES = 1 << 26  # of features to centroids, held in memory together: 256 MiB
+
+
+# --- PCA --------------------------------------------------------------------------------------------------------------
+
+
+def pca_whiten(features: Tensor, dim: int, device: torch.device | str = "cpu") -> tuple[Tensor, int]:
+    """Project on the first principal components, divide by their standard deviations, L2-normalise each row.
+
+    Mean and covariance are those of the rows of all processes.
+
+    Args:
+        features: Rows of this process, (n, D), float32.
+        dim: Number of components.
+        device: Where to compute; the rows go there in portions.
+
+    Returns:
+        The rows of this process, (n, dim), on ``device``, and how many components have any variance. Those that have
+        none stay 0: divided by their standard deviation, rounding errors would become features.
+
+    Raises:
+        ValueError: If ``dim`` is more than D or than the number of rows.
+    """
+    rows = int(distributed.all_reduce_sum(torch.tensor(len(features), device=device)))
+    if not 1 <= dim <= min(features.shape[1], rows):
+        raise ValueError(
+            f"--pca_dim {dim}: {rows} features of {features.shape[1]} dimensions have between 1 and "
+            f"{min(features.shape[1], rows)} principal components"
+        )
+    total = torch.zeros(features.shape[1], dtype=torch.double, device=device)
+    for block in features.split(BLOCK_ROWS):
+        total += block.to(device).sum(dim=0, dtype=torch.double)
+    mean = (distributed.all_reduce_sum(total) / rows).float()
+    covariance = torch.zeros(features.shape[1], features.shape[1], dtype=torch.double, device=device)
+    for block in features.split(BLOCK_ROWS):
+        centred = block.to(device) - mean
+        covariance += centred.t() @ centred  # float32 inside a block, float64 over blocks
+    covariance = distributed.all_reduce_sum(covariance) / rows
+
+    # one process decomposes for all: another machine's library could choose other signs
+    whitening = _whitening_matrix(covariance, dim) if distributed.is_main_process() else None
+    matrix, with_variance = distributed.broadcast_object(whitening)
+    matrix = matrix.to(device)
+    whitened = [F.normalize((block.to(device) - mean) @ matrix, dim=1) for block in features.split(BLOCK_ROWS)]
+    return torch.cat(whitened), with_variance
+
+
+def _whitening_matrix(covariance: Tensor, dim: int) -> tuple[Tensor, int]:
+    """Eigenvectors over square roots of eigenvalues, largest first, (D, dim), and how many are not 0."""
+    variances, directions = torch.linalg.eigh(covariance)
+    variances, directions = variances.flip(0)[:dim], directions.flip(1)[:, :dim]
+    varies = variances > 1e-10 * variances[0]
+    scale = torch.where(varies, variances.clamp_min(torch.finfo(torch.double).tiny).rsqrt(), 0.0)
+    return (directions * scale).float().cpu(), int(varies.sum())
+
+
+def gather_rows(rows_of_rank: Tensor, num_rows: int) -> Tensor | None:
+    """Rows of all ranks in the order of the data set, (n, D) on each to (``num_rows``, D), on rank 0; None elsewhere.
+
+    Row i of rank r is row ``r + i * W`` of the data set, as with ``range(r, num_rows, W)``.
+    """
+    if distributed.get_world_size() == 1:
+        return rows_of_rank
+    missing = -(-num_rows // distributed.get_world_size()) - len(rows_of_rank)  # all ranks send the same shape
+    rows = distributed.gather_on_main(F.pad(rows_of_rank, (0, 0, 0, missing)))
+    return None if rows is None else rows.transpose(0, 1).flatten(0, 1)[:num_rows].to(rows_of_rank.device)
+
+
+# --- Clusters ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Clusters:
+    """A partition of the images.
+
+    Attributes:
+        assignments: Cluster of each image, int64, (N,).
+        num_clusters: K; some of them may be empty.
+        loss: Sum of squared distances to the centroids (k-means), or 0 (PIC).
+    """
+
+    assignments: Tensor
+    num_clusters: int
+    loss: float = 0.0
+
+    def sizes(self) -> Tensor:
+        """Images per cluster, (K,)."""
+        return self.assignments.bincount(minlength=self.num_clusters)
+
+
+def check_clustering(num_images: int, algorithm: str, num_clusters: int, backend: str = "auto") -> None:
+    """Raise ``ValueError`` if :func:`cluster` cannot do this."""
+    if algorithm == "PIC" and num_images <= NEIGHBOURS:
+        raise ValueError(f"--clustering PIC: {NEIGHBOURS} neighbours need more images than {num_images}")
+    if algorithm == "Kmeans" and not 1 <= num_clusters <= num_images:
+        raise ValueError(f"--nmb_cluster {num_clusters}: {num_images} images make between 1 and {num_images} clusters")
+    if backend not in ("auto", "faiss", "torch"):
+        raise ValueError(f"--kmeans {backend!r} is none of auto, faiss and torch")
+    if algorithm == "Kmeans" and backend == "faiss" and faiss is None:
+        raise ValueError("--kmeans faiss: faiss is not installed; pip install faiss-cpu, or use --kmeans torch")
+
+
+def cluster(features: Tensor | None, algorithm: str, num_clusters: int, seed: int, backend: str = "auto") -> Clusters:
+    """Cluster on the first process; every process gets the result.
+
+    Args:
+        features: Whitened, normalised features, (N, d); only the first process needs them.
+        algorithm: ``Kmeans`` or ``PIC``, which finds the number of clusters itself.
+        num_clusters: K of k-means.
+        seed: Of the rows that k-means starts from.
+        backend: Of k-means; see :func:`kmeans`.
+
+    Raises:
+        ValueError: As :func:`check_clustering`, which scripts of several processes call first.
+    """
+    found = None
+    if distributed.is_main_process():
+        check_clustering(len(features), algorithm, num_clusters, backend)
+        if algorithm == "PIC":
+            assignments = power_iteration_clustering(features)
+            found = assignments.numpy(), int(assignments.max()) + 1, 0.0
+        else:
+            result = kmeans(features, num_clusters, seed, backend)
+            found = result.assignments.cpu().numpy(), num_clusters, result.objective[-1]
+    assignments, num_clusters, loss = distributed.broadcast_object(found)
+    return Clusters(torch.from_numpy(assignments), num_clusters, loss)
+
+
+# --- k-means ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class KMeans:
+    """Result of k-means.
+
+    Attributes:
+        assignments: Nearest final centroid of each row, int64, (N,).
+        centroids: (K, d).
+        objective: Sum of squared distances in each iteration, before its centroids move.
+    """
+
+    assignments: Tensor
+    centroids: Tensor
+    objective: list[float]
+
+
+def kmeans(features: Tensor, num_clusters: int, seed: int, backend: str = "auto") -> KMeans:
+    """Lloyd's k-means from ``num_clusters`` random rows, with the Euclidean distance.
+
+    Both backends start from the same rows and treat empty clusters alike, so that they find the same clusters up to
+    rounding.
+
+    Args:
+        features: (N, d), float32.
+        backend: ``faiss``; ``torch``; or ``auto``: torch on a GPU, else faiss where it is installed.
+    """
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    start = torch.randperm(len(features), generator=generator)[:num_clusters]
+    centroids = features[start.to(features.device)]
+    if backend == "faiss" or (backend == "auto" and faiss is not None and features.device.type == "cpu"):
+        return kmeans_faiss(features.cpu(), centroids.cpu())
+    return kmeans_torch(features, centroids)
+
+
+def kmeans_faiss(features: Tensor, centroids: Tensor, iterations: int = ITERATIONS) -> KMeans:
+    """k-means of faiss from given centroids (K, d), on the CPU."""
+    num_clusters, dim = centroids.shape
+    rows = np.ascontiguousarray(features.numpy())
+    clustering = faiss.Clustering(dim, num_clusters)
+    clustering.niter = iterations
+    clustering.min_points_per_centroid = 1  # fewer than 39 are no reason for a warning here
+    clustering.max_points_per_centroid = len(rows)  # take all rows
+    faiss.copy_array_to_vector(np.ascontiguousarray(centroids.numpy()).ravel(), clustering.centroids)
+    index = faiss.IndexFlatL2(dim)
+    clustering.train(rows, index)
+    _, assignments = index.search(rows, 1)
+    found = faiss.vector_to_array(clustering.centroids).reshape(num_clusters, dim)
+    statistics = clustering.iteration_stats
+    objective = [statistics.at(i).obj for i in range(statistics.size())]
+    return KMeans(torch.from_numpy(assignments[:, 0]), torch.from_numpy(found), objective)
+
+
+def kmeans_torch(features: Tensor, centroids: Tensor, iterations: int = ITERATIONS) -> KMeans:
+    """k-means of faiss in torch, from given centroids (K, d), on the device of the features."""
+    objective = []
+    for _ in range(iterations):
+        assignments, distance = assign(features, centroids)
+        objective.append(distance)
+        counts = assignments.bincount(minlength=len(centroids))
+        sums = _sum_by_cluster(features, assignments, len(centroids))
+        moved = (sums / counts.clamp_min(1)[:, None]).float()
+        split_empty_clusters(moved, counts, len(features))
+        if torch.equal(moved, centroids):
+            break
+        centroids = moved
+    assignments, _ = assign(features, centroids)
+    return KMeans(assignments, centroids, objective)
+
+
+def assign(features: Tensor, centroids: Tensor) -> tuple[Tensor, float]:
+    """Nearest centroid of each row, int64, (N,), and the sum of the squared distances."""
+    half_norms = centroids.square().sum(dim=1) / 2
+    nearest, total = [], torch.zeros((), dtype=torch.double, device=features.device)
+    for block in features.split(max(1, BLOCK_DISTANCES // len(centroids))):
+        best, index = torch.addmm(-half_norms, block, centroids.t()).max(dim=1)  # |x - c|^2 = |x|^2 - 2 (x c - |c|^2/2)
+        total += (block.square().sum(dim=1) - 2 * best).sum(dtype=torch.double)
+        nearest.append(index)
+    return torch.cat(nearest), total.item()
+
+
+def _sum_by_cluster(features: Tensor, assignments: Tensor, num_clusters: int) -> Tensor:
+    """Sums of the rows of each cluster, float64, (K, d), in the same order every time, on a GPU too."""
+    sums = torch.zeros(num_clusters, features.shape[1], dtype=torch.double, device=features.device)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        for block, clusters in zip(features.split(BLOCK_ROWS), assignments.split(BLOCK_ROWS), strict=True):
+            sums.index_add_(0, clusters, block.double())
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+    return sums
+
+
+def split_empty_clusters(centroids: Tensor, counts: Tensor, num_rows: int) -> None:
+    """Give every empty cluster half of another one, in place, with the same random numbers every time.
+
+    As in faiss: going round the clusters, one of size n is taken with probability (n - 1) / (N - K); its centroid is
+    doubled, and the two copies are moved apart by 1/1024 of each coordinate.
+
+    Args:
+        centroids: (K, d).
+        counts: Size of each cluster, (K,).
+        num_rows: N.
+    """
+    (empty,) = np.nonzero((counts == 0).cpu().numpy())
+    if len(empty) == 0:
+        return
+    sizes = counts.cpu().numpy().astype(np.float32)
+    words = np.random.RandomState(1234)
+    away = torch.where(torch.arange(centroids.shape[1], device=centroids.device) % 2 == 0, 1 / 1024, -1 / 1024)
+    for taker in empty:
+        giver = _draw_cluster(sizes, num_rows, words)
+        centroids[taker] = centroids[giver] * (1 + away)
+        centroids[giver] = centroids[giver] * (1 - away)
+        sizes[taker] = sizes[giver] / 2
+        sizes[giver] -= sizes[taker]
+
+
+def _draw_cluster(sizes: np.ndarray, num_rows: int, words: np.random.RandomState) -> int:
+    with np.errstate(divide="ignore", invalid="ignore"):  # N = K: a cluster of one row is never taken
+        chances = ((sizes - 1) / np.float32(num_rows - len(sizes))).astype(np.float32)
+    while True:
+        state = words.get_state()
+        draws = np.frombuffer(words.bytes(4 * len(sizes)), dtype="<u4").astype(np.float32) * np.float32(2.0**-32)
+        (hits,) = np.nonzero(draws < chances)
+        if len(hits):
+            words.set_state(state)
+            words.bytes(4 * (int(hits[0]) + 1))  # only the numbers up to the hit are used up
+            return int(hits[0])
+
+
+# --- Power iteration clustering ---------------------------------------------------------------------------------------
+
+
+def power_iteration_clustering(
+    features: Tensor,
+    num_neighbours: int = NEIGHBOURS,
+    sigma: float = 0.2,
+    alpha: float = 0.001,
+    merge_singletons: bool = True,
+) -> Tensor:
+    """Cluster a graph of nearest neighbours; the number of clusters comes out of the data.
+
+    A vector v diffuses over the graph; then every image points to the neighbour with the steepest rise of v, and
+    images that lead to the same summit are a cluster.
+
+    Args:
+        features: (N, d), float32.
+        num_neighbours: Neighbours of each image.
+        sigma: Width of the affinity exp(-d^2 / sigma^2).
+        alpha: Share of v that diffuses in each step.
+        merge_singletons: Whether clusters of one image are added to that of a neighbour.
+
+    Returns:
+        Cluster of each image, int64, (N,) on the CPU, numbered in the order of their summits.
+    """
+    neighbours, distances = neighbour_graph(features, num_neighbours)
+    rows, columns, weights = symmetric_affinity(neighbours, np.exp(-distances.astype(np.float64) / sigma**2))
+    mass = diffuse(rows, columns, weights, len(features), alpha)
+    clusters = climb(rows, columns, weights, mass)
+    if merge_singletons:
+        clusters = _merge_singletons(clusters, neighbours)
+    return torch.from_numpy(clusters)
+
+
+def neighbour_graph(features: Tensor, num_neighbours: int) -> tuple[np.ndarray, np.ndarray]:
+    """Nearest other rows of each row, best first, int64, (N, n), and their squared distances."""
+    norms = features.square().sum(dim=1, keepdim=True)
+    queries = torch.cat([2 * features, -torch.ones_like(norms)], dim=1)
+    database = torch.cat([features, norms], dim=1)  # the product is 2 x y - |y|^2
+    _, indices = nearest_neighbours(queries, database, num_neighbours + 1)
+    own = indices == torch.arange(len(features), device=features.device)[:, None]
+    own[~own.any(dim=1), -1] = True  # hidden behind as many duplicates: drop the last one instead
+    indices = indices[~own].view(len(features), num_neighbours)
+    distances = torch.stack([(features - features[column]).square().sum(dim=1) for column in indices.t()], dim=1)
+    return indices.cpu().numpy(), distances.cpu().numpy()
+
+
+def symmetric_affinity(neighbours: np.ndarray, affinity: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows, columns and values of A + A^T, sorted by row and column; mutual neighbours count twice.
+
+    Args:
+        neighbours: (N, n).
+        affinity: Values of A at them, (N, n).
+    """
+    size = len(neighbours)
+    sources = np.arange(size).repeat(neighbours.shape[1])
+    targets = neighbours.ravel()
+    edges, inverse = np.unique(
+        np.concatenate([sources * size + targets, targets * size + sources]), return_inverse=True
+    )
+    values = np.bincount(inverse.ravel(), np.tile(affinity.ravel(), 2), len(edges))
+    return edges // size, edges % size, values
+
+
+def diffuse(
+    rows: np.ndarray, columns: np.ndarray, weights: np.ndarray, size: int, alpha: float, steps: int = 200
+) -> np.ndarray:
+    """v <- alpha W^T v + (1 - alpha) / N, normalised to a sum of 1, ``steps`` times from the uniform vector."""
+    mass = np.full(size, 1 / size)
+    for _ in range(steps):
+        mass = alpha * np.bincount(columns, weights * mass[rows], size) + (1 - alpha) / size
+        mass /= mass.sum()
+    return mass
+
+
+def climb(rows: np.ndarray, columns: np.ndarray, weights: np.ndarray, mass: np.ndarray) -> np.ndarray:
+    """Follow, from every image, the edge with the largest W_ij (v_j - v_i) > 0 to a summit; number the summits."""
+    gains = weights * (mass[columns] - mass[rows])
+    starts = np.flatnonzero(np.diff(rows, prepend=-1))  # every image has an edge
+    best = np.maximum.reduceat(gains, starts)
+    is_best = (gains == best[rows]) & (gains > 0)
+    targets = np.arange(len(mass))
+    targets[rows[is_best][::-1]] = columns[is_best][::-1]  # of equal gains the first one counts
+    while not np.array_equal(targets, targets[targets]):
+        targets = targets[targets]
+    return np.unique(targets, return_inverse=True)[1].astype(np.int64)
+
+
+def _merge_singletons(clusters: np.ndarray, neighbours: np.ndarray) -> np.ndarray:
+    """Add images that are alone to the cluster of their first neighbour that is not; close the gaps in the numbers."""
+    sizes = np.bincount(clusters)
+    merged = clusters.copy()
+    for image in np.flatnonzero(sizes[clusters] == 1):
+        homes = clusters[neighbours[image]]
+        homes = homes[sizes[homes] > 1]
+        if len(homes):
+            merged[image] = homes[0]
+    return np.unique(merged, return_inverse=True)[1].astype(np.int64)

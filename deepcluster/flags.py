@@ -1,0 +1,37 @@
+"""Flags and data that the evaluation scripts have in common."""
+
+import argparse
+
+from shared.evaluation.knn_monitor import open_labelled
+from shared.sources import ImageSource
+
+DIGITS_CHECKPOINT = "runs/digits/checkpoint.pth.tar"
+
+
+def evaluation_parser(docstring: str) -> argparse.ArgumentParser:
+    """A parser whose description is the first paragraph of the script's docstring."""
+    return argparse.ArgumentParser(
+        description=docstring.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+
+
+def add_process_flags(parser: argparse.ArgumentParser, launcher: bool = True) -> None:
+    """Device and loader flags, and those of the launcher for scripts that run on several processes."""
+    add = parser.add_argument_group("processes").add_argument
+    add("--workers", "--num_workers", dest="num_workers", type=int, default=4, help="loader processes per rank")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    if launcher:
+        add("--dist_url", default="env://", help="rendezvous of the processes")
+        add("--local_rank", "--local-rank", type=int, default=0, help="ignored: read from the environment")
+
+
+def labelled_sources(data_path: str | None, val_path: str | None) -> tuple[ImageSource, ImageSource]:
+    """Train and val images with classes.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    sources = open_labelled(data_path, val_path)
+    if isinstance(sources, str):
+        raise ValueError(f"--data {data_path}: {sources}")
+    return sources

@@ -1,0 +1,517 @@
+"""Deep clustering: train a convnet on the clusters of its own features.
+
+Caron et al., "Deep Clustering for Unsupervised Learning of Visual Features", ECCV 2018.
+
+    python main.py                                                        # embedded digits, minutes on a CPU
+    python main.py /path/to/imagenet/train --arch alexnet --sobel --lr 0.05 --wd -5 --k 10000 \\
+        --exp /path/to/run --verbose --workers 12                         # VOC07 fc6-8: 72.0 mAP after 500 epochs
+
+Again and again: compute the features of all images, cluster them, take the clusters as labels, put a new top layer on
+the network, and train it for an epoch. Running the same command again resumes the run.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import normalized_mutual_info_score
+from torch import Tensor, nn
+
+if __name__ == "__main__":  # run as a script: make the repository root importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from deepcluster.augmentations import MEAN, STD, centre_crop, random_crop
+from deepcluster.backbones import build_network, fill_network, official_names
+from deepcluster.clustering import Clusters, check_clustering, cluster, gather_rows, pca_whiten
+from deepcluster.networks import ClusterNetwork, new_top_layer
+from deepcluster.report import save_clusters, save_pictures, summary
+from deepcluster.sampling import SAMPLERS, DrawnBatches, cluster_lists, draw_epoch, pseudo_labels
+from deepcluster.trivial_solutions import trivial_clusters, trivial_training
+from shared import distributed, randomness
+from shared.attempt import Attempt
+from shared.batchnorm import synchronize_batchnorm
+from shared.checkpoint import Checkpointer, check_flags, is_at_start, load_latest, restore, resume_position
+from shared.data import BadImages, EvalDataset, ImageSource, make_loader, open_source, short_side
+from shared.evaluation.features import ShareOfRank, check_features
+from shared.evaluation.knn_monitor import KNNMonitor, open_labelled
+from shared.flags import add_run_flags
+from shared.image_cache import cache_images
+from shared.memory import keep_freed_memory
+from shared.metrics import RunLog
+from shared.multicrop import MultiCropDataset, normalize_views
+from shared.not_finite import FiniteGuard
+from shared.optim import clip_grad_norm_per_tensor_, step_unless_not_finite
+from shared.precision import Precision
+
+# What replaces the official defaults when no DIR is given: 8x8 pixel digits, for which AlexNet is too large.
+EMBEDDED_DATA_DEFAULTS = {
+    "arch": "resnet18",
+    "sobel": True,
+    "crop_size": 32,
+    "crop_scale": (0.5, 1.0),
+    "nmb_cluster": 100,
+    "pca_dim": 64,
+    "batch": 32,
+    "epochs": 6,
+    "output_dir": "runs/digits",
+}
+NETWORK_FLAGS = ("arch", "sobel", "crop_size")
+LEAST = {"epochs": 1, "batch": 1, "nmb_cluster": 2, "pca_dim": 1, "crop_size": 1, "log_freq": 1, "checkpoints": 0}
+CLUSTERING, DRAWING, TOP_LAYER = range(3)  # what is drawn once per epoch
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "DeepCluster", description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument_group("data").add_argument
+    add("data_path", metavar="DIR", nargs="?", default=None, help="training images: a folder, a .txt list or a "
+        "torchvision data set name; without it the embedded digits are used and the defaults fit them")  # fmt: skip
+    add("--val_path", default=None, help="images for the k-NN evaluation; by default those that belong to DIR")
+    add("--allow_absolute_paths", action="store_true", help="in .txt lists")
+    add("--cache", default="none", help="decoded images: none, memory, or a folder for a memory-mapped file")
+    add("--on_bad_image", default="replace", choices=("replace", "error"), help="what an unreadable image does")
+    add("--max_bad_fraction", type=float, default=0.01, help="stop when more images than this share are unreadable")
+    add("--crop_size", type=int, default=224, help="side in pixels of the images that the network sees")
+    add("--crop_scale", type=float, nargs=2, default=(0.08, 1.0), help="area range of the random crops")
+    add("--workers", "--num_workers", dest="num_workers", type=int, default=4, help="loader processes per rank")
+
+    add = parser.add_argument_group("network").add_argument
+    add("--arch", "-a", default="alexnet", help="alexnet, vgg16, or any torchvision or timm model name")
+    add("--sobel", action="store_true", help="look at Sobel gradients instead of colours")
+
+    add = parser.add_argument_group("clustering").add_argument
+    add("--clustering", default="Kmeans", choices=("Kmeans", "PIC"))
+    add("--nmb_cluster", "--k", type=int, default=10000, help="clusters of k-means; PIC finds their number itself")
+    add("--kmeans", default="auto", choices=("auto", "faiss", "torch"),
+        help="who computes k-means; auto: torch on a GPU, else faiss where it is installed")  # fmt: skip
+    add("--pca_dim", type=int, default=256, help="dimensions to which features are reduced before clustering")
+    add("--sampler", default="uniform", choices=SAMPLERS,
+        help="uniform: over the clusters, as in the paper; official: as in the released code")  # fmt: skip
+    add("--reassign", type=float, default=1.0, help="epochs of training between two clusterings")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=int, default=200, help="rounds of clustering and training")
+    add("--start_epoch", type=int, default=0, help="first epoch, where there is no checkpoint")
+    add("--batch", type=int, default=256, help="images per step, of all processes together")
+    add("--lr", type=float, default=0.05, help="learning rate")
+    add("--momentum", type=float, default=0.9, help="momentum of everything but the top layer")
+    add("--wd", type=float, default=-5, help="weight decay, as a power of ten")
+    add("--amp", default="auto", choices=("auto", "bf16", "fp16", "fp32"), help="auto: bf16 where it is fast")
+    add("--seed", type=int, default=31)
+
+    add = add_run_flags(parser)
+    add("--exp", "--output_dir", dest="output_dir", default="", help="folder for checkpoints, logs and pictures")
+    add("--resume", default="", metavar="PATH", help="checkpoint to go on from, where --exp has none")
+    add("--checkpoints", type=int, default=25000, help="steps between numbered checkpoints; 0: none")
+    add("--verbose", action="store_true", help="also print the sizes of the clusters")
+    return parser
+
+
+def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
+    """Parse and check the command line; without ``DIR`` the defaults are those of the embedded data.
+
+    Args:
+        arguments: The command line's own by default.
+        parser: That of :func:`get_args_parser` with further flags, for scripts that have them.
+    """
+    parser = parser or get_args_parser()
+    args = parser.parse_args(arguments)
+    if args.data_path is None:
+        parser.set_defaults(**EMBEDDED_DATA_DEFAULTS)
+        args = parser.parse_args(arguments)
+    for flag, least in LEAST.items():
+        if getattr(args, flag) < least:
+            parser.error(f"--{flag} {getattr(args, flag)} is less than {least}")
+    if args.reassign <= 0:
+        parser.error(f"--reassign {args.reassign}: must be more than 0")
+    if args.wd > 0:
+        parser.error(f"--wd {args.wd}: must be at most 0; it is a power of ten, -5 means 1e-5")
+    return args
+
+
+def train_deepcluster(args: argparse.Namespace) -> None:
+    """Train from the newest checkpoint in ``args.output_dir``, or from scratch if there is none."""
+    device = distributed.init(args.dist_url, args.device, args.dist_timeout)
+    keep_freed_memory()
+    precision = Precision(args.amp, device)
+    randomness.seed_everything(args.seed)
+    output_dir = Path(args.output_dir)
+    if distributed.is_main_process():
+        (output_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        Attempt.current().claim(output_dir)
+    distributed.barrier()
+    world_size = distributed.get_world_size()
+
+    # data: the same images as centre crops for clustering and as random crops for training
+    source = open_source(args.data_path, "train", allow_absolute_paths=args.allow_absolute_paths, flag="DIR")
+    source = cache_images(source, args.cache)
+    images = source.checksum()
+    distributed.check_same_on_all_processes((len(source), images), "the training data (number of images, checksum)")
+    check_clustering(len(source), args.clustering, args.nmb_cluster, args.kmeans)
+    bad_images = BadImages(len(source), output_dir / "bad_images.txt", args.on_bad_image, args.max_bad_fraction)
+    batches = DrawnBatches(int(args.reassign * len(source)), args.batch)
+    train_loader = make_loader(
+        MultiCropDataset(source, [random_crop(args.crop_size, args.crop_scale)], args.seed, bad_images=bad_images),
+        batch_sampler=batches,
+        num_workers=args.num_workers,
+        device=device,
+    )
+    feature_loader = make_loader(
+        EvalDataset(source, centre_crop(args.crop_size, normalized=False), bad_images),
+        sampler=ShareOfRank(len(source)),
+        batch_size=args.batch // world_size,
+        num_workers=args.num_workers,
+        device=device,
+    )
+    steps_per_epoch = len(batches)
+    distributed.print_once(f"{source.describe()}: {steps_per_epoch} steps per epoch")
+    if args.data_path is None:
+        names = " ".join(f"--{name}" for name in EMBEDDED_DATA_DEFAULTS)
+        distributed.print_once(f"without DIR these flags have defaults for the embedded data: {names}")
+    elif (side := short_side(source)) < args.crop_size:
+        distributed.print_once(
+            f"images of {side} pixels are smaller than --crop_size {args.crop_size}: they are enlarged"
+        )
+
+    # the network without a top layer, and its optimiser
+    network = build_network(args.arch, args.sobel, img_size=args.crop_size)
+    network = synchronize_batchnorm(network, device).to(device)
+    body = distributed.wrap(network, device)
+    weight_decay = 10**args.wd
+    optimizer = build_sgd(network, args.lr, args.momentum, weight_decay)
+    clusters: Clusters | None = None
+    clustered_epoch = -1
+    top_layer: nn.Linear | None = None
+
+    # resume
+    checkpoint = load_latest(output_dir / "checkpoint.pth.tar")
+    if checkpoint is None and args.resume:
+        checkpoint = load_latest(args.resume)
+        if checkpoint is None:
+            raise ValueError(f"--resume {args.resume}: there is no such file")
+        checkpoint.pop("log", None)  # its lines are in another folder
+    resumed_log = checkpoint is not None and "log" in checkpoint
+    log = RunLog(output_dir, args.epochs * steps_per_epoch, args.log_freq, args.tensorboard, resumed=resumed_log)
+    first_epoch, first_step = args.start_epoch, 0
+    evaluated_before = checkpoint is not None and checkpoint.get("evaluated_before", False)
+    problems: list[str] = []
+
+    def state(epoch: int, step_in_epoch: int) -> dict:
+        """Everything a run needs to go on at this step; the first keys are those of the official checkpoints."""
+        weights = official_names(network.state_dict())
+        if top_layer is not None:
+            weights |= {f"top_layer.{name}": value for name, value in top_layer.state_dict().items()}
+        return {
+            "epoch": epoch,
+            "arch": args.arch,
+            "state_dict": weights,
+            "optimizer": optimizer.state_dict(),
+            "args": vars(args),
+            "fp16_scaler": precision.scaler.state_dict(),
+            "step_in_epoch": step_in_epoch,
+            "skipped_steps": int(guard.in_a_row),
+            "batch_size": args.batch,
+            "world_size": world_size,
+            "images": images,
+            "evaluated_before": evaluated_before,
+            "clustered_epoch": clustered_epoch,
+            "clusters": clusters and vars(clusters),
+            "log": log.state_dict(),
+        }
+
+    if checkpoint is not None:
+        if "args" in checkpoint:  # the official checkpoints have none
+            check_flags(checkpoint, args, NETWORK_FLAGS)
+        saved_top_layer = fill_network(network, checkpoint, args.arch, "the checkpoint")
+        restore_momentum(checkpoint, optimizer)
+        first_epoch, first_step = resume_position(checkpoint, args.batch, images, args.on_changed_run)
+        if checkpoint.get("fp16_scaler"):
+            precision.scaler.load_state_dict(checkpoint["fp16_scaler"])
+        if resumed_log:
+            log.load_state_dict(checkpoint["log"])
+        if checkpoint.get("images") == images and checkpoint["clusters"]:  # else they are those of other images
+            clusters = Clusters(**checkpoint["clusters"])
+            clustered_epoch = checkpoint["clustered_epoch"]
+            top_layer = new_top_layer(network.dim, clusters.num_clusters).to(device)
+            top_layer.load_state_dict(saved_top_layer)
+        distributed.print_once(f"resuming at epoch {first_epoch}, step {first_step}")
+    guard = FiniteGuard(
+        {"network": network},
+        output_dir,
+        args.max_skipped_steps,
+        device,
+        in_a_row=checkpoint.get("skipped_steps", 0) if checkpoint else 0,
+    )
+    labelled = "off"
+    if args.eval_knn_freq != 0:
+        labelled = open_labelled(args.data_path, args.val_path, args.allow_absolute_paths)
+    if args.eval_knn_freq and isinstance(labelled, str):
+        raise ValueError(f"--eval_knn_freq {args.eval_knn_freq}: {labelled}")
+    knn = KNNMonitor(
+        labelled,
+        args.crop_size,
+        MEAN,
+        STD,
+        args.eval_knn_freq,
+        args.epochs,
+        device,
+        num_workers=args.num_workers,
+        on_bad_image=args.on_bad_image,
+        max_bad_fraction=args.max_bad_fraction,
+        output_dir=output_dir,
+    )
+    if knn.off:
+        distributed.print_once(f"no k-NN evaluation: {knn.off}")
+
+    with Checkpointer(
+        output_dir / "checkpoint.pth.tar", state, args.saveckp_steps, args.saveckp_minutes, guard.is_good
+    ) as checkpointer:
+
+        def cluster_images(epoch: int) -> Clusters:
+            """Features of all images, whitened, and their clusters."""
+            stop = partial(checkpointer.stop_if_asked, epoch, 0)
+            features = compute_features(network, feature_loader, precision, stop)
+            whitened, with_variance = pca_whiten(features, args.pca_dim, device)
+            if with_variance < args.pca_dim:
+                distributed.print_once(
+                    f"the features vary in {with_variance} directions only, fewer than --pca_dim {args.pca_dim}"
+                )
+            seed = randomness.derive_seed(args.seed, epoch, CLUSTERING)
+            rows = gather_rows(whitened, len(source))
+            return cluster(rows, args.clustering, args.nmb_cluster, seed, args.kmeans)
+
+        if not evaluated_before and is_at_start(checkpoint) and knn.is_due(-1):
+            stop = partial(checkpointer.stop_if_asked, 0, 0)
+            log.evaluation(0, 0, knn_top1=knn.run(FeaturesForClustering(network), stop))
+        evaluated_before = True
+        for epoch in range(first_epoch, args.epochs):
+            # 1. cluster the features: the clusters are labels that nobody had to give
+            if clustered_epoch != epoch:
+                previous, clusters = clusters, cluster_images(epoch)
+                clustered_epoch = epoch
+                log.evaluation(epoch * steps_per_epoch, epoch, **describe_clusters(clusters, previous, source))
+                if args.verbose:
+                    distributed.print_once(f"sizes of the clusters: {sorted(clusters.sizes().tolist(), reverse=True)}")
+                if problem := trivial_clusters(clusters.sizes()):
+                    problems.append(f"epoch {epoch}: {problem}")
+                    log.say(problems[-1])
+                # 2. a new top layer: nothing says that cluster 7 of this epoch is cluster 7 of the one before
+                seed = randomness.derive_seed(args.seed, epoch, TOP_LAYER) % 2**63
+                generator = torch.Generator().manual_seed(seed)
+                top_layer = new_top_layer(network.dim, clusters.num_clusters, generator).to(device)
+                checkpointer.after_step(epoch, 0)
+            # 3. train: every cluster is drawn equally often, whatever its size
+            lists = cluster_lists(clusters.assignments.numpy(), clusters.num_clusters)
+            seed = randomness.derive_seed(args.seed, epoch, DRAWING)
+            batches.set_epoch(epoch, draw_epoch(lists, batches.num_draws, seed, args.sampler), first_step)
+            guard.networks["top_layer"] = top_layer
+            train_one_epoch(
+                body,
+                distributed.wrap(top_layer, device),
+                pseudo_labels(clusters.assignments, clusters.num_clusters),
+                train_loader,
+                # the top layer's own optimiser: no momentum, it has no past
+                (optimizer, build_sgd(top_layer, args.lr, 0, weight_decay)),
+                epoch=epoch,
+                first_step=first_step,
+                steps_per_epoch=steps_per_epoch,
+                seed=args.seed,
+                numbered_every=args.checkpoints,
+                precision=precision,
+                log=log,
+                guard=guard,
+                checkpointer=checkpointer,
+            )
+            first_step = 0
+            if knn.is_due(epoch):
+                stop = partial(checkpointer.stop_if_asked, epoch, steps_per_epoch)
+                top1 = knn.run(FeaturesForClustering(network), stop)
+                log.evaluation((epoch + 1) * steps_per_epoch, epoch + 1, knn_top1=top1)
+            line = log.end_epoch(epoch, bad_images=bad_images.count())
+            if problem := trivial_training(line["train_loss"], int((clusters.sizes() > 0).sum())):
+                problems.append(f"epoch {epoch}: {problem}")
+                log.say(problems[-1])
+            checkpointer.after_epoch(epoch)
+
+        # what the network makes of the images in the end
+        previous, clusters = clusters, cluster_images(args.epochs)
+        log.evaluation(args.epochs * steps_per_epoch, args.epochs, **describe_clusters(clusters, previous, source))
+    log.close()
+    if distributed.is_main_process():
+        files = [save_clusters(source, clusters.assignments, output_dir / "clusters.csv")]
+        if args.pictures:
+            files += save_pictures(source, clusters, output_dir)
+        print(summary(output_dir, args.data_path, args.val_path, source, clusters, knn, files, problems[-3:]))
+
+
+def build_sgd(module: nn.Module, lr: float, momentum: float, weight_decay: float) -> torch.optim.SGD:
+    """SGD on everything in ``module`` that learns; weight decay spares nothing."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay, fused=True)
+    if momentum:
+        for (
+            p
+        ) in parameters:  # from 0 it is the same update; torch's fused SGD keeps garbage if the first one is skipped
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return optimizer
+
+
+def restore_momentum(checkpoint: dict, optimizer: torch.optim.SGD) -> None:
+    """Take the momentum from a checkpoint; learning rate and weight decay stay as the flags say."""
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    restore(checkpoint, optimizer=optimizer)
+    for group, values in zip(optimizer.param_groups, settings, strict=True):
+        group.update(values)
+
+
+class FeaturesForClustering(nn.Module):
+    """The network as a map from images to the features that are clustered."""
+
+    def __init__(self, network: ClusterNetwork):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network.embed(images)
+
+
+@torch.no_grad()
+def compute_features(
+    network: ClusterNetwork, loader: Iterable, precision: Precision, between_batches: Callable[[], None]
+) -> Tensor:
+    """Features of this process's share of the images (every W-th one), in evaluation mode: (n, D), float32, on the CPU.
+
+    Args:
+        loader: Yields (uint8 images, labels, indices); every rank has as many batches, the last image may be repeated.
+        between_batches: Called after every batch, equally often on every process; may raise to stop.
+
+    Raises:
+        ValueError: If a feature is not finite or all zeros.
+    """
+    num_images = len(loader.dataset)
+    mine = len(range(distributed.get_rank(), num_images, distributed.get_world_size()))
+    features = torch.empty(len(loader.sampler), network.dim)
+    network.eval()
+    done = 0
+    for images, *_ in loader:
+        (images,) = normalize_views([images], precision.device, MEAN, STD)
+        with precision.autocast():
+            features[done : done + len(images)] = network.embed(images).float().cpu()
+        done += len(images)
+        between_batches()
+    check_features(features)
+    return features[:mine]
+
+
+def describe_clusters(clusters: Clusters, previous: Clusters | None, source: ImageSource) -> dict[str, float]:
+    """What the log says about a partition.
+
+    ``nmi_previous`` is the normalised mutual information with the partition before, ``nmi_labels`` that with the true
+    labels, I(A; B) / sqrt(H(A) H(B)) (section 4.1): 0 for independent partitions, 1 for equal ones.
+    """
+    sizes = clusters.sizes()
+    line = {
+        "clusters": int((sizes > 0).sum()),
+        "empty_clusters": int((sizes == 0).sum()),
+        "smallest_cluster": int(sizes[sizes > 0].min()),
+        "largest_cluster": int(sizes.max()),
+        "clustering_loss": clusters.loss,
+    }
+    if previous is not None:
+        line["nmi_previous"] = nmi(clusters.assignments, previous.assignments)
+    if source.labels is not None:
+        line["nmi_labels"] = nmi(clusters.assignments, torch.from_numpy(source.labels))
+    return line
+
+
+def nmi(a: Tensor, b: Tensor) -> float:
+    """Normalised mutual information of two partitions (N,), with the geometric mean as in the paper."""
+    return float(normalized_mutual_info_score(a.numpy(), b.numpy(), average_method="geometric"))
+
+
+def train_one_epoch(
+    body: nn.Module,
+    top_layer: nn.Module,
+    labels: Tensor,
+    loader: Iterable,
+    optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer],
+    *,
+    epoch: int,
+    first_step: int,
+    steps_per_epoch: int,
+    seed: int,
+    numbered_every: int,
+    precision: Precision,
+    log: RunLog,
+    guard: FiniteGuard,
+    checkpointer: Checkpointer,
+) -> None:
+    """Learn the pseudo-labels of the images that were drawn for this epoch, from its step ``first_step`` on.
+
+    Args:
+        body: The network without its top layer.
+        labels: Pseudo-label of every image, (N,).
+        loader: Yields (one uint8 batch of random crops in a list, true labels that nobody looks at, indices).
+        optimizers: Of the body and of the top layer.
+        numbered_every: Steps between numbered checkpoints; 0: none.
+    """
+    body.train()
+    start = epoch * steps_per_epoch + first_step
+    for step, (loaded_views, _, indices) in enumerate(log.batches(loader), start=start):
+        randomness.seed_step(seed, step, distributed.get_rank())  # dropout
+        (images,) = normalize_views(loaded_views, precision.device, MEAN, STD)
+        targets = labels[indices].to(precision.device)
+        loss, skipped = training_step(body, top_layer, images, targets, optimizers, precision)
+        guard.count(skipped)
+
+        line = log.step(step, epoch, len(targets), {"loss": loss, "skipped": skipped})
+        if line is not None and guard.too_many():
+            randomness.seed_step(seed, step, distributed.get_rank())
+            with precision.autocast():
+                batch = {"views": loaded_views, "indices": indices, "step": step, "epoch": epoch}
+                guard.stop(batch, [images], {"network": images}, loss)
+        step_in_epoch = step + 1 - epoch * steps_per_epoch
+        if numbered_every and (step + 1) % numbered_every == 0:
+            number = (step + 1) // numbered_every
+            checkpointer.save(epoch, step_in_epoch, keep_as=f"checkpoints/checkpoint_{number}.pth.tar")
+        checkpointer.after_step(epoch, step_in_epoch)
+
+
+def training_step(
+    body: nn.Module,
+    top_layer: nn.Module,
+    images: Tensor,
+    targets: Tensor,
+    optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer],
+    precision: Precision,
+) -> tuple[Tensor, Tensor]:
+    """One step of the body and of the top layer on the cross-entropy of the pseudo-labels (eq. 1).
+
+    Returns:
+        The loss, and 1.0 if the step was left out because a gradient was not finite, else 0.0; both 0-d.
+    """
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    with precision.autocast():
+        scores = top_layer(body(images))
+    loss = F.cross_entropy(scores.float(), targets)
+    precision.backward(loss, optimizers[0])
+    precision.scaler.unscale_(optimizers[1])
+    norms = clip_grad_norm_per_tensor_([*body.parameters(), *top_layer.parameters()], 0)
+    skipped, _ = (step_unless_not_finite(optimizer, norms) for optimizer in optimizers)
+    precision.update()
+    return loss.detach(), skipped
+
+
+def main() -> None:
+    with distributed.clean_exit():
+        train_deepcluster(parse_args())
+
+
+if __name__ == "__main__":
+    main()

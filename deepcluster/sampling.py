@@ -1,0 +1,120 @@
+"""From clusters to batches: pseudo-labels, and images drawn uniformly over the pseudo-labels (section 3.3)."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch import Tensor
+
+from shared import distributed
+from shared.randomness import derive_seed
+
+SAMPLERS = ("uniform", "official")
+
+
+def cluster_lists(assignments: np.ndarray, num_clusters: int) -> list[np.ndarray]:
+    """The images of each cluster, in ascending order; empty arrays for empty clusters."""
+    order = np.argsort(assignments, kind="stable")
+    ends = np.bincount(assignments, minlength=num_clusters).cumsum()
+    return np.split(order, ends[:-1])
+
+
+def pseudo_labels(assignments: Tensor, num_clusters: int) -> Tensor:
+    """Label of each image, (N,): the rank of its cluster among those that are not empty."""
+    filled = assignments.bincount(minlength=num_clusters) > 0
+    return (filled.cumsum(0) - 1)[assignments]
+
+
+def draw_uniformly(clusters: list[np.ndarray], num_draws: int, rng: np.random.RandomState) -> np.ndarray:
+    """Images such that every cluster that is not empty is drawn equally often, in random order.
+
+    Of each cluster ``floor(num_draws / clusters) + 1`` images are drawn, without repetition where it has more than
+    that; the shuffled list is cut to ``num_draws``.
+
+    Args:
+        clusters: Images of each cluster.
+        num_draws: Length of the result.
+        rng: Source of randomness, with numpy's legacy streams.
+
+    Returns:
+        Images, int64, (``num_draws``,).
+    """
+    filled = [images for images in clusters if len(images)]
+    each = num_draws // len(filled) + 1
+    drawn = np.concatenate([rng.choice(images, each, replace=len(images) <= each) for images in filled])
+    rng.shuffle(drawn)
+    return drawn[:num_draws].astype(np.int64)
+
+
+def draw_epoch(clusters: list[np.ndarray], num_draws: int, seed: int, sampler: str) -> np.ndarray:
+    """Images of one epoch, in order, (``num_draws``,).
+
+    Args:
+        clusters: Images of each cluster.
+        seed: Fixes the draw.
+        sampler: ``uniform``: uniform over the clusters, as the paper says. ``official``: what the released code does:
+            it takes the drawn image numbers for positions in the list of images sorted by cluster, which makes the
+            draw uniform over images more than over clusters.
+    """
+    if sampler not in SAMPLERS:
+        raise ValueError(f"--sampler {sampler!r} is none of {', '.join(SAMPLERS)}")
+    drawn = draw_uniformly(clusters, num_draws, np.random.RandomState(seed % 2**32))
+    return drawn if sampler == "uniform" else np.concatenate(clusters)[drawn]
+
+
+class DrawnBatches:
+    """Batches of the images drawn for an epoch, split over the processes, resumable inside the epoch.
+
+    An item is the key of a :class:`shared.multicrop.MultiCropDataset`: (a number made of the epoch and of how often the
+    image has been drawn before, the image), so that an image drawn twice is seen in two views.
+
+    Args:
+        num_draws: Images per epoch.
+        batch_size: Images per step of all processes together.
+
+    Raises:
+        ValueError: If the batch cannot be shared out or an epoch has no step.
+    """
+
+    def __init__(self, num_draws: int, batch_size: int):
+        self.rank, self.world_size = distributed.get_rank(), distributed.get_world_size()
+        self.num_draws, self.batch_size = num_draws, batch_size
+        self.epoch = self.start_step = 0
+        self.images = np.empty(0, dtype=np.int64)
+        if batch_size < 1 or batch_size % self.world_size:
+            raise ValueError(f"--batch {batch_size} cannot be shared out evenly over {self.world_size} process(es)")
+        if len(self) < 1:
+            raise ValueError(
+                f"{num_draws} images per epoch (--reassign) are not enough for {self.world_size} processes"
+            )
+
+    def __len__(self) -> int:
+        """Steps of an epoch; the last batch is smaller, and left out if it does not have an image for every process."""
+        steps, rest = divmod(self.num_draws, self.batch_size)
+        return steps + (rest >= self.world_size)
+
+    def set_epoch(self, epoch: int, images: np.ndarray, start_step: int = 0) -> None:
+        """Choose the epoch, its images, and how many of its batches were done already; those are not loaded."""
+        self.epoch, self.images, self.start_step = epoch, images, start_step
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        repetitions = count_repetitions(self.images)
+        for step in range(self.start_step, len(self)):
+            batch = slice(step * self.batch_size, (step + 1) * self.batch_size)
+            images, times = self.images[batch], repetitions[batch]
+            shared_out = len(images) // self.world_size * self.world_size
+            mine = slice(self.rank, shared_out, self.world_size)
+            yield [
+                (derive_seed(self.epoch, time), image)
+                for image, time in zip(images[mine].tolist(), times[mine].tolist(), strict=True)
+            ]
+
+
+def count_repetitions(images: np.ndarray) -> np.ndarray:
+    """How often each element occurs before its place."""
+    order = np.argsort(images, kind="stable")
+    sorted_images = images[order]
+    firsts = np.flatnonzero(np.diff(sorted_images, prepend=-1))
+    counts = np.diff(firsts, append=len(images))
+    repetitions = np.empty(len(images), dtype=np.int64)
+    repetitions[order] = np.arange(len(images)) - firsts.repeat(counts)
+    return repetitions

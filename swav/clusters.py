@@ -1,0 +1,204 @@
+"""Cluster images with the prototypes of a trained network, and look at the clusters.
+
+    python -m swav.clusters --data_path /path/to/pictures --output_dir clusters        # released SwAV, 3000 prototypes
+    cd swav && python clusters.py                            # embedded digits, weights of the run in runs/digits
+
+Every image goes to the prototype that is nearest to its embedding; no labels are needed. Writes into --output_dir:
+
+    assignments.csv      path, cluster and confidence of every image
+    clusters.csv         size and mean confidence of every cluster
+    summary.json         prototype usage; with class folders also NMI, ARI and purity
+    overview.png         the largest clusters, usage.png how the images spread over the prototypes
+    sheets/cluster_*.png a contact sheet per cluster
+"""
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if __name__ == "__main__":  # run as a script: make the repository root importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from shared import distributed
+from shared.data import EvalDataset, ImageError, ImageSource, open_source
+from shared.evaluation.features import extract_features
+from swav.cluster_pictures import save_overview, save_sheets, save_usage
+from swav.clustering import Clustering, assign, describe, summarise
+from swav.evaluation import (
+    EMBEDDED_DATA_DEFAULTS,
+    add_process_flags,
+    eval_transform,
+    evaluation_parser,
+    parse_with_embedded_defaults,
+)
+from swav.pretrained import load_network
+from swav.resnet50 import MultiPrototypes, PrototypeNetwork
+
+UNREADABLE = -2  # in place of a label
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = evaluation_parser(__doc__)
+    add = parser.add_argument_group("images").add_argument
+    add("--data_path", default=None, help="a folder of images, with or without class folders, a .txt list or a "
+        "torchvision data set name; without it the embedded digits")  # fmt: skip
+    add("--allow_absolute_paths", action="store_true", help="in .txt lists")
+    add("--split", default="all", choices=("all", "train", "val"), help="part of a data set that has several")
+    add("--image_size", type=int, default=224, help="side of the centre crop in pixels; before it the short side "
+        "is resized to 8/7 of it")  # fmt: skip
+    add("--on_bad_image", default="skip", choices=("skip", "error"), help="what an unreadable image does")
+    add("--batch_size", type=int, default=64, help="images per process")
+
+    add = parser.add_argument_group("clusters").add_argument
+    add("--head", type=int, default=0, help="which set of prototypes, for networks with several (DeepCluster-v2: 0-2)")
+    add("--merge_into", type=int, default=0, help="merge the prototypes in use into so many clusters; 0: none")
+    add("--temperature", type=float, default=0.1, help="of the softmax that makes the confidence; that of the training")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", default="clusters", help="where the files go")
+    add("--images_per_sheet", type=int, default=60, help="images on a contact sheet")
+    add("--max_sheets", type=int, default=None, help="only sheets of so many clusters, the largest (default: all)")
+    add_process_flags(parser)
+    return parser
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    return parse_with_embedded_defaults(
+        get_args_parser(), arguments, **EMBEDDED_DATA_DEFAULTS, output_dir="runs/digits/clusters"
+    )
+
+
+def cluster_images(args: argparse.Namespace) -> dict | None:
+    """Assign, measure, write and draw; the summary on rank 0."""
+    if args.temperature <= 0:
+        raise ValueError(f"--temperature {args.temperature} is not positive")
+    device = distributed.init(args.dist_url, args.device)
+    source = open_source(args.data_path, args.split, allow_absolute_paths=args.allow_absolute_paths)
+    distributed.print_once(source.describe())
+    network = load_network(args.arch, args.pretrained, args.allow_partial).to(device)
+    prototypes = choose_prototypes(network, args.head)
+
+    transform = eval_transform(args.image_size, network)
+    images = ReadableImages(source, transform) if args.on_bad_image == "skip" else EvalDataset(source, transform)
+    embeddings, labels = extract_features(Embedding(network), images, device, args.batch_size, args.workers)
+    if not distributed.is_main_process():
+        return None
+    indices = (labels != UNREADABLE).nonzero().flatten()
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_unreadable(source, (labels == UNREADABLE).nonzero().flatten().tolist(), output_dir / "unreadable.txt")
+
+    clustering = assign(embeddings[indices], prototypes, args.temperature, args.merge_into)
+    clustering.indices = indices.cpu().numpy()
+    clustering.labels = None if source.classes is None else labels[indices].cpu().numpy()
+    summary = summarise(clustering)
+    write_assignments(source, clustering, output_dir / "assignments.csv")
+    write_clusters(source, clustering, output_dir / "clusters.csv")
+    (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(describe(summary), flush=True)
+
+    save_usage(clustering, output_dir / "usage.png")
+    save_overview(source, clustering, output_dir / "overview.png")
+    sheets = save_sheets(source, clustering, output_dir / "sheets", args.images_per_sheet, args.max_sheets)
+    print(f"assignments: {output_dir / 'assignments.csv'}")
+    print(f"pictures:    {output_dir / 'overview.png'}, {output_dir / 'usage.png'}, {len(sheets)} sheets in "
+          f"{output_dir / 'sheets'}", flush=True)  # fmt: skip
+    return summary
+
+
+# --- Embeddings -------------------------------------------------------------------------------------------------------
+
+
+class Embedding(nn.Module):
+    """Images (B, C, H, W) to unit embeddings (B, D)."""
+
+    def __init__(self, network: PrototypeNetwork):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        embeddings, _ = self.network(images)
+        return embeddings
+
+
+def choose_prototypes(network: PrototypeNetwork, head: int) -> Tensor:
+    """Prototypes (K, D) as unit vectors, which they are in training when scores are computed but not in files."""
+    if network.prototypes is None:
+        raise ValueError("--pretrained: the file holds no prototypes; clusters need that of a training run")
+    heads = network.prototypes.heads() if isinstance(network.prototypes, MultiPrototypes) else [network.prototypes]
+    if not 0 <= head < len(heads):
+        raise ValueError(f"--head {head}: the network has {len(heads)} set(s) of prototypes, counted from 0")
+    return F.normalize(heads[head].weight.detach(), dim=1)
+
+
+class ReadableImages(EvalDataset):
+    """Images that cannot be read are black and have the label ``UNREADABLE``."""
+
+    def __getitem__(self, position: int) -> tuple[Tensor, int, int]:
+        index = self.rows[position]
+        try:
+            return self._read(index)
+        except ImageError:
+            side = self.transform.crop_px
+            return torch.zeros(self.transform.in_chans, side, side), UNREADABLE, index
+
+
+def write_unreadable(source: ImageSource, indices: Sequence[int], path: Path) -> None:
+    """List the images that were left out, with the reasons; an old list goes if there are none."""
+    path.unlink(missing_ok=True)
+    if not indices:
+        return
+    if len(indices) == len(source):
+        raise ImageError(f"none of the {len(source)} images of {source.name} can be read")
+    with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
+        for index in indices:
+            try:
+                source.load(index).decode()
+            except ImageError as error:
+                file.write(f"{source.path(index)}\t{str(error).removeprefix(source.path(index) + ': ')}\n")
+    print(f"{len(indices)} of {len(source)} images cannot be read and are left out: {path}", flush=True)
+
+
+# --- Tables -----------------------------------------------------------------------------------------------------------
+
+
+def write_assignments(source: ImageSource, clustering: Clustering, path: Path) -> None:
+    """One row per image, in the order of the source."""
+    labelled = clustering.labels is not None
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "cluster", "confidence", *(["class"] if labelled else [])])
+        for position, index in enumerate(clustering.indices.tolist()):
+            row = [source.path(index), clustering.clusters[position], f"{clustering.confidences[position]:.4f}"]
+            writer.writerow([*row, source.classes[clustering.labels[position]]] if labelled else row)
+
+
+def write_clusters(source: ImageSource, clustering: Clustering, path: Path) -> None:
+    """One row per cluster that has images, the largest first."""
+    labelled = clustering.labels is not None
+    sizes = clustering.sizes()
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        writer.writerow(["cluster", "images", "mean_confidence", *(["class", "share_of_class"] if labelled else [])])
+        for cluster in clustering.largest_first():
+            row = [cluster, sizes[cluster], f"{clustering.confidences[clustering.clusters == cluster].mean():.4f}"]
+            if labelled:
+                label, share = clustering.majority(cluster)
+                row += [source.classes[label], f"{share:.4f}"]
+            writer.writerow(row)
+
+
+def main() -> None:
+    with distributed.clean_exit():
+        cluster_images(parse_args())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""Fine-tuning with 1 % or 10 % of the labels (Caron et al. 2020, section 4.1).
+
+    python eval_semisup.py                                   # embedded digits, weights of the run in runs/digits
+    torchrun --nproc_per_node=8 eval_semisup.py --labels_perc 10 --subset_list imagenet_subsets/10percent.txt \\
+        --data_path /path/to/imagenet --dump_path /path/to/semisup           # released SwAV, 800 epochs: 70.2
+
+The whole network learns, with a new linear layer on top that has its own learning rate. The result is the accuracy
+after the last epoch. Running the same command again resumes.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+if __name__ == "__main__":  # run as a script: make the repository root importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from shared import distributed, randomness
+from shared.batchnorm import synchronize_batchnorm
+from shared.data import DecodedImage, EncodedImage, EvalDataset, FileSource, ImageSource
+from shared.evaluation.linear import train_one_epoch, validate
+from shared.weights import weights_checksum
+from swav.evaluation import (
+    EMBEDDED_DATA_DEFAULTS,
+    add_bad_image_flags,
+    add_data_flags,
+    add_process_flags,
+    bad_images_of,
+    eval_transform,
+    evaluation_parser,
+    labelled_sources,
+    on_device,
+    parse_with_embedded_defaults,
+    resume,
+    save_epoch,
+    train_loader,
+)
+from swav.pretrained import load_backbone, load_network
+from swav.resnet50 import PrototypeNetwork
+
+# A run that is resumed must have these as they were.
+RUN_FLAGS = ("labels_perc", "subset_list", "arch", "epochs", "lr", "lr_last_layer", "decay_epochs",
+             "gamma", "seed")  # fmt: skip
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = evaluation_parser(__doc__)
+    add_data_flags(parser)
+    add = parser.add_argument_group("labels").add_argument
+    add("--labels_perc", type=float, default=10, help="per cent of the images that have a label")
+    add("--subset_list", default=None, help="text file with their names, one a line, as n01440764_10183.JPEG or "
+        "relative to the train folder; without it they are drawn from every class")  # fmt: skip
+    add("--num_labels", type=int, default=1000, help="outputs of the classifier")
+    add_bad_image_flags(add)
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--crop_scale", type=float, nargs=2, default=(0.08, 1.0), help="area range of the train crops")
+    add("--epochs", type=int, default=20)
+    add("--batch_size", type=int, default=32, help="images per process")
+    add("--lr", type=float, default=0.01, help="learning rate of the trunk; the rates fit 8 processes of 32 images")
+    add("--lr_last_layer", type=float, default=0.2, help="learning rate of the last layer (1 %%: 5, and 0.02 for --lr)")
+    add("--decay_epochs", type=int, nargs="+", default=[12, 16], help="epochs at which the rates drop")
+    add("--gamma", type=float, default=0.2, help="by this factor")
+    add("--seed", type=int, default=31)
+
+    add = parser.add_argument_group("run").add_argument
+    add(
+        "--dump_path",
+        "--output_dir",
+        default=".",
+        help="for checkpoint.pth.tar and log.txt; not the folder of the training run",
+    )
+    add("--evaluate", action="store_true", help="only validate the fine-tuned network of --pretrained")
+    add_process_flags(parser)
+    return parser
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    return parse_with_embedded_defaults(
+        get_args_parser(),
+        arguments,
+        **EMBEDDED_DATA_DEFAULTS,
+        num_labels=10,
+        crop_scale=(0.6, 1.0),
+        lr=0.003,
+        lr_last_layer=0.03,
+        dump_path="runs/digits/semisup",
+    )
+
+
+def eval_semisup(args: argparse.Namespace) -> dict[str, float]:
+    """Fine-tune and validate; loss and accuracies in percent after the last epoch."""
+    device = distributed.init(args.dist_url, args.device)
+    randomness.seed_everything(args.seed)
+
+    # data
+    train, val = labelled_sources(args.data_path, args.val_path, args.allow_absolute_paths, args.num_labels)
+    for source in (train, val):
+        distributed.print_once(source.describe())
+    images_as_they_are = nn.Identity()  # the network learns as a whole: nothing is computed before it
+
+    if args.evaluate:
+        network = load_classifier(args.arch, args.pretrained, args.num_labels).to(device)
+        val_set = EvalDataset(val, eval_transform(args.image_size, network))
+        result = validate(network, images_as_they_are, val_set, device, args.batch_size, args.workers)
+        distributed.print_once(f"Accuracy of the network on the {len(val)} test images: {result['acc1']:.1f}%")
+        return result
+
+    subset = labelled_subset(train, args.labels_perc, args.subset_list, args.seed)
+    distributed.print_once(subset.describe())
+
+    # network: the trunk, and a new linear layer
+    network = load_backbone(args.arch, args.pretrained, args.allow_partial).requires_grad_(True)
+    checksum = weights_checksum(network)
+    network.add_heads(network.embed_dim, output_dim=args.num_labels)
+    network = synchronize_batchnorm(network, device).to(device)
+    val_set = EvalDataset(val, eval_transform(args.image_size, network))
+
+    # loader, optimiser, schedule
+    bad_images = bad_images_of(subset, args)
+    loader, sampler = train_loader(
+        subset,
+        args.image_size,
+        args.crop_scale,
+        args.batch_size,
+        args.seed,
+        val_set.transform.in_chans,
+        bad_images,
+        args.workers,
+        device,
+        drop_single=True,
+    )
+    wrapped = distributed.wrap(network, device)
+    last_layer = list(network.projection_head.parameters())
+    trunk = [parameter for name, parameter in network.named_parameters() if not name.startswith("projection_head.")]
+    optimizer = torch.optim.SGD(
+        [{"params": trunk}, {"params": last_layer, "lr": args.lr_last_layer}], args.lr, momentum=0.9
+    )
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, args.decay_epochs, args.gamma)
+
+    def validate_now() -> dict[str, float]:
+        return validate(network, images_as_they_are, val_set, device, args.batch_size, args.workers)
+
+    # epochs
+    flags = {name: getattr(args, name) for name in RUN_FLAGS}
+    first_epoch, log = resume(args.dump_path, network, optimizer, scheduler, flags, checksum)
+    best_acc = max(((line["test_acc1"], line["test_acc5"]) for line in log), default=(0.0, 0.0))
+    for epoch in range(first_epoch, args.epochs):
+        sampler.set_epoch(epoch)
+        trunk_lr, last_layer_lr = (group["lr"] for group in optimizer.param_groups)
+        line = {"epoch": epoch, "train_lr": trunk_lr, "train_lr_last_layer": last_layer_lr}
+        line["train_loss"] = train_one_epoch(wrapped, images_as_they_are, on_device(loader, device), optimizer)
+        line["bad_images"] = bad_images.count()
+        result = validate_now()
+        best_acc = max(best_acc, (result["acc1"], result["acc5"]))
+        line |= {f"test_{name}": value for name, value in result.items()} | {"best_acc1": best_acc[0]}
+        scheduler.step()
+        log.append(line)
+        save_epoch(args.dump_path, network, optimizer, scheduler, flags, checksum, log, best_acc)
+    if first_epoch >= args.epochs:  # resumed after the last epoch
+        result = validate_now()
+    distributed.print_once(
+        f"Top-1 accuracy after the last epoch: {result['acc1']:.2f} % (top-5 {result['acc5']:.2f} %, "
+        f"best top-1 of all epochs {best_acc[0]:.2f} %)"
+    )
+    return result
+
+
+def load_classifier(arch: str, pretrained: str, num_labels: int) -> PrototypeNetwork:
+    """A fine-tuned network, ours or an official one: trunk and one linear layer with an output per class."""
+    network = load_network(arch, pretrained)
+    if not isinstance(network.projection_head, nn.Linear) or network.projection_head.out_features != num_labels:
+        raise ValueError(f"--evaluate: {pretrained} holds no fine-tuned network with {num_labels} outputs")
+    return network
+
+
+# --- Labelled images --------------------------------------------------------------------------------------------------
+
+
+class Subset(ImageSource):
+    """Some images of a source, by their indices."""
+
+    def __init__(self, source: ImageSource, indices: np.ndarray, name: str):
+        super().__init__(name, source.labels[indices], source.classes)
+        self.source, self.indices = source, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def path(self, index: int) -> str:
+        return self.source.path(self.indices[index])
+
+    def load(self, index: int) -> EncodedImage | DecodedImage:
+        return self.source.load(self.indices[index])
+
+
+def labelled_subset(train: ImageSource, percent: float, list_path: str | None, seed: int) -> Subset:
+    """The images whose labels may be seen: those of a list, or a share of every class.
+
+    Raises:
+        ValueError: If the list or the percentage does not fit the images.
+    """
+    if list_path is not None:
+        return Subset(train, listed_images(train, list_path), f"labelled images of {list_path}")
+    if not 0 < percent <= 100:
+        raise ValueError(f"--labels_perc {percent:g} is outside (0, 100]")
+    name = f"labelled images: {percent:g} % of every class, drawn with --seed {seed}"
+    return Subset(train, drawn_images(train.labels, percent, seed), name)
+
+
+def listed_images(train: ImageSource, list_path: str) -> np.ndarray:
+    """Indices of the images in a list such as SimCLR's ``imagenet_subsets/10percent.txt``.
+
+    A line is a file name, whose part before the underscore is the class folder, or a path relative to the train folder.
+    """
+    if not isinstance(train, FileSource):
+        raise ValueError(f"--subset_list {list_path}: {train.name} has no files to list")
+    try:
+        lines = [line.strip() for line in Path(list_path).read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--subset_list {list_path} cannot be read: {error}") from error
+    wanted = {line if "/" in line else f"{line.split('_')[0]}/{line}" for line in lines if line}
+    if not wanted:
+        raise ValueError(f"--subset_list {list_path} is empty")
+    indices = [index for index, name in enumerate(train.names) if name in wanted]
+    if len(indices) < len(wanted):
+        missing = min(wanted - {train.names[index] for index in indices})
+        raise ValueError(
+            f"--subset_list {list_path}: {len(wanted) - len(indices)} of its {len(wanted)} images are not in "
+            f"{train.name}, the first is {missing}"
+        )
+    return np.array(indices)
+
+
+def drawn_images(labels: np.ndarray, percent: float, seed: int) -> np.ndarray:
+    """Indices of ``percent`` % of the images of every class, at least one of each."""
+    chosen = []
+    for label in np.unique(labels):
+        (members,) = np.nonzero(labels == label)
+        number = max(1, round(len(members) * percent / 100))
+        generator = np.random.default_rng(randomness.derive_seed(seed, int(label)))
+        chosen.append(generator.permutation(members)[:number])
+    return np.sort(np.concatenate(chosen))
+
+
+def main() -> None:
+    with distributed.clean_exit():
+        eval_semisup(parse_args())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+import pytest
+import torch
+
+from deepcluster.backbones import build_network, load_network, official_names, plain_names
+from shared.weights import UnsafeFileError, WeightMismatch, safe_load
+from tests.deepcluster.conftest import write_checkpoint
+from tests.shared.test_legacy_tar import write as write_legacy_tar
+
+
+def test_a_checkpoint_of_the_official_layout_gives_the_network_back(checkpoint, capsys):
+    network = load_network(checkpoint)
+    saved = plain_names(safe_load(checkpoint)["state_dict"])
+    assert not network.training
+    assert network.top_layer.out_features == 7 and network.sobel is not None
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, saved[name]), name
+    assert f"{len(saved)}/{len(saved)} entries of the network matched" in capsys.readouterr().out
+
+
+def test_old_files_have_no_batch_counters(checkpoint):
+    state = safe_load(checkpoint)
+    state["state_dict"] = {k: v for k, v in state["state_dict"].items() if not k.endswith("num_batches_tracked")}
+    torch.save(state, checkpoint)
+    assert load_network(checkpoint).features[4].weight.shape == (256, 96, 5, 5)
+
+
+def test_the_file_says_whether_there_is_a_filter_and_a_top_layer(small_layers, tmp_path):
+    network = load_network(write_checkpoint(tmp_path / "a.pth.tar", sobel=False), keep_top_layer=False)
+    assert network.sobel is None and network.top_layer is None
+    assert network.features[0].in_channels == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weights: weights.pop("features.module.4.weight"), "1 missing in the file: features.4.weight"),
+        (lambda weights: weights.update({"features.module.99.bias": torch.zeros(1)}), "1 unknown to the network"),
+        (lambda weights: weights.update({"classifier.4.bias": torch.zeros(9)}), "classifier.4.bias .9,. instead of"),
+        (lambda weights: weights["classifier.4.bias"].fill_(torch.nan), "classifier.4.bias holds values that are not"),
+    ],
+)
+def test_a_file_that_does_not_fill_the_network_is_refused(checkpoint, change, message):
+    state = safe_load(checkpoint)
+    change(state["state_dict"])
+    torch.save(state, checkpoint)
+    with pytest.raises(WeightMismatch, match=message):
+        load_network(checkpoint)
+
+
+def test_other_files_are_refused_with_the_flag(tmp_path):
+    with pytest.raises(ValueError, match=r"--model .*missing\.pth\.tar is not a file"):
+        load_network(tmp_path / "missing.pth.tar")
+    torch.save({"state_dict": {"a": torch.zeros(1)}}, tmp_path / "other.pth")
+    with pytest.raises(WeightMismatch, match=r"no checkpoint of DeepCluster \(it has no 'arch'\)"):
+        load_network(tmp_path / "other.pth")
+    (tmp_path / "text.pth").write_text("hello")
+    with pytest.raises(UnsafeFileError):
+        load_network(tmp_path / "text.pth")
+
+
+@pytest.mark.parametrize(("arch", "dim"), [("resnet18", 512), ("squeezenet1_1", 512), ("test_vit", 64)])
+def test_networks_of_torchvision_and_timm_work_with_and_without_the_filter(arch, dim, tmp_path):
+    for sobel in (False, True):
+        network = build_network(arch, sobel, out=5, img_size=32).eval()
+        images = torch.randn(2, 3, 32, 32)
+        assert network.dim == dim
+        assert network.embed(images).shape == (2, dim) and network(images).shape == (2, 5)
+    state = {"arch": arch, "state_dict": official_names(network.state_dict()), "args": {"crop_size": 32}}
+    torch.save(state, tmp_path / "checkpoint.pth.tar")
+    torch.testing.assert_close(load_network(tmp_path / "checkpoint.pth.tar")(images), network(images))
+
+
+def test_an_unknown_name_comes_with_suggestions():
+    with pytest.raises(ValueError, match="--arch alexnt is unknown; did you mean alexnet"):
+        build_network("alexnt")
+
+
+def test_files_of_the_torch_version_of_the_official_code_are_read(checkpoint, tmp_path):
+    """They are tar archives with strings of Python 2, without counters of batches."""
+    state = safe_load(checkpoint)
+    weights = {k: v for k, v in state["state_dict"].items() if not k.endswith("num_batches_tracked")}
+    old = {"epoch": 3, "arch": "alexnet", "state_dict": weights, "optimizer": {}, "args": {"crop_size": 64}}
+    write_legacy_tar(tmp_path / "old.pth.tar", old, list(weights.values()))
+    network, expected = load_network(tmp_path / "old.pth.tar"), load_network(checkpoint)
+    images = torch.randn(1, 3, 64, 64)
+    assert torch.equal(network(images), expected(images))

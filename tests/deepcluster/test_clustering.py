@@ -1,0 +1,261 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from deepcluster import clustering
+from deepcluster.clustering import (
+    cluster,
+    gather_rows,
+    kmeans,
+    kmeans_faiss,
+    kmeans_torch,
+    neighbour_graph,
+    pca_whiten,
+    power_iteration_clustering,
+    split_empty_clusters,
+)
+from tests.processes import run_processes
+
+
+def blobs(num_clusters=6, each=40, dim=10, noise=0.05, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    centres = F.normalize(torch.randn(num_clusters, dim, generator=generator), dim=1)
+    labels = torch.arange(num_clusters).repeat_interleave(each)
+    return F.normalize(centres[labels] + noise * torch.randn(len(labels), dim, generator=generator), dim=1), labels
+
+
+# --- PCA --------------------------------------------------------------------------------------------------------------
+
+
+def features_of_some_rank(rows=300, dim=20, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, dim, generator=generator) @ torch.randn(dim, dim, generator=generator) + 3
+
+
+def test_components_are_uncorrelated_and_equally_strong_before_normalisation(monkeypatch):
+    monkeypatch.setattr(clustering.F, "normalize", lambda rows, dim: rows)
+    whitened, _ = pca_whiten(features_of_some_rank(), 7)
+    covariance = whitened.t() @ whitened / len(whitened)
+    torch.testing.assert_close(covariance, torch.eye(7), atol=1e-4, rtol=0)
+    torch.testing.assert_close(whitened.mean(dim=0), torch.zeros(7), atol=1e-4, rtol=0)
+
+
+def test_whitening_keeps_the_directions_of_largest_variance():
+    features = features_of_some_rank()
+    centred = (features - features.mean(dim=0)).double()
+    _, _, directions = torch.linalg.svd(centred, full_matrices=False)
+    kept = centred @ directions[:5].t()
+    expected = F.normalize(kept / kept.square().mean(dim=0).sqrt(), dim=1).float()
+    whitened, _ = pca_whiten(features, 5)
+    torch.testing.assert_close(whitened @ whitened.t(), expected @ expected.t(), atol=1e-4, rtol=0)
+
+
+def test_rows_in_portions_give_the_same_components(monkeypatch):
+    whole, _ = pca_whiten(features_of_some_rank(), 5)
+    monkeypatch.setattr(clustering, "BLOCK_ROWS", 7)
+    torch.testing.assert_close(pca_whiten(features_of_some_rank(), 5)[0], whole, atol=1e-4, rtol=0)
+
+
+def test_directions_without_variance_do_not_become_features():
+    features = features_of_some_rank(dim=20)
+    flat = torch.cat([features[:, :4], torch.ones(300, 16)], dim=1)
+    whitened, with_variance = pca_whiten(flat, 10)
+    assert with_variance == 4
+    assert whitened[:, 4:].abs().max() == 0 and whitened.isfinite().all()
+    assert pca_whiten(torch.ones(30, 8), 3)[1] == 0
+
+
+@pytest.mark.parametrize("dim", [0, 21, 50])
+def test_more_components_than_dimensions_are_refused(dim):
+    with pytest.raises(ValueError, match=f"--pca_dim {dim}: 300 features of 20 dimensions"):
+        pca_whiten(features_of_some_rank(), dim)
+
+
+def whiten_share(rank, features, dim):
+    whitened, _ = pca_whiten(features[rank::2], dim)
+    rows = gather_rows(whitened, len(features))
+    assert (rows is None) == (rank == 1)
+    return rows
+
+
+def test_two_processes_whiten_like_one():
+    features = features_of_some_rank(rows=101)
+    expected, _ = pca_whiten(features, 6)
+    found, _ = run_processes(whiten_share, 2, features, 6)
+    torch.testing.assert_close(found @ found.t(), expected @ expected.t(), atol=1e-4, rtol=0)
+
+
+# --- k-means ----------------------------------------------------------------------------------------------------------
+
+
+def slow_kmeans(rows, centroids, iterations):
+    """Lloyd's algorithm, sentence by sentence; without empty clusters."""
+    for _ in range(iterations):
+        nearest = [min(range(len(centroids)), key=lambda j: ((row - centroids[j]) ** 2).sum()) for row in rows]
+        centroids = [
+            np.mean([r for r, n in zip(rows, nearest, strict=True) if n == j], axis=0) for j in range(len(centroids))
+        ]
+    return [min(range(len(centroids)), key=lambda j: ((row - centroids[j]) ** 2).sum()) for row in rows]
+
+
+@pytest.mark.parametrize("backend", [kmeans_torch, kmeans_faiss])
+def test_kmeans_is_lloyds_algorithm(backend):
+    features, _ = blobs(4, each=15, noise=0.4)
+    start = features[[0, 20, 33, 50]]
+    found = backend(features, start, iterations=5)
+    expected = slow_kmeans(features.double().numpy(), list(start.double().numpy()), iterations=5)
+    assert found.assignments.tolist() == expected
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_torch_and_faiss_find_the_same_clusters(seed):
+    features, _ = blobs(20, each=30, noise=0.3, seed=seed)
+    ours, theirs = (kmeans(features, 25, seed, backend) for backend in ("torch", "faiss"))
+    assert (ours.assignments == theirs.assignments).float().mean() > 0.99
+    torch.testing.assert_close(ours.centroids, theirs.centroids, atol=1e-3, rtol=0)
+    assert ours.objective[-1] == pytest.approx(theirs.objective[-1], rel=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("iterations", [1, 3, 20])
+def test_torch_and_faiss_treat_empty_clusters_alike(seed, iterations):
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(2000, 4, generator=generator)
+    far = 50 + torch.arange(5.0)[:, None].expand(5, 4)  # nobody's nearest centroids
+    start = torch.cat([features[:40], far])[torch.randperm(45, generator=generator)]
+    ours, theirs = kmeans_torch(features, start, iterations), kmeans_faiss(features, start, iterations)
+    assert (ours.assignments == theirs.assignments).float().mean() > 0.99
+    torch.testing.assert_close(ours.centroids, theirs.centroids, atol=1e-3, rtol=0)
+
+
+def test_an_empty_cluster_gets_a_copy_of_a_large_one_and_never_of_a_single_image():
+    centroids, counts = torch.arange(8.0).view(4, 2) + 1, torch.tensor([1, 0, 30, 0])
+    given = centroids.clone()
+    split_empty_clusters(centroids, counts, num_rows=31)
+    assert torch.equal(centroids[0], given[0])
+    for taker in (1, 3):
+        torch.testing.assert_close(centroids[taker], given[2], rtol=3e-3, atol=0)
+        assert not torch.equal(centroids[taker], centroids[2])
+
+
+def test_as_many_clusters_as_images_and_equal_images_come_to_an_end():
+    features = F.normalize(torch.randn(12, 5, generator=torch.Generator().manual_seed(0)), dim=1)
+    assert kmeans(features, 12, seed=0, backend="torch").assignments.unique().numel() == 12
+    for backend in ("torch", "faiss"):
+        equal = kmeans(features[:1].expand(12, 5).contiguous(), 4, seed=0, backend=backend)
+        assert equal.assignments.shape == (12,) and equal.centroids.isfinite().all()
+
+
+def test_memory_is_bounded_without_changing_the_result(monkeypatch):
+    features, _ = blobs()
+    whole = kmeans(features, 6, seed=1, backend="torch")
+    monkeypatch.setattr(clustering, "BLOCK_DISTANCES", 60)
+    assert torch.equal(kmeans(features, 6, seed=1, backend="torch").assignments, whole.assignments)
+
+
+def test_the_objective_never_rises():
+    features, _ = blobs(10, noise=0.5)
+    objective = kmeans(features, 12, seed=3, backend="torch").objective
+    assert all(b <= a * (1 + 1e-6) for a, b in itertools.pairwise(objective))
+
+
+def test_clusters_of_well_separated_images_are_found():
+    features, labels = blobs(noise=0.02)
+    found = cluster(features, "Kmeans", 30, seed=0)
+    assert found.num_clusters == 30 and found.sizes().sum() == len(features)
+    for number in range(30):
+        assert labels[found.assignments == number].unique().numel() <= 1
+
+
+@pytest.mark.parametrize("num_clusters", [0, 241])
+def test_a_number_of_clusters_that_cannot_be_is_refused(num_clusters):
+    with pytest.raises(ValueError, match=f"--nmb_cluster {num_clusters}: 240 images"):
+        cluster(blobs()[0], "Kmeans", num_clusters, seed=0)
+
+
+def test_without_faiss_torch_is_taken_and_faiss_is_an_error(monkeypatch):
+    features, _ = blobs()
+    expected = kmeans(features, 6, seed=1, backend="torch")
+    monkeypatch.setattr(clustering, "faiss", None)
+    assert torch.equal(kmeans(features, 6, seed=1).assignments, expected.assignments)
+    with pytest.raises(ValueError, match="--kmeans faiss: faiss is not installed"):
+        cluster(features, "Kmeans", 6, seed=1, backend="faiss")
+
+
+def cluster_on(rank, features):
+    found = cluster(features if rank == 0 else None, "Kmeans", 3, seed=0)
+    return {"assignments": found.assignments, "loss": found.loss}
+
+
+def test_every_process_gets_the_clusters_of_the_first():
+    features, _ = blobs()
+    one, two = run_processes(cluster_on, 2, features)
+    assert torch.equal(one["assignments"], two["assignments"]) and one["loss"] == two["loss"]
+    assert torch.equal(one["assignments"], cluster(features, "Kmeans", 3, seed=0).assignments)
+
+
+# --- Power iteration clustering ---------------------------------------------------------------------------------------
+
+
+def slow_pic(features, num_neighbours, sigma, alpha):
+    """The algorithm with dense matrices and loops, without the treatment of singletons."""
+    x = features.double().numpy()
+    n = len(x)
+    distances = ((x[:, None] - x[None]) ** 2).sum(axis=2)
+    np.fill_diagonal(distances, np.inf)
+    affinity = np.zeros((n, n))
+    for i in range(n):
+        for j in np.argsort(distances[i])[:num_neighbours]:
+            affinity[i, j] = np.exp(-distances[i, j] / sigma**2)
+    w = affinity + affinity.T
+    v = np.full(n, 1 / n)
+    for _ in range(200):
+        v = alpha * w.T @ v + (1 - alpha) / n
+        v /= v.sum()
+    summit = []
+    for i in range(n):
+        while True:
+            gains = w[i] * (v - v[i])
+            if gains.max() <= 0:
+                break
+            i = int(gains.argmax())
+        summit.append(i)
+    return np.unique(summit, return_inverse=True)[1]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_power_iteration_clustering_is_the_algorithm_with_dense_matrices(seed):
+    features, _ = blobs(8, each=8, noise=0.2, seed=seed)
+    found = power_iteration_clustering(features, 4, 0.5, 0.1, merge_singletons=False)
+    assert np.array_equal(found.numpy(), slow_pic(features, 4, 0.5, 0.1))
+
+
+def test_pic_finds_the_number_of_clusters_itself():
+    features, labels = blobs(noise=0.02)
+    found = cluster(features, "PIC", num_clusters=10_000, seed=0)
+    assert 6 <= found.num_clusters < 100 and found.loss == 0
+    assert (found.sizes() > 0).all()
+    for number in range(found.num_clusters):
+        assert labels[found.assignments == number].unique().numel() == 1
+
+
+def test_an_image_alone_joins_its_nearest_neighbours_cluster():
+    neighbours = np.array([[1, 2], [0, 2], [0, 1], [4, 0], [3, 0]])
+    merged = clustering._merge_singletons(np.array([0, 0, 0, 1, 2]), neighbours)
+    assert merged.tolist() == [0, 0, 0, 0, 0]  # 3 and 4 are each other's nearest, but both are alone
+    alone = clustering._merge_singletons(np.array([0, 0, 0, 1, 2]), np.array([[1], [0], [0], [4], [3]]))
+    assert alone.tolist() == [0, 0, 0, 1, 2]
+
+
+def test_an_image_is_not_its_own_neighbour_even_among_duplicates():
+    features = F.normalize(torch.randn(5, 4, generator=torch.Generator().manual_seed(0)), dim=1)
+    neighbours, _ = neighbour_graph(features.repeat(4, 1), 2)
+    assert not (neighbours == np.arange(20)[:, None]).any()
+
+
+def test_pic_needs_more_images_than_neighbours():
+    with pytest.raises(ValueError, match="--clustering PIC: 5 neighbours need more images than 4"):
+        cluster(torch.randn(4, 3), "PIC", 2, seed=0)

@@ -1,0 +1,172 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torchvision.transforms import functional as TF
+
+from deepcluster.backbones import build_network, official_names
+from deepcluster.eval_linear import (
+    LayerFeatures,
+    RandomCrops,
+    TenCrops,
+    eval_linear,
+    parse_args,
+    pool_maps,
+    score_crops,
+)
+from deepcluster.layers import conv_maps
+from shared import distributed
+from shared.sources import open_source
+from shared.weights import safe_load
+from tests.deepcluster.conftest import write_checkpoint
+from tests.processes import run_processes
+
+FAST = "--workers 0 --epochs 2 --batch_size 8 --device cpu".split()
+
+
+def test_the_published_command_parses():
+    args = parse_args(
+        "--model m --data /imagenet --conv 3 --lr 0.01 --wd -7 --tencrops --verbose --exp /run --workers 12".split()
+    )
+    assert (args.weight_decay, args.epochs, args.batch_size, args.momentum, args.seed) == (-7, 90, 256, 0.9, 31)
+
+
+@pytest.mark.parametrize(("conv", "inputs"), [(1, 9600), (2, 9216), (3, 9600), (4, 9600), (5, 9216)])
+def test_maps_of_alexnet_are_pooled_to_the_published_sizes(conv, inputs):
+    network = build_network("alexnet", out=None).eval()
+    with torch.no_grad():
+        assert LayerFeatures(network, conv)(torch.randn(1, 3, 224, 224)).shape == (1, inputs)
+
+
+def test_other_maps_are_averaged_to_the_largest_square_that_fits():
+    maps = torch.randn(2, 64, 14, 14)
+    torch.testing.assert_close(pool_maps(maps, 3), F.adaptive_avg_pool2d(maps, 12))
+    assert pool_maps(torch.randn(1, 2048, 7, 7), 5).shape == (1, 2048, 2, 2)
+
+
+def test_layers_end_with_their_relu(small_layers):
+    network = build_network("alexnet", sobel=True, img_size=64).eval()
+    images = torch.randn(1, 3, 64, 64)
+    for conv, channels in enumerate((96, 256, 384, 384, 256), start=1):
+        maps, before = (conv_maps(network, images, conv, flag) for flag in (False, True))
+        assert maps.shape[1] == channels
+        torch.testing.assert_close(maps, before.relu())
+    torch.testing.assert_close(network.features[17](conv_maps(network, images, 5)), network.maps(images))
+
+
+def test_layers_of_a_resnet_are_its_stages():
+    network = build_network("resnet18", img_size=32).eval()
+    images = torch.randn(1, 3, 32, 32)
+    assert [conv_maps(network, images, n).shape[1] for n in range(1, 6)] == [64, 64, 128, 256, 512]
+    torch.testing.assert_close(conv_maps(network, images, 5).mean(dim=(2, 3)), network.embed(images))
+
+
+@pytest.mark.parametrize(("arch", "conv"), [("alexnet", 6), ("alexnet", 0), ("resnet18", 6)])
+def test_a_layer_that_does_not_exist_is_refused(arch, conv, small_layers):
+    with pytest.raises(ValueError, match=f"--conv {conv}: the network has the layers 1 to 5"):
+        LayerFeatures(build_network(arch, img_size=64), conv)
+
+
+def test_random_crops_are_parts_of_the_centre_and_functions_of_their_key(images):
+    source = open_source(str(images))
+    crops = RandomCrops(source, 32, seed=1)
+    centre = crops.centre(source.load(5).decode())
+    found = set()
+    for epoch in range(40):
+        crop, label = crops[(epoch, 5)]
+        assert label == source.label(5) and crop.shape == (3, 32, 32) and crop.dtype == torch.uint8
+        assert torch.equal(crop, crops[(epoch, 5)][0])
+        places = [
+            (top, left, flip)
+            for top in range(6)
+            for left in range(6)
+            for flip in (False, True)
+            if torch.equal((crop.flip(2) if flip else crop), centre[:, top : top + 32, left : left + 32])
+        ]
+        assert places
+        found.add(places[0])
+    assert len({flip for *_, flip in found}) == 2 and len(found) > 15
+
+
+def test_ten_crops_are_torchvisions_with_the_centre_in_fifth_place(images):
+    pixels = open_source(str(images)).load(0).decode()
+    crops = TenCrops(32)(pixels)
+    image = TenCrops(32).centre(pixels)
+    assert crops.shape == (10, 3, 32, 32)
+    assert torch.equal(crops[4], TF.center_crop(image, [32, 32]))
+    assert torch.equal(crops[9], TF.center_crop(image.flip(2), [32, 32]))
+
+
+def test_predictions_are_means_over_crops_and_the_loss_is_that_of_the_centre():
+    logits = torch.randn(6, 10, 7, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(6)
+    loss, hits1, hits5 = score_crops(logits, labels)
+    assert loss.item() == pytest.approx(sum(-logits[i, 4].log_softmax(0)[i].item() for i in range(6)), rel=1e-5)
+    mean = logits.softmax(dim=2).mean(dim=1)
+    assert hits1 == sum(int(mean[i].argmax() == i) for i in range(6))
+    assert hits5 == sum(int(i in mean[i].argsort(descending=True)[:5]) for i in range(6))
+    _, _, of_few = score_crops(torch.randn(3, 1, 2), torch.tensor([0, 1, 1]))
+    assert of_few == 3  # among the best two of two classes
+
+
+@pytest.fixture
+def small_checkpoint(tmp_path):
+    torch.manual_seed(0)
+    network = build_network("test_resnet", img_size=32)
+    path = tmp_path / "model.pth.tar"
+    state = {"arch": "test_resnet", "state_dict": official_names(network.state_dict()), "args": {"crop_size": 32}}
+    torch.save(state, path)
+    return path
+
+
+def evaluate(images, model, *flags):
+    flags = ("--data", images, "--val_path", images, "--model", model, *FAST, *flags)
+    return eval_linear(parse_args([str(flag) for flag in flags]))
+
+
+@pytest.mark.parametrize("flags", [("--conv", 2), (), ("--conv", 3, "--tencrops")])
+def test_a_probe_learns_and_is_logged(images, small_checkpoint, tmp_path, flags):
+    result = evaluate(images, small_checkpoint, "--exp", tmp_path, "--epochs", 12, "--lr", 0.05, *flags)
+    assert result["acc1"] > 60  # a third of the images are of each class
+    (log,) = tmp_path.glob("linear*_log.txt")
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert len(lines) == 12 and lines[-1]["train_loss"] < lines[0]["train_loss"]
+
+
+def test_a_probe_goes_on_like_an_uninterrupted_one(images, small_checkpoint, tmp_path):
+    for folder, epochs in (("whole", (3,)), ("parts", (1, 3))):
+        for n in epochs:
+            result = evaluate(images, small_checkpoint, "--conv", 2, "--exp", tmp_path / folder, "--epochs", n)
+    whole, parts = (safe_load(tmp_path / name / "linear_conv2.pth.tar") for name in ("whole", "parts"))
+    assert torch.equal(whole["state_dict"]["weight"], parts["state_dict"]["weight"])
+    assert whole["log"] == parts["log"] and np.isfinite(result["loss"])
+
+
+def evaluate_on_rank(rank, *arguments):
+    distributed.init = lambda *_: torch.device("cpu")  # the processes have joined already
+    return evaluate(*arguments)
+
+
+def test_two_processes_train_the_probe_of_one(images, small_checkpoint, tmp_path):
+    flags = ("--conv", 2, "--exp")
+    result = evaluate(images, small_checkpoint, *flags, tmp_path / "one")
+    for of_rank in run_processes(evaluate_on_rank, 2, images, small_checkpoint, *flags, tmp_path / "two"):
+        assert of_rank == pytest.approx(result, rel=1e-3)
+    one, two = (safe_load(tmp_path / name / "linear_conv2.pth.tar")["state_dict"] for name in ("one", "two"))
+    torch.testing.assert_close(one["weight"], two["weight"], rtol=1e-3, atol=1e-5)
+
+
+def test_bad_input_is_named(images, small_checkpoint, tmp_path):
+    with pytest.raises(ValueError, match=r"--model .* is not a file"):
+        evaluate(images, tmp_path / "no.pth")
+    with pytest.raises(ValueError, match=r"has other classes|no classes"):
+        evaluate(images / "class0", small_checkpoint)
+    with pytest.raises(SystemExit):
+        parse_args(["--data", str(images)])
+
+
+def test_the_checkpoint_of_an_alexnet_is_probed(images, small_layers, tmp_path):
+    model = write_checkpoint(tmp_path / "checkpoint.pth.tar")
+    assert evaluate(images, model, "--conv", 5, "--exp", tmp_path, "--epochs", 1)["loss"] > 0

@@ -1,0 +1,443 @@
+"""The real script: flags, the alternation of clustering and training, resuming, several processes, copied folders."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import normalized_mutual_info_score
+
+from deepcluster import main as script
+from deepcluster.backbones import load_network
+from deepcluster.main import parse_args, train_deepcluster
+from shared.attempt import Interrupted
+from shared.checkpoint import load_latest
+from tests.reliability.runs import Script, start_ranks
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = (
+    "--arch test_resnet --crop_size 32 --k 5 --pca_dim 4 --batch 8 --epochs 2 --workers 0 --log_freq 1 "
+    "--eval_knn_freq 0 --pictures off --device cpu"
+).split()
+
+
+def train(output_dir, images, *flags):
+    train_deepcluster(parse_args([str(images), *TINY, "--exp", str(output_dir), *map(str, flags)]))
+    return lines(output_dir)
+
+
+def lines(output_dir):
+    return [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(output_dir):
+    return [line["loss"] for line in lines(output_dir) if "loss" in line]
+
+
+def partitions(output_dir):
+    return [line for line in lines(output_dir) if "clusters" in line]
+
+
+def state_of(output_dir):
+    return load_latest(Path(output_dir) / "checkpoint.pth.tar")
+
+
+def assert_same_run(one, other):
+    a, b = state_of(one), state_of(other)
+    for name, value in b["state_dict"].items():
+        assert torch.equal(a["state_dict"][name], value), name
+    for index, moments in b["optimizer"]["state"].items():
+        assert torch.equal(a["optimizer"]["state"][index]["momentum_buffer"], moments["momentum_buffer"])
+    assert torch.equal(a["clusters"]["assignments"], b["clusters"]["assignments"])
+    assert (a["epoch"], a["step_in_epoch"]) == (b["epoch"], b["step_in_epoch"])
+    assert losses(one) == losses(other)
+    assert partitions(one) == partitions(other)
+    assert (one / "log.txt").read_text() == (other / "log.txt").read_text()
+    assert (one / "clusters.csv").read_text() == (other / "clusters.csv").read_text()
+
+
+# --- Flags ------------------------------------------------------------------------------------------------------------
+
+PUBLISHED = [
+    "/imagenet/train --exp /run --arch alexnet --lr 0.05 --wd -5 --k 10000 --sobel --verbose --workers 12",
+    "--arch vgg16 -a alexnet --sobel --clustering PIC --nmb_cluster 100 --reassign 3 --epochs 200 --start_epoch 2 "
+    "--batch 256 --momentum 0.9 --resume /run/checkpoint.pth.tar --checkpoints 25000 --seed 31 --exp /run /imagenet",
+]
+
+
+@pytest.mark.parametrize("command", PUBLISHED)
+def test_published_command_lines_parse(command):
+    assert parse_args(command.split()).data_path.startswith("/imagenet")
+
+
+def test_defaults_are_the_official_ones():
+    args = vars(parse_args(["/imagenet/train"]))
+    official = {
+        "arch": "alexnet", "sobel": False, "clustering": "Kmeans", "nmb_cluster": 10000, "lr": 0.05, "wd": -5,
+        "reassign": 1.0, "num_workers": 4, "epochs": 200, "start_epoch": 0, "batch": 256, "momentum": 0.9,
+        "resume": "", "checkpoints": 25000, "seed": 31, "output_dir": "", "verbose": False, "crop_size": 224,
+        "pca_dim": 256, "crop_scale": (0.08, 1.0),
+    }  # fmt: skip
+    assert {name: args[name] for name in official} == official
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--wd 0.00001", "--wd 1e-05: must be at most 0; it is a power of ten"),
+        ("--k 1", "--nmb_cluster 1 is less than 2"),
+        ("--reassign 0", "--reassign 0.0: must be more than 0"),
+        ("--epochs 0", "--epochs 0 is less than 1"),
+        ("--log_freq 0", "--log_freq 0 is less than 1"),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["/images", *flags.split()])
+    assert message in capsys.readouterr().err
+
+
+# --- A run ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(images, tmp_path_factory):
+    """A run of two epochs of three steps."""
+    folder = tmp_path_factory.mktemp("finished")
+    train(folder, images, "--checkpoints", 4)
+    return folder
+
+
+def test_clustering_and_training_take_turns(finished):
+    kinds = ["cluster" if "clusters" in line else "train" for line in lines(finished)]
+    assert kinds == ["cluster", *["train"] * 3, "cluster", *["train"] * 3, "cluster"]
+    assert all(line["loss"] == pytest.approx(np.log(5), abs=0.3) for line in lines(finished) if "loss" in line)
+
+
+def test_the_log_tells_sizes_and_agreement_of_the_partitions(finished, images):
+    first, second, last = partitions(finished)
+    assert "nmi_previous" not in first and 0 <= second["nmi_previous"] <= 1
+    assert first["clusters"] + first["empty_clusters"] == 5
+    assert first["smallest_cluster"] <= 24 / first["clusters"] <= first["largest_cluster"]
+    with open(finished / "clusters.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["image"] for row in rows} == {str(path) for path in images.rglob("*.png")}
+    expected = normalized_mutual_info_score(
+        [row["class"] for row in rows], [row["cluster"] for row in rows], average_method="geometric"
+    )
+    assert last["nmi_labels"] == pytest.approx(expected)
+
+
+def test_the_checkpoint_has_the_official_layout(finished):
+    state = state_of(finished)
+    assert {"epoch", "arch", "state_dict", "optimizer"} <= state.keys()
+    assert state["epoch"] == 2 and state["arch"] == "test_resnet"
+    heads = {name.split(".")[0] for name in state["state_dict"]}
+    assert heads == {"features", "top_layer"}
+    assert all(name.startswith("features.module.") for name in state["state_dict"] if name.startswith("features"))
+    assert state["state_dict"]["top_layer.weight"].shape == (5, load_network(finished / "checkpoint.pth.tar").dim)
+    # the top layer is not in the optimiser, which has a momentum for every other tensor that learns
+    assert len(state["optimizer"]["state"]) == len(
+        [p for p in load_network(finished / "checkpoint.pth.tar", keep_top_layer=False).parameters()]
+    )
+
+
+def test_numbered_checkpoints_count_steps(finished):
+    (numbered,) = (finished / "checkpoints").iterdir()
+    assert numbered.name == "checkpoint_1.pth.tar"
+    assert (load_latest(numbered)["epoch"], load_latest(numbered)["step_in_epoch"]) == (1, 1)
+
+
+def test_a_new_top_layer_starts_every_epoch_and_the_body_keeps_its_momentum(images, tmp_path, monkeypatch):
+    seen = []
+    step = script.training_step
+
+    def record(body, top_layer, images, targets, optimizers, precision):
+        state = optimizers[0].state[next(iter(optimizers[0].state))]["momentum_buffer"]
+        seen.append((top_layer.weight.detach().clone(), state.abs().sum().item(), optimizers[1].param_groups[0]))
+        return step(body, top_layer, images, targets, optimizers, precision)
+
+    monkeypatch.setattr(script, "training_step", record)
+    train(tmp_path, images)
+    (first, momentum, _), (second, _, _), (_, _, _), (again, kept, group), *_ = seen
+    assert momentum == 0 and kept > 0
+    assert not torch.equal(first, second)
+    for weight in (first, again):  # as drawn: not trained yet
+        assert weight.std().item() == pytest.approx(0.01, rel=0.2)
+    assert not torch.equal(first, again)
+    assert group["momentum"] == 0 and group["lr"] == 0.05 and group["weight_decay"] == pytest.approx(1e-5)
+
+
+def test_the_log_does_not_depend_on_the_number_of_workers(images, finished, tmp_path):
+    train(tmp_path, images, "--workers", 2)
+    assert losses(tmp_path) == losses(finished)
+    assert partitions(tmp_path) == partitions(finished)
+
+
+@pytest.mark.parametrize("flags", [("--clustering", "PIC"), ("--sampler", "official"), ("--kmeans", "torch"),
+                                   ("--sobel", "--reassign", "1.5"), ("--amp", "bf16")])  # fmt: skip
+def test_the_variants_run(images, tmp_path, flags):
+    written = train(tmp_path, images, "--epochs", 1, *flags)
+    assert len([line for line in written if "loss" in line]) == (5 if "--reassign" in flags else 3)
+
+
+def test_alexnet_with_dropout_runs_and_its_file_loads(images, tmp_path, small_layers):
+    flags = ("--arch", "alexnet", "--sobel", "--crop_size", 64, "--epochs", 1, "--pictures", "on")
+    train(tmp_path, images, *flags, "--eval_knn_freq", 1)
+    network = load_network(tmp_path / "checkpoint.pth.tar")
+    assert network.sobel is not None and network.top_layer.out_features == 5
+    for name in ("clusters.png", "curves.png"):
+        with Image.open(tmp_path / "pictures" / name) as picture:
+            assert min(picture.size) > 200
+
+
+def test_a_flat_folder_without_classes_is_clustered(images, tmp_path):
+    folder = tmp_path / "flat"
+    folder.mkdir()
+    for path in images.rglob("*.png"):
+        shutil.copy(path, folder)
+    train(tmp_path / "run", folder, "--epochs", 1, "--pictures", "on")
+    assert "nmi_labels" not in partitions(tmp_path / "run")[0]
+    assert (tmp_path / "run/clusters.csv").read_text().splitlines()[0] == "image,cluster"
+    assert (tmp_path / "run/pictures/clusters.png").exists()
+
+
+def test_an_unreadable_image_is_replaced_and_listed(images, tmp_path):
+    folder = shutil.copytree(images, tmp_path / "images")
+    broken = folder / "class0" / "00.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    train(tmp_path / "run", folder, "--epochs", 1, "--eval_knn_freq", 1, "--val_path", images, "--pictures", "on")
+    assert (tmp_path / "run/pictures/clusters.png").exists()
+    assert "00.png" in (tmp_path / "run/bad_images.txt").read_text()
+
+
+def test_clusters_that_teach_nothing_are_said(images, tmp_path, capsys, monkeypatch):
+    embed = script.ClusterNetwork.embed
+    monkeypatch.setattr(script.ClusterNetwork, "embed", lambda self, x: 0 * embed(self, x) + 1)
+    train(tmp_path, images, "--epochs", 1)
+    printed = capsys.readouterr().out
+    assert "the features vary in 0 directions only, fewer than --pca_dim 4" in printed
+    assert "TRIVIAL: " in printed and "--sobel" in printed
+
+
+# --- Stopping and resuming --------------------------------------------------------------------------------------------
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 3, 4])
+def test_a_run_stopped_in_a_step_ends_like_an_uninterrupted_one(images, tmp_path, monkeypatch, stop_after, finished):
+    step, calls = script.training_step, []
+
+    def stop(*args):
+        calls.append(args)
+        if len(calls) > stop_after:
+            raise Stop
+        return step(*args)
+
+    flags = ("--checkpoints", 4, "--saveckp_steps", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "training_step", stop)
+        with pytest.raises(Stop):
+            train(tmp_path / "run", images, *flags)
+    # clusters and top layer of an epoch that has begun come from the checkpoint
+    before = state_of(tmp_path / "run")
+    assert before["clustered_epoch"] == stop_after // 3 and before["step_in_epoch"] == stop_after % 3
+    train(tmp_path / "run", images, *flags, "--workers", 1)
+    assert_same_run(tmp_path / "run", finished)
+
+
+def test_dropout_goes_on_where_it_was(images, tmp_path, monkeypatch, small_layers):
+    flags = ("--arch", "alexnet", "--crop_size", 64, "--saveckp_steps", 1, "--epochs", 1)
+    train(tmp_path / "whole", images, *flags)
+    step, calls = script.training_step, []
+
+    def stop(*args):
+        calls.append(args)
+        if len(calls) > 1:
+            raise Stop
+        return step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "training_step", stop)
+        with pytest.raises(Stop):
+            train(tmp_path / "run", images, *flags)
+    torch.manual_seed(99)
+    train(tmp_path / "run", images, *flags)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_a_run_stopped_while_it_clusters_ends_like_an_uninterrupted_one(images, tmp_path, monkeypatch, epoch, finished):
+    whiten, calls = script.pca_whiten, []
+
+    def stop(*args):
+        calls.append(args)
+        if len(calls) > epoch:
+            raise Stop
+        return whiten(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "pca_whiten", stop)
+        with pytest.raises(Stop):
+            train(tmp_path / "run", images, "--checkpoints", 4)
+    train(tmp_path / "run", images, "--checkpoints", 4)
+    assert_same_run(tmp_path / "run", finished)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 8])
+def test_a_signal_during_the_clustering_is_obeyed_at_once(images, tmp_path, monkeypatch, batch, finished):
+    """Batches 1 to 3 are those of the first clustering, 4 to 6 of the second, 7 to 9 of the last."""
+    calls = []
+    embed = script.ClusterNetwork.embed
+
+    def interrupted(self, x):
+        calls.append(x)
+        if len(calls) == batch:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return embed(self, x)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script.ClusterNetwork, "embed", interrupted)
+        with pytest.raises(Interrupted) as end:
+            train(tmp_path, images, "--checkpoints", 4)
+    assert end.value.code == 128 + signal.SIGUSR1 and len(calls) == batch
+    train(tmp_path, images, "--checkpoints", 4)
+    assert_same_run(tmp_path, finished)
+
+
+def test_an_evaluation_before_training_is_not_repeated(images, tmp_path, monkeypatch):
+    flags = ("--eval_knn_freq", 1, "--val_path", images, "--epochs", 1)
+    train(tmp_path / "whole", images, *flags)
+
+    with monkeypatch.context() as patch:
+        whiten = script.pca_whiten
+        patch.setattr(script, "pca_whiten", lambda *args: os.kill(os.getpid(), signal.SIGUSR1) or whiten(*args))
+        with pytest.raises(Interrupted):
+            train(tmp_path / "run", images, *flags)
+    train(tmp_path / "run", images, *flags)
+    assert [line for line in lines(tmp_path / "run") if "knn_top1" in line] == [
+        line for line in lines(tmp_path / "whole") if "knn_top1" in line
+    ]
+
+
+def test_a_finished_run_that_is_started_again_changes_nothing(images, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    train(tmp_path / "run", images, "--checkpoints", 4)
+    assert_same_run(tmp_path / "run", finished)
+    assert lines(tmp_path / "run") == lines(finished)
+
+
+def test_more_epochs_can_follow(images, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    train(tmp_path / "run", images, "--checkpoints", 4, "--epochs", 3)
+    train(tmp_path / "whole", images, "--checkpoints", 4, "--epochs", 3)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_checkpoint_of_the_official_code_is_gone_on_from(images, finished, tmp_path):
+    """It has no flags, clusters or log, and its optimiser state is that of another version of torch."""
+    state = state_of(finished)
+    official = {key: state[key] for key in ("arch", "state_dict", "optimizer")} | {"epoch": 1}
+    for group in official["optimizer"]["param_groups"]:
+        for name in ("fused", "foreach", "maximize", "differentiable"):
+            group.pop(name, None)
+        group["lr"] = 123.0
+    torch.save(official, tmp_path / "official.pth.tar")
+    written = train(tmp_path / "run", images, "--resume", tmp_path / "official.pth.tar")
+    assert [line["epoch"] for line in written if "loss" in line] == [1, 1, 1]
+    assert state_of(tmp_path / "run")["optimizer"]["param_groups"][0]["lr"] == 0.05
+
+
+def test_what_does_not_fit_the_checkpoint_is_refused(images, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"--sobel True does not fit .*--sobel False"):
+        train(tmp_path / "run", images, "--sobel")
+    with pytest.raises(ValueError, match="--resume /no/such/file: there is no such file"):
+        train(tmp_path / "new", images, "--resume", "/no/such/file")
+    other = {key: state_of(finished)[key] for key in ("arch", "state_dict", "optimizer", "epoch")}
+    torch.save(other | {"arch": "alexnet"}, tmp_path / "other.pth.tar")
+    with pytest.raises(ValueError, match="--arch test_resnet does not fit the checkpoint, which is of alexnet"):
+        train(tmp_path / "new", images, "--resume", tmp_path / "other.pth.tar")
+
+
+def test_changed_images_are_clustered_again(images, finished, tmp_path, capsys):
+    folder = shutil.copytree(images, tmp_path / "images")
+    (folder / "class0" / "00.png").unlink()
+    shutil.copytree(finished, tmp_path / "run")
+    train(tmp_path / "run", folder, "--epochs", 3)
+    assert "other training images" in capsys.readouterr().out
+    assert len(state_of(tmp_path / "run")["clusters"]["assignments"]) == 23
+
+
+# --- Processes --------------------------------------------------------------------------------------------------------
+
+
+def run_script(*command, cwd, **environment):
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "PYTHONPATH"))} | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=cwd,
+        env=env | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_two_processes_train_like_one(images, finished, tmp_path):
+    ranks = start_ranks(tmp_path / "run", 2, images, "--checkpoints", 4, script=Script("deepcluster.main", tuple(TINY)))
+    for rank in ranks:
+        rank.assert_ends(timeout_s=300)
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(finished), rtol=2e-3)
+    first, expected = partitions(tmp_path / "run")[0], partitions(finished)[0]
+    assert {k: v for k, v in first.items() if k != "clustering_loss"} == {
+        k: v for k, v in expected.items() if k != "clustering_loss"
+    }
+
+
+def test_the_script_works_in_a_copied_folder(images, tmp_path):
+    """The method's folder with ``shared/`` beside it, below a folder of another name, is all it takes."""
+    project = tmp_path / "some" / "project"
+    for folder in ("deepcluster", "shared"):
+        shutil.copytree(ROOT / folder, project / folder, ignore=shutil.ignore_patterns("__pycache__", "runs"))
+    flags = ["--epochs", 1, "--exp", tmp_path / "run"]
+    run = run_script("main.py", images, *TINY, *flags, cwd=project / "deepcluster")
+    assert run.returncode == 0, run.stderr
+    assert len(losses(tmp_path / "run")) == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["/no/such/folder"], "DIR /no/such/folder"),
+        (["--k", "2000"], "--nmb_cluster 2000: 1438 images make between 1 and 1438 clusters"),
+        (["--pca_dim", "5000"], "--pca_dim 5000"),
+        (["--arch", "alexnt"], "did you mean alexnet"),
+        (["--arch", "alexnet"], "images of 32 pixels are too small for alexnet; raise --crop_size"),
+    ],
+)
+def test_bad_input_is_one_clear_message_and_no_traceback(tmp_path, flags, message, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["main.py", *TINY, "--exp", str(tmp_path), "--reassign", "0.01", *flags])
+    with pytest.raises(SystemExit) as end:
+        script.main()
+    assert end.value.code == 2
+    printed = capsys.readouterr().err
+    assert message in printed and "Traceback" not in printed
+
+
+def test_help_names_every_flag_and_default(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--help"])
+    printed = capsys.readouterr().out
+    assert "--nmb_cluster" in printed and "(default: 10000)" in printed

@@ -1,0 +1,98 @@
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from deepcluster import report
+from deepcluster.clustering import Clusters
+from deepcluster.report import purity, save_cluster_sheet, save_clusters, save_curves
+from deepcluster.trivial_solutions import trivial_clusters, trivial_training
+from shared.pictures import AGREE, DIFFER
+from shared.sources import ArraySource, open_source
+
+
+def source_of(labels, classes=("cat", "dog")):
+    pixels = np.random.default_rng(0).integers(0, 256, size=(len(labels), 8, 8), dtype=np.uint8)
+    return ArraySource("noise", pixels, np.array(labels), classes)
+
+
+def test_every_image_is_listed_with_its_cluster_and_class(tmp_path):
+    path = save_clusters(source_of([0, 1, 1]), torch.tensor([2, 0, 2]), tmp_path / "clusters.csv")
+    with open(path, newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows == [["image", "cluster", "class"], ["noise[0]", "2", "cat"], ["noise[1]", "0", "dog"],
+                    ["noise[2]", "2", "dog"]]  # fmt: skip
+
+
+def test_names_with_commas_and_odd_bytes_are_listed(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in ("a,b.png", 'quote".png', b"caf\xe9.png".decode("utf-8", "surrogateescape")):
+        Image.new("RGB", (4, 4)).save(folder / name, format="PNG")
+    source = open_source(str(folder))
+    path = save_clusters(source, torch.tensor([0, 1, 0]), tmp_path / "clusters.csv")
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        assert [row["image"] for row in csv.DictReader(file)] == [source.path(i) for i in range(3)]
+
+
+def test_the_sheet_shows_clusters_from_large_to_small_and_who_belongs_together(tmp_path, monkeypatch):
+    rows = []
+    monkeypatch.setattr(report, "save_sheet", lambda tiles, path, *_: rows.extend(tiles) or path)
+    labels = [0, 0, 0, 1, 1, 1, 0]
+    clusters = Clusters(torch.tensor([5, 5, 5, 5, 1, 1, 3]), 8)
+    save_cluster_sheet(source_of(labels), clusters, tmp_path / "clusters.png")
+    assert [row[0].title for row in rows] == ["cluster 5", "cluster 1", "cluster 3"]
+    assert [tile.title for tile in rows[0]] == ["cluster 5", "4 images", "75 % cat", ""]
+    assert [tile.frame for tile in rows[0]] == [AGREE, AGREE, AGREE, DIFFER]
+    assert [len(row) for row in rows] == [4, 2, 1]
+
+
+def test_many_clusters_and_images_fit_on_one_sheet(tmp_path):
+    source = source_of([i % 2 for i in range(600)])
+    clusters = Clusters(torch.arange(600) % 40, 40)
+    path = save_cluster_sheet(source, clusters, tmp_path / "clusters.png")
+    with Image.open(path) as picture:
+        assert 500 < picture.width < 2000 and 500 < picture.height < 2000
+
+
+def test_purity_is_the_share_of_the_most_frequent_classes():
+    assignments, labels = torch.tensor([0, 0, 0, 2, 2, 5]), np.array([1, 1, 0, 0, 1, 1])
+    assert purity(assignments, labels) == pytest.approx((2 + 1 + 1) / 6)
+
+
+def test_curves_of_a_short_log_are_drawn(tmp_path):
+    lines = [
+        {"step": 0, "epoch": 0, "clusters": 5, "nmi_labels": 0.2},
+        {"step": 1, "epoch": 0, "loss": 1.5},
+        {"step": 1, "epoch": 1, "clusters": 5, "nmi_previous": 0.4, "nmi_labels": 0.3},
+        {"step": 1, "epoch": 1, "knn_top1": 55.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with Image.open(save_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")) as picture:
+        assert picture.width > 3 * picture.height * 0.8
+
+
+@pytest.mark.parametrize(
+    ("sizes", "sentence"),
+    [
+        ([0, 30, 0], "all images are in one cluster"),
+        ([40, 3, 3, 4], "the largest cluster holds 80 % of the images"),
+        ([10, 10, 10, 0, 0, 0, 0], "only 3 of 7 clusters have images"),
+        ([10, 9, 8, 0], None),
+    ],
+)
+def test_trivial_clusters_are_said_in_one_sentence_with_a_flag(sizes, sentence):
+    said = trivial_clusters(torch.tensor(sizes))
+    if sentence is None:
+        assert said is None
+    else:
+        assert sentence in said and "--" in said
+
+
+def test_a_loss_that_stays_at_that_of_a_guess_is_said():
+    assert "ln 100 = 4.605" in trivial_training(4.6, 100)
+    assert trivial_training(4.5, 100) is None
+    assert trivial_training(0.0, 1) is None

@@ -1,0 +1,293 @@
+import csv
+import json
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from shared.images import ImageError
+from shared.pictures import DIFFER
+from swav import clusters
+from swav.cluster_pictures import mosaic, save_contact_sheet, save_overview, save_usage, thumbnail
+from swav.clustering import Clustering, assign, describe, merge_prototypes, purity, summarise
+from swav.clusters import choose_prototypes
+from tests.dino.small_data import write_class_folders
+from tests.dino.test_pictures import assert_nothing_is_clipped, drawn, hex_color, read, share_of, texts  # noqa: F401
+from tests.swav.official_layouts import build_small, finetuned_checkpoint, make_network, pretraining_file
+
+SMALL = ["--image_size", "32", "--workers", "0", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    build_small(monkeypatch)
+
+
+def unit(rows: int, dim: int = 8, seed: int = 0) -> torch.Tensor:
+    return F.normalize(torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+def make_clustering(assigned, num_prototypes, labels=None, confidences=None, entropy=0.5) -> Clustering:
+    assigned = np.asarray(assigned)
+    if confidences is None:
+        confidences = np.linspace(0.9, 0.5, len(assigned))
+    labels = None if labels is None else np.asarray(labels)
+    indices = np.arange(len(assigned))
+    return Clustering(
+        assigned, np.asarray(confidences), assigned, entropy, num_prototypes, num_prototypes, indices, labels
+    )
+
+
+# --- Assignment -------------------------------------------------------------------------------------------------------
+
+
+def test_image_goes_to_the_prototype_with_the_highest_score():
+    embeddings, prototypes = unit(50), unit(7, seed=1)
+    clustering = assign(embeddings, prototypes, temperature=0.1)
+    for i, z in enumerate(embeddings):  # eq. 2, one image at a time
+        exponentials = [float(torch.exp(z @ c / 0.1)) for c in prototypes]
+        assert clustering.clusters[i] == clustering.prototypes[i] == int(np.argmax(exponentials))
+        assert clustering.confidences[i] == pytest.approx(max(exponentials) / sum(exponentials), rel=1e-4)
+    assert clustering.num_clusters == clustering.num_prototypes == 7
+
+
+def test_scores_that_say_nothing_have_an_entropy_of_one():
+    prototypes = F.normalize(torch.ones(5, 8), dim=1)
+    assert assign(unit(10), prototypes).entropy == pytest.approx(1, abs=1e-5)
+    assert assign(prototypes, torch.eye(8), temperature=0.001).entropy == pytest.approx(1, abs=1e-5)
+    assert assign(torch.eye(8), torch.eye(8), temperature=0.001).entropy == pytest.approx(0, abs=1e-5)
+
+
+def test_prototypes_are_normalised_and_chosen_by_head():
+    network = make_network(nmb_prototypes=[20, 5])
+    with torch.no_grad():
+        network.prototypes.prototypes1.weight.mul_(3)
+    prototypes = choose_prototypes(network, 1)
+    assert prototypes.shape == (5, 12)
+    torch.testing.assert_close(prototypes.norm(dim=1), torch.ones(5))
+    with pytest.raises(ValueError, match=r"--head 2: the network has 2 set\(s\) of prototypes"):
+        choose_prototypes(network, 2)
+    with pytest.raises(ValueError, match="holds no prototypes"):
+        choose_prototypes(finetuned_checkpoint()[0], 0)
+
+
+def test_merged_clusters_join_close_prototypes_and_their_probabilities():
+    axes = torch.eye(8)[:3]
+    generator = torch.Generator().manual_seed(0)
+    kind = torch.tensor([2, 0, 1, 0, 2, 2, 1, 0])  # of eight prototypes near three axes
+    prototypes = F.normalize(axes[kind] + 0.05 * torch.randn(8, 8, generator=generator), dim=1)
+    kinds = torch.tensor([0] * 5 + [1] * 30 + [2] * 15)
+    embeddings = F.normalize(axes[kinds] + 0.05 * torch.randn(50, 8, generator=generator), dim=1)
+    clustering = assign(embeddings, prototypes, temperature=0.1, merge_into=3)
+    assert clustering.sizes().tolist() == [30, 15, 5]  # the largest is number 0
+    assert [set(kinds[clustering.clusters == c].tolist()) for c in range(3)] == [{1}, {2}, {0}]
+    p = (embeddings @ prototypes.T / 0.1).softmax(dim=1)
+    expected = [p[i, kind == kinds[i]].sum().item() for i in range(50)]
+    np.testing.assert_allclose(clustering.confidences, expected, rtol=1e-4)
+    assert clustering.num_clusters == 3
+
+
+def test_unused_prototypes_join_the_group_next_to_them():
+    prototypes = F.normalize(torch.tensor([[1, 0], [1, 0.1], [0, 1], [0.1, 1]]), dim=1)
+    groups = merge_prototypes(prototypes, torch.tensor([3, 0, 4, 0]), 2)
+    assert groups[0] == groups[1] != groups[2] == groups[3]
+    for number in (1, 3):
+        with pytest.raises(
+            ValueError, match=f"--merge_into {number}: expected 2 to 2, the number of prototypes in use"
+        ):
+            merge_prototypes(prototypes, torch.tensor([3, 0, 4, 0]), number)
+
+
+# --- Numbers ----------------------------------------------------------------------------------------------------------
+
+
+def test_purity_is_the_share_of_the_majority():
+    assert purity(np.array([0, 0, 1, 1, 2, 2]), np.array([5, 5, 5, 9, 9, 9])) == pytest.approx((2 + 2) / 6)
+    assert purity(np.array([0, 1, 2]), np.array([0, 1, 2])) == 1
+
+
+def test_summary_counts_prototypes_and_compares_with_the_classes():
+    summary = summarise(make_clustering([3, 3, 0, 0], 5, labels=[1, 1, 0, 0]))
+    assert (summary["prototypes_used"], summary["dead_prototypes"]) == (2, [1, 2, 4])
+    assert summary["prototype_perplexity"] == pytest.approx(2)
+    assert (summary["nmi"], summary["ari"], summary["purity"]) == (1, 1, 1)
+    assert "nmi" not in summarise(make_clustering([3, 3, 0, 0], 5))
+    independent = summarise(make_clustering([0, 0, 1, 1], 2, labels=[0, 1, 0, 1]))
+    assert independent["nmi"] == pytest.approx(0, abs=1e-9)
+    assert independent["purity"] == 0.5
+
+
+def test_collapse_is_said_in_a_sentence_that_names_a_flag():
+    healthy = make_clustering(np.arange(100) % 50, 50)
+    assert "WARNING" not in describe(summarise(healthy))
+    one = describe(summarise(make_clustering(np.zeros(100, dtype=int), 50)))
+    assert "1 of 50 prototypes are used, as if 1.0 of them were used equally; 49 are dead" in one
+    assert "WARNING: few prototypes are used" in one
+    assert "--epsilon" in one
+    uniform = make_clustering(np.arange(100) % 50, 50, entropy=0.999)
+    assert "WARNING: every prototype fits every image equally well" in describe(summarise(uniform))
+
+
+# --- Pictures ---------------------------------------------------------------------------------------------------------
+
+
+def test_mosaic_keeps_pixels_and_frames_the_chosen_ones():
+    images = [np.full((32, 32, 3), 10 * i, dtype=np.uint8) for i in range(5)]
+    canvas = mosaic(images, columns=3, framed=[4])
+    assert canvas.shape == (2 * 32 + 4, 3 * 32 + 2 * 4, 3)
+    assert (canvas[:32, 36:68] == 10).all()
+    assert (canvas[36:, 72:] == 255).all()  # the sixth place is empty
+    assert canvas[36, 36].tolist() == list(hex_color(DIFFER))
+    assert (canvas[40:60, 40:60] == 40).all()
+
+
+class Colours:
+    """A source of flat images, the brighter the higher their number."""
+
+    classes = ("dark", "a class with a name that is far too long for a line of text")
+
+    def load(self, index):
+        from shared.images import DecodedImage
+
+        return DecodedImage(np.full((20, 30, 3), 10 + index, dtype=np.uint8))
+
+
+def test_thumbnail_is_the_centre_square():
+    pixels = thumbnail(Colours(), 5, 32)
+    assert pixels.shape == (32, 32, 3)
+    assert (pixels == 15).all()
+
+
+def test_contact_sheet_shows_the_most_and_the_least_confident(tmp_path, drawn):  # noqa: F811
+    clustering = make_clustering([0] * 40 + [1] * 5, 2, labels=[0] * 39 + [1] * 6)
+    path = save_contact_sheet(Colours(), clustering, 0, tmp_path / "sheet.png", most_images=30)
+    shown = texts(drawn[0])
+    assert "Cluster 0" in shown
+    assert "40 images, confidence 0.72, 98 % class dark" in shown
+    assert any(text.startswith("the 20 most confident, 0.90 to 0.73") for text in shown)
+    assert any(text.startswith("the 10 least confident, 0.63 to 0.55") for text in shown)
+    assert_nothing_is_clipped(drawn[0])
+    assert share_of(read(path), hex_color(DIFFER)) > 0  # the fortieth image is of the other class
+    save_contact_sheet(Colours(), clustering, 1, tmp_path / "small.png", most_images=30)
+    assert any(text.startswith("all of them, confidence 0.54 to 0.50") for text in texts(drawn[1]))
+    assert_nothing_is_clipped(drawn[1])
+
+
+def test_overview_and_usage_fit_their_sheets(tmp_path, drawn):  # noqa: F811
+    clustering = make_clustering(np.arange(90) % 45, 50, labels=np.arange(90) % 2)
+    save_overview(Colours(), clustering, tmp_path / "overview.png")
+    assert_nothing_is_clipped(drawn[0])
+    assert any(text.startswith("The 30 largest of 45 clusters") for text in texts(drawn[0]))
+    save_usage(clustering, tmp_path / "usage.png")
+    assert "45 of 50 prototypes are used, 5 are dead" in texts(drawn[1])
+    assert_nothing_is_clipped(drawn[1])
+
+
+# --- The command ------------------------------------------------------------------------------------------------------
+
+
+def test_commands_of_the_readme_are_understood():
+    readme = (Path(clusters.__file__).parent / "README.md").read_text()
+    commands = re.findall(r"^python clusters\.py(.*)$", readme, re.MULTILINE)
+    assert len(commands) >= 3
+    for flags in commands:
+        clusters.get_args_parser().parse_args(shlex.split(flags))
+
+
+def run(*flags):
+    return clusters.cluster_images(clusters.parse_args([*SMALL, *map(str, flags)]))
+
+
+@pytest.fixture
+def weights(tmp_path):
+    torch.save(pretraining_file(make_network(nmb_prototypes=[20, 6])), tmp_path / "weights.pth.tar")
+    return tmp_path / "weights.pth.tar"
+
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.reader(file))
+
+
+def test_folder_of_unlabelled_pictures_with_a_broken_one(weights, tmp_path, capsys):
+    folder = write_class_folders(tmp_path / "pictures", 4)
+    for path in list(folder.rglob("*.png")):  # a flat folder: no classes
+        path.rename(folder / f"{path.parent.name}, {path.name}")
+    for path in folder.iterdir():
+        if path.is_dir():
+            path.rmdir()
+    (folder / "broken.png").write_bytes(b"no picture")
+    out = tmp_path / "out"
+    summary = run("--pretrained", weights, "--data_path", folder, "--output_dir", out, "--head", 1)
+    assert (summary["images"], summary["prototypes"]) == (12, 6)
+    assert "nmi" not in summary
+    assert summary == json.loads((out / "summary.json").read_text())
+
+    header, *rows = read_csv(out / "assignments.csv")
+    assert header == ["path", "cluster", "confidence"]
+    names = sorted(str(path) for path in folder.iterdir() if path.name != "broken.png")
+    assert [row[0] for row in rows] == names
+    network = make_network(nmb_prototypes=[20, 6])
+    embedding, _ = network(clusters.eval_transform(32, network)(read(names[3]))[None])
+    prototypes = F.normalize(network.prototypes.prototypes1.weight, dim=1)
+    expected = (embedding @ prototypes.T / 0.1).softmax(dim=1)[0]
+    assert int(rows[3][1]) == int(expected.argmax())
+    assert float(rows[3][2]) == pytest.approx(expected.max().item(), abs=1e-3)
+
+    used = sorted({int(row[1]) for row in rows})
+    assert [path.name for path in sorted((out / "sheets").iterdir())] == [f"cluster_{c}.png" for c in used]
+    header, *table = read_csv(out / "clusters.csv")
+    assert header == ["cluster", "images", "mean_confidence"]
+    assert sum(int(row[1]) for row in table) == 12
+    assert (out / "unreadable.txt").read_text() == f"{folder / 'broken.png'}\tnot an image of a known format\n"
+    assert "1 of 13 images cannot be read and are left out" in capsys.readouterr().out
+    assert {path.name for path in out.glob("*.png")} == {"overview.png", "usage.png"}
+
+
+def test_labelled_images_are_compared_with_their_classes_and_a_second_run_leaves_nothing_old(tmp_path):
+    folder = write_class_folders(tmp_path / "pictures", 5)
+    network = make_network(nmb_prototypes=15)
+    images = clusters.EvalDataset(clusters.open_source(str(folder), "all"), clusters.eval_transform(32, network))
+    embeddings, _ = network(torch.stack([image for image, _, _ in images]))
+    network.prototypes.weight.copy_(3 * embeddings)  # every image has a prototype of its own
+    torch.save(pretraining_file(network), tmp_path / "weights.pth.tar")
+    out = tmp_path / "out"
+    (out / "sheets").mkdir(parents=True)
+    (out / "sheets" / "cluster_77.png").write_bytes(b"old")
+    (out / "unreadable.txt").write_text("old")
+    flags = ["--pretrained", tmp_path / "weights.pth.tar", "--data_path", folder, "--output_dir", out]
+    summary = run(*flags, "--merge_into", 3, "--max_sheets", 1)
+    assert (summary["clusters"], summary["prototypes_used"], summary["classes"]) == (3, 15, 3)
+    assert 1 / 3 <= summary["purity"] <= 1
+    header, *rows = read_csv(out / "assignments.csv")
+    assert header == ["path", "cluster", "confidence", "class"]
+    assert [row[3] for row in rows] == ["blue"] * 5 + ["green"] * 5 + ["red"] * 5
+    assert [path.name for path in (out / "sheets").iterdir()] == ["cluster_0.png"]
+    assert not (out / "unreadable.txt").exists()
+
+    summary = run(*flags)
+    assert (summary["clusters"], summary["purity"], summary["dead_prototypes"]) == (15, 1, [])
+    assert [int(row[1]) for row in read_csv(out / "assignments.csv")[1:]] == list(range(15))
+
+
+def test_bad_input_is_one_clear_error(weights, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (folder / "broken.png").write_bytes(b"no picture")
+    flags = ["--pretrained", weights, "--data_path", folder, "--output_dir", tmp_path / "out"]
+    with pytest.raises(ImageError, match=r"none of the 1 images of .*pictures can be read"):
+        run(*flags)
+    with pytest.raises(ImageError, match=r"broken.png: not an image of a known format"):
+        run(*flags, "--on_bad_image", "error")
+    with pytest.raises(ValueError, match=r"--head 2: the network has 2 set"):
+        run(*flags, "--head", 2)
+    with pytest.raises(ValueError, match=r"--temperature 0.0 is not positive"):
+        run(*flags, "--temperature", 0)
+    with pytest.raises(SystemExit):
+        run(*flags, "--max_sheets", 0)
+    with pytest.raises(ValueError, match=r"--data_path .*: no images"):
+        run(*flags, "--data_path", tmp_path / "out")
