@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from swav import main_swav
+from swav import evaluation, main_swav
 from swav.main_swav import parse_args, rows_of_queue
 from tests.processes import run_processes
 from tests.reliability.runs import assert_same
@@ -57,6 +57,13 @@ def test_defaults_are_the_official_ones():
         "output_dir": ".", "seed": 31,
     }  # fmt: skip
     assert {name: args[name] for name in official} == official
+
+
+def test_the_evaluations_of_the_digits_fit_their_training():
+    training = main_swav.EMBEDDED_DATA_DEFAULTS
+    assert evaluation.EMBEDDED_DATA_DEFAULTS["arch"] == training["arch"]
+    assert evaluation.EMBEDDED_DATA_DEFAULTS["image_size"] == training["size_crops"][0]
+    assert evaluation.EMBEDDED_DATA_DEFAULTS["pretrained"] == f"{training['output_dir']}/checkpoint.pth.tar"
 
 
 def test_training_writes_the_official_files(images, tmp_path):
