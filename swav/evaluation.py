@@ -27,8 +27,8 @@ from .pretrained import RUN_ON_DIGITS
 
 # Without --data_path: 8x8 pixel digits, and the network that main_swav.py trains on them.
 EMBEDDED_DATA_DEFAULTS = {
-    "arch": "resnet18",
-    "image_size": 16,
+    "arch": "test_resnet",
+    "image_size": 32,
     "pretrained": RUN_ON_DIGITS,
 }
 

@@ -55,14 +55,15 @@ from swav.training_setup import (
     start,
 )
 
-# What replaces the official defaults when no --data_path is given: 8x8 pixel digits need no ResNet-50 at 224 pixels.
+# What replaces the official defaults when no --data_path is given: 8x8 pixel digits need no ResNet-50 at 224 pixels,
+# small crops of them have no digit in them, and with few prototypes the usual epsilon makes codes uniform.
 EMBEDDED_DATA_DEFAULTS = {
-    "arch": "resnet18",
+    "arch": "test_resnet",  # timm's smallest ResNet, 0.4 million weights
     "nmb_crops": [2],
-    "size_crops": [16],
+    "size_crops": [32],
     "min_scale_crops": [0.6],
     "max_scale_crops": [1.0],
-    "blur_radius": (0.1, 0.4),
+    "blur_radius": (0.1, 0.5),
     "hidden_mlp": 256,
     "feat_dim": 32,
     "nmb_prototypes": 30,

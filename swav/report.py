@@ -66,7 +66,7 @@ def summary(
     """
     last = [line for line in read_log(output_dir / "metrics.jsonl") if "loss" in line][-1]
     used = (
-        f"{last['prototypes_used']:.0f} prototypes used by the {last['assigned']:.0f} codes of the last epoch "
+        f"{last['prototypes_used']:.0f} prototypes used by the {last['assigned']:.0f} assignments of the last epoch "
         f"(perplexity {last['prototype_perplexity']:.1f})"
     )
     flags = {"arch": arch, "pretrained": weights, "data_path": data_path}

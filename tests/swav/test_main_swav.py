@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from swav import main_swav
+from swav import evaluation, main_swav
 from swav.main_swav import parse_args, rows_of_queue
 from tests.processes import run_processes
 from tests.reliability.runs import assert_same
@@ -57,6 +57,13 @@ def test_defaults_are_the_official_ones():
         "output_dir": ".", "seed": 31,
     }  # fmt: skip
     assert {name: args[name] for name in official} == official
+
+
+def test_the_evaluations_of_the_digits_fit_their_training():
+    training = main_swav.EMBEDDED_DATA_DEFAULTS
+    assert evaluation.EMBEDDED_DATA_DEFAULTS["arch"] == training["arch"]
+    assert evaluation.EMBEDDED_DATA_DEFAULTS["image_size"] == training["size_crops"][0]
+    assert evaluation.EMBEDDED_DATA_DEFAULTS["pretrained"] == f"{training['output_dir']}/checkpoint.pth.tar"
 
 
 def test_training_writes_the_official_files(images, tmp_path):
@@ -289,5 +296,5 @@ def test_the_end_of_a_run_shows_pictures_and_what_was_learned(images, tmp_path, 
     for name in ("views", "neighbours", "curves"):
         assert (tmp_path / f"pictures/{name}.png").stat().st_size > 1000
     printed = capsys.readouterr().out
-    assert "prototypes used by the 48 codes of the last epoch" in printed
+    assert "prototypes used by the 48 assignments of the last epoch" in printed
     assert "after 0 steps" in printed and "python clusters.py --arch test_resnet" in printed
