@@ -25,6 +25,7 @@ from shared.data import (
     default_num_workers,
     make_loader,
 )
+from tests.processes import SERVER
 from tests.shared.photographs import encoded, photograph
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -265,6 +266,25 @@ def test_workers_persist_compute_with_one_thread_and_leave_signals_to_the_main_p
         assert {settings for _, _, settings in batches} == {(1, 1, True)}
         processes |= {process for _, process, _ in batches}
     assert len(processes) == 2 and os.getpid() not in processes
+
+
+def fail_while_loading():
+    for _ in make_loader(Keys(), batch_sampler=EpochBatchSampler(100, 2), num_workers=2):
+        raise KeyError("a bug")
+
+
+def test_a_child_process_that_fails_with_workers_ends():
+    process = SERVER.Process(target=fail_while_loading)
+    process.start()
+    process.join(120)
+    assert process.exitcode == 1
+
+
+def test_a_script_that_fails_with_workers_ends():
+    """Its traceback keeps the loader alive to the end, and its workers ignore the signal they are sent then."""
+    code = "from tests.shared.test_data import fail_while_loading; fail_while_loading()"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 1 and run.stderr.endswith("KeyError: 'a bug'\n")
 
 
 def test_without_workers_the_loader_runs_in_this_process():
