@@ -286,7 +286,8 @@ class _Loader(DataLoader):
         if self.num_workers and iterator is not self.ends_at_exit:  # a process's workers persist over epochs
             self.ends_at_exit = iterator
             atexit.register(_end_workers, weakref.ref(iterator))
-            Finalize(None, _end_workers, (weakref.ref(iterator),), exitpriority=0)  # in a child of multiprocessing
+            # the same in a child of multiprocessing; at 10 its queues close
+            Finalize(None, _end_workers, (weakref.ref(iterator),), exitpriority=11)
         while True:
             try:
                 batch = next(iterator)

@@ -269,7 +269,8 @@ def test_workers_persist_compute_with_one_thread_and_leave_signals_to_the_main_p
 
 
 def fail_while_loading():
-    for _ in make_loader(Keys(), batch_sampler=EpochBatchSampler(100, 2), num_workers=2):
+    loader = make_loader(Keys(), batch_sampler=EpochBatchSampler(100, 2), num_workers=2)
+    for _ in loader:  # which the traceback keeps alive to the end
         raise KeyError("a bug")
 
 
@@ -281,7 +282,7 @@ def test_a_child_process_that_fails_with_workers_ends():
 
 
 def test_a_script_that_fails_with_workers_ends():
-    """Its traceback keeps the loader alive to the end, and its workers ignore the signal they are sent then."""
+    """The workers ignore the signal that they are sent at the end."""
     code = "from tests.shared.test_data import fail_while_loading; fail_while_loading()"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert run.returncode == 1 and run.stderr.endswith("KeyError: 'a bug'\n")
