@@ -4,11 +4,14 @@
 training, :class:`EvalDataset` feeds evaluation, :class:`BadImages` decides what a broken file does to a run.
 """
 
+import atexit
 import contextlib
 import math
 import os
 import signal
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import TypeVar
 
@@ -301,12 +304,19 @@ def make_loader(
 
 
 class _Loader(DataLoader):
-    """Gives a worker's error as it was raised, or says which worker has died and how."""
+    """Gives a worker's error as it was raised, or says which worker has died and how; ends its workers at exit."""
+
+    ends_at_exit = None  # the iterator whose workers are seen to
 
     def __iter__(self) -> Iterator:
         # OpenCV's threads do not live on in a forked worker, which would wait for them forever: end them here
         cv2.setNumThreads(1)
         iterator = super().__iter__()
+        if self.num_workers and iterator is not self.ends_at_exit:  # a process's workers persist over epochs
+            self.ends_at_exit = iterator
+            atexit.register(_end_workers, weakref.ref(iterator))
+            # the same in a child of multiprocessing; at 10 its queues close
+            Finalize(None, _end_workers, (weakref.ref(iterator),), exitpriority=11)
         while True:
             try:
                 batch = next(iterator)
@@ -332,6 +342,12 @@ def default_num_workers(most: int = 10) -> int:
 
 def _as_is(batch):
     return batch  # the data set assembled it
+
+
+def _end_workers(iterator: weakref.ref) -> None:
+    """Have the workers return, before ``multiprocessing`` sends them SIGTERM, which they ignore, and waits for them."""
+    if (living := iterator()) is not None:
+        living._shutdown_workers()  # what torch does when nothing, such as a traceback, refers to the iterator any more
 
 
 def _start_worker(worker_id: int) -> None:

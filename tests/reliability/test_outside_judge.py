@@ -30,7 +30,7 @@ def judge(work: Path, command: list[str], *options: str) -> tuple[subprocess.Com
         env=environment,
         capture_output=True,
         text=True,
-        timeout=1800,
+        timeout=3600,
     )
     records = [json.loads(path.read_text()) for path in work.glob("pt_*/result.json")]
     return judgement, sorted((record for record in records if "point" in record), key=lambda record: record["order"])
@@ -53,7 +53,7 @@ def test_a_kill_at_every_file_operation_of_a_save_loses_nothing(tmp_path):
     options += ("--modes", "before,torn,unsynced", "--max-points", "1000", "--jobs", "2")
     judgement, kills = judge(tmp_path / "work", save_loop("ours"), *options)
     assert judgement.returncode == 0, judgement.stdout
-    assert len(kills) > 50 and all(kill["crashed"] for kill in kills)
+    assert len(kills) > 40 and all(kill["crashed"] for kill in kills)
     assert {mode for _, mode in (kill["point"] for kill in kills)} == {"before", "torn", "unsynced"}
     for kill in kills:
         done = completed_saves(tmp_path / "work", kill["point"][0])
@@ -61,10 +61,7 @@ def test_a_kill_at_every_file_operation_of_a_save_loses_nothing(tmp_path):
     expected = {path.name: path.read_bytes() for path in (tmp_path / "work/reference/out").iterdir()}
     assert set(expected) == {"checkpoint.pth", "checkpoint.pth.previous", "checkpoint0000.pth", "checkpoint0002.pth"}
     for folder in (tmp_path / "work").glob("pt_*/out"):
-        found = {path.name: path.read_bytes() for path in folder.iterdir()}
-        if found.keys() != expected.keys():  # killed between the name of the last save and the end: nothing to resume
-            assert found.keys() - expected.keys() == set() and "checkpoint.pth" in found
-        assert all(expected[name] == content for name, content in found.items()), folder
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == expected, folder
     print(f"{len(kills)} kills")
 
 

@@ -268,6 +268,19 @@ def test_workers_persist_compute_with_one_thread_and_leave_signals_to_the_main_p
     assert len(processes) == 2 and os.getpid() not in processes
 
 
+def fail_while_loading():
+    loader = make_loader(Keys(), batch_sampler=EpochBatchSampler(100, 2), num_workers=2)
+    for _ in loader:  # which the traceback keeps alive to the end
+        raise KeyError("a bug")
+
+
+def test_a_script_that_fails_with_workers_ends():
+    """The workers ignore the signal that they are sent at the end; tests/reliability does this in child processes."""
+    code = "from tests.shared.test_data import fail_while_loading; fail_while_loading()"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 1 and run.stderr.endswith("KeyError: 'a bug'\n")
+
+
 def test_without_workers_the_loader_runs_in_this_process():
     loader = make_loader(Keys(), batch_sampler=EpochBatchSampler(4, 2))
     assert {process for _, process, _ in loader} == {os.getpid()}
