@@ -21,9 +21,9 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from dino.augmentations import MEAN, STD
 from dino.flags import add_data_flags, add_process_flags, bool_flag, evaluation_parser, set_embedded_data_defaults
-from dino.networks import input_channels
 from dino.pretrained import load_pretrained
 from shared import distributed
+from shared.backbones import input_channels
 from shared.data import EvalDataset, EvalTransform
 from shared.evaluation.features import extract_features
 from shared.evaluation.knn import knn_accuracies

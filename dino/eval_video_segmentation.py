@@ -25,10 +25,10 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from dino.augmentations import MEAN
 from dino.flags import add_process_flags, evaluation_parser
-from dino.networks import input_channels
 from dino.pretrained import load_pretrained
 from dino.vision_transformer import VisionTransformer
 from shared import distributed
+from shared.backbones import input_channels
 from shared.images import read_image
 
 STD = (0.228, 0.224, 0.225)  # 0.228 as in the official script; everywhere else it is 0.229

@@ -19,9 +19,10 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dino.flags import evaluation_parser
-from dino.networks import VIT_NAMES, build_backbone, input_channels
+from dino.networks import VIT_NAMES, build_backbone
 from dino.pretrained import load_pretrained
 from shared import distributed
+from shared.backbones import input_channels
 from shared.export import export_onnx, export_safetensors, export_state_dict
 from shared.weights import load_backbone_weights, vit_shape
 

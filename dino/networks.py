@@ -48,11 +48,6 @@ def build_backbone(
     return build_library_backbone(arch, drop_path_rate, img_size, in_chans, own_names=VIT_NAMES)
 
 
-def input_channels(backbone: nn.Module) -> int:
-    """Channels of the images that a network takes: those of its first convolution."""
-    return next(module for module in backbone.modules() if isinstance(module, nn.Conv2d)).in_channels
-
-
 def _check_patches(arch: str, patch_size: int, img_size: int) -> None:
     if not 1 <= patch_size <= img_size:
         raise ValueError(f"--patch_size {patch_size} must be between 1 and the image side of {img_size} pixels")

@@ -51,6 +51,11 @@ def build_library_backbone(
     )
 
 
+def input_channels(backbone: nn.Module) -> int:
+    """Channels of the images that a network takes: those of its first convolution."""
+    return next(module for module in backbone.modules() if isinstance(module, nn.Conv2d)).in_channels
+
+
 def _build_torchvision(arch: str, drop_path_rate: float, img_size: int, in_chans: int) -> tuple[nn.Module, int]:
     options = {}
     if arch.startswith("vit_"):

@@ -10,6 +10,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from .backbones import input_channels
+
 TOLERANCE = 1e-4  # of the largest feature; float32 kernels of two libraries differ by about 1e-6
 
 
@@ -33,7 +35,7 @@ def check_outputs(name: str, network: Callable[[Tensor], Tensor], backbone: nn.M
     generator = torch.Generator().manual_seed(0)
     largest = 0.0
     for batch_size in (1, 3):
-        images = torch.randn(batch_size, channels(backbone), *image_size, generator=generator)
+        images = torch.randn(batch_size, input_channels(backbone), *image_size, generator=generator)
         expected = backbone(images)
         difference = ((network(images) - expected).abs().max() / expected.abs().max()).item()
         if not difference <= TOLERANCE:
@@ -52,10 +54,6 @@ def appearing_when_checked(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def channels(backbone: nn.Module) -> int:
-    return next(module for module in backbone.modules() if isinstance(module, nn.Conv2d)).in_channels
 
 
 def export_safetensors(
@@ -101,7 +99,7 @@ def export_onnx(network: nn.Module, path: Path, backbone: nn.Module, image_size:
             warnings.simplefilter("ignore", torch.jit.TracerWarning)  # checks of the image size, which is fixed here
             torch.onnx.export(
                 network,
-                (torch.zeros(2, channels(backbone), *image_size),),
+                (torch.zeros(2, input_channels(backbone), *image_size),),
                 temporary,
                 input_names=["images"],
                 output_names=["features"],

@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from shared import distributed
+from shared.backbones import input_channels
 from shared.checkpoint import load_latest, save, without_prefix
 from shared.data import BadImages, EpochBatchSampler, EvalTransform, ImageSource, default_num_workers, make_loader
 from shared.evaluation.knn_monitor import open_labelled
-from shared.export import channels
 from shared.multicrop import MultiCropDataset, normalize_views
 from shared.views import ViewRecipe
 
@@ -120,7 +120,7 @@ def labelled_sources(
 
 def eval_transform(image_size: int, network: nn.Module) -> EvalTransform:
     """Resize (256 for a crop of 224), crop the centre, normalise, for the channels that the network takes."""
-    return EvalTransform(round(image_size * 256 / 224), image_size, MEAN, STD, channels(network), "bilinear")
+    return EvalTransform(round(image_size * 256 / 224), image_size, MEAN, STD, input_channels(network), "bilinear")
 
 
 def train_loader(

@@ -21,8 +21,8 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from shared import distributed
-from shared.backbones import build_library_backbone
-from shared.export import channels, export_onnx, export_safetensors, export_state_dict
+from shared.backbones import build_library_backbone, input_channels
+from shared.export import export_onnx, export_safetensors, export_state_dict
 from shared.weights import safe_load, vit_shape
 from swav.evaluation import evaluation_parser
 from swav.pretrained import load_backbone, trunk_of
@@ -82,7 +82,7 @@ def export(
     trunk = trunk_of(network)
     vit = vit_shape(trunk.state_dict())
     own_size = [vit.img_size] * 2 if vit is not None else image_size
-    options = {"in_chans": channels(network)} | ({"img_size": vit.img_size} if vit is not None else {})
+    options = {"in_chans": input_channels(network)} | ({"img_size": vit.img_size} if vit is not None else {})
     files = {"safetensors": output_dir / f"{arch}.safetensors"}
     # the header says how to build the network
     export_safetensors(
