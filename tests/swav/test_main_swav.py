@@ -114,7 +114,8 @@ def test_prototypes_are_frozen_at_first_and_normalised_before_every_step(images,
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--amp", "bf16"],
+        # oneDNN's bfloat16 gradient of a convolution over maps smaller than its kernel reads memory nobody has written
+        ["--amp", "bf16", "--size_crops", "96", "64"],
         ["--in_chans", "1", "--hidden_mlp", "0"],
         ["--sync_bn", "apex", "--crops_for_assign", "2", "0", "3"],
         ["--augmentation", "pil", "--cache", "memory"],
