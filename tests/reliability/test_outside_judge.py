@@ -72,7 +72,7 @@ def test_the_judge_finds_the_mistakes_of_other_protocols(protocol, mode, tmp_pat
     assert judgement.returncode == 1 and "HARD_FAIL" in judgement.stdout
 
 
-@pytest.mark.parametrize(("ranks", "points"), [(1, 24), (2, 8)])
+@pytest.mark.parametrize(("ranks", "points"), [(1, 15), (2, 6)])
 def test_the_real_script_killed_at_file_operations_ends_like_an_undisturbed_run(ranks, points, images, tmp_path):
     flags = [*TINY, "--epochs", "1", "--saveckp_steps", "3", "--data_path", str(images)]
     flags += ["--batch_size_per_gpu", str(4 // ranks)]
