@@ -16,6 +16,7 @@ import argparse
 import math
 import sys
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from shared import distributed, randomness
-from shared.checkpoint import Checkpointer, load_latest
+from shared.checkpoint import Checkpointer, is_at_start, load_latest
 from shared.metrics import RunLog, feature_spread, rank_me
 from shared.multicrop import normalize_views
 from shared.not_finite import FiniteGuard
@@ -144,9 +145,9 @@ def train_deepclusterv2(args: argparse.Namespace) -> None:
         first_epoch, first_step = training.load(checkpoint)
         skipped_steps = checkpoint.get("skipped_steps", 0)
         official_memory = output_dir / f"mb{distributed.get_rank()}.pth"  # the official code has one file per rank
-        if "memory" in checkpoint and checkpoint["assignments"].shape[1] == num_images:
+        if (assigned := checkpoint.get("assignments")) is not None and assigned.shape[1] == num_images:
             memory_is_filled = memory.load_state_dict(checkpoint["memory"])
-            assignments = checkpoint["assignments"] if memory_is_filled else None
+            assignments = assigned if memory_is_filled else None
         elif official_memory.is_file():
             stored = safe_load(official_memory)
             memory.load_rows(stored["local_memory_index"], stored["local_memory_embeddings"])
@@ -161,8 +162,9 @@ def train_deepclusterv2(args: argparse.Namespace) -> None:
     with Checkpointer(
         output_dir / CHECKPOINT, state, args.saveckp_steps, args.saveckp_minutes, guard.is_good
     ) as checkpointer:
-        if checkpoint is None and knn.is_due(-1):
-            log.evaluation(0, 0, knn_top1=knn.run(trunk))
+        if is_at_start(checkpoint) and knn.is_due(-1):
+            stop = partial(checkpointer.stop_if_asked, 0, 0)
+            log.evaluation(0, 0, knn_top1=knn.run(trunk, stop))
         if not memory_is_filled and first_epoch < args.epochs:
             distributed.print_once("filling the memory: one pass over the images")
             data.sampler.set_epoch(first_epoch - 1)
@@ -195,9 +197,10 @@ def train_deepclusterv2(args: argparse.Namespace) -> None:
                 checkpointer=checkpointer,
             )
             first_step = 0
-            log.end_epoch(epoch, bad_images=data.bad_images.count(), **usage)
             if knn.is_due(epoch):
-                log.evaluation((epoch + 1) * steps_per_epoch, epoch + 1, knn_top1=knn.run(trunk))
+                stop = partial(checkpointer.stop_if_asked, epoch, steps_per_epoch)
+                log.evaluation((epoch + 1) * steps_per_epoch, epoch + 1, knn_top1=knn.run(trunk, stop))
+            log.end_epoch(epoch, bad_images=data.bad_images.count(), **usage)
             checkpointer.after_epoch(epoch, keep_as=numbered_checkpoint(epoch, args.epochs, args.checkpoint_freq))
     log.close()
     pictures = []

@@ -17,6 +17,7 @@ import argparse
 import math
 import sys
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from shared import distributed, randomness
-from shared.checkpoint import Checkpointer, load_latest
+from shared.checkpoint import Checkpointer, is_at_start, load_latest
 from shared.flags import bool_flag
 from shared.metrics import RunLog, feature_spread, rank_me
 from shared.multicrop import normalize_views
@@ -186,8 +187,9 @@ def train_swav(args: argparse.Namespace) -> None:
     with Checkpointer(
         output_dir / CHECKPOINT, state, args.saveckp_steps, args.saveckp_minutes, guard.is_good
     ) as checkpointer:
-        if checkpoint is None and knn.is_due(-1):
-            log.evaluation(0, 0, knn_top1=knn.run(trunk))
+        if is_at_start(checkpoint) and knn.is_due(-1):
+            stop = partial(checkpointer.stop_if_asked, 0, 0)
+            log.evaluation(0, 0, knn_top1=knn.run(trunk, stop))
         for epoch in range(first_epoch, args.epochs):
             if queue is None and queue_rows and epoch >= args.epoch_queue_starts:
                 queue = new_queue()
@@ -215,10 +217,11 @@ def train_swav(args: argparse.Namespace) -> None:
                 checkpointer=checkpointer,
             )
             first_step = 0
+            if knn.is_due(epoch):
+                stop = partial(checkpointer.stop_if_asked, epoch, steps_per_epoch)
+                log.evaluation((epoch + 1) * steps_per_epoch, epoch + 1, knn_top1=knn.run(trunk, stop))
             log.end_epoch(epoch, bad_images=data.bad_images.count(), **usage.of_epoch())
             usage.reset()
-            if knn.is_due(epoch):
-                log.evaluation((epoch + 1) * steps_per_epoch, epoch + 1, knn_top1=knn.run(trunk))
             checkpointer.after_epoch(epoch, keep_as=numbered_checkpoint(epoch, args.epochs, args.checkpoint_freq))
     log.close()
     pictures = save_pictures(trunk, data.dataset, knn, args.size_crops[0], output_dir, device) if args.pictures else []

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from shared import distributed, randomness
 from shared.attempt import Attempt
 from shared.batchnorm import synchronize_batchnorm
-from shared.checkpoint import check_flags, resume_position, without_prefix
+from shared.checkpoint import check_flags, restore, resume_position
 from shared.data import BadImages, EpochBatchSampler, default_num_workers, make_loader, open_source, short_side
 from shared.evaluation.knn_monitor import KNNMonitor, open_labelled
 from shared.image_cache import cache_images
@@ -199,7 +199,7 @@ class Resumable:
         """
         if "args" in checkpoint:  # the official checkpoints have none
             check_flags(checkpoint, self.args, NETWORK_FLAGS)
-        distributed.unwrap(self.network).load_state_dict(without_prefix(checkpoint["state_dict"], "module."))
+        restore(checkpoint, state_dict=distributed.unwrap(self.network))
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         for group in self.optimizer.param_groups:
             group["weight_decay"] = self.args.wd
