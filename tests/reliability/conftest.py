@@ -5,10 +5,13 @@ import pytest
 from tests.reliability.runs import Run, write_images
 
 
+FAST = ("test_files", "test_kill", "test_save", "test_signals", "test_silent_degradation")
+
+
 def pytest_collection_modifyitems(items):
-    """Every test here starts and kills training processes: they belong to `make test-slow`."""
+    """Tests here start and kill training processes: files that take minutes belong to `make test-slow` as a whole."""
     for item in items:
-        if Path(__file__).parent in item.path.parents:
+        if Path(__file__).parent in item.path.parents and item.path.stem not in FAST:
             item.add_marker(pytest.mark.slow)
 
 
