@@ -4,7 +4,6 @@ import pytest
 
 from tests.reliability.runs import Run, write_images
 
-
 FAST = ("test_files", "test_kill", "test_save", "test_signals", "test_silent_degradation")
 
 
