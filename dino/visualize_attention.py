@@ -18,7 +18,6 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image
-from sklearn.datasets import load_sample_image
 from torch import Tensor
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
@@ -264,6 +263,8 @@ def visualize_attention(args: argparse.Namespace) -> list[Path]:
     elif args.embedded:
         pixels = open_source(None, "val").load(DIGIT).decode()
     else:
+        from sklearn.datasets import load_sample_image  # a second of SciPy, of which the training needs nothing
+
         pixels = load_sample_image("flower.jpg")
     in_chans, output_dir = input_channels(model), Path(args.output_dir)
     image = prepare_image(pixels, args.image_size, in_chans).to(device)

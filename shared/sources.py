@@ -212,7 +212,7 @@ def check_same_classes(train: ImageSource, val: ImageSource) -> None:
 
 
 def _embedded_digits(split: str) -> ArraySource:
-    from sklearn.datasets import load_digits  # with SciPy a fifth of the start of a script, which few runs need
+    from sklearn.datasets import load_digits  # a second of SciPy, which few runs need
 
     digits = load_digits()
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # grey levels 0..16

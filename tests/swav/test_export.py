@@ -42,7 +42,7 @@ def test_resnet50_goes_to_torchvision_and_timm(tmp_path):
 
 
 def test_a_network_of_timm_alone_is_exported(tmp_path):
-    files = export(load_backbone("xcit_nano_12_p16", "random"), "xcit_nano_12_p16", tmp_path, [64, 64])
+    files = export(load_backbone("test_resnet", "random"), "test_resnet", tmp_path, [64, 64])
     assert set(files) == {"safetensors", "onnx", "timm"}
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in files.values())
 
