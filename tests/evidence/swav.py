@@ -17,10 +17,10 @@ from swav.augmentations import MEAN, STD
 from tests.evidence.runs import PixelFeatures, Variant, in_parallel, linear, main, run_all, spread, table, write
 
 RUN = "--num_workers 0 --pictures off --checkpoint_freq 0"
-# What is not given here is as in EMBEDDED_DATA_DEFAULTS of main_swav.py: 30 prototypes, batches of 64, 12 epochs.
-# Both kinds of crops see 12 x 2 x 32^2 = 8 x (2 x 32^2 + 4 x 16^2) pixels of every image.
-DIGITS = f"{RUN} --log_freq 22"
-MULTI_CROP = "--epochs 8 --nmb_crops 2 4 --size_crops 32 16 --min_scale_crops 0.6 0.3 --max_scale_crops 1 0.6"
+# What is not given here is as in EMBEDDED_DATA_DEFAULTS of main_swav.py: 30 prototypes, batches of 64.
+# Both kinds of crops see 18 x 2 x 32^2 = 12 x (2 x 32^2 + 4 x 16^2) pixels of every image.
+DIGITS = f"{RUN} --log_freq 22 --epochs 18"
+MULTI_CROP = "--epochs 12 --nmb_crops 2 4 --size_crops 32 16 --min_scale_crops 0.6 0.3 --max_scale_crops 1 0.6"
 # a quarter of the batch: a quarter of the learning rate, and four times as many steps with frozen prototypes
 SMALL_BATCH = "--batch_size 16 --base_lr 0.5 --freeze_prototypes_niters 264 --log_freq 89"
 CLAIMS = [
