@@ -26,7 +26,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from deepcluster.augmentations import MEAN, STD
 from deepcluster.backbones import build_network
-from deepcluster.clustering import Clusters, cluster, gather_rows, pca_whiten
+from deepcluster.clustering import Clusters, cluster, pca_whiten
 from deepcluster.networks import ClusterNetwork, new_top_layer
 from deepcluster.report import save_clusters, save_pictures, summary
 from deepcluster.sampling import SAMPLERS, cluster_lists, draw_epoch, pseudo_labels
@@ -175,7 +175,6 @@ def train_deepcluster(args: argparse.Namespace) -> None:
             seed = randomness.derive_seed(args.seed, epoch, CLUSTERING)
             clusters = cluster_features(
                 features,
-                len(source),
                 pca_dim=args.pca_dim,
                 method=args.clustering,
                 nmb_cluster=args.nmb_cluster,
@@ -252,7 +251,6 @@ def train_deepcluster(args: argparse.Namespace) -> None:
 
 def cluster_features(
     features: Tensor,
-    num_images: int,
     *,
     pca_dim: int,
     method: str,
@@ -261,11 +259,11 @@ def cluster_features(
     backend: str,
     device: torch.device,
 ) -> Clusters:
-    """Whiten this process's share of the features, (n, D), and cluster those of all ``num_images`` images."""
+    """Whiten this process's share of the features, (n, D), and cluster those of all processes."""
     whitened, with_variance = pca_whiten(features, pca_dim, device)
     if with_variance < pca_dim:
         distributed.print_once(f"the features vary in {with_variance} directions only, fewer than --pca_dim {pca_dim}")
-    return cluster(gather_rows(whitened, num_images), method, nmb_cluster, seed, backend)
+    return cluster(whitened, method, nmb_cluster, seed, backend)
 
 
 def build_sgd(module: nn.Module, lr: float, momentum: float, weight_decay: float) -> torch.optim.SGD:
