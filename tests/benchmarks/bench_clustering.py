@@ -14,7 +14,7 @@ DeepCluster-v2, 10 iterations on the whitened features:
 - ``faiss``: spherical k-means of faiss;
 - ``torch``: spherical k-means in torch, as the training runs it.
 
-Then N is divided and K halved and doubled, to see how the steps grow; exponents are slopes in log-log scale (1: linear).
+Then N and K vary, to see how the steps grow; exponents are slopes in log-log scale (1: linear).
 """
 
 import argparse
