@@ -271,9 +271,8 @@ def build_sgd(module: nn.Module, lr: float, momentum: float, weight_decay: float
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay, fused=True)
     if momentum:
-        for (
-            p
-        ) in parameters:  # from 0 it is the same update; torch's fused SGD keeps garbage if the first one is skipped
+        # from 0 it is the same update; torch's fused SGD keeps garbage if the first one is skipped
+        for p in parameters:
             optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return optimizer
 
