@@ -40,7 +40,7 @@ COLUMNS = {
 }
 
 CIFAR10_SIZE = 36
-CIFAR10 = f"--arch resnet18 --sobel --crop_size {CIFAR10_SIZE} --crop_scale 0.3 1 --pca_dim 128 --batch 64 --epochs 8"
+CIFAR10 = f"--arch resnet18 --sobel --crop_size {CIFAR10_SIZE} --crop_scale 0.3 1 --pca_dim 128 --batch 64 --epochs 5"
 CIFAR10_VARIANTS = [
     Variant("100 clusters", f"{RUN} {CIFAR10} --k 100"),
     Variant("10 clusters, as many as classes", f"{RUN} {CIFAR10} --k 10"),
