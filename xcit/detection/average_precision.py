@@ -19,7 +19,9 @@ def box_iou(detections: np.ndarray, objects: np.ndarray, crowd: np.ndarray) -> n
 
 def mask_iou(detections: np.ndarray, objects: np.ndarray, crowd: np.ndarray) -> np.ndarray:
     """The same for masks (D, H, W) and (G, H, W) of 0 and 1."""
-    flat = [masks.reshape(len(masks), -1).astype(np.float32) for masks in (detections, objects)]
+    flat = [
+        masks.reshape(len(masks), masks.shape[1] * masks.shape[2]).astype(np.float32) for masks in (detections, objects)
+    ]
     return _over_union(flat[0] @ flat[1].T, flat[0].sum(axis=1), flat[1].sum(axis=1), crowd)
 
 

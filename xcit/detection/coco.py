@@ -99,10 +99,27 @@ def read_mask(segmentation: list | dict, height: int, width: int) -> np.ndarray:
         return runs.astype(np.uint8).reshape(width, height).T
     mask = np.zeros((height, width), dtype=np.uint8)
     for polygon in segmentation:
-        # pixel (i, j) covers [j, j + 1] x [i, i + 1]; OpenCV puts its centre at (j, i)
-        corners = ((np.array(polygon).reshape(-1, 2) - 0.5) * 16).round().astype(np.int32)
-        cv2.fillPoly(mask, [corners], 1, shift=4)
+        draw_polygon(mask, np.array(polygon, dtype=np.float64).reshape(-1, 2))
     return mask
+
+
+def draw_polygon(mask: np.ndarray, corners: np.ndarray, zoom: int = 4) -> None:
+    """Set the pixels of which more than half lie inside a polygon; pixel (i, j) covers [j, j + 1] x [i, i + 1].
+
+    OpenCV draws borders too, so the polygon is drawn several times as large and counted.
+
+    Args:
+        corners: (K, 2), x and y.
+        zoom: How many times as large; borders are off by half a pixel at this size.
+    """
+    left, top = np.floor(corners.min(axis=0)).astype(int).clip(0)
+    right, bottom = np.ceil(corners.max(axis=0)).astype(int).clip(0, mask.shape[::-1])
+    if right <= left or bottom <= top:
+        return
+    canvas = np.zeros(((bottom - top) * zoom, (right - left) * zoom), dtype=np.uint8)
+    cv2.fillPoly(canvas, [((corners - [left, top]) * zoom - 0.5).round().astype(np.int32)], 1)
+    covered = canvas.reshape(bottom - top, zoom, right - left, zoom).mean(axis=(1, 3))
+    mask[top:bottom, left:right] |= (covered > 0.5).astype(np.uint8)
 
 
 def flip(pixels: np.ndarray, target: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
