@@ -1,6 +1,7 @@
 """Detection: COCO's layout, average precision from its definition, training, resuming, official trunks."""
 
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -175,7 +176,16 @@ class Stop(Exception):
     pass
 
 
-def test_training_evaluation_and_an_exact_resume(data, tmp_path, monkeypatch, small_networks, capsys):
+@pytest.fixture
+def small_heads(monkeypatch):
+    """A narrow neck, few proposals: the detector's heads are torchvision's."""
+    few = {"box_batch_size_per_image": 8, "box_detections_per_img": 4}
+    few |= {f"rpn_{when}_nms_top_n_{part}": 12 for when in ("pre", "post") for part in ("train", "test")}
+    monkeypatch.setattr(main, "NECK_CHANNELS", 8)
+    monkeypatch.setattr(main, "MaskRCNN", partial(main.MaskRCNN, **few))
+
+
+def test_training_evaluation_and_an_exact_resume(data, tmp_path, monkeypatch, small_networks, small_heads, capsys):
     written = train(data, tmp_path / "whole")
     assert len(losses(tmp_path / "whole")) == 4
     assert {"loss_mask", "loss_box_reg", "loss_objectness", "lr"} <= written[0].keys()

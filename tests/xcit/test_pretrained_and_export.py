@@ -59,9 +59,9 @@ def test_other_networks_and_bad_weights_are_refused(network, tmp_path):
     state = network.state_dict()
     with pytest.raises(WeightMismatch, match=r"does not fill the network.*blocks\.0\.gamma1"):
         fill(network, {name: value for name, value in state.items() if name != "blocks.0.gamma1"}, "the file")
-    with pytest.raises(WeightMismatch, match="norm.weight holds values that are not finite"):
+    with pytest.raises(WeightMismatch, match=r"norm\.weight holds values that are not finite"):
         fill(network, state | {"norm.weight": torch.full((32,), torch.nan)}, "the file")
-    with pytest.raises(ValueError, match="--pretrained nowhere.pth is not a file"):
+    with pytest.raises(ValueError, match=r"--pretrained nowhere\.pth is not a file"):
         load_network(NAME, "nowhere.pth")
 
 

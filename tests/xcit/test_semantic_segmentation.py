@@ -86,6 +86,8 @@ def test_missing_files_are_named(data, tmp_path):
 
 
 def test_training_evaluation_and_an_exact_resume(data, tmp_path, monkeypatch, small_networks, capsys):
+    monkeypatch.setattr(main, "NECK_CHANNELS", 8)
+    monkeypatch.setattr(main, "HEAD_CHANNELS", 8)
     written = train(data, tmp_path / "whole")
     assert len(losses(tmp_path / "whole")) == 3
     rates = [line["lr"] for line in written if "lr" in line]
