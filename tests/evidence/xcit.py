@@ -34,7 +34,8 @@ NETWORKS = {"XCiT": "xcit_tiny_12_p16", "ViT": "deit_tiny_patch16_224", "ResNet"
 DISTILLED, SELF_SUPERVISED = "XCiT distilled from the ResNet", "DINO with XCiT and with a ViT"
 COMMON = (
     f"--input-size {SIDE_PX} --batch-size 64 --warmup-epochs 1 --lr 0.004 --drop-path 0 --no-repeated-aug "
-    "--no-model-ema --mixup 0.2 --cutmix 1 --reprob 0 --full_crop --num_workers 0 --log_freq 50 --pictures off --device cpu"
+    "--no-model-ema --mixup 0.2 --cutmix 1 --reprob 0 --full_crop --num_workers 0 --log_freq 50 --pictures off "
+    "--device cpu"
 )
 COLUMNS = {"acc_last": "top-1", "loss": "training loss"}
 
