@@ -125,7 +125,7 @@ def start(args: argparse.Namespace) -> tuple[torch.device, Path]:
     keep_freed_memory()
     randomness.seed_everything(args.seed)
     output_dir = Path(args.output_dir)
-    if distributed.is_main_process():
+    if distributed.is_main_process() and not args.eval:  # an evaluation leaves a run that is going on alone
         output_dir.mkdir(parents=True, exist_ok=True)
         Attempt.current().claim(output_dir)
     distributed.barrier()
