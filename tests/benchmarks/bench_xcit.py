@@ -119,7 +119,8 @@ def measure(kind: str, work: str, patch_size: int, side: int, args: argparse.Nam
 
 
 def in_a_process(*arguments) -> dict:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["timm", "matplotlib.figure", "shared.pictures"])  # every process starts at once
     with context.Pool(1) as pool:
         return pool.apply(measure, arguments)
 

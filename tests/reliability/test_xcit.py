@@ -1,12 +1,9 @@
 """SIGKILL at any instant of XCiT's supervised training: weights, average and mixed batches come back bit for bit."""
 
-import random
-import time
-
 import pytest
 
 from shared.checkpoint import load_latest
-from tests.reliability.runs import Run, Script, assert_same_run, log_lines, start_ranks
+from tests.reliability.runs import Run, Script, assert_same_run, kill_at_random_instants, log_lines, start_ranks
 from tests.xcit.training_runs import shrink_networks
 
 FLAGS = (
@@ -21,21 +18,7 @@ XCIT = Script("xcit.main", tuple(FLAGS.split()), shrink_networks)
 def test_runs_killed_at_random_instants_end_like_an_uninterrupted_one(kills, images, tmp_path):
     uninterrupted = tmp_path / "uninterrupted"
     Run(uninterrupted, "--data_path", images, script=XCIT).assert_ends()
-    rng = random.Random(kills)
-    killed, finished = 0, 0
-    while killed < kills:
-        folder = tmp_path / str(finished)
-        while True:
-            run = Run(folder, "--data_path", images, "--num_workers", killed % 3, script=XCIT)
-            if killed < kills:
-                run.wait_for(lambda folder=folder: (folder / "attempt.json").exists())
-                time.sleep(rng.uniform(0, 2))
-                run.kill()
-            if run.exit_code() == 0:
-                break
-            assert run.exit_code() == -9, run.output()
-            killed += 1
-        finished += 1
+    for folder in kill_at_random_instants(tmp_path, kills, "--data_path", images, script=XCIT):
         assert_same_run(folder, uninterrupted)
     steps = [line["step"] for line in log_lines(uninterrupted) if "loss" in line]
     assert steps == list(range(1, len(steps) + 1)) and len(steps) > 8
