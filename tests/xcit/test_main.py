@@ -278,6 +278,7 @@ def test_distillation_from_networks_of_timm_and_torchvision(teacher, kind, image
         ("--mixup", 0, "--cutmix", 0, "--opt", "lamb", "--in_chans", 1, "--input-size", 33, "--remode", "const"),
         ("--repeated-aug", "--aa", "none", "--model-ema-force-cpu", "--opt", "momentum", "--sched", "step"),
         ("--model", "test_vit", "--input-size", 32, "--no-model-ema"),
+        ("--amp", "bf16", "--drop-path", 0.1, "--drop", 0.1),
     ],
 )
 def test_other_recipes_and_networks_train(flags, images, tmp_path, small_networks):
