@@ -227,6 +227,11 @@ def test_eval_repeats_the_last_evaluation_and_leaves_the_folder_alone(finished, 
     assert "going on" in (finished / "attempt.json").read_text()
 
 
+def test_eval_needs_no_training_images(finished, images, capsys, small_networks):
+    main.train_xcit(parse_args([*TINY, "--eval", "--val_path", str(images), "--output_dir", str(finished)]))
+    assert f"{images}: 24 images, 3 classes: top-1" in capsys.readouterr().out
+
+
 def test_eval_of_a_network_without_a_fitting_classifier_is_refused(finished, images, tmp_path, small_networks):
     state = state_of(finished)["model"]
     del state["head.weight"], state["head.bias"]
