@@ -103,7 +103,7 @@ def test_stochastic_depth_is_the_same_for_every_block_and_keeps_the_mean():
 
 def test_images_of_another_size_and_patches_that_do_not_fill_one_are_refused():
     network = ResMLP(img_size=32, patch_size=16, embed_dim=8, depth=1)
-    with pytest.raises(ValueError, match="32x48 pixels do not fit a network for 32x32.*exactly 4 patches"):
+    with pytest.raises(ValueError, match=r"32x48 pixels do not fit a network for 32x32.*exactly 4 patches"):
         network(torch.zeros(1, 3, 32, 48))
     with pytest.raises(ValueError, match="patches of 16 pixels do not fill an image of 40 pixels"):
         ResMLP(img_size=40, patch_size=16)
