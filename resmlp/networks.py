@@ -1,0 +1,51 @@
+"""Classifiers by name: ResMLP, then timm's networks, then torchvision's. None of it needs the internet."""
+
+import difflib
+
+import timm
+import torchvision
+from torch import nn
+
+from .resmlp_models import ARCHITECTURES
+
+
+def build_network(
+    name: str,
+    num_classes: int,
+    img_size: int = 224,
+    patch_size: int | None = None,
+    in_chans: int = 3,
+    drop_rate: float = 0.0,
+    drop_path_rate: float = 0.0,
+) -> nn.Module:
+    """A randomly initialised network that maps images (B, C, H, W) to logits (B, num_classes).
+
+    Args:
+        name: A published ResMLP (``resmlp_24``), or, to compare with, a model of timm or of torchvision.
+        img_size: Side of the images in pixels, for networks whose weights depend on it.
+        patch_size: Side of ResMLP's patches in pixels; None: the published one.
+        drop_rate: Dropout.
+        drop_path_rate: Stochastic depth in [0, 1); not in torchvision's networks.
+
+    Raises:
+        ValueError: If the name is unknown, or the patches do not fill the image.
+    """
+    options = {"num_classes": num_classes, "in_chans": in_chans, "drop_rate": drop_rate}
+    options["drop_path_rate"] = drop_path_rate
+    if name in ARCHITECTURES:
+        patches = {} if patch_size is None else {"patch_size": patch_size}
+        return ARCHITECTURES[name](img_size=img_size, **patches, **options)
+    if patch_size is not None:
+        raise ValueError(f"--patch-size {patch_size}: that of --model {name} is part of its name")
+    if timm.is_model(name):
+        try:
+            return timm.create_model(name, img_size=img_size, **options)
+        except TypeError:  # convolutional networks have no image size
+            return timm.create_model(name, **options)
+    if name in torchvision.models.list_models(module=torchvision.models) and in_chans == 3:
+        return torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+    close = difflib.get_close_matches(name, [*ARCHITECTURES, *timm.list_models()], n=3)
+    raise ValueError(
+        f"--model {name} is unknown{'; did you mean ' + ', '.join(close) + '?' if close else '.'} Known are "
+        f"{', '.join(ARCHITECTURES)}, and the models of timm and torchvision."
+    )
