@@ -1,8 +1,8 @@
 """Entry points of ``torch.hub``.
 
 torch.hub.load("/path/to/this/repository", "dino_vits16", source="local") returns a backbone that maps normalised
-images (B, 3, H, W) to features (B, D). The environment variables DINO_WEIGHTS_URL and SWAV_WEIGHTS_URL replace the
-addresses of the weights.
+images (B, 3, H, W) to features (B, D); ``resmlp_*`` are classifiers. The environment variables DINO_WEIGHTS_URL,
+SWAV_WEIGHTS_URL and RESMLP_WEIGHTS_URL replace the addresses of the weights.
 """
 
 from torch import nn
@@ -10,6 +10,8 @@ from torch import nn
 from dino import pretrained as _pretrained
 from dino import vision_transformer as _vision_transformer
 from dino.networks import build_backbone as _build_backbone
+from resmlp import pretrained as _resmlp_pretrained
+from resmlp import resmlp_models as _resmlp_models
 from shared.weights import load_backbone_weights as _load_backbone_weights
 from swav import pretrained as _swav_pretrained
 from swav import resnet50 as _swav_resnets
@@ -110,3 +112,34 @@ def deepclusterv2_resnet50(pretrained: bool = True, **kwargs) -> nn.Module:
 def selav2_resnet50(pretrained: bool = True, **kwargs) -> nn.Module:
     """SeLa-v2, 400 epochs: ResNet-50, 2048 dimensions (linear 71.8 on ImageNet)."""
     return _swav("selav2_400ep", pretrained, **kwargs)
+
+
+def _resmlp(arch: str, variant: str, pretrained: bool, **kwargs) -> nn.Module:
+    build = _resmlp_models.ARCHITECTURES[arch]
+    if not pretrained:
+        return build(**kwargs)
+    release = f"{arch}_{variant}"
+    tensors = _resmlp_pretrained.read_weights(release)
+    network = build(**{"num_classes": _resmlp_pretrained.shape_of(tensors, release)["num_classes"], **kwargs})
+    _resmlp_pretrained.fill(network, tensors, release)
+    return network
+
+
+def resmlp_12(pretrained: bool = True, dist: bool = False, dino: bool = False, **kwargs) -> nn.Module:
+    """ResMLP-S12 (76.6 on ImageNet; ``dist``: distilled, 77.8; ``dino``: self-supervised, k-NN 62.6)."""
+    return _resmlp("resmlp_12", "dist" if dist else "dino" if dino else "no_dist", pretrained, **kwargs)
+
+
+def resmlp_24(pretrained: bool = True, dist: bool = False, dino: bool = False, **kwargs) -> nn.Module:
+    """ResMLP-S24 (79.4 on ImageNet; ``dist``: distilled, 80.8; ``dino``: self-supervised, k-NN 69.4)."""
+    return _resmlp("resmlp_24", "dist" if dist else "dino" if dino else "no_dist", pretrained, **kwargs)
+
+
+def resmlp_36(pretrained: bool = True, dist: bool = False, **kwargs) -> nn.Module:
+    """ResMLP-S36 (79.7 on ImageNet; ``dist``: distilled, 81.1)."""
+    return _resmlp("resmlp_36", "dist" if dist else "no_dist", pretrained, **kwargs)
+
+
+def resmlpB_24(pretrained: bool = True, dist: bool = False, in_22k: bool = False, **kwargs) -> nn.Module:
+    """ResMLP-B24/8 (``dist``: distilled, 83.6 on ImageNet; ``in_22k``: first trained on ImageNet-22k, 84.4)."""
+    return _resmlp("resmlpB_24", "dist" if dist else "22k" if in_22k else "no_dist", pretrained, **kwargs)

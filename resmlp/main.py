@@ -49,7 +49,7 @@ from shared.supervised.optimizer import build_timm_optimizer, build_timm_schedul
 from shared.supervised.transforms import TrainTransform, eval_transform
 
 # What replaces the official defaults when no --data_path is given: digits of 8x8 pixels need small patches and little
-# augmentation, and a run of minutes no warm-up (its first two epochs would hardly learn) and no average of so many steps.
+# augmentation, and a run of minutes no warm-up (its first two epochs would hardly learn) and a shorter average.
 EMBEDDED_DATA_DEFAULTS = {
     "model": "resmlp_12",
     "input_size": 16,
@@ -78,8 +78,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = add_data_flags(parser)
     add("--num_workers", type=int, default=None,
         help="loader processes per rank; None: cores per rank less one, at most 10")  # fmt: skip
-    add("--data-set", default="IMNET", choices=("CIFAR", *DATA_SETS), help="CIFAR (or CIFAR100), CIFAR10: --data_path "
-        "is where torchvision keeps it; INAT: it holds iNaturalist's JSON files; else images in class folders")  # fmt: skip
+    add("--data-set", default="IMNET", choices=("CIFAR", *DATA_SETS), help="CIFAR (CIFAR100), CIFAR10: --data_path is "
+        "where torchvision keeps it; INAT: it holds iNaturalist's JSON files; else images in folders")  # fmt: skip
     add("--inat-category", default="name", choices=INAT_CATEGORIES, help="what to classify in iNaturalist")
 
     add = parser.add_argument_group("network").add_argument

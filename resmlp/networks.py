@@ -35,14 +35,15 @@ def build_network(
     if name in ARCHITECTURES:
         patches = {} if patch_size is None else {"patch_size": patch_size}
         return ARCHITECTURES[name](img_size=img_size, **patches, **options)
-    if patch_size is not None:
+    in_torchvision = name in torchvision.models.list_models(module=torchvision.models) and in_chans == 3
+    if patch_size is not None and (timm.is_model(name) or in_torchvision):
         raise ValueError(f"--patch-size {patch_size}: that of --model {name} is part of its name")
     if timm.is_model(name):
         try:
             return timm.create_model(name, img_size=img_size, **options)
         except TypeError:  # convolutional networks have no image size
             return timm.create_model(name, **options)
-    if name in torchvision.models.list_models(module=torchvision.models) and in_chans == 3:
+    if in_torchvision:
         return torchvision.models.get_model(name, weights=None, num_classes=num_classes)
     close = difflib.get_close_matches(name, [*ARCHITECTURES, *timm.list_models()], n=3)
     raise ValueError(

@@ -13,7 +13,7 @@ from shared import distributed
 from shared.supervised.distillation import fetch_file
 from shared.weights import CLASSIFIERS, WeightMismatch, download, safe_load, select_backbone_weights
 
-from .resmlp_models import ARCHITECTURES, ResMLP, resize_cross_patch_layers
+from .resmlp_models import ResMLP, resize_cross_patch_layers
 
 BASE_URL = "https://dl.fbaipublicfiles.com/deit/"
 RUN_ON_DIGITS = "runs/digits/checkpoint.pth"  # where main.py leaves the network of the embedded data
@@ -174,13 +174,3 @@ def load_network(
     network = ResMLP(**shape)
     fill(network, tensors, str(pretrained))
     return network.eval().requires_grad_(False)
-
-
-def architecture_of(network: ResMLP) -> str | None:
-    """The published name of a network of that width and depth; None if there is none."""
-    for name, build in ARCHITECTURES.items():
-        with torch.device("meta"):
-            published = build(num_classes=0)
-        if (published.embed_dim, len(published.blocks)) == (network.embed_dim, len(network.blocks)):
-            return name
-    return None
