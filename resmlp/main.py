@@ -48,16 +48,18 @@ from shared.supervised.evaluation import evaluate_classifier
 from shared.supervised.optimizer import build_timm_optimizer, build_timm_schedule, clip_and_step, set_learning_rate
 from shared.supervised.transforms import TrainTransform, eval_transform
 
-# What replaces the official defaults when no --data_path is given: digits of 8x8 pixels need small patches and little
+# What replaces the official defaults when no --data_path is given: digits of 8x8 pixels need a small network and little
 # augmentation, and a run of minutes no warm-up (its first two epochs would hardly learn) and a shorter average.
 EMBEDDED_DATA_DEFAULTS = {
     "model": "resmlp_12",
-    "input_size": 16,
+    "input_size": 32,
     "patch_size": 4,
+    "embed_dim": 96,
+    "depth": 4,
     "batch_size": 32,
-    "epochs": 4,
+    "epochs": 6,
     "drop_path": 0.0,
-    "lr": 0.008,
+    "lr": 0.05,
     "warmup_epochs": 0,
     "model_ema_decay": 0.98,
     "aa": "none",
@@ -68,7 +70,7 @@ EMBEDDED_DATA_DEFAULTS = {
     "output_dir": "runs/digits",
 }
 LEAST = {"epochs": 1, "batch_size": 1, "log_freq": 1, "input_size": 1, "start_epoch": 0}
-NETWORK_FLAGS = ("model", "input_size", "patch_size", "in_chans")
+NETWORK_FLAGS = ("model", "input_size", "patch_size", "embed_dim", "depth", "in_chans")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -87,6 +89,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         "model")  # fmt: skip
     add("--input-size", type=int, default=224, help="side of the images in pixels")
     add("--patch-size", type=int, default=None, help="side of ResMLP's patches in pixels; None: the published one")
+    add("--embed-dim", type=int, default=None, help="channels of ResMLP; None: the published ones")
+    add("--depth", type=int, default=None, help="blocks of ResMLP; None: the published ones")
     add("--drop", type=float, default=0.0, help="dropout")
     add("--drop-path", type=float, default=0.1, help="stochastic depth")
     add("--finetune", default="", help="weights to start from: the name of a release (resmlp_24_dist), a file or an "
@@ -241,7 +245,15 @@ def train_resmlp(args: argparse.Namespace) -> None:
 
     # network
     network = build_network(
-        args.model, num_classes, args.input_size, args.patch_size, args.in_chans, args.drop, args.drop_path
+        args.model,
+        num_classes,
+        args.input_size,
+        args.in_chans,
+        args.drop,
+        args.drop_path,
+        patch_size=args.patch_size,
+        embed_dim=args.embed_dim,
+        depth=args.depth,
     )
     if args.eval:
         origin = args.resume or args.finetune or str(output_dir / "checkpoint.pth")

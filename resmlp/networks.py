@@ -13,31 +13,32 @@ def build_network(
     name: str,
     num_classes: int,
     img_size: int = 224,
-    patch_size: int | None = None,
     in_chans: int = 3,
     drop_rate: float = 0.0,
     drop_path_rate: float = 0.0,
+    **sizes: int | None,
 ) -> nn.Module:
     """A randomly initialised network that maps images (B, C, H, W) to logits (B, num_classes).
 
     Args:
         name: A published ResMLP (``resmlp_24``), or, to compare with, a model of timm or of torchvision.
         img_size: Side of the images in pixels, for networks whose weights depend on it.
-        patch_size: Side of ResMLP's patches in pixels; None: the published one.
         drop_rate: Dropout.
         drop_path_rate: Stochastic depth in [0, 1); not in torchvision's networks.
+        sizes: ``patch_size``, ``embed_dim`` and ``depth`` of a ResMLP; None: the published one.
 
     Raises:
         ValueError: If the name is unknown, or the patches do not fill the image.
     """
     options = {"num_classes": num_classes, "in_chans": in_chans, "drop_rate": drop_rate}
     options["drop_path_rate"] = drop_path_rate
+    sizes = {size: value for size, value in sizes.items() if value is not None}
     if name in ARCHITECTURES:
-        patches = {} if patch_size is None else {"patch_size": patch_size}
-        return ARCHITECTURES[name](img_size=img_size, **patches, **options)
+        return ARCHITECTURES[name](img_size=img_size, **sizes, **options)
     in_torchvision = name in torchvision.models.list_models(module=torchvision.models) and in_chans == 3
-    if patch_size is not None and (timm.is_model(name) or in_torchvision):
-        raise ValueError(f"--patch-size {patch_size}: that of --model {name} is part of its name")
+    if sizes and (timm.is_model(name) or in_torchvision):
+        given = " ".join(f"--{size.replace('_', '-')} {value}" for size, value in sizes.items())
+        raise ValueError(f"{given}: the sizes of --model {name} are part of its name")
     if timm.is_model(name):
         try:
             return timm.create_model(name, img_size=img_size, **options)

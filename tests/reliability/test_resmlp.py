@@ -6,7 +6,7 @@ import time
 import pytest
 
 from tests.reliability.runs import Run, Script, assert_same_run, start_ranks
-from tests.resmlp.training_runs import TINY, shrink_networks
+from tests.resmlp.training_runs import TINY
 
 
 def few_sentences() -> None:
@@ -16,9 +16,7 @@ def few_sentences() -> None:
     main.GENERATED_PAIRS = {"train": 60, "valid": 4, "test": 2}
 
 
-SUPERVISED = Script(
-    "resmlp.main", (*TINY, *"--batch-size 4 --epochs 2 --drop-path 0.2 --saveckp_steps 1".split()), shrink_networks
-)
+SUPERVISED = Script("resmlp.main", (*TINY, *"--batch-size 4 --epochs 2 --drop-path 0.2 --saveckp_steps 1".split()))
 TRANSLATION = Script(
     "resmlp.translation.main",
     tuple(

@@ -162,7 +162,7 @@ def test_a_network_of_published_size_is_exported_to_timm(tmp_path):
     torch.testing.assert_close(twin(images), network(images), rtol=1e-4, atol=1e-5)
 
 
-def test_the_launcher_trains_in_this_process(images, tmp_path, small_networks):
+def test_the_launcher_trains_in_this_process(images, tmp_path):
     flags = [*TINY, "--data_path", str(images), "--output_dir", str(tmp_path / "%j"), "--cluster", "debug"]
     run_with_submitit.main(flags)
     assert (tmp_path / "debug" / "checkpoint.pth").exists()

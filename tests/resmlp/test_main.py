@@ -90,7 +90,7 @@ def test_wrong_flags_are_refused(flags, message, capsys):
         (["--data_path", "/no/such/folder"], "--data_path /no/such/folder"),
         (["--model", "resmlp_13"], "did you mean resmlp_"),
         (["--patch-size", 3], "patches of 3 pixels do not fill an image of 16 pixels"),
-        (["--model", "test_resnet"], "--patch-size 4: that of --model test_resnet"),
+        (["--model", "test_resnet"], "--patch-size 4 --embed-dim 16 --depth 2: the sizes of --model test_resnet"),
         (["--eval"], r"--eval: the checkpoint .*checkpoint\.pth is not a file"),
         (["--resume", "nowhere.pth"], r"--resume nowhere\.pth"),
         (["--finetune", "nowhere.pth"], r"--finetune nowhere\.pth is not a file"),
@@ -100,7 +100,7 @@ def test_wrong_flags_are_refused(flags, message, capsys):
         ),
     ],
 )
-def test_bad_input_is_one_clear_message(flags, message, images, tmp_path, small_networks):
+def test_bad_input_is_one_clear_message(flags, message, images, tmp_path):
     with pytest.raises(ValueError, match=message):
         train(tmp_path, "--data_path", images, *flags)
 
@@ -121,9 +121,7 @@ class Stop(Exception):
 
 
 @pytest.mark.parametrize("stop_after", [1, 3])
-def test_a_run_stopped_anywhere_ends_like_an_uninterrupted_one(
-    finished, images, tmp_path, monkeypatch, stop_after, small_networks
-):
+def test_a_run_stopped_anywhere_ends_like_an_uninterrupted_one(finished, images, tmp_path, monkeypatch, stop_after):
     clip_and_step, calls = main.clip_and_step, []
 
     def stop(*args):
@@ -146,7 +144,7 @@ def test_a_run_stopped_anywhere_ends_like_an_uninterrupted_one(
     assert_same(*states, "checkpoint")
 
 
-def test_a_checkpoint_of_the_official_code_is_gone_on_with(finished, images, tmp_path, small_networks, monkeypatch):
+def test_a_checkpoint_of_the_official_code_is_gone_on_with(finished, images, tmp_path, monkeypatch):
     flags = ("--data_path", images, *EVERYTHING)
     after_epoch = main.Checkpointer.after_epoch
 
@@ -175,7 +173,7 @@ def test_a_checkpoint_of_the_official_code_is_gone_on_with(finished, images, tmp
         train(tmp_path / "flat", *flags, "--resume", tmp_path / "flat.pth")
 
 
-def test_eval_repeats_the_last_evaluation_also_of_a_flat_file(finished, images, tmp_path, capsys, small_networks):
+def test_eval_repeats_the_last_evaluation_also_of_a_flat_file(finished, images, tmp_path, capsys):
     last = [line for line in lines(finished) if "test_acc1" in line][-1]
     torch.save(state_of(finished)["model"], tmp_path / "flat.pth")
     train(finished, "--data_path", images, "--eval")
@@ -188,7 +186,7 @@ def test_eval_repeats_the_last_evaluation_also_of_a_flat_file(finished, images, 
         train(tmp_path / "run", "--data_path", images, "--eval", "--finetune", tmp_path / "backbone.pth")
 
 
-def test_finetuning_at_another_resolution_and_for_other_classes(finished, images, tmp_path, small_networks, capsys):
+def test_finetuning_at_another_resolution_and_for_other_classes(finished, images, tmp_path, capsys):
     two = shutil.copytree(images, tmp_path / "two")
     shutil.rmtree(two / "class2")
     flags = ("--finetune", finished / "checkpoint.pth", "--input-size", 24, "--lr", 0, "--warmup-lr", 0, "--min-lr", 0)
@@ -202,7 +200,7 @@ def test_finetuning_at_another_resolution_and_for_other_classes(finished, images
     assert "ema_acc1" in lines(tmp_path / "run")[-1]
 
 
-def test_attn_only_trains_the_cross_patch_layers_and_the_classifier(finished, images, tmp_path, small_networks):
+def test_attn_only_trains_the_cross_patch_layers_and_the_classifier(finished, images, tmp_path):
     flags = ("--finetune", finished / "checkpoint.pth", "--attn-only", "--lr", 0.05)
     train(tmp_path, "--data_path", images, *flags)
     before, after = (state_of(folder)["model"] for folder in (finished, tmp_path))
@@ -212,7 +210,7 @@ def test_attn_only_trains_the_cross_patch_layers_and_the_classifier(finished, im
 
 
 @pytest.mark.parametrize("kind", ["soft", "hard"])
-def test_a_student_learns_what_its_teacher_says(kind, images, tmp_path, small_networks):
+def test_a_student_learns_what_its_teacher_says(kind, images, tmp_path):
     """The teacher calls every image class 2; with alpha 1 the labels have no say."""
     torch.manual_seed(0)
     teacher = build_network("test_resnet", 3)
@@ -223,7 +221,7 @@ def test_a_student_learns_what_its_teacher_says(kind, images, tmp_path, small_ne
     distilled = ("--distillation-type", kind, "--teacher-model", "test_resnet", "--distillation-alpha", 1)
     flags = ("--data_path", images, "--input-size", 32, "--patch-size", 8, "--epochs", 6, "--lr", 4, "--mixup", 0)
     train(tmp_path / "run", *flags, "--cutmix", 0, *distilled, "--teacher-path", tmp_path / "teacher.pth")
-    student = build_network("resmlp_12", 3, img_size=32, patch_size=8).eval()
+    student = build_network("resmlp_12", 3, img_size=32, patch_size=8, embed_dim=16, depth=2).eval()
     student.load_state_dict(state_of(tmp_path / "run")["model"])
     assert (student(torch.randn(20, 3, 32, 32)).argmax(dim=1) == 2).float().mean() > 0.9
     first, *_, last_loss = losses(tmp_path / "run")
@@ -289,12 +287,12 @@ def test_three_augment_takes_one_of_three():
         ("--ThreeAugment", "--src", "--bce-loss", "--cosub", "--drop-path", 0.3, "--no-model-ema", "--no-train-mode"),
     ],
 )
-def test_other_recipes_train(flags, images, tmp_path, small_networks):
+def test_other_recipes_train(flags, images, tmp_path):
     written = train(tmp_path, "--data_path", images, *flags)
     assert len(losses(tmp_path)) >= 2 and all(math.isfinite(line["loss"]) for line in written if "loss" in line)
 
 
-def test_two_processes_give_the_losses_of_one_with_twice_the_batch(images, tmp_path, small_networks):
+def test_two_processes_give_the_losses_of_one_with_twice_the_batch(images, tmp_path):
     flags = ("--data_path", images, "--mixup", 0, "--cutmix", 0, "--drop-path", 0, "--epochs", 2, "--lr", 0.01)
     train(tmp_path / "one", *flags)
     run_processes(train_on_rank, 2, tmp_path / "two", *flags, "--batch-size", 4)
@@ -303,7 +301,7 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_batch(images, tmp_p
     assert results[0] == results[1] and len(results[0]) == 2
 
 
-def test_too_many_steps_that_are_not_finite_end_the_run(images, tmp_path, small_networks, monkeypatch):
+def test_too_many_steps_that_are_not_finite_end_the_run(images, tmp_path, monkeypatch):
     call = main.TrainingLoss.__call__
     monkeypatch.setattr(main.TrainingLoss, "__call__", lambda *args: call(*args) * torch.nan)
     with pytest.raises(NotFinite, match="2 steps in a row"):
@@ -312,7 +310,7 @@ def test_too_many_steps_that_are_not_finite_end_the_run(images, tmp_path, small_
 
 
 @pytest.mark.slow
-def test_compiled_networks_train_alike(images, tmp_path, small_networks):
+def test_compiled_networks_train_alike(images, tmp_path):
     for name, flags in (("eager", ()), ("compiled", ("--compile",))):
         train(tmp_path / name, "--data_path", images, "--drop-path", 0, *flags)
     np.testing.assert_allclose(losses(tmp_path / "compiled"), losses(tmp_path / "eager"), rtol=1e-3)
