@@ -2,17 +2,20 @@
 
 torch.hub.load("/path/to/this/repository", "dino_vits16", source="local") returns a backbone that maps normalised
 images (B, 3, H, W) to features (B, D); ``resmlp_*`` are classifiers. The environment variables DINO_WEIGHTS_URL,
-SWAV_WEIGHTS_URL and RESMLP_WEIGHTS_URL replace the addresses of the weights.
+SWAV_WEIGHTS_URL, DEEPCLUSTER_WEIGHTS_URL and RESMLP_WEIGHTS_URL replace the addresses of the weights.
 """
 
 from torch import nn
 
+from deepcluster import backbones as _deepcluster_networks
+from deepcluster import pretrained as _deepcluster_pretrained
 from dino import pretrained as _pretrained
 from dino import vision_transformer as _vision_transformer
 from dino.networks import build_backbone as _build_backbone
 from resmlp import pretrained as _resmlp_pretrained
 from resmlp import resmlp_models as _resmlp_models
 from shared.weights import load_backbone_weights as _load_backbone_weights
+from shared.weights import safe_load as _safe_load
 from swav import pretrained as _swav_pretrained
 from swav import resnet50 as _swav_resnets
 
@@ -112,6 +115,24 @@ def deepclusterv2_resnet50(pretrained: bool = True, **kwargs) -> nn.Module:
 def selav2_resnet50(pretrained: bool = True, **kwargs) -> nn.Module:
     """SeLa-v2, 400 epochs: ResNet-50, 2048 dimensions (linear 71.8 on ImageNet)."""
     return _swav("selav2_400ep", pretrained, **kwargs)
+
+
+def _deepcluster(arch: str, pretrained: bool, **kwargs) -> nn.Module:
+    path = _deepcluster_pretrained.fetch(arch) if pretrained else None
+    network = _deepcluster_networks.build_network(arch, **{"sobel": True} | kwargs)
+    if path is not None:
+        _deepcluster_networks.fill_network(network, _safe_load(path), arch, str(path))
+    return network
+
+
+def deepcluster_alexnet(pretrained: bool = True, **kwargs) -> nn.Module:
+    """DeepCluster: AlexNet behind a Sobel filter, 4096 dimensions (72.0 mAP on VOC 2007, fc6-8)."""
+    return _deepcluster("alexnet", pretrained, **kwargs)
+
+
+def deepcluster_vgg16(pretrained: bool = True, **kwargs) -> nn.Module:
+    """DeepCluster: VGG16 behind a Sobel filter, 4096 dimensions."""
+    return _deepcluster("vgg16", pretrained, **kwargs)
 
 
 def _resmlp(arch: str, variant: str, pretrained: bool, **kwargs) -> nn.Module:

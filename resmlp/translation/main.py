@@ -36,12 +36,12 @@ from resmlp.translation.generated_language import generate_pairs
 from resmlp.translation.networks import NETWORKS, PAD, Translator
 from resmlp.translation.translate import NETWORK_FLAGS, bleu, translate_sentences
 from shared import distributed, randomness
-from shared.attempt import Attempt
 from shared.checkpoint import Checkpointer, check_flags, load_latest, restore, resume_position
 from shared.metrics import RunLog
 from shared.not_finite import FiniteGuard
 from shared.optim import clip_grad_norm_per_tensor_, step_unless_not_finite
 from shared.precision import Precision
+from shared.start import start_run
 
 # What replaces the published settings when no files are given: 2,000 sentences of five to eight subwords
 GENERATED_DATA_DEFAULTS = {
@@ -139,14 +139,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def train_translation(args: argparse.Namespace) -> dict[str, float]:
     """Train from the newest checkpoint in ``args.output_dir``, or from scratch; BLEU of the valid and test parts."""
-    device = distributed.init(args.dist_url, args.device, args.dist_timeout)
+    device, output_dir = start_run(args)
     precision = Precision(args.amp, device)
-    randomness.seed_everything(args.seed)
-    output_dir = Path(args.output_dir)
-    if distributed.is_main_process():
-        output_dir.mkdir(parents=True, exist_ok=True)
-        Attempt.current().claim(output_dir)
-    distributed.barrier()
     world_size = distributed.get_world_size()
     checkpoint = load_latest(output_dir / "checkpoint.pth")
     if checkpoint is not None:

@@ -1,11 +1,8 @@
 """SIGKILL at any instant of ResMLP's trainings, of images and of translation: everything comes back bit for bit."""
 
-import random
-import time
-
 import pytest
 
-from tests.reliability.runs import Run, Script, assert_same_run, start_ranks
+from tests.reliability.runs import Run, Script, assert_same_run, kill_at_random_instants, start_ranks
 from tests.resmlp.training_runs import TINY
 
 
@@ -32,21 +29,21 @@ def flags_of(script: Script, images) -> tuple:
     return ("--data_path", images) if script is SUPERVISED else ()
 
 
-@SCRIPTS
-def test_runs_killed_at_random_instants_end_like_an_uninterrupted_one(script, images, tmp_path):
-    flags = flags_of(script, images)
+def test_trainings_killed_at_random_instants_end_like_an_uninterrupted_one(images, tmp_path):
     uninterrupted = tmp_path / "uninterrupted"
-    Run(uninterrupted, *flags, script=script).assert_ends()
-    rng = random.Random(0)
-    for repetition in range(3):
-        folder = tmp_path / str(repetition)
-        for _ in range(4):
-            run = Run(folder, *flags, script=script)
-            run.wait_for(lambda folder=folder: (folder / "attempt.json").exists())
-            time.sleep(rng.uniform(0, 2))
-            run.kill()
-        Run(folder, *flags, script=script).assert_ends()
+    Run(uninterrupted, "--data_path", images, script=SUPERVISED).assert_ends()
+    for folder in kill_at_random_instants(tmp_path, 10, "--data_path", images, script=SUPERVISED):
         assert_same_run(folder, uninterrupted)
+
+
+def test_translations_killed_at_every_second_step_end_like_an_uninterrupted_one(tmp_path):
+    Run(tmp_path / "uninterrupted", script=TRANSLATION).assert_ends()
+    for step in (1, 3, 5, 7, 9, 11):
+        run = Run(tmp_path / "run", script=TRANSLATION)
+        run.wait_for_step(step)
+        run.kill()
+    Run(tmp_path / "run", script=TRANSLATION).assert_ends()
+    assert_same_run(tmp_path / "run", tmp_path / "uninterrupted")
 
 
 @SCRIPTS
