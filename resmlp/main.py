@@ -29,6 +29,7 @@ from resmlp.augmentations import MEAN, STD, ThreeAugment
 from resmlp.networks import build_network
 from resmlp.pretrained import fill, read_weights
 from resmlp.report import save_pictures, summary
+from resmlp.resmlp_models import ARCHITECTURES
 from shared import distributed, randomness
 from shared.batchnorm import synchronize_batchnorm
 from shared.checkpoint import Checkpointer, check_flags, load_latest, restore, resume_position
@@ -68,8 +69,9 @@ EMBEDDED_DATA_DEFAULTS = {
     "cutmix": 0.0,
     "output_dir": "runs/digits",
 }
+SIZES = ("patch_size", "embed_dim", "depth")
 LEAST = {"epochs": 1, "batch_size": 1, "log_freq": 1, "input_size": 1, "start_epoch": 0}
-NETWORK_FLAGS = ("model", "input_size", "patch_size", "embed_dim", "depth", "in_chans")
+NETWORK_FLAGS = ("model", "input_size", "in_chans", *SIZES)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -87,9 +89,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--model", default="resmlp_24", help="resmlp_12, resmlp_24, resmlp_36, resmlpB_24, or any timm or torchvision "
         "model")  # fmt: skip
     add("--input-size", type=int, default=224, help="side of the images in pixels")
-    add("--patch-size", type=int, default=None, help="side of ResMLP's patches in pixels; None: the published one")
-    add("--embed-dim", type=int, default=None, help="channels of ResMLP; None: the published ones")
-    add("--depth", type=int, default=None, help="blocks of ResMLP; None: the published ones")
+    add("--patch-size", type=int, default=None, help="side of the patches in pixels; None: the published one")
+    add("--embed-dim", type=int, default=None, help="channels of a ResMLP or ViT; None: the published ones")
+    add("--depth", type=int, default=None, help="blocks of a ResMLP or ViT; None: the published ones")
     add("--drop", type=float, default=0.0, help="dropout")
     add("--drop-path", type=float, default=0.1, help="stochastic depth")
     add("--finetune", default="", help="weights to start from: the name of a release (resmlp_24_dist), a file or an "
@@ -185,7 +187,10 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
     parser = parser or get_args_parser()
     args = parser.parse_args(arguments)
     if args.data_path is None:
-        parser.set_defaults(**EMBEDDED_DATA_DEFAULTS)
+        own = args.model in ARCHITECTURES  # the sizes of other networks are part of their names
+        parser.set_defaults(
+            **{flag: value for flag, value in EMBEDDED_DATA_DEFAULTS.items() if own or flag not in SIZES}
+        )
         args = parser.parse_args(arguments)
     for flag, least in LEAST.items():
         if getattr(args, flag) < least:
@@ -243,9 +248,7 @@ def train_resmlp(args: argparse.Namespace) -> None:
         args.in_chans,
         args.drop,
         args.drop_path,
-        patch_size=args.patch_size,
-        embed_dim=args.embed_dim,
-        depth=args.depth,
+        **{size: getattr(args, size) for size in SIZES},
     )
     if args.eval:
         origin = args.resume or args.finetune or str(output_dir / "checkpoint.pth")

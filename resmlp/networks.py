@@ -25,7 +25,7 @@ def build_network(
         img_size: Side of the images in pixels, for networks whose weights depend on it.
         drop_rate: Dropout.
         drop_path_rate: Stochastic depth in [0, 1); not in torchvision's networks.
-        sizes: ``patch_size``, ``embed_dim`` and ``depth`` of a ResMLP; None: the published one.
+        sizes: ``patch_size``, ``embed_dim`` and ``depth`` of a ResMLP or of a ViT of timm; None: the published one.
 
     Raises:
         ValueError: If the name is unknown, or the patches do not fill the image.
@@ -36,14 +36,16 @@ def build_network(
     if name in ARCHITECTURES:
         return ARCHITECTURES[name](img_size=img_size, **sizes, **options)
     in_torchvision = name in torchvision.models.list_models(module=torchvision.models) and in_chans == 3
-    if sizes and (timm.is_model(name) or in_torchvision):
-        given = " ".join(f"--{size.replace('_', '-')} {value}" for size, value in sizes.items())
-        raise ValueError(f"{given}: the sizes of --model {name} are part of its name")
+    given = " ".join(f"--{size.replace('_', '-')} {value}" for size, value in sizes.items())
     if timm.is_model(name):
         try:
-            return timm.create_model(name, img_size=img_size, **options)
-        except TypeError:  # convolutional networks have no image size
-            return timm.create_model(name, **options)
+            return timm.create_model(name, img_size=img_size, **sizes, **options)
+        except TypeError as error:  # convolutional networks have no image size, and none of the others
+            if not sizes:
+                return timm.create_model(name, **options)
+            raise ValueError(f"{given}: the sizes of --model {name} are part of its name") from error
+    if in_torchvision and sizes:
+        raise ValueError(f"{given}: the sizes of --model {name} are part of its name")
     if in_torchvision:
         return torchvision.models.get_model(name, weights=None, num_classes=num_classes)
     close = difflib.get_close_matches(name, [*ARCHITECTURES, *timm.list_models()], n=3)

@@ -332,3 +332,4 @@ def test_every_way_to_start_the_scripts_works_in_a_copied_folder(images, tmp_pat
 def test_embedded_data_have_defaults_of_their_own():
     assert vars(parse_args([])).items() >= main.EMBEDDED_DATA_DEFAULTS.items()
     assert parse_args(["--epochs", "2"]).epochs == 2
+    assert parse_args(["--model", "resnet18"]).depth is None  # that of a network of another library is in its name
