@@ -201,7 +201,7 @@ def init_linear(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-# LayerScale starts smaller in deeper networks (section 2: 0.1 up to 12 blocks, 1e-5 up to 24, 1e-6 beyond and for B24)
+# LayerScale starts smaller in deeper networks, and in wider ones
 def resmlp_12(**options) -> ResMLP:
     """ResMLP-S12: 15.4 million parameters, 3.0 GFLOP at 224 pixels."""
     return ResMLP(**{"patch_size": 16, "embed_dim": 384, "depth": 12, "init_scale": 0.1, **options})

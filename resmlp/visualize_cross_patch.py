@@ -1,4 +1,4 @@
-"""Pictures of the cross-patch layers: what every patch takes from which other patches (section 3.4 of the paper).
+"""Pictures of the cross-patch layers: what every patch takes from which other patches (section 3.3 of the paper).
 
     python visualize_cross_patch.py                                            # the run in runs/digits
     python visualize_cross_patch.py --pretrained_weights resmlp_24_dist --output_dir pictures
@@ -26,7 +26,7 @@ from shared import distributed
 from shared.pictures import Curve, Panel, Tile, magnify, save_panels, save_sheet
 
 PER_ROW = 6  # layers
-SMALL = 0.05  # of a matrix's largest absolute weight: below it, a weight counts as none (figure 6 of the paper)
+SMALL = 0.05  # of a matrix's largest absolute weight: below it a weight counts as none, as in the paper's analysis
 LEAST_PX = 180  # of a layer on a sheet
 
 

@@ -1,6 +1,6 @@
 """Translation with ResMLP: an encoder-decoder whose tokens communicate through linear layers, not self-attention.
 
-Touvron et al., "ResMLP: Feedforward networks for image classification with data-efficient training", 2021, section 3.
+Touvron et al., "ResMLP: Feedforward networks for image classification with data-efficient training", 2021, section 3.6.
 
     python translation/main.py                                # a generated language pair, a minute on a CPU
     python translation/main.py --network transformer --output_dir runs/transformer      # a Transformer of equal size

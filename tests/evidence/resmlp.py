@@ -5,8 +5,8 @@
 
 The claims: ResMLP beside a ViT and a ResNet of about equal multiply-adds, and distilled from that ResNet, on the
 digits; translation of the generated language pair by ResMLP beside a Transformer of equal size. On CIFAR-10 also the
-features that DINO learns with ResMLP. Every run uses one thread; --parallel of them run at a time. Numbers are those of the last
-epoch, mean and standard deviation over the seeds.
+features that DINO learns with ResMLP. Every run uses one thread; --parallel of them run at a time. Numbers are those of
+the last epoch, mean and standard deviation over the seeds.
 """
 
 import json
