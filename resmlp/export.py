@@ -13,7 +13,6 @@ from pathlib import Path
 
 import timm
 import torch
-from torch import nn
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -22,7 +21,7 @@ from resmlp.evaluation import evaluation_parser
 from resmlp.pretrained import load_network, to_timm
 from resmlp.resmlp_models import ARCHITECTURES, ResMLP
 from shared import distributed
-from shared.export import check_outputs, export_onnx, export_safetensors, export_state_dict
+from shared.export import appearing_when_checked, check_outputs, export_onnx, export_safetensors
 
 TIMM_MODELS = {name: f"{name}_224" for name in ARCHITECTURES} | {"resmlpB_24": "resmlp_big_24_224"}
 
@@ -72,22 +71,14 @@ def export(network: ResMLP, output_dir: str | Path) -> dict[str, Path]:
         print("no file for timm: it has no ResMLP of this width, depth and patch size")
     else:
         files["timm"] = output_dir / "resmlp_timm.pth"
-        twin = build_twin(network, options)
-        check_outputs("timm's network", twin, network, size)
-        export_state_dict(
-            twin, files["timm"], size, lambda file: timm.create_model(**options, checkpoint_path=str(file)).eval()
-        )
+        with appearing_when_checked(files["timm"]) as temporary:
+            torch.save(to_timm(network.state_dict()), temporary)
+            twin = timm.create_model(**options, checkpoint_path=str(temporary)).eval()
+            check_outputs(files["timm"].name, twin, network, size)
         arguments = ", ".join(f"{key}={value!r}" for key, value in options.items())
         print(f"  timm.create_model({arguments}, checkpoint_path={str(files['timm'])!r})")
     export_onnx(network, files["onnx"], network, size)
     return files
-
-
-def build_twin(network: ResMLP, options: dict) -> nn.Module:
-    """timm's network with the same weights."""
-    twin = timm.create_model(**options).eval().requires_grad_(False)
-    twin.load_state_dict(to_timm(network.state_dict()))
-    return twin
 
 
 def main() -> None:

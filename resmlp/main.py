@@ -216,7 +216,10 @@ def mixes_labels(args: argparse.Namespace) -> bool:
 
 def train_resmlp(args: argparse.Namespace) -> None:
     """Train from the newest checkpoint in ``args.output_dir``, or from the start if there is none; or evaluate."""
-    device, output_dir = start_run(args)
+    if args.eval:  # leaves a run that is going on in the folder alone
+        device, output_dir = distributed.init(args.dist_url, args.device, args.dist_timeout), Path(args.output_dir)
+    else:
+        device, output_dir = start_run(args)
     precision = Precision(args.amp, device)
     world_size = distributed.get_world_size()
 
@@ -227,7 +230,7 @@ def train_resmlp(args: argparse.Namespace) -> None:
     distributed.check_same_on_all_processes((len(train), images), "the training data (number of images, checksum)")
     num_workers = default_num_workers() if args.num_workers is None else args.num_workers
     bad_images, bad_val_images = (
-        BadImages(len(source), output_dir / listed, args.on_bad_image, args.max_bad_fraction)
+        BadImages(len(source), None if args.eval else output_dir / listed, args.on_bad_image, args.max_bad_fraction)
         for source, listed in ((train, "bad_images.txt"), (val, "bad_images_val.txt"))
     )
     val_transform = eval_transform(args.input_size, MEAN, STD, args.eval_crop_ratio, args.in_chans)

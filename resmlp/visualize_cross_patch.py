@@ -95,8 +95,10 @@ def save_cross_patch_layers(network: ResMLP, folder: str | Path) -> list[Path]:
 
     layers = list(range(1, len(weights) + 1))
     panels = [
-        Panel(f"Weights below {SMALL} of the largest", "layer", "%", [Curve(layers, [100 * m[0] for m in measures])]),
-        Panel("Distance between patches", "layer", "patches", [Curve(layers, [m[1] for m in measures])]),
+        Panel(
+            f"Weights below {SMALL} of the largest", "layer", "%", [Curve(layers, [100 * m[0] for m in measures])], 20
+        ),
+        Panel("Distance between patches", "layer", "patches", [Curve(layers, [m[1] for m in measures])], 2),
     ]
     return [*paths, save_panels(panels, folder / "locality.png", "Cross-patch layers by depth")]
 
