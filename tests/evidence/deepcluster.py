@@ -39,8 +39,8 @@ COLUMNS = {
     "nmi_previous_last": "of the last two",
 }
 
-CIFAR10_SIZE = 40
-CIFAR10 = f"--arch resnet18 --sobel --crop_size {CIFAR10_SIZE} --crop_scale 0.3 1 --pca_dim 128 --batch 64 --epochs 6"
+CIFAR10_SIZE = 32
+CIFAR10 = f"--arch resnet10t --sobel --crop_size {CIFAR10_SIZE} --crop_scale 0.3 1 --pca_dim 128 --batch 64 --epochs 8"
 CIFAR10_VARIANTS = [
     Variant("100 clusters", f"{RUN} {CIFAR10} --k 100"),
     Variant("10 clusters, as many as classes", f"{RUN} {CIFAR10} --k 10"),
@@ -80,9 +80,9 @@ def claims(out: Path, parallel: int, seeds: tuple[int, ...]) -> None:
 def save_random_weights(path: Path, seed: int) -> Path:
     """A checkpoint of the network before training."""
     torch.manual_seed(seed)
-    network = build_network("resnet18", sobel=True, img_size=CIFAR10_SIZE)
+    network = build_network("resnet10t", sobel=True, img_size=CIFAR10_SIZE)
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"arch": "resnet18", "state_dict": network.state_dict(), "args": {"crop_size": CIFAR10_SIZE}}, path)
+    torch.save({"arch": "resnet10t", "state_dict": network.state_dict(), "args": {"crop_size": CIFAR10_SIZE}}, path)
     return path
 
 
