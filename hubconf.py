@@ -1,8 +1,9 @@
 """Entry points of ``torch.hub``.
 
 torch.hub.load("/path/to/this/repository", "dino_vits16", source="local") returns a backbone that maps normalised
-images (B, 3, H, W) to features (B, D); ``resmlp_*`` are classifiers. The environment variables DINO_WEIGHTS_URL,
-SWAV_WEIGHTS_URL, DEEPCLUSTER_WEIGHTS_URL and RESMLP_WEIGHTS_URL replace the addresses of the weights.
+images (B, 3, H, W) to features (B, D); the entries of ResMLP and XCiT return a classifier. The environment variables
+DINO_WEIGHTS_URL, SWAV_WEIGHTS_URL, DEEPCLUSTER_WEIGHTS_URL, RESMLP_WEIGHTS_URL and XCIT_WEIGHTS_URL replace the
+addresses of the weights.
 """
 
 from torch import nn
@@ -18,6 +19,8 @@ from shared.weights import load_backbone_weights as _load_backbone_weights
 from shared.weights import safe_load as _safe_load
 from swav import pretrained as _swav_pretrained
 from swav import resnet50 as _swav_resnets
+from xcit import pretrained as _xcit_pretrained
+from xcit.cross_covariance_transformer import build_xcit as _build_xcit
 
 dependencies = ["torch", "torchvision", "timm", "numpy", "safetensors"]
 
@@ -164,3 +167,81 @@ def resmlp_36(pretrained: bool = True, dist: bool = False, **kwargs) -> nn.Modul
 def resmlpB_24(pretrained: bool = True, dist: bool = False, in_22k: bool = False, **kwargs) -> nn.Module:
     """ResMLP-B24/8 (``dist``: distilled, 83.6 on ImageNet; ``in_22k``: first trained on ImageNet-22k, 84.4)."""
     return _resmlp("resmlpB_24", "dist" if dist else "22k" if in_22k else "no_dist", pretrained, **kwargs)
+
+
+def _xcit(name: str, pretrained: bool, variant: str, **kwargs) -> nn.Module:
+    network = _build_xcit(name, **kwargs)
+    if pretrained:
+        release = f"{name}_{variant}"
+        _xcit_pretrained.fill(network, _xcit_pretrained.read_weights(release), release)
+    return network
+
+
+def xcit_nano_12_p16(pretrained: bool = True, variant: str = "224", **kwargs) -> nn.Module:
+    """XCiT-N12/16; top-1 of the variants 224 / 224_dist / 384_dist: 69.9 / 72.2 / 75.4."""
+    return _xcit("xcit_nano_12_p16", pretrained, variant, **kwargs)
+
+
+def xcit_nano_12_p8(pretrained: bool = True, variant: str = "224", **kwargs) -> nn.Module:
+    """XCiT-N12/8; top-1 of the variants 224 / 224_dist / 384_dist: 73.8 / 76.3 / 77.8."""
+    return _xcit("xcit_nano_12_p8", pretrained, variant, **kwargs)
+
+
+def xcit_tiny_12_p16(pretrained: bool = True, variant: str = "224", **kwargs) -> nn.Module:
+    """XCiT-T12/16; top-1 of the variants 224 / 224_dist / 384_dist: 77.1 / 78.6 / 80.9."""
+    return _xcit("xcit_tiny_12_p16", pretrained, variant, **kwargs)
+
+
+def xcit_tiny_12_p8(pretrained: bool = True, variant: str = "224", **kwargs) -> nn.Module:
+    """XCiT-T12/8; top-1 of the variants 224 / 224_dist / 384_dist: 79.7 / 81.2 / 82.4."""
+    return _xcit("xcit_tiny_12_p8", pretrained, variant, **kwargs)
+
+
+def xcit_tiny_24_p16(pretrained: bool = True, variant: str = "224", **kwargs) -> nn.Module:
+    """XCiT-T24/16; top-1 of the variants 224 / 224_dist / 384_dist: 79.4 / 80.4 / 82.6."""
+    return _xcit("xcit_tiny_24_p16", pretrained, variant, **kwargs)
+
+
+def xcit_tiny_24_p8(pretrained: bool = True, variant: str = "224", **kwargs) -> nn.Module:
+    """XCiT-T24/8; top-1 of the variants 224 / 224_dist / 384_dist: 81.9 / 82.6 / 83.7."""
+    return _xcit("xcit_tiny_24_p8", pretrained, variant, **kwargs)
+
+
+def xcit_small_12_p16(pretrained: bool = True, variant: str = "224", **kwargs) -> nn.Module:
+    """XCiT-S12/16; top-1 of the variants 224 / 224_dist / 384_dist: 82.0 / 83.3 / 84.7."""
+    return _xcit("xcit_small_12_p16", pretrained, variant, **kwargs)
+
+
+def xcit_small_12_p8(pretrained: bool = True, variant: str = "224", **kwargs) -> nn.Module:
+    """XCiT-S12/8; top-1 of the variants 224 / 224_dist / 384_dist: 83.4 / 84.2 / 85.1."""
+    return _xcit("xcit_small_12_p8", pretrained, variant, **kwargs)
+
+
+def xcit_small_24_p16(pretrained: bool = True, variant: str = "224", **kwargs) -> nn.Module:
+    """XCiT-S24/16; top-1 of the variants 224 / 224_dist / 384_dist: 82.6 / 83.9 / 85.1."""
+    return _xcit("xcit_small_24_p16", pretrained, variant, **kwargs)
+
+
+def xcit_small_24_p8(pretrained: bool = True, variant: str = "224", **kwargs) -> nn.Module:
+    """XCiT-S24/8; top-1 of the variants 224 / 224_dist / 384_dist: 83.9 / 84.9 / 85.6."""
+    return _xcit("xcit_small_24_p8", pretrained, variant, **kwargs)
+
+
+def xcit_medium_24_p16(pretrained: bool = True, variant: str = "224", **kwargs) -> nn.Module:
+    """XCiT-M24/16; top-1 of the variants 224 / 224_dist / 384_dist: 82.7 / 84.3 / 85.4."""
+    return _xcit("xcit_medium_24_p16", pretrained, variant, **kwargs)
+
+
+def xcit_medium_24_p8(pretrained: bool = True, variant: str = "224", **kwargs) -> nn.Module:
+    """XCiT-M24/8; top-1 of the variants 224 / 224_dist / 384_dist: 83.7 / 85.1 / 85.8."""
+    return _xcit("xcit_medium_24_p8", pretrained, variant, **kwargs)
+
+
+def xcit_large_24_p16(pretrained: bool = True, variant: str = "224", **kwargs) -> nn.Module:
+    """XCiT-L24/16; top-1 of the variants 224 / 224_dist / 384_dist: 82.9 / 84.9 / 85.8."""
+    return _xcit("xcit_large_24_p16", pretrained, variant, **kwargs)
+
+
+def xcit_large_24_p8(pretrained: bool = True, variant: str = "224", **kwargs) -> nn.Module:
+    """XCiT-L24/8; top-1 of the variants 224 / 224_dist / 384_dist: 84.4 / 85.4 / 86.0."""
+    return _xcit("xcit_large_24_p8", pretrained, variant, **kwargs)

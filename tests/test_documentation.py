@@ -43,7 +43,7 @@ def test_commands_are_understood_by_their_scripts(path, line):
         module = words[start]
     else:
         start = next(i for i, word in enumerate(words) if word.endswith(".py"))
-        module = f"{method}.{words[start][:-3].replace('/', '.')}"  # translation/main.py
+        module = f"{method}.{words[start][:-3]}".replace("/", ".")
     if module.endswith(".main") and (ROOT / method / f"main_{method}.py").exists():  # the alias
         module = f"{method}.main_{method}"
     parser = importlib.import_module(module).get_args_parser()

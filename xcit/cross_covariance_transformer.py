@@ -368,7 +368,7 @@ class XCiT(Trunk):
         x, grid = self.embed(images)
         for block in self.blocks:
             x = block(x, *grid)
-        return torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1), grid
+        return torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1), grid
 
     def forward_features(self, images: Tensor) -> Tensor:
         """The class token after the last norm, (B, D)."""

@@ -193,7 +193,7 @@ def train_xcit(args: argparse.Namespace) -> None:
     precision = Precision(args.amp, device)
     randomness.seed_everything(args.seed)
     output_dir = Path(args.output_dir)
-    if distributed.is_main_process():
+    if distributed.is_main_process() and not args.eval:  # an evaluation leaves a run that is going on alone
         output_dir.mkdir(parents=True, exist_ok=True)
         Attempt.current().claim(output_dir)
     distributed.barrier()
@@ -206,7 +206,7 @@ def train_xcit(args: argparse.Namespace) -> None:
     distributed.check_same_on_all_processes((len(train), images), "the training data (number of images, checksum)")
     num_workers = default_num_workers() if args.num_workers is None else args.num_workers
     bad_images, bad_val_images = (
-        BadImages(len(source), output_dir / listed, args.on_bad_image, args.max_bad_fraction)
+        BadImages(len(source), None if args.eval else output_dir / listed, args.on_bad_image, args.max_bad_fraction)
         for source, listed in ((train, "bad_images.txt"), (val, "bad_images_val.txt"))
     )
     crop_ratio = 1.0 if args.full_crop else CROP_RATIO

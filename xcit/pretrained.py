@@ -71,6 +71,17 @@ def from_timm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
+def to_timm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with the published names in timm's."""
+    renamed = {}
+    for name, value in tensors.items():
+        if match := re.fullmatch(r"(cls_attn_blocks\.\d+\.attn\.)qkv\.(weight|bias)", name):
+            renamed |= {f"{match[1]}{part}.{match[2]}": t for part, t in zip("qkv", value.chunk(3), strict=True)}
+        else:
+            renamed[name.replace("pos_embeder.", "pos_embed.")] = value
+    return renamed
+
+
 def fill(network: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> bool:
     """Load a state dict completely; a classifier for other classes is left out, with a message.
 

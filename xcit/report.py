@@ -93,7 +93,7 @@ def summary(
         learned = [f"top-1 on {val.describe()}: {result['acc1']:.1f} % (chance {chance:.1f} %), {learned[0]}"]
     commands = [
         command("main.py", model=model, data_path=data_path, pretrained=weights) + " --eval",
-        command("-m xcit.export", model=model, pretrained=weights, output_dir=output_dir / "export"),
+        command("export.py", model=model, pretrained=weights, output_dir=output_dir / "export"),
         "python main.py --data-path YOUR_IMAGES --output_dir YOUR_RUN",
     ]
     return end_of_run(output_dir, weights, None, pictures, commands, learned=learned)

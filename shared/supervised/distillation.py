@@ -49,13 +49,14 @@ def build_teacher(name: str, path: str, num_classes: int) -> nn.Module:
     Raises:
         ValueError: If there is no such network or file, or the file does not fill the network.
     """
+    file = fetch_file(path, "--teacher-path")
     if timm.is_model(name):
         teacher = timm.create_model(name, pretrained=False, num_classes=num_classes)
     elif name in torchvision.models.list_models(module=torchvision.models):
         teacher = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
     else:
         raise ValueError(f"--teacher-model {name} is neither a model of timm nor one of torchvision")
-    weights = select_backbone_weights(safe_load(fetch_file(path, "--teacher-path")), "model", path)
+    weights = select_backbone_weights(safe_load(file), "model", path)
     try:
         teacher.load_state_dict(weights.tensors)
     except RuntimeError as error:

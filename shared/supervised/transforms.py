@@ -44,8 +44,6 @@ class TrainTransform:
         erase_count: int = 1,
         in_chans: int = 3,
     ):
-        if in_chans == 1:
-            mean, std = [sum(mean) / 3], [sum(std) / 3]
         self.in_chans = in_chans
         crop, self.augment, self.finish = create_transform(
             input_size,
@@ -64,6 +62,10 @@ class TrainTransform:
             pad_and_crop = [T.Resize((input_size, input_size)), T.RandomCrop(input_size, padding=4)]
             crop = T.Compose([*pad_and_crop, *crop.transforms[1:]])
         self.crop = crop
+        if in_chans == 1:
+            normalize = T.Normalize([sum(mean) / 3], [sum(std) / 3])
+            steps = [normalize if isinstance(step, T.Normalize) else step for step in self.finish.transforms]
+            self.finish = T.Compose(steps)
 
     def __call__(self, pixels: np.ndarray) -> Tensor:
         """RGB pixels (H, W, 3), uint8, to a view (C, input_size, input_size), float32."""

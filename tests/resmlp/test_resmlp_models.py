@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from resmlp.resmlp_models import ARCHITECTURES, Block, CrossPatchLinear, ResMLP, resize_cross_patch_layers, resmlpB_24
 
-# Parameters and multiply-adds of table 1 and of the README (S36's row there is that of B24/16), LayerScale of the official code
+# Parameters and multiply-adds of table 1 (S36's row in the README is that of B24/16), official LayerScale
 TABLE = {
     "resmlp_12": ({}, 15_350_872, 3.0, 0.1, 150),
     "resmlp_24": ({}, 30_020_680, 6.0, 1e-5, 294),

@@ -215,7 +215,8 @@ def stop_after_save(after_epoch):
     return stop
 
 
-def test_eval_repeats_the_last_evaluation(finished, images, capsys, small_networks):
+def test_eval_repeats_the_last_evaluation_and_leaves_the_folder_alone(finished, images, capsys, small_networks):
+    (finished / "attempt.json").write_text('{"job": "a run that is going on", "number": 0}')
     last = [line for line in lines(finished) if "test_acc1" in line][-1]
     train(finished, "--data_path", images, "--eval", "--full_crop")
     train(finished, "--data_path", images, "--eval")
@@ -223,6 +224,7 @@ def test_eval_repeats_the_last_evaluation(finished, images, capsys, small_networ
     assert f"top-1 {last['test_acc1']:.2f} %, top-5 100.00 %" in said.splitlines()[-1]
     train(finished, "--data_path", images, "--eval", "--checkpoint_key", "model_ema")
     assert "top-1" in capsys.readouterr().out.splitlines()[-1]
+    assert "going on" in (finished / "attempt.json").read_text()
 
 
 def test_eval_of_a_network_without_a_fitting_classifier_is_refused(finished, images, tmp_path, small_networks):
