@@ -1,8 +1,9 @@
 """Entry points of ``torch.hub``.
 
 torch.hub.load("/path/to/this/repository", "dino_vits16", source="local") returns a backbone that maps normalised
-images (B, 3, H, W) to features (B, D); the entries of XCiT return a classifier. The environment variables
-DINO_WEIGHTS_URL, SWAV_WEIGHTS_URL, DEEPCLUSTER_WEIGHTS_URL and XCIT_WEIGHTS_URL replace the addresses of the weights.
+images (B, 3, H, W) to features (B, D); the entries of ResMLP and XCiT return a classifier. The environment variables
+DINO_WEIGHTS_URL, SWAV_WEIGHTS_URL, DEEPCLUSTER_WEIGHTS_URL, RESMLP_WEIGHTS_URL and XCIT_WEIGHTS_URL replace the
+addresses of the weights.
 """
 
 from torch import nn
@@ -12,6 +13,8 @@ from deepcluster import pretrained as _deepcluster_pretrained
 from dino import pretrained as _pretrained
 from dino import vision_transformer as _vision_transformer
 from dino.networks import build_backbone as _build_backbone
+from resmlp import pretrained as _resmlp_pretrained
+from resmlp import resmlp_models as _resmlp_models
 from shared.weights import load_backbone_weights as _load_backbone_weights
 from shared.weights import safe_load as _safe_load
 from swav import pretrained as _swav_pretrained
@@ -133,6 +136,37 @@ def deepcluster_alexnet(pretrained: bool = True, **kwargs) -> nn.Module:
 def deepcluster_vgg16(pretrained: bool = True, **kwargs) -> nn.Module:
     """DeepCluster: VGG16 behind a Sobel filter, 4096 dimensions."""
     return _deepcluster("vgg16", pretrained, **kwargs)
+
+
+def _resmlp(arch: str, variant: str, pretrained: bool, **kwargs) -> nn.Module:
+    build = _resmlp_models.ARCHITECTURES[arch]
+    if not pretrained:
+        return build(**kwargs)
+    release = f"{arch}_{variant}"
+    tensors = _resmlp_pretrained.read_weights(release)
+    network = build(**{"num_classes": _resmlp_pretrained.shape_of(tensors, release)["num_classes"], **kwargs})
+    _resmlp_pretrained.fill(network, tensors, release)
+    return network
+
+
+def resmlp_12(pretrained: bool = True, dist: bool = False, dino: bool = False, **kwargs) -> nn.Module:
+    """ResMLP-S12 (76.6 on ImageNet; ``dist``: distilled, 77.8; ``dino``: self-supervised, k-NN 62.6)."""
+    return _resmlp("resmlp_12", "dist" if dist else "dino" if dino else "no_dist", pretrained, **kwargs)
+
+
+def resmlp_24(pretrained: bool = True, dist: bool = False, dino: bool = False, **kwargs) -> nn.Module:
+    """ResMLP-S24 (79.4 on ImageNet; ``dist``: distilled, 80.8; ``dino``: self-supervised, k-NN 69.4)."""
+    return _resmlp("resmlp_24", "dist" if dist else "dino" if dino else "no_dist", pretrained, **kwargs)
+
+
+def resmlp_36(pretrained: bool = True, dist: bool = False, **kwargs) -> nn.Module:
+    """ResMLP-S36 (79.7 on ImageNet; ``dist``: distilled, 81.1)."""
+    return _resmlp("resmlp_36", "dist" if dist else "no_dist", pretrained, **kwargs)
+
+
+def resmlpB_24(pretrained: bool = True, dist: bool = False, in_22k: bool = False, **kwargs) -> nn.Module:
+    """ResMLP-B24/8 (``dist``: distilled, 83.6 on ImageNet; ``in_22k``: first trained on ImageNet-22k, 84.4)."""
+    return _resmlp("resmlpB_24", "dist" if dist else "22k" if in_22k else "no_dist", pretrained, **kwargs)
 
 
 def _xcit(name: str, pretrained: bool, variant: str, **kwargs) -> nn.Module:

@@ -156,7 +156,8 @@ def table(results: list[dict], columns: dict[str, str]) -> str:
     for name in names:
         mine = [r for r in results if r["variant"] == name]
         cells = [
-            spread([r[key] for r in mine], 1 if key.startswith(("knn", "linear", "rank_me")) else 3) for key in columns
+            spread([r[key] for r in mine], 1 if key.startswith(("knn", "linear", "rank_me", "acc1", "bleu")) else 3)
+            for key in columns
         ]
         rows.append(f"| {name} | {' | '.join(cells)} | {statistics.mean(r['minutes'] for r in mine):.1f} |")
     return "\n".join(rows)
