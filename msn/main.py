@@ -108,7 +108,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--num_workers", type=int, default=None, help="loader processes per rank; None: cores per rank less one, at "
         "most 10")  # fmt: skip
     add("--pin_mem", type=bool_flag, default=True, help="ignored: batches for a GPU are always pinned")
-    add("--copy_data", type=bool_flag, default=False, help="not here: see --cache")
 
     add = parser.add_argument_group("meta").add_argument
     add("--model_name", default="deit_small", choices=tuple(ARCHITECTURES), metavar="NAME",
@@ -121,7 +120,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--load_checkpoint", type=bool_flag, default=False, help="true: a run that finds no checkpoint is an error; a "
         "run that finds its own goes on in any case")  # fmt: skip
     add("--read_checkpoint", default=None, help="file in --folder to start from when there is no <write_tag>-latest")
-    for name in ("bottleneck", "two_layer", "use_pred_head", "use_fp16"):
+    for name in UNUSED:
         add(f"--{name}", type=int if name == "bottleneck" else bool_flag, default=UNUSED[name],
             help="of the published files; has no effect there and no other value here")  # fmt: skip
 

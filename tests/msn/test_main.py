@@ -125,7 +125,7 @@ def test_training_writes_the_official_checkpoint_layout(run):
     written = lines(run)
     assert [line["step"] for line in written] == [1, 2, 3, 4, 5, 6]
     assert {"msn", "me_max", "ent", "lr", "wd", "target_entropy", "information", "feature_spread"} <= written[0].keys()
-    assert abs(written[0]["msn"] - math.log(16)) < 1.5
+    assert 0 < written[0]["msn"] < 20 and 0 < written[0]["me_max"] < math.log(16)
     state = state_of(run)
     official = ["encoder", "opt", "prototypes", "target_encoder", "epoch", "loss", "batch_size", "world_size", "lr",
                 "temperature"]  # fmt: skip
