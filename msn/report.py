@@ -85,16 +85,14 @@ def summary(
 
 def next_commands(weights: Path, args: argparse.Namespace, knn: KNNMonitor) -> list[str]:
     """Evaluations of the network that was trained, as they can be pasted into a shell."""
-    if args.data_path is None:  # the scripts have defaults for the embedded data
-        network, data = {}, {}
-    else:
-        network = {"model_name": args.model_name, "pretrained": weights.parent, "fname": weights.name}
-        size = args.rand_size if args.rand_size != 224 else None
-        data = {"data_path": args.data_path, "val_path": args.val_path, "image_size": size}
+    network = {"model_name": args.model_name, "pretrained": weights.parent, "fname": weights.name}
+    size = args.rand_size if args.rand_size != 224 else None
+    data = {"data_path": args.data_path, "val_path": args.val_path, "image_size": size}
     commands = []
     if not knn.off:
         few = len(knn.train.source) < 200  # by default the script asks for 200 neighbours
-        commands.append(command("logistic_eval.py", **network, **data))
+        commands.append(command("logistic_eval.py", **network, **data, imgs_per_class=5))
         commands.append(command("eval_knn.py", **network, **data, nb_knn=knn.k if few else None))
-    commands.append(command("visualize_attention.py", **network))
+    image = {"image_path": "YOUR_IMAGE", "image_size": 2 * args.rand_size if size else None}
+    commands.append(command("visualize_attention.py", **network, **image))
     return [*commands, "python main.py --data_path YOUR_IMAGES --folder YOUR_RUN"]
