@@ -43,10 +43,10 @@ class CollapseMonitor:
         entropy = line["target_entropy"] / self.uniform_entropy
         information = line["information"] / self.uniform_entropy
         where = f"step {line['step']}:"
-        if entropy > 0.99 and information < 0.005:
+        if entropy > 0.8 and information < 0.02:
             return "uniform", (
                 f"{where} COLLAPSE: the targets are spread over all prototypes (entropy {line['target_entropy']:.3f} "
-                f"of ln K = {self.uniform_entropy:.3f}): lower --start_sharpen and --final_sharpen (0.25 is safe)."
+                f"of ln K = {self.uniform_entropy:.3f}): lower --start_sharpen and --final_sharpen, or take milder views."
             )
         if information < 0.02:
             return "one assignment", (

@@ -60,7 +60,7 @@ def test_schedules_end_after_four_fifths_of_their_way():
     [
         ({}, None),
         ({"information": 0.01}, "one assignment"),
-        ({"target_entropy": 2.76, "information": 0.001}, "uniform"),
+        ({"target_entropy": 2.6, "information": 0.05}, "uniform"),
         ({"feature_spread": 0.01}, "features"),
         ({"msn": 2.77}, "flat"),
     ],
