@@ -46,7 +46,8 @@ class CollapseMonitor:
         if entropy > 0.8 and information < 0.02:
             return "uniform", (
                 f"{where} COLLAPSE: the targets are spread over all prototypes (entropy {line['target_entropy']:.3f} "
-                f"of ln K = {self.uniform_entropy:.3f}): lower --start_sharpen and --final_sharpen, or take milder views."
+                f"of ln K = {self.uniform_entropy:.3f}): lower --start_sharpen and --final_sharpen, or make the views "
+                "milder."
             )
         if information < 0.02:
             return "one assignment", (
