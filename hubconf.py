@@ -2,8 +2,7 @@
 
 torch.hub.load("/path/to/this/repository", "dino_vits16", source="local") returns a backbone that maps normalised
 images (B, 3, H, W) to features (B, D); the entries of ResMLP and XCiT return a classifier. The environment variables
-DINO_WEIGHTS_URL, SWAV_WEIGHTS_URL, DEEPCLUSTER_WEIGHTS_URL, RESMLP_WEIGHTS_URL and XCIT_WEIGHTS_URL replace the
-addresses of the weights.
+DINO_WEIGHTS_URL, SWAV_WEIGHTS_URL, ... (the folder's name in capitals) replace the addresses of the weights.
 """
 
 from torch import nn
@@ -13,9 +12,12 @@ from deepcluster import pretrained as _deepcluster_pretrained
 from dino import pretrained as _pretrained
 from dino import vision_transformer as _vision_transformer
 from dino.networks import build_backbone as _build_backbone
+from msn import pretrained as _msn_pretrained
+from msn import vision_transformer as _msn_vision_transformer
 from resmlp import pretrained as _resmlp_pretrained
 from resmlp import resmlp_models as _resmlp_models
 from shared.weights import load_backbone_weights as _load_backbone_weights
+from shared.weights import read_backbone_weights as _read_backbone_weights
 from shared.weights import safe_load as _safe_load
 from swav import pretrained as _swav_pretrained
 from swav import resnet50 as _swav_resnets
@@ -245,3 +247,37 @@ def xcit_large_24_p16(pretrained: bool = True, variant: str = "224", **kwargs) -
 def xcit_large_24_p8(pretrained: bool = True, variant: str = "224", **kwargs) -> nn.Module:
     """XCiT-L24/8; top-1 of the variants 224 / 224_dist / 384_dist: 84.4 / 85.4 / 86.0."""
     return _xcit("xcit_large_24_p8", pretrained, variant, **kwargs)
+
+
+def _msn(release: str, pretrained: bool, **kwargs) -> nn.Module:
+    model_name, file = _msn_pretrained.RELEASES[release]
+    path = _msn_pretrained.fetch(file) if pretrained else None
+    encoder = _msn_vision_transformer.build(model_name, **kwargs)
+    if path is not None:
+        _load_backbone_weights(encoder, _read_backbone_weights(path, "target_encoder", head_names=("fc",)))
+    return encoder
+
+
+def msn_vits16(pretrained: bool = True, **kwargs) -> nn.Module:
+    """MSN, 800 epochs: ViT-S/16, 384 dimensions (47.1 with one ImageNet image per class)."""
+    return _msn("msn_vits16", pretrained, **kwargs)
+
+
+def msn_vitb16(pretrained: bool = True, **kwargs) -> nn.Module:
+    """MSN, 600 epochs: ViT-B/16, 768 dimensions (49.8 with one ImageNet image per class)."""
+    return _msn("msn_vitb16", pretrained, **kwargs)
+
+
+def msn_vitl16(pretrained: bool = True, **kwargs) -> nn.Module:
+    """MSN, 600 epochs: ViT-L/16, 1024 dimensions."""
+    return _msn("msn_vitl16", pretrained, **kwargs)
+
+
+def msn_vitb4(pretrained: bool = True, **kwargs) -> nn.Module:
+    """MSN, 300 epochs: ViT-B/4, 768 dimensions (54.3 with one ImageNet image per class)."""
+    return _msn("msn_vitb4", pretrained, **kwargs)
+
+
+def msn_vitl7(pretrained: bool = True, **kwargs) -> nn.Module:
+    """MSN, 200 epochs: ViT-L/7, 1024 dimensions (57.1 with one ImageNet image per class)."""
+    return _msn("msn_vitl7", pretrained, **kwargs)
