@@ -43,8 +43,8 @@ def support_labels(
     """Labels of the supports of all processes, in the order in which they are gathered: rank, view, image, class.
 
     A class is known by its position in the batch: it is the same one for image slots 1, 2, ... With ``unique_classes``
-    rank r owns columns r C to (r + 1) C - 1. Without, all ranks have the same classes and share the first C columns; the
-    others are kept, as in the released runs, and get the smoothing's share (so rows sum to more than 1).
+    rank r owns columns r C to (r + 1) C - 1. Without, all ranks have the same classes and share the first C columns;
+    the others are kept, as in the released runs, and get the smoothing's share (so rows sum to more than 1).
 
     Args:
         imgs_per_class: S, on each process.

@@ -1,4 +1,4 @@
-"""Encoders by name: the ResNets and wide ResNets of this folder, then torchvision, then timm, all with the same heads."""
+"""Encoders by name: the ResNets and wide ResNets of this folder, then torchvision, then timm, with the same heads."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""LARS around momentum SGD as in the released code of PAWS, its parameter groups, and the learning rate of every step."""
+"""LARS around momentum SGD as in the released code of PAWS, its parameter groups, the learning rate of every step."""
 
 import math
 
@@ -111,9 +111,7 @@ class LARS(torch.optim.Optimizer):
         return state["momentum_buffer"]
 
 
-def lr_schedule(
-    start_lr: float, lr: float, final_lr: float, warmup_steps: int, total_steps: int
-) -> np.ndarray:
+def lr_schedule(start_lr: float, lr: float, final_lr: float, warmup_steps: int, total_steps: int) -> np.ndarray:
     """Learning rate of every step: linear from ``start_lr``, which the first step has, then half a cosine.
 
     Unlike in ``shared/schedules.py`` the warm-up does not include its end, so ``lr`` appears once.

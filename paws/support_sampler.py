@@ -10,12 +10,12 @@ class SupportSampler:
     """Batches of (step, index) keys; what a step gets is a function of its number, so a run resumes anywhere.
 
     A *round* is one pass over the classes: a permutation of them is cut into groups of C, each group is a batch, and
-    each of its classes gives S images. So within a round no class and no image comes twice. ``inner_epochs`` rounds make
-    one iteration of the released loader, which is started again when it is exhausted, whatever epoch the training is in.
+    each of its classes gives S images. So within a round no class and no image comes twice. ``inner_epochs`` rounds
+    make one iteration of the released loader, which is started again when it is exhausted, whatever epoch it is then.
     A batch lists, for image slot 1 to S, one image of each class: its position modulo C is the class.
 
-    Ranks have the same classes, and each its own contiguous share of their images; with ``unique_classes`` each rank has
-    its own classes and all of their images.
+    Ranks have the same classes, and each its own contiguous share of their images; with ``unique_classes`` each rank
+    has its own classes and all of their images.
 
     Args:
         labels: Class of every image of the data set, -1 where there is none, shape (N,).

@@ -170,7 +170,9 @@ def draw_view(recipe: ViewRecipe, height: int, width: int, streams: DrawStreams)
         threshold = math.ceil(streams.python.uniform(*threshold))  # pixels are whole: those from the next level on
     equalize = recipe.equalize_p > 0 and streams.python.random() < recipe.equalize_p
     threshold = threshold if solarize else None
-    return ViewParams(top, left, crop_height, crop_width, flip, jitter, grey, blur_radius, solarize, threshold, equalize)
+    return ViewParams(
+        top, left, crop_height, crop_width, flip, jitter, grey, blur_radius, solarize, threshold, equalize
+    )
 
 
 def _draw_crop(recipe: ViewRecipe, height: int, width: int, streams: DrawStreams) -> tuple[int, int, int, int]:

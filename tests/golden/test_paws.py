@@ -33,8 +33,8 @@ def cases(family: str) -> list[str]:
 
 
 def number(case: str, name: str) -> float | int:
-    """A parameter, which the file stores in float32."""
-    value = round(GOLDEN.scalar(f"{case}/in/{name}"), 7)
+    """A parameter, which the file stores in float32: the shortest number that rounds to it."""
+    value = float(str(np.float32(GOLDEN[f"{case}/in/{name}"])))
     return int(value) if value == int(value) else value
 
 
