@@ -62,6 +62,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = training_flags.add_label_flags(parser)
     add("--num_classes", type=int, default=None, help="outputs of the classifier; by default as many as classes")
     add("--batch_size", type=int, default=256, help="images per process")
+    add("--repeat", type=int, default=1, help="passes over the labelled images in an epoch; for very few of them")
     add("--views", default="basic", choices=("basic", "strong"), help="strong: the views of the supports of PAWS")
     add("--color_jitter_strength", type=float, default=1.0, help="of the strong views")
     add = parser.add_argument_group("meta").add_argument
@@ -248,15 +249,16 @@ def validate_encoder(
 
 
 class LabelledSampler(EpochBatchSampler):
-    """Batches of (epoch, index) keys of the labelled images only."""
+    """Batches of (pass, index) keys of the labelled images only, ``repeat`` passes in an epoch."""
 
-    def __init__(self, rows: np.ndarray, *args, **kwargs):
-        super().__init__(len(rows), *args, **kwargs)
-        self.rows = rows
+    def __init__(self, rows: np.ndarray, repeat: int, *args, **kwargs):
+        super().__init__(repeat * len(rows), *args, **kwargs)
+        self.rows, self.repeat = rows, repeat
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for batch in super().__iter__():
-            yield [(epoch, int(self.rows[position])) for epoch, position in batch]
+            places = [(epoch, *divmod(position, len(self.rows))) for epoch, position in batch]
+            yield [(epoch * self.repeat + number, int(self.rows[row])) for epoch, number, row in places]
 
 
 def labelled_loader(
@@ -267,9 +269,9 @@ def labelled_loader(
     A last batch of one image is left out: batch norms cannot normalise it.
     """
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
-    per_rank = -(-len(images.labelled) // world_size)
+    per_rank = -(-args.repeat * len(images.labelled) // world_size)
     drop_last = per_rank > 1 and per_rank % args.batch_size == 1
-    sampler = LabelledSampler(images.labelled, args.batch_size, args.seed, rank, world_size, drop_last)
+    sampler = LabelledSampler(images.labelled, args.repeat, args.batch_size, args.seed, rank, world_size, drop_last)
     strong = support_views(recipe, 0, args.color_jitter_strength, 1)
     views = [fine_tune_view(recipe)] if args.views == "basic" else strong
     bad_images = BadImages(len(images.source), on_bad_image="error")  # a replacement could have no label

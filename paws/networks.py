@@ -68,6 +68,16 @@ class Representation(nn.Module):
         return z if self.use_pred else h
 
 
+def own_network(model_name: str) -> tuple[type[Encoder], type[nn.Module], tuple] | None:
+    """Classes of the encoder and of its bare backbone and their arguments; None for a network of a library."""
+    if match := re.fullmatch(r"resnet(50|101|151|152|200)(?:w([1-9]))?", model_name):
+        blocks = BLOCKS[152 if match[1] == "151" else int(match[1])]
+        return ResNetEncoder, ResNet, (blocks, int(match[2] or 1))
+    if match := re.fullmatch(r"wide_resnet(\d{2,3})w(\d{1,2})", model_name):
+        return WideResNetEncoder, WideResNet, (int(match[1]), int(match[2]))
+    return None
+
+
 def build_encoder(
     model_name: str, output_dim: int = 0, use_pred_head: bool = False, img_size: int = 224, in_chans: int = 3
 ) -> Encoder:
@@ -84,10 +94,19 @@ def build_encoder(
         ValueError: If the name is unknown.
     """
     heads = {"output_dim": output_dim, "use_pred_head": use_pred_head}
-    if match := re.fullmatch(r"resnet(50|101|151|152|200)(?:w([1-9]))?", model_name):
-        blocks = BLOCKS[152 if match[1] == "151" else int(match[1])]
-        return ResNetEncoder(blocks, int(match[2] or 1), in_chans, **heads)
-    if match := re.fullmatch(r"wide_resnet(\d{2,3})w(\d{1,2})", model_name):
-        return WideResNetEncoder(int(match[1]), int(match[2]), in_chans, **heads)
+    if own := own_network(model_name):
+        encoder, _, sizes = own
+        return encoder(*sizes, in_chans, **heads)
     backbone, embed_dim = build_library_backbone(model_name, img_size=img_size, in_chans=in_chans, own_names=NAMES)
     return LibraryEncoder(backbone, embed_dim, **heads)
+
+
+def bare_backbone(encoder: Encoder, model_name: str) -> nn.Module:
+    """A network of its own with the weights of the backbone: images (B, C, H, W) to features (B, D), without heads."""
+    if isinstance(encoder, LibraryEncoder):
+        return encoder.backbone
+    _, backbone, sizes = own_network(model_name)
+    bare = backbone(*sizes, in_chans=encoder.conv1.in_channels)
+    weights = {name: v for name, v in encoder.state_dict().items() if not name.startswith(("fc.", "pred."))}
+    bare.load_state_dict(weights)
+    return bare.train(encoder.training)

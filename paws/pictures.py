@@ -30,7 +30,7 @@ VIEWS_PER_ROW = 8
 def save_certainty(
     images: PartlyLabelled, rows: np.ndarray, found: np.ndarray, confidences: np.ndarray, path: Path
 ) -> Path:
-    """The most certain images, then the least certain ones, with label and confidence.
+    """The most certain images of every class in turn, then the least certain ones, with label and confidence.
 
     Args:
         rows: Their indices.
@@ -38,8 +38,13 @@ def save_certainty(
         confidences: Its probability.
     """
     order = np.argsort(-confidences, kind="stable")
+    place_in_class = np.zeros(len(order), dtype=np.int64)
+    for label in np.unique(found):
+        mine = order[found[order] == label]
+        place_in_class[mine] = np.arange(len(mine))
+    in_turn = np.lexsort((-confidences, place_in_class))  # the surest of each class, then the second of each, ...
     few = min(PER_ROW * ROWS, len(order) // 2 or 1)
-    blocks = (("most certain", order[:few]), ("least certain", order[::-1][:few]))
+    blocks = (("most certain of each label", in_turn[:few]), ("least certain", order[::-1][:few]))
     sheet = []
     for title, chosen in blocks:
         tiles = [_tile(images, rows[i], found[i], confidences[i]) for i in chosen]

@@ -19,6 +19,7 @@ LEAST = {
     "supervised_batch_size": 1,
     "batch_size": 1,
     "log_freq": 1,
+    "repeat": 1,
     "output_dim": 0,
     "warmup": 0,
 }
@@ -56,7 +57,6 @@ def add_label_flags(parser: argparse.ArgumentParser) -> Callable:
     add("--image_size", type=int, default=None, help="side of the large views in pixels; by default the recipe's")
     add("--num_workers", type=int, default=None,
         help="loader processes per rank; None: cores per rank less one, at most 10")  # fmt: skip
-    add("--copy_data", type=bool_flag, default=False, help="ignored: --cache copies the images")
     return add
 
 
@@ -128,14 +128,11 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_device_flag(parser: argparse.ArgumentParser) -> None:
-    """``--device`` in the section of the released files, which say ``cuda:0``."""
-    parser.add_argument_group("meta").add_argument(
-        "--device",
-        type=device_name,
-        default="auto",
-        choices=("auto", "cpu", "cuda"),
-        help="auto: a GPU if there is one",
-    )
+    """``--device`` in the section of the released files, which say ``cuda:0``, and what they say about copies."""
+    add = parser.add_argument_group("meta").add_argument
+    add("--device", type=device_name, default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is "
+        "one")  # fmt: skip
+    add("--copy_data", type=bool_flag, default=False, help="ignored: --cache keeps decoded images near")
 
 
 def device_name(text: str) -> str:
