@@ -51,14 +51,15 @@ RECIPES = {
         mean=(0.4914, 0.4822, 0.4465),
         std=(0.2023, 0.1994, 0.2010),
     ),
-    # 8 x 8 pixels: a mirrored digit is none, and a small part of one could be any
+    # 8 x 8 pixels: a mirrored digit is none, and a small part of one could be any; at a larger size a network that
+    # averages over positions cannot tell digits apart before it has learned, and the first pseudo-labels mislead it
     "digits": Recipe(
-        large=(16, (0.6, 1.0)),
-        small=(12, (0.4, 0.7)),
-        large_scale_alone=(0.5, 1.0),
+        large=(8, (0.75, 1.0)),
+        small=(6, (0.5, 0.8)),
+        large_scale_alone=(0.75, 1.0),
         common={**BILINEAR, **JITTER, "flip_p": 0.0},
-        eval_resize_px=16,
-        fine_tune_scale=(0.6, 1.0),
+        eval_resize_px=8,
+        fine_tune_scale=(0.75, 1.0),
         mean=(0.3, 0.3, 0.3),
         std=(0.37, 0.37, 0.37),
     ),

@@ -38,7 +38,7 @@ def run(method: str, variant: Variant, seed: int, output_dir: Path) -> dict:
         )
     minutes = (time.perf_counter() - start) / 60
     lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-    accuracies = [line["knn_top1"] for line in lines if "knn_top1" in line]
+    accuracies = [line[key] for line in lines for key in ("knn_top1", "snn_top1") if key in line]
     last = [line for line in lines if "loss" in line][-1]
     return {"variant": variant.name, "seed": seed, "minutes": round(minutes, 2), "knn_before": accuracies[0],
             "knn_last": accuracies[-1], "command": " ".join(["python", *command[:-2]]), **last}  # fmt: skip

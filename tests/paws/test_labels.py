@@ -80,9 +80,9 @@ def test_official_lists_are_found_by_the_share_without_labels(noise, tmp_path):
 
 
 def test_official_lists_of_indices_are_found_by_their_number(tmp_path):
-    (tmp_path / "spc.4000_split.91.txt").write_text("\n".join(str(i) for i in range(20)))
+    (tmp_path / "spc.4000_split.91.txt").write_text("\n".join(str(i) for i in range(60)))
     images = open_partly_labelled(None, subset_path=str(tmp_path), unlabeled_frac=0.92, data_seed=91)
-    assert images.labelled.tolist() == list(range(20))
+    assert images.labelled.tolist() == list(range(60))
     with pytest.raises(ValueError, match=r"holds no spc.4000_split.152.txt"):
         open_partly_labelled(None, subset_path=str(tmp_path), unlabeled_frac=0.92)
     with pytest.raises(ValueError, match=r"--unlabeled_frac 0.5: the official lists"):

@@ -79,8 +79,8 @@ def test_the_network_files_need_torch_alone(tmp_path):
         "import resnet, wide_resnet, heads\n"
         "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
         "assert new <= set(sys.stdlib_module_names) | {'torch', 'resnet', 'wide_resnet', 'heads'}, new\n"
-        "assert wide_resnet.WideResNet(10, 1)(torch.zeros(1, 3, 16, 16)).shape == (1, 64)\n"
-        "assert resnet.ResNet((1, 1, 1, 1), base_planes=8)(torch.zeros(1, 3, 32, 32)).shape == (1, 256)\n"
+        "assert wide_resnet.WideResNet(10, 1).eval()(torch.zeros(1, 3, 16, 16)).shape == (1, 64)\n"
+        "assert resnet.ResNet((1, 1, 1, 1), base_planes=8).eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 256)\n"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
