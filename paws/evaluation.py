@@ -71,7 +71,7 @@ def open_validation(
     Those of ``val_path``; else the val part of ``data_path``; else the training images whose labels were kept back.
 
     Raises:
-        ValueError: If ``val_path`` cannot be opened or has other classes.
+        ValueError: If they cannot be opened or have other classes.
     """
     open_images = partial(open_source, allow_absolute_paths=allow_absolute_paths)
     if val_path is not None:
@@ -83,7 +83,9 @@ def open_validation(
     beside = Path(data_path).with_name("val") if data_path and Path(data_path).name == "train" else None
     try:
         val = open_images(str(beside), "all") if beside and beside.is_dir() else open_images(data_path, "val")
-    except ValueError:  # no val part
+    except ValueError as error:
+        if "has no val part" not in str(error):
+            raise
         if len(images.unlabelled) == 0:
             return "all images have a label that is used, and there are no others to classify"
         return Validation(images.source, images.unlabelled)

@@ -218,8 +218,8 @@ def build_monitor(
         data.num_workers,
         bad_images,
     )
-    if monitor.off:
-        distributed.print_once(f"no evaluation between epochs: {monitor.off}")
+    what = f"no evaluation between epochs: {monitor.off}" if monitor.off else f"evaluation: {validation.describe()}"
+    distributed.print_once(what)
     return monitor
 
 

@@ -102,7 +102,7 @@ def claims(out: Path, parallel: int, seeds: tuple[int, ...]) -> None:
         for n in NUMBERS_OF_LABELS
     ]
     few = with_data_seeds(numbers, out / "labels", parallel, seeds)
-    epochs = 1 + [r for r in few if r["seed"] == seeds[0]][0]["epoch"]
+    epochs = 1 + next(r for r in few if r["seed"] == seeds[0])["epoch"]
     rows = ["| labels of each class | PAWS | same network, labels alone | 1-NN on pixels |", "|---|---|---|---|"]
     digits = "--model_name wide_resnet10w1 --color_jitter_strength 0.5"
     for n in NUMBERS_OF_LABELS:
