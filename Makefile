@@ -13,6 +13,7 @@ DEMO_dino := --arch vit_small
 DEMO_swav :=
 DEMO_deepcluster :=
 DEMO_paws := --sel few_labels
+DEMO_msn :=
 
 ## make test: format, lint and the whole test suite without the long tests and the cluster
 test: lint

@@ -1,8 +1,8 @@
 """Entry points of ``torch.hub``.
 
 torch.hub.load("/path/to/this/repository", "dino_vits16", source="local") returns a backbone that maps normalised
-images (B, 3, H, W) to features (B, D). The environment variables DINO_WEIGHTS_URL, SWAV_WEIGHTS_URL and
-PAWS_WEIGHTS_URL replace the addresses of the weights.
+images (B, 3, H, W) to features (B, D). The environment variables DINO_WEIGHTS_URL, SWAV_WEIGHTS_URL, MSN_WEIGHTS_URL
+and PAWS_WEIGHTS_URL replace the addresses of the weights.
 """
 
 from torch import nn
@@ -10,9 +10,12 @@ from torch import nn
 from dino import pretrained as _pretrained
 from dino import vision_transformer as _vision_transformer
 from dino.networks import build_backbone as _build_backbone
+from msn import pretrained as _msn_pretrained
+from msn import vision_transformer as _msn_vision_transformer
 from paws import pretrained as _paws_pretrained
 from paws import resnet as _paws_resnet
 from shared.weights import load_backbone_weights as _load_backbone_weights
+from shared.weights import read_backbone_weights as _read_backbone_weights
 from swav import pretrained as _swav_pretrained
 from swav import resnet50 as _swav_resnets
 
@@ -112,6 +115,40 @@ def deepclusterv2_resnet50(pretrained: bool = True, **kwargs) -> nn.Module:
 def selav2_resnet50(pretrained: bool = True, **kwargs) -> nn.Module:
     """SeLa-v2, 400 epochs: ResNet-50, 2048 dimensions (linear 71.8 on ImageNet)."""
     return _swav("selav2_400ep", pretrained, **kwargs)
+
+
+def _msn(release: str, pretrained: bool, **kwargs) -> nn.Module:
+    model_name, file = _msn_pretrained.RELEASES[release]
+    path = _msn_pretrained.fetch(file) if pretrained else None
+    encoder = _msn_vision_transformer.build(model_name, **kwargs)
+    if path is not None:
+        _load_backbone_weights(encoder, _read_backbone_weights(path, "target_encoder", head_names=("fc",)))
+    return encoder
+
+
+def msn_vits16(pretrained: bool = True, **kwargs) -> nn.Module:
+    """MSN, 800 epochs: ViT-S/16, 384 dimensions (47.1 with one ImageNet image per class)."""
+    return _msn("msn_vits16", pretrained, **kwargs)
+
+
+def msn_vitb16(pretrained: bool = True, **kwargs) -> nn.Module:
+    """MSN, 600 epochs: ViT-B/16, 768 dimensions (49.8 with one ImageNet image per class)."""
+    return _msn("msn_vitb16", pretrained, **kwargs)
+
+
+def msn_vitl16(pretrained: bool = True, **kwargs) -> nn.Module:
+    """MSN, 600 epochs: ViT-L/16, 1024 dimensions."""
+    return _msn("msn_vitl16", pretrained, **kwargs)
+
+
+def msn_vitb4(pretrained: bool = True, **kwargs) -> nn.Module:
+    """MSN, 300 epochs: ViT-B/4, 768 dimensions (54.3 with one ImageNet image per class)."""
+    return _msn("msn_vitb4", pretrained, **kwargs)
+
+
+def msn_vitl7(pretrained: bool = True, **kwargs) -> nn.Module:
+    """MSN, 200 epochs: ViT-L/7, 1024 dimensions (57.1 with one ImageNet image per class)."""
+    return _msn("msn_vitl7", pretrained, **kwargs)
 
 
 def _paws(release: str, pretrained: bool, **kwargs) -> nn.Module:

@@ -11,6 +11,7 @@ import torch
 
 from shared.randomness import derive_seed
 from shared.sources import FileSource, ImageSource, open_source
+from shared.subsets import listed_images
 
 UNLABELED_FOLDERS = ("unlabeled", "unlabelled")
 CIFAR_SPLITS = (73, 91, 152, 321, 401)  # numbers of the official lists of 4000 labels
@@ -100,8 +101,8 @@ def open_partly_labelled(
             )
         found = from_class_folders(source)
     elif subset_path is not None:
-        chosen, how = listed_images(source, find_list(subset_path, unlabeled_frac, data_seed, source))
-        found = keep_labels(source, chosen, how)
+        path = find_list(subset_path, unlabeled_frac, data_seed, source)
+        found = keep_labels(source, listed_indices(source, path), str(path))
     elif labels_per_class is not None:
         chosen = drawn_per_class(source.labels, labels_per_class, data_seed or 0, source.classes)
         how = f"--labels_per_class {labels_per_class}, drawn with --data_seed {data_seed or 0}"
@@ -234,27 +235,20 @@ def find_list(subset_path: str, unlabeled_frac: float, data_seed: int | None, so
     return path / name
 
 
-def listed_images(source: ImageSource, path: Path) -> tuple[np.ndarray, str]:
-    """Indices of the images of a list: file names (``n01440764_10183.JPEG``), relative paths, or indices."""
+def listed_indices(source: ImageSource, path: Path) -> np.ndarray:
+    """Indices of the images of a list: of names where there are files, else of indices, as CIFAR-10's are."""
     where = f"--subset_path {path}"
+    if isinstance(source, FileSource):
+        return listed_images(source, str(path), "--subset_path")
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = path.read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{where} cannot be read: {error}") from error
-    lines = [line for line in lines if line]
-    if not lines:
-        raise ValueError(f"{where} is empty")
-    if isinstance(source, FileSource):
-        index_of = names_of(source)
-        missing = [line for line in lines if line not in index_of]
-        indices = [index_of[line] for line in lines if line in index_of]
-    else:
-        missing = [line for line in lines if not line.isdecimal() or int(line) >= len(source)]
-        indices = [int(line) for line in lines if line not in missing] if not missing else []
-    if missing:
-        which = "none of its images is" if len(missing) == len(lines) else f"{len(missing)} of {len(lines)} are not"
-        raise ValueError(f"{where}: {which} in {source.name}, the first that is not is {missing[0]!r}")
-    return np.unique(indices), str(path)
+    wrong = [line for line in lines if not line.isdecimal() or int(line) >= len(source)]
+    if wrong or not lines:
+        what = f"{wrong[0]!r} is no index of an image" if wrong else "an empty list"
+        raise ValueError(f"{where}: {what} of {source.name}")
+    return np.unique([int(line) for line in lines])
 
 
 def drawn_per_class(labels: np.ndarray, count: int, seed: int, classes: Sequence[str]) -> np.ndarray:

@@ -72,7 +72,7 @@ def test_a_share_is_drawn_when_nothing_else_is_said():
 
 
 def test_official_lists_are_found_by_the_share_without_labels(noise, tmp_path):
-    (tmp_path / "90percent.txt").write_text("0.png\n1.png\n2.png\n")
+    (tmp_path / "90percent.txt").write_text("class0/0.png\nclass1/1.png\nclass2/2.png\n")
     images = open_partly_labelled(str(noise), subset_path=str(tmp_path), unlabeled_frac=0.9)
     assert set(names(images)) == {"0.png", "1.png", "2.png"}
     with pytest.raises(ValueError, match=r"holds no 58percent.txt, the list for --unlabeled_frac 0.58"):
@@ -109,7 +109,7 @@ def test_a_table_that_does_not_fit_is_one_clear_error(own, tmp_path, text, messa
 
 def test_other_mistakes_are_one_clear_error(own, noise, tmp_path):
     few = tmp_path / "few.txt"
-    few.write_text("0.png\n3.png\n")
+    few.write_text("class0/0.png\nclass0/3.png\n")
     wrong = tmp_path / "wrong.txt"
     wrong.write_text("n01440764_1.JPEG\n")
     for arguments, message in (
@@ -117,7 +117,10 @@ def test_other_mistakes_are_one_clear_error(own, noise, tmp_path):
         ({"data_path": str(noise), "labels": "nowhere.csv"}, "--labels nowhere.csv cannot be read"),
         ({"data_path": None, "labels": str(own[1])}, "has no files that it could name"),
         ({"data_path": str(noise), "subset_path": "nowhere"}, "--subset_path nowhere: no such file or folder"),
-        ({"data_path": str(noise), "subset_path": str(wrong)}, "none of its images is in .*'n01440764_1.JPEG'"),
+        (
+            {"data_path": str(noise), "subset_path": str(wrong)},
+            "1 of its 1 images are not in .*, the first is n01440764/n01440764_1.JPEG",
+        ),
         ({"data_path": str(noise), "subset_path": str(few)}, "2 of 3 classes have no labelled image .* 'class1'"),
         ({"data_path": str(noise), "labels_per_class": 9}, "--labels_per_class 9: class 'class0' has 8 images"),
         ({"data_path": str(noise), "labels_per_class": 0}, "--labels_per_class 0 is less than 1"),

@@ -1,0 +1,178 @@
+"""The small experiments behind msn/README.md: the paper's claims on the embedded digits, and CIFAR-10 at small scale.
+
+    make evidence METHOD=msn                                          # the claims, about 100 core-minutes
+    python tests/evidence/msn.py --only cifar10 --cifar10 DIR         # DIR holds train/ and test/ with class folders
+    python tests/evidence/msn.py --epochs 1 --seeds 0                 # does it work?
+
+Every run uses one thread; --parallel of them run at a time. Numbers are those of the last epoch, mean and standard
+deviation over the seeds. Low-shot accuracies are logistic regression on frozen features of 1, 2 and 5 images per class,
+mean over three draws. DINO gets the wall time of MSN: as many epochs as fit into it.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import torch
+
+from dino.pretrained import load_pretrained
+from msn.augmentations import MEAN, STD
+from msn.logistic_eval import LastClassToken, LowShotClassifier, draw_per_class
+from msn.pretrained import load_encoder
+from shared.data import EvalDataset, EvalTransform
+from shared.evaluation.features import extract_features
+from shared.evaluation.knn import knn_classify
+from shared.evaluation.knn_monitor import open_labelled
+from tests.evidence.runs import SEEDS, Variant, run_all, table, write
+
+CPU = torch.device("cpu")
+SHOTS = (1, 2, 5)
+SPLITS = 3
+LAMBD = 0.0025
+DIGITS = (
+    "--model_name deit_tiny --patch_size 4 --rand_size 16 --focal_size 8 --focal_views 2 --rand_scale 0.6 1 "
+    "--focal_scale 0.3 0.6 --blur_radius 0.1 0.3 --num_proto 64 --hidden_dim 256 --output_dim 64 --batch_size 32 "
+    "--warmup 1 --ema 0.96 1 --num_workers 0 --pictures off --checkpoint_freq 0 --log_freq 44"
+)
+CLAIMS = {
+    "MSN, a mask of 0.15": "",
+    "no mask": "--patch_drop 0",
+    "a mask of 0.3": "--patch_drop 0.3",
+    "a mask of 0.5": "--patch_drop 0.5",
+    "a mask of 0.7": "--patch_drop 0.7",
+    "random anchors only": "--focal_views 0 --rand_views 3",
+    "focal anchors only": "--rand_views 0 --focal_views 3 --patch_drop 0",
+    "neither Sinkhorn nor me-max": "--use_sinkhorn false --me_max false",
+    "me-max without Sinkhorn": "--use_sinkhorn false --memax_weight 5",
+    "Sinkhorn without me-max": "--me_max false",
+    "no sharpening": "--start_sharpen 1 --final_sharpen 1",
+    "a prior with a long tail": "--use_sinkhorn false --memax_weight 5 --power_law_exponent 0.25",
+}
+DINO = (
+    "--arch vit_tiny --patch_size 4 --global_crop_size 16 --local_crop_size 8 --local_crops_number 2 --out_dim 256 "
+    "--global_crops_scale 0.6 1 --local_crops_scale 0.3 0.6 --blur_radius 0.1 0.3 --batch_size_per_gpu 32 "
+    "--lr 0.0005 --warmup_epochs 1 --freeze_last_layer 0 --teacher_temp 0.015 --warmup_teacher_temp 0.015 "
+    "--momentum_teacher 0.96 --momentum_teacher_end 0.99 --center_momentum 0.2 --num_workers 0 --pictures off "
+    "--saveckp_freq 0 --log_freq 44"
+)
+CIFAR10 = (
+    "--model_name deit_tiny --patch_size 8 --rand_size 32 --focal_size 16 --focal_views 4 --rand_scale 0.5 1 "
+    "--focal_scale 0.2 0.5 --blur_radius 0.1 0.5 --num_proto 256 --hidden_dim 512 --output_dim 128 --batch_size 64 "
+    "--epochs 3 --warmup 0.3 --ema 0.96 1 --num_workers 0 --pictures off --checkpoint_freq 0 --log_freq 25"
+)
+IMAGES_PER_CLASS = 1600
+
+
+def features_of(backbone: torch.nn.Module, data_path: str | None, val_path: str | None, image_size: int) -> list:
+    """Train source, val features and labels, train features and labels."""
+    train, val = open_labelled(data_path, val_path)
+    transform = EvalTransform(round(image_size * 256 / 224), image_size, MEAN, STD, interpolation="bilinear")
+    found = [extract_features(backbone, EvalDataset(source, transform), CPU) for source in (val, train)]
+    return [train, *found[0], *found[1]]
+
+
+def low_shot(backbone: torch.nn.Module, *data) -> dict[str, float]:
+    """Top-1 by number of labelled images per class, mean over the draws."""
+    train, val_features, val_labels, features, labels = features_of(backbone, *data)
+    accuracies = {}
+    for shots in SHOTS:
+        top1 = []
+        for split in range(SPLITS):
+            rows = torch.from_numpy(draw_per_class(train, shots, 0, split))
+            classifier = LowShotClassifier(features[rows], labels[rows], LAMBD)
+            top1.append(classifier.accuracy(val_features, val_labels))
+        accuracies[f"knn_{shots}"] = sum(top1) / len(top1)  # named so that the table shows per cent
+    return accuracies
+
+
+def msn_backbone(run: Path) -> torch.nn.Module:
+    return LastClassToken(load_encoder("deit_tiny", run, "msn-latest.pth.tar"))
+
+
+class Pixels(torch.nn.Module):
+    """Raw pixels as features."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1)
+
+
+COLUMNS = {"knn_before": "k-NN before", "knn_last": "k-NN after", "knn_1": "1 image", "knn_2": "2 images",
+           "knn_5": "5 images", "information": "information", "me_max": "me-max", "feature_spread": "feature spread",
+           "images_per_s": "images/s"}  # fmt: skip
+
+
+def pixels_line(*data) -> str:
+    _, val_features, val_labels, features, labels = features_of(Pixels(), *data)
+    few = low_shot(Pixels(), *data)
+    knn = knn_classify(features, labels, val_features, val_labels, k=20)[0]
+    return f"\n\nRaw pixels: k-NN {knn:.1f}, low-shot " + ", ".join(f"{few[f'knn_{s}']:.1f}" for s in SHOTS)
+
+
+def claims(out: Path, parallel: int, seeds: tuple[int, ...], epochs: int) -> None:
+    variants = [Variant(name, f"{DIGITS} --epochs {epochs} {flags}") for name, flags in CLAIMS.items()]
+    results = run_all("msn", variants, out / "digits", parallel, seeds)
+    for result in results:
+        folder = out / "digits" / result["variant"].replace(" ", "_") / str(result["seed"])
+        result |= low_shot(msn_backbone(folder), None, None, 16)
+    results += dino_in_the_same_time(out / "digits", parallel, seeds, epochs, results)
+    write(out, "msn_digits", results, table(results, COLUMNS) + pixels_line(None, None, 16))
+
+
+def dino_in_the_same_time(out: Path, parallel: int, seeds: tuple[int, ...], epochs: int, msn: list[dict]) -> list[dict]:
+    """DINO's ViT of the same size, trained for as long as MSN's first variant."""
+    probe = run_all("dino", [Variant("DINO, one epoch", f"{DINO} --epochs 1")], out, parallel, seeds[:1])
+    minutes = [result["minutes"] for result in msn if result["variant"] == next(iter(CLAIMS))]
+    same_time = max(1, round(sum(minutes) / len(minutes) / max(probe[0]["minutes"], 0.01)))
+    name = f"DINO in the same time ({same_time} epochs, MSN {epochs})"
+    results = run_all("dino", [Variant(name, f"{DINO} --epochs {same_time}")], out, parallel, seeds)
+    for result in results:
+        weights = out / name.replace(" ", "_") / str(result["seed"]) / "checkpoint.pth"
+        backbone, _ = load_pretrained("vit_tiny", 4, weights)
+        result |= low_shot(backbone, None, None, 16) | {"information": float("nan"), "me_max": float("nan")}
+    return results
+
+
+def few_per_class(folder: Path, few: Path) -> Path:
+    """A folder of links to the first IMAGES_PER_CLASS images of every class."""
+    for images in sorted(folder.iterdir()):
+        (few / images.name).mkdir(parents=True, exist_ok=True)
+        for image in sorted(images.iterdir())[:IMAGES_PER_CLASS]:
+            link = few / images.name / image.name
+            if not link.exists():
+                link.symlink_to(image)
+    return few
+
+
+def cifar10(out: Path, parallel: int, seeds: tuple[int, ...], folder: str) -> None:
+    train = few_per_class(Path(folder) / "train", out / "train")
+    flags = f"{CIFAR10} --data_path {train} --val_path {folder}/test"
+    results = run_all("msn", [Variant("CIFAR-10", flags)], out, parallel, seeds)
+    for result in results:
+        run = out / "CIFAR-10" / str(result["seed"])
+        result |= low_shot(msn_backbone(run), str(train), f"{folder}/test", 32)
+        result["command"] = result["command"].replace(str(train), "cifar10/train").replace(folder, "cifar10")
+    text = table(results, COLUMNS) + pixels_line(str(train), f"{folder}/test", 32)
+    write(out, "msn_cifar10", results, text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "build/evidence/msn")
+    parser.add_argument("--only", choices=("claims", "cifar10"), help="one of the two")
+    parser.add_argument("--cifar10", default=None, help="folder with train/ and test/; without it only the claims")
+    parser.add_argument("--parallel", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--epochs", type=int, default=6, help="of the runs on the digits")
+    args = parser.parse_args()
+    out = args.out.absolute()
+    if args.only != "cifar10":
+        claims(out, args.parallel, tuple(args.seeds), args.epochs)
+    if args.only != "claims" and args.cifar10:
+        cifar10(out, args.parallel, tuple(args.seeds), str(Path(args.cifar10).absolute()))
+
+
+if __name__ == "__main__":
+    main()
