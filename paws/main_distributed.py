@@ -1,11 +1,13 @@
 """Run a program of this folder as a job on a SLURM cluster, with the flags of the program and those of the job.
 
-    python main_distributed.py --fname configs/paws/imgnt_train.yaml --nodes 8 --ngpus 8 --partition gpu \\
-        --data_path /path/to/imagenet/train --subset_path imagenet_subsets --folder /path/to/runs/%j
-    python main_distributed.py --sel suncet_train --fname configs/suncet/imgnt_train.yaml --nodes 8 --ngpus 8 ...
+    python main_distributed.py --fname configs/paws/imgnt_train.yaml --nodes 8 --tasks-per-node 8 --partition gpu \\
+        --time 4300 --folder /path/to/job_logs --data_path /path/to/imagenet/train --subset_path imagenet_subsets \\
+        --output_dir /path/to/runs/%j
+    python main_distributed.py --sel suncet_train --fname configs/suncet/imgnt_train.yaml --nodes 8 ...
 
-The job requeues itself when it is preempted or reaches its time limit, and resumes where it stopped. ``--cluster
-local`` runs the same processes on this machine, ``--cluster debug`` trains in this process.
+The job requeues itself when it is preempted or reaches its time limit, and resumes where it stopped. As in the official
+script --folder is where submitit writes its logs; the output of the training is --output_dir, or ``logging.folder`` of
+the YAML file. ``--cluster local`` runs the same processes on this machine, ``--cluster debug`` in this process.
 """
 
 import argparse
@@ -20,24 +22,34 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 from paws import main as programs
 from shared import distributed, slurm
 
+# The official names of the job's flags; --output_dir is this script's name for what main.py also calls --folder.
+OFFICIAL = {"--folder": "--job_dir", "--time": "--timeout", "--tasks-per-node": "--ngpus"}
+
 
 def get_args_parser(program: str = "paws_train") -> argparse.ArgumentParser:
     parser = programs.get_args_parser(program)
     parser.description = __doc__.split("\n\n")[0]
     parser.add_argument("--batch-launch", action="store_true", help="--fname is a YAML list of configuration files, "
         "of which each becomes a job")  # fmt: skip
+    slurm.add_slurm_flags(parser, job_name=program)
+    parser.set_defaults(nodes=1, ngpus=1, timeout=4300, partition="")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> None:
-    program = programs.selected(arguments)
-    parser = get_args_parser(program)
-    slurm.add_slurm_flags(parser, job_name=program)
+    words = with_our_names(sys.argv[1:] if arguments is None else arguments)
+    program = programs.selected(words)
     with distributed.clean_exit():
-        for words in configurations(list(sys.argv[1:] if arguments is None else arguments)):
-            args = programs.parse_args(words, parser)
+        for command in configurations(words):
+            args = programs.parse_args(command, get_args_parser(program))
             del args.batch_launch
             slurm.submit(programs.program_function(program), args)
+
+
+def with_our_names(words: list[str]) -> list[str]:
+    """The command line with the official names of the job's flags replaced."""
+    parts = [word.partition("=") for word in words]
+    return [OFFICIAL.get(name, name) + equals + value for name, equals, value in parts]
 
 
 def configurations(words: list[str]) -> list[list[str]]:

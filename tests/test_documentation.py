@@ -47,7 +47,7 @@ def test_commands_are_understood_by_their_scripts(path, line):
     if module.endswith(".main") and (ROOT / method / f"main_{method}.py").exists():  # the alias
         module = f"{method}.main_{method}"
     parser = importlib.import_module(module).get_args_parser()
-    if module.endswith(("run_with_submitit", "main_distributed")):
+    if module.endswith("run_with_submitit"):
         add_slurm_flags(parser)
     parser.parse_args(words[start + 1 :])
 

@@ -41,9 +41,19 @@ def test_a_list_of_configurations_becomes_as_many_jobs(submitted, tmp_path):
     assert end.value.code == 2
 
 
+def test_the_official_command_line_is_understood(submitted):
+    words = "--sel paws_train --fname FILE --folder logs --partition gpu --nodes 8 --tasks-per-node 8 --time 1000"
+    file = str(ROOT / "paws/configs/paws/imgnt_train.yaml")
+    main_distributed.main([*words.replace("FILE", file).split(), "--data_path", "x", "--output_dir", "run"])
+    ((_, args),) = submitted
+    assert (args.job_dir, args.output_dir, args.partition, args.nodes, args.ngpus, args.timeout) == (
+        "logs", "run", "gpu", 8, 8, 1000,
+    )  # fmt: skip
+
+
 def test_debug_trains_in_this_process(tmp_path):
     flags = [*TINY, "--labels_per_class", "2", "--data_path", str(write_noise(tmp_path / "images"))]
-    main_distributed.main([*flags, "--cluster", "debug", "--folder", str(tmp_path / "%j")])
+    main_distributed.main([*flags, "--cluster", "debug", "--output_dir", str(tmp_path / "%j")])
     assert len(losses(tmp_path / "debug")) == 3
 
 
