@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from shared.images import EXTENSIONS
 from shared.randomness import derive_seed
 from shared.sources import FileSource, ImageSource, open_source
 from shared.subsets import listed_images
@@ -142,7 +143,7 @@ def from_class_folders(source: ImageSource) -> PartlyLabelled:
 
 
 def from_csv(source: ImageSource, path: str) -> PartlyLabelled:
-    """Labels of a CSV file with two columns, image and label; a first line without a known image is a heading.
+    """Labels of a CSV file with two columns, image and label; a first line that names no image file is a heading.
 
     An image is known by its path relative to the data set's folder, or by its file name where that is unique.
     """
@@ -150,7 +151,7 @@ def from_csv(source: ImageSource, path: str) -> PartlyLabelled:
         raise ValueError(f"--labels {path}: {source.name} has no files that it could name")
     rows = read_csv(path)
     index_of = names_of(source)
-    if rows and rows[0][1][0] not in index_of and len(rows) > 1:
+    if rows and rows[0][1][0] not in index_of and not rows[0][1][0].lower().endswith(EXTENSIONS):
         rows = rows[1:]
     if not rows:
         raise ValueError(f"--labels {path} is empty")
@@ -266,7 +267,7 @@ def drawn_per_class(labels: np.ndarray, count: int, seed: int, classes: Sequence
 
 
 def drawn_by_share(count: int, unlabeled_frac: float) -> np.ndarray:
-    """Indices of images that are kept with probability 1 - ``unlabeled_frac``, the draw of the official code."""
+    """Indices of images that are kept with probability 1 - ``unlabeled_frac``, by a generator that is seeded with 0."""
     if not 0 <= unlabeled_frac < 1:
         raise ValueError(f"--unlabeled_frac {unlabeled_frac} is outside [0, 1)")
     keep = torch.rand(count, generator=torch.Generator().manual_seed(0)) >= unlabeled_frac

@@ -93,6 +93,7 @@ def test_official_lists_of_indices_are_found_by_their_number(tmp_path):
     ("text", "message"),
     [
         ("0.png,dark\nnowhere.png,dark\n1.png,bright\n", r"1 of its 3 images are not in .*'nowhere.png' in line 2"),
+        ("nowhere.png,dark\n1.png,bright\n", r"the first is 'nowhere.png' in line 1"),
         ("0.png,dark\n0.png,bright\n", r"line 2: 0.png has the label 'dark' already"),
         ("0.png\n", r"line 1: expected an image and its label, got \['0.png'\]"),
         ("0.png,\n", r"line 1: expected an image and its label"),
