@@ -98,7 +98,7 @@ def supervised_accuracy(args: argparse.Namespace, count: int, num_labels: int, r
     """Train the same network from random weights on ``count`` labels of each class, for as many steps as PAWS."""
     steps = [line["step"] for line in read_log(run / "metrics.jsonl") if "loss" in line][-1]
     names = ("data_path", "val_path", "dataset", "model_name", "image_size", "data_seed", "num_workers", "seed",
-             "device", "in_chans", "color_jitter_strength", "amp")  # fmt: skip
+             "device", "in_chans", "color_jitter_strength", "amp", "normalize")  # fmt: skip
     flags = [f"--{name}={getattr(args, name)}" for name in names if getattr(args, name) is not None]
     batch_size = min(256, num_labels)
     repeat = max(1, round(steps / args.epochs * batch_size / num_labels))
