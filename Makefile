@@ -14,6 +14,7 @@ DEMO_swav :=
 DEMO_deepcluster :=
 DEMO_resmlp :=
 DEMO_xcit :=
+DEMO_paws := --sel few_labels
 DEMO_msn :=
 
 ## make test: format, lint and the whole test suite without the long tests and the cluster

@@ -14,7 +14,15 @@ from shared import distributed
 
 SERVER = multiprocessing.get_context("forkserver")  # its processes start in no time: it has imported torch already
 SERVER.set_forkserver_preload(
-    ["dino.main_dino", "swav.main_deepclusterv2", "deepcluster.main", "msn.main", "xcit.main", "tests.processes"]
+    [
+        "dino.main_dino",
+        "swav.main_deepclusterv2",
+        "deepcluster.main",
+        "msn.main",
+        "paws.paws_train",
+        "xcit.main",
+        "tests.processes",
+    ]
 )
 
 
