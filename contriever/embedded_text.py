@@ -3,9 +3,16 @@
 import ast
 import importlib.util
 import inspect
+import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from .preprocess import Job, tokenize_lines, vocabulary_fingerprint
+from .tokens import read_facts, write_shard
 
 PACKAGES = ("sklearn", "numpy")
 LEAST_CHARACTERS, MOST_CHARACTERS = 400, 6000
@@ -53,3 +60,25 @@ def prose(docstring: str) -> str:
     text = re.sub(r":\w+:`~?([^`]*)`|`+", r"\1", text)
     text = re.sub(r"^\s*\.\. .*$", "", text, flags=re.M)
     return " ".join(text.split())
+
+
+def write_documentation(file: Path) -> None:
+    """Write :func:`documentation` as JSON lines, unless the file is there."""
+    if file.exists():
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}")
+    temporary.write_text("".join(json.dumps(document) + "\n" for document in documentation()))
+    os.replace(temporary, file)
+
+
+def tokenized_documentation(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make a data set of the documentation in ``folder``, as ``preprocess.py`` does, unless it is there."""
+    file = folder / "documentation.jsonl"
+    write_documentation(file)
+    shard, status = folder / "documentation-00000", file.stat()
+    job = Job(str(file), 0, status.st_size, str(shard), type(tokenizer).__name__, False, "error", status.st_size,
+              status.st_mtime_ns, vocabulary_fingerprint(tokenizer))  # fmt: skip
+    facts = read_facts(shard)
+    if facts is None or not job.facts().items() <= facts.items():
+        write_shard(shard, *tokenize_lines(job, tokenizer), job.facts())

@@ -77,7 +77,9 @@ class ShardWriter:
             self._cut_back()
 
     def _refuse_other_settings(self, found: dict) -> None:
-        old, new = (d["settings"] | {key: d[key] for key in ("count", "dim", "dtype")} for d in (found, self.description))
+        old, new = (
+            d["settings"] | {key: d[key] for key in ("count", "dim", "dtype")} for d in (found, self.description)
+        )
         different = [key for key in new if old.get(key) != new[key]]
         if different:
             key = different[0]

@@ -108,8 +108,12 @@ def _records(lines: _Lines) -> Iterator[tuple[int, int, Passage]]:
                 where = f"{lines.path}, line {number}"
                 record = parse_object(line, lines.path, number)
                 passage_id = text_field(record, "_id" if "_id" in record else "id", where)
-                yield position, number, Passage(
-                    passage_id, text_field(record, "text", where), text_field(record, "title", where, default="")
+                yield (
+                    position,
+                    number,
+                    Passage(
+                        passage_id, text_field(record, "text", where), text_field(record, "title", where, default="")
+                    ),
                 )
             position = lines.position
     else:

@@ -27,7 +27,8 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from contriever.encoder import find_model, read_tokenizer
 from contriever.normalize_text import normalize
-from contriever.text_files import line_number, parse_json_line, read_lines, with_title
+from contriever.passages import parse_object, text_field
+from contriever.text_files import line_number, read_lines
 from contriever.tokens import write_shard
 from shared import distributed
 from shared.data import default_num_workers
@@ -121,7 +122,9 @@ def missing_jobs(jobs: list[Job], overwrite: bool) -> list[Job]:
     """
     sources, wanted = {job.facts()["source"] for job in jobs}, {job.shard for job in jobs}
     # the folder may also hold shards of other files, made by other calls
-    present = {str(file.with_suffix("")): json.loads(file.read_text()) for file in Path(jobs[0].shard).parent.glob("*.json")}
+    present = {
+        str(file.with_suffix("")): json.loads(file.read_text()) for file in Path(jobs[0].shard).parent.glob("*.json")
+    }
     stale = [shard for shard, facts in present.items() if facts["source"] in sources and shard not in wanted]
     missing = []
     for job in jobs:
@@ -188,12 +191,14 @@ def document_text(source: str, position: int, line: str) -> str:
     if not line.strip():
         return ""
     try:
-        record = parse_json_line(source, 0, line)
-        if not isinstance(record.get("text"), str):
-            raise ValueError(f"{source}, line 0: no text under the key 'text'")
+        record = parse_object(line, source, 0)
+        title, text = (
+            text_field(record, "title", f"{source}, line 0", ""),
+            text_field(record, "text", f"{source}, line 0"),
+        )
     except ValueError as error:  # counting lines costs a pass over the file: only when it is needed
         raise ValueError(str(error).replace("line 0", f"line {line_number(source, position)}", 1)) from None
-    return with_title(record)
+    return f"{title} {text}" if title else text
 
 
 def preprocess(args: argparse.Namespace) -> None:

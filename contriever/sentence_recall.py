@@ -5,6 +5,7 @@ of all others. An encoder that only compares exact words does well already, so r
 on the same text.
 """
 
+import itertools
 from collections.abc import Iterable
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from .augmentations import Draws, SpecialTokens, add_bos_eos
 from .encoder import pad
 
+SENTENCE_ENDS = (".", "!", "?", "\u3002", "\u0964")  # the last two of Chinese and Japanese, of Hindi and Bengali
 FEWEST, MOST = 6, 64  # tokens of a sentence that is asked for
 
 
@@ -25,7 +27,7 @@ def sentences(document: np.ndarray, ends: list[int]) -> list[tuple[int, int]]:
         ends: Ids of the tokens that end a sentence.
     """
     borders = [0, *(np.flatnonzero(np.isin(document, ends)) + 1).tolist()]
-    return [(a, b) for a, b in zip(borders[:-1], borders[1:], strict=True) if FEWEST <= b - a <= MOST]
+    return [(a, b) for a, b in itertools.pairwise(borders) if FEWEST <= b - a <= MOST]
 
 
 class SentenceRecall:
@@ -42,12 +44,10 @@ class SentenceRecall:
         off: Why there is nothing to measure; None if there is.
     """
 
-    def __init__(
-        self, documents: Iterable[np.ndarray], tokenizer, most_documents: int, max_length: int, seed: int = 0
-    ):
+    def __init__(self, documents: Iterable[np.ndarray], tokenizer, most_documents: int, max_length: int, seed: int = 0):
         special = SpecialTokens.of(tokenizer)
         vocabulary = tokenizer.get_vocab()
-        ends = [vocabulary[mark] for mark in (".", "!", "?", "。", "．", "।") if mark in vocabulary]
+        ends = [vocabulary[mark] for mark in SENTENCE_ENDS if mark in vocabulary]
         self.pad_id, self.queries, self.documents = tokenizer.pad_token_id, [], []
         for number, document in enumerate(documents):
             if len(self.queries) == most_documents:

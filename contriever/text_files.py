@@ -1,6 +1,5 @@
-"""Documents in text files, read with errors that name file and line."""
+"""Any part of a text file, line by line, with errors that name file and line."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +24,8 @@ def read_lines(
             if end is not None and position >= end:
                 return
             try:
-                yield position, line.decode("utf-8", "strict" if on_bad_bytes == "error" else "replace")
+                encoding = "utf-8" if position else "utf-8-sig"  # some files begin with a byte order mark
+                yield position, line.decode(encoding, "strict" if on_bad_bytes == "error" else "replace")
             except UnicodeDecodeError as error:
                 raise ValueError(
                     f"{path}, line {line_number(path, position)}: byte {error.start + 1} of the line is not UTF-8; "
@@ -40,24 +40,3 @@ def line_number(path: str | Path, position: int) -> int:
         return 1 + sum(
             chunk.count(b"\n") for chunk in iter(lambda: file.read(min(1 << 20, position - file.tell())), b"")
         )
-
-
-def parse_json_line(path: str | Path, number: int, line: str) -> dict:
-    """One line of a JSON-lines file.
-
-    Raises:
-        ValueError: If it is no JSON object; the message has its number.
-    """
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number}: no JSON ({error.msg} at column {error.colno})") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{path}, line {number}: expected a JSON object, got {type(record).__name__}")
-    return record
-
-
-def with_title(record: dict) -> str:
-    """What an encoder reads of a passage: its title, if it has one, and its text."""
-    title, text = record.get("title"), record["text"]
-    return f"{title} {text}" if title else text

@@ -210,8 +210,8 @@ def document_borders(shards: list[Shard]) -> np.ndarray:
     for shard in shards:
         if shard.borders is None:
             raise ValueError(
-                f"{shard.path} does not say where its documents begin: --chunks packed reads it, or preprocess.py makes "
-                "shards that do"
+                f"{shard.path} does not say where its documents begin: use --chunks packed, or make shards that do "
+                "with preprocess.py"
             )
         parts.append(shard.borders[1:] + start)
         start += len(shard.tokens)

@@ -25,6 +25,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from contriever.augmentations import AUGMENTATIONS, Recipe, SpecialTokens
 from contriever.embedded_text import tokenized_documentation
+from contriever.encoder import pack_architecture
 from contriever.evaluation import Evaluation
 from contriever.flags import add_run_flags, bool_flag, check_flags_make_sense, training_parser
 from contriever.losses import InBatch, MoCo, batch_statistics, inbatch_logits, moco_logits
@@ -34,13 +35,13 @@ from contriever.report import summary
 from contriever.tokens import check_tokenizer, token_files
 from contriever.training_setup import (
     NETWORK_FLAGS,
+    Objective,
     OnPair,
     build_optimizer,
-    check_unchanged,
     continue_from,
-    learning_rate,
-    numbered,
     prepare_output,
+    resume_at,
+    save,
     start_retriever,
     training_state,
     update,
@@ -175,8 +176,8 @@ def train_contriever(args: argparse.Namespace) -> None:
     if args.contrastive_mode == "moco":
         if args.queue_size % (args.per_gpu_batch_size * world_size):
             raise ValueError(
-                f"--queue_size {args.queue_size} is not a multiple of the {args.per_gpu_batch_size * world_size} texts of "
-                "one step (--per_gpu_batch_size times processes)"
+                f"--queue_size {args.queue_size} is not a multiple of the {args.per_gpu_batch_size * world_size} texts "
+                "of one step (--per_gpu_batch_size times processes)"
             )
         model = MoCo(retriever.model, args.queue_size).to(device)
         trained, encoder = distributed.wrap(model.encoder_q, device), model.encoder_q
@@ -191,14 +192,22 @@ def train_contriever(args: argparse.Namespace) -> None:
     # resume
     checkpoint = load_latest(output_dir / "checkpoint.pth")
     log = RunLog(output_dir, args.total_steps, args.log_freq, args.tensorboard, resumed=bool(checkpoint))
-    run_facts = {"batch_size": args.per_gpu_batch_size * world_size, "world_size": world_size, "text": text}
-    first_step = 0
+    run_facts = {
+        "batch_size": args.per_gpu_batch_size * world_size,
+        "world_size": world_size,
+        "text": text,
+        "total_steps": args.total_steps,
+    }
+    architecture = pack_architecture(retriever)
+    first_epoch, first_step = 0, 0
 
     def state(epoch: int, step_in_epoch: int) -> dict:
         """Everything a run needs to go on at this step."""
+        step = min(epoch * epoch_steps + step_in_epoch, args.total_steps)
         return {
-            **training_state(model, optimizer, retriever, args, step=epoch * epoch_steps + step_in_epoch),
+            **training_state(model, optimizer, architecture, args, step),
             "epoch": epoch,
+            "step_in_epoch": step_in_epoch,
             "fp16_scaler": precision.scaler.state_dict(),
             "skipped_steps": int(guard.in_a_row),
             **run_facts,
@@ -211,44 +220,127 @@ def train_contriever(args: argparse.Namespace) -> None:
         if checkpoint["fp16_scaler"]:
             precision.scaler.load_state_dict(checkpoint["fp16_scaler"])
         log.load_state_dict(checkpoint["log"])
-        check_unchanged(checkpoint, run_facts, args.on_changed_run)
-        first_step = checkpoint["step"]
-        distributed.print_once(f"resuming at step {first_step}")
+        first_epoch, first_step = resume_at(checkpoint, run_facts, epoch_steps, args.on_changed_run)
+        distributed.print_once(f"resuming at step {checkpoint['step']}")
     elif args.continue_training:
-        first_step = continue_from(args.model_path, model, optimizer)
-        distributed.print_once(f"continuing {args.model_path} at step {first_step}")
-    skipped_steps = checkpoint["skipped_steps"] if checkpoint else 0
-    guard = FiniteGuard(networks, output_dir, args.max_skipped_steps, device, in_a_row=skipped_steps)
+        first_epoch, first_step = divmod(continue_from(args.model_path, model, optimizer), epoch_steps)
+        distributed.print_once(f"continuing {args.model_path} at step {first_epoch * epoch_steps + first_step}")
+    guard = FiniteGuard(
+        networks,
+        output_dir,
+        args.max_skipped_steps,
+        device,
+        in_a_row=checkpoint["skipped_steps"] if checkpoint else 0,
+    )
     evaluation = Evaluation.of(args, retriever, datasets)
+    if evaluation.off:
+        distributed.print_once(f"no evaluation: {evaluation.off}")
 
     # epochs
     with Checkpointer(
         output_dir / "checkpoint.pth", state, args.saveckp_steps, args.saveckp_minutes, guard.is_good
     ) as checkpointer:
         if checkpoint is None:
-            evaluation.run(encoder, first_step, 0, log)
-        first_epoch = min(first_step, args.total_steps - 1) // epoch_steps
+            evaluation.run(encoder, first_epoch * epoch_steps + first_step, first_epoch, log)
         for epoch in range(first_epoch, -(-args.total_steps // epoch_steps)):
-            first_in_epoch = first_step - epoch * epoch_steps if epoch == first_epoch else 0
-            sampler.set_epoch(epoch, first_in_epoch)
+            sampler.set_epoch(epoch, first_step)
             train_one_epoch(
                 model,
                 trained,
                 loader,
                 optimizer,
-                args,
-                start=epoch * epoch_steps + first_in_epoch,
+                Objective.from_args(args),
                 epoch=epoch,
-                epoch_steps=epoch_steps,
+                first_step=first_step,
+                steps_per_epoch=epoch_steps,
+                save_freq=args.save_freq,
+                seed=args.seed,
                 precision=precision,
                 log=log,
                 guard=guard,
                 evaluation=evaluation,
                 checkpointer=checkpointer,
             )
+            first_step = 0
             log.end_epoch(epoch)
             checkpointer.after_epoch(epoch)
     log.close()
     if distributed.is_main_process():
         retriever.save(output_dir / "encoder")
-        print(summary(output_dir, evaluation, args))
+        print(summary(output_dir, args.train_data, args.norm_query and args.norm_doc))
+
+
+def train_one_epoch(
+    model: MoCo | InBatch,
+    trained: nn.Module,
+    loader: Iterable,
+    optimizer: torch.optim.Optimizer,
+    objective: Objective,
+    *,
+    epoch: int,
+    first_step: int,
+    steps_per_epoch: int,
+    save_freq: int,
+    seed: int,
+    precision: Precision,
+    log: RunLog,
+    guard: FiniteGuard,
+    evaluation: Evaluation,
+    checkpointer: Checkpointer,
+) -> None:
+    """The steps of an epoch from ``first_step`` on.
+
+    Args:
+        trained: What gets gradients, wrapped for several processes: the query encoder of MoCo, or the whole of InBatch.
+        loader: Yields batches of :class:`contriever.pretraining_data.PretrainingPairs`.
+    """
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    moco = isinstance(model, MoCo)
+    trained.train()
+    start = epoch * steps_per_epoch + first_step
+    for step, batch in enumerate(log.batches(loader), start=start):
+        randomness.seed_step(seed, step, rank)
+        optimizer.zero_grad(set_to_none=True)
+        names = ("q_tokens", "q_mask", "k_tokens", "k_mask")
+        q_ids, q_mask, k_ids, k_mask = (batch[name].to(precision.device, non_blocking=True) for name in names)
+
+        with precision.autocast():
+            if moco:
+                model.update_key_encoder(objective.momentum)  # before this step's keys and before its update
+                q = trained(q_ids, q_mask, normalize=objective.norm_query)
+                with torch.no_grad():
+                    k = model.encoder_k(k_ids, k_mask, normalize=objective.norm_doc)
+            else:
+                q, k = trained(q_ids, q_mask, k_ids, k_mask, objective.norm_query, objective.norm_doc)
+        if moco:
+            # the other documents of the batch are no negatives: all of them come from the queue
+            logits, labels = moco_logits(q, k, model.queue, objective.temperature)
+        else:
+            all_keys = distributed.all_gather_with_grad(k.float())
+            logits, labels = inbatch_logits(q, all_keys, objective.temperature, rank, world_size)
+        loss = F.cross_entropy(logits, labels, label_smoothing=objective.label_smoothing)
+
+        skipped = update(loss, optimizer, objective.lr(step), precision)
+        guard.count(skipped)
+        if moco:
+            model.enqueue(distributed.all_gather(k.float()))
+
+        averages = {"loss": loss, **batch_statistics(logits, labels, q, k), "skipped": skipped}
+        line = log.step(step, epoch, len(labels), averages, lr=objective.lr(step))
+        if line is not None and guard.too_many():
+            randomness.seed_step(seed, step, rank)
+            inputs = dict(zip(guard.networks, ((q_ids, q_mask), (k_ids, k_mask)), strict=False))
+            with precision.autocast():
+                guard.stop({**batch, "step": step, "epoch": epoch}, [q_ids, k_ids], inputs, loss)
+        if evaluation.is_due(step + 1):  # before the save: a run that is killed in it comes back to it
+            evaluation.run(model.encoder_q if moco else model.encoder, step + 1, epoch, log)
+        save(checkpointer, epoch, step + 1 - epoch * steps_per_epoch, step + 1, save_freq)
+
+
+def main() -> None:
+    with distributed.clean_exit():
+        train_contriever(parse_args())
+
+
+if __name__ == "__main__":
+    main()

@@ -2,18 +2,21 @@
 
 import argparse
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from shared import distributed
-from shared.checkpoint import restore
+from shared.checkpoint import Checkpointer, restore
 from shared.optim import clip_grad_norm_per_tensor_, step_unless_not_finite
 from shared.precision import Precision
 from shared.weights import safe_load
 
-from .encoder import Retriever, load_retriever, pack_architecture
+from .encoder import Retriever, load_retriever
 from .schedules import SCHEDULES
 
 NETWORK_FLAGS = ("pooling", "random_init", "contrastive_mode", "queue_size")
@@ -93,9 +96,14 @@ class OnPair(nn.Module):
 
 
 def training_state(
-    module: nn.Module, optimizer: torch.optim.Optimizer, retriever: Retriever, args: argparse.Namespace, step: int
+    module: nn.Module, optimizer: torch.optim.Optimizer, architecture: dict, args: argparse.Namespace, step: int
 ) -> dict:
-    """The entries of the official checkpoints, and what makes the file readable without any other one."""
+    """The entries of the official checkpoints, and what makes the file readable without any other one.
+
+    Args:
+        architecture: From :func:`contriever.encoder.pack_architecture`.
+        step: Updates done.
+    """
     flags = vars(args)
     return {
         "step": step,
@@ -103,7 +111,7 @@ def training_state(
         "optimizer": optimizer.state_dict(),
         "scheduler": {"last_epoch": step, "_step_count": step + 1, "base_lrs": [args.lr]},
         "opt": {flag: value for flag, value in flags.items() if flag not in OF_THE_ATTEMPT},
-        **pack_architecture(retriever),
+        **architecture,
         "args": flags,
     }
 
@@ -135,17 +143,25 @@ def continue_from(path: str | Path, module: nn.Module, optimizer: torch.optim.Op
     return checkpoint["step"]
 
 
-def check_unchanged(checkpoint: dict, facts: dict, on_changed_run: str) -> None:
-    """Compare batch, processes and text with those of the checkpoint.
+def resume_at(checkpoint: dict, facts: dict, epoch_steps: int, on_changed_run: str) -> tuple[int, int]:
+    """(epoch, step in the epoch) at which a run goes on.
+
+    Args:
+        facts: Batch, processes, text and length of this run, under their keys in the checkpoint.
+        epoch_steps: Steps of an epoch now.
 
     Raises:
-        ValueError: If they differ and ``on_changed_run`` is ``refuse``.
+        ValueError: If a fact differs and ``on_changed_run`` is ``refuse``.
     """
-    changes = [f"{key} was {checkpoint[key]!r}, is {value!r}" for key, value in facts.items() if checkpoint[key] != value]
-    if changes and on_changed_run == "refuse":
+    changes = [
+        f"{key} was {checkpoint[key]!r}, is {value!r}" for key, value in facts.items() if checkpoint[key] != value
+    ]
+    if not changes:
+        return checkpoint["epoch"], checkpoint["step_in_epoch"]
+    if on_changed_run == "refuse":
         raise ValueError(f"--on_changed_run refuse: {'; '.join(changes)}")
-    if changes:
-        distributed.print_once(f"resuming a changed run, which draws other pairs from here on: {'; '.join(changes)}")
+    distributed.print_once(f"resuming a changed run; draws differ from here on: {'; '.join(changes)}")
+    return divmod(checkpoint["step"], epoch_steps)
 
 
 def prepare_output(output_dir: Path) -> None:
@@ -157,9 +173,46 @@ def prepare_output(output_dir: Path) -> None:
         latest.symlink_to("..", target_is_directory=True)
 
 
-def numbered(output_dir: Path, step: int) -> str:
-    """Second name of a checkpoint that stays, relative to ``output_dir``; its folder is made."""
-    name = f"checkpoint/step-{step}/checkpoint.pth"
-    if distributed.is_main_process():
-        (output_dir / name).parent.mkdir(parents=True, exist_ok=True)
-    return name
+def save(checkpointer: Checkpointer, epoch: int, step_in_epoch: int, step: int, save_freq: int) -> None:
+    """Save what is due after a step, and stop if a signal has arrived.
+
+    Every ``save_freq`` steps the file also stays as ``checkpoint/step-<n>/checkpoint.pth``; first of all, since a run
+    that has saved otherwise does not come back to this step.
+    """
+    if save_freq and step % save_freq == 0 and checkpointer.is_good():
+        name = f"checkpoint/step-{step}/checkpoint.pth"
+        if distributed.is_main_process():
+            (checkpointer.path.parent / name).parent.mkdir(parents=True, exist_ok=True)
+        checkpointer.save(epoch, step_in_epoch, keep_as=name)
+    checkpointer.after_step(epoch, step_in_epoch)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Numbers of the loss, and the learning rate of each step.
+
+    Attributes:
+        temperature: Divisor of the scores.
+        label_smoothing: In the cross entropy.
+        norm_query, norm_doc: Divide vectors by their norms.
+        lr: Learning rate after so many updates.
+        momentum: Of the key encoder (MoCo).
+    """
+
+    temperature: float
+    label_smoothing: float
+    norm_query: bool
+    norm_doc: bool
+    lr: Callable[[int], float]
+    momentum: float = 0.0
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> "Objective":
+        return cls(
+            args.temperature,
+            args.label_smoothing,
+            args.norm_query,
+            args.norm_doc,
+            partial(learning_rate, args),
+            getattr(args, "momentum", 0.0),
+        )
