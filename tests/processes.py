@@ -13,7 +13,9 @@ import torch.multiprocessing as mp
 from shared import distributed
 
 SERVER = multiprocessing.get_context("forkserver")  # its processes start in no time: it has imported torch already
-SERVER.set_forkserver_preload(["dino.main_dino", "swav.main_deepclusterv2", "deepcluster.main", "tests.processes"])
+SERVER.set_forkserver_preload(
+    ["dino.main_dino", "swav.main_deepclusterv2", "deepcluster.main", "contriever.train", "tests.processes"]
+)
 
 
 def free_port() -> int:
