@@ -8,6 +8,7 @@
 While a shard is being written, ``progress.json`` stands in the place of ``shard.json``.
 """
 
+import fcntl
 import glob
 import json
 import os
@@ -62,8 +63,13 @@ class ShardWriter:
     def __init__(self, folder: Path, count: int, dim: int, dtype: str, settings: dict):
         self.folder = folder
         self.description = {"count": count, "dim": dim, "dtype": dtype, "settings": settings}
-        self.finished = (folder / "shard.json").exists()
         folder.mkdir(parents=True, exist_ok=True)
+        self._lock = open(folder / "lock", "w")  # noqa: SIM115 - held until the writer is gone
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is writing {folder}") from None
+        self.finished = (folder / "shard.json").exists()
         name = "shard.json" if self.finished else "progress.json"
         if (folder / name).exists():
             found = read_json(folder / name)
@@ -77,9 +83,8 @@ class ShardWriter:
             self._cut_back()
 
     def _refuse_other_settings(self, found: dict) -> None:
-        old, new = (
-            d["settings"] | {key: d[key] for key in ("count", "dim", "dtype")} for d in (found, self.description)
-        )
+        sizes = ("count", "dim", "dtype")
+        old, new = (d["settings"] | {key: d[key] for key in sizes} for d in (found, self.description))
         different = [key for key in new if old.get(key) != new[key]]
         if different:
             key = different[0]
@@ -142,7 +147,9 @@ class ShardWriter:
         """Mark the shard as complete."""
         assert self.done == self.description["count"]
         write_json(self.folder / "shard.json", self._record())
-        (self.folder / "progress.json").unlink(missing_ok=True)
+        for name in ("progress.json", "lock"):
+            (self.folder / name).unlink(missing_ok=True)
+        self._lock.close()
         self.finished = True
 
 
@@ -225,8 +232,8 @@ def open_shard(path: Path) -> Shard:
         raise ValueError(f"{path} is damaged: {error}") from None
     if vectors.shape != (record["count"], record["dim"]) or len(ids) != record["count"]:
         raise ValueError(
-            f"{path} is damaged: {record['count']} passages of {record['dim']} numbers expected, found vectors of shape "
-            f"{vectors.shape} and {len(ids)} ids"
+            f"{path} is damaged: {record['count']} passages of {record['dim']} numbers expected, found vectors of "
+            f"shape {vectors.shape} and {len(ids)} ids"
         )
     return Shard(path, vectors, ids, record["settings"], tuple(record["crc"]))
 

@@ -1,4 +1,4 @@
-"""Passage and question files: read line by line, with errors that name the line; passages looked up without loading all.
+"""Passage and question files: read line by line, with errors that name the line; single passages looked up in place.
 
 A passage file holds tens of millions of passages (Wikipedia in blocks of 100 words: 21 million, 13 GB). Only the place
 of each one in the file is kept in memory, 16 bytes.
@@ -107,14 +107,12 @@ def _records(lines: _Lines) -> Iterator[tuple[int, int, Passage]]:
             if line.strip():
                 where = f"{lines.path}, line {number}"
                 record = parse_object(line, lines.path, number)
-                passage_id = text_field(record, "_id" if "_id" in record else "id", where)
-                yield (
-                    position,
-                    number,
-                    Passage(
-                        passage_id, text_field(record, "text", where), text_field(record, "title", where, default="")
-                    ),
+                passage = Passage(
+                    id=text_field(record, "_id" if "_id" in record else "id", where),
+                    text=text_field(record, "text", where),
+                    title=text_field(record, "title", where, default=""),
                 )
+                yield position, number, passage
             position = lines.position
     else:
         raise ValueError(f"--passages {lines.path}: expected a .tsv or .jsonl file")
