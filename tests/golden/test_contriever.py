@@ -324,13 +324,14 @@ def test_many_crops():
 
 
 def shuffle_of_the_reference(tokens: np.ndarray, p: float, draws: Draws) -> np.ndarray:
-    """Swaps views of one memory, so that the second half of every swap copies what the first has just written."""
+    """Writes the tokens one by one to where they go, and reads some that it has overwritten already."""
     places = draws.py.sample(range(len(tokens)), int((draws.np.rand(len(tokens)) < p).sum()))
-    tokens = torch.from_numpy(tokens.copy())
-    moved = tokens[places]
-    draws.py.shuffle(moved)
-    tokens[places] = moved
-    return tokens.numpy()
+    sources = list(places)
+    draws.py.shuffle(sources)
+    tokens = tokens.copy()
+    for place, source in zip(places, sources, strict=True):
+        tokens[place] = tokens[source]
+    return tokens
 
 
 @pytest.mark.parametrize("case", [key[4:] for key in golden.keys("aug/") if re.search(r"_p[\d.]+$", key)])
