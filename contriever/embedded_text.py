@@ -2,7 +2,6 @@
 
 import ast
 import importlib.util
-import inspect
 import json
 import os
 import re
@@ -38,19 +37,28 @@ def documentation(packages: tuple[str, ...] = PACKAGES) -> list[dict]:
                 text = prose(docstring)
                 if LEAST_CHARACTERS <= len(text) <= MOST_CHARACTERS and text not in seen:  # aliases repeat docstrings
                     seen.add(text)
-                    documents.append({"id": f"{module}.{name}", "title": name, "text": text})
+                    documents.append({"id": f"{module}.{name}", "title": name.rpartition(".")[2], "text": text})
     return documents
 
 
 def docstrings(file: Path) -> Iterator[tuple[str, str]]:
-    """Names and docstrings of the functions, classes and methods of a source file."""
+    """Dotted names and docstrings of the functions, classes and methods of a source file."""
     try:
         tree = ast.parse(file.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError):  # templates and files for other versions of Python
         return
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and (docstring := ast.get_docstring(node)):
-            yield node.name, inspect.cleandoc(docstring)
+    yield from _docstrings_below(tree, "")
+
+
+def _docstrings_below(node: ast.AST, prefix: str) -> Iterator[tuple[str, str]]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.ClassDef):
+            name = prefix + child.name
+            if docstring := ast.get_docstring(child):
+                yield name, docstring
+            yield from _docstrings_below(child, f"{name}.")
+        else:
+            yield from _docstrings_below(child, prefix)
 
 
 def prose(docstring: str) -> str:

@@ -1,14 +1,19 @@
 """What is measured while an encoder is trained: sentences that find their documents, and judged collections."""
 
 import argparse
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from shared.metrics import RunLog
 
+from .beir_data import BeirDataset
 from .encoder import Retriever
+from .eval_beir import Answers, dense_search, document_texts, evaluate_folder
 from .finetuning_data import FineTuningPairs, collate
+from .normalize_text import normalize
 from .sentence_recall import SentenceRecall
 from .tokens import ChunkedText
 
@@ -20,6 +25,10 @@ class Evaluation:
         recall: Of documents of the training text; None: not measured.
         every_steps: 0: before and after training only.
         total_steps: Length of the training.
+        norm_query, norm_doc: Divide vectors by their norms.
+        batch_size: Texts at once.
+        collections: Folders in BEIR's layout by name; their split ``test`` is searched.
+        prepare: Cleans up their texts.
 
     Attributes:
         examples: Held-out questions of fine-tuning, None: there are none.
@@ -35,8 +44,11 @@ class Evaluation:
         norm_query: bool,
         norm_doc: bool,
         batch_size: int,
+        collections: dict[str, Path] | None = None,
+        prepare: Callable[[str], str] = str,
     ):
         self.retriever, self.recall = retriever, recall
+        self.collections, self.prepare = collections or {}, prepare
         self.every_steps, self.total_steps = every_steps, total_steps
         self.norm_query, self.norm_doc, self.batch_size = norm_query, norm_doc, batch_size
         self.examples: FineTuningPairs | None = None
@@ -48,14 +60,26 @@ class Evaluation:
         if getattr(args, "eval_documents", 0):
             documents = (document for dataset in datasets.values() for document in dataset.documents())
             recall = SentenceRecall(documents, retriever.tokenizer, args.eval_documents, min(256, retriever.max_length))
+        collections = {name: Path(args.eval_datasets_dir) / name for name in args.eval_datasets}
+        for folder in collections.values():
+            if not folder.is_dir():
+                raise ValueError(f"--eval_datasets: there is no folder {folder}")
+
+        def prepare(text: str) -> str:
+            text = normalize(text) if args.eval_normalize_text else text
+            return text.lower() if args.lower_case else text
+
+        cosine = args.score_function == "cos_sim"
         return cls(
             retriever,
             recall,
             args.eval_freq,
             args.total_steps,
-            args.norm_query,
-            args.norm_doc,
+            args.norm_query or cosine,
+            args.norm_doc or cosine,
             args.per_gpu_eval_batch_size,
+            collections,
+            prepare,
         )
 
     def is_due(self, step: int) -> bool:
@@ -67,10 +91,25 @@ class Evaluation:
         values = {}
         if self.recall is not None and not self.recall.off:
             values |= self.recall.run(encoder, self.norm_query, self.norm_doc, min(64, self.batch_size))
+        for name, folder in self.collections.items():
+            metrics, _ = evaluate_folder(folder, "test", self._search)
+            values |= {f"{name}/{metric}": metrics[metric] for metric in ("NDCG@10", "Recall@10", "Recall@100")}
         if self.examples is not None:
             values |= accuracy_and_mrr(encoder, self.examples, self.norm_query, self.norm_doc, self.batch_size)
         if values:
             log.evaluation(step, epoch, **values)
+
+    def _search(self, dataset: BeirDataset) -> Answers:
+        texts, queries = ([*map(self.prepare, part)] for part in (document_texts(dataset), dataset.queries.values()))
+        return dense_search(
+            self.retriever,
+            texts,
+            queries,
+            batch_size=self.batch_size,
+            normalize_queries=self.norm_query,
+            normalize_documents=self.norm_doc,
+            amp="auto",
+        )
 
 
 @torch.inference_mode()

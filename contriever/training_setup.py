@@ -34,7 +34,9 @@ def start_retriever(args: argparse.Namespace, device: torch.device) -> Retriever
     if args.model_path == "none":
         retriever = load_retriever(args.retriever_model_id, random_init=args.random_init, **options)
     else:
-        retriever = load_retriever(args.model_path, architecture=args.retriever_model_id, **options)
+        file = official_checkpoint(args.model_path)
+        path = file if file.exists() else args.model_path
+        retriever = load_retriever(path, architecture=args.retriever_model_id, **options)
     width = retriever.dim
     if args.projection_size not in (None, width):
         raise ValueError(f"--projection_size {args.projection_size}: the encoder is {width} wide and has no projection")
