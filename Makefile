@@ -12,6 +12,7 @@ demo: .venv/installed
 DEMO_dino := --arch vit_small
 DEMO_swav :=
 DEMO_deepcluster :=
+DEMO_contriever :=
 
 ## make test: format, lint and the whole test suite without the long tests and the cluster
 test: lint
