@@ -209,7 +209,11 @@ def as_run(dataset: BeirDataset, answers: Answers, ignore_identical_ids: bool = 
 def save_runs(path: Path, runs: dict[str, Run]) -> None:
     """What was retrieved, in the format that the ending of the file asks for."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    queries = [(query, scores) for run in runs.values() for query, scores in run.items()]
+    queries = [  # queries of different data sets may have the same id
+        (query if len(runs) == 1 else f"{name}/{query}", scores)
+        for name, run in runs.items()
+        for query, scores in run.items()
+    ]
     if path.suffix == ".jsonl":
         lines = [json.dumps({"query_id": query, "results": scores}, ensure_ascii=False) for query, scores in queries]
     elif path.suffix == ".trec":

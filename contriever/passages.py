@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from .normalize_text import normalize
+from .text_files import read_lines
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict]]:
     Raises:
         ValueError: If a line is not UTF-8 or not a JSON object; the message names it.
     """
-    for number, line in enumerate(_Lines(path), start=1):
+    for number, (_, line) in enumerate(read_lines(path), start=1):
         if line.strip():
             yield number, parse_object(line, path, number)
 
@@ -67,76 +68,52 @@ def text_field(record: dict, key: str, where: str, default: str | None = None) -
     return value
 
 
-class _Lines:
-    """Lines of a UTF-8 file with their place in it.
-
-    Attributes:
-        position: Bytes before the next line.
-        crc: CRC-32 of all bytes before it.
-    """
-
-    def __init__(self, path: str | Path, position: int = 0):
-        self.path, self.start = path, position
-
-    def __iter__(self) -> Iterator[str]:
-        self.position, self.crc = self.start, 0
-        with open(self.path, "rb") as file:
-            file.seek(self.start)
-            for number, line in enumerate(file, start=1):
-                try:
-                    text = line.decode("utf-8-sig" if self.position == 0 else "utf-8")
-                except UnicodeDecodeError as error:
-                    counted = f", line {number}" if self.start == 0 else ""
-                    raise ValueError(
-                        f"{self.path}{counted}: byte 0x{line[error.start]:02x} at position "
-                        f"{self.position + error.start} is not UTF-8; convert the file, e.g. with iconv"
-                    ) from None
-                self.position += len(line)
-                self.crc = zlib.crc32(line, self.crc)
-                yield text
+def _records(path: Path, start: int = 0) -> Iterator[tuple[int, int, Passage]]:
+    """(byte position, line number counted from ``start``, passage) of a .tsv or .jsonl file."""
+    readers = {".tsv": _tsv_records, ".jsonl": _jsonl_records}
+    if path.suffix not in readers:
+        raise ValueError(f"--passages {path}: expected a .tsv or .jsonl file")
+    return readers[path.suffix](path, start)
 
 
-def _records(lines: _Lines) -> Iterator[tuple[int, int, Passage]]:
-    """(byte position, line number, passage) of a .tsv or .jsonl file, from where ``lines`` starts."""
-    suffix = Path(lines.path).suffix
-    if suffix == ".tsv":
-        yield from _tsv_records(lines)
-    elif suffix == ".jsonl":
-        position = lines.start
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                where = f"{lines.path}, line {number}"
-                record = parse_object(line, lines.path, number)
-                passage = Passage(
-                    id=text_field(record, "_id" if "_id" in record else "id", where),
-                    text=text_field(record, "text", where),
-                    title=text_field(record, "title", where, default=""),
-                )
-                yield position, number, passage
-            position = lines.position
-    else:
-        raise ValueError(f"--passages {lines.path}: expected a .tsv or .jsonl file")
+def _jsonl_records(path: Path, start: int) -> Iterator[tuple[int, int, Passage]]:
+    for number, (position, line) in enumerate(read_lines(path, start), start=1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            record = parse_object(line, path, number)
+            passage = Passage(
+                id=text_field(record, "_id" if "_id" in record else "id", where),
+                text=text_field(record, "text", where),
+                title=text_field(record, "title", where, default=""),
+            )
+            yield position, number, passage
 
 
-def _tsv_records(lines: _Lines) -> Iterator[tuple[int, int, Passage]]:
+def _tsv_records(path: Path, start: int) -> Iterator[tuple[int, int, Passage]]:
     """Columns id, text, title; quoted ones may hold tabs and line breaks."""
-    reader = csv.reader(iter(lines), delimiter="\t")
-    position = lines.start
+    positions = []  # of the lines of the current record: the reader takes no line more than it needs
+
+    def lines() -> Iterator[str]:
+        for position, line in read_lines(path, start):
+            positions.append(position)
+            yield line
+
+    reader = csv.reader(lines(), delimiter="\t")
     while True:
+        positions.clear()
         number = reader.line_num + 1
         try:
             row = next(reader, None)
         except csv.Error as error:
             raise ValueError(
-                f"{lines.path}, line {number}: {error}; is a quotation mark there without its partner?"
+                f"{path}, line {number}: {error}; is a quotation mark there without its partner?"
             ) from None
         if row is None:
             return
         if row and row[0] != "id":  # a header
             if len(row) != 3:
-                raise ValueError(f"{lines.path}, line {number}: {len(row)} columns, expected 3: id, text, title")
-            yield position, number, Passage(row[0], row[1], row[2])
-        position = lines.position
+                raise ValueError(f"{path}, line {number}: {len(row)} columns, expected 3: id, text, title")
+            yield positions[0], number, Passage(row[0], row[1], row[2])
 
 
 class PassageFile:
@@ -157,14 +134,13 @@ class PassageFile:
         self.path = Path(path)
         self.num_empty = 0
         positions, hashes = array("q"), array("q")
-        lines = _Lines(self.path)
-        for position, _, passage in _records(lines):
+        for position, _, passage in _records(self.path):
             positions.append(position)
             hashes.append(hash(passage.id))
             self.num_empty += not passage.full_text().strip()
         if not positions:
             raise ValueError(f"{self.path} has no passages")
-        self.crc = lines.crc
+        self.crc = file_crc(self.path)
         self._positions, hashes = (np.frombuffer(a, dtype=np.int64) for a in (positions, hashes))
         self._order = np.argsort(hashes, kind="stable")
         self._sorted_hashes = hashes[self._order]
@@ -174,7 +150,7 @@ class PassageFile:
         equal = self._sorted_hashes[1:] == self._sorted_hashes[:-1]
         suspects = set(self._sorted_hashes[1:][equal].tolist())
         seen = {}
-        for _, number, passage in _records(_Lines(self.path)) if suspects else ():
+        for _, number, passage in _records(self.path) if suspects else ():
             if hash(passage.id) in suspects:
                 if passage.id in seen:
                     raise ValueError(
@@ -190,7 +166,7 @@ class PassageFile:
 
     def read(self, start: int = 0) -> Iterator[Passage]:
         """Passages in the order of the file, from number ``start``."""
-        for _, _, passage in _records(_Lines(self.path, int(self._positions[start]))):
+        for _, _, passage in _records(self.path, int(self._positions[start])):
             yield passage
 
     def find(self, passage_id: str) -> Passage:
@@ -204,6 +180,15 @@ class PassageFile:
             if (passage := self[row]).id == passage_id:
                 return passage
         raise KeyError(passage_id)
+
+
+def file_crc(path: Path) -> int:
+    """CRC-32 of the content of a file."""
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            crc = zlib.crc32(block, crc)
+    return crc
 
 
 def read_questions(path: str | Path) -> list[dict]:

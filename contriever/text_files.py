@@ -28,8 +28,7 @@ def read_lines(
                 yield position, line.decode(encoding, "strict" if on_bad_bytes == "error" else "replace")
             except UnicodeDecodeError as error:
                 raise ValueError(
-                    f"{path}, line {line_number(path, position)}: byte {error.start + 1} of the line is not UTF-8; "
-                    "--on_bad_bytes replace reads it as U+FFFD"
+                    f"{path}, line {line_number(path, position)}: byte {error.start + 1} of the line is not UTF-8"
                 ) from error
             position += len(line)
 
