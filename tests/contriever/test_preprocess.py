@@ -30,7 +30,7 @@ def digests(folder) -> dict[str, str]:
 
 
 def all_documents(folder) -> list[list[int]]:
-    text = ChunkedText([open_shard(file) for file in token_files(folder)], 4)
+    text = ChunkedText([open_shard(file) for file in token_files(folder)], 1)
     return [document.tolist() for document in text.documents()]
 
 
