@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from contriever import train
 from contriever.encoder import load_retriever
 from contriever.flags import LEAST
 from contriever.train import parse_args
+from shared.attempt import Interrupted, NotFinite
 from tests.contriever.tiny_encoder import VOCABULARY, tiny_retriever
 from tests.contriever.training_runs import TINY, losses, make_data, run_train, state_of, train_on_rank
 from tests.processes import run_processes
@@ -79,6 +82,42 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(mode, data, uninterrupted, 
     assert_same_run(tmp_path / "run", uninterrupted(mode))
     steps = [line["step"] for line in log_lines(tmp_path / "run")]
     assert steps == [0, 1, 2, 3, 4, 4, 5, 6, 6]  # three of them evaluations
+
+
+def test_a_signal_saves_and_ends_the_run(data, uninterrupted, tmp_path, monkeypatch):
+    update, calls = train.update, []
+
+    def signalled(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return update(*args)
+
+    flags = ("--saveckp_steps", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "update", signalled)
+        with pytest.raises(Interrupted):
+            run_train(data, tmp_path / "run", *flags)
+    assert state_of(tmp_path / "run")["step"] == 3
+    run_train(data, tmp_path / "run")
+    assert log_lines(tmp_path / "run") == log_lines(uninterrupted("moco"))
+
+
+def test_values_that_are_not_finite_end_the_run_and_spoil_no_checkpoint(data, tmp_path, monkeypatch):
+    update, calls = train.update, []
+
+    def poisoned(loss, optimizer, *args):
+        calls.append(loss)
+        if len(calls) == 3:
+            with torch.no_grad():
+                optimizer.param_groups[0]["params"][0].fill_(float("nan"))
+        return update(loss, optimizer, *args)
+
+    monkeypatch.setattr(train, "update", poisoned)
+    with pytest.raises(NotFinite, match=r"the first such tensor is encoder_q\.encoder\.embeddings"):
+        run_train(data, tmp_path / "run", "--max_skipped_steps", 2, "--eval_documents", 0)
+    assert all(value.isfinite().all() for value in state_of(tmp_path / "run")["model"].values())
+    assert torch.load(tmp_path / "run/nonfinite.pth", weights_only=True)["q_tokens"].shape[0] == 4
 
 
 def test_a_finished_run_stays_as_it_is(data, uninterrupted):
