@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -25,6 +25,7 @@ from contriever.evaluation import Evaluation
 from contriever.finetuning_data import FineTuningPairs, read_examples
 from contriever.flags import add_run_flags, check_flags_make_sense, training_parser
 from contriever.losses import InBatch, batch_statistics, inbatch_logits
+from contriever.sam import SharpnessAware
 from contriever.training_setup import (
     Objective,
     OnPair,
@@ -50,7 +51,7 @@ BATCH = ("q_tokens", "q_mask", "k_tokens", "k_mask")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = training_parser(__doc__, "Contriever fine-tuning")
+    parser = training_parser(__doc__, "Contriever fine-tuning", ("adamw", "sam", "asam"))
     add = parser.add_argument_group("examples").add_argument
     add("--train_data", nargs="+", required=True, help=".json or .jsonl files of questions with positive_ctxs and, "
         "optionally, negative_ctxs and hard_negative_ctxs")  # fmt: skip
@@ -114,6 +115,11 @@ def finetune(args: argparse.Namespace) -> None:
     encoder = retriever.model
     trained = distributed.wrap(InBatch(encoder), device)
     optimizer = build_optimizer(encoder, args)
+    sharpness = None
+    if args.optim != "adamw":
+        if precision.name == "fp16":
+            raise ValueError(f"--optim {args.optim} needs --amp bf16 or fp32: two passes do not share a loss scale")
+        sharpness = SharpnessAware(encoder.parameters(), args.rho or 0.05, adaptive=args.optim == "asam")
 
     # resume
     checkpoint = load_latest(output_dir / "checkpoint.pth")
@@ -178,6 +184,7 @@ def finetune(args: argparse.Namespace) -> None:
                 loader,
                 optimizer,
                 Objective.from_args(args),
+                sharpness,
                 epoch=epoch,
                 first_step=first_step,
                 steps_per_epoch=epoch_steps,
@@ -204,6 +211,7 @@ def train_one_epoch(
     loader: Iterable,
     optimizer: torch.optim.Optimizer,
     objective: Objective,
+    sharpness: SharpnessAware | None,
     *,
     epoch: int,
     first_step: int,
@@ -226,31 +234,42 @@ def train_one_epoch(
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     trained.train()
     start = epoch * steps_per_epoch + first_step
+
+    def contrast(q_ids: Tensor, q_mask: Tensor, k_ids: Tensor, k_mask: Tensor) -> tuple[Tensor, ...]:
+        """Loss of a batch, with what it was computed from."""
+        with precision.autocast():
+            q, k = trained(q_ids, q_mask, k_ids, k_mask, objective.norm_query, objective.norm_doc)
+        all_keys = distributed.all_gather_with_grad(k.float())
+        logits, labels = inbatch_logits(q, all_keys, objective.temperature, rank, world_size)
+        return F.cross_entropy(logits, labels, label_smoothing=objective.label_smoothing), logits, labels, q, k
+
     for step, batch in enumerate(log.batches(loader), start=start):
         if step == total_steps:
             return
         randomness.seed_step(seed, step, rank)
         optimizer.zero_grad(set_to_none=True)
-        q_ids, q_mask, k_ids, k_mask = (batch[name].to(precision.device, non_blocking=True) for name in BATCH)
+        q_ids, q_mask, k_ids, k_mask = inputs = [batch[name].to(precision.device, non_blocking=True) for name in BATCH]
         distributed.check_same_on_all_processes(
             len(k_ids), "the number of passages of a step (hard negatives missing?)"
         )
 
-        with precision.autocast():
-            q, k = trained(q_ids, q_mask, k_ids, k_mask, objective.norm_query, objective.norm_doc)
-        all_keys = distributed.all_gather_with_grad(k.float())
-        logits, labels = inbatch_logits(q, all_keys, objective.temperature, rank, world_size)
-        loss = F.cross_entropy(logits, labels, label_smoothing=objective.label_smoothing)
-        skipped = update(loss, optimizer, objective.lr(step), precision)
+        loss, logits, labels, q, k = contrast(*inputs)
+        worst = loss
+        if sharpness is not None:
+            loss.backward()
+            sharpness.ascend()
+            optimizer.zero_grad(set_to_none=True)
+            worst = contrast(*inputs)[0]  # its gradient is used at the weights from before
+        skipped = update(worst, optimizer, objective.lr(step), precision, sharpness)
         guard.count(skipped)
 
         averages = {"loss": loss, **batch_statistics(logits, labels, q, k), "skipped": skipped}
         line = log.step(step, epoch, len(labels), averages, lr=objective.lr(step))
         if line is not None and guard.too_many():
             randomness.seed_step(seed, step, rank)
-            inputs = {"questions": (q_ids, q_mask), "passages": (k_ids, k_mask)}
+            sides = {"questions": (q_ids, q_mask), "passages": (k_ids, k_mask)}
             with precision.autocast():
-                guard.stop({**batch, "step": step, "epoch": epoch}, [q_ids, k_ids], inputs, loss)
+                guard.stop({**batch, "step": step, "epoch": epoch}, [q_ids, k_ids], sides, loss)
         if evaluation.is_due(step + 1):
             evaluation.run(distributed.unwrap(trained).encoder, step + 1, epoch, log)
         save(checkpointer, epoch, step + 1 - epoch * steps_per_epoch, step + 1, save_freq)

@@ -19,8 +19,14 @@ LEAST = {
 }
 
 
-def training_parser(docstring: str, name: str) -> argparse.ArgumentParser:
-    """A parser with the flags that ``train.py`` and ``finetuning.py`` share."""
+def training_parser(docstring: str, name: str, optimisers: tuple[str, ...] = ("adamw",)) -> argparse.ArgumentParser:
+    """A parser with the flags that ``train.py`` and ``finetuning.py`` share.
+
+    Args:
+        docstring: Of the script; its first paragraph is the description.
+        name: For the help text.
+        optimisers: Choices of ``--optim``.
+    """
     parser = argparse.ArgumentParser(
         name, description=docstring.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -41,7 +47,7 @@ def training_parser(docstring: str, name: str) -> argparse.ArgumentParser:
     add("--per_gpu_batch_size", type=int, default=64, help="queries per process")
     add("--total_steps", type=int, default=1000, help="number of updates")
     add("--warmup_steps", type=int, default=-1, help="updates with a rising learning rate")
-    add("--optim", default="adamw", choices=("adamw",), help="optimiser")
+    add("--optim", default="adamw", choices=optimisers, help="sam, asam: sharpness-aware AdamW (fine-tuning)")
     add("--scheduler", default="linear", choices=("linear", "cosine"), help="of the learning rate")
     add("--lr", type=float, default=1e-4, help="peak learning rate")
     add("--lr_min_ratio", type=float, default=0.0, help="last learning rate / peak")
@@ -49,7 +55,7 @@ def training_parser(docstring: str, name: str) -> argparse.ArgumentParser:
     add("--beta1", type=float, default=0.9, help="of AdamW")
     add("--beta2", type=float, default=0.98, help="of AdamW")
     add("--eps", type=float, default=1e-6, help="of AdamW")
-    add("--rho", type=float, default=None, help="of SAM, which the reference never reads: an error")
+    add("--rho", type=float, default=None, help="radius of --optim sam or asam; 0.05 without it")
     add("--amp", default="auto", choices=("auto", "bf16", "fp16", "fp32"), help="auto: bf16 where it is fast")
 
     add = parser.add_argument_group("evaluation").add_argument
@@ -95,8 +101,8 @@ def check_flags_make_sense(parser: argparse.ArgumentParser, args: argparse.Names
             parser.error(f"--{flag} {getattr(args, flag)} is less than {least}")
     if args.temperature <= 0:
         parser.error(f"--temperature {args.temperature} is not positive")
-    if args.rho is not None:
-        parser.error(f"--rho {args.rho}: there is no SAM here; the reference accepts the flag and never reads it")
+    if args.rho is not None and (args.optim == "adamw" or args.rho <= 0):
+        parser.error(f"--rho {args.rho} must be positive and needs --optim sam or asam, which finetuning.py has")
     if args.warmup_steps > args.total_steps:
         parser.error(f"--warmup_steps {args.warmup_steps} is more than --total_steps {args.total_steps}")
     for flag in ("dropout", "prob_augmentation", "negative_hard_ratio", "label_smoothing"):

@@ -214,8 +214,9 @@ def preprocess(args: argparse.Namespace) -> None:
     if len(missing) < len(jobs):
         print(f"{len(jobs) - len(missing)} of {len(jobs)} shards are there already")
     totals = np.zeros(3, dtype=np.int64)
-    # forkserver: threads of the tokenizers library do not survive a fork
+    # not a plain fork: threads of the tokenizers library do not survive it
     context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["contriever.preprocess"])  # imported once, not by every process
     workers = min(args.num_workers, len(missing))
     if workers <= 1:
         _start_worker(str(folder))

@@ -36,7 +36,12 @@ def summary(output_dir: Path, train_data: list[str], normalized: bool) -> str:
             f"{output_dir / 'metrics.jsonl'} (every few steps)",
         ],
         "Next": [
-            command("search.py", model=output_dir / "encoder", passages="YOUR_FOLDER_OF_TEXTS", query="YOUR QUESTION"),
+            command(
+                "search.py",
+                model_name_or_path=output_dir / "encoder",
+                passages="YOUR_FOLDER_OF_TEXTS",
+                query="YOUR QUESTION",
+            ),
             " ".join([evaluation, *(f"--{name}" for name in norms)]),
         ],
     }

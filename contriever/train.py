@@ -60,6 +60,7 @@ from shared.precision import Precision
 EMBEDDED_DATA_DEFAULTS = {
     "train_data": ["runs/documentation"],
     "output_dir": "runs/demo",
+    "loading_mode": "full",
     "chunks": "document",
     "chunk_length": 128,
     "ratio_min": 0.1,
@@ -148,7 +149,8 @@ def train_contriever(args: argparse.Namespace) -> None:
     if args.embedded_text and distributed.is_main_process():
         tokenized_documentation(Path(args.train_data[0]), retriever.tokenizer)
     distributed.barrier()
-    if args.chunk_length + 2 > retriever.max_length:
+    longest_view = args.chunk_length if args.pairs == "ict" else int(args.chunk_length * args.ratio_max)
+    if longest_view + 2 > retriever.max_length:
         raise ValueError(f"--chunk_length {args.chunk_length}: the encoder reads {retriever.max_length} tokens at most")
     vocabulary = vocabulary_fingerprint(retriever.tokenizer)
     for folder in args.train_data:

@@ -17,6 +17,7 @@ from shared.precision import Precision
 from shared.weights import safe_load
 
 from .encoder import Retriever, load_retriever
+from .sam import SharpnessAware
 from .schedules import SCHEDULES
 
 NETWORK_FLAGS = ("pooling", "random_init", "contrastive_mode", "queue_size")
@@ -70,13 +71,24 @@ def learning_rate(args: argparse.Namespace, step: int) -> float:
     return args.lr * SCHEDULES[args.scheduler](step, args.warmup_steps, args.total_steps, args.lr_min_ratio)
 
 
-def update(loss: Tensor, optimizer: torch.optim.Optimizer, lr: float, precision: Precision) -> Tensor:
+def update(
+    loss: Tensor,
+    optimizer: torch.optim.Optimizer,
+    lr: float,
+    precision: Precision,
+    sharpness: SharpnessAware | None = None,
+) -> Tensor:
     """Backward pass and one step of the optimiser, left out when a gradient is not finite.
+
+    Args:
+        sharpness: Has moved the weights to where the loss was taken; they go back before the step.
 
     Returns:
         1.0 where it was left out, else 0.0 (0-d).
     """
     precision.backward(loss, optimizer)
+    if sharpness is not None:
+        sharpness.descend()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     grad_norms = clip_grad_norm_per_tensor_(parameters, 0)  # measures only: the method does not clip
     for group in optimizer.param_groups:

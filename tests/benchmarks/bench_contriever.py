@@ -11,7 +11,7 @@ Ways that take turns in one process, on the same encoder (the packaged one) and 
 - ``embed/ours_bf16``: the same in bfloat16, where the device is fast in it;
 - ``embed/sentence_transformers``: ``SentenceTransformer.encode`` with the same batch size.
 
-Tokens are those of the texts, padding is not counted.
+Tokens are those of the texts, padding is not counted. Without the package sentence-transformers its ways are left out.
 """
 
 import argparse
@@ -28,8 +28,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.losses import MultipleNegativesRankingLoss
+
+try:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.losses import MultipleNegativesRankingLoss
+except ModuleNotFoundError:  # not one of the project's packages: pip install sentence-transformers
+    SentenceTransformer = None
 
 from contriever.augmentations import Recipe, SpecialTokens
 from contriever.embedded_text import documentation
@@ -126,9 +130,10 @@ def training(texts: list[str], batch_size: int, rounds: int, device: torch.devic
     )
     steps = {
         "train/ours": inbatch_step(load_retriever(device=device)),
-        "train/sentence_transformers": sentence_transformers_step(device),
         "train/moco": moco_step(load_retriever(device=device)),
     }
+    if SentenceTransformer is not None:
+        steps["train/sentence_transformers"] = sentence_transformers_step(device)
     current: dict = {}
 
     def way(name: str, step: Callable[[dict], None]) -> Callable[[], int]:
@@ -146,8 +151,6 @@ def training(texts: list[str], batch_size: int, rounds: int, device: torch.devic
 def embedding(texts: list[str], batch_size: int, rounds: int, device: torch.device) -> dict:
     """All texts per round."""
     retriever = load_retriever(device=device)
-    other = SentenceTransformer(str(find_model(None)), device=str(device))
-    other.max_seq_length = 256
     tokens = sum(map(len, retriever.tokenize(texts, 256)))
     vectors: dict[str, np.ndarray] = {}
 
@@ -158,13 +161,18 @@ def embedding(texts: list[str], batch_size: int, rounds: int, device: torch.devi
 
         return run
 
+    ways = {"embed/ours": ours("embed/ours", "fp32")}
+    if fast_bf16(device):
+        ways["embed/ours_bf16"] = ours("embed/ours_bf16", "bf16")
+    if SentenceTransformer is None:
+        return take_turns(ways, rounds, device)
+    other = SentenceTransformer(str(find_model(None)), device=str(device))
+    other.max_seq_length = 256
+
     def theirs() -> int:
         vectors["embed/sentence_transformers"] = other.encode(texts, batch_size=batch_size, show_progress_bar=False)
         return tokens
 
-    ways = {"embed/ours": ours("embed/ours", "fp32")}
-    if fast_bf16(device):
-        ways["embed/ours_bf16"] = ours("embed/ours_bf16", "bf16")
     results = take_turns({**ways, "embed/sentence_transformers": theirs}, rounds, device)
     reference = vectors["embed/sentence_transformers"]
     for name, found in vectors.items():
@@ -185,9 +193,10 @@ def main() -> None:
     results = training(texts, args.batch_size, args.rounds, device)
     results |= embedding(texts, args.batch_size, args.rounds, device)
     for group in ("train", "embed"):
-        base = results[f"{group}/sentence_transformers"]["tokens_per_s"]
+        base = results.get(f"{group}/sentence_transformers")
         for name in (name for name in results if name.startswith(group)):
-            results[name]["ratio"] = results[name]["tokens_per_s"] / base
+            if base is not None:
+                results[name]["ratio"] = results[name]["tokens_per_s"] / base["tokens_per_s"]
             print(f"{name:32s}" + "  ".join(f"{key} {value:.4g}" for key, value in results[name].items()))
     if args.out is not None:
         facts = {"torch": torch.__version__, "processor": platform.processor(), "threads": torch.get_num_threads()}

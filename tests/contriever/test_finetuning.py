@@ -8,8 +8,11 @@ from contriever.encoder import load_retriever
 from contriever.finetuning_data import FineTuningPairs, read_examples
 from contriever.mine_negatives import get_args_parser as mining_parser
 from contriever.mine_negatives import mine
+from contriever.sam import SharpnessAware
+from shared import distributed
 from tests.contriever.tiny_encoder import tiny_retriever
 from tests.contriever.training_runs import lines, state_of
+from tests.processes import run_processes
 from tests.reliability.runs import assert_same_run
 from tests.swav.interruption import interrupting
 
@@ -77,6 +80,55 @@ def test_training_learns_which_passage_belongs_to_which_question(data, tmp_path)
     found = run(data, tmp_path / "run", "--total_steps", 25, "--eval_freq", 0, "--dropout", 0, "--saveckp_steps", 0)
     losses = [line["loss"] for line in found if "loss" in line]
     assert sum(losses[-3:]) < 0.7 * sum(losses[:3])
+
+
+@pytest.mark.parametrize("optim", ["sam", "asam"])
+def test_sharpness_aware_steps_resume_too(optim, data, tmp_path, monkeypatch):
+    flags = ("--optim", optim, "--rho", 0.5, "--total_steps", 3, "--eval_freq", 0)
+    run(data, tmp_path / "whole", *flags)
+    with monkeypatch.context() as patch:
+        patch.setattr(finetuning, "update", interrupting(finetuning.update, 3))
+        with pytest.raises(KeyboardInterrupt):
+            run(data, tmp_path / "run", *flags)
+    run(data, tmp_path / "run", *flags)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_sharpness_goes_uphill_as_far_as_it_may_and_comes_back(adaptive):
+    w = torch.nn.Parameter(torch.tensor([3.0, -4.0, 0.0]))
+    unused = torch.nn.Parameter(torch.ones(2))
+    start = w.detach().clone()
+    sharpness = SharpnessAware([w, unused], rho=0.1, adaptive=adaptive)
+    (w @ torch.tensor([1.0, 2.0, 2.0])).backward()
+    sharpness.ascend()
+    step = w.detach() - start
+    units = start.abs() + 0.01 if adaptive else torch.ones(3)
+    assert (step / units).norm().item() == pytest.approx(0.1)
+    assert (step * w.grad > 0).all()
+    sharpness.descend()
+    assert torch.equal(w.detach(), start)
+
+
+def test_a_radius_needs_an_optimiser_that_reads_it(data, capsys):
+    with pytest.raises(SystemExit):
+        finetuning.parse_args(["--train_data", "x", "--rho", "0.1"])
+    assert "--rho 0.1 must be positive and needs --optim sam or asam" in capsys.readouterr().err
+
+
+def finetune_on_rank(rank: int, data, output_dir, *flags) -> None:
+    distributed.init = lambda *_: torch.device("cpu")
+    run(data, output_dir, *flags)
+
+
+def test_two_processes_train_on_half_of_the_records_each(data, tmp_path):
+    run_processes(finetune_on_rank, 2, data, tmp_path / "run", "--per_gpu_batch_size", 2, "--total_steps", 4)
+    state = state_of(tmp_path / "run")
+    assert (state["step"], state["batch_size"], state["text"]) == (4, 4, 12)
+    records = [record(i) if i % 2 else {"question": "a", "positive_ctxs": [{"text": "b"}]} for i in range(12)]
+    (tmp_path / "uneven.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    with pytest.raises(Exception, match="the number of passages of a step"):
+        run_processes(finetune_on_rank, 2, data, tmp_path / "bad", "--train_data", tmp_path / "uneven.jsonl")
 
 
 BAD = {

@@ -1,5 +1,6 @@
 import hashlib
 import json
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from contriever import preprocess
 from contriever.tokens import ChunkedText, Shard, open_shard, token_files
 from tests.contriever.tiny_encoder import tiny_retriever, write_texts
 from tests.contriever.training_runs import make_shards
+from tests.processes import run_processes  # noqa: F401 - sets what the server of processes imports
 from tests.swav.interruption import interrupting
 
 
@@ -30,7 +32,7 @@ def digests(folder) -> dict[str, str]:
 
 
 def all_documents(folder) -> list[list[int]]:
-    text = ChunkedText([open_shard(file) for file in token_files(folder)], 4)
+    text = ChunkedText([open_shard(file) for file in token_files(folder)], 1)
     return [document.tolist() for document in text.documents()]
 
 
@@ -57,6 +59,7 @@ def test_a_killed_run_ends_with_the_same_files(text, encoder, tmp_path, monkeypa
 
 def test_several_processes_make_the_same_files(text, encoder, tmp_path):
     make_shards(text, tmp_path / "one", encoder, "--shard_mb", "0.003")
+    forkserver.ensure_running()  # with what tests.processes has it import, for the tests that come after this one
     make_shards(text, tmp_path / "two", encoder, "--shard_mb", "0.003", "--num_workers", "2")
     assert digests(tmp_path / "one") == digests(tmp_path / "two")
 
@@ -85,7 +88,7 @@ def test_json_lines_with_titles_and_blank_lines(encoder, tmp_path):
 
 
 BAD = {
-    "bytes": (b"the wing\nheat\nb\xff\xfe\n", r"text.txt, line 3: byte 2 of the line is not UTF-8; --on_bad_bytes"),
+    "bytes": (b"the wing\nheat\nb\xff\xfe\n", r"text.txt, line 3: byte 2 of the line is not UTF-8"),
     "json": (b'{"text": "a"}\n{"text": \n', r"text.jsonl, line 2: not JSON"),
     "list": (b'["a"]\n', r"text.jsonl, line 1: expected a JSON object, got list"),
     "no text": (b'{"text": "a"}\n{"title": "b"}\n', r"text.jsonl, line 2: no \"text\""),

@@ -1,7 +1,13 @@
 """The real script: flags, training, resuming, several processes."""
 
 import argparse
+import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,12 +16,14 @@ from contriever import train
 from contriever.encoder import load_retriever
 from contriever.flags import LEAST
 from contriever.train import parse_args
+from shared.attempt import Interrupted, NotFinite
 from tests.contriever.tiny_encoder import VOCABULARY, tiny_retriever
-from tests.contriever.training_runs import losses, make_data, run_train, state_of, train_on_rank
+from tests.contriever.training_runs import TINY, losses, make_data, run_train, state_of, train_on_rank
 from tests.processes import run_processes
 from tests.reliability.runs import assert_same_run, log_lines
 from tests.swav.interruption import interrupting
 
+ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = {
     "contriever": "--retriever_model_id bert-base-uncased --pooling average --augmentation delete "
     "--prob_augmentation 0.1 --train_data encoded-data/bert-base-uncased/wiki encoded-data/bert-base-uncased/cc-net "
@@ -74,6 +82,40 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(mode, data, uninterrupted, 
     assert_same_run(tmp_path / "run", uninterrupted(mode))
     steps = [line["step"] for line in log_lines(tmp_path / "run")]
     assert steps == [0, 1, 2, 3, 4, 4, 5, 6, 6]  # three of them evaluations
+
+
+def test_a_signal_saves_and_ends_the_run(data, uninterrupted, tmp_path, monkeypatch):
+    update, calls = train.update, []
+
+    def signalled(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return update(*args)
+
+    flags = ("--saveckp_steps", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "update", signalled)
+        with pytest.raises(Interrupted):
+            run_train(data, tmp_path / "run", *flags)
+    assert state_of(tmp_path / "run")["step"] == 3
+    run_train(data, tmp_path / "run")
+    assert log_lines(tmp_path / "run") == log_lines(uninterrupted("moco"))
+
+
+def test_values_that_are_not_finite_end_the_run_and_spoil_no_checkpoint(data, tmp_path, monkeypatch):
+    update, calls = train.update, []
+
+    def poisoned(loss, *args):
+        calls.append(loss)
+        return update(loss * float("nan") if len(calls) > 2 else loss, *args)
+
+    monkeypatch.setattr(train, "update", poisoned)
+    with pytest.raises(NotFinite, match=r"the first such tensor is the gradient of encoder_q\.encoder\."):
+        run_train(data, tmp_path / "run", "--max_skipped_steps", 2, "--eval_documents", 0)
+    assert state_of(tmp_path / "run")["step"] == 2
+    assert all(value.isfinite().all() for value in state_of(tmp_path / "run")["model"].values())
+    assert torch.load(tmp_path / "run/nonfinite.pth", weights_only=True)["q_tokens"].shape[0] == 4
 
 
 def test_a_finished_run_stays_as_it_is(data, uninterrupted):
@@ -171,3 +213,34 @@ def test_another_text_is_refused_or_said(data, uninterrupted, tmp_path, capsys):
     run_train(data, tmp_path / "run", *flags)
     assert "total_steps was 6, is 7" in capsys.readouterr().out
     assert state_of(tmp_path / "run")["step"] == 7
+
+
+def test_collections_are_searched_before_during_and_after(data, tmp_path):
+    folder = tmp_path / "tiny"
+    (folder / "qrels").mkdir(parents=True)
+    documents = [{"_id": f"d{i}", "title": "", "text": f"w{i} wing flow"} for i in range(6)]
+    queries = [{"_id": f"q{i}", "text": f"w{i}"} for i in range(2)]
+    for name, records in (("corpus", documents), ("queries", queries)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "qrels/test.tsv").write_text("query-id\tcorpus-id\tscore\nq0\td0\t1\nq1\td1\t1\n")
+    found = run_train(data, tmp_path / "run", "--eval_datasets", "tiny", "--eval_datasets_dir", tmp_path)
+    values = {line["step"]: line["tiny/NDCG@10"] for line in found if "tiny/NDCG@10" in line}
+    assert list(values) == [0, 4, 6] and all(0 < value <= 100 for value in values.values())
+    with pytest.raises(ValueError, match="--eval_datasets: there is no folder"):
+        run_train(data, tmp_path / "other", "--eval_datasets", "absent", "--eval_datasets_dir", tmp_path)
+
+
+def test_a_copied_folder_is_all_it_takes(data, tmp_path):
+    for folder in ("contriever", "shared"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "runs"))
+    places = [
+        "--train_data",
+        data / "tokens",
+        "--retriever_model_id",
+        data / "encoder",
+        "--output_dir",
+        tmp_path / "run",
+    ]
+    command = [sys.executable, "main.py", *TINY, *map(str, places), "--eval_documents", "0"]
+    subprocess.run(command, cwd=tmp_path / "contriever", check=True, capture_output=True)
+    assert len(losses(tmp_path / "run")) == 6

@@ -1,7 +1,7 @@
 """The small experiments behind contriever/README.md: the paper's claims on the 1,400 abstracts of Cranfield.
 
-    python tests/evidence/contriever.py --cranfield FOLDER --out build/evidence/contriever      # hours on two cores
-    python tests/evidence/contriever.py --cranfield FOLDER --out /tmp/short --short             # minutes: does it run?
+    python tests/evidence/contriever.py --cranfield FOLDER --out build/evidence/contriever    # hours on two cores
+    python tests/evidence/contriever.py --cranfield FOLDER --out build/short --short          # a few steps
 
 ``FOLDER`` is in BEIR's layout (corpus.jsonl, queries.jsonl, qrels/test.tsv). Unsupervised training sees the documents
 only and is judged with all queries. Fine-tuning sees half of the queries and is judged, like what it starts from, with
@@ -92,6 +92,21 @@ def write_half(dataset: BeirDataset, source: Path, folder: Path) -> None:
     (folder / "qrels/train.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *lines]) + "\n")
 
 
+def write_small(source: Path, folder: Path, queries: int = 12, documents: int = 100) -> Path:
+    """A collection of the first queries, their judged documents and some others."""
+    dataset = read_beir(source)
+    chosen = list(dataset.queries)[:queries]
+    judged = {document for query in chosen for document in dataset.qrels[query]}
+    (folder / "qrels").mkdir(parents=True, exist_ok=True)
+    lines = (source / "corpus.jsonl").read_text().splitlines(keepends=True)
+    kept = [line for i, line in enumerate(lines) if i < documents or json.loads(line)["_id"] in judged]
+    (folder / "corpus.jsonl").write_text("".join(kept))
+    shutil.copy(source / "queries.jsonl", folder)
+    rows = [f"{query}\t{document}\t{grade}" for query in chosen for document, grade in dataset.qrels[query].items()]
+    (folder / "qrels/test.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *rows]) + "\n")
+    return folder
+
+
 def call(script, function: Callable, arguments: str, *paths) -> None:
     """A script in this process, as its command line would start it."""
     words = [*arguments.split(), *map(str, paths)]
@@ -103,7 +118,9 @@ class Experiment:
 
     def __init__(self, cranfield: Path, out: Path, short: bool):
         self.source, self.out, self.short = cranfield, out, short
-        self.dataset = read_beir(cranfield)
+        if short:
+            self.source = write_small(cranfield, out / "small")
+        self.dataset = read_beir(self.source)
         self.learn, self.judge = half(self.dataset, 0), half(self.dataset, 1)
         self.results: list[dict] = []
         out.mkdir(parents=True, exist_ok=True)
@@ -199,7 +216,11 @@ def main() -> None:
     parser.add_argument("--cranfield", type=Path, required=True, help="folder in BEIR's layout")
     parser.add_argument("--out", type=Path, default=Path("build/evidence/contriever"))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--short", action="store_true", help="three steps of a few variants: does everything run?")
+    parser.add_argument(
+        "--short",
+        action="store_true",
+        help="three steps of a few variants on a hundred documents: does everything run?",
+    )
     args = parser.parse_args()
     experiment = Experiment(args.cranfield, args.out, args.short)
     experiment.untrained()
