@@ -79,7 +79,9 @@ class ShardWriter:
         self.done = count if self.finished else found["done"]
         self._crc = found["crc"]
         self._ids_bytes = found["ids_bytes"]
-        if not self.finished:
+        if self.finished:
+            self.close()
+        else:
             self._cut_back()
 
     def _refuse_other_settings(self, found: dict) -> None:
@@ -147,13 +149,18 @@ class ShardWriter:
         """Mark the shard as complete."""
         assert self.done == self.description["count"]
         write_json(self.folder / "shard.json", self._record())
-        for name in ("progress.json", "lock"):
-            (self.folder / name).unlink(missing_ok=True)
-        self._lock.close()
+        (self.folder / "progress.json").unlink(missing_ok=True)
         self.finished = True
+        self.close()
+
+    def close(self) -> None:
+        """Let other processes write the shard."""
+        (self.folder / "lock").unlink(missing_ok=True)
+        self._lock.close()
 
 
 def _truncate(file: BinaryIO, size: int) -> None:
+    file.flush()
     if os.fstat(file.fileno()).st_size < size:
         raise ValueError(f"{file.name} is shorter than progress.json says: remove its folder and make the shard again")
     file.truncate(size)
