@@ -6,18 +6,22 @@ from shared.evaluation.summary import command
 from shared.pictures import read_log
 
 
-def summary(output_dir: Path, train_data: list[str], normalized: bool) -> str:
+def summary(output_dir: Path, normalized: bool, fill_steps: int | None) -> str:
     """What a run has left.
 
     Args:
         output_dir: Folder of the run.
-        train_data: Folders of its text.
         normalized: Whether vectors were divided by their norms.
+        fill_steps: After so many steps the queue of MoCo holds keys only; None without a queue.
     """
     lines = read_log(output_dir / "metrics.jsonl")
     losses = [line for line in lines if line.get("loss") is not None]
     recalls = [line for line in lines if "recall_at_1" in line]
     learned = [", ".join(f"loss {line['loss']:.3f} at step {line['step']}" for line in (*losses[:1], *losses[1:][-1:]))]
+    if fill_steps is not None:
+        learned.append(
+            f"the queue begins with random vectors: the loss rises until keys have filled it, at step {fill_steps}"
+        )
     for k in (1, 10):
         if len(recalls) > 1:
             before, after = recalls[0], recalls[-1]

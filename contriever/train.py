@@ -269,7 +269,8 @@ def train_contriever(args: argparse.Namespace) -> None:
     log.close()
     if distributed.is_main_process():
         retriever.save(output_dir / "encoder")
-        print(summary(output_dir, args.train_data, args.norm_query and args.norm_doc))
+        fill_steps = args.queue_size // run_facts["batch_size"] if args.contrastive_mode == "moco" else None
+        print(summary(output_dir, args.norm_query and args.norm_doc, fill_steps))
 
 
 def train_one_epoch(
