@@ -21,6 +21,7 @@ SERVER.set_forkserver_preload(
         "msn.main",
         "paws.paws_train",
         "xcit.main",
+        "contriever.train",
         "tests.processes",
     ]
 )
