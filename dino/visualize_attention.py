@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from sklearn.datasets import load_sample_image
 from timm.models.xcit import Xcit
 from torch import Tensor
 
@@ -196,6 +195,8 @@ def visualize_attention(args: argparse.Namespace) -> list[Path]:
     elif args.embedded:
         pixels = open_source(None, "val").load(DIGIT).decode()
     else:
+        from sklearn.datasets import load_sample_image  # a second of SciPy, of which the training needs nothing
+
         pixels = load_sample_image("flower.jpg")
     in_chans, output_dir = input_channels(model), Path(args.output_dir)
     image = prepare_image(pixels, args.image_size, in_chans).to(device)
