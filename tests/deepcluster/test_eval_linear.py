@@ -159,7 +159,7 @@ def test_two_processes_train_the_probe_of_one(images, small_checkpoint, tmp_path
 
 
 def test_bad_input_is_named(images, small_checkpoint, tmp_path):
-    with pytest.raises(ValueError, match=r"--model .* is not a file"):
+    with pytest.raises(ValueError, match=r"--model .* is neither a file nor a release"):
         evaluate(images, tmp_path / "no.pth")
     with pytest.raises(ValueError, match=r"has other classes|no classes"):
         evaluate(images / "class0", small_checkpoint)

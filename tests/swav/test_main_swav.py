@@ -118,12 +118,20 @@ def test_prototypes_are_frozen_at_first_and_normalised_before_every_step(images,
         ["--in_chans", "1", "--hidden_mlp", "0"],
         ["--sync_bn", "apex", "--crops_for_assign", "2", "0", "3"],
         ["--augmentation", "pil", "--cache", "memory"],
-        pytest.param(["--compile"], marks=pytest.mark.slow),
     ],
 )
 def test_other_flags_train_too(images, tmp_path, flags):
     written = train(tmp_path, "--data_path", images, *QUEUE, *flags)
     assert len(written) == 3 and all(math.isfinite(line["loss"]) and line["skipped"] == 0 for line in written)
+
+
+@pytest.mark.slow
+def test_compiled_backbones_train_alike(images, tmp_path):
+    for name, flags in (("eager", ()), ("compiled", ("--compile",))):
+        train(tmp_path / name, "--data_path", images, "--epochs", 2, *QUEUE, *flags)
+    torch.testing.assert_close(losses(tmp_path / "compiled"), losses(tmp_path / "eager"), rtol=1e-4, atol=0)
+    eager, compiled = (state_of(tmp_path / name)["state_dict"] for name in ("eager", "compiled"))
+    assert compiled.keys() == eager.keys()  # a checkpoint of either is one of both
 
 
 def test_a_step_that_is_not_finite_leaves_network_and_queue_finite(images, tmp_path, monkeypatch):
