@@ -76,6 +76,7 @@ EMBEDDED_DATA_DEFAULTS = {
     "freeze_last_layer": 0,
     "output_dir": "runs/digits",
 }
+ONE_SIZE_ONLY = ("resmlp", "mixer", "gmixer", "gmlp")  # networks of timm
 LEAST = {"epochs": 1, "batch_size_per_gpu": 1, "out_dim": 2, "log_freq": 1, "patch_size": 1, "local_crops_number": 0}
 
 
@@ -182,6 +183,15 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
         parser.error(
             f"--epochs {args.epochs} is less than --warmup_epochs {args.warmup_epochs} or "
             f"--warmup_teacher_temp_epochs {args.warmup_teacher_temp_epochs}"
+        )
+    if (
+        args.arch.startswith(ONE_SIZE_ONLY)
+        and args.local_crops_number
+        and args.local_crop_size != args.global_crop_size
+    ):
+        parser.error(
+            f"--arch {args.arch} mixes a fixed number of patches, so all views must have one size: "
+            f"--local_crop_size {args.local_crop_size} differs from --global_crop_size {args.global_crop_size}"
         )
     if args.arch in VIT_NAMES:
         args.arch = args.arch.replace("deit", "vit")  # as in the official checkpoints

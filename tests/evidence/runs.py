@@ -52,7 +52,7 @@ def run(method: str, variant: Variant, seed: int, output_dir: Path) -> dict:
     run_script(method, command, output_dir.with_suffix(".log"))
     minutes = (time.perf_counter() - start) / 60
     lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-    accuracies = [line["knn_top1"] for line in lines if "knn_top1" in line]
+    accuracies = [line[key] for line in lines for key in ("knn_top1", "snn_top1") if key in line]
     last = [line for line in lines if "loss" in line][-1]
     return {
         "variant": variant.name,
@@ -156,7 +156,8 @@ def table(results: list[dict], columns: dict[str, str]) -> str:
     for name in names:
         mine = [r for r in results if r["variant"] == name]
         cells = [
-            spread([r[key] for r in mine], 1 if key.startswith(("knn", "linear", "rank_me")) else 3) for key in columns
+            spread([r[key] for r in mine], 1 if key.startswith(("knn", "linear", "rank_me", "acc1", "bleu")) else 3)
+            for key in columns
         ]
         rows.append(f"| {name} | {' | '.join(cells)} | {statistics.mean(r['minutes'] for r in mine):.1f} |")
     return "\n".join(rows)

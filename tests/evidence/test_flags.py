@@ -4,11 +4,11 @@ import importlib
 
 import pytest
 
-from tests.evidence import deepcluster, dino, swav
+from tests.evidence import deepcluster, dino, resmlp, swav, xcit
 
 VARIANTS = [
     (module.__name__.split(".")[-1], variant)
-    for module in (dino, swav, deepcluster)
+    for module in (dino, swav, deepcluster, resmlp, xcit)
     for variant in (*module.CLAIMS, *getattr(module, "CIFAR10_VARIANTS", ()))
 ]
 
@@ -30,7 +30,7 @@ def test_the_flags_of_the_linear_classifier_are_those_of_its_script(method, flag
 
 
 def test_names_of_variants_are_names_of_folders():
-    for module in (dino, swav, deepcluster):
+    for module in (dino, swav, deepcluster, resmlp, xcit):
         for variants in (module.CLAIMS, getattr(module, "CIFAR10_VARIANTS", [])):
             folders = {variant.name.replace(" ", "_") for variant in variants}
             assert len(folders) == len(variants) and not any("/" in folder for folder in folders)
