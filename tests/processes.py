@@ -1,8 +1,10 @@
-"""Running a test function in several gloo processes."""
+"""Functions and commands in processes of their own, which start in no time."""
 
 import multiprocessing
 import os
+import runpy
 import socket
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +14,19 @@ import torch.multiprocessing as mp
 
 from shared import distributed
 
+ROOT = Path(__file__).resolve().parents[1]
 SERVER = multiprocessing.get_context("forkserver")  # its processes start in no time: it has imported torch already
 SERVER.set_forkserver_preload(
-    ["dino.main_dino", "swav.main_deepclusterv2", "deepcluster.main", "msn.main", "tests.processes"]
+    [
+        "dino.main_dino",
+        "swav.main_deepclusterv2",
+        "deepcluster.main",
+        "msn.main",
+        "paws.paws_train",
+        "xcit.main",
+        "contriever.train",
+        "tests.processes",
+    ]
 )
 
 
@@ -40,3 +52,41 @@ def _run(rank: int, function: Callable, world_size: int, port: int, folder: str,
     torch.save(function(rank, *args), Path(folder) / f"{rank}.pth")
     distributed.barrier()
     distributed.shutdown()
+
+
+def run_python(*arguments, cwd: Path, timeout_s: float = 300) -> tuple[int, str]:
+    """What ``python *arguments``, a script or ``-m module``, does in ``cwd``: its exit code and all that it prints.
+
+    Libraries are there already, of which a fresh Python needs five seconds; modules of this repository are not, nor are
+    they found unless ``cwd`` leads to them.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        printed = Path(folder) / "printed.txt"
+        process = SERVER.Process(target=_run_python, args=([str(a) for a in arguments], cwd, printed))
+        process.start()
+        process.join(timeout_s)
+        if process.exitcode is None:
+            process.kill()
+            raise AssertionError(f"still running after {timeout_s} s:\n{printed.read_text()}")
+        return process.exitcode, printed.read_text()
+
+
+def _run_python(arguments: list[str], cwd: Path, printed: Path) -> None:
+    file = os.open(printed, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # as in a fresh Python
+    ours = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    for name in [name for name in sys.modules if name.partition(".")[0] in ours]:
+        del sys.modules[name]
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
+    os.chdir(cwd)
+    if arguments[0] == "-m":
+        sys.path.insert(0, os.getcwd())
+        sys.argv = arguments[1:]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.path.insert(0, str(Path(arguments[0]).resolve().parent))
+        sys.argv = arguments
+        runpy.run_path(arguments[0], run_name="__main__")

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from deepcluster.backbones import load_network
 from deepcluster.main import parse_args, train_deepcluster
 from shared.attempt import Interrupted
 from shared.checkpoint import load_latest
+from tests.processes import run_python
 from tests.reliability.runs import Script, start_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -383,18 +383,6 @@ def test_changed_images_are_clustered_again(images, finished, tmp_path, capsys):
 # --- Processes --------------------------------------------------------------------------------------------------------
 
 
-def run_script(*command, cwd, **environment):
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "PYTHONPATH"))} | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=cwd,
-        env=env | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
 def test_two_processes_train_like_one(images, finished, tmp_path):
     ranks = start_ranks(tmp_path / "run", 2, images, "--checkpoints", 4, script=Script("deepcluster.main", tuple(TINY)))
     for rank in ranks:
@@ -412,8 +400,8 @@ def test_the_script_works_in_a_copied_folder(images, tmp_path):
     for folder in ("deepcluster", "shared"):
         shutil.copytree(ROOT / folder, project / folder, ignore=shutil.ignore_patterns("__pycache__", "runs"))
     flags = ["--epochs", 1, "--exp", tmp_path / "run"]
-    run = run_script("main.py", images, *TINY, *flags, cwd=project / "deepcluster")
-    assert run.returncode == 0, run.stderr
+    exit_code, printed = run_python("main.py", images, *TINY, *flags, cwd=project / "deepcluster")
+    assert exit_code == 0, printed
     assert len(losses(tmp_path / "run")) == 3
 
 
