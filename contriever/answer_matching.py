@@ -4,7 +4,6 @@ The accuracy of a retriever at k is the share of questions with a matching passa
 (Contriever, section 4.2, table 3).
 """
 
-import itertools
 import os
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -70,9 +69,9 @@ def hits_within(hits: Iterable[Sequence[bool]]) -> np.ndarray:
     Returns:
         Integers, shape (longest number of passages,), entry k - 1 for k.
     """
-    found = [list(itertools.accumulate(row, lambda a, b: a or bool(b))) for row in hits]
+    found = [np.maximum.accumulate(np.array(row, dtype=int)) for row in hits]  # 1 from the first hit on
     counts = np.zeros(max(map(len, found), default=0), dtype=int)
     for row in found:
         counts[: len(row)] += row
-        counts[len(row) :] += bool(row and row[-1])
+        counts[len(row) :] += row[-1] if len(row) else 0
     return counts

@@ -88,7 +88,7 @@ def test_windows_line_ends_are_read(tmp_path):
         ({"corpus": '{"_id": "a", "text": "x"}\n{"_id": "a", "text": "y"}'}, "line 2: the id 'a' stands in line 1"),
         ({"corpus": '{"_id": "a"'}, r"corpus\.jsonl, line 1: not JSON"),
         ({"corpus": '{"text": "a"}'}, 'line 1: no "_id"'),
-        ({"corpus": b'{"_id": "a", "text": "\xe9"}'}, r"corpus\.jsonl, line 1: byte 24 .* not UTF-8"),
+        ({"corpus": b'{"_id": "a", "text": "\xe9"}'}, r"corpus\.jsonl, line 1: byte 23 .* not UTF-8"),
         ({"corpus": "\n"}, r"corpus\.jsonl is empty"),
         ({"qrels": "q1\td1\t1\n"}, "line 1: expected a header"),
         ({"qrels": "query-id\tcorpus-id\tscore\nq1\td1\n"}, "line 2: expected query id, document id and an integer"),

@@ -14,6 +14,7 @@ from contriever.embedding_files import ShardWriter, open_shards
 from contriever.encoder import load_retriever
 from contriever.generate_passage_embeddings import shard_range
 from contriever.passages import PassageFile
+from shared import distributed
 from tests.contriever.tiny_encoder import VOCABULARY, WORDS, tiny_retriever
 from tests.processes import SERVER, run_processes
 
@@ -164,6 +165,7 @@ def test_killed_in_the_middle_of_a_write_it_resumes_to_the_same_bytes(corpus, em
 
 
 def embed_on_rank(rank: int, corpus: Path, output_dir: Path) -> int:
+    distributed.init = lambda **_: torch.device("cpu")  # the processes have joined already
     return len(embed(corpus, output_dir, "--num_shards", "3"))
 
 
@@ -226,6 +228,7 @@ def test_a_stored_index_is_used_again_and_is_no_shard(corpus, embeddings, tmp_pa
 
 
 def retrieve_on_rank(rank: int, corpus: Path, embeddings: Path, output_dir: Path) -> None:
+    distributed.init = lambda **_: torch.device("cpu")  # the processes have joined already
     if rank == 0:
         retrieve(corpus, embeddings, output_dir)
     else:

@@ -4,7 +4,6 @@ Where the reference fills up missing results with the last passage, ours leaves 
 ``test_contriever.py``.
 """
 
-import json
 import os
 from pathlib import Path
 
@@ -76,7 +75,7 @@ def retriever(tmp_path_factory) -> Retriever:
 @pytest.fixture
 def passages(tmp_path) -> PassageFile:
     path = tmp_path / "passages.tsv"
-    path.write_text(GOLDEN["passages/tsv"].item())
+    path.write_text(GOLDEN.json("passages/tsv"))
     return PassageFile(path)
 
 
@@ -122,7 +121,7 @@ def test_more_results_than_passages_are_not_made_up(index):
 
 
 def test_result_record(index, passages):
-    expected = json.loads(GOLDEN["passages/result_jsonl_record0"].item())
+    expected = GOLDEN.json("passages/result_jsonl_record0")
     record = {key: value for key, value in expected.items() if key != "ctxs"}
     row = GOLDEN.json("passages/queries").index(record["question"])
     scores, rows = index.search(GOLDEN["passages/qemb"][row : row + 1], len(expected["ctxs"]))
