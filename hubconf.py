@@ -2,8 +2,7 @@
 
 torch.hub.load("/path/to/this/repository", "dino_vits16", source="local") returns a backbone that maps normalised
 images (B, 3, H, W) to features (B, D); the entries of ResMLP and XCiT return a classifier. The environment variables
-DINO_WEIGHTS_URL, SWAV_WEIGHTS_URL, DEEPCLUSTER_WEIGHTS_URL, RESMLP_WEIGHTS_URL and XCIT_WEIGHTS_URL replace the
-addresses of the weights.
+DINO_WEIGHTS_URL, SWAV_WEIGHTS_URL, ... (the folder's name in capitals) replace the addresses of the weights.
 """
 
 from torch import nn
@@ -13,9 +12,14 @@ from deepcluster import pretrained as _deepcluster_pretrained
 from dino import pretrained as _pretrained
 from dino import vision_transformer as _vision_transformer
 from dino.networks import build_backbone as _build_backbone
+from msn import pretrained as _msn_pretrained
+from msn import vision_transformer as _msn_vision_transformer
+from paws import pretrained as _paws_pretrained
+from paws import resnet as _paws_resnet
 from resmlp import pretrained as _resmlp_pretrained
 from resmlp import resmlp_models as _resmlp_models
 from shared.weights import load_backbone_weights as _load_backbone_weights
+from shared.weights import read_backbone_weights as _read_backbone_weights
 from shared.weights import safe_load as _safe_load
 from swav import pretrained as _swav_pretrained
 from swav import resnet50 as _swav_resnets
@@ -245,3 +249,88 @@ def xcit_large_24_p16(pretrained: bool = True, variant: str = "224", **kwargs) -
 def xcit_large_24_p8(pretrained: bool = True, variant: str = "224", **kwargs) -> nn.Module:
     """XCiT-L24/8; top-1 of the variants 224 / 224_dist / 384_dist: 84.4 / 85.4 / 86.0."""
     return _xcit("xcit_large_24_p8", pretrained, variant, **kwargs)
+
+
+def _msn(release: str, pretrained: bool, **kwargs) -> nn.Module:
+    model_name, file = _msn_pretrained.RELEASES[release]
+    path = _msn_pretrained.fetch(file) if pretrained else None
+    encoder = _msn_vision_transformer.build(model_name, **kwargs)
+    if path is not None:
+        _load_backbone_weights(encoder, _read_backbone_weights(path, "target_encoder", head_names=("fc",)))
+    return encoder
+
+
+def msn_vits16(pretrained: bool = True, **kwargs) -> nn.Module:
+    """MSN, 800 epochs: ViT-S/16, 384 dimensions (47.1 with one ImageNet image per class)."""
+    return _msn("msn_vits16", pretrained, **kwargs)
+
+
+def msn_vitb16(pretrained: bool = True, **kwargs) -> nn.Module:
+    """MSN, 600 epochs: ViT-B/16, 768 dimensions (49.8 with one ImageNet image per class)."""
+    return _msn("msn_vitb16", pretrained, **kwargs)
+
+
+def msn_vitl16(pretrained: bool = True, **kwargs) -> nn.Module:
+    """MSN, 600 epochs: ViT-L/16, 1024 dimensions."""
+    return _msn("msn_vitl16", pretrained, **kwargs)
+
+
+def msn_vitb4(pretrained: bool = True, **kwargs) -> nn.Module:
+    """MSN, 300 epochs: ViT-B/4, 768 dimensions (54.3 with one ImageNet image per class)."""
+    return _msn("msn_vitb4", pretrained, **kwargs)
+
+
+def msn_vitl7(pretrained: bool = True, **kwargs) -> nn.Module:
+    """MSN, 200 epochs: ViT-L/7, 1024 dimensions (57.1 with one ImageNet image per class)."""
+    return _msn("msn_vitl7", pretrained, **kwargs)
+
+
+def _paws(release: str, pretrained: bool, **kwargs) -> nn.Module:
+    weights = _paws_pretrained.read_weights(_paws_pretrained.fetch(release)) if pretrained else None
+    backbone = _paws_resnet.ResNet(**kwargs)
+    if weights is not None:
+        _load_backbone_weights(backbone, weights)
+    return backbone
+
+
+def paws_resnet50(pretrained: bool = True, **kwargs) -> nn.Module:
+    """PAWS with 10 % of ImageNet's labels, 300 epochs: ResNet-50, 2048 dimensions (75.5 fine-tuned)."""
+    return _paws("paws_imgnt_10percent_300ep", pretrained, **kwargs)
+
+
+def paws_resnet50_1percent(pretrained: bool = True, **kwargs) -> nn.Module:
+    """PAWS with 1 % of ImageNet's labels, 300 epochs: ResNet-50, 2048 dimensions (66.5 fine-tuned)."""
+    return _paws("paws_imgnt_1percent_300ep", pretrained, **kwargs)
+
+
+def _contriever(name: str, pretrained: bool, name_or_path: str | None):
+    from contriever.encoder import load_retriever  # needs the packages of `pip install -e '.[contriever]'`
+
+    if not pretrained:
+        return load_retriever(name_or_path, random_init=True)
+    return load_retriever(name_or_path or name, allow_download=name_or_path is None)
+
+
+def contriever(pretrained: bool = True, name_or_path: str | None = None):
+    """Contriever without labels, BERT-base (nDCG@10 37.7 on 13 BEIR sets): ``.encode(texts)`` gives (N, 768).
+
+    Args:
+        pretrained: False: random weights, the shape of ``name_or_path`` or, without it, of the packaged small encoder.
+        name_or_path: Another encoder or checkpoint; the released one is fetched from the Hugging Face hub without it.
+    """
+    return _contriever("facebook/contriever", pretrained, name_or_path)
+
+
+def contriever_msmarco(pretrained: bool = True, name_or_path: str | None = None):
+    """Contriever fine-tuned on MS MARCO (nDCG@10 46.6 on 14 BEIR sets); arguments as of :func:`contriever`."""
+    return _contriever("facebook/contriever-msmarco", pretrained, name_or_path)
+
+
+def mcontriever(pretrained: bool = True, name_or_path: str | None = None):
+    """mContriever without labels, multilingual BERT-base; arguments as of :func:`contriever`."""
+    return _contriever("facebook/mcontriever", pretrained, name_or_path)
+
+
+def mcontriever_msmarco(pretrained: bool = True, name_or_path: str | None = None):
+    """mContriever fine-tuned on MS MARCO; arguments as of :func:`contriever`."""
+    return _contriever("facebook/mcontriever-msmarco", pretrained, name_or_path)

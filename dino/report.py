@@ -50,7 +50,8 @@ def save_pictures(
         neighbours,
         save_curves(output_dir / "metrics.jsonl", folder / "curves.png"),
     ]
-    if isinstance(backbone, VisionTransformer | Xcit):
+    # XCiT's patches are part of its name, and may be larger than small images
+    if isinstance(backbone, VisionTransformer | Xcit) and backbone.patch_embed.patch_size <= image_size:
         transform = EvalTransform(image_size, image_size, MEAN, STD, views.in_chans)
         source = knn.val.source if knn.off is None else views.source
         image, *_ = EvalDataset(source, transform, BadImages(len(source), max_fraction=1))[0]

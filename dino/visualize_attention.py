@@ -14,11 +14,9 @@ import argparse
 import sys
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from PIL import Image
-from sklearn.datasets import load_sample_image
 from timm.models.xcit import Xcit
 from torch import Tensor
 
@@ -31,15 +29,13 @@ from dino.pictures import save_curves, save_views
 from dino.pretrained import RUN_ON_DIGITS, VITS8_300_EPOCHS, fetch, load_pretrained
 from dino.vision_transformer import VisionTransformer
 from shared import distributed
+from shared.attention import save_attention_maps
 from shared.backbones import input_channels
 from shared.data import ArraySource, EvalTransform, open_source, read_image
 from shared.evaluation.neighbours import sample_gallery, save_nearest
 from shared.multicrop import MultiCropDataset, ViewRecipe
-from shared.pictures import Tile, colorize, magnify, save_sheet, write_png
 from shared.weights import safe_load
 
-LEAST_SIDE_PX = 240  # smaller pictures are magnified
-MASK_COLOR = np.array([230, 60, 40], dtype=np.uint8)
 DIGIT = 5  # the embedded image whose attention is shown by default
 
 
@@ -120,48 +116,6 @@ def last_class_attention(model: Xcit, images: Tensor) -> Tensor:
     return scores.softmax(dim=-1)
 
 
-def attended_patches(attention: Tensor, threshold: float) -> Tensor:
-    """The most attended patches of each head that together hold the share ``threshold`` of its attention.
-
-    Args:
-        attention: Shape (..., h, w).
-        threshold: In (0, 1].
-
-    Returns:
-        Boolean mask of the same shape.
-    """
-    flat = attention.flatten(-2)
-    ascending, order = flat.sort(dim=-1, stable=True)
-    kept = ascending.cumsum(dim=-1) / ascending.sum(dim=-1, keepdim=True) > 1 - threshold
-    return torch.zeros_like(kept).scatter(-1, order, kept).view_as(attention)
-
-
-# --- Pictures ---------------------------------------------------------------------------------------------------------
-
-
-def overlay_attention(pixels: np.ndarray, attention: np.ndarray) -> np.ndarray:
-    """The image under the colours of a map (H, W) of the same size."""
-    return (0.45 * pixels + 0.55 * colorize(attention)).round().astype(np.uint8)
-
-
-def overlay_mask(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The image with the region ``mask`` (H, W) coloured and outlined."""
-    picture = pixels.copy()
-    picture[mask] = (0.5 * pixels[mask] + 0.5 * MASK_COLOR).round().astype(np.uint8)
-    contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
-    return cv2.drawContours(picture, contours, -1, (255, 255, 255), thickness=max(1, min(mask.shape) // 160))
-
-
-def to_picture(image: Tensor, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD) -> np.ndarray:
-    """RGB pixels (H, W, 3), uint8, of a normalised image (C, H, W); one channel uses the averages of mean and std."""
-    mean, std = torch.tensor(mean), torch.tensor(std)
-    if len(image) == 1:
-        mean, std = mean.mean(dim=0, keepdim=True), std.mean(dim=0, keepdim=True)
-    pixels = image.cpu() * std[:, None, None] + mean[:, None, None]
-    pixels = (255 * pixels).round().clamp(0, 255).byte().expand(3, -1, -1)
-    return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
-
-
 def save_attention(
     model: VisionTransformer | Xcit,
     image: Tensor,
@@ -170,11 +124,7 @@ def save_attention(
     mean: tuple[float, ...] = MEAN,
     std: tuple[float, ...] = STD,
 ) -> list[Path]:
-    """Write the attention of one image: a sheet of everything, and every map as a file of its own.
-
-    Files: ``attention.png`` (the sheet), ``img.png``, ``attn-head{j}.png`` and ``attn-mean.png`` (maps),
-    ``overlay-head{j}.png`` and ``overlay-mean.png`` (on the image); with a threshold also
-    ``mask_th{t}_head{j}.png`` and ``mask_th{t}_mean.png``.
+    """The attention of one image as pictures, see :func:`shared.attention.save_attention_maps`.
 
     Args:
         model: A ViT of this folder or timm's XCiT, in evaluation mode.
@@ -186,45 +136,8 @@ def save_attention(
     Returns:
         The paths, the sheet first.
     """
-    output_dir = Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    patch_size = model.patch_embed.patch_size
-    attention = class_attention(model, image[None])[0].float().cpu()
-    attention = torch.cat([attention, attention.mean(dim=0, keepdim=True)])
-    names = [*(f"head{j}" for j in range(len(attention) - 1)), "mean"]
-    rows, columns = attention.shape[-2:]
-    pixels = magnify(to_picture(image[:, : rows * patch_size, : columns * patch_size], mean, std), LEAST_SIDE_PX)
-    patch_px = pixels.shape[0] // rows
-
-    def enlarge(maps: Tensor) -> np.ndarray:  # every patch becomes a square of the picture's size
-        return maps.numpy().repeat(patch_px, axis=-2).repeat(patch_px, axis=-1)
-
-    pictures = {"img.png": pixels}
-    maps, overlays, masks = [], [], []
-    for name, values in zip(names, enlarge(attention), strict=True):
-        maps.append(colorize(values))
-        overlays.append(overlay_attention(pixels, values))
-        pictures |= {f"attn-{name}.png": maps[-1], f"overlay-{name}.png": overlays[-1]}
-    if threshold is not None:
-        for name, mask in zip(names, enlarge(attended_patches(attention, threshold)), strict=True):
-            masks.append(overlay_mask(pixels, mask))
-            pictures[f"mask_th{threshold}_{name}.png"] = masks[-1]
-
-    titles = [*(f"head {j}" for j in range(len(names) - 1)), "mean of heads"]
-    sheet = [[Tile(pixels, "image"), *(Tile(p, t) for p, t in zip(maps, titles, strict=True))]]
-    for kind in filter(None, (overlays, masks)):
-        sheet.append([Tile(np.full_like(pixels, 255)), *(Tile(picture) for picture in kind)])
-    heading = (
-        "Attention of the class token in the last block\n"
-        "First row: from the least (dark blue) to the most attended patch (yellow) of each head. "
-        "Second row: the same on the image."
-    )
-    if masks:
-        heading += f"\nThird row: the patches that together hold {100 * threshold:g} % of the attention."
-    return [
-        save_sheet(sheet, output_dir / "attention.png", heading, [1.6] * len(sheet)),
-        *(write_png(output_dir / name, picture) for name, picture in pictures.items()),
-    ]
+    attention = class_attention(model, image[None])[0]
+    return save_attention_maps(attention, image, model.patch_embed.patch_size, output_dir, mean, std, threshold)
 
 
 # --- Script -----------------------------------------------------------------------------------------------------------
@@ -282,6 +195,8 @@ def visualize_attention(args: argparse.Namespace) -> list[Path]:
     elif args.embedded:
         pixels = open_source(None, "val").load(DIGIT).decode()
     else:
+        from sklearn.datasets import load_sample_image  # a second of SciPy, of which the training needs nothing
+
         pixels = load_sample_image("flower.jpg")
     in_chans, output_dir = input_channels(model), Path(args.output_dir)
     image = prepare_image(pixels, args.image_size, in_chans).to(device)

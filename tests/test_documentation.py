@@ -12,8 +12,9 @@ from shared.slurm import add_slurm_flags
 ROOT = Path(__file__).resolve().parents[1]
 READMES = sorted(path for path in [ROOT / "README.md", *ROOT.glob("*/README.md")] if ".venv" not in path.parts)
 SCRIPTS = (
-    r"\b(main|main_\w+|translate|eval_\w+|visualize_\w+|video_\w+|run_with_\w+|\w+_retrieval|\w+_ascent)\.py|"
-    r"-m \w+\.export"
+    r"\b(main|translate|main_\w+|eval_\w+|\w+_eval|\w+_train|\w*fine_tune|pseudo_labels|few_labels|visualize_\w+"
+    r"|video_\w+|run_with_\w+|\w+_retrieval|\w+_ascent"
+    r"|train|preprocess|finetuning|mine_\w+|new_\w+|generate_\w+|evaluate_\w+|search)\.py|-m \w+\.export"
 )
 # flags that a README must give but that would start something are checked by parsing only
 COMMANDS = [

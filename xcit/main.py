@@ -28,7 +28,15 @@ from shared import distributed, randomness
 from shared.attempt import Attempt
 from shared.batchnorm import synchronize_batchnorm
 from shared.checkpoint import Checkpointer, check_flags, load_latest, restore, resume_position
-from shared.data import BadImages, EpochBatchSampler, EvalDataset, default_num_workers, make_loader
+from shared.data import (
+    BadImages,
+    EpochBatchSampler,
+    EvalDataset,
+    check_same_classes,
+    default_num_workers,
+    make_loader,
+    open_source,
+)
 from shared.flags import AnyDashParser, add_data_flags, add_run_flags
 from shared.image_cache import cache_images
 from shared.memory import keep_freed_memory
@@ -161,7 +169,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
-    """Parse and check the command line; without ``--data_path`` the defaults are those of the embedded data.
+    """Parse and check the command line; without any images the defaults are those of the embedded data.
 
     Args:
         arguments: The command line's own by default.
@@ -169,7 +177,7 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
     """
     parser = parser or get_args_parser()
     args = parser.parse_args(arguments)
-    if args.data_path is None:
+    if args.data_path is None and args.val_path is None:
         parser.set_defaults(**EMBEDDED_DATA_DEFAULTS)
         args = parser.parse_args(arguments)
     for flag, least in LEAST.items():
@@ -200,7 +208,11 @@ def train_xcit(args: argparse.Namespace) -> None:
     world_size = distributed.get_world_size()
 
     # data
-    train, val = open_train_and_val(args)
+    if args.eval and args.val_path is not None:  # no training images are needed
+        train = val = open_source(args.val_path, "all", flag="--val_path")
+        check_same_classes(train, val)  # that there are any
+    else:
+        train, val = open_train_and_val(args)
     train, num_classes = cache_images(train, args.cache), len(train.classes)
     images = train.checksum()
     distributed.check_same_on_all_processes((len(train), images), "the training data (number of images, checksum)")

@@ -34,7 +34,7 @@ def test_the_published_command_parses():
 
 
 @pytest.mark.parametrize(("conv", "inputs"), [(1, 9600), (2, 9216), (3, 9600), (4, 9600), (5, 9216)])
-def test_maps_of_alexnet_are_pooled_to_the_published_sizes(conv, inputs):
+def test_maps_of_alexnet_are_pooled_to_the_published_sizes(conv, inputs, small_layers):
     network = build_network("alexnet", out=None).eval()
     with torch.no_grad():
         assert LayerFeatures(network, conv)(torch.randn(1, 3, 224, 224)).shape == (1, inputs)

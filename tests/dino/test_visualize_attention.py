@@ -8,22 +8,20 @@ import torch
 from PIL import Image
 from timm.models.xcit import Xcit
 
-from dino.augmentations import dino_views
+from dino.augmentations import MEAN, STD, dino_views
 from dino.networks import build_backbone
 from dino.vision_transformer import VisionTransformer
 from dino.visualize_attention import (
-    attended_patches,
     class_attention,
     last_class_attention,
     main,
-    overlay_mask,
     parse_args,
     prepare_image,
     save_attention,
-    to_picture,
     training_views,
     visualize_attention,
 )
+from shared.attention import attended_patches, overlay_mask, to_picture
 from shared.weights import WeightMismatch
 from tests.dino.small_data import write_class_folders
 from xcit.cross_covariance_transformer import XCiT
@@ -76,12 +74,12 @@ def test_attended_patches_are_the_fewest_that_hold_the_share(threshold):
 
 def test_picture_is_the_image_before_normalisation():
     pixels = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
-    np.testing.assert_array_equal(to_picture(prepare_image(pixels, [6, 5])), pixels)
+    np.testing.assert_array_equal(to_picture(prepare_image(pixels, [6, 5]), MEAN, STD), pixels)
 
 
 def test_one_channel_is_the_luminance():
     pixels = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
-    picture = to_picture(prepare_image(pixels, [6, 5], in_chans=1))
+    picture = to_picture(prepare_image(pixels, [6, 5], in_chans=1), MEAN, STD)
     luminance = np.array(Image.fromarray(pixels).convert("L"))
     np.testing.assert_array_equal(picture, np.repeat(luminance[..., None], 3, axis=2))
 

@@ -52,7 +52,7 @@ def run(method: str, variant: Variant, seed: int, output_dir: Path) -> dict:
     run_script(method, command, output_dir.with_suffix(".log"))
     minutes = (time.perf_counter() - start) / 60
     lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-    accuracies = [line["knn_top1"] for line in lines if "knn_top1" in line]
+    accuracies = [line[key] for line in lines for key in ("knn_top1", "snn_top1") if key in line]
     last = [line for line in lines if "loss" in line][-1]
     return {
         "variant": variant.name,

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.processes import run_processes
 from tests.reliability.runs import assert_same
-from tests.xcit.training_runs import lines, losses, state_of
+from tests.xcit.training_runs import lines, losses, shrink_networks, state_of
 from xcit import dense_training
 from xcit.cross_covariance_transformer import build_xcit
 from xcit.detection import main
@@ -215,6 +216,29 @@ def test_training_evaluation_and_an_exact_resume(data, tmp_path, monkeypatch, sm
     assert f"box_ap {written[-1]['box_ap']:.2f}" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"--eval: .*checkpoint\.pth is not a file"):
         train(data, tmp_path / "empty", "--eval")
+
+
+@pytest.mark.slow
+def test_mixed_precision(data, tmp_path, small_networks, small_heads):
+    assert all(loss == loss for loss in losses_of(train(data, tmp_path, "--amp", "bf16", "--epochs", 1, "--steps")))
+
+
+def losses_of(written: list[dict]) -> list[float]:
+    return [line["loss"] for line in written if "loss" in line]
+
+
+def evaluate(rank: int, data) -> list[float]:
+    shrink_networks()
+    torch.manual_seed(0)
+    detector = main.build_detector("xcit_nano_12_p8", 3, min_size=(32,), max_size=32)
+    result = main.evaluate_detector(detector, CocoDataset(data, "val", augment=False), torch.device("cpu"))
+    return list(result.values())
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds(data, small_networks):
+    alone = evaluate(0, data)
+    assert run_processes(evaluate, 2, data) == [alone, alone]
 
 
 @pytest.mark.slow

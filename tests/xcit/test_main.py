@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.dino.test_main_dino import run_script
-from tests.processes import run_processes
+from tests.processes import run_processes, run_script
 from tests.reliability.runs import assert_same
 from tests.xcit.training_runs import ROOT, TINY, lines, losses, state_of, train, train_on_rank
 from xcit import main
@@ -227,6 +226,11 @@ def test_eval_repeats_the_last_evaluation_and_leaves_the_folder_alone(finished, 
     assert "going on" in (finished / "attempt.json").read_text()
 
 
+def test_eval_needs_no_training_images(finished, images, capsys, small_networks):
+    main.train_xcit(parse_args([*TINY, "--eval", "--val_path", str(images), "--output_dir", str(finished)]))
+    assert f"{images}: 24 images, 3 classes: top-1" in capsys.readouterr().out
+
+
 def test_eval_of_a_network_without_a_fitting_classifier_is_refused(finished, images, tmp_path, small_networks):
     state = state_of(finished)["model"]
     del state["head.weight"], state["head.bias"]
@@ -278,6 +282,7 @@ def test_distillation_from_networks_of_timm_and_torchvision(teacher, kind, image
         ("--mixup", 0, "--cutmix", 0, "--opt", "lamb", "--in_chans", 1, "--input-size", 33, "--remode", "const"),
         ("--repeated-aug", "--aa", "none", "--model-ema-force-cpu", "--opt", "momentum", "--sched", "step"),
         ("--model", "test_vit", "--input-size", 32, "--no-model-ema"),
+        ("--amp", "bf16", "--drop-path", 0.1, "--drop", 0.1),
     ],
 )
 def test_other_recipes_and_networks_train(flags, images, tmp_path, small_networks):

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from tests.processes import run_processes
 from tests.reliability.runs import assert_same
 from tests.xcit.test_detection import Stop
-from tests.xcit.training_runs import lines, losses, state_of
+from tests.xcit.training_runs import lines, losses, shrink_networks, state_of
 from xcit import dense_training
 from xcit.semantic_segmentation import main
 from xcit.semantic_segmentation.ade20k import UNLABELLED, ADE20KDataset, augment
@@ -123,6 +124,26 @@ def test_any_image_size_is_segmented(small_networks):
     assert (small.shape, large.shape) == ((3, 35, 50), (3, 64, 33))
     unlabelled = {"labels": torch.full((32, 32), UNLABELLED)}
     assert network.train()([torch.rand(3, 32, 32)] * 2, [unlabelled] * 2)["loss"] == 0
+
+
+def evaluate(rank: int, data) -> list[float]:
+    shrink_networks()
+    torch.manual_seed(0)
+    network = main.SemanticFPN("xcit_nano_12_p8", 4)
+    dataset = ADE20KDataset(data, "validation", crop_px=32, augment=False)
+    return list(main.evaluate_segmenter(network, dataset, torch.device("cpu"), 4).values())
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_measures(data, small_networks):
+    alone = evaluate(0, data)
+    assert run_processes(evaluate, 2, data) == [alone, alone]
+
+
+@pytest.mark.slow
+def test_mixed_precision(data, tmp_path, small_networks):
+    written = train(data, tmp_path, "--amp", "bf16")
+    assert all(line["loss"] == line["loss"] for line in written if "loss" in line)
 
 
 @pytest.mark.slow
