@@ -138,7 +138,7 @@ class Experiment:
         return folder
 
     def steps(self, flags: str) -> str:
-        return f"{flags} --total_steps 3 --warmup_steps 1" if self.short else flags
+        return f"{flags} --total_steps 3 --warmup_steps 1 --per_gpu_batch_size 4" if self.short else flags
 
     def train(self, name: str, encoder: Path, flags: str, seed: int) -> tuple[Path, float]:
         """The trained encoder and the minutes it took."""
