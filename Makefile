@@ -13,6 +13,10 @@ demo: .venv/installed
 DEMO_dino := --arch vit_small
 DEMO_swav :=
 DEMO_deepcluster :=
+DEMO_resmlp :=
+DEMO_xcit :=
+DEMO_paws := --sel few_labels
+DEMO_msn :=
 DEMO_contriever :=
 # packages that only one method needs
 EXTRA_contriever := contriever

@@ -14,11 +14,10 @@ import argparse
 import sys
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from PIL import Image
-from sklearn.datasets import load_sample_image
+from timm.models.xcit import Xcit
 from torch import Tensor
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
@@ -30,15 +29,13 @@ from dino.pictures import save_curves, save_views
 from dino.pretrained import RUN_ON_DIGITS, VITS8_300_EPOCHS, fetch, load_pretrained
 from dino.vision_transformer import VisionTransformer
 from shared import distributed
+from shared.attention import save_attention_maps
 from shared.backbones import input_channels
 from shared.data import ArraySource, EvalTransform, open_source, read_image
 from shared.evaluation.neighbours import sample_gallery, save_nearest
 from shared.multicrop import MultiCropDataset, ViewRecipe
-from shared.pictures import Tile, colorize, magnify, save_sheet, write_png
 from shared.weights import safe_load
 
-LEAST_SIDE_PX = 240  # smaller pictures are magnified
-MASK_COLOR = np.array([230, 60, 40], dtype=np.uint8)
 DIGIT = 5  # the embedded image whose attention is shown by default
 
 
@@ -81,11 +78,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 @torch.no_grad()
-def class_attention(model: VisionTransformer, images: Tensor) -> Tensor:
-    """Attention of the class token to the patches in the last block.
+def class_attention(model: VisionTransformer | Xcit, images: Tensor) -> Tensor:
+    """Attention of the class token to the patches in the last block (of XCiT: in the last class-attention block).
 
     Args:
-        model: A ViT of this folder.
+        model: A ViT of this folder or timm's XCiT.
         images: Normalised, shape (B, C, H, W); rows and columns beyond a multiple of the patch size are not seen.
 
     Returns:
@@ -98,68 +95,39 @@ def class_attention(model: VisionTransformer, images: Tensor) -> Tensor:
     rows, columns = images.shape[-2] // patch_size, images.shape[-1] // patch_size
     if rows == 0 or columns == 0:
         raise ValueError(f"--image_size: {tuple(images.shape[-2:])} pixels are less than a patch of {patch_size}")
-    attention = model.get_last_selfattention(images, num_queries=1)[:, :, 0, 1:]
-    return attention.unflatten(2, (rows, columns))
+    images = images[:, :, : rows * patch_size, : columns * patch_size]
+    if isinstance(model, Xcit):
+        attention = last_class_attention(model, images)
+    else:
+        attention = model.get_last_selfattention(images, num_queries=1)[:, :, 0]
+    return attention[:, :, 1:].unflatten(2, (rows, columns))
 
 
-def attended_patches(attention: Tensor, threshold: float) -> Tensor:
-    """The most attended patches of each head that together hold the share ``threshold`` of its attention.
-
-    Args:
-        attention: Shape (..., h, w).
-        threshold: In (0, 1].
-
-    Returns:
-        Boolean mask of the same shape.
-    """
-    flat = attention.flatten(-2)
-    ascending, order = flat.sort(dim=-1, stable=True)
-    kept = ascending.cumsum(dim=-1) / ascending.sum(dim=-1, keepdim=True) > 1 - threshold
-    return torch.zeros_like(kept).scatter(-1, order, kept).view_as(attention)
-
-
-# --- Pictures ---------------------------------------------------------------------------------------------------------
-
-
-def overlay_attention(pixels: np.ndarray, attention: np.ndarray) -> np.ndarray:
-    """The image under the colours of a map (H, W) of the same size."""
-    return (0.45 * pixels + 0.55 * colorize(attention)).round().astype(np.uint8)
-
-
-def overlay_mask(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The image with the region ``mask`` (H, W) coloured and outlined."""
-    picture = pixels.copy()
-    picture[mask] = (0.5 * pixels[mask] + 0.5 * MASK_COLOR).round().astype(np.uint8)
-    contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
-    return cv2.drawContours(picture, contours, -1, (255, 255, 255), thickness=max(1, min(mask.shape) // 160))
-
-
-def to_picture(image: Tensor, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD) -> np.ndarray:
-    """RGB pixels (H, W, 3), uint8, of a normalised image (C, H, W); one channel uses the averages of mean and std."""
-    mean, std = torch.tensor(mean), torch.tensor(std)
-    if len(image) == 1:
-        mean, std = mean.mean(dim=0, keepdim=True), std.mean(dim=0, keepdim=True)
-    pixels = image.cpu() * std[:, None, None] + mean[:, None, None]
-    pixels = (255 * pixels).round().clamp(0, 255).byte().expand(3, -1, -1)
-    return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
+def last_class_attention(model: Xcit, images: Tensor) -> Tensor:
+    """Weights of the class token's attention to all tokens in XCiT's last block: (B, heads, 1 + N)."""
+    layer, tokens = model.cls_attn_blocks[-1].attn, []
+    hook = layer.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0]))
+    try:
+        model.forward_features(images)
+    finally:
+        hook.remove()
+    queries, keys = (x.unflatten(2, (layer.num_heads, -1)) for x in (layer.q(tokens[0][:, :1]), layer.k(tokens[0])))
+    scores = torch.einsum("bqhd,bnhd->bhn", queries, keys) * queries.shape[-1] ** -0.5
+    return scores.softmax(dim=-1)
 
 
 def save_attention(
-    model: VisionTransformer,
+    model: VisionTransformer | Xcit,
     image: Tensor,
     output_dir: str | Path,
     threshold: float | None = None,
     mean: tuple[float, ...] = MEAN,
     std: tuple[float, ...] = STD,
 ) -> list[Path]:
-    """Write the attention of one image: a sheet of everything, and every map as a file of its own.
-
-    Files: ``attention.png`` (the sheet), ``img.png``, ``attn-head{j}.png`` and ``attn-mean.png`` (maps),
-    ``overlay-head{j}.png`` and ``overlay-mean.png`` (on the image); with a threshold also
-    ``mask_th{t}_head{j}.png`` and ``mask_th{t}_mean.png``.
+    """The attention of one image as pictures, see :func:`shared.attention.save_attention_maps`.
 
     Args:
-        model: A ViT of this folder, in evaluation mode.
+        model: A ViT of this folder or timm's XCiT, in evaluation mode.
         image: Normalised, shape (C, H, W), on the model's device.
         output_dir: Created if missing.
         threshold: Share of the attention that the masks hold, in (0, 1].
@@ -168,45 +136,8 @@ def save_attention(
     Returns:
         The paths, the sheet first.
     """
-    output_dir = Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    patch_size = model.patch_embed.patch_size
-    attention = class_attention(model, image[None])[0].float().cpu()
-    attention = torch.cat([attention, attention.mean(dim=0, keepdim=True)])
-    names = [*(f"head{j}" for j in range(len(attention) - 1)), "mean"]
-    rows, columns = attention.shape[-2:]
-    pixels = magnify(to_picture(image[:, : rows * patch_size, : columns * patch_size], mean, std), LEAST_SIDE_PX)
-    patch_px = pixels.shape[0] // rows
-
-    def enlarge(maps: Tensor) -> np.ndarray:  # every patch becomes a square of the picture's size
-        return maps.numpy().repeat(patch_px, axis=-2).repeat(patch_px, axis=-1)
-
-    pictures = {"img.png": pixels}
-    maps, overlays, masks = [], [], []
-    for name, values in zip(names, enlarge(attention), strict=True):
-        maps.append(colorize(values))
-        overlays.append(overlay_attention(pixels, values))
-        pictures |= {f"attn-{name}.png": maps[-1], f"overlay-{name}.png": overlays[-1]}
-    if threshold is not None:
-        for name, mask in zip(names, enlarge(attended_patches(attention, threshold)), strict=True):
-            masks.append(overlay_mask(pixels, mask))
-            pictures[f"mask_th{threshold}_{name}.png"] = masks[-1]
-
-    titles = [*(f"head {j}" for j in range(len(names) - 1)), "mean of heads"]
-    sheet = [[Tile(pixels, "image"), *(Tile(p, t) for p, t in zip(maps, titles, strict=True))]]
-    for kind in filter(None, (overlays, masks)):
-        sheet.append([Tile(np.full_like(pixels, 255)), *(Tile(picture) for picture in kind)])
-    heading = (
-        "Attention of the class token in the last block\n"
-        "First row: from the least (dark blue) to the most attended patch (yellow) of each head. "
-        "Second row: the same on the image."
-    )
-    if masks:
-        heading += f"\nThird row: the patches that together hold {100 * threshold:g} % of the attention."
-    return [
-        save_sheet(sheet, output_dir / "attention.png", heading, [1.6] * len(sheet)),
-        *(write_png(output_dir / name, picture) for name, picture in pictures.items()),
-    ]
+    attention = class_attention(model, image[None])[0]
+    return save_attention_maps(attention, image, model.patch_embed.patch_size, output_dir, mean, std, threshold)
 
 
 # --- Script -----------------------------------------------------------------------------------------------------------
@@ -230,7 +161,7 @@ def prepare_image(pixels: np.ndarray, image_size: list[int], in_chans: int = 3) 
     return to_input(Image.fromarray(pixels).resize(image_size[::-1], Image.Resampling.BILINEAR), in_chans)
 
 
-def load_vit(args: argparse.Namespace, device: torch.device) -> VisionTransformer:
+def load_attentive(args: argparse.Namespace, device: torch.device) -> VisionTransformer | Xcit:
     """The network that the flags name; released ViT-S/8 weights are those of 300 epochs, as in the official scripts.
 
     Raises:
@@ -240,8 +171,8 @@ def load_vit(args: argparse.Namespace, device: torch.device) -> VisionTransforme
     if weights == "" and (args.arch.replace("deit", "vit"), args.patch_size) == ("vit_small", 8):
         weights = fetch(VITS8_300_EPOCHS)
     model, _ = load_pretrained(args.arch, args.patch_size, weights, args.checkpoint_key, args.allow_partial)
-    if not isinstance(model, VisionTransformer):
-        raise ValueError(f"--arch {args.arch}: attention maps need vit_tiny, vit_small or vit_base")
+    if not isinstance(model, VisionTransformer | Xcit):
+        raise ValueError(f"--arch {args.arch}: attention maps need vit_tiny, vit_small, vit_base or an XCiT")
     return model.to(device)
 
 
@@ -258,12 +189,14 @@ def training_views(pretrained_weights: str) -> list[ViewRecipe]:
 def visualize_attention(args: argparse.Namespace) -> list[Path]:
     """Write the pictures that the flags ask for."""
     device = distributed.init(device=args.device)
-    model = load_vit(args, device)
+    model = load_attentive(args, device)
     if args.image_path is not None:
         pixels = read_image(args.image_path).decode()
     elif args.embedded:
         pixels = open_source(None, "val").load(DIGIT).decode()
     else:
+        from sklearn.datasets import load_sample_image  # a second of SciPy, of which the training needs nothing
+
         pixels = load_sample_image("flower.jpg")
     in_chans, output_dir = input_channels(model), Path(args.output_dir)
     image = prepare_image(pixels, args.image_size, in_chans).to(device)

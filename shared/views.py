@@ -39,6 +39,8 @@ class ViewRecipe:
         blur_p: Probability of a Gaussian blur.
         blur_radius: Range of its standard deviation in pixels of the view.
         solarize_p: Probability of inverting the pixels from ``solarize_threshold`` on.
+        solarize_threshold: A grey level, or the range from which one is drawn.
+        equalize_p: Probability of spreading the grey levels of each channel evenly.
         interpolation: ``bicubic`` or ``bilinear``, antialiased.
     """
 
@@ -52,7 +54,8 @@ class ViewRecipe:
     blur_p: float = 0.0
     blur_radius: tuple[float, float] = (0.1, 2.0)
     solarize_p: float = 0.0
-    solarize_threshold: int = 128
+    solarize_threshold: int | tuple[float, float] = 128
+    equalize_p: float = 0.0
     interpolation: str = "bicubic"
 
     def __post_init__(self):
@@ -71,6 +74,7 @@ class ViewParams(NamedTuple):
         top, left, height, width: The crop in pixels of the image.
         jitter: (step, factor) in the order of application, steps numbered as ``BRIGHTNESS`` ... ``HUE``.
         blur_radius: Standard deviation in pixels; 0 for no blur.
+        solarize_threshold: The grey level; None: the recipe's.
     """
 
     top: int
@@ -82,6 +86,8 @@ class ViewParams(NamedTuple):
     grey: bool
     blur_radius: float
     solarize: bool
+    solarize_threshold: int | None = None
+    equalize: bool = False
 
 
 class DrawStreams:
@@ -147,7 +153,7 @@ def _log_range(ratio: tuple[float, float]) -> tuple[float, float]:
 def draw_view(recipe: ViewRecipe, height: int, width: int, streams: DrawStreams) -> ViewParams:
     """Draw the parameters of one view of an image of ``height`` x ``width`` pixels.
 
-    Order: crop, flip, jitter, grey from torch's stream; blur, solarise from python's.
+    Order: crop, flip, jitter, grey from torch's stream; blur, solarise, equalise from python's.
     """
     top, left, crop_height, crop_width = _draw_crop(recipe, height, width, streams)
     flip = recipe.flip_p > 0 and streams.rand() < recipe.flip_p
@@ -159,7 +165,14 @@ def draw_view(recipe: ViewRecipe, height: int, width: int, streams: DrawStreams)
     if recipe.blur_p > 0 and streams.python.random() <= recipe.blur_p:
         blur_radius = streams.python.uniform(*recipe.blur_radius)
     solarize = recipe.solarize_p > 0 and streams.python.random() < recipe.solarize_p
-    return ViewParams(top, left, crop_height, crop_width, flip, jitter, grey, blur_radius, solarize)
+    threshold = recipe.solarize_threshold
+    if solarize and isinstance(threshold, tuple):
+        threshold = math.ceil(streams.python.uniform(*threshold))  # pixels are whole: those from the next level on
+    equalize = recipe.equalize_p > 0 and streams.python.random() < recipe.equalize_p
+    threshold = threshold if solarize else None
+    return ViewParams(
+        top, left, crop_height, crop_width, flip, jitter, grey, blur_radius, solarize, threshold, equalize
+    )
 
 
 def _draw_crop(recipe: ViewRecipe, height: int, width: int, streams: DrawStreams) -> tuple[int, int, int, int]:
@@ -218,7 +231,9 @@ def apply_pil(pixels: np.ndarray, view: ViewParams, recipe: ViewRecipe, out: np.
     if view.blur_radius > 0:
         image = image.filter(ImageFilter.GaussianBlur(view.blur_radius))
     if view.solarize:
-        image = ImageOps.solarize(image, recipe.solarize_threshold)
+        image = ImageOps.solarize(image, _threshold(view, recipe))
+    if view.equalize:
+        image = ImageOps.equalize(image)
     out[:] = np.asarray(image) if out.shape[-1] == 3 else np.asarray(image.convert("L"))[..., None]
 
 
@@ -334,16 +349,38 @@ def _blur_kernel(radius: float) -> np.ndarray:
     return np.concatenate([tail, [256 - 2 * tail.sum()], tail[::-1]]) / 256
 
 
-@lru_cache(maxsize=8)
+def _threshold(view: ViewParams, recipe: ViewRecipe) -> int:
+    return recipe.solarize_threshold if view.solarize_threshold is None else view.solarize_threshold
+
+
+@lru_cache(maxsize=256)
 def _solarize_table(threshold: int) -> np.ndarray:
     levels = np.arange(256)
     return np.where(levels < threshold, levels, 255 - levels).astype(np.uint8)
 
 
+def _equalize(image: np.ndarray) -> np.ndarray:
+    """What ``ImageOps.equalize`` does to each channel; OpenCV's ``equalizeHist`` maps to other grey levels."""
+    channels = [image] if image.ndim == 2 else cv2.split(image)
+    channels = [cv2.LUT(channel, _equalize_table(np.bincount(channel.ravel(), minlength=256))) for channel in channels]
+    return channels[0] if image.ndim == 2 else cv2.merge(channels)
+
+
+def _equalize_table(histogram: np.ndarray) -> np.ndarray:
+    used = histogram[histogram > 0]
+    step = (used.sum() - used[-1]) // 255
+    if len(used) <= 1 or step == 0:
+        return np.arange(256, dtype=np.uint8)
+    below = np.cumsum(histogram) - histogram
+    return np.minimum((step // 2 + below) // step, 255).astype(np.uint8)
+
+
 def _finish(image: np.ndarray, view: ViewParams, recipe: ViewRecipe, out: np.ndarray) -> None:
-    """Solarise, flip, and write to ``out``, repeating a grey plane where ``out`` has three channels."""
+    """Solarise, equalise, flip, and write to ``out``, repeating a grey plane where ``out`` has three channels."""
     if view.solarize:
-        image = cv2.LUT(image, _solarize_table(recipe.solarize_threshold))
+        image = cv2.LUT(image, _solarize_table(_threshold(view, recipe)))
+    if view.equalize:
+        image = _equalize(image)
     if image.ndim == 2 and out.shape[-1] == 3:
         image = cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
     if view.flip:

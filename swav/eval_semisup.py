@@ -21,14 +21,16 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from shared import distributed, randomness
 from shared.batchnorm import synchronize_batchnorm
-from shared.data import DecodedImage, EncodedImage, EvalDataset, FileSource, ImageSource
+from shared.data import EvalDataset, ImageSource
 from shared.evaluation.linear import train_one_epoch, validate
+from shared.subsets import Subset, listed_images
 from shared.weights import weights_checksum
 from swav.evaluation import (
     EMBEDDED_DATA_DEFAULTS,
-    add_bad_image_flags,
     add_data_flags,
     add_process_flags,
+    add_run_flags,
+    add_training_flags,
     bad_images_of,
     eval_transform,
     evaluation_parser,
@@ -54,27 +56,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--labels_perc", type=float, default=10, help="per cent of the images that have a label")
     add("--subset_list", default=None, help="text file with their names, one a line, as n01440764_10183.JPEG or "
         "relative to the train folder; without it they are drawn from every class")  # fmt: skip
-    add("--num_labels", type=int, default=1000, help="outputs of the classifier")
-    add_bad_image_flags(add)
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--crop_scale", type=float, nargs=2, default=(0.08, 1.0), help="area range of the train crops")
-    add("--epochs", type=int, default=20)
-    add("--batch_size", type=int, default=32, help="images per process")
+    add_training_flags(add, epochs=20)
     add("--lr", type=float, default=0.01, help="learning rate of the trunk; the rates fit 8 processes of 32 images")
     add("--lr_last_layer", type=float, default=0.2, help="learning rate of the last layer (1 %%: 5, and 0.02 for --lr)")
     add("--decay_epochs", type=int, nargs="+", default=[12, 16], help="epochs at which the rates drop")
     add("--gamma", type=float, default=0.2, help="by this factor")
-    add("--seed", type=int, default=31)
-
-    add = parser.add_argument_group("run").add_argument
-    add(
-        "--dump_path",
-        "--output_dir",
-        default=".",
-        help="for checkpoint.pth.tar and log.txt; not the folder of the training run",
-    )
-    add("--evaluate", action="store_true", help="only validate the fine-tuned network of --pretrained")
+    add_run_flags(parser, "the fine-tuned network of --pretrained")
     add_process_flags(parser)
     return parser
 
@@ -181,23 +170,6 @@ def load_classifier(arch: str, pretrained: str, num_labels: int) -> PrototypeNet
 # --- Labelled images --------------------------------------------------------------------------------------------------
 
 
-class Subset(ImageSource):
-    """Some images of a source, by their indices."""
-
-    def __init__(self, source: ImageSource, indices: np.ndarray, name: str):
-        super().__init__(name, source.labels[indices], source.classes)
-        self.source, self.indices = source, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def path(self, index: int) -> str:
-        return self.source.path(self.indices[index])
-
-    def load(self, index: int) -> EncodedImage | DecodedImage:
-        return self.source.load(self.indices[index])
-
-
 def labelled_subset(train: ImageSource, percent: float, list_path: str | None, seed: int) -> Subset:
     """The images whose labels may be seen: those of a list, or a share of every class.
 
@@ -210,30 +182,6 @@ def labelled_subset(train: ImageSource, percent: float, list_path: str | None, s
         raise ValueError(f"--labels_perc {percent:g} is outside (0, 100]")
     name = f"labelled images: {percent:g} % of every class, drawn with --seed {seed}"
     return Subset(train, drawn_images(train.labels, percent, seed), name)
-
-
-def listed_images(train: ImageSource, list_path: str) -> np.ndarray:
-    """Indices of the images in a list such as SimCLR's ``imagenet_subsets/10percent.txt``.
-
-    A line is a file name, whose part before the underscore is the class folder, or a path relative to the train folder.
-    """
-    if not isinstance(train, FileSource):
-        raise ValueError(f"--subset_list {list_path}: {train.name} has no files to list")
-    try:
-        lines = [line.strip() for line in Path(list_path).read_text().splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--subset_list {list_path} cannot be read: {error}") from error
-    wanted = {line if "/" in line else f"{line.split('_')[0]}/{line}" for line in lines if line}
-    if not wanted:
-        raise ValueError(f"--subset_list {list_path} is empty")
-    indices = [index for index, name in enumerate(train.names) if name in wanted]
-    if len(indices) < len(wanted):
-        missing = min(wanted - {train.names[index] for index in indices})
-        raise ValueError(
-            f"--subset_list {list_path}: {len(wanted) - len(indices)} of its {len(wanted)} images are not in "
-            f"{train.name}, the first is {missing}"
-        )
-    return np.array(indices)
 
 
 def drawn_images(labels: np.ndarray, percent: float, seed: int) -> np.ndarray:

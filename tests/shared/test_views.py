@@ -114,6 +114,34 @@ def test_pil_views_equal_the_torchvision_chain_pixel_by_pixel(recipe, height, wi
             np.testing.assert_array_equal(apply(apply_pil, pixels, view, recipe), expected)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_equalised_views_are_the_same_with_pillow_and_without(channels):
+    recipe = ViewRecipe(size_px=48, scale=(1.0, 1.0), solarize_threshold=(0, 256))
+    for seed, brightness in enumerate((1.0, 0.3, 0.02)):  # the last one has a handful of grey levels
+        pixels = (photograph(seed, 48, 48) * brightness).astype(np.uint8)
+        view = WHOLE._replace(height=48, width=48, equalize=True, solarize=seed == 1, solarize_threshold=40)
+        if channels == 1:
+            view = view._replace(grey=True)
+        found, expected = (apply(function, pixels, view, recipe) for function in (apply_fast, apply_pil))
+        if channels == 3:
+            np.testing.assert_array_equal(found, expected)
+        else:  # the luminance differs by a level here and there, which equalising magnifies
+            assert np.abs(found.astype(int) - expected).mean() < 1.5
+    flat = np.full((48, 48, 3), 77, dtype=np.uint8)
+    assert (apply(apply_fast, flat, view._replace(solarize=False), recipe) == 77).all()
+
+
+def test_levels_of_solarisation_are_drawn_from_a_range():
+    recipe = ViewRecipe(size_px=8, scale=(0.5, 1.0), solarize_p=0.5, solarize_threshold=(0, 256), equalize_p=0.25)
+    streams = DrawStreams(0, 0)
+    views = [draw_view(recipe, 40, 50, streams) for _ in range(2000)]
+    levels = [view.solarize_threshold for view in views if view.solarize]
+    assert 900 < len(levels) < 1100 and min(levels) < 10 and max(levels) > 246
+    assert 120 < np.mean(levels) < 136 and all(0 <= level <= 256 for level in levels)
+    assert all(view.solarize_threshold is None for view in views if not view.solarize)
+    assert 400 < sum(view.equalize for view in views) < 600
+
+
 def test_a_step_that_is_switched_off_draws_nothing():
     plain = ViewRecipe(size_px=8, scale=(0.5, 1.0), flip_p=0.0)
     streams, other = DrawStreams(3, 3), DrawStreams(3, 3)

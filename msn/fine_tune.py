@@ -1,0 +1,331 @@
+"""Fine-tune the whole encoder with labels, by the recipe of MAE (Assran et al. 2022, appendix A.4).
+
+    python fine_tune.py --epochs 3                           # embedded digits, weights of the run in runs/digits
+    torchrun --nproc_per_node=8 fine_tune.py --model_name deit_base --batch_size 128 --data_path /path/to/imagenet \\
+        --output_dir /path/to/fine_tune                      # released ViT-B/16: 83.4
+
+Mixup, cutmix, RandAugment, label smoothing and stochastic depth keep the network from learning the train images by
+heart; the learning rate falls from block to block towards the input. The result is the accuracy after the last epoch.
+Running the same command again resumes.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import Mixup, create_transform
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import Compose
+from torchvision.transforms.functional import rgb_to_grayscale
+
+if __name__ == "__main__":  # run as a script: make the repository root importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from msn.augmentations import MEAN, STD
+from msn.flags import add_data_flags, add_process_flags, finish, labelled_sources, network_parser
+from msn.pretrained import load_encoder
+from msn.vision_transformer import DropPath, VisionTransformer
+from shared import distributed, randomness
+from shared.backbones import input_channels
+from shared.checkpoint import load_latest, restore, save
+from shared.data import BadImages, EpochBatchSampler, EvalDataset, EvalTransform, ImageSource, make_loader
+from shared.evaluation.linear import validate
+from shared.flags import bool_flag
+from shared.precision import Precision
+from shared.schedules import cosine_schedule
+from shared.weights import weights_checksum
+
+# A run that is resumed must have these as they were.
+RUN_FLAGS = ("model_name", "num_classes", "epochs", "warmup_epochs", "lr", "layer_decay", "weight_decay", "drop_path",
+             "smoothing", "mixup", "cutmix", "seed")  # fmt: skip
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = network_parser(__doc__)
+    add = add_data_flags(parser)
+    add("--num_classes", type=int, default=1000, help="outputs of the classifier")
+    add("--on_bad_image", default="replace", choices=("replace", "error"), help="what an unreadable train image does")
+    add("--max_bad_fraction", type=float, default=0.01,
+        help="stop when more train images than this share are unreadable")  # fmt: skip
+
+    add = parser.add_argument_group("augmentation").add_argument
+    add("--crop_scale", type=float, nargs=2, default=(0.08, 1.0), help="area range of the train crops")
+    add("--flip", type=bool_flag, default=True, help="horizontal flips")
+    add("--rand_augment", default="rand-m9-mstd0.5-inc1", help="RandAugment in timm's words; empty: none")
+    add("--erase", type=float, default=0.25, help="probability of erasing a rectangle")
+    add("--mixup", type=float, default=0.8, help="alpha of mixup; 0: none")
+    add("--cutmix", type=float, default=1.0, help="alpha of cutmix; 0: none")
+    add("--smoothing", type=float, default=0.1, help="label smoothing")
+    add("--drop_path", type=float, default=0.2, help="stochastic depth of the last block (0.1 for transfer)")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=int, default=100)
+    add("--warmup_epochs", type=float, default=5, help="epochs of linear learning-rate warm-up from 0")
+    add("--batch_size", type=int, default=128, help="images per process")
+    add("--lr", type=float, default=0.002, help="peak learning rate of the classifier for 1,024 images per step; "
+        "scaled linearly")  # fmt: skip
+    add("--layer_decay", type=float, default=0.65, help="learning rate of a block over that of the next one")
+    add("--weight_decay", type=float, default=0.05, help="of matrices")
+    add("--amp", default="auto", choices=("auto", "bf16", "fp16", "fp32"), help="auto: bf16 where it is fast")
+    add("--seed", type=int, default=0, help="of all draws")
+    add("--output_dir", default=".", help="for fine-tune.pth.tar and fine-tune.txt")
+    add_process_flags(parser)
+    return parser
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = get_args_parser()
+    digits = {"num_classes": 10, "crop_scale": (0.6, 1.0), "flip": False, "rand_augment": "", "erase": 0.0}
+    digits |= {"mixup": 0.0, "cutmix": 0.0, "batch_size": 32, "warmup_epochs": 1, "drop_path": 0.0, "lr": 0.016}
+    args = finish(parser, lambda: parser.parse_args(arguments), output_dir="runs/digits/fine_tune", **digits)
+    if args.epochs < args.warmup_epochs:
+        parser.error(f"--epochs {args.epochs} is less than --warmup_epochs {args.warmup_epochs}")
+    if (args.mixup or args.cutmix) and args.batch_size % 2:
+        parser.error(f"--batch_size {args.batch_size}: mixup and cutmix need an even number of images")
+    return args
+
+
+class AugmentedImages(Dataset):
+    """(image, label, index) for a key (epoch, index); every draw is a function of (seed, epoch, index).
+
+    Args:
+        transform: Maps a Pillow image to a normalised tensor; draws from the global generators of torch, numpy and
+            ``random``.
+        bad_images: Policy for images that cannot be read.
+    """
+
+    def __init__(
+        self, source: ImageSource, transform: Callable[[Image.Image], Tensor], seed: int, bad_images: BadImages
+    ):
+        self.source, self.transform, self.seed, self.bad_images = source, transform, seed, bad_images
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int]:
+        epoch, index = key
+        full_key = (self.seed, epoch, index)
+        return self.bad_images.read(self.source, index, full_key, lambda i: self._read(i, full_key))
+
+    def _read(self, index: int, key: tuple[int, int, int]) -> tuple[Tensor, int, int]:
+        image = Image.fromarray(self.source.load(index).decode())
+        randomness.seed_everything(randomness.derive_seed(*key))
+        return self.transform(image), self.source.label(index), index
+
+
+class Luminance:
+    """Normalised RGB to a normalised luminance, (3, H, W) -> (1, H, W), for encoders of one channel."""
+
+    def __call__(self, image: Tensor) -> Tensor:
+        mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
+        luminance = rgb_to_grayscale(image * std + mean)
+        return (luminance - mean.mean()) / std.mean()
+
+
+def train_transform(
+    image_size: int, crop_scale: tuple[float, float], flip: bool, rand_augment: str, erase: float, in_chans: int
+) -> Callable[[Image.Image], Tensor]:
+    """Random crop, flip, RandAugment, normalisation, erasing; see the flags of these names."""
+    transform = create_transform(
+        image_size,
+        is_training=True,
+        scale=crop_scale,
+        hflip=0.5 if flip else 0.0,
+        color_jitter=None,
+        auto_augment=rand_augment or None,
+        interpolation="bicubic",
+        mean=MEAN,
+        std=STD,
+        re_prob=erase,
+        re_mode="pixel",
+    )
+    return transform if in_chans == 3 else Compose([transform, Luminance()])
+
+
+def set_drop_path(encoder: VisionTransformer, rate: float) -> None:
+    """Stochastic depth that grows linearly from 0 in the first block to ``rate`` in the last."""
+    rates = np.linspace(0, rate, len(encoder.blocks))
+    for block, block_rate in zip(encoder.blocks, rates.tolist(), strict=True):
+        block.drop_path = DropPath(block_rate)
+
+
+def layer_of(name: str, depth: int) -> int:
+    """Depth of a parameter: 0 for the embeddings, i + 1 for block i, ``depth + 1`` for final norm and classifier."""
+    if name.startswith(("cls_token", "pos_embed", "patch_embed")):
+        return 0
+    block = re.match(r"blocks\.(\d+)\.", name)
+    return int(block[1]) + 1 if block else depth + 1
+
+
+def param_groups(encoder: VisionTransformer, weight_decay: float, layer_decay: float) -> list[dict]:
+    """One group per layer and kind; ``lr_scale`` is ``layer_decay`` to the power of the layers above."""
+    depth = len(encoder.blocks)
+    groups: dict[tuple[int, bool], dict] = {}
+    for name, parameter in encoder.named_parameters():
+        decays = parameter.ndim > 1 and name not in ("cls_token", "pos_embed")
+        layer = layer_of(name, depth)
+        scale = layer_decay ** (depth + 1 - layer)
+        group = {"params": [], "weight_decay": weight_decay if decays else 0.0, "lr_scale": scale}
+        groups.setdefault((layer, decays), group)["params"].append(parameter)
+    return list(groups.values())
+
+
+def fine_tune(args: argparse.Namespace) -> dict[str, float]:
+    """Fine-tune and validate; loss and accuracies in percent after the last epoch."""
+    device = distributed.init(args.dist_url, args.device)
+    randomness.seed_everything(args.seed)
+    precision = Precision(args.amp, device)
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    output_dir = Path(args.output_dir)
+    if distributed.is_main_process():
+        output_dir.mkdir(parents=True, exist_ok=True)
+    distributed.barrier()
+
+    # data
+    train, val = labelled_sources(args, args.num_classes)
+    for source in (train, val):
+        distributed.print_once(source.describe())
+
+    # network: the encoder, and a new linear layer on its class token
+    network = load_encoder(args.model_name, args.pretrained, args.fname, args.checkpoint_key, args.allow_partial)
+    checksum = weights_checksum(network)
+    network.requires_grad_(True)
+    network.fc = nn.Linear(network.embed_dim, args.num_classes)
+    nn.init.trunc_normal_(network.fc.weight, std=2e-5)
+    nn.init.zeros_(network.fc.bias)
+    set_drop_path(network, args.drop_path)
+    network.to(device)
+
+    # loaders, optimiser, schedule
+    in_chans, resize_px = input_channels(network), round(args.image_size * 256 / 224)
+    val_set = EvalDataset(val, EvalTransform(resize_px, args.image_size, MEAN, STD, in_chans))
+    bad_images = BadImages(len(train), output_dir / "bad_images.txt", args.on_bad_image, args.max_bad_fraction)
+    sampler = EpochBatchSampler(len(train), args.batch_size, args.seed, rank, world_size)
+    transform = train_transform(
+        args.image_size, tuple(args.crop_scale), args.flip, args.rand_augment, args.erase, in_chans
+    )
+    train_set = AugmentedImages(train, transform, args.seed, bad_images)
+    loader = make_loader(train_set, batch_sampler=sampler, num_workers=args.num_workers, device=device)
+    optimizer = torch.optim.AdamW(param_groups(network, args.weight_decay, args.layer_decay), lr=0.0)
+    peak = args.lr * args.batch_size * world_size / 1024
+    lrs = cosine_schedule(peak, 1e-6, args.epochs, len(sampler), args.warmup_epochs)
+    mix, criterion = None, nn.CrossEntropyLoss(label_smoothing=args.smoothing)
+    if args.mixup or args.cutmix:  # which also smooths the labels
+        mix = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=args.num_classes)
+        criterion = nn.CrossEntropyLoss()
+    wrapped = distributed.wrap(network, device)
+
+    def validate_now() -> dict[str, float]:
+        return validate(network, nn.Identity(), val_set, device, args.batch_size, args.num_workers)
+
+    # resume
+    path = output_dir / "fine-tune.pth.tar"
+    first_epoch, log = 0, []
+    checkpoint = load_latest(path)
+    if checkpoint is not None:
+        check_same_run(checkpoint, args, checksum, path)
+        restore(checkpoint, encoder=network, opt=optimizer)
+        precision.scaler.load_state_dict(checkpoint["fp16_scaler"])
+        first_epoch, log = checkpoint["epoch"], checkpoint["log"]
+        distributed.print_once(f"resuming at epoch {first_epoch}")
+
+    # epochs
+    for epoch in range(first_epoch, args.epochs):
+        sampler.set_epoch(epoch)
+        line = {"epoch": epoch}
+        line["train_loss"] = train_one_epoch(
+            wrapped, criterion, loader, optimizer, lrs, mix, epoch=epoch, seed=args.seed, precision=precision
+        )
+        line["bad_images"] = bad_images.count()
+        result = validate_now()
+        line |= {f"test_{name}": value for name, value in result.items()}
+        log.append(line)
+        distributed.print_once("  ".join(f"{name} {value:.5g}" for name, value in line.items()))
+        if distributed.is_main_process():
+            state = {
+                "encoder": network.state_dict(),
+                "opt": optimizer.state_dict(),
+                "epoch": epoch + 1,
+                "fp16_scaler": precision.scaler.state_dict(),
+                "flags": {name: getattr(args, name) for name in RUN_FLAGS},
+                "pretrained": checksum,
+                "log": log,
+            }
+            save(path, state)
+            (output_dir / "fine-tune.txt").write_text("".join(json.dumps(line) + "\n" for line in log))
+    if first_epoch >= args.epochs:  # resumed after the last epoch
+        result = validate_now()
+    distributed.print_once(
+        f"Top-1 accuracy after the last epoch: {result['acc1']:.2f} % (top-5 {result['acc5']:.2f} %)"
+    )
+    return result
+
+
+def check_same_run(checkpoint: dict, args: argparse.Namespace, checksum: int, path: Path) -> None:
+    """Raise ``ValueError`` unless the checkpoint belongs to this fine-tuning."""
+    if not {"flags", "pretrained", "log"} <= checkpoint.keys():
+        raise ValueError(f"{path} is a checkpoint of another script; choose another --output_dir")
+    if checkpoint["pretrained"] != checksum:
+        raise ValueError(f"{path} started from other weights; use another --output_dir")
+    for flag, value in checkpoint["flags"].items():
+        if getattr(args, flag) != value:
+            raise ValueError(
+                f"--{flag} {getattr(args, flag)} does not fit {path}, which was written with --{flag} {value}; use "
+                "that or another --output_dir"
+            )
+
+
+def train_one_epoch(
+    network: nn.Module,
+    criterion: nn.Module,
+    loader: DataLoader,
+    optimizer: torch.optim.Optimizer,
+    lrs: np.ndarray,
+    mix: Mixup | None,
+    *,
+    epoch: int,
+    seed: int,
+    precision: Precision,
+) -> float:
+    """Cross-entropy on every batch, whose images and labels ``mix`` mixes; its mean over the images of all processes.
+
+    Raises:
+        ValueError: If the loss is not finite.
+    """
+    network.train()
+    total = torch.zeros(2, dtype=torch.double, device=precision.device)  # loss, images
+    for step, (images, labels, _) in enumerate(loader, start=epoch * len(loader)):
+        randomness.seed_step(seed, step, distributed.get_rank())
+        for group in optimizer.param_groups:
+            group["lr"] = float(lrs[step]) * group["lr_scale"]
+        images, labels = images.to(precision.device), labels.to(precision.device)
+        if mix is not None:
+            images, labels = mix(images, labels)
+        with precision.autocast():
+            logits = network(images)
+        loss = criterion(logits.float(), labels)
+        optimizer.zero_grad(set_to_none=True)
+        precision.backward(loss, optimizer)
+        precision.scaler.step(optimizer)
+        precision.update()
+        total += torch.stack([loss.detach().double(), torch.ones_like(total[0])]) * len(labels)
+    loss_sum, num_images = distributed.all_reduce_sum(total).tolist()
+    if not np.isfinite(loss_sum):
+        raise ValueError(f"the loss is {loss_sum}; try a smaller --lr")
+    return loss_sum / num_images
+
+
+def main() -> None:
+    with distributed.clean_exit():
+        fine_tune(parse_args())
+
+
+if __name__ == "__main__":
+    main()

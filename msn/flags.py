@@ -1,0 +1,112 @@
+"""Flags that the evaluation scripts have in common."""
+
+import argparse
+from collections.abc import Callable
+
+from shared.data import ImageSource, default_num_workers
+from shared.evaluation.knn_monitor import open_labelled
+
+from .pretrained import set_embedded_data_defaults
+from .vision_transformer import ARCHITECTURES
+
+
+def network_parser(docstring: str, file_flag: str = "fname", file_group: str = "meta") -> argparse.ArgumentParser:
+    """A parser with the flags that choose the pre-trained encoder, spelt with - or _.
+
+    Args:
+        docstring: Of the script; its first paragraph is the description.
+        file_flag: Flag for the file in the folder --pretrained.
+        file_group: Title of its group.
+    """
+    parser = argparse.ArgumentParser(
+        description=docstring.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument_group("meta").add_argument
+    add("--model_name", "--model-name", default="deit_small", choices=tuple(ARCHITECTURES), metavar="NAME",
+        help=", ".join(ARCHITECTURES))  # fmt: skip
+    add("--pretrained", default="", help=f"folder of --{file_flag}, a file of any layout, or random; without either "
+        "the released weights")  # fmt: skip
+    add("--checkpoint_key", default="target_encoder", help="network to take from a training checkpoint")
+    add("--allow_partial", action="store_true", help="load what fits when the weights do not fill the network")
+    add = parser.add_argument_group(file_group).add_argument if file_group != "meta" else add
+    add(f"--{file_flag}", default="", help="checkpoint in the folder --pretrained")
+    return parser
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> Callable[..., argparse.Action]:
+    """Flags that choose labelled images, those to learn from and those to classify.
+
+    Returns:
+        ``add_argument`` of their group.
+    """
+    add = parser.add_argument_group("data").add_argument
+    add("--data_path", default=None, help="folder with train/ and val/, a folder with one folder per class, a .txt "
+        "list or a torchvision data set name; without it the embedded digits")  # fmt: skip
+    add("--val_path", default=None, help="images to classify; by default those that belong to --data_path")
+    add("--root_path", "--root-path", default=None, help="with --image_folder, another way to say --data_path: the "
+        "images are in <root_path>/<image_folder>")  # fmt: skip
+    add("--image_folder", "--image-folder", default=None, help="see --root_path")
+    add("--allow_absolute_paths", action="store_true", help="in .txt lists")
+    add("--image_size", type=int, default=224, help="side of the crops in pixels; for centre crops the short side is "
+        "resized to 8/7 of it")  # fmt: skip
+    return add
+
+
+def add_process_flags(parser: argparse.ArgumentParser, title: str = "processes") -> None:
+    """Device and loader flags, and those of the launcher, in the group ``title``."""
+    add = parser.add_argument_group(title).add_argument
+    add("--num_workers", type=int, default=None, help="loader processes per rank; None: cores per rank less one, at "
+        "most 10")  # fmt: skip
+    add("--device", type=device_name, default="auto", help="auto, cpu or cuda; the number of cuda:0 is ignored")
+    add("--dist_url", default="env://", help="rendezvous of the processes")
+    add("--local_rank", "--local-rank", type=int, default=0, help="ignored: read from the environment")
+
+
+def device_name(text: str) -> str:
+    """``cuda`` of ``cuda:0``: launchers give each process its GPU."""
+    name = text.split(":")[0]
+    if name not in ("auto", "cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"expected auto, cpu or cuda, got {text!r}")
+    return name
+
+
+def finish(
+    parser: argparse.ArgumentParser, parse: Callable[[], argparse.Namespace], **embedded_defaults
+) -> argparse.Namespace:
+    """Parse; without images the defaults are those of the embedded digits and of the run on them.
+
+    Args:
+        parse: Parses the command line with the parser's present defaults.
+        embedded_defaults: Further defaults for the digits.
+    """
+    args = parse()
+    if args.data_path is None and (args.root_path is None) != (args.image_folder is None):
+        parser.error("--root_path and --image_folder need each other; or give --data_path")
+    if args.data_path is None and args.root_path is not None:
+        args.data_path = f"{args.root_path}/{args.image_folder}"
+    elif args.data_path is None:
+        set_embedded_data_defaults(parser)
+        parser.set_defaults(image_size=16, **embedded_defaults)
+        args = parse()
+    for flag in ("epochs", "batch_size", "image_size", "val_freq", "num_blocks"):
+        if (value := getattr(args, flag, None)) is not None and value < 1:
+            parser.error(f"--{flag} {value} is less than 1")
+    if args.num_workers is None:
+        args.num_workers = default_num_workers()
+    return args
+
+
+def labelled_sources(args: argparse.Namespace, num_classes: int | None = None) -> tuple[ImageSource, ImageSource]:
+    """Train and val images with classes.
+
+    Raises:
+        ValueError: If there are none, or they have more than ``num_classes`` classes.
+    """
+    sources = open_labelled(args.data_path, args.val_path, args.allow_absolute_paths)
+    if isinstance(sources, str):
+        raise ValueError(f"--data_path {args.data_path}: {sources}")
+    if num_classes is not None and num_classes < len(sources[0].classes):
+        raise ValueError(
+            f"--num_classes {num_classes} is less than the {len(sources[0].classes)} classes of {sources[0].name}"
+        )
+    return sources

@@ -1,0 +1,262 @@
+"""Low-shot classification: logistic regression on frozen features of 1, 2 or 5 images per class, or of 1 % of them.
+
+    python logistic_eval.py                                  # embedded digits, weights of the run in runs/digits
+    python logistic_eval.py --model-name deit_small --pretrained /path/to/weights --fname vits16_800ep.pth.tar \\
+        --root-path /path/to --image-folder imagenet --subset-path imagenet_subsets1/1imgs_class.txt \\
+        imagenet_subsets2/1imgs_class.txt imagenet_subsets3/1imgs_class.txt         # released ViT-S/16: 47.1 +- 0.1
+
+An image's feature is the class token after the last block, before the final norm (Assran et al. 2022, section 5). The
+result is the mean and the spread over the splits of labelled images: lists, or draws of --imgs_per_class.
+"""
+
+import argparse
+import statistics
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor, nn
+
+if __name__ == "__main__":  # run as a script: make the repository root importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from msn.augmentations import MEAN, STD
+from msn.flags import add_data_flags, add_process_flags, finish, labelled_sources, network_parser
+from msn.pretrained import load_encoder
+from msn.vision_transformer import VisionTransformer, num_kept_patches
+from shared import distributed, randomness
+from shared.backbones import input_channels
+from shared.checkpoint import save
+from shared.data import EvalDataset, EvalTransform, ImageSource
+from shared.evaluation.features import extract_features
+from shared.flags import bool_flag
+from shared.subsets import Subset, listed_images
+from shared.weights import safe_load
+
+MAX_ITERATIONS = 5000
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = network_parser(__doc__)
+    add_data_flags(parser)
+    add = parser.add_argument_group("labels").add_argument
+    add("--subset_path", "--subset-path", nargs="+", default=None, help="text files with the names of the labelled "
+        "images, one a line (n01440764_10183.JPEG), one file per split; without any and without --imgs_per_class all "
+        "images are labelled")  # fmt: skip
+    add("--imgs_per_class", type=int, default=None, help="without lists: draw so many of each class")
+    add("--splits", type=int, default=3, help="draws of --imgs_per_class")
+    add("--seed", type=int, default=0, help="of these draws and of the masks")
+
+    add = parser.add_argument_group("classifier").add_argument
+    add("--lambd", type=float, default=0.00025, help="regularisation, divided by the number of labelled images")
+    add("--penalty", default="l2", choices=("l2", "elastic-net"), help="regulariser")
+    add("--mask", type=float, default=0.0, help="share of the patches of the labelled images that is not seen")
+    add("--normalize", type=bool_flag, default=True, help="centre each feature vector and divide it by its norm")
+    add("--preload", action="store_true", help="keep features in files beside the weights, and use them if they exist")
+    add("--batch_size", type=int, default=16, help="images per process in one pass")
+    add_process_flags(parser)
+    return parser
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = get_args_parser()
+    args = finish(parser, lambda: parser.parse_args(arguments), imgs_per_class=5, lambd=0.0025)
+    if args.imgs_per_class is not None and min(args.imgs_per_class, args.splits) < 1:
+        parser.error(f"--imgs_per_class {args.imgs_per_class} --splits {args.splits}: need at least 1")
+    if not args.lambd > 0:
+        parser.error(f"--lambd {args.lambd} is not positive")
+    return args
+
+
+def logistic_eval(args: argparse.Namespace) -> dict[str, float]:
+    """Fit on every split and classify the val images; mean and spread of the top-1 accuracy in percent."""
+    device = distributed.init(args.dist_url, args.device)
+    train, val = labelled_sources(args)
+    for source in (train, val):
+        distributed.print_once(source.describe())
+    splits = labelled_splits(train, args.subset_path, args.imgs_per_class, args.splits, args.seed)
+    encoder = load_encoder(args.model_name, args.pretrained, args.fname, args.checkpoint_key, args.allow_partial)
+    check_mask(args.mask, args.image_size, encoder.patch_embed.patch_size)
+    encoder.to(device)
+    transform = EvalTransform(
+        round(args.image_size * 256 / 224), args.image_size, MEAN, STD, input_channels(encoder), "bilinear"
+    )
+
+    def embed(source: ImageSource, patch_drop: float, file: str) -> tuple[Tensor, Tensor]:
+        path = Path(args.pretrained, file) if Path(args.pretrained).is_dir() else None
+        if args.preload and path is None:
+            raise ValueError(f"--preload: --pretrained {args.pretrained} is no folder to keep features in")
+        if args.preload and path.is_file():
+            distributed.print_once(f"features from {path}")
+            return read_features(path, source)
+        randomness.seed_everything(args.seed)
+        tokens = LastClassToken(encoder, patch_drop)
+        found = extract_features(
+            tokens, EvalDataset(source, transform), device, args.batch_size, args.num_workers, "cpu"
+        )
+        if args.preload and distributed.is_main_process():
+            save(path, {"embs": found[0], "labs": found[1]})
+        return found
+
+    val_features, val_labels = embed(val, 0.0, f"val-features-{args.fname}")
+    accuracies = []
+    for split in splits:
+        name = split.name.replace("/", "-").replace(" ", "-").removesuffix(".txt")
+        features, labels = embed(split, args.mask, f"train-features-{name}-{args.fname}")
+        classifier = LowShotClassifier(features, labels, args.lambd, args.penalty, args.normalize)
+        train_acc, val_acc = classifier.accuracy(features, labels), classifier.accuracy(val_features, val_labels)
+        distributed.print_once(f"{split.name}: {len(split)} images, train {train_acc:.3f} %, val {val_acc:.3f} %")
+        accuracies.append(val_acc)
+    spread = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
+    result = {"acc1": statistics.mean(accuracies), "spread": spread}
+    distributed.print_once(
+        f"Top-1 accuracy over {len(splits)} split(s): {result['acc1']:.2f} +- {result['spread']:.2f} %"
+    )
+    return result
+
+
+class LastClassToken(nn.Module):
+    """What the classifier sees of an image: the class token after the last block, before the final norm."""
+
+    def __init__(self, encoder: VisionTransformer, patch_drop: float = 0.0, num_blocks: int = 1):
+        super().__init__()
+        self.encoder, self.patch_drop, self.num_blocks = encoder, patch_drop, num_blocks
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, num_blocks * D)."""
+        return self.encoder.forward_blocks(images, self.num_blocks, self.patch_drop)
+
+
+def check_mask(mask: float, image_size: int, patch_size: int) -> None:
+    """Raise ``ValueError`` for a --mask that leaves no patch."""
+    try:
+        num_kept_patches((image_size // patch_size) ** 2, mask)
+    except ValueError as error:
+        raise ValueError(f"--mask {mask}: {error}") from error
+
+
+# --- Labelled images --------------------------------------------------------------------------------------------------
+
+
+def labelled_splits(
+    train: ImageSource, lists: list[str] | None, imgs_per_class: int | None, num_splits: int, seed: int
+) -> list[Subset]:
+    """The images whose labels may be seen, for each split; all of them where nothing else is said.
+
+    Raises:
+        ValueError: If a list does not fit the images, a class is missing from it, or has too few images.
+    """
+    if lists:
+        splits = [Subset(train, listed_images(train, path, "--subset_path"), path) for path in lists]
+        for split in splits:
+            if missing := set(range(len(train.classes))) - set(split.labels.tolist()):
+                names = ", ".join(train.classes[label] for label in sorted(missing)[:3])
+                raise ValueError(f"--subset_path {split.name}: no image of {len(missing)} classes, such as {names}")
+        return splits
+    if imgs_per_class is None:
+        return [Subset(train, np.arange(len(train)), "all images")]
+    return [
+        Subset(train, draw_per_class(train, imgs_per_class, seed, number), f"{imgs_per_class} per class, draw {number}")
+        for number in range(num_splits)
+    ]
+
+
+def draw_per_class(train: ImageSource, imgs_per_class: int, seed: int, split: int) -> np.ndarray:
+    """Indices of ``imgs_per_class`` images of every class, a function of (seed, split, class).
+
+    Raises:
+        ValueError: If a class has fewer.
+    """
+    chosen = []
+    for label, name in enumerate(train.classes):
+        (members,) = np.nonzero(train.labels == label)
+        if len(members) < imgs_per_class:
+            raise ValueError(f"--imgs_per_class {imgs_per_class}: class {name} has only {len(members)} images")
+        generator = np.random.default_rng(randomness.derive_seed(seed, split, label))
+        chosen.append(generator.permutation(members)[:imgs_per_class])
+    return np.sort(np.concatenate(chosen))
+
+
+def read_features(path: Path, source: ImageSource) -> tuple[Tensor, Tensor]:
+    """Features and labels of a file of ``--preload``, or of one that the official script wrote.
+
+    Raises:
+        ValueError: If they are not those of ``source``.
+    """
+    saved = safe_load(path)
+    features, labels = (torch.as_tensor(saved.get(name, torch.empty(0))) for name in ("embs", "labs"))
+    if len(features) != len(source) or not np.array_equal(labels.numpy(), source.labels):
+        raise ValueError(f"--preload: {path} holds the features of other images than {source.name}; remove it")
+    return features.float(), labels.long()
+
+
+# --- Classifier -------------------------------------------------------------------------------------------------------
+
+
+def preprocess(features: np.ndarray) -> np.ndarray:
+    """Subtract from every row of (N, D) its own mean over the dimensions, and divide it by its norm."""
+    centred = features - features.mean(axis=1, keepdims=True)
+    return centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
+
+
+def regression(lambd: float, penalty: str, num_classes: int) -> LogisticRegression:
+    """Multinomial logistic regression without intercept: ``sum CE + lambd / 2 |W|^2 (+ lambd |W|_1, elastic-net)``.
+
+    This is n times the published objective, whose weights are divided by the number n of images. For two classes
+    scikit-learn has a single weight vector, the difference of the two, which costs half as much.
+    """
+    l2 = lambd if num_classes > 2 else lambd / 2
+    if penalty == "l2":
+        return LogisticRegression(C=1 / l2, fit_intercept=False, tol=1e-6, max_iter=MAX_ITERATIONS)
+    return LogisticRegression(
+        C=1 / (l2 + lambd),
+        l1_ratio=lambd / (l2 + lambd),
+        penalty="elasticnet",
+        solver="saga",
+        fit_intercept=False,
+        tol=1e-4,
+        max_iter=MAX_ITERATIONS,
+        random_state=0,
+    )
+
+
+class LowShotClassifier:
+    """Logistic regression fitted to features (n, D) with labels (n,).
+
+    Attributes:
+        weights: Shape (D, classes).
+
+    Raises:
+        ValueError: If there is only one class.
+    """
+
+    def __init__(self, features: Tensor, labels: Tensor, lambd: float, penalty: str = "l2", normalize: bool = True):
+        num_classes = len(labels.unique())
+        if num_classes < 2:
+            raise ValueError("the labelled images have a single class; at least two are needed")
+        self.prepare = preprocess if normalize else np.asarray
+        self.regression = regression(lambd, penalty, num_classes)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            self.regression.fit(self.prepare(features.double().numpy()), labels.numpy())
+        if any(issubclass(warning.category, ConvergenceWarning) for warning in caught):
+            distributed.print_once(f"--lambd {lambd}: not converged after {MAX_ITERATIONS} iterations")
+        self.weights = self.regression.coef_.T
+
+    def accuracy(self, features: Tensor, labels: Tensor) -> float:
+        """Top-1 in percent."""
+        predicted = self.regression.predict(self.prepare(features.double().numpy()))
+        return 100 * float(np.mean(predicted == labels.numpy()))
+
+
+def main() -> None:
+    with distributed.clean_exit():
+        logistic_eval(parse_args())
+
+
+if __name__ == "__main__":
+    main()

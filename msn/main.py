@@ -1,0 +1,598 @@
+"""Masked Siamese Networks: train a ViT without labels, for classes of which there are very few labelled images.
+
+Assran et al., "Masked Siamese Networks for Label-Efficient Learning", ECCV 2022.
+
+    python main.py                                                        # embedded digits, minutes on a CPU
+    torchrun --nproc_per_node=8 main.py --fname configs/pretrain/msn_vits16.yaml --batch_size 128 \\
+        --data_path /path/to/imagenet/train --folder /path/to/run         # 47.1 with one labelled image per class
+
+An encoder sees anchors, views from which patches are missing, and learns to assign them to the same prototypes as the
+target encoder, its moving average, assigns a complete view of the image. A YAML file gives flags other defaults.
+Running the same command again resumes the run.
+"""
+
+import argparse
+import copy
+import math
+import os
+import sys
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+if __name__ == "__main__":  # run as a script: make the repository root importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from msn.augmentations import MEAN, STD, msn_views
+from msn.collapse import CollapseMonitor
+from msn.losses import LossTerms, MSNLoss, new_prototypes
+from msn.report import save_pictures, summary
+from msn.schedules import Schedules, learning_rates, linear, weight_decays
+from msn.vision_transformer import ARCHITECTURES, ProjectionHead, Trunk, VisionTransformer, build, num_kept_patches
+from shared import distributed, randomness
+from shared.attempt import Attempt
+from shared.batchnorm import synchronize_batchnorm
+from shared.checkpoint import Checkpointer, check_flags, is_at_start, load_latest, restore, resume_position
+from shared.data import BadImages, EpochBatchSampler, default_num_workers, make_loader, open_source, short_side
+from shared.evaluation.knn_monitor import KNNMonitor, open_labelled
+from shared.flags import add_data_flags, add_run_flags, bool_flag
+from shared.image_cache import cache_images
+from shared.memory import keep_freed_memory
+from shared.metrics import RunLog, feature_spread, rank_me
+from shared.multicrop import MultiCropDataset, normalize_views
+from shared.not_finite import FiniteGuard
+from shared.optim import (
+    build_optimizer,
+    ema_update_,
+    param_groups_no_decay_on_bias_and_norm,
+    step_unless_not_finite,
+)
+from shared.precision import Precision
+from shared.yaml_config import parse_args_with_config, write_config
+
+# What replaces the published values when no --data_path is given: 8x8 pixel digits need no ViT at 224 pixels. Small
+# batches of views that have little in common need sharper targets, or every difference between images dies out, and a
+# run of a minute needs a target encoder that follows fast.
+EMBEDDED_DATA_DEFAULTS = {
+    "model_name": "deit_micro",
+    "rand_size": 16,
+    "focal_size": 12,
+    "focal_views": 1,
+    "rand_scale": (0.8, 1.0),
+    "focal_scale": (0.4, 0.7),
+    "color_jitter_strength": 0.2,
+    "blur_radius": (0.1, 0.3),
+    "num_proto": 64,
+    "start_sharpen": 0.1,
+    "final_sharpen": 0.1,
+    "hidden_dim": 256,
+    "output_dim": 64,
+    "batch_size": 32,
+    "epochs": 8,
+    "warmup": 1,
+    "start_lr": 0.0001,
+    "ema": (0.96, 1.0),
+    "output_dir": "runs/digits",
+}
+LEAST = {"epochs": 1, "batch_size": 1, "num_proto": 2, "hidden_dim": 1, "output_dim": 1, "log_freq": 1, "warmup": 0}
+# Keys of the published files that the official code reads and does not use, with the value that says so.
+UNUSED = {"bottleneck": 1, "two_layer": False, "use_pred_head": False, "use_fp16": False, "copy_data": False}
+NETWORK_FLAGS = ("model_name", "patch_size", "rand_size", "in_chans", "hidden_dim", "output_dim", "use_bn", "num_proto")
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """Flags in the sections of the published YAML files, with their values for ViT-S/16."""
+    parser = argparse.ArgumentParser(
+        "MSN", description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--fname", default=None, help="YAML file of defaults for the flags below, such as one of "
+        "configs/pretrain; the command line wins")  # fmt: skip
+    parser.add_argument("--devices", nargs="+", default=None, metavar="DEVICE", help="start a process on each of these "
+        "devices of this machine, e.g. cuda:0 cuda:1; not with torchrun")  # fmt: skip
+
+    add = add_data_flags(parser)
+    add("--root_path", default=None, help="with --image_folder, another way to say --data_path: the images are in "
+        "<root_path>/<image_folder>/train")  # fmt: skip
+    add("--image_folder", default=None, help="see --root_path")
+    add("--rand_views", type=int, default=1, help="random anchors per image; one more random view is the target")
+    add("--focal_views", type=int, default=10, help="focal anchors per image")
+    add("--rand_size", type=int, default=224, help="side of the random views in pixels")
+    add("--focal_size", type=int, default=96, help="side of the focal views in pixels")
+    add("--rand_scale", type=float, nargs=2, default=(0.3, 1.0), help="share of the image area of the random views")
+    add("--focal_scale", type=float, nargs=2, default=(0.05, 0.3), help="share of the image area of the focal views")
+    add("--patch_drop", type=float, default=0.15, help="share of the patches of the random anchors that are not seen "
+        "(published: 0.15 for S/16, 0.3 for B/16 and B/8, 0.7 for L/16, L/7 and B/4)")  # fmt: skip
+    add("--color_jitter_strength", type=float, default=0.5, help="strength s of the colour jitter")
+    add("--blur_radius", type=float, nargs=2, default=(0.1, 2.0), help="range of the blur in pixels of the view")
+    add("--augmentation", default="fast", choices=("fast", "pil"), help="pil: the slow exact reference chain")
+    add("--label_smoothing", type=float, default=0.0, help="share of each assignment spread over all prototypes")
+    add("--num_workers", type=int, default=None, help="loader processes per rank; None: cores per rank less one, at "
+        "most 10")  # fmt: skip
+    add("--pin_mem", type=bool_flag, default=True, help="ignored: batches for a GPU are always pinned")
+
+    add = parser.add_argument_group("meta").add_argument
+    add("--model_name", default="deit_small", choices=tuple(ARCHITECTURES), metavar="NAME",
+        help=", ".join(ARCHITECTURES))  # fmt: skip
+    add("--patch_size", type=int, default=None, help="side of the patches in pixels; None: that of the name")
+    add("--drop_path_rate", type=float, default=0.0, help="stochastic depth of the last block, in both encoders")
+    add("--hidden_dim", type=int, default=2048, help="hidden width of the projection head")
+    add("--output_dim", type=int, default=256, help="dimension of embeddings and prototypes")
+    add("--use_bn", type=bool_flag, default=True, help="batch normalisation in the projection head")
+    add("--load_checkpoint", type=bool_flag, default=False, help="true: a run that finds no checkpoint is an error; a "
+        "run that finds its own goes on in any case")  # fmt: skip
+    add("--read_checkpoint", default=None, help="file in --folder to start from when there is no <write_tag>-latest")
+    for name in UNUSED:
+        add(f"--{name}", type=int if name == "bottleneck" else bool_flag, default=UNUSED[name],
+            help="of the published files; has no effect there and no other value here")  # fmt: skip
+
+    add = parser.add_argument_group("criterion").add_argument
+    add("--num_proto", type=int, default=1024, help="prototypes K")
+    add("--freeze_proto", type=bool_flag, default=False, help="keep the prototypes as they were drawn")
+    add("--temperature", type=float, default=0.1, help="of the softmax over prototypes")
+    add("--start_sharpen", type=float, default=0.25, help="first sharpening temperature of the targets")
+    add("--final_sharpen", type=float, default=0.25, help="towards which it goes in a straight line")
+    add("--use_sinkhorn", type=bool_flag, default=True, help="balance the targets over the prototypes")
+    add("--me_max", type=bool_flag, default=True, help="mean-entropy maximisation: draw the mean assignment to the "
+        "prior")  # fmt: skip
+    add("--memax_weight", type=float, default=1.0, help="its weight (5 without Sinkhorn)")
+    add("--power_law_exponent", type=float, default=0.0, help="of the prior over prototypes (PMSN: 0.25, for images "
+        "with a long tail of rare classes); 0: uniform")  # fmt: skip
+    add("--use_ent", type=bool_flag, default=False, help="compute the entropy of single assignments")
+    add("--ent_weight", type=float, default=1.0, help="its weight in the loss")
+    add("--batch_size", type=int, default=64, help="images per process")
+
+    add = parser.add_argument_group("optimization").add_argument
+    add("--epochs", type=int, default=800, help="passes over the images")
+    add("--warmup", type=float, default=15, help="epochs of linear learning-rate warm-up")
+    add("--start_lr", type=float, default=0.0002, help="learning rate at the start of the warm-up")
+    add("--lr", type=float, default=0.001, help="peak learning rate; it is not scaled with the batch")
+    add("--final_lr", type=float, default=1e-6, help="learning rate at the end of the schedule, 1.25 times the run")
+    add("--weight_decay", type=float, default=0.04, help="weight decay at the start")
+    add("--final_weight_decay", type=float, default=0.4, help="weight decay at the end of the schedule")
+    add("--ema", type=float, nargs=2, default=(0.996, 1.0), help="momentum of the target encoder at the start and at "
+        "the end of the schedule")  # fmt: skip
+    add("--clip_grad", type=float, default=3.0, help="cap of the norm of the encoder's gradient; 0 disables it")
+    add("--amp", default="fp32", choices=("auto", "bf16", "fp16", "fp32"), help="auto: bf16 where it is fast")
+
+    add = parser.add_argument_group("logging").add_argument
+    add("--folder", "--output_dir", default=".", dest="output_dir", help="checkpoints, logs and pictures")
+    add("--write_tag", default="msn", help="start of the checkpoints' names")
+    add("--checkpoint_freq", type=int, default=25, help="keep a numbered checkpoint every so many epochs; 0: none")
+
+    add = add_run_flags(parser)
+    add("--seed", type=int, default=0, help="of the initial weights, the order of the images, the views and the masks")
+    return parser
+
+
+def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
+    """Parse and check the command line and its YAML file; without images the defaults are those of the embedded ones.
+
+    Args:
+        arguments: The command line's own by default.
+        parser: That of :func:`get_args_parser` with further flags, for scripts that have them.
+    """
+    parser = parser or get_args_parser()
+    args = parse_args_with_config(parser, arguments)
+    if args.data_path is None and (args.root_path is None) != (args.image_folder is None):
+        parser.error("--root_path and --image_folder need each other; or give --data_path")
+    if args.data_path is None and args.root_path is not None:
+        args.data_path = str(Path(args.root_path, args.image_folder, "train"))
+    if args.data_path is None:
+        parser.set_defaults(**EMBEDDED_DATA_DEFAULTS)
+        args = parse_args_with_config(parser, arguments)
+    check_args(parser, args)
+    return args
+
+
+def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End the program with one clear message if a flag cannot be."""
+    for flag, least in LEAST.items():
+        if getattr(args, flag) < least:
+            parser.error(f"--{flag} {getattr(args, flag)} is less than {least}")
+    for flag, only in UNUSED.items():
+        if getattr(args, flag) != only:
+            instead = {"use_fp16": "; use --amp", "copy_data": "; use --cache FOLDER"}.get(flag, "")
+            parser.error(f"--{flag} {getattr(args, flag)} has no effect{instead}")
+    if args.epochs < args.warmup:
+        parser.error(f"--epochs {args.epochs} is less than --warmup {args.warmup}")
+    for flag in ("start_sharpen", "final_sharpen"):
+        if not getattr(args, flag) > 0:
+            parser.error(f"--{flag} {getattr(args, flag)} is not positive")
+    if not all(0 <= momentum <= 1 for momentum in args.ema):
+        parser.error(f"--ema {args.ema[0]} {args.ema[1]}: both have to be in [0, 1]")
+    if args.write_tag != Path(args.write_tag).name:
+        parser.error(f"--write_tag {args.write_tag} is not the start of a file name")
+    if args.patch_size is None:
+        args.patch_size = ARCHITECTURES[args.model_name]["patch_size"]
+    for flag in ("rand_size", "focal_size") if args.focal_views else ("rand_size",):
+        if getattr(args, flag) < args.patch_size:
+            parser.error(f"--{flag} {getattr(args, flag)} is less than the patches of {args.patch_size} pixels")
+    masked = "rand_size" if args.rand_views else "focal_size"
+    try:
+        num_kept_patches((getattr(args, masked) // args.patch_size) ** 2, args.patch_drop)
+    except ValueError as error:
+        parser.error(f"--patch_drop {args.patch_drop} with --{masked} {getattr(args, masked)}: {error}")
+
+
+def train_msn(args: argparse.Namespace) -> None:
+    """Train from the newest checkpoint in ``args.output_dir``, or from scratch if there is none."""
+    device = distributed.init(args.dist_url, args.device, args.dist_timeout)
+    keep_freed_memory()
+    precision = Precision(args.amp, device)
+    randomness.seed_everything(args.seed)
+    output_dir = Path(args.output_dir)
+    if distributed.is_main_process():
+        output_dir.mkdir(parents=True, exist_ok=True)
+        Attempt.current().claim(output_dir)
+        write_config(output_dir / "params-msn-train.yaml", args, get_args_parser())
+    distributed.barrier()
+    world_size = distributed.get_world_size()
+    if args.use_bn and args.batch_size * world_size < 2:
+        raise ValueError("--batch_size 1: one image has no statistics for the head's batch norms; see --use_bn false")
+
+    # data
+    source = open_source(args.data_path, "train", allow_absolute_paths=args.allow_absolute_paths)
+    source = cache_images(source, args.cache)
+    images = source.checksum()
+    distributed.check_same_on_all_processes((len(source), images), "the training data (number of images, checksum)")
+    recipes = msn_views(
+        args.rand_size,
+        args.focal_size,
+        args.rand_views,
+        args.focal_views,
+        args.color_jitter_strength,
+        args.rand_scale,
+        args.focal_scale,
+        args.blur_radius,
+    )
+    bad_images = BadImages(len(source), output_dir / "bad_images.txt", args.on_bad_image, args.max_bad_fraction)
+    dataset = MultiCropDataset(source, recipes, args.seed, args.augmentation, args.in_chans, bad_images)
+    sampler = EpochBatchSampler(len(source), args.batch_size, args.seed, distributed.get_rank(), world_size)
+    num_workers = default_num_workers() if args.num_workers is None else args.num_workers
+    loader = make_loader(dataset, batch_sampler=sampler, num_workers=num_workers, device=device)
+    steps_per_epoch = len(sampler)
+    distributed.print_once(f"{source.describe()}: {steps_per_epoch} steps per epoch")
+    if args.data_path is not None and (side := short_side(source)) < args.rand_size:
+        distributed.print_once(
+            f"images of {side} pixels are smaller than --rand_size {args.rand_size}: views are enlarged"
+        )
+    if args.data_path is None:
+        names = " ".join(f"--{name}" for name in EMBEDDED_DATA_DEFAULTS)
+        distributed.print_once(f"without --data_path these flags have defaults for the embedded data: {names}")
+
+    # anchor and target encoder: the same network and the same initial weights; prototypes
+    encoder = build_encoder(args)
+    target_encoder = copy.deepcopy(encoder).requires_grad_(False)
+    prototypes = new_prototypes(args.num_proto, args.output_dim)
+    # the target encoder normalises with its own batches' statistics, and both need those of all processes
+    encoder = synchronize_batchnorm(encoder, device).to(device)
+    target_encoder = synchronize_batchnorm(target_encoder, device).to(device)
+    prototypes = nn.Parameter(prototypes.to(device), requires_grad=not args.freeze_proto)
+
+    # loss, optimiser, schedules
+    criterion = MSNLoss(
+        args.num_proto,
+        args.temperature,
+        args.me_max,
+        args.memax_weight,
+        args.use_ent,
+        args.ent_weight,
+        args.use_sinkhorn,
+        args.label_smoothing,
+        args.power_law_exponent,
+    ).to(device)
+    optimizer = build_optimizer("adamw", param_groups(encoder, prototypes))
+    length = (args.epochs, steps_per_epoch)
+    schedules = Schedules(
+        lr=learning_rates(args.start_lr, args.lr, args.final_lr, *length, args.warmup),
+        weight_decay=weight_decays(args.weight_decay, args.final_weight_decay, *length),
+        momentum=linear(*args.ema, *length),
+        sharpen=linear(args.start_sharpen, args.final_sharpen, *length),
+    )
+    encoder = distributed.wrap(encoder, device)
+
+    # resume
+    latest = output_dir / f"{args.write_tag}-latest.pth.tar"
+    checkpoint = find_checkpoint(latest, args.read_checkpoint, args.load_checkpoint)
+    log = RunLog(output_dir, args.epochs * steps_per_epoch, args.log_freq, args.tensorboard, resumed=bool(checkpoint))
+    first_epoch, first_step, epoch_loss = 0, 0, None
+    patience_steps = min(len(schedules.lr) // 4, 2 * steps_per_epoch + 1000)
+    monitor = CollapseMonitor(args.num_proto, patience_steps, round(args.warmup * steps_per_epoch))
+    prefix = "module." if world_size > 1 else ""  # as in the official files
+
+    def state(epoch: int, step_in_epoch: int) -> dict:
+        """Everything a run needs to go on at this step; the first keys are those of the official checkpoints."""
+        return {
+            "encoder": {prefix + name: value for name, value in distributed.unwrap(encoder).state_dict().items()},
+            "opt": optimizer.state_dict(),
+            "prototypes": prototypes.data,
+            "target_encoder": {prefix + name: value for name, value in target_encoder.state_dict().items()},
+            "epoch": epoch,
+            "loss": epoch_loss,  # of the last complete epoch
+            "batch_size": args.batch_size,
+            "world_size": world_size,
+            "lr": args.lr,
+            "temperature": args.temperature,
+            "args": vars(args),
+            "fp16_scaler": precision.scaler.state_dict(),
+            "step_in_epoch": step_in_epoch,
+            "skipped_steps": int(guard.in_a_row),
+            "images": images,
+            "log": log.state_dict(),
+        }
+
+    if checkpoint is not None:
+        if "args" in checkpoint:  # the official checkpoints have none
+            check_flags(checkpoint, args, NETWORK_FLAGS)
+        restore(checkpoint, encoder=distributed.unwrap(encoder), target_encoder=target_encoder, opt=optimizer)
+        restore_prototypes(checkpoint, prototypes)
+        if checkpoint.get("fp16_scaler"):
+            precision.scaler.load_state_dict(checkpoint["fp16_scaler"])
+        if "log" in checkpoint:
+            log.load_state_dict(checkpoint["log"])
+        images_per_step = checkpoint["batch_size"] * checkpoint["world_size"]
+        first_epoch, first_step = resume_position(
+            checkpoint | {"batch_size": images_per_step}, args.batch_size * world_size, images, args.on_changed_run
+        )
+        epoch_loss = checkpoint["loss"]
+        distributed.print_once(f"resuming at epoch {first_epoch}, step {first_step}")
+    guard = FiniteGuard(
+        {"target_encoder": target_encoder, "encoder": distributed.unwrap(encoder)},
+        output_dir,
+        args.max_skipped_steps,
+        device,
+        in_a_row=checkpoint.get("skipped_steps", 0) if checkpoint else 0,
+    )
+    labelled = (
+        open_labelled(args.data_path, args.val_path, args.allow_absolute_paths) if args.eval_knn_freq != 0 else "off"
+    )
+    if args.eval_knn_freq and isinstance(labelled, str):
+        raise ValueError(f"--eval_knn_freq {args.eval_knn_freq}: {labelled}")
+    knn = KNNMonitor(
+        labelled,
+        args.rand_size,
+        MEAN,
+        STD,
+        args.eval_knn_freq,
+        args.epochs,
+        device,
+        args.in_chans,
+        num_workers,
+        on_bad_image=args.on_bad_image,
+        max_bad_fraction=args.max_bad_fraction,
+        output_dir=output_dir,
+    )
+    if knn.off:
+        distributed.print_once(f"no k-NN evaluation: {knn.off}")
+    trunk = Trunk(target_encoder)
+
+    # epochs
+    with Checkpointer(latest, state, args.saveckp_steps, args.saveckp_minutes, guard.is_good) as checkpointer:
+        if is_at_start(checkpoint) and knn.is_due(-1):
+            stop = partial(checkpointer.stop_if_asked, 0, 0)
+            log.evaluation(0, 0, knn_top1=knn.run(trunk, stop))
+        for epoch in range(first_epoch, args.epochs):
+            sampler.set_epoch(epoch, first_step)
+            train_one_epoch(
+                encoder,
+                target_encoder,
+                prototypes,
+                criterion,
+                loader,
+                optimizer,
+                schedules,
+                epoch=epoch,
+                first_step=first_step,
+                steps_per_epoch=steps_per_epoch,
+                patch_drop=args.patch_drop,
+                clip_grad=args.clip_grad,
+                seed=args.seed,
+                precision=precision,
+                log=log,
+                monitor=monitor,
+                guard=guard,
+                checkpointer=checkpointer,
+            )
+            first_step = 0
+            if knn.is_due(epoch):
+                stop = partial(checkpointer.stop_if_asked, epoch, steps_per_epoch)
+                log.evaluation((epoch + 1) * steps_per_epoch, epoch + 1, knn_top1=knn.run(trunk, stop))
+            epoch_loss = log.end_epoch(epoch, bad_images=bad_images.count())["train_loss"]
+            numbered = args.checkpoint_freq and (epoch + 1) % args.checkpoint_freq == 0
+            checkpointer.after_epoch(epoch, f"{args.write_tag}-ep{epoch + 1}.pth.tar" if numbered else None)
+    log.close()
+    pictures = []
+    if args.pictures:
+        pictures = save_pictures(trunk, dataset, knn, args.rand_size, args.patch_drop, output_dir, device)
+    if distributed.is_main_process():
+        problems = list(monitor.said.values())
+        print(summary(output_dir, latest, args, knn, pictures, problems))
+
+
+def build_encoder(args: argparse.Namespace) -> VisionTransformer:
+    """ViT and projection head."""
+    encoder = build(
+        args.model_name,
+        patch_size=args.patch_size,
+        img_size=args.rand_size,
+        in_chans=args.in_chans,
+        drop_path_rate=args.drop_path_rate,
+    )
+    encoder.fc = ProjectionHead(encoder.embed_dim, args.hidden_dim, args.output_dim, args.use_bn)
+    return encoder
+
+
+def param_groups(encoder: nn.Module, prototypes: nn.Parameter) -> list[dict]:
+    """Weights, which decay; biases and norms; prototypes. The marks are those of the official checkpoints."""
+    decayed, plain = param_groups_no_decay_on_bias_and_norm(encoder)
+    return [
+        decayed,
+        plain | {"WD_exclude": True},
+        {"params": [prototypes], "weight_decay": 0.0, "LARS_exclude": True, "WD_exclude": True},
+    ]
+
+
+def find_checkpoint(latest: Path, read_checkpoint: str | None, must_exist: bool) -> dict | None:
+    """The newest state of this run, else the one to start from, else None.
+
+    Raises:
+        ValueError: If it was asked for and there is none.
+    """
+    checkpoint = load_latest(latest)
+    if checkpoint is None and read_checkpoint is not None:
+        checkpoint = load_latest(latest.parent / read_checkpoint)
+        if checkpoint is None:
+            raise ValueError(f"--read_checkpoint {read_checkpoint}: there is no such file in {latest.parent}")
+    if checkpoint is None and must_exist:
+        raise ValueError(f"--load_checkpoint true: there is no {latest}")
+    return checkpoint
+
+
+def restore_prototypes(checkpoint: dict, prototypes: nn.Parameter) -> None:
+    """Copy the prototypes of a checkpoint.
+
+    Raises:
+        ValueError: If it has none, or others.
+    """
+    saved = checkpoint.get("prototypes")
+    if not isinstance(saved, Tensor) or saved.shape != prototypes.shape:
+        found = tuple(saved.shape) if isinstance(saved, Tensor) else "none"
+        raise ValueError(
+            f"the checkpoint's prototypes do not fit this run: {found} instead of {tuple(prototypes.shape)}"
+        )
+    prototypes.data.copy_(saved)
+
+
+def train_one_epoch(
+    encoder: nn.Module,
+    target_encoder: nn.Module,
+    prototypes: nn.Parameter,
+    criterion: MSNLoss,
+    loader: Iterable,
+    optimizer: torch.optim.Optimizer,
+    schedules: Schedules,
+    *,
+    epoch: int,
+    first_step: int,
+    steps_per_epoch: int,
+    patch_drop: float,
+    clip_grad: float,
+    seed: int,
+    precision: Precision,
+    log: RunLog,
+    monitor: CollapseMonitor,
+    guard: FiniteGuard,
+    checkpointer: Checkpointer,
+) -> None:
+    """One epoch (from its step ``first_step`` on) of Algorithm 1.
+
+    ``loader`` yields (views, labels, indices); views holds one batch per resolution, view-major, the target views of
+    all images first: uint8 images, or float tensors that are normalised already.
+    """
+    parameters = list(encoder.parameters())
+    target_parameters = list(target_encoder.parameters())
+    encoder.train()
+    target_encoder.train()
+    start = epoch * steps_per_epoch + first_step
+    for step, (loaded_views, labels, indices) in enumerate(log.batches(loader), start=start):
+        randomness.seed_step(seed, step, distributed.get_rank())
+        schedules.apply(optimizer, step)
+        optimizer.zero_grad(set_to_none=True)  # before the activations: the two never need memory at once
+        views = normalize_views(loaded_views, precision.device, MEAN, STD)
+        target_views, anchor_views = split_views(views, len(labels))
+
+        with precision.autocast():
+            anchors = encoder(anchor_views, patch_drop)
+            with torch.no_grad():
+                targets = target_encoder(target_views)
+        terms = criterion(anchors, targets, prototypes, float(schedules.sharpen[step]))
+
+        precision.backward(terms.total, optimizer)
+        grad_norms = nn.utils.clip_grad_norm_(parameters, clip_grad if clip_grad > 0 else math.inf)[None]
+        if prototypes.grad is not None:  # DistributedDataParallel does not know them; they are not clipped
+            prototypes.grad = distributed.all_reduce_mean(prototypes.grad)
+            grad_norms = torch.cat([grad_norms, prototypes.grad.norm()[None]])
+        skipped = step_unless_not_finite(optimizer, grad_norms)
+        precision.update()
+        ema_update_(target_parameters, parameters, schedules.momentum[step])  # parameters only, no buffers
+        guard.count(skipped)
+
+        averages = {
+            "loss": terms.total,
+            "msn": terms.cross_entropy,
+            "me_max": terms.me_max,
+            "ent": terms.entropy,
+            "lr": schedules.lr[step],
+            "wd": schedules.weight_decay[step],
+            "skipped": skipped,
+        }
+        health = assignment_health(terms, targets) if log.is_due(step) else {}
+        line = log.step(step, epoch, len(labels), averages, **health)
+        if line is not None and (problem := monitor.check(line)):
+            log.say(problem)
+        if line is not None and guard.too_many():
+            randomness.seed_step(seed, step, distributed.get_rank())
+            with precision.autocast():
+                batch = {"views": loaded_views, "indices": indices, "step": step, "epoch": epoch}
+                inputs = {"target_encoder": target_views, "encoder": anchor_views}
+                guard.stop(batch, views, inputs, terms.total)
+        checkpointer.after_step(epoch, step + 1 - epoch * steps_per_epoch)
+
+
+def split_views(views: list[Tensor], batch_size: int) -> tuple[Tensor, list[Tensor]]:
+    """The target views, (B, C, H, W), and the anchor views, one batch per resolution."""
+    first, *others = views
+    anchors = [first[batch_size:], *others]
+    return first[:batch_size], [batch for batch in anchors if len(batch)]
+
+
+def assignment_health(terms: LossTerms, targets: Tensor) -> dict[str, Tensor | float]:
+    """What shows a collapse: targets that say nothing about their image, embeddings that are all the same."""
+    target_entropy = torch.special.entr(terms.targets).sum(dim=1).mean()
+    mean_target = distributed.all_reduce_mean(terms.targets.mean(dim=0))
+    return {
+        "target_entropy": target_entropy,
+        "information": torch.special.entr(mean_target).sum() - target_entropy,
+        "ln_k": math.log(terms.targets.shape[1]),
+        "max_target": terms.targets.amax(dim=1).mean(),
+        "min_target": terms.targets.amin(dim=1).mean(),
+        "prototypes_used": terms.targets.argmax(dim=1).unique().numel(),
+        "feature_spread": feature_spread(targets),
+        "rank_me": rank_me(targets),
+    }
+
+
+def start_on_devices(devices: list[str], arguments: list[str]) -> None:
+    """Replace this process by torchrun with a process on each device (nothing to do where a launcher has done so).
+
+    Raises:
+        ValueError: If the devices are not all CPUs or all GPUs with a number.
+    """
+    if "RANK" in os.environ or "SLURM_STEP_ID" in os.environ:
+        return
+    numbers = [name.removeprefix("cuda:") for name in devices if name.startswith("cuda:")]
+    on_gpus = len(numbers) == len(devices) and all(number.isdigit() for number in numbers)
+    if not on_gpus and set(devices) != {"cpu"}:
+        raise ValueError(f"--devices {' '.join(devices)}: expected cuda:0 cuda:1 ..., or cpu once per process")
+    if on_gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(numbers)
+    if len(devices) > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={len(devices)}"]
+        device = "cuda" if on_gpus else "cpu"
+        command = [sys.executable, *launcher, str(Path(__file__).resolve()), *arguments, "--device", device]
+        os.execv(sys.executable, command)
+
+
+def main() -> None:
+    with distributed.clean_exit():
+        args = parse_args()
+        if args.devices:
+            start_on_devices(args.devices, sys.argv[1:])
+        train_msn(args)
+
+
+if __name__ == "__main__":
+    main()

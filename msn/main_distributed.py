@@ -1,0 +1,55 @@
+"""Train MSN, or its linear evaluation, as a job on a SLURM cluster, with the flags of the training and of the job.
+
+    python main_distributed.py --fname configs/pretrain/msn_vits16.yaml --nodes 2 --tasks-per-node 8 --partition gpu \\
+        --time 4300 --folder /path/to/job_logs --data_path /path/to/imagenet/train --output_dir /path/to/runs/%j
+    python main_distributed.py --linear-eval --fname configs/eval/lineval_msn_vits16.yaml ...
+
+The job requeues itself when it is preempted or reaches its time limit, and resumes where it stopped. As in the official
+script --folder is where submitit writes its logs; the output of the training is --output_dir, or ``logging.folder`` of
+the YAML file. ``--cluster local`` runs the same processes on this machine, ``--cluster debug`` in this process.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # run as a script: make the repository root importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from msn import linear_eval, main
+from shared import distributed, slurm
+
+# The official names of the job's flags; --output_dir is this script's name for what main.py also calls --folder.
+OFFICIAL = {"--folder": "--job_dir", "--time": "--timeout", "--tasks-per-node": "--ngpus"}
+
+
+def get_args_parser(linear: bool = False) -> argparse.ArgumentParser:
+    parser = (linear_eval if linear else main).get_args_parser()
+    parser.description = __doc__.split("\n\n")[0]
+    parser.add_argument("--linear-eval", action="store_true", help="linear evaluation instead of the training")
+    slurm.add_slurm_flags(parser, job_name="msn-linear" if linear else "msn")
+    parser.set_defaults(nodes=1, ngpus=1, timeout=4300, mem_gb_per_gpu=55, partition="")
+    return parser
+
+
+def with_our_names(arguments: list[str]) -> list[str]:
+    """The command line with the official names of the job's flags replaced."""
+    renamed = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        renamed.append(OFFICIAL.get(name, name) + equals + value)
+    return renamed
+
+
+def submit(arguments: list[str] | None = None) -> None:
+    arguments = with_our_names(sys.argv[1:] if arguments is None else arguments)
+    linear = "--linear-eval" in arguments
+    script, train = (linear_eval, linear_eval.linear_eval) if linear else (main, main.train_msn)
+    with distributed.clean_exit():
+        args = script.parse_args(arguments, get_args_parser(linear))
+        del args.linear_eval  # a flag of this script, not of the training
+        slurm.submit(train, args)
+
+
+if __name__ == "__main__":
+    submit()

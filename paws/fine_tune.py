@@ -1,0 +1,288 @@
+"""Fine-tuning with the labels of the training: a linear layer on the first layer of the projection head.
+
+    python fine_tune.py                                      # embedded digits, weights of the run in runs/digits
+    torchrun --nproc_per_node=4 fine_tune.py --fname configs/paws/imgnt_fine_tune.yaml --data_path /path/to/imagenet \\
+        --subset_path imagenet_subsets --pretrained /path/to/run/paws-latest.pth.tar --output_dir /path/to/fine-tuned
+
+All layers learn. The result is the accuracy after the last epoch. Running the same command again resumes.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if __name__ == "__main__":  # run as a script: make the repository root importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from paws import training_flags
+from paws.augmentations import Recipe, choose_recipe, fine_tune_view, support_views
+from paws.evaluation import eval_transform, open_validation
+from paws.heads import Encoder, classification_head
+from paws.labels import PartlyLabelled
+from paws.networks import build_encoder
+from paws.optimisation import LARS, lr_schedule, parameter_groups
+from paws.pretrained import RUN_ON_DIGITS, backbone_of, build_for, find_file, load_classifier, read_weights
+from paws.training_loop import FineTuning, Loop, StepLoss, new_guard
+from paws.training_setup import open_images, start
+from shared import distributed
+from shared.backbones import input_channels
+from shared.batchnorm import synchronize_batchnorm
+from shared.checkpoint import Checkpointer, load_latest
+from shared.data import BadImages, EpochBatchSampler, EvalDataset, default_num_workers, make_loader
+from shared.evaluation.linear import validate
+from shared.flags import bool_flag
+from shared.metrics import RunLog
+from shared.multicrop import MultiCropDataset, normalize_views
+from shared.precision import Precision
+from shared.weights import load_backbone_weights, weights_checksum
+
+EMBEDDED_DATA_DEFAULTS = {
+    "labels_per_class": 4,
+    "dataset": "digits",
+    "model_name": "wide_resnet10w1",
+    "pretrained": RUN_ON_DIGITS,
+    "batch_size": 40,
+    "epochs": 30,
+    "lr": 0.01,
+    "output_dir": "runs/digits/fine-tune",
+}
+# A run that is resumed must have these as they were.
+RUN_FLAGS = ("model_name", "in_chans", "lr", "epochs", "batch_size", "seed")
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = training_flags.new_parser(__doc__)
+    add = training_flags.add_label_flags(parser)
+    add("--num_classes", type=int, default=None, help="outputs of the classifier; by default as many as classes")
+    add("--batch_size", type=int, default=256, help="images per process")
+    add("--repeat", type=int, default=1, help="passes over the labelled images in an epoch; for very few of them")
+    add("--views", default="basic", choices=("basic", "strong"), help="strong: the views of the supports of PAWS")
+    add("--color_jitter_strength", type=float, default=1.0, help="of the strong views")
+    add = parser.add_argument_group("meta").add_argument
+    add("--model_name", "--model-name", default="resnet50", help="as for main.py")
+    add("--pretrained", default=None, help="checkpoint of a training, name of a release, or random")
+    add("--allow_partial", action="store_true", help="go on when --pretrained does not fill the backbone")
+    add("--training", type=bool_flag, default=True, help="false: only evaluate the fine-tuned network of --pretrained")
+    add("--use_fp16", type=bool_flag, default=True, help="false: the same as --amp fp32")
+    add("--amp", default="auto", choices=("auto", "bf16", "fp16", "fp32"), help="auto: bf16 where it is fast")
+    add("--load_checkpoint", type=bool_flag, default=True, help="ignored: a run always goes on from its own checkpoint")
+    add("--master_port", type=int, default=None, help="ignored: torchrun and SLURM choose it")
+    add = parser.add_argument_group("optimization").add_argument
+    add("--epochs", type=int, default=50, help="passes over the labelled images")
+    add("--lr", type=float, default=0.02, help="learning rate of the first step; a cosine takes it to 0")
+    add("--weight_decay", type=float, default=0.0, help="of all but biases and batch norms")
+    add("--nesterov", type=bool_flag, default=True, help="Nesterov's momentum")
+    add("--use_lars", type=bool_flag, default=False, help="adapt the learning rate layer by layer")
+    add("--zero_init", type=bool_flag, default=True, help="start the last layer at 0")
+    training_flags.add_run_flags(parser)
+    training_flags.add_output_flags(parser, write_tag="paws-fine-tune")
+    add = parser.add_argument_group("logging").add_argument
+    add("--pretrain_path", default=None, help="official name of --pretrained, relative to --output_dir")
+    return parser
+
+
+def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
+    """Parse and check the command line; without images the defaults are those of the embedded digits."""
+    parser = parser or get_args_parser()
+    args = training_flags.parse_with_embedded_defaults(parser, arguments, EMBEDDED_DATA_DEFAULTS)
+    if args.pretrained is None and args.pretrain_path is not None:
+        args.pretrained = str(Path(args.output_dir) / args.pretrain_path)
+    if args.pretrained is None:
+        parser.error("--pretrained is missing: a checkpoint of main.py, the name of a release, or random")
+    return args
+
+
+def fine_tune(args: argparse.Namespace) -> dict[str, float]:
+    """Fine-tune and validate; loss and accuracies in percent after the last epoch."""
+    device, output_dir = start(args)
+    precision = Precision(args.amp if args.use_fp16 else "fp32", device)
+    recipe = choose_recipe(args.dataset, args.normalize, args.image_size)
+    num_workers = default_num_workers() if args.num_workers is None else args.num_workers
+
+    # images
+    images = open_images(args)
+    validation = open_validation(images, args.data_path, args.val_path, args.allow_absolute_paths)
+    if isinstance(validation, str):
+        distributed.print_once(f"no validation: {validation}")
+    num_classes = len(images.classes) if args.num_classes is None else args.num_classes
+    if num_classes < len(images.classes):
+        raise ValueError(f"--num_classes {num_classes} is less than the {len(images.classes)} classes of the labels")
+
+    # network
+    if not args.training:
+        encoder = load_classifier(args.model_name, args.pretrained).to(device)
+        if isinstance(validation, str):
+            raise ValueError(f"--training false: {validation}")
+        return validate_encoder(encoder, validation, recipe, device, args.batch_size, num_workers)
+    encoder = build_classifier(args, num_classes, recipe)
+    args.in_chans = input_channels(encoder)
+    checksum = weights_checksum(encoder)
+    encoder = synchronize_batchnorm(encoder, device).to(device)
+    wrapped = distributed.wrap(encoder, device)
+
+    # batches, optimiser, schedule
+    loader, sampler = labelled_loader(args, images, recipe, num_workers, device)
+    optimizer = LARS(
+        parameter_groups(encoder, args.weight_decay),
+        nesterov=args.nesterov,
+        trust_coefficient=0.001 if args.use_lars else 0.0,
+    )
+    rates = lr_schedule(args.lr, args.lr, 0.0, 0, args.epochs * len(sampler))
+    labels = torch.from_numpy(images.labels).to(device)
+    step_loss = partial(cross_entropy, wrapped, labels, recipe=recipe, precision=precision)
+
+    # resume
+    path = output_dir / f"{args.write_tag}.pth.tar"
+    checkpoint = load_latest(path)
+    log = RunLog(output_dir, len(rates), args.log_freq, args.tensorboard, resumed=bool(checkpoint))
+    batch_size = args.batch_size * distributed.get_world_size()
+    run = FineTuning(args, encoder, optimizer, precision, log, images.source.checksum(), checksum, batch_size)
+    first_epoch, first_step = (0, 0) if checkpoint is None else run.load(checkpoint, path, RUN_FLAGS)
+    run.guard = guard = new_guard(encoder, output_dir, args.max_skipped_steps, device, checkpoint)
+
+    # epochs
+    result: dict[str, float] = {}
+    with Checkpointer(path, run.state, args.saveckp_steps, args.saveckp_minutes, guard.is_good) as checkpointer:
+        loop = Loop(wrapped, optimizer, rates, len(sampler), args.seed, precision, log, guard, checkpointer)
+        for epoch in range(first_epoch, args.epochs):
+            sampler.set_epoch(epoch, first_step)
+            wrapped.train()
+            loop.epoch(loader, step_loss, epoch, first_step)
+            first_step = 0
+            if is_due(args, epoch) and not isinstance(validation, str):
+                result = validate_encoder(encoder, validation, recipe, device, args.batch_size, num_workers)
+                run.best = max(run.best, result["acc1"])
+                log.evaluation((epoch + 1) * len(sampler), epoch + 1, top1=result["acc1"], best_top1=run.best)
+            log.end_epoch(epoch)
+            checkpointer.after_epoch(epoch)
+    log.close()
+    if not result and not isinstance(validation, str):  # resumed after the last epoch
+        result = validate_encoder(encoder, validation, recipe, device, args.batch_size, num_workers)
+    if result:
+        distributed.print_once(
+            f"Top-1 accuracy after the last epoch: {result['acc1']:.2f} % (top-5 {result['acc5']:.2f} %, best top-1 of "
+            f"all evaluations {run.best:.2f} %)"
+        )
+    return result
+
+
+def is_due(args: argparse.Namespace, epoch: int) -> bool:
+    """Whether to validate after ``epoch``: at the end, and every ``--eval_knn_freq`` epochs."""
+    every = args.eval_knn_freq
+    return epoch == args.epochs - 1 or bool(every and (epoch + 1) % every == 0)
+
+
+def cross_entropy(
+    encoder: nn.Module, labels: Tensor, batch: tuple, epoch: int, *, recipe: Recipe, precision: Precision
+) -> StepLoss:
+    """Cross-entropy of the classifier ``fc`` on a batch of labelled images."""
+    views, _, indices = batch
+    views = normalize_views(views, precision.device, recipe.mean, recipe.std)
+    with precision.autocast():
+        logits, _ = encoder(views)
+    loss = F.cross_entropy(logits.float(), labels[indices.to(labels.device)])
+    return StepLoss(loss, {}, views, len(indices))
+
+
+# --- Network ----------------------------------------------------------------------------------------------------------
+
+
+def build_classifier(args: argparse.Namespace, num_classes: int, recipe: Recipe) -> Encoder:
+    """Backbone and first layer of the projection head from the file, and a new last layer.
+
+    Raises:
+        ValueError: If the file does not fill the backbone.
+    """
+    if args.pretrained == "random":
+        encoder = build_encoder(args.model_name, img_size=recipe.large[0], in_chans=args.in_chans)
+        encoder.fc = classification_head(encoder.embed_dim, num_classes)
+    else:
+        weights = read_weights(find_file(args.model_name, args.pretrained))
+        encoder = build_for(args.model_name, weights.tensors)
+        load_backbone_weights(backbone_of(encoder), weights, allow_partial=args.allow_partial)
+        encoder.fc = classification_head(encoder.embed_dim, num_classes)
+        own = {f"fc.{name}": value for name, value in encoder.fc.state_dict().items()}
+        kept = {name: weights.head[name] for name in own if fits(weights.head.get(name), own[name])}
+        encoder.load_state_dict(kept, strict=False)
+        distributed.print_once(f"{len(kept)} of {len(own)} entries of the classifier come from the projection head")
+    if args.zero_init:
+        nn.init.zeros_(encoder.fc.fc2.weight)
+        nn.init.zeros_(encoder.fc.fc2.bias)
+    return encoder
+
+
+def fits(stored: Tensor | None, wanted: Tensor) -> bool:
+    return stored is not None and stored.shape == wanted.shape
+
+
+class Logits(nn.Module):
+    """The classifier's outputs (B, classes) of images; shares the encoder's weights."""
+
+    def __init__(self, encoder: Encoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.encoder(images)[0].float()
+
+
+def validate_encoder(
+    encoder: Encoder, validation, recipe: Recipe, device: torch.device, batch_size: int, num_workers: int
+) -> dict[str, float]:
+    """``loss``, ``acc1`` and ``acc5`` over all images to classify, accuracies in percent."""
+    transform = eval_transform(recipe, encoder)
+    bad_images = BadImages(len(validation.source), on_bad_image="error")
+    dataset = EvalDataset(validation.source, transform, bad_images, validation.rows.tolist())
+    result = validate(Logits(encoder), nn.Identity(), dataset, device, batch_size, num_workers)
+    distributed.print_once(f"{validation.describe()}: top-1 {result['acc1']:.2f} %, top-5 {result['acc5']:.2f} %")
+    return result
+
+
+# --- Batches ----------------------------------------------------------------------------------------------------------
+
+
+class LabelledSampler(EpochBatchSampler):
+    """Batches of (pass, index) keys of the labelled images only, ``repeat`` passes in an epoch."""
+
+    def __init__(self, rows: np.ndarray, repeat: int, *args, **kwargs):
+        super().__init__(repeat * len(rows), *args, **kwargs)
+        self.rows, self.repeat = rows, repeat
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for batch in super().__iter__():
+            places = [(epoch, *divmod(position, len(self.rows))) for epoch, position in batch]
+            yield [(epoch * self.repeat + number, int(self.rows[row])) for epoch, number, row in places]
+
+
+def labelled_loader(
+    args: argparse.Namespace, images: PartlyLabelled, recipe: Recipe, num_workers: int, device: torch.device
+) -> tuple:
+    """The labelled images of this process, and the sampler that wants to know the epoch.
+
+    A last batch of one image is left out: batch norms cannot normalise it.
+    """
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    per_rank = -(-args.repeat * len(images.labelled) // world_size)
+    drop_last = per_rank > 1 and per_rank % args.batch_size == 1
+    sampler = LabelledSampler(images.labelled, args.repeat, args.batch_size, args.seed, rank, world_size, drop_last)
+    strong = support_views(recipe, 0, args.color_jitter_strength, 1)
+    views = [fine_tune_view(recipe)] if args.views == "basic" else strong
+    bad_images = BadImages(len(images.source), on_bad_image="error")  # a replacement could have no label
+    dataset = MultiCropDataset(images.source, views, args.seed, in_chans=args.in_chans, bad_images=bad_images)
+    return make_loader(dataset, batch_sampler=sampler, num_workers=num_workers, device=device), sampler
+
+
+def main() -> None:
+    with distributed.clean_exit():
+        fine_tune(parse_args())
+
+
+if __name__ == "__main__":
+    main()

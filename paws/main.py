@@ -1,0 +1,73 @@
+"""Any of the training programs of this folder, chosen by ``--sel`` as in the official code.
+
+    python main.py                                                 # PAWS on the embedded digits
+    python main.py --sel suncet_train --fname configs/suncet/imgnt_train.yaml ...
+
+See ``paws_train.py`` (the default), ``suncet_train.py``, ``fine_tune.py`` and ``snn_fine_tune.py``, which can also be
+started directly, for their flags; ``--sel few_labels`` is the demonstration of ``few_labels.py``.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+if __name__ == "__main__":  # run as a script: make the repository root importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from shared import distributed
+
+# Name of a program, which is that of its module, and of the function that runs it.
+PROGRAMS = {
+    "paws_train": "train_paws",
+    "suncet_train": "train_suncet",
+    "fine_tune": "fine_tune",
+    "snn_fine_tune": "snn_fine_tune",
+    "few_labels": "compare",
+}
+
+
+def selected(arguments: list[str] | None) -> str:
+    """The program that the command line chooses."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--sel", default="paws_train", choices=PROGRAMS)
+    return first.parse_known_args(arguments)[0].sel
+
+
+def get_args_parser(program: str = "paws_train") -> argparse.ArgumentParser:
+    """The parser of a program with the flags of this script."""
+    parser = importlib.import_module(f"paws.{program}").get_args_parser()
+    parser.add_argument("--sel", default=program, choices=PROGRAMS, help="which program to run")
+    parser.add_argument(
+        "--devices", nargs="+", default=None, help="ignored: torchrun starts a process for every GPU of the machine"
+    )
+    return parser
+
+
+def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
+    """Parse the command line with the flags of the program that it chooses."""
+    program = selected(arguments)
+    args = importlib.import_module(f"paws.{program}").parse_args(arguments, parser or get_args_parser(program))
+    del args.sel
+    if args.devices is not None and len(args.devices) > 1:
+        raise ValueError(
+            f"--devices {' '.join(args.devices)}: start one process for each with "
+            f"torchrun --nproc_per_node={len(args.devices)} main.py"
+        )
+    del args.devices
+    return args
+
+
+def program_function(program: str) -> Callable[[argparse.Namespace], object]:
+    """The function that runs a program with its parsed flags."""
+    return getattr(importlib.import_module(f"paws.{program}"), PROGRAMS[program])
+
+
+def main() -> None:
+    with distributed.clean_exit():
+        program_function(selected(None))(parse_args())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Run a program of this folder as a job on a SLURM cluster, with the flags of the program and those of the job.
+
+    python main_distributed.py --fname configs/paws/imgnt_train.yaml --nodes 8 --tasks-per-node 8 --partition gpu \\
+        --time 4300 --folder /path/to/job_logs --data_path /path/to/imagenet/train --subset_path imagenet_subsets \\
+        --output_dir /path/to/runs/%j
+    python main_distributed.py --sel suncet_train --fname configs/suncet/imgnt_train.yaml --nodes 8 ...
+
+The job requeues itself when it is preempted or reaches its time limit, and resumes where it stopped. As in the official
+script --folder is where submitit writes its logs; the output of the training is --output_dir, or ``logging.folder`` of
+the YAML file. ``--cluster local`` runs the same processes on this machine, ``--cluster debug`` in this process.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import yaml
+
+if __name__ == "__main__":  # run as a script: make the repository root importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from paws import main as programs
+from shared import distributed, slurm
+
+# The official names of the job's flags; --output_dir is this script's name for what main.py also calls --folder.
+OFFICIAL = {"--folder": "--job_dir", "--time": "--timeout", "--tasks-per-node": "--ngpus"}
+
+
+def get_args_parser(program: str = "paws_train") -> argparse.ArgumentParser:
+    parser = programs.get_args_parser(program)
+    parser.description = __doc__.split("\n\n")[0]
+    parser.add_argument("--batch-launch", action="store_true", help="--fname is a YAML list of configuration files, "
+        "of which each becomes a job")  # fmt: skip
+    slurm.add_slurm_flags(parser, job_name=program)
+    parser.set_defaults(nodes=1, ngpus=1, timeout=4300, partition="")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    words = with_our_names(sys.argv[1:] if arguments is None else arguments)
+    program = programs.selected(words)
+    with distributed.clean_exit():
+        for command in configurations(words):
+            args = programs.parse_args(command, get_args_parser(program))
+            del args.batch_launch
+            slurm.submit(programs.program_function(program), args)
+
+
+def with_our_names(words: list[str]) -> list[str]:
+    """The command line with the official names of the job's flags replaced."""
+    parts = [word.partition("=") for word in words]
+    return [OFFICIAL.get(name, name) + equals + value for name, equals, value in parts]
+
+
+def configurations(words: list[str]) -> list[list[str]]:
+    """The command line of each job: with ``--batch-launch`` one for every file in the list that ``--fname`` names."""
+    if "--batch-launch" not in words:
+        return [words]
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--fname", default=None)
+    known, rest = first.parse_known_args([word for word in words if word != "--batch-launch"])
+    if known.fname is None:
+        raise ValueError("--batch-launch needs --fname, a YAML list of configuration files")
+    files = yaml.safe_load(Path(known.fname).read_text(encoding="utf-8"))
+    if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+        raise ValueError(f"--fname {known.fname}: expected a YAML list of configuration files for --batch-launch")
+    return [[*rest, "--fname", file] for file in files]
+
+
+if __name__ == "__main__":
+    main()

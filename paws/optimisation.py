@@ -1,0 +1,126 @@
+"""LARS around momentum SGD as in the released code of PAWS, its parameter groups, the learning rate of every step."""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups: decayed and scaled by LARS; biases and batch norms, which are neither.
+
+    As in the released code a batch norm is known by "bn" in its name, which leaves the one in the shortcut of a ResNet
+    (``downsample.1``) in the first group. In a network of a library, which has other names, all vectors are excluded.
+    """
+    adapted, excluded = [], []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            is_library = name.removeprefix("module.").startswith("backbone.")
+            exempt = "bias" in name or "bn" in name or (is_library and parameter.ndim == 1)
+            (excluded if exempt else adapted).append(parameter)
+    return [
+        {"params": adapted, "weight_decay": weight_decay},
+        {"params": excluded, "weight_decay": 0.0, "LARS_exclude": True},
+    ]
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling (You et al. 2017) of the gradients that momentum SGD gets.
+
+    A tensor p with gradient g is updated with ``r * (g + weight_decay * p)``, where
+    ``r = trust_coefficient * |p| / (|g| + weight_decay * |p| + eps)``; if either norm is 0 with g itself, and nothing
+    decays. The learning rate is part of the momentum: ``v = momentum * v - lr * update``, so a lower rate takes effect
+    at once on new gradients only.
+
+    Args:
+        groups: Parameter groups; one with ``LARS_exclude`` gets plain momentum SGD with its own weight decay.
+        lr: Learning rate.
+        momentum: Weight of the old velocity.
+        nesterov: Look ahead by one step of momentum.
+        trust_coefficient: Size of an update, before ``lr``, relative to that of its tensor; 0: plain SGD everywhere.
+        eps: Keeps r finite.
+    """
+
+    _step_supports_amp_scaling = True  # like torch's fused optimisers: `found_inf` skips the step on the device
+
+    def __init__(
+        self,
+        groups: list[dict],
+        lr: float = 0.0,
+        momentum: float = 0.9,
+        nesterov: bool = False,
+        trust_coefficient: float = 0.001,
+        eps: float = 1e-8,
+    ):
+        super().__init__(
+            groups, dict(lr=lr, momentum=momentum, weight_decay=0.0, nesterov=nesterov, LARS_exclude=False)
+        )
+        self.trust_coefficient, self.eps = trust_coefficient, eps  # not in the state, as in the released files
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        """Update every parameter that has a gradient; with ``found_inf`` set to 1 nothing changes."""
+        if closure is not None:
+            raise ValueError("LARS takes no closure")
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                self._update(params, group)
+
+    def _update(self, params: list[Tensor], group: dict) -> None:
+        adapt = self.trust_coefficient > 0 and not group.get("LARS_exclude", False)
+        updates = self._adapted(params, group["weight_decay"]) if adapt else self._decayed(params, group)
+        torch._foreach_mul_(updates, -group["lr"])
+        velocities = [self._velocity(p) for p in params]
+        found_inf = getattr(self, "found_inf", None)
+        momentum = group["momentum"]
+        if found_inf is not None:  # a step that is left out adds zeros to what it multiplies by 1
+            skip = found_inf.bool()
+            updates = [torch.where(skip, 0.0, update) for update in updates]
+            momentum = torch.where(skip, 1.0, momentum)
+        torch._foreach_mul_(velocities, momentum)
+        torch._foreach_add_(velocities, updates)
+        if group["nesterov"]:
+            torch._foreach_add_(updates, velocities, alpha=group["momentum"])
+            steps = updates
+        else:
+            steps = velocities
+        if found_inf is not None:
+            steps = [torch.where(skip, 0.0, step) for step in steps]
+        torch._foreach_add_(params, steps)
+
+    def _adapted(self, params: list[Tensor], weight_decay: float) -> list[Tensor]:
+        grads = [p.grad for p in params]
+        p_norms, g_norms = (torch.stack(torch._foreach_norm(tensors)) for tensors in (params, grads))
+        rates = self.trust_coefficient * p_norms / (g_norms + weight_decay * p_norms + self.eps)
+        adapted = (p_norms > 0) & (g_norms > 0)
+        updates = torch._foreach_mul(grads, list(torch.where(adapted, rates, 1.0).unbind()))
+        decays = torch.where(adapted, weight_decay * rates, 0.0)
+        torch._foreach_add_(updates, torch._foreach_mul(params, list(decays.unbind())))
+        return updates
+
+    @staticmethod
+    def _decayed(params: list[Tensor], group: dict) -> list[Tensor]:
+        return torch._foreach_add([p.grad for p in params], params, alpha=group["weight_decay"])
+
+    def _velocity(self, p: Tensor) -> Tensor:
+        state = self.state[p]
+        if state.get("momentum_buffer") is None:  # starting at 0 is the same update as starting with the first one
+            state["momentum_buffer"] = torch.zeros_like(p)
+        return state["momentum_buffer"]
+
+
+def lr_schedule(start_lr: float, lr: float, final_lr: float, warmup_steps: int, total_steps: int) -> np.ndarray:
+    """Learning rate of every step: linear from ``start_lr``, which the first step has, then half a cosine.
+
+    Unlike in ``shared/schedules.py`` the warm-up does not include its end, so ``lr`` appears once.
+
+    Returns:
+        float64, shape (total_steps,).
+    """
+    step = np.arange(total_steps)
+    warmup = start_lr + step / max(warmup_steps, 1) * (lr - start_lr)
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    cosine = np.maximum(final_lr, final_lr + (lr - final_lr) / 2 * (1 + np.cos(math.pi * progress)))
+    return np.where(step < warmup_steps, warmup, cosine)

@@ -1,0 +1,77 @@
+"""What a run leaves for a person to look at: pictures, and a summary that says what was learned and what to do next."""
+
+import argparse
+from pathlib import Path
+
+from shared.evaluation.summary import command, end_of_run
+from shared.multicrop import MultiCropDataset
+from shared.pictures import read_log
+
+from .evaluation import SNNMonitor
+from .pictures import save_curves, save_views
+from .pseudo_labels import Written
+from .training_setup import latest
+
+
+def save_pictures(views: MultiCropDataset, output_dir: Path) -> list[Path]:
+    """Views of one image, and curves.
+
+    Args:
+        views: The unlabelled training images.
+        output_dir: Folder of the run; pictures go to ``pictures/`` inside it.
+    """
+    folder = output_dir / "pictures"
+    folder.mkdir(exist_ok=True)
+    groups, _, _ = views[(0, 0)]
+    return [save_views(groups, folder / "views.png"), save_curves(output_dir / "metrics.jsonl", folder / "curves.png")]
+
+
+def summary(
+    args: argparse.Namespace,
+    output_dir: Path,
+    evaluation: SNNMonitor,
+    written: Written,
+    pictures: list[Path],
+    problems: list[str],
+) -> str:
+    """What was learned, where the files are and what to run next, as text for the end of a run.
+
+    Args:
+        problems: Sentences of the collapse monitor.
+    """
+    found = [line for line in read_log(output_dir / "metrics.jsonl") if "snn_top1" in line]
+    learned = []
+    if found:
+        before = f"{found[0]['snn_top1']:.1f} % after {found[0]['step']} steps, " if len(found) > 1 else ""
+        classes = len(evaluation.images.classes)
+        learned.append(
+            f"soft nearest neighbours, {len(evaluation.images.labelled):,} labels, "
+            f"{evaluation.validation.describe()}: {before}{found[-1]['snn_top1']:.1f} % after "
+            f"{found[-1]['step']} steps (chance {100 / classes:.1f} %)"
+        )
+    elif evaluation.off:
+        learned.append(f"accuracy not known: {evaluation.off}")
+    learned += written.lines
+    weights = output_dir / latest(args)
+    flags = {
+        "model_name": args.model_name,
+        "pretrained": weights,
+        "data_path": args.data_path,
+        "labels": args.labels,
+        "labels_per_class": args.labels_per_class,
+        "subset_path": args.subset_path,
+        "dataset": args.dataset if args.data_path else None,
+        "val_path": args.val_path,
+    }
+    commands = [command(script, **flags) for script in ("snn_eval.py", "fine_tune.py") if evaluation.off is None]
+    commands.append(
+        "python main.py --data_path YOUR_IMAGES --labels YOUR_LABELS.csv --fname configs/paws/own_images.yaml "
+        "--output_dir YOUR_RUN"
+    )
+    return end_of_run(output_dir, weights, _NoKNN(), pictures, commands, learned, problems)
+
+
+class _NoKNN:
+    """Stands for a k-NN evaluation, of which there is none: the soft nearest neighbours take its place."""
+
+    off = None

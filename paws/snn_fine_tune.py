@@ -1,0 +1,234 @@
+"""Fine-tune an encoder for classification by soft nearest neighbours, with the SuNCEt loss on the labelled images.
+
+    python snn_fine_tune.py                                  # embedded digits, weights of the run in runs/digits
+    python snn_fine_tune.py --fname configs/paws/cifar10_snn.yaml --data_path cifar10 --subset_path cifar10_subsets \\
+        --pretrained /path/to/run/paws-latest.pth.tar --output_dir /path/to/fine-tuned
+
+Backbone and heads learn, batch norms keep the statistics of the training. The result is the accuracy after the last
+epoch. Running the same command again resumes.
+"""
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor, nn
+
+if __name__ == "__main__":  # run as a script: make the repository root importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from paws import training_flags
+from paws.augmentations import Recipe, choose_recipe, support_views
+from paws.evaluation import SNNMonitor, open_validation
+from paws.losses import suncet_loss, support_labels
+from paws.optimisation import LARS, lr_schedule, parameter_groups
+from paws.pretrained import RUN_ON_DIGITS, load_encoder
+from paws.support_sampler import SupportSampler
+from paws.training_loop import FineTuning, Loop, StepLoss, new_guard
+from paws.training_setup import MOST_SUPPORTS, open_images, start
+from shared import distributed
+from shared.checkpoint import Checkpointer, is_at_start, load_latest
+from shared.data import BadImages, default_num_workers, make_loader
+from shared.flags import bool_flag
+from shared.metrics import RunLog
+from shared.multicrop import MultiCropDataset, normalize_views
+from shared.precision import Precision
+from shared.weights import weights_checksum
+
+EMBEDDED_DATA_DEFAULTS = {
+    "labels_per_class": 4,
+    "dataset": "digits",
+    "color_jitter_strength": 0.5,
+    "model_name": "wide_resnet10w1",
+    "pretrained": RUN_ON_DIGITS,
+    "output_dir": "runs/digits/snn-fine-tune",
+}
+# A run that is resumed must have these as they were.
+RUN_FLAGS = ("model_name", "lr", "epochs", "supervised_batch_size", "supervised_views", "seed")
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = training_flags.new_parser(__doc__)
+    add = training_flags.add_label_flags(parser)
+    add("--color_jitter_strength", type=float, default=0.5, help="of the views")
+    add("--label_smoothing", type=float, default=0.0, help="of the labels")
+    add = parser.add_argument_group("criterion").add_argument
+    add("--classes_per_batch", type=int, default=None, help="classes of a batch; by default all")
+    add("--supervised_batch_size", type=int, default=None, help="images of a class in a batch; by default as many as "
+        "the class with the fewest labels allows, at most 16")  # fmt: skip
+    add("--supervised_views", type=int, default=2, help="views of every image")
+    add("--temperature", type=float, default=0.1, help="of the softmax over similarities")
+    add = parser.add_argument_group("meta").add_argument
+    add("--model_name", "--model-name", default="wide_resnet28w2", help="as for main.py")
+    add("--pretrained", default=None, help="checkpoint of a training, or the name of a release")
+    add("--output_dim", type=int, default=None, help="ignored: the file says it")
+    add("--use_pred_head", type=bool_flag, default=False, help="compare the outputs of the prediction head")
+    add("--use_fp16", type=bool_flag, default=True, help="false: the same as --amp fp32")
+    add("--amp", default="auto", choices=("auto", "bf16", "fp16", "fp32"), help="auto: bf16 where it is fast")
+    add("--load_checkpoint", type=bool_flag, default=True, help="ignored: a run always goes on from its own checkpoint")
+    add = training_flags.add_optimisation_flags(parser)
+    add("--epochs", type=int, default=30, help="passes over the labelled images")
+    add("--lr", type=float, default=0.1, help="peak learning rate")
+    add("--start_lr", type=float, default=0.1, help="learning rate of the first step")
+    add("--final_lr", type=float, default=0.01, help="learning rate at the end")
+    add("--warmup", type=int, default=0, help="epochs of linear warm-up")
+    add("--weight_decay", type=float, default=0.0, help="of all but biases and batch norms")
+    add("--use_lars", type=bool_flag, default=True, help="adapt the learning rate layer by layer")
+    training_flags.add_run_flags(parser)
+    training_flags.add_output_flags(parser, write_tag="paws-fine-tune-SNN")
+    add = parser.add_argument_group("logging").add_argument
+    add("--pretrain_path", default=None, help="official name of --pretrained, relative to --output_dir")
+    return parser
+
+
+def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
+    """Parse and check the command line; without images the defaults are those of the embedded digits."""
+    parser = parser or get_args_parser()
+    args = training_flags.parse_with_embedded_defaults(parser, arguments, EMBEDDED_DATA_DEFAULTS)
+    if args.pretrained is None and args.pretrain_path is not None:
+        args.pretrained = str(Path(args.output_dir) / args.pretrain_path)
+    if args.pretrained is None:
+        parser.error("--pretrained is missing: a checkpoint of main.py, or the name of a release")
+    return args
+
+
+def snn_fine_tune(args: argparse.Namespace) -> float | None:
+    """Fine-tune and classify; top-1 in percent after the last epoch, None where nothing can be classified."""
+    device, output_dir = start(args)
+    precision = Precision(args.amp if args.use_fp16 else "fp32", device)
+    recipe = choose_recipe(args.dataset, args.normalize, args.image_size)
+    num_workers = default_num_workers() if args.num_workers is None else args.num_workers
+
+    # images and batches
+    images = open_images(args)
+    validation = open_validation(images, args.data_path, args.val_path, args.allow_absolute_paths)
+    evaluation = SNNMonitor(
+        images, validation, recipe, args.temperature, args.eval_knn_freq, args.epochs, device, num_workers
+    )
+    if evaluation.off:
+        distributed.print_once(f"no evaluation: {evaluation.off}")
+    sampler = batches_of_labelled(args, images)
+    encoder = load_encoder(args.model_name, args.pretrained, args.use_pred_head).requires_grad_(True)
+    if not args.use_pred_head:
+        encoder.pred = None
+    checksum = weights_checksum(encoder)
+    encoder.to(device)
+    wrapped = distributed.wrap(encoder, device)
+    dataset = MultiCropDataset(
+        images.source,
+        support_views(recipe, 0, args.color_jitter_strength, args.supervised_views),
+        args.seed,
+        in_chans=args.in_chans,
+        bad_images=BadImages(len(images.source), on_bad_image="error"),  # a replacement could be of another class
+    )
+    loader = make_loader(dataset, batch_sampler=sampler, num_workers=num_workers, device=device)
+
+    # optimiser, schedule, loss
+    optimizer = LARS(
+        parameter_groups(encoder, args.weight_decay),
+        momentum=args.momentum,
+        nesterov=args.nesterov,
+        trust_coefficient=0.001 if args.use_lars else 0.0,
+    )
+    steps = len(sampler)
+    rates = lr_schedule(args.start_lr, args.lr, args.final_lr, args.warmup * steps, args.epochs * steps)
+    labels = support_labels(
+        args.supervised_batch_size,
+        args.classes_per_batch,
+        distributed.get_world_size(),
+        smoothing=args.label_smoothing,
+        views=args.supervised_views,
+    ).to(device)
+    step_loss = partial(contrast, wrapped, labels, temperature=args.temperature, recipe=recipe, precision=precision)
+
+    # resume
+    path = output_dir / f"{args.write_tag}.pth.tar"
+    checkpoint = load_latest(path)
+    log = RunLog(output_dir, len(rates), args.log_freq, args.tensorboard, resumed=bool(checkpoint))
+    batch_size = args.supervised_batch_size * distributed.get_world_size()
+    run = FineTuning(args, encoder, optimizer, precision, log, images.source.checksum(), checksum, batch_size)
+    first_epoch, first_step = (0, 0) if checkpoint is None else run.load(checkpoint, path, RUN_FLAGS)
+    run.guard = guard = new_guard(encoder, output_dir, args.max_skipped_steps, device, checkpoint)
+
+    # epochs
+    top1 = None
+    with Checkpointer(path, run.state, args.saveckp_steps, args.saveckp_minutes, guard.is_good) as checkpointer:
+        loop = Loop(wrapped, optimizer, rates, steps, args.seed, precision, log, guard, checkpointer)
+        if is_at_start(checkpoint) and evaluation.is_due(-1):
+            log.evaluation(0, 0, snn_top1=evaluation.run(encoder, partial(checkpointer.stop_if_asked, 0, 0)))
+        for epoch in range(first_epoch, args.epochs):
+            sampler.set_epoch(epoch, first_step)
+            train_with_fixed_statistics(encoder)
+            loop.epoch(loader, step_loss, epoch, first_step)
+            first_step = 0
+            if evaluation.is_due(epoch):
+                top1 = evaluation.run(encoder, partial(checkpointer.stop_if_asked, epoch, steps))
+                run.best = max(run.best, top1)
+                log.evaluation((epoch + 1) * steps, epoch + 1, snn_top1=top1, best_top1=run.best)
+            log.end_epoch(epoch)
+            checkpointer.after_epoch(epoch)
+    log.close()
+    if top1 is None and evaluation.off is None:  # resumed after the last epoch
+        top1 = evaluation.run(encoder)
+    if top1 is not None:
+        distributed.print_once(f"Top-1 accuracy after the last epoch: {top1:.2f} % (best of all {run.best:.2f} %)")
+    return top1
+
+
+def batches_of_labelled(args: argparse.Namespace, images) -> SupportSampler:
+    """The sampler, with as many steps per epoch as show every image of the smallest class about once."""
+    world_size = distributed.get_world_size()
+    fewest = int(np.bincount(images.labels[images.labelled]).min())
+    if args.classes_per_batch is None:
+        args.classes_per_batch = len(images.classes)
+    if args.supervised_batch_size is None:
+        args.supervised_batch_size = min(MOST_SUPPORTS, max(1, fewest // world_size))
+    rounds = max(1, fewest // args.supervised_batch_size)
+    return SupportSampler(
+        images.labels,
+        args.supervised_batch_size,
+        args.classes_per_batch,
+        steps_per_epoch=rounds * max(1, len(images.classes) // args.classes_per_batch),
+        seed=args.seed,
+        rank=distributed.get_rank(),
+        world_size=world_size,
+        inner_epochs=rounds,
+        class_names=images.classes,
+    )
+
+
+def train_with_fixed_statistics(encoder: nn.Module) -> None:
+    """Training mode, in which batch norms go on with the statistics that they have."""
+    encoder.train()
+    for module in encoder.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+
+def contrast(
+    encoder: nn.Module,
+    labels: Tensor,
+    batch: tuple,
+    epoch: int,
+    *,
+    temperature: float,
+    recipe: Recipe,
+    precision: Precision,
+) -> StepLoss:
+    """SuNCEt on all views of a batch of labelled images."""
+    views, _, indices = batch
+    views = normalize_views(views, precision.device, recipe.mean, recipe.std)
+    with precision.autocast():
+        _, z = encoder(views)
+    return StepLoss(suncet_loss(z, labels, temperature), {}, views, len(indices))
+
+
+def main() -> None:
+    with distributed.clean_exit():
+        snn_fine_tune(parse_args())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""What a mask saves: time per image and peak memory of one MSN training step at mask ratios 0, 0.3, 0.5 and 0.7.
+
+    python tests/benchmarks/bench_msn.py [--threads 2] [--rounds 5] [--out FILE.json]
+    python tests/benchmarks/bench_msn.py --model_name deit_base --batch_size 4          # a larger network
+
+The step is ``train_one_epoch`` of ``msn/main.py`` with one masked random anchor (the paper's table of costs): encoder
+forward and backward on what the mask leaves, target encoder on the whole view, loss, AdamW, EMA. ``anchor`` is the part
+that a mask can save, forward and backward of the encoder alone. Every ratio runs in a process of its own, so that peak
+memory is told apart; ratios take turns.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from torch import nn
+
+from msn.collapse import CollapseMonitor
+from msn.losses import MSNLoss, new_prototypes
+from msn.main import param_groups, train_one_epoch
+from msn.schedules import Schedules, learning_rates, linear, weight_decays
+from msn.vision_transformer import ProjectionHead, VisionTransformer, build, num_kept_patches
+from shared.memory import keep_freed_memory
+from shared.metrics import RunLog
+from shared.not_finite import FiniteGuard
+from shared.optim import build_optimizer
+from shared.precision import Precision
+
+RATIOS = (0.0, 0.3, 0.5, 0.7)
+STEPS = 1_000  # of the schedules
+
+
+class Step:
+    """One training step on random images, again and again."""
+
+    def __init__(self, size: argparse.Namespace, ratio: float):
+        torch.manual_seed(0)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.size, self.ratio, self.step = size, ratio, 0
+        self.encoder, self.target_encoder = (self.make_encoder() for _ in range(2))
+        self.target_encoder.requires_grad_(False)
+        self.prototypes = nn.Parameter(new_prototypes(1024, 256).to(self.device))
+        self.criterion = MSNLoss(1024).to(self.device)
+        self.optimizer = build_optimizer("adamw", param_groups(self.encoder, self.prototypes))
+        length = (1, STEPS)
+        self.schedules = Schedules(
+            learning_rates(2e-4, 1e-3, 1e-6, *length, 0),
+            weight_decays(0.04, 0.4, *length),
+            linear(0.996, 1, *length),
+            linear(0.25, 0.25, *length),
+        )
+        images = torch.randn(2 * size.batch_size, 3, size.rand_size, size.rand_size)
+        self.batch = ([images], torch.zeros(size.batch_size), torch.arange(size.batch_size))
+        self.log = RunLog(tempfile.mkdtemp(), STEPS, log_freq=STEPS)
+        self.guard = FiniteGuard({}, ".", 0, self.device)
+
+    def make_encoder(self) -> VisionTransformer:
+        encoder = build(self.size.model_name, img_size=self.size.rand_size)
+        encoder.fc = ProjectionHead(encoder.embed_dim)
+        return encoder.to(self.device)
+
+    def train(self) -> None:
+        train_one_epoch(
+            self.encoder,
+            self.target_encoder,
+            self.prototypes,
+            self.criterion,
+            [self.batch],
+            self.optimizer,
+            self.schedules,
+            epoch=0,
+            first_step=self.step,
+            steps_per_epoch=STEPS,
+            patch_drop=self.ratio,
+            clip_grad=3.0,
+            seed=0,
+            precision=Precision(self.size.amp, self.device),
+            log=self.log,
+            monitor=CollapseMonitor(1024, STEPS),
+            guard=self.guard,
+            checkpointer=SimpleNamespace(after_step=lambda epoch, step_in_epoch: None),
+        )
+        self.step += 1
+
+    def anchor(self) -> None:
+        images = self.batch[0][0][self.size.batch_size :].to(self.device)
+        with Precision(self.size.amp, self.device).autocast():
+            self.encoder(images, self.ratio).sum().backward()
+        self.encoder.zero_grad(set_to_none=True)
+
+    def seconds(self, function) -> float:
+        start = time.perf_counter()
+        function()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    def peak_mib(self) -> float:
+        """Of the device's memory, or of this process on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**20
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def work(connection, size: argparse.Namespace, ratio: float) -> None:
+    """A process: does a step whenever it is asked to, and says how long it took."""
+    torch.set_num_threads(size.threads)
+    keep_freed_memory()
+    before_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    step = Step(size, ratio)
+    step.train()  # allocates the optimiser's state
+    while connection.recv():
+        times = step.seconds(step.train), step.seconds(step.anchor)
+        connection.send((*times, step.peak_mib(), before_mib))
+
+
+def measure(size: argparse.Namespace) -> list[dict]:
+    context = multiprocessing.get_context("fork")  # this process has done nothing with torch yet
+    workers = []
+    for ratio in RATIOS:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=work, args=(theirs, size, ratio), daemon=True)
+        process.start()
+        workers.append((ratio, ours, process))
+    samples: dict[float, list[tuple]] = {ratio: [] for ratio in RATIOS}
+    for _ in range(size.rounds):
+        for ratio, connection, _ in workers:  # one at a time
+            connection.send(True)
+            samples[ratio].append(connection.recv())
+    for _, connection, process in workers:
+        connection.send(False)
+        process.join()
+
+    whole = samples[0.0]
+    rows = []
+    num_patches = build(size.model_name, img_size=size.rand_size).patch_embed.num_patches
+    for ratio, rounds in samples.items():
+        row = {"mask": ratio, "kept": num_kept_patches(num_patches, ratio) / num_patches, "peak_mib": rounds[-1][2],
+               "imports_mib": rounds[-1][3]}  # fmt: skip
+        for i, name in enumerate(("step", "anchor")):
+            row[f"{name}_ms_per_image"] = 1000 * statistics.median(r[i] for r in rounds) / size.batch_size
+            shares = [r[i] / w[i] for r, w in zip(rounds, whole, strict=True)]  # pairs within a round
+            row[f"{name}_share"] = [statistics.median(shares), min(shares), max(shares)]
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model_name", default="deit_small")
+    parser.add_argument("--rand_size", type=int, default=224)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--amp", default="fp32")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    size = parser.parse_args()
+    rows = measure(size)
+    print(f"{size.model_name}, {size.rand_size} px, batch {size.batch_size}, {size.amp}, one random anchor")
+    print("mask  kept   anchor: ms/image, share   step: ms/image, share   peak MiB (imports)")
+    for row in rows:
+        print(
+            f"{row['mask']:.1f}   {row['kept']:.2f}   {row['anchor_ms_per_image']:10.1f}   "
+            f"{row['anchor_share'][0]:.2f} ({row['anchor_share'][1]:.2f} .. {row['anchor_share'][2]:.2f})   "
+            f"{row['step_ms_per_image']:8.1f}   {row['step_share'][0]:.2f}   "
+            f"{row['peak_mib']:8.0f} ({row['imports_mib']:.0f})"
+        )
+    if size.out:
+        machine = {"torch": torch.__version__, "processor": platform.processor(), "threads": size.threads}
+        size.out.write_text(
+            json.dumps({"size": vars(size) | {"out": None}, "machine": machine, "rows": rows}, indent=1)
+        )
+
+
+if __name__ == "__main__":
+    main()

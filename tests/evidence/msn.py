@@ -1,0 +1,188 @@
+"""The small experiments behind msn/README.md: the paper's claims on the embedded digits, and CIFAR-10 at small scale.
+
+    make evidence METHOD=msn                                          # the claims, about an hour on one core
+    python tests/evidence/msn.py --only cifar10 --cifar10 DIR         # DIR holds train/ and test/ with class folders
+    python tests/evidence/msn.py --epochs 1 --seeds 0                 # does it work?
+
+Every run uses one thread; --parallel of them run at a time. Numbers are those of the last epoch, mean and standard
+deviation over the seeds. Low-shot accuracies are logistic regression on frozen features of 1, 2 and 5 images per class,
+mean over three draws. DINO gets the wall time of MSN: as many epochs as fit into it.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import torch
+
+from dino.pretrained import load_pretrained
+from msn.augmentations import MEAN, STD
+from msn.logistic_eval import LastClassToken, LowShotClassifier, draw_per_class
+from msn.pretrained import load_encoder
+from shared.data import EvalDataset, EvalTransform
+from shared.evaluation.features import extract_features
+from shared.evaluation.knn import knn_classify
+from shared.evaluation.knn_monitor import open_labelled
+from tests.evidence.runs import SEEDS, Variant, run_all, table, write
+
+CPU = torch.device("cpu")
+SHOTS = (1, 2, 5)
+SPLITS = 3
+LAMBD = 0.0025
+DIGITS = (
+    "--model_name deit_micro --rand_size 16 --focal_size 12 --focal_views 1 --rand_scale 0.8 1 --focal_scale 0.4 0.7 "
+    "--color_jitter_strength 0.2 --blur_radius 0.1 0.3 --num_proto 64 --start_sharpen 0.1 --final_sharpen 0.1 "
+    "--hidden_dim 256 --output_dim 64 --batch_size 32 --warmup 1 --start_lr 0.0001 --ema 0.96 1 --num_workers 0 "
+    "--pictures off --checkpoint_freq 0 --log_freq 44"
+)
+CLAIMS = {
+    "MSN, a mask of 0.15": "",
+    "no mask": "--patch_drop 0",
+    "a mask of 0.3": "--patch_drop 0.3",
+    "a mask of 0.5": "--patch_drop 0.5",
+    "a mask of 0.7": "--patch_drop 0.7",
+    "random anchors only": "--focal_views 0 --rand_views 2",
+    "focal anchors only": "--rand_views 0 --focal_views 2 --patch_drop 0",
+    "neither Sinkhorn nor me-max": "--use_sinkhorn false --me_max false",
+    "me-max without Sinkhorn": "--use_sinkhorn false --memax_weight 5",
+    "Sinkhorn without me-max": "--me_max false",
+    "no sharpening": "--start_sharpen 1 --final_sharpen 1",
+    "a prior with a long tail": "--use_sinkhorn false --memax_weight 5 --power_law_exponent 0.25",
+}
+AGAINST_DINO = "--model_name deit_tiny --patch_size 4 --lr 0.0003"
+DINO = (
+    "--arch vit_tiny --patch_size 4 --global_crop_size 16 --local_crop_size 12 --local_crops_number 1 --out_dim 256 "
+    "--global_crops_scale 0.8 1 --local_crops_scale 0.4 0.7 --blur_radius 0.1 0.3 --batch_size_per_gpu 32 "
+    "--lr 0.0005 --warmup_epochs 1 --freeze_last_layer 0 --teacher_temp 0.015 --warmup_teacher_temp 0.015 "
+    "--momentum_teacher 0.96 --momentum_teacher_end 0.99 --center_momentum 0.2 --num_workers 0 --pictures off "
+    "--saveckp_freq 0 --log_freq 44"
+)
+CIFAR10 = (
+    "--model_name deit_tiny --patch_size 8 --rand_size 32 --focal_size 16 --focal_views 4 --rand_scale 0.5 1 "
+    "--focal_scale 0.2 0.5 --blur_radius 0.1 0.5 --num_proto 256 --hidden_dim 512 --output_dim 128 --batch_size 64 "
+    "--start_sharpen 0.1 --final_sharpen 0.1 --epochs 3 --warmup 0.3 --ema 0.96 1 --num_workers 0 --pictures off "
+    "--checkpoint_freq 0 --log_freq 25"
+)
+IMAGES_PER_CLASS = 1600
+
+
+def features_of(backbone: torch.nn.Module, data_path: str | None, val_path: str | None, image_size: int) -> list:
+    """Train source, val features and labels, train features and labels."""
+    train, val = open_labelled(data_path, val_path)
+    transform = EvalTransform(round(image_size * 256 / 224), image_size, MEAN, STD, interpolation="bilinear")
+    found = [extract_features(backbone, EvalDataset(source, transform), CPU) for source in (val, train)]
+    return [train, *found[0], *found[1]]
+
+
+def low_shot(backbone: torch.nn.Module, *data) -> dict[str, float]:
+    """Top-1 by number of labelled images per class, mean over the draws."""
+    train, val_features, val_labels, features, labels = features_of(backbone, *data)
+    accuracies = {}
+    for shots in SHOTS:
+        top1 = []
+        for split in range(SPLITS):
+            rows = torch.from_numpy(draw_per_class(train, shots, 0, split))
+            classifier = LowShotClassifier(features[rows], labels[rows], LAMBD)
+            top1.append(classifier.accuracy(val_features, val_labels))
+        accuracies[f"knn_{shots}"] = sum(top1) / len(top1)  # named so that the table shows per cent
+    return accuracies
+
+
+def msn_backbone(run: Path, model_name: str) -> torch.nn.Module:
+    return LastClassToken(load_encoder(model_name, run, "msn-latest.pth.tar"))
+
+
+class Pixels(torch.nn.Module):
+    """Raw pixels as features."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1)
+
+
+COLUMNS = {"knn_before": "k-NN before", "knn_last": "k-NN after", "knn_1": "1 image", "knn_2": "2 images",
+           "knn_5": "5 images", "information": "information", "me_max": "me-max", "feature_spread": "feature spread",
+           "images_per_s": "images/s"}  # fmt: skip
+
+
+def pixels_line(*data) -> str:
+    _, val_features, val_labels, features, labels = features_of(Pixels(), *data)
+    few = low_shot(Pixels(), *data)
+    knn = knn_classify(features, labels, val_features, val_labels, k=20)[0]
+    return f"\n\nRaw pixels: k-NN {knn:.1f}, low-shot " + ", ".join(f"{few[f'knn_{s}']:.1f}" for s in SHOTS)
+
+
+def claims(out: Path, parallel: int, seeds: tuple[int, ...], epochs: int) -> None:
+    variants = [Variant(name, f"{DIGITS} --epochs {epochs} {flags}") for name, flags in CLAIMS.items()]
+    results = run_all("msn", variants, out, parallel, seeds)
+    for result in results:
+        result |= low_shot(msn_backbone(folder_of(out, result), "deit_micro"), None, None, 16)
+    write(out, "msn_digits", results, table(results, COLUMNS) + pixels_line(None, None, 16))
+
+
+def folder_of(out: Path, result: dict) -> Path:
+    return out / result["variant"].replace(" ", "_") / str(result["seed"])
+
+
+def against_dino(out: Path, parallel: int, seeds: tuple[int, ...], epochs: int) -> None:
+    """ViT-tiny trained by MSN, and by DINO for as long."""
+    ours = Variant(f"MSN, {epochs} epochs", f"{DIGITS} {AGAINST_DINO} --epochs {epochs}")
+    results = run_all("msn", [ours], out, parallel, seeds)
+    for result in results:
+        result |= low_shot(msn_backbone(folder_of(out, result), "deit_tiny"), None, None, 16)
+    probe = run_all("dino", [Variant("DINO, one epoch", f"{DINO} --epochs 1")], out, parallel, seeds[:1])
+    minutes = sum(result["minutes"] for result in results) / len(results)
+    same_time = max(1, round(minutes / max(probe[0]["minutes"], 0.01)))
+    theirs = Variant(f"DINO, {same_time} epochs in the same time", f"{DINO} --epochs {same_time}")
+    for result in run_all("dino", [theirs], out, parallel, seeds):
+        backbone, _ = load_pretrained("vit_tiny", 4, folder_of(out, result) / "checkpoint.pth")
+        results.append(result | low_shot(backbone, None, None, 16))
+    columns = {name: COLUMNS[name] for name in ("knn_before", "knn_last", "knn_1", "knn_2", "knn_5", "feature_spread")}
+    write(out, "msn_against_dino", results, table(results, columns))
+
+
+def few_per_class(folder: Path, few: Path) -> Path:
+    """A folder of links to the first IMAGES_PER_CLASS images of every class."""
+    for images in sorted(folder.iterdir()):
+        (few / images.name).mkdir(parents=True, exist_ok=True)
+        for image in sorted(images.iterdir())[:IMAGES_PER_CLASS]:
+            link = few / images.name / image.name
+            if not link.exists():
+                link.symlink_to(image)
+    return few
+
+
+def cifar10(out: Path, parallel: int, seeds: tuple[int, ...], folder: str) -> None:
+    train = few_per_class(Path(folder) / "train", out / "train")
+    flags = f"{CIFAR10} --data_path {train} --val_path {folder}/test"
+    results = run_all("msn", [Variant("CIFAR-10", flags)], out, parallel, seeds)
+    for result in results:
+        backbone = msn_backbone(folder_of(out, result), "deit_tiny")
+        result |= low_shot(backbone, str(train), f"{folder}/test", 32)
+        result["command"] = result["command"].replace(str(train), "cifar10/train").replace(folder, "cifar10")
+    text = table(results, COLUMNS) + pixels_line(str(train), f"{folder}/test", 32)
+    write(out, "msn_cifar10", results, text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "build/evidence/msn")
+    parser.add_argument("--only", choices=("claims", "dino", "cifar10"), help="one of them")
+    parser.add_argument("--cifar10", default=None, help="folder with train/ and test/; without it only the claims")
+    parser.add_argument("--parallel", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--epochs", type=int, default=8, help="of the runs on the digits")
+    args = parser.parse_args()
+    out = args.out.absolute()
+    if args.only in (None, "claims"):
+        claims(out / "digits", args.parallel, tuple(args.seeds), args.epochs)
+    if args.only in (None, "dino"):
+        against_dino(out / "against_dino", args.parallel, tuple(args.seeds), args.epochs)
+    if args.only in (None, "cifar10") and args.cifar10:
+        cifar10(out, args.parallel, tuple(args.seeds), str(Path(args.cifar10).absolute()))
+
+
+if __name__ == "__main__":
+    main()

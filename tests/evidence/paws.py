@@ -1,0 +1,195 @@
+"""The small experiments behind paws/README.md: the paper's claims on the embedded digits, and CIFAR-10 at small scale.
+
+    make evidence METHOD=paws                                         # the claims, about 40 core-minutes
+    python tests/evidence/paws.py --only cifar10 --cifar10 DIR        # DIR holds train/ and test/ with class folders
+
+Every run uses one thread; --parallel of them run at a time. Numbers are those of the last epoch, mean and standard
+deviation over the seeds, which also draw the labels. "Before" is the soft nearest-neighbour accuracy of random weights.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from paws.augmentations import choose_recipe
+from paws.evaluation import open_validation
+from paws.few_labels import pixel_accuracy
+from paws.labels import open_partly_labelled
+from tests.evidence.runs import SEEDS, Variant, run_all, spread, table, write
+
+QUIET = "--num_workers 0 --pictures off --log_freq 44 --checkpoint_freq 0"
+CLAIMS = [
+    Variant("PAWS, 4 labels of each class", QUIET),
+    Variant("without me-max", f"{QUIET} --me_max false"),
+    Variant("without sharpening", f"{QUIET} --sharpen 1"),
+    Variant("without either", f"{QUIET} --me_max false --sharpen 1"),
+    Variant("without small views", f"{QUIET} --multicrop 0"),
+    Variant("with a prediction head", f"{QUIET} --use_pred_head true"),
+    Variant("1 view of every support", f"{QUIET} --supervised_views 1"),
+    Variant("half of the epochs", f"{QUIET} --epochs 6"),
+]
+NUMBERS_OF_LABELS = (1, 4, 10)
+COLUMNS = {
+    "knn_before": "before",
+    "knn_last": "after",
+    "certainty": "certainty",
+    "mean_entropy": "entropy of the mean",
+    "feature_spread": "feature spread",
+}
+
+IMAGES_PER_CLASS = 1600
+CIFAR10 = (
+    f"{QUIET} --dataset cifar10 --model_name wide_resnet16w2 --output_dim 128 --color_jitter_strength 0.5 "
+    "--multicrop 2 --unsupervised_batch_size 64 --supervised_views 2 --lr 1.6 --start_lr 0.4 --final_lr 0.016 "
+    "--warmup 1"
+)
+CIFAR10_LABELS = {4000: 8, 1000: 8, 250: 8}  # labels in all, and supports of each class
+CIFAR10_EPOCHS = (3, 6)
+SWAV = (
+    "--arch resnet18 --nmb_crops 2 2 --size_crops 32 18 --min_scale_crops 0.5 0.3 --max_scale_crops 1 0.5 "
+    "--blur_radius 0.1 0.5 --hidden_mlp 512 --nmb_prototypes 100 --batch_size 64 --base_lr 1.2 --warmup_epochs 0 "
+    "--freeze_prototypes_niters 100 --workers 0 --pictures off --checkpoint_freq 0 --log_freq 25"
+)
+
+
+def subprocess_accuracy(method: str, command: str, log: Path, key: str) -> float:
+    """Run a script of a method's folder with one thread; the last value of ``key`` in the JSON lines of ``log``."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *command.split()], cwd=ROOT / method, check=True, env=environment)
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    return [line[key] for line in lines if key in line][-1]
+
+
+def supervised(out: Path, flags: str, labels_per_class: int, epochs: int, seed: int, repeat: int) -> float:
+    """The same network trained on the labels alone, with the views of the supports, for as many steps."""
+    folder = out / "supervised" / f"{labels_per_class}-{epochs}" / str(seed)
+    command = (
+        f"fine_tune.py {flags} --pretrained random --views strong --zero_init false --lr 0.03 --epochs {epochs} "
+        f"--labels_per_class {labels_per_class} --data_seed {seed} --seed {seed} --repeat {repeat} --num_workers 0 "
+        f"--batch_size {min(256, 10 * labels_per_class)} --output_dir {folder}"
+    )
+    return subprocess_accuracy("paws", command, folder / "metrics.jsonl", "top1")
+
+
+def pixels(data_path: str | None, val_path: str | None, labels_per_class: int, seed: int, dataset: str) -> float:
+    """Nearest labelled image by its pixels."""
+    images = open_partly_labelled(data_path, labels_per_class=labels_per_class, data_seed=seed)
+    return pixel_accuracy(images, open_validation(images, data_path, val_path), choose_recipe(dataset))
+
+
+def with_data_seeds(variants: list[Variant], out: Path, parallel: int, seeds: tuple[int, ...]) -> list[dict]:
+    """Every variant with every seed, which is also that of the labels."""
+    results = []
+    for seed in seeds:
+        drawn = [Variant(v.name, f"{v.flags} --data_seed {seed}") for v in variants]
+        results += run_all("paws", drawn, out, parallel, (seed,))
+    return results
+
+
+def claims(out: Path, parallel: int, seeds: tuple[int, ...]) -> None:
+    results = with_data_seeds(CLAIMS, out / "digits", parallel, seeds)
+    text = table(results, COLUMNS)
+    numbers = [
+        Variant(f"{n} labels", f"{QUIET} --labels_per_class {n} --supervised_imgs_per_class {min(n, 4)}")
+        for n in NUMBERS_OF_LABELS
+    ]
+    few = with_data_seeds(numbers, out / "labels", parallel, seeds)
+    epochs = 1 + next(r for r in few if r["seed"] == seeds[0])["epoch"]
+    rows = ["| labels of each class | PAWS | same network, labels alone | 1-NN on pixels |", "|---|---|---|---|"]
+    digits = "--model_name wide_resnet10w1 --color_jitter_strength 0.5"
+    for n in NUMBERS_OF_LABELS:
+        mine = [r["knn_last"] for r in few if r["variant"] == f"{n} labels"]
+        with ThreadPoolExecutor(parallel) as pool:
+            alone = list(pool.map(lambda seed, n=n: supervised(out, digits, n, epochs, seed, 22), seeds))
+        near = [pixels(None, None, n, seed, "digits") for seed in seeds]
+        rows.append(f"| {n} | {spread(mine)} | {spread(alone)} | {spread(near)} |")
+        few.append({"variant": f"{n} labels", "supervised": alone, "pixels": near})
+    write(out, "paws_digits", results + few, text + "\n\n" + "\n".join(rows))
+
+
+def few_per_class(folder: Path, few: Path) -> Path:
+    """A folder of links to the first IMAGES_PER_CLASS images of every class."""
+    for images in sorted(folder.iterdir()):
+        (few / images.name).mkdir(parents=True, exist_ok=True)
+        for image in sorted(images.iterdir())[:IMAGES_PER_CLASS]:
+            link = few / images.name / image.name
+            if not link.exists():
+                link.symlink_to(image)
+    return few
+
+
+def swav_with_linear_head(out: Path, train: Path, val: str, epochs: int, seed: int) -> float:
+    """SwAV for as many epochs on the same images, then a linear layer on all of their labels."""
+    run = out / "swav" / str(epochs) / str(seed)
+    data = f"--data_path {train} --val_path {val}"
+    command = f"main_swav.py {SWAV} {data} --epochs {epochs} --seed {seed} --dump_path {run} --eval_knn_freq 0"
+    subprocess_accuracy("swav", command, run / "metrics.jsonl", "loss")
+    linear = (
+        f"eval_linear.py --arch resnet18 --pretrained {run}/checkpoint.pth.tar {data} --image_size 32 --num_labels 10 "
+        f"--epochs 3 --workers 0 --dump_path {run}/linear"
+    )
+    return subprocess_accuracy("swav", linear, run / "linear/log.txt", "test_acc1")
+
+
+def cifar10(out: Path, parallel: int, seeds: tuple[int, ...], folder: str) -> None:
+    train, val = few_per_class(Path(folder) / "train", out / "train"), f"{folder}/test"
+    flags = f"{CIFAR10} --data_path {train} --val_path {val}"
+    steps = 10 * IMAGES_PER_CLASS // 64
+    rows = [
+        "| labels | epochs | PAWS | same network, labels alone | 1-NN on pixels |",
+        "|---|---|---|---|---|",
+    ]
+    results = []
+    for count, supports in CIFAR10_LABELS.items():
+        for epochs in CIFAR10_EPOCHS:
+            name = f"{count} labels, {epochs} epochs"
+            own = f"--labels_per_class {count // 10} --supervised_imgs_per_class {supports} --epochs {epochs}"
+            found = with_data_seeds([Variant(name, f"{flags} {own}")], out, parallel, seeds)
+            batch = min(256, count)
+            repeat = max(1, round(steps * batch / count))
+            network = f"--dataset cifar10 --model_name wide_resnet16w2 --color_jitter_strength 0.5 --data_path {train}"
+            with ThreadPoolExecutor(parallel) as pool:
+                job = (network + f" --val_path {val}", count // 10, epochs)
+                alone = list(pool.map(lambda seed, job=job, repeat=repeat: supervised(out, *job, seed, repeat), seeds))
+            near = [pixels(str(train), val, count // 10, seed, "cifar10") for seed in seeds]
+            for result, accuracy in zip(found, alone, strict=True):
+                result["supervised"] = accuracy
+                result["command"] = result["command"].replace(str(train), "cifar10/train").replace(folder, "cifar10")
+            results += found
+            mine = spread([r["knn_last"] for r in found])
+            rows.append(f"| {count} | {epochs} | {mine} | {spread(alone)} | {spread(near)} |")
+    rows += ["", "| SwAV, linear head on all 16,000 labels | epochs | top-1 |", "|---|---|---|"]
+    for epochs in CIFAR10_EPOCHS:
+        with ThreadPoolExecutor(parallel) as pool:
+            job = (out, train, val, epochs)
+            accuracies = list(pool.map(lambda seed, job=job: swav_with_linear_head(*job, seed), seeds))
+        rows.append(f"| | {epochs} | {spread(accuracies)} |")
+        results.append({"variant": f"SwAV, {epochs} epochs", "linear": accuracies})
+    write(out, "paws_cifar10", results, "\n".join(rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "build/evidence/paws")
+    parser.add_argument("--only", choices=("claims", "cifar10"), help="one of the two")
+    parser.add_argument("--cifar10", default=None, help="folder with train/ and test/; without it only the claims")
+    parser.add_argument("--parallel", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    args = parser.parse_args()
+    out = args.out.absolute()
+    if args.only != "cifar10":
+        claims(out, args.parallel, tuple(args.seeds))
+    if args.only != "claims" and args.cifar10:
+        cifar10(out, args.parallel, tuple(args.seeds), str(Path(args.cifar10).absolute()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""Low-shot evaluation: lists in the official format, draws, the objective, and bad input."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from msn.logistic_eval import (
+    LastClassToken,
+    LowShotClassifier,
+    draw_per_class,
+    labelled_splits,
+    logistic_eval,
+    parse_args,
+    preprocess,
+)
+from msn.pretrained import load_encoder
+from shared.sources import open_source
+from tests.msn.runs import CHECKPOINT
+
+
+def evaluate(run, images, *flags) -> dict[str, float]:
+    network = ["--model-name", "deit_tiny", "--pretrained", str(run), "--fname", CHECKPOINT]
+    data = ["--data_path", str(images), "--val_path", str(images), "--image_size", "32", "--num_workers", "0"]
+    return logistic_eval(parse_args([*network, *data, "--lambd", "0.0025", "--device", "cpu", *map(str, flags)]))
+
+
+def write_list(path, per_class: int, start: int = 0):
+    """File names as in the official lists: the class, an underscore, a number."""
+    names = [f"class{c}_{3 * i + c:02d}.png" for c in range(3) for i in range(start, start + per_class)]
+    path.write_text("\n".join(names) + "\n")
+    return path
+
+
+def test_colours_are_told_apart_with_one_image_per_class_from_official_lists(run, images, tmp_path, capsys):
+    lists = [write_list(tmp_path / f"{i}imgs.txt", 1, i) for i in range(3)]
+    result = evaluate(run, images, "--subset-path", *lists)
+    assert result["acc1"] > 50  # chance is 33
+    printed = capsys.readouterr().out
+    assert all(f"{path}: 3 images, train 100.000 %" in printed for path in lists)
+    assert "over 3 split(s)" in printed
+
+
+def test_draws_masks_and_elastic_net(run, images):
+    result = evaluate(run, images, "--imgs_per_class", 5, "--splits", 2, "--mask", 0.5, "--penalty", "elastic-net")
+    assert result["acc1"] > 50 and result["spread"] >= 0
+    assert result == evaluate(
+        run, images, "--imgs_per_class", 5, "--splits", 2, "--mask", 0.5, "--penalty", "elastic-net"
+    )
+
+
+def test_all_images_are_labelled_without_lists_and_draws(run, images):
+    assert evaluate(run, images)["spread"] == 0
+
+
+def test_features_are_kept_and_used_again(run, images, tmp_path, capsys):
+    checkpoint = tmp_path / CHECKPOINT
+    checkpoint.write_bytes((run / CHECKPOINT).read_bytes())
+    listed = write_list(tmp_path / "list.txt", 2)
+    first = evaluate(tmp_path, images, "--preload", "--subset_path", listed)
+    files = sorted(path.name for path in tmp_path.glob("*-features-*"))
+    assert files[1] == f"val-features-{CHECKPOINT}" and files[0].startswith("train-features-")
+    checkpoint_features = torch.load(tmp_path / files[1], weights_only=True)
+    assert checkpoint_features.keys() == {"embs", "labs"}
+    assert evaluate(tmp_path, images, "--preload", "--subset_path", listed) == first
+    assert "features from" in capsys.readouterr().out
+    torch.save({"embs": torch.zeros(2, 3), "labs": torch.zeros(2)}, tmp_path / files[1])
+    with pytest.raises(ValueError, match="holds the features of other images"):
+        evaluate(tmp_path, images, "--preload", "--subset_path", listed)
+
+
+def test_draws_are_a_function_of_seed_split_and_class(images):
+    source = open_source(str(images), "all")
+    drawn = [draw_per_class(source, 2, seed, split) for seed, split in ((0, 0), (0, 0), (0, 1), (1, 0))]
+    assert np.array_equal(drawn[0], drawn[1])
+    assert not np.array_equal(drawn[0], drawn[2]) and not np.array_equal(drawn[0], drawn[3])
+    assert np.bincount(source.labels[drawn[0]]).tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("n01440764_1.JPEG\n", "1 of its 1 images are not in"),
+        ("", "is empty"),
+        ("class0_00.png\nclass1_01.png\n", "no image of 1 classes, such as class2"),
+    ],
+)
+def test_lists_that_do_not_fit_are_refused(images, tmp_path, text, message):
+    path = tmp_path / "list.txt"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        labelled_splits(open_source(str(images), "all"), [str(path)], None, 1, 0)
+    assert f"--subset_path {path}" in str(error.value)
+
+
+def test_bad_flags_are_refused(run, images, tmp_path):
+    for flags, message in (
+        (("--imgs_per_class", 9), "--imgs_per_class 9: class class0 has only 8 images"),
+        (("--mask", 0.99), "--mask 0.99"),
+        (("--subset_path", tmp_path / "no.txt"), "no.txt cannot be read"),
+        (("--pretrained", tmp_path / "no"), "is not a file"),
+        (("--model-name", "deit_small", "--checkpoint_key", "encoder"), "entries of the network matched"),
+        (("--checkpoint_key", "teacher"), "--checkpoint_key teacher"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate(run, images, *flags)
+    with pytest.raises(SystemExit):
+        parse_args(["--lambd", "0"])
+    with pytest.raises(SystemExit):
+        parse_args(["--root-path", "/datasets"])
+
+
+def test_the_official_command_line_is_understood():
+    args = parse_args(
+        "--lambd 0.0025 --penalty l2 --mask 0.0 --preload --fname vits16_800ep.pth.tar --model-name deit_small "
+        "--pretrained msn_os/ --device cuda:0 --normalize True --root-path /datasets --image-folder imagenet "
+        "--subset-path imagenet_subsets1/5imgs_class.txt".split()
+    )
+    assert (args.data_path, args.device, args.normalize) == ("/datasets/imagenet", "cuda", True)
+
+
+def objective(weights: Tensor, features: Tensor, labels: Tensor, lambd: float, l1: float) -> Tensor:
+    """The published one: mean cross-entropy and regularisers over n."""
+    loss = torch.nn.functional.cross_entropy(features @ weights, labels)
+    return loss + lambd / len(labels) / 2 * weights.square().sum() + l1 / len(labels) * weights.abs().sum()
+
+
+@pytest.mark.parametrize("num_classes", [2, 4])
+@pytest.mark.parametrize("penalty", ["l2", "elastic-net"])
+def test_no_step_away_from_the_solution_lowers_the_objective(num_classes, penalty):
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(40, 6, generator=generator, dtype=torch.double)
+    labels = (features @ torch.randn(6, num_classes, generator=generator, dtype=torch.double)).argmax(dim=1)
+    classifier = LowShotClassifier(features, labels, 0.5, penalty)
+    weights = torch.from_numpy(classifier.weights)
+    if num_classes == 2:  # scikit-learn has the difference of the two classes' weights
+        weights = torch.cat([-weights / 2, weights / 2], dim=1)
+    prepared = torch.from_numpy(preprocess(features.numpy()))
+    l1 = 0.5 if penalty == "elastic-net" else 0.0
+    best = objective(weights, prepared, labels, 0.5, l1)
+    for _ in range(50):
+        step = torch.randn(weights.shape, generator=generator, dtype=torch.double) * 0.02
+        assert objective(weights + step, prepared, labels, 0.5, l1) > best
+    assert classifier.accuracy(features, labels) > 90
+
+
+def test_one_class_is_refused():
+    with pytest.raises(ValueError, match="a single class"):
+        LowShotClassifier(torch.randn(4, 3), torch.zeros(4, dtype=torch.long), 0.1)
+
+
+def test_rows_are_centred_and_of_length_one():
+    prepared = preprocess(np.random.default_rng(0).normal(3, 2, (5, 7)))
+    np.testing.assert_allclose(prepared.sum(axis=1), 0, atol=1e-12)
+    np.testing.assert_allclose((prepared**2).sum(axis=1), 1)
+
+
+def test_features_are_class_tokens_before_the_final_norm(run):
+    encoder = load_encoder("deit_tiny", run, CHECKPOINT)
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(encoder.norm(LastClassToken(encoder)(images)), encoder(images))

@@ -1,0 +1,377 @@
+"""The real script: YAML and flags, training, resuming, several processes, copied folders."""
+
+import json
+import math
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from msn import eval_knn, logistic_eval, visualize_attention
+from msn import main as main_msn
+from msn.main import get_args_parser, parse_args, split_views, start_on_devices, train_msn
+from shared.attempt import NotFinite
+from shared.checkpoint import load_latest
+from tests.msn.runs import CHECKPOINT, TINY, assert_same_state, lines, losses, small_networks, state_of, train
+from tests.processes import run_processes
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "msn/configs/pretrain").glob("*.yaml"))
+# The values of the file that the official code ships, key by key.
+PUBLISHED = {
+    "ent_weight": 0.0, "final_sharpen": 0.25, "me_max": True, "memax_weight": 1.0, "num_proto": 1024,
+    "start_sharpen": 0.25, "temperature": 0.1, "batch_size": 64, "use_ent": True, "use_sinkhorn": True,
+    "color_jitter_strength": 0.5, "pin_mem": True, "num_workers": 10, "label_smoothing": 0.0, "patch_drop": 0.15,
+    "rand_size": 224, "focal_size": 96, "rand_views": 1, "focal_views": 10, "bottleneck": 1, "copy_data": False,
+    "drop_path_rate": 0.0, "hidden_dim": 2048, "load_checkpoint": False, "model_name": "deit_small", "output_dim": 256,
+    "read_checkpoint": None, "use_bn": True, "use_fp16": False, "use_pred_head": False, "clip_grad": 3.0,
+    "epochs": 800, "final_lr": 1e-6, "final_weight_decay": 0.4, "lr": 0.001, "start_lr": 0.0002, "warmup": 15.0,
+    "weight_decay": 0.04,
+}  # fmt: skip
+
+
+def official_file(tmp_path: Path, **sections: dict) -> Path:
+    """The published YAML file, with the keys that a user has to fill in and with changes."""
+    tree = yaml.safe_load((ROOT / "msn/configs/pretrain/msn_vits16.yaml").read_text())
+    tree["data"] |= {"root_path": "/datasets", "image_folder": "imagenet"}
+    tree["logging"] |= {"folder": str(tmp_path / "run"), "write_tag": "experiment"}
+    for section, keys in sections.items():
+        tree.setdefault(section, {}).update(keys)
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def test_the_published_file_means_the_published_values(tmp_path):
+    args = vars(parse_args(["--fname", str(official_file(tmp_path))]))
+    assert {name: args[name] for name in PUBLISHED} == PUBLISHED
+    assert args["data_path"] == "/datasets/imagenet/train"
+    assert (args["output_dir"], args["write_tag"]) == (str(tmp_path / "run"), "experiment")
+    assert args["ema"] == (0.996, 1.0) and args["power_law_exponent"] == 0 and args["amp"] == "fp32"
+
+
+def test_without_a_file_the_defaults_are_the_published_ones_too():
+    args = vars(parse_args(["--data_path", "/imagenet/train"]))
+    optional = {"use_ent": False, "ent_weight": 1.0, "num_workers": None}  # as where the official file has no such key
+    assert {name: args[name] for name in PUBLISHED} == PUBLISHED | optional
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_is_understood(path):
+    args = parse_args(["--fname", str(path), "--data_path", "/imagenet/train"])
+    assert args.epochs >= 200 and args.write_tag == path.stem.replace("_", "-")
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_embedded_defaults(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("optimization:\n  epochs: 3\n  lr: 1e-4\n")
+    args = parse_args(["--fname", str(path), "--epochs", "2"])
+    assert (args.epochs, args.lr, args.model_name, args.output_dir) == (2, 1e-4, "deit_micro", "runs/digits")
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"criterion": {"num_prot": 3}}, "criterion.num_prot: no such key; is num_proto meant?"),
+        ({"criterion": {"num_proto": "many"}}, "criterion.num_proto: expected a whole number, got the text 'many'"),
+        ({"optimization": {"epochs": 2.5}}, "optimization.epochs: expected a whole number"),
+        ({"meta": {"use_bn": 1}}, "meta.use_bn: expected true or false"),
+        ({"meta": {"model_name": "vit"}}, "meta.model_name: 'vit' is none of"),
+        ({"datas": {"patch_drop": 0.1}}, "unknown section 'datas'"),
+        ({"meta": {"use_fp16": True}}, "--use_fp16 True has no effect; use --amp"),
+        ({"meta": {"use_pred_head": True}}, "--use_pred_head True has no effect"),
+        ({"meta": {"copy_data": True}}, "--copy_data True has no effect; use --cache FOLDER"),
+        ({"data": {"patch_drop": 0.999}}, "--patch_drop 0.999 with --rand_size 224: a patch_drop of 0.999 leaves none"),
+        ({"data": {"patch_drop": 1.0}}, "--patch_drop 1.0"),
+        ({"data": {"patch_drop": -0.1}}, "--patch_drop -0.1"),
+        ({"data": {"focal_size": 8}}, "--focal_size 8 is less than the patches of 16 pixels"),
+        ({"criterion": {"start_sharpen": 0.0}}, "--start_sharpen 0.0 is not positive"),
+        ({"criterion": {"num_proto": 1}}, "--num_proto 1 is less than 2"),
+        ({"optimization": {"warmup": 900}}, "--epochs 800 is less than --warmup 900"),
+        ({"logging": {"write_tag": "a/b"}}, "--write_tag a/b"),
+    ],
+)
+def test_bad_configs_are_one_clear_message(tmp_path, capsys, sections, message):
+    with pytest.raises(SystemExit) as stop:
+        parse_args(["--fname", str(official_file(tmp_path, **sections))])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data_path", "/no/such/folder"], "--data_path /no/such/folder"),
+        (["--batch_size", "5000"], "24 images on 1 process"),
+        (["--batch_size", "1"], "--batch_size 1: one image has no statistics"),
+        (["--rand_views", "0", "--focal_views", "0"], "there has to be an anchor"),
+        (["--rand_scale", "0.9", "0.1"], "--rand_scale 0.9 0.1"),
+        (["--power_law_exponent", "0.25"], "--use_sinkhorn true balances the targets evenly"),
+        (["--load_checkpoint", "true"], "--load_checkpoint true: there is no"),
+        (["--read_checkpoint", "no.pth.tar"], "--read_checkpoint no.pth.tar: there is no such file"),
+    ],
+)
+def test_bad_runs_are_one_clear_message(images, tmp_path, flags, message):
+    with pytest.raises(ValueError) as error:
+        train(tmp_path, "--data_path", images, *flags)
+    assert message in str(error.value)
+
+
+def test_training_writes_the_official_checkpoint_layout(run):
+    written = lines(run)
+    assert [line["step"] for line in written] == [1, 2, 3, 4, 5, 6]
+    assert {"msn", "me_max", "ent", "lr", "wd", "target_entropy", "information", "feature_spread"} <= written[0].keys()
+    assert 0 < written[0]["msn"] < 20 and 0 < written[0]["me_max"] < math.log(16)
+    state = state_of(run)
+    official = ["encoder", "opt", "prototypes", "target_encoder", "epoch", "loss", "batch_size", "world_size", "lr",
+                "temperature"]  # fmt: skip
+    assert list(state)[: len(official)] == official
+    assert (state["epoch"], state["batch_size"], state["world_size"]) == (2, 8, 1)
+    assert state["prototypes"].shape == (16, 8)
+    assert "fc.bn1.running_mean" in state["encoder"] and state["encoder"].keys() == state["target_encoder"].keys()
+    groups = state["opt"]["param_groups"]
+    assert [group.get("WD_exclude", False) for group in groups] == [False, True, True]
+    assert [group.get("LARS_exclude", False) for group in groups] == [False, False, True]
+    assert load_latest(run / "msn-ep1.pth.tar")["epoch"] == 1
+    assert json.loads((run / "log.txt").read_text().splitlines()[-1])["train_loss"] == pytest.approx(state["loss"])
+
+
+def test_the_written_parameters_repeat_the_run(run, images, tmp_path):
+    args = parse_args(["--fname", str(run / "params-msn-train.yaml"), "--folder", str(tmp_path)])
+    train_msn(args)
+    assert_same_state(state_of(tmp_path), state_of(run))
+
+
+def test_the_target_encoder_is_the_moving_average_of_the_encoder_and_keeps_its_own_statistics(run):
+    state = state_of(run)
+    assert not torch.equal(state["encoder"]["cls_token"], state["target_encoder"]["cls_token"])
+    for name in ("fc.bn1.running_mean", "fc.bn1.num_batches_tracked"):
+        assert not torch.equal(state["encoder"][name], state["target_encoder"][name])
+    # one batch of targets a step; the anchors of two sizes are two
+    assert state["target_encoder"]["fc.bn1.num_batches_tracked"] == 6
+    assert state["encoder"]["fc.bn1.num_batches_tracked"] == 12
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 4])
+def test_a_run_stopped_anywhere_ends_like_an_uninterrupted_one(run, images, tmp_path, monkeypatch, stop_after):
+    flags = (
+        "--data_path",
+        images,
+        "--epochs",
+        2,
+        "--checkpoint_freq",
+        1,
+        "--saveckp_steps",
+        1,
+        "--drop_path_rate",
+        0.2,
+    )
+    update, calls = main_msn.ema_update_, []
+
+    def stop(*args):
+        calls.append(args)
+        if len(calls) > stop_after:
+            raise Stop
+        update(*args)
+
+    monkeypatch.setattr(main_msn, "ema_update_", stop)
+    with pytest.raises(Stop):
+        train(tmp_path, *flags)
+    monkeypatch.undo()
+    train(tmp_path, *flags, "--num_workers", 1)
+    assert losses(tmp_path) == losses(run)
+    assert_same_state(state_of(tmp_path), state_of(run))
+    assert (tmp_path / "log.txt").read_text() == (run / "log.txt").read_text()
+
+
+def as_the_official_code_saves(state: dict) -> dict:
+    """Its keys, an optimiser that is not fused, names as after several processes."""
+    groups = [
+        {k: v for k, v in group.items() if k not in ("fused", "foreach")} for group in state["opt"]["param_groups"]
+    ]
+    networks = {
+        key: {f"module.{name}": value for name, value in state[key].items()} for key in ("encoder", "target_encoder")
+    }
+    others = {
+        key: state[key] for key in ("prototypes", "epoch", "loss", "batch_size", "world_size", "lr", "temperature")
+    }
+    return {**networks, "opt": {"state": state["opt"]["state"], "param_groups": groups}, **others}
+
+
+def test_a_checkpoint_of_the_official_code_is_gone_on_with(run, images, tmp_path):
+    official = as_the_official_code_saves(load_latest(run / "msn-ep1.pth.tar"))
+    torch.save(official, tmp_path / "official.pth.tar")
+    flags = ("--data_path", images, "--epochs", 2, "--drop_path_rate", 0.2, "--read_checkpoint", "official.pth.tar")
+    train(tmp_path, *flags)
+    assert losses(tmp_path) == losses(run)[3:]
+    assert_same_state(state_of(tmp_path), state_of(run))
+
+    for change, message in (
+        (lambda state: state["encoder"].pop("module.cls_token"), "the checkpoint's encoder does not fit this run"),
+        (lambda state: state.pop("target_encoder"), "it has no target_encoder"),
+        (lambda state: state.update(prototypes=torch.zeros(3, 8)), r"prototypes do not fit this run: \(3, 8\)"),
+    ):
+        broken = as_the_official_code_saves(load_latest(run / "msn-ep1.pth.tar"))
+        change(broken)
+        folder = tmp_path / message[:12].replace(" ", "")
+        folder.mkdir(exist_ok=True)
+        torch.save(broken, folder / CHECKPOINT)
+        with pytest.raises(ValueError, match=message):
+            train(folder, *flags)
+
+
+def test_another_network_than_the_checkpoints_is_refused_and_leaves_it_alone(run, images, tmp_path):
+    shutil.copy(run / CHECKPOINT, tmp_path)
+    before = (tmp_path / CHECKPOINT).read_bytes()
+    with pytest.raises(ValueError, match=r"--num_proto 12 does not fit .*--num_proto 16"):
+        train(tmp_path, "--data_path", images, "--num_proto", 12)
+    assert (tmp_path / CHECKPOINT).read_bytes() == before
+
+
+def test_options_of_the_loss_and_the_views_train(images, tmp_path):
+    options = {
+        "focal anchors only, masked": ("--rand_views", 0),
+        "one size": ("--focal_size", 32, "--use_sinkhorn", "false", "--power_law_exponent", 0.25),
+        "no statistics": ("--use_bn", "false", "--clip_grad", 0, "--label_smoothing", 0.1, "--use_ent", "true"),
+        "nothing masked": ("--patch_drop", 0, "--freeze_proto", "true", "--me_max", "false", "--in_chans", 1),
+    }
+    for name, flags in options.items():
+        written = train(tmp_path / name, "--data_path", images, *flags)
+        assert len(written) == 3 and all(math.isfinite(line["loss"]) for line in written), name
+    state = state_of(tmp_path / "nothing masked")
+    assert state["encoder"]["patch_embed.proj.weight"].shape[1] == 1
+    torch.manual_seed(0)
+    assert state["prototypes"].abs().max() <= 8**-0.5 and state["opt"]["state"].keys().isdisjoint(
+        state["opt"]["param_groups"][2]["params"]
+    )
+
+
+def test_knn_pictures_and_next_commands_survive_an_unreadable_image(images, tmp_path, capsys):
+    folder = shutil.copytree(images, tmp_path / "images")
+    broken = next(folder.rglob("*.png"))
+    broken.write_bytes(broken.read_bytes()[:100])
+    flags = ("--data_path", folder, "--val_path", images, "--eval_knn_freq", 1, "--pictures", "on")
+    written = train(tmp_path / "run", *flags, "--max_bad_fraction", 0.1)
+    assert sum("knn_top1" in line for line in written) == 2
+    assert (tmp_path / "run" / "bad_images.txt").read_text().startswith(str(broken))
+    drawn = {path.name for path in (tmp_path / "run" / "pictures").iterdir()}
+    assert drawn == {"views.png", "neighbours.png", "curves.png", "attention"}
+    printed = capsys.readouterr().out
+    commands = [line.split("python ")[1] for line in printed.splitlines() if "python " in line]
+    scripts = {
+        "logistic_eval.py": logistic_eval,
+        "eval_knn.py": eval_knn,
+        "visualize_attention.py": visualize_attention,
+    }
+    for line in commands[:-1]:
+        script, *arguments = shlex.split(line)
+        assert scripts.pop(script).parse_args(arguments).fname == CHECKPOINT
+    assert not scripts and commands[-1].startswith("main.py --data_path")
+
+
+def test_steps_without_finite_gradients_end_the_run_and_name_the_first_tensor(images, tmp_path, monkeypatch):
+    real = main_msn.normalize_views
+    monkeypatch.setattr(main_msn, "normalize_views", lambda *args: [view * math.nan for view in real(*args)])
+    with pytest.raises(NotFinite, match=r"2 steps in a row, up to step 2, .* the first such tensor is views\[0\]"):
+        train(tmp_path, "--data_path", images, "--max_skipped_steps", 2)
+    assert (tmp_path / "nonfinite.pth").is_file() and not (tmp_path / CHECKPOINT).exists()
+
+
+def test_views_are_split_into_the_target_and_anchors_per_size():
+    views = [torch.arange(6)[:, None], torch.arange(8)[:, None]]
+    target, anchors = split_views(views, 2)
+    assert target.flatten().tolist() == [0, 1]
+    assert [batch.flatten().tolist() for batch in anchors] == [[2, 3, 4, 5], list(range(8))]
+    assert len(split_views([torch.zeros(2, 1), torch.zeros(8, 1)], 2)[1]) == 1  # no random anchors
+
+
+def train_of_rank(rank: int, folder: str, images: str) -> dict:
+    flags = [*TINY, "--data_path", images, "--folder", folder, "--patch_drop", "0", "--batch_size", "4"]
+    torch.distributed.destroy_process_group()  # the script joins the processes itself
+    os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
+    with small_networks():
+        train_msn(parse_args(flags))
+    return {}
+
+
+def test_two_processes_give_the_losses_of_one_with_twice_the_batch(images, tmp_path):
+    one = train(tmp_path / "one", "--data_path", images, "--patch_drop", 0)
+    run_processes(train_of_rank, 2, str(tmp_path / "two"), str(images))
+    np.testing.assert_allclose(losses(tmp_path / "two"), [line["loss"] for line in one], rtol=2e-4)
+    state = state_of(tmp_path / "two")
+    assert all(name.startswith("module.") for name in state["encoder"])
+    assert (state["batch_size"], state["world_size"]) == (4, 2)
+    torch.testing.assert_close(state["prototypes"], state_of(tmp_path / "one")["prototypes"], rtol=1e-3, atol=1e-4)
+
+
+def test_devices_start_a_process_each(monkeypatch):
+    started = []
+    monkeypatch.setattr(os, "execv", lambda program, command: started.append(command))
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    start_on_devices(["cuda:1", "cuda:3"], ["--fname", "c.yaml"])
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "1,3"
+    assert "--nproc_per_node=2" in started[0] and started[0][-4:] == ["--fname", "c.yaml", "--device", "cuda"]
+    start_on_devices(["cuda:2"], [])
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "2" and len(started) == 1
+    with pytest.raises(ValueError, match="--devices cpu cuda:0"):
+        start_on_devices(["cpu", "cuda:0"], [])
+    monkeypatch.setenv("RANK", "0")
+    start_on_devices(["cuda:1", "cuda:3"], [])
+    assert len(started) == 1
+
+
+def test_the_folder_works_where_it_is_copied_to_and_its_network_file_alone(images, tmp_path):
+    """The method's folder with ``shared/`` beside it, below a folder of another name, is all it takes."""
+    project = tmp_path / "some" / "project"
+    for folder in ("msn", "shared"):
+        shutil.copytree(ROOT / folder, project / folder, ignore=shutil.ignore_patterns("__pycache__", "runs"))
+    shutil.copy(ROOT / "msn" / "vision_transformer.py", tmp_path)
+    code = (
+        "import sys, torch\n"
+        f"sys.path.insert(0, {str(tmp_path)!r})\n"
+        "before = set(sys.modules)\n"
+        "import vision_transformer\n"
+        "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
+        "assert new <= set(sys.stdlib_module_names) | {'torch', 'vision_transformer'}, new\n"
+        "del sys.modules['vision_transformer']\n"
+        "import runpy\n"
+        "sys.argv = ['main.py', *sys.argv[1:]]\n"
+        f"runpy.run_path({str(project / 'msn' / 'main.py')!r}, run_name='__main__')\n"
+    )
+    flags = [
+        *TINY,
+        "--data_path",
+        str(images),
+        "--folder",
+        str(tmp_path / "run"),
+        "--rand_size",
+        "16",
+        "--patch_size",
+        "8",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *flags],
+        cwd=project / "msn",
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(losses(tmp_path / "run")) == 3
+
+
+def test_help_names_every_key():
+    text = get_args_parser().format_help()
+    assert all(f"--{name}" in text for name in PUBLISHED)

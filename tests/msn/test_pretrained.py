@@ -1,0 +1,146 @@
+"""Official checkpoint layouts, strictly; hub entries and the released files; jobs."""
+
+import functools
+import http.server
+import threading
+
+import pytest
+import torch
+
+import hubconf
+from msn import linear_eval, main_distributed, pretrained
+from msn import main as main_msn
+from msn.pretrained import RELEASES, load_encoder
+from msn.vision_transformer import ProjectionHead, build
+from shared.weights import DownloadError, WeightMismatch
+from tests.msn.runs import CHECKPOINT, TINY, losses, state_of
+
+ENTRIES = [name for name in dir(hubconf) if name.startswith("msn_")]
+
+
+def official_file(path, model_name: str = "deit_tiny", **sizes):
+    """A training checkpoint as released: both encoders with their heads, names of several processes."""
+    torch.manual_seed(0)
+    encoder = build(model_name, **sizes)
+    encoder.fc = ProjectionHead(encoder.embed_dim, 16, 8)
+    state = {f"module.{name}": value for name, value in encoder.state_dict().items()}
+    other = {name: value + 1 for name, value in state.items()}
+    torch.save(
+        {"encoder": other, "target_encoder": state, "prototypes": torch.zeros(4, 8), "opt": {}, "epoch": 3}, path
+    )
+    return encoder
+
+
+def test_released_files_fill_the_encoder_and_sizes_come_from_the_file(tmp_path):
+    source = official_file(tmp_path / "a.pth.tar", patch_size=4, img_size=24, in_chans=1)
+    encoder = load_encoder("deit_tiny", tmp_path, "a.pth.tar")
+    images = torch.randn(2, 1, 24, 24)
+    torch.testing.assert_close(encoder(images), source.eval().class_token(images))
+    assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
+    other = load_encoder("deit_tiny", tmp_path / "a.pth.tar", checkpoint_key="encoder")
+    torch.testing.assert_close(other.norm.bias, source.norm.bias + 1)
+
+
+def test_a_plain_state_dict_fills_it_too(tmp_path, run):
+    encoder = load_encoder("deit_tiny", run, CHECKPOINT)
+    torch.save(encoder.state_dict(), tmp_path / "plain.pth")
+    torch.testing.assert_close(load_encoder("deit_tiny", tmp_path / "plain.pth").state_dict(), encoder.state_dict())
+
+
+def test_what_does_not_fit_is_refused_by_name(tmp_path):
+    official_file(tmp_path / "a.pth.tar", patch_size=8, img_size=16)
+    checkpoint = torch.load(tmp_path / "a.pth.tar", weights_only=True)
+    del checkpoint["target_encoder"]["module.norm.bias"]
+    torch.save(checkpoint, tmp_path / "part.pth.tar")
+    with pytest.raises(WeightMismatch, match=r"missing in the file: norm\.bias"):
+        load_encoder("deit_tiny", tmp_path, "part.pth.tar")
+    load_encoder("deit_tiny", tmp_path, "part.pth.tar", allow_partial=True)
+    with pytest.raises(WeightMismatch, match="entries of the network matched"):
+        load_encoder("deit_small", tmp_path, "a.pth.tar")
+    with pytest.raises(WeightMismatch, match="--checkpoint_key teacher"):
+        load_encoder("deit_tiny", tmp_path, "a.pth.tar", "teacher")
+    with pytest.raises(ValueError, match="no weights are released for --model_name deit_tiny"):
+        load_encoder("deit_tiny")
+    with pytest.raises(ValueError, match=r"nowhere\.pth is not a file"):
+        load_encoder("deit_tiny", "nowhere.pth")
+
+
+def test_random_weights_are_asked_for_by_name():
+    assert load_encoder("deit_tiny", "random")(torch.zeros(2, 3, 16, 16)).shape == (2, 32)
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """Serves ``files``; downloads go to an empty hub folder."""
+    folder = tmp_path / "files"
+    folder.mkdir()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "log_message", lambda *_: None)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("MSN_WEIGHTS_URL", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+        yield folder
+        server.shutdown()
+
+
+def test_every_release_has_an_entry_and_the_published_name(server):
+    assert set(ENTRIES) == set(RELEASES)
+    assert {release.file for release in RELEASES.values()} == {
+        "vits16_800ep.pth.tar", "vitb16_600ep.pth.tar", "vitl16_600ep.pth.tar", "vitb4_300ep.pth.tar",
+        "vitl7_200ep.pth.tar",
+    }  # fmt: skip
+    for name in ENTRIES:
+        with torch.device("meta"):
+            assert sum(p.numel() for p in getattr(hubconf, name)(pretrained=False).parameters()) > 20e6
+        with pytest.raises(DownloadError, match=RELEASES[name].file):
+            getattr(hubconf, name)()
+
+
+def test_an_entry_is_filled_from_the_released_file_once(server):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(pretrained.RELEASES, "msn_vits16", pretrained.Release("deit_tiny", "vits16_800ep.pth.tar"))
+        source = official_file(server / "vits16_800ep.pth.tar", patch_size=8, img_size=16)
+        encoder = hubconf.msn_vits16(img_size=16)
+        torch.testing.assert_close(encoder.pos_embed, source.pos_embed)
+        (server / "vits16_800ep.pth.tar").unlink()
+        torch.testing.assert_close(load_encoder("deit_tiny").cls_token.data, source.cls_token.data)
+
+
+# --- Jobs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def submitted(monkeypatch):
+    """The arguments that would have been submitted."""
+    calls = []
+    monkeypatch.setattr(main_distributed.slurm, "submit", lambda train, args: calls.append((train, args)))
+    return calls
+
+
+def test_the_official_launch_is_understood(submitted):
+    main_distributed.submit(
+        "--fname msn/configs/pretrain/msn_vits16.yaml --folder /logs --partition gpu --nodes 2 --tasks-per-node 8 "
+        "--time 4300 --data_path /imagenet/train --output_dir /runs/%j".split()
+    )
+    train, args = submitted[0]
+    assert train is main_msn.train_msn
+    assert (args.job_dir, args.partition, args.nodes, args.ngpus, args.timeout) == ("/logs", "gpu", 2, 8, 4300)
+    assert (args.output_dir, args.num_proto, args.job_name) == ("/runs/%j", 1024, "msn")
+    assert not hasattr(args, "linear_eval")
+
+
+def test_linear_evaluation_is_a_job_too(submitted):
+    main_distributed.submit(
+        "--linear-eval --fname msn/configs/eval/lineval_msn_vits16.yaml --tasks-per-node=8 --data_path /images".split()
+    )
+    train, args = submitted[0]
+    assert train is linear_eval.linear_eval
+    assert (args.ngpus, args.lr, args.job_name) == (8, 6.4, "msn-linear")
+
+
+def test_debug_trains_in_this_process(images, tmp_path):
+    flags = [*TINY, "--data_path", str(images), "--ngpus", "0", "--output_dir", str(tmp_path / "%j")]
+    main_distributed.submit([*flags, "--cluster", "debug"])
+    assert len(losses(tmp_path / "debug")) == 3
+    assert state_of(tmp_path / "debug")["epoch"] == 1

@@ -1,0 +1,99 @@
+"""Views, schedules, the collapse monitor and the pictures."""
+
+import numpy as np
+import pytest
+import torch
+
+from msn.augmentations import msn_views
+from msn.collapse import CollapseMonitor
+from msn.pictures import GREY, mask_patches, save_curves, save_views
+from msn.schedules import learning_rates, linear, weight_decays
+
+HEALTHY = {"step": 100, "target_entropy": 0.8, "information": 1.5, "feature_spread": 0.8, "msn": 1.5}
+
+
+def test_the_published_recipe():
+    recipes = msn_views()
+    assert [recipe.size_px for recipe in recipes] == [224, 224] + [96] * 10
+    assert [recipe.scale for recipe in recipes[::11]] == [(0.3, 1.0), (0.05, 0.3)]
+    for recipe in recipes:
+        assert recipe.interpolation == "bilinear" and recipe.solarize_p == 0
+        assert (recipe.flip_p, recipe.jitter_p, recipe.grey_p, recipe.blur_p) == (0.5, 0.8, 0.2, 0.5)
+        np.testing.assert_allclose(recipe.jitter, (0.4, 0.4, 0.4, 0.1))
+        assert recipe.blur_radius == (0.1, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rand_views": 0, "focal_views": 0}, "there has to be an anchor"),
+        ({"focal_views": -1}, "--focal_views -1"),
+        ({"focal_scale": (0.5, 0.1)}, "--focal_scale 0.5 0.1"),
+        ({"color_jitter_strength": 3}, "--color_jitter_strength 3"),
+    ],
+)
+def test_recipes_that_cannot_be_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        msn_views(**arguments)
+
+
+def test_schedules_end_after_four_fifths_of_their_way():
+    """By the scheduler's recurrence, one step at a time."""
+    start, peak, final, epochs, steps, warmup = 0.1, 1.0, 0.01, 8, 5, 2
+    total, lr = int(1.25 * epochs * steps), []
+    for s in range(1, epochs * steps + 1):
+        if s < warmup * steps:
+            lr.append(start + (peak - start) * s / (warmup * steps))
+        else:
+            progress = (s - warmup * steps) / (total - warmup * steps)
+            lr.append(max(final, final + (peak - final) * 0.5 * (1 + np.cos(np.pi * progress))))
+    np.testing.assert_allclose(learning_rates(start, peak, final, epochs, steps, warmup), lr)
+    assert lr[-1] > 5 * final
+    momentum = linear(0.996, 1.0, epochs, steps)
+    assert momentum[0] == 0.996 and momentum[-1] == pytest.approx(0.996 + 0.004 * 39 / 50)
+    decay = weight_decays(0.04, 0.4, epochs, steps)
+    assert (np.diff(decay) > 0).all() and decay[0] > 0.04 and decay[-1] < 0.4
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        ({}, None),
+        ({"information": 0.01}, "one assignment"),
+        ({"target_entropy": 2.6, "information": 0.05}, "uniform"),
+        ({"feature_spread": 0.01}, "features"),
+        ({"msn": 2.77}, "flat"),
+    ],
+)
+def test_each_collapse_is_named_once_with_a_flag_to_try(change, kind):
+    monitor = CollapseMonitor(16, patience_steps=50)
+    assert monitor.check(HEALTHY | change | {"step": 49}) is None
+    sentence = monitor.check(HEALTHY | change)
+    assert list(monitor.said) == ([kind] if kind else [])
+    assert sentence is None if kind is None else "--" in sentence
+    assert monitor.check(HEALTHY | change) is None
+
+
+def test_a_start_may_look_flat():
+    monitor = CollapseMonitor(16, patience_steps=50, warmup_steps=80)
+    assert monitor.check(HEALTHY | {"msn": 2.77}) is None
+    assert monitor.check(HEALTHY | {"msn": 2.77, "step": 130}) is not None
+
+
+def test_masked_patches_are_grey():
+    pixels = np.random.default_rng(0).integers(0, 100, (8, 8, 3), dtype=np.uint8)
+    masked = mask_patches(pixels, [1, 2], 4)
+    np.testing.assert_array_equal(masked[:4, 4:], pixels[:4, 4:])
+    np.testing.assert_array_equal(masked[4:, :4], pixels[4:, :4])
+    assert (masked[:4, :4] == GREY).all() and (masked[4:, 4:] == GREY).all()
+
+
+def test_pictures_of_views_and_curves(run, tmp_path):
+    views = [torch.zeros(3, 16, 16, dtype=torch.uint8)] * 2 + [torch.zeros(3, 8, 8, dtype=torch.uint8)] * 11
+    for rand_views, given in ((1, views), (0, views[:1] + views[2:])):
+        path = save_views(given, rand_views, torch.tensor([0]), 4, tmp_path / f"views{rand_views}.png")
+        assert path.stat().st_size > 1000
+    assert save_curves(run / "metrics.jsonl", tmp_path / "curves.png").stat().st_size > 1000
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(ValueError, match="no training steps"):
+        save_curves(tmp_path / "empty.jsonl", tmp_path / "curves.png")

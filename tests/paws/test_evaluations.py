@@ -1,0 +1,233 @@
+"""The programs that follow a training: classification, both kinds of fine-tuning, pseudo-labels, the demonstration."""
+
+import csv
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from paws import evaluation, few_labels, fine_tune, pseudo_labels, snn_eval, snn_fine_tune
+from paws.labels import open_partly_labelled
+from tests.paws.small_runs import comparable, lines, state_of, train, write_noise, write_own_pictures
+from tests.reliability.runs import assert_same
+
+SAME = ("--dataset", "digits", "--image_size", "12", "--model_name", "wide_resnet10w1", "--num_workers", "0")
+RUN = ("--device", "cpu", "--log_freq", "1")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images") / "noise"
+    write_noise(folder / "train")
+    write_noise(folder / "val", 9)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(images, tmp_path_factory):
+    """Folder of a training on ``images``, and its last accuracy."""
+    folder = tmp_path_factory.mktemp("run") / "paws"
+    written = train(folder, "--data_path", images, "--labels_per_class", 2, "--eval_knn_freq", 1)
+    return folder, [line["snn_top1"] for line in written if "snn_top1" in line][-1]
+
+
+def arguments(images, run, *flags) -> list[str]:
+    weights = run[0] / "paws-latest.pth.tar"
+    given = ("--data_path", images, "--labels_per_class", 2, "--pretrained", weights, *SAME, *flags)
+    return [str(word) for word in given]
+
+
+# --- Soft nearest neighbours ------------------------------------------------------------------------------------------
+
+
+def test_classes_are_those_of_the_supports_that_are_alike():
+    supports = torch.eye(4)
+    probabilities = evaluation.classify(supports.flip(0), supports, torch.tensor([0, 1, 1, 2]), 3)
+    assert probabilities.argmax(dim=1).tolist() == [2, 1, 1, 0]
+    torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(4))
+    assert evaluation.top_k(probabilities, torch.tensor([2, 1, 1, 1])) == (75.0, 100.0)
+
+
+def test_the_evaluation_gives_what_the_training_has_logged(images, run):
+    top1, top5 = snn_eval.snn_eval(snn_eval.parse_args(arguments(images, run, "--device", "cpu")))
+    assert top1 == pytest.approx(run[1]) and top5 == 100
+
+
+def test_the_official_command_line_is_understood():
+    args = snn_eval.parse_args(
+        "--model-name wide_resnet28w2 --pretrained x.pth.tar --normalize True --use-pred --root-path /data "
+        "--image-folder imagenet --dataset-name imagenet_fine_tune --subset-path imagenet_subsets --device cuda:0 "
+        "--unlabeled-frac 0.99 --split-seed 152.0".split()
+    )
+    assert (args.data_path, args.dataset, args.data_seed, args.use_pred) == (
+        "/data/imagenet", "imagenet_fine_tune", 152, True,
+    )  # fmt: skip
+    assert (args.unlabeled_frac, args.subset_path, args.device) == (0.99, "imagenet_subsets", "cuda")
+
+
+def test_validation_images_are_those_that_belong_to_the_labels(images):
+    labelled = open_partly_labelled(str(images / "train"), labels_per_class=2)
+    beside = evaluation.open_validation(labelled, str(images / "train"), None)
+    assert len(beside.rows) == 9 and beside.source.name.endswith("val")
+    shut = open_partly_labelled(str(images / "val"), labels_per_class=2)  # no val part: those without a label
+    rest = evaluation.open_validation(shut, str(images / "val"), None)
+    assert sorted(rest.rows) == sorted(shut.unlabelled) and "without a label in training" in rest.describe()
+
+
+def test_validation_images_of_other_classes_are_refused(images, tmp_path):
+    labelled = open_partly_labelled(str(images / "train"), labels_per_class=2)
+    write_noise(tmp_path / "other", 9)
+    (tmp_path / "other/class0").rename(tmp_path / "other/zebra")
+    with pytest.raises(ValueError, match=r"has other classes .*class0, zebra"):
+        evaluation.open_validation(labelled, None, str(tmp_path / "other"))
+
+
+# --- Fine-tuning ------------------------------------------------------------------------------------------------------
+
+FINE_TUNE = (*RUN, "--epochs", "2", "--batch_size", "3", "--lr", "0.1")
+
+
+def test_fine_tuning_starts_from_the_projection_head_and_resumes(images, run, tmp_path, capsys, monkeypatch):
+    flags = arguments(images, run, *FINE_TUNE, "--saveckp_steps", "1")
+    whole = fine_tune.fine_tune(fine_tune.parse_args([*flags, "--output_dir", str(tmp_path / "whole")]))
+    printed = capsys.readouterr().out
+    assert "7 of 9 entries of the classifier come from the projection head" in printed
+    assert f"Top-1 accuracy after the last epoch: {whole['acc1']:.2f} %" in printed
+
+    calls, loss = [], fine_tune.cross_entropy
+
+    def stopping(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return loss(*args, **kwargs)
+
+    monkeypatch.setattr(fine_tune, "cross_entropy", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        fine_tune.fine_tune(fine_tune.parse_args([*flags, "--output_dir", str(tmp_path / "parts")]))
+    monkeypatch.undo()
+    parts = fine_tune.fine_tune(fine_tune.parse_args([*flags, "--output_dir", str(tmp_path / "parts")]))
+    assert parts == whole
+    name = "paws-fine-tune.pth.tar"
+    assert_same(*(comparable(state_of(tmp_path / f, name)) for f in ("parts", "whole")), "checkpoint")
+
+    evaluated = [*flags, "--output_dir", str(tmp_path / "eval"), "--training", "false"]
+    evaluated[evaluated.index("--pretrained") + 1] = str(tmp_path / "whole" / name)
+    assert fine_tune.fine_tune(fine_tune.parse_args(evaluated)) == whole
+
+
+def test_a_classifier_that_starts_at_zero_knows_nothing_yet(images, run):
+    args = fine_tune.parse_args(arguments(images, run, *FINE_TUNE))
+    encoder = fine_tune.build_classifier(args, 3, fine_tune.choose_recipe("digits", image_size=12))
+    logits, _ = encoder.eval()(torch.randn(2, 3, 12, 12))
+    assert logits.shape == (2, 3) and not logits.any()
+
+
+def test_labelled_images_come_again_with_other_views():
+    sampler = fine_tune.LabelledSampler(np.array([5, 7]), 3, 2, 0)
+    sampler.set_epoch(4)
+    keys = [key for batch in sampler for key in batch]
+    assert sorted(keys) == [(number, index) for number in (12, 13, 14) for index in (5, 7)]
+
+
+def test_fine_tuning_for_nearest_neighbours_keeps_the_statistics_and_resumes(images, run, tmp_path, monkeypatch):
+    flags = [*arguments(images, run, *RUN), "--epochs", "3", "--saveckp_steps", "1", "--color_jitter_strength", "0.5"]
+    whole = snn_fine_tune.snn_fine_tune(snn_fine_tune.parse_args([*flags, "--output_dir", str(tmp_path / "whole")]))
+    name = "paws-fine-tune-SNN.pth.tar"
+    before, after = state_of(run[0])["encoder"], state_of(tmp_path / "whole", name)["encoder"]
+    for key in after:
+        statistic = key.endswith(("running_mean", "running_var", "num_batches_tracked"))
+        assert torch.equal(before[key], after[key]) == statistic or not before[key].any(), key
+    assert [line["step"] for line in lines(tmp_path / "whole") if "snn_top1" in line] == [0, 3]
+
+    calls, loss = [], snn_fine_tune.contrast
+
+    def stopping(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return loss(*args, **kwargs)
+
+    monkeypatch.setattr(snn_fine_tune, "contrast", stopping)
+    parts = snn_fine_tune.parse_args([*flags, "--output_dir", str(tmp_path / "parts")])
+    with pytest.raises(KeyboardInterrupt):
+        snn_fine_tune.snn_fine_tune(parts)
+    monkeypatch.undo()
+    parts = snn_fine_tune.parse_args([*flags, "--output_dir", str(tmp_path / "parts")])
+    assert snn_fine_tune.snn_fine_tune(parts) == whole
+    assert_same(*(comparable(state_of(tmp_path / f, name)) for f in ("parts", "whole")), "checkpoint")
+
+
+def test_a_run_that_started_from_other_weights_is_refused(images, run, tmp_path):
+    flags = [*arguments(images, run, *FINE_TUNE), "--output_dir", str(tmp_path / "run")]
+    fine_tune.fine_tune(fine_tune.parse_args(flags))
+    flags[flags.index("--pretrained") + 1] = "random"
+    with pytest.raises(ValueError, match="started from other weights than those of --pretrained"):
+        fine_tune.fine_tune(fine_tune.parse_args(flags))
+
+
+# --- Pseudo-labels ----------------------------------------------------------------------------------------------------
+
+
+def test_pseudo_labels_of_a_checkpoint_are_those_of_the_end_of_the_training(images, run, tmp_path):
+    flags = [*arguments(images, run, "--device", "cpu"), "--output_dir", str(tmp_path)]
+    written = pseudo_labels.label_images(pseudo_labels.parse_args(flags))
+    assert (tmp_path / "pseudo_labels.csv").read_text() == (run[0] / "pseudo_labels.csv").read_text()
+    assert written.pictures[0].stat().st_size > 1000 and "% of them are right" in written.lines[1]
+
+
+def test_pictures_of_folders_are_labelled_and_none_is_an_error(run, tmp_path):
+    pictures, labels = write_own_pictures(tmp_path, labelled=4, unlabelled=2)
+    flags = ["--data_path", str(pictures), "--labels", str(labels), *SAME, "--device", "cpu", "--pictures", "off",
+             "--pretrained", str(run[0] / "paws-latest.pth.tar"), "--output_dir", str(tmp_path / "out")]  # fmt: skip
+    pseudo_labels.label_images(pseudo_labels.parse_args(flags))
+    with open(tmp_path / "out/pseudo_labels.csv", newline="") as file:
+        assert [row["label"] in ("dark", "bright") for row in csv.DictReader(file)] == [True, True]
+    for i in (4, 5):
+        (pictures / f"{i}.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"none of the 2 unlabelled images of .* can be read"):
+        pseudo_labels.label_images(pseudo_labels.parse_args(flags))
+
+
+@pytest.mark.parametrize("script", [snn_eval, fine_tune, snn_fine_tune, pseudo_labels])
+def test_images_of_ones_own_need_weights_that_are_named(script, images, capsys):
+    with pytest.raises(SystemExit):
+        script.parse_args(["--data_path", str(images)])
+    assert "--pretrained is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", [snn_eval, fine_tune, snn_fine_tune, pseudo_labels])
+def test_without_images_it_is_the_run_on_the_digits_that_is_taken(script, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["script", "--device", "cpu"])
+    with pytest.raises(SystemExit) as end:
+        script.main()
+    assert end.value.code == 2 and "is not there: run python main.py first" in capsys.readouterr().err
+
+
+# --- The demonstration ------------------------------------------------------------------------------------------------
+
+
+def test_the_demonstration_compares_three_ways(images, tmp_path, capsys):
+    flags = ["--data_path", str(images), *SAME, "--small_image_size", "8", "--output_dim", "16", "--multicrop", "1",
+             "--unsupervised_batch_size", "8", "--epochs", "1", "--warmup", "0", "--lr", "0.5", "--device", "cpu",
+             "--labels_per_class", "1", "3", "--output_dir", str(tmp_path), "--pictures", "off"]  # fmt: skip
+    rows = few_labels.compare(few_labels.parse_args(flags))
+    assert rows == json.loads((tmp_path / "few_labels.json").read_text())
+    assert [row["labels_per_class"] for row in rows] == [1, 3]
+    assert all(0 <= row[name] <= 100 for row in rows for name in few_labels.METHODS)
+    assert "1-NN on pixels" in capsys.readouterr().out and (tmp_path / "few_labels.png").stat().st_size > 1000
+    steps = [line["step"] for line in lines(tmp_path / "1-labels/supervised") if "loss" in line][-1]
+    assert steps == 3  # as many as PAWS has made
+    shutil.rmtree(tmp_path / "3-labels")
+    assert few_labels.compare(few_labels.parse_args(flags)) == rows
+
+
+def test_pixels_of_the_labelled_images_find_themselves(images):
+    labelled = open_partly_labelled(str(images / "train"), labels_per_class=2)
+    recipe = few_labels.choose_recipe("digits", image_size=12)
+    itself = evaluation.Validation(labelled.source, labelled.labelled)
+    assert few_labels.pixel_accuracy(labelled, itself, recipe) == 100

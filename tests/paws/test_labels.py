@@ -1,0 +1,131 @@
+"""Which images have a label: tables, folders, lists and draws; what does not fit is one clear error."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from paws.labels import drawn_by_share, open_partly_labelled
+from tests.paws.small_runs import write_noise, write_own_pictures
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    return write_own_pictures(tmp_path_factory.mktemp("own"))
+
+
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory):
+    return write_noise(tmp_path_factory.mktemp("noise") / "images")
+
+
+def names(images) -> dict[str, str]:
+    """File name and class of every labelled image."""
+    return {images.source.path(i).rpartition("/")[2]: images.classes[images.labels[i]] for i in images.labelled}
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_a_table_labels_some_of_a_flat_folder(own, tmp_path, separator):
+    pictures, labels = own
+    table = tmp_path / "labels.csv"
+    table.write_text(labels.read_text().replace(",", separator))
+    images = open_partly_labelled(str(pictures), labels=str(table))
+    assert images.classes == ["bright", "dark"] and images.truth is None
+    assert names(images) == {f"{i}.png": ("dark", "bright")[i % 2] for i in range(12)}
+    assert len(images.unlabelled) == 20
+
+
+def test_a_table_needs_no_heading_and_knows_paths(noise, tmp_path):
+    table = tmp_path / "labels.csv"
+    table.write_text("class0/0.png,cat\n./class1/1.png,dog\n2.png,dog\n")
+    assert names(open_partly_labelled(str(noise), labels=str(table))) == {
+        "0.png": "cat",
+        "1.png": "dog",
+        "2.png": "dog",
+    }
+
+
+@pytest.mark.parametrize("folder", ["unlabeled", "unlabelled"])
+def test_class_folders_beside_a_folder_without_labels(tmp_path, folder):
+    write_noise(tmp_path, 9)
+    (tmp_path / folder).mkdir()
+    for i in range(4):
+        Image.new("RGB", (8, 8)).save(tmp_path / folder / f"u{i}.png")
+    images = open_partly_labelled(str(tmp_path))
+    assert images.classes == ["class0", "class1", "class2"]
+    assert len(images.labelled) == 9 and len(images.unlabelled) == 4 and images.truth is None
+    assert all(name.startswith("class") for name in names(images).values())
+
+
+def test_so_many_of_every_class_are_drawn_and_stay_drawn(noise):
+    draws = [open_partly_labelled(str(noise), labels_per_class=2, data_seed=seed) for seed in (0, 0, 1)]
+    for images in draws:
+        assert np.bincount(images.labels[images.labelled]).tolist() == [2, 2, 2]
+        assert (images.labels[images.labelled] == images.truth[images.labelled]).all()
+    assert (draws[0].labels == draws[1].labels).all() and (draws[0].labels != draws[2].labels).any()
+
+
+def test_a_share_is_drawn_when_nothing_else_is_said():
+    keep = drawn_by_share(10_000, 0.9)
+    assert 900 < len(keep) < 1100 and (keep == drawn_by_share(10_000, 0.9)).all()
+    images = open_partly_labelled(None, unlabeled_frac=0.9)
+    assert 100 < len(images.labelled) < 190 and len(images.classes) == 10
+
+
+def test_official_lists_are_found_by_the_share_without_labels(noise, tmp_path):
+    (tmp_path / "90percent.txt").write_text("class0/0.png\nclass1/1.png\nclass2/2.png\n")
+    images = open_partly_labelled(str(noise), subset_path=str(tmp_path), unlabeled_frac=0.9)
+    assert set(names(images)) == {"0.png", "1.png", "2.png"}
+    with pytest.raises(ValueError, match=r"holds no 58percent.txt, the list for --unlabeled_frac 0.58"):
+        open_partly_labelled(str(noise), subset_path=str(tmp_path), unlabeled_frac=0.58)  # not 57, as truncation has it
+
+
+def test_official_lists_of_indices_are_found_by_their_number(tmp_path):
+    (tmp_path / "spc.4000_split.91.txt").write_text("\n".join(str(i) for i in range(60)))
+    images = open_partly_labelled(None, subset_path=str(tmp_path), unlabeled_frac=0.92, data_seed=91)
+    assert images.labelled.tolist() == list(range(60))
+    with pytest.raises(ValueError, match=r"holds no spc.4000_split.152.txt"):
+        open_partly_labelled(None, subset_path=str(tmp_path), unlabeled_frac=0.92)
+    with pytest.raises(ValueError, match=r"--unlabeled_frac 0.5: the official lists"):
+        open_partly_labelled(None, subset_path=str(tmp_path), unlabeled_frac=0.5, data_seed=91)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0.png,dark\nnowhere.png,dark\n1.png,bright\n", r"1 of its 3 images are not in .*'nowhere.png' in line 2"),
+        ("nowhere.png,dark\n1.png,bright\n", r"the first is 'nowhere.png' in line 1"),
+        ("0.png,dark\n0.png,bright\n", r"line 2: 0.png has the label 'dark' already"),
+        ("0.png\n", r"line 1: expected an image and its label, got \['0.png'\]"),
+        ("0.png,\n", r"line 1: expected an image and its label"),
+        ("", "is empty"),
+        ("0.png,dark\n1.png,dark\n", "there is only one class, 'dark'"),
+    ],
+)
+def test_a_table_that_does_not_fit_is_one_clear_error(own, tmp_path, text, message):
+    table = tmp_path / "labels.csv"
+    table.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        open_partly_labelled(str(own[0]), labels=str(table))
+
+
+def test_other_mistakes_are_one_clear_error(own, noise, tmp_path):
+    few = tmp_path / "few.txt"
+    few.write_text("class0/0.png\nclass0/3.png\n")
+    wrong = tmp_path / "wrong.txt"
+    wrong.write_text("n01440764_1.JPEG\n")
+    for arguments, message in (
+        ({"data_path": str(own[0])}, "the images have no labels; give them as --labels labels.csv"),
+        ({"data_path": str(noise), "labels": "nowhere.csv"}, "--labels nowhere.csv cannot be read"),
+        ({"data_path": None, "labels": str(own[1])}, "has no files that it could name"),
+        ({"data_path": str(noise), "subset_path": "nowhere"}, "--subset_path nowhere: no such file or folder"),
+        (
+            {"data_path": str(noise), "subset_path": str(wrong)},
+            "1 of its 1 images are not in .*, the first is n01440764/n01440764_1.JPEG",
+        ),
+        ({"data_path": str(noise), "subset_path": str(few)}, "2 of 3 classes have no labelled image .* 'class1'"),
+        ({"data_path": str(noise), "labels_per_class": 9}, "--labels_per_class 9: class 'class0' has 8 images"),
+        ({"data_path": str(noise), "labels_per_class": 0}, "--labels_per_class 0 is less than 1"),
+        ({"data_path": str(noise), "labels_per_class": 1, "subset_path": str(few)}, "give one of them"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            open_partly_labelled(**arguments)
