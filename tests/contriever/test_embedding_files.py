@@ -177,7 +177,7 @@ class Attack:
     "content",
     [
         lambda marker: (IDS, Attack(os.mkdir, marker)),
-        lambda marker: (Attack(os.makedirs, marker), VECTORS),
+        lambda marker: (Attack(os.mkdir, marker), VECTORS),
         lambda marker: (IDS, np.array([[Attack(os.mkdir, marker)]], dtype=object)),
         lambda marker: (IDS, VECTORS.astype(np.int64)),
         lambda marker: (IDS[1:], VECTORS),
