@@ -20,7 +20,7 @@ from xcit.shapes import write_coco
 
 TINY = (
     "--model xcit_nano_12_p8 --batch-size 2 --epochs 2 --min-size 32 --max-size 32 --no-crop --warmup-iters 0 "
-    "--num_workers 0 --log_freq 1 --device cpu --saveckp_steps 1 --lr 1e-3 --steps 1"
+    "--num_workers 0 --log_freq 1 --device cpu --saveckp_steps 1 --lr 1e-3 --steps 1 --rois-per-image 8"
 ).split()
 
 
@@ -180,7 +180,7 @@ class Stop(Exception):
 @pytest.fixture
 def small_heads(monkeypatch):
     """A narrow neck, few proposals: the detector's heads are torchvision's."""
-    few = {"box_batch_size_per_image": 8, "box_detections_per_img": 4}
+    few = {"box_detections_per_img": 4}
     few |= {f"rpn_{when}_nms_top_n_{part}": 12 for when in ("pre", "post") for part in ("train", "test")}
     monkeypatch.setattr(main, "NECK_CHANNELS", 8)
     monkeypatch.setattr(main, "MaskRCNN", partial(main.MaskRCNN, **few))

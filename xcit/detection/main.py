@@ -44,6 +44,7 @@ SHAPES_DEFAULTS = {
     "min_size": [64],
     "max_size": 64,
     "crop": False,
+    "rois_per_image": 32,
     "output_dir": "runs/shapes",
 }
 NECK_CHANNELS = 256
@@ -63,6 +64,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--min-size", type=int, nargs="+", default=list(range(480, 801, 32)), help="short sides of training images in "
         "pixels; the last one is that of evaluation")  # fmt: skip
     add("--max-size", type=int, default=1333, help="longest side")
+    add("--rois-per-image", type=int, default=512, help="proposals that train the heads")
     add("--crop", action=argparse.BooleanOptionalAction, default=True, help="half of the training images are crops")
     return parser
 
@@ -99,17 +101,21 @@ def build_detector(
     min_size: tuple[int, ...] = (800,),
     max_size: int = 1333,
     pretrained: str = "",
+    rois_per_image: int = 512,
 ) -> MaskRCNN:
     """torchvision's Mask R-CNN on an XCiT trunk.
 
     Args:
         num_classes: Without the background.
+        min_size, max_size: Of the images, see torchvision's detectors.
         pretrained: Weights of the trunk, see :func:`xcit.pretrained.read_weights`.
+        rois_per_image: Proposals that train the heads.
     """
     backbone = DetectionBackbone(model, drop_path_rate)
     if pretrained:
         fill_trunk(backbone.body, pretrained)
-    return MaskRCNN(backbone, num_classes + 1, min_size=tuple(min_size), max_size=max_size)
+    sizes = {"min_size": tuple(min_size), "max_size": max_size, "box_batch_size_per_image": rois_per_image}
+    return MaskRCNN(backbone, num_classes + 1, **sizes)
 
 
 @torch.no_grad()
@@ -170,7 +176,9 @@ def train_detector(args: argparse.Namespace) -> None:
     if val.classes != train.classes:
         raise ValueError(f"--data-path {data_path}: train and val part have other categories")
     rate = dense_training.drop_path_rate(args)
-    network = build_detector(args.model, len(train.classes), rate, args.min_size, args.max_size, args.pretrained)
+    network = build_detector(
+        args.model, len(train.classes), rate, args.min_size, args.max_size, args.pretrained, args.rois_per_image
+    )
     evaluate = partial(evaluate_detector, dataset=val, device=device)
     if args.eval:
         dense_training.evaluate_only(args, network, evaluate, device)
