@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import runpy
 import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -54,39 +55,40 @@ def _run(rank: int, function: Callable, world_size: int, port: int, folder: str,
     distributed.shutdown()
 
 
-def run_python(*arguments, cwd: Path, timeout_s: float = 300) -> tuple[int, str]:
-    """What ``python *arguments``, a script or ``-m module``, does in ``cwd``: its exit code and all that it prints.
+def run_script(*command, cwd: Path, timeout_s: float = 300) -> subprocess.CompletedProcess:
+    """What ``python *command``, a script or ``-m module`` with its flags, does in the folder ``cwd``.
 
-    Libraries are there already, of which a fresh Python needs five seconds; modules of this repository are not, nor are
-    they found unless ``cwd`` leads to them.
+    Libraries are there already, for which a fresh Python needs five seconds; modules of this repository are not, nor
+    are they found unless ``cwd`` leads to them.
     """
     with tempfile.TemporaryDirectory() as folder:
-        printed = Path(folder) / "printed.txt"
-        process = SERVER.Process(target=_run_python, args=([str(a) for a in arguments], cwd, printed))
+        printed = [Path(folder) / name for name in ("stdout", "stderr")]
+        process = SERVER.Process(target=_run_script, args=([str(word) for word in command], cwd, printed))
         process.start()
         process.join(timeout_s)
-        if process.exitcode is None:
-            process.kill()
-            raise AssertionError(f"still running after {timeout_s} s:\n{printed.read_text()}")
-        return process.exitcode, printed.read_text()
+        process.kill()
+        process.join()
+        stdout, stderr = (path.read_text() if path.exists() else "" for path in printed)
+        return subprocess.CompletedProcess(command, process.exitcode, stdout, stderr)
 
 
-def _run_python(arguments: list[str], cwd: Path, printed: Path) -> None:
-    file = os.open(printed, os.O_WRONLY | os.O_CREAT)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
+def _run_script(command: list[str], cwd: Path, printed: list[Path]) -> None:
+    for descriptor, path in enumerate(printed, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # as in a fresh Python
     ours = {path.parent.name for path in ROOT.glob("*/__init__.py")}
     for name in [name for name in sys.modules if name.partition(".")[0] in ours]:
         del sys.modules[name]
     sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
+    # `pip install -e` knows of them too
+    sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in getattr(finder, "__module__", "")]
     os.chdir(cwd)
-    if arguments[0] == "-m":
+    if command[0] == "-m":
         sys.path.insert(0, os.getcwd())
-        sys.argv = arguments[1:]
-        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        sys.argv = command[1:]
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
     else:
-        sys.path.insert(0, str(Path(arguments[0]).resolve().parent))
-        sys.argv = arguments
-        runpy.run_path(arguments[0], run_name="__main__")
+        sys.path.insert(0, str(Path(command[0]).resolve().parent))
+        sys.argv = command
+        runpy.run_path(command[0], run_name="__main__")

@@ -5,8 +5,19 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import BertConfig, GPT2Config, XLMRobertaConfig
 
-from contriever.encoder import bare_weights, load_retriever, new_bert, pack_architecture, pad, pool, unpack_architecture
+from contriever.encoder import (
+    Retriever,
+    bare_weights,
+    build_encoder,
+    load_retriever,
+    new_bert,
+    pack_architecture,
+    pad,
+    pool,
+    unpack_architecture,
+)
 from contriever.losses import InBatch, MoCo
 from contriever.new_encoder import train_tokenizer
 from shared.weights import WeightMismatch
@@ -172,3 +183,28 @@ def test_a_new_encoder_has_a_vocabulary_of_its_own_text(tmp_path):
         new_bert(tokenizer, 15, 1, 2)
     with pytest.raises(ValueError, match="no words"):
         train_tokenizer(iter([" ", ""]), 60)
+
+
+def test_xlm_roberta_reads_two_tokens_less_than_it_has_positions():
+    shape = dict(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    torch.manual_seed(0)
+    encoder = build_encoder(XLMRobertaConfig(**shape, max_position_embeddings=34), "cls").eval()
+    assert Retriever(encoder, None, "xlm").max_length == 32
+    ids = torch.randint(5, 50, (2, 32))
+    with torch.no_grad():
+        together = encoder(ids, torch.ones_like(ids))
+        padded, mask = pad([ids[0].tolist(), ids[1, :7].tolist()], pad_id=1)
+        torch.testing.assert_close(encoder(padded, mask)[0], together[0])
+        torch.testing.assert_close(
+            encoder(padded, mask)[1:], encoder(ids[1:, :7], torch.ones(1, 7)), rtol=1e-4, atol=1e-5
+        )
+    renamed = {f"roberta.{name}": value for name, value in encoder.state_dict().items()}
+    bare, heads = bare_weights({**renamed, "lm_head.bias": torch.ones(3)})
+    assert bare.keys() == encoder.state_dict().keys() and list(heads) == ["lm_head.bias"]
+
+
+def test_other_architectures_are_refused():
+    with pytest.raises(ValueError, match="the model is a gpt2; BERT and XLM-RoBERTa are supported"):
+        build_encoder(GPT2Config())
+    with pytest.raises(ValueError, match="--pooling must be average or cls, got 'max'"):
+        build_encoder(BertConfig(num_hidden_layers=1), "max")

@@ -19,7 +19,7 @@ from deepcluster.backbones import load_network
 from deepcluster.main import parse_args, train_deepcluster
 from shared.attempt import Interrupted
 from shared.checkpoint import load_latest
-from tests.processes import run_python
+from tests.processes import run_script
 from tests.reliability.runs import Script, start_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -400,8 +400,8 @@ def test_the_script_works_in_a_copied_folder(images, tmp_path):
     for folder in ("deepcluster", "shared"):
         shutil.copytree(ROOT / folder, project / folder, ignore=shutil.ignore_patterns("__pycache__", "runs"))
     flags = ["--epochs", 1, "--exp", tmp_path / "run"]
-    exit_code, printed = run_python("main.py", images, *TINY, *flags, cwd=project / "deepcluster")
-    assert exit_code == 0, printed
+    run = run_script("main.py", images, *TINY, *flags, cwd=project / "deepcluster")
+    assert run.returncode == 0, run.stderr
     assert len(losses(tmp_path / "run")) == 3
 
 

@@ -19,7 +19,7 @@ from dino.pretrained import load_pretrained
 from shared.checkpoint import load_latest
 from shared.images import ImageError
 from tests.dino.small_data import picture, write_image
-from tests.processes import run_python
+from tests.processes import run_script
 from tests.reliability.runs import DINO, Script, shrink_networks, start_ranks
 from tests.standalone import load_alone
 
@@ -217,8 +217,8 @@ def test_every_way_to_start_the_script_works_in_a_copied_folder(images, tmp_path
         shutil.copytree(ROOT / folder, project / folder, ignore=shutil.ignore_patterns("__pycache__", "runs"))
     cwd = project if command[0] == "-m" else project / "dino"
     flags = [*TINY, "--batch_size_per_gpu", 24, "--data_path", images, "--output_dir", tmp_path / "run"]
-    exit_code, printed = run_python(*command, *flags, cwd=cwd)
-    assert exit_code == 0, printed
+    run = run_script(*command, *flags, cwd=cwd)
+    assert run.returncode == 0, run.stderr
     assert len(losses(tmp_path / "run")) == 1
 
 

@@ -46,7 +46,7 @@ CIFAR10_SIZE = 32
 # ResNet-18 lose their rank within 25 steps.
 CIFAR10 = (
     f"{RUN} --log_freq 25 --arch resnet10t --nmb_crops 2 4 --size_crops {CIFAR10_SIZE} 16 --min_scale_crops 0.3 0.1 "
-    "--max_scale_crops 1 0.3 --blur_radius 0.1 0.5 --hidden_mlp 512 --feat_dim 64 --batch_size 64 --base_lr 0.6 "
+    "--max_scale_crops 1 0.3 --blur_radius 0.1 0.5 --hidden_mlp 512 --feat_dim 64 --batch_size 64 --base_lr 1 "
     "--epochs 5 --warmup_epochs 0.3"
 )
 CIFAR10_VARIANTS = [

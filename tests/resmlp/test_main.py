@@ -17,8 +17,7 @@ from resmlp.augmentations import MEAN, STD, ThreeAugment
 from resmlp.main import TrainingLoss, parse_args
 from resmlp.networks import build_network
 from shared.attempt import NotFinite
-from tests.dino.test_main_dino import run_script
-from tests.processes import run_processes
+from tests.processes import run_processes, run_script
 from tests.reliability.runs import assert_same
 from tests.resmlp.conftest import EVERYTHING
 from tests.resmlp.training_runs import ROOT, TINY, lines, losses, state_of, train, train_on_rank

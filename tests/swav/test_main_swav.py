@@ -11,7 +11,7 @@ import torch
 
 from swav import evaluation, main_swav
 from swav.main_swav import parse_args, rows_of_queue
-from tests.processes import run_processes, run_python
+from tests.processes import run_processes, run_script
 from tests.reliability.runs import assert_same
 from tests.standalone import load_alone
 from tests.swav.training_runs import ROOT, SWAV, comparable, lines, losses, state_of, train_on_rank, write_noise
@@ -242,8 +242,8 @@ def test_a_copied_folder_is_all_it_takes(images, tmp_path, command):
     for folder in ("swav", "shared"):
         shutil.copytree(ROOT / folder, project / folder, ignore=shutil.ignore_patterns("__pycache__", "runs"))
     cwd = project if command[0] == "-m" else project / "swav"
-    exit_code, printed = run_python(*command, *SWAV, "--data_path", images, "--dump_path", tmp_path / "run", cwd=cwd)
-    assert exit_code == 0, printed
+    run = run_script(*command, *SWAV, "--data_path", images, "--dump_path", tmp_path / "run", cwd=cwd)
+    assert run.returncode == 0, run.stderr
     assert len(losses(tmp_path / "run")) == 3
 
 

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.dino.test_main_dino import run_script
-from tests.processes import run_processes
+from tests.processes import run_processes, run_script
 from tests.reliability.runs import assert_same
 from tests.xcit.training_runs import ROOT, TINY, lines, losses, state_of, train, train_on_rank
 from xcit import main
