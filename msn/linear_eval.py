@@ -12,12 +12,13 @@ resumes.
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
@@ -273,7 +274,13 @@ def check_same_run(checkpoint: dict, args: argparse.Namespace, checksum: int, pa
             )
 
 
-def train_one_epoch(classifier, features, batches, optimizer: torch.optim.Optimizer, lrs) -> float:
+def train_one_epoch(
+    classifier: nn.Module,
+    features: Callable[[Tensor], Tensor],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    optimizer: torch.optim.Optimizer,
+    lrs: Sequence[float],
+) -> float:
     """Cross-entropy on every batch with its own learning rate; only the classifier learns.
 
     Args:
@@ -308,7 +315,7 @@ def train_one_epoch(classifier, features, batches, optimizer: torch.optim.Optimi
     return loss / images
 
 
-def on_device(loader, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def on_device(loader: DataLoader, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """Normalised images and labels, with a progress bar on a terminal."""
     hidden = not (distributed.is_main_process() and sys.stderr.isatty())
     for views, labels, _ in tqdm(loader, leave=False, disable=hidden):

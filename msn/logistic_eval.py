@@ -245,7 +245,8 @@ class LowShotClassifier:
             self.regression.fit(self.prepare(features.double().numpy()), labels.numpy())
         if any(issubclass(warning.category, ConvergenceWarning) for warning in caught):
             distributed.print_once(f"--lambd {lambd}: not converged after {MAX_ITERATIONS} iterations")
-        self.weights = self.regression.coef_.T
+        weights = self.regression.coef_.T
+        self.weights = weights if num_classes > 2 else np.concatenate([-weights / 2, weights / 2], axis=1)
 
     def accuracy(self, features: Tensor, labels: Tensor) -> float:
         """Top-1 in percent."""

@@ -26,7 +26,7 @@ from shared.data import EvalDataset, EvalTransform
 from shared.evaluation.features import extract_features
 from shared.evaluation.knn import knn_classify
 from shared.evaluation.knn_monitor import open_labelled
-from tests.evidence.runs import SEEDS, Variant, run_all, table, write
+from tests.evidence.runs import SEEDS, Pixels, Variant, few_per_class, run_all, table, write
 
 CPU = torch.device("cpu")
 SHOTS = (1, 2, 5)
@@ -66,7 +66,6 @@ CIFAR10 = (
     "--start_sharpen 0.1 --final_sharpen 0.1 --epochs 3 --warmup 0.3 --ema 0.96 1 --num_workers 0 --pictures off "
     "--checkpoint_freq 0 --log_freq 25"
 )
-IMAGES_PER_CLASS = 1600
 
 
 def features_of(backbone: torch.nn.Module, data_path: str | None, val_path: str | None, image_size: int) -> list:
@@ -95,13 +94,6 @@ def msn_backbone(run: Path, model_name: str) -> torch.nn.Module:
     return LastClassToken(load_encoder(model_name, run, "msn-latest.pth.tar"))
 
 
-class Pixels(torch.nn.Module):
-    """Raw pixels as features."""
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return images.flatten(1)
-
-
 COLUMNS = {"knn_before": "k-NN before", "knn_last": "k-NN after", "knn_1": "1 image", "knn_2": "2 images",
            "knn_5": "5 images", "information": "information", "me_max": "me-max", "feature_spread": "feature spread",
            "images_per_s": "images/s"}  # fmt: skip
@@ -118,12 +110,8 @@ def claims(out: Path, parallel: int, seeds: tuple[int, ...], epochs: int) -> Non
     variants = [Variant(name, f"{DIGITS} --epochs {epochs} {flags}") for name, flags in CLAIMS.items()]
     results = run_all("msn", variants, out, parallel, seeds)
     for result in results:
-        result |= low_shot(msn_backbone(folder_of(out, result), "deit_micro"), None, None, 16)
+        result |= low_shot(msn_backbone(result["run"], "deit_micro"), None, None, 16)
     write(out, "msn_digits", results, table(results, COLUMNS) + pixels_line(None, None, 16))
-
-
-def folder_of(out: Path, result: dict) -> Path:
-    return out / result["variant"].replace(" ", "_") / str(result["seed"])
 
 
 def against_dino(out: Path, parallel: int, seeds: tuple[int, ...], epochs: int) -> None:
@@ -131,27 +119,16 @@ def against_dino(out: Path, parallel: int, seeds: tuple[int, ...], epochs: int) 
     ours = Variant(f"MSN, {epochs} epochs", f"{DIGITS} {AGAINST_DINO} --epochs {epochs}")
     results = run_all("msn", [ours], out, parallel, seeds)
     for result in results:
-        result |= low_shot(msn_backbone(folder_of(out, result), "deit_tiny"), None, None, 16)
+        result |= low_shot(msn_backbone(result["run"], "deit_tiny"), None, None, 16)
     probe = run_all("dino", [Variant("DINO, one epoch", f"{DINO} --epochs 1")], out, parallel, seeds[:1])
     minutes = sum(result["minutes"] for result in results) / len(results)
     same_time = max(1, round(minutes / max(probe[0]["minutes"], 0.01)))
     theirs = Variant(f"DINO, {same_time} epochs in the same time", f"{DINO} --epochs {same_time}")
     for result in run_all("dino", [theirs], out, parallel, seeds):
-        backbone, _ = load_pretrained("vit_tiny", 4, folder_of(out, result) / "checkpoint.pth")
+        backbone, _ = load_pretrained("vit_tiny", 4, result["run"] / "checkpoint.pth")
         results.append(result | low_shot(backbone, None, None, 16))
     columns = {name: COLUMNS[name] for name in ("knn_before", "knn_last", "knn_1", "knn_2", "knn_5", "feature_spread")}
     write(out, "msn_against_dino", results, table(results, columns))
-
-
-def few_per_class(folder: Path, few: Path) -> Path:
-    """A folder of links to the first IMAGES_PER_CLASS images of every class."""
-    for images in sorted(folder.iterdir()):
-        (few / images.name).mkdir(parents=True, exist_ok=True)
-        for image in sorted(images.iterdir())[:IMAGES_PER_CLASS]:
-            link = few / images.name / image.name
-            if not link.exists():
-                link.symlink_to(image)
-    return few
 
 
 def cifar10(out: Path, parallel: int, seeds: tuple[int, ...], folder: str) -> None:
@@ -159,7 +136,7 @@ def cifar10(out: Path, parallel: int, seeds: tuple[int, ...], folder: str) -> No
     flags = f"{CIFAR10} --data_path {train} --val_path {folder}/test"
     results = run_all("msn", [Variant("CIFAR-10", flags)], out, parallel, seeds)
     for result in results:
-        backbone = msn_backbone(folder_of(out, result), "deit_tiny")
+        backbone = msn_backbone(result["run"], "deit_tiny")
         result |= low_shot(backbone, str(train), f"{folder}/test", 32)
         result["command"] = result["command"].replace(str(train), "cifar10/train").replace(folder, "cifar10")
     text = table(results, COLUMNS) + pixels_line(str(train), f"{folder}/test", 32)
@@ -175,6 +152,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--epochs", type=int, default=8, help="of the runs on the digits")
     args = parser.parse_args()
+    if args.only == "cifar10" and not args.cifar10:
+        parser.error("--only cifar10 needs --cifar10 FOLDER")
     out = args.out.absolute()
     if args.only in (None, "claims"):
         claims(out / "digits", args.parallel, tuple(args.seeds), args.epochs)

@@ -5,8 +5,6 @@ import math
 import os
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +18,8 @@ from msn.main import get_args_parser, parse_args, split_views, start_on_devices,
 from shared.attempt import NotFinite
 from shared.checkpoint import load_latest
 from tests.msn.runs import CHECKPOINT, TINY, assert_same_state, lines, losses, small_networks, state_of, train
-from tests.processes import run_processes
+from tests.processes import run_processes, run_script
+from tests.standalone import load_alone
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "msn/configs/pretrain").glob("*.yaml"))
@@ -332,44 +331,21 @@ def test_devices_start_a_process_each(monkeypatch):
     assert len(started) == 1
 
 
-def test_the_folder_works_where_it_is_copied_to_and_its_network_file_alone(images, tmp_path):
+@pytest.mark.parametrize("command", [["main.py"], ["-m", "msn.main"]])
+def test_every_way_to_start_the_script_works_in_a_copied_folder(images, tmp_path, command):
     """The method's folder with ``shared/`` beside it, below a folder of another name, is all it takes."""
     project = tmp_path / "some" / "project"
     for folder in ("msn", "shared"):
         shutil.copytree(ROOT / folder, project / folder, ignore=shutil.ignore_patterns("__pycache__", "runs"))
-    shutil.copy(ROOT / "msn" / "vision_transformer.py", tmp_path)
-    code = (
-        "import sys, torch\n"
-        f"sys.path.insert(0, {str(tmp_path)!r})\n"
-        "before = set(sys.modules)\n"
-        "import vision_transformer\n"
-        "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
-        "assert new <= set(sys.stdlib_module_names) | {'torch', 'vision_transformer'}, new\n"
-        "del sys.modules['vision_transformer']\n"
-        "import runpy\n"
-        "sys.argv = ['main.py', *sys.argv[1:]]\n"
-        f"runpy.run_path({str(project / 'msn' / 'main.py')!r}, run_name='__main__')\n"
-    )
-    flags = [
-        *TINY,
-        "--data_path",
-        str(images),
-        "--folder",
-        str(tmp_path / "run"),
-        "--rand_size",
-        "16",
-        "--patch_size",
-        "8",
-    ]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *flags],
-        cwd=project / "msn",
-        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    flags = [*TINY, "--model_name", "deit_micro", "--data_path", images, "--folder", tmp_path / "run"]
+    run = run_script(*command, *flags, cwd=project if command[0] == "-m" else project / "msn")
+    assert run.returncode == 0, run.stderr
     assert len(losses(tmp_path / "run")) == 3
+
+
+def test_the_network_file_needs_torch_alone(tmp_path):
+    network = load_alone(ROOT / "msn" / "vision_transformer.py", tmp_path)
+    assert network.build("deit_micro")(torch.zeros(1, 3, 16, 16), 0.5).shape == (1, 96)
 
 
 def test_help_names_every_key():
