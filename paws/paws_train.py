@@ -53,22 +53,23 @@ from shared.not_finite import FiniteGuard
 from shared.optim import clip_grad_norm_per_tensor_, step_unless_not_finite
 from shared.precision import Precision
 
-# What replaces the defaults when no images are given: 8x8 pixel digits need no ResNet-50 at 224 pixels.
+# What replaces the defaults when no images are given: 8x8 pixel digits need no ResNet-50 at 224 pixels. The learning
+# rate rises slowly, or the network is taught by its first pseudo-labels, of which most are wrong.
 EMBEDDED_DATA_DEFAULTS = {
     "labels_per_class": 4,
     "dataset": "digits",
     "color_jitter_strength": 0.5,
     "multicrop": 2,
     "supervised_imgs_per_class": 4,
-    "supervised_views": 2,
+    "supervised_views": 4,
     "unsupervised_batch_size": 64,
     "model_name": "wide_resnet10w1",
     "output_dim": 64,
-    "epochs": 12,
-    "lr": 1.6,
-    "start_lr": 0.4,
-    "final_lr": 0.016,
-    "warmup": 1,
+    "epochs": 20,
+    "lr": 0.8,
+    "start_lr": 0.1,
+    "final_lr": 0.008,
+    "warmup": 4,
     "output_dir": "runs/digits",
 }
 
