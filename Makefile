@@ -8,12 +8,18 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 ## make demo [METHOD=dino]: train, evaluate and draw on the embedded data, in minutes on a CPU
 demo: .venv/installed
+	$(if $(EXTRA_$(METHOD)),$(BIN)/pip install --quiet -e '.[$(EXTRA_$(METHOD))]')
 	cd $(METHOD) && ../$(BIN)/python main.py $(DEMO_$(METHOD))
 DEMO_dino := --arch vit_small
 DEMO_swav :=
 DEMO_deepcluster :=
+DEMO_resmlp :=
+DEMO_xcit :=
 DEMO_paws := --sel few_labels
 DEMO_msn :=
+DEMO_contriever :=
+# packages that only one method needs
+EXTRA_contriever := contriever
 
 ## make test: format, lint and the whole test suite without the long tests and the cluster
 test: lint
@@ -31,9 +37,10 @@ lint: .venv/installed-test
 bench: .venv/installed-test
 	$(BIN)/python tests/benchmarks/run_all.py --out build/bench
 
-## make evidence [METHOD=dino]: repeat the small experiments of the method's README
+## make evidence [METHOD=dino] [EVIDENCE_FLAGS=...]: repeat the small experiments of the method's README
 evidence: .venv/installed
-	$(BIN)/python tests/evidence/$(METHOD).py --out build/evidence/$(METHOD)
+	$(if $(EXTRA_$(METHOD)),$(BIN)/pip install --quiet -e '.[$(EXTRA_$(METHOD))]')
+	$(BIN)/python tests/evidence/$(METHOD).py --out build/evidence/$(METHOD) $(EVIDENCE_FLAGS)
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

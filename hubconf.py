@@ -1,12 +1,14 @@
 """Entry points of ``torch.hub``.
 
 torch.hub.load("/path/to/this/repository", "dino_vits16", source="local") returns a backbone that maps normalised
-images (B, 3, H, W) to features (B, D). The environment variables DINO_WEIGHTS_URL, SWAV_WEIGHTS_URL, MSN_WEIGHTS_URL
-and PAWS_WEIGHTS_URL replace the addresses of the weights.
+images (B, 3, H, W) to features (B, D); the entries of ResMLP and XCiT return a classifier. The environment variables
+DINO_WEIGHTS_URL, SWAV_WEIGHTS_URL, ... (the folder's name in capitals) replace the addresses of the weights.
 """
 
 from torch import nn
 
+from deepcluster import backbones as _deepcluster_networks
+from deepcluster import pretrained as _deepcluster_pretrained
 from dino import pretrained as _pretrained
 from dino import vision_transformer as _vision_transformer
 from dino.networks import build_backbone as _build_backbone
@@ -14,10 +16,15 @@ from msn import pretrained as _msn_pretrained
 from msn import vision_transformer as _msn_vision_transformer
 from paws import pretrained as _paws_pretrained
 from paws import resnet as _paws_resnet
+from resmlp import pretrained as _resmlp_pretrained
+from resmlp import resmlp_models as _resmlp_models
 from shared.weights import load_backbone_weights as _load_backbone_weights
 from shared.weights import read_backbone_weights as _read_backbone_weights
+from shared.weights import safe_load as _safe_load
 from swav import pretrained as _swav_pretrained
 from swav import resnet50 as _swav_resnets
+from xcit import pretrained as _xcit_pretrained
+from xcit.cross_covariance_transformer import build_xcit as _build_xcit
 
 dependencies = ["torch", "torchvision", "timm", "numpy", "safetensors"]
 
@@ -117,6 +124,133 @@ def selav2_resnet50(pretrained: bool = True, **kwargs) -> nn.Module:
     return _swav("selav2_400ep", pretrained, **kwargs)
 
 
+def _deepcluster(arch: str, pretrained: bool, **kwargs) -> nn.Module:
+    path = _deepcluster_pretrained.fetch(arch) if pretrained else None
+    network = _deepcluster_networks.build_network(arch, **{"sobel": True} | kwargs)
+    if path is not None:
+        _deepcluster_networks.fill_network(network, _safe_load(path), arch, str(path))
+    return network
+
+
+def deepcluster_alexnet(pretrained: bool = True, **kwargs) -> nn.Module:
+    """DeepCluster: AlexNet behind a Sobel filter, 4096 dimensions (72.0 mAP on VOC 2007, fc6-8)."""
+    return _deepcluster("alexnet", pretrained, **kwargs)
+
+
+def deepcluster_vgg16(pretrained: bool = True, **kwargs) -> nn.Module:
+    """DeepCluster: VGG16 behind a Sobel filter, 4096 dimensions."""
+    return _deepcluster("vgg16", pretrained, **kwargs)
+
+
+def _resmlp(arch: str, variant: str, pretrained: bool, **kwargs) -> nn.Module:
+    build = _resmlp_models.ARCHITECTURES[arch]
+    if not pretrained:
+        return build(**kwargs)
+    release = f"{arch}_{variant}"
+    tensors = _resmlp_pretrained.read_weights(release)
+    network = build(**{"num_classes": _resmlp_pretrained.shape_of(tensors, release)["num_classes"], **kwargs})
+    _resmlp_pretrained.fill(network, tensors, release)
+    return network
+
+
+def resmlp_12(pretrained: bool = True, dist: bool = False, dino: bool = False, **kwargs) -> nn.Module:
+    """ResMLP-S12 (76.6 on ImageNet; ``dist``: distilled, 77.8; ``dino``: self-supervised, k-NN 62.6)."""
+    return _resmlp("resmlp_12", "dist" if dist else "dino" if dino else "no_dist", pretrained, **kwargs)
+
+
+def resmlp_24(pretrained: bool = True, dist: bool = False, dino: bool = False, **kwargs) -> nn.Module:
+    """ResMLP-S24 (79.4 on ImageNet; ``dist``: distilled, 80.8; ``dino``: self-supervised, k-NN 69.4)."""
+    return _resmlp("resmlp_24", "dist" if dist else "dino" if dino else "no_dist", pretrained, **kwargs)
+
+
+def resmlp_36(pretrained: bool = True, dist: bool = False, **kwargs) -> nn.Module:
+    """ResMLP-S36 (79.7 on ImageNet; ``dist``: distilled, 81.1)."""
+    return _resmlp("resmlp_36", "dist" if dist else "no_dist", pretrained, **kwargs)
+
+
+def resmlpB_24(pretrained: bool = True, dist: bool = False, in_22k: bool = False, **kwargs) -> nn.Module:
+    """ResMLP-B24/8 (``dist``: distilled, 83.6 on ImageNet; ``in_22k``: first trained on ImageNet-22k, 84.4)."""
+    return _resmlp("resmlpB_24", "dist" if dist else "22k" if in_22k else "no_dist", pretrained, **kwargs)
+
+
+def _xcit(name: str, pretrained: bool, variant: str, **kwargs) -> nn.Module:
+    network = _build_xcit(name, **kwargs)
+    if pretrained:
+        release = f"{name}_{variant}"
+        _xcit_pretrained.fill(network, _xcit_pretrained.read_weights(release), release)
+    return network
+
+
+def xcit_nano_12_p16(pretrained: bool = True, variant: str = "224", **kwargs) -> nn.Module:
+    """XCiT-N12/16; top-1 of the variants 224 / 224_dist / 384_dist: 69.9 / 72.2 / 75.4."""
+    return _xcit("xcit_nano_12_p16", pretrained, variant, **kwargs)
+
+
+def xcit_nano_12_p8(pretrained: bool = True, variant: str = "224", **kwargs) -> nn.Module:
+    """XCiT-N12/8; top-1 of the variants 224 / 224_dist / 384_dist: 73.8 / 76.3 / 77.8."""
+    return _xcit("xcit_nano_12_p8", pretrained, variant, **kwargs)
+
+
+def xcit_tiny_12_p16(pretrained: bool = True, variant: str = "224", **kwargs) -> nn.Module:
+    """XCiT-T12/16; top-1 of the variants 224 / 224_dist / 384_dist: 77.1 / 78.6 / 80.9."""
+    return _xcit("xcit_tiny_12_p16", pretrained, variant, **kwargs)
+
+
+def xcit_tiny_12_p8(pretrained: bool = True, variant: str = "224", **kwargs) -> nn.Module:
+    """XCiT-T12/8; top-1 of the variants 224 / 224_dist / 384_dist: 79.7 / 81.2 / 82.4."""
+    return _xcit("xcit_tiny_12_p8", pretrained, variant, **kwargs)
+
+
+def xcit_tiny_24_p16(pretrained: bool = True, variant: str = "224", **kwargs) -> nn.Module:
+    """XCiT-T24/16; top-1 of the variants 224 / 224_dist / 384_dist: 79.4 / 80.4 / 82.6."""
+    return _xcit("xcit_tiny_24_p16", pretrained, variant, **kwargs)
+
+
+def xcit_tiny_24_p8(pretrained: bool = True, variant: str = "224", **kwargs) -> nn.Module:
+    """XCiT-T24/8; top-1 of the variants 224 / 224_dist / 384_dist: 81.9 / 82.6 / 83.7."""
+    return _xcit("xcit_tiny_24_p8", pretrained, variant, **kwargs)
+
+
+def xcit_small_12_p16(pretrained: bool = True, variant: str = "224", **kwargs) -> nn.Module:
+    """XCiT-S12/16; top-1 of the variants 224 / 224_dist / 384_dist: 82.0 / 83.3 / 84.7."""
+    return _xcit("xcit_small_12_p16", pretrained, variant, **kwargs)
+
+
+def xcit_small_12_p8(pretrained: bool = True, variant: str = "224", **kwargs) -> nn.Module:
+    """XCiT-S12/8; top-1 of the variants 224 / 224_dist / 384_dist: 83.4 / 84.2 / 85.1."""
+    return _xcit("xcit_small_12_p8", pretrained, variant, **kwargs)
+
+
+def xcit_small_24_p16(pretrained: bool = True, variant: str = "224", **kwargs) -> nn.Module:
+    """XCiT-S24/16; top-1 of the variants 224 / 224_dist / 384_dist: 82.6 / 83.9 / 85.1."""
+    return _xcit("xcit_small_24_p16", pretrained, variant, **kwargs)
+
+
+def xcit_small_24_p8(pretrained: bool = True, variant: str = "224", **kwargs) -> nn.Module:
+    """XCiT-S24/8; top-1 of the variants 224 / 224_dist / 384_dist: 83.9 / 84.9 / 85.6."""
+    return _xcit("xcit_small_24_p8", pretrained, variant, **kwargs)
+
+
+def xcit_medium_24_p16(pretrained: bool = True, variant: str = "224", **kwargs) -> nn.Module:
+    """XCiT-M24/16; top-1 of the variants 224 / 224_dist / 384_dist: 82.7 / 84.3 / 85.4."""
+    return _xcit("xcit_medium_24_p16", pretrained, variant, **kwargs)
+
+
+def xcit_medium_24_p8(pretrained: bool = True, variant: str = "224", **kwargs) -> nn.Module:
+    """XCiT-M24/8; top-1 of the variants 224 / 224_dist / 384_dist: 83.7 / 85.1 / 85.8."""
+    return _xcit("xcit_medium_24_p8", pretrained, variant, **kwargs)
+
+
+def xcit_large_24_p16(pretrained: bool = True, variant: str = "224", **kwargs) -> nn.Module:
+    """XCiT-L24/16; top-1 of the variants 224 / 224_dist / 384_dist: 82.9 / 84.9 / 85.8."""
+    return _xcit("xcit_large_24_p16", pretrained, variant, **kwargs)
+
+
+def xcit_large_24_p8(pretrained: bool = True, variant: str = "224", **kwargs) -> nn.Module:
+    """XCiT-L24/8; top-1 of the variants 224 / 224_dist / 384_dist: 84.4 / 85.4 / 86.0."""
+    return _xcit("xcit_large_24_p8", pretrained, variant, **kwargs)
+
+
 def _msn(release: str, pretrained: bool, **kwargs) -> nn.Module:
     model_name, file = _msn_pretrained.RELEASES[release]
     path = _msn_pretrained.fetch(file) if pretrained else None
@@ -167,3 +301,36 @@ def paws_resnet50(pretrained: bool = True, **kwargs) -> nn.Module:
 def paws_resnet50_1percent(pretrained: bool = True, **kwargs) -> nn.Module:
     """PAWS with 1 % of ImageNet's labels, 300 epochs: ResNet-50, 2048 dimensions (66.5 fine-tuned)."""
     return _paws("paws_imgnt_1percent_300ep", pretrained, **kwargs)
+
+
+def _contriever(name: str, pretrained: bool, name_or_path: str | None):
+    from contriever.encoder import load_retriever  # needs the packages of `pip install -e '.[contriever]'`
+
+    if not pretrained:
+        return load_retriever(name_or_path, random_init=True)
+    return load_retriever(name_or_path or name, allow_download=name_or_path is None)
+
+
+def contriever(pretrained: bool = True, name_or_path: str | None = None):
+    """Contriever without labels, BERT-base (nDCG@10 37.7 on 13 BEIR sets): ``.encode(texts)`` gives (N, 768).
+
+    Args:
+        pretrained: False: random weights, the shape of ``name_or_path`` or, without it, of the packaged small encoder.
+        name_or_path: Another encoder or checkpoint; the released one is fetched from the Hugging Face hub without it.
+    """
+    return _contriever("facebook/contriever", pretrained, name_or_path)
+
+
+def contriever_msmarco(pretrained: bool = True, name_or_path: str | None = None):
+    """Contriever fine-tuned on MS MARCO (nDCG@10 46.6 on 14 BEIR sets); arguments as of :func:`contriever`."""
+    return _contriever("facebook/contriever-msmarco", pretrained, name_or_path)
+
+
+def mcontriever(pretrained: bool = True, name_or_path: str | None = None):
+    """mContriever without labels, multilingual BERT-base; arguments as of :func:`contriever`."""
+    return _contriever("facebook/mcontriever", pretrained, name_or_path)
+
+
+def mcontriever_msmarco(pretrained: bool = True, name_or_path: str | None = None):
+    """mContriever fine-tuned on MS MARCO; arguments as of :func:`contriever`."""
+    return _contriever("facebook/mcontriever-msmarco", pretrained, name_or_path)

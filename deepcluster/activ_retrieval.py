@@ -18,7 +18,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from deepcluster.augmentations import centre_crop
 from deepcluster.backbones import load_network
-from deepcluster.flags import DIGITS_CHECKPOINT, add_process_flags, evaluation_parser
+from deepcluster.flags import DIGITS_CHECKPOINT, MODEL_HELP, add_process_flags, evaluation_parser
 from deepcluster.layers import check_conv, conv_maps
 from deepcluster.networks import ClusterNetwork
 from shared import distributed
@@ -33,7 +33,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--data", default=None, help="images: a folder, a .txt list or a torchvision data set name; without it the "
         "embedded digits")  # fmt: skip
-    add("--model", default=DIGITS_CHECKPOINT, help="checkpoint of main.py or of the official code")
+    add("--model", default=DIGITS_CHECKPOINT, help=MODEL_HELP)
     add("--conv", type=int, default=1, help="layer, from 1")
     add("--exp", "--output_dir", dest="output_dir", default="", help="folder for the pictures")
     add("--count", type=int, default=9, help="images per filter")

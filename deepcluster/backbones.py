@@ -10,6 +10,7 @@ from shared.backbones import build_library_backbone
 from shared.weights import WeightMismatch, load_backbone_weights, safe_load, select_backbone_weights
 
 from .networks import ClusterNetwork, alexnet, vgg16
+from .pretrained import RELEASES, fetch
 
 PAPER = {"alexnet": alexnet, "vgg16": vgg16}
 OFFICIAL_CROP_SIZE = 224
@@ -74,7 +75,8 @@ def load_network(path: str | Path, flag: str = "--model", keep_top_layer: bool =
     network was made; official ones are for 224 pixels.
 
     Args:
-        path: Checkpoint of ``main.py`` or of the official code (``checkpoint.pth.tar``).
+        path: Checkpoint of ``main.py`` or of the official code (``checkpoint.pth.tar``), or the name of a release:
+            ``alexnet`` or ``vgg16``.
         flag: Name of the option in error messages.
         keep_top_layer: Whether to keep the top layer.
 
@@ -85,7 +87,9 @@ def load_network(path: str | Path, flag: str = "--model", keep_top_layer: bool =
         ValueError: If there is no such file, it is no checkpoint of DeepCluster, or it does not fill the network.
     """
     if not Path(path).is_file():
-        raise ValueError(f"{flag} {path} is not a file")
+        if str(path) not in RELEASES:
+            raise ValueError(f"{flag} {path} is neither a file nor a release ({', '.join(RELEASES)})")
+        path = fetch(str(path))
     checkpoint = safe_load(path)
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("arch"), str):
         raise WeightMismatch(f"{flag} {path}: no checkpoint of DeepCluster (it has no 'arch')")

@@ -85,9 +85,19 @@ def gather_rows(rows_of_rank: Tensor, num_rows: int) -> Tensor | None:
     """
     if distributed.get_world_size() == 1:
         return rows_of_rank
-    missing = -(-num_rows // distributed.get_world_size()) - len(rows_of_rank)  # all ranks send the same shape
-    rows = distributed.gather_on_main(F.pad(rows_of_rank, (0, 0, 0, missing)))
-    return None if rows is None else rows.transpose(0, 1).flatten(0, 1)[:num_rows].to(rows_of_rank.device)
+    rows = distributed.gather_on_main(_padded(rows_of_rank, num_rows))
+    return None if rows is None else _in_order(rows, num_rows).to(rows_of_rank.device)
+
+
+def _padded(rows_of_rank: Tensor, num_rows: int) -> Tensor:
+    """With as many rows as those of rank 0: all ranks send the same shape."""
+    missing = -(-num_rows // distributed.get_world_size()) - len(rows_of_rank)
+    return torch.cat([rows_of_rank, rows_of_rank.new_zeros(missing, *rows_of_rank.shape[1:])])
+
+
+def _in_order(rows: Tensor, num_rows: int) -> Tensor:
+    """From (W, n, ...) to (``num_rows``, ...) in the order of the data set."""
+    return rows.transpose(0, 1).flatten(0, 1)[:num_rows]
 
 
 # --- Clusters ---------------------------------------------------------------------------------------------------------
@@ -124,28 +134,38 @@ def check_clustering(num_images: int, algorithm: str, num_clusters: int, backend
         raise ValueError("--kmeans faiss: faiss is not installed; pip install faiss-cpu, or use --kmeans torch")
 
 
-def cluster(features: Tensor | None, algorithm: str, num_clusters: int, seed: int, backend: str = "auto") -> Clusters:
-    """Cluster on the first process; every process gets the result.
+def cluster(features: Tensor, algorithm: str, num_clusters: int, seed: int, backend: str = "auto") -> Clusters:
+    """Cluster the features of all processes; every process gets the result.
+
+    k-means in torch runs on all processes, each with its own features. faiss and PIC run on the first process, which
+    gets the features of all.
 
     Args:
-        features: Whitened, normalised features, (N, d); only the first process needs them.
+        features: Whitened, normalised features of this process's images (every W-th one), (n, d).
         algorithm: ``Kmeans`` or ``PIC``, which finds the number of clusters itself.
         num_clusters: K of k-means.
         seed: Of the rows that k-means starts from.
         backend: Of k-means; see :func:`kmeans`.
 
     Raises:
-        ValueError: As :func:`check_clustering`, which scripts of several processes call first.
+        ValueError: As :func:`check_clustering`.
     """
+    num_images = int(distributed.all_reduce_sum(torch.tensor(len(features), device=features.device)))
+    check_clustering(num_images, algorithm, num_clusters, backend)
+    if algorithm == "Kmeans" and not uses_faiss(features.device, backend):
+        result = kmeans(features, num_clusters, seed, "torch")
+        world_size = distributed.get_world_size()
+        parts = distributed.all_gather(_padded(result.assignments, num_images)).unflatten(0, (world_size, -1))
+        return Clusters(_in_order(parts, num_images).cpu(), num_clusters, result.objective[-1])
+    features = gather_rows(features, num_images)
     found = None
     if distributed.is_main_process():
-        check_clustering(len(features), algorithm, num_clusters, backend)
         if algorithm == "PIC":
             assignments = power_iteration_clustering(features)
             found = assignments.numpy(), int(assignments.max()) + 1, 0.0
         else:
-            result = kmeans(features, num_clusters, seed, backend)
-            found = result.assignments.cpu().numpy(), num_clusters, result.objective[-1]
+            result = kmeans(features, num_clusters, seed, "faiss")
+            found = result.assignments.numpy(), num_clusters, result.objective[-1]
     assignments, num_clusters, loss = distributed.broadcast_object(found)
     return Clusters(torch.from_numpy(assignments), num_clusters, loss)
 
@@ -175,15 +195,31 @@ def kmeans(features: Tensor, num_clusters: int, seed: int, backend: str = "auto"
     rounding.
 
     Args:
-        features: (N, d), float32.
-        backend: ``faiss``; ``torch``; or ``auto``: torch on a GPU, else faiss where it is installed.
+        features: (N, d), float32. With the backend torch, every process calls this with its share, (n, d).
+        backend: ``faiss``; ``torch``; or ``auto``: see :func:`uses_faiss`.
     """
+    if uses_faiss(features.device, backend):
+        start = first_rows(len(features), num_clusters, seed)
+        return kmeans_faiss(features.cpu(), features[start.to(features.device)].cpu())
+    num_rows = int(distributed.all_reduce_sum(torch.tensor(len(features), device=features.device)))
+    # every process puts in the rows that it has, the others have zeros there
+    start = first_rows(num_rows, num_clusters, seed)
+    (mine,) = (start % distributed.get_world_size() == distributed.get_rank()).nonzero(as_tuple=True)
+    rows = (start[mine] // distributed.get_world_size()).to(features.device)
+    centroids = features.new_zeros(num_clusters, features.shape[1])
+    centroids[mine.to(features.device)] = features[rows]
+    return kmeans_torch(features, distributed.all_reduce_sum(centroids))
+
+
+def uses_faiss(device: torch.device, backend: str) -> bool:
+    """Whether ``--kmeans`` means faiss; ``auto``: torch on a GPU, else faiss where it is installed."""
+    return backend == "faiss" or (backend == "auto" and faiss is not None and device.type == "cpu")
+
+
+def first_rows(num_rows: int, num_clusters: int, seed: int) -> Tensor:
+    """The rows that k-means starts from, different ones, (K,)."""
     generator = torch.Generator().manual_seed(seed % 2**63)
-    start = torch.randperm(len(features), generator=generator)[:num_clusters]
-    centroids = features[start.to(features.device)]
-    if backend == "faiss" or (backend == "auto" and faiss is not None and features.device.type == "cpu"):
-        return kmeans_faiss(features.cpu(), centroids.cpu())
-    return kmeans_torch(features, centroids)
+    return torch.randperm(num_rows, generator=generator)[:num_clusters]
 
 
 def kmeans_faiss(features: Tensor, centroids: Tensor, iterations: int = ITERATIONS) -> KMeans:
@@ -205,15 +241,24 @@ def kmeans_faiss(features: Tensor, centroids: Tensor, iterations: int = ITERATIO
 
 
 def kmeans_torch(features: Tensor, centroids: Tensor, iterations: int = ITERATIONS) -> KMeans:
-    """k-means of faiss in torch, from given centroids (K, d), on the device of the features."""
+    """k-means of faiss in torch, from given centroids (K, d), on the device of the features.
+
+    Args:
+        features: Rows of this process, (n, d); those of all processes are clustered together.
+        centroids: The same on every process.
+
+    Returns:
+        Assignments of this process's rows; centroids and objective, which are the same on every process.
+    """
+    num_rows = int(distributed.all_reduce_sum(torch.tensor(len(features), device=features.device)))
     objective = []
     for _ in range(iterations):
         assignments, distance = assign(features, centroids)
-        objective.append(distance)
-        counts = assignments.bincount(minlength=len(centroids))
-        sums = _sum_by_cluster(features, assignments, len(centroids))
+        objective.append(distributed.all_reduce_sum(distance).item())
+        counts = distributed.all_reduce_sum(assignments.bincount(minlength=len(centroids)))
+        sums = distributed.all_reduce_sum(_sum_by_cluster(features, assignments, len(centroids)))
         moved = (sums / counts.clamp_min(1)[:, None]).float()
-        split_empty_clusters(moved, counts, len(features))
+        split_empty_clusters(moved, counts, num_rows)
         if torch.equal(moved, centroids):
             break
         centroids = moved
@@ -221,15 +266,15 @@ def kmeans_torch(features: Tensor, centroids: Tensor, iterations: int = ITERATIO
     return KMeans(assignments, centroids, objective)
 
 
-def assign(features: Tensor, centroids: Tensor) -> tuple[Tensor, float]:
-    """Nearest centroid of each row, int64, (N,), and the sum of the squared distances."""
+def assign(features: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """Nearest centroid of each row, int64, (N,), and the sum of the squared distances, float64, 0-d."""
     half_norms = centroids.square().sum(dim=1) / 2
     nearest, total = [], torch.zeros((), dtype=torch.double, device=features.device)
     for block in features.split(max(1, BLOCK_DISTANCES // len(centroids))):
         best, index = torch.addmm(-half_norms, block, centroids.t()).max(dim=1)  # |x - c|^2 = |x|^2 - 2 (x c - |c|^2/2)
         total += (block.square().sum(dim=1) - 2 * best).sum(dtype=torch.double)
         nearest.append(index)
-    return torch.cat(nearest), total.item()
+    return torch.cat(nearest), total
 
 
 def _sum_by_cluster(features: Tensor, assignments: Tensor, num_clusters: int) -> Tensor:

@@ -25,7 +25,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from deepcluster.augmentations import MEAN, STD, centre_crop, resize_for
 from deepcluster.backbones import load_network
-from deepcluster.flags import DIGITS_CHECKPOINT, add_process_flags, evaluation_parser, labelled_sources
+from deepcluster.flags import DIGITS_CHECKPOINT, MODEL_HELP, add_process_flags, evaluation_parser, labelled_sources
 from deepcluster.layers import check_conv, conv_maps
 from deepcluster.networks import ClusterNetwork
 from shared import distributed, randomness
@@ -43,7 +43,7 @@ MOST_INPUTS = 9600
 def get_args_parser() -> argparse.ArgumentParser:
     parser = evaluation_parser(__doc__)
     add = parser.add_argument_group("network").add_argument
-    add("--model", default=None, help="checkpoint of main.py or of the official code")
+    add("--model", default=None, help=MODEL_HELP)
     add("--conv", type=int, default=None, help="layer: AlexNet has 1 to 5, VGG16 1 to 13, a ResNet 1 to 5; by default "
         "the features that are clustered")  # fmt: skip
 

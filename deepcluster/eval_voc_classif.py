@@ -27,7 +27,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 from deepcluster.augmentations import MEAN, STD
 from deepcluster.backbones import load_network
 from deepcluster.eval_linear import TenCrops
-from deepcluster.flags import add_process_flags, evaluation_parser
+from deepcluster.flags import MODEL_HELP, add_process_flags, evaluation_parser
 from deepcluster.networks import ClusterNetwork
 from shared import distributed, randomness
 from shared.data import BadImages, EpochBatchSampler, EvalDataset, make_loader
@@ -52,7 +52,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--vocdir", default="", help="folder VOC2007, with ImageSets/Main, Annotations and JPEGImages")
     add("--split", default="train", choices=tuple(TEST_SPLIT), help="images to learn from; tested on val or test")
-    add("--model", default="", help="checkpoint of main.py or of the official code")
+    add("--model", default="", help=MODEL_HELP)
     add("--nit", type=int, default=80000, help="training steps")
     add("--fc6_8", type=int, default=1, choices=(0, 1), help="1: the convolutional part stays as it is")
     add("--train_batchnorm", type=int, default=0, choices=(0, 1), help="1: but its batch norms learn scale and shift")

@@ -6,6 +6,7 @@ from shared.evaluation.knn_monitor import open_labelled
 from shared.sources import ImageSource
 
 DIGITS_CHECKPOINT = "runs/digits/checkpoint.pth.tar"
+MODEL_HELP = "checkpoint of main.py or of the official code; alexnet or vgg16: the released weights"
 
 
 def evaluation_parser(docstring: str) -> argparse.ArgumentParser:

@@ -24,28 +24,27 @@ from torch import Tensor, nn
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from deepcluster.augmentations import MEAN, STD, centre_crop, random_crop
-from deepcluster.backbones import build_network, fill_network, official_names
-from deepcluster.clustering import Clusters, check_clustering, cluster, gather_rows, pca_whiten
+from deepcluster.augmentations import MEAN, STD
+from deepcluster.backbones import build_network
+from deepcluster.clustering import Clusters, cluster, pca_whiten
 from deepcluster.networks import ClusterNetwork, new_top_layer
 from deepcluster.report import save_clusters, save_pictures, summary
-from deepcluster.sampling import SAMPLERS, DrawnBatches, cluster_lists, draw_epoch, pseudo_labels
+from deepcluster.sampling import SAMPLERS, cluster_lists, draw_epoch, pseudo_labels
+from deepcluster.training_setup import CHECKPOINT, Resumable, find_checkpoint, open_training_data
 from deepcluster.trivial_solutions import trivial_clusters, trivial_training
 from shared import distributed, randomness
-from shared.attempt import Attempt
 from shared.batchnorm import synchronize_batchnorm
-from shared.checkpoint import Checkpointer, check_flags, is_at_start, load_latest, restore, resume_position
-from shared.data import BadImages, EvalDataset, ImageSource, make_loader, open_source, short_side
-from shared.evaluation.features import ShareOfRank, check_features
-from shared.evaluation.knn_monitor import KNNMonitor, open_labelled
+from shared.checkpoint import Checkpointer, is_at_start
+from shared.data import ImageSource
+from shared.evaluation.features import check_features
+from shared.evaluation.knn_monitor import build_knn_monitor
 from shared.flags import add_run_flags
-from shared.image_cache import cache_images
-from shared.memory import keep_freed_memory
 from shared.metrics import RunLog
-from shared.multicrop import MultiCropDataset, normalize_views
+from shared.multicrop import normalize_views
 from shared.not_finite import FiniteGuard
 from shared.optim import clip_grad_norm_per_tensor_, step_unless_not_finite
 from shared.precision import Precision
+from shared.start import start_run
 
 # What replaces the official defaults when no DIR is given: 8x8 pixel digits, for which AlexNet is too large.
 EMBEDDED_DATA_DEFAULTS = {
@@ -59,7 +58,6 @@ EMBEDDED_DATA_DEFAULTS = {
     "epochs": 6,
     "output_dir": "runs/digits",
 }
-NETWORK_FLAGS = ("arch", "sobel", "crop_size")
 LEAST = {"epochs": 1, "batch": 1, "nmb_cluster": 2, "pca_dim": 1, "crop_size": 1, "log_freq": 1, "checkpoints": 0}
 CLUSTERING, DRAWING, TOP_LAYER = range(3)  # what is drawn once per epoch
 
@@ -136,47 +134,13 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
 
 def train_deepcluster(args: argparse.Namespace) -> None:
     """Train from the newest checkpoint in ``args.output_dir``, or from scratch if there is none."""
-    device = distributed.init(args.dist_url, args.device, args.dist_timeout)
-    keep_freed_memory()
+    device, output_dir = start_run(args, "checkpoints")
     precision = Precision(args.amp, device)
-    randomness.seed_everything(args.seed)
-    output_dir = Path(args.output_dir)
-    if distributed.is_main_process():
-        (output_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-        Attempt.current().claim(output_dir)
-    distributed.barrier()
-    world_size = distributed.get_world_size()
-
-    # data: the same images as centre crops for clustering and as random crops for training
-    source = open_source(args.data_path, "train", allow_absolute_paths=args.allow_absolute_paths, flag="DIR")
-    source = cache_images(source, args.cache)
-    images = source.checksum()
-    distributed.check_same_on_all_processes((len(source), images), "the training data (number of images, checksum)")
-    check_clustering(len(source), args.clustering, args.nmb_cluster, args.kmeans)
-    bad_images = BadImages(len(source), output_dir / "bad_images.txt", args.on_bad_image, args.max_bad_fraction)
-    batches = DrawnBatches(int(args.reassign * len(source)), args.batch)
-    train_loader = make_loader(
-        MultiCropDataset(source, [random_crop(args.crop_size, args.crop_scale)], args.seed, bad_images=bad_images),
-        batch_sampler=batches,
-        num_workers=args.num_workers,
-        device=device,
-    )
-    feature_loader = make_loader(
-        EvalDataset(source, centre_crop(args.crop_size, normalized=False), bad_images),
-        sampler=ShareOfRank(len(source)),
-        batch_size=args.batch // world_size,
-        num_workers=args.num_workers,
-        device=device,
-    )
-    steps_per_epoch = len(batches)
-    distributed.print_once(f"{source.describe()}: {steps_per_epoch} steps per epoch")
+    data = open_training_data(args, output_dir, device)
     if args.data_path is None:
         names = " ".join(f"--{name}" for name in EMBEDDED_DATA_DEFAULTS)
         distributed.print_once(f"without DIR these flags have defaults for the embedded data: {names}")
-    elif (side := short_side(source)) < args.crop_size:
-        distributed.print_once(
-            f"images of {side} pixels are smaller than --crop_size {args.crop_size}: they are enlarged"
-        )
+    source, steps_per_epoch = data.source, data.steps_per_epoch
 
     # the network without a top layer, and its optimiser
     network = build_network(args.arch, args.sobel, img_size=args.crop_size)
@@ -184,117 +148,52 @@ def train_deepcluster(args: argparse.Namespace) -> None:
     body = distributed.wrap(network, device)
     weight_decay = 10**args.wd
     optimizer = build_sgd(network, args.lr, args.momentum, weight_decay)
-    clusters: Clusters | None = None
-    clustered_epoch = -1
-    top_layer: nn.Linear | None = None
 
     # resume
-    checkpoint = load_latest(output_dir / "checkpoint.pth.tar")
-    if checkpoint is None and args.resume:
-        checkpoint = load_latest(args.resume)
-        if checkpoint is None:
-            raise ValueError(f"--resume {args.resume}: there is no such file")
-        checkpoint.pop("log", None)  # its lines are in another folder
+    checkpoint = find_checkpoint(output_dir, args.resume)
     resumed_log = checkpoint is not None and "log" in checkpoint
     log = RunLog(output_dir, args.epochs * steps_per_epoch, args.log_freq, args.tensorboard, resumed=resumed_log)
-    first_epoch, first_step = args.start_epoch, 0
-    evaluated_before = checkpoint is not None and checkpoint.get("evaluated_before", False)
+    training = Resumable(args, data, network, optimizer, precision, log)
+    first_epoch, first_step, skipped_steps = args.start_epoch, 0, 0
+    if checkpoint is not None:
+        first_epoch, first_step = training.load(checkpoint)
+        skipped_steps = checkpoint.get("skipped_steps", 0)
+    training.guard = guard = FiniteGuard(
+        {"network": network}, output_dir, args.max_skipped_steps, device, in_a_row=skipped_steps
+    )
+    knn = build_knn_monitor(args, args.crop_size, MEAN, STD, device, args.num_workers, output_dir)
     problems: list[str] = []
 
-    def state(epoch: int, step_in_epoch: int) -> dict:
-        """Everything a run needs to go on at this step; the first keys are those of the official checkpoints."""
-        weights = official_names(network.state_dict())
-        if top_layer is not None:
-            weights |= {f"top_layer.{name}": value for name, value in top_layer.state_dict().items()}
-        return {
-            "epoch": epoch,
-            "arch": args.arch,
-            "state_dict": weights,
-            "optimizer": optimizer.state_dict(),
-            "args": vars(args),
-            "fp16_scaler": precision.scaler.state_dict(),
-            "step_in_epoch": step_in_epoch,
-            "skipped_steps": int(guard.in_a_row),
-            "batch_size": args.batch,
-            "world_size": world_size,
-            "images": images,
-            "evaluated_before": evaluated_before,
-            "clustered_epoch": clustered_epoch,
-            "clusters": clusters and vars(clusters),
-            "log": log.state_dict(),
-        }
-
-    if checkpoint is not None:
-        if "args" in checkpoint:  # the official checkpoints have none
-            check_flags(checkpoint, args, NETWORK_FLAGS)
-        saved_top_layer = fill_network(network, checkpoint, args.arch, "the checkpoint")
-        restore_momentum(checkpoint, optimizer)
-        first_epoch, first_step = resume_position(checkpoint, args.batch, images, args.on_changed_run)
-        if checkpoint.get("fp16_scaler"):
-            precision.scaler.load_state_dict(checkpoint["fp16_scaler"])
-        if resumed_log:
-            log.load_state_dict(checkpoint["log"])
-        if checkpoint.get("images") == images and checkpoint["clusters"]:  # else they are those of other images
-            clusters = Clusters(**checkpoint["clusters"])
-            clustered_epoch = checkpoint["clustered_epoch"]
-            top_layer = new_top_layer(network.dim, clusters.num_clusters).to(device)
-            top_layer.load_state_dict(saved_top_layer)
-        distributed.print_once(f"resuming at epoch {first_epoch}, step {first_step}")
-    guard = FiniteGuard(
-        {"network": network},
-        output_dir,
-        args.max_skipped_steps,
-        device,
-        in_a_row=checkpoint.get("skipped_steps", 0) if checkpoint else 0,
-    )
-    labelled = "off"
-    if args.eval_knn_freq != 0:
-        labelled = open_labelled(args.data_path, args.val_path, args.allow_absolute_paths)
-    if args.eval_knn_freq and isinstance(labelled, str):
-        raise ValueError(f"--eval_knn_freq {args.eval_knn_freq}: {labelled}")
-    knn = KNNMonitor(
-        labelled,
-        args.crop_size,
-        MEAN,
-        STD,
-        args.eval_knn_freq,
-        args.epochs,
-        device,
-        num_workers=args.num_workers,
-        on_bad_image=args.on_bad_image,
-        max_bad_fraction=args.max_bad_fraction,
-        output_dir=output_dir,
-    )
-    if knn.off:
-        distributed.print_once(f"no k-NN evaluation: {knn.off}")
-
     with Checkpointer(
-        output_dir / "checkpoint.pth.tar", state, args.saveckp_steps, args.saveckp_minutes, guard.is_good
+        output_dir / CHECKPOINT, training.state, args.saveckp_steps, args.saveckp_minutes, guard.is_good
     ) as checkpointer:
 
-        def cluster_images(epoch: int) -> Clusters:
-            """Features of all images, whitened, and their clusters."""
+        def cluster_now(epoch: int) -> Clusters:
+            """Clusters of all images as the network sees them before ``epoch``; the log says what they are like."""
             stop = partial(checkpointer.stop_if_asked, epoch, 0)
-            features = compute_features(network, feature_loader, precision, stop)
-            whitened, with_variance = pca_whiten(features, args.pca_dim, device)
-            if with_variance < args.pca_dim:
-                distributed.print_once(
-                    f"the features vary in {with_variance} directions only, fewer than --pca_dim {args.pca_dim}"
-                )
+            features = compute_features(network, data.feature_loader, precision, stop)
             seed = randomness.derive_seed(args.seed, epoch, CLUSTERING)
-            rows = gather_rows(whitened, len(source))
-            return cluster(rows, args.clustering, args.nmb_cluster, seed, args.kmeans)
+            clusters = cluster_features(
+                features,
+                pca_dim=args.pca_dim,
+                method=args.clustering,
+                nmb_cluster=args.nmb_cluster,
+                seed=seed,
+                backend=args.kmeans,
+                device=device,
+            )
+            line = describe_clusters(clusters, training.clusters, source)
+            log.evaluation(epoch * steps_per_epoch, epoch, **line)
+            return clusters
 
-        if not evaluated_before and is_at_start(checkpoint) and knn.is_due(-1):
+        if not training.evaluated_before and is_at_start(checkpoint) and knn.is_due(-1):
             stop = partial(checkpointer.stop_if_asked, 0, 0)
             log.evaluation(0, 0, knn_top1=knn.run(FeaturesForClustering(network), stop))
-        evaluated_before = True
+        training.evaluated_before = True
         for epoch in range(first_epoch, args.epochs):
             # 1. cluster the features: the clusters are labels that nobody had to give
-            if clustered_epoch != epoch:
-                previous, clusters = clusters, cluster_images(epoch)
-                clustered_epoch = epoch
-                log.evaluation(epoch * steps_per_epoch, epoch, **describe_clusters(clusters, previous, source))
+            if training.clustered_epoch != epoch:
+                clusters = cluster_now(epoch)
                 if args.verbose:
                     distributed.print_once(f"sizes of the clusters: {sorted(clusters.sizes().tolist(), reverse=True)}")
                 if problem := trivial_clusters(clusters.sizes()):
@@ -304,17 +203,20 @@ def train_deepcluster(args: argparse.Namespace) -> None:
                 seed = randomness.derive_seed(args.seed, epoch, TOP_LAYER) % 2**63
                 generator = torch.Generator().manual_seed(seed)
                 top_layer = new_top_layer(network.dim, clusters.num_clusters, generator).to(device)
+                training.clusters, training.clustered_epoch, training.top_layer = clusters, epoch, top_layer
                 checkpointer.after_step(epoch, 0)
+            clusters, top_layer = training.clusters, training.top_layer
             # 3. train: every cluster is drawn equally often, whatever its size
             lists = cluster_lists(clusters.assignments.numpy(), clusters.num_clusters)
             seed = randomness.derive_seed(args.seed, epoch, DRAWING)
-            batches.set_epoch(epoch, draw_epoch(lists, batches.num_draws, seed, args.sampler), first_step)
+            drawn = draw_epoch(lists, data.batches.num_draws, seed, args.sampler)
+            data.batches.set_epoch(epoch, drawn, first_step)
             guard.networks["top_layer"] = top_layer
             train_one_epoch(
                 body,
                 distributed.wrap(top_layer, device),
                 pseudo_labels(clusters.assignments, clusters.num_clusters),
-                train_loader,
+                data.train_loader,
                 # the top layer's own optimiser: no momentum, it has no past
                 (optimizer, build_sgd(top_layer, args.lr, 0, weight_decay)),
                 epoch=epoch,
@@ -332,15 +234,13 @@ def train_deepcluster(args: argparse.Namespace) -> None:
                 stop = partial(checkpointer.stop_if_asked, epoch, steps_per_epoch)
                 top1 = knn.run(FeaturesForClustering(network), stop)
                 log.evaluation((epoch + 1) * steps_per_epoch, epoch + 1, knn_top1=top1)
-            line = log.end_epoch(epoch, bad_images=bad_images.count())
+            line = log.end_epoch(epoch, bad_images=data.bad_images.count())
             if problem := trivial_training(line["train_loss"], int((clusters.sizes() > 0).sum())):
                 problems.append(f"epoch {epoch}: {problem}")
                 log.say(problems[-1])
             checkpointer.after_epoch(epoch)
 
-        # what the network makes of the images in the end
-        previous, clusters = clusters, cluster_images(args.epochs)
-        log.evaluation(args.epochs * steps_per_epoch, args.epochs, **describe_clusters(clusters, previous, source))
+        clusters = cluster_now(args.epochs)  # what the network makes of the images in the end
     log.close()
     if distributed.is_main_process():
         files = [save_clusters(source, clusters.assignments, output_dir / "clusters.csv")]
@@ -349,24 +249,32 @@ def train_deepcluster(args: argparse.Namespace) -> None:
         print(summary(output_dir, args.data_path, args.val_path, source, clusters, knn, files, problems[-3:]))
 
 
+def cluster_features(
+    features: Tensor,
+    *,
+    pca_dim: int,
+    method: str,
+    nmb_cluster: int,
+    seed: int,
+    backend: str,
+    device: torch.device,
+) -> Clusters:
+    """Whiten this process's share of the features, (n, D), and cluster those of all processes."""
+    whitened, with_variance = pca_whiten(features, pca_dim, device)
+    if with_variance < pca_dim:
+        distributed.print_once(f"the features vary in {with_variance} directions only, fewer than --pca_dim {pca_dim}")
+    return cluster(whitened, method, nmb_cluster, seed, backend)
+
+
 def build_sgd(module: nn.Module, lr: float, momentum: float, weight_decay: float) -> torch.optim.SGD:
     """SGD on everything in ``module`` that learns; weight decay spares nothing."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay, fused=True)
     if momentum:
-        for (
-            p
-        ) in parameters:  # from 0 it is the same update; torch's fused SGD keeps garbage if the first one is skipped
+        # from 0 it is the same update; torch's fused SGD keeps garbage if the first one is skipped
+        for p in parameters:
             optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return optimizer
-
-
-def restore_momentum(checkpoint: dict, optimizer: torch.optim.SGD) -> None:
-    """Take the momentum from a checkpoint; learning rate and weight decay stay as the flags say."""
-    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    restore(checkpoint, optimizer=optimizer)
-    for group, values in zip(optimizer.param_groups, settings, strict=True):
-        group.update(values)
 
 
 class FeaturesForClustering(nn.Module):

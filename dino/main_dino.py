@@ -30,18 +30,15 @@ from dino.collapse import CollapseMonitor
 from dino.losses import DINOLoss
 from dino.networks import VIT_NAMES, build_backbone
 from dino.report import save_pictures, summary
+from dino.resuming import Resumable
 from dino.vision_transformer import DINOHead
 from shared import distributed, randomness
-from shared.attempt import Attempt
-from shared.batchnorm import has_batchnorm, synchronize_batchnorm
-from shared.checkpoint import Checkpointer, check_flags, is_at_start, load_latest, restore, resume_position
-from shared.data import BadImages, EpochBatchSampler, default_num_workers, make_loader, open_source, short_side
-from shared.evaluation.knn_monitor import KNNMonitor, open_labelled
+from shared.batchnorm import synchronize_batchnorm
+from shared.checkpoint import Checkpointer, is_at_start, load_latest
+from shared.evaluation.knn_monitor import build_knn_monitor
 from shared.flags import add_data_flags, add_run_flags, bool_flag
-from shared.image_cache import cache_images
-from shared.memory import keep_freed_memory
 from shared.metrics import RunLog, feature_spread, rank_me
-from shared.multicrop import MultiCropDataset, MultiCropWrapper, normalize_views
+from shared.multicrop import MultiCropWrapper, normalize_views
 from shared.not_finite import FiniteGuard
 from shared.optim import (
     build_optimizer,
@@ -52,6 +49,8 @@ from shared.optim import (
 )
 from shared.precision import Precision
 from shared.schedules import cosine_schedule
+from shared.start import start_run
+from shared.training_data import open_training_data
 
 # What replaces the official defaults when no --data_path is given: 8x8 pixel digits need no ViT at 224 pixels. A run of
 # minutes needs a teacher that follows fast and a centre that follows faster still, or everything falls into one output;
@@ -77,17 +76,8 @@ EMBEDDED_DATA_DEFAULTS = {
     "freeze_last_layer": 0,
     "output_dir": "runs/digits",
 }
+ONE_SIZE_ONLY = ("resmlp", "mixer", "gmixer", "gmlp")  # networks of timm
 LEAST = {"epochs": 1, "batch_size_per_gpu": 1, "out_dim": 2, "log_freq": 1, "patch_size": 1, "local_crops_number": 0}
-NETWORK_FLAGS = (
-    "arch",
-    "patch_size",
-    "global_crop_size",
-    "in_chans",
-    "out_dim",
-    "use_bn_in_head",
-    "norm_last_layer",
-    "optimizer",
-)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -194,6 +184,15 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
             f"--epochs {args.epochs} is less than --warmup_epochs {args.warmup_epochs} or "
             f"--warmup_teacher_temp_epochs {args.warmup_teacher_temp_epochs}"
         )
+    if (
+        args.arch.startswith(ONE_SIZE_ONLY)
+        and args.local_crops_number
+        and args.local_crop_size != args.global_crop_size
+    ):
+        parser.error(
+            f"--arch {args.arch} mixes a fixed number of patches, so all views must have one size: "
+            f"--local_crop_size {args.local_crop_size} differs from --global_crop_size {args.global_crop_size}"
+        )
     if args.arch in VIT_NAMES:
         args.arch = args.arch.replace("deit", "vit")  # as in the official checkpoints
         for flag in ("global_crop_size", "local_crop_size"):
@@ -219,22 +218,10 @@ class Schedules:
 
 def train_dino(args: argparse.Namespace) -> None:
     """Train from the newest checkpoint in ``args.output_dir``, or from scratch if there is none."""
-    device = distributed.init(args.dist_url, args.device, args.dist_timeout)
-    keep_freed_memory()
+    device, output_dir = start_run(args)
     precision = Precision(args.amp if args.use_fp16 else "fp32", device)
-    randomness.seed_everything(args.seed)
-    output_dir = Path(args.output_dir)
-    if distributed.is_main_process():
-        output_dir.mkdir(parents=True, exist_ok=True)
-        Attempt.current().claim(output_dir)
-    distributed.barrier()
-    world_size = distributed.get_world_size()
 
     # data
-    source = open_source(args.data_path, "train", allow_absolute_paths=args.allow_absolute_paths)
-    source = cache_images(source, args.cache)
-    images = source.checksum()
-    distributed.check_same_on_all_processes((len(source), images), "the training data (number of images, checksum)")
     recipes = dino_views(
         args.global_crops_scale,
         args.local_crops_scale,
@@ -243,17 +230,8 @@ def train_dino(args: argparse.Namespace) -> None:
         args.local_crop_size,
         args.blur_radius,
     )
-    bad_images = BadImages(len(source), output_dir / "bad_images.txt", args.on_bad_image, args.max_bad_fraction)
-    dataset = MultiCropDataset(source, recipes, args.seed, args.augmentation, args.in_chans, bad_images)
-    sampler = EpochBatchSampler(len(source), args.batch_size_per_gpu, args.seed, distributed.get_rank(), world_size)
-    num_workers = default_num_workers() if args.num_workers is None else args.num_workers
-    loader = make_loader(dataset, batch_sampler=sampler, num_workers=num_workers, device=device)
-    steps_per_epoch = len(sampler)
-    distributed.print_once(f"{source.describe()}: {steps_per_epoch} steps per epoch")
-    if args.data_path is not None and (side := short_side(source)) < args.global_crop_size:
-        distributed.print_once(
-            f"images of {side} pixels are smaller than --global_crop_size {args.global_crop_size}: views are enlarged"
-        )
+    data = open_training_data(args, recipes, args.batch_size_per_gpu, output_dir, device, "--global_crop_size")
+    steps_per_epoch = data.steps_per_epoch
     if args.data_path is None:
         names = " ".join(f"--{name}" for name in EMBEDDED_DATA_DEFAULTS)
         distributed.print_once(f"without --data_path these flags have defaults for the embedded data: {names}")
@@ -288,7 +266,7 @@ def train_dino(args: argparse.Namespace) -> None:
         center_momentum=args.center_momentum,
     ).to(device)
     optimizer = build_optimizer(args.optimizer, param_groups_no_decay_on_bias_and_norm(student))
-    peak_lr = args.lr * args.batch_size_per_gpu * world_size / 256
+    peak_lr = args.lr * data.batch_size / 256
     schedules = Schedules(
         lr=cosine_schedule(peak_lr, args.min_lr, args.epochs, steps_per_epoch, args.warmup_epochs),
         weight_decay=cosine_schedule(args.weight_decay, args.weight_decay_end, args.epochs, steps_per_epoch),
@@ -298,93 +276,41 @@ def train_dino(args: argparse.Namespace) -> None:
     # resume
     checkpoint = load_latest(output_dir / "checkpoint.pth")
     log = RunLog(output_dir, args.epochs * steps_per_epoch, args.log_freq, args.tensorboard, resumed=bool(checkpoint))
-    first_epoch, first_step = 0, 0
+    training = Resumable(args, data, student, teacher, criterion, optimizer, precision, log)
+    first_epoch, first_step, skipped_steps = 0, 0, 0
+    if checkpoint is not None:
+        first_epoch, first_step = training.load(checkpoint)
+        skipped_steps = checkpoint.get("skipped_steps", 0)
+    training.guard = guard = FiniteGuard(
+        {"teacher": teacher, "student": distributed.unwrap(student)},
+        output_dir,
+        args.max_skipped_steps,
+        device,
+        in_a_row=skipped_steps,
+    )
+
+    # what is looked at on the way
     monitor = CollapseMonitor(
         args.out_dim,
         patience_steps=min(len(schedules.lr) // 4, 2 * steps_per_epoch + 1000),
         warmup_steps=round(args.warmup_epochs * steps_per_epoch),
     )
-
-    teacher_prefix = "module." if has_batchnorm(teacher) else ""  # as in the official files
-
-    def state(epoch: int, step_in_epoch: int) -> dict:
-        """Everything a run needs to go on at this step; the first keys are those of the official checkpoints."""
-        return {
-            "student": {f"module.{name}": value for name, value in distributed.unwrap(student).state_dict().items()},
-            "teacher": {teacher_prefix + name: value for name, value in teacher.state_dict().items()},
-            "optimizer": optimizer.state_dict(),
-            "epoch": epoch,
-            "args": vars(args),
-            "dino_loss": criterion.state_dict(),
-            "fp16_scaler": precision.scaler.state_dict(),
-            "step_in_epoch": step_in_epoch,
-            "skipped_steps": int(guard.in_a_row),
-            "batch_size": args.batch_size_per_gpu * world_size,
-            "world_size": world_size,
-            "images": images,
-            "log": log.state_dict(),
-        }
-
-    if checkpoint is not None:
-        check_flags(checkpoint, args, NETWORK_FLAGS)
-        restore(
-            checkpoint,
-            student=distributed.unwrap(student),
-            teacher=teacher,
-            optimizer=optimizer,
-            dino_loss=criterion,
-        )
-        if checkpoint.get("fp16_scaler"):
-            precision.scaler.load_state_dict(checkpoint["fp16_scaler"])
-        if "log" in checkpoint:  # the official checkpoints have none
-            log.load_state_dict(checkpoint["log"])
-        first_epoch, first_step = resume_position(
-            checkpoint, args.batch_size_per_gpu * world_size, images, args.on_changed_run
-        )
-        distributed.print_once(f"resuming at epoch {first_epoch}, step {first_step}")
-    guard = FiniteGuard(
-        {"teacher": teacher, "student": distributed.unwrap(student)},
-        output_dir,
-        args.max_skipped_steps,
-        device,
-        in_a_row=checkpoint.get("skipped_steps", 0) if checkpoint else 0,
-    )
-    labelled = (
-        open_labelled(args.data_path, args.val_path, args.allow_absolute_paths) if args.eval_knn_freq != 0 else "off"
-    )
-    if args.eval_knn_freq and isinstance(labelled, str):
-        raise ValueError(f"--eval_knn_freq {args.eval_knn_freq}: {labelled}")
-    knn = KNNMonitor(
-        labelled,
-        args.global_crop_size,
-        MEAN,
-        STD,
-        args.eval_knn_freq,
-        args.epochs,
-        device,
-        args.in_chans,
-        num_workers,
-        on_bad_image=args.on_bad_image,
-        max_bad_fraction=args.max_bad_fraction,
-        output_dir=output_dir,
-    )
-    if knn.off:
-        distributed.print_once(f"no k-NN evaluation: {knn.off}")
+    knn = build_knn_monitor(args, args.global_crop_size, MEAN, STD, device, data.num_workers, output_dir, args.in_chans)
 
     # epochs
     with Checkpointer(
-        output_dir / "checkpoint.pth", state, args.saveckp_steps, args.saveckp_minutes, guard.is_good
+        output_dir / "checkpoint.pth", training.state, args.saveckp_steps, args.saveckp_minutes, guard.is_good
     ) as checkpointer:
         if is_at_start(checkpoint) and knn.is_due(-1):
             stop = partial(checkpointer.stop_if_asked, 0, 0)
             log.evaluation(0, 0, knn_top1=knn.run(teacher.backbone, stop))
         for epoch in range(first_epoch, args.epochs):
-            sampler.set_epoch(epoch, first_step)
+            data.sampler.set_epoch(epoch, first_step)
             train_one_epoch(
                 student,
                 teacher,
                 criterion,
-                loader,
+                data.loader,
                 optimizer,
                 schedules,
                 epoch=epoch,
@@ -403,13 +329,13 @@ def train_dino(args: argparse.Namespace) -> None:
             if knn.is_due(epoch):
                 stop = partial(checkpointer.stop_if_asked, epoch, steps_per_epoch)
                 log.evaluation((epoch + 1) * steps_per_epoch, epoch + 1, knn_top1=knn.run(teacher.backbone, stop))
-            log.end_epoch(epoch, bad_images=bad_images.count())
+            log.end_epoch(epoch, bad_images=data.bad_images.count())
             numbered = args.saveckp_freq and epoch % args.saveckp_freq == 0
             checkpointer.after_epoch(epoch, keep_as=f"checkpoint{epoch:04d}.pth" if numbered else None)
     log.close()
     pictures = []
     if args.pictures:
-        pictures = save_pictures(teacher.backbone, dataset, knn, args.global_crop_size, output_dir, device)
+        pictures = save_pictures(teacher.backbone, data.dataset, knn, args.global_crop_size, output_dir, device)
     if distributed.is_main_process():
         print(
             summary(

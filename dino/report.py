@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from timm.models.xcit import Xcit
 from torch import nn
 
 from shared import distributed
@@ -27,7 +28,7 @@ def save_pictures(
     output_dir: Path,
     device: torch.device,
 ) -> list[Path]:
-    """Views of one image, neighbours of ten queries, curves, and a ViT's attention; every rank must call this.
+    """Views of one image, neighbours of ten queries, curves, a ViT's or XCiT's attention; every rank must call this.
 
     Args:
         backbone: The teacher's.
@@ -49,7 +50,8 @@ def save_pictures(
         neighbours,
         save_curves(output_dir / "metrics.jsonl", folder / "curves.png"),
     ]
-    if isinstance(backbone, VisionTransformer):
+    # XCiT's patches are part of its name, and may be larger than small images
+    if isinstance(backbone, VisionTransformer | Xcit) and backbone.patch_embed.patch_size <= image_size:
         transform = EvalTransform(image_size, image_size, MEAN, STD, views.in_chans)
         source = knn.val.source if knn.off is None else views.source
         image, *_ = EvalDataset(source, transform, BadImages(len(source), max_fraction=1))[0]
@@ -103,6 +105,6 @@ def next_commands(
         few = len(knn.train.source) < 200  # by default the script asks for 200 neighbours
         commands.append(command("eval_knn.py", **evaluation, nb_knn=knn.k if few else None))
         commands.append(command("eval_linear.py", **evaluation, **linear))
-    if arch in VIT_NAMES:
+    if arch in VIT_NAMES or arch.startswith("xcit_"):
         commands.append(command("visualize_attention.py", **flags, **attention))
     return [*commands, "python main_dino.py --arch vit_small --data_path YOUR_IMAGES --output_dir YOUR_RUN"]

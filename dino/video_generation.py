@@ -23,7 +23,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dino.flags import evaluation_parser
-from dino.visualize_attention import class_attention, load_vit, prepare_image
+from dino.visualize_attention import class_attention, load_attentive, prepare_image
 from shared import distributed
 from shared.attention import attended_patches
 from shared.backbones import input_channels
@@ -173,7 +173,7 @@ def generate_video(args: argparse.Namespace) -> Path:
             raise ValueError(f"--video_only joins the pictures of a folder; --input_path {source} is none")
         pictures = list_frames(source, "attn-*")
     else:
-        model = load_vit(args, device)
+        model = load_attentive(args, device)
         if source.is_dir():
             frames = list_frames(source)
         else:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from sklearn.datasets import load_sample_image
+from timm.models.xcit import Xcit
 from torch import Tensor
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
@@ -78,11 +78,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 @torch.no_grad()
-def class_attention(model: VisionTransformer, images: Tensor) -> Tensor:
-    """Attention of the class token to the patches in the last block.
+def class_attention(model: VisionTransformer | Xcit, images: Tensor) -> Tensor:
+    """Attention of the class token to the patches in the last block (of XCiT: in the last class-attention block).
 
     Args:
-        model: A ViT of this folder.
+        model: A ViT of this folder or timm's XCiT.
         images: Normalised, shape (B, C, H, W); rows and columns beyond a multiple of the patch size are not seen.
 
     Returns:
@@ -95,12 +95,29 @@ def class_attention(model: VisionTransformer, images: Tensor) -> Tensor:
     rows, columns = images.shape[-2] // patch_size, images.shape[-1] // patch_size
     if rows == 0 or columns == 0:
         raise ValueError(f"--image_size: {tuple(images.shape[-2:])} pixels are less than a patch of {patch_size}")
-    attention = model.get_last_selfattention(images, num_queries=1)[:, :, 0, 1:]
-    return attention.unflatten(2, (rows, columns))
+    images = images[:, :, : rows * patch_size, : columns * patch_size]
+    if isinstance(model, Xcit):
+        attention = last_class_attention(model, images)
+    else:
+        attention = model.get_last_selfattention(images, num_queries=1)[:, :, 0]
+    return attention[:, :, 1:].unflatten(2, (rows, columns))
+
+
+def last_class_attention(model: Xcit, images: Tensor) -> Tensor:
+    """Weights of the class token's attention to all tokens in XCiT's last block: (B, heads, 1 + N)."""
+    layer, tokens = model.cls_attn_blocks[-1].attn, []
+    hook = layer.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0]))
+    try:
+        model.forward_features(images)
+    finally:
+        hook.remove()
+    queries, keys = (x.unflatten(2, (layer.num_heads, -1)) for x in (layer.q(tokens[0][:, :1]), layer.k(tokens[0])))
+    scores = torch.einsum("bqhd,bnhd->bhn", queries, keys) * queries.shape[-1] ** -0.5
+    return scores.softmax(dim=-1)
 
 
 def save_attention(
-    model: VisionTransformer,
+    model: VisionTransformer | Xcit,
     image: Tensor,
     output_dir: str | Path,
     threshold: float | None = None,
@@ -110,7 +127,7 @@ def save_attention(
     """The attention of one image as pictures, see :func:`shared.attention.save_attention_maps`.
 
     Args:
-        model: A ViT of this folder, in evaluation mode.
+        model: A ViT of this folder or timm's XCiT, in evaluation mode.
         image: Normalised, shape (C, H, W), on the model's device.
         output_dir: Created if missing.
         threshold: Share of the attention that the masks hold, in (0, 1].
@@ -144,7 +161,7 @@ def prepare_image(pixels: np.ndarray, image_size: list[int], in_chans: int = 3) 
     return to_input(Image.fromarray(pixels).resize(image_size[::-1], Image.Resampling.BILINEAR), in_chans)
 
 
-def load_vit(args: argparse.Namespace, device: torch.device) -> VisionTransformer:
+def load_attentive(args: argparse.Namespace, device: torch.device) -> VisionTransformer | Xcit:
     """The network that the flags name; released ViT-S/8 weights are those of 300 epochs, as in the official scripts.
 
     Raises:
@@ -154,8 +171,8 @@ def load_vit(args: argparse.Namespace, device: torch.device) -> VisionTransforme
     if weights == "" and (args.arch.replace("deit", "vit"), args.patch_size) == ("vit_small", 8):
         weights = fetch(VITS8_300_EPOCHS)
     model, _ = load_pretrained(args.arch, args.patch_size, weights, args.checkpoint_key, args.allow_partial)
-    if not isinstance(model, VisionTransformer):
-        raise ValueError(f"--arch {args.arch}: attention maps need vit_tiny, vit_small or vit_base")
+    if not isinstance(model, VisionTransformer | Xcit):
+        raise ValueError(f"--arch {args.arch}: attention maps need vit_tiny, vit_small, vit_base or an XCiT")
     return model.to(device)
 
 
@@ -172,12 +189,14 @@ def training_views(pretrained_weights: str) -> list[ViewRecipe]:
 def visualize_attention(args: argparse.Namespace) -> list[Path]:
     """Write the pictures that the flags ask for."""
     device = distributed.init(device=args.device)
-    model = load_vit(args, device)
+    model = load_attentive(args, device)
     if args.image_path is not None:
         pixels = read_image(args.image_path).decode()
     elif args.embedded:
         pixels = open_source(None, "val").load(DIGIT).decode()
     else:
+        from sklearn.datasets import load_sample_image  # a second of SciPy, of which the training needs nothing
+
         pixels = load_sample_image("flower.jpg")
     in_chans, output_dir = input_channels(model), Path(args.output_dir)
     image = prepare_image(pixels, args.image_size, in_chans).to(device)

@@ -28,7 +28,7 @@ RELEASES = {
     "msn_vitb4": Release("deit_base_p4", "vitb4_300ep.pth.tar"),
     "msn_vitl7": Release("deit_large_p7", "vitl7_200ep.pth.tar"),
 }
-RUN_ON_DIGITS = {"model_name": "deit_tiny", "pretrained": "runs/digits", "fname": "msn-latest.pth.tar"}
+RUN_ON_DIGITS = {"model_name": "deit_micro", "pretrained": "runs/digits", "fname": "msn-latest.pth.tar"}
 
 
 def set_embedded_data_defaults(parser: argparse.ArgumentParser) -> None:

@@ -371,6 +371,8 @@ ARCHITECTURES: dict[str, dict] = {
     "deit_huge_p10": _HUGE | {"patch_size": 10},
     "vitc_4gf": _CONV | {"patch_size": 16, "mlp_ratio": 3.0},
     "deit_small_convstem": _CONV | {"patch_size": 16, "mlp_ratio": 6.0},
+    # not in the official code: 0.5 million parameters, for images of a few pixels and for trying things out on a CPU
+    "deit_micro": {"embed_dim": 96, "depth": 4, "num_heads": 3, "patch_size": 4},
 }
 
 

@@ -21,8 +21,8 @@ def build_library_backbone(
 ) -> tuple[nn.Module, int]:
     """Build a randomly initialised network that maps images (B, C, H, W) to features (B, D).
 
-    A name known to torchvision and timm alike (``resnet50``) gives torchvision's network. XCiT comes from timm; the
-    published names work without its input size (``xcit_small_12_p16``).
+    A name known to torchvision and timm alike (``resnet50``) gives torchvision's network. XCiT and ResMLP come from
+    timm; the published names work without its input size (``xcit_small_12_p16``, ``resmlp_12``).
 
     Args:
         arch: A classification model of torchvision, or a model of timm.
@@ -39,7 +39,7 @@ def build_library_backbone(
     """
     if arch in torchvision.models.list_models(module=torchvision.models):
         return _build_torchvision(arch, drop_path_rate, img_size, in_chans)
-    if re.fullmatch(r"xcit_\w+_p\d+", arch):
+    if re.fullmatch(r"xcit_\w+_p\d+|resmlp_\d+", arch):
         arch += "_224"
     if timm.is_model(arch):
         return _build_timm(arch, drop_path_rate, img_size, in_chans)

@@ -314,9 +314,9 @@ class _Loader(DataLoader):
         iterator = super().__iter__()
         if self.num_workers and iterator is not self.ends_at_exit:  # a process's workers persist over epochs
             self.ends_at_exit = iterator
-            atexit.register(_end_workers, weakref.ref(iterator))
+            atexit.register(_end_workers, weakref.ref(iterator), iterator._workers)
             # the same in a child of multiprocessing; at 10 its queues close
-            Finalize(None, _end_workers, (weakref.ref(iterator),), exitpriority=11)
+            Finalize(None, _end_workers, (weakref.ref(iterator), iterator._workers), exitpriority=11)
         while True:
             try:
                 batch = next(iterator)
@@ -344,10 +344,12 @@ def _as_is(batch):
     return batch  # the data set assembled it
 
 
-def _end_workers(iterator: weakref.ref) -> None:
+def _end_workers(iterator: weakref.ref, workers: list) -> None:
     """Have the workers return, before ``multiprocessing`` sends them SIGTERM, which they ignore, and waits for them."""
     if (living := iterator()) is not None:
         living._shutdown_workers()  # what torch does when nothing, such as a traceback, refers to the iterator any more
+    for worker in workers:
+        worker.kill()  # one that was not told: the garbage collector may close the queues before torch does that
 
 
 def _start_worker(worker_id: int) -> None:

@@ -1,7 +1,23 @@
 """Command-line flags that every training script has, and types of flags."""
 
 import argparse
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
+
+
+class AnyDashParser(argparse.ArgumentParser):
+    """A parser to which ``--batch-size`` and ``--batch_size`` are the same flag, whichever of them was declared."""
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        arguments = sys.argv[1:] if args is None else args
+        return super().parse_known_args([self._declared(argument) for argument in arguments], namespace)
+
+    def _declared(self, argument: str) -> str:
+        name, equals, value = argument.partition("=")
+        spellings = ("--" + name[2:].replace("_", "-"), "--" + name[2:].replace("-", "_"))
+        if name.startswith("--") and name not in self._option_string_actions:
+            name = next((s for s in spellings if s in self._option_string_actions), name)
+        return name + equals + value
 
 
 def bool_flag(text: str) -> bool:
@@ -18,7 +34,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> Callable:
     add = parser.add_argument_group("data").add_argument
     add("--data_path", default=None, help="training images: a folder, a .txt list or a torchvision data set name; "
         "without it the embedded digits are used and the defaults fit them")  # fmt: skip
-    add("--val_path", default=None, help="images for the k-NN evaluation; by default those that belong to --data_path")
+    add("--val_path", default=None, help="images to evaluate on; by default those that belong to --data_path")
     add("--allow_absolute_paths", action="store_true", help="in .txt lists")
     add("--in_chans", type=int, default=3, choices=(1, 3), help="channels of the images")
     add("--cache", default="none", help="decoded images: none, memory, or a folder for a memory-mapped file")
@@ -27,15 +43,20 @@ def add_data_flags(parser: argparse.ArgumentParser) -> Callable:
     return add
 
 
-def add_run_flags(parser: argparse.ArgumentParser) -> Callable:
-    """Saving, logging and processes; returns the ``add_argument`` of the group for further flags."""
+def add_run_flags(parser: argparse.ArgumentParser, knn: bool = True) -> Callable:
+    """Saving, logging and processes; returns the ``add_argument`` of the group for further flags.
+
+    Args:
+        knn: Whether there is a k-NN evaluation between epochs.
+    """
     add = parser.add_argument_group("run").add_argument
     add("--saveckp_steps", type=int, default=0, help="also save within the epoch every so many steps")
     add("--saveckp_minutes", type=float, default=15, help="also save within the epoch after so many minutes")
     add("--on_changed_run", default="continue", choices=("continue", "refuse"),
         help="when the checkpoint was written with another batch or number of processes")  # fmt: skip
-    add("--eval_knn_freq", type=int, default=None, help="k-NN every so many epochs; 0: never; by default before and "
-        "after training when there are at most 100,000 images")  # fmt: skip
+    if knn:
+        add("--eval_knn_freq", type=int, default=None, help="k-NN every so many epochs; 0: never; by default before "
+            "and after training when there are at most 100,000 images")  # fmt: skip
     add("--pictures", type=bool_flag, default=True, help="write pictures at the end")
     add("--log_freq", type=int, default=10, help="steps per line of the log")
     add("--tensorboard", action="store_true", help="also log to TensorBoard")

@@ -76,6 +76,7 @@ class RunLog:
         log_freq: Steps per line of ``metrics.jsonl``.
         tensorboard: Also write TensorBoard events to ``<output_dir>/tensorboard``.
         resumed: Whether :meth:`load_state_dict` will follow; otherwise files that exist are put aside.
+        unit: What a batch consists of; lines state how many of them per second.
     """
 
     def __init__(
@@ -85,11 +86,13 @@ class RunLog:
         log_freq: int = 10,
         tensorboard: bool = False,
         resumed: bool = False,
+        unit: str = "images",
     ):
         self.files = {name: Path(output_dir) / name for name in ("metrics.jsonl", "log.txt")}
         self.attempt = Attempt.current()
         self.total_steps = total_steps
         self.log_freq = log_freq
+        self.unit = unit
         self.window: dict[str, Tensor] = {}  # (sum, count) of each average since the last line
         self.epoch: dict[str, Tensor] = {}  # the same since the start of the epoch
         self.images = 0
@@ -148,7 +151,7 @@ class RunLog:
         current = {name: torch.as_tensor(value, dtype=torch.double) for name, value in values.items()}
         line |= _means(self.window | {k: torch.stack([v, one.to(v.device)]) for k, v in current.items()})
         elapsed = time.perf_counter() - self.line_start
-        line["images_per_s"] = round(self.images * distributed.get_world_size() / elapsed, 2)
+        line[f"{self.unit}_per_s"] = round(self.images * distributed.get_world_size() / elapsed, 2)
         line["data_wait"] = round(self.waited_s / elapsed, 4)
         self.window, self.images, self.waited_s = {}, 0, 0.0
         self.line_start = time.perf_counter()

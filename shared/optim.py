@@ -129,16 +129,22 @@ def clip_grad_norm_per_tensor_(parameters: Iterable[Tensor], max_norm: float) ->
 def step_unless_not_finite(optimizer: torch.optim.Optimizer, grad_norms: Tensor) -> Tensor:
     """One optimiser step, left out as a whole (moments included) when a gradient holds an infinity or a NaN.
 
-    The decision is taken where the gradients are, so the step never waits for a GPU.
+    With an optimiser that can leave a step out itself, as those of :func:`build_optimizer` and torch's fused ones can,
+    the decision is taken where the gradients are and nothing waits for a GPU; with another one the host reads it.
 
     Args:
-        optimizer: From :func:`build_optimizer`.
+        optimizer: Any.
         grad_norms: Norms of all gradients, from :func:`clip_grad_norm_per_tensor_`.
 
     Returns:
         1.0 where the step was left out, else 0.0 (0-d float32 tensor on the gradients' device).
     """
-    optimizer.found_inf = (~grad_norms.isfinite()).any().float()
+    skip = (~grad_norms.isfinite()).any().float()
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        if skip == 0:
+            optimizer.step()
+        return skip
+    optimizer.found_inf = skip
     try:
         optimizer.step()
         return optimizer.found_inf

@@ -4,13 +4,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
+
+if TYPE_CHECKING:  # Matplotlib is imported where it draws: every script starts faster, and few of them draw
+    from matplotlib.axes import Axes
 
 DPI = 100
 INK, FAINT = "#222222", "#9a9a9a"
@@ -40,6 +41,8 @@ def magnify(pixels: np.ndarray, least_px: int) -> np.ndarray:
 
 def colorize(values: np.ndarray, colormap: str = "viridis") -> np.ndarray:
     """Colours (H, W, 3), uint8, of a map (H, W), from its smallest to its largest value."""
+    import matplotlib
+
     low, high = float(values.min()), float(values.max())
     scaled = (values - low) / (high - low) if high > low else np.zeros_like(values)
     return matplotlib.colormaps[colormap](scaled, bytes=True)[..., :3]
@@ -72,6 +75,8 @@ def save_sheet(
         heading: First line of the sheet; further lines become smaller text.
         heights_in: Height of the images of each row in inches; 1.2 by default.
     """
+    from matplotlib.figure import Figure
+
     heights = list(heights_in) if heights_in else [1.2] * len(rows)
     gap, margin, line = 0.12, 0.3, 0.2
     above = [line if any(tile.title for tile in row) else 0 for row in rows]
@@ -104,7 +109,7 @@ def save_sheet(
     return Path(path)
 
 
-def _draw_tile(axes: Axes, tile: Tile) -> None:
+def _draw_tile(axes: "Axes", tile: Tile) -> None:
     smooth = tile.pixels.shape[0] > axes.bbox.height  # shrink without aliasing, but show single pixels as squares
     axes.imshow(tile.pixels, interpolation="antialiased" if smooth else "nearest", aspect="auto")
     axes.set_xticks([])
@@ -215,6 +220,8 @@ COLORS = ("#1f5fa8", "#c8702a", "#2a8f4a", "#8a4fa3")
 
 def save_panels(panels: Sequence[Panel], path: str | Path, heading: str) -> Path:
     """Write curves, one panel beside the other."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(4.6 * len(panels), 4.4), dpi=DPI, facecolor="white", layout="constrained")
     figure.suptitle(heading, fontsize=13, weight="bold", color=INK)
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
@@ -223,7 +230,7 @@ def save_panels(panels: Sequence[Panel], path: str | Path, heading: str) -> Path
     return Path(path)
 
 
-def _draw_panel(axes: Axes, panel: Panel) -> None:
+def _draw_panel(axes: "Axes", panel: Panel) -> None:
     colors = iter(COLORS)
     for curve in panel.curves:
         label = curve.label or None

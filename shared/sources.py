@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
-from sklearn.datasets import load_digits
 
 from shared.images import EXTENSIONS, DecodedImage, EncodedImage, read_image
 
@@ -213,6 +212,8 @@ def check_same_classes(train: ImageSource, val: ImageSource) -> None:
 
 
 def _embedded_digits(split: str) -> ArraySource:
+    from sklearn.datasets import load_digits  # a second of SciPy, which few runs need
+
     digits = load_digits()
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # grey levels 0..16
     is_val = np.arange(len(pixels)) % 5 == 4

@@ -27,9 +27,10 @@ from shared.flags import bool_flag
 from shared.weights import safe_load, weights_checksum
 from swav.evaluation import (
     EMBEDDED_DATA_DEFAULTS,
-    add_bad_image_flags,
     add_data_flags,
     add_process_flags,
+    add_run_flags,
+    add_training_flags,
     bad_images_of,
     eval_transform,
     evaluation_parser,
@@ -57,11 +58,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     add_data_flags(parser)
     add = parser.add_argument_group("optimisation").add_argument
-    add("--num_labels", type=int, default=1000, help="outputs of the classifier")
-    add_bad_image_flags(add)
-    add("--crop_scale", type=float, nargs=2, default=(0.08, 1.0), help="area range of the train crops")
-    add("--epochs", type=int, default=100)
-    add("--batch_size", type=int, default=32, help="images per process")
+    add_training_flags(add, epochs=100)
     add("--lr", type=float, default=0.3, help="learning rate at the start; it fits 8 processes with batches of 32")
     add("--wd", type=float, default=1e-6, help="weight decay")
     add("--nesterov", type=bool_flag, default=False, help="Nesterov momentum")
@@ -70,16 +67,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--gamma", type=float, default=0.1, help="step: by this factor")
     add("--final_lr", type=float, default=0.0, help="cosine: learning rate at the end")
     add("--val_freq", type=int, default=1, help="validate every so many epochs, and after the last one")
-    add("--seed", type=int, default=31)
 
-    add = parser.add_argument_group("run").add_argument
-    add(
-        "--dump_path",
-        "--output_dir",
-        default=".",
-        help="for checkpoint.pth.tar and log.txt; not the folder of the training run",
-    )
-    add("--evaluate", action="store_true", help="only validate the classifier of --linear_weights")
+    add = add_run_flags(parser, "the classifier of --linear_weights")
     add("--linear_weights", default="", help="with --evaluate: a file; without it the released one of swav_800ep")
     add_process_flags(parser)
     return parser

@@ -27,9 +27,10 @@ from shared.subsets import Subset, listed_images
 from shared.weights import weights_checksum
 from swav.evaluation import (
     EMBEDDED_DATA_DEFAULTS,
-    add_bad_image_flags,
     add_data_flags,
     add_process_flags,
+    add_run_flags,
+    add_training_flags,
     bad_images_of,
     eval_transform,
     evaluation_parser,
@@ -55,27 +56,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--labels_perc", type=float, default=10, help="per cent of the images that have a label")
     add("--subset_list", default=None, help="text file with their names, one a line, as n01440764_10183.JPEG or "
         "relative to the train folder; without it they are drawn from every class")  # fmt: skip
-    add("--num_labels", type=int, default=1000, help="outputs of the classifier")
-    add_bad_image_flags(add)
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--crop_scale", type=float, nargs=2, default=(0.08, 1.0), help="area range of the train crops")
-    add("--epochs", type=int, default=20)
-    add("--batch_size", type=int, default=32, help="images per process")
+    add_training_flags(add, epochs=20)
     add("--lr", type=float, default=0.01, help="learning rate of the trunk; the rates fit 8 processes of 32 images")
     add("--lr_last_layer", type=float, default=0.2, help="learning rate of the last layer (1 %%: 5, and 0.02 for --lr)")
     add("--decay_epochs", type=int, nargs="+", default=[12, 16], help="epochs at which the rates drop")
     add("--gamma", type=float, default=0.2, help="by this factor")
-    add("--seed", type=int, default=31)
-
-    add = parser.add_argument_group("run").add_argument
-    add(
-        "--dump_path",
-        "--output_dir",
-        default=".",
-        help="for checkpoint.pth.tar and log.txt; not the folder of the training run",
-    )
-    add("--evaluate", action="store_true", help="only validate the fine-tuned network of --pretrained")
+    add_run_flags(parser, "the fine-tuned network of --pretrained")
     add_process_flags(parser)
     return parser
 

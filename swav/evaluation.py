@@ -62,11 +62,25 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         "is resized to 8/7 of it")  # fmt: skip
 
 
-def add_bad_image_flags(add: Callable[..., argparse.Action]) -> None:
-    """What an unreadable image does to a training; ``add`` is the ``add_argument`` of a group."""
+def add_training_flags(add: Callable[..., argparse.Action], epochs: int) -> None:
+    """A training on labelled images; ``add`` is the ``add_argument`` of a group."""
+    add("--num_labels", type=int, default=1000, help="outputs of the classifier")
     add("--on_bad_image", default="replace", choices=("replace", "error"), help="what an unreadable train image does")
     add("--max_bad_fraction", type=float, default=0.01,
         help="stop when more train images than this share are unreadable")  # fmt: skip
+    add("--crop_scale", type=float, nargs=2, default=(0.08, 1.0), help="area range of the train crops")
+    add("--epochs", type=int, default=epochs)
+    add("--batch_size", type=int, default=32, help="images per process")
+    add("--seed", type=int, default=31)
+
+
+def add_run_flags(parser: argparse.ArgumentParser, what_to_validate: str) -> Callable[..., argparse.Action]:
+    """Where a training leaves its files, and whether there is one; returns the ``add_argument`` of the group."""
+    add = parser.add_argument_group("run").add_argument
+    add("--dump_path", "--output_dir", default=".",
+        help="for checkpoint.pth.tar and log.txt; not the folder of the training run")  # fmt: skip
+    add("--evaluate", action="store_true", help=f"only validate {what_to_validate}")
+    return add
 
 
 def add_process_flags(parser: argparse.ArgumentParser) -> None:

@@ -28,15 +28,18 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from shared import distributed, randomness
 from shared.checkpoint import Checkpointer, is_at_start, load_latest
+from shared.evaluation.knn_monitor import build_knn_monitor
 from shared.metrics import RunLog, feature_spread, rank_me
 from shared.multicrop import normalize_views
 from shared.not_finite import FiniteGuard
 from shared.optim import clip_grad_norm_per_tensor_, step_unless_not_finite
 from shared.precision import Precision
 from shared.schedules import cosine_schedule
+from shared.start import start_run
+from shared.training_data import open_training_data
 from shared.weights import safe_load
 from swav import training_flags
-from swav.augmentations import MEAN, STD
+from swav.augmentations import MEAN, STD, swav_views
 from swav.collapse import CollapseMonitor, usage_of
 from swav.kmeans import cluster_memory
 from swav.larc import LARC
@@ -48,12 +51,9 @@ from swav.report import save_pictures, summary
 from swav.training_setup import (
     CHECKPOINT,
     Resumable,
-    build_knn_monitor,
     build_student,
     numbered_checkpoint,
-    open_training_data,
     patience_steps,
-    start,
 )
 
 # What replaces the official defaults when no --data_path is given.
@@ -106,9 +106,10 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
 
 def train_deepclusterv2(args: argparse.Namespace) -> None:
     """Train from the newest checkpoint in ``args.output_dir``, or from scratch if there is none."""
-    device, output_dir = start(args)
+    device, output_dir = start_run(args, "checkpoints")
     precision = Precision(args.amp, device)
-    data = open_training_data(args, output_dir, device)
+    recipes = swav_views(args.nmb_crops, args.size_crops, args.min_scale_crops, args.max_scale_crops, args.blur_radius)
+    data = open_training_data(args, recipes, args.batch_size, output_dir, device, "--size_crops")
     if args.data_path is None:
         names = " ".join(f"--{name}" for name in EMBEDDED_DATA_DEFAULTS)
         distributed.print_once(f"without --data_path these flags have defaults for the embedded data: {names}")
@@ -155,7 +156,7 @@ def train_deepclusterv2(args: argparse.Namespace) -> None:
     training.guard = guard = FiniteGuard(
         {"network": distributed.unwrap(network)}, output_dir, args.max_skipped_steps, device, in_a_row=skipped_steps
     )
-    knn = build_knn_monitor(args, output_dir, device, data.num_workers)
+    knn = build_knn_monitor(args, args.size_crops[0], MEAN, STD, device, data.num_workers, output_dir, args.in_chans)
     trunk = Trunk(distributed.unwrap(network))
 
     # epochs

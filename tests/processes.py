@@ -1,8 +1,11 @@
-"""Running a test function in several gloo processes."""
+"""Functions and commands in processes of their own, which start in no time."""
 
 import multiprocessing
 import os
+import runpy
 import socket
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +15,7 @@ import torch.multiprocessing as mp
 
 from shared import distributed
 
+ROOT = Path(__file__).resolve().parents[1]
 SERVER = multiprocessing.get_context("forkserver")  # its processes start in no time: it has imported torch already
 SERVER.set_forkserver_preload(
     [
@@ -20,6 +24,8 @@ SERVER.set_forkserver_preload(
         "deepcluster.main",
         "msn.main",
         "paws.paws_train",
+        "xcit.main",
+        "contriever.train",
         "tests.processes",
     ]
 )
@@ -47,3 +53,42 @@ def _run(rank: int, function: Callable, world_size: int, port: int, folder: str,
     torch.save(function(rank, *args), Path(folder) / f"{rank}.pth")
     distributed.barrier()
     distributed.shutdown()
+
+
+def run_script(*command, cwd: Path, timeout_s: float = 300) -> subprocess.CompletedProcess:
+    """What ``python *command``, a script or ``-m module`` with its flags, does in the folder ``cwd``.
+
+    Libraries are there already, for which a fresh Python needs five seconds; modules of this repository are not, nor
+    are they found unless ``cwd`` leads to them.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        printed = [Path(folder) / name for name in ("stdout", "stderr")]
+        process = SERVER.Process(target=_run_script, args=([str(word) for word in command], cwd, printed))
+        process.start()
+        process.join(timeout_s)
+        process.kill()
+        process.join()
+        stdout, stderr = (path.read_text() if path.exists() else "" for path in printed)
+        return subprocess.CompletedProcess(command, process.exitcode, stdout, stderr)
+
+
+def _run_script(command: list[str], cwd: Path, printed: list[Path]) -> None:
+    for descriptor, path in enumerate(printed, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # as in a fresh Python
+    ours = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    for name in [name for name in sys.modules if name.partition(".")[0] in ours]:
+        del sys.modules[name]
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
+    # `pip install -e` knows of them too
+    sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in getattr(finder, "__module__", "")]
+    os.chdir(cwd)
+    if command[0] == "-m":
+        sys.path.insert(0, os.getcwd())
+        sys.argv = command[1:]
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.path.insert(0, str(Path(command[0]).resolve().parent))
+        sys.argv = command
+        runpy.run_path(command[0], run_name="__main__")

@@ -12,8 +12,9 @@ from shared.slurm import add_slurm_flags
 ROOT = Path(__file__).resolve().parents[1]
 READMES = sorted(path for path in [ROOT / "README.md", *ROOT.glob("*/README.md")] if ".venv" not in path.parts)
 SCRIPTS = (
-    r"\b(main|main_\w+|eval_\w+|\w+_eval|\w+_train|\w*fine_tune|pseudo_labels|few_labels|visualize_\w+|video_\w+"
-    r"|run_with_\w+|\w+_retrieval|\w+_ascent)\.py|-m \w+\.export"
+    r"\b(main|translate|main_\w+|eval_\w+|\w+_eval|\w+_train|\w*fine_tune|pseudo_labels|few_labels|visualize_\w+"
+    r"|video_\w+|run_with_\w+|\w+_retrieval|\w+_ascent"
+    r"|train|preprocess|finetuning|mine_\w+|new_\w+|generate_\w+|evaluate_\w+|search)\.py|-m \w+\.export"
 )
 # flags that a README must give but that would start something are checked by parsing only
 COMMANDS = [
@@ -43,7 +44,7 @@ def test_commands_are_understood_by_their_scripts(path, line):
         module = words[start]
     else:
         start = next(i for i, word in enumerate(words) if word.endswith(".py"))
-        module = f"{method}.{words[start][:-3]}"
+        module = f"{method}.{words[start][:-3]}".replace("/", ".")
     if module.endswith(".main") and (ROOT / method / f"main_{method}.py").exists():  # the alias
         module = f"{method}.main_{method}"
     parser = importlib.import_module(module).get_args_parser()

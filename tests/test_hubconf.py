@@ -12,6 +12,7 @@ import torch
 import torchvision
 
 import hubconf
+from deepcluster import backbones, networks
 from dino import pretrained
 from dino.networks import build_backbone
 from shared.weights import DownloadError, WeightMismatch
@@ -39,15 +40,17 @@ def server(tmp_path, monkeypatch):
     folder.mkdir()
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=str(folder))) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv("DINO_WEIGHTS_URL", f"http://127.0.0.1:{server.server_port}/dino")
+        for method in ("dino", "deepcluster"):
+            address = f"http://127.0.0.1:{server.server_port}/{method}"
+            monkeypatch.setenv(f"{method.upper()}_WEIGHTS_URL", address)
         monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-        server.folder, server.requested = folder / "dino", handler.requested
+        server.folder, server.requested = folder, handler.requested
         yield server
         server.shutdown()
 
 
-def publish(server, file: str, tensors: dict) -> None:
-    path = server.folder / file
+def publish(server, file: str, tensors: dict, method: str = "dino") -> None:
+    path = server.folder / method / file
     path.parent.mkdir(parents=True)
     torch.save(tensors, path)
 
@@ -103,6 +106,30 @@ def test_entry_points_need_the_stated_packages_only():
     code = f"import sys, hubconf; print(*[name for name in {others} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize("arch", ["alexnet", "vgg16"])
+def test_deepcluster_entry_builds_offline_and_asks_for_its_file(arch, server):
+    entry = getattr(hubconf, f"deepcluster_{arch}")
+    with torch.device("meta"):
+        network = entry(pretrained=False)
+        assert sum(p.numel() for p in network.parameters()) == {"alexnet": 58_272_504, "vgg16": 134_268_440}[arch]
+        with pytest.raises(DownloadError, match=f"{arch}/checkpoint.pth.tar"):
+            entry()
+    assert server.requested == [f"/deepcluster/{arch}/checkpoint.pth.tar"]
+
+
+@pytest.mark.parametrize(("arch", "img_size"), [("alexnet", 63), ("vgg16", 32)])
+def test_deepcluster_network_is_filled_from_the_server_once(arch, img_size, server, monkeypatch):
+    monkeypatch.setattr(networks, "HIDDEN", 16)  # the published file is too large for a test
+    source = backbones.build_network(arch, sobel=True, out=5, img_size=img_size)
+    state = {"arch": arch, "state_dict": backbones.official_names(source.state_dict())}
+    publish(server, f"{arch}/checkpoint.pth.tar", state, "deepcluster")
+    network = getattr(hubconf, f"deepcluster_{arch}")(img_size=img_size)
+    expected = {name: value for name, value in source.state_dict().items() if not name.startswith("top_layer.")}
+    torch.testing.assert_close(dict(network.state_dict()), expected)
+    getattr(hubconf, f"deepcluster_{arch}")(img_size=img_size)
+    assert len(server.requested) == 1
 
 
 # --- Weights for the scripts ------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Weighted k-NN while a network trains: the cheapest honest sign that features get better."""
 
+import argparse
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from shared import distributed
 from shared.data import BadImages, EvalDataset, EvalTransform, ImageSource, check_same_classes, open_source
 
 from .features import extract_features
@@ -134,3 +136,46 @@ class KNNMonitor:
         """
         self.latest_features = self.features(backbone, between_batches)
         return knn_classify(*self.latest_features, k=self.k)[0]
+
+
+def build_knn_monitor(
+    args: argparse.Namespace,
+    image_size: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    device: torch.device,
+    num_workers: int,
+    output_dir: Path,
+    in_chans: int = 3,
+) -> KNNMonitor:
+    """The monitor that the flags of a training script ask for; says why when there is none.
+
+    Args:
+        args: Flags of :func:`shared.flags.add_data_flags` and :func:`shared.flags.add_run_flags`, and ``epochs``.
+        image_size, mean, std, device, in_chans, num_workers, output_dir: See :class:`KNNMonitor`.
+
+    Raises:
+        ValueError: If it was asked for and there are no labelled images.
+    """
+    labelled = "off"
+    if args.eval_knn_freq != 0:
+        labelled = open_labelled(args.data_path, args.val_path, args.allow_absolute_paths)
+    if args.eval_knn_freq and isinstance(labelled, str):
+        raise ValueError(f"--eval_knn_freq {args.eval_knn_freq}: {labelled}")
+    knn = KNNMonitor(
+        labelled,
+        image_size,
+        mean,
+        std,
+        args.eval_knn_freq,
+        args.epochs,
+        device,
+        in_chans,
+        num_workers,
+        on_bad_image=args.on_bad_image,
+        max_bad_fraction=args.max_bad_fraction,
+        output_dir=output_dir,
+    )
+    if knn.off:
+        distributed.print_once(f"no k-NN evaluation: {knn.off}")
+    return knn

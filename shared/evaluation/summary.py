@@ -12,7 +12,7 @@ from .knn_monitor import KNNMonitor
 def end_of_run(
     output_dir: Path,
     weights: Path,
-    knn: KNNMonitor,
+    knn: KNNMonitor | None,
     pictures: Sequence[Path],
     commands: Sequence[str],
     learned: Sequence[str] = (),
@@ -23,7 +23,7 @@ def end_of_run(
     Args:
         output_dir: Folder of the run, with its ``metrics.jsonl``.
         weights: Its last checkpoint.
-        knn: The run's evaluations.
+        knn: The run's evaluations; None for a method without them.
         pictures: Files to look at.
         commands: What to run next.
         learned: Lines of the method's own about what was learned.
@@ -40,7 +40,7 @@ def end_of_run(
             f"k-NN on {knn.val.source.describe()}: {before}{accuracies[-1]['knn_top1']:.1f} % after "
             f"{accuracies[-1]['step']} steps (chance {100 / len(knn.val.source.classes):.1f} %)"
         )
-    elif knn.off:
+    elif knn is not None and knn.off:
         learned.append(f"no k-NN evaluation: {knn.off}")
     files = [
         f"{weights} (the same command resumes from it)",

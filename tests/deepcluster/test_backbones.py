@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from deepcluster import pretrained
 from deepcluster.backbones import build_network, load_network, official_names, plain_names
-from shared.weights import UnsafeFileError, WeightMismatch, safe_load
+from shared.weights import DownloadError, UnsafeFileError, WeightMismatch, safe_load
 from tests.deepcluster.conftest import write_checkpoint
 from tests.shared.test_legacy_tar import write as write_legacy_tar
 
@@ -48,7 +49,7 @@ def test_a_file_that_does_not_fill_the_network_is_refused(checkpoint, change, me
 
 
 def test_other_files_are_refused_with_the_flag(tmp_path):
-    with pytest.raises(ValueError, match=r"--model .*missing\.pth\.tar is not a file"):
+    with pytest.raises(ValueError, match=r"--model .*missing\.pth\.tar is neither a file nor a release"):
         load_network(tmp_path / "missing.pth.tar")
     torch.save({"state_dict": {"a": torch.zeros(1)}}, tmp_path / "other.pth")
     with pytest.raises(WeightMismatch, match=r"no checkpoint of DeepCluster \(it has no 'arch'\)"):
@@ -68,6 +69,23 @@ def test_networks_of_torchvision_and_timm_work_with_and_without_the_filter(arch,
     state = {"arch": arch, "state_dict": official_names(network.state_dict()), "args": {"crop_size": 32}}
     torch.save(state, tmp_path / "checkpoint.pth.tar")
     torch.testing.assert_close(load_network(tmp_path / "checkpoint.pth.tar")(images), network(images))
+
+
+def test_a_release_is_fetched_from_its_published_path(monkeypatch):
+    urls = []
+
+    def download(url, path):
+        urls.append(url)
+        raise DownloadError
+
+    monkeypatch.delenv("DEEPCLUSTER_WEIGHTS_URL", raising=False)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: "/nowhere")
+    monkeypatch.setattr(pretrained, "download", download)
+    for name in ("alexnet", "vgg16"):
+        with pytest.raises(DownloadError):
+            load_network(name)
+    base = "https://dl.fbaipublicfiles.com/deepcluster"
+    assert urls == [f"{base}/alexnet/checkpoint.pth.tar", f"{base}/vgg16/checkpoint.pth.tar"]
 
 
 def test_an_unknown_name_comes_with_suggestions():

@@ -185,16 +185,24 @@ def test_without_faiss_torch_is_taken_and_faiss_is_an_error(monkeypatch):
         cluster(features, "Kmeans", 6, seed=1, backend="faiss")
 
 
-def cluster_on(rank, features):
-    found = cluster(features if rank == 0 else None, "Kmeans", 3, seed=0)
+def cluster_on(rank, features, algorithm, num_clusters, backend):
+    found = cluster(features[rank::2], algorithm, num_clusters, seed=0, backend=backend)
     return {"assignments": found.assignments, "loss": found.loss}
 
 
-def test_every_process_gets_the_clusters_of_the_first():
-    features, _ = blobs()
-    one, two = run_processes(cluster_on, 2, features)
+@pytest.mark.parametrize(
+    ("algorithm", "num_clusters", "backend"),
+    [("Kmeans", 3, "faiss"), ("Kmeans", 3, "torch"), ("Kmeans", 60, "torch"), ("PIC", 0, "auto")],
+)
+def test_two_processes_cluster_like_one(algorithm, num_clusters, backend):
+    features, _ = blobs(each=21, noise=0.2)
+    features = features[:-1]  # 125 rows: the second process has one less
+    features[30:80] = features[30]  # so that of 60 clusters some are empty
+    one, two = run_processes(cluster_on, 2, features, algorithm, num_clusters, backend)
     assert torch.equal(one["assignments"], two["assignments"]) and one["loss"] == two["loss"]
-    assert torch.equal(one["assignments"], cluster(features, "Kmeans", 3, seed=0).assignments)
+    whole = cluster(features, algorithm, num_clusters, seed=0, backend=backend)
+    assert torch.equal(one["assignments"], whole.assignments)
+    assert one["loss"] == pytest.approx(whole.loss, rel=1e-6)
 
 
 # --- Power iteration clustering ---------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ def test_the_published_command_parses():
 
 
 @pytest.mark.parametrize(("conv", "inputs"), [(1, 9600), (2, 9216), (3, 9600), (4, 9600), (5, 9216)])
-def test_maps_of_alexnet_are_pooled_to_the_published_sizes(conv, inputs):
+def test_maps_of_alexnet_are_pooled_to_the_published_sizes(conv, inputs, small_layers):
     network = build_network("alexnet", out=None).eval()
     with torch.no_grad():
         assert LayerFeatures(network, conv)(torch.randn(1, 3, 224, 224)).shape == (1, inputs)
@@ -159,7 +159,7 @@ def test_two_processes_train_the_probe_of_one(images, small_checkpoint, tmp_path
 
 
 def test_bad_input_is_named(images, small_checkpoint, tmp_path):
-    with pytest.raises(ValueError, match=r"--model .* is not a file"):
+    with pytest.raises(ValueError, match=r"--model .* is neither a file nor a release"):
         evaluate(images, tmp_path / "no.pth")
     with pytest.raises(ValueError, match=r"has other classes|no classes"):
         evaluate(images / "class0", small_checkpoint)

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from deepcluster.backbones import load_network
 from deepcluster.main import parse_args, train_deepcluster
 from shared.attempt import Interrupted
 from shared.checkpoint import load_latest
+from tests.processes import run_script
 from tests.reliability.runs import Script, start_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -381,18 +381,6 @@ def test_changed_images_are_clustered_again(images, finished, tmp_path, capsys):
 
 
 # --- Processes --------------------------------------------------------------------------------------------------------
-
-
-def run_script(*command, cwd, **environment):
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "PYTHONPATH"))} | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=cwd,
-        env=env | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 def test_two_processes_train_like_one(images, finished, tmp_path):

@@ -8,7 +8,7 @@ from PIL import Image
 
 from dino.vision_transformer import vit_tiny
 
-OTHER_ARCHITECTURES = ["resnet18", "convnext_atto", "xcit_nano_12_p16", "vit_tiny_patch16_224"]  # torchvision, timm
+OTHER_ARCHITECTURES = ["resnet18", "xcit_nano_12_p16", "test_vit"]  # torchvision, timm
 COLOURS = {"blue": (30, 60, 200), "green": (40, 180, 60), "red": (200, 50, 40)}
 
 

@@ -1,9 +1,6 @@
 """Exported files compute what the torch network computes, or are not kept."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -13,11 +10,9 @@ import timm
 import torch
 from torch import nn
 
-from dino.export import export, timm_options
+from dino.export import export, main, timm_options
 from dino.networks import build_backbone
 from shared.weights import load_backbone_weights, safe_load
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def make_backbone(arch: str, seed: int = 0, **options) -> nn.Module:
@@ -64,7 +59,7 @@ def test_onnx_takes_any_batch_of_its_image_size(batch_size, exported):
     np.testing.assert_allclose(features, backbone(images).numpy(), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "xcit_nano_12_p16", "squeezenet1_1"])
+@pytest.mark.parametrize("arch", ["xcit_nano_12_p16", "squeezenet1_1"])
 def test_other_networks_are_exported(arch, tmp_path):
     files = export(make_backbone(arch), arch, tmp_path, image_size=[64, 64])
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in files.values())
@@ -77,15 +72,14 @@ def test_network_of_another_shape_is_not_taken_for_that_of_timm():
     assert timm_options("resnet18", backbone) is None
 
 
-def test_command_exports_a_training_checkpoint(tmp_path):
+def test_command_exports_a_training_checkpoint(tmp_path, monkeypatch, capsys):
     backbone = make_backbone("vit_tiny", patch_size=8, img_size=16)
     teacher = {f"backbone.{name}": value for name, value in backbone.state_dict().items()}
     torch.save({"teacher": teacher, "student": teacher}, tmp_path / "checkpoint.pth")
-    command = f"-m dino.export --arch vit_tiny --patch_size 8 --pretrained_weights {tmp_path / 'checkpoint.pth'}"
-    command += f" --output_dir {tmp_path / 'out'}"
-    done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("equal to the torch network") == 3
+    command = f"export.py --arch vit_tiny --patch_size 8 --pretrained_weights {tmp_path / 'checkpoint.pth'}"
+    monkeypatch.setattr("sys.argv", [*command.split(), "--output_dir", str(tmp_path / "out")])
+    main()
+    assert capsys.readouterr().out.count("equal to the torch network") == 3
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "vit_tiny.onnx",
         "vit_tiny.safetensors",

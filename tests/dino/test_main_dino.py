@@ -3,9 +3,7 @@
 import argparse
 import json
 import math
-import os
 import shutil
-import subprocess
 import sys
 import zlib
 from pathlib import Path
@@ -15,14 +13,15 @@ import pytest
 import torch
 from PIL import Image
 
-from dino import main_dino
+from dino import main_dino, networks
 from dino.main_dino import parse_args, train_dino
 from dino.pretrained import load_pretrained
 from shared.checkpoint import load_latest
 from shared.images import ImageError
 from tests.dino.small_data import picture, write_image
-from tests.processes import free_port
-from tests.reliability.runs import shrink_networks
+from tests.processes import run_script
+from tests.reliability.runs import DINO, Script, shrink_networks, start_ranks
+from tests.standalone import load_alone
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = (
@@ -44,17 +43,31 @@ def images(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def small_networks(monkeypatch):
-    """Networks of 40 thousand parameters, for tests that are not about them."""
+def use_small_networks(monkeypatch):
+    """Networks of 40 thousand parameters."""
     for name in ("build_backbone", "DINOHead"):
-        monkeypatch.setattr(main_dino, name, getattr(main_dino, name))  # what is put back after the test
+        monkeypatch.setattr(main_dino, name, getattr(main_dino, name))  # what is put back in the end
     shrink_networks()
+
+
+@pytest.fixture(autouse=True)
+def small_networks(monkeypatch):
+    use_small_networks(monkeypatch)
 
 
 def train(output_dir, *flags):
     train_dino(parse_args([*TINY, "--output_dir", str(output_dir), *map(str, flags)]))
     return lines(output_dir)
+
+
+@pytest.fixture(scope="module")
+def whole(images, tmp_path_factory):
+    """A run of two epochs with a checkpoint after every step, that nothing has stopped."""
+    with pytest.MonkeyPatch.context() as patch:
+        use_small_networks(patch)
+        folder = tmp_path_factory.mktemp("whole")
+        train(folder, "--data_path", images, "--epochs", 2, "--saveckp_steps", 1, "--drop_path_rate", 0.2)
+    return folder
 
 
 def lines(output_dir):
@@ -113,7 +126,8 @@ def test_defaults_are_the_official_ones():
     assert {name: args[name] for name in official} == official
 
 
-def test_training_writes_the_official_checkpoint_layout(images, tmp_path):
+def test_training_writes_the_official_checkpoint_layout(images, tmp_path, monkeypatch):
+    monkeypatch.undo()  # the networks that the flags name
     written = train(tmp_path, "--data_path", images, "--saveckp_freq", 1)
     assert [line["step"] for line in written] == [1, 2, 3]
     assert abs(written[0]["loss"] - math.log(32)) < 0.5
@@ -130,13 +144,16 @@ def test_training_writes_the_official_checkpoint_layout(images, tmp_path):
     assert load_latest(tmp_path / "checkpoint0000.pth")["epoch"] == 1
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "xcit_nano_12_p16", "vit_tiny_patch16_224"])
-def test_networks_of_torchvision_and_timm_train_and_their_checkpoints_are_evaluated(arch, images, tmp_path):
+@pytest.mark.parametrize("arch", ["shufflenet_v2_x0_5", "xcit_nano_12_p16", "test_vit"])
+def test_networks_of_torchvision_and_timm_train_and_their_checkpoints_are_evaluated(
+    arch, images, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(main_dino, "build_backbone", networks.build_backbone)
     flags = ("--arch", arch, "--optimizer", "sgd", "--global_crop_size", 32, "--local_crop_size", 16)
     written = train(tmp_path, "--data_path", images, *flags, "--in_chans", 1)
     assert len(written) == 3 and all(math.isfinite(line["loss"]) for line in written)
     teacher = state_of(tmp_path)["teacher"]
-    assert all(name.startswith("module.") for name in teacher) == (arch != "vit_tiny_patch16_224")  # batch norms
+    assert all(name.startswith("module.") for name in teacher) == (arch != "test_vit")  # batch norms
     backbone, embed_dim = load_pretrained(arch, 16, tmp_path / "checkpoint.pth")
     assert backbone(torch.zeros(2, 1, 32, 32)).shape == (2, embed_dim)
 
@@ -148,7 +165,7 @@ def test_the_loss_log_does_not_depend_on_the_number_of_workers(images, tmp_path)
 
 
 @pytest.mark.slow
-def test_compiled_backbones_train_alike(images, tmp_path, small_networks):
+def test_compiled_backbones_train_alike(images, tmp_path):
     for name, flags in (("eager", ()), ("compiled", ("--compile",))):
         # compiled code draws other numbers for dropped paths
         train(tmp_path / name, "--data_path", images, "--epochs", 2, "--drop_path_rate", 0, *flags)
@@ -161,10 +178,8 @@ class Stop(Exception):
 
 
 @pytest.mark.parametrize("stop_after", [1, 2, 3, 4])
-def test_a_run_stopped_anywhere_ends_like_an_uninterrupted_one(images, tmp_path, monkeypatch, stop_after):
+def test_a_run_stopped_anywhere_ends_like_an_uninterrupted_one(images, whole, tmp_path, monkeypatch, stop_after):
     flags = ("--data_path", images, "--epochs", 2, "--saveckp_steps", 1, "--drop_path_rate", 0.2)
-    train(tmp_path / "whole", *flags)
-
     update, calls = main_dino.ema_update_, []
 
     def stop(*args):
@@ -173,34 +188,23 @@ def test_a_run_stopped_anywhere_ends_like_an_uninterrupted_one(images, tmp_path,
             raise Stop
         update(*args)
 
-    monkeypatch.setattr(main_dino, "ema_update_", stop)
-    with pytest.raises(Stop):
-        train(tmp_path / "stopped", *flags)
-    monkeypatch.undo()
-    train(tmp_path / "stopped", *flags, "--num_workers", 1)
-    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
-    assert_same_state(state_of(tmp_path / "stopped"), state_of(tmp_path / "whole"))
-    assert (tmp_path / "stopped/log.txt").read_text() == (tmp_path / "whole/log.txt").read_text()
-
-
-def run_script(*command, cwd, **environment):
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "PYTHONPATH"))} | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=cwd,
-        env=env | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    with monkeypatch.context() as patch:
+        patch.setattr(main_dino, "ema_update_", stop)
+        with pytest.raises(Stop):
+            train(tmp_path, *flags)
+    train(tmp_path, *flags, "--num_workers", 1)
+    assert losses(tmp_path) == losses(whole)
+    assert_same_state(state_of(tmp_path), state_of(whole))
+    assert (tmp_path / "log.txt").read_text() == (whole / "log.txt").read_text()
 
 
 def test_two_processes_give_the_losses_of_one_with_twice_the_batch(images, tmp_path):
-    flags = [*TINY, "--data_path", images, "--drop_path_rate", 0, "--epochs", 2, "--saveckp_freq", 0]
+    """With the variables that torchrun sets; torchrun itself is started in tests/reliability/test_ranks.py."""
+    flags = ["--data_path", images, "--drop_path_rate", 0, "--epochs", 2]
     train(tmp_path / "one", *flags, "--batch_size_per_gpu", 8)
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}", "main_dino.py"]
-    two = run_script(*torchrun, *flags, "--batch_size_per_gpu", 4, "--output_dir", tmp_path / "two", cwd=ROOT / "dino")
-    assert two.returncode == 0, two.stderr
+    script = Script("dino.main_dino", tuple(TINY), DINO.prepare)
+    for rank in start_ranks(tmp_path / "two", 2, *flags, "--batch_size_per_gpu", 4, script=script):
+        rank.assert_ends()
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=2e-4)
     assert len(losses(tmp_path / "one")) == 6
 
@@ -212,28 +216,22 @@ def test_every_way_to_start_the_script_works_in_a_copied_folder(images, tmp_path
     for folder in ("dino", "shared"):
         shutil.copytree(ROOT / folder, project / folder, ignore=shutil.ignore_patterns("__pycache__", "runs"))
     cwd = project if command[0] == "-m" else project / "dino"
-    run = run_script(*command, *TINY, "--data_path", images, "--output_dir", tmp_path / "run", cwd=cwd)
+    flags = [*TINY, "--batch_size_per_gpu", 24, "--data_path", images, "--output_dir", tmp_path / "run"]
+    run = run_script(*command, *flags, cwd=cwd)
     assert run.returncode == 0, run.stderr
-    assert len(losses(tmp_path / "run")) == 3
+    assert len(losses(tmp_path / "run")) == 1
 
 
 def test_the_network_file_needs_torch_alone(tmp_path):
-    shutil.copy(ROOT / "dino" / "vision_transformer.py", tmp_path)
-    code = (
-        "import sys, torch\n"
-        "before = set(sys.modules)\n"
-        "import vision_transformer\n"
-        "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
-        "assert new <= set(sys.stdlib_module_names) | {'torch', 'vision_transformer'}, new\n"
-        "assert vision_transformer.vit_tiny()(torch.zeros(1, 3, 32, 32)).shape == (1, 192)\n"
-    )
-    run = run_script("-c", code, cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
+    vision_transformer = load_alone(ROOT / "dino" / "vision_transformer.py", tmp_path)
+    assert vision_transformer.vit_tiny()(torch.zeros(1, 3, 32, 32)).shape == (1, 192)
 
 
-def test_help_needs_no_gpu_and_no_network():
-    run = run_script("main_dino.py", "--help", cwd=ROOT / "dino", CUDA_VISIBLE_DEVICES="")
-    assert run.returncode == 0 and "--momentum_teacher" in run.stdout
+def test_help_names_every_flag_and_default(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_args(["--help"])
+    printed = capsys.readouterr().out
+    assert end.value.code == 0 and "--momentum_teacher" in printed and "(default: 0.996)" in printed
 
 
 @pytest.mark.parametrize(
@@ -249,13 +247,16 @@ def test_help_needs_no_gpu_and_no_network():
         (["--device", "cuda"], "--device cuda"),
     ],
 )
-def test_bad_input_is_one_clear_message_and_no_traceback(tmp_path, flags, message):
+def test_bad_input_is_one_clear_message_and_no_traceback(tmp_path, flags, message, capsys, monkeypatch):
     if flags[0] == "--device" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    run = run_script("main_dino.py", *TINY, "--output_dir", tmp_path, *flags, cwd=ROOT / "dino")
-    assert run.returncode == 2
-    assert message in run.stderr
-    assert "Traceback" not in run.stderr
+    monkeypatch.undo()  # the networks that the flags name
+    monkeypatch.setattr(sys, "argv", ["main_dino.py", *TINY, "--output_dir", str(tmp_path), *flags])
+    with pytest.raises(SystemExit) as end:
+        main_dino.main()
+    assert end.value.code == 2
+    printed = capsys.readouterr().err
+    assert message in printed and "Traceback" not in printed
 
 
 def as_the_official_code_saves(state: dict) -> dict:
@@ -271,7 +272,7 @@ def as_the_official_code_saves(state: dict) -> dict:
     }
 
 
-def test_a_checkpoint_of_the_official_code_is_gone_on_with(images, tmp_path, small_networks):
+def test_a_checkpoint_of_the_official_code_is_gone_on_with(images, tmp_path):
     flags = ("--data_path", images, "--epochs", 2)
     train(tmp_path / "whole", *flags)
 
@@ -290,7 +291,7 @@ def test_a_checkpoint_of_the_official_code_is_gone_on_with(images, tmp_path, sma
         train(tmp_path / "other", *flags)
 
 
-def test_unreadable_images_stop_neither_the_training_nor_its_knn_and_pictures(images, tmp_path, small_networks):
+def test_unreadable_images_stop_neither_the_training_nor_its_knn_and_pictures(images, tmp_path):
     folder = shutil.copytree(images, tmp_path / "images")
     val = shutil.copytree(images, tmp_path / "val")
     for broken in (folder / "class0" / "0.png", val / "class1" / "22.png"):
@@ -304,7 +305,7 @@ def test_unreadable_images_stop_neither_the_training_nor_its_knn_and_pictures(im
         train(tmp_path / "strict", *flags, "--on_bad_image", "error")
 
 
-def test_too_few_images_for_a_val_part_are_trained_on_unless_knn_was_asked_for(tmp_path, capsys, small_networks):
+def test_too_few_images_for_a_val_part_are_trained_on_unless_knn_was_asked_for(tmp_path, capsys):
     for c in "ab":  # names of which none falls into the val part
         names = [name for name in map("{}.png".format, range(20)) if zlib.crc32(f"{c}/{name}".encode()) % 10]
         for i, name in enumerate(names[:4]):
@@ -322,9 +323,7 @@ def test_too_few_images_for_a_val_part_are_trained_on_unless_knn_was_asked_for(t
         train_dino(parse_args([*flags, "--eval_knn_freq", "1"]))
 
 
-def test_views_larger_than_the_images_and_pixels_that_fill_no_patch_are_stated(
-    images, tmp_path, capsys, small_networks
-):
+def test_views_larger_than_the_images_and_pixels_that_fill_no_patch_are_stated(images, tmp_path, capsys):
     train(tmp_path, "--data_path", images, "--global_crop_size", 24, "--local_crop_size", 11)
     printed = capsys.readouterr().out
     assert "images of 20 pixels are smaller than --global_crop_size 24: views are enlarged" in printed

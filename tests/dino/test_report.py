@@ -52,7 +52,7 @@ def test_summary_of_a_run_without_labels_or_finite_steps(tmp_path):
     assert "Problems" not in text
 
 
-@pytest.mark.parametrize("arch", ["vit_tiny", "resnet18"])
+@pytest.mark.parametrize("arch", ["vit_tiny", "xcit_nano_12_p16", "resnet18"])
 @pytest.mark.parametrize("data_path", [None, "/my images"])
 @pytest.mark.parametrize("num_train", [None, 90, 500])
 def test_next_commands_are_understood_and_fit_the_run(arch, data_path, num_train, tmp_path):
@@ -62,12 +62,12 @@ def test_next_commands_are_understood_and_fit_the_run(arch, data_path, num_train
         _, script, *arguments = shlex.split(line)
         found[script] = importlib.import_module(f"dino.{script[:-3]}").parse_args(arguments)
     assert ("eval_knn.py" in found) == ("eval_linear.py" in found) == (num_train is not None)
-    assert ("visualize_attention.py" in found) == (arch == "vit_tiny")
+    assert ("visualize_attention.py" in found) == (arch != "resnet18")
     del found["main_dino.py"]
     for args in found.values():
         assert args.arch == arch and args.pretrained_weights == str(tmp_path / "checkpoint.pth")
         assert args.data_path == data_path
-        assert args.patch_size == 4 or arch == "resnet18"
+        assert args.patch_size == 4 or arch != "vit_tiny"
     if num_train and data_path:
         assert found["eval_knn.py"].image_size == found["eval_linear.py"].image_size == 32
         assert max(found["eval_knn.py"].nb_knn) == (20 if num_train == 90 else 200)

@@ -73,13 +73,14 @@ def test_networks_have_the_published_sizes(arch, patch_size, parameters):
 @pytest.mark.parametrize("arch", ["vit_tiny", "vit_small", "vit_base"])
 def test_features_equal_those_of_timm(arch):
     with torch.device("meta"):  # initial values would be overwritten
-        model = getattr(vision_transformer, arch)().eval()
+        model = getattr(vision_transformer, arch)(img_size=[64], depth=2).eval()
     torch.manual_seed(0)
     state = {name: 0.05 * torch.randn(value.shape) for name, value in model.state_dict().items()}
     model.load_state_dict(state, assign=True)
-    twin = timm.create_model(f"{arch}_patch16_224", num_classes=0, global_pool="token", weight_init="skip").eval()
-    twin.load_state_dict(state)
-    images = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    sizes = {"img_size": 64, "depth": 2}
+    twin = timm.create_model(f"{arch}_patch16_224", **sizes, num_classes=0, global_pool="token", weight_init="skip")
+    twin.eval().load_state_dict(state)
+    images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(model(images), twin(images), rtol=1e-4, atol=2e-5)
 

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.models.xcit import Xcit
 
 from dino.augmentations import MEAN, STD, dino_views
 from dino.networks import build_backbone
 from dino.vision_transformer import VisionTransformer
 from dino.visualize_attention import (
     class_attention,
+    last_class_attention,
     main,
     parse_args,
     prepare_image,
@@ -22,6 +24,8 @@ from dino.visualize_attention import (
 from shared.attention import attended_patches, overlay_mask, to_picture
 from shared.weights import WeightMismatch
 from tests.dino.small_data import write_class_folders
+from xcit.cross_covariance_transformer import XCiT
+from xcit.pretrained import fill, from_timm
 
 HEADS = 3
 
@@ -211,3 +215,43 @@ def test_mistakes_end_with_one_line(monkeypatch, capsys, tmp_path):
         main()
     assert stopped.value.code == 2
     assert "nothing.jpg" in capsys.readouterr().err
+
+
+# --- XCiT -------------------------------------------------------------------------------------------------------------
+
+
+def make_xcit() -> Xcit:
+    torch.manual_seed(0)
+    return Xcit(img_size=16, patch_size=8, embed_dim=32, depth=1, num_heads=2, num_classes=0, tokens_norm=True).eval()
+
+
+def test_class_attention_of_xcit_makes_the_output_of_its_last_attention():
+    model, images = make_xcit(), torch.randn(2, 3, 24, 40)
+    layer, seen = model.cls_attn_blocks[-1].attn, []
+    layer.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
+    weights = last_class_attention(model, images)
+    (tokens, output), values = seen[0], layer.v(seen[0][0]).unflatten(2, (2, 16))
+    torch.testing.assert_close(weights.sum(dim=2), torch.ones(2, 2))
+    expected = layer.proj(torch.einsum("bhn,bnhd->bhd", weights, values).flatten(1))
+    torch.testing.assert_close(output[:, 0], expected)
+    assert tokens.shape == (2, 16, 32)
+    torch.testing.assert_close(class_attention(model, images), weights[:, :, 1:].unflatten(2, (3, 5)))
+
+
+def test_class_attention_is_that_of_the_xcit_folder_with_the_same_weights():
+    model, images = make_xcit(), torch.randn(1, 3, 24, 16)
+    network = XCiT(patch_size=8, embed_dim=32, depth=1, num_heads=2, num_classes=0)
+    fill(network, from_timm(model.state_dict()), "timm")
+    torch.testing.assert_close(class_attention(model, images), network.eval().class_attention(images))
+
+
+def test_pictures_of_class_attention(tmp_path):
+    paths = save_attention(make_xcit(), torch.randn(3, 19, 30), tmp_path, threshold=0.5)
+    assert {"attn-head0.png", "attn-head1.png", "attn-mean.png", "mask_th0.5_head1.png"} <= {p.name for p in paths}
+    assert read(tmp_path / "img.png").shape[:2] == (240, 360)  # 16 x 24 pixels, magnified 15 times
+
+
+def test_xcit_is_accepted_by_name(tmp_path):
+    flags = f"--arch xcit_nano_12_p16 --pretrained_weights random --image_size 32 --output_dir {tmp_path}"
+    visualize_attention(parse_args(flags.split()))
+    assert (tmp_path / "attention.png").exists()

@@ -1,13 +1,12 @@
-"""The small experiments behind deepcluster/README.md: the paper's claims on the embedded digits, or on other images.
+"""The small experiments behind deepcluster/README.md: the paper's claims on the embedded digits, and CIFAR-10.
 
-    make evidence METHOD=deepcluster                                  # about 25 core-minutes
-    python tests/evidence/deepcluster.py --data cifar10/train --val_path cifar10/test --flags "--arch resnet18 ..."
+    make evidence METHOD=deepcluster                                  # the claims, about 25 core-minutes
+    python tests/evidence/deepcluster.py --only cifar10 --cifar10 DIR # DIR holds train/ and test/ with class folders
 
 Every run uses one thread; --parallel of them run at a time. Numbers are those of the last epoch, mean and standard
 deviation over the seeds. "Before" is the partition of the features of random weights.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -17,21 +16,20 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from deepcluster.augmentations import MEAN, STD
-from shared.evaluation.features import extract_features
-from shared.evaluation.knn import knn_classify
-from shared.evaluation.knn_monitor import KNNMonitor, open_labelled
+from deepcluster.backbones import build_network
 from shared.pictures import read_log
-from tests.evidence.runs import SEEDS, Variant, run_all, table, write
+from tests.evidence.runs import PixelFeatures, Variant, in_parallel, linear, main, run_all, spread, table, write
 
-DIGITS = "--arch resnet18 --sobel --crop_size 32 --crop_scale 0.5 1 --pca_dim 64 --batch 32 --epochs 6"
-CLAIMS = {
-    "100 clusters": "--k 100",
-    "10 clusters, as many as classes": "--k 10",
-    "30 clusters": "--k 30",
-    "300 clusters": "--k 300",
-    "100 clusters, the released sampler": "--k 100 --sampler official",
-    "power iteration clustering": "--clustering PIC",
-}
+RUN = f"--workers 0 --pictures off --log_freq 20 --checkpoints 0 --eval_knn_freq {10**9}"
+DIGITS = f"{RUN} --arch resnet18 --sobel --crop_size 32 --crop_scale 0.5 1 --pca_dim 64 --batch 32 --epochs 6"
+CLAIMS = [
+    Variant("100 clusters", f"{DIGITS} --k 100"),
+    Variant("10 clusters, as many as classes", f"{DIGITS} --k 10"),
+    Variant("30 clusters", f"{DIGITS} --k 30"),
+    Variant("300 clusters", f"{DIGITS} --k 300"),
+    Variant("100 clusters, the released sampler", f"{DIGITS} --k 100 --sampler official"),
+    Variant("power iteration clustering", f"{DIGITS} --clustering PIC"),
+]
 COLUMNS = {
     "knn_before": "k-NN before",
     "knn_last": "k-NN after",
@@ -41,19 +39,14 @@ COLUMNS = {
     "nmi_previous_last": "of the last two",
 }
 
-
-class Pixels(torch.nn.Module):
-    """Raw pixels as features."""
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return images.flatten(1)
-
-
-def pixel_knn(data: str | None, val_path: str | None, image_size: int) -> float:
-    device = torch.device("cpu")
-    monitor = KNNMonitor(open_labelled(data, val_path), image_size, MEAN, STD, 1, 1, device)
-    train, val = (extract_features(Pixels(), dataset, device) for dataset in (monitor.train, monitor.val))
-    return knn_classify(*train, *val, k=20)[0]
+CIFAR10_SIZE = 32
+CIFAR10 = f"--arch resnet10t --sobel --crop_size {CIFAR10_SIZE} --crop_scale 0.3 1 --pca_dim 128 --batch 64 --epochs 8"
+CIFAR10_VARIANTS = [
+    Variant("100 clusters", f"{RUN} {CIFAR10} --k 100"),
+    Variant("10 clusters, as many as classes", f"{RUN} {CIFAR10} --k 10"),
+    Variant("500 clusters", f"{RUN} {CIFAR10} --k 500"),
+]
+LINEAR = "--epochs 5 --batch_size 64 --lr 0.01 --wd -4 --workers 0"
 
 
 def agreements(run: Path) -> dict[str, float]:
@@ -69,28 +62,52 @@ def agreements(run: Path) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "build/evidence/deepcluster")
-    parser.add_argument("--data", help="training images; the embedded digits without it")
-    parser.add_argument("--val_path", help="images for k-NN")
-    parser.add_argument("--flags", default=DIGITS, help="of main.py, for all variants")
-    parser.add_argument("--only", nargs="+", choices=tuple(CLAIMS), default=list(CLAIMS), help="variants")
-    parser.add_argument("--image_size", type=int, default=32, help="side in pixels at which raw pixels are compared")
-    parser.add_argument("--parallel", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    args = parser.parse_args()
-    out = args.out.absolute()
-    common = f"{args.flags} --workers 0 --pictures off --log_freq 20 --eval_knn_freq {10**9}"
-    if args.data:
-        common += f" {Path(args.data).absolute()} --val_path {Path(args.val_path).absolute()}"
-    variants = [Variant(name, f"{common} {CLAIMS[name]}") for name in args.only]
-    results = run_all("deepcluster", variants, out, args.parallel, tuple(args.seeds))
+def run_and_compare(out: Path, variants: list[Variant], parallel: int, seeds: tuple[int, ...]) -> list[dict]:
+    """Every variant with every seed, and how its partitions agree with each other and with the labels."""
+    results = run_all("deepcluster", variants, out, parallel, seeds)
     for result in results:
-        result |= agreements(out / result["variant"].replace(" ", "_") / str(result["seed"]))
-    pixels = pixel_knn(args.data, args.val_path, args.image_size)
-    write(out, "deepcluster", results, table(results, COLUMNS) + f"\n\nk-NN on raw pixels: {pixels:.1f}")
+        result |= agreements(result["run"])
+    return results
+
+
+def claims(out: Path, parallel: int, seeds: tuple[int, ...]) -> None:
+    results = run_and_compare(out / "digits", CLAIMS, parallel, seeds)
+    pixels = PixelFeatures(None, None, 32, MEAN, STD)
+    text = f"{table(results, COLUMNS)}\n\nk-NN on raw pixels: {pixels.knn():.1f}"
+    write(out, "deepcluster_digits", results, text)
+
+
+def save_random_weights(path: Path, seed: int) -> Path:
+    """A checkpoint of the network before training."""
+    torch.manual_seed(seed)
+    network = build_network("resnet10t", sobel=True, img_size=CIFAR10_SIZE)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"arch": "resnet10t", "state_dict": network.state_dict(), "args": {"crop_size": CIFAR10_SIZE}}, path)
+    return path
+
+
+def cifar10(out: Path, parallel: int, seeds: tuple[int, ...], train: Path, test: Path) -> None:
+    images = f"{train} --val_path {test}"
+    variants = [Variant(v.name, f"{v.flags} {images}") for v in CIFAR10_VARIANTS]
+    results = run_and_compare(out / "cifar10", variants, parallel, seeds)
+
+    def probe(weights: Path) -> float:
+        flags = f"--data {images} --model {weights} {LINEAR}"
+        return linear("deepcluster", flags, weights.parent / "linear", "linear_log.txt")
+
+    trained = in_parallel(probe, [result["run"] / "checkpoint.pth.tar" for result in results], parallel)
+    for result, accuracy in zip(results, trained, strict=True):
+        result["linear"] = accuracy
+        result["command"] = result["command"].replace(images, "cifar10/train --val_path cifar10/test")
+    untrained = [save_random_weights(out / "cifar10/random" / str(seed) / "random.pth", seed) for seed in seeds]
+    random = in_parallel(probe, untrained, parallel)
+    pixels = PixelFeatures(str(train), str(test), CIFAR10_SIZE, MEAN, STD)
+    text = (
+        f"{table(results, COLUMNS | {'linear': 'linear'})}\n\nLinear on random weights: {spread(random)}. "
+        f"Raw pixels: k-NN {pixels.knn():.1f}, linear {pixels.linear():.1f}"
+    )
+    write(out, "deepcluster_cifar10", results, text)
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, "deepcluster", claims, cifar10)

@@ -1,5 +1,6 @@
-"""Running variants of a training script over several seeds, and the table that comes of it."""
+"""Running variants of a training script over several seeds, what they are compared with, and the table of it."""
 
+import argparse
 import json
 import os
 import platform
@@ -7,41 +8,62 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
+
+from shared.evaluation.features import extract_features
+from shared.evaluation.knn import knn_classify
+from shared.evaluation.knn_monitor import KNNMonitor, open_labelled
+from shared.evaluation.linear import LinearClassifier, train_one_epoch
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS = (0, 1, 2)
+IMAGES_PER_CLASS = 1600
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of a table: a name and the flags that make it."""
+    """One row of a table: a name, the flags that make it, and the training script."""
 
     name: str
     flags: str
+    script: str = "main.py"
 
 
-def run(method: str, variant: Variant, seed: int, output_dir: Path) -> dict:
-    """Train one variant with one thread; the log's last lines and the wall time."""
-    command = ["main.py", *variant.flags.split(), "--seed", str(seed), "--output_dir", str(output_dir)]
-    log = output_dir.with_suffix(".log")
+def run_script(method: str, command: list[str], log: Path) -> None:
+    """Run a script of the method's folder with one thread; what it prints goes to ``log``."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with open(log, "w") as file:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
         subprocess.run(
             [sys.executable, *command], cwd=ROOT / method, env=environment, stdout=file, stderr=file, check=True
         )
+
+
+def run(method: str, variant: Variant, seed: int, output_dir: Path) -> dict:
+    """Train one variant with one thread; its folder, the log's last lines and the wall time."""
+    command = [variant.script, *variant.flags.split(), "--seed", str(seed), "--output_dir", str(output_dir)]
+    start = time.perf_counter()
+    run_script(method, command, output_dir.with_suffix(".log"))
     minutes = (time.perf_counter() - start) / 60
     lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
     accuracies = [line[key] for line in lines for key in ("knn_top1", "snn_top1") if key in line]
     last = [line for line in lines if "loss" in line][-1]
-    return {"variant": variant.name, "seed": seed, "minutes": round(minutes, 2), "knn_before": accuracies[0],
-            "knn_last": accuracies[-1], "command": " ".join(["python", *command[:-2]]), **last}  # fmt: skip
+    return {
+        "variant": variant.name,
+        "seed": seed,
+        "run": output_dir,
+        "minutes": round(minutes, 2),
+        "knn_before": accuracies[0],
+        "knn_last": accuracies[-1],
+        "command": " ".join(["python", *command[:-2]]),
+        **last,
+    }
 
 
 def run_all(
@@ -49,9 +71,76 @@ def run_all(
 ) -> list[dict]:
     """Every variant with every seed, ``parallel`` runs at a time, one thread each."""
     jobs = [(variant, seed) for variant in variants for seed in seeds]
+    return in_parallel(lambda job: run(method, *job, out / job[0].name.replace(" ", "_") / str(job[1])), jobs, parallel)
+
+
+def in_parallel(function: Callable, jobs: Iterable, parallel: int) -> list:
+    """``function`` of every job, in order, ``parallel`` of them at a time."""
     with ThreadPoolExecutor(parallel) as pool:
-        results = pool.map(lambda job: run(method, *job, out / job[0].name.replace(" ", "_") / str(job[1])), jobs)
-        return list(results)
+        return list(pool.map(function, jobs))
+
+
+def linear(method: str, flags: str, out: Path, log_name: str) -> float:
+    """Top-1 of the method's linear classifier after its last epoch.
+
+    Args:
+        flags: Of ``eval_linear.py``, without the output folder.
+        log_name: Of the JSON lines that it writes to its output folder.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    run_script(method, ["eval_linear.py", *flags.split(), "--output_dir", str(out)], out.with_suffix(".log"))
+    return json.loads((out / log_name).read_text().splitlines()[-1])["test_acc1"]
+
+
+def few_per_class(folder: Path, few: Path) -> Path:
+    """A folder of links to the first ``IMAGES_PER_CLASS`` images of every class."""
+    for images in sorted(folder.iterdir()):
+        (few / images.name).mkdir(parents=True, exist_ok=True)
+        for image in sorted(images.iterdir())[:IMAGES_PER_CLASS]:
+            link = few / images.name / image.name
+            if not link.exists():
+                link.symlink_to(image)
+    return few
+
+
+class Pixels(nn.Module):
+    """Raw pixels as features."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1)
+
+
+class PixelFeatures:
+    """Pixels of the labelled images that a run evaluates on, in place of a network's features.
+
+    Args:
+        data_path, val_path: As for the training scripts; None means the embedded digits.
+        image_size: Side in pixels.
+        mean, std: Of the method's images.
+    """
+
+    def __init__(self, data_path: str | None, val_path: str | None, image_size: int, mean: tuple, std: tuple):
+        device = torch.device("cpu")
+        monitor = KNNMonitor(open_labelled(data_path, val_path), image_size, mean, std, 1, 1, device)
+        self.train, self.train_labels = extract_features(Pixels(), monitor.train, device)
+        self.val, self.val_labels = extract_features(Pixels(), monitor.val, device)
+
+    def knn(self) -> float:
+        """Top-1 of k-NN with 20 neighbours, in percent."""
+        return knn_classify(self.train, self.train_labels, self.val, self.val_labels, k=20)[0]
+
+    def linear(self, epochs: int = 10, lr: float = 0.001) -> float:
+        """Top-1 of a linear classifier after its last epoch, in percent."""
+        torch.manual_seed(0)
+        classifier = LinearClassifier(self.train.shape[1], int(self.train_labels.max()) + 1)
+        optimizer = torch.optim.SGD(classifier.parameters(), lr, momentum=0.9)
+        for _ in range(epochs):
+            batches = torch.randperm(len(self.train)).split(64)
+            rows = ((self.train[batch], self.train_labels[batch]) for batch in batches)
+            train_one_epoch(classifier, nn.Identity(), rows, optimizer)
+        with torch.no_grad():
+            hits = classifier(self.val).argmax(dim=1) == self.val_labels
+        return 100 * hits.double().mean().item()
 
 
 def spread(values: list[float], digits: int = 1) -> str:
@@ -66,7 +155,10 @@ def table(results: list[dict], columns: dict[str, str]) -> str:
     rows = [f"| variant | {' | '.join(columns.values())} | minutes a run |", "|---" * (len(columns) + 2) + "|"]
     for name in names:
         mine = [r for r in results if r["variant"] == name]
-        cells = [spread([r[key] for r in mine], 1 if key.startswith("knn") else 3) for key in columns]
+        cells = [
+            spread([r[key] for r in mine], 1 if key.startswith(("knn", "linear", "rank_me", "acc1", "bleu")) else 3)
+            for key in columns
+        ]
         rows.append(f"| {name} | {' | '.join(cells)} | {statistics.mean(r['minutes'] for r in mine):.1f} |")
     return "\n".join(rows)
 
@@ -77,7 +169,40 @@ def machine() -> dict:
 
 
 def write(out: Path, name: str, results: list[dict], text: str) -> None:
+    """Save every run as ``name.json`` and the table as ``name.md``, and print the table."""
+    results = [{key: value for key, value in result.items() if key != "run"} for result in results]
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.json").write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
     (out / f"{name}.md").write_text(text + "\n")
     print(text, flush=True)
+
+
+def main(
+    docstring: str,
+    method: str,
+    claims: Callable[[Path, int, tuple[int, ...]], None],
+    cifar10: Callable[[Path, int, tuple[int, ...], Path, Path], None],
+) -> None:
+    """The command line of a method's experiments.
+
+    Args:
+        docstring: Of the script; its first paragraph is the description.
+        claims: Called with the output folder, the number of runs at a time and the seeds.
+        cifar10: Called with the same, the folder of training images and that of test images.
+    """
+    parser = argparse.ArgumentParser(description=docstring.split("\n\n")[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "build/evidence" / method)
+    parser.add_argument("--only", choices=("claims", "cifar10"), help="one of the two")
+    parser.add_argument("--cifar10", type=Path, help="folder with train/ and test/; without it only the claims")
+    parser.add_argument("--parallel", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    args = parser.parse_args()
+    if args.only == "cifar10" and args.cifar10 is None:
+        parser.error("--only cifar10: give the folder of the images as --cifar10")
+    out, seeds = args.out.absolute(), tuple(args.seeds)
+    if args.only != "cifar10":
+        claims(out, args.parallel, seeds)
+    if args.only != "claims" and args.cifar10:
+        folder = args.cifar10.absolute()
+        train = few_per_class(folder / "train", out / "train")
+        cifar10(out, args.parallel, seeds, train, folder / "test")

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,8 +14,10 @@ import pytest
 import torch
 import yaml
 
+from msn import eval_knn, logistic_eval, visualize_attention
 from msn import main as main_msn
 from msn.main import get_args_parser, parse_args, split_views, start_on_devices, train_msn
+from shared.attempt import NotFinite
 from shared.checkpoint import load_latest
 from tests.msn.runs import CHECKPOINT, TINY, assert_same_state, lines, losses, small_networks, state_of, train
 from tests.processes import run_processes
@@ -70,7 +73,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_embedded_defaults(tmp_pat
     path = tmp_path / "c.yaml"
     path.write_text("optimization:\n  epochs: 3\n  lr: 1e-4\n")
     args = parse_args(["--fname", str(path), "--epochs", "2"])
-    assert (args.epochs, args.lr, args.model_name, args.output_dir) == (2, 1e-4, "deit_tiny", "runs/digits")
+    assert (args.epochs, args.lr, args.model_name, args.output_dir) == (2, 1e-4, "deit_micro", "runs/digits")
 
 
 @pytest.mark.parametrize(
@@ -252,6 +255,37 @@ def test_options_of_the_loss_and_the_views_train(images, tmp_path):
     assert state["prototypes"].abs().max() <= 8**-0.5 and state["opt"]["state"].keys().isdisjoint(
         state["opt"]["param_groups"][2]["params"]
     )
+
+
+def test_knn_pictures_and_next_commands_survive_an_unreadable_image(images, tmp_path, capsys):
+    folder = shutil.copytree(images, tmp_path / "images")
+    broken = next(folder.rglob("*.png"))
+    broken.write_bytes(broken.read_bytes()[:100])
+    flags = ("--data_path", folder, "--val_path", images, "--eval_knn_freq", 1, "--pictures", "on")
+    written = train(tmp_path / "run", *flags, "--max_bad_fraction", 0.1)
+    assert sum("knn_top1" in line for line in written) == 2
+    assert (tmp_path / "run" / "bad_images.txt").read_text().startswith(str(broken))
+    drawn = {path.name for path in (tmp_path / "run" / "pictures").iterdir()}
+    assert drawn == {"views.png", "neighbours.png", "curves.png", "attention"}
+    printed = capsys.readouterr().out
+    commands = [line.split("python ")[1] for line in printed.splitlines() if "python " in line]
+    scripts = {
+        "logistic_eval.py": logistic_eval,
+        "eval_knn.py": eval_knn,
+        "visualize_attention.py": visualize_attention,
+    }
+    for line in commands[:-1]:
+        script, *arguments = shlex.split(line)
+        assert scripts.pop(script).parse_args(arguments).fname == CHECKPOINT
+    assert not scripts and commands[-1].startswith("main.py --data_path")
+
+
+def test_steps_without_finite_gradients_end_the_run_and_name_the_first_tensor(images, tmp_path, monkeypatch):
+    real = main_msn.normalize_views
+    monkeypatch.setattr(main_msn, "normalize_views", lambda *args: [view * math.nan for view in real(*args)])
+    with pytest.raises(NotFinite, match=r"2 steps in a row, up to step 2, .* the first such tensor is views\[0\]"):
+        train(tmp_path, "--data_path", images, "--max_skipped_steps", 2)
+    assert (tmp_path / "nonfinite.pth").is_file() and not (tmp_path / CHECKPOINT).exists()
 
 
 def test_views_are_split_into_the_target_and_anchors_per_size():

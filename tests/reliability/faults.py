@@ -176,30 +176,29 @@ def scale_loss_on_cpu(growth_interval: int) -> None:
 
 def kill_worker(epoch: int) -> None:
     """The loader process that gets the first batch of ``epoch`` is killed."""
-    from dino import main_dino
+    from shared.multicrop import MultiCropDataset
 
-    dataset = main_dino.MultiCropDataset
-    main_process, fetch = os.getpid(), dataset.__getitems__
+    main_process, fetch = os.getpid(), MultiCropDataset.__getitems__
 
     def fetch_or_die(self, keys):
         if keys[0][0] == epoch and os.getpid() != main_process:
             send(signal.SIGKILL)
         return fetch(self, keys)
 
-    dataset.__getitems__ = fetch_or_die
+    MultiCropDataset.__getitems__ = fetch_or_die
 
 
 def remove_after_listing(path: Path) -> None:
-    from dino import main_dino
+    from shared import training_data
 
-    open_source = main_dino.open_source
+    open_source = training_data.open_source
 
     def open_and_remove(*args, **kwargs):
         source = open_source(*args, **kwargs)
         path.unlink(missing_ok=True)
         return source
 
-    main_dino.open_source = open_and_remove
+    training_data.open_source = open_and_remove
 
 
 def limit_file_size(num_bytes: int, from_update: int) -> None:

@@ -9,6 +9,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import random
 import sys
 import time
 from collections.abc import Callable
@@ -29,7 +30,7 @@ TINY = (
     "--num_workers 0 --log_freq 2 --saveckp_freq 1 --saveckp_steps 1"
 ).split()
 STEPS_PER_EPOCH = 6
-TIMINGS = ("images_per_s", "data_wait")
+TIMINGS = ("images_per_s", "sentences_per_s", "data_wait")
 CHECKPOINTS = (".pth", ".tar")
 
 
@@ -149,6 +150,32 @@ def start_ranks(
     ]
 
 
+def kill_at_random_instants(
+    folder: Path, kills: int, *flags, script: Script | None = None, within_s: float = 2
+) -> list[Path]:
+    """Runs that are killed and started again, with 0 to 2 loader processes, until so many kills have hit one of them.
+
+    Returns:
+        Output folders, below ``folder``, of the runs that came to their end.
+    """
+    rng = random.Random(kills)
+    killed, finished = 0, []
+    while killed < kills:
+        output_dir = folder / str(len(finished))
+        while True:
+            run = Run(output_dir, *flags, "--num_workers", killed % 3, script=script)
+            if killed < kills:
+                run.wait_for((output_dir / "attempt.json").exists)
+                time.sleep(rng.uniform(0, within_s))
+                run.kill()
+            if run.exit_code() == 0:
+                break
+            assert run.exit_code() == -9, run.output()
+            killed += 1
+        finished.append(output_dir)
+    return finished
+
+
 def _train(
     script: Script, arguments: list[str], variables: dict[str, str], printed: Path, fault: Callable[[], None] | None
 ) -> None:
@@ -183,6 +210,23 @@ def shrink_networks() -> None:
 
 
 DINO = Script("dino.main_dino", tuple(TINY), shrink_networks)
+_CLUSTERING = (
+    "--arch test_resnet --nmb_crops 2 2 --size_crops 32 16 --min_scale_crops 0.3 0.1 --max_scale_crops 1 0.3 "
+    "--feat_dim 4 --hidden_mlp 8 --batch_size 4 --base_lr 0.5 --warmup_epochs 0 --epochs 2 "
+    "--freeze_prototypes_niters 3 --device cpu --workers 0 --log_freq 2 --eval_knn_freq 0 --pictures off "
+    "--checkpoint_freq 1 --saveckp_steps 1"
+).split()
+SWAV = Script("swav.main_swav", (*_CLUSTERING, *"--nmb_prototypes 6 --queue_length 16 --epoch_queue_starts 0".split()))
+DEEPCLUSTERV2 = Script("swav.main_deepclusterv2", (*_CLUSTERING, "--nmb_prototypes", "6", "5"))
+DEEPCLUSTER = Script(
+    "deepcluster.main",
+    tuple(
+        (
+            "--arch test_resnet --crop_size 32 --k 5 --pca_dim 4 --batch 4 --epochs 2 --device cpu --workers 0 "
+            "--log_freq 2 --eval_knn_freq 0 --pictures off --saveckp_steps 1 --checkpoints 5"
+        ).split()
+    ),
+)
 
 
 def log_lines(output_dir: Path) -> list[dict]:

@@ -1,33 +1,17 @@
 """SIGKILL at any instant: the same command goes on by itself and ends like a run that was never killed."""
 
 import functools
-import random
-import time
 
 import pytest
 
 from shared.checkpoint import load_latest
 from tests.reliability import faults
-from tests.reliability.runs import Run, assert_same_run, log_lines
+from tests.reliability.runs import Run, assert_same_run, kill_at_random_instants, log_lines
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
 def test_runs_killed_at_random_instants_end_like_an_uninterrupted_one(kills, images, uninterrupted, tmp_path):
-    rng = random.Random(kills)
-    killed, finished = 0, 0
-    while killed < kills:
-        folder = tmp_path / str(finished)
-        while True:
-            run = Run(folder, "--data_path", images, "--num_workers", killed % 3)
-            if killed < kills:
-                run.wait_for(lambda folder=folder: (folder / "attempt.json").exists())
-                time.sleep(rng.uniform(0, 1.5))
-                run.kill()
-            if run.exit_code() == 0:
-                break
-            assert run.exit_code() == -9, run.output()
-            killed += 1
-        finished += 1
+    for folder in kill_at_random_instants(tmp_path, kills, "--data_path", images, within_s=1.5):
         assert_same_run(folder, uninterrupted)
         assert [line["step"] for line in log_lines(folder)] == [2, 4, 6, 8, 10, 12]
 

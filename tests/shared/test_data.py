@@ -1,3 +1,4 @@
+import gc
 import multiprocessing
 import os
 import re
@@ -25,6 +26,7 @@ from shared.data import (
     default_num_workers,
     make_loader,
 )
+from tests.processes import SERVER
 from tests.shared.photographs import encoded, photograph
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -269,13 +271,19 @@ def test_workers_persist_compute_with_one_thread_and_leave_signals_to_the_main_p
 
 
 def fail_while_loading():
+    """With a loader that only the garbage collector finds, which closes its queues first, and one that lives on."""
+    loader = make_loader(Keys(), batch_sampler=EpochBatchSampler(100, 2), num_workers=1)
+    loader.itself, iterator = loader, iter(loader)
+    next(iterator)
+    del loader, iterator
+    gc.collect()
     loader = make_loader(Keys(), batch_sampler=EpochBatchSampler(100, 2), num_workers=2)
     for _ in loader:  # which the traceback keeps alive to the end
         raise KeyError("a bug")
 
 
 def test_a_script_that_fails_with_workers_ends():
-    """The workers ignore the signal that they are sent at the end; tests/reliability does this in child processes."""
+    """Its workers ignore the signal that they are sent at the end; tests/reliability does this in child processes."""
     code = "from tests.shared.test_data import fail_while_loading; fail_while_loading()"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert run.returncode == 1 and run.stderr.endswith("KeyError: 'a bug'\n")
@@ -304,15 +312,22 @@ def test_array_sources_serve_grey_and_colour():
     np.testing.assert_array_equal(ArraySource("colour", colour).load(0).decode(), colour[0])
 
 
+def load_after_opencv_has_used_its_threads(batches):
+    multiprocessing.set_start_method("fork", force=True)  # of the loader's processes, as in a script
+    cv2.setNumThreads(4)
+    cv2.GaussianBlur(np.zeros((2000, 2000, 3), np.uint8), (31, 31), 5)
+    for (batch,) in make_loader(torch.utils.data.TensorDataset(torch.arange(4)), batch_size=2, num_workers=2):
+        batches.put(batch.tolist())
+
+
 def test_workers_start_after_opencv_has_used_its_threads():
     """OpenCV's pool of threads does not survive a fork: a worker that touched it waited forever."""
-    code = (
-        "import cv2, numpy as np, torch\n"
-        "from shared.data import make_loader\n"
-        "cv2.setNumThreads(4)\n"
-        "cv2.GaussianBlur(np.zeros((2000, 2000, 3), np.uint8), (31, 31), 5)\n"
-        "for (batch,) in make_loader(torch.utils.data.TensorDataset(torch.arange(4)), batch_size=2, num_workers=2):\n"
-        "    print(batch.tolist())\n"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
-    assert run.stdout.split("\n")[:2] == ["[0, 1]", "[2, 3]"], run.stderr
+    batches = SERVER.Queue()
+    process = SERVER.Process(target=load_after_opencv_has_used_its_threads, args=(batches,))
+    process.start()
+    try:
+        assert [batches.get(timeout=120) for _ in range(2)] == [[0, 1], [2, 3]]
+        process.join(120)
+        assert process.exitcode == 0
+    finally:
+        process.kill()

@@ -18,13 +18,23 @@ from tests.swav.training_runs import (
 )
 
 
-@pytest.mark.parametrize("which", [0, 1], ids=["before training", "after training"])
-@pytest.mark.parametrize("train", [train_swav, train_deepclusterv2])
-def test_a_signal_during_an_evaluation_saves_and_the_run_goes_on(train, which, tmp_path, monkeypatch):
-    images = write_noise(tmp_path / "noise")
-    flags = ("--data_path", images, "--val_path", images, "--eval_knn_freq", 2, "--epochs", 2)
-    train(tmp_path / "whole", *flags)
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_noise(tmp_path_factory.mktemp("images") / "noise")
 
+
+@pytest.fixture(scope="module", params=[train_swav, train_deepclusterv2])
+def uninterrupted(request, images, tmp_path_factory):
+    """The script that trains, its flags, and the folder of a run that nothing has stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    flags = ("--data_path", images, "--val_path", images, "--eval_knn_freq", 2, "--epochs", 2)
+    request.param(folder, *flags)
+    return request.param, flags, folder
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["before training", "after training"])
+def test_a_signal_during_an_evaluation_saves_and_the_run_goes_on(uninterrupted, which, tmp_path, monkeypatch):
+    train, flags, whole = uninterrupted
     run, calls = KNNMonitor.run, iter(range(2))
 
     def run_with_signal(monitor, backbone, between_batches):
@@ -32,14 +42,13 @@ def test_a_signal_during_an_evaluation_saves_and_the_run_goes_on(train, which, t
             os.kill(os.getpid(), signal.SIGTERM)
         return run(monitor, backbone, between_batches)
 
-    monkeypatch.setattr(KNNMonitor, "run", run_with_signal)
-    with pytest.raises(SystemExit) as stopped:
-        train(tmp_path / "stopped", *flags)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(KNNMonitor, "run", run_with_signal)
+        train(tmp_path, *flags)
     assert stopped.value.code == 128 + signal.SIGTERM
-    assert len([line for line in lines(tmp_path / "stopped") if "knn_top1" in line]) == which
-    monkeypatch.undo()
+    assert len([line for line in lines(tmp_path) if "knn_top1" in line]) == which
 
-    train(tmp_path / "stopped", *flags)
-    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
-    assert_same(*(comparable(state_of(tmp_path / name)) for name in ("stopped", "whole")), "checkpoint")
-    assert (tmp_path / "stopped/log.txt").read_text() == (tmp_path / "whole/log.txt").read_text()
+    train(tmp_path, *flags)
+    assert losses(tmp_path) == losses(whole)
+    assert_same(*(comparable(state_of(folder)) for folder in (tmp_path, whole)), "checkpoint")
+    assert (tmp_path / "log.txt").read_text() == (whole / "log.txt").read_text()

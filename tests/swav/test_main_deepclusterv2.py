@@ -72,17 +72,24 @@ def test_first_centroids_depend_on_seed_epoch_and_head_only():
     assert tuple(first_centroids(1, 1, 2, 9)[1].tolist()) == orders[-1]
 
 
+@pytest.fixture(scope="module")
+def whole(images, tmp_path_factory):
+    """A run of two epochs with a checkpoint after every step, that nothing has stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(folder, "--data_path", images, "--epochs", 2, "--saveckp_steps", 1, "--freeze_prototypes_niters", 2)
+    return folder
+
+
 @pytest.mark.parametrize("steps", [1, 3, 4])
-def test_a_run_stopped_anywhere_ends_like_an_uninterrupted_one(images, tmp_path, monkeypatch, steps):
+def test_a_run_stopped_anywhere_ends_like_an_uninterrupted_one(images, whole, tmp_path, monkeypatch, steps):
     flags = ("--data_path", images, "--epochs", 2, "--saveckp_steps", 1, "--freeze_prototypes_niters", 2)
-    train(tmp_path / "whole", *flags)
-    stop_after(monkeypatch, main_deepclusterv2, steps)
-    with pytest.raises(Stop):
-        train(tmp_path / "stopped", *flags)
-    monkeypatch.undo()
-    train(tmp_path / "stopped", *flags, "--workers", 1)
-    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
-    assert_same(*(comparable(state_of(tmp_path / name)) for name in ("stopped", "whole")), "checkpoint")
+    with monkeypatch.context() as patch:
+        stop_after(patch, main_deepclusterv2, steps)
+        with pytest.raises(Stop):
+            train(tmp_path, *flags)
+    train(tmp_path, *flags, "--workers", 1)
+    assert losses(tmp_path) == losses(whole)
+    assert_same(*(comparable(state_of(folder)) for folder in (tmp_path, whole)), "checkpoint")
 
 
 def test_two_processes_stopped_between_epochs_end_like_uninterrupted_ones(images, tmp_path):

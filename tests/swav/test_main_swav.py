@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
 import shutil
-import subprocess
 import sys
 
 import numpy as np
@@ -13,8 +11,9 @@ import torch
 
 from swav import evaluation, main_swav
 from swav.main_swav import parse_args, rows_of_queue
-from tests.processes import run_processes
+from tests.processes import run_processes, run_script
 from tests.reliability.runs import assert_same
+from tests.standalone import load_alone
 from tests.swav.training_runs import ROOT, SWAV, comparable, lines, losses, state_of, train_on_rank, write_noise
 from tests.swav.training_runs import train_swav as train
 
@@ -119,12 +118,20 @@ def test_prototypes_are_frozen_at_first_and_normalised_before_every_step(images,
         ["--in_chans", "1", "--hidden_mlp", "0"],
         ["--sync_bn", "apex", "--crops_for_assign", "2", "0", "3"],
         ["--augmentation", "pil", "--cache", "memory"],
-        pytest.param(["--compile"], marks=pytest.mark.slow),
     ],
 )
 def test_other_flags_train_too(images, tmp_path, flags):
     written = train(tmp_path, "--data_path", images, *QUEUE, *flags)
     assert len(written) == 3 and all(math.isfinite(line["loss"]) and line["skipped"] == 0 for line in written)
+
+
+@pytest.mark.slow
+def test_compiled_backbones_train_alike(images, tmp_path):
+    for name, flags in (("eager", ()), ("compiled", ("--compile",))):
+        train(tmp_path / name, "--data_path", images, "--epochs", 2, *QUEUE, *flags)
+    torch.testing.assert_close(losses(tmp_path / "compiled"), losses(tmp_path / "eager"), rtol=1e-4, atol=0)
+    eager, compiled = (state_of(tmp_path / name)["state_dict"] for name in ("eager", "compiled"))
+    assert compiled.keys() == eager.keys()  # a checkpoint of either is one of both
 
 
 def test_a_step_that_is_not_finite_leaves_network_and_queue_finite(images, tmp_path, monkeypatch):
@@ -167,31 +174,37 @@ def stop_after(monkeypatch, script, steps: int) -> None:
     monkeypatch.setattr(script, "step_unless_not_finite", stop)
 
 
+@pytest.fixture(scope="module")
+def whole(images, tmp_path_factory):
+    """A run of two epochs with a queue and a checkpoint after every step, that nothing has stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(folder, "--data_path", images, "--epochs", 2, "--saveckp_steps", 1, *QUEUE)
+    return folder
+
+
 @pytest.mark.parametrize("steps", [2, 3, 4])
-def test_a_run_stopped_anywhere_ends_like_an_uninterrupted_one(images, tmp_path, monkeypatch, steps):
+def test_a_run_stopped_anywhere_ends_like_an_uninterrupted_one(images, whole, tmp_path, monkeypatch, steps):
     flags = ("--data_path", images, "--epochs", 2, "--saveckp_steps", 1, *QUEUE)
-    train(tmp_path / "whole", *flags)
-    stop_after(monkeypatch, main_swav, steps)
-    with pytest.raises(Stop):
-        train(tmp_path / "stopped", *flags)
-    monkeypatch.undo()
-    train(tmp_path / "stopped", *flags, "--workers", 1)
-    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
-    assert_same(*(comparable(state_of(tmp_path / name)) for name in ("stopped", "whole")), "checkpoint")
-    assert (tmp_path / "stopped/log.txt").read_text() == (tmp_path / "whole/log.txt").read_text()
+    with monkeypatch.context() as patch:
+        stop_after(patch, main_swav, steps)
+        with pytest.raises(Stop):
+            train(tmp_path, *flags)
+    train(tmp_path, *flags, "--workers", 1)
+    assert losses(tmp_path) == losses(whole)
+    assert_same(*(comparable(state_of(folder)) for folder in (tmp_path, whole)), "checkpoint")
+    assert (tmp_path / "log.txt").read_text() == (whole / "log.txt").read_text()
 
 
-def test_two_processes_give_the_losses_of_one_with_twice_the_batch_and_the_same_queue(images, tmp_path):
+def test_two_processes_give_the_losses_of_one_with_twice_the_batch_and_the_same_queue(images, whole, tmp_path):
     flags = ("--data_path", images, "--epochs", 2, *QUEUE)
-    train(tmp_path / "one", *flags)
-    run_processes(train_on_rank, 2, train, tmp_path / "two", *flags, "--batch_size", 4)
-    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=5e-4)
-    assert len(losses(tmp_path / "one")) == 6
+    run_processes(train_on_rank, 2, train, tmp_path, *flags, "--batch_size", 4)
+    np.testing.assert_allclose(losses(tmp_path), losses(whole), rtol=5e-4)
+    assert len(losses(whole)) == 6
     for key in ("prototypes_used", "assigned"):
-        one, two = ([line[key] for line in lines(tmp_path / name)] for name in ("one", "two"))
+        one, two = ([line[key] for line in lines(folder)] for folder in (whole, tmp_path))
         assert one == two
-    (queue,) = state_of(tmp_path / "one")["queue"]["embeddings"]
-    halves = state_of(tmp_path / "two")["queue"]["embeddings"]  # rank r has every second image
+    (queue,) = state_of(whole)["queue"]["embeddings"]
+    halves = state_of(tmp_path)["queue"]["embeddings"]  # rank r has every second image
     for batch, half in zip(queue.split(8, dim=1), halves.split(4, dim=2), strict=True):
         torch.testing.assert_close(half.permute(1, 2, 0, 3).flatten(1, 2), batch, rtol=0, atol=2e-3)
 
@@ -205,9 +218,8 @@ def test_the_queue_moves_to_another_number_of_processes(images, tmp_path, capsys
     assert two["pushed"] == [12, 12] and state_of(tmp_path)["queue"]["pushed"] == [48, 48]
 
 
-def test_an_official_checkpoint_with_its_queue_files_is_resumed(images, tmp_path):
+def test_an_official_checkpoint_with_its_queue_files_is_resumed(images, whole, tmp_path):
     flags = ("--data_path", images, *QUEUE)
-    train(tmp_path / "ours", *flags, "--epochs", 2)
     train(tmp_path / "official", *flags)
     state = state_of(tmp_path / "official")
     groups = [{**group, "lr": np.float64(group["lr"]), "dampening": 0, "nesterov": False}
@@ -218,21 +230,9 @@ def test_an_official_checkpoint_with_its_queue_files_is_resumed(images, tmp_path
     torch.save({"queue": state["queue"]["embeddings"][0]}, tmp_path / "official/queue0.pth")
     train(tmp_path / "official", *flags, "--epochs", 2)
     # other learning rates in epoch 0, for its end was another one; the second epoch starts where the first one ended
-    found, ours = state_of(tmp_path / "official"), state_of(tmp_path / "ours")
+    found, ours = state_of(tmp_path / "official"), state_of(whole)
     assert found["epoch"] == 2 and found["queue"]["pushed"] == [40, 40]
     assert found["state_dict"].keys() == ours["state_dict"].keys()
-
-
-def run_script(*command, cwd, **environment):
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "PYTHONPATH"))} | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=cwd,
-        env=env | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 @pytest.mark.parametrize("command", [["main.py"], ["-m", "swav.main_swav"]])
@@ -248,18 +248,9 @@ def test_a_copied_folder_is_all_it_takes(images, tmp_path, command):
 
 
 def test_the_network_file_needs_torch_alone(tmp_path):
-    shutil.copy(ROOT / "swav" / "resnet50.py", tmp_path)
-    code = (
-        "import sys, torch\n"
-        "before = set(sys.modules)\n"
-        "import resnet50\n"
-        "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
-        "assert new <= set(sys.stdlib_module_names) | {'torch', 'resnet50'}, new\n"
-        "network = resnet50.ResNet([1, 1, 1, 1], width_per_group=8).eval()\n"
-        "assert network(torch.zeros(1, 3, 32, 32)).shape == (1, 256)\n"
-    )
-    run = run_script("-c", code, cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
+    resnet50 = load_alone(ROOT / "swav" / "resnet50.py", tmp_path)
+    network = resnet50.ResNet([1, 1, 1, 1], width_per_group=8).eval()
+    assert network(torch.zeros(1, 3, 32, 32)).shape == (1, 256)
 
 
 @pytest.mark.parametrize(

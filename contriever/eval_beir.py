@@ -1,0 +1,238 @@
+"""Zero-shot retrieval on a data set of BEIR (Contriever, section 4.3): exact search, metrics of trec_eval.
+
+    python eval_beir.py --model_name_or_path facebook/contriever --beir_dir /path/to/beir --dataset scifact
+                                                                   # released Contriever: nDCG@10 64.9, recall@100 92.6
+    python eval_beir.py --beir_dir /path/to/beir --dataset scifact --retriever hybrid --norm_query --norm_doc
+
+The data set is a folder with corpus.jsonl, queries.jsonl and qrels/test.tsv; dev.tsv is read for msmarco. A folder of
+such folders (cqadupstack) is evaluated one by one and averaged.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+if __name__ == "__main__":  # run as a script: make the repository root importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from contriever.beir_data import BeirDataset, read_beir
+from contriever.beir_metrics import evaluate_run
+from contriever.dense_index import merge
+from contriever.embedding_files import write_json
+from contriever.encoder import Retriever
+from contriever.hybrid import BM25, fuse
+from contriever.normalize_text import normalize
+from contriever.retrieval_flags import (
+    add_encoder_flags,
+    add_launcher_flags,
+    amp_of,
+    join_processes,
+    load_encoder,
+    max_length_of,
+    retrieval_parser,
+)
+from shared import distributed
+from shared.evaluation.knn import nearest_neighbours
+from shared.flags import bool_flag
+
+TOP_K = 1000
+CHUNK = 50_000  # documents that are encoded, then searched
+Answers = tuple[np.ndarray, np.ndarray]  # scores and rows, each (Q, k), -inf and -1 for none
+Run = dict[str, dict[str, float]]
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = retrieval_parser(__doc__)
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", required=True, help="name of a folder below --beir_dir")
+    add("--beir_dir", default="./", help="folder of the data sets")
+    add("--split", default=None, help="judgements to use; by default test, and dev for msmarco")
+    add("--lower_case", action="store_true", help="lowercase texts, after --normalize_text")
+    add("--normalize_text", action="store_true", help="one form for dashes, quotation marks and the like")
+    add("--ignore_identical_ids", type=bool_flag, default=True, help="leave a document out of the results of the query "
+        "that has the same id, as BEIR does")  # fmt: skip
+
+    add = add_encoder_flags(parser)
+    add("--per_gpu_batch_size", type=int, default=128, help="texts per forward pass")
+    add("--text_maxlength", type=int, default=512, help="tokens; what is longer is cut")
+    add("--score_function", default="dot", choices=("dot", "cos_sim"), help="cos_sim: the same as both --norm flags")
+    add("--norm_query", action="store_true", help="divide the vectors of queries by their length")
+    add("--norm_doc", action="store_true", help="divide the vectors of documents by their length")
+
+    add = parser.add_argument_group("retriever").add_argument
+    add("--retriever", default="dense", choices=("dense", "bm25", "hybrid"), help="hybrid: dense and BM25 together")
+    add("--dense_weight", type=float, default=0.5, help="of the dense scores in hybrid, the rest is BM25's")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", default="./my_experiment", help="folder for <dataset>.json, the metrics")
+    add("--save_results_path", default=None, help="file for what was retrieved: .jsonl, .trec (format of trec_eval), "
+        "any other: torch.save of {query: {document: score}}")  # fmt: skip
+    add_launcher_flags(parser)
+    return parser
+
+
+def eval_beir(args: argparse.Namespace) -> dict[str, float]:
+    """Metrics in percent, on every rank."""
+    device = join_processes(args)
+    normalized = args.score_function == "cos_sim" or (args.norm_query and args.norm_doc)
+    retriever = load_encoder(args, device, normalized) if args.retriever != "bm25" else None
+
+    def search(dataset: BeirDataset) -> Answers:
+        return search_dataset(dataset, retriever, args)
+
+    folder = Path(args.beir_dir) / args.dataset
+    split = args.split or ("dev" if args.dataset == "msmarco" else "test")
+    metrics, runs = evaluate_folder(folder, split, search, args.ignore_identical_ids)
+    if distributed.is_main_process():
+        print(" ".join(f"{name}: {value:.1f}" for name, value in metrics.items()), flush=True)
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        write_json(Path(args.output_dir) / f"{args.dataset.replace('/', '-')}.json", metrics)
+        if args.save_results_path:
+            save_runs(Path(args.save_results_path), runs)
+    return metrics
+
+
+def search_dataset(dataset: BeirDataset, retriever: Retriever | None, args: argparse.Namespace) -> Answers:
+    """The best documents by the retriever that the flags choose; one more than is kept, for the query's own."""
+    texts, queries = ([*map(prepared(args), part)] for part in (document_texts(dataset), dataset.queries.values()))
+    k = TOP_K + 1
+    lexical = BM25(texts).search(queries, k) if args.retriever != "dense" else None
+    if args.retriever == "bm25":
+        return lexical
+    cosine = args.score_function == "cos_sim"
+    dense = dense_search(
+        retriever,
+        texts,
+        queries,
+        k,
+        args.per_gpu_batch_size,
+        max_length_of(args.text_maxlength, retriever, "--text_maxlength"),
+        normalize_queries=args.norm_query or cosine,
+        normalize_documents=args.norm_doc or cosine,
+        amp=amp_of(args.no_fp16, retriever.device),
+    )
+    return dense if args.retriever == "dense" else fuse(dense, lexical, k, args.dense_weight)
+
+
+def prepared(args: argparse.Namespace) -> Callable[[str], str]:
+    """Text clean-up in the order of the reference's evaluation: normalise, then lowercase."""
+
+    def prepare(text: str) -> str:
+        text = normalize(text) if args.normalize_text else text
+        return text.lower() if args.lower_case else text
+
+    return prepare
+
+
+def document_texts(dataset: BeirDataset) -> list[str]:
+    return [document.full_text() for document in dataset.documents]
+
+
+def dense_search(
+    retriever: Retriever,
+    texts: list[str],
+    queries: list[str],
+    k: int = TOP_K + 1,
+    batch_size: int = 128,
+    max_length: int | None = None,
+    normalize_queries: bool = False,
+    normalize_documents: bool = False,
+    amp: str = "fp32",
+) -> Answers:
+    """Exact search of all queries in all texts; every process encodes its share of the texts.
+
+    Longest texts come first, so that a batch that does not fit the memory fails at once.
+
+    Returns:
+        Scores (Q, k) float32, best first, and row numbers (Q, k); -inf and -1 where there are fewer than k texts.
+
+    Raises:
+        ValueError: If a vector is not finite.
+    """
+    common = {"batch_size": batch_size, "max_length": max_length, "amp": amp}
+    of_queries = torch.from_numpy(finite(retriever.encode(queries, normalize=normalize_queries, **common), "query"))
+    order = np.argsort([-len(text) for text in texts], kind="stable")
+    own = order[distributed.get_rank() :: distributed.get_world_size()]
+    best = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1)
+    for start in range(0, len(own), CHUNK):
+        rows = own[start : start + CHUNK]
+        vectors = retriever.encode([texts[row] for row in rows], normalize=normalize_documents, **common)
+        block = torch.from_numpy(finite(vectors, "document")).to(retriever.device)
+        scores, found = nearest_neighbours(of_queries.to(retriever.device), block, min(k, len(block)))
+        best = merge([best, (scores.cpu().numpy(), rows[found.cpu().numpy()])], k)
+    return merge(distributed.all_gather_object(best), k)
+
+
+def finite(vectors: np.ndarray, what: str) -> np.ndarray:
+    bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if len(bad):
+        raise ValueError(f"the vector of {what} {bad[0]} is not finite: the weights are damaged, or try --no_fp16")
+    return vectors
+
+
+def evaluate_folder(
+    folder: Path, split: str, search: Callable[[BeirDataset], Answers], ignore_identical_ids: bool = True
+) -> tuple[dict[str, float], dict[str, Run]]:
+    """Metrics of a data set, or their means over the data sets in a folder, and what was retrieved from each."""
+    parts = [folder]
+    if not (folder / "corpus.jsonl").exists():
+        parts = sorted(path.parent for path in folder.glob("*/corpus.jsonl")) or parts
+    metrics, runs = {}, {}
+    for part in parts:
+        dataset = read_beir(part, split)
+        distributed.print_once("\n".join(dataset.describe()))
+        runs[part.name] = as_run(dataset, search(dataset), ignore_identical_ids)
+        if empty := sum(not scores for scores in runs[part.name].values()):
+            distributed.print_once(f"{dataset.name}: {empty} queries found nothing; nDCG, MAP, recall and P skip them")
+        metrics[part.name] = evaluate_run(dataset.qrels, runs[part.name])
+        if len(parts) > 1:
+            distributed.print_once(f"{part.name}: NDCG@10 {metrics[part.name]['NDCG@10']:.1f}")
+    names = metrics[parts[0].name]
+    return {name: sum(m[name] for m in metrics.values()) / len(parts) for name in names}, runs
+
+
+def as_run(dataset: BeirDataset, answers: Answers, ignore_identical_ids: bool = True) -> Run:
+    """Query id to document id to score, at most ``TOP_K`` documents each."""
+    run = {}
+    for query, scores, rows in zip(dataset.queries, *answers, strict=True):
+        found = [(dataset.documents[row].id, float(s)) for row, s in zip(rows, scores, strict=True) if row >= 0]
+        kept = [(document, s) for document, s in found if document != query or not ignore_identical_ids]
+        run[query] = dict(kept[:TOP_K])
+    return run
+
+
+def save_runs(path: Path, runs: dict[str, Run]) -> None:
+    """What was retrieved, in the format that the ending of the file asks for."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    queries = [  # queries of different data sets may have the same id
+        (query if len(runs) == 1 else f"{name}/{query}", scores)
+        for name, run in runs.items()
+        for query, scores in run.items()
+    ]
+    if path.suffix == ".jsonl":
+        lines = [json.dumps({"query_id": query, "results": scores}, ensure_ascii=False) for query, scores in queries]
+    elif path.suffix == ".trec":
+        lines = [
+            f"{query} Q0 {document} {rank} {score!r} contriever"
+            for query, scores in queries
+            for rank, (document, score) in enumerate(scores.items(), start=1)
+        ]
+    else:
+        torch.save(dict(queries), path)
+        return
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def main() -> None:
+    with distributed.clean_exit():
+        eval_beir(get_args_parser().parse_args())
+        distributed.barrier()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Write a trained encoder for other programs; every file is read back and has to give the same vectors.
+
+    python -m contriever.export --model_name_or_path run/checkpoint.pth --output_dir out
+
+Writes a folder that transformers and sentence-transformers read (``encoder/``) and an ONNX file (``encoder.onnx``:
+``input_ids`` and ``attention_mask`` (B, N) int64 to ``vectors`` (B, D)). Needs the packages of ``pip install -e
+'.[contriever,export]'``.
+"""
+
+import argparse
+import copy
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+if __name__ == "__main__":  # run as a script: make the repository root importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from contriever.encoder import Retriever, load_retriever, pad
+from shared import distributed
+from shared.export import TOLERANCE, ExportMismatch, appearing_when_checked
+
+TEXTS = ("a short text", "A longer one, with more words than the other: it fills a batch that is padded.", "?")
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "export", description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model_name_or_path", default=None, help="encoder or checkpoint; the packaged encoder without it")
+    add("--retriever_model_id", default=None, help="configuration and tokenizer of an official checkpoint")
+    add("--allow_download", action="store_true", help="ask the hub for a model that is not on this machine")
+    add("--output_dir", default=".", help="where the files go")
+    return parser
+
+
+def check_vectors(name: str, vectors: np.ndarray, expected: np.ndarray) -> None:
+    """Raise :class:`shared.export.ExportMismatch` if vectors differ from those of the torch network."""
+    difference = np.abs(vectors - expected).max() / np.abs(expected).max()
+    if not difference <= TOLERANCE:
+        raise ExportMismatch(f"{name} differs from the torch network by {difference:.1e} of the largest value")
+    print(f"{name}: equal to the torch network up to {difference:.0e} of the largest value")
+
+
+def export_folder(retriever: Retriever, folder: Path) -> None:
+    """The layout of Hugging Face, with what sentence-transformers needs to know about pooling and norms."""
+    folder.mkdir(parents=True, exist_ok=True)
+    retriever.save(folder)
+    pooling = retriever.model.config.pooling
+    modules = [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+    ]
+    if retriever.normalized:
+        modules.append({"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"})
+        (folder / "2_Normalize").mkdir(exist_ok=True)
+    (folder / "modules.json").write_text(json.dumps(modules, indent=1))
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    how = {
+        "word_embedding_dimension": retriever.dim,
+        "pooling_mode_cls_token": pooling == "cls",
+        "pooling_mode_mean_tokens": pooling == "average",
+    }
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(how, indent=1))
+    length = {"max_seq_length": retriever.max_length, "do_lower_case": False}
+    (folder / "sentence_bert_config.json").write_text(json.dumps(length))
+    check_vectors(folder.name, load_retriever(folder).encode(TEXTS, amp="fp32"), retriever.encode(TEXTS, amp="fp32"))
+
+
+class _Plain(nn.Module):
+    """The encoder with two positional arguments."""
+
+    def __init__(self, encoder: nn.Module):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.encoder(input_ids, attention_mask)
+
+
+def export_onnx(retriever: Retriever, path: Path) -> None:
+    """ONNX file for any number of texts of any length that the encoder reads."""
+    try:
+        import onnxruntime  # an optional dependency
+    except ModuleNotFoundError as error:
+        raise ValueError("ONNX files need the packages of `pip install -e '.[export]'`") from error
+
+    network = copy.deepcopy(retriever.model).cpu().eval()
+    network.set_attn_implementation("eager")  # the fused kernel chooses its path by what is in the mask
+    ids, mask = pad(retriever.tokenize(TEXTS), retriever.tokenizer.pad_token_id)
+    with appearing_when_checked(path) as temporary:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            axes = {0: "batch", 1: "tokens"}
+            torch.onnx.export(
+                _Plain(network),
+                (ids, mask.long()),
+                temporary,
+                input_names=["input_ids", "attention_mask"],
+                output_names=["vectors"],
+                dynamic_axes={"input_ids": axes, "attention_mask": axes, "vectors": {0: "batch"}},
+                opset_version=17,
+                dynamo=False,
+            )
+        session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
+        for texts in (TEXTS, TEXTS[:1]):
+            ids, mask = pad(retriever.tokenize(texts), retriever.tokenizer.pad_token_id)
+            vectors = session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.long().numpy()})[0]
+            check_vectors(path.name, vectors, retriever.encode(texts, amp="fp32"))
+
+
+def export(retriever: Retriever, output_dir: str | Path) -> dict[str, Path]:
+    """Write an encoder in every format.
+
+    Returns:
+        ``folder`` and ``onnx``.
+
+    Raises:
+        shared.export.ExportMismatch: If a file gives other vectors.
+    """
+    files = {"folder": Path(output_dir) / "encoder", "onnx": Path(output_dir) / "encoder.onnx"}
+    export_folder(retriever, files["folder"])
+    export_onnx(retriever, files["onnx"])
+    return files
+
+
+def main() -> None:
+    with distributed.clean_exit():
+        args = get_args_parser().parse_args()
+        retriever = load_retriever(
+            args.model_name_or_path, architecture=args.retriever_model_id, allow_download=args.allow_download
+        )
+        export(retriever, args.output_dir)
+
+
+if __name__ == "__main__":
+    main()

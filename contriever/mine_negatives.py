@@ -1,0 +1,154 @@
+"""Find hard negatives: passages that look like an answer to a question and are not among its positives.
+
+    python mine_negatives.py --data train.jsonl --passages passages.tsv --output_path train_hard.jsonl
+    python mine_negatives.py --beir my_collection --split train --output_path train_hard.jsonl
+    python mine_negatives.py --data train.jsonl --passages passages.tsv --output_path train_hard.jsonl \\
+        --method dense --model_name_or_path finetuned/encoder
+
+``bm25`` ranks passages by shared words, ``dense`` by an encoder, such as the one that was fine-tuned with random
+negatives before (section 4.4). The output is what ``finetuning.py`` reads.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import faiss
+import numpy as np
+
+if __name__ == "__main__":  # run as a script: make the repository root importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from contriever.answer_matching import has_answer
+from contriever.augmentations import Draws
+from contriever.beir_data import read_beir
+from contriever.encoder import load_retriever
+from contriever.finetuning_data import read_examples
+from contriever.hybrid import BM25
+from contriever.passages import Passage, PassageFile
+from shared import distributed
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "mine_negatives", description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", nargs="+", default=[], help="questions with positive_ctxs, as finetuning.py reads them")
+    add("--passages", default=None, help=".tsv or .jsonl file of the passages to choose from")
+    add("--beir", default=None, help="instead of both: a folder in BEIR's layout")
+    add("--split", default="train", help="of its judgements; positive are those above 0")
+    add("--output_path", required=True, help=".jsonl file with negative_ctxs and hard_negative_ctxs added")
+    add("--method", default="bm25", choices=("bm25", "dense"), help="what ranks passages")
+    add("--model_name_or_path", default=None, help="encoder of --method dense; the packaged one without it")
+    add("--allow_download", action="store_true", help="ask the hub for an encoder that is not on this machine")
+    add("--norm", action="store_true", help="compare vectors of length 1")
+    add("--passage_maxlength", type=int, default=None, help="most tokens; by default as many as the encoder reads")
+    add("--per_gpu_batch_size", type=int, default=64, help="texts at once")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
+    add("--hard_negatives", type=int, default=30, help="per question, best first")
+    add("--random_negatives", type=int, default=10, help="per question, drawn from all passages")
+    add("--skip_top", type=int, default=0, help="leave out so many of the best: they may be unmarked positives")
+    add("--seed", type=int, default=0, help="of the random negatives")
+    return parser
+
+
+def read_questions_and_passages(args: argparse.Namespace) -> tuple[list[dict], list[Passage]]:
+    """Records with ``question`` and ``positive_ctxs``, and all passages.
+
+    Raises:
+        ValueError: If the flags do not name both, or a file is malformed.
+    """
+    if args.beir is not None:
+        dataset = read_beir(args.beir, args.split)
+        passages = {passage.id: passage for passage in dataset.documents}
+        records = []
+        for query, text in dataset.queries.items():
+            relevant = [i for i, grade in dataset.qrels[query].items() if grade > 0 and i in passages]
+            if relevant:
+                records.append({"question": text, "positive_ctxs": [context(passages[i]) for i in relevant]})
+        return records, dataset.documents
+    if not args.data or args.passages is None:
+        raise ValueError("give --data and --passages, or --beir")
+    return read_examples(args.data), list(PassageFile(args.passages).read())
+
+
+def context(passage: Passage) -> dict:
+    return {"id": passage.id, "title": passage.title, "text": passage.text}
+
+
+def rank_passages(args: argparse.Namespace, questions: Sequence[str], texts: Sequence[str], k: int) -> np.ndarray:
+    """Rows of the k best passages of each question, (Q, k) int64, best first; -1 where there are fewer."""
+    if args.method == "bm25":
+        return BM25(texts).search(questions, k)[1]
+    device = distributed.init(device=args.device)
+    retriever = load_retriever(args.model_name_or_path, allow_download=args.allow_download, device=device)
+    if retriever.normalized and not args.norm:
+        raise ValueError(f"{retriever.origin} was trained on vectors of length 1: give --norm")
+    options = {"batch_size": args.per_gpu_batch_size, "normalize": args.norm}
+    index = faiss.IndexFlatIP(retriever.dim)
+    index.add(retriever.encode(texts, max_length=args.passage_maxlength, **options))
+    return index.search(retriever.encode(questions, **options), min(k, len(texts)))[1]
+
+
+def is_positive(passage: Passage, record: dict) -> bool:
+    """Whether a passage is one of the positives, or holds one of the record's ``answers``, where it has any."""
+    for positive in record["positive_ctxs"]:
+        if passage.text == positive["text"] or (positive.get("id") is not None and str(positive["id"]) == passage.id):
+            return True
+    return has_answer(record.get("answers", []), passage.text)
+
+
+def with_negatives(
+    record: dict, ranked: Sequence[int], passages: Sequence[Passage], hard: int, plain: int, skip: int, draws: Draws
+) -> dict:
+    """The record with ``hard_negative_ctxs``, best first, and ``negative_ctxs``, drawn at random."""
+    candidates = (passages[row] for row in ranked[skip:] if row >= 0)
+    hard_ones = [context(passage) for passage in candidates if not is_positive(passage, record)][:hard]
+    taken, random_ones = {passage["id"] for passage in hard_ones}, []
+    for row in draws.py.sample(range(len(passages)), min(len(passages), 2 * plain + 10)):
+        passage = passages[row]
+        if len(random_ones) < plain and passage.id not in taken and not is_positive(passage, record):
+            random_ones.append(context(passage))
+    return {**record, "negative_ctxs": random_ones, "hard_negative_ctxs": hard_ones}
+
+
+def mine(args: argparse.Namespace) -> None:
+    """Rank the passages for every question and write the records."""
+    for flag in ("hard_negatives", "random_negatives", "skip_top"):
+        if getattr(args, flag) < 0:
+            raise ValueError(f"--{flag} {getattr(args, flag)} is less than 0")
+    records, passages = read_questions_and_passages(args)
+    if not records:
+        raise ValueError("there is no question with a positive")
+    most_positives = max(len(record["positive_ctxs"]) for record in records)
+    k = args.hard_negatives + args.skip_top + most_positives
+    k += k if any(record.get("answers") for record in records) else 0  # further ones hold an answer
+    texts = [passage.full_text() for passage in passages]
+    ranked = rank_passages(args, [record["question"] for record in records], texts, k)
+    output = Path(args.output_path)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f".{output.name}")
+    found = 0
+    with open(temporary, "w", encoding="utf-8") as file:
+        for number, (record, rows) in enumerate(zip(records, ranked.tolist(), strict=True)):
+            draws = Draws.seeded(args.seed, number)
+            mined = with_negatives(
+                record, rows, passages, args.hard_negatives, args.random_negatives, args.skip_top, draws
+            )
+            found += len(mined["hard_negative_ctxs"])
+            file.write(json.dumps(mined, ensure_ascii=False) + "\n")
+    os.replace(temporary, output)
+    print(f"{output}: {len(records)} questions, {found / len(records):.1f} hard negatives each, by {args.method}")
+
+
+def main() -> None:
+    with distributed.clean_exit():
+        mine(get_args_parser().parse_args())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""Retrieve passages for open-domain questions (Contriever, section 4.2) and mark those that contain an answer.
+
+    python passage_retrieval.py --model_name_or_path facebook/contriever --passages psgs_w100.tsv \\
+        --passages_embeddings "contriever_embeddings/*" --data nq/test.json --output_dir contriever_nq
+                                                                      # released Contriever on NQ: R@20 67.8, R@100 82.1
+
+Each result file has a question per line: what the input said, and ``ctxs``, the passages with their scores, best first.
+Under torchrun every process holds the index of its own shards.
+"""
+
+import argparse
+import glob
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+if __name__ == "__main__":  # run as a script: make the repository root importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from contriever.answer_matching import match_questions
+from contriever.dense_index import DenseIndex, IndexSettings, add_index_flags
+from contriever.embedding_files import Shard, missing_shards, open_shards
+from contriever.encoder import Retriever
+from contriever.evaluate_retrieved_passages import accuracy_at, format_accuracies
+from contriever.passages import Passage, PassageFile, clean, read_questions
+from contriever.retrieval_flags import add_encoder_flags, amp_of, load_encoder, max_length_of, retrieval_parser
+from shared import distributed
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = retrieval_parser(__doc__)
+    add = parser.add_argument_group("data").add_argument
+    add("--data", required=True, help="glob pattern of .json or .jsonl files with question and answers")
+    add("--passages", required=True, help="the file that was given to generate_passage_embeddings.py")
+    add("--passages_embeddings", required=True, help="glob pattern of its shards, or of files of the official script")
+    add("--output_dir", required=True, help="folder for the results, which keep the names of their inputs")
+    add("--n_docs", type=int, default=100, help="passages per question")
+    add("--validation_workers", type=int, default=32, help="processes at most for the matching of answers")
+
+    add = add_encoder_flags(parser)
+    add("--per_gpu_batch_size", type=int, default=64, help="questions per forward pass")
+    add("--question_maxlength", type=int, default=512, help="tokens; what is longer is cut")
+    add("--norm_query", action="store_true", help="divide vectors by their length; not for Contriever")
+    add("--lowercase", action="store_true", help="questions, first")
+    add("--normalize_text", action="store_true", help="one form for dashes, quotation marks and the like in questions")
+
+    add_index_flags(parser)
+    add = parser.add_argument_group("index storage").add_argument
+    add("--save_or_load_index", action="store_true", help="keep the index beside the embeddings and use it again")
+    add("--projection_size", type=int, default=None, help="length of the vectors; only checked")
+    for flag in ("--lang", "--dataset"):  # the official script reads them and does nothing with them
+        add(flag, nargs="+", default=None, help="not supported: it has no effect in the official script")
+    return parser
+
+
+def passage_retrieval(args: argparse.Namespace) -> dict[str, dict[int, float]]:
+    """Write the results of every input file; ``{input: {k: accuracy in percent}}``, on rank 0."""
+    device = distributed.init(device=args.device)
+    for flag in ("lang", "dataset"):
+        if getattr(args, flag) is not None:
+            raise ValueError(f"--{flag} is not supported: choose the files with --data")
+    files = data_files(args.data, args.output_dir)
+    questions = {file: read_questions(file) for file in files}
+    shards = open_shards(args.passages_embeddings)
+    if args.projection_size not in (None, shards[0].vectors.shape[1]):
+        raise ValueError(f"--projection_size {args.projection_size}: vectors have {shards[0].vectors.shape[1]} numbers")
+    retriever = load_encoder(args, device, args.norm_query)
+    check_same_model(retriever, shards, args)
+    settings = IndexSettings.from_args(args)
+    folder = shards[0].path.parent / f"index-{settings.kind}" if args.save_or_load_index else None
+    index = DenseIndex(shards, settings, folder, args.indexing_batch_size, device)
+    distributed.print_once(f"{settings.kind} index of {len(index)} passages in {len(shards)} shards")
+    passages = PassageFile(args.passages) if distributed.is_main_process() else None
+    accuracies = {}
+    for file in files:
+        queries = retriever.encode(
+            clean([record["question"] for record in questions[file]], args.lowercase, args.normalize_text),
+            args.per_gpu_batch_size,
+            max_length_of(args.question_maxlength, retriever, "--question_maxlength"),
+            normalize=args.norm_query,
+            amp=amp_of(args.no_fp16, device),
+        )
+        scores, rows = index.search(queries, args.n_docs)
+        if distributed.is_main_process():
+            results = add_passages(questions[file], scores, rows, index, passages, args.validation_workers)
+            write_results(Path(args.output_dir) / Path(file).name, results)
+            accuracies[file] = accuracy_at([[ctx["hasanswer"] for ctx in result["ctxs"]] for result in results])
+            print(f"{file}: {format_accuracies(accuracies[file])}", flush=True)
+    return accuracies
+
+
+def data_files(pattern: str, output_dir: str) -> list[str]:
+    """Files of a glob pattern, whose results must neither overwrite each other nor them."""
+    files = sorted(glob.glob(pattern))
+    if not files:
+        raise ValueError(f"--data {pattern}: no such file")
+    by_name = {}
+    for file in files:
+        if Path(file).name in by_name:
+            raise ValueError(f"--data: {by_name[Path(file).name]} and {file} would have the same result file")
+        by_name[Path(file).name] = file
+        if Path(file).resolve().parent == Path(output_dir).resolve():
+            raise ValueError(f"--output_dir {output_dir}: the results would overwrite {file}")
+    return files
+
+
+def check_same_model(retriever: Retriever, shards: list[Shard], args: argparse.Namespace) -> None:
+    """Questions and passages must be encoded by one model, in one way.
+
+    Raises:
+        ValueError: If they were not.
+    """
+    settings = shards[0].settings
+    if not settings:
+        distributed.print_once(f"NOTE: {shards[0].path} is in the official format, which does not name its model")
+        return
+    ours = {
+        "model": retriever.checksum(),
+        "pooling": retriever.model.config.pooling,
+        "normalized": args.norm_query,
+    }
+    different = [key for key, value in ours.items() if settings[key] != value]
+    if different:
+        key = different[0]
+        raise ValueError(
+            f"{shards[0].path} was made by another model or in another way: its {key} is {settings[key]!r}, that of "
+            f"the questions is {ours[key]!r} ({retriever.origin})"
+        )
+    for key in ("lowercase", "normalize_text"):
+        if settings[key] != getattr(args, key):
+            distributed.print_once(f"NOTE: --{key} is {getattr(args, key)} for questions, {settings[key]} for passages")
+    if missing := missing_shards(shards):
+        distributed.print_once(f"NOTE: shards {missing} of the collection are not searched")
+
+
+def add_passages(
+    records: list[dict], scores: np.ndarray, rows: np.ndarray, index: DenseIndex, passages: PassageFile, workers: int
+) -> list[dict]:
+    """The records with ``ctxs``: passages with id, title, text, score (a string, as the reference writes it) and
+    hasanswer, best first."""
+    found = [[find(passages, index.id(row)) for row in of_query if row >= 0] for of_query in rows.tolist()]
+    hits = match_questions(
+        [(record["answers"], [p.text for p in ps]) for record, ps in zip(records, found, strict=True)], workers
+    )
+    return [
+        record
+        | {
+            "ctxs": [
+                {"id": p.id, "title": p.title, "text": p.text, "score": str(score), "hasanswer": hit}
+                for p, score, hit in zip(ps, of_query[: len(ps)], is_hit, strict=True)
+            ]
+        }
+        for record, ps, of_query, is_hit in zip(records, found, scores, hits, strict=True)
+    ]
+
+
+def find(passages: PassageFile, passage_id: str) -> Passage:
+    try:
+        return passages.find(passage_id)
+    except KeyError:
+        raise ValueError(
+            f"--passages {passages.path} has no passage {passage_id!r}: the embeddings are of another file"
+        ) from None
+
+
+def write_results(path: Path, results: list[dict]) -> None:
+    """JSON lines, in one step: a file that exists is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8") as file:
+        for result in results:
+            file.write(json.dumps(result, ensure_ascii=False) + "\n")
+    os.replace(temporary, path)
+
+
+def main() -> None:
+    with distributed.clean_exit():
+        passage_retrieval(get_args_parser().parse_args())
+        distributed.barrier()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""The text at the end of a run: what was learned, where the files are, what to do next."""
+
+from pathlib import Path
+
+from shared.evaluation.summary import command
+from shared.pictures import read_log
+
+
+def summary(output_dir: Path, normalized: bool, fill_steps: int | None) -> str:
+    """What a run has left.
+
+    Args:
+        output_dir: Folder of the run.
+        normalized: Whether vectors were divided by their norms.
+        fill_steps: After so many steps the queue of MoCo holds keys only; None without a queue.
+    """
+    lines = read_log(output_dir / "metrics.jsonl")
+    losses = [line for line in lines if line.get("loss") is not None]
+    recalls = [line for line in lines if "recall_at_1" in line]
+    learned = [", ".join(f"loss {line['loss']:.3f} at step {line['step']}" for line in (*losses[:1], *losses[1:][-1:]))]
+    if fill_steps is not None:
+        learned.append(
+            f"the queue begins with random vectors: the loss rises until keys have filled it, at step {fill_steps}"
+        )
+    for k in (1, 10):
+        if len(recalls) > 1:
+            before, after = recalls[0], recalls[-1]
+            learned.append(
+                f"a document from one of its own sentences, among the first {k}: "
+                f"{before[f'recall_at_{k}']:.1f} % before, {after[f'recall_at_{k}']:.1f} % after"
+            )
+    norms = {"norm_query": "", "norm_doc": ""} if normalized else {}
+    evaluation = command("eval_beir.py", model_name_or_path=output_dir / "encoder", beir_dir="YOUR_FOLDER",
+                         dataset="YOUR_COLLECTION")  # fmt: skip
+    blocks = {
+        "Learned": learned,
+        "Files": [
+            f"{output_dir / 'encoder'} (encoder and tokenizer in the layout of Hugging Face)",
+            f"{output_dir / 'checkpoint.pth'} (the same command resumes from it)",
+            f"{output_dir / 'metrics.jsonl'} (every few steps)",
+        ],
+        "Next": [
+            command(
+                "search.py",
+                model_name_or_path=output_dir / "encoder",
+                passages="YOUR_FOLDER_OF_TEXTS",
+                query="YOUR QUESTION",
+            ),
+            " ".join([evaluation, *(f"--{name}" for name in norms)]),
+        ],
+    }
+    return "\n".join(
+        f"{title if i == 0 else '':10s}{line}" for title, block in blocks.items() for i, line in enumerate(block)
+    )

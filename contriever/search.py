@@ -1,0 +1,128 @@
+"""Search a folder of texts by meaning, offline.
+
+    python search.py --passages my_notes --query "how to keep bread fresh"
+    python search.py --passages my_notes --serve                              # a search box at http://127.0.0.1:8000
+
+Takes .txt, .md and .jsonl files (objects with ``text``, perhaps ``title``). The first call embeds all of them, later
+ones only what is new or has changed. The index is one file in the folder, ``.search_index.sqlite``; nothing leaves the
+machine.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+if __name__ == "__main__":  # run as a script: make the repository root importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from contriever.encoder import Retriever, load_retriever
+from contriever.normalize_text import normalize
+from contriever.retrieval_flags import add_encoder_flags, amp_of, retrieval_parser
+from contriever.search_index import SearchIndex, Update
+from contriever.search_page import serve
+from contriever.text_folder import snippet
+from shared import distributed
+
+INDEX_NAME = ".search_index.sqlite"
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = retrieval_parser(__doc__)
+    add = parser.add_argument_group("texts").add_argument
+    add("--passages", required=True, help="folder of .txt, .md and .jsonl files, or one such file")
+    add("--index_path", default=None, help=f"file of the index; by default {INDEX_NAME} in the folder")
+    add("--rebuild", action="store_true", help="make the index from scratch")
+    add("--max_words", type=int, default=120, help="per passage; the paper's passages have 100")
+    add("--normalize_text", action="store_true", help="one form for dashes, quotation marks and the like; for "
+        "mContriever")  # fmt: skip
+
+    add = parser.add_argument_group("search").add_argument
+    add("--query", default=None, help="what to search for; without it and --serve the index is only brought up to date")
+    add("--top_k", type=int, default=5, help="passages to show")
+    add("--retriever", default="dense", choices=("dense", "bm25", "hybrid"), help="by meaning, by words, or both")
+    add("--dense_weight", type=float, default=0.5, help="of meaning in hybrid, the rest is words")
+
+    add = parser.add_argument_group("page").add_argument
+    add("--serve", action="store_true", help="answer in a web page")
+    add("--host", default="127.0.0.1", help="address to serve at; any other lets others read the texts")
+    add("--port", type=int, default=8000, help="0: any free one")
+
+    add = add_encoder_flags(parser)
+    add("--per_gpu_batch_size", type=int, default=32, help="passages per forward pass")
+    return parser
+
+
+def search(args: argparse.Namespace) -> SearchIndex:
+    """Bring the index up to date, then answer the query or serve the page."""
+    if args.top_k < 1 or args.max_words < 1:
+        raise ValueError(f"--top_k {args.top_k} and --max_words {args.max_words} must be at least 1")
+    index = open_index(args)
+    began = time.time()
+    update = index.update()
+    report(update)
+    print(f"{update.describe()}, {len(index)} in all, {time.time() - began:.1f} s", flush=True)
+    if args.query is not None:
+        hits = index.search(args.query, args.top_k, args.retriever, args.dense_weight)
+        for rank, hit in enumerate(hits, start=1):
+            title = f"  {hit.title}" if hit.title else ""
+            print(f"\n{rank}. {hit.score:.3f}  {hit.path}:{hit.line}{title}\n   {snippet(hit.text, args.query)}")
+        if not hits:
+            print("nothing found")
+    if args.serve:
+        serve(index, args.host, args.port, args.top_k, args.retriever, args.dense_weight)
+    return index
+
+
+def open_index(args: argparse.Namespace) -> SearchIndex:
+    """The index of the folder, made by the encoder of the flags."""
+    root = Path(args.passages)
+    if not root.exists():
+        raise ValueError(f"--passages {root}: no such file or folder")
+    default = root / INDEX_NAME if root.is_dir() else root.with_name(f".{root.name}{INDEX_NAME}")
+    file = Path(args.index_path) if args.index_path else default
+    if args.rebuild:
+        file.unlink(missing_ok=True)
+    device = distributed.init(device=args.device)
+    retriever = load_retriever(args.model_name_or_path, allow_download=args.allow_download, device=device)
+    settings = {
+        "model": retriever.checksum(),
+        "pooling": retriever.model.config.pooling,
+        "normalized": retriever.normalized,
+        "normalize_text": args.normalize_text,
+    }
+    return SearchIndex(root, file, Encoder(retriever, args), settings, args.max_words)
+
+
+class Encoder:
+    """From texts to vectors, of unit length if the model was trained so."""
+
+    def __init__(self, retriever: Retriever, args: argparse.Namespace):
+        self.retriever = retriever
+        self.prepare = normalize if args.normalize_text else str
+        self.batch_size = args.per_gpu_batch_size
+        self.amp = amp_of(args.no_fp16, retriever.device)
+
+    def __call__(self, texts: list[str]) -> np.ndarray:
+        return self.retriever.encode(
+            [self.prepare(text) for text in texts],
+            self.batch_size,
+            normalize=self.retriever.normalized,
+            amp=self.amp,
+        )
+
+
+def report(update: Update) -> None:
+    for path, problem in update.problems.items():
+        print(f"{path}: {problem}", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    with distributed.clean_exit():
+        search(get_args_parser().parse_args())
+
+
+if __name__ == "__main__":
+    main()

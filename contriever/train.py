@@ -1,0 +1,349 @@
+"""Unsupervised dense retrieval: train an encoder of texts with Contriever.
+
+Izacard et al., "Unsupervised Dense Information Retrieval with Contrastive Learning", TMLR 2022.
+
+    python train.py                                              # documentation of installed packages, minutes on a CPU
+    python preprocess.py --datapath my_texts.txt --outdir encoded/my_texts
+    python train.py --train_data encoded/my_texts --output_dir run
+
+Two random crops of the same text are a query and the document that answers it; the encoder learns to tell that document
+from many others: those in a queue that a slowly moving copy of the encoder has filled (MoCo), or those of the same
+batch. Running the same command again resumes the run.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+if __name__ == "__main__":  # run as a script: make the repository root importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from contriever.augmentations import AUGMENTATIONS, Recipe, SpecialTokens
+from contriever.embedded_text import tokenized_documentation
+from contriever.encoder import pack_architecture
+from contriever.evaluation import Evaluation
+from contriever.flags import add_run_flags, bool_flag, check_flags_make_sense, training_parser
+from contriever.losses import InBatch, MoCo, batch_statistics, inbatch_logits, moco_logits
+from contriever.preprocess import vocabulary_fingerprint
+from contriever.pretraining_data import PretrainingPairs, StepSampler, fingerprint, open_datasets, steps_per_epoch
+from contriever.report import summary
+from contriever.tokens import check_tokenizer, token_files
+from contriever.training_setup import (
+    NETWORK_FLAGS,
+    Objective,
+    OnPair,
+    build_optimizer,
+    continue_from,
+    prepare_output,
+    resume_at,
+    save,
+    start_retriever,
+    training_state,
+    update,
+)
+from shared import distributed, randomness
+from shared.attempt import Attempt
+from shared.checkpoint import Checkpointer, check_flags, load_latest, restore
+from shared.data import make_loader
+from shared.memory import keep_freed_memory
+from shared.metrics import RunLog
+from shared.not_finite import FiniteGuard
+from shared.precision import Precision
+
+# What replaces the official defaults when no --train_data is given: some thousand docstrings and the packaged encoder,
+# which was trained on vectors of length 1. A queue much longer than the text would hold every document many times.
+EMBEDDED_DATA_DEFAULTS = {
+    "train_data": ["runs/documentation"],
+    "output_dir": "runs/demo",
+    "loading_mode": "full",
+    "chunks": "document",
+    "chunk_length": 128,
+    "ratio_min": 0.1,
+    "ratio_max": 0.5,
+    "augmentation": "delete",
+    "prob_augmentation": 0.1,
+    "norm_query": True,
+    "norm_doc": True,
+    "temperature": 0.05,
+    "momentum": 0.99,
+    "queue_size": 1024,
+    "per_gpu_batch_size": 16,
+    "total_steps": 150,
+    "warmup_steps": 15,
+    "lr": 5e-5,
+    "log_freq": 10,
+    "eval_documents": 300,
+    "num_workers": 0,
+}
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = training_parser(__doc__, "Contriever")
+    add = parser.add_argument_group("text").add_argument
+    add("--train_data", nargs="+", default=[], help="folders of preprocess.py, each one a data set; without any the "
+        "documentation of installed packages is used and the defaults fit it")  # fmt: skip
+    add("--loading_mode", default="split", choices=("split", "full", "single"), help="shards of each process: its part "
+        "of them, all, or the first one")  # fmt: skip
+    add("--sampling_coefficient", type=float, default=0.0, help="0: every data set alike; 1: by their sizes")
+    add("--chunk_length", type=int, default=256, help="tokens of a chunk, from which both views are taken")
+    add("--chunks", default="packed", choices=("packed", "document"), help="packed: chunks may straddle documents, as "
+        "in the reference; document: none does")  # fmt: skip
+
+    add = parser.add_argument_group("views").add_argument
+    add("--pairs", default="crop", choices=("crop", "ict"), help="ict: the inverse cloze task, for comparison")
+    add("--ratio_min", type=float, default=0.1, help="least length of a crop / chunk")
+    add("--ratio_max", type=float, default=0.5, help="greatest length of a crop / chunk")
+    add("--augmentation", default="none", choices=AUGMENTATIONS, help="of the tokens of both views")
+    add("--prob_augmentation", type=float, default=0.0, help="its probability for each token")
+
+    add = parser.add_argument_group("negatives").add_argument
+    add("--contrastive_mode", default="moco", choices=("moco", "inbatch"), help="where negatives come from")
+    add("--queue_size", "--moco_queue", type=int, default=65536, help="negatives of moco")
+    add("--momentum", type=float, default=0.999, help="of the key encoder")
+    add("--moco_train_mode_encoder_k", type=bool_flag, nargs="?", const=True, default=True,
+        help="dropout in the key encoder; the published models were trained with it")  # fmt: skip
+
+    parser.add_argument("--eval_documents", type=int, default=0, help="measure how many of so many training documents "
+        "are found from one of their sentences; 0: do not")  # fmt: skip
+    add_run_flags(parser)
+    return parser
+
+
+def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
+    """Parse and check the command line; without ``--train_data`` the defaults are those of the embedded text.
+
+    Args:
+        arguments: The command line's own by default.
+        parser: That of :func:`get_args_parser` with further flags, for scripts that have them.
+    """
+    parser = parser or get_args_parser()
+    args = parser.parse_args(arguments)
+    args.embedded_text = not args.train_data
+    if args.embedded_text:
+        parser.set_defaults(**EMBEDDED_DATA_DEFAULTS, embedded_text=True)
+        args = parser.parse_args(arguments)
+    check_flags_make_sense(parser, args)
+    return args
+
+
+def train_contriever(args: argparse.Namespace) -> None:
+    """Train from the newest checkpoint in ``args.output_dir``, or from the encoder that is named."""
+    device = distributed.init(args.dist_url, args.device, args.dist_timeout)
+    keep_freed_memory()
+    precision = Precision(args.amp, device)
+    randomness.seed_everything(args.seed)
+    output_dir = Path(args.output_dir)
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    if distributed.is_main_process():
+        prepare_output(output_dir)
+        Attempt.current().claim(output_dir)
+    distributed.barrier()
+
+    # encoder and text
+    retriever = start_retriever(args, device)
+    if args.embedded_text and distributed.is_main_process():
+        tokenized_documentation(Path(args.train_data[0]), retriever.tokenizer)
+    distributed.barrier()
+    longest_view = args.chunk_length if args.pairs == "ict" else int(args.chunk_length * args.ratio_max)
+    if longest_view + 2 > retriever.max_length:
+        raise ValueError(f"--chunk_length {args.chunk_length}: the encoder reads {retriever.max_length} tokens at most")
+    vocabulary = vocabulary_fingerprint(retriever.tokenizer)
+    for folder in args.train_data:
+        check_tokenizer(token_files(folder), vocabulary)
+    datasets = open_datasets(args.train_data, args.loading_mode, args.chunk_length, args.chunks == "document")
+    text = fingerprint(args.train_data)
+    distributed.check_same_on_all_processes(text, "the training text (files and sizes)")
+    recipe = Recipe(args.ratio_min, args.ratio_max, args.augmentation, args.prob_augmentation, args.pairs)
+    pairs = PretrainingPairs(
+        datasets,
+        recipe,
+        SpecialTokens.of(retriever.tokenizer),
+        args.sampling_coefficient,
+        retriever.tokenizer.pad_token_id,
+        args.seed,
+        stream=rank if args.loading_mode == "split" else 0,
+    )
+    epoch_steps = steps_per_epoch(pairs, args.per_gpu_batch_size, args.loading_mode)
+    sampler = StepSampler(args.per_gpu_batch_size, epoch_steps, args.total_steps, rank, world_size)
+    loader = make_loader(pairs, batch_sampler=sampler, num_workers=args.num_workers, device=device)
+    for name, dataset, share in zip(pairs.names, pairs.datasets, pairs.probabilities, strict=True):
+        distributed.print_once(f"{name}: {dataset.num_tokens} tokens, {len(dataset)} chunks, {share:.1%} of the pairs")
+
+    # networks and optimiser
+    if args.contrastive_mode == "moco":
+        if args.queue_size % (args.per_gpu_batch_size * world_size):
+            raise ValueError(
+                f"--queue_size {args.queue_size} is not a multiple of the {args.per_gpu_batch_size * world_size} texts "
+                "of one step (--per_gpu_batch_size times processes)"
+            )
+        model = MoCo(retriever.model, args.queue_size).to(device)
+        trained, encoder = distributed.wrap(model.encoder_q, device), model.encoder_q
+        model.encoder_k.train(args.moco_train_mode_encoder_k)
+        networks = {"encoder_q": OnPair(model.encoder_q), "encoder_k": OnPair(model.encoder_k)}
+    else:
+        model = InBatch(retriever.model).to(device)
+        trained, encoder = distributed.wrap(model, device), model.encoder
+        networks = {"encoder": OnPair(model.encoder)}
+    optimizer = build_optimizer(model, args)
+
+    # resume
+    checkpoint = load_latest(output_dir / "checkpoint.pth")
+    log = RunLog(output_dir, args.total_steps, args.log_freq, args.tensorboard, resumed=bool(checkpoint))
+    run_facts = {
+        "batch_size": args.per_gpu_batch_size * world_size,
+        "world_size": world_size,
+        "text": text,
+        "total_steps": args.total_steps,
+    }
+    architecture = pack_architecture(retriever)
+    first_epoch, first_step = 0, 0
+
+    def state(epoch: int, step_in_epoch: int) -> dict:
+        """Everything a run needs to go on at this step."""
+        step = min(epoch * epoch_steps + step_in_epoch, args.total_steps)
+        return {
+            **training_state(model, optimizer, architecture, args, step),
+            "epoch": epoch,
+            "step_in_epoch": step_in_epoch,
+            "fp16_scaler": precision.scaler.state_dict(),
+            "skipped_steps": int(guard.in_a_row),
+            **run_facts,
+            "log": log.state_dict(),
+        }
+
+    if checkpoint is not None:
+        check_flags(checkpoint, args, NETWORK_FLAGS)
+        restore(checkpoint, model=model, optimizer=optimizer)
+        if checkpoint["fp16_scaler"]:
+            precision.scaler.load_state_dict(checkpoint["fp16_scaler"])
+        log.load_state_dict(checkpoint["log"])
+        first_epoch, first_step = resume_at(checkpoint, run_facts, epoch_steps, args.on_changed_run)
+        distributed.print_once(f"resuming at step {checkpoint['step']}")
+    elif args.continue_training:
+        first_epoch, first_step = divmod(continue_from(args.model_path, model, optimizer), epoch_steps)
+        distributed.print_once(f"continuing {args.model_path} at step {first_epoch * epoch_steps + first_step}")
+    guard = FiniteGuard(
+        networks,
+        output_dir,
+        args.max_skipped_steps,
+        device,
+        in_a_row=checkpoint["skipped_steps"] if checkpoint else 0,
+    )
+    evaluation = Evaluation.of(args, retriever, datasets)
+    if evaluation.off:
+        distributed.print_once(f"no evaluation: {evaluation.off}")
+
+    # epochs
+    with Checkpointer(
+        output_dir / "checkpoint.pth", state, args.saveckp_steps, args.saveckp_minutes, guard.is_good
+    ) as checkpointer:
+        if checkpoint is None:
+            evaluation.run(encoder, first_epoch * epoch_steps + first_step, first_epoch, log)
+        for epoch in range(first_epoch, -(-args.total_steps // epoch_steps)):
+            sampler.set_epoch(epoch, first_step)
+            train_one_epoch(
+                model,
+                trained,
+                loader,
+                optimizer,
+                Objective.from_args(args),
+                epoch=epoch,
+                first_step=first_step,
+                steps_per_epoch=epoch_steps,
+                save_freq=args.save_freq,
+                seed=args.seed,
+                precision=precision,
+                log=log,
+                guard=guard,
+                evaluation=evaluation,
+                checkpointer=checkpointer,
+            )
+            first_step = 0
+            log.end_epoch(epoch)
+            checkpointer.after_epoch(epoch)
+    log.close()
+    if distributed.is_main_process():
+        retriever.save(output_dir / "encoder")
+        fill_steps = args.queue_size // run_facts["batch_size"] if args.contrastive_mode == "moco" else None
+        print(summary(output_dir, args.norm_query and args.norm_doc, fill_steps))
+
+
+def train_one_epoch(
+    model: MoCo | InBatch,
+    trained: nn.Module,
+    loader: Iterable,
+    optimizer: torch.optim.Optimizer,
+    objective: Objective,
+    *,
+    epoch: int,
+    first_step: int,
+    steps_per_epoch: int,
+    save_freq: int,
+    seed: int,
+    precision: Precision,
+    log: RunLog,
+    guard: FiniteGuard,
+    evaluation: Evaluation,
+    checkpointer: Checkpointer,
+) -> None:
+    """The steps of an epoch from ``first_step`` on.
+
+    Args:
+        trained: What gets gradients, wrapped for several processes: the query encoder of MoCo, or the whole of InBatch.
+        loader: Yields batches of :class:`contriever.pretraining_data.PretrainingPairs`.
+    """
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    moco = isinstance(model, MoCo)
+    trained.train()
+    start = epoch * steps_per_epoch + first_step
+    for step, batch in enumerate(log.batches(loader), start=start):
+        randomness.seed_step(seed, step, rank)
+        optimizer.zero_grad(set_to_none=True)
+        names = ("q_tokens", "q_mask", "k_tokens", "k_mask")
+        q_ids, q_mask, k_ids, k_mask = (batch[name].to(precision.device, non_blocking=True) for name in names)
+
+        with precision.autocast():
+            if moco:
+                model.update_key_encoder(objective.momentum)  # before this step's keys and before its update
+                q = trained(q_ids, q_mask, normalize=objective.norm_query)
+                with torch.no_grad():
+                    k = model.encoder_k(k_ids, k_mask, normalize=objective.norm_doc)
+            else:
+                q, k = trained(q_ids, q_mask, k_ids, k_mask, objective.norm_query, objective.norm_doc)
+        if moco:
+            # the other documents of the batch are no negatives: all of them come from the queue
+            logits, labels = moco_logits(q, k, model.queue, objective.temperature)
+        else:
+            all_keys = distributed.all_gather_with_grad(k.float())
+            logits, labels = inbatch_logits(q, all_keys, objective.temperature, rank, world_size)
+        loss = F.cross_entropy(logits, labels, label_smoothing=objective.label_smoothing)
+
+        skipped = update(loss, optimizer, objective.lr(step), precision)
+        guard.count(skipped)
+        if moco:
+            model.enqueue(distributed.all_gather(k.float()))
+
+        averages = {"loss": loss, **batch_statistics(logits, labels, q, k), "skipped": skipped}
+        line = log.step(step, epoch, len(labels), averages, lr=objective.lr(step))
+        if line is not None and guard.too_many():
+            randomness.seed_step(seed, step, rank)
+            inputs = dict(zip(guard.networks, ((q_ids, q_mask), (k_ids, k_mask)), strict=False))
+            with precision.autocast():
+                guard.stop({**batch, "step": step, "epoch": epoch}, [q_ids, k_ids], inputs, loss)
+        if evaluation.is_due(step + 1):  # before the save: a run that is killed in it comes back to it
+            evaluation.run(model.encoder_q if moco else model.encoder, step + 1, epoch, log)
+        save(checkpointer, epoch, step + 1 - epoch * steps_per_epoch, step + 1, save_freq)
+
+
+def main() -> None:
+    with distributed.clean_exit():
+        train_contriever(parse_args())
+
+
+if __name__ == "__main__":
+    main()

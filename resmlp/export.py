@@ -1,0 +1,95 @@
+"""Write a trained ResMLP for other programs; a file is kept once it has given the torch network's output.
+
+    python -m resmlp.export --pretrained_weights checkpoint.pth --output_dir out
+
+Writes ``resmlp.safetensors`` (names of the published checkpoints), ``resmlp_timm.pth`` (a state dict for timm, for the
+published sizes) and ``resmlp.onnx`` (any batch size). Needs the packages of ``pip install -e '.[export]'``.
+"""
+
+import argparse
+import functools
+import sys
+from pathlib import Path
+
+import timm
+import torch
+
+if __name__ == "__main__":  # run as a script: make the repository root importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from resmlp.evaluation import evaluation_parser
+from resmlp.pretrained import load_network, to_timm
+from resmlp.resmlp_models import ARCHITECTURES, ResMLP
+from shared import distributed
+from shared.export import appearing_when_checked, check_outputs, export_onnx, export_safetensors
+
+TIMM_MODELS = {name: f"{name}_224" for name in ARCHITECTURES} | {"resmlpB_24": "resmlp_big_24_224"}
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = evaluation_parser(__doc__)
+    add = parser.add_argument_group("export").add_argument
+    add("--classifier", action="store_true", help="with the classifier; without it the output is features")
+    add("--output_dir", default=".", help="where the files go")
+    return parser
+
+
+def timm_options(network: ResMLP) -> dict | None:
+    """Arguments of ``timm.create_model`` for the same network; None if timm has none of that size."""
+    for name, build in ARCHITECTURES.items():
+        with torch.device("meta"):
+            published = build(num_classes=0)
+        if all(getattr(published, size) == getattr(network, size) for size in ("embed_dim", "patch_size")) and len(
+            published.blocks
+        ) == len(network.blocks):
+            options = {"num_classes": network.num_classes, "in_chans": network.patch_embed.proj.in_channels}
+            return {"model_name": TIMM_MODELS[name], "img_size": network.img_size, **options}
+    return None
+
+
+def export(network: ResMLP, output_dir: str | Path) -> dict[str, Path]:
+    """Write a network in every format.
+
+    Args:
+        network: In evaluation mode, on the CPU.
+        output_dir: Created if missing.
+
+    Returns:
+        The files by format: ``safetensors``, ``timm`` (where timm has the network) and ``onnx``.
+
+    Raises:
+        shared.export.ExportMismatch: If an exported network computes something else; its file is not kept.
+    """
+    output_dir = Path(output_dir)
+    size = [network.img_size] * 2
+    shape = {"img_size": network.img_size, "patch_size": network.patch_size, "depth": len(network.blocks)}
+    files = {"safetensors": output_dir / "resmlp.safetensors", "onnx": output_dir / "resmlp.onnx"}
+    read = functools.partial(load_network, classifier=network.num_classes > 0)
+    export_safetensors(network, files["safetensors"], size, shape, read)
+    options = timm_options(network)
+    if options is None:
+        print("no file for timm: it has no ResMLP of this width, depth and patch size")
+    else:
+        files["timm"] = output_dir / "resmlp_timm.pth"
+        with appearing_when_checked(files["timm"]) as temporary:
+            torch.save(to_timm(network.state_dict()), temporary)
+            twin = timm.create_model(**options, checkpoint_path=str(temporary)).eval()
+            check_outputs(files["timm"].name, twin, network, size)
+        arguments = ", ".join(f"{key}={value!r}" for key, value in options.items())
+        print(f"  timm.create_model({arguments}, checkpoint_path={str(files['timm'])!r})")
+    export_onnx(network, files["onnx"], network, size)
+    return files
+
+
+def main() -> None:
+    with distributed.clean_exit():
+        parser = get_args_parser()
+        args = parser.parse_args()
+        if not args.pretrained_weights:
+            parser.error("--pretrained_weights is missing: a release (resmlp_24_dist), a file or an address")
+        network = load_network(args.pretrained_weights, args.checkpoint_key, args.image_size, args.classifier)
+        export(network, args.output_dir)
+
+
+if __name__ == "__main__":
+    main()

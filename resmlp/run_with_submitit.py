@@ -1,0 +1,29 @@
+"""Train ResMLP as a job on a SLURM cluster, with the flags of ``main.py`` and those of the job.
+
+    python run_with_submitit.py --nodes 2 --ngpus 8 --partition gpu --model resmlp_24 \\
+        --data_path /path/to/imagenet --output_dir /path/to/runs/%j
+
+The job requeues itself when it is preempted or reaches its time limit, and resumes where it stopped. ``--cluster
+local`` runs the same processes on this machine, ``--cluster debug`` trains in this process.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # run as a script: make the repository root importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from resmlp.main import get_args_parser, parse_args, train_resmlp
+from shared import distributed, slurm
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = get_args_parser()
+    parser.description = __doc__.split("\n\n")[0]
+    slurm.add_slurm_flags(parser, job_name="resmlp")
+    with distributed.clean_exit():
+        slurm.submit(train_resmlp, parse_args(arguments, parser))
+
+
+if __name__ == "__main__":
+    main()

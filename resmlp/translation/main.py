@@ -1,0 +1,393 @@
+"""Translation with ResMLP: an encoder-decoder whose tokens communicate through linear layers, not self-attention.
+
+Touvron et al., "ResMLP: Feedforward networks for image classification with data-efficient training", 2021, section 3.6.
+
+    python translation/main.py                                # a generated language pair, a minute on a CPU
+    python translation/main.py --network transformer --output_dir runs/transformer      # a Transformer of equal size
+    torchrun --nproc_per_node=8 translation/main.py --train_source train.en --train_target train.de \\
+        --valid_source valid.en --valid_target valid.de --test_source test.en --test_target test.de --output_dir run
+
+Files hold one sentence per line. The joint vocabulary of subwords is learned from them. The result is BLEU, of the test
+sentences where there are some. Running the same command again resumes.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if __name__ == "__main__":  # run as a script: make the repository root importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from resmlp.translation.corpus import (
+    EncodedPairs,
+    TokenBatchSampler,
+    open_vocabulary,
+    read_parallel_text,
+    train_vocabulary,
+)
+from resmlp.translation.generated_language import generate_pairs
+from resmlp.translation.networks import NETWORKS, PAD, Translator
+from resmlp.translation.translate import NETWORK_FLAGS, bleu, translate_sentences
+from shared import distributed, randomness
+from shared.checkpoint import Checkpointer, check_flags, load_latest, restore, resume_position
+from shared.metrics import RunLog
+from shared.not_finite import FiniteGuard
+from shared.optim import clip_grad_norm_per_tensor_, step_unless_not_finite
+from shared.precision import Precision
+from shared.start import start_run
+
+# What replaces the published settings when no files are given: 2,000 sentences of five to eight subwords
+GENERATED_DATA_DEFAULTS = {
+    "vocabulary_size": 150,
+    "max_length": 16,
+    "dim": 64,
+    "hidden_dim": 256,
+    "depth": 2,
+    "heads": 4,
+    "dropout": 0.0,
+    "epochs": 12,
+    "max_tokens": 512,
+    "optimizer": "adam",
+    "lr": 0.004,
+    "warmup_steps": 50,
+    "output_dir": "runs/translation",
+}
+GENERATED_PAIRS = {"train": 2000, "valid": 100, "test": 100}
+PARTS = ("train", "valid", "test")
+LEAST = {"epochs": 1, "max_tokens": 1, "vocabulary_size": 8, "max_length": 2, "depth": 1, "beam": 1, "log_freq": 1}
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument_group("data").add_argument
+    for part in PARTS:
+        for side in ("source", "target"):
+            add(f"--{part}_{side}", default=None, help=f"{side} sentences for {part}, one per line; without files for "
+                "training a generated language pair is used and the defaults fit it")  # fmt: skip
+    add("--vocabulary", default=None, help="a SentencePiece model; by default one is learned from the training text")
+    add("--vocabulary_size", type=int, default=32000, help="subwords to learn, of both languages together")
+    add("--max_length", type=int, default=128, help="most subwords of a sentence with its end; longer pairs are left "
+        "out of the training, longer sentences to translate are cut")  # fmt: skip
+
+    add = parser.add_argument_group("network").add_argument
+    add("--network", default="resmlp", choices=NETWORKS, help="transformer: of as many parameters")
+    add("--dim", type=int, default=512, help="channels")
+    add("--hidden_dim", type=int, default=2048, help="hidden channels of ResMLP's MLPs")
+    add("--depth", type=int, default=6, help="layers of the encoder, and of the decoder")
+    add("--heads", type=int, default=8, help="heads of every attention")
+    add("--dropout", type=float, default=0.15, help="on residual branches and embeddings")
+    add("--layer_scale", type=float, default=0.2, help="initial LayerScale of ResMLP")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=int, default=30, help="passes over the training pairs")
+    add("--max_tokens", type=int, default=4096, help="tokens of a batch per process, on its longer side with padding")
+    add("--optimizer", default="adagrad", choices=("adagrad", "adam"), help="adam: the rate falls after its warm-up")
+    add("--lr", type=float, default=0.2, help="learning rate after the warm-up")
+    add("--warmup_steps", type=int, default=32000, help="steps of linear warm-up")
+    add("--label_smoothing", type=float, default=0.1, help="share of the target spread over the vocabulary")
+    add("--amp", default="auto", choices=("auto", "bf16", "fp16", "fp32"), help="auto: bf16 where it is fast")
+    add("--seed", type=int, default=0, help="of the initial weights, the order of the sentences and dropout")
+
+    add = parser.add_argument_group("translation").add_argument
+    add("--beam", type=int, default=4, help="hypotheses of the beam search")
+    add("--length_penalty", type=float, default=0.6, help="0 prefers short translations, 1 scores per token")
+    add("--bleu_freq", type=int, default=0, help="BLEU of the valid sentences also every so many epochs; 0: at the end")
+
+    add = parser.add_argument_group("run").add_argument
+    add("--output_dir", default=".", help="checkpoint and logs")
+    add("--saveckp_steps", type=int, default=0, help="also save within the epoch every so many steps")
+    add("--saveckp_minutes", type=float, default=15, help="also save within the epoch after so many minutes")
+    add("--on_changed_run", default="continue", choices=("continue", "refuse"),
+        help="when the checkpoint was written with another batch or number of processes")  # fmt: skip
+    add("--log_freq", type=int, default=10, help="steps per line of the log")
+    add("--tensorboard", action="store_true", help="also log to TensorBoard")
+    add("--max_skipped_steps", type=int, default=10,
+        help="stop after so many steps in a row without finite gradients (exit code 3); 0: never")  # fmt: skip
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
+    add("--dist_url", default="env://", help="rendezvous of the processes")
+    add("--dist_timeout", type=float, default=1800, help="seconds to wait for other processes")
+    add("--local_rank", "--local-rank", type=int, default=0, help="ignored: read from the environment")
+    return parser
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parse and check the command line; without files the defaults are those of the generated language pair."""
+    parser = get_args_parser()
+    args = parser.parse_args(arguments)
+    if args.train_source is None:
+        parser.set_defaults(**GENERATED_DATA_DEFAULTS)
+        args = parser.parse_args(arguments)
+    for flag, least in LEAST.items():
+        if getattr(args, flag) < least:
+            parser.error(f"--{flag} {getattr(args, flag)} is less than {least}")
+    for part in PARTS:
+        if (getattr(args, f"{part}_source") is None) != (getattr(args, f"{part}_target") is None):
+            parser.error(f"--{part}_source and --{part}_target belong together")
+    if (args.train_source is None) != (args.valid_source is None):
+        parser.error("--train_source and --valid_source belong together")
+    return args
+
+
+def train_translation(args: argparse.Namespace) -> dict[str, float]:
+    """Train from the newest checkpoint in ``args.output_dir``, or from scratch; BLEU of the valid and test parts."""
+    device, output_dir = start_run(args)
+    precision = Precision(args.amp, device)
+    world_size = distributed.get_world_size()
+    checkpoint = load_latest(output_dir / "checkpoint.pth")
+    if checkpoint is not None:
+        check_flags(checkpoint, args, ("vocabulary_size", "optimizer", *NETWORK_FLAGS))
+
+    # data and vocabulary
+    text = read_text(args)
+    if checkpoint is None:
+        learned = read_vocabulary(args, text["train"]) if distributed.is_main_process() else None
+        subword_model = distributed.broadcast_object(learned)
+    else:
+        subword_model = checkpoint["vocabulary"].numpy().tobytes()
+    vocabulary = open_vocabulary(subword_model, f"--vocabulary {args.vocabulary}" if args.vocabulary else "vocabulary")
+    train, valid = (EncodedPairs(vocabulary, *text[part], args.max_length) for part in ("train", "valid"))
+    pairs_checksum = train.checksum()
+    distributed.check_same_on_all_processes((len(train), pairs_checksum), "the training text (pairs, checksum)")
+    sampler = TokenBatchSampler(train.lengths, args.max_tokens, args.seed, distributed.get_rank(), world_size)
+    steps_per_epoch = len(sampler)
+    distributed.print_once(
+        f"{len(train):,} pairs of sentences ({train.left_out} left out: empty, or longer than --max_length), "
+        f"{len(vocabulary)} subwords, {steps_per_epoch} steps per epoch"
+    )
+
+    # network and optimiser
+    options = {flag: getattr(args, flag) for flag in NETWORK_FLAGS}
+    network = Translator(len(vocabulary), dropout=args.dropout, **options).to(device)
+    distributed.print_once(f"{args.network}: {sum(p.numel() for p in network.parameters()):,} parameters")
+    network = distributed.wrap(network, device)
+    optimizer = build_optimizer(args.optimizer, network)
+    lr = partial(learning_rate, peak=args.lr, warmup_steps=args.warmup_steps, falls=args.optimizer == "adam")
+
+    # resume
+    total_steps = args.epochs * steps_per_epoch
+    log = RunLog(output_dir, total_steps, args.log_freq, args.tensorboard, bool(checkpoint), unit="sentences")
+    first_epoch, first_step = 0, 0
+
+    def state(epoch: int, step_in_epoch: int) -> dict:
+        """Everything a run needs to go on at this step, and :mod:`translate` to translate."""
+        return {
+            "network": distributed.unwrap(network).state_dict(),
+            "vocabulary": torch.frombuffer(bytearray(subword_model), dtype=torch.uint8),
+            "optimizer": optimizer.state_dict(),
+            "epoch": epoch,
+            "args": vars(args),
+            "fp16_scaler": precision.scaler.state_dict(),
+            "step_in_epoch": step_in_epoch,
+            "skipped_steps": int(guard.in_a_row),
+            "batch_size": args.max_tokens * world_size,
+            "world_size": world_size,
+            "images": pairs_checksum,
+            "log": log.state_dict(),
+        }
+
+    if checkpoint is not None:
+        restore(checkpoint, network=distributed.unwrap(network), optimizer=optimizer)
+        if checkpoint["fp16_scaler"]:
+            precision.scaler.load_state_dict(checkpoint["fp16_scaler"])
+        log.load_state_dict(checkpoint["log"])
+        first_epoch, first_step = resume_position(
+            checkpoint, args.max_tokens * world_size, pairs_checksum, args.on_changed_run
+        )
+        distributed.print_once(f"resuming at epoch {first_epoch}, step {first_step}")
+    guard = FiniteGuard(
+        {"network": distributed.unwrap(network)},
+        output_dir,
+        args.max_skipped_steps,
+        device,
+        in_a_row=checkpoint["skipped_steps"] if checkpoint else 0,
+    )
+
+    # epochs
+    with Checkpointer(
+        output_dir / "checkpoint.pth", state, args.saveckp_steps, args.saveckp_minutes, guard.is_good
+    ) as checkpointer:
+        for epoch in range(first_epoch, args.epochs):
+            sampler.set_epoch(epoch, first_step)
+            train_one_epoch(
+                network,
+                train,
+                sampler,
+                optimizer,
+                lr,
+                epoch=epoch,
+                first_step=first_step,
+                steps_per_epoch=steps_per_epoch,
+                label_smoothing=args.label_smoothing,
+                seed=args.seed,
+                precision=precision,
+                log=log,
+                guard=guard,
+                checkpointer=checkpointer,
+            )
+            first_step = 0
+            result = {"valid_loss": validation_loss(distributed.unwrap(network), valid, args.max_tokens, precision)}
+            if args.bleu_freq and (epoch + 1) % args.bleu_freq == 0:
+                stop = partial(checkpointer.stop_if_asked, epoch, steps_per_epoch)
+                result["valid_bleu"], _ = score(args, network, vocabulary, text["valid"], device, stop)
+            log.evaluation((epoch + 1) * steps_per_epoch, epoch + 1, **result)
+            log.end_epoch(epoch, **result)
+            checkpointer.after_epoch(epoch)
+    log.close()
+
+    results = {}
+    for part in (part for part in ("valid", "test") if part in text):
+        results[part], line = score(args, network, vocabulary, text[part], device)
+        distributed.print_once(f"{args.network}, {part}: {line}")
+    distributed.print_once(f"next: python translation/translate.py --weights {checkpointer.path} --input YOUR_TEXT")
+    return results
+
+
+def read_text(args: argparse.Namespace) -> dict[str, tuple[list[str], list[str]]]:
+    """Source and target sentences of each part that there is."""
+    if args.train_source is not None:
+        files = {part: (getattr(args, f"{part}_source"), getattr(args, f"{part}_target")) for part in PARTS}
+        return {part: read_parallel_text(*pair) for part, pair in files.items() if pair[0] is not None}
+    source, target = generate_pairs(sum(GENERATED_PAIRS.values()))
+    ends = np.cumsum(list(GENERATED_PAIRS.values())).tolist()
+    ranges = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+    return {part: (source[r], target[r]) for part, r in zip(GENERATED_PAIRS, ranges, strict=True)}
+
+
+def read_vocabulary(args: argparse.Namespace, train: tuple[list[str], list[str]]) -> bytes:
+    if args.vocabulary is None:
+        return train_vocabulary([*train[0], *train[1]], args.vocabulary_size)
+    if not Path(args.vocabulary).is_file():
+        raise ValueError(f"--vocabulary {args.vocabulary} is not a file")
+    return Path(args.vocabulary).read_bytes()
+
+
+def build_optimizer(name: str, network: nn.Module) -> torch.optim.Optimizer:
+    """Adagrad as in the paper, or Adam with the betas of the Transformer; the rate is set at every step."""
+    if name == "adagrad":
+        return torch.optim.Adagrad(network.parameters(), lr=0.0)
+    return torch.optim.AdamW(network.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+
+
+def learning_rate(step: int, peak: float, warmup_steps: int, falls: bool) -> float:
+    """Linear warm-up to ``peak``; then constant, or falling with the inverse square root of the step."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    return peak * (max(warmup_steps, 1) / (step + 1)) ** 0.5 if falls else peak
+
+
+def token_loss(logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+    """Sum over the tokens of the cross-entropy against (1 - e) of the right subword and e spread over all.
+
+    Args:
+        logits: Shape (B, N, vocabulary).
+        targets: Ids, shape (B, N); padding does not count.
+    """
+    return F.cross_entropy(
+        logits.flatten(0, 1).float(),
+        targets.flatten(),
+        ignore_index=PAD,
+        label_smoothing=label_smoothing,
+        reduction="sum",
+    )
+
+
+def train_one_epoch(
+    network: nn.Module,
+    pairs: EncodedPairs,
+    sampler: TokenBatchSampler,
+    optimizer: torch.optim.Optimizer,
+    lr: Callable[[int], float],
+    *,
+    epoch: int,
+    first_step: int,
+    steps_per_epoch: int,
+    label_smoothing: float,
+    seed: int,
+    precision: Precision,
+    log: RunLog,
+    guard: FiniteGuard,
+    checkpointer: Checkpointer,
+) -> None:
+    """One epoch (from its step ``first_step`` on) of teacher forcing."""
+    parameters = list(network.parameters())
+    network.train()
+    start = epoch * steps_per_epoch + first_step
+    for step, indices in enumerate(log.batches(sampler), start=start):
+        randomness.seed_step(seed, step, distributed.get_rank())
+        for group in optimizer.param_groups:
+            group["lr"] = lr(step)
+        optimizer.zero_grad(set_to_none=True)
+        source, target_in, target_out = (ids.to(precision.device) for ids in pairs.batch(indices))
+        # every token of the step counts the same, on whichever process it is
+        tokens = distributed.all_reduce_mean((target_out != PAD).sum().float())
+        with precision.autocast():
+            loss = token_loss(network((source, target_in)), target_out, label_smoothing) / tokens
+
+        precision.backward(loss, optimizer)
+        grad_norms = clip_grad_norm_per_tensor_(parameters, 0)
+        skipped = step_unless_not_finite(optimizer, grad_norms)
+        precision.update()
+        guard.count(skipped)
+
+        line = log.step(step, epoch, len(indices), {"loss": loss, "lr": lr(step), "skipped": skipped})
+        if line is not None and guard.too_many():
+            randomness.seed_step(seed, step, distributed.get_rank())
+            with precision.autocast():
+                batch = {"source": source, "target": target_out, "step": step, "epoch": epoch}
+                guard.stop(batch, [], {"network": (source, target_in)}, loss)
+        checkpointer.after_step(epoch, step + 1 - epoch * steps_per_epoch)
+
+
+@torch.no_grad()
+def validation_loss(network: Translator, pairs: EncodedPairs, max_tokens: int, precision: Precision) -> float:
+    """Mean negative log-probability of a token, in nats, over all pairs and processes."""
+    network.eval()
+    order = np.argsort(pairs.lengths, kind="stable")
+    cuts = TokenBatchSampler(pairs.lengths, max(max_tokens, int(pairs.lengths.max()))).cuts
+    totals = torch.zeros(2, dtype=torch.double, device=precision.device)  # loss, tokens
+    for cut in cuts[distributed.get_rank() :: distributed.get_world_size()]:
+        source, target_in, target_out = (ids.to(precision.device) for ids in pairs.batch(order[cut].tolist()))
+        with precision.autocast():
+            loss = token_loss(network((source, target_in)), target_out, label_smoothing=0.0)
+        totals += torch.stack([loss, (target_out != PAD).sum()])
+    loss, tokens = distributed.all_reduce_sum(totals).tolist()
+    return loss / tokens
+
+
+def score(
+    args: argparse.Namespace,
+    network: nn.Module,
+    vocabulary,
+    text: tuple[list[str], list[str]],
+    device: torch.device,
+    between_batches: Callable[[], None] | None = None,
+) -> tuple[float, str]:
+    """BLEU of the translated sources, and a line that says how it was computed."""
+    translations = translate_sentences(
+        distributed.unwrap(network),
+        vocabulary,
+        text[0],
+        device,
+        args.beam,
+        args.length_penalty,
+        between_batches=between_batches,
+    )
+    return bleu(translations, text[1])
+
+
+def main() -> None:
+    with distributed.clean_exit():
+        train_translation(parse_args())
+
+
+if __name__ == "__main__":
+    main()

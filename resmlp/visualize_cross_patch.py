@@ -1,0 +1,115 @@
+"""Pictures of the cross-patch layers: what every patch takes from which other patches (section 3.3 of the paper).
+
+    python visualize_cross_patch.py                                            # the run in runs/digits
+    python visualize_cross_patch.py --pretrained_weights resmlp_24_dist --output_dir pictures
+
+Row i of a layer's matrix, laid out as the grid of patches, shows where patch i gets its input from. ``layers.png`` has
+all layers side by side, ``layer<number>.png`` one layer with every row at the place of its patch, and ``locality.png``
+how the layers change with depth.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from torch import Tensor
+
+if __name__ == "__main__":  # run as a script: make the repository root importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from resmlp.pretrained import RUN_ON_DIGITS, load_network
+from resmlp.resmlp_models import ResMLP
+from shared import distributed
+from shared.pictures import Curve, Panel, Tile, magnify, save_panels, save_sheet
+
+PER_ROW = 6  # layers
+SMALL = 0.05  # of a matrix's largest absolute weight: below it a weight counts as none, as in the paper's analysis
+LEAST_PX = 180  # of a layer on a sheet
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--pretrained_weights", default=RUN_ON_DIGITS, help="a release (resmlp_24_dist), a file or an address")
+    add("--checkpoint_key", default="model", help="network to take from a training checkpoint")
+    add("--output_dir", default="cross_patch", help="where the pictures go")
+    return parser
+
+
+def rows_as_maps(weight: Tensor) -> np.ndarray:
+    """A matrix (N, N) of a grid of g x g patches as an image of g x g maps, each g x g, with a line between them.
+
+    Every map is divided by its own largest absolute weight: -1 .. 1; the lines are NaN.
+    """
+    grid = round(len(weight) ** 0.5)
+    maps = weight.detach().cpu().float().numpy().reshape(grid, grid, grid, grid)
+    maps = maps / np.maximum(np.abs(maps).max(axis=(2, 3), keepdims=True), 1e-12)
+    lined = np.pad(maps, ((0, 0), (0, 0), (0, 1), (0, 1)), constant_values=np.nan)
+    return lined.transpose(0, 2, 1, 3).reshape(grid * (grid + 1), -1)[:-1, :-1]
+
+
+def to_colors(values: np.ndarray) -> np.ndarray:
+    """Blue for -1, white for 0, red for 1, grey for NaN: RGB, uint8, (H, W, 3)."""
+    pixels = matplotlib.colormaps["bwr"]((np.nan_to_num(values) + 1) / 2, bytes=True)[..., :3].copy()
+    pixels[np.isnan(values)] = 200
+    return pixels
+
+
+def locality(weight: Tensor) -> tuple[float, float]:
+    """Share of weights below ``SMALL`` of the largest one, and mean distance in patches that information travels.
+
+    The distance is weighted by the absolute weights; without any locality it is about half of the grid's side.
+    """
+    grid = round(len(weight) ** 0.5)
+    places = torch.cartesian_prod(torch.arange(grid), torch.arange(grid)).float()
+    strength = weight.detach().cpu().float().abs()
+    distance = (strength * torch.cdist(places, places)).sum() / strength.sum().clamp_min(1e-12)
+    return (strength < SMALL * strength.max()).float().mean().item(), distance.item()
+
+
+def save_cross_patch_layers(network: ResMLP, folder: str | Path) -> list[Path]:
+    """Write ``layers.png``, one ``layer<number>.png`` per block and ``locality.png``; returns their paths."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = [block.attn.weight for block in network.blocks]
+    pictures = [magnify(to_colors(rows_as_maps(weight)), LEAST_PX) for weight in weights]
+    measures = [locality(weight) for weight in weights]
+
+    tiles = [
+        Tile(pixels, f"layer {i}", f"{100 * sparse:.0f} % small, distance {distance:.1f}")
+        for i, (pixels, (sparse, distance)) in enumerate(zip(pictures, measures, strict=True), start=1)
+    ]
+    rows = [tiles[start : start + PER_ROW] for start in range(0, len(tiles), PER_ROW)]
+    heading = (
+        "Cross-patch layers\nEvery small map shows what one patch takes from all patches: red positive, blue negative"
+    )
+    paths = [save_sheet(rows, folder / "layers.png", heading, [2.2] * len(rows))]
+    for i, tile in enumerate(tiles, start=1):
+        heading = f"Cross-patch layer {i}\nEvery map is at the place of its patch: {network.grid} x {network.grid}"
+        paths.append(save_sheet([[Tile(tile.pixels)]], folder / f"layer{i:02d}.png", heading, [7.0]))
+
+    layers = list(range(1, len(weights) + 1))
+    panels = [
+        Panel(
+            f"Weights below {SMALL} of the largest", "layer", "%", [Curve(layers, [100 * m[0] for m in measures])], 20
+        ),
+        Panel("Distance between patches", "layer", "patches", [Curve(layers, [m[1] for m in measures])], 2),
+    ]
+    return [*paths, save_panels(panels, folder / "locality.png", "Cross-patch layers by depth")]
+
+
+def main() -> None:
+    with distributed.clean_exit():
+        args = get_args_parser().parse_args()
+        network = load_network(args.pretrained_weights, args.checkpoint_key)
+        for path in save_cross_patch_layers(network, args.output_dir):
+            print(path)
+
+
+if __name__ == "__main__":
+    main()

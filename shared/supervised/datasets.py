@@ -1,0 +1,67 @@
+"""The labelled data sets that DeiT's trainer and its relatives know by name."""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+from shared.data import FileSource, ImageSource, check_same_classes, open_source
+from shared.evaluation.knn_monitor import open_labelled
+
+DATA_SETS = ("CIFAR10", "CIFAR100", "IMNET", "INAT", "INAT19", "CARS", "FLOWERS", "IMNET22k")
+INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
+YEARS = {"INAT": 2018, "INAT19": 2019}
+
+
+def add_data_set_flags(parser: argparse.ArgumentParser) -> None:
+    """``--data-set`` and ``--inat-category``."""
+    add = parser.add_argument_group("data set").add_argument
+    add("--data-set", default="IMNET", choices=DATA_SETS, help="CIFAR: --data_path is where torchvision keeps it; "
+        "INAT: it holds iNaturalist's JSON files; else images in class folders")  # fmt: skip
+    add("--inat-category", default="name", choices=INAT_CATEGORIES, help="what to classify in iNaturalist")
+
+
+def open_train_and_val(args: argparse.Namespace) -> tuple[ImageSource, ImageSource]:
+    """The labelled images that ``--data-set``, ``--data_path`` and ``--val_path`` name.
+
+    Raises:
+        ValueError: If there are none, they have no classes, or the classes of both parts differ.
+    """
+    if args.data_path is not None and args.data_set.startswith("CIFAR"):
+        name = args.data_set.lower()
+        root = None if args.data_path.lower() == name else args.data_path
+        return open_source(name, "train", download_root=root), open_source(name, "val", download_root=root)
+    if args.data_path is not None and args.data_set in YEARS:
+        return open_inaturalist(args.data_path, YEARS[args.data_set], args.inat_category)
+    sources = open_labelled(args.data_path, args.val_path, args.allow_absolute_paths)
+    if isinstance(sources, str):
+        raise ValueError(f"--data_path {args.data_path}: {sources}")
+    return sources
+
+
+def open_inaturalist(root: str | Path, year: int, category: str = "name") -> tuple[FileSource, FileSource]:
+    """Train and val part of an iNaturalist challenge: ``train<year>.json``, ``val<year>.json``, ``categories.json``.
+
+    Classes are numbered in the order in which the training annotations name them.
+
+    Args:
+        category: Level of the taxonomy, one of ``INAT_CATEGORIES``.
+    """
+    root = Path(root)
+    try:
+        levels = json.loads((root / "categories.json").read_text())
+        parts = [json.loads((root / f"{part}{year}.json").read_text()) for part in ("train", "val")]
+    except FileNotFoundError as error:
+        raise ValueError(f"--data_path {root}: {error.filename} of iNaturalist {year} is missing") from error
+    class_of = {level.get("id", number): level[category] for number, level in enumerate(levels)}
+    classes = list(dict.fromkeys(class_of[entry["category_id"]] for entry in parts[0]["annotations"]))
+    number_of = {name: number for number, name in enumerate(classes)}
+    sources = []
+    for part, name in zip(parts, ("train", "val"), strict=True):
+        category_of = {entry["image_id"]: entry["category_id"] for entry in part["annotations"]}
+        files = [image["file_name"] for image in part["images"]]
+        labels = [number_of[class_of[category_of[image["id"]]]] for image in part["images"]]
+        sources.append(FileSource(f"{root} (iNaturalist {year}, {name})", root, files, np.array(labels), classes))
+    check_same_classes(*sources)
+    return sources[0], sources[1]

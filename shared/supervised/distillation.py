@@ -1,0 +1,80 @@
+"""Knowledge distillation from another network's predictions (Hinton et al. 2015; hard labels: Touvron et al. 2021)."""
+
+import re
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+from shared.weights import WeightMismatch, download, safe_load, select_backbone_weights
+
+
+def distillation_loss(
+    base_loss: Tensor, student_logits: Tensor, teacher_logits: Tensor, kind: str, alpha: float, tau: float
+) -> Tensor:
+    """(1 - alpha) * base loss + alpha * distillation.
+
+    Args:
+        base_loss: That of the labels.
+        student_logits: Of the head that is distilled into, (B, C).
+        teacher_logits: (B, C), without gradient.
+        kind: ``none``; ``soft``: tau^2 times the mean over all B * C elements of the KL divergence of both outputs at
+            temperature tau; ``hard``: cross-entropy of the teacher's most likely class.
+        alpha: Weight of the distillation.
+        tau: Temperature, ``soft`` only.
+    """
+    if kind == "none":
+        return base_loss
+    if kind == "soft":
+        student, teacher = (F.log_softmax(logits.float() / tau, dim=1) for logits in (student_logits, teacher_logits))
+        distillation = F.kl_div(student, teacher, reduction="sum", log_target=True) * tau**2 / student.numel()
+    elif kind == "hard":
+        distillation = F.cross_entropy(student_logits.float(), teacher_logits.argmax(dim=1))
+    else:
+        raise ValueError(f"--distillation-type {kind} is none of none, soft, hard")
+    return (1 - alpha) * base_loss + alpha * distillation
+
+
+def build_teacher(name: str, path: str, num_classes: int) -> nn.Module:
+    """A network of timm or torchvision, filled from a file, frozen and in evaluation mode.
+
+    Args:
+        name: timm's name, or else torchvision's.
+        path: File or address of its weights, of any layout.
+        num_classes: Outputs; those of the file must be as many.
+
+    Raises:
+        ValueError: If there is no such network or file, or the file does not fill the network.
+    """
+    file = fetch_file(path, "--teacher-path")
+    if timm.is_model(name):
+        teacher = timm.create_model(name, pretrained=False, num_classes=num_classes)
+    elif name in torchvision.models.list_models(module=torchvision.models):
+        teacher = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+    else:
+        raise ValueError(f"--teacher-model {name} is neither a model of timm nor one of torchvision")
+    weights = select_backbone_weights(safe_load(file), "model", path)
+    try:
+        teacher.load_state_dict(weights.tensors)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:500]
+        raise WeightMismatch(f"--teacher-path {path} does not fill --teacher-model {name}: {reason}") from error
+    return teacher.eval().requires_grad_(False)
+
+
+def fetch_file(path: str, flag: str) -> Path:
+    """A local file, or a downloaded one kept in torch hub's folder of checkpoints.
+
+    Args:
+        path: File name or address.
+        flag: Where it was given, for messages.
+    """
+    if re.match(r"(https?|file)://", path):
+        file = Path(torch.hub.get_dir()) / "checkpoints" / path.rsplit("/", 1)[-1]
+        return file if file.exists() else download(path, file)
+    if not Path(path).is_file():
+        raise ValueError(f"{flag} {path} is not a file")
+    return Path(path)

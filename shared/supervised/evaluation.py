@@ -1,0 +1,61 @@
+"""Accuracy of a classifier, shared out over the processes and exact."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import Dataset
+
+from shared import distributed
+from shared.data import make_loader
+from shared.evaluation.features import ShareOfRank
+from shared.precision import Precision
+
+
+@torch.no_grad()
+def evaluate_classifier(
+    network: nn.Module,
+    dataset: Dataset,
+    precision: Precision,
+    batch_size: int,
+    num_workers: int = 0,
+    between_batches: Callable[[], None] | None = None,
+) -> dict[str, float]:
+    """Classify every image once.
+
+    The network is put in eval mode and given back in the mode it came in.
+
+    Args:
+        network: Maps images (B, C, H, W) to logits (B, classes).
+        dataset: Items (image, label, index).
+        batch_size: Images per process in one pass.
+        between_batches: Called after every batch, equally often on every process; may raise to stop.
+
+    Returns:
+        ``loss`` (cross-entropy), ``acc1`` and ``acc5`` in percent (``acc5``: among the five most likely classes, or all
+        if there are fewer).
+    """
+    share = ShareOfRank(len(dataset))
+    own = len(range(share.rank, len(dataset), share.world_size))  # the rest fills up the last batch
+    loader = make_loader(
+        dataset, batch_size=batch_size, sampler=share, num_workers=num_workers, device=precision.device
+    )
+    sums = torch.zeros(3, dtype=torch.double, device=precision.device)
+    was_training = network.training
+    network.eval()
+    done = 0
+    for images, labels, _ in loader:
+        rows = slice(0, max(0, own - done))
+        labels = labels[rows].to(precision.device, non_blocking=True)
+        with precision.autocast():
+            logits = network(images.to(precision.device, non_blocking=True))[rows].float()
+        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        sums += torch.stack([loss.double(), hits[:, 0].sum(), hits.sum()])
+        done += len(images)
+        if between_batches is not None:
+            between_batches()
+    network.train(was_training)
+    loss, top1, top5 = (distributed.all_reduce_sum(sums) / len(dataset)).tolist()
+    return {"loss": loss, "acc1": 100 * top1, "acc5": 100 * top5}

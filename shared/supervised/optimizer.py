@@ -1,0 +1,78 @@
+"""timm's optimisers and schedules by name, and a step that leaves gradients out which are not finite."""
+
+import argparse
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler
+from timm.scheduler.scheduler import Scheduler
+from torch import Tensor, nn
+
+from shared.optim import step_unless_not_finite
+
+FUSED = ("adam", "adamw")  # torch's fused kernels can leave a step out without waiting for it
+
+
+def build_timm_optimizer(
+    network: nn.Module,
+    name: str,
+    lr: float,
+    weight_decay: float,
+    momentum: float = 0.9,
+    eps: float | None = None,
+    betas: tuple[float, ...] | None = None,
+) -> torch.optim.Optimizer:
+    """timm's optimiser of that name; biases, vectors and ``network.no_weight_decay()`` are not decayed.
+
+    Raises:
+        ValueError: If timm has none of that name.
+    """
+    options = {"eps": eps, "betas": None if betas is None else tuple(betas)}
+    options = {key: value for key, value in options.items() if value is not None}
+    if name in FUSED:
+        options["fused"] = True
+    try:
+        return create_optimizer_v2(network, name, lr=lr, weight_decay=weight_decay, momentum=momentum, **options)
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        raise ValueError(f"--opt {name}: {error}") from error
+
+
+def build_timm_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer) -> Scheduler:
+    """timm's learning-rate schedule from the flags of its training script, one value per epoch."""
+    if args.sched == "plateau":
+        raise ValueError("--sched plateau: a schedule here is a function of the epoch; take cosine, step, poly or tanh")
+    scheduler, _ = create_scheduler(args, optimizer)
+    if scheduler is None:
+        raise ValueError(f"--sched {args.sched} is no schedule of timm")
+    return scheduler
+
+
+def set_learning_rate(scheduler: Scheduler, optimizer: torch.optim.Optimizer, epoch: int) -> float:
+    """Write the rate of ``epoch`` into the optimiser and return it.
+
+    The schedule is one epoch late: epoch e trains with its value at e - 1, since the original trainers move it on after
+    an epoch by the number of that epoch. Epochs 0 and 1 both have the first value.
+    """
+    scheduler.step(max(epoch - 1, 0))
+    return optimizer.param_groups[0]["lr"]
+
+
+def clip_and_step(optimizer: torch.optim.Optimizer, parameters: list[Tensor], max_norm: float | None) -> Tensor:
+    """Clip the norm of all gradients together, then one step, left out when a gradient is not finite.
+
+    Args:
+        max_norm: None: no clipping.
+
+    Returns:
+        1.0 where the step was left out, else 0.0 (0-d float32 tensor).
+    """
+    parameters = [p for p in parameters if p.grad is not None]
+    if max_norm is not None:
+        norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    else:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    if optimizer.defaults.get("fused"):
+        return step_unless_not_finite(optimizer, norm)
+    if finite := bool(norm.isfinite()):  # waits for the device
+        optimizer.step()
+    return torch.tensor(float(not finite), device=norm.device)

@@ -1,0 +1,88 @@
+"""Views for supervised training, made by timm's transforms, and those for evaluation."""
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torchvision.transforms as T
+from PIL import Image
+from timm.data import create_transform
+from torch import Tensor
+
+from shared.data import EvalTransform
+
+SMALL_PX = 32  # up to this size images are padded and cropped, not resized to a random crop
+
+
+class TrainTransform:
+    """A random crop, a flip, RandAugment (or colour jitter), normalisation and Random Erasing, as timm does them.
+
+    Up to 32 pixels the random resized crop is a random crop after padding by 4, of images that are resized to the
+    input size if they have another one.
+
+    Args:
+        input_size: Side of the view in pixels.
+        mean, std: Per channel, for pixels in [0, 1]; one channel takes the averages over the channels.
+        auto_augment: timm's specification, such as ``rand-m9-mstd0.5-inc1``; None: colour jitter.
+        color_jitter: Its strength; not used with ``auto_augment``.
+        interpolation: ``bicubic``, ``bilinear`` or ``random``.
+        erase_p, erase_mode, erase_count: Random Erasing.
+        in_chans: 3, or 1 for the luminance.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        auto_augment: str | None = "rand-m9-mstd0.5-inc1",
+        color_jitter: float = 0.4,
+        interpolation: str = "bicubic",
+        erase_p: float = 0.25,
+        erase_mode: str = "pixel",
+        erase_count: int = 1,
+        in_chans: int = 3,
+    ):
+        self.in_chans = in_chans
+        crop, self.augment, self.finish = create_transform(
+            input_size,
+            is_training=True,
+            separate=True,
+            color_jitter=color_jitter,
+            auto_augment=auto_augment,
+            interpolation=interpolation,
+            mean=mean,
+            std=std,
+            re_prob=erase_p,
+            re_mode=erase_mode,
+            re_count=erase_count,
+        )
+        if input_size <= SMALL_PX:
+            pad_and_crop = [T.Resize((input_size, input_size)), T.RandomCrop(input_size, padding=4)]
+            crop = T.Compose([*pad_and_crop, *crop.transforms[1:]])
+        self.crop = crop
+        if in_chans == 1:
+            normalize = T.Normalize([sum(mean) / 3], [sum(std) / 3])
+            steps = [normalize if isinstance(step, T.Normalize) else step for step in self.finish.transforms]
+            self.finish = T.Compose(steps)
+
+    def __call__(self, pixels: np.ndarray) -> Tensor:
+        """RGB pixels (H, W, 3), uint8, to a view (C, input_size, input_size), float32."""
+        image = self.augment(self.crop(Image.fromarray(pixels)))
+        return self.finish(image.convert("L") if self.in_chans == 1 else image)
+
+
+def eval_transform(
+    input_size: int, mean: Sequence[float], std: Sequence[float], crop_ratio: float = 0.875, in_chans: int = 3
+) -> EvalTransform:
+    """The centre of the image, its short side resized to ``input_size / crop_ratio``; small images as a whole."""
+    short_px = input_size if input_size <= SMALL_PX else int(input_size / crop_ratio)
+    return EvalTransform(short_px, input_size, mean, std, in_chans)
+
+
+def seed_transforms(seed: int) -> None:
+    """Seed the generators from which timm's transforms draw: python's, numpy's and torch's on the CPU."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)

@@ -1,0 +1,198 @@
+"""Embedding, indexing and searching passages, beside the libraries that one would otherwise take.
+
+    python tests/benchmarks/bench_retrieval.py [--max_vectors 100000] [--threads 2] [--out FILE.json]
+
+- ``embedding``: passages per second of ``Retriever.encode`` and of sentence-transformers' ``encode``: packaged model,
+  the same texts (as long as abstracts: median 175 tokens, cut at 256), the same batch size, with the largest cosine
+  distance between the vectors. Targets: 1.2 times in float32; 2 times in half precision where the device is fast in it.
+- ``overhead``: building and searching a flat index from files of float16 vectors, beside bare faiss on the same vectors
+  in memory. Target: search within 5 %.
+- ``growth``: every kind of index from 10 thousand vectors up to ``--max_vectors`` (up to 10 million: ``--max_vectors
+  10000000`` takes 8 GB of disk and hours): seconds to build, milliseconds per query, recall of the exact 10 nearest,
+  bytes per vector; and what 10 billion would take, by the bytes per vector.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import faiss
+import numpy as np
+import torch
+
+from contriever.dense_index import DenseIndex, IndexSettings
+from contriever.embedding_files import Shard, ShardWriter, open_shard
+from contriever.encoder import find_model, load_retriever
+from contriever.retrieval_flags import amp_of
+from shared.distributed import init
+
+DIM = 384
+K = 10
+GROWTH = ("scan", "flat", "ivf", "hnsw", "pq", "ivfpq")
+
+
+def generated_texts(tokenizer, count: int) -> list[str]:
+    """Random words of the vocabulary; the numbers of tokens are spread as those of abstracts."""
+    rng = np.random.default_rng(0)
+    words = [word for word in tokenizer.get_vocab() if word.isalpha() and len(word) > 2]
+    lengths = np.clip(rng.lognormal(np.log(175), 0.5, count), 5, 700).astype(int)
+    return [" ".join(rng.choice(words, length)) for length in lengths]
+
+
+def in_turns(ways: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every way in every round, after one round that does not count."""
+    times = {name: [] for name in ways}
+    for i in range(rounds + 1):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            if i:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def bench_embedding(count: int, batch_size: int, rounds: int, device: torch.device) -> dict:
+    from sentence_transformers import SentenceTransformer
+
+    ours, theirs = load_retriever(device=device), SentenceTransformer(str(find_model(None)), device=str(device))
+    texts = generated_texts(ours.tokenizer, count)
+    options = {"batch_size": batch_size, "max_length": theirs.max_seq_length, "normalize": True}
+    half = amp_of(no_fp16=False, device=device)
+    ways = {
+        "sentence-transformers": lambda: theirs.encode(texts, batch_size=batch_size, show_progress_bar=False),
+        "ours fp32": lambda: ours.encode(texts, amp="fp32", **options),
+    }
+    if half != "fp32":
+        ways[f"ours {half}"] = lambda: ours.encode(texts, amp=half, **options)
+    reference = ways["sentence-transformers"]()
+    distances = {name: float((1 - (way() * reference).sum(axis=1)).max()) for name, way in ways.items()}
+    result = {}
+    for name, seconds in in_turns(ways, rounds).items():
+        result[name] = {"seconds": seconds, "cosine_distance": distances[name]}
+    base = statistics.median(result["sentence-transformers"]["seconds"])
+    print(f"\n{'embedding':24} {'passages/s':>10} {'times':>6}  largest cosine distance")
+    for name, entry in result.items():
+        seconds = statistics.median(entry["seconds"])
+        entry["speed_up"] = base / seconds
+        print(f"{name:24} {count / seconds:10.1f} {base / seconds:6.2f}  {entry['cosine_distance']:.1e}")
+    return result
+
+
+def generated_vectors(count: int, seed: int) -> np.ndarray:
+    """Unit vectors around 1,000 centres, with variances that fall over the dimensions, float16."""
+    centres = np.random.default_rng(0).standard_normal((1000, DIM), dtype=np.float32)
+    rng = np.random.default_rng(seed)
+    vectors = centres[rng.integers(1000, size=count)] + rng.standard_normal((count, DIM), dtype=np.float32)
+    vectors *= np.arange(1, DIM + 1, dtype=np.float32) ** -0.25
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
+
+
+def write_vectors(folder: Path, count: int) -> Shard:
+    writer = ShardWriter(folder, count, DIM, "float16", {})
+    for start in range(0, count, 100_000):
+        size = min(100_000, count - start)
+        writer.append([str(i) for i in range(start, start + size)], generated_vectors(size, seed=1 + start))
+    writer.finish()
+    return open_shard(folder)
+
+
+def bench_overhead(folder: Path, count: int, queries: np.ndarray, rounds: int) -> dict:
+    shard = write_vectors(folder / f"overhead_{count}", count)
+    vectors = shard.vectors.astype(np.float32)
+
+    def build_bare() -> faiss.Index:
+        index = faiss.IndexFlatIP(DIM)
+        index.add(vectors)
+        return index
+
+    bare, ours = build_bare(), DenseIndex([shard], IndexSettings("flat"))
+    assert np.array_equal(ours.search(queries, 100)[1], bare.search(queries, 100)[1])
+    result = {}
+    for what, ways in {
+        "build": {"faiss": build_bare, "ours": lambda: DenseIndex([shard], IndexSettings("flat"))},
+        "search": {"faiss": lambda: bare.search(queries, 100), "ours": lambda: ours.search(queries, 100)},
+    }.items():
+        times = in_turns(ways, rounds)
+        ratio = statistics.median(a / b for a, b in zip(times["ours"], times["faiss"], strict=True))
+        result[what] = times | {"ours_over_faiss": ratio}
+        print(f"{what} of {count} vectors: {statistics.median(times['ours']):.3f} s, {ratio:.3f} times bare faiss")
+    print("(building from files converts float16 and compares a checksum; bare faiss has float32 in memory)")
+    return result
+
+
+def bytes_on_disk(kind: str, shard: Shard, folder: Path) -> int:
+    return shard.vectors.nbytes if kind == "scan" else sum(file.stat().st_size for file in folder.glob("*.faiss"))
+
+
+def bench_growth(folder: Path, sizes: list[int], queries: np.ndarray) -> dict:
+    result = {}
+    print(f"\n{'vectors':>9} {'index':6} {'build s':>8} {'ms/query':>9} {'recall@10':>9} {'bytes/vector':>12}")
+    for count in sizes:
+        shard = write_vectors(folder / f"growth_{count}", count)
+        exact = DenseIndex([shard], IndexSettings("scan")).search(queries, K)[1]
+        for kind in GROWTH:
+            stored = folder / f"index-{kind}-{count}"
+            start = time.perf_counter()
+            index = DenseIndex([shard], IndexSettings(kind), stored)
+            build = time.perf_counter() - start
+            start = time.perf_counter()
+            rows = index.search(queries, K)[1]
+            search = (time.perf_counter() - start) / len(queries)
+            recall = np.mean([len(set(a) & set(b)) / K for a, b in zip(rows.tolist(), exact.tolist(), strict=True)])
+            per_vector = bytes_on_disk(kind, shard, stored) / count
+            result.setdefault(kind, []).append(
+                {"vectors": count, "build_s": build, "query_s": search, "recall": recall, "bytes": per_vector}
+            )
+            print(f"{count:9} {kind:6} {build:8.2f} {1000 * search:9.3f} {recall:9.3f} {per_vector:12.1f}", flush=True)
+    print("\nmegabytes per million vectors, and terabytes for 10 billion, by the bytes per vector of the largest size:")
+    for kind, rows in result.items():
+        print(f"{kind:6} {rows[-1]['bytes']:8.0f} MB {rows[-1]['bytes'] / 100:8.1f} TB")
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--texts", type=int, default=256, help="passages to embed")
+    parser.add_argument("--batch_size", type=int, default=32, help="sentence-transformers' default")
+    parser.add_argument("--max_vectors", type=int, default=100_000, help="of the growth, from 10,000 in steps of ten")
+    parser.add_argument("--queries", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="for the embedding")
+    parser.add_argument("--out", help="JSON file for the results")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    faiss.omp_set_num_threads(args.threads)
+    device = init(device=args.device)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    print(f"{where}, {args.threads} threads, torch {torch.__version__}, faiss {faiss.__version__}")
+    sizes = [n for n in (10**p for p in range(4, 8)) if n <= args.max_vectors] or [args.max_vectors]
+    queries = generated_vectors(args.queries, seed=0).astype(np.float32)
+    result = {"device": where, "cores": os.cpu_count(), "threads": args.threads}
+    result["embedding"] = bench_embedding(args.texts, args.batch_size, args.rounds, device)
+    with tempfile.TemporaryDirectory() as folder:
+        result["overhead"] = bench_overhead(Path(folder), sizes[-1], queries, args.rounds)
+        result["growth"] = bench_growth(Path(folder), sizes, queries)
+    result["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    speed = {name.split()[-1]: entry["speed_up"] for name, entry in result["embedding"].items()}
+    result["targets"] = {
+        "1.2 times in fp32": speed["fp32"] >= 1.2,
+        "2 times in half precision": any(speed.get(amp, 0) >= 2 for amp in ("bf16", "fp16")),
+        "search within 5 % of faiss": result["overhead"]["search"]["ours_over_faiss"] <= 1.05,
+    }
+    print("\ntargets:", ", ".join(f"{name}: {'met' if met else 'not met'}" for name, met in result["targets"].items()))
+    if args.out:
+        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

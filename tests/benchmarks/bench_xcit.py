@@ -1,0 +1,261 @@
+"""XCiT's claim, cost against resolution beside a ViT of equal size, and its speed beside timm's same network.
+
+    python tests/benchmarks/bench_xcit.py [--out FILE.json] [--picture FILE.png]
+    python tests/benchmarks/bench_xcit.py --sides 96 224 384 512 768 1024 --patch_sizes 8 16 --threads 2
+
+The ViT is timm's, with as many channels and blocks and with PyTorch's fused attention, which needs no attention matrix
+in memory: a fair opponent. For every resolution both networks do a forward pass and a training step, each in a process
+of its own, so that peak memory (beyond that of the idle network) is told apart. The second table compares our network
+with timm's XCiT of the same name: they take turns, the median of the ratios counts.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import platform
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import timm
+import torch
+from torch import nn
+
+from shared.pictures import Curve, Panel, save_panels
+from xcit.cross_covariance_transformer import architecture, build_xcit
+
+WORK = ("forward", "training step")
+MIB = 1 << 20
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--size", default="small_12", help="of the XCiT; the ViT has as many channels, blocks and heads")
+    add("--sides", type=int, nargs="+", default=[96, 160, 224, 320, 448, 640], help="of the square images in pixels")
+    add("--patch_sizes", type=int, nargs="+", default=[16], choices=(8, 16))
+    add("--batch_size", type=int, default=1)
+    add("--rounds", type=int, default=3, help="repetitions; the fastest counts")
+    add("--threads", type=int, default=2)
+    add("--device", default="cpu", choices=("cpu", "cuda"))
+    add("--timm_side", type=int, default=224, help="side of the images in the comparison with timm; 0: none")
+    add("--timm_batch_size", type=int, default=8)
+    add("--dtypes", nargs="+", default=["float32"], choices=("float32", "bfloat16"))
+    add("--compile", action="store_true", help="also compare both networks compiled")
+    add("--out", type=Path, default=None, help="JSON file with every number")
+    add("--picture", type=Path, default=None, help="PNG file with the curves")
+    return parser
+
+
+def build(kind: str, size: str, patch_size: int, side: int) -> nn.Module:
+    """``xcit`` or ``vit``: the latter with the channels, blocks and heads of the former."""
+    name = f"xcit_{size}_p{patch_size}"
+    if kind == "xcit":
+        return build_xcit(name)
+    options = architecture(name)
+    # heads of 64 channels, for which fused attention is made
+    heads = max(1, options["embed_dim"] // 64)
+    return timm.models.VisionTransformer(
+        img_size=math.ceil(side / patch_size) * patch_size,
+        patch_size=patch_size,
+        embed_dim=options["embed_dim"],
+        depth=options["depth"],
+        num_heads=heads,
+        dynamic_img_pad=True,
+    )
+
+
+def do(work: str, network: nn.Module, images: torch.Tensor) -> None:
+    if work == "forward":
+        with torch.no_grad():
+            network.eval()(images)
+    else:
+        network.train()(images).float().square().mean().backward()
+        network.zero_grad(set_to_none=True)
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_bytes(device: str) -> int:
+    return (
+        torch.cuda.max_memory_allocated()
+        if device == "cuda"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
+
+
+def measure(kind: str, work: str, patch_size: int, side: int, args: argparse.Namespace) -> dict:
+    """Seconds of the fastest of several rounds, and bytes at the peak beyond the idle network."""
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    network = build(kind, args.size, patch_size, side).to(args.device)
+    images = torch.randn(args.batch_size, 3, side, side, device=args.device)
+    idle = peak_bytes(args.device)
+    seconds = []
+    for _ in range(args.rounds + 1):  # the first one warms up
+        start = time.perf_counter()
+        do(work, network, images)
+        synchronize(args.device)
+        seconds.append(time.perf_counter() - start)
+    return {
+        "network": kind,
+        "work": work,
+        "patch_size": patch_size,
+        "side": side,
+        "seconds": min(seconds[1:]),
+        "peak_mib": (peak_bytes(args.device) - idle) / MIB,
+        "parameters": sum(p.numel() for p in network.parameters()),
+    }
+
+
+def in_a_process(*arguments) -> dict:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["timm", "matplotlib.figure", "shared.pictures"])  # every process starts at once
+    with context.Pool(1) as pool:
+        return pool.apply(measure, arguments)
+
+
+def crossing(sides: list[int], xcit: list[float], vit: list[float]) -> float | None:
+    """The side in pixels from which XCiT stays the cheaper one; None if the ViT is cheaper at the largest side.
+
+    Between two sides the costs are taken as straight lines on logarithmic axes.
+    """
+    gaps = [math.log(max(x, 1e-9) / max(v, 1e-9)) for x, v in zip(xcit, vit, strict=True)]
+    if gaps[-1] > 0:
+        return None
+    dearer = [i for i, gap in enumerate(gaps) if gap > 0]
+    if not dearer:
+        return float(sides[0])
+    i = dearer[-1]
+    share = gaps[i] / (gaps[i] - gaps[i + 1])
+    return math.exp(math.log(sides[i]) + share * (math.log(sides[i + 1]) - math.log(sides[i])))
+
+
+def table(results: list[dict], sides: list[int]) -> str:
+    """Markdown, one row per kind of work, patch size and side."""
+    rows = ["| work | patch | side (px) | XCiT | ViT | ratio | XCiT peak | ViT peak | ratio |", "|---" * 9 + "|"]
+    notes = []
+    for work, patch_size in dict.fromkeys((r["work"], r["patch_size"]) for r in results):
+        columns = {}
+        for kind in ("xcit", "vit"):
+            mine = [r for r in results if (r["network"], r["work"], r["patch_size"]) == (kind, work, patch_size)]
+            columns[kind] = [[r[key] for r in mine] for key in ("seconds", "peak_mib")]
+        for i, side in enumerate(sides):
+            (xs, xm), (vs, vm) = ([c[i] for c in columns[kind]] for kind in ("xcit", "vit"))
+            rows.append(
+                f"| {work} | {patch_size} | {side} | {1000 * xs:.0f} ms | {1000 * vs:.0f} ms | {xs / vs:.2f} "
+                f"| {xm:.0f} MiB | {vm:.0f} MiB | {xm / max(vm, 1e-9):.2f} |"
+            )
+        for what, (x, v) in zip(("time", "memory"), zip(*columns.values(), strict=True), strict=True):
+            point = crossing(sides, x, v)
+            where = "nowhere up to the largest side" if point is None else f"from {point:.0f} px on"
+            notes.append(f"{work}, patches of {patch_size}: XCiT needs less {what} {where}.")
+    return "\n".join([*rows, "", *notes])
+
+
+def picture(results: list[dict], path: Path) -> None:
+    panels = []
+    for work in WORK:
+        for key, unit, factor in (("seconds", "seconds", 1.0), ("peak_mib", "MiB beyond the idle network", 1.0)):
+            curves = []
+            for kind, patch_size in dict.fromkeys((r["network"], r["patch_size"]) for r in results):
+                mine = [r for r in results if (r["network"], r["patch_size"], r["work"]) == (kind, patch_size, work)]
+                label = f"{'XCiT' if kind == 'xcit' else 'ViT'}/{patch_size}"
+                curves.append(Curve([r["side"] for r in mine], [r[key] * factor for r in mine], label))
+            what = "time" if key == "seconds" else "peak memory"
+            panels.append(Panel(f"{work}: {what}", "side of the image (px)", unit, curves))
+    save_panels(panels, path, "XCiT and a ViT of equal size with fused attention")
+
+
+def compare_with_timm(args: argparse.Namespace) -> list[dict]:
+    """Images per second of a training step of both implementations, taking turns."""
+    torch.set_num_threads(args.threads)
+    results = []
+    for patch_size in args.patch_sizes:
+        name = f"xcit_{args.size}_p{patch_size}"
+        for dtype in args.dtypes:
+            for compiled in (False, True) if args.compile else (False,):
+                networks = {"ours": build_xcit(name), "timm": timm.create_model(f"{name}_224", pretrained=False)}
+                networks = {key: network.to(args.device) for key, network in networks.items()}
+                if compiled:
+                    networks = {key: torch.compile(network) for key, network in networks.items()}
+                images = torch.randn(args.timm_batch_size, 3, args.timm_side, args.timm_side, device=args.device)
+                for work in WORK:
+                    seconds: dict[str, list[float]] = {key: [] for key in networks}
+                    for turn in range(args.rounds + 1):
+                        for key, network in networks.items():
+                            start = time.perf_counter()
+                            with torch.autocast(args.device, torch.bfloat16, enabled=dtype == "bfloat16"):
+                                do(work, network, images)
+                            synchronize(args.device)
+                            if turn:  # the first one warms up
+                                seconds[key].append(time.perf_counter() - start)
+                    ratios = [b / a for a, b in zip(seconds["ours"], seconds["timm"], strict=True)]
+                    results.append(
+                        {
+                            "network": name,
+                            "work": work,
+                            "dtype": dtype,
+                            "compiled": compiled,
+                            **{
+                                f"{k}_images_per_s": args.timm_batch_size / statistics.median(v)
+                                for k, v in seconds.items()
+                            },
+                            "ratio": statistics.median(ratios),
+                            "ratio_range": [min(ratios), max(ratios)],
+                        }
+                    )
+    return results
+
+
+def timm_table(results: list[dict]) -> str:
+    rows = ["| network | work | numbers | ours (images/s) | timm | ratio (range) |", "|---" * 6 + "|"]
+    for r in results:
+        numbers = r["dtype"] + (", compiled" if r["compiled"] else "")
+        low, high = r["ratio_range"]
+        rows.append(
+            f"| {r['network']} | {r['work']} | {numbers} | {r['ours_images_per_s']:.2f} | {r['timm_images_per_s']:.2f} "
+            f"| {r['ratio']:.2f} ({low:.2f} .. {high:.2f}) |"
+        )
+    return "\n".join(rows)
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    args = get_args_parser().parse_args(arguments)
+    scaling = [
+        in_a_process(kind, work, patch_size, side, args)
+        for patch_size in args.patch_sizes
+        for work in WORK
+        for side in args.sides
+        for kind in ("xcit", "vit")
+    ]
+    print(table(scaling, args.sides), flush=True)
+    beside_timm = compare_with_timm(args) if args.timm_side else []
+    if beside_timm:
+        print("\n" + timm_table(beside_timm), flush=True)
+    report = {
+        "machine": {"torch": torch.__version__, "python": platform.python_version(), "threads": args.threads},
+        "flags": {key: str(value) for key, value in vars(args).items()},
+        "scaling": scaling,
+        "beside_timm": beside_timm,
+    }
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
+    if args.picture is not None:
+        picture(scaling, args.picture)
+    return report
+
+
+if __name__ == "__main__":
+    main()

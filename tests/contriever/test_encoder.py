@@ -1,0 +1,210 @@
+import json
+import socket
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, GPT2Config, XLMRobertaConfig
+
+from contriever.encoder import (
+    Retriever,
+    bare_weights,
+    build_encoder,
+    load_retriever,
+    new_bert,
+    pack_architecture,
+    pad,
+    pool,
+    unpack_architecture,
+)
+from contriever.losses import InBatch, MoCo
+from contriever.new_encoder import train_tokenizer
+from shared.weights import WeightMismatch
+from tests.contriever.tiny_encoder import tiny_retriever
+
+TEXTS = ["the wing", "", "a heat wave in the thin plate . the jet", "shock " * 200]
+
+
+@pytest.fixture
+def retriever(tmp_path):
+    return tiny_retriever(tmp_path / "files")
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def test_average_is_that_of_the_real_tokens():
+    hidden, mask = torch.randn(3, 5, 4), torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]]).bool()
+    expected = torch.stack([hidden[b, : mask[b].sum()].mean(dim=0) for b in range(3)])
+    torch.testing.assert_close(pool(hidden, mask, "average"), expected)
+    torch.testing.assert_close(pool(hidden, mask, "cls"), hidden[:, 0])
+
+
+def test_padding_and_order_change_nothing(retriever):
+    together = retriever.encode(TEXTS, batch_size=2, amp="fp32")
+    for text, vector in zip(TEXTS, together, strict=True):
+        np.testing.assert_allclose(retriever.encode([text], amp="fp32")[0], vector, atol=1e-5)
+    assert retriever.encode([]).shape == (0, 16)
+    norms = np.linalg.norm(retriever.encode(TEXTS, normalize=True), axis=1)
+    np.testing.assert_allclose(norms, 1, atol=1e-5)
+
+
+def test_long_texts_are_cut_and_impossible_lengths_refused(retriever):
+    assert len(retriever.tokenize(TEXTS)[3]) == 64 and len(retriever.tokenize(TEXTS, 8)[3]) == 8
+    with pytest.raises(ValueError, match="65 tokens per text, but tiny reads at most 64"):
+        retriever.encode(TEXTS, max_length=65)
+
+
+def test_pad_puts_zeros_on_the_right():
+    ids, mask = pad([[5, 6], [7], [8, 9, 10]])
+    assert ids.tolist() == [[5, 6, 0], [7, 0, 0], [8, 9, 10]]
+    assert mask.tolist() == [[True, True, False], [True, False, False], [True, True, True]]
+
+
+def wrapped_bert(encoder: nn.Module) -> dict:
+    """As the heads of pre-training come: prefixes, old names of norms, buffers, a pooler and a classifier."""
+    old = {
+        "bert." + name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): value
+        for name, value in encoder.state_dict().items()
+    }
+    extra = {"bert.pooler.dense.weight": torch.ones(2, 2), "cls.predictions.bias": torch.ones(3)}
+    return {**old, **extra, "bert.embeddings.position_ids": torch.arange(64)[None]}
+
+
+LAYOUTS = {
+    "bare": lambda encoder: encoder.state_dict(),
+    "with heads": wrapped_bert,
+    "moco": lambda encoder: MoCo(encoder, 4).state_dict(),
+    "in-batch": lambda encoder: InBatch(encoder).state_dict(),
+    "DDP": lambda encoder: {f"module.{n}": v for n, v in InBatch(encoder).state_dict().items()},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_same_weights(layout, retriever):
+    bare, _ = bare_weights(LAYOUTS[layout](retriever.model))
+    expected = retriever.model.state_dict()
+    assert bare.keys() == expected.keys()
+    assert all(torch.equal(bare[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors", "shards"])
+def test_folders_of_hugging_face(name, retriever, tmp_path, capsys):
+    folder = tmp_path / "model"
+    retriever.save(folder)
+    tensors = retriever.model.state_dict()
+    if name != "model.safetensors":
+        (folder / "model.safetensors").unlink()
+    if name == "pytorch_model.bin":
+        torch.save(wrapped_bert(retriever.model), folder / name)
+    if name == "shards":
+        for i, part in enumerate((list(tensors)[:10], list(tensors)[10:])):
+            torch.save({key: tensors[key] for key in part}, folder / f"part{i}.bin")
+        index = {"weight_map": {key: f"part{int(i >= 10)}.bin" for i, key in enumerate(tensors)}}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    again = load_retriever(folder)
+    np.testing.assert_array_equal(again.encode(TEXTS), retriever.encode(TEXTS))
+    assert "37/37 entries of the network matched" in capsys.readouterr().out
+
+
+def test_weights_that_do_not_fit_are_refused(retriever, tmp_path):
+    retriever.save(tmp_path / "model")
+    state = retriever.model.state_dict()
+    state.pop("encoder.layer.1.output.dense.weight")
+    torch.save({"step": 1, "model": state, **pack_architecture(retriever)}, tmp_path / "checkpoint.pth")
+    with pytest.raises(WeightMismatch, match="36/37"):
+        load_retriever(tmp_path / "checkpoint.pth")
+    with pytest.raises(WeightMismatch, match="no encoder among these weights"):
+        bare_weights({"fc.weight": torch.ones(1)})
+
+
+BAD = {"empty": "holds no model", "config": "cannot be read", "weights": "holds no weights", "pth": "no entry 'model'"}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_what_is_no_model_is_named(what, retriever, tmp_path):
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    if what == "config":
+        (folder / "config.json").write_text("{")
+    if what == "weights":
+        retriever.save(folder)
+        (folder / "model.safetensors").unlink()
+    if what == "pth":
+        torch.save({"weights": 1}, folder / "checkpoint.pth")
+    with pytest.raises(ValueError, match=BAD[what]):
+        load_retriever(folder)
+
+
+def test_a_name_is_not_asked_for_on_the_network():
+    with pytest.raises(ValueError, match=r"nobody/nothing is neither a file or folder .* --allow_download"):
+        load_retriever("nobody/nothing")
+
+
+def test_an_official_checkpoint_says_what_it_needs(retriever, tmp_path):
+    torch.save({"step": 1, "model": retriever.model.state_dict(), "opt": {}}, tmp_path / "checkpoint.pth")
+    with pytest.raises(ValueError, match="needs configuration and tokenizer of bert-base-multilingual-cased"):
+        load_retriever(tmp_path)
+    again = load_retriever(tmp_path, architecture=tmp_path / "files")
+    np.testing.assert_array_equal(again.encode(TEXTS), retriever.encode(TEXTS))
+
+
+def test_configuration_and_tokenizer_fit_into_a_checkpoint(retriever):
+    retriever.model.config.pooling = "cls"
+    config, tokenizer = unpack_architecture(pack_architecture(retriever))
+    assert config.pooling == "cls" and config.hidden_size == 16
+    assert tokenizer(TEXTS)["input_ids"] == retriever.tokenizer(TEXTS)["input_ids"]
+
+
+def test_the_packaged_encoder_knows_that_it_is_normalised_and_what_words_mean():
+    retriever = load_retriever()
+    assert retriever.normalized and retriever.dim == 384
+    cat, kitten, tax = retriever.encode(["a cat", "a kitten", "the income tax"], normalize=True)
+    assert cat @ kitten > cat @ tax + 0.3
+
+
+def test_a_new_encoder_has_a_vocabulary_of_its_own_text(tmp_path):
+    texts = ["the quick brown fox jumps over the lazy dog", "quick foxes and lazy dogs"] * 5
+    tokenizer = train_tokenizer(iter(texts), vocab_size=60)
+    ids = tokenizer("The quick DOG")["input_ids"]
+    assert [tokenizer.convert_ids_to_tokens(i) for i in (ids[0], ids[-1])] == ["[CLS]", "[SEP]"]
+    assert tokenizer.unk_token_id not in ids and tokenizer("日")["input_ids"][1] == tokenizer.unk_token_id
+    retriever = new_bert(tokenizer, hidden_size=16, layers=1, heads=2, positions=32)
+    retriever.save(tmp_path / "new")
+    again = load_retriever(tmp_path / "new")
+    np.testing.assert_array_equal(again.encode(texts[:2]), retriever.encode(texts[:2]))
+    with pytest.raises(ValueError, match="--hidden_size 15 is not a multiple of --heads 2"):
+        new_bert(tokenizer, 15, 1, 2)
+    with pytest.raises(ValueError, match="no words"):
+        train_tokenizer(iter([" ", ""]), 60)
+
+
+def test_xlm_roberta_reads_two_tokens_less_than_it_has_positions():
+    shape = dict(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    torch.manual_seed(0)
+    encoder = build_encoder(XLMRobertaConfig(**shape, max_position_embeddings=34), "cls").eval()
+    assert Retriever(encoder, None, "xlm").max_length == 32
+    ids = torch.randint(5, 50, (2, 32))
+    with torch.no_grad():
+        together = encoder(ids, torch.ones_like(ids))
+        padded, mask = pad([ids[0].tolist(), ids[1, :7].tolist()], pad_id=1)
+        torch.testing.assert_close(encoder(padded, mask)[0], together[0])
+        torch.testing.assert_close(
+            encoder(padded, mask)[1:], encoder(ids[1:, :7], torch.ones(1, 7)), rtol=1e-4, atol=1e-5
+        )
+    renamed = {f"roberta.{name}": value for name, value in encoder.state_dict().items()}
+    bare, heads = bare_weights({**renamed, "lm_head.bias": torch.ones(3)})
+    assert bare.keys() == encoder.state_dict().keys() and list(heads) == ["lm_head.bias"]
+
+
+def test_other_architectures_are_refused():
+    with pytest.raises(ValueError, match="the model is a gpt2; BERT and XLM-RoBERTa are supported"):
+        build_encoder(GPT2Config())
+    with pytest.raises(ValueError, match="--pooling must be average or cls, got 'max'"):
+        build_encoder(BertConfig(num_hidden_layers=1), "max")

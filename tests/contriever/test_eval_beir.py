@@ -1,0 +1,310 @@
+"""BEIR's layout, exact search and metrics."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from contriever import eval_beir
+from contriever.beir_data import read_beir
+from contriever.beir_metrics import evaluate_run
+from contriever.eval_beir import dense_search, evaluate_folder, get_args_parser
+from contriever.hybrid import BM25, fuse
+from tests.contriever.tiny_encoder import tiny_retriever
+from tests.processes import run_processes
+
+DOCUMENTS = {
+    "d1": ("Wing", "flow of the wing in the shock"),
+    "d2": ("", "heat of a thin body"),
+    "d3": ("", ""),
+    "w1": ("Jet", "mach wave w7"),
+    "d5": ("", "the cone w9 , speed and pressure"),
+}
+QUERIES = {"q1": "shock wing", "q2": "w7 wave", "w1": "w9 cone", "unjudged": "plate"}
+QRELS = [("q1", "d1", 2), ("q1", "d2", 0), ("q2", "w1", 1), ("w1", "d5", 1), ("w1", "gone", 1)]
+
+
+def write_dataset(folder: Path, **changes: str) -> Path:
+    files = {
+        "corpus.jsonl": [json.dumps({"_id": i, "title": t, "text": x}) for i, (t, x) in DOCUMENTS.items()],
+        "queries.jsonl": [json.dumps({"_id": i, "text": x, "metadata": {}}) for i, x in QUERIES.items()],
+        "qrels/test.tsv": ["query-id\tcorpus-id\tscore", *("\t".join(map(str, row)) for row in QRELS)],
+    }
+    (folder / "qrels").mkdir(parents=True, exist_ok=True)
+    for name, lines in files.items():
+        (folder / name).write_text("\n".join(lines) + "\n")
+    for name, content in changes.items():
+        (folder / {"corpus": "corpus.jsonl", "queries": "queries.jsonl", "qrels": "qrels/test.tsv"}[name]).write_bytes(
+            content if isinstance(content, bytes) else content.encode()
+        )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def beir(tmp_path_factory) -> Path:
+    """A folder with the data set ``toy`` and an encoder."""
+    folder = tmp_path_factory.mktemp("beir")
+    write_dataset(folder / "toy")
+    tiny_retriever(folder / "model").save(folder / "model")
+    return folder
+
+
+def run(beir: Path, output_dir: Path, *flags: str) -> dict[str, float]:
+    command = ["--model_name_or_path", str(beir / "model"), "--beir_dir", str(beir), "--dataset", "toy"]
+    args = get_args_parser().parse_args([*command, "--output_dir", str(output_dir), "--device", "cpu", *flags])
+    return eval_beir.eval_beir(args)
+
+
+# --- Reading ----------------------------------------------------------------------------------------------------------
+
+
+def test_only_judged_queries_are_read_and_surprises_are_told(beir):
+    dataset = read_beir(beir / "toy")
+    assert list(dataset.queries) == ["q1", "q2", "w1"]
+    assert dataset.qrels["w1"] == {"d5": 1, "gone": 1}
+    assert [d.full_text() for d in dataset.documents][:2] == [
+        "Wing flow of the wing in the shock",
+        "heat of a thin body",
+    ]
+    assert dataset.describe() == [
+        "toy: 5 documents, 3 judged queries",
+        "toy: 1 documents are empty",
+        "toy: 1 judged documents are not in the collection",
+        "toy: 1 queries have the id of a document, which is left out of their results",
+    ]
+
+
+def test_windows_line_ends_are_read(tmp_path):
+    folder = write_dataset(tmp_path, qrels="query-id\tcorpus-id\tscore\r\nq1\td1\t1\r\n")
+    assert read_beir(folder).qrels == {"q1": {"d1": 1}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"corpus": '{"_id": "a", "text": "x"}\n{"_id": "a", "text": "y"}'}, "line 2: the id 'a' stands in line 1"),
+        ({"corpus": '{"_id": "a"'}, r"corpus\.jsonl, line 1: not JSON"),
+        ({"corpus": '{"text": "a"}'}, 'line 1: no "_id"'),
+        ({"corpus": b'{"_id": "a", "text": "\xe9"}'}, r"corpus\.jsonl, line 1: byte 23 .* not UTF-8"),
+        ({"corpus": "\n"}, r"corpus\.jsonl is empty"),
+        ({"qrels": "q1\td1\t1\n"}, "line 1: expected a header"),
+        ({"qrels": "query-id\tcorpus-id\tscore\nq1\td1\n"}, "line 2: expected query id, document id and an integer"),
+        ({"qrels": "query-id\tcorpus-id\tscore\nq1\td1\t0.5\n"}, "line 2: expected query id"),
+        ({"qrels": "query-id\tcorpus-id\tscore\nq1\td1\t1\nq1\td1\t0\n"}, "line 3: document 'd1' is judged twice"),
+        ({"qrels": "query-id\tcorpus-id\tscore\nq9\td1\t1\n"}, "judges the query 'q9'"),
+        ({"qrels": "query-id\tcorpus-id\tscore\n"}, "has no judgements"),
+    ],
+)
+def test_a_bad_data_set_is_one_clear_error(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        read_beir(write_dataset(tmp_path, **changes))
+
+
+def test_a_folder_of_another_kind_names_what_is_missing(tmp_path):
+    with pytest.raises(ValueError, match=r"not in the layout of BEIR: there is no .*corpus\.jsonl, no .*dev\.tsv"):
+        read_beir(tmp_path, "dev")
+
+
+# --- Metrics ----------------------------------------------------------------------------------------------------------
+
+
+def plain_ndcg(grades: list[int], ideal: list[int], k: int) -> float:
+    def dcg(gains: list[int]) -> float:
+        return sum(gain / math.log2(rank + 1) for rank, gain in enumerate(gains[:k], start=1))
+
+    return dcg(grades) / dcg(sorted(ideal, reverse=True))
+
+
+def test_metrics_against_their_definitions():
+    rng = np.random.default_rng(0)
+    documents = [f"d{i}" for i in range(40)]
+    qrels = {f"q{q}": {d: int(rng.integers(0, 3)) for d in rng.choice(documents, 12, replace=False)} for q in range(6)}
+    run = {q: {d: float(s) for d, s in zip(documents, rng.permutation(40), strict=True)} for q in qrels}
+    metrics = evaluate_run(qrels, run, k_values=[5, 10])
+    expected = {name: [] for name in ("NDCG@10", "Recall@10", "P@5", "MRR@10", "R_cap@5", "Hole@5", "MAP@10")}
+    judged = {d for grades in qrels.values() for d in grades}
+    for q, grades in qrels.items():
+        ranking = sorted(run[q], key=lambda d: -run[q][d])
+        relevant = [d for d in ranking if grades.get(d, 0) > 0]
+        ranks = [ranking.index(d) + 1 for d in relevant]
+        expected["NDCG@10"].append(plain_ndcg([grades.get(d, 0) for d in ranking], list(grades.values()), 10))
+        expected["Recall@10"].append(sum(r <= 10 for r in ranks) / len(relevant))
+        expected["P@5"].append(sum(r <= 5 for r in ranks) / 5)
+        expected["MRR@10"].append(1 / ranks[0] if ranks[0] <= 10 else 0)
+        expected["R_cap@5"].append(sum(r <= 5 for r in ranks) / min(5, len(relevant)))
+        expected["Hole@5"].append(sum(d not in judged for d in ranking[:5]) / 5)
+        expected["MAP@10"].append(sum((i + 1) / r for i, r in enumerate(ranks) if r <= 10) / len(relevant))
+    for name, values in expected.items():
+        assert metrics[name] == pytest.approx(100 * np.mean(values), abs=2e-3), name
+
+
+def test_trec_eval_orders_ties_by_document_id_descending():
+    metrics = evaluate_run({"q": {"a": 1}}, {"q": {"a": 1.0, "b": 1.0}}, [1])
+    assert metrics["NDCG@1"] == 0 and metrics["MRR@1"] == 100
+
+
+def test_a_run_without_judged_queries_is_an_error():
+    with pytest.raises(ValueError, match="no query has both"):
+        evaluate_run({"q": {"a": 1}}, {"p": {"a": 1.0}, "q": {}})
+
+
+# --- Search -----------------------------------------------------------------------------------------------------------
+
+
+def search_on_rank(rank: int, folder: Path, texts: list[str], queries: list[str]):
+    scores, rows = dense_search(tiny_retriever(folder / str(rank)), texts, queries, k=9, batch_size=2, max_length=64)
+    return torch.from_numpy(scores), torch.from_numpy(rows)
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_search_equals_the_matrix_product(tmp_path, monkeypatch, normalized):
+    monkeypatch.setattr(eval_beir, "CHUNK", 3)
+    encoder = tiny_retriever(tmp_path)
+    texts, queries = [f"w{i} wing " * (i % 5) for i in range(11)], list(QUERIES.values())
+    scores, rows = dense_search(encoder, texts, queries, 9, 2, 64, normalized, normalized)
+    q, d = (encoder.encode(t, max_length=64, normalize=normalized, amp="fp32") for t in (queries, texts))
+    products = q @ d.T
+    np.testing.assert_allclose(scores, -np.sort(-products, axis=1)[:, :9], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(np.take_along_axis(products, rows, axis=1), scores, rtol=1e-4, atol=1e-4)
+    assert all(len(set(row)) == 9 for row in rows.tolist())
+
+
+def test_two_processes_find_what_one_finds(tmp_path):
+    texts, queries = [f"w{i} wing " * (i % 5) for i in range(11)], list(QUERIES.values())
+    alone = search_on_rank(0, tmp_path / "alone", texts, queries)
+    for found in run_processes(search_on_rank, 2, tmp_path, texts, queries):
+        torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_vectors_that_are_not_finite_are_an_error(tmp_path):
+    encoder = tiny_retriever(tmp_path)
+    encoder.model.embeddings.LayerNorm.weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="vector of query 0 is not finite"):
+        dense_search(encoder, ["a"], ["b"])
+
+
+def test_a_query_never_finds_the_document_with_its_own_id(beir):
+    rows = np.array([[0, 1, 2, 3, 4]] * 3), np.array([[3, 4, 0, 1, 2]] * 3)
+
+    def search(dataset):
+        return -rows[0].astype(np.float32), rows[1]
+
+    _, runs = evaluate_folder(beir / "toy", "test", search)
+    assert "w1" in runs["toy"]["q1"] and list(runs["toy"]["w1"]) == ["d5", "d1", "d2", "d3"]
+    _, runs = evaluate_folder(beir / "toy", "test", search, ignore_identical_ids=False)
+    assert "w1" in runs["toy"]["w1"]
+
+
+def test_a_folder_of_data_sets_is_averaged(tmp_path):
+    write_dataset(tmp_path / "cqa" / "a")
+    write_dataset(tmp_path / "cqa" / "b", qrels="query-id\tcorpus-id\tscore\nq1\td2\t1\n")
+
+    def search(dataset):  # d1 first, d2 second
+        return np.array([[2.0, 1.0]] * len(dataset.queries), np.float32), np.array([[0, 1]] * len(dataset.queries))
+
+    metrics, runs = evaluate_folder(tmp_path / "cqa", "test", search)
+    assert list(runs) == ["a", "b"]
+    of_a, of_b = (evaluate_folder(tmp_path / "cqa" / name, "test", search)[0] for name in "ab")
+    assert metrics["NDCG@10"] == pytest.approx((of_a["NDCG@10"] + of_b["NDCG@10"]) / 2)
+    eval_beir.save_runs(tmp_path / "runs.jsonl", runs)
+    ids = [json.loads(line)["query_id"] for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert ids == ["a/q1", "a/q2", "a/w1", "b/q1"]
+
+
+# --- The script -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("retriever", ["dense", "bm25", "hybrid"])
+def test_the_script_writes_metrics_and_results(beir, tmp_path, retriever):
+    path = tmp_path / "results" / "runs.jsonl"
+    metrics = run(beir, tmp_path, "--retriever", retriever, "--save_results_path", str(path))
+    assert json.loads((tmp_path / "toy.json").read_text()) == metrics
+    results = {r["query_id"]: r["results"] for r in map(json.loads, path.read_text().splitlines())}
+    assert list(results) == ["q1", "q2", "w1"] and "w1" not in results["w1"]
+    if retriever == "bm25":
+        assert metrics["MRR@1"] == 100 and list(results["q2"]) == ["w1"]
+
+
+def test_results_in_other_formats_hold_the_same(beir, tmp_path):
+    run(beir, tmp_path, "--save_results_path", str(tmp_path / "run.pt"), "--score_function", "cos_sim")
+    run(beir, tmp_path, "--save_results_path", str(tmp_path / "run.trec"), "--norm_query", "--norm_doc")
+    results = torch.load(tmp_path / "run.pt", weights_only=True)
+    lines = [line.split() for line in (tmp_path / "run.trec").read_text().splitlines()]
+    assert all(line[1] == "Q0" and len(line) == 6 for line in lines)
+    assert {(q, d): float(s) for q, _, d, _, s, _ in lines} == pytest.approx(
+        {(q, d): s for q, scores in results.items() for d, s in scores.items()}
+    )
+    assert max(s for scores in results.values() for s in scores.values()) <= 1 + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--dataset", "none"), "none is not in the layout of BEIR"),
+        (("--text_maxlength", "100"), "--text_maxlength 100: .* reads at most 64 tokens"),
+        (("--retriever", "hybrid", "--dense_weight", "2"), "--dense_weight must be in"),
+    ],
+)
+def test_bad_flags(beir, tmp_path, flags, message):
+    with pytest.raises(ValueError, match=message):
+        run(beir, tmp_path, *flags)
+
+
+def test_official_commands_parse():
+    command = "--model_name_or_path facebook/contriever-msmarco --dataset scifact --beir_dir /data --lower_case"
+    args = get_args_parser().parse_args(
+        [*command.split(), "--local_rank", "-1", "--main_port", "-1", "--score_function", "dot"]
+    )
+    assert args.text_maxlength == 512 and args.per_gpu_batch_size == 128
+
+
+# --- BM25 and hybrid --------------------------------------------------------------------------------------------------
+
+
+def plain_bm25(documents: list[list[str]], query: list[str], k1: float = 1.5, b: float = 0.75) -> list[float]:
+    """Lucene's BM25 from its formula."""
+    mean_length = sum(map(len, documents)) / len(documents)
+    scores = []
+    for words in documents:
+        score = 0.0
+        for word in query:
+            n = sum(word in d for d in documents)
+            idf = math.log(1 + (len(documents) - n + 0.5) / (n + 0.5))
+            tf = words.count(word)
+            score += idf * tf / (tf + k1 * (1 - b + b * len(words) / mean_length))
+        scores.append(score)
+    return scores
+
+
+def test_bm25_against_its_formula():
+    texts = ["wing flow wing", "heat flow body jet", "", "cone jet jet speed", "shock"]
+    scores, rows = BM25(texts).search(["wing jet", "flow"], k=5)
+    for q, query in enumerate(["wing jet", "flow"]):
+        expected = plain_bm25([t.split() for t in texts], query.split())
+        found = dict(zip(rows[q].tolist(), scores[q].tolist(), strict=True))
+        found.pop(-1, None)
+        assert found == pytest.approx({row: s for row, s in enumerate(expected) if s > 0}, rel=1e-5)
+        assert (np.diff(scores[q][rows[q] >= 0]) <= 0).all()
+
+
+@pytest.mark.parametrize("texts", [[], ["", ""], ["the", "of"]])
+def test_bm25_over_nothing_finds_nothing(texts):
+    scores, rows = BM25(texts).search(["wing"], k=2)
+    assert rows.tolist() == [[-1, -1]] and np.isneginf(scores).all()
+
+
+def test_bm25_with_a_query_of_unknown_words_finds_nothing():
+    _, rows = BM25(["wing flow", "heat"]).search(["zebra", "wing", ""], k=2)
+    assert rows.tolist() == [[-1, -1], [0, -1], [-1, -1]]
+
+
+def test_fusion_adds_stretched_scores():
+    dense = np.array([[10.0, 6.0, 2.0]], np.float32), np.array([[4, 1, 2]])
+    lexical = np.array([[3.0, 1.0, -np.inf]], np.float32), np.array([[1, 7, -1]])
+    scores, rows = fuse(dense, lexical, k=5, dense_weight=0.6)
+    assert rows.tolist() == [[1, 4, 2, 7, -1]]
+    np.testing.assert_allclose(scores[0, :4], [0.6 * 0.5 + 0.4, 0.6, 0, 0], atol=1e-6)
+    assert np.array_equal(fuse(dense, lexical, 3, 1.0)[1], dense[1])

@@ -1,0 +1,218 @@
+import json
+
+import pytest
+import torch
+
+from contriever import finetuning
+from contriever.encoder import load_retriever
+from contriever.finetuning_data import FineTuningPairs, read_examples
+from contriever.mine_negatives import get_args_parser as mining_parser
+from contriever.mine_negatives import mine
+from contriever.sam import SharpnessAware
+from shared import distributed
+from tests.contriever.tiny_encoder import tiny_retriever
+from tests.contriever.training_runs import lines, state_of
+from tests.processes import run_processes
+from tests.reliability.runs import assert_same_run
+from tests.swav.interruption import interrupting
+
+TINY = (
+    "--per_gpu_batch_size 4 --total_steps 5 --lr 0.01 --temperature 0.5 --chunk_length 32 --negative_ctxs 2 "
+    "--negative_hard_ratio 0.5 --num_workers 0 --device cpu --amp fp32 --log_freq 1 --eval_freq 2 --saveckp_steps 1"
+).split()
+
+
+def record(i: int) -> dict:
+    return {
+        "question": f"w{i} wing",
+        "positive_ctxs": [{"title": "flow", "text": f"w{i} the"}, {"text": f"w{i} heat"}],
+        "negative_ctxs": [{"text": f"w{(i + j) % 40} a"} for j in range(1, 4)],
+        "hard_negative_ctxs": [{"text": f"w{(i + j) % 40} wing"} for j in range(1, 4)],
+    }
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finetuning")
+    tiny_retriever(folder / "encoder").save(folder / "encoder")
+    (folder / "train.jsonl").write_text("".join(json.dumps(record(i)) + "\n" for i in range(12)))
+    (folder / "dev.json").write_text(json.dumps([record(i) for i in range(12, 18)]))
+    return folder
+
+
+def run(data, output_dir, *flags):
+    places = ("--train_data", data / "train.jsonl", "--eval_data", data / "dev.json", "--model_path", data / "encoder")
+    arguments = [*TINY, *map(str, places), "--output_dir", str(output_dir), *map(str, flags)]
+    finetuning.finetune(finetuning.parse_args(arguments))
+    return lines(output_dir)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finetuned") / "run"
+    run(data, folder)
+    return folder
+
+
+def test_a_killed_run_ends_like_an_uninterrupted_one(data, uninterrupted, tmp_path, monkeypatch):
+    for call in (3, 2):
+        with monkeypatch.context() as patch:
+            patch.setattr(finetuning, "update", interrupting(finetuning.update, call))
+            with pytest.raises(KeyboardInterrupt):
+                run(data, tmp_path / "run")
+    run(data, tmp_path / "run")
+    assert_same_run(tmp_path / "run", uninterrupted)
+
+
+def test_held_out_questions_are_measured_before_during_and_after(uninterrupted):
+    evaluations = [line for line in lines(uninterrupted) if "mrr" in line]
+    assert [line["step"] for line in evaluations] == [0, 2, 4, 5]
+    assert all(0 <= line["eval_acc"] <= 100 and 0 < line["mrr"] <= 1 for line in evaluations)
+
+
+def test_names_of_the_weights_are_those_of_the_bare_encoder(data, uninterrupted):
+    assert "embeddings.word_embeddings.weight" in state_of(uninterrupted)["model"]
+    a, b = (load_retriever(path).model.state_dict() for path in (uninterrupted, uninterrupted / "encoder"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_training_learns_which_passage_belongs_to_which_question(data, tmp_path):
+    found = run(data, tmp_path / "run", "--total_steps", 25, "--eval_freq", 0, "--dropout", 0, "--saveckp_steps", 0)
+    losses = [line["loss"] for line in found if "loss" in line]
+    assert sum(losses[-3:]) < 0.7 * sum(losses[:3])
+
+
+@pytest.mark.parametrize("optim", ["sam", "asam"])
+def test_sharpness_aware_steps_resume_too(optim, data, tmp_path, monkeypatch):
+    flags = ("--optim", optim, "--rho", 0.5, "--total_steps", 3, "--eval_freq", 0)
+    run(data, tmp_path / "whole", *flags)
+    with monkeypatch.context() as patch:
+        patch.setattr(finetuning, "update", interrupting(finetuning.update, 3))
+        with pytest.raises(KeyboardInterrupt):
+            run(data, tmp_path / "run", *flags)
+    run(data, tmp_path / "run", *flags)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_sharpness_goes_uphill_as_far_as_it_may_and_comes_back(adaptive):
+    w = torch.nn.Parameter(torch.tensor([3.0, -4.0, 0.0]))
+    unused = torch.nn.Parameter(torch.ones(2))
+    start = w.detach().clone()
+    sharpness = SharpnessAware([w, unused], rho=0.1, adaptive=adaptive)
+    (w @ torch.tensor([1.0, 2.0, 2.0])).backward()
+    sharpness.ascend()
+    step = w.detach() - start
+    units = start.abs() + 0.01 if adaptive else torch.ones(3)
+    assert (step / units).norm().item() == pytest.approx(0.1)
+    assert (step * w.grad > 0).all()
+    sharpness.descend()
+    assert torch.equal(w.detach(), start)
+
+
+def test_a_radius_needs_an_optimiser_that_reads_it(data, capsys):
+    with pytest.raises(SystemExit):
+        finetuning.parse_args(["--train_data", "x", "--rho", "0.1"])
+    assert "--rho 0.1 must be positive and needs --optim sam or asam" in capsys.readouterr().err
+
+
+def finetune_on_rank(rank: int, data, output_dir, *flags) -> None:
+    distributed.init = lambda *_: torch.device("cpu")
+    run(data, output_dir, *flags)
+
+
+def test_two_processes_train_on_half_of_the_records_each(data, tmp_path):
+    run_processes(finetune_on_rank, 2, data, tmp_path / "run", "--per_gpu_batch_size", 2, "--total_steps", 4)
+    state = state_of(tmp_path / "run")
+    assert (state["step"], state["batch_size"], state["text"]) == (4, 4, 12)
+    records = [record(i) if i % 2 else {"question": "a", "positive_ctxs": [{"text": "b"}]} for i in range(12)]
+    (tmp_path / "uneven.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    with pytest.raises(Exception, match="the number of passages of a step"):
+        run_processes(finetune_on_rank, 2, data, tmp_path / "bad", "--train_data", tmp_path / "uneven.jsonl")
+
+
+BAD = {
+    "not json": ("{\n", "line 1: not JSON"),
+    "no question": ('{"positive_ctxs": [{"text": "a"}]}\n', 'line 1: no "question"'),
+    "no positive": ('{"question": "a"}\n', 'line 1: no passage under "positive_ctxs"'),
+    "no text": ('{"question": "a", "positive_ctxs": [{"title": "b"}]}\n', 'positive_ctxs: no "text"'),
+    "no list": ('{"question": "a", "positive_ctxs": [{"text": "b"}], "negative_ctxs": "c"}\n', "a list of passages"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_records_are_named_with_the_line(what, tmp_path):
+    content, message = BAD[what]
+    (tmp_path / "train.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_examples([tmp_path / "train.jsonl"])
+    with pytest.raises(ValueError, match=r"expected a .json or .jsonl file"):
+        (tmp_path / "train.tsv").touch()
+        read_examples([tmp_path / "train.tsv"])
+
+
+def test_the_same_example_has_other_negatives_in_every_epoch(data):
+    retriever = load_retriever(data / "encoder")
+    pairs = FineTuningPairs(read_examples([data / "train.jsonl"]), retriever, 32, negatives=2, hard_ratio=0.5)
+    epochs = [pairs.__getitems__([(epoch, i) for i in range(12)])["k_tokens"] for epoch in range(2)]
+    assert torch.equal(epochs[0], pairs.__getitems__([(0, i) for i in range(12)])["k_tokens"])
+    assert epochs[0].shape != epochs[1].shape or not torch.equal(*epochs)
+
+
+# --- Mining -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def passages(tmp_path):
+    rows = ["id\ttext\ttitle", *(f"p{i}\tthe w{i} wing of the w{i} plate\tflow" for i in range(10))]
+    rows.append("p10\theat of the jet\t")
+    (tmp_path / "passages.tsv").write_text("\n".join(rows) + "\n")
+    records = [
+        {"question": f"w{i} wing", "positive_ctxs": [{"text": f"the w{i} wing of the w{i} plate"}]} for i in range(3)
+    ]
+    records[0] |= {"answers": ["w5"]}  # a passage that holds it is no negative
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return tmp_path
+
+
+def mined(folder, *flags) -> list[dict]:
+    places = ["--data", folder / "questions.jsonl", "--passages", folder / "passages.tsv"]
+    arguments = [*places, "--output_path", folder / "hard.jsonl", "--device", "cpu", *flags]
+    mine(mining_parser().parse_args(list(map(str, arguments))))
+    return read_examples([folder / "hard.jsonl"])
+
+
+@pytest.mark.parametrize("method", ["bm25", "dense"])
+def test_hard_negatives_are_the_best_passages_that_are_no_positives(method, passages):
+    flags = [] if method == "bm25" else ["--method", "dense", "--norm"]
+    records = mined(passages, *flags, "--hard_negatives", 4, "--random_negatives", 3)
+    for i, found in enumerate(records):
+        hard, plain = ([p["id"] for p in found[key]] for key in ("hard_negative_ctxs", "negative_ctxs"))
+        assert f"p{i}" not in hard + plain and len(hard) == 4 and len(plain) == 3
+        assert "p10" not in hard  # shares no word, and means something else
+        assert not set(hard) & set(plain)
+    assert "p5" not in str(records[0]["hard_negative_ctxs"])
+    assert records == mined(passages, *flags, "--hard_negatives", 4, "--random_negatives", 3)
+
+
+def test_the_best_may_be_left_out(passages):
+    all_of_them = mined(passages, "--hard_negatives", 4)[1]["hard_negative_ctxs"]
+    assert mined(passages, "--hard_negatives", 3, "--skip_top", 2)[1]["hard_negative_ctxs"] == all_of_them[1:4]
+
+
+def test_judged_queries_become_records(tmp_path):
+    (tmp_path / "qrels").mkdir()
+    documents = [{"_id": f"d{i}", "title": "", "text": f"wing w{i} flow"} for i in range(6)]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(d) + "\n" for d in documents))
+    (tmp_path / "queries.jsonl").write_text(json.dumps({"_id": "q0", "text": "wing w2"}) + "\n")
+    (tmp_path / "qrels/train.tsv").write_text("query-id\tcorpus-id\tscore\nq0\td2\t1\nq0\td3\t0\n")
+    arguments = ["--beir", str(tmp_path), "--output_path", str(tmp_path / "out.jsonl"), "--hard_negatives", "2"]
+    mine(mining_parser().parse_args(arguments))
+    (found,) = read_examples([tmp_path / "out.jsonl"])
+    assert [p["id"] for p in found["positive_ctxs"]] == ["d2"]
+    assert len(found["hard_negative_ctxs"]) == 2
+
+
+def test_what_to_mine_must_be_named(tmp_path):
+    with pytest.raises(ValueError, match="give --data and --passages, or --beir"):
+        mine(mining_parser().parse_args(["--output_path", "x"]))

@@ -1,0 +1,406 @@
+"""Searching a folder of texts: what is indexed, what is embedded again, what is answered, what is refused."""
+
+import http.client
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import threading
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+import pytest
+
+from contriever import search as search_script
+from contriever import search_index, search_page
+from contriever.search import get_args_parser, search
+from contriever.search_index import SearchIndex
+from contriever.search_page import SearchServer, render_page
+from contriever.text_folder import Piece, decode, read_pieces, snippet, split, text_files
+from tests.contriever.tiny_encoder import tiny_retriever
+
+WORDS = ["bread", "bike", "chain", "crust", "stall", "wing", "script"]
+
+
+def bag_of_words(texts: list[str]) -> np.ndarray:
+    """An encoder whose scores are easy to predict."""
+    counts = np.array([[text.lower().count(word) for word in WORDS] for text in texts], np.float32)
+    return counts / np.maximum(np.linalg.norm(counts, axis=1, keepdims=True), 1)
+
+
+class Counting:
+    """The encoder, and all texts that it was given."""
+
+    def __init__(self):
+        self.texts = []
+
+    def __call__(self, texts: list[str]) -> np.ndarray:
+        self.texts += texts
+        return bag_of_words(texts)
+
+
+@pytest.fixture
+def notes(tmp_path) -> Path:
+    folder = tmp_path / "notes"
+    (folder / "sub" / ".git").mkdir(parents=True)
+    (folder / "a.md").write_text("# Bread\n\nThe crust of bread.\n\n## Bikes\n\nOil the chain of the bike.\n")
+    (folder / "sub" / "b.txt").write_text("A wing can stall.")
+    (folder / "c.jsonl").write_text('{"text": "wing", "title": "Wing"}\n\n{"text": "bread and bike"}\n')
+    (folder / ".hidden.txt").write_text("wing")
+    (folder / "sub" / ".git" / "d.txt").write_text("wing")
+    (folder / "e.png").write_bytes(b"wing")
+    return folder
+
+
+def open_index(notes: Path, encode=bag_of_words, model: int = 1) -> SearchIndex:
+    return SearchIndex(notes, notes / ".index", encode, {"model": model})
+
+
+# --- Texts to passages ------------------------------------------------------------------------------------------------
+
+
+def test_visible_text_files_in_order(notes):
+    assert [p.relative_to(notes).as_posix() for p in text_files(notes)] == ["a.md", "c.jsonl", "sub/b.txt"]
+    assert list(text_files(notes / "a.md")) == [notes / "a.md"]
+    for path, message in ((notes / "e.png", "expected a folder or a file"), (notes / "none", "no such file or folder")):
+        with pytest.raises(ValueError, match=message):
+            list(text_files(path))
+
+
+def test_markdown_is_cut_at_its_headings():
+    text = "intro\n\n# One\ntext a\n```\n# no heading\n```\n\n## Two ##\n\n\ntext b\n"
+    pieces, remark = read_pieces(Path("my_notes.md"), text.encode(), 50)
+    assert remark is None
+    assert pieces == [
+        Piece(1, "my notes", "intro"),
+        Piece(4, "One", "text a\n```\n# no heading\n```"),
+        Piece(12, "Two", "text b"),
+    ]
+
+
+def test_pieces_hold_every_word_once_and_no_more_than_allowed():
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        words = [f"w{i}{rng.choice([' ', chr(10), chr(10) * 2])}" for i in range(rng.integers(1, 60))]
+        text = "".join(words)
+        pieces = list(split(text, "", 7))
+        assert [w for piece in pieces for w in piece.text.split()] == text.split()
+        assert all(len(piece.text.split()) <= 7 for piece in pieces)
+        for piece in pieces:
+            assert (
+                text.split("\n")[piece.line - 1].split()[0] == piece.text.split()[0]
+                or piece.text.split()[0] in (text.split("\n")[piece.line - 1])
+            )
+    short = "a b\n\nc d\n\ne f g h i j"
+    assert [p.text for p in split(short, "", 7)] == ["a b\n\nc d", "e f g h i j"]
+
+
+@pytest.mark.parametrize(
+    ("content", "text", "remark"),
+    [
+        ("Zürich".encode(), "Zürich", None),
+        ("\ufeffZürich".encode(), "Zürich", None),
+        ("Zürich".encode("utf-16"), "Zürich", None),
+        (b"Z\xfcrich", "Z\ufffdrich", "byte 1 is not UTF8; what cannot be read became U+FFFD"),
+    ],
+)
+def test_encodings(content, text, remark):
+    assert decode(content) == (text, remark and remark.replace("UTF8", "UTF-8"))
+
+
+def test_snippets_show_where_the_words_are():
+    text = " ".join(f"w{i}" for i in range(300))
+    assert snippet("short\n text", "x") == "short text"
+    part = snippet(text, "w200 w201 zebra", 100)
+    assert "w200 w201" in part and part.startswith("… ") and part.endswith(" …") and len(part) < 110
+    assert snippet(text, "zebra", 100).startswith("w0 ")
+
+
+# --- The index --------------------------------------------------------------------------------------------------------
+
+
+def test_passages_are_found_with_their_places(notes):
+    index = open_index(notes)
+    update = index.update()
+    assert (update.new, update.embedded, len(index), update.problems) == (3, 5, 5, {})
+    best = index.search("bike chain", 2)
+    assert [(hit.path, hit.line, hit.title) for hit in best] == [("a.md", 7, "Bikes"), ("c.jsonl", 3, "")]
+    assert best[0].score == pytest.approx(
+        bag_of_words(["bike chain"])[0] @ bag_of_words(["Bikes chain bike"])[0], abs=1e-3
+    )
+    assert [hit.path for hit in index.search("stall", 10, "bm25")] == ["sub/b.txt"]
+    assert index.search("stall wing", 10, "hybrid")[0].path == "sub/b.txt"
+    with pytest.raises(ValueError, match="query is empty"):
+        index.search("  ", 3)
+
+
+def test_only_what_changed_is_embedded_again(notes):
+    encode = Counting()
+    open_index(notes, encode).update()
+    index = open_index(notes, encode)
+    encode.texts.clear()
+    assert index.update().describe().startswith("0 new, 0 changed, 0 removed and 3 unchanged files; 0 passages")
+    with open(notes / "a.md", "a") as file:
+        file.write("\n# Stall\n\nA wing.\n")
+    (notes / "new.txt").write_text("script")
+    (notes / "c.jsonl").unlink()
+    os.utime(notes / "sub" / "b.txt", (1, 1))  # another time, the same content
+    update = index.update()
+    assert (update.new, update.changed, update.removed, update.unchanged) == (1, 1, 1, 1)
+    assert encode.texts == ["Stall A wing.", "new script"]
+    assert {hit.path for hit in index.search("wing", 10)} == {"a.md", "new.txt", "sub/b.txt"}
+    assert index.update().unchanged == 3
+
+    fresh = SearchIndex(notes, notes / ".fresh", bag_of_words, {"model": 1})
+    fresh.update()
+    assert list(fresh.rows()) == list(index.rows())
+
+
+def test_killed_while_it_embeds_it_goes_on_where_it_was(notes, monkeypatch):
+    monkeypatch.setattr(search_index, "PASSAGES_PER_TRANSACTION", 1)
+    encode = Counting()
+
+    def dies(texts):
+        if encode.texts:
+            raise KeyboardInterrupt
+        return encode(texts)
+
+    with pytest.raises(KeyboardInterrupt):
+        open_index(notes, dies).update()
+    assert len(open_index(notes)) == 2  # those of a.md
+    update = open_index(notes, encode).update()
+    assert (update.new, update.unchanged) == (2, 1)
+    assert len(encode.texts) == 5
+
+
+def test_problems_are_told_and_the_rest_is_indexed(notes):
+    (notes / "bad.jsonl").write_text('{"text": "wing"}\n{"text": 3}\n')
+    (notes / "cut.jsonl").write_text('{"text": "wing"')
+    (notes / "binary.txt").write_bytes(b"wing\0")
+    (notes / "empty.txt").write_text(" \n")
+    (notes / "latin.txt").write_bytes(b"wing in Z\xfcrich")
+    index = open_index(notes)
+    expected = {
+        "bad.jsonl": 'line 2: "text" should be a string, got 3',
+        "cut.jsonl": "line 1: not JSON",
+        "binary.txt": "not indexed: a binary file",
+        "empty.txt": "not indexed: it is empty",
+        "latin.txt": "byte 9 is not UTF-8",
+    }
+    for update in (index.update(), index.update()):  # told every time
+        assert update.problems.keys() == expected.keys()
+        assert all(expected[name] in problem for name, problem in update.problems.items())
+    assert {hit.path for hit in index.search("wing", 10)} == {"a.md", "c.jsonl", "latin.txt", "sub/b.txt"}
+
+
+def test_an_index_of_another_model_is_refused(notes):
+    open_index(notes).update()
+    with pytest.raises(ValueError, match="made by another model or with other settings: its model is 1, now it is 2"):
+        open_index(notes, model=2)
+
+
+@pytest.mark.parametrize("content", [b"no database at all, but a text that is long enough" * 20, None])
+def test_a_damaged_index_is_one_clear_error(notes, content):
+    if content is None:  # the end is gone
+        open_index(notes).update()
+        content = (notes / ".index").read_bytes()[:9000]
+    (notes / ".index").write_bytes(content)
+    with pytest.raises(ValueError, match=r"\.index (is damaged|cannot be used)"):
+        index = open_index(notes)
+        index.update()
+        index.search("wing", 3)
+
+
+def test_a_folder_that_cannot_be_written_to_names_the_flag(notes):
+    with pytest.raises(ValueError, match="--index_path puts it elsewhere"):
+        SearchIndex(notes, notes / "none" / "index", bag_of_words, {})
+
+
+def test_an_empty_folder_finds_nothing(tmp_path):
+    index = SearchIndex(tmp_path, tmp_path / ".index", bag_of_words, {})
+    index.update()
+    assert index.search("wing", 3) == index.search("wing", 3, "hybrid") == []
+
+
+# --- The script -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_retriever(folder).save(folder)
+    return folder
+
+
+def run(model: Path, *flags: str):
+    return search(get_args_parser().parse_args(["--model_name_or_path", str(model), "--device", "cpu", *flags]))
+
+
+def test_one_command_indexes_and_answers(notes, model, capsys):
+    index = run(model, "--passages", str(notes), "--query", "wing", "--top_k", "2")
+    out = capsys.readouterr().out
+    assert "3 new" in out and "5 in all" in out
+    assert out.count("\n1. ") == out.count("\n2. ") == 1 and "3. " not in out.split("2. ")[-1]
+    assert (notes / ".search_index.sqlite").exists()
+    dense = index.encode(["wing"])[0] @ index.encode(["Wing wing"])[0]
+    assert any(hit.score == pytest.approx(dense, abs=0.05) for hit in index.search("wing", 5) if hit.title == "Wing")
+    run(model, "--passages", str(notes), "--query", "wing", "--retriever", "hybrid")
+    assert "3 unchanged files; 0 passages embedded" in capsys.readouterr().out
+
+
+def test_a_single_file_and_an_index_elsewhere(notes, model, tmp_path, capsys):
+    index_path = tmp_path / "elsewhere.sqlite"
+    run(model, "--passages", str(notes / "sub" / "b.txt"), "--index_path", str(index_path), "--query", "wing")
+    assert "b.txt:1" in capsys.readouterr().out and index_path.exists()
+    run(model, "--passages", str(notes / "sub" / "b.txt"))
+    assert (notes / "sub" / ".b.txt.search_index.sqlite").exists()
+
+
+def test_rebuild_replaces_a_damaged_index(notes, model, capsys):
+    (notes / ".search_index.sqlite").write_bytes(b"x" * 5000)
+    with pytest.raises(ValueError, match="--rebuild"):
+        run(model, "--passages", str(notes))
+    run(model, "--passages", str(notes), "--rebuild")
+    assert "3 new" in capsys.readouterr().out
+
+
+def test_bad_flags_of_the_script(notes, model):
+    for flags, message in (
+        (["--passages", str(notes / "none")], "no such file or folder"),
+        (["--passages", str(notes), "--top_k", "0"], "--top_k 0"),
+        (["--passages", str(notes), "--query", " "], "query is empty"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(model, *flags)
+    assert search_script.INDEX_NAME.startswith(".")  # so that it is not indexed itself
+
+
+# --- The page ---------------------------------------------------------------------------------------------------------
+
+ATTACK = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
+
+
+@pytest.fixture
+def server(notes):
+    (notes / f"{'<i>x'}.md").write_text(f"# {ATTACK}\n\nscript {ATTACK} of a wing\n")
+    index = open_index(notes)
+    index.update()
+    with SearchServer(index, "127.0.0.1", 0, 3, "dense", 0.5) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def get(server: SearchServer, path: str, **headers: str) -> tuple[int, str, http.client.HTTPMessage]:
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
+    connection.request("GET", path, headers=headers)
+    response = connection.getresponse()
+    found = response.status, response.read().decode(), response.headers
+    connection.close()
+    return found
+
+
+def test_the_page_shows_results(server):
+    status, page, headers = get(server, "/")
+    assert status == 200 and "<ol>" not in page and 'placeholder="Search 6 passages"' in page
+    assert headers["Content-Type"] == "text/html; charset=utf-8"
+    status, page, _ = get(server, "/?q=bike+chain")
+    assert status == 200 and page.count("<li>") == 3
+    assert "Oil the <mark>chain</mark> of the <mark>bike</mark>." in page and "a.md, line 7" in page
+    assert 'value="bike chain"' in page
+
+
+def test_nothing_of_the_texts_or_the_query_becomes_markup(server):
+    status, page, headers = get(server, f"/?q={quote('script ' + ATTACK)}")
+    assert status == 200 and "alert(2)" in page
+    for markup in ("<script", "<img", "<i>"):
+        assert markup not in page
+    assert (
+        "default-src 'none'" in headers["Content-Security-Policy"]
+        and "script" not in page.split("<style>")[0].split("<title>")[0]
+    )
+    assert headers["X-Content-Type-Options"] == "nosniff"
+    assert "<script" not in render_page(ATTACK, [], 0, problem=ATTACK)
+
+
+def test_json_answers(server):
+    status, body, headers = get(server, "/search.json?q=stall&k=1")
+    (result,) = json.loads(body)["results"]
+    assert status == 200 and (result["path"], result["line"]) == ("sub/b.txt", 1)
+    assert headers["Content-Type"] == "application/json; charset=utf-8"
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "status"),
+    [
+        ("/../etc/passwd", {}, 404),
+        ("/?q=wing&k=0", {}, 400),
+        ("/?q=wing&k=101", {}, 400),
+        ("/search.json?q=wing&k=x", {}, 400),
+        (f"/?q={'x' * 2001}", {}, 400),
+        ("/?q=wing", {"Host": "evil.example"}, 403),
+        ("/?q=wing", {"Host": "localhost:1"}, 200),
+        ("/?q=%ff%00", {}, 200),
+    ],
+)
+def test_requests_that_are_refused(server, path, headers, status):
+    assert get(server, path, **headers)[0] == status
+
+
+def test_other_methods_are_refused(server):
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
+    connection.request("POST", "/", body=b"q=wing")
+    assert connection.getresponse().status == 501
+
+
+def test_new_notes_are_found_while_it_serves(server, notes, monkeypatch):
+    monkeypatch.setattr(search_page, "SECONDS_BETWEEN_UPDATES", -1)
+    (notes / "late.txt").write_text("crust crust")
+    assert "late.txt" in get(server, "/?q=crust")[1]
+    shutil.rmtree(notes)
+    status, page, _ = get(server, "/?q=crust")
+    assert status == 500 and "no such file or folder" in page
+
+
+def test_an_idle_connection_does_not_keep_others_waiting(server):
+    idle = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
+    idle.connect()  # as browsers do, in advance
+    assert get(server, "/?q=wing")[0] == 200
+    idle.close()
+
+
+def test_queries_at_the_same_time_all_get_their_answers(server):
+    answers = {}
+
+    def ask(word: str) -> None:
+        answers[word] = json.loads(get(server, f"/search.json?q={word}&k=1")[1])["query"]
+
+    threads = [threading.Thread(target=ask, args=(word,)) for word in WORDS]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == {word: word for word in WORDS}
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+def test_the_page_in_a_browser(server, tmp_path):
+    address = f"http://127.0.0.1:{server.server_port}/?q={quote('script ' + ATTACK)}"
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--dump-dom"]
+    page = subprocess.run([BROWSER, *flags, address], capture_output=True, text=True, timeout=120, check=True).stdout
+    assert page.count("<li>") == 3 and "<mark>" in page
+    assert "<script" not in page and "<img" not in page
+
+
+def test_sqlite_is_the_only_file(notes):
+    index = open_index(notes)
+    index.update()
+    assert isinstance(index.database, sqlite3.Connection)
+    assert [p.name for p in notes.iterdir() if p.name.startswith(".index")] == [".index"]

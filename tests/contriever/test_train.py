@@ -1,0 +1,246 @@
+"""The real script: flags, training, resuming, several processes."""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from contriever import train
+from contriever.encoder import load_retriever
+from contriever.flags import LEAST
+from contriever.train import parse_args
+from shared.attempt import Interrupted, NotFinite
+from tests.contriever.tiny_encoder import VOCABULARY, tiny_retriever
+from tests.contriever.training_runs import TINY, losses, make_data, run_train, state_of, train_on_rank
+from tests.processes import run_processes
+from tests.reliability.runs import assert_same_run, log_lines
+from tests.swav.interruption import interrupting
+
+ROOT = Path(__file__).resolve().parents[2]
+PUBLISHED = {
+    "contriever": "--retriever_model_id bert-base-uncased --pooling average --augmentation delete "
+    "--prob_augmentation 0.1 --train_data encoded-data/bert-base-uncased/wiki encoded-data/bert-base-uncased/cc-net "
+    "--loading_mode split --ratio_min 0.05 --ratio_max 0.5 --chunk_length 256 --momentum 0.9995 --queue_size 131072 "
+    "--temperature 0.05 --warmup_steps 20000 --total_steps 500000 --lr 0.00005 --scheduler linear --optim adamw "
+    "--per_gpu_batch_size 64 --output_dir /checkpoint/contriever --projection_size 768 --main_port 10002",
+    "readme": "--retriever_model_id bert-base-uncased --moco_queue 131072 --momentum 0.9995 --temperature 0.05 "
+    "--augmentation delete --prob_augmentation 0.1 --train_data wiki --warmup_steps 20000 --total_steps 500000",
+    "mcontriever": "--retriever_model_id bert-base-multilingual-cased --pooling average --train_data af ar az be bg "
+    "--loading_mode split --ratio_min 0.1 --ratio_max 0.5 --chunk_length 256 --momentum 0.999 --queue_size 32768 "
+    "--temperature 0.05 --warmup_steps 20000 --total_steps 500000 --lr 0.00005 --sampling_coefficient 0.0",
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("contriever"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data, tmp_path_factory):
+    """A finished run of every mode, made once."""
+    runs = {}
+
+    def get(mode: str):
+        if mode not in runs:
+            runs[mode] = tmp_path_factory.mktemp(mode) / "run"
+            run_train(data, runs[mode], "--contrastive_mode", mode)
+        return runs[mode]
+
+    return get
+
+
+@pytest.mark.parametrize("command", PUBLISHED.values(), ids=PUBLISHED)
+def test_published_commands_parse(command):
+    args = parse_args(command.split())
+    assert args.momentum > 0.99 and args.temperature == 0.05
+    assert args.queue_size in (131072, 32768)
+
+
+def test_an_unknown_flag_is_an_error(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--moco_quee", "3"])
+    assert "moco_quee" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", ["moco", "inbatch"])
+def test_a_killed_run_ends_like_an_uninterrupted_one(mode, data, uninterrupted, tmp_path, monkeypatch):
+    flags = ("--contrastive_mode", mode)
+    for call, workers in ((3, 0), (2, 2)):
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "update", interrupting(train.update, call))
+            with pytest.raises(KeyboardInterrupt):
+                run_train(data, tmp_path / "run", *flags, "--num_workers", workers)
+    run_train(data, tmp_path / "run", *flags)
+    assert_same_run(tmp_path / "run", uninterrupted(mode))
+    steps = [line["step"] for line in log_lines(tmp_path / "run")]
+    assert steps == [0, 1, 2, 3, 4, 4, 5, 6, 6]  # three of them evaluations
+
+
+def test_a_signal_saves_and_ends_the_run(data, uninterrupted, tmp_path, monkeypatch):
+    update, calls = train.update, []
+
+    def signalled(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return update(*args)
+
+    flags = ("--saveckp_steps", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "update", signalled)
+        with pytest.raises(Interrupted):
+            run_train(data, tmp_path / "run", *flags)
+    assert state_of(tmp_path / "run")["step"] == 3
+    run_train(data, tmp_path / "run")
+    assert log_lines(tmp_path / "run") == log_lines(uninterrupted("moco"))
+
+
+def test_values_that_are_not_finite_end_the_run_and_spoil_no_checkpoint(data, tmp_path, monkeypatch):
+    update, calls = train.update, []
+
+    def poisoned(loss, *args):
+        calls.append(loss)
+        return update(loss * float("nan") if len(calls) > 2 else loss, *args)
+
+    monkeypatch.setattr(train, "update", poisoned)
+    with pytest.raises(NotFinite, match=r"the first such tensor is the gradient of encoder_q\.encoder\."):
+        run_train(data, tmp_path / "run", "--max_skipped_steps", 2, "--eval_documents", 0)
+    assert state_of(tmp_path / "run")["step"] == 2
+    assert all(value.isfinite().all() for value in state_of(tmp_path / "run")["model"].values())
+    assert torch.load(tmp_path / "run/nonfinite.pth", weights_only=True)["q_tokens"].shape[0] == 4
+
+
+def test_a_finished_run_stays_as_it_is(data, uninterrupted):
+    before = state_of(uninterrupted("moco"))
+    run_train(data, uninterrupted("moco"))
+    after = state_of(uninterrupted("moco"))
+    assert before["step"] == after["step"] == 6
+    torch.testing.assert_close(before["model"], after["model"], rtol=0, atol=0)
+    assert len((uninterrupted("moco") / "log.txt").read_text().splitlines()) == 1
+
+
+def test_a_run_leaves_an_encoder_that_every_script_reads(data, uninterrupted):
+    run = uninterrupted("moco")
+    vectors = [
+        load_retriever(path).encode(["the wing of a w3", "heat"], amp="fp32")
+        for path in (run, run / "encoder", run / "checkpoint.pth", run / "checkpoint/latest")
+    ]
+    start = load_retriever(data / "encoder").encode(["the wing of a w3", "heat"], amp="fp32")
+    for other in vectors[1:]:
+        assert (vectors[0] == other).all()
+    assert abs(vectors[0] - start).max() > 0.01
+    assert (run / "checkpoint/step-4/checkpoint.pth").is_file()
+
+
+def test_the_queue_holds_the_last_keys_and_the_key_encoder_follows(data, uninterrupted):
+    model = state_of(uninterrupted("moco"))["model"]
+    assert model["queue"].shape == (16, 8) and model["queue_ptr"].item() == 0  # 6 steps of 4 keys
+    assert not torch.allclose(model["queue"].norm(dim=0), torch.ones(8))  # the first ones had length 1
+    names = [name.removeprefix("encoder_q.") for name in model if name.startswith("encoder_q.")]
+    start = load_retriever(data / "encoder").model.state_dict()
+    moved = {side: sum((model[f"{side}.{n}"] - start[n]).norm() for n in names) for side in ("encoder_q", "encoder_k")}
+    assert 0 < moved["encoder_k"] < moved["encoder_q"]
+
+
+def test_two_processes_equal_one_with_twice_the_batch(data, tmp_path):
+    """With all text on both and no dropout: the pairs, the keys in the queue and the gradients are the same."""
+    flags = ("--loading_mode", "full", "--dropout", 0, "--eval_documents", 0, "--save_freq", 0, "--saveckp_steps", 0)
+    for mode in ("moco", "inbatch"):
+        flags = (*flags, "--contrastive_mode", mode)
+        run_train(data, tmp_path / f"{mode}1", *flags)
+        run_processes(train_on_rank, 2, data, tmp_path / f"{mode}2", *flags, "--per_gpu_batch_size", 2)
+        torch.testing.assert_close(losses(tmp_path / f"{mode}1"), losses(tmp_path / f"{mode}2"), rtol=1e-3, atol=1e-4)
+        one, two = (state_of(tmp_path / f"{mode}{n}")["model"] for n in (1, 2))
+        torch.testing.assert_close(one, two, rtol=1e-2, atol=1e-3)
+
+
+def test_a_checkpoint_of_the_reference_is_continued(data, uninterrupted, tmp_path):
+    """Its options are a Namespace, and its link to the newest one points nowhere when the folder was relative."""
+    state = state_of(uninterrupted("moco"))
+    old = {key: state[key] for key in ("step", "model", "optimizer", "scheduler")}
+    old |= {"step": 3, "opt": argparse.Namespace(retriever_model_id=str(data / "encoder"))}
+    (tmp_path / "old/checkpoint/step-3").mkdir(parents=True)
+    torch.save(old, tmp_path / "old/checkpoint/step-3/checkpoint.pth")
+    (tmp_path / "old/checkpoint/latest").symlink_to("old/checkpoint/step-3")
+    lines = run_train(data, tmp_path / "new", "--model_path", tmp_path / "old", "--continue_training")
+    assert [line["step"] for line in lines if "loss" in line] == [4, 5, 6]
+
+
+BAD = {
+    "--queue_size 6": "--queue_size 6 is not a multiple of the 4 texts",
+    "--chunk_length 200": "--chunk_length 200: the encoder reads 64 tokens",
+    "--projection_size 768": "--projection_size 768: the encoder is 16 wide",
+    "--train_data nowhere": "--train_data nowhere is no folder",
+    "--retriever_model_id nobody/nothing": "nobody/nothing is neither a file or folder",
+    "--per_gpu_batch_size 4000 --queue_size 4000": "do not fill one batch of --per_gpu_batch_size 4000",
+    "--continue_training --model_path {data}/encoder": "cannot|checkpoint",
+}
+
+
+@pytest.mark.parametrize("flags", BAD)
+def test_what_cannot_be_trained_is_one_clear_error(flags, data, tmp_path):
+    with pytest.raises((ValueError, OSError), match=BAD[flags]):
+        run_train(data, tmp_path / "run", *flags.format(data=data).split())
+
+
+@pytest.mark.parametrize("flag", [flag for flag in LEAST if not flag.startswith("negative")])
+def test_numbers_that_are_too_small_are_named(flag, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--train_data", "x", f"--{flag}", "-1"])
+    assert f"--{flag} -1" in capsys.readouterr().err
+
+
+def test_text_of_another_vocabulary_is_refused(data, tmp_path):
+    other = tiny_retriever(tmp_path / "other", [*VOCABULARY[:-1], "different"])
+    other.save(tmp_path / "other")
+    with pytest.raises(ValueError, match="whose vocabulary is not that of --retriever_model_id"):
+        run_train(data, tmp_path / "run", "--retriever_model_id", tmp_path / "other")
+
+
+def test_another_text_is_refused_or_said(data, uninterrupted, tmp_path, capsys):
+    shutil.copytree(uninterrupted("inbatch"), tmp_path / "run", symlinks=True)
+    flags = ("--contrastive_mode", "inbatch", "--total_steps", 7)
+    with pytest.raises(ValueError, match="total_steps was 6, is 7"):
+        run_train(data, tmp_path / "run", *flags, "--on_changed_run", "refuse")
+    run_train(data, tmp_path / "run", *flags)
+    assert "total_steps was 6, is 7" in capsys.readouterr().out
+    assert state_of(tmp_path / "run")["step"] == 7
+
+
+def test_collections_are_searched_before_during_and_after(data, tmp_path):
+    folder = tmp_path / "tiny"
+    (folder / "qrels").mkdir(parents=True)
+    documents = [{"_id": f"d{i}", "title": "", "text": f"w{i} wing flow"} for i in range(6)]
+    queries = [{"_id": f"q{i}", "text": f"w{i}"} for i in range(2)]
+    for name, records in (("corpus", documents), ("queries", queries)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "qrels/test.tsv").write_text("query-id\tcorpus-id\tscore\nq0\td0\t1\nq1\td1\t1\n")
+    found = run_train(data, tmp_path / "run", "--eval_datasets", "tiny", "--eval_datasets_dir", tmp_path)
+    values = {line["step"]: line["tiny/NDCG@10"] for line in found if "tiny/NDCG@10" in line}
+    assert list(values) == [0, 4, 6] and all(0 < value <= 100 for value in values.values())
+    with pytest.raises(ValueError, match="--eval_datasets: there is no folder"):
+        run_train(data, tmp_path / "other", "--eval_datasets", "absent", "--eval_datasets_dir", tmp_path)
+
+
+def test_a_copied_folder_is_all_it_takes(data, tmp_path):
+    for folder in ("contriever", "shared"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "runs"))
+    places = [
+        "--train_data",
+        data / "tokens",
+        "--retriever_model_id",
+        data / "encoder",
+        "--output_dir",
+        tmp_path / "run",
+    ]
+    command = [sys.executable, "main.py", *TINY, *map(str, places), "--eval_documents", "0"]
+    subprocess.run(command, cwd=tmp_path / "contriever", check=True, capture_output=True)
+    assert len(losses(tmp_path / "run")) == 6

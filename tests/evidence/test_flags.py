@@ -1,0 +1,36 @@
+"""The commands behind the tables of the READMEs are understood by the scripts."""
+
+import importlib
+
+import pytest
+
+from tests.evidence import deepcluster, dino, resmlp, swav, xcit
+
+VARIANTS = [
+    (module.__name__.split(".")[-1], variant)
+    for module in (dino, swav, deepcluster, resmlp, xcit)
+    for variant in (*module.CLAIMS, *getattr(module, "CIFAR10_VARIANTS", ()))
+]
+
+
+@pytest.mark.parametrize(("method", "variant"), VARIANTS, ids=lambda value: getattr(value, "name", value))
+def test_the_flags_of_a_variant_are_those_of_its_script(method, variant):
+    name = {"dino": "main_dino.py", "swav": "main_swav.py"}.get(method) if variant.script == "main.py" else None
+    script = importlib.import_module(f"{method}.{(name or variant.script)[:-3]}")
+    args = script.parse_args([*variant.flags.split(), "--seed", "1", "--output_dir", "out"])
+    assert (args.seed, args.output_dir, args.num_workers, args.pictures) == (1, "out", 0, False)
+
+
+@pytest.mark.parametrize(("method", "flags"), [("swav", swav.LINEAR), ("deepcluster", deepcluster.LINEAR)])
+def test_the_flags_of_the_linear_classifier_are_those_of_its_script(method, flags):
+    script = importlib.import_module(f"{method}.eval_linear")
+    data = ["--data" if method == "deepcluster" else "--data_path", "images", "--val_path", "images"]
+    weights = ["--model" if method == "deepcluster" else "--pretrained", "file"]
+    script.parse_args([*flags.split(), *data, *weights, "--output_dir", "out"])
+
+
+def test_names_of_variants_are_names_of_folders():
+    for module in (dino, swav, deepcluster, resmlp, xcit):
+        for variants in (module.CLAIMS, getattr(module, "CIFAR10_VARIANTS", [])):
+            folders = {variant.name.replace(" ", "_") for variant in variants}
+            assert len(folders) == len(variants) and not any("/" in folder for folder in folders)

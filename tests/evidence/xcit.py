@@ -1,0 +1,112 @@
+"""The small experiments behind xcit/README.md: the digits and CIFAR-10, beside a ViT and a ResNet of equal cost.
+
+    make evidence METHOD=xcit                                         # the digits, about 40 core-minutes
+    python tests/evidence/xcit.py --only cifar10 --cifar10 DIR        # DIR holds train/ and test/ with class folders
+
+All networks see the same images and augmentation for as many epochs, with the same optimiser, and have about as many
+multiply-adds per image (printed first). XCiT is also distilled from the ResNet of the same seed; on CIFAR-10 DINO
+trains XCiT and a ViT. Every run uses one thread; --parallel of them run at a time. Numbers are those of the last epoch,
+mean and standard deviation over the seeds.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.evidence import dino
+from tests.evidence.runs import Variant, in_parallel, main, run_all, run_script, table, write
+from xcit.main import parse_args
+from xcit.networks import build_network
+
+RUN = (
+    "--num_workers 0 --pictures off --device cpu --log_freq 20 --no-model-ema --no-repeated-aug --drop-path 0 "
+    "--reprob 0 --full_crop"
+)
+NETWORKS = {  # about 100 million multiply-adds per image of 64 pixels, 16 tokens
+    "XCiT": "--model xcit_tiny_12_p16",
+    "ViT": "--model deit_tiny_patch16_224",
+    "ResNet": "--model resnet10t",
+}
+DIGITS = f"{RUN} --input-size 64 --epochs 5 --batch-size 32 --lr 0.008 --warmup-epochs 0 --aa none --mixup 0 --cutmix 0"
+CIFAR10 = f"{RUN} --input-size 64 --epochs 10 --batch-size 64 --lr 0.004 --warmup-epochs 1 --mixup 0.2 --cutmix 1"
+CLAIMS = [Variant(name, f"{flags} {DIGITS}") for name, flags in NETWORKS.items()]
+CIFAR10_VARIANTS = [Variant(name, f"{flags} {CIFAR10}") for name, flags in NETWORKS.items()]
+SELF_SUPERVISED = [
+    Variant("DINO, XCiT-N12 with patches of 8", f"{dino.CIFAR10} --arch xcit_nano_12_p8"),
+    Variant("DINO, ViT-tiny with patches of 8", dino.CIFAR10),
+]
+COLUMNS = {"acc1": "top-1", "test_loss": "test loss", "loss": "training loss"}
+
+
+def multiply_adds(variant: Variant) -> float:
+    """Of a forward pass of one image, in millions."""
+    args = parse_args(variant.flags.split())
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network = build_network(args.model, 10, img_size=args.input_size).eval()
+        network(torch.empty(1, 3, args.input_size, args.input_size))
+    return counter.get_total_flops() / 2e6
+
+
+def train(variant: Variant, seed: int, output_dir: Path) -> dict:
+    """Train one variant with one thread; its folder, its last numbers and the wall time."""
+    command = [variant.script, *variant.flags.split(), "--seed", str(seed), "--output_dir", str(output_dir)]
+    start = time.perf_counter()
+    run_script("xcit", command, output_dir.with_suffix(".log"))
+    last: dict = {}
+    for line in (output_dir / "metrics.jsonl").read_text().splitlines():
+        last |= json.loads(line)
+    return {
+        "variant": variant.name,
+        "seed": seed,
+        "run": output_dir,
+        "minutes": round((time.perf_counter() - start) / 60, 2),
+        "command": " ".join(["python", *command[:-2]]),
+        "acc1": last["test_acc1"],
+        "test_loss": last["test_loss"],
+        "loss": last["loss"],
+    }
+
+
+def beside_others(variants: list[Variant], out: Path, parallel: int, seeds: tuple[int, ...]) -> list[dict]:
+    """Every network with every seed, and XCiT distilled from the ResNet of the same seed."""
+    for variant in variants:
+        print(f"{variant.name}: {multiply_adds(variant):.0f} million multiply-adds", flush=True)
+    jobs = [(variant, seed) for variant in variants for seed in seeds]
+    results = in_parallel(lambda job: train(*job, out / job[0].name / str(job[1])), jobs, parallel)
+
+    def distill(seed: int) -> dict:
+        teacher = f"--teacher-model resnet10t --teacher-path {out / 'ResNet' / str(seed) / 'checkpoint.pth'}"
+        flags = f"{variants[0].flags} --distillation-type hard {teacher}"
+        return train(Variant("XCiT, distilled from the ResNet", flags), seed, out / "distilled" / str(seed))
+
+    return results + in_parallel(distill, seeds, parallel)
+
+
+def claims(out: Path, parallel: int, seeds: tuple[int, ...]) -> None:
+    results = beside_others(CLAIMS, out / "digits", parallel, seeds)
+    write(out, "xcit_digits", results, table(results, COLUMNS))
+
+
+def cifar10(out: Path, parallel: int, seeds: tuple[int, ...], train_images: Path, test_images: Path) -> None:
+    images = f"--data_path {train_images} --val_path {test_images}"
+    variants = [Variant(v.name, f"{v.flags} {images}") for v in CIFAR10_VARIANTS]
+    results = beside_others(variants, out / "cifar10", parallel, seeds)
+    learned = run_all(
+        "dino", [Variant(v.name, f"{v.flags} {images}") for v in SELF_SUPERVISED], out / "dino", parallel, seeds
+    )
+    for result in (*results, *learned):
+        result["command"] = result["command"].replace(images, "--data_path cifar10/train --val_path cifar10/test")
+    write(out, "xcit_cifar10", results, table(results, COLUMNS))
+    columns = {"knn_before": "k-NN before", "knn_last": "k-NN after", "feature_spread": "feature spread"}
+    write(out, "xcit_cifar10_dino", learned, table(learned, columns))
+
+
+if __name__ == "__main__":
+    main(__doc__, "xcit", claims, cifar10)

@@ -1,0 +1,318 @@
+"""XCiT against values measured on the reference: network, dense features, distillation, sampling, DINO with XCiT."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dino.collapse import CollapseMonitor
+from dino.losses import DINOLoss
+from dino.main_dino import Schedules
+from dino.main_dino import train_one_epoch as train_dino_epoch
+from dino.vision_transformer import DINOHead
+from shared.metrics import RunLog
+from shared.multicrop import MultiCropWrapper
+from shared.not_finite import FiniteGuard
+from shared.optim import build_optimizer, param_groups_no_decay_on_bias_and_norm
+from shared.precision import Precision
+from shared.supervised.data import RepeatedAugmentationSampler
+from shared.supervised.distillation import distillation_loss
+from tests.golden.golden_file import GoldenFile
+from xcit.cross_covariance_transformer import (
+    LPI,
+    XCA,
+    ClassAttention,
+    ClassAttentionBlock,
+    ConvPatchEmbed,
+    FourierPositions,
+    XCABlock,
+    XCiT,
+    fourier_features,
+)
+from xcit.feature_pyramid import FeaturePyramid
+
+GOLDEN = GoldenFile("xcit")
+CONFIG = GOLDEN.json("config")
+DIM, HEADS = CONFIG["dim"], CONFIG["heads"]
+MODELS = [case for case in GOLDEN.cases("") if case.startswith("model")]
+DETECTORS = [case for case in GOLDEN.cases("") if case.startswith("det")]
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found.detach(), expected, rtol=1e-4, atol=2e-5)
+
+
+def loaded(module: nn.Module, prefix: str) -> nn.Module:
+    """The module, in evaluation mode, filled strictly and in the order of the file."""
+    state = GOLDEN.state_dict(prefix)
+    assert list(module.state_dict()) == list(state)
+    module.load_state_dict(state)
+    return module.eval()
+
+
+def checksums(tensors: dict[str, Tensor], names) -> Tensor:
+    rows = []
+    for name in names:
+        value = tensors[name].detach().flatten()
+        first = F.pad(value[:4], (0, max(0, 4 - len(value))))
+        rows.append(torch.cat([torch.stack([value.mean(), value.std(correction=0), value.norm()]), first]))
+    return torch.stack(rows)
+
+
+def assert_gradients(module: nn.Module, prefix: str, rtol: float = 1e-4) -> None:
+    gradients = {name: p.grad for name, p in module.named_parameters()}
+    names = GOLDEN[f"{prefix}/names"]
+    assert set(gradients) == set(names)
+    torch.testing.assert_close(checksums(gradients, names), GOLDEN.tensor(f"{prefix}/values"), rtol=rtol, atol=1e-5)
+
+
+def assert_buffers(module: nn.Module, prefix: str) -> None:
+    buffers = dict(module.named_buffers())
+    names = [key.removeprefix(prefix) for key in GOLDEN.keys(prefix)]
+    assert names
+    for name in names:
+        assert_close(buffers[name], GOLDEN.tensor(prefix + name))
+
+
+def grids(prefix: str) -> list[tuple[str, int, int]]:
+    """(name, height, width) of the cases below a prefix that are named after a size."""
+    sizes = [case.rpartition("_")[2] for case in GOLDEN.cases(prefix) if case.rpartition("_")[2][:1].isdigit()]
+    return [(size, *map(int, size.split("x"))) for size in dict.fromkeys(sizes)]
+
+
+def test_positions():
+    layer = loaded(FourierPositions(CONFIG["pe_dim"]), "posenc/sd/")
+    for case in GOLDEN.cases("posenc/"):
+        if case == "sd":
+            continue
+        rows, columns = map(int, case.removeprefix("raw_").split("x"))
+        expected = GOLDEN.tensor(f"posenc/{case}")
+        found = (
+            fourier_features(rows, columns) if case.startswith("raw_") else layer(rows, columns).view(rows, columns, -1)
+        )
+        found = found.permute(2, 0, 1)[None].expand_as(expected)
+        torch.testing.assert_close(found.detach(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_cross_covariance_attention():
+    layer = loaded(XCA(DIM, HEADS, qkv_bias="xca/sd/qkv.bias" in GOLDEN), "xca/sd/")
+    out = layer(GOLDEN.tensor("mod/x"))
+    assert_close(out, GOLDEN.tensor("xca/out"))
+    out.square().mean().backward()
+    assert_gradients(layer, "xca/gradcheck")
+
+
+def test_local_patch_interaction():
+    layer, grid = loaded(LPI(DIM), "lpi/sd/"), GOLDEN["mod/hw"].tolist()
+    assert_close(layer(GOLDEN.tensor("mod/x"), *grid), GOLDEN.tensor("lpi/out_eval"))
+    assert_close(layer.train()(GOLDEN.tensor("mod/x"), *grid), GOLDEN.tensor("lpi/out_train"))
+    assert_buffers(layer, "lpi/buffers_after/")
+
+
+def test_class_attention():
+    layer = loaded(ClassAttention(DIM, HEADS, qkv_bias="class_attn/sd/qkv.bias" in GOLDEN), "class_attn/sd/")
+    x = GOLDEN.tensor("mod/x_cls")
+    # the reference returns the patch tokens along with the class token
+    assert_close(torch.cat([layer(x), x[:, 1:]], dim=1), GOLDEN.tensor("class_attn/out"))
+
+
+@pytest.mark.parametrize("case", [case for case in GOLDEN.cases("cab/") if case.startswith("out_")])
+def test_class_attention_block(case):
+    bias = "cab/sd/attn.qkv.bias" in GOLDEN
+    if case == "out_eta_none":
+        block = ClassAttentionBlock(DIM, HEADS, qkv_bias=bias, eta=None, tokens_norm=True)
+        state = GOLDEN.state_dict("cab/sd/")
+        block.load_state_dict({name: value for name, value in state.items() if not name.startswith("gamma")})
+    else:
+        tokens_norm = bool(int(case.rpartition("_")[2]))
+        block = loaded(
+            ClassAttentionBlock(DIM, HEADS, qkv_bias=bias, eta=CONFIG["eta"], tokens_norm=tokens_norm), "cab/sd/"
+        )
+    assert_close(block.eval()(GOLDEN.tensor("mod/x_cls")), GOLDEN.tensor(f"cab/{case}"))
+
+
+def test_xca_block():
+    bias, grid = "xcablock/sd/attn.qkv.bias" in GOLDEN, GOLDEN["mod/hw"].tolist()
+    block = loaded(XCABlock(DIM, HEADS, qkv_bias=bias, eta=CONFIG["eta"]), "xcablock/sd/")
+    assert_close(block(GOLDEN.tensor("mod/x"), *grid), GOLDEN.tensor("xcablock/out_eval"))
+    assert_close(block.train()(GOLDEN.tensor("mod/x"), *grid), GOLDEN.tensor("xcablock/out_train"))
+
+
+@pytest.mark.parametrize("case", [case for case in GOLDEN.cases("") if case.startswith("patch")])
+def test_patch_embedding(case):
+    layer = loaded(ConvPatchEmbed(int(case.removeprefix("patch")), 3, CONFIG["pe_embed"]), f"{case}/sd/")
+    for size, *_ in grids(f"{case}/"):
+        tokens, grid = layer(GOLDEN.tensor(f"{case}/x_{size}"))
+        assert_close(tokens, GOLDEN.tensor(f"{case}/out_{size}"))
+        assert list(grid) == GOLDEN[f"{case}/hw_{size}"].tolist()
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_network(case):
+    patch_size, num_classes, dim, depth, heads, tokens_norm, cls_attn_layers, use_pos = GOLDEN[f"{case}/meta"].tolist()
+    network = XCiT(
+        patch_size=patch_size,
+        num_classes=num_classes,
+        embed_dim=dim,
+        depth=depth,
+        num_heads=heads,
+        eta=GOLDEN.scalar(f"{case}/init_gamma"),
+        tokens_norm=bool(tokens_norm),
+        cls_attn_layers=cls_attn_layers,
+        use_pos=bool(use_pos),
+    )
+    eta = GOLDEN.scalar(f"{case}/init_gamma")
+    gammas = [p for name, p in network.named_parameters() if "gamma" in name]
+    assert gammas and all(torch.allclose(gamma, torch.full_like(gamma, eta)) for gamma in gammas)
+    loaded(network, f"{case}/sd/")
+    sizes = [size for size, *_ in grids(f"{case}/")]
+    assert sizes
+    for size in sizes:
+        images = GOLDEN.tensor(f"{case}/{size}/x")
+        assert_close(network(images), GOLDEN.tensor(f"{case}/{size}/out_eval"))
+        assert_close(network.forward_features(images), GOLDEN.tensor(f"{case}/{size}/features_eval"))
+
+    out = network.train()(GOLDEN.tensor(f"{case}/{sizes[0]}/x"))
+    assert_close(out, GOLDEN.tensor(f"{case}/train_out"))
+    assert_buffers(network, f"{case}/buffers_after/")
+    if f"{case}/gradcheck/names" in GOLDEN:  # without it the reference could not go back
+        out.square().mean().backward()
+        assert_gradients(network, f"{case}/gradcheck", rtol=1e-3)
+
+
+@pytest.mark.parametrize("case", DETECTORS)
+def test_dense_features(case):
+    sizes = CONFIG["det"]
+    network = FeaturePyramid(
+        sizes["idx"],
+        patch_size=int(case.removeprefix("det")),
+        embed_dim=sizes["dim"],
+        depth=sizes["depth"],
+        num_heads=sizes["heads"],
+    )
+    features = loaded(network, f"{case}/sd/")(GOLDEN.tensor(f"{case}/x"))
+    names = [name for name in GOLDEN.cases(f"{case}/") if name.startswith("feat")]
+    assert len(features) == len(names) == 4
+    for feature, name in zip(features.values(), names, strict=True):
+        assert_close(feature, GOLDEN.tensor(f"{case}/{name}"))
+
+
+CASES = [
+    (base, kind, case)
+    for base in GOLDEN.cases("distill/")
+    if base.startswith(("soft_target", "label_smooth", "ce"))
+    for kind in GOLDEN.cases(f"distill/{base}/")
+    for case in GOLDEN.cases(f"distill/{base}/{kind}/")
+]
+CASES = [case for case in CASES if "/".join(("distill", *case)) in GOLDEN]
+
+
+@pytest.mark.parametrize(("base", "kind", "case"), CASES)
+def test_distillation(base, kind, case):
+    outputs, teacher_logits = GOLDEN.tensor("distill/outputs"), GOLDEN.tensor("distill/teacher_logits")
+    alpha, tau = (float(part.lstrip("alphtu")) for part in case.split("_"))
+    smoothing = float(base.removeprefix("label_smooth")) if base.startswith("label_smooth") else 0.0
+    targets = GOLDEN.tensor("distill/soft_targets" if base == "soft_target" else "distill/labels")
+    base_loss = F.cross_entropy(outputs, targets, label_smoothing=smoothing)
+    loss = distillation_loss(base_loss, GOLDEN.tensor("distill/outputs_kd"), teacher_logits, kind, alpha, tau)
+    torch.testing.assert_close(loss, GOLDEN.tensor(f"distill/{base}/{kind}/{case}").view(()), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("case", GOLDEN.cases("rasampler/"))
+def test_repeated_augmentation(case):
+    num_samples, world_size, rank, epoch = (int(part[1:]) for part in case.split("_"))
+    if GOLDEN.scalar(f"rasampler/{case}/len") == 0:  # fewer images than it rounds to: here they are not lost
+        assert num_samples < 256 and GOLDEN[f"rasampler/{case}/indices"].size == GOLDEN.scalar(f"rasampler/{case}/sum")
+        return
+    sampler = RepeatedAugmentationSampler(num_samples, 1, seed=0, rank=rank, world_size=world_size)
+    sampler.set_epoch(epoch)
+    indices = [index for ((_, index, _),) in sampler]
+    assert len(indices) == len(sampler) == GOLDEN.scalar(f"rasampler/{case}/len")
+    assert sum(indices) == GOLDEN.scalar(f"rasampler/{case}/sum")
+    expected = GOLDEN[f"rasampler/{case}/indices"].tolist()
+    assert indices[: len(expected)] == expected
+
+
+# --- XCiT in DINO -----------------------------------------------------------------------------------------------------
+
+
+def make_wrapped() -> MultiCropWrapper:
+    sizes, state = CONFIG["dino"], GOLDEN.state_dict("dino/init_sd/")
+    backbone = XCiT(patch_size=8, embed_dim=sizes["dim"], depth=sizes["depth"], num_heads=sizes["heads"], num_classes=0)
+    head = DINOHead(
+        sizes["dim"],
+        sizes["out"],
+        norm_last_layer=sizes["norm"],
+        hidden_dim=len(state["head.mlp.0.weight"]),
+        bottleneck_dim=len(state["head.mlp.4.weight"]),
+    )
+    network = MultiCropWrapper(backbone, head)
+    assert list(network.state_dict()) == list(state)
+    network.load_state_dict(state)
+    return network
+
+
+def load_views(it: int) -> tuple[list[Tensor], Tensor, Tensor]:
+    crops = [GOLDEN.tensor(f"dino/images/it{it}/{crop}") for crop in GOLDEN.cases(f"dino/images/it{it}/")]
+    groups = [torch.cat(group) for group in (crops[:2], crops[2:]) if group]
+    return groups, torch.zeros(len(crops[0])), torch.arange(len(crops[0]))
+
+
+def test_dino_parameter_groups():
+    student = make_wrapped()
+    names = {id(p): name for name, p in student.named_parameters()}
+    for i, group in enumerate(param_groups_no_decay_on_bias_and_norm(student)):
+        assert [names[id(p)] for p in group["params"]] == list(GOLDEN[f"dino/param_group{i}_names"])
+
+
+def test_dino_training_follows_the_reference_step_by_step(tmp_path):
+    sizes = CONFIG["dino"]
+    student, teacher = make_wrapped(), make_wrapped()
+    teacher.requires_grad_(False)
+    optimizer = build_optimizer("adamw", param_groups_no_decay_on_bias_and_norm(student))
+    epochs = len(GOLDEN["dino/lr_f64"])  # of one step
+    criterion = DINOLoss(sizes["out"], 2 + sizes["nloc"], 0.04, 0.07, 1, epochs)
+    schedules = Schedules(GOLDEN["dino/lr_f64"], GOLDEN["dino/wd_f64"], GOLDEN["dino/mom_f64"])
+    log = RunLog(tmp_path, epochs, log_freq=1)
+    for epoch in range(epochs):
+        train_dino_epoch(
+            student,
+            teacher,
+            criterion,
+            [load_views(epoch)],
+            optimizer,
+            schedules,
+            epoch=epoch,
+            first_step=0,
+            steps_per_epoch=1,
+            clip_grad=GOLDEN.scalar("dino/clip"),
+            freeze_last_layer=1,
+            seed=0,
+            precision=Precision("fp32", torch.device("cpu")),
+            log=log,
+            monitor=CollapseMonitor(sizes["out"], patience_steps=epochs),
+            guard=FiniteGuard({"student": student}, tmp_path, max_skipped_steps=1, device=torch.device("cpu")),
+            checkpointer=SimpleNamespace(after_step=lambda epoch, step_in_epoch: None),
+        )
+        for role, network in (("student", student), ("teacher", teacher)):
+            names = GOLDEN[f"dino/epoch{epoch}/{role}/names"]
+            values = GOLDEN.tensor(f"dino/epoch{epoch}/{role}/values")
+            state = network.state_dict()
+            for name, found, expected in zip(names, checksums(state, names), values, strict=True):
+                atol = 2e-5
+                if "cls_attn_blocks" in name and name.endswith("attn.qkv.bias"):
+                    atol = 1e-2 if role == "student" else 2e-3  # keys: a gradient of zero, which Adam divides by itself
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+        center = GOLDEN.tensor(f"dino/epoch{epoch}/center")
+        torch.testing.assert_close(criterion.center, center, rtol=1e-4, atol=2e-5)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    np.testing.assert_allclose(losses, GOLDEN["dino/losses"], rtol=1e-4)
+
+
+def test_every_array_was_compared():
+    """Runs last: fails when an array was never read."""
+    assert GOLDEN.unread() == []

@@ -1,0 +1,205 @@
+"""k-NN, linear evaluation, pictures, export and SLURM launcher; self-supervised training by DINO."""
+
+import importlib
+import json
+
+import numpy as np
+import onnxruntime
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from dino import main_dino
+from resmlp import eval_knn, eval_linear, run_with_submitit, visualize_cross_patch
+from resmlp.export import export
+from resmlp.pretrained import load_network
+from resmlp.resmlp_models import ResMLP
+from resmlp.visualize_cross_patch import locality, rows_as_maps, save_cross_patch_layers, to_colors
+from shared.weights import safe_load
+from tests.resmlp.test_resmlp_models import randomize
+from tests.resmlp.training_runs import TINY
+
+
+def knn(*flags) -> dict:
+    return eval_knn.eval_knn(eval_knn.parse_args([*map(str, flags), "--device", "cpu", "--num_workers", "0"]))
+
+
+def test_knn_separates_colours_and_labels_decide(tmp_path):
+    """Reddish and bluish images: any network that is not constant tells them apart."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 6), ("val", 3)):
+        for label, channel in (("red", 0), ("blue", 2)):
+            for i in range(count):
+                pixels = rng.integers(0, 60, (16, 16, 3), dtype=np.uint8)
+                pixels[..., channel] += 150
+                path = tmp_path / "data" / part / label / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(path)
+    torch.manual_seed(0)
+    torch.save(ResMLP(16, 4, embed_dim=16, depth=2, init_scale=0.1).state_dict(), tmp_path / "weights.pth")
+    flags = ("--pretrained_weights", tmp_path / "weights.pth", "--data_path", tmp_path / "data", "--nb_knn", 3)
+    assert knn(*flags)[3][0] == 100
+    assert knn(*flags, "--image_size", 24)[3][0] == 100
+    with pytest.raises(ValueError, match="--nb_knn 13 is more than the 12 images"):
+        knn(*flags[:-1], 13)
+
+    linear_flags = [*map(str, flags[:4]), "--device", "cpu", "--num_workers", "0", "--lr", "5", "--output_dir"]
+    run = [*linear_flags, str(tmp_path / "linear"), "--batch_size_per_gpu", "4", "--epochs", "4"]
+    whole = eval_linear.eval_linear(eval_linear.parse_args(run))
+    assert whole["acc1"] == 100
+    log = (tmp_path / "linear/linear_log.txt").read_text()
+    assert [json.loads(line)["epoch"] for line in log.splitlines()] == [0, 1, 2, 3]
+    assert eval_linear.eval_linear(eval_linear.parse_args(run)) == whole  # resumes after the end
+
+    save, calls = eval_linear.save, []
+
+    def stop_after_two(*args):
+        save(*args)
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    stopped = [*linear_flags, str(tmp_path / "stopped"), "--batch_size_per_gpu", "4", "--epochs", "4"]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(eval_linear, "save", stop_after_two)
+        eval_linear.eval_linear(eval_linear.parse_args(stopped))
+    assert eval_linear.eval_linear(eval_linear.parse_args(stopped)) == whole
+    assert (tmp_path / "stopped/linear_log.txt").read_text() == log
+    torch.manual_seed(1)
+    torch.save(ResMLP(16, 4, embed_dim=16, depth=2).state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match="features of other weights"):
+        eval_linear.eval_linear(eval_linear.parse_args(stopped))
+
+
+def test_dino_trains_resmlp_and_the_checkpoint_is_evaluated_here(images, tmp_path, capsys):
+    command = (
+        f"--arch resmlp_12 --global_crop_size 32 --local_crop_size 32 --local_crops_number 1 --out_dim 16 "
+        f"--batch_size_per_gpu 20 --epochs 1 --warmup_epochs 0 --num_workers 0 --log_freq 1 --eval_knn_freq 0 "
+        f"--pictures off --device cpu --data_path {images} --output_dir {tmp_path}"
+    )
+    main_dino.train_dino(main_dino.parse_args(command.split()))
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+    network = load_network(tmp_path / "checkpoint.pth")
+    teacher = {k.removeprefix("backbone."): v for k, v in safe_load(tmp_path / "checkpoint.pth")["teacher"].items()}
+    twin = timm.create_model("resmlp_12_224", img_size=32, num_classes=0).eval()
+    twin.load_state_dict({name: value for name, value in teacher.items() if not name.startswith("head.")})
+    pictures = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(network(pictures), twin(pictures), rtol=1e-4, atol=1e-5)
+    with pytest.raises(SystemExit):
+        main_dino.parse_args(["--arch", "resmlp_12", "--data_path", "x"])
+    assert "--local_crop_size 96 differs from --global_crop_size 224" in capsys.readouterr().err
+
+
+# --- Pictures ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_of_the_matrix_is_shown_at_the_place_of_its_patch():
+    weight = torch.zeros(9, 9)
+    weight[5, 7] = -2.0  # patch (1, 2) takes from patch (2, 1)
+    weight[5, 0] = 1.0
+    maps = rows_as_maps(weight)
+    assert maps.shape == (11, 11)
+    shown = np.argwhere(np.nan_to_num(maps) != 0)
+    assert shown.tolist() == [[1 * 4 + 0, 2 * 4 + 0], [1 * 4 + 2, 2 * 4 + 1]]
+    assert maps[6, 9] == -1 and maps[4, 8] == 0.5
+    assert np.isnan(maps[3]).all() and np.isnan(maps[:, 7]).all()
+    colors = to_colors(maps)
+    assert colors[6, 9].tolist() == [0, 0, 255] and colors[0, 0].min() >= 254 and colors[3, 3].tolist() == [200] * 3
+
+
+def test_locality_tells_neighbours_from_everything():
+    places = torch.cartesian_prod(torch.arange(6), torch.arange(6)).float()
+    neighbours = (torch.cdist(places, places) == 1).float()
+    sparse, distance = locality(neighbours)
+    assert distance == 1 and abs(sparse - (1 - neighbours.mean().item())) < 1e-6
+    sparse, distance = locality(torch.ones(36, 36))
+    assert sparse == 0 and abs(distance - torch.cdist(places, places).mean().item()) < 1e-5
+
+
+def test_pictures_of_all_layers_are_written(finished, tmp_path, monkeypatch, capsys):
+    written = {path.name for path in (finished / "pictures").iterdir()}
+    assert written == {"curves.png", "layers.png", "layer01.png", "layer02.png", "locality.png"}
+    flags = ["--pretrained_weights", str(finished / "checkpoint.pth"), "--output_dir", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", ["visualize_cross_patch.py", *flags])
+    visualize_cross_patch.main()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == written - {"curves.png"}
+    assert str(tmp_path / "out" / "layers.png") in capsys.readouterr().out
+    assert Image.open(tmp_path / "out" / "layer01.png").size[0] > 600
+
+
+def test_many_layers_are_drawn_in_rows(tmp_path):
+    save_cross_patch_layers(ResMLP(8, 4, embed_dim=4, depth=7), tmp_path)
+    width, height = Image.open(tmp_path / "layers.png").size
+    assert width > 2 * height
+
+
+# --- Export, launcher, scripts ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("classes", "in_chans"), [(0, 3), (5, 1)])
+def test_exported_files_give_the_same_output(classes, in_chans, tmp_path, capsys):
+    network = randomize(ResMLP(16, 8, in_chans=in_chans, embed_dim=8, depth=2, num_classes=classes))
+    files = export(network, tmp_path)
+    assert set(files) == {"safetensors", "onnx"}
+    images = torch.randn(3, in_chans, 16, 16)
+    session = onnxruntime.InferenceSession(str(files["onnx"]), providers=["CPUExecutionProvider"])
+    (found,) = session.run(["features"], {"images": images.numpy()})
+    np.testing.assert_allclose(found, network(images).numpy(), rtol=1e-3, atol=1e-4)
+    again = load_network(files["safetensors"], classifier=classes > 0)
+    torch.testing.assert_close(again(images), network(images))
+    assert "no file for timm" in capsys.readouterr().out
+
+
+def test_a_network_of_published_size_is_exported_to_timm(tmp_path):
+    from resmlp.resmlp_models import resmlp_12
+
+    network = resmlp_12(img_size=32, num_classes=4).eval().requires_grad_(False)
+    twin = timm.create_model("resmlp_12_224", img_size=32, num_classes=4).eval()
+    files = export(network, tmp_path)
+    twin.load_state_dict(safe_load(files["timm"]))
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(twin(images), network(images), rtol=1e-4, atol=1e-5)
+
+
+def test_the_launcher_trains_in_this_process(images, tmp_path):
+    flags = [*TINY, "--data_path", str(images), "--output_dir", str(tmp_path / "%j"), "--cluster", "debug"]
+    run_with_submitit.main(flags)
+    assert (tmp_path / "debug" / "checkpoint.pth").exists()
+
+
+NOWHERE = "/no/such/place"
+COMMANDS = {
+    "main": ("--device", "cpu", "--data_path", NOWHERE, "--output_dir", "run"),
+    "eval_knn": ("--pretrained_weights", NOWHERE, "--data_path", "data"),
+    "eval_linear": ("--pretrained_weights", NOWHERE, "--data_path", "data"),
+    "visualize_cross_patch": ("--pretrained_weights", NOWHERE),
+    "export": ("--pretrained_weights", NOWHERE),
+    "translation.main": (
+        "--train_source",
+        NOWHERE,
+        "--train_target",
+        NOWHERE,
+        "--valid_source",
+        "v",
+        "--valid_target",
+        "v",
+    ),
+    "translation.translate": ("--weights", NOWHERE),
+}
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_a_path_that_does_not_exist_is_one_line_and_exit_code_2(script, monkeypatch, capsys, tmp_path):
+    for label in "ab":  # images for the scripts that read them first
+        (tmp_path / "data" / label).mkdir(parents=True)
+        for i in range(30):
+            Image.new("RGB", (8, 8)).save(tmp_path / "data" / label / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    small = ("--nb_knn", "2") if script == "eval_knn" else ()
+    monkeypatch.setattr("sys.argv", [f"{script}.py", *COMMANDS[script], *small])
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(f"resmlp.{script}").main()
+    assert end.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ") and printed.count("\n") == 1 and NOWHERE in printed

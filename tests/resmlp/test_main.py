@@ -1,0 +1,334 @@
+"""The real script: flags, training, fine-tuning, distillation, evaluation, resuming, several processes."""
+
+import argparse
+import json
+import math
+import random
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from resmlp import main
+from resmlp.augmentations import MEAN, STD, ThreeAugment
+from resmlp.main import TrainingLoss, parse_args
+from resmlp.networks import build_network
+from shared.attempt import NotFinite
+from tests.processes import run_processes, run_script
+from tests.reliability.runs import assert_same
+from tests.resmlp.conftest import EVERYTHING
+from tests.resmlp.training_runs import ROOT, TINY, lines, losses, state_of, train, train_on_rank
+
+# command lines with every flag of the official trainer
+PUBLISHED = [
+    "--model resmlp_24 --batch-size 256 --data-path /imagenet --output_dir /run",
+    "--eval --resume weights.pth --model resmlp_36 --eval-crop-ratio 0.9 --data-path /imagenet --data-set IMNET",
+    "--model resmlp_12 --batch-size 64 --bce-loss --unscale-lr --drop 0.1 --drop-path 0.05 --no-model-ema "
+    "--model-ema-decay 0.9 --model-ema-force-cpu --opt lamb --opt-eps 1e-7 --opt-betas 0.9 0.99 --clip-grad 1 "
+    "--momentum 0.8 --weight-decay 0.2 --sched step --lr 5e-3 --lr-noise 0.4 0.9 --lr-noise-pct 0.5 --lr-noise-std 2 "
+    "--warmup-lr 1e-5 --min-lr 1e-6 --decay-epochs 10 --warmup-epochs 3 --cooldown-epochs 1 --patience-epochs 2 "
+    "--dr 0.2",
+    "--color-jitter 0.2 --aa original --smoothing 0 --train-interpolation bilinear --no-repeated-aug --no-train-mode "
+    "--ThreeAugment --src --reprob 0 --remode rand --recount 2 --resplit --mixup 0 --cutmix 0 --cutmix-minmax 0.2 0.8 "
+    "--mixup-prob 0.5 --mixup-switch-prob 0.1 --mixup-mode elem --cosub --finetune f.pth --attn-only",
+    "--teacher-model regnety_160 --teacher-path t.pth --distillation-type hard --distillation-alpha 0.1 "
+    "--distillation-tau 3 --data-set INAT19 --inat-category genus --device cpu --seed 1 --start_epoch 2 --dist-eval "
+    "--num_workers 3 --no-pin-mem --distributed --world_size 8 --dist_url env:// --input-size 384 --epochs 400",
+]
+
+
+@pytest.mark.parametrize("command", PUBLISHED)
+def test_official_command_lines_parse(command):
+    parse_args([*command.split(), "--data_path", "/imagenet"])
+
+
+def test_defaults_are_the_official_ones():
+    args = vars(parse_args(["--data_path", "/imagenet"]))
+    official = {
+        "batch_size": 64, "epochs": 300, "bce_loss": False, "unscale_lr": False, "input_size": 224, "drop": 0.0,
+        "drop_path": 0.1, "model_ema": True, "model_ema_decay": 0.99996, "model_ema_force_cpu": False, "opt": "adamw",
+        "opt_eps": 1e-8, "opt_betas": None, "clip_grad": None, "momentum": 0.9, "weight_decay": 0.05, "sched": "cosine",
+        "lr": 5e-4, "lr_noise": None, "lr_noise_pct": 0.67, "lr_noise_std": 1.0, "warmup_lr": 1e-6, "min_lr": 1e-5,
+        "decay_epochs": 30, "warmup_epochs": 5, "cooldown_epochs": 10, "patience_epochs": 10, "decay_rate": 0.1,
+        "color_jitter": 0.3, "aa": "rand-m9-mstd0.5-inc1", "smoothing": 0.1, "train_interpolation": "bicubic",
+        "repeated_aug": True, "train_mode": True, "ThreeAugment": False, "src": False, "reprob": 0.25,
+        "remode": "pixel", "recount": 1, "resplit": False, "mixup": 0.8, "cutmix": 1.0, "cutmix_minmax": None,
+        "mixup_prob": 1.0, "mixup_switch_prob": 0.5, "mixup_mode": "batch", "teacher_model": "regnety_160",
+        "teacher_path": "", "distillation_type": "none", "distillation_alpha": 0.5, "distillation_tau": 1.0,
+        "cosub": False, "finetune": "", "attn_only": False, "data_set": "IMNET", "inat_category": "name", "seed": 0,
+        "resume": "", "start_epoch": 0, "eval": False, "eval_crop_ratio": 0.875, "dist_eval": False, "pin_mem": True,
+        "distributed": False, "world_size": 1, "dist_url": "env://",
+    }  # fmt: skip
+    assert {name: args[name] for name in official} == official
+    assert parse_args(["--data_path", "x", "--data-set", "CIFAR"]).data_set == "CIFAR100"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batch-size", "7"], "--batch-size 7"),
+        (["--epochs", "0"], "--epochs 0 is less than 1"),
+        (["--distillation-type", "hard"], "--teacher-path"),
+        (["--distillation-type", "hard", "--teacher-path", "t", "--cosub"], "--cosub and --distillation-type hard"),
+        (["--eval-crop-ratio", "1.5"], "--eval-crop-ratio 1.5"),
+        (["--src"], "--src belongs to --ThreeAugment"),
+    ],
+)
+def test_wrong_flags_are_refused(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--data_path", "x", *flags])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data_path", "/no/such/folder"], "--data_path /no/such/folder"),
+        (["--model", "resmlp_13"], "did you mean resmlp_"),
+        (["--patch-size", 3], "patches of 3 pixels do not fill an image of 16 pixels"),
+        (["--model", "test_resnet"], "--patch-size 4 --embed-dim 16 --depth 2: the sizes of --model test_resnet"),
+        (["--eval"], r"--eval: the checkpoint .*checkpoint\.pth is not a file"),
+        (["--resume", "nowhere.pth"], r"--resume nowhere\.pth"),
+        (["--finetune", "nowhere.pth"], r"--finetune nowhere\.pth is not a file"),
+        (
+            ["--distillation-type", "soft", "--teacher-model", "test_resnet", "--teacher-path", "x.pth"],
+            r"--teacher-path x\.pth is not a file",
+        ),
+    ],
+)
+def test_bad_input_is_one_clear_message(flags, message, images, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, "--data_path", images, *flags)
+
+
+def test_training_writes_log_and_official_checkpoint_layout(finished):
+    state = state_of(finished)
+    assert {"model", "optimizer", "epoch", "model_ema", "scaler", "args"} <= state.keys()
+    assert state["epoch"] == 2 and state["model"].keys() == state["model_ema"].keys()
+    assert (finished / "best_checkpoint.pth").exists() or state["best_acc1"] == 0
+    epochs = [json.loads(line) for line in (finished / "log.txt").read_text().splitlines()]
+    assert len(epochs) == 2 and {"train_loss", "train_lr", "test_acc1", "test_acc5", "n_parameters"} <= epochs[1].keys()
+    # mixed labels of three classes: an untrained network is at ln 3
+    assert abs(losses(finished)[0] - math.log(3)) < 0.1
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop_after", [1, 3])
+def test_a_run_stopped_anywhere_ends_like_an_uninterrupted_one(finished, images, tmp_path, monkeypatch, stop_after):
+    clip_and_step, calls = main.clip_and_step, []
+
+    def stop(*args):
+        calls.append(args)
+        if len(calls) > stop_after:
+            raise Stop
+        return clip_and_step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(main, "clip_and_step", stop)
+        with pytest.raises(Stop):
+            train(tmp_path, "--data_path", images, *EVERYTHING)
+    train(tmp_path, "--data_path", images, *EVERYTHING, "--num_workers", 1 if stop_after == 1 else 0)
+    assert losses(tmp_path) == losses(finished)
+    assert (tmp_path / "log.txt").read_text() == (finished / "log.txt").read_text()
+    states = [state_of(folder) for folder in (tmp_path, finished)]
+    for state in states:
+        state.pop("args")
+        state["log"].pop("lengths")
+    assert_same(*states, "checkpoint")
+
+
+def test_a_checkpoint_of_the_official_code_is_gone_on_with(finished, images, tmp_path, monkeypatch):
+    flags = ("--data_path", images, *EVERYTHING)
+    after_epoch = main.Checkpointer.after_epoch
+
+    def stop_after_save(self, *args, **kwargs):
+        after_epoch(self, *args, **kwargs)
+        raise Stop
+
+    with monkeypatch.context() as patch:  # ends after the first epoch, with the schedule of two
+        patch.setattr(main.Checkpointer, "after_epoch", stop_after_save)
+        with pytest.raises(Stop):
+            train(tmp_path / "first", *flags)
+    state = state_of(tmp_path / "first")
+    official = {name: state[name] for name in ("model", "optimizer", "model_ema")} | {
+        "lr_scheduler": {"decay_rate": 1.0},
+        "epoch": state["epoch"] - 1,  # the finished one
+        "scaler": {},
+        "args": argparse.Namespace(**state["args"]),
+    }
+    torch.save(official, tmp_path / "official.pth")
+    train(tmp_path / "resumed", *flags, "--resume", tmp_path / "official.pth")
+    assert losses(tmp_path / "resumed") == losses(finished)[len(losses(finished)) // 2 :]
+    for key in ("model", "model_ema"):
+        assert_same(state_of(tmp_path / "resumed")[key], state_of(finished)[key], key)
+    torch.save(state["model"], tmp_path / "flat.pth")  # the layout of the released files
+    with pytest.raises(ValueError, match="holds weights, no training state: give it as --finetune"):
+        train(tmp_path / "flat", *flags, "--resume", tmp_path / "flat.pth")
+
+
+def test_eval_repeats_the_last_evaluation_also_of_a_flat_file(finished, images, tmp_path, capsys):
+    last = [line for line in lines(finished) if "test_acc1" in line][-1]
+    torch.save(state_of(finished)["model"], tmp_path / "flat.pth")
+    train(finished, "--data_path", images, "--eval")
+    train(finished, "--data_path", images, "--eval", "--resume", tmp_path / "flat.pth")
+    said = [line for line in capsys.readouterr().out.splitlines() if "top-1" in line]
+    assert len(said) == 2 and all(f"top-1 {last['test_acc1']:.2f} %" in line for line in said)
+    backbone = {name: value for name, value in state_of(finished)["model"].items() if "head" not in name}
+    torch.save(backbone, tmp_path / "backbone.pth")
+    with pytest.raises(ValueError, match="no classifier for the 3 classes"):
+        train(tmp_path / "run", "--data_path", images, "--eval", "--finetune", tmp_path / "backbone.pth")
+
+
+def test_finetuning_at_another_resolution_and_for_other_classes(finished, images, tmp_path, capsys):
+    two = shutil.copytree(images, tmp_path / "two")
+    shutil.rmtree(two / "class2")
+    flags = ("--finetune", finished / "checkpoint.pth", "--input-size", 24, "--lr", 0, "--warmup-lr", 0, "--min-lr", 0)
+    train(tmp_path / "run", "--data_path", two, *flags, "--eval-ema")
+    printed = capsys.readouterr().out
+    assert "its classifier is for other classes" in printed
+    assert "cross-patch layers for 4x4 patches, interpolated to 6x6" in printed
+    before, after = (state_of(folder)["model"] for folder in (finished, tmp_path / "run"))
+    assert after["head.weight"].shape == (2, 16) and after["blocks.0.attn.weight"].shape == (36, 36)
+    assert torch.equal(after["blocks.0.mlp.fc1.weight"], before["blocks.0.mlp.fc1.weight"])
+    assert "ema_acc1" in lines(tmp_path / "run")[-1]
+
+
+def test_attn_only_trains_the_cross_patch_layers_and_the_classifier(finished, images, tmp_path):
+    flags = ("--finetune", finished / "checkpoint.pth", "--attn-only", "--lr", 0.05)
+    train(tmp_path, "--data_path", images, *flags)
+    before, after = (state_of(folder)["model"] for folder in (finished, tmp_path))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    expected = {f"blocks.{i}.attn.{part}" for i in (0, 1) for part in ("weight", "bias")}
+    assert moved == expected | {"head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_a_student_learns_what_its_teacher_says(kind, images, tmp_path):
+    """The teacher calls every image class 2; with alpha 1 the labels have no say."""
+    torch.manual_seed(0)
+    teacher = build_network("test_resnet", 3)
+    last = [module for module in teacher.modules() if isinstance(module, torch.nn.Linear)][-1]
+    torch.nn.init.zeros_(last.weight)
+    last.bias.data = torch.tensor([0.0, 0.0, 6.0])
+    torch.save({"model": teacher.state_dict()}, tmp_path / "teacher.pth")
+    distilled = ("--distillation-type", kind, "--teacher-model", "test_resnet", "--distillation-alpha", 1)
+    flags = ("--data_path", images, "--input-size", 32, "--patch-size", 8, "--epochs", 6, "--lr", 4, "--mixup", 0)
+    train(tmp_path / "run", *flags, "--cutmix", 0, *distilled, "--teacher-path", tmp_path / "teacher.pth")
+    student = build_network("resmlp_12", 3, img_size=32, patch_size=8, embed_dim=16, depth=2).eval()
+    student.load_state_dict(state_of(tmp_path / "run")["model"])
+    assert (student(torch.randn(20, 3, 32, 32)).argmax(dim=1) == 2).float().mean() > 0.9
+    first, *_, last_loss = losses(tmp_path / "run")
+    assert last_loss < 0.7 * first
+
+
+def test_alpha_weighs_labels_against_the_teacher():
+    torch.manual_seed(0)
+    images, logits, labels = torch.randn(4, 5), torch.randn(4, 5), torch.randint(5, (4,))
+    plain = TrainingLoss(5, 0.1)(images, logits, labels)
+    for kind in ("soft", "hard"):
+        losses = [TrainingLoss(5, 0.1, False, torch.sin, kind, alpha)(images, logits, labels) for alpha in (0, 0.25, 1)]
+        assert losses[0] == plain
+        torch.testing.assert_close(losses[1], 0.75 * losses[0] + 0.25 * losses[2])
+
+
+def test_binary_loss_and_cotraining_of_submodels():
+    torch.manual_seed(0)
+    logits, targets = torch.randn(4, 3), torch.tensor([[0.7, 0.3, 0.0], [0.0, 0.0, 1.0]])
+    loss = TrainingLoss(3, 0.0, binary=True)(torch.zeros(2), logits[:2], targets)
+    p = logits[:2].sigmoid()
+    right = targets > 0
+    torch.testing.assert_close(loss, -torch.where(right, p, 1 - p).log().mean())
+    of_numbers = TrainingLoss(3, 0.0, binary=True)(torch.zeros(2), logits[:2], torch.tensor([0, 2]))
+    torch.testing.assert_close(of_numbers, -torch.where(F.one_hot(torch.tensor([0, 2])) > 0, p, 1 - p).log().mean())
+
+    logits.requires_grad_()
+    loss = TrainingLoss(3, 0.0).of_submodels(logits, targets)
+    one, other = logits[:2], logits[2:]
+
+    def bce(logits, target):
+        p = logits.sigmoid()
+        return -(target * p.log() + (1 - target) * (1 - p).log()).mean()
+
+    expected = bce(one, targets) + bce(other, targets)
+    expected = expected + bce(one, other.detach().sigmoid()) + bce(other, one.detach().sigmoid())
+    torch.testing.assert_close(loss, expected / 4)
+    torch.testing.assert_close(*(torch.autograd.grad(value, logits)[0] for value in (loss, expected / 4)))
+
+
+def test_three_augment_takes_one_of_three():
+    pixels = np.array(Image.effect_noise((20, 24), 60).convert("RGB"))
+    pixels[..., 1] //= 2
+    plain = ThreeAugment(16, color_jitter=0.0, simple_crop=True)
+    kinds = set()
+    for seed in range(30):
+        random.seed(seed)
+        torch.manual_seed(seed)
+        view = plain(pixels)
+        assert view.shape == (3, 16, 16)
+        rgb = view * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
+        grey = bool(((rgb[0] - rgb[1]).abs() < 1e-3).all())
+        kinds.add("grey" if grey else "solarised" if rgb[1].max() <= 0.51 and rgb[0].max() < 0.51 else "blurred")
+    assert kinds == {"grey", "solarised", "blurred"}
+    assert ThreeAugment(16, color_jitter=0.3, in_chans=1)(pixels).shape == (1, 16, 16)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--mixup", 0, "--cutmix", 0, "--opt", "lamb", "--unscale-lr", "--in_chans", 1, "--remode", "const"),
+        ("--repeated-aug", "--aa", "none", "--model-ema-force-cpu", "--opt", "momentum", "--sched", "step"),
+        ("--ThreeAugment", "--src", "--bce-loss", "--cosub", "--drop-path", 0.3, "--no-model-ema", "--no-train-mode"),
+    ],
+)
+def test_other_recipes_train(flags, images, tmp_path):
+    written = train(tmp_path, "--data_path", images, *flags)
+    assert len(losses(tmp_path)) >= 2 and all(math.isfinite(line["loss"]) for line in written if "loss" in line)
+
+
+def test_two_processes_give_the_losses_of_one_with_twice_the_batch(images, tmp_path):
+    flags = ("--data_path", images, "--mixup", 0, "--cutmix", 0, "--drop-path", 0, "--epochs", 2, "--lr", 0.01)
+    train(tmp_path / "one", *flags)
+    run_processes(train_on_rank, 2, tmp_path / "two", *flags, "--batch-size", 4)
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=2e-4)
+    results = [[line["test_acc1"] for line in lines(tmp_path / name) if "test_acc1" in line] for name in ("one", "two")]
+    assert results[0] == results[1] and len(results[0]) == 2
+
+
+def test_too_many_steps_that_are_not_finite_end_the_run(images, tmp_path, monkeypatch):
+    call = main.TrainingLoss.__call__
+    monkeypatch.setattr(main.TrainingLoss, "__call__", lambda *args: call(*args) * torch.nan)
+    with pytest.raises(NotFinite, match="2 steps in a row"):
+        train(tmp_path, "--data_path", images, "--max_skipped_steps", 2)
+    assert (tmp_path / "nonfinite.pth").exists()
+
+
+@pytest.mark.slow
+def test_compiled_networks_train_alike(images, tmp_path):
+    for name, flags in (("eager", ()), ("compiled", ("--compile",))):
+        train(tmp_path / name, "--data_path", images, "--drop-path", 0, *flags)
+    np.testing.assert_allclose(losses(tmp_path / "compiled"), losses(tmp_path / "eager"), rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_every_way_to_start_the_scripts_works_in_a_copied_folder(images, tmp_path):
+    project = tmp_path / "some" / "project"
+    for folder in ("resmlp", "shared"):
+        shutil.copytree(ROOT / folder, project / folder, ignore=shutil.ignore_patterns("__pycache__", "runs"))
+    for command, cwd in ((["main.py"], project / "resmlp"), (["-m", "resmlp.main"], project)):
+        run = run_script(*command, *TINY, "--data_path", images, "--output_dir", tmp_path / command[-1], cwd=cwd)
+        assert run.returncode == 0, run.stderr
+        assert len(losses(tmp_path / command[-1])) >= 2
+    run = run_script("translation/main.py", "--epochs", 1, "--output_dir", tmp_path / "text", cwd=project / "resmlp")
+    assert run.returncode == 0, run.stderr
+
+
+def test_embedded_data_have_defaults_of_their_own():
+    assert vars(parse_args([])).items() >= main.EMBEDDED_DATA_DEFAULTS.items()
+    assert parse_args(["--epochs", "2"]).epochs == 2
+    assert parse_args(["--model", "resnet18"]).depth is None  # that of a network of another library is in its name

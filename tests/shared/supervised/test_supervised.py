@@ -1,0 +1,270 @@
+"""Supervised training's parts: draws by key, sampling, schedules, clipping, averages, accuracy, data sets."""
+
+import argparse
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from shared.data import ArraySource, EvalDataset, EvalTransform
+from shared.flags import AnyDashParser
+from shared.precision import Precision
+from shared.supervised.data import LabelledViews, RepeatedAugmentationSampler
+from shared.supervised.datasets import open_inaturalist, open_train_and_val
+from shared.supervised.ema import NetworkEMA
+from shared.supervised.evaluation import evaluate_classifier
+from shared.supervised.optimizer import build_timm_optimizer, build_timm_schedule, clip_and_step, set_learning_rate
+from shared.supervised.transforms import TrainTransform, eval_transform
+from tests.processes import run_processes
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+
+
+def source(count: int = 5, side: int = 40) -> ArraySource:
+    pixels = np.random.default_rng(0).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+    return ArraySource("noise", pixels, np.arange(count) % 3, ["a", "b", "c"])
+
+
+# --- Views ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_view_is_a_function_of_seed_epoch_index_and_repetition():
+    views = LabelledViews(source(), TrainTransform(36, MEAN, STD), seed=3)
+    for key in [(0, 1), (0, 1, 2), (1, 4)]:
+        first, label, index = views[key]
+        random.seed(7), np.random.seed(8), torch.manual_seed(9)
+        again, _, _ = views[key]
+        assert torch.equal(first, again) and (label, index) == (key[1] % 3, key[1])
+    keys = [(0, 1), (1, 1), (0, 1, 0), (0, 1, 1)]
+    drawn = [views[key][0] for key in keys] + [LabelledViews(source(), TrainTransform(36, MEAN, STD), seed=4)[0, 1][0]]
+    assert all(not torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i])
+
+
+def test_without_augmentation_small_images_are_shifted_and_mirrored_only():
+    transform = TrainTransform(8, MEAN, STD, auto_augment=None, color_jitter=0.0, erase_p=0.0)
+    pixels = source(1, 8).pixels[0]
+    padded = np.pad(pixels, ((4, 4), (4, 4), (0, 0))).astype(np.float32) / 255
+    normalized = (padded - np.float32(MEAN)) / np.float32(STD)
+    crops = [normalized[i : i + 8, j : j + 8] for i in range(9) for j in range(9)]
+    crops += [crop[:, ::-1] for crop in crops]
+    for seed in range(5):
+        random.seed(seed), torch.manual_seed(seed)
+        view = transform(pixels).permute(1, 2, 0).numpy()
+        assert min(np.abs(view - crop).max() for crop in crops) < 1e-5
+
+
+def test_one_channel_is_the_luminance():
+    transform = TrainTransform(40, MEAN, STD, auto_augment="rand-m9-mstd0.5-inc1", erase_p=1.0, in_chans=1)
+    assert transform(source().pixels[0]).shape == (1, 40, 40)
+
+
+@pytest.mark.parametrize(
+    ("size", "ratio", "short"), [(224, 0.875, 256), (224, 0.9, 248), (384, 1.0, 384), (32, 0.875, 32)]
+)
+def test_short_side_before_the_centre_crop(size, ratio, short):
+    transform = eval_transform(size, MEAN, STD, ratio)
+    assert (transform.resize_px, transform.crop_px) == (short, size)
+
+
+# --- Repeated augmentation --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "world_size"), [(700, 1), (512, 4), (1000, 3)])
+def test_three_views_of_an_image_land_on_neighbouring_ranks(n, world_size):
+    samplers = [RepeatedAugmentationSampler(n, 1, 0, rank, world_size) for rank in range(world_size)]
+    for sampler in samplers:
+        sampler.set_epoch(2)
+    selected = [sampler.selected() for sampler in samplers]
+    assert {len(part) for part in selected} == {n // 256 * 256 // world_size}
+    together = [part[i] for i in range(len(selected[0])) for part in selected]
+    assert together[:6] == [(index, i) for index in dict.fromkeys(i for i, _ in together[:6]) for i in range(3)]
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(2)).tolist()
+    assert [index for index, repetition in together if repetition == 0] == order[: -(-len(together) // 3)]
+
+
+def test_an_epoch_can_be_entered_anywhere_and_few_images_are_not_lost():
+    sampler = RepeatedAugmentationSampler(20, 4, seed=1)
+    sampler.set_epoch(3)
+    batches = list(sampler)
+    assert len(batches) == len(sampler) == 5 and {len(batch) for batch in batches} == {4}
+    sampler.set_epoch(3, start_step=3)
+    assert list(sampler) == batches[3:]
+
+
+# --- Optimiser and schedule -------------------------------------------------------------------------------------------
+
+
+def schedule_flags(**flags) -> argparse.Namespace:
+    defaults = dict(sched="cosine", epochs=10, warmup_epochs=3, warmup_lr=1e-6, min_lr=1e-5, decay_rate=0.1)
+    return argparse.Namespace(**defaults | dict(decay_epochs=30, lr_noise=None, seed=0) | flags)
+
+
+def test_cosine_schedule_is_one_epoch_late_and_the_same_after_a_resume():
+    network = nn.Linear(2, 2)
+    optimizer = build_timm_optimizer(network, "adamw", 0.1, 0.05)
+    scheduler = build_timm_schedule(schedule_flags(), optimizer)
+    rates = [set_learning_rate(scheduler, optimizer, epoch) for epoch in range(10)]
+    expected = []
+    for epoch in range(10):
+        t = max(epoch - 1, 0)
+        warm = 1e-6 + t * (0.1 - 1e-6) / 3
+        expected.append(warm if t < 3 else 1e-5 + (0.1 - 1e-5) / 2 * (1 + math.cos(math.pi * t / 10)))
+    np.testing.assert_allclose(rates, expected, rtol=1e-9)
+    assert {group["lr"] for group in optimizer.param_groups} == {rates[-1]}
+    anew = build_timm_optimizer(network, "adamw", 0.1, 0.05)
+    assert set_learning_rate(build_timm_schedule(schedule_flags(), anew), anew, 6) == rates[6]
+
+
+@pytest.mark.parametrize("name", ["cosine", "tanh", "step", "poly"])
+def test_other_schedules_and_noise(name):
+    optimizer = build_timm_optimizer(nn.Linear(2, 2), "adamw", 0.1, 0.05)
+    scheduler = build_timm_schedule(schedule_flags(sched=name, lr_noise=[0.5], warmup_epochs=1), optimizer)
+    rates = [set_learning_rate(scheduler, optimizer, epoch) for epoch in (9, 4, 9)]
+    assert rates[0] == rates[2] and all(math.isfinite(rate) for rate in rates)
+
+
+class WithToken(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, 3))
+        self.temperature = nn.Parameter(torch.ones(2, 1, 1))
+        self.linear = nn.Linear(3, 3)
+
+    def no_weight_decay(self):
+        return {"cls_token"}
+
+
+def test_biases_vectors_and_named_tensors_are_not_decayed():
+    network = WithToken()
+    optimizer = build_timm_optimizer(network, "adamw", 0.1, 0.05, eps=1e-7, betas=(0.8, 0.9))
+    names = {id(p): name for name, p in network.named_parameters()}
+    decay = {group["weight_decay"]: {names[id(p)] for p in group["params"]} for group in optimizer.param_groups}
+    assert decay == {0.0: {"cls_token", "linear.bias"}, 0.05: {"temperature", "linear.weight"}}
+    assert (optimizer.defaults["eps"], tuple(optimizer.defaults["betas"])) == (1e-7, (0.8, 0.9))
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb", "sgd"])
+def test_norm_of_all_gradients_is_clipped_and_a_nan_leaves_the_step_out(name):
+    network = nn.Linear(4, 2)
+    optimizer = build_timm_optimizer(network, name, 0.1, 0.0)
+    network(torch.full((1, 4), 10.0)).sum().backward()
+    before = network.weight.detach().clone()
+    assert clip_and_step(optimizer, list(network.parameters()), 0.5) == 0
+    total = torch.cat([p.grad.flatten() for p in network.parameters()]).norm()
+    assert total.item() == pytest.approx(0.5, rel=1e-4)
+    after = network.weight.detach().clone()
+    assert not torch.equal(before, after)
+    network.bias.grad[0] = torch.nan
+    assert clip_and_step(optimizer, list(network.parameters()), None) == 1
+    assert torch.equal(network.weight.detach(), after)
+
+
+def test_average_follows_parameters_statistics_and_counters():
+    network = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    ema = NetworkEMA(network, 0.9)
+    expected = {name: value.clone().double() for name, value in network.state_dict().items()}
+    for _ in range(3):
+        network(torch.randn(5, 3))
+        with torch.no_grad():
+            network[0].weight.add_(1)
+        ema.update(network)
+        for name, value in network.state_dict().items():
+            expected[name] = 0.9 * expected[name] + 0.1 * value if value.is_floating_point() else value.double()
+    for name, value in ema.network.state_dict().items():
+        torch.testing.assert_close(value.double(), expected[name], rtol=1e-6, atol=1e-7)
+    assert not ema.network.training and not any(p.requires_grad for p in ema.network.parameters())
+
+
+# --- Accuracy ---------------------------------------------------------------------------------------------------------
+
+
+class FirstPixel(nn.Module):
+    """Logits that are the first seven pixels of an image."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1)[:, :7] * 5
+
+
+def classify(rank: int = 0) -> list[float]:
+    pixels = np.random.default_rng(1).integers(0, 256, (11, 8, 8, 3), dtype=np.uint8)
+    images = ArraySource("noise", pixels, np.arange(11) % 7, list("abcdefg"))
+    dataset = EvalDataset(images, EvalTransform(8, 8, MEAN, STD))
+    result = evaluate_classifier(FirstPixel(), dataset, Precision("fp32", torch.device("cpu")), batch_size=2)
+    return [result[name] for name in ("loss", "acc1", "acc5")]
+
+
+def test_accuracy_is_exact_on_one_and_on_three_processes():
+    pixels = np.random.default_rng(1).integers(0, 256, (11, 8, 8, 3), dtype=np.uint8)
+    logits = (pixels[:, 0, :7, 0] / 255 - MEAN[0]) / STD[0] * 5
+    losses, hits = [], np.zeros(2)
+    for row, label in zip(logits, np.arange(11) % 7, strict=True):
+        losses.append(np.log(np.exp(row).sum()) - row[label])
+        place = (row > row[label]).sum()
+        hits += (place < 1, place < 5)
+    expected = [np.mean(losses), *100 * hits / 11]
+    np.testing.assert_allclose(classify(), expected, rtol=1e-5)
+    for found in run_processes(classify, 3):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+# --- Data sets --------------------------------------------------------------------------------------------------------
+
+
+def write_inaturalist(root) -> None:
+    levels = [{"name": f"species {i}", "genus": f"genus {i // 2}"} for i in range(4)]
+    (root / "categories.json").write_text(json.dumps(levels))
+    for part, categories in (("train", [3, 0, 1, 2]), ("val", [0, 3])):
+        names = [f"{part}/{category}/{i}.png" for i, category in enumerate(categories)]
+        for name in names:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (4, 4)).save(root / name)
+        content = {
+            "images": [{"id": 10 + i, "file_name": name} for i, name in enumerate(names)],
+            "annotations": [{"image_id": 10 + i, "category_id": c} for i, c in reversed(list(enumerate(categories)))],
+        }
+        (root / f"{part}2019.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(("category", "classes"), [("name", 4), ("genus", 2)])
+def test_inaturalist_is_read_at_every_level(category, classes, tmp_path):
+    write_inaturalist(tmp_path)
+    train, val = open_inaturalist(tmp_path, 2019, category)
+    assert (len(train), len(val), len(train.classes)) == (4, 2, classes)
+    for part, categories in ((train, [3, 0, 1, 2]), (val, [0, 3])):
+        level = [f"species {c}" if category == "name" else f"genus {c // 2}" for c in categories]
+        assert [part.classes[part.label(i)] for i in range(len(part))] == level
+        assert part.load(0).decode().shape == (4, 4, 3)
+    with pytest.raises(ValueError, match=r"train2018\.json"):
+        open_inaturalist(tmp_path, 2018)
+
+
+def test_data_set_names_choose_how_a_path_is_read(tmp_path, monkeypatch):
+    from shared.supervised import datasets
+
+    calls = []
+    monkeypatch.setattr(datasets, "open_source", lambda *args, **kwargs: calls.append((args, kwargs)))
+    flags = argparse.Namespace(data_path=str(tmp_path), val_path=None, allow_absolute_paths=False, inat_category="name")
+    flags.data_set = "CIFAR100"
+    open_train_and_val(flags)
+    assert calls == [(("cifar100", part), {"download_root": str(tmp_path)}) for part in ("train", "val")]
+    write_inaturalist(tmp_path)
+    flags.data_set = "INAT19"
+    assert len(open_train_and_val(flags)[0]) == 4
+    flags.data_set, flags.data_path = "IMNET", None
+    monkeypatch.undo()
+    assert [len(part) for part in open_train_and_val(flags)] == [1438, 359]
+
+
+def test_flags_are_known_with_dashes_and_underscores():
+    parser = AnyDashParser()
+    parser.add_argument("--one-two", type=int)
+    parser.add_argument("--three_four", default="")
+    args = parser.parse_args(["--one_two=3", "--three-four", "a_b-c"])
+    assert (args.one_two, args.three_four) == (3, "a_b-c")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--five-six", "1"])

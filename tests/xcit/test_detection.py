@@ -1,0 +1,258 @@
+"""Detection: COCO's layout, average precision from its definition, training, resuming, official trunks."""
+
+import random
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from tests.processes import run_processes
+from tests.reliability.runs import assert_same
+from tests.xcit.training_runs import lines, losses, shrink_networks, state_of
+from xcit import dense_training
+from xcit.cross_covariance_transformer import build_xcit
+from xcit.detection import main
+from xcit.detection.average_precision import RECALLS, THRESHOLDS, AveragePrecision, box_iou, mask_iou, match
+from xcit.detection.coco import CocoDataset, flip, random_crop, read_mask
+from xcit.feature_pyramid import build_pyramid, fill_trunk
+from xcit.shapes import write_coco
+
+TINY = (
+    "--model xcit_nano_12_p8 --batch-size 2 --epochs 2 --min-size 32 --max-size 32 --no-crop --warmup-iters 0 "
+    "--num_workers 0 --log_freq 1 --device cpu --saveckp_steps 1 --lr 1e-3 --steps 1"
+).split()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_coco(tmp_path_factory.mktemp("coco"), {"train": 4, "val": 2})
+
+
+def train(data, output_dir, *flags) -> list[dict]:
+    arguments = [*TINY, "--data-path", str(data), "--output_dir", str(output_dir), *map(str, flags)]
+    main.train_detector(main.parse_args(arguments))
+    return lines(output_dir)
+
+
+# --- Average precision ------------------------------------------------------------------------------------------------
+
+
+def slow_ap(images: list, threshold: float) -> float:
+    """One class, from the definition: (scores, iou (D, G)) per image."""
+    detections = []
+    for scores, iou in images:
+        free = set(range(iou.shape[1]))
+        for d in np.argsort(-scores):
+            best = max(free, key=lambda g: iou[d, g], default=None)
+            hit = best is not None and iou[d, best] >= threshold
+            free -= {best} if hit else set()
+            detections.append((scores[d], hit))
+    total = sum(iou.shape[1] for _, iou in images)
+    points, hits = [], 0
+    for count, (_, hit) in enumerate(sorted(detections, key=lambda detection: -detection[0]), start=1):
+        hits += hit
+        points.append((hits / total, hits / count))
+    return np.mean([max((p for r, p in points if r >= recall), default=0.0) for recall in RECALLS])
+
+
+def test_average_precision_by_its_definition():
+    rng = np.random.default_rng(0)
+    images = [
+        (rng.permutation(50)[:d] / 50 + i / 1000, rng.random((d, g)))
+        for i, (d, g) in enumerate([(6, 3), (4, 5), (0, 2)])
+    ]
+    collected, parts = AveragePrecision(), [AveragePrecision(), AveragePrecision()]
+    for i, (scores, iou) in enumerate(images):
+        labels = [np.full(n, 7) for n in iou.shape]
+        for target in (collected, parts[i % 2]):
+            target.add(scores, labels[0], iou, labels[1], np.zeros(iou.shape[1], dtype=bool))
+    expected = [slow_ap(images, threshold) for threshold in THRESHOLDS]
+    result = collected.compute()
+    assert result["ap"] == pytest.approx(100 * np.mean(expected))
+    assert (result["ap50"], result["ap75"]) == pytest.approx((100 * expected[0], 100 * expected[5]))
+    parts[0].merge(parts[1])
+    assert parts[0].compute() == pytest.approx(result)
+
+
+def test_detections_in_a_crowd_do_not_count():
+    found, ignored = match(np.array([[0.9, 0.2], [0.1, 0.8], [0.1, 0.8]]), np.array([False, True]))
+    assert found[0].tolist() == [True, False, False] and ignored[0].tolist() == [False, True, True]
+    assert not ignored[-1].any()
+
+
+def test_overlaps_of_boxes_are_those_of_their_masks():
+    rng = np.random.default_rng(1)
+    corners = np.sort(rng.integers(0, 12, (5, 2, 2)), axis=1).reshape(5, 4)  # left, top, right, bottom
+    boxes = (corners + np.array([0, 0, 1, 1])).astype(np.float64)
+    masks = np.zeros((5, 13, 13), dtype=np.uint8)
+    for mask, (left, top, right, bottom) in zip(masks, boxes.astype(int), strict=True):
+        mask[top:bottom, left:right] = 1
+    crowd = np.array([False, True, False])
+    np.testing.assert_allclose(box_iou(boxes[:2], boxes[2:], crowd), mask_iou(masks[:2], masks[2:], crowd), rtol=1e-5)
+
+
+# --- Data -------------------------------------------------------------------------------------------------------------
+
+
+def test_masks_from_polygons_and_from_runs():
+    square = read_mask([[2, 1, 6, 1, 6, 4, 2, 4]], 6, 8)
+    expected = np.zeros((6, 8), dtype=np.uint8)
+    expected[1:4, 2:6] = 1
+    assert (
+        np.abs(square.astype(int) - expected).sum() <= 7 and (square >= expected).all()
+    )  # OpenCV draws the border too
+    runs = [2 * 6 + 1, 3, 3, 3, 3, 3, 3, 3, 2 * 6 + 2]
+    assert np.array_equal(read_mask({"counts": runs, "size": [6, 8]}, 6, 8), expected)
+    with pytest.raises(ValueError, match="compressed run lengths"):
+        read_mask({"counts": "abc", "size": [6, 8]}, 6, 8)
+
+
+def test_boxes_enclose_their_masks_whatever_the_augmentation(data):
+    dataset = CocoDataset(data, "train", crop=False)
+    assert dataset.classes == ["disc", "square", "triangle"]
+    for index in range(len(dataset)):
+        for epoch in range(4):
+            image, target, found = dataset[(epoch, index)]
+            assert found == index and image.shape[1:] == target["masks"].shape[1:]
+            for box, mask in zip(target["boxes"], target["masks"], strict=True):
+                ys, xs = mask.nonzero(as_tuple=True)
+                drawn = torch.tensor([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]).float()
+                assert (drawn - box).abs().max() <= 1.5
+    again = dataset[(3, 1)]
+    assert torch.equal(again[0], dataset[(3, 1)][0]) and torch.equal(again[1]["boxes"], dataset[(3, 1)][1]["boxes"])
+
+
+def test_two_flips_are_none_and_crops_keep_objects():
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    masks = np.zeros((1, 60, 80), dtype=np.uint8)
+    masks[0, 10:40, 20:60] = 1
+    target = {
+        "boxes": np.array([[20, 10, 60, 40]], dtype=np.float32),
+        "labels": np.array([1]),
+        "masks": masks,
+        "crowd": np.array([False]),
+    }
+    twice = flip(*flip(pixels, target))
+    assert np.array_equal(twice[0], pixels) and np.array_equal(twice[1]["boxes"], target["boxes"])
+    for seed in range(5):
+        cropped, kept = random_crop(pixels, target, random.Random(seed))
+        assert kept["masks"].shape[1:] == cropped.shape[:2]
+        left, top, right, bottom = kept["boxes"][0].astype(int)
+        assert kept["masks"][0].sum() == (right - left) * (bottom - top) > 0
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"instances_train2017\.json is missing"):
+        CocoDataset(tmp_path, "train")
+
+
+# --- Trunk ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["xcit_nano_12_p16", "xcit_nano_12_p8"])
+def test_a_classifier_fills_the_trunk(name, tmp_path, small_networks):
+    classifier = build_xcit(name)
+    torch.save({"model": classifier.state_dict()}, tmp_path / "weights.pth")
+    pyramid = build_pyramid(name)
+    fill_trunk(pyramid, str(tmp_path / "weights.pth"))
+    for key, value in pyramid.state_dict().items():
+        assert key.startswith("fpn") or torch.equal(value, classifier.state_dict()[key])
+    features = pyramid.eval()(torch.randn(1, 3, 64, 96))
+    assert [tuple(f.shape[2:]) for f in features.values()] == [(16, 24), (8, 12), (4, 6), (2, 3)]
+    with pytest.raises(ValueError, match="does not fill the trunk"):
+        fill_trunk(build_pyramid("xcit_tiny_12_p16"), str(tmp_path / "weights.pth"))
+
+
+def test_published_detectors_tap_these_blocks():
+    with torch.device("meta"):
+        assert build_pyramid("xcit_tiny_12_p16").out_indices == [3, 5, 7, 11]
+        assert build_pyramid("xcit_tiny_24_p8").out_indices == [7, 11, 15, 23]
+
+
+# --- Training ---------------------------------------------------------------------------------------------------------
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.fixture
+def small_heads(monkeypatch):
+    """A narrow neck, few proposals: the detector's heads are torchvision's."""
+    few = {"box_batch_size_per_image": 8, "box_detections_per_img": 4}
+    few |= {f"rpn_{when}_nms_top_n_{part}": 12 for when in ("pre", "post") for part in ("train", "test")}
+    monkeypatch.setattr(main, "NECK_CHANNELS", 8)
+    monkeypatch.setattr(main, "MaskRCNN", partial(main.MaskRCNN, **few))
+
+
+def test_training_evaluation_and_an_exact_resume(data, tmp_path, monkeypatch, small_networks, small_heads, capsys):
+    written = train(data, tmp_path / "whole")
+    assert len(losses(tmp_path / "whole")) == 4
+    assert {"loss_mask", "loss_box_reg", "loss_objectness", "lr"} <= written[0].keys()
+    assert written[0]["lr"] == pytest.approx(1e-3) and written[-2]["lr"] == pytest.approx(1e-4)  # --steps 1
+    assert {"box_ap", "mask_ap", "box_ap50"} <= written[-1].keys()
+
+    step, calls = dense_training.clip_and_step, []
+
+    def stop(*args, **kwargs):
+        calls.append(args)
+        if len(calls) > 3:
+            raise Stop
+        return step(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dense_training, "clip_and_step", stop)
+        with pytest.raises(Stop):
+            train(data, tmp_path / "stopped")
+    train(data, tmp_path / "stopped")
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    states = [state_of(tmp_path / name) for name in ("stopped", "whole")]
+    assert_same(*(state["model"] for state in states), "model")
+    assert_same(*(state["optimizer"] for state in states), "optimizer")
+
+    capsys.readouterr()
+    train(data, tmp_path / "whole", "--eval")
+    assert f"box_ap {written[-1]['box_ap']:.2f}" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"--eval: .*checkpoint\.pth is not a file"):
+        train(data, tmp_path / "empty", "--eval")
+
+
+@pytest.mark.slow
+def test_mixed_precision(data, tmp_path, small_networks, small_heads):
+    assert all(loss == loss for loss in losses_of(train(data, tmp_path, "--amp", "bf16", "--epochs", 1, "--steps")))
+
+
+def losses_of(written: list[dict]) -> list[float]:
+    return [line["loss"] for line in written if "loss" in line]
+
+
+def evaluate(rank: int, data) -> list[float]:
+    shrink_networks()
+    torch.manual_seed(0)
+    detector = main.build_detector("xcit_nano_12_p8", 3, min_size=(32,), max_size=32)
+    result = main.evaluate_detector(detector, CocoDataset(data, "val", augment=False), torch.device("cpu"))
+    return list(result.values())
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds(data, small_networks):
+    alone = evaluate(0, data)
+    assert run_processes(evaluate, 2, data) == [alone, alone]
+
+
+@pytest.mark.slow
+def test_shapes_are_learned(tmp_path):
+    """The defaults without data, as in the README."""
+    main.train_detector(main.parse_args(["--output_dir", str(tmp_path), "--device", "cpu"]))
+    assert lines(tmp_path)[-1]["box_ap50"] > 20
+
+
+def test_recipe_of_the_published_runs():
+    args = main.parse_args(["--data-path", "/coco", "--model", "xcit_small_24_p16"])
+    assert (args.epochs, args.steps, args.lr, args.weight_decay, args.warmup_iters) == (36, [27, 33], 1e-4, 0.05, 500)
+    assert (args.min_size[0], args.min_size[-1], args.max_size) == (480, 800, 1333)
+    assert dense_training.drop_path_rate(args) == 0.1
+    assert dense_training.warmup_factor(0, 500, 0.001) == pytest.approx(0.001)
+    assert dense_training.warmup_factor(250, 500, 0.001) == pytest.approx(0.5005)
+    assert dense_training.warmup_factor(500, 500, 0.001) == 1

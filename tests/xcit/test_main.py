@@ -1,0 +1,340 @@
+"""The real script: flags, training, fine-tuning, distillation, evaluation, resuming, several processes."""
+
+import argparse
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from tests.processes import run_processes, run_script
+from tests.reliability.runs import assert_same
+from tests.xcit.training_runs import ROOT, TINY, lines, losses, state_of, train, train_on_rank
+from xcit import main
+from xcit.main import parse_args
+from xcit.networks import build_network
+
+# the command lines of the paper's repository, flag by flag as published
+PUBLISHED = [
+    "--model xcit_small_12_p16 --batch-size 128 --drop-path 0.05 --output_dir /run --epochs 400",
+    "--eval --model xcit_small_12_p16 --input-size 384 --full_crop --pretrained weights.pth --data-path /imagenet",
+    "--model xcit_nano_12_p8 --batch-size 128 --drop-path 0.0 --data-set INAT19 --inat-category genus --resume r.pth "
+    "--no-model-ema --no-repeated-aug --no-pin-mem --dist-eval --model-ema-force-cpu --opt-betas 0.9 0.99 --seed 3 "
+    "--sched step --lr-noise 0.4 0.9 --dr 0.2 --cutmix-minmax 0.2 0.8 --mixup-mode elem --surgery w.pth --clip-grad 1 "
+    "--teacher-model regnety_160 --teacher-path t.pth --distillation-type hard --distillation-tau 2 --world_size 8",
+]
+
+
+@pytest.mark.parametrize("command", PUBLISHED)
+def test_published_command_lines_parse(command):
+    parse_args([*command.split(), "--data_path", "/imagenet"])
+
+
+def test_dashes_and_underscores_are_the_same():
+    args = parse_args(["--data-path", "/imagenet", "--batch_size=32", "--full-crop"])
+    assert (args.data_path, args.batch_size, args.full_crop) == ("/imagenet", 32, True)
+
+
+def test_defaults_are_the_official_ones():
+    args = vars(parse_args(["--data_path", "/imagenet"]))
+    official = {
+        "batch_size": 64, "epochs": 400, "input_size": 224, "drop": 0.0, "drop_path": 0.1, "model_ema": True,
+        "model_ema_decay": 0.99996, "model_ema_force_cpu": False, "opt": "adamw", "opt_eps": 1e-8, "opt_betas": None,
+        "clip_grad": None, "momentum": 0.9, "weight_decay": 0.05, "sched": "cosine", "lr": 5e-4, "lr_noise": None,
+        "lr_noise_pct": 0.67, "lr_noise_std": 1.0, "warmup_lr": 1e-6, "min_lr": 1e-5, "decay_epochs": 30,
+        "warmup_epochs": 5, "cooldown_epochs": 10, "patience_epochs": 10, "decay_rate": 0.1, "color_jitter": 0.4,
+        "aa": "rand-m9-mstd0.5-inc1", "smoothing": 0.1, "train_interpolation": "bicubic", "repeated_aug": True,
+        "reprob": 0.25, "remode": "pixel", "recount": 1, "resplit": False, "mixup": 0.8, "cutmix": 1.0,
+        "cutmix_minmax": None, "mixup_prob": 1.0, "mixup_switch_prob": 0.5, "mixup_mode": "batch",
+        "teacher_model": "regnety_160", "teacher_path": "", "distillation_type": "none", "distillation_alpha": 0.5,
+        "distillation_tau": 1.0, "data_set": "IMNET", "inat_category": "name", "seed": 0, "resume": "",
+        "start_epoch": 0, "eval": False, "dist_eval": False, "pin_mem": True, "dist_url": "env://", "test_freq": 1,
+        "full_crop": False, "pretrained": None, "surgery": None,
+    }  # fmt: skip
+    assert {name: args[name] for name in official} == official
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batch-size", "7"], "--batch-size 7"),
+        (["--epochs", "0"], "--epochs 0 is less than 1"),
+        (["--distillation-type", "hard"], "--teacher-path"),
+    ],
+)
+def test_wrong_flags_are_refused(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--data_path", "x", *flags])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data_path", "/no/such/folder"], "--data_path /no/such/folder"),
+        (["--model", "xcit_small_12_p32"], "did you mean xcit_small_12"),
+        (["--eval"], "--eval: the checkpoint .*checkpoint.pth is not a file"),
+        (["--resume", "nowhere.pth"], "--resume nowhere.pth"),
+        (["--pretrained", "nowhere.pth"], "--pretrained nowhere.pth is not a file"),
+        (["--sched", "plateau"], "--sched plateau"),
+        (["--opt", "nonsense"], "--opt nonsense"),
+        (["--distillation-type", "soft", "--teacher-path", "nowhere.pth"], "--teacher-path nowhere.pth is not a file"),
+        (
+            ["--distillation-type", "soft", "--teacher-path", __file__, "--teacher-model", "resnet"],
+            "--teacher-model resnet is neither",
+        ),
+    ],
+)
+def test_bad_input_is_one_clear_message(flags, message, images, tmp_path, small_networks):
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, "--data_path", images, *flags)
+
+
+@pytest.fixture(scope="module")
+def finished(images, tmp_path_factory):
+    """A run of two epochs with everything on."""
+    with pytest.MonkeyPatch.context() as patch:
+        shrink(patch)
+        folder = tmp_path_factory.mktemp("finished") / "run"
+        train(folder, "--data_path", images, *EVERYTHING)
+    return folder
+
+
+EVERYTHING = ("--epochs", 2, "--drop-path", 0.2, "--saveckp_steps", 1, "--clip-grad", 1.0, "--lr", 0.05)
+
+
+def shrink(patch: pytest.MonkeyPatch) -> None:
+    from tests.xcit.training_runs import SIZES, shrink_networks
+
+    patch.setitem(SIZES, "nano_12", SIZES["nano_12"])
+    shrink_networks()
+
+
+def test_training_writes_log_and_official_checkpoint_layout(finished):
+    state = state_of(finished)
+    assert {"model", "optimizer", "epoch", "model_ema", "scaler", "args"} <= state.keys()
+    assert state["epoch"] == 2 and state["model"].keys() == state["model_ema"].keys()
+    assert (finished / "best_model.pth").exists()
+    epochs = [json.loads(line) for line in (finished / "log.txt").read_text().splitlines()]
+    assert len(epochs) == 2 and {"train_loss", "train_lr", "test_acc1", "test_acc5", "n_parameters"} <= epochs[1].keys()
+    assert [line["step"] for line in lines(finished) if "loss" in line] == list(range(1, len(losses(finished)) + 1))
+    # mixed labels of three classes: an untrained network is at ln 3
+    assert abs(losses(finished)[0] - math.log(3)) < 0.3
+
+
+def test_the_average_is_that_of_all_steps(finished, images, tmp_path, small_networks, monkeypatch):
+    """Recomputed from the networks that the run saved after every step."""
+    seen = []
+    monkeypatch.setattr(main.NetworkEMA, "update", lambda self, network: seen.append(copy_of(network)))
+    train(tmp_path, "--data_path", images, *EVERYTHING)
+    state = state_of(finished)
+    averages = {name: value.double() for name, value in state_of(tmp_path)["model_ema"].items()}  # the initial network
+    for network in seen:
+        for name, value in network.items():
+            averages[name] = 0.99996 * averages[name] + 0.00004 * value
+    for name, value in state["model_ema"].items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value.double(), averages[name], rtol=1e-5, atol=1e-7)
+
+
+def copy_of(network: torch.nn.Module) -> dict:
+    return {name: value.double().clone() for name, value in network.state_dict().items()}
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop_after", [1, 3])
+def test_a_run_stopped_anywhere_ends_like_an_uninterrupted_one(
+    finished, images, tmp_path, monkeypatch, stop_after, small_networks
+):
+    clip_and_step, calls = main.clip_and_step, []
+
+    def stop(*args):
+        calls.append(args)
+        if len(calls) > stop_after:
+            raise Stop
+        return clip_and_step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(main, "clip_and_step", stop)
+        with pytest.raises(Stop):
+            train(tmp_path, "--data_path", images, *EVERYTHING)
+    train(tmp_path, "--data_path", images, *EVERYTHING, "--num_workers", 1 if stop_after == 1 else 0)
+    assert losses(tmp_path) == losses(finished)
+    assert (tmp_path / "log.txt").read_text() == (finished / "log.txt").read_text()
+    states = [state_of(folder) for folder in (tmp_path, finished)]
+    for state in states:
+        state.pop("args")
+        state["log"].pop("lengths")
+    assert_same(*states, "checkpoint")
+
+
+def as_the_official_code_saves(state: dict) -> dict:
+    """Flags in a Namespace, the number of the finished epoch, an optimiser that is not fused, nothing of ours."""
+    groups = [
+        {key: value for key, value in group.items() if key not in ("fused", "foreach")}
+        for group in state["optimizer"]["param_groups"]
+    ]
+    return {
+        "model": state["model"],
+        "optimizer": {"state": state["optimizer"]["state"], "param_groups": groups},
+        "lr_scheduler": {"decay_rate": 1.0},
+        "epoch": state["epoch"] - 1,
+        "model_ema": state["model_ema"],
+        "scaler": {},
+        "args": argparse.Namespace(**state["args"]),
+    }
+
+
+def test_a_checkpoint_of_the_official_code_is_gone_on_with(finished, images, tmp_path, small_networks, monkeypatch):
+    flags = ("--data_path", images, *EVERYTHING)
+    with monkeypatch.context() as patch:  # ends after the first epoch, with the schedule of two
+        patch.setattr(main.Checkpointer, "after_epoch", stop_after_save(main.Checkpointer.after_epoch))
+        with pytest.raises(Stop):
+            train(tmp_path / "first", *flags)
+    state = state_of(tmp_path / "first")
+    official = tmp_path / "official.pth"
+    torch.save(as_the_official_code_saves(state), official)
+    train(tmp_path / "resumed", *flags, "--resume", official)
+    steps = len(losses(finished)) // 2
+    assert losses(tmp_path / "resumed") == losses(finished)[steps:]
+    for key in ("model", "model_ema"):
+        assert_same(state_of(tmp_path / "resumed")[key], state_of(finished)[key], key)
+
+
+def stop_after_save(after_epoch):
+    def stop(self, *args, **kwargs):
+        after_epoch(self, *args, **kwargs)
+        raise Stop
+
+    return stop
+
+
+def test_eval_repeats_the_last_evaluation_and_leaves_the_folder_alone(finished, images, capsys, small_networks):
+    (finished / "attempt.json").write_text('{"job": "a run that is going on", "number": 0}')
+    last = [line for line in lines(finished) if "test_acc1" in line][-1]
+    train(finished, "--data_path", images, "--eval", "--full_crop")
+    train(finished, "--data_path", images, "--eval")
+    said = capsys.readouterr().out
+    assert f"top-1 {last['test_acc1']:.2f} %, top-5 100.00 %" in said.splitlines()[-1]
+    train(finished, "--data_path", images, "--eval", "--checkpoint_key", "model_ema")
+    assert "top-1" in capsys.readouterr().out.splitlines()[-1]
+    assert "going on" in (finished / "attempt.json").read_text()
+
+
+def test_eval_needs_no_training_images(finished, images, capsys, small_networks):
+    main.train_xcit(parse_args([*TINY, "--eval", "--val_path", str(images), "--output_dir", str(finished)]))
+    assert f"{images}: 24 images, 3 classes: top-1" in capsys.readouterr().out
+
+
+def test_eval_of_a_network_without_a_fitting_classifier_is_refused(finished, images, tmp_path, small_networks):
+    state = state_of(finished)["model"]
+    del state["head.weight"], state["head.bias"]
+    torch.save(state, tmp_path / "backbone.pth")
+    with pytest.raises(ValueError, match="no classifier for the 3 classes"):
+        train(tmp_path / "run", "--data_path", images, "--eval", "--pretrained", tmp_path / "backbone.pth")
+
+
+def test_finetuning_at_a_higher_resolution_and_for_other_classes(finished, images, tmp_path, small_networks, capsys):
+    two = shutil.copytree(images, tmp_path / "two")
+    shutil.rmtree(two / "class2")
+    flags = ("--pretrained", finished / "best_model.pth", "--input-size", 40, "--lr", 0, "--warmup-lr", 0)
+    train(tmp_path / "run", "--data_path", two, *flags, "--min-lr", 0, "--eval-ema")
+    assert "its classifier is for other classes" in capsys.readouterr().out
+    before, after = (state_of(folder)["model"] for folder in (finished, tmp_path / "run"))
+    assert after["head.weight"].shape == (2, 32)
+    assert torch.equal(after["blocks.0.attn.qkv.weight"], before["blocks.0.attn.qkv.weight"])
+    assert "ema_acc1" in lines(tmp_path / "run")[-1]
+
+
+def test_surgery_keeps_the_patch_embedding_as_it_was(finished, images, tmp_path, small_networks):
+    train(tmp_path, "--data_path", images, "--surgery", finished / "checkpoint.pth", "--lr", 0.05)
+    before, after = (state_of(folder)["model"] for folder in (finished, tmp_path))
+    for name in before:
+        if name.startswith("patch_embed"):
+            assert torch.equal(before[name], after[name]), name
+    assert not torch.equal(before["blocks.0.attn.qkv.weight"], after["blocks.0.attn.qkv.weight"])
+
+
+@pytest.mark.parametrize(("teacher", "kind"), [("test_resnet", "soft"), ("squeezenet1_0", "hard")])  # timm, torchvision
+def test_distillation_from_networks_of_timm_and_torchvision(teacher, kind, images, tmp_path, small_networks):
+    torch.manual_seed(0)
+    torch.save({"model": build_network(teacher, 3).state_dict()}, tmp_path / "teacher.pth")
+    distilled = ("--distillation-type", kind, "--teacher-model", teacher, "--teacher-path", tmp_path / "teacher.pth")
+    flags = ("--data_path", images, "--input-size", 40)
+    plain, alpha_0, alpha_1 = (
+        train(tmp_path / str(i), *flags, *more)
+        for i, more in enumerate([(), (*distilled, "--distillation-alpha", 0), (*distilled, "--distillation-alpha", 1)])
+    )
+    assert plain[0]["loss"] == alpha_0[0]["loss"] != alpha_1[0]["loss"]
+    with pytest.raises(ValueError, match=r"--teacher-path .* does not fill --teacher-model resnet10t"):
+        train(tmp_path / "wrong", *flags, *distilled, "--teacher-model", "resnet10t")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--mixup", 0, "--cutmix", 1.0),  # soft labels without Mixup
+        ("--mixup", 0, "--cutmix", 0, "--opt", "lamb", "--in_chans", 1, "--input-size", 33, "--remode", "const"),
+        ("--repeated-aug", "--aa", "none", "--model-ema-force-cpu", "--opt", "momentum", "--sched", "step"),
+        ("--model", "test_vit", "--input-size", 32, "--no-model-ema"),
+        ("--amp", "bf16", "--drop-path", 0.1, "--drop", 0.1),
+    ],
+)
+def test_other_recipes_and_networks_train(flags, images, tmp_path, small_networks):
+    written = train(tmp_path, "--data_path", images, *flags)
+    assert len(losses(tmp_path)) >= 2 and all(math.isfinite(line["loss"]) for line in written if "loss" in line)
+
+
+def test_two_processes_give_the_losses_of_one_with_twice_the_batch(images, tmp_path, small_networks):
+    # batch statistics are those of both processes; what is drawn per process is off
+    flags = ("--data_path", images, "--mixup", 0, "--cutmix", 0, "--drop-path", 0, "--epochs", 2, "--lr", 0.01)
+    train(tmp_path / "one", *flags)
+    run_processes(train_on_rank, 2, tmp_path / "two", *flags, "--batch-size", 4)
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=2e-4)
+    results = [[line["test_acc1"] for line in lines(tmp_path / name) if "test_acc1" in line] for name in ("one", "two")]
+    assert results[0] == results[1] and len(results[0]) == 2
+
+
+def test_a_nan_is_left_out_and_too_many_end_the_run(images, tmp_path, small_networks, monkeypatch):
+    from shared.attempt import NotFinite
+
+    call = main.TrainingLoss.__call__
+    monkeypatch.setattr(main.TrainingLoss, "__call__", lambda *args: call(*args) * torch.nan)
+    with pytest.raises(NotFinite, match="2 steps in a row"):
+        train(tmp_path, "--data_path", images, "--max_skipped_steps", 2)
+    assert (tmp_path / "nonfinite.pth").exists()
+
+
+def test_pictures_and_summary(images, tmp_path, small_networks, capsys):
+    train(tmp_path, "--data_path", images, "--pictures", "on")
+    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"views.png", "curves.png"}
+    assert "best top-1" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_compiled_networks_train_alike(images, tmp_path, small_networks):
+    for name, flags in (("eager", ()), ("compiled", ("--compile",))):
+        train(tmp_path / name, "--data_path", images, "--drop-path", 0, *flags)
+    np.testing.assert_allclose(losses(tmp_path / "compiled"), losses(tmp_path / "eager"), rtol=1e-3)
+    assert state_of(tmp_path / "compiled")["model"].keys() == state_of(tmp_path / "eager")["model"].keys()
+
+
+@pytest.mark.slow
+def test_every_way_to_start_the_script_works_in_a_copied_folder(images, tmp_path):
+    project = tmp_path / "some" / "project"
+    for folder in ("xcit", "shared"):
+        shutil.copytree(ROOT / folder, project / folder, ignore=shutil.ignore_patterns("__pycache__", "runs"))
+    for command, cwd in ((["main.py"], project / "xcit"), (["-m", "xcit.main"], project)):
+        run = run_script(*command, *TINY, "--data_path", images, "--output_dir", tmp_path / command[-1], cwd=cwd)
+        assert run.returncode == 0, run.stderr
+        assert len(losses(tmp_path / command[-1])) >= 2
+
+
+def test_embedded_data_have_defaults_of_their_own():
+    assert vars(parse_args([])).items() >= main.EMBEDDED_DATA_DEFAULTS.items()
+    assert parse_args(["--epochs", "2"]).epochs == 2

@@ -1,0 +1,228 @@
+"""XCiT's network: equal to timm's, the paper's table, any image size, gradients, parts from their formulas."""
+
+import math
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.standalone import load_alone
+from tests.xcit.training_runs import ROOT
+from xcit import cross_covariance_transformer
+from xcit.cross_covariance_transformer import (
+    ARCHITECTURES,
+    LPI,
+    XCA,
+    ClassAttentionBlock,
+    ConvPatchEmbed,
+    DropPath,
+    XCiT,
+    build_xcit,
+    fourier_features,
+)
+from xcit.pretrained import fill, from_timm
+
+
+def randomized(network: nn.Module, seed: int = 0) -> nn.Module:
+    """Every tensor non-trivial, so that a forgotten term shows up."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in network.state_dict().items():
+            if value.is_floating_point():
+                noise = torch.empty_like(value).uniform_(-1, 1, generator=generator)
+                if name.endswith(("running_var", "gamma1", "gamma2", "gamma3", "temperature", "norm1.weight")):
+                    value.copy_(1 + 0.3 * noise)
+                else:
+                    value.add_(0.1 * noise)
+    return network
+
+
+def tiny(**options) -> XCiT:
+    torch.manual_seed(0)
+    options = dict(patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5) | options
+    return randomized(XCiT(**options))
+
+
+# Table 1 of the paper: parameters in millions, GFLOPs (multiply-adds) at 224 pixels, patches of 16, and at 384, 8
+TABLE_1 = {
+    "nano_12": (3, 0.5, 6.4),
+    "tiny_12": (7, 1.2, 14.3),
+    "tiny_24": (12, 2.3, 27.3),
+    "small_12": (26, 4.8, 55.6),
+    "small_24": (48, 9.1, 106.0),
+    "medium_24": (84, 16.2, 188.0),
+    "large_24": (189, 36.1, 417.9),
+}
+PARAMETERS = {  # of the released files, with 1000 classes
+    "nano_12": (3_053_224, 3_049_016),
+    "tiny_12": (6_716_272, 6_706_504),
+    "tiny_24": (12_116_896, 12_107_128),
+    "small_12": (26_253_304, 26_213_032),
+    "small_24": (47_671_384, 47_631_112),
+    "medium_24": (84_395_752, 84_323_624),
+    "large_24": (189_096_136, 188_932_648),
+}
+
+
+@pytest.mark.parametrize("size", TABLE_1)
+def test_parameters_and_flops_are_those_of_the_paper(size):
+    millions, *published = TABLE_1[size]
+    for (patch_size, side), parameters, gflops in zip(((16, 224), (8, 384)), PARAMETERS[size], published, strict=True):
+        with torch.device("meta"), torch.no_grad():
+            network = build_xcit(f"xcit_{size}_p{patch_size}").eval()
+            with FlopCounterMode(display=False) as counter:
+                network(torch.empty(1, 3, side, side))
+        assert sum(p.numel() for p in network.parameters()) == parameters
+        assert round(parameters / 1e6) == millions
+        # the counter leaves out norms and activations; the paper rounds to one digit
+        assert counter.get_total_flops() / 2e9 == pytest.approx(gflops, rel=0.03, abs=0.06)
+        keys = {("12", 16): 383, ("12", 8): 377, ("24", 16): 707, ("24", 8): 701}
+        assert len(network.state_dict()) == keys[size.split("_")[1], patch_size]
+
+
+def test_every_published_network_has_a_function_of_its_name():
+    assert len(ARCHITECTURES) == 14
+    for name in ARCHITECTURES:
+        with torch.device("meta"):
+            network = getattr(cross_covariance_transformer, name)(num_classes=0)
+        assert f"p{network.patch_size}" in name and f"_{len(network.blocks)}_" in name
+
+
+@pytest.mark.parametrize("name", ["xcit_nano_12_p16", "xcit_nano_12_p8", "xcit_tiny_12_p16", "xcit_tiny_24_p8"])
+def test_logits_are_those_of_timm_with_the_same_weights(name):
+    torch.manual_seed(0)
+    twin = randomized(timm.create_model(f"{name}_224", num_classes=7)).eval()
+    network = build_xcit(name, num_classes=7).eval()
+    assert fill(network, from_timm(twin.state_dict()), "timm")
+    images = torch.randn(1, 3, 48, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(network(images), twin(images), rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_are_those_of_timm_with_the_same_weights():
+    twin = randomized(
+        timm.models.xcit.Xcit(
+            img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5, eta=0.5, tokens_norm=True
+        )
+    )
+    network = tiny(eta=0.5)
+    fill(network, from_timm(twin.state_dict()), "timm")
+    images = torch.randn(3, 3, 32, 24)
+    for net in (twin, network):
+        net.train()(images).square().mean().backward()
+    gradients = from_timm({name: p.grad for name, p in twin.named_parameters()})
+    for name, parameter in network.named_parameters():
+        torch.testing.assert_close(
+            parameter.grad, gradients[name], rtol=1e-3, atol=1e-6, msg=lambda m, n=name: f"{n} {m}"
+        )
+
+
+def test_cross_covariance_attention_by_its_formula():
+    torch.manual_seed(0)
+    layer = XCA(12, num_heads=3, qkv_bias=True).double()
+    nn.init.uniform_(layer.temperature, 0.5, 2)
+    x = torch.randn(2, 5, 12, dtype=torch.double)
+    q, k, v = layer.qkv(x).chunk(3, dim=2)
+    expected = torch.empty_like(x)
+    for sample in range(2):
+        for head in range(3):
+            channels = slice(4 * head, 4 * head + 4)
+            queries, keys, values = (t[sample, :, channels] for t in (q, k, v))
+            for i in range(4):  # one output channel: a weighted sum of the value channels
+                cosines = [queries[:, i] @ keys[:, j] / (queries[:, i].norm() * keys[:, j].norm()) for j in range(4)]
+                weights = (torch.stack(cosines) * layer.temperature[head]).softmax(dim=-1).flatten()
+                expected[sample, :, 4 * head + i] = values @ weights
+    torch.testing.assert_close(layer(x), layer.proj(expected))
+
+
+def test_local_patch_interaction_sees_the_eight_neighbours_of_each_convolution():
+    layer = randomized(LPI(4)).eval()
+    x = torch.randn(1, 7 * 9, 4)
+    changed = x.clone()
+    changed[0, 3 * 9 + 4] += 1  # row 3, column 4
+    different = (layer(x, 7, 9) != layer(changed, 7, 9)).any(dim=2).view(7, 9)
+    expected = torch.zeros(7, 9, dtype=torch.bool)
+    expected[1:6, 2:7] = True
+    assert torch.equal(different, expected)
+
+
+def test_positions_depend_on_the_share_of_the_image_only():
+    small, large = fourier_features(2, 3), fourier_features(4, 6)
+    torch.testing.assert_close(small, large[1::2, 1::2], rtol=0, atol=2e-5)
+    x = 2 * math.pi * 2 / 3  # column 2 of 3, frequencies 0 and 1 of the second half of the channels
+    assert small[0, 1, 32].item() == pytest.approx(math.sin(x), abs=1e-5)
+    assert small[0, 1, 33].item() == pytest.approx(math.cos(x), abs=1e-5)
+
+
+@pytest.mark.parametrize(("patch_size", "height", "width", "grid"), [(8, 33, 47, (5, 6)), (16, 64, 17, (4, 2))])
+def test_any_image_size_gives_a_grid(patch_size, height, width, grid):
+    tokens, found = ConvPatchEmbed(patch_size, 3, 32)(torch.randn(1, 3, height, width))
+    assert (tokens.shape, tuple(found)) == ((1, grid[0] * grid[1], 32), grid)
+
+
+@pytest.mark.parametrize("tokens_norm", [True, False])
+def test_the_last_block_computes_the_class_token_alone(tokens_norm):
+    block = randomized(ClassAttentionBlock(32, 2, qkv_bias=True, tokens_norm=tokens_norm)).eval()
+    x = torch.randn(2, 6, 32)
+    torch.testing.assert_close(block.class_token(x), block(x)[:, :1])
+
+
+def test_attention_of_the_class_token_is_what_its_output_is_made_of():
+    network = tiny().eval()
+    images = torch.randn(2, 3, 24, 40)
+    attention = network.class_attention(images)
+    assert attention.shape == (2, 2, 3, 5)
+    layer = network.cls_attn_blocks[0].attn
+    x = torch.randn(2, 6, 32)
+    weights = layer.attention(x)
+    torch.testing.assert_close(weights.sum(dim=2), torch.ones(2, 2))
+    values = x @ layer.qkv.weight[64:].T + layer.qkv.bias[64:]
+    expected = torch.einsum("bhn,bnhd->bhd", weights, values.unflatten(2, (2, 16))).flatten(1)
+    torch.testing.assert_close(layer(x)[:, 0], layer.proj(expected))
+
+
+def test_networks_without_normalised_tokens_can_be_trained():
+    network = tiny(tokens_norm=False).train()  # the published code fails in this backward pass on a current torch
+    network(torch.randn(2, 3, 16, 16)).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+
+
+def test_dropped_paths_leave_the_expectation():
+    layer = DropPath(0.25).train()
+    torch.manual_seed(0)
+    out = layer(torch.ones(4000, 2))
+    torch.testing.assert_close(out.unique(), torch.tensor([0, 1 / 0.75]))
+    assert out.mean().item() == pytest.approx(1, abs=0.05)
+    assert torch.equal(layer.eval()(out), out)
+
+
+def test_constructor_options():
+    network = tiny(num_classes=0, in_chans=1, use_pos=False, qkv_bias=False, img_size=16)
+    assert network(torch.randn(2, 1, 16, 16)).shape == (2, 32)
+    network.reset_classifier(3)
+    assert network(torch.randn(2, 1, 16, 16)).shape == (2, 3) and network.get_classifier() is network.head
+    with pytest.raises(ValueError, match="patch_size 32"):
+        tiny(patch_size=32)
+    with pytest.raises(ValueError, match="drop_path_rate 1"):
+        tiny(drop_path_rate=1)
+    with pytest.raises(ValueError, match="xcit_huge_p16 is none of"):
+        build_xcit("xcit_huge_p16")
+
+
+def test_initial_weights():
+    torch.manual_seed(0)
+    network = build_xcit("xcit_tiny_12_p16")
+    assert network.blocks[0].mlp.fc1.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    assert all(not module.bias.any() for module in network.modules() if isinstance(module, nn.Linear))
+    assert (network.blocks[3].gamma2 == 1).all()
+    bound = 1 / math.sqrt(64)  # convolutions keep torch's own
+    assert network.pos_embeder.token_projection.weight.abs().max().item() == pytest.approx(bound, rel=0.01)
+    with torch.device("meta"):
+        assert "cls_token" in network.no_weight_decay()
+
+
+def test_the_network_file_needs_torch_alone(tmp_path):
+    network = load_alone(ROOT / "xcit/cross_covariance_transformer.py", tmp_path)
+    assert network.xcit_nano_12_p16()(torch.zeros(2, 3, 32, 32)).shape == (2, 1000)

@@ -1,0 +1,153 @@
+"""Segmentation: ADE20K's layout, mIoU, training, resuming."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from tests.processes import run_processes
+from tests.reliability.runs import assert_same
+from tests.xcit.test_detection import Stop
+from tests.xcit.training_runs import lines, losses, shrink_networks, state_of
+from xcit import dense_training
+from xcit.semantic_segmentation import main
+from xcit.semantic_segmentation.ade20k import UNLABELLED, ADE20KDataset, augment
+from xcit.shapes import write_ade20k
+
+TINY = (
+    "--model xcit_nano_12_p8 --num-classes 4 --batch-size 2 --iterations 3 --crop-size 32 --warmup-iters 1 "
+    "--num_workers 0 --log_freq 1 --device cpu --saveckp_steps 1 --lr 1e-3"
+).split()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_ade20k(tmp_path_factory.mktemp("ade"), {"training": 4, "validation": 2})
+
+
+def train(data, output_dir, *flags) -> list[dict]:
+    arguments = [*TINY, "--data-path", str(data), "--output_dir", str(output_dir), *map(str, flags)]
+    main.train_segmenter(main.parse_args(arguments))
+    return lines(output_dir)
+
+
+def test_intersection_over_union_by_its_definition():
+    generator = torch.Generator().manual_seed(0)
+    labels, predicted = (torch.randint(0, 4, (200,), generator=generator) for _ in range(2))
+    labels[:20] = UNLABELLED
+    result = main.intersection_over_union(main.confusion_matrix(predicted, labels, num_classes=6))
+    known = labels != UNLABELLED
+    ious = []
+    for c in range(4):  # classes 4 and 5 neither occur nor are predicted
+        mine, truth = (predicted == c) & known, labels == c
+        ious.append((mine & truth).sum() / (mine | truth).sum())
+    assert result["miou"] == pytest.approx(100 * np.mean(ious), rel=1e-6)
+    assert result["pixel_acc"] == pytest.approx(100 * (predicted == labels).sum().item() / 180)
+
+
+def test_intersection_over_union_is_that_of_torchmetrics():
+    torchmetrics = pytest.importorskip("torchmetrics")
+    generator = torch.Generator().manual_seed(0)
+    labels, predicted = (torch.randint(0, 4, (200,), generator=generator) for _ in range(2))
+    theirs = torchmetrics.JaccardIndex("multiclass", num_classes=4)(predicted, labels)
+    ours = main.intersection_over_union(main.confusion_matrix(predicted, labels, num_classes=4))
+    assert ours["miou"] == pytest.approx(100 * theirs.item(), rel=1e-5)
+
+
+def test_labels_are_numbered_from_zero_and_zero_is_no_class(data):
+    dataset = ADE20KDataset(data, "validation", crop_px=32, augment=False)
+    image, target, _ = dataset[0]
+    assert image.shape == (3, 32, 32) and target["labels"].shape == (64, 64)
+    assert (target["labels"][:2] == UNLABELLED).all()
+    assert set(target["labels"][2:].unique().tolist()) <= {0, 1, 2, 3}
+
+
+def test_pixels_and_labels_stay_together():
+    labels = np.full((40, 50), 3, dtype=np.uint8)
+    labels[10:30, 15:30] = 1
+    pixels = np.where(labels[..., None] == 1, 220, 20).astype(np.uint8).repeat(3, axis=2)
+    for seed in range(8):
+        image, cropped = augment(pixels, labels, 64, random.Random(seed))
+        assert image.shape == (64, 64, 3) and cropped.shape == (64, 64)
+        bright, dark = image[cropped == 1], image[cropped == 3]
+        if len(bright) and len(dark):
+            assert np.median(bright) > np.median(dark)
+    again = augment(pixels, labels, 64, random.Random(7))
+    assert np.array_equal(again[0], image) and np.array_equal(again[1], cropped)
+
+
+def test_missing_files_are_named(data, tmp_path):
+    with pytest.raises(ValueError, match="no images in"):
+        ADE20KDataset(tmp_path, "training")
+    broken = write_ade20k(tmp_path / "broken", {"training": 2})
+    (broken / "annotations/training/000001.png").unlink()
+    with pytest.raises(ValueError, match=r"000001\.png is missing"):
+        ADE20KDataset(broken, "training")
+
+
+def test_training_evaluation_and_an_exact_resume(data, tmp_path, monkeypatch, small_networks, capsys):
+    monkeypatch.setattr(main, "NECK_CHANNELS", 8)
+    monkeypatch.setattr(main, "HEAD_CHANNELS", 8)
+    written = train(data, tmp_path / "whole")
+    assert len(losses(tmp_path / "whole")) == 3
+    rates = [line["lr"] for line in written if "lr" in line]
+    assert rates == pytest.approx([1e-3 * 1e-6, 1e-3 * 2 / 3, 1e-3 / 3])  # linear to 0, one step of warm-up
+    assert {"miou", "pixel_acc"} <= written[-1].keys()
+
+    step, calls = dense_training.clip_and_step, []
+
+    def stop(*args, **kwargs):
+        calls.append(args)
+        if len(calls) > 2:
+            raise Stop
+        return step(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dense_training, "clip_and_step", stop)
+        with pytest.raises(Stop):
+            train(data, tmp_path / "stopped")
+    train(data, tmp_path / "stopped")
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    states = [state_of(tmp_path / name) for name in ("stopped", "whole")]
+    assert_same(*(state["model"] for state in states), "model")
+
+    capsys.readouterr()
+    train(data, tmp_path / "whole", "--eval")
+    assert f"miou {written[-1]['miou']:.2f}" in capsys.readouterr().out
+
+
+def test_any_image_size_is_segmented(small_networks):
+    network = main.SemanticFPN("xcit_nano_12_p16", 3).eval()
+    with torch.no_grad():
+        small, large = network([torch.rand(3, 35, 50), torch.rand(3, 64, 33)])
+    assert (small.shape, large.shape) == ((3, 35, 50), (3, 64, 33))
+    unlabelled = {"labels": torch.full((32, 32), UNLABELLED)}
+    assert network.train()([torch.rand(3, 32, 32)] * 2, [unlabelled] * 2)["loss"] == 0
+
+
+def evaluate(rank: int, data) -> list[float]:
+    shrink_networks()
+    torch.manual_seed(0)
+    network = main.SemanticFPN("xcit_nano_12_p8", 4)
+    dataset = ADE20KDataset(data, "validation", crop_px=32, augment=False)
+    return list(main.evaluate_segmenter(network, dataset, torch.device("cpu"), 4).values())
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_measures(data, small_networks):
+    alone = evaluate(0, data)
+    assert run_processes(evaluate, 2, data) == [alone, alone]
+
+
+@pytest.mark.slow
+def test_mixed_precision(data, tmp_path, small_networks):
+    written = train(data, tmp_path, "--amp", "bf16")
+    assert all(line["loss"] == line["loss"] for line in written if "loss" in line)
+
+
+@pytest.mark.slow
+def test_shapes_are_learned(tmp_path):
+    """The defaults without data, as in the README."""
+    main.train_segmenter(main.parse_args(["--output_dir", str(tmp_path), "--device", "cpu"]))
+    assert lines(tmp_path)[-1]["miou"] > 40

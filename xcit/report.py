@@ -1,0 +1,99 @@
+"""What a run leaves for a person to look at: pictures, and a summary that says what was learned and what to do next."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from timm.data import Mixup
+from torch import Tensor
+
+from shared.data import ImageSource
+from shared.evaluation.summary import command, end_of_run
+from shared.pictures import Curve, Panel, Tile, magnify, read_log, save_panels, save_sheet
+from shared.randomness import seed_step
+from shared.supervised.data import LabelledViews
+
+from .augmentations import MEAN, STD
+
+
+def to_picture(view: Tensor) -> np.ndarray:
+    """RGB pixels (H, W, 3), uint8, of a normalised view (C, H, W)."""
+    mean, std = torch.tensor(MEAN), torch.tensor(STD)
+    if len(view) == 1:
+        mean, std = mean.mean(dim=0, keepdim=True), std.mean(dim=0, keepdim=True)
+    pixels = (255 * (view * std[:, None, None] + mean[:, None, None])).round().clamp(0, 255).byte()
+    return np.ascontiguousarray(pixels.expand(3, -1, -1).permute(1, 2, 0).numpy())
+
+
+def save_views(views: LabelledViews, mixup: Mixup | None, path: Path, count: int = 8) -> Path:
+    """Training views as they enter the network, with their labels, before and after mixing."""
+    items = [views[(0, index)] for index in range(min(count, len(views) // 2 * 2))]
+    images, labels = torch.stack([view for view, _, _ in items]), torch.tensor([label for _, label, _ in items])
+    classes = views.source.classes
+    rows = [[Tile(magnify(to_picture(image), 96), classes[label]) for image, label, _ in items]]
+    heading = "Images as they enter the network"
+    if mixup is not None:
+        heading += "\nBelow: after Mixup or CutMix, with the labels that it gives"
+        seed_step(views.seed, 0)
+        images, targets = mixup(images, labels)
+        rows.append(
+            [Tile(magnify(to_picture(i), 96), _mixed_label(t, classes)) for i, t in zip(images, targets, strict=True)]
+        )
+    return save_sheet(rows, path, heading)
+
+
+def _mixed_label(target: Tensor, classes: list[str]) -> str:
+    shares, indices = target.topk(min(2, len(classes)))
+    parts = [f"{share:.2f} {classes[i]}" for share, i in zip(shares.tolist(), indices.tolist(), strict=True)]
+    return ", ".join(parts)
+
+
+def save_curves(log_path: Path, path: Path) -> Path:
+    """The training loss and the accuracy over a run."""
+    lines = read_log(log_path)
+    training = [line for line in lines if line.get("loss") is not None]  # None: no step of the line was finite
+    steps = [line["step"] for line in training]
+    panels = [Panel("Training", "step", "loss", [Curve(steps, [line["loss"] for line in training])])]
+    tests = [line for line in lines if "test_acc1" in line]
+    if tests:
+        curves = [Curve([line["step"] for line in tests], [line["test_acc1"] for line in tests], style="points")]
+        panels.append(Panel("Accuracy on the val part", "step", "top-1 (%)", curves, least_range=10))
+    return save_panels(panels, path, "XCiT, supervised training")
+
+
+def save_pictures(views: LabelledViews, mixup: Mixup | None, output_dir: Path) -> list[Path]:
+    """``views.png`` and ``curves.png`` in ``<output_dir>/pictures``."""
+    folder = output_dir / "pictures"
+    folder.mkdir(exist_ok=True)
+    return [
+        save_views(views, mixup, folder / "views.png"),
+        save_curves(output_dir / "metrics.jsonl", folder / "curves.png"),
+    ]
+
+
+def summary(
+    output_dir: Path,
+    model: str,
+    data_path: str | None,
+    val: ImageSource,
+    result: dict[str, float] | None,
+    best_acc1: float,
+    pictures: list[Path],
+) -> str:
+    """What was learned, where the files are and what to run next, as text for the end of a run.
+
+    Args:
+        result: Of the last evaluation; None when the run was finished before.
+        best_acc1: The best top-1 of the run, that of ``best_model.pth``.
+    """
+    weights = output_dir / "checkpoint.pth"
+    learned = [f"best top-1 {best_acc1:.1f} %"]
+    if result is not None:
+        chance = 100 / len(val.classes)
+        learned = [f"top-1 on {val.describe()}: {result['acc1']:.1f} % (chance {chance:.1f} %), {learned[0]}"]
+    commands = [
+        command("main.py", model=model, data_path=data_path, pretrained=weights) + " --eval",
+        command("export.py", model=model, pretrained=weights, output_dir=output_dir / "export"),
+        "python main.py --data-path YOUR_IMAGES --output_dir YOUR_RUN",
+    ]
+    return end_of_run(output_dir, weights, None, pictures, commands, learned=learned)

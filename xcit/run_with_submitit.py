@@ -1,0 +1,29 @@
+"""Train XCiT as a job on a SLURM cluster, with the flags of ``main.py`` and those of the job.
+
+    python run_with_submitit.py --nodes 1 --ngpus 8 --partition gpu --model xcit_small_12_p16 --batch-size 128 \\
+        --drop-path 0.05 --data-path /path/to/imagenet --output_dir /path/to/runs/%j
+
+The job requeues itself when it is preempted or reaches its time limit, and resumes where it stopped. ``--cluster
+local`` runs the same processes on this machine, ``--cluster debug`` trains in this process.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # run as a script: make the repository root importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from shared import distributed, slurm
+from xcit.main import get_args_parser, parse_args, train_xcit
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = get_args_parser()
+    parser.description = __doc__.split("\n\n")[0]
+    slurm.add_slurm_flags(parser, job_name="xcit")
+    with distributed.clean_exit():
+        slurm.submit(train_xcit, parse_args(arguments, parser))
+
+
+if __name__ == "__main__":
+    main()
