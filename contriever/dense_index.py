@@ -183,6 +183,9 @@ class DenseIndex:
             trained = file and _read(file, made_from)
             if trained is None:
                 trained = empty
+                for part in (trained, getattr(trained, "pq", None)):
+                    if hasattr(part, "cp"):
+                        part.cp.min_points_per_centroid = 1  # few passages: no warning for every subquantiser
                 trained.train(self._sample(size))
                 if file is not None:
                     _write(file, trained, made_from)

@@ -94,6 +94,10 @@ def finetune(args: argparse.Namespace) -> None:
     most, fewest = distributed.max_over_processes(len(examples)), -distributed.max_over_processes(-len(examples))
     if not fewest:
         raise ValueError(f"--train_data {' '.join(args.train_data)}: fewer records than the {world_size} processes")
+    if most < args.per_gpu_batch_size:
+        raise ValueError(
+            f"--per_gpu_batch_size {args.per_gpu_batch_size}: there are {most} training records per process"
+        )
     pairs = FineTuningPairs(
         examples,
         retriever,

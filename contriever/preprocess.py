@@ -212,7 +212,9 @@ def preprocess(args: argparse.Namespace) -> None:
     jobs = plan(args, vocabulary_fingerprint(tokenizer), str(folder))
     missing = missing_jobs(jobs, args.overwrite)
     if len(missing) < len(jobs):
-        print(f"{len(jobs) - len(missing)} of {len(jobs)} shards are there already")
+        print(f"{args.outdir}: {len(jobs) - len(missing)} of {len(jobs)} shards are there already")
+    if not missing:
+        return
     totals = np.zeros(3, dtype=np.int64)
     # not a plain fork: threads of the tokenizers library do not survive it
     context = multiprocessing.get_context("forkserver")

@@ -177,7 +177,7 @@ class Attack:
     "content",
     [
         lambda marker: (IDS, Attack(os.mkdir, marker)),
-        lambda marker: (Attack(eval, f"__import__('os').mkdir({marker!r})"), VECTORS),
+        lambda marker: (Attack(os.mkdir, marker), VECTORS),
         lambda marker: (IDS, np.array([[Attack(os.mkdir, marker)]], dtype=object)),
         lambda marker: (IDS, VECTORS.astype(np.int64)),
         lambda marker: (IDS[1:], VECTORS),

@@ -110,6 +110,11 @@ def test_sharpness_goes_uphill_as_far_as_it_may_and_comes_back(adaptive):
     assert torch.equal(w.detach(), start)
 
 
+def test_a_batch_larger_than_the_records_is_named(data, tmp_path):
+    with pytest.raises(ValueError, match="--per_gpu_batch_size 13: there are 12 training records"):
+        run(data, tmp_path / "run", "--per_gpu_batch_size", 13)
+
+
 def test_a_radius_needs_an_optimiser_that_reads_it(data, capsys):
     with pytest.raises(SystemExit):
         finetuning.parse_args(["--train_data", "x", "--rho", "0.1"])

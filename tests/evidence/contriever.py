@@ -93,7 +93,9 @@ def write_half(dataset: BeirDataset, source: Path, folder: Path) -> None:
 
 
 def write_small(source: Path, folder: Path, queries: int = 12, documents: int = 100) -> Path:
-    """A collection of the first queries, their judged documents and some others."""
+    """A collection of the first queries, their judged documents and some others; one that is there stays."""
+    if (folder / "qrels/test.tsv").exists():
+        return folder
     dataset = read_beir(source)
     chosen = list(dataset.queries)[:queries]
     judged = {document for query in chosen for document in dataset.qrels[query]}
@@ -138,7 +140,7 @@ class Experiment:
         return folder
 
     def steps(self, flags: str) -> str:
-        return f"{flags} --total_steps 3 --warmup_steps 1" if self.short else flags
+        return f"{flags} --total_steps 3 --warmup_steps 1 --per_gpu_batch_size 4" if self.short else flags
 
     def train(self, name: str, encoder: Path, flags: str, seed: int) -> tuple[Path, float]:
         """The trained encoder and the minutes it took."""
