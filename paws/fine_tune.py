@@ -30,7 +30,7 @@ from paws.networks import build_encoder
 from paws.optimisation import LARS, lr_schedule, parameter_groups
 from paws.pretrained import RUN_ON_DIGITS, backbone_of, build_for, find_file, load_classifier, read_weights
 from paws.training_loop import FineTuning, Loop, StepLoss, new_guard
-from paws.training_setup import open_images, start
+from paws.training_setup import open_images
 from shared import distributed
 from shared.backbones import input_channels
 from shared.batchnorm import synchronize_batchnorm
@@ -41,6 +41,7 @@ from shared.flags import bool_flag
 from shared.metrics import RunLog
 from shared.multicrop import MultiCropDataset, normalize_views
 from shared.precision import Precision
+from shared.start import start_run
 from shared.weights import load_backbone_weights, weights_checksum
 
 EMBEDDED_DATA_DEFAULTS = {
@@ -101,7 +102,7 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
 
 def fine_tune(args: argparse.Namespace) -> dict[str, float]:
     """Fine-tune and validate; loss and accuracies in percent after the last epoch."""
-    device, output_dir = start(args)
+    device, output_dir = start_run(args)
     precision = Precision(args.amp if args.use_fp16 else "fp32", device)
     recipe = choose_recipe(args.dataset, args.normalize, args.image_size)
     num_workers = default_num_workers() if args.num_workers is None else args.num_workers

@@ -42,7 +42,6 @@ from paws.training_setup import (
     latest,
     numbered_checkpoint,
     open_training_data,
-    start,
 )
 from shared import distributed, randomness
 from shared.checkpoint import Checkpointer, is_at_start
@@ -52,23 +51,25 @@ from shared.multicrop import normalize_views
 from shared.not_finite import FiniteGuard
 from shared.optim import clip_grad_norm_per_tensor_, step_unless_not_finite
 from shared.precision import Precision
+from shared.start import start_run
 
-# What replaces the defaults when no images are given: 8x8 pixel digits need no ResNet-50 at 224 pixels.
+# What replaces the defaults when no images are given: 8x8 pixel digits need no ResNet-50 at 224 pixels. The learning
+# rate rises slowly, or the network is taught by its first pseudo-labels, of which most are wrong.
 EMBEDDED_DATA_DEFAULTS = {
     "labels_per_class": 4,
     "dataset": "digits",
     "color_jitter_strength": 0.5,
     "multicrop": 2,
     "supervised_imgs_per_class": 4,
-    "supervised_views": 2,
+    "supervised_views": 4,
     "unsupervised_batch_size": 64,
     "model_name": "wide_resnet10w1",
     "output_dim": 64,
-    "epochs": 12,
-    "lr": 1.6,
-    "start_lr": 0.4,
-    "final_lr": 0.016,
-    "warmup": 1,
+    "epochs": 20,
+    "lr": 0.8,
+    "start_lr": 0.1,
+    "final_lr": 0.008,
+    "warmup": 4,
     "output_dir": "runs/digits",
 }
 
@@ -101,7 +102,7 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
 
 def train_paws(args: argparse.Namespace) -> None:
     """Train from the newest checkpoint in ``args.output_dir``, or from scratch if there is none."""
-    device, output_dir = start(args)
+    device, output_dir = start_run(args)
     precision = Precision(args.amp if args.use_fp16 else "fp32", device)
     recipe = choose_recipe(args.dataset, args.normalize, args.image_size, args.small_image_size)
     data = open_training_data(args, recipe, output_dir, device)

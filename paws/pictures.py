@@ -44,13 +44,16 @@ def save_certainty(
         place_in_class[mine] = np.arange(len(mine))
     in_turn = np.lexsort((-confidences, place_in_class))  # the surest of each class, then the second of each, ...
     few = min(PER_ROW * ROWS, len(order) // 2 or 1)
-    blocks = (("most certain of each label", in_turn[:few]), ("least certain", order[::-1][:few]))
+    blocks = (("most certain", in_turn[:few]), ("least certain", order[::-1][:few]))
     sheet = []
     for title, chosen in blocks:
         tiles = [_tile(images, rows[i], found[i], confidences[i]) for i in chosen]
         tiles[0].title = title
         sheet += [tiles[start : start + PER_ROW] for start in range(0, len(tiles), PER_ROW)]
-    heading = f"Pseudo-labels of {len(rows):,} images\nBelow each: the label and its probability."
+    heading = (
+        f"Pseudo-labels of {len(rows):,} images\nThe most certain of each label in turn, then the least certain of all."
+    )
+    heading += "\nBelow each: the label and its probability."
     if images.truth is not None:
         heading += "\nFrame: green where the label is right, red where it is wrong."
     return save_sheet(sheet, path, heading)

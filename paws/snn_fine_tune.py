@@ -27,7 +27,7 @@ from paws.optimisation import LARS, lr_schedule, parameter_groups
 from paws.pretrained import RUN_ON_DIGITS, load_encoder
 from paws.support_sampler import SupportSampler
 from paws.training_loop import FineTuning, Loop, StepLoss, new_guard
-from paws.training_setup import MOST_SUPPORTS, open_images, start
+from paws.training_setup import MOST_SUPPORTS, open_images
 from shared import distributed
 from shared.checkpoint import Checkpointer, is_at_start, load_latest
 from shared.data import BadImages, default_num_workers, make_loader
@@ -35,6 +35,7 @@ from shared.flags import bool_flag
 from shared.metrics import RunLog
 from shared.multicrop import MultiCropDataset, normalize_views
 from shared.precision import Precision
+from shared.start import start_run
 from shared.weights import weights_checksum
 
 EMBEDDED_DATA_DEFAULTS = {
@@ -96,7 +97,7 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
 
 def snn_fine_tune(args: argparse.Namespace) -> float | None:
     """Fine-tune and classify; top-1 in percent after the last epoch, None where nothing can be classified."""
-    device, output_dir = start(args)
+    device, output_dir = start_run(args)
     precision = Precision(args.amp if args.use_fp16 else "fp32", device)
     recipe = choose_recipe(args.dataset, args.normalize, args.image_size)
     num_workers = default_num_workers() if args.num_workers is None else args.num_workers

@@ -34,13 +34,13 @@ from paws.training_setup import (
     latest,
     numbered_checkpoint,
     open_training_data,
-    start,
 )
 from shared import distributed
 from shared.checkpoint import Checkpointer, is_at_start
 from shared.metrics import RunLog
 from shared.multicrop import normalize_views
 from shared.precision import Precision
+from shared.start import start_run
 
 EMBEDDED_DATA_DEFAULTS = {
     "labels_per_class": 4,
@@ -82,7 +82,7 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
 
 def train_suncet(args: argparse.Namespace) -> None:
     """Train from the newest checkpoint in ``args.output_dir``, or from scratch if there is none."""
-    device, output_dir = start(args)
+    device, output_dir = start_run(args)
     precision = Precision(args.amp if args.use_fp16 else "fp32", device)
     recipe = choose_recipe(args.dataset, args.normalize, args.image_size)
     data = open_training_data(args, recipe, output_dir, device)

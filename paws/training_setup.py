@@ -12,12 +12,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from shared import distributed, randomness
-from shared.attempt import Attempt
 from shared.batchnorm import synchronize_batchnorm
 from shared.checkpoint import CheckpointError, check_flags, load_latest, restore, resume_position
 from shared.data import BadImages, EpochBatchSampler, default_num_workers, make_loader, short_side
 from shared.image_cache import cache_images
-from shared.memory import keep_freed_memory
 from shared.metrics import RunLog
 from shared.multicrop import MultiCropDataset
 from shared.not_finite import FiniteGuard
@@ -35,19 +33,6 @@ from .support_sampler import SupportSampler
 NETWORK_FLAGS = ("model_name", "in_chans", "output_dim", "use_pred_head")
 MOST_SUPPORTS = 16  # of a class, where --supervised_imgs_per_class does not say
 SUPPORT_VIEWS = 1  # number of the stream of random numbers of the supports' views
-
-
-def start(args: argparse.Namespace) -> tuple[torch.device, Path]:
-    """Join the other processes, seed, and claim the output folder; returns this process's device and the folder."""
-    device = distributed.init(args.dist_url, args.device, args.dist_timeout)
-    keep_freed_memory()
-    randomness.seed_everything(args.seed)
-    output_dir = Path(args.output_dir)
-    if distributed.is_main_process():
-        output_dir.mkdir(parents=True, exist_ok=True)
-        Attempt.current().claim(output_dir)
-    distributed.barrier()
-    return device, output_dir
 
 
 def open_images(args: argparse.Namespace) -> PartlyLabelled:

@@ -1,18 +1,14 @@
 """The small experiments behind paws/README.md: the paper's claims on the embedded digits, and CIFAR-10 at small scale.
 
-    make evidence METHOD=paws                                         # the claims, about 40 core-minutes
+    make evidence METHOD=paws                                         # the claims, about 30 core-minutes
     python tests/evidence/paws.py --only cifar10 --cifar10 DIR        # DIR holds train/ and test/ with class folders
 
 Every run uses one thread; --parallel of them run at a time. Numbers are those of the last epoch, mean and standard
 deviation over the seeds, which also draw the labels. "Before" is the soft nearest-neighbour accuracy of random weights.
 """
 
-import argparse
 import json
-import os
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,7 +18,18 @@ from paws.augmentations import choose_recipe
 from paws.evaluation import open_validation
 from paws.few_labels import pixel_accuracy
 from paws.labels import open_partly_labelled
-from tests.evidence.runs import SEEDS, Variant, run_all, spread, table, write
+from tests.evidence.runs import (
+    IMAGES_PER_CLASS,
+    Variant,
+    in_parallel,
+    linear,
+    main,
+    run_all,
+    run_script,
+    spread,
+    table,
+    write,
+)
 
 QUIET = "--num_workers 0 --pictures off --log_freq 44 --checkpoint_freq 0"
 CLAIMS = [
@@ -32,8 +39,8 @@ CLAIMS = [
     Variant("without either", f"{QUIET} --me_max false --sharpen 1"),
     Variant("without small views", f"{QUIET} --multicrop 0"),
     Variant("with a prediction head", f"{QUIET} --use_pred_head true"),
-    Variant("1 view of every support", f"{QUIET} --supervised_views 1"),
-    Variant("half of the epochs", f"{QUIET} --epochs 6"),
+    Variant("1 view of every support, not 4", f"{QUIET} --supervised_views 1"),
+    Variant("half of the epochs", f"{QUIET} --epochs 10"),
 ]
 NUMBERS_OF_LABELS = (1, 4, 10)
 COLUMNS = {
@@ -44,7 +51,6 @@ COLUMNS = {
     "feature_spread": "feature spread",
 }
 
-IMAGES_PER_CLASS = 1600
 CIFAR10 = (
     f"{QUIET} --dataset cifar10 --model_name wide_resnet16w2 --output_dim 128 --color_jitter_strength 0.5 "
     "--multicrop 2 --unsupervised_batch_size 64 --supervised_views 2 --lr 1.6 --start_lr 0.4 --final_lr 0.016 "
@@ -59,15 +65,6 @@ SWAV = (
 )
 
 
-def subprocess_accuracy(method: str, command: str, log: Path, key: str) -> float:
-    """Run a script of a method's folder with one thread; the last value of ``key`` in the JSON lines of ``log``."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, *command.split()], cwd=ROOT / method, check=True, env=environment)
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    return [line[key] for line in lines if key in line][-1]
-
-
 def supervised(out: Path, flags: str, labels_per_class: int, epochs: int, seed: int, repeat: int) -> float:
     """The same network trained on the labels alone, with the views of the supports, for as many steps."""
     folder = out / "supervised" / f"{labels_per_class}-{epochs}" / str(seed)
@@ -76,7 +73,9 @@ def supervised(out: Path, flags: str, labels_per_class: int, epochs: int, seed: 
         f"--labels_per_class {labels_per_class} --data_seed {seed} --seed {seed} --repeat {repeat} --num_workers 0 "
         f"--batch_size {min(256, 10 * labels_per_class)} --output_dir {folder}"
     )
-    return subprocess_accuracy("paws", command, folder / "metrics.jsonl", "top1")
+    run_script("paws", command.split(), folder.with_suffix(".log"))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["top1"] for line in lines if "top1" in line][-1]
 
 
 def pixels(data_path: str | None, val_path: str | None, labels_per_class: int, seed: int, dataset: str) -> float:
@@ -107,89 +106,54 @@ def claims(out: Path, parallel: int, seeds: tuple[int, ...]) -> None:
     digits = "--model_name wide_resnet10w1 --color_jitter_strength 0.5"
     for n in NUMBERS_OF_LABELS:
         mine = [r["knn_last"] for r in few if r["variant"] == f"{n} labels"]
-        with ThreadPoolExecutor(parallel) as pool:
-            alone = list(pool.map(lambda seed, n=n: supervised(out, digits, n, epochs, seed, 22), seeds))
+        alone = in_parallel(lambda seed, n=n: supervised(out, digits, n, epochs, seed, 22), seeds, parallel)
         near = [pixels(None, None, n, seed, "digits") for seed in seeds]
         rows.append(f"| {n} | {spread(mine)} | {spread(alone)} | {spread(near)} |")
         few.append({"variant": f"{n} labels", "supervised": alone, "pixels": near})
     write(out, "paws_digits", results + few, text + "\n\n" + "\n".join(rows))
 
 
-def few_per_class(folder: Path, few: Path) -> Path:
-    """A folder of links to the first IMAGES_PER_CLASS images of every class."""
-    for images in sorted(folder.iterdir()):
-        (few / images.name).mkdir(parents=True, exist_ok=True)
-        for image in sorted(images.iterdir())[:IMAGES_PER_CLASS]:
-            link = few / images.name / image.name
-            if not link.exists():
-                link.symlink_to(image)
-    return few
-
-
-def swav_with_linear_head(out: Path, train: Path, val: str, epochs: int, seed: int) -> float:
+def swav_with_linear_head(out: Path, train: Path, test: Path, epochs: int, seed: int) -> float:
     """SwAV for as many epochs on the same images, then a linear layer on all of their labels."""
     run = out / "swav" / str(epochs) / str(seed)
-    data = f"--data_path {train} --val_path {val}"
-    command = f"main_swav.py {SWAV} {data} --epochs {epochs} --seed {seed} --dump_path {run} --eval_knn_freq 0"
-    subprocess_accuracy("swav", command, run / "metrics.jsonl", "loss")
-    linear = (
-        f"eval_linear.py --arch resnet18 --pretrained {run}/checkpoint.pth.tar {data} --image_size 32 --num_labels 10 "
-        f"--epochs 3 --workers 0 --dump_path {run}/linear"
-    )
-    return subprocess_accuracy("swav", linear, run / "linear/log.txt", "test_acc1")
+    images = f"--data_path {train} --val_path {test}"
+    command = f"main_swav.py {SWAV} {images} --epochs {epochs} --seed {seed} --dump_path {run} --eval_knn_freq 0"
+    run_script("swav", command.split(), run.with_suffix(".log"))
+    flags = f"--arch resnet18 --pretrained {run}/checkpoint.pth.tar {images} --image_size 32 --num_labels 10"
+    return linear("swav", f"{flags} --epochs 3 --workers 0", run / "linear", "log.txt")
 
 
-def cifar10(out: Path, parallel: int, seeds: tuple[int, ...], folder: str) -> None:
-    train, val = few_per_class(Path(folder) / "train", out / "train"), f"{folder}/test"
-    flags = f"{CIFAR10} --data_path {train} --val_path {val}"
-    steps = 10 * IMAGES_PER_CLASS // 64
-    rows = [
-        "| labels | epochs | PAWS | same network, labels alone | 1-NN on pixels |",
-        "|---|---|---|---|---|",
-    ]
+def cifar10(out: Path, parallel: int, seeds: tuple[int, ...], train: Path, test: Path) -> None:
+    images = f"--data_path {train} --val_path {test}"
+    steps_per_epoch = 10 * IMAGES_PER_CLASS // 64
+    network = f"--dataset cifar10 --model_name wide_resnet16w2 --color_jitter_strength 0.5 {images}"
+    rows = ["| labels | epochs | PAWS | same network, labels alone | 1-NN on pixels |", "|---|---|---|---|---|"]
     results = []
     for count, supports in CIFAR10_LABELS.items():
+        repeat = max(1, round(steps_per_epoch * min(256, count) / count))
+        near = [pixels(str(train), str(test), count // 10, seed, "cifar10") for seed in seeds]
         for epochs in CIFAR10_EPOCHS:
-            name = f"{count} labels, {epochs} epochs"
             own = f"--labels_per_class {count // 10} --supervised_imgs_per_class {supports} --epochs {epochs}"
-            found = with_data_seeds([Variant(name, f"{flags} {own}")], out, parallel, seeds)
-            batch = min(256, count)
-            repeat = max(1, round(steps * batch / count))
-            network = f"--dataset cifar10 --model_name wide_resnet16w2 --color_jitter_strength 0.5 --data_path {train}"
-            with ThreadPoolExecutor(parallel) as pool:
-                job = (network + f" --val_path {val}", count // 10, epochs)
-                alone = list(pool.map(lambda seed, job=job, repeat=repeat: supervised(out, *job, seed, repeat), seeds))
-            near = [pixels(str(train), val, count // 10, seed, "cifar10") for seed in seeds]
+            variant = Variant(f"{count} labels, {epochs} epochs", f"{CIFAR10} {images} {own}")
+            found = with_data_seeds([variant], out / "cifar10", parallel, seeds)
+            job = (out / "cifar10", network, count // 10, epochs)
+            alone = in_parallel(lambda seed, job=job, repeat=repeat: supervised(*job, seed, repeat), seeds, parallel)
             for result, accuracy in zip(found, alone, strict=True):
                 result["supervised"] = accuracy
-                result["command"] = result["command"].replace(str(train), "cifar10/train").replace(folder, "cifar10")
+                result["command"] = result["command"].replace(
+                    images, "--data_path cifar10/train --val_path cifar10/test"
+                )
             results += found
-            mine = spread([r["knn_last"] for r in found])
+            mine = spread([result["knn_last"] for result in found])
             rows.append(f"| {count} | {epochs} | {mine} | {spread(alone)} | {spread(near)} |")
-    rows += ["", "| SwAV, linear head on all 16,000 labels | epochs | top-1 |", "|---|---|---|"]
+    rows += ["", "| SwAV, linear head on all 16,000 labels, epochs | top-1 |", "|---|---|"]
     for epochs in CIFAR10_EPOCHS:
-        with ThreadPoolExecutor(parallel) as pool:
-            job = (out, train, val, epochs)
-            accuracies = list(pool.map(lambda seed, job=job: swav_with_linear_head(*job, seed), seeds))
-        rows.append(f"| | {epochs} | {spread(accuracies)} |")
+        job = (out / "cifar10", train, test, epochs)
+        accuracies = in_parallel(lambda seed, job=job: swav_with_linear_head(*job, seed), seeds, parallel)
+        rows.append(f"| {epochs} | {spread(accuracies)} |")
         results.append({"variant": f"SwAV, {epochs} epochs", "linear": accuracies})
     write(out, "paws_cifar10", results, "\n".join(rows))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "build/evidence/paws")
-    parser.add_argument("--only", choices=("claims", "cifar10"), help="one of the two")
-    parser.add_argument("--cifar10", default=None, help="folder with train/ and test/; without it only the claims")
-    parser.add_argument("--parallel", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    args = parser.parse_args()
-    out = args.out.absolute()
-    if args.only != "cifar10":
-        claims(out, args.parallel, tuple(args.seeds))
-    if args.only != "claims" and args.cifar10:
-        cifar10(out, args.parallel, tuple(args.seeds), str(Path(args.cifar10).absolute()))
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, "paws", claims, cifar10)

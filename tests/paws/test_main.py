@@ -4,7 +4,6 @@ import contextlib
 import csv
 import math
 import shutil
-import subprocess
 import sys
 
 import numpy as np
@@ -28,7 +27,7 @@ from tests.paws.small_runs import (
     write_noise,
     write_own_pictures,
 )
-from tests.processes import run_processes
+from tests.processes import run_processes, run_script
 from tests.reliability.runs import assert_same
 
 CONFIGS = ROOT / "paws/configs"
@@ -353,15 +352,13 @@ def test_suncet_stops_its_supervised_loss_and_resumes(images, tmp_path):
 # --- The folder by itself ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_a_copied_folder_is_all_it_takes(images, tmp_path):
+@pytest.mark.parametrize("command", [["main.py"], ["-m", "paws.paws_train"]])
+def test_a_copied_folder_is_all_it_takes(images, tmp_path, command):
     """``paws/`` with ``shared/`` beside it, below a folder of another name."""
     project = tmp_path / "some" / "project"
     for folder in ("paws", "shared"):
         shutil.copytree(ROOT / folder, project / folder, ignore=shutil.ignore_patterns("__pycache__", "runs"))
-    flags = [*TINY, "--data_path", images, *FEW, "--output_dir", tmp_path / "run"]
-    for start, cwd in ((["main.py"], project / "paws"), (["-m", "paws.paws_train"], project)):
-        command = [sys.executable, *start, *map(str, flags)]
-        run = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
+    cwd = project if command[0] == "-m" else project / "paws"
+    run = run_script(*command, *TINY, "--data_path", images, *FEW, "--output_dir", tmp_path / "run", cwd=cwd)
+    assert run.returncode == 0, run.stderr
     assert len(losses(tmp_path / "run")) == 3

@@ -1,14 +1,11 @@
 """Sizes of the published networks, shared statistics, and files that need torch alone."""
 
-import shutil
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from paws.networks import Backbone, Representation, bare_backbone, build_encoder
 from tests.paws.small_runs import ROOT
+from tests.standalone import load_alone
 
 SIZES = {  # backbone, projection head, prediction head
     ("resnet50", 2048): (23_508_032, 12_597_248, 2_104_832),
@@ -71,16 +68,9 @@ def test_unknown_networks_are_an_error(name, message):
 
 
 def test_the_network_files_need_torch_alone(tmp_path):
-    for name in ("resnet", "wide_resnet", "heads"):
-        shutil.copy(ROOT / "paws" / f"{name}.py", tmp_path)
-    code = (
-        "import sys, torch\n"
-        "before = set(sys.modules)\n"
-        "import resnet, wide_resnet, heads\n"
-        "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
-        "assert new <= set(sys.stdlib_module_names) | {'torch', 'resnet', 'wide_resnet', 'heads'}, new\n"
-        "assert wide_resnet.WideResNet(10, 1).eval()(torch.zeros(1, 3, 16, 16)).shape == (1, 64)\n"
-        "assert resnet.ResNet((1, 1, 1, 1), base_planes=8).eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 256)\n"
+    resnet, wide_resnet, heads = (
+        load_alone(ROOT / f"paws/{name}.py", tmp_path) for name in ("resnet", "wide_resnet", "heads")
     )
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    assert wide_resnet.WideResNet(10, 1).eval()(torch.zeros(1, 3, 16, 16)).shape == (1, 64)
+    assert resnet.ResNet((1, 1, 1, 1), base_planes=8).eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 256)
+    assert heads.projection_head(8, 4).eval()(torch.zeros(1, 8)).shape == (1, 4)
