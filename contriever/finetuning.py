@@ -31,7 +31,7 @@ from contriever.training_setup import (
     OnPair,
     build_optimizer,
     continue_from,
-    prepare_output,
+    link_latest,
     resume_at,
     save,
     start_retriever,
@@ -39,13 +39,12 @@ from contriever.training_setup import (
     update,
 )
 from shared import distributed, randomness
-from shared.attempt import Attempt
 from shared.checkpoint import Checkpointer, check_flags, load_latest, restore
 from shared.data import EpochBatchSampler, make_loader
-from shared.memory import keep_freed_memory
 from shared.metrics import RunLog
 from shared.not_finite import FiniteGuard
 from shared.precision import Precision
+from shared.start import start_run
 
 BATCH = ("q_tokens", "q_mask", "k_tokens", "k_mask")
 
@@ -75,16 +74,11 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
 
 def finetune(args: argparse.Namespace) -> None:
     """Fine-tune from the newest checkpoint in ``args.output_dir``, or the encoder that is named."""
-    device = distributed.init(args.dist_url, args.device, args.dist_timeout)
-    keep_freed_memory()
-    precision = Precision(args.amp, device)
-    randomness.seed_everything(args.seed)
-    output_dir = Path(args.output_dir)
-    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    device, output_dir = start_run(args, "checkpoint")
     if distributed.is_main_process():
-        prepare_output(output_dir)
-        Attempt.current().claim(output_dir)
-    distributed.barrier()
+        link_latest(output_dir)
+    precision = Precision(args.amp, device)
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
 
     # encoder and examples
     retriever = start_retriever(args, device)

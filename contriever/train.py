@@ -39,7 +39,7 @@ from contriever.training_setup import (
     OnPair,
     build_optimizer,
     continue_from,
-    prepare_output,
+    link_latest,
     resume_at,
     save,
     start_retriever,
@@ -47,13 +47,12 @@ from contriever.training_setup import (
     update,
 )
 from shared import distributed, randomness
-from shared.attempt import Attempt
 from shared.checkpoint import Checkpointer, check_flags, load_latest, restore
 from shared.data import make_loader
-from shared.memory import keep_freed_memory
 from shared.metrics import RunLog
 from shared.not_finite import FiniteGuard
 from shared.precision import Precision
+from shared.start import start_run
 
 # What replaces the official defaults when no --train_data is given: some thousand docstrings and the packaged encoder,
 # which was trained on vectors of length 1. A queue much longer than the text would hold every document many times.
@@ -133,16 +132,11 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
 
 def train_contriever(args: argparse.Namespace) -> None:
     """Train from the newest checkpoint in ``args.output_dir``, or from the encoder that is named."""
-    device = distributed.init(args.dist_url, args.device, args.dist_timeout)
-    keep_freed_memory()
-    precision = Precision(args.amp, device)
-    randomness.seed_everything(args.seed)
-    output_dir = Path(args.output_dir)
-    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    device, output_dir = start_run(args, "checkpoint")
     if distributed.is_main_process():
-        prepare_output(output_dir)
-        Attempt.current().claim(output_dir)
-    distributed.barrier()
+        link_latest(output_dir)
+    precision = Precision(args.amp, device)
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
 
     # encoder and text
     retriever = start_retriever(args, device)

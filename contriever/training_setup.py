@@ -178,11 +178,9 @@ def resume_at(checkpoint: dict, facts: dict, epoch_steps: int, on_changed_run: s
     return divmod(checkpoint["step"], epoch_steps)
 
 
-def prepare_output(output_dir: Path) -> None:
-    """Make the folder, and ``checkpoint/latest`` in it: the official name of the newest checkpoint's folder."""
-    folder = output_dir / "checkpoint"
-    folder.mkdir(parents=True, exist_ok=True)
-    latest = folder / "latest"
+def link_latest(output_dir: Path) -> None:
+    """Make ``checkpoint/latest``, the official name of the newest checkpoint's folder."""
+    latest = output_dir / "checkpoint" / "latest"
     if not latest.is_symlink() and not latest.exists():
         latest.symlink_to("..", target_is_directory=True)
 

@@ -33,14 +33,12 @@ from msn.report import save_pictures, summary
 from msn.schedules import Schedules, learning_rates, linear, weight_decays
 from msn.vision_transformer import ARCHITECTURES, ProjectionHead, Trunk, VisionTransformer, build, num_kept_patches
 from shared import distributed, randomness
-from shared.attempt import Attempt
 from shared.batchnorm import synchronize_batchnorm
 from shared.checkpoint import Checkpointer, check_flags, is_at_start, load_latest, restore, resume_position
 from shared.data import BadImages, EpochBatchSampler, default_num_workers, make_loader, open_source, short_side
 from shared.evaluation.knn_monitor import KNNMonitor, open_labelled
 from shared.flags import add_data_flags, add_run_flags, bool_flag
 from shared.image_cache import cache_images
-from shared.memory import keep_freed_memory
 from shared.metrics import RunLog, feature_spread, rank_me
 from shared.multicrop import MultiCropDataset, normalize_views
 from shared.not_finite import FiniteGuard
@@ -51,6 +49,7 @@ from shared.optim import (
     step_unless_not_finite,
 )
 from shared.precision import Precision
+from shared.start import start_run
 from shared.yaml_config import parse_args_with_config, write_config
 
 # What replaces the published values when no --data_path is given: 8x8 pixel digits need no ViT at 224 pixels. Small
@@ -219,16 +218,10 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
 
 def train_msn(args: argparse.Namespace) -> None:
     """Train from the newest checkpoint in ``args.output_dir``, or from scratch if there is none."""
-    device = distributed.init(args.dist_url, args.device, args.dist_timeout)
-    keep_freed_memory()
+    device, output_dir = start_run(args)
     precision = Precision(args.amp, device)
-    randomness.seed_everything(args.seed)
-    output_dir = Path(args.output_dir)
     if distributed.is_main_process():
-        output_dir.mkdir(parents=True, exist_ok=True)
-        Attempt.current().claim(output_dir)
         write_config(output_dir / "params-msn-train.yaml", args, get_args_parser())
-    distributed.barrier()
     world_size = distributed.get_world_size()
     if args.use_bn and args.batch_size * world_size < 2:
         raise ValueError("--batch_size 1: one image has no statistics for the head's batch norms; see --use_bn false")

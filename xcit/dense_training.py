@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from shared import distributed, randomness
-from shared.attempt import Attempt, NotFinite
+from shared.attempt import NotFinite
 from shared.batchnorm import synchronize_batchnorm
 from shared.checkpoint import Checkpointer, check_flags, load_latest, restore, resume_position
 from shared.data import BadImages, EpochBatchSampler, FileSource, default_num_workers, make_loader
 from shared.flags import add_run_flags
-from shared.memory import keep_freed_memory
 from shared.metrics import RunLog
 from shared.not_finite import FiniteGuard
 from shared.optim import build_optimizer
 from shared.precision import Precision
+from shared.start import start_run
 from shared.supervised.optimizer import clip_and_step
 from shared.weights import safe_load
 
@@ -120,16 +120,10 @@ def to_device(value, device: torch.device):
 
 
 def start(args: argparse.Namespace) -> tuple[torch.device, Path]:
-    """Join the other processes, seed, and claim the output folder; returns this process's device and the folder."""
-    device = distributed.init(args.dist_url, args.device, args.dist_timeout)
-    keep_freed_memory()
-    randomness.seed_everything(args.seed)
-    output_dir = Path(args.output_dir)
-    if distributed.is_main_process() and not args.eval:  # an evaluation leaves a run that is going on alone
-        output_dir.mkdir(parents=True, exist_ok=True)
-        Attempt.current().claim(output_dir)
-    distributed.barrier()
-    return device, output_dir
+    """Join the other processes, and claim the output folder unless ``--eval``; this process's device and the folder."""
+    if args.eval:  # leaves a run that is going on in the folder alone
+        return distributed.init(args.dist_url, args.device, args.dist_timeout), Path(args.output_dir)
+    return start_run(args)
 
 
 def evaluate_only(args: argparse.Namespace, network: nn.Module, evaluate: Callable, device: torch.device) -> dict:

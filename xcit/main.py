@@ -25,7 +25,6 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from shared import distributed, randomness
-from shared.attempt import Attempt
 from shared.batchnorm import synchronize_batchnorm
 from shared.checkpoint import Checkpointer, check_flags, load_latest, restore, resume_position
 from shared.data import (
@@ -39,10 +38,10 @@ from shared.data import (
 )
 from shared.flags import AnyDashParser, add_data_flags, add_run_flags
 from shared.image_cache import cache_images
-from shared.memory import keep_freed_memory
 from shared.metrics import RunLog
 from shared.not_finite import FiniteGuard
 from shared.precision import Precision
+from shared.start import start_run
 from shared.supervised.data import LabelledViews, RepeatedAugmentationSampler
 from shared.supervised.datasets import add_data_set_flags, open_train_and_val
 from shared.supervised.distillation import build_teacher, distillation_loss
@@ -196,15 +195,11 @@ def mixes_labels(args: argparse.Namespace) -> bool:
 
 def train_xcit(args: argparse.Namespace) -> None:
     """Train from the newest checkpoint in ``args.output_dir``, or from the start if there is none; or evaluate."""
-    device = distributed.init(args.dist_url, args.device, args.dist_timeout)
-    keep_freed_memory()
+    if args.eval:  # leaves a run that is going on in the folder alone
+        device, output_dir = distributed.init(args.dist_url, args.device, args.dist_timeout), Path(args.output_dir)
+    else:
+        device, output_dir = start_run(args)
     precision = Precision(args.amp, device)
-    randomness.seed_everything(args.seed)
-    output_dir = Path(args.output_dir)
-    if distributed.is_main_process() and not args.eval:  # an evaluation leaves a run that is going on alone
-        output_dir.mkdir(parents=True, exist_ok=True)
-        Attempt.current().claim(output_dir)
-    distributed.barrier()
     world_size = distributed.get_world_size()
 
     # data
