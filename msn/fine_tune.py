@@ -43,8 +43,9 @@ from shared.schedules import cosine_schedule
 from shared.weights import weights_checksum
 
 # A run that is resumed must have these as they were.
-RUN_FLAGS = ("model_name", "num_classes", "epochs", "warmup_epochs", "lr", "layer_decay", "weight_decay", "drop_path",
-             "smoothing", "mixup", "cutmix", "seed")  # fmt: skip
+RUN_FLAGS = ("model_name", "num_classes", "image_size", "crop_scale", "flip", "rand_augment", "erase", "mixup",
+             "cutmix", "smoothing", "drop_path", "epochs", "warmup_epochs", "lr", "layer_decay", "weight_decay",
+             "seed")  # fmt: skip
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -85,8 +86,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     digits = {"num_classes": 10, "crop_scale": (0.6, 1.0), "flip": False, "rand_augment": "", "erase": 0.0}
     digits |= {"mixup": 0.0, "cutmix": 0.0, "batch_size": 32, "warmup_epochs": 1, "drop_path": 0.0, "lr": 0.016}
     args = finish(parser, lambda: parser.parse_args(arguments), output_dir="runs/digits/fine_tune", **digits)
+    args.crop_scale = tuple(args.crop_scale)
     if args.epochs < args.warmup_epochs:
         parser.error(f"--epochs {args.epochs} is less than --warmup_epochs {args.warmup_epochs}")
+    if not 0 <= args.drop_path < 1:
+        parser.error(f"--drop_path {args.drop_path} is outside [0, 1)")
     if (args.mixup or args.cutmix) and args.batch_size % 2:
         parser.error(f"--batch_size {args.batch_size}: mixup and cutmix need an even number of images")
     return args
@@ -208,9 +212,7 @@ def fine_tune(args: argparse.Namespace) -> dict[str, float]:
     val_set = EvalDataset(val, EvalTransform(resize_px, args.image_size, MEAN, STD, in_chans))
     bad_images = BadImages(len(train), output_dir / "bad_images.txt", args.on_bad_image, args.max_bad_fraction)
     sampler = EpochBatchSampler(len(train), args.batch_size, args.seed, rank, world_size)
-    transform = train_transform(
-        args.image_size, tuple(args.crop_scale), args.flip, args.rand_augment, args.erase, in_chans
-    )
+    transform = train_transform(args.image_size, args.crop_scale, args.flip, args.rand_augment, args.erase, in_chans)
     train_set = AugmentedImages(train, transform, args.seed, bad_images)
     loader = make_loader(train_set, batch_sampler=sampler, num_workers=args.num_workers, device=device)
     optimizer = torch.optim.AdamW(param_groups(network, args.weight_decay, args.layer_decay), lr=0.0)

@@ -43,7 +43,8 @@ from shared.weights import weights_checksum
 from shared.yaml_config import parse_args_with_config
 
 # A run that is resumed must have these as they were.
-RUN_FLAGS = ("model_name", "num_blocks", "normalize", "num_classes", "epochs", "lr", "weight_decay", "seed")
+RUN_FLAGS = ("model_name", "num_blocks", "normalize", "num_classes", "image_size", "crop_scale", "epochs", "lr",
+             "weight_decay", "seed")  # fmt: skip
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -93,6 +94,7 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
     digits = {"pretrain_path": "msn-latest.pth.tar", "num_classes": 10, "crop_scale": (0.6, 1.0), "batch_size": 64}
     digits |= {"lr": 0.5, "output_dir": "runs/digits"}
     args = finish(parser, lambda: parse_args_with_config(parser, arguments), **digits)
+    args.crop_scale = tuple(args.crop_scale)
     if args.copy_data:
         parser.error("--copy_data true has no effect")
     if args.pretrain_path and not args.pretrained:
@@ -191,7 +193,7 @@ def linear_eval(args: argparse.Namespace) -> dict[str, float]:
 
     # loader, optimiser, schedule
     bad_images = BadImages(len(train), output_dir / "bad_images.txt", args.on_bad_image, args.max_bad_fraction)
-    recipe = ViewRecipe(args.image_size, tuple(args.crop_scale), interpolation="bilinear")
+    recipe = ViewRecipe(args.image_size, args.crop_scale, interpolation="bilinear")
     sampler = EpochBatchSampler(len(train), args.batch_size, args.seed, rank, world_size, drop_last=False)
     loader = make_loader(
         MultiCropDataset(train, [recipe], args.seed, in_chans=in_chans, bad_images=bad_images),

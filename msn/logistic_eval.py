@@ -3,7 +3,7 @@
     python logistic_eval.py                                  # embedded digits, weights of the run in runs/digits
     python logistic_eval.py --model-name deit_small --pretrained /path/to/weights --fname vits16_800ep.pth.tar \\
         --root-path /path/to --image-folder imagenet --subset-path imagenet_subsets1/1imgs_class.txt \\
-        imagenet_subsets2/1imgs_class.txt imagenet_subsets3/1imgs_class.txt         # released ViT-S/16: 47.1 +- 0.1
+        imagenet_subsets2/1imgs_class.txt imagenet_subsets3/1imgs_class.txt --lambd 0.0025    # ViT-S/16: 47.1 +- 0.1
 
 An image's feature is the class token after the last block, before the final norm (Assran et al. 2022, section 5). The
 result is the mean and the spread over the splits of labelled images: lists, or draws of --imgs_per_class.
@@ -35,7 +35,7 @@ from shared.data import EvalDataset, EvalTransform, ImageSource
 from shared.evaluation.features import extract_features
 from shared.flags import bool_flag
 from shared.subsets import Subset, listed_images
-from shared.weights import safe_load
+from shared.weights import safe_load, weights_checksum
 
 MAX_ITERATIONS = 5000
 
@@ -86,20 +86,23 @@ def logistic_eval(args: argparse.Namespace) -> dict[str, float]:
         round(args.image_size * 256 / 224), args.image_size, MEAN, STD, input_channels(encoder), "bilinear"
     )
 
+    checksum = weights_checksum(encoder)
+
     def embed(source: ImageSource, patch_drop: float, file: str) -> tuple[Tensor, Tensor]:
         path = Path(args.pretrained, file) if Path(args.pretrained).is_dir() else None
         if args.preload and path is None:
             raise ValueError(f"--preload: --pretrained {args.pretrained} is no folder to keep features in")
+        made_with = {"weights": checksum, "image_size": args.image_size, "mask": patch_drop, "seed": args.seed}
         if args.preload and path.is_file():
             distributed.print_once(f"features from {path}")
-            return read_features(path, source)
+            return read_features(path, source, made_with)
         randomness.seed_everything(args.seed)
         tokens = LastClassToken(encoder, patch_drop)
         found = extract_features(
             tokens, EvalDataset(source, transform), device, args.batch_size, args.num_workers, "cpu"
         )
         if args.preload and distributed.is_main_process():
-            save(path, {"embs": found[0], "labs": found[1]})
+            save(path, {"embs": found[0], "labs": found[1], "made_with": made_with})
         return found
 
     val_features, val_labels = embed(val, 0.0, f"val-features-{args.fname}")
@@ -181,16 +184,22 @@ def draw_per_class(train: ImageSource, imgs_per_class: int, seed: int, split: in
     return np.sort(np.concatenate(chosen))
 
 
-def read_features(path: Path, source: ImageSource) -> tuple[Tensor, Tensor]:
+def read_features(path: Path, source: ImageSource, made_with: dict | None = None) -> tuple[Tensor, Tensor]:
     """Features and labels of a file of ``--preload``, or of one that the official script wrote.
 
+    Args:
+        made_with: Weights and flags that the features depend on; official files do not say theirs.
+
     Raises:
-        ValueError: If they are not those of ``source``.
+        ValueError: If they are not those of ``source``, or were made in another way.
     """
     saved = safe_load(path)
     features, labels = (torch.as_tensor(saved.get(name, torch.empty(0))) for name in ("embs", "labs"))
     if len(features) != len(source) or not np.array_equal(labels.numpy(), source.labels):
         raise ValueError(f"--preload: {path} holds the features of other images than {source.name}; remove it")
+    if made_with is not None and saved.get("made_with", made_with) != made_with:
+        changed = ", ".join(name for name, value in made_with.items() if saved["made_with"].get(name) != value)
+        raise ValueError(f"--preload: {path} holds features that were made with other values of {changed}; remove it")
     return features.float(), labels.long()
 
 

@@ -137,8 +137,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--me_max", type=bool_flag, default=True, help="mean-entropy maximisation: draw the mean assignment to the "
         "prior")  # fmt: skip
     add("--memax_weight", type=float, default=1.0, help="its weight (5 without Sinkhorn)")
-    add("--power_law_exponent", type=float, default=0.0, help="of the prior over prototypes (PMSN: 0.25, for images "
-        "with a long tail of rare classes); 0: uniform")  # fmt: skip
+    add("--power_law_exponent", type=float, default=0.0, help="of the prior over prototypes (PMSN, for images with a "
+        "long tail of rare classes; try 0.25); 0: uniform")  # fmt: skip
     add("--use_ent", type=bool_flag, default=False, help="compute the entropy of single assignments")
     add("--ent_weight", type=float, default=1.0, help="its weight in the loss")
     add("--batch_size", type=int, default=64, help="images per process")
@@ -202,6 +202,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
             parser.error(f"--{flag} {getattr(args, flag)} is not positive")
     if not all(0 <= momentum <= 1 for momentum in args.ema):
         parser.error(f"--ema {args.ema[0]} {args.ema[1]}: both have to be in [0, 1]")
+    if not 0 <= args.drop_path_rate < 1:
+        parser.error(f"--drop_path_rate {args.drop_path_rate} is outside [0, 1)")
     if args.write_tag != Path(args.write_tag).name:
         parser.error(f"--write_tag {args.write_tag} is not the start of a file name")
     if args.patch_size is None:
@@ -558,32 +560,36 @@ def assignment_health(terms: LossTerms, targets: Tensor) -> dict[str, Tensor | f
     }
 
 
-def start_on_devices(devices: list[str], arguments: list[str]) -> None:
-    """Replace this process by torchrun with a process on each device (nothing to do where a launcher has done so).
+def start_on_devices(devices: list[str], arguments: list[str]) -> str:
+    """Replace this process by torchrun with a process on each device, if there are several and no launcher did so.
+
+    Returns:
+        The kind of the devices, for ``--device``.
 
     Raises:
         ValueError: If the devices are not all CPUs or all GPUs with a number.
     """
-    if "RANK" in os.environ or "SLURM_STEP_ID" in os.environ:
-        return
     numbers = [name.removeprefix("cuda:") for name in devices if name.startswith("cuda:")]
     on_gpus = len(numbers) == len(devices) and all(number.isdigit() for number in numbers)
     if not on_gpus and set(devices) != {"cpu"}:
         raise ValueError(f"--devices {' '.join(devices)}: expected cuda:0 cuda:1 ..., or cpu once per process")
+    device = "cuda" if on_gpus else "cpu"
+    if "RANK" in os.environ or "SLURM_STEP_ID" in os.environ:
+        return device
     if on_gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(numbers)
     if len(devices) > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={len(devices)}"]
-        device = "cuda" if on_gpus else "cpu"
         command = [sys.executable, *launcher, str(Path(__file__).resolve()), *arguments, "--device", device]
         os.execv(sys.executable, command)
+    return device
 
 
 def main() -> None:
     with distributed.clean_exit():
         args = parse_args()
         if args.devices:
-            start_on_devices(args.devices, sys.argv[1:])
+            args.device = start_on_devices(args.devices, sys.argv[1:])
         train_msn(args)
 
 

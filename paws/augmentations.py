@@ -112,6 +112,8 @@ def support_views(recipe: Recipe, multicrop: int, color_jitter_strength: float, 
 
 def view(recipe: Recipe, size_px: int, scale: tuple[float, float], strength: float) -> ViewRecipe:
     """One view of the recipe with its colours, jittered by ``strength`` times the strongest."""
+    if not 0 <= strength <= 2.5:  # a hue of 0.5 is the whole circle
+        raise ValueError(f"--color_jitter_strength {strength} is outside [0, 2.5]")
     jitter = tuple(strength * value for value in recipe.common["jitter"])
     return ViewRecipe(size_px, scale, **{**recipe.common, "jitter": jitter})
 

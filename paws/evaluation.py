@@ -141,6 +141,7 @@ class SNNMonitor:
         every_epochs: Evaluate after every so many epochs; 0: never. None: before and after training, when there are at
             most 100,000 images to classify.
         epochs: Length of the training.
+        use_pred: Compare the outputs of the prediction head.
 
     Attributes:
         off: Why there is no evaluation, or None.
@@ -157,10 +158,11 @@ class SNNMonitor:
         device: torch.device,
         num_workers: int = 0,
         bad_images: BadImages | None = None,
+        use_pred: bool = False,
     ):
         self.images, self.validation, self.recipe, self.temperature = images, validation, recipe, temperature
         self.every_epochs, self.epochs, self.device, self.num_workers = every_epochs, epochs, device, num_workers
-        self.bad_images = bad_images
+        self.bad_images, self.use_pred = bad_images, use_pred
         self.off = validation if isinstance(validation, str) else None
         if self.off is not None and every_epochs:
             raise ValueError(f"--eval_knn_freq {every_epochs}: {self.off}")
@@ -187,6 +189,7 @@ class SNNMonitor:
             encoder,
             recipe=self.recipe,
             device=self.device,
+            use_pred=self.use_pred,
             num_workers=self.num_workers,
             between_batches=between_batches,
         )

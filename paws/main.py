@@ -40,7 +40,10 @@ def get_args_parser(program: str = "paws_train") -> argparse.ArgumentParser:
     parser = importlib.import_module(f"paws.{program}").get_args_parser()
     parser.add_argument("--sel", default=program, choices=PROGRAMS, help="which program to run")
     parser.add_argument(
-        "--devices", nargs="+", default=None, help="ignored: torchrun starts a process for every GPU of the machine"
+        "--devices",
+        nargs="+",
+        default=None,
+        help="cuda:0 or cpu, the same as --device; torchrun starts a process on each of several GPUs",
     )
     return parser
 
@@ -55,8 +58,24 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
             f"--devices {' '.join(args.devices)}: start one process for each with "
             f"torchrun --nproc_per_node={len(args.devices)} main.py"
         )
+    if args.devices:
+        args.device = only_device(args.devices[0])
     del args.devices
     return args
+
+
+def only_device(name: str) -> str:
+    """``cpu`` or ``cuda`` for the device of ``--devices``.
+
+    Raises:
+        ValueError: If it is another GPU than the first, which only the environment can choose.
+    """
+    if name in ("cpu", "cuda", "cuda:0"):
+        return name.removesuffix(":0")
+    number = name.removeprefix("cuda:")
+    if number.isdigit():
+        raise ValueError(f"--devices {name}: set CUDA_VISIBLE_DEVICES={number} to use this GPU, and say cuda:0")
+    raise ValueError(f"--devices {name}: expected cuda:0 or cpu")
 
 
 def program_function(program: str) -> Callable[[argparse.Namespace], object]:

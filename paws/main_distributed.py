@@ -61,7 +61,10 @@ def configurations(words: list[str]) -> list[list[str]]:
     known, rest = first.parse_known_args([word for word in words if word != "--batch-launch"])
     if known.fname is None:
         raise ValueError("--batch-launch needs --fname, a YAML list of configuration files")
-    files = yaml.safe_load(Path(known.fname).read_text(encoding="utf-8"))
+    try:
+        files = yaml.safe_load(Path(known.fname).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"--fname {known.fname} is no YAML file: {error}") from error
     if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
         raise ValueError(f"--fname {known.fname}: expected a YAML list of configuration files for --batch-launch")
     return [[*rest, "--fname", file] for file in files]

@@ -180,7 +180,14 @@ def train_paws(args: argparse.Namespace) -> None:
             checkpointer.after_epoch(epoch, keep_as=numbered_checkpoint(args, epoch))
     log.close()
     written = save_pseudo_labels(
-        distributed.unwrap(encoder), data.images, recipe, args.temperature, output_dir, device, args.pictures
+        distributed.unwrap(encoder),
+        data.images,
+        recipe,
+        args.temperature,
+        output_dir,
+        device,
+        args.pictures,
+        num_workers=data.num_workers,
     )
     if distributed.is_main_process():
         pictures = written.pictures + (save_pictures(data.dataset, output_dir) if args.pictures else [])

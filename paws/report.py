@@ -60,7 +60,11 @@ def summary(
         "labels": args.labels,
         "labels_per_class": args.labels_per_class,
         "subset_path": args.subset_path,
+        "unlabeled_frac": args.unlabeled_frac if args.data_path else None,
+        "data_seed": args.data_seed,
         "dataset": args.dataset if args.data_path else None,
+        "image_size": args.image_size,
+        "normalize": None if args.normalize else "false",
         "val_path": args.val_path,
     }
     commands = [command(script, **flags) for script in ("snn_eval.py", "fine_tune.py") if evaluation.off is None]

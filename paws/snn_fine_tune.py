@@ -29,6 +29,7 @@ from paws.support_sampler import SupportSampler
 from paws.training_loop import FineTuning, Loop, StepLoss, new_guard
 from paws.training_setup import MOST_SUPPORTS, open_images
 from shared import distributed
+from shared.backbones import input_channels
 from shared.checkpoint import Checkpointer, is_at_start, load_latest
 from shared.data import BadImages, default_num_workers, make_loader
 from shared.flags import bool_flag
@@ -106,7 +107,15 @@ def snn_fine_tune(args: argparse.Namespace) -> float | None:
     images = open_images(args)
     validation = open_validation(images, args.data_path, args.val_path, args.allow_absolute_paths)
     evaluation = SNNMonitor(
-        images, validation, recipe, args.temperature, args.eval_knn_freq, args.epochs, device, num_workers
+        images,
+        validation,
+        recipe,
+        args.temperature,
+        args.eval_knn_freq,
+        args.epochs,
+        device,
+        num_workers,
+        use_pred=args.use_pred_head,
     )
     if evaluation.off:
         distributed.print_once(f"no evaluation: {evaluation.off}")
@@ -114,6 +123,7 @@ def snn_fine_tune(args: argparse.Namespace) -> float | None:
     encoder = load_encoder(args.model_name, args.pretrained, args.use_pred_head).requires_grad_(True)
     if not args.use_pred_head:
         encoder.pred = None
+    args.in_chans = input_channels(encoder)
     checksum = weights_checksum(encoder)
     encoder.to(device)
     wrapped = distributed.wrap(encoder, device)

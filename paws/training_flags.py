@@ -131,7 +131,7 @@ def add_device_flag(parser: argparse.ArgumentParser) -> None:
     """``--device`` in the section of the released files, which say ``cuda:0``, and what they say about copies."""
     add = parser.add_argument_group("meta").add_argument
     add("--device", type=device_name, default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is "
-        "one")  # fmt: skip
+        "one; the number of cuda:0 is ignored")  # fmt: skip
     add("--copy_data", type=bool_flag, default=False, help="ignored: --cache keeps decoded images near")
 
 

@@ -322,8 +322,9 @@ def test_devices_start_a_process_each(monkeypatch):
     start_on_devices(["cuda:1", "cuda:3"], ["--fname", "c.yaml"])
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "1,3"
     assert "--nproc_per_node=2" in started[0] and started[0][-4:] == ["--fname", "c.yaml", "--device", "cuda"]
-    start_on_devices(["cuda:2"], [])
+    assert start_on_devices(["cuda:2"], []) == "cuda"
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "2" and len(started) == 1
+    assert start_on_devices(["cpu"], []) == "cpu" and len(started) == 1
     with pytest.raises(ValueError, match="--devices cpu cuda:0"):
         start_on_devices(["cpu", "cuda:0"], [])
     monkeypatch.setenv("RANK", "0")

@@ -161,6 +161,19 @@ def test_fine_tuning_for_nearest_neighbours_keeps_the_statistics_and_resumes(ima
     assert_same(*(comparable(state_of(tmp_path / f, name)) for f in ("parts", "whole")), "checkpoint")
 
 
+def test_the_prediction_head_is_evaluated_where_it_is_fine_tuned(images, run, tmp_path, monkeypatch):
+    seen, representations = [], evaluation.representations
+
+    def noting(*args, **kwargs):
+        seen.append(kwargs["use_pred"])
+        return representations(*args, **kwargs)
+
+    monkeypatch.setattr(evaluation, "representations", noting)
+    flags = [*arguments(images, run, *RUN), "--epochs", "1", "--use_pred_head", "true", "--output_dir", str(tmp_path)]
+    snn_fine_tune.snn_fine_tune(snn_fine_tune.parse_args(flags))
+    assert len(seen) == 4 and all(seen)  # supports and queries, before and after
+
+
 def test_a_run_that_started_from_other_weights_is_refused(images, run, tmp_path):
     flags = [*arguments(images, run, *FINE_TUNE), "--output_dir", str(tmp_path / "run")]
     fine_tune.fine_tune(fine_tune.parse_args(flags))

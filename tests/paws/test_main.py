@@ -67,7 +67,7 @@ def test_every_configuration_belongs_to_a_program():
 def test_configurations_are_read_and_the_command_line_wins(file):
     flags = ["--sel", PROGRAM_OF[file], "--fname", str(CONFIGS / file), "--data_path", "images", "--devices", "cuda:0"]
     args = programs.parse_args([*flags, "--epochs", "77"])
-    assert (args.epochs, args.data_path) == (77, "images")
+    assert (args.epochs, args.data_path, args.device) == (77, "images", "cuda")
     for section in yaml.safe_load((CONFIGS / file).read_text()).values():
         for key, value in section.items():
             if key not in ("epochs", "data_path"):
@@ -299,6 +299,9 @@ def test_a_person_with_few_labels_gets_pseudo_labels_with_one_command(tmp_path, 
         (["--labels_per_class", "2", "--val_path", "nowhere", "--eval_knn_freq", "1"], "--val_path nowhere"),
         (["--sel", "paws_trian"], "paws_trian"),
         (["--labels_per_class", "2", "--devices", "cuda:0", "cuda:1"], "torchrun --nproc_per_node=2 main.py"),
+        (["--labels_per_class", "2", "--devices", "cuda:1"], "set CUDA_VISIBLE_DEVICES=1"),
+        (["--labels_per_class", "2", "--devices", "gpu"], "--devices gpu: expected cuda:0 or cpu"),
+        (["--labels_per_class", "2", "--color_jitter_strength", "3"], "--color_jitter_strength 3.0 is outside"),
     ],
 )
 def test_bad_input_is_one_clear_message(images, tmp_path, flags, message, monkeypatch, capsys):
