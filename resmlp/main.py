@@ -71,6 +71,7 @@ EMBEDDED_DATA_DEFAULTS = {
 }
 SIZES = ("patch_size", "embed_dim", "depth")
 LEAST = {"epochs": 1, "batch_size": 1, "log_freq": 1, "input_size": 1, "start_epoch": 0}
+SHARES = ("smoothing", "reprob", "mixup_prob", "mixup_switch_prob", "distillation_alpha", "model_ema_decay")
 NETWORK_FLAGS = ("model", "input_size", "in_chans", *SIZES)
 
 
@@ -199,6 +200,9 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
         args.data_set = "CIFAR100"
     if not 0 < args.eval_crop_ratio <= 1:
         parser.error(f"--eval-crop-ratio {args.eval_crop_ratio} is not in (0, 1]")
+    for flag in SHARES:
+        if not 0 <= getattr(args, flag) <= 1:
+            parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)} is not in [0, 1]")
     if mixes_labels(args) and args.batch_size % 2:
         parser.error(f"--batch-size {args.batch_size}: Mixup and CutMix take pairs of images, so it must be even")
     if args.distillation_type != "none" and not args.teacher_path:

@@ -62,6 +62,8 @@ class DropPath(nn.Module):
 
     def __init__(self, drop_prob: float):
         super().__init__()
+        if not 0 <= drop_prob < 1:
+            raise ValueError(f"drop_path_rate {drop_prob} is outside [0, 1)")
         self.drop_prob = drop_prob
 
     def forward(self, x: Tensor) -> Tensor:

@@ -26,7 +26,9 @@ from shared.weights import safe_load
 
 from .cross_covariance_transformer import ARCHITECTURES
 
-DROP_PATH = {"xcit_small_12": 0.05, "xcit_small_24": 0.1, "xcit_medium_24": 0.15}  # of the published runs; else 0
+# Stochastic depth of the published runs; else 0
+DETECTION_DROP_PATH = {"xcit_small_12": 0.05, "xcit_small_24": 0.1, "xcit_medium_24": 0.15}
+SEGMENTATION_DROP_PATH = DETECTION_DROP_PATH | {"xcit_medium_24": 0.2}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -56,8 +58,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of the initial weights, the order of the images and the augmentation")
 
 
-def drop_path_rate(args: argparse.Namespace) -> float:
-    return DROP_PATH.get(args.model.rpartition("_p")[0], 0.0) if args.drop_path is None else args.drop_path
+def drop_path_rate(args: argparse.Namespace, published: dict[str, float]) -> float:
+    """``--drop-path``, or what ``published`` has for the trunk, whatever its patch size."""
+    return published.get(args.model.rpartition("_p")[0], 0.0) if args.drop_path is None else args.drop_path
 
 
 class DenseDataset(Dataset):

@@ -74,6 +74,7 @@ EMBEDDED_DATA_DEFAULTS = {
     "output_dir": "runs/digits",
 }
 LEAST = {"epochs": 1, "batch_size": 1, "log_freq": 1, "input_size": 1, "test_freq": 1, "start_epoch": 0}
+SHARES = ("smoothing", "reprob", "mixup_prob", "mixup_switch_prob", "distillation_alpha", "model_ema_decay")
 NETWORK_FLAGS = ("model", "in_chans")
 
 
@@ -182,6 +183,9 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
     for flag, least in LEAST.items():
         if getattr(args, flag) < least:
             parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)} is less than {least}")
+    for flag in SHARES:
+        if not 0 <= getattr(args, flag) <= 1:
+            parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)} is not in [0, 1]")
     if mixes_labels(args) and args.batch_size % 2:
         parser.error(f"--batch-size {args.batch_size}: Mixup and CutMix take pairs of images, so it must be even")
     if args.distillation_type != "none" and not args.teacher_path:
@@ -393,7 +397,10 @@ def train_xcit(args: argparse.Namespace) -> None:
     log.close()
     if distributed.is_main_process():
         pictures = save_pictures(views, mixup, output_dir) if args.pictures else []
-        print(summary(output_dir, args.model, args.data_path, val, result, best_acc1, pictures))
+        needed = ("data_path", "val_path", "data_set", "inat_category", "model", "input_size", "in_chans")
+        parser = get_args_parser()
+        given = {flag: getattr(args, flag) for flag in needed if getattr(args, flag) != parser.get_default(flag)}
+        print(summary(output_dir, given | {"model": args.model}, args.full_crop, val, result, best_acc1, pictures))
 
 
 def transplant_patch_embedding(network: nn.Module, path: str) -> None:

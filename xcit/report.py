@@ -14,6 +14,7 @@ from shared.randomness import seed_step
 from shared.supervised.data import LabelledViews
 
 from .augmentations import MEAN, STD
+from .cross_covariance_transformer import ARCHITECTURES
 
 
 def to_picture(view: Tensor) -> np.ndarray:
@@ -73,8 +74,8 @@ def save_pictures(views: LabelledViews, mixup: Mixup | None, output_dir: Path) -
 
 def summary(
     output_dir: Path,
-    model: str,
-    data_path: str | None,
+    network_and_data: dict[str, str | int | None],
+    full_crop: bool,
     val: ImageSource,
     result: dict[str, float] | None,
     best_acc1: float,
@@ -83,6 +84,8 @@ def summary(
     """What was learned, where the files are and what to run next, as text for the end of a run.
 
     Args:
+        network_and_data: The flags that an evaluation like those of the run needs: ``model`` and others.
+        full_crop: Whether ``--full_crop`` is one of them.
         result: Of the last evaluation; None when the run was finished before.
         best_acc1: The best top-1 of the run, that of ``best_model.pth``.
     """
@@ -91,9 +94,10 @@ def summary(
     if result is not None:
         chance = 100 / len(val.classes)
         learned = [f"top-1 on {val.describe()}: {result['acc1']:.1f} % (chance {chance:.1f} %), {learned[0]}"]
-    commands = [
-        command("main.py", model=model, data_path=data_path, pretrained=weights) + " --eval",
-        command("export.py", model=model, pretrained=weights, output_dir=output_dir / "export"),
-        "python main.py --data-path YOUR_IMAGES --output_dir YOUR_RUN",
-    ]
+    evaluation = command("main.py", **network_and_data, pretrained=weights)
+    commands = [evaluation + (" --full_crop" if full_crop else "") + " --eval"]
+    model = network_and_data["model"]
+    if model in ARCHITECTURES:
+        commands.append(command("export.py", model=model, pretrained=weights, output_dir=output_dir / "export"))
+    commands.append("python main.py --data-path YOUR_IMAGES --output_dir YOUR_RUN")
     return end_of_run(output_dir, weights, None, pictures, commands, learned=learned)

@@ -134,6 +134,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{part}_source and --{part}_target belong together")
     if (args.train_source is None) != (args.valid_source is None):
         parser.error("--train_source and --valid_source belong together")
+    if args.train_source is None and args.test_source is not None:
+        parser.error("--test_source needs --train_source; translate.py translates with a network that is trained")
     return args
 
 

@@ -113,7 +113,7 @@ def main() -> None:
         args = get_args_parser().parse_args()
         device = distributed.init(device=args.device)
         network, vocabulary = load_translator(args.weights)
-        sentences = read_lines(args.input) if args.input else sys.stdin.read().splitlines()
+        sentences = read_lines(args.input) if args.input else sys.stdin.read().removesuffix("\n").split("\n")
         references = read_lines(args.reference) if args.reference else None
         if references is not None and len(references) != len(sentences):
             raise ValueError(f"--reference {args.reference} has {len(references)} lines, the text has {len(sentences)}")

@@ -1,6 +1,7 @@
 """Knowledge distillation from another network's predictions (Hinton et al. 2015; hard labels: Touvron et al. 2021)."""
 
 import re
+import zlib
 from pathlib import Path
 
 import timm
@@ -73,7 +74,9 @@ def fetch_file(path: str, flag: str) -> Path:
         flag: Where it was given, for messages.
     """
     if re.match(r"(https?|file)://", path):
-        file = Path(torch.hub.get_dir()) / "checkpoints" / path.rsplit("/", 1)[-1]
+        # many a file is called checkpoint.pth: the name alone would give the weights of another address
+        folder = f"{zlib.crc32(path.encode()):08x}"
+        file = Path(torch.hub.get_dir()) / "checkpoints" / folder / path.rsplit("/", 1)[-1]
         return file if file.exists() else download(path, file)
     if not Path(path).is_file():
         raise ValueError(f"{flag} {path} is not a file")

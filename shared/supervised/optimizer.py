@@ -33,7 +33,7 @@ def build_timm_optimizer(
         options["fused"] = True
     try:
         return create_optimizer_v2(network, name, lr=lr, weight_decay=weight_decay, momentum=momentum, **options)
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
+    except (ValueError, LookupError, TypeError, AssertionError) as error:
         raise ValueError(f"--opt {name}: {error}") from error
 
 

@@ -29,6 +29,9 @@ class TrainTransform:
         interpolation: ``bicubic``, ``bilinear`` or ``random``.
         erase_p, erase_mode, erase_count: Random Erasing.
         in_chans: 3, or 1 for the luminance.
+
+    Raises:
+        ValueError: If timm does not understand ``auto_augment``.
     """
 
     def __init__(
@@ -45,19 +48,22 @@ class TrainTransform:
         in_chans: int = 3,
     ):
         self.in_chans = in_chans
-        crop, self.augment, self.finish = create_transform(
-            input_size,
-            is_training=True,
-            separate=True,
-            color_jitter=color_jitter,
-            auto_augment=auto_augment,
-            interpolation=interpolation,
-            mean=mean,
-            std=std,
-            re_prob=erase_p,
-            re_mode=erase_mode,
-            re_count=erase_count,
-        )
+        try:
+            crop, self.augment, self.finish = create_transform(
+                input_size,
+                is_training=True,
+                separate=True,
+                color_jitter=color_jitter,
+                auto_augment=auto_augment,
+                interpolation=interpolation,
+                mean=mean,
+                std=std,
+                re_prob=erase_p,
+                re_mode=erase_mode,
+                re_count=erase_count,
+            )
+        except AssertionError as error:
+            raise ValueError(f"--aa {auto_augment}: {error}") from error
         if input_size <= SMALL_PX:
             pad_and_crop = [T.Resize((input_size, input_size)), T.RandomCrop(input_size, padding=4)]
             crop = T.Compose([*pad_and_crop, *crop.transforms[1:]])

@@ -71,6 +71,7 @@ def test_defaults_are_the_official_ones():
     [
         (["--batch-size", "7"], "--batch-size 7"),
         (["--epochs", "0"], "--epochs 0 is less than 1"),
+        (["--smoothing", "1.5"], "--smoothing 1.5 is not in [0, 1]"),
         (["--distillation-type", "hard"], "--teacher-path"),
         (["--distillation-type", "hard", "--teacher-path", "t", "--cosub"], "--cosub and --distillation-type hard"),
         (["--eval-crop-ratio", "1.5"], "--eval-crop-ratio 1.5"),
@@ -88,6 +89,7 @@ def test_wrong_flags_are_refused(flags, message, capsys):
     [
         (["--data_path", "/no/such/folder"], "--data_path /no/such/folder"),
         (["--model", "resmlp_13"], "did you mean resmlp_"),
+        (["--drop-path", 1.0], "drop_path_rate 1.0 is outside"),
         (["--patch-size", 3], "patches of 3 pixels do not fill an image of 16 pixels"),
         (["--model", "test_resnet"], "--patch-size 4 --embed-dim 16 --depth 2: the sizes of --model test_resnet"),
         (["--eval"], r"--eval: the checkpoint .*checkpoint\.pth is not a file"),

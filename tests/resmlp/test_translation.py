@@ -397,6 +397,7 @@ def test_two_processes_weigh_every_token_as_one_process_does():
     [
         (["--train_source", "a"], "--train_source and --train_target belong together"),
         (["--train_source", "a", "--train_target", "b"], "--train_source and --valid_source belong together"),
+        (["--test_source", "a", "--test_target", "b"], "--test_source needs --train_source"),
         (["--epochs", "0"], "--epochs 0 is less than 1"),
     ],
 )

@@ -1,5 +1,6 @@
 """Detection: COCO's layout, average precision from its definition, training, resuming, official trunks."""
 
+import json
 import random
 from functools import partial
 
@@ -142,6 +143,17 @@ def test_two_flips_are_none_and_crops_keep_objects():
         assert kept["masks"][0].sum() == (right - left) * (bottom - top) > 0
 
 
+def test_objects_of_less_than_a_pixel_count_in_evaluation_only(tmp_path):
+    root = write_coco(tmp_path, {"train": 1})
+    path = root / "annotations" / "instances_train2017.json"
+    content = json.loads(path.read_text())
+    tiny = content["annotations"][0] | {"id": 99, "bbox": [5, 5, 0.5, 0.5], "segmentation": [[5, 5, 5.5, 5, 5.5, 5.5]]}
+    content["annotations"].append(tiny)
+    path.write_text(json.dumps(content))
+    assert len(CocoDataset(root, "train").instances[0]) == len(content["annotations"]) - 1
+    assert len(CocoDataset(root, "train", augment=False).instances[0]) == len(content["annotations"])
+
+
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"instances_train2017\.json is missing"):
         CocoDataset(tmp_path, "train")
@@ -252,7 +264,7 @@ def test_recipe_of_the_published_runs():
     args = main.parse_args(["--data-path", "/coco", "--model", "xcit_small_24_p16"])
     assert (args.epochs, args.steps, args.lr, args.weight_decay, args.warmup_iters) == (36, [27, 33], 1e-4, 0.05, 500)
     assert (args.min_size[0], args.min_size[-1], args.max_size) == (480, 800, 1333)
-    assert dense_training.drop_path_rate(args) == 0.1
+    assert dense_training.drop_path_rate(args, dense_training.DETECTION_DROP_PATH) == 0.1
     assert dense_training.warmup_factor(0, 500, 0.001) == pytest.approx(0.001)
     assert dense_training.warmup_factor(250, 500, 0.001) == pytest.approx(0.5005)
     assert dense_training.warmup_factor(500, 500, 0.001) == 1

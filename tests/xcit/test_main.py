@@ -61,6 +61,7 @@ def test_defaults_are_the_official_ones():
     [
         (["--batch-size", "7"], "--batch-size 7"),
         (["--epochs", "0"], "--epochs 0 is less than 1"),
+        (["--smoothing", "1.5"], "--smoothing 1.5 is not in [0, 1]"),
         (["--distillation-type", "hard"], "--teacher-path"),
     ],
 )
@@ -80,6 +81,8 @@ def test_wrong_flags_are_refused(flags, message, capsys):
         (["--pretrained", "nowhere.pth"], "--pretrained nowhere.pth is not a file"),
         (["--sched", "plateau"], "--sched plateau"),
         (["--opt", "nonsense"], "--opt nonsense"),
+        (["--opt-betas", 0.9], "--opt adamw: "),
+        (["--aa", "nonsense"], "--aa nonsense"),
         (["--distillation-type", "soft", "--teacher-path", "nowhere.pth"], "--teacher-path nowhere.pth is not a file"),
         (
             ["--distillation-type", "soft", "--teacher-path", __file__, "--teacher-model", "resnet"],

@@ -63,6 +63,18 @@ def test_labels_are_numbered_from_zero_and_zero_is_no_class(data):
     assert set(target["labels"][2:].unique().tolist()) <= {0, 1, 2, 3}
 
 
+def test_more_classes_than_the_flag_says_are_refused(data):
+    dataset = ADE20KDataset(data, "training", 32, num_classes=2)
+    with pytest.raises(ValueError, match=r"000000\.png has the class 4, there are 2 \(--num-classes\)"):
+        dataset[(0, 0)]
+
+
+def test_stochastic_depth_is_that_of_the_published_segmenters():
+    for model, rate in (("tiny_24", 0.0), ("small_12", 0.05), ("small_24", 0.1), ("medium_24", 0.2)):
+        args = main.parse_args(["--data-path", "/ade", "--model", f"xcit_{model}_p8"])
+        assert dense_training.drop_path_rate(args, dense_training.SEGMENTATION_DROP_PATH) == rate
+
+
 def test_pixels_and_labels_stay_together():
     labels = np.full((40, 50), 3, dtype=np.uint8)
     labels[10:30, 15:30] = 1

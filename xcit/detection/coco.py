@@ -47,7 +47,8 @@ class CocoDataset(DenseDataset):
         label_of = {category["id"]: label for label, category in enumerate(categories, start=1)}
         instances: dict[int, list[dict]] = {}
         for annotation in content["annotations"]:
-            if not (augment and annotation.get("iscrowd")) and min(annotation["bbox"][2:]) >= 1:
+            # crowds and objects of less than a pixel are left out of the training only
+            if not augment or (not annotation.get("iscrowd") and min(annotation["bbox"][2:]) >= 1):
                 annotation["label"] = label_of[annotation["category_id"]]
                 instances.setdefault(annotation["image_id"], []).append(annotation)
         # images without an object teach a detector nothing, but count in its evaluation

@@ -175,7 +175,7 @@ def train_detector(args: argparse.Namespace) -> None:
     val = CocoDataset(data_path, "val", augment=False)
     if val.classes != train.classes:
         raise ValueError(f"--data-path {data_path}: train and val part have other categories")
-    rate = dense_training.drop_path_rate(args)
+    rate = dense_training.drop_path_rate(args, dense_training.DETECTION_DROP_PATH)
     network = build_detector(
         args.model, len(train.classes), rate, args.min_size, args.max_size, args.pretrained, args.rois_per_image
     )

@@ -26,6 +26,7 @@ class ADE20KDataset(DenseDataset):
 
     Args:
         crop_px: Side of the training crops.
+        num_classes: Label maps with more are an error; None: any number.
     """
 
     def __init__(
@@ -36,8 +37,10 @@ class ADE20KDataset(DenseDataset):
         seed: int = 0,
         augment: bool = True,
         bad_images: BadImages | None = None,
+        num_classes: int | None = None,
     ):
         root = Path(root)
+        self.num_classes = num_classes
         folder = root / "images" / part
         files = sorted(p.name for p in folder.glob("*") if p.suffix.lower() in EXTENSIONS)
         if not files:
@@ -54,6 +57,10 @@ class ADE20KDataset(DenseDataset):
         labels = read_image(self.label_maps[index]).decode()[..., 0]  # grey, repeated
         if labels.shape != pixels.shape[:2]:
             raise ValueError(f"{self.label_maps[index]} has another size than its image")
+        if self.num_classes is not None and labels.max() > self.num_classes:
+            raise ValueError(
+                f"{self.label_maps[index]} has the class {labels.max()}, there are {self.num_classes} (--num-classes)"
+            )
         labels = labels - np.uint8(1)  # 0, no class, becomes 255
         if self.augment:
             pixels, labels = augment(pixels, labels, self.crop_px, rng)

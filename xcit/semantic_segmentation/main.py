@@ -174,11 +174,12 @@ def train_segmenter(args: argparse.Namespace) -> None:
         if distributed.is_main_process():
             write_ade20k(data_path, {"training": 64, "validation": 16})
         distributed.barrier()
-    train = ADE20KDataset(data_path, "training", args.crop_size, args.seed)
+    train = ADE20KDataset(data_path, "training", args.crop_size, args.seed, num_classes=args.num_classes)
     policy = (output_dir / "bad_images.txt", args.on_bad_image, args.max_bad_fraction)
     train.bad_images = BadImages(len(train), *policy)
-    val = ADE20KDataset(data_path, "validation", args.crop_size, augment=False)
-    network = SemanticFPN(args.model, args.num_classes, dense_training.drop_path_rate(args))
+    val = ADE20KDataset(data_path, "validation", args.crop_size, augment=False, num_classes=args.num_classes)
+    rate = dense_training.drop_path_rate(args, dense_training.SEGMENTATION_DROP_PATH)
+    network = SemanticFPN(args.model, args.num_classes, rate)
     if args.pretrained:
         fill_trunk(network.backbone, args.pretrained)
     evaluate = partial(evaluate_segmenter, dataset=val, device=device, num_classes=args.num_classes)
