@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .passages import Passage, read_json_lines, text_field
+from .text_files import read_lines
 
 
 @dataclass(frozen=True)
@@ -75,16 +76,17 @@ def _with_ids(path: Path):
 def read_qrels(path: Path) -> dict[str, dict[str, int]]:
     """Judgements of a tab-separated file with a header: query id, document id, grade."""
     qrels = {}
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, start=1):
-        columns = line.split("\t")
+    for number, (_, line) in enumerate(read_lines(path), start=1):
+        columns = line.rstrip("\r\n").split("\t")
         is_judgement = len(columns) == 3 and columns[2].strip().lstrip("-").isdigit()
         if number == 1 and is_judgement:
             raise ValueError(f"{path}, line 1: expected a header (query-id, corpus-id, score), got a judgement")
         if number == 1 or not line.strip():
             continue
         if not is_judgement:
-            raise ValueError(f"{path}, line {number}: expected query id, document id and an integer, got {line[:80]!r}")
+            raise ValueError(
+                f"{path}, line {number}: expected query id, document id and an integer, got {line.rstrip()[:80]!r}"
+            )
         query, document, grade = columns
         if document in qrels.setdefault(query, {}):
             raise ValueError(f"{path}, line {number}: document {document!r} is judged twice for query {query!r}")

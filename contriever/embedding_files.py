@@ -22,6 +22,10 @@ from typing import BinaryIO
 import numpy as np
 
 BLOCK_BYTES = 1 << 26  # read at once when a file is checked
+OF_THE_COLLECTION = (  # settings in which all shards must agree
+    "model", "pooling", "normalized", "max_length", "passages", "num_shards", "with_title", "lowercase",
+    "normalize_text",
+)  # fmt: skip
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -250,7 +254,7 @@ def open_shards(pattern: str) -> list[Shard]:
 
     Raises:
         ValueError: If there is none, one is half-written or damaged, or they do not belong together: other models,
-            other settings, other dimensions, or parts of the collection that are missing.
+            other settings, other dimensions, or the same part of the collection twice.
     """
     paths = [Path(p) for p in sorted(glob.glob(pattern)) if not (Path(p) / "index.json").exists()]
     if not paths:
@@ -258,7 +262,7 @@ def open_shards(pattern: str) -> list[Shard]:
     shards = [open_shard(path) for path in paths]
     first = shards[0]
     for shard in shards[1:]:
-        for what in ("model", "passages", "num_shards", "with_title", "lowercase", "normalize_text"):
+        for what in OF_THE_COLLECTION:
             if shard.settings.get(what) != first.settings.get(what):
                 raise ValueError(
                     f"{first.path} and {shard.path} do not belong together: {what} is {first.settings.get(what)!r} "
@@ -266,6 +270,12 @@ def open_shards(pattern: str) -> list[Shard]:
                 )
         if shard.vectors.shape[1] != first.vectors.shape[1]:
             raise ValueError(f"{first.path} and {shard.path} have vectors of different lengths")
+    by_number = {}
+    for shard in shards:
+        number = shard.settings.get("shard_id", shard.path)
+        if number in by_number:
+            raise ValueError(f"{by_number[number]} and {shard.path} are the same part {number} of the collection")
+        by_number[number] = shard.path
     return shards
 
 

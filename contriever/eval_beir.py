@@ -31,6 +31,7 @@ from contriever.retrieval_flags import (
     add_encoder_flags,
     add_launcher_flags,
     amp_of,
+    check_least,
     join_processes,
     load_encoder,
     max_length_of,
@@ -78,6 +79,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def eval_beir(args: argparse.Namespace) -> dict[str, float]:
     """Metrics in percent, on every rank."""
+    check_least(args, per_gpu_batch_size=1, text_maxlength=3)
+    if not 0 <= args.dense_weight <= 1:
+        raise ValueError(f"--dense_weight must be in [0, 1], got {args.dense_weight}")
     device = join_processes(args)
     normalized = args.score_function == "cos_sim" or (args.norm_query and args.norm_doc)
     retriever = load_encoder(args, device, normalized) if args.retriever != "bm25" else None
@@ -99,7 +103,8 @@ def eval_beir(args: argparse.Namespace) -> dict[str, float]:
 
 def search_dataset(dataset: BeirDataset, retriever: Retriever | None, args: argparse.Namespace) -> Answers:
     """The best documents by the retriever that the flags choose; one more than is kept, for the query's own."""
-    texts, queries = ([*map(prepared(args), part)] for part in (document_texts(dataset), dataset.queries.values()))
+    prepare = prepared(args.normalize_text, args.lower_case)
+    texts, queries = ([*map(prepare, part)] for part in (document_texts(dataset), dataset.queries.values()))
     k = TOP_K + 1
     lexical = BM25(texts).search(queries, k) if args.retriever != "dense" else None
     if args.retriever == "bm25":
@@ -119,12 +124,12 @@ def search_dataset(dataset: BeirDataset, retriever: Retriever | None, args: argp
     return dense if args.retriever == "dense" else fuse(dense, lexical, k, args.dense_weight)
 
 
-def prepared(args: argparse.Namespace) -> Callable[[str], str]:
+def prepared(normalize_text: bool, lower_case: bool) -> Callable[[str], str]:
     """Text clean-up in the order of the reference's evaluation: normalise, then lowercase."""
 
     def prepare(text: str) -> str:
-        text = normalize(text) if args.normalize_text else text
-        return text.lower() if args.lower_case else text
+        text = normalize(text) if normalize_text else text
+        return text.lower() if lower_case else text
 
     return prepare
 

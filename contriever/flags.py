@@ -16,6 +16,10 @@ LEAST = {
     "prob_augmentation": 0,
     "save_freq": 0,
     "eval_freq": 0,
+    "eval_documents": 0,
+    "warmup_steps": -1,
+    "negative_hard_min_idx": 0,
+    "num_workers": 0,
 }
 
 
@@ -99,13 +103,17 @@ def check_flags_make_sense(parser: argparse.ArgumentParser, args: argparse.Names
     for flag, least in LEAST.items():
         if hasattr(args, flag) and getattr(args, flag) < least:
             parser.error(f"--{flag} {getattr(args, flag)} is less than {least}")
+    if args.model_path == "none" and args.continue_training:
+        parser.error("--continue_training needs --model_path")
+    if args.model_path != "none" and args.random_init:
+        parser.error(f"--random_init has no effect with --model_path {args.model_path}")
     if args.temperature <= 0:
         parser.error(f"--temperature {args.temperature} is not positive")
     if args.rho is not None and (args.optim == "adamw" or args.rho <= 0):
         parser.error(f"--rho {args.rho} must be positive and needs --optim sam or asam, which finetuning.py has")
     if args.warmup_steps > args.total_steps:
         parser.error(f"--warmup_steps {args.warmup_steps} is more than --total_steps {args.total_steps}")
-    for flag in ("dropout", "prob_augmentation", "negative_hard_ratio", "label_smoothing"):
+    for flag in ("dropout", "prob_augmentation", "negative_hard_ratio", "label_smoothing", "momentum"):
         if hasattr(args, flag) and not 0 <= getattr(args, flag) <= 1:
             parser.error(f"--{flag} {getattr(args, flag)} is not between 0 and 1")
     if hasattr(args, "ratio_min") and not 0 <= args.ratio_min <= args.ratio_max <= 1:

@@ -22,7 +22,14 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 from contriever.embedding_files import ShardWriter
 from contriever.encoder import Retriever
 from contriever.passages import PassageFile, clean
-from contriever.retrieval_flags import add_encoder_flags, amp_of, load_encoder, max_length_of, retrieval_parser
+from contriever.retrieval_flags import (
+    add_encoder_flags,
+    amp_of,
+    check_least,
+    load_encoder,
+    max_length_of,
+    retrieval_parser,
+)
 from shared import distributed
 
 
@@ -51,6 +58,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def generate_passage_embeddings(args: argparse.Namespace) -> list[Path]:
     """Write the shards that fall to this process; their folders."""
+    check_least(args, num_shards=1, chunk_size=1, per_gpu_batch_size=1, passage_maxlength=3)
     device = distributed.init(device=args.device)
     num_shards = args.num_shards or distributed.get_world_size()
     numbers = shards_of_process(num_shards, args.shard_id)

@@ -29,6 +29,7 @@ from contriever.encoder import load_retriever
 from contriever.finetuning_data import read_examples
 from contriever.hybrid import BM25
 from contriever.passages import Passage, PassageFile
+from contriever.retrieval_flags import check_least
 from shared import distributed
 
 
@@ -63,6 +64,8 @@ def read_questions_and_passages(args: argparse.Namespace) -> tuple[list[dict], l
         ValueError: If the flags do not name both, or a file is malformed.
     """
     if args.beir is not None:
+        if args.data or args.passages is not None:
+            raise ValueError("--beir takes the place of --data and --passages: give one or the other")
         dataset = read_beir(args.beir, args.split)
         passages = {passage.id: passage for passage in dataset.documents}
         records = []
@@ -118,9 +121,9 @@ def with_negatives(
 
 def mine(args: argparse.Namespace) -> None:
     """Rank the passages for every question and write the records."""
-    for flag in ("hard_negatives", "random_negatives", "skip_top"):
-        if getattr(args, flag) < 0:
-            raise ValueError(f"--{flag} {getattr(args, flag)} is less than 0")
+    check_least(args, hard_negatives=0, random_negatives=0, skip_top=0, per_gpu_batch_size=1, passage_maxlength=3)
+    if args.method == "bm25" and (args.model_name_or_path is not None or args.norm):
+        raise ValueError("--model_name_or_path and --norm have no effect on --method bm25")
     records, passages = read_questions_and_passages(args)
     if not records:
         raise ValueError("there is no question with a positive")

@@ -26,7 +26,14 @@ from contriever.embedding_files import Shard, missing_shards, open_shards
 from contriever.encoder import Retriever
 from contriever.evaluate_retrieved_passages import accuracy_at, format_accuracies
 from contriever.passages import Passage, PassageFile, clean, read_questions
-from contriever.retrieval_flags import add_encoder_flags, amp_of, load_encoder, max_length_of, retrieval_parser
+from contriever.retrieval_flags import (
+    add_encoder_flags,
+    amp_of,
+    check_least,
+    load_encoder,
+    max_length_of,
+    retrieval_parser,
+)
 from shared import distributed
 
 
@@ -58,6 +65,10 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def passage_retrieval(args: argparse.Namespace) -> dict[str, dict[int, float]]:
     """Write the results of every input file; ``{input: {k: accuracy in percent}}``, on rank 0."""
+    check_least(
+        args, n_docs=1, per_gpu_batch_size=1, question_maxlength=3, indexing_batch_size=1, validation_workers=1,
+        n_subquantizers=0, n_bits=1, nlist=0, nprobe=0, hnsw_m=2, ef_construction=1, ef_search=1,
+    )  # fmt: skip
     device = distributed.init(device=args.device)
     for flag in ("lang", "dataset"):
         if getattr(args, flag) is not None:
@@ -69,11 +80,15 @@ def passage_retrieval(args: argparse.Namespace) -> dict[str, dict[int, float]]:
         raise ValueError(f"--projection_size {args.projection_size}: vectors have {shards[0].vectors.shape[1]} numbers")
     retriever = load_encoder(args, device, args.norm_query)
     check_same_model(retriever, shards, args)
+    passages = PassageFile(args.passages) if distributed.is_main_process() else None
+    if passages is not None and shards[0].settings.get("passages", passages.crc) != passages.crc:
+        raise ValueError(
+            f"--passages {args.passages} is not the file that {shards[0].path} was made of, or has changed since"
+        )
     settings = IndexSettings.from_args(args)
     folder = shards[0].path.parent / f"index-{settings.kind}" if args.save_or_load_index else None
     index = DenseIndex(shards, settings, folder, args.indexing_batch_size, device)
     distributed.print_once(f"{settings.kind} index of {len(index)} passages in {len(shards)} shards")
-    passages = PassageFile(args.passages) if distributed.is_main_process() else None
     accuracies = {}
     for file in files:
         queries = retriever.encode(

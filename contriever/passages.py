@@ -45,6 +45,13 @@ def parse_object(line: str, path: str | Path, number: int) -> dict:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {number}: not JSON ({error.msg}, column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # thousands of digits or brackets
+        raise ValueError(f"{path}, line {number}: not JSON that can be read ({error})") from None
+    if "\\ud" in line.lower():  # perhaps half of a character, which no tokenizer and no file takes
+        try:
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{path}, line {number}: a \\u escape is half of a surrogate pair") from None
     if not isinstance(record, dict):
         raise ValueError(f"{path}, line {number}: expected a JSON object, got {type(record).__name__}")
     return record

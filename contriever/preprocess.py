@@ -123,7 +123,9 @@ def missing_jobs(jobs: list[Job], overwrite: bool) -> list[Job]:
     sources, wanted = {job.facts()["source"] for job in jobs}, {job.shard for job in jobs}
     # the folder may also hold shards of other files, made by other calls
     present = {
-        str(file.with_suffix("")): json.loads(file.read_text()) for file in Path(jobs[0].shard).parent.glob("*.json")
+        str(file.with_suffix("")): json.loads(file.read_text())
+        for file in Path(jobs[0].shard).parent.glob("*.json")
+        if file.with_suffix(".tokens.npy").exists()
     }
     stale = [shard for shard, facts in present.items() if facts["source"] in sources and shard not in wanted]
     missing = []

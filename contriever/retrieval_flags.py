@@ -31,6 +31,13 @@ def add_encoder_flags(parser: argparse.ArgumentParser) -> Callable:
     return add
 
 
+def check_least(args: argparse.Namespace, **least: int) -> None:
+    """Raise ``ValueError`` if a flag that was given is less than it may be."""
+    for flag, value in least.items():
+        if getattr(args, flag) is not None and getattr(args, flag) < value:
+            raise ValueError(f"--{flag} {getattr(args, flag)} is less than {value}")
+
+
 def add_launcher_flags(parser: argparse.ArgumentParser) -> None:
     """Those of the old launcher; torchrun and srun need neither."""
     add = parser.add_argument_group("processes").add_argument

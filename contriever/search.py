@@ -20,7 +20,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from contriever.encoder import Retriever, load_retriever
 from contriever.normalize_text import normalize
-from contriever.retrieval_flags import add_encoder_flags, amp_of, retrieval_parser
+from contriever.retrieval_flags import add_encoder_flags, amp_of, check_least, retrieval_parser
 from contriever.search_index import SearchIndex, Update
 from contriever.search_page import serve
 from contriever.text_folder import snippet
@@ -57,8 +57,11 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def search(args: argparse.Namespace) -> SearchIndex:
     """Bring the index up to date, then answer the query or serve the page."""
-    if args.top_k < 1 or args.max_words < 1:
-        raise ValueError(f"--top_k {args.top_k} and --max_words {args.max_words} must be at least 1")
+    check_least(args, top_k=1, max_words=1, per_gpu_batch_size=1, port=0)
+    if args.port > 65535:
+        raise ValueError(f"--port {args.port} is more than 65535")
+    if not 0 <= args.dense_weight <= 1:
+        raise ValueError(f"--dense_weight must be in [0, 1], got {args.dense_weight}")
     index = open_index(args)
     began = time.time()
     update = index.update()
@@ -83,8 +86,11 @@ def open_index(args: argparse.Namespace) -> SearchIndex:
         raise ValueError(f"--passages {root}: no such file or folder")
     default = root / INDEX_NAME if root.is_dir() else root.with_name(f".{root.name}{INDEX_NAME}")
     file = Path(args.index_path) if args.index_path else default
-    if args.rebuild:
-        file.unlink(missing_ok=True)
+    if args.rebuild and file.exists():
+        with open(file, "rb") as old:
+            if not file.name.endswith(INDEX_NAME) and old.read(16) not in (b"SQLite format 3\0", b""):
+                raise ValueError(f"--index_path {file} is no index: --rebuild does not remove it")
+        file.unlink()
     device = distributed.init(device=args.device)
     retriever = load_retriever(args.model_name_or_path, allow_download=args.allow_download, device=device)
     settings = {

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import os
 import sqlite3
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,10 +40,6 @@ class Update:
     unchanged: int = 0
     embedded: int = 0
     problems: dict[str, str] = field(default_factory=dict)  # file to reason
-
-    @property
-    def modified(self) -> bool:
-        return bool(self.new or self.changed or self.removed)
 
     def describe(self) -> str:
         return (
@@ -107,13 +104,13 @@ class SearchIndex:
             self.database = sqlite3.connect(file, timeout=60, check_same_thread=False)
             self.database.executescript(_TABLES)
             self._check_settings()
-        self._loaded = None
+        self._loaded, self._loaded_version = None, None
 
     def _check_settings(self) -> None:
         found = dict(self.database.execute("SELECT name, value FROM settings"))
         if not found:
             with self.database:
-                self.database.executemany("INSERT INTO settings VALUES (?, ?)", self.settings.items())
+                self.database.executemany("INSERT OR IGNORE INTO settings VALUES (?, ?)", self.settings.items())
         for name, value in self.settings.items() if found else ():
             if found.get(name) != value:
                 raise ValueError(
@@ -127,10 +124,10 @@ class SearchIndex:
             return self._update()
 
     def _update(self) -> Update:
-        update, pending = Update(), []
+        update, pending, unreadable = Update(), [], []
         known = {path: rest for path, *rest in self.database.execute("SELECT path, size, mtime_ns, sha256 FROM files")}
         present = set()
-        for path in text_files(self.root):
+        for path in text_files(self.root, unreadable.append):
             name = self._name(path, update)
             if name is None:
                 continue
@@ -142,14 +139,17 @@ class SearchIndex:
                     self._store(pending, update)
                     pending = []
         self._store(pending, update)
+        gone = known.keys() - present
+        for error in unreadable:
+            folder = Path(error.filename)
+            update.problems[str(folder)] = f"cannot be listed: {error.strerror}; its texts stay as they were found last"
+            gone = {name for name in gone if folder not in (self.root / name).parents}
         with self.database:
-            for name in known.keys() - present:
+            for name in gone:
                 self._forget(name)
                 update.removed += 1
         for name, remark in self.database.execute("SELECT path, remark FROM files WHERE remark IS NOT NULL"):
             update.problems[name] = remark
-        if update.modified:
-            self._loaded = None
         return update
 
     def _name(self, path: Path, update: Update) -> str | None:
@@ -168,9 +168,13 @@ class SearchIndex:
             if known is not None and known[:2] == [status.st_size, status.st_mtime_ns]:
                 update.unchanged += 1
                 return None
+            if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+                update.problems[name] = "not indexed: it is no regular file"
+                return None
             content = path.read_bytes()
         except OSError as error:  # it may have been removed in this moment, or belong to somebody else
-            update.problems[name] = f"not indexed: {error.strerror}"
+            state = "not indexed" if known is None else "indexed as it was before, it cannot be read now"
+            update.problems[name] = f"{state}: {error.strerror}"
             return None
         sha256 = hashlib.sha256(content).digest()
         if known is not None and known[2] == sha256:  # only its time has changed
@@ -228,6 +232,10 @@ class SearchIndex:
     def __len__(self) -> int:
         return self.database.execute("SELECT count(*) FROM passages").fetchone()[0]
 
+    def _version(self) -> tuple[int, int]:
+        """Differs after every change of the file, by this process or by another one."""
+        return self.database.total_changes, self.database.execute("PRAGMA data_version").fetchone()[0]
+
     def rows(self) -> Iterator[tuple]:
         """(path, line, title, text, vector) of all passages, in the order of their places."""
         return self.database.execute("SELECT path, line, title, text, vector FROM passages ORDER BY path, number")
@@ -243,9 +251,10 @@ class SearchIndex:
         """
         if not query.strip():
             raise ValueError("the query is empty")
-        if self._loaded is None:
-            with naming(self.file):
-                self._loaded = _Loaded(list(self.rows()))
+        with naming(self.file):
+            version = self._version()
+            if version != self._loaded_version:
+                self._loaded, self._loaded_version = _Loaded(list(self.rows())), version
         scores, rows = self._loaded.search(query, k, self.encode, retriever, dense_weight)
         found = zip(scores[0].tolist(), rows[0].tolist(), strict=True)
         return [Hit(score, *self._loaded.passages[row]) for score, row in found if row >= 0]

@@ -8,6 +8,7 @@ another host's name (DNS rebinding) are refused.
 import html
 import json
 import re
+import socket
 import threading
 import time
 from http import HTTPStatus
@@ -105,6 +106,7 @@ class SearchServer(ThreadingHTTPServer):
         self.lock = threading.Lock()
         self.updated = time.monotonic()
         self.only_local = host in LOCAL_NAMES
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), Handler)
 
     def search(self, query: str, k: int) -> list[Hit]:
@@ -140,7 +142,7 @@ class Handler(BaseHTTPRequestHandler):
             self._send(HTTPStatus.NOT_FOUND, "text/plain", "not found\n")
 
     def _asked_by_local_name(self) -> bool:
-        host = self.headers.get("Host", "")
+        host = self.headers.get("Host", "").lower()
         return re.sub(r":\d+$", "", host).strip("[]") in LOCAL_NAMES
 
     def _answer(self, query_string: str, render) -> None:
@@ -161,7 +163,7 @@ class Handler(BaseHTTPRequestHandler):
         if len(query) > LONGEST_QUERY:
             raise BadRequest(f"the query has more than {LONGEST_QUERY} characters")
         k = values.get("k", [str(self.server.top_k)])[0]
-        if not k.isdecimal() or not 1 <= int(k[:9]) <= MOST_RESULTS:
+        if not k.isdecimal() or len(k) > 9 or not 1 <= int(k) <= MOST_RESULTS:
             raise BadRequest(f"k must be a number from 1 to {MOST_RESULTS}")
         return query, int(k)
 
@@ -189,7 +191,8 @@ class Handler(BaseHTTPRequestHandler):
 def serve(index: SearchIndex, host: str, port: int, top_k: int, retriever: str, dense_weight: float) -> None:
     """Answer until Ctrl-C."""
     with SearchServer(index, host, port, top_k, retriever, dense_weight) as server:
-        print(f"search at http://{host}:{server.server_port} (Ctrl-C ends)", flush=True)
+        name = f"[{host}]" if ":" in host else host
+        print(f"search at http://{name}:{server.server_port} (Ctrl-C ends)", flush=True)
         if not server.only_local:
             print(f"WARNING: whoever reaches {host} can read the indexed texts", flush=True)
         server.serve_forever()

@@ -3,7 +3,7 @@
 import codecs
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,8 +31,11 @@ class Piece:
         return f"{self.title} {self.text}" if self.title else self.text
 
 
-def text_files(root: Path) -> Iterator[Path]:
+def text_files(root: Path, on_unreadable: Callable[[OSError], object] | None = None) -> Iterator[Path]:
     """The file ``root``, or the files below the folder ``root`` in the order of their names; hidden ones are left out.
+
+    Args:
+        on_unreadable: Called for each folder that cannot be listed.
 
     Raises:
         ValueError: If there is no such file or folder, or it is a file of another kind.
@@ -44,7 +47,7 @@ def text_files(root: Path) -> Iterator[Path]:
         return
     if not root.is_dir():
         raise ValueError(f"--passages {root}: no such file or folder")
-    for folder, subfolders, names in os.walk(root):
+    for folder, subfolders, names in os.walk(root, onerror=on_unreadable):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in sorted(names):
             if name.lower().endswith(SUFFIXES) and not name.startswith("."):

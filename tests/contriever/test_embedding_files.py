@@ -143,6 +143,17 @@ def test_shards_must_belong_together(tmp_path):
     write_shard(tmp_path / "s_03", num_shards=3, model=99)
     with pytest.raises(ValueError, match="do not belong together: model is 17 and 99"):
         open_shards(str(tmp_path / "s_*"))
+    write_shard(tmp_path / "t_00")
+    write_shard(tmp_path / "t_01", normalized=True)
+    with pytest.raises(ValueError, match="do not belong together: normalized is None and True"):
+        open_shards(str(tmp_path / "t_*"))
+
+
+def test_a_part_of_the_collection_is_searched_once(tmp_path):
+    write_shard(tmp_path / "s_00")
+    write_shard(tmp_path / "old_00")
+    with pytest.raises(ValueError, match=r"old_00 and .*s_00 are the same part 0 of the collection"):
+        open_shards(str(tmp_path / "*"))
 
 
 def test_ids_across_blocks(tmp_path, monkeypatch):

@@ -245,6 +245,7 @@ def test_results_in_other_formats_hold_the_same(beir, tmp_path):
     [
         (("--dataset", "none"), "none is not in the layout of BEIR"),
         (("--text_maxlength", "100"), "--text_maxlength 100: .* reads at most 64 tokens"),
+        (("--per_gpu_batch_size", "0"), "--per_gpu_batch_size 0 is less than 1"),
         (("--retriever", "hybrid", "--dense_weight", "2"), "--dense_weight must be in"),
     ],
 )

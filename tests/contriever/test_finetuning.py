@@ -5,6 +5,7 @@ import torch
 
 from contriever import finetuning
 from contriever.encoder import load_retriever
+from contriever.evaluation import accuracy_and_mrr
 from contriever.finetuning_data import FineTuningPairs, read_examples
 from contriever.mine_negatives import get_args_parser as mining_parser
 from contriever.mine_negatives import mine
@@ -218,6 +219,24 @@ def test_judged_queries_become_records(tmp_path):
     assert len(found["hard_negative_ctxs"]) == 2
 
 
+def test_one_vector_for_every_text_finds_nothing(data):
+    examples = FineTuningPairs([record(i) for i in range(4)], load_retriever(data / "encoder"), 16)
+
+    class Constant(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(3))
+
+        def forward(self, ids, mask, normalize):
+            return self.weight.expand(len(ids), 3)
+
+    found = accuracy_and_mrr(Constant(), examples, False, False, 2)
+    assert found["eval_acc"] == 25 and found["mrr"] == pytest.approx((1 + 1 / 2 + 1 / 3 + 1 / 4) / 4)
+
+
 def test_what_to_mine_must_be_named(tmp_path):
+    both = ["--output_path", "x", "--beir", "y", "--passages", "z"]
+    with pytest.raises(ValueError, match="--beir takes the place of --data and --passages"):
+        mine(mining_parser().parse_args(both))
     with pytest.raises(ValueError, match="give --data and --passages, or --beir"):
         mine(mining_parser().parse_args(["--output_path", "x"]))

@@ -186,6 +186,8 @@ def test_one_shard_at_a_time(corpus, embeddings, tmp_path):
         (("--num_shards", "24"), "--num_shards 24 is more than the 23 passages"),
         (("--num_shards", "2", "--shard_id", "2"), "--shard_id 2 is not one of the 2 shards"),
         (("--passage_maxlength", "100"), "--passage_maxlength 100: .* reads at most 64 tokens"),
+        (("--num_shards", "-1"), "--num_shards -1 is less than 1"),
+        (("--chunk_size", "0"), "--chunk_size 0 is less than 1"),
         (("--lowercase", "--num_shards", "3"), "other settings: lowercase was False and is True"),
     ],
 )
@@ -250,6 +252,7 @@ def test_two_processes_write_what_one_writes(corpus, embeddings, tmp_path):
         (("--norm_query",), "its normalized is False, that of the questions is True"),
         (("--lang", "en"), "--lang is not supported"),
         (("--projection_size", "768"), "--projection_size 768: vectors have 16 numbers"),
+        (("--n_docs", "0"), "--n_docs 0 is less than 1"),
         (("--data", "nothing*"), "--data nothing.*: no such file"),
         (("--index", "ivf", "--nlist", "30"), "--nlist 30 is more than the 23 passages"),
     ],
@@ -267,7 +270,9 @@ def test_results_never_overwrite_their_input(corpus, embeddings):
 
 def test_another_passage_file_is_noticed(corpus, embeddings, tmp_path):
     (tmp_path / "few.tsv").write_text("p0\tx\t\n")
-    with pytest.raises(ValueError, match=r"has no passage 'p\d+': the embeddings are of another file"):
+    with pytest.raises(
+        ValueError, match=r"few.tsv is not the file that .*passages_00 was made of, or has changed since"
+    ):
         retrieve(corpus, embeddings, tmp_path, "--passages", str(tmp_path / "few.tsv"))
 
 

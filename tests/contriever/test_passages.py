@@ -59,6 +59,9 @@ def test_a_byte_order_mark_and_windows_line_ends(tmp_path):
     ("name", "text", "message"),
     [
         ("p.jsonl", '{"id": 1, "text": "a"}\n\n{"id": 2, "text"\n', "line 3: not JSON"),
+        ("p.jsonl", '{"id": 1, "text": "\\ud83d"}\n', "line 1: .* half of a surrogate pair"),
+        ("p.jsonl", "[" * 100_000 + "\n", "line 1: not JSON"),
+        ("p.jsonl", '{"id": ' + "1" * 5000 + "}\n", "line 1: not JSON"),
         ("p.jsonl", '["a"]\n', "line 1: expected a JSON object, got list"),
         ("p.jsonl", '{"id": 1}\n', 'line 1: no "text"'),
         ("p.jsonl", '{"text": "a"}\n', 'line 1: no "id"'),

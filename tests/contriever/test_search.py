@@ -180,6 +180,8 @@ def test_problems_are_told_and_the_rest_is_indexed(notes):
     (notes / "cut.jsonl").write_text('{"text": "wing"')
     (notes / "binary.txt").write_bytes(b"wing\0")
     (notes / "empty.txt").write_text(" \n")
+    (notes / "half.jsonl").write_text('{"text": "wing \\ud83d"}')
+    os.mkfifo(notes / "pipe.txt")
     (notes / "latin.txt").write_bytes(b"wing in Z\xfcrich")
     index = open_index(notes)
     expected = {
@@ -187,12 +189,42 @@ def test_problems_are_told_and_the_rest_is_indexed(notes):
         "cut.jsonl": "line 1: not JSON",
         "binary.txt": "not indexed: a binary file",
         "empty.txt": "not indexed: it is empty",
+        "half.jsonl": "line 1: a \\u escape is half of a surrogate pair",
+        "pipe.txt": "it is no regular file",
         "latin.txt": "byte 9 is not UTF-8",
     }
     for update in (index.update(), index.update()):  # told every time
         assert update.problems.keys() == expected.keys()
         assert all(expected[name] in problem for name, problem in update.problems.items())
     assert {hit.path for hit in index.search("wing", 10)} == {"a.md", "c.jsonl", "latin.txt", "sub/b.txt"}
+
+
+def test_what_another_process_has_indexed_is_found(notes):
+    index, other = open_index(notes), open_index(notes)
+    index.update()
+    assert index.search("script", 1)[0].score == 0
+    (notes / "late.txt").write_text("script")
+    other.update()
+    assert index.update().unchanged == 4
+    assert index.search("script", 1)[0].path == "late.txt"
+
+
+def test_texts_of_a_folder_that_cannot_be_listed_stay(notes, monkeypatch):
+    index = open_index(notes)
+    index.update()
+    scandir = os.scandir
+
+    def refuses(path):
+        if Path(path).name == "sub":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuses)
+    (notes / "c.jsonl").unlink()
+    update = index.update()
+    assert update.removed == 1
+    assert "cannot be listed: Permission denied" in update.problems[str(notes / "sub")]
+    assert index.search("stall", 1)[0].path == "sub/b.txt"
 
 
 def test_an_index_of_another_model_is_refused(notes):
@@ -270,10 +302,13 @@ def test_bad_flags_of_the_script(notes, model):
     for flags, message in (
         (["--passages", str(notes / "none")], "no such file or folder"),
         (["--passages", str(notes), "--top_k", "0"], "--top_k 0"),
+        (["--passages", str(notes), "--port", "65536"], "--port 65536"),
+        (["--passages", str(notes), "--rebuild", "--index_path", str(notes / "sub" / "b.txt")], "is no index"),
         (["--passages", str(notes), "--query", " "], "query is empty"),
     ):
         with pytest.raises(ValueError, match=message):
             run(model, *flags)
+    assert (notes / "sub" / "b.txt").read_text() == "A wing can stall."
     assert search_script.INDEX_NAME.startswith(".")  # so that it is not indexed itself
 
 
@@ -340,6 +375,7 @@ def test_json_answers(server):
         ("/../etc/passwd", {}, 404),
         ("/?q=wing&k=0", {}, 400),
         ("/?q=wing&k=101", {}, 400),
+        ("/?q=wing&k=0000000019999", {}, 400),
         ("/search.json?q=wing&k=x", {}, 400),
         (f"/?q={'x' * 2001}", {}, 400),
         ("/?q=wing", {"Host": "evil.example"}, 403),
