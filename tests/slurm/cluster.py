@@ -95,6 +95,9 @@ class Cluster:
 
     def repair(self) -> None:
         """Plug in every cable, start daemons that were killed, and put the nodes back to work."""
+        if self.daemons["slurmctld"].poll() is not None:
+            self.start_controller()
+            self.wait_for(lambda: self.run("scontrol", "ping").returncode == 0, what="the controller")
         self.run("scancel", "--user=root")
         for node in self.nodes:
             if self.namespaces:

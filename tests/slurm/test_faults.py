@@ -81,7 +81,7 @@ def test_a_requeue_while_the_controller_is_down_is_tried_again(submit, cluster):
     run.wait_for_step(2)
     cluster.run("scancel", "--signal=USR2", run.id)
     cluster.kill_daemon("slurmctld")
-    cluster.wait_for(lambda: f"scontrol requeue {run.id} failed" in run.output(0), 120, "a failed request")
+    cluster.wait_for(lambda: f"scontrol requeue {run.id} failed" in run.output(0), 300, "a failed request")
     cluster.start_controller()
     assert run.ends() == "COMPLETED"
     run.assert_every_step_counted_once()
