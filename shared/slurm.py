@@ -306,7 +306,8 @@ def requeue(job_id: str, tries: int = 6) -> None:
         except subprocess.TimeoutExpired as error:
             reason = str(error)
         else:
-            if answer.returncode == 0:
+            # pending: an earlier request was carried out, but its answer was lost
+            if answer.returncode == 0 or "Job is pending" in answer.stderr:
                 print(f"requeued job {job_id}", flush=True)
                 return
             reason = answer.stderr.strip()

@@ -291,6 +291,16 @@ def test_requeueing_is_tried_again_until_the_controller_agrees(tmp_path, monkeyp
     assert pauses == [1, 2]
 
 
+def test_a_request_whose_answer_was_lost_counts_once_the_job_is_pending(tmp_path, monkeypatch):
+    answer = "echo Job is pending execution for job 41 >&2"
+    program(tmp_path / "bin", "scontrol", f"[ -e {tmp_path}/asked ] && {answer}; touch {tmp_path}/asked; exit 1")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    pauses = []
+    monkeypatch.setattr(slurm, "time", SimpleNamespace(sleep=pauses.append))
+    slurm.requeue("41")
+    assert pauses == [1]
+
+
 def test_a_job_that_cannot_be_requeued_fails_with_slurms_reason(tmp_path, monkeypatch):
     program(tmp_path / "bin", "scontrol", "echo requeue is disabled >&2; exit 1")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")

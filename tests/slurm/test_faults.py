@@ -1,5 +1,9 @@
 """Time limits, dead hosts and cut networks: minutes, for SLURM takes its time to notice."""
 
+import os
+import signal
+import sys
+
 import pytest
 
 from shared.attempt import Attempt, owner_of
@@ -79,9 +83,11 @@ def test_a_zombie_rank_does_not_replace_the_results_when_its_network_returns(sub
 def test_a_requeue_while_the_controller_is_down_is_tried_again(submit, cluster):
     run = submit()
     run.wait_for_step(2)
-    cluster.run("scancel", "--signal=USR2", run.id)
     cluster.kill_daemon("slurmctld")
-    cluster.wait_for(lambda: f"scontrol requeue {run.id} failed" in run.output(0), 300, "a failed request")
+    for node in cluster.nodes:  # as the controller's warning would have reached them
+        for task in cluster.tasks(node, program=sys.executable):
+            os.kill(task, signal.SIGUSR2)
+    cluster.wait_for(lambda: f"scontrol requeue {run.id} failed" in run.output(0), 120, "a failed request")
     cluster.start_controller()
     assert run.ends() == "COMPLETED"
     run.assert_every_step_counted_once()
