@@ -176,7 +176,7 @@ class MultiCropWrapper(nn.Module):
         if len(batches) > 1 and getattr(self.backbone, "packs_resolutions", False):
             return self.backbone(batches).float()
         features = [self.backbone(batch) for batch in batches]
-        # XCiT returns (features, ...) in train mode
+        # some networks return (features, ...) in train mode
         features = [f[0] if isinstance(f, tuple) else f for f in features]
         return torch.cat([f.float() for f in features])
 

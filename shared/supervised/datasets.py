@@ -1,4 +1,4 @@
-"""The labelled data sets that DeiT's trainer and its relatives know by name."""
+"""The labelled data sets that the supervised recipes know by name."""
 
 import argparse
 import json
