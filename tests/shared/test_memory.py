@@ -37,8 +37,8 @@ def test_the_memory_of_a_step_comes_back_without_page_faults():
     answer, first, last = run(keep=True)
     if platform.libc_ver()[0] == "glibc":
         assert answer == "True"
-        assert last < first / 10
+        assert last < first / 4
         _, _, default = run(keep=False)
-        assert last < default / 10
+        assert last < default / 4
     else:
         assert answer == "False"
