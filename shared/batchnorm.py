@@ -24,7 +24,8 @@ class _SumOverProcesses(torch.autograd.Function):
 class CPUSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """What ``nn.SyncBatchNorm`` computes on GPUs; torch's refuses tensors on a CPU.
 
-    Input (B, C, ...), any number of trailing dimensions; ranks may hold different numbers of rows.
+    Input (B, C, ...), any number of trailing dimensions; ranks may hold different numbers of rows. The output has the
+    input's type; the statistics are in float32.
     """
 
     process_group: dist.ProcessGroup | None = None
@@ -36,6 +37,7 @@ class CPUSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        dtype, x = x.dtype, x.float()  # statistics in float32, also of what autocast computed in less
         reduced = [d for d in range(x.ndim) if d != 1]
         count = x.new_full((1,), x.numel() / x.shape[1])
         total = _SumOverProcesses.apply(torch.cat([x.sum(reduced), count]), self.process_group)
@@ -48,7 +50,8 @@ class CPUSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
         scale = self.weight * torch.rsqrt(variance + self.eps)
-        return centred * scale.view(-1, *[1] * (x.ndim - 2)) + self.bias.view(-1, *[1] * (x.ndim - 2))
+        y = centred * scale.view(-1, *[1] * (x.ndim - 2)) + self.bias.view(-1, *[1] * (x.ndim - 2))
+        return y.to(dtype)
 
 
 def has_batchnorm(module: nn.Module) -> bool:

@@ -1,9 +1,11 @@
 """Mixed precision: which number format a device computes fast in, and the scaling that fp16 needs."""
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 
 def fast_bf16(device: torch.device) -> bool:
@@ -13,6 +15,31 @@ def fast_bf16(device: torch.device) -> bool:
     if device.type == "cpu":
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return False
+
+
+class _NarrowMapsInFloat32(TorchFunctionMode):
+    """Under bf16 autocast on a CPU: 2-d convolutions whose stride is longer than their input stay in float32.
+
+    oneDNN's bfloat16 gradient of their weight reads memory that nobody has written: it is random and at times not
+    finite. A ResNet meets them in its last stage, with views of 32 pixels or less.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.conv2d and _stride_exceeds_map(*args, **kwargs):
+            with torch.autocast("cpu", enabled=False):
+                return function(*_in_float32(args), **{k: _in_float32(v) for k, v in kwargs.items()})
+        return function(*args, **kwargs)
+
+
+def _stride_exceeds_map(input, weight, bias=None, stride=1, *unused, **unused_too) -> bool:
+    return min(input.shape[-2:]) < (stride if isinstance(stride, int) else max(stride))
+
+
+def _in_float32(value):
+    if isinstance(value, tuple):
+        return tuple(map(_in_float32, value))
+    return value.float() if isinstance(value, Tensor) else value
 
 
 class Precision:
@@ -42,7 +69,14 @@ class Precision:
     def autocast(self) -> contextlib.AbstractContextManager:
         if self.dtype is None:
             return contextlib.nullcontext()
+        if self.device.type == "cpu":
+            return self._cpu_autocast()
         return torch.autocast(self.device.type, dtype=self.dtype)
+
+    @contextlib.contextmanager
+    def _cpu_autocast(self) -> Iterator[None]:
+        with torch.autocast("cpu", dtype=self.dtype), _NarrowMapsInFloat32():
+            yield
 
     def backward(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
         """Gradients of ``loss`` in float32 and at their true scale."""

@@ -200,7 +200,7 @@ def test_a_run_stopped_anywhere_ends_like_an_uninterrupted_one(images, whole, tm
 
 def test_two_processes_give_the_losses_of_one_with_twice_the_batch(images, tmp_path):
     """With the variables that torchrun sets; torchrun itself is started in tests/reliability/test_ranks.py."""
-    flags = ["--data_path", images, "--drop_path_rate", 0, "--epochs", 2]
+    flags = ["--data_path", images, "--drop_path_rate", 0, "--epochs", 2, "--amp", "fp32"]
     train(tmp_path / "one", *flags, "--batch_size_per_gpu", 8)
     script = Script("dino.main_dino", tuple(TINY), DINO.prepare)
     for rank in start_ranks(tmp_path / "two", 2, *flags, "--batch_size_per_gpu", 4, script=script):

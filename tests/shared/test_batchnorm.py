@@ -34,6 +34,24 @@ def test_two_processes_normalise_like_one_with_the_whole_batch():
         assert torch.equal(two[0][name], two[1][name])
 
 
+def normalize_half_precision(rank, rows):
+    norm = synchronize_batchnorm(nn.BatchNorm2d(3), torch.device("cpu"))
+    out = norm(rows[rank::2].bfloat16())
+    return {"out": out.detach(), "running_mean": norm.running_mean, "running_var": norm.running_var}
+
+
+def test_half_precision_has_statistics_in_float32():
+    torch.manual_seed(1)
+    rows = 3 + torch.randn(8, 3, 4, 5)
+    norm = nn.BatchNorm2d(3)
+    expected = norm(rows.bfloat16())
+    for rank, found in enumerate(run_processes(normalize_half_precision, 2, rows)):
+        assert found["out"].dtype == torch.bfloat16
+        torch.testing.assert_close(found["out"], expected[rank::2].detach())
+        torch.testing.assert_close(found["running_mean"], norm.running_mean, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found["running_var"], norm.running_var, rtol=1e-5, atol=1e-6)
+
+
 def test_groups_of_processes_normalise_on_their_own():
     torch.manual_seed(1)
     rows, weights = torch.randn(2, 8, 3, 4, 5)

@@ -296,6 +296,7 @@ def test_other_recipes_and_networks_train(flags, images, tmp_path, small_network
 def test_two_processes_give_the_losses_of_one_with_twice_the_batch(images, tmp_path, small_networks):
     # batch statistics are those of both processes; what is drawn per process is off
     flags = ("--data_path", images, "--mixup", 0, "--cutmix", 0, "--drop-path", 0, "--epochs", 2, "--lr", 0.01)
+    flags += ("--amp", "fp32")
     train(tmp_path / "one", *flags)
     run_processes(train_on_rank, 2, tmp_path / "two", *flags, "--batch-size", 4)
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=2e-4)
