@@ -187,7 +187,7 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
     """
     parser = parser or get_args_parser()
     args = parser.parse_args(arguments)
-    if args.data_path is None:
+    if args.data_path is None and args.val_path is None:
         own = args.model in ARCHITECTURES  # the sizes of other networks are part of their names
         parser.set_defaults(
             **{flag: value for flag, value in EMBEDDED_DATA_DEFAULTS.items() if own or flag not in SIZES}
@@ -428,7 +428,7 @@ def train_resmlp(args: argparse.Namespace) -> None:
     log.close()
     if distributed.is_main_process():
         pictures = save_pictures(distributed.unwrap(network), output_dir) if args.pictures else []
-        print(summary(output_dir, args.model, args.data_path, val, result, best_acc1, pictures))
+        print(summary(output_dir, args.model, args.data_path, args.val_path, val, result, best_acc1, pictures))
 
 
 def keep_cross_patch_layers_trainable(network: nn.Module) -> None:

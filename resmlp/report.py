@@ -37,6 +37,7 @@ def summary(
     output_dir: Path,
     model: str,
     data_path: str | None,
+    val_path: str | None,
     val: ImageSource,
     result: dict[str, float] | None,
     best_acc1: float,
@@ -56,5 +57,6 @@ def summary(
     commands = ["python main.py --data_path YOUR_IMAGES --output_dir YOUR_RUN"]
     if model in ARCHITECTURES:
         export = command("-m resmlp.export", pretrained_weights=weights, output_dir=output_dir / "export")
-        commands = [command("eval_knn.py", pretrained_weights=weights, data_path=data_path), export, *commands]
+        knn = command("eval_knn.py", pretrained_weights=weights, data_path=data_path, val_path=val_path)
+        commands = [knn, export, *commands]
     return end_of_run(output_dir, weights, None, pictures, commands, learned=learned)

@@ -31,10 +31,8 @@ from shared.data import (
     BadImages,
     EpochBatchSampler,
     EvalDataset,
-    check_same_classes,
     default_num_workers,
     make_loader,
-    open_source,
 )
 from shared.flags import AnyDashParser, add_data_flags, add_run_flags
 from shared.image_cache import cache_images
@@ -207,11 +205,7 @@ def train_xcit(args: argparse.Namespace) -> None:
     world_size = distributed.get_world_size()
 
     # data
-    if args.eval and args.val_path is not None:  # no training images are needed
-        train = val = open_source(args.val_path, "all", flag="--val_path")
-        check_same_classes(train, val)  # that there are any
-    else:
-        train, val = open_train_and_val(args)
+    train, val = open_train_and_val(args)
     train, num_classes = cache_images(train, args.cache), len(train.classes)
     images = train.checksum()
     distributed.check_same_on_all_processes((len(train), images), "the training data (number of images, checksum)")

@@ -25,9 +25,15 @@ def add_data_set_flags(parser: argparse.ArgumentParser) -> None:
 def open_train_and_val(args: argparse.Namespace) -> tuple[ImageSource, ImageSource]:
     """The labelled images that ``--data-set``, ``--data_path`` and ``--val_path`` name.
 
+    With ``--eval`` and ``--val_path`` both are the images to evaluate on: those of the training are not needed.
+
     Raises:
         ValueError: If there are none, they have no classes, or the classes of both parts differ.
     """
+    if args.eval and args.val_path is not None:
+        val = open_source(args.val_path, "all", allow_absolute_paths=args.allow_absolute_paths, flag="--val_path")
+        check_same_classes(val, val)  # that there are any
+        return val, val
     if args.data_path is not None and args.data_set.startswith("CIFAR"):
         name = args.data_set.lower()
         root = None if args.data_path.lower() == name else args.data_path

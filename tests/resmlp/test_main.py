@@ -187,6 +187,11 @@ def test_eval_repeats_the_last_evaluation_also_of_a_flat_file(finished, images, 
         train(tmp_path / "run", "--data_path", images, "--eval", "--finetune", tmp_path / "backbone.pth")
 
 
+def test_eval_needs_no_training_images(finished, images, capsys):
+    train(finished, "--eval", "--val_path", images)
+    assert f"{images}: 24 images, 3 classes: top-1" in capsys.readouterr().out
+
+
 def test_finetuning_at_another_resolution_and_for_other_classes(finished, images, tmp_path, capsys):
     two = shutil.copytree(images, tmp_path / "two")
     shutil.rmtree(two / "class2")

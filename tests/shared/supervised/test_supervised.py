@@ -249,7 +249,7 @@ def test_data_set_names_choose_how_a_path_is_read(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(datasets, "open_source", lambda *args, **kwargs: calls.append((args, kwargs)))
     flags = argparse.Namespace(data_path=str(tmp_path), val_path=None, allow_absolute_paths=False, inat_category="name")
-    flags.data_set = "CIFAR100"
+    flags.data_set, flags.eval = "CIFAR100", False
     open_train_and_val(flags)
     assert calls == [(("cifar100", part), {"download_root": str(tmp_path)}) for part in ("train", "val")]
     write_inaturalist(tmp_path)
