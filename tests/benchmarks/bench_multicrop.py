@@ -239,6 +239,8 @@ def main() -> None:
                 result["speedup_over_plain"][name]["of_best"] = best
                 spread = f"{ratio:.2f} ({min(ratios):.2f} .. {max(ratios):.2f}), {best:.2f}"
                 print(f"{name:10} {1e3 / ms:9.0f} {ms:9.2f} {min(values):8.2f}  {spread}")
+            met = result["target_met"] = result["speedup_over_plain"]["fast"]["median"] >= 4
+            print(f"target: fast 4 times as fast as plain: {'met' if met else 'not met'}")
             result["stages_ms"] = time_stages(source, repeats=5)
             print("fast, ms per image:", "  ".join(f"{k} {v:.2f}" for k, v in result["stages_ms"].items()))
     print("versions:", ", ".join(f"{name} {version}" for name, version in result["versions"].items()))

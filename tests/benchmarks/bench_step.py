@@ -47,6 +47,7 @@ from shared.schedules import cosine_schedule
 
 LR, WEIGHT_DECAY, MOMENTUM, CLIP = 1e-4, 0.04, 0.996, 3.0
 CPU = torch.device("cpu")
+TARGETS = {"ours": 1.2, "ours-bf16": 4.0}  # speed over plain
 
 
 class PlainAttention(nn.Module):
@@ -396,7 +397,14 @@ def main() -> None:
         result["growth"] = growth(size, rounds)
     else:
         result["relative_difference_of_losses"] = check_equal_losses(size)
-        result["steps"] = compare(size, rounds)
+        result["steps"] = steps = compare(size, rounds)
+        result["targets"] = {
+            f"{kind} {least} times as fast as plain": steps[kind]["speedup"]["median"] >= least
+            for kind, least in TARGETS.items()
+            if kind in steps
+        } | {f"{kind} in 0.7 of the memory": steps[kind]["memory_ratio"] <= 0.7 for kind in TARGETS if kind in steps}
+        for target, met in result["targets"].items():
+            print(f"target: {target}: {'met' if met else 'not met'}")
     print("versions: torch", torch.__version__, result["capability"])
     if out:
         Path(out).write_text(json.dumps(result, indent=1) + "\n")
