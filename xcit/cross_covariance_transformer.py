@@ -193,8 +193,7 @@ class ClassAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.query_key_value(x)
-        weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)  # one row: nothing to fuse
-        out = F.dropout(weights, self.attn_drop, self.training) @ v
+        out = F.dropout(self.weights(q, k), self.attn_drop, self.training) @ v  # one row: nothing to fuse
         return self.drop(self.proj(out.transpose(1, 2).flatten(2)))
 
     def query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -207,7 +206,12 @@ class ClassAttention(nn.Module):
     def attention(self, x: Tensor) -> Tensor:
         """The weights themselves: (B, h, 1 + N), a sum of 1 per head."""
         q, k, _ = self.query_key_value(x)
-        return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)[:, :, 0]
+        return self.weights(q, k)[:, :, 0]
+
+    @staticmethod
+    def weights(q: Tensor, k: Tensor) -> Tensor:
+        """softmax(qK^T / sqrt(D/h)): (B, h, 1, 1 + N)."""
+        return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
 
 
 class ClassAttentionBlock(nn.Module):

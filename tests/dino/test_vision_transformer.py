@@ -281,6 +281,22 @@ def test_drop_path_rates_grow_from_zero_to_the_last_block():
     assert rates == pytest.approx([0, 0.025, 0.05, 0.075, 0.1])
 
 
+@pytest.mark.parametrize("num_queries", [1, 37])
+def test_attention_in_bfloat16_has_the_values_and_gradients_of_float32(num_queries):
+    """Also where the products are written out instead of torch's fused function."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 3, n, 16) for n in (num_queries, 37, 37)]
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, v = (x.detach().to(dtype).requires_grad_() for x in inputs)
+        out = vision_transformer.scaled_dot_product_attention(q, k, v, 0.0, 0.3)
+        out.float().square().sum().backward()
+        assert out.dtype == dtype
+        results.append([x.float() for x in (out.detach(), q.grad, k.grad, v.grad)])
+    for found, expected in zip(results[1], results[0], strict=True):
+        assert (found - expected).norm() < 0.02 * expected.norm()
+
+
 def test_bfloat16_autocast_stays_close_and_leaves_float32_gradients():
     student = nn.Sequential(make_vit(), DINOHead(48, 40, hidden_dim=32, bottleneck_dim=16))
     images = [torch.randn(2, 3, 32, 32), torch.randn(2, 3, 16, 16)]
