@@ -13,8 +13,7 @@ whose predictions are learned too. Running the same command again resumes the ru
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -32,21 +31,27 @@ from resmlp.report import save_pictures, summary
 from resmlp.resmlp_models import ARCHITECTURES
 from shared import distributed, randomness
 from shared.batchnorm import synchronize_batchnorm
-from shared.checkpoint import Checkpointer, check_flags, load_latest, restore, resume_position
-from shared.data import BadImages, EpochBatchSampler, EvalDataset, default_num_workers, make_loader
+from shared.checkpoint import Checkpointer
 from shared.flags import AnyDashParser, add_data_flags, add_run_flags
-from shared.image_cache import cache_images
 from shared.metrics import RunLog
 from shared.not_finite import FiniteGuard
 from shared.precision import Precision
 from shared.start import start_run
-from shared.supervised.data import LabelledViews, RepeatedAugmentationSampler
-from shared.supervised.datasets import DATA_SETS, INAT_CATEGORIES, open_train_and_val
+from shared.supervised.data import LabelledViews
 from shared.supervised.distillation import build_teacher, distillation_loss
 from shared.supervised.ema import NetworkEMA
-from shared.supervised.evaluation import evaluate_classifier
+from shared.supervised.flags import (
+    add_augmentation_flags,
+    add_data_set_flags,
+    add_distillation_flags,
+    add_network_flags,
+    add_optimisation_flags,
+    add_run_of_recipe_flags,
+    check_recipe,
+)
 from shared.supervised.optimizer import build_timm_optimizer, build_timm_schedule, clip_and_step, set_learning_rate
-from shared.supervised.transforms import TrainTransform, eval_transform
+from shared.supervised.training import TrainingState, build_mixup, open_images, train_loader
+from shared.supervised.transforms import train_transform
 
 # What replaces the official defaults when no --data_path is given: digits of 8x8 pixels need a small network and little
 # augmentation, and a run of minutes no warm-up (its first two epochs would hardly learn) and a shorter average.
@@ -71,7 +76,6 @@ EMBEDDED_DATA_DEFAULTS = {
 }
 SIZES = ("patch_size", "embed_dim", "depth")
 LEAST = {"epochs": 1, "batch_size": 1, "log_freq": 1, "input_size": 1, "start_epoch": 0}
-SHARES = ("smoothing", "reprob", "mixup_prob", "mixup_switch_prob", "distillation_alpha", "model_ema_decay")
 NETWORK_FLAGS = ("model", "input_size", "in_chans", *SIZES)
 
 
@@ -79,12 +83,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = AnyDashParser(
         "ResMLP", description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    add = add_data_flags(parser)
-    add("--num_workers", type=int, default=None,
-        help="loader processes per rank; None: cores per rank less one, at most 10")  # fmt: skip
-    add("--data-set", default="IMNET", choices=("CIFAR", *DATA_SETS), help="CIFAR (CIFAR100), CIFAR10: --data_path is "
-        "where torchvision keeps it; INAT: it holds iNaturalist's JSON files; else images in folders")  # fmt: skip
-    add("--inat-category", default="name", choices=INAT_CATEGORIES, help="what to classify in iNaturalist")
+    add_data_flags(parser)
+    add_data_set_flags(parser)
 
     add = parser.add_argument_group("network").add_argument
     add("--model", default="resmlp_24", help="resmlp_12, resmlp_24, resmlp_36, resmlpB_24, or any timm or torchvision "
@@ -93,87 +93,31 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--patch-size", type=int, default=None, help="side of the patches in pixels; None: the published one")
     add("--embed-dim", type=int, default=None, help="channels of a ResMLP or ViT; None: the published ones")
     add("--depth", type=int, default=None, help="blocks of a ResMLP or ViT; None: the published ones")
-    add("--drop", type=float, default=0.0, help="dropout")
-    add("--drop-path", type=float, default=0.1, help="stochastic depth")
     add("--finetune", default="", help="weights to start from: the name of a release (resmlp_24_dist), a file or an "
         "address; other image sizes and other classes are possible")  # fmt: skip
     add("--attn-only", action="store_true", help="train the cross-patch layers and the classifier only")
     add("--checkpoint_key", default="model", choices=("model", "model_ema"), help="network to take from a training "
         "checkpoint given as --finetune, or with --eval")  # fmt: skip
-    add("--model-ema", action=argparse.BooleanOptionalAction, default=True, help="keep a moving average of the network")
-    add("--model-ema-decay", type=float, default=0.99996, help="weight of the old average at every step")
-    add("--model-ema-force-cpu", action="store_true", help="keep the average in the memory of the host")
-    add("--compile", action="store_true", help="torch.compile the network; stochastic depth then draws otherwise")
+    add_network_flags(add)
 
-    add = parser.add_argument_group("augmentation").add_argument
-    add("--aa", default="rand-m9-mstd0.5-inc1", help="timm's AutoAugment or RandAugment specification; none")
-    add("--color-jitter", type=float, default=0.3, help="strength; without --aa, or with --ThreeAugment")
+    add = add_augmentation_flags(parser, color_jitter=0.3)
     add("--ThreeAugment", action="store_true", help="one of grey, solarised and blurred instead of --aa and erasing")
     add("--src", action="store_true", help="with --ThreeAugment: crops of the resized image, not of random size")
-    add("--train-interpolation", default="bicubic", choices=("bicubic", "bilinear", "random"), help="of the crops")
-    add("--repeated-aug", action=argparse.BooleanOptionalAction, default=True, help="three views of a third of the "
-        "images per epoch")  # fmt: skip
-    add("--reprob", type=float, default=0.25, help="probability of Random Erasing")
-    add("--remode", default="pixel", choices=("const", "rand", "pixel"), help="what erased rectangles are filled with")
-    add("--recount", type=int, default=1, help="number of rectangles")
-    add("--resplit", action="store_true", help="not used, as in the official code")
-    add("--mixup", type=float, default=0.8, help="alpha of Mixup; 0: none")
-    add("--cutmix", type=float, default=1.0, help="alpha of CutMix; 0: none")
-    add("--cutmix-minmax", type=float, nargs=2, default=None, help="range of CutMix's sides instead of --cutmix")
-    add("--mixup-prob", type=float, default=1.0, help="probability of either")
-    add("--mixup-switch-prob", type=float, default=0.5, help="probability of CutMix where both are on")
-    add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"), help="what shares one mixing weight")
-    add("--smoothing", type=float, default=0.1, help="label smoothing")
     add("--bce-loss", action="store_true", help="binary cross-entropy: every class of a mixed image is right")
     add("--cosub", action="store_true", help="co-training of submodels: two draws of stochastic depth teach each other")
-
-    add = parser.add_argument_group("distillation").add_argument
-    add("--teacher-model", default="regnety_160", help="a model of timm or torchvision")
-    add("--teacher-path", default="", help="file or address of its weights")
-    add("--distillation-type", default="none", choices=("none", "soft", "hard"), help="what is learned from it")
-    add("--distillation-alpha", type=float, default=0.5, help="weight of the distillation")
-    add("--distillation-tau", type=float, default=1.0, help="temperature of soft distillation")
-
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=int, default=300, help="passes over the images")
-    add("--batch-size", type=int, default=64, help="images per process; half as many again in evaluation")
-    add("--opt", default="adamw", help="timm's name of the optimiser")
-    add("--opt-eps", type=float, default=1e-8, help="its epsilon")
-    add("--opt-betas", type=float, nargs="+", default=None, help="its betas; None: the optimiser's own")
-    add("--clip-grad", type=float, default=None, help="cap of the norm of all gradients together; None: no cap")
-    add("--momentum", type=float, default=0.9, help="of SGD")
-    add("--weight-decay", type=float, default=0.05, help="of all but biases and vectors, so not of affine layers")
-    add("--sched", default="cosine", help="timm's name of the schedule")
-    add("--lr", type=float, default=5e-4, help="peak learning rate for 512 images per step; scaled linearly")
+    add_distillation_flags(parser)
+    add = add_optimisation_flags(parser, epochs=300)
     add("--unscale-lr", action="store_true", help="--lr is the peak itself, whatever the batch size")
-    add("--lr-noise", type=float, nargs="+", default=None, help="share of the epochs from which on (to which) rates "
-        "are noisy")  # fmt: skip
-    add("--lr-noise-pct", type=float, default=0.67, help="largest relative noise")
-    add("--lr-noise-std", type=float, default=1.0, help="standard deviation of the noise")
-    add("--warmup-lr", type=float, default=1e-6, help="rate at the start of the warm-up; not scaled")
-    add("--min-lr", type=float, default=1e-5, help="rate at the end; not scaled")
-    add("--warmup-epochs", type=int, default=5, help="epochs of the warm-up")
-    add("--decay-epochs", type=float, default=30, help="epochs per step of --sched step")
-    add("--decay-rate", "--dr", type=float, default=0.1, help="factor of --sched step")
-    add("--cooldown-epochs", type=int, default=10, help="not used, as in the official code")
-    add("--patience-epochs", type=int, default=10, help="not used: --sched plateau is refused")
     add("--train-mode", action=argparse.BooleanOptionalAction, default=True, help="dropout and stochastic depth are on")
-    add("--amp", default="auto", choices=("auto", "bf16", "fp16", "fp32"), help="auto: bf16 where it is fast")
 
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval", action="store_true", help="evaluate --resume, --finetune or the run in --output_dir, and stop")
     add("--eval-crop-ratio", type=float, default=0.875, help="side of the centre crop over the resized short side; 0.9 "
         "for the published numbers")  # fmt: skip
     add("--eval-ema", action="store_true", help="evaluate the moving average too")
-    add("--dist-eval", action="store_true", help="not needed: evaluation is always shared out, and exact")
 
     add = add_run_flags(parser, knn=False)
-    add("--output_dir", default=".", help="checkpoints, logs and pictures")
-    add("--resume", default="", help="checkpoint to go on from when --output_dir has none")
-    add("--start_epoch", type=int, default=0, help="first epoch without a checkpoint")
-    add("--seed", type=int, default=0, help="of the initial weights, the order of the images and the views")
-    add("--pin-mem", action=argparse.BooleanOptionalAction, default=True, help="not needed: done where there is a GPU")
-    add("--world_size", type=int, default=1, help="ignored: read from the environment")
+    add_run_of_recipe_flags(add)
     add("--distributed", action="store_true", help="ignored: read from the environment")
     return parser
 
@@ -193,29 +137,14 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
             **{flag: value for flag, value in EMBEDDED_DATA_DEFAULTS.items() if own or flag not in SIZES}
         )
         args = parser.parse_args(arguments)
-    for flag, least in LEAST.items():
-        if getattr(args, flag) < least:
-            parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)} is less than {least}")
-    if args.data_set == "CIFAR":  # the official name
-        args.data_set = "CIFAR100"
+    check_recipe(parser, args, LEAST)
     if not 0 < args.eval_crop_ratio <= 1:
         parser.error(f"--eval-crop-ratio {args.eval_crop_ratio} is not in (0, 1]")
-    for flag in SHARES:
-        if not 0 <= getattr(args, flag) <= 1:
-            parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)} is not in [0, 1]")
-    if mixes_labels(args) and args.batch_size % 2:
-        parser.error(f"--batch-size {args.batch_size}: Mixup and CutMix take pairs of images, so it must be even")
-    if args.distillation_type != "none" and not args.teacher_path:
-        parser.error(f"--distillation-type {args.distillation_type} needs the teacher's weights as --teacher-path")
     if args.distillation_type != "none" and args.cosub:
         parser.error(f"--cosub and --distillation-type {args.distillation_type}: only one of the two")
     if args.src and not args.ThreeAugment:
         parser.error("--src belongs to --ThreeAugment")
     return args
-
-
-def mixes_labels(args: argparse.Namespace) -> bool:
-    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
 
 
 def train_resmlp(args: argparse.Namespace) -> None:
@@ -225,27 +154,8 @@ def train_resmlp(args: argparse.Namespace) -> None:
     else:
         device, output_dir = start_run(args)
     precision = Precision(args.amp, device)
-    world_size = distributed.get_world_size()
-
-    # data
-    train, val = open_train_and_val(args)
-    train, num_classes = cache_images(train, args.cache), len(train.classes)
-    images = train.checksum()
-    distributed.check_same_on_all_processes((len(train), images), "the training data (number of images, checksum)")
-    num_workers = default_num_workers() if args.num_workers is None else args.num_workers
-    bad_images, bad_val_images = (
-        BadImages(len(source), None if args.eval else output_dir / listed, args.on_bad_image, args.max_bad_fraction)
-        for source, listed in ((train, "bad_images.txt"), (val, "bad_images_val.txt"))
-    )
-    val_transform = eval_transform(args.input_size, MEAN, STD, args.eval_crop_ratio, args.in_chans)
-    val_views = EvalDataset(val, val_transform, bad_val_images)
-    evaluate = partial(
-        evaluate_classifier,
-        dataset=val_views,
-        precision=precision,
-        batch_size=int(1.5 * args.batch_size),
-        num_workers=num_workers,
-    )
+    images = open_images(args, output_dir, precision, MEAN, STD, args.eval_crop_ratio)
+    num_classes = images.num_classes
 
     # network
     network = build_network(
@@ -260,9 +170,9 @@ def train_resmlp(args: argparse.Namespace) -> None:
     if args.eval:
         origin = args.resume or args.finetune or str(output_dir / "checkpoint.pth")
         if not fill(network, read_weights(origin, args.checkpoint_key, "--eval: the checkpoint"), origin):
-            raise ValueError(f"--eval: {origin} has no classifier for the {num_classes} classes of {val.name}")
-        result = evaluate(network.to(device))
-        distributed.print_once(f"{val.describe()}: top-1 {result['acc1']:.2f} %, top-5 {result['acc5']:.2f} %")
+            raise ValueError(f"--eval: {origin} has no classifier for the {num_classes} classes of {images.val.name}")
+        result = images.evaluate(network.to(device))
+        distributed.print_once(f"{images.val.describe()}: top-1 {result['acc1']:.2f} %, top-5 {result['acc5']:.2f} %")
         return
     if args.finetune:
         fill(network, read_weights(args.finetune, args.checkpoint_key, "--finetune"), args.finetune)
@@ -278,48 +188,26 @@ def train_resmlp(args: argparse.Namespace) -> None:
     network = distributed.wrap(network, device)
     teacher = None
     if args.distillation_type != "none":
-        teacher = build_teacher(args.teacher_model, args.teacher_path, num_classes).to(device)
+        teacher = build_teacher(args.teacher_model, args.teacher_path, num_classes, args.in_chans).to(device)
 
     # views
     if args.ThreeAugment:
         transform = ThreeAugment(args.input_size, args.color_jitter, args.src, args.in_chans)
     else:
-        transform = TrainTransform(
-            args.input_size,
-            MEAN,
-            STD,
-            auto_augment=None if args.aa in ("", "none") else args.aa,
-            color_jitter=args.color_jitter,
-            interpolation=args.train_interpolation,
-            erase_p=args.reprob,
-            erase_mode=args.remode,
-            erase_count=args.recount,
-            in_chans=args.in_chans,
-        )
-    views = LabelledViews(train, transform, args.seed, bad_images)
-    sampler_type = RepeatedAugmentationSampler if args.repeated_aug else EpochBatchSampler
-    sampler = sampler_type(len(train), args.batch_size, args.seed, distributed.get_rank(), world_size)
-    loader = make_loader(views, batch_sampler=sampler, num_workers=num_workers, device=device)
+        transform = train_transform(args, MEAN, STD)
+    views = LabelledViews(images.train, transform, args.seed, images.bad_images)
+    loader, sampler = train_loader(args, views, images.num_workers, device)
     steps_per_epoch = len(sampler)
-    mixup = None
-    if mixes_labels(args):
-        mixup = Mixup(
-            args.mixup,
-            args.cutmix,
-            args.cutmix_minmax,
-            args.mixup_prob,
-            args.mixup_switch_prob,
-            args.mixup_mode,
-            label_smoothing=args.smoothing,
-            num_classes=num_classes,
-        )
-    distributed.print_once(f"{train.describe()}: {steps_per_epoch} steps per epoch; {num_parameters:,} parameters")
+    mixup = build_mixup(args, num_classes)
+    distributed.print_once(
+        f"{images.train.describe()}: {steps_per_epoch} steps per epoch; {num_parameters:,} parameters"
+    )
     if args.data_path is None:
         names = " ".join(f"--{name}" for name in EMBEDDED_DATA_DEFAULTS)
         distributed.print_once(f"without --data_path these flags have defaults for the embedded data: {names}")
 
     # optimiser, schedule
-    peak_lr = args.lr if args.unscale_lr else args.lr * args.batch_size * world_size / 512
+    peak_lr = args.lr if args.unscale_lr else args.lr * args.batch_size * distributed.get_world_size() / 512
     optimizer = build_timm_optimizer(
         distributed.unwrap(network), args.opt, peak_lr, args.weight_decay, args.momentum, args.opt_eps, args.opt_betas
     )
@@ -335,64 +223,26 @@ def train_resmlp(args: argparse.Namespace) -> None:
     )
 
     # resume
-    checkpoint = load_latest(output_dir / "checkpoint.pth")
-    if checkpoint is None and args.resume:
-        checkpoint = load_latest(args.resume)
-        if checkpoint is None:
-            raise ValueError(f"--resume {args.resume}: there is no such file")
-        if "model" not in checkpoint:
-            raise ValueError(f"--resume {args.resume} holds weights, no training state: give it as --finetune")
-        checkpoint.pop("log", None)  # its lines are in another folder
-    resumed_log = checkpoint is not None and "log" in checkpoint
-    log = RunLog(output_dir, args.epochs * steps_per_epoch, args.log_freq, args.tensorboard, resumed=resumed_log)
-    first_epoch, first_step, best_acc1 = args.start_epoch, 0, 0.0
-
-    def state(epoch: int, step_in_epoch: int) -> dict:
-        """Everything a run needs to go on at this step; the first keys are those of the official checkpoints."""
-        return {
-            "model": distributed.unwrap(network).state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "epoch": epoch,
-            "model_ema": None if ema is None else ema.network.state_dict(),
-            "scaler": precision.scaler.state_dict(),
-            "args": vars(args),
-            "step_in_epoch": step_in_epoch,
-            "best_acc1": best_acc1,
-            "skipped_steps": int(guard.in_a_row),
-            "batch_size": args.batch_size * world_size,
-            "world_size": world_size,
-            "images": images,
-            "log": log.state_dict(),
-        }
-
-    if checkpoint is not None:
-        check_flags(checkpoint, args, NETWORK_FLAGS)
-        restore(checkpoint, model=distributed.unwrap(network), optimizer=optimizer)
-        if ema is not None:
-            restore(checkpoint, model_ema=ema.network)
-        if checkpoint.get("scaler"):
-            precision.scaler.load_state_dict(checkpoint["scaler"])
-        if resumed_log:
-            log.load_state_dict(checkpoint["log"])
-        if "step_in_epoch" not in checkpoint:  # the official code writes the number of the epoch that is finished
-            checkpoint["epoch"] += 1
-        first_epoch, first_step = resume_position(checkpoint, args.batch_size * world_size, images, args.on_changed_run)
-        best_acc1 = checkpoint.get("best_acc1", 0.0)
-        distributed.print_once(f"resuming at epoch {first_epoch}, step {first_step}")
-    guard = FiniteGuard(
-        {"network": distributed.unwrap(network)},
+    state = TrainingState(
+        args,
         output_dir,
-        args.max_skipped_steps,
-        device,
-        in_a_row=checkpoint.get("skipped_steps", 0) if checkpoint else 0,
+        distributed.unwrap(network),
+        ema,
+        optimizer,
+        precision,
+        images.checksum,
+        steps_per_epoch,
+        must_match=NETWORK_FLAGS,
+        weights_flag="--finetune",
     )
 
     # epochs
-    result = None
+    tested: dict[str, float] = {}
     with Checkpointer(
-        output_dir / "checkpoint.pth", state, args.saveckp_steps, args.saveckp_minutes, guard.is_good
+        output_dir / "checkpoint.pth", state, args.saveckp_steps, args.saveckp_minutes, state.guard.is_good
     ) as checkpointer:
-        for epoch in range(first_epoch, args.epochs):
+        for epoch in range(state.first_epoch, args.epochs):
+            first_step = state.first_step if epoch == state.first_epoch else 0
             sampler.set_epoch(epoch, first_step)
             train_one_epoch(
                 network,
@@ -410,25 +260,21 @@ def train_resmlp(args: argparse.Namespace) -> None:
                 train_mode=args.train_mode,
                 seed=args.seed,
                 precision=precision,
-                log=log,
-                guard=guard,
+                log=state.log,
+                guard=state.guard,
                 checkpointer=checkpointer,
             )
-            first_step = 0
-            stop = partial(checkpointer.stop_if_asked, epoch, steps_per_epoch)
-            result = evaluate(distributed.unwrap(network), between_batches=stop)
-            tested = {f"test_{name}": value for name, value in result.items()}
-            if args.eval_ema and ema is not None:
-                tested["ema_acc1"] = evaluate_on(device, ema.network, evaluate, stop)
-            log.evaluation((epoch + 1) * steps_per_epoch, epoch + 1, **tested)
-            is_best = result["acc1"] > best_acc1
-            best_acc1 = max(best_acc1, result["acc1"])
-            log.end_epoch(epoch, **tested, n_parameters=num_parameters, bad_images=bad_images.count())
+            tested = state.test(epoch, images.evaluate, checkpointer)
+            is_best = tested["test_acc1"] > state.best_acc1
+            state.best_acc1 = max(state.best_acc1, tested["test_acc1"])
+            bad_images = images.bad_images.count()
+            state.log.end_epoch(epoch, **tested, n_parameters=num_parameters, bad_images=bad_images)
             checkpointer.after_epoch(epoch, keep_as="best_checkpoint.pth" if is_best else None)
-    log.close()
+    state.log.close()
     if distributed.is_main_process():
         pictures = save_pictures(distributed.unwrap(network), output_dir) if args.pictures else []
-        print(summary(output_dir, args.model, args.data_path, args.val_path, val, result, best_acc1, pictures))
+        paths = args.data_path, args.val_path
+        print(summary(output_dir, args.model, *paths, images.val, tested, state.best_acc1, pictures))
 
 
 def keep_cross_patch_layers_trainable(network: nn.Module) -> None:
@@ -437,17 +283,6 @@ def keep_cross_patch_layers_trainable(network: nn.Module) -> None:
         parameter.requires_grad = ".attn." in name or name.startswith("head.")
     if not any(parameter.requires_grad for parameter in network.parameters()):
         raise ValueError("--attn-only: the network has no layer of that name")
-
-
-def evaluate_on(
-    device: torch.device, average: nn.Module, evaluate: Callable[..., dict], stop: Callable[[], None]
-) -> float:
-    """Top-1 of the moving average, wherever it is kept."""
-    home = next(average.parameters()).device
-    try:
-        return evaluate(average.to(device), between_batches=stop)["acc1"]
-    finally:
-        average.to(home)
 
 
 class TrainingLoss:

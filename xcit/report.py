@@ -9,9 +9,10 @@ from torch import Tensor
 
 from shared.data import ImageSource
 from shared.evaluation.summary import command, end_of_run
-from shared.pictures import Curve, Panel, Tile, magnify, read_log, save_panels, save_sheet
+from shared.pictures import Tile, magnify, save_sheet
 from shared.randomness import seed_step
 from shared.supervised.data import LabelledViews
+from shared.supervised.report import save_curves
 
 from .augmentations import MEAN, STD
 from .cross_covariance_transformer import ARCHITECTURES
@@ -49,26 +50,13 @@ def _mixed_label(target: Tensor, classes: list[str]) -> str:
     return ", ".join(parts)
 
 
-def save_curves(log_path: Path, path: Path) -> Path:
-    """The training loss and the accuracy over a run."""
-    lines = read_log(log_path)
-    training = [line for line in lines if line.get("loss") is not None]  # None: no step of the line was finite
-    steps = [line["step"] for line in training]
-    panels = [Panel("Training", "step", "loss", [Curve(steps, [line["loss"] for line in training])])]
-    tests = [line for line in lines if "test_acc1" in line]
-    if tests:
-        curves = [Curve([line["step"] for line in tests], [line["test_acc1"] for line in tests], style="points")]
-        panels.append(Panel("Accuracy on the val part", "step", "top-1 (%)", curves, least_range=10))
-    return save_panels(panels, path, "XCiT, supervised training")
-
-
 def save_pictures(views: LabelledViews, mixup: Mixup | None, output_dir: Path) -> list[Path]:
     """``views.png`` and ``curves.png`` in ``<output_dir>/pictures``."""
     folder = output_dir / "pictures"
     folder.mkdir(exist_ok=True)
     return [
         save_views(views, mixup, folder / "views.png"),
-        save_curves(output_dir / "metrics.jsonl", folder / "curves.png"),
+        save_curves(output_dir / "metrics.jsonl", folder / "curves.png", "XCiT, supervised training"),
     ]
 
 
@@ -77,7 +65,7 @@ def summary(
     network_and_data: dict[str, str | int | None],
     full_crop: bool,
     val: ImageSource,
-    result: dict[str, float] | None,
+    tested: dict[str, float],
     best_acc1: float,
     pictures: list[Path],
 ) -> str:
@@ -86,14 +74,14 @@ def summary(
     Args:
         network_and_data: The flags that an evaluation like those of the run needs: ``model`` and others.
         full_crop: Whether ``--full_crop`` is one of them.
-        result: Of the last evaluation; None when the run was finished before.
+        tested: Of the last evaluation; empty when the run was finished before.
         best_acc1: The best top-1 of the run, that of ``best_model.pth``.
     """
     weights = output_dir / "checkpoint.pth"
     learned = [f"best top-1 {best_acc1:.1f} %"]
-    if result is not None:
+    if tested:
         chance = 100 / len(val.classes)
-        learned = [f"top-1 on {val.describe()}: {result['acc1']:.1f} % (chance {chance:.1f} %), {learned[0]}"]
+        learned = [f"top-1 on {val.describe()}: {tested['test_acc1']:.1f} % (chance {chance:.1f} %), {learned[0]}"]
     evaluation = command("main.py", **network_and_data, pretrained=weights)
     commands = [evaluation + (" --full_crop" if full_crop else "") + " --eval"]
     model = network_and_data["model"]

@@ -14,14 +14,6 @@ INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "fami
 YEARS = {"INAT": 2018, "INAT19": 2019}
 
 
-def add_data_set_flags(parser: argparse.ArgumentParser) -> None:
-    """``--data-set`` and ``--inat-category``."""
-    add = parser.add_argument_group("data set").add_argument
-    add("--data-set", default="IMNET", choices=DATA_SETS, help="CIFAR: --data_path is where torchvision keeps it; "
-        "INAT: it holds iNaturalist's JSON files; else images in class folders")  # fmt: skip
-    add("--inat-category", default="name", choices=INAT_CATEGORIES, help="what to classify in iNaturalist")
-
-
 def open_train_and_val(args: argparse.Namespace) -> tuple[ImageSource, ImageSource]:
     """The labelled images that ``--data-set``, ``--data_path`` and ``--val_path`` name.
 

@@ -39,21 +39,24 @@ def distillation_loss(
     return (1 - alpha) * base_loss + alpha * distillation
 
 
-def build_teacher(name: str, path: str, num_classes: int) -> nn.Module:
+def build_teacher(name: str, path: str, num_classes: int, in_chans: int = 3) -> nn.Module:
     """A network of timm or torchvision, filled from a file, frozen and in evaluation mode.
 
     Args:
         name: timm's name, or else torchvision's.
         path: File or address of its weights, of any layout.
         num_classes: Outputs; those of the file must be as many.
+        in_chans: Channels of the images, which are the student's; networks of torchvision take 3.
 
     Raises:
         ValueError: If there is no such network or file, or the file does not fill the network.
     """
     file = fetch_file(path, "--teacher-path")
     if timm.is_model(name):
-        teacher = timm.create_model(name, pretrained=False, num_classes=num_classes)
+        teacher = timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=in_chans)
     elif name in torchvision.models.list_models(module=torchvision.models):
+        if in_chans != 3:
+            raise ValueError(f"--in_chans {in_chans}: torchvision's --teacher-model {name} takes 3 channels")
         teacher = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
     else:
         raise ValueError(f"--teacher-model {name} is neither a model of timm nor one of torchvision")

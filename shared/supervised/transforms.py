@@ -1,5 +1,6 @@
 """Views for supervised training, made by timm's transforms, and those for evaluation."""
 
+import argparse
 import random
 from collections.abc import Sequence
 
@@ -77,6 +78,22 @@ class TrainTransform:
         """RGB pixels (H, W, 3), uint8, to a view (C, input_size, input_size), float32."""
         image = self.augment(self.crop(Image.fromarray(pixels)))
         return self.finish(image.convert("L") if self.in_chans == 1 else image)
+
+
+def train_transform(args: argparse.Namespace, mean: Sequence[float], std: Sequence[float]) -> TrainTransform:
+    """The views that the flags of :func:`shared.supervised.flags.add_augmentation_flags` ask for."""
+    return TrainTransform(
+        args.input_size,
+        mean,
+        std,
+        auto_augment=None if args.aa in ("", "none") else args.aa,
+        color_jitter=args.color_jitter,
+        interpolation=args.train_interpolation,
+        erase_p=args.reprob,
+        erase_mode=args.remode,
+        erase_count=args.recount,
+        in_chans=args.in_chans,
+    )
 
 
 def eval_transform(

@@ -7,6 +7,7 @@ import random
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from torch import nn
@@ -16,6 +17,7 @@ from shared.flags import AnyDashParser
 from shared.precision import Precision
 from shared.supervised.data import LabelledViews, RepeatedAugmentationSampler
 from shared.supervised.datasets import open_inaturalist, open_train_and_val
+from shared.supervised.distillation import build_teacher
 from shared.supervised.ema import NetworkEMA
 from shared.supervised.evaluation import evaluate_classifier
 from shared.supervised.optimizer import build_timm_optimizer, build_timm_schedule, clip_and_step, set_learning_rate
@@ -268,3 +270,15 @@ def test_flags_are_known_with_dashes_and_underscores():
     assert (args.one_two, args.three_four) == (3, "a_b-c")
     with pytest.raises(SystemExit):
         parser.parse_args(["--five-six", "1"])
+
+
+def test_a_teacher_sees_images_of_one_channel_if_the_student_does(tmp_path):
+    network = timm.create_model("test_resnet", num_classes=3, in_chans=1).eval()
+    torch.save({"model": network.state_dict()}, tmp_path / "teacher.pth")
+    teacher = build_teacher("test_resnet", str(tmp_path / "teacher.pth"), 3, in_chans=1)
+    images = torch.rand(2, 1, 64, 64)
+    assert torch.equal(teacher(images), network(images))
+    with pytest.raises(ValueError, match="does not fill --teacher-model test_resnet"):
+        build_teacher("test_resnet", str(tmp_path / "teacher.pth"), 3)
+    with pytest.raises(ValueError, match="--in_chans 1: torchvision's --teacher-model squeezenet1_0 takes 3 channels"):
+        build_teacher("squeezenet1_0", str(tmp_path / "teacher.pth"), 3, in_chans=1)
