@@ -142,8 +142,12 @@ def evaluate_only(args: argparse.Namespace, network: nn.Module, evaluate: Callab
     except RuntimeError as error:
         raise ValueError(f"{path} does not fill --model {args.model}: {' '.join(str(error).split())[:500]}") from error
     result = evaluate(network.to(device))
-    distributed.print_once("  ".join(f"{name} {value:.2f}" for name, value in result.items()))
+    say(result)
     return result
+
+
+def say(result: dict[str, float]) -> None:
+    distributed.print_once("  ".join(f"{name} {value:.2f}" for name, value in result.items()))
 
 
 def train_dense(
@@ -214,6 +218,7 @@ def train_dense(
     trained = {"network": distributed.unwrap(network)}
     guard = FiniteGuard(trained, output_dir, args.max_skipped_steps, device, in_a_row)
 
+    tested: dict[str, float] = {}
     with Checkpointer(
         output_dir / "checkpoint.pth", state, args.saveckp_steps, args.saveckp_minutes, guard.is_good
     ) as checkpointer:
@@ -253,3 +258,4 @@ def train_dense(
             log.end_epoch(epoch, **tested, bad_images=dataset.bad_images.count())
             checkpointer.after_epoch(epoch)
     log.close()
+    say(tested or evaluate(distributed.unwrap(network)))  # a run that was finished before is evaluated again

@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from pycocotools import mask as run_lengths
 
 from tests.processes import run_processes
 from tests.reliability.runs import assert_same
@@ -14,8 +15,8 @@ from tests.xcit.training_runs import lines, losses, shrink_networks, state_of
 from xcit import dense_training
 from xcit.cross_covariance_transformer import build_xcit
 from xcit.detection import main
-from xcit.detection.average_precision import RECALLS, THRESHOLDS, AveragePrecision, box_iou, mask_iou, match
-from xcit.detection.coco import CocoDataset, flip, random_crop, read_mask
+from xcit.detection.average_precision import as_detections, average_precision
+from xcit.detection.coco import CocoDataset, flip, random_crop, read_annotations, read_mask
 from xcit.feature_pyramid import build_pyramid, fill_trunk
 from xcit.shapes import write_coco
 
@@ -39,17 +40,26 @@ def train(data, output_dir, *flags) -> list[dict]:
 # --- Average precision ------------------------------------------------------------------------------------------------
 
 
+THRESHOLDS, RECALLS = np.linspace(0.5, 0.95, 10), np.linspace(0, 1, 101)
+SIDE = 24
+
+
+def iou(one: np.ndarray, other: np.ndarray) -> float:
+    """Of two masks of 0 and 1."""
+    return (one & other).sum() / (one | other).sum()
+
+
 def slow_ap(images: list, threshold: float) -> float:
-    """One class, from the definition: (scores, iou (D, G)) per image."""
+    """One class, from the definition: (scores, masks found, masks of objects) per image."""
     detections = []
-    for scores, iou in images:
-        free = set(range(iou.shape[1]))
+    for scores, found, objects in images:
+        free = set(range(len(objects)))
         for d in np.argsort(-scores):
-            best = max(free, key=lambda g: iou[d, g], default=None)
-            hit = best is not None and iou[d, best] >= threshold
+            best = max(free, key=lambda g: iou(found[d], objects[g]), default=None)
+            hit = best is not None and iou(found[d], objects[best]) >= threshold
             free -= {best} if hit else set()
             detections.append((scores[d], hit))
-    total = sum(iou.shape[1] for _, iou in images)
+    total = sum(len(objects) for *_, objects in images)
     points, hits = [], 0
     for count, (_, hit) in enumerate(sorted(detections, key=lambda detection: -detection[0]), start=1):
         hits += hit
@@ -57,56 +67,93 @@ def slow_ap(images: list, threshold: float) -> float:
     return np.mean([max((p for r, p in points if r >= recall), default=0.0) for recall in RECALLS])
 
 
+def rectangles(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes (K, 4) as left, top, right, bottom, near one of four places, and their masks (K, SIDE, SIDE)."""
+    corners = rng.integers(0, 4, (count, 2)) * 6 + rng.integers(0, 2, (count, 2))
+    boxes = np.concatenate([corners, corners + rng.integers(4, 7, (count, 2))], axis=1).clip(0, SIDE)
+    masks = np.zeros((count, SIDE, SIDE), dtype=np.uint8)
+    for mask, (left, top, right, bottom) in zip(masks, boxes, strict=True):
+        mask[top:bottom, left:right] = 1
+    return boxes.astype(np.float32), masks
+
+
+def coco_objects(image_id: int, category_id: int, boxes: np.ndarray, crowd: bool = False) -> list[dict]:
+    return [
+        {
+            "id": 10_000 * image_id + 100 * category_id + i,
+            "image_id": image_id,
+            "category_id": category_id,
+            "bbox": [left, top, right - left, bottom - top],
+            "segmentation": [[left, top, right, top, right, bottom, left, bottom]],
+            "iscrowd": int(crowd),
+        }
+        for i, (left, top, right, bottom) in enumerate(boxes.tolist())
+    ]
+
+
+def predictions(boxes: np.ndarray, masks: np.ndarray, scores: np.ndarray, label: int) -> dict[str, torch.Tensor]:
+    found = {"boxes": boxes, "masks": masks[:, None] * 0.8, "scores": scores, "labels": np.full(len(boxes), label)}
+    return {name: torch.from_numpy(value) for name, value in found.items()}
+
+
+def in_coco(images: int, annotations: list[dict]) -> dict:
+    return {
+        "images": [{"id": i, "height": SIDE, "width": SIDE} for i in range(1, images + 1)],
+        "categories": [{"id": number, "name": str(number)} for number in (10, 30, 70)],  # nothing is of the last one
+        "annotations": annotations,
+    }
+
+
 def test_average_precision_by_its_definition():
     rng = np.random.default_rng(0)
-    images = [
-        (rng.permutation(50)[:d] / 50 + i / 1000, rng.random((d, g)))
-        for i, (d, g) in enumerate([(6, 3), (4, 5), (0, 2)])
-    ]
-    collected, parts = AveragePrecision(), [AveragePrecision(), AveragePrecision()]
-    for i, (scores, iou) in enumerate(images):
-        labels = [np.full(n, 7) for n in iou.shape]
-        for target in (collected, parts[i % 2]):
-            target.add(scores, labels[0], iou, labels[1], np.zeros(iou.shape[1], dtype=bool))
-    expected = [slow_ap(images, threshold) for threshold in THRESHOLDS]
-    result = collected.compute()
-    assert result["ap"] == pytest.approx(100 * np.mean(expected))
-    assert (result["ap50"], result["ap75"]) == pytest.approx((100 * expected[0], 100 * expected[5]))
-    parts[0].merge(parts[1])
-    assert parts[0].compute() == pytest.approx(result)
+    annotations, detections, by_class = [], [], {1: [], 2: []}
+    for image_id, (found, present) in enumerate([(16, 9), (14, 10), (0, 2)], start=1):
+        for label, category_id in ((1, 10), (2, 30)):
+            boxes, objects = rectangles(rng, present)
+            found_boxes, masks = rectangles(rng, found)
+            scores = rng.permutation(50)[:found] / 50 + image_id / 1000
+            by_class[label].append((scores, masks, objects))
+            annotations += coco_objects(image_id, category_id, boxes)
+            detections += as_detections(predictions(found_boxes, masks, scores, label), image_id, [10, 30, 70])
+    result = average_precision(in_coco(3, annotations), detections)
+    expected = np.mean([[slow_ap(images, t) for t in THRESHOLDS] for images in by_class.values()], axis=0)
+    assert 0 < expected[-1] < expected[0] < 1
+    for kind in ("box", "mask"):  # the masks are the boxes
+        assert result[f"{kind}_ap"] == pytest.approx(100 * expected.mean())
+        assert (result[f"{kind}_ap50"], result[f"{kind}_ap75"]) == pytest.approx((100 * expected[0], 100 * expected[5]))
+    nothing = average_precision(in_coco(3, annotations), [])
+    assert set(nothing.values()) == {0.0}
 
 
 def test_detections_in_a_crowd_do_not_count():
-    found, ignored = match(np.array([[0.9, 0.2], [0.1, 0.8], [0.1, 0.8]]), np.array([False, True]))
-    assert found[0].tolist() == [True, False, False] and ignored[0].tolist() == [False, True, True]
-    assert not ignored[-1].any()
-
-
-def test_overlaps_of_boxes_are_those_of_their_masks():
-    rng = np.random.default_rng(1)
-    corners = np.sort(rng.integers(0, 12, (5, 2, 2)), axis=1).reshape(5, 4)  # left, top, right, bottom
-    boxes = (corners + np.array([0, 0, 1, 1])).astype(np.float64)
-    masks = np.zeros((5, 13, 13), dtype=np.uint8)
-    for mask, (left, top, right, bottom) in zip(masks, boxes.astype(int), strict=True):
-        mask[top:bottom, left:right] = 1
-    crowd = np.array([False, True, False])
-    np.testing.assert_allclose(box_iou(boxes[:2], boxes[2:], crowd), mask_iou(masks[:2], masks[2:], crowd), rtol=1e-5)
+    boxes = np.array([[2, 2, 8, 8], [10, 10, 20, 20]], dtype=np.float32)
+    masks = np.zeros((2, SIDE, SIDE), dtype=np.uint8)
+    masks[0, 2:8, 2:8] = masks[1, 10:20, 10:20] = 1
+    found = as_detections(predictions(boxes, masks, np.array([0.5, 0.9]), 1), 1, [10])
+    crowd = coco_objects(1, 30, boxes[1:], crowd=True)
+    objects = coco_objects(1, 10, boxes[:1])
+    assert average_precision(in_coco(1, objects), found)["box_ap"] == pytest.approx(50.0)  # the better one is wrong
+    crowd[0]["category_id"] = 10
+    runs = [10 * SIDE + 10, *[10, SIDE - 10] * 9, 10]  # down the columns
+    crowd[0]["segmentation"] = {"size": [SIDE, SIDE], "counts": [*runs, SIDE**2 - sum(runs)]}
+    assert average_precision(in_coco(1, objects + crowd), found)["box_ap"] == pytest.approx(100.0)
+    with pytest.raises(ValueError, match="there are no objects to detect in the val part"):
+        average_precision(in_coco(1, crowd), found)
 
 
 # --- Data -------------------------------------------------------------------------------------------------------------
 
 
 def test_masks_from_polygons_and_from_runs():
-    square = read_mask([[2, 1, 6, 1, 6, 4, 2, 4]], 6, 8)
     expected = np.zeros((6, 8), dtype=np.uint8)
     expected[1:4, 2:6] = 1
-    assert (
-        np.abs(square.astype(int) - expected).sum() <= 7 and (square >= expected).all()
-    )  # OpenCV draws the border too
+    assert np.array_equal(read_mask([[2, 1, 6, 1, 6, 4, 2, 4]], 6, 8), expected)
+    halves = [[2, 1, 4, 1, 4, 4, 2, 4], [4, 1, 6, 1, 6, 4, 4, 4]]
+    assert np.array_equal(read_mask(halves, 6, 8), expected)
     runs = [2 * 6 + 1, 3, 3, 3, 3, 3, 3, 3, 2 * 6 + 2]
     assert np.array_equal(read_mask({"counts": runs, "size": [6, 8]}, 6, 8), expected)
-    with pytest.raises(ValueError, match="compressed run lengths"):
-        read_mask({"counts": "abc", "size": [6, 8]}, 6, 8)
+    assert np.array_equal(read_mask(run_lengths.encode(np.asfortranarray(expected)), 6, 8), expected)
+    assert not read_mask([], 6, 8).any()
 
 
 def test_boxes_enclose_their_masks_whatever_the_augmentation(data):
@@ -157,6 +204,43 @@ def test_objects_of_less_than_a_pixel_count_in_evaluation_only(tmp_path):
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"instances_train2017\.json is missing"):
         CocoDataset(tmp_path, "train")
+
+
+def with_runs(counts: list[int]):
+    """Replaces every segmentation of a file by run lengths."""
+
+    def replace(text: str) -> str:
+        content = json.loads(text)
+        for annotation in content["annotations"]:
+            annotation["segmentation"] = {"size": [64, 64], "counts": counts}
+        return json.dumps(content)
+
+    return replace
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda text: text[: len(text) // 2], r"is damaged, or no JSON: .* line 1 column \d+"),
+        (lambda text: text.replace("categories", "classes"), "is not in COCO's layout of instances: 'categories' is"),
+        (lambda text: text.replace("file_name", "name"), "'file_name' is missing"),
+        (lambda text: "[]", "is not in COCO's layout of instances"),
+        (lambda text: text.replace('"image_id": 1', '"image_id": 7'), "annotation 1 has the image_id 7, which is not"),
+        (
+            lambda text: text.replace('"category_id": ', '"category_id": 5'),
+            "has the category_id 5.*, which is not among",
+        ),
+        (lambda text: text.replace('"bbox": [', '"bbox": [1, '), "bbox of annotation 1 has 5 numbers instead of 4"),
+        (with_runs([5, 3]), r"the runs of annotation 1 are not those of an image of 64 x 64"),
+        (with_runs([5, -3, 64 * 64 - 2]), "the runs of annotation 1"),
+    ],
+)
+def test_annotations_that_are_damaged_are_refused_by_name(damage, message, tmp_path):
+    path = write_coco(tmp_path, {"train": 1}) / "annotations" / "instances_train2017.json"
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(ValueError, match=message) as error:
+        read_annotations(path)
+    assert str(path) in str(error.value)
 
 
 # --- Trunk ------------------------------------------------------------------------------------------------------------
@@ -228,6 +312,10 @@ def test_training_evaluation_and_an_exact_resume(data, tmp_path, monkeypatch, sm
     assert f"box_ap {written[-1]['box_ap']:.2f}" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"--eval: .*checkpoint\.pth is not a file"):
         train(data, tmp_path / "empty", "--eval")
+    before = (tmp_path / "whole/metrics.jsonl").read_text()
+    train(data, tmp_path / "whole")  # is finished
+    assert f"box_ap {written[-1]['box_ap']:.2f}" in capsys.readouterr().out
+    assert (tmp_path / "whole/metrics.jsonl").read_text() == before
 
 
 @pytest.mark.slow

@@ -1,12 +1,12 @@
-"""Images and instances in COCO's layout, read without other packages."""
+"""Images and instances in COCO's layout."""
 
 import json
 import random
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
+from pycocotools import mask as run_lengths
 from torch import Tensor
 
 from shared.data import BadImages, FileSource
@@ -26,6 +26,14 @@ class CocoDataset(DenseDataset):
 
     Args:
         crop: Whether half of the training images are random crops.
+
+    Attributes:
+        annotations: The content of the JSON file.
+        classes: Names of the categories by label, from label 1 on; ``category_ids`` are their numbers.
+        image_ids: COCO's number of every image.
+
+    Raises:
+        ValueError: If the JSON file is missing or damaged, or no image has an object.
     """
 
     def __init__(
@@ -41,20 +49,22 @@ class CocoDataset(DenseDataset):
         path = root / "annotations" / f"instances_{part}2017.json"
         if not path.is_file():
             raise ValueError(f"--data-path {root}: {path} is missing")
-        content = json.loads(path.read_text())
+        self.annotations = content = read_annotations(path)
         categories = sorted(content["categories"], key=lambda category: category["id"])
         self.classes = [category["name"] for category in categories]
-        label_of = {category["id"]: label for label, category in enumerate(categories, start=1)}
+        self.category_ids = [category["id"] for category in categories]
+        label_of = {number: label for label, number in enumerate(self.category_ids, start=1)}
         instances: dict[int, list[dict]] = {}
         for annotation in content["annotations"]:
             # crowds and objects of less than a pixel are left out of the training only
             if not augment or (not annotation.get("iscrowd") and min(annotation["bbox"][2:]) >= 1):
-                annotation["label"] = label_of[annotation["category_id"]]
-                instances.setdefault(annotation["image_id"], []).append(annotation)
+                labelled = annotation | {"label": label_of[annotation["category_id"]]}
+                instances.setdefault(annotation["image_id"], []).append(labelled)
         # images without an object teach a detector nothing, but count in its evaluation
         images = [image for image in content["images"] if not augment or image["id"] in instances]
         if not images:
             raise ValueError(f"--data-path {root}: no images with objects in {path}")
+        self.image_ids = [image["id"] for image in images]
         self.instances = [instances.get(image["id"], []) for image in images]
         files = [image["file_name"] for image in images]
         source = FileSource(str(root / f"{part}2017"), root / f"{part}2017", files)
@@ -70,6 +80,43 @@ class CocoDataset(DenseDataset):
             pixels, target = random_crop(pixels, target, rng)
         image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).float() / 255
         return image, {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in target.items()}
+
+
+def read_annotations(path: Path) -> dict:
+    """The content of a file of instances, after a look at what is used of it.
+
+    Raises:
+        ValueError: If it is no JSON, a part or an entry of it is missing, an annotation is of an image or a category
+            that is not listed, or its runs do not fill the image (over which pycocotools would never end).
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        ids = {part: {entry["id"] for entry in content[part]} for part in ("images", "categories", "annotations")}
+        sizes = {image["id"]: [image["height"], image["width"]] for image in content["images"] if image["file_name"]}
+        for category in content["categories"]:
+            _ = category["name"]
+        for annotation in content["annotations"]:
+            name = f"annotation {annotation['id']}"
+            for key, part in (("image_id", "images"), ("category_id", "categories")):
+                if annotation[key] not in ids[part]:
+                    raise ValueError(f"{path}: {name} has the {key} {annotation[key]}, which is not among the {part}")
+            if len(annotation["bbox"]) != 4:
+                raise ValueError(f"{path}: the bbox of {name} has {len(annotation['bbox'])} numbers instead of 4")
+            runs, size = annotation["segmentation"], sizes[annotation["image_id"]]
+            if isinstance(runs, dict) and not fill(runs, *size):
+                raise ValueError(f"{path}: the runs of {name} are not those of an image of {size[0]} x {size[1]}")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged, or no JSON: {error}") from error
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not in COCO's layout of instances: {error} is missing or wrong") from error
+    return content
+
+
+def fill(runs: dict, height: int, width: int) -> bool:
+    """Whether run lengths, where they can be read, are those of an image of this size."""
+    counts = runs["counts"]
+    complete = not isinstance(counts, list) or (min(counts, default=-1) >= 0 and sum(counts) == height * width)
+    return list(runs["size"]) == [height, width] and complete
 
 
 def read_instances(annotations: list[dict], height: int, width: int) -> dict[str, np.ndarray]:
@@ -88,39 +135,16 @@ def read_instances(annotations: list[dict], height: int, width: int) -> dict[str
 
 
 def read_mask(segmentation: list | dict, height: int, width: int) -> np.ndarray:
-    """A mask (H, W) of 0 and 1, from polygons or from the lengths of runs down the columns.
-
-    Raises:
-        ValueError: For compressed runs, which COCO's own annotations do not have.
-    """
+    """A mask (H, W) of 0 and 1, from polygons or from the lengths of runs down the columns, compressed or not."""
     if isinstance(segmentation, dict):
-        if not isinstance(segmentation["counts"], list):
-            raise ValueError("annotations with compressed run lengths are not understood; store counts as lists")
-        runs = np.repeat(np.arange(len(segmentation["counts"])) % 2, segmentation["counts"])
-        return runs.astype(np.uint8).reshape(width, height).T
-    mask = np.zeros((height, width), dtype=np.uint8)
-    for polygon in segmentation:
-        draw_polygon(mask, np.array(polygon, dtype=np.float64).reshape(-1, 2))
-    return mask
-
-
-def draw_polygon(mask: np.ndarray, corners: np.ndarray, zoom: int = 4) -> None:
-    """Set the pixels of which more than half lie inside a polygon; pixel (i, j) covers [j, j + 1] x [i, i + 1].
-
-    OpenCV draws borders too, so the polygon is drawn several times as large and counted.
-
-    Args:
-        corners: (K, 2), x and y.
-        zoom: How many times as large; borders are off by half a pixel at this size.
-    """
-    left, top = np.floor(corners.min(axis=0)).astype(int).clip(0)
-    right, bottom = np.ceil(corners.max(axis=0)).astype(int).clip(0, mask.shape[::-1])
-    if right <= left or bottom <= top:
-        return
-    canvas = np.zeros(((bottom - top) * zoom, (right - left) * zoom), dtype=np.uint8)
-    cv2.fillPoly(canvas, [((corners - [left, top]) * zoom - 0.5).round().astype(np.int32)], 1)
-    covered = canvas.reshape(bottom - top, zoom, right - left, zoom).mean(axis=(1, 3))
-    mask[top:bottom, left:right] |= (covered > 0.5).astype(np.uint8)
+        compressed = segmentation
+        if isinstance(segmentation["counts"], list):
+            compressed = run_lengths.frPyObjects(segmentation, height, width)
+    elif segmentation:
+        compressed = run_lengths.merge(run_lengths.frPyObjects(segmentation, height, width))
+    else:
+        return np.zeros((height, width), dtype=np.uint8)
+    return run_lengths.decode(compressed)
 
 
 def flip(pixels: np.ndarray, target: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN
@@ -30,7 +29,7 @@ from shared.data import BadImages
 from shared.evaluation.features import ShareOfRank
 from shared.flags import AnyDashParser
 from xcit import dense_training
-from xcit.detection.average_precision import AveragePrecision, box_iou, mask_iou
+from xcit.detection.average_precision import as_detections, average_precision
 from xcit.detection.coco import CocoDataset
 from xcit.feature_pyramid import build_pyramid, fill_trunk
 from xcit.shapes import write_coco
@@ -132,33 +131,19 @@ def evaluate_detector(
     """
     was_training = network.training
     network.eval()
-    collected = {"box": AveragePrecision(), "mask": AveragePrecision()}
+    detections = []
     share = ShareOfRank(len(dataset))
     own = len(range(share.rank, len(dataset), share.world_size))
     for number, index in enumerate(share):
         if number < own:  # the rest fills up the share of the last ranks
-            image, target, _ = dataset[index]
+            image, _, _ = dataset[index]
             (prediction,) = network([image.to(device)])
-            found = {name: value.float().cpu().numpy() for name, value in prediction.items()}
-            objects = {name: value.numpy() for name, value in target.items()}
-            crowd = objects["crowd"]
-            masks = (found["masks"][:, 0] > 0.5).astype(np.uint8)
-            overlaps = {
-                "box": box_iou(found["boxes"], objects["boxes"], crowd),
-                "mask": mask_iou(masks, objects["masks"], crowd),
-            }
-            for kind, iou in overlaps.items():
-                collected[kind].add(found["scores"], found["labels"], iou, objects["labels"], crowd)
+            detections += as_detections(prediction, dataset.image_ids[index], dataset.category_ids)
         if between_batches is not None:
             between_batches()
     network.train(was_training)
-    result = {}
-    for kind, mine in collected.items():
-        together = AveragePrecision()
-        for part in distributed.all_gather_object(mine):
-            together.merge(part)
-        result |= {f"{kind}_{name}": value for name, value in together.compute().items()}
-    return result
+    by_rank = distributed.all_gather_object(detections)
+    return average_precision(dataset.annotations, [detection for part in by_rank for detection in part])
 
 
 def train_detector(args: argparse.Namespace) -> None:

@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 from torchvision.ops import FeaturePyramidNetwork
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
@@ -123,20 +125,12 @@ class SemanticFPN(nn.Module):
         return {"loss": F.cross_entropy(logits, labels, ignore_index=UNLABELLED, reduction="sum") / known}
 
 
-def confusion_matrix(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Pixels by true (row) and predicted (column) class, (classes, classes); unlabelled ones do not count."""
-    known = labels != UNLABELLED
-    return torch.bincount(labels[known] * num_classes + predicted[known], minlength=num_classes**2).view(
-        num_classes, num_classes
+def build_metrics(num_classes: int) -> MetricCollection:
+    """``miou``, over classes that occur or are predicted, and ``pixel_acc``; unlabelled pixels do not count."""
+    options = {"num_classes": num_classes, "ignore_index": UNLABELLED}
+    return MetricCollection(
+        {"miou": MulticlassJaccardIndex(**options), "pixel_acc": MulticlassAccuracy(**options, average="micro")}
     )
-
-
-def intersection_over_union(confusion: Tensor) -> dict[str, float]:
-    """``miou``, over classes that occur or are predicted, and ``pixel_acc``, in percent."""
-    hits, rows, columns = confusion.diag().double(), confusion.sum(dim=1).double(), confusion.sum(dim=0).double()
-    union = rows + columns - hits
-    iou = hits[union > 0] / union[union > 0]
-    return {"miou": 100 * iou.mean().item(), "pixel_acc": 100 * (hits.sum() / rows.sum()).item()}
 
 
 @torch.no_grad()
@@ -147,23 +141,23 @@ def evaluate_segmenter(
     num_classes: int,
     between_batches: Callable[[], None] | None = None,
 ) -> dict[str, float]:
-    """mIoU at the images' own sizes; images are shared out over the processes."""
+    """mIoU and the share of right pixels, in percent, at the images' own sizes; processes share the images out."""
     was_training = network.training
     network.eval()
-    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+    metrics = build_metrics(num_classes).to(device)  # summed over processes when they are computed
     share = ShareOfRank(len(dataset))
     own = len(range(share.rank, len(dataset), share.world_size))
     for number, index in enumerate(share):
         if number < own:  # the rest fills up the share of the last ranks
             image, target, _ = dataset[index]
             (logits,) = network([image.to(device)])
-            labels = target["labels"]
+            labels = target["labels"].to(device)
             logits = F.interpolate(logits[None].float(), labels.shape, mode="bilinear", align_corners=False)
-            confusion += confusion_matrix(logits.argmax(dim=1)[0].cpu(), labels, num_classes)
+            metrics.update(logits.argmax(dim=1), labels[None])
         if between_batches is not None:
             between_batches()
     network.train(was_training)
-    return intersection_over_union(sum(distributed.all_gather_object(confusion)))
+    return {name: 100 * value.item() for name, value in metrics.compute().items()}
 
 
 def train_segmenter(args: argparse.Namespace) -> None:
