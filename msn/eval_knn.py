@@ -17,8 +17,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from msn.augmentations import MEAN, STD
-from msn.flags import add_data_flags, add_process_flags, finish, labelled_sources, network_parser
-from msn.pretrained import load_encoder
+from msn.flags import add_data_flags, add_process_flags, finish, labelled_sources, load_chosen_encoder, network_parser
 from shared import distributed
 from shared.backbones import input_channels
 from shared.data import EvalDataset, EvalTransform
@@ -49,7 +48,7 @@ def eval_knn(args: argparse.Namespace) -> dict[int, tuple[float, float]] | None:
     sources = labelled_sources(args)
     if max(args.nb_knn) > len(sources[0]):
         raise ValueError(f"--nb_knn {max(args.nb_knn)} is more than the {len(sources[0])} images of {sources[0].name}")
-    encoder = load_encoder(args.model_name, args.pretrained, args.fname, args.checkpoint_key, args.allow_partial)
+    encoder = load_chosen_encoder(args)
     encoder.to(device)
     size = args.image_size
     transform = EvalTransform(round(size * 256 / 224), size, MEAN, STD, input_channels(encoder), "bilinear")

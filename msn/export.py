@@ -18,8 +18,8 @@ from torch import nn
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from msn.flags import network_parser
-from msn.pretrained import load_encoder, sizes_in
+from msn.flags import load_chosen_encoder, network_parser
+from msn.pretrained import sizes_in
 from msn.vision_transformer import VisionTransformer, build, interpolate_positions
 from shared import distributed
 from shared.export import export_onnx, export_safetensors, export_state_dict
@@ -105,7 +105,7 @@ def export(
 def main() -> None:
     with distributed.clean_exit():
         args = get_args_parser().parse_args()
-        encoder = load_encoder(args.model_name, args.pretrained, args.fname, args.checkpoint_key, args.allow_partial)
+        encoder = load_chosen_encoder(args)
         export(encoder, args.model_name, args.output_dir, args.image_size)
 
 

@@ -10,10 +10,10 @@ Running the same command again resumes.
 """
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,14 +29,20 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from msn.augmentations import MEAN, STD
-from msn.flags import add_data_flags, add_process_flags, finish, labelled_sources, network_parser
-from msn.pretrained import load_encoder
+from msn.flags import (
+    add_data_flags,
+    add_process_flags,
+    add_saving_flags,
+    finish,
+    labelled_sources,
+    load_chosen_encoder,
+    network_parser,
+)
+from msn.labelled_training import LabelledTraining, mean_loss
 from msn.vision_transformer import DropPath, VisionTransformer
 from shared import distributed, randomness
 from shared.backbones import input_channels
-from shared.checkpoint import load_latest, restore, save
 from shared.data import BadImages, EpochBatchSampler, EvalDataset, EvalTransform, ImageSource, make_loader
-from shared.evaluation.linear import validate
 from shared.flags import bool_flag
 from shared.precision import Precision
 from shared.schedules import cosine_schedule
@@ -77,6 +83,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--amp", default="auto", choices=("auto", "bf16", "fp16", "fp32"), help="auto: bf16 where it is fast")
     add("--seed", type=int, default=0, help="of all draws")
     add("--output_dir", default=".", help="for fine-tune.pth.tar and fine-tune.txt")
+    add_saving_flags(add)
     add_process_flags(parser)
     return parser
 
@@ -198,7 +205,7 @@ def fine_tune(args: argparse.Namespace) -> dict[str, float]:
         distributed.print_once(source.describe())
 
     # network: the encoder, and a new linear layer on its class token
-    network = load_encoder(args.model_name, args.pretrained, args.fname, args.checkpoint_key, args.allow_partial)
+    network = load_chosen_encoder(args)
     checksum = weights_checksum(network)
     network.requires_grad_(True)
     network.fc = nn.Linear(network.embed_dim, args.num_classes)
@@ -224,64 +231,49 @@ def fine_tune(args: argparse.Namespace) -> dict[str, float]:
         criterion = nn.CrossEntropyLoss()
     wrapped = distributed.wrap(network, device)
 
-    def validate_now() -> dict[str, float]:
-        return validate(network, nn.Identity(), val_set, device, args.batch_size, args.num_workers)
-
     # resume
-    path = output_dir / "fine-tune.pth.tar"
-    first_epoch, log = 0, []
-    checkpoint = load_latest(path)
-    if checkpoint is not None:
-        check_same_run(checkpoint, args, checksum, path)
-        restore(checkpoint, encoder=network, opt=optimizer)
-        precision.scaler.load_state_dict(checkpoint["fp16_scaler"])
-        first_epoch, log = checkpoint["epoch"], checkpoint["log"]
-        distributed.print_once(f"resuming at epoch {first_epoch}")
+    run = LabelledTraining(
+        args,
+        output_dir / "fine-tune.pth.tar",
+        output_dir / "fine-tune.txt",
+        {"encoder": network, "opt": optimizer},
+        {},
+        precision,
+        RUN_FLAGS,
+        train.checksum(),
+        checksum,
+        len(sampler),
+    )
+    run.resume()
 
     # epochs
-    for epoch in range(first_epoch, args.epochs):
-        sampler.set_epoch(epoch)
-        line = {"epoch": epoch}
-        line["train_loss"] = train_one_epoch(
-            wrapped, criterion, loader, optimizer, lrs, mix, epoch=epoch, seed=args.seed, precision=precision
-        )
-        line["bad_images"] = bad_images.count()
-        result = validate_now()
-        line |= {f"test_{name}": value for name, value in result.items()}
-        log.append(line)
-        distributed.print_once("  ".join(f"{name} {value:.5g}" for name, value in line.items()))
-        if distributed.is_main_process():
-            state = {
-                "encoder": network.state_dict(),
-                "opt": optimizer.state_dict(),
-                "epoch": epoch + 1,
-                "fp16_scaler": precision.scaler.state_dict(),
-                "flags": {name: getattr(args, name) for name in RUN_FLAGS},
-                "pretrained": checksum,
-                "log": log,
-            }
-            save(path, state)
-            (output_dir / "fine-tune.txt").write_text("".join(json.dumps(line) + "\n" for line in log))
-    if first_epoch >= args.epochs:  # resumed after the last epoch
-        result = validate_now()
-    distributed.print_once(
-        f"Top-1 accuracy after the last epoch: {result['acc1']:.2f} % (top-5 {result['acc5']:.2f} %)"
-    )
-    return result
-
-
-def check_same_run(checkpoint: dict, args: argparse.Namespace, checksum: int, path: Path) -> None:
-    """Raise ``ValueError`` unless the checkpoint belongs to this fine-tuning."""
-    if not {"flags", "pretrained", "log"} <= checkpoint.keys():
-        raise ValueError(f"{path} is a checkpoint of another script; choose another --output_dir")
-    if checkpoint["pretrained"] != checksum:
-        raise ValueError(f"{path} started from other weights; use another --output_dir")
-    for flag, value in checkpoint["flags"].items():
-        if getattr(args, flag) != value:
-            raise ValueError(
-                f"--{flag} {getattr(args, flag)} does not fit {path}, which was written with --{flag} {value}; use "
-                "that or another --output_dir"
+    result = None
+    with run.checkpointer() as checkpointer:
+        for epoch in range(run.first_epoch, args.epochs):
+            sampler.set_epoch(epoch, run.first_step)
+            line = {"epoch": epoch}
+            line["train_loss"] = train_one_epoch(
+                wrapped,
+                criterion,
+                loader,
+                optimizer,
+                lrs,
+                mix,
+                epoch=epoch,
+                first_step=run.first_step,
+                seed=args.seed,
+                precision=precision,
+                total=run.epoch_loss,
+                after_step=partial(checkpointer.after_step, epoch),
             )
+            line["bad_images"] = bad_images.count()
+            run.first_step = 0
+            result = run.validate(network, val_set, checkpointer, epoch)
+            run.end_epoch(line, result, checkpointer)
+    if result is None:  # resumed after the last epoch
+        result = run.validate(network, val_set)
+    distributed.print_once(run.last_words(result))
+    return result
 
 
 def train_one_epoch(
@@ -293,17 +285,31 @@ def train_one_epoch(
     mix: Mixup | None,
     *,
     epoch: int,
+    first_step: int,
     seed: int,
     precision: Precision,
+    total: Tensor,
+    after_step: Callable[[int], None],
 ) -> float:
-    """Cross-entropy on every batch, whose images and labels ``mix`` mixes; its mean over the images of all processes.
+    """Cross-entropy on every batch of an epoch (from its step ``first_step`` on), whose images ``mix`` mixes.
+
+    Args:
+        loader: Of whole epochs, all of one length.
+        lrs: Learning rates, one per step of the run.
+        mix: Mixes images and labels of a batch.
+        total: Of the steps of this epoch that were done before: sum of the losses of this process's images, and their
+            number; those of the batches are added in place.
+        after_step: Called with the number of steps done in the epoch.
+
+    Returns:
+        Mean loss over the images of all processes in the epoch.
 
     Raises:
         ValueError: If the loss is not finite.
     """
     network.train()
-    total = torch.zeros(2, dtype=torch.double, device=precision.device)  # loss, images
-    for step, (images, labels, _) in enumerate(loader, start=epoch * len(loader)):
+    steps_per_epoch = len(loader)
+    for step, (images, labels, _) in enumerate(loader, start=epoch * steps_per_epoch + first_step):
         randomness.seed_step(seed, step, distributed.get_rank())
         for group in optimizer.param_groups:
             group["lr"] = float(lrs[step]) * group["lr_scale"]
@@ -318,10 +324,8 @@ def train_one_epoch(
         precision.scaler.step(optimizer)
         precision.update()
         total += torch.stack([loss.detach().double(), torch.ones_like(total[0])]) * len(labels)
-    loss_sum, num_images = distributed.all_reduce_sum(total).tolist()
-    if not np.isfinite(loss_sum):
-        raise ValueError(f"the loss is {loss_sum}; try a smaller --lr")
-    return loss_sum / num_images
+        after_step(step + 1 - epoch * steps_per_epoch)
+    return mean_loss(total)
 
 
 def main() -> None:

@@ -2,12 +2,14 @@
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 
+from shared import distributed
 from shared.data import ImageSource, default_num_workers
 from shared.evaluation.knn_monitor import open_labelled
 
-from .pretrained import set_embedded_data_defaults
-from .vision_transformer import ARCHITECTURES
+from .pretrained import DEFAULT_MODEL, RUN_ON_DIGITS, Pretrained, load_pretrained
+from .vision_transformer import ARCHITECTURES, VisionTransformer
 
 
 def network_parser(docstring: str, file_flag: str = "fname", file_group: str = "meta") -> argparse.ArgumentParser:
@@ -22,14 +24,16 @@ def network_parser(docstring: str, file_flag: str = "fname", file_group: str = "
         description=docstring.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument_group("meta").add_argument
-    add("--model_name", "--model-name", default="deit_small", choices=tuple(ARCHITECTURES), metavar="NAME",
-        help=", ".join(ARCHITECTURES))  # fmt: skip
+    add("--model_name", "--model-name", default=None, choices=tuple(ARCHITECTURES), metavar="NAME",
+        help=f"{', '.join(ARCHITECTURES)}; None: that of the training, {DEFAULT_MODEL} where the file does not "
+        "say")  # fmt: skip
     add("--pretrained", default="", help=f"folder of --{file_flag}, a file of any layout, or random; without either "
         "the released weights")  # fmt: skip
     add("--checkpoint_key", default="target_encoder", help="network to take from a training checkpoint")
     add("--allow_partial", action="store_true", help="load what fits when the weights do not fill the network")
     add = parser.add_argument_group(file_group).add_argument if file_group != "meta" else add
-    add(f"--{file_flag}", default="", help="checkpoint in the folder --pretrained")
+    add(f"--{file_flag}", default="", help="checkpoint in the folder --pretrained; by default its "
+        "only *-latest.pth.tar")  # fmt: skip
     return parser
 
 
@@ -47,9 +51,16 @@ def add_data_flags(parser: argparse.ArgumentParser) -> Callable[..., argparse.Ac
         "images are in <root_path>/<image_folder>")  # fmt: skip
     add("--image_folder", "--image-folder", default=None, help="see --root_path")
     add("--allow_absolute_paths", action="store_true", help="in .txt lists")
-    add("--image_size", type=int, default=224, help="side of the crops in pixels; for centre crops the short side is "
-        "resized to 8/7 of it")  # fmt: skip
+    add("--image_size", type=int, default=None, help="side of the crops in pixels, for centre crops the short side is "
+        "resized to 8/7 of it; None: that of the random views of the training, 224 where the file does not say, 16 for "
+        "the digits")  # fmt: skip
     return add
+
+
+def add_saving_flags(add: Callable[..., argparse.Action]) -> None:
+    """When a training with labels saves within an epoch; ``add`` is the ``add_argument`` of their group."""
+    add("--saveckp_steps", type=int, default=0, help="also save within the epoch every so many steps")
+    add("--saveckp_minutes", type=float, default=15, help="also save within the epoch after so many minutes")
 
 
 def add_process_flags(parser: argparse.ArgumentParser, title: str = "processes") -> None:
@@ -85,8 +96,7 @@ def finish(
     if args.data_path is None and args.root_path is not None:
         args.data_path = f"{args.root_path}/{args.image_folder}"
     elif args.data_path is None:
-        set_embedded_data_defaults(parser)
-        parser.set_defaults(image_size=16, **embedded_defaults)
+        parser.set_defaults(pretrained=RUN_ON_DIGITS, **embedded_defaults)
         args = parse()
     for flag in ("epochs", "batch_size", "image_size", "val_freq", "num_blocks"):
         if (value := getattr(args, flag, None)) is not None and value < 1:
@@ -94,6 +104,28 @@ def finish(
     if args.num_workers is None:
         args.num_workers = default_num_workers()
     return args
+
+
+def load_chosen_encoder(args: argparse.Namespace, file_flag: str = "fname") -> VisionTransformer:
+    """The encoder that the flags of :func:`network_parser` choose.
+
+    Fills in ``model_name``, ``image_size`` and the file where they were left to the checkpoint.
+
+    Raises:
+        ValueError: If there are no such weights, or they do not fill the network.
+    """
+    found: Pretrained = load_pretrained(
+        args.model_name, args.pretrained, getattr(args, file_flag), args.checkpoint_key, args.allow_partial, file_flag
+    )
+    if args.model_name is None and found.trained_with:
+        distributed.print_once(f"--model_name {found.model_name}, as in the training")
+    args.model_name = found.model_name
+    if args.pretrained and Path(args.pretrained).is_dir():
+        setattr(args, file_flag, found.path.name)
+    if "data_path" in args and args.image_size is None:  # pictures and files of the export have sizes of their own
+        args.image_size = found.trained_with.get("rand_size") or (16 if args.data_path is None else 224)
+        distributed.print_once(f"--image_size {args.image_size}")
+    return found.encoder
 
 
 def labelled_sources(args: argparse.Namespace, num_classes: int | None = None) -> tuple[ImageSource, ImageSource]:

@@ -10,9 +10,9 @@ resumes.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,15 +25,22 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from msn.augmentations import MEAN, STD
-from msn.flags import add_data_flags, add_process_flags, finish, labelled_sources, network_parser
+from msn.flags import (
+    add_data_flags,
+    add_process_flags,
+    add_saving_flags,
+    finish,
+    labelled_sources,
+    load_chosen_encoder,
+    network_parser,
+)
+from msn.labelled_training import LabelledTraining, mean_loss
 from msn.logistic_eval import LastClassToken
-from msn.pretrained import load_encoder
+from msn.pretrained import RUN_ON_DIGITS
 from shared import distributed, randomness
 from shared.backbones import input_channels
-from shared.checkpoint import load_latest, restore, save
 from shared.data import BadImages, EpochBatchSampler, EvalDataset, EvalTransform, make_loader
 from shared.evaluation.features import check_features
-from shared.evaluation.linear import validate
 from shared.flags import bool_flag
 from shared.multicrop import MultiCropDataset, normalize_views
 from shared.precision import Precision
@@ -80,6 +87,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("logging").add_argument
     add("--folder", "--output_dir", default=".", dest="output_dir", help="for the checkpoint and the log")
     add("--write_tag", default="msn", help="start of their names")
+    add_saving_flags(add)
     return parser
 
 
@@ -91,8 +99,7 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
         parser: That of :func:`get_args_parser` with further flags, for scripts that have them.
     """
     parser = parser or get_args_parser()
-    digits = {"pretrain_path": "msn-latest.pth.tar", "num_classes": 10, "crop_scale": (0.6, 1.0), "batch_size": 64}
-    digits |= {"lr": 0.5, "output_dir": "runs/digits"}
+    digits = {"num_classes": 10, "crop_scale": (0.6, 1.0), "batch_size": 64, "lr": 0.5, "output_dir": RUN_ON_DIGITS}
     args = finish(parser, lambda: parse_args_with_config(parser, arguments), **digits)
     args.crop_scale = tuple(args.crop_scale)
     if args.copy_data:
@@ -158,6 +165,23 @@ def build_optimizer(classifier: nn.Module, lr: float, weight_decay: float) -> Ra
     return RateInMomentumSGD([{"params": decayed, "weight_decay": weight_decay}, {"params": plain}], lr)
 
 
+class ImageClassifier(nn.Module):
+    """Images to logits: the frozen features and the classifier, whose mode alone changes with this module's.
+
+    Args:
+        features: Images (B, C, H, W) to features (B, D).
+    """
+
+    def __init__(self, features: Callable[[Tensor], Tensor], classifier: nn.Module):
+        super().__init__()
+        self.features, self.classifier = features, classifier
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.features(images)
+        check_features(features)
+        return self.classifier(features)
+
+
 def linear_eval(args: argparse.Namespace) -> dict[str, float]:
     """Train and validate the classifier; loss and accuracies in percent after the last epoch."""
     device = distributed.init(args.dist_url, args.device)
@@ -175,10 +199,7 @@ def linear_eval(args: argparse.Namespace) -> dict[str, float]:
         distributed.print_once(source.describe())
 
     # frozen encoder and linear classifier
-    encoder = load_encoder(
-        args.model_name, args.pretrained, args.pretrain_path, args.checkpoint_key, args.allow_partial
-    ).to(device)
-    checksum = weights_checksum(encoder)
+    encoder = load_chosen_encoder(args, "pretrain_path").to(device)
     tokens = LastClassToken(encoder, num_blocks=args.num_blocks)
     classifier = LinearClassifier(encoder.embed_dim * args.num_blocks, args.num_classes, args.normalize).to(device)
     in_chans, resize_px = input_channels(encoder), round(args.image_size * 256 / 224)
@@ -188,8 +209,7 @@ def linear_eval(args: argparse.Namespace) -> dict[str, float]:
         with precision.autocast():
             return tokens(images).float()
 
-    def validate_now() -> dict[str, float]:
-        return validate(classifier, features, val_set, device, args.batch_size, args.num_workers)
+    image_classifier = ImageClassifier(features, classifier)
 
     # loader, optimiser, schedule
     bad_images = BadImages(len(train), output_dir / "bad_images.txt", args.on_bad_image, args.max_bad_fraction)
@@ -206,74 +226,50 @@ def linear_eval(args: argparse.Namespace) -> dict[str, float]:
     wrapped = distributed.wrap(classifier, device)
 
     # resume
-    path = output_dir / f"{args.write_tag}-lin-eval.pth.tar"
-    first_epoch, best_acc, log = 0, 0.0, []
-    checkpoint = load_latest(path)
-    if checkpoint is None and (args.load_checkpoint or not args.training):
-        raise ValueError(f"--load_checkpoint true or --training false: there is no {path}")
-    if checkpoint is not None:
-        check_same_run(checkpoint, args, checksum, path)
-        restore(checkpoint, classifier=classifier, opt=optimizer)
-        first_epoch, best_acc, log = checkpoint["epoch"], checkpoint["best_top1_acc"], checkpoint.get("log", [])
+    run = LabelledTraining(
+        args,
+        output_dir / f"{args.write_tag}-lin-eval.pth.tar",
+        output_dir / f"{args.write_tag}-lin-eval.txt",
+        {"classifier": classifier, "opt": optimizer},
+        {"target_encoder": encoder},
+        precision,
+        RUN_FLAGS,
+        train.checksum(),
+        weights_checksum(encoder),
+        len(sampler),
+    )
+    if not run.resume() and (args.load_checkpoint or not args.training):
+        raise ValueError(f"--load_checkpoint true or --training false: there is no {run.path}")
     if not args.training:
-        result = validate_now()
+        result = run.validate(image_classifier, val_set)
         distributed.print_once(f"Accuracy of the network on the {len(val)} test images: {result['acc1']:.1f} %")
         return result
-    if checkpoint is not None:
-        distributed.print_once(f"resuming at epoch {first_epoch}")
 
     # epochs
-    for epoch in range(first_epoch, args.epochs):
-        sampler.set_epoch(epoch)
-        line = {"epoch": epoch}
-        line["train_loss"] = train_one_epoch(
-            wrapped, features, on_device(loader, device), optimizer, lrs[epoch * len(sampler) :]
-        )
-        line["bad_images"] = bad_images.count()
-        if (epoch + 1) % args.val_freq == 0 or epoch + 1 == args.epochs:
-            result = validate_now()
-            best_acc = max(best_acc, result["acc1"])
-            line |= {f"test_{name}": value for name, value in result.items()} | {"best_acc1": best_acc}
-        log.append(line)
-        distributed.print_once("  ".join(f"{name} {value:.5g}" for name, value in line.items()))
-        if distributed.is_main_process():
-            state = {
-                "target_encoder": encoder.state_dict(),
-                "classifier": classifier.state_dict(),
-                "opt": optimizer.state_dict(),
-                "epoch": epoch + 1,
-                "world_size": world_size,
-                "best_top1_acc": best_acc,
-                "batch_size": args.batch_size,
-                "lr": args.lr,
-                "flags": {name: getattr(args, name) for name in RUN_FLAGS},
-                "pretrained": checksum,
-                "log": log,
-            }
-            save(path, state)
-            lines = "".join(json.dumps(line) + "\n" for line in log)
-            (output_dir / f"{args.write_tag}-lin-eval.txt").write_text(lines)
-    if first_epoch >= args.epochs:  # resumed after the last epoch
-        result = validate_now()
-    distributed.print_once(
-        f"Top-1 accuracy after the last epoch: {result['acc1']:.2f} % (top-5 {result['acc5']:.2f} %, "
-        f"best top-1 of all epochs {best_acc:.2f} %)"
-    )
-    return result
-
-
-def check_same_run(checkpoint: dict, args: argparse.Namespace, checksum: int, path: Path) -> None:
-    """Raise ``ValueError`` unless the checkpoint belongs to this evaluation; official ones do not say."""
-    if "classifier" not in checkpoint:
-        raise ValueError(f"{path} is a checkpoint of another script; choose another --folder or --write_tag")
-    if checkpoint.get("pretrained", checksum) != checksum:
-        raise ValueError(f"{path} was trained on the features of other weights; use another --folder or --write_tag")
-    for flag, value in checkpoint.get("flags", {}).items():
-        if getattr(args, flag) != value:
-            raise ValueError(
-                f"--{flag} {getattr(args, flag)} does not fit {path}, which was written with --{flag} {value}; use "
-                "that or another --folder"
+    result = None
+    with run.checkpointer() as checkpointer:
+        for epoch in range(run.first_epoch, args.epochs):
+            sampler.set_epoch(epoch, run.first_step)
+            line = {"epoch": epoch}
+            line["train_loss"] = train_one_epoch(
+                wrapped,
+                features,
+                on_device(loader, device),
+                optimizer,
+                lrs[epoch * len(sampler) + run.first_step :],
+                run.epoch_loss,
+                partial(checkpointer.after_step, epoch),
+                run.first_step,
             )
+            line["bad_images"] = bad_images.count()
+            run.first_step = 0
+            is_due = (epoch + 1) % args.val_freq == 0 or epoch + 1 == args.epochs
+            result = run.validate(image_classifier, val_set, checkpointer, epoch) if is_due else None
+            run.end_epoch(line, result, checkpointer)
+    if result is None:  # resumed after the last epoch
+        result = run.validate(image_classifier, val_set)
+    distributed.print_once(run.last_words(result))
+    return result
 
 
 def train_one_epoch(
@@ -282,6 +278,9 @@ def train_one_epoch(
     batches: Iterable[tuple[Tensor, Tensor]],
     optimizer: torch.optim.Optimizer,
     lrs: Sequence[float],
+    total: Tensor | None = None,
+    after_step: Callable[[int], None] = lambda steps: None,
+    first_step: int = 0,
 ) -> float:
     """Cross-entropy on every batch with its own learning rate; only the classifier learns.
 
@@ -290,15 +289,20 @@ def train_one_epoch(
         features: The frozen network, images (B, C, H, W) to features (B, D).
         batches: Images and labels (B,), on the device of the classifier.
         lrs: Learning rates, one per batch.
+        total: The steps of this epoch that were done before: sum of the losses of this process's images, and their
+            number; those of the batches are added in place.
+        after_step: Called with the number of steps done in the epoch.
+        first_step: Of the batches, in the epoch.
 
     Returns:
-        Mean loss over the images of all processes.
+        Mean loss over the images of all processes in the epoch.
 
     Raises:
         ValueError: If the features are not finite or zero, or the loss is not finite.
     """
     classifier.train()
-    total = torch.zeros(2, dtype=torch.double, device=next(classifier.parameters()).device)  # loss, images
+    if total is None:
+        total = torch.zeros(2, dtype=torch.double, device=next(classifier.parameters()).device)
     for step, (images, labels) in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = float(lrs[step])
@@ -311,10 +315,8 @@ def train_one_epoch(
         loss.backward()
         optimizer.step()
         total += torch.stack([loss.detach().double(), torch.ones_like(total[0])]) * len(labels)
-    loss, images = distributed.all_reduce_sum(total).tolist()
-    if not torch.isfinite(torch.tensor(loss)):
-        raise ValueError(f"the loss is {loss}; try a smaller --lr")
-    return loss / images
+        after_step(first_step + step + 1)
+    return mean_loss(total)
 
 
 def on_device(loader: DataLoader, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

@@ -25,8 +25,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from msn.augmentations import MEAN, STD
-from msn.flags import add_data_flags, add_process_flags, finish, labelled_sources, network_parser
-from msn.pretrained import load_encoder
+from msn.flags import add_data_flags, add_process_flags, finish, labelled_sources, load_chosen_encoder, network_parser
 from msn.vision_transformer import VisionTransformer, num_kept_patches
 from shared import distributed, randomness
 from shared.backbones import input_channels
@@ -79,7 +78,7 @@ def logistic_eval(args: argparse.Namespace) -> dict[str, float]:
     for source in (train, val):
         distributed.print_once(source.describe())
     splits = labelled_splits(train, args.subset_path, args.imgs_per_class, args.splits, args.seed)
-    encoder = load_encoder(args.model_name, args.pretrained, args.fname, args.checkpoint_key, args.allow_partial)
+    encoder = load_chosen_encoder(args)
     check_mask(args.mask, args.image_size, encoder.patch_embed.patch_size)
     encoder.to(device)
     transform = EvalTransform(

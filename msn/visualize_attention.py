@@ -21,8 +21,8 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from msn.augmentations import MEAN, STD
-from msn.flags import network_parser
-from msn.pretrained import load_encoder, set_embedded_data_defaults
+from msn.flags import load_chosen_encoder, network_parser
+from msn.pretrained import RUN_ON_DIGITS
 from msn.vision_transformer import VisionTransformer
 from shared import distributed
 from shared.attention import save_attention_maps
@@ -49,8 +49,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     args.embedded = args.image_path is None and not args.pretrained and not args.fname
     if args.embedded:
-        set_embedded_data_defaults(parser)
-        parser.set_defaults(image_size=[32, 32], output_dir="runs/digits/attention")
+        parser.set_defaults(pretrained=RUN_ON_DIGITS, image_size=[32, 32], output_dir="runs/digits/attention")
         args = argparse.Namespace(**vars(parser.parse_args(arguments)), embedded=True)
     if args.threshold is not None and not 0 < args.threshold <= 1:
         parser.error(f"--threshold {args.threshold} is not in (0, 1]")
@@ -109,7 +108,7 @@ def prepare_image(pixels: np.ndarray, image_size: list[int], in_chans: int = 3) 
 def visualize_attention(args: argparse.Namespace) -> list[Path]:
     """Write the pictures that the flags ask for."""
     device = distributed.init(device=args.device)
-    encoder = load_encoder(args.model_name, args.pretrained, args.fname, args.checkpoint_key, args.allow_partial)
+    encoder = load_chosen_encoder(args)
     encoder.to(device)
     if args.image_path is not None:
         pixels = read_image(args.image_path).decode()

@@ -1,37 +1,48 @@
 """Linear evaluation, fine-tuning, k-NN, attention pictures and export of one small run."""
 
 import json
+import os
+import shutil
+import signal
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-from msn import eval_knn, export, fine_tune, linear_eval, visualize_attention
+from msn import eval_knn, export, fine_tune, linear_eval, logistic_eval, visualize_attention
 from msn.fine_tune import AugmentedImages, layer_of, param_groups, train_transform
+from msn.flags import load_chosen_encoder
+from msn.labelled_training import LabelledTraining
 from msn.linear_eval import LinearClassifier, RateInMomentumSGD
 from msn.pretrained import load_encoder
 from msn.vision_transformer import VisionTransformer
-from shared.checkpoint import load_latest
+from shared.attempt import Interrupted
+from shared.checkpoint import Checkpointer, load_latest
 from shared.data import BadImages
 from shared.sources import open_source
-from tests.msn.runs import CHECKPOINT
+from tests.msn.runs import CHECKPOINT, small_networks
+from tests.processes import run_processes
+from tests.reliability.runs import assert_same
 
 
-class Stop(Exception):
-    pass
+def send_sigterm_in_call(monkeypatch, method: str, number: int) -> None:
+    """The run gets SIGTERM in this call (from 1) of ``Checkpointer.after_step`` or ``LabelledTraining.validate``."""
+    owner = Checkpointer if method == "after_step" else LabelledTraining
+    real, calls = getattr(owner, method), []
 
-
-def stop_after(monkeypatch, module, calls: int) -> None:
-    """``module.train_one_epoch`` ends the run in its call after so many."""
-    real, done = module.train_one_epoch, []
-
-    def train_one_epoch(*args, **kwargs):
-        done.append(args)
-        if len(done) > calls:
-            raise Stop
+    def with_signal(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(module, "train_one_epoch", train_one_epoch)
+    monkeypatch.setattr(owner, method, with_signal)
+
+
+# The call in which SIGTERM comes, and the epoch and step at which the run stops: in the middle of an epoch of three
+# steps, in its last step, and while the images are validated.
+INTERRUPTIONS = [("after_step", 2, (0, 2)), ("after_step", 6, (1, 3)), ("validate", 1, (0, 3))]
 
 
 # --- Linear evaluation ------------------------------------------------------------------------------------------------
@@ -45,23 +56,13 @@ def linear(run, images, folder, *flags) -> dict[str, float]:
     return linear_eval.linear_eval(args)
 
 
-def test_linear_evaluation_learns_resumes_and_writes_the_official_layout(run, images, tmp_path, monkeypatch):
+def test_linear_evaluation_learns_and_writes_the_official_layout(run, images, tmp_path):
     whole = linear(run, images, tmp_path / "whole")
     assert whole["acc1"] > 50  # chance is 33
     state = load_latest(tmp_path / "whole" / "msn-lin-eval.pth.tar")
     official = {"target_encoder", "classifier", "opt", "epoch", "world_size", "best_top1_acc", "batch_size", "lr"}
     assert official <= state.keys()
     assert set(state["classifier"]) == {"norm.weight", "norm.bias", "linear.weight", "linear.bias"}
-
-    stop_after(monkeypatch, linear_eval, 1)
-    with pytest.raises(Stop):
-        linear(run, images, tmp_path / "stopped")
-    monkeypatch.undo()
-    assert linear(run, images, tmp_path / "stopped") == whole
-    resumed = load_latest(tmp_path / "stopped" / "msn-lin-eval.pth.tar")
-    for name, value in state["classifier"].items():
-        assert torch.equal(value, resumed["classifier"][name])
-    assert resumed["log"] == state["log"]
 
     assert linear(run, images, tmp_path / "whole", "--training", "false") == whole
     with pytest.raises(ValueError, match=r"--num_blocks 2 does not fit .*--num_blocks 1"):
@@ -72,6 +73,62 @@ def test_linear_evaluation_learns_resumes_and_writes_the_official_layout(run, im
         linear(run, images, tmp_path / "x", "--num_classes", 2)
     with pytest.raises(ValueError, match="--training false: there is no"):
         linear(run, images, tmp_path / "y", "--training", "false")
+
+
+@pytest.mark.parametrize(("method", "call", "position"), INTERRUPTIONS)
+def test_linear_evaluation_stopped_by_a_signal_ends_like_an_uninterrupted_one(
+    run, images, tmp_path, monkeypatch, method, call, position
+):
+    file = "msn-lin-eval.pth.tar"
+    whole = linear(run, images, tmp_path / "whole")
+    shutil.copy(run / "attempt.json", tmp_path)  # the folder of a training that may still run, in another process
+    send_sigterm_in_call(monkeypatch, method, call)
+    with pytest.raises(Interrupted):
+        linear(run, images, tmp_path)
+    monkeypatch.undo()
+    state = load_latest(tmp_path / file)
+    assert (state["epoch"], state["step_in_epoch"]) == position
+    assert linear(run, images, tmp_path, "--num_workers", 1) == whole
+    assert_same(load_latest(tmp_path / file), load_latest(tmp_path / "whole" / file), "checkpoint")
+    assert (tmp_path / "msn-lin-eval.txt").read_text() == (tmp_path / "whole" / "msn-lin-eval.txt").read_text()
+
+
+def test_linear_evaluation_goes_on_with_a_file_of_the_official_layout(run, images, tmp_path):
+    whole = linear(run, images, tmp_path / "whole")
+    linear(run, images, tmp_path / "first", "--epochs", 2)
+    state = load_latest(tmp_path / "first" / "msn-lin-eval.pth.tar")
+    for ours in ("flags", "pretrained", "log", "step_in_epoch", "images", "epoch_loss", "fp16_scaler"):
+        del state[ours]
+    (tmp_path / "official").mkdir()
+    torch.save(state, tmp_path / "official" / "msn-lin-eval.pth.tar")
+    assert linear(run, images, tmp_path / "official") == whole  # nothing is left to do
+    shutil.copy(run / CHECKPOINT, tmp_path / "official" / "msn-lin-eval.pth.tar")
+    with pytest.raises(ValueError, match="is a checkpoint of another script"):
+        linear(run, images, tmp_path / "official")
+
+
+def linear_of_rank(rank: int, run: str, images: str, folder: str) -> None:
+    torch.distributed.destroy_process_group()  # the script joins the processes itself
+    os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
+    with small_networks():
+        linear(run, images, folder, "--batch_size", 4)
+
+
+def interrupted_linear_of_rank(rank: int, run: str, images: str, folder: str) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(Interrupted):
+        if rank == 1:
+            send_sigterm_in_call(monkeypatch, "after_step", 2)
+        linear_of_rank(rank, run, images, folder)
+
+
+def test_two_processes_stop_together_and_each_goes_on_with_its_own_losses(run, images, tmp_path):
+    run_processes(linear_of_rank, 2, str(run), str(images), str(tmp_path / "whole"))
+    run_processes(interrupted_linear_of_rank, 2, str(run), str(images), str(tmp_path / "parts"))
+    stopped = load_latest(tmp_path / "parts" / "msn-lin-eval.pth.tar")
+    assert stopped["step_in_epoch"] == 2 and stopped["epoch_loss"][:, 1].tolist() == [8, 8]
+    run_processes(linear_of_rank, 2, str(run), str(images), str(tmp_path / "parts"))
+    whole, parts = (load_latest(tmp_path / name / "msn-lin-eval.pth.tar") for name in ("whole", "parts"))
+    assert_same(parts, whole, "checkpoint")
 
 
 def test_the_published_linear_config_is_understood():
@@ -116,19 +173,44 @@ def tune(run, images, folder, *flags) -> dict[str, float]:
     return fine_tune.fine_tune(args)
 
 
-def test_fine_tuning_resumes_with_all_of_its_augmentation(run, images, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("method", "call", "position"), INTERRUPTIONS)
+def test_fine_tuning_stopped_by_a_signal_ends_like_an_uninterrupted_one_with_all_of_its_augmentation(
+    run, images, tmp_path, monkeypatch, method, call, position
+):
     whole = tune(run, images, tmp_path / "whole")
-    stop_after(monkeypatch, fine_tune, 1)
-    with pytest.raises(Stop):
-        tune(run, images, tmp_path / "stopped")
+    send_sigterm_in_call(monkeypatch, method, call)
+    with pytest.raises(Interrupted):
+        tune(run, images, tmp_path / "parts")
     monkeypatch.undo()
-    assert tune(run, images, tmp_path / "stopped", "--num_workers", 1) == whole
-    states = [load_latest(tmp_path / name / "fine-tune.pth.tar") for name in ("whole", "stopped")]
-    for name, value in states[0]["encoder"].items():
-        assert torch.equal(value, states[1]["encoder"][name]), name
-    assert states[0]["log"] == states[1]["log"]
+    state = load_latest(tmp_path / "parts" / "fine-tune.pth.tar")
+    assert (state["epoch"], state["step_in_epoch"]) == position
+    assert tune(run, images, tmp_path / "parts", "--num_workers", 1) == whole
+    whole, parts = (load_latest(tmp_path / name / "fine-tune.pth.tar") for name in ("whole", "parts"))
+    assert_same(parts, whole, "checkpoint")
+
+
+@pytest.mark.parametrize("script", [linear, tune])
+def test_steps_are_saved_by_flag(run, images, tmp_path, monkeypatch, script):
+    def fail(*args, **kwargs):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(LabelledTraining, "validate", fail)
+    with pytest.raises(OSError, match="the disk is gone"):
+        script(run, images, tmp_path, "--saveckp_steps", 2)
+    (path,) = tmp_path.glob("*.pth.tar")
+    assert load_latest(path)["step_in_epoch"] == 2
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(run, images, tmp_path):
+    with pytest.raises(ValueError, match=r"the loss is (nan|inf); try a smaller --lr"):
+        tune(run, images, tmp_path, "--lr", 1e30, "--saveckp_steps", 1)
+    assert not list(tmp_path.glob("*.pth.tar")) or load_latest(tmp_path / "fine-tune.pth.tar")["step_in_epoch"] < 3
+
+
+def test_fine_tuning_with_other_flags_than_the_checkpoints_is_refused(run, images, tmp_path):
+    tune(run, images, tmp_path, "--epochs", 1)
     with pytest.raises(ValueError, match=r"--mixup 0.0 does not fit .*--mixup 0.8"):
-        tune(run, images, tmp_path / "whole", "--mixup", 0)
+        tune(run, images, tmp_path, "--mixup", 0, "--epochs", 1)
     with pytest.raises(SystemExit):
         tune(run, images, tmp_path / "odd", "--batch_size", 7)
 
@@ -163,6 +245,51 @@ def test_augmented_images_are_a_function_of_seed_epoch_and_index(images):
         assert torch.equal(first, dataset[(3, 5)][0]) and first.shape == (in_chans, 16, 16)
         assert (label, index) == (source.label(5), 5)
         assert not torch.equal(first, dataset[(4, 5)][0])
+
+
+# --- Flags that the checkpoint answers --------------------------------------------------------------------------------
+
+
+def knn_of(run, *flags) -> dict[int, tuple[float, float]]:
+    flags = ["--pretrained", str(run), "--nb_knn", "1", "--num_workers", "0", "--device", "cpu", *map(str, flags)]
+    return eval_knn.eval_knn(eval_knn.parse_args(flags))
+
+
+def test_network_and_image_size_are_those_of_the_training_unless_a_flag_says_otherwise(run, images, capsys):
+    data = ("--data_path", images, "--val_path", images)
+    said = knn_of(run, *data, "--model_name", "deit_tiny", "--fname", CHECKPOINT, "--image_size", 32)
+    assert "--image_size" not in capsys.readouterr().out
+    assert knn_of(run, *data) == knn_of(run / CHECKPOINT, *data) == said
+    printed = capsys.readouterr().out
+    assert "--model_name deit_tiny, as in the training" in printed and "--image_size 32" in printed
+    args = eval_knn.parse_args(["--pretrained", str(run), *map(str, data), "--image_size", "24"])
+    load_chosen_encoder(args)
+    assert (args.model_name, args.image_size, args.fname) == ("deit_tiny", 24, CHECKPOINT)
+
+
+def test_the_embedded_digits_take_any_run_and_say_what_does_not_fit(run, tmp_path):
+    assert knn_of(run)[1][0] > 20  # chance is 10
+    with pytest.raises(ValueError, match=r"(?s)--model_name deit_small: .*it was trained with --model_name deit_tiny"):
+        knn_of(run, "--model_name", "deit_small")
+    for name in ("a-latest.pth.tar", "b-latest.pth.tar"):
+        shutil.copy(run / CHECKPOINT, tmp_path / name)
+    with pytest.raises(
+        ValueError, match=r"is a folder with a-latest.pth.tar, b-latest.pth.tar; name a file as --fname"
+    ):
+        knn_of(tmp_path)
+    (tmp_path / "empty").mkdir()
+    flags = ["--pretrained", str(tmp_path / "empty"), "--device", "cpu", "--folder", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match=r"is a folder with no checkpoint; name a file as --pretrain_path"):
+        linear_eval.linear_eval(linear_eval.parse_args(flags))
+
+
+@pytest.mark.parametrize("script", [eval_knn, fine_tune, linear_eval, logistic_eval, visualize_attention])
+def test_without_flags_it_is_the_run_on_the_digits_that_is_taken(script, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["script", "--device", "cpu"])
+    with pytest.raises(SystemExit) as end:
+        script.main()
+    assert end.value.code == 2 and ": run python main.py first" in capsys.readouterr().err
 
 
 # --- k-NN, attention, export ------------------------------------------------------------------------------------------
