@@ -58,19 +58,21 @@ class PartlyLabelled:
 def open_partly_labelled(
     data_path: str | None,
     *,
-    labels: str | None = None,
+    labels: Sequence[str] | None = None,
     labels_per_class: int | None = None,
     unlabeled_frac: float = 0.9,
     subset_path: str | None = None,
     data_seed: int | None = None,
     allow_absolute_paths: bool = False,
+    min_confidence: float | None = None,
 ) -> PartlyLabelled:
     """Open ``--data_path`` and find out which images have a label.
 
     ======================================  ===========================================================================
     given                                   labelled images
     ======================================  ===========================================================================
-    ``--labels labels.csv``                 those of the file: image relative to the folder, label
+    ``--labels labels.csv ...``             those of the files: image relative to the folder, label; of pseudo-labels
+                                            those with a confidence of ``--min_confidence`` or more
     class folders and ``unlabeled/``        those in the class folders
     ``--subset_path``                       those of a list, or of the official list in a folder of them
     ``--labels_per_class``                  so many of every class, drawn with ``--data_seed``
@@ -88,8 +90,10 @@ def open_partly_labelled(
     ]
     if len(given) > 1:
         raise ValueError(f"{' and '.join(given)}: give one of them, each says which images have a label")
+    if min_confidence is not None and labels is None:
+        raise ValueError(f"--min_confidence {min_confidence}: there is no table of --labels that it could choose from")
     if labels is not None:
-        found = from_csv(source, labels)
+        found = from_tables(source, labels, min_confidence)
     elif source.classes is None:
         raise ValueError(
             f"--data_path {data_path}: the images have no labels; give them as --labels labels.csv, or put the "
@@ -142,50 +146,102 @@ def from_class_folders(source: ImageSource) -> PartlyLabelled:
     return PartlyLabelled(source, new[source.labels], classes, f"class folders beside {folder}/")
 
 
-def from_csv(source: ImageSource, path: str) -> PartlyLabelled:
-    """Labels of a CSV file with two columns, image and label; a first line that names no image file is a heading.
+@dataclass
+class Row:
+    """A line of a table of labels; ``where`` says which, ``confidence`` is None where the table has none."""
 
-    An image is known by its path relative to the data set's folder, or by its file name where that is unique.
+    where: str
+    image: str
+    label: str
+    confidence: float | None = None
+
+
+def from_tables(source: ImageSource, paths: Sequence[str], min_confidence: float | None = None) -> PartlyLabelled:
+    """Labels of CSV files: a person's, with two columns, image and label, and pseudo-labels, which have more.
+
+    An image is known by its path relative to the data set's folder, or by its file name where that is unique. Of the
+    pseudo-labels those count that have a confidence of ``min_confidence`` or more; a label without one always counts.
+
+    Raises:
+        ValueError: If a table does not fit the images, or two labels of an image differ.
     """
     if not isinstance(source, FileSource):
-        raise ValueError(f"--labels {path}: {source.name} has no files that it could name")
-    rows = read_csv(path)
+        raise ValueError(f"--labels {' '.join(paths)}: {source.name} has no files that it could name")
     index_of = names_of(source)
-    if rows and rows[0][1][0] not in index_of and not rows[0][1][0].lower().endswith(EXTENSIONS):
-        rows = rows[1:]
-    if not rows:
-        raise ValueError(f"--labels {path} is empty")
-    unknown = [(number, name) for number, (name, _) in rows if name not in index_of]
-    if unknown:
-        number, name = unknown[0]
-        raise ValueError(
-            f"--labels {path}: {len(unknown)} of its {len(rows)} images are not in {source.name} (or several have that "
-            f"name), the first is {name!r} in line {number}"
-        )
-    classes = sorted({label for _, (_, label) in rows})
+    rows = [row for path in paths for row in read_table(path, index_of)]
+    classes = sorted({row.label for row in rows})  # also those of which no label is certain enough: they will be missed
+    how = " and ".join(paths)
+    if min_confidence is not None:
+        if all(row.confidence is None for row in rows):
+            raise ValueError(f"--min_confidence {min_confidence}: --labels {how} has no column confidence")
+        rows = [row for row in rows if row.confidence is None or row.confidence >= min_confidence]
+        how += f" with --min_confidence {min_confidence}"
     labels = np.full(len(source), -1, dtype=np.int64)
-    for number, (name, label) in rows:
-        index, value = index_of[name], classes.index(label)
+    for row in rows:
+        index, value = index_of[row.image], classes.index(row.label)
         if labels[index] not in (-1, value):
-            raise ValueError(f"--labels {path}, line {number}: {name} has the label {classes[labels[index]]!r} already")
+            raise ValueError(f"{row.where}: {row.image} has the label {classes[labels[index]]!r} already")
         labels[index] = value
-    return PartlyLabelled(source, labels, classes, path)
+    return PartlyLabelled(source, labels, classes, how)
 
 
-def read_csv(path: str) -> list[tuple[int, tuple[str, str]]]:
-    """Line number, image and label of every line that is not blank."""
+def read_table(path: str, index_of: dict[str, int]) -> list[Row]:
+    """The rows of one table; a first line that names no image file is a heading.
+
+    Args:
+        index_of: Known images.
+
+    Raises:
+        ValueError: If it cannot be read, has other columns, or names unknown images.
+    """
+    lines = read_csv(path)
+    columns = ["image", "label"]
+    if lines and _bare(lines[0][1][0]) not in index_of and not lines[0][1][0].lower().endswith(EXTENSIONS):
+        heading = [cell.lower() for cell in lines.pop(0)[1]]
+        if len(heading) > 2:
+            columns = heading
+    if not lines:
+        raise ValueError(f"--labels {path} is empty")
+    if columns[:2] != ["image", "label"] or columns[2:3] not in ([], ["confidence"]):
+        raise ValueError(
+            f"--labels {path}: expected two columns, image and label, or those of pseudo_labels.csv, image, label, "
+            f"confidence; got {', '.join(columns)}"
+        )
+    rows = []
+    for number, cells in lines:
+        where = f"--labels {path}, line {number}"
+        if len(cells) != len(columns) or not all(cells):
+            what = "an image and its label" if len(columns) == 2 else ", ".join(columns)
+            raise ValueError(f"{where}: expected {what}, got {cells}")
+        row = Row(where, _bare(cells[0]), cells[1])
+        if len(columns) > 2:
+            try:
+                row.confidence = float(cells[2])
+            except ValueError as error:
+                raise ValueError(f"{where}: the confidence {cells[2]!r} is no number") from error
+        rows.append(row)
+    unknown = [(row, number) for row, (number, _) in zip(rows, lines, strict=True) if row.image not in index_of]
+    if unknown:
+        row, number = unknown[0]
+        raise ValueError(
+            f"--labels {path}: {len(unknown)} of its {len(rows)} images are not in --data_path (or several have that "
+            f"name), the first is {row.image!r} in line {number}"
+        )
+    return rows
+
+
+def _bare(name: str) -> str:
+    return name.removeprefix("./")
+
+
+def read_csv(path: str) -> list[tuple[int, list[str]]]:
+    """Line number and cells of every line that is not blank."""
     try:
         with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             reader = csv.reader(file, dialect=_dialect(file))
-            lines = [(reader.line_num, [cell.strip() for cell in line]) for line in reader if any(line)]
+            return [(reader.line_num, [cell.strip() for cell in line]) for line in reader if any(line)]
     except (OSError, csv.Error) as error:
         raise ValueError(f"--labels {path} cannot be read: {error}") from error
-    rows = []
-    for number, cells in lines:
-        if len(cells) != 2 or not all(cells):
-            raise ValueError(f"--labels {path}, line {number}: expected an image and its label, got {cells}")
-        rows.append((number, (cells[0].removeprefix("./"), cells[1])))
-    return rows
 
 
 def _dialect(file) -> type[csv.Dialect]:

@@ -32,7 +32,7 @@ from paws.augmentations import choose_recipe
 from paws.collapse import CollapseMonitor
 from paws.losses import paws_loss, sharpen, soft_nearest_neighbours, support_labels
 from paws.optimisation import LARS, lr_schedule, parameter_groups
-from paws.pseudo_labels import save_pseudo_labels
+from paws.pseudo_labels import Written, save_pseudo_labels
 from paws.report import save_pictures, summary
 from paws.training_setup import (
     Resumable,
@@ -46,6 +46,7 @@ from paws.training_setup import (
 from shared import distributed, randomness
 from shared.checkpoint import Checkpointer, is_at_start
 from shared.flags import bool_flag
+from shared.images import ImageError
 from shared.metrics import RunLog, feature_spread, rank_me
 from shared.multicrop import normalize_views
 from shared.not_finite import FiniteGuard
@@ -179,16 +180,19 @@ def train_paws(args: argparse.Namespace) -> None:
             log.end_epoch(epoch, bad_images=data.bad_images.count())
             checkpointer.after_epoch(epoch, keep_as=numbered_checkpoint(args, epoch))
     log.close()
-    written = save_pseudo_labels(
-        distributed.unwrap(encoder),
-        data.images,
-        recipe,
-        args.temperature,
-        output_dir,
-        device,
-        args.pictures,
-        num_workers=data.num_workers,
-    )
+    try:
+        written = save_pseudo_labels(
+            distributed.unwrap(encoder),
+            data.images,
+            recipe,
+            args.temperature,
+            output_dir,
+            device,
+            args.pictures,
+            num_workers=data.num_workers,
+        )
+    except ImageError as error:  # as after self-training, when all readable images have a label
+        written = Written(None, [f"no pseudo-labels: {error}"])
     if distributed.is_main_process():
         pictures = written.pictures + (save_pictures(data.dataset, output_dir) if args.pictures else [])
         print(summary(args, output_dir, evaluation, written, pictures, list(monitor.said.values())))

@@ -39,7 +39,7 @@ from shared import distributed
 from shared.data import EvalDataset, ImageError, default_num_workers
 from shared.evaluation.features import extract_features
 from shared.flags import bool_flag
-from shared.sources import ImageSource
+from shared.sources import FileSource, ImageSource
 
 UNREADABLE = -2  # in place of a label
 # Without images: the digits and the network that main.py trains on them.
@@ -218,12 +218,17 @@ def write_unreadable(source: ImageSource, indices: Sequence[int], path: Path) ->
 def write_table(
     images: PartlyLabelled, rows: np.ndarray, found: np.ndarray, confidences: np.ndarray, path: Path
 ) -> None:
-    """One row per image, in the order of the source; the least certain ones are worth looking at first."""
+    """One row per image, in the order of the source; the file can be the ``--labels`` of another training.
+
+    Images are named by their path below the data set's folder, where there is one.
+    """
+    source = images.source
     with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(["image", "label", "confidence", *(["class"] if images.truth is not None else [])])
         for row, label, confidence in zip(rows.tolist(), found.tolist(), confidences.tolist(), strict=True):
-            line = [images.source.path(row), images.classes[label], f"{confidence:.4f}"]
+            name = source.names[row] if isinstance(source, FileSource) else source.path(row)
+            line = [name, images.classes[label], f"{confidence:.4f}"]
             writer.writerow([*line, images.classes[images.truth[row]]] if images.truth is not None else line)
 
 

@@ -1,6 +1,7 @@
 """What a run leaves for a person to look at: pictures, and a summary that says what was learned and what to do next."""
 
 import argparse
+import shlex
 from pathlib import Path
 
 from shared.evaluation.summary import command, end_of_run
@@ -57,7 +58,7 @@ def summary(
         "model_name": args.model_name,
         "pretrained": weights,
         "data_path": args.data_path,
-        "labels": args.labels,
+        "min_confidence": args.min_confidence,
         "labels_per_class": args.labels_per_class,
         "subset_path": args.subset_path,
         "unlabeled_frac": args.unlabeled_frac if args.data_path else None,
@@ -67,7 +68,9 @@ def summary(
         "normalize": None if args.normalize else "false",
         "val_path": args.val_path,
     }
-    commands = [command(script, **flags) for script in ("snn_eval.py", "fine_tune.py") if evaluation.off is None]
+    tables = f" --labels {shlex.join(args.labels)}" if args.labels else ""
+    scripts = ("snn_eval.py", "fine_tune.py") if evaluation.off is None else ()
+    commands = [command(script, **flags) + tables for script in scripts]
     commands.append(
         "python main.py --data_path YOUR_IMAGES --labels YOUR_LABELS.csv --fname configs/paws/own_images.yaml "
         "--output_dir YOUR_RUN"

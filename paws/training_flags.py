@@ -46,7 +46,9 @@ def add_label_flags(parser: argparse.ArgumentParser) -> Callable:
         "--data_path")  # fmt: skip
     add("--root_path", default=None, help="official name of --data_path, together with --image_folder")
     add("--image_folder", default="", help="folder below --root_path")
-    add("--labels", default=None, help="CSV file: image (relative to --data_path), label; all other images have none")
+    add("--labels", nargs="+", default=None, help="CSV files: image (relative to --data_path), label; all other images "
+        "have none. Also pseudo_labels.csv of a run")  # fmt: skip
+    add("--min_confidence", type=float, default=None, help="use only pseudo-labels of this confidence or more")
     add("--labels_per_class", type=int, default=None, help="draw so many labelled images of every class")
     add("--unlabeled_frac", type=float, default=0.9, help="share of the images whose label is not used, if neither "
         "--labels, --labels_per_class nor an unlabeled/ folder says which")  # fmt: skip
@@ -185,6 +187,9 @@ def check_ranges(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     for flag in SHARES:
         if (value := getattr(args, flag, None)) is not None and not value < 1:
             parser.error(f"--{flag} {value}: expected a share below 1")
+    confidence = getattr(args, "min_confidence", None)
+    if confidence is not None and not 0 <= confidence <= 1:
+        parser.error(f"--min_confidence {confidence} is outside [0, 1]")
     if getattr(args, "label_smoothing", 0) < 0:
         parser.error(f"--label_smoothing {args.label_smoothing} is negative")
     if getattr(args, "epochs", 0) < getattr(args, "warmup", 0):

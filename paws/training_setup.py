@@ -45,6 +45,7 @@ def open_images(args: argparse.Namespace) -> PartlyLabelled:
         subset_path=args.subset_path,
         data_seed=args.data_seed,
         allow_absolute_paths=args.allow_absolute_paths,
+        min_confidence=args.min_confidence,
     )
     distributed.print_once(images.describe())
     images.source = cache_images(images.source, getattr(args, "cache", "none"))

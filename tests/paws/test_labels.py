@@ -28,7 +28,7 @@ def test_a_table_labels_some_of_a_flat_folder(own, tmp_path, separator):
     pictures, labels = own
     table = tmp_path / "labels.csv"
     table.write_text(labels.read_text().replace(",", separator))
-    images = open_partly_labelled(str(pictures), labels=str(table))
+    images = open_partly_labelled(str(pictures), labels=[str(table)])
     assert images.classes == ["bright", "dark"] and images.truth is None
     assert names(images) == {f"{i}.png": ("dark", "bright")[i % 2] for i in range(12)}
     assert len(images.unlabelled) == 20
@@ -37,11 +37,43 @@ def test_a_table_labels_some_of_a_flat_folder(own, tmp_path, separator):
 def test_a_table_needs_no_heading_and_knows_paths(noise, tmp_path):
     table = tmp_path / "labels.csv"
     table.write_text("class0/0.png,cat\n./class1/1.png,dog\n2.png,dog\n")
-    assert names(open_partly_labelled(str(noise), labels=str(table))) == {
+    assert names(open_partly_labelled(str(noise), labels=[str(table)])) == {
         "0.png": "cat",
         "1.png": "dog",
         "2.png": "dog",
     }
+
+
+PSEUDO = "image,label,confidence\n20.png,dark,0.95\n21.png,bright,0.9\n22.png,dark,0.4\n23.png,bright,0.8\n"
+
+
+def test_pseudo_labels_are_labels_from_a_confidence_on(own, tmp_path):
+    pictures, labels = own
+    table = tmp_path / "pseudo_labels.csv"
+    table.write_text(PSEUDO)
+    images = open_partly_labelled(str(pictures), labels=[str(table)])
+    assert names(images) == {"20.png": "dark", "21.png": "bright", "22.png": "dark", "23.png": "bright"}
+    images = open_partly_labelled(str(pictures), labels=[str(labels), str(table)], min_confidence=0.9)
+    assert set(names(images)) == {f"{i}.png" for i in (*range(12), 20, 21)}
+    table.write_text(PSEUDO.replace("confidence\n", "confidence,class\n").replace("5\n", "5,dark\n"))
+    with pytest.raises(ValueError, match=r"line 3: expected image, label, confidence, class, got \['21.png'"):
+        open_partly_labelled(str(pictures), labels=[str(table)])
+
+
+@pytest.mark.parametrize(
+    ("text", "min_confidence", "message"),
+    [
+        (PSEUDO, 0.93, r"1 of 2 classes have no labelled image \(.*with --min_confidence 0.93\), .* 'bright'"),
+        (PSEUDO.replace("0.4", "low"), None, r"line 4: the confidence 'low' is no number"),
+        (PSEUDO.replace("confidence", "size"), None, "expected two columns, .* got image, label, size"),
+        ("20.png,dark\n21.png,bright\n", 0.5, "--min_confidence 0.5: --labels .* has no column confidence"),
+        ("20.png,dark,0.9\n", None, r"line 1: expected an image and its label, got \['20.png', 'dark', '0.9'\]"),
+    ],
+)
+def test_pseudo_labels_that_do_not_fit_are_one_clear_error(own, tmp_path, text, min_confidence, message):
+    (tmp_path / "table.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        open_partly_labelled(str(own[0]), labels=[str(tmp_path / "table.csv")], min_confidence=min_confidence)
 
 
 @pytest.mark.parametrize("folder", ["unlabeled", "unlabelled"])
@@ -105,7 +137,7 @@ def test_a_table_that_does_not_fit_is_one_clear_error(own, tmp_path, text, messa
     table = tmp_path / "labels.csv"
     table.write_text(text)
     with pytest.raises(ValueError, match=message):
-        open_partly_labelled(str(own[0]), labels=str(table))
+        open_partly_labelled(str(own[0]), labels=[str(table)])
 
 
 def test_other_mistakes_are_one_clear_error(own, noise, tmp_path):
@@ -115,14 +147,15 @@ def test_other_mistakes_are_one_clear_error(own, noise, tmp_path):
     wrong.write_text("n01440764_1.JPEG\n")
     for arguments, message in (
         ({"data_path": str(own[0])}, "the images have no labels; give them as --labels labels.csv"),
-        ({"data_path": str(noise), "labels": "nowhere.csv"}, "--labels nowhere.csv cannot be read"),
-        ({"data_path": None, "labels": str(own[1])}, "has no files that it could name"),
+        ({"data_path": str(noise), "labels": ["nowhere.csv"]}, "--labels nowhere.csv cannot be read"),
+        ({"data_path": None, "labels": [str(own[1])]}, "has no files that it could name"),
         ({"data_path": str(noise), "subset_path": "nowhere"}, "--subset_path nowhere: no such file or folder"),
         (
             {"data_path": str(noise), "subset_path": str(wrong)},
             "1 of its 1 images are not in .*, the first is n01440764/n01440764_1.JPEG",
         ),
         ({"data_path": str(noise), "subset_path": str(few)}, "2 of 3 classes have no labelled image .* 'class1'"),
+        ({"data_path": str(noise), "min_confidence": 0.9}, "--min_confidence 0.9: there is no table of --labels"),
         ({"data_path": str(noise), "labels_per_class": 9}, "--labels_per_class 9: class 'class0' has 8 images"),
         ({"data_path": str(noise), "labels_per_class": 0}, "--labels_per_class 0 is less than 1"),
         ({"data_path": str(noise), "labels_per_class": 1, "subset_path": str(few)}, "give one of them"),
