@@ -30,17 +30,16 @@ from msn.augmentations import MEAN, STD, msn_views
 from msn.collapse import CollapseMonitor
 from msn.losses import LossTerms, MSNLoss, new_prototypes
 from msn.report import save_pictures, summary
+from msn.resuming import Resumable, find_checkpoint
 from msn.schedules import Schedules, learning_rates, linear, weight_decays
 from msn.vision_transformer import ARCHITECTURES, ProjectionHead, Trunk, VisionTransformer, build, num_kept_patches
 from shared import distributed, randomness
 from shared.batchnorm import synchronize_batchnorm
-from shared.checkpoint import Checkpointer, check_flags, is_at_start, load_latest, restore, resume_position
-from shared.data import BadImages, EpochBatchSampler, default_num_workers, make_loader, open_source, short_side
-from shared.evaluation.knn_monitor import KNNMonitor, open_labelled
+from shared.checkpoint import Checkpointer, is_at_start
+from shared.evaluation.knn_monitor import build_knn_monitor
 from shared.flags import add_data_flags, add_run_flags, bool_flag
-from shared.image_cache import cache_images
 from shared.metrics import RunLog, feature_spread, rank_me
-from shared.multicrop import MultiCropDataset, normalize_views
+from shared.multicrop import normalize_views
 from shared.not_finite import FiniteGuard
 from shared.optim import (
     build_optimizer,
@@ -50,6 +49,7 @@ from shared.optim import (
 )
 from shared.precision import Precision
 from shared.start import start_run
+from shared.training_data import open_training_data
 from shared.yaml_config import parse_args_with_config, write_config
 
 # What replaces the published values when no --data_path is given: 8x8 pixel digits need no ViT at 224 pixels. Small
@@ -79,7 +79,6 @@ EMBEDDED_DATA_DEFAULTS = {
 LEAST = {"epochs": 1, "batch_size": 1, "num_proto": 2, "hidden_dim": 1, "output_dim": 1, "log_freq": 1, "warmup": 0}
 # Keys of the published files that the official code reads and does not use, with the value that says so.
 UNUSED = {"bottleneck": 1, "two_layer": False, "use_pred_head": False, "use_fp16": False, "copy_data": False}
-NETWORK_FLAGS = ("model_name", "patch_size", "rand_size", "in_chans", "hidden_dim", "output_dim", "use_bn", "num_proto")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -224,15 +223,10 @@ def train_msn(args: argparse.Namespace) -> None:
     precision = Precision(args.amp, device)
     if distributed.is_main_process():
         write_config(output_dir / "params-msn-train.yaml", args, get_args_parser())
-    world_size = distributed.get_world_size()
-    if args.use_bn and args.batch_size * world_size < 2:
+    if args.use_bn and args.batch_size * distributed.get_world_size() < 2:
         raise ValueError("--batch_size 1: one image has no statistics for the head's batch norms; see --use_bn false")
 
     # data
-    source = open_source(args.data_path, "train", allow_absolute_paths=args.allow_absolute_paths)
-    source = cache_images(source, args.cache)
-    images = source.checksum()
-    distributed.check_same_on_all_processes((len(source), images), "the training data (number of images, checksum)")
     recipes = msn_views(
         args.rand_size,
         args.focal_size,
@@ -243,17 +237,8 @@ def train_msn(args: argparse.Namespace) -> None:
         args.focal_scale,
         args.blur_radius,
     )
-    bad_images = BadImages(len(source), output_dir / "bad_images.txt", args.on_bad_image, args.max_bad_fraction)
-    dataset = MultiCropDataset(source, recipes, args.seed, args.augmentation, args.in_chans, bad_images)
-    sampler = EpochBatchSampler(len(source), args.batch_size, args.seed, distributed.get_rank(), world_size)
-    num_workers = default_num_workers() if args.num_workers is None else args.num_workers
-    loader = make_loader(dataset, batch_sampler=sampler, num_workers=num_workers, device=device)
-    steps_per_epoch = len(sampler)
-    distributed.print_once(f"{source.describe()}: {steps_per_epoch} steps per epoch")
-    if args.data_path is not None and (side := short_side(source)) < args.rand_size:
-        distributed.print_once(
-            f"images of {side} pixels are smaller than --rand_size {args.rand_size}: views are enlarged"
-        )
+    data = open_training_data(args, recipes, args.batch_size, output_dir, device, "--rand_size")
+    steps_per_epoch = data.steps_per_epoch
     if args.data_path is None:
         names = " ".join(f"--{name}" for name in EMBEDDED_DATA_DEFAULTS)
         distributed.print_once(f"without --data_path these flags have defaults for the embedded data: {names}")
@@ -293,90 +278,38 @@ def train_msn(args: argparse.Namespace) -> None:
     latest = output_dir / f"{args.write_tag}-latest.pth.tar"
     checkpoint = find_checkpoint(latest, args.read_checkpoint, args.load_checkpoint)
     log = RunLog(output_dir, args.epochs * steps_per_epoch, args.log_freq, args.tensorboard, resumed=bool(checkpoint))
-    first_epoch, first_step, epoch_loss = 0, 0, None
-    patience_steps = min(len(schedules.lr) // 4, 2 * steps_per_epoch + 1000)
-    monitor = CollapseMonitor(args.num_proto, patience_steps, round(args.warmup * steps_per_epoch))
-    prefix = "module." if world_size > 1 else ""  # as in the official files
-
-    def state(epoch: int, step_in_epoch: int) -> dict:
-        """Everything a run needs to go on at this step; the first keys are those of the official checkpoints."""
-        return {
-            "encoder": {prefix + name: value for name, value in distributed.unwrap(encoder).state_dict().items()},
-            "opt": optimizer.state_dict(),
-            "prototypes": prototypes.data,
-            "target_encoder": {prefix + name: value for name, value in target_encoder.state_dict().items()},
-            "epoch": epoch,
-            "loss": epoch_loss,  # of the last complete epoch
-            "batch_size": args.batch_size,
-            "world_size": world_size,
-            "lr": args.lr,
-            "temperature": args.temperature,
-            "args": vars(args),
-            "fp16_scaler": precision.scaler.state_dict(),
-            "step_in_epoch": step_in_epoch,
-            "skipped_steps": int(guard.in_a_row),
-            "images": images,
-            "log": log.state_dict(),
-        }
-
-    if checkpoint is not None:
-        if "args" in checkpoint:  # the official checkpoints have none
-            check_flags(checkpoint, args, NETWORK_FLAGS)
-        restore(checkpoint, encoder=distributed.unwrap(encoder), target_encoder=target_encoder, opt=optimizer)
-        restore_prototypes(checkpoint, prototypes)
-        if checkpoint.get("fp16_scaler"):
-            precision.scaler.load_state_dict(checkpoint["fp16_scaler"])
-        if "log" in checkpoint:
-            log.load_state_dict(checkpoint["log"])
-        images_per_step = checkpoint["batch_size"] * checkpoint["world_size"]
-        first_epoch, first_step = resume_position(
-            checkpoint | {"batch_size": images_per_step}, args.batch_size * world_size, images, args.on_changed_run
-        )
-        epoch_loss = checkpoint["loss"]
-        distributed.print_once(f"resuming at epoch {first_epoch}, step {first_step}")
-    guard = FiniteGuard(
+    training = Resumable(args, data, encoder, target_encoder, prototypes, optimizer, precision, log)
+    first_epoch, first_step = (0, 0) if checkpoint is None else training.load(checkpoint)
+    training.guard = guard = FiniteGuard(
         {"target_encoder": target_encoder, "encoder": distributed.unwrap(encoder)},
         output_dir,
         args.max_skipped_steps,
         device,
         in_a_row=checkpoint.get("skipped_steps", 0) if checkpoint else 0,
     )
-    labelled = (
-        open_labelled(args.data_path, args.val_path, args.allow_absolute_paths) if args.eval_knn_freq != 0 else "off"
+
+    # what is looked at on the way
+    monitor = CollapseMonitor(
+        args.num_proto,
+        patience_steps=min(len(schedules.lr) // 4, 2 * steps_per_epoch + 1000),
+        warmup_steps=round(args.warmup * steps_per_epoch),
     )
-    if args.eval_knn_freq and isinstance(labelled, str):
-        raise ValueError(f"--eval_knn_freq {args.eval_knn_freq}: {labelled}")
-    knn = KNNMonitor(
-        labelled,
-        args.rand_size,
-        MEAN,
-        STD,
-        args.eval_knn_freq,
-        args.epochs,
-        device,
-        args.in_chans,
-        num_workers,
-        on_bad_image=args.on_bad_image,
-        max_bad_fraction=args.max_bad_fraction,
-        output_dir=output_dir,
-    )
-    if knn.off:
-        distributed.print_once(f"no k-NN evaluation: {knn.off}")
+    knn = build_knn_monitor(args, args.rand_size, MEAN, STD, device, data.num_workers, output_dir, args.in_chans)
     trunk = Trunk(target_encoder)
 
     # epochs
-    with Checkpointer(latest, state, args.saveckp_steps, args.saveckp_minutes, guard.is_good) as checkpointer:
+    with Checkpointer(latest, training.state, args.saveckp_steps, args.saveckp_minutes, guard.is_good) as checkpointer:
         if is_at_start(checkpoint) and knn.is_due(-1):
             stop = partial(checkpointer.stop_if_asked, 0, 0)
             log.evaluation(0, 0, knn_top1=knn.run(trunk, stop))
         for epoch in range(first_epoch, args.epochs):
-            sampler.set_epoch(epoch, first_step)
+            data.sampler.set_epoch(epoch, first_step)
             train_one_epoch(
                 encoder,
                 target_encoder,
                 prototypes,
                 criterion,
-                loader,
+                data.loader,
                 optimizer,
                 schedules,
                 epoch=epoch,
@@ -395,13 +328,13 @@ def train_msn(args: argparse.Namespace) -> None:
             if knn.is_due(epoch):
                 stop = partial(checkpointer.stop_if_asked, epoch, steps_per_epoch)
                 log.evaluation((epoch + 1) * steps_per_epoch, epoch + 1, knn_top1=knn.run(trunk, stop))
-            epoch_loss = log.end_epoch(epoch, bad_images=bad_images.count())["train_loss"]
+            training.epoch_loss = log.end_epoch(epoch, bad_images=data.bad_images.count())["train_loss"]
             numbered = args.checkpoint_freq and (epoch + 1) % args.checkpoint_freq == 0
             checkpointer.after_epoch(epoch, f"{args.write_tag}-ep{epoch + 1}.pth.tar" if numbered else None)
     log.close()
     pictures = []
     if args.pictures:
-        pictures = save_pictures(trunk, dataset, knn, args.rand_size, args.patch_drop, output_dir, device)
+        pictures = save_pictures(trunk, data.dataset, knn, args.rand_size, args.patch_drop, output_dir, device)
     if distributed.is_main_process():
         problems = list(monitor.said.values())
         print(summary(output_dir, latest, args, knn, pictures, problems))
@@ -428,37 +361,6 @@ def param_groups(encoder: nn.Module, prototypes: nn.Parameter) -> list[dict]:
         plain | {"WD_exclude": True},
         {"params": [prototypes], "weight_decay": 0.0, "LARS_exclude": True, "WD_exclude": True},
     ]
-
-
-def find_checkpoint(latest: Path, read_checkpoint: str | None, must_exist: bool) -> dict | None:
-    """The newest state of this run, else the one to start from, else None.
-
-    Raises:
-        ValueError: If it was asked for and there is none.
-    """
-    checkpoint = load_latest(latest)
-    if checkpoint is None and read_checkpoint is not None:
-        checkpoint = load_latest(latest.parent / read_checkpoint)
-        if checkpoint is None:
-            raise ValueError(f"--read_checkpoint {read_checkpoint}: there is no such file in {latest.parent}")
-    if checkpoint is None and must_exist:
-        raise ValueError(f"--load_checkpoint true: there is no {latest}")
-    return checkpoint
-
-
-def restore_prototypes(checkpoint: dict, prototypes: nn.Parameter) -> None:
-    """Copy the prototypes of a checkpoint.
-
-    Raises:
-        ValueError: If it has none, or others.
-    """
-    saved = checkpoint.get("prototypes")
-    if not isinstance(saved, Tensor) or saved.shape != prototypes.shape:
-        found = tuple(saved.shape) if isinstance(saved, Tensor) else "none"
-        raise ValueError(
-            f"the checkpoint's prototypes do not fit this run: {found} instead of {tuple(prototypes.shape)}"
-        )
-    prototypes.data.copy_(saved)
 
 
 def train_one_epoch(
