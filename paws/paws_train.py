@@ -17,7 +17,6 @@ import argparse
 import math
 import sys
 from collections.abc import Iterable, Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,15 +29,17 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 from paws import training_flags
 from paws.augmentations import choose_recipe
 from paws.collapse import CollapseMonitor
-from paws.losses import paws_loss, sharpen, soft_nearest_neighbours, support_labels
-from paws.optimisation import LARS, lr_schedule, parameter_groups
+from paws.losses import paws_loss, sharpen, soft_nearest_neighbours
 from paws.pseudo_labels import Written, save_pseudo_labels
 from paws.report import save_pictures, summary
+from paws.training_loop import new_guard
 from paws.training_setup import (
     Resumable,
     build_monitor,
+    build_optimizer,
     build_wrapped_encoder,
     find_checkpoint,
+    labels_of_supports,
     latest,
     numbered_checkpoint,
     open_training_data,
@@ -114,31 +115,15 @@ def train_paws(args: argparse.Namespace) -> None:
 
     # encoder, optimiser, schedule, labels of the supports
     encoder = build_wrapped_encoder(args, recipe, device)
-    optimizer = LARS(parameter_groups(encoder, args.weight_decay), momentum=args.momentum, nesterov=args.nesterov)
-    rates = lr_schedule(
-        args.start_lr, args.lr, args.final_lr, args.warmup * steps_per_epoch, args.epochs * steps_per_epoch
-    )
-    labels = support_labels(
-        args.supervised_imgs_per_class,
-        args.classes_per_batch,
-        distributed.get_world_size(),
-        args.unique_classes_per_rank,
-        args.label_smoothing,
-        args.supervised_views,
-    ).to(device)
+    optimizer, rates = build_optimizer(args, encoder, steps_per_epoch)
+    labels = labels_of_supports(args, device)
 
     # resume
     checkpoint = find_checkpoint(args, output_dir)
     log = RunLog(output_dir, len(rates), args.log_freq, args.tensorboard, resumed=bool(checkpoint))
     training = Resumable(args, data, encoder, optimizer, precision, log)
     first_epoch, first_step = (0, 0) if checkpoint is None else training.load(checkpoint)
-    training.guard = guard = FiniteGuard(
-        {"encoder": distributed.unwrap(encoder)},
-        output_dir,
-        args.max_skipped_steps,
-        device,
-        in_a_row=checkpoint.get("skipped_steps", 0) if checkpoint else 0,
-    )
+    training.guard = guard = new_guard(encoder, output_dir, args.max_skipped_steps, device, checkpoint)
     monitor = CollapseMonitor(labels.shape[1], patience_steps=len(rates) // 4)
     evaluation = build_monitor(args, data, recipe, output_dir, device)
 
@@ -146,9 +131,8 @@ def train_paws(args: argparse.Namespace) -> None:
     with Checkpointer(
         output_dir / latest(args), training.state, args.saveckp_steps, args.saveckp_minutes, guard.is_good
     ) as checkpointer:
-        if is_at_start(checkpoint) and evaluation.is_due(-1):
-            stop = partial(checkpointer.stop_if_asked, 0, 0)
-            log.evaluation(0, 0, snn_top1=evaluation.run(distributed.unwrap(encoder), stop))
+        if is_at_start(checkpoint):
+            training.evaluate(evaluation, checkpointer, epoch=-1)
         for epoch in range(first_epoch, args.epochs):
             data.set_epoch(epoch, first_step)
             train_one_epoch(
@@ -173,10 +157,7 @@ def train_paws(args: argparse.Namespace) -> None:
                 monitor=monitor,
             )
             first_step = 0
-            if evaluation.is_due(epoch):
-                stop = partial(checkpointer.stop_if_asked, epoch, steps_per_epoch)
-                top1 = evaluation.run(distributed.unwrap(encoder), stop)
-                log.evaluation((epoch + 1) * steps_per_epoch, epoch + 1, snn_top1=top1)
+            training.evaluate(evaluation, checkpointer, epoch)
             log.end_epoch(epoch, bad_images=data.bad_images.count())
             checkpointer.after_epoch(epoch, keep_as=numbered_checkpoint(args, epoch))
     log.close()

@@ -23,14 +23,15 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from paws import training_flags
 from paws.augmentations import Recipe, choose_recipe
-from paws.losses import simclr_loss, suncet_loss, support_labels
-from paws.optimisation import LARS, lr_schedule, parameter_groups
+from paws.losses import simclr_loss, suncet_loss
 from paws.training_loop import Loop, StepLoss, new_guard
 from paws.training_setup import (
     Resumable,
     build_monitor,
+    build_optimizer,
     build_wrapped_encoder,
     find_checkpoint,
+    labels_of_supports,
     latest,
     numbered_checkpoint,
     open_training_data,
@@ -89,18 +90,8 @@ def train_suncet(args: argparse.Namespace) -> None:
     steps_per_epoch = data.steps_per_epoch
 
     encoder = build_wrapped_encoder(args, recipe, device)
-    optimizer = LARS(parameter_groups(encoder, args.weight_decay), momentum=args.momentum, nesterov=args.nesterov)
-    rates = lr_schedule(
-        args.start_lr, args.lr, args.final_lr, args.warmup * steps_per_epoch, args.epochs * steps_per_epoch
-    )
-    labels = support_labels(
-        args.supervised_imgs_per_class,
-        args.classes_per_batch,
-        distributed.get_world_size(),
-        args.unique_classes_per_rank,
-        args.label_smoothing,
-        args.supervised_views,
-    ).to(device)
+    optimizer, rates = build_optimizer(args, encoder, steps_per_epoch)
+    labels = labels_of_supports(args, device)
     step_loss = partial(
         contrast,
         encoder,
@@ -121,18 +112,14 @@ def train_suncet(args: argparse.Namespace) -> None:
         output_dir / latest(args), training.state, args.saveckp_steps, args.saveckp_minutes, guard.is_good
     ) as checkpointer:
         loop = Loop(encoder, optimizer, rates, steps_per_epoch, args.seed, precision, log, guard, checkpointer)
-        if is_at_start(checkpoint) and evaluation.is_due(-1):
-            stop = partial(checkpointer.stop_if_asked, 0, 0)
-            log.evaluation(0, 0, snn_top1=evaluation.run(distributed.unwrap(encoder), stop))
+        if is_at_start(checkpoint):
+            training.evaluate(evaluation, checkpointer, epoch=-1)
         for epoch in range(first_epoch, args.epochs):
             data.set_epoch(epoch, first_step)
             encoder.train()
             loop.epoch(data, step_loss, epoch, first_step)
             first_step = 0
-            if evaluation.is_due(epoch):
-                stop = partial(checkpointer.stop_if_asked, epoch, steps_per_epoch)
-                top1 = evaluation.run(distributed.unwrap(encoder), stop)
-                log.evaluation((epoch + 1) * steps_per_epoch, epoch + 1, snn_top1=top1)
+            training.evaluate(evaluation, checkpointer, epoch)
             log.end_epoch(epoch, bad_images=data.bad_images.count())
             checkpointer.after_epoch(epoch, keep_as=numbered_checkpoint(args, epoch))
     log.close()

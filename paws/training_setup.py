@@ -4,16 +4,17 @@ import argparse
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from shared import distributed, randomness
 from shared.batchnorm import synchronize_batchnorm
-from shared.checkpoint import CheckpointError, check_flags, load_latest, restore, resume_position
+from shared.checkpoint import Checkpointer, CheckpointError, check_flags, load_latest, restore, resume_position
 from shared.data import BadImages, EpochBatchSampler, default_num_workers, make_loader, short_side
 from shared.image_cache import cache_images
 from shared.metrics import RunLog
@@ -25,8 +26,9 @@ from .augmentations import Recipe, paws_views, support_views
 from .evaluation import SNNMonitor, open_validation
 from .heads import Encoder
 from .labels import PartlyLabelled, open_partly_labelled
+from .losses import support_labels
 from .networks import build_encoder
-from .optimisation import LARS
+from .optimisation import LARS, lr_schedule, parameter_groups
 from .pretrained import load_backbone_into
 from .support_sampler import SupportSampler
 
@@ -209,6 +211,28 @@ def build_monitor(
     return monitor
 
 
+# --- Optimisation -----------------------------------------------------------------------------------------------------
+
+
+def build_optimizer(args: argparse.Namespace, encoder: nn.Module, steps_per_epoch: int) -> tuple[LARS, np.ndarray]:
+    """LARS, and the learning rate of every step."""
+    optimizer = LARS(parameter_groups(encoder, args.weight_decay), momentum=args.momentum, nesterov=args.nesterov)
+    warmup_steps, steps = args.warmup * steps_per_epoch, args.epochs * steps_per_epoch
+    return optimizer, lr_schedule(args.start_lr, args.lr, args.final_lr, warmup_steps, steps)
+
+
+def labels_of_supports(args: argparse.Namespace, device: torch.device) -> Tensor:
+    """Smoothed labels of the supports of a step; see :func:`paws.losses.support_labels`."""
+    return support_labels(
+        args.supervised_imgs_per_class,
+        args.classes_per_batch,
+        distributed.get_world_size(),
+        args.unique_classes_per_rank,
+        args.label_smoothing,
+        args.supervised_views,
+    ).to(device)
+
+
 # --- Resuming ---------------------------------------------------------------------------------------------------------
 
 
@@ -239,6 +263,15 @@ class Resumable:
     precision: Precision
     log: RunLog
     guard: FiniteGuard | None = field(default=None)
+
+    def evaluate(self, evaluation: SNNMonitor, checkpointer: Checkpointer, epoch: int) -> None:
+        """Evaluate after ``epoch`` (-1: before training) if that is due; a signal stops it, after saving."""
+        if not evaluation.is_due(epoch):
+            return
+        steps = self.data.steps_per_epoch
+        position = (epoch, steps) if epoch >= 0 else (0, 0)
+        top1 = evaluation.run(distributed.unwrap(self.encoder), partial(checkpointer.stop_if_asked, *position))
+        self.log.evaluation((epoch + 1) * steps, epoch + 1, snn_top1=top1)
 
     def state(self, epoch: int, step_in_epoch: int) -> dict:
         """Where to go on and with what; the first keys are those of the official checkpoints. For every rank."""
