@@ -304,7 +304,8 @@ class Resumable:
         """
         if "args" in checkpoint:  # the official checkpoints have none
             check_flags(checkpoint, self.args, NETWORK_FLAGS)
-        own = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        # all but the learning rate, which every step sets: at the end of an epoch there may be no step before the save
+        own = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in self.optimizer.param_groups]
         restore(checkpoint, encoder=distributed.unwrap(self.encoder), opt=self.optimizer)
         for group, options in zip(self.optimizer.param_groups, own, strict=True):
             group.update(options)  # what the flags say now

@@ -184,6 +184,24 @@ def test_a_run_stopped_anywhere_ends_like_an_uninterrupted_one(images, whole, tm
         assert (tmp_path / name).read_text() == (whole / name).read_text()
 
 
+def test_a_run_stopped_between_two_epochs_ends_like_an_uninterrupted_one(images, whole, tmp_path, monkeypatch):
+    def stop(*args, **kwargs):
+        raise Stop
+
+    flags = ("--data_path", images, *FEW, "--epochs", 2, "--saveckp_steps", 1, "--eval_knn_freq", 1)
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(paws_train.Checkpointer, "after_epoch", stop)
+        train(tmp_path, *flags)
+    with monkeypatch.context() as patch, pytest.raises(Stop):  # no step before this save
+        patch.setattr(paws_train, "step_unless_not_finite", stop)
+        train(tmp_path, *flags)
+    uninterrupted = tmp_path / "uninterrupted"
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(paws_train, "step_unless_not_finite", stop_after(3))
+        train(uninterrupted, *flags)
+    assert_same(*(comparable(state_of(folder)) for folder in (tmp_path, uninterrupted)), "checkpoint")
+
+
 def test_other_labels_are_said_or_refused(images, whole, tmp_path, capsys):
     shutil.copytree(whole, tmp_path / "run")
     flags = ("--data_path", images, *FEW, "--epochs", 2, "--data_seed", 1)
