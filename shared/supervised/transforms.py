@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torchvision.transforms as T
-from PIL import Image
-from timm.data import create_transform
+from PIL import Image, ImageOps
+from timm.data import auto_augment, create_transform
 from torch import Tensor
 
 from shared.data import EvalTransform
@@ -65,6 +65,7 @@ class TrainTransform:
             )
         except AssertionError as error:
             raise ValueError(f"--aa {auto_augment}: {error}") from error
+        posterize_to_nothing(self.augment)
         if input_size <= SMALL_PX:
             pad_and_crop = [T.Resize((input_size, input_size)), T.RandomCrop(input_size, padding=4)]
             crop = T.Compose([*pad_and_crop, *crop.transforms[1:]])
@@ -78,6 +79,20 @@ class TrainTransform:
         """RGB pixels (H, W, 3), uint8, to a view (C, input_size, input_size), float32."""
         image = self.augment(self.crop(Image.fromarray(pixels)))
         return self.finish(image.convert("L") if self.in_chans == 1 else image)
+
+
+def posterize_to_nothing(augment: T.Compose) -> None:
+    """Let timm's augmentations posterize to 0 bits, which their strongest level asks for and Pillow 13 refuses."""
+    for step in augment.transforms:
+        operations = getattr(step, "ops", None) or [op for ops in getattr(step, "policy", ()) for op in ops]
+        for operation in operations:
+            if getattr(operation, "aug_fn", None) is auto_augment.posterize:
+                operation.aug_fn = posterize
+
+
+def posterize(image: Image.Image, bits: int, **_) -> Image.Image:
+    """Keep the highest bits of every channel; 0 bits are a black image."""
+    return ImageOps.posterize(image, min(bits, 8)) if bits > 0 else Image.new(image.mode, image.size)
 
 
 def train_transform(args: argparse.Namespace, mean: Sequence[float], std: Sequence[float]) -> TrainTransform:

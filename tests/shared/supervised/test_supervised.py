@@ -21,7 +21,7 @@ from shared.supervised.distillation import build_teacher
 from shared.supervised.ema import NetworkEMA
 from shared.supervised.evaluation import evaluate_classifier
 from shared.supervised.optimizer import build_timm_optimizer, build_timm_schedule, clip_and_step, set_learning_rate
-from shared.supervised.transforms import TrainTransform, eval_transform
+from shared.supervised.transforms import TrainTransform, eval_transform, posterize
 from tests.processes import run_processes
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
@@ -282,3 +282,23 @@ def test_a_teacher_sees_images_of_one_channel_if_the_student_does(tmp_path):
         build_teacher("test_resnet", str(tmp_path / "teacher.pth"), 3)
     with pytest.raises(ValueError, match="--in_chans 1: torchvision's --teacher-model squeezenet1_0 takes 3 channels"):
         build_teacher("squeezenet1_0", str(tmp_path / "teacher.pth"), 3, in_chans=1)
+
+
+@pytest.mark.parametrize("policy", ["rand-m10-inc1", "rand-m1", "original", "v0", "augmix-m10"])
+def test_every_operation_of_a_policy_takes_every_strength(policy):
+    transform = TrainTransform(40, MEAN, STD, auto_augment=policy, erase_p=0.0)
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    for step in transform.augment.transforms:
+        for operation in getattr(step, "ops", None) or [op for ops in getattr(step, "policy", ()) for op in ops]:
+            operation.prob = 1.0
+            for magnitude in (0, 5, 10):  # 10 posterizes to 0 bits
+                operation.magnitude, operation.magnitude_std = magnitude, 0
+                assert np.asarray(operation(Image.fromarray(pixels))).shape == pixels.shape
+    assert transform(pixels).shape == (3, 40, 40)
+
+
+def test_posterize_keeps_the_highest_bits():
+    pixels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    for bits in (0, 1, 4, 8):
+        expected = pixels & np.uint8(256 - 2 ** (8 - bits) if bits else 0)
+        assert np.array_equal(np.asarray(posterize(Image.fromarray(pixels), bits)), expected)
