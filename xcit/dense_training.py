@@ -16,6 +16,7 @@ from shared.batchnorm import synchronize_batchnorm
 from shared.checkpoint import Checkpointer, check_flags, load_latest, restore, resume_position
 from shared.data import BadImages, EpochBatchSampler, FileSource, default_num_workers, make_loader
 from shared.flags import add_run_flags
+from shared.images import ImageError
 from shared.metrics import RunLog
 from shared.not_finite import FiniteGuard
 from shared.optim import build_optimizer
@@ -79,7 +80,12 @@ class DenseDataset(Dataset):
         return len(self.source)
 
     def sample(self, index: int, rng: random.Random) -> tuple[Tensor, dict]:
-        """Image (3, H, W) in [0, 1] and targets of image ``index``."""
+        """Image (3, H, W) in [0, 1] and targets of image ``index``.
+
+        Raises:
+            ImageError: If a file cannot be read; ``bad_images`` decides what follows.
+            ValueError: If the annotations do not fit the image, which always ends the run.
+        """
         raise NotImplementedError
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, dict, int]:
@@ -92,7 +98,11 @@ class DenseDataset(Dataset):
             rng.setstate(state)
             return *self.sample(candidate, rng), candidate
 
-        return self.bad_images.read(self.source, index, key, read)
+        try:
+            return self.bad_images.read(self.source, index, key, read)
+        except ValueError as error:
+            # of this type a loader process hands over the message alone, of others its traceback too
+            raise ImageError(str(error)) from error
 
     def __getitems__(self, keys: Sequence) -> tuple[list[Tensor], list[dict], list[int]]:
         """Lists of images, targets and indices: images may differ in size."""
@@ -147,6 +157,7 @@ def evaluate_only(args: argparse.Namespace, network: nn.Module, evaluate: Callab
 
 
 def say(result: dict[str, float]) -> None:
+    """Print what an evaluation has found."""
     distributed.print_once("  ".join(f"{name} {value:.2f}" for name, value in result.items()))
 
 

@@ -2,13 +2,16 @@
 
 import json
 import random
+import re
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pycocotools import mask as run_lengths
 
+from shared import distributed
 from tests.processes import run_processes
 from tests.reliability.runs import assert_same
 from tests.xcit.training_runs import lines, losses, shrink_networks, state_of
@@ -121,6 +124,8 @@ def test_average_precision_by_its_definition():
     for kind in ("box", "mask"):  # the masks are the boxes
         assert result[f"{kind}_ap"] == pytest.approx(100 * expected.mean())
         assert (result[f"{kind}_ap50"], result[f"{kind}_ap75"]) == pytest.approx((100 * expected[0], 100 * expected[5]))
+    from_zero = [annotation | {"id": i} for i, annotation in enumerate(annotations)]
+    assert average_precision(in_coco(3, from_zero), detections) == result
     nothing = average_precision(in_coco(3, annotations), [])
     assert set(nothing.values()) == {0.0}
 
@@ -153,7 +158,6 @@ def test_masks_from_polygons_and_from_runs():
     runs = [2 * 6 + 1, 3, 3, 3, 3, 3, 3, 3, 2 * 6 + 2]
     assert np.array_equal(read_mask({"counts": runs, "size": [6, 8]}, 6, 8), expected)
     assert np.array_equal(read_mask(run_lengths.encode(np.asfortranarray(expected)), 6, 8), expected)
-    assert not read_mask([], 6, 8).any()
 
 
 def test_boxes_enclose_their_masks_whatever_the_augmentation(data):
@@ -190,15 +194,41 @@ def test_two_flips_are_none_and_crops_keep_objects():
         assert kept["masks"][0].sum() == (right - left) * (bottom - top) > 0
 
 
-def test_objects_of_less_than_a_pixel_count_in_evaluation_only(tmp_path):
+@pytest.mark.parametrize("bbox", [[5, 5, 0.5, 0.5], [63.5, 5, 9, 9], [-9, 5, 9, 9]])
+def test_objects_of_less_than_a_pixel_inside_the_image_count_in_evaluation_only(bbox, tmp_path):
     root = write_coco(tmp_path, {"train": 1})
-    path = root / "annotations" / "instances_train2017.json"
-    content = json.loads(path.read_text())
-    tiny = content["annotations"][0] | {"id": 99, "bbox": [5, 5, 0.5, 0.5], "segmentation": [[5, 5, 5.5, 5, 5.5, 5.5]]}
-    content["annotations"].append(tiny)
-    path.write_text(json.dumps(content))
+    content = rewrite(root, lambda annotations: annotations.append(annotations[0] | {"id": 99, "bbox": bbox}))
     assert len(CocoDataset(root, "train").instances[0]) == len(content["annotations"]) - 1
     assert len(CocoDataset(root, "train", augment=False).instances[0]) == len(content["annotations"])
+
+
+def test_points_and_lines_among_the_polygons_enclose_nothing(tmp_path):
+    root = write_coco(tmp_path, {"train": 1})
+    _, expected, _ = CocoDataset(root, "train")[0]
+    rewrite(root, lambda annotations: annotations[0]["segmentation"].insert(0, [1, 1, 60, 60]))
+    _, target, _ = CocoDataset(root, "train")[0]
+    assert torch.equal(target["masks"], expected["masks"])
+
+
+def rewrite(root, change) -> dict:
+    """The content of the annotations of the train part after a change of them."""
+    path = root / "annotations" / "instances_train2017.json"
+    content = json.loads(path.read_text())
+    change(content["annotations"])
+    path.write_text(json.dumps(content))
+    return content
+
+
+def test_an_image_of_another_size_than_its_annotations_say_ends_the_run_in_one_line(tmp_path, capsys):
+    """Whatever --on_bad_image says, and from a loader process."""
+    root = write_coco(tmp_path, {"train": 2, "val": 1})
+    for image in (root / "train2017").iterdir():
+        Image.new("RGB", (50, 40)).save(image)
+    with pytest.raises(SystemExit) as stopped, distributed.clean_exit():
+        train(root, tmp_path / "run", "--num_workers", 1)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.fullmatch(r"error: .*00000\d\.png has 40 x 50 pixels, its annotations are for 64 x 64", error)
 
 
 def test_missing_files_are_named(tmp_path):
@@ -206,13 +236,13 @@ def test_missing_files_are_named(tmp_path):
         CocoDataset(tmp_path, "train")
 
 
-def with_runs(counts: list[int]):
-    """Replaces every segmentation of a file by run lengths."""
+def with_outlines(segmentation: list | dict):
+    """Replaces every segmentation of a file."""
 
     def replace(text: str) -> str:
         content = json.loads(text)
         for annotation in content["annotations"]:
-            annotation["segmentation"] = {"size": [64, 64], "counts": counts}
+            annotation["segmentation"] = segmentation
         return json.dumps(content)
 
     return replace
@@ -230,14 +260,29 @@ def with_runs(counts: list[int]):
             lambda text: text.replace('"category_id": ', '"category_id": 5'),
             "has the category_id 5.*, which is not among",
         ),
-        (lambda text: text.replace('"bbox": [', '"bbox": [1, '), "bbox of annotation 1 has 5 numbers instead of 4"),
-        (with_runs([5, 3]), r"the runs of annotation 1 are not those of an image of 64 x 64"),
-        (with_runs([5, -3, 64 * 64 - 2]), "the runs of annotation 1"),
+        (
+            lambda text: text.replace('"bbox": [', '"bbox": [1, '),
+            "the bbox of annotation 1 is .*, expected four numbers",
+        ),
+        (lambda text: text.replace('"bbox": [', '"bbox": ["x", '), "the bbox of annotation 1 is .*, expected four"),
+        (lambda text: text.replace('"id": 20', '"id": 10'), "two of the categories have the same id"),
+        (
+            lambda text: text.replace('"disc"', '"\udcff"'),
+            "is damaged, or no JSON: 'utf-8' codec can't decode byte 0xff",
+        ),
+        (with_outlines([]), "annotation 1 has no polygon"),
+        (with_outlines([[1, 1, 9, 9]]), "annotation 1 has no polygon"),
+        (with_outlines([[1, 1, 9, 1, 9, 9, 1]]), "annotation 1 has no polygon .* or an odd number in one"),
+        (
+            with_outlines({"size": [64, 64], "counts": [5, 3]}),
+            r"the runs of annotation 1 are not those of an image of 64 x 64",
+        ),
+        (with_outlines({"size": [64, 64], "counts": [5, -3, 64 * 64 - 2]}), "the runs of annotation 1"),
     ],
 )
 def test_annotations_that_are_damaged_are_refused_by_name(damage, message, tmp_path):
     path = write_coco(tmp_path, {"train": 1}) / "annotations" / "instances_train2017.json"
-    path.write_text(damage(path.read_text()))
+    path.write_text(damage(path.read_text()), errors="surrogateescape")
     with pytest.raises(ValueError, match=message) as error:
         read_annotations(path)
     assert str(path) in str(error.value)

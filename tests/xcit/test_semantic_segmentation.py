@@ -5,7 +5,10 @@ import random
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from shared import distributed
+from shared.data import BadImages
 from tests.processes import run_processes
 from tests.reliability.runs import assert_same
 from tests.xcit.test_detection import Stop
@@ -61,6 +64,39 @@ def test_more_classes_than_the_flag_says_are_refused(data):
     dataset = ADE20KDataset(data, "training", 32, num_classes=2)
     with pytest.raises(ValueError, match=r"000000\.png has the class 4, there are 2 \(--num-classes\)"):
         dataset[(0, 0)]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (Image.new("L", (50, 40)), "000000.png has 40 x 50 pixels, its image 64 x 64"),
+        (Image.new("RGB", (64, 64)), "000000.png has pixels of Pillow's mode RGB, expected 8 bits of grey"),
+        (Image.new("I;16", (64, 64)), "000000.png has pixels of Pillow's mode I;16, expected"),
+        (Image.new("L", (64, 64), 9), "000000.png has the class 9, there are 4 (--num-classes)"),
+    ],
+)
+def test_label_maps_that_do_not_fit_end_the_run_in_one_line(labels, message, tmp_path, capsys):
+    """Whatever --on_bad_image says, and from a loader process."""
+    root = write_ade20k(tmp_path, {"training": 2, "validation": 1})
+    labels.save(root / "annotations/training/000000.png")
+    with pytest.raises(SystemExit) as stopped, distributed.clean_exit():
+        train(root, tmp_path / "run", "--num_workers", 1)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+
+
+def test_label_maps_may_have_a_palette_and_damaged_ones_follow_the_policy(tmp_path):
+    root = write_ade20k(tmp_path, {"training": 2})
+    dataset = ADE20KDataset(root, "training", augment=False, bad_images=BadImages(2))
+    expected = [dataset[index][1]["labels"] for index in (0, 1)]
+    path = root / "annotations/training/000000.png"
+    labels = Image.open(path)
+    labels.putpalette([200, 10, 10, 0, 180, 0, 0, 0, 170, 90, 90, 0, 5, 5, 5])
+    labels.save(path)
+    assert torch.equal(dataset[0][1]["labels"], expected[0])
+    path.write_bytes(path.read_bytes()[:100])
+    assert torch.equal(dataset[0][1]["labels"], expected[1]) and dataset.bad_images.count() == 1
 
 
 def test_stochastic_depth_is_that_of_the_published_segmenters():

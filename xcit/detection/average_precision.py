@@ -55,11 +55,9 @@ def average_precision(annotations: dict, detections: list[dict]) -> dict[str, fl
     """
     if all(annotation.get("iscrowd") for annotation in annotations["annotations"]):
         raise ValueError("there are no objects to detect in the val part")
-    objects = [{"iscrowd": 0, "area": _area(annotation), **annotation} for annotation in annotations["annotations"]]
-    found = [{"id": i, "iscrowd": 0, "area": _area(d), **d} for i, d in enumerate(detections, start=1)]
     result = {}
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
-        truth, results = (_indexed(annotations, rows) for rows in (objects, found))
+        truth, results = (_indexed(annotations, rows) for rows in (annotations["annotations"], detections))
         for ours, theirs in KINDS.items():
             evaluation = COCOeval(truth, results, theirs)
             evaluation.evaluate()
@@ -70,13 +68,11 @@ def average_precision(annotations: dict, detections: list[dict]) -> dict[str, fl
     return {name: float(value) for name, value in result.items()}
 
 
-def _area(annotation: dict) -> float:
-    return annotation["bbox"][2] * annotation["bbox"][3]
-
-
 def _indexed(annotations: dict, rows: list[dict]) -> COCO:
     index = COCO()
-    # COCOeval writes into the annotations
-    index.dataset = annotations | {"annotations": [dict(row) for row in rows]}
+    defaults = [{"iscrowd": 0, "area": row["bbox"][2] * row["bbox"][3]} for row in rows]
+    # copies, since COCOeval writes into them; with numbers from 1 on, since it takes an object 0 for none
+    numbered = [d | row | {"id": i} for i, (d, row) in enumerate(zip(defaults, rows, strict=True), start=1)]
+    index.dataset = annotations | {"annotations": numbered}
     index.createIndex()
     return index

@@ -54,10 +54,12 @@ class CocoDataset(DenseDataset):
         self.classes = [category["name"] for category in categories]
         self.category_ids = [category["id"] for category in categories]
         label_of = {number: label for label, number in enumerate(self.category_ids, start=1)}
+        sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
         instances: dict[int, list[dict]] = {}
         for annotation in content["annotations"]:
+            visible_px = visible_side(annotation["bbox"], *sizes[annotation["image_id"]])
             # crowds and objects of less than a pixel are left out of the training only
-            if not augment or (not annotation.get("iscrowd") and min(annotation["bbox"][2:]) >= 1):
+            if not augment or (not annotation.get("iscrowd") and visible_px >= 1):
                 labelled = annotation | {"label": label_of[annotation["category_id"]]}
                 instances.setdefault(annotation["image_id"], []).append(labelled)
         # images without an object teach a detector nothing, but count in its evaluation
@@ -65,6 +67,7 @@ class CocoDataset(DenseDataset):
         if not images:
             raise ValueError(f"--data-path {root}: no images with objects in {path}")
         self.image_ids = [image["id"] for image in images]
+        self.sizes = [sizes[number] for number in self.image_ids]
         self.instances = [instances.get(image["id"], []) for image in images]
         files = [image["file_name"] for image in images]
         source = FileSource(str(root / f"{part}2017"), root / f"{part}2017", files)
@@ -73,6 +76,12 @@ class CocoDataset(DenseDataset):
 
     def sample(self, index: int, rng: random.Random) -> tuple[Tensor, dict]:
         pixels = self.source.load(index).decode()
+        if pixels.shape[:2] != self.sizes[index]:
+            height, width = self.sizes[index]
+            raise ValueError(
+                f"{self.source.path(index)} has {pixels.shape[0]} x {pixels.shape[1]} pixels, "
+                f"its annotations are for {height} x {width}"
+            )
         target = read_instances(self.instances[index], *pixels.shape[:2])
         if self.augment and rng.random() < 0.5:
             pixels, target = flip(pixels, target)
@@ -86,12 +95,15 @@ def read_annotations(path: Path) -> dict:
     """The content of a file of instances, after a look at what is used of it.
 
     Raises:
-        ValueError: If it is no JSON, a part or an entry of it is missing, an annotation is of an image or a category
-            that is not listed, or its runs do not fill the image (over which pycocotools would never end).
+        ValueError: If it is no JSON, a part or an entry of it is missing, a number of an image or a category is given
+            twice, or an annotation is of an image or a category that is not listed, or has no box or outline.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        ids = {part: {entry["id"] for entry in content[part]} for part in ("images", "categories", "annotations")}
+        ids = {part: {entry["id"] for entry in content[part]} for part in ("images", "categories")}
+        for part, different in ids.items():
+            if len(different) < len(content[part]):
+                raise ValueError(f"{path}: two of the {part} have the same id")
         sizes = {image["id"]: [image["height"], image["width"]] for image in content["images"] if image["file_name"]}
         for category in content["categories"]:
             _ = category["name"]
@@ -100,12 +112,17 @@ def read_annotations(path: Path) -> dict:
             for key, part in (("image_id", "images"), ("category_id", "categories")):
                 if annotation[key] not in ids[part]:
                     raise ValueError(f"{path}: {name} has the {key} {annotation[key]}, which is not among the {part}")
-            if len(annotation["bbox"]) != 4:
-                raise ValueError(f"{path}: the bbox of {name} has {len(annotation['bbox'])} numbers instead of 4")
-            runs, size = annotation["segmentation"], sizes[annotation["image_id"]]
-            if isinstance(runs, dict) and not fill(runs, *size):
+            if len(annotation["bbox"]) != 4 or not all(isinstance(side, int | float) for side in annotation["bbox"]):
+                raise ValueError(f"{path}: the bbox of {name} is {annotation['bbox']}, expected four numbers")
+            outline, size = annotation["segmentation"], sizes[annotation["image_id"]]
+            if isinstance(outline, dict) and not fill(outline, *size):
                 raise ValueError(f"{path}: the runs of {name} are not those of an image of {size[0]} x {size[1]}")
-    except json.JSONDecodeError as error:
+            if isinstance(outline, list):
+                # fewer than three points enclose nothing, and pycocotools takes four numbers for a box
+                annotation["segmentation"] = outline = [polygon for polygon in outline if len(polygon) >= 6]
+                if not outline or any(len(polygon) % 2 for polygon in outline):
+                    raise ValueError(f"{path}: {name} has no polygon of three points or more, or an odd number in one")
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged, or no JSON: {error}") from error
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is not in COCO's layout of instances: {error} is missing or wrong") from error
@@ -113,10 +130,17 @@ def read_annotations(path: Path) -> dict:
 
 
 def fill(runs: dict, height: int, width: int) -> bool:
-    """Whether run lengths, where they can be read, are those of an image of this size."""
+    """Whether run lengths, where they can be read, are those of an image of this size; pycocotools does not check."""
     counts = runs["counts"]
     complete = not isinstance(counts, list) or (min(counts, default=-1) >= 0 and sum(counts) == height * width)
     return list(runs["size"]) == [height, width] and complete
+
+
+def visible_side(bbox: list[float], height: int, width: int) -> float:
+    """The shorter side, in pixels, of what lies inside the image of a box (left, top, width, height)."""
+    left, top, box_width, box_height = bbox
+    inside = (min(left + box_width, width) - max(left, 0), min(top + box_height, height) - max(top, 0))
+    return min(inside)
 
 
 def read_instances(annotations: list[dict], height: int, width: int) -> dict[str, np.ndarray]:
@@ -140,10 +164,8 @@ def read_mask(segmentation: list | dict, height: int, width: int) -> np.ndarray:
         compressed = segmentation
         if isinstance(segmentation["counts"], list):
             compressed = run_lengths.frPyObjects(segmentation, height, width)
-    elif segmentation:
-        compressed = run_lengths.merge(run_lengths.frPyObjects(segmentation, height, width))
     else:
-        return np.zeros((height, width), dtype=np.uint8)
+        compressed = run_lengths.merge(run_lengths.frPyObjects(segmentation, height, width))
     return run_lengths.decode(compressed)
 
 

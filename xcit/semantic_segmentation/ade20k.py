@@ -6,10 +6,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from shared.data import BadImages, FileSource
-from shared.images import EXTENSIONS, read_image
+from shared.images import EXTENSIONS, ImageError
 
 from ..dense_training import DenseDataset
 
@@ -54,9 +55,7 @@ class ADE20KDataset(DenseDataset):
 
     def sample(self, index: int, rng: random.Random) -> tuple[Tensor, dict]:
         pixels = self.source.load(index).decode()
-        labels = read_image(self.label_maps[index]).decode()[..., 0]  # grey, repeated
-        if labels.shape != pixels.shape[:2]:
-            raise ValueError(f"{self.label_maps[index]} has another size than its image")
+        labels = read_label_map(self.label_maps[index], *pixels.shape[:2])
         if self.num_classes is not None and labels.max() > self.num_classes:
             raise ValueError(
                 f"{self.label_maps[index]} has the class {labels.max()}, there are {self.num_classes} (--num-classes)"
@@ -69,6 +68,27 @@ class ADE20KDataset(DenseDataset):
             pixels = resize(pixels, scale, cv2.INTER_LINEAR)
         image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).float() / 255
         return image, {"labels": torch.from_numpy(np.ascontiguousarray(labels)).long()}
+
+
+def read_label_map(path: Path, height: int, width: int) -> np.ndarray:
+    """Numbers of classes (H, W), uint8: the grey values of a PNG file, or its pixels' numbers in a palette.
+
+    Raises:
+        ImageError: If the file cannot be read.
+        ValueError: If it holds something else, or its size is not that of its image.
+    """
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            mode, size, pixels = image.mode, image.size, None
+            if mode in ("L", "P") and size == (width, height):
+                pixels = np.array(image)
+    except Exception as error:  # a broken file makes Pillow raise nearly anything
+        raise ImageError(f"{path}: {error or type(error).__name__}") from error
+    if mode not in ("L", "P"):
+        raise ValueError(f"{path} has pixels of Pillow's mode {mode}, expected 8 bits of grey (L) or of a palette (P)")
+    if pixels is None:
+        raise ValueError(f"{path} has {size[1]} x {size[0]} pixels, its image {height} x {width}")
+    return pixels
 
 
 def resize(image: np.ndarray, scale: float, interpolation: int) -> np.ndarray:
@@ -84,7 +104,7 @@ def augment(pixels: np.ndarray, labels: np.ndarray, crop_px: int, rng: random.Ra
         top, left = (rng.randint(0, max(0, side - crop_px)) for side in labels.shape)
         crop = labels[top : top + crop_px, left : left + crop_px]
         counts = np.bincount(crop[crop != UNLABELLED], minlength=1)
-        if counts.max() < LARGEST_CLASS_SHARE * max(counts.sum(), 1):
+        if counts.max() < LARGEST_CLASS_SHARE * counts.sum():
             break
     pixels, labels = pixels[top : top + crop_px, left : left + crop_px], crop
     if rng.random() < 0.5:
