@@ -85,24 +85,37 @@ class EncodedPairs:
 
     Args:
         max_length: Pairs with a sentence of more tokens, its end included, are left out, and so are empty ones.
+        part: Of the data, for the error.
 
     Attributes:
         left_out: How many.
+        unknown: Share of the tokens that stand for text without a subword.
 
     Raises:
         ValueError: If no pair remains.
     """
 
-    def __init__(self, vocabulary: SentencePieceProcessor, source: list[str], target: list[str], max_length: int):
+    def __init__(
+        self,
+        vocabulary: SentencePieceProcessor,
+        source: list[str],
+        target: list[str],
+        max_length: int,
+        part: str = "train",
+    ):
         ids = [vocabulary.encode(sentences) for sentences in (source, target)]
         kept = [(s, t) for s, t in zip(*ids, strict=True) if s and t and max(len(s), len(t)) < max_length]
         self.left_out = len(source) - len(kept)
         if not kept:
-            raise ValueError(f"no pair of sentences of at most {max_length - 1} subwords (--max_length {max_length})")
+            raise ValueError(
+                f"{part}: no pair of sentences, both with text, of at most {max_length - 1} subwords "
+                f"(--max_length {max_length})"
+            )
         self.ids, self.ends = [], []
         for side in zip(*kept, strict=True):
             self.ends.append(np.cumsum([len(sentence) for sentence in side]))
             self.ids.append(np.fromiter((i for sentence in side for i in sentence), np.int32, self.ends[-1][-1]))
+        self.unknown = float(np.mean(np.concatenate(self.ids) == UNK))
         self.lengths = 1 + np.maximum(*(np.diff(ends, prepend=0) for ends in self.ends))  # with EOS or BOS
 
     def __len__(self) -> int:

@@ -8,7 +8,8 @@ Touvron et al., "ResMLP: Feedforward networks for image classification with data
         --valid_source valid.en --valid_target valid.de --test_source test.en --test_target test.de --output_dir run
 
 Files hold one sentence per line. The joint vocabulary of subwords is learned from them. The result is BLEU, of the test
-sentences where there are some. Running the same command again resumes.
+sentences where there are some. Running the same command again resumes. The settings are ours: they were not verified
+against the authors' code.
 """
 
 import argparse
@@ -43,7 +44,7 @@ from shared.optim import clip_grad_norm_per_tensor_, step_unless_not_finite
 from shared.precision import Precision
 from shared.start import start_run
 
-# What replaces the published settings when no files are given: 2,000 sentences of five to eight subwords
+# What replaces the defaults when no files are given: 2,000 sentences of five to eight subwords
 GENERATED_DATA_DEFAULTS = {
     "vocabulary_size": 150,
     "max_length": 16,
@@ -61,7 +62,8 @@ GENERATED_DATA_DEFAULTS = {
 }
 GENERATED_PAIRS = {"train": 2000, "valid": 100, "test": 100}
 PARTS = ("train", "valid", "test")
-LEAST = {"epochs": 1, "max_tokens": 1, "vocabulary_size": 8, "max_length": 2, "depth": 1, "beam": 1, "log_freq": 1}
+LEAST = {"epochs": 1, "max_tokens": 1, "vocabulary_size": 8, "max_length": 2, "dim": 1, "hidden_dim": 1, "depth": 1}
+LEAST |= {"heads": 1, "warmup_steps": 0, "beam": 1, "length_penalty": 0, "bleu_freq": 0, "log_freq": 1}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -129,6 +131,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     for flag, least in LEAST.items():
         if getattr(args, flag) < least:
             parser.error(f"--{flag} {getattr(args, flag)} is less than {least}")
+    for flag in ("dropout", "label_smoothing"):
+        if not 0 <= getattr(args, flag) < 1:
+            parser.error(f"--{flag} {getattr(args, flag)} is outside [0, 1)")
     for part in PARTS:
         if (getattr(args, f"{part}_source") is None) != (getattr(args, f"{part}_target") is None):
             parser.error(f"--{part}_source and --{part}_target belong together")
@@ -155,16 +160,24 @@ def train_translation(args: argparse.Namespace) -> dict[str, float]:
         subword_model = distributed.broadcast_object(learned)
     else:
         subword_model = checkpoint["vocabulary"].numpy().tobytes()
+        if args.vocabulary is not None and read_vocabulary(args, text["train"]) != subword_model:
+            raise ValueError(
+                f"--vocabulary {args.vocabulary} is not the vocabulary of the checkpoint in {args.output_dir}; "
+                "leave it out or use another --output_dir"
+            )
     vocabulary = open_vocabulary(subword_model, f"--vocabulary {args.vocabulary}" if args.vocabulary else "vocabulary")
-    train, valid = (EncodedPairs(vocabulary, *text[part], args.max_length) for part in ("train", "valid"))
+    train, valid = (EncodedPairs(vocabulary, *text[part], args.max_length, part) for part in ("train", "valid"))
     pairs_checksum = train.checksum()
     distributed.check_same_on_all_processes((len(train), pairs_checksum), "the training text (pairs, checksum)")
     sampler = TokenBatchSampler(train.lengths, args.max_tokens, args.seed, distributed.get_rank(), world_size)
     steps_per_epoch = len(sampler)
-    distributed.print_once(
-        f"{len(train):,} pairs of sentences ({train.left_out} left out: empty, or longer than --max_length), "
-        f"{len(vocabulary)} subwords, {steps_per_epoch} steps per epoch"
-    )
+    for part, pairs in (("train", train), ("valid", valid)):
+        unknown = f"; {100 * pairs.unknown:.2g} % of the subwords are unknown" if pairs.unknown else ""
+        distributed.print_once(
+            f"{part}: {len(pairs):,} pairs of sentences, {pairs.left_out} left out: empty, or longer than --max_length"
+            + unknown
+        )
+    distributed.print_once(f"{len(vocabulary)} subwords, {steps_per_epoch} steps per epoch")
 
     # network and optimiser
     options = {flag: getattr(args, flag) for flag in NETWORK_FLAGS}
@@ -265,6 +278,7 @@ def read_text(args: argparse.Namespace) -> dict[str, tuple[list[str], list[str]]
 
 
 def read_vocabulary(args: argparse.Namespace, train: tuple[list[str], list[str]]) -> bytes:
+    """The SentencePiece model of ``--vocabulary``, or one that is learned from the training text."""
     if args.vocabulary is None:
         return train_vocabulary([*train[0], *train[1]], args.vocabulary_size)
     if not Path(args.vocabulary).is_file():
@@ -273,7 +287,7 @@ def read_vocabulary(args: argparse.Namespace, train: tuple[list[str], list[str]]
 
 
 def build_optimizer(name: str, network: nn.Module) -> torch.optim.Optimizer:
-    """Adagrad as in the paper, or Adam with the betas of the Transformer; the rate is set at every step."""
+    """Adagrad, or Adam with the betas of the Transformer; the rate is set at every step."""
     if name == "adagrad":
         return torch.optim.Adagrad(network.parameters(), lr=0.0)
     return torch.optim.AdamW(network.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.0, fused=True)

@@ -110,7 +110,11 @@ def bleu(translations: Sequence[str], references: Sequence[str]) -> tuple[float,
 
 def main() -> None:
     with distributed.clean_exit():
-        args = get_args_parser().parse_args()
+        parser = get_args_parser()
+        args = parser.parse_args()
+        for flag, least in (("beam", 1), ("length_penalty", 0), ("batch_sentences", 1)):
+            if getattr(args, flag) < least:
+                parser.error(f"--{flag} {getattr(args, flag)} is less than {least}")
         device = distributed.init(device=args.device)
         network, vocabulary = load_translator(args.weights)
         sentences = read_lines(args.input) if args.input else sys.stdin.read().removesuffix("\n").split("\n")
@@ -120,6 +124,8 @@ def main() -> None:
         translations = translate_sentences(
             network.to(device), vocabulary, sentences, device, args.beam, args.length_penalty, args.batch_sentences
         )
+        if not distributed.is_main_process():
+            return
         if args.output:
             Path(args.output).write_text("".join(line + "\n" for line in translations), encoding="utf-8")
         elif references is None:

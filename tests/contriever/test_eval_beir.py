@@ -155,8 +155,10 @@ def test_a_run_without_judged_queries_is_an_error():
 
 
 def search_on_rank(rank: int, folder: Path, texts: list[str], queries: list[str]):
-    scores, rows = dense_search(tiny_retriever(folder / str(rank)), texts, queries, k=9, batch_size=2, max_length=64)
-    return torch.from_numpy(scores), torch.from_numpy(rows)
+    """Scores in falling order, and by text: equal texts come in any order."""
+    retriever = tiny_retriever(folder / str(rank))
+    scores, rows = map(torch.from_numpy, dense_search(retriever, texts, queries, len(texts), 2, max_length=64))
+    return scores, torch.full_like(scores, torch.nan).scatter(1, rows.long(), scores)
 
 
 @pytest.mark.parametrize("normalized", [False, True])

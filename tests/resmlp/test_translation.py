@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from resmlp.translation import main as translation
-from resmlp.translation import translate
+from resmlp.translation import networks, translate
 from resmlp.translation.beam_search import beam_search
 from resmlp.translation.corpus import (
     EncodedPairs,
@@ -114,8 +115,16 @@ def test_a_batch_is_padded_behind_the_ends_of_its_sentences(vocabulary):
         assert targets_in[row].tolist() == [BOS, *translated, *padding]
         assert targets_out[row].tolist() == [*translated, EOS, *padding]
         assert pairs.lengths[index] == 1 + max(len(ids), len(translated))
-    with pytest.raises(ValueError, match="no pair of sentences of at most 1 subwords"):
-        EncodedPairs(vocabulary, source, target, max_length=2)
+    assert pairs.unknown == 0
+    foreign = EncodedPairs(vocabulary, [source[0], "\u4f60"], [target[0], "\u597d"], max_length=24)
+    ids = [i for side in ((source[0], "\u4f60"), (target[0], "\u597d")) for s in side for i in vocabulary.encode(s)]
+    assert foreign.unknown == pytest.approx(ids.count(UNK) / len(ids)) and foreign.unknown > 0
+    with pytest.raises(
+        ValueError, match=r"valid: no pair of sentences, both with text, of at most 1 subwords \(--max_le"
+    ):
+        EncodedPairs(vocabulary, source, target, 2, "valid")
+    with pytest.raises(ValueError, match="train: no pair of sentences, both with text"):
+        EncodedPairs(vocabulary, ["a", ""], ["", "b"], 24)
 
 
 def test_batches_hold_every_pair_once_and_few_enough_tokens():
@@ -175,6 +184,45 @@ def test_attention_is_that_of_torch():
     later = torch.ones(5, 5, dtype=torch.bool).triu(1)
     expected, _ = theirs(memory, memory, memory, key_padding_mask=padding, attn_mask=later)
     torch.testing.assert_close(ours(memory, memory, padding), expected)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_written_out_is_the_fused_one(causal):
+    """In float32 the same values and gradients; in bfloat16 on a CPU close ones, only for gradients written out."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 3, n, 16) for n in (7, 7, 7)]
+    allowed = (torch.arange(7) < torch.tensor([[7], [4]]))[:, None, None]
+    if causal:
+        allowed = allowed & torch.ones(7, 7, dtype=torch.bool).tril()
+
+    def results(attention, dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        out = attention(*leaves, allowed)
+        out.float().square().sum().backward()
+        return [x.float() for x in (out.detach(), *(leaf.grad for leaf in leaves))]
+
+    fused = results(lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, attn_mask=mask), torch.float32)
+    torch.testing.assert_close(results(networks.products_written_out, torch.float32), fused)
+    for found, expected in zip(results(networks.scaled_dot_product_attention, torch.bfloat16), fused, strict=True):
+        assert (found - expected).norm() < 0.02 * expected.norm()
+
+
+def test_attention_is_written_out_only_for_gradients_in_bfloat16(monkeypatch):
+    calls = []
+    written_out = networks.products_written_out
+    monkeypatch.setattr(networks, "products_written_out", lambda *a: calls.append(a) or written_out(*a))
+    attention, x, padding = (
+        Attention(8, heads=2, causal=True),
+        torch.randn(2, 3, 8),
+        torch.zeros(2, 3, dtype=torch.bool),
+    )
+    attention(x, x, padding)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.no_grad():
+            attention(x, x, padding)
+        assert not calls
+        attention(x, x, padding)
+    assert len(calls) == 1 and calls[0][0].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -353,7 +401,7 @@ def test_a_run_stopped_anywhere_ends_like_an_uninterrupted_one(network, tmp_path
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
 
-def test_the_papers_optimiser_runs_and_skips_a_step_that_is_not_finite(tmp_path, monkeypatch, few_sentences):
+def test_adagrad_runs_and_skips_a_step_that_is_not_finite(tmp_path, monkeypatch, few_sentences):
     loss = translation.token_loss
     calls = itertools.count()
     monkeypatch.setattr(
@@ -399,12 +447,60 @@ def test_two_processes_weigh_every_token_as_one_process_does():
         (["--train_source", "a", "--train_target", "b"], "--train_source and --valid_source belong together"),
         (["--test_source", "a", "--test_target", "b"], "--test_source needs --train_source"),
         (["--epochs", "0"], "--epochs 0 is less than 1"),
+        (["--heads", "0"], "--heads 0 is less than 1"),
+        (["--length_penalty", "-1"], "--length_penalty -1.0 is less than 0"),
+        (["--dropout", "1.5"], "--dropout 1.5 is outside [0, 1)"),
+        (["--label_smoothing", "-0.1"], "--label_smoothing -0.1 is outside [0, 1)"),
     ],
 )
 def test_mistakes_on_the_command_line_are_named(flags, message, capsys):
     with pytest.raises(SystemExit):
         translation.parse_args(flags)
     assert message in capsys.readouterr().err
+
+
+def test_the_vocabulary_of_another_run_is_refused(tmp_path, few_sentences, capsys):
+    train(tmp_path / "run", "--epochs", 1)
+    own = load_latest(tmp_path / "run/checkpoint.pth")["vocabulary"].numpy().tobytes()
+    (tmp_path / "own.model").write_bytes(own)
+    (tmp_path / "other.model").write_bytes(train_vocabulary(["other words \u00fcber all"] * 9, 24))
+    (tmp_path / "empty.model").touch()
+    train(tmp_path / "run", "--epochs", 2, "--vocabulary", tmp_path / "own.model")
+    with pytest.raises(
+        ValueError, match=r"--vocabulary .*other\.model is not the vocabulary of the checkpoint in .*run"
+    ):
+        train(tmp_path / "run", "--epochs", 2, "--vocabulary", tmp_path / "other.model")
+    with pytest.raises(ValueError, match=r"--vocabulary .*empty\.model has the ids"):
+        train(tmp_path / "new", "--vocabulary", tmp_path / "empty.model")
+    capsys.readouterr()
+    train(tmp_path / "new", "--epochs", 1, "--vocabulary", tmp_path / "other.model", "--max_length", 60)
+    assert re.search(r"train: 60 pairs .*; \d+ % of the subwords are unknown", capsys.readouterr().out)
+
+
+def test_a_finished_run_says_its_result_again(tmp_path, few_sentences, capsys):
+    result = train(tmp_path, "--epochs", 1)
+    before = (tmp_path / "metrics.jsonl").read_text()
+    said = [line for line in capsys.readouterr().out.splitlines() if "BLEU = " in line]
+    assert train(tmp_path, "--epochs", 1) == result and len(said) == 2
+    again = capsys.readouterr().out.splitlines()
+    assert all(line in again for line in said)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+def test_empty_lines_are_left_out_of_the_training_and_translated_by_empty_ones(tmp_path, capsys):
+    flags = write_text(tmp_path)
+    for name, keep in (("train", 60), ("valid", 4), ("test", 4)):
+        for side, empty in (("source", 1), ("target", 2)):
+            path = tmp_path / f"{name}.{side}"
+            rows = path.read_text().splitlines()[:keep]
+            path.write_text("".join(f"{row}\n" for row in [*rows[:empty], "", *rows[empty + 1 :]]))
+    train(tmp_path / "run", "--epochs", 1, *flags)
+    out = capsys.readouterr().out
+    assert "train: 58 pairs of sentences, 2 left out" in out and "valid: 2 pairs of sentences, 2 left out" in out
+    network, vocabulary = translate.load_translator(tmp_path / "run/checkpoint.pth")
+    sentences = (tmp_path / "test.source").read_text().splitlines()
+    found = translate.translate_sentences(network, vocabulary, sentences, torch.device("cpu"))
+    assert len(found) == 4 and found[1] == ""
 
 
 def test_another_network_than_the_checkpoints_is_refused(tmp_path, few_sentences):
