@@ -18,12 +18,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
-from timm.data import Mixup, create_transform
+from timm.data import Mixup
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import Compose
-from torchvision.transforms.functional import rgb_to_grayscale
+from torch.utils.data import DataLoader
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -42,10 +39,12 @@ from msn.labelled_training import LabelledTraining, mean_loss
 from msn.vision_transformer import DropPath, VisionTransformer
 from shared import distributed, randomness
 from shared.backbones import input_channels
-from shared.data import BadImages, EpochBatchSampler, EvalDataset, EvalTransform, ImageSource, make_loader
+from shared.data import BadImages, EpochBatchSampler, EvalDataset, EvalTransform, make_loader
 from shared.flags import bool_flag
 from shared.precision import Precision
 from shared.schedules import cosine_schedule
+from shared.supervised.data import LabelledViews
+from shared.supervised.transforms import TrainTransform
 from shared.weights import weights_checksum
 
 # A run that is resumed must have these as they were.
@@ -101,63 +100,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     if (args.mixup or args.cutmix) and args.batch_size % 2:
         parser.error(f"--batch_size {args.batch_size}: mixup and cutmix need an even number of images")
     return args
-
-
-class AugmentedImages(Dataset):
-    """(image, label, index) for a key (epoch, index); every draw is a function of (seed, epoch, index).
-
-    Args:
-        transform: Maps a Pillow image to a normalised tensor; draws from the global generators of torch, numpy and
-            ``random``.
-        bad_images: Policy for images that cannot be read.
-    """
-
-    def __init__(
-        self, source: ImageSource, transform: Callable[[Image.Image], Tensor], seed: int, bad_images: BadImages
-    ):
-        self.source, self.transform, self.seed, self.bad_images = source, transform, seed, bad_images
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int]:
-        epoch, index = key
-        full_key = (self.seed, epoch, index)
-        return self.bad_images.read(self.source, index, full_key, lambda i: self._read(i, full_key))
-
-    def _read(self, index: int, key: tuple[int, int, int]) -> tuple[Tensor, int, int]:
-        image = Image.fromarray(self.source.load(index).decode())
-        randomness.seed_everything(randomness.derive_seed(*key))
-        return self.transform(image), self.source.label(index), index
-
-
-class Luminance:
-    """Normalised RGB to a normalised luminance, (3, H, W) -> (1, H, W), for encoders of one channel."""
-
-    def __call__(self, image: Tensor) -> Tensor:
-        mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
-        luminance = rgb_to_grayscale(image * std + mean)
-        return (luminance - mean.mean()) / std.mean()
-
-
-def train_transform(
-    image_size: int, crop_scale: tuple[float, float], flip: bool, rand_augment: str, erase: float, in_chans: int
-) -> Callable[[Image.Image], Tensor]:
-    """Random crop, flip, RandAugment, normalisation, erasing; see the flags of these names."""
-    transform = create_transform(
-        image_size,
-        is_training=True,
-        scale=crop_scale,
-        hflip=0.5 if flip else 0.0,
-        color_jitter=None,
-        auto_augment=rand_augment or None,
-        interpolation="bicubic",
-        mean=MEAN,
-        std=STD,
-        re_prob=erase,
-        re_mode="pixel",
-    )
-    return transform if in_chans == 3 else Compose([transform, Luminance()])
 
 
 def set_drop_path(encoder: VisionTransformer, rate: float) -> None:
@@ -219,8 +161,19 @@ def fine_tune(args: argparse.Namespace) -> dict[str, float]:
     val_set = EvalDataset(val, EvalTransform(resize_px, args.image_size, MEAN, STD, in_chans))
     bad_images = BadImages(len(train), output_dir / "bad_images.txt", args.on_bad_image, args.max_bad_fraction)
     sampler = EpochBatchSampler(len(train), args.batch_size, args.seed, rank, world_size)
-    transform = train_transform(args.image_size, args.crop_scale, args.flip, args.rand_augment, args.erase, in_chans)
-    train_set = AugmentedImages(train, transform, args.seed, bad_images)
+    transform = TrainTransform(
+        args.image_size,
+        MEAN,
+        STD,
+        auto_augment=args.rand_augment or None,
+        color_jitter=None,
+        erase_p=args.erase,
+        in_chans=in_chans,
+        crop_scale=args.crop_scale,
+        flip=args.flip,
+        augment_flag="--rand_augment",
+    )
+    train_set = LabelledViews(train, transform, args.seed, bad_images)
     loader = make_loader(train_set, batch_sampler=sampler, num_workers=args.num_workers, device=device)
     optimizer = torch.optim.AdamW(param_groups(network, args.weight_decay, args.layer_decay), lr=0.0)
     peak = args.lr * args.batch_size * world_size / 1024
@@ -234,15 +187,13 @@ def fine_tune(args: argparse.Namespace) -> dict[str, float]:
     # resume
     run = LabelledTraining(
         args,
-        output_dir / "fine-tune.pth.tar",
-        output_dir / "fine-tune.txt",
-        {"encoder": network, "opt": optimizer},
-        {},
-        precision,
-        RUN_FLAGS,
-        train.checksum(),
-        checksum,
-        len(sampler),
+        name="fine-tune",
+        parts={"encoder": network, "opt": optimizer},
+        precision=precision,
+        must_match=RUN_FLAGS,
+        images=train.checksum(),
+        pretrained=checksum,
+        steps_per_epoch=len(sampler),
     )
     run.resume()
 

@@ -8,7 +8,7 @@ from shared import distributed
 from shared.data import ImageSource, default_num_workers
 from shared.evaluation.knn_monitor import open_labelled
 
-from .pretrained import DEFAULT_MODEL, RUN_ON_DIGITS, Pretrained, load_pretrained
+from .pretrained import DEFAULT_MODEL, RUN_ON_DIGITS, load_pretrained
 from .vision_transformer import ARCHITECTURES, VisionTransformer
 
 
@@ -114,7 +114,7 @@ def load_chosen_encoder(args: argparse.Namespace, file_flag: str = "fname") -> V
     Raises:
         ValueError: If there are no such weights, or they do not fill the network.
     """
-    found: Pretrained = load_pretrained(
+    found = load_pretrained(
         args.model_name, args.pretrained, getattr(args, file_flag), args.checkpoint_key, args.allow_partial, file_flag
     )
     if args.model_name is None and found.trained_with:

@@ -12,18 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from shared import distributed
-from shared.attempt import Attempt
 from shared.checkpoint import Checkpointer, load_latest, restore, resume_position
 from shared.data import EvalDataset
 from shared.precision import Precision
 from shared.supervised.evaluation import evaluate_classifier
-
-
-class Guest(Attempt):
-    """Writes into a folder that may belong to another attempt: the training whose encoder is evaluated may go on."""
-
-    def check(self, folder: str | Path) -> None:
-        """Nothing: the files of an evaluation have names of their own."""
 
 
 def mean_loss(total: Tensor) -> float:
@@ -48,15 +40,14 @@ class LabelledTraining:
     Attributes:
         args: Flags ``batch_size``, ``lr``, ``output_dir``, ``num_workers``, ``saveckp_steps``, ``saveckp_minutes``, and
             those of ``must_match``.
-        path: Of the checkpoint.
-        log_path: Gets a line of JSON per epoch.
+        name: Of the files in the output folder: ``<name>.pth.tar``, and ``<name>.txt`` with a line of JSON per epoch.
         parts: What learns, by its key in the checkpoint.
-        frozen: What does not, and is in the checkpoint for others to use.
         precision: Of the training; holds the gradient scaler.
         must_match: Flags that a run which is resumed must have as they were.
         images: Checksum of the training images.
         pretrained: Checksum of the weights of the encoder at the start.
         steps_per_epoch: Steps of a whole epoch.
+        frozen: What does not learn, and is in the checkpoint for others to use.
         first_epoch, first_step: Where to go on.
         best_acc: Best top-1 of all validations, in percent.
         log: A line per finished epoch.
@@ -64,15 +55,14 @@ class LabelledTraining:
     """
 
     args: argparse.Namespace
-    path: Path
-    log_path: Path
+    name: str
     parts: dict[str, nn.Module | torch.optim.Optimizer]
-    frozen: dict[str, nn.Module]
     precision: Precision
     must_match: Sequence[str]
     images: int
     pretrained: int
     steps_per_epoch: int
+    frozen: dict[str, nn.Module] = field(default_factory=dict)
     first_epoch: int = 0
     first_step: int = 0
     best_acc: float = 0.0
@@ -81,6 +71,11 @@ class LabelledTraining:
 
     def __post_init__(self) -> None:
         self.epoch_loss = torch.zeros(2, dtype=torch.double, device=self.precision.device)
+
+    @property
+    def path(self) -> Path:
+        """Of the checkpoint."""
+        return Path(self.args.output_dir) / f"{self.name}.pth.tar"
 
     def state(self, epoch: int, step_in_epoch: int) -> dict:
         """Where to go on and with what, as :class:`Checkpointer` wants it.
@@ -144,10 +139,9 @@ class LabelledTraining:
                 )
 
     def checkpointer(self) -> Checkpointer:
-        """Saves by the flags, on signals, and at the end of epochs."""
-        checkpointer = Checkpointer(self.path, self.state, self.args.saveckp_steps, self.args.saveckp_minutes)
-        checkpointer.attempt = Guest.current()
-        return checkpointer
+        """Saves by the flags, on signals, and at the end of epochs, also beside a training that goes on."""
+        args = self.args
+        return Checkpointer(self.path, self.state, args.saveckp_steps, args.saveckp_minutes, owns_folder=False)
 
     def validate(
         self, network: nn.Module, val_set: EvalDataset, checkpointer: Checkpointer | None = None, epoch: int = 0
@@ -176,7 +170,8 @@ class LabelledTraining:
         self.epoch_loss.zero_()
         distributed.print_once("  ".join(f"{name} {value:.5g}" for name, value in line.items()))
         if distributed.is_main_process():
-            self.log_path.write_text("".join(json.dumps(line) + "\n" for line in self.log))
+            log_path = Path(self.args.output_dir) / f"{self.name}.txt"
+            log_path.write_text("".join(json.dumps(line) + "\n" for line in self.log))
         checkpointer.after_epoch(line["epoch"])
 
     def last_words(self, result: dict[str, float]) -> str:

@@ -228,15 +228,14 @@ def linear_eval(args: argparse.Namespace) -> dict[str, float]:
     # resume
     run = LabelledTraining(
         args,
-        output_dir / f"{args.write_tag}-lin-eval.pth.tar",
-        output_dir / f"{args.write_tag}-lin-eval.txt",
-        {"classifier": classifier, "opt": optimizer},
-        {"target_encoder": encoder},
-        precision,
-        RUN_FLAGS,
-        train.checksum(),
-        weights_checksum(encoder),
-        len(sampler),
+        name=f"{args.write_tag}-lin-eval",
+        parts={"classifier": classifier, "opt": optimizer},
+        precision=precision,
+        must_match=RUN_FLAGS,
+        images=train.checksum(),
+        pretrained=weights_checksum(encoder),
+        steps_per_epoch=len(sampler),
+        frozen={"target_encoder": encoder},
     )
     if not run.resume() and (args.load_checkpoint or not args.training):
         raise ValueError(f"--load_checkpoint true or --training false: there is no {run.path}")

@@ -142,17 +142,6 @@ def load_pretrained(
     return Pretrained(encoder.eval().requires_grad_(False), name, path, trained_with)
 
 
-def load_encoder(
-    model_name: str | None,
-    pretrained: str | Path = "",
-    fname: str = "",
-    checkpoint_key: str = "target_encoder",
-    allow_partial: bool = False,
-) -> VisionTransformer:
-    """The encoder of :func:`load_pretrained` alone."""
-    return load_pretrained(model_name, pretrained, fname, checkpoint_key, allow_partial).encoder
-
-
 def flags_of_training(checkpoint) -> Mapping:
     """The flags that a checkpoint of ``main.py`` was written with; files of other origin have none."""
     flags = checkpoint.get("args") if isinstance(checkpoint, Mapping) else None

@@ -46,7 +46,7 @@ from shared.supervised.flags import (
     add_distillation_flags,
     add_network_flags,
     add_optimisation_flags,
-    add_run_of_recipe_flags,
+    add_output_flags,
     check_recipe,
 )
 from shared.supervised.optimizer import build_timm_optimizer, build_timm_schedule, clip_and_step, set_learning_rate
@@ -117,7 +117,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--eval-ema", action="store_true", help="evaluate the moving average too")
 
     add = add_run_flags(parser, knn=False)
-    add_run_of_recipe_flags(add)
+    add_output_flags(add)
     add("--distributed", action="store_true", help="ignored: read from the environment")
     return parser
 

@@ -196,6 +196,8 @@ class Checkpointer:
         every_steps: Save after this many steps (0: only at the end of epochs).
         every_minutes: Save when this long has passed since the last save (0: never).
         is_good: Asked before each of these saves; where it says no, the last good checkpoint stays a while longer.
+        owns_folder: False for a file of its own in the folder of another run, which goes on: an evaluation beside a
+            training.
     """
 
     # of several signals the last one here counts: a job that gets SIGTERM and SIGUSR2 is to be requeued
@@ -208,13 +210,14 @@ class Checkpointer:
         every_steps: int = 0,
         every_minutes: float = 0,
         is_good: Callable[[], bool] = lambda: True,
+        owns_folder: bool = True,
     ):
         self.path = Path(path)
         self.state = state
         self.every_steps = every_steps
         self.every_s = every_minutes * 60
         self.is_good = is_good
-        self.attempt = Attempt.current()  # a newer attempt at the same run may take the folder over
+        self.attempt = Attempt.current() if owns_folder else None  # a newer one at this run may take the folder over
         self.last_save = time.monotonic()
         self.received: int | None = None
         self._old_handlers: dict = {}
@@ -277,7 +280,8 @@ class Checkpointer:
         state = self.state(epoch, step_in_epoch)
         error = None
         if distributed.is_main_process():
-            self.attempt.check(self.path.parent)
+            if self.attempt is not None:
+                self.attempt.check(self.path.parent)
             try:
                 save(self.path, state, keep_as)
             except (CheckpointError, NotFinite) as failure:

@@ -123,6 +123,8 @@ def _checked(value, action: argparse.Action, where: str):
         return None
     if action.nargs in (None, 0, "?") and not isinstance(action, argparse._AppendAction):
         return _checked_item(value, action, where)
+    if action.nargs == "+" and not isinstance(value, list | dict):
+        value = [value]  # as on the command line, where one value needs no brackets
     if not isinstance(value, list):
         raise ValueError(f"{where}: expected a list of {_expected(action)}, got {_kind(value)}")
     if isinstance(action.nargs, int) and len(value) != action.nargs:

@@ -40,7 +40,7 @@ from shared.supervised.flags import (
     add_distillation_flags,
     add_network_flags,
     add_optimisation_flags,
-    add_run_of_recipe_flags,
+    add_output_flags,
     check_recipe,
 )
 from shared.supervised.optimizer import build_timm_optimizer, build_timm_schedule, clip_and_step, set_learning_rate
@@ -101,7 +101,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--test-freq", type=int, default=1, help="epochs between evaluations")
     add("--eval-ema", action="store_true", help="evaluate the moving average too")
 
-    add_run_of_recipe_flags(add_run_flags(parser, knn=False))
+    add_output_flags(add_run_flags(parser, knn=False))
     return parser
 
 

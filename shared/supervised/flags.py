@@ -89,7 +89,7 @@ def add_optimisation_flags(parser: argparse.ArgumentParser, epochs: int) -> Call
     return add
 
 
-def add_run_of_recipe_flags(add: Callable) -> None:
+def add_output_flags(add: Callable) -> None:
     """Output, resume and seed; ``add`` is what :func:`shared.flags.add_run_flags` returns."""
     add("--output_dir", default=".", help="checkpoints, logs and pictures")
     add("--resume", default="", help="checkpoint to go on from when --output_dir has none")

@@ -20,16 +20,19 @@ class TrainTransform:
     """A random crop, a flip, RandAugment (or colour jitter), normalisation and Random Erasing, as timm does them.
 
     Up to 32 pixels the random resized crop is a random crop after padding by 4, of images that are resized to the
-    input size if they have another one.
+    input size if they have another one; not where a ``crop_scale`` is given.
 
     Args:
         input_size: Side of the view in pixels.
         mean, std: Per channel, for pixels in [0, 1]; one channel takes the averages over the channels.
         auto_augment: timm's specification, such as ``rand-m9-mstd0.5-inc1``; None: colour jitter.
-        color_jitter: Its strength; not used with ``auto_augment``.
+        color_jitter: Its strength, None: none; not used with ``auto_augment``.
         interpolation: ``bicubic``, ``bilinear`` or ``random``.
         erase_p, erase_mode, erase_count: Random Erasing.
         in_chans: 3, or 1 for the luminance.
+        crop_scale: Area of the random resized crops as a share of the image; None: timm's, 0.08 to 1.
+        flip: Whether half of the views are mirrored.
+        augment_flag: Where ``auto_augment`` was given, for messages.
 
     Raises:
         ValueError: If timm does not understand ``auto_augment``.
@@ -41,12 +44,15 @@ class TrainTransform:
         mean: Sequence[float],
         std: Sequence[float],
         auto_augment: str | None = "rand-m9-mstd0.5-inc1",
-        color_jitter: float = 0.4,
+        color_jitter: float | None = 0.4,
         interpolation: str = "bicubic",
         erase_p: float = 0.25,
         erase_mode: str = "pixel",
         erase_count: int = 1,
         in_chans: int = 3,
+        crop_scale: tuple[float, float] | None = None,
+        flip: bool = True,
+        augment_flag: str = "--aa",
     ):
         self.in_chans = in_chans
         try:
@@ -54,6 +60,8 @@ class TrainTransform:
                 input_size,
                 is_training=True,
                 separate=True,
+                scale=crop_scale,
+                hflip=0.5 if flip else 0.0,
                 color_jitter=color_jitter,
                 auto_augment=auto_augment,
                 interpolation=interpolation,
@@ -64,9 +72,9 @@ class TrainTransform:
                 re_count=erase_count,
             )
         except AssertionError as error:
-            raise ValueError(f"--aa {auto_augment}: {error}") from error
+            raise ValueError(f"{augment_flag} {auto_augment}: {error}") from error
         posterize_to_nothing(self.augment)
-        if input_size <= SMALL_PX:
+        if input_size <= SMALL_PX and crop_scale is None:
             pad_and_crop = [T.Resize((input_size, input_size)), T.RandomCrop(input_size, padding=4)]
             crop = T.Compose([*pad_and_crop, *crop.transforms[1:]])
         self.crop = crop

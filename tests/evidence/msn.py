@@ -18,10 +18,10 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from dino.pretrained import load_pretrained
+from dino import pretrained as dino_pretrained
 from msn.augmentations import MEAN, STD
 from msn.logistic_eval import LastClassToken, LowShotClassifier, draw_per_class
-from msn.pretrained import load_encoder
+from msn.pretrained import load_pretrained
 from shared.data import EvalDataset, EvalTransform
 from shared.evaluation.features import extract_features
 from shared.evaluation.knn import knn_classify
@@ -91,7 +91,7 @@ def low_shot(backbone: torch.nn.Module, *data) -> dict[str, float]:
 
 
 def msn_backbone(run: Path, model_name: str) -> torch.nn.Module:
-    return LastClassToken(load_encoder(model_name, run, "msn-latest.pth.tar"))
+    return LastClassToken(load_pretrained(model_name, run).encoder)
 
 
 COLUMNS = {"knn_before": "k-NN before", "knn_last": "k-NN after", "knn_1": "1 image", "knn_2": "2 images",
@@ -125,7 +125,7 @@ def against_dino(out: Path, parallel: int, seeds: tuple[int, ...], epochs: int) 
     same_time = max(1, round(minutes / max(probe[0]["minutes"], 0.01)))
     theirs = Variant(f"DINO, {same_time} epochs in the same time", f"{DINO} --epochs {same_time}")
     for result in run_all("dino", [theirs], out, parallel, seeds):
-        backbone, _ = load_pretrained("vit_tiny", 4, result["run"] / "checkpoint.pth")
+        backbone, _ = dino_pretrained.load_pretrained("vit_tiny", 4, result["run"] / "checkpoint.pth")
         results.append(result | low_shot(backbone, None, None, 16))
     columns = {name: COLUMNS[name] for name in ("knn_before", "knn_last", "knn_1", "knn_2", "knn_5", "feature_spread")}
     write(out, "msn_against_dino", results, table(results, columns))

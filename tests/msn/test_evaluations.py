@@ -11,16 +11,14 @@ import pytest
 import torch
 
 from msn import eval_knn, export, fine_tune, linear_eval, logistic_eval, visualize_attention
-from msn.fine_tune import AugmentedImages, layer_of, param_groups, train_transform
+from msn.fine_tune import layer_of, param_groups
 from msn.flags import load_chosen_encoder
 from msn.labelled_training import LabelledTraining
 from msn.linear_eval import LinearClassifier, RateInMomentumSGD
-from msn.pretrained import load_encoder
+from msn.pretrained import load_pretrained
 from msn.vision_transformer import VisionTransformer
 from shared.attempt import Interrupted
 from shared.checkpoint import Checkpointer, load_latest
-from shared.data import BadImages
-from shared.sources import open_source
 from tests.msn.runs import CHECKPOINT, small_networks
 from tests.processes import run_processes
 from tests.reliability.runs import assert_same
@@ -235,18 +233,6 @@ def test_learning_rates_fall_from_block_to_block():
     assert layer_of("blocks.11.norm1.weight", 12) == 12
 
 
-def test_augmented_images_are_a_function_of_seed_epoch_and_index(images):
-    source = open_source(str(images), "all")
-    for in_chans in (1, 3):
-        transform = train_transform(16, (0.5, 1.0), True, "rand-m9-mstd0.5-inc1", 0.25, in_chans)
-        dataset = AugmentedImages(source, transform, 0, BadImages(len(source)))
-        first, label, index = dataset[(3, 5)]
-        torch.manual_seed(9)
-        assert torch.equal(first, dataset[(3, 5)][0]) and first.shape == (in_chans, 16, 16)
-        assert (label, index) == (source.label(5), 5)
-        assert not torch.equal(first, dataset[(4, 5)][0])
-
-
 # --- Flags that the checkpoint answers --------------------------------------------------------------------------------
 
 
@@ -311,7 +297,7 @@ def test_attention_pictures(run, images, tmp_path):
     paths = visualize_attention.visualize_attention(args)
     names = {path.name for path in paths}
     assert {"attention.png", "attn-head0.png", "attn-head1.png", "overlay-mean.png", "mask_th0.6_mean.png"} <= names
-    encoder = load_encoder("deit_tiny", run, CHECKPOINT)
+    encoder = load_pretrained("deit_tiny", run, CHECKPOINT).encoder
     attention = visualize_attention.class_attention(encoder, torch.randn(2, 3, 33, 24))
     assert attention.shape == (2, 2, 4, 3) and attention.sum(dim=(2, 3)).max() < 1
     with pytest.raises(SystemExit):
@@ -327,7 +313,7 @@ def test_images_are_prepared_for_one_and_three_channels():
 
 def test_export_gives_the_same_features_everywhere(run, tmp_path):
     pytest.importorskip("onnxruntime")
-    encoder = load_encoder("deit_tiny", run, CHECKPOINT)
+    encoder = load_pretrained("deit_tiny", run, CHECKPOINT).encoder
     files = export.export(encoder, "deit_tiny", tmp_path, image_size=48)
     assert files.keys() == {"safetensors", "onnx"}  # timm has no ViT of these shapes
     assert all(path.stat().st_size > 10_000 for path in files.values())

@@ -14,7 +14,7 @@ from msn.logistic_eval import (
     parse_args,
     preprocess,
 )
-from msn.pretrained import load_encoder
+from msn.pretrained import load_pretrained
 from shared.sources import open_source
 from tests.msn.runs import CHECKPOINT
 
@@ -161,6 +161,6 @@ def test_rows_are_centred_and_of_length_one():
 
 
 def test_features_are_class_tokens_before_the_final_norm(run):
-    encoder = load_encoder("deit_tiny", run, CHECKPOINT)
+    encoder = load_pretrained("deit_tiny", run, CHECKPOINT).encoder
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(encoder.norm(LastClassToken(encoder)(images)), encoder(images))

@@ -10,7 +10,7 @@ import torch
 import hubconf
 from msn import linear_eval, main_distributed, pretrained
 from msn import main as main_msn
-from msn.pretrained import RELEASES, load_encoder
+from msn.pretrained import RELEASES, load_pretrained
 from msn.vision_transformer import ProjectionHead, build
 from shared.weights import DownloadError, WeightMismatch
 from tests.msn.runs import CHECKPOINT, TINY, losses, state_of
@@ -33,18 +33,20 @@ def official_file(path, model_name: str = "deit_tiny", **sizes):
 
 def test_released_files_fill_the_encoder_and_sizes_come_from_the_file(tmp_path):
     source = official_file(tmp_path / "a.pth.tar", patch_size=4, img_size=24, in_chans=1)
-    encoder = load_encoder("deit_tiny", tmp_path, "a.pth.tar")
+    encoder = load_pretrained("deit_tiny", tmp_path, "a.pth.tar").encoder
     images = torch.randn(2, 1, 24, 24)
     torch.testing.assert_close(encoder(images), source.eval().class_token(images))
     assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
-    other = load_encoder("deit_tiny", tmp_path / "a.pth.tar", checkpoint_key="encoder")
+    other = load_pretrained("deit_tiny", tmp_path / "a.pth.tar", checkpoint_key="encoder").encoder
     torch.testing.assert_close(other.norm.bias, source.norm.bias + 1)
 
 
 def test_a_plain_state_dict_fills_it_too(tmp_path, run):
-    encoder = load_encoder("deit_tiny", run, CHECKPOINT)
+    encoder = load_pretrained("deit_tiny", run, CHECKPOINT).encoder
     torch.save(encoder.state_dict(), tmp_path / "plain.pth")
-    torch.testing.assert_close(load_encoder("deit_tiny", tmp_path / "plain.pth").state_dict(), encoder.state_dict())
+    torch.testing.assert_close(
+        load_pretrained("deit_tiny", tmp_path / "plain.pth").encoder.state_dict(), encoder.state_dict()
+    )
 
 
 def test_what_does_not_fit_is_refused_by_name(tmp_path):
@@ -53,20 +55,20 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
     del checkpoint["target_encoder"]["module.norm.bias"]
     torch.save(checkpoint, tmp_path / "part.pth.tar")
     with pytest.raises(WeightMismatch, match=r"missing in the file: norm\.bias"):
-        load_encoder("deit_tiny", tmp_path, "part.pth.tar")
-    load_encoder("deit_tiny", tmp_path, "part.pth.tar", allow_partial=True)
+        load_pretrained("deit_tiny", tmp_path, "part.pth.tar")
+    load_pretrained("deit_tiny", tmp_path, "part.pth.tar", allow_partial=True)
     with pytest.raises(WeightMismatch, match="entries of the network matched"):
-        load_encoder("deit_small", tmp_path, "a.pth.tar")
+        load_pretrained("deit_small", tmp_path, "a.pth.tar")
     with pytest.raises(WeightMismatch, match="--checkpoint_key teacher"):
-        load_encoder("deit_tiny", tmp_path, "a.pth.tar", "teacher")
+        load_pretrained("deit_tiny", tmp_path, "a.pth.tar", "teacher")
     with pytest.raises(ValueError, match="no weights are released for --model_name deit_tiny"):
-        load_encoder("deit_tiny")
+        load_pretrained("deit_tiny")
     with pytest.raises(ValueError, match=r"nowhere\.pth is not a file"):
-        load_encoder("deit_tiny", "nowhere.pth")
+        load_pretrained("deit_tiny", "nowhere.pth")
 
 
 def test_random_weights_are_asked_for_by_name():
-    assert load_encoder("deit_tiny", "random")(torch.zeros(2, 3, 16, 16)).shape == (2, 32)
+    assert load_pretrained("deit_tiny", "random").encoder(torch.zeros(2, 3, 16, 16)).shape == (2, 32)
 
 
 @pytest.fixture
@@ -104,7 +106,7 @@ def test_an_entry_is_filled_from_the_released_file_once(server):
         encoder = hubconf.msn_vits16(img_size=16)
         torch.testing.assert_close(encoder.pos_embed, source.pos_embed)
         (server / "vits16_800ep.pth.tar").unlink()
-        torch.testing.assert_close(load_encoder("deit_tiny").cls_token.data, source.cls_token.data)
+        torch.testing.assert_close(load_pretrained("deit_tiny").encoder.cls_token.data, source.cls_token.data)
 
 
 # --- Jobs -------------------------------------------------------------------------------------------------------------

@@ -41,6 +41,10 @@ def test_the_file_sets_defaults_and_the_command_line_wins(write):
     assert args.model_name == "deit_small"  # not in the file
 
 
+def test_a_single_value_of_a_flag_that_takes_several_needs_no_brackets(write):
+    assert read_config(write("sizes: 4"), small_parser()) == {"sizes": [4]}
+
+
 def test_a_flag_wins_even_with_the_value_of_the_default(write):
     args = parse_args_with_config(small_parser(), ["--fname", write("epochs: 7"), "--epochs", "3"])
     assert args.epochs == 3

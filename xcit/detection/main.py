@@ -143,7 +143,10 @@ def evaluate_detector(
             between_batches()
     network.train(was_training)
     by_rank = distributed.all_gather_object(detections)
-    return average_precision(dataset.annotations, [detection for part in by_rank for detection in part])
+    result = None
+    if distributed.is_main_process():
+        result = average_precision(dataset.annotations, [detection for part in by_rank for detection in part])
+    return distributed.broadcast_object(result)
 
 
 def train_detector(args: argparse.Namespace) -> None:

@@ -302,3 +302,13 @@ def test_posterize_keeps_the_highest_bits():
     for bits in (0, 1, 4, 8):
         expected = pixels & np.uint8(256 - 2 ** (8 - bits) if bits else 0)
         assert np.array_equal(np.asarray(posterize(Image.fromarray(pixels), bits)), expected)
+
+
+def test_crops_have_the_asked_share_of_the_image_also_where_views_are_small():
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8)
+    whole = {"auto_augment": None, "color_jitter": None, "erase_p": 0.0, "crop_scale": (1.0, 1.0), "flip": False}
+    resized = np.asarray(Image.fromarray(pixels).resize((20, 20), Image.Resampling.BICUBIC)) / 255
+    view = TrainTransform(20, MEAN, STD, **whole)(pixels).permute(1, 2, 0).numpy() * STD + MEAN
+    assert np.abs(view - resized).max() < 0.1  # a crop of the whole area is nearly a square
+    with pytest.raises(ValueError, match="--rand_augment nonsense"):
+        TrainTransform(20, MEAN, STD, auto_augment="nonsense", augment_flag="--rand_augment")
