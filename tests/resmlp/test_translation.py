@@ -459,6 +459,14 @@ def test_mistakes_on_the_command_line_are_named(flags, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flag", ["--beam", "--batch_sentences"])
+def test_mistakes_on_the_command_line_of_translate_are_named(flag, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["translate.py", flag, "0"])
+    with pytest.raises(SystemExit):
+        translate.main()
+    assert f"{flag} 0 is less than 1" in capsys.readouterr().err
+
+
 def test_the_vocabulary_of_another_run_is_refused(tmp_path, few_sentences, capsys):
     train(tmp_path / "run", "--epochs", 1)
     own = load_latest(tmp_path / "run/checkpoint.pth")["vocabulary"].numpy().tobytes()
