@@ -74,7 +74,11 @@ def _with_ids(path: Path):
 
 
 def read_qrels(path: Path) -> dict[str, dict[str, int]]:
-    """Judgements of a tab-separated file with a header: query id, document id, grade."""
+    """Judgements of a tab-separated file with a header: query id, document id, grade.
+
+    Raises:
+        ValueError: With the file and the line, for a malformed line or two different grades of one document.
+    """
     qrels = {}
     for number, (_, line) in enumerate(read_lines(path), start=1):
         columns = line.rstrip("\r\n").split("\t")
@@ -87,10 +91,13 @@ def read_qrels(path: Path) -> dict[str, dict[str, int]]:
             raise ValueError(
                 f"{path}, line {number}: expected query id, document id and an integer, got {line.rstrip()[:80]!r}"
             )
-        query, document, grade = columns
-        if document in qrels.setdefault(query, {}):
-            raise ValueError(f"{path}, line {number}: document {document!r} is judged twice for query {query!r}")
-        qrels[query][document] = int(grade)
+        query, document, grade = columns[0], columns[1], int(columns[2])
+        # published collections repeat some lines; only a second opinion is a mistake
+        before = qrels.setdefault(query, {}).setdefault(document, grade)
+        if before != grade:
+            raise ValueError(
+                f"{path}, line {number}: document {document!r} is judged twice for query {query!r}: {before}, {grade}"
+            )
     if not qrels:
         raise ValueError(f"{path} has no judgements")
     return qrels

@@ -9,6 +9,7 @@ import html
 import json
 import re
 import socket
+import sys
 import threading
 import time
 from http import HTTPStatus
@@ -108,6 +109,11 @@ class SearchServer(ThreadingHTTPServer):
         self.only_local = host in LOCAL_NAMES
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), Handler)
+
+    def handle_error(self, request, client_address) -> None:
+        """A browser that closes its connection before the answer is no error of the server."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
     def search(self, query: str, k: int) -> list[Hit]:
         with self.lock:

@@ -4,7 +4,9 @@ import http.client
 import json
 import os
 import shutil
+import socket
 import sqlite3
+import struct
 import subprocess
 import threading
 from pathlib import Path
@@ -337,6 +339,16 @@ def get(server: SearchServer, path: str, **headers: str) -> tuple[int, str, http
     found = response.status, response.read().decode(), response.headers
     connection.close()
     return found
+
+
+def test_a_browser_that_goes_away_is_no_error_of_the_server(server, monkeypatch, capsys):
+    answered = threading.Event()
+    monkeypatch.setattr(server, "shutdown_request", lambda request: (request.close(), answered.set()))
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=30) as browser:
+        browser.sendall(b"GET / HT")
+        browser.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close with a reset
+    assert answered.wait(30)
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_the_page_shows_results(server):
