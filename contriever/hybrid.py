@@ -1,7 +1,10 @@
 """BM25, and its combination with dense retrieval: words that must match exactly, and meaning that need not."""
 
+import os
 from collections.abc import Sequence
 
+# bm25s computes with JAX where that is installed, and JAX would take most of a GPU's memory for itself
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import bm25s
 import numpy as np
 

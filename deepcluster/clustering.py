@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shared import distributed
+from shared.clusters import sum_by_cluster
 from shared.evaluation.knn import nearest_neighbours
 
 try:
@@ -256,7 +257,7 @@ def kmeans_torch(features: Tensor, centroids: Tensor, iterations: int = ITERATIO
         assignments, distance = assign(features, centroids)
         objective.append(distributed.all_reduce_sum(distance).item())
         counts = distributed.all_reduce_sum(assignments.bincount(minlength=len(centroids)))
-        sums = distributed.all_reduce_sum(_sum_by_cluster(features, assignments, len(centroids)))
+        sums = distributed.all_reduce_sum(sum_by_cluster(features, assignments, len(centroids)))
         moved = (sums / counts.clamp_min(1)[:, None]).float()
         split_empty_clusters(moved, counts, num_rows)
         if torch.equal(moved, centroids):
@@ -275,19 +276,6 @@ def assign(features: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
         total += (block.square().sum(dim=1) - 2 * best).sum(dtype=torch.double)
         nearest.append(index)
     return torch.cat(nearest), total
-
-
-def _sum_by_cluster(features: Tensor, assignments: Tensor, num_clusters: int) -> Tensor:
-    """Sums of the rows of each cluster, float64, (K, d), in the same order every time, on a GPU too."""
-    sums = torch.zeros(num_clusters, features.shape[1], dtype=torch.double, device=features.device)
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        for block, clusters in zip(features.split(BLOCK_ROWS), assignments.split(BLOCK_ROWS), strict=True):
-            sums.index_add_(0, clusters, block.double())
-    finally:
-        torch.use_deterministic_algorithms(deterministic)
-    return sums
 
 
 def split_empty_clusters(centroids: Tensor, counts: Tensor, num_rows: int) -> None:

@@ -1,8 +1,10 @@
 """Contriever beside sentence-transformers: tokens per second of training and of embedding, with equal vectors.
 
     python tests/benchmarks/bench_contriever.py [--rounds 5] [--texts 512] [--batch_size 16] [--out FILE]
+    python tests/benchmarks/bench_contriever.py --model FOLDER            # another encoder
 
-Ways that take turns in one process, on the same encoder (the packaged one) and the same documentation of packages:
+Ways that take turns in one process, on the same encoder (by default the packaged one) and the same texts (documentation
+of packages):
 
 - ``train/ours``: a step of in-batch training as ``train.py`` does it;
 - ``train/sentence_transformers``: the same pairs and optimiser with MultipleNegativesRankingLoss;
@@ -90,8 +92,8 @@ def moco_step(retriever: Retriever) -> Callable[[dict], None]:
     return step
 
 
-def sentence_transformers_step(device: torch.device) -> Callable[[dict], None]:
-    model = SentenceTransformer(str(find_model(None)), device=str(device))
+def sentence_transformers_step(model_folder: str | None, device: torch.device) -> Callable[[dict], None]:
+    model = SentenceTransformer(str(find_model(model_folder)), device=str(device))
     loss = MultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE).train()
     optimizer = adamw(model)
 
@@ -120,37 +122,38 @@ def take_turns(ways: dict[str, Callable[[], int]], rounds: int, device: torch.de
     return {n: {"tokens_per_s": statistics.median(s), "least": min(s), "most": max(s)} for n, s in speeds.items()}
 
 
-def training(texts: list[str], batch_size: int, rounds: int, device: torch.device) -> dict:
-    """One step per round; every way gets the same batch."""
-    pairs = pairs_of(load_retriever(), texts)
+def training(texts: list[str], batch_size: int, rounds: int, model_folder: str | None, device: torch.device) -> dict:
+    """One step per round; every way gets the same batches, which are made before."""
+    pairs = pairs_of(load_retriever(model_folder), texts)
     numbers = [[(0, r * batch_size + i) for i in range(batch_size)] for r in range(rounds + 1)]
-    batches = (
+    batches = [
         {name: value.to(device) for name, value in pairs.__getitems__(keys).items() if name != "datasets"}
         for keys in numbers
-    )
+    ]
     steps = {
-        "train/ours": inbatch_step(load_retriever(device=device)),
-        "train/moco": moco_step(load_retriever(device=device)),
+        "train/ours": inbatch_step(load_retriever(model_folder, device=device)),
+        "train/moco": moco_step(load_retriever(model_folder, device=device)),
     }
     if SentenceTransformer is not None:
-        steps["train/sentence_transformers"] = sentence_transformers_step(device)
-    current: dict = {}
+        steps["train/sentence_transformers"] = sentence_transformers_step(model_folder, device)
+    counts = [int(batch["q_mask"].sum() + batch["k_mask"].sum()) for batch in batches]
 
-    def way(name: str, step: Callable[[dict], None]) -> Callable[[], int]:
+    def way(step: Callable[[dict], None]) -> Callable[[], int]:
+        mine = iter(zip(batches, counts, strict=True))
+
         def run() -> int:
-            if name == "train/ours":
-                current["batch"] = next(batches)
-            step(current["batch"])
-            return int(current["batch"]["q_mask"].sum() + current["batch"]["k_mask"].sum())
+            batch, tokens = next(mine)
+            step(batch)
+            return tokens
 
         return run
 
-    return take_turns({name: way(name, step) for name, step in steps.items()}, rounds, device)
+    return take_turns({name: way(step) for name, step in steps.items()}, rounds, device)
 
 
-def embedding(texts: list[str], batch_size: int, rounds: int, device: torch.device) -> dict:
+def embedding(texts: list[str], batch_size: int, rounds: int, model_folder: str | None, device: torch.device) -> dict:
     """All texts per round."""
-    retriever = load_retriever(device=device)
+    retriever = load_retriever(model_folder, device=device)
     tokens = sum(map(len, retriever.tokenize(texts, 256)))
     vectors: dict[str, np.ndarray] = {}
 
@@ -166,7 +169,7 @@ def embedding(texts: list[str], batch_size: int, rounds: int, device: torch.devi
         ways["embed/ours_bf16"] = ours("embed/ours_bf16", "bf16")
     if SentenceTransformer is None:
         return take_turns(ways, rounds, device)
-    other = SentenceTransformer(str(find_model(None)), device=str(device))
+    other = SentenceTransformer(str(find_model(model_folder)), device=str(device))
     other.max_seq_length = 256
 
     def theirs() -> int:
@@ -174,7 +177,7 @@ def embedding(texts: list[str], batch_size: int, rounds: int, device: torch.devi
         return tokens
 
     results = take_turns({**ways, "embed/sentence_transformers": theirs}, rounds, device)
-    reference = vectors["embed/sentence_transformers"]
+    reference = F.normalize(torch.from_numpy(vectors["embed/sentence_transformers"]), dim=1).numpy()
     for name, found in vectors.items():
         results[name]["largest_cosine_distance"] = float((1 - (found * reference).sum(axis=1)).max())
     return results
@@ -185,13 +188,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--texts", type=int, default=512)
     parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--model", default=None, help="folder of an encoder; default: the packaged one")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
     device = torch.device(args.device)
     texts = [document["text"] for document in documentation()][: args.texts]
-    results = training(texts, args.batch_size, args.rounds, device)
-    results |= embedding(texts, args.batch_size, args.rounds, device)
+    results = training(texts, args.batch_size, args.rounds, args.model, device)
+    results |= embedding(texts, args.batch_size, args.rounds, args.model, device)
     for group in ("train", "embed"):
         base = results.get(f"{group}/sentence_transformers")
         for name in (name for name in results if name.startswith(group)):

@@ -2,6 +2,7 @@
 
     python tests/benchmarks/bench_step.py [--threads 2] [--rounds 5] [--out FILE.json]
     python tests/benchmarks/bench_step.py --growth             # cost against crops, batch, image side and outputs
+    python tests/benchmarks/bench_step.py --device cuda --batch 64
 
 Steps that take turns, each in a process of its own so that peak memory is told apart:
 
@@ -46,7 +47,6 @@ from shared.precision import Precision, fast_bf16
 from shared.schedules import cosine_schedule
 
 LR, WEIGHT_DECAY, MOMENTUM, CLIP = 1e-4, 0.04, 0.996, 3.0
-CPU = torch.device("cpu")
 TARGETS = {"ours": 1.2, "ours-bf16": 4.0}  # speed over plain
 
 
@@ -79,7 +79,7 @@ class PlainBlock(nn.Module):
         if self.drop_path == 0 or not self.training:
             return x
         keep = 1 - self.drop_path
-        return x.div(keep) * torch.floor(keep + torch.rand(len(x), 1, 1))
+        return x.div(keep) * torch.floor(keep + torch.rand(len(x), 1, 1, device=x.device))
 
 
 class PlainViT(nn.Module):
@@ -138,8 +138,10 @@ class PlainStep:
             PlainNetwork(PlainViT(size.patch_size, dim, num_heads, size.global_px, rate), PlainHead(dim, size.out_dim))
             for rate in (drop_path_rate, 0.0)
         )
+        self.student.to(size.device)
+        self.teacher.to(size.device)
         self.num_crops = 2 + size.local_crops
-        self.center = torch.zeros(1, size.out_dim)
+        self.center = torch.zeros(1, size.out_dim, device=size.device)
 
     def start(self, state: dict[str, Tensor]) -> None:
         self.student.load_state_dict(state)
@@ -184,9 +186,10 @@ class PlainStep:
 
 class OurStep:
     def __init__(self, size: argparse.Namespace, drop_path_rate: float, amp: str):
-        self.student, self.teacher = (self.build(size, rate) for rate in (drop_path_rate, 0.0))
-        self.criterion = DINOLoss(size.out_dim, 2 + size.local_crops, 0.04, 0.04, 0, 1)
-        self.precision = Precision(amp, CPU)
+        self.device = torch.device(size.device)
+        self.student, self.teacher = (self.build(size, rate).to(self.device) for rate in (drop_path_rate, 0.0))
+        self.criterion = DINOLoss(size.out_dim, 2 + size.local_crops, 0.04, 0.04, 0, 1).to(self.device)
+        self.precision = Precision(amp, self.device)
         self.monitor = CollapseMonitor(size.out_dim, patience_steps=1)
         self.step = 0
 
@@ -207,7 +210,7 @@ class OurStep:
             momentum=cosine_schedule(MOMENTUM, MOMENTUM, 1, steps),
         )
         networks = {"teacher": self.teacher, "student": self.student}
-        self.guard = FiniteGuard(networks, ".", max_skipped_steps=0, device=CPU)
+        self.guard = FiniteGuard(networks, ".", max_skipped_steps=0, device=self.device)
 
     def __call__(self, views: list[Tensor]) -> float:
         log = LossOfAStep()
@@ -257,7 +260,7 @@ def make_step(kind: str, size: argparse.Namespace, drop_path_rate: float):
 def make_views(size: argparse.Namespace) -> list[Tensor]:
     shapes = [(2 * size.batch, size.global_px), (size.local_crops * size.batch, size.local_px)]
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(n, 3, side, side, generator=generator) for n, side in shapes if n]
+    return [torch.randn(n, 3, side, side, generator=generator).to(size.device) for n, side in shapes if n]
 
 
 def worker(kind: str, size: argparse.Namespace, drop_path_rate: float, weights: str, connection) -> None:
@@ -270,10 +273,16 @@ def worker(kind: str, size: argparse.Namespace, drop_path_rate: float, weights: 
     connection.send("ready")
     while connection.recv() == "step":
         start = time.perf_counter()
-        loss = step(views)
+        loss = step(views)  # a number: the device has finished
         seconds = time.perf_counter() - start
-        peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        connection.send((seconds, loss, peak_gib))
+        connection.send((seconds, loss, peak_gib(size.device)))
+
+
+def peak_gib(device: str) -> float:
+    """Of the device's memory, or of this process on a CPU."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 class Worker:
@@ -282,10 +291,12 @@ class Worker:
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=worker, args=(kind, size, drop_path_rate, weights, theirs), daemon=True)
         self.process.start()
-        assert self.connection.recv() == "ready"
         self.seconds: list[float] = []
         self.losses: list[float] = []
         self.peak_gib = 0.0
+
+    def wait_until_ready(self) -> None:
+        assert self.connection.recv() == "ready"
 
     def step(self, count: bool = True) -> None:
         self.connection.send("step")
@@ -305,6 +316,8 @@ def take_turns(kinds: list[str], size: argparse.Namespace, rounds: int, drop_pat
         torch.manual_seed(0)
         torch.save(OurStep.build(size, 0.0).state_dict(), file.name)
         workers = {kind: Worker(kind, size, drop_path_rate, file.name) for kind in kinds}
+        for one in workers.values():
+            one.wait_until_ready()
     for i, one in itertools.product(range(2 + rounds), workers.values()):
         one.step(count=i >= 2)
     for one in workers.values():
@@ -313,9 +326,9 @@ def take_turns(kinds: list[str], size: argparse.Namespace, rounds: int, drop_pat
 
 
 def compare(size: argparse.Namespace, rounds: int) -> dict:
-    kinds = ["plain", "ours", *(["ours-bf16"] if fast_bf16(CPU) else [])]
+    kinds = ["plain", "ours", *(["ours-bf16"] if fast_bf16(torch.device(size.device)) else [])]
     if "ours-bf16" not in kinds:
-        print("ours-bf16: not timed, this processor has no bfloat16 units", flush=True)
+        print("ours-bf16: not timed, the device has no bfloat16 units", flush=True)
     workers = take_turns(kinds, size, rounds, drop_path_rate=0.1)
     plain, result = workers["plain"], {}
     print(f"{'step':10} {'images/s':>9} {'peak GiB':>9}  speed-up: median (range), of best  memory")
@@ -379,6 +392,7 @@ def main() -> None:
     parser.add_argument("--local_crops", type=int, default=8)
     parser.add_argument("--out_dim", type=int, default=65536)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--growth", action="store_true", help="measure how the cost grows instead")
     parser.add_argument("--out", help="JSON file for the results")
@@ -405,7 +419,8 @@ def main() -> None:
         } | {f"{kind} in 0.7 of the memory": steps[kind]["memory_ratio"] <= 0.7 for kind in TARGETS if kind in steps}
         for target, met in result["targets"].items():
             print(f"target: {target}: {'met' if met else 'not met'}")
-    print("versions: torch", torch.__version__, result["capability"])
+    device = torch.cuda.get_device_name() if size.device == "cuda" else result["capability"]
+    print("versions: torch", torch.__version__, device)
     if out:
         Path(out).write_text(json.dumps(result, indent=1) + "\n")
 

@@ -45,9 +45,30 @@ def run_script(method: str, command: list[str], log: Path) -> None:
         )
 
 
+def once(path: Path, command: list[str], work: Callable[[], dict]) -> dict:
+    """What ``work`` returns; it is kept in ``path``, so that interrupted experiments do not repeat what has ended.
+
+    Args:
+        path: JSON file.
+        command: What ``work`` runs; with another one the file does not count.
+    """
+    if path.exists() and (kept := json.loads(path.read_text()))["command"] == command:
+        return kept["result"]
+    result = work()
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps({"command": command, "result": result}) + "\n")
+    partial.rename(path)
+    return result
+
+
 def run(method: str, variant: Variant, seed: int, output_dir: Path) -> dict:
     """Train one variant with one thread; its folder, the log's last lines and the wall time."""
     command = [variant.script, *variant.flags.split(), "--seed", str(seed), "--output_dir", str(output_dir)]
+    result = once(output_dir.with_suffix(".json"), command, lambda: _run(method, variant, seed, output_dir, command))
+    return result | {"run": output_dir}
+
+
+def _run(method: str, variant: Variant, seed: int, output_dir: Path, command: list[str]) -> dict:
     start = time.perf_counter()
     run_script(method, command, output_dir.with_suffix(".log"))
     minutes = (time.perf_counter() - start) / 60
@@ -57,7 +78,6 @@ def run(method: str, variant: Variant, seed: int, output_dir: Path) -> dict:
     return {
         "variant": variant.name,
         "seed": seed,
-        "run": output_dir,
         "minutes": round(minutes, 2),
         "knn_before": accuracies[0],
         "knn_last": accuracies[-1],
@@ -88,8 +108,13 @@ def linear(method: str, flags: str, out: Path, log_name: str) -> float:
         log_name: Of the JSON lines that it writes to its output folder.
     """
     out.mkdir(parents=True, exist_ok=True)
-    run_script(method, ["eval_linear.py", *flags.split(), "--output_dir", str(out)], out.with_suffix(".log"))
-    return json.loads((out / log_name).read_text().splitlines()[-1])["test_acc1"]
+    command = ["eval_linear.py", *flags.split(), "--output_dir", str(out)]
+
+    def probe() -> dict:
+        run_script(method, command, out.with_suffix(".log"))
+        return {"test_acc1": json.loads((out / log_name).read_text().splitlines()[-1])["test_acc1"]}
+
+    return once(out.with_suffix(".json"), command, probe)["test_acc1"]
 
 
 def few_per_class(folder: Path, few: Path) -> Path:
@@ -165,7 +190,8 @@ def table(results: list[dict], columns: dict[str, str]) -> str:
 
 def machine() -> dict:
     """What the numbers were measured on."""
-    return {"torch": torch.__version__, "python": platform.python_version(), "cores": os.cpu_count()}
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return {"torch": torch.__version__, "python": platform.python_version(), "cores": os.cpu_count()} | gpu
 
 
 def write(out: Path, name: str, results: list[dict], text: str) -> None:

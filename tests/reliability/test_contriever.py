@@ -1,12 +1,9 @@
 """SIGKILL at any instant of Contriever's training and of its preprocessing."""
 
-import random
-import time
-
 import pytest
 
 from tests.contriever.training_runs import TINY, make_data
-from tests.reliability.runs import Run, Script, assert_same_run, start_ranks
+from tests.reliability.runs import Run, Script, assert_same_run, kill_at_random_instants, start_ranks
 
 CONTRIEVER = Script("contriever.train", tuple(TINY))
 
@@ -20,21 +17,7 @@ def flags(tmp_path_factory):
 @pytest.mark.parametrize("kills", [10])
 def test_runs_killed_at_random_instants_end_like_an_uninterrupted_one(kills, flags, tmp_path):
     Run(tmp_path / "uninterrupted", *flags, script=CONTRIEVER).assert_ends()
-    rng = random.Random(kills)
-    killed, finished = 0, 0
-    while killed < kills:
-        folder = tmp_path / str(finished)
-        while True:
-            run = Run(folder, *flags, "--num_workers", killed % 3, script=CONTRIEVER)
-            if killed < kills:
-                run.wait_for(lambda folder=folder: (folder / "attempt.json").exists())
-                time.sleep(rng.uniform(0, 2))
-                run.kill()
-            if run.exit_code() == 0:
-                break
-            assert run.exit_code() == -9, run.output()
-            killed += 1
-        finished += 1
+    for folder in kill_at_random_instants(tmp_path, kills, *flags, script=CONTRIEVER):
         assert_same_run(folder, tmp_path / "uninterrupted")
 
 

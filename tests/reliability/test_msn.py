@@ -1,11 +1,8 @@
 """SIGKILL at any instant of MSN: both encoders, prototypes and masks come back bit for bit, on one rank and on two."""
 
-import random
-import time
-
 from shared.checkpoint import load_latest
 from tests.msn.runs import CHECKPOINT, TINY_VIT
-from tests.reliability.runs import Run, Script, assert_same_run, log_lines, start_ranks
+from tests.reliability.runs import Run, Script, assert_same_run, kill_at_random_instants, log_lines, start_ranks
 
 
 def shrink_networks() -> None:
@@ -29,20 +26,7 @@ MSN = Script(
 def test_runs_killed_at_random_instants_end_like_an_uninterrupted_one(images, tmp_path):
     uninterrupted = tmp_path / "uninterrupted"
     Run(uninterrupted, "--data_path", images, script=MSN).assert_ends()
-    rng, killed, finished = random.Random(0), 0, 0
-    while killed < 20:
-        folder = tmp_path / str(finished)
-        while True:
-            run = Run(folder, "--data_path", images, "--num_workers", killed % 3, script=MSN)
-            if killed < 20:
-                run.wait_for(lambda folder=folder: (folder / "attempt.json").exists())
-                time.sleep(rng.uniform(0, 2))
-                run.kill()
-            if run.exit_code() == 0:
-                break
-            assert run.exit_code() == -9, run.output()
-            killed += 1
-        finished += 1
+    for folder in kill_at_random_instants(tmp_path, 20, "--data_path", images, script=MSN):
         assert_same_run(folder, uninterrupted)
         assert [line["step"] for line in log_lines(folder)] == [2, 4, 6, 8, 10, 12]
 

@@ -1,11 +1,8 @@
 """SIGKILL at any instant of PAWS: the run goes on with the very supports that it would have had, bit for bit."""
 
-import random
-import time
-
 import pytest
 
-from tests.reliability.runs import Run, Script, assert_same_run, log_lines, start_ranks
+from tests.reliability.runs import Run, Script, assert_same_run, kill_at_random_instants, log_lines, start_ranks
 
 FLAGS = (
     "--dataset digits --image_size 12 --small_image_size 8 --multicrop 1 --model_name wide_resnet10w1 --output_dim 16 "
@@ -20,21 +17,7 @@ PAWS = Script("paws.paws_train", tuple(FLAGS))
 def test_runs_killed_at_random_instants_end_like_an_uninterrupted_one(kills, images, tmp_path):
     uninterrupted = tmp_path / "uninterrupted"
     Run(uninterrupted, "--data_path", images, script=PAWS).assert_ends()
-    rng = random.Random(kills)
-    killed, finished = 0, 0
-    while killed < kills:
-        folder = tmp_path / str(finished)
-        while True:
-            run = Run(folder, "--data_path", images, "--num_workers", killed % 3, script=PAWS)
-            if killed < kills:
-                run.wait_for(lambda folder=folder: (folder / "attempt.json").exists())
-                time.sleep(rng.uniform(0, 2))
-                run.kill()
-            if run.exit_code() == 0:
-                break
-            assert run.exit_code() == -9, run.output()
-            killed += 1
-        finished += 1
+    for folder in kill_at_random_instants(tmp_path, kills, "--data_path", images, script=PAWS):
         assert_same_run(folder, uninterrupted)
         assert [line["step"] for line in log_lines(folder)] == [2, 4, 6, 8, 10, 12]
 
