@@ -1,7 +1,7 @@
 """What is measured while an encoder is trained: sentences that find their documents, and judged collections."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -54,10 +54,10 @@ class Evaluation:
         self.off = recall.off if recall else None
 
     @classmethod
-    def of(cls, args: argparse.Namespace, retriever: Retriever, datasets: dict[str, ChunkedText]) -> "Evaluation":
+    def of(cls, args: argparse.Namespace, retriever: Retriever, datasets: Sequence[ChunkedText]) -> "Evaluation":
         recall = None
         if getattr(args, "eval_documents", 0):
-            documents = (document for dataset in datasets.values() for document in dataset.documents())
+            documents = (document for dataset in datasets for document in dataset.documents())
             recall = SentenceRecall(documents, retriever.tokenizer, args.eval_documents, min(256, retriever.max_length))
         collections = {name: Path(args.eval_datasets_dir) / name for name in args.eval_datasets}
         for folder in collections.values():

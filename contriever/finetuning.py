@@ -20,7 +20,6 @@ from torch import Tensor, nn
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from contriever.encoder import pack_architecture
 from contriever.evaluation import Evaluation
 from contriever.finetuning_data import FineTuningPairs, read_examples
 from contriever.flags import add_run_flags, check_flags_make_sense, training_parser
@@ -29,17 +28,15 @@ from contriever.sam import SharpnessAware
 from contriever.training_setup import (
     Objective,
     OnPair,
+    Resumable,
     build_optimizer,
-    continue_from,
     link_latest,
-    resume_at,
     save,
     start_retriever,
-    training_state,
     update,
 )
 from shared import distributed, randomness
-from shared.checkpoint import Checkpointer, check_flags, load_latest, restore
+from shared.checkpoint import Checkpointer
 from shared.data import EpochBatchSampler, make_loader
 from shared.metrics import RunLog
 from shared.not_finite import FiniteGuard
@@ -119,50 +116,13 @@ def finetune(args: argparse.Namespace) -> None:
             raise ValueError(f"--optim {args.optim} needs --amp bf16 or fp32: two passes do not share a loss scale")
         sharpness = SharpnessAware(encoder.parameters(), args.rho or 0.05, adaptive=args.optim == "asam")
 
-    # resume
-    checkpoint = load_latest(output_dir / "checkpoint.pth")
-    log = RunLog(output_dir, args.total_steps, args.log_freq, args.tensorboard, resumed=bool(checkpoint))
-    run_facts = {
-        "batch_size": args.per_gpu_batch_size * world_size,
-        "world_size": world_size,
-        "text": sum(distributed.all_gather_object(len(examples))),
-        "total_steps": args.total_steps,
-    }
-    architecture = pack_architecture(retriever)
-    first_epoch, first_step = 0, 0
-
-    def state(epoch: int, step_in_epoch: int) -> dict:
-        """Everything a run needs to go on at this step; the names of the weights are those of the bare encoder."""
-        step = min(epoch * epoch_steps + step_in_epoch, args.total_steps)
-        return {
-            **training_state(encoder, optimizer, architecture, args, step),
-            "epoch": epoch,
-            "step_in_epoch": step_in_epoch,
-            "fp16_scaler": precision.scaler.state_dict(),
-            "skipped_steps": int(guard.in_a_row),
-            **run_facts,
-            "log": log.state_dict(),
-        }
-
-    if checkpoint is not None:
-        check_flags(checkpoint, args, ("pooling", "random_init"))
-        restore(checkpoint, model=encoder, optimizer=optimizer)
-        if checkpoint["fp16_scaler"]:
-            precision.scaler.load_state_dict(checkpoint["fp16_scaler"])
-        log.load_state_dict(checkpoint["log"])
-        first_epoch, first_step = resume_at(checkpoint, run_facts, epoch_steps, args.on_changed_run)
-        distributed.print_once(f"resuming at step {checkpoint['step']}")
-    elif args.continue_training:
-        first_epoch, first_step = divmod(continue_from(args.model_path, encoder, optimizer), epoch_steps)
-        distributed.print_once(f"continuing {args.model_path} at step {first_epoch * epoch_steps + first_step}")
-    guard = FiniteGuard(
-        {"questions": OnPair(encoder), "passages": OnPair(encoder)},
-        output_dir,
-        args.max_skipped_steps,
-        device,
-        in_a_row=checkpoint["skipped_steps"] if checkpoint else 0,
+    networks = {"questions": OnPair(encoder), "passages": OnPair(encoder)}
+    records = sum(distributed.all_gather_object(len(examples)))
+    must_match = ("pooling", "random_init")
+    run = Resumable(
+        args, output_dir, retriever, encoder, optimizer, precision, networks, epoch_steps, records, must_match
     )
-    evaluation = Evaluation.of(args, retriever, datasets={})
+    evaluation = Evaluation.of(args, retriever, datasets=())
     if args.eval_data:
         held_out = read_examples(args.eval_data)
         evaluation.examples = FineTuningPairs(
@@ -170,12 +130,11 @@ def finetune(args: argparse.Namespace) -> None:
         )
 
     # epochs
-    with Checkpointer(
-        output_dir / "checkpoint.pth", state, args.saveckp_steps, args.saveckp_minutes, guard.is_good
-    ) as checkpointer:
-        if checkpoint is None:
-            evaluation.run(encoder, first_epoch * epoch_steps + first_step, first_epoch, log)
-        for epoch in range(first_epoch, -(-args.total_steps // epoch_steps)):
+    with run.checkpointer() as checkpointer:
+        if run.is_new:
+            evaluation.run(encoder, run.first_epoch * epoch_steps + run.first_step, run.first_epoch, run.log)
+        for epoch in range(run.first_epoch, -(-args.total_steps // epoch_steps)):
+            first_step = run.first_step if epoch == run.first_epoch else 0
             sampler.set_epoch(epoch, first_step)
             train_one_epoch(
                 trained,
@@ -190,15 +149,14 @@ def finetune(args: argparse.Namespace) -> None:
                 save_freq=args.save_freq,
                 seed=args.seed,
                 precision=precision,
-                log=log,
-                guard=guard,
+                log=run.log,
+                guard=run.guard,
                 evaluation=evaluation,
                 checkpointer=checkpointer,
             )
-            first_step = 0
-            log.end_epoch(epoch)
+            run.log.end_epoch(epoch)
             checkpointer.after_epoch(epoch)
-    log.close()
+    run.log.close()
     if distributed.is_main_process():
         retriever.save(output_dir / "encoder")
         print(f"fine-tuned encoder: {output_dir / 'encoder'}")

@@ -1,6 +1,8 @@
 """Pairs of views for pre-training, drawn from one or several data sets of tokenised text (sections 4.1 and 5.1)."""
 
+import zlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 from torch import Tensor
@@ -41,9 +43,17 @@ def open_datasets(
 
 
 def fingerprint(folders: list[str]) -> str:
-    """Names and sizes of all files of tokens, to notice that a run goes on with other text."""
+    """Names, sizes and checksums of the ends of all files of tokens, to notice that a run goes on with other text."""
     files = [file for folder in folders for file in token_files(folder)]
-    return " ".join(f"{file.parent.name}/{file.name}:{file.stat().st_size}" for file in files)
+    return " ".join(f"{file.parent.name}/{file.name}:{file.stat().st_size}:{_checksum_of_ends(file)}" for file in files)
+
+
+def _checksum_of_ends(file: Path) -> str:
+    """CRC-32 of the first and last 64 KiB: the whole of a shard may take minutes to read."""
+    with open(file, "rb") as stream:
+        checksum = zlib.crc32(stream.read(1 << 16))
+        stream.seek(max(0, file.stat().st_size - (1 << 16)))
+        return f"{zlib.crc32(stream.read(), checksum):08x}"
 
 
 def sampling_probabilities(sizes: list[int], coefficient: float) -> np.ndarray:

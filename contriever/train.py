@@ -25,7 +25,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from contriever.augmentations import AUGMENTATIONS, Recipe, SpecialTokens
 from contriever.embedded_text import tokenized_documentation
-from contriever.encoder import pack_architecture
+from contriever.encoder import Retriever
 from contriever.evaluation import Evaluation
 from contriever.flags import add_run_flags, bool_flag, check_flags_make_sense, training_parser
 from contriever.losses import InBatch, MoCo, batch_statistics, inbatch_logits, moco_logits
@@ -37,17 +37,15 @@ from contriever.training_setup import (
     NETWORK_FLAGS,
     Objective,
     OnPair,
+    Resumable,
     build_optimizer,
-    continue_from,
     link_latest,
-    resume_at,
     save,
     start_retriever,
-    training_state,
     update,
 )
 from shared import distributed, randomness
-from shared.checkpoint import Checkpointer, check_flags, load_latest, restore
+from shared.checkpoint import Checkpointer
 from shared.data import make_loader
 from shared.metrics import RunLog
 from shared.not_finite import FiniteGuard
@@ -140,28 +138,7 @@ def train_contriever(args: argparse.Namespace) -> None:
 
     # encoder and text
     retriever = start_retriever(args, device)
-    if args.embedded_text and distributed.is_main_process():
-        tokenized_documentation(Path(args.train_data[0]), retriever.tokenizer)
-    distributed.barrier()
-    longest_view = args.chunk_length if args.pairs == "ict" else int(args.chunk_length * args.ratio_max)
-    if longest_view + 2 > retriever.max_length:
-        raise ValueError(f"--chunk_length {args.chunk_length}: the encoder reads {retriever.max_length} tokens at most")
-    vocabulary = vocabulary_fingerprint(retriever.tokenizer)
-    for folder in args.train_data:
-        check_tokenizer(token_files(folder), vocabulary)
-    datasets = open_datasets(args.train_data, args.loading_mode, args.chunk_length, args.chunks == "document")
-    text = fingerprint(args.train_data)
-    distributed.check_same_on_all_processes(text, "the training text (files and sizes)")
-    recipe = Recipe(args.ratio_min, args.ratio_max, args.augmentation, args.prob_augmentation, args.pairs)
-    pairs = PretrainingPairs(
-        datasets,
-        recipe,
-        SpecialTokens.of(retriever.tokenizer),
-        args.sampling_coefficient,
-        retriever.tokenizer.pad_token_id,
-        args.seed,
-        stream=rank if args.loading_mode == "split" else 0,
-    )
+    pairs = open_pairs(args, retriever)
     epoch_steps = steps_per_epoch(pairs, args.per_gpu_batch_size, args.loading_mode)
     sampler = StepSampler(args.per_gpu_batch_size, epoch_steps, args.total_steps, rank, world_size)
     loader = make_loader(pairs, batch_sampler=sampler, num_workers=args.num_workers, device=device)
@@ -169,76 +146,24 @@ def train_contriever(args: argparse.Namespace) -> None:
         distributed.print_once(f"{name}: {dataset.num_tokens} tokens, {len(dataset)} chunks, {share:.1%} of the pairs")
 
     # networks and optimiser
-    if args.contrastive_mode == "moco":
-        if args.queue_size % (args.per_gpu_batch_size * world_size):
-            raise ValueError(
-                f"--queue_size {args.queue_size} is not a multiple of the {args.per_gpu_batch_size * world_size} texts "
-                "of one step (--per_gpu_batch_size times processes)"
-            )
-        model = MoCo(retriever.model, args.queue_size).to(device)
-        trained, encoder = distributed.wrap(model.encoder_q, device), model.encoder_q
-        model.encoder_k.train(args.moco_train_mode_encoder_k)
-        networks = {"encoder_q": OnPair(model.encoder_q), "encoder_k": OnPair(model.encoder_k)}
-    else:
-        model = InBatch(retriever.model).to(device)
-        trained, encoder = distributed.wrap(model, device), model.encoder
-        networks = {"encoder": OnPair(model.encoder)}
+    model, trained, networks = build_model(args, retriever)
     optimizer = build_optimizer(model, args)
 
-    # resume
-    checkpoint = load_latest(output_dir / "checkpoint.pth")
-    log = RunLog(output_dir, args.total_steps, args.log_freq, args.tensorboard, resumed=bool(checkpoint))
-    run_facts = {
-        "batch_size": args.per_gpu_batch_size * world_size,
-        "world_size": world_size,
-        "text": text,
-        "total_steps": args.total_steps,
-    }
-    architecture = pack_architecture(retriever)
-    first_epoch, first_step = 0, 0
-
-    def state(epoch: int, step_in_epoch: int) -> dict:
-        """Everything a run needs to go on at this step."""
-        step = min(epoch * epoch_steps + step_in_epoch, args.total_steps)
-        return {
-            **training_state(model, optimizer, architecture, args, step),
-            "epoch": epoch,
-            "step_in_epoch": step_in_epoch,
-            "fp16_scaler": precision.scaler.state_dict(),
-            "skipped_steps": int(guard.in_a_row),
-            **run_facts,
-            "log": log.state_dict(),
-        }
-
-    if checkpoint is not None:
-        check_flags(checkpoint, args, NETWORK_FLAGS)
-        restore(checkpoint, model=model, optimizer=optimizer)
-        if checkpoint["fp16_scaler"]:
-            precision.scaler.load_state_dict(checkpoint["fp16_scaler"])
-        log.load_state_dict(checkpoint["log"])
-        first_epoch, first_step = resume_at(checkpoint, run_facts, epoch_steps, args.on_changed_run)
-        distributed.print_once(f"resuming at step {checkpoint['step']}")
-    elif args.continue_training:
-        first_epoch, first_step = divmod(continue_from(args.model_path, model, optimizer), epoch_steps)
-        distributed.print_once(f"continuing {args.model_path} at step {first_epoch * epoch_steps + first_step}")
-    guard = FiniteGuard(
-        networks,
-        output_dir,
-        args.max_skipped_steps,
-        device,
-        in_a_row=checkpoint["skipped_steps"] if checkpoint else 0,
+    text = fingerprint(args.train_data)
+    distributed.check_same_on_all_processes(text, "the training text (files, sizes and ends)")
+    run = Resumable(
+        args, output_dir, retriever, model, optimizer, precision, networks, epoch_steps, text, NETWORK_FLAGS
     )
-    evaluation = Evaluation.of(args, retriever, datasets)
+    evaluation = Evaluation.of(args, retriever, pairs.datasets)
     if evaluation.off:
         distributed.print_once(f"no evaluation: {evaluation.off}")
 
     # epochs
-    with Checkpointer(
-        output_dir / "checkpoint.pth", state, args.saveckp_steps, args.saveckp_minutes, guard.is_good
-    ) as checkpointer:
-        if checkpoint is None:
-            evaluation.run(encoder, first_epoch * epoch_steps + first_step, first_epoch, log)
-        for epoch in range(first_epoch, -(-args.total_steps // epoch_steps)):
+    with run.checkpointer() as checkpointer:
+        if run.is_new:
+            evaluation.run(retriever.model, run.first_epoch * epoch_steps + run.first_step, run.first_epoch, run.log)
+        for epoch in range(run.first_epoch, -(-args.total_steps // epoch_steps)):
+            first_step = run.first_step if epoch == run.first_epoch else 0
             sampler.set_epoch(epoch, first_step)
             train_one_epoch(
                 model,
@@ -252,19 +177,72 @@ def train_contriever(args: argparse.Namespace) -> None:
                 save_freq=args.save_freq,
                 seed=args.seed,
                 precision=precision,
-                log=log,
-                guard=guard,
+                log=run.log,
+                guard=run.guard,
                 evaluation=evaluation,
                 checkpointer=checkpointer,
             )
-            first_step = 0
-            log.end_epoch(epoch)
+            run.log.end_epoch(epoch)
             checkpointer.after_epoch(epoch)
-    log.close()
+    run.log.close()
     if distributed.is_main_process():
         retriever.save(output_dir / "encoder")
-        fill_steps = args.queue_size // run_facts["batch_size"] if args.contrastive_mode == "moco" else None
+        fill_steps = args.queue_size // run.facts["batch_size"] if args.contrastive_mode == "moco" else None
         print(summary(output_dir, args.norm_query and args.norm_doc, fill_steps))
+
+
+def open_pairs(args: argparse.Namespace, retriever: Retriever) -> PretrainingPairs:
+    """The text of ``--train_data`` as pairs of views.
+
+    Raises:
+        ValueError: If views would be longer than the encoder reads, or the tokens are not those of its vocabulary.
+    """
+    if args.embedded_text and distributed.is_main_process():
+        tokenized_documentation(Path(args.train_data[0]), retriever.tokenizer)
+    distributed.barrier()
+    longest_view = args.chunk_length if args.pairs == "ict" else int(args.chunk_length * args.ratio_max)
+    if longest_view + 2 > retriever.max_length:
+        raise ValueError(f"--chunk_length {args.chunk_length}: the encoder reads {retriever.max_length} tokens at most")
+    vocabulary = vocabulary_fingerprint(retriever.tokenizer)
+    for folder in args.train_data:
+        check_tokenizer(token_files(folder), vocabulary)
+    return PretrainingPairs(
+        open_datasets(args.train_data, args.loading_mode, args.chunk_length, args.chunks == "document"),
+        Recipe(args.ratio_min, args.ratio_max, args.augmentation, args.prob_augmentation, args.pairs),
+        SpecialTokens.of(retriever.tokenizer),
+        args.sampling_coefficient,
+        retriever.tokenizer.pad_token_id,
+        args.seed,
+        stream=distributed.get_rank() if args.loading_mode == "split" else 0,
+    )
+
+
+def build_model(
+    args: argparse.Namespace, retriever: Retriever
+) -> tuple[MoCo | InBatch, nn.Module, dict[str, nn.Module]]:
+    """The networks around the encoder.
+
+    Returns:
+        What is saved; the part of it that gets gradients, wrapped for several processes; the encoders by name, for the
+        search for what is not finite.
+
+    Raises:
+        ValueError: If the queue does not hold a whole number of steps.
+    """
+    device = retriever.device
+    if args.contrastive_mode == "inbatch":
+        model = InBatch(retriever.model).to(device)
+        return model, distributed.wrap(model, device), {"encoder": OnPair(model.encoder)}
+    texts_per_step = args.per_gpu_batch_size * distributed.get_world_size()
+    if args.queue_size % texts_per_step:
+        raise ValueError(
+            f"--queue_size {args.queue_size} is not a multiple of the {texts_per_step} texts of one step "
+            "(--per_gpu_batch_size times processes)"
+        )
+    model = MoCo(retriever.model, args.queue_size).to(device)
+    model.encoder_k.train(args.moco_train_mode_encoder_k)
+    networks = {"encoder_q": OnPair(model.encoder_q), "encoder_k": OnPair(model.encoder_k)}
+    return model, distributed.wrap(model.encoder_q, device), networks
 
 
 def train_one_epoch(

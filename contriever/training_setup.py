@@ -1,4 +1,4 @@
-"""What both training scripts do around their loops: the encoder to start from, the optimiser, evaluations, saving."""
+"""What both training scripts do around their loops: the encoder to start from, the optimiser, saving and resuming."""
 
 import argparse
 import os
@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from shared import distributed
-from shared.checkpoint import Checkpointer, restore
+from shared.checkpoint import Checkpointer, check_flags, load_latest, restore
+from shared.metrics import RunLog
+from shared.not_finite import FiniteGuard
 from shared.optim import clip_grad_norm_per_tensor_, step_unless_not_finite
 from shared.precision import Precision
 from shared.weights import safe_load
 
-from .encoder import Retriever, load_retriever
+from .encoder import Retriever, load_retriever, pack_architecture
 from .sam import SharpnessAware
 from .schedules import SCHEDULES
 
@@ -176,6 +178,92 @@ def resume_at(checkpoint: dict, facts: dict, epoch_steps: int, on_changed_run: s
         raise ValueError(f"--on_changed_run refuse: {'; '.join(changes)}")
     distributed.print_once(f"resuming a changed run; draws differ from here on: {'; '.join(changes)}")
     return divmod(checkpoint["step"], epoch_steps)
+
+
+class Resumable:
+    """A training that goes on where its newest checkpoint was written, or where ``--continue_training`` says.
+
+    Args:
+        args: Flags of either training script.
+        model: What is trained, under the names that the files have.
+        networks: Searched when losses stay NaN, see :class:`shared.not_finite.FiniteGuard`.
+        epoch_steps: Steps of an epoch.
+        text: Stands for the training text, to notice that a run goes on with another one.
+        must_match: Flags that a checkpoint's run must have had alike.
+
+    Attributes:
+        log: Of the run.
+        guard: Of the run.
+        first_epoch, first_step: Where the training goes on, the step counted within the epoch.
+        is_new: Whether no checkpoint was there.
+
+    Raises:
+        ValueError: If a checkpoint's run had other flags, or is to be refused as changed.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        output_dir: Path,
+        retriever: Retriever,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        precision: Precision,
+        networks: dict[str, nn.Module],
+        epoch_steps: int,
+        text: str | int,
+        must_match: tuple[str, ...],
+    ):
+        self.args, self.model, self.optimizer, self.precision = args, model, optimizer, precision
+        self.epoch_steps, self.path = epoch_steps, output_dir / "checkpoint.pth"
+        self.architecture = pack_architecture(retriever)
+        world_size = distributed.get_world_size()
+        self.facts = {
+            "batch_size": args.per_gpu_batch_size * world_size,
+            "world_size": world_size,
+            "text": text,
+            "total_steps": args.total_steps,
+        }
+        checkpoint = load_latest(self.path)
+        self.is_new = checkpoint is None
+        self.log = RunLog(output_dir, args.total_steps, args.log_freq, args.tensorboard, resumed=not self.is_new)
+        self.first_epoch, self.first_step = 0, 0
+        if checkpoint is not None:
+            self._resume(checkpoint, must_match)
+        elif args.continue_training:
+            step = continue_from(args.model_path, model, optimizer)
+            self.first_epoch, self.first_step = divmod(step, epoch_steps)
+            distributed.print_once(f"continuing {args.model_path} at step {step}")
+        in_a_row = 0 if checkpoint is None else checkpoint["skipped_steps"]
+        self.guard = FiniteGuard(networks, output_dir, args.max_skipped_steps, precision.device, in_a_row=in_a_row)
+
+    def _resume(self, checkpoint: dict, must_match: tuple[str, ...]) -> None:
+        check_flags(checkpoint, self.args, must_match)
+        restore(checkpoint, model=self.model, optimizer=self.optimizer)
+        if checkpoint["fp16_scaler"]:
+            self.precision.scaler.load_state_dict(checkpoint["fp16_scaler"])
+        self.log.load_state_dict(checkpoint["log"])
+        place = resume_at(checkpoint, self.facts, self.epoch_steps, self.args.on_changed_run)
+        self.first_epoch, self.first_step = place
+        distributed.print_once(f"resuming at step {checkpoint['step']}")
+
+    def state(self, epoch: int, step_in_epoch: int) -> dict:
+        """Everything that the run needs to go on at this step."""
+        step = min(epoch * self.epoch_steps + step_in_epoch, self.args.total_steps)
+        return {
+            **training_state(self.model, self.optimizer, self.architecture, self.args, step),
+            "epoch": epoch,
+            "step_in_epoch": step_in_epoch,
+            "fp16_scaler": self.precision.scaler.state_dict(),
+            "skipped_steps": int(self.guard.in_a_row),
+            **self.facts,
+            "log": self.log.state_dict(),
+        }
+
+    def checkpointer(self) -> Checkpointer:
+        """Writes :meth:`state`."""
+        args = self.args
+        return Checkpointer(self.path, self.state, args.saveckp_steps, args.saveckp_minutes, self.guard.is_good)
 
 
 def link_latest(output_dir: Path) -> None:

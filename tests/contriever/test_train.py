@@ -15,6 +15,7 @@ import torch
 from contriever import train
 from contriever.encoder import load_retriever
 from contriever.flags import LEAST
+from contriever.tokens import token_files
 from contriever.train import parse_args
 from shared.attempt import Interrupted, NotFinite
 from tests.contriever.tiny_encoder import VOCABULARY, tiny_retriever
@@ -214,6 +215,18 @@ def test_another_text_is_refused_or_said(data, uninterrupted, tmp_path, capsys):
     run_train(data, tmp_path / "run", *flags)
     assert "total_steps was 6, is 7" in capsys.readouterr().out
     assert state_of(tmp_path / "run")["step"] == 7
+
+
+def test_other_tokens_of_equal_size_are_another_text(data, uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted("inbatch"), tmp_path / "run", symlinks=True)
+    shutil.copytree(data / "tokens", tmp_path / "tokens")
+    file = token_files(tmp_path / "tokens")[-1]
+    content = bytearray(file.read_bytes())
+    content[-4:] = content[-8:-4]  # the last token is the one before it
+    file.write_bytes(content)
+    flags = ("--train_data", tmp_path / "tokens", "--contrastive_mode", "inbatch", "--on_changed_run", "refuse")
+    with pytest.raises(ValueError, match="text was"):
+        run_train(data, tmp_path / "run", *flags)
 
 
 def test_collections_are_searched_before_during_and_after(data, tmp_path):
