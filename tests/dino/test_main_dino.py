@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 
 from dino import main_dino, networks
-from dino.main_dino import parse_args, train_dino
+from dino.main_dino import get_args_parser, parse_args, train_dino
 from dino.pretrained import load_pretrained
 from shared.checkpoint import load_latest
 from shared.images import ImageError
+from tests.command_lines import assert_values_arrive
 from tests.dino.small_data import picture, write_image
 from tests.processes import run_script
 from tests.reliability.runs import DINO, Script, shrink_networks, start_ranks
@@ -109,7 +110,9 @@ PUBLISHED = [
 
 @pytest.mark.parametrize("command", PUBLISHED)
 def test_published_command_lines_parse(command):
-    parse_args(command.split())
+    args = parse_args(command.split())
+    assert_values_arrive(get_args_parser(), command.split(), args, changed=("--arch",))
+    assert args.arch in ("vit_small", "resnet50")  # deit_small is the old name
 
 
 def test_defaults_are_the_official_ones():

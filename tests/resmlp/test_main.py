@@ -14,9 +14,10 @@ from PIL import Image
 
 from resmlp import main
 from resmlp.augmentations import MEAN, STD, ThreeAugment
-from resmlp.main import TrainingLoss, parse_args
+from resmlp.main import TrainingLoss, get_args_parser, parse_args
 from resmlp.networks import build_network
 from shared.attempt import NotFinite
+from tests.command_lines import assert_values_arrive
 from tests.processes import run_processes, run_script
 from tests.reliability.runs import assert_same
 from tests.resmlp.conftest import EVERYTHING
@@ -42,7 +43,8 @@ PUBLISHED = [
 
 @pytest.mark.parametrize("command", PUBLISHED)
 def test_official_command_lines_parse(command):
-    parse_args([*command.split(), "--data_path", "/imagenet"])
+    words = [*command.split(), "--data_path", "/imagenet"]
+    assert_values_arrive(get_args_parser(), words, parse_args(words))
 
 
 def test_defaults_are_the_official_ones():

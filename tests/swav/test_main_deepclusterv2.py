@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from swav import main_deepclusterv2
-from swav.main_deepclusterv2 import first_centroids, parse_args
+from swav.main_deepclusterv2 import first_centroids, get_args_parser, parse_args
+from tests.command_lines import assert_values_arrive
 from tests.processes import run_processes
 from tests.reliability.runs import assert_same
 from tests.swav.test_main_swav import Stop, stop_after
@@ -29,7 +30,7 @@ PUBLISHED = (
 
 
 def test_the_published_command_line_parses():
-    parse_args(PUBLISHED.split())
+    assert_values_arrive(get_args_parser(), PUBLISHED.split(), parse_args(PUBLISHED.split()))
 
 
 def test_defaults_are_the_official_ones():

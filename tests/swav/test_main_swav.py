@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from swav import evaluation, main_swav
-from swav.main_swav import parse_args, rows_of_queue
+from swav.main_swav import get_args_parser, parse_args, rows_of_queue
+from tests.command_lines import assert_values_arrive
 from tests.processes import run_processes, run_script
 from tests.reliability.runs import assert_same
 from tests.standalone import load_alone
@@ -41,7 +42,7 @@ PUBLISHED = [
 
 @pytest.mark.parametrize("command", PUBLISHED)
 def test_published_command_lines_parse(command):
-    parse_args(command.split())
+    assert_values_arrive(get_args_parser(), command.split(), parse_args(command.split()))
 
 
 def test_defaults_are_the_official_ones():

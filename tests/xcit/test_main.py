@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.command_lines import assert_values_arrive
 from tests.processes import run_processes, run_script
 from tests.reliability.runs import assert_same
 from tests.xcit.training_runs import ROOT, TINY, lines, losses, state_of, train, train_on_rank
@@ -29,7 +30,8 @@ PUBLISHED = [
 
 @pytest.mark.parametrize("command", PUBLISHED)
 def test_published_command_lines_parse(command):
-    parse_args([*command.split(), "--data_path", "/imagenet"])
+    words = [*command.split(), "--data_path", "/imagenet"]
+    assert_values_arrive(main.get_args_parser(), words, parse_args(words))
 
 
 def test_dashes_and_underscores_are_the_same():
