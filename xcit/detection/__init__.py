@@ -1,0 +1,5 @@
+"""Object detection with XCiT."""
+
+from shared.packages import need_packages
+
+need_packages("xcit/detection", pycocotools="pycocotools")

@@ -1,0 +1,5 @@
+"""Semantic segmentation with XCiT."""
+
+from shared.packages import need_packages
+
+need_packages("xcit/semantic_segmentation", torchmetrics="torchmetrics")
