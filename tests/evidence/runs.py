@@ -198,7 +198,8 @@ def write(out: Path, name: str, results: list[dict], text: str) -> None:
     """Save every run as ``name.json`` and the table as ``name.md``, and print the table."""
     results = [{key: value for key, value in result.items() if key != "run"} for result in results]
     out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.json").write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
+    report = json.dumps({"machine": machine(), "results": results}, indent=1)
+    (out / f"{name}.json").write_text(report.replace(f"{out}/", "") + "\n")
     (out / f"{name}.md").write_text(text + "\n")
     print(text, flush=True)
 
