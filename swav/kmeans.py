@@ -37,10 +37,10 @@ def spherical_kmeans(embeddings: Tensor, centroids: Tensor, num_iters: int = 10)
     """
     for _ in range(num_iters):
         assignments = nearest_centroids(embeddings, centroids)
-        sums = sum_by_cluster(embeddings, assignments, len(centroids))
+        sums = sum_by_cluster(embeddings, assignments, len(centroids), centroids.dtype)
         counts = torch.bincount(assignments, minlength=len(centroids))
         sums, counts = distributed.all_reduce_sum(sums), distributed.all_reduce_sum(counts)[:, None]
-        centroids = torch.where(counts > 0, (sums / counts.clamp_min(1)).float(), centroids)
+        centroids = torch.where(counts > 0, sums / counts.clamp_min(1), centroids)
         centroids = F.normalize(centroids, dim=1)
     return nearest_centroids(embeddings, centroids), centroids
 

@@ -15,4 +15,6 @@ def test_sums_equal_a_loop_over_rows_whatever_the_blocks(monkeypatch):
         monkeypatch.setattr(clusters, "BLOCK_ROWS", block_rows)
         found = sum_by_cluster(rows, numbers, 6)
         torch.testing.assert_close(found, expected, rtol=1e-14, atol=1e-14)
+        in_float32 = sum_by_cluster(rows, numbers, 6, torch.float32)
+        torch.testing.assert_close(in_float32, expected.float(), rtol=1e-5, atol=1e-5)
     assert not found[4].any() and not torch.are_deterministic_algorithms_enabled()
