@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from shared.precision import Precision
+from shared.precision import Precision, fast_bf16
 
 CPU = torch.device("cpu")
 
@@ -44,3 +44,20 @@ def test_other_convolutions_stay_in_bf16():
 def test_fp16_on_a_cpu_is_refused():
     with pytest.raises(ValueError, match="--amp fp16 needs a GPU"):
         Precision("fp16", CPU)
+
+
+@pytest.mark.parametrize(
+    ("cpu", "amx", "avx512_bf16", "avx512_fp16", "fast"),
+    [
+        ("Haswell, Zen 3", False, False, False, False),
+        ("Cooper Lake, Zen 4", False, True, False, True),
+        ("Sapphire Rapids", True, True, True, True),
+        ("Sapphire Rapids without AMX in a virtual machine", False, True, True, False),
+    ],
+)
+def test_bf16_is_chosen_where_a_cpu_is_faster_in_it(monkeypatch, cpu, amx, avx512_bf16, avx512_fp16, fast):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_fp16": avx512_fp16}, raising=False)
+    assert fast_bf16(CPU) is fast
+    assert Precision("auto", CPU).name == ("bf16" if fast else "fp32")
