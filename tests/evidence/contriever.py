@@ -1,7 +1,10 @@
 """The small experiments behind contriever/README.md: the paper's claims on the 1,400 abstracts of Cranfield.
 
-    python tests/evidence/contriever.py --cranfield FOLDER --out build/evidence/contriever    # hours on two cores
+    python tests/evidence/contriever.py --cranfield FOLDER --out build/evidence/contriever    # about two core-hours
     python tests/evidence/contriever.py --cranfield FOLDER --out build/short --short          # a few steps
+
+What has ended is not repeated, so that seeds may run side by side (``--seeds 0``, ``--seeds 1``, ...) and a last call
+makes the table of all.
 
 ``FOLDER`` is in BEIR's layout (corpus.jsonl, queries.jsonl, qrels/test.tsv). Unsupervised training sees the documents
 only and is judged with all queries. Fine-tuning sees half of the queries and is judged, like what it starts from, with
@@ -9,7 +12,9 @@ the other half. Numbers are those of the last step, mean and standard deviation 
 """
 
 import argparse
+import functools
 import json
+import re
 import shutil
 import statistics
 import sys
@@ -26,7 +31,7 @@ from contriever.beir_metrics import evaluate_run
 from contriever.encoder import find_model, load_retriever
 from contriever.eval_beir import TOP_K, as_run, dense_search, document_texts
 from contriever.hybrid import BM25, fuse
-from tests.evidence.runs import SEEDS, machine, spread
+from tests.evidence.runs import SEEDS, once, spread, write
 
 COLUMNS = ("NDCG@10", "Recall@100", "MRR@10")
 MAX_TOKENS = 256
@@ -35,21 +40,18 @@ COMMON = (
     "--chunks document --chunk_length 256 --ratio_min 0.05 --ratio_max 0.5 --augmentation delete "
     "--prob_augmentation 0.1 --num_workers 0 --log_freq 50 --eval_freq 0 --save_freq 0"
 )
-SCRATCH = f"{COMMON} {NORMS} --per_gpu_batch_size 32 --warmup_steps 100 --total_steps 1500 --lr 0.0005"
+SCRATCH = f"{COMMON} {NORMS} --per_gpu_batch_size 32 --warmup_steps 50 --total_steps 400 --lr 0.0005"
 MOCO = "--contrastive_mode moco --queue_size 1024 --momentum 0.99 --temperature 0.05"
 CLAIMS = {
     "crops, MoCo, 1024 negatives, temperature 0.05": MOCO,
     "inverse cloze task instead of crops": f"{MOCO} --pairs ict",
     "in-batch instead of MoCo (31 negatives)": "--contrastive_mode inbatch --temperature 0.05",
     "MoCo, 128 negatives": f"{MOCO} --queue_size 128",
-    "MoCo, 8192 negatives": f"{MOCO} --queue_size 8192",
     "MoCo, temperature 0.2": f"{MOCO} --temperature 0.2",
-    "MoCo, temperature 1": f"{MOCO} --temperature 1",
-    "no deletion of tokens": f"{MOCO} --augmentation none",
 }
-CONTINUED = f"{COMMON} {NORMS} {MOCO} --per_gpu_batch_size 16 --warmup_steps 50 --total_steps 500 --lr 0.00002"
+CONTINUED = f"{COMMON} {NORMS} {MOCO} --per_gpu_batch_size 16 --warmup_steps 20 --total_steps 150 --lr 0.00002"
 FINETUNING = (
-    f"{NORMS} --temperature 0.05 --per_gpu_batch_size 16 --chunk_length 256 --total_steps 100 --warmup_steps 10 "
+    f"{NORMS} --temperature 0.05 --per_gpu_batch_size 16 --chunk_length 256 --total_steps 60 --warmup_steps 6 "
     "--lr 0.00002 --negative_ctxs 1 --num_workers 0 --log_freq 10 --eval_freq 0 --save_freq 0"
 )
 
@@ -115,8 +117,13 @@ def call(script, function: Callable, arguments: str, *paths) -> None:
     function(script.parse_args(words) if hasattr(script, "parse_args") else script.get_args_parser().parse_args(words))
 
 
+def slug(name: str) -> str:
+    """A name as that of a file."""
+    return re.sub(r"\W+", "_", name)
+
+
 class Experiment:
-    """Runs every variant with every seed, writing ``results.json`` after each."""
+    """Runs every variant with every seed; each row of the table is kept in a file of ``rows``."""
 
     def __init__(self, cranfield: Path, out: Path, short: bool):
         self.source, self.out, self.short = cranfield, out, short
@@ -125,81 +132,97 @@ class Experiment:
         self.dataset = read_beir(self.source)
         self.learn, self.judge = half(self.dataset, 0), half(self.dataset, 1)
         self.results: list[dict] = []
-        out.mkdir(parents=True, exist_ok=True)
+        (out / "rows").mkdir(parents=True, exist_ok=True)
 
-    def add(self, variant: str, queries: str, values: dict[str, float], seed: int | None = None, minutes: float = 0.0):
-        self.results.append({"variant": variant, "queries": queries, "seed": seed, "minutes": minutes, **values})
-        (self.out / "results.json").write_text(json.dumps({"machine": machine(), "results": self.results}, indent=1))
+    def row(self, variant: str, seed: int | None, flags: str, work: Callable, judge: BeirDataset | None = None) -> None:
+        """Add a row to the results, unless it is there already.
+
+        Args:
+            flags: What ``work`` depends on; a row made with others does not count.
+            work: Returns the answers to the queries and the minutes of training before them.
+            judge: The queries; all by default.
+        """
+
+        def values() -> dict:
+            answers, minutes = work()
+            return {"minutes": round(minutes, 2), **metrics(judge or self.dataset, answers)}
+
+        found = once(self.out / "rows" / f"{slug(variant)}-{seed}.json", [flags, str(self.short)], values)
+        queries = "half" if judge else "all"
+        self.results.append({"variant": variant, "queries": queries, "seed": seed, "flags": flags, **found})
         print(self.results[-1], flush=True)
 
-    def tokenized(self, encoder: Path) -> Path:
-        """The documents as a data set of an encoder."""
-        folder = self.out / "tokens" / encoder.name
-        flags = f"--datapath {self.source / 'corpus.jsonl'} --outdir {folder} --tokenizer {encoder} --num_workers 1"
-        call(preprocess, preprocess.preprocess, flags)
-        return folder
+    def run(self, script, function: Callable, flags: str, seed: int, *paths) -> float:
+        """A training; the minutes it took."""
+        steps = "--total_steps 3 --warmup_steps 1 --per_gpu_batch_size 4" if self.short else ""
+        start = time.perf_counter()
+        call(script, function, f"{flags} {steps} --seed {seed}", *paths)
+        return (time.perf_counter() - start) / 60
 
-    def steps(self, flags: str) -> str:
-        return f"{flags} --total_steps 3 --warmup_steps 1 --per_gpu_batch_size 4" if self.short else flags
+    def trained(self, folder: Path, encoder: Path, flags: str, seed: int) -> tuple:
+        """Answers of an encoder after unsupervised training on the documents, and the minutes it took."""
+        tokens = self.out / "tokens" / f"{encoder.name}-{seed}"
+        source = f"--datapath {self.source / 'corpus.jsonl'} --outdir {tokens} --num_workers 1"
+        call(preprocess, preprocess.preprocess, source, "--tokenizer", encoder)
+        paths = ("--train_data", tokens, "--retriever_model_id", encoder, "--output_dir", folder)
+        minutes = self.run(train, train.train_contriever, flags, seed, *paths)
+        return dense(self.dataset, folder / "encoder"), minutes
 
-    def train(self, name: str, encoder: Path, flags: str, seed: int) -> tuple[Path, float]:
-        """The trained encoder and the minutes it took."""
-        run, start = self.out / name / str(seed), time.perf_counter()
-        call(
-            train,
-            train.train_contriever,
-            f"{self.steps(flags)} --seed {seed}",
-            *("--train_data", self.tokenized(encoder), "--retriever_model_id", encoder, "--output_dir", run),
-        )
-        return run / "encoder", (time.perf_counter() - start) / 60
+    def finetuned(self, folder: Path, encoder: Path, records: Path, flags: str, seed: int) -> tuple:
+        """Answers to the other half of the queries after training on one half, and the minutes it took."""
+        paths = ("--train_data", records, "--model_path", encoder, "--output_dir", folder)
+        minutes = self.run(finetuning, finetuning.finetune, flags, seed, *paths)
+        return dense(self.judge, folder / "encoder"), minutes
 
     def untrained(self) -> None:
-        bm25, given = lexical(self.dataset), dense(self.dataset, None)
-        self.add("BM25", "all", metrics(self.dataset, bm25))
-        self.add("packaged encoder as given", "all", metrics(self.dataset, given))
+        bm25 = functools.cache(lambda: lexical(self.dataset))
+        given = functools.cache(lambda: dense(self.dataset, None))
+        self.row("BM25", None, "", lambda: (bm25(), 0))
+        self.row("packaged encoder as given", None, "", lambda: (given(), 0))
         for weight in (0.3, 0.5, 0.7):
-            hybrid = fuse(given, bm25, TOP_K + 1, weight)
-            self.add(f"hybrid, weight {weight} on the encoder", "all", metrics(self.dataset, hybrid))
+            fused = functools.partial(lambda weight: (fuse(given(), bm25(), TOP_K + 1, weight), 0), weight)
+            self.row(f"hybrid, weight {weight} on the encoder", None, "", fused)
+        self.row(
+            "as given, the half that judges fine-tuning", None, "", lambda: (dense(self.judge, None), 0), self.judge
+        )
 
     def from_scratch(self, seed: int) -> None:
         """The claims, each starting from the same random weights."""
         encoder = self.out / f"scratch{seed}"
-        if not encoder.exists():
+        if not (encoder / "model.safetensors").exists():
             flags = f"--text {self.source / 'corpus.jsonl'} --outdir {encoder} --vocab_size 6000 --seed {seed}"
             call(new_encoder, new_encoder.new_encoder, f"{flags} --hidden_size 192 --layers 3 --heads 3")
-        self.add("random weights, 3 layers", "all", metrics(self.dataset, dense(self.dataset, encoder)), seed)
+        self.row("random weights, 3 layers", seed, "", lambda: (dense(self.dataset, encoder), 0))
         for name, flags in list(CLAIMS.items())[: 2 if self.short else None]:
-            trained, minutes = self.train(name.replace(" ", "_"), encoder, f"{SCRATCH} {flags}", seed)
-            self.add(f"from scratch: {name}", "all", metrics(self.dataset, dense(self.dataset, trained)), seed, minutes)
+            job = (self.out / slug(name) / str(seed), encoder, f"{SCRATCH} {flags}", seed)
+            self.row(f"from scratch: {name}", seed, job[2], functools.partial(self.trained, *job))
 
     def pretrained(self, seed: int) -> None:
         """The packaged encoder after more unsupervised training, and after fine-tuning on half of the queries."""
-        given = find_model(None)
-        continued, minutes = self.train("continued", given, CONTINUED, seed)
-        answers = dense(self.dataset, continued)
-        self.add("packaged encoder, continued", "all", metrics(self.dataset, answers), seed, minutes)
-        hybrid = fuse(answers, lexical(self.dataset), TOP_K + 1, 0.5)
-        self.add("hybrid of the continued one", "all", metrics(self.dataset, hybrid), seed)
-        write_half(self.learn, self.source, self.out / "half")
-        records = self.out / "hard.jsonl"
-        mining = f"--beir {self.out / 'half'} --split train --output_path {records} --hard_negatives 10 --skip_top 0"
-        call(mine_negatives, mine_negatives.mine, mining)
+        given, folder = find_model(None), self.out / "continued" / str(seed)
+        continued = folder / "encoder"
+
+        def fused() -> tuple:
+            return fuse(dense(self.dataset, continued), lexical(self.dataset), TOP_K + 1, 0.5), 0
+
+        further = functools.partial(self.trained, folder, given, CONTINUED, seed)
+        self.row("packaged encoder, continued", seed, CONTINUED, further)
+        self.row("hybrid of the continued one", seed, CONTINUED, fused)
+        records = self.out / f"half{seed}" / "hard.jsonl"
+        if not records.exists():
+            write_half(self.learn, self.source, records.parent)
+            mining = f"--beir {records.parent} --split train --hard_negatives 10 --skip_top 0"
+            call(mine_negatives, mine_negatives.mine, mining, "--output_path", records)
         for name, start, ratio in (
             ("given", given, 0.0),
             ("given, hard negatives", given, 1.0),
             ("continued, hard negatives", continued, 1.0),
         ):
-            self.add(f"before fine-tuning: {name}", "half", metrics(self.judge, dense(self.judge, start)), seed)
-            run, begin = self.out / f"finetuned_{name.replace(' ', '_')}" / str(seed), time.perf_counter()
-            call(
-                finetuning,
-                finetuning.finetune,
-                f"{self.steps(FINETUNING)} --seed {seed} --negative_hard_ratio {ratio}",
-                *("--train_data", records, "--model_path", start, "--output_dir", run),
+            job = (self.out / slug(f"finetuned {name}") / str(seed), start, records)
+            flags = f"{FINETUNING} --negative_hard_ratio {ratio}"
+            self.row(
+                f"fine-tuned: {name}", seed, flags, functools.partial(self.finetuned, *job, flags, seed), self.judge
             )
-            minutes = (time.perf_counter() - begin) / 60
-            answers = dense(self.judge, run / "encoder")
-            self.add(f"after fine-tuning: {name}", "half", metrics(self.judge, answers), seed, minutes)
 
 
 def table(results: list[dict]) -> str:
@@ -229,9 +252,8 @@ def main() -> None:
     for seed in args.seeds[: 1 if args.short else None]:
         experiment.pretrained(seed)
         experiment.from_scratch(seed)
-    text = table(experiment.results)
-    (args.out / "contriever.md").write_text(text + "\n")
-    print(text)
+    unique = {(result["variant"], result["seed"]): result for result in experiment.results}
+    write(args.out, "contriever_cranfield", list(unique.values()), table(list(unique.values())))
 
 
 if __name__ == "__main__":
