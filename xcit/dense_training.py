@@ -168,6 +168,7 @@ def train_dense(
     steps: Callable[[int], tuple[int, Callable[[int], float]]],
     weight_decay: float,
     evaluate: Callable[..., dict[str, float]],
+    draw: Callable[[nn.Module], Path],
     device: torch.device,
     output_dir: Path,
 ) -> None:
@@ -177,6 +178,7 @@ def train_dense(
         network: In training maps (images, targets) to a dictionary of losses.
         steps: Maps the steps of an epoch to those of the whole run and a function that gives each its learning rate.
         evaluate: Called as ``evaluate(network, between_batches=...)``; returns what the log states.
+        draw: Writes a picture of what the network predicts after its training, in one process, and returns its path.
     """
     precision, world_size = Precision(args.amp, device), distributed.get_world_size()
     sampler = EpochBatchSampler(len(dataset), args.batch_size, args.seed, distributed.get_rank(), world_size)
@@ -270,3 +272,5 @@ def train_dense(
             checkpointer.after_epoch(epoch)
     log.close()
     say(tested or evaluate(distributed.unwrap(network)))  # a run that was finished before is evaluated again
+    if args.pictures and distributed.is_main_process():
+        print(f"what it finds: {draw(distributed.unwrap(network))}", flush=True)

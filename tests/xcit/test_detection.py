@@ -333,6 +333,7 @@ def test_training_evaluation_and_an_exact_resume(data, tmp_path, monkeypatch, sm
     assert {"loss_mask", "loss_box_reg", "loss_objectness", "lr"} <= written[0].keys()
     assert written[0]["lr"] == pytest.approx(1e-3) and written[-2]["lr"] == pytest.approx(1e-4)  # --steps 1
     assert {"box_ap", "mask_ap", "box_ap50"} <= written[-1].keys()
+    assert Image.open(tmp_path / "whole/pictures/predictions.png").size[0] > 400
 
     step, calls = dense_training.clip_and_step, []
 

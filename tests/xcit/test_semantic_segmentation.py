@@ -136,6 +136,7 @@ def test_training_evaluation_and_an_exact_resume(data, tmp_path, monkeypatch, sm
     rates = [line["lr"] for line in written if "lr" in line]
     assert rates == pytest.approx([1e-3 * 1e-6, 1e-3 * 2 / 3, 1e-3 / 3])  # linear to 0, one step of warm-up
     assert {"miou", "pixel_acc"} <= written[-1].keys()
+    assert Image.open(tmp_path / "whole/pictures/predictions.png").size[0] > 400
 
     step, calls = dense_training.clip_and_step, []
 

@@ -28,7 +28,7 @@ from shared import distributed
 from shared.data import BadImages
 from shared.evaluation.features import ShareOfRank
 from shared.flags import AnyDashParser
-from xcit import dense_training
+from xcit import dense_training, prediction_pictures
 from xcit.detection.average_precision import as_detections, average_precision
 from xcit.detection.coco import CocoDataset
 from xcit.feature_pyramid import build_pyramid, fill_trunk
@@ -149,6 +149,18 @@ def evaluate_detector(
     return distributed.broadcast_object(result)
 
 
+@torch.no_grad()
+def draw_detections(network: MaskRCNN, dataset: CocoDataset, device: torch.device, output_dir: Path) -> Path:
+    """A picture of the objects in the first images and of those that are found."""
+    network.eval()
+    pairs = []
+    for index in range(min(prediction_pictures.COUNT, len(dataset))):
+        image, target, _ = dataset[index]
+        (found,) = network([image.to(device)])
+        pairs.append(tuple(prediction_pictures.paint_objects(image, o, dataset.classes) for o in (target, found)))
+    return prediction_pictures.save_predictions(pairs, output_dir)
+
+
 def train_detector(args: argparse.Namespace) -> None:
     """Train from the newest checkpoint in ``args.output_dir``, or from the start; or evaluate."""
     device, output_dir = dense_training.start(args)
@@ -179,7 +191,8 @@ def train_detector(args: argparse.Namespace) -> None:
 
         return args.epochs * steps_per_epoch, learning_rate
 
-    dense_training.train_dense(args, network, train, steps, args.weight_decay, evaluate, device, output_dir)
+    draw = partial(draw_detections, dataset=val, device=device, output_dir=output_dir)
+    dense_training.train_dense(args, network, train, steps, args.weight_decay, evaluate, draw, device, output_dir)
 
 
 def main() -> None:

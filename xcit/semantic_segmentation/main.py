@@ -27,7 +27,7 @@ from shared import distributed
 from shared.data import BadImages
 from shared.evaluation.features import ShareOfRank
 from shared.flags import AnyDashParser
-from xcit import dense_training
+from xcit import dense_training, prediction_pictures
 from xcit.augmentations import MEAN, STD
 from xcit.feature_pyramid import build_pyramid, fill_trunk
 from xcit.semantic_segmentation.ade20k import UNLABELLED, ADE20KDataset
@@ -133,6 +133,26 @@ def build_metrics(num_classes: int) -> MetricCollection:
     )
 
 
+def predict_labels(network: SemanticFPN, image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Classes (H, W), for ``size`` = (H, W), of an image (3, h, w)."""
+    (logits,) = network([image])
+    return F.interpolate(logits[None].float(), size, mode="bilinear", align_corners=False).argmax(dim=1)[0]
+
+
+@torch.no_grad()
+def draw_segments(network: SemanticFPN, dataset: ADE20KDataset, device: torch.device, output_dir: Path) -> Path:
+    """A picture of the label maps of the first images and of those that are predicted."""
+    network.eval()
+    pairs = []
+    for index in range(min(prediction_pictures.COUNT, len(dataset))):
+        image, target, _ = dataset[index]
+        size = target["labels"].shape
+        predicted = predict_labels(network, image.to(device), size)
+        resized = F.interpolate(image[None], size, mode="bilinear", align_corners=False)[0].clamp(0, 1)
+        pairs.append(tuple(prediction_pictures.paint_labels(resized, map_) for map_ in (target["labels"], predicted)))
+    return prediction_pictures.save_predictions(pairs, output_dir)
+
+
 @torch.no_grad()
 def evaluate_segmenter(
     network: SemanticFPN,
@@ -150,10 +170,8 @@ def evaluate_segmenter(
     for number, index in enumerate(share):
         if number < own:  # the rest fills up the share of the last ranks
             image, target, _ = dataset[index]
-            (logits,) = network([image.to(device)])
             labels = target["labels"].to(device)
-            logits = F.interpolate(logits[None].float(), labels.shape, mode="bilinear", align_corners=False)
-            metrics.update(logits.argmax(dim=1), labels[None])
+            metrics.update(predict_labels(network, image.to(device), labels.shape)[None], labels[None])
         if between_batches is not None:
             between_batches()
     network.train(was_training)
@@ -188,7 +206,8 @@ def train_segmenter(args: argparse.Namespace) -> None:
 
         return args.iterations, learning_rate
 
-    dense_training.train_dense(args, network, train, steps, args.weight_decay, evaluate, device, output_dir)
+    draw = partial(draw_segments, dataset=val, device=device, output_dir=output_dir)
+    dense_training.train_dense(args, network, train, steps, args.weight_decay, evaluate, draw, device, output_dir)
 
 
 def main() -> None:
