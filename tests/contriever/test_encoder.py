@@ -229,6 +229,34 @@ def test_groups_hold_every_text_once_in_enough_tokens(least, monkeypatch):
     assert sum(len(rows) * end for rows, end in groups) == {1: 133, 20: 142, 40: 162, 1000: 270}[least]
 
 
+def test_groups_on_a_cpu_fit_its_caches(monkeypatch):
+    monkeypatch.setitem(encoder_module.LEAST_TOKENS, "cpu", 20)
+    monkeypatch.setitem(encoder_module.MOST_TOKENS, "cpu", 64)
+    lengths = [30, 30, 30, 30, 30, 12, 12, 12, 70, 3]
+    groups = rows_of_similar_length(masks(lengths))
+    assert sorted(row for rows, _ in groups for row in rows.tolist()) == list(range(10))
+    assert [(len(rows), end) for rows, end in groups] == [(1, 70), (2, 30), (2, 30), (1, 30), (4, 12)]
+
+
+def test_encoding_on_a_cpu_takes_few_long_texts_at_once(tmp_path, monkeypatch):
+    retriever = tiny_retriever(tmp_path / "files")
+    texts = [" ".join(["lift"] * count) for count in (3, 9, 1, 12, 5, 12)]
+    expected = retriever.encode(texts, batch_size=4)
+    shapes = []
+    forward = retriever.model.forward
+
+    def record(ids, *args, **kwargs):
+        shapes.append(tuple(ids.shape))
+        return forward(ids, *args, **kwargs)
+
+    monkeypatch.setattr(retriever.model, "forward", record)
+    monkeypatch.setitem(encoder_module.MOST_TOKENS, "cpu", 30)
+    torch.testing.assert_close(torch.from_numpy(retriever.encode(texts, batch_size=4)), torch.from_numpy(expected))
+    longest = max(length for _, length in shapes)
+    assert all(rows * length <= 30 or rows == 1 for rows, length in shapes) and shapes[0] == (30 // longest, longest)
+    assert sum(rows for rows, _ in shapes) == len(texts) and max(rows for rows, _ in shapes) <= 4
+
+
 @pytest.mark.parametrize("pooling", ["average", "cls"])
 def test_grouping_by_length_changes_neither_vectors_nor_gradients(pooling, tmp_path, monkeypatch):
     network = tiny_retriever(tmp_path / "files").model.train()
@@ -240,12 +268,14 @@ def test_grouping_by_length_changes_neither_vectors_nor_gradients(pooling, tmp_p
     mask = masks(lengths)
     ids = torch.randint(5, 30, mask.shape, generator=torch.Generator().manual_seed(0)) * mask
     found = []
-    for least in (1000, 20):
+    for least, most in ((1000, 1000), (20, 1000), (20, 64)):
         monkeypatch.setitem(encoder_module.LEAST_TOKENS, "cpu", least)
+        monkeypatch.setitem(encoder_module.MOST_TOKENS, "cpu", most)
         network.zero_grad()
         vectors = network(ids, mask, normalize=True)
         (vectors * torch.linspace(-1, 1, vectors.numel()).view_as(vectors)).sum().backward()
         found.append([vectors.detach(), *(p.grad.clone() for p in network.parameters() if p.grad is not None)])
     assert len(found[0]) > 20
-    for together, grouped in zip(*found, strict=True):
-        torch.testing.assert_close(grouped, together, rtol=1e-4, atol=1e-6)
+    for together, *grouped in zip(*found, strict=True):
+        for other in grouped:
+            torch.testing.assert_close(other, together, rtol=1e-4, atol=1e-6)
