@@ -6,7 +6,7 @@
 
 Every run uses one thread; --parallel of them run at a time. Numbers are those of the last epoch, mean and standard
 deviation over the seeds. Low-shot accuracies are logistic regression on frozen features of 1, 2 and 5 images per class,
-mean over three draws. DINO gets the wall time of MSN: as many epochs as fit into it.
+mean over three draws. DINO gets the compute of MSN.
 """
 
 import argparse
@@ -21,12 +21,13 @@ import torch
 from dino import pretrained as dino_pretrained
 from msn.augmentations import MEAN, STD
 from msn.logistic_eval import LastClassToken, LowShotClassifier, draw_per_class
+from msn.main import build_encoder, parse_args
 from msn.pretrained import load_pretrained
 from shared.data import EvalDataset, EvalTransform
 from shared.evaluation.features import extract_features
 from shared.evaluation.knn import knn_classify
 from shared.evaluation.knn_monitor import open_labelled
-from tests.evidence.runs import SEEDS, Pixels, Variant, few_per_class, once, run_all, table, write
+from tests.evidence.runs import SEEDS, Pixels, Variant, few_per_class, once, run_all, spread, table, write
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHOTS = (1, 2, 5)
@@ -52,6 +53,9 @@ CLAIMS = {
     "no sharpening": "--start_sharpen 1 --final_sharpen 1",
     "a prior with a long tail": "--use_sinkhorn false --memax_weight 5 --power_law_exponent 0.25",
 }
+# Tokens of an image that pass through the network, where a backward pass counts as two forward ones. MSN: 17 of the
+# target, 15 of the random anchor and 10 of the focal one. DINO: 17 of two large crops, twice, and 10 of the small one.
+MSN_TOKENS, DINO_TOKENS = 17 + 3 * (15 + 10), 2 * 17 + 3 * (2 * 17 + 10)
 AGAINST_DINO = "--model_name deit_tiny --patch_size 4 --lr 0.0003"
 DINO = (
     "--arch vit_tiny --patch_size 4 --global_crop_size 16 --local_crop_size 12 --local_crops_number 1 --out_dim 256 "
@@ -107,6 +111,15 @@ COLUMNS = {"knn_before": "k-NN before", "knn_last": "k-NN after", "knn_1": "1 im
            "images_per_s": "images/s"}  # fmt: skip
 
 
+def random_weights(flags: str, seeds: tuple[int, ...], *data) -> str:
+    """Low-shot accuracy before any training."""
+    args, found = parse_args(flags.split()), []
+    for seed in seeds:
+        torch.manual_seed(seed)
+        found.append(low_shot(LastClassToken(build_encoder(args)), *data))
+    return "\n\nRandom weights: low-shot " + ", ".join(spread([few[f"knn_{s}"] for few in found]) for s in SHOTS)
+
+
 def pixels_line(*data) -> str:
     _, val_features, val_labels, features, labels = features_of(Pixels(), *data)
     few = low_shot(Pixels(), *data)
@@ -119,19 +132,18 @@ def claims(out: Path, parallel: int, seeds: tuple[int, ...], epochs: int) -> Non
     results = run_all("msn", variants, out, parallel, seeds)
     for result in results:
         result |= low_shot_of(result, "deit_micro", None, None, 16)
-    write(out, "msn_digits", results, table(results, COLUMNS) + pixels_line(None, None, 16))
+    text = table(results, COLUMNS) + random_weights(DIGITS, seeds, None, None, 16) + pixels_line(None, None, 16)
+    write(out, "msn_digits", results, text)
 
 
 def against_dino(out: Path, parallel: int, seeds: tuple[int, ...], epochs: int) -> None:
-    """ViT-tiny trained by MSN, and by DINO for as long."""
+    """ViT-tiny trained by MSN, and by DINO with as much compute."""
     ours = Variant(f"MSN, {epochs} epochs", f"{DIGITS} {AGAINST_DINO} --epochs {epochs}")
     results = run_all("msn", [ours], out, parallel, seeds)
     for result in results:
         result |= low_shot_of(result, "deit_tiny", None, None, 16)
-    probe = run_all("dino", [Variant("DINO, one epoch", f"{DINO} --epochs 1")], out, parallel, seeds[:1])
-    minutes = sum(result["minutes"] for result in results) / len(results)
-    same_time = max(1, round(minutes / max(probe[0]["minutes"], 0.01)))
-    theirs = Variant(f"DINO, {same_time} epochs in the same time", f"{DINO} --epochs {same_time}")
+    as_many = max(1, round(epochs * MSN_TOKENS / DINO_TOKENS))
+    theirs = Variant(f"DINO, {as_many} epochs", f"{DINO} --epochs {as_many}")
     for result in run_all("dino", [theirs], out, parallel, seeds):
         backbone, _ = dino_pretrained.load_pretrained("vit_tiny", 4, result["run"] / "checkpoint.pth")
         results.append(result | low_shot(backbone, None, None, 16))
@@ -146,7 +158,8 @@ def cifar10(out: Path, parallel: int, seeds: tuple[int, ...], folder: str) -> No
     for result in results:
         result |= low_shot_of(result, "deit_tiny", str(train), f"{folder}/test", 32)
         result["command"] = result["command"].replace(str(train), "cifar10/train").replace(folder, "cifar10")
-    text = table(results, COLUMNS) + pixels_line(str(train), f"{folder}/test", 32)
+    data = (str(train), f"{folder}/test", 32)
+    text = table(results, COLUMNS) + random_weights(flags, seeds, *data) + pixels_line(*data)
     write(out, "msn_cifar10", results, text)
 
 

@@ -9,9 +9,7 @@ features that DINO learns with ResMLP. Every run uses one thread; --parallel of 
 the last epoch, mean and standard deviation over the seeds.
 """
 
-import json
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from resmlp.main import parse_args
 from resmlp.networks import build_network
-from tests.evidence.runs import Variant, in_parallel, linear, main, once, run_script, spread, table, write
+from shared.pictures import read_log
+from tests.evidence.runs import Variant, classifier, in_parallel, linear, main, run, run_all, spread, table, write
 
 RUN = "--num_workers 0 --pictures off --no-model-ema --no-repeated-aug --drop-path 0 --input-size 32"
 # about 50 million multiply-adds per image of 32 pixels, but the ResNet, whose 37 are the nearest below
@@ -41,7 +40,7 @@ TRANSLATORS = [
     Variant("Transformer of equal size", f"--network transformer {TRANSLATION}", "translation/main.py"),
 ]
 DINO = (
-    "main_dino.py --arch resmlp_12 --global_crop_size 64 --local_crop_size 64 --local_crops_number 2 --out_dim 1024 "
+    "--arch resmlp_12 --global_crop_size 64 --local_crop_size 64 --local_crops_number 2 --out_dim 1024 "
     "--global_crops_scale 0.5 1 --local_crops_scale 0.2 0.5 --blur_radius 0.1 0.5 --batch_size_per_gpu 64 --lr 0.0005 "
     "--epochs 3 --warmup_epochs 0.2 --freeze_last_layer 0 --teacher_temp 0.015 --warmup_teacher_temp 0.015 "
     "--momentum_teacher 0.96 --momentum_teacher_end 0.99 --center_momentum 0.2 --num_workers 0 --pictures off "
@@ -60,45 +59,26 @@ def multiply_adds(variant: Variant) -> float:
     return counter.get_total_flops() / 2e6
 
 
-def train(variant: Variant, seed: int, output_dir: Path) -> dict:
-    """Train one variant with one thread; the accuracy or BLEU at its end, and the wall time."""
-    command = [variant.script, *variant.flags.split(), "--seed", str(seed), "--output_dir", str(output_dir)]
-    result = once(output_dir.with_suffix(".json"), command, lambda: _train(variant, seed, output_dir, command))
-    return result | {"run": output_dir}
-
-
-def _train(variant: Variant, seed: int, output_dir: Path, command: list[str]) -> dict:
-    start = time.perf_counter()
-    run_script("resmlp", command, output_dir.with_suffix(".log"))
-    lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+def translator(output_dir: Path) -> dict:
+    """BLEU, which the script prints at its end, and losses."""
     last: dict = {}
-    for line in lines:
+    for line in read_log(output_dir / "metrics.jsonl"):
         last |= line
-    result = {"variant": variant.name, "seed": seed, "command": " ".join(["python", *command[:-2]])}
-    result["minutes"] = round((time.perf_counter() - start) / 60, 2)
-    if variant.script == "main.py":
-        return result | {"acc1": last["test_acc1"], "loss": last["loss"], "test_loss": last["test_loss"]}
-    printed = output_dir.with_suffix(".log").read_text()
-    bleu = float(printed.split(", test: BLEU = ")[1].split()[0])
-    return result | {"bleu": bleu, "loss": last["loss"], "valid_loss": last["valid_loss"]}
-
-
-def train_all(variants: list[Variant], out: Path, parallel: int, seeds: tuple[int, ...]) -> list[dict]:
-    jobs = [(variant, seed) for variant in variants for seed in seeds]
-    return in_parallel(lambda job: train(*job, out / job[0].name.replace(" ", "_") / str(job[1])), jobs, parallel)
+    bleu = float(output_dir.with_suffix(".log").read_text().split(", test: BLEU = ")[1].split()[0])
+    return {"bleu": bleu, "loss": last["loss"], "valid_loss": last["valid_loss"]}
 
 
 def beside_others(variants: list[Variant], common: str, out: Path, parallel: int, seeds: tuple[int, ...]) -> list[dict]:
     """Every network, and ResMLP distilled from the ResNet of the same seed."""
     for variant in variants:
         print(f"{variant.name}: {multiply_adds(variant):.0f} million multiply-adds", flush=True)
-    results = train_all(variants, out, parallel, seeds)
+    results = run_all("resmlp", variants, out, parallel, seeds, classifier)
     teachers = {r["seed"]: r["run"] / "checkpoint.pth" for r in results if r["variant"] == "ResNet-18"}
 
-    def distill(seed: int) -> list[dict]:
+    def distill(seed: int) -> dict:
         flags = f"{NETWORKS['ResMLP']} {common} --distillation-type hard --teacher-model resnet18"
         variant = Variant("ResMLP, distilled from the ResNet", f"{flags} --teacher-path {teachers[seed]}")
-        return train(variant, seed, out / "distilled" / str(seed))
+        return run("resmlp", variant, seed, out / "distilled" / str(seed), classifier)
 
     return results + in_parallel(distill, seeds, parallel)
 
@@ -107,7 +87,7 @@ def claims(out: Path, parallel: int, seeds: tuple[int, ...]) -> None:
     results = beside_others(CLAIMS, DIGITS, out / "digits", parallel, seeds)
     columns = {"acc1": "top-1", "test_loss": "test loss", "loss": "training loss"}
     write(out, "resmlp_digits", results, table(results, columns))
-    translated = train_all(TRANSLATORS, out / "translation", parallel, seeds)
+    translated = run_all("resmlp", TRANSLATORS, out / "translation", parallel, seeds, translator)
     columns = {"bleu": "BLEU", "valid_loss": "loss per token, valid", "loss": "smoothed loss, train"}
     write(out, "resmlp_translation", translated, table(translated, columns))
 
@@ -121,23 +101,17 @@ def cifar10(out: Path, parallel: int, seeds: tuple[int, ...], train_images: Path
     columns = {"acc1": "top-1", "test_loss": "test loss", "loss": "training loss"}
 
     def self_supervised(seed: int) -> dict:
-        folder = out / "cifar10/dino" / str(seed)
-        run_script(
-            "dino", [*f"{DINO} {images} --seed {seed} --output_dir {folder}".split()], folder.with_suffix(".log")
-        )
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        knn = [line["knn_top1"] for line in lines if "knn_top1" in line]
-        flags = f"{LINEAR} {images} --pretrained_weights {folder / 'checkpoint.pth'} --seed {seed}"
-        return {
-            "before": knn[0],
-            "after": knn[-1],
-            "linear": linear("resmlp", flags, folder / "linear", "linear_log.txt"),
-        }
+        variant = Variant("DINO with ResMLP-S12", f"{DINO} {images}", "main_dino.py")
+        learned = run("dino", variant, seed, out / "cifar10/dino" / str(seed))
+        flags = f"{LINEAR} {images} --pretrained_weights {learned['run'] / 'checkpoint.pth'} --seed {seed}"
+        accuracy = linear("resmlp", flags, learned["run"] / "linear", "linear_log.txt")
+        learned["command"] = learned["command"].replace(images, "--data_path cifar10/train --val_path cifar10/test")
+        return learned | {"linear": accuracy}
 
     learned = in_parallel(self_supervised, seeds, parallel)
-    cells = [spread([run[key] for run in learned]) for key in ("before", "after", "linear")]
+    cells = [spread([result[key] for result in learned]) for key in ("knn_before", "knn_last", "linear")]
     text = f"{table(results, columns)}\n\nDINO with ResMLP-S12, 3 epochs: k-NN {cells[0]} before, {cells[1]} after; "
-    write(out, "resmlp_cifar10", results, f"{text}linear {cells[2]}")
+    write(out, "resmlp_cifar10", results + learned, f"{text}linear {cells[2]}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from shared.evaluation.features import extract_features
 from shared.evaluation.knn import knn_classify
 from shared.evaluation.knn_monitor import KNNMonitor, open_labelled
 from shared.evaluation.linear import LinearClassifier, train_one_epoch
+from shared.pictures import read_log
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS = (0, 1, 2)
@@ -61,37 +62,51 @@ def once(path: Path, command: list[str], work: Callable[[], dict]) -> dict:
     return result
 
 
-def run(method: str, variant: Variant, seed: int, output_dir: Path) -> dict:
-    """Train one variant with one thread; its folder, the log's last lines and the wall time."""
-    command = [variant.script, *variant.flags.split(), "--seed", str(seed), "--output_dir", str(output_dir)]
-    result = once(output_dir.with_suffix(".json"), command, lambda: _run(method, variant, seed, output_dir, command))
-    return result | {"run": output_dir}
-
-
-def _run(method: str, variant: Variant, seed: int, output_dir: Path, command: list[str]) -> dict:
-    start = time.perf_counter()
-    run_script(method, command, output_dir.with_suffix(".log"))
-    minutes = (time.perf_counter() - start) / 60
-    lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+def features(output_dir: Path) -> dict:
+    """Last numbers of a run that learns features, and their k-NN accuracy before and after."""
+    lines = read_log(output_dir / "metrics.jsonl")
     accuracies = [line[key] for line in lines for key in ("knn_top1", "snn_top1") if key in line]
     last = [line for line in lines if "loss" in line][-1]
-    return {
-        "variant": variant.name,
-        "seed": seed,
-        "minutes": round(minutes, 2),
-        "knn_before": accuracies[0],
-        "knn_last": accuracies[-1],
-        "command": " ".join(["python", *command[:-2]]),
-        **last,
-    }
+    return {"knn_before": accuracies[0], "knn_last": accuracies[-1], **last}
+
+
+def classifier(output_dir: Path) -> dict:
+    """Last accuracy and losses of a supervised run."""
+    last: dict = {}
+    for line in read_log(output_dir / "metrics.jsonl"):
+        last |= line
+    return {"acc1": last["test_acc1"], "test_loss": last["test_loss"], "loss": last["loss"]}
+
+
+def run(method: str, variant: Variant, seed: int, output_dir: Path, read: Callable[[Path], dict] = features) -> dict:
+    """Train one variant with one thread; its folder, what ``read`` finds there and the wall time."""
+    command = [variant.script, *variant.flags.split(), "--seed", str(seed), "--output_dir", str(output_dir)]
+
+    def train() -> dict:
+        start = time.perf_counter()
+        run_script(method, command, output_dir.with_suffix(".log"))
+        minutes = round((time.perf_counter() - start) / 60, 2)
+        result = {"variant": variant.name, "seed": seed, "minutes": minutes, **read(output_dir)}
+        return result | {"command": " ".join(["python", *command[:-2]])}
+
+    return once(output_dir.with_suffix(".json"), command, train) | {"run": output_dir}
 
 
 def run_all(
-    method: str, variants: list[Variant], out: Path, parallel: int, seeds: tuple[int, ...] = SEEDS
+    method: str,
+    variants: list[Variant],
+    out: Path,
+    parallel: int,
+    seeds: tuple[int, ...] = SEEDS,
+    read: Callable[[Path], dict] = features,
 ) -> list[dict]:
     """Every variant with every seed, ``parallel`` runs at a time, one thread each."""
     jobs = [(variant, seed) for variant in variants for seed in seeds]
-    return in_parallel(lambda job: run(method, *job, out / job[0].name.replace(" ", "_") / str(job[1])), jobs, parallel)
+
+    def train(job: tuple[Variant, int]) -> dict:
+        return run(method, *job, out / job[0].name.replace(" ", "_") / str(job[1]), read)
+
+    return in_parallel(train, jobs, parallel)
 
 
 def in_parallel(function: Callable, jobs: Iterable, parallel: int) -> list:

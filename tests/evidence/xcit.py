@@ -9,9 +9,7 @@ trains XCiT and a ViT. Every run uses one thread; --parallel of them run at a ti
 mean and standard deviation over the seeds.
 """
 
-import json
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,7 +19,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.evidence import dino
-from tests.evidence.runs import Variant, in_parallel, main, once, run_all, run_script, table, write
+from tests.evidence.runs import Variant, classifier, in_parallel, main, run, run_all, table, write
 from xcit.main import parse_args
 from xcit.networks import build_network
 
@@ -35,11 +33,11 @@ NETWORKS = {  # about 100 million multiply-adds per image of 64 pixels, 16 token
 }
 DIGITS = f"{RUN} --input-size 64 --epochs 5 --batch-size 32 --lr 0.008 --warmup-epochs 0 --aa none --mixup 0 --cutmix 0"
 CIFAR10 = (
-    f"{RUN} --input-size 64 --epochs 8 --batch-size 64 --lr 0.004 --warmup-epochs 1 --aa none --mixup 0.2 --cutmix 1"
+    f"{RUN} --input-size 64 --epochs 5 --batch-size 64 --lr 0.004 --warmup-epochs 1 --aa none --mixup 0.2 --cutmix 1"
 )
 CLAIMS = [Variant(name, f"{flags} {DIGITS}") for name, flags in NETWORKS.items()]
 CIFAR10_VARIANTS = [Variant(name, f"{flags} {CIFAR10}") for name, flags in NETWORKS.items()]
-DINO = f"{dino.CIFAR10} --lr 0.0005 --weight_decay 0.04 --weight_decay_end 0.4"  # a ResNet's rate is too large for them
+DINO = f"{dino.CIFAR10} --epochs 3 --lr 0.0005 --weight_decay 0.04 --weight_decay_end 0.4"  # a ResNet's rate is too large for them
 SELF_SUPERVISED = [
     Variant("DINO, XCiT-N12 with patches of 8", f"{DINO} --arch xcit_nano_12_p8"),
     Variant("DINO, ViT-tiny with patches of 8", f"{DINO} --arch vit_tiny --patch_size 8"),
@@ -56,41 +54,17 @@ def multiply_adds(variant: Variant) -> float:
     return counter.get_total_flops() / 2e6
 
 
-def train(variant: Variant, seed: int, output_dir: Path) -> dict:
-    """Train one variant with one thread; its folder, its last numbers and the wall time."""
-    command = [variant.script, *variant.flags.split(), "--seed", str(seed), "--output_dir", str(output_dir)]
-    result = once(output_dir.with_suffix(".json"), command, lambda: _train(variant, seed, output_dir, command))
-    return result | {"run": output_dir}
-
-
-def _train(variant: Variant, seed: int, output_dir: Path, command: list[str]) -> dict:
-    start = time.perf_counter()
-    run_script("xcit", command, output_dir.with_suffix(".log"))
-    last: dict = {}
-    for line in (output_dir / "metrics.jsonl").read_text().splitlines():
-        last |= json.loads(line)
-    return {
-        "variant": variant.name,
-        "seed": seed,
-        "minutes": round((time.perf_counter() - start) / 60, 2),
-        "command": " ".join(["python", *command[:-2]]),
-        "acc1": last["test_acc1"],
-        "test_loss": last["test_loss"],
-        "loss": last["loss"],
-    }
-
-
 def beside_others(variants: list[Variant], out: Path, parallel: int, seeds: tuple[int, ...]) -> list[dict]:
     """Every network with every seed, and XCiT distilled from the ResNet of the same seed."""
     for variant in variants:
         print(f"{variant.name}: {multiply_adds(variant):.0f} million multiply-adds", flush=True)
-    jobs = [(variant, seed) for variant in variants for seed in seeds]
-    results = in_parallel(lambda job: train(*job, out / job[0].name / str(job[1])), jobs, parallel)
+    results = run_all("xcit", variants, out, parallel, seeds, classifier)
 
     def distill(seed: int) -> dict:
         teacher = f"--teacher-model resnet10t --teacher-path {out / 'ResNet' / str(seed) / 'checkpoint.pth'}"
         flags = f"{variants[0].flags} --distillation-type hard {teacher}"
-        return train(Variant("XCiT, distilled from the ResNet", flags), seed, out / "distilled" / str(seed))
+        variant = Variant("XCiT, distilled from the ResNet", flags)
+        return run("xcit", variant, seed, out / "distilled" / str(seed), classifier)
 
     return results + in_parallel(distill, seeds, parallel)
 
