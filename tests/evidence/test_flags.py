@@ -4,12 +4,24 @@ import importlib
 
 import pytest
 
-from tests.evidence import deepcluster, dino, resmlp, swav, xcit
+from contriever import finetuning, train
+from tests.evidence import contriever, deepcluster, dino, msn, paws, resmlp, swav, xcit
+from tests.evidence.runs import Variant
 
 VARIANTS = [
     (module.__name__.split(".")[-1], variant)
-    for module in (dino, swav, deepcluster, resmlp, xcit)
+    for module in (dino, swav, deepcluster, paws, resmlp, xcit)
     for variant in (*module.CLAIMS, *getattr(module, "CIFAR10_VARIANTS", ()))
+]
+VARIANTS += [("msn", Variant(name, f"{msn.DIGITS} {flags}")) for name, flags in msn.CLAIMS.items()]
+VARIANTS += [
+    ("msn", Variant("beside DINO", f"{msn.DIGITS} {msn.AGAINST_DINO}")),
+    ("dino", Variant("beside MSN", msn.DINO)),
+    ("msn", Variant("MSN on CIFAR-10", f"{msn.CIFAR10} --data_path images --val_path images")),
+    ("paws", Variant("PAWS on CIFAR-10", f"{paws.CIFAR10} --data_path images --val_path images")),
+    ("swav", Variant("beside PAWS", paws.SWAV, "main_swav.py")),
+    ("dino", Variant("ResMLP by DINO", resmlp.DINO, "main_dino.py")),
+    *(("dino", variant) for variant in xcit.SELF_SUPERVISED),
 ]
 
 
@@ -27,6 +39,17 @@ def test_the_flags_of_the_linear_classifier_are_those_of_its_script(method, flag
     data = ["--data" if method == "deepcluster" else "--data_path", "images", "--val_path", "images"]
     weights = ["--model" if method == "deepcluster" else "--pretrained", "file"]
     script.parse_args([*flags.split(), *data, *weights, "--output_dir", "out"])
+
+
+@pytest.mark.parametrize("flags", [contriever.CONTINUED, *contriever.CLAIMS.values()])
+def test_the_flags_on_cranfield_are_those_of_its_script(flags):
+    flags = flags if flags == contriever.CONTINUED else f"{contriever.SCRATCH} {flags}"
+    paths = ["--train_data", "tokens", "--retriever_model_id", "model", "--output_dir", "out"]
+    assert train.parse_args([*flags.split(), *paths]).num_workers == 0
+
+
+def test_the_flags_of_fine_tuning_on_cranfield_are_those_of_its_script():
+    finetuning.parse_args([*contriever.FINETUNING.split(), "--train_data", "records", "--output_dir", "out"])
 
 
 def test_names_of_variants_are_names_of_folders():
