@@ -37,7 +37,8 @@ CIFAR10 = (
 )
 CLAIMS = [Variant(name, f"{flags} {DIGITS}") for name, flags in NETWORKS.items()]
 CIFAR10_VARIANTS = [Variant(name, f"{flags} {CIFAR10}") for name, flags in NETWORKS.items()]
-DINO = f"{dino.CIFAR10} --epochs 3 --lr 0.0005 --weight_decay 0.04 --weight_decay_end 0.4"  # a ResNet's rate is too large for them
+# a ResNet's learning rate is too large for them
+DINO = f"{dino.CIFAR10} --epochs 3 --lr 0.0005 --weight_decay 0.04 --weight_decay_end 0.4"
 SELF_SUPERVISED = [
     Variant("DINO, XCiT-N12 with patches of 8", f"{DINO} --arch xcit_nano_12_p8"),
     Variant("DINO, ViT-tiny with patches of 8", f"{DINO} --arch vit_tiny --patch_size 8"),
