@@ -239,8 +239,8 @@ class Retriever:
         order = np.argsort([-len(sequence) for sequence in sequences], kind="stable")  # longest first: early OOM
         most = MOST_TOKENS.get(self.device.type)
         while len(order):
-            longest = len(sequences[order[0]])
-            chosen, order = np.split(order, [batch_size if most is None else min(batch_size, max(1, most // longest))])
+            rows = batch_size if most is None else min(batch_size, max(1, most // len(sequences[order[0]])))
+            chosen, order = order[:rows], order[rows:]
             ids, mask = pad([sequences[i] for i in chosen], self.tokenizer.pad_token_id)
             with precision.autocast():
                 batch = self.model(ids.to(self.device), mask.to(self.device), normalize=normalize)

@@ -1,15 +1,16 @@
 """``pictures/predictions.png`` of a detector or segmenter: a few images, what is in them and what the network finds."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from shared.pictures import Tile, magnify, save_sheet, to_pixels
+
+from .dense_training import DenseDataset
 
 COUNT = 4
 LEAST_SCORE = 0.5
@@ -19,6 +20,8 @@ OPACITY = 0.5
 
 def color_of(label: int) -> tuple[int, int, int]:
     """RGB of a class; 20 classes differ: the ten strong colours of Matplotlib's tab20, then the ten pale ones."""
+    import matplotlib  # where it draws, as in shared/pictures.py
+
     pair, pale = label % 10, label // 10 % 2
     return tuple(int(255 * part) for part in matplotlib.colormaps["tab20"](2 * pair + pale)[:3])
 
@@ -65,12 +68,21 @@ def paint_labels(image: Tensor, labels: Tensor) -> np.ndarray:
     return magnify(to_pixels(painted), LEAST_PX)
 
 
-def save_predictions(pairs: Sequence[tuple[np.ndarray, np.ndarray]], output_dir: Path) -> Path:
-    """The sheet: annotated images above, predictions for them below.
+@torch.no_grad()
+def save_predictions(
+    network: nn.Module,
+    dataset: DenseDataset,
+    paint: Callable[[Tensor, dict], tuple[np.ndarray, np.ndarray]],
+    output_dir: Path,
+) -> Path:
+    """The sheet of the first images of a data set: annotated above, predicted below.
 
     Args:
-        pairs: RGB pixels of both for every image.
+        network: Is left in evaluation mode.
+        paint: Maps an image and its targets to RGB pixels of the annotated image and of what the network predicts.
     """
+    network.eval()
+    pairs = [paint(*dataset[index][:2]) for index in range(min(COUNT, len(dataset)))]
     above, below = zip(*pairs, strict=True)
     rows = [[Tile(pixels, "annotated") for pixels in above], [Tile(pixels, "predicted") for pixels in below]]
     folder = output_dir / "pictures"

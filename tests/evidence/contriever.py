@@ -252,8 +252,7 @@ def main() -> None:
     for seed in args.seeds[: 1 if args.short else None]:
         experiment.pretrained(seed)
         experiment.from_scratch(seed)
-    unique = {(result["variant"], result["seed"]): result for result in experiment.results}
-    write(args.out, "contriever_cranfield", list(unique.values()), table(list(unique.values())))
+    write(args.out, "contriever_cranfield", experiment.results, table(experiment.results))
 
 
 if __name__ == "__main__":

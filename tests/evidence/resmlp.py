@@ -20,8 +20,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from resmlp.main import parse_args
 from resmlp.networks import build_network
-from shared.pictures import read_log
-from tests.evidence.runs import Variant, classifier, in_parallel, linear, main, run, run_all, spread, table, write
+from tests.evidence.runs import (
+    Variant,
+    classifier,
+    in_parallel,
+    last_values,
+    linear,
+    main,
+    run,
+    run_all,
+    spread,
+    table,
+    write,
+)
 
 RUN = "--num_workers 0 --pictures off --no-model-ema --no-repeated-aug --drop-path 0 --input-size 32"
 # about 50 million multiply-adds per image of 32 pixels, but the ResNet, whose 37 are the nearest below
@@ -61,9 +72,7 @@ def multiply_adds(variant: Variant) -> float:
 
 def translator(output_dir: Path) -> dict:
     """BLEU, which the script prints at its end, and losses."""
-    last: dict = {}
-    for line in read_log(output_dir / "metrics.jsonl"):
-        last |= line
+    last = last_values(output_dir)
     bleu = float(output_dir.with_suffix(".log").read_text().split(", test: BLEU = ")[1].split()[0])
     return {"bleu": bleu, "loss": last["loss"], "valid_loss": last["valid_loss"]}
 

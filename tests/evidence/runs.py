@@ -70,11 +70,17 @@ def features(output_dir: Path) -> dict:
     return {"knn_before": accuracies[0], "knn_last": accuracies[-1], **last}
 
 
-def classifier(output_dir: Path) -> dict:
-    """Last accuracy and losses of a supervised run."""
+def last_values(output_dir: Path) -> dict:
+    """The last value of everything that a run has logged."""
     last: dict = {}
     for line in read_log(output_dir / "metrics.jsonl"):
         last |= line
+    return last
+
+
+def classifier(output_dir: Path) -> dict:
+    """Last accuracy and losses of a supervised run."""
+    last = last_values(output_dir)
     return {"acc1": last["test_acc1"], "test_loss": last["test_loss"], "loss": last["loss"]}
 
 

@@ -49,7 +49,8 @@ def test_the_flags_on_cranfield_are_those_of_its_script(flags):
 
 
 def test_the_flags_of_fine_tuning_on_cranfield_are_those_of_its_script():
-    finetuning.parse_args([*contriever.FINETUNING.split(), "--train_data", "records", "--output_dir", "out"])
+    paths = ["--train_data", "records", "--output_dir", "out"]
+    assert finetuning.parse_args([*contriever.FINETUNING.split(), *paths]).num_workers == 0
 
 
 def test_names_of_variants_are_names_of_folders():

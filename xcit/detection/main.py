@@ -15,6 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN
@@ -28,10 +29,11 @@ from shared import distributed
 from shared.data import BadImages
 from shared.evaluation.features import ShareOfRank
 from shared.flags import AnyDashParser
-from xcit import dense_training, prediction_pictures
+from xcit import dense_training
 from xcit.detection.average_precision import as_detections, average_precision
 from xcit.detection.coco import CocoDataset
 from xcit.feature_pyramid import build_pyramid, fill_trunk
+from xcit.prediction_pictures import paint_objects, save_predictions
 from xcit.shapes import write_coco
 
 SHAPES_DEFAULTS = {
@@ -149,16 +151,14 @@ def evaluate_detector(
     return distributed.broadcast_object(result)
 
 
-@torch.no_grad()
 def draw_detections(network: MaskRCNN, dataset: CocoDataset, device: torch.device, output_dir: Path) -> Path:
     """A picture of the objects in the first images and of those that are found."""
-    network.eval()
-    pairs = []
-    for index in range(min(prediction_pictures.COUNT, len(dataset))):
-        image, target, _ = dataset[index]
+
+    def paint(image: Tensor, target: dict) -> tuple[np.ndarray, np.ndarray]:
         (found,) = network([image.to(device)])
-        pairs.append(tuple(prediction_pictures.paint_objects(image, o, dataset.classes) for o in (target, found)))
-    return prediction_pictures.save_predictions(pairs, output_dir)
+        return tuple(paint_objects(image, objects, dataset.classes) for objects in (target, found))
+
+    return save_predictions(network, dataset, paint, output_dir)
 
 
 def train_detector(args: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,9 +28,10 @@ from shared import distributed
 from shared.data import BadImages
 from shared.evaluation.features import ShareOfRank
 from shared.flags import AnyDashParser
-from xcit import dense_training, prediction_pictures
+from xcit import dense_training
 from xcit.augmentations import MEAN, STD
 from xcit.feature_pyramid import build_pyramid, fill_trunk
+from xcit.prediction_pictures import paint_labels, save_predictions
 from xcit.semantic_segmentation.ade20k import UNLABELLED, ADE20KDataset
 from xcit.shapes import CLASSES, write_ade20k
 
@@ -139,18 +141,16 @@ def predict_labels(network: SemanticFPN, image: Tensor, size: tuple[int, int]) -
     return F.interpolate(logits[None].float(), size, mode="bilinear", align_corners=False).argmax(dim=1)[0]
 
 
-@torch.no_grad()
 def draw_segments(network: SemanticFPN, dataset: ADE20KDataset, device: torch.device, output_dir: Path) -> Path:
     """A picture of the label maps of the first images and of those that are predicted."""
-    network.eval()
-    pairs = []
-    for index in range(min(prediction_pictures.COUNT, len(dataset))):
-        image, target, _ = dataset[index]
-        size = target["labels"].shape
-        predicted = predict_labels(network, image.to(device), size)
-        resized = F.interpolate(image[None], size, mode="bilinear", align_corners=False)[0].clamp(0, 1)
-        pairs.append(tuple(prediction_pictures.paint_labels(resized, map_) for map_ in (target["labels"], predicted)))
-    return prediction_pictures.save_predictions(pairs, output_dir)
+
+    def paint(image: Tensor, target: dict) -> tuple[np.ndarray, np.ndarray]:
+        labels = target["labels"]
+        predicted = predict_labels(network, image.to(device), labels.shape)
+        resized = F.interpolate(image[None], labels.shape, mode="bilinear", align_corners=False)[0]
+        return paint_labels(resized, labels), paint_labels(resized, predicted)
+
+    return save_predictions(network, dataset, paint, output_dir)
 
 
 @torch.no_grad()
