@@ -33,12 +33,12 @@ NETWORKS = {  # about 100 million multiply-adds per image of 64 pixels, 16 token
 }
 DIGITS = f"{RUN} --input-size 64 --epochs 5 --batch-size 32 --lr 0.008 --warmup-epochs 0 --aa none --mixup 0 --cutmix 0"
 CIFAR10 = (
-    f"{RUN} --input-size 64 --epochs 5 --batch-size 64 --lr 0.004 --warmup-epochs 1 --aa none --mixup 0.2 --cutmix 1"
+    f"{RUN} --input-size 64 --epochs 3 --batch-size 64 --lr 0.004 --warmup-epochs 1 --aa none --mixup 0.2 --cutmix 1"
 )
 CLAIMS = [Variant(name, f"{flags} {DIGITS}") for name, flags in NETWORKS.items()]
 CIFAR10_VARIANTS = [Variant(name, f"{flags} {CIFAR10}") for name, flags in NETWORKS.items()]
 # a ResNet's learning rate is too large for them
-DINO = f"{dino.CIFAR10} --epochs 3 --lr 0.0005 --weight_decay 0.04 --weight_decay_end 0.4"
+DINO = f"{dino.CIFAR10} --epochs 2 --lr 0.0005 --weight_decay 0.04 --weight_decay_end 0.4"
 SELF_SUPERVISED = [
     Variant("DINO, XCiT-N12 with patches of 8", f"{DINO} --arch xcit_nano_12_p8"),
     Variant("DINO, ViT-tiny with patches of 8", f"{DINO} --arch vit_tiny --patch_size 8"),
