@@ -9,7 +9,7 @@ All layers learn. The result is the accuracy after the last epoch. Running the s
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +23,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from paws import training_flags
 from paws.augmentations import Recipe, choose_recipe, fine_tune_view, support_views
-from paws.evaluation import eval_transform, open_validation
+from paws.evaluation import Validation, eval_transform, open_validation
 from paws.heads import Encoder, classification_head
 from paws.labels import PartlyLabelled
 from paws.networks import build_encoder
@@ -36,12 +36,12 @@ from shared.backbones import input_channels
 from shared.batchnorm import synchronize_batchnorm
 from shared.checkpoint import Checkpointer, load_latest
 from shared.data import BadImages, EpochBatchSampler, EvalDataset, default_num_workers, make_loader
-from shared.evaluation.linear import validate
 from shared.flags import bool_flag
 from shared.metrics import RunLog
 from shared.multicrop import MultiCropDataset, normalize_views
 from shared.precision import Precision
 from shared.start import start_run
+from shared.supervised.evaluation import evaluate_classifier
 from shared.weights import load_backbone_weights, weights_checksum
 
 EMBEDDED_DATA_DEFAULTS = {
@@ -121,7 +121,7 @@ def fine_tune(args: argparse.Namespace) -> dict[str, float]:
         encoder = load_classifier(args.model_name, args.pretrained).to(device)
         if isinstance(validation, str):
             raise ValueError(f"--training false: {validation}")
-        return validate_encoder(encoder, validation, recipe, device, args.batch_size, num_workers)
+        return validate_encoder(encoder, validation, recipe, precision, args.batch_size, num_workers)
     encoder = build_classifier(args, num_classes, recipe)
     args.in_chans = input_channels(encoder)
     checksum = weights_checksum(encoder)
@@ -158,14 +158,15 @@ def fine_tune(args: argparse.Namespace) -> dict[str, float]:
             loop.epoch(loader, step_loss, epoch, first_step)
             first_step = 0
             if is_due(args, epoch) and not isinstance(validation, str):
-                result = validate_encoder(encoder, validation, recipe, device, args.batch_size, num_workers)
+                stop = partial(checkpointer.stop_if_asked, epoch, len(sampler))
+                result = validate_encoder(encoder, validation, recipe, precision, args.batch_size, num_workers, stop)
                 run.best = max(run.best, result["acc1"])
                 log.evaluation((epoch + 1) * len(sampler), epoch + 1, top1=result["acc1"], best_top1=run.best)
             log.end_epoch(epoch)
             checkpointer.after_epoch(epoch)
     log.close()
     if not result and not isinstance(validation, str):  # resumed after the last epoch
-        result = validate_encoder(encoder, validation, recipe, device, args.batch_size, num_workers)
+        result = validate_encoder(encoder, validation, recipe, precision, args.batch_size, num_workers)
     if result:
         distributed.print_once(
             f"Top-1 accuracy after the last epoch: {result['acc1']:.2f} % (top-5 {result['acc5']:.2f} %, best top-1 of "
@@ -235,13 +236,23 @@ class Logits(nn.Module):
 
 
 def validate_encoder(
-    encoder: Encoder, validation, recipe: Recipe, device: torch.device, batch_size: int, num_workers: int
+    encoder: Encoder,
+    validation: Validation,
+    recipe: Recipe,
+    precision: Precision,
+    batch_size: int,
+    num_workers: int,
+    between_batches: Callable[[], None] | None = None,
 ) -> dict[str, float]:
-    """``loss``, ``acc1`` and ``acc5`` over all images to classify, accuracies in percent."""
+    """``loss``, ``acc1`` and ``acc5`` over all images to classify, accuracies in percent.
+
+    Args:
+        between_batches: Called after every batch, equally often on every process; may raise to stop.
+    """
     transform = eval_transform(recipe, encoder)
     bad_images = BadImages(len(validation.source), on_bad_image="error")
     dataset = EvalDataset(validation.source, transform, bad_images, validation.rows.tolist())
-    result = validate(Logits(encoder), nn.Identity(), dataset, device, batch_size, num_workers)
+    result = evaluate_classifier(Logits(encoder), dataset, precision, batch_size, num_workers, between_batches)
     distributed.print_once(f"{validation.describe()}: top-1 {result['acc1']:.2f} %, top-5 {result['acc5']:.2f} %")
     return result
 

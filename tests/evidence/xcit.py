@@ -26,19 +26,20 @@ from xcit.networks import build_network
 RUN = (
     "--num_workers 0 --pictures off --log_freq 20 --no-model-ema --no-repeated-aug --drop-path 0 --reprob 0 --full_crop"
 )
-NETWORKS = {  # about 100 million multiply-adds per image of 64 pixels, 16 tokens
+NETWORKS = {  # about as many multiply-adds: 100 million per image of 64 pixels, 16 tokens
     "XCiT": "--model xcit_tiny_12_p16",
     "ViT": "--model deit_tiny_patch16_224",
     "ResNet": "--model resnet10t",
 }
 DIGITS = f"{RUN} --input-size 64 --epochs 5 --batch-size 32 --lr 0.008 --warmup-epochs 0 --aa none --mixup 0 --cutmix 0"
 CIFAR10 = (
-    f"{RUN} --input-size 64 --epochs 3 --batch-size 64 --lr 0.004 --warmup-epochs 1 --aa none --mixup 0.2 --cutmix 1"
+    f"{RUN} --input-size 48 --epochs 3 --batch-size 64 --lr 0.004 --warmup-epochs 1 --warmup-lr 0.0002 --aa none "
+    "--mixup 0.2 --cutmix 1"
 )
 CLAIMS = [Variant(name, f"{flags} {DIGITS}") for name, flags in NETWORKS.items()]
 CIFAR10_VARIANTS = [Variant(name, f"{flags} {CIFAR10}") for name, flags in NETWORKS.items()]
 # a ResNet's learning rate is too large for them
-DINO = f"{dino.CIFAR10} --epochs 2 --lr 0.0005 --weight_decay 0.04 --weight_decay_end 0.4"
+DINO = f"{dino.CIFAR10} --epochs 1 --lr 0.0005 --weight_decay 0.04 --weight_decay_end 0.4"
 SELF_SUPERVISED = [
     Variant("DINO, XCiT-N12 with patches of 8", f"{DINO} --arch xcit_nano_12_p8"),
     Variant("DINO, ViT-tiny with patches of 8", f"{DINO} --arch vit_tiny --patch_size 8"),

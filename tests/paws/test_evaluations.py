@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import shutil
+import signal
 import sys
 
 import numpy as np
@@ -11,6 +13,8 @@ import torch
 
 from paws import evaluation, few_labels, fine_tune, pseudo_labels, snn_eval, snn_fine_tune
 from paws.labels import open_partly_labelled
+from shared.attempt import Interrupted
+from shared.supervised.evaluation import evaluate_classifier
 from tests.paws.small_runs import comparable, lines, state_of, train, write_noise, write_own_pictures
 from tests.reliability.runs import assert_same
 
@@ -117,6 +121,24 @@ def test_fine_tuning_starts_from_the_projection_head_and_resumes(images, run, tm
     evaluated = [*flags, "--output_dir", str(tmp_path / "eval"), "--training", "false"]
     evaluated[evaluated.index("--pretrained") + 1] = str(tmp_path / "whole" / name)
     assert fine_tune.fine_tune(fine_tune.parse_args(evaluated)) == whole
+
+
+def test_a_signal_during_the_validation_saves_and_the_run_goes_on(images, run, tmp_path, monkeypatch):
+    flags = arguments(images, run, *FINE_TUNE, "--eval_knn_freq", "1")
+    whole = fine_tune.fine_tune(fine_tune.parse_args([*flags, "--output_dir", str(tmp_path / "whole")]))
+
+    def signalled(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate_classifier(*args)
+
+    parts = fine_tune.parse_args([*flags, "--output_dir", str(tmp_path / "parts")])
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(fine_tune, "evaluate_classifier", signalled)
+        fine_tune.fine_tune(parts)
+    assert not [line for line in lines(tmp_path / "parts") if "top1" in line]
+    assert fine_tune.fine_tune(fine_tune.parse_args([*flags, "--output_dir", str(tmp_path / "parts")])) == whole
+    name = "paws-fine-tune.pth.tar"
+    assert_same(*(comparable(state_of(tmp_path / f, name)) for f in ("parts", "whole")), "checkpoint")
 
 
 def test_a_classifier_that_starts_at_zero_knows_nothing_yet(images, run):
