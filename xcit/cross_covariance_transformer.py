@@ -102,12 +102,16 @@ class XCA(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (B, N, D) -> (B, N, 3, h, D/h)
-        q, k, v = qkv.permute(2, 0, 3, 4, 1).unbind()  # each (B, h, D/h, N)
-        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        attention = (q @ k.transpose(-2, -1) * self.temperature).softmax(dim=-1)
-        out = self.attn_drop(attention) @ v
-        return self.drop(self.proj(out.permute(0, 3, 1, 2).flatten(2)))
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = (t.contiguous() for t in qkv)  # each (B, h, N, D/h)
+        if q.dtype == torch.float16:  # keeps sums over tokens in its range; cosines stay the same
+            q, k = q * q.shape[2] ** -0.5, k * k.shape[2] ** -0.5
+        # the norms divide the products of channels, not the tokens, of which there are more
+        q_norm, k_norm = (torch.linalg.vector_norm(t, dim=2).clamp_min(1e-12) for t in (q, k))
+        cosines = q.transpose(2, 3) @ k / (q_norm[..., :, None] * k_norm[..., None, :])
+        attention = self.attn_drop((cosines * self.temperature).softmax(dim=-1))
+        out = v @ attention.transpose(2, 3)
+        return self.drop(self.proj(out.transpose(1, 2).flatten(2)))
 
 
 class LPI(nn.Module):
@@ -175,9 +179,9 @@ class XCABlock(nn.Module):
         self.local_mp = LPI(dim)
 
     def forward(self, x: Tensor, rows: int, columns: int) -> Tensor:
-        x = x + self.drop_path(self.gamma1 * self.attn(self.norm1(x)))
-        x = x + self.drop_path(self.gamma3 * self.local_mp(self.norm3(x), rows, columns))
-        return x + self.drop_path(self.gamma2 * self.mlp(self.norm2(x)))
+        x = torch.addcmul(x, self.gamma1, self.drop_path(self.attn(self.norm1(x))))
+        x = torch.addcmul(x, self.gamma3, self.drop_path(self.local_mp(self.norm3(x), rows, columns)))
+        return torch.addcmul(x, self.gamma2, self.drop_path(self.mlp(self.norm2(x))))
 
 
 class ClassAttention(nn.Module):

@@ -135,6 +135,19 @@ def test_cross_covariance_attention_by_its_formula():
     torch.testing.assert_close(layer(x), layer.proj(expected))
 
 
+@torch.no_grad()
+def test_cross_covariance_attention_stays_in_the_range_of_float16():
+    torch.manual_seed(0)
+    attention = XCA(16, num_heads=2)
+    attention.qkv.weight.mul_(20)
+    x = torch.randn(1, 4096, 16)
+    q, k, _ = attention.qkv(x)[0].split(16, dim=1)
+    assert (q.T @ k).abs().max() > torch.finfo(torch.float16).max  # a sum over tokens that it cannot hold
+    expected = attention(x)
+    difference = attention.half()(x.half()).float() - expected
+    assert difference.abs().max() < 0.01 * expected.abs().max()
+
+
 def test_local_patch_interaction_sees_the_eight_neighbours_of_each_convolution():
     layer = randomized(LPI(4)).eval()
     x = torch.randn(1, 7 * 9, 4)
