@@ -55,7 +55,7 @@ COLUMNS = {
 
 CIFAR10 = (
     f"{QUIET} --dataset cifar10 --model_name wide_resnet10w1 --output_dim 128 --color_jitter_strength 0.5 "
-    "--multicrop 1 --unsupervised_batch_size 64 --supervised_views 2 --lr 1.6 --start_lr 0.4 --final_lr 0.016 "
+    "--multicrop 0 --unsupervised_batch_size 64 --supervised_views 2 --lr 1.6 --start_lr 0.4 --final_lr 0.016 "
     "--warmup 1"
 )
 CIFAR10_SUPPORTS = 4  # of each class

@@ -42,10 +42,7 @@ NETWORKS = {
     "ResNet-18": "--model resnet18",
 }
 DIGITS = f"{RUN} --epochs 8 --batch-size 32 --lr 0.016 --warmup-epochs 0 --aa none --reprob 0 --mixup 0 --cutmix 0"
-CIFAR10 = (
-    f"{RUN} --epochs 3 --batch-size 64 --lr 0.008 --warmup-epochs 1 --warmup-lr 0.0003 --aa none --reprob 0 "
-    "--mixup 0.2 --cutmix 1"
-)
+CIFAR10 = f"{RUN} --epochs 2 --batch-size 64 --lr 0.004 --warmup-epochs 0 --aa none --reprob 0 --mixup 0.2 --cutmix 1"
 TRANSLATION = "--epochs 12 --log_freq 31"
 CLAIMS = [Variant(name, f"{flags} {DIGITS}") for name, flags in NETWORKS.items()]
 CIFAR10_VARIANTS = [Variant(name, f"{flags} {CIFAR10}") for name, flags in NETWORKS.items()]

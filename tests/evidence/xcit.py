@@ -33,8 +33,7 @@ NETWORKS = {  # about as many multiply-adds: 100 million per image of 64 pixels,
 }
 DIGITS = f"{RUN} --input-size 64 --epochs 5 --batch-size 32 --lr 0.008 --warmup-epochs 0 --aa none --mixup 0 --cutmix 0"
 CIFAR10 = (
-    f"{RUN} --input-size 48 --epochs 3 --batch-size 64 --lr 0.004 --warmup-epochs 1 --warmup-lr 0.0002 --aa none "
-    "--mixup 0.2 --cutmix 1"
+    f"{RUN} --input-size 48 --epochs 2 --batch-size 64 --lr 0.004 --warmup-epochs 0 --aa none --mixup 0.2 --cutmix 1"
 )
 CLAIMS = [Variant(name, f"{flags} {DIGITS}") for name, flags in NETWORKS.items()]
 CIFAR10_VARIANTS = [Variant(name, f"{flags} {CIFAR10}") for name, flags in NETWORKS.items()]
