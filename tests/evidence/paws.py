@@ -59,7 +59,7 @@ CIFAR10 = (
     "--warmup 1"
 )
 CIFAR10_SUPPORTS = 4  # of each class
-CIFAR10_RUNS = ((4000, 2), (1000, 2), (250, 2), (1000, 4))  # labels in all, epochs
+CIFAR10_RUNS = ((4000, 2), (1000, 2), (250, 2), (1000, 1))  # labels in all, epochs
 SWAV = (
     "--arch resnet10t --nmb_crops 2 --size_crops 32 --min_scale_crops 0.3 --max_scale_crops 1 "
     "--blur_radius 0.1 0.5 --hidden_mlp 512 --nmb_prototypes 100 --batch_size 64 --base_lr 1.2 --warmup_epochs 0 "

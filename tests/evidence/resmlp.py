@@ -57,7 +57,7 @@ DINO = (
     "--momentum_teacher 0.96 --momentum_teacher_end 0.99 --center_momentum 0.2 --num_workers 0 --pictures off "
     "--saveckp_freq 0 --eval_knn_freq 1"
 )
-LINEAR = "--epochs 5 --lr 0.1 --crop_scale 0.5 1 --num_workers 0"
+LINEAR = "--epochs 2 --val_freq 2 --lr 0.1 --crop_scale 0.5 1 --num_workers 0"
 
 
 def multiply_adds(variant: Variant) -> float:
