@@ -26,7 +26,6 @@ from tests.evidence.runs import (
     main,
     once,
     run,
-    run_all,
     run_script,
     spread,
     table,
@@ -53,13 +52,14 @@ COLUMNS = {
     "feature_spread": "feature spread",
 }
 
+BATCH = 64
 CIFAR10 = (
     f"{QUIET} --dataset cifar10 --model_name wide_resnet10w1 --output_dim 128 --color_jitter_strength 0.5 "
-    "--multicrop 0 --unsupervised_batch_size 64 --supervised_views 2 --lr 1.6 --start_lr 0.4 --final_lr 0.016 "
-    "--warmup 1"
+    f"--multicrop 0 --unsupervised_batch_size {BATCH} --supervised_views 1 --lr 0.4 --start_lr 0.4 --final_lr 0.004 "
+    "--warmup 0"
 )
-CIFAR10_SUPPORTS = 4  # of each class
-CIFAR10_RUNS = ((4000, 2), (1000, 2), (250, 2), (1000, 1))  # labels in all, epochs
+CIFAR10_SUPPORTS = 16  # of each class
+CIFAR10_RUNS = ((4000, 6), (1000, 6), (250, 6), (1000, 3))  # labels in all, epochs
 SWAV = (
     "--arch resnet10t --nmb_crops 2 --size_crops 32 --min_scale_crops 0.3 --max_scale_crops 1 "
     "--blur_radius 0.1 0.5 --hidden_mlp 512 --nmb_prototypes 100 --batch_size 64 --base_lr 1.2 --warmup_epochs 0 "
@@ -67,13 +67,15 @@ SWAV = (
 )
 
 
-def supervised(out: Path, flags: str, labels_per_class: int, epochs: int, seed: int, repeat: int) -> float:
+def supervised(
+    out: Path, flags: str, labels_per_class: int, epochs: int, seed: int, repeat: int, batch_size: int
+) -> float:
     """The same network trained on the labels alone, with the views of the supports, for as many steps."""
     folder = out / "supervised" / f"{labels_per_class}-{epochs}" / str(seed)
     command = (
         f"fine_tune.py {flags} --pretrained random --views strong --zero_init false --lr 0.03 --epochs {epochs} "
         f"--labels_per_class {labels_per_class} --data_seed {seed} --seed {seed} --repeat {repeat} --num_workers 0 "
-        f"--batch_size {min(256, 10 * labels_per_class)} --output_dir {folder}"
+        f"--batch_size {batch_size} --output_dir {folder}"
     )
 
     def train() -> dict:
@@ -92,11 +94,13 @@ def pixels(data_path: str | None, val_path: str | None, labels_per_class: int, s
 
 def with_data_seeds(variants: list[Variant], out: Path, parallel: int, seeds: tuple[int, ...]) -> list[dict]:
     """Every variant with every seed, which is also that of the labels."""
-    results = []
-    for seed in seeds:
-        drawn = [Variant(v.name, f"{v.flags} --data_seed {seed}") for v in variants]
-        results += run_all("paws", drawn, out, parallel, (seed,))
-    return results
+
+    def train(job: tuple[Variant, int]) -> dict:
+        variant, seed = job
+        drawn = Variant(variant.name, f"{variant.flags} --data_seed {seed}")
+        return run("paws", drawn, seed, out / variant.name.replace(" ", "_") / str(seed))
+
+    return in_parallel(train, [(variant, seed) for variant in variants for seed in seeds], parallel)
 
 
 def claims(out: Path, parallel: int, seeds: tuple[int, ...]) -> None:
@@ -112,7 +116,7 @@ def claims(out: Path, parallel: int, seeds: tuple[int, ...]) -> None:
     digits = "--model_name wide_resnet10w1 --color_jitter_strength 0.5"
     for n in NUMBERS_OF_LABELS:
         mine = [r["knn_last"] for r in few if r["variant"] == f"{n} labels"]
-        alone = in_parallel(lambda seed, n=n: supervised(out, digits, n, epochs, seed, 22), seeds, parallel)
+        alone = in_parallel(lambda seed, n=n: supervised(out, digits, n, epochs, seed, 22, 10 * n), seeds, parallel)
         near = [pixels(None, None, n, seed, "digits") for seed in seeds]
         rows.append(f"| {n} | {spread(mine)} | {spread(alone)} | {spread(near)} |")
         few.append({"variant": f"{n} labels", "supervised": alone, "pixels": near})
@@ -130,18 +134,18 @@ def swav_with_linear_head(out: Path, train: Path, test: Path, epochs: int, seed:
 
 def cifar10(out: Path, parallel: int, seeds: tuple[int, ...], train: Path, test: Path) -> None:
     images = f"--data_path {train} --val_path {test}"
-    steps_per_epoch = 10 * IMAGES_PER_CLASS // 64
+    steps_per_epoch = 10 * IMAGES_PER_CLASS // BATCH
     network = f"--dataset cifar10 --model_name wide_resnet10w1 --color_jitter_strength 0.5 {images}"
     rows = ["| labels | epochs | PAWS | same network, labels alone | 1-NN on pixels |", "|---|---|---|---|---|"]
     results = []
     for count, epochs in CIFAR10_RUNS:
-        repeat = max(1, round(steps_per_epoch * min(256, count) / count))
+        repeat = max(1, round(steps_per_epoch * BATCH / count))
         near = [pixels(str(train), str(test), count // 10, seed, "cifar10") for seed in seeds]
         own = f"--labels_per_class {count // 10} --supervised_imgs_per_class {CIFAR10_SUPPORTS} --epochs {epochs}"
         variant = Variant(f"{count} labels, {epochs} epochs", f"{CIFAR10} {images} {own}")
         found = with_data_seeds([variant], out / "cifar10", parallel, seeds)
         job = (out / "cifar10", network, count // 10, epochs)
-        alone = in_parallel(lambda seed, job=job, repeat=repeat: supervised(*job, seed, repeat), seeds, parallel)
+        alone = in_parallel(lambda seed, job=job, repeat=repeat: supervised(*job, seed, repeat, BATCH), seeds, parallel)
         for result, accuracy in zip(found, alone, strict=True):
             result["supervised"] = accuracy
             result["command"] = result["command"].replace(images, "--data_path cifar10/train --val_path cifar10/test")
