@@ -42,7 +42,7 @@ NETWORKS = {
     "ResNet-18": "--model resnet18",
 }
 DIGITS = f"{RUN} --epochs 8 --batch-size 32 --lr 0.016 --warmup-epochs 0 --aa none --reprob 0 --mixup 0 --cutmix 0"
-CIFAR10 = f"{RUN} --epochs 2 --batch-size 64 --lr 0.004 --warmup-epochs 0 --aa none --reprob 0 --mixup 0.2 --cutmix 1"
+CIFAR10 = f"{RUN} --epochs 5 --batch-size 64 --lr 0.004 --warmup-epochs 0 --aa none --reprob 0 --mixup 0.2 --cutmix 1"
 TRANSLATION = "--epochs 12 --log_freq 31"
 CLAIMS = [Variant(name, f"{flags} {DIGITS}") for name, flags in NETWORKS.items()]
 CIFAR10_VARIANTS = [Variant(name, f"{flags} {CIFAR10}") for name, flags in NETWORKS.items()]
@@ -53,7 +53,7 @@ TRANSLATORS = [
 DINO = (
     "--arch resmlp_12 --global_crop_size 32 --local_crop_size 32 --local_crops_number 2 --out_dim 1024 "
     "--global_crops_scale 0.5 1 --local_crops_scale 0.2 0.5 --blur_radius 0.1 0.5 --batch_size_per_gpu 64 --lr 0.0005 "
-    "--epochs 1 --warmup_epochs 0.2 --freeze_last_layer 0 --teacher_temp 0.015 --warmup_teacher_temp 0.015 "
+    "--epochs 5 --warmup_epochs 1 --freeze_last_layer 0 --teacher_temp 0.015 --warmup_teacher_temp 0.015 "
     "--momentum_teacher 0.96 --momentum_teacher_end 0.99 --center_momentum 0.2 --num_workers 0 --pictures off "
     "--saveckp_freq 0 --eval_knn_freq 1"
 )

@@ -33,12 +33,12 @@ NETWORKS = {  # about as many multiply-adds: 100 million per image of 64 pixels,
 }
 DIGITS = f"{RUN} --input-size 64 --epochs 5 --batch-size 32 --lr 0.008 --warmup-epochs 0 --aa none --mixup 0 --cutmix 0"
 CIFAR10 = (
-    f"{RUN} --input-size 48 --epochs 2 --batch-size 64 --lr 0.004 --warmup-epochs 0 --aa none --mixup 0.2 --cutmix 1"
+    f"{RUN} --input-size 48 --epochs 5 --batch-size 64 --lr 0.004 --warmup-epochs 0 --aa none --mixup 0.2 --cutmix 1"
 )
 CLAIMS = [Variant(name, f"{flags} {DIGITS}") for name, flags in NETWORKS.items()]
 CIFAR10_VARIANTS = [Variant(name, f"{flags} {CIFAR10}") for name, flags in NETWORKS.items()]
 # a ResNet's learning rate is too large for it
-DINO = f"{dino.CIFAR10} --epochs 1 --lr 0.0005 --weight_decay 0.04 --weight_decay_end 0.4"
+DINO = f"{dino.CIFAR10} --lr 0.0005 --weight_decay 0.04 --weight_decay_end 0.4"
 SELF_SUPERVISED = Variant("DINO, XCiT-N12 with patches of 8", f"{DINO} --arch xcit_nano_12_p8")
 COLUMNS = {"acc1": "top-1", "test_loss": "test loss", "loss": "training loss"}
 
