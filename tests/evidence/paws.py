@@ -9,6 +9,7 @@ deviation over the seeds, which also draw the labels. "Before" is the soft neare
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,15 +54,18 @@ COLUMNS = {
 }
 
 BATCH = 64
+CIFAR10_EPOCHS = 12
 CIFAR10 = (
-    f"{QUIET} --dataset cifar10 --model_name wide_resnet10w1 --output_dim 128 --color_jitter_strength 0.5 "
-    f"--multicrop 0 --unsupervised_batch_size {BATCH} --supervised_views 1 --lr 0.4 --start_lr 0.4 --final_lr 0.004 "
-    "--warmup 0"
+    f"{QUIET} --dataset cifar10 --output_dim 128 --color_jitter_strength 0.5 --multicrop 0 "
+    f"--unsupervised_batch_size {BATCH} --supervised_imgs_per_class 16 --supervised_views 1 "
+    "--lr 0.4 --start_lr 0.4 --final_lr 0.004 --warmup 0"
 )
-CIFAR10_SUPPORTS = 16  # of each class
-CIFAR10_RUNS = ((4000, 6), (1000, 6), (250, 6), (1000, 3))  # labels in all, epochs
+CIFAR10_NETWORK = "wide_resnet28w2"
+CIFAR10_LABELS = (4000, 1000, 250)
+BESIDE_SWAV = "resnet10t"  # the network of both
+LABELS_BESIDE_SWAV = 1000
 SWAV = (
-    "--arch resnet10t --nmb_crops 2 --size_crops 32 --min_scale_crops 0.3 --max_scale_crops 1 "
+    f"--arch {BESIDE_SWAV} --nmb_crops 2 --size_crops 32 --min_scale_crops 0.3 --max_scale_crops 1 "
     "--blur_radius 0.1 0.5 --hidden_mlp 512 --nmb_prototypes 100 --batch_size 64 --base_lr 1.2 --warmup_epochs 0 "
     "--freeze_prototypes_niters 100 --workers 0 --pictures off --checkpoint_freq 0 --log_freq 25"
 )
@@ -123,41 +127,58 @@ def claims(out: Path, parallel: int, seeds: tuple[int, ...]) -> None:
     write(out, "paws_digits", results + few, text + "\n\n" + "\n".join(rows))
 
 
-def swav_with_linear_head(out: Path, train: Path, test: Path, epochs: int, seed: int) -> float:
-    """SwAV for as many epochs on the same images, then a linear layer on all of their labels."""
-    images = f"--data_path {train} --val_path {test}"
-    variant = Variant(f"SwAV, {epochs} epochs", f"{SWAV} {images} --epochs {epochs}", "main_swav.py")
-    folder = run("swav", variant, seed, out / "swav" / str(epochs) / str(seed))["run"]
-    flags = f"--arch resnet10t --pretrained {folder}/checkpoint.pth.tar {images} --image_size 32 --num_labels 10"
-    return linear("swav", f"{flags} --epochs 1 --workers 0", folder / "linear", "log.txt")
+def swav_with_linear_head(out: Path, images: str, epochs: int, seed: int) -> dict:
+    """SwAV, and the accuracy of a linear layer that learns from all labels of its images."""
+    variant = Variant(f"SwAV, {BESIDE_SWAV}, {epochs} epochs", f"{SWAV} {images} --epochs {epochs}", "main_swav.py")
+    result = run("swav", variant, seed, out / "swav" / str(epochs) / str(seed))
+    weights = f"--arch {BESIDE_SWAV} --pretrained {result['run']}/checkpoint.pth.tar"
+    flags = f"{weights} {images} --image_size 32 --num_labels 10 --epochs 5 --workers 0 --seed {seed}"
+    return result | {"linear": linear("swav", flags, result["run"] / "linear", "log.txt")}
 
 
 def cifar10(out: Path, parallel: int, seeds: tuple[int, ...], train: Path, test: Path) -> None:
     images = f"--data_path {train} --val_path {test}"
-    steps_per_epoch = 10 * IMAGES_PER_CLASS // BATCH
-    network = f"--dataset cifar10 --model_name wide_resnet10w1 --color_jitter_strength 0.5 {images}"
-    rows = ["| labels | epochs | PAWS | same network, labels alone | 1-NN on pixels |", "|---|---|---|---|---|"]
-    results = []
-    for count, epochs in CIFAR10_RUNS:
-        repeat = max(1, round(steps_per_epoch * BATCH / count))
-        near = [pixels(str(train), str(test), count // 10, seed, "cifar10") for seed in seeds]
-        own = f"--labels_per_class {count // 10} --supervised_imgs_per_class {CIFAR10_SUPPORTS} --epochs {epochs}"
-        variant = Variant(f"{count} labels, {epochs} epochs", f"{CIFAR10} {images} {own}")
-        found = with_data_seeds([variant], out / "cifar10", parallel, seeds)
-        job = (out / "cifar10", network, count // 10, epochs)
-        alone = in_parallel(lambda seed, job=job, repeat=repeat: supervised(*job, seed, repeat, BATCH), seeds, parallel)
-        for result, accuracy in zip(found, alone, strict=True):
-            result["supervised"] = accuracy
+    here, steps, half = out / "cifar10", CIFAR10_EPOCHS * 10 * IMAGES_PER_CLASS // BATCH, CIFAR10_EPOCHS // 2
+
+    def paws(network: str, labels: int, epochs: int, seed: int) -> dict:
+        flags = f"--model_name {network} --labels_per_class {labels // 10} --data_seed {seed} --epochs {epochs}"
+        variant = Variant(f"PAWS, {network}, {labels} labels, {epochs} epochs", f"{CIFAR10} {images} {flags}")
+        return run("paws", variant, seed, here / f"{network}-{labels}-{epochs}" / str(seed))
+
+    def alone(labels: int, seed: int) -> dict:
+        """As many steps of as many images, but for a rest of labels that fill no batch."""
+        flags = f"--dataset cifar10 --model_name {CIFAR10_NETWORK} --color_jitter_strength 0.5 {images}"
+        repeat = round(steps * BATCH / CIFAR10_EPOCHS / labels)
+        accuracy = supervised(here, flags, labels // 10, CIFAR10_EPOCHS, seed, repeat, BATCH)
+        return {"variant": f"supervised, {labels} labels", "seed": seed, "top1": accuracy}
+
+    # the longest first
+    jobs = [partial(paws, CIFAR10_NETWORK, labels, CIFAR10_EPOCHS, s) for labels in CIFAR10_LABELS for s in seeds]
+    jobs += [
+        partial(paws, BESIDE_SWAV, LABELS_BESIDE_SWAV, epochs, s) for epochs in (CIFAR10_EPOCHS, half) for s in seeds
+    ]
+    jobs += [
+        partial(swav_with_linear_head, here, images, epochs, s) for epochs in (CIFAR10_EPOCHS, half) for s in seeds
+    ]
+    jobs += [partial(alone, labels, s) for labels in CIFAR10_LABELS for s in seeds]
+    results = in_parallel(lambda job: job(), jobs, parallel)
+
+    def accuracies(variant: str, key: str) -> str:
+        return spread([result[key] for result in results if result["variant"] == variant])
+
+    rows = ["| labels | PAWS | same network, labels alone | 1-NN on pixels |", "|---|---|---|---|"]
+    for labels in CIFAR10_LABELS:
+        mine = accuracies(f"PAWS, {CIFAR10_NETWORK}, {labels} labels, {CIFAR10_EPOCHS} epochs", "knn_last")
+        near = [pixels(str(train), str(test), labels // 10, seed, "cifar10") for seed in seeds]
+        rows.append(f"| {labels} | {mine} | {accuracies(f'supervised, {labels} labels', 'top1')} | {spread(near)} |")
+        results.append({"variant": f"pixels, {labels} labels", "top1": near})
+    rows += ["", f"| epochs | PAWS, {LABELS_BESIDE_SWAV} labels | SwAV, linear layer on all labels |", "|---|---|---|"]
+    for epochs in (half, CIFAR10_EPOCHS):
+        mine = accuracies(f"PAWS, {BESIDE_SWAV}, {LABELS_BESIDE_SWAV} labels, {epochs} epochs", "knn_last")
+        rows.append(f"| {epochs} | {mine} | {accuracies(f'SwAV, {BESIDE_SWAV}, {epochs} epochs', 'linear')} |")
+    for result in results:
+        if "command" in result:
             result["command"] = result["command"].replace(images, "--data_path cifar10/train --val_path cifar10/test")
-        results += found
-        mine = spread([result["knn_last"] for result in found])
-        rows.append(f"| {count} | {epochs} | {mine} | {spread(alone)} | {spread(near)} |")
-    rows += ["", "| SwAV, linear head on all 16,000 labels, epochs | top-1 |", "|---|---|"]
-    for epochs in sorted({epochs for _, epochs in CIFAR10_RUNS}):
-        job = (out / "cifar10", train, test, epochs)
-        accuracies = in_parallel(lambda seed, job=job: swav_with_linear_head(*job, seed), seeds, parallel)
-        rows.append(f"| {epochs} | {spread(accuracies)} |")
-        results.append({"variant": f"SwAV, {epochs} epochs", "linear": accuracies})
     write(out, "paws_cifar10", results, "\n".join(rows))
 
 

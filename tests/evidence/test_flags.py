@@ -21,7 +21,7 @@ VARIANTS += [
     ("paws", Variant("PAWS on CIFAR-10", f"{paws.CIFAR10} --data_path images --val_path images")),
     ("swav", Variant("beside PAWS", paws.SWAV, "main_swav.py")),
     ("dino", Variant("ResMLP by DINO", resmlp.DINO, "main_dino.py")),
-    ("dino", xcit.SELF_SUPERVISED),
+    *(("dino", Variant(name, f"{xcit.DINO} {flags}", "main_dino.py")) for name, flags in xcit.SELF_SUPERVISED.items()),
 ]
 
 

@@ -5,8 +5,8 @@
 
 All networks see the same images and augmentation for as many epochs, with the same optimiser, and have about as many
 multiply-adds per image (printed first). XCiT is also distilled from the ResNet of the same seed; on CIFAR-10 DINO
-trains XCiT too. Every run uses one thread; --parallel of them run at a time. Numbers are those of the last epoch,
-mean and standard deviation over the seeds.
+trains an XCiT and a ViT too. Every run uses one thread; --parallel of them run at a time. Numbers are those of the last
+epoch, mean and standard deviation over the seeds.
 """
 
 import sys
@@ -19,7 +19,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.evidence import dino
-from tests.evidence.runs import Variant, classifier, in_parallel, main, run, run_all, table, write
+from tests.evidence.runs import Variant, classifier, in_parallel, linear, main, run, run_all, table, write
 from xcit.main import parse_args
 from xcit.networks import build_network
 
@@ -39,7 +39,8 @@ CLAIMS = [Variant(name, f"{flags} {DIGITS}") for name, flags in NETWORKS.items()
 CIFAR10_VARIANTS = [Variant(name, f"{flags} {CIFAR10}") for name, flags in NETWORKS.items()]
 # a ResNet's learning rate is too large for it
 DINO = f"{dino.CIFAR10} --lr 0.0005 --weight_decay 0.04 --weight_decay_end 0.4"
-SELF_SUPERVISED = Variant("DINO, XCiT-N12 with patches of 8", f"{DINO} --arch xcit_nano_12_p8")
+SELF_SUPERVISED = {"XCiT-N12/8": "--arch xcit_nano_12_p8", "ViT-Ti/8": "--arch vit_tiny --patch_size 8"}
+LINEAR = "--image_size 32 --num_labels 10 --epochs 5 --lr 0.1 --num_workers 0"
 COLUMNS = {"acc1": "top-1", "test_loss": "test loss", "loss": "training loss"}
 
 
@@ -76,13 +77,29 @@ def cifar10(out: Path, parallel: int, seeds: tuple[int, ...], train_images: Path
     images = f"--data_path {train_images} --val_path {test_images}"
     variants = [Variant(v.name, f"{v.flags} {images}") for v in CIFAR10_VARIANTS]
     results = beside_others(variants, out / "cifar10", parallel, seeds)
-    self_supervised = Variant(SELF_SUPERVISED.name, f"{SELF_SUPERVISED.flags} {images}", "main_dino.py")
-    learned = run_all("dino", [self_supervised], out / "dino", parallel, seeds)
-    for result in (*results, *learned):
+    for result in results:
         result["command"] = result["command"].replace(images, "--data_path cifar10/train --val_path cifar10/test")
     write(out, "xcit_cifar10", results, table(results, COLUMNS))
-    columns = {"knn_before": "k-NN before", "knn_last": "k-NN after", "feature_spread": "feature spread"}
-    write(out, "xcit_cifar10_dino", learned, table(learned, columns))
+    self_supervised(out, parallel, seeds, train_images, test_images)
+
+
+def self_supervised(out: Path, parallel: int, seeds: tuple[int, ...], train_images: Path, test_images: Path) -> None:
+    """DINO with either network, and a linear classifier on its features."""
+    images = f"--data_path {train_images} --val_path {test_images}"
+
+    def train(job: tuple[str, int]) -> dict:
+        name, seed = job
+        variant = Variant(f"DINO, {name}", f"{DINO} {SELF_SUPERVISED[name]} {images}", "main_dino.py")
+        result = run("dino", variant, seed, out / "dino" / name.replace("/", "-") / str(seed))
+        weights = f"--pretrained_weights {result['run'] / 'checkpoint.pth'} --seed {seed}"
+        flags = f"{SELF_SUPERVISED[name]} {LINEAR} {images} {weights}"
+        result["linear"] = linear("dino", flags, result["run"] / "linear", "linear_log.txt")
+        result["command"] = result["command"].replace(images, "--data_path cifar10/train --val_path cifar10/test")
+        return result
+
+    results = in_parallel(train, [(name, seed) for name in SELF_SUPERVISED for seed in seeds], parallel)
+    columns = {"knn_before": "k-NN before", "knn_last": "k-NN after", "linear": "linear, 5 epochs"}
+    write(out, "xcit_cifar10_dino", results, table(results, columns))
 
 
 if __name__ == "__main__":
