@@ -54,7 +54,7 @@ COLUMNS = {
 }
 
 BATCH = 64
-CIFAR10_EPOCHS = 12
+CIFAR10_EPOCHS = 10
 CIFAR10 = (
     f"{QUIET} --dataset cifar10 --output_dim 128 --color_jitter_strength 0.5 --multicrop 0 "
     f"--unsupervised_batch_size {BATCH} --supervised_imgs_per_class 16 --supervised_views 1 "
@@ -62,6 +62,7 @@ CIFAR10 = (
 )
 CIFAR10_NETWORK = "wide_resnet28w2"
 CIFAR10_LABELS = (4000, 1000, 250)
+SUPERVISED_STEPS = 750
 BESIDE_SWAV = "resnet10t"  # the network of both
 LABELS_BESIDE_SWAV = 1000
 SWAV = (
@@ -138,7 +139,7 @@ def swav_with_linear_head(out: Path, images: str, epochs: int, seed: int) -> dic
 
 def cifar10(out: Path, parallel: int, seeds: tuple[int, ...], train: Path, test: Path) -> None:
     images = f"--data_path {train} --val_path {test}"
-    here, steps, half = out / "cifar10", CIFAR10_EPOCHS * 10 * IMAGES_PER_CLASS // BATCH, CIFAR10_EPOCHS // 2
+    here, half = out / "cifar10", CIFAR10_EPOCHS // 2
 
     def paws(network: str, labels: int, epochs: int, seed: int) -> dict:
         flags = f"--model_name {network} --labels_per_class {labels // 10} --data_seed {seed} --epochs {epochs}"
@@ -146,10 +147,10 @@ def cifar10(out: Path, parallel: int, seeds: tuple[int, ...], train: Path, test:
         return run("paws", variant, seed, here / f"{network}-{labels}-{epochs}" / str(seed))
 
     def alone(labels: int, seed: int) -> dict:
-        """As many steps of as many images, but for a rest of labels that fill no batch."""
+        """Steps of as many images as the unlabelled ones of a step of PAWS."""
         flags = f"--dataset cifar10 --model_name {CIFAR10_NETWORK} --color_jitter_strength 0.5 {images}"
-        repeat = round(steps * BATCH / CIFAR10_EPOCHS / labels)
-        accuracy = supervised(here, flags, labels // 10, CIFAR10_EPOCHS, seed, repeat, BATCH)
+        repeat = round(SUPERVISED_STEPS * BATCH / labels)  # one epoch: it ends with the only validation
+        accuracy = supervised(here, flags, labels // 10, 1, seed, repeat, BATCH)
         return {"variant": f"supervised, {labels} labels", "seed": seed, "top1": accuracy}
 
     # the longest first
