@@ -20,7 +20,6 @@ from paws.evaluation import open_validation
 from paws.few_labels import pixel_accuracy
 from paws.labels import open_partly_labelled
 from tests.evidence.runs import (
-    IMAGES_PER_CLASS,
     Variant,
     in_parallel,
     linear,
