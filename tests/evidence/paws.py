@@ -74,7 +74,7 @@ SWAV = (
 def supervised(
     out: Path, flags: str, labels_per_class: int, epochs: int, seed: int, repeat: int, batch_size: int
 ) -> float:
-    """The same network trained on the labels alone, with the views of the supports, for as many steps."""
+    """Accuracy of the same network trained on the labels alone, with the views of the supports."""
     folder = out / "supervised" / f"{labels_per_class}-{epochs}" / str(seed)
     command = (
         f"fine_tune.py {flags} --pretrained random --views strong --zero_init false --lr 0.03 --epochs {epochs} "
