@@ -103,7 +103,9 @@ class XCA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k, v = (t.contiguous() for t in qkv)  # each (B, h, N, D/h)
+        q, k, v = qkv  # each (B, h, N, D/h)
+        if not torch.compiler.is_compiling():  # one copy for every product; compiled ones copy where they compute
+            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         if q.dtype == torch.float16:  # keeps sums over tokens in its range; cosines stay the same
             q, k = q * q.shape[2] ** -0.5, k * k.shape[2] ** -0.5
         # the norms divide the products of channels, not the tokens, of which there are more

@@ -1,7 +1,7 @@
 """Images per second of ResMLP beside timm's implementation of the same network, with the same weights.
 
     python tests/benchmarks/bench_resmlp.py [--out FILE.json]
-    python tests/benchmarks/bench_resmlp.py --archs resmlp_12 resmlp_24 --dtypes float32 bfloat16 --compile
+    python tests/benchmarks/bench_resmlp.py --archs resmlp_12 resmlp_24 --dtypes float32 --no-compile
 
 Both networks take turns in one process; the median of the ratios of neighbouring turns counts.
 """
@@ -38,8 +38,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--rounds", type=int, default=7, help="turns of each network")
     add("--threads", type=int, default=2)
     add("--device", default="cpu", choices=("cpu", "cuda"))
-    add("--dtypes", nargs="+", default=["float32"], choices=("float32", "bfloat16"))
-    add("--compile", action="store_true", help="also compare both networks compiled")
+    add("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=("float32", "bfloat16"))
+    add("--compile", action=argparse.BooleanOptionalAction, default=True, help="also compare both networks compiled")
     add("--out", type=Path, default=None, help="JSON file with every number")
     return parser
 

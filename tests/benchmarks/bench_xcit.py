@@ -48,8 +48,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--scaling_dtype", default="float32", choices=("float32", "bfloat16"), help="of the work at every resolution")
     add("--timm_side", type=int, default=224, help="side of the images in the comparison with timm; 0: none")
     add("--timm_batch_size", type=int, default=8)
-    add("--dtypes", nargs="+", default=["float32"], choices=("float32", "bfloat16"))
-    add("--compile", action="store_true", help="also compare both networks compiled")
+    add("--timm_rounds", type=int, default=9, help="turns of each network in the comparison with timm")
+    add("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=("float32", "bfloat16"), help="beside timm")
+    add("--compile", action=argparse.BooleanOptionalAction, default=True, help="also compare with timm compiled")
     add("--out", type=Path, default=None, help="JSON file with every number")
     add("--picture", type=Path, default=None, help="PNG file with the curves")
     return parser
@@ -196,7 +197,7 @@ def compare_with_timm(args: argparse.Namespace) -> list[dict]:
                 images = torch.randn(args.timm_batch_size, 3, args.timm_side, args.timm_side, device=args.device)
                 for work in WORK:
                     seconds: dict[str, list[float]] = {key: [] for key in networks}
-                    for turn in range(args.rounds + 1):
+                    for turn in range(args.timm_rounds + 1):
                         for key, network in networks.items():
                             start = time.perf_counter()
                             with torch.autocast(args.device, torch.bfloat16, enabled=dtype == "bfloat16"):

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from tests.evidence.dino import CIFAR10
-from tests.evidence.runs import SEEDS, Variant, few_per_class, run_all, table, write
+from tests.evidence.runs import SEEDS, Variant, cifar10_images, run_all, table, write
 
 
 def main() -> None:
@@ -25,13 +25,12 @@ def main() -> None:
     parser.add_argument("--parallel", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     args = parser.parse_args()
-    out, folder = args.out.absolute(), args.cifar10.absolute()
-    images = f"--data_path {few_per_class(folder / 'train', out / 'train')} --val_path {folder / 'test'}"
+    out = args.out.absolute()
+    train, test = cifar10_images(args.cifar10.absolute(), out)
+    images = f"--data_path {train} --val_path {test}"
     recipe = f"{CIFAR10} --epochs {args.epochs}"
     variants = [Variant(chain, f"{recipe} --augmentation {chain} {images}") for chain in ("fast", "pil")]
     results = run_all("dino", variants, out, args.parallel, tuple(args.seeds))
-    for result in results:
-        result["command"] = result["command"].replace(images, "--data_path cifar10/train --val_path cifar10/test")
     columns = {"knn_before": "k-NN before", "knn_last": "k-NN after", "kl": "KL", "feature_spread": "feature spread"}
     write(out, "augmentation_cifar10", results, table(results, columns))
 

@@ -94,7 +94,6 @@ def cifar10(out: Path, parallel: int, seeds: tuple[int, ...], train: Path, test:
     trained = in_parallel(probe, [result["run"] / "checkpoint.pth.tar" for result in results], parallel)
     for result, accuracy in zip(results, trained, strict=True):
         result["linear"] = accuracy
-        result["command"] = result["command"].replace(images, "cifar10/train --val_path cifar10/test")
     untrained = [save_random_weights(out / "cifar10/random" / str(seed) / "random.pth", seed) for seed in seeds]
     random = in_parallel(probe, untrained, parallel)
     pixels = PixelFeatures(str(train), str(test), CIFAR10_SIZE, MEAN, STD)

@@ -68,7 +68,6 @@ def cifar10(out: Path, parallel: int, seeds: tuple[int, ...], train: Path, test:
     random = in_parallel(lambda seed: probe("random", seed, out / "cifar10/random" / str(seed)), seeds, parallel)
     for result, accuracy, random_accuracy in zip(results, trained, random, strict=True):
         result.update(linear=accuracy, linear_before=random_accuracy)
-        result["command"] = result["command"].replace(images, "--data_path cifar10/train --val_path cifar10/test")
     pixels = PixelFeatures(str(train), str(test), 32, MEAN, STD)
     after, before = ([spread([r[key] for r in results]) for key in keys] for keys in
                      (("knn_last", "linear", "minutes"), ("knn_before", "linear_before")))  # fmt: skip

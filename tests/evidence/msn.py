@@ -27,7 +27,7 @@ from shared.data import EvalDataset, EvalTransform
 from shared.evaluation.features import extract_features
 from shared.evaluation.knn import knn_classify
 from shared.evaluation.knn_monitor import open_labelled
-from tests.evidence.runs import SEEDS, Pixels, Variant, few_per_class, once, run_all, spread, table, write
+from tests.evidence.runs import SEEDS, Pixels, Variant, cifar10_images, once, run_all, spread, table, write
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHOTS = (1, 2, 5)
@@ -151,14 +151,13 @@ def against_dino(out: Path, parallel: int, seeds: tuple[int, ...], epochs: int) 
     write(out, "msn_against_dino", results, table(results, columns))
 
 
-def cifar10(out: Path, parallel: int, seeds: tuple[int, ...], folder: str) -> None:
-    train = few_per_class(Path(folder) / "train", out / "train")
-    flags = f"{CIFAR10} --data_path {train} --val_path {folder}/test"
+def cifar10(out: Path, parallel: int, seeds: tuple[int, ...], folder: Path) -> None:
+    train, test = cifar10_images(folder, out)
+    flags = f"{CIFAR10} --data_path {train} --val_path {test}"
     results = run_all("msn", [Variant("CIFAR-10", flags)], out, parallel, seeds)
     for result in results:
-        result |= low_shot_of(result, "deit_tiny", str(train), f"{folder}/test", 32)
-        result["command"] = result["command"].replace(str(train), "cifar10/train").replace(folder, "cifar10")
-    data = (str(train), f"{folder}/test", 32)
+        result |= low_shot_of(result, "deit_tiny", str(train), str(test), 32)
+    data = (str(train), str(test), 32)
     text = table(results, COLUMNS) + random_weights(flags, seeds, *data) + pixels_line(*data)
     write(out, "msn_cifar10", results, text)
 
@@ -167,7 +166,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "build/evidence/msn")
     parser.add_argument("--only", choices=("claims", "dino", "cifar10"), help="one of them")
-    parser.add_argument("--cifar10", default=None, help="folder with train/ and test/; without it only the claims")
+    parser.add_argument("--cifar10", type=Path, help="folder with train/ and test/; without it only the claims")
     parser.add_argument("--parallel", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--epochs", type=int, default=8, help="of the runs on the digits")
@@ -180,7 +179,7 @@ def main() -> None:
     if args.only in (None, "dino"):
         against_dino(out / "against_dino", args.parallel, tuple(args.seeds), args.epochs)
     if args.only in (None, "cifar10") and args.cifar10:
-        cifar10(out, args.parallel, tuple(args.seeds), str(Path(args.cifar10).absolute()))
+        cifar10(out, args.parallel, tuple(args.seeds), args.cifar10.absolute())
 
 
 if __name__ == "__main__":

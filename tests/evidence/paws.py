@@ -176,9 +176,6 @@ def cifar10(out: Path, parallel: int, seeds: tuple[int, ...], train: Path, test:
     for epochs in (half, CIFAR10_EPOCHS):
         mine = accuracies(f"PAWS, {BESIDE_SWAV}, {LABELS_BESIDE_SWAV} labels, {epochs} epochs", "knn_last")
         rows.append(f"| {epochs} | {mine} | {accuracies(f'SwAV, {BESIDE_SWAV}, {epochs} epochs', 'linear')} |")
-    for result in results:
-        if "command" in result:
-            result["command"] = result["command"].replace(images, "--data_path cifar10/train --val_path cifar10/test")
     write(out, "paws_cifar10", results, "\n".join(rows))
 
 

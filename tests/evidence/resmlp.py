@@ -104,8 +104,6 @@ def cifar10(out: Path, parallel: int, seeds: tuple[int, ...], train_images: Path
     images = f"--data_path {train_images} --val_path {test_images}"
     variants = [Variant(v.name, f"{v.flags} {images}") for v in CIFAR10_VARIANTS]
     results = beside_others(variants, f"{CIFAR10} {images}", out / "cifar10", parallel, seeds)
-    for result in results:
-        result["command"] = result["command"].replace(images, "--data_path cifar10/train --val_path cifar10/test")
     columns = {"acc1": "top-1", "test_loss": "test loss", "loss": "training loss"}
     write(out, "resmlp_cifar10", results, table(results, columns))
     self_supervised(out, parallel, seeds, train_images, test_images)
@@ -120,7 +118,6 @@ def self_supervised(out: Path, parallel: int, seeds: tuple[int, ...], train_imag
         result = run("dino", variant, seed, out / "cifar10/dino" / str(seed))
         flags = f"{LINEAR} {images} --pretrained_weights {result['run'] / 'checkpoint.pth'} --seed {seed}"
         result["linear"] = linear("resmlp", flags, result["run"] / "linear", "linear_log.txt")
-        result["command"] = result["command"].replace(images, "--data_path cifar10/train --val_path cifar10/test")
         return result
 
     results = in_parallel(train, seeds, parallel)

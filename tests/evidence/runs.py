@@ -93,7 +93,7 @@ def run(method: str, variant: Variant, seed: int, output_dir: Path, read: Callab
         run_script(method, command, output_dir.with_suffix(".log"))
         minutes = round((time.perf_counter() - start) / 60, 2)
         result = {"variant": variant.name, "seed": seed, "minutes": minutes, **read(output_dir)}
-        return result | {"command": " ".join(["python", *command[:-2]])}
+        return result | {"command": " ".join(["python", *command[:-2]]), "machine": machine()}
 
     return once(output_dir.with_suffix(".json"), command, train) | {"run": output_dir}
 
@@ -138,15 +138,24 @@ def linear(method: str, flags: str, out: Path, log_name: str) -> float:
     return once(out.with_suffix(".json"), command, probe)["test_acc1"]
 
 
-def few_per_class(folder: Path, few: Path) -> Path:
-    """A folder of links to the first ``IMAGES_PER_CLASS`` images of every class."""
-    for images in sorted(folder.iterdir()):
-        (few / images.name).mkdir(parents=True, exist_ok=True)
+def cifar10_images(folder: Path, out: Path) -> tuple[Path, Path]:
+    """The first ``IMAGES_PER_CLASS`` training images of every class, and the test images.
+
+    Both are links below ``out``, so that no stored command names a folder of the machine.
+
+    Args:
+        folder: Has train/ and test/ with a folder per class.
+    """
+    train, test = out / "cifar10/train", out / "cifar10/test"
+    for images in sorted((folder / "train").iterdir()):
+        (train / images.name).mkdir(parents=True, exist_ok=True)
         for image in sorted(images.iterdir())[:IMAGES_PER_CLASS]:
-            link = few / images.name / image.name
+            link = train / images.name / image.name
             if not link.exists():
                 link.symlink_to(image)
-    return few
+    if not test.exists():
+        test.symlink_to(folder / "test")
+    return train, test
 
 
 class Pixels(nn.Module):
@@ -216,7 +225,10 @@ def machine() -> dict:
 
 
 def write(out: Path, name: str, results: list[dict], text: str) -> None:
-    """Save every run as ``name.json`` and the table as ``name.md``, and print the table."""
+    """Save every run as ``name.json`` and the table as ``name.md``, and print the table.
+
+    Paths below ``out`` are stored relative to it; ``machine`` is that of the summary, a run has its own.
+    """
     results = [{key: value for key, value in result.items() if key != "run"} for result in results]
     out.mkdir(parents=True, exist_ok=True)
     report = json.dumps({"machine": machine(), "results": results}, indent=1)
@@ -251,6 +263,4 @@ def main(
     if args.only != "cifar10":
         claims(out, args.parallel, seeds)
     if args.only != "claims" and args.cifar10:
-        folder = args.cifar10.absolute()
-        train = few_per_class(folder / "train", out / "train")
-        cifar10(out, args.parallel, seeds, train, folder / "test")
+        cifar10(out, args.parallel, seeds, *cifar10_images(args.cifar10.absolute(), out))

@@ -80,7 +80,6 @@ def cifar10(out: Path, parallel: int, seeds: tuple[int, ...], train: Path, test:
     random = in_parallel(lambda seed: probe("random", seed, out / "cifar10/random" / str(seed)), seeds, parallel)
     for result, accuracy in zip(results, trained, strict=True):
         result["linear"] = accuracy
-        result["command"] = result["command"].replace(images, "--data_path cifar10/train --val_path cifar10/test")
     pixels = PixelFeatures(str(train), str(test), CIFAR10_SIZE, MEAN, STD)
     rows = [
         "| features | k-NN | linear, 5 epochs | minutes a run |",

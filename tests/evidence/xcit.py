@@ -77,8 +77,6 @@ def cifar10(out: Path, parallel: int, seeds: tuple[int, ...], train_images: Path
     images = f"--data_path {train_images} --val_path {test_images}"
     variants = [Variant(v.name, f"{v.flags} {images}") for v in CIFAR10_VARIANTS]
     results = beside_others(variants, out / "cifar10", parallel, seeds)
-    for result in results:
-        result["command"] = result["command"].replace(images, "--data_path cifar10/train --val_path cifar10/test")
     write(out, "xcit_cifar10", results, table(results, COLUMNS))
     self_supervised(out, parallel, seeds, train_images, test_images)
 
@@ -94,7 +92,6 @@ def self_supervised(out: Path, parallel: int, seeds: tuple[int, ...], train_imag
         weights = f"--pretrained_weights {result['run'] / 'checkpoint.pth'} --seed {seed}"
         flags = f"{SELF_SUPERVISED[name]} {LINEAR} {images} {weights}"
         result["linear"] = linear("dino", flags, result["run"] / "linear", "linear_log.txt")
-        result["command"] = result["command"].replace(images, "--data_path cifar10/train --val_path cifar10/test")
         return result
 
     results = in_parallel(train, [(name, seed) for name in SELF_SUPERVISED for seed in seeds], parallel)

@@ -30,8 +30,7 @@ def test_tables_and_picture(tmp_path, monkeypatch, small_networks, capsys):
 
 @pytest.mark.slow
 def test_both_implementations_take_turns(capsys):
-    report = bench_xcit.main(
-        "--size nano_12 --sides 32 --rounds 1 --threads 1 --timm_side 32 --timm_batch_size 2".split()
-    )
-    assert len(report["beside_timm"]) == 2 and report["beside_timm"][0]["ratio"] > 0
+    flags = "--size nano_12 --sides 32 --rounds 1 --threads 1 --timm_side 32 --timm_batch_size 2 --timm_rounds 1"
+    report = bench_xcit.main([*flags.split(), "--no-compile"])
+    assert len(report["beside_timm"]) == 4 and report["beside_timm"][0]["ratio"] > 0
     assert "| xcit_nano_12_p16 | forward | float32 |" in capsys.readouterr().out
