@@ -9,22 +9,19 @@ Both networks take turns in one process; the median of the ratios of neighbourin
 import argparse
 import json
 import platform
-import statistics
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import timm
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from resmlp.export import TIMM_MODELS
 from resmlp.pretrained import to_timm
 from resmlp.resmlp_models import ARCHITECTURES
-
-WORK = ("forward", "training step")
+from tests.benchmarks.beside_timm import compare, table
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -44,64 +41,24 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def build(arch: str, side: int, device: str) -> dict[str, nn.Module]:
+def build(arch: str, side: int, device: str) -> tuple[nn.Module, nn.Module]:
     """Our network and timm's with the same weights."""
     torch.manual_seed(0)
     ours = ARCHITECTURES[arch](img_size=side)
     theirs = timm.create_model(TIMM_MODELS[arch], img_size=side)
     theirs.load_state_dict(to_timm(ours.state_dict()))
-    return {"ours": ours.to(device), "timm": theirs.to(device)}
-
-
-def do(work: str, network: nn.Module, images: Tensor, dtype: str) -> None:
-    network.train(work != "forward")
-    with torch.set_grad_enabled(network.training):
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-            out = network(images)
-        if network.training:
-            out.float().square().mean().backward()
-            network.zero_grad(set_to_none=True)
-    if images.is_cuda:
-        torch.cuda.synchronize()
-
-
-def compare(networks: dict[str, nn.Module], work: str, images: Tensor, dtype: str, rounds: int) -> dict:
-    """Images per second of both, and how much faster ours is."""
-    seconds: dict[str, list[float]] = {name: [] for name in networks}
-    for turn in range(rounds + 1):
-        for name, network in networks.items():
-            start = time.perf_counter()
-            do(work, network, images, dtype)
-            if turn:  # the first one warms up
-                seconds[name].append(time.perf_counter() - start)
-    ratios = [theirs / ours for ours, theirs in zip(seconds["ours"], seconds["timm"], strict=True)]
-    rates = {f"{name}_images_per_s": len(images) / statistics.median(values) for name, values in seconds.items()}
-    return {**rates, "ratio": statistics.median(ratios), "ratio_range": [min(ratios), max(ratios)]}
+    return ours.to(device), theirs.to(device)
 
 
 def main(arguments: list[str] | None = None) -> dict:
     args = get_args_parser().parse_args(arguments)
     torch.set_num_threads(args.threads)
     results = []
-    print("network     work           numbers             ours      timm (images/s)  ratio (range)")
     for arch in args.archs:
-        networks = build(arch, args.side, args.device)
+        ours, theirs = build(arch, args.side, args.device)
         images = torch.randn(args.batch_size, 3, args.side, args.side, device=args.device)
-        with torch.no_grad():
-            outputs = [network.eval()(images) for network in networks.values()]
-        torch.testing.assert_close(*outputs, rtol=1e-3, atol=1e-4)
-        for compiled in (False, True) if args.compile else (False,):
-            if compiled:
-                networks = {name: torch.compile(network) for name, network in networks.items()}
-            for dtype in args.dtypes:
-                for work in WORK:
-                    result = compare(networks, work, images, dtype, args.rounds)
-                    numbers = dtype + (", compiled" if compiled else "")
-                    low, high = result["ratio_range"]
-                    rates = f"{result['ours_images_per_s']:8.2f}  {result['timm_images_per_s']:8.2f}"
-                    ratio = f"{result['ratio']:.2f} ({low:.2f} .. {high:.2f})"
-                    print(f"{arch:10}  {work:13}  {numbers:18} {rates}            {ratio}", flush=True)
-                    results.append({"network": arch, "work": work, "dtype": dtype, "compiled": compiled, **result})
+        results += compare(arch, ours, theirs, images, args.dtypes, args.compile, args.rounds)
+    print(table(results), flush=True)
     worst = min(result["ratio"] for result in results)
     report = {
         "machine": {"torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version()},

@@ -6,7 +6,7 @@
 The ViT is timm's, with as many channels and blocks and with PyTorch's fused attention, which needs no attention matrix
 in memory: a fair opponent. For every resolution both networks do a forward pass and a training step, on a CPU each in a
 process of its own, so that peak memory (beyond that of the idle network) is told apart. The second table compares our
-network with timm's XCiT of the same name: they take turns, the median of the ratios counts.
+network with timm's XCiT of the same weights: they take turns, the median of the ratios counts.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import math
 import multiprocessing
 import platform
 import resource
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -27,9 +26,11 @@ import torch
 from torch import nn
 
 from shared.pictures import Curve, Panel, save_panels
+from tests.benchmarks import beside_timm
+from tests.benchmarks.beside_timm import WORK, do
 from xcit.cross_covariance_transformer import architecture, build_xcit
+from xcit.pretrained import to_timm
 
-WORK = ("forward", "training step")
 MIB = 1 << 20
 
 
@@ -74,20 +75,6 @@ def build(kind: str, size: str, patch_size: int, side: int) -> nn.Module:
     )
 
 
-def do(work: str, network: nn.Module, images: torch.Tensor) -> None:
-    if work == "forward":
-        with torch.no_grad():
-            network.eval()(images)
-    else:
-        network.train()(images).float().square().mean().backward()
-        network.zero_grad(set_to_none=True)
-
-
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def peak_bytes(device: str) -> int:
     return (
         torch.cuda.max_memory_allocated()
@@ -108,9 +95,7 @@ def measure(kind: str, work: str, patch_size: int, side: int, args: argparse.Nam
     seconds = []
     for _ in range(args.rounds + 1):  # the first one warms up
         start = time.perf_counter()
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.scaling_dtype == "bfloat16"):
-            do(work, network, images)
-        synchronize(args.device)
+        do(work, network, images, args.scaling_dtype)
         seconds.append(time.perf_counter() - start)
     return {
         "network": kind,
@@ -183,56 +168,17 @@ def picture(results: list[dict], path: Path) -> None:
 
 
 def compare_with_timm(args: argparse.Namespace) -> list[dict]:
-    """Images per second of a training step of both implementations, taking turns."""
+    """Images per second of both implementations of XCiT, with the same weights, for every patch size."""
     torch.set_num_threads(args.threads)
     results = []
+    images = torch.randn(args.timm_batch_size, 3, args.timm_side, args.timm_side, device=args.device)
     for patch_size in args.patch_sizes:
         name = f"xcit_{args.size}_p{patch_size}"
-        for dtype in args.dtypes:
-            for compiled in (False, True) if args.compile else (False,):
-                networks = {"ours": build_xcit(name), "timm": timm.create_model(f"{name}_224", pretrained=False)}
-                networks = {key: network.to(args.device) for key, network in networks.items()}
-                if compiled:
-                    networks = {key: torch.compile(network) for key, network in networks.items()}
-                images = torch.randn(args.timm_batch_size, 3, args.timm_side, args.timm_side, device=args.device)
-                for work in WORK:
-                    seconds: dict[str, list[float]] = {key: [] for key in networks}
-                    for turn in range(args.timm_rounds + 1):
-                        for key, network in networks.items():
-                            start = time.perf_counter()
-                            with torch.autocast(args.device, torch.bfloat16, enabled=dtype == "bfloat16"):
-                                do(work, network, images)
-                            synchronize(args.device)
-                            if turn:  # the first one warms up
-                                seconds[key].append(time.perf_counter() - start)
-                    ratios = [b / a for a, b in zip(seconds["ours"], seconds["timm"], strict=True)]
-                    results.append(
-                        {
-                            "network": name,
-                            "work": work,
-                            "dtype": dtype,
-                            "compiled": compiled,
-                            **{
-                                f"{k}_images_per_s": args.timm_batch_size / statistics.median(v)
-                                for k, v in seconds.items()
-                            },
-                            "ratio": statistics.median(ratios),
-                            "ratio_range": [min(ratios), max(ratios)],
-                        }
-                    )
+        ours, theirs = build_xcit(name), timm.create_model(f"{name}_224", pretrained=False)
+        theirs.load_state_dict(to_timm(ours.state_dict()))
+        ours, theirs = ours.to(args.device), theirs.to(args.device)
+        results += beside_timm.compare(name, ours, theirs, images, args.dtypes, args.compile, args.timm_rounds)
     return results
-
-
-def timm_table(results: list[dict]) -> str:
-    rows = ["| network | work | numbers | ours (images/s) | timm | ratio (range) |", "|---" * 6 + "|"]
-    for r in results:
-        numbers = r["dtype"] + (", compiled" if r["compiled"] else "")
-        low, high = r["ratio_range"]
-        rows.append(
-            f"| {r['network']} | {r['work']} | {numbers} | {r['ours_images_per_s']:.2f} | {r['timm_images_per_s']:.2f} "
-            f"| {r['ratio']:.2f} ({low:.2f} .. {high:.2f}) |"
-        )
-    return "\n".join(rows)
 
 
 def main(arguments: list[str] | None = None) -> dict:
@@ -246,14 +192,14 @@ def main(arguments: list[str] | None = None) -> dict:
         for kind in ("xcit", "vit")
     ]
     print(table(scaling, args.sides), flush=True)
-    beside_timm = compare_with_timm(args) if args.timm_side else []
-    if beside_timm:
-        print("\n" + timm_table(beside_timm), flush=True)
+    against_timm = compare_with_timm(args) if args.timm_side else []
+    if against_timm:
+        print("\n" + beside_timm.table(against_timm), flush=True)
     report = {
         "machine": {"torch": torch.__version__, "python": platform.python_version(), "threads": args.threads},
         "flags": {key: str(value) for key, value in vars(args).items()},
         "scaling": scaling,
-        "beside_timm": beside_timm,
+        "beside_timm": against_timm,
     }
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)

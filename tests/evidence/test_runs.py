@@ -2,23 +2,18 @@
 
 import json
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from shared.evaluation.knn_monitor import open_labelled
 from tests.evidence import runs
+from tests.msn.runs import write_images
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two classes of two training images and one test image."""
-    for split, images in (("train", 2), ("test", 1)):
-        for name in ("cat", "dog"):
-            (tmp_path / "images" / split / name).mkdir(parents=True)
-            for i in range(images):
-                picture = Image.fromarray(np.full((8, 8, 3), 40 * i, dtype=np.uint8))
-                picture.save(tmp_path / "images" / split / name / f"{i}.png")
+    """Three classes of two training images and one test image."""
+    write_images(tmp_path / "images/train", per_class=2)
+    write_images(tmp_path / "images/test", per_class=1)
     return tmp_path / "images"
 
 
@@ -27,8 +22,8 @@ def test_links_to_few_images_of_every_class_are_labelled_images(folder, tmp_path
     for _ in range(2):  # experiments are started again
         train, test = runs.cifar10_images(folder, tmp_path / "out")
     train_images, test_images = open_labelled(str(train), str(test))
-    assert (len(train_images), len(test_images)) == (2, 2)
-    assert sorted(path.name for path in train.rglob("*.png")) == ["0.png", "0.png"]
+    assert (len(train_images), len(test_images)) == (3, 3)
+    assert sorted(path.name for path in train.rglob("*.png")) == ["class0_00.png", "class1_01.png", "class2_02.png"]
 
 
 def test_stored_commands_name_no_folder_of_the_machine(folder, tmp_path, capsys):

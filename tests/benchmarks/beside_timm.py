@@ -1,0 +1,77 @@
+"""Our network beside timm's implementation of it, eager and compiled: images per second of both, taking turns."""
+
+import statistics
+import time
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+WORK = ("forward", "training step")
+
+
+def do(work: str, network: nn.Module, images: Tensor, dtype: str) -> None:
+    """One piece of work, finished when this returns; ``dtype`` is ``float32`` or ``bfloat16``."""
+    network.train(work != "forward")
+    with torch.set_grad_enabled(network.training):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            out = network(images)
+        if network.training:
+            out.float().square().mean().backward()
+            network.zero_grad(set_to_none=True)
+    if images.is_cuda:
+        torch.cuda.synchronize()
+
+
+def take_turns(networks: dict[str, nn.Module], work: str, images: Tensor, dtype: str, rounds: int) -> dict:
+    """Images per second of ``ours`` and ``timm``, and how much faster ours is: median and range over the turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in networks}
+    for turn in range(rounds + 1):
+        for name, network in networks.items():
+            start = time.perf_counter()
+            do(work, network, images, dtype)
+            if turn:  # the first one warms up
+                seconds[name].append(time.perf_counter() - start)
+    ratios = [theirs / ours for ours, theirs in zip(seconds["ours"], seconds["timm"], strict=True)]
+    rates = {f"{name}_images_per_s": len(images) / statistics.median(values) for name, values in seconds.items()}
+    return {**rates, "ratio": statistics.median(ratios), "ratio_range": [min(ratios), max(ratios)]}
+
+
+def compare(
+    name: str, ours: nn.Module, theirs: nn.Module, images: Tensor, dtypes: Iterable[str], compiled: bool, rounds: int
+) -> list[dict]:
+    """A result per kind of work and type of numbers, of the networks as they are and, with ``compiled``, compiled.
+
+    Raises:
+        AssertionError: If the networks map the images to different logits: their weights are to be the same.
+    """
+    with torch.no_grad():
+        torch.testing.assert_close(ours.eval()(images), theirs.eval()(images), rtol=1e-3, atol=1e-4)
+    eager = {"ours": ours, "timm": theirs}
+    pairs = {False: eager}
+    if compiled:
+        pairs[True] = {key: torch.compile(network) for key, network in eager.items()}
+    return [
+        {
+            "network": name,
+            "work": work,
+            "dtype": dtype,
+            "compiled": is_compiled,
+            **take_turns(networks, work, images, dtype, rounds),
+        }
+        for is_compiled, networks in pairs.items()
+        for dtype in dtypes
+        for work in WORK
+    ]
+
+
+def table(results: list[dict]) -> str:
+    rows = ["| network | work | numbers | ours (images/s) | timm | ratio (range) |", "|---" * 6 + "|"]
+    for r in results:
+        numbers = r["dtype"] + (", compiled" if r["compiled"] else "")
+        low, high = r["ratio_range"]
+        rows.append(
+            f"| {r['network']} | {r['work']} | {numbers} | {r['ours_images_per_s']:.2f} | {r['timm_images_per_s']:.2f} "
+            f"| {r['ratio']:.2f} ({low:.2f} .. {high:.2f}) |"
+        )
+    return "\n".join(rows)
