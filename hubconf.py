@@ -18,9 +18,9 @@ from paws import pretrained as _paws_pretrained
 from paws import resnet as _paws_resnet
 from resmlp import pretrained as _resmlp_pretrained
 from resmlp import resmlp_models as _resmlp_models
-from shared.weights import load_backbone_weights as _load_backbone_weights
-from shared.weights import read_backbone_weights as _read_backbone_weights
-from shared.weights import safe_load as _safe_load
+from shared.networks.weights import load_backbone_weights as _load_backbone_weights
+from shared.networks.weights import read_backbone_weights as _read_backbone_weights
+from shared.networks.weights import safe_load as _safe_load
 from swav import pretrained as _swav_pretrained
 from swav import resnet50 as _swav_resnets
 from xcit import pretrained as _xcit_pretrained

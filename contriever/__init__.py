@@ -1,6 +1,6 @@
 """Contriever: unsupervised dense retrieval."""
 
-from shared.packages import need_packages
+from shared.run.packages import need_packages
 
 need_packages(
     "contriever",

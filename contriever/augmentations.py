@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from shared.randomness import derive_seed
+from shared.run.randomness import derive_seed
 
 AUGMENTATIONS = ("none", "delete", "replace", "mask", "shuffle")
 

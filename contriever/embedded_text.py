@@ -14,7 +14,7 @@ from .preprocess import Job, tokenize_lines, vocabulary_fingerprint
 from .tokens import read_facts, write_shard
 
 PACKAGES = ("sklearn", "numpy")
-LEAST_CHARACTERS, MOST_CHARACTERS = 400, 6000
+MIN_CHARACTERS, MOST_CHARACTERS = 400, 6000
 
 
 def documentation(packages: tuple[str, ...] = PACKAGES) -> list[dict]:
@@ -35,7 +35,7 @@ def documentation(packages: tuple[str, ...] = PACKAGES) -> list[dict]:
             module = ".".join([package, *file.relative_to(folder).with_suffix("").parts])
             for name, docstring in docstrings(file):
                 text = prose(docstring)
-                if LEAST_CHARACTERS <= len(text) <= MOST_CHARACTERS and text not in seen:  # aliases repeat docstrings
+                if MIN_CHARACTERS <= len(text) <= MOST_CHARACTERS and text not in seen:  # aliases repeat docstrings
                     seen.add(text)
                     documents.append({"id": f"{module}.{name}", "title": name.rpartition(".")[2], "text": text})
     return documents

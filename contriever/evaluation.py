@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from shared.metrics import RunLog
+from shared.run.log import RunLog
 
 from .beir_data import BeirDataset
 from .encoder import Retriever
@@ -51,7 +51,7 @@ class Evaluation:
         self.every_steps, self.total_steps = every_steps, total_steps
         self.norm_query, self.norm_doc, self.batch_size = norm_query, norm_doc, batch_size
         self.examples: FineTuningPairs | None = None
-        self.off = recall.off if recall else None
+        self.disabled_reason = recall.disabled_reason if recall else None
 
     @classmethod
     def of(cls, args: argparse.Namespace, retriever: Retriever, datasets: Sequence[ChunkedText]) -> "Evaluation":
@@ -84,7 +84,7 @@ class Evaluation:
     def run(self, encoder: nn.Module, step: int, epoch: int, log: RunLog) -> None:
         """Measure, and write a line of the log."""
         values = {}
-        if self.recall is not None and not self.recall.off:
+        if self.recall is not None and not self.recall.disabled_reason:
             values |= self.recall.run(encoder, self.norm_query, self.norm_doc, min(64, self.batch_size))
         for name, folder in self.collections.items():
             metrics, _ = evaluate_folder(folder, "test", self._search)

@@ -23,7 +23,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from contriever.encoder import Retriever, load_retriever, pad
 from shared import distributed
-from shared.export import TOLERANCE, ExportMismatch, appearing_when_checked
+from shared.networks.export import TOLERANCE, ExportMismatch, atomic_file
 
 TEXTS = ("a short text", "A longer one, with more words than the other: it fills a batch that is padded.", "?")
 
@@ -41,7 +41,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def check_vectors(name: str, vectors: np.ndarray, expected: np.ndarray) -> None:
-    """Raise :class:`shared.export.ExportMismatch` if vectors differ from those of the torch network."""
+    """Raise :class:`shared.networks.export.ExportMismatch` if vectors differ from those of the torch network."""
     difference = np.abs(vectors - expected).max() / np.abs(expected).max()
     if not difference <= TOLERANCE:
         raise ExportMismatch(f"{name} differs from the torch network by {difference:.1e} of the largest value")
@@ -94,7 +94,7 @@ def export_onnx(retriever: Retriever, path: Path) -> None:
     network = copy.deepcopy(retriever.model).cpu().eval()
     network.set_attn_implementation("eager")  # the fused kernel chooses its path by what is in the mask
     ids, mask = pad(retriever.tokenize(TEXTS), retriever.tokenizer.pad_token_id)
-    with appearing_when_checked(path) as temporary:
+    with atomic_file(path) as temporary:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             axes = {0: "batch", 1: "tokens"}
@@ -122,7 +122,7 @@ def export(retriever: Retriever, output_dir: str | Path) -> dict[str, Path]:
         ``folder`` and ``onnx``.
 
     Raises:
-        shared.export.ExportMismatch: If a file gives other vectors.
+        shared.networks.export.ExportMismatch: If a file gives other vectors.
     """
     files = {"folder": Path(output_dir) / "encoder", "onnx": Path(output_dir) / "encoder.onnx"}
     export_folder(retriever, files["folder"])

@@ -35,13 +35,14 @@ from contriever.training_setup import (
     start_retriever,
     update,
 )
-from shared import distributed, randomness
-from shared.checkpoint import Checkpointer
-from shared.data import EpochBatchSampler, make_loader
-from shared.metrics import RunLog
-from shared.not_finite import FiniteGuard
-from shared.precision import Precision
-from shared.start import start_run
+from shared import distributed
+from shared.images.loading import EpochBatchSampler, make_loader
+from shared.optimisation.precision import Precision
+from shared.run import randomness
+from shared.run.checkpoint import Checkpointer
+from shared.run.log import RunLog
+from shared.run.not_finite import FiniteGuard
+from shared.run.start import start_run
 
 BATCH = ("q_tokens", "q_mask", "k_tokens", "k_mask")
 

@@ -3,9 +3,9 @@
 import argparse
 from collections.abc import Callable
 
-from shared.flags import bool_flag
+from shared.run.flags import bool_flag
 
-LEAST = {
+MINIMUM = {
     "per_gpu_batch_size": 1,
     "per_gpu_eval_batch_size": 1,
     "total_steps": 1,
@@ -100,7 +100,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> Callable:
 
 def check_flags_make_sense(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End with a message that names the flag and its value."""
-    for flag, least in LEAST.items():
+    for flag, least in MINIMUM.items():
         if hasattr(args, flag) and getattr(args, flag) < least:
             parser.error(f"--{flag} {getattr(args, flag)} is less than {least}")
     if args.model_path == "none" and args.continue_training:

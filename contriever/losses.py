@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared.optim import ema_update_
+from shared.optimisation.optim import ema_update_
 
 
 class MoCo(nn.Module):

@@ -31,7 +31,7 @@ from contriever.passages import parse_object, text_field
 from contriever.text_files import line_number, read_lines
 from contriever.tokens import write_shard
 from shared import distributed
-from shared.data import default_num_workers
+from shared.images.loading import default_num_workers
 
 LINES_AT_ONCE = 1000
 

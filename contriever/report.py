@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from shared.evaluation.summary import command
-from shared.pictures import read_log
+from shared.run.log import read_log
+from shared.run.summary import command
 
 
 def summary(output_dir: Path, normalized: bool, fill_steps: int | None) -> str:

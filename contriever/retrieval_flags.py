@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from shared import distributed
-from shared.precision import fast_bf16
+from shared.optimisation.precision import fast_bf16
 
 from .encoder import Retriever, load_retriever
 

@@ -14,7 +14,8 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from contriever.train import get_args_parser, parse_args, train_contriever
-from shared import distributed, slurm
+from shared import distributed
+from shared.launch import slurm
 
 
 def main(arguments: list[str] | None = None) -> None:

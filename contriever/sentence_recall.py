@@ -59,7 +59,7 @@ class SentenceRecall:
             rest = np.concatenate([document[:start], document[end : max_length - 2]])
             self.queries.append(add_bos_eos(document[start:end], special.bos, special.eos))
             self.documents.append(add_bos_eos(rest, special.bos, special.eos))
-        self.off = None if len(self.queries) > 1 else "no two documents of three sentences"
+        self.disabled_reason = None if len(self.queries) > 1 else "no two documents of three sentences"
 
     @torch.inference_mode()
     def run(self, encoder: nn.Module, norm_query: bool, norm_doc: bool, batch_size: int = 64) -> dict[str, float]:

@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from shared.weights import safe_load
+from shared.networks.weights import safe_load
 
-LEAST_TOKENS = 8  # shorter documents make no pair of views
+MIN_TOKENS = 8  # shorter documents make no pair of views
 
 
 @dataclass(frozen=True)
@@ -150,10 +150,10 @@ class ChunkedText:
         if within_documents:
             self.borders = document_borders(shards)
             lengths = np.diff(self.borders)
-            parts = np.where(lengths >= LEAST_TOKENS, -(-lengths // chunk_length), 0)
+            parts = np.where(lengths >= MIN_TOKENS, -(-lengths // chunk_length), 0)
             self.first_parts = np.concatenate([[0], np.cumsum(parts)])
             if not self.first_parts[-1]:
-                raise ValueError(f"--train_data {name} has no document of {LEAST_TOKENS} tokens or more")
+                raise ValueError(f"--train_data {name} has no document of {MIN_TOKENS} tokens or more")
         elif self.num_tokens < 2 * chunk_length:
             raise ValueError(
                 f"--train_data {name} has {self.num_tokens} tokens, fewer than two chunks of --chunk_length "

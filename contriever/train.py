@@ -44,13 +44,14 @@ from contriever.training_setup import (
     start_retriever,
     update,
 )
-from shared import distributed, randomness
-from shared.checkpoint import Checkpointer
-from shared.data import make_loader
-from shared.metrics import RunLog
-from shared.not_finite import FiniteGuard
-from shared.precision import Precision
-from shared.start import start_run
+from shared import distributed
+from shared.images.loading import make_loader
+from shared.optimisation.precision import Precision
+from shared.run import randomness
+from shared.run.checkpoint import Checkpointer
+from shared.run.log import RunLog
+from shared.run.not_finite import FiniteGuard
+from shared.run.start import start_run
 
 # What replaces the official defaults when no --train_data is given: some thousand docstrings and the packaged encoder,
 # which was trained on vectors of length 1. A queue much longer than the text would hold every document many times.
@@ -155,8 +156,8 @@ def train_contriever(args: argparse.Namespace) -> None:
         args, output_dir, retriever, model, optimizer, precision, networks, epoch_steps, text, NETWORK_FLAGS
     )
     evaluation = Evaluation.of(args, retriever, pairs.datasets)
-    if evaluation.off:
-        distributed.print_once(f"no evaluation: {evaluation.off}")
+    if evaluation.disabled_reason:
+        distributed.print_once(f"no evaluation: {evaluation.disabled_reason}")
 
     # epochs
     with run.checkpointer() as checkpointer:

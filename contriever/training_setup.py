@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from shared import distributed
-from shared.checkpoint import Checkpointer, check_flags, load_latest, restore
-from shared.metrics import RunLog
-from shared.not_finite import FiniteGuard
-from shared.optim import clip_grad_norm_per_tensor_, step_unless_not_finite
-from shared.precision import Precision
-from shared.weights import safe_load
+from shared.networks.weights import safe_load
+from shared.optimisation.optim import clip_grad_norm_per_tensor_, step_unless_not_finite
+from shared.optimisation.precision import Precision
+from shared.run.checkpoint import Checkpointer, check_flags, load_latest, restore
+from shared.run.log import RunLog
+from shared.run.not_finite import FiniteGuard
 
 from .encoder import Retriever, load_retriever, pack_architecture
 from .sam import SharpnessAware
@@ -186,7 +186,7 @@ class Resumable:
     Args:
         args: Flags of either training script.
         model: What is trained, under the names that the files have.
-        networks: Searched when losses stay NaN, see :class:`shared.not_finite.FiniteGuard`.
+        networks: Searched when losses stay NaN, see :class:`shared.run.not_finite.FiniteGuard`.
         epoch_steps: Steps of an epoch.
         text: Stands for the training text, to notice that a run goes on with another one.
         must_match: Flags that a checkpoint's run must have had alike.

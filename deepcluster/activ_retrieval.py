@@ -22,8 +22,9 @@ from deepcluster.flags import DIGITS_CHECKPOINT, MODEL_HELP, add_process_flags, 
 from deepcluster.layers import check_conv, conv_maps
 from deepcluster.networks import ClusterNetwork
 from shared import distributed
-from shared.data import EvalDataset, ImageSource, make_loader, open_source
-from shared.pictures import Tile, magnify, save_sheet, to_pixels
+from shared.images.loading import EvalDataset, make_loader
+from shared.images.sources import ImageSource, open_source
+from shared.pictures.sheets import Tile, magnify, save_sheet, to_pixels
 
 FILTERS_PER_SHEET = 16
 

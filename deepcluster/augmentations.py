@@ -1,7 +1,7 @@
 """Images as DeepCluster sees them: a centre crop to be clustered, a random crop to be classified (section 3.3)."""
 
-from shared.data import EvalTransform
-from shared.views import ViewRecipe
+from shared.images.loading import EvalTransform
+from shared.images.views import ViewRecipe
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -13,7 +13,7 @@ def resize_for(crop_size: int) -> int:
 
 
 def centre_crop(crop_size: int, normalized: bool = True) -> EvalTransform:
-    """RGB pixels (H, W, 3) to (3, crop_size, crop_size), as for :class:`shared.data.EvalTransform`."""
+    """RGB pixels (H, W, 3) to (3, crop_size, crop_size), as for :class:`shared.images.loading.EvalTransform`."""
     mean, std = (MEAN, STD) if normalized else (None, None)
     return EvalTransform(resize_for(crop_size), crop_size, mean, std, interpolation="bilinear")
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from shared.backbones import build_library_backbone
-from shared.weights import WeightMismatch, load_backbone_weights, safe_load, select_backbone_weights
+from shared.networks.backbones import build_library_backbone
+from shared.networks.weights import WeightMismatch, load_backbone_weights, safe_load, select_backbone_weights
 
 from .networks import ClusterNetwork, alexnet, vgg16
 from .pretrained import RELEASES, fetch

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shared import distributed
-from shared.clusters import sum_by_cluster
+from shared.evaluation.clusters import sum_by_cluster
 from shared.evaluation.knn import nearest_neighbours
 
 try:

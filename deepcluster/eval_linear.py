@@ -28,11 +28,13 @@ from deepcluster.backbones import load_network
 from deepcluster.flags import DIGITS_CHECKPOINT, MODEL_HELP, add_process_flags, evaluation_parser, labelled_sources
 from deepcluster.layers import check_conv, conv_maps
 from deepcluster.networks import ClusterNetwork
-from shared import distributed, randomness
-from shared.checkpoint import load_latest, save
-from shared.data import BadImages, EpochBatchSampler, EvalDataset, EvalTransform, ImageSource, make_loader
+from shared import distributed
 from shared.evaluation.features import check_features
+from shared.images.loading import BadImages, EpochBatchSampler, EvalDataset, EvalTransform, make_loader
+from shared.images.sources import ImageSource
 from shared.multicrop import normalize_views
+from shared.run import randomness
+from shared.run.checkpoint import load_latest, save
 
 # average pooling (kernel, stride, padding) of AlexNet's maps of 224-pixel images, layer by layer
 ALEXNET_POOLING = {1: (6, 6, 3), 2: (4, 4, 0), 3: (3, 3, 1), 4: (3, 3, 1), 5: (2, 2, 0)}

@@ -34,7 +34,7 @@ from deepcluster.networks import ClusterNetwork
 from deepcluster.rmac import Whitening, region_vectors, rmac
 from shared import distributed
 from shared.evaluation.ranking import average_precision
-from shared.images import EXTENSIONS, read_image
+from shared.images.decode import EXTENSIONS, read_image
 
 STAGES = ("extract_train", "train_pca", "db_features", "q_features", "eval")
 OTHER = {"Oxford": "Paris", "Paris": "Oxford"}

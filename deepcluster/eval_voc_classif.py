@@ -29,11 +29,12 @@ from deepcluster.backbones import load_network
 from deepcluster.eval_linear import TenCrops
 from deepcluster.flags import MODEL_HELP, add_process_flags, evaluation_parser
 from deepcluster.networks import ClusterNetwork
-from shared import distributed, randomness
-from shared.data import BadImages, EpochBatchSampler, EvalDataset, make_loader
+from shared import distributed
+from shared.images.loading import BadImages, EpochBatchSampler, EvalDataset, make_loader
+from shared.images.sources import FileSource
+from shared.images.views import ViewRecipe
 from shared.multicrop import MultiCropDataset, normalize_views
-from shared.sources import FileSource
-from shared.views import ViewRecipe
+from shared.run import randomness
 
 CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",

@@ -2,8 +2,8 @@
 
 import argparse
 
-from shared.evaluation.knn_monitor import open_labelled
-from shared.sources import ImageSource
+from shared.images.labelled import open_labelled
+from shared.images.sources import ImageSource
 
 DIGITS_CHECKPOINT = "runs/digits/checkpoint.pth.tar"
 MODEL_HELP = "checkpoint of main.py or of the official code; alexnet or vgg16: the released weights"
@@ -32,7 +32,4 @@ def labelled_sources(data_path: str | None, val_path: str | None) -> tuple[Image
     Raises:
         ValueError: If there are none.
     """
-    sources = open_labelled(data_path, val_path)
-    if isinstance(sources, str):
-        raise ValueError(f"--data {data_path}: {sources}")
-    return sources
+    return open_labelled(data_path, val_path, flag="--data")

@@ -25,8 +25,8 @@ from deepcluster.flags import DIGITS_CHECKPOINT, MODEL_HELP, evaluation_parser
 from deepcluster.layers import check_conv, conv_maps
 from deepcluster.networks import ClusterNetwork
 from shared import distributed
-from shared.pictures import Tile, magnify, save_sheet, write_png
-from shared.randomness import derive_seed
+from shared.pictures.sheets import Tile, magnify, save_sheet, write_png
+from shared.run.randomness import derive_seed
 
 COLUMNS = 12
 

@@ -32,19 +32,20 @@ from deepcluster.report import save_clusters, save_pictures, summary
 from deepcluster.sampling import SAMPLERS, cluster_lists, draw_epoch, pseudo_labels
 from deepcluster.training_setup import CHECKPOINT, Resumable, find_checkpoint, open_training_data
 from deepcluster.trivial_solutions import trivial_clusters, trivial_training
-from shared import distributed, randomness
-from shared.batchnorm import synchronize_batchnorm
-from shared.checkpoint import Checkpointer, is_at_start
-from shared.data import ImageSource
+from shared import distributed
 from shared.evaluation.features import check_features
 from shared.evaluation.knn_monitor import build_knn_monitor
-from shared.flags import add_run_flags
-from shared.metrics import RunLog
+from shared.images.sources import ImageSource
 from shared.multicrop import normalize_views
-from shared.not_finite import FiniteGuard
-from shared.optim import clip_grad_norm_per_tensor_, step_unless_not_finite
-from shared.precision import Precision
-from shared.start import start_run
+from shared.networks.batchnorm import synchronize_batchnorm
+from shared.optimisation.optim import clip_grad_norm_per_tensor_, step_unless_not_finite
+from shared.optimisation.precision import Precision
+from shared.run import randomness
+from shared.run.checkpoint import Checkpointer, is_at_start
+from shared.run.flags import add_run_flags
+from shared.run.log import RunLog
+from shared.run.not_finite import FiniteGuard
+from shared.run.start import start_run
 
 # What replaces the official defaults when no DIR is given: 8x8 pixel digits, for which AlexNet is too large.
 EMBEDDED_DATA_DEFAULTS = {
@@ -58,7 +59,7 @@ EMBEDDED_DATA_DEFAULTS = {
     "epochs": 6,
     "output_dir": "runs/digits",
 }
-LEAST = {"epochs": 1, "batch": 1, "nmb_cluster": 2, "pca_dim": 1, "crop_size": 1, "log_freq": 1, "checkpoints": 0}
+MINIMUM = {"epochs": 1, "batch": 1, "nmb_cluster": 2, "pca_dim": 1, "crop_size": 1, "log_freq": 1, "checkpoints": 0}
 CLUSTERING, DRAWING, TOP_LAYER = range(3)  # what is drawn once per epoch
 
 
@@ -122,7 +123,7 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
     if args.data_path is None:
         parser.set_defaults(**EMBEDDED_DATA_DEFAULTS)
         args = parser.parse_args(arguments)
-    for flag, least in LEAST.items():
+    for flag, least in MINIMUM.items():
         if getattr(args, flag) < least:
             parser.error(f"--{flag} {getattr(args, flag)} is less than {least}")
     if args.reassign <= 0:

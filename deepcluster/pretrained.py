@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from shared import distributed
-from shared.weights import download
+from shared.networks.weights import download
 
 BASE_URL = "https://dl.fbaipublicfiles.com/deepcluster/"
 RELEASES = ("alexnet", "vgg16")  # both behind the Sobel filter, with a top layer of 10,000 clusters
@@ -20,7 +20,7 @@ def fetch(arch: str) -> Path:
             environment variable ``DEEPCLUSTER_WEIGHTS_URL`` replaces.
 
     Raises:
-        shared.weights.DownloadError: If it cannot be had.
+        shared.networks.weights.DownloadError: If it cannot be had.
     """
     url = f"{os.environ.get('DEEPCLUSTER_WEIGHTS_URL', BASE_URL).rstrip('/')}/{arch}/checkpoint.pth.tar"
     path = Path(torch.hub.get_dir()) / "checkpoints" / f"deepcluster_{arch}.pth.tar"

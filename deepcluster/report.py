@@ -7,10 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shared.data import BadImages, EvalDataset, EvalTransform, ImageSource
 from shared.evaluation.knn_monitor import KNNMonitor
-from shared.evaluation.summary import command, end_of_run
-from shared.pictures import AGREE, DIFFER, Curve, Panel, Tile, read_log, save_panels, save_sheet, to_pixels
+from shared.images.loading import BadImages, EvalDataset, EvalTransform
+from shared.images.sources import ImageSource
+from shared.pictures.curves import Curve, Panel, save_panels
+from shared.pictures.sheets import AGREE, DIFFER, Tile, save_sheet, to_pixels
+from shared.run.log import read_log
+from shared.run.summary import command, end_of_run
 
 from .clustering import Clusters
 from .sampling import cluster_lists
@@ -147,7 +150,7 @@ def summary(
         )
     weights = output_dir / "checkpoint.pth.tar"
     commands = []
-    if not knn.off:
+    if not knn.disabled_reason:
         linear = {"model": weights, "conv": 3, "data": data_path, "val_path": val_path, "exp": output_dir / "linear"}
         commands.append(command("eval_linear.py", **linear))
     commands += [

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 OVERLAP = 0.4  # wanted between neighbouring regions of the coarsest level
-LEAST_EIGENVALUE = 1e-5  # of the largest one
+MIN_EIGENVALUE = 1e-5  # of the largest one
 
 
 def rmac_regions(height: int, width: int, levels: int) -> list[tuple[int, int, int, int]]:
@@ -73,7 +73,7 @@ class Whitening:
         mean = vectors.mean(dim=0)
         scatter = (vectors - mean).t() @ (vectors - mean)
         eigenvalues, directions = torch.linalg.eigh(scatter)
-        eigenvalues = eigenvalues.clamp_min(LEAST_EIGENVALUE * eigenvalues[-1])
+        eigenvalues = eigenvalues.clamp_min(MIN_EIGENVALUE * eigenvalues[-1])
         best = slice(-components, None)
         matrix = (directions[:, best] / eigenvalues[best].sqrt()).flip(1).t()
         return cls(mean.float(), matrix.float())

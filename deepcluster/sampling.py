@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from shared import distributed
-from shared.randomness import derive_seed
+from shared.run.randomness import derive_seed
 
 SAMPLERS = ("uniform", "official")
 

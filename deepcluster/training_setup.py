@@ -9,14 +9,15 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from shared import distributed
-from shared.checkpoint import check_flags, load_latest, restore, resume_position
-from shared.data import BadImages, EvalDataset, ImageSource, make_loader, open_source, short_side
-from shared.evaluation.features import ShareOfRank
-from shared.image_cache import cache_images
-from shared.metrics import RunLog
+from shared.evaluation.features import RankSampler
+from shared.images.cache import cache_images
+from shared.images.loading import BadImages, EvalDataset, make_loader, short_side
+from shared.images.sources import ImageSource, open_source
 from shared.multicrop import MultiCropDataset
-from shared.not_finite import FiniteGuard
-from shared.precision import Precision
+from shared.optimisation.precision import Precision
+from shared.run.checkpoint import check_flags, load_latest, restore, resume_position
+from shared.run.log import RunLog
+from shared.run.not_finite import FiniteGuard
 
 from .augmentations import centre_crop, random_crop
 from .backbones import fill_network, official_names
@@ -71,7 +72,7 @@ def open_training_data(args: argparse.Namespace, output_dir: Path, device: torch
     )
     feature_loader = make_loader(
         EvalDataset(source, centre_crop(args.crop_size, normalized=False), bad_images),
-        sampler=ShareOfRank(len(source)),
+        sampler=RankSampler(len(source)),
         batch_size=args.batch // distributed.get_world_size(),
         num_workers=args.num_workers,
         device=device,

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from shared.views import ViewRecipe
+from shared.images.views import ViewRecipe
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)

@@ -26,12 +26,12 @@ from dino.flags import add_process_flags, bool_flag, evaluation_parser
 from dino.pretrained import load_pretrained
 from dino.vision_transformer import VisionTransformer
 from shared import distributed
-from shared.backbones import input_channels
-from shared.data import EvalDataset
 from shared.evaluation.features import extract_features
 from shared.evaluation.knn import nearest_neighbours
 from shared.evaluation.ranking import average_precision
-from shared.sources import ImageSource, open_source
+from shared.images.loading import EvalDataset
+from shared.images.sources import ImageSource, open_source
+from shared.networks.backbones import input_channels
 
 EDITS = (
     "strong",

@@ -27,11 +27,11 @@ from dino.flags import add_process_flags, bool_flag, evaluation_parser
 from dino.ground_truth import GroundTruth, read_ground_truth
 from dino.pretrained import VITS16_LANDMARKS, fetch, load_pretrained
 from shared import distributed
-from shared.backbones import input_channels
-from shared.data import EvalDataset
 from shared.evaluation.features import extract_features
 from shared.evaluation.ranking import average_precision
-from shared.sources import FileSource
+from shared.images.loading import EvalDataset
+from shared.images.sources import FileSource
+from shared.networks.backbones import input_channels
 
 PRECISION_AT = (1, 5, 10)
 

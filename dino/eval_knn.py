@@ -23,12 +23,12 @@ from dino.augmentations import MEAN, STD
 from dino.flags import add_data_flags, add_process_flags, bool_flag, evaluation_parser, set_embedded_data_defaults
 from dino.pretrained import load_pretrained
 from shared import distributed
-from shared.backbones import input_channels
-from shared.data import EvalDataset, EvalTransform
 from shared.evaluation.features import extract_features
 from shared.evaluation.knn import knn_accuracies
-from shared.evaluation.knn_monitor import open_labelled
-from shared.weights import safe_load
+from shared.images.labelled import open_labelled
+from shared.images.loading import EvalDataset, EvalTransform
+from shared.networks.backbones import input_channels
+from shared.networks.weights import safe_load
 
 FEATURE_FILES = ("trainfeat.pth", "testfeat.pth", "trainlabels.pth", "testlabels.pth")
 
@@ -80,8 +80,6 @@ def eval_knn(args: argparse.Namespace) -> dict[int, tuple[float, float]] | None:
 def extract_train_and_val(args: argparse.Namespace, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Normalised train features, train labels, val features, val labels."""
     sources = open_labelled(args.data_path, args.val_path, args.allow_absolute_paths)
-    if isinstance(sources, str):
-        raise ValueError(f"--data_path {args.data_path}: {sources}")
     if max(args.nb_knn) > len(sources[0]):
         raise ValueError(f"--nb_knn {max(args.nb_knn)} is more than the {len(sources[0])} images of {sources[0].name}")
     backbone, _ = load_pretrained(

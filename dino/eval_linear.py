@@ -26,14 +26,15 @@ from dino.eval_knn import eval_transform
 from dino.flags import add_data_flags, add_process_flags, bool_flag, evaluation_parser, set_embedded_data_defaults
 from dino.pretrained import fetch, find_release, load_pretrained
 from dino.vision_transformer import VisionTransformer
-from shared import distributed, randomness
-from shared.checkpoint import load_latest, save, without_prefix
-from shared.data import BadImages, EpochBatchSampler, EvalDataset, make_loader
-from shared.evaluation.knn_monitor import open_labelled
+from shared import distributed
 from shared.evaluation.linear import LinearClassifier, train_one_epoch, validate
+from shared.images.labelled import open_labelled
+from shared.images.loading import BadImages, EpochBatchSampler, EvalDataset, make_loader
+from shared.images.views import ViewRecipe
 from shared.multicrop import MultiCropDataset, normalize_views
-from shared.views import ViewRecipe
-from shared.weights import safe_load, weights_checksum
+from shared.networks.weights import safe_load, weights_checksum
+from shared.run import randomness
+from shared.run.checkpoint import load_latest, save, without_prefix
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -91,15 +92,12 @@ def eval_linear(args: argparse.Namespace) -> dict[str, float]:
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
 
     # data
-    sources = open_labelled(args.data_path, args.val_path, args.allow_absolute_paths)
-    if isinstance(sources, str):
-        raise ValueError(f"--data_path {args.data_path}: {sources}")
-    train, val = sources
+    train, val = open_labelled(args.data_path, args.val_path, args.allow_absolute_paths)
     if args.num_labels < len(train.classes):
         raise ValueError(
             f"--num_labels {args.num_labels} is less than the {len(train.classes)} classes of {train.name}"
         )
-    for source in sources:
+    for source in (train, val):
         distributed.print_once(source.describe())
 
     # frozen backbone and linear classifier

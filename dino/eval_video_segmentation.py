@@ -28,8 +28,8 @@ from dino.flags import add_process_flags, evaluation_parser
 from dino.pretrained import load_pretrained
 from dino.vision_transformer import VisionTransformer
 from shared import distributed
-from shared.backbones import input_channels
-from shared.images import read_image
+from shared.images.decode import read_image
+from shared.networks.backbones import input_channels
 
 STD = (0.228, 0.224, 0.225)  # 0.228 as in the official script; everywhere else it is 0.229
 TEMPERATURE = 0.1

@@ -22,9 +22,9 @@ from dino.flags import evaluation_parser
 from dino.networks import VIT_NAMES, build_backbone
 from dino.pretrained import load_pretrained
 from shared import distributed
-from shared.backbones import input_channels
-from shared.export import export_onnx, export_safetensors, export_state_dict
-from shared.weights import load_backbone_weights, vit_shape
+from shared.networks.backbones import input_channels
+from shared.networks.export import export_onnx, export_safetensors, export_state_dict
+from shared.networks.weights import load_backbone_weights, vit_shape
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -93,7 +93,7 @@ def export(
         The files by format: ``safetensors``, ``timm`` (where timm has the network) and ``onnx``.
 
     Raises:
-        shared.export.ExportMismatch: If an exported network computes something else; its file is not kept.
+        shared.networks.export.ExportMismatch: If an exported network computes something else; its file is not kept.
     """
     output_dir = Path(output_dir)
     options = build_options(arch, backbone)

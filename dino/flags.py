@@ -3,8 +3,8 @@
 import argparse
 from collections.abc import Callable
 
-from shared.data import default_num_workers
-from shared.flags import bool_flag
+from shared.images.loading import default_num_workers
+from shared.run.flags import bool_flag
 
 from .pretrained import RUN_ON_DIGITS
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shared.weights import NumberType, UnsafeFileError, read_number
+from shared.networks.weights import NumberType, UnsafeFileError, read_number
 
 
 @dataclass

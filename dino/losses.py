@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from shared import distributed
-from shared.schedules import teacher_temperature_schedule
+from shared.optimisation.schedules import teacher_temperature_schedule
 
 
 class DINOLoss(nn.Module):

@@ -15,7 +15,6 @@ import math
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,27 +29,23 @@ from dino.collapse import CollapseMonitor
 from dino.losses import DINOLoss
 from dino.networks import VIT_NAMES, build_backbone
 from dino.report import save_pictures, summary
-from dino.resuming import Resumable
+from dino.resuming import NETWORK_FLAGS, to_official
 from dino.vision_transformer import DINOHead
-from shared import distributed, randomness
-from shared.batchnorm import synchronize_batchnorm
-from shared.checkpoint import Checkpointer, is_at_start, load_latest
+from shared import distributed
 from shared.evaluation.knn_monitor import build_knn_monitor
-from shared.flags import add_data_flags, add_run_flags, bool_flag
-from shared.metrics import RunLog, feature_spread, rank_me
+from shared.images.training_data import open_training_data
 from shared.multicrop import MultiCropWrapper, normalize_views
-from shared.not_finite import FiniteGuard
-from shared.optim import (
+from shared.networks.batchnorm import synchronize_batchnorm
+from shared.optimisation.optim import (
     build_optimizer,
     clip_grad_norm_per_tensor_,
     ema_update_,
     param_groups_no_decay_on_bias_and_norm,
-    step_unless_not_finite,
 )
-from shared.precision import Precision
-from shared.schedules import cosine_schedule
-from shared.start import start_run
-from shared.training_data import open_training_data
+from shared.optimisation.schedules import cosine_schedule
+from shared.run.flags import add_data_flags, add_run_flags, bool_flag
+from shared.run.health import feature_spread, rank_me
+from shared.run.run import Run
 
 # What replaces the official defaults when no --data_path is given: 8x8 pixel digits need no ViT at 224 pixels. A run of
 # minutes needs a teacher that follows fast and a centre that follows faster still, or everything falls into one output;
@@ -77,7 +72,7 @@ EMBEDDED_DATA_DEFAULTS = {
     "output_dir": "runs/digits",
 }
 ONE_SIZE_ONLY = ("resmlp", "mixer", "gmixer", "gmlp")  # networks of timm
-LEAST = {"epochs": 1, "batch_size_per_gpu": 1, "out_dim": 2, "log_freq": 1, "patch_size": 1, "local_crops_number": 0}
+MINIMUM = {"epochs": 1, "batch_size_per_gpu": 1, "out_dim": 2, "log_freq": 1, "patch_size": 1, "local_crops_number": 0}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -176,7 +171,7 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
     if args.data_path is None:
         parser.set_defaults(**EMBEDDED_DATA_DEFAULTS)
         args = parser.parse_args(arguments)
-    for flag, least in LEAST.items():
+    for flag, least in MINIMUM.items():
         if getattr(args, flag) < least:
             parser.error(f"--{flag} {getattr(args, flag)} is less than {least}")
     if args.epochs < max(args.warmup_epochs, args.warmup_teacher_temp_epochs):
@@ -209,6 +204,15 @@ class Schedules:
     weight_decay: np.ndarray
     momentum: np.ndarray
 
+    @classmethod
+    def from_args(cls, args: argparse.Namespace, batch_size: int, steps_per_epoch: int) -> "Schedules":
+        length = (args.epochs, steps_per_epoch)
+        return cls(
+            lr=cosine_schedule(args.lr * batch_size / 256, args.min_lr, *length, args.warmup_epochs),
+            weight_decay=cosine_schedule(args.weight_decay, args.weight_decay_end, *length),
+            momentum=cosine_schedule(args.momentum_teacher, args.momentum_teacher_end, *length),
+        )
+
     def apply(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         for i, group in enumerate(optimizer.param_groups):
             group["lr"] = float(self.lr[step])
@@ -218,8 +222,8 @@ class Schedules:
 
 def train_dino(args: argparse.Namespace) -> None:
     """Train from the newest checkpoint in ``args.output_dir``, or from scratch if there is none."""
-    device, output_dir = start_run(args)
-    precision = Precision(args.amp if args.use_fp16 else "fp32", device)
+    run = Run(args, args.amp if args.use_fp16 else "fp32")
+    device = run.device
 
     # data
     recipes = dino_views(
@@ -230,17 +234,8 @@ def train_dino(args: argparse.Namespace) -> None:
         args.local_crop_size,
         args.blur_radius,
     )
-    data = open_training_data(args, recipes, args.batch_size_per_gpu, output_dir, device, "--global_crop_size")
-    steps_per_epoch = data.steps_per_epoch
-    if args.data_path is None:
-        names = " ".join(f"--{name}" for name in EMBEDDED_DATA_DEFAULTS)
-        distributed.print_once(f"without --data_path these flags have defaults for the embedded data: {names}")
-
-    if args.arch in VIT_NAMES and (unseen := args.local_crop_size % args.patch_size):  # global crops: build_backbone
-        distributed.print_once(
-            f"--patch_size {args.patch_size} does not divide --local_crop_size {args.local_crop_size}; the last "
-            f"{unseen} rows and columns of pixels are not seen"
-        )
+    data = open_training_data(args, recipes, args.batch_size_per_gpu, run.output_dir, device, "--global_crop_size")
+    tell_about_flags(args)
 
     # student and teacher: the same network and the same initial weights
     student = build_network(args, args.drop_path_rate)
@@ -266,46 +261,32 @@ def train_dino(args: argparse.Namespace) -> None:
         center_momentum=args.center_momentum,
     ).to(device)
     optimizer = build_optimizer(args.optimizer, param_groups_no_decay_on_bias_and_norm(student))
-    peak_lr = args.lr * data.batch_size / 256
-    schedules = Schedules(
-        lr=cosine_schedule(peak_lr, args.min_lr, args.epochs, steps_per_epoch, args.warmup_epochs),
-        weight_decay=cosine_schedule(args.weight_decay, args.weight_decay_end, args.epochs, steps_per_epoch),
-        momentum=cosine_schedule(args.momentum_teacher, args.momentum_teacher_end, args.epochs, steps_per_epoch),
-    )
+    schedules = Schedules.from_args(args, data.batch_size, data.steps_per_epoch)
 
-    # resume
-    checkpoint = load_latest(output_dir / "checkpoint.pth")
-    log = RunLog(output_dir, args.epochs * steps_per_epoch, args.log_freq, args.tensorboard, resumed=bool(checkpoint))
-    training = Resumable(args, data, student, teacher, criterion, optimizer, precision, log)
-    first_epoch, first_step, skipped_steps = 0, 0, 0
-    if checkpoint is not None:
-        first_epoch, first_step = training.load(checkpoint)
-        skipped_steps = checkpoint.get("skipped_steps", 0)
-    training.guard = guard = FiniteGuard(
-        {"teacher": teacher, "student": distributed.unwrap(student)},
-        output_dir,
-        args.max_skipped_steps,
-        device,
-        in_a_row=skipped_steps,
+    # checkpoints under the names of the official ones, monitoring
+    run.resume(
+        data,
+        len(schedules.lr),
+        NETWORK_FLAGS,
+        to_official=to_official,
+        student=student,
+        teacher=teacher,
+        optimizer=optimizer,
+        dino_loss=criterion,
     )
-
-    # what is looked at on the way
-    monitor = CollapseMonitor(
+    run.health = CollapseMonitor(
         args.out_dim,
-        patience_steps=min(len(schedules.lr) // 4, 2 * steps_per_epoch + 1000),
-        warmup_steps=round(args.warmup_epochs * steps_per_epoch),
+        patience_steps=min(len(schedules.lr) // 4, 2 * data.steps_per_epoch + 1000),
+        warmup_steps=round(args.warmup_epochs * data.steps_per_epoch),
     )
-    knn = build_knn_monitor(args, args.global_crop_size, MEAN, STD, device, data.num_workers, output_dir, args.in_chans)
+    image_size = args.global_crop_size
+    knn = build_knn_monitor(args, image_size, MEAN, STD, device, data.num_workers, run.output_dir, args.in_chans)
 
-    # epochs
-    with Checkpointer(
-        output_dir / "checkpoint.pth", training.state, args.saveckp_steps, args.saveckp_minutes, guard.is_good
-    ) as checkpointer:
-        if is_at_start(checkpoint) and knn.is_due(-1):
-            stop = partial(checkpointer.stop_if_asked, 0, 0)
-            log.evaluation(0, 0, knn_top1=knn.run(teacher.backbone, stop))
-        for epoch in range(first_epoch, args.epochs):
-            data.sampler.set_epoch(epoch, first_step)
+    with run:
+        if run.is_new and knn.is_due(-1):
+            run.log_evaluation(knn_top1=knn.run(teacher.backbone, run.stop_if_asked))
+        for epoch in run.epochs():
+            data.sampler.set_epoch(epoch, run.step_in_epoch)
             train_one_epoch(
                 student,
                 teacher,
@@ -313,42 +294,33 @@ def train_dino(args: argparse.Namespace) -> None:
                 data.loader,
                 optimizer,
                 schedules,
-                epoch=epoch,
-                first_step=first_step,
-                steps_per_epoch=steps_per_epoch,
+                run,
                 clip_grad=args.clip_grad,
                 freeze_last_layer=args.freeze_last_layer,
-                seed=args.seed,
-                precision=precision,
-                log=log,
-                monitor=monitor,
-                guard=guard,
-                checkpointer=checkpointer,
             )
-            first_step = 0
             if knn.is_due(epoch):
-                stop = partial(checkpointer.stop_if_asked, epoch, steps_per_epoch)
-                log.evaluation((epoch + 1) * steps_per_epoch, epoch + 1, knn_top1=knn.run(teacher.backbone, stop))
-            log.end_epoch(epoch, bad_images=data.bad_images.count())
+                run.log_evaluation(knn_top1=knn.run(teacher.backbone, run.stop_if_asked))
+            run.log_epoch(bad_images=data.bad_images.count())
             numbered = args.saveckp_freq and epoch % args.saveckp_freq == 0
-            checkpointer.after_epoch(epoch, keep_as=f"checkpoint{epoch:04d}.pth" if numbered else None)
-    log.close()
+            run.end_epoch(keep_as=f"checkpoint{epoch:04d}.pth" if numbered else None)
     pictures = []
     if args.pictures:
-        pictures = save_pictures(teacher.backbone, data.dataset, knn, args.global_crop_size, output_dir, device)
+        pictures = save_pictures(teacher.backbone, data.dataset, knn, image_size, run.output_dir, device)
     if distributed.is_main_process():
-        print(
-            summary(
-                output_dir,
-                args.arch,
-                args.patch_size,
-                args.global_crop_size,
-                args.data_path,
-                args.val_path,
-                knn,
-                pictures,
-                problems=list(monitor.said.values()),
-            )
+        problems = list(run.health.warnings.values())
+        flags = (args.arch, args.patch_size, image_size, args.data_path, args.val_path)
+        print(summary(run.output_dir, *flags, knn, pictures, problems))
+
+
+def tell_about_flags(args: argparse.Namespace) -> None:
+    """Print which flags have other defaults, and which pixels of local crops are in no patch."""
+    if args.data_path is None:
+        names = " ".join(f"--{name}" for name in EMBEDDED_DATA_DEFAULTS)
+        distributed.print_once(f"without --data_path these flags have defaults for the embedded data: {names}")
+    if args.arch in VIT_NAMES and (unseen := args.local_crop_size % args.patch_size):  # global crops: build_backbone
+        distributed.print_once(
+            f"--patch_size {args.patch_size} does not divide --local_crop_size {args.local_crop_size}; the last "
+            f"{unseen} rows and columns of pixels are not seen"
         )
 
 
@@ -368,20 +340,12 @@ def train_one_epoch(
     loader: Iterable,
     optimizer: torch.optim.Optimizer,
     schedules: Schedules,
+    run: Run,
     *,
-    epoch: int,
-    first_step: int,
-    steps_per_epoch: int,
     clip_grad: float,
     freeze_last_layer: int,
-    seed: int,
-    precision: Precision,
-    log: RunLog,
-    monitor: CollapseMonitor,
-    guard: FiniteGuard,
-    checkpointer: Checkpointer,
 ) -> None:
-    """One epoch (from its step ``first_step`` on) of Algorithm 1.
+    """One epoch of Algorithm 1.
 
     ``loader`` yields (views, labels, indices); views holds one batch per resolution, crop-major, the two global views
     of each image first: uint8 images, or float tensors that are normalised already.
@@ -391,41 +355,31 @@ def train_one_epoch(
     last_layer = [p for name, p in student.named_parameters() if "last_layer" in name]
     student.train()
     teacher.train()
-    start = epoch * steps_per_epoch + first_step
-    for step, (loaded_views, labels, indices) in enumerate(log.batches(loader), start=start):
-        randomness.seed_step(seed, step, distributed.get_rank())
+    for step, (loaded_views, labels, _) in run.steps(loader):
         schedules.apply(optimizer, step)
         optimizer.zero_grad(set_to_none=True)  # before the activations: the two never need memory at once
-        views = normalize_views(loaded_views, precision.device, MEAN, STD)
+        views = normalize_views(loaded_views, run.device, MEAN, STD)
         global_views = views[0][: 2 * len(labels)]
 
-        with precision.autocast():
+        with run.precision.autocast():
             with torch.no_grad():  # the teacher sees the global views only
                 teacher_features = teacher.embed(global_views)
                 teacher_logits = teacher.head(teacher_features)
-            loss = criterion(student(views), teacher_logits, epoch)
+            loss = criterion(student(views), teacher_logits, run.epoch)
 
-        precision.backward(loss, optimizer)
+        run.backward(loss, optimizer)
         grad_norms = clip_grad_norm_per_tensor_(parameters, clip_grad)
-        if epoch < freeze_last_layer:
+        if run.epoch < freeze_last_layer:
             for parameter in last_layer:
                 parameter.grad = None  # no update, no weight decay, no state
-        skipped = step_unless_not_finite(optimizer, grad_norms)
-        precision.update()
+        run.update(grad_norms, optimizer)
         ema_update_(teacher_parameters, parameters, schedules.momentum[step])  # parameters only, no buffers
-        guard.count(skipped)
 
-        averages = {"loss": loss, "lr": schedules.lr[step], "wd": schedules.weight_decay[step], "skipped": skipped}
-        health = output_health(criterion, loss, teacher_features) if log.is_due(step) else {}
-        line = log.step(step, epoch, len(labels), averages, **health)
-        if line is not None and (problem := monitor.check(line)):
-            log.say(problem)
-        if line is not None and guard.too_many():
-            randomness.seed_step(seed, step, distributed.get_rank())
-            with precision.autocast():
-                batch = {"views": loaded_views, "indices": indices, "step": step, "epoch": epoch}
-                guard.stop(batch, views, {"teacher": global_views, "student": views}, loss)
-        checkpointer.after_step(epoch, step + 1 - epoch * steps_per_epoch)
+        run.end_step(
+            len(labels),
+            {"loss": loss, "lr": schedules.lr[step], "wd": schedules.weight_decay[step]},
+            output_health(criterion, loss, teacher_features) if run.logs_this_step else None,
+        )
 
 
 def output_health(criterion: DINOLoss, loss: Tensor, teacher_features: Tensor) -> dict[str, Tensor | float]:

@@ -4,7 +4,7 @@ import warnings
 
 from torch import nn
 
-from shared.backbones import build_library_backbone, library_architectures
+from shared.networks.backbones import build_library_backbone, library_architectures
 
 from . import vision_transformer
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from shared import distributed
-from shared.weights import download, load_backbone_weights, read_backbone_weights, vit_shape
+from shared.networks.weights import download, load_backbone_weights, read_backbone_weights, vit_shape
 
 from .networks import VIT_NAMES, build_backbone
 
@@ -61,7 +61,7 @@ def fetch(file: str) -> Path:
         file: Path below the base address, which the environment variable ``DINO_WEIGHTS_URL`` replaces.
 
     Raises:
-        shared.weights.DownloadError: If it cannot be had.
+        shared.networks.weights.DownloadError: If it cannot be had.
     """
     url = os.environ.get("DINO_WEIGHTS_URL", BASE_URL).rstrip("/") + "/" + file
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(file).name

@@ -7,11 +7,11 @@ from timm.models.xcit import Xcit
 from torch import nn
 
 from shared import distributed
-from shared.data import BadImages, EvalDataset, EvalTransform
 from shared.evaluation.knn_monitor import KNNMonitor
 from shared.evaluation.neighbours import save_nearest_neighbours
-from shared.evaluation.summary import command, end_of_run
+from shared.images.loading import BadImages, EvalDataset, EvalTransform
 from shared.multicrop import MultiCropDataset
+from shared.run.summary import command, end_of_run
 
 from .augmentations import MEAN, STD
 from .networks import VIT_NAMES
@@ -53,7 +53,7 @@ def save_pictures(
     # XCiT's patches are part of its name, and may be larger than small images
     if isinstance(backbone, VisionTransformer | Xcit) and backbone.patch_embed.patch_size <= image_size:
         transform = EvalTransform(image_size, image_size, MEAN, STD, views.in_chans)
-        source = knn.val.source if knn.off is None else views.source
+        source = knn.val.source if knn.disabled_reason is None else views.source
         image, *_ = EvalDataset(source, transform, BadImages(len(source), max_fraction=1))[0]
         training = backbone.training
         paths.append(save_attention(backbone.eval(), image.to(device), folder / "attention")[0])
@@ -95,13 +95,13 @@ def next_commands(
     flags = {"arch": arch, "patch_size": patch_size if arch in VIT_NAMES else None}
     flags["pretrained_weights"] = output_dir / "checkpoint.pth"
     evaluation, linear = flags | {"data_path": data_path, "val_path": val_path}, {}
-    if data_path and not knn.off:  # the scripts have defaults for the embedded data
+    if data_path and not knn.disabled_reason:  # the scripts have defaults for the embedded data
         evaluation["image_size"] = image_size if image_size != 224 else None
         linear = {"num_labels": len(knn.val.source.classes), "output_dir": output_dir / "linear"}
     attention = {"image_path": "YOUR_IMAGE", "data_path": data_path, "output_dir": output_dir / "attention"}
     attention["image_size"] = 2 * image_size if image_size != 224 else None
     commands = []
-    if not knn.off:
+    if not knn.disabled_reason:
         few = len(knn.train.source) < 200  # by default the script asks for 200 neighbours
         commands.append(command("eval_knn.py", **evaluation, nb_knn=knn.k if few else None))
         commands.append(command("eval_linear.py", **evaluation, **linear))

@@ -25,10 +25,10 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 from dino.flags import evaluation_parser
 from dino.visualize_attention import class_attention, load_attentive, prepare_image
 from shared import distributed
-from shared.attention import attended_patches
-from shared.backbones import input_channels
-from shared.images import EXTENSIONS, read_image
-from shared.pictures import colorize
+from shared.images.decode import EXTENSIONS, read_image
+from shared.networks.backbones import input_channels
+from shared.pictures.attention import attended_patches
+from shared.pictures.sheets import colorize
 
 CODECS = {"mp4": "mp4v", "avi": "XVID"}
 DEFAULT_FPS = 30.0

@@ -29,12 +29,14 @@ from dino.pictures import save_curves, save_views
 from dino.pretrained import RUN_ON_DIGITS, VITS8_300_EPOCHS, fetch, load_pretrained
 from dino.vision_transformer import VisionTransformer
 from shared import distributed
-from shared.attention import save_attention_maps
-from shared.backbones import input_channels
-from shared.data import ArraySource, EvalTransform, open_source, read_image
 from shared.evaluation.neighbours import sample_gallery, save_nearest
+from shared.images.decode import read_image
+from shared.images.loading import EvalTransform
+from shared.images.sources import ArraySource, open_source
 from shared.multicrop import MultiCropDataset, ViewRecipe
-from shared.weights import safe_load
+from shared.networks.backbones import input_channels
+from shared.networks.weights import safe_load
+from shared.pictures.attention import save_attention_maps
 
 DIGIT = 5  # the embedded image whose attention is shown by default
 
@@ -124,7 +126,7 @@ def save_attention(
     mean: tuple[float, ...] = MEAN,
     std: tuple[float, ...] = STD,
 ) -> list[Path]:
-    """The attention of one image as pictures, see :func:`shared.attention.save_attention_maps`.
+    """The attention of one image as pictures, see :func:`shared.pictures.attention.save_attention_maps`.
 
     Args:
         model: A ViT of this folder or timm's XCiT, in evaluation mode.

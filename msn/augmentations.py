@@ -1,6 +1,6 @@
 """MSN's views: one target and several anchors, random ones as large as the target and small focal ones."""
 
-from shared.views import ViewRecipe
+from shared.images.views import ViewRecipe
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)

@@ -25,18 +25,18 @@ class CollapseMonitor:
         self.uniform_entropy = math.log(num_proto)
         self.patience_steps = patience_steps
         self.warmup_steps = warmup_steps
-        self.said: dict[str, str] = {}
+        self.warnings: dict[str, str] = {}
 
     def check(self, line: dict) -> str | None:
         """A sentence if this line of the log shows a new problem, else None."""
         if line["step"] < self.patience_steps:
             return None
         kind, sentence = self._diagnose(line)
-        if kind is None or kind in self.said:
+        if kind is None or kind in self.warnings:
             return None
         if kind in LIKE_A_START and line["step"] < self.warmup_steps + self.patience_steps:
             return None
-        self.said[kind] = sentence
+        self.warnings[kind] = sentence
         return sentence
 
     def _diagnose(self, line: dict) -> tuple[str | None, str | None]:

@@ -19,10 +19,10 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 from msn.augmentations import MEAN, STD
 from msn.flags import add_data_flags, add_process_flags, finish, labelled_sources, load_chosen_encoder, network_parser
 from shared import distributed
-from shared.backbones import input_channels
-from shared.data import EvalDataset, EvalTransform
 from shared.evaluation.features import extract_features
 from shared.evaluation.knn import knn_accuracies
+from shared.images.loading import EvalDataset, EvalTransform
+from shared.networks.backbones import input_channels
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -22,8 +22,8 @@ from msn.flags import load_chosen_encoder, network_parser
 from msn.pretrained import sizes_in
 from msn.vision_transformer import VisionTransformer, build, interpolate_positions
 from shared import distributed
-from shared.export import export_onnx, export_safetensors, export_state_dict
-from shared.weights import load_backbone_weights
+from shared.networks.export import export_onnx, export_safetensors, export_state_dict
+from shared.networks.weights import load_backbone_weights
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -78,7 +78,7 @@ def export(
         The files by format: ``safetensors``, ``timm`` (where timm has the network) and ``onnx``.
 
     Raises:
-        shared.export.ExportMismatch: If an exported network computes something else; its file is not kept.
+        shared.networks.export.ExportMismatch: If an exported network computes something else; its file is not kept.
     """
     output_dir = Path(output_dir)
     options = {"name": model_name, **sizes_in(encoder.state_dict(), model_name)}

@@ -37,15 +37,16 @@ from msn.flags import (
 )
 from msn.labelled_training import LabelledTraining, mean_loss
 from msn.vision_transformer import DropPath, VisionTransformer
-from shared import distributed, randomness
-from shared.backbones import input_channels
-from shared.data import BadImages, EpochBatchSampler, EvalDataset, EvalTransform, make_loader
-from shared.flags import bool_flag
-from shared.precision import Precision
-from shared.schedules import cosine_schedule
+from shared import distributed
+from shared.images.loading import BadImages, EpochBatchSampler, EvalDataset, EvalTransform, make_loader
+from shared.networks.backbones import input_channels
+from shared.networks.weights import weights_checksum
+from shared.optimisation.precision import Precision
+from shared.optimisation.schedules import cosine_schedule
+from shared.run import randomness
+from shared.run.flags import bool_flag
 from shared.supervised.data import LabelledViews
 from shared.supervised.transforms import TrainTransform
-from shared.weights import weights_checksum
 
 # A run that is resumed must have these as they were.
 RUN_FLAGS = ("model_name", "num_classes", "image_size", "crop_scale", "flip", "rand_augment", "erase", "mixup",
@@ -223,7 +224,7 @@ def fine_tune(args: argparse.Namespace) -> dict[str, float]:
             run.end_epoch(line, result, checkpointer)
     if result is None:  # resumed after the last epoch
         result = run.validate(network, val_set)
-    distributed.print_once(run.last_words(result))
+    distributed.print_once(run.result_line(result))
     return result
 
 

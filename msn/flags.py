@@ -5,8 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from shared import distributed
-from shared.data import ImageSource, default_num_workers
-from shared.evaluation.knn_monitor import open_labelled
+from shared.images.labelled import open_labelled
+from shared.images.loading import default_num_workers
+from shared.images.sources import ImageSource
 
 from .pretrained import DEFAULT_MODEL, RUN_ON_DIGITS, load_pretrained
 from .vision_transformer import ARCHITECTURES, VisionTransformer
@@ -135,8 +136,6 @@ def labelled_sources(args: argparse.Namespace, num_classes: int | None = None) -
         ValueError: If there are none, or they have more than ``num_classes`` classes.
     """
     sources = open_labelled(args.data_path, args.val_path, args.allow_absolute_paths)
-    if isinstance(sources, str):
-        raise ValueError(f"--data_path {args.data_path}: {sources}")
     if num_classes is not None and num_classes < len(sources[0].classes):
         raise ValueError(
             f"--num_classes {num_classes} is less than the {len(sources[0].classes)} classes of {sources[0].name}"

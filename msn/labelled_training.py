@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from shared import distributed
-from shared.checkpoint import Checkpointer, load_latest, restore, resume_position
-from shared.data import EvalDataset
-from shared.precision import Precision
+from shared.images.loading import EvalDataset
+from shared.optimisation.precision import Precision
+from shared.run.checkpoint import Checkpointer, load_latest, restore, resume_position
 from shared.supervised.evaluation import evaluate_classifier
 
 
@@ -174,7 +174,7 @@ class LabelledTraining:
             log_path.write_text("".join(json.dumps(line) + "\n" for line in self.log))
         checkpointer.after_epoch(line["epoch"])
 
-    def last_words(self, result: dict[str, float]) -> str:
+    def result_line(self, result: dict[str, float]) -> str:
         """The result, for a person."""
         return (
             f"Top-1 accuracy after the last epoch: {result['acc1']:.2f} % (top-5 {result['acc5']:.2f} %, "

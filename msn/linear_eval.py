@@ -37,17 +37,18 @@ from msn.flags import (
 from msn.labelled_training import LabelledTraining, mean_loss
 from msn.logistic_eval import LastClassToken
 from msn.pretrained import RUN_ON_DIGITS
-from shared import distributed, randomness
-from shared.backbones import input_channels
-from shared.data import BadImages, EpochBatchSampler, EvalDataset, EvalTransform, make_loader
+from shared import distributed
 from shared.evaluation.features import check_features
-from shared.flags import bool_flag
+from shared.images.loading import BadImages, EpochBatchSampler, EvalDataset, EvalTransform, make_loader
+from shared.images.views import ViewRecipe
 from shared.multicrop import MultiCropDataset, normalize_views
-from shared.precision import Precision
-from shared.schedules import cosine_schedule
-from shared.views import ViewRecipe
-from shared.weights import weights_checksum
-from shared.yaml_config import parse_args_with_config
+from shared.networks.backbones import input_channels
+from shared.networks.weights import weights_checksum
+from shared.optimisation.precision import Precision
+from shared.optimisation.schedules import cosine_schedule
+from shared.run import randomness
+from shared.run.flags import bool_flag
+from shared.run.yaml_config import parse_args_with_config
 
 # A run that is resumed must have these as they were.
 RUN_FLAGS = ("model_name", "num_blocks", "normalize", "num_classes", "image_size", "crop_scale", "epochs", "lr",
@@ -267,7 +268,7 @@ def linear_eval(args: argparse.Namespace) -> dict[str, float]:
             run.end_epoch(line, result, checkpointer)
     if result is None:  # resumed after the last epoch
         result = run.validate(image_classifier, val_set)
-    distributed.print_once(run.last_words(result))
+    distributed.print_once(run.result_line(result))
     return result
 
 

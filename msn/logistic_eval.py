@@ -27,14 +27,16 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 from msn.augmentations import MEAN, STD
 from msn.flags import add_data_flags, add_process_flags, finish, labelled_sources, load_chosen_encoder, network_parser
 from msn.vision_transformer import VisionTransformer, num_kept_patches
-from shared import distributed, randomness
-from shared.backbones import input_channels
-from shared.checkpoint import save
-from shared.data import EvalDataset, EvalTransform, ImageSource
+from shared import distributed
 from shared.evaluation.features import extract_features
-from shared.flags import bool_flag
-from shared.subsets import Subset, listed_images
-from shared.weights import safe_load, weights_checksum
+from shared.images.loading import EvalDataset, EvalTransform
+from shared.images.sources import ImageSource
+from shared.images.subsets import Subset, listed_images
+from shared.networks.backbones import input_channels
+from shared.networks.weights import safe_load, weights_checksum
+from shared.run import randomness
+from shared.run.checkpoint import save
+from shared.run.flags import bool_flag
 
 MAX_ITERATIONS = 5000
 

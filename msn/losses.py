@@ -11,7 +11,7 @@ from shared import distributed
 from shared.sinkhorn import sinkhorn_knopp
 
 SINKHORN_ITERATIONS = 3
-NEVER = 1e4  # minus this: the logarithm of an assignment of 0
+LOG_ZERO = 1e4  # minus this: the logarithm of an assignment of 0
 
 
 @dataclass
@@ -131,8 +131,8 @@ class MSNLoss(nn.Module):
         sharpened = torch.where(total > 0, powers / total, (log_probs / sharpen).softmax(dim=1))
         if not self.use_sinkhorn:
             return sharpened
-        scores = sharpened.log().clamp_min(-NEVER)
-        return sinkhorn_knopp(scores, epsilon=1.0, num_iters=SINKHORN_ITERATIONS, max_abs_score=NEVER)
+        scores = sharpened.log().clamp_min(-LOG_ZERO)
+        return sinkhorn_knopp(scores, epsilon=1.0, num_iters=SINKHORN_ITERATIONS, max_abs_score=LOG_ZERO)
 
 
 def log_power_law(num_proto: int, exponent: float) -> Tensor:

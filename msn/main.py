@@ -33,24 +33,26 @@ from msn.report import save_pictures, summary
 from msn.resuming import Resumable, find_checkpoint
 from msn.schedules import Schedules, learning_rates, linear, weight_decays
 from msn.vision_transformer import ARCHITECTURES, ProjectionHead, Trunk, VisionTransformer, build, num_kept_patches
-from shared import distributed, randomness
-from shared.batchnorm import synchronize_batchnorm
-from shared.checkpoint import Checkpointer, is_at_start
+from shared import distributed
 from shared.evaluation.knn_monitor import build_knn_monitor
-from shared.flags import add_data_flags, add_run_flags, bool_flag
-from shared.metrics import RunLog, feature_spread, rank_me
+from shared.images.training_data import open_training_data
 from shared.multicrop import normalize_views
-from shared.not_finite import FiniteGuard
-from shared.optim import (
+from shared.networks.batchnorm import synchronize_batchnorm
+from shared.optimisation.optim import (
     build_optimizer,
     ema_update_,
     param_groups_no_decay_on_bias_and_norm,
     step_unless_not_finite,
 )
-from shared.precision import Precision
-from shared.start import start_run
-from shared.training_data import open_training_data
-from shared.yaml_config import parse_args_with_config, write_config
+from shared.optimisation.precision import Precision
+from shared.run import randomness
+from shared.run.checkpoint import Checkpointer, is_at_start
+from shared.run.flags import add_data_flags, add_run_flags, bool_flag
+from shared.run.health import feature_spread, rank_me
+from shared.run.log import RunLog
+from shared.run.not_finite import FiniteGuard
+from shared.run.start import start_run
+from shared.run.yaml_config import parse_args_with_config, write_config
 
 # What replaces the published values when no --data_path is given: 8x8 pixel digits need no ViT at 224 pixels. Small
 # batches of views that have little in common need sharper targets, or every difference between images dies out, and a
@@ -76,7 +78,7 @@ EMBEDDED_DATA_DEFAULTS = {
     "ema": (0.96, 1.0),
     "output_dir": "runs/digits",
 }
-LEAST = {"epochs": 1, "batch_size": 1, "num_proto": 2, "hidden_dim": 1, "output_dim": 1, "log_freq": 1, "warmup": 0}
+MINIMUM = {"epochs": 1, "batch_size": 1, "num_proto": 2, "hidden_dim": 1, "output_dim": 1, "log_freq": 1, "warmup": 0}
 # Keys of the published files that the official code reads and does not use, with the value that says so.
 UNUSED = {"bottleneck": 1, "two_layer": False, "use_pred_head": False, "use_fp16": False, "copy_data": False}
 
@@ -187,7 +189,7 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End the program with one clear message if a flag cannot be."""
-    for flag, least in LEAST.items():
+    for flag, least in MINIMUM.items():
         if getattr(args, flag) < least:
             parser.error(f"--{flag} {getattr(args, flag)} is less than {least}")
     for flag, only in UNUSED.items():
@@ -336,7 +338,7 @@ def train_msn(args: argparse.Namespace) -> None:
     if args.pictures:
         pictures = save_pictures(trunk, data.dataset, knn, args.rand_size, args.patch_drop, output_dir, device)
     if distributed.is_main_process():
-        problems = list(monitor.said.values())
+        problems = list(monitor.warnings.values())
         print(summary(output_dir, latest, args, knn, pictures, problems))
 
 

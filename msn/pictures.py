@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from shared.pictures import Curve, Panel, Tile, read_log, save_panels, save_sheet, to_pixels
+from shared.pictures.curves import Curve, Panel, save_panels
+from shared.pictures.sheets import Tile, save_sheet, to_pixels
+from shared.run.log import read_log
 
 VIEWS_PER_ROW = 10
 GREY = 128  # of a patch that is not seen

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from shared import distributed
-from shared.weights import WeightMismatch, download, load_backbone_weights, safe_load, select_backbone_weights
+from shared.networks.weights import WeightMismatch, download, load_backbone_weights, safe_load, select_backbone_weights
 
 from .vision_transformer import ARCHITECTURES, VisionTransformer, build
 
@@ -39,7 +39,7 @@ def fetch(file: str) -> Path:
         file: Name below the base address, which the environment variable ``MSN_WEIGHTS_URL`` replaces.
 
     Raises:
-        shared.weights.DownloadError: If it cannot be had.
+        shared.networks.weights.DownloadError: If it cannot be had.
     """
     url = os.environ.get("MSN_WEIGHTS_URL", BASE_URL).rstrip("/") + "/" + file
     path = Path(torch.hub.get_dir()) / "checkpoints" / f"msn_{file}"

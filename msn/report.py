@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 
 from shared import distributed
-from shared.data import BadImages, EvalDataset, EvalTransform
 from shared.evaluation.knn_monitor import KNNMonitor
 from shared.evaluation.neighbours import save_nearest_neighbours
-from shared.evaluation.summary import command, end_of_run
+from shared.images.loading import BadImages, EvalDataset, EvalTransform
 from shared.multicrop import MultiCropDataset
+from shared.run.summary import command, end_of_run
 
 from .augmentations import MEAN, STD
 from .pictures import save_curves, save_views
@@ -57,7 +57,7 @@ def save_pictures(
         save_curves(output_dir / "metrics.jsonl", folder / "curves.png"),
     ]
     transform = EvalTransform(image_size, image_size, MEAN, STD, views.in_chans)
-    source = knn.val.source if knn.off is None else views.source
+    source = knn.val.source if knn.disabled_reason is None else views.source
     image, *_ = EvalDataset(source, transform, BadImages(len(source), max_fraction=1))[0]
     training = encoder.training
     paths.append(save_attention(encoder.eval(), image.to(device), folder / "attention")[0])
@@ -89,7 +89,7 @@ def next_commands(weights: Path, args: argparse.Namespace, knn: KNNMonitor) -> l
     size = args.rand_size if args.rand_size != 224 else None
     data = {"data_path": args.data_path, "val_path": args.val_path, "image_size": size}
     commands = []
-    if not knn.off:
+    if not knn.disabled_reason:
         few = len(knn.train.source) < 200  # by default the script asks for 200 neighbours
         commands.append(command("logistic_eval.py", **network, **data, imgs_per_class=5))
         commands.append(command("eval_knn.py", **network, **data, nb_knn=knn.k if few else None))

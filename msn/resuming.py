@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from shared import distributed
-from shared.checkpoint import check_flags, load_latest, restore, resume_position
-from shared.metrics import RunLog
-from shared.not_finite import FiniteGuard
-from shared.precision import Precision
-from shared.training_data import TrainingData
+from shared.images.training_data import TrainingData
+from shared.optimisation.precision import Precision
+from shared.run.checkpoint import check_flags, load_latest, restore, resume_position
+from shared.run.log import RunLog
+from shared.run.not_finite import FiniteGuard
 
 from .vision_transformer import VisionTransformer
 

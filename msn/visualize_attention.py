@@ -25,9 +25,10 @@ from msn.flags import load_chosen_encoder, network_parser
 from msn.pretrained import RUN_ON_DIGITS
 from msn.vision_transformer import VisionTransformer
 from shared import distributed
-from shared.attention import save_attention_maps
-from shared.backbones import input_channels
-from shared.data import open_source, read_image
+from shared.images.decode import read_image
+from shared.images.sources import open_source
+from shared.networks.backbones import input_channels
+from shared.pictures.attention import save_attention_maps
 
 DIGIT = 5  # the embedded image whose attention is shown by default
 
@@ -76,7 +77,7 @@ def class_attention(encoder: VisionTransformer, images: Tensor) -> Tensor:
 def save_attention(
     encoder: VisionTransformer, image: Tensor, output_dir: str | Path, threshold: float | None = None
 ) -> list[Path]:
-    """The attention of one image as pictures, see :func:`shared.attention.save_attention_maps`.
+    """The attention of one image as pictures, see :func:`shared.pictures.attention.save_attention_maps`.
 
     Args:
         encoder: In evaluation mode.

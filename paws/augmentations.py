@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from shared.views import ViewRecipe
+from shared.images.views import ViewRecipe
 
 
 @dataclass(frozen=True)
@@ -12,7 +12,7 @@ class Recipe:
     Attributes:
         large, small: Side in pixels and area range of the views with small views beside them.
         large_scale_alone: Area range of the large views without small ones.
-        common: Arguments of :class:`shared.views.ViewRecipe` that all views share; jitter for a strength of 1.
+        common: Arguments of :class:`shared.images.views.ViewRecipe` that all views share; jitter for a strength of 1.
         eval_resize_px: Short side before the centre crop of the evaluation.
         fine_tune_scale: Area range of the crops of fine-tuning; None: the centre crop.
         mean, std: Of the pixels in [0, 1], per channel.

@@ -19,17 +19,17 @@ class CollapseMonitor:
 
     def __init__(self, num_classes: int, patience_steps: int):
         self.num_classes, self.patience_steps = num_classes, patience_steps
-        self.said: dict[str, str] = {}  # by kind
+        self.warnings: dict[str, str] = {}  # by kind
 
     def check(self, line: dict) -> str | None:
         """A sentence if this line of the log shows a new problem, else None."""
         if line["step"] < self.patience_steps or not math.isfinite(line["loss"]):
             return None
         kind, sentence = self._diagnose(line)
-        if kind is None or kind in self.said:
+        if kind is None or kind in self.warnings:
             return None
-        self.said[kind] = f"step {line['step']}: COLLAPSE: {sentence}: {ADVICE[kind]}"
-        return self.said[kind]
+        self.warnings[kind] = f"step {line['step']}: COLLAPSE: {sentence}: {ADVICE[kind]}"
+        return self.warnings[kind]
 
     def _diagnose(self, line: dict) -> tuple[str | None, str | None]:
         if line["feature_spread"] < 0.02:

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shared import distributed
-from shared.backbones import input_channels
-from shared.data import BadImages, EvalDataset, EvalTransform
 from shared.evaluation.features import extract_features
-from shared.sources import ImageSource, open_source
+from shared.images.loading import BadImages, EvalDataset, EvalTransform
+from shared.images.sources import ImageSource, open_source
+from shared.networks.backbones import input_channels
 
 from .augmentations import Recipe
 from .heads import Encoder
@@ -144,7 +144,7 @@ class SNNMonitor:
         use_pred: Compare the outputs of the prediction head.
 
     Attributes:
-        off: Why there is no evaluation, or None.
+        disabled_reason: Why there is no evaluation, or None.
     """
 
     def __init__(
@@ -163,17 +163,19 @@ class SNNMonitor:
         self.images, self.validation, self.recipe, self.temperature = images, validation, recipe, temperature
         self.every_epochs, self.epochs, self.device, self.num_workers = every_epochs, epochs, device, num_workers
         self.bad_images, self.use_pred = bad_images, use_pred
-        self.off = validation if isinstance(validation, str) else None
-        if self.off is not None and every_epochs:
-            raise ValueError(f"--eval_knn_freq {every_epochs}: {self.off}")
-        if self.off is None and every_epochs is None and len(validation.rows) > AUTOMATIC_UP_TO:
-            self.off = f"there are {len(validation.rows):,} images to classify; ask for it with --eval_knn_freq"
+        self.disabled_reason = validation if isinstance(validation, str) else None
+        if self.disabled_reason is not None and every_epochs:
+            raise ValueError(f"--eval_knn_freq {every_epochs}: {self.disabled_reason}")
+        if self.disabled_reason is None and every_epochs is None and len(validation.rows) > AUTOMATIC_UP_TO:
+            self.disabled_reason = (
+                f"there are {len(validation.rows):,} images to classify; ask for it with --eval_knn_freq"
+            )
         if every_epochs == 0:
-            self.off = "--eval_knn_freq 0"
+            self.disabled_reason = "--eval_knn_freq 0"
 
     def is_due(self, epoch: int) -> bool:
         """Whether to evaluate after ``epoch`` (-1: before training)."""
-        if self.off is not None:
+        if self.disabled_reason is not None:
             return False
         ends = epoch in (-1, self.epochs - 1)
         return ends or (self.every_epochs is not None and (epoch + 1) % self.every_epochs == 0)

@@ -23,9 +23,9 @@ from paws.heads import Encoder
 from paws.networks import bare_backbone
 from paws.pretrained import load_encoder
 from shared import distributed
-from shared.backbones import build_library_backbone, input_channels
-from shared.export import export_onnx, export_safetensors, export_state_dict
-from shared.weights import safe_load
+from shared.networks.backbones import build_library_backbone, input_channels
+from shared.networks.export import export_onnx, export_safetensors, export_state_dict
+from shared.networks.weights import safe_load
 
 IMAGE_PX = 224
 
@@ -59,7 +59,7 @@ def export(
         The files by format: ``safetensors``, ``torchvision`` and ``timm`` (where these have the network), ``onnx``.
 
     Raises:
-        shared.export.ExportMismatch: If an exported network computes something else; its file is not kept.
+        shared.networks.export.ExportMismatch: If an exported network computes something else; its file is not kept.
     """
     output_dir, size = Path(output_dir), list(image_size)
     backbone = bare_backbone(encoder, model_name)

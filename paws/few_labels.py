@@ -24,10 +24,11 @@ from paws.augmentations import Recipe, choose_recipe
 from paws.evaluation import Validation, open_validation
 from paws.labels import PartlyLabelled, open_partly_labelled
 from shared import distributed
-from shared.data import EvalDataset, EvalTransform
 from shared.evaluation.features import extract_features
 from shared.evaluation.knn import knn_classify
-from shared.pictures import Curve, Panel, read_log, save_panels
+from shared.images.loading import EvalDataset, EvalTransform
+from shared.pictures.curves import Curve, Panel, save_panels
+from shared.run.log import read_log
 
 EMBEDDED_DATA_DEFAULTS = {
     name: value

@@ -32,17 +32,17 @@ from paws.pretrained import RUN_ON_DIGITS, backbone_of, build_for, find_file, lo
 from paws.training_loop import FineTuning, Loop, StepLoss, new_guard
 from paws.training_setup import open_images
 from shared import distributed
-from shared.backbones import input_channels
-from shared.batchnorm import synchronize_batchnorm
-from shared.checkpoint import Checkpointer, load_latest
-from shared.data import BadImages, EpochBatchSampler, EvalDataset, default_num_workers, make_loader
-from shared.flags import bool_flag
-from shared.metrics import RunLog
+from shared.images.loading import BadImages, EpochBatchSampler, EvalDataset, default_num_workers, make_loader
 from shared.multicrop import MultiCropDataset, normalize_views
-from shared.precision import Precision
-from shared.start import start_run
+from shared.networks.backbones import input_channels
+from shared.networks.batchnorm import synchronize_batchnorm
+from shared.networks.weights import load_backbone_weights, weights_checksum
+from shared.optimisation.precision import Precision
+from shared.run.checkpoint import Checkpointer, load_latest
+from shared.run.flags import bool_flag
+from shared.run.log import RunLog
+from shared.run.start import start_run
 from shared.supervised.evaluation import evaluate_classifier
-from shared.weights import load_backbone_weights, weights_checksum
 
 EMBEDDED_DATA_DEFAULTS = {
     "labels_per_class": 4,

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from shared.images import EXTENSIONS
-from shared.randomness import derive_seed
-from shared.sources import FileSource, ImageSource, open_source
-from shared.subsets import listed_images
+from shared.images.decode import EXTENSIONS
+from shared.images.sources import FileSource, ImageSource, open_source
+from shared.images.subsets import listed_images
+from shared.run.randomness import derive_seed
 
 UNLABELED_FOLDERS = ("unlabeled", "unlabelled")
 CIFAR_SPLITS = (73, 91, 152, 321, 401)  # numbers of the official lists of 4000 labels

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from shared import distributed
 
-LEAST_TARGET = 1e-4  # smaller probabilities of a target count as 0: noise that costs a logarithm of nearly 0
+MIN_TARGET = 1e-4  # smaller probabilities of a target count as 0: noise that costs a logarithm of nearly 0
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -104,7 +104,7 @@ def paws_loss(
         if num_small:  # a small view is matched with the mean of both large ones
             mean = pseudo_labels.unflatten(0, (2, -1)).mean(dim=0)
             pseudo_labels = torch.cat([pseudo_labels, mean.repeat(num_small, 1)])
-        pseudo_labels = torch.where(pseudo_labels < LEAST_TARGET, 0.0, pseudo_labels)
+        pseudo_labels = torch.where(pseudo_labels < MIN_TARGET, 0.0, pseudo_labels)
     consistency = -(pseudo_labels * predictions.clamp_min(TINY).log()).sum(dim=1).mean()
     if not me_max:
         return consistency, torch.zeros_like(consistency)

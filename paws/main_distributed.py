@@ -20,7 +20,8 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from paws import main as programs
-from shared import distributed, slurm
+from shared import distributed
+from shared.launch import slurm
 
 # The official names of the job's flags; --output_dir is this script's name for what main.py also calls --folder.
 OFFICIAL = {"--folder": "--job_dir", "--time": "--timeout", "--tasks-per-node": "--ngpus"}

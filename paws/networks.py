@@ -4,7 +4,7 @@ import re
 
 from torch import Tensor, nn
 
-from shared.backbones import build_library_backbone
+from shared.networks.backbones import build_library_backbone
 
 from .heads import Encoder
 from .resnet import BLOCKS, ResNet

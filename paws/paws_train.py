@@ -44,16 +44,18 @@ from paws.training_setup import (
     numbered_checkpoint,
     open_training_data,
 )
-from shared import distributed, randomness
-from shared.checkpoint import Checkpointer, is_at_start
-from shared.flags import bool_flag
-from shared.images import ImageError
-from shared.metrics import RunLog, feature_spread, rank_me
+from shared import distributed
+from shared.images.decode import ImageError
 from shared.multicrop import normalize_views
-from shared.not_finite import FiniteGuard
-from shared.optim import clip_grad_norm_per_tensor_, step_unless_not_finite
-from shared.precision import Precision
-from shared.start import start_run
+from shared.optimisation.optim import clip_grad_norm_per_tensor_, step_unless_not_finite
+from shared.optimisation.precision import Precision
+from shared.run import randomness
+from shared.run.checkpoint import Checkpointer, is_at_start
+from shared.run.flags import bool_flag
+from shared.run.health import feature_spread, rank_me
+from shared.run.log import RunLog
+from shared.run.not_finite import FiniteGuard
+from shared.run.start import start_run
 
 # What replaces the defaults when no images are given: 8x8 pixel digits need no ResNet-50 at 224 pixels. The learning
 # rate rises slowly, or the network is taught by its first pseudo-labels, of which most are wrong.
@@ -176,7 +178,7 @@ def train_paws(args: argparse.Namespace) -> None:
         written = Written(None, [f"no pseudo-labels: {error}"])
     if distributed.is_main_process():
         pictures = written.pictures + (save_pictures(data.dataset, output_dir) if args.pictures else [])
-        print(summary(args, output_dir, evaluation, written, pictures, list(monitor.said.values())))
+        print(summary(args, output_dir, evaluation, written, pictures, list(monitor.warnings.values())))
 
 
 def train_one_epoch(

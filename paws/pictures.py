@@ -6,19 +6,10 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from shared.data import EvalTransform
-from shared.pictures import (
-    AGREE,
-    DIFFER,
-    Curve,
-    Panel,
-    Tile,
-    magnify,
-    read_log,
-    save_panels,
-    save_sheet,
-    to_pixels,
-)
+from shared.images.loading import EvalTransform
+from shared.pictures.curves import Curve, Panel, save_panels
+from shared.pictures.sheets import AGREE, DIFFER, Tile, magnify, save_sheet, to_pixels
+from shared.run.log import read_log
 
 from .labels import PartlyLabelled
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from shared import distributed
-from shared.weights import (
+from shared.networks.weights import (
     BackboneWeights,
     WeightMismatch,
     download,
@@ -43,7 +43,7 @@ def fetch(release: str) -> Path:
     The environment variable ``PAWS_WEIGHTS_URL`` replaces the address.
 
     Raises:
-        shared.weights.DownloadError: If it cannot be had.
+        shared.networks.weights.DownloadError: If it cannot be had.
     """
     file = f"{release}.pth.tar"
     url = os.environ.get("PAWS_WEIGHTS_URL", BASE_URL).rstrip("/") + "/" + file

@@ -36,10 +36,11 @@ from paws.pictures import save_certainty
 from paws.pretrained import RUN_ON_DIGITS, load_encoder
 from paws.training_setup import open_images
 from shared import distributed
-from shared.data import EvalDataset, ImageError, default_num_workers
 from shared.evaluation.features import extract_features
-from shared.flags import bool_flag
-from shared.sources import FileSource, ImageSource
+from shared.images.decode import ImageError
+from shared.images.loading import EvalDataset, default_num_workers
+from shared.images.sources import FileSource, ImageSource
+from shared.run.flags import bool_flag
 
 UNREADABLE = -2  # in place of a label
 # Without images: the digits and the network that main.py trains on them.

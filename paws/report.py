@@ -4,9 +4,9 @@ import argparse
 import shlex
 from pathlib import Path
 
-from shared.evaluation.summary import command, end_of_run
 from shared.multicrop import MultiCropDataset
-from shared.pictures import read_log
+from shared.run.log import read_log
+from shared.run.summary import command, end_of_run
 
 from .evaluation import SNNMonitor
 from .pictures import save_curves, save_views
@@ -50,8 +50,8 @@ def summary(
             f"{evaluation.validation.describe()}: {before}{found[-1]['snn_top1']:.1f} % after "
             f"{found[-1]['step']} steps (chance {100 / classes:.1f} %)"
         )
-    elif evaluation.off:
-        learned.append(f"accuracy not known: {evaluation.off}")
+    elif evaluation.disabled_reason:
+        learned.append(f"accuracy not known: {evaluation.disabled_reason}")
     learned += written.lines
     weights = output_dir / latest(args)
     flags = {
@@ -69,7 +69,7 @@ def summary(
         "val_path": args.val_path,
     }
     tables = f" --labels {shlex.join(args.labels)}" if args.labels else ""
-    scripts = ("snn_eval.py", "fine_tune.py") if evaluation.off is None else ()
+    scripts = ("snn_eval.py", "fine_tune.py") if evaluation.disabled_reason is None else ()
     commands = [command(script, **flags) + tables for script in scripts]
     commands.append(
         "python main.py --data_path YOUR_IMAGES --labels YOUR_LABELS.csv --fname configs/paws/own_images.yaml "
@@ -81,4 +81,4 @@ def summary(
 class _NoKNN:
     """Stands for a k-NN evaluation, of which there is none: the soft nearest neighbours take its place."""
 
-    off = None
+    disabled_reason = None

@@ -22,7 +22,7 @@ from paws.evaluation import add_process_flags, classify, open_validation, print_
 from paws.pretrained import RUN_ON_DIGITS, load_encoder
 from paws.training_setup import open_images
 from shared import distributed
-from shared.data import default_num_workers
+from shared.images.loading import default_num_workers
 
 EMBEDDED_DATA_DEFAULTS = {
     "dataset": "digits",

@@ -29,15 +29,15 @@ from paws.support_sampler import SupportSampler
 from paws.training_loop import FineTuning, Loop, StepLoss, new_guard
 from paws.training_setup import MOST_SUPPORTS, open_images
 from shared import distributed
-from shared.backbones import input_channels
-from shared.checkpoint import Checkpointer, is_at_start, load_latest
-from shared.data import BadImages, default_num_workers, make_loader
-from shared.flags import bool_flag
-from shared.metrics import RunLog
+from shared.images.loading import BadImages, default_num_workers, make_loader
 from shared.multicrop import MultiCropDataset, normalize_views
-from shared.precision import Precision
-from shared.start import start_run
-from shared.weights import weights_checksum
+from shared.networks.backbones import input_channels
+from shared.networks.weights import weights_checksum
+from shared.optimisation.precision import Precision
+from shared.run.checkpoint import Checkpointer, is_at_start, load_latest
+from shared.run.flags import bool_flag
+from shared.run.log import RunLog
+from shared.run.start import start_run
 
 EMBEDDED_DATA_DEFAULTS = {
     "labels_per_class": 4,
@@ -117,8 +117,8 @@ def snn_fine_tune(args: argparse.Namespace) -> float | None:
         num_workers,
         use_pred=args.use_pred_head,
     )
-    if evaluation.off:
-        distributed.print_once(f"no evaluation: {evaluation.off}")
+    if evaluation.disabled_reason:
+        distributed.print_once(f"no evaluation: {evaluation.disabled_reason}")
     sampler = batches_of_labelled(args, images)
     encoder = load_encoder(args.model_name, args.pretrained, args.use_pred_head).requires_grad_(True)
     if not args.use_pred_head:
@@ -181,7 +181,7 @@ def snn_fine_tune(args: argparse.Namespace) -> float | None:
             log.end_epoch(epoch)
             checkpointer.after_epoch(epoch)
     log.close()
-    if top1 is None and evaluation.off is None:  # resumed after the last epoch
+    if top1 is None and evaluation.disabled_reason is None:  # resumed after the last epoch
         top1 = evaluation.run(encoder)
     if top1 is not None:
         distributed.print_once(f"Top-1 accuracy after the last epoch: {top1:.2f} % (best of all {run.best:.2f} %)")

@@ -37,11 +37,11 @@ from paws.training_setup import (
     open_training_data,
 )
 from shared import distributed
-from shared.checkpoint import Checkpointer, is_at_start
-from shared.metrics import RunLog
 from shared.multicrop import normalize_views
-from shared.precision import Precision
-from shared.start import start_run
+from shared.optimisation.precision import Precision
+from shared.run.checkpoint import Checkpointer, is_at_start
+from shared.run.log import RunLog
+from shared.run.start import start_run
 
 EMBEDDED_DATA_DEFAULTS = {
     "labels_per_class": 4,

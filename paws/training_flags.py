@@ -6,13 +6,13 @@ Every function adds a group and returns its ``add_argument``, with which a progr
 import argparse
 from collections.abc import Callable
 
-from shared import flags
-from shared.flags import bool_flag
-from shared.yaml_config import parse_args_with_config
+from shared.run import flags
+from shared.run.flags import bool_flag
+from shared.run.yaml_config import parse_args_with_config
 
 from .augmentations import RECIPES
 
-LEAST = {
+MINIMUM = {
     "epochs": 1,
     "unsupervised_batch_size": 1,
     "supervised_views": 1,
@@ -178,7 +178,7 @@ def has_images(args: argparse.Namespace) -> bool:
 
 def check_ranges(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End the program if a number is out of its range."""
-    for flag, least in LEAST.items():
+    for flag, least in MINIMUM.items():
         if (value := getattr(args, flag, None)) is not None and value < least:
             parser.error(f"--{flag} {value} is less than {least}")
     for flag in POSITIVE:

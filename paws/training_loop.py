@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from shared import distributed, randomness
-from shared.checkpoint import Checkpointer, check_flags, restore, resume_position
-from shared.metrics import RunLog
-from shared.not_finite import FiniteGuard
-from shared.optim import clip_grad_norm_per_tensor_, step_unless_not_finite
-from shared.precision import Precision
+from shared import distributed
+from shared.optimisation.optim import clip_grad_norm_per_tensor_, step_unless_not_finite
+from shared.optimisation.precision import Precision
+from shared.run import randomness
+from shared.run.checkpoint import Checkpointer, check_flags, restore, resume_position
+from shared.run.log import RunLog
+from shared.run.not_finite import FiniteGuard
 
 
 @dataclass

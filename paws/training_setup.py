@@ -12,15 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from shared import distributed, randomness
-from shared.batchnorm import synchronize_batchnorm
-from shared.checkpoint import Checkpointer, CheckpointError, check_flags, load_latest, restore, resume_position
-from shared.data import BadImages, EpochBatchSampler, default_num_workers, make_loader, short_side
-from shared.image_cache import cache_images
-from shared.metrics import RunLog
+from shared import distributed
+from shared.images.cache import cache_images
+from shared.images.loading import BadImages, EpochBatchSampler, default_num_workers, make_loader, short_side
 from shared.multicrop import MultiCropDataset
-from shared.not_finite import FiniteGuard
-from shared.precision import Precision
+from shared.networks.batchnorm import synchronize_batchnorm
+from shared.optimisation.precision import Precision
+from shared.run import randomness
+from shared.run.checkpoint import Checkpointer, CheckpointError, check_flags, load_latest, restore, resume_position
+from shared.run.log import RunLog
+from shared.run.not_finite import FiniteGuard
 
 from .augmentations import Recipe, paws_views, support_views
 from .evaluation import SNNMonitor, open_validation
@@ -206,7 +207,11 @@ def build_monitor(
         data.num_workers,
         bad_images,
     )
-    what = f"no evaluation between epochs: {monitor.off}" if monitor.off else f"evaluation: {validation.describe()}"
+    what = (
+        f"no evaluation between epochs: {monitor.disabled_reason}"
+        if monitor.disabled_reason
+        else f"evaluation: {validation.describe()}"
+    )
     distributed.print_once(what)
     return monitor
 

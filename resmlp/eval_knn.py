@@ -28,9 +28,9 @@ from resmlp.evaluation import (
     parse_with_embedded_defaults,
 )
 from shared import distributed
-from shared.data import EvalDataset
 from shared.evaluation.features import extract_features
 from shared.evaluation.knn import knn_accuracies
+from shared.images.loading import EvalDataset
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -30,13 +30,14 @@ from resmlp.evaluation import (
     labelled_sources,
     parse_with_embedded_defaults,
 )
-from shared import distributed, randomness
-from shared.checkpoint import load_latest, restore, save
-from shared.data import BadImages, EpochBatchSampler, EvalDataset, make_loader
+from shared import distributed
 from shared.evaluation.linear import LinearClassifier, train_one_epoch, validate
+from shared.images.loading import BadImages, EpochBatchSampler, EvalDataset, make_loader
+from shared.images.views import ViewRecipe
 from shared.multicrop import MultiCropDataset, normalize_views
-from shared.views import ViewRecipe
-from shared.weights import weights_checksum
+from shared.networks.weights import weights_checksum
+from shared.run import randomness
+from shared.run.checkpoint import load_latest, restore, save
 
 
 def get_args_parser() -> argparse.ArgumentParser:

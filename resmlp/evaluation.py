@@ -3,9 +3,9 @@
 import argparse
 from collections.abc import Callable
 
-from shared.data import default_num_workers
-from shared.evaluation.knn_monitor import open_labelled
-from shared.sources import ImageSource
+from shared.images.labelled import open_labelled
+from shared.images.loading import default_num_workers
+from shared.images.sources import ImageSource
 from shared.supervised.transforms import eval_transform
 
 from .augmentations import MEAN, STD
@@ -65,10 +65,7 @@ def parse_with_embedded_defaults(
 
 def labelled_sources(args: argparse.Namespace) -> tuple[ImageSource, ImageSource]:
     """Train and val images with classes. Raises ``ValueError`` if there are none."""
-    sources = open_labelled(args.data_path, args.val_path, args.allow_absolute_paths)
-    if isinstance(sources, str):
-        raise ValueError(f"--data_path {args.data_path}: {sources}")
-    return sources
+    return open_labelled(args.data_path, args.val_path, args.allow_absolute_paths)
 
 
 def frozen_network(args: argparse.Namespace) -> ResMLP:

@@ -21,7 +21,7 @@ from resmlp.evaluation import evaluation_parser
 from resmlp.pretrained import load_network, to_timm
 from resmlp.resmlp_models import ARCHITECTURES, ResMLP
 from shared import distributed
-from shared.export import appearing_when_checked, check_outputs, export_onnx, export_safetensors
+from shared.networks.export import atomic_file, check_outputs, export_onnx, export_safetensors
 
 TIMM_MODELS = {name: f"{name}_224" for name in ARCHITECTURES} | {"resmlpB_24": "resmlp_big_24_224"}
 
@@ -58,7 +58,7 @@ def export(network: ResMLP, output_dir: str | Path) -> dict[str, Path]:
         The files by format: ``safetensors``, ``timm`` (where timm has the network) and ``onnx``.
 
     Raises:
-        shared.export.ExportMismatch: If an exported network computes something else; its file is not kept.
+        shared.networks.export.ExportMismatch: If an exported network computes something else; its file is not kept.
     """
     output_dir = Path(output_dir)
     size = [network.img_size] * 2
@@ -71,7 +71,7 @@ def export(network: ResMLP, output_dir: str | Path) -> dict[str, Path]:
         print("no file for timm: it has no ResMLP of this width, depth and patch size")
     else:
         files["timm"] = output_dir / "resmlp_timm.pth"
-        with appearing_when_checked(files["timm"]) as temporary:
+        with atomic_file(files["timm"]) as temporary:
             torch.save(to_timm(network.state_dict()), temporary)
             twin = timm.create_model(**options, checkpoint_path=str(temporary)).eval()
             check_outputs(files["timm"].name, twin, network, size)

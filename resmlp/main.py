@@ -29,14 +29,15 @@ from resmlp.networks import build_network
 from resmlp.pretrained import fill, read_weights
 from resmlp.report import save_pictures, summary
 from resmlp.resmlp_models import ARCHITECTURES
-from shared import distributed, randomness
-from shared.batchnorm import synchronize_batchnorm
-from shared.checkpoint import Checkpointer
-from shared.flags import AnyDashParser, add_data_flags, add_run_flags
-from shared.metrics import RunLog
-from shared.not_finite import FiniteGuard
-from shared.precision import Precision
-from shared.start import start_run
+from shared import distributed
+from shared.networks.batchnorm import synchronize_batchnorm
+from shared.optimisation.precision import Precision
+from shared.run import randomness
+from shared.run.checkpoint import Checkpointer
+from shared.run.flags import AnyDashParser, add_data_flags, add_run_flags
+from shared.run.log import RunLog
+from shared.run.not_finite import FiniteGuard
+from shared.run.start import start_run
 from shared.supervised.data import LabelledViews
 from shared.supervised.distillation import build_teacher, distillation_loss
 from shared.supervised.ema import NetworkEMA
@@ -75,7 +76,7 @@ EMBEDDED_DATA_DEFAULTS = {
     "output_dir": "runs/digits",
 }
 SIZES = ("patch_size", "embed_dim", "depth")
-LEAST = {"epochs": 1, "batch_size": 1, "log_freq": 1, "input_size": 1, "start_epoch": 0}
+MINIMUM = {"epochs": 1, "batch_size": 1, "log_freq": 1, "input_size": 1, "start_epoch": 0}
 NETWORK_FLAGS = ("model", "input_size", "in_chans", *SIZES)
 
 
@@ -137,7 +138,7 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
             **{flag: value for flag, value in EMBEDDED_DATA_DEFAULTS.items() if own or flag not in SIZES}
         )
         args = parser.parse_args(arguments)
-    check_recipe(parser, args, LEAST)
+    check_recipe(parser, args, MINIMUM)
     if not 0 < args.eval_crop_ratio <= 1:
         parser.error(f"--eval-crop-ratio {args.eval_crop_ratio} is not in (0, 1]")
     if args.distillation_type != "none" and args.cosub:

@@ -10,8 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from shared import distributed
-from shared.supervised.distillation import fetch_file
-from shared.weights import CLASSIFIERS, WeightMismatch, download, safe_load, select_backbone_weights
+from shared.networks.weights import (
+    CLASSIFIERS,
+    WeightMismatch,
+    download,
+    fetch_file,
+    safe_load,
+    select_backbone_weights,
+)
 
 from .resmlp_models import ResMLP, resize_cross_patch_layers
 
@@ -38,7 +44,7 @@ def fetch(release: str) -> Path:
         release: A key of ``RELEASES``. The environment variable ``RESMLP_WEIGHTS_URL`` replaces the base address.
 
     Raises:
-        shared.weights.DownloadError: If they cannot be had.
+        shared.networks.weights.DownloadError: If they cannot be had.
     """
     file = f"{release}.pth"
     url = os.environ.get("RESMLP_WEIGHTS_URL", BASE_URL).rstrip("/") + "/" + file

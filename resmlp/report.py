@@ -4,8 +4,8 @@ from pathlib import Path
 
 from torch import nn
 
-from shared.data import ImageSource
-from shared.evaluation.summary import command, end_of_run
+from shared.images.sources import ImageSource
+from shared.run.summary import command, end_of_run
 from shared.supervised.report import save_curves
 
 from .resmlp_models import ARCHITECTURES, ResMLP

@@ -23,11 +23,12 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 from resmlp.pretrained import RUN_ON_DIGITS, load_network
 from resmlp.resmlp_models import ResMLP
 from shared import distributed
-from shared.pictures import Curve, Panel, Tile, magnify, save_panels, save_sheet
+from shared.pictures.curves import Curve, Panel, save_panels
+from shared.pictures.sheets import Tile, magnify, save_sheet
 
 PER_ROW = 6  # layers
 SMALL = 0.05  # of a matrix's largest absolute weight: below it a weight counts as none, as in the paper's analysis
-LEAST_PX = 180  # of a layer on a sheet
+MIN_PX = 180  # of a layer on a sheet
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -77,7 +78,7 @@ def save_cross_patch_layers(network: ResMLP, folder: str | Path) -> list[Path]:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = [block.attn.weight for block in network.blocks]
-    pictures = [magnify(to_colors(rows_as_maps(weight)), LEAST_PX) for weight in weights]
+    pictures = [magnify(to_colors(rows_as_maps(weight)), MIN_PX) for weight in weights]
     measures = [locality(weight) for weight in weights]
 
     tiles = [

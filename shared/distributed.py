@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .attempt import NotFinite
+from .run.attempt import NotFinite
 
 _control_group: dist.ProcessGroup | None = None  # gloo, for messages that must not wait for the GPU
 
@@ -195,9 +195,9 @@ def clean_exit() -> Iterator[None]:
     code      why
     ========  ==========================================================================================
     2         a mistake of the user, or a file that cannot be read or written (ValueError, OSError)
-    3         gradients or weights are not finite (:class:`shared.attempt.NotFinite`)
+    3         gradients or weights are not finite (:class:`shared.run.attempt.NotFinite`)
     4         another process of the run, or a process that loads images, has died or has not come up
-    128 + n   stopped by signal n, in training after saving (:class:`shared.attempt.Interrupted`)
+    128 + n   stopped by signal n, in training after saving (:class:`shared.run.attempt.Interrupted`)
     1         anything else: a bug, with its traceback
     ========  ==========================================================================================
     """

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from shared.data import BadImages, ImageSource
-from shared.randomness import derive_seed
-from shared.views import DrawStreams, ViewParams, ViewRecipe, apply_fast, apply_pil, draw_view
+from .images.loading import BadImages
+from .images.sources import ImageSource
+from .images.views import DrawStreams, ViewParams, ViewRecipe, apply_fast, apply_pil, draw_view
+from .run.randomness import derive_seed
 
 __all__ = ["MultiCropDataset", "MultiCropWrapper", "ViewRecipe", "normalize_views"]
 

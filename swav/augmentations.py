@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from shared.views import ViewRecipe
+from shared.images.views import ViewRecipe
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.228, 0.224, 0.225)  # 0.228, not ImageNet's 0.229: the released weights were trained with it

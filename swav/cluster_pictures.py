@@ -8,8 +8,10 @@ import numpy as np
 from matplotlib.colors import to_rgb
 from tqdm import tqdm
 
-from shared.data import EvalTransform, ImageSource
-from shared.pictures import DIFFER, DPI, Curve, Panel, Tile, magnify, save_panels, save_sheet, to_pixels
+from shared.images.loading import EvalTransform
+from shared.images.sources import ImageSource
+from shared.pictures.curves import Curve, Panel, save_panels
+from shared.pictures.sheets import DIFFER, DPI, Tile, magnify, save_sheet, to_pixels
 
 from .clustering import Clustering
 

@@ -27,8 +27,10 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from shared import distributed
-from shared.data import EvalDataset, ImageError, ImageSource, open_source
 from shared.evaluation.features import extract_features
+from shared.images.decode import ImageError
+from shared.images.loading import EvalDataset
+from shared.images.sources import ImageSource, open_source
 from swav.cluster_pictures import save_overview, save_sheets, save_usage
 from swav.clustering import Clustering, assign, describe, summarise
 from swav.evaluation import (

@@ -73,7 +73,7 @@ class CollapseMonitor:
         self.uniform_entropy = math.log(nmb_prototypes)
         self.patience_steps = patience_steps
         self.advice = advice
-        self.said: dict[str, str] = {}  # by kind
+        self.warnings: dict[str, str] = {}  # by kind
         self.is_flat = False
 
     def check(self, line: dict) -> str | None:
@@ -81,10 +81,10 @@ class CollapseMonitor:
         if line["step"] < self.patience_steps:
             return None
         kind, sentence = self._diagnose(line)
-        if kind is None or kind in self.said:
+        if kind is None or kind in self.warnings:
             return None
-        self.said[kind] = f"step {line['step']}: {sentence}: {self.advice[kind]}"
-        return self.said[kind]
+        self.warnings[kind] = f"step {line['step']}: {sentence}: {self.advice[kind]}"
+        return self.warnings[kind]
 
     def _diagnose(self, line: dict) -> tuple[str | None, str | None]:
         ln_k = f"ln K = {self.uniform_entropy:.3f}"

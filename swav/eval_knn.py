@@ -18,10 +18,11 @@ from torch import Tensor
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from shared import distributed, randomness
-from shared.data import EvalDataset
+from shared import distributed
 from shared.evaluation.features import extract_features
 from shared.evaluation.knn import knn_accuracies
+from shared.images.loading import EvalDataset
+from shared.run import randomness
 from swav.evaluation import (
     EMBEDDED_DATA_DEFAULTS,
     add_data_flags,

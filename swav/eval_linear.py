@@ -19,12 +19,13 @@ from torch import Tensor, nn
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from shared import distributed, randomness
-from shared.batchnorm import synchronize_batchnorm
-from shared.data import EvalDataset
+from shared import distributed
 from shared.evaluation.linear import LinearClassifier, train_one_epoch, validate
-from shared.flags import bool_flag
-from shared.weights import safe_load, weights_checksum
+from shared.images.loading import EvalDataset
+from shared.networks.batchnorm import synchronize_batchnorm
+from shared.networks.weights import safe_load, weights_checksum
+from shared.run import randomness
+from shared.run.flags import bool_flag
 from swav.evaluation import (
     EMBEDDED_DATA_DEFAULTS,
     add_data_flags,

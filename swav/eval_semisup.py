@@ -19,12 +19,14 @@ from torch import nn
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from shared import distributed, randomness
-from shared.batchnorm import synchronize_batchnorm
-from shared.data import EvalDataset, ImageSource
+from shared import distributed
 from shared.evaluation.linear import train_one_epoch, validate
-from shared.subsets import Subset, listed_images
-from shared.weights import weights_checksum
+from shared.images.loading import EvalDataset
+from shared.images.sources import ImageSource
+from shared.images.subsets import Subset, listed_images
+from shared.networks.batchnorm import synchronize_batchnorm
+from shared.networks.weights import weights_checksum
+from shared.run import randomness
 from swav.evaluation import (
     EMBEDDED_DATA_DEFAULTS,
     add_data_flags,

@@ -13,12 +13,13 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from shared import distributed
-from shared.backbones import input_channels
-from shared.checkpoint import load_latest, save, without_prefix
-from shared.data import BadImages, EpochBatchSampler, EvalTransform, ImageSource, default_num_workers, make_loader
-from shared.evaluation.knn_monitor import open_labelled
+from shared.images.labelled import open_labelled
+from shared.images.loading import BadImages, EpochBatchSampler, EvalTransform, default_num_workers, make_loader
+from shared.images.sources import ImageSource
+from shared.images.views import ViewRecipe
 from shared.multicrop import MultiCropDataset, normalize_views
-from shared.views import ViewRecipe
+from shared.networks.backbones import input_channels
+from shared.run.checkpoint import load_latest, save, without_prefix
 
 from .augmentations import MEAN, STD
 from .pretrained import RUN_ON_DIGITS
@@ -123,8 +124,6 @@ def labelled_sources(
         ValueError: If there are none, or they have more than ``num_labels`` classes.
     """
     sources = open_labelled(data_path, val_path, allow_absolute_paths)
-    if isinstance(sources, str):
-        raise ValueError(f"--data_path {data_path}: {sources}")
     if num_labels is not None and num_labels < len(sources[0].classes):
         raise ValueError(
             f"--num_labels {num_labels} is less than the {len(sources[0].classes)} classes of {sources[0].name}"

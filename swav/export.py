@@ -21,9 +21,9 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from shared import distributed
-from shared.backbones import build_library_backbone, input_channels
-from shared.export import export_onnx, export_safetensors, export_state_dict
-from shared.weights import safe_load, vit_shape
+from shared.networks.backbones import build_library_backbone, input_channels
+from shared.networks.export import export_onnx, export_safetensors, export_state_dict
+from shared.networks.weights import safe_load, vit_shape
 from swav.evaluation import evaluation_parser
 from swav.pretrained import load_backbone, trunk_of
 from swav.resnet50 import PrototypeNetwork
@@ -76,7 +76,7 @@ def export(
         The files by format: ``safetensors``, ``torchvision`` and ``timm`` (where these have the network), ``onnx``.
 
     Raises:
-        shared.export.ExportMismatch: If an exported network computes something else; its file is not kept.
+        shared.networks.export.ExportMismatch: If an exported network computes something else; its file is not kept.
     """
     output_dir, image_size = Path(output_dir), list(image_size)
     trunk = trunk_of(network)

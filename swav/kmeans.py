@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared import distributed
-from shared.clusters import sum_by_cluster
+from shared.evaluation.clusters import sum_by_cluster
 
 from .memory_bank import MemoryBank
 

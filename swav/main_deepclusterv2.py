@@ -26,18 +26,20 @@ from torch import Tensor, nn
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from shared import distributed, randomness
-from shared.checkpoint import Checkpointer, is_at_start, load_latest
+from shared import distributed
 from shared.evaluation.knn_monitor import build_knn_monitor
-from shared.metrics import RunLog, feature_spread, rank_me
+from shared.images.training_data import open_training_data
 from shared.multicrop import normalize_views
-from shared.not_finite import FiniteGuard
-from shared.optim import clip_grad_norm_per_tensor_, step_unless_not_finite
-from shared.precision import Precision
-from shared.schedules import cosine_schedule
-from shared.start import start_run
-from shared.training_data import open_training_data
-from shared.weights import safe_load
+from shared.networks.weights import safe_load
+from shared.optimisation.optim import clip_grad_norm_per_tensor_, step_unless_not_finite
+from shared.optimisation.precision import Precision
+from shared.optimisation.schedules import cosine_schedule
+from shared.run import randomness
+from shared.run.checkpoint import Checkpointer, is_at_start, load_latest
+from shared.run.health import feature_spread, rank_me
+from shared.run.log import RunLog
+from shared.run.not_finite import FiniteGuard
+from shared.run.start import start_run
 from swav import training_flags
 from swav.augmentations import MEAN, STD, swav_views
 from swav.collapse import CollapseMonitor, usage_of
@@ -208,7 +210,7 @@ def train_deepclusterv2(args: argparse.Namespace) -> None:
     if args.pictures:
         heading = "DeepCluster-v2 training"
         pictures = save_pictures(trunk, data.dataset, knn, args.size_crops[0], output_dir, device, heading)
-    problems = list(monitor.said.values())
+    problems = list(monitor.warnings.values())
     if distributed.is_main_process():
         weights = output_dir / CHECKPOINT
         print(summary("main_deepclusterv2.py", output_dir, weights, args.arch, args.data_path, knn, pictures, problems))

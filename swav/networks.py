@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from shared.backbones import build_library_backbone, library_architectures
+from shared.networks.backbones import build_library_backbone, library_architectures
 
 from . import resnet50
 from .resnet50 import PrototypeNetwork

@@ -5,7 +5,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from shared.pictures import Curve, Panel, Tile, read_log, save_panels, save_sheet, to_pixels
+from shared.pictures.curves import Curve, Panel, save_panels
+from shared.pictures.sheets import Tile, save_sheet, to_pixels
+from shared.run.log import read_log
 
 VIEWS_PER_ROW = 8
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from shared import distributed
-from shared.weights import (
+from shared.networks.weights import (
     BackboneWeights,
     WeightMismatch,
     download,
@@ -55,7 +55,7 @@ def fetch(file: str) -> Path:
         file: Name below the base address, which the environment variable ``SWAV_WEIGHTS_URL`` replaces.
 
     Raises:
-        shared.weights.DownloadError: If it cannot be had.
+        shared.networks.weights.DownloadError: If it cannot be had.
     """
     url = os.environ.get("SWAV_WEIGHTS_URL", BASE_URL).rstrip("/") + "/" + file
     path = Path(torch.hub.get_dir()) / "checkpoints" / file

@@ -8,9 +8,9 @@ from torch import nn
 from shared import distributed
 from shared.evaluation.knn_monitor import KNNMonitor
 from shared.evaluation.neighbours import save_nearest_neighbours
-from shared.evaluation.summary import command, end_of_run
 from shared.multicrop import MultiCropDataset
-from shared.pictures import read_log
+from shared.run.log import read_log
+from shared.run.summary import command, end_of_run
 
 from .augmentations import MEAN, STD
 from .pictures import save_curves, save_views

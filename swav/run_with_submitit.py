@@ -15,7 +15,8 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from shared import distributed, slurm
+from shared import distributed
+from shared.launch import slurm
 from swav import main_deepclusterv2, main_swav
 
 METHODS = {

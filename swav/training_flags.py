@@ -6,10 +6,10 @@ Every function adds a group and returns its ``add_argument``, with which a scrip
 import argparse
 from collections.abc import Callable
 
-from shared import flags
+from shared.run import flags
 
 SYNC_BN = ("pytorch", "apex", "none")
-LEAST = {"epochs": 1, "batch_size": 1, "feat_dim": 1, "hidden_mlp": 0, "log_freq": 1, "syncbn_process_group_size": 1}
+MINIMUM = {"epochs": 1, "batch_size": 1, "feat_dim": 1, "hidden_mlp": 0, "log_freq": 1, "syncbn_process_group_size": 1}
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> Callable:
@@ -84,7 +84,7 @@ def parse_with_embedded_defaults(
     if args.data_path is None:
         parser.set_defaults(**embedded)
         args = parser.parse_args(arguments)
-    for flag, least in LEAST.items():
+    for flag, least in MINIMUM.items():
         if getattr(args, flag) < least:
             parser.error(f"--{flag} {getattr(args, flag)} is less than {least}")
     if args.epochs < args.warmup_epochs:

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from shared import distributed
-from shared.batchnorm import synchronize_batchnorm
-from shared.checkpoint import check_flags, restore, resume_position
-from shared.metrics import RunLog
-from shared.not_finite import FiniteGuard
-from shared.precision import Precision
-from shared.training_data import TrainingData
+from shared.images.training_data import TrainingData
+from shared.networks.batchnorm import synchronize_batchnorm
+from shared.optimisation.precision import Precision
+from shared.run.checkpoint import check_flags, restore, resume_position
+from shared.run.log import RunLog
+from shared.run.not_finite import FiniteGuard
 
 from .larc import LARC
 from .networks import build_network

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.slurm import add_slurm_flags
+from shared.launch.slurm import add_slurm_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = sorted(path for path in [ROOT / "README.md", *ROOT.glob("*/README.md")] if ".venv" not in path.parts)

@@ -15,7 +15,7 @@ import hubconf
 from deepcluster import backbones, networks
 from dino import pretrained
 from dino.networks import build_backbone
-from shared.weights import DownloadError, WeightMismatch
+from shared.networks.weights import DownloadError, WeightMismatch
 
 ROOT = Path(__file__).resolve().parents[1]
 ENTRIES = [name for name in dir(hubconf) if name.startswith("dino_")]

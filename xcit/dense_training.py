@@ -10,20 +10,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from shared import distributed, randomness
-from shared.attempt import NotFinite
-from shared.batchnorm import synchronize_batchnorm
-from shared.checkpoint import Checkpointer, check_flags, load_latest, restore, resume_position
-from shared.data import BadImages, EpochBatchSampler, FileSource, default_num_workers, make_loader
-from shared.flags import add_run_flags
-from shared.images import ImageError
-from shared.metrics import RunLog
-from shared.not_finite import FiniteGuard
-from shared.optim import build_optimizer
-from shared.precision import Precision
-from shared.start import start_run
+from shared import distributed
+from shared.images.decode import ImageError
+from shared.images.loading import BadImages, EpochBatchSampler, default_num_workers, make_loader
+from shared.images.sources import FileSource
+from shared.networks.batchnorm import synchronize_batchnorm
+from shared.networks.weights import safe_load
+from shared.optimisation.optim import build_optimizer
+from shared.optimisation.precision import Precision
+from shared.run import randomness
+from shared.run.attempt import NotFinite
+from shared.run.checkpoint import Checkpointer, check_flags, load_latest, restore, resume_position
+from shared.run.flags import add_run_flags
+from shared.run.log import RunLog
+from shared.run.not_finite import FiniteGuard
+from shared.run.start import start_run
 from shared.supervised.optimizer import clip_and_step
-from shared.weights import safe_load
 
 from .cross_covariance_transformer import ARCHITECTURES
 

@@ -18,8 +18,8 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from shared import distributed
-from shared.backbones import input_channels
-from shared.export import appearing_when_checked, check_outputs, export_onnx, export_safetensors
+from shared.networks.backbones import input_channels
+from shared.networks.export import atomic_file, check_outputs, export_onnx, export_safetensors
 from xcit.cross_covariance_transformer import ARCHITECTURES, XCiT
 from xcit.pretrained import load_network, to_timm
 
@@ -53,7 +53,7 @@ def export(
         The files by format: ``safetensors``, ``timm`` and ``onnx``.
 
     Raises:
-        shared.export.ExportMismatch: If an exported network computes something else; its file is not kept.
+        shared.networks.export.ExportMismatch: If an exported network computes something else; its file is not kept.
     """
     output_dir, image_size = Path(output_dir), list(image_size)
     files = {
@@ -71,7 +71,7 @@ def export(
     def read_with_timm(path: Path) -> nn.Module:
         return timm.create_model(f"{model}_224", checkpoint_path=str(path), **options).eval()
 
-    with appearing_when_checked(files["timm"]) as temporary:
+    with atomic_file(files["timm"]) as temporary:
         torch.save(to_timm(network.state_dict()), temporary)
         check_outputs(files["timm"].name, read_with_timm(temporary), network, image_size)
     arguments = ", ".join(f"{key}={value!r}" for key, value in options.items())

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from shared import distributed
-from shared.weights import WeightMismatch
+from shared.networks.weights import WeightMismatch
 
 from .cross_covariance_transformer import Trunk, architecture
 from .pretrained import read_weights

@@ -23,14 +23,15 @@ from torch import Tensor, nn
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from shared import distributed, randomness
-from shared.batchnorm import synchronize_batchnorm
-from shared.checkpoint import Checkpointer
-from shared.flags import AnyDashParser, add_data_flags, add_run_flags
-from shared.metrics import RunLog
-from shared.not_finite import FiniteGuard
-from shared.precision import Precision
-from shared.start import start_run
+from shared import distributed
+from shared.networks.batchnorm import synchronize_batchnorm
+from shared.optimisation.precision import Precision
+from shared.run import randomness
+from shared.run.checkpoint import Checkpointer
+from shared.run.flags import AnyDashParser, add_data_flags, add_run_flags
+from shared.run.log import RunLog
+from shared.run.not_finite import FiniteGuard
+from shared.run.start import start_run
 from shared.supervised.data import LabelledViews
 from shared.supervised.distillation import build_teacher, distillation_loss
 from shared.supervised.ema import NetworkEMA
@@ -70,7 +71,7 @@ EMBEDDED_DATA_DEFAULTS = {
     "full_crop": True,
     "output_dir": "runs/digits",
 }
-LEAST = {"epochs": 1, "batch_size": 1, "log_freq": 1, "input_size": 1, "test_freq": 1, "start_epoch": 0}
+MINIMUM = {"epochs": 1, "batch_size": 1, "log_freq": 1, "input_size": 1, "test_freq": 1, "start_epoch": 0}
 NETWORK_FLAGS = ("model", "in_chans")
 
 
@@ -117,7 +118,7 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
     if args.data_path is None and args.val_path is None:
         parser.set_defaults(**EMBEDDED_DATA_DEFAULTS)
         args = parser.parse_args(arguments)
-    check_recipe(parser, args, LEAST)
+    check_recipe(parser, args, MINIMUM)
     return args
 
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-from shared.pictures import Tile, magnify, save_sheet, to_pixels
+from shared.pictures.sheets import Tile, magnify, save_sheet, to_pixels
 
 from .dense_training import DenseDataset
 
 COUNT = 4
-LEAST_SCORE = 0.5
-LEAST_PX = 256  # smaller images are magnified, so that names of classes fit
+MIN_SCORE = 0.5
+MIN_PX = 256  # smaller images are magnified, so that names of classes fit
 OPACITY = 0.5
 
 
@@ -35,11 +35,11 @@ def paint_objects(image: Tensor, objects: dict[str, Tensor], classes: Sequence[s
             predictions ``scores`` (K,), of which those below 0.5 are left out.
         classes: Names by label, from label 1 on.
     """
-    pixels = magnify(to_pixels((image * 255).byte()), LEAST_PX)
+    pixels = magnify(to_pixels((image * 255).byte()), MIN_PX)
     factor = pixels.shape[0] // image.shape[1]
     objects = {name: values.cpu() for name, values in objects.items()}
     if "scores" in objects:
-        kept = objects["scores"] >= LEAST_SCORE
+        kept = objects["scores"] >= MIN_SCORE
         objects = {name: values[kept] for name, values in objects.items()}
     labels = [int(label) - 1 for label in objects["labels"]]
     if not labels:
@@ -65,7 +65,7 @@ def paint_labels(image: Tensor, labels: Tensor) -> np.ndarray:
     if present:
         masks = torch.stack([labels == label for label in present])
         painted = draw_segmentation_masks(painted, masks, alpha=OPACITY, colors=[color_of(label) for label in present])
-    return magnify(to_pixels(painted), LEAST_PX)
+    return magnify(to_pixels(painted), MIN_PX)
 
 
 @torch.no_grad()

@@ -9,8 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from shared import distributed
-from shared.supervised.distillation import fetch_file
-from shared.weights import CLASSIFIERS, WeightMismatch, download, safe_load, select_backbone_weights
+from shared.networks.weights import (
+    CLASSIFIERS,
+    WeightMismatch,
+    download,
+    fetch_file,
+    safe_load,
+    select_backbone_weights,
+)
 
 from .cross_covariance_transformer import ARCHITECTURES, XCiT, build_xcit
 
@@ -31,7 +37,7 @@ def fetch(release: str) -> Path:
         release: A key of ``RELEASES``. The environment variable ``XCIT_WEIGHTS_URL`` replaces the base address.
 
     Raises:
-        shared.weights.DownloadError: If they cannot be had.
+        shared.networks.weights.DownloadError: If they cannot be had.
     """
     file = RELEASES[release]
     url = os.environ.get("XCIT_WEIGHTS_URL", BASE_URL).rstrip("/") + "/" + file

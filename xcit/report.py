@@ -7,10 +7,10 @@ import torch
 from timm.data import Mixup
 from torch import Tensor
 
-from shared.data import ImageSource
-from shared.evaluation.summary import command, end_of_run
-from shared.pictures import Tile, magnify, save_sheet
-from shared.randomness import seed_step
+from shared.images.sources import ImageSource
+from shared.pictures.sheets import Tile, magnify, save_sheet
+from shared.run.randomness import seed_step
+from shared.run.summary import command, end_of_run
 from shared.supervised.data import LabelledViews
 from shared.supervised.report import save_curves
 

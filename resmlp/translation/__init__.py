@@ -1,5 +1,5 @@
 """Translation with ResMLP."""
 
-from shared.packages import need_packages
+from shared.run.packages import need_packages
 
 need_packages("resmlp/translation", sentencepiece="sentencepiece", sacrebleu="sacrebleu")

@@ -36,13 +36,14 @@ from resmlp.translation.corpus import (
 from resmlp.translation.generated_language import generate_pairs
 from resmlp.translation.networks import NETWORKS, PAD, Translator
 from resmlp.translation.translate import NETWORK_FLAGS, bleu, translate_sentences
-from shared import distributed, randomness
-from shared.checkpoint import Checkpointer, check_flags, load_latest, restore, resume_position
-from shared.metrics import RunLog
-from shared.not_finite import FiniteGuard
-from shared.optim import clip_grad_norm_per_tensor_, step_unless_not_finite
-from shared.precision import Precision
-from shared.start import start_run
+from shared import distributed
+from shared.optimisation.optim import clip_grad_norm_per_tensor_, step_unless_not_finite
+from shared.optimisation.precision import Precision
+from shared.run import randomness
+from shared.run.checkpoint import Checkpointer, check_flags, load_latest, restore, resume_position
+from shared.run.log import RunLog
+from shared.run.not_finite import FiniteGuard
+from shared.run.start import start_run
 
 # What replaces the defaults when no files are given: 2,000 sentences of five to eight subwords
 GENERATED_DATA_DEFAULTS = {
@@ -62,8 +63,8 @@ GENERATED_DATA_DEFAULTS = {
 }
 GENERATED_PAIRS = {"train": 2000, "valid": 100, "test": 100}
 PARTS = ("train", "valid", "test")
-LEAST = {"epochs": 1, "max_tokens": 1, "vocabulary_size": 8, "max_length": 2, "dim": 1, "hidden_dim": 1, "depth": 1}
-LEAST |= {"heads": 1, "warmup_steps": 0, "beam": 1, "length_penalty": 0, "bleu_freq": 0, "log_freq": 1}
+MINIMUM = {"epochs": 1, "max_tokens": 1, "vocabulary_size": 8, "max_length": 2, "dim": 1, "hidden_dim": 1, "depth": 1}
+MINIMUM |= {"heads": 1, "warmup_steps": 0, "beam": 1, "length_penalty": 0, "bleu_freq": 0, "log_freq": 1}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -128,7 +129,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     if args.train_source is None:
         parser.set_defaults(**GENERATED_DATA_DEFAULTS)
         args = parser.parse_args(arguments)
-    for flag, least in LEAST.items():
+    for flag, least in MINIMUM.items():
         if getattr(args, flag) < least:
             parser.error(f"--{flag} {getattr(args, flag)} is less than {least}")
     for flag in ("dropout", "label_smoothing"):

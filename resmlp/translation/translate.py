@@ -22,7 +22,7 @@ from resmlp.translation.beam_search import beam_search
 from resmlp.translation.corpus import open_vocabulary, pad, read_lines
 from resmlp.translation.networks import EOS, Translator
 from shared import distributed
-from shared.weights import safe_load
+from shared.networks.weights import safe_load
 
 NETWORK_FLAGS = ("network", "dim", "hidden_dim", "depth", "heads", "max_length", "layer_scale")
 

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 
 from shared import distributed
-from shared.data import make_loader
+from shared.images.loading import make_loader
 
 
-class ShareOfRank(Sampler):
+class RankSampler(Sampler):
     """Samples ``rank, rank + W, rank + 2 W, ...``; every rank gets ceil(N / W), the last sample fills up."""
 
     def __init__(self, num_samples: int):
@@ -58,7 +58,7 @@ def extract_features(
     if num_samples == 0:
         raise ValueError("cannot extract features: the data set is empty")
     loader = make_loader(
-        dataset, batch_size=batch_size, sampler=ShareOfRank(num_samples), num_workers=num_workers, device=device
+        dataset, batch_size=batch_size, sampler=RankSampler(num_samples), num_workers=num_workers, device=device
     )
     features = labels = None
     was_training = model.training

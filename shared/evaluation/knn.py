@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shared.precision import fast_bf16
+from shared.optimisation.precision import fast_bf16
 
 from .features import check_features
 

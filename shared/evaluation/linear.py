@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from shared import distributed
-from shared.data import make_loader
+from shared.images.loading import make_loader
 
 from .features import check_features
 

@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared import distributed
-from shared.data import BadImages, EvalDataset, EvalTransform, ImageError, ImageSource
+from shared.images.decode import ImageError
+from shared.images.loading import BadImages, EvalDataset, EvalTransform
+from shared.images.sources import ImageSource
 from shared.multicrop import MultiCropDataset
-from shared.pictures import save_neighbours
+from shared.pictures.sheets import save_neighbours
 
 from .features import extract_features
 from .knn import nearest_neighbours
@@ -100,7 +102,7 @@ def save_nearest_neighbours(
         image_size: Side in pixels at which the backbone is evaluated.
         mean, std: For pixels in [0, 1].
     """
-    if knn.off is None:
+    if knn.disabled_reason is None:
         train_features, _, val_features, _ = knn.latest_features or knn.features(backbone)
         database = Gallery(knn.train.source, range(len(train_features)), train_features)
         queries = Gallery(knn.val.source, range(len(val_features)), val_features)

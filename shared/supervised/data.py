@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from shared.data import BadImages, EpochBatchSampler, ImageSource
-from shared.randomness import derive_seed
+from shared.images.loading import BadImages, EpochBatchSampler
+from shared.images.sources import ImageSource
+from shared.run.randomness import derive_seed
 
 from .transforms import seed_transforms
 
@@ -22,7 +23,7 @@ class RepeatedAugmentationSampler(EpochBatchSampler):
     views of an image land on neighbouring ranks. An epoch has the length of one without repetitions: of N images it
     shows N/3, three times, rounded down to a multiple of 256 views (which data sets of fewer images are not).
 
-    Yields batches of keys (epoch, index, repetition). Args as for :class:`shared.data.EpochBatchSampler`.
+    Yields batches of keys (epoch, index, repetition). Args as for :class:`shared.images.loading.EpochBatchSampler`.
     """
 
     repeats = 3

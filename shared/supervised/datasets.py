@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from shared.data import FileSource, ImageSource, check_same_classes, open_source
-from shared.evaluation.knn_monitor import open_labelled
+from shared.images.labelled import open_labelled
+from shared.images.sources import FileSource, ImageSource, check_same_classes, open_source
 
 DATA_SETS = ("CIFAR10", "CIFAR100", "IMNET", "INAT", "INAT19", "CARS", "FLOWERS", "IMNET22k")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
@@ -32,10 +32,7 @@ def open_train_and_val(args: argparse.Namespace) -> tuple[ImageSource, ImageSour
         return open_source(name, "train", download_root=root), open_source(name, "val", download_root=root)
     if args.data_path is not None and args.data_set in YEARS:
         return open_inaturalist(args.data_path, YEARS[args.data_set], args.inat_category)
-    sources = open_labelled(args.data_path, args.val_path, args.allow_absolute_paths)
-    if isinstance(sources, str):
-        raise ValueError(f"--data_path {args.data_path}: {sources}")
-    return sources
+    return open_labelled(args.data_path, args.val_path, args.allow_absolute_paths)
 
 
 def open_inaturalist(root: str | Path, year: int, category: str = "name") -> tuple[FileSource, FileSource]:

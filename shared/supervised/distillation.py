@@ -1,16 +1,11 @@
 """Knowledge distillation from another network's predictions (Hinton et al. 2015; hard labels: Touvron et al. 2021)."""
 
-import re
-import zlib
-from pathlib import Path
-
 import timm
-import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from shared.weights import WeightMismatch, download, safe_load, select_backbone_weights
+from shared.networks.weights import WeightMismatch, fetch_file, safe_load, select_backbone_weights
 
 
 def distillation_loss(
@@ -67,20 +62,3 @@ def build_teacher(name: str, path: str, num_classes: int, in_chans: int = 3) -> 
         reason = " ".join(str(error).split())[:500]
         raise WeightMismatch(f"--teacher-path {path} does not fill --teacher-model {name}: {reason}") from error
     return teacher.eval().requires_grad_(False)
-
-
-def fetch_file(path: str, flag: str) -> Path:
-    """A local file, or a downloaded one kept in torch hub's folder of checkpoints.
-
-    Args:
-        path: File name or address.
-        flag: Where it was given, for messages.
-    """
-    if re.match(r"(https?|file)://", path):
-        # many a file is called checkpoint.pth: the name alone would give the weights of another address
-        folder = f"{zlib.crc32(path.encode()):08x}"
-        file = Path(torch.hub.get_dir()) / "checkpoints" / folder / path.rsplit("/", 1)[-1]
-        return file if file.exists() else download(path, file)
-    if not Path(path).is_file():
-        raise ValueError(f"{flag} {path} is not a file")
-    return Path(path)

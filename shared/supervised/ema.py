@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import nn
 
-from shared.optim import ema_update_
+from shared.optimisation.optim import ema_update_
 
 
 class NetworkEMA:

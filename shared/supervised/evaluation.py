@@ -8,9 +8,9 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from shared import distributed
-from shared.data import make_loader
-from shared.evaluation.features import ShareOfRank
-from shared.precision import Precision
+from shared.evaluation.features import RankSampler
+from shared.images.loading import make_loader
+from shared.optimisation.precision import Precision
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def evaluate_classifier(
         ``loss`` (cross-entropy), ``acc1`` and ``acc5`` in percent (``acc5``: among the five most likely classes, or all
         if there are fewer).
     """
-    share = ShareOfRank(len(dataset))
+    share = RankSampler(len(dataset))
     own = len(range(share.rank, len(dataset), share.world_size))  # the rest fills up the last batch
     loader = make_loader(
         dataset, batch_size=batch_size, sampler=share, num_workers=num_workers, device=precision.device

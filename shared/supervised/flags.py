@@ -90,7 +90,7 @@ def add_optimisation_flags(parser: argparse.ArgumentParser, epochs: int) -> Call
 
 
 def add_output_flags(add: Callable) -> None:
-    """Output, resume and seed; ``add`` is what :func:`shared.flags.add_run_flags` returns."""
+    """Output, resume and seed; ``add`` is what :func:`shared.run.flags.add_run_flags` returns."""
     add("--output_dir", default=".", help="checkpoints, logs and pictures")
     add("--resume", default="", help="checkpoint to go on from when --output_dir has none")
     add("--start_epoch", type=int, default=0, help="first epoch without a checkpoint")

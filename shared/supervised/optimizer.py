@@ -8,7 +8,7 @@ from timm.scheduler import create_scheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
-from shared.optim import step_unless_not_finite
+from shared.optimisation.optim import step_unless_not_finite
 
 FUSED = ("adam", "adamw")  # torch's fused kernels can leave a step out without waiting for it
 

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from shared.pictures import Curve, Panel, read_log, save_panels
+from shared.pictures.curves import Curve, Panel, save_panels
+from shared.run.log import read_log
 
 
 def save_curves(log_path: Path, path: Path, title: str) -> Path:

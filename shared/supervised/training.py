@@ -12,12 +12,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from shared import distributed
-from shared.checkpoint import Checkpointer, check_flags, load_latest, restore, resume_position
-from shared.data import BadImages, EpochBatchSampler, EvalDataset, ImageSource, default_num_workers, make_loader
-from shared.image_cache import cache_images
-from shared.metrics import RunLog
-from shared.not_finite import FiniteGuard
-from shared.precision import Precision
+from shared.images.cache import cache_images
+from shared.images.loading import BadImages, EpochBatchSampler, EvalDataset, default_num_workers, make_loader
+from shared.images.sources import ImageSource
+from shared.optimisation.precision import Precision
+from shared.run.checkpoint import Checkpointer, check_flags, load_latest, restore, resume_position
+from shared.run.log import RunLog
+from shared.run.not_finite import FiniteGuard
 
 from .data import LabelledViews, RepeatedAugmentationSampler
 from .datasets import open_train_and_val
@@ -62,7 +63,7 @@ def open_images(
     """Open what ``--data-set``, ``--data_path`` and ``--val_path`` name.
 
     Args:
-        args: Flags of :mod:`shared.supervised.flags` and :func:`shared.flags.add_data_flags`, and ``input_size``.
+        args: Flags of :mod:`shared.supervised.flags` and :func:`shared.run.flags.add_data_flags`, and ``input_size``.
         output_dir: Unreadable images are listed in it, but with ``--eval``.
         mean, std: Of the images, per channel.
         crop_ratio: Side of the centre crop that is evaluated, over the short side of the image.

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from timm.data import auto_augment, create_transform
 from torch import Tensor
 
-from shared.data import EvalTransform
+from shared.images.loading import EvalTransform
 
 SMALL_PX = 32  # up to this size images are padded and cropped, not resized to a random crop
 

@@ -6,7 +6,7 @@ Ways that take turns, each over its own file of the round before:
 
 - ``bare``: ``torch.save`` to the final name: in the page cache when it returns, torn by a kill;
 - ``flushed``: the same and fsync: what a file that survives a power cut costs at least;
-- ``ours``: ``shared.checkpoint.save``: search for NaN, write beside, fsync, read back against checksums, rename.
+- ``ours``: ``shared.run.checkpoint.save``: search for NaN, write beside, fsync, read back against checksums, rename.
 
 The share of a training is that of the default settings: a save every 15 minutes and one after every epoch, which took
 25 minutes in the published run (ViT-S/16, 8 GPUs, 100 epochs in 1.75 days). A GPU adds the copy to the host's memory.
@@ -33,9 +33,9 @@ import torch
 from dino.losses import DINOLoss
 from dino.networks import build_backbone
 from dino.vision_transformer import DINOHead
-from shared import checkpoint
 from shared.multicrop import MultiCropWrapper
-from shared.optim import build_optimizer, param_groups_no_decay_on_bias_and_norm
+from shared.optimisation.optim import build_optimizer, param_groups_no_decay_on_bias_and_norm
+from shared.run import checkpoint
 
 EPOCH_S = 1.75 * 24 * 3600 / 100  # published
 SAVES_PER_EPOCH = EPOCH_S // (15 * 60) + 1

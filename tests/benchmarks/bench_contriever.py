@@ -43,7 +43,7 @@ from contriever.encoder import Retriever, find_model, load_retriever
 from contriever.losses import InBatch, MoCo, inbatch_logits, moco_logits
 from contriever.pretraining_data import PretrainingPairs
 from contriever.tokens import ChunkedText, Shard
-from shared.precision import fast_bf16
+from shared.optimisation.precision import fast_bf16
 
 TEMPERATURE = 0.05
 

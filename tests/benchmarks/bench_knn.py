@@ -33,8 +33,8 @@ import torch.nn.functional as F
 
 from shared.evaluation import knn
 from shared.evaluation.knn import nearest_neighbours
-from shared.precision import fast_bf16
-from shared.weights import safe_load
+from shared.networks.weights import safe_load
+from shared.optimisation.precision import fast_bf16
 
 
 def generated_features(num_samples: int, dim: int, seed: int) -> torch.Tensor:

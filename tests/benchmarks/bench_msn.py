@@ -32,11 +32,11 @@ from msn.losses import MSNLoss, new_prototypes
 from msn.main import param_groups, train_one_epoch
 from msn.schedules import Schedules, learning_rates, linear, weight_decays
 from msn.vision_transformer import ProjectionHead, VisionTransformer, build, num_kept_patches
-from shared.memory import keep_freed_memory
-from shared.metrics import RunLog
-from shared.not_finite import FiniteGuard
-from shared.optim import build_optimizer
-from shared.precision import Precision
+from shared.optimisation.optim import build_optimizer
+from shared.optimisation.precision import Precision
+from shared.run.log import RunLog
+from shared.run.memory import keep_freed_memory
+from shared.run.not_finite import FiniteGuard
 
 RATIOS = (0.0, 0.3, 0.5, 0.7)
 STEPS = 1_000  # of the schedules

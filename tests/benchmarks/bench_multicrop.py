@@ -32,11 +32,12 @@ import torchvision
 from PIL import Image, ImageFilter, ImageOps
 from torchvision import transforms
 
-import shared.views
+import shared.images.views
 from dino.augmentations import MEAN, STD, dino_views
-from shared.data import EpochBatchSampler, make_loader, open_source
+from shared.images.loading import EpochBatchSampler, make_loader
+from shared.images.sources import open_source
+from shared.images.views import HUE
 from shared.multicrop import MultiCropDataset, normalize_views
-from shared.views import HUE
 
 GLOBAL_SCALE, LOCAL_SCALE, LOCAL_CROPS = (0.4, 1.0), (0.05, 0.4), 8
 BATCH = 10
@@ -165,17 +166,17 @@ def time_stages(source, repeats: int) -> dict[str, float]:
             pixels = timed("decode", image.decode)
             views = timed("draw", dataset.draw, image.height, image.width, (0, 0, i))
             for view, recipe in zip(views, recipes, strict=True):
-                crop = timed("resize", shared.views._resized_crop, pixels, view, recipe, (1.0, 1.0))
+                crop = timed("resize", shared.images.views._resized_crop, pixels, view, recipe, (1.0, 1.0))
                 for step, factor in view.jitter:
                     stage = "hue" if step == HUE else "jitter"
-                    crop = timed(stage, shared.views._FAST_JITTER[step], crop, factor)
+                    crop = timed(stage, shared.images.views._FAST_JITTER[step], crop, factor)
                 out = np.empty((recipe.size_px, recipe.size_px, 3), dtype=np.uint8)
                 rest = view._replace(jitter=(), grey=False, blur_radius=0.0)
                 if view.grey:
                     crop = timed("grey", cv2.cvtColor, crop, cv2.COLOR_RGB2GRAY)
                 if view.blur_radius > 0:
-                    crop = timed("blur", shared.views._blur, crop, view.blur_radius)
-                timed("write", shared.views._finish, crop, rest, recipe, out)
+                    crop = timed("blur", shared.images.views._blur, crop, view.blur_radius)
+                timed("write", shared.images.views._finish, crop, rest, recipe, out)
         rounds.append({stage: total / len(source) * 1e3 for stage, total in totals.items()})
     return {stage: min(r[stage] for r in rounds) for stage in rounds[0]}
 

@@ -39,12 +39,12 @@ from dino.losses import DINOLoss
 from dino.main_dino import Schedules, train_one_epoch
 from dino.networks import build_backbone
 from dino.vision_transformer import DINOHead
-from shared.memory import keep_freed_memory
 from shared.multicrop import MultiCropWrapper
-from shared.not_finite import FiniteGuard
-from shared.optim import build_optimizer, param_groups_no_decay_on_bias_and_norm
-from shared.precision import Precision, fast_bf16
-from shared.schedules import cosine_schedule
+from shared.optimisation.optim import build_optimizer, param_groups_no_decay_on_bias_and_norm
+from shared.optimisation.precision import Precision, fast_bf16
+from shared.optimisation.schedules import cosine_schedule
+from shared.run.memory import keep_freed_memory
+from shared.run.not_finite import FiniteGuard
 
 LR, WEIGHT_DECAY, MOMENTUM, CLIP = 1e-4, 0.04, 0.996, 3.0
 TARGETS = {"ours": 1.2, "ours-bf16": 4.0}  # speed over plain

@@ -25,7 +25,7 @@ import timm
 import torch
 from torch import nn
 
-from shared.pictures import Curve, Panel, save_panels
+from shared.pictures.curves import Curve, Panel, save_panels
 from tests.benchmarks import beside_timm
 from tests.benchmarks.beside_timm import WORK, do
 from xcit.cross_covariance_transformer import architecture, build_xcit
@@ -110,7 +110,7 @@ def measure(kind: str, work: str, patch_size: int, side: int, args: argparse.Nam
 
 def in_a_process(*arguments) -> dict:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["timm", "matplotlib.figure", "shared.pictures"])  # every process starts at once
+    context.set_forkserver_preload(["timm", "matplotlib.figure", "shared.pictures.sheets"])
     with context.Pool(1) as pool:
         return pool.apply(measure, arguments)
 

@@ -22,7 +22,7 @@ from contriever.encoder import (
 )
 from contriever.losses import InBatch, MoCo
 from contriever.new_encoder import train_tokenizer
-from shared.weights import WeightMismatch
+from shared.networks.weights import WeightMismatch
 from tests.contriever.tiny_encoder import tiny_retriever
 
 TEXTS = ["the wing", "", "a heat wave in the thin plate . the jet", "shock " * 200]
@@ -218,7 +218,7 @@ def masks(lengths: list[int]) -> torch.Tensor:
 
 @pytest.mark.parametrize("least", [1, 20, 40, 1000])
 def test_groups_hold_every_text_once_in_enough_tokens(least, monkeypatch):
-    monkeypatch.setitem(encoder_module.LEAST_TOKENS, "cpu", least)
+    monkeypatch.setitem(encoder_module.MIN_TOKENS, "cpu", least)
     lengths = [3, 30, 7, 29, 4, 11, 30, 12, 5]
     groups = rows_of_similar_length(masks(lengths))
     assert sorted(row for rows, _ in groups for row in rows.tolist()) == list(range(9))
@@ -230,7 +230,7 @@ def test_groups_hold_every_text_once_in_enough_tokens(least, monkeypatch):
 
 
 def test_groups_on_a_cpu_fit_its_caches(monkeypatch):
-    monkeypatch.setitem(encoder_module.LEAST_TOKENS, "cpu", 20)
+    monkeypatch.setitem(encoder_module.MIN_TOKENS, "cpu", 20)
     monkeypatch.setitem(encoder_module.MOST_TOKENS, "cpu", 64)
     lengths = [30, 30, 30, 30, 30, 12, 12, 12, 70, 3]
     groups = rows_of_similar_length(masks(lengths))
@@ -269,7 +269,7 @@ def test_grouping_by_length_changes_neither_vectors_nor_gradients(pooling, tmp_p
     ids = torch.randint(5, 30, mask.shape, generator=torch.Generator().manual_seed(0)) * mask
     found = []
     for least, most in ((1000, 1000), (20, 1000), (20, 64)):
-        monkeypatch.setitem(encoder_module.LEAST_TOKENS, "cpu", least)
+        monkeypatch.setitem(encoder_module.MIN_TOKENS, "cpu", least)
         monkeypatch.setitem(encoder_module.MOST_TOKENS, "cpu", most)
         network.zero_grad()
         vectors = network(ids, mask, normalize=True)

@@ -6,7 +6,7 @@ import pytest
 import hubconf
 from contriever import embedded_text, export, run_with_submitit, train
 from contriever.encoder import load_retriever
-from shared.export import ExportMismatch
+from shared.networks.export import ExportMismatch
 from tests.contriever.tiny_encoder import tiny_retriever
 
 TEXTS = ["the wing of a thin plate", "heat"]

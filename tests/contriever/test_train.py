@@ -14,10 +14,10 @@ import torch
 
 from contriever import train
 from contriever.encoder import load_retriever
-from contriever.flags import LEAST
+from contriever.flags import MINIMUM
 from contriever.tokens import token_files
 from contriever.train import parse_args
-from shared.attempt import Interrupted, NotFinite
+from shared.run.attempt import Interrupted, NotFinite
 from tests.contriever.tiny_encoder import VOCABULARY, tiny_retriever
 from tests.contriever.training_runs import TINY, losses, make_data, run_train, state_of, train_on_rank
 from tests.processes import run_processes
@@ -192,12 +192,12 @@ def test_what_cannot_be_trained_is_one_clear_error(flags, data, tmp_path):
         run_train(data, tmp_path / "run", *flags.format(data=data).split())
 
 
-@pytest.mark.parametrize("flag", [flag for flag in LEAST if not flag.startswith("negative")])
+@pytest.mark.parametrize("flag", [flag for flag in MINIMUM if not flag.startswith("negative")])
 def test_numbers_that_are_too_small_are_named(flag, capsys):
     with pytest.raises(SystemExit):
-        parse_args(["--train_data", "x", f"--{flag}", str(LEAST[flag] - 1)])
+        parse_args(["--train_data", "x", f"--{flag}", str(MINIMUM[flag] - 1)])
     message = capsys.readouterr().err
-    assert f"--{flag} {LEAST[flag] - 1}" in message and f"is less than {LEAST[flag]}" in message
+    assert f"--{flag} {MINIMUM[flag] - 1}" in message and f"is less than {MINIMUM[flag]}" in message
 
 
 def test_text_of_another_vocabulary_is_refused(data, tmp_path):

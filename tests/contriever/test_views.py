@@ -143,14 +143,14 @@ def test_recall_tells_an_encoder_that_matches_words_from_one_that_does_not(tmp_p
     end = retriever.tokenizer.get_vocab()["."]
     documents = [np.array([*[20 + i] * 7, end] * 4) for i in range(20)]
     recall = SentenceRecall(documents, retriever.tokenizer, most_documents=15, max_length=64)
-    assert len(recall.queries) == 15 and not recall.off
+    assert len(recall.queries) == 15 and not recall.disabled_reason
     assert all(len(rest) == 3 * 8 + 2 for rest in recall.documents)  # without the sentence that is asked for
 
     found = recall.run(BagOfWords(len(retriever.tokenizer)), True, True)
     assert found == {"recall_at_1": 100.0, "recall_at_10": 100.0}
     nothing = recall.run(BagOfWords(len(retriever.tokenizer), scale=0.0), False, False)
     assert nothing == {"recall_at_1": 0.0, "recall_at_10": 0.0}  # equal vectors find nothing
-    assert SentenceRecall([np.arange(9)], retriever.tokenizer, 5, 64).off
+    assert SentenceRecall([np.arange(9)], retriever.tokenizer, 5, 64).disabled_reason
 
 
 class BagOfWords(torch.nn.Module):

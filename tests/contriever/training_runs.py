@@ -7,7 +7,7 @@ import torch
 
 from contriever import preprocess, train
 from shared import distributed
-from shared.checkpoint import load_latest
+from shared.run.checkpoint import load_latest
 from tests.contriever.tiny_encoder import tiny_retriever, write_texts
 
 TINY = (

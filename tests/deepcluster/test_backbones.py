@@ -3,9 +3,9 @@ import torch
 
 from deepcluster import pretrained
 from deepcluster.backbones import build_network, load_network, official_names, plain_names
-from shared.weights import DownloadError, UnsafeFileError, WeightMismatch, safe_load
+from shared.networks.weights import DownloadError, UnsafeFileError, WeightMismatch, safe_load
 from tests.deepcluster.conftest import write_checkpoint
-from tests.shared.test_legacy_tar import write as write_legacy_tar
+from tests.shared.networks.test_legacy_tar import write as write_legacy_tar
 
 
 def test_a_checkpoint_of_the_official_layout_gives_the_network_back(checkpoint, capsys):

@@ -18,8 +18,8 @@ from deepcluster.eval_linear import (
 )
 from deepcluster.layers import conv_maps
 from shared import distributed
-from shared.sources import open_source
-from shared.weights import safe_load
+from shared.images.sources import open_source
+from shared.networks.weights import safe_load
 from tests.deepcluster.conftest import write_checkpoint
 from tests.processes import run_processes
 

@@ -17,8 +17,8 @@ from sklearn.metrics import normalized_mutual_info_score
 from deepcluster import main as script
 from deepcluster.backbones import load_network
 from deepcluster.main import parse_args, train_deepcluster
-from shared.attempt import Interrupted
-from shared.checkpoint import load_latest
+from shared.run.attempt import Interrupted
+from shared.run.checkpoint import load_latest
 from tests.processes import run_script
 from tests.reliability.runs import Script, start_ranks
 

@@ -10,8 +10,8 @@ from deepcluster import report
 from deepcluster.clustering import Clusters
 from deepcluster.report import purity, save_cluster_sheet, save_clusters, save_curves
 from deepcluster.trivial_solutions import trivial_clusters, trivial_training
-from shared.pictures import AGREE, DIFFER
-from shared.sources import ArraySource, open_source
+from shared.images.sources import ArraySource, open_source
+from shared.pictures.sheets import AGREE, DIFFER
 
 
 def source_of(labels, classes=("cat", "dog")):

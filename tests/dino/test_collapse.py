@@ -11,7 +11,7 @@ from dino.collapse import CollapseMonitor
 from dino.losses import DINOLoss
 from dino.main_dino import output_health
 from dino.vision_transformer import DINOHead
-from shared.optim import ema_update_
+from shared.optimisation.optim import ema_update_
 
 K = 64
 HEALTHY = {"step": 100, "teacher_entropy": 2.0, "kl": 0.5, "feature_spread": 0.9, "loss": 2.5}
@@ -42,7 +42,7 @@ def train(steps: int = 150, center_momentum: float = 0.9, teacher_temp: float = 
         ema_update_(averages, parameters, 0.9)
         health = output_health(criterion, loss, features)
         monitor.check({name: float(value) for name, value in health.items()} | {"step": step, "loss": loss.item()})
-    return list(monitor.said.values())
+    return list(monitor.warnings.values())
 
 
 def test_nothing_is_said_of_a_run_that_learns():

@@ -11,7 +11,7 @@ from torch import nn
 from dino import eval_image_retrieval
 from dino.eval_image_retrieval import MultiScale, score_ranks, shrink_and_normalize
 from dino.ground_truth import GroundTruth, read_ground_truth
-from shared.weights import UnsafeFileError
+from shared.networks.weights import UnsafeFileError
 from tests.dino.small_data import COLOURS, OTHER_ARCHITECTURES, picture, write_grey_checkpoint, write_image
 
 IMAGES = [f"{colour}_{i:06d}" for colour in COLOURS for i in range(4)]  # 4 images of each of 3 buildings

@@ -9,7 +9,7 @@ from dino.eval_linear import FrozenFeatures
 from dino.pretrained import Release
 from dino.vision_transformer import VisionTransformer
 from shared import distributed
-from shared.images import ImageError
+from shared.images.decode import ImageError
 from tests.dino.small_data import OTHER_ARCHITECTURES, write_train_and_val
 from tests.processes import run_processes
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from dino.export import export, main, timm_options
 from dino.networks import build_backbone
-from shared.weights import load_backbone_weights, safe_load
+from shared.networks.weights import load_backbone_weights, safe_load
 
 
 def make_backbone(arch: str, seed: int = 0, **options) -> nn.Module:

@@ -110,7 +110,7 @@ def test_unused_drop_path_is_said():
 
 
 def build_backbone_of_timm(arch, drop_path_rate):
-    from shared.backbones import _build_timm
+    from shared.networks.backbones import _build_timm
 
     with torch.device("meta"):
         return _build_timm(arch, drop_path_rate, img_size=224, in_chans=3)

@@ -9,18 +9,18 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from dino.pictures import save_curves, save_views
-from shared.pictures import (
+from shared.pictures.sheets import (
     AGREE,
     DIFFER,
     Tile,
     colorize,
     magnify,
-    read_log,
     save_neighbours,
     save_sheet,
     to_pixels,
     write_png,
 )
+from shared.run.log import read_log
 
 RED, GREEN, BLUE = (np.full((3, 1, 1), 40, dtype=np.uint8) for _ in range(3))
 RED[0], GREEN[1], BLUE[2] = 250, 250, 250

@@ -10,7 +10,7 @@ import pytest
 
 from dino.report import next_commands, summary
 from shared.evaluation.knn_monitor import KNNMonitor
-from shared.sources import ArraySource
+from shared.images.sources import ArraySource
 
 
 def make_monitor(num_train: int = 90, classes: int = 3) -> KNNMonitor:
@@ -47,7 +47,7 @@ def test_summary_names_what_was_learned_and_the_files(tmp_path):
 
 def test_summary_of_a_run_without_labels_or_finite_steps(tmp_path):
     write_log(tmp_path, {"step": 10, "epoch": 0, "loss": None})
-    text = summarize(tmp_path, SimpleNamespace(off="the images have no classes"))
+    text = summarize(tmp_path, SimpleNamespace(disabled_reason="the images have no classes"))
     assert "no k-NN evaluation: the images have no classes" in text
     assert "Problems" not in text
 
@@ -56,7 +56,7 @@ def test_summary_of_a_run_without_labels_or_finite_steps(tmp_path):
 @pytest.mark.parametrize("data_path", [None, "/my images"])
 @pytest.mark.parametrize("num_train", [None, 90, 500])
 def test_next_commands_are_understood_and_fit_the_run(arch, data_path, num_train, tmp_path):
-    knn = make_monitor(num_train) if num_train else SimpleNamespace(off="no classes")
+    knn = make_monitor(num_train) if num_train else SimpleNamespace(disabled_reason="no classes")
     found = {}
     for line in next_commands(tmp_path, arch, 4, 32, data_path, None, knn):
         _, script, *arguments = shlex.split(line)

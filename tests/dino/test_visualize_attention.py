@@ -21,8 +21,8 @@ from dino.visualize_attention import (
     training_views,
     visualize_attention,
 )
-from shared.attention import attended_patches, overlay_mask, to_picture
-from shared.weights import WeightMismatch
+from shared.networks.weights import WeightMismatch
+from shared.pictures.attention import attended_patches, overlay_mask, to_picture
 from tests.dino.small_data import write_class_folders
 from xcit.cross_covariance_transformer import XCiT
 from xcit.pretrained import fill, from_timm

@@ -17,7 +17,7 @@ import torch
 
 from deepcluster.augmentations import MEAN, STD
 from deepcluster.backbones import build_network
-from shared.pictures import read_log
+from shared.run.log import read_log
 from tests.evidence.runs import PixelFeatures, Variant, in_parallel, linear, main, run_all, spread, table, write
 
 RUN = f"--workers 0 --pictures off --log_freq 20 --checkpoints 0 --eval_knn_freq {10**9}"

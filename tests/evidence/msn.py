@@ -23,10 +23,10 @@ from msn.augmentations import MEAN, STD
 from msn.logistic_eval import LastClassToken, LowShotClassifier, draw_per_class
 from msn.main import build_encoder, parse_args
 from msn.pretrained import load_pretrained
-from shared.data import EvalDataset, EvalTransform
 from shared.evaluation.features import extract_features
 from shared.evaluation.knn import knn_classify
-from shared.evaluation.knn_monitor import open_labelled
+from shared.images.labelled import open_labelled
+from shared.images.loading import EvalDataset, EvalTransform
 from tests.evidence.runs import SEEDS, Pixels, Variant, cifar10_images, once, run_all, spread, table, write
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from shared.evaluation.features import extract_features
 from shared.evaluation.knn import knn_classify
-from shared.evaluation.knn_monitor import KNNMonitor, open_labelled
+from shared.evaluation.knn_monitor import KNNMonitor
 from shared.evaluation.linear import LinearClassifier, train_one_epoch
-from shared.pictures import read_log
+from shared.images.labelled import open_labelled
+from shared.run.log import read_log
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS = (0, 1, 2)

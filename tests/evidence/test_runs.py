@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from shared.evaluation.knn_monitor import open_labelled
+from shared.images.labelled import open_labelled
 from tests.evidence import runs
 from tests.msn.runs import write_images
 

@@ -30,8 +30,8 @@ from contriever.schedules import SCHEDULES
 from contriever.tokens import ChunkedText, Shard, files_of_rank
 from contriever.training_setup import Objective, build_optimizer
 from shared import distributed
-from shared.precision import Precision
-from shared.weights import safe_load
+from shared.networks.weights import safe_load
+from shared.optimisation.precision import Precision
 from tests.contriever.tiny_encoder import tiny_retriever
 from tests.golden.golden_file import GoldenFile
 from tests.processes import run_processes

@@ -23,7 +23,7 @@ from deepcluster.main import build_sgd, nmi, training_step
 from deepcluster.networks import sobel_filter
 from deepcluster.rmac import Whitening, region_vectors, rmac, rmac_regions
 from deepcluster.sampling import cluster_lists, draw_uniformly, pseudo_labels
-from shared.precision import Precision
+from shared.optimisation.precision import Precision
 from tests.golden.golden_file import GoldenFile
 from tests.golden.hash_fill import hash_filled, hash_input
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared.metrics import RunLog
-from shared.not_finite import FiniteGuard
-from shared.precision import Precision
+from shared.optimisation.precision import Precision
+from shared.run.log import RunLog
+from shared.run.not_finite import FiniteGuard
 from swav import main_deepclusterv2
 from swav.collapse import CollapseMonitor
 from swav.kmeans import cluster_memory

@@ -5,25 +5,25 @@ Every size, parameter and case name comes from the file, so the tests hold for a
 
 import json
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from dino.collapse import CollapseMonitor
 from dino.losses import DINOLoss
 from dino.main_dino import Schedules, train_one_epoch
 from dino.vision_transformer import DINOHead, DropPath, VisionTransformer, trunc_normal_
-from shared.metrics import RunLog
 from shared.multicrop import MultiCropWrapper
-from shared.not_finite import FiniteGuard
-from shared.optim import build_optimizer, clip_grad_norm_per_tensor_, param_groups_no_decay_on_bias_and_norm
-from shared.precision import Precision
-from shared.schedules import cosine_schedule
+from shared.optimisation.optim import (
+    build_optimizer,
+    clip_grad_norm_per_tensor_,
+    param_groups_no_decay_on_bias_and_norm,
+)
+from shared.optimisation.schedules import cosine_schedule
 from tests.golden import test_dino_protocols
 from tests.golden.golden_file import GoldenFile
+from tests.loop_run import LoopRun
 
 GOLDEN = GoldenFile("dino")
 CONFIG = GOLDEN.json("config")
@@ -273,7 +273,6 @@ def test_training_follows_the_reference_step_by_step(case, tmp_path):
     for key, values in (("lr", schedules.lr), ("wd", schedules.weight_decay), ("mom", schedules.momentum)):
         np.testing.assert_allclose(values, GOLDEN[f"train/{name}/{key}_f64"], rtol=0, atol=1e-12)
 
-    log = RunLog(tmp_path, epochs * steps, log_freq=1)
     for epoch in range(epochs):
         train_one_epoch(
             student,
@@ -282,17 +281,9 @@ def test_training_follows_the_reference_step_by_step(case, tmp_path):
             [load_batch(it) for it in range(epoch * steps, (epoch + 1) * steps)],
             optimizer,
             schedules,
-            epoch=epoch,
-            first_step=0,
-            steps_per_epoch=steps,
+            LoopRun(tmp_path, steps, epochs, epoch, student=student),
             clip_grad=case["clip"],
             freeze_last_layer=case["freeze"],
-            seed=0,
-            precision=Precision("fp32", torch.device("cpu")),
-            log=log,
-            monitor=CollapseMonitor(sizes["out"], patience_steps=epochs * steps),
-            guard=FiniteGuard({"student": student}, tmp_path, max_skipped_steps=1, device=torch.device("cpu")),
-            checkpointer=SimpleNamespace(after_step=lambda epoch, step_in_epoch: None),
         )
         for role, network in (("student", student), ("teacher", teacher)):
             names = GOLDEN[f"train/{name}/epoch{epoch}/{role}/names"]

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from shared.attention import attended_patches
+from shared.pictures.attention import attended_patches
 from tests.golden.golden_file import GoldenFile
 
 GOLDEN = GoldenFile("dino")

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from dino.augmentations import MEAN, STD, dino_views
+from shared.images.views import DrawStreams, apply_fast, apply_pil, draw_view
 from shared.multicrop import normalize_views
-from shared.views import DrawStreams, apply_fast, apply_pil, draw_view
 from tests.golden.golden_file import GoldenFile
 
 GOLDEN = GoldenFile("dino")

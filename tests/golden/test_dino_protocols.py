@@ -19,10 +19,10 @@ from dino.eval_video_segmentation import (
 )
 from dino.ground_truth import GroundTruth
 from dino.vision_transformer import VisionTransformer
-from shared.data import EvalDataset
 from shared.evaluation.knn import knn_classify
 from shared.evaluation.ranking import average_precision
-from shared.sources import FileSource
+from shared.images.loading import EvalDataset
+from shared.images.sources import FileSource
 from tests.golden.golden_file import GoldenFile
 
 GOLDEN = GoldenFile("dino")

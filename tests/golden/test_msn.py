@@ -21,11 +21,11 @@ from msn.main import train_one_epoch as pretrain_one_epoch
 from msn.schedules import Schedules, learning_rates, linear, weight_decays
 from msn.vision_transformer import ProjectionHead, VisionTransformer, interpolate_positions
 from shared import distributed
-from shared.metrics import RunLog
-from shared.not_finite import FiniteGuard
-from shared.optim import build_optimizer as build_adamw
-from shared.precision import Precision
-from shared.schedules import cosine_schedule
+from shared.optimisation.optim import build_optimizer as build_adamw
+from shared.optimisation.precision import Precision
+from shared.optimisation.schedules import cosine_schedule
+from shared.run.log import RunLog
+from shared.run.not_finite import FiniteGuard
 from shared.sinkhorn import sinkhorn_knopp
 from tests.golden.golden_file import GoldenFile
 from tests.processes import run_processes

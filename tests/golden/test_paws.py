@@ -17,9 +17,9 @@ from paws.networks import Backbone, WideResNetEncoder, build_encoder
 from paws.optimisation import LARS, lr_schedule, parameter_groups
 from paws.paws_train import train_one_epoch
 from paws.support_sampler import SupportSampler
-from shared.metrics import RunLog
-from shared.not_finite import FiniteGuard
-from shared.precision import Precision
+from shared.optimisation.precision import Precision
+from shared.run.log import RunLog
+from shared.run.not_finite import FiniteGuard
 from tests.golden.golden_file import GoldenFile
 from tests.processes import run_processes
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from shared.views import ViewParams, ViewRecipe, apply_fast, apply_pil
+from shared.images.views import ViewParams, ViewRecipe, apply_fast, apply_pil
 from swav.resnet50 import ResNet, resnet50
 from tests.golden.golden_file import GoldenFile
 from tests.golden.hash_fill import hash_filled, hash_input

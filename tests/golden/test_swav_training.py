@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared.metrics import RunLog
-from shared.not_finite import FiniteGuard
-from shared.precision import Precision
-from shared.schedules import cosine_schedule
+from shared.optimisation.precision import Precision
+from shared.optimisation.schedules import cosine_schedule
+from shared.run.log import RunLog
+from shared.run.not_finite import FiniteGuard
 from swav import main_swav
 from swav.collapse import CollapseMonitor, PrototypeUsage
 from swav.larc import LARC

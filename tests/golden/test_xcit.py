@@ -1,7 +1,6 @@
 """XCiT against values measured on the reference: network, dense features, distillation, sampling, DINO with XCiT."""
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,19 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dino.collapse import CollapseMonitor
 from dino.losses import DINOLoss
 from dino.main_dino import Schedules
 from dino.main_dino import train_one_epoch as train_dino_epoch
 from dino.vision_transformer import DINOHead
-from shared.metrics import RunLog
 from shared.multicrop import MultiCropWrapper
-from shared.not_finite import FiniteGuard
-from shared.optim import build_optimizer, param_groups_no_decay_on_bias_and_norm
-from shared.precision import Precision
+from shared.optimisation.optim import build_optimizer, param_groups_no_decay_on_bias_and_norm
 from shared.supervised.data import RepeatedAugmentationSampler
 from shared.supervised.distillation import distillation_loss
 from tests.golden.golden_file import GoldenFile
+from tests.loop_run import LoopRun
 from xcit.cross_covariance_transformer import (
     LPI,
     XCA,
@@ -277,7 +273,6 @@ def test_dino_training_follows_the_reference_step_by_step(tmp_path):
     epochs = len(GOLDEN["dino/lr_f64"])  # of one step
     criterion = DINOLoss(sizes["out"], 2 + sizes["nloc"], 0.04, 0.07, 1, epochs)
     schedules = Schedules(GOLDEN["dino/lr_f64"], GOLDEN["dino/wd_f64"], GOLDEN["dino/mom_f64"])
-    log = RunLog(tmp_path, epochs, log_freq=1)
     for epoch in range(epochs):
         train_dino_epoch(
             student,
@@ -286,17 +281,9 @@ def test_dino_training_follows_the_reference_step_by_step(tmp_path):
             [load_views(epoch)],
             optimizer,
             schedules,
-            epoch=epoch,
-            first_step=0,
-            steps_per_epoch=1,
+            LoopRun(tmp_path, 1, epochs, epoch, student=student),
             clip_grad=GOLDEN.scalar("dino/clip"),
             freeze_last_layer=1,
-            seed=0,
-            precision=Precision("fp32", torch.device("cpu")),
-            log=log,
-            monitor=CollapseMonitor(sizes["out"], patience_steps=epochs),
-            guard=FiniteGuard({"student": student}, tmp_path, max_skipped_steps=1, device=torch.device("cpu")),
-            checkpointer=SimpleNamespace(after_step=lambda epoch, step_in_epoch: None),
         )
         for role, network in (("student", student), ("teacher", teacher)):
             names = GOLDEN[f"dino/epoch{epoch}/{role}/names"]

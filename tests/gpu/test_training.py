@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shared.checkpoint import load_latest
+from shared.run.checkpoint import load_latest
 from tests.reliability.runs import DEEPCLUSTER, DEEPCLUSTERV2, DINO, SWAV, Run, Script, assert_same_run, log_lines
 from tests.reliability.test_contriever import CONTRIEVER
 from tests.reliability.test_msn import MSN

@@ -11,7 +11,7 @@ from PIL import Image
 
 from msn import vision_transformer
 from msn.main import parse_args, train_msn
-from shared.checkpoint import load_latest
+from shared.run.checkpoint import load_latest
 
 TINY_VIT = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 TINY = (

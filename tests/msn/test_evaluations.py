@@ -17,8 +17,8 @@ from msn.labelled_training import LabelledTraining
 from msn.linear_eval import LinearClassifier, RateInMomentumSGD
 from msn.pretrained import load_pretrained
 from msn.vision_transformer import VisionTransformer
-from shared.attempt import Interrupted
-from shared.checkpoint import Checkpointer, load_latest
+from shared.run.attempt import Interrupted
+from shared.run.checkpoint import Checkpointer, load_latest
 from tests.msn.runs import CHECKPOINT, small_networks
 from tests.processes import run_processes
 from tests.reliability.runs import assert_same

@@ -15,7 +15,7 @@ from msn.logistic_eval import (
     preprocess,
 )
 from msn.pretrained import load_pretrained
-from shared.sources import open_source
+from shared.images.sources import open_source
 from tests.msn.runs import CHECKPOINT
 
 

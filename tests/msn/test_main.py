@@ -15,8 +15,8 @@ import yaml
 from msn import eval_knn, logistic_eval, visualize_attention
 from msn import main as main_msn
 from msn.main import get_args_parser, parse_args, split_views, start_on_devices, train_msn
-from shared.attempt import NotFinite
-from shared.checkpoint import load_latest
+from shared.run.attempt import NotFinite
+from shared.run.checkpoint import load_latest
 from tests.msn.runs import CHECKPOINT, TINY, assert_same_state, lines, losses, small_networks, state_of, train
 from tests.processes import run_processes, run_script
 from tests.standalone import load_alone

@@ -12,7 +12,7 @@ from msn import linear_eval, main_distributed, pretrained
 from msn import main as main_msn
 from msn.pretrained import RELEASES, load_pretrained
 from msn.vision_transformer import ProjectionHead, build
-from shared.weights import DownloadError, WeightMismatch
+from shared.networks.weights import DownloadError, WeightMismatch
 from tests.msn.runs import CHECKPOINT, TINY, losses, state_of
 
 ENTRIES = [name for name in dir(hubconf) if name.startswith("msn_")]

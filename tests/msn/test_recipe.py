@@ -69,7 +69,7 @@ def test_each_collapse_is_named_once_with_a_flag_to_try(change, kind):
     monitor = CollapseMonitor(16, patience_steps=50)
     assert monitor.check(HEALTHY | change | {"step": 49}) is None
     sentence = monitor.check(HEALTHY | change)
-    assert list(monitor.said) == ([kind] if kind else [])
+    assert list(monitor.warnings) == ([kind] if kind else [])
     assert sentence is None if kind is None else "--" in sentence
     assert monitor.check(HEALTHY | change) is None
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from paws import paws_train
 from shared import distributed
-from shared.checkpoint import load_latest
+from shared.run.checkpoint import load_latest
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMON = (

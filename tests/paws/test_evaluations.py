@@ -13,7 +13,7 @@ import torch
 
 from paws import evaluation, few_labels, fine_tune, pseudo_labels, snn_eval, snn_fine_tune
 from paws.labels import open_partly_labelled
-from shared.attempt import Interrupted
+from shared.run.attempt import Interrupted
 from shared.supervised.evaluation import evaluate_classifier
 from tests.paws.small_runs import comparable, lines, state_of, train, write_noise, write_own_pictures
 from tests.reliability.runs import assert_same

@@ -356,7 +356,7 @@ def test_collapses_are_said_once_with_a_flag_to_try():
     assert monitor.check(good | {"mean_entropy": math.log(2)}) is None
     assert "--sharpen" in monitor.check(good | {"certainty": 0.11})
     assert "same representation" in monitor.check(good | {"feature_spread": 0.01})
-    assert len(monitor.said) == 3
+    assert len(monitor.warnings) == 3
 
 
 # --- SuNCEt -----------------------------------------------------------------------------------------------------------

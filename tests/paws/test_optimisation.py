@@ -7,7 +7,7 @@ from torch import nn
 
 from paws.networks import build_encoder
 from paws.optimisation import LARS, lr_schedule, parameter_groups
-from shared.optim import step_unless_not_finite
+from shared.optimisation.optim import step_unless_not_finite
 
 
 def tensors(seed: int) -> list[torch.Tensor]:

@@ -9,7 +9,7 @@ import hubconf
 from paws import export, networks, pretrained, resnet
 from paws.heads import classification_head
 from paws.networks import Backbone, build_encoder
-from shared.weights import DownloadError, WeightMismatch
+from shared.networks.weights import DownloadError, WeightMismatch
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 SMALL = "wide_resnet10w1"

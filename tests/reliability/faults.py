@@ -54,7 +54,7 @@ def send(*numbers: int) -> None:
 
 def signals_during_save(save: int, *numbers: int) -> None:
     """Signals that arrive while the process's ``save``-th checkpoint lies half finished on the disk."""
-    from shared import checkpoint
+    from shared.run import checkpoint
 
     verify, calls = checkpoint.verify, []
 
@@ -84,7 +84,7 @@ def signal_in_evaluation(evaluation: int, number: int) -> None:
 
 def kill_at_line(number: int, after_saves: int = 0) -> None:
     """SIGKILL before the ``number``-th line (from 1) of shared/checkpoint.py that runs in a save."""
-    from shared import checkpoint
+    from shared.run import checkpoint
 
     save, calls, lines = checkpoint.save, [], []
 
@@ -110,7 +110,7 @@ def kill_at_line(number: int, after_saves: int = 0) -> None:
 
 def kill_in_write(number: int) -> None:
     """SIGKILL in the middle of the ``number``-th write (from 1) to the temporary file of a save."""
-    from shared import checkpoint
+    from shared.run import checkpoint
 
     writes = []
 
@@ -189,7 +189,7 @@ def kill_worker(epoch: int) -> None:
 
 
 def remove_after_listing(path: Path) -> None:
-    from shared import training_data
+    from shared.images import training_data
 
     open_source = training_data.open_source
 

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from torch import Tensor
 
-from shared.checkpoint import load_latest
+from shared.run.checkpoint import load_latest
 from tests.reliability.runs import log_lines
 
 

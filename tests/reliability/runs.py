@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from shared.checkpoint import load_latest
+from shared.run.checkpoint import load_latest
 from tests.processes import SERVER, free_port
 
 ROOT = Path(__file__).resolve().parents[2]

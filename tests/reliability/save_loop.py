@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from shared import checkpoint
+from shared.run import checkpoint
 
 STEPS = 3
 

@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from shared.checkpoint import load_latest
+from shared.run.checkpoint import load_latest
 from tests.reliability import faults
 from tests.reliability.runs import Run, assert_same_run, write_images
 

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 
-from shared.checkpoint import load_latest
+from shared.run.checkpoint import load_latest
 from tests.reliability import faults
 from tests.reliability.runs import Run, assert_same_run, kill_at_random_instants, log_lines
 

@@ -1,6 +1,6 @@
 """SIGKILL at any instant of MSN: both encoders, prototypes and masks come back bit for bit, on one rank and on two."""
 
-from shared.checkpoint import load_latest
+from shared.run.checkpoint import load_latest
 from tests.msn.runs import CHECKPOINT, TINY_VIT
 from tests.reliability.runs import Run, Script, assert_same_run, kill_at_random_instants, log_lines, start_ranks
 

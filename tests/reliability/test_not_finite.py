@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from shared.checkpoint import first_not_finite, load_latest
+from shared.run.checkpoint import first_not_finite, load_latest
 from tests.reliability import faults
 from tests.reliability.runs import Run, assert_same_run, log_lines, start_ranks
 

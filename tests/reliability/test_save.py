@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shared import checkpoint
+from shared.run import checkpoint
 from tests.processes import SERVER
 from tests.reliability import faults
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from shared.checkpoint import load_latest
+from shared.run.checkpoint import load_latest
 from tests.reliability.runs import (
     DEEPCLUSTERV2,
     SWAV,

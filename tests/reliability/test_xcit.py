@@ -2,7 +2,7 @@
 
 import pytest
 
-from shared.checkpoint import load_latest
+from shared.run.checkpoint import load_latest
 from tests.reliability.runs import Run, Script, assert_same_run, kill_at_random_instants, log_lines, start_ranks
 from tests.xcit.training_runs import shrink_networks
 

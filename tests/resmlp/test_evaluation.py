@@ -16,7 +16,7 @@ from resmlp.export import export
 from resmlp.pretrained import load_network
 from resmlp.resmlp_models import ResMLP
 from resmlp.visualize_cross_patch import locality, rows_as_maps, save_cross_patch_layers, to_colors
-from shared.weights import safe_load
+from shared.networks.weights import safe_load
 from tests.resmlp.test_resmlp_models import randomize
 from tests.resmlp.training_runs import TINY
 

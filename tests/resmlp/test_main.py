@@ -16,7 +16,7 @@ from resmlp import main
 from resmlp.augmentations import MEAN, STD, ThreeAugment
 from resmlp.main import TrainingLoss, get_args_parser, parse_args
 from resmlp.networks import build_network
-from shared.attempt import NotFinite
+from shared.run.attempt import NotFinite
 from tests.command_lines import assert_values_arrive
 from tests.processes import run_processes, run_script
 from tests.reliability.runs import assert_same

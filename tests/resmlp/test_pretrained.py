@@ -8,7 +8,7 @@ import hubconf
 from resmlp import pretrained
 from resmlp.pretrained import RELEASES, fill, from_timm, load_network, read_weights, to_timm
 from resmlp.resmlp_models import ARCHITECTURES, ResMLP
-from shared.weights import DownloadError, WeightMismatch
+from shared.networks.weights import DownloadError, WeightMismatch
 from tests.resmlp.test_resmlp_models import randomize
 
 SMALL = {"img_size": 32, "embed_dim": 8, "depth": 2}

@@ -24,7 +24,7 @@ from resmlp.translation.corpus import (
 )
 from resmlp.translation.generated_language import SOURCE_PLURAL, TARGET_OBJECT, TARGET_PLURAL, generate_pairs
 from resmlp.translation.networks import BOS, EOS, NETWORKS, PAD, UNK, Attention, CrossTokenLinear, Translator
-from shared.checkpoint import Checkpointer, load_latest
+from shared.run.checkpoint import Checkpointer, load_latest
 from tests.processes import run_processes
 from tests.reliability.runs import assert_same_run
 

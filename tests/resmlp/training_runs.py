@@ -7,7 +7,7 @@ import torch
 
 from resmlp import main
 from shared import distributed
-from shared.checkpoint import load_latest
+from shared.run.checkpoint import load_latest
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = (

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from shared import distributed
-from shared.attempt import NotFinite
+from shared.run.attempt import NotFinite
 from tests.processes import free_port, run_processes
 
 

@@ -5,7 +5,9 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms import functional as TF
 
-from shared.data import ArraySource, BadImages, EpochBatchSampler, FileSource, ImageError, make_loader
+from shared.images.decode import ImageError
+from shared.images.loading import BadImages, EpochBatchSampler, make_loader
+from shared.images.sources import ArraySource, FileSource
 from shared.multicrop import MultiCropDataset, MultiCropWrapper, ViewRecipe, _allowed_reduction, normalize_views
 from tests.shared.photographs import encoded, photograph
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shared import slurm
+from shared.launch import slurm
 from tests.slurm import jobs
 from tests.slurm.cluster import Cluster, missing
 

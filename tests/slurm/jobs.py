@@ -57,8 +57,8 @@ def count(args):
     import torch
 
     from shared import distributed
-    from shared.checkpoint import Checkpointer, load_latest
-    from shared.metrics import RunLog
+    from shared.run.checkpoint import Checkpointer, load_latest
+    from shared.run.log import RunLog
 
     distributed.init(device="cpu", timeout_s=120)
     path = Path(args.output_dir) / "checkpoint.pth"

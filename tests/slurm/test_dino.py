@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from dino import run_with_submitit
-from shared.weights import safe_load
+from shared.networks.weights import safe_load
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINING = (

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from shared.attempt import Attempt, owner_of
+from shared.run.attempt import Attempt, owner_of
 from tests.slurm import jobs
 
 pytestmark = pytest.mark.slow

@@ -8,7 +8,7 @@ import sys
 import pytest
 import submitit
 
-from shared.attempt import Attempt, owner_of
+from shared.run.attempt import Attempt, owner_of
 from tests.slurm import jobs
 
 

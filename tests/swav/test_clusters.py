@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from shared.images import ImageError
-from shared.pictures import DIFFER
+from shared.images.decode import ImageError
+from shared.pictures.sheets import DIFFER
 from swav import clusters
 from swav.cluster_pictures import mosaic, save_contact_sheet, save_overview, save_usage, thumbnail
 from swav.clustering import Clustering, assign, describe, merge_prototypes, purity, summarise
@@ -151,7 +151,7 @@ class Colours:
     classes = ("dark", "a class with a name that is far too long for a line of text")
 
     def load(self, index):
-        from shared.images import DecodedImage
+        from shared.images.decode import DecodedImage
 
         return DecodedImage(np.full((20, 30, 3), 10 + index, dtype=np.uint8))
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from shared import distributed
-from shared.images import ImageError
+from shared.images.decode import ImageError
 from swav import eval_linear
 from swav.eval_linear import FrozenFeatures, RegLog
 from swav.resnet50 import ResNet

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from shared import distributed
-from shared.data import BadImages
-from shared.sources import open_source
+from shared.images.loading import BadImages
+from shared.images.sources import open_source
 from swav import eval_semisup
 from swav.eval_semisup import drawn_images, labelled_subset, listed_images
 from tests.dino.small_data import COLOURS, picture, write_image, write_train_and_val

@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import nn
 
-from shared.weights import safe_load
+from shared.networks.weights import safe_load
 from swav.export import export, main
 from swav.networks import build_network
 from swav.pretrained import load_backbone

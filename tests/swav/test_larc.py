@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from shared.optim import clip_grad_norm_per_tensor_, step_unless_not_finite
+from shared.optimisation.optim import clip_grad_norm_per_tensor_, step_unless_not_finite
 from swav.larc import LARC
-from tests.shared.test_optim import NoReads, make_network, set_gradients, state_of
+from tests.shared.optimisation.test_optim import NoReads, make_network, set_gradients, state_of
 
 
 def by_loops(p, g, buffer, lr, weight_decay, clip):

@@ -6,7 +6,7 @@ import torch
 import torchvision
 
 import hubconf
-from shared.weights import DownloadError, WeightMismatch
+from shared.networks.weights import DownloadError, WeightMismatch
 from swav import pretrained
 from swav.networks import build_network
 from tests.swav.official_layouts import (

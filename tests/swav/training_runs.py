@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from shared import distributed
-from shared.checkpoint import load_latest
+from shared.run.checkpoint import load_latest
 from swav import main_deepclusterv2, main_swav
 
 ROOT = Path(__file__).resolve().parents[2]

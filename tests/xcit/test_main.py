@@ -307,7 +307,7 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_batch(images, tmp_p
 
 
 def test_a_nan_is_left_out_and_too_many_end_the_run(images, tmp_path, small_networks, monkeypatch):
-    from shared.attempt import NotFinite
+    from shared.run.attempt import NotFinite
 
     call = main.TrainingLoss.__call__
     monkeypatch.setattr(main.TrainingLoss, "__call__", lambda *args: call(*args) * torch.nan)

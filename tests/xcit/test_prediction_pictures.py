@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from xcit.prediction_pictures import LEAST_PX, color_of, paint_labels, paint_objects
+from xcit.prediction_pictures import MIN_PX, color_of, paint_labels, paint_objects
 
 
 def test_twenty_classes_have_colours_of_their_own():
@@ -14,8 +14,8 @@ def test_labels_colour_their_pixels_and_no_others():
     labels = torch.full((64, 64), 255)
     labels[:32, :16] = 3
     painted = paint_labels(torch.full((3, 64, 64), 0.5), labels)
-    factor = LEAST_PX // 64
-    assert painted.shape == (LEAST_PX, LEAST_PX, 3)
+    factor = MIN_PX // 64
+    assert painted.shape == (MIN_PX, MIN_PX, 3)
     expected = np.full_like(painted, 127)
     expected[: 32 * factor, : 16 * factor] = (127 + np.array(color_of(3))) // 2
     assert np.abs(painted.astype(int) - expected).max() <= 1

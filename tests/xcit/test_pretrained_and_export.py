@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import hubconf
-from shared.weights import DownloadError, WeightMismatch
+from shared.networks.weights import DownloadError, WeightMismatch
 from xcit import pretrained
 from xcit.cross_covariance_transformer import ARCHITECTURES, build_xcit
 from xcit.export import export

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from shared import distributed
-from shared.data import BadImages
+from shared.images.loading import BadImages
 from tests.processes import run_processes
 from tests.reliability.runs import assert_same
 from tests.xcit.test_detection import Stop

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from shared import distributed
-from shared.checkpoint import load_latest
+from shared.run.checkpoint import load_latest
 from xcit import main
 from xcit.cross_covariance_transformer import SIZES
 

@@ -1,5 +1,5 @@
 """Object detection with XCiT."""
 
-from shared.packages import need_packages
+from shared.run.packages import need_packages
 
 need_packages("xcit/detection", pycocotools="pycocotools")

@@ -9,7 +9,8 @@ import torch
 from pycocotools import mask as run_lengths
 from torch import Tensor
 
-from shared.data import BadImages, FileSource
+from shared.images.loading import BadImages
+from shared.images.sources import FileSource
 
 from ..dense_training import DenseDataset
 

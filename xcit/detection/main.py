@@ -26,9 +26,9 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from shared import distributed
-from shared.data import BadImages
-from shared.evaluation.features import ShareOfRank
-from shared.flags import AnyDashParser
+from shared.evaluation.features import RankSampler
+from shared.images.loading import BadImages
+from shared.run.flags import AnyDashParser
 from xcit import dense_training
 from xcit.detection.average_precision import as_detections, average_precision
 from xcit.detection.coco import CocoDataset
@@ -134,7 +134,7 @@ def evaluate_detector(
     was_training = network.training
     network.eval()
     detections = []
-    share = ShareOfRank(len(dataset))
+    share = RankSampler(len(dataset))
     own = len(range(share.rank, len(dataset), share.world_size))
     for number, index in enumerate(share):
         if number < own:  # the rest fills up the share of the last ranks

@@ -1,5 +1,5 @@
 """Semantic segmentation with XCiT."""
 
-from shared.packages import need_packages
+from shared.run.packages import need_packages
 
 need_packages("xcit/semantic_segmentation", torchmetrics="torchmetrics")

@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from shared.data import BadImages, FileSource
-from shared.images import EXTENSIONS, ImageError
+from shared.images.decode import EXTENSIONS, ImageError
+from shared.images.loading import BadImages
+from shared.images.sources import FileSource
 
 from ..dense_training import DenseDataset
 

@@ -25,9 +25,9 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from shared import distributed
-from shared.data import BadImages
-from shared.evaluation.features import ShareOfRank
-from shared.flags import AnyDashParser
+from shared.evaluation.features import RankSampler
+from shared.images.loading import BadImages
+from shared.run.flags import AnyDashParser
 from xcit import dense_training
 from xcit.augmentations import MEAN, STD
 from xcit.feature_pyramid import build_pyramid, fill_trunk
@@ -165,7 +165,7 @@ def evaluate_segmenter(
     was_training = network.training
     network.eval()
     metrics = build_metrics(num_classes).to(device)  # summed over processes when they are computed
-    share = ShareOfRank(len(dataset))
+    share = RankSampler(len(dataset))
     own = len(range(share.rank, len(dataset), share.world_size))
     for number, index in enumerate(share):
         if number < own:  # the rest fills up the share of the last ranks

@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from shared.data import ArraySource, EvalDataset, EvalTransform
-from shared.flags import AnyDashParser
-from shared.precision import Precision
+from shared.images.loading import EvalDataset, EvalTransform
+from shared.images.sources import ArraySource
+from shared.optimisation.precision import Precision
+from shared.run.flags import AnyDashParser
 from shared.supervised.data import LabelledViews, RepeatedAugmentationSampler
 from shared.supervised.datasets import open_inaturalist, open_train_and_val
 from shared.supervised.distillation import build_teacher

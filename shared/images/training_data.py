@@ -1,0 +1,74 @@
+"""The training images of a method that looks at several views of each."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+
+from shared import distributed
+from shared.multicrop import MultiCropDataset
+
+from .cache import cache_images
+from .loading import BadImages, EpochBatchSampler, default_num_workers, make_loader, short_side
+from .sources import open_source
+from .views import ViewRecipe
+
+
+@dataclass
+class TrainingData:
+    """The training images, and how they become batches of views on this process.
+
+    Attributes:
+        checksum: Of the images, the same on every process.
+        batch_size: Images per step, on all processes.
+        num_workers: Loader processes of this process.
+    """
+
+    dataset: MultiCropDataset
+    sampler: EpochBatchSampler
+    loader: DataLoader
+    bad_images: BadImages
+    checksum: int
+    batch_size: int
+    num_workers: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.sampler)
+
+
+def open_training_data(
+    args: argparse.Namespace,
+    recipes: Sequence[ViewRecipe],
+    batch_size: int,
+    output_dir: Path,
+    device: torch.device,
+    size_flag: str,
+) -> TrainingData:
+    """Open ``--data_path`` and make its loader.
+
+    Args:
+        args: Flags of :func:`shared.run.flags.add_data_flags`, ``num_workers``, ``augmentation`` and ``seed``.
+        recipes: Of the views.
+        batch_size: Images per step on this process.
+        output_dir: Unreadable images are listed in it.
+        size_flag: The flag that says how large the largest views are.
+    """
+    source = open_source(args.data_path, "train", allow_absolute_paths=args.allow_absolute_paths)
+    source = cache_images(source, args.cache)
+    checksum = source.checksum()
+    distributed.check_same_on_all_processes((len(source), checksum), "the training data (number of images, checksum)")
+    bad_images = BadImages(len(source), output_dir / "bad_images.txt", args.on_bad_image, args.max_bad_fraction)
+    dataset = MultiCropDataset(source, recipes, args.seed, args.augmentation, args.in_chans, bad_images)
+    world_size = distributed.get_world_size()
+    sampler = EpochBatchSampler(len(source), batch_size, args.seed, distributed.get_rank(), world_size)
+    num_workers = default_num_workers() if args.num_workers is None else args.num_workers
+    loader = make_loader(dataset, batch_sampler=sampler, num_workers=num_workers, device=device)
+    distributed.print_once(f"{source.describe()}: {len(sampler)} steps per epoch")
+    size = max(recipe.size_px for recipe in recipes)
+    if args.data_path is not None and (side := short_side(source)) < size:
+        distributed.print_once(f"images of {side} pixels are smaller than {size_flag} {size}: views are enlarged")
+    return TrainingData(dataset, sampler, loader, bad_images, checksum, batch_size * world_size, num_workers)

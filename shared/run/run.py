@@ -1,0 +1,270 @@
+"""One training run: its processes, precision, log and checkpoints, and where in the data it stands.
+
+The loop stays in the method's script and reads like its paper; a run calls nothing of the method:
+
+    run = Run(args, args.amp)
+    ...                                                  # data, networks, loss, optimiser, schedules
+    run.resume(data, total_steps, NETWORK_FLAGS, network=network, optimizer=optimizer)
+    with run:                                            # a signal finishes the step, saves and stops
+        for epoch in run.epochs():
+            data.set_epoch(epoch, run.step_in_epoch)
+            for step, (images, labels, indices) in run.steps(data.loader):
+                ...
+                run.backward(loss, optimizer)
+                run.update(grad_norms, optimizer)        # left out when a gradient is not finite
+                run.end_step(len(images), {"loss": loss})  # a line of the log, if it is due
+            run.log_epoch()
+            run.end_epoch()                              # saves
+"""
+
+import argparse
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from shared import distributed
+from shared.optimisation.optim import step_unless_not_finite
+from shared.optimisation.precision import Precision
+
+from . import randomness
+from .attempt import Attempt
+from .checkpoint import Checkpointer, check_flags, is_at_start, load_latest, restore, resume_position
+from .health import HealthMonitor
+from .log import RunLog
+from .memory import keep_freed_memory
+from .not_finite import FiniteGuard, NonFiniteSearch
+
+
+def unchanged(state: dict) -> dict:
+    """The layout of checkpoints that need no other one."""
+    return state
+
+
+class Run:
+    """What all trainings do in the same way: join the processes, seed, claim the output folder, log, save, stop.
+
+    Args:
+        args: Flags of :func:`shared.run.flags.add_run_flags`, ``output_dir`` and ``seed``.
+        amp: Precision of the forward passes, see :class:`shared.optimisation.precision.Precision`.
+        file: Newest checkpoint, in the output folder.
+        subfolder: Made in the output folder.
+
+    Attributes:
+        device, output_dir, precision: Of this process.
+        path: Of the newest checkpoint.
+        health: Looks at every line of the log; a script gives it the rules of its method.
+        log: Of the run, from :meth:`resume` on.
+        is_new: Whether no step had been done when the run was resumed.
+        epoch, step_in_epoch: Where a run goes on that is saved now; in the body of a step, the step after it.
+
+    Raises:
+        shared.run.attempt.Superseded: If a later attempt at the run owns the folder.
+    """
+
+    epoch = step_in_epoch = 0
+    search: NonFiniteSearch | None = None
+
+    def __init__(self, args: argparse.Namespace, amp: str, file: str = "checkpoint.pth", subfolder: str = ""):
+        self.args = args
+        self.device = distributed.init(args.dist_url, args.device, args.dist_timeout)
+        keep_freed_memory()
+        randomness.seed_everything(args.seed)
+        self.output_dir = Path(args.output_dir)
+        if distributed.is_main_process():
+            (self.output_dir / subfolder).mkdir(parents=True, exist_ok=True)
+            Attempt.current().claim(self.output_dir)
+        distributed.barrier()
+        self.precision = Precision(amp, self.device)
+        self.path = self.output_dir / file
+        self.health = HealthMonitor()
+
+    def resume(
+        self,
+        data,
+        total_steps: int,
+        network_flags: tuple[str, ...],
+        *,
+        checkpoint: dict | None = None,
+        to_official: Callable[[dict], dict] = unchanged,
+        from_official: Callable[[dict], dict] = unchanged,
+        scheduled: tuple[str, ...] = ("lr", "weight_decay"),
+        **parts,
+    ) -> None:
+        """Go on where the newest checkpoint was written, or start where there is none.
+
+        Args:
+            data: States ``steps_per_epoch``, ``batch_size`` (of all processes together) and ``checksum``.
+            total_steps: Of the whole run.
+            network_flags: Flags that shape the networks: a checkpoint with other ones is refused.
+            checkpoint: Instead of the newest one in the output folder; empty: start.
+            to_official: Brings the state of a run, see :meth:`state`, into the layout of the official checkpoints.
+            from_official: The way back; takes official files as well.
+            scheduled: Options of optimisers that the steps set and a checkpoint restores; the flags set all others.
+            parts: What checkpoints hold, under these names: networks, losses, optimisers, anything with a state dict.
+                The first infinity or NaN is looked for in those with parameters.
+
+        Raises:
+            ValueError: If the checkpoint was written with another network, or the run is to be refused as changed.
+        """
+        args, self.data, self.total_steps, self.to_official = self.args, data, total_steps, to_official
+        self.parts = {name: distributed.unwrap(part) for name, part in parts.items()}
+        if checkpoint is None:
+            checkpoint = load_latest(self.path)
+        checkpoint = from_official(checkpoint) if checkpoint else {}
+        self.is_new = is_at_start(checkpoint or None)
+        self.log = RunLog(self.output_dir, total_steps, args.log_freq, args.tensorboard, resumed="log" in checkpoint)
+        if checkpoint:
+            if "args" in checkpoint:  # some official files have none
+                check_flags(checkpoint, args, network_flags)
+            restore(checkpoint, scheduled, **self.parts)
+            if checkpoint.get("fp16_scaler"):
+                self.precision.scaler.load_state_dict(checkpoint["fp16_scaler"])
+            if "log" in checkpoint:  # the official ones have none
+                self.log.load_state_dict(checkpoint["log"])
+            position = resume_position(checkpoint, data.batch_size, data.checksum, args.on_changed_run)
+            self.epoch, self.step_in_epoch = position
+            distributed.print_once("resuming at epoch {}, step {}".format(*position))
+        networks = {
+            n: p for n, p in self.parts.items() if isinstance(p, nn.Module) and any(True for _ in p.parameters())
+        }
+        in_a_row = checkpoint.get("skipped_steps", 0)
+        self.guard = FiniteGuard(networks, self.output_dir, args.max_skipped_steps, self.device, in_a_row)
+
+    def state(self, epoch: int, step_in_epoch: int) -> dict:
+        """What a checkpoint holds of a run that goes on at this step; every process calls this."""
+        state = {
+            **{name: part.state_dict() for name, part in self.parts.items()},
+            "epoch": epoch,
+            "step_in_epoch": step_in_epoch,
+            "args": vars(self.args),
+            "fp16_scaler": self.precision.scaler.state_dict(),
+            "skipped_steps": int(self.guard.in_a_row),
+            "batch_size": self.data.batch_size,
+            "world_size": distributed.get_world_size(),
+            "images": self.data.checksum,
+            "log": self.log.state_dict(),
+        }
+        return self.to_official(state)
+
+    # --- Training -----------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> "Run":
+        every = self.args.saveckp_steps, self.args.saveckp_minutes
+        self.checkpointer = Checkpointer(self.path, self.state, *every, self.guard.is_good)
+        self.checkpointer.__enter__()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.checkpointer.__exit__(*exception)
+        self.log.close()
+
+    def epochs(self) -> Iterator[int]:
+        """The epochs that are still to be done, the first one from ``step_in_epoch`` on."""
+        yield from range(self.epoch, -(-self.total_steps // self.data.steps_per_epoch))
+
+    def steps(self, loader: Iterable) -> Iterator[tuple[int, tuple]]:
+        """(step of the run, batch) for what ``loader`` yields, which starts at ``step_in_epoch``; ends with the run.
+
+        Random numbers of a step come from (seed, step, rank). After the body what is due is saved, and the run stops if
+        a signal has asked for it. ``continue`` ends a step as the end of the body does. ``break`` ends the epoch: the
+        step counts as done and its save is left to :meth:`end_epoch`.
+
+        A step after too many without finite gradients is yielded twice: the second time every module is watched, and
+        :meth:`end_step` ends the run.
+        """
+        for step, batch in enumerate(self.log.batches(loader), start=self.steps_done):
+            if step == self.total_steps:
+                return
+            self.step = step
+            self.step_in_epoch += 1
+            self._seed()
+            yield step, batch
+            if self.search is not None:
+                self._seed()
+                with self.search.of({"step": step, "epoch": self.epoch}, batch):
+                    yield step, batch
+            self.save_if_due()
+
+    def _seed(self) -> None:
+        randomness.seed_step(self.args.seed, self.step, distributed.get_rank())
+
+    def backward(self, loss: Tensor, *optimizers: torch.optim.Optimizer) -> None:
+        """Gradients in float32 and at their true scale."""
+        self.precision.backward(loss, *optimizers)
+        if self.search is not None:
+            self.search.see_loss(loss)
+
+    def update(self, grad_norms: Tensor, *optimizers: torch.optim.Optimizer) -> None:
+        """One step of the optimisers, left out as a whole when a gradient is not finite."""
+        for optimizer in optimizers:
+            self.skipped = step_unless_not_finite(optimizer, grad_norms)
+        self.precision.update()
+        if self.search is None:
+            self.guard.count(self.skipped)
+
+    @property
+    def logs_this_step(self) -> bool:
+        """Whether this step ends with a line of the log, so that costly statistics are wanted."""
+        return self.log.is_due(self.step)
+
+    def end_step(
+        self,
+        images: int,
+        averages: dict[str, Tensor | float],
+        health: dict[str, Tensor | float] | None = None,
+    ) -> None:
+        """Count the step in the log; where a line is due, look for a collapse and for gradients that stay NaN.
+
+        Args:
+            images: Of this process.
+            averages: Averaged over the steps of a line.
+            health: Stated by the line as of its last step.
+
+        Raises:
+            shared.run.attempt.NotFinite: At the end of a step that was repeated to find the first NaN.
+        """
+        if self.search is not None:
+            self.search.stop(int(self.guard.in_a_row))
+        line = self.log.step(self.step, self.epoch, images, averages | {"skipped": self.skipped}, **(health or {}))
+        if line is None:
+            return
+        if problem := self.health.check(line):
+            self.log.say(problem)
+        if self.guard.too_many():
+            self.search = NonFiniteSearch(self.guard.networks, self.output_dir / "nonfinite.pth")
+
+    # --- Between steps and epochs -------------------------------------------------------------------------------------
+
+    @property
+    def steps_done(self) -> int:
+        return self.epoch * self.data.steps_per_epoch + self.step_in_epoch
+
+    def log_evaluation(self, **values: float) -> None:
+        """Write the result of an evaluation after the steps done; the last epoch may be a short one."""
+        self.log.evaluation(self.steps_done, -(-self.steps_done // self.data.steps_per_epoch), **values)
+
+    def log_epoch(self, **values: float) -> dict:
+        """Write the averages of the epoch, and ``values``, and return the line."""
+        return self.log.end_epoch(self.epoch, **values)
+
+    def end_epoch(self, keep_as: str | None = None) -> None:
+        """Save, under a second name too if given, and stop if asked to."""
+        self.epoch, self.step_in_epoch = self.epoch + 1, 0
+        self.checkpointer.after_epoch(self.epoch - 1, keep_as)
+
+    def save(self, keep_as: str | None = None) -> None:
+        """Save now, under a second name too if given."""
+        self.checkpointer.save(self.epoch, self.step_in_epoch, keep_as)
+
+    def save_if_due(self) -> None:
+        """Save if that is due, and stop if a signal has arrived on any process."""
+        self.checkpointer.after_step(self.epoch, self.step_in_epoch)
+
+    def stop_if_asked(self) -> None:
+        """Save and stop if a signal has arrived on any process: for work that outlasts the time for a save.
+
+        Every process calls this equally often; the run comes back to that work, which starts again.
+        """
+        self.checkpointer.stop_if_asked(self.epoch, self.step_in_epoch)

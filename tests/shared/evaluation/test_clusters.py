@@ -1,0 +1,20 @@
+import torch
+
+from shared.evaluation import clusters
+from shared.evaluation.clusters import sum_by_cluster
+
+
+def test_sums_equal_a_loop_over_rows_whatever_the_blocks(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    rows, numbers = torch.randn(50, 3, generator=generator), torch.randint(6, (50,), generator=generator)
+    numbers[numbers == 4] = 5  # an empty cluster
+    expected = torch.zeros(6, 3, dtype=torch.double)
+    for row, number in zip(rows, numbers, strict=True):
+        expected[number] += row.double()
+    for block_rows in (7, 50, 1000):
+        monkeypatch.setattr(clusters, "BLOCK_ROWS", block_rows)
+        found = sum_by_cluster(rows, numbers, 6)
+        torch.testing.assert_close(found, expected, rtol=1e-14, atol=1e-14)
+        in_float32 = sum_by_cluster(rows, numbers, 6, torch.float32)
+        torch.testing.assert_close(in_float32, expected.float(), rtol=1e-5, atol=1e-5)
+    assert not found[4].any() and not torch.are_deterministic_algorithms_enabled()

@@ -1,0 +1,213 @@
+import io
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+import shared.images.decode
+from shared.images.decode import EncodedImage, ImageError, read_image
+from tests.shared.photographs import encoded, photograph
+
+PHOTOGRAPH = photograph(0, 37, 53)
+ORIENTATION = 0x0112
+
+
+def decode(data: bytes, reduction: int = 1) -> np.ndarray:
+    image = EncodedImage(data, "picture")
+    pixels = image.decode(reduction)
+    assert pixels.dtype == np.uint8 and pixels.flags.c_contiguous and pixels.shape[2] == 3
+    if reduction == 1:
+        assert pixels.shape[:2] == (image.height, image.width)
+    return pixels
+
+
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_jpegs_decode_as_pillow_decodes_them(subsampling, progressive):
+    data = encoded(PHOTOGRAPH, "JPEG", subsampling=subsampling, progressive=progressive)
+    expected = np.asarray(Image.open(io.BytesIO(data)))
+    # Both are libjpeg-turbo; other versions of it may round differently.
+    assert np.abs(decode(data).astype(int) - expected).max() <= 2
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "BMP", "PPM", "TIFF"])
+def test_lossless_formats_keep_every_pixel(file_format):
+    np.testing.assert_array_equal(decode(encoded(PHOTOGRAPH, file_format)), PHOTOGRAPH)
+
+
+@pytest.mark.parametrize("reduction", [1, 2, 4, 8])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_reduced_jpegs_have_sides_rounded_up(reduction, orientation):
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    pixels = decode(encoded(PHOTOGRAPH, "JPEG", exif=exif), reduction)
+    sides = (-(-37 // reduction), -(-53 // reduction))
+    assert pixels.shape[:2] == (sides if orientation == 1 else sides[::-1])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG"])
+def test_rotated_photographs_stand_upright(orientation, file_format):
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    data = encoded(PHOTOGRAPH, file_format, exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert np.abs(decode(data).astype(int) - np.asarray(upright)).max() <= 2
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_broken_orientation_is_ignored():
+    for exif in (b"Exif\0\0garbage", b"Exif\0\0", b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x63\0\0"):
+        assert decode(encoded(PHOTOGRAPH, "JPEG", exif=exif)).shape == (37, 53, 3)
+
+
+def test_grey_is_repeated():
+    grey = np.asarray(Image.fromarray(PHOTOGRAPH).convert("L"))
+    np.testing.assert_array_equal(decode(encoded(grey, "PNG")), grey[..., None].repeat(3, axis=-1))
+    jpeg = decode(encoded(grey, "JPEG"))
+    assert (jpeg == jpeg[..., :1]).all() and np.abs(jpeg[..., 0].astype(int) - grey).mean() < 10
+
+
+def test_16_bit_grey_uses_the_whole_range():
+    levels = np.array([[0, 257, 128 * 257], [255 * 257, 65535, 200 * 257 + 90]], dtype=np.uint16)
+    for file_format in ("PNG", "TIFF"):
+        image = decode(encoded(Image.fromarray(levels), file_format))
+        assert image[..., 0].tolist() == [[0, 1, 128], [255, 255, 200]]
+
+
+def test_palettes_bilevel_and_cmyk_become_rgb():
+    image = Image.fromarray(PHOTOGRAPH)
+    palette = image.quantize(32)
+    np.testing.assert_array_equal(decode(encoded(palette, "PNG")), np.asarray(palette.convert("RGB")))
+    bilevel = image.convert("1")
+    np.testing.assert_array_equal(decode(encoded(bilevel, "PNG")), np.asarray(bilevel.convert("RGB")))
+    cmyk = decode(encoded(image.convert("CMYK"), "JPEG", quality=95))
+    assert np.abs(cmyk.astype(int) - PHOTOGRAPH).mean() < 6
+
+
+def test_transparent_pixels_lie_over_white():
+    alpha = np.full((37, 53, 1), 255, np.uint8)
+    alpha[:10] = 0
+    alpha[10:20] = 51
+    pixels = decode(encoded(np.concatenate([PHOTOGRAPH, alpha], axis=-1), "PNG"))
+    assert (pixels[:10] == 255).all()
+    np.testing.assert_allclose(pixels[10:20], 0.8 * 255 + 0.2 * PHOTOGRAPH[10:20], atol=1)
+    np.testing.assert_array_equal(pixels[20:], PHOTOGRAPH[20:])
+
+    palette = Image.fromarray(PHOTOGRAPH).quantize(8)
+    hidden = np.asarray(palette) == 3
+    pixels = decode(encoded(palette, "PNG", transparency=3))
+    assert (pixels[hidden] == 255).all() and not (pixels[~hidden] == 255).all()
+
+
+def test_floating_point_pixels_are_refused():
+    data = encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF")
+    with pytest.raises(ImageError, match="picture: floating-point"):
+        decode(data)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "BMP", "TIFF", "WEBP"])
+def test_truncated_files_are_detected_never_half_a_picture(file_format):
+    data = encoded(photograph(1, 60, 80), file_format)
+    for kept in (0, 1, 3, 20, len(data) // 4, len(data) // 2, len(data) - 60):
+        with pytest.raises(ImageError, match="picture"):
+            decode(data[:kept])
+
+
+def test_a_jpeg_with_a_hole_in_its_pixels_is_detected():
+    data = encoded(photograph(1, 60, 80), "JPEG")
+    with pytest.raises(ImageError, match=r"picture: .*premature end"):
+        decode(data[: len(data) // 2] + b"\xff\xd9")
+
+
+def test_bytes_before_the_end_marker_of_a_jpeg_do_no_harm():
+    data = encoded(PHOTOGRAPH, "JPEG")
+    np.testing.assert_array_equal(decode(data[:-2] + b"\0\0\0" + data[-2:]), decode(data))
+    np.testing.assert_array_equal(decode(data[:-2] + b"\0\0\0" + data[-2:], 2), decode(data, 2))
+
+
+def test_other_files_are_refused_with_their_name(tmp_path):
+    (tmp_path / "text.jpg").write_text("no image at all")
+    (tmp_path / "empty.png").write_bytes(b"")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    reasons = {
+        "text.jpg": "not an image",
+        "empty.png": "empty file",
+        "missing.png": "No such file",
+        ".": "not a regular file",
+        "pipe.jpg": "not a regular file",
+    }
+    for name, reason in reasons.items():
+        with pytest.raises(ImageError, match=f"{tmp_path / name}: {reason}"):
+            read_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("file_format", ["EPS", "PCX", "TGA", "ICO", "SGI"])
+def test_formats_that_nobody_trains_on_are_refused_whatever_the_name(file_format):
+    """Above all EPS, which is a program: Pillow would start an interpreter for it."""
+    with pytest.raises(ImageError, match=r"picture\.jpg: not an image of a known format"):
+        EncodedImage(encoded(PHOTOGRAPH, file_format), "picture.jpg")
+
+
+@pytest.mark.parametrize("file_format", ["GIF", "MPO", "JPEG2000"])
+def test_further_formats_are_read_whatever_the_name(file_format):
+    assert np.abs(decode(encoded(PHOTOGRAPH, file_format)).astype(int) - PHOTOGRAPH).mean() < 20
+
+
+def test_unreadable_files_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "secret.jpg").write_bytes(encoded(PHOTOGRAPH, "JPEG"))
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")  # root, who runs many containers, may read everything
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(ImageError, match=r"secret\.jpg: Permission denied"):
+        read_image(tmp_path / "secret.jpg")
+
+
+def png_header(width: int, height: int) -> bytes:
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    header = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return header + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+
+
+@pytest.mark.filterwarnings("ignore:Image size")
+def test_decompression_bombs_are_refused_before_they_are_decoded():
+    jpeg = bytearray(encoded(PHOTOGRAPH, "JPEG"))
+    frame = jpeg.index(b"\xff\xc0")
+    jpeg[frame + 5 : frame + 9] = struct.pack(">HH", 65000, 65000)
+    for bomb in (png_header(60000, 60000), png_header(10000, 9000), bytes(jpeg)):
+        with pytest.raises(ImageError, match=r"picture: .*(limit|exceeds)"):
+            EncodedImage(bomb, "picture")
+
+
+def test_oversized_files_are_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(shared.images.decode, "MAX_FILE_BYTES", 100)
+    (tmp_path / "large.jpg").write_bytes(b"0" * 101)
+    with pytest.raises(ImageError, match=r"large\.jpg: 101 bytes are more than the limit of 100"):
+        read_image(tmp_path / "large.jpg")
+
+
+SMALL = photograph(2, 16, 16)
+FILES = [encoded(SMALL, name) for name in ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF")]
+
+
+@pytest.mark.filterwarnings("ignore")
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(st.sampled_from(FILES), st.lists(st.tuples(st.integers(0, 3000), st.binary(max_size=4)), max_size=6))
+@example(FILES[0], [(0, b"\xff\xd8\xff\xe1\xff\xff")])
+def test_damaged_files_give_a_picture_or_an_image_error(data, damages):
+    data = bytearray(data)
+    for position, damage in damages:
+        position %= len(data)
+        data[position : position + len(damage)] = damage
+    try:
+        decode(bytes(data))
+    except ImageError as error:
+        assert str(error).startswith("picture: ")

@@ -1,0 +1,286 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFilter, ImageOps
+from torchvision import transforms
+
+from shared.images.views import (
+    BRIGHTNESS,
+    CONTRAST,
+    HUE,
+    SATURATION,
+    DrawStreams,
+    ViewParams,
+    ViewRecipe,
+    _blur_kernel,
+    apply_fast,
+    apply_pil,
+    draw_view,
+)
+from tests.shared.photographs import photograph
+
+EVERYTHING = ViewRecipe(
+    size_px=32,
+    scale=(0.2, 1.0),
+    jitter=(0.4, 0.4, 0.2, 0.1),
+    jitter_p=0.8,
+    grey_p=0.2,
+    blur_p=0.5,
+    solarize_p=0.2,
+)
+STRONG_BILINEAR = ViewRecipe(
+    size_px=24,
+    scale=(0.05, 0.14),
+    jitter=(0.8, 0.8, 0.8, 0.2),
+    jitter_p=0.8,
+    grey_p=0.2,
+    blur_p=0.5,
+    interpolation="bilinear",
+)
+
+
+class Blur:
+    def __init__(self, recipe):
+        self.recipe = recipe
+
+    def __call__(self, image):
+        if random.random() <= self.recipe.blur_p:
+            return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(*self.recipe.blur_radius)))
+        return image
+
+
+class Solarize:
+    def __init__(self, recipe):
+        self.recipe = recipe
+
+    def __call__(self, image):
+        if random.random() < self.recipe.solarize_p:
+            return ImageOps.solarize(image, self.recipe.solarize_threshold)
+        return image
+
+
+def torchvision_chain(recipe: ViewRecipe) -> transforms.Compose:
+    """The recipe as anyone would write it with torchvision, drawing from the global generators."""
+    chain = [
+        transforms.RandomResizedCrop(
+            recipe.size_px,
+            scale=recipe.scale,
+            ratio=recipe.ratio,
+            interpolation=transforms.InterpolationMode(recipe.interpolation),
+        ),
+        transforms.RandomHorizontalFlip(recipe.flip_p),
+        transforms.RandomApply([transforms.ColorJitter(*recipe.jitter)], p=recipe.jitter_p),
+        transforms.RandomGrayscale(recipe.grey_p),
+        Blur(recipe),
+    ]
+    return transforms.Compose(chain + [Solarize(recipe)] * (recipe.solarize_p > 0))
+
+
+def apply(function, pixels, view, recipe, channels=3, **keywords) -> np.ndarray:
+    out = np.empty((recipe.size_px, recipe.size_px, channels), dtype=np.uint8)
+    function(pixels, view, recipe, out, **keywords)
+    return out
+
+
+def test_streams_repeat_the_generators_of_torch_and_python():
+    for seed in (0, 1, 77, 2**32 - 1, 2**40 + 5):
+        streams = DrawStreams(seed, seed)
+        torch.manual_seed(seed)
+        random.seed(seed)
+        for i in range(300):  # more words than are read at once
+            assert streams.rand() == torch.rand(1).item()
+            low, high = [(0.4, 1.0), (-0.1, 0.1), (0.05, 0.4)][i % 3]
+            # a processor without fused multiply-add rounds twice
+            assert streams.uniform(low, high) == pytest.approx(torch.empty(1).uniform_(low, high).item(), rel=2e-7)
+            assert streams.randint(1 + i) == torch.randint(0, 1 + i, (1,)).item()
+            assert streams.permutation(4) == torch.randperm(4).tolist()
+            assert streams.python.random() == random.random()
+
+
+@pytest.mark.parametrize("recipe", [EVERYTHING, STRONG_BILINEAR], ids=["bicubic", "bilinear"])
+@pytest.mark.parametrize("height, width", [(90, 120), (120, 61), (16, 200), (200, 16), (5, 7), (1, 1)])
+def test_pil_views_equal_the_torchvision_chain_pixel_by_pixel(recipe, height, width):
+    pixels = photograph(0, height, width)
+    chain = torchvision_chain(recipe)
+    for seed in range(10):
+        torch.manual_seed(seed)
+        random.seed(seed + 1)
+        streams = DrawStreams(seed, seed + 1)
+        for _ in range(2):  # the second view goes on with the same streams
+            expected = np.asarray(chain(Image.fromarray(pixels)))
+            view = draw_view(recipe, height, width, streams)
+            np.testing.assert_array_equal(apply(apply_pil, pixels, view, recipe), expected)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_equalised_views_are_the_same_with_pillow_and_without(channels):
+    recipe = ViewRecipe(size_px=48, scale=(1.0, 1.0), solarize_threshold=(0, 256))
+    for seed, brightness in enumerate((1.0, 0.3, 0.02)):  # the last one has a handful of grey levels
+        pixels = (photograph(seed, 48, 48) * brightness).astype(np.uint8)
+        view = WHOLE._replace(height=48, width=48, equalize=True, solarize=seed == 1, solarize_threshold=40)
+        if channels == 1:
+            view = view._replace(grey=True)
+        found, expected = (apply(function, pixels, view, recipe) for function in (apply_fast, apply_pil))
+        if channels == 3:
+            np.testing.assert_array_equal(found, expected)
+        else:  # the luminance differs by a level here and there, which equalising magnifies
+            assert np.abs(found.astype(int) - expected).mean() < 1.5
+    flat = np.full((48, 48, 3), 77, dtype=np.uint8)
+    assert (apply(apply_fast, flat, view._replace(solarize=False), recipe) == 77).all()
+
+
+def test_levels_of_solarisation_are_drawn_from_a_range():
+    recipe = ViewRecipe(size_px=8, scale=(0.5, 1.0), solarize_p=0.5, solarize_threshold=(0, 256), equalize_p=0.25)
+    streams = DrawStreams(0, 0)
+    views = [draw_view(recipe, 40, 50, streams) for _ in range(2000)]
+    levels = [view.solarize_threshold for view in views if view.solarize]
+    assert 900 < len(levels) < 1100 and min(levels) < 10 and max(levels) > 246
+    assert 120 < np.mean(levels) < 136 and all(0 <= level <= 256 for level in levels)
+    assert all(view.solarize_threshold is None for view in views if not view.solarize)
+    assert 400 < sum(view.equalize for view in views) < 600
+
+
+def test_a_step_that_is_switched_off_draws_nothing():
+    plain = ViewRecipe(size_px=8, scale=(0.5, 1.0), flip_p=0.0)
+    streams, other = DrawStreams(3, 3), DrawStreams(3, 3)
+    draw_view(plain, 40, 50, streams)
+    for _ in range(2):
+        other.uniform(0, 1)
+    for _ in range(2):
+        other.randint(5)
+    assert streams.rand() == other.rand()
+    assert streams.python.random() == random.Random(3).random()
+
+
+def test_every_branch_is_taken_as_often_as_its_probability_says():
+    draws = 4000
+    views = [draw_view(EVERYTHING, 100, 120, DrawStreams(i, i + 1)) for i in range(draws)]
+    expected = {"flip": 0.5, "jitter": 0.8, "grey": 0.2, "blur_radius": 0.5, "solarize": 0.2}
+    for name, probability in expected.items():
+        share = np.mean([bool(getattr(view, name)) for view in views])
+        assert share == pytest.approx(probability, abs=4 * (probability * (1 - probability) / draws) ** 0.5), name
+    first_steps = np.bincount([view.jitter[0][0] for view in views if view.jitter]) / draws / 0.8
+    np.testing.assert_allclose(first_steps, 0.25, atol=0.03)
+    areas = np.array([view.height * view.width for view in views]) / (100 * 120)
+    assert areas.min() > 0.19 and areas.max() <= 1
+    assert all(0 <= v.top <= 100 - v.height and 0 <= v.left <= 120 - v.width for v in views)
+
+
+WHOLE = ViewParams(0, 0, 128, 128, False, (), False, 0.0, False)
+SINGLE_STEPS = {  # step: (view, largest mean absolute difference between the backends, in grey levels)
+    "nothing": (WHOLE, 0.0),
+    "shrink": (WHOLE._replace(top=10, left=20, height=230, width=260), 0.05),
+    "enlarge": (WHOLE._replace(top=10, left=20, height=90, width=70), 0.05),
+    "flip": (WHOLE._replace(flip=True), 0.0),
+    "brighter": (WHOLE._replace(jitter=((BRIGHTNESS, 1.37),)), 0.02),
+    "darker": (WHOLE._replace(jitter=((BRIGHTNESS, 0.63),)), 0.02),
+    "more contrast": (WHOLE._replace(jitter=((CONTRAST, 1.37),)), 0.02),
+    "less contrast": (WHOLE._replace(jitter=((CONTRAST, 0.63),)), 0.02),
+    "more colour": (WHOLE._replace(jitter=((SATURATION, 1.2),)), 0.1),
+    "less colour": (WHOLE._replace(jitter=((SATURATION, 0.8),)), 0.2),
+    "hue forwards": (WHOLE._replace(jitter=((HUE, 0.09),)), 0.6),
+    "hue backwards": (WHOLE._replace(jitter=((HUE, -0.06),)), 0.6),
+    "grey": (WHOLE._replace(grey=True), 0.01),
+    "blur 0.3": (WHOLE._replace(blur_radius=0.3), 0.9),
+    "blur 1.1": (WHOLE._replace(blur_radius=1.1), 0.5),
+    "blur 2": (WHOLE._replace(blur_radius=2.0), 0.5),  # Pillow rounds to 8 bits six times, OpenCV once
+    "solarize": (WHOLE._replace(solarize=True), 0.0),
+}
+
+
+@pytest.mark.parametrize("step", SINGLE_STEPS)
+def test_fast_and_pil_agree_on_every_single_step(step):
+    view, tolerance = SINGLE_STEPS[step]
+    recipe = ViewRecipe(size_px=128, scale=(0.1, 1.0))
+    for seed in range(3):
+        pixels = photograph(seed, 256, 300) if view.height != 128 else photograph(seed, 128, 128)
+        fast, pil = (apply(f, pixels, view, recipe).astype(int) for f in (apply_fast, apply_pil))
+        assert np.abs(fast - pil).mean() <= tolerance
+        assert abs((fast - pil).mean()) <= 0.25  # no drift of the brightness
+
+
+def test_fast_and_pil_agree_on_whole_recipes_image_by_image():
+    recipes = [EVERYTHING, STRONG_BILINEAR]
+    differences = []
+    for seed in range(60):
+        pixels = photograph(seed % 6)
+        view = draw_view(recipes[seed % 2], *pixels.shape[:2], DrawStreams(seed, seed))
+        fast, pil = (apply(f, pixels, view, recipes[seed % 2]).astype(int) for f in (apply_fast, apply_pil))
+        differences.append(np.abs(fast - pil).mean())
+    assert np.mean(differences) < 1.5
+    assert np.max(differences) < 8  # solarise turns one level at the threshold into many
+
+
+def test_fast_and_pil_make_data_sets_of_equal_statistics():
+    fast, pil = [], []
+    for seed in range(150):
+        pixels = photograph(seed % 10)
+        view = draw_view(EVERYTHING, *pixels.shape[:2], DrawStreams(seed, seed + 1))
+        fast.append(apply(apply_fast, pixels, view, EVERYTHING))
+        pil.append(apply(apply_pil, pixels, view, EVERYTHING))
+    fast, pil = np.stack(fast).astype(float), np.stack(pil).astype(float)
+    np.testing.assert_allclose(fast.mean(axis=(0, 1, 2)), pil.mean(axis=(0, 1, 2)), atol=0.4)
+    np.testing.assert_allclose(fast.std(axis=(0, 1, 2)), pil.std(axis=(0, 1, 2)), rtol=0.01)
+    bins = np.linspace(0, 256, 17)
+    shares = [np.histogram(views, bins)[0] / views.size for views in (fast, pil)]
+    np.testing.assert_allclose(*shares, atol=2e-3)
+
+
+@pytest.mark.parametrize("function", [apply_fast, apply_pil])
+def test_one_channel_is_the_luminance_of_the_colour_view(function):
+    pixels = photograph(0)
+    for seed in range(20):
+        view = draw_view(EVERYTHING, *pixels.shape[:2], DrawStreams(seed, seed))._replace(solarize=False)
+        colour = apply(function, pixels, view, EVERYTHING)
+        grey = apply(function, pixels, view, EVERYTHING, channels=1)
+        luminance = colour @ np.array([0.299, 0.587, 0.114])
+        assert np.abs(grey[..., 0] - luminance).mean() < 1
+
+
+def test_a_view_is_written_into_its_slot_and_nowhere_else():
+    batch = np.full((3, 2, 32, 32, 3), 7, dtype=np.uint8)
+    for seed in range(20):
+        view = draw_view(EVERYTHING, 150, 200, DrawStreams(seed, seed))
+        batch[:] = 7
+        apply_fast(photograph(1), view, EVERYTHING, batch[1, 0])
+        assert (batch[1, 0] != 7).any()
+        batch[1, 0] = 7
+        assert (batch == 7).all()
+
+
+def test_fast_leaves_the_image_untouched():
+    recipe = ViewRecipe(size_px=150, scale=(1.0, 1.0))
+    pixels = photograph(2, 150, 150)
+    before = pixels.copy()
+    for view, _ in SINGLE_STEPS.values():
+        apply(apply_fast, pixels, view._replace(top=0, left=0, height=150, width=150), recipe)
+    np.testing.assert_array_equal(pixels, before)
+
+
+def test_a_crop_of_a_smaller_decoded_image_shows_the_same_place():
+    full = photograph(3, 400, 480)
+    half = np.asarray(Image.fromarray(full).resize((240, 200), Image.Resampling.BOX))
+    view = WHOLE._replace(top=100, left=60, height=200, width=240, flip=True)
+    recipe = ViewRecipe(size_px=64, scale=(0.1, 1.0))
+    expected = apply(apply_fast, full, view, recipe).astype(int)
+    assert np.abs(apply(apply_fast, half, view, recipe, scale=(0.5, 0.5)) - expected).mean() < 2
+    assert np.abs(apply(apply_fast, full, view._replace(top=90), recipe) - expected).mean() > 3
+
+
+def test_blur_kernels_are_symmetric_and_have_the_variance_of_their_radius():
+    for radius in np.linspace(0.1, 3.0, 30):
+        kernel = _blur_kernel(radius)
+        positions = np.arange(len(kernel)) - len(kernel) // 2
+        assert len(kernel) % 2 == 1 and kernel.sum() == 1 and (kernel == kernel[::-1]).all() and (kernel > 0).all()
+        # up to the rounding of the weights to multiples of 1/256
+        assert kernel @ positions**2 == pytest.approx(radius**2, rel=0.03, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"size_px": 0}, {"scale": (0.0, 1.0)}, {"scale": (0.9, 0.1)}, {"interpolation": "nearest"}]
+)
+def test_impossible_recipes_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        ViewRecipe(**{"size_px": 32, "scale": (0.5, 1.0), **wrong})

@@ -1,0 +1,326 @@
+"""What needs no cluster; jobs on a real one: tests/slurm."""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import submitit
+
+from shared.launch import slurm
+from shared.run.attempt import Attempt, Interrupted, Superseded
+from tests.slurm import jobs
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def parse(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--output_dir", default=".")
+    parser.add_argument("--lr", type=float, default=0.1)
+    slurm.add_slurm_flags(parser, job_name="dino")
+    return parser.parse_args(arguments)
+
+
+@pytest.fixture
+def job_environment(monkeypatch, tmp_path):
+    """The variables of rank 1 of 2 in the second attempt of job 41."""
+    handlers = {number: signal.getsignal(number) for number in slurm.STOP_SIGNALS}
+    environment = {**os.environ}
+    variables = {
+        "SUBMITIT_EXECUTOR": "slurm",
+        "SUBMITIT_FOLDER": str(tmp_path / "submitit"),
+        "SLURM_JOB_ID": "41",
+        "SLURM_RESTART_COUNT": "1",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_NODELIST": "node[07-08]",
+        "SLURM_NTASKS": "2",
+        "SLURM_NODEID": "1",
+        "SLURM_PROCID": "1",
+        "SLURM_LOCALID": "0",
+    }
+    os.environ.update(variables)
+    yield os.environ
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def program(folder: Path, name: str, script: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
+# -- flags
+
+
+def test_flags_have_the_official_names_and_defaults():
+    args = parse()
+    assert (args.ngpus, args.nodes, args.timeout) == (8, 2, 2800)
+    assert (args.partition, args.use_volta32, args.comment) == ("learnfair", False, "")
+
+
+def test_the_batch_script_asks_for_what_the_flags_say(tmp_path, monkeypatch):
+    program(tmp_path / "bin", "srun", "exit 1")
+    program(tmp_path / "bin", "sbatch", f'cp "$1" {tmp_path}/script; echo Submitted batch job 7')
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    flags = "--nodes 3 --ngpus 4 --timeout 60 --partition big --use_volta32 --constraint ib --comment deadline"
+    options = "--slurm_option account=vision --slurm_option exclusive --slurm_option gres=nvme:1"
+    job = slurm.submit(jobs.say_rank, parse("--output_dir", f"{tmp_path}/run-%j", *flags.split(), *options.split()))
+    lines = (tmp_path / "script").read_text().splitlines()
+    for line in (
+        "#SBATCH --nodes=3",
+        "#SBATCH --ntasks-per-node=4",
+        "#SBATCH --gpus-per-node=4",
+        "#SBATCH --cpus-per-task=10",
+        "#SBATCH --mem=163840M",  # 40 GB per GPU
+        "#SBATCH --time=60",
+        "#SBATCH --signal=USR2@120",
+        "#SBATCH --partition=big",
+        "#SBATCH --constraint='volta32gb&ib'",
+        "#SBATCH --comment=deadline",
+        "#SBATCH --job-name=dino",
+        "#SBATCH --open-mode=append",
+        "#SBATCH --requeue",
+        "#SBATCH --account=vision",
+        "#SBATCH --exclusive",
+        "#SBATCH --gres=nvme:1",
+        f"export PYTHONPATH={ROOT}${{PYTHONPATH:+:$PYTHONPATH}}",
+    ):
+        assert line in lines
+    (srun,) = [line for line in lines if line.startswith("srun")]
+    assert "--cpus-per-task=10" in srun
+    assert "--kill-on-bad-exit=1" in srun
+    assert job.job_id == "7"
+    assert job.paths.submitted_pickle == tmp_path / "run-7" / "submitit" / "7_submitted.pkl"
+
+
+def test_a_cpu_job_asks_for_no_gpu(tmp_path, monkeypatch):
+    program(tmp_path / "bin", "srun", "exit 1")
+    program(tmp_path / "bin", "sbatch", f'cp "$1" {tmp_path}/script; echo Submitted batch job 7')
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    slurm.submit(jobs.say_rank, parse("--output_dir", str(tmp_path), "--ngpus", "0"))
+    script = (tmp_path / "script").read_text()
+    assert "--ntasks-per-node=1\n" in script
+    assert "--gpus" not in script
+
+
+@pytest.mark.parametrize(("ngpus", "device"), [("0", "cpu"), ("8", "cuda")])
+def test_the_processes_use_the_device_that_was_asked_for(tmp_path, monkeypatch, ngpus, device):
+    program(tmp_path / "bin", "srun", "exit 1")
+    program(tmp_path / "bin", "sbatch", "echo Submitted batch job 7")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    args = parse("--output_dir", str(tmp_path), "--ngpus", ngpus)
+    args.device = "auto"
+    job = slurm.submit(jobs.say_rank, args)
+    assert job.submission().function.args.device == device
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--slurm_option", "nodes=4"), "use --nodes"),
+        (("--slurm_option", "mem=1G"), "use --mem_gb_per_gpu"),
+        (("--nodes", "0"), "--nodes 0"),
+        (("--ngpus", "4", "--tasks_per_node", "2"), "--tasks_per_node 2"),
+        (("--timeout", "1", "--signal_delay_s", "60"), "--signal_delay_s 60"),
+    ],
+)
+def test_flags_that_make_no_job_are_refused(tmp_path, monkeypatch, arguments, message):
+    program(tmp_path / "bin", "srun", "exit 1")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    with pytest.raises(ValueError, match=message):
+        slurm.submit(jobs.say_rank, parse("--output_dir", str(tmp_path), *arguments))
+
+
+def test_a_machine_without_slurm_is_named_as_such(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match="--cluster slurm: there is no srun here"):
+        slurm.submit(jobs.say_rank, parse("--output_dir", str(tmp_path)))
+
+
+def test_a_refusal_by_sbatch_is_passed_on(tmp_path, monkeypatch):
+    program(tmp_path / "bin", "srun", "exit 1")
+    program(tmp_path / "bin", "sbatch", "echo sbatch: error: invalid partition >&2; exit 1")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    with pytest.raises(ValueError, match=r"sbatch refused the job: .*invalid partition"):
+        slurm.submit(jobs.say_rank, parse("--output_dir", str(tmp_path)))
+
+
+# -- the same training without SLURM
+
+
+def test_debug_trains_in_this_process_without_the_flags_of_the_job(tmp_path):
+    assert slurm.submit(jobs.write_flags, parse("--output_dir", f"{tmp_path}/%j", "--cluster", "debug")) is None
+    assert (tmp_path / "debug" / "flags.txt").read_text() == "['lr', 'output_dir']"
+
+
+def test_local_processes_form_one_group(tmp_path):
+    flags = ("--cluster", "local", "--ngpus", "0", "--tasks_per_node", "2")
+    job = slurm.submit(jobs.sum_over_processes, parse("--output_dir", str(tmp_path), *flags))
+    assert job.results() == [21.0, 21.0]
+
+
+def test_a_local_process_that_fails_fails_the_job(tmp_path):
+    flags = ("--cluster", "local", "--ngpus", "0", "--tasks_per_node", "2")
+    with pytest.raises(RuntimeError, match="a message of rank 1"):
+        slurm.submit(jobs.fail_on_rank_1, parse("--output_dir", str(tmp_path), *flags))
+
+
+def test_local_processes_start_again_after_the_warning_signal(tmp_path):
+    flags = ["--output_dir", str(tmp_path), "--cluster", "local", "--ngpus", "0", "--tasks_per_node", "2"]
+    command = (
+        "from shared.launch import slurm; from tests.shared.launch.test_slurm import parse, jobs;"
+        f"print(slurm.submit(jobs.wait_for_a_signal_once, parse(*{flags})).results())"
+    )
+    with subprocess.Popen([sys.executable, "-c", command], cwd=ROOT, stdout=subprocess.PIPE, text=True) as launcher:
+        notes = [tmp_path / f"started-{rank}" for rank in range(2)]
+        deadline = time.monotonic() + 60
+        while not all(note.exists() and note.read_text() for note in notes) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        for note in notes:
+            os.kill(int(note.read_text()), signal.SIGUSR2)
+        output, _ = launcher.communicate(timeout=60)
+    assert output.splitlines()[-1] == "['resumed', 'resumed']"
+
+
+# -- one process of a job
+
+
+def test_a_process_finds_its_group_by_slurms_variables(job_environment, tmp_path):
+    variables = slurm.Trainer(jobs.say_rank, argparse.Namespace(output_dir=str(tmp_path)))()
+    port = variables.pop("MASTER_PORT")
+    assert variables == {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "node07"}
+    assert 10000 <= int(port) < 30000
+    os.environ["SLURM_RESTART_COUNT"] = "2"
+    again = slurm.Trainer(jobs.say_rank, argparse.Namespace(output_dir=str(tmp_path)))()
+    assert again["MASTER_PORT"] != port  # a rank of the attempt before cannot join by mistake
+
+
+def test_the_job_id_replaces_its_placeholder(job_environment, tmp_path):
+    slurm.Trainer(jobs.write_flags, argparse.Namespace(output_dir=f"{tmp_path}/run-%j"))()
+    assert (tmp_path / "run-41" / "flags.txt").exists()
+
+
+def test_results_of_an_earlier_attempt_are_forgotten(job_environment, tmp_path):
+    paths = submitit.JobEnvironment().paths
+    paths.folder.mkdir()
+    half_written = paths.result_pickle.with_suffix(".pkl.save_tmp")
+    for stale in (paths.result_pickle, half_written):
+        stale.write_bytes(b"error")
+    slurm.Trainer(jobs.say_rank, argparse.Namespace(output_dir=str(tmp_path)))()
+    assert not paths.result_pickle.exists()
+    assert not half_written.exists()
+
+
+@pytest.mark.parametrize("function", [jobs.say_rank, jobs.fail_on_rank_1])
+def test_a_superseded_process_leaves_no_result(job_environment, tmp_path, function):
+    Attempt("41", 2).claim(tmp_path)  # SLURM has started the job again on other nodes
+    with pytest.raises(Superseded):  # submitit pickles neither a return value nor an error after SystemExit
+        slurm.Trainer(function, argparse.Namespace(output_dir=str(tmp_path)))()
+
+
+def test_an_error_of_the_current_attempt_is_the_result(job_environment, tmp_path):
+    Attempt("40", 5).claim(tmp_path)  # an older job used the folder before
+    with pytest.raises(ArithmeticError):
+        slurm.Trainer(jobs.fail_on_rank_1, argparse.Namespace(output_dir=str(tmp_path)))()
+
+
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGUSR2"])
+def test_rank_0_requeues_the_job_on_a_warning_signal(job_environment, tmp_path, name):
+    program(tmp_path / "bin", "scontrol", f"echo $@ >> {tmp_path}/calls")
+    os.environ.update(PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}", SLURM_PROCID="0")
+    with pytest.raises(SystemExit) as end:
+        slurm.Trainer(jobs.kill_self, argparse.Namespace(output_dir=str(tmp_path), number=getattr(signal, name)))()
+    assert end.value.code == 0
+    assert (tmp_path / "calls").read_text() == "requeue 41\n"
+
+
+def test_the_other_ranks_end_without_an_error_code_on_a_warning_signal(job_environment, tmp_path):
+    with pytest.raises(SystemExit) as end:  # else srun would kill rank 0 before it has requeued the job
+        slurm.Trainer(jobs.kill_self, argparse.Namespace(output_dir=str(tmp_path), number=signal.SIGUSR2))()
+    assert end.value.code == 0
+
+
+def ends_on_termination(tmp_path, job_as_scontrol_shows_it: str) -> tuple[SystemExit, str]:
+    """How rank 0 ends after SIGTERM, and what it told scontrol."""
+    program(tmp_path / "bin", "scontrol", f"echo $@ >> {tmp_path}/calls; echo '{job_as_scontrol_shows_it}'")
+    os.environ.update(PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}", SLURM_PROCID="0")
+    with pytest.raises(SystemExit) as end:
+        slurm.Trainer(jobs.kill_self, argparse.Namespace(output_dir=str(tmp_path), number=signal.SIGTERM))()
+    return end.value, (tmp_path / "calls").read_text()
+
+
+@pytest.mark.parametrize(
+    "state", ["JobState=RUNNING PreemptTime=None", "JobState=CANCELLED PreemptTime=2026-11-22T22:59"]
+)
+def test_a_termination_signal_does_not_requeue(job_environment, tmp_path, state):
+    end, calls = ends_on_termination(tmp_path, state)
+    assert isinstance(end, Interrupted)
+    assert end.code == 128 + signal.SIGTERM
+    assert "requeue" not in calls
+
+
+def test_a_termination_signal_of_a_preemption_requeues(job_environment, tmp_path):
+    end, calls = ends_on_termination(tmp_path, "JobId=41 JobState=RUNNING Reason=None PreemptTime=2026-11-22T22:59:17")
+    assert end.code == 0
+    assert calls.splitlines() == ["--oneliner show job 41", "requeue 41"]
+
+
+def test_a_job_restarted_too_often_stays_stopped_and_says_so(job_environment, tmp_path):
+    os.environ["SLURM_PROCID"] = "0"
+    trainer = slurm.Trainer(jobs.kill_self, argparse.Namespace(output_dir=str(tmp_path), number=signal.SIGUSR2), 1)
+    with pytest.raises(RuntimeError, match="restarted 1 times"):
+        trainer()
+
+
+def test_requeueing_is_tried_again_until_the_controller_agrees(tmp_path, monkeypatch):
+    program(tmp_path / "bin", "scontrol", f"echo $@ >> {tmp_path}/calls; [ $(wc -l < {tmp_path}/calls) -ge 3 ]")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    pauses = []
+    monkeypatch.setattr(slurm, "time", SimpleNamespace(sleep=pauses.append))
+    slurm.requeue("41")
+    assert (tmp_path / "calls").read_text() == "requeue 41\n" * 3
+    assert pauses == [1, 2]
+
+
+def test_a_request_whose_answer_was_lost_counts_once_the_job_is_pending(tmp_path, monkeypatch):
+    answer = "echo Job is pending execution for job 41 >&2"
+    program(tmp_path / "bin", "scontrol", f"[ -e {tmp_path}/asked ] && {answer}; touch {tmp_path}/asked; exit 1")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    pauses = []
+    monkeypatch.setattr(slurm, "time", SimpleNamespace(sleep=pauses.append))
+    slurm.requeue("41")
+    assert pauses == [1]
+
+
+def test_a_job_that_cannot_be_requeued_fails_with_slurms_reason(tmp_path, monkeypatch):
+    program(tmp_path / "bin", "scontrol", "echo requeue is disabled >&2; exit 1")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setattr(slurm, "time", SimpleNamespace(sleep=lambda seconds: None))
+    with pytest.raises(RuntimeError, match="could not requeue job 41: requeue is disabled"):
+        slurm.requeue("41")
+
+
+def test_a_signal_before_the_call_requeues_the_same_call():
+    trainer = slurm.Trainer(jobs.say_rank, argparse.Namespace(output_dir="."))
+    assert trainer.checkpoint().function is trainer
+
+
+def test_a_function_of_the_script_itself_is_refused(monkeypatch):
+    monkeypatch.setattr(jobs.say_rank, "__module__", "__main__")
+    with pytest.raises(ValueError, match="say_rank is defined in the script itself"):
+        slurm.Trainer(jobs.say_rank, argparse.Namespace(output_dir="."))
+
+
+def test_a_job_is_ready_for_signals_before_it_imports_torch():
+    command = "import sys, shared.launch.slurm; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

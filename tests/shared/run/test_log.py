@@ -1,0 +1,128 @@
+import json
+import math
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from shared.run.attempt import Attempt, Superseded
+from shared.run.health import feature_spread, rank_me
+from shared.run.log import RunLog
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run(log, steps, start=0):
+    for step in range(start, steps):
+        log.step(step, 0, images=4, averages={"loss": torch.tensor(float(step))}, entropy=0.5)
+
+
+def test_a_line_holds_the_mean_since_the_last_one(tmp_path):
+    log = RunLog(tmp_path, total_steps=7, log_freq=3)
+    run(log, 7)
+    written = lines(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in written] == [3, 6, 7]
+    assert [line["loss"] for line in written] == [1.0, 4.0, 6.0]
+    assert {line["entropy"] for line in written} == {0.5}
+    assert log.end_epoch(0) == {"train_loss": 3.0, "epoch": 0}
+    assert lines(tmp_path / "log.txt") == [{"train_loss": 3.0, "epoch": 0}]
+
+
+def test_a_resumed_log_equals_an_uninterrupted_one(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    run(RunLog(whole, 10, log_freq=3), 10)
+
+    log = RunLog(killed, 10, log_freq=3)
+    run(log, 4)
+    state = log.state_dict()
+    run(log, 8, start=4)  # these lines belong to steps after the checkpoint
+    resumed = RunLog(killed, 10, log_freq=3, resumed=True)
+    resumed.load_state_dict(state)
+    run(resumed, 10, start=4)
+
+    def losses(folder):
+        return [(line["step"], line["loss"]) for line in lines(folder / "metrics.jsonl")]
+
+    assert losses(killed) == losses(whole)
+
+
+def test_lines_of_another_run_are_put_aside(tmp_path):
+    run(RunLog(tmp_path, 3, log_freq=1), 3)
+    RunLog(tmp_path, 3, log_freq=1)
+    assert len(lines(tmp_path / "metrics.jsonl.1")) == 3
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_lines_that_are_gone_are_reported_and_do_not_stop_the_run(tmp_path, capsys):
+    log = RunLog(tmp_path, 4, log_freq=1)
+    run(log, 3)
+    state = log.state_dict()
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])  # in the middle of the second line
+    resumed = RunLog(tmp_path, 4, log_freq=1, resumed=True)
+    resumed.load_state_dict(state)
+    assert f"WARNING: {path} is shorter than" in capsys.readouterr().out
+    run(resumed, 4, start=3)
+    assert [line["step"] for line in lines(path)] == [1, 4]
+
+
+def test_what_is_not_finite_is_null_in_the_file(tmp_path):
+    log = RunLog(tmp_path, 1, log_freq=1)
+    line = log.step(0, 0, images=1, averages={"loss": math.nan}, kl=torch.tensor(math.inf))
+    assert math.isnan(line["loss"])  # as in the line that is returned
+    written = (tmp_path / "metrics.jsonl").read_text()
+    assert '"loss": null' in written and '"kl": null' in written and "NaN" not in written
+
+
+def test_a_failed_write_names_the_file(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    log = RunLog(tmp_path, 1, log_freq=1)
+    with pytest.raises(OSError, match=r"No space left on device: .*metrics\.jsonl"):
+        log.evaluation(0, 0, knn_top1=50.0)
+
+
+def test_tensorboard_shows_no_step_twice_after_a_resume(tmp_path):
+    log = RunLog(tmp_path, 6, log_freq=1, tensorboard=True)
+    run(log, 2)
+    state = log.state_dict()
+    run(log, 4, start=2)  # lost: the run goes back to step 2
+    log.close()
+    resumed = RunLog(tmp_path, 6, log_freq=1, tensorboard=True, resumed=True)
+    resumed.load_state_dict(state)
+    run(resumed, 6, start=2)
+    resumed.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_steps_that_are_not_finite_do_not_count(tmp_path):
+    log = RunLog(tmp_path, 3, log_freq=3)
+    for step, loss in enumerate((1.0, math.nan, 3.0)):
+        log.step(step, 0, images=1, averages={"loss": torch.tensor(loss)})
+    assert lines(tmp_path / "metrics.jsonl")[0]["loss"] == 2.0
+
+
+def test_spread_and_rank_tell_collapsed_from_spread_features():
+    torch.manual_seed(0)
+    spread = torch.randn(256, 16)
+    collapsed = torch.randn(1, 16) + 1e-4 * torch.randn(256, 16)
+    assert 0.9 < feature_spread(spread) < 1.1
+    assert feature_spread(collapsed) < 0.01
+    assert rank_me(spread) > 15
+    assert rank_me(torch.randn(256, 2) @ torch.randn(2, 16)) < 2.1
+    spread[7, 3] = math.nan
+    assert rank_me(spread).isnan() and feature_spread(spread).isnan()
+
+
+def test_a_superseded_attempt_writes_no_line(tmp_path):
+    log = RunLog(tmp_path, total_steps=10, log_freq=1)
+    log.step(0, 0, images=1, averages={"loss": 1.0})
+    Attempt("of a newer job", 0).claim(tmp_path)
+    with pytest.raises(Superseded):
+        log.step(1, 0, images=1, averages={"loss": 1.0})
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
