@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from shared.run.log import RunLog
+from shared.run.run import Run
 
 from .beir_data import BeirDataset
 from .encoder import Retriever
@@ -31,7 +31,7 @@ class Evaluation:
 
     Attributes:
         examples: Held-out questions of fine-tuning, None: there are none.
-        off: Why nothing is measured, where something was asked for; None otherwise.
+        disabled_reason: Why nothing is measured, where something was asked for; None otherwise.
     """
 
     def __init__(
@@ -81,8 +81,8 @@ class Evaluation:
         """Whether to evaluate after so many updates."""
         return step == self.total_steps or (self.every_steps > 0 and step % self.every_steps == 0)
 
-    def run(self, encoder: nn.Module, step: int, epoch: int, log: RunLog) -> None:
-        """Measure, and write a line of the log."""
+    def run(self, encoder: nn.Module, run: Run) -> None:
+        """Measure, and write a line of the run's log."""
         values = {}
         if self.recall is not None and not self.recall.disabled_reason:
             values |= self.recall.run(encoder, self.norm_query, self.norm_doc, min(64, self.batch_size))
@@ -92,7 +92,7 @@ class Evaluation:
         if self.examples is not None:
             values |= accuracy_and_mrr(encoder, self.examples, self.norm_query, self.norm_doc, self.batch_size)
         if values:
-            log.evaluation(step, epoch, **values)
+            run.log.evaluation(run.steps_done, run.epoch, **values)
 
     def _search(self, dataset: BeirDataset) -> Answers:
         texts, queries = ([*map(self.prepare, part)] for part in (document_texts(dataset), dataset.queries.values()))

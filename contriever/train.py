@@ -34,25 +34,21 @@ from contriever.pretraining_data import PretrainingPairs, StepSampler, fingerpri
 from contriever.report import summary
 from contriever.tokens import check_tokenizer, token_files
 from contriever.training_setup import (
-    NETWORK_FLAGS,
+    BATCH,
     Objective,
-    OnPair,
-    Resumable,
+    TrainingData,
     build_optimizer,
+    gradient_norms,
+    keep_numbered,
     link_latest,
-    save,
+    resume,
     start_retriever,
-    update,
 )
 from shared import distributed
 from shared.images.loading import make_loader
-from shared.optimisation.precision import Precision
-from shared.run import randomness
-from shared.run.checkpoint import Checkpointer
-from shared.run.log import RunLog
-from shared.run.not_finite import FiniteGuard
-from shared.run.start import start_run
+from shared.run.run import Run
 
+NETWORK_FLAGS = ("pooling", "random_init", "contrastive_mode", "queue_size")
 # What replaces the official defaults when no --train_data is given: some thousand docstrings and the packaged encoder,
 # which was trained on vectors of length 1. A queue much longer than the text would hold every document many times.
 EMBEDDED_DATA_DEFAULTS = {
@@ -131,65 +127,39 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
 
 def train_contriever(args: argparse.Namespace) -> None:
     """Train from the newest checkpoint in ``args.output_dir``, or from the encoder that is named."""
-    device, output_dir = start_run(args, "checkpoint")
-    if distributed.is_main_process():
-        link_latest(output_dir)
-    precision = Precision(args.amp, device)
-    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    run = Run(args, args.amp, subfolder="checkpoint")
+    link_latest(run.output_dir)
 
     # encoder and text
-    retriever = start_retriever(args, device)
+    retriever = start_retriever(args, run.device)
     pairs = open_pairs(args, retriever)
-    epoch_steps = steps_per_epoch(pairs, args.per_gpu_batch_size, args.loading_mode)
-    sampler = StepSampler(args.per_gpu_batch_size, epoch_steps, args.total_steps, rank, world_size)
-    loader = make_loader(pairs, batch_sampler=sampler, num_workers=args.num_workers, device=device)
-    for name, dataset, share in zip(pairs.names, pairs.datasets, pairs.probabilities, strict=True):
-        distributed.print_once(f"{name}: {dataset.num_tokens} tokens, {len(dataset)} chunks, {share:.1%} of the pairs")
+    data = open_data(args, pairs, run.device)
 
-    # networks and optimiser
-    model, trained, networks = build_model(args, retriever)
+    # networks, loss, optimiser
+    model, trained = build_model(args, retriever)
     optimizer = build_optimizer(model, args)
+    objective = Objective.from_args(args)
 
-    text = fingerprint(args.train_data)
-    distributed.check_same_on_all_processes(text, "the training text (files, sizes and ends)")
-    run = Resumable(
-        args, output_dir, retriever, model, optimizer, precision, networks, epoch_steps, text, NETWORK_FLAGS
-    )
+    # checkpoints under the names of the official ones, monitoring
+    resume(run, data, NETWORK_FLAGS, retriever, model, optimizer)
     evaluation = Evaluation.of(args, retriever, pairs.datasets)
     if evaluation.disabled_reason:
         distributed.print_once(f"no evaluation: {evaluation.disabled_reason}")
 
-    # epochs
-    with run.checkpointer() as checkpointer:
+    with run:
         if run.is_new:
-            evaluation.run(retriever.model, run.first_epoch * epoch_steps + run.first_step, run.first_epoch, run.log)
-        for epoch in range(run.first_epoch, -(-args.total_steps // epoch_steps)):
-            first_step = run.first_step if epoch == run.first_epoch else 0
-            sampler.set_epoch(epoch, first_step)
+            evaluation.run(retriever.model, run)
+        for epoch in run.epochs():
+            data.sampler.set_epoch(epoch, run.step_in_epoch)
             train_one_epoch(
-                model,
-                trained,
-                loader,
-                optimizer,
-                Objective.from_args(args),
-                epoch=epoch,
-                first_step=first_step,
-                steps_per_epoch=epoch_steps,
-                save_freq=args.save_freq,
-                seed=args.seed,
-                precision=precision,
-                log=run.log,
-                guard=run.guard,
-                evaluation=evaluation,
-                checkpointer=checkpointer,
+                model, trained, data.loader, optimizer, objective, evaluation, run, save_freq=args.save_freq
             )
-            run.log.end_epoch(epoch)
-            checkpointer.after_epoch(epoch)
-    run.log.close()
+            run.log_epoch()
+            run.end_epoch()
     if distributed.is_main_process():
-        retriever.save(output_dir / "encoder")
-        fill_steps = args.queue_size // run.facts["batch_size"] if args.contrastive_mode == "moco" else None
-        print(summary(output_dir, args.norm_query and args.norm_doc, fill_steps))
+        retriever.save(run.output_dir / "encoder")
+        fill_steps = args.queue_size // data.batch_size if args.contrastive_mode == "moco" else None
+        print(summary(run.output_dir, args.norm_query and args.norm_doc, fill_steps))
 
 
 def open_pairs(args: argparse.Namespace, retriever: Retriever) -> PretrainingPairs:
@@ -218,14 +188,24 @@ def open_pairs(args: argparse.Namespace, retriever: Retriever) -> PretrainingPai
     )
 
 
-def build_model(
-    args: argparse.Namespace, retriever: Retriever
-) -> tuple[MoCo | InBatch, nn.Module, dict[str, nn.Module]]:
+def open_data(args: argparse.Namespace, pairs: PretrainingPairs, device: torch.device) -> TrainingData:
+    """The batches of pairs that this process trains with."""
+    for name, dataset, share in zip(pairs.names, pairs.datasets, pairs.probabilities, strict=True):
+        distributed.print_once(f"{name}: {dataset.num_tokens} tokens, {len(dataset)} chunks, {share:.1%} of the pairs")
+    text = fingerprint(args.train_data)
+    distributed.check_same_on_all_processes(text, "the training text (files, sizes and ends)")
+    batch_size, rank, world_size = args.per_gpu_batch_size, distributed.get_rank(), distributed.get_world_size()
+    epoch_steps = steps_per_epoch(pairs, batch_size, args.loading_mode)
+    sampler = StepSampler(batch_size, epoch_steps, args.total_steps, rank, world_size)
+    loader = make_loader(pairs, batch_sampler=sampler, num_workers=args.num_workers, device=device)
+    return TrainingData(loader, sampler, epoch_steps, batch_size * world_size, text)
+
+
+def build_model(args: argparse.Namespace, retriever: Retriever) -> tuple[MoCo | InBatch, nn.Module]:
     """The networks around the encoder.
 
     Returns:
-        What is saved; the part of it that gets gradients, wrapped for several processes; the encoders by name, for the
-        search for what is not finite.
+        What is saved, and the part of it that gets gradients, wrapped for several processes.
 
     Raises:
         ValueError: If the queue does not hold a whole number of steps.
@@ -233,7 +213,7 @@ def build_model(
     device = retriever.device
     if args.contrastive_mode == "inbatch":
         model = InBatch(retriever.model).to(device)
-        return model, distributed.wrap(model, device), {"encoder": OnPair(model.encoder)}
+        return model, distributed.wrap(model, device)
     texts_per_step = args.per_gpu_batch_size * distributed.get_world_size()
     if args.queue_size % texts_per_step:
         raise ValueError(
@@ -242,8 +222,7 @@ def build_model(
         )
     model = MoCo(retriever.model, args.queue_size).to(device)
     model.encoder_k.train(args.moco_train_mode_encoder_k)
-    networks = {"encoder_q": OnPair(model.encoder_q), "encoder_k": OnPair(model.encoder_k)}
-    return model, distributed.wrap(model.encoder_q, device), networks
+    return model, distributed.wrap(model.encoder_q, device)
 
 
 def train_one_epoch(
@@ -252,35 +231,26 @@ def train_one_epoch(
     loader: Iterable,
     optimizer: torch.optim.Optimizer,
     objective: Objective,
-    *,
-    epoch: int,
-    first_step: int,
-    steps_per_epoch: int,
-    save_freq: int,
-    seed: int,
-    precision: Precision,
-    log: RunLog,
-    guard: FiniteGuard,
     evaluation: Evaluation,
-    checkpointer: Checkpointer,
+    run: Run,
+    *,
+    save_freq: int,
 ) -> None:
-    """The steps of an epoch from ``first_step`` on.
+    """The steps of an epoch.
 
     Args:
         trained: What gets gradients, wrapped for several processes: the query encoder of MoCo, or the whole of InBatch.
         loader: Yields batches of :class:`contriever.pretraining_data.PretrainingPairs`.
+        save_freq: Keep a numbered checkpoint every so many steps.
     """
-    rank, world_size = distributed.get_rank(), distributed.get_world_size()
     moco = isinstance(model, MoCo)
     trained.train()
-    start = epoch * steps_per_epoch + first_step
-    for step, batch in enumerate(log.batches(loader), start=start):
-        randomness.seed_step(seed, step, rank)
+    for step, batch in run.steps(loader):
+        lr = objective.set_learning_rate(optimizer, step)
         optimizer.zero_grad(set_to_none=True)
-        names = ("q_tokens", "q_mask", "k_tokens", "k_mask")
-        q_ids, q_mask, k_ids, k_mask = (batch[name].to(precision.device, non_blocking=True) for name in names)
+        q_ids, q_mask, k_ids, k_mask = (batch[name].to(run.device, non_blocking=True) for name in BATCH)
 
-        with precision.autocast():
+        with run.precision.autocast():
             if moco:
                 model.update_key_encoder(objective.momentum)  # before this step's keys and before its update
                 q = trained(q_ids, q_mask, normalize=objective.norm_query)
@@ -293,24 +263,20 @@ def train_one_epoch(
             logits, labels = moco_logits(q, k, model.queue, objective.temperature)
         else:
             all_keys = distributed.all_gather_with_grad(k.float())
-            logits, labels = inbatch_logits(q, all_keys, objective.temperature, rank, world_size)
+            logits, labels = inbatch_logits(
+                q, all_keys, objective.temperature, distributed.get_rank(), distributed.get_world_size()
+            )
         loss = F.cross_entropy(logits, labels, label_smoothing=objective.label_smoothing)
 
-        skipped = update(loss, optimizer, objective.lr(step), precision)
-        guard.count(skipped)
+        run.backward(loss, optimizer)
+        run.update(gradient_norms(optimizer), optimizer)
         if moco:
             model.enqueue(distributed.all_gather(k.float()))
 
-        averages = {"loss": loss, **batch_statistics(logits, labels, q, k), "skipped": skipped}
-        line = log.step(step, epoch, len(labels), averages, lr=objective.lr(step))
-        if line is not None and guard.too_many():
-            randomness.seed_step(seed, step, rank)
-            inputs = dict(zip(guard.networks, ((q_ids, q_mask), (k_ids, k_mask)), strict=False))
-            with precision.autocast():
-                guard.stop({**batch, "step": step, "epoch": epoch}, [q_ids, k_ids], inputs, loss)
-        if evaluation.is_due(step + 1):  # before the save: a run that is killed in it comes back to it
-            evaluation.run(model.encoder_q if moco else model.encoder, step + 1, epoch, log)
-        save(checkpointer, epoch, step + 1 - epoch * steps_per_epoch, step + 1, save_freq)
+        run.end_step(len(labels), {"loss": loss, **batch_statistics(logits, labels, q, k)}, {"lr": lr})
+        if evaluation.is_due(run.steps_done):  # before the save: a run that is killed in it comes back to it
+            evaluation.run(model.encoder_q if moco else model.encoder, run)
+        keep_numbered(run, save_freq)
 
 
 def main() -> None:

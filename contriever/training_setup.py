@@ -9,20 +9,25 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from shared import distributed
+from shared.images.loading import EpochBatchSampler
 from shared.networks.weights import safe_load
-from shared.optimisation.optim import clip_grad_norm_per_tensor_, step_unless_not_finite
-from shared.optimisation.precision import Precision
-from shared.run.checkpoint import Checkpointer, check_flags, load_latest, restore
-from shared.run.log import RunLog
-from shared.run.not_finite import FiniteGuard
+from shared.optimisation.optim import clip_grad_norm_per_tensor_
+from shared.run.checkpoint import restore
+from shared.run.run import Run
 
 from .encoder import Retriever, load_retriever, pack_architecture
-from .sam import SharpnessAware
+from .pretraining_data import StepSampler
 from .schedules import SCHEDULES
 
-NETWORK_FLAGS = ("pooling", "random_init", "contrastive_mode", "queue_size")
+BATCH = (
+    "q_tokens",
+    "q_mask",
+    "k_tokens",
+    "k_mask",
+)  # of which a batch consists, in the order of the networks' arguments
 # differ between attempts at the same run: not part of the recipe that a checkpoint keeps
 OF_THE_ATTEMPT = ("output_dir", "num_workers", "device", "dist_url", "dist_timeout", "local_rank", "main_port")
 
@@ -73,63 +78,105 @@ def learning_rate(args: argparse.Namespace, step: int) -> float:
     return args.lr * SCHEDULES[args.scheduler](step, args.warmup_steps, args.total_steps, args.lr_min_ratio)
 
 
-def update(
-    loss: Tensor,
-    optimizer: torch.optim.Optimizer,
-    lr: float,
-    precision: Precision,
-    sharpness: SharpnessAware | None = None,
-) -> Tensor:
-    """Backward pass and one step of the optimiser, left out when a gradient is not finite.
+def gradient_norms(optimizer: torch.optim.Optimizer) -> Tensor:
+    """Of each tensor; the method does not clip."""
+    return clip_grad_norm_per_tensor_(optimizer.param_groups[0]["params"], 0)
 
-    Args:
-        sharpness: Has moved the weights to where the loss was taken; they go back before the step.
 
-    Returns:
-        1.0 where it was left out, else 0.0 (0-d).
+@dataclass(frozen=True)
+class TrainingData:
+    """The batches of this process, and what a run needs to know of all of them.
+
+    Attributes:
+        sampler: Chooses the batches that ``loader`` makes.
+        batch_size: Queries per step, on all processes.
+        checksum: Stands for the training text, to notice that a run goes on with another one.
     """
-    precision.backward(loss, optimizer)
-    if sharpness is not None:
-        sharpness.descend()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    grad_norms = clip_grad_norm_per_tensor_(parameters, 0)  # measures only: the method does not clip
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    skipped = step_unless_not_finite(optimizer, grad_norms)
-    precision.update()
-    return skipped
+
+    loader: DataLoader
+    sampler: StepSampler | EpochBatchSampler
+    steps_per_epoch: int
+    batch_size: int
+    checksum: str | int
 
 
-class OnPair(nn.Module):
-    """An encoder that takes (ids, mask) as one argument, for the search for what is not finite."""
-
-    def __init__(self, encoder: nn.Module):
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, pair: tuple[Tensor, Tensor]) -> Tensor:
-        return self.encoder(*pair)
-
-
-def training_state(
-    module: nn.Module, optimizer: torch.optim.Optimizer, architecture: dict, args: argparse.Namespace, step: int
-) -> dict:
+def to_official(state: dict, steps_per_epoch: int, architecture: dict) -> dict:
     """The entries of the official checkpoints, and what makes the file readable without any other one.
 
     Args:
+        state: Of :meth:`shared.run.run.Run.state`.
         architecture: From :func:`contriever.encoder.pack_architecture`.
-        step: Updates done.
     """
-    flags = vars(args)
-    return {
+    flags = state["args"]
+    step = min(state["epoch"] * steps_per_epoch + state["step_in_epoch"], flags["total_steps"])
+    state = {
+        **state,
         "step": step,
-        "model": module.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scheduler": {"last_epoch": step, "_step_count": step + 1, "base_lrs": [args.lr]},
+        "scheduler": {"last_epoch": step, "_step_count": step + 1, "base_lrs": [flags["lr"]]},
         "opt": {flag: value for flag, value in flags.items() if flag not in OF_THE_ATTEMPT},
         **architecture,
-        "args": flags,
+        "text": state["images"],
+        "total_steps": flags["total_steps"],
     }
+    del state["images"]
+    return state
+
+
+def from_official(checkpoint: dict, args: argparse.Namespace, data: TrainingData) -> dict:
+    """A checkpoint as :meth:`shared.run.run.Run.resume` reads it; the length of this training is counted in steps.
+
+    Raises:
+        ValueError: If the batch, the processes, the text or the length differ and ``--on_changed_run`` is ``refuse``.
+    """
+    facts = {
+        "batch_size": data.batch_size,
+        "world_size": distributed.get_world_size(),
+        "text": data.checksum,
+        "total_steps": args.total_steps,
+    }
+    # files of the reference state none of these, and no place in an epoch
+    changes = [
+        f"{key} was {checkpoint[key]!r}, is {value!r}"
+        for key, value in facts.items()
+        if checkpoint.get(key, value) != value
+    ]
+    if changes and args.on_changed_run == "refuse":
+        raise ValueError(f"--on_changed_run refuse: {'; '.join(changes)}")
+    if changes:
+        distributed.print_once(f"resuming a changed run; draws differ from here on: {'; '.join(changes)}")
+    checkpoint = {**checkpoint, **facts, "images": data.checksum}
+    if changes or "epoch" not in checkpoint:
+        checkpoint["epoch"], checkpoint["step_in_epoch"] = divmod(checkpoint["step"], data.steps_per_epoch)
+    return checkpoint
+
+
+def resume(
+    run: Run,
+    data: TrainingData,
+    network_flags: tuple[str, ...],
+    retriever: Retriever,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Go on where the newest checkpoint was written, or where ``--continue_training`` says, or start."""
+    args = run.args
+    run.resume(
+        data,
+        args.total_steps,
+        network_flags,
+        to_official=partial(
+            to_official, steps_per_epoch=data.steps_per_epoch, architecture=pack_architecture(retriever)
+        ),
+        from_official=partial(from_official, args=args, data=data),
+        scheduled=("lr",),
+        model=model,
+        optimizer=optimizer,
+    )
+    run.log.unit = "pairs"
+    if run.is_new and args.continue_training:
+        step = continue_from(args.model_path, model, optimizer)
+        run.epoch, run.step_in_epoch = divmod(step, data.steps_per_epoch)
+        distributed.print_once(f"continuing {args.model_path} at step {step}")
 
 
 def official_checkpoint(path: str | Path) -> Path:
@@ -159,132 +206,21 @@ def continue_from(path: str | Path, module: nn.Module, optimizer: torch.optim.Op
     return checkpoint["step"]
 
 
-def resume_at(checkpoint: dict, facts: dict, epoch_steps: int, on_changed_run: str) -> tuple[int, int]:
-    """(epoch, step in the epoch) at which a run goes on.
-
-    Args:
-        facts: Batch, processes, text and length of this run, under their keys in the checkpoint.
-        epoch_steps: Steps of an epoch now.
-
-    Raises:
-        ValueError: If a fact differs and ``on_changed_run`` is ``refuse``.
-    """
-    changes = [
-        f"{key} was {checkpoint[key]!r}, is {value!r}" for key, value in facts.items() if checkpoint[key] != value
-    ]
-    if not changes:
-        return checkpoint["epoch"], checkpoint["step_in_epoch"]
-    if on_changed_run == "refuse":
-        raise ValueError(f"--on_changed_run refuse: {'; '.join(changes)}")
-    distributed.print_once(f"resuming a changed run; draws differ from here on: {'; '.join(changes)}")
-    return divmod(checkpoint["step"], epoch_steps)
-
-
-class Resumable:
-    """A training that goes on where its newest checkpoint was written, or where ``--continue_training`` says.
-
-    Args:
-        args: Flags of either training script.
-        model: What is trained, under the names that the files have.
-        networks: Searched when losses stay NaN, see :class:`shared.run.not_finite.FiniteGuard`.
-        epoch_steps: Steps of an epoch.
-        text: Stands for the training text, to notice that a run goes on with another one.
-        must_match: Flags that a checkpoint's run must have had alike.
-
-    Attributes:
-        log: Of the run.
-        guard: Of the run.
-        first_epoch, first_step: Where the training goes on, the step counted within the epoch.
-        is_new: Whether no checkpoint was there.
-
-    Raises:
-        ValueError: If a checkpoint's run had other flags, or is to be refused as changed.
-    """
-
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        output_dir: Path,
-        retriever: Retriever,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        precision: Precision,
-        networks: dict[str, nn.Module],
-        epoch_steps: int,
-        text: str | int,
-        must_match: tuple[str, ...],
-    ):
-        self.args, self.model, self.optimizer, self.precision = args, model, optimizer, precision
-        self.epoch_steps, self.path = epoch_steps, output_dir / "checkpoint.pth"
-        self.architecture = pack_architecture(retriever)
-        world_size = distributed.get_world_size()
-        self.facts = {
-            "batch_size": args.per_gpu_batch_size * world_size,
-            "world_size": world_size,
-            "text": text,
-            "total_steps": args.total_steps,
-        }
-        checkpoint = load_latest(self.path)
-        self.is_new = checkpoint is None
-        self.log = RunLog(output_dir, args.total_steps, args.log_freq, args.tensorboard, resumed=not self.is_new)
-        self.first_epoch, self.first_step = 0, 0
-        if checkpoint is not None:
-            self._resume(checkpoint, must_match)
-        elif args.continue_training:
-            step = continue_from(args.model_path, model, optimizer)
-            self.first_epoch, self.first_step = divmod(step, epoch_steps)
-            distributed.print_once(f"continuing {args.model_path} at step {step}")
-        in_a_row = 0 if checkpoint is None else checkpoint["skipped_steps"]
-        self.guard = FiniteGuard(networks, output_dir, args.max_skipped_steps, precision.device, in_a_row=in_a_row)
-
-    def _resume(self, checkpoint: dict, must_match: tuple[str, ...]) -> None:
-        check_flags(checkpoint, self.args, must_match)
-        restore(checkpoint, model=self.model, optimizer=self.optimizer)
-        if checkpoint["fp16_scaler"]:
-            self.precision.scaler.load_state_dict(checkpoint["fp16_scaler"])
-        self.log.load_state_dict(checkpoint["log"])
-        place = resume_at(checkpoint, self.facts, self.epoch_steps, self.args.on_changed_run)
-        self.first_epoch, self.first_step = place
-        distributed.print_once(f"resuming at step {checkpoint['step']}")
-
-    def state(self, epoch: int, step_in_epoch: int) -> dict:
-        """Everything that the run needs to go on at this step."""
-        step = min(epoch * self.epoch_steps + step_in_epoch, self.args.total_steps)
-        return {
-            **training_state(self.model, self.optimizer, self.architecture, self.args, step),
-            "epoch": epoch,
-            "step_in_epoch": step_in_epoch,
-            "fp16_scaler": self.precision.scaler.state_dict(),
-            "skipped_steps": int(self.guard.in_a_row),
-            **self.facts,
-            "log": self.log.state_dict(),
-        }
-
-    def checkpointer(self) -> Checkpointer:
-        """Writes :meth:`state`."""
-        args = self.args
-        return Checkpointer(self.path, self.state, args.saveckp_steps, args.saveckp_minutes, self.guard.is_good)
-
-
 def link_latest(output_dir: Path) -> None:
     """Make ``checkpoint/latest``, the official name of the newest checkpoint's folder."""
     latest = output_dir / "checkpoint" / "latest"
-    if not latest.is_symlink() and not latest.exists():
+    if distributed.is_main_process() and not latest.is_symlink() and not latest.exists():
         latest.symlink_to("..", target_is_directory=True)
 
 
-def save(checkpointer: Checkpointer, epoch: int, step_in_epoch: int, step: int, save_freq: int) -> None:
-    """Save what is due after a step, and stop if a signal has arrived.
-
-    Every ``save_freq`` steps the file also stays as ``checkpoint/step-<n>/checkpoint.pth``; first of all, since a run
-    that has saved otherwise does not come back to this step.
-    """
-    if save_freq and step % save_freq == 0 and checkpointer.is_good():
+def keep_numbered(run: Run, every_steps: int) -> None:
+    """Every so many steps the file also stays as ``checkpoint/step-<n>/checkpoint.pth``; 0: never."""
+    step = run.steps_done
+    if every_steps and step % every_steps == 0 and run.guard.is_good():
         name = f"checkpoint/step-{step}/checkpoint.pth"
         if distributed.is_main_process():
-            (checkpointer.path.parent / name).parent.mkdir(parents=True, exist_ok=True)
-        checkpointer.save(epoch, step_in_epoch, keep_as=name)
-    checkpointer.after_step(epoch, step_in_epoch)
+            (run.output_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        run.save(keep_as=name)
 
 
 @dataclass(frozen=True)
@@ -316,3 +252,9 @@ class Objective:
             partial(learning_rate, args),
             getattr(args, "momentum", 0.0),
         )
+
+    def set_learning_rate(self, optimizer: torch.optim.Optimizer, step: int) -> float:
+        """Set, and return, the learning rate of a step."""
+        (group,) = optimizer.param_groups
+        group["lr"] = self.lr(step)
+        return group["lr"]

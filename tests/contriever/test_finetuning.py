@@ -11,6 +11,7 @@ from contriever.mine_negatives import get_args_parser as mining_parser
 from contriever.mine_negatives import mine
 from contriever.sam import SharpnessAware
 from shared import distributed
+from shared.run.run import Run
 from tests.contriever.tiny_encoder import tiny_retriever
 from tests.contriever.training_runs import lines, state_of
 from tests.processes import run_processes
@@ -58,7 +59,7 @@ def uninterrupted(data, tmp_path_factory):
 def test_a_killed_run_ends_like_an_uninterrupted_one(data, uninterrupted, tmp_path, monkeypatch):
     for call in (3, 2):
         with monkeypatch.context() as patch:
-            patch.setattr(finetuning, "update", interrupting(finetuning.update, call))
+            patch.setattr(Run, "update", interrupting(Run.update, call))
             with pytest.raises(KeyboardInterrupt):
                 run(data, tmp_path / "run")
     run(data, tmp_path / "run")
@@ -88,7 +89,7 @@ def test_sharpness_aware_steps_resume_too(optim, data, tmp_path, monkeypatch):
     flags = ("--optim", optim, "--rho", 0.5, "--total_steps", 3, "--eval_freq", 0)
     run(data, tmp_path / "whole", *flags)
     with monkeypatch.context() as patch:
-        patch.setattr(finetuning, "update", interrupting(finetuning.update, 3))
+        patch.setattr(Run, "update", interrupting(Run.update, 3))
         with pytest.raises(KeyboardInterrupt):
             run(data, tmp_path / "run", *flags)
     run(data, tmp_path / "run", *flags)

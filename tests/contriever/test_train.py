@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from contriever import train
 from contriever.encoder import load_retriever
 from contriever.flags import MINIMUM
 from contriever.tokens import token_files
 from contriever.train import parse_args
 from shared.run.attempt import Interrupted, NotFinite
+from shared.run.run import Run
 from tests.contriever.tiny_encoder import VOCABULARY, tiny_retriever
 from tests.contriever.training_runs import TINY, losses, make_data, run_train, state_of, train_on_rank
 from tests.processes import run_processes
@@ -76,7 +76,7 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(mode, data, uninterrupted, 
     flags = ("--contrastive_mode", mode)
     for call, workers in ((3, 0), (2, 2)):
         with monkeypatch.context() as patch:
-            patch.setattr(train, "update", interrupting(train.update, call))
+            patch.setattr(Run, "update", interrupting(Run.update, call))
             with pytest.raises(KeyboardInterrupt):
                 run_train(data, tmp_path / "run", *flags, "--num_workers", workers)
     run_train(data, tmp_path / "run", *flags)
@@ -86,17 +86,16 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(mode, data, uninterrupted, 
 
 
 def test_a_signal_saves_and_ends_the_run(data, uninterrupted, tmp_path, monkeypatch):
-    update, calls = train.update, []
+    update = Run.update
 
-    def signalled(*args):
-        calls.append(args)
-        if len(calls) == 3:
+    def signalled(run, *args):
+        if run.step == 2:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return update(*args)
+        update(run, *args)
 
     flags = ("--saveckp_steps", 0)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "update", signalled)
+        patch.setattr(Run, "update", signalled)
         with pytest.raises(Interrupted):
             run_train(data, tmp_path / "run", *flags)
     assert state_of(tmp_path / "run")["step"] == 3
@@ -105,14 +104,15 @@ def test_a_signal_saves_and_ends_the_run(data, uninterrupted, tmp_path, monkeypa
 
 
 def test_values_that_are_not_finite_end_the_run_and_spoil_no_checkpoint(data, tmp_path, monkeypatch):
-    update, calls = train.update, []
+    backward = Run.backward
 
-    def poisoned(loss, *args):
-        calls.append(loss)
-        return update(loss * float("nan") if len(calls) > 2 else loss, *args)
+    def poisoned(run, loss, *args):
+        backward(run, loss, *args)
+        if run.step >= 2:
+            next(run.guard.networks["model"].encoder_q.parameters()).grad.fill_(float("nan"))
 
-    monkeypatch.setattr(train, "update", poisoned)
-    with pytest.raises(NotFinite, match=r"the first such tensor is the gradient of encoder_q\.encoder\."):
+    monkeypatch.setattr(Run, "backward", poisoned)
+    with pytest.raises(NotFinite, match=r"the first such tensor is the gradient of model\.encoder_q\.embeddings\."):
         run_train(data, tmp_path / "run", "--max_skipped_steps", 2, "--eval_documents", 0)
     assert state_of(tmp_path / "run")["step"] == 2
     assert all(value.isfinite().all() for value in state_of(tmp_path / "run")["model"].values())

@@ -30,7 +30,7 @@ TINY = (
     "--num_workers 0 --log_freq 2 --saveckp_freq 1 --saveckp_steps 1"
 ).split()
 STEPS_PER_EPOCH = 6
-TIMINGS = ("images_per_s", "sentences_per_s", "data_wait")
+TIMINGS = ("images_per_s", "pairs_per_s", "sentences_per_s", "data_wait")
 CHECKPOINTS = (".pth", ".tar")
 
 
