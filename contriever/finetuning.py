@@ -21,50 +21,48 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from contriever.encoder import Retriever
-from contriever.evaluation import Evaluation
-from contriever.finetuning_data import FineTuningPairs, read_examples
-from contriever.flags import add_run_flags, check_flags_make_sense, training_parser
+from contriever.flags import MINIMUM, check_training_flags, training_parser
 from contriever.losses import InBatch, batch_statistics, inbatch_logits
-from contriever.sam import SharpnessAware
-from contriever.training_setup import (
+from contriever.training.checkpoints import (
     BATCH,
-    Objective,
     TrainingData,
-    build_optimizer,
-    gradient_norms,
     keep_numbered,
     link_latest,
     resume,
     start_retriever,
 )
+from contriever.training.evaluation import Evaluation
+from contriever.training.optimisation import Objective, SharpnessAware, build_optimizer, gradient_norms
+from contriever.training.questions import FineTuningPairs, read_examples
 from shared import distributed
 from shared.images.loading import EpochBatchSampler, make_loader
 from shared.optimisation.precision import Precision
+from shared.run.flags import parse_with_embedded_defaults
 from shared.run.run import Run
 
 NETWORK_FLAGS = ("pooling", "random_init")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = training_parser(__doc__, "Contriever fine-tuning", ("adamw", "sam", "asam"))
+    parser = training_parser(__doc__, ("adamw", "sam", "asam"))
     add = parser.add_argument_group("examples").add_argument
-    add("--train_data", nargs="+", required=True, help=".json or .jsonl files of questions with positive_ctxs and, "
-        "optionally, negative_ctxs and hard_negative_ctxs")  # fmt: skip
+    records = ".json or .jsonl files of questions with positive_ctxs and, optionally, (hard_)negative_ctxs"
+    add("--train_data", nargs="+", required=True, help=records)
     add("--eval_data", nargs="+", default=[], help="the same, to measure accuracy and MRR")
     add("--maxload", type=int, default=None, help="read so many training records at most")
     add("--chunk_length", type=int, default=256, help="most tokens of a question or passage")
     add("--negative_ctxs", type=int, default=1, help="negatives per question")
     add("--negative_hard_ratio", type=float, default=0.0, help="chance of each negative to be a hard one")
     add("--negative_hard_min_idx", type=int, default=0, help="leave out so many leading hard negatives")
-    add_run_flags(parser)
     return parser
 
 
-def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse and check the command line."""
-    parser = parser or get_args_parser()
-    args = parser.parse_args(arguments)
-    check_flags_make_sense(parser, args)
+    parser = get_args_parser()
+    minimum = MINIMUM | {"negative_ctxs": 0, "negative_hard_min_idx": 0}
+    args = parse_with_embedded_defaults(parser, arguments, {}, minimum, "train_data")
+    check_training_flags(parser, args)
     return args
 
 
@@ -90,20 +88,18 @@ def finetune(args: argparse.Namespace) -> None:
 
     # checkpoints under the names of the official ones, monitoring
     resume(run, data, NETWORK_FLAGS, retriever, encoder, optimizer)
-    evaluation = Evaluation.of(args, retriever, datasets=())
+    held_out = None
     if args.eval_data:
-        evaluation.examples = FineTuningPairs(
-            read_examples(args.eval_data), retriever, args.chunk_length, normalize_text=args.eval_normalize_text
-        )
+        records = read_examples(args.eval_data)
+        held_out = FineTuningPairs(records, retriever, args.chunk_length, normalize_text=args.eval_normalize_text)
+    evaluation = Evaluation(args, retriever, examples=held_out)
 
     with run:
         if run.is_new:
             evaluation.run(encoder, run)
         for epoch in run.epochs():
             data.sampler.set_epoch(epoch, run.step_in_epoch)
-            train_one_epoch(
-                trained, data.loader, optimizer, objective, sharpness, evaluation, run, save_freq=args.save_freq
-            )
+            train_one_epoch(trained, data.loader, optimizer, objective, sharpness, evaluation, run)
             run.log_epoch()
             run.end_epoch()
     if distributed.is_main_process():
@@ -155,15 +151,12 @@ def train_one_epoch(
     sharpness: SharpnessAware | None,
     evaluation: Evaluation,
     run: Run,
-    *,
-    save_freq: int,
 ) -> None:
     """The steps of an epoch.
 
     Args:
         trained: A :class:`contriever.losses.InBatch`, wrapped for several processes.
-        loader: Yields batches of :func:`contriever.finetuning_data.collate`.
-        save_freq: Keep a numbered checkpoint every so many steps.
+        loader: Yields batches of :func:`contriever.training.questions.collate`.
     """
     trained.train()
     for step, batch in run.steps(loader):
@@ -187,7 +180,7 @@ def train_one_epoch(
         run.end_step(len(labels), {"loss": loss, **batch_statistics(logits, labels, q, k)}, {"lr": lr})
         if evaluation.is_due(run.steps_done):
             evaluation.run(distributed.unwrap(trained).encoder, run)
-        keep_numbered(run, save_freq)
+        keep_numbered(run)
 
 
 def contrast(

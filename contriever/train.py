@@ -24,34 +24,34 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from contriever.augmentations import AUGMENTATIONS, Recipe, SpecialTokens
-from contriever.embedded_text import tokenized_documentation
 from contriever.encoder import Retriever
-from contriever.evaluation import Evaluation
-from contriever.flags import add_run_flags, bool_flag, check_flags_make_sense, training_parser
+from contriever.flags import MINIMUM, check_training_flags, training_parser
 from contriever.losses import InBatch, MoCo, batch_statistics, inbatch_logits, moco_logits
-from contriever.preprocess import vocabulary_fingerprint
-from contriever.pretraining_data import PretrainingPairs, StepSampler, fingerprint, open_datasets, steps_per_epoch
 from contriever.report import summary
-from contriever.tokens import check_tokenizer, token_files
-from contriever.training_setup import (
+from contriever.text.documentation import tokenized_documentation
+from contriever.text.tokens import check_tokenizer, token_files, vocabulary_fingerprint
+from contriever.training.checkpoints import (
     BATCH,
-    Objective,
     TrainingData,
-    build_optimizer,
-    gradient_norms,
     keep_numbered,
     link_latest,
     resume,
     start_retriever,
 )
+from contriever.training.evaluation import Evaluation
+from contriever.training.optimisation import Objective, build_optimizer, gradient_norms
+from contriever.training.pairs import PretrainingPairs, StepSampler, fingerprint, open_datasets, steps_per_epoch
 from shared import distributed
 from shared.images.loading import make_loader
+from shared.run.flags import bool_flag, parse_with_embedded_defaults
 from shared.run.run import Run
 
 NETWORK_FLAGS = ("pooling", "random_init", "contrastive_mode", "queue_size")
+
 # What replaces the official defaults when no --train_data is given: some thousand docstrings and the packaged encoder,
 # which was trained on vectors of length 1. A queue much longer than the text would hold every document many times.
 EMBEDDED_DATA_DEFAULTS = {
+    "embedded_text": True,
     "train_data": ["runs/documentation"],
     "output_dir": "runs/demo",
     "loading_mode": "full",
@@ -77,16 +77,21 @@ EMBEDDED_DATA_DEFAULTS = {
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = training_parser(__doc__, "Contriever")
+    parser = training_parser(__doc__)
+    parser.set_defaults(embedded_text=False)
     add = parser.add_argument_group("text").add_argument
-    add("--train_data", nargs="+", default=[], help="folders of preprocess.py, each one a data set; without any the "
-        "documentation of installed packages is used and the defaults fit it")  # fmt: skip
-    add("--loading_mode", default="split", choices=("split", "full", "single"), help="shards of each process: its part "
-        "of them, all, or the first one")  # fmt: skip
+    add(
+        "--train_data",
+        nargs="+",
+        default=[],
+        help="data sets: folders of preprocess.py; none: docs of packages",
+    )
+    modes = ("split", "full", "single")
+    add("--loading_mode", default="split", choices=modes, help="shards of a process: its part of them, all, the first")
     add("--sampling_coefficient", type=float, default=0.0, help="0: every data set alike; 1: by their sizes")
     add("--chunk_length", type=int, default=256, help="tokens of a chunk, from which both views are taken")
-    add("--chunks", default="packed", choices=("packed", "document"), help="packed: chunks may straddle documents, as "
-        "in the reference; document: none does")  # fmt: skip
+    chunks = "packed: chunks may straddle documents, as in the reference; document: none does"
+    add("--chunks", default="packed", choices=("packed", "document"), help=chunks)
 
     add = parser.add_argument_group("views").add_argument
     add("--pairs", default="crop", choices=("crop", "ict"), help="ict: the inverse cloze task, for comparison")
@@ -99,12 +104,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--contrastive_mode", default="moco", choices=("moco", "inbatch"), help="where negatives come from")
     add("--queue_size", "--moco_queue", type=int, default=65536, help="negatives of moco")
     add("--momentum", type=float, default=0.999, help="of the key encoder")
-    add("--moco_train_mode_encoder_k", type=bool_flag, nargs="?", const=True, default=True,
-        help="dropout in the key encoder; the published models were trained with it")  # fmt: skip
+    dropout = "dropout in the key encoder; the published models were trained with it"
+    add("--moco_train_mode_encoder_k", type=bool_flag, nargs="?", const=True, default=True, help=dropout)
 
-    parser.add_argument("--eval_documents", type=int, default=0, help="measure how many of so many training documents "
-        "are found from one of their sentences; 0: do not")  # fmt: skip
-    add_run_flags(parser)
+    recall = "measure how many of so many training documents are found from one of their sentences; 0: do not"
+    parser.add_argument("--eval_documents", type=int, default=0, help=recall)
     return parser
 
 
@@ -116,12 +120,11 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
         parser: That of :func:`get_args_parser` with further flags, for scripts that have them.
     """
     parser = parser or get_args_parser()
-    args = parser.parse_args(arguments)
-    args.embedded_text = not args.train_data
-    if args.embedded_text:
-        parser.set_defaults(**EMBEDDED_DATA_DEFAULTS, embedded_text=True)
-        args = parser.parse_args(arguments)
-    check_flags_make_sense(parser, args)
+    minimum = MINIMUM | {"queue_size": 1, "prob_augmentation": 0, "eval_documents": 0}
+    args = parse_with_embedded_defaults(parser, arguments, EMBEDDED_DATA_DEFAULTS, minimum, "train_data")
+    check_training_flags(parser, args)
+    if not 0 <= args.ratio_min <= args.ratio_max <= 1:
+        parser.error(f"--ratio_min {args.ratio_min} --ratio_max {args.ratio_max} are not in order between 0 and 1")
     return args
 
 
@@ -142,7 +145,7 @@ def train_contriever(args: argparse.Namespace) -> None:
 
     # checkpoints under the names of the official ones, monitoring
     resume(run, data, NETWORK_FLAGS, retriever, model, optimizer)
-    evaluation = Evaluation.of(args, retriever, pairs.datasets)
+    evaluation = Evaluation(args, retriever, pairs.datasets)
     if evaluation.disabled_reason:
         distributed.print_once(f"no evaluation: {evaluation.disabled_reason}")
 
@@ -151,9 +154,7 @@ def train_contriever(args: argparse.Namespace) -> None:
             evaluation.run(retriever.model, run)
         for epoch in run.epochs():
             data.sampler.set_epoch(epoch, run.step_in_epoch)
-            train_one_epoch(
-                model, trained, data.loader, optimizer, objective, evaluation, run, save_freq=args.save_freq
-            )
+            train_one_epoch(model, trained, data.loader, optimizer, objective, evaluation, run)
             run.log_epoch()
             run.end_epoch()
     if distributed.is_main_process():
@@ -233,15 +234,12 @@ def train_one_epoch(
     objective: Objective,
     evaluation: Evaluation,
     run: Run,
-    *,
-    save_freq: int,
 ) -> None:
     """The steps of an epoch.
 
     Args:
         trained: What gets gradients, wrapped for several processes: the query encoder of MoCo, or the whole of InBatch.
-        loader: Yields batches of :class:`contriever.pretraining_data.PretrainingPairs`.
-        save_freq: Keep a numbered checkpoint every so many steps.
+        loader: Yields batches of :class:`contriever.training.pairs.PretrainingPairs`.
     """
     moco = isinstance(model, MoCo)
     trained.train()
@@ -276,7 +274,7 @@ def train_one_epoch(
         run.end_step(len(labels), {"loss": loss, **batch_statistics(logits, labels, q, k)}, {"lr": lr})
         if evaluation.is_due(run.steps_done):  # before the save: a run that is killed in it comes back to it
             evaluation.run(model.encoder_q if moco else model.encoder, run)
-        keep_numbered(run, save_freq)
+        keep_numbered(run)
 
 
 def main() -> None:

@@ -20,18 +20,16 @@ from transformers import BertModel
 from contriever import augmentations, finetuning, train
 from contriever.augmentations import Draws, Recipe, SpecialTokens, add_bos_eos, augment, crop, two_views
 from contriever.encoder import load_retriever
-from contriever.evaluation import Evaluation, accuracy_and_mrr
-from contriever.finetuning_data import FineTuningPairs, collate, read_examples
 from contriever.losses import InBatch, MoCo, batch_statistics, inbatch_logits, moco_logits
-from contriever.preprocess import Job, tokenize_lines
-from contriever.pretraining_data import PretrainingPairs, sampling_probabilities
-from contriever.pretraining_data import collate as collate_pairs
-from contriever.schedules import SCHEDULES
-from contriever.tokens import ChunkedText, Shard, files_of_rank
-from contriever.training_setup import Objective, build_optimizer
+from contriever.text.tokens import ChunkedText, Job, Shard, files_of_rank, tokenize_lines
+from contriever.training.evaluation import Evaluation, accuracy_and_mrr
+from contriever.training.optimisation import SCHEDULES, Objective, build_optimizer
+from contriever.training.pairs import PretrainingPairs, sampling_probabilities
+from contriever.training.pairs import collate as collate_pairs
+from contriever.training.questions import FineTuningPairs, collate, read_examples
 from shared import distributed
 from shared.networks.weights import safe_load
-from tests.contriever.tiny_encoder import tiny_retriever
+from tests.contriever.tiny import tiny_retriever
 from tests.golden.golden_file import GoldenFile
 from tests.loop_run import LoopRun
 from tests.processes import run_processes
@@ -124,7 +122,7 @@ class RecordingRun(LoopRun):
 
 
 @pytest.mark.parametrize("case", cases(r"moco[A-Z]\b"))
-def test_steps_of_moco(case, encoder, tmp_path):
+def test_steps_of_moco(case, retriever, encoder, tmp_path):
     args = argparse.Namespace(**vars(train.get_args_parser().parse_args([])) | golden.json(f"{case}/opt"))
     encoder.config.pooling = args.pooling
     model = MoCo(encoder, args.queue_size)
@@ -136,9 +134,9 @@ def test_steps_of_moco(case, encoder, tmp_path):
     for side, network in (("q", model.encoder_q), ("k", model.encoder_k)):
         network.register_forward_hook(lambda *call, side=side: vectors[side].append(call[-1].detach().clone()))
     run = RecordingRun(tmp_path, model, len(batches))
+    run.args.save_freq = 0
     optimizer, objective = build_optimizer(model, args), Objective.from_args(args)
-    no_evaluation = Evaluation(None, None, 0, 0, False, False, 1)
-    train.train_one_epoch(model, model.encoder_q, batches, optimizer, objective, no_evaluation, run, save_freq=0)
+    train.train_one_epoch(model, model.encoder_q, batches, optimizer, objective, Evaluation(args, retriever), run)
     for name in ("loss", "accuracy", "stdq", "stdk", "lr", "ptr"):
         values = np.array([torch.as_tensor(step[name]).item() for step in run.recorded])
         np.testing.assert_allclose(values, golden[f"{case}/{name}"], rtol=1e-5, atol=1e-5, err_msg=name)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.contriever.training_runs import make_data
+from tests.contriever.tiny import make_data
 from tests.reliability.runs import write_images
 
 

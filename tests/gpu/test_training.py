@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from shared.run.checkpoint import load_latest
+from tests.contriever.tiny import CONTRIEVER
 from tests.reliability.runs import DEEPCLUSTER, DEEPCLUSTERV2, DINO, SWAV, Run, Script, assert_same_run, log_lines
-from tests.reliability.test_contriever import CONTRIEVER
 from tests.reliability.test_msn import MSN
 from tests.reliability.test_paws import PAWS
 from tests.reliability.test_resmlp import SUPERVISED, TRANSLATION

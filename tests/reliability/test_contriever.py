@@ -2,10 +2,8 @@
 
 import pytest
 
-from tests.contriever.training_runs import TINY, make_data
-from tests.reliability.runs import Run, Script, assert_same_run, kill_at_random_instants, start_ranks
-
-CONTRIEVER = Script("contriever.train", tuple(TINY))
+from tests.contriever.tiny import CONTRIEVER, make_data
+from tests.reliability.runs import Run, assert_same_run, kill_at_random_instants, start_ranks
 
 
 @pytest.fixture(scope="module")

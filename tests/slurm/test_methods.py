@@ -15,10 +15,9 @@ from msn import main_distributed as msn_launcher
 from paws import main_distributed as paws_launcher
 from resmlp import run_with_submitit as resmlp_launcher
 from swav import run_with_submitit as swav_launcher
-from tests.contriever.training_runs import make_data
+from tests.contriever.tiny import CONTRIEVER, make_data
 from tests.reliability import runs
 from tests.reliability.runs import ROOT, assert_same_run, log_lines, write_images
-from tests.reliability.test_contriever import CONTRIEVER
 from tests.reliability.test_msn import MSN
 from tests.reliability.test_paws import PAWS
 from tests.reliability.test_resmlp import SUPERVISED as RESMLP

@@ -1,33 +1,25 @@
-"""What both training scripts do around their loops: the encoder to start from, the optimiser, saving and resuming."""
+"""What both training scripts do around their loops: the encoder to start from, saving and resuming."""
 
 import argparse
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 from shared import distributed
 from shared.images.loading import EpochBatchSampler
 from shared.networks.weights import safe_load
-from shared.optimisation.optim import clip_grad_norm_per_tensor_
 from shared.run.checkpoint import restore
 from shared.run.run import Run
 
-from .encoder import Retriever, load_retriever, pack_architecture
-from .pretraining_data import StepSampler
-from .schedules import SCHEDULES
+from ..encoder import Retriever, load_retriever, pack_architecture
+from .pairs import StepSampler
 
-BATCH = (
-    "q_tokens",
-    "q_mask",
-    "k_tokens",
-    "k_mask",
-)  # of which a batch consists, in the order of the networks' arguments
+BATCH = ("q_tokens", "q_mask", "k_tokens", "k_mask")  # as the networks take them
 # differ between attempts at the same run: not part of the recipe that a checkpoint keeps
 OF_THE_ATTEMPT = ("output_dir", "num_workers", "device", "dist_url", "dist_timeout", "local_rank", "main_port")
 
@@ -49,38 +41,12 @@ def start_retriever(args: argparse.Namespace, device: torch.device) -> Retriever
     if args.projection_size not in (None, width):
         raise ValueError(f"--projection_size {args.projection_size}: the encoder is {width} wide and has no projection")
     retriever.normalized = args.norm_query and args.norm_doc
-    set_dropout(retriever.model, args.dropout)
-    return retriever
-
-
-def set_dropout(network: nn.Module, p: float) -> None:
-    """Probability of every dropout layer, and of the attention's."""
-    for module in network.modules():
+    for module in retriever.model.modules():
         if isinstance(module, nn.Dropout):
-            module.p = p
-    network.config.hidden_dropout_prob = network.config.attention_probs_dropout_prob = p
-
-
-def build_optimizer(module: nn.Module, args: argparse.Namespace) -> torch.optim.AdamW:
-    """AdamW over all parameters in one group, biases and norms among them; the key encoder's never get a gradient."""
-    return torch.optim.AdamW(
-        module.parameters(),
-        lr=0.0,
-        betas=(args.beta1, args.beta2),
-        eps=args.eps,
-        weight_decay=args.weight_decay,
-        fused=True,
-    )
-
-
-def learning_rate(args: argparse.Namespace, step: int) -> float:
-    """Of the update that follows ``step`` others."""
-    return args.lr * SCHEDULES[args.scheduler](step, args.warmup_steps, args.total_steps, args.lr_min_ratio)
-
-
-def gradient_norms(optimizer: torch.optim.Optimizer) -> Tensor:
-    """Of each tensor; the method does not clip."""
-    return clip_grad_norm_per_tensor_(optimizer.param_groups[0]["params"], 0)
+            module.p = args.dropout
+    config = retriever.model.config
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = args.dropout
+    return retriever
 
 
 @dataclass(frozen=True)
@@ -213,48 +179,11 @@ def link_latest(output_dir: Path) -> None:
         latest.symlink_to("..", target_is_directory=True)
 
 
-def keep_numbered(run: Run, every_steps: int) -> None:
-    """Every so many steps the file also stays as ``checkpoint/step-<n>/checkpoint.pth``; 0: never."""
-    step = run.steps_done
+def keep_numbered(run: Run) -> None:
+    """Every ``--save_freq`` steps the checkpoint also stays as ``checkpoint/step-<n>/checkpoint.pth``."""
+    step, every_steps = run.steps_done, run.args.save_freq
     if every_steps and step % every_steps == 0 and run.guard.is_good():
         name = f"checkpoint/step-{step}/checkpoint.pth"
         if distributed.is_main_process():
             (run.output_dir / name).parent.mkdir(parents=True, exist_ok=True)
         run.save(keep_as=name)
-
-
-@dataclass(frozen=True)
-class Objective:
-    """Numbers of the loss, and the learning rate of each step.
-
-    Attributes:
-        temperature: Divisor of the scores.
-        label_smoothing: In the cross entropy.
-        norm_query, norm_doc: Divide vectors by their norms.
-        lr: Learning rate after so many updates.
-        momentum: Of the key encoder (MoCo).
-    """
-
-    temperature: float
-    label_smoothing: float
-    norm_query: bool
-    norm_doc: bool
-    lr: Callable[[int], float]
-    momentum: float = 0.0
-
-    @classmethod
-    def from_args(cls, args: argparse.Namespace) -> "Objective":
-        return cls(
-            args.temperature,
-            args.label_smoothing,
-            args.norm_query,
-            args.norm_doc,
-            partial(learning_rate, args),
-            getattr(args, "momentum", 0.0),
-        )
-
-    def set_learning_rate(self, optimizer: torch.optim.Optimizer, step: int) -> float:
-        """Set, and return, the learning rate of a step."""
-        (group,) = optimizer.param_groups
-        group["lr"] = self.lr(step)
-        return group["lr"]
