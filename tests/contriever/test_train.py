@@ -4,7 +4,6 @@ import argparse
 import os
 import shutil
 import signal
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from contriever.train import parse_args
 from shared.run.attempt import Interrupted, NotFinite
 from shared.run.run import Run
 from tests.contriever.tiny import (
-    TINY,
     VOCABULARY,
     losses,
     make_data,
@@ -25,11 +23,10 @@ from tests.contriever.tiny import (
     train_on_rank,
     write_jsonl,
 )
-from tests.processes import run_processes, run_script
+from tests.processes import run_processes
 from tests.reliability.runs import assert_same_run, log_lines
 from tests.swav.interruption import interrupting
 
-ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = {
     "contriever": "--retriever_model_id bert-base-uncased --pooling average --augmentation delete "
     "--prob_augmentation 0.1 --train_data encoded-data/bert-base-uncased/wiki encoded-data/bert-base-uncased/cc-net "
@@ -244,12 +241,3 @@ def test_collections_are_searched_before_during_and_after(data, tmp_path):
     assert list(values) == [0, 4, 6] and all(0 < value <= 100 for value in values.values())
     with pytest.raises(ValueError, match="--eval_datasets: there is no folder"):
         run_train(data, tmp_path / "other", "--eval_datasets", "absent", "--eval_datasets_dir", tmp_path)
-
-
-def test_a_copied_folder_is_all_it_takes(data, tmp_path):
-    for folder in ("contriever", "shared"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "runs"))
-    places = ["--train_data", data / "tokens", "--retriever_model_id", data / "encoder", "--output_dir", "../run"]
-    done = run_script("main.py", *TINY, *places, "--eval_documents", 0, cwd=tmp_path / "contriever")
-    assert done.returncode == 0, done.stderr
-    assert len(losses(tmp_path / "run")) == 6

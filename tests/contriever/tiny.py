@@ -10,18 +10,29 @@ from contriever import preprocess, train
 from contriever.encoder import Retriever, build_encoder, read_tokenizer
 from shared import distributed
 from shared.run.checkpoint import load_latest
-from tests.reliability.runs import Script
+from tests.tiny_training import Training
 
 WORDS = (
     "the a wing flow heat body shock wave layer of in and is thin plate cone jet mach . ! ? , speed pressure".split()
 )
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *(f"w{i}" for i in range(40))]
-TINY = (
-    "--per_gpu_batch_size 4 --queue_size 8 --total_steps 6 --warmup_steps 2 --lr 0.01 --temperature 0.5 "
+FLAGS = (
+    "--per_gpu_batch_size 4 --queue_size 8 --total_steps 12 --warmup_steps 2 --lr 0.01 --temperature 0.5 "
     "--chunk_length 32 --augmentation delete --prob_augmentation 0.1 --momentum 0.9 --num_workers 0 --device cpu "
     "--amp fp32 --log_freq 1 --eval_freq 4 --eval_documents 8 --saveckp_steps 1 --save_freq 4"
 ).split()
-CONTRIEVER = Script("contriever.train", tuple(TINY))
+TRAININGS = {
+    "contriever": Training(
+        "contriever.train",
+        tuple(FLAGS),
+        data=("--train_data", "{tokens}", "--retriever_model_id", "{encoder}"),
+        pair=("--per_gpu_batch_size", "2"),
+        exact=("--dropout", "0"),
+        launcher=("contriever.run_with_submitit", "main"),
+        job=("--total_steps", "120", "--save_freq", "0", "--eval_freq", "0"),
+    )
+}
+TINY = [*FLAGS, "--total_steps", "6"]
 
 
 # --- Encoder and text -------------------------------------------------------------------------------------------------
