@@ -9,7 +9,6 @@ Writes a folder that transformers and sentence-transformers read (``encoder/``) 
 
 import argparse
 import copy
-import json
 import sys
 import warnings
 from pathlib import Path
@@ -51,24 +50,6 @@ def export_folder(retriever: Retriever, folder: Path) -> None:
     """The layout of Hugging Face, with what sentence-transformers needs to know about pooling and norms."""
     folder.mkdir(parents=True, exist_ok=True)
     retriever.save(folder)
-    pooling = retriever.model.config.pooling
-    modules = [
-        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
-        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
-    ]
-    if retriever.normalized:
-        modules.append({"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"})
-        (folder / "2_Normalize").mkdir(exist_ok=True)
-    (folder / "modules.json").write_text(json.dumps(modules, indent=1))
-    (folder / "1_Pooling").mkdir(exist_ok=True)
-    how = {
-        "word_embedding_dimension": retriever.dim,
-        "pooling_mode_cls_token": pooling == "cls",
-        "pooling_mode_mean_tokens": pooling == "average",
-    }
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps(how, indent=1))
-    length = {"max_seq_length": retriever.max_length, "do_lower_case": False}
-    (folder / "sentence_bert_config.json").write_text(json.dumps(length))
     check_vectors(folder.name, load_retriever(folder).encode(TEXTS, amp="fp32"), retriever.encode(TEXTS, amp="fp32"))
 
 

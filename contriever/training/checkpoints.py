@@ -40,7 +40,11 @@ def start_retriever(args: argparse.Namespace, device: torch.device) -> Retriever
     width = retriever.dim
     if args.projection_size not in (None, width):
         raise ValueError(f"--projection_size {args.projection_size}: the encoder is {width} wide and has no projection")
+    if retriever.model.projections:
+        raise ValueError(f"{retriever.origin} has dense layers after its pooling: such encoders are not trained here")
+    # what is written at the end describes this training, not the one before
     retriever.normalized = args.norm_query and args.norm_doc
+    retriever.default_length, retriever.lowercase, retriever.prompts = None, False, {}
     for module in retriever.model.modules():
         if isinstance(module, nn.Dropout):
             module.p = args.dropout
