@@ -55,7 +55,9 @@ class PrototypeUsage:
         return {"counts": distributed.all_reduce_sum(self.counts)}
 
     def load_state_dict(self, state: dict) -> None:
-        self.counts.copy_(state["counts"] if distributed.is_main_process() else torch.zeros_like(state["counts"]))
+        """Go on counting; an official checkpoint has no counts, its state is empty."""
+        if state and distributed.is_main_process():
+            self.counts.copy_(state["counts"])
 
 
 class CollapseMonitor:

@@ -46,7 +46,7 @@ def spherical_kmeans(embeddings: Tensor, centroids: Tensor, num_iters: int = 10)
 
 
 @torch.no_grad()
-def cluster_memory(memory: MemoryBank, heads: Sequence[nn.Linear], num_images: int, orders: Sequence[Tensor]) -> Tensor:
+def cluster_memory(memory: MemoryBank, heads: Sequence[nn.Linear], orders: Sequence[Tensor]) -> Tensor:
     """Cluster the memory once for each head, and put the centroids into the heads as prototypes.
 
     Head h clusters bank h modulo the number of banks. Its first centroids are rows of rank 0's bank.
@@ -54,7 +54,6 @@ def cluster_memory(memory: MemoryBank, heads: Sequence[nn.Linear], num_images: i
     Args:
         memory: Banks of this process.
         heads: Prototypes without bias, weights (K_h, D).
-        num_images: Size of the data set.
         orders: For each head a permutation of the memory's rows, whose first K_h are the first centroids.
 
     Returns:
@@ -64,7 +63,7 @@ def cluster_memory(memory: MemoryBank, heads: Sequence[nn.Linear], num_images: i
     Raises:
         ValueError: If a head has more prototypes than the memory of a process has rows.
     """
-    assignments = torch.full((len(heads), num_images), NOT_SEEN)
+    assignments = torch.full((len(heads), memory.num_images), NOT_SEEN)
     indices = distributed.all_gather(memory.indices).cpu().numpy()
     for h, (head, order) in enumerate(zip(heads, orders, strict=True)):
         embeddings = memory.embeddings[h % len(memory.embeddings)]

@@ -13,6 +13,7 @@ class MemoryBank:
     are up to an epoch old.
 
     Args:
+        num_images: Size of the data set.
         num_banks: Number of crops whose embeddings are kept.
         rows: M, images of this process in an epoch.
         dim: D, dimension of the embeddings.
@@ -20,9 +21,15 @@ class MemoryBank:
     Attributes:
         indices: Of the images in the data set, int64, shape (M,).
         embeddings: Shape (num_banks, M, D), float32.
+        is_filled: Whether every row has been written.
+        assignments: Cluster of every image for each head by the last clustering, int64, shape (H, num_images), on the
+            CPU and the same on every process; None before the first one.
     """
 
-    def __init__(self, num_banks: int, rows: int, dim: int, device: torch.device | str = "cpu"):
+    assignments: Tensor | None = None
+
+    def __init__(self, num_images: int, num_banks: int, rows: int, dim: int, device: torch.device | str = "cpu"):
+        self.num_images, self.is_filled = num_images, False
         self.indices = torch.zeros(rows, dtype=torch.int64, device=device)
         self.embeddings = torch.zeros(num_banks, rows, dim, device=device)
 
@@ -39,18 +46,22 @@ class MemoryBank:
         self.indices[rows] = torch.where(good, indices.to(self.indices.device), self.indices[rows])
         self.embeddings[:, rows] = torch.where(good[:, None], embeddings.float(), self.embeddings[:, rows])
 
-    def state_dict(self) -> dict | None:
+    def state_dict(self) -> dict:
         """The memory of all ranks, ranks first, on rank 0; every rank must call this."""
-        indices, embeddings = distributed.gather_on_main(self.indices), distributed.gather_on_main(self.embeddings)
-        return None if indices is None else {"indices": indices, "embeddings": embeddings}
+        return {
+            "indices": distributed.gather_on_main(self.indices),
+            "embeddings": distributed.gather_on_main(self.embeddings),
+            "assignments": self.assignments,
+        }
 
-    def load_state_dict(self, state: dict) -> bool:
-        """Take this rank's share if it has this memory's shape; says whether it did."""
-        rank = distributed.get_rank()
-        if state["embeddings"].shape != (distributed.get_world_size(), *self.embeddings.shape):
-            return False
+    def load_state_dict(self, state: dict) -> None:
+        """Take this rank's share, unless the clusters are missing or the memory is that of a run of another shape."""
+        rank, shape = distributed.get_rank(), (distributed.get_world_size(), *self.embeddings.shape)
+        assignments = state.get("assignments")
+        if assignments is None or assignments.shape[1] != self.num_images or state["embeddings"].shape != shape:
+            return
         self.load_rows(state["indices"][rank], state["embeddings"][rank])
-        return True
+        self.assignments = assignments
 
     def load_rows(self, indices: Tensor, embeddings: Tensor) -> None:
         """Take this rank's memory, as from an official file.
@@ -65,3 +76,4 @@ class MemoryBank:
             )
         self.indices.copy_(indices)
         self.embeddings.copy_(embeddings)
+        self.is_filled = True

@@ -1,20 +1,13 @@
-"""What SwAV and DeepCluster-v2 set up in the same way: the network, and all that a checkpoint holds."""
+"""What SwAV and DeepCluster-v2 set up in the same way: the network, and the layout of checkpoints."""
 
 import argparse
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from shared import distributed
-from shared.images.training_data import TrainingData
 from shared.networks.batchnorm import synchronize_batchnorm
-from shared.optimisation.precision import Precision
-from shared.run.checkpoint import check_flags, restore, resume_position
-from shared.run.log import RunLog
-from shared.run.not_finite import FiniteGuard
 
-from .larc import LARC
 from .networks import build_network
 
 NETWORK_FLAGS = ("arch", "in_chans", "feat_dim", "hidden_mlp", "nmb_prototypes", "crops_for_assign")
@@ -63,55 +56,20 @@ def patience_steps(total_steps: int, steps_per_epoch: int) -> int:
     return min(total_steps // 4, 2 * steps_per_epoch + 1000)
 
 
-@dataclass
-class Resumable:
-    """The parts of a training that every checkpoint holds.
+def tell_about_defaults(args: argparse.Namespace, embedded: dict) -> None:
+    """Print which flags have other defaults without ``--data_path``."""
+    if args.data_path is None:
+        names = " ".join(f"--{name}" for name in embedded)
+        distributed.print_once(f"without --data_path these flags have defaults for the embedded data: {names}")
 
-    Attributes:
-        guard: Set once the network is loaded, for it remembers the running statistics.
-    """
 
-    args: argparse.Namespace
-    data: TrainingData
-    network: nn.Module
-    optimizer: LARC
-    precision: Precision
-    log: RunLog
-    guard: FiniteGuard | None = None
+def to_official(state: dict) -> dict:
+    """The state of a run under the names of the official checkpoints, whose networks are wrapped for processes."""
+    network = {f"module.{name}": value for name, value in state["network"].items()}
+    return {"state_dict": network} | {name: value for name, value in state.items() if name != "network"}
 
-    def state(self, epoch: int, step_in_epoch: int) -> dict:
-        """Where to go on and with what; the first keys are those of the official checkpoints. For every rank."""
-        network = distributed.unwrap(self.network)
-        return {
-            "epoch": epoch,
-            "state_dict": {f"module.{name}": value for name, value in network.state_dict().items()},
-            "optimizer": self.optimizer.state_dict(),
-            "args": vars(self.args),
-            "fp16_scaler": self.precision.scaler.state_dict(),
-            "step_in_epoch": step_in_epoch,
-            "skipped_steps": int(self.guard.in_a_row),
-            "batch_size": self.data.batch_size,
-            "world_size": distributed.get_world_size(),
-            "images": self.data.checksum,
-            "log": self.log.state_dict(),
-        }
 
-    def load(self, checkpoint: dict) -> tuple[int, int]:
-        """Take everything from a checkpoint, ours or an official one; returns the epoch and the step in it to go on at.
-
-        Raises:
-            ValueError: If it was written with another network.
-        """
-        if "args" in checkpoint:  # the official checkpoints have none
-            check_flags(checkpoint, self.args, NETWORK_FLAGS)
-        restore(checkpoint, state_dict=distributed.unwrap(self.network))
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        for group in self.optimizer.param_groups:
-            group["weight_decay"] = self.args.wd
-        if checkpoint.get("fp16_scaler"):
-            self.precision.scaler.load_state_dict(checkpoint["fp16_scaler"])
-        if "log" in checkpoint:
-            self.log.load_state_dict(checkpoint["log"])
-        position = resume_position(checkpoint, self.data.batch_size, self.data.checksum, self.args.on_changed_run)
-        distributed.print_once("resuming at epoch {}, step {}".format(*position))
-        return position
+def from_official(checkpoint: dict) -> dict:
+    """The way back; official checkpoints have no counts of prototypes, and their queue is another file."""
+    state = {"network" if name == "state_dict" else name: value for name, value in checkpoint.items()}
+    return state | {name: checkpoint.get(name) or {} for name in ("queue", "prototype_usage")}

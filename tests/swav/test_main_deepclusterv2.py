@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 
-from swav import main_deepclusterv2
 from swav.main_deepclusterv2 import first_centroids, get_args_parser, parse_args
 from tests.command_lines import assert_values_arrive
 from tests.processes import run_processes
@@ -85,7 +84,7 @@ def whole(images, tmp_path_factory):
 def test_a_run_stopped_anywhere_ends_like_an_uninterrupted_one(images, whole, tmp_path, monkeypatch, steps):
     flags = ("--data_path", images, "--epochs", 2, "--saveckp_steps", 1, "--freeze_prototypes_niters", 2)
     with monkeypatch.context() as patch:
-        stop_after(patch, main_deepclusterv2, steps)
+        stop_after(patch, steps)
         with pytest.raises(Stop):
             train(tmp_path, *flags)
     train(tmp_path, *flags, "--workers", 1)

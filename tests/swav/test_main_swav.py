@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from shared.run.run import Run
 from swav import evaluation, main_swav
 from swav.main_swav import get_args_parser, parse_args, rows_of_queue
 from tests.command_lines import assert_values_arrive
@@ -84,9 +85,9 @@ def test_training_writes_the_official_files(images, tmp_path):
 
 def test_codes_of_a_full_queue_use_its_rows(images, tmp_path, monkeypatch):
     rows = []
-    sinkhorn = main_swav.sinkhorn_knopp
+    assign = main_swav.SwappedPrediction.assign
     monkeypatch.setattr(
-        main_swav, "sinkhorn_knopp", lambda scores, *a, **k: rows.append(len(scores)) or sinkhorn(scores, *a, **k)
+        main_swav.SwappedPrediction, "assign", lambda self, scores: rows.append(len(scores)) or assign(self, scores)
     )
     train(tmp_path, "--data_path", images, "--queue_length", 20, "--epoch_queue_starts", 1, "--epochs", 2)
     # no queue in epoch 0; afterwards 20 rows are rounded down to two batches, which have to be filled first
@@ -161,17 +162,17 @@ class Stop(Exception):
     pass
 
 
-def stop_after(monkeypatch, script, steps: int) -> None:
+def stop_after(monkeypatch, steps: int) -> None:
     """Break the training off in the middle of a step."""
-    step, calls = script.step_unless_not_finite, []
+    update, calls = Run.update, []
 
     def stop(*args):
         calls.append(args)
         if len(calls) > steps:
             raise Stop
-        return step(*args)
+        return update(*args)
 
-    monkeypatch.setattr(script, "step_unless_not_finite", stop)
+    monkeypatch.setattr(Run, "update", stop)
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +187,7 @@ def whole(images, tmp_path_factory):
 def test_a_run_stopped_anywhere_ends_like_an_uninterrupted_one(images, whole, tmp_path, monkeypatch, steps):
     flags = ("--data_path", images, "--epochs", 2, "--saveckp_steps", 1, *QUEUE)
     with monkeypatch.context() as patch:
-        stop_after(patch, main_swav, steps)
+        stop_after(patch, steps)
         with pytest.raises(Stop):
             train(tmp_path, *flags)
     train(tmp_path, *flags, "--workers", 1)
