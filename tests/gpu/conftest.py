@@ -23,6 +23,7 @@ def images(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def text(tmp_path_factory):
-    """A folder with ``encoder`` and ``tokens``."""
-    return make_data(tmp_path_factory.mktemp("text"))
+def places(images, tmp_path_factory):
+    """What stands for ``{images}``, ``{tokens}`` and ``{encoder}`` in flags that lead to data."""
+    text = make_data(tmp_path_factory.mktemp("text"))
+    return {"images": images, "tokens": text / "tokens", "encoder": text / "encoder"}
