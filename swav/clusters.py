@@ -34,11 +34,10 @@ from shared.images.sources import ImageSource, open_source
 from swav.cluster_pictures import save_overview, save_sheets, save_usage
 from swav.clustering import Clustering, assign, describe, summarise
 from swav.evaluation import (
-    EMBEDDED_DATA_DEFAULTS,
     add_process_flags,
     eval_transform,
     evaluation_parser,
-    parse_with_embedded_defaults,
+    parse_and_check,
 )
 from swav.pretrained import load_network
 from swav.resnet50 import MultiPrototypes, PrototypeNetwork
@@ -49,12 +48,11 @@ UNREADABLE = -2  # in place of a label
 def get_args_parser() -> argparse.ArgumentParser:
     parser = evaluation_parser(__doc__)
     add = parser.add_argument_group("images").add_argument
-    add("--data_path", default=None, help="a folder of images, with or without class folders, a .txt list or a "
-        "torchvision data set name; without it the embedded digits")  # fmt: skip
+    images = "a folder of images, with or without class folders, .txt list or torchvision name; default: digits"
+    add("--data_path", default=None, help=images)
     add("--allow_absolute_paths", action="store_true", help="in .txt lists")
     add("--split", default="all", choices=("all", "train", "val"), help="part of a data set that has several")
-    add("--image_size", type=int, default=224, help="side of the centre crop in pixels; before it the short side "
-        "is resized to 8/7 of it")  # fmt: skip
+    add("--image_size", type=int, default=224, help="side of the centre crop in pixels, 7/8 of the resized short side")
     add("--on_bad_image", default="skip", choices=("skip", "error"), help="what an unreadable image does")
     add("--batch_size", type=int, default=64, help="images per process")
 
@@ -72,9 +70,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    return parse_with_embedded_defaults(
-        get_args_parser(), arguments, **EMBEDDED_DATA_DEFAULTS, output_dir="runs/digits/clusters"
-    )
+    return parse_and_check(get_args_parser(), arguments, output_dir="runs/digits/clusters")
 
 
 def cluster_images(args: argparse.Namespace) -> dict | None:
@@ -106,12 +102,11 @@ def cluster_images(args: argparse.Namespace) -> dict | None:
     (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(describe(summary), flush=True)
 
-    save_usage(clustering, output_dir / "usage.png")
-    save_overview(source, clustering, output_dir / "overview.png")
+    usage = save_usage(clustering, output_dir / "usage.png")
+    overview = save_overview(source, clustering, output_dir / "overview.png")
     sheets = save_sheets(source, clustering, output_dir / "sheets", args.images_per_sheet, args.max_sheets)
     print(f"assignments: {output_dir / 'assignments.csv'}")
-    print(f"pictures:    {output_dir / 'overview.png'}, {output_dir / 'usage.png'}, {len(sheets)} sheets in "
-          f"{output_dir / 'sheets'}", flush=True)  # fmt: skip
+    print(f"pictures:    {overview}, {usage}, {len(sheets)} sheets in {output_dir / 'sheets'}", flush=True)
     return summary
 
 

@@ -24,13 +24,12 @@ from shared.evaluation.knn import knn_accuracies
 from shared.images.loading import EvalDataset
 from shared.run import randomness
 from swav.evaluation import (
-    EMBEDDED_DATA_DEFAULTS,
     add_data_flags,
     add_process_flags,
     eval_transform,
     evaluation_parser,
     labelled_sources,
-    parse_with_embedded_defaults,
+    parse_and_check,
 )
 from swav.pretrained import load_backbone
 
@@ -49,7 +48,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    return parse_with_embedded_defaults(get_args_parser(), arguments, **EMBEDDED_DATA_DEFAULTS)
+    return parse_and_check(get_args_parser(), arguments)
 
 
 def eval_knn(args: argparse.Namespace) -> dict[int, tuple[float, float]] | None:

@@ -27,7 +27,7 @@ from shared.networks.weights import safe_load, weights_checksum
 from shared.run import randomness
 from shared.run.flags import bool_flag
 from swav.evaluation import (
-    EMBEDDED_DATA_DEFAULTS,
+    LabelledTraining,
     add_data_flags,
     add_process_flags,
     add_run_flags,
@@ -37,9 +37,7 @@ from swav.evaluation import (
     evaluation_parser,
     labelled_sources,
     on_device,
-    parse_with_embedded_defaults,
-    resume,
-    save_epoch,
+    parse_and_check,
     set_weights,
     train_loader,
 )
@@ -47,8 +45,7 @@ from swav.pretrained import LINEAR_CLASSIFIER, fetch, load_backbone
 from swav.resnet50 import PrototypeNetwork, ResNet
 
 # A run that is resumed must have these as they were.
-RUN_FLAGS = ("arch", "global_pooling", "use_bn", "epochs", "lr", "wd", "nesterov", "scheduler_type",
-             "decay_epochs", "gamma", "final_lr")  # fmt: skip
+RUN_FLAGS = "arch global_pooling use_bn epochs lr wd nesterov scheduler_type decay_epochs gamma final_lr".split()
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -76,10 +73,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    return parse_with_embedded_defaults(
+    return parse_and_check(
         get_args_parser(),
         arguments,
-        **EMBEDDED_DATA_DEFAULTS,
         num_labels=10,
         crop_scale=(0.6, 1.0),
         epochs=10,
@@ -140,26 +136,18 @@ def eval_linear(args: argparse.Namespace) -> dict[str, float]:
 
     # epochs
     flags = {name: getattr(args, name) for name in RUN_FLAGS}
-    first_epoch, log = resume(args.dump_path, classifier, optimizer, scheduler, flags, checksum)
-    best_acc = max((line["test_acc1"] for line in log if "test_acc1" in line), default=0.0)
-    for epoch in range(first_epoch, args.epochs):
+    training = LabelledTraining(args.dump_path, classifier, optimizer, scheduler, flags, checksum)
+    result = None
+    for epoch in range(training.first_epoch, args.epochs):
         sampler.set_epoch(epoch)
         line = {"epoch": epoch, "train_lr": optimizer.param_groups[0]["lr"]}
         line["train_loss"] = train_one_epoch(wrapped, features, on_device(loader, device), optimizer)
         line["bad_images"] = bad_images.count()
-        if (epoch + 1) % args.val_freq == 0 or epoch + 1 == args.epochs:
-            result = validate_now()
-            best_acc = max(best_acc, result["acc1"])
-            line |= {f"test_{name}": value for name, value in result.items()} | {"best_acc1": best_acc}
-        scheduler.step()
-        log.append(line)
-        save_epoch(args.dump_path, classifier, optimizer, scheduler, flags, checksum, log, best_acc)
-    if first_epoch >= args.epochs:  # resumed after the last epoch
-        result = validate_now()
-    distributed.print_once(
-        f"Top-1 accuracy after the last epoch: {result['acc1']:.2f} % (top-5 {result['acc5']:.2f} %, "
-        f"best top-1 of all epochs {best_acc:.2f} %)"
-    )
+        due = (epoch + 1) % args.val_freq == 0 or epoch + 1 == args.epochs
+        result = validate_now() if due else None
+        training.end_epoch(line, result)
+    result = result or validate_now()  # the run may have been resumed after its last epoch
+    training.tell(result)
     return result
 
 

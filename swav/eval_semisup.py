@@ -28,7 +28,7 @@ from shared.networks.batchnorm import synchronize_batchnorm
 from shared.networks.weights import weights_checksum
 from shared.run import randomness
 from swav.evaluation import (
-    EMBEDDED_DATA_DEFAULTS,
+    LabelledTraining,
     add_data_flags,
     add_process_flags,
     add_run_flags,
@@ -38,17 +38,14 @@ from swav.evaluation import (
     evaluation_parser,
     labelled_sources,
     on_device,
-    parse_with_embedded_defaults,
-    resume,
-    save_epoch,
+    parse_and_check,
     train_loader,
 )
 from swav.pretrained import load_backbone, load_network
 from swav.resnet50 import PrototypeNetwork
 
 # A run that is resumed must have these as they were.
-RUN_FLAGS = ("labels_perc", "subset_list", "arch", "epochs", "lr", "lr_last_layer", "decay_epochs",
-             "gamma", "seed")  # fmt: skip
+RUN_FLAGS = "labels_perc subset_list arch epochs lr lr_last_layer decay_epochs gamma seed".split()
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -56,8 +53,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_data_flags(parser)
     add = parser.add_argument_group("labels").add_argument
     add("--labels_perc", type=float, default=10, help="per cent of the images that have a label")
-    add("--subset_list", default=None, help="text file with their names, one a line, as n01440764_10183.JPEG or "
-        "relative to the train folder; without it they are drawn from every class")  # fmt: skip
+    names = "file with their names, one a line (n01440764_10183.JPEG, or from the train folder); None: they are drawn"
+    add("--subset_list", default=None, help=names)
 
     add = parser.add_argument_group("optimisation").add_argument
     add_training_flags(add, epochs=20)
@@ -71,10 +68,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    return parse_with_embedded_defaults(
+    return parse_and_check(
         get_args_parser(),
         arguments,
-        **EMBEDDED_DATA_DEFAULTS,
         num_labels=10,
         crop_scale=(0.6, 1.0),
         lr=0.003,
@@ -138,26 +134,19 @@ def eval_semisup(args: argparse.Namespace) -> dict[str, float]:
 
     # epochs
     flags = {name: getattr(args, name) for name in RUN_FLAGS}
-    first_epoch, log = resume(args.dump_path, network, optimizer, scheduler, flags, checksum)
-    best_acc = max(((line["test_acc1"], line["test_acc5"]) for line in log), default=(0.0, 0.0))
-    for epoch in range(first_epoch, args.epochs):
+    best_of = ("acc1", "acc5")
+    training = LabelledTraining(args.dump_path, network, optimizer, scheduler, flags, checksum, best_of)
+    result = None
+    for epoch in range(training.first_epoch, args.epochs):
         sampler.set_epoch(epoch)
         trunk_lr, last_layer_lr = (group["lr"] for group in optimizer.param_groups)
         line = {"epoch": epoch, "train_lr": trunk_lr, "train_lr_last_layer": last_layer_lr}
         line["train_loss"] = train_one_epoch(wrapped, images_as_they_are, on_device(loader, device), optimizer)
         line["bad_images"] = bad_images.count()
         result = validate_now()
-        best_acc = max(best_acc, (result["acc1"], result["acc5"]))
-        line |= {f"test_{name}": value for name, value in result.items()} | {"best_acc1": best_acc[0]}
-        scheduler.step()
-        log.append(line)
-        save_epoch(args.dump_path, network, optimizer, scheduler, flags, checksum, log, best_acc)
-    if first_epoch >= args.epochs:  # resumed after the last epoch
-        result = validate_now()
-    distributed.print_once(
-        f"Top-1 accuracy after the last epoch: {result['acc1']:.2f} % (top-5 {result['acc5']:.2f} %, "
-        f"best top-1 of all epochs {best_acc[0]:.2f} %)"
-    )
+        training.end_epoch(line, result)
+    result = result or validate_now()  # the run may have been resumed after its last epoch
+    training.tell(result)
     return result
 
 

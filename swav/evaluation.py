@@ -1,4 +1,4 @@
-"""What the evaluation scripts have in common: flags, labelled images, and resuming after an epoch."""
+"""What the evaluation scripts have in common: flags, labelled images, and a training on them by epochs."""
 
 import argparse
 import json
@@ -20,9 +20,12 @@ from shared.images.views import ViewRecipe
 from shared.multicrop import MultiCropDataset, normalize_views
 from shared.networks.backbones import input_channels
 from shared.run.checkpoint import load_latest, save, without_prefix
+from shared.run.flags import parse_with_embedded_defaults
 
 from .augmentations import MEAN, STD
 from .pretrained import RUN_ON_DIGITS
+
+CHECKPOINT = "checkpoint.pth.tar"
 
 # --- Flags ------------------------------------------------------------------------------------------------------------
 
@@ -32,6 +35,7 @@ EMBEDDED_DATA_DEFAULTS = {
     "image_size": 32,
     "pretrained": RUN_ON_DIGITS,
 }
+AT_LEAST_ONE = ("epochs", "val_freq", "batch_size", "images_per_sheet", "max_sheets")
 
 
 def evaluation_parser(docstring: str) -> argparse.ArgumentParser:
@@ -44,10 +48,9 @@ def evaluation_parser(docstring: str) -> argparse.ArgumentParser:
         description=docstring.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument_group("network").add_argument
-    add("--arch", default="resnet50", help="resnet50, resnet50w2, resnet50w4, resnet50w5, or any torchvision or timm "
-        "model name")  # fmt: skip
-    add("--pretrained", default="", help="a file of any layout, the name of a release (swav_200ep), or random; without "
-        "it the released weights of the architecture")  # fmt: skip
+    add("--arch", default="resnet50", help="resnet50, resnet50w2, resnet50w4, resnet50w5; torchvision's, timm's models")
+    weights = "a file of any layout, a release (swav_200ep), or random; by default the architecture's released weights"
+    add("--pretrained", default="", help=weights)
     add("--allow_partial", action="store_true", help="go on when the file does not fill the network")
     return parser
 
@@ -55,20 +58,19 @@ def evaluation_parser(docstring: str) -> argparse.ArgumentParser:
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """Labelled images to learn from and to classify."""
     add = parser.add_argument_group("data").add_argument
-    add("--data_path", default=None, help="folder with train/ and val/, a folder with one folder per class, a .txt "
-        "list or a torchvision data set name; without it the embedded digits")  # fmt: skip
+    images = "a folder with train/ and val/ or one of class folders, .txt list or torchvision name; default: digits"
+    add("--data_path", default=None, help=images)
     add("--val_path", default=None, help="images to classify; by default those that belong to --data_path")
     add("--allow_absolute_paths", action="store_true", help="in .txt lists")
-    add("--image_size", type=int, default=224, help="side of the crops in pixels; for centre crops the short side "
-        "is resized to 8/7 of it")  # fmt: skip
+    add("--image_size", type=int, default=224, help="side of the crops in pixels, 7/8 of the resized short side")
 
 
 def add_training_flags(add: Callable[..., argparse.Action], epochs: int) -> None:
     """A training on labelled images; ``add`` is the ``add_argument`` of a group."""
     add("--num_labels", type=int, default=1000, help="outputs of the classifier")
     add("--on_bad_image", default="replace", choices=("replace", "error"), help="what an unreadable train image does")
-    add("--max_bad_fraction", type=float, default=0.01,
-        help="stop when more train images than this share are unreadable")  # fmt: skip
+    fraction = "stop when more train images than this share are unreadable"
+    add("--max_bad_fraction", type=float, default=0.01, help=fraction)
     add("--crop_scale", type=float, nargs=2, default=(0.08, 1.0), help="area range of the train crops")
     add("--epochs", type=int, default=epochs)
     add("--batch_size", type=int, default=32, help="images per process")
@@ -78,8 +80,8 @@ def add_training_flags(add: Callable[..., argparse.Action], epochs: int) -> None
 def add_run_flags(parser: argparse.ArgumentParser, what_to_validate: str) -> Callable[..., argparse.Action]:
     """Where a training leaves its files, and whether there is one; returns the ``add_argument`` of the group."""
     add = parser.add_argument_group("run").add_argument
-    add("--dump_path", "--output_dir", default=".",
-        help="for checkpoint.pth.tar and log.txt; not the folder of the training run")  # fmt: skip
+    folder = "for checkpoint.pth.tar and log.txt; not the folder of the training run"
+    add("--dump_path", "--output_dir", default=".", help=folder)
     add("--evaluate", action="store_true", help=f"only validate {what_to_validate}")
     return add
 
@@ -87,8 +89,8 @@ def add_run_flags(parser: argparse.ArgumentParser, what_to_validate: str) -> Cal
 def add_process_flags(parser: argparse.ArgumentParser) -> None:
     """Device and loader flags, and those of the official launchers."""
     add = parser.add_argument_group("processes").add_argument
-    add("--workers", "--num_workers", type=int, default=None,
-        help="loader processes per rank (default: cores per rank - 1, max 10)")  # fmt: skip
+    workers = "loader processes per rank; None: cores per rank less one, at most 10"
+    add("--workers", "--num_workers", type=int, default=None, help=workers)
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--dist_url", default="env://", help="rendezvous of the processes")
     add("--world_size", type=int, default=-1, help="ignored: read from the environment")
@@ -96,15 +98,10 @@ def add_process_flags(parser: argparse.ArgumentParser) -> None:
     add("--local_rank", "--local-rank", type=int, default=0, help="ignored: read from the environment")
 
 
-def parse_with_embedded_defaults(
-    parser: argparse.ArgumentParser, arguments: list[str] | None, **defaults
-) -> argparse.Namespace:
-    """Parse and check; without ``--data_path`` the defaults are those for the embedded digits."""
-    args = parser.parse_args(arguments)
-    if args.data_path is None:
-        parser.set_defaults(**defaults)
-        args = parser.parse_args(arguments)
-    for flag in ("epochs", "val_freq", "batch_size", "images_per_sheet", "max_sheets"):
+def parse_and_check(parser: argparse.ArgumentParser, arguments: Sequence[str] | None, **defaults) -> argparse.Namespace:
+    """Parse and check; without ``--data_path`` the defaults are ``defaults`` and those for the embedded digits."""
+    args = parse_with_embedded_defaults(parser, arguments, EMBEDDED_DATA_DEFAULTS | defaults, {})
+    for flag in AT_LEAST_ONE:
         if (value := getattr(args, flag, None)) is not None and value < 1:
             parser.error(f"--{flag} {value} is less than 1")
     if args.workers is None:
@@ -179,77 +176,103 @@ def on_device(loader: DataLoader, device: torch.device) -> Iterator[tuple[Tensor
         yield normalize_views(views, device, MEAN, STD)[0], labels.to(device, non_blocking=True)
 
 
-# --- Checkpoints ------------------------------------------------------------------------------------------------------
+# --- Training on labels -----------------------------------------------------------------------------------------------
 
 
-def resume(
-    dump_path: str | Path,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: LRScheduler,
-    flags: dict,
-    pretrained: int,
-) -> tuple[int, list[dict]]:
-    """Go on from ``<dump_path>/checkpoint.pth.tar``, ours or an official one, if there is one.
+class LabelledTraining:
+    """The epochs of a training on labelled images, in ``checkpoint.pth.tar`` and ``log.txt`` (JSON lines) of a folder.
+
+    Goes on from the checkpoint, ours or an official one, if there is one.
 
     Args:
-        flags: Those that must be what they were, with their values.
+        folder: Of the files.
+        module: What learns.
+        flags: Those that a run must have as they were, with their values.
         pretrained: Checksum of the weights that the evaluation started from.
+        best_of: Accuracies of the best epoch that the checkpoint names, as the official one does.
 
-    Returns:
-        The first epoch that is still to be done, and the log of those before it.
+    Attributes:
+        first_epoch: The first one that is still to be done.
 
     Raises:
         ValueError: If the checkpoint is not one of this run.
     """
-    path = Path(dump_path) / "checkpoint.pth.tar"
-    checkpoint = load_latest(path)
-    if checkpoint is None:
-        return 0, []
-    if not {"epoch", "state_dict", "optimizer", "scheduler"} <= checkpoint.keys():
-        raise ValueError(f"{path} is a checkpoint of another script; choose another --dump_path")
-    if checkpoint.get("pretrained", pretrained) != pretrained:
-        raise ValueError(f"{path} started from other weights than those of --pretrained; use another --dump_path")
-    for flag, value in checkpoint.get("flags", {}).items():
-        if flag in flags and flags[flag] != value:
-            raise ValueError(
-                f"--{flag} {flags[flag]} does not fit {path}, which was written with --{flag} {value}; use that or "
-                "another --dump_path"
-            )
-    set_weights(module, checkpoint["state_dict"], path)
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    scheduler.load_state_dict(checkpoint["scheduler"])
-    distributed.print_once(f"resuming at epoch {checkpoint['epoch']}")
-    return checkpoint["epoch"], checkpoint.get("log", [])
 
+    def __init__(
+        self,
+        folder: str | Path,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scheduler: LRScheduler,
+        flags: dict,
+        pretrained: int,
+        best_of: tuple[str, ...] = ("acc1",),
+    ):
+        self.folder, self.module, self.optimizer, self.scheduler = Path(folder), module, optimizer, scheduler
+        self.flags, self.pretrained, self.best_of = flags, pretrained, best_of
+        self.first_epoch, self.log = 0, []
+        checkpoint = load_latest(self.folder / CHECKPOINT)
+        if checkpoint is not None:
+            self._resume(checkpoint, self.folder / CHECKPOINT)
 
-def save_epoch(
-    dump_path: str | Path,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: LRScheduler,
-    flags: dict,
-    pretrained: int,
-    log: list[dict],
-    best_acc: float | tuple[float, float],
-) -> None:
-    """Write ``checkpoint.pth.tar`` with the keys of the official scripts and ours, and the log as JSON lines."""
-    distributed.print_once("  ".join(f"{name} {value:.5g}" for name, value in log[-1].items()))
-    if not distributed.is_main_process():
-        return
-    folder = Path(dump_path)
-    state = {
-        "epoch": log[-1]["epoch"] + 1,
-        "state_dict": {f"module.{name}": value for name, value in module.state_dict().items()},
-        "optimizer": optimizer.state_dict(),
-        "scheduler": scheduler.state_dict(),
-        "best_acc": best_acc,
-        "flags": flags,
-        "pretrained": pretrained,
-        "log": log,
-    }
-    save(folder / "checkpoint.pth.tar", state)
-    (folder / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in log))
+    def _resume(self, checkpoint: dict, path: Path) -> None:
+        if not {"epoch", "state_dict", "optimizer", "scheduler"} <= checkpoint.keys():
+            raise ValueError(f"{path} is a checkpoint of another script; choose another --dump_path")
+        if checkpoint.get("pretrained", self.pretrained) != self.pretrained:
+            raise ValueError(f"{path} started from other weights than those of --pretrained; use another --dump_path")
+        for flag, value in checkpoint.get("flags", {}).items():
+            if flag in self.flags and self.flags[flag] != value:
+                raise ValueError(
+                    f"--{flag} {self.flags[flag]} does not fit {path}, which was written with --{flag} {value}; use "
+                    "that or another --dump_path"
+                )
+        set_weights(self.module, checkpoint["state_dict"], path)
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.scheduler.load_state_dict(checkpoint["scheduler"])
+        self.first_epoch, self.log = checkpoint["epoch"], checkpoint.get("log", [])
+        distributed.print_once(f"resuming at epoch {self.first_epoch}")
+
+    @property
+    def best(self) -> tuple[float, ...]:
+        """Accuracies of the best epoch so far."""
+        names = [f"test_{name}" for name in self.best_of]
+        validated = [tuple(line[name] for name in names) for line in self.log if names[0] in line]
+        return max(validated, default=(0.0,) * len(names))
+
+    def end_epoch(self, line: dict[str, float], result: dict[str, float] | None) -> None:
+        """Take the next learning rate, and write what there is.
+
+        Args:
+            line: ``epoch`` and what is said about its training.
+            result: Of the validation, if there was one.
+        """
+        self.log.append(line)
+        if result is not None:
+            line |= {f"test_{name}": value for name, value in result.items()}
+            line["best_acc1"] = self.best[0]
+        self.scheduler.step()
+        distributed.print_once("  ".join(f"{name} {value:.5g}" for name, value in line.items()))
+        if not distributed.is_main_process():
+            return
+        state = {
+            "epoch": line["epoch"] + 1,
+            "state_dict": {f"module.{name}": value for name, value in self.module.state_dict().items()},
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "best_acc": self.best if len(self.best_of) > 1 else self.best[0],
+            "flags": self.flags,
+            "pretrained": self.pretrained,
+            "log": self.log,
+        }
+        save(self.folder / CHECKPOINT, state)
+        (self.folder / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in self.log))
+
+    def tell(self, result: dict[str, float]) -> None:
+        """Print the result of the last epoch."""
+        distributed.print_once(
+            f"Top-1 accuracy after the last epoch: {result['acc1']:.2f} % (top-5 {result['acc5']:.2f} %, "
+            f"best top-1 of all epochs {self.best[0]:.2f} %)"
+        )
 
 
 def set_weights(module: nn.Module, state_dict: dict[str, Tensor], file: str | Path) -> None:

@@ -34,73 +34,50 @@ from shared.optimisation.optim import clip_grad_norm_per_tensor_
 from shared.optimisation.precision import Precision
 from shared.optimisation.schedules import cosine_schedule
 from shared.run import randomness
+from shared.run.flags import tell_embedded_defaults
 from shared.run.health import feature_spread, rank_me
 from shared.run.run import Run
-from swav import training_flags, training_setup
+from swav import flags, main_swav
 from swav.augmentations import MEAN, STD, swav_views
-from swav.collapse import CollapseMonitor, usage_of
 from swav.kmeans import cluster_memory
 from swav.larc import LARC
 from swav.losses import cluster_classification
-from swav.main_swav import EMBEDDED_DATA_DEFAULTS as SWAV_DEFAULTS
+from swav.main_swav import CHECKPOINT, NETWORK_FLAGS, build_for_training, numbered_checkpoint
 from swav.memory_bank import MemoryBank
 from swav.networks import Trunk
-from swav.report import save_pictures, summary
-from swav.training_setup import (
-    CHECKPOINT,
-    NETWORK_FLAGS,
-    build_student,
-    numbered_checkpoint,
-    patience_steps,
-    tell_about_defaults,
-)
+from swav.report import DEEPCLUSTERV2_ADVICE, collapse_monitor, save_pictures, summary, usage_of
 
 # What replaces the official defaults when no --data_path is given.
-EMBEDDED_DATA_DEFAULTS = {
-    **{name: value for name, value in SWAV_DEFAULTS.items() if name not in ("epsilon", "freeze_prototypes_niters")},
+EMBEDDED_DATA_DEFAULTS = main_swav.EMBEDDED_DATA_DEFAULTS | {
     "nmb_prototypes": [30, 30, 30],
     "output_dir": "runs/digits_deepclusterv2",
 }
-ADVICE = {
-    "few": "lower --base_lr, or take fewer --nmb_prototypes",
-    "features": "lower --base_lr, or lengthen --warmup_epochs",
-    "flat": "take fewer --nmb_prototypes, fewer or larger crops, or a higher --base_lr",
-}
+del EMBEDDED_DATA_DEFAULTS["epsilon"], EMBEDDED_DATA_DEFAULTS["freeze_prototypes_niters"]  # of SwAV alone
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "DeepCluster-v2", description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    training_flags.add_data_flags(parser)
-    training_flags.add_view_flags(parser)
-    add = training_flags.add_network_flags(parser)
-    add("--nmb_prototypes", type=int, nargs="+", default=[3000, 3000, 3000],
-        help="number of clusters, one value for each head")  # fmt: skip
+    flags.add_data_flags(parser)
+    flags.add_view_flags(parser)
+    add = flags.add_network_flags(parser)
+    add("--nmb_prototypes", type=int, nargs="+", default=[3000] * 3, help="number of clusters, one value for each head")
 
     add = parser.add_argument_group("clusters and their prediction").add_argument
     add("--crops_for_assign", type=int, nargs="+", default=[0, 1], help="indices of the crops that are clustered")
     add("--temperature", type=float, default=0.1, help="of the softmax that predicts a cluster")
 
-    add = training_flags.add_optimisation_flags(parser)
+    add = flags.add_optimisation_flags(parser)
     add("--freeze_prototypes_niters", type=int, default=int(1e10), help="steps in which prototypes are not trained")
-    training_flags.add_run_flags(parser)
+    flags.add_run_flags(parser)
     parser.set_defaults(amp="fp32")  # as published
     return parser
 
 
 def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
-    """Parse and check the command line; without ``--data_path`` the defaults are those of the embedded data.
-
-    Args:
-        arguments: The command line's own by default.
-        parser: That of :func:`get_args_parser` with further flags, for scripts that have them.
-    """
-    parser = parser or get_args_parser()
-    args = training_flags.parse_with_embedded_defaults(parser, arguments, EMBEDDED_DATA_DEFAULTS)
-    if min(args.nmb_prototypes) < 2:
-        parser.error(f"--nmb_prototypes {' '.join(map(str, args.nmb_prototypes))}: at least two are needed")
-    return args
+    """As :func:`swav.main_swav.parse_args`."""
+    return flags.parse_and_check(parser or get_args_parser(), arguments, EMBEDDED_DATA_DEFAULTS)
 
 
 def train_deepclusterv2(args: argparse.Namespace) -> None:
@@ -111,10 +88,10 @@ def train_deepclusterv2(args: argparse.Namespace) -> None:
     # data
     recipes = swav_views(args.nmb_crops, args.size_crops, args.min_scale_crops, args.max_scale_crops, args.blur_radius)
     data = open_training_data(args, recipes, args.batch_size, run.output_dir, device, "--size_crops")
-    tell_about_defaults(args, EMBEDDED_DATA_DEFAULTS)
+    tell_embedded_defaults(args.data_path, EMBEDDED_DATA_DEFAULTS)
 
     # network, optimiser, schedule
-    network = build_student(args, args.nmb_prototypes, device)
+    network = build_for_training(args, device)
     heads = distributed.unwrap(network).prototypes.heads()
     optimizer = LARC(network.parameters(), lr=0.0, weight_decay=args.wd)
     lr_schedule = cosine_schedule(
@@ -141,8 +118,8 @@ def train_deepclusterv2(args: argparse.Namespace) -> None:
     if not run.is_new and not memory.is_filled and official_memory.is_file():
         stored = safe_load(official_memory)
         memory.load_rows(stored["local_memory_index"], stored["local_memory_embeddings"])
-    patience = patience_steps(len(lr_schedule), data.steps_per_epoch)
-    run.health = CollapseMonitor(min(args.nmb_prototypes), patience, ADVICE)
+    fewest = min(args.nmb_prototypes)
+    run.health = collapse_monitor(fewest, len(lr_schedule), data.steps_per_epoch, DEEPCLUSTERV2_ADVICE)
     image_size = args.size_crops[0]
     knn = build_knn_monitor(args, image_size, MEAN, STD, device, data.num_workers, run.output_dir, args.in_chans)
     trunk = Trunk(distributed.unwrap(network))
@@ -174,26 +151,22 @@ def train_deepclusterv2(args: argparse.Namespace) -> None:
                 run.log_evaluation(knn_top1=knn.run(trunk, run.stop_if_asked))
             run.log_epoch(bad_images=data.bad_images.count(), **cluster_usage(memory.assignments, heads))
             run.end_epoch(keep_as=numbered_checkpoint(epoch, args.epochs, args.checkpoint_freq))
-    pictures = []
-    if args.pictures:
-        heading = "DeepCluster-v2 training"
-        pictures = save_pictures(trunk, data.dataset, knn, image_size, run.output_dir, device, heading)
+    heading = "DeepCluster-v2 training"
+    pictures = save_pictures(heading, run, trunk, data.dataset, knn, image_size) if args.pictures else []
     if distributed.is_main_process():
-        flags = (args.arch, args.data_path)
-        problems = list(run.health.warnings.values())
-        print(summary("main_deepclusterv2.py", run.output_dir, run.path, *flags, knn, pictures, problems))
+        print(summary("main_deepclusterv2.py", run, args.arch, args.data_path, knn, pictures))
 
 
 def to_official(state: dict) -> dict:
     """The state of a run under the names of the official checkpoints; the clusters are an entry of their own."""
     memory = dict(state["memory"])
-    return training_setup.to_official(state) | {"assignments": memory.pop("assignments"), "memory": memory}
+    return main_swav.to_official(state) | {"assignments": memory.pop("assignments"), "memory": memory}
 
 
 def from_official(checkpoint: dict) -> dict:
     """The way back; the memory of official checkpoints is another file, and there are no clusters."""
     memory = {**(checkpoint.get("memory") or {}), "assignments": checkpoint.get("assignments")}
-    return training_setup.from_official(checkpoint) | {"memory": memory}
+    return main_swav.from_official(checkpoint) | {"memory": memory}
 
 
 def first_centroids(seed: int, epoch: int, num_heads: int, rows: int) -> list[Tensor]:

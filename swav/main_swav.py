@@ -30,29 +30,19 @@ from shared import distributed
 from shared.evaluation.knn_monitor import build_knn_monitor
 from shared.images.training_data import open_training_data
 from shared.multicrop import normalize_views
+from shared.networks.batchnorm import synchronize_batchnorm
 from shared.networks.weights import safe_load
 from shared.optimisation.optim import clip_grad_norm_per_tensor_
 from shared.optimisation.schedules import cosine_schedule
-from shared.run.flags import bool_flag
+from shared.run.flags import bool_flag, tell_embedded_defaults
 from shared.run.health import feature_spread, rank_me
 from shared.run.run import Run
-from swav import training_flags
+from swav import flags
 from swav.augmentations import MEAN, STD, swav_views
-from swav.collapse import CollapseMonitor, PrototypeUsage
 from swav.larc import LARC
 from swav.losses import EmbeddingQueue, SwappedPrediction, normalize_prototypes_
-from swav.networks import Trunk
-from swav.report import save_pictures, summary
-from swav.training_setup import (
-    CHECKPOINT,
-    NETWORK_FLAGS,
-    build_student,
-    from_official,
-    numbered_checkpoint,
-    patience_steps,
-    tell_about_defaults,
-    to_official,
-)
+from swav.networks import Trunk, build_network
+from swav.report import SWAV_ADVICE, PrototypeUsage, collapse_monitor, save_pictures, summary
 
 # What replaces the official defaults when no --data_path is given: 8x8 pixel digits need no ResNet-50 at 224 pixels,
 # small crops of them have no digit in them, and with few prototypes the usual epsilon makes codes uniform.
@@ -74,23 +64,17 @@ EMBEDDED_DATA_DEFAULTS = {
     "freeze_prototypes_niters": 66,
     "output_dir": "runs/digits",
 }
-ADVICE = {
-    "uniform": "lower --epsilon (0.03), or take more --nmb_prototypes than --feat_dim",
-    "few": "lengthen --freeze_prototypes_niters, lower --base_lr, or take fewer --nmb_prototypes or a longer "
-    "--queue_length for a small batch",
-    "features": "lower --base_lr, or lengthen --warmup_epochs and --freeze_prototypes_niters",
-    "flat": "lower --epsilon (0.03), take more --nmb_prototypes than --feat_dim, fewer or larger crops, or lengthen "
-    "--freeze_prototypes_niters",
-}
+NETWORK_FLAGS = ("arch", "in_chans", "feat_dim", "hidden_mlp", "nmb_prototypes", "crops_for_assign")
+CHECKPOINT = "checkpoint.pth.tar"
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "SwAV", description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    training_flags.add_data_flags(parser)
-    training_flags.add_view_flags(parser)
-    add = training_flags.add_network_flags(parser)
+    flags.add_data_flags(parser)
+    flags.add_view_flags(parser)
+    add = flags.add_network_flags(parser)
     add("--nmb_prototypes", type=int, default=3000, help="number of prototypes K")
 
     add = parser.add_argument_group("codes and their prediction").add_argument
@@ -98,14 +82,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--temperature", type=float, default=0.1, help="of the softmax that predicts a code")
     add("--epsilon", type=float, default=0.05, help="entropy regularisation of the codes")
     add("--sinkhorn_iterations", type=int, default=3, help="balancing steps behind the codes")
-    add("--queue_length", type=int, default=0, help="embeddings of earlier batches that small batches need for their "
-        "codes, on all processes; 0: none")  # fmt: skip
+    queue = "embeddings of earlier batches, on all processes, that help to balance small batches; 0: none"
+    add("--queue_length", type=int, default=0, help=queue)
     add("--epoch_queue_starts", type=int, default=15, help="first epoch (from 0) with the queue")
 
-    add = training_flags.add_optimisation_flags(parser)
+    add = flags.add_optimisation_flags(parser)
     add("--freeze_prototypes_niters", type=int, default=313, help="steps in which the prototypes are not trained")
     add("--use_fp16", type=bool_flag, default=True, help="false: the same as --amp fp32")
-    training_flags.add_run_flags(parser)
+    flags.add_run_flags(parser)
     return parser
 
 
@@ -116,11 +100,7 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
         arguments: The command line's own by default.
         parser: That of :func:`get_args_parser` with further flags, for scripts that have them.
     """
-    parser = parser or get_args_parser()
-    args = training_flags.parse_with_embedded_defaults(parser, arguments, EMBEDDED_DATA_DEFAULTS)
-    if args.nmb_prototypes < 2:
-        parser.error(f"--nmb_prototypes {args.nmb_prototypes}: at least two are needed")
-    return args
+    return flags.parse_and_check(parser or get_args_parser(), arguments, EMBEDDED_DATA_DEFAULTS)
 
 
 def train_swav(args: argparse.Namespace) -> None:
@@ -131,10 +111,10 @@ def train_swav(args: argparse.Namespace) -> None:
     # data
     recipes = swav_views(args.nmb_crops, args.size_crops, args.min_scale_crops, args.max_scale_crops, args.blur_radius)
     data = open_training_data(args, recipes, args.batch_size, run.output_dir, device, "--size_crops")
-    tell_about_defaults(args, EMBEDDED_DATA_DEFAULTS)
+    tell_embedded_defaults(args.data_path, EMBEDDED_DATA_DEFAULTS)
 
     # network, loss, optimiser, schedule
-    network = build_student(args, args.nmb_prototypes, device)
+    network = build_for_training(args, device)
     criterion = SwappedPrediction(args.crops_for_assign, args.temperature, args.epsilon, args.sinkhorn_iterations)
     optimizer = LARC(network.parameters(), lr=0.0, weight_decay=args.wd)
     lr_schedule = cosine_schedule(
@@ -162,7 +142,7 @@ def train_swav(args: argparse.Namespace) -> None:
     official_queue = run.output_dir / f"queue{distributed.get_rank()}.pth"  # the official code has one file per rank
     if queue_rows and not run.is_new and not queue.has_started and official_queue.is_file():
         queue.load_rows(safe_load(official_queue)["queue"])
-    run.health = CollapseMonitor(args.nmb_prototypes, patience_steps(len(lr_schedule), data.steps_per_epoch), ADVICE)
+    run.health = collapse_monitor(args.nmb_prototypes, len(lr_schedule), data.steps_per_epoch, SWAV_ADVICE)
     image_size = args.size_crops[0]
     knn = build_knn_monitor(args, image_size, MEAN, STD, device, data.num_workers, run.output_dir, args.in_chans)
     trunk = Trunk(distributed.unwrap(network))
@@ -186,13 +166,48 @@ def train_swav(args: argparse.Namespace) -> None:
             )
             if knn.is_due(epoch):
                 run.log_evaluation(knn_top1=knn.run(trunk, run.stop_if_asked))
-            run.log_epoch(bad_images=data.bad_images.count(), **usage.of_epoch())
-            usage.reset()
+            run.log_epoch(bad_images=data.bad_images.count(), **usage.end_epoch())
             run.end_epoch(keep_as=numbered_checkpoint(epoch, args.epochs, args.checkpoint_freq))
-    pictures = save_pictures(trunk, data.dataset, knn, image_size, run.output_dir, device) if args.pictures else []
+    pictures = save_pictures("SwAV training", run, trunk, data.dataset, knn, image_size) if args.pictures else []
     if distributed.is_main_process():
-        problems = list(run.health.warnings.values())
-        print(summary("main_swav.py", run.output_dir, run.path, args.arch, args.data_path, knn, pictures, problems))
+        print(summary("main_swav.py", run, args.arch, args.data_path, knn, pictures))
+
+
+def build_for_training(args: argparse.Namespace, device: torch.device) -> nn.Module:
+    """The network with its heads, on this process's device and joined with those of the other processes."""
+    network = build_network(
+        args.arch,
+        output_dim=args.feat_dim,
+        hidden_mlp=args.hidden_mlp,
+        nmb_prototypes=args.nmb_prototypes,
+        normalize=True,
+        img_size=args.size_crops[0],
+        in_chans=args.in_chans,
+    )
+    if args.sync_bn != "none":
+        network = synchronize_batchnorm(network, device, batchnorm_group(args))
+    network.to(device)
+    if args.compile:
+        network.forward_backbone = torch.compile(network.forward_backbone)
+    return distributed.wrap(network, device)
+
+
+def batchnorm_group(args: argparse.Namespace) -> int | None:
+    """Processes per group of ``--sync_bn apex``, or None for all; a small run is one group."""
+    world_size = distributed.get_world_size()
+    if args.sync_bn == "pytorch" or args.syncbn_process_group_size >= world_size:
+        return None
+    if args.syncbn_process_group_size < 1 or world_size % args.syncbn_process_group_size:
+        raise ValueError(
+            f"--syncbn_process_group_size {args.syncbn_process_group_size} does not divide {world_size} processes"
+        )
+    return args.syncbn_process_group_size
+
+
+def numbered_checkpoint(epoch: int, epochs: int, checkpoint_freq: int) -> str | None:
+    """Name under which the checkpoint of this epoch stays, as in the official code; None for most epochs."""
+    due = checkpoint_freq > 0 and (epoch % checkpoint_freq == 0 or epoch == epochs - 1)
+    return f"checkpoints/ckp-{epoch}.pth" if due else None
 
 
 def rows_of_queue(queue_length: int, batch_size: int, world_size: int) -> int:
@@ -204,6 +219,18 @@ def rows_of_queue(queue_length: int, batch_size: int, world_size: int) -> int:
             + (f"the queue has {total} rows" if total else "there is no queue")
         )
     return total // world_size
+
+
+def to_official(state: dict) -> dict:
+    """The state of a run under the names of the official checkpoints, whose networks are wrapped for processes."""
+    network = {f"module.{name}": value for name, value in state["network"].items()}
+    return {"state_dict": network} | {name: value for name, value in state.items() if name != "network"}
+
+
+def from_official(checkpoint: dict) -> dict:
+    """The way back; official checkpoints have no counts of prototypes, and their queue is another file."""
+    state = {"network" if name == "state_dict" else name: value for name, value in checkpoint.items()}
+    return state | {name: checkpoint.get(name) or {} for name in ("queue", "prototype_usage")}
 
 
 def train_one_epoch(
