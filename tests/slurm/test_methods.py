@@ -37,7 +37,7 @@ def training(request) -> Training:
 
 @pytest.fixture(scope="module")
 def flags(training, data) -> list[str]:
-    return [*training.data_flags(data), *training.flags, *training.pair, *training.job]
+    return [*training.data_flags(data), *training.flags, *training.pair, *training.whole, *training.job]
 
 
 @pytest.fixture(scope="module")
