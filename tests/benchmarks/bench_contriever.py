@@ -38,11 +38,11 @@ except ModuleNotFoundError:  # not one of the project's packages: pip install se
     SentenceTransformer = None
 
 from contriever.augmentations import Recipe, SpecialTokens
-from contriever.embedded_text import documentation
 from contriever.encoder import Retriever, find_model, load_retriever
 from contriever.losses import InBatch, MoCo, inbatch_logits, moco_logits
-from contriever.pretraining_data import PretrainingPairs
-from contriever.tokens import ChunkedText, Shard
+from contriever.text.documentation import documentation
+from contriever.text.tokens import ChunkedText, Shard
+from contriever.training.pairs import PretrainingPairs
 from shared.optimisation.precision import fast_bf16
 
 TEMPERATURE = 0.05

@@ -26,7 +26,7 @@ from shared.images.decode import read_image
 from shared.networks.weights import UnsafeFileError, load_backbone_weights, safe_load
 from tests.processes import SERVER
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 class Calls:

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .dense_index import merge
-from .hybrid import BM25, fuse
-from .text_folder import Piece, read_pieces, text_files
+from ..index.bm25 import BM25, fuse
+from ..index.dense import merge
+from .folder import Piece, read_pieces, text_files
 
 FORMAT = 1
 PASSAGES_PER_TRANSACTION = 512

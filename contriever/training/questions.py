@@ -1,16 +1,15 @@
 """Questions with passages that answer them and passages that do not: records, draws and batches of fine-tuning."""
 
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .augmentations import Draws
-from .encoder import Retriever, pad
-from .normalize_text import normalize
-from .passages import read_json_lines, text_field
+from ..augmentations import Draws
+from ..encoder import Retriever, pad
+from ..text.files import check_list, read_records, text_field
+from ..text.normalize import normalize
 
 ITEM = 2  # kind of draws, with seeds of its own
 
@@ -30,7 +29,8 @@ def read_examples(
         ValueError: If a record is malformed; the message names file and line.
     """
     examples = []
-    for count, (where, record) in enumerate(_records(paths), start=1):
+    records = (found for path in paths for found in read_records(path))
+    for count, (where, record) in enumerate(records, start=1):
         if maxload is not None and count > maxload:
             break
         check_example(record, where)
@@ -39,34 +39,14 @@ def read_examples(
     return examples
 
 
-def _records(paths: Iterable[str | Path]) -> Iterator[tuple[str, dict]]:
-    for path in map(Path, paths):
-        if not path.is_file():
-            raise ValueError(f"{path} is no file")
-        if path.suffix == ".jsonl":
-            yield from ((f"{path}, line {number}", record) for number, record in read_json_lines(path))
-        elif path.suffix == ".json":
-            try:
-                records = json.loads(path.read_text(encoding="utf-8"))
-            except (UnicodeDecodeError, json.JSONDecodeError) as error:
-                raise ValueError(f"{path}: not JSON in UTF-8 ({error})") from None
-            if not isinstance(records, list):
-                raise ValueError(f"{path}: expected a list of records, got {type(records).__name__}")
-            yield from ((f"{path}, entry {i}", record) for i, record in enumerate(records, start=1))
-        else:
-            raise ValueError(f"{path}: expected a .json or .jsonl file")
-
-
 def check_example(record: dict, where: str) -> None:
     """Raise ``ValueError`` if a record lacks its question or a positive, or a passage its text."""
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: expected an object, got {type(record).__name__}")
     text_field(record, "question", where)
     for key in ("positive_ctxs", "negative_ctxs", "hard_negative_ctxs"):
-        passages = record.get(key, [])
-        if not isinstance(passages, list) or not all(isinstance(passage, dict) for passage in passages):
-            raise ValueError(f'{where}: "{key}" should be a list of passages')
-        for passage in passages:
+        if key not in record:
+            continue
+        check_list(record, key, dict, "passages", where)
+        for passage in record[key]:
             text_field(passage, "text", f"{where}, {key}")
             text_field(passage, "title", f"{where}, {key}", "")
     if not record.get("positive_ctxs"):

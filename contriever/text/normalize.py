@@ -4,6 +4,8 @@ mContriever was trained and evaluated on normalised text. 59 characters change; 
 ligatures, tildes and no-break spaces stay as they are.
 """
 
+from collections.abc import Iterable
+
 _FORMS = {
     "": [*range(0x01, 0x09), 0x0E, 0x0F, *range(0x11, 0x1C), 0xAD],  # control characters, soft hyphen
     " ": [0x0B, 0x0C, 0x85],  # vertical tab, form feed, next line; tab and newline stay
@@ -22,3 +24,9 @@ _CHARACTERS = {point: form for form, points in _FORMS.items() for point in point
 def normalize(text: str) -> str:
     """``text`` with its typographic variants in one form; " . . . " becomes " ... "."""
     return text.translate(_CHARACTERS).replace(" . . . ", " ... ")
+
+
+def clean(texts: Iterable[str], lowercase: bool, normalize_text: bool) -> list[str]:
+    """Lowercase and normalise texts, in this order."""
+    texts = [text.lower() for text in texts] if lowercase else list(texts)
+    return [normalize(text) for text in texts] if normalize_text else texts

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from .passages import Passage, read_json_lines, text_field
-from .text_files import read_lines
+from ..index.passages import Passage
+from ..text.files import read_json_lines, read_lines, text_field
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,22 @@ import torch
 from shared import distributed
 from shared.evaluation.knn import nearest_neighbours
 
-from .embedding_files import Shard, read_json, write_json
+from .embeddings import Shard, read_json, write_json
 
 KINDS = ("scan", "flat", "ivf", "hnsw", "pq", "ivfpq")
 QUERY_BLOCK = 2048
 SCAN_BLOCK = 1 << 17  # vectors: 384 MiB in float32 when they are 768 long
 POINTS_PER_CELL = 64  # vectors to train on, per centroid
+INDEX_MINIMUM = {  # of the flags
+    "indexing_batch_size": 1,
+    "n_subquantizers": 0,
+    "n_bits": 1,
+    "nlist": 0,
+    "nprobe": 0,
+    "hnsw_m": 2,
+    "ef_construction": 1,
+    "ef_search": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -103,8 +113,7 @@ class IndexSettings:
 def add_index_flags(parser: argparse.ArgumentParser) -> None:
     default = IndexSettings()
     add = parser.add_argument_group("index").add_argument
-    add("--index", default=None, choices=KINDS, help="scan and flat are exact; by default flat, or pq when "
-        "--n_subquantizers is given")  # fmt: skip
+    add("--index", default=None, choices=KINDS, help="scan, flat: exact; None: flat, or pq with --n_subquantizers")
     add("--n_subquantizers", type=int, default=0, help="of pq and ivfpq; 0: one for eight dimensions")
     add("--n_bits", type=int, default=default.n_bits, help="per subquantiser")
     add("--nlist", type=int, default=0, help="cells of ivf; 0: four times the square root of the number of passages")

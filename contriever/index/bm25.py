@@ -57,8 +57,7 @@ def fuse(
     Returns:
         (scores, rows), each (Q, k), best first, -inf and -1 for none.
     """
-    if not 0 <= dense_weight <= 1:
-        raise ValueError(f"--dense_weight must be in [0, 1], got {dense_weight}")
+    check_weight(dense_weight)
     scores, rows = np.full((len(dense[0]), k), -np.inf, np.float32), np.full((len(dense[0]), k), -1)
     for q in range(len(rows)):
         total = {}
@@ -70,6 +69,12 @@ def fuse(
         rows[q, : len(best)] = best
         scores[q, : len(best)] = [total[row] for row in best]
     return scores, rows
+
+
+def check_weight(dense_weight: float) -> None:
+    """Raise ``ValueError`` if it is no part of the whole."""
+    if not 0 <= dense_weight <= 1:
+        raise ValueError(f"--dense_weight must be in [0, 1], got {dense_weight}")
 
 
 def stretch(scores: np.ndarray) -> np.ndarray:

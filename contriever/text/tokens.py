@@ -10,18 +10,24 @@ The arrays are memory-mapped: a data set may be larger than the memory, and all 
 the reference's files (``*.pkl``: one tensor of ids per file, without borders) are read as well.
 """
 
+import hashlib
 import itertools
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from shared.networks.weights import safe_load
 
+from .files import read_documents
+from .normalize import clean
+
+DOCUMENTS_AT_ONCE = 1000
 MIN_TOKENS = 8  # shorter documents make no pair of views
 
 
@@ -51,6 +57,63 @@ def write_shard(path: Path, tokens: np.ndarray, borders: np.ndarray, facts: dict
     temporary = path.with_name(f".{path.name}.json")
     temporary.write_text(json.dumps({**facts, "tokens": len(tokens), "documents": len(borders) - 1}) + "\n")
     os.replace(temporary, path.with_name(f"{path.name}.json"))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One shard to be made: the lines of a file between two bytes, and how to read them."""
+
+    source: str
+    start: int
+    end: int
+    shard: str
+    tokenizer: str
+    normalize_text: bool
+    on_bad_bytes: str
+    source_bytes: int
+    source_mtime_ns: int
+    vocabulary: str
+
+    @classmethod
+    def of(
+        cls,
+        source: Path,
+        shard: Path,
+        tokenizer: str,
+        vocabulary: str,
+        start: int = 0,
+        end: int | None = None,
+        normalize_text: bool = False,
+        on_bad_bytes: str = "error",
+    ) -> "Job":
+        """The lines that begin at byte ``start`` or later and before ``end`` (by default, of the whole file)."""
+        status = source.stat()
+        end = status.st_size if end is None else end
+        place = (str(source), start, end, str(shard), tokenizer)
+        return cls(*place, normalize_text, on_bad_bytes, status.st_size, status.st_mtime_ns, vocabulary)
+
+    def facts(self) -> dict:
+        """What the shard's json file keeps: where the file lies does not matter."""
+        return {**asdict(self), "source": Path(self.source).name, "shard": Path(self.shard).name}
+
+
+def vocabulary_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of the vocabulary, to recognise text that was tokenised with another one."""
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
+
+
+def tokenize_lines(job: Job, tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids of all documents (N,), without special tokens and uncut, and their borders (documents + 1,)."""
+    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.int32
+    options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
+    texts = read_documents(job.source, job.start, job.end, job.on_bad_bytes)
+    parts, lengths = [np.zeros(0, dtype)], [0]
+    while documents := list(itertools.islice(texts, DOCUMENTS_AT_ONCE)):
+        ids = tokenizer(clean(documents, False, job.normalize_text), verbose=False, **options)["input_ids"]
+        parts.append(np.fromiter(itertools.chain.from_iterable(ids), dtype))
+        lengths.extend(map(len, ids))
+    return np.concatenate(parts), np.cumsum(lengths, dtype=np.int64)
 
 
 def read_facts(path: Path) -> dict | None:

@@ -22,10 +22,9 @@ from typing import BinaryIO
 import numpy as np
 
 BLOCK_BYTES = 1 << 26  # read at once when a file is checked
-OF_THE_COLLECTION = (  # settings in which all shards must agree
-    "model", "pooling", "normalized", "max_length", "passages", "num_shards", "with_title", "lowercase",
-    "normalize_text",
-)  # fmt: skip
+# settings in which all shards must agree
+OF_THE_COLLECTION = ("model", "pooling", "normalized", "max_length", "passages", "num_shards")
+OF_THE_COLLECTION += ("with_title", "lowercase", "normalize_text")
 
 
 def write_json(path: Path, value: dict) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .passages import parse_object, text_field
+from ..text.files import parse_object, text_field
 
 SUFFIXES = (".txt", ".md", ".jsonl")
 _PARAGRAPH = re.compile(r"(?:[^\n]*\S[^\n]*(?:\n|$))+")  # lines up to a blank one

@@ -1,11 +1,70 @@
-"""Knowledge distillation from another network's predictions (Hinton et al. 2015; hard labels: Touvron et al. 2021)."""
+"""Losses of classifiers: labels, and distillation (Hinton et al. 2015; hard labels: Touvron et al. 2021)."""
+
+import argparse
 
 import timm
+import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
 from shared.networks.weights import WeightMismatch, fetch_file, safe_load, select_backbone_weights
+
+from .flags import mixes_labels
+
+
+class ClassificationLoss:
+    """Cross-entropy of hard, smoothed or mixed labels, and distillation; labels and teacher act on the same logits.
+
+    Args:
+        smoothing: Of hard labels.
+        binary: Binary cross-entropy instead, in which every class with a positive target is right.
+        teacher: Maps the student's images to logits.
+        distillation: ``none``, ``soft`` or ``hard``.
+        alpha, tau: See :func:`distillation_loss`.
+    """
+
+    def __init__(
+        self,
+        smoothing: float = 0.0,
+        binary: bool = False,
+        teacher: nn.Module | None = None,
+        distillation: str = "none",
+        alpha: float = 0.5,
+        tau: float = 1.0,
+    ):
+        self.smoothing, self.binary, self.teacher = smoothing, binary, teacher
+        self.distillation, self.alpha, self.tau = distillation, alpha, tau
+
+    def __call__(self, network: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        """The loss of a batch; ``targets`` are class numbers (B,), or probabilities (B, classes)."""
+        logits = network(images).float()
+        if self.binary:
+            right = class_probabilities(targets, logits.shape[1]).gt(0).float()
+            loss = F.binary_cross_entropy_with_logits(logits, right)
+        else:
+            loss = F.cross_entropy(logits, targets, label_smoothing=self.smoothing)
+        if self.teacher is None:
+            return loss
+        with torch.no_grad():
+            teacher_logits = self.teacher(images)
+        return distillation_loss(loss, logits, teacher_logits, self.distillation, self.alpha, self.tau)
+
+
+def build_loss(
+    args: argparse.Namespace, num_classes: int, device: torch.device, binary: bool = False
+) -> ClassificationLoss:
+    """The loss that the flags ask for; Mixup smooths the labels itself."""
+    teacher = None
+    if args.distillation_type != "none":
+        teacher = build_teacher(args.teacher_model, args.teacher_path, num_classes, args.in_chans).to(device)
+    distillation = (args.distillation_type, args.distillation_alpha, args.distillation_tau)
+    return ClassificationLoss(0.0 if mixes_labels(args) else args.smoothing, binary, teacher, *distillation)
+
+
+def class_probabilities(targets: Tensor, num_classes: int) -> Tensor:
+    """Class numbers (B,) as (B, classes); mixed labels as they are."""
+    return F.one_hot(targets, num_classes).float() if targets.dim() == 1 else targets
 
 
 def distillation_loss(

@@ -10,9 +10,9 @@ from torch.utils.data import Dataset
 
 from shared import distributed
 
-from .augmentations import Draws, Recipe, SpecialTokens, two_views
-from .encoder import pad
-from .tokens import ChunkedText, files_of_rank, open_shard, token_files
+from ..augmentations import Draws, Recipe, SpecialTokens, two_views
+from ..encoder import pad
+from ..text.tokens import ChunkedText, files_of_rank, open_shard, token_files
 
 OFFSET, ITEM = 0, 1  # kinds of draws, each with seeds of its own
 

@@ -2,16 +2,14 @@
 
 import ast
 import importlib.util
-import json
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from .preprocess import Job, tokenize_lines, vocabulary_fingerprint
-from .tokens import read_facts, write_shard
+from .files import write_json_lines
+from .tokens import Job, read_facts, tokenize_lines, vocabulary_fingerprint, write_shard
 
 PACKAGES = ("sklearn", "numpy")
 MIN_CHARACTERS, MOST_CHARACTERS = 400, 6000
@@ -70,23 +68,13 @@ def prose(docstring: str) -> str:
     return " ".join(text.split())
 
 
-def write_documentation(file: Path) -> None:
-    """Write :func:`documentation` as JSON lines, unless the file is there."""
-    if file.exists():
-        return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}")
-    temporary.write_text("".join(json.dumps(document) + "\n" for document in documentation()))
-    os.replace(temporary, file)
-
-
 def tokenized_documentation(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Make a data set of the documentation in ``folder``, as ``preprocess.py`` does, unless it is there."""
     file = folder / "documentation.jsonl"
-    write_documentation(file)
-    shard, status = folder / "documentation-00000", file.stat()
-    job = Job(str(file), 0, status.st_size, str(shard), type(tokenizer).__name__, False, "error", status.st_size,
-              status.st_mtime_ns, vocabulary_fingerprint(tokenizer))  # fmt: skip
+    if not file.exists():
+        write_json_lines(file, documentation())
+    shard = folder / "documentation-00000"
+    job = Job.of(file, shard, type(tokenizer).__name__, vocabulary_fingerprint(tokenizer))
     facts = read_facts(shard)
     if facts is None or not job.facts().items() <= facts.items():
         write_shard(shard, *tokenize_lines(job, tokenizer), job.facts())

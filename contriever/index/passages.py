@@ -5,17 +5,15 @@ of each one in the file is kept in memory, 16 bytes.
 """
 
 import csv
-import json
 import zlib
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from .normalize_text import normalize
-from .text_files import read_lines
+from ..text.files import check_list, parse_object, read_lines, read_records, text_field
 
 
 @dataclass(frozen=True)
@@ -27,52 +25,6 @@ class Passage:
     def full_text(self) -> str:
         """What is encoded: title and text."""
         return f"{self.title} {self.text}" if self.title else self.text
-
-
-def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict]]:
-    """(line number, object) for every line of a JSON lines file that is not blank.
-
-    Raises:
-        ValueError: If a line is not UTF-8 or not a JSON object; the message names it.
-    """
-    for number, (_, line) in enumerate(read_lines(path), start=1):
-        if line.strip():
-            yield number, parse_object(line, path, number)
-
-
-def parse_object(line: str, path: str | Path, number: int) -> dict:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number}: not JSON ({error.msg}, column {error.colno})") from None
-    except (ValueError, RecursionError) as error:  # thousands of digits or brackets
-        raise ValueError(f"{path}, line {number}: not JSON that can be read ({error})") from None
-    if "\\ud" in line.lower():  # perhaps half of a character, which no tokenizer and no file takes
-        try:
-            json.dumps(record, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"{path}, line {number}: a \\u escape is half of a surrogate pair") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"{path}, line {number}: expected a JSON object, got {type(record).__name__}")
-    return record
-
-
-def text_field(record: dict, key: str, where: str, default: str | None = None) -> str:
-    """A string of a record; numbers are accepted as ids, None like a missing key.
-
-    Raises:
-        ValueError: If it is missing and has no default, or is something else; ``where`` says in which file and line.
-    """
-    value = record.get(key)
-    if value is None:
-        if default is None:
-            raise ValueError(f'{where}: no "{key}"')
-        return default
-    if isinstance(value, int) and not isinstance(value, bool) and key in ("id", "_id"):
-        return str(value)
-    if not isinstance(value, str):
-        raise ValueError(f'{where}: "{key}" should be a string, got {json.dumps(value)[:80]}')
-    return value
 
 
 def _records(path: Path, start: int = 0) -> Iterator[tuple[int, int, Passage]]:
@@ -204,37 +156,11 @@ def read_questions(path: str | Path) -> list[dict]:
     Raises:
         ValueError: If it is malformed or empty; the message names the line or the number of the entry.
     """
-    path = Path(path)
-    if path.suffix == ".json":
-        try:
-            records = json.loads(path.read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path}: not JSON in UTF-8 ({error})") from None
-        if not isinstance(records, list):
-            raise ValueError(f"{path}: expected a list of questions, got {type(records).__name__}")
-        numbered = [(f"{path}, entry {i}", record) for i, record in enumerate(records, start=1)]
-    elif path.suffix == ".jsonl":
-        numbered = [(f"{path}, line {number}", record) for number, record in read_json_lines(path)]
-    else:
-        raise ValueError(f"--data {path}: expected a .json or .jsonl file")
-    if not numbered:
-        raise ValueError(f"{path} has no questions")
-    for where, record in numbered:
-        if not isinstance(record, dict):
-            raise ValueError(f"{where}: expected an object, got {type(record).__name__}")
+    records = []
+    for where, record in read_records(path):
         text_field(record, "question", where)
-        check_strings(record, "answers", where)
-    return [record for _, record in numbered]
-
-
-def check_strings(record: dict, key: str, where: str) -> None:
-    """Raise ``ValueError`` unless ``record[key]`` is a list of strings."""
-    values = record.get(key)
-    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise ValueError(f'{where}: "{key}" should be a list of strings')
-
-
-def clean(texts: Iterable[str], lowercase: bool, normalize_text: bool) -> list[str]:
-    """Lowercase and normalise texts, in this order."""
-    texts = [text.lower() for text in texts] if lowercase else list(texts)
-    return [normalize(text) for text in texts] if normalize_text else texts
+        check_list(record, "answers", str, "strings", where)
+        records.append(record)
+    if not records:
+        raise ValueError(f"{path} has no questions")
+    return records

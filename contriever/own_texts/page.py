@@ -16,8 +16,8 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
-from .search_index import Hit, SearchIndex
-from .text_folder import snippet
+from .folder import snippet
+from .index import Hit, SearchIndex
 
 MOST_RESULTS = 100
 LONGEST_QUERY = 2000  # characters
