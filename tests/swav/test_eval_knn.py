@@ -6,9 +6,9 @@ from PIL import Image
 from torchvision import transforms
 
 from swav import eval_knn, main_swav
-from tests.dino.small_data import write_train_and_val
 from tests.shared.photographs import photograph
 from tests.swav.official_layouts import build_small, make_network, training_checkpoint
+from tests.swav.tiny import write_train_and_val
 
 SMALL = ["--pretrained", "random", "--image_size", "32", "--workers", "0", "--device", "cpu"]
 

@@ -10,8 +10,8 @@ from torch import nn
 from shared.images.decode import ImageError
 from swav import eval_linear
 from swav.eval_linear import FrozenFeatures, RegLog
-from tests.dino.small_data import write_train_and_val
 from tests.swav.official_layouts import build_small, linear_checkpoint, make_network, small_resnet50
+from tests.swav.tiny import write_train_and_val
 
 SMALL = ["--pretrained", "random", "--image_size", "32", "--workers", "0", "--device", "cpu"]
 SMALL += ["--num_labels", "3", "--batch_size", "6", "--lr", "0.1"]

@@ -10,7 +10,6 @@ from shared.images.loading import BadImages
 from shared.images.sources import open_source
 from swav import eval_semisup
 from swav.eval_semisup import drawn_images, labelled_subset
-from tests.dino.small_data import COLOURS, picture, write_image, write_train_and_val
 from tests.processes import run_processes
 from tests.swav.official_layouts import (
     build_small,
@@ -19,6 +18,7 @@ from tests.swav.official_layouts import (
     small_resnet50,
     training_checkpoint,
 )
+from tests.swav.tiny import COLOURS, write_picture, write_train_and_val
 
 SMALL = ["--pretrained", "random", "--image_size", "64", "--workers", "0", "--device", "cpu"]
 SMALL += ["--num_labels", "3", "--batch_size", "6", "--labels_perc", "67"]
@@ -61,7 +61,7 @@ def imagenet(tmp_path):
     for c in range(3):
         for i in range(4):
             path = tmp_path / "train" / f"n0000000{c}" / f"n0000000{c}_{10 * i}.JPEG"
-            write_image(path, picture(10 * c + i, list(COLOURS.values())[c]))
+            write_picture(path, 10 * c + i, list(COLOURS.values())[c])
     return tmp_path
 
 
