@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.colors import to_rgb
+from PIL import ImageColor
 from tqdm import tqdm
 
 from shared.images.loading import EvalTransform
@@ -38,12 +38,11 @@ def mosaic(images: Sequence[np.ndarray], columns: int, framed: Iterable[int] = (
     rows = -(-len(images) // columns)
     canvas = np.full((rows * step - GAP_PX, columns * step - GAP_PX, 3), 255, dtype=np.uint8)
     framed, width = set(framed), max(2, side // 32)
-    red = np.array([round(255 * channel) for channel in to_rgb(DIFFER)], dtype=np.uint8)
     for number, image in enumerate(images):
         top, left = (number // columns) * step, (number % columns) * step
         place = canvas[top : top + side, left : left + side]
         if number in framed:
-            place[:] = red
+            place[:] = ImageColor.getrgb(DIFFER)
             place[width:-width, width:-width] = image[width:-width, width:-width]
         else:
             place[:] = image

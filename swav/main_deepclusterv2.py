@@ -39,11 +39,10 @@ from shared.run.health import feature_spread, rank_me
 from shared.run.run import Run
 from swav import flags, main_swav
 from swav.augmentations import MEAN, STD, swav_views
-from swav.kmeans import cluster_memory
+from swav.kmeans import MemoryBank, cluster_memory
 from swav.larc import LARC
 from swav.losses import cluster_classification
 from swav.main_swav import CHECKPOINT, NETWORK_FLAGS, build_for_training, numbered_checkpoint
-from swav.memory_bank import MemoryBank
 from swav.networks import Trunk
 from swav.report import DEEPCLUSTERV2_ADVICE, collapse_monitor, save_pictures, summary, usage_of
 

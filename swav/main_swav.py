@@ -185,23 +185,12 @@ def build_for_training(args: argparse.Namespace, device: torch.device) -> nn.Mod
         in_chans=args.in_chans,
     )
     if args.sync_bn != "none":
-        network = synchronize_batchnorm(network, device, batchnorm_group(args))
+        group_size = min(args.syncbn_process_group_size, distributed.get_world_size())
+        network = synchronize_batchnorm(network, device, group_size if args.sync_bn == "apex" else None)
     network.to(device)
     if args.compile:
         network.forward_backbone = torch.compile(network.forward_backbone)
     return distributed.wrap(network, device)
-
-
-def batchnorm_group(args: argparse.Namespace) -> int | None:
-    """Processes per group of ``--sync_bn apex``, or None for all; a small run is one group."""
-    world_size = distributed.get_world_size()
-    if args.sync_bn == "pytorch" or args.syncbn_process_group_size >= world_size:
-        return None
-    if args.syncbn_process_group_size < 1 or world_size % args.syncbn_process_group_size:
-        raise ValueError(
-            f"--syncbn_process_group_size {args.syncbn_process_group_size} does not divide {world_size} processes"
-        )
-    return args.syncbn_process_group_size
 
 
 def numbered_checkpoint(epoch: int, epochs: int, checkpoint_freq: int) -> str | None:

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from shared.optimisation.precision import Precision
 from swav import main_deepclusterv2
-from swav.kmeans import cluster_memory
+from swav.kmeans import MemoryBank, cluster_memory
 from swav.larc import LARC
-from swav.memory_bank import MemoryBank
 from swav.resnet50 import MultiPrototypes
 from tests.golden.golden_file import GoldenFile
 from tests.golden.small_resnet import small_resnet

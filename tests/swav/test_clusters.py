@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageColor
 
 from shared.images.decode import ImageError
 from shared.pictures.sheets import DIFFER
@@ -19,7 +18,7 @@ from swav.clusters import choose_prototypes
 from tests.swav.official_layouts import build_small, finetuned_checkpoint, make_network, pretraining_file
 from tests.swav.tiny import write_class_folders
 
-RED = [round(255 * channel) for channel in to_rgb(DIFFER)]
+RED = list(ImageColor.getrgb(DIFFER))
 SMALL = ["--image_size", "32", "--workers", "0", "--device", "cpu"]
 
 

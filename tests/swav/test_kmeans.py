@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from swav import kmeans
-from swav.kmeans import NOT_SEEN, cluster_memory, nearest_centroids, spherical_kmeans
-from swav.memory_bank import MemoryBank
+from swav.kmeans import NOT_SEEN, MemoryBank, cluster_memory, nearest_centroids, spherical_kmeans
 from tests.processes import run_processes
 
 
