@@ -65,11 +65,6 @@ def beside(tiles: Sequence[Tile]) -> list[Tile]:
     return [tiles[0], *(tile for other in tiles[1:] for tile in (space, other))]
 
 
-def height_in(tile: Tile) -> float:
-    """Height at which a pixel of the tile is one of the sheet."""
-    return tile.pixels.shape[0] / DPI
-
-
 def describe_cluster(source: ImageSource, clustering: Clustering, cluster: int) -> str:
     """Its size and mean confidence, and the majority class where there are classes."""
     mine = clustering.clusters == cluster
@@ -97,7 +92,7 @@ def save_overview(source: ImageSource, clustering: Clustering, path: Path) -> Pa
     notes = [f"{which} clusters, the most confident images first; {len(clustering.clusters):,} images in all."]
     if clustering.labels is not None:
         notes.append("Red frame: not of the class that most images of the cluster belong to.")
-    return save_sheet(rows, path, "\n".join(["Clusters", *notes]), [height_in(row[0]) for row in rows])
+    return save_sheet(rows, path, "\n".join(["Clusters", *notes]), [row[0].pixels.shape[0] / DPI for row in rows])
 
 
 def save_sheets(
@@ -136,7 +131,7 @@ def save_contact_sheet(source: ImageSource, clustering: Clustering, cluster: int
     if clustering.labels is not None:
         notes.append("Red frame: another class.")
     heading = "\n".join([f"Cluster {cluster}", *notes])
-    return save_sheet([[tile] for tile in tiles], path, heading, [height_in(tile) for tile in tiles])
+    return save_sheet([[tile] for tile in tiles], path, heading, [tile.pixels.shape[0] / DPI for tile in tiles])
 
 
 def save_usage(clustering: Clustering, path: Path) -> Path:

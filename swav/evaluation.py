@@ -1,29 +1,24 @@
-"""What the evaluation scripts have in common: flags, labelled images, and a training on them by epochs."""
+"""What the evaluation scripts have in common: flags, and a training on labelled images by epochs."""
 
 import argparse
 import json
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from shared import distributed
-from shared.images.labelled import open_labelled
-from shared.images.loading import BadImages, EpochBatchSampler, EvalTransform, default_num_workers, make_loader
+from shared.evaluation import frozen
+from shared.evaluation.linear import train_one_epoch, validate
+from shared.images.loading import BadImages, EvalDataset, default_num_workers
 from shared.images.sources import ImageSource
 from shared.images.views import ViewRecipe
-from shared.multicrop import MultiCropDataset, normalize_views
-from shared.networks.backbones import input_channels
 from shared.run.checkpoint import load_latest, save, without_prefix
 from shared.run.flags import parse_with_embedded_defaults
 
-from .augmentations import MEAN, STD
-from .pretrained import RUN_ON_DIGITS
+from .hub import CARD, RUN_ON_DIGITS
 
 CHECKPOINT = "checkpoint.pth.tar"
 
@@ -109,90 +104,23 @@ def parse_and_check(parser: argparse.ArgumentParser, arguments: Sequence[str] | 
     return args
 
 
-# --- Data -------------------------------------------------------------------------------------------------------------
-
-
-def labelled_sources(
-    data_path: str | None, val_path: str | None, allow_absolute_paths: bool = False, num_labels: int | None = None
-) -> tuple[ImageSource, ImageSource]:
-    """Train and val images with classes.
-
-    Raises:
-        ValueError: If there are none, or they have more than ``num_labels`` classes.
-    """
-    sources = open_labelled(data_path, val_path, allow_absolute_paths)
-    if num_labels is not None and num_labels < len(sources[0].classes):
-        raise ValueError(
-            f"--num_labels {num_labels} is less than the {len(sources[0].classes)} classes of {sources[0].name}"
-        )
-    return sources
-
-
-def eval_transform(image_size: int, network: nn.Module) -> EvalTransform:
-    """Resize (256 for a crop of 224), crop the centre, normalise, for the channels that the network takes."""
-    return EvalTransform(round(image_size * 256 / 224), image_size, MEAN, STD, input_channels(network), "bilinear")
-
-
-def train_loader(
-    source: ImageSource,
-    image_size: int,
-    crop_scale: Sequence[float],
-    batch_size: int,
-    seed: int,
-    in_chans: int,
-    bad_images: BadImages,
-    workers: int,
-    device: torch.device,
-    drop_single: bool = False,
-) -> tuple[DataLoader, EpochBatchSampler]:
-    """Random crops and flips of this process's share of the images, and the sampler that wants to know the epoch.
-
-    Args:
-        drop_single: Leave out the last batch of an epoch if it is a single image, which batch norms that see one pixel
-            cannot normalise.
-    """
-    recipe = ViewRecipe(image_size, tuple(crop_scale), interpolation="bilinear")
-    rank, world_size = distributed.get_rank(), distributed.get_world_size()
-    per_rank = -(-len(source) // world_size)
-    drop_last = drop_single and per_rank > 1 and per_rank % batch_size == 1
-    sampler = EpochBatchSampler(len(source), batch_size, seed, rank, world_size, drop_last)
-    dataset = MultiCropDataset(source, [recipe], seed, in_chans=in_chans, bad_images=bad_images)
-    return make_loader(dataset, batch_sampler=sampler, num_workers=workers, device=device), sampler
-
-
-def bad_images_of(source: ImageSource, args: argparse.Namespace) -> BadImages:
-    """The policy of the flags for unreadable train images, listed in ``<dump_path>/bad_images.txt``."""
-    folder = Path(args.dump_path)
-    if distributed.is_main_process():
-        folder.mkdir(parents=True, exist_ok=True)
-    distributed.barrier()
-    return BadImages(len(source), folder / "bad_images.txt", args.on_bad_image, args.max_bad_fraction)
-
-
-def on_device(loader: DataLoader, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Normalised images and labels, with a progress bar on a terminal."""
-    hidden = not (distributed.is_main_process() and sys.stderr.isatty())
-    for views, labels, _ in tqdm(loader, leave=False, disable=hidden):
-        yield normalize_views(views, device, MEAN, STD)[0], labels.to(device, non_blocking=True)
-
-
 # --- Training on labels -----------------------------------------------------------------------------------------------
 
 
 class LabelledTraining:
-    """The epochs of a training on labelled images, in ``checkpoint.pth.tar`` and ``log.txt`` (JSON lines) of a folder.
+    """Learn from labelled images, and validate; writes ``checkpoint.pth.tar`` and ``log.txt`` (JSON lines).
 
-    Goes on from the checkpoint, ours or an official one, if there is one.
+    Goes on from the checkpoint in ``--dump_path``, ours or an official one, if there is one.
 
     Args:
-        folder: Of the files.
-        module: What learns.
-        flags: Those that a run must have as they were, with their values.
+        args: Flags of :func:`add_data_flags`, :func:`add_training_flags`, :func:`add_run_flags` and
+            :func:`add_process_flags`.
+        module: What learns, from what ``features`` gives.
+        scheduler: Of the learning rates, by epochs.
+        run_flags: Names of the flags that a run which is resumed must have as they were.
         pretrained: Checksum of the weights that the evaluation started from.
+        rates: What the log calls the learning rate of each parameter group.
         best_of: Accuracies of the best epoch that the checkpoint names, as the official one does.
-
-    Attributes:
-        first_epoch: The first one that is still to be done.
 
     Raises:
         ValueError: If the checkpoint is not one of this run.
@@ -200,16 +128,19 @@ class LabelledTraining:
 
     def __init__(
         self,
-        folder: str | Path,
+        args: argparse.Namespace,
         module: nn.Module,
+        features: Callable[[Tensor], Tensor],
         optimizer: torch.optim.Optimizer,
         scheduler: LRScheduler,
-        flags: dict,
+        run_flags: Sequence[str],
         pretrained: int,
+        rates: tuple[str, ...] = ("train_lr",),
         best_of: tuple[str, ...] = ("acc1",),
     ):
-        self.folder, self.module, self.optimizer, self.scheduler = Path(folder), module, optimizer, scheduler
-        self.flags, self.pretrained, self.best_of = flags, pretrained, best_of
+        self.args, self.folder, self.rates, self.best_of = args, Path(args.dump_path), rates, best_of
+        self.module, self.features, self.optimizer, self.scheduler = module, features, optimizer, scheduler
+        self.flags, self.pretrained = {name: getattr(args, name) for name in run_flags}, pretrained
         self.first_epoch, self.log = 0, []
         checkpoint = load_latest(self.folder / CHECKPOINT)
         if checkpoint is not None:
@@ -232,24 +163,56 @@ class LabelledTraining:
         self.first_epoch, self.log = checkpoint["epoch"], checkpoint.get("log", [])
         distributed.print_once(f"resuming at epoch {self.first_epoch}")
 
-    @property
+    def run(
+        self, train: ImageSource, val: EvalDataset, device: torch.device, val_freq: int = 1, drop_single: bool = False
+    ) -> dict[str, float]:
+        """The epochs that are still to be done; loss and accuracies in percent after the last one.
+
+        Args:
+            val_freq: Validate every so many epochs, and after the last one.
+            drop_single: See :func:`shared.evaluation.frozen.train_crops`.
+        """
+        args, wrapped, result = self.args, distributed.wrap(self.module, device), None
+        if distributed.is_main_process():
+            self.folder.mkdir(parents=True, exist_ok=True)
+        distributed.barrier()
+        recipe = ViewRecipe(args.image_size, tuple(args.crop_scale), interpolation="bilinear")
+        bad_images = BadImages(len(train), self.folder / "bad_images.txt", args.on_bad_image, args.max_bad_fraction)
+        in_chans = val.transform.in_chans
+        loader, sampler = frozen.train_crops(
+            train, recipe, args.batch_size, args.seed, in_chans, bad_images, args.workers, device, drop_single
+        )
+        for epoch in range(self.first_epoch, args.epochs):
+            sampler.set_epoch(epoch)
+            rates = [group["lr"] for group in self.optimizer.param_groups]
+            line = {"epoch": epoch, **dict(zip(self.rates, rates, strict=True))}
+            batches = frozen.on_device(CARD, loader, device)
+            line["train_loss"] = train_one_epoch(wrapped, self.features, batches, self.optimizer)
+            line["bad_images"] = bad_images.count()
+            due = (epoch + 1) % val_freq == 0 or epoch + 1 == args.epochs
+            result = self.validate(val, device) if due else None
+            self._end_epoch(line, result)
+        result = result or self.validate(val, device)  # there was nothing left to train
+        distributed.print_once(
+            f"Top-1 accuracy after the last epoch: {result['acc1']:.2f} % (top-5 {result['acc5']:.2f} %, "
+            f"best top-1 of all epochs {self.best()[0]:.2f} %)"
+        )
+        return result
+
+    def validate(self, val: EvalDataset, device: torch.device) -> dict[str, float]:
+        return validate(self.module, self.features, val, device, self.args.batch_size, self.args.workers)
+
     def best(self) -> tuple[float, ...]:
         """Accuracies of the best epoch so far."""
         names = [f"test_{name}" for name in self.best_of]
         validated = [tuple(line[name] for name in names) for line in self.log if names[0] in line]
         return max(validated, default=(0.0,) * len(names))
 
-    def end_epoch(self, line: dict[str, float], result: dict[str, float] | None) -> None:
-        """Take the next learning rate, and write what there is.
-
-        Args:
-            line: ``epoch`` and what is said about its training.
-            result: Of the validation, if there was one.
-        """
+    def _end_epoch(self, line: dict[str, float], result: dict[str, float] | None) -> None:
         self.log.append(line)
         if result is not None:
             line |= {f"test_{name}": value for name, value in result.items()}
-            line["best_acc1"] = self.best[0]
+            line["best_acc1"] = self.best()[0]
         self.scheduler.step()
         distributed.print_once("  ".join(f"{name} {value:.5g}" for name, value in line.items()))
         if not distributed.is_main_process():
@@ -259,20 +222,13 @@ class LabelledTraining:
             "state_dict": {f"module.{name}": value for name, value in self.module.state_dict().items()},
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
-            "best_acc": self.best if len(self.best_of) > 1 else self.best[0],
+            "best_acc": self.best() if len(self.best_of) > 1 else self.best()[0],
             "flags": self.flags,
             "pretrained": self.pretrained,
             "log": self.log,
         }
         save(self.folder / CHECKPOINT, state)
         (self.folder / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in self.log))
-
-    def tell(self, result: dict[str, float]) -> None:
-        """Print the result of the last epoch."""
-        distributed.print_once(
-            f"Top-1 accuracy after the last epoch: {result['acc1']:.2f} % (top-5 {result['acc5']:.2f} %, "
-            f"best top-1 of all epochs {self.best[0]:.2f} %)"
-        )
 
 
 def set_weights(module: nn.Module, state_dict: dict[str, Tensor], file: str | Path) -> None:

@@ -38,13 +38,14 @@ from shared.run.flags import tell_embedded_defaults
 from shared.run.health import feature_spread, rank_me
 from shared.run.run import Run
 from swav import flags, main_swav
-from swav.augmentations import MEAN, STD, swav_views
+from swav.augmentations import swav_views
+from swav.hub import MEAN, STD
 from swav.kmeans import MemoryBank, cluster_memory
 from swav.larc import LARC
 from swav.losses import cluster_classification
 from swav.main_swav import CHECKPOINT, NETWORK_FLAGS, build_for_training, numbered_checkpoint
-from swav.networks import Trunk
 from swav.report import DEEPCLUSTERV2_ADVICE, collapse_monitor, save_pictures, summary, usage_of
+from swav.resnet50 import Trunk
 
 # What replaces the official defaults when no --data_path is given.
 EMBEDDED_DATA_DEFAULTS = main_swav.EMBEDDED_DATA_DEFAULTS | {

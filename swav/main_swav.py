@@ -38,11 +38,12 @@ from shared.run.flags import bool_flag, tell_embedded_defaults
 from shared.run.health import feature_spread, rank_me
 from shared.run.run import Run
 from swav import flags
-from swav.augmentations import MEAN, STD, swav_views
+from swav.augmentations import swav_views
+from swav.hub import MEAN, STD, build_network
 from swav.larc import LARC
 from swav.losses import EmbeddingQueue, SwappedPrediction, normalize_prototypes_
-from swav.networks import Trunk, build_network
 from swav.report import SWAV_ADVICE, PrototypeUsage, collapse_monitor, save_pictures, summary
+from swav.resnet50 import Trunk
 
 # What replaces the official defaults when no --data_path is given: 8x8 pixel digits need no ResNet-50 at 224 pixels,
 # small crops of them have no digit in them, and with few prototypes the usual epsilon makes codes uniform.

@@ -18,7 +18,7 @@ from shared.run.log import read_log
 from shared.run.run import Run
 from shared.run.summary import command, end_of_run
 
-from .augmentations import MEAN, STD
+from .hub import MEAN, STD
 
 # --- Use of the prototypes --------------------------------------------------------------------------------------------
 

@@ -200,6 +200,8 @@ def select_backbone_weights(
         state_dict = checkpoint["state_dict" if "state_dict" in networks else "model"]
     elif _is_state_dict(checkpoint):
         state_dict = checkpoint
+    elif networks:
+        raise WeightMismatch(f"{origin} has no --checkpoint_key {checkpoint_key}; it holds {', '.join(networks)}")
     else:
         keys = ", ".join(str(key) for key in list(checkpoint)[:10]) or "nothing"
         raise WeightMismatch(f"{origin} holds no network that is known here, but {keys}")

@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
+from dino.hub import build_backbone
 from dino.losses import DINOLoss
-from dino.networks import build_backbone
 from dino.vision_transformer import DINOHead
 from shared.multicrop import MultiCropWrapper
 from shared.optimisation.optim import build_optimizer, param_groups_no_decay_on_bias_and_norm

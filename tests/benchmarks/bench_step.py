@@ -35,9 +35,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dino.collapse import CollapseMonitor
+from dino.hub import build_backbone
 from dino.losses import DINOLoss
 from dino.main_dino import Schedules, train_one_epoch
-from dino.networks import build_backbone
 from dino.vision_transformer import DINOHead
 from shared.multicrop import MultiCropWrapper
 from shared.optimisation.optim import build_optimizer, param_groups_no_decay_on_bias_and_norm

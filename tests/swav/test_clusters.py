@@ -14,7 +14,8 @@ from shared.pictures.sheets import DIFFER
 from swav import clusters
 from swav.cluster_pictures import mosaic, save_contact_sheet, save_overview, save_usage, thumbnail
 from swav.clustering import Clustering, assign, describe, merge_prototypes, purity, summarise
-from swav.clusters import choose_prototypes
+from swav.clusters import take_prototypes
+from swav.hub import CARD
 from tests.swav.official_layouts import build_small, finetuned_checkpoint, make_network, pretraining_file
 from tests.swav.tiny import write_class_folders
 
@@ -66,13 +67,13 @@ def test_prototypes_are_normalised_and_chosen_by_head():
     network = make_network(nmb_prototypes=[20, 5])
     with torch.no_grad():
         network.prototypes.prototypes1.weight.mul_(3)
-    prototypes = choose_prototypes(network, 1)
+    with pytest.raises(ValueError, match=r"--head 2: the network has 2 set\(s\) of prototypes"):
+        take_prototypes(network, 2)
+    prototypes = take_prototypes(network, 1)
     assert prototypes.shape == (5, 12)
     torch.testing.assert_close(prototypes.norm(dim=1), torch.ones(5))
-    with pytest.raises(ValueError, match=r"--head 2: the network has 2 set\(s\) of prototypes"):
-        choose_prototypes(network, 2)
     with pytest.raises(ValueError, match="holds no prototypes"):
-        choose_prototypes(finetuned_checkpoint()[0], 0)
+        take_prototypes(finetuned_checkpoint()[0], 0)
 
 
 def test_merged_clusters_join_close_prototypes_and_their_probabilities():
@@ -247,7 +248,7 @@ def test_folder_of_unlabelled_pictures_with_a_broken_one(weights, tmp_path, caps
     names = sorted(str(path) for path in folder.iterdir() if path.name != "broken.png")
     assert [row[0] for row in rows] == names
     network = make_network(nmb_prototypes=[20, 6])
-    embedding, _ = network(clusters.eval_transform(32, network)(read(names[3]))[None])
+    embedding, _ = network(clusters.eval_transform(CARD, 32, network)(read(names[3]))[None])
     prototypes = F.normalize(network.prototypes.prototypes1.weight, dim=1)
     expected = (embedding @ prototypes.T / 0.1).softmax(dim=1)[0]
     assert int(rows[3][1]) == int(expected.argmax())
@@ -266,7 +267,7 @@ def test_folder_of_unlabelled_pictures_with_a_broken_one(weights, tmp_path, caps
 def test_labelled_images_are_compared_with_their_classes_and_a_second_run_leaves_nothing_old(tmp_path):
     folder = write_class_folders(tmp_path / "pictures", 5)
     network = make_network(nmb_prototypes=15)
-    images = clusters.EvalDataset(clusters.open_source(str(folder), "all"), clusters.eval_transform(32, network))
+    images = clusters.EvalDataset(clusters.open_source(str(folder), "all"), clusters.eval_transform(CARD, 32, network))
     embeddings, _ = network(torch.stack([image for image, _, _ in images]))
     network.prototypes.weight.copy_(3 * embeddings)  # every image has a prototype of its own
     torch.save(pretraining_file(network), tmp_path / "weights.pth.tar")

@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from shared.evaluation import frozen
 from shared.images.decode import ImageError
-from swav import eval_linear
+from swav import eval_linear, evaluation
 from swav.eval_linear import FrozenFeatures, RegLog
+from swav.hub import CARD
 from tests.swav.official_layouts import build_small, linear_checkpoint, make_network, small_resnet50
 from tests.swav.tiny import write_train_and_val
 
@@ -131,7 +133,7 @@ def interrupting(function, call: int):
 def test_an_interrupted_run_ends_like_an_uninterrupted_one(official, data, tmp_path, monkeypatch):
     result = run(data, tmp_path / "whole", "--epochs", 2)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(eval_linear, "train_one_epoch", interrupting(eval_linear.train_one_epoch, call=2))
+        patched.setattr(evaluation, "train_one_epoch", interrupting(evaluation.train_one_epoch, call=2))
         run(data, tmp_path / "resumed", "--epochs", 2)
     if official:  # neither our flags nor our log, and a learning rate that is a numpy number
         file = tmp_path / "resumed" / "checkpoint.pth.tar"
@@ -217,9 +219,9 @@ def test_wrong_predictions_cost_what_cross_entropy_says(data, tmp_path):
     """The reported loss and accuracies are those of a loop over the val images."""
     result = run(data, tmp_path, "--epochs", 1)
     state = torch.load(tmp_path / "checkpoint.pth.tar", weights_only=True)["state_dict"]
-    _, val = eval_linear.labelled_sources(str(data), None)
+    _, val = frozen.labelled_sources(str(data), None)
     network = random_trunk()
-    dataset = eval_linear.EvalDataset(val, eval_linear.eval_transform(32, network))
+    dataset = frozen.EvalDataset(val, frozen.eval_transform(CARD, 32, network))
     losses, hits = [], 0
     for image, label, _ in dataset:
         logits = F.linear(network(image[None]), state["module.linear.weight"], state["module.linear.bias"])

@@ -6,10 +6,13 @@ import torch
 from torch import nn
 
 from shared import distributed
+from shared.evaluation import frozen
 from shared.images.loading import BadImages
 from shared.images.sources import open_source
+from shared.images.views import ViewRecipe
 from swav import eval_semisup
 from swav.eval_semisup import drawn_images, labelled_subset
+from swav.hub import CARD
 from tests.processes import run_processes
 from tests.swav.official_layouts import (
     build_small,
@@ -129,13 +132,12 @@ def test_one_step_is_that_of_a_plain_loop(data, tmp_path):
     torch.manual_seed(31)
     network = small_resnet50()
     network.add_heads(256, output_dim=3)
-    train, _ = eval_semisup.labelled_sources(str(data), None)
+    train, _ = frozen.labelled_sources(str(data), None)
     subset = labelled_subset(train, 67, None, 31)
     assert len(subset) == 12
-    loader, _ = eval_semisup.train_loader(
-        subset, 64, (0.08, 1.0), 12, 31, 3, BadImages(len(subset)), 0, torch.device("cpu")
-    )
-    images, labels = next(iter(eval_semisup.on_device(loader, torch.device("cpu"))))
+    recipe, device = ViewRecipe(64, (0.08, 1.0), interpolation="bilinear"), torch.device("cpu")
+    loader, _ = frozen.train_crops(subset, recipe, 12, 31, 3, BadImages(len(subset)), 0, device)
+    images, labels = next(iter(frozen.on_device(CARD, loader, device)))
     nn.functional.cross_entropy(network.train()(images), labels).backward()
     head = network.projection_head
     torch.testing.assert_close(state["module.projection_head.weight"], head.weight - 0.5 * head.weight.grad)
@@ -155,8 +157,8 @@ def test_evaluate_validates_fine_tuned_networks(data, tmp_path):
     network, checkpoint = finetuned_checkpoint()
     torch.save(checkpoint, tmp_path / "official.pth.tar")
     accuracy = run(data, tmp_path, "--evaluate", "--pretrained", tmp_path / "official.pth.tar")["acc1"]
-    _, val = eval_semisup.labelled_sources(str(data), None)
-    dataset = eval_semisup.EvalDataset(val, eval_semisup.eval_transform(64, network))
+    _, val = frozen.labelled_sources(str(data), None)
+    dataset = frozen.EvalDataset(val, frozen.eval_transform(CARD, 64, network))
     hits = [int(network(image[None]).argmax()) == label for image, label, _ in dataset]
     assert accuracy == pytest.approx(100 * np.mean(hits))
 
