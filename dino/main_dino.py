@@ -25,10 +25,9 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dino.augmentations import MEAN, STD, dino_views
+from dino.hub import NETWORK_FLAGS, VIT_NAMES, build_backbone, to_official
 from dino.losses import DINOLoss
-from dino.networks import VIT_NAMES, build_backbone
 from dino.report import health_rules, report
-from dino.resuming import NETWORK_FLAGS, to_official
 from dino.vision_transformer import DINOHead
 from shared import distributed
 from shared.evaluation.knn_monitor import build_knn_monitor

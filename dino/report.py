@@ -17,7 +17,7 @@ from shared.run.summary import command, end_of_run
 
 from .attention import has_class_attention, save_attention
 from .augmentations import MEAN, STD
-from .networks import VIT_NAMES
+from .hub import VIT_NAMES
 
 CURVES = (
     Plot("Loss of the student", "cross-entropy", {"loss": ""}),

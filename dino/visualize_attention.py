@@ -25,7 +25,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 from dino.attention import has_class_attention, save_attention
 from dino.augmentations import MEAN, STD, dino_views, to_input
 from dino.flags import evaluation_parser
-from dino.pretrained import RUN_ON_DIGITS, VITS8_300_EPOCHS, fetch, load_pretrained
+from dino.hub import RUN_ON_DIGITS, VITS8_300_EPOCHS, fetch, load_pretrained
 from dino.report import CURVES, save_view_sheet
 from shared import distributed
 from shared.evaluation.neighbours import sample_gallery, save_nearest

@@ -18,6 +18,7 @@ class Training:
         data: Flags that lead to the data: ``{images}``, ``{tokens}`` and ``{encoder}`` are filled in.
         pair: Flags that give each of two processes half of the batch.
         prepare: Called before the training, to make its networks smaller.
+        whole: Flags of a network that is small as it is.
         has_workers: Whether there are loader processes.
         check_pair: Looks at the newest checkpoint of two processes.
         exact: Flags without which a GPU draws other random numbers than a CPU.
@@ -25,7 +26,7 @@ class Training:
             of four images, or clusters of features that hardly differ, make the next losses other ones at once.
         launcher: Module of the script that submits jobs, and its function.
         launch_flags: Of the launcher alone.
-        job: Flags of a run that is long enough to be interrupted as a job.
+        job: Flags, beside ``whole``, of a run that is long enough to be interrupted as a job.
     """
 
     module: str
@@ -33,6 +34,7 @@ class Training:
     data: tuple[str, ...] = ("--data_path", "{images}")
     pair: tuple[str, ...] = ()
     prepare: Callable[[], None] | None = None
+    whole: tuple[str, ...] = ()
     has_workers: bool = True
     check_pair: Callable[[dict], None] | None = None
     exact: tuple[str, ...] = ()

@@ -10,7 +10,7 @@ from timm.models.xcit import Xcit
 
 from dino.attention import class_attention, last_class_attention, save_attention
 from dino.augmentations import MEAN, STD, dino_views
-from dino.networks import build_backbone
+from dino.hub import build_backbone
 from dino.vision_transformer import VisionTransformer
 from dino.visualize_attention import main, parse_args, prepare_image, training_views, visualize_attention
 from shared.networks.weights import WeightMismatch

@@ -32,6 +32,7 @@ TRAININGS = {
         tuple(FLAGS.split()),
         pair=("--batch_size_per_gpu", "2"),
         prepare=shrink_networks,
+        whole=("--arch", "vit_tiny"),
         exact=("--drop_path_rate", "0"),
         launcher=("dino.run_with_submitit", "main"),
     )

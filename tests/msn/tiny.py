@@ -27,9 +27,10 @@ TRAININGS = {
         tuple(FLAGS.split()),
         pair=("--batch_size", "2"),
         prepare=shrink_networks,
+        whole=("--model_name", "deit_micro"),
         check_pair=check_names,
         exact=("--drop_path_rate", "0"),
         launcher=("msn.main_distributed", "submit"),
-        job=("--model_name", "deit_micro", "--epochs", "20", "--checkpoint_freq", "0"),
+        job=("--epochs", "20", "--checkpoint_freq", "0"),
     )
 }

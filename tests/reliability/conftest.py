@@ -2,10 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.contriever.training_runs import make_data
-from tests.reliability.runs import Run, write_images
+from tests.reliability.runs import Run
 
-FAST = ("test_files", "test_kill", "test_save", "test_signals", "test_silent_degradation")
+FAST = ("test_files", "test_kill", "test_save", "test_signals", "test_silent_degradation", "test_trainings")
 
 
 def pytest_collection_modifyitems(items):
@@ -16,20 +15,8 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("data") / "images")
-
-
-@pytest.fixture(scope="session")
 def uninterrupted(images, tmp_path_factory):
     """Output folder of a run that nothing has disturbed."""
     folder = tmp_path_factory.mktemp("uninterrupted") / "run"
     Run(folder, "--data_path", images).assert_ends()
     return folder
-
-
-@pytest.fixture(scope="session")
-def places(images, tmp_path_factory):
-    """What stands for ``{images}``, ``{tokens}`` and ``{encoder}`` in flags that lead to data."""
-    text = make_data(tmp_path_factory.mktemp("text"))
-    return {"images": images, "tokens": text / "tokens", "encoder": text / "encoder"}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.contriever.training_runs import make_data
+from tests.contriever.tiny import make_data
 from tests.reliability.runs import ROOT, assert_same_run, log_lines, write_images
 from tests.tiny_training import Training, trainings
 
@@ -37,7 +37,7 @@ def training(request) -> Training:
 
 @pytest.fixture(scope="module")
 def flags(training, data) -> list[str]:
-    return [*training.data_flags(data), *training.flags, *training.pair, *training.job]
+    return [*training.data_flags(data), *training.flags, *training.pair, *training.whole, *training.job]
 
 
 @pytest.fixture(scope="module")
