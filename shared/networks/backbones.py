@@ -37,10 +37,11 @@ def build_library_backbone(
 ) -> tuple[nn.Module, int]:
     """Build a randomly initialised network that maps images (B, C, H, W) to features (B, D).
 
-    A name known to torchvision and timm alike (``resnet50``) gives torchvision's network.
+    A name known to torchvision and timm alike (``resnet50``) gives torchvision's network. Where timm's name ends in the
+    size of the images, ``_224``, that may be left out, as published names do.
 
     Args:
-        arch: A classification model of torchvision, or a model of timm; its suffix ``_224`` may be left out.
+        arch: A classification model of torchvision, or a model of timm.
         drop_path_rate: Stochastic depth of the deepest block, in [0, 1).
         img_size: Side in pixels of the images for which position embeddings are made.
         in_chans: Channels of the input images.

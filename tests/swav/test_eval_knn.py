@@ -8,9 +8,9 @@ from torchvision import transforms
 from shared.evaluation import frozen
 from swav import eval_knn, main_swav
 from swav.hub import CARD
-from tests.dino.small_data import write_train_and_val
 from tests.shared.photographs import photograph
 from tests.swav.official_layouts import build_small, make_network, training_checkpoint
+from tests.swav.tiny import write_train_and_val
 
 SMALL = ["--pretrained", "random", "--image_size", "32", "--workers", "0", "--device", "cpu"]
 
@@ -70,24 +70,9 @@ def test_images_are_prepared_as_in_the_official_code():
     assert difference.max() < 2.5 / (255 * 0.224)  # rounding of the two passes
 
 
-def test_without_a_data_path_the_embedded_digits_are_classified(capsys):
-    accuracies = run("--arch", "resnet50", "--nb_knn", 5)
-    assert "embedded digits (val): 359 images" in capsys.readouterr().out
-    assert 30 < accuracies[5][0] < 100
-
-
 def test_defaults_for_the_embedded_digits_are_those_of_the_training():
     defaults, training = eval_knn.parse_args([]), main_swav.EMBEDDED_DATA_DEFAULTS
     assert defaults.arch == training["arch"]
     assert defaults.image_size == training["size_crops"][0]
     assert defaults.pretrained == training["output_dir"] + "/checkpoint.pth.tar"
     assert eval_knn.parse_args(["--data_path", "images"]).pretrained == ""
-
-
-def test_bad_input_is_one_clear_error(data, tmp_path):
-    with pytest.raises(ValueError, match="--nb_knn 19 is more than the 18 images"):
-        run("--data_path", data, "--nb_knn", 19)
-    with pytest.raises(ValueError, match=r"--data_path .*nowhere: no such file or folder"):
-        run("--data_path", tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"--pretrained .*nowhere is neither a file nor a release"):
-        run("--data_path", data, "--nb_knn", 1, "--pretrained", tmp_path / "nowhere")
