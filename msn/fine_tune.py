@@ -25,7 +25,6 @@ from torch.utils.data import DataLoader
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from msn.augmentations import MEAN, STD
 from msn.flags import (
     add_data_flags,
     add_process_flags,
@@ -35,6 +34,7 @@ from msn.flags import (
     load_chosen_encoder,
     network_parser,
 )
+from msn.hub import MEAN, STD
 from msn.labelled_training import LabelledTraining, mean_loss
 from msn.vision_transformer import DropPath, VisionTransformer
 from shared import distributed

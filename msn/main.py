@@ -26,8 +26,9 @@ from torch import Tensor, nn
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from msn.augmentations import MEAN, STD, msn_views
+from msn.augmentations import msn_views
 from msn.collapse import CollapseMonitor
+from msn.hub import MEAN, STD
 from msn.losses import LossTerms, MSNLoss, new_prototypes
 from msn.report import save_pictures, summary
 from msn.resuming import Resumable, find_checkpoint

@@ -12,7 +12,7 @@ from shared.images.loading import BadImages, EvalDataset, EvalTransform
 from shared.multicrop import MultiCropDataset
 from shared.run.summary import command, end_of_run
 
-from .augmentations import MEAN, STD
+from .hub import MEAN, STD
 from .pictures import save_curves, save_views
 from .vision_transformer import Trunk, draw_kept_patches
 from .visualize_attention import save_attention

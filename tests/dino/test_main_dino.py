@@ -13,16 +13,18 @@ import pytest
 import torch
 from PIL import Image
 
-from dino import main_dino, networks
+from dino import hub, main_dino
+from dino.hub import load_pretrained
 from dino.main_dino import get_args_parser, parse_args, train_dino
-from dino.pretrained import load_pretrained
 from shared.images.decode import ImageError
 from shared.run.checkpoint import load_latest
 from tests.command_lines import assert_values_arrive
 from tests.dino.small_data import picture, write_image
+from tests.dino.tiny import shrink_networks
 from tests.processes import run_script
-from tests.reliability.runs import DINO, Script, shrink_networks, start_ranks
+from tests.reliability.runs import start_ranks
 from tests.standalone import load_alone
+from tests.tiny_training import Training
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = (
@@ -151,7 +153,7 @@ def test_training_writes_the_official_checkpoint_layout(images, tmp_path, monkey
 def test_networks_of_torchvision_and_timm_train_and_their_checkpoints_are_evaluated(
     arch, images, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(main_dino, "build_backbone", networks.build_backbone)
+    monkeypatch.setattr(main_dino, "build_backbone", hub.build_backbone)
     flags = ("--arch", arch, "--optimizer", "sgd", "--global_crop_size", 32, "--local_crop_size", 16)
     written = train(tmp_path, "--data_path", images, *flags, "--in_chans", 1)
     assert len(written) == 3 and all(math.isfinite(line["loss"]) for line in written)
@@ -205,7 +207,7 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_batch(images, tmp_p
     """With the variables that torchrun sets; torchrun itself is started in tests/reliability/test_ranks.py."""
     flags = ["--data_path", images, "--drop_path_rate", 0, "--epochs", 2, "--amp", "fp32"]
     train(tmp_path / "one", *flags, "--batch_size_per_gpu", 8)
-    script = Script("dino.main_dino", tuple(TINY), DINO.prepare)
+    script = Training("dino.main_dino", tuple(TINY), prepare=shrink_networks)
     for rank in start_ranks(tmp_path / "two", 2, *flags, "--batch_size_per_gpu", 4, script=script):
         rank.assert_ends()
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=2e-4)
