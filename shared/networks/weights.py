@@ -117,6 +117,9 @@ def _refuse_expanding_archive(path: Path) -> None:
     """``torch.save`` never compresses, so that records larger than their file are a decompression bomb."""
     with zipfile.ZipFile(path) as archive:
         size = sum(record.file_size for record in archive.infolist())
+        is_program = any(record.filename.endswith("/constants.pkl") for record in archive.infolist())
+    if is_program:
+        raise UnsafeFileError("it is a TorchScript program; give the weights, torch.save(network.state_dict(), ...)")
     if size > path.stat().st_size:
         raise UnsafeFileError(f"its {path.stat().st_size} bytes expand to {size}")
 

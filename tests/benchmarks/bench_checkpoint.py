@@ -2,7 +2,7 @@
 
     python tests/benchmarks/bench_checkpoint.py [--folder FOLDER] [--rounds 5] [--out FILE.json]
 
-Ways that take turns, each over its own file of the round before:
+Implementations, alternated, each over its own file of the round before:
 
 - ``bare``: ``torch.save`` to the final name: in the page cache when it returns, torn by a kill;
 - ``flushed``: the same and fsync: what a file that survives a power cut costs at least;

@@ -418,3 +418,9 @@ def test_scan_finds_unsafe_calls(line):
 )
 def test_scan_accepts_safe_calls(line):
     assert unsafe_calls(line) == []
+
+
+def test_a_torchscript_file_is_called_what_it_is(tmp_path):
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "program.pt"))
+    with pytest.raises(UnsafeFileError, match="is refused: it is a TorchScript program"):
+        safe_load(tmp_path / "program.pt")
