@@ -87,8 +87,3 @@ def test_nothing_in_a_guarded_step_reads_a_value():
     set_gradients(network, seed=0)
     with NoReads():
         step_unless_not_finite(optimizer, clip_grad_norm_per_tensor_(network.parameters(), 0))
-
-
-def test_larc_takes_no_closure():
-    with pytest.raises(ValueError, match="closure"):
-        LARC(make_network().parameters(), lr=0.1).step(lambda: 0.0)
