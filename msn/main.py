@@ -17,7 +17,6 @@ import math
 import os
 import sys
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,28 +29,19 @@ from msn.augmentations import MEAN, STD, msn_views
 from msn.collapse import CollapseMonitor
 from msn.losses import LossTerms, MSNLoss, new_prototypes
 from msn.report import save_pictures, summary
-from msn.resuming import Resumable, find_checkpoint
-from msn.schedules import Schedules, learning_rates, linear, weight_decays
+from msn.resuming import NETWORK_FLAGS, Value, find_checkpoint, from_official, to_official
+from msn.schedules import Schedules
 from msn.vision_transformer import ARCHITECTURES, ProjectionHead, Trunk, VisionTransformer, build, num_kept_patches
 from shared import distributed
 from shared.evaluation.knn_monitor import build_knn_monitor
 from shared.images.training_data import open_training_data
+from shared.images.views import ViewRecipe
 from shared.multicrop import normalize_views
 from shared.networks.batchnorm import synchronize_batchnorm
-from shared.optimisation.optim import (
-    build_optimizer,
-    ema_update_,
-    param_groups_no_decay_on_bias_and_norm,
-    step_unless_not_finite,
-)
-from shared.optimisation.precision import Precision
-from shared.run import randomness
-from shared.run.checkpoint import Checkpointer, is_at_start
+from shared.optimisation.optim import build_optimizer, ema_update_, param_groups_no_decay_on_bias_and_norm
 from shared.run.flags import add_data_flags, add_run_flags, bool_flag
 from shared.run.health import feature_spread, rank_me
-from shared.run.log import RunLog
-from shared.run.not_finite import FiniteGuard
-from shared.run.start import start_run
+from shared.run.run import Run
 from shared.run.yaml_config import parse_args_with_config, write_config
 
 # What replaces the published values when no --data_path is given: 8x8 pixel digits need no ViT at 224 pixels. Small
@@ -221,26 +211,13 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
 
 def train_msn(args: argparse.Namespace) -> None:
     """Train from the newest checkpoint in ``args.output_dir``, or from scratch if there is none."""
-    device, output_dir = start_run(args)
-    precision = Precision(args.amp, device)
+    run = Run(args, args.amp, f"{args.write_tag}-latest.pth.tar")
+    device = run.device
     if distributed.is_main_process():
-        write_config(output_dir / "params-msn-train.yaml", args, get_args_parser())
-    if args.use_bn and args.batch_size * distributed.get_world_size() < 2:
-        raise ValueError("--batch_size 1: one image has no statistics for the head's batch norms; see --use_bn false")
+        write_config(run.output_dir / "params-msn-train.yaml", args, get_args_parser())
 
     # data
-    recipes = msn_views(
-        args.rand_size,
-        args.focal_size,
-        args.rand_views,
-        args.focal_views,
-        args.color_jitter_strength,
-        args.rand_scale,
-        args.focal_scale,
-        args.blur_radius,
-    )
-    data = open_training_data(args, recipes, args.batch_size, output_dir, device, "--rand_size")
-    steps_per_epoch = data.steps_per_epoch
+    data = open_training_data(args, build_views(args), args.batch_size, run.output_dir, device, "--rand_size")
     if args.data_path is None:
         names = " ".join(f"--{name}" for name in EMBEDDED_DATA_DEFAULTS)
         distributed.print_once(f"without --data_path these flags have defaults for the embedded data: {names}")
@@ -255,7 +232,79 @@ def train_msn(args: argparse.Namespace) -> None:
     prototypes = nn.Parameter(prototypes.to(device), requires_grad=not args.freeze_proto)
 
     # loss, optimiser, schedules
-    criterion = MSNLoss(
+    criterion = build_loss(args).to(device)
+    optimizer = build_optimizer("adamw", param_groups(encoder, prototypes))
+    schedules = Schedules.from_args(args, data.steps_per_epoch)
+    encoder = distributed.wrap(encoder, device)
+
+    # checkpoints under the names of the official ones, monitoring
+    epoch_loss = Value()
+    run.resume(
+        data,
+        len(schedules.lr),
+        NETWORK_FLAGS,
+        checkpoint=find_checkpoint(run.path, args.read_checkpoint, args.load_checkpoint),
+        to_official=to_official,
+        from_official=from_official,
+        encoder=encoder,
+        opt=optimizer,
+        prototypes=nn.ParameterList([prototypes]),
+        target_encoder=target_encoder,
+        loss=epoch_loss,
+    )
+    run.health = CollapseMonitor(
+        args.num_proto,
+        patience_steps=min(len(schedules.lr) // 4, 2 * data.steps_per_epoch + 1000),
+        warmup_steps=round(args.warmup * data.steps_per_epoch),
+    )
+    knn = build_knn_monitor(args, args.rand_size, MEAN, STD, device, data.num_workers, run.output_dir, args.in_chans)
+    trunk = Trunk(target_encoder)
+
+    with run:
+        if run.is_new and knn.is_due(-1):
+            run.log_evaluation(knn_top1=knn.run(trunk, run.stop_if_asked))
+        for epoch in run.epochs():
+            data.sampler.set_epoch(epoch, run.step_in_epoch)
+            train_one_epoch(
+                encoder,
+                target_encoder,
+                prototypes,
+                criterion,
+                data.loader,
+                optimizer,
+                schedules,
+                run,
+                patch_drop=args.patch_drop,
+                clip_grad=args.clip_grad,
+            )
+            if knn.is_due(epoch):
+                run.log_evaluation(knn_top1=knn.run(trunk, run.stop_if_asked))
+            epoch_loss.value = run.log_epoch(bad_images=data.bad_images.count())["train_loss"]
+            numbered = args.checkpoint_freq and (epoch + 1) % args.checkpoint_freq == 0
+            run.end_epoch(keep_as=f"{args.write_tag}-ep{epoch + 1}.pth.tar" if numbered else None)
+    pictures = []
+    if args.pictures:
+        pictures = save_pictures(trunk, data.dataset, knn, args.rand_size, args.patch_drop, run.output_dir, device)
+    if distributed.is_main_process():
+        print(summary(run.output_dir, run.path, args, knn, pictures, list(run.health.warnings.values())))
+
+
+def build_views(args: argparse.Namespace) -> list[ViewRecipe]:
+    """The target, the random anchors, the focal anchors."""
+    return msn_views(
+        args.rand_size,
+        args.focal_size,
+        args.rand_views,
+        args.focal_views,
+        args.color_jitter_strength,
+        args.rand_scale,
+        args.focal_scale,
+        args.blur_radius,
+    )
+
+
+def build_loss(args: argparse.Namespace) -> MSNLoss:
+    return MSNLoss(
         args.num_proto,
         args.temperature,
         args.me_max,
@@ -265,85 +314,13 @@ def train_msn(args: argparse.Namespace) -> None:
         args.use_sinkhorn,
         args.label_smoothing,
         args.power_law_exponent,
-    ).to(device)
-    optimizer = build_optimizer("adamw", param_groups(encoder, prototypes))
-    length = (args.epochs, steps_per_epoch)
-    schedules = Schedules(
-        lr=learning_rates(args.start_lr, args.lr, args.final_lr, *length, args.warmup),
-        weight_decay=weight_decays(args.weight_decay, args.final_weight_decay, *length),
-        momentum=linear(*args.ema, *length),
-        sharpen=linear(args.start_sharpen, args.final_sharpen, *length),
     )
-    encoder = distributed.wrap(encoder, device)
-
-    # resume
-    latest = output_dir / f"{args.write_tag}-latest.pth.tar"
-    checkpoint = find_checkpoint(latest, args.read_checkpoint, args.load_checkpoint)
-    log = RunLog(output_dir, args.epochs * steps_per_epoch, args.log_freq, args.tensorboard, resumed=bool(checkpoint))
-    training = Resumable(args, data, encoder, target_encoder, prototypes, optimizer, precision, log)
-    first_epoch, first_step = (0, 0) if checkpoint is None else training.load(checkpoint)
-    training.guard = guard = FiniteGuard(
-        {"target_encoder": target_encoder, "encoder": distributed.unwrap(encoder)},
-        output_dir,
-        args.max_skipped_steps,
-        device,
-        in_a_row=checkpoint.get("skipped_steps", 0) if checkpoint else 0,
-    )
-
-    # what is looked at on the way
-    monitor = CollapseMonitor(
-        args.num_proto,
-        patience_steps=min(len(schedules.lr) // 4, 2 * steps_per_epoch + 1000),
-        warmup_steps=round(args.warmup * steps_per_epoch),
-    )
-    knn = build_knn_monitor(args, args.rand_size, MEAN, STD, device, data.num_workers, output_dir, args.in_chans)
-    trunk = Trunk(target_encoder)
-
-    # epochs
-    with Checkpointer(latest, training.state, args.saveckp_steps, args.saveckp_minutes, guard.is_good) as checkpointer:
-        if is_at_start(checkpoint) and knn.is_due(-1):
-            stop = partial(checkpointer.stop_if_asked, 0, 0)
-            log.evaluation(0, 0, knn_top1=knn.run(trunk, stop))
-        for epoch in range(first_epoch, args.epochs):
-            data.sampler.set_epoch(epoch, first_step)
-            train_one_epoch(
-                encoder,
-                target_encoder,
-                prototypes,
-                criterion,
-                data.loader,
-                optimizer,
-                schedules,
-                epoch=epoch,
-                first_step=first_step,
-                steps_per_epoch=steps_per_epoch,
-                patch_drop=args.patch_drop,
-                clip_grad=args.clip_grad,
-                seed=args.seed,
-                precision=precision,
-                log=log,
-                monitor=monitor,
-                guard=guard,
-                checkpointer=checkpointer,
-            )
-            first_step = 0
-            if knn.is_due(epoch):
-                stop = partial(checkpointer.stop_if_asked, epoch, steps_per_epoch)
-                log.evaluation((epoch + 1) * steps_per_epoch, epoch + 1, knn_top1=knn.run(trunk, stop))
-            training.epoch_loss = log.end_epoch(epoch, bad_images=data.bad_images.count())["train_loss"]
-            numbered = args.checkpoint_freq and (epoch + 1) % args.checkpoint_freq == 0
-            checkpointer.after_epoch(epoch, f"{args.write_tag}-ep{epoch + 1}.pth.tar" if numbered else None)
-    log.close()
-    pictures = []
-    if args.pictures:
-        pictures = save_pictures(trunk, data.dataset, knn, args.rand_size, args.patch_drop, output_dir, device)
-    if distributed.is_main_process():
-        problems = list(monitor.warnings.values())
-        print(summary(output_dir, latest, args, knn, pictures, problems))
 
 
 def build_encoder(args: argparse.Namespace) -> VisionTransformer:
     """ViT and projection head."""
+    if args.use_bn and args.batch_size * distributed.get_world_size() < 2:
+        raise ValueError("--batch_size 1: one image has no statistics for the head's batch norms; see --use_bn false")
     encoder = build(
         args.model_name,
         patch_size=args.patch_size,
@@ -373,20 +350,12 @@ def train_one_epoch(
     loader: Iterable,
     optimizer: torch.optim.Optimizer,
     schedules: Schedules,
+    run: Run,
     *,
-    epoch: int,
-    first_step: int,
-    steps_per_epoch: int,
     patch_drop: float,
     clip_grad: float,
-    seed: int,
-    precision: Precision,
-    log: RunLog,
-    monitor: CollapseMonitor,
-    guard: FiniteGuard,
-    checkpointer: Checkpointer,
 ) -> None:
-    """One epoch (from its step ``first_step`` on) of Algorithm 1.
+    """One epoch of Algorithm 1.
 
     ``loader`` yields (views, labels, indices); views holds one batch per resolution, view-major, the target views of
     all images first: uint8 images, or float tensors that are normalised already.
@@ -395,29 +364,25 @@ def train_one_epoch(
     target_parameters = list(target_encoder.parameters())
     encoder.train()
     target_encoder.train()
-    start = epoch * steps_per_epoch + first_step
-    for step, (loaded_views, labels, indices) in enumerate(log.batches(loader), start=start):
-        randomness.seed_step(seed, step, distributed.get_rank())
+    for step, (loaded_views, labels, _) in run.steps(loader):
         schedules.apply(optimizer, step)
         optimizer.zero_grad(set_to_none=True)  # before the activations: the two never need memory at once
-        views = normalize_views(loaded_views, precision.device, MEAN, STD)
+        views = normalize_views(loaded_views, run.device, MEAN, STD)
         target_views, anchor_views = split_views(views, len(labels))
 
-        with precision.autocast():
+        with run.precision.autocast():
             anchors = encoder(anchor_views, patch_drop)
             with torch.no_grad():
                 targets = target_encoder(target_views)
         terms = criterion(anchors, targets, prototypes, float(schedules.sharpen[step]))
 
-        precision.backward(terms.total, optimizer)
+        run.backward(terms.total, optimizer)
         grad_norms = nn.utils.clip_grad_norm_(parameters, clip_grad if clip_grad > 0 else math.inf)[None]
         if prototypes.grad is not None:  # DistributedDataParallel does not know them; they are not clipped
             prototypes.grad = distributed.all_reduce_mean(prototypes.grad)
             grad_norms = torch.cat([grad_norms, prototypes.grad.norm()[None]])
-        skipped = step_unless_not_finite(optimizer, grad_norms)
-        precision.update()
+        run.update(grad_norms, optimizer)
         ema_update_(target_parameters, parameters, schedules.momentum[step])  # parameters only, no buffers
-        guard.count(skipped)
 
         averages = {
             "loss": terms.total,
@@ -426,19 +391,8 @@ def train_one_epoch(
             "ent": terms.entropy,
             "lr": schedules.lr[step],
             "wd": schedules.weight_decay[step],
-            "skipped": skipped,
         }
-        health = assignment_health(terms, targets) if log.is_due(step) else {}
-        line = log.step(step, epoch, len(labels), averages, **health)
-        if line is not None and (problem := monitor.check(line)):
-            log.say(problem)
-        if line is not None and guard.too_many():
-            randomness.seed_step(seed, step, distributed.get_rank())
-            with precision.autocast():
-                batch = {"views": loaded_views, "indices": indices, "step": step, "epoch": epoch}
-                inputs = {"target_encoder": target_views, "encoder": anchor_views}
-                guard.stop(batch, views, inputs, terms.total)
-        checkpointer.after_step(epoch, step + 1 - epoch * steps_per_epoch)
+        run.end_step(len(labels), averages, assignment_health(terms, targets) if run.logs_this_step else None)
 
 
 def split_views(views: list[Tensor], batch_size: int) -> tuple[Tensor, list[Tensor]]:

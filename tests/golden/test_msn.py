@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from msn import vision_transformer
-from msn.collapse import CollapseMonitor
 from msn.linear_eval import LinearClassifier, build_optimizer, train_one_epoch
 from msn.logistic_eval import LowShotClassifier, preprocess
 from msn.losses import MSNLoss
@@ -22,16 +21,13 @@ from msn.schedules import Schedules, learning_rates, linear, weight_decays
 from msn.vision_transformer import ProjectionHead, VisionTransformer, interpolate_positions
 from shared import distributed
 from shared.optimisation.optim import build_optimizer as build_adamw
-from shared.optimisation.precision import Precision
 from shared.optimisation.schedules import cosine_schedule
-from shared.run.log import RunLog
-from shared.run.not_finite import FiniteGuard
 from shared.sinkhorn import sinkhorn_knopp
 from tests.golden.golden_file import GoldenFile
+from tests.loop_run import LoopRun
 from tests.processes import run_processes
 
 GOLDEN = GoldenFile("msn")
-CPU = torch.device("cpu")
 RANKS = len({key.split("/")[-1] for key in GOLDEN.keys("loss_dist/") if "/in/anchors_r" in key})
 
 assert_close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
@@ -360,8 +356,10 @@ def test_training_follows_the_reference_step_by_step(case, tmp_path, monkeypatch
     np.testing.assert_allclose(schedules.weight_decay, GOLDEN[f"{case}/out/wd"], rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(schedules.sharpen, GOLDEN[f"{case}/out/T"], rtol=1e-5, atol=1e-7)
 
-    log, recorder = RunLog(tmp_path, epochs * steps, log_freq=1), Recorder(encoder, target_encoder, prototypes)
+    recorder = Recorder(encoder, target_encoder, prototypes)
     for epoch in range(epochs):
+        run = LoopRun(tmp_path, steps, epochs, epoch, encoder=encoder)
+        run.checkpointer = recorder
         pretrain_one_epoch(
             encoder,
             target_encoder,
@@ -370,17 +368,9 @@ def test_training_follows_the_reference_step_by_step(case, tmp_path, monkeypatch
             batches,
             optimizer,
             schedules,
-            epoch=epoch,
-            first_step=0,
-            steps_per_epoch=steps,
+            run,
             patch_drop=value("patch_drop"),
             clip_grad=value("clip_grad"),
-            seed=0,
-            precision=Precision("fp32", CPU),
-            log=log,
-            monitor=CollapseMonitor(len(prototypes), patience_steps=epochs * steps),
-            guard=FiniteGuard({"encoder": encoder}, tmp_path, max_skipped_steps=1, device=CPU),
-            checkpointer=recorder,
         )
 
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
