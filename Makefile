@@ -1,29 +1,21 @@
 PYTHON ?= python3
-METHOD ?= dino
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-slow lint bench evidence clean
+.PHONY: demo test test-slow lint shape bench evidence clean
 .DELETE_ON_ERROR:
 
 ## make demo [METHOD=dino]: train, evaluate and draw on the embedded data, in minutes on a CPU
+# Packages that only one method needs are an extra of its name; flags of its demo are in <method>/demo.flags.
+demo: METHOD := $(or $(METHOD),dino)
 demo: .venv/installed
-	$(if $(EXTRA_$(METHOD)),$(BIN)/pip install --quiet -e '.[$(EXTRA_$(METHOD))]')
-	cd $(METHOD) && ../$(BIN)/python main.py $(DEMO_$(METHOD))
-DEMO_dino := --arch vit_small
-DEMO_swav :=
-DEMO_deepcluster :=
-DEMO_resmlp :=
-DEMO_xcit :=
-DEMO_paws := --sel few_labels
-DEMO_msn :=
-DEMO_contriever :=
-# packages that only one method needs
-EXTRA_contriever := contriever
+	$(if $(call has_extra,$(METHOD)),$(BIN)/pip install --quiet -e '.[$(METHOD)]')
+	cd $(METHOD) && ../$(BIN)/python main.py $$(cat demo.flags 2>/dev/null)
+has_extra = $(shell grep -E '^$(1) = \[' pyproject.toml)
 
-## make test: format, lint and the whole test suite without the long tests and the cluster
+## make test [METHOD=dino]: format, lint and the test suite, or that of one method, without long tests and the cluster
 test: lint
-	$(PYTEST) -m "not slow and not slurm"
+	$(PYTEST) -m "not slow and not slurm" $(if $(METHOD),$(wildcard tests/$(METHOD) tests/golden/test_$(METHOD)*.py))
 
 ## make test-slow: the long tests (kill and resume, torch.compile) and those on a real SLURM cluster
 test-slow: .venv/installed-test
@@ -33,13 +25,18 @@ lint: .venv/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
+## make shape: sizes, repetition and names of the code beside their bars
+shape: .venv/installed-test
+	$(BIN)/python tests/shape.py
+
 ## make bench: every benchmark, compared side by side; JSON files in build/bench
 bench: .venv/installed-test
 	$(BIN)/python tests/benchmarks/run_all.py --out build/bench
 
 ## make evidence [METHOD=dino] [EVIDENCE_FLAGS=...]: repeat the small experiments of the method's README
+evidence: METHOD := $(or $(METHOD),dino)
 evidence: .venv/installed
-	$(if $(EXTRA_$(METHOD)),$(BIN)/pip install --quiet -e '.[$(EXTRA_$(METHOD))]')
+	$(if $(call has_extra,$(METHOD)),$(BIN)/pip install --quiet -e '.[$(METHOD)]')
 	$(BIN)/python tests/evidence/$(METHOD).py --out build/evidence/$(METHOD) $(EVIDENCE_FLAGS)
 
 .venv/bin/python:

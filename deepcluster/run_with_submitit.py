@@ -13,17 +13,12 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from deepcluster.main import get_args_parser, parse_args, train_deepcluster
-from shared import distributed
+from deepcluster import main as training
 from shared.launch import slurm
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = get_args_parser()
-    parser.description = __doc__.split("\n\n")[0]
-    slurm.add_slurm_flags(parser, job_name="deepcluster")
-    with distributed.clean_exit():
-        slurm.submit(train_deepcluster, parse_args(arguments, parser))
+    slurm.submit_training(training, training.train_deepcluster, __doc__, "deepcluster", arguments)
 
 
 if __name__ == "__main__":

@@ -13,17 +13,12 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dino.main_dino import get_args_parser, parse_args, train_dino
-from shared import distributed
+from dino import main_dino as training
 from shared.launch import slurm
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = get_args_parser()
-    parser.description = __doc__.split("\n\n")[0]
-    slurm.add_slurm_flags(parser, job_name="dino")
-    with distributed.clean_exit():
-        slurm.submit(train_dino, parse_args(arguments, parser))
+    slurm.submit_training(training, training.train_dino, __doc__, "dino", arguments)
 
 
 if __name__ == "__main__":

@@ -17,18 +17,7 @@ from shared import distributed
 
 ROOT = Path(__file__).resolve().parents[1]
 SERVER = multiprocessing.get_context("forkserver")  # its processes start in no time: it has imported torch already
-SERVER.set_forkserver_preload(
-    [
-        "dino.main_dino",
-        "swav.main_deepclusterv2",
-        "deepcluster.main",
-        "msn.main",
-        "paws.paws_train",
-        "xcit.main",
-        "contriever.train",
-        "tests.processes",
-    ]
-)
+SERVER.set_forkserver_preload([*(f"{file.parent.name}.{file.stem}" for file in ROOT.glob("*/main*.py")), __name__])
 
 
 def free_port() -> int:

@@ -1,4 +1,4 @@
-"""READMEs: links lead somewhere, and every command line is one that its script understands."""
+"""READMEs and other pages: links lead somewhere, and every command line is one that its script understands."""
 
 import importlib
 import re
@@ -10,48 +10,58 @@ import pytest
 from shared.launch.slurm import add_slurm_flags
 
 ROOT = Path(__file__).resolve().parents[1]
-READMES = sorted(path for path in [ROOT / "README.md", *ROOT.glob("*/README.md")] if ".venv" not in path.parts)
-SCRIPTS = (
-    r"\b(main|translate|main_\w+|eval_\w+|\w+_eval|\w+_train|\w*fine_tune|pseudo_labels|few_labels|visualize_\w+"
-    r"|video_\w+|run_with_\w+|\w+_retrieval|\w+_ascent"
-    r"|train|preprocess|finetuning|mine_\w+|new_\w+|generate_\w+|evaluate_\w+|search)\.py|-m \w+\.export"
-)
-# flags that a README must give but that would start something are checked by parsing only
-COMMANDS = [
-    (path, line)
-    for path in READMES
-    for block in re.findall(r"```bash\n(.*?)```", path.read_text(), re.S)
-    for line in block.replace("\\\n", " ").splitlines()
-    if re.search(SCRIPTS, line)
-]
+FOLDERS = sorted(file.parent.name for file in ROOT.glob("*/__init__.py") if (file.parent / "README.md").exists())
+PAGES = [page for folder in (".", "docs", *FOLDERS) for page in sorted((ROOT / folder).glob("*.md"))]
 
 
-@pytest.mark.parametrize("path", READMES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_links_and_pictures_exist(path):
-    for target in re.findall(r"\]\(([^)#\s]+)", path.read_text()):
+def commands(page: Path) -> list[tuple[str, list[str]]]:
+    """(module, arguments) of every Python script of this repository that the page's shell blocks start."""
+    found = []
+    for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.S):
+        folder = page.parent
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:1] == ["cd"]:
+                folder = ROOT / words[1] if (ROOT / words[1]).is_dir() else folder / words[1]
+                words = words[3:]  # cd FOLDER && ...
+            for i, word in enumerate(words):
+                if word.endswith(".py") and (script := _script(folder, word)):
+                    found.append((".".join(script.relative_to(ROOT).with_suffix("").parts), words[i + 1 :]))
+                    break
+                if i and words[i - 1] == "-m" and (ROOT / word.replace(".", "/")).with_suffix(".py").exists():
+                    found.append((word, words[i + 1 :]))
+                    break
+            else:
+                assert not any(word.endswith(".py") for word in words), f"{page}: no such script: {line}"
+    return found
+
+
+def _script(folder: Path, name: str) -> Path | None:
+    return next((path for path in (folder / name, ROOT / name) if path.exists()), None)
+
+
+COMMANDS = [(page, *command) for page in PAGES for command in commands(page)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_and_pictures_exist(page):
+    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
         if "://" not in target:
-            assert (path.parent / target).exists(), f"{path}: {target} does not exist"
+            assert (page.parent / target).exists(), f"{page}: {target} does not exist"
 
 
-@pytest.mark.parametrize(("path", "line"), COMMANDS, ids=lambda value: str(value)[:60])
-def test_commands_are_understood_by_their_scripts(path, line):
-    words = shlex.split(line, comments=True)
-    method = path.parent.name
-    if words[0] == "cd":
-        method, words = words[1], words[3:]
-    if "-m" in words:
-        start = words.index("-m") + 1
-        module = words[start]
-    else:
-        start = next(i for i, word in enumerate(words) if word.endswith(".py"))
-        module = f"{method}.{words[start][:-3]}".replace("/", ".")
-    if module.endswith(".main") and (ROOT / method / f"main_{method}.py").exists():  # the alias
+@pytest.mark.parametrize(("page", "module", "arguments"), COMMANDS, ids=lambda value: str(value)[-60:])
+def test_commands_are_understood_by_their_scripts(page, module, arguments):
+    method, _, name = module.partition(".")
+    if name == "main" and (ROOT / method / f"main_{method}.py").exists():  # the alias
         module = f"{method}.main_{method}"
-    parser = importlib.import_module(module).get_args_parser()
+    script = importlib.import_module(module)
+    parser = getattr(script, "training", script).get_args_parser()  # a launcher has the flags of its training
     if module.endswith("run_with_submitit"):
         add_slurm_flags(parser)
-    parser.parse_args(words[start + 1 :])
+    parser.parse_args(arguments)
 
 
-def test_there_are_commands_to_check():
-    assert len(COMMANDS) > 10
+def test_every_folder_of_a_paper_documents_commands():
+    documented = {module.partition(".")[0] for _, module, _ in COMMANDS}
+    assert documented >= set(FOLDERS) and len(FOLDERS) >= 8

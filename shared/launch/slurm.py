@@ -28,6 +28,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import submitit
 
@@ -59,6 +60,28 @@ def add_slurm_flags(parser: argparse.ArgumentParser, job_name: str = "train") ->
     add("--job_dir", default=None, help="submitit's logs and pickles (default: <output_dir>/submitit)")
     add("--slurm_option", action="append", default=[], metavar="KEY=VALUE",
         help="any further option of sbatch, e.g. account=vision or exclusive; may be repeated")  # fmt: skip
+
+
+def submit_training(
+    script: ModuleType,
+    train: Callable[[argparse.Namespace], object],
+    docstring: str,
+    job_name: str,
+    arguments: list[str] | None = None,
+) -> None:
+    """``main`` of a launcher: the flags of a training script and those of the job, then :func:`submit`.
+
+    Args:
+        script: Has ``get_args_parser`` and ``parse_args``.
+        docstring: Of the launcher; its first paragraph is the description.
+    """
+    from shared import distributed  # imports torch
+
+    parser = script.get_args_parser()
+    parser.description = docstring.split("\n\n")[0]
+    add_slurm_flags(parser, job_name)
+    with distributed.clean_exit():
+        submit(train, script.parse_args(arguments, parser))
 
 
 def submit(train: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> submitit.Job | None:

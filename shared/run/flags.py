@@ -4,6 +4,8 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
+from shared import distributed
+
 
 class AnyDashParser(argparse.ArgumentParser):
     """A parser to which ``--batch-size`` and ``--batch_size`` are the same flag, whichever of them was declared."""
@@ -32,8 +34,7 @@ def bool_flag(text: str) -> bool:
 def add_data_flags(parser: argparse.ArgumentParser) -> Callable:
     """Where the images come from; returns the ``add_argument`` of the group for further flags."""
     add = parser.add_argument_group("data").add_argument
-    add("--data_path", default=None, help="training images: a folder, a .txt list or a torchvision data set name; "
-        "without it the embedded digits are used and the defaults fit them")  # fmt: skip
+    add("--data_path", default=None, help="training images: folder, .txt list or torchvision name; default: digits")
     add("--val_path", default=None, help="images to evaluate on; by default those that belong to --data_path")
     add("--allow_absolute_paths", action="store_true", help="in .txt lists")
     add("--in_chans", type=int, default=3, choices=(1, 3), help="channels of the images")
@@ -52,18 +53,49 @@ def add_run_flags(parser: argparse.ArgumentParser, knn: bool = True) -> Callable
     add = parser.add_argument_group("run").add_argument
     add("--saveckp_steps", type=int, default=0, help="also save within the epoch every so many steps")
     add("--saveckp_minutes", type=float, default=15, help="also save within the epoch after so many minutes")
-    add("--on_changed_run", default="continue", choices=("continue", "refuse"),
-        help="when the checkpoint was written with another batch or number of processes")  # fmt: skip
+    changed = "when the checkpoint was written with another batch or number of processes"
+    add("--on_changed_run", default="continue", choices=("continue", "refuse"), help=changed)
     if knn:
-        add("--eval_knn_freq", type=int, default=None, help="k-NN every so many epochs; 0: never; by default before "
-            "and after training when there are at most 100,000 images")  # fmt: skip
+        when = "k-NN every so many epochs; 0: never; None: before and after training, with at most 100,000 images"
+        add("--eval_knn_freq", type=int, default=None, help=when)
     add("--pictures", type=bool_flag, default=True, help="write pictures at the end")
     add("--log_freq", type=int, default=10, help="steps per line of the log")
     add("--tensorboard", action="store_true", help="also log to TensorBoard")
-    add("--max_skipped_steps", type=int, default=10,
-        help="stop after so many steps in a row without finite gradients (exit code 3); 0: never")  # fmt: skip
+    skipped = "stop after so many steps in a row without finite gradients (exit code 3); 0: never"
+    add("--max_skipped_steps", type=int, default=10, help=skipped)
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
     add("--dist_url", default="env://", help="rendezvous of the processes")
     add("--dist_timeout", type=float, default=1800, help="seconds to wait for other processes")
     add("--local_rank", "--local-rank", type=int, default=0, help="ignored: read from the environment")
     return add
+
+
+def parse_with_embedded_defaults(
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str] | None,
+    embedded_defaults: dict,
+    minimum: dict[str, float],
+    data_flag: str = "data_path",
+) -> argparse.Namespace:
+    """Parse a command line; without a value of ``data_flag`` the defaults are those of the embedded data.
+
+    Args:
+        embedded_defaults: Flags with other defaults then.
+        minimum: Least value of each of these flags; less ends the program with a message.
+        data_flag: Names the data.
+    """
+    args = parser.parse_args(arguments)
+    if not getattr(args, data_flag):
+        parser.set_defaults(**embedded_defaults)
+        args = parser.parse_args(arguments)
+    for flag, least in minimum.items():
+        if getattr(args, flag) < least:
+            parser.error(f"--{flag} {getattr(args, flag)} is less than {least}")
+    return args
+
+
+def tell_embedded_defaults(data: str | None, embedded_defaults: dict, data_flag: str = "--data_path") -> None:
+    """Print which flags have other defaults because no data were named."""
+    if not data:
+        names = " ".join(f"--{name}" for name in embedded_defaults)
+        distributed.print_once(f"without {data_flag} these flags have defaults for the embedded data: {names}")

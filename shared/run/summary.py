@@ -1,4 +1,4 @@
-"""The text at the end of a run: what was learned, what went wrong, where the files are, what to do next."""
+"""End-of-run summary: what was learned, what went wrong, where the files are, what to run next."""
 
 import shlex
 from collections.abc import Sequence
@@ -31,17 +31,12 @@ def end_of_run(
     """
     lines = read_log(output_dir / "metrics.jsonl")
     losses = [line for line in lines if line.get("loss") is not None]
-    accuracies = [line for line in lines if "knn_top1" in line]
     values = [f"loss {line['loss']:.3f} at step {line['step']}" for line in (losses[:1] + losses[1:][-1:])]
     learned = [", ".join(values), *learned]
-    if accuracies and knn is not None and knn.disabled_reason is None:
-        before = f"{accuracies[0]['knn_top1']:.1f} % after {accuracies[0]['step']} steps, " if accuracies[1:] else ""
-        learned.append(
-            f"k-NN on {knn.val.source.describe()}: {before}{accuracies[-1]['knn_top1']:.1f} % after "
-            f"{accuracies[-1]['step']} steps (chance {100 / len(knn.val.source.classes):.1f} %)"
-        )
-    elif knn is not None and knn.disabled_reason:
+    if knn is not None and knn.disabled_reason:
         learned.append(f"no k-NN evaluation: {knn.disabled_reason}")
+    elif knn is not None:
+        learned += accuracy(lines, "knn_top1", f"k-NN on {knn.val.source.describe()}", len(knn.val.source.classes))
     files = [
         f"{weights} (the same command resumes from it)",
         f"{output_dir / 'metrics.jsonl'} (every few steps), {output_dir / 'log.txt'} (every epoch)",
@@ -53,6 +48,18 @@ def end_of_run(
         "Pictures": [str(path) for path in pictures],
         "Next": commands,
     }
+    return paragraphs(blocks)
+
+
+def accuracy(lines: Sequence[dict], key: str, what: str, num_classes: int) -> list[str]:
+    """The first and the last accuracy of a log as one sentence; nothing where it holds none."""
+    values = [f"{line[key]:.1f} % after {line['step']} steps" for line in lines if key in line]
+    both = ", ".join(values[:1] + values[1:][-1:])
+    return [f"{what}: {both} (chance {100 / num_classes:.1f} %)"] if values else []
+
+
+def paragraphs(blocks: dict[str, Sequence[str]]) -> str:
+    """Lines under the titles of their blocks, which stand in a column of their own."""
     return "\n".join(
         f"{title if i == 0 else '':10s}{line}" for title, block in blocks.items() for i, line in enumerate(block)
     )

@@ -6,7 +6,6 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from shared.run.attempt import Attempt, Superseded
-from shared.run.health import feature_spread, rank_me
 from shared.run.log import RunLog
 
 
@@ -107,16 +106,27 @@ def test_steps_that_are_not_finite_do_not_count(tmp_path):
     assert lines(tmp_path / "metrics.jsonl")[0]["loss"] == 2.0
 
 
-def test_spread_and_rank_tell_collapsed_from_spread_features():
-    torch.manual_seed(0)
-    spread = torch.randn(256, 16)
-    collapsed = torch.randn(1, 16) + 1e-4 * torch.randn(256, 16)
-    assert 0.9 < feature_spread(spread) < 1.1
-    assert feature_spread(collapsed) < 0.01
-    assert rank_me(spread) > 15
-    assert rank_me(torch.randn(256, 2) @ torch.randn(2, 16)) < 2.1
-    spread[7, 3] = math.nan
-    assert rank_me(spread).isnan() and feature_spread(spread).isnan()
+def test_rates_count_the_time_of_the_steps_of_their_line_whatever_the_length_of_an_epoch(tmp_path, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("shared.run.log.time.perf_counter", lambda: now)
+
+    def loader(batches):
+        nonlocal now
+        for _ in range(batches):
+            now += 0.1  # to load
+            yield None
+
+    log, step = RunLog(tmp_path, 100, log_freq=4), 0
+    for epoch in range(5):
+        for _ in log.batches(loader(3)):
+            now += 0.3  # to train
+            log.step(step, epoch, images=8, averages={})
+            step += 1
+        now += 50  # an evaluation
+    written = lines(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in written] == [4, 8, 12]
+    assert [line["images_per_s"] for line in written] == [pytest.approx(8 / 0.4)] * 3
+    assert [line["data_wait"] for line in written] == [pytest.approx(0.25)] * 3
 
 
 def test_a_superseded_attempt_writes_no_line(tmp_path):
