@@ -1,7 +1,8 @@
 """Vision Transformer (Dosovitskiy et al. 2021) and the projection head of DINO (Caron et al. 2021).
 
-Needs torch only, so the file can be lifted out alone. Modules, parameters and the order of random draws are those of
-the official code: released checkpoints load, and a seed gives the same initial weights.
+Needs torch and ``shared/networks/vit_parts.py`` only, so the two files can be lifted out alone. Modules, parameters and
+the order of random draws are those of the official code: released checkpoints load, and a seed gives the same initial
+weights.
 
     backbone = vit_small(patch_size=16)
     backbone(torch.randn(8, 3, 224, 224))                          # class tokens, (8, 384)
@@ -20,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from shared.networks import vit_parts
 
 Layout = list[tuple[int, int]]  # (images B, tokens N per image) of each resolution in a packed matrix
 
@@ -69,12 +72,8 @@ def init_linear(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-class DropPath(nn.Module):
-    """Stochastic depth (Huang et al. 2016): drops a sample's residual branch with probability ``drop_prob``."""
-
-    def __init__(self, drop_prob: float):
-        super().__init__()
-        self.drop_prob = drop_prob
+class DropPath(vit_parts.DropPath):
+    """Stochastic depth, also of packed tokens, drawn as in the official code."""
 
     def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
         """Samples along the first dimension, or tokens (T, D) packed as ``layout`` says."""
@@ -88,19 +87,9 @@ class DropPath(nn.Module):
             keep = torch.cat([k.repeat_interleave(N) for k, (_, N) in zip(samples, layout, strict=True)])
         return x * keep.view(-1, *[1] * (x.ndim - 1))
 
-    def extra_repr(self) -> str:
-        return f"drop_prob={self.drop_prob}"
 
-
-class Mlp(nn.Module):
-    """Two linear layers with a GELU between them."""
-
-    def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden_dim, dim)
-        self.drop = nn.Dropout(drop)
+class Mlp(vit_parts.Mlp):
+    """Two linear layers with a GELU between them, which keep as little as possible for the backward pass."""
 
     def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
         """(..., D) -> (..., D), of ``norm(x)`` if a norm is given."""
@@ -109,41 +98,8 @@ class Mlp(nn.Module):
         return self.drop(recompute(lambda hidden: self.fc2(self.drop(self.act(hidden))), hidden, draws))
 
 
-def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, scale: float) -> Tensor:
-    """softmax(scale QK^T) V: (B, heads, N, d) -> (B, heads, N, d), with dropout of the softmax.
-
-    torch's fused function, except for gradients in bfloat16 on a CPU: there its backward pass makes no use of the
-    processor's bfloat16 units, and up to about 1000 tokens the products written out are faster, few tokens 8 times.
-    """
-    learns_in_bf16 = q.dtype == torch.bfloat16 and torch.is_grad_enabled() and q.requires_grad
-    if not (learns_in_bf16 and q.device.type == "cpu" and k.shape[2] <= 1024):
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
-    with torch.autocast("cpu", enabled=False):  # the softmax in the type of its input
-        weights = (q * scale @ k.transpose(-2, -1)).softmax(dim=-1)
-        return F.dropout(weights, dropout_p) @ v
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention among the tokens of an image."""
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int = 8,
-        qkv_bias: bool = False,
-        qk_scale: float | None = None,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-    ):
-        super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"a width of {dim} cannot be split into {num_heads} heads")
-        self.num_heads = num_heads
-        self.scale = qk_scale or (dim // num_heads) ** -0.5
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_drop)
+class Attention(vit_parts.Attention):
+    """Multi-head self-attention among the tokens of an image, of several resolutions in one matrix."""
 
     def forward(self, x: Tensor, layout: Layout | None = None, norm: nn.Module | None = None) -> Tensor:
         """(B, N, D) -> (B, N, D), or packed (T, D) -> (T, D); of ``norm(x)`` if a norm is given."""
@@ -156,24 +112,8 @@ class Attention(nn.Module):
         out = torch.cat([self.attend(batch, num_queries=1).squeeze(1) for batch in unpack(qkv, layout)])
         return self.proj_drop(self.proj(out))
 
-    def attend(self, qkv: Tensor, num_queries: int | None = None) -> Tensor:
-        """softmax(QK^T / sqrt(D / heads)) V: (B, N, 3D) -> (B, N, D), or (B, num_queries, D) for the first tokens."""
-        q, k, v = self._split_heads(qkv)
-        dropout_p = self.attn_drop.p if self.training else 0.0
-        out = scaled_dot_product_attention(q[:, :, :num_queries], k, v, dropout_p, self.scale)
-        return out.transpose(1, 2).flatten(2)
-
-    def attention_map(self, x: Tensor, num_queries: int | None = None) -> Tensor:
-        """Softmaxed attention, (B, N, D) -> (B, heads, N, N), or of the first ``num_queries`` tokens to all."""
-        q, k, _ = self._split_heads(self.qkv(x))
-        return (q[:, :, :num_queries] @ k.transpose(-2, -1) * self.scale).softmax(dim=-1)
-
     def _project_qkv(self, x: Tensor, norm: nn.Module | None) -> Tensor:
         return self.qkv(x) if norm is None else recompute(lambda x: self.qkv(norm(x)), x)
-
-    def _split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, N, 3D) -> queries, keys, values, each (B, heads, N, D / heads)."""
-        return qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
 
 
 class Block(nn.Module):
@@ -212,27 +152,6 @@ class Block(nn.Module):
         cls = torch.cat([tokens[:, 0] for tokens in unpack(x, layout)])
         cls = cls + self.drop_path(self.attn.class_tokens(x, layout, self.norm1))
         return cls + self.drop_path(self.mlp(cls, self.norm2))
-
-
-class PatchEmbed(nn.Module):
-    """Square patches, each mapped linearly to a token; pixels that do not fill a patch are left out."""
-
-    def __init__(self, img_size: int = 224, patch_size: int = 16, in_chans: int = 3, embed_dim: int = 768):
-        super().__init__()
-        self.img_size = img_size
-        self.patch_size = patch_size
-        self.num_patches = (img_size // patch_size) ** 2
-        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, patches row by row, D).
-
-        Raises:
-            ValueError: If the image is smaller than a patch.
-        """
-        if min(x.shape[-2:]) < self.patch_size:
-            raise ValueError(f"an image of {x.shape[-2]}x{x.shape[-1]} pixels holds no patch of {self.patch_size}")
-        return self.proj(x).flatten(2).transpose(1, 2)
 
 
 class VisionTransformer(nn.Module):
@@ -277,7 +196,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.num_features = self.embed_dim = embed_dim
         img_size = img_size if isinstance(img_size, int) else img_size[0]
-        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
+        self.patch_embed = vit_parts.PatchEmbed(img_size, patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.patch_embed.num_patches, embed_dim))
         self.pos_drop = nn.Dropout(drop_rate)
@@ -351,22 +270,15 @@ class VisionTransformer(nn.Module):
     def interpolate_pos_encoding(self, height: int, width: int) -> Tensor:
         """Positions for images of ``height`` x ``width`` pixels, (1, 1 + patches, D).
 
-        The stored grid as it is for square images with as many patches, else its bicubic interpolation. As in the
-        official code the scale factor is 0.1 patches too large, which also moves the points that are sampled: the
-        released weights are used this way.
+        The stored grid as it is for square images that have it, else its bicubic interpolation. As in the official
+        code the scale factor is 0.1 patches too large, which also moves the points that are sampled: the released
+        weights are used this way.
         """
-        num_stored = self.patch_embed.num_patches
-        rows, columns = height // self.patch_embed.patch_size, width // self.patch_embed.patch_size
-        if rows * columns == num_stored and height == width:
+        patch_size, stored = self.patch_embed.patch_size, self.patch_embed.grid
+        rows, columns = height // patch_size, width // patch_size
+        if (rows, columns) == stored and height == width:
             return self.pos_embed
-        side = math.isqrt(num_stored)
-        cls, patches = self.pos_embed.split([1, num_stored], dim=1)
-        patches = F.interpolate(
-            patches.unflatten(1, (side, side)).permute(0, 3, 1, 2),
-            scale_factor=((rows + 0.1) / side, (columns + 0.1) / side),
-            mode="bicubic",
-        )
-        return torch.cat([cls, patches.flatten(2).transpose(1, 2)], dim=1)
+        return vit_parts.interpolate_positions(self.pos_embed, rows, columns, stored, scale_offset=0.1)
 
 
 def _vit(**kwargs) -> VisionTransformer:

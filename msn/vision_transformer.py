@@ -1,7 +1,7 @@
 """Vision Transformer that computes only the patches it keeps, and the projection head of MSN (Assran et al. 2022).
 
-Needs torch only, so the file can be lifted out alone. Modules and parameters have the names of the official code, so
-that released checkpoints load.
+Needs torch and ``shared/networks/vit_parts.py`` only, so the two files can be lifted out alone. Modules and parameters
+have the names of the official code, so that released checkpoints load.
 
     encoder = build("deit_small")
     encoder(torch.randn(8, 3, 224, 224))                        # class tokens, (8, 384)
@@ -11,14 +11,15 @@ that released checkpoints load.
 Dropped patches are taken out before the first block: time and memory of the blocks fall with their share.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from itertools import groupby
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from shared.networks import vit_parts
+from shared.networks.vit_parts import Attention, Mlp, PatchEmbed, init_linear, interpolate_positions
 
 
 def num_kept_patches(num_patches: int, patch_drop: float) -> int:
@@ -38,30 +39,8 @@ def draw_kept_patches(num_patches: int, patch_drop: float) -> Tensor:
     return torch.randperm(num_patches)[: num_kept_patches(num_patches, patch_drop)]
 
 
-def interpolate_positions(positions: Tensor, rows: int, columns: int) -> Tensor:
-    """Positions of another grid of patches, bicubic without antialiasing.
-
-    Args:
-        positions: Class token and a square grid row by row, shape (1, 1 + N, D).
-
-    Returns:
-        Shape (1, 1 + rows * columns, D); the same tensor if the grid is that of ``positions``.
-    """
-    side = math.isqrt(positions.shape[1] - 1)
-    if (rows, columns) == (side, side):
-        return positions
-    cls, grid = positions[:, :1], positions[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    # the official code gives a scale factor, whose exact value this is; rounded, it can miss a row
-    grid = F.interpolate(grid, size=(rows, columns), mode="bicubic")
-    return torch.cat([cls, grid.flatten(2).transpose(1, 2)], dim=1)
-
-
-class DropPath(nn.Module):
-    """Stochastic depth (Huang et al. 2016): drops a sample's residual branch with probability ``drop_prob``."""
-
-    def __init__(self, drop_prob: float):
-        super().__init__()
-        self.drop_prob = drop_prob
+class DropPath(vit_parts.DropPath):
+    """Stochastic depth that draws uniform numbers: a seed gives the same run as ever."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.drop_prob == 0:
@@ -69,60 +48,6 @@ class DropPath(nn.Module):
         keep_prob = 1 - self.drop_prob
         keep = torch.rand(len(x), *[1] * (x.ndim - 1), dtype=x.dtype, device=x.device) < keep_prob
         return x * keep / keep_prob
-
-
-class Mlp(nn.Module):
-    """Two linear layers with a GELU between them."""
-
-    def __init__(self, dim: int, hidden_dim: int):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden_dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
-        return self.fc2(self.act(self.fc1(x)))
-
-
-def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(QK^T / sqrt(d)) V: (B, heads, N, d) -> (B, heads, N, d).
-
-    torch's fused function, except for gradients in bfloat16 on a CPU: there its backward pass makes no use of the
-    processor's bfloat16 units, and up to about 1000 tokens the products written out are faster, few tokens 8 times.
-    """
-    learns_in_bf16 = q.dtype == torch.bfloat16 and torch.is_grad_enabled() and q.requires_grad
-    if not (learns_in_bf16 and q.device.type == "cpu" and k.shape[2] <= 1024):
-        return F.scaled_dot_product_attention(q, k, v)
-    with torch.autocast("cpu", enabled=False):  # the softmax in the type of its input
-        return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention among the tokens of an image."""
-
-    def __init__(self, dim: int, num_heads: int):
-        super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"a width of {dim} cannot be split into {num_heads} heads")
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
-        """softmax(QK^T / sqrt(D / heads)) V: (B, N, D) -> (B, N, D), or (B, num_queries, D) for the first tokens."""
-        q, k, v = self._split_heads(x)
-        out = scaled_dot_product_attention(q[:, :, :num_queries], k, v)
-        return self.proj(out.transpose(1, 2).flatten(2))
-
-    def attention_map(self, x: Tensor, num_queries: int | None = None) -> Tensor:
-        """Softmaxed attention, (B, N, D) -> (B, heads, N, N), or of the first ``num_queries`` tokens to all."""
-        q, k, _ = self._split_heads(x)
-        return (q[:, :, :num_queries] @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
-
-    def _split_heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, N, D) -> queries, keys, values, each (B, heads, N, D / heads)."""
-        return self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
 
 
 class Block(nn.Module):
@@ -133,7 +58,7 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.norm1 = norm_layer(dim)
-        self.attn = Attention(dim, num_heads)
+        self.attn = Attention(dim, num_heads, qkv_bias=True)
         self.drop_path = DropPath(drop_path)
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
@@ -142,20 +67,6 @@ class Block(nn.Module):
         """(B, N, D) -> (B, N, D), or (B, num_queries, D) for the first tokens only."""
         x = x[:, :num_queries] + self.drop_path(self.attn(self.norm1(x), num_queries))
         return x + self.drop_path(self.mlp(self.norm2(x)))
-
-
-class PatchEmbed(nn.Module):
-    """Square patches, each mapped linearly to a token; pixels that do not fill a patch are left out."""
-
-    def __init__(self, img_size: int, patch_size: int, in_chans: int, embed_dim: int):
-        super().__init__()
-        self.patch_size = patch_size
-        self.num_patches = (img_size // patch_size) ** 2
-        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, D, rows, columns)."""
-        return self.proj(x)
 
 
 class ConvEmbed(nn.Module):
@@ -175,9 +86,11 @@ class ConvEmbed(nn.Module):
         self.stem = nn.Sequential(*layers, nn.Conv2d(self.CHANNELS[-1], embed_dim, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, D, H / 16, W / 16); sides are cut to multiples of 16."""
-        rows, columns = (side // self.patch_size * self.patch_size for side in x.shape[-2:])
-        return self.stem(x[..., :rows, :columns])
+        """(B, C, H, W) -> (B, patches row by row, D); sides are cut to multiples of 16."""
+        height, width = (side // self.patch_size * self.patch_size for side in x.shape[-2:])
+        if not (height and width):
+            raise ValueError(f"an image of {x.shape[-2]}x{x.shape[-1]} pixels holds no patch of {self.patch_size}")
+        return self.stem(x[..., :height, :width]).flatten(2).transpose(1, 2)
 
 
 class ProjectionHead(nn.Module):
@@ -315,12 +228,10 @@ class VisionTransformer(nn.Module):
         Returns:
             Shape (B, 1 + kept, D), patches in the random order of the mask.
         """
-        if min(x.shape[-2:]) < self.patch_embed.patch_size:
-            size = f"{x.shape[-2]}x{x.shape[-1]}"
-            raise ValueError(f"an image of {size} pixels holds no patch of {self.patch_embed.patch_size}")
-        grid = self.patch_embed(x)
-        positions = interpolate_positions(self.pos_embed, *grid.shape[-2:])
-        patches = grid.flatten(2).transpose(1, 2) + positions[:, 1:]
+        rows, columns = (side // self.patch_embed.patch_size for side in x.shape[-2:])
+        patches = self.patch_embed(x)
+        positions = interpolate_positions(self.pos_embed, rows, columns)
+        patches = patches + positions[:, 1:]
         if patch_drop:
             patches = patches.index_select(1, draw_kept_patches(patches.shape[1], patch_drop).to(x.device))
         cls_token = self.cls_token + positions[:, :1]
@@ -350,12 +261,11 @@ class Trunk(nn.Module):
 
 def init_weights(module: nn.Module) -> None:
     """Linear: normal with standard deviation 0.02, cut at 2; convolutions: He's normal; biases 0."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-    elif isinstance(module, nn.Conv2d):
+    init_linear(module)
+    if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
-    if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 _TINY = {"embed_dim": 192, "depth": 12, "num_heads": 3}

@@ -1,7 +1,7 @@
 """ResMLP (Touvron et al. 2021): an image network of linear layers only, alternately across patches and across channels.
 
-Needs torch only, so the file can be lifted out alone. Modules and parameters have the names of the official code:
-released checkpoints load strictly.
+Needs torch and ``shared/networks/vit_parts.py`` only, so the two files can be lifted out alone. Modules and parameters
+have the names of the official code: released checkpoints load strictly.
 
     network = resmlp_24()
     network(torch.randn(8, 3, 224, 224))                    # logits, (8, 1000)
@@ -13,6 +13,8 @@ B images, N patches per image, D channels per patch.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from shared.networks.vit_parts import DropPath, Mlp, PatchEmbed, init_linear
 
 
 class Affine(nn.Module):
@@ -43,39 +45,6 @@ class CrossPatchLinear(nn.Linear):
         return torch.baddbmm(self.bias[:, None], self.weight.expand(x.shape[0], -1, -1), x)
 
 
-class Mlp(nn.Module):
-    """The layers across channels: two linear layers with a GELU between them."""
-
-    def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
-        self.drop = nn.Dropout(drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
-        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
-
-
-class DropPath(nn.Module):
-    """Stochastic depth (Huang et al. 2016): drops a sample's residual branch with probability ``drop_prob``."""
-
-    def __init__(self, drop_prob: float):
-        super().__init__()
-        if not 0 <= drop_prob < 1:
-            raise ValueError(f"drop_path_rate {drop_prob} is outside [0, 1)")
-        self.drop_prob = drop_prob
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.drop_prob == 0:
-            return x
-        keep_prob = 1 - self.drop_prob
-        return x * x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(keep_prob).div_(keep_prob)
-
-    def extra_repr(self) -> str:
-        return f"drop_prob={self.drop_prob}"
-
-
 class Block(nn.Module):
     """A ResMLP layer (eq. 2 and 3): patches communicate, then channels, each on a residual branch.
 
@@ -103,18 +72,6 @@ class Block(nn.Module):
         """(B, N, D) -> (B, N, D)."""
         x = torch.addcmul(x, self.gamma_1, self.drop_path(self.attn(self.norm1(x))))
         return torch.addcmul(x, self.gamma_2, self.drop_path(self.mlp(self.norm2(x))))
-
-
-class PatchEmbed(nn.Module):
-    """A linear layer on the pixels of every patch, written as a convolution with kernel and stride ``patch_size``."""
-
-    def __init__(self, patch_size: int, in_chans: int, dim: int):
-        super().__init__()
-        self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, N, D), patches row by row."""
-        return self.proj(images).flatten(2).transpose(1, 2).contiguous()
 
 
 class ResMLP(nn.Module):
@@ -156,7 +113,7 @@ class ResMLP(nn.Module):
         self.img_size, self.patch_size = img_size, patch_size
         self.grid = img_size // patch_size  # patches per side
         self.embed_dim = self.num_features = embed_dim
-        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
         self.blocks = nn.ModuleList(
             [Block(embed_dim, self.grid**2, init_scale, drop_rate, drop_path_rate) for _ in range(depth)]
         )
@@ -187,7 +144,7 @@ class ResMLP(nn.Module):
                 f"images of {height}x{width} pixels do not fit a network for {self.img_size}x{self.img_size}: its "
                 f"cross-patch layers mix exactly {self.grid**2} patches"
             )
-        x = self.patch_embed(images)
+        x = self.patch_embed(images).contiguous()
         for block in self.blocks:
             x = block(x)
         return self.norm(x).mean(dim=1)
@@ -195,13 +152,6 @@ class ResMLP(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, img_size, img_size) -> logits (B, num_classes), or features (B, D) without a classifier."""
         return self.head(self.forward_features(images))
-
-
-def init_linear(module: nn.Module) -> None:
-    """Linear layers: weights from a normal distribution of standard deviation 0.02, biases 0."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
 
 
 # LayerScale starts smaller in deeper networks, and in wider ones

@@ -3,3 +3,22 @@
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch; child processes take it over
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """A folder of small noise images in three classes."""
+    from tests.reliability.runs import write_images
+
+    return write_images(tmp_path_factory.mktemp("data") / "images")
+
+
+@pytest.fixture(scope="session")
+def places(images, tmp_path_factory):
+    """What stands for ``{images}``, ``{tokens}`` and ``{encoder}`` in flags that lead to data."""
+    from tests.contriever.training_runs import make_data
+
+    text = make_data(tmp_path_factory.mktemp("text"))
+    return {"images": images, "tokens": text / "tokens", "encoder": text / "encoder"}

@@ -1,4 +1,4 @@
-"""Files that people lift out of this repository on their own."""
+"""Files that people lift out of this repository: a network alone, or with the parts that several networks share."""
 
 import ast
 import importlib.util
@@ -6,24 +6,53 @@ import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = "shared/networks/vit_parts.py"
 
 
-def imported_packages(path: Path) -> set[str]:
-    """Top-level packages that a file imports anywhere, in functions too; ``.`` for its siblings."""
-    packages = set()
+def imported_modules(path: Path) -> set[str]:
+    """Modules that a file imports anywhere, in functions too; ``.`` for its siblings."""
+    modules = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            packages |= {alias.name.partition(".")[0] for alias in node.names}
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            modules.add(".")
+        elif isinstance(node, ast.ImportFrom) and node.module == "shared.networks":
+            modules |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            packages.add("." if node.level else node.module.partition(".")[0])
-    return packages
+            modules.add(node.module)
+    return modules
+
+
+def foreign_packages(modules: set[str]) -> set[str]:
+    return {module.partition(".")[0] for module in modules} - {"torch", *sys.stdlib_module_names}
 
 
 def load_alone(path: Path, folder: Path) -> ModuleType:
-    """A copy of the file in ``folder``, imported; AssertionError if it needs more than torch and Python itself."""
-    foreign = imported_packages(path) - {"torch", *sys.stdlib_module_names}
+    """A copy of the file in ``folder``, with its ``shared/networks/vit_parts.py`` if it imports that, imported.
+
+    Raises:
+        AssertionError: If the file needs more than torch, Python itself and that file, or that one more than torch.
+    """
+    modules = imported_modules(path)
+    foreign = foreign_packages(modules - {"shared.networks.vit_parts"})
     assert not foreign, f"{path} imports {', '.join(sorted(foreign))}"
-    spec = importlib.util.spec_from_file_location(f"copied_{path.stem}", shutil.copy(path, folder))
+    copied = shutil.copy(path, folder)
+    if "shared.networks.vit_parts" in modules:
+        foreign = foreign_packages(imported_modules(ROOT / PARTS))
+        assert not foreign, f"{PARTS} imports {', '.join(sorted(foreign))}"
+        (folder / PARTS).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / PARTS, folder / PARTS)
+    spec = importlib.util.spec_from_file_location(f"copied_{path.stem}", copied)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    elsewhere = [str(folder), *(entry for entry in sys.path if Path(entry).resolve() != ROOT)]
+    with mock.patch.dict(sys.modules), mock.patch.object(sys, "path", elsewhere):
+        for name in [name for name in sys.modules if name.partition(".")[0] == "shared"]:
+            del sys.modules[name]  # those of the repository
+        spec.loader.exec_module(module)
+        ours = [m.__file__ for name, m in sys.modules.items() if name.startswith("shared.networks.")]
+        assert ours in ([], [str(folder / PARTS)]), ours
     return module

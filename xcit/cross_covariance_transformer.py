@@ -1,6 +1,7 @@
 """XCiT (El-Nouby et al. 2021): attention between channels, not tokens, so that cost grows linearly with the image.
 
-Needs torch only. Names, shapes and order of the parameters are those of the published checkpoints::
+Needs torch and ``shared/networks/vit_parts.py`` only. Names, shapes and order of the parameters are those of the
+published checkpoints::
 
     network = xcit_small_12_p16(num_classes=1000)
     network.load_state_dict(torch.load("xcit_small_12_p16_224.pth", weights_only=True)["model"])
@@ -14,23 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shared.networks.vit_parts import DropPath, Mlp, init_linear
+
 NUM_FREQUENCIES = 32  # per axis
-
-
-class DropPath(nn.Module):
-    """Stochastic depth (Huang et al. 2016): in training a residual branch is left out for some of the samples."""
-
-    def __init__(self, rate: float):
-        super().__init__()
-        if not 0 <= rate < 1:
-            raise ValueError(f"drop_path_rate {rate} is outside [0, 1)")
-        self.rate = rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.rate == 0 or not self.training:
-            return x
-        keep = torch.empty(x.shape[0], *[1] * (x.ndim - 1), dtype=x.dtype, device=x.device).bernoulli_(1 - self.rate)
-        return x * (keep / (1 - self.rate))
 
 
 class ConvPatchEmbed(nn.Module):
@@ -132,20 +119,6 @@ class LPI(nn.Module):
         return grid.flatten(2).transpose(1, 2)
 
 
-class MLP(nn.Module):
-    """Linear, GELU, linear on every token."""
-
-    def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden_dim, dim)
-        self.drop = nn.Dropout(drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
-
-
 def layer_norm(dim: int) -> nn.LayerNorm:
     return nn.LayerNorm(dim, eps=1e-6)
 
@@ -176,7 +149,7 @@ class XCABlock(nn.Module):
         self.attn = XCA(dim, num_heads, qkv_bias, attn_drop, drop)
         self.drop_path = DropPath(drop_path)
         self.norm2 = layer_norm(dim)
-        self.mlp = MLP(dim, int(dim * mlp_ratio), drop)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
         self.norm3 = layer_norm(dim)
         self.local_mp = LPI(dim)
 
@@ -251,7 +224,7 @@ class ClassAttentionBlock(nn.Module):
         self.norm1 = layer_norm(dim)
         self.attn = ClassAttention(dim, num_heads, qkv_bias, attn_drop, drop)
         self.norm2 = layer_norm(dim)
-        self.mlp = MLP(dim, int(dim * mlp_ratio), drop)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
         self.tokens_norm = tokens_norm
 
     def forward(self, x: Tensor) -> Tensor:
@@ -358,7 +331,7 @@ class XCiT(Trunk):
         self.register_module("pos_embeder", self._modules.pop("pos_embeder"))
 
         nn.init.trunc_normal_(self.cls_token, std=0.02)
-        self.apply(_init_linear)
+        self.apply(init_linear)
 
     def no_weight_decay(self) -> set[str]:
         """Names that timm's optimisers do not decay, besides biases and vectors."""
@@ -371,7 +344,7 @@ class XCiT(Trunk):
         """A new head, with the initial weights of one."""
         self.num_classes = num_classes
         self.head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
-        _init_linear(self.head)
+        init_linear(self.head)
         self.head.to(self.cls_token.device)
 
     def forward_tokens(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -405,13 +378,6 @@ class XCiT(Trunk):
             x = block(x)
         last = self.cls_attn_blocks[-1]
         return last.attn.attention(last.norm1(x))[:, :, 1:].unflatten(2, grid)
-
-
-def _init_linear(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 # Published networks (table 1): D, blocks, heads, initial LayerScale. The patch size is the suffix of their names.

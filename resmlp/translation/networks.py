@@ -1,7 +1,7 @@
 """Encoder-decoders for translation: ResMLP's blocks in place of self-attention, and a Transformer beside them.
 
-Needs torch only. The decoder looks at the encoded source by attention in both; what differs is how the tokens of one
-sentence communicate: one learned matrix over positions, the same for every sentence (ResMLP), or self-attention.
+The decoder looks at the encoded source by attention in both; what differs is how the tokens of one sentence
+communicate: one learned matrix over positions, the same for every sentence (ResMLP), or self-attention.
 
 B sentences, M source tokens, N target tokens, D channels, L the longest sentence.
 """
@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..resmlp_models import Affine, Mlp, init_linear
+from shared.networks.vit_parts import Mlp, init_linear, scaled_dot_product_attention
+
+from ..resmlp_models import Affine
 
 PAD, UNK, BOS, EOS = range(4)  # ids of every vocabulary
 NETWORKS = ("resmlp", "transformer")
@@ -41,28 +43,6 @@ class CrossTokenLinear(nn.Module):
         return torch.matmul(weight, x.masked_fill(padding[..., None], 0)) + self.bias[:length, None]
 
 
-def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor) -> Tensor:
-    """softmax(Q K^T / sqrt(d)) V over the keys that are ``allowed``: (B, heads, N, d) -> (B, heads, N, d).
-
-    torch's fused function, except for gradients in bfloat16 on a CPU, where its backward pass makes no use of the
-    processor's bfloat16 units.
-
-    Args:
-        allowed: True where a query may look, shape (B, 1, 1 or N, M); somewhere for every query.
-    """
-    learns_in_bf16 = query.dtype == torch.bfloat16 and torch.is_grad_enabled() and query.requires_grad
-    if learns_in_bf16 and query.device.type == "cpu":
-        return products_written_out(query, key, value, allowed)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
-
-
-def products_written_out(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor) -> Tensor:
-    """The same without the fused function, with the softmax in the type of its input."""
-    with torch.autocast(query.device.type, enabled=False):
-        scores = query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)
-        return scores.masked_fill(~allowed, float("-inf")).softmax(dim=-1) @ value
-
-
 class Attention(nn.Module):
     """Multi-head attention of one sequence of tokens to another, or to itself (Vaswani et al. 2017)."""
 
@@ -80,7 +60,7 @@ class Attention(nn.Module):
         allowed = ~padding[:, None, None]
         if self.causal:
             allowed = allowed & allowed.new_ones(x.shape[1], memory.shape[1]).tril()
-        out = scaled_dot_product_attention(query, key, value, allowed)
+        out = scaled_dot_product_attention(query, key, value, allowed=allowed)
         return self.proj(out.transpose(1, 2).flatten(2))
 
 

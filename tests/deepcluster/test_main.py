@@ -20,7 +20,8 @@ from deepcluster.main import parse_args, train_deepcluster
 from shared.run.attempt import Interrupted
 from shared.run.checkpoint import load_latest
 from tests.processes import run_script
-from tests.reliability.runs import Script, start_ranks
+from tests.reliability.runs import start_ranks
+from tests.tiny_training import Training
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = (
@@ -386,7 +387,7 @@ def test_changed_images_are_clustered_again(images, finished, tmp_path, capsys):
 def test_two_processes_train_like_one(images, tmp_path):
     flags = (images, "--checkpoints", 4, "--amp", "fp32")
     train(tmp_path / "one", *flags)
-    ranks = start_ranks(tmp_path / "run", 2, *flags, script=Script("deepcluster.main", tuple(TINY)))
+    ranks = start_ranks(tmp_path / "run", 2, *flags, script=Training("deepcluster.main", tuple(TINY)))
     for rank in ranks:
         rank.assert_ends(timeout_s=300)
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "one"), rtol=2e-3)

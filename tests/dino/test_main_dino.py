@@ -20,9 +20,11 @@ from shared.images.decode import ImageError
 from shared.run.checkpoint import load_latest
 from tests.command_lines import assert_values_arrive
 from tests.dino.small_data import picture, write_image
+from tests.dino.tiny import shrink_networks
 from tests.processes import run_script
-from tests.reliability.runs import DINO, Script, shrink_networks, start_ranks
+from tests.reliability.runs import start_ranks
 from tests.standalone import load_alone
+from tests.tiny_training import Training
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = (
@@ -205,7 +207,7 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_batch(images, tmp_p
     """With the variables that torchrun sets; torchrun itself is started in tests/reliability/test_ranks.py."""
     flags = ["--data_path", images, "--drop_path_rate", 0, "--epochs", 2, "--amp", "fp32"]
     train(tmp_path / "one", *flags, "--batch_size_per_gpu", 8)
-    script = Script("dino.main_dino", tuple(TINY), DINO.prepare)
+    script = Training("dino.main_dino", tuple(TINY), prepare=shrink_networks)
     for rank in start_ranks(tmp_path / "two", 2, *flags, "--batch_size_per_gpu", 4, script=script):
         rank.assert_ends()
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=2e-4)

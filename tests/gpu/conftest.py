@@ -5,9 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.contriever.training_runs import make_data
-from tests.reliability.runs import write_images
-
 
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
@@ -15,14 +12,3 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
-
-
-@pytest.fixture(scope="session")
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("data") / "images")
-
-
-@pytest.fixture(scope="session")
-def text(tmp_path_factory):
-    """A folder with ``encoder`` and ``tokens``."""
-    return make_data(tmp_path_factory.mktemp("text"))

@@ -11,7 +11,6 @@ from msn.vision_transformer import (
     VisionTransformer,
     build,
     draw_kept_patches,
-    interpolate_positions,
     num_kept_patches,
 )
 
@@ -154,15 +153,6 @@ def test_convolutional_stem_and_grey_images():
         small_vit(conv_stem=True)
 
 
-def test_positions_of_other_grids():
-    positions = torch.randn(1, 1 + 16, 3)
-    assert interpolate_positions(positions, 4, 4) is positions
-    for rows, columns in ((6, 6), (2, 8), (29, 29)):
-        assert interpolate_positions(positions, rows, columns).shape == (1, 1 + rows * columns, 3)
-    constant = torch.ones(1, 17, 3)
-    torch.testing.assert_close(interpolate_positions(constant, 7, 5), torch.ones(1, 36, 3))
-
-
 def test_bad_sizes_are_refused():
     with pytest.raises(ValueError, match="7x32 pixels holds no patch of 8"):
         small_vit()(torch.zeros(1, 3, 7, 32))
@@ -174,19 +164,3 @@ def test_bad_sizes_are_refused():
         small_vit(num_heads=5)
     with pytest.raises(ValueError, match="patch_size 64 must be between 1 and the image side of 32"):
         small_vit(patch_size=64)
-
-
-@pytest.mark.parametrize("num_queries", [1, 37])
-def test_attention_in_bfloat16_has_the_values_and_gradients_of_float32(num_queries):
-    """Also where the products are written out instead of torch's fused function."""
-    torch.manual_seed(0)
-    inputs = [torch.randn(2, 3, n, 16) for n in (num_queries, 37, 37)]
-    results = []
-    for dtype in (torch.float32, torch.bfloat16):
-        q, k, v = (x.detach().to(dtype).requires_grad_() for x in inputs)
-        out = vision_transformer.scaled_dot_product_attention(q, k, v)
-        out.float().square().sum().backward()
-        assert out.dtype == dtype
-        results.append([x.float() for x in (out.detach(), q.grad, k.grad, v.grad)])
-    for found, expected in zip(results[1], results[0], strict=True):
-        assert (found - expected).norm() < 0.02 * expected.norm()

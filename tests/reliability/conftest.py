@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.reliability.runs import Run, write_images
+from tests.reliability.runs import Run
 
 FAST = ("test_files", "test_kill", "test_save", "test_signals", "test_silent_degradation")
 
@@ -12,11 +12,6 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if Path(__file__).parent in item.path.parents and item.path.stem not in FAST:
             item.add_marker(pytest.mark.slow)
-
-
-@pytest.fixture(scope="session")
-def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("data") / "images")
 
 
 @pytest.fixture(scope="session")

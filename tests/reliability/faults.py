@@ -145,8 +145,9 @@ def kill_in_write(number: int) -> None:
 def nan_in_views(steps: Container[int], rank: int = 0) -> None:
     """One NaN in the first view of these steps (from 0, of the whole run) on one rank."""
     from dino import main_dino
+    from shared.run import randomness
 
-    seed_step, normalize_views = main_dino.randomness.seed_step, main_dino.normalize_views
+    seed_step, normalize_views = randomness.seed_step, main_dino.normalize_views
     current = []
 
     def remember(seed: int, step: int, this_rank: int) -> None:
@@ -159,19 +160,19 @@ def nan_in_views(steps: Container[int], rank: int = 0) -> None:
             views[0][0, 0, 0, 0] = torch.nan
         return views
 
-    main_dino.randomness.seed_step, main_dino.normalize_views = remember, spoilt
+    randomness.seed_step, main_dino.normalize_views = remember, spoilt
 
 
 def scale_loss_on_cpu(growth_interval: int) -> None:
     """The loss is scaled as for fp16 on a GPU, in float32 so that a CPU can do it."""
-    from dino import main_dino
+    from shared.run import run
 
-    class Scaled(main_dino.Precision):
+    class Scaled(run.Precision):
         def __init__(self, amp: str, device: torch.device):
             super().__init__("fp32", device)
             self.scaler = torch.amp.GradScaler(device.type, growth_interval=growth_interval)
 
-    main_dino.Precision = Scaled
+    run.Precision = Scaled
 
 
 def kill_worker(epoch: int) -> None:

@@ -4,7 +4,6 @@ A run is a process of its own that calls the ``main()`` of a training script, ma
 is forked from a server that has imported torch already, so a start takes a fraction of a second; its networks are tiny.
 """
 
-import functools
 import importlib
 import json
 import multiprocessing
@@ -13,7 +12,6 @@ import random
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,32 +19,15 @@ import torch
 from PIL import Image
 
 from shared.run.checkpoint import load_latest
+from tests.dino.tiny import TRAININGS
 from tests.processes import SERVER, free_port
+from tests.tiny_training import Training
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = (
-    "--patch_size 8 --global_crop_size 16 --local_crop_size 8 --local_crops_number 2 --out_dim 32 --device cpu "
-    "--batch_size_per_gpu 4 --warmup_epochs 0 --epochs 2 --drop_path_rate 0.2 --eval_knn_freq 0 --pictures off "
-    "--num_workers 0 --log_freq 2 --saveckp_freq 1 --saveckp_steps 1"
-).split()
 STEPS_PER_EPOCH = 6
 TIMINGS = ("images_per_s", "sentences_per_s", "data_wait")
 CHECKPOINTS = (".pth", ".tar")
-
-
-@dataclass(frozen=True)
-class Script:
-    """A training script.
-
-    Attributes:
-        module: Its name.
-        flags: Of a run of two epochs with ``STEPS_PER_EPOCH`` steps each that saves after every step.
-        prepare: Called before the training, to make its networks smaller.
-    """
-
-    module: str
-    flags: tuple[str, ...]
-    prepare: Callable[[], None] | None = None
+DINO = TRAININGS["dino"]
 
 
 def write_images(folder: Path, count: int = 4 * STEPS_PER_EPOCH) -> Path:
@@ -76,7 +57,7 @@ class Run:
         *flags,
         fault: Callable[[], None] | None = None,
         environment: dict | None = None,
-        script: Script | None = None,
+        script: Training | None = None,
     ):
         script = script or DINO
         self.output_dir = output_dir
@@ -128,7 +109,7 @@ def start_ranks(
     world_size: int,
     *flags,
     fault: Callable[[], None] | None = None,
-    script: Script | None = None,
+    script: Training | None = None,
 ) -> list[Run]:
     """The processes of one training, in rank order."""
     port = free_port()
@@ -151,7 +132,7 @@ def start_ranks(
 
 
 def kill_at_random_instants(
-    folder: Path, kills: int, *flags, script: Script | None = None, within_s: float = 2
+    folder: Path, kills: int, *flags, script: Training | None = None, within_s: float = 2
 ) -> list[Path]:
     """Runs that are killed and started again, with 0 to 2 loader processes, until so many kills have hit one of them.
 
@@ -163,7 +144,8 @@ def kill_at_random_instants(
     while killed < kills:
         output_dir = folder / str(len(finished))
         while True:
-            run = Run(output_dir, *flags, "--num_workers", killed % 3, script=script)
+            workers = ("--num_workers", killed % 3) if script is None or script.has_workers else ()
+            run = Run(output_dir, *flags, *workers, script=script)
             if killed < kills:
                 run.wait_for((output_dir / "attempt.json").exists)
                 time.sleep(rng.uniform(0, within_s))
@@ -177,7 +159,7 @@ def kill_at_random_instants(
 
 
 def _train(
-    script: Script, arguments: list[str], variables: dict[str, str], printed: Path, fault: Callable[[], None] | None
+    script: Training, arguments: list[str], variables: dict[str, str], printed: Path, fault: Callable[[], None] | None
 ) -> None:
     file = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
@@ -194,41 +176,6 @@ def _train(
     module.main()
 
 
-def shrink_networks() -> None:
-    """Give main_dino.py networks of 40 thousand parameters."""
-    from dino import main_dino
-    from dino.vision_transformer import DINOHead, VisionTransformer
-
-    def build_backbone(arch: str, patch_size: int, drop_path_rate: float, img_size: int, in_chans: int):
-        network = VisionTransformer(
-            img_size, patch_size, in_chans, embed_dim=32, depth=2, num_heads=2, drop_path_rate=drop_path_rate
-        )
-        return network, network.embed_dim
-
-    main_dino.build_backbone = build_backbone
-    main_dino.DINOHead = functools.partial(DINOHead, hidden_dim=32, bottleneck_dim=16)
-
-
-DINO = Script("dino.main_dino", tuple(TINY), shrink_networks)
-_CLUSTERING = (
-    "--arch test_resnet --nmb_crops 2 2 --size_crops 32 16 --min_scale_crops 0.3 0.1 --max_scale_crops 1 0.3 "
-    "--feat_dim 4 --hidden_mlp 8 --batch_size 4 --base_lr 0.5 --warmup_epochs 0 --epochs 2 "
-    "--freeze_prototypes_niters 3 --device cpu --workers 0 --log_freq 2 --eval_knn_freq 0 --pictures off "
-    "--checkpoint_freq 1 --saveckp_steps 1"
-).split()
-SWAV = Script("swav.main_swav", (*_CLUSTERING, *"--nmb_prototypes 6 --queue_length 16 --epoch_queue_starts 0".split()))
-DEEPCLUSTERV2 = Script("swav.main_deepclusterv2", (*_CLUSTERING, "--nmb_prototypes", "6", "5"))
-DEEPCLUSTER = Script(
-    "deepcluster.main",
-    tuple(
-        (
-            "--arch test_resnet --crop_size 32 --k 5 --pca_dim 4 --batch 4 --epochs 2 --device cpu --workers 0 "
-            "--log_freq 2 --eval_knn_freq 0 --pictures off --saveckp_steps 1 --checkpoints 5"
-        ).split()
-    ),
-)
-
-
 def log_lines(output_dir: Path) -> list[dict]:
     """Complete lines of ``metrics.jsonl`` without what a clock has measured."""
     path = output_dir / "metrics.jsonl"
@@ -240,7 +187,8 @@ def log_lines(output_dir: Path) -> list[dict]:
 def assert_same_run(one: Path, other: Path) -> None:
     """Checkpoints equal tensor by tensor, logs equal line by line."""
     assert log_lines(one) == log_lines(other)
-    assert (one / "log.txt").read_text() == (other / "log.txt").read_text()
+    for name in ("log.txt", *(path.name for path in other.glob("*.csv"))):
+        assert (one / name).read_text() == (other / name).read_text()
     names = checkpoints(other)
     assert checkpoints(one) == names
     for name in names:

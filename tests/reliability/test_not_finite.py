@@ -33,12 +33,12 @@ def test_bad_batches_in_a_row_end_the_run_at_its_last_good_checkpoint(images, un
     flags = ("--data_path", images, "--max_skipped_steps", 3)
     printed = Run(folder, *flags, fault=functools.partial(faults.nan_in_views, range(7, 100))).assert_ends(3)
     assert "error: 3 steps in a row, up to step 10, had gradients that are not finite" in printed
-    assert "the first such tensor is views[0]" in printed and str(folder / "nonfinite.pth") in printed
+    assert "the first such tensor is the input of teacher." in printed and str(folder / "nonfinite.pth") in printed
     assert "Traceback" not in printed
     report = torch.load(folder / "nonfinite.pth", weights_only=True)
     assert (report["step"], report["epoch"], report["rank"]) == (9, 1, 0)
-    assert report["views"][0].shape == (2 * 4, 3, 16, 16) and report["views"][0].dtype == torch.uint8
-    assert len(report["indices"]) == 4
+    views, _, indices = report["batch"]
+    assert views[0].shape == (2 * 4, 3, 16, 16) and views[0].dtype == torch.uint8 and len(indices) == 4
     saved = load_latest(folder / "checkpoint.pth")
     assert (saved["epoch"], saved["step_in_epoch"]) == (1, 1)  # the last one before the bad batches
     (folder / "nonfinite.pth").unlink()
@@ -50,5 +50,5 @@ def test_a_bad_batch_of_one_rank_is_reported_by_that_rank_and_stops_both(images,
     fault = functools.partial(faults.nan_in_views, range(3, 100), 1)
     ranks = start_ranks(tmp_path / "run", 2, "--data_path", images, "--max_skipped_steps", 2, fault=fault)
     printed = [rank.assert_ends(3) for rank in ranks]
-    assert "the first such tensor is views[0] (rank 1)" in printed[0]
+    assert "the first such tensor is the input of teacher.backbone (rank 1)" in printed[0]
     assert torch.load(tmp_path / "run/nonfinite.pth", weights_only=True)["rank"] == 1

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.reliability.runs import ROOT, TINY
+from tests.reliability.runs import DINO, ROOT
 
 HERE = Path(__file__).parent
 SMALL_DINO = (
-    "from tests.reliability.runs import shrink_networks; shrink_networks(); from dino import main_dino;main_dino.main()"
+    "from tests.dino.tiny import shrink_networks; shrink_networks(); from dino import main_dino;main_dino.main()"
 )
 
 
@@ -74,7 +74,7 @@ def test_the_judge_finds_the_mistakes_of_other_protocols(protocol, mode, tmp_pat
 
 @pytest.mark.parametrize(("ranks", "points"), [(1, 15), (2, 6)])
 def test_the_real_script_killed_at_file_operations_ends_like_an_undisturbed_run(ranks, points, images, tmp_path):
-    flags = [*TINY, "--epochs", "1", "--saveckp_steps", "3", "--data_path", str(images)]
+    flags = [*DINO.flags, "--epochs", "1", "--saveckp_steps", "3", "--data_path", str(images)]
     flags += ["--batch_size_per_gpu", str(4 // ranks)]
     fingerprint = f"{sys.executable} {HERE / 'fingerprint.py'} {{out}}"
     options = ("--result-cmd", fingerprint, "--modes", "before,unsynced,term", "--max-points", str(points))

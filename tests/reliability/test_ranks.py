@@ -13,7 +13,7 @@ import pytest
 
 from tests.processes import free_port
 from tests.reliability import faults
-from tests.reliability.runs import ROOT, TINY, assert_same_run, log_lines, start_ranks
+from tests.reliability.runs import DINO, ROOT, assert_same_run, log_lines, start_ranks
 
 FLAGS = ("--batch_size_per_gpu", 2)
 
@@ -76,7 +76,7 @@ class Torchrun:
         self.output_dir = output_dir
         environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")} | {"OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *options]
-        command += [f"--master_port={free_port()}", "main_dino.py", "--arch", "vit_tiny", *TINY]
+        command += [f"--master_port={free_port()}", "main_dino.py", "--arch", "vit_tiny", *DINO.flags]
         self.printed = open(output_dir.with_suffix(".txt"), "a+")  # noqa: SIM115
         self.process = subprocess.Popen(
             [*map(str, command), "--output_dir", str(output_dir), *map(str, flags)],

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from resmlp.translation import main as translation
-from resmlp.translation import networks, translate
+from resmlp.translation import translate
 from resmlp.translation.beam_search import beam_search
 from resmlp.translation.corpus import (
     EncodedPairs,
@@ -184,45 +184,6 @@ def test_attention_is_that_of_torch():
     later = torch.ones(5, 5, dtype=torch.bool).triu(1)
     expected, _ = theirs(memory, memory, memory, key_padding_mask=padding, attn_mask=later)
     torch.testing.assert_close(ours(memory, memory, padding), expected)
-
-
-@pytest.mark.parametrize("causal", [False, True])
-def test_attention_written_out_is_the_fused_one(causal):
-    """In float32 the same values and gradients; in bfloat16 on a CPU close ones, only for gradients written out."""
-    torch.manual_seed(0)
-    inputs = [torch.randn(2, 3, n, 16) for n in (7, 7, 7)]
-    allowed = (torch.arange(7) < torch.tensor([[7], [4]]))[:, None, None]
-    if causal:
-        allowed = allowed & torch.ones(7, 7, dtype=torch.bool).tril()
-
-    def results(attention, dtype: torch.dtype) -> list[torch.Tensor]:
-        leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
-        out = attention(*leaves, allowed)
-        out.float().square().sum().backward()
-        return [x.float() for x in (out.detach(), *(leaf.grad for leaf in leaves))]
-
-    fused = results(lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, attn_mask=mask), torch.float32)
-    torch.testing.assert_close(results(networks.products_written_out, torch.float32), fused)
-    for found, expected in zip(results(networks.scaled_dot_product_attention, torch.bfloat16), fused, strict=True):
-        assert (found - expected).norm() < 0.02 * expected.norm()
-
-
-def test_attention_is_written_out_only_for_gradients_in_bfloat16(monkeypatch):
-    calls = []
-    written_out = networks.products_written_out
-    monkeypatch.setattr(networks, "products_written_out", lambda *a: calls.append(a) or written_out(*a))
-    attention, x, padding = (
-        Attention(8, heads=2, causal=True),
-        torch.randn(2, 3, 8),
-        torch.zeros(2, 3, dtype=torch.bool),
-    )
-    attention(x, x, padding)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        with torch.no_grad():
-            attention(x, x, padding)
-        assert not calls
-        attention(x, x, padding)
-    assert len(calls) == 1 and calls[0][0].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", NETWORKS)

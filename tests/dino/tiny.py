@@ -1,0 +1,39 @@
+"""The smallest runs of DINO."""
+
+import functools
+
+from tests.tiny_training import Training
+
+FLAGS = (
+    "--patch_size 8 --global_crop_size 16 --local_crop_size 8 --local_crops_number 2 --out_dim 32 --device cpu "
+    "--batch_size_per_gpu 4 --warmup_epochs 0 --epochs 2 --drop_path_rate 0.2 --eval_knn_freq 0 --pictures off "
+    "--num_workers 0 --log_freq 2 --saveckp_freq 1 --saveckp_steps 1"
+)
+
+
+def shrink_networks() -> None:
+    """Give main_dino.py networks of 40 thousand parameters."""
+    from dino import main_dino
+    from dino.vision_transformer import DINOHead, VisionTransformer
+
+    def build_backbone(arch: str, patch_size: int, drop_path_rate: float, img_size: int, in_chans: int):
+        network = VisionTransformer(
+            img_size, patch_size, in_chans, embed_dim=32, depth=2, num_heads=2, drop_path_rate=drop_path_rate
+        )
+        return network, network.embed_dim
+
+    main_dino.build_backbone = build_backbone
+    main_dino.DINOHead = functools.partial(DINOHead, hidden_dim=32, bottleneck_dim=16)
+
+
+TRAININGS = {
+    "dino": Training(
+        "dino.main_dino",
+        tuple(FLAGS.split()),
+        pair=("--batch_size_per_gpu", "2"),
+        prepare=shrink_networks,
+        whole=("--arch", "vit_tiny"),
+        exact=("--drop_path_rate", "0"),
+        launcher=("dino.run_with_submitit", "main"),
+    )
+}

@@ -1,0 +1,40 @@
+"""The smallest runs of ResMLP, on images and on sentences."""
+
+from tests.tiny_training import Training
+
+FLAGS = (
+    "--model resmlp_12 --embed-dim 16 --depth 2 --input-size 16 --patch-size 4 --batch-size 4 --epochs 2 "
+    "--warmup-epochs 0 --num_workers 0 --log_freq 1 --no-repeated-aug --pictures off --device cpu --drop-path 0.2 "
+    "--saveckp_steps 1"
+)
+TRANSLATION_FLAGS = (
+    "--vocabulary_size 100 --dim 8 --hidden_dim 16 --depth 1 --heads 2 --epochs 2 --max_tokens 128 --dropout 0.1 "
+    "--log_freq 1 --device cpu --beam 2 --saveckp_steps 1"
+)
+
+
+def few_sentences() -> None:
+    """Give translation/main.py 60 pairs of sentences."""
+    from resmlp.translation import main
+
+    main.GENERATED_PAIRS = {"train": 60, "valid": 4, "test": 2}
+
+
+TRAININGS = {
+    "resmlp": Training(
+        "resmlp.main",
+        tuple(FLAGS.split()),
+        pair=("--batch-size", "2"),
+        exact=("--drop-path", "0"),
+        launcher=("resmlp.run_with_submitit", "main"),
+        job=("--epochs", "20"),
+    ),
+    "translation": Training(
+        "resmlp.translation.main",
+        tuple(TRANSLATION_FLAGS.split()),
+        data=(),
+        prepare=few_sentences,
+        has_workers=False,
+        exact=("--dropout", "0"),
+    ),
+}
