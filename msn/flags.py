@@ -58,10 +58,18 @@ def add_data_flags(parser: argparse.ArgumentParser) -> Callable[..., argparse.Ac
     return add
 
 
-def add_saving_flags(add: Callable[..., argparse.Action]) -> None:
-    """When a training with labels saves within an epoch; ``add`` is the ``add_argument`` of their group."""
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """What :class:`shared.run.run.Run` needs beyond :func:`add_process_flags`, for trainings with labels."""
+    add = parser.add_argument_group("run").add_argument
     add("--saveckp_steps", type=int, default=0, help="also save within the epoch every so many steps")
     add("--saveckp_minutes", type=float, default=15, help="also save within the epoch after so many minutes")
+    changed = "when the checkpoint was written with another batch or number of processes"
+    add("--on_changed_run", default="continue", choices=("continue", "refuse"), help=changed)
+    add("--log_freq", type=int, default=10, help="steps per line of the log")
+    add("--tensorboard", action="store_true", help="also log to TensorBoard")
+    skipped = "stop after so many steps in a row without finite gradients (exit code 3); 0: never"
+    add("--max_skipped_steps", type=int, default=10, help=skipped)
+    add("--dist_timeout", type=float, default=1800, help="seconds to wait for other processes")
 
 
 def add_process_flags(parser: argparse.ArgumentParser, title: str = "processes") -> None:
@@ -136,6 +144,8 @@ def labelled_sources(args: argparse.Namespace, num_classes: int | None = None) -
         ValueError: If there are none, or they have more than ``num_classes`` classes.
     """
     sources = open_labelled(args.data_path, args.val_path, args.allow_absolute_paths)
+    for source in sources:
+        distributed.print_once(source.describe())
     if num_classes is not None and num_classes < len(sources[0].classes):
         raise ValueError(
             f"--num_classes {num_classes} is less than the {len(sources[0].classes)} classes of {sources[0].name}"

@@ -77,8 +77,6 @@ def logistic_eval(args: argparse.Namespace) -> dict[str, float]:
     """Fit on every split and classify the val images; mean and spread of the top-1 accuracy in percent."""
     device = distributed.init(args.dist_url, args.device)
     train, val = labelled_sources(args)
-    for source in (train, val):
-        distributed.print_once(source.describe())
     splits = labelled_splits(train, args.subset_path, args.imgs_per_class, args.splits, args.seed)
     encoder = load_chosen_encoder(args)
     check_mask(args.mask, args.image_size, encoder.patch_embed.patch_size)

@@ -3,7 +3,6 @@
 Every size, parameter and case name comes from the file, so the tests hold for any file of this layout.
 """
 
-import json
 from functools import partial
 
 import numpy as np
@@ -22,6 +21,7 @@ from msn.vision_transformer import ProjectionHead, VisionTransformer, interpolat
 from shared import distributed
 from shared.optimisation.optim import build_optimizer as build_adamw
 from shared.optimisation.schedules import cosine_schedule
+from shared.run.log import read_log
 from shared.sinkhorn import sinkhorn_knopp
 from tests.golden.golden_file import GoldenFile
 from tests.loop_run import LoopRun
@@ -373,7 +373,7 @@ def test_training_follows_the_reference_step_by_step(case, tmp_path, monkeypatch
             clip_grad=value("clip_grad"),
         )
 
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = read_log(tmp_path / "metrics.jsonl")
     losses, expected = np.array([[x["msn"], x["me_max"], x["ent"]] for x in lines]), GOLDEN[f"{case}/out/losses"]
     np.testing.assert_allclose(losses[0], expected[0], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(losses, expected, rtol=5e-3, atol=5e-3)
@@ -395,7 +395,7 @@ def test_training_follows_the_reference_step_by_step(case, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("case", cases("lineval"))
-def test_linear_classifier_and_its_optimiser(case):
+def test_linear_classifier_and_its_optimiser(case, tmp_path):
     state = GOLDEN.state_dict(f"{case}/in/sd/")
     steps, total_steps = int(given(case, "steps")), int(given(case, "total_steps"))
     classifier = LinearClassifier(len(state["norm.weight"]), int(given(case, "num_classes")), given(case, "normalize"))
@@ -406,10 +406,9 @@ def test_linear_classifier_and_its_optimiser(case):
 
     batches = [(GOLDEN.tensor(f"{case}/in/x{i}"), GOLDEN.tensor(f"{case}/in/y{i}").long()) for i in range(steps)]
     assert_close(classifier(batches[0][0]).detach(), GOLDEN.tensor(f"{case}/out/logits0"))
-    losses = [
-        train_one_epoch(classifier, nn.Identity(), [batch], optimizer, [lr])
-        for batch, lr in zip(batches, lrs, strict=False)
-    ]
+    loader = [([x], labels, None) for x, labels in batches]
+    train_one_epoch(classifier, nn.Identity(), loader, optimizer, lrs, LoopRun(tmp_path, steps))
+    losses = [line["loss"] for line in read_log(tmp_path / "metrics.jsonl")]
     np.testing.assert_allclose(losses, GOLDEN[f"{case}/out/losses"], rtol=1e-4, atol=1e-5)
     for name, expected in GOLDEN.state_dict(f"{case}/out/final/").items():
         assert_close(classifier.state_dict()[name], expected)
