@@ -26,9 +26,8 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from msn.augmentations import MEAN, STD, msn_views
-from msn.collapse import CollapseMonitor
 from msn.losses import LossTerms, MSNLoss, new_prototypes
-from msn.report import save_pictures, summary
+from msn.report import health_rules, report
 from msn.resuming import NETWORK_FLAGS, Value, find_checkpoint, from_official, to_official
 from msn.schedules import Schedules
 from msn.vision_transformer import ARCHITECTURES, ProjectionHead, Trunk, VisionTransformer, build, num_kept_patches
@@ -39,8 +38,8 @@ from shared.images.views import ViewRecipe
 from shared.multicrop import normalize_views
 from shared.networks.batchnorm import synchronize_batchnorm
 from shared.optimisation.optim import build_optimizer, ema_update_, param_groups_no_decay_on_bias_and_norm
-from shared.run.flags import add_data_flags, add_run_flags, bool_flag
-from shared.run.health import feature_spread, rank_me
+from shared.run.flags import add_data_flags, add_run_flags, bool_flag, tell_embedded_defaults
+from shared.run.health import HealthMonitor, feature_spread, rank_me
 from shared.run.run import Run
 from shared.run.yaml_config import parse_args_with_config, write_config
 
@@ -218,9 +217,7 @@ def train_msn(args: argparse.Namespace) -> None:
 
     # data
     data = open_training_data(args, build_views(args), args.batch_size, run.output_dir, device, "--rand_size")
-    if args.data_path is None:
-        names = " ".join(f"--{name}" for name in EMBEDDED_DATA_DEFAULTS)
-        distributed.print_once(f"without --data_path these flags have defaults for the embedded data: {names}")
+    tell_embedded_defaults(args.data_path, EMBEDDED_DATA_DEFAULTS)
 
     # anchor and target encoder: the same network and the same initial weights; prototypes
     encoder = build_encoder(args)
@@ -252,11 +249,7 @@ def train_msn(args: argparse.Namespace) -> None:
         target_encoder=target_encoder,
         loss=epoch_loss,
     )
-    run.health = CollapseMonitor(
-        args.num_proto,
-        patience_steps=min(len(schedules.lr) // 4, 2 * data.steps_per_epoch + 1000),
-        warmup_steps=round(args.warmup * data.steps_per_epoch),
-    )
+    run.health = HealthMonitor(health_rules(args, data.steps_per_epoch))
     knn = build_knn_monitor(args, args.rand_size, MEAN, STD, device, data.num_workers, run.output_dir, args.in_chans)
     trunk = Trunk(target_encoder)
 
@@ -282,11 +275,7 @@ def train_msn(args: argparse.Namespace) -> None:
             epoch_loss.value = run.log_epoch(bad_images=data.bad_images.count())["train_loss"]
             numbered = args.checkpoint_freq and (epoch + 1) % args.checkpoint_freq == 0
             run.end_epoch(keep_as=f"{args.write_tag}-ep{epoch + 1}.pth.tar" if numbered else None)
-    pictures = []
-    if args.pictures:
-        pictures = save_pictures(trunk, data.dataset, knn, args.rand_size, args.patch_drop, run.output_dir, device)
-    if distributed.is_main_process():
-        print(summary(run.output_dir, run.path, args, knn, pictures, list(run.health.warnings.values())))
+    report(args, run, data.dataset, trunk, knn)
 
 
 def build_views(args: argparse.Namespace) -> list[ViewRecipe]:
