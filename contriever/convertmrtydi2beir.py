@@ -7,7 +7,6 @@ Takes topic.tsv, collection/docs.jsonl and qrels.{train,dev,test}.txt.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,15 +14,15 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from contriever.passages import read_json_lines, text_field
-from contriever.text_files import read_lines
+from contriever.flags import script_parser
+from contriever.text.files import read_json_lines, read_lines, text_field, write_json_lines
 from shared import distributed
 
 SPLITS = ("train", "dev", "test")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = script_parser(__doc__)
     parser.add_argument("data_path", help="folder of one language of Mr. TyDi")
     parser.add_argument("output_path", help="folder to write")
     return parser
@@ -41,17 +40,12 @@ def convert(data_path: Path, output_path: Path) -> None:
     if missing:
         raise ValueError(f"{data_path} is no folder of Mr. TyDi: there is no {', no '.join(missing)}")
     (output_path / "qrels").mkdir(parents=True, exist_ok=True)
-    write_records(output_path / "queries.jsonl", queries(needed[0]))
-    write_records(output_path / "corpus.jsonl", documents(needed[1]))
+    write_json_lines(output_path / "queries.jsonl", queries(needed[0]))
+    write_json_lines(output_path / "corpus.jsonl", documents(needed[1]))
     for split in splits:
         with open(output_path / "qrels" / f"{split}.tsv", "w", encoding="utf-8") as file:
             file.write("query-id\tcorpus-id\tscore\n")
             file.writelines(judgements(data_path / f"qrels.{split}.txt"))
-
-
-def write_records(path: Path, records: Iterable[dict]) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def queries(path: Path) -> Iterable[dict]:

@@ -16,10 +16,21 @@ import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+
+from shared.run.packages import need_packages
+
+need_packages(
+    "contriever",
+    transformers="'transformers>=5'",
+    tokenizers="tokenizers",
+    bm25s="bm25s",
+    pytrec_eval="pytrec-eval-terrier",
+    regex="regex",
+)
+
 from transformers import (
     AutoConfig,
     AutoTokenizer,
-    BertConfig,
     BertModel,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
@@ -152,6 +163,42 @@ def pad(sequences: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[Tensor, Te
     return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
+@torch.inference_mode()
+def encode_tokens(
+    encoder: nn.Module,
+    sequences: Sequence[Sequence[int]],
+    pad_id: int,
+    batch_size: int,
+    normalize: bool = False,
+    amp: str = "fp32",
+) -> np.ndarray:
+    """Vectors (N, D) in float32 of N lists of token ids, in their order; the encoder is in evaluation mode meanwhile.
+
+    Those of similar length share a batch, so that hardly anything is computed for padding. The same call gives the same
+    bits again; another grouping of the same texts may differ in the last ones.
+
+    Args:
+        batch_size: Most texts at once; on a CPU also no more than fit its caches.
+        normalize: Divide each vector by its L2 norm.
+        amp: See :class:`shared.optimisation.precision.Precision`.
+    """
+    device = next(encoder.parameters()).device
+    precision, most = Precision(amp, device), MOST_TOKENS.get(device.type)
+    was_training = encoder.training
+    encoder.eval()
+    order = np.argsort([-len(sequence) for sequence in sequences], kind="stable")  # longest first: early OOM
+    start, parts = 0, []
+    while start < len(order):
+        longest = len(sequences[order[start]])
+        rows = batch_size if most is None else min(batch_size, max(1, most // longest))
+        ids, mask = pad([sequences[i] for i in order[start : start + rows]], pad_id)
+        with precision.autocast():
+            parts.append(encoder(ids.to(device), mask.to(device), normalize=normalize).float().cpu())
+        start += rows
+    encoder.train(was_training)
+    return torch.cat(parts).numpy()[order.argsort()]
+
+
 @dataclass
 class Retriever:
     """An encoder with its tokenizer.
@@ -200,14 +247,10 @@ class Retriever:
         max_length = self.max_length if max_length is None else max_length
         if max_length > self.max_length:
             raise ValueError(f"{max_length} tokens per text, but {self.origin} reads at most {self.max_length}")
-        if not len(texts):
-            return []
-        return self.tokenizer(
-            list(texts), truncation=True, max_length=max_length, padding=False, return_attention_mask=False,
-            return_token_type_ids=False,
-        )["input_ids"]  # fmt: skip
+        options = {"truncation": True, "max_length": max_length, "padding": False}
+        wanted = {"return_attention_mask": False, "return_token_type_ids": False}
+        return self.tokenizer(list(texts), **options, **wanted)["input_ids"]
 
-    @torch.inference_mode()
     def encode(
         self,
         texts: Sequence[str],
@@ -216,37 +259,19 @@ class Retriever:
         normalize: bool = False,
         amp: str = "auto",
     ) -> np.ndarray:
-        """Vectors of texts.
-
-        Texts of similar length share a batch, so that hardly anything is computed for padding. The same call gives the
-        same bits again; another grouping of the same texts may differ in the last ones.
+        """Vectors of texts, see :func:`encode_tokens`.
 
         Args:
             texts: N of them; an empty one gets the vector of its special tokens.
-            batch_size: Most texts at once; on a CPU also no more than fit its caches.
             max_length: Most tokens per text; by default as many as the model reads.
-            normalize: Divide each vector by its L2 norm.
-            amp: ``fp32``, ``bf16``, ``fp16`` or ``auto``, see :class:`shared.optimisation.precision.Precision`.
 
         Returns:
             float32, shape ``(N, D)``, in the order of ``texts``.
         """
-        precision = Precision(amp, self.device)
-        was_training = self.model.training
-        self.model.eval()
-        vectors = np.empty((len(texts), self.dim), dtype=np.float32)
+        if not len(texts):
+            return np.empty((0, self.dim), np.float32)
         sequences = self.tokenize(texts, max_length)
-        order = np.argsort([-len(sequence) for sequence in sequences], kind="stable")  # longest first: early OOM
-        most = MOST_TOKENS.get(self.device.type)
-        while len(order):
-            rows = batch_size if most is None else min(batch_size, max(1, most // len(sequences[order[0]])))
-            chosen, order = order[:rows], order[rows:]
-            ids, mask = pad([sequences[i] for i in chosen], self.tokenizer.pad_token_id)
-            with precision.autocast():
-                batch = self.model(ids.to(self.device), mask.to(self.device), normalize=normalize)
-            vectors[chosen] = batch.float().cpu().numpy()
-        self.model.train(was_training)
-        return vectors
+        return encode_tokens(self.model, sequences, self.tokenizer.pad_token_id, batch_size, normalize, amp)
 
     def save(self, folder: str | Path) -> None:
         """Write the Hugging Face layout: config.json, model.safetensors and the tokenizer's files."""
@@ -424,25 +449,3 @@ def unpack_architecture(checkpoint: dict) -> tuple[PreTrainedConfig, PreTrainedT
         for name, content in checkpoint["tokenizer"].items():
             (Path(folder) / Path(name).name).write_bytes(content.numpy().tobytes())
         return read_config(Path(folder)), read_tokenizer(Path(folder))
-
-
-def new_bert(
-    tokenizer: PreTrainedTokenizerBase, hidden_size: int, layers: int, heads: int, positions: int = 512
-) -> Retriever:
-    """A BERT of any size with random weights for a tokenizer; its feed-forward layers are four times as wide.
-
-    Raises:
-        ValueError: If the heads do not divide the width.
-    """
-    if hidden_size % heads:
-        raise ValueError(f"--hidden_size {hidden_size} is not a multiple of --heads {heads}")
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        intermediate_size=4 * hidden_size,
-        max_position_embeddings=positions,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return Retriever(build_encoder(config).eval(), tokenizer, "a new encoder")

@@ -20,23 +20,23 @@ import torch
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from contriever.beir_data import BeirDataset, read_beir
-from contriever.beir_metrics import evaluate_run
-from contriever.dense_index import merge
-from contriever.embedding_files import write_json
+from contriever.beir.data import BeirDataset, read_beir
+from contriever.beir.metrics import evaluate_run
 from contriever.encoder import Retriever
-from contriever.hybrid import BM25, fuse
-from contriever.normalize_text import normalize
-from contriever.retrieval_flags import (
+from contriever.flags import (
     add_encoder_flags,
     add_launcher_flags,
     amp_of,
-    check_least,
+    check_minimum,
     join_processes,
     load_encoder,
     max_length_of,
-    retrieval_parser,
+    script_parser,
 )
+from contriever.index.bm25 import BM25, check_weight, fuse
+from contriever.index.dense import merge
+from contriever.index.embeddings import write_json
+from contriever.text.normalize import clean
 from shared import distributed
 from shared.evaluation.knn import nearest_neighbours
 from shared.run.flags import bool_flag
@@ -48,15 +48,15 @@ Run = dict[str, dict[str, float]]
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = retrieval_parser(__doc__)
+    parser = script_parser(__doc__)
     add = parser.add_argument_group("data").add_argument
     add("--dataset", required=True, help="name of a folder below --beir_dir")
     add("--beir_dir", default="./", help="folder of the data sets")
     add("--split", default=None, help="judgements to use; by default test, and dev for msmarco")
     add("--lower_case", action="store_true", help="lowercase texts, after --normalize_text")
     add("--normalize_text", action="store_true", help="one form for dashes, quotation marks and the like")
-    add("--ignore_identical_ids", type=bool_flag, default=True, help="leave a document out of the results of the query "
-        "that has the same id, as BEIR does")  # fmt: skip
+    identical = "leave a document out of the results of the query that has the same id, as BEIR does"
+    add("--ignore_identical_ids", type=bool_flag, default=True, help=identical)
 
     add = add_encoder_flags(parser)
     add("--per_gpu_batch_size", type=int, default=128, help="texts per forward pass")
@@ -71,17 +71,16 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", default="./my_experiment", help="folder for <dataset>.json, the metrics")
-    add("--save_results_path", default=None, help="file for what was retrieved: .jsonl, .trec (format of trec_eval), "
-        "any other: torch.save of {query: {document: score}}")  # fmt: skip
+    formats = "what was retrieved: .jsonl, .trec (of trec_eval), any other: torch.save of {query: {document: score}}"
+    add("--save_results_path", default=None, help=formats)
     add_launcher_flags(parser)
     return parser
 
 
 def eval_beir(args: argparse.Namespace) -> dict[str, float]:
     """Metrics in percent, on every rank."""
-    check_least(args, per_gpu_batch_size=1, text_maxlength=3)
-    if not 0 <= args.dense_weight <= 1:
-        raise ValueError(f"--dense_weight must be in [0, 1], got {args.dense_weight}")
+    check_minimum(args, per_gpu_batch_size=1, text_maxlength=3)
+    check_weight(args.dense_weight)
     device = join_processes(args)
     normalized = args.score_function == "cos_sim" or (args.norm_query and args.norm_doc)
     retriever = load_encoder(args, device, normalized) if args.retriever != "bm25" else None
@@ -103,8 +102,8 @@ def eval_beir(args: argparse.Namespace) -> dict[str, float]:
 
 def search_dataset(dataset: BeirDataset, retriever: Retriever | None, args: argparse.Namespace) -> Answers:
     """The best documents by the retriever that the flags choose; one more than is kept, for the query's own."""
-    prepare = prepared(args.normalize_text, args.lower_case)
-    texts, queries = ([*map(prepare, part)] for part in (document_texts(dataset), dataset.queries.values()))
+    how = args.lower_case, args.normalize_text
+    texts, queries = clean(document_texts(dataset), *how), clean(dataset.queries.values(), *how)
     k = TOP_K + 1
     lexical = BM25(texts).search(queries, k) if args.retriever != "dense" else None
     if args.retriever == "bm25":
@@ -122,16 +121,6 @@ def search_dataset(dataset: BeirDataset, retriever: Retriever | None, args: argp
         amp=amp_of(args.no_fp16, retriever.device),
     )
     return dense if args.retriever == "dense" else fuse(dense, lexical, k, args.dense_weight)
-
-
-def prepared(normalize_text: bool, lower_case: bool) -> Callable[[str], str]:
-    """Text clean-up in the order of the reference's evaluation: normalise, then lowercase."""
-
-    def prepare(text: str) -> str:
-        text = normalize(text) if normalize_text else text
-        return text.lower() if lower_case else text
-
-    return prepare
 
 
 def document_texts(dataset: BeirDataset) -> list[str]:
@@ -161,6 +150,7 @@ def dense_search(
     """
     common = {"batch_size": batch_size, "max_length": max_length, "amp": amp}
     of_queries = torch.from_numpy(finite(retriever.encode(queries, normalize=normalize_queries, **common), "query"))
+    of_queries = of_queries.to(retriever.device)
     order = np.argsort([-len(text) for text in texts], kind="stable")
     own = order[distributed.get_rank() :: distributed.get_world_size()]
     best = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1)
@@ -168,7 +158,7 @@ def dense_search(
         rows = own[start : start + CHUNK]
         vectors = retriever.encode([texts[row] for row in rows], normalize=normalize_documents, **common)
         block = torch.from_numpy(finite(vectors, "document")).to(retriever.device)
-        scores, found = nearest_neighbours(of_queries.to(retriever.device), block, min(k, len(block)))
+        scores, found = nearest_neighbours(of_queries, block, min(k, len(block)))
         best = merge([best, (scores.cpu().numpy(), rows[found.cpu().numpy()])], k)
     return merge(distributed.all_gather_object(best), k)
 

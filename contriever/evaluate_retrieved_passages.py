@@ -14,17 +14,16 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from contriever.answer_matching import hits_within, match_questions
-from contriever.passages import check_strings, read_json_lines, text_field
+from contriever.flags import script_parser
+from contriever.text.answers import hits_within, match_questions
+from contriever.text.files import check_list, read_json_lines, text_field
 from shared import distributed
 
 RANKS = (5, 10, 20, 100)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = script_parser(__doc__)
     parser.add_argument("--data", required=True, help="glob pattern of result files (.jsonl)")
     parser.add_argument("--validation_workers", type=int, default=16, help="processes at most; few questions need one")
     return parser
@@ -50,11 +49,9 @@ def evaluate_retrieved_passages(args: argparse.Namespace) -> dict[str, dict[int,
 
 def read_question(record: dict, where: str) -> tuple[list[str], list[str]]:
     """Answers, and texts of the retrieved passages."""
-    check_strings(record, "answers", where)
-    passages = record.get("ctxs")
-    if not isinstance(passages, list) or not all(isinstance(passage, dict) for passage in passages):
-        raise ValueError(f'{where}: "ctxs" should be a list of passages')
-    return record["answers"], [text_field(passage, "text", where) for passage in passages]
+    check_list(record, "answers", str, "strings", where)
+    check_list(record, "ctxs", dict, "passages", where)
+    return record["answers"], [text_field(passage, "text", where) for passage in record["ctxs"]]
 
 
 def accuracy_at(hits: list[list[bool]]) -> dict[int, float]:

@@ -22,6 +22,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from contriever.encoder import Retriever, load_retriever, pad
+from contriever.flags import script_parser
 from shared import distributed
 from shared.networks.export import TOLERANCE, ExportMismatch, atomic_file
 
@@ -29,9 +30,7 @@ TEXTS = ("a short text", "A longer one, with more words than the other: it fills
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "export", description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("--model_name_or_path", default=None, help="encoder or checkpoint; the packaged encoder without it")
     add("--retriever_model_id", default=None, help="configuration and tokenizer of an official checkpoint")

@@ -20,66 +20,100 @@ from torch import Tensor, nn
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from contriever.evaluation import Evaluation
-from contriever.finetuning_data import FineTuningPairs, read_examples
-from contriever.flags import add_run_flags, check_flags_make_sense, training_parser
+from contriever.encoder import Retriever
+from contriever.flags import MINIMUM, check_training_flags, training_parser
 from contriever.losses import InBatch, batch_statistics, inbatch_logits
-from contriever.sam import SharpnessAware
-from contriever.training_setup import (
-    Objective,
-    OnPair,
-    Resumable,
-    build_optimizer,
+from contriever.training.checkpoints import (
+    BATCH,
+    TrainingData,
+    keep_numbered,
     link_latest,
-    save,
+    resume,
     start_retriever,
-    update,
 )
+from contriever.training.evaluation import Evaluation
+from contriever.training.optimisation import Objective, SharpnessAware, build_optimizer, gradient_norms
+from contriever.training.questions import FineTuningPairs, read_examples
 from shared import distributed
 from shared.images.loading import EpochBatchSampler, make_loader
 from shared.optimisation.precision import Precision
-from shared.run import randomness
-from shared.run.checkpoint import Checkpointer
-from shared.run.log import RunLog
-from shared.run.not_finite import FiniteGuard
-from shared.run.start import start_run
+from shared.run.flags import parse_with_embedded_defaults
+from shared.run.run import Run
 
-BATCH = ("q_tokens", "q_mask", "k_tokens", "k_mask")
+NETWORK_FLAGS = ("pooling", "random_init")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = training_parser(__doc__, "Contriever fine-tuning", ("adamw", "sam", "asam"))
+    parser = training_parser(__doc__, ("adamw", "sam", "asam"))
     add = parser.add_argument_group("examples").add_argument
-    add("--train_data", nargs="+", required=True, help=".json or .jsonl files of questions with positive_ctxs and, "
-        "optionally, negative_ctxs and hard_negative_ctxs")  # fmt: skip
+    records = ".json or .jsonl files of questions with positive_ctxs and, optionally, (hard_)negative_ctxs"
+    add("--train_data", nargs="+", required=True, help=records)
     add("--eval_data", nargs="+", default=[], help="the same, to measure accuracy and MRR")
     add("--maxload", type=int, default=None, help="read so many training records at most")
     add("--chunk_length", type=int, default=256, help="most tokens of a question or passage")
     add("--negative_ctxs", type=int, default=1, help="negatives per question")
     add("--negative_hard_ratio", type=float, default=0.0, help="chance of each negative to be a hard one")
     add("--negative_hard_min_idx", type=int, default=0, help="leave out so many leading hard negatives")
-    add_run_flags(parser)
     return parser
 
 
-def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse and check the command line."""
-    parser = parser or get_args_parser()
-    args = parser.parse_args(arguments)
-    check_flags_make_sense(parser, args)
+    parser = get_args_parser()
+    minimum = MINIMUM | {"negative_ctxs": 0, "negative_hard_min_idx": 0}
+    args = parse_with_embedded_defaults(parser, arguments, {}, minimum, "train_data")
+    check_training_flags(parser, args)
     return args
 
 
 def finetune(args: argparse.Namespace) -> None:
     """Fine-tune from the newest checkpoint in ``args.output_dir``, or the encoder that is named."""
-    device, output_dir = start_run(args, "checkpoint")
-    if distributed.is_main_process():
-        link_latest(output_dir)
-    precision = Precision(args.amp, device)
-    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    run = Run(args, args.amp, subfolder="checkpoint")
+    link_latest(run.output_dir)
 
     # encoder and examples
-    retriever = start_retriever(args, device)
+    retriever = start_retriever(args, run.device)
+    data = open_data(args, retriever)
+
+    # network, loss, optimiser
+    encoder = retriever.model
+    trained = distributed.wrap(InBatch(encoder), run.device)
+    optimizer = build_optimizer(encoder, args)
+    objective = Objective.from_args(args)
+    sharpness = None
+    if args.optim != "adamw":
+        if run.precision.name == "fp16":
+            raise ValueError(f"--optim {args.optim} needs --amp bf16 or fp32: two passes do not share a loss scale")
+        sharpness = SharpnessAware(encoder.parameters(), args.rho or 0.05, adaptive=args.optim == "asam")
+
+    # checkpoints under the names of the official ones, monitoring
+    resume(run, data, NETWORK_FLAGS, retriever, encoder, optimizer)
+    held_out = None
+    if args.eval_data:
+        records = read_examples(args.eval_data)
+        held_out = FineTuningPairs(records, retriever, args.chunk_length, normalize_text=args.eval_normalize_text)
+    evaluation = Evaluation(args, retriever, examples=held_out)
+
+    with run:
+        if run.is_new:
+            evaluation.run(encoder, run)
+        for epoch in run.epochs():
+            data.sampler.set_epoch(epoch, run.step_in_epoch)
+            train_one_epoch(trained, data.loader, optimizer, objective, sharpness, evaluation, run)
+            run.log_epoch()
+            run.end_epoch()
+    if distributed.is_main_process():
+        retriever.save(run.output_dir / "encoder")
+        print(f"fine-tuned encoder: {run.output_dir / 'encoder'}")
+
+
+def open_data(args: argparse.Namespace, retriever: Retriever) -> TrainingData:
+    """The batches of questions and passages that this process trains with.
+
+    Raises:
+        ValueError: If passages would be longer than the encoder reads, or the records are too few.
+    """
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
     if args.chunk_length > retriever.max_length:
         raise ValueError(f"--chunk_length {args.chunk_length}: the encoder reads {retriever.max_length} tokens at most")
     examples = read_examples(args.train_data, args.maxload, rank, world_size)
@@ -103,64 +137,10 @@ def finetune(args: argparse.Namespace) -> None:
     )
     # each process has its own records; one with fewer than the others starts again before the epoch ends
     sampler = EpochBatchSampler(most, args.per_gpu_batch_size, seed=args.seed + 1_000_003 * rank)
-    epoch_steps = len(sampler)
-    loader = make_loader(pairs, batch_sampler=sampler, num_workers=args.num_workers, device=device)
-    distributed.print_once(f"{len(examples)} training records per process: {epoch_steps} steps per epoch")
-
-    # network and optimiser
-    encoder = retriever.model
-    trained = distributed.wrap(InBatch(encoder), device)
-    optimizer = build_optimizer(encoder, args)
-    sharpness = None
-    if args.optim != "adamw":
-        if precision.name == "fp16":
-            raise ValueError(f"--optim {args.optim} needs --amp bf16 or fp32: two passes do not share a loss scale")
-        sharpness = SharpnessAware(encoder.parameters(), args.rho or 0.05, adaptive=args.optim == "asam")
-
-    networks = {"questions": OnPair(encoder), "passages": OnPair(encoder)}
+    loader = make_loader(pairs, batch_sampler=sampler, num_workers=args.num_workers, device=retriever.device)
+    distributed.print_once(f"{len(examples)} training records per process: {len(sampler)} steps per epoch")
     records = sum(distributed.all_gather_object(len(examples)))
-    must_match = ("pooling", "random_init")
-    run = Resumable(
-        args, output_dir, retriever, encoder, optimizer, precision, networks, epoch_steps, records, must_match
-    )
-    evaluation = Evaluation.of(args, retriever, datasets=())
-    if args.eval_data:
-        held_out = read_examples(args.eval_data)
-        evaluation.examples = FineTuningPairs(
-            held_out, retriever, args.chunk_length, normalize_text=args.eval_normalize_text
-        )
-
-    # epochs
-    with run.checkpointer() as checkpointer:
-        if run.is_new:
-            evaluation.run(encoder, run.first_epoch * epoch_steps + run.first_step, run.first_epoch, run.log)
-        for epoch in range(run.first_epoch, -(-args.total_steps // epoch_steps)):
-            first_step = run.first_step if epoch == run.first_epoch else 0
-            sampler.set_epoch(epoch, first_step)
-            train_one_epoch(
-                trained,
-                loader,
-                optimizer,
-                Objective.from_args(args),
-                sharpness,
-                epoch=epoch,
-                first_step=first_step,
-                steps_per_epoch=epoch_steps,
-                total_steps=args.total_steps,
-                save_freq=args.save_freq,
-                seed=args.seed,
-                precision=precision,
-                log=run.log,
-                guard=run.guard,
-                evaluation=evaluation,
-                checkpointer=checkpointer,
-            )
-            run.log.end_epoch(epoch)
-            checkpointer.after_epoch(epoch)
-    run.log.close()
-    if distributed.is_main_process():
-        retriever.save(output_dir / "encoder")
-        print(f"fine-tuned encoder: {output_dir / 'encoder'}")
+    return TrainingData(loader, sampler, len(sampler), args.per_gpu_batch_size * world_size, records)
 
 
 def train_one_epoch(
@@ -169,67 +149,50 @@ def train_one_epoch(
     optimizer: torch.optim.Optimizer,
     objective: Objective,
     sharpness: SharpnessAware | None,
-    *,
-    epoch: int,
-    first_step: int,
-    steps_per_epoch: int,
-    total_steps: int,
-    save_freq: int,
-    seed: int,
-    precision: Precision,
-    log: RunLog,
-    guard: FiniteGuard,
     evaluation: Evaluation,
-    checkpointer: Checkpointer,
+    run: Run,
 ) -> None:
-    """The steps of an epoch from ``first_step`` on, up to step ``total_steps`` of the run.
+    """The steps of an epoch.
 
     Args:
         trained: A :class:`contriever.losses.InBatch`, wrapped for several processes.
-        loader: Yields batches of :func:`contriever.finetuning_data.collate`.
+        loader: Yields batches of :func:`contriever.training.questions.collate`.
     """
-    rank, world_size = distributed.get_rank(), distributed.get_world_size()
     trained.train()
-    start = epoch * steps_per_epoch + first_step
-
-    def contrast(q_ids: Tensor, q_mask: Tensor, k_ids: Tensor, k_mask: Tensor) -> tuple[Tensor, ...]:
-        """Loss of a batch, with what it was computed from."""
-        with precision.autocast():
-            q, k = trained(q_ids, q_mask, k_ids, k_mask, objective.norm_query, objective.norm_doc)
-        all_keys = distributed.all_gather_with_grad(k.float())
-        logits, labels = inbatch_logits(q, all_keys, objective.temperature, rank, world_size)
-        return F.cross_entropy(logits, labels, label_smoothing=objective.label_smoothing), logits, labels, q, k
-
-    for step, batch in enumerate(log.batches(loader), start=start):
-        if step == total_steps:
-            return
-        randomness.seed_step(seed, step, rank)
+    for step, batch in run.steps(loader):
+        lr = objective.set_learning_rate(optimizer, step)
         optimizer.zero_grad(set_to_none=True)
-        q_ids, q_mask, k_ids, k_mask = inputs = [batch[name].to(precision.device, non_blocking=True) for name in BATCH]
+        texts = [batch[name].to(run.device, non_blocking=True) for name in BATCH]
         distributed.check_same_on_all_processes(
-            len(k_ids), "the number of passages of a step (hard negatives missing?)"
+            len(batch["k_tokens"]), "the number of passages of a step (hard negatives missing?)"
         )
 
-        loss, logits, labels, q, k = contrast(*inputs)
-        worst = loss
+        q, k, logits, labels, loss = contrast(trained, texts, objective, run.precision)
+        run.backward(loss, optimizer)
         if sharpness is not None:
-            loss.backward()
             sharpness.ascend()
             optimizer.zero_grad(set_to_none=True)
-            worst = contrast(*inputs)[0]  # its gradient is used at the weights from before
-        skipped = update(worst, optimizer, objective.lr(step), precision, sharpness)
-        guard.count(skipped)
+            *_, worst = contrast(trained, texts, objective, run.precision)
+            run.backward(worst, optimizer)
+            sharpness.descend()  # the gradient of the worst place nearby is used at the weights from before
+        run.update(gradient_norms(optimizer), optimizer)
 
-        averages = {"loss": loss, **batch_statistics(logits, labels, q, k), "skipped": skipped}
-        line = log.step(step, epoch, len(labels), averages, lr=objective.lr(step))
-        if line is not None and guard.too_many():
-            randomness.seed_step(seed, step, rank)
-            sides = {"questions": (q_ids, q_mask), "passages": (k_ids, k_mask)}
-            with precision.autocast():
-                guard.stop({**batch, "step": step, "epoch": epoch}, [q_ids, k_ids], sides, loss)
-        if evaluation.is_due(step + 1):
-            evaluation.run(distributed.unwrap(trained).encoder, step + 1, epoch, log)
-        save(checkpointer, epoch, step + 1 - epoch * steps_per_epoch, step + 1, save_freq)
+        run.end_step(len(labels), {"loss": loss, **batch_statistics(logits, labels, q, k)}, {"lr": lr})
+        if evaluation.is_due(run.steps_done):
+            evaluation.run(distributed.unwrap(trained).encoder, run)
+        keep_numbered(run)
+
+
+def contrast(
+    trained: nn.Module, texts: list[Tensor], objective: Objective, precision: Precision
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Vectors of the questions and of the passages, scores, labels, and the loss: one softmax over all processes."""
+    with precision.autocast():
+        q, k = trained(*texts, objective.norm_query, objective.norm_doc)
+    all_keys = distributed.all_gather_with_grad(k.float())
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    logits, labels = inbatch_logits(q, all_keys, objective.temperature, rank, world_size)
+    return q, k, logits, labels, F.cross_entropy(logits, labels, label_smoothing=objective.label_smoothing)
 
 
 def main() -> None:

@@ -1,42 +1,60 @@
-"""Flags of both training scripts, with the names and defaults of the official ones."""
+"""Flags that several scripts share, with the names and defaults of the official ones, and the encoder they choose."""
 
 import argparse
+import os
 from collections.abc import Callable
 
-from shared.run.flags import bool_flag
+import torch
+
+from shared import distributed
+from shared.optimisation.precision import fast_bf16
+
+from .encoder import Retriever, load_retriever
+
+
+def script_parser(docstring: str) -> argparse.ArgumentParser:
+    """A parser without flags; the first paragraph of the script's docstring is the description."""
+    return argparse.ArgumentParser(
+        description=docstring.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+
+
+def check_minimum(args: argparse.Namespace, **minimum: float) -> None:
+    """Raise ``ValueError`` if a flag that was given is less than it may be."""
+    for flag, least in minimum.items():
+        if getattr(args, flag) is not None and getattr(args, flag) < least:
+            raise ValueError(f"--{flag} {getattr(args, flag)} is less than {least}")
+
+
+# --- Training ---------------------------------------------------------------------------------------------------------
 
 MINIMUM = {
     "per_gpu_batch_size": 1,
     "per_gpu_eval_batch_size": 1,
     "total_steps": 1,
     "chunk_length": 2,
-    "queue_size": 1,
     "log_freq": 1,
-    "negative_ctxs": 0,
-    "prob_augmentation": 0,
     "save_freq": 0,
     "eval_freq": 0,
-    "eval_documents": 0,
     "warmup_steps": -1,
-    "negative_hard_min_idx": 0,
     "num_workers": 0,
 }
 
 
-def training_parser(docstring: str, name: str, optimisers: tuple[str, ...] = ("adamw",)) -> argparse.ArgumentParser:
+def training_parser(docstring: str, optimisers: tuple[str, ...] = ("adamw",)) -> argparse.ArgumentParser:
     """A parser with the flags that ``train.py`` and ``finetuning.py`` share.
 
     Args:
-        docstring: Of the script; its first paragraph is the description.
-        name: For the help text.
+        docstring: Of the script.
         optimisers: Choices of ``--optim``.
     """
-    parser = argparse.ArgumentParser(
-        name, description=docstring.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = script_parser(docstring)
     add = parser.add_argument_group("encoder").add_argument
-    add("--retriever_model_id", default=None, help="folder, or name in the local cache of Hugging Face, of the encoder "
-        "to start from; by default the one that comes as a package")  # fmt: skip
+    add(
+        "--retriever_model_id",
+        default=None,
+        help="encoder to start from, folder or cached name; None: the packaged one",
+    )
     add("--allow_download", action="store_true", help="ask the hub for a model that is not on this machine")
     add("--random_init", action="store_true", help="its configuration and tokenizer only, with random weights")
     add("--pooling", default="average", choices=("average", "cls"), help="from the states of tokens to one vector")
@@ -70,11 +88,7 @@ def training_parser(docstring: str, name: str, optimisers: tuple[str, ...] = ("a
     add("--score_function", default="dot", choices=("dot", "cos_sim"), help="of the evaluation")
     add("--lower_case", action="store_true", help="lowercase texts in the evaluation")
     add("--eval_normalize_text", action="store_true", help="one form for dashes, quotation marks, ...")
-    return parser
 
-
-def add_run_flags(parser: argparse.ArgumentParser) -> Callable:
-    """Saving, logging and processes; returns the ``add_argument`` of the group."""
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", default="./checkpoint/my_experiments", help="checkpoints and logs; the same command resumes")
     add("--model_path", default="none", help="checkpoint, its folder, or an encoder to start from")
@@ -82,12 +96,12 @@ def add_run_flags(parser: argparse.ArgumentParser) -> Callable:
     add("--save_freq", type=int, default=50000, help="keep a numbered checkpoint every so many steps; 0: none")
     add("--saveckp_steps", type=int, default=0, help="also save every so many steps")
     add("--saveckp_minutes", type=float, default=15, help="also save after so many minutes")
-    add("--on_changed_run", default="continue", choices=("continue", "refuse"),
-        help="when the checkpoint was written with another batch, number of processes or text")  # fmt: skip
+    changed = "when the checkpoint was written with another batch, number of processes or text"
+    add("--on_changed_run", default="continue", choices=("continue", "refuse"), help=changed)
     add("--log_freq", type=int, default=100, help="steps per line of the log")
     add("--tensorboard", action="store_true", help="also log to TensorBoard")
-    add("--max_skipped_steps", type=int, default=10,
-        help="stop after so many steps in a row without finite gradients (exit code 3); 0: never")  # fmt: skip
+    skipped = "stop after so many steps in a row without finite gradients (exit code 3); 0: never"
+    add("--max_skipped_steps", type=int, default=10, help=skipped)
     add("--seed", type=int, default=0, help="of the weights, the queue, the views and dropout")
     add("--num_workers", type=int, default=5, help="loader processes per rank")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
@@ -95,14 +109,11 @@ def add_run_flags(parser: argparse.ArgumentParser) -> Callable:
     add("--dist_timeout", type=float, default=1800, help="seconds to wait for other processes")
     add("--local_rank", "--local-rank", type=int, default=-1, help="ignored: read from the environment")
     add("--main_port", type=int, default=10001, help="ignored: MASTER_PORT or the job's number decide")
-    return add
+    return parser
 
 
-def check_flags_make_sense(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def check_training_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End with a message that names the flag and its value."""
-    for flag, least in MINIMUM.items():
-        if hasattr(args, flag) and getattr(args, flag) < least:
-            parser.error(f"--{flag} {getattr(args, flag)} is less than {least}")
     if args.model_path == "none" and args.continue_training:
         parser.error("--continue_training needs --model_path")
     if args.model_path != "none" and args.random_init:
@@ -116,8 +127,59 @@ def check_flags_make_sense(parser: argparse.ArgumentParser, args: argparse.Names
     for flag in ("dropout", "prob_augmentation", "negative_hard_ratio", "label_smoothing", "momentum"):
         if hasattr(args, flag) and not 0 <= getattr(args, flag) <= 1:
             parser.error(f"--{flag} {getattr(args, flag)} is not between 0 and 1")
-    if hasattr(args, "ratio_min") and not 0 <= args.ratio_min <= args.ratio_max <= 1:
-        parser.error(f"--ratio_min {args.ratio_min} --ratio_max {args.ratio_max} are not in order between 0 and 1")
 
 
-__all__ = ["add_run_flags", "bool_flag", "check_flags_make_sense", "training_parser"]
+# --- Retrieval --------------------------------------------------------------------------------------------------------
+
+
+def add_encoder_flags(parser: argparse.ArgumentParser) -> Callable:
+    """Which encoder, and where it computes; returns the ``add_argument`` of the group for further flags."""
+    add = parser.add_argument_group("encoder").add_argument
+    add("--model_name_or_path", default=None, help="folder, checkpoint, or cached name; None: the packaged encoder")
+    add("--allow_download", action="store_true", help="ask the Hugging Face hub for a name that is not in the cache")
+    add("--no_fp16", action="store_true", help="float32; else vectors are stored, and where fast computed, in 16 bits")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
+    return add
+
+
+def add_launcher_flags(parser: argparse.ArgumentParser) -> None:
+    """Those of the old launcher; torchrun and srun need neither."""
+    add = parser.add_argument_group("processes").add_argument
+    add("--local_rank", "--local-rank", type=int, default=-1, help="ignored: read from the environment")
+    add("--main_port", type=int, default=-1, help="rendezvous port under srun")
+
+
+def join_processes(args: argparse.Namespace) -> torch.device:
+    """Join the other processes, if there are any; the device of this one."""
+    if getattr(args, "main_port", -1) > 0:
+        os.environ.setdefault("MASTER_PORT", str(args.main_port))
+    return distributed.init(device=args.device)
+
+
+def load_encoder(args: argparse.Namespace, device: torch.device, normalized: bool) -> Retriever:
+    """The encoder of the flags; says so when it expects normalised vectors and does not get them."""
+    retriever = load_retriever(args.model_name_or_path, allow_download=args.allow_download, device=device)
+    if retriever.normalized and not normalized:
+        distributed.print_once(
+            f"NOTE: {retriever.origin} was trained on vectors of unit length; without --norm_query --norm_doc it finds "
+            "much less"
+        )
+    return retriever
+
+
+def amp_of(no_fp16: bool, device: torch.device) -> str:
+    """Number format of the encoder's products: half precision where the device is fast in it."""
+    if no_fp16 or (device.type == "cpu" and not fast_bf16(device)):
+        return "fp32"
+    return "fp16" if device.type == "cuda" else "bf16"
+
+
+def max_length_of(requested: int, retriever: Retriever, flag: str) -> int:
+    """Most tokens per text; the default of 512 shrinks to what the encoder reads.
+
+    Raises:
+        ValueError: If any other number is more than that.
+    """
+    if requested > retriever.max_length and requested != 512:
+        raise ValueError(f"{flag} {requested}: {retriever.origin} reads at most {retriever.max_length} tokens")
+    return min(requested, retriever.max_length)

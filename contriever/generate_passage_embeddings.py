@@ -13,35 +13,34 @@ import argparse
 import itertools
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from contriever.embedding_files import ShardWriter
 from contriever.encoder import Retriever
-from contriever.passages import PassageFile, clean
-from contriever.retrieval_flags import (
+from contriever.flags import (
     add_encoder_flags,
     amp_of,
-    check_least,
+    check_minimum,
     load_encoder,
     max_length_of,
-    retrieval_parser,
+    script_parser,
 )
+from contriever.index.embeddings import ShardWriter
+from contriever.index.passages import PassageFile
+from contriever.text.normalize import clean
 from shared import distributed
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = retrieval_parser(__doc__)
+    parser = script_parser(__doc__)
     add = parser.add_argument_group("passages").add_argument
     add("--passages", required=True, help=".tsv (id, text, title) or .jsonl (id, text, title) file")
     add("--output_dir", default="wikipedia_embeddings", help="folder for the shards")
     add("--prefix", default="passages", help="shards are called <prefix>_<number>")
     add("--num_shards", type=int, default=None, help="contiguous parts of the file; by default one per process")
-    add("--shard_id", type=int, default=None, help="make this shard only; by default all of them, shared out over the "
-        "processes")  # fmt: skip
+    add("--shard_id", type=int, default=None, help="make this shard only; None: all, shared out over the processes")
     add("--chunk_size", type=int, default=16384, help="passages between two saves")
 
     add = add_encoder_flags(parser)
@@ -58,7 +57,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def generate_passage_embeddings(args: argparse.Namespace) -> list[Path]:
     """Write the shards that fall to this process; their folders."""
-    check_least(args, num_shards=1, chunk_size=1, per_gpu_batch_size=1, passage_maxlength=3)
+    check_minimum(args, num_shards=1, chunk_size=1, per_gpu_batch_size=1, passage_maxlength=3)
     device = distributed.init(device=args.device)
     num_shards = args.num_shards or distributed.get_world_size()
     numbers = shards_of_process(num_shards, args.shard_id)
@@ -79,16 +78,12 @@ def generate_passage_embeddings(args: argparse.Namespace) -> list[Path]:
         "num_shards": num_shards,
     }
     amp = amp_of(args.no_fp16, retriever.device)
+    dtype = "float32" if args.no_fp16 else "float16"
     folders = []
     for number in numbers:
         start, end = shard_range(len(passages), number, num_shards)
-        writer = ShardWriter(
-            Path(args.output_dir) / f"{args.prefix}_{number:02d}",
-            end - start,
-            retriever.dim,
-            "float32" if args.no_fp16 else "float16",
-            settings | {"shard_id": number},
-        )
+        folder = Path(args.output_dir) / f"{args.prefix}_{number:02d}"
+        writer = ShardWriter(folder, end - start, retriever.dim, dtype, settings | {"shard_id": number})
         write_shard(writer, passages, start, retriever, args.chunk_size, args.per_gpu_batch_size, amp)
         folders.append(writer.folder)
     return folders
@@ -128,16 +123,12 @@ def write_shard(
     if writer.finished:
         print(f"{writer.folder} is complete", flush=True)
         return
-    total, settings, began, already = (
-        writer.description["count"],
-        writer.description["settings"],
-        time.time(),
-        writer.done,
-    )
+    total, settings = writer.description["count"], writer.description["settings"]
+    began, already = time.time(), writer.done
     if already:
         print(f"{writer.folder}: going on after {already} of {total} passages", flush=True)
     remaining = itertools.islice(passages.read(start + writer.done), total - writer.done)
-    for chunk in batched(remaining, chunk_size):
+    while chunk := list(itertools.islice(remaining, chunk_size)):
         texts = [passage.full_text() if settings["with_title"] else passage.text for passage in chunk]
         vectors = retriever.encode(
             clean(texts, settings["lowercase"], settings["normalize_text"]),
@@ -150,12 +141,6 @@ def write_shard(
         rate = (writer.done - already) / (time.time() - began)
         print(f"{writer.folder}: {writer.done} of {total} passages, {rate:.0f} per second", flush=True)
     writer.finish()
-
-
-def batched(items: Iterator, size: int) -> Iterator[list]:
-    """Lists of ``size`` items, the last one perhaps shorter."""
-    while batch := list(itertools.islice(items, size)):
-        yield batch
 
 
 def main() -> None:

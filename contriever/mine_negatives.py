@@ -10,8 +10,6 @@ negatives before (section 4.4). The output is what ``finetuning.py`` reads.
 """
 
 import argparse
-import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,21 +20,20 @@ import numpy as np
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from contriever.answer_matching import has_answer
 from contriever.augmentations import Draws
-from contriever.beir_data import read_beir
+from contriever.beir.data import read_beir
 from contriever.encoder import load_retriever
-from contriever.finetuning_data import read_examples
-from contriever.hybrid import BM25
-from contriever.passages import Passage, PassageFile
-from contriever.retrieval_flags import check_least
+from contriever.flags import check_minimum, script_parser
+from contriever.index.bm25 import BM25
+from contriever.index.passages import Passage, PassageFile
+from contriever.text.answers import has_answer
+from contriever.text.files import write_json_lines
+from contriever.training.questions import read_examples
 from shared import distributed
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "mine_negatives", description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("--data", nargs="+", default=[], help="questions with positive_ctxs, as finetuning.py reads them")
     add("--passages", default=None, help=".tsv or .jsonl file of the passages to choose from")
@@ -121,7 +118,7 @@ def with_negatives(
 
 def mine(args: argparse.Namespace) -> None:
     """Rank the passages for every question and write the records."""
-    check_least(args, hard_negatives=0, random_negatives=0, skip_top=0, per_gpu_batch_size=1, passage_maxlength=3)
+    check_minimum(args, hard_negatives=0, random_negatives=0, skip_top=0, per_gpu_batch_size=1, passage_maxlength=3)
     if args.method == "bm25" and (args.model_name_or_path is not None or args.norm):
         raise ValueError("--model_name_or_path and --norm have no effect on --method bm25")
     records, passages = read_questions_and_passages(args)
@@ -132,20 +129,21 @@ def mine(args: argparse.Namespace) -> None:
     k += k if any(record.get("answers") for record in records) else 0  # further ones hold an answer
     texts = [passage.full_text() for passage in passages]
     ranked = rank_passages(args, [record["question"] for record in records], texts, k)
-    output = Path(args.output_path)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}")
-    found = 0
-    with open(temporary, "w", encoding="utf-8") as file:
-        for number, (record, rows) in enumerate(zip(records, ranked.tolist(), strict=True)):
-            draws = Draws.seeded(args.seed, number)
-            mined = with_negatives(
-                record, rows, passages, args.hard_negatives, args.random_negatives, args.skip_top, draws
-            )
-            found += len(mined["hard_negative_ctxs"])
-            file.write(json.dumps(mined, ensure_ascii=False) + "\n")
-    os.replace(temporary, output)
-    print(f"{output}: {len(records)} questions, {found / len(records):.1f} hard negatives each, by {args.method}")
+    mined = [
+        with_negatives(
+            record,
+            rows,
+            passages,
+            args.hard_negatives,
+            args.random_negatives,
+            args.skip_top,
+            Draws.seeded(args.seed, number),
+        )
+        for number, (record, rows) in enumerate(zip(records, ranked.tolist(), strict=True))
+    ]
+    write_json_lines(Path(args.output_path), mined)
+    found = sum(len(record["hard_negative_ctxs"]) for record in mined) / len(mined)
+    print(f"{args.output_path}: {len(mined)} questions, {found:.1f} hard negatives each, by {args.method}")
 
 
 def main() -> None:

@@ -15,25 +15,23 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import BertConfig, PreTrainedTokenizerFast
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from contriever.embedded_text import documentation
-from contriever.encoder import Retriever, new_bert
-from contriever.normalize_text import normalize
-from contriever.preprocess import document_text
-from contriever.text_files import read_lines
+from contriever.encoder import Retriever, build_encoder
+from contriever.flags import check_minimum, script_parser
+from contriever.text.documentation import documentation
+from contriever.text.files import read_documents
+from contriever.text.normalize import normalize
 from shared import distributed
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "new_encoder", description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("--text", nargs="+", default=[], help="files to train the vocabulary on; documentation of packages without it")
     add("--outdir", required=True, help="folder of the new encoder")
@@ -77,23 +75,31 @@ def read_texts(files: list[str], normalize_text: bool) -> Iterator[str]:
     for file in files:
         if not Path(file).is_file():
             raise ValueError(f"--text {file} is no file")
-        for position, line in read_lines(file):
-            text = document_text(file, position, line) if file.endswith(".jsonl") else line
+        for text in read_documents(file):
             yield normalize(text) if normalize_text else text
 
 
 def new_encoder(args: argparse.Namespace) -> Retriever:
     """Train the vocabulary, build the network and write both."""
-    for flag, least in (("vocab_size", len(SPECIAL) + 1), ("hidden_size", 1), ("layers", 1), ("positions", 8)):
-        if getattr(args, flag) < least:
-            raise ValueError(f"--{flag} {getattr(args, flag)} is less than {least}")
+    check_minimum(args, vocab_size=len(SPECIAL) + 1, hidden_size=1, layers=1, positions=8)
     outdir = Path(args.outdir)
     if (outdir / "config.json").exists():
         raise ValueError(f"--outdir {outdir} holds an encoder already")
     tokenizer = train_tokenizer(read_texts(args.text, args.normalize_text), args.vocab_size, args.cased)
     torch.manual_seed(args.seed)
     heads = args.heads or max(1, args.hidden_size // 64)
-    retriever = new_bert(tokenizer, args.hidden_size, args.layers, heads, args.positions)
+    if args.hidden_size % heads:
+        raise ValueError(f"--hidden_size {args.hidden_size} is not a multiple of --heads {heads}")
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=args.hidden_size,
+        num_hidden_layers=args.layers,
+        num_attention_heads=heads,
+        intermediate_size=4 * args.hidden_size,
+        max_position_embeddings=args.positions,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    retriever = Retriever(build_encoder(config).eval(), tokenizer, "a new encoder")
     outdir.mkdir(parents=True, exist_ok=True)
     retriever.save(outdir)
     parameters = sum(p.numel() for p in retriever.model.parameters())

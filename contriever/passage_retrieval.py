@@ -10,8 +10,6 @@ Under torchrun every process holds the index of its own shards.
 
 import argparse
 import glob
-import json
-import os
 import sys
 from pathlib import Path
 
@@ -20,25 +18,27 @@ import numpy as np
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from contriever.answer_matching import match_questions
-from contriever.dense_index import DenseIndex, IndexSettings, add_index_flags
-from contriever.embedding_files import Shard, missing_shards, open_shards
 from contriever.encoder import Retriever
 from contriever.evaluate_retrieved_passages import accuracy_at, format_accuracies
-from contriever.passages import Passage, PassageFile, clean, read_questions
-from contriever.retrieval_flags import (
+from contriever.flags import (
     add_encoder_flags,
     amp_of,
-    check_least,
+    check_minimum,
     load_encoder,
     max_length_of,
-    retrieval_parser,
+    script_parser,
 )
+from contriever.index.dense import INDEX_MINIMUM, DenseIndex, IndexSettings, add_index_flags
+from contriever.index.embeddings import Shard, missing_shards, open_shards
+from contriever.index.passages import Passage, PassageFile, read_questions
+from contriever.text.answers import match_questions
+from contriever.text.files import write_json_lines
+from contriever.text.normalize import clean
 from shared import distributed
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = retrieval_parser(__doc__)
+    parser = script_parser(__doc__)
     add = parser.add_argument_group("data").add_argument
     add("--data", required=True, help="glob pattern of .json or .jsonl files with question and answers")
     add("--passages", required=True, help="the file that was given to generate_passage_embeddings.py")
@@ -65,10 +65,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def passage_retrieval(args: argparse.Namespace) -> dict[str, dict[int, float]]:
     """Write the results of every input file; ``{input: {k: accuracy in percent}}``, on rank 0."""
-    check_least(
-        args, n_docs=1, per_gpu_batch_size=1, question_maxlength=3, indexing_batch_size=1, validation_workers=1,
-        n_subquantizers=0, n_bits=1, nlist=0, nprobe=0, hnsw_m=2, ef_construction=1, ef_search=1,
-    )  # fmt: skip
+    check_minimum(args, n_docs=1, per_gpu_batch_size=1, question_maxlength=3, validation_workers=1, **INDEX_MINIMUM)
     device = distributed.init(device=args.device)
     for flag in ("lang", "dataset"):
         if getattr(args, flag) is not None:
@@ -101,7 +98,7 @@ def passage_retrieval(args: argparse.Namespace) -> dict[str, dict[int, float]]:
         scores, rows = index.search(queries, args.n_docs)
         if distributed.is_main_process():
             results = add_passages(questions[file], scores, rows, index, passages, args.validation_workers)
-            write_results(Path(args.output_dir) / Path(file).name, results)
+            write_json_lines(Path(args.output_dir) / Path(file).name, results)
             accuracies[file] = accuracy_at([[ctx["hasanswer"] for ctx in result["ctxs"]] for result in results])
             print(f"{file}: {format_accuracies(accuracies[file])}", flush=True)
     return accuracies
@@ -132,11 +129,7 @@ def check_same_model(retriever: Retriever, shards: list[Shard], args: argparse.N
     if not settings:
         distributed.print_once(f"NOTE: {shards[0].path} is in the official format, which does not name its model")
         return
-    ours = {
-        "model": retriever.checksum(),
-        "pooling": retriever.model.config.pooling,
-        "normalized": args.norm_query,
-    }
+    ours = {"model": retriever.checksum(), "pooling": retriever.model.config.pooling, "normalized": args.norm_query}
     different = [key for key, value in ours.items() if settings[key] != value]
     if different:
         key = different[0]
@@ -156,20 +149,21 @@ def add_passages(
 ) -> list[dict]:
     """The records with ``ctxs``: passages with id, title, text, score (a string, as the reference writes it) and
     hasanswer, best first."""
-    found = [[find(passages, index.id(row)) for row in of_query if row >= 0] for of_query in rows.tolist()]
+    results = []
+    for record, of_query, row_numbers in zip(records, scores, rows.tolist(), strict=True):
+        found = [find(passages, index.id(row)) for row in row_numbers if row >= 0]
+        ctxs = [
+            {"id": p.id, "title": p.title, "text": p.text, "score": str(score)}
+            for p, score in zip(found, of_query, strict=False)
+        ]
+        results.append({**record, "ctxs": ctxs})
     hits = match_questions(
-        [(record["answers"], [p.text for p in ps]) for record, ps in zip(records, found, strict=True)], workers
+        [(result["answers"], [ctx["text"] for ctx in result["ctxs"]]) for result in results], workers
     )
-    return [
-        record
-        | {
-            "ctxs": [
-                {"id": p.id, "title": p.title, "text": p.text, "score": str(score), "hasanswer": hit}
-                for p, score, hit in zip(ps, of_query[: len(ps)], is_hit, strict=True)
-            ]
-        }
-        for record, ps, of_query, is_hit in zip(records, found, scores, hits, strict=True)
-    ]
+    for result, of_question in zip(results, hits, strict=True):
+        for ctx, hit in zip(result["ctxs"], of_question, strict=True):
+            ctx["hasanswer"] = hit
+    return results
 
 
 def find(passages: PassageFile, passage_id: str) -> Passage:
@@ -179,16 +173,6 @@ def find(passages: PassageFile, passage_id: str) -> Passage:
         raise ValueError(
             f"--passages {passages.path} has no passage {passage_id!r}: the embeddings are of another file"
         ) from None
-
-
-def write_results(path: Path, results: list[dict]) -> None:
-    """JSON lines, in one step: a file that exists is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        for result in results:
-            file.write(json.dumps(result, ensure_ascii=False) + "\n")
-    os.replace(temporary, path)
 
 
 def main() -> None:

@@ -10,12 +10,10 @@ missing, so a run may be killed at any time; every run ends with the same files.
 """
 
 import argparse
-import hashlib
 import itertools
 import json
 import multiprocessing
 import sys
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,20 +24,14 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from contriever.encoder import find_model, read_tokenizer
-from contriever.normalize_text import normalize
-from contriever.passages import parse_object, text_field
-from contriever.text_files import line_number, read_lines
-from contriever.tokens import write_shard
+from contriever.flags import check_minimum, script_parser
+from contriever.text.tokens import Job, tokenize_lines, vocabulary_fingerprint, write_shard
 from shared import distributed
 from shared.images.loading import default_num_workers
 
-LINES_AT_ONCE = 1000
-
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "preprocess", description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("--datapath", nargs="+", required=True, help="text files, one document per line, or .jsonl files")
     add("--outdir", required=True, help="folder of the shards: one data set of train.py")
@@ -51,32 +43,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--shard_mb", type=float, default=256, help="size of the text of one shard in MB")
     add("--num_workers", type=int, default=max(1, default_num_workers(64)), help="processes")
     return parser
-
-
-@dataclass(frozen=True)
-class Job:
-    """One shard: the lines of a file that begin at ``start`` or later and before ``end``, and how to read them."""
-
-    source: str
-    start: int
-    end: int
-    shard: str
-    tokenizer: str
-    normalize_text: bool
-    on_bad_bytes: str
-    source_bytes: int
-    source_mtime_ns: int
-    vocabulary: str
-
-    def facts(self) -> dict:
-        """What the shard's json file keeps: where the file lies does not matter."""
-        return {**asdict(self), "source": Path(self.source).name, "shard": Path(self.shard).name}
-
-
-def vocabulary_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of the vocabulary, to recognise text that was tokenised with another one."""
-    vocabulary = sorted(tokenizer.get_vocab().items())
-    return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
 
 
 def line_starts(path: Path, block_bytes: int) -> list[int]:
@@ -102,12 +68,9 @@ def plan(args: argparse.Namespace, vocabulary: str, tokenizer: str) -> list[Job]
             raise ValueError(f"--datapath {source} is {'empty' if source.is_file() else 'no file'}")
         starts = line_starts(source, max(1, round(args.shard_mb * 1e6)))
         for i, (start, end) in enumerate(itertools.pairwise(starts)):
-            status = source.stat()
-            shard = str(Path(args.outdir) / f"{source.stem}-{i:05d}")
-            jobs.append(
-                Job(str(source), start, end, shard, tokenizer, args.normalize_text, args.on_bad_bytes, status.st_size,
-                    status.st_mtime_ns, vocabulary)
-            )  # fmt: skip
+            shard = Path(args.outdir) / f"{source.stem}-{i:05d}"
+            how = (args.normalize_text, args.on_bad_bytes)
+            jobs.append(Job.of(source, shard, tokenizer, vocabulary, start, end, *how))
     names = [job.shard for job in jobs]
     if len(set(names)) < len(names):
         raise ValueError("--datapath has several files of the same name; give each an --outdir of its own")
@@ -128,16 +91,8 @@ def missing_jobs(jobs: list[Job], overwrite: bool) -> list[Job]:
         if file.with_suffix(".tokens.npy").exists()
     }
     stale = [shard for shard, facts in present.items() if facts["source"] in sources and shard not in wanted]
-    missing = []
-    for job in jobs:
-        facts = present.get(job.shard)
-        if facts is None:
-            missing.append(job)
-        elif job.facts().items() <= facts.items():
-            continue
-        else:
-            stale.append(job.shard)
-            missing.append(job)
+    wrong = {job.shard for job in jobs if not job.facts().items() <= present.get(job.shard, job.facts()).items()}
+    stale += sorted(wrong)
     if stale and not overwrite:
         raise ValueError(
             f"{stale[0]} is there already and comes from another text or other flags; --overwrite replaces it"
@@ -145,7 +100,7 @@ def missing_jobs(jobs: list[Job], overwrite: bool) -> list[Job]:
     for shard in stale:  # its json first: without it the shard does not count
         for ending in (".json", ".tokens.npy", ".borders.npy"):
             Path(shard + ending).unlink(missing_ok=True)
-    return missing
+    return [job for job in jobs if job.shard not in present or job.shard in wrong]
 
 
 _tokenizer: PreTrainedTokenizerBase | None = None  # of a worker process
@@ -167,47 +122,11 @@ def make_shard(job: Job) -> tuple[int, int, int]:
     return len(tokens), len(borders) - 1, int((np.diff(borders) == 0).sum())
 
 
-def tokenize_lines(job: Job, tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids of all documents (N,), without special tokens and uncut, and their borders (documents + 1,)."""
-    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.int32
-    parts, lengths, waiting = [np.zeros(0, dtype)], [], []
-
-    def flush() -> None:
-        ids = tokenizer(waiting, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False,
-                        verbose=False)["input_ids"] if waiting else []  # fmt: skip
-        parts.append(np.fromiter((i for document in ids for i in document), dtype))
-        lengths.extend(map(len, ids))
-        waiting.clear()
-
-    for position, line in read_lines(job.source, job.start, job.end, job.on_bad_bytes):
-        text = document_text(job.source, position, line) if job.source.endswith(".jsonl") else line
-        waiting.append(normalize(text) if job.normalize_text else text)
-        if len(waiting) == LINES_AT_ONCE:
-            flush()
-    flush()
-    return np.concatenate(parts), np.cumsum([0, *lengths], dtype=np.int64)
-
-
-def document_text(source: str, position: int, line: str) -> str:
-    """Title and text of a line of a ``.jsonl`` file; a blank line is an empty document."""
-    if not line.strip():
-        return ""
-    try:
-        record = parse_object(line, source, 0)
-        title, text = (
-            text_field(record, "title", f"{source}, line 0", ""),
-            text_field(record, "text", f"{source}, line 0"),
-        )
-    except ValueError as error:  # counting lines costs a pass over the file: only when it is needed
-        raise ValueError(str(error).replace("line 0", f"line {line_number(source, position)}", 1)) from None
-    return f"{title} {text}" if title else text
-
-
 def preprocess(args: argparse.Namespace) -> None:
     """Make every shard that is missing."""
-    for flag in ("num_workers", "shard_mb"):
-        if getattr(args, flag) <= 0:
-            raise ValueError(f"--{flag} {getattr(args, flag)} must be positive")
+    check_minimum(args, num_workers=1)
+    if args.shard_mb <= 0:
+        raise ValueError(f"--shard_mb {args.shard_mb} must be positive")
     folder = find_model(args.tokenizer, args.allow_download)
     tokenizer = read_tokenizer(folder)
     Path(args.outdir).mkdir(parents=True, exist_ok=True)

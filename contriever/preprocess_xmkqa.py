@@ -16,14 +16,15 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from contriever.passages import read_json_lines
+from contriever.flags import script_parser
+from contriever.text.files import read_json_lines
 from shared import distributed
 
 NO_SPAN = ("unanswerable", "binary", "long_answer")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = script_parser(__doc__)
     parser.add_argument("data_path", help="mkqa.jsonl")
     parser.add_argument("output_path", help="folder to write one file per language to")
     return parser

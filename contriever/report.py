@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from shared.run.log import read_log
-from shared.run.summary import command
+from shared.run.summary import command, paragraphs
 
 
 def summary(output_dir: Path, normalized: bool, fill_steps: int | None) -> str:
@@ -29,26 +29,16 @@ def summary(output_dir: Path, normalized: bool, fill_steps: int | None) -> str:
                 f"a document from one of its own sentences, among the first {k}: "
                 f"{before[f'recall_at_{k}']:.1f} % before, {after[f'recall_at_{k}']:.1f} % after"
             )
-    norms = {"norm_query": "", "norm_doc": ""} if normalized else {}
-    evaluation = command("eval_beir.py", model_name_or_path=output_dir / "encoder", beir_dir="YOUR_FOLDER",
-                         dataset="YOUR_COLLECTION")  # fmt: skip
+    encoder = output_dir / "encoder"
+    evaluation = command("eval_beir.py", model_name_or_path=encoder, beir_dir="YOUR_FOLDER", dataset="YOUR_COLLECTION")
+    query = command("search.py", model_name_or_path=encoder, passages="YOUR_FOLDER_OF_TEXTS", query="YOUR QUESTION")
     blocks = {
         "Learned": learned,
         "Files": [
-            f"{output_dir / 'encoder'} (encoder and tokenizer in the layout of Hugging Face)",
+            f"{encoder} (encoder and tokenizer in the layout of Hugging Face)",
             f"{output_dir / 'checkpoint.pth'} (the same command resumes from it)",
             f"{output_dir / 'metrics.jsonl'} (every few steps)",
         ],
-        "Next": [
-            command(
-                "search.py",
-                model_name_or_path=output_dir / "encoder",
-                passages="YOUR_FOLDER_OF_TEXTS",
-                query="YOUR QUESTION",
-            ),
-            " ".join([evaluation, *(f"--{name}" for name in norms)]),
-        ],
+        "Next": [query, f"{evaluation} --norm_query --norm_doc" if normalized else evaluation],
     }
-    return "\n".join(
-        f"{title if i == 0 else '':10s}{line}" for title, block in blocks.items() for i, line in enumerate(block)
-    )
+    return paragraphs(blocks)

@@ -19,25 +19,25 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from contriever.encoder import Retriever, load_retriever
-from contriever.normalize_text import normalize
-from contriever.retrieval_flags import add_encoder_flags, amp_of, check_least, retrieval_parser
-from contriever.search_index import SearchIndex, Update
-from contriever.search_page import serve
-from contriever.text_folder import snippet
+from contriever.flags import add_encoder_flags, amp_of, check_minimum, script_parser
+from contriever.index.bm25 import check_weight
+from contriever.own_texts.folder import snippet
+from contriever.own_texts.index import SearchIndex, Update
+from contriever.own_texts.page import serve
+from contriever.text.normalize import normalize
 from shared import distributed
 
 INDEX_NAME = ".search_index.sqlite"
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = retrieval_parser(__doc__)
+    parser = script_parser(__doc__)
     add = parser.add_argument_group("texts").add_argument
     add("--passages", required=True, help="folder of .txt, .md and .jsonl files, or one such file")
     add("--index_path", default=None, help=f"file of the index; by default {INDEX_NAME} in the folder")
     add("--rebuild", action="store_true", help="make the index from scratch")
     add("--max_words", type=int, default=120, help="per passage; the paper's passages have 100")
-    add("--normalize_text", action="store_true", help="one form for dashes, quotation marks and the like; for "
-        "mContriever")  # fmt: skip
+    add("--normalize_text", action="store_true", help="one form for dashes, quotation marks, ... (mContriever)")
 
     add = parser.add_argument_group("search").add_argument
     add("--query", default=None, help="what to search for; without it and --serve the index is only brought up to date")
@@ -57,11 +57,10 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def search(args: argparse.Namespace) -> SearchIndex:
     """Bring the index up to date, then answer the query or serve the page."""
-    check_least(args, top_k=1, max_words=1, per_gpu_batch_size=1, port=0)
+    check_minimum(args, top_k=1, max_words=1, per_gpu_batch_size=1, port=0)
     if args.port > 65535:
         raise ValueError(f"--port {args.port} is more than 65535")
-    if not 0 <= args.dense_weight <= 1:
-        raise ValueError(f"--dense_weight must be in [0, 1], got {args.dense_weight}")
+    check_weight(args.dense_weight)
     index = open_index(args)
     began = time.time()
     update = index.update()

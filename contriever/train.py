@@ -24,38 +24,34 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from contriever.augmentations import AUGMENTATIONS, Recipe, SpecialTokens
-from contriever.embedded_text import tokenized_documentation
 from contriever.encoder import Retriever
-from contriever.evaluation import Evaluation
-from contriever.flags import add_run_flags, bool_flag, check_flags_make_sense, training_parser
+from contriever.flags import MINIMUM, check_training_flags, training_parser
 from contriever.losses import InBatch, MoCo, batch_statistics, inbatch_logits, moco_logits
-from contriever.preprocess import vocabulary_fingerprint
-from contriever.pretraining_data import PretrainingPairs, StepSampler, fingerprint, open_datasets, steps_per_epoch
 from contriever.report import summary
-from contriever.tokens import check_tokenizer, token_files
-from contriever.training_setup import (
-    NETWORK_FLAGS,
-    Objective,
-    OnPair,
-    Resumable,
-    build_optimizer,
+from contriever.text.documentation import tokenized_documentation
+from contriever.text.tokens import check_tokenizer, token_files, vocabulary_fingerprint
+from contriever.training.checkpoints import (
+    BATCH,
+    TrainingData,
+    keep_numbered,
     link_latest,
-    save,
+    resume,
     start_retriever,
-    update,
 )
+from contriever.training.evaluation import Evaluation
+from contriever.training.optimisation import Objective, build_optimizer, gradient_norms
+from contriever.training.pairs import PretrainingPairs, StepSampler, fingerprint, open_datasets, steps_per_epoch
 from shared import distributed
 from shared.images.loading import make_loader
-from shared.optimisation.precision import Precision
-from shared.run import randomness
-from shared.run.checkpoint import Checkpointer
-from shared.run.log import RunLog
-from shared.run.not_finite import FiniteGuard
-from shared.run.start import start_run
+from shared.run.flags import bool_flag, parse_with_embedded_defaults
+from shared.run.run import Run
+
+NETWORK_FLAGS = ("pooling", "random_init", "contrastive_mode", "queue_size")
 
 # What replaces the official defaults when no --train_data is given: some thousand docstrings and the packaged encoder,
 # which was trained on vectors of length 1. A queue much longer than the text would hold every document many times.
 EMBEDDED_DATA_DEFAULTS = {
+    "embedded_text": True,
     "train_data": ["runs/documentation"],
     "output_dir": "runs/demo",
     "loading_mode": "full",
@@ -81,16 +77,21 @@ EMBEDDED_DATA_DEFAULTS = {
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = training_parser(__doc__, "Contriever")
+    parser = training_parser(__doc__)
+    parser.set_defaults(embedded_text=False)
     add = parser.add_argument_group("text").add_argument
-    add("--train_data", nargs="+", default=[], help="folders of preprocess.py, each one a data set; without any the "
-        "documentation of installed packages is used and the defaults fit it")  # fmt: skip
-    add("--loading_mode", default="split", choices=("split", "full", "single"), help="shards of each process: its part "
-        "of them, all, or the first one")  # fmt: skip
+    add(
+        "--train_data",
+        nargs="+",
+        default=[],
+        help="data sets: folders of preprocess.py; none: docs of packages",
+    )
+    modes = ("split", "full", "single")
+    add("--loading_mode", default="split", choices=modes, help="shards of a process: its part of them, all, the first")
     add("--sampling_coefficient", type=float, default=0.0, help="0: every data set alike; 1: by their sizes")
     add("--chunk_length", type=int, default=256, help="tokens of a chunk, from which both views are taken")
-    add("--chunks", default="packed", choices=("packed", "document"), help="packed: chunks may straddle documents, as "
-        "in the reference; document: none does")  # fmt: skip
+    chunks = "packed: chunks may straddle documents, as in the reference; document: none does"
+    add("--chunks", default="packed", choices=("packed", "document"), help=chunks)
 
     add = parser.add_argument_group("views").add_argument
     add("--pairs", default="crop", choices=("crop", "ict"), help="ict: the inverse cloze task, for comparison")
@@ -103,12 +104,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--contrastive_mode", default="moco", choices=("moco", "inbatch"), help="where negatives come from")
     add("--queue_size", "--moco_queue", type=int, default=65536, help="negatives of moco")
     add("--momentum", type=float, default=0.999, help="of the key encoder")
-    add("--moco_train_mode_encoder_k", type=bool_flag, nargs="?", const=True, default=True,
-        help="dropout in the key encoder; the published models were trained with it")  # fmt: skip
+    dropout = "dropout in the key encoder; the published models were trained with it"
+    add("--moco_train_mode_encoder_k", type=bool_flag, nargs="?", const=True, default=True, help=dropout)
 
-    parser.add_argument("--eval_documents", type=int, default=0, help="measure how many of so many training documents "
-        "are found from one of their sentences; 0: do not")  # fmt: skip
-    add_run_flags(parser)
+    recall = "measure how many of so many training documents are found from one of their sentences; 0: do not"
+    parser.add_argument("--eval_documents", type=int, default=0, help=recall)
     return parser
 
 
@@ -120,76 +120,47 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
         parser: That of :func:`get_args_parser` with further flags, for scripts that have them.
     """
     parser = parser or get_args_parser()
-    args = parser.parse_args(arguments)
-    args.embedded_text = not args.train_data
-    if args.embedded_text:
-        parser.set_defaults(**EMBEDDED_DATA_DEFAULTS, embedded_text=True)
-        args = parser.parse_args(arguments)
-    check_flags_make_sense(parser, args)
+    minimum = MINIMUM | {"queue_size": 1, "prob_augmentation": 0, "eval_documents": 0}
+    args = parse_with_embedded_defaults(parser, arguments, EMBEDDED_DATA_DEFAULTS, minimum, "train_data")
+    check_training_flags(parser, args)
+    if not 0 <= args.ratio_min <= args.ratio_max <= 1:
+        parser.error(f"--ratio_min {args.ratio_min} --ratio_max {args.ratio_max} are not in order between 0 and 1")
     return args
 
 
 def train_contriever(args: argparse.Namespace) -> None:
     """Train from the newest checkpoint in ``args.output_dir``, or from the encoder that is named."""
-    device, output_dir = start_run(args, "checkpoint")
-    if distributed.is_main_process():
-        link_latest(output_dir)
-    precision = Precision(args.amp, device)
-    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    run = Run(args, args.amp, subfolder="checkpoint")
+    link_latest(run.output_dir)
 
     # encoder and text
-    retriever = start_retriever(args, device)
+    retriever = start_retriever(args, run.device)
     pairs = open_pairs(args, retriever)
-    epoch_steps = steps_per_epoch(pairs, args.per_gpu_batch_size, args.loading_mode)
-    sampler = StepSampler(args.per_gpu_batch_size, epoch_steps, args.total_steps, rank, world_size)
-    loader = make_loader(pairs, batch_sampler=sampler, num_workers=args.num_workers, device=device)
-    for name, dataset, share in zip(pairs.names, pairs.datasets, pairs.probabilities, strict=True):
-        distributed.print_once(f"{name}: {dataset.num_tokens} tokens, {len(dataset)} chunks, {share:.1%} of the pairs")
+    data = open_data(args, pairs, run.device)
 
-    # networks and optimiser
-    model, trained, networks = build_model(args, retriever)
+    # networks, loss, optimiser
+    model, trained = build_model(args, retriever)
     optimizer = build_optimizer(model, args)
+    objective = Objective.from_args(args)
 
-    text = fingerprint(args.train_data)
-    distributed.check_same_on_all_processes(text, "the training text (files, sizes and ends)")
-    run = Resumable(
-        args, output_dir, retriever, model, optimizer, precision, networks, epoch_steps, text, NETWORK_FLAGS
-    )
-    evaluation = Evaluation.of(args, retriever, pairs.datasets)
+    # checkpoints under the names of the official ones, monitoring
+    resume(run, data, NETWORK_FLAGS, retriever, model, optimizer)
+    evaluation = Evaluation(args, retriever, pairs.datasets)
     if evaluation.disabled_reason:
         distributed.print_once(f"no evaluation: {evaluation.disabled_reason}")
 
-    # epochs
-    with run.checkpointer() as checkpointer:
+    with run:
         if run.is_new:
-            evaluation.run(retriever.model, run.first_epoch * epoch_steps + run.first_step, run.first_epoch, run.log)
-        for epoch in range(run.first_epoch, -(-args.total_steps // epoch_steps)):
-            first_step = run.first_step if epoch == run.first_epoch else 0
-            sampler.set_epoch(epoch, first_step)
-            train_one_epoch(
-                model,
-                trained,
-                loader,
-                optimizer,
-                Objective.from_args(args),
-                epoch=epoch,
-                first_step=first_step,
-                steps_per_epoch=epoch_steps,
-                save_freq=args.save_freq,
-                seed=args.seed,
-                precision=precision,
-                log=run.log,
-                guard=run.guard,
-                evaluation=evaluation,
-                checkpointer=checkpointer,
-            )
-            run.log.end_epoch(epoch)
-            checkpointer.after_epoch(epoch)
-    run.log.close()
+            evaluation.run(retriever.model, run)
+        for epoch in run.epochs():
+            data.sampler.set_epoch(epoch, run.step_in_epoch)
+            train_one_epoch(model, trained, data.loader, optimizer, objective, evaluation, run)
+            run.log_epoch()
+            run.end_epoch()
     if distributed.is_main_process():
-        retriever.save(output_dir / "encoder")
-        fill_steps = args.queue_size // run.facts["batch_size"] if args.contrastive_mode == "moco" else None
-        print(summary(output_dir, args.norm_query and args.norm_doc, fill_steps))
+        retriever.save(run.output_dir / "encoder")
+        fill_steps = args.queue_size // data.batch_size if args.contrastive_mode == "moco" else None
+        print(summary(run.output_dir, args.norm_query and args.norm_doc, fill_steps))
 
 
 def open_pairs(args: argparse.Namespace, retriever: Retriever) -> PretrainingPairs:
@@ -218,14 +189,24 @@ def open_pairs(args: argparse.Namespace, retriever: Retriever) -> PretrainingPai
     )
 
 
-def build_model(
-    args: argparse.Namespace, retriever: Retriever
-) -> tuple[MoCo | InBatch, nn.Module, dict[str, nn.Module]]:
+def open_data(args: argparse.Namespace, pairs: PretrainingPairs, device: torch.device) -> TrainingData:
+    """The batches of pairs that this process trains with."""
+    for name, dataset, share in zip(pairs.names, pairs.datasets, pairs.probabilities, strict=True):
+        distributed.print_once(f"{name}: {dataset.num_tokens} tokens, {len(dataset)} chunks, {share:.1%} of the pairs")
+    text = fingerprint(args.train_data)
+    distributed.check_same_on_all_processes(text, "the training text (files, sizes and ends)")
+    batch_size, rank, world_size = args.per_gpu_batch_size, distributed.get_rank(), distributed.get_world_size()
+    epoch_steps = steps_per_epoch(pairs, batch_size, args.loading_mode)
+    sampler = StepSampler(batch_size, epoch_steps, args.total_steps, rank, world_size)
+    loader = make_loader(pairs, batch_sampler=sampler, num_workers=args.num_workers, device=device)
+    return TrainingData(loader, sampler, epoch_steps, batch_size * world_size, text)
+
+
+def build_model(args: argparse.Namespace, retriever: Retriever) -> tuple[MoCo | InBatch, nn.Module]:
     """The networks around the encoder.
 
     Returns:
-        What is saved; the part of it that gets gradients, wrapped for several processes; the encoders by name, for the
-        search for what is not finite.
+        What is saved, and the part of it that gets gradients, wrapped for several processes.
 
     Raises:
         ValueError: If the queue does not hold a whole number of steps.
@@ -233,7 +214,7 @@ def build_model(
     device = retriever.device
     if args.contrastive_mode == "inbatch":
         model = InBatch(retriever.model).to(device)
-        return model, distributed.wrap(model, device), {"encoder": OnPair(model.encoder)}
+        return model, distributed.wrap(model, device)
     texts_per_step = args.per_gpu_batch_size * distributed.get_world_size()
     if args.queue_size % texts_per_step:
         raise ValueError(
@@ -242,8 +223,7 @@ def build_model(
         )
     model = MoCo(retriever.model, args.queue_size).to(device)
     model.encoder_k.train(args.moco_train_mode_encoder_k)
-    networks = {"encoder_q": OnPair(model.encoder_q), "encoder_k": OnPair(model.encoder_k)}
-    return model, distributed.wrap(model.encoder_q, device), networks
+    return model, distributed.wrap(model.encoder_q, device)
 
 
 def train_one_epoch(
@@ -252,35 +232,23 @@ def train_one_epoch(
     loader: Iterable,
     optimizer: torch.optim.Optimizer,
     objective: Objective,
-    *,
-    epoch: int,
-    first_step: int,
-    steps_per_epoch: int,
-    save_freq: int,
-    seed: int,
-    precision: Precision,
-    log: RunLog,
-    guard: FiniteGuard,
     evaluation: Evaluation,
-    checkpointer: Checkpointer,
+    run: Run,
 ) -> None:
-    """The steps of an epoch from ``first_step`` on.
+    """The steps of an epoch.
 
     Args:
         trained: What gets gradients, wrapped for several processes: the query encoder of MoCo, or the whole of InBatch.
-        loader: Yields batches of :class:`contriever.pretraining_data.PretrainingPairs`.
+        loader: Yields batches of :class:`contriever.training.pairs.PretrainingPairs`.
     """
-    rank, world_size = distributed.get_rank(), distributed.get_world_size()
     moco = isinstance(model, MoCo)
     trained.train()
-    start = epoch * steps_per_epoch + first_step
-    for step, batch in enumerate(log.batches(loader), start=start):
-        randomness.seed_step(seed, step, rank)
+    for step, batch in run.steps(loader):
+        lr = objective.set_learning_rate(optimizer, step)
         optimizer.zero_grad(set_to_none=True)
-        names = ("q_tokens", "q_mask", "k_tokens", "k_mask")
-        q_ids, q_mask, k_ids, k_mask = (batch[name].to(precision.device, non_blocking=True) for name in names)
+        q_ids, q_mask, k_ids, k_mask = (batch[name].to(run.device, non_blocking=True) for name in BATCH)
 
-        with precision.autocast():
+        with run.precision.autocast():
             if moco:
                 model.update_key_encoder(objective.momentum)  # before this step's keys and before its update
                 q = trained(q_ids, q_mask, normalize=objective.norm_query)
@@ -293,24 +261,20 @@ def train_one_epoch(
             logits, labels = moco_logits(q, k, model.queue, objective.temperature)
         else:
             all_keys = distributed.all_gather_with_grad(k.float())
-            logits, labels = inbatch_logits(q, all_keys, objective.temperature, rank, world_size)
+            logits, labels = inbatch_logits(
+                q, all_keys, objective.temperature, distributed.get_rank(), distributed.get_world_size()
+            )
         loss = F.cross_entropy(logits, labels, label_smoothing=objective.label_smoothing)
 
-        skipped = update(loss, optimizer, objective.lr(step), precision)
-        guard.count(skipped)
+        run.backward(loss, optimizer)
+        run.update(gradient_norms(optimizer), optimizer)
         if moco:
             model.enqueue(distributed.all_gather(k.float()))
 
-        averages = {"loss": loss, **batch_statistics(logits, labels, q, k), "skipped": skipped}
-        line = log.step(step, epoch, len(labels), averages, lr=objective.lr(step))
-        if line is not None and guard.too_many():
-            randomness.seed_step(seed, step, rank)
-            inputs = dict(zip(guard.networks, ((q_ids, q_mask), (k_ids, k_mask)), strict=False))
-            with precision.autocast():
-                guard.stop({**batch, "step": step, "epoch": epoch}, [q_ids, k_ids], inputs, loss)
-        if evaluation.is_due(step + 1):  # before the save: a run that is killed in it comes back to it
-            evaluation.run(model.encoder_q if moco else model.encoder, step + 1, epoch, log)
-        save(checkpointer, epoch, step + 1 - epoch * steps_per_epoch, step + 1, save_freq)
+        run.end_step(len(labels), {"loss": loss, **batch_statistics(logits, labels, q, k)}, {"lr": lr})
+        if evaluation.is_due(run.steps_done):  # before the save: a run that is killed in it comes back to it
+            evaluation.run(model.encoder_q if moco else model.encoder, run)
+        keep_numbered(run)
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from dino.augmentations import to_input
 from dino.flags import add_process_flags, bool_flag, evaluation_parser
-from dino.pretrained import load_pretrained
+from dino.hub import load_pretrained
 from dino.vision_transformer import VisionTransformer
 from shared import distributed
 from shared.evaluation.features import extract_features

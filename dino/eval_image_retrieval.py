@@ -25,7 +25,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 from dino.augmentations import to_input
 from dino.flags import add_process_flags, bool_flag, evaluation_parser
 from dino.ground_truth import GroundTruth, read_ground_truth
-from dino.pretrained import VITS16_LANDMARKS, fetch, load_pretrained
+from dino.hub import VITS16_LANDMARKS, fetch, load_pretrained
 from shared import distributed
 from shared.evaluation.features import extract_features
 from shared.evaluation.ranking import average_precision

@@ -22,11 +22,11 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dino.augmentations import MEAN, STD
-from dino.eval_knn import eval_transform
 from dino.flags import add_data_flags, add_process_flags, bool_flag, evaluation_parser, set_embedded_data_defaults
-from dino.pretrained import fetch, find_release, load_pretrained
+from dino.hub import CARD, fetch_linear_weights, load_pretrained
 from dino.vision_transformer import VisionTransformer
 from shared import distributed
+from shared.evaluation.frozen import eval_transform
 from shared.evaluation.linear import LinearClassifier, train_one_epoch, validate
 from shared.images.labelled import open_labelled
 from shared.images.loading import BadImages, EpochBatchSampler, EvalDataset, make_loader
@@ -106,7 +106,7 @@ def eval_linear(args: argparse.Namespace) -> dict[str, float]:
     )
     features = FrozenFeatures(backbone.to(device), args.n_last_blocks, args.avgpool_patchtokens)
     classifier = LinearClassifier(features.dim(embed_dim), args.num_labels).to(device)
-    val_set = EvalDataset(val, eval_transform(args.image_size, backbone))
+    val_set = EvalDataset(val, eval_transform(CARD, args.image_size, backbone))
 
     def validate_now() -> dict[str, float]:
         return validate(classifier, features, val_set, device, args.batch_size_per_gpu, args.num_workers)
@@ -234,11 +234,7 @@ def on_device(loader, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
 def load_linear_weights(classifier: nn.Module, file: str, arch: str, patch_size: int) -> None:
     """Fill the classifier from a file of ours or a released one; without a file from the release of the backbone."""
     if not file:
-        release = find_release(arch, patch_size)
-        if release is None:
-            raise ValueError(f"no linear weights are released for --arch {arch} --patch_size {patch_size}; "
-                             "give a file as --linear_weights")  # fmt: skip
-        file = fetch(release.linear)
+        file = fetch_linear_weights(arch, patch_size)
     elif not Path(file).is_file():
         raise ValueError(f"--linear_weights {file} is not a file")
     checkpoint = safe_load(file)

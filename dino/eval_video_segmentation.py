@@ -25,7 +25,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from dino.augmentations import MEAN
 from dino.flags import add_process_flags, evaluation_parser
-from dino.pretrained import load_pretrained
+from dino.hub import load_pretrained
 from dino.vision_transformer import VisionTransformer
 from shared import distributed
 from shared.images.decode import read_image

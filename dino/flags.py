@@ -6,7 +6,7 @@ from collections.abc import Callable
 from shared.images.loading import default_num_workers
 from shared.run.flags import bool_flag
 
-from .pretrained import RUN_ON_DIGITS
+from .hub import RUN_ON_DIGITS
 
 __all__ = ["add_process_flags", "bool_flag", "evaluation_parser", "set_embedded_data_defaults"]
 

@@ -26,8 +26,8 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from dino.augmentations import MEAN, STD, dino_views
 from dino.collapse import CollapseMonitor
+from dino.hub import VIT_NAMES, build_backbone
 from dino.losses import DINOLoss
-from dino.networks import VIT_NAMES, build_backbone
 from dino.report import save_pictures, summary
 from dino.resuming import NETWORK_FLAGS, to_official
 from dino.vision_transformer import DINOHead

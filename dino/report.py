@@ -14,7 +14,7 @@ from shared.multicrop import MultiCropDataset
 from shared.run.summary import command, end_of_run
 
 from .augmentations import MEAN, STD
-from .networks import VIT_NAMES
+from .hub import VIT_NAMES
 from .pictures import save_curves, save_views
 from .vision_transformer import VisionTransformer
 from .visualize_attention import save_attention

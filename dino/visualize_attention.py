@@ -25,8 +25,8 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from dino.augmentations import MEAN, STD, dino_views, to_input
 from dino.flags import evaluation_parser
+from dino.hub import RUN_ON_DIGITS, VITS8_300_EPOCHS, fetch, load_pretrained
 from dino.pictures import save_curves, save_views
-from dino.pretrained import RUN_ON_DIGITS, VITS8_300_EPOCHS, fetch, load_pretrained
 from dino.vision_transformer import VisionTransformer
 from shared import distributed
 from shared.evaluation.neighbours import sample_gallery, save_nearest

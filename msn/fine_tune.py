@@ -24,7 +24,6 @@ from torch import nn
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from msn.augmentations import MEAN, STD
 from msn.flags import (
     add_data_flags,
     add_process_flags,
@@ -34,6 +33,7 @@ from msn.flags import (
     load_chosen_encoder,
     network_parser,
 )
+from msn.hub import MEAN, STD
 from msn.labelled_training import Validation, from_official, to_official, training_batches
 from msn.vision_transformer import DropPath, VisionTransformer
 from shared import distributed

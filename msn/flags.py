@@ -9,7 +9,7 @@ from shared.images.labelled import open_labelled
 from shared.images.loading import default_num_workers
 from shared.images.sources import ImageSource
 
-from .pretrained import DEFAULT_MODEL, RUN_ON_DIGITS, load_pretrained
+from .hub import DEFAULT_MODEL, RUN_ON_DIGITS, load_pretrained
 from .vision_transformer import ARCHITECTURES, VisionTransformer
 
 

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from msn.augmentations import MEAN, STD
 from msn.flags import (
     add_data_flags,
     add_process_flags,
@@ -33,9 +32,9 @@ from msn.flags import (
     load_chosen_encoder,
     network_parser,
 )
+from msn.hub import MEAN, RUN_ON_DIGITS, STD
 from msn.labelled_training import Validation, from_official, to_official, training_batches
 from msn.logistic_eval import LastClassToken
-from msn.pretrained import RUN_ON_DIGITS
 from shared import distributed
 from shared.evaluation.features import check_features
 from shared.images.loading import BadImages, EvalDataset, EvalTransform

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from msn.augmentations import MEAN, STD
 from msn.flags import add_data_flags, add_process_flags, finish, labelled_sources, load_chosen_encoder, network_parser
+from msn.hub import MEAN, STD
 from msn.vision_transformer import VisionTransformer, num_kept_patches
 from shared import distributed
 from shared.evaluation.features import extract_features

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from msn.augmentations import MEAN, STD, msn_views
+from msn.augmentations import msn_views
+from msn.hub import MEAN, STD
 from msn.losses import LossTerms, MSNLoss, new_prototypes
 from msn.report import health_rules, report
 from msn.resuming import NETWORK_FLAGS, Value, find_checkpoint, from_official, to_official

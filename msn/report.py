@@ -17,7 +17,7 @@ from shared.run.health import HealthRule
 from shared.run.run import Run
 from shared.run.summary import command, end_of_run
 
-from .augmentations import MEAN, STD
+from .hub import MEAN, STD
 from .vision_transformer import Trunk, draw_kept_patches
 from .visualize_attention import save_attention
 

@@ -20,9 +20,8 @@ from torch import Tensor
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from msn.augmentations import MEAN, STD
 from msn.flags import load_chosen_encoder, network_parser
-from msn.pretrained import RUN_ON_DIGITS
+from msn.hub import MEAN, RUN_ON_DIGITS, STD
 from msn.vision_transformer import VisionTransformer
 from shared import distributed
 from shared.images.decode import read_image

@@ -40,7 +40,7 @@ from swav.evaluation import (
     evaluation_parser,
     parse_with_embedded_defaults,
 )
-from swav.pretrained import load_network
+from swav.hub import load_network
 from swav.resnet50 import MultiPrototypes, PrototypeNetwork
 
 UNREADABLE = -2  # in place of a label

@@ -43,7 +43,7 @@ from swav.evaluation import (
     set_weights,
     train_loader,
 )
-from swav.pretrained import LINEAR_CLASSIFIER, fetch, load_backbone
+from swav.hub import LINEAR_CLASSIFIER, fetch, load_backbone
 from swav.resnet50 import PrototypeNetwork, ResNet
 
 # A run that is resumed must have these as they were.

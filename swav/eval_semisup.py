@@ -43,7 +43,7 @@ from swav.evaluation import (
     save_epoch,
     train_loader,
 )
-from swav.pretrained import load_backbone, load_network
+from swav.hub import load_backbone, load_network
 from swav.resnet50 import PrototypeNetwork
 
 # A run that is resumed must have these as they were.

@@ -21,8 +21,7 @@ from shared.multicrop import MultiCropDataset, normalize_views
 from shared.networks.backbones import input_channels
 from shared.run.checkpoint import load_latest, save, without_prefix
 
-from .augmentations import MEAN, STD
-from .pretrained import RUN_ON_DIGITS
+from .hub import MEAN, RUN_ON_DIGITS, STD
 
 # --- Flags ------------------------------------------------------------------------------------------------------------
 

@@ -41,15 +41,16 @@ from shared.run.log import RunLog
 from shared.run.not_finite import FiniteGuard
 from shared.run.start import start_run
 from swav import training_flags
-from swav.augmentations import MEAN, STD, swav_views
+from swav.augmentations import swav_views
 from swav.collapse import CollapseMonitor, usage_of
+from swav.hub import MEAN, STD
 from swav.kmeans import cluster_memory
 from swav.larc import LARC
 from swav.losses import cluster_classification
 from swav.main_swav import EMBEDDED_DATA_DEFAULTS as SWAV_DEFAULTS
 from swav.memory_bank import MemoryBank
-from swav.networks import Trunk
 from swav.report import save_pictures, summary
+from swav.resnet50 import Trunk
 from swav.training_setup import (
     CHECKPOINT,
     Resumable,

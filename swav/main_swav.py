@@ -44,12 +44,13 @@ from shared.run.not_finite import FiniteGuard
 from shared.run.start import start_run
 from shared.sinkhorn import sinkhorn_knopp
 from swav import training_flags
-from swav.augmentations import MEAN, STD, swav_views
+from swav.augmentations import swav_views
 from swav.collapse import CollapseMonitor, PrototypeUsage
+from swav.hub import MEAN, STD
 from swav.larc import LARC
 from swav.losses import EmbeddingQueue, normalize_prototypes_, swapped_prediction
-from swav.networks import Trunk
 from swav.report import save_pictures, summary
+from swav.resnet50 import Trunk
 from swav.training_setup import (
     CHECKPOINT,
     Resumable,

@@ -12,7 +12,7 @@ from shared.multicrop import MultiCropDataset
 from shared.run.log import read_log
 from shared.run.summary import command, end_of_run
 
-from .augmentations import MEAN, STD
+from .hub import MEAN, STD
 from .pictures import save_curves, save_views
 
 

@@ -116,6 +116,38 @@ class PrototypeNetwork(nn.Module):
         return self.forward_head(torch.cat([self.forward_backbone(batch) for batch in batches]))
 
 
+class LibraryNetwork(PrototypeNetwork):
+    """A backbone of another library with the same projection head and prototypes.
+
+    Args:
+        backbone: Maps images (B, C, H, W) to features (B, embed_dim).
+        embed_dim: Dimension of the features.
+        heads: See :meth:`PrototypeNetwork.add_heads`.
+    """
+
+    def __init__(self, backbone: nn.Module, embed_dim: int, **heads):
+        super().__init__()
+        self.backbone = backbone
+        self.embed_dim = embed_dim
+        self.add_heads(embed_dim, **heads)
+
+    def forward_backbone(self, images: Tensor) -> Tensor:
+        """Features (B, embed_dim) of images (B, C, H, W)."""
+        features = self.backbone(images)
+        return features[0] if isinstance(features, tuple) else features  # XCiT returns a tuple in train mode
+
+
+class Trunk(nn.Module):
+    """The features of a network without its heads, for evaluations; shares the network's weights."""
+
+    def __init__(self, network: PrototypeNetwork):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network.forward_backbone(images)
+
+
 class Bottleneck(nn.Module):
     """Three convolutions beside a shortcut; the 3x3 one has the stride.
 

@@ -14,8 +14,8 @@ from shared.run.checkpoint import check_flags, restore, resume_position
 from shared.run.log import RunLog
 from shared.run.not_finite import FiniteGuard
 
+from .hub import build_network
 from .larc import LARC
-from .networks import build_network
 
 NETWORK_FLAGS = ("arch", "in_chans", "feat_dim", "hidden_mlp", "nmb_prototypes", "crops_for_assign")
 CHECKPOINT = "checkpoint.pth.tar"

@@ -18,7 +18,7 @@ def images(tmp_path_factory):
 @pytest.fixture(scope="session")
 def places(images, tmp_path_factory):
     """What stands for ``{images}``, ``{tokens}`` and ``{encoder}`` in flags that lead to data."""
-    from tests.contriever.training_runs import make_data
+    from tests.contriever.tiny import make_data
 
     text = make_data(tmp_path_factory.mktemp("text"))
     return {"images": images, "tokens": text / "tokens", "encoder": text / "encoder"}

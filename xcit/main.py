@@ -12,29 +12,18 @@ teacher whose predictions are learned too. Running the same command again resume
 
 import argparse
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from timm.data import Mixup
-from torch import Tensor, nn
+from torch import nn
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from shared import distributed
-from shared.networks.batchnorm import synchronize_batchnorm
 from shared.optimisation.precision import Precision
-from shared.run import randomness
-from shared.run.checkpoint import Checkpointer
 from shared.run.flags import AnyDashParser, add_data_flags, add_run_flags
-from shared.run.log import RunLog
-from shared.run.not_finite import FiniteGuard
-from shared.run.start import start_run
-from shared.supervised.data import LabelledViews
-from shared.supervised.distillation import build_teacher, distillation_loss
-from shared.supervised.ema import NetworkEMA
+from shared.run.run import Run
+from shared.supervised.data import LabelledViews, build_mixup, open_images
 from shared.supervised.flags import (
     add_augmentation_flags,
     add_data_set_flags,
@@ -44,8 +33,8 @@ from shared.supervised.flags import (
     add_output_flags,
     check_recipe,
 )
-from shared.supervised.optimizer import build_timm_optimizer, build_timm_schedule, clip_and_step, set_learning_rate
-from shared.supervised.training import TrainingState, build_mixup, open_images, train_loader
+from shared.supervised.losses import build_loss
+from shared.supervised.train import BestAccuracy, train_classifier
 from shared.supervised.transforms import train_transform
 from xcit.augmentations import CROP_RATIO, MEAN, STD
 from xcit.networks import build_network
@@ -124,123 +113,67 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
 
 def train_xcit(args: argparse.Namespace) -> None:
     """Train from the newest checkpoint in ``args.output_dir``, or from the start if there is none; or evaluate."""
-    if args.eval:  # leaves a run that is going on in the folder alone
-        device, output_dir = distributed.init(args.dist_url, args.device, args.dist_timeout), Path(args.output_dir)
-    else:
-        device, output_dir = start_run(args)
-    precision = Precision(args.amp, device)
-    crop_ratio = 1.0 if args.full_crop else CROP_RATIO
-    images = open_images(args, output_dir, precision, MEAN, STD, crop_ratio)
-    num_classes = images.num_classes
-
-    # network
-    network = build_network(args.model, num_classes, args.in_chans, args.drop, args.drop_path, args.input_size)
     if args.eval:
-        origin = args.pretrained or args.resume or str(output_dir / "checkpoint.pth")
-        if not fill(network, read_weights(origin, args.checkpoint_key, "--eval: the checkpoint"), origin):
-            raise ValueError(f"--eval: {origin} has no classifier for the {num_classes} classes of {images.val.name}")
-        result = images.evaluate(network.to(device))
-        distributed.print_once(f"{images.val.describe()}: top-1 {result['acc1']:.2f} %, top-5 {result['acc5']:.2f} %")
+        evaluate_xcit(args)
         return
+    run = Run(args, args.amp)
+    images = open_images(args, run.output_dir, run.precision, MEAN, STD, crop_ratio(args))
+
+    network = build_classifier(args, images.num_classes)
     if args.pretrained:
         fill(network, read_weights(args.pretrained, args.checkpoint_key), args.pretrained)
     if args.surgery:
         transplant_patch_embedding(network, args.surgery)
-    num_parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    network = synchronize_batchnorm(network, device).to(device)
-    ema = None
-    if args.model_ema:
-        ema = NetworkEMA(network, args.model_ema_decay, "cpu" if args.model_ema_force_cpu else None)
-    if args.compile:
-        network.compile()
-    network = distributed.wrap(network, device)
-    teacher = None
-    if args.distillation_type != "none":
-        teacher = build_teacher(args.teacher_model, args.teacher_path, num_classes, args.in_chans).to(device)
-
-    # views
-    views = LabelledViews(images.train, train_transform(args, MEAN, STD), args.seed, images.bad_images)
-    loader, sampler = train_loader(args, views, images.num_workers, device)
-    steps_per_epoch = len(sampler)
-    mixup = build_mixup(args, num_classes)
-    distributed.print_once(
-        f"{images.train.describe()}: {steps_per_epoch} steps per epoch; {num_parameters:,} parameters"
-    )
     if args.data_path is None:
         names = " ".join(f"--{name}" for name in EMBEDDED_DATA_DEFAULTS)
         distributed.print_once(f"without --data_path these flags have defaults for the embedded data: {names}")
 
-    # optimiser, schedule
-    peak_lr = args.lr * args.batch_size * distributed.get_world_size() / 512
-    optimizer = build_timm_optimizer(
-        distributed.unwrap(network), args.opt, peak_lr, args.weight_decay, args.momentum, args.opt_eps, args.opt_betas
-    )
-    scheduler = build_timm_schedule(args, optimizer)
-    training_loss = TrainingLoss(
-        0.0 if mixup else args.smoothing,
-        teacher,
-        args.distillation_type,
-        args.distillation_alpha,
-        args.distillation_tau,
-    )
-
-    # resume
-    state = TrainingState(
+    transform = train_transform(args, MEAN, STD)
+    best = BestAccuracy("best_model.pth", keeps_ties=True)
+    tested = train_classifier(
         args,
-        output_dir,
-        distributed.unwrap(network),
-        ema,
-        optimizer,
-        precision,
-        images.checksum,
-        steps_per_epoch,
-        must_match=NETWORK_FLAGS,
+        run,
+        images,
+        transform,
+        network,
+        build_loss(args, images.num_classes, run.device),
+        best,
+        peak_lr=args.lr * args.batch_size * distributed.get_world_size() / 512,
+        network_flags=NETWORK_FLAGS,
         weights_flag="--pretrained",
     )
-
-    # epochs
-    tested: dict[str, float] = {}
-    with Checkpointer(
-        output_dir / "checkpoint.pth", state, args.saveckp_steps, args.saveckp_minutes, state.guard.is_good
-    ) as checkpointer:
-        for epoch in range(state.first_epoch, args.epochs):
-            first_step = state.first_step if epoch == state.first_epoch else 0
-            sampler.set_epoch(epoch, first_step)
-            train_one_epoch(
-                network,
-                ema,
-                training_loss,
-                loader,
-                mixup,
-                optimizer,
-                epoch=epoch,
-                lr=set_learning_rate(scheduler, optimizer, epoch),
-                first_step=first_step,
-                steps_per_epoch=steps_per_epoch,
-                clip_grad=args.clip_grad,
-                fixed_patch_embedding=args.surgery is not None,
-                seed=args.seed,
-                precision=precision,
-                log=state.log,
-                guard=state.guard,
-                checkpointer=checkpointer,
-            )
-            is_best, tested = False, {}
-            if (epoch + 1) % args.test_freq == 0 or epoch == args.epochs - 1:
-                tested = state.test(epoch, images.evaluate, checkpointer)
-                is_best = tested["test_acc1"] >= state.best_acc1
-                state.best_acc1 = max(state.best_acc1, tested["test_acc1"])
-            bad_images = images.bad_images.count()
-            state.log.end_epoch(epoch, **tested, n_parameters=num_parameters, bad_images=bad_images)
-            checkpointer.after_epoch(epoch, keep_as="best_model.pth" if is_best else None)
-    state.log.close()
     if distributed.is_main_process():
-        pictures = save_pictures(views, mixup, output_dir) if args.pictures else []
+        pictures = []
+        if args.pictures:
+            views = LabelledViews(images.train, transform, args.seed, images.bad_images)
+            pictures = save_pictures(views, build_mixup(args, images.num_classes), run.output_dir)
         needed = ("data_path", "val_path", "data_set", "inat_category", "model", "input_size", "in_chans")
         parser = get_args_parser()
         given = {flag: getattr(args, flag) for flag in needed if getattr(args, flag) != parser.get_default(flag)}
         network_and_data = given | {"model": args.model}
-        print(summary(output_dir, network_and_data, args.full_crop, images.val, tested, state.best_acc1, pictures))
+        print(summary(run.output_dir, network_and_data, args.full_crop, images.val, tested, best.acc1, pictures))
+
+
+def evaluate_xcit(args: argparse.Namespace) -> None:
+    """Print the accuracy of ``--pretrained``, or of the run in ``--output_dir``, which may be going on."""
+    device, output_dir = distributed.init(args.dist_url, args.device, args.dist_timeout), Path(args.output_dir)
+    images = open_images(args, output_dir, Precision(args.amp, device), MEAN, STD, crop_ratio(args))
+    network = build_classifier(args, images.num_classes)
+    origin = args.pretrained or args.resume or str(output_dir / "checkpoint.pth")
+    if not fill(network, read_weights(origin, args.checkpoint_key, "--eval: the checkpoint"), origin):
+        raise ValueError(
+            f"--eval: {origin} has no classifier for the {images.num_classes} classes of {images.val.name}"
+        )
+    images.print_accuracy(network.to(device))
+
+
+def build_classifier(args: argparse.Namespace, num_classes: int) -> nn.Module:
+    return build_network(args.model, num_classes, args.in_chans, args.drop, args.drop_path, args.input_size)
+
+
+def crop_ratio(args: argparse.Namespace) -> float:
+    """Side of the centre crop that is evaluated, over the short side of the image."""
+    return 1.0 if args.full_crop else CROP_RATIO
 
 
 def transplant_patch_embedding(network: nn.Module, path: str) -> None:
@@ -251,94 +184,7 @@ def transplant_patch_embedding(network: nn.Module, path: str) -> None:
     tensors = read_weights(path, flag="--surgery")
     part = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     fill(network.patch_embed, part, f"--surgery {path}")
-    network.patch_embed.requires_grad_(False)
-
-
-class TrainingLoss:
-    """Cross-entropy of hard, smoothed or mixed labels, and distillation.
-
-    XCiT has one classifier: labels and teacher act on the same logits.
-
-    Args:
-        smoothing: Of hard labels.
-        teacher: Maps the student's images to logits.
-        distillation: ``none``, ``soft`` or ``hard``.
-        alpha, tau: See :func:`shared.supervised.distillation.distillation_loss`.
-    """
-
-    def __init__(
-        self,
-        smoothing: float,
-        teacher: nn.Module | None = None,
-        distillation: str = "none",
-        alpha: float = 0.5,
-        tau: float = 1.0,
-    ):
-        self.smoothing, self.teacher = smoothing, teacher
-        self.distillation, self.alpha, self.tau = distillation, alpha, tau
-
-    def __call__(self, images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-        """The loss of a batch; ``targets`` are class numbers (B,), or probabilities (B, classes)."""
-        logits = logits.float()
-        loss = F.cross_entropy(logits, targets, label_smoothing=self.smoothing)
-        if self.teacher is None:
-            return loss
-        with torch.no_grad():
-            teacher_logits = self.teacher(images)
-        return distillation_loss(loss, logits, teacher_logits, self.distillation, self.alpha, self.tau)
-
-
-def train_one_epoch(
-    network: nn.Module,
-    ema: NetworkEMA | None,
-    training_loss: TrainingLoss,
-    loader: Iterable,
-    mixup: Mixup | None,
-    optimizer: torch.optim.Optimizer,
-    *,
-    epoch: int,
-    lr: float,
-    first_step: int,
-    steps_per_epoch: int,
-    clip_grad: float | None,
-    fixed_patch_embedding: bool,
-    seed: int,
-    precision: Precision,
-    log: RunLog,
-    guard: FiniteGuard,
-    checkpointer: Checkpointer,
-) -> None:
-    """One epoch, from its step ``first_step`` on. ``loader`` yields (views, labels, indices)."""
-    parameters = list(network.parameters())
-    network.train()
-    if fixed_patch_embedding:
-        distributed.unwrap(network).patch_embed.eval()  # neither do its running statistics move
-    start = epoch * steps_per_epoch + first_step
-    for step, (loaded_images, labels, indices) in enumerate(log.batches(loader), start=start):
-        randomness.seed_step(seed, step, distributed.get_rank())  # mixing, dropout, stochastic depth
-        images = loaded_images.to(precision.device, non_blocking=True)
-        targets = labels.to(precision.device, non_blocking=True)
-        if mixup is not None:
-            images, targets = mixup(images, targets)
-        optimizer.zero_grad(set_to_none=True)
-
-        with precision.autocast():
-            loss = training_loss(images, network(images), targets)
-
-        precision.backward(loss, optimizer)
-        skipped = clip_and_step(optimizer, parameters, clip_grad)
-        precision.update()
-        guard.count(skipped)
-        if ema is not None:
-            ema.update(distributed.unwrap(network))
-
-        line = log.step(step, epoch, len(labels), {"loss": loss, "lr": lr, "skipped": skipped})
-        if line is not None and guard.too_many():
-            randomness.seed_step(seed, step, distributed.get_rank())
-            with precision.autocast():
-                batch = {"images": images, "indices": indices, "step": step, "epoch": epoch}
-                guard.stop(batch, [images], {"network": images}, loss)
-        checkpointer.after_step(epoch, step + 1 - epoch * steps_per_epoch)
+    network.patch_embed.requires_grad_(False).eval()  # neither do its running statistics move
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """PNG files that explain themselves: images at fixed places of a sheet, curves of a log, coloured maps."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,28 @@ def write_png(path: str | Path, pixels: np.ndarray) -> Path:
     """Write RGB pixels (H, W, 3), uint8, and return the path."""
     Image.fromarray(pixels).save(path, format="PNG")
     return Path(path)
+
+
+@functools.cache
+def _fonts() -> tuple[list[str], frozenset[int]]:
+    """Matplotlib's own font and those of this machine that have the letters of most scripts; their characters."""
+    from matplotlib import font_manager
+
+    there = {font.name: font.fname for font in font_manager.fontManager.ttflist}
+    wanted = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Arial Unicode MS")
+    names = [name for name in wanted if name in there]
+    return names, frozenset(c for name in names for c in font_manager.get_font(there[name]).get_charmap())
+
+
+def text_style() -> dict:
+    """How Matplotlib sets names of files and classes: letter by letter, a dollar is no formula."""
+    return {"parse_math": False, "family": _fonts()[0]}
+
+
+def printable(text: str) -> str:
+    """A name with the codes of characters that no font has, and a sign for every byte that is no UTF-8."""
+    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return "".join(c if c == "\n" or ord(c) in _fonts()[1] else f"\\u{ord(c):04x}" for c in text)
 
 
 def magnify(pixels: np.ndarray, least_px: int) -> np.ndarray:
@@ -84,7 +107,8 @@ def save_sheet(
         [height * tile.pixels.shape[1] / tile.pixels.shape[0] for tile in row]
         for row, height in zip(rows, heights, strict=True)
     ]
-    title, *notes = heading.split("\n")
+    title, *notes = printable(heading).split("\n")
+    style = text_style()
     title_in = 0.45 + 0.22 * len(notes)
     text_in = max(0.105 * len(title), *(0.075 * len(note) for note in notes), 0)
     width = 2 * margin + max(*(sum(row) + gap * (len(row) - 1) for row in widths), text_in)
@@ -92,9 +116,11 @@ def save_sheet(
 
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
     y = height - margin
-    figure.text(margin / width, y / height, title, fontsize=13, weight="bold", color=INK, va="top")
+    figure.text(margin / width, y / height, title, fontsize=13, weight="bold", color=INK, va="top", **style)
     for i, note in enumerate(notes):
-        figure.text(margin / width, (y - 0.3 - 0.22 * i) / height, note, fontsize=9.5, color="#555555", va="top")
+        figure.text(
+            margin / width, (y - 0.3 - 0.22 * i) / height, note, fontsize=9.5, color="#555555", va="top", **style
+        )
     y -= title_in
     for row, row_widths, tile_height, over, under in zip(rows, widths, heights, above, below, strict=True):
         y -= over + tile_height
@@ -116,8 +142,9 @@ def _draw_tile(axes: "Axes", tile: Tile) -> None:
     for spine in axes.spines.values():
         spine.set_visible(tile.frame is not None)
         spine.set(color=tile.frame, linewidth=3)
-    axes.set_title(tile.title, fontsize=8.5, color=INK, pad=3)
-    axes.set_xlabel(tile.caption, fontsize=8.5, color=INK, labelpad=2)
+    title, caption = printable(tile.title), printable(tile.caption)
+    axes.set_title(title, fontsize=8.5, color=INK, pad=3, **text_style())
+    axes.set_xlabel(caption, fontsize=8.5, color=INK, labelpad=2, **text_style())
 
 
 def save_neighbours(

@@ -308,7 +308,11 @@ def check_flags(checkpoint: dict, args: argparse.Namespace, must_match: tuple[st
         raise ValueError(f"the checkpoint in --output_dir {args.output_dir} is not that of a training run")
     old = checkpoint["args"] if isinstance(checkpoint["args"], dict) else vars(checkpoint["args"])
     for flag, value in vars(args).items():
-        if flag not in old or old[flag] == value or flag in ("output_dir", "local_rank", "num_workers", "device"):
+        if (
+            flag not in old
+            or _as_list(old[flag]) == _as_list(value)
+            or flag in ("output_dir", "local_rank", "num_workers", "device")
+        ):
             continue
         if flag in must_match:
             raise ValueError(
@@ -316,6 +320,11 @@ def check_flags(checkpoint: dict, args: argparse.Namespace, must_match: tuple[st
                 f"--{flag} {old[flag]}; use that or another --output_dir"
             )
         distributed.print_once(f"resuming with --{flag} {value}, the checkpoint was written with {old[flag]}")
+
+
+def _as_list(value):
+    """A tuple of defaults and a list of the command line are equal."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def restore(

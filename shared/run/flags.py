@@ -1,13 +1,34 @@
 """Command-line flags that every training script has, and types of flags."""
 
 import argparse
+import difflib
+import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from shared import distributed
 
 
-class AnyDashParser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """A parser that shows defaults in its help, and mistakes in one line with the nearest flag.
+
+    Args:
+        docstring: Of the script; its first paragraph is the description.
+    """
+
+    def __init__(self, docstring: str = "", **options):
+        options = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter} | options
+        super().__init__(**{"description": docstring.split("\n\n")[0]} | options)
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.findall(r"--[^\s=]+", message) if message.startswith("unrecognized arguments") else []
+        close = [match for name in unknown for match in difflib.get_close_matches(name, self._option_string_actions, 1)]
+        hint = f"; did you mean {' and '.join(close)}?" if close else ""
+        self.exit(2, f"error: {message}{hint} (--help lists all flags)\n")
+
+
+class AnyDashParser(Parser):
     """A parser to which ``--batch-size`` and ``--batch_size`` are the same flag, whichever of them was declared."""
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):

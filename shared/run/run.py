@@ -241,8 +241,7 @@ class Run:
         line = self.log.step(self.step, self.epoch, images, averages | {"skipped": self.skipped}, **(health or {}))
         if line is None:
             return
-        if problem := self.health.check(line):
-            self.log.say(problem)
+        self.check_health(line)
         if self.guard.too_many():
             self.search = NonFiniteSearch(self.guard.networks, self.output_dir / "nonfinite.pth")
 
@@ -255,6 +254,11 @@ class Run:
     def log_evaluation(self, **values: float) -> None:
         """Write the result of an evaluation after the steps done; the last epoch may be a short one."""
         self.log.evaluation(self.steps_done, -(-self.steps_done // self.data.steps_per_epoch), **values)
+
+    def check_health(self, line: dict) -> None:
+        """Say what a line shows about the health of the training, once for each kind of failure."""
+        if problem := self.health.check({"step": self.steps_done, **line}):
+            self.log.say(problem)
 
     def log_epoch(self, **values: float) -> dict:
         """Write the averages of the epoch, and ``values``, and return the line."""

@@ -1,6 +1,8 @@
 """A moving average of a whole network: parameters and running statistics."""
 
+import contextlib
 import copy
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -29,3 +31,18 @@ class NetworkEMA:
         for mine, value in pairs:
             if not mine.is_floating_point():
                 mine.copy_(value)
+
+    @contextlib.contextmanager
+    def on(self, device: torch.device) -> Iterator[nn.Module]:
+        """The average on another device, for an evaluation."""
+        home = next(self.network.parameters()).device
+        try:
+            yield self.network.to(device)
+        finally:
+            self.network.to(home)
+
+    def state_dict(self) -> dict:
+        return self.network.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.network.load_state_dict(state)

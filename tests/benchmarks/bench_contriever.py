@@ -3,8 +3,8 @@
     python tests/benchmarks/bench_contriever.py [--rounds 5] [--texts 512] [--batch_size 16] [--out FILE]
     python tests/benchmarks/bench_contriever.py --model FOLDER            # another encoder
 
-Ways that take turns in one process, on the same encoder (by default the packaged one) and the same texts (documentation
-of packages):
+Implementations, alternated in one process on the same encoder (by default the packaged one) and the same texts
+(documentation of packages):
 
 - ``train/ours``: a step of in-batch training as ``train.py`` does it;
 - ``train/sentence_transformers``: the same pairs and optimiser with MultipleNegativesRankingLoss;
@@ -38,11 +38,11 @@ except ModuleNotFoundError:  # not one of the project's packages: pip install se
     SentenceTransformer = None
 
 from contriever.augmentations import Recipe, SpecialTokens
-from contriever.embedded_text import documentation
 from contriever.encoder import Retriever, find_model, load_retriever
 from contriever.losses import InBatch, MoCo, inbatch_logits, moco_logits
-from contriever.pretraining_data import PretrainingPairs
-from contriever.tokens import ChunkedText, Shard
+from contriever.text.documentation import documentation
+from contriever.text.tokens import ChunkedText, Shard
+from contriever.training.pairs import PretrainingPairs
 from shared.optimisation.precision import fast_bf16
 
 TEMPERATURE = 0.05

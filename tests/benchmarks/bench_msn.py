@@ -6,7 +6,7 @@
 The step is ``train_one_epoch`` of ``msn/main.py`` with one masked random anchor (the paper's table of costs): encoder
 forward and backward on what the mask leaves, target encoder on the whole view, loss, AdamW, EMA. ``anchor`` is the part
 that a mask can save, forward and backward of the encoder alone. Every ratio runs in a process of its own, so that peak
-memory is told apart; ratios take turns.
+memory is told apart; rounds alternate.
 """
 
 import argparse

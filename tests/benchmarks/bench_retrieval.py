@@ -28,8 +28,8 @@ import faiss
 import numpy as np
 import torch
 
-from contriever.dense_index import DenseIndex, IndexSettings
-from contriever.embedding_files import Shard, ShardWriter, open_shard
+from contriever.index.dense import DenseIndex, IndexSettings
+from contriever.index.embeddings import Shard, ShardWriter, open_shard
 
 DIM = 384
 K = 10

@@ -4,7 +4,7 @@
     python tests/benchmarks/bench_step.py --growth             # cost against crops, batch, image side and outputs
     python tests/benchmarks/bench_step.py --device cuda --batch 64
 
-Steps that take turns, each in a process of its own so that peak memory is told apart:
+Steps, alternated, each in a process of its own so that peak memory is told apart:
 
 - ``plain``: the step as a textbook writes it (this file): one pass per resolution, explicit attention matrices,
   ``nn.utils.weight_norm``, a loop over pairs of crops, loops over parameters for clipping, AdamW and the teacher;
@@ -35,9 +35,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dino.collapse import CollapseMonitor
+from dino.hub import build_backbone
 from dino.losses import DINOLoss
 from dino.main_dino import Schedules, train_one_epoch
-from dino.networks import build_backbone
 from dino.vision_transformer import DINOHead
 from shared.multicrop import MultiCropWrapper
 from shared.optimisation.optim import build_optimizer, param_groups_no_decay_on_bias_and_norm

@@ -6,7 +6,7 @@
 The ViT is timm's, with as many channels and blocks and with PyTorch's fused attention, which needs no attention matrix
 in memory: a fair opponent. For every resolution both networks do a forward pass and a training step, on a CPU each in a
 process of its own, so that peak memory (beyond that of the idle network) is told apart. The second table compares our
-network with timm's XCiT of the same weights: they take turns, the median of the ratios counts.
+network with timm's XCiT of the same weights, alternated; the median of the ratios counts.
 """
 
 import argparse

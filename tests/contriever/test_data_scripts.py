@@ -5,8 +5,8 @@ import json
 import pytest
 
 from contriever import convertmrtydi2beir, preprocess_xmkqa
-from contriever.beir_data import read_beir
-from contriever.passages import read_questions
+from contriever.beir.data import read_beir
+from contriever.index.passages import read_questions
 
 
 def write_mrtydi(folder):

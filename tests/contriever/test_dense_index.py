@@ -2,14 +2,13 @@
 
 from pathlib import Path
 
-import faiss
 import numpy as np
 import pytest
 import torch
 
-from contriever import dense_index
-from contriever.dense_index import DenseIndex, IndexSettings, merge
-from contriever.embedding_files import Shard, ShardWriter, open_shard
+from contriever.index import dense
+from contriever.index.dense import DenseIndex, IndexSettings, merge
+from contriever.index.embeddings import Shard, ShardWriter, open_shard
 from contriever.passage_retrieval import get_args_parser
 from tests.processes import run_processes
 
@@ -55,8 +54,8 @@ def assert_exact(found, count: int, k: int = K) -> None:
 @pytest.mark.parametrize("sizes", [(600,), (100, 300, 200), (1, 599)])
 @pytest.mark.parametrize("kind", ["flat", "scan"])
 def test_exact_kinds_equal_the_matrix_product(kind, sizes, monkeypatch):
-    monkeypatch.setattr(dense_index, "SCAN_BLOCK", 128)
-    monkeypatch.setattr(dense_index, "QUERY_BLOCK", 3)
+    monkeypatch.setattr(dense, "SCAN_BLOCK", 128)
+    monkeypatch.setattr(dense, "QUERY_BLOCK", 3)
     index = DenseIndex(in_memory(*sizes), IndexSettings(kind), batch_size=150)
     assert len(index) == 600
     assert_exact(index.search(QUERIES, K), 600)
@@ -86,7 +85,7 @@ def test_a_stored_index_gives_the_same_answers(kind, tmp_path, monkeypatch):
     settings = APPROXIMATE.get(kind, IndexSettings(kind))
     built = DenseIndex(shards, settings, tmp_path / "index").search(QUERIES, K)
     assert not list((tmp_path / "index").glob(".*"))
-    monkeypatch.setattr(dense_index, "_filled", None)  # building again would fail
+    monkeypatch.setattr(dense, "_filled", None)  # building again would fail
     again = DenseIndex(shards, settings, tmp_path / "index").search(QUERIES, K)
     monkeypatch.undo()
     assert all(np.array_equal(a, b) for a, b in zip(built, again, strict=True))
@@ -179,10 +178,3 @@ def test_two_processes_find_what_one_finds(kind, tmp_path):
     alone = DenseIndex(shards, APPROXIMATE.get(kind, IndexSettings(kind))).search(QUERIES, K)
     for scores, rows in results:
         assert np.array_equal(scores.numpy(), alone[0]) and np.array_equal(rows.numpy(), alone[1])
-
-
-def test_bare_faiss_agrees():
-    bare = faiss.IndexFlatIP(D)
-    bare.add(VECTORS.astype(np.float32))
-    found = DenseIndex(in_memory(600), IndexSettings("flat")).search(QUERIES, K)
-    assert all(np.array_equal(a, b) for a, b in zip(found, bare.search(QUERIES, K), strict=True))

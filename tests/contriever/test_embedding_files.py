@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
-from contriever.embedding_files import Ids, Shard, ShardWriter, missing_shards, open_shard, open_shards
+from contriever.index.embeddings import Ids, Shard, ShardWriter, missing_shards, open_shard, open_shards
 
 N, D = 10, 4
 SETTINGS = {"model": 17, "passages": 3, "shard_id": 0, "num_shards": 1}
@@ -157,7 +157,7 @@ def test_a_part_of_the_collection_is_searched_once(tmp_path):
 
 
 def test_ids_across_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr("contriever.embedding_files.BLOCK_BYTES", 5)
+    monkeypatch.setattr("contriever.index.embeddings.BLOCK_BYTES", 5)
     (tmp_path / "ids.txt").write_text("".join(f"{i}\n" for i in range(100)))
     ids = Ids(tmp_path / "ids.txt")
     assert [ids[i] for i in range(len(ids))] == [str(i) for i in range(100)]

@@ -13,7 +13,6 @@ from contriever.encoder import (
     bare_weights,
     build_encoder,
     load_retriever,
-    new_bert,
     pack_architecture,
     pad,
     pool,
@@ -21,9 +20,9 @@ from contriever.encoder import (
     unpack_architecture,
 )
 from contriever.losses import InBatch, MoCo
-from contriever.new_encoder import train_tokenizer
+from contriever.new_encoder import get_args_parser, new_encoder, train_tokenizer
 from shared.networks.weights import WeightMismatch
-from tests.contriever.tiny_encoder import tiny_retriever
+from tests.contriever.tiny import tiny_retriever
 
 TEXTS = ["the wing", "", "a heat wave in the thin plate . the jet", "shock " * 200]
 
@@ -177,12 +176,13 @@ def test_a_new_encoder_has_a_vocabulary_of_its_own_text(tmp_path):
     ids = tokenizer("The quick DOG")["input_ids"]
     assert [tokenizer.convert_ids_to_tokens(i) for i in (ids[0], ids[-1])] == ["[CLS]", "[SEP]"]
     assert tokenizer.unk_token_id not in ids and tokenizer("日")["input_ids"][1] == tokenizer.unk_token_id
-    retriever = new_bert(tokenizer, hidden_size=16, layers=1, heads=2, positions=32)
-    retriever.save(tmp_path / "new")
+    (tmp_path / "text.txt").write_text("\n".join(texts))
+    flags = f"--text {tmp_path}/text.txt --vocab_size 60 --hidden_size 16 --layers 1 --positions 32".split()
+    with pytest.raises(ValueError, match="--hidden_size 16 is not a multiple of --heads 3"):
+        new_encoder(get_args_parser().parse_args([*flags, "--outdir", str(tmp_path / "new"), "--heads", "3"]))
+    retriever = new_encoder(get_args_parser().parse_args([*flags, "--outdir", str(tmp_path / "new"), "--heads", "2"]))
     again = load_retriever(tmp_path / "new")
     np.testing.assert_array_equal(again.encode(texts[:2]), retriever.encode(texts[:2]))
-    with pytest.raises(ValueError, match="--hidden_size 15 is not a multiple of --heads 2"):
-        new_bert(tokenizer, 15, 1, 2)
     with pytest.raises(ValueError, match="no words"):
         train_tokenizer(iter([" ", ""]), 60)
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from contriever import eval_beir
-from contriever.beir_data import read_beir
-from contriever.beir_metrics import evaluate_run
+from contriever.beir.data import read_beir
+from contriever.beir.metrics import evaluate_run
 from contriever.eval_beir import dense_search, evaluate_folder, get_args_parser
-from contriever.hybrid import BM25, fuse
-from tests.contriever.tiny_encoder import tiny_retriever
+from contriever.index.bm25 import BM25, fuse
+from tests.contriever.tiny import tiny_retriever
 from tests.processes import run_processes
 
 DOCUMENTS = {

@@ -5,9 +5,9 @@ import random
 
 import pytest
 
-from contriever import answer_matching
-from contriever.answer_matching import has_answer, hits_within, match_questions
 from contriever.evaluate_retrieved_passages import evaluate_retrieved_passages, get_args_parser
+from contriever.text import answers
+from contriever.text.answers import has_answer, hits_within, match_questions
 
 
 def test_an_answer_is_found_exactly_where_its_words_follow_each_other():
@@ -27,7 +27,7 @@ def test_counts_of_questions_with_lists_of_different_lengths():
 def test_processes_find_what_one_process_finds(monkeypatch):
     questions = [(["b c"], [f"a b {letter}" for letter in "abcd"])] * 30
     expected = match_questions(questions)
-    monkeypatch.setattr(answer_matching, "PASSAGES_PER_WORKER", 1)
+    monkeypatch.setattr(answers, "PASSAGES_PER_WORKER", 1)
     assert match_questions(questions, workers=2) == expected == [[False, False, True, False]] * 30
 
 

@@ -5,14 +5,14 @@ import torch
 
 from contriever import finetuning
 from contriever.encoder import load_retriever
-from contriever.evaluation import accuracy_and_mrr
-from contriever.finetuning_data import FineTuningPairs, read_examples
 from contriever.mine_negatives import get_args_parser as mining_parser
 from contriever.mine_negatives import mine
-from contriever.sam import SharpnessAware
+from contriever.training.evaluation import accuracy_and_mrr
+from contriever.training.optimisation import SharpnessAware
+from contriever.training.questions import FineTuningPairs, read_examples
 from shared import distributed
-from tests.contriever.tiny_encoder import tiny_retriever
-from tests.contriever.training_runs import lines, state_of
+from shared.run.run import Run
+from tests.contriever.tiny import lines, state_of, tiny_retriever, write_jsonl
 from tests.processes import run_processes
 from tests.reliability.runs import assert_same_run
 from tests.swav.interruption import interrupting
@@ -36,7 +36,7 @@ def record(i: int) -> dict:
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finetuning")
     tiny_retriever(folder / "encoder").save(folder / "encoder")
-    (folder / "train.jsonl").write_text("".join(json.dumps(record(i)) + "\n" for i in range(12)))
+    write_jsonl(folder / "train.jsonl", *map(record, range(12)))
     (folder / "dev.json").write_text(json.dumps([record(i) for i in range(12, 18)]))
     return folder
 
@@ -58,7 +58,7 @@ def uninterrupted(data, tmp_path_factory):
 def test_a_killed_run_ends_like_an_uninterrupted_one(data, uninterrupted, tmp_path, monkeypatch):
     for call in (3, 2):
         with monkeypatch.context() as patch:
-            patch.setattr(finetuning, "update", interrupting(finetuning.update, call))
+            patch.setattr(Run, "update", interrupting(Run.update, call))
             with pytest.raises(KeyboardInterrupt):
                 run(data, tmp_path / "run")
     run(data, tmp_path / "run")
@@ -88,7 +88,7 @@ def test_sharpness_aware_steps_resume_too(optim, data, tmp_path, monkeypatch):
     flags = ("--optim", optim, "--rho", 0.5, "--total_steps", 3, "--eval_freq", 0)
     run(data, tmp_path / "whole", *flags)
     with monkeypatch.context() as patch:
-        patch.setattr(finetuning, "update", interrupting(finetuning.update, 3))
+        patch.setattr(Run, "update", interrupting(Run.update, 3))
         with pytest.raises(KeyboardInterrupt):
             run(data, tmp_path / "run", *flags)
     run(data, tmp_path / "run", *flags)
@@ -132,7 +132,7 @@ def test_two_processes_train_on_half_of_the_records_each(data, tmp_path):
     state = state_of(tmp_path / "run")
     assert (state["step"], state["batch_size"], state["text"]) == (4, 4, 12)
     records = [record(i) if i % 2 else {"question": "a", "positive_ctxs": [{"text": "b"}]} for i in range(12)]
-    (tmp_path / "uneven.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    write_jsonl(tmp_path / "uneven.jsonl", *records)
     with pytest.raises(Exception, match="the number of passages of a step"):
         run_processes(finetune_on_rank, 2, data, tmp_path / "bad", "--train_data", tmp_path / "uneven.jsonl")
 
@@ -177,7 +177,7 @@ def passages(tmp_path):
         {"question": f"w{i} wing", "positive_ctxs": [{"text": f"the w{i} wing of the w{i} plate"}]} for i in range(3)
     ]
     records[0] |= {"answers": ["w5"]}  # a passage that holds it is no negative
-    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    write_jsonl(tmp_path / "questions.jsonl", *records)
     return tmp_path
 
 
@@ -208,9 +208,8 @@ def test_the_best_may_be_left_out(passages):
 
 def test_judged_queries_become_records(tmp_path):
     (tmp_path / "qrels").mkdir()
-    documents = [{"_id": f"d{i}", "title": "", "text": f"wing w{i} flow"} for i in range(6)]
-    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(d) + "\n" for d in documents))
-    (tmp_path / "queries.jsonl").write_text(json.dumps({"_id": "q0", "text": "wing w2"}) + "\n")
+    write_jsonl(tmp_path / "corpus.jsonl", *({"_id": f"d{i}", "text": f"wing w{i} flow"} for i in range(6)))
+    write_jsonl(tmp_path / "queries.jsonl", {"_id": "q0", "text": "wing w2"})
     (tmp_path / "qrels/train.tsv").write_text("query-id\tcorpus-id\tscore\nq0\td2\t1\nq0\td3\t0\n")
     arguments = ["--beir", str(tmp_path), "--output_path", str(tmp_path / "out.jsonl"), "--hard_negatives", "2"]
     mine(mining_parser().parse_args(arguments))

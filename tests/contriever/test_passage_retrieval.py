@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from contriever import generate_passage_embeddings, passage_retrieval
-from contriever.embedding_files import ShardWriter, open_shards
 from contriever.encoder import load_retriever
 from contriever.generate_passage_embeddings import shard_range
-from contriever.passages import PassageFile
+from contriever.index.embeddings import ShardWriter, open_shards
+from contriever.index.passages import PassageFile
 from shared import distributed
-from tests.contriever.tiny_encoder import VOCABULARY, WORDS, tiny_retriever
+from tests.contriever.tiny import WORDS, tiny_retriever
 from tests.processes import SERVER, run_processes
 
 N = 23
@@ -285,7 +285,3 @@ def test_another_passage_file_is_noticed(corpus, embeddings, tmp_path):
         ValueError, match=r"few.tsv is not the file that .*passages_00 was made of, or has changed since"
     ):
         retrieve(corpus, embeddings, tmp_path, "--passages", str(tmp_path / "few.tsv"))
-
-
-def test_vocabulary_covers_the_passages():
-    assert {f"w{i}" for i in range(N)} <= set(VOCABULARY)

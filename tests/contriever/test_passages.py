@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from contriever.passages import Passage, PassageFile, clean, read_questions
+from contriever.index.passages import Passage, PassageFile, read_questions
+from contriever.text.normalize import clean
 
 TSV = 'id\ttext\ttitle\n1\tplain\tOne\n2\t"two\nlines, a\ttab and ""quotes"""\tTwo\n3\tlast\t\n'
 PASSAGES = [
@@ -105,7 +106,7 @@ def test_questions(ending, tmp_path):
             'line 2: "answers" should be a list',
         ),
         ("q.json", '[{"answers": []}]', 'entry 1: no "question"'),
-        ("q.json", '{"question": "a"}', "expected a list of questions, got dict"),
+        ("q.json", '{"question": "a"}', "expected a list of records, got dict"),
         ("q.json", "[1]", "entry 1: expected an object"),
         ("q.json", "[", "not JSON"),
         ("q.json", b'["\xff"]', "UTF-8"),

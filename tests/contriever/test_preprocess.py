@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from contriever import preprocess
-from contriever.tokens import ChunkedText, Shard, open_shard, token_files
-from tests.contriever.tiny_encoder import tiny_retriever, write_texts
-from tests.contriever.training_runs import make_shards
+from contriever.text.tokens import ChunkedText, Shard, open_shard, token_files
+from tests.contriever.tiny import make_shards, tiny_retriever, write_texts
 from tests.processes import run_processes  # noqa: F401 - sets what the server of processes imports
 from tests.swav.interruption import interrupting
 

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import socket
-import sqlite3
 import struct
 import subprocess
 import threading
@@ -16,12 +15,13 @@ import numpy as np
 import pytest
 
 from contriever import search as search_script
-from contriever import search_index, search_page
+from contriever.own_texts import index as index_module
+from contriever.own_texts import page as page_module
+from contriever.own_texts.folder import Piece, decode, read_pieces, snippet, split, text_files
+from contriever.own_texts.index import SearchIndex
+from contriever.own_texts.page import SearchServer, render_page
 from contriever.search import get_args_parser, search
-from contriever.search_index import SearchIndex
-from contriever.search_page import SearchServer, render_page
-from contriever.text_folder import Piece, decode, read_pieces, snippet, split, text_files
-from tests.contriever.tiny_encoder import tiny_retriever
+from tests.contriever.tiny import tiny_retriever
 
 WORDS = ["bread", "bike", "chain", "crust", "stall", "wing", "script"]
 
@@ -161,7 +161,7 @@ def test_only_what_changed_is_embedded_again(notes):
 
 
 def test_killed_while_it_embeds_it_goes_on_where_it_was(notes, monkeypatch):
-    monkeypatch.setattr(search_index, "PASSAGES_PER_TRANSACTION", 1)
+    monkeypatch.setattr(index_module, "PASSAGES_PER_TRANSACTION", 1)
     encode = Counting()
 
     def dies(texts):
@@ -325,7 +325,7 @@ def server(notes):
     index = open_index(notes)
     index.update()
     with SearchServer(index, "127.0.0.1", 0, 3, "dense", 0.5) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         yield server
         server.shutdown()
@@ -406,7 +406,7 @@ def test_other_methods_are_refused(server):
 
 
 def test_new_notes_are_found_while_it_serves(server, notes, monkeypatch):
-    monkeypatch.setattr(search_page, "SECONDS_BETWEEN_UPDATES", -1)
+    monkeypatch.setattr(page_module, "SECONDS_BETWEEN_UPDATES", -1)
     (notes / "late.txt").write_text("crust crust")
     assert "late.txt" in get(server, "/?q=crust")[1]
     shutil.rmtree(notes)
@@ -445,10 +445,3 @@ def test_the_page_in_a_browser(server, tmp_path):
     page = subprocess.run([BROWSER, *flags, address], capture_output=True, text=True, timeout=120, check=True).stdout
     assert page.count("<li>") == 3 and "<mark>" in page
     assert "<script" not in page and "<img" not in page
-
-
-def test_sqlite_is_the_only_file(notes):
-    index = open_index(notes)
-    index.update()
-    assert isinstance(index.database, sqlite3.Connection)
-    assert [p.name for p in notes.iterdir() if p.name.startswith(".index")] == [".index"]

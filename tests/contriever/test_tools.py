@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 
 import hubconf
-from contriever import embedded_text, export, run_with_submitit, train
+from contriever import export, run_with_submitit, train
 from contriever.encoder import load_retriever
+from contriever.text import documentation
 from shared.networks.export import ExportMismatch
-from tests.contriever.tiny_encoder import tiny_retriever
+from tests.contriever.tiny import tiny_retriever
 
 TEXTS = ["the wing of a thin plate", "heat"]
 
@@ -46,23 +47,46 @@ def test_every_training_flag_is_accepted_by_the_launcher(monkeypatch):
     assert vars(train.parse_args(["--train_data", "wiki"])).keys() <= vars(args).keys()
 
 
-def test_documentation_of_packages_is_prose(tmp_path):
-    documents = embedded_text.documentation(("sklearn",))
-    assert len(documents) > 300 and len({d["id"] for d in documents}) > 0.9 * len(documents)
-    assert all(400 <= len(d["text"]) <= 6000 and "\n" not in d["text"] and ">>>" not in d["text"] for d in documents)
-    (fit,) = (d for d in documents if d["id"] == "sklearn.cluster._kmeans.KMeans")
-    assert fit["text"].startswith("K-Means clustering.")
+MODULE = '''
+class Model:
+    """Fits a plane.
+
+    Parameters
+    ----------
+    x : array
+        {long}
+
+    Examples
+    --------
+    >>> Model()
+    """
+
+    def fit(self):
+        """Short."""
+'''
+
+
+def test_documentation_of_packages_is_prose(tmp_path, monkeypatch):
+    (tmp_path / "planes/tests").mkdir(parents=True)
+    for name in ("__init__", "sub", "tests/test_sub"):
+        (tmp_path / f"planes/{name}.py").write_text(MODULE.format(long=f"Points of `{name}`. " * 30))
+    (tmp_path / "planes/template.py").write_text("class {name}:")
+    monkeypatch.syspath_prepend(tmp_path)
+    first, second = documentation.documentation(("planes",))
+    assert (first["id"], second["id"], second["title"]) == ("planes.__init__.Model", "planes.sub.Model", "Model")
+    assert second["text"].startswith("Fits a plane. Parameters x : array Points of sub.")
+    assert "\n" not in second["text"] and ">>>" not in second["text"]
 
 
 def test_documentation_becomes_a_data_set_once(tmp_path, monkeypatch):
     text = [{"id": str(i), "title": "", "text": f"the wing of w{i} . a flow ."} for i in range(4)]
-    monkeypatch.setattr(embedded_text, "documentation", lambda: text)
+    monkeypatch.setattr(documentation, "documentation", lambda: text)
     tokenizer = tiny_retriever(tmp_path / "files").tokenizer
-    embedded_text.tokenized_documentation(tmp_path / "docs", tokenizer)
+    documentation.tokenized_documentation(tmp_path / "docs", tokenizer)
     before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "docs").iterdir()}
     assert set(before) == {
         "documentation.jsonl",
         *(f"documentation-00000.{e}" for e in ("json", "tokens.npy", "borders.npy")),
     }
-    embedded_text.tokenized_documentation(tmp_path / "docs", tokenizer)
+    documentation.tokenized_documentation(tmp_path / "docs", tokenizer)
     assert before == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "docs").iterdir()}

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 
 from contriever.augmentations import Draws, Recipe, SpecialTokens, augment, crop, inverse_cloze, two_views
 from contriever.losses import MoCo, inbatch_logits, moco_logits
-from contriever.pretraining_data import StepSampler, sampling_probabilities
-from contriever.schedules import cosine, linear
-from contriever.sentence_recall import SentenceRecall, sentences
-from tests.contriever.tiny_encoder import tiny_retriever
+from contriever.training.evaluation import SentenceRecall, sentences
+from contriever.training.optimisation import cosine, linear
+from contriever.training.pairs import StepSampler, sampling_probabilities
+from tests.contriever.tiny import tiny_retriever
 
 SPECIAL = SpecialTokens(bos=2, eos=3, mask=4, first_ordinary=5, vocab_size=50)
 
@@ -159,7 +159,6 @@ class BagOfWords(torch.nn.Module):
     def __init__(self, vocab_size: int, scale: float = 1.0):
         super().__init__()
         self.weight = torch.nn.Parameter(scale * torch.eye(vocab_size))
-        self.config = type("Config", (), {"hidden_size": vocab_size})
 
     def forward(self, ids, mask, normalize=False):
         counts = F.embedding(ids, self.weight).masked_fill(~mask[..., None], 0).sum(dim=1)

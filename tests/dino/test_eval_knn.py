@@ -35,7 +35,7 @@ def test_published_command_lines_parse():
 def test_images_of_three_colours_are_told_apart(data, capsys):
     accuracies = run("--data_path", data, "--nb_knn", 1, 5)
     assert accuracies == {1: (100, 100), 5: (100, 100)}
-    assert re.search(r"^5-NN classifier result: Top1: 100.0, Top5: 100.0$", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^5-NN classifier result: Top1: 100.00, Top5: 100.00$", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_dumped_features_give_the_same_accuracy_when_loaded(data, tmp_path):

@@ -6,7 +6,6 @@ from torch import nn
 
 from dino import eval_knn, eval_linear
 from dino.eval_linear import FrozenFeatures
-from dino.pretrained import Release
 from dino.vision_transformer import VisionTransformer
 from shared import distributed
 from shared.images.decode import ImageError
@@ -122,9 +121,8 @@ def test_evaluate_validates_saved_and_released_classifiers(data, tmp_path, monke
 
     released = {"state_dict": torch.load(file, weights_only=True)["state_dict"]}
     torch.save(released, tmp_path / "vit_tiny_linearweights.pth")
-    release = Release("vit_tiny", 16, "", "vit_tiny_linearweights.pth")
-    monkeypatch.setattr(eval_linear, "find_release", lambda arch, patch_size: release)
-    monkeypatch.setattr(eval_linear, "fetch", lambda name: tmp_path / name)
+    released = tmp_path / "vit_tiny_linearweights.pth"
+    monkeypatch.setattr(eval_linear, "fetch_linear_weights", lambda arch, patch_size: released)
     assert run(data, tmp_path, "--evaluate") == result
 
 

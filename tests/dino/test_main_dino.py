@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dino import main_dino, networks
+from dino import hub, main_dino
+from dino.hub import load_pretrained
 from dino.main_dino import get_args_parser, parse_args, train_dino
-from dino.pretrained import load_pretrained
 from shared.images.decode import ImageError
 from shared.run.checkpoint import load_latest
 from tests.command_lines import assert_values_arrive
@@ -153,7 +153,7 @@ def test_training_writes_the_official_checkpoint_layout(images, tmp_path, monkey
 def test_networks_of_torchvision_and_timm_train_and_their_checkpoints_are_evaluated(
     arch, images, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(main_dino, "build_backbone", networks.build_backbone)
+    monkeypatch.setattr(main_dino, "build_backbone", hub.build_backbone)
     flags = ("--arch", arch, "--optimizer", "sgd", "--global_crop_size", 32, "--local_crop_size", 16)
     written = train(tmp_path, "--data_path", images, *flags, "--in_chans", 1)
     assert len(written) == 3 and all(math.isfinite(line["loss"]) for line in written)

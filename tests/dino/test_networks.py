@@ -9,7 +9,7 @@ import torch
 import torchvision
 from torch import nn
 
-from dino.networks import available_architectures, build_backbone
+from dino.hub import available_architectures, build_backbone
 from dino.vision_transformer import VisionTransformer
 from shared.multicrop import MultiCropWrapper
 

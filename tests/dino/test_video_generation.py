@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dino.networks import build_backbone
+from dino.hub import build_backbone
 from dino.video_generation import extract_frames, generate_video, join_frames, list_frames, parse_args
 
 

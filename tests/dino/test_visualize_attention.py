@@ -9,7 +9,7 @@ from PIL import Image
 from timm.models.xcit import Xcit
 
 from dino.augmentations import MEAN, STD, dino_views
-from dino.networks import build_backbone
+from dino.hub import build_backbone
 from dino.vision_transformer import VisionTransformer
 from dino.visualize_attention import (
     class_attention,

@@ -26,11 +26,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from contriever import finetuning, mine_negatives, new_encoder, preprocess, train
-from contriever.beir_data import BeirDataset, read_beir
-from contriever.beir_metrics import evaluate_run
+from contriever.beir.data import BeirDataset, read_beir
+from contriever.beir.metrics import evaluate_run
 from contriever.encoder import find_model, load_retriever
 from contriever.eval_beir import TOP_K, as_run, dense_search, document_texts
-from contriever.hybrid import BM25, fuse
+from contriever.index.bm25 import BM25, fuse
 from tests.evidence.runs import SEEDS, once, spread, write
 
 COLUMNS = ("NDCG@10", "Recall@100", "MRR@10")

@@ -20,20 +20,18 @@ from transformers import BertModel
 from contriever import augmentations, finetuning, train
 from contriever.augmentations import Draws, Recipe, SpecialTokens, add_bos_eos, augment, crop, two_views
 from contriever.encoder import load_retriever
-from contriever.evaluation import accuracy_and_mrr
-from contriever.finetuning_data import FineTuningPairs, collate, read_examples
 from contriever.losses import InBatch, MoCo, batch_statistics, inbatch_logits, moco_logits
-from contriever.preprocess import Job, tokenize_lines
-from contriever.pretraining_data import PretrainingPairs, sampling_probabilities
-from contriever.pretraining_data import collate as collate_pairs
-from contriever.schedules import SCHEDULES
-from contriever.tokens import ChunkedText, Shard, files_of_rank
-from contriever.training_setup import Objective, build_optimizer
+from contriever.text.tokens import ChunkedText, Job, Shard, files_of_rank, tokenize_lines
+from contriever.training.evaluation import Evaluation, accuracy_and_mrr
+from contriever.training.optimisation import SCHEDULES, Objective, build_optimizer
+from contriever.training.pairs import PretrainingPairs, sampling_probabilities
+from contriever.training.pairs import collate as collate_pairs
+from contriever.training.questions import FineTuningPairs, collate, read_examples
 from shared import distributed
 from shared.networks.weights import safe_load
-from shared.optimisation.precision import Precision
-from tests.contriever.tiny_encoder import tiny_retriever
+from tests.contriever.tiny import tiny_retriever
 from tests.golden.golden_file import GoldenFile
+from tests.loop_run import LoopRun
 from tests.processes import run_processes
 
 golden = GoldenFile("contriever")
@@ -109,32 +107,22 @@ def test_states_and_segments(encoder):
 # --- Losses and steps -------------------------------------------------------------------------------------------------
 
 
-class Recorder:
-    """Takes the place of the log, the guard, the evaluation and the checkpoints of a training loop."""
+class RecordingRun(LoopRun):
+    """Also keeps the gradients and the queue after each step."""
 
-    def __init__(self, model):
-        self.model, self.steps, self.networks = model, [], {}
+    def __init__(self, folder: Path, model: MoCo, steps: int):
+        super().__init__(folder, steps, model=model)
+        self.model, self.recorded = model, []
 
-    def batches(self, loader):
-        return loader
-
-    def step(self, step, epoch, images, averages, **values):
+    def end_step(self, images, averages, health=None):
+        super().end_step(images, averages, health)
         grads = {name: p.grad.clone() for name, p in self.model.encoder_q.named_parameters()}
         queue, ptr = self.model.queue.clone(), int(self.model.queue_ptr)
-        self.steps.append({**averages, **values, "grads": grads, "queue": queue, "ptr": ptr})
-
-    def count(self, skipped):
-        assert skipped == 0
-
-    def is_due(self, step):
-        return False
-
-    def after_step(self, *_):
-        pass
+        self.recorded.append({**averages, **health, "grads": grads, "queue": queue, "ptr": ptr})
 
 
 @pytest.mark.parametrize("case", cases(r"moco[A-Z]\b"))
-def test_steps_of_moco(case, encoder):
+def test_steps_of_moco(case, retriever, encoder, tmp_path):
     args = argparse.Namespace(**vars(train.get_args_parser().parse_args([])) | golden.json(f"{case}/opt"))
     encoder.config.pooling = args.pooling
     model = MoCo(encoder, args.queue_size)
@@ -145,32 +133,18 @@ def test_steps_of_moco(case, encoder):
         batches.append(dict(zip(BATCH, arrays, strict=True)))
     for side, network in (("q", model.encoder_q), ("k", model.encoder_k)):
         network.register_forward_hook(lambda *call, side=side: vectors[side].append(call[-1].detach().clone()))
-    recorder = Recorder(model)
-    train.train_one_epoch(
-        model,
-        model.encoder_q,
-        batches,
-        build_optimizer(model, args),
-        Objective.from_args(args),
-        epoch=0,
-        first_step=0,
-        steps_per_epoch=len(batches),
-        save_freq=0,
-        seed=0,
-        precision=Precision("fp32", torch.device("cpu")),
-        log=recorder,
-        guard=recorder,
-        evaluation=recorder,
-        checkpointer=recorder,
-    )
+    run = RecordingRun(tmp_path, model, len(batches))
+    run.args.save_freq = 0
+    optimizer, objective = build_optimizer(model, args), Objective.from_args(args)
+    train.train_one_epoch(model, model.encoder_q, batches, optimizer, objective, Evaluation(args, retriever), run)
     for name in ("loss", "accuracy", "stdq", "stdk", "lr", "ptr"):
-        values = np.array([torch.as_tensor(step[name]).item() for step in recorder.steps])
+        values = np.array([torch.as_tensor(step[name]).item() for step in run.recorded])
         np.testing.assert_allclose(values, golden[f"{case}/{name}"], rtol=1e-5, atol=1e-5, err_msg=name)
-    for i, step in enumerate(recorder.steps):
+    for i, step in enumerate(run.recorded):
         torch.testing.assert_close(step["queue"], golden.tensor(f"{case}/queue_after{i}"), atol=1e-5, rtol=1e-5)
         for side in ("q", "k"):
             torch.testing.assert_close(vectors[side][i], golden.tensor(f"{case}/{side}_emb{i}"), atol=2e-5, rtol=2e-5)
-    grads = recorder.steps[0]["grads"]
+    grads = run.recorded[0]["grads"]
     for name, expected in golden.state_dict(f"{case}/grad0/").items():
         torch.testing.assert_close(grads[name], expected, atol=1e-5, rtol=1e-5)
     norm = torch.stack([grad.norm() for grad in grads.values()]).norm().item()

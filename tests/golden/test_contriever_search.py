@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from contriever.answer_matching import has_answer, hits_within, tokenize
-from contriever.beir_metrics import K_VALUES, evaluate_run
-from contriever.dense_index import DenseIndex, IndexSettings
-from contriever.embedding_files import Shard
+from contriever.beir.metrics import K_VALUES, evaluate_run
 from contriever.encoder import Retriever, load_retriever
 from contriever.eval_beir import dense_search, document_texts, evaluate_folder
-from contriever.normalize_text import normalize
+from contriever.index.dense import DenseIndex, IndexSettings
+from contriever.index.embeddings import Shard
+from contriever.index.passages import PassageFile
 from contriever.passage_retrieval import add_passages
-from contriever.passages import PassageFile, clean
-from tests.contriever.tiny_encoder import tiny_retriever
+from contriever.text.answers import has_answer, hits_within, tokenize
+from contriever.text.normalize import clean, normalize
+from tests.contriever.tiny import tiny_retriever
 from tests.golden.golden_file import GoldenFile
 
 GOLDEN = GoldenFile("contriever")

@@ -13,10 +13,11 @@ import torch
 from msn import eval_knn, export, fine_tune, linear_eval, logistic_eval, visualize_attention
 from msn.fine_tune import layer_of, param_groups
 from msn.flags import load_chosen_encoder
+from msn.hub import CARD, load_pretrained
 from msn.labelled_training import Validation
 from msn.linear_eval import LinearClassifier, RateInMomentumSGD
-from msn.pretrained import load_pretrained
 from msn.vision_transformer import VisionTransformer
+from shared.networks.export import timm_arguments
 from shared.run.attempt import Interrupted, NotFinite
 from shared.run.checkpoint import Checkpointer, load_latest
 from tests.msn.runs import CHECKPOINT, small_networks
@@ -330,8 +331,8 @@ def test_export_gives_the_same_features_everywhere(run, tmp_path):
 
 def test_timm_knows_the_published_shapes():
     with torch.device("meta"):
-        encoder = export.build("deit_small", img_size=32)
-    options = {"name": "deit_small", **export.sizes_in(encoder.state_dict(), "deit_small")}
+        encoder = CARD.build("deit_small", img_size=32)
+    options = {"in_chans": 3, **CARD.sizes("deit_small", encoder.state_dict())}
     expected = {
         "model_name": "vit_small_patch16_224",
         "num_classes": 0,
@@ -339,4 +340,4 @@ def test_timm_knows_the_published_shapes():
         "img_size": 32,
         "in_chans": 3,
     }
-    assert export.timm_options(encoder, options) == expected
+    assert timm_arguments(export.timm_name("deit_small"), encoder, options) == expected

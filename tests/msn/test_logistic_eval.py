@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from msn.hub import load_pretrained
 from msn.logistic_eval import (
     LastClassToken,
     LowShotClassifier,
@@ -14,7 +15,6 @@ from msn.logistic_eval import (
     parse_args,
     preprocess,
 )
-from msn.pretrained import load_pretrained
 from shared.images.sources import open_source
 from tests.msn.runs import CHECKPOINT
 

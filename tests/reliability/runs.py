@@ -25,7 +25,7 @@ from tests.tiny_training import Training
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS_PER_EPOCH = 6
-TIMINGS = ("images_per_s", "sentences_per_s", "data_wait")
+TIMINGS = ("images_per_s", "pairs_per_s", "sentences_per_s", "data_wait")
 CHECKPOINTS = (".pth", ".tar")
 DINO = TRAININGS["dino"]
 

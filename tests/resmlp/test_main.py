@@ -14,9 +14,12 @@ from PIL import Image
 
 from resmlp import main
 from resmlp.augmentations import MEAN, STD, ThreeAugment
-from resmlp.main import TrainingLoss, get_args_parser, parse_args
+from resmlp.main import SubmodelLoss, get_args_parser, parse_args
 from resmlp.networks import build_network
 from shared.run.attempt import NotFinite
+from shared.run.checkpoint import Checkpointer
+from shared.run.run import Run
+from shared.supervised.losses import ClassificationLoss
 from tests.command_lines import assert_values_arrive
 from tests.processes import run_processes, run_script
 from tests.reliability.runs import assert_same
@@ -125,16 +128,16 @@ class Stop(Exception):
 
 @pytest.mark.parametrize("stop_after", [1, 3])
 def test_a_run_stopped_anywhere_ends_like_an_uninterrupted_one(finished, images, tmp_path, monkeypatch, stop_after):
-    clip_and_step, calls = main.clip_and_step, []
+    update, calls = Run.update, []
 
     def stop(*args):
         calls.append(args)
         if len(calls) > stop_after:
             raise Stop
-        return clip_and_step(*args)
+        update(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(main, "clip_and_step", stop)
+        patch.setattr(Run, "update", stop)
         with pytest.raises(Stop):
             train(tmp_path, "--data_path", images, *EVERYTHING)
     train(tmp_path, "--data_path", images, *EVERYTHING, "--num_workers", 1 if stop_after == 1 else 0)
@@ -149,14 +152,14 @@ def test_a_run_stopped_anywhere_ends_like_an_uninterrupted_one(finished, images,
 
 def test_a_checkpoint_of_the_official_code_is_gone_on_with(finished, images, tmp_path, monkeypatch):
     flags = ("--data_path", images, *EVERYTHING)
-    after_epoch = main.Checkpointer.after_epoch
+    after_epoch = Checkpointer.after_epoch
 
     def stop_after_save(self, *args, **kwargs):
         after_epoch(self, *args, **kwargs)
         raise Stop
 
     with monkeypatch.context() as patch:  # ends after the first epoch, with the schedule of two
-        patch.setattr(main.Checkpointer, "after_epoch", stop_after_save)
+        patch.setattr(Checkpointer, "after_epoch", stop_after_save)
         with pytest.raises(Stop):
             train(tmp_path / "first", *flags)
     state = state_of(tmp_path / "first")
@@ -236,38 +239,49 @@ def test_a_student_learns_what_its_teacher_says(kind, images, tmp_path):
     assert last_loss < 0.7 * first
 
 
+def as_it_is(images: torch.Tensor) -> torch.Tensor:
+    """A network whose images are its logits."""
+    return images
+
+
 def test_alpha_weighs_labels_against_the_teacher():
     torch.manual_seed(0)
-    images, logits, labels = torch.randn(4, 5), torch.randn(4, 5), torch.randint(5, (4,))
-    plain = TrainingLoss(5, 0.1)(images, logits, labels)
+    logits, labels = torch.randn(4, 5), torch.randint(5, (4,))
+    plain = ClassificationLoss(0.1)(as_it_is, logits, labels)
     for kind in ("soft", "hard"):
-        losses = [TrainingLoss(5, 0.1, False, torch.sin, kind, alpha)(images, logits, labels) for alpha in (0, 0.25, 1)]
+        losses = [
+            ClassificationLoss(0.1, False, torch.sin, kind, alpha)(as_it_is, logits, labels) for alpha in (0, 0.25, 1)
+        ]
         assert losses[0] == plain
         torch.testing.assert_close(losses[1], 0.75 * losses[0] + 0.25 * losses[2])
 
 
-def test_binary_loss_and_cotraining_of_submodels():
+def test_in_the_binary_loss_every_class_of_a_mixed_image_is_right():
     torch.manual_seed(0)
-    logits, targets = torch.randn(4, 3), torch.tensor([[0.7, 0.3, 0.0], [0.0, 0.0, 1.0]])
-    loss = TrainingLoss(3, 0.0, binary=True)(torch.zeros(2), logits[:2], targets)
-    p = logits[:2].sigmoid()
-    right = targets > 0
-    torch.testing.assert_close(loss, -torch.where(right, p, 1 - p).log().mean())
-    of_numbers = TrainingLoss(3, 0.0, binary=True)(torch.zeros(2), logits[:2], torch.tensor([0, 2]))
-    torch.testing.assert_close(of_numbers, -torch.where(F.one_hot(torch.tensor([0, 2])) > 0, p, 1 - p).log().mean())
+    logits, targets = torch.randn(2, 3), torch.tensor([[0.7, 0.3, 0.0], [0.0, 0.0, 1.0]])
+    p = logits.sigmoid()
+    for target, right in ((targets, targets > 0), (torch.tensor([0, 2]), F.one_hot(torch.tensor([0, 2])) > 0)):
+        loss = ClassificationLoss(binary=True)(as_it_is, logits, target)
+        torch.testing.assert_close(loss, -torch.where(right, p, 1 - p).log().mean())
 
-    logits.requires_grad_()
-    loss = TrainingLoss(3, 0.0).of_submodels(logits, targets)
-    one, other = logits[:2], logits[2:]
+
+def test_cotraining_of_submodels():
+    """The network sees the images twice; the second half of its output is that of the other submodel."""
+    torch.manual_seed(0)
+    one, other = torch.randn(2, 2, 3, requires_grad=True)
+    targets = torch.tensor([[0.7, 0.3, 0.0], [0.0, 0.0, 1.0]])
+    loss = SubmodelLoss()(lambda images: torch.cat([one, other])[: len(images)], torch.zeros(2, 1, 1, 1), targets)
 
     def bce(logits, target):
         p = logits.sigmoid()
         return -(target * p.log() + (1 - target) * (1 - p).log()).mean()
 
     expected = bce(one, targets) + bce(other, targets)
-    expected = expected + bce(one, other.detach().sigmoid()) + bce(other, one.detach().sigmoid())
-    torch.testing.assert_close(loss, expected / 4)
-    torch.testing.assert_close(*(torch.autograd.grad(value, logits)[0] for value in (loss, expected / 4)))
+    expected = (expected + bce(one, other.detach().sigmoid()) + bce(other, one.detach().sigmoid())) / 4
+    torch.testing.assert_close(loss, expected)
+    for logits in (one, other):
+        found, gradient = (torch.autograd.grad(value, logits, retain_graph=True)[0] for value in (loss, expected))
+        torch.testing.assert_close(found, gradient)
 
 
 def test_three_augment_takes_one_of_three():
@@ -310,8 +324,8 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_batch(images, tmp_p
 
 
 def test_too_many_steps_that_are_not_finite_end_the_run(images, tmp_path, monkeypatch):
-    call = main.TrainingLoss.__call__
-    monkeypatch.setattr(main.TrainingLoss, "__call__", lambda *args: call(*args) * torch.nan)
+    call = ClassificationLoss.__call__
+    monkeypatch.setattr(ClassificationLoss, "__call__", lambda *args: call(*args) * torch.nan)
     with pytest.raises(NotFinite, match="2 steps in a row"):
         train(tmp_path, "--data_path", images, "--max_skipped_steps", 2)
     assert (tmp_path / "nonfinite.pth").exists()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.contriever.training_runs import make_data
+from tests.contriever.tiny import make_data
 from tests.reliability.runs import ROOT, assert_same_run, log_lines, write_images
 from tests.tiny_training import Training, trainings
 

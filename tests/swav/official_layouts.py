@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from swav import networks, resnet50
+from swav import hub, resnet50
 
 NUM_CLASSES = 3
 HEADS = {"output_dim": 12, "hidden_mlp": 24, "normalize": True}
@@ -30,9 +30,9 @@ def with_random_statistics(network: nn.Module, seed: int = 1) -> nn.Module:
     return network.eval().requires_grad_(False)
 
 
-def make_network(arch: str = "resnet50", seed: int = 0, **heads) -> networks.PrototypeNetwork:
+def make_network(arch: str = "resnet50", seed: int = 0, **heads) -> resnet50.PrototypeNetwork:
     torch.manual_seed(seed)
-    return with_random_statistics(networks.build_network(arch, **(HEADS | {"nmb_prototypes": 20} | heads)))
+    return with_random_statistics(hub.build_network(arch, **(HEADS | {"nmb_prototypes": 20} | heads)))
 
 
 def prefixed(network: nn.Module) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 import pytest
 
-from swav.augmentations import STD, swav_views
+from swav.augmentations import swav_views
+from swav.hub import STD
 
 
 def test_views_come_resolution_by_resolution():

@@ -5,7 +5,9 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
+from shared.evaluation import frozen
 from swav import eval_knn, main_swav
+from swav.hub import CARD
 from tests.dino.small_data import write_train_and_val
 from tests.shared.photographs import photograph
 from tests.swav.official_layouts import build_small, make_network, training_checkpoint
@@ -38,7 +40,7 @@ def test_features_are_those_of_the_trunk_before_the_head(data, tmp_path, monkeyp
     source = make_network()
     torch.save(training_checkpoint(source), tmp_path / "checkpoint.pth.tar")
     seen = []
-    monkeypatch.setattr(eval_knn, "knn_accuracies", lambda *a, **_: seen.append(a) or {})
+    monkeypatch.setattr(frozen, "knn_accuracies", lambda *a, **_: seen.append(a) or {})
     run("--data_path", data, "--pretrained", tmp_path / "checkpoint.pth.tar", "--nb_knn", 1)
     train_features, train_labels, val_features, _, ks, temperature = seen[0]
     assert train_features.shape == (18, 256)
@@ -46,7 +48,8 @@ def test_features_are_those_of_the_trunk_before_the_head(data, tmp_path, monkeyp
     assert (ks, temperature) == ([1], 0.07)
     assert train_labels.tolist() == [0] * 6 + [1] * 6 + [2] * 6
     torch.testing.assert_close(val_features.norm(dim=1), torch.ones(9))
-    dataset = eval_knn.EvalDataset(eval_knn.labelled_sources(str(data), None)[1], eval_knn.eval_transform(32, source))
+    _, val = frozen.labelled_sources(str(data), None)
+    dataset = frozen.EvalDataset(val, frozen.eval_transform(CARD, 32, source))
     expected = torch.nn.functional.normalize(source.forward_backbone(dataset[0][0][None]), dim=1)
     torch.testing.assert_close(val_features[:1], expected, rtol=1e-4, atol=1e-6)
 
@@ -61,7 +64,7 @@ def test_images_are_prepared_as_in_the_official_code():
         ]
     )
     pixels = photograph(0, 300, 400)
-    ours = eval_knn.eval_transform(224, make_network())(pixels)
+    ours = frozen.eval_transform(CARD, 224, make_network())(pixels)
     difference = (ours - chain(Image.fromarray(pixels))).abs()
     assert difference.mean() < 0.05 / (255 * 0.228)
     assert difference.max() < 2.5 / (255 * 0.224)  # rounding of the two passes

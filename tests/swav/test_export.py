@@ -10,8 +10,7 @@ from torch import nn
 
 from shared.networks.weights import safe_load
 from swav.export import export, main
-from swav.networks import build_network
-from swav.pretrained import load_backbone
+from swav.hub import build_network, load_backbone
 from tests.swav.official_layouts import build_small, make_network, training_checkpoint, with_random_statistics
 
 IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))

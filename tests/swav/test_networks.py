@@ -7,8 +7,8 @@ import torchvision
 from torch import nn
 
 from swav import resnet50
-from swav.networks import RESNETS, LibraryNetwork, Trunk, available_architectures, build_network
-from swav.resnet50 import ResNet
+from swav.hub import RESNETS, available_architectures, build_network
+from swav.resnet50 import LibraryNetwork, ResNet, Trunk
 
 
 def small(**kwargs) -> ResNet:

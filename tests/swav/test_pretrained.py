@@ -6,9 +6,10 @@ import torch
 import torchvision
 
 import hubconf
+from shared.networks import pretrained
 from shared.networks.weights import DownloadError, WeightMismatch
-from swav import pretrained
-from swav.networks import build_network
+from swav import hub
+from swav.hub import build_network
 from tests.swav.official_layouts import (
     build_small,
     finetuned_checkpoint,
@@ -39,7 +40,7 @@ def save(tmp_path, contents):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_trunk_is_filled_and_the_heads_are_counted_apart(layout, arch, tmp_path, capsys):
     source = make_network(arch)
-    network = pretrained.load_backbone(arch, save(tmp_path, LAYOUTS[layout](source)))
+    network = hub.load_backbone(arch, save(tmp_path, LAYOUTS[layout](source)))
     torch.testing.assert_close(network(IMAGES), source.forward_backbone(IMAGES))
     total = len(network.state_dict())
     assert f"{total}/{total} entries of the network matched, 10 of a head left out" in " ".join(
@@ -53,7 +54,7 @@ def test_trunk_is_filled_and_the_heads_are_counted_apart(layout, arch, tmp_path,
 @pytest.mark.parametrize("heads", [{}, {"nmb_prototypes": [20, 5, 7]}, {"hidden_mlp": 0}], ids=str)
 def test_network_gets_the_heads_of_the_file(heads, arch, tmp_path, capsys):
     source = make_network(arch, **heads)
-    network = pretrained.load_network(arch, save(tmp_path, training_checkpoint(source)))
+    network = hub.load_network(arch, save(tmp_path, training_checkpoint(source)))
     torch.testing.assert_close(network(IMAGES), source(IMAGES))
     total = len(source.state_dict())
     assert f"{total}/{total} entries of the network matched\n" in capsys.readouterr().out
@@ -62,26 +63,26 @@ def test_network_gets_the_heads_of_the_file(heads, arch, tmp_path, capsys):
 def test_fine_tuned_networks_are_understood(tmp_path):
     source, checkpoint = finetuned_checkpoint()
     file = save(tmp_path, checkpoint)
-    torch.testing.assert_close(pretrained.load_network("resnet50", file)(IMAGES), source(IMAGES))
-    torch.testing.assert_close(pretrained.load_backbone("resnet50", file)(IMAGES), source.forward_backbone(IMAGES))
+    torch.testing.assert_close(hub.load_network("resnet50", file)(IMAGES), source(IMAGES))
+    torch.testing.assert_close(hub.load_backbone("resnet50", file)(IMAGES), source.forward_backbone(IMAGES))
 
 
 def test_safetensors_and_files_of_torchvision_are_understood(tmp_path):
     source = make_network(output_dim=0, hidden_mlp=0, nmb_prototypes=0, normalize=False)
     safetensors.torch.save_file(source.state_dict(), tmp_path / "trunk.safetensors")
-    network = pretrained.load_backbone("resnet50", tmp_path / "trunk.safetensors")
+    network = hub.load_backbone("resnet50", tmp_path / "trunk.safetensors")
     torch.testing.assert_close(network(IMAGES), source(IMAGES))
 
     torch.manual_seed(0)
     whole = torchvision.models.resnet18().eval()
-    network = pretrained.load_backbone("resnet18", save(tmp_path, whole.state_dict()))
+    network = hub.load_backbone("resnet18", save(tmp_path, whole.state_dict()))
     whole.fc = torch.nn.Identity()
     torch.testing.assert_close(network(IMAGES), whole(IMAGES))
 
 
 def test_channels_come_from_the_file(tmp_path):
     file = save(tmp_path, training_checkpoint(make_network(in_chans=1)))
-    assert pretrained.load_backbone("resnet50", file).conv1.in_channels == 1
+    assert hub.load_backbone("resnet50", file).conv1.in_channels == 1
 
 
 def test_default_model_has_the_published_entries(monkeypatch):
@@ -103,7 +104,7 @@ def test_file_that_fills_half_of_the_network_is_refused_unless_told(tmp_path):
     contents = pretraining_file(make_network())
     del contents["module.layer4.0.conv1.weight"]
     file = save(tmp_path, contents)
-    for load in (pretrained.load_backbone, pretrained.load_network):
+    for load in (hub.load_backbone, hub.load_network):
         with pytest.raises(WeightMismatch, match=r"1 missing in the file: layer4.0.conv1.weight"):
             load("resnet50", file)
         load("resnet50", file, allow_partial=True)
@@ -113,12 +114,12 @@ def test_network_of_another_shape_is_refused(tmp_path, monkeypatch):
     file = save(tmp_path, pretraining_file(make_network()))
     monkeypatch.undo()
     with pytest.raises(WeightMismatch, match=r"of another shape: conv1.weight"):
-        pretrained.load_backbone("resnet50", file)
+        hub.load_backbone("resnet50", file)
 
 
 def test_width_of_a_file_is_named(tmp_path):
     wide = {"conv1.weight": torch.zeros(128, 3, 7, 7), "layer1.0.conv3.weight": torch.zeros(512, 128, 1, 1)}
-    for load in (pretrained.load_backbone, pretrained.load_network):
+    for load in (hub.load_backbone, hub.load_network):
         with pytest.raises(WeightMismatch, match=r"a network of the width of resnet50w2, not of --arch resnet50$"):
             load("resnet50", save(tmp_path, wide))
 
@@ -126,7 +127,7 @@ def test_width_of_a_file_is_named(tmp_path):
 def test_linear_classifier_is_told_from_a_network(tmp_path):
     file = save(tmp_path, linear_checkpoint())
     with pytest.raises(WeightMismatch, match=r"holds a linear classifier .* --linear_weights"):
-        pretrained.load_backbone("resnet50", file)
+        hub.load_backbone("resnet50", file)
 
 
 @pytest.mark.parametrize(
@@ -135,19 +136,19 @@ def test_linear_classifier_is_told_from_a_network(tmp_path):
         ("resnet18", "", "no weights are released for --arch resnet18"),
         ("resnet50", "nowhere.pth.tar", "--pretrained nowhere.pth.tar is neither a file nor a release .swav_800ep, "),
         ("resnet50", "swav_RN50w2_400ep", "--pretrained swav_RN50w2_400ep is a resnet50w2, not a resnet50"),
-        ("resnet18", pretrained.RUN_ON_DIGITS, "is not there: run python main_swav.py first"),
+        ("resnet18", hub.RUN_ON_DIGITS, "is not there: run python main_swav.py first"),
         ("resnet51", "random", "--arch resnet51 is unknown"),
     ],
 )
 def test_absent_weights_are_an_error(arch, weights, message):
     with pytest.raises(ValueError, match=message):
-        pretrained.load_backbone(arch, weights)
+        hub.load_backbone(arch, weights)
 
 
 def test_random_weights_are_asked_for_by_name():
-    assert pretrained.load_backbone("resnet50", "random")(IMAGES).shape == (2, 256)
+    assert hub.load_backbone("resnet50", "random")(IMAGES).shape == (2, 256)
     with pytest.raises(ValueError, match="--pretrained random: a file is needed here"):
-        pretrained.load_network("resnet50", "random")
+        hub.load_network("resnet50", "random")
 
 
 # --- Releases and hub -------------------------------------------------------------------------------------------------
@@ -177,9 +178,9 @@ def test_address_and_file_names_are_the_published_ones(monkeypatch):
     monkeypatch.delenv("SWAV_WEIGHTS_URL", raising=False)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: "/nowhere")
     monkeypatch.setattr(pretrained, "download", lambda url, path: urls.append(url))
-    for name in pretrained.RELEASES:
-        pretrained.fetch_release(name)
-    pretrained.fetch(pretrained.LINEAR_CLASSIFIER)
+    for name in hub.CARD.releases:
+        pretrained.fetch_release(hub.CARD, name)
+    hub.fetch(hub.LINEAR_CLASSIFIER)
     base = "https://dl.fbaipublicfiles.com/deepcluster/"
     names = ["swav_100ep", "swav_200ep", "swav_400ep", "swav_800ep", "swav_200ep_bs256", "swav_400ep_bs256"]
     names += ["swav_400ep_2x224", "deepclusterv2_800ep", "deepclusterv2_400ep", "deepclusterv2_400ep_2x224"]
@@ -214,5 +215,5 @@ def test_scripts_take_the_first_release_of_an_architecture_or_one_by_name(publis
     torch.save(pretraining_file(first), published / "swav_800ep_pretrain.pth.tar")
     torch.save(pretraining_file(other), published / "deepclusterv2_400ep_pretrain.pth.tar")
     for name, source in (("", first), ("deepclusterv2_400ep", other)):
-        network = pretrained.load_backbone("resnet50", name)
+        network = hub.load_backbone("resnet50", name)
         torch.testing.assert_close(network(IMAGES), source.forward_backbone(IMAGES))

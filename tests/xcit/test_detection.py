@@ -10,8 +10,11 @@ import pytest
 import torch
 from PIL import Image
 from pycocotools import mask as run_lengths
+from torchvision.models.detection.rpn import RPNHead
 
 from shared import distributed
+from shared.run.attempt import NotFinite
+from shared.run.run import Run
 from tests.processes import run_processes
 from tests.reliability.runs import assert_same
 from tests.xcit.training_runs import lines, losses, shrink_networks, state_of
@@ -335,16 +338,16 @@ def test_training_evaluation_and_an_exact_resume(data, tmp_path, monkeypatch, sm
     assert {"box_ap", "mask_ap", "box_ap50"} <= written[-1].keys()
     assert Image.open(tmp_path / "whole/pictures/predictions.png").size[0] > 400
 
-    step, calls = dense_training.clip_and_step, []
+    update, calls = Run.update, []
 
-    def stop(*args, **kwargs):
+    def stop(*args):
         calls.append(args)
         if len(calls) > 3:
             raise Stop
-        return step(*args, **kwargs)
+        update(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(dense_training, "clip_and_step", stop)
+        patch.setattr(Run, "update", stop)
         with pytest.raises(Stop):
             train(data, tmp_path / "stopped")
     train(data, tmp_path / "stopped")
@@ -362,6 +365,28 @@ def test_training_evaluation_and_an_exact_resume(data, tmp_path, monkeypatch, sm
     train(data, tmp_path / "whole")  # is finished
     assert f"box_ap {written[-1]['box_ap']:.2f}" in capsys.readouterr().out
     assert (tmp_path / "whole/metrics.jsonl").read_text() == before
+
+
+def test_gradients_that_stay_nan_end_the_run_with_the_batch_and_the_first_nan(
+    data, tmp_path, monkeypatch, small_networks, small_heads
+):
+    monkeypatch.setattr(RPNHead, "forward", nan_after(RPNHead.forward))
+    with pytest.raises(NotFinite, match=r"the first such tensor is model\.rpn\.head .*nonfinite\.pth"):
+        train(data, tmp_path, "--max_skipped_steps", 1)
+    saved = torch.load(tmp_path / "nonfinite.pth", weights_only=True)
+    pictures, targets, indices = saved["batch"]
+    assert (saved["step"], saved["epoch"], saved["first_not_finite"]) == (0, 0, "model.rpn.head")
+    assert len(pictures) == len(targets) == len(indices) == 2
+    assert not (tmp_path / "checkpoint.pth").exists()
+
+
+def nan_after(forward):
+    """The same outputs, not a number each."""
+
+    def not_a_number(*args):
+        return [[x * torch.nan for x in part] for part in forward(*args)]
+
+    return not_a_number
 
 
 @pytest.mark.slow

@@ -9,6 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from shared.run.checkpoint import Checkpointer
+from shared.run.run import Run
+from shared.supervised.ema import NetworkEMA
+from shared.supervised.losses import ClassificationLoss
 from tests.command_lines import assert_values_arrive
 from tests.processes import run_processes, run_script
 from tests.reliability.runs import assert_same
@@ -132,7 +136,7 @@ def test_training_writes_log_and_official_checkpoint_layout(finished):
 def test_the_average_is_that_of_all_steps(finished, images, tmp_path, small_networks, monkeypatch):
     """Recomputed from the networks that the run saved after every step."""
     seen = []
-    monkeypatch.setattr(main.NetworkEMA, "update", lambda self, network: seen.append(copy_of(network)))
+    monkeypatch.setattr(NetworkEMA, "update", lambda self, network: seen.append(copy_of(network)))
     train(tmp_path, "--data_path", images, *EVERYTHING)
     state = state_of(finished)
     averages = {name: value.double() for name, value in state_of(tmp_path)["model_ema"].items()}  # the initial network
@@ -156,16 +160,16 @@ class Stop(Exception):
 def test_a_run_stopped_anywhere_ends_like_an_uninterrupted_one(
     finished, images, tmp_path, monkeypatch, stop_after, small_networks
 ):
-    clip_and_step, calls = main.clip_and_step, []
+    update, calls = Run.update, []
 
     def stop(*args):
         calls.append(args)
         if len(calls) > stop_after:
             raise Stop
-        return clip_and_step(*args)
+        update(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(main, "clip_and_step", stop)
+        patch.setattr(Run, "update", stop)
         with pytest.raises(Stop):
             train(tmp_path, "--data_path", images, *EVERYTHING)
     train(tmp_path, "--data_path", images, *EVERYTHING, "--num_workers", 1 if stop_after == 1 else 0)
@@ -198,7 +202,7 @@ def as_the_official_code_saves(state: dict) -> dict:
 def test_a_checkpoint_of_the_official_code_is_gone_on_with(finished, images, tmp_path, small_networks, monkeypatch):
     flags = ("--data_path", images, *EVERYTHING)
     with monkeypatch.context() as patch:  # ends after the first epoch, with the schedule of two
-        patch.setattr(main.Checkpointer, "after_epoch", stop_after_save(main.Checkpointer.after_epoch))
+        patch.setattr(Checkpointer, "after_epoch", stop_after_save(Checkpointer.after_epoch))
         with pytest.raises(Stop):
             train(tmp_path / "first", *flags)
     state = state_of(tmp_path / "first")
@@ -309,8 +313,8 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_batch(images, tmp_p
 def test_a_nan_is_left_out_and_too_many_end_the_run(images, tmp_path, small_networks, monkeypatch):
     from shared.run.attempt import NotFinite
 
-    call = main.TrainingLoss.__call__
-    monkeypatch.setattr(main.TrainingLoss, "__call__", lambda *args: call(*args) * torch.nan)
+    call = ClassificationLoss.__call__
+    monkeypatch.setattr(ClassificationLoss, "__call__", lambda *args: call(*args) * torch.nan)
     with pytest.raises(NotFinite, match="2 steps in a row"):
         train(tmp_path, "--data_path", images, "--max_skipped_steps", 2)
     assert (tmp_path / "nonfinite.pth").exists()

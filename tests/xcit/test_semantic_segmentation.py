@@ -9,6 +9,7 @@ from PIL import Image
 
 from shared import distributed
 from shared.images.loading import BadImages
+from shared.run.run import Run
 from tests.processes import run_processes
 from tests.reliability.runs import assert_same
 from tests.xcit.test_detection import Stop
@@ -138,16 +139,16 @@ def test_training_evaluation_and_an_exact_resume(data, tmp_path, monkeypatch, sm
     assert {"miou", "pixel_acc"} <= written[-1].keys()
     assert Image.open(tmp_path / "whole/pictures/predictions.png").size[0] > 400
 
-    step, calls = dense_training.clip_and_step, []
+    update, calls = Run.update, []
 
-    def stop(*args, **kwargs):
+    def stop(*args):
         calls.append(args)
         if len(calls) > 2:
             raise Stop
-        return step(*args, **kwargs)
+        update(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(dense_training, "clip_and_step", stop)
+        patch.setattr(Run, "update", stop)
         with pytest.raises(Stop):
             train(data, tmp_path / "stopped")
     train(data, tmp_path / "stopped")

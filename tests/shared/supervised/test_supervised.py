@@ -14,14 +14,20 @@ from torch import nn
 
 from shared.images.loading import EvalDataset, EvalTransform
 from shared.images.sources import ArraySource
+from shared.optimisation.optim import step_unless_not_finite
 from shared.optimisation.precision import Precision
 from shared.run.flags import AnyDashParser
 from shared.supervised.data import LabelledViews, RepeatedAugmentationSampler
 from shared.supervised.datasets import open_inaturalist, open_train_and_val
-from shared.supervised.distillation import build_teacher
 from shared.supervised.ema import NetworkEMA
 from shared.supervised.evaluation import evaluate_classifier
-from shared.supervised.optimizer import build_timm_optimizer, build_timm_schedule, clip_and_step, set_learning_rate
+from shared.supervised.losses import build_teacher
+from shared.supervised.optimizer import (
+    build_timm_optimizer,
+    build_timm_schedule,
+    clip_total_grad_norm_,
+    set_learning_rate,
+)
 from shared.supervised.transforms import TrainTransform, eval_transform, posterize
 from tests.processes import run_processes
 
@@ -157,13 +163,13 @@ def test_norm_of_all_gradients_is_clipped_and_a_nan_leaves_the_step_out(name):
     optimizer = build_timm_optimizer(network, name, 0.1, 0.0)
     network(torch.full((1, 4), 10.0)).sum().backward()
     before = network.weight.detach().clone()
-    assert clip_and_step(optimizer, list(network.parameters()), 0.5) == 0
+    assert step_unless_not_finite(optimizer, clip_total_grad_norm_(list(network.parameters()), 0.5)) == 0
     total = torch.cat([p.grad.flatten() for p in network.parameters()]).norm()
     assert total.item() == pytest.approx(0.5, rel=1e-4)
     after = network.weight.detach().clone()
     assert not torch.equal(before, after)
     network.bias.grad[0] = torch.nan
-    assert clip_and_step(optimizer, list(network.parameters()), None) == 1
+    assert step_unless_not_finite(optimizer, clip_total_grad_norm_(list(network.parameters()), None)) == 1
     assert torch.equal(network.weight.detach(), after)
 
 

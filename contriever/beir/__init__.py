@@ -1,0 +1,1 @@
+"""Collections in the layout of BEIR, and its metrics."""

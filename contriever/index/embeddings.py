@@ -1,0 +1,344 @@
+"""Vectors of passages on disk: one folder per shard, memory-mapped, written so that a kill loses at most one chunk.
+
+    passages_00/
+        embeddings.npy   float16 or float32, shape (N, D), in the order of the passages
+        ids.txt          N lines
+        shard.json       written last: model, settings, number of passages, checksums
+
+While a shard is being written, ``progress.json`` stands in the place of ``shard.json``.
+"""
+
+import fcntl
+import glob
+import json
+import os
+import pickle
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+BLOCK_BYTES = 1 << 26  # read at once when a file is checked
+# settings in which all shards must agree
+OF_THE_COLLECTION = ("model", "pooling", "normalized", "max_length", "passages", "num_shards")
+OF_THE_COLLECTION += ("with_title", "lowercase", "normalize_text")
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Replace a file in one step, durably."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> dict:
+    """What :func:`write_json` wrote."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}; remove {path.parent} and make it again") from None
+
+
+class ShardWriter:
+    """Appends chunks of passages to a shard; a shard that an earlier process left unfinished is continued.
+
+    Args:
+        folder: Of the shard.
+        count: Passages of the finished shard.
+        dim: Length of the vectors.
+        dtype: ``float16`` or ``float32``.
+        settings: Whatever the vectors depend on, plain values. A shard can only be continued with equal ones.
+
+    Attributes:
+        done: Passages on disk.
+        finished: Whether the shard is complete.
+
+    Raises:
+        ValueError: If the folder holds a shard, finished or not, that was made with other settings.
+    """
+
+    def __init__(self, folder: Path, count: int, dim: int, dtype: str, settings: dict):
+        self.folder = folder
+        self.description = {"count": count, "dim": dim, "dtype": dtype, "settings": settings}
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = open(folder / "lock", "w")  # noqa: SIM115 - held until the writer is gone
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is writing {folder}") from None
+        self.finished = (folder / "shard.json").exists()
+        name = "shard.json" if self.finished else "progress.json"
+        if (folder / name).exists():
+            found = read_json(folder / name)
+            self._refuse_other_settings(found)
+        else:
+            found = self.description | {"done": 0, "crc": [0, 0], "ids_bytes": 0}
+        self.done = count if self.finished else found["done"]
+        self._crc = found["crc"]
+        self._ids_bytes = found["ids_bytes"]
+        if self.finished:
+            self.close()
+        else:
+            self._cut_back()
+
+    def _refuse_other_settings(self, found: dict) -> None:
+        sizes = ("count", "dim", "dtype")
+        old, new = (d["settings"] | {key: d[key] for key in sizes} for d in (found, self.description))
+        different = [key for key in new if old.get(key) != new[key]]
+        if different:
+            key = different[0]
+            raise ValueError(
+                f"{self.folder} was made with other settings: {key} was {old.get(key)!r} and is {new[key]!r}; choose "
+                "another --output_dir or --prefix, or remove the folder"
+            )
+
+    def _cut_back(self) -> None:
+        """Remove what was written after the last record of progress."""
+        vectors, ids = self.folder / "embeddings.npy", self.folder / "ids.txt"
+        shape = (self.description["count"], self.description["dim"])
+        header = {"descr": np.dtype(self.description["dtype"]).str, "fortran_order": False, "shape": shape}
+        with open(vectors, "r+b" if vectors.exists() else "w+b") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            _truncate(file, file.tell() + self.done * self._row_bytes)
+        with open(ids, "r+b" if ids.exists() else "w+b") as file:
+            _truncate(file, self._ids_bytes)
+
+    @property
+    def _row_bytes(self) -> int:
+        return self.description["dim"] * np.dtype(self.description["dtype"]).itemsize
+
+    def append(self, ids: list[str], vectors: np.ndarray) -> None:
+        """Add passages, and record it once they are on the disk.
+
+        Args:
+            vectors: Shape ``(len(ids), dim)``.
+
+        Raises:
+            ValueError: If a vector is not finite in the shard's number format, or an id contains a line break.
+            OSError: If the disk is full; the shard can be continued.
+        """
+        stored = vectors.astype(self.description["dtype"])
+        bad = np.flatnonzero(~np.isfinite(stored).all(axis=1))
+        if len(bad):
+            raise ValueError(
+                f"the vector of passage {ids[bad[0]]!r} is not finite in {self.description['dtype']}: the largest "
+                f"value is {np.abs(vectors[bad[0]]).max()}; --no_fp16 stores float32"
+            )
+        broken = next((i for i in ids if len(i.splitlines()) > 1 or i.endswith("\n")), None)
+        if broken is not None:
+            raise ValueError(f"the passage id {broken!r} contains a line break")
+        lines = "".join(f"{i}\n" for i in ids).encode()
+        for name, data in (("embeddings.npy", stored.tobytes()), ("ids.txt", lines)):
+            with open(self.folder / name, "ab") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            i = 0 if name == "embeddings.npy" else 1
+            self._crc[i] = zlib.crc32(data, self._crc[i])
+        self._ids_bytes += len(lines)
+        self.done += len(ids)
+        write_json(self.folder / "progress.json", self._record())
+
+    def _record(self) -> dict:
+        return self.description | {"done": self.done, "crc": self._crc, "ids_bytes": self._ids_bytes}
+
+    def finish(self) -> None:
+        """Mark the shard as complete."""
+        assert self.done == self.description["count"]
+        write_json(self.folder / "shard.json", self._record())
+        (self.folder / "progress.json").unlink(missing_ok=True)
+        self.finished = True
+        self.close()
+
+    def close(self) -> None:
+        """Let other processes write the shard."""
+        (self.folder / "lock").unlink(missing_ok=True)
+        self._lock.close()
+
+
+def _truncate(file: BinaryIO, size: int) -> None:
+    file.flush()
+    if os.fstat(file.fileno()).st_size < size:
+        raise ValueError(f"{file.name} is shorter than progress.json says: remove its folder and make the shard again")
+    file.truncate(size)
+
+
+class Ids:
+    """Lines of a text file, memory-mapped: only their places are kept in memory, 8 bytes each."""
+
+    def __init__(self, path: Path):
+        self._bytes = np.memmap(path, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
+        blocks = range(0, len(self._bytes), BLOCK_BYTES)
+        ends = [np.flatnonzero(self._bytes[start : start + BLOCK_BYTES] == ord("\n")) + start for start in blocks]
+        self._ends = np.concatenate([[-1], *ends])
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, row: int) -> str:
+        return bytes(self._bytes[self._ends[row] + 1 : self._ends[row + 1]]).decode()
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Vectors of consecutive passages.
+
+    Attributes:
+        path: Its folder, or the file of the reference's format.
+        vectors: float16 or float32, shape (N, D), memory-mapped.
+        ids: N strings.
+        settings: What :class:`ShardWriter` was given; empty for the reference's format.
+        crc: Checksums of vectors and ids; None for the reference's format.
+    """
+
+    path: Path
+    vectors: np.ndarray
+    ids: Ids | list[str]
+    settings: dict
+    crc: tuple[int, int] | None
+
+    def verify(self) -> None:
+        """Read everything and compare it with the checksum.
+
+        Raises:
+            ValueError: If the vectors were damaged after they were written.
+        """
+        if self.crc is None:
+            return
+        crc, flat = 0, self.vectors.reshape(-1).view(np.uint8)
+        for start in range(0, len(flat), BLOCK_BYTES):
+            crc = zlib.crc32(flat[start : start + BLOCK_BYTES], crc)
+        if crc != self.crc[0]:
+            raise ValueError(f"{self.path / 'embeddings.npy'} is damaged: its checksum is not that of shard.json")
+
+
+def open_shard(path: Path) -> Shard:
+    """A finished shard.
+
+    Raises:
+        ValueError: If it is half-written or damaged.
+    """
+    if path.is_file():
+        return Shard(path, *read_official_shard(path), {}, None)
+    if not (path / "shard.json").exists():
+        if (path / "progress.json").exists():
+            progress = read_json(path / "progress.json")
+            raise ValueError(
+                f"{path} is half-written ({progress['done']} of {progress['count']} passages): run "
+                "generate_passage_embeddings.py with the same flags again to finish it"
+            )
+        raise ValueError(f"{path} holds no embeddings of generate_passage_embeddings.py")
+    record = read_json(path / "shard.json")
+    try:
+        vectors = np.load(path / "embeddings.npy", mmap_mode="r", allow_pickle=False)
+        ids = Ids(path / "ids.txt")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if vectors.shape != (record["count"], record["dim"]) or len(ids) != record["count"]:
+        raise ValueError(
+            f"{path} is damaged: {record['count']} passages of {record['dim']} numbers expected, found vectors of "
+            f"shape {vectors.shape} and {len(ids)} ids"
+        )
+    return Shard(path, vectors, ids, record["settings"], tuple(record["crc"]))
+
+
+def open_shards(pattern: str) -> list[Shard]:
+    """The finished shards that match a glob pattern, in the order of their names; folders of indexes are passed over.
+
+    Raises:
+        ValueError: If there is none, one is half-written or damaged, or they do not belong together: other models,
+            other settings, other dimensions, or the same part of the collection twice.
+    """
+    paths = [Path(p) for p in sorted(glob.glob(pattern)) if not (Path(p) / "index.json").exists()]
+    if not paths:
+        raise ValueError(f"--passages_embeddings {pattern}: nothing there")
+    shards = [open_shard(path) for path in paths]
+    first = shards[0]
+    for shard in shards[1:]:
+        for what in OF_THE_COLLECTION:
+            if shard.settings.get(what) != first.settings.get(what):
+                raise ValueError(
+                    f"{first.path} and {shard.path} do not belong together: {what} is {first.settings.get(what)!r} "
+                    f"and {shard.settings.get(what)!r}"
+                )
+        if shard.vectors.shape[1] != first.vectors.shape[1]:
+            raise ValueError(f"{first.path} and {shard.path} have vectors of different lengths")
+    by_number = {}
+    for shard in shards:
+        number = shard.settings.get("shard_id", shard.path)
+        if number in by_number:
+            raise ValueError(f"{by_number[number]} and {shard.path} are the same part {number} of the collection")
+        by_number[number] = shard.path
+    return shards
+
+
+def missing_shards(shards: Iterable[Shard]) -> list[int]:
+    """Numbers of the shards of the same collection that are not among ``shards``."""
+    numbers = {shard.settings.get("shard_id") for shard in shards}
+    counts = {shard.settings.get("num_shards") for shard in shards} - {None}
+    return [i for i in range(max(counts, default=0)) if i not in numbers]
+
+
+# --- The reference's files: a pickled pair of ids and array -----------------------------------------------------------
+
+
+class _NumberType:
+    """Stands for ``numpy.dtype`` in a pickle: float16 or float32 and nothing else."""
+
+    def __init__(self, code: str, *_: bool):
+        if code not in ("f2", "f4"):
+            raise pickle.UnpicklingError(f"numbers of type {code!r}")
+        self.dtype = np.dtype(f"<{code}")
+
+    def __setstate__(self, state: tuple):
+        if state[1] != "<":
+            raise pickle.UnpicklingError(f"byte order {state[1]!r}")
+
+
+class _Array:
+    """Stands for ``numpy.ndarray`` in a pickle: a matrix from its bytes."""
+
+    def __init__(self, *_: object):
+        self.matrix = None
+
+    def __setstate__(self, state: tuple):
+        _, shape, number_type, fortran_order, data = state
+        order = "F" if fortran_order else "C"
+        self.matrix = np.frombuffer(data, number_type.dtype).reshape(shape, order=order)
+
+
+class _Reader(pickle.Unpickler):
+    """Reads lists of strings and one matrix; numpy's own constructors are never called."""
+
+    def find_class(self, module: str, name: str) -> type:
+        if (module, name) == ("numpy", "dtype"):
+            return _NumberType
+        if (module, name) == ("numpy", "ndarray"):
+            return _Array
+        if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+            return _Array
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def read_official_shard(path: Path) -> tuple[np.ndarray, list[str]]:
+    """Vectors (N, D) and ids of a file of the reference, without running code from it.
+
+    Raises:
+        ValueError: If the file holds anything else.
+    """
+    with open(path, "rb") as file:
+        try:
+            ids, array = _Reader(file).load()
+            vectors = array.matrix
+            valid = vectors.ndim == 2 and len(ids) == len(vectors) and all(isinstance(i, str) for i in ids)
+        except Exception as error:  # a forged pickle can raise anything from inside the reader
+            raise ValueError(f"{path} is no file of embeddings: {error}") from None
+    if not valid:
+        raise ValueError(f"{path} does not hold a vector for every id")
+    return vectors, ids

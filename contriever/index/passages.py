@@ -1,0 +1,166 @@
+"""Passage and question files: read line by line, with errors that name the line; single passages looked up in place.
+
+A passage file holds tens of millions of passages (Wikipedia in blocks of 100 words: 21 million, 13 GB). Only the place
+of each one in the file is kept in memory, 16 bytes.
+"""
+
+import csv
+import zlib
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..text.files import check_list, parse_object, read_lines, read_records, text_field
+
+
+@dataclass(frozen=True)
+class Passage:
+    id: str
+    text: str
+    title: str = ""
+
+    def full_text(self) -> str:
+        """What is encoded: title and text."""
+        return f"{self.title} {self.text}" if self.title else self.text
+
+
+def _records(path: Path, start: int = 0) -> Iterator[tuple[int, int, Passage]]:
+    """(byte position, line number counted from ``start``, passage) of a .tsv or .jsonl file."""
+    readers = {".tsv": _tsv_records, ".jsonl": _jsonl_records}
+    if path.suffix not in readers:
+        raise ValueError(f"--passages {path}: expected a .tsv or .jsonl file")
+    return readers[path.suffix](path, start)
+
+
+def _jsonl_records(path: Path, start: int) -> Iterator[tuple[int, int, Passage]]:
+    for number, (position, line) in enumerate(read_lines(path, start), start=1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            record = parse_object(line, path, number)
+            passage = Passage(
+                id=text_field(record, "_id" if "_id" in record else "id", where),
+                text=text_field(record, "text", where),
+                title=text_field(record, "title", where, default=""),
+            )
+            yield position, number, passage
+
+
+def _tsv_records(path: Path, start: int) -> Iterator[tuple[int, int, Passage]]:
+    """Columns id, text, title; quoted ones may hold tabs and line breaks."""
+    positions = []  # of the lines of the current record: the reader takes no line more than it needs
+
+    def lines() -> Iterator[str]:
+        for position, line in read_lines(path, start):
+            positions.append(position)
+            yield line
+
+    reader = csv.reader(lines(), delimiter="\t")
+    while True:
+        positions.clear()
+        number = reader.line_num + 1
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            raise ValueError(
+                f"{path}, line {number}: {error}; is a quotation mark there without its partner?"
+            ) from None
+        if row is None:
+            return
+        if row and row[0] != "id":  # a header
+            if len(row) != 3:
+                raise ValueError(f"{path}, line {number}: {len(row)} columns, expected 3: id, text, title")
+            yield positions[0], number, Passage(row[0], row[1], row[2])
+
+
+class PassageFile:
+    """The passages of a .tsv (id, text, title) or .jsonl file (``id`` or ``_id``, ``text``, perhaps ``title``).
+
+    The file is read through once; after that single passages are read from their places.
+
+    Attributes:
+        path: The file.
+        crc: CRC-32 of its content.
+        num_empty: Passages without title and text.
+
+    Raises:
+        ValueError: If a line is malformed, two passages have the same id, or there is none.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.num_empty = 0
+        positions, hashes = array("q"), array("q")
+        for position, _, passage in _records(self.path):
+            positions.append(position)
+            hashes.append(hash(passage.id))
+            self.num_empty += not passage.full_text().strip()
+        if not positions:
+            raise ValueError(f"{self.path} has no passages")
+        self.crc = file_crc(self.path)
+        self._positions, hashes = (np.frombuffer(a, dtype=np.int64) for a in (positions, hashes))
+        self._order = np.argsort(hashes, kind="stable")
+        self._sorted_hashes = hashes[self._order]
+        self._refuse_duplicates()
+
+    def _refuse_duplicates(self) -> None:
+        equal = self._sorted_hashes[1:] == self._sorted_hashes[:-1]
+        suspects = set(self._sorted_hashes[1:][equal].tolist())
+        seen = {}
+        for _, number, passage in _records(self.path) if suspects else ():
+            if hash(passage.id) in suspects:
+                if passage.id in seen:
+                    raise ValueError(
+                        f"{self.path}: lines {seen[passage.id]} and {number} have the same id {passage.id!r}"
+                    )
+                seen[passage.id] = number
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __getitem__(self, row: int) -> Passage:
+        return next(self.read(row))
+
+    def read(self, start: int = 0) -> Iterator[Passage]:
+        """Passages in the order of the file, from number ``start``."""
+        for _, _, passage in _records(self.path, int(self._positions[start])):
+            yield passage
+
+    def find(self, passage_id: str) -> Passage:
+        """The passage with an id.
+
+        Raises:
+            KeyError: If there is none.
+        """
+        first, last = (np.searchsorted(self._sorted_hashes, hash(passage_id), side) for side in ("left", "right"))
+        for row in self._order[first:last].tolist():
+            if (passage := self[row]).id == passage_id:
+                return passage
+        raise KeyError(passage_id)
+
+
+def file_crc(path: Path) -> int:
+    """CRC-32 of the content of a file."""
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def read_questions(path: str | Path) -> list[dict]:
+    """Questions of a .json file (a list) or .jsonl file: objects with ``question`` and a list of ``answers``.
+
+    Raises:
+        ValueError: If it is malformed or empty; the message names the line or the number of the entry.
+    """
+    records = []
+    for where, record in read_records(path):
+        text_field(record, "question", where)
+        check_list(record, "answers", str, "strings", where)
+        records.append(record)
+    if not records:
+        raise ValueError(f"{path} has no questions")
+    return records

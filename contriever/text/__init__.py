@@ -1,0 +1,1 @@
+"""Raw text: files, tokens, normalisation, words of answers."""

@@ -1,0 +1,1 @@
+"""What `train.py` and `finetuning.py` are made of, besides the losses."""

@@ -1,0 +1,122 @@
+"""The optimiser, its learning rates, the numbers of the loss, and sharpness-aware steps."""
+
+import argparse
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from shared.optimisation.optim import clip_grad_norm_per_tensor_
+
+ETA = 0.01  # of ASAM, so that weights of 0 move too
+
+
+def build_optimizer(module: nn.Module, args: argparse.Namespace) -> torch.optim.AdamW:
+    """AdamW over all parameters in one group, biases and norms among them; the key encoder's never get a gradient."""
+    betas = (args.beta1, args.beta2)
+    return torch.optim.AdamW(
+        module.parameters(), lr=0.0, betas=betas, eps=args.eps, weight_decay=args.weight_decay, fused=True
+    )
+
+
+def gradient_norms(optimizer: torch.optim.Optimizer) -> Tensor:
+    """Of each tensor; the method does not clip."""
+    return clip_grad_norm_per_tensor_(optimizer.param_groups[0]["params"], 0)
+
+
+# --- Learning rates as parts of the peak, a function of the number of updates done before ----------------------------
+
+
+def linear(step: int, warmup: int, total: int, min_ratio: float) -> float:
+    """Linear warm-up, then linearly down to ``min_ratio`` at ``total``.
+
+    As in the reference, the warm-up climbs to 1 - ``min_ratio`` only and the decay starts at 1, the first update has a
+    rate of 0, and a warm-up of -1 is none.
+    """
+    if step < warmup:
+        return (1 - min_ratio) * step / max(1, warmup)
+    return max(0.0, 1.0 + (min_ratio - 1) * (step - warmup) / max(1, total - warmup))
+
+
+def cosine(step: int, warmup: int, total: int, min_ratio: float) -> float:
+    """Linear warm-up, then a quarter of a cosine (not half of one) down to ``min_ratio`` at ``total``."""
+    if step < warmup:
+        return step / warmup
+    return min_ratio + (1 - min_ratio) * math.cos(math.pi / 2 * (step - warmup) / (total - warmup))
+
+
+SCHEDULES = {"linear": linear, "cosine": cosine}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Numbers of the loss, and the learning rate of each step.
+
+    Attributes:
+        temperature: Divisor of the scores.
+        label_smoothing: In the cross entropy.
+        norm_query, norm_doc: Divide vectors by their norms.
+        momentum: Of the key encoder (MoCo).
+        peak_lr: Learning rate after the warm-up.
+        schedule: Part of it after so many updates.
+    """
+
+    temperature: float
+    label_smoothing: float
+    norm_query: bool
+    norm_doc: bool
+    momentum: float
+    peak_lr: float
+    schedule: partial
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> "Objective":
+        schedule = partial(
+            SCHEDULES[args.scheduler], warmup=args.warmup_steps, total=args.total_steps, min_ratio=args.lr_min_ratio
+        )
+        flags = (args.temperature, args.label_smoothing, args.norm_query, args.norm_doc)
+        return cls(*flags, getattr(args, "momentum", 0.0), args.lr, schedule)
+
+    def set_learning_rate(self, optimizer: torch.optim.Optimizer, step: int) -> float:
+        """Set, and return, the learning rate of a step."""
+        (group,) = optimizer.param_groups
+        group["lr"] = self.peak_lr * self.schedule(step)
+        return group["lr"]
+
+
+class SharpnessAware:
+    """Moves the weights to where the loss is highest within a small ball, and back (fine-tuning, section 4.4).
+
+    Foret et al., "Sharpness-Aware Minimization for Efficiently Improving Generalization", ICLR 2021 (SAM); Kwon et al.,
+    "ASAM: Adaptive Sharpness-Aware Minimization", ICML 2021.
+
+    Args:
+        parameters: Those that are trained.
+        rho: Radius of the ball.
+        adaptive: Measure distances in units of the weights' sizes (ASAM).
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], rho: float, adaptive: bool):
+        self.parameters = list(parameters)
+        self.rho, self.adaptive = rho, adaptive
+        self.old: list[Tensor] = []
+
+    @torch.no_grad()
+    def ascend(self) -> None:
+        """w + rho T^2 g / |T g|, with the gradients g at hand and T = |w| + eta, or 1 without ``adaptive`` (eq. 3)."""
+        parameters = [p for p in self.parameters if p.grad is not None]
+        scales = [p.abs() + ETA if self.adaptive else torch.ones_like(p) for p in parameters]
+        scaled = [scale * p.grad for scale, p in zip(scales, parameters, strict=True)]
+        norm = torch.stack(torch._foreach_norm(scaled)).norm()
+        self.old = [p.clone() for p in self.parameters]
+        for p, scale, gradient in zip(parameters, scales, scaled, strict=True):
+            p.add_(scale * gradient * (self.rho / (norm + 1e-12)))
+
+    @torch.no_grad()
+    def descend(self) -> None:
+        """Back to where :meth:`ascend` began, bit for bit."""
+        torch._foreach_copy_(self.parameters, self.old)
+        self.old = []
