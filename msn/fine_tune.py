@@ -48,9 +48,10 @@ from shared.supervised.data import LabelledViews
 from shared.supervised.transforms import TrainTransform
 
 # A run that is resumed must have these as they were.
-RUN_FLAGS = ("model_name", "num_classes", "image_size", "crop_scale", "flip", "rand_augment", "erase", "mixup",
-             "cutmix", "smoothing", "drop_path", "epochs", "warmup_epochs", "lr", "layer_decay", "weight_decay",
-             "seed")  # fmt: skip
+RUN_FLAGS = tuple(
+    """model_name num_classes image_size crop_scale flip rand_augment erase mixup cutmix smoothing drop_path epochs
+    warmup_epochs lr layer_decay weight_decay seed""".split()
+)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -58,8 +59,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = add_data_flags(parser)
     add("--num_classes", type=int, default=1000, help="outputs of the classifier")
     add("--on_bad_image", default="replace", choices=("replace", "error"), help="what an unreadable train image does")
-    add("--max_bad_fraction", type=float, default=0.01,
-        help="stop when more train images than this share are unreadable")  # fmt: skip
+    add("--max_bad_fraction", type=float, default=0.01, help="stop when more train images than this are unreadable")
 
     add = parser.add_argument_group("augmentation").add_argument
     add("--crop_scale", type=float, nargs=2, default=(0.08, 1.0), help="area range of the train crops")
@@ -75,8 +75,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--epochs", type=int, default=100)
     add("--warmup_epochs", type=float, default=5, help="epochs of linear learning-rate warm-up from 0")
     add("--batch_size", type=int, default=128, help="images per process")
-    add("--lr", type=float, default=0.002, help="peak learning rate of the classifier for 1,024 images per step; "
-        "scaled linearly")  # fmt: skip
+    add("--lr", type=float, default=0.002, help="peak learning rate of the classifier per 1,024 images of a step")
     add("--layer_decay", type=float, default=0.65, help="learning rate of a block over that of the next one")
     add("--weight_decay", type=float, default=0.05, help="of matrices")
     add("--amp", default="auto", choices=("auto", "bf16", "fp16", "fp32"), help="auto: bf16 where it is fast")

@@ -50,8 +50,9 @@ from shared.run.run import Run
 from shared.run.yaml_config import parse_args_with_config
 
 # A run that is resumed must have these as they were.
-RUN_FLAGS = ("model_name", "num_blocks", "normalize", "num_classes", "image_size", "crop_scale", "epochs", "lr",
-             "weight_decay", "seed")  # fmt: skip
+RUN_FLAGS = tuple(
+    "model_name num_blocks normalize num_classes image_size crop_scale epochs lr weight_decay seed".split()
+)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -61,8 +62,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_process_flags(parser, title="meta")
     add = parser.add_argument_group("meta").add_argument
     add("--training", type=bool_flag, default=True, help="false: only validate the classifier in --folder")
-    add("--load_checkpoint", type=bool_flag, default=False, help="true: a run that finds no checkpoint is an error; a "
-        "run that finds its own goes on in any case")  # fmt: skip
+    add("--load_checkpoint", type=bool_flag, default=False, help="true: a run without a checkpoint is an error")
     add("--copy_data", type=bool_flag, default=False, help="not here, and no other value")
     add("--master_port", type=int, default=None, help="ignored: read from the environment")
 
@@ -70,8 +70,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--num_classes", type=int, default=1000, help="outputs of the classifier")
     add("--crop_scale", type=float, nargs=2, default=(0.08, 1.0), help="area range of the train crops")
     add("--on_bad_image", default="replace", choices=("replace", "error"), help="what an unreadable train image does")
-    add("--max_bad_fraction", type=float, default=0.01,
-        help="stop when more train images than this share are unreadable")  # fmt: skip
+    add("--max_bad_fraction", type=float, default=0.01, help="stop when more train images than this are unreadable")
 
     add = parser.add_argument_group("optimization").add_argument
     add("--num_blocks", type=int, default=1, help="class tokens of so many last blocks")

@@ -45,9 +45,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = network_parser(__doc__)
     add_data_flags(parser)
     add = parser.add_argument_group("labels").add_argument
-    add("--subset_path", "--subset-path", nargs="+", default=None, help="text files with the names of the labelled "
-        "images, one a line (n01440764_10183.JPEG), one file per split; without any and without --imgs_per_class all "
-        "images are labelled")  # fmt: skip
+    lists = "a text file per split with names of labelled images, one a line (n01440764_10183.JPEG); default: all"
+    add("--subset_path", "--subset-path", nargs="+", default=None, help=lists)
     add("--imgs_per_class", type=int, default=None, help="without lists: draw so many of each class")
     add("--splits", type=int, default=3, help="draws of --imgs_per_class")
     add("--seed", type=int, default=0, help="of these draws and of the masks")

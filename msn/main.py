@@ -78,14 +78,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "MSN", description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--fname", default=None, help="YAML file of defaults for the flags below, such as one of "
-        "configs/pretrain; the command line wins")  # fmt: skip
-    parser.add_argument("--devices", nargs="+", default=None, metavar="DEVICE", help="start a process on each of these "
-        "devices of this machine, e.g. cuda:0 cuda:1; not with torchrun")  # fmt: skip
+    add = parser.add_argument
+    add("--fname", default=None, help="YAML file of defaults, such as one of configs/pretrain; the command line wins")
+    add("--devices", nargs="+", default=None, metavar="DEVICE", help="start a process on each, e.g. cuda:0 cuda:1")
 
     add = add_data_flags(parser)
-    add("--root_path", default=None, help="with --image_folder, another way to say --data_path: the images are in "
-        "<root_path>/<image_folder>/train")  # fmt: skip
+    add("--root_path", default=None, help="with --image_folder: --data_path <root_path>/<image_folder>/train")
     add("--image_folder", default=None, help="see --root_path")
     add("--rand_views", type=int, default=1, help="random anchors per image; one more random view is the target")
     add("--focal_views", type=int, default=10, help="focal anchors per image")
@@ -93,30 +91,27 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--focal_size", type=int, default=96, help="side of the focal views in pixels")
     add("--rand_scale", type=float, nargs=2, default=(0.3, 1.0), help="share of the image area of the random views")
     add("--focal_scale", type=float, nargs=2, default=(0.05, 0.3), help="share of the image area of the focal views")
-    add("--patch_drop", type=float, default=0.15, help="share of the patches of the random anchors that are not seen "
-        "(published: 0.15 for S/16, 0.3 for B/16 and B/8, 0.7 for L/16, L/7 and B/4)")  # fmt: skip
+    add("--patch_drop", type=float, default=0.15, help="share of the patches of the random anchors that are not seen")
     add("--color_jitter_strength", type=float, default=0.5, help="strength s of the colour jitter")
     add("--blur_radius", type=float, nargs=2, default=(0.1, 2.0), help="range of the blur in pixels of the view")
     add("--augmentation", default="fast", choices=("fast", "pil"), help="pil: the slow exact reference chain")
     add("--label_smoothing", type=float, default=0.0, help="share of each assignment spread over all prototypes")
-    add("--num_workers", type=int, default=None, help="loader processes per rank; None: cores per rank less one, at "
-        "most 10")  # fmt: skip
+    add("--num_workers", type=int, default=None, help="per rank; None: cores per rank less one, at most 10")
     add("--pin_mem", type=bool_flag, default=True, help="ignored: batches for a GPU are always pinned")
 
     add = parser.add_argument_group("meta").add_argument
-    add("--model_name", default="deit_small", choices=tuple(ARCHITECTURES), metavar="NAME",
-        help=", ".join(ARCHITECTURES))  # fmt: skip
+    names = tuple(ARCHITECTURES)
+    add("--model_name", default="deit_small", choices=names, metavar="NAME", help=", ".join(names))
     add("--patch_size", type=int, default=None, help="side of the patches in pixels; None: that of the name")
     add("--drop_path_rate", type=float, default=0.0, help="stochastic depth of the last block, in both encoders")
     add("--hidden_dim", type=int, default=2048, help="hidden width of the projection head")
     add("--output_dim", type=int, default=256, help="dimension of embeddings and prototypes")
     add("--use_bn", type=bool_flag, default=True, help="batch normalisation in the projection head")
-    add("--load_checkpoint", type=bool_flag, default=False, help="true: a run that finds no checkpoint is an error; a "
-        "run that finds its own goes on in any case")  # fmt: skip
+    add("--load_checkpoint", type=bool_flag, default=False, help="true: a run without a checkpoint is an error")
     add("--read_checkpoint", default=None, help="file in --folder to start from when there is no <write_tag>-latest")
-    for name in UNUSED:
-        add(f"--{name}", type=int if name == "bottleneck" else bool_flag, default=UNUSED[name],
-            help="of the published files; has no effect there and no other value here")  # fmt: skip
+    for name, only in UNUSED.items():
+        no_effect = "of the published files; has no effect there and no other value here"
+        add(f"--{name}", type=int if name == "bottleneck" else bool_flag, default=only, help=no_effect)
 
     add = parser.add_argument_group("criterion").add_argument
     add("--num_proto", type=int, default=1024, help="prototypes K")
@@ -125,11 +120,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--start_sharpen", type=float, default=0.25, help="first sharpening temperature of the targets")
     add("--final_sharpen", type=float, default=0.25, help="towards which it goes in a straight line")
     add("--use_sinkhorn", type=bool_flag, default=True, help="balance the targets over the prototypes")
-    add("--me_max", type=bool_flag, default=True, help="mean-entropy maximisation: draw the mean assignment to the "
-        "prior")  # fmt: skip
+    add("--me_max", type=bool_flag, default=True, help="mean-entropy maximisation: mean assignment near the prior")
     add("--memax_weight", type=float, default=1.0, help="its weight (5 without Sinkhorn)")
-    add("--power_law_exponent", type=float, default=0.0, help="of the prior over prototypes (PMSN, for images with a "
-        "long tail of rare classes; try 0.25); 0: uniform")  # fmt: skip
+    add("--power_law_exponent", type=float, default=0.0, help="of the prior (PMSN: 0.25); 0: the uniform one")
     add("--use_ent", type=bool_flag, default=False, help="compute the entropy of single assignments")
     add("--ent_weight", type=float, default=1.0, help="its weight in the loss")
     add("--batch_size", type=int, default=64, help="images per process")
@@ -142,8 +135,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--final_lr", type=float, default=1e-6, help="learning rate at the end of the schedule, 1.25 times the run")
     add("--weight_decay", type=float, default=0.04, help="weight decay at the start")
     add("--final_weight_decay", type=float, default=0.4, help="weight decay at the end of the schedule")
-    add("--ema", type=float, nargs=2, default=(0.996, 1.0), help="momentum of the target encoder at the start and at "
-        "the end of the schedule")  # fmt: skip
+    add("--ema", type=float, nargs=2, default=(0.996, 1.0), help="first and last momentum of the target encoder")
     add("--clip_grad", type=float, default=3.0, help="cap of the norm of the encoder's gradient; 0 disables it")
     add("--amp", default="fp32", choices=("auto", "bf16", "fp16", "fp32"), help="auto: bf16 where it is fast")
 
