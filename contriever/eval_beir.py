@@ -149,14 +149,17 @@ def dense_search(
         ValueError: If a vector is not finite.
     """
     common = {"batch_size": batch_size, "max_length": max_length, "amp": amp}
-    of_queries = torch.from_numpy(finite(retriever.encode(queries, normalize=normalize_queries, **common), "query"))
+    of_queries = torch.from_numpy(
+        finite(retriever.encode(queries, normalize=normalize_queries, kind="query", **common), "query")
+    )
     of_queries = of_queries.to(retriever.device)
     order = np.argsort([-len(text) for text in texts], kind="stable")
     own = order[distributed.get_rank() :: distributed.get_world_size()]
     best = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1)
     for start in range(0, len(own), CHUNK):
         rows = own[start : start + CHUNK]
-        vectors = retriever.encode([texts[row] for row in rows], normalize=normalize_documents, **common)
+        texts_of_rows = [texts[row] for row in rows]
+        vectors = retriever.encode(texts_of_rows, normalize=normalize_documents, kind="passage", **common)
         block = torch.from_numpy(finite(vectors, "document")).to(retriever.device)
         scores, found = nearest_neighbours(of_queries, block, min(k, len(block)))
         best = merge([best, (scores.cpu().numpy(), rows[found.cpu().numpy()])], k)

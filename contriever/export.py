@@ -3,15 +3,15 @@
     python -m contriever.export --model_name_or_path run/checkpoint.pth --output_dir out
 
 Writes a folder that transformers and sentence-transformers read (``encoder/``) and an ONNX file (``encoder.onnx``:
-``input_ids`` and ``attention_mask`` (B, N) int64 to ``vectors`` (B, D)). Needs the packages of ``pip install -e
-'.[contriever,export]'``.
+``input_ids`` and ``attention_mask`` (B, N) int64 to ``vectors`` (B, D)). Both give vectors of length 1 if the encoder
+was trained on such, and raw ones if not. Needs the packages of ``pip install -e '.[contriever,export]'``.
 """
 
 import argparse
 import copy
-import json
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -51,36 +51,23 @@ def export_folder(retriever: Retriever, folder: Path) -> None:
     """The layout of Hugging Face, with what sentence-transformers needs to know about pooling and norms."""
     folder.mkdir(parents=True, exist_ok=True)
     retriever.save(folder)
-    pooling = retriever.model.config.pooling
-    modules = [
-        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
-        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
-    ]
-    if retriever.normalized:
-        modules.append({"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"})
-        (folder / "2_Normalize").mkdir(exist_ok=True)
-    (folder / "modules.json").write_text(json.dumps(modules, indent=1))
-    (folder / "1_Pooling").mkdir(exist_ok=True)
-    how = {
-        "word_embedding_dimension": retriever.dim,
-        "pooling_mode_cls_token": pooling == "cls",
-        "pooling_mode_mean_tokens": pooling == "average",
-    }
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps(how, indent=1))
-    length = {"max_seq_length": retriever.max_length, "do_lower_case": False}
-    (folder / "sentence_bert_config.json").write_text(json.dumps(length))
-    check_vectors(folder.name, load_retriever(folder).encode(TEXTS, amp="fp32"), retriever.encode(TEXTS, amp="fp32"))
+    check_vectors(folder.name, vectors_of(load_retriever(folder), TEXTS), vectors_of(retriever, TEXTS))
+
+
+def vectors_of(retriever: Retriever, texts: Sequence[str]) -> np.ndarray:
+    """Those that every file has to give."""
+    return retriever.encode(texts, normalize=retriever.normalized, amp="fp32")
 
 
 class _Plain(nn.Module):
     """The encoder with two positional arguments."""
 
-    def __init__(self, encoder: nn.Module):
+    def __init__(self, encoder: nn.Module, normalize: bool):
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.normalize = encoder, normalize
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.encoder(input_ids, attention_mask)
+        return self.encoder(input_ids, attention_mask, normalize=self.normalize)
 
 
 def export_onnx(retriever: Retriever, path: Path) -> None:
@@ -98,7 +85,7 @@ def export_onnx(retriever: Retriever, path: Path) -> None:
             warnings.simplefilter("ignore")
             axes = {0: "batch", 1: "tokens"}
             torch.onnx.export(
-                _Plain(network),
+                _Plain(network, retriever.normalized),
                 (ids, mask.long()),
                 temporary,
                 input_names=["input_ids", "attention_mask"],
@@ -111,7 +98,7 @@ def export_onnx(retriever: Retriever, path: Path) -> None:
         for texts in (TEXTS, TEXTS[:1]):
             ids, mask = pad(retriever.tokenize(texts), retriever.tokenizer.pad_token_id)
             vectors = session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.long().numpy()})[0]
-            check_vectors(path.name, vectors, retriever.encode(texts, amp="fp32"))
+            check_vectors(path.name, vectors, vectors_of(retriever, texts))
 
 
 def export(retriever: Retriever, output_dir: str | Path) -> dict[str, Path]:

@@ -69,7 +69,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def finetune(args: argparse.Namespace) -> None:
     """Fine-tune from the newest checkpoint in ``args.output_dir``, or the encoder that is named."""
     run = Run(args, args.amp, subfolder="checkpoint")
-    link_latest(run.output_dir)
 
     # encoder and examples
     retriever = start_retriever(args, run.device)
@@ -103,6 +102,7 @@ def finetune(args: argparse.Namespace) -> None:
             run.log_epoch()
             run.end_epoch()
     if distributed.is_main_process():
+        link_latest(run)
         retriever.save(run.output_dir / "encoder")
         print(f"fine-tuned encoder: {run.output_dir / 'encoder'}")
 

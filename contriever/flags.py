@@ -132,14 +132,25 @@ def check_training_flags(parser: argparse.ArgumentParser, args: argparse.Namespa
 # --- Retrieval --------------------------------------------------------------------------------------------------------
 
 
-def add_encoder_flags(parser: argparse.ArgumentParser) -> Callable:
-    """Which encoder, and where it computes; returns the ``add_argument`` of the group for further flags."""
+def add_encoder_flags(parser: argparse.ArgumentParser, kinds: tuple[str, ...] = ("query", "passage")) -> Callable:
+    """Which encoder, and where it computes; returns the ``add_argument`` of the group for further flags.
+
+    Args:
+        kinds: Of texts that the script encodes.
+    """
     add = parser.add_argument_group("encoder").add_argument
     add("--model_name_or_path", default=None, help="folder, checkpoint, or cached name; None: the packaged encoder")
     add("--allow_download", action="store_true", help="ask the Hugging Face hub for a name that is not in the cache")
     add("--no_fp16", action="store_true", help="float32; else vectors are stored, and where fast computed, in 16 bits")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
+    add_prefix_flags(add, kinds)
     return add
+
+
+def add_prefix_flags(add: Callable, kinds: tuple[str, ...]) -> None:
+    """What is put before texts of these kinds."""
+    for kind in kinds:
+        add(f"--{kind}_prefix", default=None, help=f"put before each {kind}; None: what the model's folder says")
 
 
 def add_launcher_flags(parser: argparse.ArgumentParser) -> None:
@@ -159,6 +170,9 @@ def join_processes(args: argparse.Namespace) -> torch.device:
 def load_encoder(args: argparse.Namespace, device: torch.device, normalized: bool) -> Retriever:
     """The encoder of the flags; says so when it expects normalised vectors and does not get them."""
     retriever = load_retriever(args.model_name_or_path, allow_download=args.allow_download, device=device)
+    for kind in ("query", "passage"):
+        if getattr(args, f"{kind}_prefix", None) is not None:
+            retriever.prompts = {**retriever.prompts, kind: getattr(args, f"{kind}_prefix")}
     if retriever.normalized and not normalized:
         distributed.print_once(
             f"NOTE: {retriever.origin} was trained on vectors of unit length; without --norm_query --norm_doc it finds "

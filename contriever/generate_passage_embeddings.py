@@ -43,7 +43,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--shard_id", type=int, default=None, help="make this shard only; None: all, shared out over the processes")
     add("--chunk_size", type=int, default=16384, help="passages between two saves")
 
-    add = add_encoder_flags(parser)
+    add = add_encoder_flags(parser, ("passage",))
     add("--per_gpu_batch_size", type=int, default=512, help="passages per forward pass")
     add("--passage_maxlength", type=int, default=512, help="tokens; what is longer is cut")
     add("--norm_doc", action="store_true", help="divide vectors by their length; not for Contriever")
@@ -67,8 +67,7 @@ def generate_passage_embeddings(args: argparse.Namespace) -> list[Path]:
     distributed.print_once(f"{args.passages}: {len(passages)} passages, {passages.num_empty} of them empty")
     retriever = load_encoder(args, device, args.norm_doc)
     settings = {
-        "model": retriever.checksum(),
-        "pooling": retriever.model.config.pooling,
+        **retriever.identity(),
         "normalized": args.norm_doc,
         "max_length": max_length_of(args.passage_maxlength, retriever, "--passage_maxlength"),
         "with_title": not args.no_title,
@@ -136,6 +135,7 @@ def write_shard(
             settings["max_length"],
             normalize=settings["normalized"],
             amp=amp,
+            kind="passage",
         )
         writer.append([passage.id for passage in chunk], vectors)
         rate = (writer.done - already) / (time.time() - began)

@@ -22,8 +22,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from contriever.augmentations import Draws
 from contriever.beir.data import read_beir
-from contriever.encoder import load_retriever
-from contriever.flags import check_minimum, script_parser
+from contriever.flags import add_prefix_flags, check_minimum, load_encoder, script_parser
 from contriever.index.bm25 import BM25
 from contriever.index.passages import Passage, PassageFile
 from contriever.text.answers import has_answer
@@ -43,6 +42,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--method", default="bm25", choices=("bm25", "dense"), help="what ranks passages")
     add("--model_name_or_path", default=None, help="encoder of --method dense; the packaged one without it")
     add("--allow_download", action="store_true", help="ask the hub for an encoder that is not on this machine")
+    add_prefix_flags(add, ("query", "passage"))
     add("--norm", action="store_true", help="compare vectors of length 1")
     add("--passage_maxlength", type=int, default=None, help="most tokens; by default as many as the encoder reads")
     add("--per_gpu_batch_size", type=int, default=64, help="texts at once")
@@ -85,13 +85,13 @@ def rank_passages(args: argparse.Namespace, questions: Sequence[str], texts: Seq
     if args.method == "bm25":
         return BM25(texts).search(questions, k)[1]
     device = distributed.init(device=args.device)
-    retriever = load_retriever(args.model_name_or_path, allow_download=args.allow_download, device=device)
+    retriever = load_encoder(args, device, normalized=True)
     if retriever.normalized and not args.norm:
         raise ValueError(f"{retriever.origin} was trained on vectors of length 1: give --norm")
     options = {"batch_size": args.per_gpu_batch_size, "normalize": args.norm}
     index = faiss.IndexFlatIP(retriever.dim)
-    index.add(retriever.encode(texts, max_length=args.passage_maxlength, **options))
-    return index.search(retriever.encode(questions, **options), min(k, len(texts)))[1]
+    index.add(retriever.encode(texts, max_length=args.passage_maxlength, kind="passage", **options))
+    return index.search(retriever.encode(questions, kind="query", **options), min(k, len(texts)))[1]
 
 
 def is_positive(passage: Passage, record: dict) -> bool:

@@ -94,6 +94,7 @@ def passage_retrieval(args: argparse.Namespace) -> dict[str, dict[int, float]]:
             max_length_of(args.question_maxlength, retriever, "--question_maxlength"),
             normalize=args.norm_query,
             amp=amp_of(args.no_fp16, device),
+            kind="query",
         )
         scores, rows = index.search(queries, args.n_docs)
         if distributed.is_main_process():
@@ -129,13 +130,13 @@ def check_same_model(retriever: Retriever, shards: list[Shard], args: argparse.N
     if not settings:
         distributed.print_once(f"NOTE: {shards[0].path} is in the official format, which does not name its model")
         return
-    ours = {"model": retriever.checksum(), "pooling": retriever.model.config.pooling, "normalized": args.norm_query}
-    different = [key for key, value in ours.items() if settings[key] != value]
+    ours = {"prefix": "", **retriever.identity(), "normalized": args.norm_query}
+    different = [key for key, value in ours.items() if settings.get(key, "") != value]
     if different:
         key = different[0]
         raise ValueError(
-            f"{shards[0].path} was made by another model or in another way: its {key} is {settings[key]!r}, that of "
-            f"the questions is {ours[key]!r} ({retriever.origin})"
+            f"{shards[0].path} was made by another model or in another way: its {key} is {settings.get(key)!r}, that "
+            f"of the questions is {ours[key]!r} ({retriever.origin})"
         )
     for key in ("lowercase", "normalize_text"):
         if settings[key] != getattr(args, key):

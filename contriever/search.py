@@ -18,13 +18,13 @@ import numpy as np
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from contriever.encoder import Retriever, load_retriever
-from contriever.flags import add_encoder_flags, amp_of, check_minimum, script_parser
+from contriever.encoder import Retriever
+from contriever.flags import add_encoder_flags, amp_of, check_minimum, load_encoder, script_parser
 from contriever.index.bm25 import check_weight
 from contriever.own_texts.folder import snippet
 from contriever.own_texts.index import SearchIndex, Update
 from contriever.own_texts.page import serve
-from contriever.text.normalize import normalize
+from contriever.text.normalize import clean
 from shared import distributed
 
 INDEX_NAME = ".search_index.sqlite"
@@ -90,14 +90,8 @@ def open_index(args: argparse.Namespace) -> SearchIndex:
             if not file.name.endswith(INDEX_NAME) and old.read(16) not in (b"SQLite format 3\0", b""):
                 raise ValueError(f"--index_path {file} is no index: --rebuild does not remove it")
         file.unlink()
-    device = distributed.init(device=args.device)
-    retriever = load_retriever(args.model_name_or_path, allow_download=args.allow_download, device=device)
-    settings = {
-        "model": retriever.checksum(),
-        "pooling": retriever.model.config.pooling,
-        "normalized": retriever.normalized,
-        "normalize_text": args.normalize_text,
-    }
+    retriever = load_encoder(args, distributed.init(device=args.device), normalized=True)
+    settings = {**retriever.identity(), "normalized": retriever.normalized, "normalize_text": args.normalize_text}
     return SearchIndex(root, file, Encoder(retriever, args), settings, args.max_words)
 
 
@@ -106,17 +100,14 @@ class Encoder:
 
     def __init__(self, retriever: Retriever, args: argparse.Namespace):
         self.retriever = retriever
-        self.prepare = normalize if args.normalize_text else str
+        self.normalize_text = args.normalize_text
         self.batch_size = args.per_gpu_batch_size
         self.amp = amp_of(args.no_fp16, retriever.device)
 
-    def __call__(self, texts: list[str]) -> np.ndarray:
-        return self.retriever.encode(
-            [self.prepare(text) for text in texts],
-            self.batch_size,
-            normalize=self.retriever.normalized,
-            amp=self.amp,
-        )
+    def __call__(self, texts: list[str], kind: str) -> np.ndarray:
+        texts = clean(texts, False, self.normalize_text)
+        normalize = self.retriever.normalized
+        return self.retriever.encode(texts, self.batch_size, normalize=normalize, amp=self.amp, kind=kind)
 
 
 def report(update: Update) -> None:

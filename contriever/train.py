@@ -131,7 +131,6 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
 def train_contriever(args: argparse.Namespace) -> None:
     """Train from the newest checkpoint in ``args.output_dir``, or from the encoder that is named."""
     run = Run(args, args.amp, subfolder="checkpoint")
-    link_latest(run.output_dir)
 
     # encoder and text
     retriever = start_retriever(args, run.device)
@@ -158,6 +157,7 @@ def train_contriever(args: argparse.Namespace) -> None:
             run.log_epoch()
             run.end_epoch()
     if distributed.is_main_process():
+        link_latest(run)
         retriever.save(run.output_dir / "encoder")
         fill_steps = args.queue_size // data.batch_size if args.contrastive_mode == "moco" else None
         print(summary(run.output_dir, args.norm_query and args.norm_doc, fill_steps))

@@ -28,17 +28,18 @@ from resmlp.report import save_pictures, summary
 from resmlp.resmlp_models import ARCHITECTURES
 from shared import distributed
 from shared.optimisation.precision import Precision
-from shared.run.flags import AnyDashParser, add_data_flags, add_run_flags
+from shared.run.flags import AnyDashParser, add_data_flags, add_run_flags, tell_embedded_defaults
 from shared.run.run import Run
 from shared.supervised.data import open_images
 from shared.supervised.flags import (
     add_augmentation_flags,
     add_data_set_flags,
     add_distillation_flags,
+    add_evaluation_flags,
     add_network_flags,
     add_optimisation_flags,
     add_output_flags,
-    check_recipe,
+    parse_recipe,
 )
 from shared.supervised.losses import build_loss, class_probabilities
 from shared.supervised.train import BestAccuracy, train_classifier
@@ -66,7 +67,6 @@ EMBEDDED_DATA_DEFAULTS = {
     "output_dir": "runs/digits",
 }
 SIZES = ("patch_size", "embed_dim", "depth")
-MINIMUM = {"epochs": 1, "batch_size": 1, "log_freq": 1, "input_size": 1, "test_freq": 1, "start_epoch": 0}
 NETWORK_FLAGS = ("model", "input_size", "in_chans", *SIZES)
 
 
@@ -78,17 +78,17 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_data_set_flags(parser)
 
     add = parser.add_argument_group("network").add_argument
-    add("--model", default="resmlp_24", help="resmlp_12, resmlp_24, resmlp_36, resmlpB_24, or any timm or torchvision "
-        "model")  # fmt: skip
+    known = "resmlp_12, resmlp_24, resmlp_36, resmlpB_24, or any timm or torchvision model"
+    add("--model", default="resmlp_24", help=known)
     add("--input-size", type=int, default=224, help="side of the images in pixels")
     add("--patch-size", type=int, default=None, help="side of the patches in pixels; None: the published one")
     add("--embed-dim", type=int, default=None, help="channels of a ResMLP or ViT; None: the published ones")
     add("--depth", type=int, default=None, help="blocks of a ResMLP or ViT; None: the published ones")
-    add("--finetune", default="", help="weights to start from: the name of a release (resmlp_24_dist), a file or an "
-        "address; other image sizes and other classes are possible")  # fmt: skip
+    weights = "weights to start from: a release (resmlp_24_dist), a file or an address; any image size and classes"
+    add("--finetune", default="", help=weights)
     add("--attn-only", action="store_true", help="train the cross-patch layers and the classifier only")
-    add("--checkpoint_key", default="model", choices=("model", "model_ema"), help="network to take from a training "
-        "checkpoint given as --finetune, or with --eval")  # fmt: skip
+    key = "network to take from a training checkpoint given as --finetune, or with --eval"
+    add("--checkpoint_key", default="model", choices=("model", "model_ema"), help=key)
     add_network_flags(add)
 
     add = add_augmentation_flags(parser, color_jitter=0.3)
@@ -101,12 +101,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--unscale-lr", action="store_true", help="--lr is the peak itself, whatever the batch size")
     add("--train-mode", action=argparse.BooleanOptionalAction, default=True, help="dropout and stochastic depth are on")
 
-    add = parser.add_argument_group("evaluation").add_argument
-    add("--eval", action="store_true", help="evaluate --resume, --finetune or the run in --output_dir, and stop")
-    add("--test-freq", type=int, default=1, help="epochs between evaluations")
-    add("--eval-crop-ratio", type=float, default=0.875, help="side of the centre crop over the resized short side; 0.9 "
-        "for the published numbers")  # fmt: skip
-    add("--eval-ema", action="store_true", help="evaluate the moving average too")
+    add = add_evaluation_flags(parser, "--resume, --finetune")
+    ratio = "side of the centre crop over the resized short side; 0.9 for the published numbers"
+    add("--eval-crop-ratio", type=float, default=0.875, help=ratio)
 
     add = add_run_flags(parser, knn=False)
     add_output_flags(add)
@@ -115,21 +112,16 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
-    """Parse and check the command line; without ``--data_path`` the defaults are those of the embedded data.
+    """Parse and check the command line; without any images the defaults are those of the embedded data.
 
     Args:
         arguments: The command line's own by default.
         parser: That of :func:`get_args_parser` with further flags, for scripts that have them.
     """
     parser = parser or get_args_parser()
-    args = parser.parse_args(arguments)
-    if args.data_path is None and args.val_path is None:
-        own = args.model in ARCHITECTURES  # the sizes of other networks are part of their names
-        parser.set_defaults(
-            **{flag: value for flag, value in EMBEDDED_DATA_DEFAULTS.items() if own or flag not in SIZES}
-        )
-        args = parser.parse_args(arguments)
-    check_recipe(parser, args, MINIMUM)
+    own = parser.parse_args(arguments).model in ARCHITECTURES  # the sizes of other networks are part of their names
+    defaults = {flag: value for flag, value in EMBEDDED_DATA_DEFAULTS.items() if own or flag not in SIZES}
+    args = parse_recipe(parser, arguments, defaults)
     if not 0 < args.eval_crop_ratio <= 1:
         parser.error(f"--eval-crop-ratio {args.eval_crop_ratio} is not in (0, 1]")
     if args.distillation_type != "none" and args.cosub:
@@ -152,9 +144,7 @@ def train_resmlp(args: argparse.Namespace) -> None:
         fill(network, read_weights(args.finetune, args.checkpoint_key, "--finetune"), args.finetune)
     if args.attn_only:
         keep_cross_patch_layers_trainable(network)
-    if args.data_path is None:
-        names = " ".join(f"--{name}" for name in EMBEDDED_DATA_DEFAULTS)
-        distributed.print_once(f"without --data_path these flags have defaults for the embedded data: {names}")
+    tell_embedded_defaults(args.data_path, EMBEDDED_DATA_DEFAULTS)
 
     if args.ThreeAugment:
         transform = ThreeAugment(args.input_size, args.color_jitter, args.src, args.in_chans)
@@ -166,7 +156,7 @@ def train_resmlp(args: argparse.Namespace) -> None:
         criterion = build_loss(args, images.num_classes, run.device, args.bce_loss)
     peak_lr = args.lr if args.unscale_lr else args.lr * args.batch_size * distributed.get_world_size() / 512
     best = BestAccuracy("best_checkpoint.pth")
-    tested = train_classifier(
+    train_classifier(
         args,
         run,
         images,
@@ -181,7 +171,7 @@ def train_resmlp(args: argparse.Namespace) -> None:
     if distributed.is_main_process():
         pictures = save_pictures(network, run.output_dir) if args.pictures else []
         paths = args.data_path, args.val_path
-        print(summary(run.output_dir, args.model, *paths, images.val, tested, best.acc1, pictures))
+        print(summary(run.output_dir, args.model, *paths, images.val, best.acc1, pictures))
 
 
 def evaluate_resmlp(args: argparse.Namespace) -> None:

@@ -31,6 +31,7 @@ def test_a_training_runs_in_a_copied_folder(training, places, tmp_path):
     done = run_script(path, *flags, "--output_dir", "run", cwd=tmp_path / method)
     assert done.returncode == 0, done.stdout + done.stderr
     assert list((tmp_path / method / "run").rglob("*.pth*"))
+    shutil.copytree(tmp_path / method / "run", tmp_path / "copy")  # no link in it leads up
 
 
 def test_a_script_starts_as_a_module_and_its_parts_can_be_imported(places, tmp_path):

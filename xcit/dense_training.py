@@ -14,15 +14,14 @@ from shared.evaluation.features import RankSampler
 from shared.images.decode import ImageError
 from shared.images.loading import BadImages, EpochBatchSampler, default_num_workers, make_loader
 from shared.images.sources import FileSource
+from shared.images.training_data import TrainingData
 from shared.networks.batchnorm import synchronize_batchnorm
 from shared.networks.weights import safe_load
-from shared.optimisation.optim import build_optimizer
+from shared.optimisation.optim import build_optimizer, clip_total_grad_norm_
 from shared.run import randomness
+from shared.run.checkpoint import load_latest_or_given
 from shared.run.flags import add_run_flags
 from shared.run.run import Run
-from shared.supervised.data import TrainBatches
-from shared.supervised.optimizer import clip_total_grad_norm_
-from shared.supervised.train import newest_checkpoint
 
 from .cross_covariance_transformer import ARCHITECTURES
 
@@ -35,15 +34,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Data, network, optimisation and run."""
     add = parser.add_argument_group("data").add_argument
     add("--data-path", default=None, help="folder of the data set; without it generated shapes, and defaults for them")
-    add("--num_workers", type=int, default=None,
-        help="loader processes per rank; None: cores per rank less one, at most 10")  # fmt: skip
+    workers = "loader processes per rank; None: cores per rank less one, at most 10"
+    add("--num_workers", type=int, default=None, help=workers)
     add("--on_bad_image", default="replace", choices=("replace", "error"), help="what an unreadable image does")
     add("--max_bad_fraction", type=float, default=0.01, help="stop when more images than this share are unreadable")
 
     add = parser.add_argument_group("network").add_argument
     add("--model", default="xcit_small_12_p16", choices=ARCHITECTURES, metavar="XCIT", help="the trunk")
-    add("--pretrained", default="", help="weights of the trunk: a release (xcit_small_12_p16_384_dist), a file or an "
-        "address; none: random")  # fmt: skip
+    add("--pretrained", default="", help="weights of the trunk: a release, a file or an address; none: random")
     add("--drop-path", type=float, default=None, help="stochastic depth; None: that of the published runs")
 
     add = parser.add_argument_group("optimisation").add_argument
@@ -174,7 +172,7 @@ def own_share(dataset: DenseDataset, between_images: Callable[[], None]) -> Iter
 
 def prepare(
     args: argparse.Namespace, run: Run, dataset: DenseDataset, network: nn.Module
-) -> tuple[TrainBatches, nn.Module, torch.optim.Optimizer]:
+) -> tuple[TrainingData, nn.Module, torch.optim.Optimizer]:
     """Batches of a data set, the network among all processes, and AdamW."""
     images = dataset.source.checksum()
     distributed.check_same_on_all_processes((len(dataset), images), "the training data (number of images, checksum)")
@@ -184,13 +182,15 @@ def prepare(
     loader = make_loader(dataset, batch_sampler=sampler, num_workers=num_workers, device=run.device)
     network = distributed.wrap(synchronize_batchnorm(network, run.device).to(run.device), run.device)
     optimizer = build_optimizer("adamw", decay_groups(network, args.weight_decay))
-    return TrainBatches(loader, sampler, args.batch_size * world_size, images), network, optimizer
+    batch_size = args.batch_size * world_size
+    data = TrainingData(dataset, sampler, loader, dataset.bad_images, images, batch_size, num_workers)
+    return data, network, optimizer
 
 
 def resume(
     args: argparse.Namespace,
     run: Run,
-    data: TrainBatches,
+    data: TrainingData,
     total_steps: int,
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -200,7 +200,7 @@ def resume(
         data,
         total_steps,
         ("model",),
-        checkpoint=newest_checkpoint(run, args.resume, "--pretrained"),
+        checkpoint=load_latest_or_given(run.path, args.resume, "--pretrained"),
         to_official=to_official,
         from_official=from_official,
         model=network,

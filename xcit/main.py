@@ -21,17 +21,18 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from shared import distributed
 from shared.optimisation.precision import Precision
-from shared.run.flags import AnyDashParser, add_data_flags, add_run_flags
+from shared.run.flags import AnyDashParser, add_data_flags, add_run_flags, tell_embedded_defaults
 from shared.run.run import Run
 from shared.supervised.data import LabelledViews, build_mixup, open_images
 from shared.supervised.flags import (
     add_augmentation_flags,
     add_data_set_flags,
     add_distillation_flags,
+    add_evaluation_flags,
     add_network_flags,
     add_optimisation_flags,
     add_output_flags,
-    check_recipe,
+    parse_recipe,
 )
 from shared.supervised.losses import build_loss
 from shared.supervised.train import BestAccuracy, train_classifier
@@ -60,7 +61,6 @@ EMBEDDED_DATA_DEFAULTS = {
     "full_crop": True,
     "output_dir": "runs/digits",
 }
-MINIMUM = {"epochs": 1, "batch_size": 1, "log_freq": 1, "input_size": 1, "test_freq": 1, "start_epoch": 0}
 NETWORK_FLAGS = ("model", "in_chans")
 
 
@@ -74,10 +74,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("network").add_argument
     add("--model", default="xcit_small_12_p16", help="xcit_<size>_<depth>_p<patch>, or any timm or torchvision model")
     add("--input-size", type=int, default=224, help="side of the images in pixels")
-    add("--pretrained", default=None, help="weights to start from, for fine-tuning or --eval: the name of a release "
-        "(xcit_small_12_p16_224), a file or an address; a classifier for other classes is left out")  # fmt: skip
-    add("--checkpoint_key", default="model", choices=("model", "model_ema"), help="network to take from a training "
-        "checkpoint given as --pretrained, or with --eval")  # fmt: skip
+    weights = "weights to start from, or to --eval: a release (xcit_small_12_p16_224), a file or an address"
+    add("--pretrained", default=None, help=weights)
+    key = "network to take from a training checkpoint given as --pretrained, or with --eval"
+    add("--checkpoint_key", default="model", choices=("model", "model_ema"), help=key)
     add("--surgery", default=None, help="weights whose patch embedding is taken over and kept fixed")
     add_network_flags(add)
 
@@ -85,11 +85,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_distillation_flags(parser)
     add_optimisation_flags(parser, epochs=400)
 
-    add = parser.add_argument_group("evaluation").add_argument
-    add("--eval", action="store_true", help="evaluate --pretrained, or the run in --output_dir, and stop")
+    add = add_evaluation_flags(parser, "--pretrained")
     add("--full_crop", action="store_true", help=f"centre crops of the whole short side, not of {CROP_RATIO} of it")
-    add("--test-freq", type=int, default=1, help="epochs between evaluations")
-    add("--eval-ema", action="store_true", help="evaluate the moving average too")
 
     add_output_flags(add_run_flags(parser, knn=False))
     return parser
@@ -102,13 +99,7 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
         arguments: The command line's own by default.
         parser: That of :func:`get_args_parser` with further flags, for scripts that have them.
     """
-    parser = parser or get_args_parser()
-    args = parser.parse_args(arguments)
-    if args.data_path is None and args.val_path is None:
-        parser.set_defaults(**EMBEDDED_DATA_DEFAULTS)
-        args = parser.parse_args(arguments)
-    check_recipe(parser, args, MINIMUM)
-    return args
+    return parse_recipe(parser or get_args_parser(), arguments, EMBEDDED_DATA_DEFAULTS)
 
 
 def train_xcit(args: argparse.Namespace) -> None:
@@ -124,13 +115,11 @@ def train_xcit(args: argparse.Namespace) -> None:
         fill(network, read_weights(args.pretrained, args.checkpoint_key), args.pretrained)
     if args.surgery:
         transplant_patch_embedding(network, args.surgery)
-    if args.data_path is None:
-        names = " ".join(f"--{name}" for name in EMBEDDED_DATA_DEFAULTS)
-        distributed.print_once(f"without --data_path these flags have defaults for the embedded data: {names}")
+    tell_embedded_defaults(args.data_path, EMBEDDED_DATA_DEFAULTS)
 
     transform = train_transform(args, MEAN, STD)
     best = BestAccuracy("best_model.pth", keeps_ties=True)
-    tested = train_classifier(
+    train_classifier(
         args,
         run,
         images,
@@ -147,11 +136,7 @@ def train_xcit(args: argparse.Namespace) -> None:
         if args.pictures:
             views = LabelledViews(images.train, transform, args.seed, images.bad_images)
             pictures = save_pictures(views, build_mixup(args, images.num_classes), run.output_dir)
-        needed = ("data_path", "val_path", "data_set", "inat_category", "model", "input_size", "in_chans")
-        parser = get_args_parser()
-        given = {flag: getattr(args, flag) for flag in needed if getattr(args, flag) != parser.get_default(flag)}
-        network_and_data = given | {"model": args.model}
-        print(summary(run.output_dir, network_and_data, args.full_crop, images.val, tested, best.acc1, pictures))
+        print(summary(args, get_args_parser(), run.output_dir, images.val, best.acc1, pictures))
 
 
 def evaluate_xcit(args: argparse.Namespace) -> None:

@@ -24,7 +24,7 @@ import numpy as np
 BLOCK_BYTES = 1 << 26  # read at once when a file is checked
 # settings in which all shards must agree
 OF_THE_COLLECTION = ("model", "pooling", "normalized", "max_length", "passages", "num_shards")
-OF_THE_COLLECTION += ("with_title", "lowercase", "normalize_text")
+OF_THE_COLLECTION += ("prefix", "with_title", "lowercase", "normalize_text")
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -90,12 +90,12 @@ class ShardWriter:
     def _refuse_other_settings(self, found: dict) -> None:
         sizes = ("count", "dim", "dtype")
         old, new = (d["settings"] | {key: d[key] for key in sizes} for d in (found, self.description))
-        different = [key for key in new if old.get(key) != new[key]]
+        different = [key for key in {**new, **old} if old.get(key) != new.get(key)]
         if different:
             key = different[0]
             raise ValueError(
-                f"{self.folder} was made with other settings: {key} was {old.get(key)!r} and is {new[key]!r}; choose "
-                "another --output_dir or --prefix, or remove the folder"
+                f"{self.folder} was made with other settings: {key} was {old.get(key)!r} and is {new.get(key)!r}; "
+                "choose another --output_dir or --prefix, or remove the folder"
             )
 
     def _cut_back(self) -> None:

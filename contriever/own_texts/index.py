@@ -81,7 +81,7 @@ class SearchIndex:
     Args:
         root: Folder, or a single file.
         file: The SQLite file.
-        encode: From texts to vectors (N, D) float32.
+        encode: From texts and their kind, ``query`` or ``passage``, to vectors (N, D) float32.
         settings: Whatever the vectors depend on; an index that was made with others is refused.
         max_words: Most words per passage.
 
@@ -93,7 +93,7 @@ class SearchIndex:
         self,
         root: Path,
         file: Path,
-        encode: Callable[[list[str]], np.ndarray],
+        encode: Callable[[list[str], str], np.ndarray],
         settings: dict[str, object],
         max_words: int = 120,
     ):
@@ -111,11 +111,12 @@ class SearchIndex:
         if not found:
             with self.database:
                 self.database.executemany("INSERT OR IGNORE INTO settings VALUES (?, ?)", self.settings.items())
-        for name, value in self.settings.items() if found else ():
-            if found.get(name) != value:
+        for name in {**self.settings, **found} if found else ():
+            if found.get(name) != self.settings.get(name):
                 raise ValueError(
                     f"the index {self.file} was made by another model or with other settings: its {name} is "
-                    f"{found.get(name)}, now it is {value}; --rebuild makes it again, --index_path keeps both"
+                    f"{found.get(name)}, now it is {self.settings.get(name)}; --rebuild makes it again, --index_path "
+                    "keeps both"
                 )
 
     def update(self) -> Update:
@@ -199,7 +200,7 @@ class SearchIndex:
             dict.fromkeys(p.full_text() for *_, pieces in files for p in pieces if p.full_text() not in vectors)
         )
         if missing:
-            encoded = self.encode(missing).astype(np.float16)
+            encoded = self.encode(missing, "passage").astype(np.float16)
             if not np.isfinite(encoded).all():
                 raise ValueError("the encoder gave vectors that are not finite: are its weights damaged?")
             vectors |= {text: vector.tobytes() for text, vector in zip(missing, encoded, strict=True)}
@@ -279,6 +280,6 @@ class _Loaded:
         lexical = self.bm25.search([query], depth) if retriever != "dense" else None
         if retriever == "bm25":
             return lexical[0][:, :k], lexical[1][:, :k]
-        scores = encode([query]).astype(np.float32) @ self.vectors.T
+        scores = encode([query], "query").astype(np.float32) @ self.vectors.T
         dense = merge([(scores, np.arange(len(self.vectors))[None])], depth)
         return (dense[0][:, :k], dense[1][:, :k]) if retriever == "dense" else fuse(dense, lexical, k, dense_weight)

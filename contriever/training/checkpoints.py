@@ -40,7 +40,11 @@ def start_retriever(args: argparse.Namespace, device: torch.device) -> Retriever
     width = retriever.dim
     if args.projection_size not in (None, width):
         raise ValueError(f"--projection_size {args.projection_size}: the encoder is {width} wide and has no projection")
+    if retriever.model.projections:
+        raise ValueError(f"{retriever.origin} has dense layers after its pooling: such encoders are not trained here")
+    # what is written at the end describes this training, not the one before
     retriever.normalized = args.norm_query and args.norm_doc
+    retriever.default_length, retriever.lowercase, retriever.prompts = None, False, {}
     for module in retriever.model.modules():
         if isinstance(module, nn.Dropout):
             module.p = args.dropout
@@ -172,15 +176,22 @@ def continue_from(path: str | Path, module: nn.Module, optimizer: torch.optim.Op
     return checkpoint["step"]
 
 
-def link_latest(output_dir: Path) -> None:
-    """Make ``checkpoint/latest``, the official name of the newest checkpoint's folder."""
-    latest = output_dir / "checkpoint" / "latest"
-    if distributed.is_main_process() and not latest.is_symlink() and not latest.exists():
-        latest.symlink_to("..", target_is_directory=True)
+def link_latest(run: Run) -> None:
+    """Make ``checkpoint/latest``, the official name of the newest checkpoint's folder, once there is a checkpoint."""
+    latest = run.output_dir / "checkpoint" / "latest"
+    if latest.is_symlink():  # of older runs: it led to the folder it is in, and copies of that had no end
+        latest.unlink()
+    link = latest / run.path.name
+    if run.path.exists() and not link.is_symlink():
+        latest.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)  # in a copy of a run it is the file itself, as it was then
+        link.symlink_to(Path("..", "..", run.path.name))
 
 
 def keep_numbered(run: Run) -> None:
     """Every ``--save_freq`` steps the checkpoint also stays as ``checkpoint/step-<n>/checkpoint.pth``."""
+    if distributed.is_main_process():
+        link_latest(run)
     step, every_steps = run.steps_done, run.args.save_freq
     if every_steps and step % every_steps == 0 and run.guard.is_good():
         name = f"checkpoint/step-{step}/checkpoint.pth"

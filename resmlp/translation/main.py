@@ -41,6 +41,7 @@ from shared import distributed
 from shared.optimisation.optim import clip_grad_norm_per_tensor_
 from shared.optimisation.precision import Precision
 from shared.run.checkpoint import load_latest
+from shared.run.flags import add_run_flags, parse_with_embedded_defaults
 from shared.run.run import Run
 
 # What replaces the defaults when no files are given: 2,000 sentences of five to eight subwords
@@ -72,12 +73,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("data").add_argument
     for part in PARTS:
         for side in ("source", "target"):
-            add(f"--{part}_{side}", default=None, help=f"{side} sentences for {part}, one per line; without files for "
-                "training a generated language pair is used and the defaults fit it")  # fmt: skip
+            add(f"--{part}_{side}", default=None, help=f"{side} sentences for {part}; none: a generated language")
     add("--vocabulary", default=None, help="a SentencePiece model; by default one is learned from the training text")
     add("--vocabulary_size", type=int, default=32000, help="subwords to learn, of both languages together")
-    add("--max_length", type=int, default=128, help="most subwords of a sentence with its end; longer pairs are left "
-        "out of the training, longer sentences to translate are cut")  # fmt: skip
+    longest = "most subwords of a sentence with its end; longer ones are left out, or cut where they are translated"
+    add("--max_length", type=int, default=128, help=longest)
 
     add = parser.add_argument_group("network").add_argument
     add("--network", default="resmlp", choices=NETWORKS, help="transformer: of as many parameters")
@@ -103,33 +103,15 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--length_penalty", type=float, default=0.6, help="0 prefers short translations, 1 scores per token")
     add("--bleu_freq", type=int, default=0, help="BLEU of the valid sentences also every so many epochs; 0: at the end")
 
-    add = parser.add_argument_group("run").add_argument
+    add = add_run_flags(parser, knn=False, pictures=False)
     add("--output_dir", default=".", help="checkpoint and logs")
-    add("--saveckp_steps", type=int, default=0, help="also save within the epoch every so many steps")
-    add("--saveckp_minutes", type=float, default=15, help="also save within the epoch after so many minutes")
-    add("--on_changed_run", default="continue", choices=("continue", "refuse"),
-        help="when the checkpoint was written with another batch or number of processes")  # fmt: skip
-    add("--log_freq", type=int, default=10, help="steps per line of the log")
-    add("--tensorboard", action="store_true", help="also log to TensorBoard")
-    add("--max_skipped_steps", type=int, default=10,
-        help="stop after so many steps in a row without finite gradients (exit code 3); 0: never")  # fmt: skip
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
-    add("--dist_url", default="env://", help="rendezvous of the processes")
-    add("--dist_timeout", type=float, default=1800, help="seconds to wait for other processes")
-    add("--local_rank", "--local-rank", type=int, default=0, help="ignored: read from the environment")
     return parser
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse and check the command line; without files the defaults are those of the generated language pair."""
     parser = get_args_parser()
-    args = parser.parse_args(arguments)
-    if args.train_source is None:
-        parser.set_defaults(**GENERATED_DATA_DEFAULTS)
-        args = parser.parse_args(arguments)
-    for flag, least in MINIMUM.items():
-        if getattr(args, flag) < least:
-            parser.error(f"--{flag} {getattr(args, flag)} is less than {least}")
+    args = parse_with_embedded_defaults(parser, arguments, GENERATED_DATA_DEFAULTS, MINIMUM, "train_source")
     for flag in ("dropout", "label_smoothing"):
         if not 0 <= getattr(args, flag) < 1:
             parser.error(f"--{flag} {getattr(args, flag)} is outside [0, 1)")

@@ -30,8 +30,8 @@ def build_library_backbone(
 ) -> tuple[nn.Module, int]:
     """Build a randomly initialised network that maps images (B, C, H, W) to features (B, D).
 
-    A name known to torchvision and timm alike (``resnet50``) gives torchvision's network. XCiT and ResMLP come from
-    timm; the published names work without its input size (``xcit_small_12_p16``, ``resmlp_12``).
+    A name known to torchvision and timm alike (``resnet50``) gives torchvision's network. Where timm's name ends in the
+    size of the images, ``_224``, that may be left out, as published names do.
 
     Args:
         arch: A classification model of torchvision, or a model of timm.
@@ -50,10 +50,9 @@ def build_library_backbone(
         return _build_torchvision(arch, drop_path_rate, img_size, in_chans)
     import timm
 
-    if re.fullmatch(r"xcit_\w+_p\d+|resmlp_\d+", arch):
-        arch += "_224"
-    if timm.is_model(arch):
-        return _build_timm(arch, drop_path_rate, img_size, in_chans)
+    for name in (arch, f"{arch}_224"):
+        if timm.is_model(name):
+            return _build_timm(name, drop_path_rate, img_size, in_chans)
     names = [*own_names, *sorted(library_architectures() - set(own_names))]
     close = difflib.get_close_matches(arch, names, n=5) or [name for name in names if arch in name][:5]
     raise ValueError(

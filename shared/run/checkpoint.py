@@ -179,6 +179,28 @@ def load_latest(path: str | Path, map_location: str | torch.device = "cpu") -> d
     return state
 
 
+def load_latest_or_given(path: str | Path, given: str, weights_flag: str) -> dict:
+    """The newest checkpoint of a run, or else the one that ``--resume`` names; {} if there is neither.
+
+    Args:
+        given: ``--resume``; ``""``: none.
+        weights_flag: The flag for weights to start from, named when ``given`` holds no more than that.
+
+    Raises:
+        ValueError: If ``given`` is not the checkpoint of a training.
+    """
+    checkpoint = load_latest(path)
+    if checkpoint is not None or not given:
+        return checkpoint or {}
+    checkpoint = load_latest(given)
+    if checkpoint is None:
+        raise ValueError(f"--resume {given}: there is no such file")
+    if not {"optimizer", "epoch"} <= checkpoint.keys():
+        raise ValueError(f"--resume {given} holds weights, no training state: give it as {weights_flag}")
+    checkpoint.pop("log", None)  # its lines are in another folder
+    return checkpoint
+
+
 def _is_legacy(path: Path) -> bool:
     with open(path, "rb") as file:
         return file.read(2) == b"\x80\x02"  # a bare pickle

@@ -65,11 +65,12 @@ def add_data_flags(parser: argparse.ArgumentParser) -> Callable:
     return add
 
 
-def add_run_flags(parser: argparse.ArgumentParser, knn: bool = True) -> Callable:
+def add_run_flags(parser: argparse.ArgumentParser, knn: bool = True, pictures: bool = True) -> Callable:
     """Saving, logging and processes; returns the ``add_argument`` of the group for further flags.
 
     Args:
         knn: Whether there is a k-NN evaluation between epochs.
+        pictures: Whether there are pictures of a run.
     """
     add = parser.add_argument_group("run").add_argument
     add("--saveckp_steps", type=int, default=0, help="also save within the epoch every so many steps")
@@ -79,7 +80,8 @@ def add_run_flags(parser: argparse.ArgumentParser, knn: bool = True) -> Callable
     if knn:
         when = "k-NN every so many epochs; 0: never; None: before and after training, with at most 100,000 images"
         add("--eval_knn_freq", type=int, default=None, help=when)
-    add("--pictures", type=bool_flag, default=True, help="write pictures at the end")
+    if pictures:
+        add("--pictures", type=bool_flag, default=True, help="write pictures at the end")
     add("--log_freq", type=int, default=10, help="steps per line of the log")
     add("--tensorboard", action="store_true", help="also log to TensorBoard")
     skipped = "stop after so many steps in a row without finite gradients (exit code 3); 0: never"

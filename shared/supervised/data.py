@@ -10,18 +10,20 @@ import numpy as np
 import torch
 from timm.data import Mixup
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from shared import distributed
 from shared.images.cache import cache_images
+from shared.images.inaturalist import open_inaturalist
+from shared.images.labelled import open_labelled
 from shared.images.loading import BadImages, EpochBatchSampler, EvalDataset, default_num_workers, make_loader
-from shared.images.sources import ImageSource
+from shared.images.sources import ImageSource, check_same_classes, open_source
+from shared.images.training_data import TrainingData
 from shared.optimisation.precision import Precision
 from shared.run.randomness import derive_seed
 
-from .datasets import open_train_and_val
 from .evaluation import evaluate_classifier
-from .flags import mixes_labels
+from .flags import INAT_YEARS, mixes_labels
 from .transforms import eval_transform, seed_transforms
 
 ROUND_TO = 256  # images of an epoch of repeated augmentation, before they are shared out
@@ -99,6 +101,27 @@ class LabelledViews(Dataset):
         return self.source.load(index).decode(), index
 
 
+def open_train_and_val(args: argparse.Namespace) -> tuple[ImageSource, ImageSource]:
+    """The labelled images that ``--data-set``, ``--data_path`` and ``--val_path`` name.
+
+    With ``--eval`` and ``--val_path`` both are the images to evaluate on: those of the training are not needed.
+
+    Raises:
+        ValueError: If there are none, they have no classes, or the classes of both parts differ.
+    """
+    if args.eval and args.val_path is not None:
+        val = open_source(args.val_path, "all", allow_absolute_paths=args.allow_absolute_paths, flag="--val_path")
+        check_same_classes(val, val)  # that there are any
+        return val, val
+    if args.data_path is not None and args.data_set.startswith("CIFAR"):
+        name = args.data_set.lower()
+        root = None if args.data_path.lower() == name else args.data_path
+        return open_source(name, "train", download_root=root), open_source(name, "val", download_root=root)
+    if args.data_path is not None and args.data_set in INAT_YEARS:
+        return open_inaturalist(args.data_path, INAT_YEARS[args.data_set], args.inat_category)
+    return open_labelled(args.data_path, args.val_path, args.allow_absolute_paths)
+
+
 @dataclass
 class LabelledImages:
     """The images to train on and those to evaluate on.
@@ -164,35 +187,17 @@ def open_images(
     return LabelledImages(train, val, checksum, bad_images, num_workers, evaluate)
 
 
-@dataclass
-class TrainBatches:
-    """The training views of this process in batches.
-
-    Attributes:
-        batch_size: Images per step, on all processes.
-        checksum: Of the images.
-    """
-
-    loader: DataLoader
-    sampler: EpochBatchSampler
-    batch_size: int
-    checksum: int
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return len(self.sampler)
-
-
 def train_batches(
     args: argparse.Namespace, images: LabelledImages, transform: Callable[[np.ndarray], Tensor], device: torch.device
-) -> TrainBatches:
+) -> TrainingData:
     """Views of the training images, by ``--seed``, ``--batch-size`` and ``--repeated-aug``."""
     views = LabelledViews(images.train, transform, args.seed, images.bad_images)
     sampler_type = RepeatedAugmentationSampler if args.repeated_aug else EpochBatchSampler
-    rank, world_size = distributed.get_rank(), distributed.get_world_size()
-    sampler = sampler_type(len(views), args.batch_size, args.seed, rank, world_size)
+    world_size = distributed.get_world_size()
+    sampler = sampler_type(len(views), args.batch_size, args.seed, distributed.get_rank(), world_size)
     loader = make_loader(views, batch_sampler=sampler, num_workers=images.num_workers, device=device)
-    return TrainBatches(loader, sampler, args.batch_size * world_size, images.checksum)
+    batch_size = args.batch_size * world_size
+    return TrainingData(views, sampler, loader, images.bad_images, images.checksum, batch_size, images.num_workers)
 
 
 def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:

@@ -1,8 +1,6 @@
 """A moving average of a whole network: parameters and running statistics."""
 
-import contextlib
 import copy
-from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -13,7 +11,7 @@ from shared.optimisation.optim import ema_update_
 class NetworkEMA:
     """``average = decay * average + (1 - decay) * network`` after every step, for every floating-point entry.
 
-    Counters are copied. Starts as a copy of the network.
+    Counters are copied. Starts as a copy of the network. A part of checkpoints, see :meth:`shared.run.run.Run.resume`.
 
     Args:
         device: Where the average is kept; None: where the network is.
@@ -22,6 +20,7 @@ class NetworkEMA:
     def __init__(self, network: nn.Module, decay: float, device: torch.device | str | None = None):
         self.network = copy.deepcopy(network).to(device).eval().requires_grad_(False)
         self.decay = decay
+        self.state_dict, self.load_state_dict = self.network.state_dict, self.network.load_state_dict
 
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:
@@ -31,18 +30,3 @@ class NetworkEMA:
         for mine, value in pairs:
             if not mine.is_floating_point():
                 mine.copy_(value)
-
-    @contextlib.contextmanager
-    def on(self, device: torch.device) -> Iterator[nn.Module]:
-        """The average on another device, for an evaluation."""
-        home = next(self.network.parameters()).device
-        try:
-            yield self.network.to(device)
-        finally:
-            self.network.to(home)
-
-    def state_dict(self) -> dict:
-        return self.network.state_dict()
-
-    def load_state_dict(self, state: dict) -> None:
-        self.network.load_state_dict(state)

@@ -1,40 +1,36 @@
 """Losses of classifiers: labels, and distillation (Hinton et al. 2015; hard labels: Touvron et al. 2021)."""
 
 import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
 
-import timm
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 
-from shared.networks.weights import WeightMismatch, fetch_file, safe_load, select_backbone_weights
+from shared.networks.classifiers import build_library_classifier, load_completely
+from shared.networks.weights import fetch_file, safe_load, select_backbone_weights
 
 from .flags import mixes_labels
 
 
+@dataclass
 class ClassificationLoss:
     """Cross-entropy of hard, smoothed or mixed labels, and distillation; labels and teacher act on the same logits.
 
-    Args:
+    Attributes:
         smoothing: Of hard labels.
         binary: Binary cross-entropy instead, in which every class with a positive target is right.
         teacher: Maps the student's images to logits.
-        distillation: ``none``, ``soft`` or ``hard``.
-        alpha, tau: See :func:`distillation_loss`.
+        distillation, alpha, tau: See :func:`distillation_loss`.
     """
 
-    def __init__(
-        self,
-        smoothing: float = 0.0,
-        binary: bool = False,
-        teacher: nn.Module | None = None,
-        distillation: str = "none",
-        alpha: float = 0.5,
-        tau: float = 1.0,
-    ):
-        self.smoothing, self.binary, self.teacher = smoothing, binary, teacher
-        self.distillation, self.alpha, self.tau = distillation, alpha, tau
+    smoothing: float = 0.0
+    binary: bool = False
+    teacher: Callable[[Tensor], Tensor] | None = None
+    distillation: str = "none"
+    alpha: float = 0.5
+    tau: float = 1.0
 
     def __call__(self, network: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
         """The loss of a batch; ``targets`` are class numbers (B,), or probabilities (B, classes)."""
@@ -105,19 +101,7 @@ def build_teacher(name: str, path: str, num_classes: int, in_chans: int = 3) -> 
     Raises:
         ValueError: If there is no such network or file, or the file does not fill the network.
     """
-    file = fetch_file(path, "--teacher-path")
-    if timm.is_model(name):
-        teacher = timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=in_chans)
-    elif name in torchvision.models.list_models(module=torchvision.models):
-        if in_chans != 3:
-            raise ValueError(f"--in_chans {in_chans}: torchvision's --teacher-model {name} takes 3 channels")
-        teacher = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
-    else:
-        raise ValueError(f"--teacher-model {name} is neither a model of timm nor one of torchvision")
-    weights = select_backbone_weights(safe_load(file), "model", path)
-    try:
-        teacher.load_state_dict(weights.tensors)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:500]
-        raise WeightMismatch(f"--teacher-path {path} does not fill --teacher-model {name}: {reason}") from error
+    teacher = build_library_classifier(name, num_classes, in_chans, flag="--teacher-model")
+    weights = select_backbone_weights(safe_load(fetch_file(path, "--teacher-path")), "model", path)
+    load_completely(teacher, weights.tensors, f"--teacher-path {path}", f"--teacher-model {name}")
     return teacher.eval().requires_grad_(False)

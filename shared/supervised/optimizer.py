@@ -1,4 +1,4 @@
-"""timm's optimisers and schedules by name, and clipping."""
+"""timm's optimisers and schedules by name."""
 
 import argparse
 
@@ -6,7 +6,7 @@ import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler
 from timm.scheduler.scheduler import Scheduler
-from torch import Tensor, nn
+from torch import nn
 
 FUSED = ("adam", "adamw")  # torch's fused kernels can leave a step out without waiting for it
 
@@ -53,15 +53,3 @@ def set_learning_rate(scheduler: Scheduler, optimizer: torch.optim.Optimizer, ep
     """
     scheduler.step(max(epoch - 1, 0))
     return optimizer.param_groups[0]["lr"]
-
-
-def clip_total_grad_norm_(parameters: list[Tensor], max_norm: float | None) -> Tensor:
-    """Clip the norm of all gradients together, in place; the norm before, which is not finite if any gradient is not.
-
-    Args:
-        max_norm: None: no clipping.
-    """
-    parameters = [p for p in parameters if p.grad is not None]
-    if max_norm is not None:
-        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters])

@@ -1,13 +1,13 @@
 """Supervised training as DeiT does it (Touvron et al. 2021), for any classifier.
 
 :func:`train_classifier` is the whole training after a method has built its network, views and loss. A method with
-another step or other batches calls its pieces one by one: :func:`shared.supervised.data.train_batches`,
-:func:`prepare_network`, the optimiser and schedule of :mod:`shared.supervised.optimizer`, :func:`resume`,
-:func:`train_one_epoch`, :func:`evaluate_epoch` and :class:`BestAccuracy`.
+another step or other batches writes a loop of its own from the same pieces: those of this file, batches and Mixup of
+:mod:`shared.supervised.data`, moving average, losses, optimiser and schedule of the modules beside it.
 """
 
 import argparse
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,24 +16,27 @@ from torch import Tensor, nn
 
 from shared import distributed
 from shared.networks.batchnorm import synchronize_batchnorm
-from shared.run.checkpoint import load_latest
+from shared.optimisation.optim import clip_total_grad_norm_
+from shared.run.checkpoint import load_latest_or_given
 from shared.run.run import Run
 
-from .data import LabelledImages, TrainBatches, build_mixup, train_batches
+from .data import LabelledImages, build_mixup, train_batches
 from .ema import NetworkEMA
-from .optimizer import build_timm_optimizer, build_timm_schedule, clip_total_grad_norm_, set_learning_rate
+from .optimizer import build_timm_optimizer, build_timm_schedule, set_learning_rate
 
 
+@dataclass
 class BestAccuracy:
     """The best top-1 of a run so far, part of its checkpoints.
 
-    Args:
+    Attributes:
         file: Name of the copy of the checkpoint that reached it.
         keeps_ties: Whether a later epoch of equal accuracy replaces that copy.
     """
 
-    def __init__(self, file: str, keeps_ties: bool = False):
-        self.file, self.keeps_ties, self.acc1 = file, keeps_ties, 0.0
+    file: str
+    keeps_ties: bool = False
+    acc1: float = 0.0
 
     def file_for(self, acc1: float) -> str | None:
         """Take note of an accuracy; the name of the copy if it is the best one, else None."""
@@ -60,7 +63,7 @@ def train_classifier(
     peak_lr: float,
     network_flags: tuple[str, ...],
     weights_flag: str,
-) -> dict[str, float]:
+) -> None:
     """Train from the newest checkpoint in the output folder, from ``--resume``, or from the start.
 
     Args:
@@ -70,12 +73,9 @@ def train_classifier(
         criterion: See :func:`train_one_epoch`.
         peak_lr: Learning rate after the warm-up.
         network_flags: Flags that shape the network: a checkpoint with other ones is refused.
-        weights_flag: The flag for weights to start from, named when ``--resume`` holds no more than that.
-
-    Returns:
-        The last evaluation, see :func:`evaluate_epoch`; empty when the run was finished before.
+        weights_flag: The flag for weights to start from, for messages.
     """
-    # data
+    # views, mixed labels
     data = train_batches(args, images, transform, run.device)
     mixup = build_mixup(args, images.num_classes)
     num_parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
@@ -83,17 +83,32 @@ def train_classifier(
         f"{images.train.describe()}: {data.steps_per_epoch} steps per epoch; {num_parameters:,} parameters"
     )
 
-    # network and moving average, optimiser, schedule
-    average_on = "cpu" if args.model_ema_force_cpu else None
-    network, ema = prepare_network(network, run.device, args.model_ema, args.model_ema_decay, average_on, args.compile)
+    # network, moving average, optimiser, schedule
+    network = synchronize_batchnorm(network, run.device).to(run.device)
+    ema = None
+    if args.model_ema:
+        ema = NetworkEMA(network, args.model_ema_decay, "cpu" if args.model_ema_force_cpu else None)
+    if args.compile:
+        network.compile()
     options = (args.weight_decay, args.momentum, args.opt_eps, args.opt_betas)
-    optimizer = build_timm_optimizer(distributed.unwrap(network), args.opt, peak_lr, *options)
+    optimizer = build_timm_optimizer(network, args.opt, peak_lr, *options)
     scheduler = build_timm_schedule(args, optimizer)
+    network = distributed.wrap(network, run.device)
 
     run.epoch = args.start_epoch
-    checkpoint = newest_checkpoint(run, args.resume, weights_flag)
-    resume(run, data, args.epochs, network, ema, optimizer, best, checkpoint, network_flags)
-    tested: dict[str, float] = {}
+    run.resume(
+        data,
+        args.epochs * data.steps_per_epoch,
+        network_flags,
+        checkpoint=load_latest_or_given(run.path, args.resume, weights_flag),
+        to_official=to_official,
+        from_official=from_official,
+        scheduled=tuple({name for group in optimizer.param_groups for name in group}),  # timm keeps counters there
+        model=network,
+        optimizer=optimizer,
+        best=best,
+        **({} if ema is None else {"model_ema": ema}),
+    )
     with run:
         for epoch in run.epochs():
             data.sampler.set_epoch(epoch, run.step_in_epoch)
@@ -105,30 +120,6 @@ def train_classifier(
                 keep_as = best.file_for(tested["test_acc1"])
             run.log_epoch(**tested, n_parameters=num_parameters, bad_images=images.bad_images.count())
             run.end_epoch(keep_as)
-    return tested
-
-
-def prepare_network(
-    network: nn.Module,
-    device: torch.device,
-    averages: bool,
-    decay: float,
-    average_on: str | None = None,
-    compiles: bool = False,
-) -> tuple[nn.Module, NetworkEMA | None]:
-    """The network on its device, among all processes, and its moving average.
-
-    Args:
-        averages: Whether there is a moving average.
-        decay: See :class:`shared.supervised.ema.NetworkEMA`.
-        average_on: Where it is kept; None: on the device.
-        compiles: Whether to compile the network.
-    """
-    network = synchronize_batchnorm(network, device).to(device)
-    ema = NetworkEMA(network, decay, average_on) if averages else None
-    if compiles:
-        network.compile()
-    return distributed.wrap(network, device), ema
 
 
 def train_one_epoch(
@@ -182,62 +173,11 @@ def evaluate_epoch(
     result = images.evaluate(distributed.unwrap(network), between_batches=run.stop_if_asked)
     tested = {f"test_{name}": value for name, value in result.items()}
     if ema is not None:
-        with ema.on(run.device) as average:
-            tested["ema_acc1"] = images.evaluate(average, between_batches=run.stop_if_asked)["acc1"]
+        home = next(ema.network.parameters()).device  # the host with --model-ema-force-cpu
+        tested["ema_acc1"] = images.evaluate(ema.network.to(run.device), between_batches=run.stop_if_asked)["acc1"]
+        ema.network.to(home)
     run.log_evaluation(**tested)
     return tested
-
-
-# --- Checkpoints ------------------------------------------------------------------------------------------------------
-
-
-def newest_checkpoint(run: Run, other: str, weights_flag: str) -> dict:
-    """The newest checkpoint in the output folder, or else another one, also of the official code; {} if there is none.
-
-    Args:
-        other: ``--resume``; ``""``: none.
-        weights_flag: See :func:`train_classifier`.
-
-    Raises:
-        ValueError: If ``other`` is not the checkpoint of a training.
-    """
-    checkpoint = load_latest(run.path)
-    if checkpoint is not None or not other:
-        return checkpoint or {}
-    checkpoint = load_latest(other)
-    if checkpoint is None:
-        raise ValueError(f"--resume {other}: there is no such file")
-    if not {"optimizer", "epoch"} <= checkpoint.keys():
-        raise ValueError(f"--resume {other} holds weights, no training state: give it as {weights_flag}")
-    checkpoint.pop("log", None)  # its lines are in another folder
-    return checkpoint
-
-
-def resume(
-    run: Run,
-    data: TrainBatches,
-    epochs: int,
-    network: nn.Module,
-    ema: NetworkEMA | None,
-    optimizer: torch.optim.Optimizer,
-    best: BestAccuracy,
-    checkpoint: dict,
-    network_flags: tuple[str, ...],
-) -> None:
-    """Go on from a checkpoint of :func:`newest_checkpoint`, in DeiT's layout."""
-    run.resume(
-        data,
-        epochs * data.steps_per_epoch,
-        network_flags,
-        checkpoint=checkpoint,
-        to_official=to_official,
-        from_official=from_official,
-        scheduled=tuple({name for group in optimizer.param_groups for name in group}),  # timm keeps counters there
-        model=network,
-        optimizer=optimizer,
-        **({} if ema is None else {"model_ema": ema}),
-        best=best,
-    )
 
 
 def to_official(state: dict) -> dict:

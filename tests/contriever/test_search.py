@@ -26,7 +26,7 @@ from tests.contriever.tiny import tiny_retriever
 WORDS = ["bread", "bike", "chain", "crust", "stall", "wing", "script"]
 
 
-def bag_of_words(texts: list[str]) -> np.ndarray:
+def bag_of_words(texts: list[str], kind: str = "") -> np.ndarray:
     """An encoder whose scores are easy to predict."""
     counts = np.array([[text.lower().count(word) for word in WORDS] for text in texts], np.float32)
     return counts / np.maximum(np.linalg.norm(counts, axis=1, keepdims=True), 1)
@@ -38,7 +38,7 @@ class Counting:
     def __init__(self):
         self.texts = []
 
-    def __call__(self, texts: list[str]) -> np.ndarray:
+    def __call__(self, texts: list[str], kind: str) -> np.ndarray:
         self.texts += texts
         return bag_of_words(texts)
 
@@ -164,10 +164,10 @@ def test_killed_while_it_embeds_it_goes_on_where_it_was(notes, monkeypatch):
     monkeypatch.setattr(index_module, "PASSAGES_PER_TRANSACTION", 1)
     encode = Counting()
 
-    def dies(texts):
+    def dies(texts, kind):
         if encode.texts:
             raise KeyboardInterrupt
-        return encode(texts)
+        return encode(texts, kind)
 
     with pytest.raises(KeyboardInterrupt):
         open_index(notes, dies).update()
@@ -278,7 +278,7 @@ def test_one_command_indexes_and_answers(notes, model, capsys):
     assert "3 new" in out and "5 in all" in out
     assert out.count("\n1. ") == out.count("\n2. ") == 1 and "3. " not in out.split("2. ")[-1]
     assert (notes / ".search_index.sqlite").exists()
-    dense = index.encode(["wing"])[0] @ index.encode(["Wing wing"])[0]
+    dense = index.encode(["wing"], "query")[0] @ index.encode(["Wing wing"], "passage")[0]
     assert any(hit.score == pytest.approx(dense, abs=0.05) for hit in index.search("wing", 5) if hit.title == "Wing")
     run(model, "--passages", str(notes), "--query", "wing", "--retriever", "hybrid")
     assert "3 unchanged files; 0 passages embedded" in capsys.readouterr().out

@@ -143,6 +143,20 @@ def test_a_run_leaves_an_encoder_that_every_script_reads(data, uninterrupted):
     assert (run / "checkpoint/step-4/checkpoint.pth").is_file()
 
 
+def test_a_run_folder_can_be_copied(data, uninterrupted, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted("moco"), run)
+    files = sorted(str(path.relative_to(run)) for path in run.rglob("*.pth"))
+    assert files == ["checkpoint.pth", "checkpoint/latest/checkpoint.pth", "checkpoint/step-4/checkpoint.pth"]
+    run_train(data, run, "--total_steps", 7)
+    assert state_of(run / "checkpoint/latest")["step"] == 7
+    shutil.rmtree(run / "checkpoint/latest")
+    (run / "checkpoint/latest").symlink_to("..")  # as older versions made it
+    run_train(data, run, "--total_steps", 7)
+    assert (run / "checkpoint/latest/checkpoint.pth").resolve() == run / "checkpoint.pth"
+    shutil.copytree(run, tmp_path / "again")
+
+
 def test_the_queue_holds_the_last_keys_and_the_key_encoder_follows(data, uninterrupted):
     model = state_of(uninterrupted("moco"))["model"]
     assert model["queue"].shape == (16, 8) and model["queue_ptr"].item() == 0  # 6 steps of 4 keys

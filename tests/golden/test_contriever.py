@@ -134,7 +134,7 @@ def test_steps_of_moco(case, retriever, encoder, tmp_path):
     for side, network in (("q", model.encoder_q), ("k", model.encoder_k)):
         network.register_forward_hook(lambda *call, side=side: vectors[side].append(call[-1].detach().clone()))
     run = RecordingRun(tmp_path, model, len(batches))
-    run.args.save_freq = 0
+    run.args.save_freq, run.path = 0, tmp_path / "checkpoint.pth"
     optimizer, objective = build_optimizer(model, args), Objective.from_args(args)
     train.train_one_epoch(model, model.encoder_q, batches, optimizer, objective, Evaluation(args, retriever), run)
     for name in ("loss", "accuracy", "stdq", "stdk", "lr", "ptr"):

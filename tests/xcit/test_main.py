@@ -92,7 +92,7 @@ def test_wrong_flags_are_refused(flags, message, capsys):
         (["--distillation-type", "soft", "--teacher-path", "nowhere.pth"], "--teacher-path nowhere.pth is not a file"),
         (
             ["--distillation-type", "soft", "--teacher-path", __file__, "--teacher-model", "resnet"],
-            "--teacher-model resnet is neither",
+            "--teacher-model resnet is unknown; did you mean resnet50",
         ),
     ],
 )

@@ -25,7 +25,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from shared import distributed
 from shared.images.loading import BadImages
-from shared.run.flags import AnyDashParser
+from shared.run.flags import AnyDashParser, parse_with_embedded_defaults
 from shared.run.run import Run
 from xcit import dense_training
 from xcit.detection.average_precision import as_detections, average_precision
@@ -46,6 +46,7 @@ SHAPES_DEFAULTS = {
     "rois_per_image": 32,
     "output_dir": "runs/shapes",
 }
+MINIMUM = {"epochs": 1, "batch_size": 1, "test_freq": 1, "log_freq": 1}
 NECK_CHANNELS = 256
 
 
@@ -60,8 +61,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--weight-decay", type=float, default=0.05, help="of everything but norms")
     add("--steps", type=int, nargs="*", default=[27, 33], help="epochs after which the rate falls by ten")
     add("--warmup-iters", type=int, default=500, help="steps of the linear warm-up from a thousandth of the rate")
-    add("--min-size", type=int, nargs="+", default=list(range(480, 801, 32)), help="short sides of training images in "
-        "pixels; the last one is that of evaluation")  # fmt: skip
+    sides = "short sides of training images in pixels; the last one is that of evaluation"
+    add("--min-size", type=int, nargs="+", default=list(range(480, 801, 32)), help=sides)
     add("--max-size", type=int, default=1333, help="longest side")
     add("--rois-per-image", type=int, default=512, help="proposals that train the heads")
     add("--crop", action=argparse.BooleanOptionalAction, default=True, help="half of the training images are crops")
@@ -69,15 +70,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = get_args_parser()
-    args = parser.parse_args(arguments)
-    if args.data_path is None:
-        parser.set_defaults(**SHAPES_DEFAULTS)
-        args = parser.parse_args(arguments)
-    for flag in ("epochs", "batch_size", "test_freq", "log_freq"):
-        if getattr(args, flag) < 1:
-            parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)} is less than 1")
-    return args
+    return parse_with_embedded_defaults(get_args_parser(), arguments, SHAPES_DEFAULTS, MINIMUM)
 
 
 class DetectionBackbone(nn.Module):

@@ -24,7 +24,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from shared import distributed
 from shared.images.loading import BadImages
-from shared.run.flags import AnyDashParser
+from shared.run.flags import AnyDashParser, parse_with_embedded_defaults
 from shared.run.run import Run
 from xcit import dense_training
 from xcit.augmentations import MEAN, STD
@@ -42,6 +42,7 @@ SHAPES_DEFAULTS = {
     "crop_size": 64,
     "output_dir": "runs/shapes",
 }
+MINIMUM = {"iterations": 1, "batch_size": 1, "num_classes": 1, "crop_size": 1, "test_freq": 1, "log_freq": 1}
 NECK_CHANNELS, HEAD_CHANNELS = 256, 128
 
 
@@ -63,15 +64,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = get_args_parser()
-    args = parser.parse_args(arguments)
-    if args.data_path is None:
-        parser.set_defaults(**SHAPES_DEFAULTS)
-        args = parser.parse_args(arguments)
-    for flag in ("iterations", "batch_size", "num_classes", "crop_size", "test_freq", "log_freq"):
-        if getattr(args, flag) < 1:
-            parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)} is less than 1")
-    return args
+    return parse_with_embedded_defaults(get_args_parser(), arguments, SHAPES_DEFAULTS, MINIMUM)
 
 
 def convolution(channels: int) -> nn.Sequential:

@@ -12,20 +12,19 @@ import torch
 from PIL import Image
 from torch import nn
 
+from shared.images.inaturalist import open_inaturalist
 from shared.images.loading import EvalDataset, EvalTransform
 from shared.images.sources import ArraySource
-from shared.optimisation.optim import step_unless_not_finite
+from shared.optimisation.optim import clip_total_grad_norm_, step_unless_not_finite
 from shared.optimisation.precision import Precision
 from shared.run.flags import AnyDashParser
-from shared.supervised.data import LabelledViews, RepeatedAugmentationSampler
-from shared.supervised.datasets import open_inaturalist, open_train_and_val
+from shared.supervised.data import LabelledViews, RepeatedAugmentationSampler, open_train_and_val
 from shared.supervised.ema import NetworkEMA
 from shared.supervised.evaluation import evaluate_classifier
 from shared.supervised.losses import build_teacher
 from shared.supervised.optimizer import (
     build_timm_optimizer,
     build_timm_schedule,
-    clip_total_grad_norm_,
     set_learning_rate,
 )
 from shared.supervised.transforms import TrainTransform, eval_transform, posterize
@@ -253,10 +252,10 @@ def test_inaturalist_is_read_at_every_level(category, classes, tmp_path):
 
 
 def test_data_set_names_choose_how_a_path_is_read(tmp_path, monkeypatch):
-    from shared.supervised import datasets
+    from shared.supervised import data
 
     calls = []
-    monkeypatch.setattr(datasets, "open_source", lambda *args, **kwargs: calls.append((args, kwargs)))
+    monkeypatch.setattr(data, "open_source", lambda *args, **kwargs: calls.append((args, kwargs)))
     flags = argparse.Namespace(data_path=str(tmp_path), val_path=None, allow_absolute_paths=False, inat_category="name")
     flags.data_set, flags.eval = "CIFAR100", False
     open_train_and_val(flags)
