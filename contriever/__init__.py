@@ -9,4 +9,5 @@ need_packages(
     bm25s="bm25s",
     pytrec_eval="pytrec-eval-terrier",
     regex="regex",
+    Stemmer="PyStemmer",
 )
