@@ -141,7 +141,7 @@ class Run:
             n: p for n, p in self.parts.items() if isinstance(p, nn.Module) and any(True for _ in p.parameters())
         }
         in_a_row = checkpoint.get("skipped_steps", 0)
-        self.guard = FiniteGuard(networks, self.output_dir, args.max_skipped_steps, self.device, in_a_row)
+        self.guard = FiniteGuard(networks, args.max_skipped_steps, self.device, in_a_row)
 
     def state(self, epoch: int, step_in_epoch: int) -> dict:
         """What a checkpoint holds of a run that goes on at this step; every process calls this."""
