@@ -22,7 +22,7 @@ class FiniteGuard:
     """Counts steps in a row that were left out. Nothing here waits for a GPU unless its docstring says so.
 
     Args:
-        networks: By name; their running statistics (of batch norms) fall back to the last finite ones.
+        networks: By name, those without parameters left out; running statistics fall back to the last finite ones.
         max_skipped_steps: The run ends at so many steps in a row; 0: never.
         device: Of the gradients.
         in_a_row: Steps that were left out just before a checkpoint from which the run goes on.
@@ -42,7 +42,7 @@ class FiniteGuard:
 
     def watch(self, **networks: nn.Module) -> None:
         """Watch these networks too, or instead of those of the same names."""
-        self.networks = self.networks | networks
+        self.networks |= {n: network for n, network in networks.items() if any(True for _ in network.parameters())}
         norms = (m for n in self.networks.values() for m in n.modules() if getattr(m, "track_running_stats", False))
         self.statistics = [b for norm in norms for b in norm.buffers() if b.is_floating_point()]
         self.good_statistics = [b.clone() for b in self.statistics]
