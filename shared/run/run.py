@@ -40,11 +40,11 @@ class Run:
     """What all trainings do in the same way: join the processes, seed, claim the output folder, log, save, stop.
 
     Args:
-        args: Flags of :func:`shared.run.flags.add_run_flags`, ``output_dir`` and ``seed``.
+        args: Flags of ``add_run_flags``, ``output_dir`` and ``seed``.
         amp: Precision of the forward passes, see :class:`shared.optimisation.precision.Precision`.
         file: Newest checkpoint, in the output folder.
         subfolder: Made in the output folder.
-        owns_folder: False beside another run in its folder, which may go on: the log has the name of the checkpoint.
+        owns_folder: False beside another run, which may go on: the log has the name of the checkpoint.
 
     Attributes:
         device, output_dir, precision: Of this process.
@@ -140,8 +140,6 @@ class Run:
         }
         return self.to_official(state)
 
-    # --- Training -----------------------------------------------------------------------------------------------------
-
     def __enter__(self) -> "Run":
         every = self.args.saveckp_steps, self.args.saveckp_minutes
         self.checkpointer = Checkpointer(
@@ -162,8 +160,7 @@ class Run:
 
         Random numbers of a step come from (seed, step, rank). After the body, or ``continue``, what is due is saved,
         and the run stops if a signal has asked for it; ``break`` leaves the save to :meth:`end_epoch`. The last of too
-        many steps without finite gradients is yielded twice: the second time every module is watched, and
-        :meth:`end_step` ends the run.
+        many steps without finite gradients is yielded twice: then every module is watched, and ``end_step`` ends the run.
         """
         for step, batch in enumerate(self.log.batches(loader), start=self.steps_done):
             if step == self.total_steps:
@@ -216,8 +213,6 @@ class Run:
         if line is not None and self.guard.too_many():
             self.search = NonFiniteSearch(self.guard.networks, self.output_dir / "nonfinite.pth")
 
-    # --- Between steps and epochs -------------------------------------------------------------------------------------
-
     @property
     def steps_done(self) -> int:
         return self.epoch * self.data.steps_per_epoch + self.step_in_epoch
@@ -236,7 +231,7 @@ class Run:
         return self.log.end_epoch(self.epoch, **values)
 
     def end_epoch(self, keep_as: str | None = None) -> None:
-        """Save, under a second name too if given, and stop if asked to."""
+        """:meth:`save`, and stop if asked to."""
         self.epoch, self.step_in_epoch = self.epoch + 1, 0
         self.checkpointer.after_epoch(self.epoch - 1, keep_as)
 
@@ -249,5 +244,5 @@ class Run:
         self.checkpointer.after_step(self.epoch, self.step_in_epoch)
 
     def stop_if_asked(self) -> None:
-        """Save and stop if a signal has arrived: for every process, in work that starts again when the run comes back."""
+        """Save and stop if a signal has arrived, on every process, in work that starts again when the run comes back."""
         self.checkpointer.stop_if_asked(self.epoch, self.step_in_epoch)
