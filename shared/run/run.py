@@ -160,7 +160,7 @@ class Run:
 
         Random numbers of a step come from (seed, step, rank). After the body, or ``continue``, what is due is saved,
         and the run stops if a signal has asked for it; ``break`` leaves the save to :meth:`end_epoch`. The last of too
-        many steps without finite gradients is yielded twice: then every module is watched, and ``end_step`` ends the run.
+        many steps without finite gradients is yielded again, with every module watched, and ``end_step`` ends the run.
         """
         for step, batch in enumerate(self.log.batches(loader), start=self.steps_done):
             if step == self.total_steps:
@@ -244,5 +244,5 @@ class Run:
         self.checkpointer.after_step(self.epoch, self.step_in_epoch)
 
     def stop_if_asked(self) -> None:
-        """Save and stop if a signal has arrived, on every process, in work that starts again when the run comes back."""
+        """Save and stop if a signal has arrived: on every process, in work that starts again if the run comes back."""
         self.checkpointer.stop_if_asked(self.epoch, self.step_in_epoch)
