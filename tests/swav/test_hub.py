@@ -10,8 +10,8 @@ from torch import nn
 import hubconf
 from shared.networks import pretrained
 from shared.networks.weights import WeightMismatch
-from swav import hub, resnet50
-from swav.hub import RESNETS, available_architectures, build_network
+from swav import hub
+from swav.hub import build_network
 from swav.resnet50 import LibraryNetwork, Trunk
 from tests.swav.tiny import (
     build_small,
@@ -115,10 +115,7 @@ def test_without_heads_the_network_gives_features_and_in_eval_mode_the_map():
     torch.testing.assert_close(feature_map.mean(dim=(2, 3)), features)
 
 
-def test_the_list_of_names_is_complete_and_unknown_ones_get_close_ones():
-    names = available_architectures()
-    assert tuple(names[:4]) == RESNETS and len(names) == len(set(names)) > 1000
-    assert all(callable(getattr(resnet50, name)) for name in RESNETS)
+def test_an_unknown_name_gets_close_ones():
     with pytest.raises(ValueError, match=r"--arch resnet50w3 is unknown; did you mean [^?]*resnet50w2"):
         build_network("resnet50w3")
 
