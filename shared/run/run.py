@@ -50,6 +50,7 @@ class Run:
         amp: Precision of the forward passes, see :class:`shared.optimisation.precision.Precision`.
         file: Newest checkpoint, in the output folder.
         subfolder: Made in the output folder.
+        owns_folder: False beside another run in its folder, which may go on: the log has the name of the checkpoint.
 
     Attributes:
         device, output_dir, precision: Of this process.
@@ -66,15 +67,23 @@ class Run:
     epoch = step_in_epoch = 0
     search: NonFiniteSearch | None = None
 
-    def __init__(self, args: argparse.Namespace, amp: str, file: str = "checkpoint.pth", subfolder: str = ""):
-        self.args = args
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        amp: str,
+        file: str = "checkpoint.pth",
+        subfolder: str = "",
+        owns_folder: bool = True,
+    ):
+        self.args, self.owns_folder = args, owns_folder
         self.device = distributed.init(args.dist_url, args.device, args.dist_timeout)
         keep_freed_memory()
         randomness.seed_everything(args.seed)
         self.output_dir = Path(args.output_dir)
         if distributed.is_main_process():
             (self.output_dir / subfolder).mkdir(parents=True, exist_ok=True)
-            Attempt.current().claim(self.output_dir)
+            if owns_folder:
+                Attempt.current().claim(self.output_dir)
         distributed.barrier()
         self.precision = Precision(amp, self.device)
         self.path = self.output_dir / file
@@ -114,7 +123,9 @@ class Run:
             checkpoint = load_latest(self.path)
         checkpoint = from_official(checkpoint) if checkpoint else {}
         self.is_new = is_at_start(checkpoint or None)
-        self.log = RunLog(self.output_dir, total_steps, args.log_freq, args.tensorboard, resumed="log" in checkpoint)
+        name = None if self.owns_folder else self.path.name.removesuffix(".tar").removesuffix(".pth")
+        resumed = "log" in checkpoint
+        self.log = RunLog(self.output_dir, total_steps, args.log_freq, args.tensorboard, resumed, name=name)
         if checkpoint:
             if "args" in checkpoint:  # some official files have none
                 check_flags(checkpoint, args, network_flags)
@@ -152,7 +163,7 @@ class Run:
 
     def __enter__(self) -> "Run":
         every = self.args.saveckp_steps, self.args.saveckp_minutes
-        self.checkpointer = Checkpointer(self.path, self.state, *every, self.guard.is_good)
+        self.checkpointer = Checkpointer(self.path, self.state, *every, self.guard.is_good, self.owns_folder)
         self.checkpointer.__enter__()
         return self
 
