@@ -276,23 +276,22 @@ def test_unreadable_train_images_are_replaced_and_listed_unless_they_are_to_stop
 
 def test_bad_input_is_one_clear_error(data, tmp_path):
     probe(data, tmp_path, "--epochs", 1)
-    file = tmp_path / "checkpoint.pth.tar"
-    with pytest.raises(ValueError, match=r"checkpoint.pth.tar: 1 of 2 entries do not fit, the first is linear.weight"):
-        probe(data, tmp_path, "--evaluate", "--linear_weights", file, "--arch", "resnet18")
-    with pytest.raises(ValueError, match="classifier is that of swav_800ep, not of --pretrained random"):
-        probe(data, tmp_path, "--evaluate")
-    with pytest.raises(ValueError, match=r"--linear_weights .* is not a file"):
-        probe(data, tmp_path, "--evaluate", "--linear_weights", tmp_path / "nowhere.pth")
-    with pytest.raises(ValueError, match="--use_bn true needs --global_pooling false"):
-        probe(data, tmp_path, "--use_bn", "true")
-    with pytest.raises(ValueError, match="a feature map of 1 x 1 has no 6x6 window; raise --image_size"):
-        probe(data, tmp_path, "--global_pooling", "false")
-    with pytest.raises(ValueError, match="--global_pooling false needs the feature map of resnet50"):
-        probe(data, tmp_path, "--global_pooling", "false", "--arch", "resnet18")
-    with pytest.raises(ValueError, match=r"--epochs 2 does not fit .* was written with --epochs 1"):
-        probe(data, tmp_path, "--epochs", 2)
-    with pytest.raises(ValueError, match=r"started from other weights than those of --pretrained; use another"):
-        probe(data, tmp_path, "--epochs", 1, "--seed", 32)
+    classifier = ["--evaluate", "--linear_weights", tmp_path / "checkpoint.pth.tar"]
+    for flags, message in (
+        ([*classifier, "--arch", "resnet18"], "checkpoint.pth.tar does not fit: .*size mismatch for linear.weight"),
+        (["--evaluate"], "classifier is that of swav_800ep, not of --pretrained random"),
+        (["--evaluate", "--linear_weights", "nowhere.pth"], "--linear_weights nowhere.pth is not a file"),
+        (["--use_bn", "true"], "--use_bn true needs --global_pooling false"),
+        (["--global_pooling", "false"], "a feature map of 1 x 1 has no 6x6 window; raise --image_size"),
+        (
+            ["--global_pooling", "false", "--arch", "resnet18"],
+            "--global_pooling false needs the feature map of resnet50",
+        ),
+        (["--epochs", 2], "--epochs 2 does not fit .* was written with --epochs 1"),
+        (["--epochs", 1, "--seed", 32], "started from other weights than those of --pretrained; use another"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            probe(data, tmp_path, *flags)
     with pytest.raises(SystemExit):
         probe(data, tmp_path, "--val_freq", 0)
     torch.save({"epoch": 3, "state_dict": {}, "optimizer": {}}, tmp_path / "checkpoint.pth.tar")

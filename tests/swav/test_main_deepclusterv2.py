@@ -10,7 +10,7 @@ import torch
 from swav.main_deepclusterv2 import first_centroids, get_args_parser, parse_args
 from tests.command_lines import assert_values_arrive
 from tests.reliability.runs import assert_same, write_images
-from tests.swav.test_main_swav import Stop, stop_after
+from tests.swav.test_main_swav import stop_after
 from tests.swav.tiny import comparable, lines, losses, state_of
 from tests.swav.tiny import train_deepclusterv2 as train
 
@@ -75,7 +75,7 @@ def test_a_run_stopped_in_an_epoch_ends_like_an_uninterrupted_one(images, whole,
     flags = ("--data_path", images, "--epochs", 2, "--saveckp_steps", 2, "--freeze_prototypes_niters", 2)
     with monkeypatch.context() as patch:
         stop_after(patch, steps=4)
-        with pytest.raises(Stop):
+        with pytest.raises(KeyboardInterrupt):
             train(tmp_path, *flags)
     train(tmp_path, *flags, "--workers", 1)
     assert losses(tmp_path) == losses(whole)
