@@ -25,16 +25,14 @@ def network_parser(docstring: str, file_flag: str = "fname", file_group: str = "
         description=docstring.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument_group("meta").add_argument
-    add("--model_name", "--model-name", default=None, choices=tuple(ARCHITECTURES), metavar="NAME",
-        help=f"{', '.join(ARCHITECTURES)}; None: that of the training, {DEFAULT_MODEL} where the file does not "
-        "say")  # fmt: skip
-    add("--pretrained", default="", help=f"folder of --{file_flag}, a file of any layout, or random; without either "
-        "the released weights")  # fmt: skip
+    names = f"{', '.join(ARCHITECTURES)}; None: that of the training, {DEFAULT_MODEL} where the file does not say"
+    add("--model_name", "--model-name", default=None, choices=tuple(ARCHITECTURES), metavar="NAME", help=names)
+    pretrained = f"folder of --{file_flag}, a file of any layout, or random; without either the released weights"
+    add("--pretrained", default="", help=pretrained)
     add("--checkpoint_key", default="target_encoder", help="network to take from a training checkpoint")
     add("--allow_partial", action="store_true", help="load what fits when the weights do not fill the network")
     add = parser.add_argument_group(file_group).add_argument if file_group != "meta" else add
-    add(f"--{file_flag}", default="", help="checkpoint in the folder --pretrained; by default its "
-        "only *-latest.pth.tar")  # fmt: skip
+    add(f"--{file_flag}", default="", help="file in the folder --pretrained; by default its only *-latest.pth.tar")
     return parser
 
 
@@ -45,30 +43,36 @@ def add_data_flags(parser: argparse.ArgumentParser) -> Callable[..., argparse.Ac
         ``add_argument`` of their group.
     """
     add = parser.add_argument_group("data").add_argument
-    add("--data_path", default=None, help="folder with train/ and val/, a folder with one folder per class, a .txt "
-        "list or a torchvision data set name; without it the embedded digits")  # fmt: skip
+    images = "folder with train/ and val/, or one folder per class; .txt list; torchvision name; default: digits"
+    add("--data_path", default=None, help=images)
     add("--val_path", default=None, help="images to classify; by default those that belong to --data_path")
-    add("--root_path", "--root-path", default=None, help="with --image_folder, another way to say --data_path: the "
-        "images are in <root_path>/<image_folder>")  # fmt: skip
+    root = "with --image_folder: --data_path <root_path>/<image_folder>"
+    add("--root_path", "--root-path", default=None, help=root)
     add("--image_folder", "--image-folder", default=None, help="see --root_path")
     add("--allow_absolute_paths", action="store_true", help="in .txt lists")
-    add("--image_size", type=int, default=None, help="side of the crops in pixels, for centre crops the short side is "
-        "resized to 8/7 of it; None: that of the random views of the training, 224 where the file does not say, 16 for "
-        "the digits")  # fmt: skip
+    size = "side of the crops in pixels; None: that of the training's random views, else 224, or 16 for the digits"
+    add("--image_size", type=int, default=None, help=size)
     return add
 
 
-def add_saving_flags(add: Callable[..., argparse.Action]) -> None:
-    """When a training with labels saves within an epoch; ``add`` is the ``add_argument`` of their group."""
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """What :class:`shared.run.run.Run` needs beyond :func:`add_process_flags`, for trainings with labels."""
+    add = parser.add_argument_group("run").add_argument
     add("--saveckp_steps", type=int, default=0, help="also save within the epoch every so many steps")
     add("--saveckp_minutes", type=float, default=15, help="also save within the epoch after so many minutes")
+    changed = "when the checkpoint was written with another batch or number of processes"
+    add("--on_changed_run", default="continue", choices=("continue", "refuse"), help=changed)
+    add("--log_freq", type=int, default=10, help="steps per line of the log")
+    add("--tensorboard", action="store_true", help="also log to TensorBoard")
+    skipped = "stop after so many steps in a row without finite gradients (exit code 3); 0: never"
+    add("--max_skipped_steps", type=int, default=10, help=skipped)
+    add("--dist_timeout", type=float, default=1800, help="seconds to wait for other processes")
 
 
 def add_process_flags(parser: argparse.ArgumentParser, title: str = "processes") -> None:
     """Device and loader flags, and those of the launcher, in the group ``title``."""
     add = parser.add_argument_group(title).add_argument
-    add("--num_workers", type=int, default=None, help="loader processes per rank; None: cores per rank less one, at "
-        "most 10")  # fmt: skip
+    add("--num_workers", type=int, default=None, help="per rank; None: cores per rank less one, at most 10")
     add("--device", type=device_name, default="auto", help="auto, cpu or cuda; the number of cuda:0 is ignored")
     add("--dist_url", default="env://", help="rendezvous of the processes")
     add("--local_rank", "--local-rank", type=int, default=0, help="ignored: read from the environment")
@@ -136,6 +140,8 @@ def labelled_sources(args: argparse.Namespace, num_classes: int | None = None) -
         ValueError: If there are none, or they have more than ``num_classes`` classes.
     """
     sources = open_labelled(args.data_path, args.val_path, args.allow_absolute_paths)
+    for source in sources:
+        distributed.print_once(source.describe())
     if num_classes is not None and num_classes < len(sources[0].classes):
         raise ValueError(
             f"--num_classes {num_classes} is less than the {len(sources[0].classes)} classes of {sources[0].name}"

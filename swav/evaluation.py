@@ -104,6 +104,15 @@ def parse_and_check(parser: argparse.ArgumentParser, arguments: Sequence[str] | 
     return args
 
 
+def labelled_sources(args: argparse.Namespace) -> tuple[ImageSource, ImageSource]:
+    """Images to learn from and to classify; the classifier has an output for each of their classes."""
+    paths = (args.data_path, args.val_path, args.allow_absolute_paths)
+    sources = frozen.labelled_sources(*paths, num_labels=args.num_labels)
+    for source in sources:
+        distributed.print_once(source.describe())
+    return sources
+
+
 # --- Training on labels -----------------------------------------------------------------------------------------------
 
 
@@ -237,15 +246,9 @@ def set_weights(module: nn.Module, state_dict: dict[str, Tensor], file: str | Pa
     Raises:
         ValueError: If names or shapes are not exactly those of ``module``.
     """
-    weights = without_prefix(state_dict, "module.")
-    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in weights.items()}
-    different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    if different:
-        name = different[0]
-        raise ValueError(
-            f"{file}: {len(different)} of {len(expected)} entries do not fit, the first is {name}: "
-            f"{found.get(name, 'missing')} in the file, {expected.get(name, 'none')} in the network; check --arch, "
-            "--num_labels and the flags of the classifier"
-        )
-    module.load_state_dict(weights)
+    try:
+        module.load_state_dict(without_prefix(state_dict, "module."))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:1000]
+        advice = "check --arch, --num_labels and the flags of the classifier"
+        raise ValueError(f"{file} does not fit: {reason}; {advice}") from error

@@ -12,11 +12,12 @@ from dino.attention import class_attention, last_class_attention, save_attention
 from dino.augmentations import MEAN, STD, dino_views
 from dino.vision_transformer import VisionTransformer
 from dino.visualize_attention import parse_args, prepare_image, training_views, visualize_attention
+from shared.networks.classifiers import fill_classifier
 from shared.networks.weights import WeightMismatch
 from shared.pictures.attention import to_picture
 from tests.dino.tiny import write_checkpoint, write_class_folders
 from xcit.cross_covariance_transformer import XCiT
-from xcit.pretrained import fill, from_timm
+from xcit.hub import from_timm
 
 HEADS = 3
 
@@ -193,7 +194,7 @@ def test_class_attention_of_xcit_makes_the_output_of_its_last_attention():
 def test_class_attention_is_that_of_the_xcit_folder_with_the_same_weights():
     model, images = make_xcit(), torch.randn(1, 3, 24, 16)
     network = XCiT(patch_size=8, embed_dim=32, depth=1, num_heads=2, num_classes=0)
-    fill(network, from_timm(model.state_dict()), "timm")
+    fill_classifier(network, from_timm(model.state_dict()), "timm")
     torch.testing.assert_close(class_attention(model, images), network.eval().class_attention(images))
 
 

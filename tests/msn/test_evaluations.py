@@ -14,11 +14,11 @@ from msn import eval_knn, export, fine_tune, linear_eval, logistic_eval, visuali
 from msn.fine_tune import layer_of, param_groups
 from msn.flags import load_chosen_encoder
 from msn.hub import CARD, load_pretrained
-from msn.labelled_training import LabelledTraining
+from msn.labelled_training import Validation
 from msn.linear_eval import LinearClassifier, RateInMomentumSGD
 from msn.vision_transformer import VisionTransformer
 from shared.networks.export import timm_arguments
-from shared.run.attempt import Interrupted
+from shared.run.attempt import Interrupted, NotFinite
 from shared.run.checkpoint import Checkpointer, load_latest
 from tests.msn.runs import CHECKPOINT, small_networks
 from tests.processes import run_processes
@@ -26,8 +26,8 @@ from tests.reliability.runs import assert_same
 
 
 def send_sigterm_in_call(monkeypatch, method: str, number: int) -> None:
-    """The run gets SIGTERM in this call (from 1) of ``Checkpointer.after_step`` or ``LabelledTraining.validate``."""
-    owner = Checkpointer if method == "after_step" else LabelledTraining
+    """The run gets SIGTERM in this call (from 1) of ``Checkpointer.after_step`` or ``Validation.run``."""
+    owner = Checkpointer if method == "after_step" else Validation
     real, calls = getattr(owner, method), []
 
     def with_signal(*args, **kwargs):
@@ -41,7 +41,17 @@ def send_sigterm_in_call(monkeypatch, method: str, number: int) -> None:
 
 # The call in which SIGTERM comes, and the epoch and step at which the run stops: in the middle of an epoch of three
 # steps, in its last step, and while the images are validated.
-INTERRUPTIONS = [("after_step", 2, (0, 2)), ("after_step", 6, (1, 3)), ("validate", 1, (0, 3))]
+INTERRUPTIONS = [("after_step", 2, (0, 2)), ("after_step", 6, (1, 3)), ("run", 1, (0, 3))]
+
+
+def assert_same_end(one, other, file: str) -> None:
+    """The checkpoints of two folders are equal, and so are the lines of their epochs."""
+    states = [load_latest(folder / file) for folder in (one, other)]
+    for state in states:
+        del state["args"], state["log"]["lengths"]  # folders, loader processes, and numbers of the clock
+    assert_same(*states, file)
+    lines = [(folder / file.replace(".pth.tar", ".txt")).read_text() for folder in (one, other)]
+    assert lines[0] == lines[1] and len(lines[0].splitlines()) == 2
 
 
 # --- Linear evaluation ------------------------------------------------------------------------------------------------
@@ -88,15 +98,14 @@ def test_linear_evaluation_stopped_by_a_signal_ends_like_an_uninterrupted_one(
     state = load_latest(tmp_path / file)
     assert (state["epoch"], state["step_in_epoch"]) == position
     assert linear(run, images, tmp_path, "--num_workers", 1) == whole
-    assert_same(load_latest(tmp_path / file), load_latest(tmp_path / "whole" / file), "checkpoint")
-    assert (tmp_path / "msn-lin-eval.txt").read_text() == (tmp_path / "whole" / "msn-lin-eval.txt").read_text()
+    assert_same_end(tmp_path, tmp_path / "whole", file)
 
 
 def test_linear_evaluation_goes_on_with_a_file_of_the_official_layout(run, images, tmp_path):
     whole = linear(run, images, tmp_path / "whole")
     linear(run, images, tmp_path / "first", "--epochs", 2)
     state = load_latest(tmp_path / "first" / "msn-lin-eval.pth.tar")
-    for ours in ("flags", "pretrained", "log", "step_in_epoch", "images", "epoch_loss", "fp16_scaler"):
+    for ours in ("args", "pretrained", "log", "step_in_epoch", "images", "skipped_steps", "fp16_scaler"):
         del state[ours]
     (tmp_path / "official").mkdir()
     torch.save(state, tmp_path / "official" / "msn-lin-eval.pth.tar")
@@ -124,10 +133,9 @@ def test_two_processes_stop_together_and_each_goes_on_with_its_own_losses(run, i
     run_processes(linear_of_rank, 2, str(run), str(images), str(tmp_path / "whole"))
     run_processes(interrupted_linear_of_rank, 2, str(run), str(images), str(tmp_path / "parts"))
     stopped = load_latest(tmp_path / "parts" / "msn-lin-eval.pth.tar")
-    assert stopped["step_in_epoch"] == 2 and stopped["epoch_loss"][:, 1].tolist() == [8, 8]
+    assert stopped["step_in_epoch"] == 2 and [sums["epoch"]["loss"][1] for sums in stopped["log"]["sums"]] == [2, 2]
     run_processes(linear_of_rank, 2, str(run), str(images), str(tmp_path / "parts"))
-    whole, parts = (load_latest(tmp_path / name / "msn-lin-eval.pth.tar") for name in ("whole", "parts"))
-    assert_same(parts, whole, "checkpoint")
+    assert_same_end(tmp_path / "parts", tmp_path / "whole", "msn-lin-eval.pth.tar")
 
 
 def test_the_published_linear_config_is_understood():
@@ -184,8 +192,7 @@ def test_fine_tuning_stopped_by_a_signal_ends_like_an_uninterrupted_one_with_all
     state = load_latest(tmp_path / "parts" / "fine-tune.pth.tar")
     assert (state["epoch"], state["step_in_epoch"]) == position
     assert tune(run, images, tmp_path / "parts", "--num_workers", 1) == whole
-    whole, parts = (load_latest(tmp_path / name / "fine-tune.pth.tar") for name in ("whole", "parts"))
-    assert_same(parts, whole, "checkpoint")
+    assert_same_end(tmp_path / "parts", tmp_path / "whole", "fine-tune.pth.tar")
 
 
 @pytest.mark.parametrize("script", [linear, tune])
@@ -193,17 +200,19 @@ def test_steps_are_saved_by_flag(run, images, tmp_path, monkeypatch, script):
     def fail(*args, **kwargs):
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr(LabelledTraining, "validate", fail)
+    monkeypatch.setattr(Validation, "run", fail)
     with pytest.raises(OSError, match="the disk is gone"):
         script(run, images, tmp_path, "--saveckp_steps", 2)
     (path,) = tmp_path.glob("*.pth.tar")
     assert load_latest(path)["step_in_epoch"] == 2
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(run, images, tmp_path):
-    with pytest.raises(ValueError, match=r"the loss is (nan|inf); try a smaller --lr"):
-        tune(run, images, tmp_path, "--lr", 1e30, "--saveckp_steps", 1)
-    assert not list(tmp_path.glob("*.pth.tar")) or load_latest(tmp_path / "fine-tune.pth.tar")["step_in_epoch"] < 3
+@pytest.mark.parametrize("script", [linear, tune])
+def test_steps_without_finite_gradients_end_the_run_and_are_not_saved(run, images, tmp_path, script):
+    with pytest.raises(NotFinite, match="2 steps in a row, up to step 3, had gradients that are not finite"):
+        script(run, images, tmp_path, "--lr", 1e30, "--saveckp_steps", 1, "--max_skipped_steps", 2, "--log_freq", 1)
+    (path,) = tmp_path.glob("*.pth.tar")
+    assert load_latest(path)["step_in_epoch"] == 1
 
 
 def test_fine_tuning_with_other_flags_than_the_checkpoints_is_refused(run, images, tmp_path):

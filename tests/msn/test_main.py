@@ -129,9 +129,8 @@ def test_training_writes_the_official_checkpoint_layout(run):
     assert {"msn", "me_max", "ent", "lr", "wd", "target_entropy", "information", "feature_spread"} <= written[0].keys()
     assert 0 < written[0]["msn"] < 20 and 0 < written[0]["me_max"] < math.log(16)
     state = state_of(run)
-    official = ["encoder", "opt", "prototypes", "target_encoder", "epoch", "loss", "batch_size", "world_size", "lr",
-                "temperature"]  # fmt: skip
-    assert list(state)[: len(official)] == official
+    official = {"encoder", "opt", "prototypes", "target_encoder", "epoch", "loss", "batch_size", "world_size", "lr"}
+    assert official | {"temperature"} <= state.keys()
     assert (state["epoch"], state["batch_size"], state["world_size"]) == (2, 8, 1)
     assert state["prototypes"].shape == (16, 8)
     assert "fc.bn1.running_mean" in state["encoder"] and state["encoder"].keys() == state["target_encoder"].keys()
@@ -219,7 +218,8 @@ def test_a_checkpoint_of_the_official_code_is_gone_on_with(run, images, tmp_path
     for change, message in (
         (lambda state: state["encoder"].pop("module.cls_token"), "the checkpoint's encoder does not fit this run"),
         (lambda state: state.pop("target_encoder"), "it has no target_encoder"),
-        (lambda state: state.update(prototypes=torch.zeros(3, 8)), r"prototypes do not fit this run: \(3, 8\)"),
+        (lambda state: state.pop("prototypes"), "it has no prototypes"),
+        (lambda state: state.update(prototypes=torch.zeros(3, 8)), r"prototypes does not fit this run: .*\[3, 8\]"),
     ):
         broken = as_the_official_code_saves(load_latest(run / "msn-ep1.pth.tar"))
         change(broken)
@@ -282,7 +282,7 @@ def test_knn_pictures_and_next_commands_survive_an_unreadable_image(images, tmp_
 def test_steps_without_finite_gradients_end_the_run_and_name_the_first_tensor(images, tmp_path, monkeypatch):
     real = main_msn.normalize_views
     monkeypatch.setattr(main_msn, "normalize_views", lambda *args: [view * math.nan for view in real(*args)])
-    with pytest.raises(NotFinite, match=r"2 steps in a row, up to step 2, .* the first such tensor is views\[0\]"):
+    with pytest.raises(NotFinite, match=r"2 steps in a row, up to step 2, .* is the input of encoder \(rank 0\)"):
         train(tmp_path, "--data_path", images, "--max_skipped_steps", 2)
     assert (tmp_path / "nonfinite.pth").is_file() and not (tmp_path / CHECKPOINT).exists()
 
