@@ -16,7 +16,7 @@ from msn.logistic_eval import (
     preprocess,
 )
 from shared.images.sources import open_source
-from tests.msn.runs import CHECKPOINT
+from tests.msn.tiny import CHECKPOINT
 
 
 def evaluate(run, images, *flags) -> dict[str, float]:
