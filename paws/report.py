@@ -8,10 +8,10 @@ from shared.multicrop import MultiCropDataset
 from shared.run.log import read_log
 from shared.run.summary import command, end_of_run
 
+from .checkpoints import latest
 from .evaluation import SNNMonitor
 from .pictures import save_curves, save_views
 from .pseudo_labels import Written
-from .training_setup import latest
 
 
 def save_pictures(views: MultiCropDataset, output_dir: Path) -> list[Path]:

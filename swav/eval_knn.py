@@ -17,28 +17,22 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 from shared import distributed
 from shared.evaluation import frozen
 from shared.run import randomness
-from swav.evaluation import (
-    EMBEDDED_DATA_DEFAULTS,
-    add_data_flags,
-    add_process_flags,
-    evaluation_parser,
-    parse_with_embedded_defaults,
-)
+from swav import evaluation
 from swav.hub import CARD, load_backbone
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = evaluation_parser(__doc__)
-    add_data_flags(parser)
+    parser = evaluation.evaluation_parser(__doc__)
+    evaluation.add_data_flags(parser)
     add = frozen.add_vote_flags(parser)
     add("--batch_size", type=int, default=128, help="images per process")
     add("--seed", type=int, default=31, help="of the weights with --pretrained random")
-    add_process_flags(parser)
+    evaluation.add_process_flags(parser)
     return parser
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    return parse_with_embedded_defaults(get_args_parser(), arguments, **EMBEDDED_DATA_DEFAULTS)
+    return evaluation.parse_and_check(get_args_parser(), arguments)
 
 
 def eval_knn(args: argparse.Namespace) -> dict[int, tuple[float, float]] | None:

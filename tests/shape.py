@@ -109,7 +109,7 @@ def shapes(file: Path) -> list[str]:
         elif token.string.strip():
             lines[token.start[0]].append(token.string)
     found = ["".join(tokens) for _, tokens in sorted(lines.items())]
-    return [shape for shape in found if re.search(r"\w", shape)]
+    return [shape for shape in found if len(re.findall(r"\w", shape)) > 1]  # a lone name or value is an argument
 
 
 def duplicates() -> list[tuple[str, str]]:

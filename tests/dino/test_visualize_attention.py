@@ -8,24 +8,17 @@ import torch
 from PIL import Image
 from timm.models.xcit import Xcit
 
+from dino.attention import class_attention, last_class_attention, save_attention
 from dino.augmentations import MEAN, STD, dino_views
 from dino.hub import build_backbone
 from dino.vision_transformer import VisionTransformer
-from dino.visualize_attention import (
-    class_attention,
-    last_class_attention,
-    main,
-    parse_args,
-    prepare_image,
-    save_attention,
-    training_views,
-    visualize_attention,
-)
+from dino.visualize_attention import main, parse_args, prepare_image, training_views, visualize_attention
+from shared.networks.classifiers import fill_classifier
 from shared.networks.weights import WeightMismatch
-from shared.pictures.attention import attended_patches, overlay_mask, to_picture
+from shared.pictures.attention import to_picture
 from tests.dino.small_data import write_class_folders
 from xcit.cross_covariance_transformer import XCiT
-from xcit.pretrained import fill, from_timm
+from xcit.hub import from_timm
 
 HEADS = 3
 
@@ -60,18 +53,6 @@ def test_image_smaller_than_a_patch_is_refused():
         class_attention(make_vit(), torch.zeros(1, 3, 3, 8))
 
 
-@pytest.mark.parametrize("threshold", [0.1, 0.5, 0.6, 0.99, 1.0])
-def test_attended_patches_are_the_fewest_that_hold_the_share(threshold):
-    attention = torch.rand(HEADS, 3, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    for values, mask in zip(attention, attended_patches(attention, threshold), strict=True):
-        total = values.sum()
-        assert values[mask].sum() / total >= threshold - 1e-9
-        if threshold < 1:
-            least = values[mask].min()
-            assert (values[mask].sum() - least) / total < threshold
-        assert not (~mask).any() or values[~mask].max() <= values[mask].min()
-
-
 def test_picture_is_the_image_before_normalisation():
     pixels = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
     np.testing.assert_array_equal(to_picture(prepare_image(pixels, [6, 5]), MEAN, STD), pixels)
@@ -87,15 +68,6 @@ def test_one_channel_is_the_luminance():
 @pytest.mark.parametrize(("size", "expected"), [([7, 9], (7, 9)), ([10], (10, 20))])
 def test_image_size_is_height_and_width_or_the_short_side(size, expected):
     assert prepare_image(np.zeros((30, 60, 3), dtype=np.uint8), size).shape == (3, *expected)
-
-
-def test_mask_is_coloured_and_outlined():
-    mask = np.zeros((20, 20), dtype=bool)
-    mask[5:15, 5:15] = True
-    picture = overlay_mask(np.zeros((20, 20, 3), dtype=np.uint8), mask)
-    assert (picture[0, 0] == 0).all()
-    assert (picture[5, 5:15] == 255).all()
-    assert picture[10, 10, 0] > 100 > picture[10, 10, 1]
 
 
 def test_every_file_is_written_and_shows_its_map(tmp_path):
@@ -241,7 +213,7 @@ def test_class_attention_of_xcit_makes_the_output_of_its_last_attention():
 def test_class_attention_is_that_of_the_xcit_folder_with_the_same_weights():
     model, images = make_xcit(), torch.randn(1, 3, 24, 16)
     network = XCiT(patch_size=8, embed_dim=32, depth=1, num_heads=2, num_classes=0)
-    fill(network, from_timm(model.state_dict()), "timm")
+    fill_classifier(network, from_timm(model.state_dict()), "timm")
     torch.testing.assert_close(class_attention(model, images), network.eval().class_attention(images))
 
 

@@ -4,7 +4,7 @@ Every function adds a group and returns its ``add_argument``, with which a scrip
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from shared.run import flags
 
@@ -15,8 +15,8 @@ MINIMUM = {"epochs": 1, "batch_size": 1, "feat_dim": 1, "hidden_mlp": 0, "log_fr
 def add_data_flags(parser: argparse.ArgumentParser) -> Callable:
     """Where the images come from and how they are loaded."""
     add = flags.add_data_flags(parser)
-    add("--workers", "--num_workers", type=int, default=None, dest="num_workers",
-        help="loader processes per rank; None: cores per rank less one, at most 10")  # fmt: skip
+    workers = "loader processes per rank; None: cores per rank less one, at most 10"
+    add("--workers", "--num_workers", type=int, default=None, dest="num_workers", help=workers)
     return add
 
 
@@ -35,12 +35,11 @@ def add_view_flags(parser: argparse.ArgumentParser) -> Callable:
 def add_network_flags(parser: argparse.ArgumentParser) -> Callable:
     """Trunk and projection head."""
     add = parser.add_argument_group("network").add_argument
-    add("--arch", default="resnet50",
-        help="resnet50, resnet50w2, resnet50w4, resnet50w5, or any torchvision or timm model name")  # fmt: skip
+    add("--arch", default="resnet50", help="resnet50, resnet50w2, resnet50w4, resnet50w5; torchvision's, timm's models")
     add("--hidden_mlp", type=int, default=2048, help="hidden width of the projection head; 0: a linear head")
     add("--feat_dim", type=int, default=128, help="dimension of the embeddings")
-    add("--sync_bn", default="pytorch", choices=SYNC_BN, help="batch-norm statistics of all processes (pytorch), of "
-        "groups of them (apex), or of each on its own (none)")  # fmt: skip
+    statistics = "batch-norm statistics of all processes (pytorch), of groups of them (apex), of each alone (none)"
+    add("--sync_bn", default="pytorch", choices=SYNC_BN, help=statistics)
     add("--syncbn_process_group_size", type=int, default=8, help="processes per group with --sync_bn apex")
     add("--compile", action="store_true", help="torch.compile the backbone")
     return add
@@ -51,12 +50,12 @@ def add_optimisation_flags(parser: argparse.ArgumentParser) -> Callable:
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=int, default=100, help="passes over the images")
     add("--batch_size", type=int, default=64, help="images per process")
+    add("--amp", default="auto", choices=("auto", "bf16", "fp16", "fp32"), help="auto: bf16 where it is fast")
     add("--base_lr", type=float, default=4.8, help="peak learning rate; it is not scaled with the batch")
     add("--final_lr", type=float, default=0.0, help="learning rate at the end")
     add("--warmup_epochs", type=float, default=10, help="epochs (or parts of one) of linear learning-rate warm-up")
     add("--start_warmup", type=float, default=0.0, help="learning rate at the start of the warm-up")
     add("--wd", type=float, default=1e-6, help="weight decay")
-    add("--amp", default="auto", choices=("auto", "bf16", "fp16", "fp32"), help="auto: bf16 where it is fast")
     return add
 
 
@@ -71,24 +70,16 @@ def add_run_flags(parser: argparse.ArgumentParser) -> Callable:
     return add
 
 
-def parse_with_embedded_defaults(
-    parser: argparse.ArgumentParser, arguments: list[str] | None, embedded: dict
+def parse_and_check(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, embedded_defaults: dict
 ) -> argparse.Namespace:
-    """Parse and check the command line; without ``--data_path`` the defaults are those of the embedded data.
-
-    Args:
-        arguments: The command line's own when None.
-        embedded: Defaults for the embedded data.
-    """
-    args = parser.parse_args(arguments)
-    if args.data_path is None:
-        parser.set_defaults(**embedded)
-        args = parser.parse_args(arguments)
-    for flag, least in MINIMUM.items():
-        if getattr(args, flag) < least:
-            parser.error(f"--{flag} {getattr(args, flag)} is less than {least}")
+    """Parse and check the command line; without ``--data_path`` the defaults are those of the embedded data."""
+    args = flags.parse_with_embedded_defaults(parser, arguments, embedded_defaults, MINIMUM)
     if args.epochs < args.warmup_epochs:
         parser.error(f"--epochs {args.epochs} is less than --warmup_epochs {args.warmup_epochs}")
+    numbers = args.nmb_prototypes if isinstance(args.nmb_prototypes, list) else [args.nmb_prototypes]
+    if min(numbers) < 2:
+        parser.error(f"--nmb_prototypes {' '.join(map(str, numbers))}: at least two are needed")
     crops = range(sum(args.nmb_crops))
     if len(set(args.crops_for_assign)) < len(args.crops_for_assign) or not set(args.crops_for_assign) <= set(crops):
         given = " ".join(map(str, args.crops_for_assign))

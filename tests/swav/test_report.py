@@ -1,17 +1,20 @@
+"""Use of the prototypes, collapse diagnostics and the pictures of a run."""
+
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from swav.collapse import CollapseMonitor, PrototypeUsage, usage_of
 from swav.main_deepclusterv2 import cluster_usage
-from swav.main_swav import ADVICE
+from swav.report import DEEPCLUSTERV2_ADVICE, SWAV_ADVICE, PrototypeUsage, collapse_monitor, plots, usage_of
 from tests.processes import run_processes
 
 HEALTHY = {
     "step": 100,
     "loss": 5.0,
     "code_entropy": 3.0,
+    "ln_k": math.log(3000),
     "assigned": 20000.0,
     "prototypes_used": 2900.0,
     "prototype_perplexity": 2500.0,
@@ -19,45 +22,46 @@ HEALTHY = {
 }
 
 
+def monitor(first_step: int = 0, advice: dict = SWAV_ADVICE):
+    return collapse_monitor(3000, 4 * first_step, steps_per_epoch=1000, advice=advice)
+
+
 @pytest.mark.parametrize(
     ("signs", "words", "flag"),
     [
-        ({"code_entropy": 8.0}, "the codes are uniform", "--epsilon"),
+        ({"code_entropy": 8.0}, "the codes are uniform (entropy 8.000 of ln K = 8.006)", "--epsilon"),
         ({"prototype_perplexity": 20.0, "prototypes_used": 25.0}, "25 of 3000 got any of 20000", "--nmb_prototypes"),
         ({"feature_spread": 0.01}, "nearly the same embedding", "--base_lr"),
         ({"loss": math.log(3000)}, "still at ln K = 8.006", "--freeze_prototypes_niters"),
     ],
 )
-def test_every_kind_of_collapse_is_said_once_with_a_flag_to_try(signs, words, flag):
-    monitor = CollapseMonitor(3000, patience_steps=50, advice=ADVICE)
-    sentence = monitor.check(HEALTHY | signs) or monitor.check(HEALTHY | signs)
+def test_every_kind_of_collapse_is_said_with_a_flag_to_try(signs, words, flag):
+    health = monitor(first_step=50)
+    sentence = health.check(HEALTHY | signs) or health.check(HEALTHY | signs)
     assert words in sentence and flag in sentence and sentence.startswith("step 100: ")
-    assert monitor.check(HEALTHY | signs) is None
 
 
-def test_healthy_and_early_lines_say_nothing():
-    monitor = CollapseMonitor(3000, patience_steps=50, advice=ADVICE)
-    assert monitor.check(HEALTHY) is None
-    assert monitor.check(HEALTHY | {"step": 49, "code_entropy": 8.0}) is None
-    without_codes = {key: value for key, value in HEALTHY.items() if key != "code_entropy"}  # DeepCluster-v2
-    assert monitor.check(without_codes) is None
-    not_finite = HEALTHY | {"loss": math.nan, "feature_spread": math.nan}
-    assert monitor.check(not_finite) is None
+@pytest.mark.parametrize("advice", [SWAV_ADVICE, DEEPCLUSTERV2_ADVICE], ids=["swav", "deepclusterv2"])
+def test_healthy_and_early_lines_say_nothing(advice):
+    health = monitor(first_step=50, advice=advice)
+    line = HEALTHY if advice is SWAV_ADVICE else {k: v for k, v in HEALTHY.items() if k != "code_entropy"}
+    assert health.check(line) is None
+    assert health.check(line | {"step": 49, "feature_spread": 0.0}) is None
+    assert health.check(line | {"step": 50, "feature_spread": 0.0}) is not None
 
 
 def test_a_loss_that_passes_ln_k_on_its_way_is_no_problem():
-    monitor = CollapseMonitor(3000, patience_steps=0, advice=ADVICE)
-    for loss in (9.0, math.log(3000), 7.0, math.log(3000), 6.0):
-        assert monitor.check(HEALTHY | {"loss": loss}) is None
+    health = monitor()
+    for loss in (9.0, math.log(3000), 7.0, math.log(3000), math.nan, math.log(3000), 6.0):
+        assert health.check(HEALTHY | {"loss": loss}) is None
 
 
 def test_the_first_images_of_an_epoch_are_no_collapse():
     torch.manual_seed(0)
-    monitor = CollapseMonitor(3000, patience_steps=0, advice=ADVICE)
     for images in (10, 100, 1000, 10_000):
         counts = torch.bincount(torch.randint(3000, (images,)), minlength=3000)
         usage = {name: value.item() for name, value in usage_of(counts).items()}
-        assert monitor.check(HEALTHY | usage) is None
+        assert monitor().check(HEALTHY | usage) is None
 
 
 def test_usage_of_some_prototypes():
@@ -71,9 +75,8 @@ def test_the_likeliest_prototype_of_a_code_counts():
     usage = PrototypeUsage(3)
     usage.add(torch.tensor([[0.2, 0.5, 0.3], [0.1, 0.6, 0.3], [0.9, 0.1, 0.0], [math.nan, 0.1, 0.2]]))
     assert usage.counts.tolist() == [1, 2, 0]
-    assert usage.of_epoch() == {"prototypes_used": 2, "dead_prototypes": 1}
-    usage.reset()
-    assert usage.of_epoch() == {"prototypes_used": 0, "dead_prototypes": 3}
+    assert usage.end_epoch() == {"prototypes_used": 2, "dead_prototypes": 1}
+    assert usage.end_epoch() == {"prototypes_used": 0, "dead_prototypes": 3}
 
 
 def count_on(rank: int) -> dict:
@@ -93,6 +96,11 @@ def test_processes_count_together_and_go_on_from_a_checkpoint():
 
 def test_the_head_that_uses_its_clusters_least_evenly_is_reported():
     assignments = torch.tensor([[0, 1, 2, -100], [1, 1, 1, -100]])
-    heads = [torch.nn.Linear(2, 3, bias=False), torch.nn.Linear(2, 4, bias=False)]
+    heads = [SimpleNamespace(weight=torch.zeros(k, 2)) for k in (3, 4)]
     usage = cluster_usage(assignments, heads)
     assert usage == {"assigned": 3, "prototypes_used": 1, "prototype_perplexity": 1.0, "dead_prototypes": 3}
+
+
+def test_curves_show_codes_where_there_are_codes():
+    assert list(plots(has_codes=True)[0].series) == ["loss", "code_entropy"]
+    assert list(plots(has_codes=False)[0].series) == ["loss"]
