@@ -52,7 +52,7 @@ def test_views_stand_at_relative_sizes_with_their_titles(figures, tmp_path):
     large, small = torch.full((2, 3, 32, 32), 200, dtype=torch.uint8), torch.zeros(5, 1, 16, 16, dtype=torch.uint8)
     groups = [view_tiles(large, "global {n}, {px} px"), view_tiles(small, "local {n}", first=0)]
     save_views(groups, tmp_path / "views.png", "One image", per_row=3)
-    titles = [axes.get_title() for axes in figures[0].axes]
+    _, *titles = [text.get_text() for text in figures[0].texts if text.get_text()]
     assert titles == ["global 1, 32 px", "global 2, 32 px", *(f"local {n}" for n in range(5))]
     heights = [axes.get_position().height for axes in figures[0].axes]
     assert heights[2] == pytest.approx(heights[0] / 2)
