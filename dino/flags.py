@@ -2,13 +2,16 @@
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
+
+from torch import nn
 
 from shared.images.loading import default_num_workers
-from shared.run.flags import bool_flag
 
-from .hub import RUN_ON_DIGITS
+from .hub import RUN_ON_DIGITS, load_pretrained
 
-__all__ = ["add_process_flags", "bool_flag", "evaluation_parser", "set_embedded_data_defaults"]
+# for the embedded 8x8 pixel digits and the network that main_dino.py trains on them
+EMBEDDED_DATA_DEFAULTS = {"patch_size": 4, "image_size": 12, "pretrained_weights": RUN_ON_DIGITS}
 
 
 def evaluation_parser(docstring: str, arch: str = "vit_small", patch_size: int = 16) -> argparse.ArgumentParser:
@@ -38,8 +41,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> Callable[..., argparse.Ac
         ``add_argument`` of their group.
     """
     add = parser.add_argument_group("data").add_argument
-    add("--data_path", default=None, help="folder with train/ and val/, a folder with one folder per class, a .txt "
-        "list or a torchvision data set name; without it the embedded digits")  # fmt: skip
+    add("--data_path", default=None, help="folder of train/ and val/ or of classes, .txt list or torchvision data set")
     add("--val_path", default=None, help="images to classify; by default those that belong to --data_path")
     add("--allow_absolute_paths", action="store_true", help="in .txt lists")
     return add
@@ -55,6 +57,7 @@ def add_process_flags(parser: argparse.ArgumentParser, launcher: bool = True) ->
         add("--local_rank", "--local-rank", type=int, default=0, help="ignored: read from the environment")
 
 
-def set_embedded_data_defaults(parser: argparse.ArgumentParser) -> None:
-    """Defaults for the embedded 8x8 pixel digits and for the network that ``main_dino.py`` trains on them."""
-    parser.set_defaults(patch_size=4, image_size=12, pretrained_weights=RUN_ON_DIGITS)
+def load_chosen(args: argparse.Namespace, weights: str | Path | None = None) -> tuple[nn.Module, int]:
+    """The frozen backbone that the flags of :func:`evaluation_parser` name and its D; with other weights if given."""
+    weights = args.pretrained_weights if weights is None else weights
+    return load_pretrained(args.arch, args.patch_size, weights, args.checkpoint_key, args.allow_partial)

@@ -24,8 +24,8 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from dino.attention import has_class_attention, save_attention
 from dino.augmentations import MEAN, STD, dino_views, to_input
-from dino.flags import evaluation_parser
-from dino.hub import RUN_ON_DIGITS, VITS8_300_EPOCHS, fetch, load_pretrained
+from dino.flags import evaluation_parser, load_chosen
+from dino.hub import RUN_ON_DIGITS, VITS8_300_EPOCHS, fetch
 from dino.report import CURVES, save_view_sheet
 from shared import distributed
 from shared.evaluation.neighbours import sample_gallery, save_nearest
@@ -101,7 +101,7 @@ def load_attentive(args: argparse.Namespace, device: torch.device) -> nn.Module:
     weights = args.pretrained_weights
     if weights == "" and (args.arch.replace("deit", "vit"), args.patch_size) == ("vit_small", 8):
         weights = fetch(VITS8_300_EPOCHS)
-    model, _ = load_pretrained(args.arch, args.patch_size, weights, args.checkpoint_key, args.allow_partial)
+    model, _ = load_chosen(args, weights)
     if not has_class_attention(model):
         raise ValueError(f"--arch {args.arch}: attention maps need vit_tiny, vit_small, vit_base or an XCiT")
     return model.to(device)

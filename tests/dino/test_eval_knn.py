@@ -104,6 +104,6 @@ def test_weights_that_give_nan_features_are_refused(data, monkeypatch):
         torch.nn.init.constant_(backbone.norm.bias, torch.nan)
         return backbone, 192
 
-    monkeypatch.setattr(eval_knn, "load_pretrained", broken)
+    monkeypatch.setattr(eval_knn, "load_chosen", broken)
     with pytest.raises(ValueError, match="18 of 18 feature vectors are not finite"):
         run("--data_path", data, "--nb_knn", 3)
