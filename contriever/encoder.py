@@ -26,6 +26,7 @@ need_packages(
     bm25s="bm25s",
     pytrec_eval="pytrec-eval-terrier",
     regex="regex",
+    Stemmer="PyStemmer",
 )
 
 from transformers import (

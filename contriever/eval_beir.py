@@ -120,7 +120,8 @@ def search_dataset(dataset: BeirDataset, retriever: Retriever | None, args: argp
         normalize_documents=args.norm_doc or cosine,
         amp=amp_of(args.no_fp16, retriever.device),
     )
-    return dense if args.retriever == "dense" else fuse(dense, lexical, k, args.dense_weight)
+    unit = cosine or (args.norm_query and args.norm_doc)
+    return dense if args.retriever == "dense" else fuse(dense, lexical, k, args.dense_weight, unit)
 
 
 def document_texts(dataset: BeirDataset) -> list[str]:

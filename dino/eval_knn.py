@@ -15,10 +15,11 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dino.flags import add_data_flags, add_process_flags, bool_flag, evaluation_parser, set_embedded_data_defaults
-from dino.hub import CARD, load_pretrained
+from dino.flags import EMBEDDED_DATA_DEFAULTS, add_data_flags, add_process_flags, evaluation_parser, load_chosen
+from dino.hub import CARD
 from shared import distributed
 from shared.evaluation import frozen
+from shared.run.flags import bool_flag, parse_with_embedded_defaults
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -36,12 +37,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = get_args_parser()
-    args = parser.parse_args(arguments)
-    if args.data_path is None:
-        set_embedded_data_defaults(parser)
-        args = parser.parse_args(arguments)
-    return args
+    return parse_with_embedded_defaults(get_args_parser(), arguments, EMBEDDED_DATA_DEFAULTS, {})
 
 
 def eval_knn(args: argparse.Namespace) -> dict[int, tuple[float, float]] | None:
@@ -51,12 +47,9 @@ def eval_knn(args: argparse.Namespace) -> dict[int, tuple[float, float]] | None:
     if args.load_features:
         features = frozen.read_features(Path(args.load_features), store_on)
     else:
-        sources = frozen.labelled_sources(
-            args.data_path, args.val_path, args.allow_absolute_paths, nb_knn=max(args.nb_knn)
-        )
-        backbone, _ = load_pretrained(
-            args.arch, args.patch_size, args.pretrained_weights, args.checkpoint_key, args.allow_partial
-        )
+        paths = (args.data_path, args.val_path, args.allow_absolute_paths)
+        sources = frozen.labelled_sources(*paths, nb_knn=max(args.nb_knn))
+        backbone, _ = load_chosen(args)
         transform = frozen.eval_transform(CARD, args.image_size, backbone.to(device))
         features = frozen.train_and_val_features(
             backbone, sources, transform, device, args.batch_size_per_gpu, args.num_workers, store_on

@@ -18,8 +18,8 @@ from torch import nn
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dino.flags import evaluation_parser
-from dino.hub import CARD, VIT_NAMES, load_pretrained, plain_name
+from dino.flags import evaluation_parser, load_chosen
+from dino.hub import CARD, VIT_NAMES, plain_name
 from shared import distributed
 from shared.networks.export import export_backbone
 
@@ -28,8 +28,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = evaluation_parser(__doc__)
     add = parser.add_argument_group("export").add_argument
     add("--output_dir", default=".", help="where the files go")
-    add("--image_size", type=int, nargs=2, default=None, help="height and width in pixels that the ONNX file takes; by "
-        "default those of a ViT's position embeddings, else 224 224")  # fmt: skip
+    sizes = "height and width in pixels that the ONNX file takes; None: those of a ViT's positions, else 224 224"
+    add("--image_size", type=int, nargs=2, default=None, help=sizes)
     return parser
 
 
@@ -53,9 +53,7 @@ def export(
 def main() -> None:
     with distributed.clean_exit():
         args = get_args_parser().parse_args()
-        backbone, _ = load_pretrained(
-            args.arch, args.patch_size, args.pretrained_weights, args.checkpoint_key, args.allow_partial
-        )
+        backbone, _ = load_chosen(args)
         export(backbone, args.arch, args.output_dir, args.image_size)
 
 

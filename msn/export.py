@@ -28,8 +28,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = network_parser(__doc__)
     add = parser.add_argument_group("export").add_argument
     add("--output_dir", default=".", help="where the files go")
-    add("--image_size", type=int, default=None, help="side in pixels of the images that the ONNX file takes; by "
-        "default that of the position embeddings")  # fmt: skip
+    size = "side in pixels of the images that the ONNX file takes; by default that of the position embeddings"
+    add("--image_size", type=int, default=None, help=size)
     return parser
 
 

@@ -79,10 +79,11 @@ def save_attention(
     """The attention of one image as pictures, see :func:`shared.pictures.attention.save_attention_maps`.
 
     Args:
-        encoder: In evaluation mode.
         image: Normalised, shape (C, H, W), on the encoder's device.
     """
-    attention = class_attention(encoder, image[None])[0]
+    training = encoder.training
+    attention = class_attention(encoder.eval(), image[None])[0]
+    encoder.train(training)
     return save_attention_maps(attention, image, encoder.patch_embed.patch_size, output_dir, MEAN, STD, threshold)
 
 

@@ -21,9 +21,8 @@ from torch import Tensor, nn
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from resmlp.augmentations import MEAN, STD, ThreeAugment
-from resmlp.networks import build_network
-from resmlp.pretrained import fill, read_weights
+from resmlp.augmentations import ThreeAugment
+from resmlp.hub import MEAN, STD, build_network, fill, read_weights
 from resmlp.report import save_pictures, summary
 from resmlp.resmlp_models import ARCHITECTURES
 from shared import distributed
@@ -188,8 +187,9 @@ def evaluate_resmlp(args: argparse.Namespace) -> None:
 
 
 def build_classifier(args: argparse.Namespace, num_classes: int) -> nn.Module:
-    sizes = {size: getattr(args, size) for size in SIZES}
-    return build_network(args.model, num_classes, args.input_size, args.in_chans, args.drop, args.drop_path, **sizes)
+    options = {"in_chans": args.in_chans, "drop_rate": args.drop, "drop_path_rate": args.drop_path}
+    options |= {size: getattr(args, size) for size in SIZES}
+    return build_network(args.model, num_classes, args.input_size, **options)
 
 
 def keep_cross_patch_layers_trainable(network: nn.Module) -> None:

@@ -72,12 +72,8 @@ def describe_cluster(source: ImageSource, clustering: Clustering, cluster: int) 
     text = f"{number:,} image{'s' if number > 1 else ''}, confidence {clustering.confidences[mine].mean():.2f}"
     if clustering.labels is not None:
         label, share = clustering.majority(cluster)
-        text += f", {100 * share:.0f} % class {shortened(source.classes[label])}"
+        text += f", {100 * share:.0f} % class {source.classes[label][:24]}"
     return text
-
-
-def shortened(name: str, length: int = 24) -> str:
-    return name if len(name) <= length else name[: length - 1] + "…"
 
 
 def save_overview(source: ImageSource, clustering: Clustering, path: Path) -> Path:

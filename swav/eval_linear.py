@@ -60,15 +60,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    return evaluation.parse_and_check(
-        get_args_parser(),
-        arguments,
-        num_labels=10,
-        crop_scale=(0.6, 1.0),
-        epochs=10,
-        lr=0.03,
-        dump_path="runs/digits/linear",
-    )
+    digits = {"num_labels": 10, "crop_scale": (0.6, 1.0), "epochs": 10, "lr": 0.03, "dump_path": "runs/digits/linear"}
+    return evaluation.parse_and_check(get_args_parser(), arguments, **digits)
 
 
 def eval_linear(args: argparse.Namespace) -> dict[str, float]:
@@ -77,10 +70,7 @@ def eval_linear(args: argparse.Namespace) -> dict[str, float]:
     randomness.seed_everything(args.seed)
 
     # data, frozen trunk, classifier
-    sources = (args.data_path, args.val_path, args.allow_absolute_paths)
-    train, val = frozen.labelled_sources(*sources, num_labels=args.num_labels)
-    for source in (train, val):
-        distributed.print_once(source.describe())
+    train, val = evaluation.labelled_sources(args)
     network = load_backbone(args.arch, args.pretrained, args.allow_partial).to(device)
     checksum = weights_checksum(network)
     val_set = EvalDataset(val, frozen.eval_transform(CARD, args.image_size, network))

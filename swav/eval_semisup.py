@@ -56,15 +56,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    return evaluation.parse_and_check(
-        get_args_parser(),
-        arguments,
-        num_labels=10,
-        crop_scale=(0.6, 1.0),
-        lr=0.003,
-        lr_last_layer=0.03,
-        dump_path="runs/digits/semisup",
-    )
+    digits = {"num_labels": 10, "crop_scale": (0.6, 1.0), "lr": 0.003, "lr_last_layer": 0.03}
+    return evaluation.parse_and_check(get_args_parser(), arguments, **digits, dump_path="runs/digits/semisup")
 
 
 def eval_semisup(args: argparse.Namespace) -> dict[str, float]:
@@ -73,10 +66,7 @@ def eval_semisup(args: argparse.Namespace) -> dict[str, float]:
     randomness.seed_everything(args.seed)
 
     # data
-    sources = (args.data_path, args.val_path, args.allow_absolute_paths)
-    train, val = frozen.labelled_sources(*sources, num_labels=args.num_labels)
-    for source in (train, val):
-        distributed.print_once(source.describe())
+    train, val = evaluation.labelled_sources(args)
     images_as_they_are = nn.Identity()  # the network learns as a whole: nothing is computed before it
     if args.evaluate:
         network = load_classifier(args.arch, args.pretrained, args.num_labels).to(device)
@@ -101,16 +91,9 @@ def eval_semisup(args: argparse.Namespace) -> dict[str, float]:
         [{"params": trunk}, {"params": last_layer, "lr": args.lr_last_layer}], args.lr, momentum=0.9
     )
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, args.decay_epochs, args.gamma)
+    names = {"rates": ("train_lr", "train_lr_last_layer"), "best_of": ("acc1", "acc5")}
     training = evaluation.LabelledTraining(
-        args,
-        network,
-        images_as_they_are,
-        optimizer,
-        scheduler,
-        RUN_FLAGS,
-        checksum,
-        rates=("train_lr", "train_lr_last_layer"),
-        best_of=("acc1", "acc5"),
+        args, network, images_as_they_are, optimizer, scheduler, RUN_FLAGS, checksum, **names
     )
     return training.run(subset, val_set, device, drop_single=True)
 

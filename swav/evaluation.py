@@ -16,7 +16,7 @@ from shared.images.loading import BadImages, EvalDataset, default_num_workers
 from shared.images.sources import ImageSource
 from shared.images.views import ViewRecipe
 from shared.run.checkpoint import load_latest, save, without_prefix
-from shared.run.flags import parse_with_embedded_defaults
+from shared.run.flags import Parser, parse_with_embedded_defaults
 
 from .hub import CARD, RUN_ON_DIGITS
 
@@ -39,9 +39,7 @@ def evaluation_parser(docstring: str) -> argparse.ArgumentParser:
     Args:
         docstring: Of the script; its first paragraph is the description.
     """
-    parser = argparse.ArgumentParser(
-        description=docstring.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(docstring)
     add = parser.add_argument_group("network").add_argument
     add("--arch", default="resnet50", help="resnet50, resnet50w2, resnet50w4, resnet50w5; torchvision's, timm's models")
     weights = "a file of any layout, a release (swav_200ep), or random; by default the architecture's released weights"
@@ -102,6 +100,15 @@ def parse_and_check(parser: argparse.ArgumentParser, arguments: Sequence[str] | 
     if args.workers is None:
         args.workers = default_num_workers()
     return args
+
+
+def labelled_sources(args: argparse.Namespace) -> tuple[ImageSource, ImageSource]:
+    """Images to learn from and to classify; the classifier has an output for each of their classes."""
+    paths = (args.data_path, args.val_path, args.allow_absolute_paths)
+    sources = frozen.labelled_sources(*paths, num_labels=args.num_labels)
+    for source in sources:
+        distributed.print_once(source.describe())
+    return sources
 
 
 # --- Training on labels -----------------------------------------------------------------------------------------------
@@ -237,15 +244,9 @@ def set_weights(module: nn.Module, state_dict: dict[str, Tensor], file: str | Pa
     Raises:
         ValueError: If names or shapes are not exactly those of ``module``.
     """
-    weights = without_prefix(state_dict, "module.")
-    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in weights.items()}
-    different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    if different:
-        name = different[0]
-        raise ValueError(
-            f"{file}: {len(different)} of {len(expected)} entries do not fit, the first is {name}: "
-            f"{found.get(name, 'missing')} in the file, {expected.get(name, 'none')} in the network; check --arch, "
-            "--num_labels and the flags of the classifier"
-        )
-    module.load_state_dict(weights)
+    try:
+        module.load_state_dict(without_prefix(state_dict, "module."))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:1000]
+        advice = "check --arch, --num_labels and the flags of the classifier"
+        raise ValueError(f"{file} does not fit: {reason}; {advice}") from error

@@ -50,12 +50,12 @@ def add_optimisation_flags(parser: argparse.ArgumentParser) -> Callable:
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=int, default=100, help="passes over the images")
     add("--batch_size", type=int, default=64, help="images per process")
+    add("--amp", default="auto", choices=("auto", "bf16", "fp16", "fp32"), help="auto: bf16 where it is fast")
     add("--base_lr", type=float, default=4.8, help="peak learning rate; it is not scaled with the batch")
     add("--final_lr", type=float, default=0.0, help="learning rate at the end")
     add("--warmup_epochs", type=float, default=10, help="epochs (or parts of one) of linear learning-rate warm-up")
     add("--start_warmup", type=float, default=0.0, help="learning rate at the start of the warm-up")
     add("--wd", type=float, default=1e-6, help="weight decay")
-    add("--amp", default="auto", choices=("auto", "bf16", "fp16", "fp32"), help="auto: bf16 where it is fast")
     return add
 
 

@@ -5,13 +5,13 @@ Their released weights (SwAV, DeepCluster-v2 and SeLa-v2) and their images.
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from shared.networks import pretrained as pretrained_networks
-from shared.networks.backbones import build_library_backbone, library_architectures
+from shared.networks.backbones import build_library_backbone
 from shared.networks.card import Card, Release, positions_of
 from shared.networks.weights import BackboneWeights, WeightMismatch, load_backbone_weights
 
@@ -22,34 +22,20 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.228, 0.224, 0.225)  # 0.228, not ImageNet's 0.229: the released weights were trained with it
 RUN_ON_DIGITS = "runs/digits/checkpoint.pth.tar"  # where main_swav.py leaves the network of the embedded data
 RESNETS = ("resnet50", "resnet50w2", "resnet50w4", "resnet50w5")
+HEADS = ("output_dim", "hidden_mlp", "nmb_prototypes", "normalize")
 
 
 # --- Networks ---------------------------------------------------------------------------------------------------------
 
 
-def available_architectures() -> list[str]:
-    """Every name that :func:`build_network` accepts, our ResNets first."""
-    return [*RESNETS, *sorted(library_architectures() - set(RESNETS))]
-
-
-def build_network(
-    arch: str,
-    output_dim: int = 0,
-    hidden_mlp: int = 0,
-    nmb_prototypes: int | Sequence[int] = 0,
-    normalize: bool = False,
-    img_size: int = 224,
-    in_chans: int = 3,
-    **options,
-) -> PrototypeNetwork:
+def build_network(arch: str, img_size: int = 224, in_chans: int = 3, **options) -> PrototypeNetwork:
     """Build a randomly initialised network; without an ``output_dim`` it maps images to features (B, embed_dim).
 
     Args:
         arch: ``resnet50``, ``resnet50w2``, ``resnet50w4``, ``resnet50w5``, or a model of torchvision or timm.
-        output_dim, hidden_mlp, nmb_prototypes, normalize: See :meth:`swav.resnet50.PrototypeNetwork.add_heads`.
         img_size: Side in pixels of the images for which position embeddings are made; convnets have none.
         in_chans: Channels of the images.
-        options: Others of :class:`swav.resnet50.ResNet`.
+        options: Of the heads, see :meth:`swav.resnet50.PrototypeNetwork.add_heads`, and of the trunk.
 
     Returns:
         The network, with an attribute ``embed_dim``.
@@ -57,14 +43,9 @@ def build_network(
     Raises:
         ValueError: If the name is unknown.
     """
-    heads = {
-        "output_dim": output_dim,
-        "hidden_mlp": hidden_mlp,
-        "nmb_prototypes": nmb_prototypes,
-        "normalize": normalize,
-    }
     if arch in RESNETS:
-        return getattr(resnet50, arch)(in_chans=in_chans, **heads, **options)
+        return getattr(resnet50, arch)(in_chans=in_chans, **options)
+    heads = {name: options.pop(name) for name in HEADS if name in options}
     trunk, trunk.feature_dim = build_library_backbone(
         arch, img_size=img_size, in_chans=in_chans, own_names=RESNETS, **options
     )
@@ -113,29 +94,23 @@ NAMES = (
     *("swav_400ep_2x224", "swav_RN50w2_400ep", "swav_RN50w4_400ep", "swav_RN50w5_400ep"),
     *("deepclusterv2_800ep", "deepclusterv2_400ep", "deepclusterv2_400ep_2x224", "selav2_400ep", "selav2_400ep_2x224"),
 )
-HUB = {
-    "swav_800ep": ("swav_resnet50", "SwAV, 800 epochs: ResNet-50, 2048 dimensions (linear 75.3"),
-    "swav_RN50w2_400ep": ("swav_resnet50w2", "SwAV, 400 epochs: ResNet-50 twice as wide, 4096 dimensions (linear 77.3"),
-    "swav_RN50w4_400ep": (
-        "swav_resnet50w4",
-        "SwAV, 400 epochs: ResNet-50 four times as wide, 8192 dimensions (linear 77.9",
-    ),
-    "swav_RN50w5_400ep": (
-        "swav_resnet50w5",
-        "SwAV, 400 epochs: ResNet-50 five times as wide, 10240 dimensions (linear 78.5",
-    ),
-    "deepclusterv2_800ep": (
-        "deepclusterv2_resnet50",
-        "DeepCluster-v2, 800 epochs: ResNet-50, 2048 dimensions (linear 75.2",
-    ),
-    "selav2_400ep": ("selav2_resnet50", "SeLa-v2, 400 epochs: ResNet-50, 2048 dimensions (linear 71.8"),
+HUB = {  # entry of torch.hub, training, width, dimensions, linear top-1
+    "swav_800ep": ("swav_resnet50", "SwAV, 800 epochs", "", 2048, 75.3),
+    "swav_RN50w2_400ep": ("swav_resnet50w2", "SwAV, 400 epochs", " twice as wide", 4096, 77.3),
+    "swav_RN50w4_400ep": ("swav_resnet50w4", "SwAV, 400 epochs", " four times as wide", 8192, 77.9),
+    "swav_RN50w5_400ep": ("swav_resnet50w5", "SwAV, 400 epochs", " five times as wide", 10240, 78.5),
+    "deepclusterv2_800ep": ("deepclusterv2_resnet50", "DeepCluster-v2, 800 epochs", "", 2048, 75.2),
+    "selav2_400ep": ("selav2_resnet50", "SeLa-v2, 400 epochs", "", 2048, 71.8),
 }
 
 
 def release(name: str) -> Release:
-    width = re.search("RN50(w.)|$", name)[1] or ""
-    entry, doc = HUB.get(name, ("", ""))
-    return Release(f"resnet50{width}", f"{name}_pretrain.pth.tar", doc and f"{doc} on ImageNet).", entry)
+    arch, file = "resnet50" + (re.search("RN50(w.)|$", name)[1] or ""), f"{name}_pretrain.pth.tar"
+    if name not in HUB:
+        return Release(arch, file)
+    entry, training, width, dim, top1 = HUB[name]
+    doc = f"{training}: ResNet-50{width}, {dim} dimensions (linear {top1} on ImageNet)."
+    return Release(arch, file, doc, entry)
 
 
 CARD = Card(

@@ -1,6 +1,7 @@
 """The objectives of Caron et al. 2020: swapped prediction of codes (SwAV) and its queue; DeepCluster-v2."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,25 +17,21 @@ def normalize_prototypes_(prototypes: nn.Linear) -> None:
     prototypes.weight.copy_(F.normalize(prototypes.weight, dim=1))
 
 
+@dataclass(frozen=True)
 class SwappedPrediction:
     """Predict the code of a crop from the other crops of its image (section 3.1).
 
-    Args:
+    Attributes:
         crops_for_assign: Indices of the crops that get a code.
         temperature: Of the softmax over prototypes that predicts a code.
         epsilon: Entropy regularisation of the codes.
         sinkhorn_iterations: Balancing steps behind the codes.
     """
 
-    def __init__(
-        self,
-        crops_for_assign: Sequence[int],
-        temperature: float = 0.1,
-        epsilon: float = 0.05,
-        sinkhorn_iterations: int = 3,
-    ):
-        self.crops_for_assign, self.temperature = crops_for_assign, temperature
-        self.epsilon, self.sinkhorn_iterations = epsilon, sinkhorn_iterations
+    crops_for_assign: Sequence[int]
+    temperature: float = 0.1
+    epsilon: float = 0.05
+    sinkhorn_iterations: int = 3
 
     def assign(self, scores: Tensor) -> Tensor:
         """Codes of a batch: soft assignments that use every prototype equally (eq. 3), both (B, K); rows sum to 1."""

@@ -34,7 +34,7 @@ from shared.networks.batchnorm import synchronize_batchnorm
 from shared.networks.weights import safe_load
 from shared.optimisation.optim import clip_grad_norm_per_tensor_
 from shared.optimisation.schedules import cosine_schedule
-from shared.run.flags import bool_flag, tell_embedded_defaults
+from shared.run.flags import Parser, bool_flag, tell_embedded_defaults
 from shared.run.health import feature_spread, rank_me
 from shared.run.run import Run
 from swav import flags
@@ -49,15 +49,15 @@ from swav.resnet50 import Trunk
 # small crops of them have no digit in them, and with few prototypes the usual epsilon makes codes uniform.
 EMBEDDED_DATA_DEFAULTS = {
     "arch": "test_resnet",  # timm's smallest ResNet, 0.4 million weights
+    "hidden_mlp": 256,
+    "feat_dim": 32,
+    "nmb_prototypes": 30,
+    "epsilon": 0.02,
     "nmb_crops": [2],
     "size_crops": [32],
     "min_scale_crops": [0.6],
     "max_scale_crops": [1.0],
     "blur_radius": (0.1, 0.5),
-    "hidden_mlp": 256,
-    "feat_dim": 32,
-    "nmb_prototypes": 30,
-    "epsilon": 0.02,
     "batch_size": 64,
     "base_lr": 2.0,
     "epochs": 12,
@@ -70,9 +70,7 @@ CHECKPOINT = "checkpoint.pth.tar"
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "SwAV", description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(__doc__)
     flags.add_data_flags(parser)
     flags.add_view_flags(parser)
     add = flags.add_network_flags(parser)
@@ -95,12 +93,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
-    """Parse and check the command line; without ``--data_path`` the defaults are those of the embedded data.
-
-    Args:
-        arguments: The command line's own by default.
-        parser: That of :func:`get_args_parser` with further flags, for scripts that have them.
-    """
+    """Parse and check the command line; ``parser`` is that of :func:`get_args_parser`, or one with further flags."""
     return flags.parse_and_check(parser or get_args_parser(), arguments, EMBEDDED_DATA_DEFAULTS)
 
 

@@ -163,14 +163,9 @@ def plots(has_codes: bool) -> list[Plot]:
 def save_pictures(
     heading: str, run: Run, trunk: nn.Module, views: MultiCropDataset, knn: KNNMonitor, image_size: int
 ) -> list[Path]:
-    """Views of one image, neighbours of ten queries and curves; every rank must call this.
+    """Views of one image, curves, and neighbours of ten validation images (of training images where there was no k-NN).
 
-    Args:
-        heading: Of the curves.
-        trunk: Maps images to features.
-        views: The training set.
-        knn: If it has evaluated, queries are validation images, else training images.
-        image_size: Side in pixels at which the trunk is evaluated.
+    Every rank must call this. ``views`` is the training set, ``image_size`` the side in pixels for the trunk.
     """
     folder = pictures_folder(run.output_dir)
     file = folder / "neighbours.png"

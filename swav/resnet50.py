@@ -5,6 +5,7 @@ Needs torch only, so that the file can be lifted out alone. The trunk's weights 
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -240,21 +241,8 @@ class ResNet(PrototypeNetwork):
         return x if self.eval_mode else x.mean(dim=(2, 3))
 
 
-def resnet50(**kwargs) -> ResNet:
-    """ResNet-50, 2048 features, 23.5 million parameters without heads."""
-    return ResNet([3, 4, 6, 3], **kwargs)
-
-
-def resnet50w2(**kwargs) -> ResNet:
-    """Twice as wide: 4096 features, 93.9 million parameters."""
-    return ResNet([3, 4, 6, 3], widen=2, **kwargs)
-
-
-def resnet50w4(**kwargs) -> ResNet:
-    """Four times as wide: 8192 features, 375 million parameters."""
-    return ResNet([3, 4, 6, 3], widen=4, **kwargs)
-
-
-def resnet50w5(**kwargs) -> ResNet:
-    """Five times as wide: 10240 features, 586 million parameters."""
-    return ResNet([3, 4, 6, 3], widen=5, **kwargs)
+# The published networks: features and parameters without heads.
+resnet50 = partial(ResNet, [3, 4, 6, 3])  # 2048, 23.5 million
+resnet50w2 = partial(ResNet, [3, 4, 6, 3], widen=2)  # 4096, 93.9 million
+resnet50w4 = partial(ResNet, [3, 4, 6, 3], widen=4)  # 8192, 375 million
+resnet50w5 = partial(ResNet, [3, 4, 6, 3], widen=5)  # 10240, 586 million

@@ -20,6 +20,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from shared import distributed
+from shared.networks.classifiers import fill_classifier
 from shared.optimisation.precision import Precision
 from shared.run.flags import AnyDashParser, add_data_flags, add_run_flags, tell_embedded_defaults
 from shared.run.run import Run
@@ -37,9 +38,7 @@ from shared.supervised.flags import (
 from shared.supervised.losses import build_loss
 from shared.supervised.train import BestAccuracy, train_classifier
 from shared.supervised.transforms import train_transform
-from xcit.augmentations import CROP_RATIO, MEAN, STD
-from xcit.networks import build_network
-from xcit.pretrained import fill, read_weights
+from xcit.hub import CROP_RATIO, MEAN, STD, build_network, read_weights
 from xcit.report import save_pictures, summary
 
 # What replaces the official defaults when no --data_path is given: digits of 8x8 pixels need a small network and little
@@ -112,7 +111,7 @@ def train_xcit(args: argparse.Namespace) -> None:
 
     network = build_classifier(args, images.num_classes)
     if args.pretrained:
-        fill(network, read_weights(args.pretrained, args.checkpoint_key), args.pretrained)
+        fill_classifier(network, read_weights(args.pretrained, args.checkpoint_key), args.pretrained)
     if args.surgery:
         transplant_patch_embedding(network, args.surgery)
     tell_embedded_defaults(args.data_path, EMBEDDED_DATA_DEFAULTS)
@@ -145,7 +144,7 @@ def evaluate_xcit(args: argparse.Namespace) -> None:
     images = open_images(args, output_dir, Precision(args.amp, device), MEAN, STD, crop_ratio(args))
     network = build_classifier(args, images.num_classes)
     origin = args.pretrained or args.resume or str(output_dir / "checkpoint.pth")
-    if not fill(network, read_weights(origin, args.checkpoint_key, "--eval: the checkpoint"), origin):
+    if not fill_classifier(network, read_weights(origin, args.checkpoint_key, "--eval: the checkpoint"), origin):
         raise ValueError(
             f"--eval: {origin} has no classifier for the {images.num_classes} classes of {images.val.name}"
         )
@@ -153,7 +152,8 @@ def evaluate_xcit(args: argparse.Namespace) -> None:
 
 
 def build_classifier(args: argparse.Namespace, num_classes: int) -> nn.Module:
-    return build_network(args.model, num_classes, args.in_chans, args.drop, args.drop_path, args.input_size)
+    options = {"in_chans": args.in_chans, "drop_rate": args.drop, "drop_path_rate": args.drop_path}
+    return build_network(args.model, num_classes, args.input_size, **options)
 
 
 def crop_ratio(args: argparse.Namespace) -> float:
@@ -168,7 +168,7 @@ def transplant_patch_embedding(network: nn.Module, path: str) -> None:
     prefix = "patch_embed."
     tensors = read_weights(path, flag="--surgery")
     part = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    fill(network.patch_embed, part, f"--surgery {path}")
+    fill_classifier(network.patch_embed, part, f"--surgery {path}")
     network.patch_embed.requires_grad_(False).eval()  # neither do its running statistics move
 
 

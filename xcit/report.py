@@ -16,8 +16,8 @@ from shared.run.randomness import seed_step
 from shared.run.summary import accuracy, command, end_of_run
 from shared.supervised.data import LabelledViews
 
-from .augmentations import MEAN, STD
 from .cross_covariance_transformer import ARCHITECTURES
+from .hub import MEAN, STD
 
 PLOTS = (Plot("Training", "loss", {"loss": ""}), accuracy_plot("Accuracy on the val part", "test_acc1"))
 

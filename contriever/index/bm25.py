@@ -8,23 +8,34 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import bm25s
 import numpy as np
 
+from ..text.words import contains, exact_words, terms
+
+Answers = tuple[np.ndarray, np.ndarray]  # scores and rows, each (Q, k), best first, -inf and -1 for none
+
 
 class BM25:
-    """BM25 (Lucene's variant, k1 = 1.5, b = 0.75) over lowercase words without English stop words, by bm25s.
+    """BM25 (Lucene's variant, k1 = 1.5, b = 0.75) over :func:`contriever.text.words.terms`, by bm25s.
 
     Args:
         texts: N documents; row numbers count through them.
     """
 
     def __init__(self, texts: Sequence[str]):
-        self.size = len(texts)
-        tokens = bm25s.tokenize(list(texts), stopwords="en", show_progress=False)
+        self.texts = texts
+        documents = [terms(text) for text in texts]
         self.index = None
-        if tokens.vocab and any(tokens.ids):  # bm25s cannot index texts without a single word
+        if any(documents):  # bm25s cannot index texts without a single word
             self.index = bm25s.BM25()
-            self.index.index(tokens, show_progress=False)
+            self.index.index(documents, show_progress=False)
 
-    def search(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
+    def scores(self, query: str) -> np.ndarray:
+        """Of all documents, (N,) float32; 0 without a common word."""
+        words = terms(query, single=False)
+        if self.index is None or not words:
+            return np.zeros(len(self.texts), np.float32)
+        return self.index.get_scores(words).astype(np.float32)
+
+    def search(self, queries: Sequence[str], k: int) -> Answers:
         """The k documents with the highest scores.
 
         Returns:
@@ -33,41 +44,75 @@ class BM25:
         """
         scores, rows = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1)
         if self.index is not None and len(queries):
-            words = bm25s.tokenize(list(queries), stopwords="en", show_progress=False, return_ids=False)
-            found = self.index.retrieve(words, k=min(k, self.size), show_progress=False, sorted=True)
+            words = [terms(query, single=False) for query in queries]
+            found = self.index.retrieve(words, k=min(k, len(self.texts)), show_progress=False, sorted=True)
             width = found.scores.shape[1]
             matching = found.scores > 0
             scores[:, :width] = np.where(matching, found.scores, -np.inf)
             rows[:, :width] = np.where(matching, found.documents, -1)
         return scores, rows
 
+    def rows_with(self, phrases: list[list[str]]) -> np.ndarray:
+        """Whether each document holds every phrase, word by word, (N,)."""
+        rows = np.ones(len(self.texts), bool)
+        for word in {word for phrase in phrases for word in phrase if terms(word)}:
+            rows &= self.scores(word) > 0
+        for row in np.flatnonzero(rows).tolist() if phrases else ():
+            words = exact_words(self.texts[row])
+            rows[row] = all(contains(words, phrase) for phrase in phrases)
+        return rows
 
-def fuse(
-    dense: tuple[np.ndarray, np.ndarray], lexical: tuple[np.ndarray, np.ndarray], k: int, dense_weight: float = 0.5
-) -> tuple[np.ndarray, np.ndarray]:
-    """Weighted sum of the scores of two retrievers, each stretched to [0, 1] over its answers to the query.
 
-    A document that only one of them has found counts 0 for the other (Bruch et al., "An analysis of fusion functions
-    for hybrid retrieval", 2022).
+def stretch(scores: np.ndarray, floor: float) -> np.ndarray:
+    """Scores of one query from [floor, highest] to [0, 1]."""
+    top = scores.max(initial=floor)
+    return (scores - floor) / (top - floor) if top > floor else np.zeros_like(scores)
+
+
+def combine(dense: np.ndarray, lexical: np.ndarray, dense_weight: float, unit: bool) -> np.ndarray:
+    """Weighted sum of the scores of the same documents by two retrievers, each stretched to [0, 1].
+
+    The lowest value is that which a score can have (Bruch et al., "An Analysis of Fusion Functions for Hybrid
+    Retrieval", 2023): 0 for BM25, -1 for inner products of vectors of length 1. Other inner products have none, and the
+    lowest one of these documents takes its place.
+
+    Args:
+        dense, lexical: Shape (N,).
+        dense_weight: In [0, 1].
+        unit: Whether vectors had length 1.
+    """
+    check_weight(dense_weight)
+    floor = -1.0 if unit or not len(dense) else float(dense.min())
+    return dense_weight * stretch(dense, floor) + (1 - dense_weight) * stretch(lexical, 0.0)
+
+
+def fuse(dense: Answers, lexical: Answers, k: int, dense_weight: float = 0.5, unit: bool = False) -> Answers:
+    """:func:`combine` for the best documents of two retrievers.
+
+    A document that BM25 has not found counts 0 for it; one that dense retrieval has not found counts as much as the
+    worst that it has.
 
     Args:
         dense, lexical: (scores, rows), each (Q, any), -inf and -1 for none.
-        dense_weight: In [0, 1].
 
     Returns:
         (scores, rows), each (Q, k), best first, -inf and -1 for none.
     """
-    check_weight(dense_weight)
     scores, rows = np.full((len(dense[0]), k), -np.inf, np.float32), np.full((len(dense[0]), k), -1)
     for q in range(len(rows)):
-        total = {}
-        for (all_scores, all_rows), weight in ((dense, dense_weight), (lexical, 1 - dense_weight)):
-            found = all_rows[q] >= 0
-            for row, score in zip(all_rows[q][found].tolist(), stretch(all_scores[q][found]).tolist(), strict=True):
-                total[row] = total.get(row, 0.0) + weight * score
-        best = sorted(total, key=lambda row: (-total[row], row))[:k]
-        rows[q, : len(best)] = best
-        scores[q, : len(best)] = [total[row] for row in best]
+        by_row = [
+            {row: score for score, row in zip(found[0][q].tolist(), found[1][q].tolist(), strict=True) if row >= 0}
+            for found in (dense, lexical)
+        ]
+        worst = min(by_row[0].values(), default=0.0)
+        candidates = np.array(sorted(by_row[0].keys() | by_row[1].keys()), dtype=int)
+        columns = (
+            np.array([found.get(row, missing) for row in candidates.tolist()], dtype=np.float32)
+            for found, missing in zip(by_row, (worst, 0.0), strict=True)
+        )
+        total = combine(*columns, dense_weight, unit)
+        order = np.argsort(-total, kind="stable")[:k]
+        rows[q, : len(order)], scores[q, : len(order)] = candidates[order], total[order]
     return scores, rows
 
 
@@ -75,11 +120,3 @@ def check_weight(dense_weight: float) -> None:
     """Raise ``ValueError`` if it is no part of the whole."""
     if not 0 <= dense_weight <= 1:
         raise ValueError(f"--dense_weight must be in [0, 1], got {dense_weight}")
-
-
-def stretch(scores: np.ndarray) -> np.ndarray:
-    """Scores of one query from [min, max] to [0, 1]; all 1 when they are equal."""
-    if not len(scores):
-        return scores
-    low, high = scores.min(), scores.max()
-    return (scores - low) / (high - low) if high > low else np.ones_like(scores)

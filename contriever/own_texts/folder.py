@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..text.files import parse_object, text_field
+from ..text.words import find_terms, terms
 
 SUFFIXES = (".txt", ".md", ".jsonl")
 _PARAGRAPH = re.compile(r"(?:[^\n]*\S[^\n]*(?:\n|$))+")  # lines up to a blank one
@@ -139,17 +140,31 @@ def snippet(text: str, query: str, width: int = 300) -> str:
     text = " ".join(text.split())
     if len(text) <= width:
         return text
-    wanted = {word.lower() for word in re.findall(r"\w{3,}", query)}
-    places = [match.start() for match in re.finditer(r"\w+", text) if match[0].lower() in wanted]
-    best = max(places, key=lambda start: sum(start <= place < start + width for place in places), default=0)
-    start = (
-        0
-        if best < width // 3
-        else text.index(" ", best - width // 3) + 1
-        if " " in text[best - width // 3 : best]
-        else best
-    )
+    places = [start for start, _ in marked(text, query)]
+    best, first = (0, 0), 0
+    for last, place in enumerate(places):  # both ends only go on: long texts take no longer than their length
+        while place - places[first] >= width:
+            first += 1
+        best = max(best, (last - first + 1, -places[first]))
+    start = -best[1]
+    if start < width // 3:
+        start = 0
+    elif (blank := text.find(" ", start - width // 3, start)) >= 0:
+        start = blank + 1
     part = text[start : start + width]
     if start + width < len(text):
         part = part.rsplit(" ", 1)[0] + " …"
     return f"… {part}" if start else part
+
+
+def marked(text: str, query: str) -> list[tuple[int, int]]:
+    """(start, end) of the words of the query in a text, whatever their case, accents and endings; none overlaps."""
+    wanted, spans = set(terms(query, single=False)), []
+    for start, end, term in find_terms(text):
+        if term not in wanted:
+            continue
+        if spans and start < spans[-1][1]:  # pairs of characters overlap
+            spans[-1] = (spans[-1][0], max(end, spans[-1][1]))
+        else:
+            spans.append((start, end))
+    return spans

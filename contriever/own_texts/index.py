@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..index.bm25 import BM25, fuse
-from ..index.dense import merge
+from ..index.bm25 import BM25, combine
+from ..text.words import phrases
 from .folder import Piece, read_pieces, text_files
 
 FORMAT = 1
@@ -256,9 +256,10 @@ class SearchIndex:
             version = self._version()
             if version != self._loaded_version:
                 self._loaded, self._loaded_version = _Loaded(list(self.rows())), version
-        scores, rows = self._loaded.search(query, k, self.encode, retriever, dense_weight)
-        found = zip(scores[0].tolist(), rows[0].tolist(), strict=True)
-        return [Hit(score, *self._loaded.passages[row]) for score, row in found if row >= 0]
+        best = self._loaded.search(
+            query, k, self.encode, retriever, dense_weight, self.settings.get("normalized") == "True"
+        )
+        return [Hit(score, *self._loaded.passages[row]) for score, row in best]
 
 
 class _Loaded:
@@ -271,15 +272,23 @@ class _Loaded:
         )
         self.bm25 = None
 
-    def search(self, query: str, k: int, encode: Callable, retriever: str, dense_weight: float):
+    def search(
+        self, query: str, k: int, encode: Callable, retriever: str, dense_weight: float, unit: bool
+    ) -> list[tuple[float, int]]:
+        """(score, row), best first; with words in quotation marks only passages that hold them as they are."""
         if self.vectors is None:
-            return np.empty((1, 0), np.float32), np.empty((1, 0), int)
-        depth = max(k, 100)  # of each retriever in a hybrid
-        if retriever != "dense" and self.bm25 is None:
+            return []
+        quoted = phrases(query)
+        if self.bm25 is None and (quoted or retriever != "dense"):
             self.bm25 = BM25([f"{title} {text}" for _, _, title, text in self.passages])
-        lexical = self.bm25.search([query], depth) if retriever != "dense" else None
+        wanted = self.bm25.rows_with(quoted) if quoted else np.ones(len(self.vectors), bool)
         if retriever == "bm25":
-            return lexical[0][:, :k], lexical[1][:, :k]
-        scores = encode([query], "query").astype(np.float32) @ self.vectors.T
-        dense = merge([(scores, np.arange(len(self.vectors))[None])], depth)
-        return (dense[0][:, :k], dense[1][:, :k]) if retriever == "dense" else fuse(dense, lexical, k, dense_weight)
+            scores = self.bm25.scores(query)
+            wanted &= scores > 0
+        else:
+            scores = encode([query], "query").astype(np.float32)[0] @ self.vectors.T
+            if retriever == "hybrid":
+                scores = combine(scores, self.bm25.scores(query), dense_weight, unit)
+        rows = np.flatnonzero(wanted)
+        order = rows[np.argsort(-scores[rows], kind="stable")[:k]]
+        return [(float(scores[row]), int(row)) for row in order]

@@ -16,7 +16,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
-from .folder import snippet
+from .folder import marked, snippet
 from .index import Hit, SearchIndex
 
 MOST_RESULTS = 100
@@ -85,9 +85,11 @@ def _render_hit(hit: Hit, query: str) -> str:
 
 def mark(text: str, query: str) -> str:
     """``text`` as HTML with the words of the query marked."""
-    wanted = {word.lower() for word in re.findall(r"\w{3,}", query)}
-    parts = re.split(r"(\w+)", text)
-    return "".join(f"<mark>{html.escape(p)}</mark>" if p.lower() in wanted else html.escape(p) for p in parts)
+    parts, done = [], 0
+    for start, end in marked(text, query):
+        parts += [html.escape(text[done:start]), f"<mark>{html.escape(text[start:end])}</mark>"]
+        done = end
+    return "".join([*parts, html.escape(text[done:])])
 
 
 class SearchServer(ThreadingHTTPServer):

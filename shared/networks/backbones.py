@@ -25,6 +25,13 @@ def torchvision_architectures() -> list[str]:
     return models.list_models(module=models)
 
 
+def timm_model(arch: str) -> str | None:
+    """What timm calls a model: this name, or this name and the input size, which published names often lack."""
+    import timm
+
+    return next((name for name in (arch, f"{arch}_224") if timm.is_model(name)), None)
+
+
 def build_library_backbone(
     arch: str, drop_path_rate: float = 0.0, img_size: int = 224, in_chans: int = 3, own_names: Sequence[str] = ()
 ) -> tuple[nn.Module, int]:
@@ -48,11 +55,8 @@ def build_library_backbone(
     """
     if arch in torchvision_architectures():
         return _build_torchvision(arch, drop_path_rate, img_size, in_chans)
-    import timm
-
-    for name in (arch, f"{arch}_224"):
-        if timm.is_model(name):
-            return _build_timm(name, drop_path_rate, img_size, in_chans)
+    if (name := timm_model(arch)) is not None:
+        return _build_timm(name, drop_path_rate, img_size, in_chans)
     names = [*own_names, *sorted(library_architectures() - set(own_names))]
     close = difflib.get_close_matches(arch, names, n=5) or [name for name in names if arch in name][:5]
     raise ValueError(

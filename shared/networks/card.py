@@ -1,6 +1,6 @@
 """What a folder says about its networks: the ``CARD`` and the ``ENTRIES`` of its ``hub.py``.
 
-    CARD = Card("dino", build, RELEASES, address, MEAN, STD, "bicubic", run_on_digits, "main_dino.py", ...)
+    CARD = Card("paper", build, RELEASES, address, MEAN, STD, "bicubic", run_on_digits, "main_paper.py", ...)
     ENTRIES = hub_entries(CARD)
 
 A card is data and two functions; what reads it is in :mod:`shared.networks.pretrained`,

@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from .backbones import build_library_backbone, input_channels, torchvision_architectures
+from .backbones import build_library_backbone, input_channels, timm_model, torchvision_architectures
 from .card import Card
 from .weights import load_backbone_weights, safe_load
 
@@ -186,8 +186,8 @@ def export_backbone(
 
 def timm_arguments(name: str, network: nn.Module, options: dict[str, int]) -> dict | None:
     """Arguments of ``timm.create_model`` for the same network; None if timm has none of these names and shapes."""
-    name = name if timm.is_model(name) else f"{name}_224"  # published names of XCiT and ResMLP lack the size
-    if not timm.is_model(name):
+    name = timm_model(name)
+    if name is None:
         return None
     arguments = {"model_name": name, "num_classes": 0, **options}
     return arguments if _shapes(timm.create_model(**arguments)) == _shapes(network) else None

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from resmlp.export import TIMM_MODELS
-from resmlp.pretrained import to_timm
+from resmlp.hub import to_timm
 from resmlp.resmlp_models import ARCHITECTURES
 from tests.benchmarks.beside_timm import compare, table
 

@@ -29,7 +29,7 @@ from shared.pictures.curves import Curve, Panel, save_panels
 from tests.benchmarks import beside_timm
 from tests.benchmarks.beside_timm import WORK, do
 from xcit.cross_covariance_transformer import architecture, build_xcit
-from xcit.pretrained import to_timm
+from xcit.hub import to_timm
 
 MIB = 1 << 20
 

@@ -12,7 +12,6 @@ from contriever import eval_beir
 from contriever.beir.data import read_beir
 from contriever.beir.metrics import evaluate_run
 from contriever.eval_beir import dense_search, evaluate_folder, get_args_parser
-from contriever.index.bm25 import BM25, fuse
 from tests.contriever.tiny import tiny_retriever
 from tests.processes import run_processes
 
@@ -270,52 +269,3 @@ def test_official_commands_parse():
         [*command.split(), "--local_rank", "-1", "--main_port", "-1", "--score_function", "dot"]
     )
     assert args.text_maxlength == 512 and args.per_gpu_batch_size == 128
-
-
-# --- BM25 and hybrid --------------------------------------------------------------------------------------------------
-
-
-def plain_bm25(documents: list[list[str]], query: list[str], k1: float = 1.5, b: float = 0.75) -> list[float]:
-    """Lucene's BM25 from its formula."""
-    mean_length = sum(map(len, documents)) / len(documents)
-    scores = []
-    for words in documents:
-        score = 0.0
-        for word in query:
-            n = sum(word in d for d in documents)
-            idf = math.log(1 + (len(documents) - n + 0.5) / (n + 0.5))
-            tf = words.count(word)
-            score += idf * tf / (tf + k1 * (1 - b + b * len(words) / mean_length))
-        scores.append(score)
-    return scores
-
-
-def test_bm25_against_its_formula():
-    texts = ["wing flow wing", "heat flow body jet", "", "cone jet jet speed", "shock"]
-    scores, rows = BM25(texts).search(["wing jet", "flow"], k=5)
-    for q, query in enumerate(["wing jet", "flow"]):
-        expected = plain_bm25([t.split() for t in texts], query.split())
-        found = dict(zip(rows[q].tolist(), scores[q].tolist(), strict=True))
-        found.pop(-1, None)
-        assert found == pytest.approx({row: s for row, s in enumerate(expected) if s > 0}, rel=1e-5)
-        assert (np.diff(scores[q][rows[q] >= 0]) <= 0).all()
-
-
-@pytest.mark.parametrize("texts", [[], ["", ""], ["the", "of"]])
-def test_bm25_over_nothing_finds_nothing(texts):
-    scores, rows = BM25(texts).search(["wing"], k=2)
-    assert rows.tolist() == [[-1, -1]] and np.isneginf(scores).all()
-
-
-def test_bm25_with_a_query_of_unknown_words_finds_nothing():
-    _, rows = BM25(["wing flow", "heat"]).search(["zebra", "wing", ""], k=2)
-    assert rows.tolist() == [[-1, -1], [0, -1], [-1, -1]]
-
-
-def test_fusion_adds_stretched_scores():
-    dense = np.array([[10.0, 6.0, 2.0]], np.float32), np.array([[4, 1, 2]])
-    lexical = np.array([[3.0, 1.0, -np.inf]], np.float32), np.array([[1, 7, -1]])
-    scores, rows = fuse(dense, lexical, k=5, dense_weight=0.6)
-    assert rows.tolist() == [[1, 4, 2, 7, -1]]
-    np.testing.assert_allclose(scores[0, :4], [0.6 * 0.5 + 0.4, 0.6, 0, 0], atol=1e-6)
-    assert np.array_equal(fuse(dense, lexical, 3, 1.0)[1], dense[1])

@@ -118,6 +118,13 @@ def test_snippets_show_where_the_words_are():
     part = snippet(text, "w200 w201 zebra", 100)
     assert "w200 w201" in part and part.startswith("… ") and part.endswith(" …") and len(part) < 110
     assert snippet(text, "zebra", 100).startswith("w0 ")
+    assert "chains" in snippet(f"{text} chains", "chain", 100)
+
+
+def test_words_are_marked_whatever_their_form():
+    assert page_module.mark("The <Cafés>, C++ & 東京都", "the cafe c++ 東京") == (
+        "The &lt;<mark>Cafés</mark>&gt;, <mark>C++</mark> &amp; <mark>東京</mark>都"
+    )
 
 
 # --- The index --------------------------------------------------------------------------------------------------------
@@ -136,6 +143,31 @@ def test_passages_are_found_with_their_places(notes):
     assert index.search("stall wing", 10, "hybrid")[0].path == "sub/b.txt"
     with pytest.raises(ValueError, match="query is empty"):
         index.search("  ", 3)
+
+
+def test_every_literal_match_comes_before_what_only_means_something_like_it(tmp_path):
+    """Among 802 notes that all speak of invoices."""
+    for i in range(1000, 1800):
+        (tmp_path / f"{i}.txt").write_text(f"The invoices of customer {i} from 2022-{i} were paid in room {i % 7}.")
+    (tmp_path / "a.txt").write_text("Invoice 2023-117 is open.")
+    (tmp_path / "b.txt").write_text(f"Minutes of a long meeting. {'We spoke about the café. ' * 3} Also: 2023-117.")
+
+    def encode(texts, kind):  # nearly one direction, as texts of one kind have
+        rng = np.random.default_rng(len(texts))
+        vectors = rng.standard_normal((len(texts), 64)).astype(np.float32) + 1.0
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+    index = SearchIndex(tmp_path, tmp_path / ".index", encode, {"normalized": True})
+    index.update()
+    for retriever in ("hybrid", "bm25"):
+        best = index.search("invoice 2023-117", 802, retriever)
+        assert {hit.path for hit in best[:2]} == {"a.txt", "b.txt"}, retriever
+    assert len(best) == 802  # "invoices" is found too
+    for retriever in ("dense", "hybrid", "bm25"):
+        assert {hit.path for hit in index.search('"2023-117" invoice', 9, retriever)} == {"a.txt", "b.txt"}
+        assert index.search('"117-2023"', 9, retriever) == []
+    assert index.search("cafe", 1, "bm25")[0].path == "b.txt"
+    assert all(" room 3." in hit.text for hit in index.search('"room 3"', 200))
 
 
 def test_only_what_changed_is_embedded_again(notes):

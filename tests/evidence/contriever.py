@@ -180,7 +180,7 @@ class Experiment:
         self.row("BM25", None, "", lambda: (bm25(), 0))
         self.row("packaged encoder as given", None, "", lambda: (given(), 0))
         for weight in (0.3, 0.5, 0.7):
-            fused = functools.partial(lambda weight: (fuse(given(), bm25(), TOP_K + 1, weight), 0), weight)
+            fused = functools.partial(lambda weight: (fuse(given(), bm25(), TOP_K + 1, weight, unit=True), 0), weight)
             self.row(f"hybrid, weight {weight} on the encoder", None, "", fused)
         self.row(
             "as given, the half that judges fine-tuning", None, "", lambda: (dense(self.judge, None), 0), self.judge
@@ -203,7 +203,7 @@ class Experiment:
         continued = folder / "encoder"
 
         def fused() -> tuple:
-            return fuse(dense(self.dataset, continued), lexical(self.dataset), TOP_K + 1, 0.5), 0
+            return fuse(dense(self.dataset, continued), lexical(self.dataset), TOP_K + 1, 0.5, unit=True), 0
 
         further = functools.partial(self.trained, folder, given, CONTINUED, seed)
         self.row("packaged encoder, continued", seed, CONTINUED, further)

@@ -9,7 +9,7 @@ from shared.networks.export import export_backbone
 from shared.networks.weights import safe_load
 from swav.export import main
 from swav.hub import CARD, build_network, load_backbone
-from tests.swav.official_layouts import make_network, training_checkpoint, with_random_statistics
+from tests.swav.tiny import make_network, training_checkpoint, with_random_statistics
 
 
 @pytest.mark.slow

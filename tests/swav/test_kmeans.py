@@ -36,14 +36,6 @@ def test_clusters_and_centroids_equal_those_of_loops():
     torch.testing.assert_close(centroids.double(), expected_centroids, rtol=1e-5, atol=1e-6)
 
 
-def test_separate_groups_are_found():
-    centres = F.normalize(torch.eye(3, 6) + 0.1, dim=1)
-    embeddings = F.normalize(centres.repeat_interleave(20, dim=0) + 0.05 * unit_rows(60, 6), dim=1)
-    clusters, centroids = spherical_kmeans(embeddings, embeddings[[0, 25, 50]])
-    assert torch.equal(clusters, torch.arange(3).repeat_interleave(20))
-    assert (F.cosine_similarity(centroids, centres) > 0.99).all()
-
-
 def test_rows_are_compared_a_portion_at_a_time(monkeypatch):
     embeddings, centroids = unit_rows(50), unit_rows(4, seed=1)
     whole = nearest_centroids(embeddings, centroids)

@@ -55,14 +55,6 @@ def test_a_network_that_knows_nothing_has_a_loss_of_ln_k():
     torch.testing.assert_close(loss.item(), math.log(11))
 
 
-def test_low_precision_scores_give_a_float32_loss():
-    scores = make_scores().bfloat16().requires_grad_()
-    codes = codes_of(scores, [0, 1])
-    loss = SwappedPrediction([0, 1])(scores, codes)
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, SwappedPrediction([0, 1])(scores.float(), codes))
-
-
 def test_prototypes_get_unit_rows_and_keep_their_directions():
     prototypes = nn.Linear(4, 6, bias=False)
     before = prototypes.weight.detach().clone()

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from swav import main_deepclusterv2, main_swav, run_with_submitit
-from tests.swav.tiny import SWAV, losses
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "swav/scripts").glob("*_pretrain.sh"))
@@ -36,12 +35,6 @@ def test_every_training_flag_is_accepted_with_its_default(submitted, method, scr
     assert vars(script.parse_args(["--data_path", "images"])).items() <= vars(args).items()
     assert (args.nodes, args.job_name) == (4, method)
     assert not hasattr(args, "method")
-
-
-def test_debug_trains_in_this_process(images, tmp_path):
-    flags = [*SWAV, "--data_path", str(images), "--cluster", "debug", "--dump_path", str(tmp_path / "%j")]
-    run_with_submitit.main(flags)
-    assert len(losses(tmp_path / "debug")) == 3
 
 
 def started(recipe: Path, launcher: str, folder: Path) -> list[str]:

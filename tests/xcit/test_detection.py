@@ -14,10 +14,10 @@ from torchvision.models.detection.rpn import RPNHead
 
 from shared import distributed
 from shared.run.attempt import NotFinite
-from shared.run.run import Run
 from tests.processes import run_processes
-from tests.reliability.runs import assert_same
-from tests.xcit.training_runs import lines, losses, shrink_networks, state_of
+from tests.reliability.runs import assert_same_run
+from tests.shared.supervised.runs import lines, losses, stopped_after
+from tests.xcit.tiny import shrink_networks
 from xcit import dense_training
 from xcit.cross_covariance_transformer import build_xcit
 from xcit.detection import main
@@ -317,10 +317,6 @@ def test_published_detectors_tap_these_blocks():
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 
-class Stop(Exception):
-    pass
-
-
 @pytest.fixture
 def small_heads(monkeypatch):
     """A narrow neck, few proposals: the detector's heads are torchvision's."""
@@ -338,23 +334,10 @@ def test_training_evaluation_and_an_exact_resume(data, tmp_path, monkeypatch, sm
     assert {"box_ap", "mask_ap", "box_ap50"} <= written[-1].keys()
     assert Image.open(tmp_path / "whole/pictures/predictions.png").size[0] > 400
 
-    update, calls = Run.update, []
-
-    def stop(*args):
-        calls.append(args)
-        if len(calls) > 3:
-            raise Stop
-        update(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "update", stop)
-        with pytest.raises(Stop):
-            train(data, tmp_path / "stopped")
+    with stopped_after(3):
+        train(data, tmp_path / "stopped")
     train(data, tmp_path / "stopped")
-    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
-    states = [state_of(tmp_path / name) for name in ("stopped", "whole")]
-    assert_same(*(state["model"] for state in states), "model")
-    assert_same(*(state["optimizer"] for state in states), "optimizer")
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
     capsys.readouterr()
     train(data, tmp_path / "whole", "--eval")

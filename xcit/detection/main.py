@@ -100,7 +100,7 @@ def build_detector(
     Args:
         num_classes: Without the background.
         min_size, max_size: Of the images, see torchvision's detectors.
-        pretrained: Weights of the trunk, see :func:`xcit.pretrained.read_weights`.
+        pretrained: Weights of the trunk, see :func:`xcit.hub.read_weights`.
         rois_per_image: Proposals that train the heads.
     """
     backbone = DetectionBackbone(model, drop_path_rate)

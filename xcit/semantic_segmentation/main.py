@@ -27,8 +27,8 @@ from shared.images.loading import BadImages
 from shared.run.flags import AnyDashParser, parse_with_embedded_defaults
 from shared.run.run import Run
 from xcit import dense_training
-from xcit.augmentations import MEAN, STD
 from xcit.feature_pyramid import build_pyramid, fill_trunk
+from xcit.hub import MEAN, STD
 from xcit.prediction_pictures import COUNT, paint_labels, save_predictions
 from xcit.semantic_segmentation.ade20k import UNLABELLED, ADE20KDataset
 from xcit.shapes import CLASSES, write_ade20k

@@ -5,8 +5,7 @@ import timm
 import torch
 
 import hubconf
-from resmlp import pretrained
-from resmlp.pretrained import RELEASES, fill, from_timm, load_network, read_weights, to_timm
+from resmlp.hub import CARD, fill, from_timm, load_network, read_weights, to_timm
 from resmlp.resmlp_models import ARCHITECTURES, ResMLP
 from shared.networks.weights import DownloadError, WeightMismatch
 from tests.resmlp.test_resmlp_models import randomize
@@ -26,8 +25,8 @@ def releases(tmp_path, monkeypatch):
 def test_every_official_file_is_a_release():
     files = """resmlp_12_no_dist resmlp_12_dist resmlp_12_dino resmlp_24_no_dist resmlp_24_dist resmlp_24_dino
     resmlp_36_no_dist resmlp_36_dist resmlpB_24_no_dist resmlpB_24_dist resmlpB_24_22k"""
-    assert set(RELEASES) == set(files.split())
-    assert pretrained.BASE_URL == "https://dl.fbaipublicfiles.com/deit/"
+    assert set(CARD.releases) == set(files.split())
+    assert CARD.address == "https://dl.fbaipublicfiles.com/deit/"
 
 
 ENTRIES = [

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 import hubconf
+from shared.networks.classifiers import fill_classifier
 from shared.networks.weights import DownloadError, WeightMismatch
-from xcit import pretrained
 from xcit.cross_covariance_transformer import ARCHITECTURES, build_xcit
 from xcit.export import export
-from xcit.pretrained import fill, from_timm, load_network, read_weights, to_timm
+from xcit.hub import CARD, from_timm, load_network, read_weights, to_timm
 
 NAME = "xcit_nano_12_p8"
 
@@ -44,7 +44,7 @@ def test_backbones_of_dino_have_no_classifier(network, tmp_path, capsys):
     images = torch.randn(2, 3, 16, 16)
     torch.testing.assert_close(loaded(images), network(images))
     classifier = build_xcit(NAME, num_classes=5)
-    assert not fill(classifier, read_weights(tmp_path / "checkpoint.pth", "teacher"), "the backbone")
+    assert not fill_classifier(classifier, read_weights(tmp_path / "checkpoint.pth", "teacher"), "the backbone")
     assert "ours stays random" in capsys.readouterr().out
 
 
@@ -58,17 +58,19 @@ def test_timm_names_and_back(network):
 def test_other_networks_and_bad_weights_are_refused(network, tmp_path):
     state = network.state_dict()
     with pytest.raises(WeightMismatch, match=r"does not fill the network.*blocks\.0\.gamma1"):
-        fill(network, {name: value for name, value in state.items() if name != "blocks.0.gamma1"}, "the file")
+        fill_classifier(
+            network, {name: value for name, value in state.items() if name != "blocks.0.gamma1"}, "the file"
+        )
     with pytest.raises(WeightMismatch, match=r"norm\.weight holds values that are not finite"):
-        fill(network, state | {"norm.weight": torch.full((32,), torch.nan)}, "the file")
+        fill_classifier(network, state | {"norm.weight": torch.full((32,), torch.nan)}, "the file")
     with pytest.raises(ValueError, match=r"--pretrained nowhere\.pth is not a file"):
         load_network(NAME, "nowhere.pth")
 
 
 def test_releases_have_the_published_names():
-    assert len(pretrained.RELEASES) == 14 * 3 + 4
-    assert pretrained.RELEASES["xcit_small_12_p16_384_dist"] == "xcit_small_12_p16_384_dist.pth"
-    assert pretrained.RELEASES["xcit_medium_24_p8_dino"] == "xcit_medium_24_cp8_dino.pth"
+    assert len(CARD.releases) == 14 * 3 + 4
+    assert CARD.releases["xcit_small_12_p16_384_dist"].file == "xcit_small_12_p16_384_dist.pth"
+    assert CARD.releases["xcit_medium_24_p8_dino"].file == "xcit_medium_24_cp8_dino.pth"
 
 
 def test_hub_entries_build_offline_and_ask_for_their_files(tmp_path, monkeypatch, network):
