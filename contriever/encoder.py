@@ -16,6 +16,19 @@ import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+
+from shared.run.packages import need_packages
+
+need_packages(
+    "contriever",
+    transformers="'transformers>=5'",
+    tokenizers="tokenizers",
+    bm25s="bm25s",
+    pytrec_eval="pytrec-eval-terrier",
+    regex="regex",
+    Stemmer="PyStemmer",
+)
+
 from transformers import (
     AutoConfig,
     AutoTokenizer,

@@ -122,6 +122,11 @@ class Clusters:
         """Images per cluster, (K,)."""
         return self.assignments.bincount(minlength=self.num_clusters)
 
+    @property
+    def num_filled(self) -> int:
+        """Clusters that have images."""
+        return int((self.sizes() > 0).sum())
+
 
 def check_clustering(num_images: int, algorithm: str, num_clusters: int, backend: str = "auto") -> None:
     """Raise ``ValueError`` if :func:`cluster` cannot do this."""

@@ -13,7 +13,6 @@ the network, and train it for an epoch. Running the same command again resumes t
 import argparse
 import sys
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,22 +29,29 @@ from deepcluster.clustering import Clusters, cluster, pca_whiten
 from deepcluster.networks import ClusterNetwork, new_top_layer
 from deepcluster.report import save_clusters, save_pictures, summary
 from deepcluster.sampling import SAMPLERS, cluster_lists, draw_epoch, pseudo_labels
-from deepcluster.training_setup import CHECKPOINT, Resumable, find_checkpoint, open_training_data
-from deepcluster.trivial_solutions import trivial_clusters, trivial_training
+from deepcluster.training_setup import (
+    CHECKPOINT,
+    NETWORK_FLAGS,
+    ClusteringState,
+    TrainingData,
+    find_checkpoint,
+    from_official,
+    open_training_data,
+    to_official,
+)
+from deepcluster.trivial_solutions import HEALTH_RULES
 from shared import distributed
 from shared.evaluation.features import check_features
 from shared.evaluation.knn_monitor import build_knn_monitor
 from shared.images.sources import ImageSource
 from shared.multicrop import normalize_views
 from shared.networks.batchnorm import synchronize_batchnorm
-from shared.optimisation.optim import clip_grad_norm_per_tensor_, step_unless_not_finite
+from shared.optimisation.optim import clip_grad_norm_per_tensor_
 from shared.optimisation.precision import Precision
-from shared.run import randomness
-from shared.run.checkpoint import Checkpointer, is_at_start
-from shared.run.flags import add_run_flags
-from shared.run.log import RunLog
-from shared.run.not_finite import FiniteGuard
-from shared.run.start import start_run
+from shared.run.flags import add_run_flags, parse_with_embedded_defaults, tell_embedded_defaults
+from shared.run.health import HealthMonitor
+from shared.run.randomness import derive_seed
+from shared.run.run import Run
 
 # What replaces the official defaults when no DIR is given: 8x8 pixel digits, for which AlexNet is too large.
 EMBEDDED_DATA_DEFAULTS = {
@@ -119,13 +125,7 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
         parser: That of :func:`get_args_parser` with further flags, for scripts that have them.
     """
     parser = parser or get_args_parser()
-    args = parser.parse_args(arguments)
-    if args.data_path is None:
-        parser.set_defaults(**EMBEDDED_DATA_DEFAULTS)
-        args = parser.parse_args(arguments)
-    for flag, least in MINIMUM.items():
-        if getattr(args, flag) < least:
-            parser.error(f"--{flag} {getattr(args, flag)} is less than {least}")
+    args = parse_with_embedded_defaults(parser, arguments, EMBEDDED_DATA_DEFAULTS, MINIMUM)
     if args.reassign <= 0:
         parser.error(f"--reassign {args.reassign}: must be more than 0")
     if args.wd > 0:
@@ -135,13 +135,10 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
 
 def train_deepcluster(args: argparse.Namespace) -> None:
     """Train from the newest checkpoint in ``args.output_dir``, or from scratch if there is none."""
-    device, output_dir = start_run(args, "checkpoints")
-    precision = Precision(args.amp, device)
-    data = open_training_data(args, output_dir, device)
-    if args.data_path is None:
-        names = " ".join(f"--{name}" for name in EMBEDDED_DATA_DEFAULTS)
-        distributed.print_once(f"without DIR these flags have defaults for the embedded data: {names}")
-    source, steps_per_epoch = data.source, data.steps_per_epoch
+    run = Run(args, args.amp, CHECKPOINT, subfolder="checkpoints")
+    device = run.device
+    data = open_training_data(args, run.output_dir, device)
+    tell_embedded_defaults(args.data_path, EMBEDDED_DATA_DEFAULTS, "DIR")
 
     # the network without a top layer, and its optimiser
     network = build_network(args.arch, args.sobel, img_size=args.crop_size)
@@ -150,69 +147,47 @@ def train_deepcluster(args: argparse.Namespace) -> None:
     weight_decay = 10**args.wd
     optimizer = build_sgd(network, args.lr, args.momentum, weight_decay)
 
-    # resume
-    checkpoint = find_checkpoint(output_dir, args.resume)
-    resumed_log = checkpoint is not None and "log" in checkpoint
-    log = RunLog(output_dir, args.epochs * steps_per_epoch, args.log_freq, args.tensorboard, resumed=resumed_log)
-    training = Resumable(args, data, network, optimizer, precision, log)
-    first_epoch, first_step, skipped_steps = args.start_epoch, 0, 0
-    if checkpoint is not None:
-        first_epoch, first_step = training.load(checkpoint)
-        skipped_steps = checkpoint.get("skipped_steps", 0)
-    training.guard = guard = FiniteGuard(
-        {"network": network}, output_dir, args.max_skipped_steps, device, in_a_row=skipped_steps
+    # checkpoints under the names of the official ones, monitoring
+    state = ClusteringState(network.dim, data.checksum, device)
+    run.epoch = args.start_epoch  # unless a checkpoint says where to go on
+    run.resume(
+        data,
+        args.epochs * data.steps_per_epoch,
+        NETWORK_FLAGS,
+        checkpoint=find_checkpoint(run.path, args.resume),
+        to_official=to_official,
+        from_official=from_official,
+        scheduled=(),
+        network=network,
+        optimizer=optimizer,
+        clustering=state,
     )
-    knn = build_knn_monitor(args, args.crop_size, MEAN, STD, device, args.num_workers, output_dir)
-    problems: list[str] = []
+    run.health = HealthMonitor(HEALTH_RULES)
+    knn = build_knn_monitor(args, args.crop_size, MEAN, STD, device, args.num_workers, run.output_dir)
+    how = (args.pca_dim, args.clustering, args.nmb_cluster, args.kmeans)
 
-    with Checkpointer(
-        output_dir / CHECKPOINT, training.state, args.saveckp_steps, args.saveckp_minutes, guard.is_good
-    ) as checkpointer:
-
-        def cluster_now(epoch: int) -> Clusters:
-            """Clusters of all images as the network sees them before ``epoch``; the log says what they are like."""
-            stop = partial(checkpointer.stop_if_asked, epoch, 0)
-            features = compute_features(network, data.feature_loader, precision, stop)
-            seed = randomness.derive_seed(args.seed, epoch, CLUSTERING)
-            clusters = cluster_features(
-                features,
-                pca_dim=args.pca_dim,
-                method=args.clustering,
-                nmb_cluster=args.nmb_cluster,
-                seed=seed,
-                backend=args.kmeans,
-                device=device,
-            )
-            line = describe_clusters(clusters, training.clusters, source)
-            log.evaluation(epoch * steps_per_epoch, epoch, **line)
-            return clusters
-
-        if not training.evaluated_before and is_at_start(checkpoint) and knn.is_due(-1):
-            stop = partial(checkpointer.stop_if_asked, 0, 0)
-            log.evaluation(0, 0, knn_top1=knn.run(FeaturesForClustering(network), stop))
-        training.evaluated_before = True
-        for epoch in range(first_epoch, args.epochs):
-            # 1. cluster the features: the clusters are labels that nobody had to give
-            if training.clustered_epoch != epoch:
-                clusters = cluster_now(epoch)
+    with run:
+        if not state.evaluated_before and knn.is_due(-1):
+            run.log_evaluation(knn_top1=knn.run(FeaturesForClustering(network), run.stop_if_asked))
+        state.evaluated_before = True
+        for epoch in run.epochs():
+            if state.epoch != epoch:  # else the run goes on inside of it
+                # 1. cluster the features: the clusters are labels that nobody had to give
+                state.clusters = cluster_images(network, data, run, state.clusters, *how)
                 if args.verbose:
-                    distributed.print_once(f"sizes of the clusters: {sorted(clusters.sizes().tolist(), reverse=True)}")
-                if problem := trivial_clusters(clusters.sizes()):
-                    problems.append(f"epoch {epoch}: {problem}")
-                    log.say(problems[-1])
+                    sizes = state.clusters.sizes().sort(descending=True)
+                    distributed.print_once(f"sizes of the clusters: {sizes.values.tolist()}")
                 # 2. a new top layer: nothing says that cluster 7 of this epoch is cluster 7 of the one before
-                seed = randomness.derive_seed(args.seed, epoch, TOP_LAYER) % 2**63
-                generator = torch.Generator().manual_seed(seed)
-                top_layer = new_top_layer(network.dim, clusters.num_clusters, generator).to(device)
-                training.clusters, training.clustered_epoch, training.top_layer = clusters, epoch, top_layer
-                checkpointer.after_step(epoch, 0)
-            clusters, top_layer = training.clusters, training.top_layer
+                seed = derive_seed(args.seed, epoch, TOP_LAYER)
+                state.top_layer = new_top_layer(network.dim, state.clusters.num_clusters, seed).to(device)
+                state.epoch = epoch
+                run.save_if_due()
+            clusters, top_layer = state.clusters, state.top_layer
+            run.guard.watch(top_layer=top_layer)
             # 3. train: every cluster is drawn equally often, whatever its size
             lists = cluster_lists(clusters.assignments.numpy(), clusters.num_clusters)
-            seed = randomness.derive_seed(args.seed, epoch, DRAWING)
-            drawn = draw_epoch(lists, data.batches.num_draws, seed, args.sampler)
-            data.batches.set_epoch(epoch, drawn, first_step)
-            guard.networks["top_layer"] = top_layer
+            drawn = draw_epoch(lists, data.batches.num_draws, derive_seed(args.seed, epoch, DRAWING), args.sampler)
+            data.batches.set_epoch(epoch, drawn, run.step_in_epoch)
             train_one_epoch(
                 body,
                 distributed.wrap(top_layer, device),
@@ -220,51 +195,45 @@ def train_deepcluster(args: argparse.Namespace) -> None:
                 data.train_loader,
                 # the top layer's own optimiser: no momentum, it has no past
                 (optimizer, build_sgd(top_layer, args.lr, 0, weight_decay)),
-                epoch=epoch,
-                first_step=first_step,
-                steps_per_epoch=steps_per_epoch,
-                seed=args.seed,
+                run,
                 numbered_every=args.checkpoints,
-                precision=precision,
-                log=log,
-                guard=guard,
-                checkpointer=checkpointer,
             )
-            first_step = 0
             if knn.is_due(epoch):
-                stop = partial(checkpointer.stop_if_asked, epoch, steps_per_epoch)
-                top1 = knn.run(FeaturesForClustering(network), stop)
-                log.evaluation((epoch + 1) * steps_per_epoch, epoch + 1, knn_top1=top1)
-            line = log.end_epoch(epoch, bad_images=data.bad_images.count())
-            if problem := trivial_training(line["train_loss"], int((clusters.sizes() > 0).sum())):
-                problems.append(f"epoch {epoch}: {problem}")
-                log.say(problems[-1])
-            checkpointer.after_epoch(epoch)
-
-        clusters = cluster_now(args.epochs)  # what the network makes of the images in the end
-    log.close()
+                run.log_evaluation(knn_top1=knn.run(FeaturesForClustering(network), run.stop_if_asked))
+            averages = run.log_epoch(bad_images=data.bad_images.count())
+            run.check_health({"clusters": clusters.num_filled, **averages})
+            run.end_epoch()
+        # what the network makes of the images in the end
+        clusters = cluster_images(network, data, run, state.clusters, *how)
     if distributed.is_main_process():
-        files = [save_clusters(source, clusters.assignments, output_dir / "clusters.csv")]
+        files = [save_clusters(data.source, clusters.assignments, run.output_dir / "clusters.csv")]
         if args.pictures:
-            files += save_pictures(source, clusters, output_dir)
-        print(summary(output_dir, args.data_path, args.val_path, source, clusters, knn, files, problems[-3:]))
+            files += save_pictures(data.source, clusters, run.output_dir)
+        problems = list(run.health.warnings.values())
+        print(summary(run.output_dir, args.data_path, args.val_path, data.source, clusters, knn, files, problems))
 
 
-def cluster_features(
-    features: Tensor,
-    *,
+def cluster_images(
+    network: ClusterNetwork,
+    data: TrainingData,
+    run: Run,
+    previous: Clusters | None,
     pca_dim: int,
-    method: str,
-    nmb_cluster: int,
-    seed: int,
+    algorithm: str,
+    num_clusters: int,
     backend: str,
-    device: torch.device,
 ) -> Clusters:
-    """Whiten this process's share of the features, (n, D), and cluster those of all processes."""
-    whitened, with_variance = pca_whiten(features, pca_dim, device)
+    """Clusters of all images as the network sees them now; the log says what they are like."""
+    features = compute_features(network, data.feature_loader, run.precision, run.stop_if_asked)
+    whitened, with_variance = pca_whiten(features, pca_dim, run.device)
     if with_variance < pca_dim:
         distributed.print_once(f"the features vary in {with_variance} directions only, fewer than --pca_dim {pca_dim}")
-    return cluster(whitened, method, nmb_cluster, seed, backend)
+    seed = derive_seed(run.args.seed, run.epoch, CLUSTERING)
+    clusters = cluster(whitened, algorithm, num_clusters, seed, backend)
+    line = describe_clusters(clusters, previous, data.source)
+    run.log_evaluation(**line)
+    run.check_health({"images": len(data.source), **line})
+    return clusters
 
 
 def build_sgd(module: nn.Module, lr: float, momentum: float, weight_decay: float) -> torch.optim.SGD:
@@ -325,8 +294,8 @@ def describe_clusters(clusters: Clusters, previous: Clusters | None, source: Ima
     """
     sizes = clusters.sizes()
     line = {
-        "clusters": int((sizes > 0).sum()),
-        "empty_clusters": int((sizes == 0).sum()),
+        "clusters": clusters.num_filled,
+        "empty_clusters": len(sizes) - clusters.num_filled,
         "smallest_cluster": int(sizes[sizes > 0].min()),
         "largest_cluster": int(sizes.max()),
         "clustering_loss": clusters.loss,
@@ -349,18 +318,11 @@ def train_one_epoch(
     labels: Tensor,
     loader: Iterable,
     optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer],
+    run: Run,
     *,
-    epoch: int,
-    first_step: int,
-    steps_per_epoch: int,
-    seed: int,
     numbered_every: int,
-    precision: Precision,
-    log: RunLog,
-    guard: FiniteGuard,
-    checkpointer: Checkpointer,
 ) -> None:
-    """Learn the pseudo-labels of the images that were drawn for this epoch, from its step ``first_step`` on.
+    """Learn the pseudo-labels of the images that were drawn for this epoch (eq. 1).
 
     Args:
         body: The network without its top layer.
@@ -369,52 +331,23 @@ def train_one_epoch(
         optimizers: Of the body and of the top layer.
         numbered_every: Steps between numbered checkpoints; 0: none.
     """
+    parameters = [*body.parameters(), *top_layer.parameters()]
     body.train()
-    start = epoch * steps_per_epoch + first_step
-    for step, (loaded_views, _, indices) in enumerate(log.batches(loader), start=start):
-        randomness.seed_step(seed, step, distributed.get_rank())  # dropout
-        (images,) = normalize_views(loaded_views, precision.device, MEAN, STD)
-        targets = labels[indices].to(precision.device)
-        loss, skipped = training_step(body, top_layer, images, targets, optimizers, precision)
-        guard.count(skipped)
+    for step, (views, _, indices) in run.steps(loader):
+        (images,) = normalize_views(views, run.device, MEAN, STD)
+        targets = labels[indices].to(run.device)
 
-        line = log.step(step, epoch, len(targets), {"loss": loss, "skipped": skipped})
-        if line is not None and guard.too_many():
-            randomness.seed_step(seed, step, distributed.get_rank())
-            with precision.autocast():
-                batch = {"views": loaded_views, "indices": indices, "step": step, "epoch": epoch}
-                guard.stop(batch, [images], {"network": images}, loss)
-        step_in_epoch = step + 1 - epoch * steps_per_epoch
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        with run.precision.autocast():
+            scores = top_layer(body(images))
+        loss = F.cross_entropy(scores.float(), targets)
+        run.backward(loss, *optimizers)
+        run.update(clip_grad_norm_per_tensor_(parameters, max_norm=0), *optimizers)
+
+        run.end_step(len(targets), {"loss": loss})
         if numbered_every and (step + 1) % numbered_every == 0:
-            number = (step + 1) // numbered_every
-            checkpointer.save(epoch, step_in_epoch, keep_as=f"checkpoints/checkpoint_{number}.pth.tar")
-        checkpointer.after_step(epoch, step_in_epoch)
-
-
-def training_step(
-    body: nn.Module,
-    top_layer: nn.Module,
-    images: Tensor,
-    targets: Tensor,
-    optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer],
-    precision: Precision,
-) -> tuple[Tensor, Tensor]:
-    """One step of the body and of the top layer on the cross-entropy of the pseudo-labels (eq. 1).
-
-    Returns:
-        The loss, and 1.0 if the step was left out because a gradient was not finite, else 0.0; both 0-d.
-    """
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
-    with precision.autocast():
-        scores = top_layer(body(images))
-    loss = F.cross_entropy(scores.float(), targets)
-    precision.backward(loss, optimizers[0])
-    precision.scaler.unscale_(optimizers[1])
-    norms = clip_grad_norm_per_tensor_([*body.parameters(), *top_layer.parameters()], 0)
-    skipped, _ = (step_unless_not_finite(optimizer, norms) for optimizer in optimizers)
-    precision.update()
-    return loss.detach(), skipped
+            run.save(keep_as=f"checkpoints/checkpoint_{(step + 1) // numbered_every}.pth.tar")
 
 
 def main() -> None:

@@ -71,9 +71,10 @@ def sobel_filter() -> nn.Sequential:
     return nn.Sequential(grey, edges).requires_grad_(False)
 
 
-def new_top_layer(dim: int, num_clusters: int, generator: torch.Generator | None = None) -> nn.Linear:
-    """A linear layer with weights from N(0, 0.01^2) and biases 0."""
+def new_top_layer(dim: int, num_clusters: int, seed: int | None = None) -> nn.Linear:
+    """A linear layer with weights from N(0, 0.01^2), drawn from ``seed`` if there is one, and biases 0."""
     layer = nn.Linear(dim, num_clusters)
+    generator = None if seed is None else torch.Generator().manual_seed(seed % 2**63)
     with torch.no_grad():
         layer.weight.normal_(0, 0.01, generator=generator)
         layer.bias.zero_()

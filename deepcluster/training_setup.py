@@ -1,4 +1,4 @@
-"""What a training of DeepCluster starts from: its images, and everything that a checkpoint holds."""
+"""What a training of DeepCluster starts from: its images, and the layout of its checkpoints."""
 
 import argparse
 from dataclasses import dataclass
@@ -14,15 +14,12 @@ from shared.images.cache import cache_images
 from shared.images.loading import BadImages, EvalDataset, make_loader, short_side
 from shared.images.sources import ImageSource, open_source
 from shared.multicrop import MultiCropDataset
-from shared.optimisation.precision import Precision
-from shared.run.checkpoint import check_flags, load_latest, restore, resume_position
-from shared.run.log import RunLog
-from shared.run.not_finite import FiniteGuard
+from shared.run.checkpoint import load_latest
 
 from .augmentations import centre_crop, random_crop
-from .backbones import fill_network, official_names
+from .backbones import official_names, plain_names
 from .clustering import Clusters, check_clustering
-from .networks import ClusterNetwork, new_top_layer
+from .networks import new_top_layer
 from .sampling import DrawnBatches
 
 CHECKPOINT = "checkpoint.pth.tar"
@@ -49,6 +46,10 @@ class TrainingData:
     @property
     def steps_per_epoch(self) -> int:
         return len(self.batches)
+
+    @property
+    def batch_size(self) -> int:
+        return self.batches.batch_size
 
 
 def open_training_data(args: argparse.Namespace, output_dir: Path, device: torch.device) -> TrainingData:
@@ -85,97 +86,86 @@ def open_training_data(args: argparse.Namespace, output_dir: Path, device: torch
     return TrainingData(source, checksum, bad_images, batches, train_loader, feature_loader)
 
 
-def find_checkpoint(output_dir: Path, resume: str) -> dict | None:
-    """The newest checkpoint in ``output_dir``, else the one of ``--resume``; None: start from scratch.
+# --- Checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def find_checkpoint(path: Path, resume: str) -> dict:
+    """The newest checkpoint of the run, else the one of ``--resume``, else an empty one: start from scratch.
+
+    Args:
+        path: Of the newest checkpoint of the run.
 
     Raises:
         ValueError: If ``--resume`` is not there.
     """
-    checkpoint = load_latest(output_dir / CHECKPOINT)
+    checkpoint = load_latest(path)
     if checkpoint is None and resume:
         checkpoint = load_latest(resume)
         if checkpoint is None:
             raise ValueError(f"--resume {resume}: there is no such file")
         checkpoint.pop("log", None)  # its lines are in another folder
-    return checkpoint
+    return checkpoint or {}
 
 
-@dataclass
-class Resumable:
-    """The parts of a training that every checkpoint holds.
+class ClusteringState:
+    """The clusters of an epoch and their top layer, which checkpoints hold.
+
+    Args:
+        dim: Of the features.
+        images: Checksum of the training images; clusters of other images are not taken over.
+        device: Of the top layer.
 
     Attributes:
-        network: Without a top layer.
-        optimizer: Of the network.
-        guard: Set once the network is loaded, for it remembers the running statistics.
         evaluated_before: Whether the evaluation before training is done.
-        clusters: Of the epoch ``clustered_epoch``; None before the first clustering.
+        epoch: That of the clusters.
+        clusters: None before the first clustering.
         top_layer: For ``clusters``.
     """
 
-    args: argparse.Namespace
-    data: TrainingData
-    network: ClusterNetwork
-    optimizer: torch.optim.SGD
-    precision: Precision
-    log: RunLog
-    guard: FiniteGuard | None = None
-    evaluated_before: bool = False
+    evaluated_before = False
+    epoch = -1
     clusters: Clusters | None = None
-    clustered_epoch: int = -1
     top_layer: nn.Linear | None = None
 
-    def state(self, epoch: int, step_in_epoch: int) -> dict:
-        """Where to go on and with what; the first keys are those of the official checkpoints."""
-        weights = official_names(self.network.state_dict())
-        if self.top_layer is not None:
-            weights |= {f"top_layer.{name}": value for name, value in self.top_layer.state_dict().items()}
+    def __init__(self, dim: int, images: int, device: torch.device):
+        self.dim, self.images, self.device = dim, images, device
+
+    def state_dict(self) -> dict:
         return {
-            "epoch": epoch,
-            "arch": self.args.arch,
-            "state_dict": weights,
-            "optimizer": self.optimizer.state_dict(),
-            "args": vars(self.args),
-            "fp16_scaler": self.precision.scaler.state_dict(),
-            "step_in_epoch": step_in_epoch,
-            "skipped_steps": int(self.guard.in_a_row),
-            "batch_size": self.args.batch,
-            "world_size": distributed.get_world_size(),
-            "images": self.data.checksum,
             "evaluated_before": self.evaluated_before,
-            "clustered_epoch": self.clustered_epoch,
+            "clustered_epoch": self.epoch,
             "clusters": self.clusters and vars(self.clusters),
-            "log": self.log.state_dict(),
+            "top_layer": {} if self.top_layer is None else self.top_layer.state_dict(),
         }
 
-    def load(self, checkpoint: dict) -> tuple[int, int]:
-        """Take everything from a checkpoint, ours or an official one; returns the epoch and the step in it to go on at.
-
-        Raises:
-            ValueError: If it was written with another network.
-        """
-        if "args" in checkpoint:  # the official checkpoints have none
-            check_flags(checkpoint, self.args, NETWORK_FLAGS)
-        saved_top_layer = fill_network(self.network, checkpoint, self.args.arch, "the checkpoint")
-        restore_momentum(checkpoint, self.optimizer)
-        position = resume_position(checkpoint, self.args.batch, self.data.checksum, self.args.on_changed_run)
-        if checkpoint.get("fp16_scaler"):
-            self.precision.scaler.load_state_dict(checkpoint["fp16_scaler"])
-        if "log" in checkpoint:
-            self.log.load_state_dict(checkpoint["log"])
-        self.evaluated_before = checkpoint.get("evaluated_before", False)
-        if checkpoint.get("images") == self.data.checksum and checkpoint["clusters"]:  # else those of other images
-            self.clusters = Clusters(**checkpoint["clusters"])
-            self.clustered_epoch = checkpoint["clustered_epoch"]
-            self.top_layer = new_top_layer(self.network.dim, self.clusters.num_clusters).to(self.precision.device)
-            self.top_layer.load_state_dict(saved_top_layer)
-        distributed.print_once("resuming at epoch {}, step {}".format(*position))
-        return position
+    def load_state_dict(self, state: dict) -> None:
+        self.evaluated_before = state["evaluated_before"]
+        if state["images"] == self.images and state["clusters"]:
+            self.epoch, self.clusters = state["clustered_epoch"], Clusters(**state["clusters"])
+            self.top_layer = new_top_layer(self.dim, self.clusters.num_clusters).to(self.device)
+            self.top_layer.load_state_dict(state["top_layer"])
 
 
-def restore_momentum(checkpoint: dict, optimizer: torch.optim.SGD) -> None:
-    """Take the momentum from a checkpoint; learning rate and weight decay stay as the flags say."""
-    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    restore(checkpoint, optimizer=optimizer)
-    for group, values in zip(optimizer.param_groups, settings, strict=True):
-        group.update(values)
+def to_official(state: dict) -> dict:
+    """The state of a run under the names of the official checkpoints."""
+    clustering = state.pop("clustering")
+    top_layer = {f"top_layer.{name}": value for name, value in clustering.pop("top_layer").items()}
+    weights = official_names(state.pop("network")) | top_layer
+    return state | clustering | {"arch": state["args"]["arch"], "state_dict": weights}
+
+
+def from_official(checkpoint: dict) -> dict:
+    """The way back; official files have neither flags nor clusters.
+
+    Raises:
+        ValueError: If the file is of something else.
+    """
+    if not {"arch", "state_dict"} <= checkpoint.keys():
+        raise ValueError("no checkpoint of DeepCluster: it has no 'arch' or no 'state_dict'")
+    weights = plain_names(checkpoint["state_dict"])
+    top_layer = {name: weights.pop(name) for name in list(weights) if name.startswith("top_layer.")}
+    clustering = {"evaluated_before": True, "clustered_epoch": -1, "clusters": None, "images": None}
+    clustering = {name: checkpoint.get(name, without) for name, without in clustering.items()}
+    clustering["top_layer"] = {name.removeprefix("top_layer."): value for name, value in top_layer.items()}
+    flags = {"arch": checkpoint["arch"], "sobel": "sobel.0.weight" in weights}
+    return {"args": flags} | checkpoint | {"network": weights, "clustering": clustering}

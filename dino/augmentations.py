@@ -7,8 +7,7 @@ from torch import Tensor
 
 from shared.images.views import ViewRecipe
 
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
+from .hub import MEAN, STD
 
 FLIP_AND_COLOR = {"flip_p": 0.5, "jitter": (0.4, 0.4, 0.2, 0.1), "jitter_p": 0.8, "grey_p": 0.2}
 SOLARIZE_THRESHOLD = 128

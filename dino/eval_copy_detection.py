@@ -22,8 +22,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dino.augmentations import to_input
-from dino.flags import add_process_flags, bool_flag, evaluation_parser
-from dino.pretrained import load_pretrained
+from dino.flags import add_process_flags, evaluation_parser, load_chosen
 from dino.vision_transformer import VisionTransformer
 from shared import distributed
 from shared.evaluation.features import extract_features
@@ -32,6 +31,7 @@ from shared.evaluation.ranking import average_precision
 from shared.images.loading import EvalDataset
 from shared.images.sources import ImageSource, open_source
 from shared.networks.backbones import input_channels
+from shared.run.flags import bool_flag
 
 EDITS = (
     "strong",
@@ -64,9 +64,7 @@ def eval_copy_detection(args: argparse.Namespace) -> dict[str, float]:
     if missing:
         distributed.print_once(f"not in {root}: {', '.join(missing)}")
     groups = {name: open_flat(root / name, "--data_path") for name in ("original", *EDITS) if name not in missing}
-    backbone, _ = load_pretrained(
-        args.arch, args.patch_size, args.pretrained_weights, args.checkpoint_key, args.allow_partial
-    )
+    backbone, _ = load_chosen(args)
     if not isinstance(backbone, VisionTransformer):
         raise ValueError(f"--arch {args.arch}: copy detection needs a ViT")
     model = CopyDescriptor(backbone).to(device)

@@ -23,15 +23,16 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dino.augmentations import to_input
-from dino.flags import add_process_flags, bool_flag, evaluation_parser
+from dino.flags import add_process_flags, evaluation_parser, load_chosen
 from dino.ground_truth import GroundTruth, read_ground_truth
-from dino.pretrained import VITS16_LANDMARKS, fetch, load_pretrained
+from dino.hub import VITS16_LANDMARKS, fetch
 from shared import distributed
 from shared.evaluation.features import extract_features
 from shared.evaluation.ranking import average_precision
 from shared.images.loading import EvalDataset
 from shared.images.sources import FileSource
 from shared.networks.backbones import input_channels
+from shared.run.flags import bool_flag
 
 PRECISION_AT = (1, 5, 10)
 
@@ -56,7 +57,7 @@ def eval_image_retrieval(args: argparse.Namespace) -> dict[str, "RetrievalResult
     weights = args.pretrained_weights
     if not weights and (args.arch, args.patch_size) == ("vit_small", 16):
         weights = fetch(VITS16_LANDMARKS)
-    model, _ = load_pretrained(args.arch, args.patch_size, weights, args.checkpoint_key, args.allow_partial)
+    model, _ = load_chosen(args, weights)
     in_chans = input_channels(model)
     if args.multiscale:
         model = MultiScale(model)

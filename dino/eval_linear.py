@@ -11,38 +11,32 @@ the mean patch token. The result is the accuracy after the last epoch. Running t
 import argparse
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dino.augmentations import MEAN, STD
-from dino.eval_knn import eval_transform
-from dino.flags import add_data_flags, add_process_flags, bool_flag, evaluation_parser, set_embedded_data_defaults
-from dino.pretrained import fetch, find_release, load_pretrained
+from dino.flags import EMBEDDED_DATA_DEFAULTS, add_data_flags, add_process_flags, evaluation_parser, load_chosen
+from dino.hub import CARD, fetch_linear_weights
 from dino.vision_transformer import VisionTransformer
 from shared import distributed
+from shared.evaluation import frozen
 from shared.evaluation.linear import LinearClassifier, train_one_epoch, validate
-from shared.images.labelled import open_labelled
-from shared.images.loading import BadImages, EpochBatchSampler, EvalDataset, make_loader
+from shared.images.loading import BadImages, EvalDataset
 from shared.images.views import ViewRecipe
-from shared.multicrop import MultiCropDataset, normalize_views
 from shared.networks.weights import safe_load, weights_checksum
 from shared.run import randomness
 from shared.run.checkpoint import load_latest, save, without_prefix
+from shared.run.flags import bool_flag, parse_with_embedded_defaults
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = evaluation_parser(__doc__)
     add = parser.add_argument_group("features").add_argument
-    add(
-        "--n_last_blocks", type=int, default=4, help="ViT: class tokens of the last n blocks (4 for ViT-S, 1 for ViT-B)"
-    )
+    add("--n_last_blocks", type=int, default=4, help="ViT: class tokens of the last n blocks; 4 for ViT-S, 1 for ViT-B")
     add("--avgpool_patchtokens", type=bool_flag, default=False, help="ViT: also the mean patch token (true for ViT-B)")
 
     add = add_data_flags(parser)
@@ -51,12 +45,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--crop_scale", type=float, nargs=2, default=(0.08, 1.0), help="area range of the train crops")
     add("--batch_size_per_gpu", type=int, default=128, help="images per process")
     add("--on_bad_image", default="replace", choices=("replace", "error"), help="what an unreadable train image does")
-    add(
-        "--max_bad_fraction",
-        type=float,
-        default=0.01,
-        help="stop when more train images than this share are unreadable",
-    )
+    add("--max_bad_fraction", type=float, default=0.01, help="stop when more train images than this are unreadable")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=int, default=100, help="passes over the train images")
@@ -73,40 +62,27 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = get_args_parser()
-    args = parser.parse_args(arguments)
-    if args.data_path is None:
-        set_embedded_data_defaults(parser)
-        parser.set_defaults(num_labels=10, crop_scale=(0.6, 1.0), lr=0.1, output_dir="runs/digits")
-        args = parser.parse_args(arguments)
-    for flag in ("epochs", "val_freq", "batch_size_per_gpu"):
-        if getattr(args, flag) < 1:
-            parser.error(f"--{flag} {getattr(args, flag)} is less than 1")
-    return args
+    digits = {"num_labels": 10, "crop_scale": (0.6, 1.0), "lr": 0.1, "output_dir": "runs/digits"}
+    minimum = {"epochs": 1, "val_freq": 1, "batch_size_per_gpu": 1}
+    return parse_with_embedded_defaults(get_args_parser(), arguments, EMBEDDED_DATA_DEFAULTS | digits, minimum)
 
 
 def eval_linear(args: argparse.Namespace) -> dict[str, float]:
     """Train and validate the classifier; loss and accuracies in percent after the last epoch."""
     device = distributed.init(args.dist_url, args.device)
     randomness.seed_everything(args.seed)
-    rank, world_size = distributed.get_rank(), distributed.get_world_size()
 
     # data
-    train, val = open_labelled(args.data_path, args.val_path, args.allow_absolute_paths)
-    if args.num_labels < len(train.classes):
-        raise ValueError(
-            f"--num_labels {args.num_labels} is less than the {len(train.classes)} classes of {train.name}"
-        )
+    paths = (args.data_path, args.val_path, args.allow_absolute_paths)
+    train, val = frozen.labelled_sources(*paths, num_labels=args.num_labels)
     for source in (train, val):
         distributed.print_once(source.describe())
 
     # frozen backbone and linear classifier
-    backbone, embed_dim = load_pretrained(
-        args.arch, args.patch_size, args.pretrained_weights, args.checkpoint_key, args.allow_partial
-    )
+    backbone, embed_dim = load_chosen(args)
     features = FrozenFeatures(backbone.to(device), args.n_last_blocks, args.avgpool_patchtokens)
     classifier = LinearClassifier(features.dim(embed_dim), args.num_labels).to(device)
-    val_set = EvalDataset(val, eval_transform(args.image_size, backbone))
+    val_set = EvalDataset(val, frozen.eval_transform(CARD, args.image_size, backbone))
 
     def validate_now() -> dict[str, float]:
         return validate(classifier, features, val_set, device, args.batch_size_per_gpu, args.num_workers)
@@ -124,14 +100,9 @@ def eval_linear(args: argparse.Namespace) -> dict[str, float]:
     distributed.barrier()
     bad_images = BadImages(len(train), output_dir / "bad_images.txt", args.on_bad_image, args.max_bad_fraction)
     recipe = ViewRecipe(args.image_size, tuple(args.crop_scale), interpolation="bilinear")
-    sampler = EpochBatchSampler(len(train), args.batch_size_per_gpu, args.seed, rank, world_size, drop_last=False)
-    loader = make_loader(
-        MultiCropDataset(train, [recipe], args.seed, in_chans=val_set.transform.in_chans, bad_images=bad_images),
-        batch_sampler=sampler,
-        num_workers=args.num_workers,
-        device=device,
-    )
-    lr = args.lr * args.batch_size_per_gpu * world_size / 256
+    batches = (args.batch_size_per_gpu, args.seed, val_set.transform.in_chans, bad_images, args.num_workers, device)
+    loader, sampler = frozen.train_crops(train, recipe, *batches)
+    lr = args.lr * args.batch_size_per_gpu * distributed.get_world_size() / 256
     wrapped = distributed.wrap(classifier, device)
     optimizer = torch.optim.SGD(classifier.parameters(), lr, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
@@ -157,7 +128,7 @@ def eval_linear(args: argparse.Namespace) -> dict[str, float]:
     for epoch in range(first_epoch, args.epochs):
         sampler.set_epoch(epoch)
         line = {"epoch": epoch, "train_lr": optimizer.param_groups[0]["lr"]}
-        line["train_loss"] = train_one_epoch(wrapped, features, on_device(loader, device), optimizer)
+        line["train_loss"] = train_one_epoch(wrapped, features, frozen.on_device(CARD, loader, device), optimizer)
         line["bad_images"] = bad_images.count()
         scheduler.step()
         if (epoch + 1) % args.val_freq == 0 or epoch + 1 == args.epochs:
@@ -224,21 +195,10 @@ class FrozenFeatures:
         return torch.cat(tokens, dim=-1)
 
 
-def on_device(loader, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Normalised images and labels, with a progress bar on a terminal."""
-    hidden = not (distributed.is_main_process() and sys.stderr.isatty())
-    for views, labels, _ in tqdm(loader, leave=False, disable=hidden):
-        yield normalize_views(views, device, MEAN, STD)[0], labels.to(device, non_blocking=True)
-
-
 def load_linear_weights(classifier: nn.Module, file: str, arch: str, patch_size: int) -> None:
     """Fill the classifier from a file of ours or a released one; without a file from the release of the backbone."""
     if not file:
-        release = find_release(arch, patch_size)
-        if release is None:
-            raise ValueError(f"no linear weights are released for --arch {arch} --patch_size {patch_size}; "
-                             "give a file as --linear_weights")  # fmt: skip
-        file = fetch(release.linear)
+        file = fetch_linear_weights(arch, patch_size)
     elif not Path(file).is_file():
         raise ValueError(f"--linear_weights {file} is not a file")
     checkpoint = safe_load(file)

@@ -24,8 +24,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dino.augmentations import MEAN
-from dino.flags import add_process_flags, evaluation_parser
-from dino.pretrained import load_pretrained
+from dino.flags import add_process_flags, evaluation_parser, load_chosen
 from dino.vision_transformer import VisionTransformer
 from shared import distributed
 from shared.images.decode import read_image
@@ -56,9 +55,7 @@ def eval_video_segmentation(args: argparse.Namespace) -> Path:
     device = distributed.init(device=args.device)
     root, output_dir = Path(args.data_path), Path(args.output_dir)
     videos = [Video(root, name) for name in read_video_names(root)]
-    backbone, _ = load_pretrained(
-        args.arch, args.patch_size, args.pretrained_weights, args.checkpoint_key, args.allow_partial
-    )
+    backbone, _ = load_chosen(args)
     if not isinstance(backbone, VisionTransformer):
         raise ValueError(f"--arch {args.arch}: video segmentation needs a ViT")
     backbone.to(device)

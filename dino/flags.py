@@ -2,13 +2,17 @@
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
+
+from torch import nn
 
 from shared.images.loading import default_num_workers
-from shared.run.flags import bool_flag
+from shared.run.flags import Parser
 
-from .pretrained import RUN_ON_DIGITS
+from .hub import RUN_ON_DIGITS, load_pretrained
 
-__all__ = ["add_process_flags", "bool_flag", "evaluation_parser", "set_embedded_data_defaults"]
+# for the embedded 8x8 pixel digits and the network that main_dino.py trains on them
+EMBEDDED_DATA_DEFAULTS = {"patch_size": 4, "image_size": 12, "pretrained_weights": RUN_ON_DIGITS}
 
 
 def evaluation_parser(docstring: str, arch: str = "vit_small", patch_size: int = 16) -> argparse.ArgumentParser:
@@ -19,9 +23,7 @@ def evaluation_parser(docstring: str, arch: str = "vit_small", patch_size: int =
         arch: Default architecture.
         patch_size: Default patch size in pixels.
     """
-    parser = argparse.ArgumentParser(
-        description=docstring.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(docstring)
     add = parser.add_argument_group("backbone").add_argument
     add("--arch", default=arch, help="vit_tiny, vit_small, vit_base, or any torchvision or timm model name")
     add("--patch_size", type=int, default=patch_size, help="side of the ViT's patches in pixels")
@@ -38,8 +40,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> Callable[..., argparse.Ac
         ``add_argument`` of their group.
     """
     add = parser.add_argument_group("data").add_argument
-    add("--data_path", default=None, help="folder with train/ and val/, a folder with one folder per class, a .txt "
-        "list or a torchvision data set name; without it the embedded digits")  # fmt: skip
+    add("--data_path", default=None, help="folder of train/ and val/ or of classes, .txt list or torchvision data set")
     add("--val_path", default=None, help="images to classify; by default those that belong to --data_path")
     add("--allow_absolute_paths", action="store_true", help="in .txt lists")
     return add
@@ -55,6 +56,7 @@ def add_process_flags(parser: argparse.ArgumentParser, launcher: bool = True) ->
         add("--local_rank", "--local-rank", type=int, default=0, help="ignored: read from the environment")
 
 
-def set_embedded_data_defaults(parser: argparse.ArgumentParser) -> None:
-    """Defaults for the embedded 8x8 pixel digits and for the network that ``main_dino.py`` trains on them."""
-    parser.set_defaults(patch_size=4, image_size=12, pretrained_weights=RUN_ON_DIGITS)
+def load_chosen(args: argparse.Namespace, weights: str | Path | None = None) -> tuple[nn.Module, int]:
+    """The frozen backbone that the flags of :func:`evaluation_parser` name and its D; with other weights if given."""
+    weights = args.pretrained_weights if weights is None else weights
+    return load_pretrained(args.arch, args.patch_size, weights, args.checkpoint_key, args.allow_partial)

@@ -25,11 +25,9 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dino.augmentations import MEAN, STD, dino_views
-from dino.collapse import CollapseMonitor
+from dino.hub import NETWORK_FLAGS, VIT_NAMES, build_backbone, to_official
 from dino.losses import DINOLoss
-from dino.networks import VIT_NAMES, build_backbone
-from dino.report import save_pictures, summary
-from dino.resuming import NETWORK_FLAGS, to_official
+from dino.report import health_rules, report
 from dino.vision_transformer import DINOHead
 from shared import distributed
 from shared.evaluation.knn_monitor import build_knn_monitor
@@ -43,8 +41,15 @@ from shared.optimisation.optim import (
     param_groups_no_decay_on_bias_and_norm,
 )
 from shared.optimisation.schedules import cosine_schedule
-from shared.run.flags import add_data_flags, add_run_flags, bool_flag
-from shared.run.health import feature_spread, rank_me
+from shared.run.flags import (
+    Parser,
+    add_data_flags,
+    add_run_flags,
+    bool_flag,
+    parse_with_embedded_defaults,
+    tell_embedded_defaults,
+)
+from shared.run.health import HealthMonitor, feature_spread, rank_me
 from shared.run.run import Run
 
 # What replaces the official defaults when no --data_path is given: 8x8 pixel digits need no ViT at 224 pixels. A run of
@@ -76,25 +81,12 @@ MINIMUM = {"epochs": 1, "batch_size_per_gpu": 1, "out_dim": 2, "log_freq": 1, "p
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "DINO", description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = add_data_flags(parser)
-    add(
-        "--num_workers",
-        type=int,
-        default=None,
-        help="loader processes per rank; None: cores per rank less one, at most 10",
-    )
+    add("--num_workers", type=int, default=None, help="loader processes per rank; None: cores less one, at most 10")
 
     add = parser.add_argument_group("views").add_argument
-    add(
-        "--global_crops_scale",
-        type=float,
-        nargs=2,
-        default=(0.4, 1.0),
-        help="area range of the two global crops",
-    )
+    add("--global_crops_scale", type=float, nargs=2, default=(0.4, 1.0), help="area range of the two global crops")
     add("--local_crops_number", type=int, default=8, help="number of local crops")
     add("--local_crops_scale", type=float, nargs=2, default=(0.05, 0.4), help="area range of the local crops")
     add("--global_crop_size", type=int, default=224, help="side of the global views in pixels")
@@ -103,30 +95,16 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--augmentation", default="fast", choices=("fast", "pil"), help="pil: the slow exact reference chain")
 
     add = parser.add_argument_group("networks").add_argument
-    add(
-        "--arch",
-        default="vit_small",
-        help="vit_tiny, vit_small, vit_base, or any torchvision or timm model name",
-    )
+    add("--arch", default="vit_small", help="vit_tiny, vit_small, vit_base, or any torchvision or timm model name")
     add("--patch_size", type=int, default=16, help="side of the ViT's patches in pixels")
     add("--drop_path_rate", type=float, default=0.1, help="stochastic depth of the student")
     add("--out_dim", type=int, default=65536, help="outputs of the head")
-    add(
-        "--norm_last_layer",
-        type=bool_flag,
-        default=True,
-        help="freeze the norms of the last layer's rows at 1",
-    )
+    add("--norm_last_layer", type=bool_flag, default=True, help="freeze the norms of the last layer's rows at 1")
     add("--use_bn_in_head", type=bool_flag, default=False, help="batch normalisation in the head")
     add("--compile", action="store_true", help="torch.compile the backbones; stochastic depth then draws otherwise")
 
     add = parser.add_argument_group("teacher").add_argument
-    add(
-        "--momentum_teacher",
-        type=float,
-        default=0.996,
-        help="first EMA momentum of the teacher, cosine to the end",
-    )
+    add("--momentum_teacher", type=float, default=0.996, help="first EMA momentum of the teacher, cosine to the last")
     add("--momentum_teacher_end", type=float, default=1.0, help="last EMA momentum of the teacher")
     add("--warmup_teacher_temp", type=float, default=0.04, help="teacher temperature at epoch 0")
     add("--teacher_temp", type=float, default=0.04, help="teacher temperature after its warm-up")
@@ -149,12 +127,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     add = add_run_flags(parser)
     add("--output_dir", default=".", help="checkpoints, logs and pictures")
-    add(
-        "--saveckp_freq",
-        type=int,
-        default=20,
-        help="keep a numbered checkpoint every so many epochs; 0: none",
-    )
+    add("--saveckp_freq", type=int, default=20, help="keep a numbered checkpoint every so many epochs; 0: none")
     add("--seed", type=int, default=0, help="of the initial weights, the order of the images and the views")
     return parser
 
@@ -167,23 +140,14 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
         parser: That of :func:`get_args_parser` with further flags, for scripts that have them.
     """
     parser = parser or get_args_parser()
-    args = parser.parse_args(arguments)
-    if args.data_path is None:
-        parser.set_defaults(**EMBEDDED_DATA_DEFAULTS)
-        args = parser.parse_args(arguments)
-    for flag, least in MINIMUM.items():
-        if getattr(args, flag) < least:
-            parser.error(f"--{flag} {getattr(args, flag)} is less than {least}")
+    args = parse_with_embedded_defaults(parser, arguments, EMBEDDED_DATA_DEFAULTS, MINIMUM)
     if args.epochs < max(args.warmup_epochs, args.warmup_teacher_temp_epochs):
         parser.error(
             f"--epochs {args.epochs} is less than --warmup_epochs {args.warmup_epochs} or "
             f"--warmup_teacher_temp_epochs {args.warmup_teacher_temp_epochs}"
         )
-    if (
-        args.arch.startswith(ONE_SIZE_ONLY)
-        and args.local_crops_number
-        and args.local_crop_size != args.global_crop_size
-    ):
+    sizes_differ = args.local_crops_number and args.local_crop_size != args.global_crop_size
+    if args.arch.startswith(ONE_SIZE_ONLY) and sizes_differ:
         parser.error(
             f"--arch {args.arch} mixes a fixed number of patches, so all views must have one size: "
             f"--local_crop_size {args.local_crop_size} differs from --global_crop_size {args.global_crop_size}"
@@ -264,23 +228,12 @@ def train_dino(args: argparse.Namespace) -> None:
     schedules = Schedules.from_args(args, data.batch_size, data.steps_per_epoch)
 
     # checkpoints under the names of the official ones, monitoring
-    run.resume(
-        data,
-        len(schedules.lr),
-        NETWORK_FLAGS,
-        to_official=to_official,
-        student=student,
-        teacher=teacher,
-        optimizer=optimizer,
-        dino_loss=criterion,
+    parts = {"student": student, "teacher": teacher, "optimizer": optimizer, "dino_loss": criterion}
+    run.resume(data, len(schedules.lr), NETWORK_FLAGS, to_official=to_official, **parts)
+    run.health = HealthMonitor(health_rules(args, data.steps_per_epoch))
+    knn = build_knn_monitor(
+        args, args.global_crop_size, MEAN, STD, device, data.num_workers, run.output_dir, args.in_chans
     )
-    run.health = CollapseMonitor(
-        args.out_dim,
-        patience_steps=min(len(schedules.lr) // 4, 2 * data.steps_per_epoch + 1000),
-        warmup_steps=round(args.warmup_epochs * data.steps_per_epoch),
-    )
-    image_size = args.global_crop_size
-    knn = build_knn_monitor(args, image_size, MEAN, STD, device, data.num_workers, run.output_dir, args.in_chans)
 
     with run:
         if run.is_new and knn.is_due(-1):
@@ -303,20 +256,12 @@ def train_dino(args: argparse.Namespace) -> None:
             run.log_epoch(bad_images=data.bad_images.count())
             numbered = args.saveckp_freq and epoch % args.saveckp_freq == 0
             run.end_epoch(keep_as=f"checkpoint{epoch:04d}.pth" if numbered else None)
-    pictures = []
-    if args.pictures:
-        pictures = save_pictures(teacher.backbone, data.dataset, knn, image_size, run.output_dir, device)
-    if distributed.is_main_process():
-        problems = list(run.health.warnings.values())
-        flags = (args.arch, args.patch_size, image_size, args.data_path, args.val_path)
-        print(summary(run.output_dir, *flags, knn, pictures, problems))
+    report(args, run, data.dataset, teacher.backbone, knn)
 
 
 def tell_about_flags(args: argparse.Namespace) -> None:
     """Print which flags have other defaults, and which pixels of local crops are in no patch."""
-    if args.data_path is None:
-        names = " ".join(f"--{name}" for name in EMBEDDED_DATA_DEFAULTS)
-        distributed.print_once(f"without --data_path these flags have defaults for the embedded data: {names}")
+    tell_embedded_defaults(args.data_path, EMBEDDED_DATA_DEFAULTS)
     if args.arch in VIT_NAMES and (unseen := args.local_crop_size % args.patch_size):  # global crops: build_backbone
         distributed.print_once(
             f"--patch_size {args.patch_size} does not divide --local_crop_size {args.local_crop_size}; the last "

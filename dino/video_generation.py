@@ -22,8 +22,9 @@ from tqdm import tqdm
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dino.attention import class_attention
 from dino.flags import evaluation_parser
-from dino.visualize_attention import class_attention, load_attentive, prepare_image
+from dino.visualize_attention import load_attentive, prepare_image
 from shared import distributed
 from shared.images.decode import EXTENSIONS, read_image
 from shared.networks.backbones import input_channels
@@ -37,11 +38,7 @@ DEFAULT_FPS = 30.0
 def get_args_parser() -> argparse.ArgumentParser:
     parser = evaluation_parser(__doc__, patch_size=8)
     add = parser.add_argument_group("video").add_argument
-    add(
-        "--input_path",
-        required=True,
-        help="a video, or a folder of frames or (with --video_only) of attention pictures",
-    )
+    add("--input_path", required=True, help="a video, or a folder of frames or (--video_only) of attention pictures")
     add("--output_path", default="./", help="where frames, attention pictures and the video go")
     add("--threshold", type=float, default=None, help="show only the patches that hold this share of the attention")
     add("--resize", type=int, nargs="+", default=None, help="height and width, or the short side, in pixels")

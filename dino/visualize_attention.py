@@ -17,17 +17,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from timm.models.xcit import Xcit
-from torch import Tensor
+from torch import Tensor, nn
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dino.attention import has_class_attention, save_attention
 from dino.augmentations import MEAN, STD, dino_views, to_input
-from dino.flags import evaluation_parser
-from dino.pictures import save_curves, save_views
-from dino.pretrained import RUN_ON_DIGITS, VITS8_300_EPOCHS, fetch, load_pretrained
-from dino.vision_transformer import VisionTransformer
+from dino.flags import evaluation_parser, load_chosen
+from dino.hub import RUN_ON_DIGITS, VITS8_300_EPOCHS, fetch
+from dino.report import CURVES, save_view_sheet
 from shared import distributed
 from shared.evaluation.neighbours import sample_gallery, save_nearest
 from shared.images.decode import read_image
@@ -36,7 +35,7 @@ from shared.images.sources import ArraySource, open_source
 from shared.multicrop import MultiCropDataset, ViewRecipe
 from shared.networks.backbones import input_channels
 from shared.networks.weights import safe_load
-from shared.pictures.attention import save_attention_maps
+from shared.pictures.report import save_curves
 
 DIGIT = 5  # the embedded image whose attention is shown by default
 
@@ -48,8 +47,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--image_size", type=int, nargs="+", default=[480, 480], help="height and width, or the short side, in pixels")
     add("--threshold", type=float, default=None, help="also show the patches that hold this share of the attention")
     add("--output_dir", default=".", help="where the pictures go")
-    add("--data_path", default=None, help="images (a folder, a .txt list or a torchvision data set name); at most "
-        "2,000 of them are searched for the neighbours of ten")  # fmt: skip
+    add("--data_path", default=None, help="images, of which at most 2,000 are searched for the neighbours of ten")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     return parser
 
@@ -76,75 +74,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-# --- Attention --------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def class_attention(model: VisionTransformer | Xcit, images: Tensor) -> Tensor:
-    """Attention of the class token to the patches in the last block (of XCiT: in the last class-attention block).
-
-    Args:
-        model: A ViT of this folder or timm's XCiT.
-        images: Normalised, shape (B, C, H, W); rows and columns beyond a multiple of the patch size are not seen.
-
-    Returns:
-        Shape (B, heads, H / patch, W / patch); the share of the class token itself is missing from the sum of 1.
-
-    Raises:
-        ValueError: If the image is smaller than a patch.
-    """
-    patch_size = model.patch_embed.patch_size
-    rows, columns = images.shape[-2] // patch_size, images.shape[-1] // patch_size
-    if rows == 0 or columns == 0:
-        raise ValueError(f"--image_size: {tuple(images.shape[-2:])} pixels are less than a patch of {patch_size}")
-    images = images[:, :, : rows * patch_size, : columns * patch_size]
-    if isinstance(model, Xcit):
-        attention = last_class_attention(model, images)
-    else:
-        attention = model.get_last_selfattention(images, num_queries=1)[:, :, 0]
-    return attention[:, :, 1:].unflatten(2, (rows, columns))
-
-
-def last_class_attention(model: Xcit, images: Tensor) -> Tensor:
-    """Weights of the class token's attention to all tokens in XCiT's last block: (B, heads, 1 + N)."""
-    layer, tokens = model.cls_attn_blocks[-1].attn, []
-    hook = layer.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0]))
-    try:
-        model.forward_features(images)
-    finally:
-        hook.remove()
-    queries, keys = (x.unflatten(2, (layer.num_heads, -1)) for x in (layer.q(tokens[0][:, :1]), layer.k(tokens[0])))
-    scores = torch.einsum("bqhd,bnhd->bhn", queries, keys) * queries.shape[-1] ** -0.5
-    return scores.softmax(dim=-1)
-
-
-def save_attention(
-    model: VisionTransformer | Xcit,
-    image: Tensor,
-    output_dir: str | Path,
-    threshold: float | None = None,
-    mean: tuple[float, ...] = MEAN,
-    std: tuple[float, ...] = STD,
-) -> list[Path]:
-    """The attention of one image as pictures, see :func:`shared.pictures.attention.save_attention_maps`.
-
-    Args:
-        model: A ViT of this folder or timm's XCiT, in evaluation mode.
-        image: Normalised, shape (C, H, W), on the model's device.
-        output_dir: Created if missing.
-        threshold: Share of the attention that the masks hold, in (0, 1].
-        mean, std: What the image was normalised with.
-
-    Returns:
-        The paths, the sheet first.
-    """
-    attention = class_attention(model, image[None])[0]
-    return save_attention_maps(attention, image, model.patch_embed.patch_size, output_dir, mean, std, threshold)
-
-
-# --- Script -----------------------------------------------------------------------------------------------------------
-
-
 def prepare_image(pixels: np.ndarray, image_size: list[int], in_chans: int = 3) -> Tensor:
     """Resize (bilinear, as Pillow does it) to (height, width) or a short side, and normalise.
 
@@ -163,7 +92,7 @@ def prepare_image(pixels: np.ndarray, image_size: list[int], in_chans: int = 3) 
     return to_input(Image.fromarray(pixels).resize(image_size[::-1], Image.Resampling.BILINEAR), in_chans)
 
 
-def load_attentive(args: argparse.Namespace, device: torch.device) -> VisionTransformer | Xcit:
+def load_attentive(args: argparse.Namespace, device: torch.device) -> nn.Module:
     """The network that the flags name; released ViT-S/8 weights are those of 300 epochs, as in the official scripts.
 
     Raises:
@@ -172,8 +101,8 @@ def load_attentive(args: argparse.Namespace, device: torch.device) -> VisionTran
     weights = args.pretrained_weights
     if weights == "" and (args.arch.replace("deit", "vit"), args.patch_size) == ("vit_small", 8):
         weights = fetch(VITS8_300_EPOCHS)
-    model, _ = load_pretrained(args.arch, args.patch_size, weights, args.checkpoint_key, args.allow_partial)
-    if not isinstance(model, VisionTransformer | Xcit):
+    model, _ = load_chosen(args, weights)
+    if not has_class_attention(model):
         raise ValueError(f"--arch {args.arch}: attention maps need vit_tiny, vit_small, vit_base or an XCiT")
     return model.to(device)
 
@@ -205,8 +134,8 @@ def visualize_attention(args: argparse.Namespace) -> list[Path]:
     sheet, *maps = save_attention(model, image, output_dir, args.threshold)
 
     recipes = training_views(args.pretrained_weights)
-    views, _, _ = MultiCropDataset(ArraySource("image", pixels[None]), recipes, in_chans=in_chans)[(0, 0)]
-    sheets = [sheet, save_views([view for group in views for view in group], output_dir / "views.png")]
+    views = MultiCropDataset(ArraySource("image", pixels[None]), recipes, in_chans=in_chans)
+    sheets = [sheet, save_view_sheet(views, output_dir / "views.png")]
     if args.data_path is not None or args.embedded:
         size = recipes[0].size_px
         transform = EvalTransform(round(size * 256 / 224), size, MEAN, STD, in_chans)
@@ -214,7 +143,7 @@ def visualize_attention(args: argparse.Namespace) -> list[Path]:
         sheets.append(save_nearest(gallery, gallery, output_dir / "neighbours.png"))
     log = Path(args.pretrained_weights).parent / "metrics.jsonl"
     if args.pretrained_weights and log.is_file():
-        sheets.append(save_curves(log, output_dir / "curves.png"))
+        sheets.append(save_curves(log, output_dir / "curves.png", "DINO training", CURVES))
     print(f"{', '.join(map(str, sheets))}, and {len(maps)} pictures of single maps beside them")
     return sheets + maps
 

@@ -2,9 +2,6 @@
 
 from shared.images.views import ViewRecipe
 
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
-
 
 def msn_views(
     rand_size: int = 224,

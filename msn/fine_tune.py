@@ -12,46 +12,45 @@ Running the same command again resumes.
 import argparse
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from timm.data import Mixup
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import nn
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from msn.augmentations import MEAN, STD
 from msn.flags import (
     add_data_flags,
     add_process_flags,
-    add_saving_flags,
     finish,
     labelled_sources,
     load_chosen_encoder,
     network_parser,
 )
-from msn.labelled_training import LabelledTraining, mean_loss
+from msn.hub import MEAN, STD
+from msn.labelled_training import Validation, from_official, to_official, training_batches
 from msn.vision_transformer import DropPath, VisionTransformer
 from shared import distributed
-from shared.images.loading import BadImages, EpochBatchSampler, EvalDataset, EvalTransform, make_loader
+from shared.images.loading import BadImages, EvalDataset, EvalTransform
 from shared.networks.backbones import input_channels
 from shared.networks.weights import weights_checksum
-from shared.optimisation.precision import Precision
+from shared.optimisation.optim import clip_grad_norm_per_tensor_
 from shared.optimisation.schedules import cosine_schedule
-from shared.run import randomness
-from shared.run.flags import bool_flag
+from shared.run.flags import add_run_flags, bool_flag
+from shared.run.run import Run
 from shared.supervised.data import LabelledViews
 from shared.supervised.transforms import TrainTransform
 
 # A run that is resumed must have these as they were.
-RUN_FLAGS = ("model_name", "num_classes", "image_size", "crop_scale", "flip", "rand_augment", "erase", "mixup",
-             "cutmix", "smoothing", "drop_path", "epochs", "warmup_epochs", "lr", "layer_decay", "weight_decay",
-             "seed")  # fmt: skip
+RUN_FLAGS = tuple(
+    """model_name num_classes image_size crop_scale flip rand_augment erase mixup cutmix smoothing drop_path epochs
+    warmup_epochs lr layer_decay weight_decay seed""".split()
+)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -59,8 +58,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = add_data_flags(parser)
     add("--num_classes", type=int, default=1000, help="outputs of the classifier")
     add("--on_bad_image", default="replace", choices=("replace", "error"), help="what an unreadable train image does")
-    add("--max_bad_fraction", type=float, default=0.01,
-        help="stop when more train images than this share are unreadable")  # fmt: skip
+    add("--max_bad_fraction", type=float, default=0.01, help="stop when more train images than this are unreadable")
 
     add = parser.add_argument_group("augmentation").add_argument
     add("--crop_scale", type=float, nargs=2, default=(0.08, 1.0), help="area range of the train crops")
@@ -76,14 +74,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--epochs", type=int, default=100)
     add("--warmup_epochs", type=float, default=5, help="epochs of linear learning-rate warm-up from 0")
     add("--batch_size", type=int, default=128, help="images per process")
-    add("--lr", type=float, default=0.002, help="peak learning rate of the classifier for 1,024 images per step; "
-        "scaled linearly")  # fmt: skip
+    add("--lr", type=float, default=0.002, help="peak learning rate of the classifier per 1,024 images of a step")
     add("--layer_decay", type=float, default=0.65, help="learning rate of a block over that of the next one")
     add("--weight_decay", type=float, default=0.05, help="of matrices")
     add("--amp", default="auto", choices=("auto", "bf16", "fp16", "fp32"), help="auto: bf16 where it is fast")
     add("--seed", type=int, default=0, help="of all draws")
     add("--output_dir", default=".", help="for fine-tune.pth.tar and fine-tune.txt")
-    add_saving_flags(add)
+    add_run_flags(parser, knn=False, pictures=False)
     add_process_flags(parser)
     return parser
 
@@ -133,19 +130,9 @@ def param_groups(encoder: VisionTransformer, weight_decay: float, layer_decay: f
 
 def fine_tune(args: argparse.Namespace) -> dict[str, float]:
     """Fine-tune and validate; loss and accuracies in percent after the last epoch."""
-    device = distributed.init(args.dist_url, args.device)
-    randomness.seed_everything(args.seed)
-    precision = Precision(args.amp, device)
-    rank, world_size = distributed.get_rank(), distributed.get_world_size()
-    output_dir = Path(args.output_dir)
-    if distributed.is_main_process():
-        output_dir.mkdir(parents=True, exist_ok=True)
-    distributed.barrier()
-
-    # data
+    run = Run(args, args.amp, "fine-tune.pth.tar", owns_folder=False)
+    device = run.device
     train, val = labelled_sources(args, args.num_classes)
-    for source in (train, val):
-        distributed.print_once(source.describe())
 
     # network: the encoder, and a new linear layer on its class token
     network = load_chosen_encoder(args)
@@ -157,11 +144,8 @@ def fine_tune(args: argparse.Namespace) -> dict[str, float]:
     set_drop_path(network, args.drop_path)
     network.to(device)
 
-    # loaders, optimiser, schedule
-    in_chans, resize_px = input_channels(network), round(args.image_size * 256 / 224)
-    val_set = EvalDataset(val, EvalTransform(resize_px, args.image_size, MEAN, STD, in_chans))
-    bad_images = BadImages(len(train), output_dir / "bad_images.txt", args.on_bad_image, args.max_bad_fraction)
-    sampler = EpochBatchSampler(len(train), args.batch_size, args.seed, rank, world_size)
+    # data
+    in_chans = input_channels(network)
     transform = TrainTransform(
         args.image_size,
         MEAN,
@@ -174,110 +158,70 @@ def fine_tune(args: argparse.Namespace) -> dict[str, float]:
         flip=args.flip,
         augment_flag="--rand_augment",
     )
-    train_set = LabelledViews(train, transform, args.seed, bad_images)
-    loader = make_loader(train_set, batch_sampler=sampler, num_workers=args.num_workers, device=device)
-    optimizer = torch.optim.AdamW(param_groups(network, args.weight_decay, args.layer_decay), lr=0.0)
-    peak = args.lr * args.batch_size * world_size / 1024
-    lrs = cosine_schedule(peak, 1e-6, args.epochs, len(sampler), args.warmup_epochs)
+    bad_images = BadImages(len(train), run.output_dir / "bad_images.txt", args.on_bad_image, args.max_bad_fraction)
+    views = LabelledViews(train, transform, args.seed, bad_images)
+    data = training_batches(args, views, bad_images, train.checksum(), device)
+    val_set = EvalDataset(val, EvalTransform(round(args.image_size * 256 / 224), args.image_size, MEAN, STD, in_chans))
+    validation = Validation(network, val_set, device, args.batch_size, args.num_workers)
+
+    # loss, optimiser, schedule
     mix, criterion = None, nn.CrossEntropyLoss(label_smoothing=args.smoothing)
     if args.mixup or args.cutmix:  # which also smooths the labels
         mix = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=args.num_classes)
         criterion = nn.CrossEntropyLoss()
+    optimizer = torch.optim.AdamW(param_groups(network, args.weight_decay, args.layer_decay), lr=0.0)
+    peak = args.lr * data.batch_size / 1024
+    lrs = cosine_schedule(peak, 1e-6, args.epochs, data.steps_per_epoch, args.warmup_epochs)
     wrapped = distributed.wrap(network, device)
 
-    # resume
-    run = LabelledTraining(
-        args,
-        name="fine-tune",
-        parts={"encoder": network, "opt": optimizer},
-        precision=precision,
-        must_match=RUN_FLAGS,
-        images=train.checksum(),
-        pretrained=checksum,
-        steps_per_epoch=len(sampler),
+    run.resume(
+        data,
+        len(lrs),
+        RUN_FLAGS,
+        to_official=partial(to_official, pretrained=checksum),
+        from_official=partial(from_official, pretrained=checksum, path=run.path),
+        encoder=network,
+        opt=optimizer,
+        best_top1_acc=validation,
     )
-    run.resume()
-
-    # epochs
-    result = None
-    with run.checkpointer() as checkpointer:
-        for epoch in range(run.first_epoch, args.epochs):
-            sampler.set_epoch(epoch, run.first_step)
-            line = {"epoch": epoch}
-            line["train_loss"] = train_one_epoch(
-                wrapped,
-                criterion,
-                loader,
-                optimizer,
-                lrs,
-                mix,
-                epoch=epoch,
-                first_step=run.first_step,
-                seed=args.seed,
-                precision=precision,
-                total=run.epoch_loss,
-                after_step=partial(checkpointer.after_step, epoch),
-            )
-            line["bad_images"] = bad_images.count()
-            run.first_step = 0
-            result = run.validate(network, val_set, checkpointer, epoch)
-            run.end_epoch(line, result, checkpointer)
-    if result is None:  # resumed after the last epoch
-        result = run.validate(network, val_set)
-    distributed.print_once(run.result_line(result))
-    return result
+    with run:
+        for epoch in run.epochs():
+            data.sampler.set_epoch(epoch, run.step_in_epoch)
+            train_one_epoch(wrapped, criterion, data.loader, optimizer, lrs, mix, run)
+            validation.end_epoch(run, bad_images)
+    return validation.end()
 
 
 def train_one_epoch(
     network: nn.Module,
     criterion: nn.Module,
-    loader: DataLoader,
+    loader: Iterable,
     optimizer: torch.optim.Optimizer,
     lrs: np.ndarray,
     mix: Mixup | None,
-    *,
-    epoch: int,
-    first_step: int,
-    seed: int,
-    precision: Precision,
-    total: Tensor,
-    after_step: Callable[[int], None],
-) -> float:
-    """Cross-entropy on every batch of an epoch (from its step ``first_step`` on), whose images ``mix`` mixes.
+    run: Run,
+) -> None:
+    """Cross-entropy on every batch of an epoch, whose images and labels ``mix`` mixes.
 
     Args:
-        loader: Of whole epochs, all of one length.
-        lrs: Learning rates, one per step of the run.
-        mix: Mixes images and labels of a batch.
-        total: Of the steps of this epoch that were done before: sum of the losses of this process's images, and their
-            number; those of the batches are added in place.
-        after_step: Called with the number of steps done in the epoch.
-
-    Returns:
-        Mean loss over the images of all processes in the epoch.
-
-    Raises:
-        ValueError: If the loss is not finite.
+        loader: Yields (normalised images, labels, indices).
+        lrs: Learning rates of the classifier, one per step of the run.
     """
+    parameters = list(network.parameters())
     network.train()
-    steps_per_epoch = len(loader)
-    for step, (images, labels, _) in enumerate(loader, start=epoch * steps_per_epoch + first_step):
-        randomness.seed_step(seed, step, distributed.get_rank())
+    for step, (images, labels, _) in run.steps(loader):
         for group in optimizer.param_groups:
             group["lr"] = float(lrs[step]) * group["lr_scale"]
-        images, labels = images.to(precision.device), labels.to(precision.device)
+        images, labels = images.to(run.device), labels.to(run.device)
         if mix is not None:
             images, labels = mix(images, labels)
-        with precision.autocast():
+        with run.precision.autocast():
             logits = network(images)
         loss = criterion(logits.float(), labels)
         optimizer.zero_grad(set_to_none=True)
-        precision.backward(loss, optimizer)
-        precision.scaler.step(optimizer)
-        precision.update()
-        total += torch.stack([loss.detach().double(), torch.ones_like(total[0])]) * len(labels)
-        after_step(step + 1 - epoch * steps_per_epoch)
-    return mean_loss(total)
+        run.backward(loss, optimizer)
+        run.update(clip_grad_norm_per_tensor_(parameters, max_norm=0), optimizer)
+        run.end_step(len(images), {"loss": loss, "lr": lrs[step]})
 
 
 def main() -> None:

@@ -5,11 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from shared import distributed
-from shared.images.labelled import open_labelled
+from shared.evaluation import frozen
 from shared.images.loading import default_num_workers
 from shared.images.sources import ImageSource
+from shared.run.flags import Parser
 
-from .pretrained import DEFAULT_MODEL, RUN_ON_DIGITS, load_pretrained
+from .hub import DEFAULT_MODEL, RUN_ON_DIGITS, load_pretrained
 from .vision_transformer import ARCHITECTURES, VisionTransformer
 
 
@@ -21,20 +22,17 @@ def network_parser(docstring: str, file_flag: str = "fname", file_group: str = "
         file_flag: Flag for the file in the folder --pretrained.
         file_group: Title of its group.
     """
-    parser = argparse.ArgumentParser(
-        description=docstring.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    # flags of the processes, which accept cuda:0, take the place of those of shared.run.flags
+    parser = Parser(docstring, conflict_handler="resolve")
     add = parser.add_argument_group("meta").add_argument
-    add("--model_name", "--model-name", default=None, choices=tuple(ARCHITECTURES), metavar="NAME",
-        help=f"{', '.join(ARCHITECTURES)}; None: that of the training, {DEFAULT_MODEL} where the file does not "
-        "say")  # fmt: skip
-    add("--pretrained", default="", help=f"folder of --{file_flag}, a file of any layout, or random; without either "
-        "the released weights")  # fmt: skip
+    names = f"{', '.join(ARCHITECTURES)}; None: that of the training, {DEFAULT_MODEL} where the file does not say"
+    add("--model_name", "--model-name", default=None, choices=tuple(ARCHITECTURES), metavar="NAME", help=names)
+    pretrained = f"folder of --{file_flag}, a file of any layout, or random; without either the released weights"
+    add("--pretrained", default="", help=pretrained)
     add("--checkpoint_key", default="target_encoder", help="network to take from a training checkpoint")
     add("--allow_partial", action="store_true", help="load what fits when the weights do not fill the network")
     add = parser.add_argument_group(file_group).add_argument if file_group != "meta" else add
-    add(f"--{file_flag}", default="", help="checkpoint in the folder --pretrained; by default its "
-        "only *-latest.pth.tar")  # fmt: skip
+    add(f"--{file_flag}", default="", help="file in the folder --pretrained; by default its only *-latest.pth.tar")
     return parser
 
 
@@ -45,30 +43,22 @@ def add_data_flags(parser: argparse.ArgumentParser) -> Callable[..., argparse.Ac
         ``add_argument`` of their group.
     """
     add = parser.add_argument_group("data").add_argument
-    add("--data_path", default=None, help="folder with train/ and val/, a folder with one folder per class, a .txt "
-        "list or a torchvision data set name; without it the embedded digits")  # fmt: skip
+    images = "folder with train/ and val/, or one folder per class; .txt list; torchvision name; default: digits"
+    add("--data_path", default=None, help=images)
     add("--val_path", default=None, help="images to classify; by default those that belong to --data_path")
-    add("--root_path", "--root-path", default=None, help="with --image_folder, another way to say --data_path: the "
-        "images are in <root_path>/<image_folder>")  # fmt: skip
+    root = "with --image_folder: --data_path <root_path>/<image_folder>"
+    add("--root_path", "--root-path", default=None, help=root)
     add("--image_folder", "--image-folder", default=None, help="see --root_path")
     add("--allow_absolute_paths", action="store_true", help="in .txt lists")
-    add("--image_size", type=int, default=None, help="side of the crops in pixels, for centre crops the short side is "
-        "resized to 8/7 of it; None: that of the random views of the training, 224 where the file does not say, 16 for "
-        "the digits")  # fmt: skip
+    size = "side of the crops in pixels; None: that of the training's random views, else 224, or 16 for the digits"
+    add("--image_size", type=int, default=None, help=size)
     return add
-
-
-def add_saving_flags(add: Callable[..., argparse.Action]) -> None:
-    """When a training with labels saves within an epoch; ``add`` is the ``add_argument`` of their group."""
-    add("--saveckp_steps", type=int, default=0, help="also save within the epoch every so many steps")
-    add("--saveckp_minutes", type=float, default=15, help="also save within the epoch after so many minutes")
 
 
 def add_process_flags(parser: argparse.ArgumentParser, title: str = "processes") -> None:
     """Device and loader flags, and those of the launcher, in the group ``title``."""
     add = parser.add_argument_group(title).add_argument
-    add("--num_workers", type=int, default=None, help="loader processes per rank; None: cores per rank less one, at "
-        "most 10")  # fmt: skip
+    add("--num_workers", type=int, default=None, help="per rank; None: cores per rank less one, at most 10")
     add("--device", type=device_name, default="auto", help="auto, cpu or cuda; the number of cuda:0 is ignored")
     add("--dist_url", default="env://", help="rendezvous of the processes")
     add("--local_rank", "--local-rank", type=int, default=0, help="ignored: read from the environment")
@@ -82,23 +72,37 @@ def device_name(text: str) -> str:
     return name
 
 
-def finish(
-    parser: argparse.ArgumentParser, parse: Callable[[], argparse.Namespace], **embedded_defaults
+def parse_with_images(
+    parser: argparse.ArgumentParser, parse: Callable[[], argparse.Namespace], embedded_defaults: dict, folder: str = ""
 ) -> argparse.Namespace:
-    """Parse; without images the defaults are those of the embedded digits and of the run on them.
+    """Parse; without images the defaults are those of the embedded digits.
 
     Args:
         parse: Parses the command line with the parser's present defaults.
-        embedded_defaults: Further defaults for the digits.
+        folder: Of the images, in <root_path>/<image_folder>.
     """
     args = parse()
-    if args.data_path is None and (args.root_path is None) != (args.image_folder is None):
+    if args.data_path is not None:
+        return args
+    if (args.root_path is None) != (args.image_folder is None):
         parser.error("--root_path and --image_folder need each other; or give --data_path")
-    if args.data_path is None and args.root_path is not None:
-        args.data_path = f"{args.root_path}/{args.image_folder}"
-    elif args.data_path is None:
-        parser.set_defaults(pretrained=RUN_ON_DIGITS, **embedded_defaults)
-        args = parse()
+    if args.root_path is not None:
+        args.data_path = str(Path(args.root_path, args.image_folder, folder))
+        return args
+    parser.set_defaults(**embedded_defaults)
+    return parse()
+
+
+def finish(
+    parser: argparse.ArgumentParser, parse: Callable[[], argparse.Namespace], **embedded_defaults
+) -> argparse.Namespace:
+    """Parse and check; without images the defaults are those of the embedded digits and of the run on them.
+
+    Args:
+        parse: As for :func:`parse_with_images`.
+        embedded_defaults: Further defaults for the digits.
+    """
+    args = parse_with_images(parser, parse, {"pretrained": RUN_ON_DIGITS, **embedded_defaults})
     for flag in ("epochs", "batch_size", "image_size", "val_freq", "num_blocks"):
         if (value := getattr(args, flag, None)) is not None and value < 1:
             parser.error(f"--{flag} {value} is less than 1")
@@ -130,14 +134,8 @@ def load_chosen_encoder(args: argparse.Namespace, file_flag: str = "fname") -> V
 
 
 def labelled_sources(args: argparse.Namespace, num_classes: int | None = None) -> tuple[ImageSource, ImageSource]:
-    """Train and val images with classes.
-
-    Raises:
-        ValueError: If there are none, or they have more than ``num_classes`` classes.
-    """
-    sources = open_labelled(args.data_path, args.val_path, args.allow_absolute_paths)
-    if num_classes is not None and num_classes < len(sources[0].classes):
-        raise ValueError(
-            f"--num_classes {num_classes} is less than the {len(sources[0].classes)} classes of {sources[0].name}"
-        )
+    """Train and val images with at most ``num_classes`` classes."""
+    sources = frozen.labelled_sources(args.data_path, args.val_path, args.allow_absolute_paths, num_classes=num_classes)
+    for source in sources:
+        distributed.print_once(source.describe())
     return sources

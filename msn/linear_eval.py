@@ -11,59 +11,58 @@ resumes.
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from msn.augmentations import MEAN, STD
 from msn.flags import (
     add_data_flags,
     add_process_flags,
-    add_saving_flags,
     finish,
     labelled_sources,
     load_chosen_encoder,
     network_parser,
 )
-from msn.labelled_training import LabelledTraining, mean_loss
+from msn.hub import MEAN, RUN_ON_DIGITS, STD
+from msn.labelled_training import Validation, from_official, to_official, training_batches
 from msn.logistic_eval import LastClassToken
-from msn.pretrained import RUN_ON_DIGITS
 from shared import distributed
 from shared.evaluation.features import check_features
-from shared.images.loading import BadImages, EpochBatchSampler, EvalDataset, EvalTransform, make_loader
+from shared.images.loading import BadImages, EvalDataset, EvalTransform
 from shared.images.views import ViewRecipe
 from shared.multicrop import MultiCropDataset, normalize_views
 from shared.networks.backbones import input_channels
 from shared.networks.weights import weights_checksum
-from shared.optimisation.precision import Precision
+from shared.optimisation.optim import clip_grad_norm_per_tensor_
 from shared.optimisation.schedules import cosine_schedule
-from shared.run import randomness
-from shared.run.flags import bool_flag
+from shared.run.checkpoint import load_latest
+from shared.run.flags import add_run_flags, bool_flag
+from shared.run.run import Run
 from shared.run.yaml_config import parse_args_with_config
 
 # A run that is resumed must have these as they were.
-RUN_FLAGS = ("model_name", "num_blocks", "normalize", "num_classes", "image_size", "crop_scale", "epochs", "lr",
-             "weight_decay", "seed")  # fmt: skip
+RUN_FLAGS = tuple(
+    "model_name num_blocks normalize num_classes image_size crop_scale epochs lr weight_decay seed".split()
+)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """Flags in the sections of the published YAML file."""
     parser = network_parser(__doc__, file_flag="pretrain_path", file_group="logging")
     parser.add_argument("--fname", default=None, help="YAML file of defaults for the flags; the command line wins")
+    add_run_flags(parser, knn=False, pictures=False)
     add_process_flags(parser, title="meta")
     add = parser.add_argument_group("meta").add_argument
     add("--training", type=bool_flag, default=True, help="false: only validate the classifier in --folder")
-    add("--load_checkpoint", type=bool_flag, default=False, help="true: a run that finds no checkpoint is an error; a "
-        "run that finds its own goes on in any case")  # fmt: skip
+    add("--load_checkpoint", type=bool_flag, default=False, help="true: a run without a checkpoint is an error")
     add("--copy_data", type=bool_flag, default=False, help="not here, and no other value")
     add("--master_port", type=int, default=None, help="ignored: read from the environment")
 
@@ -71,8 +70,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--num_classes", type=int, default=1000, help="outputs of the classifier")
     add("--crop_scale", type=float, nargs=2, default=(0.08, 1.0), help="area range of the train crops")
     add("--on_bad_image", default="replace", choices=("replace", "error"), help="what an unreadable train image does")
-    add("--max_bad_fraction", type=float, default=0.01,
-        help="stop when more train images than this share are unreadable")  # fmt: skip
+    add("--max_bad_fraction", type=float, default=0.01, help="stop when more train images than this are unreadable")
 
     add = parser.add_argument_group("optimization").add_argument
     add("--num_blocks", type=int, default=1, help="class tokens of so many last blocks")
@@ -88,7 +86,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("logging").add_argument
     add("--folder", "--output_dir", default=".", dest="output_dir", help="for the checkpoint and the log")
     add("--write_tag", default="msn", help="start of their names")
-    add_saving_flags(add)
     return parser
 
 
@@ -185,145 +182,97 @@ class ImageClassifier(nn.Module):
 
 def linear_eval(args: argparse.Namespace) -> dict[str, float]:
     """Train and validate the classifier; loss and accuracies in percent after the last epoch."""
-    device = distributed.init(args.dist_url, args.device)
-    randomness.seed_everything(args.seed)
-    rank, world_size = distributed.get_rank(), distributed.get_world_size()
-    precision = Precision(args.amp, device)
-    output_dir = Path(args.output_dir)
-    if distributed.is_main_process():
-        output_dir.mkdir(parents=True, exist_ok=True)
-    distributed.barrier()
-
-    # data
+    run = Run(args, args.amp, f"{args.write_tag}-lin-eval.pth.tar", owns_folder=False)
+    device = run.device
     train, val = labelled_sources(args, args.num_classes)
-    for source in (train, val):
-        distributed.print_once(source.describe())
 
     # frozen encoder and linear classifier
     encoder = load_chosen_encoder(args, "pretrain_path").to(device)
     tokens = LastClassToken(encoder, num_blocks=args.num_blocks)
     classifier = LinearClassifier(encoder.embed_dim * args.num_blocks, args.num_classes, args.normalize).to(device)
-    in_chans, resize_px = input_channels(encoder), round(args.image_size * 256 / 224)
-    val_set = EvalDataset(val, EvalTransform(resize_px, args.image_size, MEAN, STD, in_chans, "bilinear"))
 
     def features(images: Tensor) -> Tensor:
-        with precision.autocast():
+        with run.precision.autocast():
             return tokens(images).float()
 
-    image_classifier = ImageClassifier(features, classifier)
-
-    # loader, optimiser, schedule
-    bad_images = BadImages(len(train), output_dir / "bad_images.txt", args.on_bad_image, args.max_bad_fraction)
+    # data
+    in_chans, resize_px = input_channels(encoder), round(args.image_size * 256 / 224)
     recipe = ViewRecipe(args.image_size, args.crop_scale, interpolation="bilinear")
-    sampler = EpochBatchSampler(len(train), args.batch_size, args.seed, rank, world_size, drop_last=False)
-    loader = make_loader(
-        MultiCropDataset(train, [recipe], args.seed, in_chans=in_chans, bad_images=bad_images),
-        batch_sampler=sampler,
-        num_workers=args.num_workers,
-        device=device,
-    )
+    bad_images = BadImages(len(train), run.output_dir / "bad_images.txt", args.on_bad_image, args.max_bad_fraction)
+    views = MultiCropDataset(train, [recipe], args.seed, in_chans=in_chans, bad_images=bad_images)
+    data = training_batches(args, views, bad_images, train.checksum(), device, drop_last=False)
+    val_set = EvalDataset(val, EvalTransform(resize_px, args.image_size, MEAN, STD, in_chans, "bilinear"))
+    network = ImageClassifier(features, classifier)
+    validation = Validation(network, val_set, device, args.batch_size, args.num_workers)
+
+    # optimiser, schedule
     optimizer = build_optimizer(classifier, args.lr, args.weight_decay)
-    lrs = cosine_schedule(args.lr, 0.0, args.epochs, len(sampler))
+    lrs = cosine_schedule(args.lr, 0.0, args.epochs, data.steps_per_epoch)
     wrapped = distributed.wrap(classifier, device)
 
-    # resume
-    run = LabelledTraining(
-        args,
-        name=f"{args.write_tag}-lin-eval",
-        parts={"classifier": classifier, "opt": optimizer},
-        precision=precision,
-        must_match=RUN_FLAGS,
-        images=train.checksum(),
-        pretrained=weights_checksum(encoder),
-        steps_per_epoch=len(sampler),
-        frozen={"target_encoder": encoder},
-    )
-    if not run.resume() and (args.load_checkpoint or not args.training):
+    # checkpoints under the names of the official ones
+    checksum, checkpoint = weights_checksum(encoder), load_latest(run.path)
+    if checkpoint is None and (args.load_checkpoint or not args.training):
         raise ValueError(f"--load_checkpoint true or --training false: there is no {run.path}")
+    run.resume(
+        data,
+        len(lrs),
+        RUN_FLAGS,
+        checkpoint=checkpoint or {},
+        to_official=partial(to_official, pretrained=checksum, target_encoder=encoder),
+        from_official=partial(from_official, pretrained=checksum, path=run.path),
+        classifier=classifier,
+        opt=optimizer,
+        best_top1_acc=validation,
+    )
     if not args.training:
-        result = run.validate(image_classifier, val_set)
+        result = validation.run()
         distributed.print_once(f"Accuracy of the network on the {len(val)} test images: {result['acc1']:.1f} %")
         return result
 
-    # epochs
-    result = None
-    with run.checkpointer() as checkpointer:
-        for epoch in range(run.first_epoch, args.epochs):
-            sampler.set_epoch(epoch, run.first_step)
-            line = {"epoch": epoch}
-            line["train_loss"] = train_one_epoch(
-                wrapped,
-                features,
-                on_device(loader, device),
-                optimizer,
-                lrs[epoch * len(sampler) + run.first_step :],
-                run.epoch_loss,
-                partial(checkpointer.after_step, epoch),
-                run.first_step,
-            )
-            line["bad_images"] = bad_images.count()
-            run.first_step = 0
+    with run:
+        for epoch in run.epochs():
+            data.sampler.set_epoch(epoch, run.step_in_epoch)
+            train_one_epoch(wrapped, features, data.loader, optimizer, lrs, run)
             is_due = (epoch + 1) % args.val_freq == 0 or epoch + 1 == args.epochs
-            result = run.validate(image_classifier, val_set, checkpointer, epoch) if is_due else None
-            run.end_epoch(line, result, checkpointer)
-    if result is None:  # resumed after the last epoch
-        result = run.validate(image_classifier, val_set)
-    distributed.print_once(run.result_line(result))
-    return result
+            validation.end_epoch(run, bad_images, is_due)
+    return validation.end()
 
 
 def train_one_epoch(
     classifier: nn.Module,
     features: Callable[[Tensor], Tensor],
-    batches: Iterable[tuple[Tensor, Tensor]],
+    loader: Iterable,
     optimizer: torch.optim.Optimizer,
-    lrs: Sequence[float],
-    total: Tensor | None = None,
-    after_step: Callable[[int], None] = lambda steps: None,
-    first_step: int = 0,
-) -> float:
-    """Cross-entropy on every batch with its own learning rate; only the classifier learns.
+    lrs: np.ndarray,
+    run: Run,
+) -> None:
+    """Cross-entropy on every batch; only the classifier learns.
 
     Args:
         classifier: Maps features (B, D) to logits; wrapped for several processes if there are any.
         features: The frozen network, images (B, C, H, W) to features (B, D).
-        batches: Images and labels (B,), on the device of the classifier.
-        lrs: Learning rates, one per batch.
-        total: The steps of this epoch that were done before: sum of the losses of this process's images, and their
-            number; those of the batches are added in place.
-        after_step: Called with the number of steps done in the epoch.
-        first_step: Of the batches, in the epoch.
-
-    Returns:
-        Mean loss over the images of all processes in the epoch.
+        loader: Yields (one batch of views in a list, labels, indices): uint8, or float if normalised already.
+        lrs: Learning rates, one per step of the run.
 
     Raises:
-        ValueError: If the features are not finite or zero, or the loss is not finite.
+        ValueError: If the features are not finite or zero.
     """
+    parameters = list(classifier.parameters())
     classifier.train()
-    if total is None:
-        total = torch.zeros(2, dtype=torch.double, device=next(classifier.parameters()).device)
-    for step, (images, labels) in enumerate(batches):
+    for step, (views, labels, _) in run.steps(loader):
         for group in optimizer.param_groups:
             group["lr"] = float(lrs[step])
+        (images,), labels = normalize_views(views, run.device, MEAN, STD), labels.to(run.device)
         with torch.no_grad():
             inputs = features(images)
-        if step == 0:
+        if run.logs_this_step:
             check_features(inputs)
         loss = F.cross_entropy(classifier(inputs), labels)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        total += torch.stack([loss.detach().double(), torch.ones_like(total[0])]) * len(labels)
-        after_step(first_step + step + 1)
-    return mean_loss(total)
-
-
-def on_device(loader: DataLoader, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Normalised images and labels, with a progress bar on a terminal."""
-    hidden = not (distributed.is_main_process() and sys.stderr.isatty())
-    for views, labels, _ in tqdm(loader, leave=False, disable=hidden):
-        yield normalize_views(views, device, MEAN, STD)[0], labels.to(device, non_blocking=True)
+        run.backward(loss, optimizer)
+        run.update(clip_grad_norm_per_tensor_(parameters, max_norm=0), optimizer)
+        run.end_step(len(labels), {"loss": loss, "lr": lrs[step]})
 
 
 def main() -> None:

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from msn.augmentations import MEAN, STD
 from msn.flags import add_data_flags, add_process_flags, finish, labelled_sources, load_chosen_encoder, network_parser
+from msn.hub import MEAN, STD
 from msn.vision_transformer import VisionTransformer, num_kept_patches
 from shared import distributed
 from shared.evaluation.features import extract_features
@@ -45,9 +45,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = network_parser(__doc__)
     add_data_flags(parser)
     add = parser.add_argument_group("labels").add_argument
-    add("--subset_path", "--subset-path", nargs="+", default=None, help="text files with the names of the labelled "
-        "images, one a line (n01440764_10183.JPEG), one file per split; without any and without --imgs_per_class all "
-        "images are labelled")  # fmt: skip
+    lists = "a text file per split with names of labelled images, one a line (n01440764_10183.JPEG); default: all"
+    add("--subset_path", "--subset-path", nargs="+", default=None, help=lists)
     add("--imgs_per_class", type=int, default=None, help="without lists: draw so many of each class")
     add("--splits", type=int, default=3, help="draws of --imgs_per_class")
     add("--seed", type=int, default=0, help="of these draws and of the masks")
@@ -77,8 +76,6 @@ def logistic_eval(args: argparse.Namespace) -> dict[str, float]:
     """Fit on every split and classify the val images; mean and spread of the top-1 accuracy in percent."""
     device = distributed.init(args.dist_url, args.device)
     train, val = labelled_sources(args)
-    for source in (train, val):
-        distributed.print_once(source.describe())
     splits = labelled_splits(train, args.subset_path, args.imgs_per_class, args.splits, args.seed)
     encoder = load_chosen_encoder(args)
     check_mask(args.mask, args.image_size, encoder.patch_embed.patch_size)

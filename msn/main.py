@@ -17,7 +17,6 @@ import math
 import os
 import sys
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,32 +25,24 @@ from torch import Tensor, nn
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from msn.augmentations import MEAN, STD, msn_views
-from msn.collapse import CollapseMonitor
+from msn.augmentations import msn_views
+from msn.flags import parse_with_images
+from msn.hub import MEAN, STD
 from msn.losses import LossTerms, MSNLoss, new_prototypes
-from msn.report import save_pictures, summary
-from msn.resuming import Resumable, find_checkpoint
-from msn.schedules import Schedules, learning_rates, linear, weight_decays
+from msn.report import health_rules, report
+from msn.resuming import NETWORK_FLAGS, Value, find_checkpoint, from_official, to_official
+from msn.schedules import Schedules
 from msn.vision_transformer import ARCHITECTURES, ProjectionHead, Trunk, VisionTransformer, build, num_kept_patches
 from shared import distributed
 from shared.evaluation.knn_monitor import build_knn_monitor
 from shared.images.training_data import open_training_data
+from shared.images.views import ViewRecipe
 from shared.multicrop import normalize_views
 from shared.networks.batchnorm import synchronize_batchnorm
-from shared.optimisation.optim import (
-    build_optimizer,
-    ema_update_,
-    param_groups_no_decay_on_bias_and_norm,
-    step_unless_not_finite,
-)
-from shared.optimisation.precision import Precision
-from shared.run import randomness
-from shared.run.checkpoint import Checkpointer, is_at_start
-from shared.run.flags import add_data_flags, add_run_flags, bool_flag
-from shared.run.health import feature_spread, rank_me
-from shared.run.log import RunLog
-from shared.run.not_finite import FiniteGuard
-from shared.run.start import start_run
+from shared.optimisation.optim import build_optimizer, ema_update_, param_groups_no_decay_on_bias_and_norm
+from shared.run.flags import Parser, add_data_flags, add_run_flags, bool_flag, tell_embedded_defaults
+from shared.run.health import HealthMonitor, feature_spread, rank_me
+from shared.run.run import Run
 from shared.run.yaml_config import parse_args_with_config, write_config
 
 # What replaces the published values when no --data_path is given: 8x8 pixel digits need no ViT at 224 pixels. Small
@@ -85,17 +76,13 @@ UNUSED = {"bottleneck": 1, "two_layer": False, "use_pred_head": False, "use_fp16
 
 def get_args_parser() -> argparse.ArgumentParser:
     """Flags in the sections of the published YAML files, with their values for ViT-S/16."""
-    parser = argparse.ArgumentParser(
-        "MSN", description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--fname", default=None, help="YAML file of defaults for the flags below, such as one of "
-        "configs/pretrain; the command line wins")  # fmt: skip
-    parser.add_argument("--devices", nargs="+", default=None, metavar="DEVICE", help="start a process on each of these "
-        "devices of this machine, e.g. cuda:0 cuda:1; not with torchrun")  # fmt: skip
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--fname", default=None, help="YAML file of defaults, such as one of configs/pretrain; the command line wins")
+    add("--devices", nargs="+", default=None, metavar="DEVICE", help="start a process on each, e.g. cuda:0 cuda:1")
 
     add = add_data_flags(parser)
-    add("--root_path", default=None, help="with --image_folder, another way to say --data_path: the images are in "
-        "<root_path>/<image_folder>/train")  # fmt: skip
+    add("--root_path", default=None, help="with --image_folder: --data_path <root_path>/<image_folder>/train")
     add("--image_folder", default=None, help="see --root_path")
     add("--rand_views", type=int, default=1, help="random anchors per image; one more random view is the target")
     add("--focal_views", type=int, default=10, help="focal anchors per image")
@@ -103,30 +90,27 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--focal_size", type=int, default=96, help="side of the focal views in pixels")
     add("--rand_scale", type=float, nargs=2, default=(0.3, 1.0), help="share of the image area of the random views")
     add("--focal_scale", type=float, nargs=2, default=(0.05, 0.3), help="share of the image area of the focal views")
-    add("--patch_drop", type=float, default=0.15, help="share of the patches of the random anchors that are not seen "
-        "(published: 0.15 for S/16, 0.3 for B/16 and B/8, 0.7 for L/16, L/7 and B/4)")  # fmt: skip
+    add("--patch_drop", type=float, default=0.15, help="share of the patches of the random anchors that are not seen")
     add("--color_jitter_strength", type=float, default=0.5, help="strength s of the colour jitter")
     add("--blur_radius", type=float, nargs=2, default=(0.1, 2.0), help="range of the blur in pixels of the view")
     add("--augmentation", default="fast", choices=("fast", "pil"), help="pil: the slow exact reference chain")
     add("--label_smoothing", type=float, default=0.0, help="share of each assignment spread over all prototypes")
-    add("--num_workers", type=int, default=None, help="loader processes per rank; None: cores per rank less one, at "
-        "most 10")  # fmt: skip
+    add("--num_workers", type=int, default=None, help="per rank; None: cores per rank less one, at most 10")
     add("--pin_mem", type=bool_flag, default=True, help="ignored: batches for a GPU are always pinned")
 
     add = parser.add_argument_group("meta").add_argument
-    add("--model_name", default="deit_small", choices=tuple(ARCHITECTURES), metavar="NAME",
-        help=", ".join(ARCHITECTURES))  # fmt: skip
+    names = tuple(ARCHITECTURES)
+    add("--model_name", default="deit_small", choices=names, metavar="NAME", help=", ".join(names))
     add("--patch_size", type=int, default=None, help="side of the patches in pixels; None: that of the name")
     add("--drop_path_rate", type=float, default=0.0, help="stochastic depth of the last block, in both encoders")
     add("--hidden_dim", type=int, default=2048, help="hidden width of the projection head")
     add("--output_dim", type=int, default=256, help="dimension of embeddings and prototypes")
     add("--use_bn", type=bool_flag, default=True, help="batch normalisation in the projection head")
-    add("--load_checkpoint", type=bool_flag, default=False, help="true: a run that finds no checkpoint is an error; a "
-        "run that finds its own goes on in any case")  # fmt: skip
+    add("--load_checkpoint", type=bool_flag, default=False, help="true: a run without a checkpoint is an error")
     add("--read_checkpoint", default=None, help="file in --folder to start from when there is no <write_tag>-latest")
-    for name in UNUSED:
-        add(f"--{name}", type=int if name == "bottleneck" else bool_flag, default=UNUSED[name],
-            help="of the published files; has no effect there and no other value here")  # fmt: skip
+    for name, only in UNUSED.items():
+        no_effect = "of the published files; has no effect there and no other value here"
+        add(f"--{name}", type=int if name == "bottleneck" else bool_flag, default=only, help=no_effect)
 
     add = parser.add_argument_group("criterion").add_argument
     add("--num_proto", type=int, default=1024, help="prototypes K")
@@ -135,11 +119,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--start_sharpen", type=float, default=0.25, help="first sharpening temperature of the targets")
     add("--final_sharpen", type=float, default=0.25, help="towards which it goes in a straight line")
     add("--use_sinkhorn", type=bool_flag, default=True, help="balance the targets over the prototypes")
-    add("--me_max", type=bool_flag, default=True, help="mean-entropy maximisation: draw the mean assignment to the "
-        "prior")  # fmt: skip
+    add("--me_max", type=bool_flag, default=True, help="mean-entropy maximisation: mean assignment near the prior")
     add("--memax_weight", type=float, default=1.0, help="its weight (5 without Sinkhorn)")
-    add("--power_law_exponent", type=float, default=0.0, help="of the prior over prototypes (PMSN, for images with a "
-        "long tail of rare classes; try 0.25); 0: uniform")  # fmt: skip
+    add("--power_law_exponent", type=float, default=0.0, help="of the prior (PMSN: 0.25); 0: the uniform one")
     add("--use_ent", type=bool_flag, default=False, help="compute the entropy of single assignments")
     add("--ent_weight", type=float, default=1.0, help="its weight in the loss")
     add("--batch_size", type=int, default=64, help="images per process")
@@ -152,8 +134,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--final_lr", type=float, default=1e-6, help="learning rate at the end of the schedule, 1.25 times the run")
     add("--weight_decay", type=float, default=0.04, help="weight decay at the start")
     add("--final_weight_decay", type=float, default=0.4, help="weight decay at the end of the schedule")
-    add("--ema", type=float, nargs=2, default=(0.996, 1.0), help="momentum of the target encoder at the start and at "
-        "the end of the schedule")  # fmt: skip
+    add("--ema", type=float, nargs=2, default=(0.996, 1.0), help="first and last momentum of the target encoder")
     add("--clip_grad", type=float, default=3.0, help="cap of the norm of the encoder's gradient; 0 disables it")
     add("--amp", default="fp32", choices=("auto", "bf16", "fp16", "fp32"), help="auto: bf16 where it is fast")
 
@@ -175,14 +156,9 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
         parser: That of :func:`get_args_parser` with further flags, for scripts that have them.
     """
     parser = parser or get_args_parser()
-    args = parse_args_with_config(parser, arguments)
-    if args.data_path is None and (args.root_path is None) != (args.image_folder is None):
-        parser.error("--root_path and --image_folder need each other; or give --data_path")
-    if args.data_path is None and args.root_path is not None:
-        args.data_path = str(Path(args.root_path, args.image_folder, "train"))
-    if args.data_path is None:
-        parser.set_defaults(**EMBEDDED_DATA_DEFAULTS)
-        args = parse_args_with_config(parser, arguments)
+    args = parse_with_images(
+        parser, lambda: parse_args_with_config(parser, arguments), EMBEDDED_DATA_DEFAULTS, folder="train"
+    )
     check_args(parser, args)
     return args
 
@@ -221,29 +197,14 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
 
 def train_msn(args: argparse.Namespace) -> None:
     """Train from the newest checkpoint in ``args.output_dir``, or from scratch if there is none."""
-    device, output_dir = start_run(args)
-    precision = Precision(args.amp, device)
+    run = Run(args, args.amp, f"{args.write_tag}-latest.pth.tar")
+    device = run.device
     if distributed.is_main_process():
-        write_config(output_dir / "params-msn-train.yaml", args, get_args_parser())
-    if args.use_bn and args.batch_size * distributed.get_world_size() < 2:
-        raise ValueError("--batch_size 1: one image has no statistics for the head's batch norms; see --use_bn false")
+        write_config(run.output_dir / "params-msn-train.yaml", args, get_args_parser())
 
     # data
-    recipes = msn_views(
-        args.rand_size,
-        args.focal_size,
-        args.rand_views,
-        args.focal_views,
-        args.color_jitter_strength,
-        args.rand_scale,
-        args.focal_scale,
-        args.blur_radius,
-    )
-    data = open_training_data(args, recipes, args.batch_size, output_dir, device, "--rand_size")
-    steps_per_epoch = data.steps_per_epoch
-    if args.data_path is None:
-        names = " ".join(f"--{name}" for name in EMBEDDED_DATA_DEFAULTS)
-        distributed.print_once(f"without --data_path these flags have defaults for the embedded data: {names}")
+    data = open_training_data(args, build_views(args), args.batch_size, run.output_dir, device, "--rand_size")
+    tell_embedded_defaults(args.data_path, EMBEDDED_DATA_DEFAULTS)
 
     # anchor and target encoder: the same network and the same initial weights; prototypes
     encoder = build_encoder(args)
@@ -255,7 +216,71 @@ def train_msn(args: argparse.Namespace) -> None:
     prototypes = nn.Parameter(prototypes.to(device), requires_grad=not args.freeze_proto)
 
     # loss, optimiser, schedules
-    criterion = MSNLoss(
+    criterion = build_loss(args).to(device)
+    optimizer = build_optimizer("adamw", param_groups(encoder, prototypes))
+    schedules = Schedules.from_args(args, data.steps_per_epoch)
+    encoder = distributed.wrap(encoder, device)
+
+    # checkpoints under the names of the official ones, monitoring
+    epoch_loss = Value()
+    run.resume(
+        data,
+        len(schedules.lr),
+        NETWORK_FLAGS,
+        checkpoint=find_checkpoint(run.path, args.read_checkpoint, args.load_checkpoint),
+        to_official=to_official,
+        from_official=from_official,
+        encoder=encoder,
+        opt=optimizer,
+        prototypes=nn.ParameterList([prototypes]),
+        target_encoder=target_encoder,
+        loss=epoch_loss,
+    )
+    run.health = HealthMonitor(health_rules(args, data.steps_per_epoch))
+    knn = build_knn_monitor(args, args.rand_size, MEAN, STD, device, data.num_workers, run.output_dir, args.in_chans)
+    trunk = Trunk(target_encoder)
+
+    with run:
+        if run.is_new and knn.is_due(-1):
+            run.log_evaluation(knn_top1=knn.run(trunk, run.stop_if_asked))
+        for epoch in run.epochs():
+            data.sampler.set_epoch(epoch, run.step_in_epoch)
+            train_one_epoch(
+                encoder,
+                target_encoder,
+                prototypes,
+                criterion,
+                data.loader,
+                optimizer,
+                schedules,
+                run,
+                patch_drop=args.patch_drop,
+                clip_grad=args.clip_grad,
+            )
+            if knn.is_due(epoch):
+                run.log_evaluation(knn_top1=knn.run(trunk, run.stop_if_asked))
+            epoch_loss.value = run.log_epoch(bad_images=data.bad_images.count())["train_loss"]
+            numbered = args.checkpoint_freq and (epoch + 1) % args.checkpoint_freq == 0
+            run.end_epoch(keep_as=f"{args.write_tag}-ep{epoch + 1}.pth.tar" if numbered else None)
+    report(args, run, data.dataset, trunk, knn)
+
+
+def build_views(args: argparse.Namespace) -> list[ViewRecipe]:
+    """The target, the random anchors, the focal anchors."""
+    return msn_views(
+        args.rand_size,
+        args.focal_size,
+        args.rand_views,
+        args.focal_views,
+        args.color_jitter_strength,
+        args.rand_scale,
+        args.focal_scale,
+        args.blur_radius,
+    )
+
+
+def build_loss(args: argparse.Namespace) -> MSNLoss:
+    return MSNLoss(
         args.num_proto,
         args.temperature,
         args.me_max,
@@ -265,85 +290,13 @@ def train_msn(args: argparse.Namespace) -> None:
         args.use_sinkhorn,
         args.label_smoothing,
         args.power_law_exponent,
-    ).to(device)
-    optimizer = build_optimizer("adamw", param_groups(encoder, prototypes))
-    length = (args.epochs, steps_per_epoch)
-    schedules = Schedules(
-        lr=learning_rates(args.start_lr, args.lr, args.final_lr, *length, args.warmup),
-        weight_decay=weight_decays(args.weight_decay, args.final_weight_decay, *length),
-        momentum=linear(*args.ema, *length),
-        sharpen=linear(args.start_sharpen, args.final_sharpen, *length),
     )
-    encoder = distributed.wrap(encoder, device)
-
-    # resume
-    latest = output_dir / f"{args.write_tag}-latest.pth.tar"
-    checkpoint = find_checkpoint(latest, args.read_checkpoint, args.load_checkpoint)
-    log = RunLog(output_dir, args.epochs * steps_per_epoch, args.log_freq, args.tensorboard, resumed=bool(checkpoint))
-    training = Resumable(args, data, encoder, target_encoder, prototypes, optimizer, precision, log)
-    first_epoch, first_step = (0, 0) if checkpoint is None else training.load(checkpoint)
-    training.guard = guard = FiniteGuard(
-        {"target_encoder": target_encoder, "encoder": distributed.unwrap(encoder)},
-        output_dir,
-        args.max_skipped_steps,
-        device,
-        in_a_row=checkpoint.get("skipped_steps", 0) if checkpoint else 0,
-    )
-
-    # what is looked at on the way
-    monitor = CollapseMonitor(
-        args.num_proto,
-        patience_steps=min(len(schedules.lr) // 4, 2 * steps_per_epoch + 1000),
-        warmup_steps=round(args.warmup * steps_per_epoch),
-    )
-    knn = build_knn_monitor(args, args.rand_size, MEAN, STD, device, data.num_workers, output_dir, args.in_chans)
-    trunk = Trunk(target_encoder)
-
-    # epochs
-    with Checkpointer(latest, training.state, args.saveckp_steps, args.saveckp_minutes, guard.is_good) as checkpointer:
-        if is_at_start(checkpoint) and knn.is_due(-1):
-            stop = partial(checkpointer.stop_if_asked, 0, 0)
-            log.evaluation(0, 0, knn_top1=knn.run(trunk, stop))
-        for epoch in range(first_epoch, args.epochs):
-            data.sampler.set_epoch(epoch, first_step)
-            train_one_epoch(
-                encoder,
-                target_encoder,
-                prototypes,
-                criterion,
-                data.loader,
-                optimizer,
-                schedules,
-                epoch=epoch,
-                first_step=first_step,
-                steps_per_epoch=steps_per_epoch,
-                patch_drop=args.patch_drop,
-                clip_grad=args.clip_grad,
-                seed=args.seed,
-                precision=precision,
-                log=log,
-                monitor=monitor,
-                guard=guard,
-                checkpointer=checkpointer,
-            )
-            first_step = 0
-            if knn.is_due(epoch):
-                stop = partial(checkpointer.stop_if_asked, epoch, steps_per_epoch)
-                log.evaluation((epoch + 1) * steps_per_epoch, epoch + 1, knn_top1=knn.run(trunk, stop))
-            training.epoch_loss = log.end_epoch(epoch, bad_images=data.bad_images.count())["train_loss"]
-            numbered = args.checkpoint_freq and (epoch + 1) % args.checkpoint_freq == 0
-            checkpointer.after_epoch(epoch, f"{args.write_tag}-ep{epoch + 1}.pth.tar" if numbered else None)
-    log.close()
-    pictures = []
-    if args.pictures:
-        pictures = save_pictures(trunk, data.dataset, knn, args.rand_size, args.patch_drop, output_dir, device)
-    if distributed.is_main_process():
-        problems = list(monitor.warnings.values())
-        print(summary(output_dir, latest, args, knn, pictures, problems))
 
 
 def build_encoder(args: argparse.Namespace) -> VisionTransformer:
     """ViT and projection head."""
+    if args.use_bn and args.batch_size * distributed.get_world_size() < 2:
+        raise ValueError("--batch_size 1: one image has no statistics for the head's batch norms; see --use_bn false")
     encoder = build(
         args.model_name,
         patch_size=args.patch_size,
@@ -373,20 +326,12 @@ def train_one_epoch(
     loader: Iterable,
     optimizer: torch.optim.Optimizer,
     schedules: Schedules,
+    run: Run,
     *,
-    epoch: int,
-    first_step: int,
-    steps_per_epoch: int,
     patch_drop: float,
     clip_grad: float,
-    seed: int,
-    precision: Precision,
-    log: RunLog,
-    monitor: CollapseMonitor,
-    guard: FiniteGuard,
-    checkpointer: Checkpointer,
 ) -> None:
-    """One epoch (from its step ``first_step`` on) of Algorithm 1.
+    """One epoch of Algorithm 1.
 
     ``loader`` yields (views, labels, indices); views holds one batch per resolution, view-major, the target views of
     all images first: uint8 images, or float tensors that are normalised already.
@@ -395,29 +340,25 @@ def train_one_epoch(
     target_parameters = list(target_encoder.parameters())
     encoder.train()
     target_encoder.train()
-    start = epoch * steps_per_epoch + first_step
-    for step, (loaded_views, labels, indices) in enumerate(log.batches(loader), start=start):
-        randomness.seed_step(seed, step, distributed.get_rank())
+    for step, (loaded_views, labels, _) in run.steps(loader):
         schedules.apply(optimizer, step)
         optimizer.zero_grad(set_to_none=True)  # before the activations: the two never need memory at once
-        views = normalize_views(loaded_views, precision.device, MEAN, STD)
+        views = normalize_views(loaded_views, run.device, MEAN, STD)
         target_views, anchor_views = split_views(views, len(labels))
 
-        with precision.autocast():
+        with run.precision.autocast():
             anchors = encoder(anchor_views, patch_drop)
             with torch.no_grad():
                 targets = target_encoder(target_views)
         terms = criterion(anchors, targets, prototypes, float(schedules.sharpen[step]))
 
-        precision.backward(terms.total, optimizer)
+        run.backward(terms.total, optimizer)
         grad_norms = nn.utils.clip_grad_norm_(parameters, clip_grad if clip_grad > 0 else math.inf)[None]
         if prototypes.grad is not None:  # DistributedDataParallel does not know them; they are not clipped
             prototypes.grad = distributed.all_reduce_mean(prototypes.grad)
             grad_norms = torch.cat([grad_norms, prototypes.grad.norm()[None]])
-        skipped = step_unless_not_finite(optimizer, grad_norms)
-        precision.update()
+        run.update(grad_norms, optimizer)
         ema_update_(target_parameters, parameters, schedules.momentum[step])  # parameters only, no buffers
-        guard.count(skipped)
 
         averages = {
             "loss": terms.total,
@@ -426,19 +367,8 @@ def train_one_epoch(
             "ent": terms.entropy,
             "lr": schedules.lr[step],
             "wd": schedules.weight_decay[step],
-            "skipped": skipped,
         }
-        health = assignment_health(terms, targets) if log.is_due(step) else {}
-        line = log.step(step, epoch, len(labels), averages, **health)
-        if line is not None and (problem := monitor.check(line)):
-            log.say(problem)
-        if line is not None and guard.too_many():
-            randomness.seed_step(seed, step, distributed.get_rank())
-            with precision.autocast():
-                batch = {"views": loaded_views, "indices": indices, "step": step, "epoch": epoch}
-                inputs = {"target_encoder": target_views, "encoder": anchor_views}
-                guard.stop(batch, views, inputs, terms.total)
-        checkpointer.after_step(epoch, step + 1 - epoch * steps_per_epoch)
+        run.end_step(len(labels), averages, assignment_health(terms, targets) if run.logs_this_step else None)
 
 
 def split_views(views: list[Tensor], batch_size: int) -> tuple[Tensor, list[Tensor]]:

@@ -1,26 +1,17 @@
-"""Everything that a checkpoint of a training holds."""
+"""The layout of MSN's checkpoints."""
 
-import argparse
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from shared import distributed
-from shared.images.training_data import TrainingData
-from shared.optimisation.precision import Precision
-from shared.run.checkpoint import check_flags, load_latest, restore, resume_position
-from shared.run.log import RunLog
-from shared.run.not_finite import FiniteGuard
-
-from .vision_transformer import VisionTransformer
+from shared.run.checkpoint import load_latest
 
 NETWORK_FLAGS = ("model_name", "patch_size", "rand_size", "in_chans", "hidden_dim", "output_dim", "use_bn", "num_proto")
+ENCODERS = ("encoder", "target_encoder")
 
 
-def find_checkpoint(latest: Path, read_checkpoint: str | None, must_exist: bool) -> dict | None:
-    """The newest state of this run, else the one to start from, else None.
+def find_checkpoint(latest: Path, read_checkpoint: str | None, must_exist: bool) -> dict:
+    """The newest state of this run, else the one to start from, else nothing.
 
     Raises:
         ValueError: If it was asked for and there is none.
@@ -32,89 +23,49 @@ def find_checkpoint(latest: Path, read_checkpoint: str | None, must_exist: bool)
             raise ValueError(f"--read_checkpoint {read_checkpoint}: there is no such file in {latest.parent}")
     if checkpoint is None and must_exist:
         raise ValueError(f"--load_checkpoint true: there is no {latest}")
-    return checkpoint
+    return checkpoint or {}
 
 
-@dataclass
-class Resumable:
-    """The parts of a training that its checkpoints hold.
+class Value:
+    """A number that a checkpoint keeps, such as the loss of the last complete epoch."""
 
-    Attributes:
-        epoch_loss: Of the last complete epoch.
-        guard: Set once the encoders are loaded, for it remembers their running statistics.
-    """
+    def __init__(self, value: float | None = None):
+        self.value = value
 
-    args: argparse.Namespace
-    data: TrainingData
-    encoder: nn.Module
-    target_encoder: VisionTransformer
-    prototypes: nn.Parameter
-    optimizer: torch.optim.Optimizer
-    precision: Precision
-    log: RunLog
-    epoch_loss: float | None = None
-    guard: FiniteGuard | None = None
+    def state_dict(self) -> dict:
+        return {"value": self.value}
 
-    def state(self, epoch: int, step_in_epoch: int) -> dict:
-        """Where to go on and with what; the first keys are those of the official checkpoints."""
-        prefix = "module." if distributed.get_world_size() > 1 else ""  # as in the official files
-        encoder = distributed.unwrap(self.encoder)
-        return {
-            "encoder": {prefix + name: value for name, value in encoder.state_dict().items()},
-            "opt": self.optimizer.state_dict(),
-            "prototypes": self.prototypes.data,
-            "target_encoder": {prefix + name: value for name, value in self.target_encoder.state_dict().items()},
-            "epoch": epoch,
-            "loss": self.epoch_loss,
-            "batch_size": self.args.batch_size,
-            "world_size": distributed.get_world_size(),
-            "lr": self.args.lr,
-            "temperature": self.args.temperature,
-            "args": vars(self.args),
-            "fp16_scaler": self.precision.scaler.state_dict(),
-            "step_in_epoch": step_in_epoch,
-            "skipped_steps": int(self.guard.in_a_row),
-            "images": self.data.checksum,
-            "log": self.log.state_dict(),
-        }
-
-    def load(self, checkpoint: dict) -> tuple[int, int]:
-        """Take everything from a checkpoint, ours or an official one; returns the epoch and the step in it to go on at.
-
-        Raises:
-            ValueError: If it was written with another network.
-        """
-        if "args" in checkpoint:  # the official checkpoints have none
-            check_flags(checkpoint, self.args, NETWORK_FLAGS)
-        encoder = distributed.unwrap(self.encoder)
-        restore(checkpoint, encoder=encoder, target_encoder=self.target_encoder, opt=self.optimizer)
-        restore_prototypes(checkpoint, self.prototypes)
-        if checkpoint.get("fp16_scaler"):
-            self.precision.scaler.load_state_dict(checkpoint["fp16_scaler"])
-        if "log" in checkpoint:
-            self.log.load_state_dict(checkpoint["log"])
-        self.epoch_loss = checkpoint["loss"]
-        images_per_step = checkpoint["batch_size"] * checkpoint["world_size"]
-        position = resume_position(
-            checkpoint | {"batch_size": images_per_step},
-            self.data.batch_size,
-            self.data.checksum,
-            self.args.on_changed_run,
-        )
-        distributed.print_once("resuming at epoch {}, step {}".format(*position))
-        return position
+    def load_state_dict(self, state: dict) -> None:
+        self.value = state["value"]
 
 
-def restore_prototypes(checkpoint: dict, prototypes: nn.Parameter) -> None:
-    """Copy the prototypes of a checkpoint.
+def to_official(state: dict) -> dict:
+    """The state of a run under the names of the official checkpoints, whose encoders are wrapped for processes."""
+    prefix = "module." if state["world_size"] > 1 else ""
+    encoders = {key: {prefix + name: value for name, value in state[key].items()} for key in ENCODERS}
+    flags = state["args"]
+    return {
+        **state,
+        **encoders,
+        "prototypes": state["prototypes"]["0"],
+        "loss": state["loss"]["value"],
+        "batch_size": state["batch_size"] // state["world_size"],  # of one process
+        "lr": flags["lr"],
+        "temperature": flags["temperature"],
+    }
+
+
+def from_official(checkpoint: dict) -> dict:
+    """The way back; files of the official code have neither flags nor a log.
 
     Raises:
-        ValueError: If it has none, or others.
+        ValueError: If there are no prototypes.
     """
-    saved = checkpoint.get("prototypes")
-    if not isinstance(saved, Tensor) or saved.shape != prototypes.shape:
-        found = tuple(saved.shape) if isinstance(saved, Tensor) else "none"
-        raise ValueError(
-            f"the checkpoint's prototypes do not fit this run: {found} instead of {tuple(prototypes.shape)}"
-        )
-    prototypes.data.copy_(saved)
+    if not isinstance(checkpoint.get("prototypes"), Tensor):
+        raise ValueError(f"the checkpoint cannot be resumed, it has no prototypes: {', '.join(checkpoint)}")
+    return {
+        **checkpoint,
+        "prototypes": {"0": checkpoint["prototypes"]},
+        "loss": {"value": checkpoint["loss"]},
+        "batch_size": checkpoint["batch_size"] * checkpoint["world_size"],
+    }

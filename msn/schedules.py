@@ -4,6 +4,7 @@ Arrays have one float64 value per step of the run; the scheduler of the learning
 moved before an update, so their first value is that of step 1 and not of step 0.
 """
 
+import argparse
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +45,16 @@ class Schedules:
     weight_decay: np.ndarray
     momentum: np.ndarray
     sharpen: np.ndarray
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace, steps_per_epoch: int) -> "Schedules":
+        length = (args.epochs, steps_per_epoch)
+        return cls(
+            lr=learning_rates(args.start_lr, args.lr, args.final_lr, *length, args.warmup),
+            weight_decay=weight_decays(args.weight_decay, args.final_weight_decay, *length),
+            momentum=linear(*args.ema, *length),
+            sharpen=linear(args.start_sharpen, args.final_sharpen, *length),
+        )
 
     def apply(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         for i, group in enumerate(optimizer.param_groups):

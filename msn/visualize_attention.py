@@ -20,9 +20,8 @@ from torch import Tensor
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from msn.augmentations import MEAN, STD
 from msn.flags import load_chosen_encoder, network_parser
-from msn.pretrained import RUN_ON_DIGITS
+from msn.hub import MEAN, RUN_ON_DIGITS, STD
 from msn.vision_transformer import VisionTransformer
 from shared import distributed
 from shared.images.decode import read_image
@@ -80,10 +79,11 @@ def save_attention(
     """The attention of one image as pictures, see :func:`shared.pictures.attention.save_attention_maps`.
 
     Args:
-        encoder: In evaluation mode.
         image: Normalised, shape (C, H, W), on the encoder's device.
     """
-    attention = class_attention(encoder, image[None])[0]
+    training = encoder.training
+    attention = class_attention(encoder.eval(), image[None])[0]
+    encoder.train(training)
     return save_attention_maps(attention, image, encoder.patch_embed.patch_size, output_dir, MEAN, STD, threshold)
 
 

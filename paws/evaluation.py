@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shared import distributed
 from shared.evaluation.features import extract_features
+from shared.images.labelled import NotLabelled
 from shared.images.loading import BadImages, EvalDataset, EvalTransform
 from shared.images.sources import ImageSource, open_source
 from shared.networks.backbones import input_channels
@@ -65,12 +66,11 @@ class Validation:
 
 def open_validation(
     images: PartlyLabelled, data_path: str | None, val_path: str | None, allow_absolute_paths: bool = False
-) -> Validation | str:
-    """Images to classify, or the reason why there are none.
-
-    Those of ``val_path``; else the val part of ``data_path``; else the training images whose labels were kept back.
+) -> Validation:
+    """Images to classify: ``val_path``; else the val part of ``data_path``; else those whose labels were kept back.
 
     Raises:
+        NotLabelled: If there are none.
         ValueError: If they cannot be opened or have other classes.
     """
     open_images = partial(open_source, allow_absolute_paths=allow_absolute_paths)
@@ -79,7 +79,7 @@ def open_validation(
         check_classes(images, val)
         return Validation(val, np.arange(len(val)))
     if images.truth is None:
-        return "the classes of the unlabelled images are not known; give labelled ones as --val_path"
+        raise NotLabelled("the classes of the unlabelled images are not known; give labelled ones as --val_path")
     beside = Path(data_path).with_name("val") if data_path and Path(data_path).name == "train" else None
     try:
         val = open_images(str(beside), "all") if beside and beside.is_dir() else open_images(data_path, "val")
@@ -87,7 +87,7 @@ def open_validation(
         if "has no val part" not in str(error):
             raise
         if len(images.unlabelled) == 0:
-            return "all images have a label that is used, and there are no others to classify"
+            raise NotLabelled("all images have a label that is used; give others to classify as --val_path") from error
         return Validation(images.source, images.unlabelled)
     check_classes(images, val)
     return Validation(val, np.arange(len(val)))
@@ -137,20 +137,18 @@ class SNNMonitor:
 
     Args:
         images: Their labelled ones are the supports.
-        validation: What is classified; a reason switches the monitor off.
+        validation: What is classified; None switches the monitor off.
         every_epochs: Evaluate after every so many epochs; 0: never. None: before and after training, when there are at
             most 100,000 images to classify.
         epochs: Length of the training.
         use_pred: Compare the outputs of the prediction head.
-
-    Attributes:
-        disabled_reason: Why there is no evaluation, or None.
+        disabled_reason: Why there are no images to classify, for the summary of the run.
     """
 
     def __init__(
         self,
         images: PartlyLabelled,
-        validation: Validation | str,
+        validation: Validation | None,
         recipe: Recipe,
         temperature: float,
         every_epochs: int | None,
@@ -159,19 +157,16 @@ class SNNMonitor:
         num_workers: int = 0,
         bad_images: BadImages | None = None,
         use_pred: bool = False,
+        disabled_reason: str = "there are no labelled images",
     ):
         self.images, self.validation, self.recipe, self.temperature = images, validation, recipe, temperature
         self.every_epochs, self.epochs, self.device, self.num_workers = every_epochs, epochs, device, num_workers
         self.bad_images, self.use_pred = bad_images, use_pred
-        self.disabled_reason = validation if isinstance(validation, str) else None
-        if self.disabled_reason is not None and every_epochs:
-            raise ValueError(f"--eval_knn_freq {every_epochs}: {self.disabled_reason}")
-        if self.disabled_reason is None and every_epochs is None and len(validation.rows) > AUTOMATIC_UP_TO:
+        self.disabled_reason = disabled_reason if validation is None else None
+        if validation is not None and every_epochs is None and len(validation.rows) > AUTOMATIC_UP_TO:
             self.disabled_reason = (
                 f"there are {len(validation.rows):,} images to classify; ask for it with --eval_knn_freq"
             )
-        if every_epochs == 0:
-            self.disabled_reason = "--eval_knn_freq 0"
 
     def is_due(self, epoch: int) -> bool:
         """Whether to evaluate after ``epoch`` (-1: before training)."""
@@ -201,6 +196,55 @@ class SNNMonitor:
         labels = torch.from_numpy(images.labels[images.labelled]).to(supports.device)
         probabilities = classify(queries, supports, labels, len(images.classes), self.temperature)
         return top_k(probabilities, val.labels)[0]
+
+
+def build_snn_monitor(
+    args: argparse.Namespace,
+    images: PartlyLabelled,
+    recipe: Recipe,
+    device: torch.device,
+    num_workers: int,
+    on_bad_image: str,
+    use_pred: bool = False,
+) -> SNNMonitor:
+    """The monitor that the flags of a training ask for; says why when there is none.
+
+    Args:
+        args: Those of :mod:`paws.training_flags`.
+        on_bad_image: ``replace`` or ``error``, for the images to classify.
+
+    Raises:
+        ValueError: If it was asked for and there are no images to classify.
+    """
+    validation, reason, bad_images = None, "--eval_knn_freq 0", None
+    if args.eval_knn_freq != 0:
+        try:
+            validation = open_validation(images, args.data_path, args.val_path, args.allow_absolute_paths)
+        except NotLabelled as error:
+            if args.eval_knn_freq:
+                raise ValueError(f"--eval_knn_freq {args.eval_knn_freq}: {error}") from error
+            reason = str(error)
+    if validation is not None:
+        listed = Path(args.output_dir) / "bad_images_val.txt"
+        bad_images = BadImages(len(validation.source), listed, on_bad_image, args.max_bad_fraction)
+    monitor = SNNMonitor(
+        images,
+        validation,
+        recipe,
+        args.temperature,
+        args.eval_knn_freq,
+        args.epochs,
+        device,
+        num_workers,
+        bad_images,
+        use_pred,
+        reason,
+    )
+    if monitor.disabled_reason is None:
+        distributed.print_once(f"evaluation: {validation.describe()}")
+    else:
+        distributed.print_once(f"no evaluation between epochs: {monitor.disabled_reason}")
+    return monitor
 
 
 def add_process_flags(parser: argparse.ArgumentParser) -> None:

@@ -66,8 +66,6 @@ def compare(args: argparse.Namespace) -> list[dict[str, float]]:
             allow_absolute_paths=args.allow_absolute_paths,
         )
         validation = open_validation(images, args.data_path, args.val_path, args.allow_absolute_paths)
-        if isinstance(validation, str):
-            raise ValueError(f"--val_path: {validation}")
         recipe = choose_recipe(args.dataset, args.normalize, args.image_size)
         distributed.print_once(f"--- {count} label(s) of each of {len(images.classes)} classes")
         run = output_dir / f"{count}-labels"

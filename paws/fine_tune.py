@@ -9,7 +9,7 @@ All layers learn. The result is the accuracy after the last epoch. Running the s
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -23,25 +23,25 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from paws import training_flags
 from paws.augmentations import Recipe, choose_recipe, fine_tune_view, support_views
+from paws.checkpoints import Progress, fine_tuning_from_official, fine_tuning_to_official
 from paws.evaluation import Validation, eval_transform, open_validation
 from paws.heads import Encoder, classification_head
 from paws.labels import PartlyLabelled
 from paws.networks import build_encoder
 from paws.optimisation import LARS, lr_schedule, parameter_groups
 from paws.pretrained import RUN_ON_DIGITS, backbone_of, build_for, find_file, load_classifier, read_weights
-from paws.training_loop import FineTuning, Loop, StepLoss, new_guard
-from paws.training_setup import open_images
+from paws.training_data import LabelledBatches, open_images
 from shared import distributed
+from shared.images.labelled import NotLabelled
 from shared.images.loading import BadImages, EpochBatchSampler, EvalDataset, default_num_workers, make_loader
 from shared.multicrop import MultiCropDataset, normalize_views
 from shared.networks.backbones import input_channels
 from shared.networks.batchnorm import synchronize_batchnorm
 from shared.networks.weights import load_backbone_weights, weights_checksum
+from shared.optimisation.optim import clip_grad_norm_per_tensor_
 from shared.optimisation.precision import Precision
-from shared.run.checkpoint import Checkpointer, load_latest
 from shared.run.flags import bool_flag
-from shared.run.log import RunLog
-from shared.run.start import start_run
+from shared.run.run import Run
 from shared.supervised.evaluation import evaluate_classifier
 
 EMBEDDED_DATA_DEFAULTS = {
@@ -102,77 +102,76 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
 
 def fine_tune(args: argparse.Namespace) -> dict[str, float]:
     """Fine-tune and validate; loss and accuracies in percent after the last epoch."""
-    device, output_dir = start_run(args)
-    precision = Precision(args.amp if args.use_fp16 else "fp32", device)
+    run = Run(args, args.amp if args.use_fp16 else "fp32", f"{args.write_tag}.pth.tar")
+    device = run.device
     recipe = choose_recipe(args.dataset, args.normalize, args.image_size)
     num_workers = default_num_workers() if args.num_workers is None else args.num_workers
 
     # images
     images = open_images(args)
-    validation = open_validation(images, args.data_path, args.val_path, args.allow_absolute_paths)
-    if isinstance(validation, str):
-        distributed.print_once(f"no validation: {validation}")
     num_classes = len(images.classes) if args.num_classes is None else args.num_classes
     if num_classes < len(images.classes):
         raise ValueError(f"--num_classes {num_classes} is less than the {len(images.classes)} classes of the labels")
+    validation = find_validation(args, images)
+    validate = partial(validate_encoder, validation, recipe, run.precision, args.batch_size, num_workers)
 
-    # network
+    # encoder
     if not args.training:
-        encoder = load_classifier(args.model_name, args.pretrained).to(device)
-        if isinstance(validation, str):
-            raise ValueError(f"--training false: {validation}")
-        return validate_encoder(encoder, validation, recipe, precision, args.batch_size, num_workers)
+        return validate(load_classifier(args.model_name, args.pretrained).to(device))
     encoder = build_classifier(args, num_classes, recipe)
     args.in_chans = input_channels(encoder)
-    checksum = weights_checksum(encoder)
+    progress = Progress(weights_checksum(encoder))
     encoder = synchronize_batchnorm(encoder, device).to(device)
     wrapped = distributed.wrap(encoder, device)
 
-    # batches, optimiser, schedule
-    loader, sampler = labelled_loader(args, images, recipe, num_workers, device)
+    # batches, optimiser, learning rate of every step
+    data = labelled_batches(args, images, recipe, num_workers, device)
+    labels = torch.from_numpy(images.labels).to(device)
     optimizer = LARS(
         parameter_groups(encoder, args.weight_decay),
         nesterov=args.nesterov,
         trust_coefficient=0.001 if args.use_lars else 0.0,
     )
-    rates = lr_schedule(args.lr, args.lr, 0.0, 0, args.epochs * len(sampler))
-    labels = torch.from_numpy(images.labels).to(device)
-    step_loss = partial(cross_entropy, wrapped, labels, recipe=recipe, precision=precision)
+    steps = args.epochs * data.steps_per_epoch
+    rates = lr_schedule(args.lr, args.lr, 0.0, 0, steps)
 
-    # resume
-    path = output_dir / f"{args.write_tag}.pth.tar"
-    checkpoint = load_latest(path)
-    log = RunLog(output_dir, len(rates), args.log_freq, args.tensorboard, resumed=bool(checkpoint))
-    batch_size = args.batch_size * distributed.get_world_size()
-    run = FineTuning(args, encoder, optimizer, precision, log, images.source.checksum(), checksum, batch_size)
-    first_epoch, first_step = (0, 0) if checkpoint is None else run.load(checkpoint, path, RUN_FLAGS)
-    run.guard = guard = new_guard(encoder, output_dir, args.max_skipped_steps, device, checkpoint)
+    # checkpoints under the names of the official ones
+    layout = {"to_official": fine_tuning_to_official, "from_official": fine_tuning_from_official}
+    run.resume(data, steps, RUN_FLAGS, **layout, scheduled=("lr",), progress=progress, encoder=encoder, opt=optimizer)
 
-    # epochs
     result: dict[str, float] = {}
-    with Checkpointer(path, run.state, args.saveckp_steps, args.saveckp_minutes, guard.is_good) as checkpointer:
-        loop = Loop(wrapped, optimizer, rates, len(sampler), args.seed, precision, log, guard, checkpointer)
-        for epoch in range(first_epoch, args.epochs):
-            sampler.set_epoch(epoch, first_step)
-            wrapped.train()
-            loop.epoch(loader, step_loss, epoch, first_step)
-            first_step = 0
-            if is_due(args, epoch) and not isinstance(validation, str):
-                stop = partial(checkpointer.stop_if_asked, epoch, len(sampler))
-                result = validate_encoder(encoder, validation, recipe, precision, args.batch_size, num_workers, stop)
-                run.best = max(run.best, result["acc1"])
-                log.evaluation((epoch + 1) * len(sampler), epoch + 1, top1=result["acc1"], best_top1=run.best)
-            log.end_epoch(epoch)
-            checkpointer.after_epoch(epoch)
-    log.close()
-    if not result and not isinstance(validation, str):  # resumed after the last epoch
-        result = validate_encoder(encoder, validation, recipe, precision, args.batch_size, num_workers)
-    if result:
+    with run:
+        for epoch in run.epochs():
+            data.sampler.set_epoch(epoch, run.step_in_epoch)
+            train_one_epoch(wrapped, data.loader, optimizer, rates, labels, recipe, run)
+            if validation is not None and is_due(args, epoch):
+                result = validate(encoder, run.stop_if_asked)
+                progress.best = max(progress.best, result["acc1"])
+                run.log_evaluation(top1=result["acc1"], best_top1=progress.best)
+            run.log_epoch()
+            run.end_epoch()
+    if validation is not None:
+        result = result or validate(encoder)  # none yet: resumed after the last epoch
         distributed.print_once(
             f"Top-1 accuracy after the last epoch: {result['acc1']:.2f} % (top-5 {result['acc5']:.2f} %, best top-1 of "
-            f"all evaluations {run.best:.2f} %)"
+            f"all evaluations {progress.best:.2f} %)"
         )
     return result
+
+
+def find_validation(args: argparse.Namespace, images: PartlyLabelled) -> Validation | None:
+    """Images to classify; says why when there are none.
+
+    Raises:
+        ValueError: If there are none with ``--training false``.
+    """
+    try:
+        return open_validation(images, args.data_path, args.val_path, args.allow_absolute_paths)
+    except NotLabelled as error:
+        if not args.training:
+            raise ValueError(f"--training false: {error}") from error
+        distributed.print_once(f"no validation: {error}")
+        return None
 
 
 def is_due(args: argparse.Namespace, epoch: int) -> bool:
@@ -181,16 +180,32 @@ def is_due(args: argparse.Namespace, epoch: int) -> bool:
     return epoch == args.epochs - 1 or bool(every and (epoch + 1) % every == 0)
 
 
-def cross_entropy(
-    encoder: nn.Module, labels: Tensor, batch: tuple, epoch: int, *, recipe: Recipe, precision: Precision
-) -> StepLoss:
-    """Cross-entropy of the classifier ``fc`` on a batch of labelled images."""
-    views, _, indices = batch
-    views = normalize_views(views, precision.device, recipe.mean, recipe.std)
-    with precision.autocast():
-        logits, _ = encoder(views)
-    loss = F.cross_entropy(logits.float(), labels[indices.to(labels.device)])
-    return StepLoss(loss, {}, views, len(indices))
+def train_one_epoch(
+    encoder: nn.Module,
+    batches: Iterable,
+    optimizer: torch.optim.Optimizer,
+    rates: np.ndarray,
+    labels: Tensor,
+    recipe: Recipe,
+    run: Run,
+) -> None:
+    """One epoch of cross-entropy of the classifier ``fc``.
+
+    ``batches`` yields (views, labels, indices); ``labels`` are those of all images, by index.
+    """
+    parameters = list(encoder.parameters())
+    encoder.train()
+    for step, (loaded, _, indices) in run.steps(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = float(rates[step])
+        optimizer.zero_grad(set_to_none=True)
+        views = normalize_views(loaded, run.device, recipe.mean, recipe.std)
+        with run.precision.autocast():
+            logits, _ = encoder(views)
+        loss = F.cross_entropy(logits.float(), labels[indices.to(labels.device)])
+        run.backward(loss, optimizer)
+        run.update(clip_grad_norm_per_tensor_(parameters, max_norm=0), optimizer)
+        run.end_step(len(indices), {"loss": loss, "lr": rates[step]})
 
 
 # --- Network ----------------------------------------------------------------------------------------------------------
@@ -236,12 +251,12 @@ class Logits(nn.Module):
 
 
 def validate_encoder(
-    encoder: Encoder,
     validation: Validation,
     recipe: Recipe,
     precision: Precision,
     batch_size: int,
     num_workers: int,
+    encoder: Encoder,
     between_batches: Callable[[], None] | None = None,
 ) -> dict[str, float]:
     """``loss``, ``acc1`` and ``acc5`` over all images to classify, accuracies in percent.
@@ -273,10 +288,10 @@ class LabelledSampler(EpochBatchSampler):
             yield [(epoch * self.repeat + number, int(self.rows[row])) for epoch, number, row in places]
 
 
-def labelled_loader(
+def labelled_batches(
     args: argparse.Namespace, images: PartlyLabelled, recipe: Recipe, num_workers: int, device: torch.device
-) -> tuple:
-    """The labelled images of this process, and the sampler that wants to know the epoch.
+) -> LabelledBatches:
+    """The labelled images of this process.
 
     A last batch of one image is left out: batch norms cannot normalise it.
     """
@@ -288,7 +303,8 @@ def labelled_loader(
     views = [fine_tune_view(recipe)] if args.views == "basic" else strong
     bad_images = BadImages(len(images.source), on_bad_image="error")  # a replacement could have no label
     dataset = MultiCropDataset(images.source, views, args.seed, in_chans=args.in_chans, bad_images=bad_images)
-    return make_loader(dataset, batch_sampler=sampler, num_workers=num_workers, device=device), sampler
+    loader = make_loader(dataset, batch_sampler=sampler, num_workers=num_workers, device=device)
+    return LabelledBatches(loader, sampler, args.batch_size * world_size, images.source.checksum())
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ the pseudo-label of every image in ``pseudo_labels.csv``. Running the same comma
 import argparse
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -27,35 +27,25 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from paws import training_flags
-from paws.augmentations import choose_recipe
+from paws.augmentations import Recipe, choose_recipe
+from paws.checkpoints import NETWORK_FLAGS, find_checkpoint, from_official, latest, numbered_checkpoint, to_official
 from paws.collapse import CollapseMonitor
-from paws.losses import paws_loss, sharpen, soft_nearest_neighbours
+from paws.evaluation import build_snn_monitor
+from paws.losses import paws_loss, sharpen, soft_nearest_neighbours, support_labels
+from paws.networks import build_encoder
+from paws.optimisation import LARS, lr_schedule, parameter_groups
+from paws.pretrained import load_backbone_into
 from paws.pseudo_labels import Written, save_pseudo_labels
 from paws.report import save_pictures, summary
-from paws.training_loop import new_guard
-from paws.training_setup import (
-    Resumable,
-    build_monitor,
-    build_optimizer,
-    build_wrapped_encoder,
-    find_checkpoint,
-    labels_of_supports,
-    latest,
-    numbered_checkpoint,
-    open_training_data,
-)
+from paws.training_data import open_training_data
 from shared import distributed
 from shared.images.decode import ImageError
 from shared.multicrop import normalize_views
-from shared.optimisation.optim import clip_grad_norm_per_tensor_, step_unless_not_finite
-from shared.optimisation.precision import Precision
-from shared.run import randomness
-from shared.run.checkpoint import Checkpointer, is_at_start
+from shared.networks.batchnorm import synchronize_batchnorm
+from shared.optimisation.optim import clip_grad_norm_per_tensor_
 from shared.run.flags import bool_flag
 from shared.run.health import feature_spread, rank_me
-from shared.run.log import RunLog
-from shared.run.not_finite import FiniteGuard
-from shared.run.start import start_run
+from shared.run.run import Run
 
 # What replaces the defaults when no images are given: 8x8 pixel digits need no ResNet-50 at 224 pixels. The learning
 # rate rises slowly, or the network is taught by its first pseudo-labels, of which most are wrong.
@@ -106,79 +96,67 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
 
 def train_paws(args: argparse.Namespace) -> None:
     """Train from the newest checkpoint in ``args.output_dir``, or from scratch if there is none."""
-    device, output_dir = start_run(args)
-    precision = Precision(args.amp if args.use_fp16 else "fp32", device)
+    run = Run(args, args.amp if args.use_fp16 else "fp32", latest(args))
+    device, output_dir = run.device, run.output_dir
     recipe = choose_recipe(args.dataset, args.normalize, args.image_size, args.small_image_size)
     data = open_training_data(args, recipe, output_dir, device)
     if args.data_path is None:
         names = " ".join(f"--{name}" for name in EMBEDDED_DATA_DEFAULTS)
         distributed.print_once(f"without images these flags have defaults for the embedded digits: {names}")
-    steps_per_epoch = data.steps_per_epoch
 
-    # encoder, optimiser, schedule, labels of the supports
-    encoder = build_wrapped_encoder(args, recipe, device)
-    optimizer, rates = build_optimizer(args, encoder, steps_per_epoch)
-    labels = labels_of_supports(args, device)
+    # encoder, optimiser, learning rate of every step, labels of the supports
+    encoder = build_encoder(args.model_name, args.output_dim, args.use_pred_head, recipe.large[0], args.in_chans)
+    if args.pretrained is not None:
+        load_backbone_into(encoder, args.model_name, args.pretrained, args.allow_partial)
+    encoder = distributed.wrap(synchronize_batchnorm(encoder, device).to(device), device)
+    optimizer = LARS(parameter_groups(encoder, args.weight_decay), momentum=args.momentum, nesterov=args.nesterov)
+    warmup_steps, steps = args.warmup * data.steps_per_epoch, args.epochs * data.steps_per_epoch
+    rates = lr_schedule(args.start_lr, args.lr, args.final_lr, warmup_steps, steps)
+    labels = support_labels(
+        args.supervised_imgs_per_class,
+        args.classes_per_batch,
+        distributed.get_world_size(),
+        args.unique_classes_per_rank,
+        args.label_smoothing,
+        args.supervised_views,
+    ).to(device)
 
-    # resume
-    checkpoint = find_checkpoint(args, output_dir)
-    log = RunLog(output_dir, len(rates), args.log_freq, args.tensorboard, resumed=bool(checkpoint))
-    training = Resumable(args, data, encoder, optimizer, precision, log)
-    first_epoch, first_step = (0, 0) if checkpoint is None else training.load(checkpoint)
-    training.guard = guard = new_guard(encoder, output_dir, args.max_skipped_steps, device, checkpoint)
-    monitor = CollapseMonitor(labels.shape[1], patience_steps=len(rates) // 4)
-    evaluation = build_monitor(args, data, recipe, output_dir, device)
+    # checkpoints under the names of the official ones, monitoring
+    layout = {"to_official": to_official, "from_official": from_official, "scheduled": ("lr",)}
+    checkpoint = find_checkpoint(run.path, args.read_checkpoint)
+    run.resume(data, steps, NETWORK_FLAGS, checkpoint=checkpoint, **layout, encoder=encoder, opt=optimizer)
+    run.health = CollapseMonitor(labels.shape[1], patience_steps=steps // 4)
+    evaluation = build_snn_monitor(args, data.images, recipe, device, data.num_workers, args.on_bad_image)
 
-    # epochs
-    with Checkpointer(
-        output_dir / latest(args), training.state, args.saveckp_steps, args.saveckp_minutes, guard.is_good
-    ) as checkpointer:
-        if is_at_start(checkpoint):
-            training.evaluate(evaluation, checkpointer, epoch=-1)
-        for epoch in range(first_epoch, args.epochs):
-            data.set_epoch(epoch, first_step)
+    with run:
+        if run.is_new and evaluation.is_due(-1):
+            run.log_evaluation(snn_top1=evaluation.run(distributed.unwrap(encoder), run.stop_if_asked))
+        for epoch in run.epochs():
+            data.set_epoch(epoch, run.step_in_epoch)
             train_one_epoch(
                 encoder,
                 data,
                 optimizer,
                 rates,
                 labels,
+                recipe,
+                run,
                 temperature=args.temperature,
                 sharpen_temperature=args.sharpen,
                 me_max=args.me_max,
-                mean=recipe.mean,
-                std=recipe.std,
-                epoch=epoch,
-                first_step=first_step,
-                steps_per_epoch=steps_per_epoch,
-                seed=args.seed,
-                precision=precision,
-                log=log,
-                guard=guard,
-                checkpointer=checkpointer,
-                monitor=monitor,
             )
-            first_step = 0
-            training.evaluate(evaluation, checkpointer, epoch)
-            log.end_epoch(epoch, bad_images=data.bad_images.count())
-            checkpointer.after_epoch(epoch, keep_as=numbered_checkpoint(args, epoch))
-    log.close()
+            if evaluation.is_due(epoch):
+                run.log_evaluation(snn_top1=evaluation.run(distributed.unwrap(encoder), run.stop_if_asked))
+            run.log_epoch(bad_images=data.bad_images.count())
+            run.end_epoch(keep_as=numbered_checkpoint(args, epoch))
+    network, options = distributed.unwrap(encoder), {"num_workers": data.num_workers, "pictures": args.pictures}
     try:
-        written = save_pseudo_labels(
-            distributed.unwrap(encoder),
-            data.images,
-            recipe,
-            args.temperature,
-            output_dir,
-            device,
-            args.pictures,
-            num_workers=data.num_workers,
-        )
+        written = save_pseudo_labels(network, data.images, recipe, args.temperature, output_dir, device, **options)
     except ImageError as error:  # as after self-training, when all readable images have a label
         written = Written(None, [f"no pseudo-labels: {error}"])
     if distributed.is_main_process():
         pictures = written.pictures + (save_pictures(data.dataset, output_dir) if args.pictures else [])
-        print(summary(args, output_dir, evaluation, written, pictures, list(monitor.warnings.values())))
+        print(summary(args, output_dir, evaluation, written, pictures, list(run.health.warnings.values())))
 
 
 def train_one_epoch(
@@ -187,44 +165,32 @@ def train_one_epoch(
     optimizer: torch.optim.Optimizer,
     rates: np.ndarray,
     labels: Tensor,
+    recipe: Recipe,
+    run: Run,
     *,
     temperature: float,
     sharpen_temperature: float,
     me_max: bool,
-    mean: Sequence[float],
-    std: Sequence[float],
-    epoch: int,
-    first_step: int,
-    steps_per_epoch: int,
-    seed: int,
-    precision: Precision,
-    log: RunLog,
-    guard: FiniteGuard,
-    checkpointer: Checkpointer,
-    monitor: CollapseMonitor | None = None,
 ) -> None:
-    """One epoch (from its step ``first_step`` on) of Algorithm 1.
+    """One epoch of Algorithm 1.
 
     ``batches`` yields two batches (views, labels, indices): of unlabelled images, the two large views first, then the
     small ones, and of supports; all crop-major: uint8 images, or float tensors that are normalised already.
     """
     parameters = list(encoder.parameters())
     encoder.train()
-    start = epoch * steps_per_epoch + first_step
-    for step, (unlabelled, supports) in enumerate(log.batches(batches), start=start):
-        randomness.seed_step(seed, step, distributed.get_rank())
+    for step, (unlabelled, supports) in run.steps(batches):
         for group in optimizer.param_groups:
             group["lr"] = float(rates[step])
         optimizer.zero_grad(set_to_none=True)  # before the activations: the two never need memory at once
         (support_views,), image_views = (
-            normalize_views(loaded, precision.device, mean, std) for loaded in (supports[0], unlabelled[0])
+            normalize_views(loaded, run.device, recipe.mean, recipe.std) for loaded in (supports[0], unlabelled[0])
         )
-        views = [support_views, *image_views]
         num_supports, batch_size = len(support_views), len(unlabelled[2])
 
         # supports and large views are one batch for the batch norms
-        with precision.autocast():
-            h, z = encoder(views)
+        with run.precision.autocast():
+            h, z = encoder([support_views, *image_views])
         h, z = h.float().detach(), z.float()
         large_h = h[num_supports : num_supports + 2 * batch_size]
         ploss, rloss = paws_loss(
@@ -239,24 +205,13 @@ def train_one_epoch(
         )
         loss = ploss + rloss
 
-        precision.backward(loss, optimizer)
-        skipped = step_unless_not_finite(optimizer, clip_grad_norm_per_tensor_(parameters, max_norm=0))
-        precision.update()
-        guard.count(skipped)
+        run.backward(loss, optimizer)
+        run.update(clip_grad_norm_per_tensor_(parameters, max_norm=0), optimizer)
 
-        averages = {"loss": loss, "ploss": ploss, "me_max": rloss, "lr": rates[step], "skipped": skipped}
-        health = {}
-        if log.is_due(step):
+        health = None
+        if run.logs_this_step:
             health = prediction_health(z[num_supports:], z[:num_supports], labels, temperature, sharpen_temperature)
-        line = log.step(step, epoch, batch_size, averages, **health)
-        if line is not None and monitor is not None and (problem := monitor.check(line)):
-            log.say(problem)
-        if line is not None and guard.too_many():
-            randomness.seed_step(seed, step, distributed.get_rank())
-            batch = {"supports": supports[0], "views": unlabelled[0], "indices": unlabelled[2]}
-            with precision.autocast():
-                guard.stop({**batch, "step": step, "epoch": epoch}, views, {"encoder": views}, loss)
-        checkpointer.after_step(epoch, step + 1 - epoch * steps_per_epoch)
+        run.end_step(batch_size, {"loss": loss, "ploss": ploss, "me_max": rloss, "lr": rates[step]}, health)
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ from paws.labels import PartlyLabelled
 from paws.networks import Representation
 from paws.pictures import save_certainty
 from paws.pretrained import RUN_ON_DIGITS, load_encoder
-from paws.training_setup import open_images
+from paws.training_data import open_images
 from shared import distributed
 from shared.evaluation.features import extract_features
 from shared.images.decode import ImageError

@@ -8,10 +8,10 @@ from shared.multicrop import MultiCropDataset
 from shared.run.log import read_log
 from shared.run.summary import command, end_of_run
 
+from .checkpoints import latest
 from .evaluation import SNNMonitor
 from .pictures import save_curves, save_views
 from .pseudo_labels import Written
-from .training_setup import latest
 
 
 def save_pictures(views: MultiCropDataset, output_dir: Path) -> list[Path]:
@@ -75,10 +75,4 @@ def summary(
         "python main.py --data_path YOUR_IMAGES --labels YOUR_LABELS.csv --fname configs/paws/own_images.yaml "
         "--output_dir YOUR_RUN"
     )
-    return end_of_run(output_dir, weights, _NoKNN(), pictures, commands, learned, problems)
-
-
-class _NoKNN:
-    """Stands for a k-NN evaluation, of which there is none: the soft nearest neighbours take its place."""
-
-    disabled_reason = None
+    return end_of_run(output_dir, weights, None, pictures, commands, learned, problems)

@@ -20,7 +20,7 @@ from paws import training_flags
 from paws.augmentations import choose_recipe
 from paws.evaluation import add_process_flags, classify, open_validation, print_accuracies, representations
 from paws.pretrained import RUN_ON_DIGITS, load_encoder
-from paws.training_setup import open_images
+from paws.training_data import open_images
 from shared import distributed
 from shared.images.loading import default_num_workers
 
@@ -72,8 +72,6 @@ def snn_eval(args: argparse.Namespace) -> tuple[float, float]:
     device = distributed.init(args.dist_url, args.device)
     images = open_images(args)
     validation = open_validation(images, args.data_path, args.val_path, args.allow_absolute_paths)
-    if isinstance(validation, str):
-        raise ValueError(f"--val_path: {validation}")
     recipe = choose_recipe(args.dataset, args.normalize, args.image_size)
     encoder = load_encoder(args.model_name, args.pretrained, args.use_pred).to(device)
     num_workers = default_num_workers() if args.num_workers is None else args.num_workers

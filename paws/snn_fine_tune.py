@@ -10,10 +10,11 @@ epoch. Running the same command again resumes.
 
 import argparse
 import sys
-from functools import partial
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
@@ -21,23 +22,22 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from paws import training_flags
 from paws.augmentations import Recipe, choose_recipe, support_views
-from paws.evaluation import SNNMonitor, open_validation
+from paws.checkpoints import Progress, fine_tuning_from_official, fine_tuning_to_official
+from paws.evaluation import build_snn_monitor
+from paws.labels import PartlyLabelled
 from paws.losses import suncet_loss, support_labels
 from paws.optimisation import LARS, lr_schedule, parameter_groups
 from paws.pretrained import RUN_ON_DIGITS, load_encoder
 from paws.support_sampler import SupportSampler
-from paws.training_loop import FineTuning, Loop, StepLoss, new_guard
-from paws.training_setup import MOST_SUPPORTS, open_images
+from paws.training_data import MOST_SUPPORTS, LabelledBatches, open_images
 from shared import distributed
 from shared.images.loading import BadImages, default_num_workers, make_loader
 from shared.multicrop import MultiCropDataset, normalize_views
 from shared.networks.backbones import input_channels
 from shared.networks.weights import weights_checksum
-from shared.optimisation.precision import Precision
-from shared.run.checkpoint import Checkpointer, is_at_start, load_latest
+from shared.optimisation.optim import clip_grad_norm_per_tensor_
 from shared.run.flags import bool_flag
-from shared.run.log import RunLog
-from shared.run.start import start_run
+from shared.run.run import Run
 
 EMBEDDED_DATA_DEFAULTS = {
     "labels_per_class": 4,
@@ -98,53 +98,32 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
 
 def snn_fine_tune(args: argparse.Namespace) -> float | None:
     """Fine-tune and classify; top-1 in percent after the last epoch, None where nothing can be classified."""
-    device, output_dir = start_run(args)
-    precision = Precision(args.amp if args.use_fp16 else "fp32", device)
+    run = Run(args, args.amp if args.use_fp16 else "fp32", f"{args.write_tag}.pth.tar")
+    device = run.device
     recipe = choose_recipe(args.dataset, args.normalize, args.image_size)
     num_workers = default_num_workers() if args.num_workers is None else args.num_workers
 
-    # images and batches
+    # images, encoder
     images = open_images(args)
-    validation = open_validation(images, args.data_path, args.val_path, args.allow_absolute_paths)
-    evaluation = SNNMonitor(
-        images,
-        validation,
-        recipe,
-        args.temperature,
-        args.eval_knn_freq,
-        args.epochs,
-        device,
-        num_workers,
-        use_pred=args.use_pred_head,
-    )
-    if evaluation.disabled_reason:
-        distributed.print_once(f"no evaluation: {evaluation.disabled_reason}")
-    sampler = batches_of_labelled(args, images)
+    evaluation = build_snn_monitor(args, images, recipe, device, num_workers, "error", args.use_pred_head)
     encoder = load_encoder(args.model_name, args.pretrained, args.use_pred_head).requires_grad_(True)
     if not args.use_pred_head:
         encoder.pred = None
     args.in_chans = input_channels(encoder)
-    checksum = weights_checksum(encoder)
+    progress = Progress(weights_checksum(encoder))
     encoder.to(device)
     wrapped = distributed.wrap(encoder, device)
-    dataset = MultiCropDataset(
-        images.source,
-        support_views(recipe, 0, args.color_jitter_strength, args.supervised_views),
-        args.seed,
-        in_chans=args.in_chans,
-        bad_images=BadImages(len(images.source), on_bad_image="error"),  # a replacement could be of another class
-    )
-    loader = make_loader(dataset, batch_sampler=sampler, num_workers=num_workers, device=device)
+    data = labelled_batches(args, images, recipe, num_workers, device)
 
-    # optimiser, schedule, loss
+    # optimiser, learning rate of every step, labels
     optimizer = LARS(
         parameter_groups(encoder, args.weight_decay),
         momentum=args.momentum,
         nesterov=args.nesterov,
         trust_coefficient=0.001 if args.use_lars else 0.0,
     )
-    steps = len(sampler)
-    rates = lr_schedule(args.start_lr, args.lr, args.final_lr, args.warmup * steps, args.epochs * steps)
+    warmup_steps, steps = args.warmup * data.steps_per_epoch, args.epochs * data.steps_per_epoch
+    rates = lr_schedule(args.start_lr, args.lr, args.final_lr, warmup_steps, steps)
     labels = support_labels(
         args.supervised_batch_size,
         args.classes_per_batch,
@@ -152,44 +131,35 @@ def snn_fine_tune(args: argparse.Namespace) -> float | None:
         smoothing=args.label_smoothing,
         views=args.supervised_views,
     ).to(device)
-    step_loss = partial(contrast, wrapped, labels, temperature=args.temperature, recipe=recipe, precision=precision)
 
-    # resume
-    path = output_dir / f"{args.write_tag}.pth.tar"
-    checkpoint = load_latest(path)
-    log = RunLog(output_dir, len(rates), args.log_freq, args.tensorboard, resumed=bool(checkpoint))
-    batch_size = args.supervised_batch_size * distributed.get_world_size()
-    run = FineTuning(args, encoder, optimizer, precision, log, images.source.checksum(), checksum, batch_size)
-    first_epoch, first_step = (0, 0) if checkpoint is None else run.load(checkpoint, path, RUN_FLAGS)
-    run.guard = guard = new_guard(encoder, output_dir, args.max_skipped_steps, device, checkpoint)
+    # checkpoints under the names of the official ones
+    layout = {"to_official": fine_tuning_to_official, "from_official": fine_tuning_from_official}
+    run.resume(data, steps, RUN_FLAGS, **layout, scheduled=("lr",), progress=progress, encoder=encoder, opt=optimizer)
 
-    # epochs
     top1 = None
-    with Checkpointer(path, run.state, args.saveckp_steps, args.saveckp_minutes, guard.is_good) as checkpointer:
-        loop = Loop(wrapped, optimizer, rates, steps, args.seed, precision, log, guard, checkpointer)
-        if is_at_start(checkpoint) and evaluation.is_due(-1):
-            log.evaluation(0, 0, snn_top1=evaluation.run(encoder, partial(checkpointer.stop_if_asked, 0, 0)))
-        for epoch in range(first_epoch, args.epochs):
-            sampler.set_epoch(epoch, first_step)
-            train_with_fixed_statistics(encoder)
-            loop.epoch(loader, step_loss, epoch, first_step)
-            first_step = 0
+    with run:
+        if run.is_new and evaluation.is_due(-1):
+            run.log_evaluation(snn_top1=evaluation.run(encoder, run.stop_if_asked))
+        for epoch in run.epochs():
+            data.sampler.set_epoch(epoch, run.step_in_epoch)
+            train_one_epoch(wrapped, data.loader, optimizer, rates, labels, recipe, run, temperature=args.temperature)
             if evaluation.is_due(epoch):
-                top1 = evaluation.run(encoder, partial(checkpointer.stop_if_asked, epoch, steps))
-                run.best = max(run.best, top1)
-                log.evaluation((epoch + 1) * steps, epoch + 1, snn_top1=top1, best_top1=run.best)
-            log.end_epoch(epoch)
-            checkpointer.after_epoch(epoch)
-    log.close()
+                top1 = evaluation.run(encoder, run.stop_if_asked)
+                progress.best = max(progress.best, top1)
+                run.log_evaluation(snn_top1=top1, best_top1=progress.best)
+            run.log_epoch()
+            run.end_epoch()
     if top1 is None and evaluation.disabled_reason is None:  # resumed after the last epoch
         top1 = evaluation.run(encoder)
     if top1 is not None:
-        distributed.print_once(f"Top-1 accuracy after the last epoch: {top1:.2f} % (best of all {run.best:.2f} %)")
+        distributed.print_once(f"Top-1 accuracy after the last epoch: {top1:.2f} % (best of all {progress.best:.2f} %)")
     return top1
 
 
-def batches_of_labelled(args: argparse.Namespace, images) -> SupportSampler:
-    """The sampler, with as many steps per epoch as show every image of the smallest class about once."""
+def labelled_batches(
+    args: argparse.Namespace, images: PartlyLabelled, recipe: Recipe, num_workers: int, device: torch.device
+) -> LabelledBatches:
+    """As many steps per epoch as show every image of the smallest class about once."""
     world_size = distributed.get_world_size()
     fewest = int(np.bincount(images.labels[images.labelled]).min())
     if args.classes_per_batch is None:
@@ -197,7 +167,7 @@ def batches_of_labelled(args: argparse.Namespace, images) -> SupportSampler:
     if args.supervised_batch_size is None:
         args.supervised_batch_size = min(MOST_SUPPORTS, max(1, fewest // world_size))
     rounds = max(1, fewest // args.supervised_batch_size)
-    return SupportSampler(
+    sampler = SupportSampler(
         images.labels,
         args.supervised_batch_size,
         args.classes_per_batch,
@@ -208,6 +178,42 @@ def batches_of_labelled(args: argparse.Namespace, images) -> SupportSampler:
         inner_epochs=rounds,
         class_names=images.classes,
     )
+    dataset = MultiCropDataset(
+        images.source,
+        support_views(recipe, 0, args.color_jitter_strength, args.supervised_views),
+        args.seed,
+        in_chans=args.in_chans,
+        bad_images=BadImages(len(images.source), on_bad_image="error"),  # a replacement could be of another class
+    )
+    loader = make_loader(dataset, batch_sampler=sampler, num_workers=num_workers, device=device)
+    return LabelledBatches(loader, sampler, args.supervised_batch_size * world_size, images.source.checksum())
+
+
+def train_one_epoch(
+    encoder: nn.Module,
+    batches: Iterable,
+    optimizer: torch.optim.Optimizer,
+    rates: np.ndarray,
+    labels: Tensor,
+    recipe: Recipe,
+    run: Run,
+    *,
+    temperature: float,
+) -> None:
+    """One epoch of SuNCEt on all views of labelled images; ``batches`` yields (views, labels, indices)."""
+    parameters = list(encoder.parameters())
+    train_with_fixed_statistics(encoder)
+    for step, (loaded, _, indices) in run.steps(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = float(rates[step])
+        optimizer.zero_grad(set_to_none=True)
+        views = normalize_views(loaded, run.device, recipe.mean, recipe.std)
+        with run.precision.autocast():
+            _, z = encoder(views)
+        loss = suncet_loss(z, labels, temperature)
+        run.backward(loss, optimizer)
+        run.update(clip_grad_norm_per_tensor_(parameters, max_norm=0), optimizer)
+        run.end_step(len(indices), {"loss": loss, "lr": rates[step]})
 
 
 def train_with_fixed_statistics(encoder: nn.Module) -> None:
@@ -216,24 +222,6 @@ def train_with_fixed_statistics(encoder: nn.Module) -> None:
     for module in encoder.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
-
-
-def contrast(
-    encoder: nn.Module,
-    labels: Tensor,
-    batch: tuple,
-    epoch: int,
-    *,
-    temperature: float,
-    recipe: Recipe,
-    precision: Precision,
-) -> StepLoss:
-    """SuNCEt on all views of a batch of labelled images."""
-    views, _, indices = batch
-    views = normalize_views(views, precision.device, recipe.mean, recipe.std)
-    with precision.autocast():
-        _, z = encoder(views)
-    return StepLoss(suncet_loss(z, labels, temperature), {}, views, len(indices))
 
 
 def main() -> None:

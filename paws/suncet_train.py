@@ -13,9 +13,11 @@ other view. Running the same command again resumes the run.
 
 import argparse
 import sys
-from functools import partial
+from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
@@ -23,25 +25,18 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from paws import training_flags
 from paws.augmentations import Recipe, choose_recipe
-from paws.losses import simclr_loss, suncet_loss
-from paws.training_loop import Loop, StepLoss, new_guard
-from paws.training_setup import (
-    Resumable,
-    build_monitor,
-    build_optimizer,
-    build_wrapped_encoder,
-    find_checkpoint,
-    labels_of_supports,
-    latest,
-    numbered_checkpoint,
-    open_training_data,
-)
+from paws.checkpoints import NETWORK_FLAGS, find_checkpoint, from_official, latest, numbered_checkpoint, to_official
+from paws.evaluation import build_snn_monitor
+from paws.losses import simclr_loss, suncet_loss, support_labels
+from paws.networks import build_encoder
+from paws.optimisation import LARS, lr_schedule, parameter_groups
+from paws.pretrained import load_backbone_into
+from paws.training_data import open_training_data
 from shared import distributed
 from shared.multicrop import normalize_views
-from shared.optimisation.precision import Precision
-from shared.run.checkpoint import Checkpointer, is_at_start
-from shared.run.log import RunLog
-from shared.run.start import start_run
+from shared.networks.batchnorm import synchronize_batchnorm
+from shared.optimisation.optim import clip_grad_norm_per_tensor_
+from shared.run.run import Run
 
 EMBEDDED_DATA_DEFAULTS = {
     "labels_per_class": 4,
@@ -83,69 +78,92 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
 
 def train_suncet(args: argparse.Namespace) -> None:
     """Train from the newest checkpoint in ``args.output_dir``, or from scratch if there is none."""
-    device, output_dir = start_run(args)
-    precision = Precision(args.amp if args.use_fp16 else "fp32", device)
+    run = Run(args, args.amp if args.use_fp16 else "fp32", latest(args))
+    device = run.device
     recipe = choose_recipe(args.dataset, args.normalize, args.image_size)
-    data = open_training_data(args, recipe, output_dir, device)
-    steps_per_epoch = data.steps_per_epoch
+    data = open_training_data(args, recipe, run.output_dir, device)
 
-    encoder = build_wrapped_encoder(args, recipe, device)
-    optimizer, rates = build_optimizer(args, encoder, steps_per_epoch)
-    labels = labels_of_supports(args, device)
-    step_loss = partial(
-        contrast,
-        encoder,
-        labels,
-        temperature=args.temperature,
-        supervised_epochs=args.supervised_epochs,
-        recipe=recipe,
-        precision=precision,
-    )
+    # encoder, optimiser, learning rate of every step, labels of the supports
+    encoder = build_encoder(args.model_name, args.output_dim, args.use_pred_head, recipe.large[0], args.in_chans)
+    if args.pretrained is not None:
+        load_backbone_into(encoder, args.model_name, args.pretrained, args.allow_partial)
+    encoder = distributed.wrap(synchronize_batchnorm(encoder, device).to(device), device)
+    optimizer = LARS(parameter_groups(encoder, args.weight_decay), momentum=args.momentum, nesterov=args.nesterov)
+    warmup_steps, steps = args.warmup * data.steps_per_epoch, args.epochs * data.steps_per_epoch
+    rates = lr_schedule(args.start_lr, args.lr, args.final_lr, warmup_steps, steps)
+    labels = support_labels(
+        args.supervised_imgs_per_class,
+        args.classes_per_batch,
+        distributed.get_world_size(),
+        args.unique_classes_per_rank,
+        args.label_smoothing,
+        args.supervised_views,
+    ).to(device)
 
-    checkpoint = find_checkpoint(args, output_dir)
-    log = RunLog(output_dir, len(rates), args.log_freq, args.tensorboard, resumed=bool(checkpoint))
-    training = Resumable(args, data, encoder, optimizer, precision, log)
-    first_epoch, first_step = (0, 0) if checkpoint is None else training.load(checkpoint)
-    training.guard = guard = new_guard(encoder, output_dir, args.max_skipped_steps, device, checkpoint)
-    evaluation = build_monitor(args, data, recipe, output_dir, device)
-    with Checkpointer(
-        output_dir / latest(args), training.state, args.saveckp_steps, args.saveckp_minutes, guard.is_good
-    ) as checkpointer:
-        loop = Loop(encoder, optimizer, rates, steps_per_epoch, args.seed, precision, log, guard, checkpointer)
-        if is_at_start(checkpoint):
-            training.evaluate(evaluation, checkpointer, epoch=-1)
-        for epoch in range(first_epoch, args.epochs):
-            data.set_epoch(epoch, first_step)
-            encoder.train()
-            loop.epoch(data, step_loss, epoch, first_step)
-            first_step = 0
-            training.evaluate(evaluation, checkpointer, epoch)
-            log.end_epoch(epoch, bad_images=data.bad_images.count())
-            checkpointer.after_epoch(epoch, keep_as=numbered_checkpoint(args, epoch))
-    log.close()
+    # checkpoints under the names of the official ones, monitoring
+    layout = {"to_official": to_official, "from_official": from_official, "scheduled": ("lr",)}
+    checkpoint = find_checkpoint(run.path, args.read_checkpoint)
+    run.resume(data, steps, NETWORK_FLAGS, checkpoint=checkpoint, **layout, encoder=encoder, opt=optimizer)
+    evaluation = build_snn_monitor(args, data.images, recipe, device, data.num_workers, args.on_bad_image)
+
+    with run:
+        if run.is_new and evaluation.is_due(-1):
+            run.log_evaluation(snn_top1=evaluation.run(distributed.unwrap(encoder), run.stop_if_asked))
+        for epoch in run.epochs():
+            data.set_epoch(epoch, run.step_in_epoch)
+            train_one_epoch(
+                encoder,
+                data,
+                optimizer,
+                rates,
+                labels,
+                recipe,
+                run,
+                temperature=args.temperature,
+                supervised_epochs=args.supervised_epochs,
+            )
+            if evaluation.is_due(epoch):
+                run.log_evaluation(snn_top1=evaluation.run(distributed.unwrap(encoder), run.stop_if_asked))
+            run.log_epoch(bad_images=data.bad_images.count())
+            run.end_epoch(keep_as=numbered_checkpoint(args, epoch))
 
 
-def contrast(
+def train_one_epoch(
     encoder: nn.Module,
+    batches: Iterable,
+    optimizer: torch.optim.Optimizer,
+    rates: np.ndarray,
     labels: Tensor,
-    batches: tuple,
-    epoch: int,
+    recipe: Recipe,
+    run: Run,
     *,
     temperature: float,
     supervised_epochs: int,
-    recipe: Recipe,
-    precision: Precision,
-) -> StepLoss:
-    """SimCLR on two views of unlabelled images plus SuNCEt on labelled ones, from one pass of all of them."""
-    (unlabelled, _, indices), (supports, *_) = batches
-    views = [normalize_views(loaded, precision.device, recipe.mean, recipe.std)[0] for loaded in (unlabelled, supports)]
-    with precision.autocast():
-        _, z = encoder(views)
-    images, labelled = z.float().split([len(view) for view in views])
-    simclr = simclr_loss(images, temperature)
-    # without a part in the loss the supports still belong to the pass, whose batch norms see them
-    suncet = suncet_loss(labelled, labels, temperature) if epoch < supervised_epochs else 0.0 * labelled.sum()
-    return StepLoss(simclr + suncet, {"simclr": simclr, "suncet": suncet}, views, len(indices))
+) -> None:
+    """One epoch: SimCLR on two views of unlabelled images plus SuNCEt on labelled ones, from one pass of all of them.
+
+    ``batches`` yields two batches (views, labels, indices), of unlabelled images and of supports; see
+    :func:`paws.paws_train.train_one_epoch`.
+    """
+    parameters = list(encoder.parameters())
+    encoder.train()
+    for step, ((unlabelled, _, indices), (supports, *_)) in run.steps(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = float(rates[step])
+        optimizer.zero_grad(set_to_none=True)
+        views = [normalize_views(loaded, run.device, recipe.mean, recipe.std)[0] for loaded in (unlabelled, supports)]
+
+        with run.precision.autocast():
+            _, z = encoder(views)
+        images, labelled = z.float().split([len(view) for view in views])
+        simclr = simclr_loss(images, temperature)
+        # without a part in the loss the supports still belong to the pass, whose batch norms see them
+        suncet = suncet_loss(labelled, labels, temperature) if run.epoch < supervised_epochs else 0.0 * labelled.sum()
+        loss = simclr + suncet
+
+        run.backward(loss, optimizer)
+        run.update(clip_grad_norm_per_tensor_(parameters, max_norm=0), optimizer)
+        run.end_step(len(indices), {"loss": loss, "simclr": simclr, "suncet": suncet, "lr": rates[step]})
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The images as ResMLP sees them (section 3.1, following DeiT), and the three-way augmentation of DeiT III."""
+"""The three-way augmentation of DeiT III (Touvron et al. 2022), with which later ResMLPs were trained."""
 
 import random
 
@@ -7,9 +7,7 @@ import torchvision.transforms as T
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
-MEAN = (0.485, 0.456, 0.406)  # ImageNet
-STD = (0.229, 0.224, 0.225)
-CROP_RATIO = 0.9  # side of the centre crop over the resized short side, for the published numbers
+from .hub import MEAN, STD
 
 
 class ThreeAugment:

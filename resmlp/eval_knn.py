@@ -12,61 +12,35 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch.nn.functional as F
-from torch import Tensor
-
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from resmlp.evaluation import (
-    add_data_flags,
-    add_process_flags,
-    centre_crops,
-    evaluation_parser,
-    frozen_network,
-    labelled_sources,
-    parse_with_embedded_defaults,
-)
+from resmlp.flags import add_data_flags, add_process_flags, evaluation_parser, frozen_network, parse_evaluation
 from shared import distributed
-from shared.evaluation.features import extract_features
-from shared.evaluation.knn import knn_accuracies
-from shared.images.loading import EvalDataset
+from shared.evaluation import frozen
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = evaluation_parser(__doc__)
     add_data_flags(parser)
-    add = parser.add_argument_group("vote").add_argument
-    add("--nb_knn", type=int, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbours; 20 is usually best")
-    add("--temperature", type=float, default=0.07, help="divides the similarities")
-    add("--precision", default="fp32", choices=("fp32", "bf16"), help="of the similarities")
+    frozen.add_vote_flags(parser)
     add_process_flags(parser)
     return parser
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    return parse_with_embedded_defaults(get_args_parser(), arguments)
+    return parse_evaluation(get_args_parser(), arguments, {"batch_size_per_gpu": 1})
 
 
 def eval_knn(args: argparse.Namespace) -> dict[int, tuple[float, float]] | None:
     """Extract the features and classify the val images; ``{k: (top-1, top-5)}`` in percent on rank 0."""
     device = distributed.init(args.dist_url, args.device)
-    sources = labelled_sources(args)
-    if max(args.nb_knn) > len(sources[0]):
-        raise ValueError(f"--nb_knn {max(args.nb_knn)} is more than the {len(sources[0])} images of {sources[0].name}")
-    network = frozen_network(args).to(device)
-    features_and_labels: list[Tensor] = []
-    for source in sources:
-        distributed.print_once(source.describe())
-        dataset = EvalDataset(source, centre_crops(network))
-        features, labels = extract_features(network, dataset, device, args.batch_size_per_gpu, args.num_workers)
-        features_and_labels += [F.normalize(features, dim=1), labels]
-    if not distributed.is_main_process():
-        return None
-    accuracies = knn_accuracies(*features_and_labels, args.nb_knn, args.temperature, precision=args.precision)
-    for k, (top1, top5) in accuracies.items():
-        print(f"{k}-NN classifier result: Top1: {top1:.2f}, Top5: {top5:.2f}", flush=True)
-    return accuracies
+    sources = frozen.labelled_sources(args.data_path, args.val_path, args.allow_absolute_paths, nb_knn=max(args.nb_knn))
+    network, transform = frozen_network(args)
+    features = frozen.train_and_val_features(
+        network.to(device), sources, transform, device, args.batch_size_per_gpu, args.num_workers
+    )
+    return frozen.print_knn(features, args.nb_knn, args.temperature, args.precision)
 
 
 def main() -> None:

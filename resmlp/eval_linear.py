@@ -11,30 +11,20 @@ epoch. Running the same command again resumes.
 import argparse
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from resmlp.augmentations import MEAN, STD
-from resmlp.evaluation import (
-    add_data_flags,
-    add_process_flags,
-    centre_crops,
-    evaluation_parser,
-    frozen_network,
-    labelled_sources,
-    parse_with_embedded_defaults,
-)
+from resmlp.flags import add_data_flags, add_process_flags, evaluation_parser, frozen_network, parse_evaluation
+from resmlp.hub import CARD
 from shared import distributed
+from shared.evaluation import frozen
 from shared.evaluation.linear import LinearClassifier, train_one_epoch, validate
-from shared.images.loading import BadImages, EpochBatchSampler, EvalDataset, make_loader
+from shared.images.loading import BadImages, EvalDataset
 from shared.images.views import ViewRecipe
-from shared.multicrop import MultiCropDataset, normalize_views
 from shared.networks.weights import weights_checksum
 from shared.run import randomness
 from shared.run.checkpoint import load_latest, restore, save
@@ -58,44 +48,34 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = get_args_parser()
+    minimum = {"epochs": 1, "val_freq": 1, "batch_size_per_gpu": 1}
     digits = {"crop_scale": (0.6, 1.0), "lr": 0.1, "epochs": 20, "output_dir": "runs/digits"}
-    args = parse_with_embedded_defaults(parser, arguments, **digits)
-    for flag in ("epochs", "val_freq", "batch_size_per_gpu"):
-        if getattr(args, flag) < 1:
-            parser.error(f"--{flag} {getattr(args, flag)} is less than 1")
-    return args
+    return parse_evaluation(get_args_parser(), arguments, minimum, **digits)
 
 
 def eval_linear(args: argparse.Namespace) -> dict[str, float]:
     """Train and validate the classifier; loss and accuracies in percent after the last epoch."""
     device = distributed.init(args.dist_url, args.device)
     randomness.seed_everything(args.seed)
-    rank, world_size = distributed.get_rank(), distributed.get_world_size()
     output_dir = Path(args.output_dir)
     if distributed.is_main_process():
         output_dir.mkdir(parents=True, exist_ok=True)
     distributed.barrier()
 
     # data, frozen network, linear classifier
-    train, val = labelled_sources(args)
+    train, val = frozen.labelled_sources(args.data_path, args.val_path, args.allow_absolute_paths)
     for source in (train, val):
         distributed.print_once(source.describe())
-    network = frozen_network(args).to(device)
+    network, transform = frozen_network(args)
     classifier = LinearClassifier(network.embed_dim, len(train.classes)).to(device)
     wrapped = distributed.wrap(classifier, device)
-    val_views = EvalDataset(val, centre_crops(network))
+    validation = (network.to(device), EvalDataset(val, transform), device, args.batch_size_per_gpu, args.num_workers)
     recipe = ViewRecipe(network.img_size, tuple(args.crop_scale))
     bad_images = BadImages(len(train), output_dir / "bad_images.txt", args.on_bad_image, args.max_bad_fraction)
-    in_chans = network.patch_embed.proj.in_channels
-    sampler = EpochBatchSampler(len(train), args.batch_size_per_gpu, args.seed, rank, world_size, drop_last=False)
-    loader = make_loader(
-        MultiCropDataset(train, [recipe], args.seed, in_chans=in_chans, bad_images=bad_images),
-        batch_sampler=sampler,
-        num_workers=args.num_workers,
-        device=device,
+    loader, sampler = frozen.train_crops(
+        train, recipe, args.batch_size_per_gpu, args.seed, transform.in_chans, bad_images, args.num_workers, device
     )
-    lr = args.lr * args.batch_size_per_gpu * world_size / 256
+    lr = args.lr * args.batch_size_per_gpu * distributed.get_world_size() / 256
     optimizer = torch.optim.SGD(classifier.parameters(), lr, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
 
@@ -115,10 +95,10 @@ def eval_linear(args: argparse.Namespace) -> dict[str, float]:
     for epoch in range(first_epoch, args.epochs):
         sampler.set_epoch(epoch)
         line = {"epoch": epoch, "train_lr": optimizer.param_groups[0]["lr"]}
-        line["train_loss"] = train_one_epoch(wrapped, network, on_device(loader, device), optimizer)
+        line["train_loss"] = train_one_epoch(wrapped, network, frozen.on_device(CARD, loader, device), optimizer)
         scheduler.step()
         if (epoch + 1) % args.val_freq == 0 or epoch + 1 == args.epochs:
-            result = validate(classifier, network, val_views, device, args.batch_size_per_gpu, args.num_workers)
+            result = validate(classifier, *validation)
             line |= {f"test_{name}": value for name, value in result.items()}
         log.append(line)
         distributed.print_once("  ".join(f"{name} {value:.5g}" for name, value in line.items()))
@@ -128,17 +108,11 @@ def eval_linear(args: argparse.Namespace) -> dict[str, float]:
             save(path, state)
             (output_dir / "linear_log.txt").write_text("".join(json.dumps(line) + "\n" for line in log))
     if first_epoch >= args.epochs:  # resumed after the last epoch
-        result = validate(classifier, network, val_views, device, args.batch_size_per_gpu, args.num_workers)
+        result = validate(classifier, *validation)
     distributed.print_once(
         f"Top-1 accuracy after the last epoch: {result['acc1']:.2f} % (top-5 {result['acc5']:.2f} %)"
     )
     return result
-
-
-def on_device(loader, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Normalised images and labels."""
-    for views, labels, _ in loader:
-        yield normalize_views(views, device, MEAN, STD)[0], labels.to(device, non_blocking=True)
 
 
 def main() -> None:

@@ -17,8 +17,8 @@ import torch
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from resmlp.evaluation import evaluation_parser
-from resmlp.pretrained import load_network, to_timm
+from resmlp.flags import evaluation_parser
+from resmlp.hub import load_network, to_timm
 from resmlp.resmlp_models import ARCHITECTURES, ResMLP
 from shared import distributed
 from shared.networks.export import atomic_file, check_outputs, export_onnx, export_safetensors

@@ -20,7 +20,7 @@ from torch import Tensor
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from resmlp.pretrained import RUN_ON_DIGITS, load_network
+from resmlp.hub import CARD, load_network
 from resmlp.resmlp_models import ResMLP
 from shared import distributed
 from shared.pictures.curves import Curve, Panel, save_panels
@@ -36,8 +36,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--pretrained_weights", default=RUN_ON_DIGITS, help="a release (resmlp_24_dist), a file or an address")
-    add("--checkpoint_key", default="model", help="network to take from a training checkpoint")
+    add("--pretrained_weights", default=CARD.run_on_digits, help="a release (resmlp_24_dist), a file or an address")
+    add("--checkpoint_key", default=CARD.checkpoint_key, help="network to take from a training checkpoint")
     add("--output_dir", default="cross_patch", help="where the pictures go")
     return parser
 

@@ -4,9 +4,6 @@ from collections.abc import Sequence
 
 from shared.images.views import ViewRecipe
 
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.228, 0.224, 0.225)  # 0.228, not ImageNet's 0.229: the released weights were trained with it
-
 FLIP_COLOR_AND_BLUR = {"flip_p": 0.5, "jitter": (0.8, 0.8, 0.8, 0.2), "jitter_p": 0.8, "grey_p": 0.2, "blur_p": 0.5}
 
 

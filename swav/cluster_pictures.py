@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.colors import to_rgb
+from PIL import ImageColor
 from tqdm import tqdm
 
 from shared.images.loading import EvalTransform
@@ -38,12 +38,11 @@ def mosaic(images: Sequence[np.ndarray], columns: int, framed: Iterable[int] = (
     rows = -(-len(images) // columns)
     canvas = np.full((rows * step - GAP_PX, columns * step - GAP_PX, 3), 255, dtype=np.uint8)
     framed, width = set(framed), max(2, side // 32)
-    red = np.array([round(255 * channel) for channel in to_rgb(DIFFER)], dtype=np.uint8)
     for number, image in enumerate(images):
         top, left = (number // columns) * step, (number % columns) * step
         place = canvas[top : top + side, left : left + side]
         if number in framed:
-            place[:] = red
+            place[:] = ImageColor.getrgb(DIFFER)
             place[width:-width, width:-width] = image[width:-width, width:-width]
         else:
             place[:] = image
@@ -66,11 +65,6 @@ def beside(tiles: Sequence[Tile]) -> list[Tile]:
     return [tiles[0], *(tile for other in tiles[1:] for tile in (space, other))]
 
 
-def height_in(tile: Tile) -> float:
-    """Height at which a pixel of the tile is one of the sheet."""
-    return tile.pixels.shape[0] / DPI
-
-
 def describe_cluster(source: ImageSource, clustering: Clustering, cluster: int) -> str:
     """Its size and mean confidence, and the majority class where there are classes."""
     mine = clustering.clusters == cluster
@@ -78,12 +72,8 @@ def describe_cluster(source: ImageSource, clustering: Clustering, cluster: int) 
     text = f"{number:,} image{'s' if number > 1 else ''}, confidence {clustering.confidences[mine].mean():.2f}"
     if clustering.labels is not None:
         label, share = clustering.majority(cluster)
-        text += f", {100 * share:.0f} % class {shortened(source.classes[label])}"
+        text += f", {100 * share:.0f} % class {source.classes[label][:24]}"
     return text
-
-
-def shortened(name: str, length: int = 24) -> str:
-    return name if len(name) <= length else name[: length - 1] + "…"
 
 
 def save_overview(source: ImageSource, clustering: Clustering, path: Path) -> Path:
@@ -98,7 +88,7 @@ def save_overview(source: ImageSource, clustering: Clustering, path: Path) -> Pa
     notes = [f"{which} clusters, the most confident images first; {len(clustering.clusters):,} images in all."]
     if clustering.labels is not None:
         notes.append("Red frame: not of the class that most images of the cluster belong to.")
-    return save_sheet(rows, path, "\n".join(["Clusters", *notes]), [height_in(row[0]) for row in rows])
+    return save_sheet(rows, path, "\n".join(["Clusters", *notes]), [row[0].pixels.shape[0] / DPI for row in rows])
 
 
 def save_sheets(
@@ -137,7 +127,7 @@ def save_contact_sheet(source: ImageSource, clustering: Clustering, cluster: int
     if clustering.labels is not None:
         notes.append("Red frame: another class.")
     heading = "\n".join([f"Cluster {cluster}", *notes])
-    return save_sheet([[tile] for tile in tiles], path, heading, [height_in(tile) for tile in tiles])
+    return save_sheet([[tile] for tile in tiles], path, heading, [tile.pixels.shape[0] / DPI for tile in tiles])
 
 
 def save_usage(clustering: Clustering, path: Path) -> Path:

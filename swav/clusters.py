@@ -21,40 +21,34 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from shared import distributed
 from shared.evaluation.features import extract_features
+from shared.evaluation.frozen import eval_transform
 from shared.images.decode import ImageError
 from shared.images.loading import EvalDataset
 from shared.images.sources import ImageSource, open_source
+from swav import evaluation
 from swav.cluster_pictures import save_overview, save_sheets, save_usage
 from swav.clustering import Clustering, assign, describe, summarise
-from swav.evaluation import (
-    EMBEDDED_DATA_DEFAULTS,
-    add_process_flags,
-    eval_transform,
-    evaluation_parser,
-    parse_with_embedded_defaults,
-)
-from swav.pretrained import load_network
+from swav.hub import CARD, load_network
 from swav.resnet50 import MultiPrototypes, PrototypeNetwork
 
 UNREADABLE = -2  # in place of a label
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = evaluation_parser(__doc__)
+    parser = evaluation.evaluation_parser(__doc__)
     add = parser.add_argument_group("images").add_argument
-    add("--data_path", default=None, help="a folder of images, with or without class folders, a .txt list or a "
-        "torchvision data set name; without it the embedded digits")  # fmt: skip
+    images = "a folder of images, with or without class folders, .txt list or torchvision name; default: digits"
+    add("--data_path", default=None, help=images)
     add("--allow_absolute_paths", action="store_true", help="in .txt lists")
     add("--split", default="all", choices=("all", "train", "val"), help="part of a data set that has several")
-    add("--image_size", type=int, default=224, help="side of the centre crop in pixels; before it the short side "
-        "is resized to 8/7 of it")  # fmt: skip
+    add("--image_size", type=int, default=224, help="side of the centre crop in pixels, 7/8 of the resized short side")
     add("--on_bad_image", default="skip", choices=("skip", "error"), help="what an unreadable image does")
     add("--batch_size", type=int, default=64, help="images per process")
 
@@ -67,14 +61,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--output_dir", default="clusters", help="where the files go")
     add("--images_per_sheet", type=int, default=60, help="images on a contact sheet")
     add("--max_sheets", type=int, default=None, help="only sheets of so many clusters, the largest (default: all)")
-    add_process_flags(parser)
+    evaluation.add_process_flags(parser)
     return parser
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    return parse_with_embedded_defaults(
-        get_args_parser(), arguments, **EMBEDDED_DATA_DEFAULTS, output_dir="runs/digits/clusters"
-    )
+    return evaluation.parse_and_check(get_args_parser(), arguments, output_dir="runs/digits/clusters")
 
 
 def cluster_images(args: argparse.Namespace) -> dict | None:
@@ -85,11 +77,11 @@ def cluster_images(args: argparse.Namespace) -> dict | None:
     source = open_source(args.data_path, args.split, allow_absolute_paths=args.allow_absolute_paths)
     distributed.print_once(source.describe())
     network = load_network(args.arch, args.pretrained, args.allow_partial).to(device)
-    prototypes = choose_prototypes(network, args.head)
+    prototypes = take_prototypes(network, args.head)
 
-    transform = eval_transform(args.image_size, network)
+    transform = eval_transform(CARD, args.image_size, network)
     images = ReadableImages(source, transform) if args.on_bad_image == "skip" else EvalDataset(source, transform)
-    embeddings, labels = extract_features(Embedding(network), images, device, args.batch_size, args.workers)
+    embeddings, labels = extract_features(network, images, device, args.batch_size, args.workers)
     if not distributed.is_main_process():
         return None
     indices = (labels != UNREADABLE).nonzero().flatten()
@@ -106,37 +98,28 @@ def cluster_images(args: argparse.Namespace) -> dict | None:
     (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(describe(summary), flush=True)
 
-    save_usage(clustering, output_dir / "usage.png")
-    save_overview(source, clustering, output_dir / "overview.png")
+    usage = save_usage(clustering, output_dir / "usage.png")
+    overview = save_overview(source, clustering, output_dir / "overview.png")
     sheets = save_sheets(source, clustering, output_dir / "sheets", args.images_per_sheet, args.max_sheets)
     print(f"assignments: {output_dir / 'assignments.csv'}")
-    print(f"pictures:    {output_dir / 'overview.png'}, {output_dir / 'usage.png'}, {len(sheets)} sheets in "
-          f"{output_dir / 'sheets'}", flush=True)  # fmt: skip
+    print(f"pictures:    {overview}, {usage}, {len(sheets)} sheets in {output_dir / 'sheets'}", flush=True)
     return summary
 
 
 # --- Embeddings -------------------------------------------------------------------------------------------------------
 
 
-class Embedding(nn.Module):
-    """Images (B, C, H, W) to unit embeddings (B, D)."""
+def take_prototypes(network: PrototypeNetwork, head: int) -> Tensor:
+    """Prototypes (K, D) as unit vectors, which they are in training when scores are computed but not in files.
 
-    def __init__(self, network: PrototypeNetwork):
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> Tensor:
-        embeddings, _ = self.network(images)
-        return embeddings
-
-
-def choose_prototypes(network: PrototypeNetwork, head: int) -> Tensor:
-    """Prototypes (K, D) as unit vectors, which they are in training when scores are computed but not in files."""
+    Without them the network gives embeddings alone.
+    """
     if network.prototypes is None:
         raise ValueError("--pretrained: the file holds no prototypes; clusters need that of a training run")
     heads = network.prototypes.heads() if isinstance(network.prototypes, MultiPrototypes) else [network.prototypes]
     if not 0 <= head < len(heads):
         raise ValueError(f"--head {head}: the network has {len(heads)} set(s) of prototypes, counted from 0")
+    network.prototypes = None
     return F.normalize(heads[head].weight.detach(), dim=1)
 
 

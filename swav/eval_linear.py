@@ -20,46 +20,30 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from shared import distributed
-from shared.evaluation.linear import LinearClassifier, train_one_epoch, validate
+from shared.evaluation import frozen
+from shared.evaluation.linear import LinearClassifier, validate
 from shared.images.loading import EvalDataset
 from shared.networks.batchnorm import synchronize_batchnorm
 from shared.networks.weights import safe_load, weights_checksum
 from shared.run import randomness
 from shared.run.flags import bool_flag
-from swav.evaluation import (
-    EMBEDDED_DATA_DEFAULTS,
-    add_data_flags,
-    add_process_flags,
-    add_run_flags,
-    add_training_flags,
-    bad_images_of,
-    eval_transform,
-    evaluation_parser,
-    labelled_sources,
-    on_device,
-    parse_with_embedded_defaults,
-    resume,
-    save_epoch,
-    set_weights,
-    train_loader,
-)
-from swav.pretrained import LINEAR_CLASSIFIER, fetch, load_backbone
+from swav import evaluation
+from swav.hub import CARD, LINEAR_CLASSIFIER, fetch, load_backbone
 from swav.resnet50 import PrototypeNetwork, ResNet
 
 # A run that is resumed must have these as they were.
-RUN_FLAGS = ("arch", "global_pooling", "use_bn", "epochs", "lr", "wd", "nesterov", "scheduler_type",
-             "decay_epochs", "gamma", "final_lr")  # fmt: skip
+RUN_FLAGS = "arch global_pooling use_bn epochs lr wd nesterov scheduler_type decay_epochs gamma final_lr".split()
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = evaluation_parser(__doc__)
+    parser = evaluation.evaluation_parser(__doc__)
     add = parser.add_argument_group("features").add_argument
     add("--global_pooling", type=bool_flag, default=True, help="average the whole feature map; false: 6x6 windows")
     add("--use_bn", type=bool_flag, default=False, help="batch normalisation before the classifier, for 6x6 windows")
 
-    add_data_flags(parser)
+    evaluation.add_data_flags(parser)
     add = parser.add_argument_group("optimisation").add_argument
-    add_training_flags(add, epochs=100)
+    evaluation.add_training_flags(add, epochs=100)
     add("--lr", type=float, default=0.3, help="learning rate at the start; it fits 8 processes with batches of 32")
     add("--wd", type=float, default=1e-6, help="weight decay")
     add("--nesterov", type=bool_flag, default=False, help="Nesterov momentum")
@@ -69,23 +53,15 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--final_lr", type=float, default=0.0, help="cosine: learning rate at the end")
     add("--val_freq", type=int, default=1, help="validate every so many epochs, and after the last one")
 
-    add = add_run_flags(parser, "the classifier of --linear_weights")
+    add = evaluation.add_run_flags(parser, "the classifier of --linear_weights")
     add("--linear_weights", default="", help="with --evaluate: a file; without it the released one of swav_800ep")
-    add_process_flags(parser)
+    evaluation.add_process_flags(parser)
     return parser
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    return parse_with_embedded_defaults(
-        get_args_parser(),
-        arguments,
-        **EMBEDDED_DATA_DEFAULTS,
-        num_labels=10,
-        crop_scale=(0.6, 1.0),
-        epochs=10,
-        lr=0.03,
-        dump_path="runs/digits/linear",
-    )
+    digits = {"num_labels": 10, "crop_scale": (0.6, 1.0), "epochs": 10, "lr": 0.03, "dump_path": "runs/digits/linear"}
+    return evaluation.parse_and_check(get_args_parser(), arguments, **digits)
 
 
 def eval_linear(args: argparse.Namespace) -> dict[str, float]:
@@ -94,42 +70,21 @@ def eval_linear(args: argparse.Namespace) -> dict[str, float]:
     randomness.seed_everything(args.seed)
 
     # data, frozen trunk, classifier
-    train, val = labelled_sources(args.data_path, args.val_path, args.allow_absolute_paths, args.num_labels)
-    for source in (train, val):
-        distributed.print_once(source.describe())
+    train, val = evaluation.labelled_sources(args)
     network = load_backbone(args.arch, args.pretrained, args.allow_partial).to(device)
     checksum = weights_checksum(network)
-    val_set = EvalDataset(val, eval_transform(args.image_size, network))
+    val_set = EvalDataset(val, frozen.eval_transform(CARD, args.image_size, network))
     features = FrozenFeatures(network, args.global_pooling)
-    feature_shape = features(torch.zeros(1, val_set.transform.in_chans, *[args.image_size] * 2, device=device)).shape[
-        1:
-    ]
-    classifier = RegLog(feature_shape, args.num_labels, args.use_bn).to(device)
+    feature = features(torch.zeros(1, val_set.transform.in_chans, *[args.image_size] * 2, device=device))
+    classifier = RegLog(feature.shape[1:], args.num_labels, args.use_bn).to(device)
     classifier = synchronize_batchnorm(classifier, device)
-
-    def validate_now() -> dict[str, float]:
-        return validate(classifier, features, val_set, device, args.batch_size, args.workers)
-
     if args.evaluate:
-        set_weights(classifier, *read_linear_weights(args.linear_weights, args.pretrained))
-        result = validate_now()
+        evaluation.set_weights(classifier, *read_linear_weights(args.linear_weights, args.pretrained))
+        result = validate(classifier, features, val_set, device, args.batch_size, args.workers)
         distributed.print_once(f"Accuracy of the network on the {len(val)} test images: {result['acc1']:.1f}%")
         return result
 
-    # loader, optimiser, schedule
-    bad_images = bad_images_of(train, args)
-    loader, sampler = train_loader(
-        train,
-        args.image_size,
-        args.crop_scale,
-        args.batch_size,
-        args.seed,
-        val_set.transform.in_chans,
-        bad_images,
-        args.workers,
-        device,
-    )
-    wrapped = distributed.wrap(classifier, device)
+    # optimiser, schedule, epochs
     optimizer = torch.optim.SGD(
         classifier.parameters(), args.lr, momentum=0.9, weight_decay=args.wd, nesterov=args.nesterov
     )
@@ -137,30 +92,8 @@ def eval_linear(args: argparse.Namespace) -> dict[str, float]:
         scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, args.decay_epochs, args.gamma)
     else:
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs, eta_min=args.final_lr)
-
-    # epochs
-    flags = {name: getattr(args, name) for name in RUN_FLAGS}
-    first_epoch, log = resume(args.dump_path, classifier, optimizer, scheduler, flags, checksum)
-    best_acc = max((line["test_acc1"] for line in log if "test_acc1" in line), default=0.0)
-    for epoch in range(first_epoch, args.epochs):
-        sampler.set_epoch(epoch)
-        line = {"epoch": epoch, "train_lr": optimizer.param_groups[0]["lr"]}
-        line["train_loss"] = train_one_epoch(wrapped, features, on_device(loader, device), optimizer)
-        line["bad_images"] = bad_images.count()
-        if (epoch + 1) % args.val_freq == 0 or epoch + 1 == args.epochs:
-            result = validate_now()
-            best_acc = max(best_acc, result["acc1"])
-            line |= {f"test_{name}": value for name, value in result.items()} | {"best_acc1": best_acc}
-        scheduler.step()
-        log.append(line)
-        save_epoch(args.dump_path, classifier, optimizer, scheduler, flags, checksum, log, best_acc)
-    if first_epoch >= args.epochs:  # resumed after the last epoch
-        result = validate_now()
-    distributed.print_once(
-        f"Top-1 accuracy after the last epoch: {result['acc1']:.2f} % (top-5 {result['acc5']:.2f} %, "
-        f"best top-1 of all epochs {best_acc:.2f} %)"
-    )
-    return result
+    training = evaluation.LabelledTraining(args, classifier, features, optimizer, scheduler, RUN_FLAGS, checksum)
+    return training.run(train, val_set, device, args.val_freq)
 
 
 class FrozenFeatures:

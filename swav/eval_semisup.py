@@ -20,67 +20,44 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from shared import distributed
-from shared.evaluation.linear import train_one_epoch, validate
+from shared.evaluation import frozen
+from shared.evaluation.linear import validate
 from shared.images.loading import EvalDataset
 from shared.images.sources import ImageSource
 from shared.images.subsets import Subset, listed_images
 from shared.networks.batchnorm import synchronize_batchnorm
 from shared.networks.weights import weights_checksum
 from shared.run import randomness
-from swav.evaluation import (
-    EMBEDDED_DATA_DEFAULTS,
-    add_data_flags,
-    add_process_flags,
-    add_run_flags,
-    add_training_flags,
-    bad_images_of,
-    eval_transform,
-    evaluation_parser,
-    labelled_sources,
-    on_device,
-    parse_with_embedded_defaults,
-    resume,
-    save_epoch,
-    train_loader,
-)
-from swav.pretrained import load_backbone, load_network
+from swav import evaluation
+from swav.hub import CARD, load_backbone, load_network
 from swav.resnet50 import PrototypeNetwork
 
 # A run that is resumed must have these as they were.
-RUN_FLAGS = ("labels_perc", "subset_list", "arch", "epochs", "lr", "lr_last_layer", "decay_epochs",
-             "gamma", "seed")  # fmt: skip
+RUN_FLAGS = "labels_perc subset_list arch epochs lr lr_last_layer decay_epochs gamma seed".split()
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = evaluation_parser(__doc__)
-    add_data_flags(parser)
+    parser = evaluation.evaluation_parser(__doc__)
+    evaluation.add_data_flags(parser)
     add = parser.add_argument_group("labels").add_argument
     add("--labels_perc", type=float, default=10, help="per cent of the images that have a label")
-    add("--subset_list", default=None, help="text file with their names, one a line, as n01440764_10183.JPEG or "
-        "relative to the train folder; without it they are drawn from every class")  # fmt: skip
+    names = "file with their names, one a line (n01440764_10183.JPEG, or from the train folder); None: they are drawn"
+    add("--subset_list", default=None, help=names)
 
     add = parser.add_argument_group("optimisation").add_argument
-    add_training_flags(add, epochs=20)
+    evaluation.add_training_flags(add, epochs=20)
     add("--lr", type=float, default=0.01, help="learning rate of the trunk; the rates fit 8 processes of 32 images")
     add("--lr_last_layer", type=float, default=0.2, help="learning rate of the last layer (1 %%: 5, and 0.02 for --lr)")
     add("--decay_epochs", type=int, nargs="+", default=[12, 16], help="epochs at which the rates drop")
     add("--gamma", type=float, default=0.2, help="by this factor")
-    add_run_flags(parser, "the fine-tuned network of --pretrained")
-    add_process_flags(parser)
+    evaluation.add_run_flags(parser, "the fine-tuned network of --pretrained")
+    evaluation.add_process_flags(parser)
     return parser
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    return parse_with_embedded_defaults(
-        get_args_parser(),
-        arguments,
-        **EMBEDDED_DATA_DEFAULTS,
-        num_labels=10,
-        crop_scale=(0.6, 1.0),
-        lr=0.003,
-        lr_last_layer=0.03,
-        dump_path="runs/digits/semisup",
-    )
+    digits = {"num_labels": 10, "crop_scale": (0.6, 1.0), "lr": 0.003, "lr_last_layer": 0.03}
+    return evaluation.parse_and_check(get_args_parser(), arguments, **digits, dump_path="runs/digits/semisup")
 
 
 def eval_semisup(args: argparse.Namespace) -> dict[str, float]:
@@ -89,18 +66,14 @@ def eval_semisup(args: argparse.Namespace) -> dict[str, float]:
     randomness.seed_everything(args.seed)
 
     # data
-    train, val = labelled_sources(args.data_path, args.val_path, args.allow_absolute_paths, args.num_labels)
-    for source in (train, val):
-        distributed.print_once(source.describe())
+    train, val = evaluation.labelled_sources(args)
     images_as_they_are = nn.Identity()  # the network learns as a whole: nothing is computed before it
-
     if args.evaluate:
         network = load_classifier(args.arch, args.pretrained, args.num_labels).to(device)
-        val_set = EvalDataset(val, eval_transform(args.image_size, network))
+        val_set = EvalDataset(val, frozen.eval_transform(CARD, args.image_size, network))
         result = validate(network, images_as_they_are, val_set, device, args.batch_size, args.workers)
         distributed.print_once(f"Accuracy of the network on the {len(val)} test images: {result['acc1']:.1f}%")
         return result
-
     subset = labelled_subset(train, args.labels_perc, args.subset_list, args.seed)
     distributed.print_once(subset.describe())
 
@@ -109,56 +82,20 @@ def eval_semisup(args: argparse.Namespace) -> dict[str, float]:
     checksum = weights_checksum(network)
     network.add_heads(network.embed_dim, output_dim=args.num_labels)
     network = synchronize_batchnorm(network, device).to(device)
-    val_set = EvalDataset(val, eval_transform(args.image_size, network))
+    val_set = EvalDataset(val, frozen.eval_transform(CARD, args.image_size, network))
 
-    # loader, optimiser, schedule
-    bad_images = bad_images_of(subset, args)
-    loader, sampler = train_loader(
-        subset,
-        args.image_size,
-        args.crop_scale,
-        args.batch_size,
-        args.seed,
-        val_set.transform.in_chans,
-        bad_images,
-        args.workers,
-        device,
-        drop_single=True,
-    )
-    wrapped = distributed.wrap(network, device)
+    # optimiser, schedule, epochs
     last_layer = list(network.projection_head.parameters())
     trunk = [parameter for name, parameter in network.named_parameters() if not name.startswith("projection_head.")]
     optimizer = torch.optim.SGD(
         [{"params": trunk}, {"params": last_layer, "lr": args.lr_last_layer}], args.lr, momentum=0.9
     )
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, args.decay_epochs, args.gamma)
-
-    def validate_now() -> dict[str, float]:
-        return validate(network, images_as_they_are, val_set, device, args.batch_size, args.workers)
-
-    # epochs
-    flags = {name: getattr(args, name) for name in RUN_FLAGS}
-    first_epoch, log = resume(args.dump_path, network, optimizer, scheduler, flags, checksum)
-    best_acc = max(((line["test_acc1"], line["test_acc5"]) for line in log), default=(0.0, 0.0))
-    for epoch in range(first_epoch, args.epochs):
-        sampler.set_epoch(epoch)
-        trunk_lr, last_layer_lr = (group["lr"] for group in optimizer.param_groups)
-        line = {"epoch": epoch, "train_lr": trunk_lr, "train_lr_last_layer": last_layer_lr}
-        line["train_loss"] = train_one_epoch(wrapped, images_as_they_are, on_device(loader, device), optimizer)
-        line["bad_images"] = bad_images.count()
-        result = validate_now()
-        best_acc = max(best_acc, (result["acc1"], result["acc5"]))
-        line |= {f"test_{name}": value for name, value in result.items()} | {"best_acc1": best_acc[0]}
-        scheduler.step()
-        log.append(line)
-        save_epoch(args.dump_path, network, optimizer, scheduler, flags, checksum, log, best_acc)
-    if first_epoch >= args.epochs:  # resumed after the last epoch
-        result = validate_now()
-    distributed.print_once(
-        f"Top-1 accuracy after the last epoch: {result['acc1']:.2f} % (top-5 {result['acc5']:.2f} %, "
-        f"best top-1 of all epochs {best_acc[0]:.2f} %)"
+    names = {"rates": ("train_lr", "train_lr_last_layer"), "best_of": ("acc1", "acc5")}
+    training = evaluation.LabelledTraining(
+        args, network, images_as_they_are, optimizer, scheduler, RUN_FLAGS, checksum, **names
     )
-    return result
+    return training.run(subset, val_set, device, drop_single=True)
 
 
 def load_classifier(arch: str, pretrained: str, num_labels: int) -> PrototypeNetwork:

@@ -1,28 +1,26 @@
-"""What the evaluation scripts have in common: flags, labelled images, and resuming after an epoch."""
+"""What the evaluation scripts have in common: flags, and a training on labelled images by epochs."""
 
 import argparse
 import json
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from shared import distributed
-from shared.images.labelled import open_labelled
-from shared.images.loading import BadImages, EpochBatchSampler, EvalTransform, default_num_workers, make_loader
+from shared.evaluation import frozen
+from shared.evaluation.linear import train_one_epoch, validate
+from shared.images.loading import BadImages, EvalDataset, default_num_workers
 from shared.images.sources import ImageSource
 from shared.images.views import ViewRecipe
-from shared.multicrop import MultiCropDataset, normalize_views
-from shared.networks.backbones import input_channels
 from shared.run.checkpoint import load_latest, save, without_prefix
+from shared.run.flags import Parser, parse_with_embedded_defaults
 
-from .augmentations import MEAN, STD
-from .pretrained import RUN_ON_DIGITS
+from .hub import CARD, RUN_ON_DIGITS
+
+CHECKPOINT = "checkpoint.pth.tar"
 
 # --- Flags ------------------------------------------------------------------------------------------------------------
 
@@ -32,6 +30,7 @@ EMBEDDED_DATA_DEFAULTS = {
     "image_size": 32,
     "pretrained": RUN_ON_DIGITS,
 }
+AT_LEAST_ONE = ("epochs", "val_freq", "batch_size", "images_per_sheet", "max_sheets")
 
 
 def evaluation_parser(docstring: str) -> argparse.ArgumentParser:
@@ -40,14 +39,11 @@ def evaluation_parser(docstring: str) -> argparse.ArgumentParser:
     Args:
         docstring: Of the script; its first paragraph is the description.
     """
-    parser = argparse.ArgumentParser(
-        description=docstring.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(docstring)
     add = parser.add_argument_group("network").add_argument
-    add("--arch", default="resnet50", help="resnet50, resnet50w2, resnet50w4, resnet50w5, or any torchvision or timm "
-        "model name")  # fmt: skip
-    add("--pretrained", default="", help="a file of any layout, the name of a release (swav_200ep), or random; without "
-        "it the released weights of the architecture")  # fmt: skip
+    add("--arch", default="resnet50", help="resnet50, resnet50w2, resnet50w4, resnet50w5; torchvision's, timm's models")
+    weights = "a file of any layout, a release (swav_200ep), or random; by default the architecture's released weights"
+    add("--pretrained", default="", help=weights)
     add("--allow_partial", action="store_true", help="go on when the file does not fill the network")
     return parser
 
@@ -55,20 +51,19 @@ def evaluation_parser(docstring: str) -> argparse.ArgumentParser:
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """Labelled images to learn from and to classify."""
     add = parser.add_argument_group("data").add_argument
-    add("--data_path", default=None, help="folder with train/ and val/, a folder with one folder per class, a .txt "
-        "list or a torchvision data set name; without it the embedded digits")  # fmt: skip
+    images = "a folder with train/ and val/ or one of class folders, .txt list or torchvision name; default: digits"
+    add("--data_path", default=None, help=images)
     add("--val_path", default=None, help="images to classify; by default those that belong to --data_path")
     add("--allow_absolute_paths", action="store_true", help="in .txt lists")
-    add("--image_size", type=int, default=224, help="side of the crops in pixels; for centre crops the short side "
-        "is resized to 8/7 of it")  # fmt: skip
+    add("--image_size", type=int, default=224, help="side of the crops in pixels, 7/8 of the resized short side")
 
 
 def add_training_flags(add: Callable[..., argparse.Action], epochs: int) -> None:
     """A training on labelled images; ``add`` is the ``add_argument`` of a group."""
     add("--num_labels", type=int, default=1000, help="outputs of the classifier")
     add("--on_bad_image", default="replace", choices=("replace", "error"), help="what an unreadable train image does")
-    add("--max_bad_fraction", type=float, default=0.01,
-        help="stop when more train images than this share are unreadable")  # fmt: skip
+    fraction = "stop when more train images than this share are unreadable"
+    add("--max_bad_fraction", type=float, default=0.01, help=fraction)
     add("--crop_scale", type=float, nargs=2, default=(0.08, 1.0), help="area range of the train crops")
     add("--epochs", type=int, default=epochs)
     add("--batch_size", type=int, default=32, help="images per process")
@@ -78,8 +73,8 @@ def add_training_flags(add: Callable[..., argparse.Action], epochs: int) -> None
 def add_run_flags(parser: argparse.ArgumentParser, what_to_validate: str) -> Callable[..., argparse.Action]:
     """Where a training leaves its files, and whether there is one; returns the ``add_argument`` of the group."""
     add = parser.add_argument_group("run").add_argument
-    add("--dump_path", "--output_dir", default=".",
-        help="for checkpoint.pth.tar and log.txt; not the folder of the training run")  # fmt: skip
+    folder = "for checkpoint.pth.tar and log.txt; not the folder of the training run"
+    add("--dump_path", "--output_dir", default=".", help=folder)
     add("--evaluate", action="store_true", help=f"only validate {what_to_validate}")
     return add
 
@@ -87,8 +82,8 @@ def add_run_flags(parser: argparse.ArgumentParser, what_to_validate: str) -> Cal
 def add_process_flags(parser: argparse.ArgumentParser) -> None:
     """Device and loader flags, and those of the official launchers."""
     add = parser.add_argument_group("processes").add_argument
-    add("--workers", "--num_workers", type=int, default=None,
-        help="loader processes per rank (default: cores per rank - 1, max 10)")  # fmt: skip
+    workers = "loader processes per rank; None: cores per rank less one, at most 10"
+    add("--workers", "--num_workers", type=int, default=None, help=workers)
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--dist_url", default="env://", help="rendezvous of the processes")
     add("--world_size", type=int, default=-1, help="ignored: read from the environment")
@@ -96,15 +91,10 @@ def add_process_flags(parser: argparse.ArgumentParser) -> None:
     add("--local_rank", "--local-rank", type=int, default=0, help="ignored: read from the environment")
 
 
-def parse_with_embedded_defaults(
-    parser: argparse.ArgumentParser, arguments: list[str] | None, **defaults
-) -> argparse.Namespace:
-    """Parse and check; without ``--data_path`` the defaults are those for the embedded digits."""
-    args = parser.parse_args(arguments)
-    if args.data_path is None:
-        parser.set_defaults(**defaults)
-        args = parser.parse_args(arguments)
-    for flag in ("epochs", "val_freq", "batch_size", "images_per_sheet", "max_sheets"):
+def parse_and_check(parser: argparse.ArgumentParser, arguments: Sequence[str] | None, **defaults) -> argparse.Namespace:
+    """Parse and check; without ``--data_path`` the defaults are ``defaults`` and those for the embedded digits."""
+    args = parse_with_embedded_defaults(parser, arguments, EMBEDDED_DATA_DEFAULTS | defaults, {})
+    for flag in AT_LEAST_ONE:
         if (value := getattr(args, flag, None)) is not None and value < 1:
             parser.error(f"--{flag} {value} is less than 1")
     if args.workers is None:
@@ -112,144 +102,140 @@ def parse_with_embedded_defaults(
     return args
 
 
-# --- Data -------------------------------------------------------------------------------------------------------------
-
-
-def labelled_sources(
-    data_path: str | None, val_path: str | None, allow_absolute_paths: bool = False, num_labels: int | None = None
-) -> tuple[ImageSource, ImageSource]:
-    """Train and val images with classes.
-
-    Raises:
-        ValueError: If there are none, or they have more than ``num_labels`` classes.
-    """
-    sources = open_labelled(data_path, val_path, allow_absolute_paths)
-    if num_labels is not None and num_labels < len(sources[0].classes):
-        raise ValueError(
-            f"--num_labels {num_labels} is less than the {len(sources[0].classes)} classes of {sources[0].name}"
-        )
+def labelled_sources(args: argparse.Namespace) -> tuple[ImageSource, ImageSource]:
+    """Images to learn from and to classify; the classifier has an output for each of their classes."""
+    paths = (args.data_path, args.val_path, args.allow_absolute_paths)
+    sources = frozen.labelled_sources(*paths, num_labels=args.num_labels)
+    for source in sources:
+        distributed.print_once(source.describe())
     return sources
 
 
-def eval_transform(image_size: int, network: nn.Module) -> EvalTransform:
-    """Resize (256 for a crop of 224), crop the centre, normalise, for the channels that the network takes."""
-    return EvalTransform(round(image_size * 256 / 224), image_size, MEAN, STD, input_channels(network), "bilinear")
+# --- Training on labels -----------------------------------------------------------------------------------------------
 
 
-def train_loader(
-    source: ImageSource,
-    image_size: int,
-    crop_scale: Sequence[float],
-    batch_size: int,
-    seed: int,
-    in_chans: int,
-    bad_images: BadImages,
-    workers: int,
-    device: torch.device,
-    drop_single: bool = False,
-) -> tuple[DataLoader, EpochBatchSampler]:
-    """Random crops and flips of this process's share of the images, and the sampler that wants to know the epoch.
+class LabelledTraining:
+    """Learn from labelled images, and validate; writes ``checkpoint.pth.tar`` and ``log.txt`` (JSON lines).
+
+    Goes on from the checkpoint in ``--dump_path``, ours or an official one, if there is one.
 
     Args:
-        drop_single: Leave out the last batch of an epoch if it is a single image, which batch norms that see one pixel
-            cannot normalise.
-    """
-    recipe = ViewRecipe(image_size, tuple(crop_scale), interpolation="bilinear")
-    rank, world_size = distributed.get_rank(), distributed.get_world_size()
-    per_rank = -(-len(source) // world_size)
-    drop_last = drop_single and per_rank > 1 and per_rank % batch_size == 1
-    sampler = EpochBatchSampler(len(source), batch_size, seed, rank, world_size, drop_last)
-    dataset = MultiCropDataset(source, [recipe], seed, in_chans=in_chans, bad_images=bad_images)
-    return make_loader(dataset, batch_sampler=sampler, num_workers=workers, device=device), sampler
-
-
-def bad_images_of(source: ImageSource, args: argparse.Namespace) -> BadImages:
-    """The policy of the flags for unreadable train images, listed in ``<dump_path>/bad_images.txt``."""
-    folder = Path(args.dump_path)
-    if distributed.is_main_process():
-        folder.mkdir(parents=True, exist_ok=True)
-    distributed.barrier()
-    return BadImages(len(source), folder / "bad_images.txt", args.on_bad_image, args.max_bad_fraction)
-
-
-def on_device(loader: DataLoader, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Normalised images and labels, with a progress bar on a terminal."""
-    hidden = not (distributed.is_main_process() and sys.stderr.isatty())
-    for views, labels, _ in tqdm(loader, leave=False, disable=hidden):
-        yield normalize_views(views, device, MEAN, STD)[0], labels.to(device, non_blocking=True)
-
-
-# --- Checkpoints ------------------------------------------------------------------------------------------------------
-
-
-def resume(
-    dump_path: str | Path,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: LRScheduler,
-    flags: dict,
-    pretrained: int,
-) -> tuple[int, list[dict]]:
-    """Go on from ``<dump_path>/checkpoint.pth.tar``, ours or an official one, if there is one.
-
-    Args:
-        flags: Those that must be what they were, with their values.
+        args: Flags of :func:`add_data_flags`, :func:`add_training_flags`, :func:`add_run_flags` and
+            :func:`add_process_flags`.
+        module: What learns, from what ``features`` gives.
+        scheduler: Of the learning rates, by epochs.
+        run_flags: Names of the flags that a run which is resumed must have as they were.
         pretrained: Checksum of the weights that the evaluation started from.
-
-    Returns:
-        The first epoch that is still to be done, and the log of those before it.
+        rates: What the log calls the learning rate of each parameter group.
+        best_of: Accuracies of the best epoch that the checkpoint names, as the official one does.
 
     Raises:
         ValueError: If the checkpoint is not one of this run.
     """
-    path = Path(dump_path) / "checkpoint.pth.tar"
-    checkpoint = load_latest(path)
-    if checkpoint is None:
-        return 0, []
-    if not {"epoch", "state_dict", "optimizer", "scheduler"} <= checkpoint.keys():
-        raise ValueError(f"{path} is a checkpoint of another script; choose another --dump_path")
-    if checkpoint.get("pretrained", pretrained) != pretrained:
-        raise ValueError(f"{path} started from other weights than those of --pretrained; use another --dump_path")
-    for flag, value in checkpoint.get("flags", {}).items():
-        if flag in flags and flags[flag] != value:
-            raise ValueError(
-                f"--{flag} {flags[flag]} does not fit {path}, which was written with --{flag} {value}; use that or "
-                "another --dump_path"
-            )
-    set_weights(module, checkpoint["state_dict"], path)
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    scheduler.load_state_dict(checkpoint["scheduler"])
-    distributed.print_once(f"resuming at epoch {checkpoint['epoch']}")
-    return checkpoint["epoch"], checkpoint.get("log", [])
 
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        module: nn.Module,
+        features: Callable[[Tensor], Tensor],
+        optimizer: torch.optim.Optimizer,
+        scheduler: LRScheduler,
+        run_flags: Sequence[str],
+        pretrained: int,
+        rates: tuple[str, ...] = ("train_lr",),
+        best_of: tuple[str, ...] = ("acc1",),
+    ):
+        self.args, self.folder, self.rates, self.best_of = args, Path(args.dump_path), rates, best_of
+        self.module, self.features, self.optimizer, self.scheduler = module, features, optimizer, scheduler
+        self.flags, self.pretrained = {name: getattr(args, name) for name in run_flags}, pretrained
+        self.first_epoch, self.log = 0, []
+        checkpoint = load_latest(self.folder / CHECKPOINT)
+        if checkpoint is not None:
+            self._resume(checkpoint, self.folder / CHECKPOINT)
 
-def save_epoch(
-    dump_path: str | Path,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: LRScheduler,
-    flags: dict,
-    pretrained: int,
-    log: list[dict],
-    best_acc: float | tuple[float, float],
-) -> None:
-    """Write ``checkpoint.pth.tar`` with the keys of the official scripts and ours, and the log as JSON lines."""
-    distributed.print_once("  ".join(f"{name} {value:.5g}" for name, value in log[-1].items()))
-    if not distributed.is_main_process():
-        return
-    folder = Path(dump_path)
-    state = {
-        "epoch": log[-1]["epoch"] + 1,
-        "state_dict": {f"module.{name}": value for name, value in module.state_dict().items()},
-        "optimizer": optimizer.state_dict(),
-        "scheduler": scheduler.state_dict(),
-        "best_acc": best_acc,
-        "flags": flags,
-        "pretrained": pretrained,
-        "log": log,
-    }
-    save(folder / "checkpoint.pth.tar", state)
-    (folder / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in log))
+    def _resume(self, checkpoint: dict, path: Path) -> None:
+        if not {"epoch", "state_dict", "optimizer", "scheduler"} <= checkpoint.keys():
+            raise ValueError(f"{path} is a checkpoint of another script; choose another --dump_path")
+        if checkpoint.get("pretrained", self.pretrained) != self.pretrained:
+            raise ValueError(f"{path} started from other weights than those of --pretrained; use another --dump_path")
+        for flag, value in checkpoint.get("flags", {}).items():
+            if flag in self.flags and self.flags[flag] != value:
+                raise ValueError(
+                    f"--{flag} {self.flags[flag]} does not fit {path}, which was written with --{flag} {value}; use "
+                    "that or another --dump_path"
+                )
+        set_weights(self.module, checkpoint["state_dict"], path)
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.scheduler.load_state_dict(checkpoint["scheduler"])
+        self.first_epoch, self.log = checkpoint["epoch"], checkpoint.get("log", [])
+        distributed.print_once(f"resuming at epoch {self.first_epoch}")
+
+    def run(
+        self, train: ImageSource, val: EvalDataset, device: torch.device, val_freq: int = 1, drop_single: bool = False
+    ) -> dict[str, float]:
+        """The epochs that are still to be done; loss and accuracies in percent after the last one.
+
+        Args:
+            val_freq: Validate every so many epochs, and after the last one.
+            drop_single: See :func:`shared.evaluation.frozen.train_crops`.
+        """
+        args, wrapped, result = self.args, distributed.wrap(self.module, device), None
+        if distributed.is_main_process():
+            self.folder.mkdir(parents=True, exist_ok=True)
+        distributed.barrier()
+        recipe = ViewRecipe(args.image_size, tuple(args.crop_scale), interpolation="bilinear")
+        bad_images = BadImages(len(train), self.folder / "bad_images.txt", args.on_bad_image, args.max_bad_fraction)
+        in_chans = val.transform.in_chans
+        loader, sampler = frozen.train_crops(
+            train, recipe, args.batch_size, args.seed, in_chans, bad_images, args.workers, device, drop_single
+        )
+        for epoch in range(self.first_epoch, args.epochs):
+            sampler.set_epoch(epoch)
+            rates = [group["lr"] for group in self.optimizer.param_groups]
+            line = {"epoch": epoch, **dict(zip(self.rates, rates, strict=True))}
+            batches = frozen.on_device(CARD, loader, device)
+            line["train_loss"] = train_one_epoch(wrapped, self.features, batches, self.optimizer)
+            line["bad_images"] = bad_images.count()
+            due = (epoch + 1) % val_freq == 0 or epoch + 1 == args.epochs
+            result = self.validate(val, device) if due else None
+            self._end_epoch(line, result)
+        result = result or self.validate(val, device)  # there was nothing left to train
+        distributed.print_once(
+            f"Top-1 accuracy after the last epoch: {result['acc1']:.2f} % (top-5 {result['acc5']:.2f} %, "
+            f"best top-1 of all epochs {self.best()[0]:.2f} %)"
+        )
+        return result
+
+    def validate(self, val: EvalDataset, device: torch.device) -> dict[str, float]:
+        return validate(self.module, self.features, val, device, self.args.batch_size, self.args.workers)
+
+    def best(self) -> tuple[float, ...]:
+        """Accuracies of the best epoch so far."""
+        names = [f"test_{name}" for name in self.best_of]
+        validated = [tuple(line[name] for name in names) for line in self.log if names[0] in line]
+        return max(validated, default=(0.0,) * len(names))
+
+    def _end_epoch(self, line: dict[str, float], result: dict[str, float] | None) -> None:
+        self.log.append(line)
+        if result is not None:
+            line |= {f"test_{name}": value for name, value in result.items()}
+            line["best_acc1"] = self.best()[0]
+        self.scheduler.step()
+        distributed.print_once("  ".join(f"{name} {value:.5g}" for name, value in line.items()))
+        if not distributed.is_main_process():
+            return
+        state = {
+            "epoch": line["epoch"] + 1,
+            "state_dict": {f"module.{name}": value for name, value in self.module.state_dict().items()},
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "best_acc": self.best() if len(self.best_of) > 1 else self.best()[0],
+            "flags": self.flags,
+            "pretrained": self.pretrained,
+            "log": self.log,
+        }
+        save(self.folder / CHECKPOINT, state)
+        (self.folder / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in self.log))
 
 
 def set_weights(module: nn.Module, state_dict: dict[str, Tensor], file: str | Path) -> None:
@@ -258,15 +244,9 @@ def set_weights(module: nn.Module, state_dict: dict[str, Tensor], file: str | Pa
     Raises:
         ValueError: If names or shapes are not exactly those of ``module``.
     """
-    weights = without_prefix(state_dict, "module.")
-    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in weights.items()}
-    different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    if different:
-        name = different[0]
-        raise ValueError(
-            f"{file}: {len(different)} of {len(expected)} entries do not fit, the first is {name}: "
-            f"{found.get(name, 'missing')} in the file, {expected.get(name, 'none')} in the network; check --arch, "
-            "--num_labels and the flags of the classifier"
-        )
-    module.load_state_dict(weights)
+    try:
+        module.load_state_dict(without_prefix(state_dict, "module."))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:1000]
+        advice = "check --arch, --num_labels and the flags of the classifier"
+        raise ValueError(f"{file} does not fit: {reason}; {advice}") from error

@@ -1,12 +1,14 @@
 """The objectives of Caron et al. 2020: swapped prediction of codes (SwAV) and its queue; DeepCluster-v2."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared import distributed
+from shared.sinkhorn import sinkhorn_knopp
 
 
 @torch.no_grad()
@@ -15,26 +17,42 @@ def normalize_prototypes_(prototypes: nn.Linear) -> None:
     prototypes.weight.copy_(F.normalize(prototypes.weight, dim=1))
 
 
-def swapped_prediction(
-    scores: Tensor, codes: Sequence[Tensor], crops_for_assign: Sequence[int], temperature: float = 0.1
-) -> Tensor:
-    """Cross-entropy between the code of a crop and the predictions from all other crops (eq. 1 and 2, section 3.2).
+@dataclass(frozen=True)
+class SwappedPrediction:
+    """Predict the code of a crop from the other crops of its image (section 3.1).
 
-    Args:
-        scores: Cosines with the prototypes, crop by crop, shape (V, B, K).
-        codes: Assignments (B, K) of the crops in ``crops_for_assign``, rows sum to 1; taken as constants.
-        crops_for_assign: Indices of the crops that have a code.
-        temperature: Of the softmax over prototypes.
-
-    Returns:
-        Mean over the codes, the V - 1 other crops and the batch; 0-d float32 tensor.
+    Attributes:
+        crops_for_assign: Indices of the crops that get a code.
+        temperature: Of the softmax over prototypes that predicts a code.
+        epsilon: Entropy regularisation of the codes.
+        sinkhorn_iterations: Balancing steps behind the codes.
     """
-    log_predictions = F.log_softmax(scores.float() / temperature, dim=2)
-    loss = scores.new_zeros((), dtype=torch.float32)
-    for code, crop in zip(codes, crops_for_assign, strict=True):
-        others = torch.cat([log_predictions[:crop], log_predictions[crop + 1 :]])  # a crop never predicts its own code
-        loss = loss - (code * others).sum(dim=2).mean()
-    return loss / len(codes)
+
+    crops_for_assign: Sequence[int]
+    temperature: float = 0.1
+    epsilon: float = 0.05
+    sinkhorn_iterations: int = 3
+
+    def assign(self, scores: Tensor) -> Tensor:
+        """Codes of a batch: soft assignments that use every prototype equally (eq. 3), both (B, K); rows sum to 1."""
+        return sinkhorn_knopp(scores, self.epsilon, self.sinkhorn_iterations, max_abs_score=1.0)
+
+    def __call__(self, scores: Tensor, codes: Sequence[Tensor]) -> Tensor:
+        """Cross-entropy between the code of a crop and the predictions from all other crops (eq. 1 and 2, section 3.2).
+
+        Args:
+            scores: Cosines with the prototypes, crop by crop, shape (V, B, K).
+            codes: Assignments (B, K) of the crops in ``crops_for_assign``; taken as constants.
+
+        Returns:
+            Mean over the codes, the V - 1 other crops and the batch; 0-d float32 tensor.
+        """
+        log_predictions = F.log_softmax(scores.float() / self.temperature, dim=2)
+        loss = scores.new_zeros((), dtype=torch.float32)
+        for code, crop in zip(codes, self.crops_for_assign, strict=True):
+            others = torch.cat([log_predictions[:crop], log_predictions[crop + 1 :]])  # it never predicts its own code
+            loss = loss - (code * others).sum(dim=2).mean()
+        return loss / len(codes)
 
 
 def cluster_classification(scores: Sequence[Tensor], assignments: Tensor, temperature: float = 0.1) -> Tensor:
@@ -64,16 +82,22 @@ class EmbeddingQueue:
 
     Args:
         num_codes: Number of crops that have a code.
-        rows: Embeddings of each on this process, a multiple of the batch.
+        rows: Embeddings of each on this process, a multiple of the batch; 0: the queue is never used.
         dim: D, dimension of the embeddings.
 
     Attributes:
         embeddings: Shape (num_codes, rows, D), float32.
+        has_started: Whether training has reached the queue's first epoch.
     """
 
     def __init__(self, num_codes: int, rows: int, dim: int, device: torch.device | str = "cpu"):
         self.embeddings = torch.zeros(num_codes, rows, dim, device=device)
         self.pushed = [0] * num_codes  # rows so far; counting them spares looking into the queue, which waits for a GPU
+        self.has_started = False
+
+    @property
+    def is_used(self) -> bool:
+        return self.has_started and self.embeddings.shape[1] > 0
 
     def is_full(self, i: int) -> bool:
         """Whether every row of the i-th crop's queue has been written."""
@@ -100,17 +124,25 @@ class EmbeddingQueue:
             )
         self.embeddings.copy_(embeddings)
         self.pushed = (embeddings.abs().sum(dim=2) > 0).sum(dim=1).tolist()
+        self.has_started = True
 
-    def state_dict(self) -> dict:
-        """The queues of all ranks; every rank must call this."""
+    def state_dict(self) -> dict | None:
+        """The queues of all ranks, None while they are not used; every rank must call this."""
+        if not self.is_used:
+            return None
         return {"embeddings": distributed.all_gather(self.embeddings[None]), "pushed": list(self.pushed)}
 
     def load_state_dict(self, state: dict) -> None:
         """Take this rank's share; the same rows on another number of processes are dealt out again by age.
 
+        Args:
+            state: Empty where the queue had not been used.
+
         Raises:
             ValueError: If the number of rows of all processes, of crops or of dimensions has changed.
         """
+        if not state or self.embeddings.shape[1] == 0:
+            return
         stored = state["embeddings"]  # (ranks, codes, rows, D)
         world_size, rank = distributed.get_world_size(), distributed.get_rank()
         num_codes, rows, dim = self.embeddings.shape
@@ -122,3 +154,4 @@ class EmbeddingQueue:
         by_age = stored.permute(1, 2, 0, 3).flatten(1, 2)
         self.embeddings.copy_(by_age[:, rank::world_size])
         self.pushed = [count * len(stored) // world_size for count in state["pushed"]]
+        self.has_started = True

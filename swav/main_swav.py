@@ -17,7 +17,6 @@ import argparse
 import math
 import sys
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,46 +30,34 @@ from shared import distributed
 from shared.evaluation.knn_monitor import build_knn_monitor
 from shared.images.training_data import open_training_data
 from shared.multicrop import normalize_views
+from shared.networks.batchnorm import synchronize_batchnorm
 from shared.networks.weights import safe_load
-from shared.optimisation.optim import clip_grad_norm_per_tensor_, step_unless_not_finite
-from shared.optimisation.precision import Precision
+from shared.optimisation.optim import clip_grad_norm_per_tensor_
 from shared.optimisation.schedules import cosine_schedule
-from shared.run import randomness
-from shared.run.checkpoint import Checkpointer, is_at_start, load_latest
-from shared.run.flags import bool_flag
+from shared.run.flags import Parser, bool_flag, tell_embedded_defaults
 from shared.run.health import feature_spread, rank_me
-from shared.run.log import RunLog
-from shared.run.not_finite import FiniteGuard
-from shared.run.start import start_run
-from shared.sinkhorn import sinkhorn_knopp
-from swav import training_flags
-from swav.augmentations import MEAN, STD, swav_views
-from swav.collapse import CollapseMonitor, PrototypeUsage
+from shared.run.run import Run
+from swav import flags
+from swav.augmentations import swav_views
+from swav.hub import MEAN, STD, build_network
 from swav.larc import LARC
-from swav.losses import EmbeddingQueue, normalize_prototypes_, swapped_prediction
-from swav.networks import Trunk
-from swav.report import save_pictures, summary
-from swav.training_setup import (
-    CHECKPOINT,
-    Resumable,
-    build_student,
-    numbered_checkpoint,
-    patience_steps,
-)
+from swav.losses import EmbeddingQueue, SwappedPrediction, normalize_prototypes_
+from swav.report import SWAV_ADVICE, PrototypeUsage, collapse_monitor, save_pictures, summary
+from swav.resnet50 import Trunk
 
 # What replaces the official defaults when no --data_path is given: 8x8 pixel digits need no ResNet-50 at 224 pixels,
 # small crops of them have no digit in them, and with few prototypes the usual epsilon makes codes uniform.
 EMBEDDED_DATA_DEFAULTS = {
     "arch": "test_resnet",  # timm's smallest ResNet, 0.4 million weights
+    "hidden_mlp": 256,
+    "feat_dim": 32,
+    "nmb_prototypes": 30,
+    "epsilon": 0.02,
     "nmb_crops": [2],
     "size_crops": [32],
     "min_scale_crops": [0.6],
     "max_scale_crops": [1.0],
     "blur_radius": (0.1, 0.5),
-    "hidden_mlp": 256,
-    "feat_dim": 32,
-    "nmb_prototypes": 30,
-    "epsilon": 0.02,
     "batch_size": 64,
     "base_lr": 2.0,
     "epochs": 12,
@@ -78,23 +65,15 @@ EMBEDDED_DATA_DEFAULTS = {
     "freeze_prototypes_niters": 66,
     "output_dir": "runs/digits",
 }
-ADVICE = {
-    "uniform": "lower --epsilon (0.03), or take more --nmb_prototypes than --feat_dim",
-    "few": "lengthen --freeze_prototypes_niters, lower --base_lr, or take fewer --nmb_prototypes or a longer "
-    "--queue_length for a small batch",
-    "features": "lower --base_lr, or lengthen --warmup_epochs and --freeze_prototypes_niters",
-    "flat": "lower --epsilon (0.03), take more --nmb_prototypes than --feat_dim, fewer or larger crops, or lengthen "
-    "--freeze_prototypes_niters",
-}
+NETWORK_FLAGS = ("arch", "in_chans", "feat_dim", "hidden_mlp", "nmb_prototypes", "crops_for_assign")
+CHECKPOINT = "checkpoint.pth.tar"
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "SwAV", description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    training_flags.add_data_flags(parser)
-    training_flags.add_view_flags(parser)
-    add = training_flags.add_network_flags(parser)
+    parser = Parser(__doc__)
+    flags.add_data_flags(parser)
+    flags.add_view_flags(parser)
+    add = flags.add_network_flags(parser)
     add("--nmb_prototypes", type=int, default=3000, help="number of prototypes K")
 
     add = parser.add_argument_group("codes and their prediction").add_argument
@@ -102,136 +81,116 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--temperature", type=float, default=0.1, help="of the softmax that predicts a code")
     add("--epsilon", type=float, default=0.05, help="entropy regularisation of the codes")
     add("--sinkhorn_iterations", type=int, default=3, help="balancing steps behind the codes")
-    add("--queue_length", type=int, default=0, help="embeddings of earlier batches that small batches need for their "
-        "codes, on all processes; 0: none")  # fmt: skip
+    queue = "embeddings of earlier batches, on all processes, that help to balance small batches; 0: none"
+    add("--queue_length", type=int, default=0, help=queue)
     add("--epoch_queue_starts", type=int, default=15, help="first epoch (from 0) with the queue")
 
-    add = training_flags.add_optimisation_flags(parser)
+    add = flags.add_optimisation_flags(parser)
     add("--freeze_prototypes_niters", type=int, default=313, help="steps in which the prototypes are not trained")
     add("--use_fp16", type=bool_flag, default=True, help="false: the same as --amp fp32")
-    training_flags.add_run_flags(parser)
+    flags.add_run_flags(parser)
     return parser
 
 
 def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
-    """Parse and check the command line; without ``--data_path`` the defaults are those of the embedded data.
-
-    Args:
-        arguments: The command line's own by default.
-        parser: That of :func:`get_args_parser` with further flags, for scripts that have them.
-    """
-    parser = parser or get_args_parser()
-    args = training_flags.parse_with_embedded_defaults(parser, arguments, EMBEDDED_DATA_DEFAULTS)
-    if args.nmb_prototypes < 2:
-        parser.error(f"--nmb_prototypes {args.nmb_prototypes}: at least two are needed")
-    return args
+    """Parse and check the command line; ``parser`` is that of :func:`get_args_parser`, or one with further flags."""
+    return flags.parse_and_check(parser or get_args_parser(), arguments, EMBEDDED_DATA_DEFAULTS)
 
 
 def train_swav(args: argparse.Namespace) -> None:
     """Train from the newest checkpoint in ``args.output_dir``, or from scratch if there is none."""
-    device, output_dir = start_run(args, "checkpoints")
-    precision = Precision(args.amp if args.use_fp16 else "fp32", device)
-    recipes = swav_views(args.nmb_crops, args.size_crops, args.min_scale_crops, args.max_scale_crops, args.blur_radius)
-    data = open_training_data(args, recipes, args.batch_size, output_dir, device, "--size_crops")
-    if args.data_path is None:
-        names = " ".join(f"--{name}" for name in EMBEDDED_DATA_DEFAULTS)
-        distributed.print_once(f"without --data_path these flags have defaults for the embedded data: {names}")
-    steps_per_epoch = data.steps_per_epoch
+    run = Run(args, args.amp if args.use_fp16 else "fp32", CHECKPOINT, subfolder="checkpoints")
+    device = run.device
 
-    # network, optimiser, schedule
-    network = build_student(args, args.nmb_prototypes, device)
+    # data
+    recipes = swav_views(args.nmb_crops, args.size_crops, args.min_scale_crops, args.max_scale_crops, args.blur_radius)
+    data = open_training_data(args, recipes, args.batch_size, run.output_dir, device, "--size_crops")
+    tell_embedded_defaults(args.data_path, EMBEDDED_DATA_DEFAULTS)
+
+    # network, loss, optimiser, schedule
+    network = build_for_training(args, device)
+    criterion = SwappedPrediction(args.crops_for_assign, args.temperature, args.epsilon, args.sinkhorn_iterations)
     optimizer = LARC(network.parameters(), lr=0.0, weight_decay=args.wd)
     lr_schedule = cosine_schedule(
-        args.base_lr, args.final_lr, args.epochs, steps_per_epoch, args.warmup_epochs, args.start_warmup
+        args.base_lr, args.final_lr, args.epochs, data.steps_per_epoch, args.warmup_epochs, args.start_warmup
     )
 
-    # the queue is made in its first epoch
-    queue = None
+    # embeddings of earlier batches, and how often each prototype is used
     queue_rows = rows_of_queue(args.queue_length, args.batch_size, distributed.get_world_size())
+    queue = EmbeddingQueue(len(args.crops_for_assign), queue_rows, args.feat_dim, device)
     usage = PrototypeUsage(args.nmb_prototypes, device)
-    monitor = CollapseMonitor(args.nmb_prototypes, patience_steps(len(lr_schedule), steps_per_epoch), ADVICE)
 
-    # resume
-    checkpoint = load_latest(output_dir / CHECKPOINT)
-    log = RunLog(output_dir, args.epochs * steps_per_epoch, args.log_freq, args.tensorboard, resumed=bool(checkpoint))
-    training = Resumable(args, data, network, optimizer, precision, log)
-    first_epoch, first_step, skipped_steps = 0, 0, 0
-
-    def new_queue() -> EmbeddingQueue:
-        return EmbeddingQueue(len(args.crops_for_assign), queue_rows, args.feat_dim, device)
-
-    def state(epoch: int, step_in_epoch: int) -> dict:
-        """Everything a run needs to go on at this step."""
-        return {
-            **training.state(epoch, step_in_epoch),
-            "queue": None if queue is None else queue.state_dict(),
-            "prototype_usage": usage.state_dict(),
-        }
-
-    if checkpoint is not None:
-        first_epoch, first_step = training.load(checkpoint)
-        skipped_steps = checkpoint.get("skipped_steps", 0)
-        if "prototype_usage" in checkpoint:
-            usage.load_state_dict(checkpoint["prototype_usage"])
-        official_queue = output_dir / f"queue{distributed.get_rank()}.pth"  # the official code has one file per rank
-        if queue_rows and checkpoint.get("queue"):
-            queue = new_queue()
-            queue.load_state_dict(checkpoint["queue"])
-        elif queue_rows and "queue" not in checkpoint and official_queue.is_file():
-            queue = new_queue()
-            queue.load_rows(safe_load(official_queue)["queue"])
-    training.guard = guard = FiniteGuard(
-        {"network": distributed.unwrap(network)}, output_dir, args.max_skipped_steps, device, in_a_row=skipped_steps
+    # checkpoints under the names of the official ones, monitoring
+    run.resume(
+        data,
+        len(lr_schedule),
+        NETWORK_FLAGS,
+        to_official=to_official,
+        from_official=from_official,
+        scheduled=("lr",),
+        network=network,
+        optimizer=optimizer,
+        queue=queue,
+        prototype_usage=usage,
     )
-    knn = build_knn_monitor(args, args.size_crops[0], MEAN, STD, device, data.num_workers, output_dir, args.in_chans)
+    official_queue = run.output_dir / f"queue{distributed.get_rank()}.pth"  # the official code has one file per rank
+    if queue_rows and not run.is_new and not queue.has_started and official_queue.is_file():
+        queue.load_rows(safe_load(official_queue)["queue"])
+    run.health = collapse_monitor(args.nmb_prototypes, len(lr_schedule), data.steps_per_epoch, SWAV_ADVICE)
+    image_size = args.size_crops[0]
+    knn = build_knn_monitor(args, image_size, MEAN, STD, device, data.num_workers, run.output_dir, args.in_chans)
     trunk = Trunk(distributed.unwrap(network))
 
-    # epochs
-    with Checkpointer(
-        output_dir / CHECKPOINT, state, args.saveckp_steps, args.saveckp_minutes, guard.is_good
-    ) as checkpointer:
-        if is_at_start(checkpoint) and knn.is_due(-1):
-            stop = partial(checkpointer.stop_if_asked, 0, 0)
-            log.evaluation(0, 0, knn_top1=knn.run(trunk, stop))
-        for epoch in range(first_epoch, args.epochs):
-            if queue is None and queue_rows and epoch >= args.epoch_queue_starts:
-                queue = new_queue()
-            data.sampler.set_epoch(epoch, first_step)
+    with run:
+        if run.is_new and knn.is_due(-1):
+            run.log_evaluation(knn_top1=knn.run(trunk, run.stop_if_asked))
+        for epoch in run.epochs():
+            data.sampler.set_epoch(epoch, run.step_in_epoch)
+            queue.has_started |= epoch >= args.epoch_queue_starts
             train_one_epoch(
                 network,
+                criterion,
+                queue,
+                usage,
                 data.loader,
                 optimizer,
                 lr_schedule,
-                queue,
-                crops_for_assign=args.crops_for_assign,
-                temperature=args.temperature,
-                epsilon=args.epsilon,
-                sinkhorn_iterations=args.sinkhorn_iterations,
+                run,
                 freeze_prototypes_niters=args.freeze_prototypes_niters,
-                epoch=epoch,
-                first_step=first_step,
-                steps_per_epoch=steps_per_epoch,
-                seed=args.seed,
-                precision=precision,
-                log=log,
-                usage=usage,
-                monitor=monitor,
-                guard=guard,
-                checkpointer=checkpointer,
             )
-            first_step = 0
             if knn.is_due(epoch):
-                stop = partial(checkpointer.stop_if_asked, epoch, steps_per_epoch)
-                log.evaluation((epoch + 1) * steps_per_epoch, epoch + 1, knn_top1=knn.run(trunk, stop))
-            log.end_epoch(epoch, bad_images=data.bad_images.count(), **usage.of_epoch())
-            usage.reset()
-            checkpointer.after_epoch(epoch, keep_as=numbered_checkpoint(epoch, args.epochs, args.checkpoint_freq))
-    log.close()
-    pictures = save_pictures(trunk, data.dataset, knn, args.size_crops[0], output_dir, device) if args.pictures else []
-    problems = list(monitor.warnings.values())
+                run.log_evaluation(knn_top1=knn.run(trunk, run.stop_if_asked))
+            run.log_epoch(bad_images=data.bad_images.count(), **usage.end_epoch())
+            run.end_epoch(keep_as=numbered_checkpoint(epoch, args.epochs, args.checkpoint_freq))
+    pictures = save_pictures("SwAV training", run, trunk, data.dataset, knn, image_size) if args.pictures else []
     if distributed.is_main_process():
-        weights = output_dir / CHECKPOINT
-        print(summary("main_swav.py", output_dir, weights, args.arch, args.data_path, knn, pictures, problems))
+        print(summary("main_swav.py", run, args.arch, args.data_path, knn, pictures))
+
+
+def build_for_training(args: argparse.Namespace, device: torch.device) -> nn.Module:
+    """The network with its heads, on this process's device and joined with those of the other processes."""
+    network = build_network(
+        args.arch,
+        output_dim=args.feat_dim,
+        hidden_mlp=args.hidden_mlp,
+        nmb_prototypes=args.nmb_prototypes,
+        normalize=True,
+        img_size=args.size_crops[0],
+        in_chans=args.in_chans,
+    )
+    if args.sync_bn != "none":
+        group_size = min(args.syncbn_process_group_size, distributed.get_world_size())
+        network = synchronize_batchnorm(network, device, group_size if args.sync_bn == "apex" else None)
+    network.to(device)
+    if args.compile:
+        network.forward_backbone = torch.compile(network.forward_backbone)
+    return distributed.wrap(network, device)
+
+
+def numbered_checkpoint(epoch: int, epochs: int, checkpoint_freq: int) -> str | None:
+    """Name under which the checkpoint of this epoch stays, as in the official code; None for most epochs."""
+    due = checkpoint_freq > 0 and (epoch % checkpoint_freq == 0 or epoch == epochs - 1)
+    return f"checkpoints/ckp-{epoch}.pth" if due else None
 
 
 def rows_of_queue(queue_length: int, batch_size: int, world_size: int) -> int:
@@ -245,30 +204,31 @@ def rows_of_queue(queue_length: int, batch_size: int, world_size: int) -> int:
     return total // world_size
 
 
+def to_official(state: dict) -> dict:
+    """The state of a run under the names of the official checkpoints, whose networks are wrapped for processes."""
+    network = {f"module.{name}": value for name, value in state["network"].items()}
+    return {"state_dict": network} | {name: value for name, value in state.items() if name != "network"}
+
+
+def from_official(checkpoint: dict) -> dict:
+    """The way back; official checkpoints have no counts of prototypes, and their queue is another file."""
+    state = {"network" if name == "state_dict" else name: value for name, value in checkpoint.items()}
+    return state | {name: checkpoint.get(name) or {} for name in ("queue", "prototype_usage")}
+
+
 def train_one_epoch(
     network: nn.Module,
+    criterion: SwappedPrediction,
+    queue: EmbeddingQueue,
+    usage: PrototypeUsage,
     loader: Iterable,
     optimizer: torch.optim.Optimizer,
     lr_schedule: np.ndarray,
-    queue: EmbeddingQueue | None,
+    run: Run,
     *,
-    crops_for_assign: list[int],
-    temperature: float,
-    epsilon: float,
-    sinkhorn_iterations: int,
     freeze_prototypes_niters: int,
-    epoch: int,
-    first_step: int,
-    steps_per_epoch: int,
-    seed: int,
-    precision: Precision,
-    log: RunLog,
-    usage: PrototypeUsage,
-    monitor: CollapseMonitor,
-    guard: FiniteGuard,
-    checkpointer: Checkpointer,
 ) -> None:
-    """One epoch (from its step ``first_step`` on) of Algorithm 1.
+    """One epoch of Algorithm 1.
 
     ``loader`` yields (views, labels, indices); views holds one batch per resolution, crop-major: uint8 images, or float
     tensors that are normalised already.
@@ -276,49 +236,39 @@ def train_one_epoch(
     parameters = list(network.parameters())
     prototypes = distributed.unwrap(network).prototypes
     network.train()
-    start = epoch * steps_per_epoch + first_step
-    for step, (loaded_views, labels, indices) in enumerate(log.batches(loader), start=start):
-        randomness.seed_step(seed, step, distributed.get_rank())
+    for step, (loaded_views, labels, _) in run.steps(loader):
         for group in optimizer.param_groups:
             group["lr"] = float(lr_schedule[step])
         optimizer.zero_grad(set_to_none=True)  # before the activations: the two never need memory at once
-        views = normalize_views(loaded_views, precision.device, MEAN, STD)
+        views = normalize_views(loaded_views, run.device, MEAN, STD)
 
         normalize_prototypes_(prototypes)
-        with precision.autocast():
+        with run.precision.autocast():
             embeddings, scores = network(views)
         embeddings, scores = (rows.unflatten(0, (-1, len(labels))) for rows in (embeddings, scores))  # (V, B, ...)
 
         codes = []
         with torch.no_grad():  # codes are constants
-            for i, crop in enumerate(crops_for_assign):
+            for i, crop in enumerate(criterion.crops_for_assign):
                 rows = scores[crop]
-                if queue is not None:
+                if queue.is_used:
                     if queue.is_full(i):  # a small batch is balanced together with the embeddings before it
                         rows = torch.cat([prototypes(queue.embeddings[i]), rows])
                     queue.push(i, embeddings[crop])
-                codes.append(sinkhorn_knopp(rows, epsilon, sinkhorn_iterations, max_abs_score=1.0)[-len(labels) :])
+                codes.append(criterion.assign(rows)[-len(labels) :])
                 usage.add(codes[i])
-        loss = swapped_prediction(scores, codes, crops_for_assign, temperature)
+        loss = criterion(scores, codes)
 
-        precision.backward(loss, optimizer)
+        run.backward(loss, optimizer)
         if step < freeze_prototypes_niters:
             prototypes.weight.grad = None  # no update, no weight decay, no momentum
-        skipped = step_unless_not_finite(optimizer, clip_grad_norm_per_tensor_(parameters, max_norm=0))
-        precision.update()
-        guard.count(skipped)
+        run.update(clip_grad_norm_per_tensor_(parameters, max_norm=0), optimizer)
 
-        averages = {"loss": loss, "lr": lr_schedule[step], "skipped": skipped}
-        health = assignment_health(codes, embeddings[0], usage) if log.is_due(step) else {}
-        line = log.step(step, epoch, len(labels), averages, **health)
-        if line is not None and (problem := monitor.check(line)):
-            log.say(problem)
-        if line is not None and guard.too_many():
-            randomness.seed_step(seed, step, distributed.get_rank())
-            with precision.autocast():
-                batch = {"views": loaded_views, "indices": indices, "step": step, "epoch": epoch}
-                guard.stop(batch, views, {"network": views}, loss)
-        checkpointer.after_step(epoch, step + 1 - epoch * steps_per_epoch)
+        run.end_step(
+            len(labels),
+            {"loss": loss, "lr": lr_schedule[step]},
+            assignment_health(codes, embeddings[0], usage) if run.logs_this_step else None,
+        )
 
 
 def assignment_health(codes: list[Tensor], embeddings: Tensor, usage: PrototypeUsage) -> dict[str, Tensor | float]:

@@ -5,6 +5,7 @@ Needs torch only, so that the file can be lifted out alone. The trunk's weights 
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -116,6 +117,38 @@ class PrototypeNetwork(nn.Module):
         return self.forward_head(torch.cat([self.forward_backbone(batch) for batch in batches]))
 
 
+class LibraryNetwork(PrototypeNetwork):
+    """A backbone of another library with the same projection head and prototypes.
+
+    Args:
+        backbone: Maps images (B, C, H, W) to features (B, embed_dim).
+        embed_dim: Dimension of the features.
+        heads: See :meth:`PrototypeNetwork.add_heads`.
+    """
+
+    def __init__(self, backbone: nn.Module, embed_dim: int, **heads):
+        super().__init__()
+        self.backbone = backbone
+        self.embed_dim = embed_dim
+        self.add_heads(embed_dim, **heads)
+
+    def forward_backbone(self, images: Tensor) -> Tensor:
+        """Features (B, embed_dim) of images (B, C, H, W)."""
+        features = self.backbone(images)
+        return features[0] if isinstance(features, tuple) else features  # XCiT returns a tuple in train mode
+
+
+class Trunk(nn.Module):
+    """The features of a network without its heads, for evaluations; shares the network's weights."""
+
+    def __init__(self, network: PrototypeNetwork):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network.forward_backbone(images)
+
+
 class Bottleneck(nn.Module):
     """Three convolutions beside a shortcut; the 3x3 one has the stride.
 
@@ -208,21 +241,8 @@ class ResNet(PrototypeNetwork):
         return x if self.eval_mode else x.mean(dim=(2, 3))
 
 
-def resnet50(**kwargs) -> ResNet:
-    """ResNet-50, 2048 features, 23.5 million parameters without heads."""
-    return ResNet([3, 4, 6, 3], **kwargs)
-
-
-def resnet50w2(**kwargs) -> ResNet:
-    """Twice as wide: 4096 features, 93.9 million parameters."""
-    return ResNet([3, 4, 6, 3], widen=2, **kwargs)
-
-
-def resnet50w4(**kwargs) -> ResNet:
-    """Four times as wide: 8192 features, 375 million parameters."""
-    return ResNet([3, 4, 6, 3], widen=4, **kwargs)
-
-
-def resnet50w5(**kwargs) -> ResNet:
-    """Five times as wide: 10240 features, 586 million parameters."""
-    return ResNet([3, 4, 6, 3], widen=5, **kwargs)
+# The published networks: features and parameters without heads.
+resnet50 = partial(ResNet, [3, 4, 6, 3])  # 2048, 23.5 million
+resnet50w2 = partial(ResNet, [3, 4, 6, 3], widen=2)  # 4096, 93.9 million
+resnet50w4 = partial(ResNet, [3, 4, 6, 3], widen=4)  # 8192, 375 million
+resnet50w5 = partial(ResNet, [3, 4, 6, 3], widen=5)  # 10240, 586 million

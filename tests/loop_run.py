@@ -44,5 +44,5 @@ class LoopRun(Run):
         self.epoch, self.total_steps = epoch, epochs * steps_per_epoch
         self.health = HealthMonitor()
         self.log = RunLog(folder, self.total_steps, log_freq, resumed=True)  # it goes on with what is there
-        self.guard = FiniteGuard(networks, self.output_dir, max_skipped_steps, self.device)
+        self.guard = FiniteGuard(networks, max_skipped_steps, self.device)
         self.checkpointer = SimpleNamespace(after_step=lambda epoch, step: None, save=lambda epoch, step, name: None)

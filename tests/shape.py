@@ -109,7 +109,7 @@ def shapes(file: Path) -> list[str]:
         elif token.string.strip():
             lines[token.start[0]].append(token.string)
     found = ["".join(tokens) for _, tokens in sorted(lines.items())]
-    return [shape for shape in found if re.search(r"\w", shape)]
+    return [shape for shape in found if len(re.findall(r"\w", shape)) > 1]  # a lone name or value is an argument
 
 
 def duplicates() -> list[tuple[str, str]]:
@@ -118,7 +118,9 @@ def duplicates() -> list[tuple[str, str]]:
     for file in python_files("."):
         lines = shapes(file)
         for i in range(len(lines) - MIN_LINES + 1):
-            places[tuple(lines[i : i + MIN_LINES])].add(str(file.relative_to(ROOT)))
+            window = tuple(lines[i : i + MIN_LINES])
+            if len(set(window)) > 2:  # else the rows of a table
+                places[window].add(str(file.relative_to(ROOT)))
     return sorted({pair for files in places.values() if 1 < len(files) <= 8 for pair in combinations(sorted(files), 2)})
 
 

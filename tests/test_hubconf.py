@@ -13,8 +13,8 @@ import torchvision
 
 import hubconf
 from deepcluster import backbones, networks
-from dino import pretrained
-from dino.networks import build_backbone
+from dino import hub
+from dino.hub import CARD, build_backbone
 from shared.networks.weights import DownloadError, WeightMismatch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,18 +55,20 @@ def publish(server, file: str, tensors: dict, method: str = "dino") -> None:
     torch.save(tensors, path)
 
 
-def test_every_release_has_an_entry_and_the_published_path():
-    assert set(ENTRIES) == set(pretrained.RELEASES)
+def test_every_release_has_an_entry_and_the_published_path(monkeypatch):
+    monkeypatch.setattr(hub, "fetch", lambda file: file)
+    assert set(ENTRIES) == set(CARD.releases)
     folders = {
         "dino_vits16": "dino_deitsmall16",
         "dino_vits8": "dino_deitsmall8",
         "dino_vitb16": "dino_vitbase16",
         "dino_vitb8": "dino_vitbase8",
     }
-    for name, release in pretrained.RELEASES.items():
+    for name, release in CARD.releases.items():
         stem = folders.get(name, name)
-        assert release.backbone == f"{stem}_pretrain/{stem}_pretrain.pth"
-        assert release.linear == f"{stem}_pretrain/{stem}_linearweights.pth"
+        assert release.file == f"{stem}_pretrain/{stem}_pretrain.pth"
+        linear = hub.fetch_linear_weights(release.arch, release.options.get("patch_size", 16))
+        assert linear == f"{stem}_pretrain/{stem}_linearweights.pth"
 
 
 @pytest.mark.parametrize("name", ENTRIES)
@@ -74,14 +76,14 @@ def test_entry_builds_offline_and_asks_for_its_file(name, server):
     with torch.device("meta"):
         backbone = getattr(hubconf, name)(pretrained=False)
         assert sum(p.numel() for p in backbone.parameters()) > 20e6
-        with pytest.raises(DownloadError, match=pretrained.RELEASES[name].backbone):
+        with pytest.raises(DownloadError, match=CARD.releases[name].file):
             getattr(hubconf, name)()
-    assert server.requested == [f"/dino/{pretrained.RELEASES[name].backbone}"]
+    assert server.requested == [f"/dino/{CARD.releases[name].file}"]
 
 
 def test_vit_is_filled_from_the_server_once(server):
     source = hubconf.dino_vits16(pretrained=False, img_size=[32])
-    publish(server, pretrained.RELEASES["dino_vits16"].backbone, source.state_dict())
+    publish(server, CARD.releases["dino_vits16"].file, source.state_dict())
     for _ in range(2):
         backbone = torch.hub.load(str(ROOT), "dino_vits16", source="local", img_size=[32])
         torch.testing.assert_close(backbone.state_dict(), source.state_dict())
@@ -90,7 +92,7 @@ def test_vit_is_filled_from_the_server_once(server):
 
 def test_convnet_file_may_hold_a_classifier(server):
     source = torchvision.models.resnet50()
-    publish(server, pretrained.RELEASES["dino_resnet50"].backbone, source.state_dict())
+    publish(server, CARD.releases["dino_resnet50"].file, source.state_dict())
     backbone = hubconf.dino_resnet50()
     torch.testing.assert_close(backbone.layer1.state_dict(), source.layer1.state_dict())
 
@@ -137,8 +139,8 @@ def test_deepcluster_network_is_filled_from_the_server_once(arch, img_size, serv
 
 def test_scripts_get_the_release_without_a_file(server):
     source, _ = build_backbone("vit_small", patch_size=8, img_size=32)
-    publish(server, pretrained.RELEASES["dino_vits8"].backbone, source.state_dict())
-    backbone, embed_dim = pretrained.load_pretrained("deit_small", 8)
+    publish(server, CARD.releases["dino_vits8"].file, source.state_dict())
+    backbone, embed_dim = hub.load_pretrained("deit_small", 8)
     torch.testing.assert_close(backbone.state_dict(), source.state_dict())
     assert embed_dim == 384
     assert not backbone.training
@@ -152,7 +154,7 @@ def test_scripts_get_the_release_without_a_file(server):
 def test_size_and_channels_come_from_the_file(arch, img_size, in_chans, tmp_path):
     source, _ = build_backbone(arch, patch_size=8, img_size=img_size or 224, in_chans=in_chans)
     torch.save({"teacher": {f"backbone.{k}": v for k, v in source.state_dict().items()}}, tmp_path / "checkpoint.pth")
-    backbone, _ = pretrained.load_pretrained(arch, 8, tmp_path / "checkpoint.pth")
+    backbone, _ = hub.load_pretrained(arch, 8, tmp_path / "checkpoint.pth")
     torch.testing.assert_close(backbone.state_dict(), source.state_dict())
 
 
@@ -162,8 +164,8 @@ def test_weights_that_fill_a_part_are_loaded_when_that_is_allowed(tmp_path):
     del state["norm.bias"]
     torch.save(state, tmp_path / "part.pth")
     with pytest.raises(WeightMismatch, match="149/150 entries"):
-        pretrained.load_pretrained("vit_tiny", 8, tmp_path / "part.pth")
-    backbone, _ = pretrained.load_pretrained("vit_tiny", 8, tmp_path / "part.pth", allow_partial=True)
+        hub.load_pretrained("vit_tiny", 8, tmp_path / "part.pth")
+    backbone, _ = hub.load_pretrained("vit_tiny", 8, tmp_path / "part.pth", allow_partial=True)
     torch.testing.assert_close(backbone.cls_token.data, source.cls_token.data)
 
 
@@ -172,14 +174,14 @@ def test_weights_that_fill_a_part_are_loaded_when_that_is_allowed(tmp_path):
     [
         ("vit_small", 5, "", "no weights are released for --arch vit_small --patch_size 5"),
         ("resnet18", 16, "", "no weights are released for --arch resnet18"),
-        ("vit_small", 16, "nowhere.pth", "--pretrained_weights nowhere.pth is not a file"),
+        ("vit_small", 16, "nowhere.pth", "--pretrained_weights nowhere.pth is neither a file nor a release"),
     ],
 )
 def test_absent_weights_are_an_error(arch, patch_size, weights, message):
     with pytest.raises(ValueError, match=message):
-        pretrained.load_pretrained(arch, patch_size, weights)
+        hub.load_pretrained(arch, patch_size, weights)
 
 
 def test_random_weights_are_asked_for_by_name():
-    backbone, embed_dim = pretrained.load_pretrained("vit_tiny", 16, "random")
+    backbone, embed_dim = hub.load_pretrained("vit_tiny", 16, "random")
     assert backbone(torch.zeros(1, 3, 32, 32)).shape == (1, embed_dim)

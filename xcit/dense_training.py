@@ -1,9 +1,8 @@
-"""What detection and segmentation do in the same way: flags, loading, the training loop, checkpoints."""
+"""What detection and segmentation do in the same way: flags, loading, one epoch, checkpoints."""
 
 import argparse
 import random
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -11,21 +10,18 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from shared import distributed
+from shared.evaluation.features import RankSampler
 from shared.images.decode import ImageError
 from shared.images.loading import BadImages, EpochBatchSampler, default_num_workers, make_loader
 from shared.images.sources import FileSource
+from shared.images.training_data import TrainingData
 from shared.networks.batchnorm import synchronize_batchnorm
 from shared.networks.weights import safe_load
-from shared.optimisation.optim import build_optimizer
-from shared.optimisation.precision import Precision
+from shared.optimisation.optim import build_optimizer, clip_total_grad_norm_
 from shared.run import randomness
-from shared.run.attempt import NotFinite
-from shared.run.checkpoint import Checkpointer, check_flags, load_latest, restore, resume_position
+from shared.run.checkpoint import load_latest_or_given
 from shared.run.flags import add_run_flags
-from shared.run.log import RunLog
-from shared.run.not_finite import FiniteGuard
-from shared.run.start import start_run
-from shared.supervised.optimizer import clip_and_step
+from shared.run.run import Run
 
 from .cross_covariance_transformer import ARCHITECTURES
 
@@ -38,15 +34,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Data, network, optimisation and run."""
     add = parser.add_argument_group("data").add_argument
     add("--data-path", default=None, help="folder of the data set; without it generated shapes, and defaults for them")
-    add("--num_workers", type=int, default=None,
-        help="loader processes per rank; None: cores per rank less one, at most 10")  # fmt: skip
+    workers = "loader processes per rank; None: cores per rank less one, at most 10"
+    add("--num_workers", type=int, default=None, help=workers)
     add("--on_bad_image", default="replace", choices=("replace", "error"), help="what an unreadable image does")
     add("--max_bad_fraction", type=float, default=0.01, help="stop when more images than this share are unreadable")
 
     add = parser.add_argument_group("network").add_argument
     add("--model", default="xcit_small_12_p16", choices=ARCHITECTURES, metavar="XCIT", help="the trunk")
-    add("--pretrained", default="", help="weights of the trunk: a release (xcit_small_12_p16_384_dist), a file or an "
-        "address; none: random")  # fmt: skip
+    add("--pretrained", default="", help="weights of the trunk: a release, a file or an address; none: random")
     add("--drop-path", type=float, default=None, help="stochastic depth; None: that of the published runs")
 
     add = parser.add_argument_group("optimisation").add_argument
@@ -134,15 +129,17 @@ def to_device(value, device: torch.device):
     return [to_device(entry, device) for entry in value] if isinstance(value, list) else value
 
 
-def start(args: argparse.Namespace) -> tuple[torch.device, Path]:
-    """Join the other processes, and claim the output folder unless ``--eval``; this process's device and the folder."""
-    if args.eval:  # leaves a run that is going on in the folder alone
-        return distributed.init(args.dist_url, args.device, args.dist_timeout), Path(args.output_dir)
-    return start_run(args)
+def say(result: dict[str, float]) -> None:
+    """Print what an evaluation has found."""
+    distributed.print_once("  ".join(f"{name} {value:.2f}" for name, value in result.items()))
 
 
-def evaluate_only(args: argparse.Namespace, network: nn.Module, evaluate: Callable, device: torch.device) -> dict:
-    """Fill the network from the checkpoint that the flags name, completely, and evaluate it."""
+def fill(network: nn.Module, args: argparse.Namespace) -> None:
+    """Fill a network completely from the checkpoint that ``--eval`` is about.
+
+    Raises:
+        ValueError: If there is none, or it is that of another network.
+    """
     path = Path(args.resume or Path(args.output_dir) / "checkpoint.pth")
     if not path.is_file():
         raise ValueError(f"--eval: {path} is not a file")
@@ -153,126 +150,91 @@ def evaluate_only(args: argparse.Namespace, network: nn.Module, evaluate: Callab
         network.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
         raise ValueError(f"{path} does not fill --model {args.model}: {' '.join(str(error).split())[:500]}") from error
-    result = evaluate(network.to(device))
-    say(result)
-    return result
 
 
-def say(result: dict[str, float]) -> None:
-    """Print what an evaluation has found."""
-    distributed.print_once("  ".join(f"{name} {value:.2f}" for name, value in result.items()))
-
-
-def train_dense(
-    args: argparse.Namespace,
-    network: nn.Module,
-    dataset: DenseDataset,
-    steps: Callable[[int], tuple[int, Callable[[int], float]]],
-    weight_decay: float,
-    evaluate: Callable[..., dict[str, float]],
-    draw: Callable[[nn.Module], Path],
-    device: torch.device,
-    output_dir: Path,
-) -> None:
-    """Train from the newest checkpoint in ``output_dir``, or from the start if there is none.
+def own_share(dataset: DenseDataset, between_images: Callable[[], None]) -> Iterator[tuple[int, Tensor, dict]]:
+    """(index, image, targets) of the images that this process evaluates.
 
     Args:
-        network: In training maps (images, targets) to a dictionary of losses.
-        steps: Maps the steps of an epoch to those of the whole run and a function that gives each its learning rate.
-        evaluate: Called as ``evaluate(network, between_batches=...)``; returns what the log states.
-        draw: Writes a picture of what the network predicts after its training, in one process, and returns its path.
+        between_images: Called equally often on every process; may raise to stop.
     """
-    precision, world_size = Precision(args.amp, device), distributed.get_world_size()
-    sampler = EpochBatchSampler(len(dataset), args.batch_size, args.seed, distributed.get_rank(), world_size)
-    num_workers = default_num_workers() if args.num_workers is None else args.num_workers
-    loader = make_loader(dataset, batch_sampler=sampler, num_workers=num_workers, device=device)
-    steps_per_epoch = len(sampler)
-    total_steps, learning_rate = steps(steps_per_epoch)
-    epochs = -(-total_steps // steps_per_epoch)
+    share = RankSampler(len(dataset))
+    own = len(range(share.rank, len(dataset), share.world_size))
+    for number, index in enumerate(share):
+        if number < own:  # the rest fills up the share of the last ranks
+            image, targets, _ = dataset[index]
+            yield index, image, targets
+        between_images()
+
+
+# --- Training ---------------------------------------------------------------------------------------------------------
+
+
+def prepare(
+    args: argparse.Namespace, run: Run, dataset: DenseDataset, network: nn.Module
+) -> tuple[TrainingData, nn.Module, torch.optim.Optimizer]:
+    """Batches of a data set, the network among all processes, and AdamW."""
     images = dataset.source.checksum()
     distributed.check_same_on_all_processes((len(dataset), images), "the training data (number of images, checksum)")
-    network = distributed.wrap(synchronize_batchnorm(network, device).to(device), device)
-    optimizer = build_optimizer("adamw", decay_groups(network, weight_decay))
+    world_size = distributed.get_world_size()
+    sampler = EpochBatchSampler(len(dataset), args.batch_size, args.seed, distributed.get_rank(), world_size)
+    num_workers = default_num_workers() if args.num_workers is None else args.num_workers
+    loader = make_loader(dataset, batch_sampler=sampler, num_workers=num_workers, device=run.device)
+    network = distributed.wrap(synchronize_batchnorm(network, run.device).to(run.device), run.device)
+    optimizer = build_optimizer("adamw", decay_groups(network, args.weight_decay))
+    batch_size = args.batch_size * world_size
+    data = TrainingData(dataset, sampler, loader, dataset.bad_images, images, batch_size, num_workers)
+    return data, network, optimizer
 
-    checkpoint = load_latest(output_dir / "checkpoint.pth")
-    if checkpoint is None and args.resume:
-        checkpoint = load_latest(args.resume)
-        if checkpoint is None:
-            raise ValueError(f"--resume {args.resume}: there is no such file")
-        checkpoint.pop("log", None)  # its lines are in another folder
-    resumed_log = checkpoint is not None and "log" in checkpoint
-    log = RunLog(output_dir, total_steps, args.log_freq, args.tensorboard, resumed=resumed_log)
-    first_epoch, first_step = 0, 0
 
-    def state(epoch: int, step_in_epoch: int) -> dict:
-        return {
-            "model": distributed.unwrap(network).state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "epoch": epoch,
-            "scaler": precision.scaler.state_dict(),
-            "args": vars(args),
-            "step_in_epoch": step_in_epoch,
-            "skipped_steps": int(guard.in_a_row),
-            "batch_size": args.batch_size * world_size,
-            "world_size": world_size,
-            "images": images,
-            "log": log.state_dict(),
-        }
+def resume(
+    args: argparse.Namespace,
+    run: Run,
+    data: TrainingData,
+    total_steps: int,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Go on from the newest checkpoint in the output folder, or from ``--resume``, or start."""
+    run.resume(
+        data,
+        total_steps,
+        ("model",),
+        checkpoint=load_latest_or_given(run.path, args.resume, "--pretrained"),
+        to_official=to_official,
+        from_official=from_official,
+        model=network,
+        optimizer=optimizer,
+    )
 
-    if checkpoint is not None:
-        check_flags(checkpoint, args, ("model",))
-        restore(checkpoint, model=distributed.unwrap(network), optimizer=optimizer)
-        if checkpoint.get("scaler"):
-            precision.scaler.load_state_dict(checkpoint["scaler"])
-        if resumed_log:
-            log.load_state_dict(checkpoint["log"])
-        batch_size = args.batch_size * world_size
-        first_epoch, first_step = resume_position(checkpoint, batch_size, images, args.on_changed_run)
-        distributed.print_once(f"resuming at epoch {first_epoch}, step {first_step}")
-    in_a_row = checkpoint.get("skipped_steps", 0) if checkpoint else 0
-    trained = {"network": distributed.unwrap(network)}
-    guard = FiniteGuard(trained, output_dir, args.max_skipped_steps, device, in_a_row)
 
-    tested: dict[str, float] = {}
-    with Checkpointer(
-        output_dir / "checkpoint.pth", state, args.saveckp_steps, args.saveckp_minutes, guard.is_good
-    ) as checkpointer:
-        for epoch in range(first_epoch, epochs):
-            sampler.set_epoch(epoch, first_step)
-            network.train()
-            start = epoch * steps_per_epoch + first_step
-            for step, (pictures, targets, indices) in enumerate(log.batches(loader), start=start):
-                if step >= total_steps:
-                    break
-                randomness.seed_step(args.seed, step, distributed.get_rank())
-                lr = learning_rate(step)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                optimizer.zero_grad(set_to_none=True)
-                with precision.autocast():
-                    losses = network(to_device(pictures, device), to_device(targets, device))
-                loss = sum(losses.values())
-                precision.backward(loss, optimizer)
-                skipped = clip_and_step(optimizer, list(network.parameters()), max_norm=None)
-                precision.update()
-                guard.count(skipped)
+def to_official(state: dict) -> dict:
+    """The state of a run under the names of the classifiers' checkpoints."""
+    return {"scaler" if name == "fp16_scaler" else name: value for name, value in state.items()}
 
-                averages = {"loss": loss, **losses, "lr": lr, "skipped": skipped}
-                line = log.step(step, epoch, len(pictures), averages)
-                if line is not None and guard.too_many():
-                    raise NotFinite(
-                        f"{int(guard.in_a_row)} steps in a row, up to step {step + 1} with images {indices}, had "
-                        "gradients that are not finite; the weights are those of the last good checkpoint"
-                    )
-                checkpointer.after_step(epoch, step + 1 - epoch * steps_per_epoch)
-            first_step, tested = 0, {}
-            if (epoch + 1) % args.test_freq == 0 or epoch == epochs - 1:
-                stop = partial(checkpointer.stop_if_asked, epoch, steps_per_epoch)
-                tested = evaluate(distributed.unwrap(network), between_batches=stop)
-                log.evaluation(min((epoch + 1) * steps_per_epoch, total_steps), epoch + 1, **tested)
-            log.end_epoch(epoch, **tested, bad_images=dataset.bad_images.count())
-            checkpointer.after_epoch(epoch)
-    log.close()
-    say(tested or evaluate(distributed.unwrap(network)))  # a run that was finished before is evaluated again
-    if args.pictures and distributed.is_main_process():
-        print(f"what it finds: {draw(distributed.unwrap(network))}", flush=True)
+
+def from_official(checkpoint: dict) -> dict:
+    return checkpoint | {"fp16_scaler": checkpoint.get("scaler")}
+
+
+def train_one_epoch(
+    run: Run, network: nn.Module, loader: Iterable, optimizer: torch.optim.Optimizer, lr: Sequence[float]
+) -> None:
+    """One epoch of a network that maps images and targets to a dictionary of losses, of which the sum is minimised.
+
+    Args:
+        loader: Yields lists of images, targets and indices.
+        lr: Learning rate of every step of the run.
+    """
+    parameters = list(network.parameters())
+    network.train()
+    for step, (pictures, targets, _) in run.steps(loader):
+        for group in optimizer.param_groups:
+            group["lr"] = lr[step]
+        optimizer.zero_grad(set_to_none=True)
+        with run.precision.autocast():
+            losses = network(to_device(pictures, run.device), to_device(targets, run.device))
+        loss = sum(losses.values())
+        run.backward(loss, optimizer)
+        run.update(clip_total_grad_norm_(parameters, max_norm=None), optimizer)
+        run.end_step(len(pictures), {"loss": loss, **losses, "lr": lr[step]})

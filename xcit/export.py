@@ -21,7 +21,7 @@ from shared import distributed
 from shared.networks.backbones import input_channels
 from shared.networks.export import atomic_file, check_outputs, export_onnx, export_safetensors
 from xcit.cross_covariance_transformer import ARCHITECTURES, XCiT
-from xcit.pretrained import load_network, to_timm
+from xcit.hub import load_network, to_timm
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -9,7 +9,7 @@ from shared import distributed
 from shared.networks.weights import WeightMismatch
 
 from .cross_covariance_transformer import Trunk, architecture
-from .pretrained import read_weights
+from .hub import read_weights
 
 
 class FeaturePyramid(Trunk):
@@ -68,7 +68,7 @@ def fill_trunk(pyramid: FeaturePyramid, pretrained: str) -> None:
     """Take the trunk of a classifier or of a DINO backbone; the levels of the pyramid stay as they are.
 
     Args:
-        pretrained: See :func:`xcit.pretrained.read_weights`.
+        pretrained: See :func:`xcit.hub.read_weights`.
 
     Raises:
         WeightMismatch: If the file does not fill the trunk.

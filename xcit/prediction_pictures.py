@@ -1,16 +1,14 @@
 """``pictures/predictions.png`` of a detector or segmenter: a few images, what is in them and what the network finds."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from shared.pictures.sheets import Tile, magnify, save_sheet, to_pixels
-
-from .dense_training import DenseDataset
 
 COUNT = 4
 MIN_SCORE = 0.5
@@ -68,21 +66,8 @@ def paint_labels(image: Tensor, labels: Tensor) -> np.ndarray:
     return magnify(to_pixels(painted), MIN_PX)
 
 
-@torch.no_grad()
-def save_predictions(
-    network: nn.Module,
-    dataset: DenseDataset,
-    paint: Callable[[Tensor, dict], tuple[np.ndarray, np.ndarray]],
-    output_dir: Path,
-) -> Path:
-    """The sheet of the first images of a data set: annotated above, predicted below.
-
-    Args:
-        network: Is left in evaluation mode.
-        paint: Maps an image and its targets to RGB pixels of the annotated image and of what the network predicts.
-    """
-    network.eval()
-    pairs = [paint(*dataset[index][:2]) for index in range(min(COUNT, len(dataset)))]
+def save_predictions(pairs: Sequence[tuple[np.ndarray, np.ndarray]], output_dir: Path) -> Path:
+    """The sheet of a few images as RGB pixels: annotated above, predicted below."""
     above, below = zip(*pairs, strict=True)
     rows = [[Tile(pixels, "annotated") for pixels in above], [Tile(pixels, "predicted") for pixels in below]]
     folder = output_dir / "pictures"

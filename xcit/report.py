@@ -1,5 +1,6 @@
-"""What a run leaves for a person to look at: pictures, and a summary that says what was learned and what to do next."""
+"""End-of-run report: training views and curves, what was learned, and what to run next."""
 
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -8,84 +9,80 @@ from timm.data import Mixup
 from torch import Tensor
 
 from shared.images.sources import ImageSource
-from shared.pictures.sheets import Tile, magnify, save_sheet
+from shared.pictures.report import Plot, accuracy_plot, pictures_folder, save_curves
+from shared.pictures.sheets import Tile, magnify, save_sheet, to_pixels
+from shared.run.log import read_log
 from shared.run.randomness import seed_step
-from shared.run.summary import command, end_of_run
+from shared.run.summary import accuracy, command, end_of_run
 from shared.supervised.data import LabelledViews
-from shared.supervised.report import save_curves
 
-from .augmentations import MEAN, STD
 from .cross_covariance_transformer import ARCHITECTURES
+from .hub import MEAN, STD
+
+PLOTS = (Plot("Training", "loss", {"loss": ""}), accuracy_plot("Accuracy on the val part", "test_acc1"))
 
 
 def to_picture(view: Tensor) -> np.ndarray:
     """RGB pixels (H, W, 3), uint8, of a normalised view (C, H, W)."""
-    mean, std = torch.tensor(MEAN), torch.tensor(STD)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
     if len(view) == 1:
         mean, std = mean.mean(dim=0, keepdim=True), std.mean(dim=0, keepdim=True)
-    pixels = (255 * (view * std[:, None, None] + mean[:, None, None])).round().clamp(0, 255).byte()
-    return np.ascontiguousarray(pixels.expand(3, -1, -1).permute(1, 2, 0).numpy())
+    return to_pixels((255 * (view * std + mean)).round().clamp(0, 255).byte())
+
+
+def tiles(images: Tensor, titles: list[str]) -> list[Tile]:
+    return [Tile(magnify(to_picture(image), 96), title) for image, title in zip(images, titles, strict=True)]
 
 
 def save_views(views: LabelledViews, mixup: Mixup | None, path: Path, count: int = 8) -> Path:
     """Training views as they enter the network, with their labels, before and after mixing."""
-    items = [views[(0, index)] for index in range(min(count, len(views) // 2 * 2))]
-    images, labels = torch.stack([view for view, _, _ in items]), torch.tensor([label for _, label, _ in items])
-    classes = views.source.classes
-    rows = [[Tile(magnify(to_picture(image), 96), classes[label]) for image, label, _ in items]]
+    images, labels, _ = zip(*(views[(0, index)] for index in range(min(count, len(views) // 2 * 2))), strict=True)
+    images, classes = torch.stack(images), views.source.classes
+    rows = [tiles(images, [classes[label] for label in labels])]
     heading = "Images as they enter the network"
     if mixup is not None:
         heading += "\nBelow: after Mixup or CutMix, with the labels that it gives"
         seed_step(views.seed, 0)
-        images, targets = mixup(images, labels)
-        rows.append(
-            [Tile(magnify(to_picture(i), 96), _mixed_label(t, classes)) for i, t in zip(images, targets, strict=True)]
-        )
+        images, targets = mixup(images, torch.tensor(labels))
+        rows.append(tiles(images, [_mixed_label(target, classes) for target in targets]))
     return save_sheet(rows, path, heading)
 
 
 def _mixed_label(target: Tensor, classes: list[str]) -> str:
     shares, indices = target.topk(min(2, len(classes)))
-    parts = [f"{share:.2f} {classes[i]}" for share, i in zip(shares.tolist(), indices.tolist(), strict=True)]
-    return ", ".join(parts)
+    return ", ".join(f"{share:.2f} {classes[i]}" for share, i in zip(shares.tolist(), indices.tolist(), strict=True))
 
 
 def save_pictures(views: LabelledViews, mixup: Mixup | None, output_dir: Path) -> list[Path]:
     """``views.png`` and ``curves.png`` in ``<output_dir>/pictures``."""
-    folder = output_dir / "pictures"
-    folder.mkdir(exist_ok=True)
-    return [
-        save_views(views, mixup, folder / "views.png"),
-        save_curves(output_dir / "metrics.jsonl", folder / "curves.png", "XCiT, supervised training"),
-    ]
+    folder = pictures_folder(output_dir)
+    curves = save_curves(output_dir / "metrics.jsonl", folder / "curves.png", "XCiT, supervised training", PLOTS)
+    return [save_views(views, mixup, folder / "views.png"), curves]
 
 
 def summary(
+    args: argparse.Namespace,
+    parser: argparse.ArgumentParser,
     output_dir: Path,
-    network_and_data: dict[str, str | int | None],
-    full_crop: bool,
     val: ImageSource,
-    tested: dict[str, float],
     best_acc1: float,
     pictures: list[Path],
 ) -> str:
-    """What was learned, where the files are and what to run next, as text for the end of a run.
+    """The text at the end of a run; ``best_acc1`` is the best top-1 of the run, that of ``best_model.pth``.
 
     Args:
-        network_and_data: The flags that an evaluation like those of the run needs: ``model`` and others.
-        full_crop: Whether ``--full_crop`` is one of them.
-        tested: Of the last evaluation; empty when the run was finished before.
-        best_acc1: The best top-1 of the run, that of ``best_model.pth``.
+        args: The flags of the run.
+        parser: Knows which of them have their defaults.
     """
     weights = output_dir / "checkpoint.pth"
-    learned = [f"best top-1 {best_acc1:.1f} %"]
-    if tested:
-        chance = 100 / len(val.classes)
-        learned = [f"top-1 on {val.describe()}: {tested['test_acc1']:.1f} % (chance {chance:.1f} %), {learned[0]}"]
-    evaluation = command("main.py", **network_and_data, pretrained=weights)
-    commands = [evaluation + (" --full_crop" if full_crop else "") + " --eval"]
-    model = network_and_data["model"]
-    if model in ARCHITECTURES:
-        commands.append(command("export.py", model=model, pretrained=weights, output_dir=output_dir / "export"))
+    lines = read_log(output_dir / "metrics.jsonl")
+    learned = accuracy(lines, "test_acc1", f"top-1 on {val.describe()}", len(val.classes))
+    learned.append(f"best top-1 {best_acc1:.1f} %")
+    needed = ("data_path", "val_path", "data_set", "inat_category", "input_size", "in_chans")
+    given = {flag: getattr(args, flag) for flag in needed if getattr(args, flag) != parser.get_default(flag)}
+    full_crop = " --full_crop" if args.full_crop else ""
+    commands = [command("main.py", model=args.model, pretrained=weights, **given) + full_crop + " --eval"]
+    if args.model in ARCHITECTURES:
+        commands.append(command("export.py", model=args.model, pretrained=weights, output_dir=output_dir / "export"))
     commands.append("python main.py --data-path YOUR_IMAGES --output_dir YOUR_RUN")
     return end_of_run(output_dir, weights, None, pictures, commands, learned=learned)

@@ -121,6 +121,11 @@ class EncodedPairs:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def describe(self) -> str:
+        unknown = f"; {100 * self.unknown:.2g} % of the subwords are unknown" if self.unknown else ""
+        left_out = f"{self.left_out} left out: empty, or longer than --max_length"
+        return f"{len(self):,} pairs of sentences, {left_out}{unknown}"
+
     def checksum(self) -> int:
         checksum = 0
         for array in (*self.ids, *self.ends):

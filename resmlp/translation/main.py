@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -37,13 +38,11 @@ from resmlp.translation.generated_language import generate_pairs
 from resmlp.translation.networks import NETWORKS, PAD, Translator
 from resmlp.translation.translate import NETWORK_FLAGS, bleu, translate_sentences
 from shared import distributed
-from shared.optimisation.optim import clip_grad_norm_per_tensor_, step_unless_not_finite
+from shared.optimisation.optim import clip_grad_norm_per_tensor_
 from shared.optimisation.precision import Precision
-from shared.run import randomness
-from shared.run.checkpoint import Checkpointer, check_flags, load_latest, restore, resume_position
-from shared.run.log import RunLog
-from shared.run.not_finite import FiniteGuard
-from shared.run.start import start_run
+from shared.run.checkpoint import load_latest
+from shared.run.flags import add_run_flags, parse_with_embedded_defaults
+from shared.run.run import Run
 
 # What replaces the defaults when no files are given: 2,000 sentences of five to eight subwords
 GENERATED_DATA_DEFAULTS = {
@@ -74,12 +73,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("data").add_argument
     for part in PARTS:
         for side in ("source", "target"):
-            add(f"--{part}_{side}", default=None, help=f"{side} sentences for {part}, one per line; without files for "
-                "training a generated language pair is used and the defaults fit it")  # fmt: skip
+            add(f"--{part}_{side}", default=None, help=f"{side} sentences for {part}; none: a generated language")
     add("--vocabulary", default=None, help="a SentencePiece model; by default one is learned from the training text")
     add("--vocabulary_size", type=int, default=32000, help="subwords to learn, of both languages together")
-    add("--max_length", type=int, default=128, help="most subwords of a sentence with its end; longer pairs are left "
-        "out of the training, longer sentences to translate are cut")  # fmt: skip
+    longest = "most subwords of a sentence with its end; longer ones are left out, or cut where they are translated"
+    add("--max_length", type=int, default=128, help=longest)
 
     add = parser.add_argument_group("network").add_argument
     add("--network", default="resmlp", choices=NETWORKS, help="transformer: of as many parameters")
@@ -105,33 +103,15 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--length_penalty", type=float, default=0.6, help="0 prefers short translations, 1 scores per token")
     add("--bleu_freq", type=int, default=0, help="BLEU of the valid sentences also every so many epochs; 0: at the end")
 
-    add = parser.add_argument_group("run").add_argument
+    add = add_run_flags(parser, knn=False, pictures=False)
     add("--output_dir", default=".", help="checkpoint and logs")
-    add("--saveckp_steps", type=int, default=0, help="also save within the epoch every so many steps")
-    add("--saveckp_minutes", type=float, default=15, help="also save within the epoch after so many minutes")
-    add("--on_changed_run", default="continue", choices=("continue", "refuse"),
-        help="when the checkpoint was written with another batch or number of processes")  # fmt: skip
-    add("--log_freq", type=int, default=10, help="steps per line of the log")
-    add("--tensorboard", action="store_true", help="also log to TensorBoard")
-    add("--max_skipped_steps", type=int, default=10,
-        help="stop after so many steps in a row without finite gradients (exit code 3); 0: never")  # fmt: skip
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
-    add("--dist_url", default="env://", help="rendezvous of the processes")
-    add("--dist_timeout", type=float, default=1800, help="seconds to wait for other processes")
-    add("--local_rank", "--local-rank", type=int, default=0, help="ignored: read from the environment")
     return parser
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse and check the command line; without files the defaults are those of the generated language pair."""
     parser = get_args_parser()
-    args = parser.parse_args(arguments)
-    if args.train_source is None:
-        parser.set_defaults(**GENERATED_DATA_DEFAULTS)
-        args = parser.parse_args(arguments)
-    for flag, least in MINIMUM.items():
-        if getattr(args, flag) < least:
-            parser.error(f"--{flag} {getattr(args, flag)} is less than {least}")
+    args = parse_with_embedded_defaults(parser, arguments, GENERATED_DATA_DEFAULTS, MINIMUM, "train_source")
     for flag in ("dropout", "label_smoothing"):
         if not 0 <= getattr(args, flag) < 1:
             parser.error(f"--{flag} {getattr(args, flag)} is outside [0, 1)")
@@ -147,124 +127,80 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def train_translation(args: argparse.Namespace) -> dict[str, float]:
     """Train from the newest checkpoint in ``args.output_dir``, or from scratch; BLEU of the valid and test parts."""
-    device, output_dir = start_run(args)
-    precision = Precision(args.amp, device)
-    world_size = distributed.get_world_size()
-    checkpoint = load_latest(output_dir / "checkpoint.pth")
-    if checkpoint is not None:
-        check_flags(checkpoint, args, ("vocabulary_size", "optimizer", *NETWORK_FLAGS))
+    run = Run(args, args.amp)
+    checkpoint = load_latest(run.path) or {}
 
     # data and vocabulary
     text = read_text(args)
-    if checkpoint is None:
-        learned = read_vocabulary(args, text["train"]) if distributed.is_main_process() else None
-        subword_model = distributed.broadcast_object(learned)
-    else:
-        subword_model = checkpoint["vocabulary"].numpy().tobytes()
-        if args.vocabulary is not None and read_vocabulary(args, text["train"]) != subword_model:
-            raise ValueError(
-                f"--vocabulary {args.vocabulary} is not the vocabulary of the checkpoint in {args.output_dir}; "
-                "leave it out or use another --output_dir"
-            )
+    subword_model = find_vocabulary(args, checkpoint, text["train"])
     vocabulary = open_vocabulary(subword_model, f"--vocabulary {args.vocabulary}" if args.vocabulary else "vocabulary")
     train, valid = (EncodedPairs(vocabulary, *text[part], args.max_length, part) for part in ("train", "valid"))
-    pairs_checksum = train.checksum()
-    distributed.check_same_on_all_processes((len(train), pairs_checksum), "the training text (pairs, checksum)")
+    checksum, world_size = train.checksum(), distributed.get_world_size()
+    distributed.check_same_on_all_processes((len(train), checksum), "the training text (pairs, checksum)")
     sampler = TokenBatchSampler(train.lengths, args.max_tokens, args.seed, distributed.get_rank(), world_size)
-    steps_per_epoch = len(sampler)
+    data = SimpleNamespace(steps_per_epoch=len(sampler), batch_size=args.max_tokens * world_size, checksum=checksum)
     for part, pairs in (("train", train), ("valid", valid)):
-        unknown = f"; {100 * pairs.unknown:.2g} % of the subwords are unknown" if pairs.unknown else ""
-        distributed.print_once(
-            f"{part}: {len(pairs):,} pairs of sentences, {pairs.left_out} left out: empty, or longer than --max_length"
-            + unknown
-        )
-    distributed.print_once(f"{len(vocabulary)} subwords, {steps_per_epoch} steps per epoch")
+        distributed.print_once(f"{part}: {pairs.describe()}")
+    distributed.print_once(f"{len(vocabulary)} subwords, {data.steps_per_epoch} steps per epoch")
 
     # network and optimiser
     options = {flag: getattr(args, flag) for flag in NETWORK_FLAGS}
-    network = Translator(len(vocabulary), dropout=args.dropout, **options).to(device)
+    network = Translator(len(vocabulary), dropout=args.dropout, **options).to(run.device)
     distributed.print_once(f"{args.network}: {sum(p.numel() for p in network.parameters()):,} parameters")
-    network = distributed.wrap(network, device)
+    wrapped = distributed.wrap(network, run.device)
     optimizer = build_optimizer(args.optimizer, network)
     lr = partial(learning_rate, peak=args.lr, warmup_steps=args.warmup_steps, falls=args.optimizer == "adam")
 
-    # resume
-    total_steps = args.epochs * steps_per_epoch
-    log = RunLog(output_dir, total_steps, args.log_freq, args.tensorboard, bool(checkpoint), unit="sentences")
-    first_epoch, first_step = 0, 0
-
-    def state(epoch: int, step_in_epoch: int) -> dict:
-        """Everything a run needs to go on at this step, and :mod:`translate` to translate."""
-        return {
-            "network": distributed.unwrap(network).state_dict(),
-            "vocabulary": torch.frombuffer(bytearray(subword_model), dtype=torch.uint8),
-            "optimizer": optimizer.state_dict(),
-            "epoch": epoch,
-            "args": vars(args),
-            "fp16_scaler": precision.scaler.state_dict(),
-            "step_in_epoch": step_in_epoch,
-            "skipped_steps": int(guard.in_a_row),
-            "batch_size": args.max_tokens * world_size,
-            "world_size": world_size,
-            "images": pairs_checksum,
-            "log": log.state_dict(),
-        }
-
-    if checkpoint is not None:
-        restore(checkpoint, network=distributed.unwrap(network), optimizer=optimizer)
-        if checkpoint["fp16_scaler"]:
-            precision.scaler.load_state_dict(checkpoint["fp16_scaler"])
-        log.load_state_dict(checkpoint["log"])
-        first_epoch, first_step = resume_position(
-            checkpoint, args.max_tokens * world_size, pairs_checksum, args.on_changed_run
-        )
-        distributed.print_once(f"resuming at epoch {first_epoch}, step {first_step}")
-    guard = FiniteGuard(
-        {"network": distributed.unwrap(network)},
-        output_dir,
-        args.max_skipped_steps,
-        device,
-        in_a_row=checkpoint["skipped_steps"] if checkpoint else 0,
+    run.resume(
+        data,
+        args.epochs * data.steps_per_epoch,
+        ("vocabulary_size", "optimizer", *NETWORK_FLAGS),
+        checkpoint=checkpoint,
+        to_official=partial(add_vocabulary, subword_model=subword_model),
+        network=network,
+        optimizer=optimizer,
     )
-
-    # epochs
-    with Checkpointer(
-        output_dir / "checkpoint.pth", state, args.saveckp_steps, args.saveckp_minutes, guard.is_good
-    ) as checkpointer:
-        for epoch in range(first_epoch, args.epochs):
-            sampler.set_epoch(epoch, first_step)
-            train_one_epoch(
-                network,
-                train,
-                sampler,
-                optimizer,
-                lr,
-                epoch=epoch,
-                first_step=first_step,
-                steps_per_epoch=steps_per_epoch,
-                label_smoothing=args.label_smoothing,
-                seed=args.seed,
-                precision=precision,
-                log=log,
-                guard=guard,
-                checkpointer=checkpointer,
-            )
-            first_step = 0
-            result = {"valid_loss": validation_loss(distributed.unwrap(network), valid, args.max_tokens, precision)}
+    run.log.unit = "sentences"
+    with run:
+        for epoch in run.epochs():
+            sampler.set_epoch(epoch, run.step_in_epoch)
+            train_one_epoch(run, wrapped, train, sampler, optimizer, lr, args.label_smoothing)
+            result = {"valid_loss": validation_loss(network, valid, args.max_tokens, run.precision)}
             if args.bleu_freq and (epoch + 1) % args.bleu_freq == 0:
-                stop = partial(checkpointer.stop_if_asked, epoch, steps_per_epoch)
-                result["valid_bleu"], _ = score(args, network, vocabulary, text["valid"], device, stop)
-            log.evaluation((epoch + 1) * steps_per_epoch, epoch + 1, **result)
-            log.end_epoch(epoch, **result)
-            checkpointer.after_epoch(epoch)
-    log.close()
+                result["valid_bleu"], _ = score(args, network, vocabulary, text["valid"], run.device, run.stop_if_asked)
+            run.log_evaluation(**result)
+            run.log_epoch(**result)
+            run.end_epoch()
 
     results = {}
     for part in (part for part in ("valid", "test") if part in text):
-        results[part], line = score(args, network, vocabulary, text[part], device)
+        results[part], line = score(args, network, vocabulary, text[part], run.device)
         distributed.print_once(f"{args.network}, {part}: {line}")
-    distributed.print_once(f"next: python translation/translate.py --weights {checkpointer.path} --input YOUR_TEXT")
+    distributed.print_once(f"next: python translation/translate.py --weights {run.path} --input YOUR_TEXT")
     return results
+
+
+def find_vocabulary(args: argparse.Namespace, checkpoint: dict, train: tuple[list[str], list[str]]) -> bytes:
+    """The SentencePiece model of the checkpoint if there is one, else a given or a new one.
+
+    Raises:
+        ValueError: If the checkpoint was trained with another one than ``--vocabulary``.
+    """
+    if not checkpoint:
+        learned = read_vocabulary(args, train) if distributed.is_main_process() else None
+        return distributed.broadcast_object(learned)
+    subword_model = checkpoint["vocabulary"].numpy().tobytes()
+    if args.vocabulary is not None and read_vocabulary(args, train) != subword_model:
+        raise ValueError(
+            f"--vocabulary {args.vocabulary} is not the vocabulary of the checkpoint in {args.output_dir}; "
+            "leave it out or use another --output_dir"
+        )
+    return subword_model
+
+
+def add_vocabulary(state: dict, subword_model: bytes) -> dict:
+    """The state of a run with what :mod:`translate` needs besides."""
+    return state | {"vocabulary": torch.frombuffer(bytearray(subword_model), dtype=torch.uint8)}
 
 
 def read_text(args: argparse.Namespace) -> dict[str, tuple[list[str], list[str]]]:
@@ -318,50 +254,30 @@ def token_loss(logits: Tensor, targets: Tensor, label_smoothing: float) -> Tenso
 
 
 def train_one_epoch(
+    run: Run,
     network: nn.Module,
     pairs: EncodedPairs,
     sampler: TokenBatchSampler,
     optimizer: torch.optim.Optimizer,
     lr: Callable[[int], float],
-    *,
-    epoch: int,
-    first_step: int,
-    steps_per_epoch: int,
     label_smoothing: float,
-    seed: int,
-    precision: Precision,
-    log: RunLog,
-    guard: FiniteGuard,
-    checkpointer: Checkpointer,
 ) -> None:
-    """One epoch (from its step ``first_step`` on) of teacher forcing."""
+    """One epoch of teacher forcing."""
     parameters = list(network.parameters())
     network.train()
-    start = epoch * steps_per_epoch + first_step
-    for step, indices in enumerate(log.batches(sampler), start=start):
-        randomness.seed_step(seed, step, distributed.get_rank())
+    for step, indices in run.steps(sampler):
         for group in optimizer.param_groups:
             group["lr"] = lr(step)
         optimizer.zero_grad(set_to_none=True)
-        source, target_in, target_out = (ids.to(precision.device) for ids in pairs.batch(indices))
+        source, target_in, target_out = (ids.to(run.device) for ids in pairs.batch(indices))
         # every token of the step counts the same, on whichever process it is
         tokens = distributed.all_reduce_mean((target_out != PAD).sum().float())
-        with precision.autocast():
+        with run.precision.autocast():
             loss = token_loss(network((source, target_in)), target_out, label_smoothing) / tokens
 
-        precision.backward(loss, optimizer)
-        grad_norms = clip_grad_norm_per_tensor_(parameters, 0)
-        skipped = step_unless_not_finite(optimizer, grad_norms)
-        precision.update()
-        guard.count(skipped)
-
-        line = log.step(step, epoch, len(indices), {"loss": loss, "lr": lr(step), "skipped": skipped})
-        if line is not None and guard.too_many():
-            randomness.seed_step(seed, step, distributed.get_rank())
-            with precision.autocast():
-                batch = {"source": source, "target": target_out, "step": step, "epoch": epoch}
-                guard.stop(batch, [], {"network": (source, target_in)}, loss)
-        checkpointer.after_step(epoch, step + 1 - epoch * steps_per_epoch)
+        run.backward(loss, optimizer)
+        run.update(clip_grad_norm_per_tensor_(parameters, 0), optimizer)
+        run.end_step(len(indices), {"loss": loss, "lr": lr(step)})
 
 
 @torch.no_grad()

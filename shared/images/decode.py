@@ -5,6 +5,9 @@ import io
 import os
 import stat
 import struct
+import warnings
+import zlib
+from collections.abc import Iterator
 
 import numpy as np
 import simplejpeg
@@ -12,10 +15,13 @@ from PIL import Image
 
 MAX_PIXELS = 89_478_485  # what Pillow warns at; a larger image is refused before memory is allocated for it
 MAX_FILE_BYTES = 1 << 28
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's list
+# torchvision's list, other names of JPEG files, and what Pillow reads besides; of several frames the first one counts
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+EXTENSIONS += (".jfif", ".jpe", ".mpo", ".gif", ".avif")
 # What a file may be, whatever its name says. Pillow knows more: an EPS file is a program, which it has Ghostscript run.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 _ORIENTATION_TAG = 0x0112
+_PNG = b"\x89PNG\r\n\x1a\n"
 
 
 class ImageError(ValueError):
@@ -89,18 +95,28 @@ class EncodedImage:
             height, width = (self.width, self.height) if self.orientation >= 5 else (self.height, self.width)
             least = {"min_height": -(-height // reduction), "min_width": -(-width // reduction)}
         try:
-            return simplejpeg.decode_jpeg(self.data, "RGB", **least)
+            return _decode_whole_jpeg(self.data, least)
         except ValueError as error:
-            # Bytes before the end marker come after the last pixel; any other warning may mean missing pixels.
-            if not str(error).endswith("extraneous bytes before marker 0xd9"):
+            # libjpeg reports its first warning only, so one about the header may hide that pixels are missing
+            header_in_order = _with_header_in_order(self.data)
+            if header_in_order == self.data:
                 raise ImageError(f"{self.name}: {error}") from error
-        return simplejpeg.decode_jpeg(self.data, "RGB", strict=False, **least)
+        try:
+            return _decode_whole_jpeg(header_in_order, least)
+        except ValueError as error:
+            raise ImageError(f"{self.name}: {error}") from error
 
     def _decode_pil(self) -> np.ndarray:
         image = self._pil or _open_with_pil(self.data, self.name)
         self._pil = None  # loading keeps the pixels alive in the PIL object
         try:
-            image.load()
+            try:
+                image.load()
+            except Exception:
+                if not self.data.startswith(_PNG):
+                    raise
+                image = _open_with_pil(_without_png_texts(self.data), self.name)
+                image.load()
             return np.array(_to_rgb(image, self.name))  # a copy: PIL's own memory is read-only
         except ImageError:
             raise
@@ -127,6 +143,67 @@ def read_image(path: str | os.PathLike) -> EncodedImage:
     return EncodedImage(data, str(path))
 
 
+def _decode_whole_jpeg(data: bytes, least: dict[str, int]) -> np.ndarray:
+    """RGB pixels; ValueError where libjpeg warns, but for bytes before the end marker: these follow the last pixel."""
+    try:
+        return simplejpeg.decode_jpeg(data, "RGB", **least)
+    except ValueError as error:
+        if not str(error).endswith("extraneous bytes before marker 0xd9"):
+            raise
+    return simplejpeg.decode_jpeg(data, "RGB", strict=False, **least)
+
+
+def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """(marker, start, end) of the segments before the first scan's data, which is that of marker 0xDA."""
+    position = 2
+    while (position := data.find(b"\xff", position)) >= 0:  # bytes between two segments are padding
+        while position + 1 < len(data) and data[position + 1] == 0xFF:
+            position += 1
+        if position + 4 > len(data):
+            return
+        marker, length = data[position + 1], struct.unpack_from(">H", data, position + 2)[0]
+        yield marker, position, position + 2 + length
+        if marker == 0xDA:
+            return
+        position += 2 + length
+
+
+def _with_header_in_order(data: bytes) -> bytes:
+    """The file without what libjpeg warns of although every pixel is there.
+
+    That is padding between segments, an odd JFIF revision, an unknown Adobe transform, and, in the one scan of a
+    sequential file, a range of coefficients other than all of them, which the decoder takes all the same.
+    """
+    parts, sequential = [data[:2]], False
+    end = 2
+    for marker, start, end in _jpeg_segments(data):
+        segment = bytearray(data[start:end])
+        if marker in (0xC0, 0xC1):
+            sequential = True
+        elif marker == 0xE0 and segment[4:9] == b"JFIF\0" and len(segment) > 11:
+            segment[9:11] = b"\x01\x01"
+        elif marker == 0xEE and segment[4:9] == b"Adobe" and len(segment) > 15 and segment[15] not in (0, 1, 2):
+            segment[15] = 1  # what libjpeg assumes of three channels
+        elif marker == 0xDA and sequential and len(segment) > 7:
+            segment[-3:] = b"\x00\x3f\x00"
+        parts.append(bytes(segment))
+    return b"".join([*parts, data[end:]])
+
+
+def _without_png_texts(data: bytes) -> bytes:
+    """A PNG without the chunks that say nothing about its pixels, such as texts and profiles, damaged or huge ones."""
+    parts, position = [_PNG], len(_PNG)
+    while position + 12 <= len(data):
+        (length,) = struct.unpack_from(">I", data, position)
+        kind, end = data[position + 4 : position + 8], position + 12 + length
+        chunk = data[position:end]
+        is_whole = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
+        if kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND") or (kind == b"eXIf" and is_whole):
+            parts.append(chunk)
+        position = end
+    return b"".join(parts)
+
+
 def _turbo_header(data: bytes) -> tuple[int, int] | None:
     """Height and width of a JPEG that libjpeg-turbo turns into RGB; None for CMYK, rare layouts and other formats."""
     if data[:3] != b"\xff\xd8\xff":
@@ -142,11 +219,18 @@ def _open_with_pil(data: bytes, name: str) -> Image.Image:
     if not data:
         raise ImageError(f"{name}: empty file")
     try:
-        return Image.open(io.BytesIO(data), formats=_known_formats())
+        return _open_known_format(data)
     except Image.UnidentifiedImageError as error:
-        raise ImageError(f"{name}: not an image of a known format") from error
+        reason, cause = "not an image of a known format", error
     except Exception as error:  # as in _decode_pil
-        raise ImageError(f"{name}: {error or type(error).__name__}") from error
+        reason, cause = str(error) or type(error).__name__, error
+    if data.startswith(_PNG) and len(bare := _without_png_texts(data)) < len(data):
+        return _open_with_pil(bare, name)
+    raise ImageError(f"{name}: {reason}") from cause
+
+
+def _open_known_format(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data), formats=_known_formats())
 
 
 @functools.cache
@@ -164,6 +248,9 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise ImageError(f"{name}: pixel values outside the 16-bit range")
+        if values.max() < 65535 / 10:
+            # the same text for every image: Python shows it once in a process
+            warnings.warn("16-bit images without values above a tenth of the range become nearly black", stacklevel=2)
         return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -181,20 +268,17 @@ def _pil_orientation(image: Image.Image) -> int:
 
 def _jpeg_orientation(data: bytes) -> int:
     """EXIF orientation of a JPEG file, found by walking over its header segments (microseconds)."""
-    position = 2
-    while position + 4 <= len(data) and data[position] == 0xFF:
-        marker, length = data[position + 1], struct.unpack_from(">H", data, position + 2)[0]
-        if marker == 0xE1 and data[position + 4 : position + 10] == b"Exif\0\0":
+    for marker, start, end in _jpeg_segments(data):
+        if marker == 0xE1 and data[start + 4 : start + 10] == b"Exif\0\0":
             exif = Image.Exif()
             try:
-                exif.load(data[position + 4 : position + 2 + length])
+                exif.load(data[start + 4 : end])
                 orientation = exif.get(_ORIENTATION_TAG, 1)
             except Exception:  # metadata that cannot be read says nothing about the pixels
                 return 1
             return orientation if orientation in range(1, 9) else 1
         if marker in (0xDA, 0xC0, 0xC2):  # the picture begins
             return 1
-        position += 2 + length
     return 1
 
 

@@ -7,6 +7,7 @@ training, :class:`EvalDataset` feeds evaluation, :class:`BadImages` decides what
 import atexit
 import contextlib
 import math
+import multiprocessing.queues
 import os
 import signal
 import weakref
@@ -29,6 +30,8 @@ from .decode import ImageError
 from .sources import ImageSource, locked
 
 T = TypeVar("T")
+MAX_ASPECT = 64  # of an image that is resized as a whole for a centre crop
+NO_SHARED_MEMORY = 77  # exit code of a loader process that cannot hand over its batch
 
 
 class BadImages:
@@ -91,7 +94,7 @@ class BadImages:
         self._known.add(path)
         if self.list_path is not None:
             reason = str(error).removeprefix(f"{path}: ")
-            self._append(path, f"{path}\t{reason}".replace("\n", " "))
+            self._append(_on_one_line(path), f"{_on_one_line(path)}\t{_on_one_line(reason)}")
         if (count := self.count()) > self.limit:
             listed = "" if self.list_path is None else f", see {self.list_path}"
             raise ImageError(
@@ -107,8 +110,13 @@ class BadImages:
                     file.write(line + "\n")
 
     def _listed(self) -> set[str]:
-        with open(self.list_path, encoding="utf-8", errors="surrogateescape") as lines:
+        with open(self.list_path, encoding="utf-8", errors="surrogateescape", newline="\n") as lines:
             return {line.partition("\t")[0] for line in lines}
+
+
+def _on_one_line(text: str) -> str:
+    """The text with its tabs and line ends written out, for a list with one line an image."""
+    return text.translate({ord("\t"): "\\t", ord("\n"): "\\n", ord("\r"): "\\r"})
 
 
 def short_side(source: ImageSource, sample: int = 16) -> int:
@@ -158,6 +166,7 @@ class EvalTransform:
 
     def __call__(self, pixels: np.ndarray) -> Tensor:
         """RGB pixels (H, W, 3), uint8, to (C, crop_px, crop_px): float32 when normalised, else uint8."""
+        pixels = _centre_of_a_strip(pixels)
         height, width = pixels.shape[:2]
         short = min(height, width)
         size = (int(self.resize_px * height / short), int(self.resize_px * width / short))
@@ -170,6 +179,17 @@ class EvalTransform:
         if self.mean is None:
             return image.contiguous()
         return (image.float() / 255 - self.mean) / self.std
+
+
+def _centre_of_a_strip(pixels: np.ndarray) -> np.ndarray:
+    """The middle of an extremely long image, of which a crop is made: resized as a whole it would take gigabytes."""
+    sides = pixels.shape[:2]
+    short, long = min(sides), max(sides)
+    if long <= MAX_ASPECT * short:
+        return pixels
+    start = (long - MAX_ASPECT * short) // 2
+    kept = slice(start, start + MAX_ASPECT * short)
+    return pixels[kept] if sides[0] == long else pixels[:, kept]
 
 
 class EvalDataset(Dataset):
@@ -309,9 +329,15 @@ class _Loader(DataLoader):
             except (RuntimeError, OSError, EOFError) as error:
                 for worker in getattr(iterator, "_workers", ()):
                     worker.join(timeout=0.1)
-                    if worker.exitcode:
-                        how = signal.Signals(-worker.exitcode).name if worker.exitcode < 0 else worker.exitcode
-                        raise RuntimeError(f"DataLoader worker (pid {worker.pid}) has died: {how}") from error
+                codes = {w.pid: w.exitcode for w in getattr(iterator, "_workers", ()) if w.exitcode}
+                if "shared memory" in str(error) or {NO_SHARED_MEMORY, -signal.SIGBUS} & set(codes.values()):
+                    raise RuntimeError(
+                        "DataLoader worker: the shared memory (/dev/shm) is too small for its batches; start the "
+                        "container with --shm-size=8g or --ipc=host, or take fewer --num_workers"
+                    ) from error
+                for pid, code in codes.items():
+                    how = signal.Signals(-code).name if code < 0 else code
+                    raise RuntimeError(f"DataLoader worker (pid {pid}) has died: {how}") from error
                 raise
             yield batch
 
@@ -334,7 +360,16 @@ def _end_workers(iterator: weakref.ref, workers: list) -> None:
         worker.kill()  # one that was not told: the garbage collector may close the queues before torch does that
 
 
+def _end_without_shared_memory(error: BaseException, batch) -> None:
+    """What the thread does that puts a batch into shared memory, where it fails.
+
+    Nobody would see its error, and the training would wait for the batch for ever.
+    """
+    os._exit(NO_SHARED_MEMORY)
+
+
 def _start_worker(worker_id: int) -> None:
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_without_shared_memory)
     if cv2.getNumThreads() != 1:  # a worker that was started afresh; torch sets its own threads
         cv2.setNumThreads(1)
     # these are for the main process, which saves and then ends its workers; schedulers may send them to every process

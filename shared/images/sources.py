@@ -1,10 +1,13 @@
 """Where images come from: what ``--data_path`` may name."""
 
+import errno
 import fcntl
 import os
 import re
 import socket
+import time
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +17,15 @@ import torch
 import torchvision
 
 from .decode import EXTENSIONS, DecodedImage, EncodedImage, read_image
+from .tables import names_an_image, read_cells
 
 SPLITS = ("train", "val", "all")
 HOLDOUT_SHARE = 10  # one image in ten
+LISTS = (".txt", ".csv", ".tsv")
+TRAIN_NAMES = ("train", "training")
+VAL_NAMES = ("val", "valid", "validation", "test", "testing")  # the first one that is there
+SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+SYSTEM_FILES = ("Thumbs.db", "desktop.ini")
 
 
 class ImageSource:
@@ -83,12 +92,16 @@ class FileSource(ImageSource):
     Args:
         root: Folder the names are relative to.
         names: File names.
+        remarks: What the log says besides, such as what was left out.
     """
 
-    def __init__(self, name: str, root: str | os.PathLike, names: Iterable[str], labels=None, classes=None):
+    def __init__(
+        self, name: str, root: str | os.PathLike, names: Iterable[str], labels=None, classes=None, remarks: str = ""
+    ):
         super().__init__(name, labels, classes)
         self.root = os.fspath(root)
         self.names = PackedStrings(names)
+        self.remarks = remarks
 
     def __len__(self) -> int:
         return len(self.names)
@@ -98,6 +111,9 @@ class FileSource(ImageSource):
 
     def load(self, index: int) -> EncodedImage:
         return read_image(self.path(index))
+
+    def describe(self) -> str:
+        return super().describe() + (f" ({self.remarks})" if self.remarks else "")
 
     def checksum(self) -> int:
         return self.names.checksum() if self.labels is None else zlib.crc32(self.labels, self.names.checksum())
@@ -146,13 +162,15 @@ def open_source(
     nothing                     the 1,797 handwritten digits of scikit-learn, 8x8; ``index % 5 == 4`` is val
     folder with class folders   as torchvision's ImageFolder: first-level folders are classes, any depth below
     folder with images          all images at any depth, no classes
-    parent of ``train/``        ``train/`` or ``val/`` (else ``test/``), each one of the two above
-    text list ``*.txt``         one path per line, relative to the list, and optionally a tab and a label
+    parent of ``train/``        ``train/`` or ``val/`` (or another usual name), each one of the two above
+    list ``*.txt``              one path per line, relative to the list, and optionally a tab and a label
+    table ``*.csv``, ``*.tsv``  the same with commas, semicolons or tabs, quotes and a heading
     name such as ``cifar10``    that torchvision data set, downloaded once; see ``TORCHVISION``
     ==========================  ======================================================================================
 
-    A folder or list without a val part has one only if ``holdout`` asks for it: the images whose relative path has a
-    CRC-32 divisible by 10; ``train`` is then the rest.
+    Hidden and system files, the folders of runs and files of other kinds are left out. A folder or list without a val
+    part has one only if ``holdout`` asks for it: the images whose relative path has a CRC-32 divisible by 10; ``train``
+    is then the rest.
 
     Args:
         split: ``train``, ``val``, or ``all``: the folder or list as a whole, for a path that is the val part itself.
@@ -172,11 +190,12 @@ def open_source(
     where = f"{flag} {data_path}"
     if path.is_dir():
         path, split, holdout = _choose_folder(path, split, holdout, where)
-        names, labels, classes = _scan_folder(path, where)
-    elif path.is_file() and path.suffix == ".txt":
+        names, labels, classes, remarks = _scan_folder(path, where)
+    elif path.is_file() and path.suffix in LISTS:
         names, labels, classes = _read_list(path, allow_absolute_paths, where)
+        remarks = ""
     elif path.exists():
-        raise ValueError(f"{where}: neither a folder nor a .txt list of images")
+        raise ValueError(f"{where}: neither a folder nor a list of images ({', '.join(LISTS)})")
     elif str(data_path).lower() in TORCHVISION:
         return _open_torchvision(str(data_path).lower(), split, download_root, where)
     else:
@@ -190,7 +209,7 @@ def open_source(
         name += f" ({split} part)"
         if not names:
             raise ValueError(f"{where}: too few images, none of them falls into the {split} part")
-    return FileSource(name, root, names, labels, classes)
+    return FileSource(name, root, names, labels, classes, remarks)
 
 
 def check_same_classes(train: ImageSource, val: ImageSource) -> None:
@@ -223,32 +242,83 @@ def _embedded_digits(split: str) -> ArraySource:
 
 
 def _choose_folder(folder: Path, split: str, holdout: bool, where: str) -> tuple[Path, str, bool]:
-    """Step into ``train/`` or ``val/`` where ``folder`` is the parent of both."""
+    """Step into ``train/`` or ``val/`` where ``folder`` is the parent of both; they may have other usual names."""
     with os.scandir(folder) as entries:
-        subfolders = {entry.name for entry in entries if entry.is_dir()}
-    val = next((name for name in ("val", "test") if name in subfolders), None)
-    if "train" not in subfolders or (val is None and subfolders != {"train"}):
+        subfolders = {entry.name for entry in entries if entry.is_dir() and not _is_of_the_system(entry.name)}
+    by_name = {name.lower(): name for name in sorted(subfolders)}
+    train = next((by_name[name] for name in TRAIN_NAMES if name in by_name), None)
+    val = next((by_name[name] for name in VAL_NAMES if name in by_name), None)
+    if train is None and not (subfolders and set(by_name) <= set(VAL_NAMES)):
         return folder, split, holdout
+    if train is None or (val is None and len(subfolders) > 1):
+        raise ValueError(
+            f"{where}: {train or val} would be a class ({', '.join(sorted(subfolders)[:5])}); give one part itself, or "
+            f"a folder of {TRAIN_NAMES[0]}/ and {VAL_NAMES[0]}/, or rename the folder if it is a class"
+        )
     if split == "all":
-        raise ValueError(f"{where}: has a train folder, so ask for its train or its val part")
+        raise ValueError(f"{where}: has a {train} folder, so ask for its train or its val part")
     if split == "train":
-        return folder / "train", "train", holdout and val is None
+        return folder / train, "train", holdout and val is None
     if val is None:
-        return folder / "train", "val", holdout
+        return folder / train, "val", holdout
     return folder / val, "all", False
 
 
-def _scan_folder(root: Path, where: str) -> tuple[list[str], np.ndarray | None, list[str] | None]:
-    """Relative names of all images in ImageFolder's order, their labels and the classes."""
+def _is_of_the_system(name: str) -> bool:
+    return name.startswith(".") or name in SYSTEM_FOLDERS or name in SYSTEM_FILES
+
+
+def _walk(root: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    """(folder, its files, links in it that lead to a folder above) for all folders below ``root``, links followed.
+
+    Left out are what belongs to the system and the folders of runs, which hold ``attempt.json``; of a root that is one
+    itself, its pictures.
+    """
+    pending = [(root, frozenset([_identity(root)]))]
+    while pending:
+        folder, ancestors = pending.pop()
+        with os.scandir(folder) as entries:
+            entries = sorted((e for e in entries if not _is_of_the_system(e.name)), key=lambda entry: entry.name)
+        files, loops, folders = [], [], []
+        for entry in entries:
+            if not entry.is_dir():
+                files.append(entry.name)
+            elif (identity := _identity(entry.path)) in ancestors:
+                loops.append(entry.path)
+            else:
+                folders.append((entry.path, ancestors | {identity}))
+        is_run = "attempt.json" in files
+        if is_run and folder != root:
+            continue
+        pending += [(path, above) for path, above in folders if not (is_run and os.path.basename(path) == "pictures")]
+        yield folder, files, loops
+
+
+def _identity(folder: str) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def _scan_folder(root: Path, where: str) -> tuple[list[str], np.ndarray | None, list[str] | None, str]:
+    """Relative names of all images in ImageFolder's order, their labels and the classes, and remarks."""
     folders: list[tuple[str, list[str]]] = []
-    for folder, _, files in sorted(os.walk(root, followlinks=True, onerror=_raise)):
-        images = sorted(file for file in files if file.lower().endswith(EXTENSIONS))
+    other_files, remarks = Counter(), []
+    for folder, files, loops in sorted(_walk(str(root))):
+        images = [file for file in files if file.lower().endswith(EXTENSIONS)]
+        other_files.update(os.path.splitext(file)[1].lower() or file for file in set(files) - set(images))
         folders.append((os.path.relpath(folder, root), images))
+        remarks += [f"left out: the link {loop} to a folder above it" for loop in loops]
+    if other_files:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in other_files.most_common(5))
+        remarks.append(f"left out: {kinds}" + (", ..." if len(other_files) > 5 else ""))
     names = [os.path.normpath(os.path.join(folder, file)) for folder, files in folders for file in files]
     if not names:
         raise ValueError(f"{where}: no images ({' '.join(EXTENSIONS)}) in {root}")
-    if any(files for folder, files in folders if folder == "."):
-        return names, None, None
+    loose = [file for folder, files in folders if folder == "." for file in files]
+    if loose:
+        if len(loose) < len(names):
+            remarks.append(f"no classes: {loose[0]} lies beside the folders")
+        return names, None, None, "; ".join(remarks)
     class_of = [name.split(os.sep, 1)[0] for name in names]
     classes = sorted({folder for folder, _ in folders if folder != "." and os.sep not in folder})
     empty = sorted(set(classes) - set(class_of))
@@ -258,39 +328,46 @@ def _scan_folder(root: Path, where: str) -> tuple[list[str], np.ndarray | None, 
     index_of = {name: index for index, name in enumerate(classes)}
     labels = np.array([index_of[name] for name in class_of])
     order = np.argsort(labels, kind="stable")
-    return [names[i] for i in order], labels[order], classes
-
-
-def _raise(error: OSError) -> None:
-    raise error
+    return [names[i] for i in order], labels[order], classes, "; ".join(remarks)
 
 
 def _read_list(path: Path, allow_absolute_paths: bool, where: str):
-    names, texts = [], []
-    with open(path, encoding="utf-8", errors="surrogateescape") as lines:
-        for number, line in enumerate(lines, start=1):
-            name, tab, label = line.rstrip("\n").partition("\t")
-            if not name:
-                continue
-            if "\0" in name:
-                raise ValueError(f"{where}, line {number}: not a text list")
-            if os.path.isabs(name) and not allow_absolute_paths:
-                raise ValueError(
-                    f"{where}, line {number}: {name} is absolute; paths are relative to the list, unless "
-                    "--allow_absolute_paths is given"
-                )
-            if os.path.normpath(name).split(os.sep)[0] == os.pardir:
-                raise ValueError(f"{where}, line {number}: {name} leads out of the list's folder")
-            names.append(name)
-            if tab:
-                texts.append(label)
-            if bool(tab) != bool(texts) or len(texts) not in (0, len(names)):
-                raise ValueError(f"{where}, line {number}: either all lines have a label or none")
-    if not names:
+    """Names, labels and classes of a list or table of images."""
+    lines = read_cells(path, where)
+    if len(lines) > 1 and not names_an_image(lines[0][1][0]) and names_an_image(lines[1][1][0]):
+        lines = lines[1:]  # a heading
+    if not lines:
         raise ValueError(f"{where}: an empty list")
-    if not texts:
+    columns = len(lines[0][1])
+    for number, cells in lines:
+        name = cells[0]
+        if "\0" in name:
+            raise ValueError(f"{where}, line {number}: not a text list")
+        if len(cells) > 2:
+            raise ValueError(f"{where}, line {number}: expected a file name and a label, got {len(cells)} columns")
+        if len(cells) != columns:
+            raise ValueError(f"{where}, line {number}: either all lines have a label or none")
+        if not all(cells):
+            raise ValueError(f"{where}, line {number}: expected {('a file name', 'a label')[bool(name)]}, got none")
+        if os.path.isabs(name) and not allow_absolute_paths:
+            raise ValueError(
+                f"{where}, line {number}: {name} is absolute; paths are relative to the list, unless "
+                "--allow_absolute_paths is given"
+            )
+        if os.path.normpath(name).split(os.sep)[0] == os.pardir:
+            raise ValueError(f"{where}, line {number}: {name} leads out of the list's folder")
+    names = [cells[0] for _, cells in lines]
+    if not any((path.parent / name).exists() for name in names[:20]):
+        number, cells = lines[0]
+        separator = "a tab" if path.suffix == ".txt" else "a tab, semicolon or comma"
+        raise ValueError(
+            f"{where}, line {number}: there is no {cells[0]!r} beside the list; {separator} separates a name from its "
+            "label, and / one folder from the next"
+        )
+    if columns == 1:
         return names, None, None
-    are_numbers = all(re.fullmatch(r"\s*-?[0-9]{1,18}\s*", text) for text in set(texts))
+    texts = [cells[1] for _, cells in lines]
+    are_numbers = all(re.fullmatch(r"-?[0-9]{1,18}", text) for text in set(texts))
     classes = sorted(set(texts), key=int if are_numbers else None)
     index_of = {text: index for index, text in enumerate(classes)}
     return names, np.array([index_of[text] for text in texts]), classes
@@ -358,10 +435,40 @@ def _class_names(classes, labels) -> list[str]:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock between processes on a file, which is created."""
+    """Hold an exclusive lock between processes on a file, which is created.
+
+    Raises:
+        ValueError: If the file system knows no locks and another process, or one that was killed, holds the file that
+            stands for one for ten minutes.
+    """
     with open(path, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            with _lock_file(path.with_name(path.name + ".locked")):
+                yield
+            return
         yield
+
+
+@contextmanager
+def _lock_file(path: Path, patience_s: float = 600) -> Iterator[None]:
+    """What holds processes apart where a file system has no locks (Lustre and some NFS): who makes the file has it."""
+    end = time.monotonic() + patience_s
+    while True:
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+            break
+        except FileExistsError:
+            if time.monotonic() > end:
+                raise ValueError(f"{path} has been there for {patience_s:.0f} s; remove it if no run uses it") from None
+            time.sleep(0.05)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

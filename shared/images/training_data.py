@@ -1,4 +1,4 @@
-"""The training images of a method that looks at several views of each."""
+"""The training images of a method, as batches of views."""
 
 import argparse
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from shared import distributed
 from shared.multicrop import MultiCropDataset
@@ -27,7 +27,7 @@ class TrainingData:
         num_workers: Loader processes of this process.
     """
 
-    dataset: MultiCropDataset
+    dataset: Dataset
     sampler: EpochBatchSampler
     loader: DataLoader
     bad_images: BadImages
@@ -48,7 +48,7 @@ def open_training_data(
     device: torch.device,
     size_flag: str,
 ) -> TrainingData:
-    """Open ``--data_path`` and make its loader.
+    """Open ``--data_path`` and make a loader of several views of each image.
 
     Args:
         args: Flags of :func:`shared.run.flags.add_data_flags`, ``num_workers``, ``augmentation`` and ``seed``.

@@ -1,19 +1,35 @@
-"""Backbones of torchvision and timm by name, without their classifiers. None of it needs a network."""
+"""Backbones of torchvision and timm by name, without their classifiers, offline.
+
+Both libraries are imported when they are needed: together they take seconds.
+"""
 
 import difflib
 import re
 import warnings
 from collections.abc import Sequence
 
-import timm
-import torchvision
 from torch import nn
-from torchvision.ops import StochasticDepth
 
 
 def library_architectures() -> set[str]:
     """Every classification model of torchvision and every model of timm."""
-    return {*torchvision.models.list_models(module=torchvision.models), *timm.list_models()}
+    import timm
+
+    return {*torchvision_architectures(), *timm.list_models()}
+
+
+def torchvision_architectures() -> list[str]:
+    """Every classification model of torchvision."""
+    from torchvision import models
+
+    return models.list_models(module=models)
+
+
+def timm_model(arch: str) -> str | None:
+    """What timm calls a model: this name, or this name and the input size, which published names often lack."""
+    import timm
+
+    return next((name for name in (arch, f"{arch}_224") if timm.is_model(name)), None)
 
 
 def build_library_backbone(
@@ -21,8 +37,8 @@ def build_library_backbone(
 ) -> tuple[nn.Module, int]:
     """Build a randomly initialised network that maps images (B, C, H, W) to features (B, D).
 
-    A name known to torchvision and timm alike (``resnet50``) gives torchvision's network. XCiT and ResMLP come from
-    timm; the published names work without its input size (``xcit_small_12_p16``, ``resmlp_12``).
+    A name known to torchvision and timm alike (``resnet50``) gives torchvision's network. Where timm's name ends in the
+    size of the images, ``_224``, that may be left out, as published names do.
 
     Args:
         arch: A classification model of torchvision, or a model of timm.
@@ -37,12 +53,10 @@ def build_library_backbone(
     Raises:
         ValueError: If the name is unknown.
     """
-    if arch in torchvision.models.list_models(module=torchvision.models):
+    if arch in torchvision_architectures():
         return _build_torchvision(arch, drop_path_rate, img_size, in_chans)
-    if re.fullmatch(r"xcit_\w+_p\d+|resmlp_\d+", arch):
-        arch += "_224"
-    if timm.is_model(arch):
-        return _build_timm(arch, drop_path_rate, img_size, in_chans)
+    if (name := timm_model(arch)) is not None:
+        return _build_timm(name, drop_path_rate, img_size, in_chans)
     names = [*own_names, *sorted(library_architectures() - set(own_names))]
     close = difflib.get_close_matches(arch, names, n=5) or [name for name in names if arch in name][:5]
     raise ValueError(
@@ -51,12 +65,20 @@ def build_library_backbone(
     )
 
 
+def first_convolution(backbone: nn.Module) -> tuple[str, nn.Conv2d]:
+    """The first convolution of a network and its name."""
+    return next((name, module) for name, module in backbone.named_modules() if isinstance(module, nn.Conv2d))
+
+
 def input_channels(backbone: nn.Module) -> int:
     """Channels of the images that a network takes: those of its first convolution."""
-    return next(module for module in backbone.modules() if isinstance(module, nn.Conv2d)).in_channels
+    return first_convolution(backbone)[1].in_channels
 
 
 def _build_torchvision(arch: str, drop_path_rate: float, img_size: int, in_chans: int) -> tuple[nn.Module, int]:
+    from torchvision import models
+    from torchvision.ops import StochasticDepth
+
     options = {}
     if arch.startswith("vit_"):
         options["image_size"] = img_size
@@ -64,7 +86,7 @@ def _build_torchvision(arch: str, drop_path_rate: float, img_size: int, in_chans
         options["input_size"] = (img_size, img_size)
     if arch in ("googlenet", "inception_v3"):
         options |= {"aux_logits": False, "init_weights": True}
-    backbone = torchvision.models.get_model(arch, weights=None, **options)
+    backbone = models.get_model(arch, weights=None, **options)
     # the classifier is the last linear layer (a 1x1 convolution in SqueezeNet); norms before it stay
     name, classifier = [(n, m) for n, m in backbone.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)][-1]
     backbone.set_submodule(name, nn.Identity())
@@ -83,13 +105,15 @@ def _build_torchvision(arch: str, drop_path_rate: float, img_size: int, in_chans
 
 
 def _replace_first_convolution(backbone: nn.Module, in_chans: int) -> None:
-    name, old = next((n, m) for n, m in backbone.named_modules() if isinstance(m, nn.Conv2d))
+    name, old = first_convolution(backbone)
     new = nn.Conv2d(in_chans, old.out_channels, old.kernel_size, old.stride, old.padding, bias=old.bias is not None)
     nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
     backbone.set_submodule(name, new)
 
 
 def _build_timm(arch: str, drop_path_rate: float, img_size: int, in_chans: int) -> tuple[nn.Module, int]:
+    import timm
+
     # images of several sizes and of sides that are no multiple of a patch through a ViT; convnets have none of these
     options = {"img_size": img_size, "dynamic_img_size": True, "dynamic_img_pad": True}
     options["drop_path_rate"] = drop_path_rate

@@ -1,16 +1,20 @@
 """Trained networks as files for other programs; a file is kept once it has given the torch network's output."""
 
 import contextlib
+import functools
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import safetensors.torch
+import timm
 import torch
 from torch import Tensor, nn
 
-from .backbones import input_channels
+from .backbones import build_library_backbone, input_channels, timm_model, torchvision_architectures
+from .card import Card
+from .weights import load_backbone_weights, safe_load
 
 TOLERANCE = 1e-4  # of the largest feature; float32 kernels of two libraries differ by about 1e-6
 
@@ -113,3 +117,86 @@ def export_onnx(network: nn.Module, path: Path, backbone: nn.Module, image_size:
             return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
         check_outputs(path.name, run, backbone, image_size)
+
+
+def export_backbone(
+    card: Card,
+    network: nn.Module,
+    arch: str,
+    output_dir: str | Path,
+    image_size: Sequence[int] | None = None,
+    timm_name: str = "",
+    at_size: Callable[[nn.Module, Sequence[int]], nn.Module] = lambda network, image_size: network,
+    arch_key: str = "arch",
+) -> dict[str, Path]:
+    """Write a network that ``card.build`` made in every format.
+
+    ``<arch>.safetensors`` has the published names, and how to build the network in its header;
+    ``<arch>_torchvision.pth`` and ``<arch>_timm.pth`` are state dicts that these libraries load, written where they
+    have the network; ``<arch>.onnx`` takes any batch size.
+
+    Args:
+        network: In evaluation mode, on the CPU.
+        arch: Its name.
+        output_dir: Created if missing.
+        image_size: Height and width in pixels of the ONNX input; by default those of position embeddings, else 224.
+        timm_name: What timm calls the architecture; by default ``arch``.
+        at_size: A copy without interpolation of positions for an image size, which the ONNX file gets.
+        arch_key: Of ``arch`` in the header.
+
+    Returns:
+        The files by format: ``safetensors``, ``torchvision``, ``timm``, ``onnx``.
+
+    Raises:
+        ExportMismatch: If an exported network computes something else; its file is not kept.
+    """
+    output_dir, sizes = Path(output_dir), card.sizes(arch, network.state_dict())
+    image_size = list(image_size or [sizes.get("img_size", 224)] * 2)
+    # networks with positions are compared at their own size, where libraries do not interpolate
+    own_size = [sizes["img_size"]] * 2 if "img_size" in sizes else image_size
+    options = {"in_chans": input_channels(network), **sizes}
+
+    def rebuilt(file: Path) -> nn.Module:
+        twin = card.build(arch, **options)
+        load_backbone_weights(twin, file)
+        return twin.eval()
+
+    files = {"safetensors": output_dir / f"{arch}.safetensors"}
+    export_safetensors(network, files["safetensors"], own_size, {arch_key: arch, **options}, rebuilt)
+    if arch in torchvision_architectures():
+        twin, _ = build_library_backbone(arch)
+        if _shapes(twin) == _shapes(network):
+            path = files["torchvision"] = output_dir / f"{arch}_torchvision.pth"
+            export_state_dict(network, path, own_size, functools.partial(_filled, twin))
+            print(f"  torchvision.models.{arch}().load_state_dict(torch.load({str(path)!r}), strict=False)")
+    arguments = timm_arguments(timm_name or arch, network, options)
+    if arguments is not None:
+        path = files["timm"] = output_dir / f"{arch}_timm.pth"
+        export_state_dict(
+            network, path, own_size, lambda file: timm.create_model(**arguments, checkpoint_path=str(file)).eval()
+        )
+        text = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+        print(f"  timm.create_model({text}, checkpoint_path={str(path)!r})")
+    if absent := [library for library in ("torchvision", "timm") if library not in files]:
+        print(f"no file for {' and '.join(absent)}: no network with the names and shapes of this {arch}")
+    files["onnx"] = output_dir / f"{arch}.onnx"
+    export_onnx(at_size(network, image_size), files["onnx"], network, image_size)
+    return files
+
+
+def timm_arguments(name: str, network: nn.Module, options: dict[str, int]) -> dict | None:
+    """Arguments of ``timm.create_model`` for the same network; None if timm has none of these names and shapes."""
+    name = timm_model(name)
+    if name is None:
+        return None
+    arguments = {"model_name": name, "num_classes": 0, **options}
+    return arguments if _shapes(timm.create_model(**arguments)) == _shapes(network) else None
+
+
+def _filled(network: nn.Module, file: Path) -> nn.Module:
+    network.load_state_dict(safe_load(file))
+    return network.eval()
+
+
+def _shapes(network: nn.Module) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in network.state_dict().items()}

@@ -117,6 +117,9 @@ def _refuse_expanding_archive(path: Path) -> None:
     """``torch.save`` never compresses, so that records larger than their file are a decompression bomb."""
     with zipfile.ZipFile(path) as archive:
         size = sum(record.file_size for record in archive.infolist())
+        is_program = any(record.filename.endswith("/constants.pkl") for record in archive.infolist())
+    if is_program:
+        raise UnsafeFileError("it is a TorchScript program; give the weights, torch.save(network.state_dict(), ...)")
     if size > path.stat().st_size:
         raise UnsafeFileError(f"its {path.stat().st_size} bytes expand to {size}")
 
@@ -200,6 +203,8 @@ def select_backbone_weights(
         state_dict = checkpoint["state_dict" if "state_dict" in networks else "model"]
     elif _is_state_dict(checkpoint):
         state_dict = checkpoint
+    elif networks:
+        raise WeightMismatch(f"{origin} has no --checkpoint_key {checkpoint_key}; it holds {', '.join(networks)}")
     else:
         keys = ", ".join(str(key) for key in list(checkpoint)[:10]) or "nothing"
         raise WeightMismatch(f"{origin} holds no network that is known here, but {keys}")

@@ -132,6 +132,18 @@ def clip_grad_norm_per_tensor_(parameters: Iterable[Tensor], max_norm: float) ->
     return stacked
 
 
+def clip_total_grad_norm_(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
+    """Clip the norm of all gradients together, in place; the norm before, which is not finite if any gradient is not.
+
+    Args:
+        max_norm: None: no clipping.
+    """
+    parameters = [p for p in parameters if p.grad is not None]
+    if max_norm is not None:
+        return nn.utils.clip_grad_norm_(parameters, max_norm)
+    return nn.utils.get_total_norm([p.grad for p in parameters])
+
+
 def step_unless_not_finite(optimizer: torch.optim.Optimizer, grad_norms: Tensor) -> Tensor:
     """One optimiser step, left out as a whole (moments included) when a gradient holds an infinity or a NaN.
 
@@ -140,7 +152,7 @@ def step_unless_not_finite(optimizer: torch.optim.Optimizer, grad_norms: Tensor)
 
     Args:
         optimizer: Any.
-        grad_norms: Norms of all gradients, from :func:`clip_grad_norm_per_tensor_`.
+        grad_norms: Norms of all gradients, from a function of this module that clips them.
 
     Returns:
         1.0 where the step was left out, else 0.0 (0-d float32 tensor on the gradients' device).

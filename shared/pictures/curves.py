@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .sheets import DPI, FAINT, INK
+from .sheets import DPI, FAINT, INK, printable, text_style
 
 if TYPE_CHECKING:  # Matplotlib is imported where it draws
     from matplotlib.axes import Axes
@@ -45,7 +45,7 @@ def save_panels(panels: Sequence[Panel], path: str | Path, heading: str) -> Path
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.6 * len(panels), 4.4), dpi=DPI, facecolor="white", layout="constrained")
-    figure.suptitle(heading, fontsize=13, weight="bold", color=INK)
+    figure.suptitle(printable(heading), fontsize=13, weight="bold", color=INK, **text_style())
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         _draw_panel(axes, panel)
     figure.savefig(path)

@@ -1,16 +1,13 @@
 """PNG files that explain themselves: images at fixed places of a sheet, curves of a log, coloured maps."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
-
-if TYPE_CHECKING:  # Matplotlib is imported where it draws: every script starts faster, and few of them draw
-    from matplotlib.axes import Axes
 
 DPI = 100
 INK, FAINT = "#222222", "#9a9a9a"
@@ -30,6 +27,28 @@ def write_png(path: str | Path, pixels: np.ndarray) -> Path:
     """Write RGB pixels (H, W, 3), uint8, and return the path."""
     Image.fromarray(pixels).save(path, format="PNG")
     return Path(path)
+
+
+@functools.cache
+def _fonts() -> tuple[list[str], frozenset[int]]:
+    """Matplotlib's own font and those of this machine that have the letters of most scripts; their characters."""
+    from matplotlib import font_manager
+
+    there = {font.name: font.fname for font in font_manager.fontManager.ttflist}
+    wanted = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Arial Unicode MS")
+    names = [name for name in wanted if name in there]
+    return names, frozenset(c for name in names for c in font_manager.get_font(there[name]).get_charmap())
+
+
+def text_style() -> dict:
+    """How Matplotlib sets names of files and classes: letter by letter, a dollar is no formula."""
+    return {"parse_math": False, "family": _fonts()[0]}
+
+
+def printable(text: str) -> str:
+    """A name with the codes of characters that no font has, and a sign for every byte that is no UTF-8."""
+    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return "".join(c if c == "\n" or ord(c) in _fonts()[1] else f"\\u{ord(c):04x}" for c in text)
 
 
 def magnify(pixels: np.ndarray, least_px: int) -> np.ndarray:
@@ -75,6 +94,7 @@ def save_sheet(
         heights_in: Height of the images of each row in inches; 1.2 by default.
     """
     from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
 
     heights = list(heights_in) if heights_in else [1.2] * len(rows)
     gap, margin, line = 0.12, 0.3, 0.2
@@ -84,40 +104,44 @@ def save_sheet(
         [height * tile.pixels.shape[1] / tile.pixels.shape[0] for tile in row]
         for row, height in zip(rows, heights, strict=True)
     ]
-    title, *notes = heading.split("\n")
+    title, *notes = printable(heading).split("\n")
+    style = text_style()
+    small = {"fontsize": 8.5, "color": INK, "ha": "center", **style}
     title_in = 0.45 + 0.22 * len(notes)
     text_in = max(0.105 * len(title), *(0.075 * len(note) for note in notes), 0)
     width = 2 * margin + max(*(sum(row) + gap * (len(row) - 1) for row in widths), text_in)
     height = 2 * margin + title_in + sum(heights) + sum(above) + sum(below) + gap * (len(rows) - 1)
 
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
+    axes = figure.add_axes((0, 0, 1, 1))  # one for all tiles, in inches: those of each tile's own would take seconds
+    axes.set_axis_off()
     y = height - margin
-    figure.text(margin / width, y / height, title, fontsize=13, weight="bold", color=INK, va="top")
+    figure.text(margin / width, y / height, title, fontsize=13, weight="bold", color=INK, va="top", **style)
     for i, note in enumerate(notes):
-        figure.text(margin / width, (y - 0.3 - 0.22 * i) / height, note, fontsize=9.5, color="#555555", va="top")
+        figure.text(
+            margin / width, (y - 0.3 - 0.22 * i) / height, note, fontsize=9.5, color="#555555", va="top", **style
+        )
     y -= title_in
     for row, row_widths, tile_height, over, under in zip(rows, widths, heights, above, below, strict=True):
         y -= over + tile_height
         x = margin
         for tile, tile_width in zip(row, row_widths, strict=True):
-            place = (x / width, y / height, tile_width / width, tile_height / height)
-            _draw_tile(figure.add_axes(place), tile)
+            smooth = len(tile.pixels) > tile_height * DPI  # shrink without aliasing, but show single pixels as squares
+            place = (x, x + tile_width, y, y + tile_height)
+            axes.imshow(tile.pixels, extent=place, interpolation="antialiased" if smooth else "nearest", aspect="auto")
+            if tile.frame is not None:
+                frame = Rectangle((x, y), tile_width, tile_height, fill=False, color=tile.frame, linewidth=3)
+                axes.add_patch(frame)
+            middle = (x + tile_width / 2) / width
+            above_tile, below_tile = (y + tile_height + 0.042) / height, (y - 0.028) / height
+            figure.text(middle, above_tile, printable(tile.title), va="baseline", **small)
+            figure.text(middle, below_tile, printable(tile.caption), va="top", **small)
             x += tile_width + gap
         y -= under + gap
+    axes.set_xlim(0, width)
+    axes.set_ylim(0, height)
     figure.savefig(path)
     return Path(path)
-
-
-def _draw_tile(axes: "Axes", tile: Tile) -> None:
-    smooth = tile.pixels.shape[0] > axes.bbox.height  # shrink without aliasing, but show single pixels as squares
-    axes.imshow(tile.pixels, interpolation="antialiased" if smooth else "nearest", aspect="auto")
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_visible(tile.frame is not None)
-        spine.set(color=tile.frame, linewidth=3)
-    axes.set_title(tile.title, fontsize=8.5, color=INK, pad=3)
-    axes.set_xlabel(tile.caption, fontsize=8.5, color=INK, labelpad=2)
 
 
 def save_neighbours(

@@ -179,6 +179,28 @@ def load_latest(path: str | Path, map_location: str | torch.device = "cpu") -> d
     return state
 
 
+def load_latest_or_given(path: str | Path, given: str, weights_flag: str) -> dict:
+    """The newest checkpoint of a run, or else the one that ``--resume`` names; {} if there is neither.
+
+    Args:
+        given: ``--resume``; ``""``: none.
+        weights_flag: The flag for weights to start from, named when ``given`` holds no more than that.
+
+    Raises:
+        ValueError: If ``given`` is not the checkpoint of a training.
+    """
+    checkpoint = load_latest(path)
+    if checkpoint is not None or not given:
+        return checkpoint or {}
+    checkpoint = load_latest(given)
+    if checkpoint is None:
+        raise ValueError(f"--resume {given}: there is no such file")
+    if not {"optimizer", "epoch"} <= checkpoint.keys():
+        raise ValueError(f"--resume {given} holds weights, no training state: give it as {weights_flag}")
+    checkpoint.pop("log", None)  # its lines are in another folder
+    return checkpoint
+
+
 def _is_legacy(path: Path) -> bool:
     with open(path, "rb") as file:
         return file.read(2) == b"\x80\x02"  # a bare pickle
@@ -308,7 +330,11 @@ def check_flags(checkpoint: dict, args: argparse.Namespace, must_match: tuple[st
         raise ValueError(f"the checkpoint in --output_dir {args.output_dir} is not that of a training run")
     old = checkpoint["args"] if isinstance(checkpoint["args"], dict) else vars(checkpoint["args"])
     for flag, value in vars(args).items():
-        if flag not in old or old[flag] == value or flag in ("output_dir", "local_rank", "num_workers", "device"):
+        if (
+            flag not in old
+            or _as_list(old[flag]) == _as_list(value)
+            or flag in ("output_dir", "local_rank", "num_workers", "device")
+        ):
             continue
         if flag in must_match:
             raise ValueError(
@@ -316,6 +342,11 @@ def check_flags(checkpoint: dict, args: argparse.Namespace, must_match: tuple[st
                 f"--{flag} {old[flag]}; use that or another --output_dir"
             )
         distributed.print_once(f"resuming with --{flag} {value}, the checkpoint was written with {old[flag]}")
+
+
+def _as_list(value):
+    """A tuple of defaults and a list of the command line are equal."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def restore(

@@ -1,13 +1,34 @@
 """Command-line flags that every training script has, and types of flags."""
 
 import argparse
+import difflib
+import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from shared import distributed
 
 
-class AnyDashParser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """A parser that shows defaults in its help, and mistakes in one line with the nearest flag.
+
+    Args:
+        docstring: Of the script; its first paragraph is the description.
+    """
+
+    def __init__(self, docstring: str = "", **options):
+        options = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter} | options
+        super().__init__(**{"description": docstring.split("\n\n")[0]} | options)
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.findall(r"--[^\s=]+", message) if message.startswith("unrecognized arguments") else []
+        close = [match for name in unknown for match in difflib.get_close_matches(name, self._option_string_actions, 1)]
+        hint = f"; did you mean {' and '.join(close)}?" if close else ""
+        self.exit(2, f"error: {message}{hint} (--help lists all flags)\n")
+
+
+class AnyDashParser(Parser):
     """A parser to which ``--batch-size`` and ``--batch_size`` are the same flag, whichever of them was declared."""
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
@@ -44,11 +65,12 @@ def add_data_flags(parser: argparse.ArgumentParser) -> Callable:
     return add
 
 
-def add_run_flags(parser: argparse.ArgumentParser, knn: bool = True) -> Callable:
+def add_run_flags(parser: argparse.ArgumentParser, knn: bool = True, pictures: bool = True) -> Callable:
     """Saving, logging and processes; returns the ``add_argument`` of the group for further flags.
 
     Args:
         knn: Whether there is a k-NN evaluation between epochs.
+        pictures: Whether there are pictures of a run.
     """
     add = parser.add_argument_group("run").add_argument
     add("--saveckp_steps", type=int, default=0, help="also save within the epoch every so many steps")
@@ -58,7 +80,8 @@ def add_run_flags(parser: argparse.ArgumentParser, knn: bool = True) -> Callable
     if knn:
         when = "k-NN every so many epochs; 0: never; None: before and after training, with at most 100,000 images"
         add("--eval_knn_freq", type=int, default=None, help=when)
-    add("--pictures", type=bool_flag, default=True, help="write pictures at the end")
+    if pictures:
+        add("--pictures", type=bool_flag, default=True, help="write pictures at the end")
     add("--log_freq", type=int, default=10, help="steps per line of the log")
     add("--tensorboard", action="store_true", help="also log to TensorBoard")
     skipped = "stop after so many steps in a row without finite gradients (exit code 3); 0: never"

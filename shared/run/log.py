@@ -81,6 +81,7 @@ class RunLog:
         tensorboard: Also write TensorBoard events to ``<output_dir>/tensorboard``.
         resumed: Whether :meth:`load_state_dict` will follow; otherwise files that exist are put aside.
         unit: What a batch consists of; lines state how many of them per second.
+        name: Of a run beside the one that owns the folder: the files are ``<name>.jsonl`` and ``<name>.txt``.
     """
 
     def __init__(
@@ -91,9 +92,13 @@ class RunLog:
         tensorboard: bool = False,
         resumed: bool = False,
         unit: str = "images",
+        name: str | None = None,
     ):
-        self.files = {name: Path(output_dir) / name for name in ("metrics.jsonl", "log.txt")}
-        self.attempt = Attempt.current()
+        self.files = {
+            file: Path(output_dir) / (file if name is None else name + Path(file).suffix)
+            for file in ("metrics.jsonl", "log.txt")
+        }
+        self.attempt = Attempt.current() if name is None else None
         self.total_steps = total_steps
         self.log_freq = log_freq
         self.unit = unit
@@ -103,7 +108,7 @@ class RunLog:
         self.waited_s = self.before_s = 0.0  # of the line that is being counted; before_s: in earlier epochs
         self.line_start = time.perf_counter()
         self.bar = None
-        self.tensorboard = Path(output_dir) / "tensorboard" if tensorboard else None
+        self.tensorboard = Path(output_dir) / "tensorboard" / (name or "") if tensorboard else None
         self.writer = None
         if distributed.is_main_process():
             for path in self.files.values():
@@ -213,7 +218,8 @@ class RunLog:
         if not distributed.is_main_process():
             return
         path = self.files[name]
-        self.attempt.check(path.parent)  # a newer attempt may be writing its own lines by now
+        if self.attempt is not None:
+            self.attempt.check(path.parent)  # a newer one may be writing its own lines by now
         with _naming(path), open(path, "a") as file:
             file.write(json.dumps({k: _jsonable(v) for k, v in line.items()}) + "\n")
         if self.tensorboard is not None and "step" in line:

@@ -22,8 +22,7 @@ class FiniteGuard:
     """Counts steps in a row that were left out. Nothing here waits for a GPU unless its docstring says so.
 
     Args:
-        networks: By name; their running statistics (of batch norms) fall back to the last finite ones.
-        output_dir: Where :meth:`stop` writes ``nonfinite.pth``.
+        networks: By name, those without parameters left out; running statistics fall back to the last finite ones.
         max_skipped_steps: The run ends at so many steps in a row; 0: never.
         device: Of the gradients.
         in_a_row: Steps that were left out just before a checkpoint from which the run goes on.
@@ -32,20 +31,18 @@ class FiniteGuard:
     def __init__(
         self,
         networks: dict[str, nn.Module],
-        output_dir: str | Path,
         max_skipped_steps: int,
         device: torch.device,
         in_a_row: int = 0,
     ):
         self.networks: dict[str, nn.Module] = {}
-        self.output_dir = Path(output_dir)
         self.max_skipped_steps = max_skipped_steps
         self.in_a_row = torch.tensor(float(in_a_row), device=device)
         self.watch(**networks)
 
     def watch(self, **networks: nn.Module) -> None:
         """Watch these networks too, or instead of those of the same names."""
-        self.networks = self.networks | networks
+        self.networks |= {n: network for n, network in networks.items() if any(True for _ in network.parameters())}
         norms = (m for n in self.networks.values() for m in n.modules() if getattr(m, "track_running_stats", False))
         self.statistics = [b for norm in norms for b in norm.buffers() if b.is_floating_point()]
         self.good_statistics = [b.clone() for b in self.statistics]
@@ -67,86 +64,6 @@ class FiniteGuard:
     def too_many(self) -> bool:
         """Whether the run has to end. Waits for the device."""
         return 0 < self.max_skipped_steps <= self.in_a_row.item()
-
-    def stop(
-        self, batch: dict, views: list[Tensor], inputs: dict[str, Tensor | list[Tensor]], loss: Tensor
-    ) -> NoReturn:
-        """Find the first tensor of this step that is not finite, save its name and the batch, and end the run.
-
-        Every process calls this with the generators seeded as for the step, whose forward passes are repeated.
-
-        Args:
-            batch: What to save: the views as they were loaded, their indices, the step.
-            views: The same views as the networks see them.
-            inputs: Of each network, in the order of the passes.
-            loss: Of the step.
-
-        Raises:
-            NotFinite: Always.
-        """
-        found = distributed.all_gather_object(next(self._forward_pass(views, inputs, loss), None))
-        rank = next((rank for rank, name in enumerate(found) if name is not None), 0)
-        # gradients are summed over processes, so they cannot tell where it began
-        name = found[rank] or next(self._gradients(), "nothing when the step is repeated")
-        path = self.output_dir / "nonfinite.pth"
-        where = f"the batch is in {path}"
-        if distributed.get_rank() == rank:
-            try:
-                torch.save({**batch, "rank": rank, "first_not_finite": name}, path)
-            except (OSError, RuntimeError) as error:  # a full disk must not hide why the run ends
-                where = f"the batch could not be saved to {path}: {error}"
-        where = distributed.broadcast_object(where, src=rank)
-        raise NotFinite(
-            f"{int(self.in_a_row)} steps in a row, up to step {batch['step'] + 1}, had gradients that are not finite; "
-            f"the first such tensor is {name} (rank {rank}), {where}; the weights are those of the last "
-            "good checkpoint, from which the same command goes on"
-        )
-
-    @torch.no_grad()
-    def _forward_pass(
-        self, views: list[Tensor], inputs: dict[str, Tensor | list[Tensor]], loss: Tensor
-    ) -> Iterator[str]:
-        yield from (f"views[{i}]" for i, view in enumerate(views) if not view.isfinite().all())
-        for name, network_inputs in inputs.items():
-            yield from modules_not_finite(name, self.networks[name], network_inputs)
-        if not loss.isfinite():
-            yield "the loss"
-
-    def _gradients(self) -> Iterator[str]:
-        for name, network in self.networks.items():
-            for parameter_name, p in reversed(list(network.named_parameters())):  # the backward pass comes from the end
-                if p.grad is not None and not p.grad.isfinite().all():
-                    yield f"the gradient of {name}.{parameter_name}"
-
-
-def modules_not_finite(name: str, network: nn.Module, inputs) -> list[str]:
-    """Names of the modules of ``network`` whose outputs for ``inputs`` are not finite, innermost and first ones first.
-
-    Args:
-        name: Of the network itself.
-    """
-    found = []
-
-    def look(module_name: str, module: nn.Module, args: tuple, output) -> None:
-        if not all(tensor.isfinite().all() for tensor in _tensors(output)):
-            found.append(module_name)
-
-    hooks = [
-        module.register_forward_hook(partial(look, f"{name}.{module_name}" if module_name else name))
-        for module_name, module in network.named_modules()
-    ]
-    try:
-        network(inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
-
-
-def _tensors(output) -> Iterable[Tensor]:
-    if isinstance(output, Tensor):
-        return [output]
-    return [t for part in output for t in _tensors(part)] if isinstance(output, list | tuple) else []
 
 
 class NonFiniteSearch:
@@ -223,3 +140,9 @@ class NonFiniteSearch:
 
 def _all_finite(value) -> bool:
     return all(t.isfinite().all() for t in _tensors(value))
+
+
+def _tensors(value) -> Iterable[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for part in value for t in _tensors(part)] if isinstance(value, list | tuple) else []

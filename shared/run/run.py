@@ -2,8 +2,7 @@
 
 The loop stays in the method's script and reads like its paper; a run calls nothing of the method:
 
-    run = Run(args, args.amp)
-    ...                                                  # data, networks, loss, optimiser, schedules
+    run = Run(args, args.amp)  # then data, networks, loss, optimiser, schedules
     run.resume(data, total_steps, NETWORK_FLAGS, network=network, optimizer=optimizer)
     with run:                                            # a signal finishes the step, saves and stops
         for epoch in run.epochs():
@@ -17,7 +16,7 @@ The loop stays in the method's script and reads like its paper; a run calls noth
             run.end_epoch()                              # saves
 """
 
-import argparse
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -37,19 +36,15 @@ from .memory import keep_freed_memory
 from .not_finite import FiniteGuard, NonFiniteSearch
 
 
-def unchanged(state: dict) -> dict:
-    """The layout of checkpoints that need no other one."""
-    return state
-
-
 class Run:
     """What all trainings do in the same way: join the processes, seed, claim the output folder, log, save, stop.
 
     Args:
-        args: Flags of :func:`shared.run.flags.add_run_flags`, ``output_dir`` and ``seed``.
+        args: Flags of ``add_run_flags``, ``output_dir`` and ``seed``.
         amp: Precision of the forward passes, see :class:`shared.optimisation.precision.Precision`.
         file: Newest checkpoint, in the output folder.
         subfolder: Made in the output folder.
+        owns_folder: False beside another run, which may go on: the log has the name of the checkpoint.
 
     Attributes:
         device, output_dir, precision: Of this process.
@@ -58,23 +53,21 @@ class Run:
         log: Of the run, from :meth:`resume` on.
         is_new: Whether no step had been done when the run was resumed.
         epoch, step_in_epoch: Where a run goes on that is saved now; in the body of a step, the step after it.
-
-    Raises:
-        shared.run.attempt.Superseded: If a later attempt at the run owns the folder.
     """
 
     epoch = step_in_epoch = 0
     search: NonFiniteSearch | None = None
 
-    def __init__(self, args: argparse.Namespace, amp: str, file: str = "checkpoint.pth", subfolder: str = ""):
-        self.args = args
+    def __init__(self, args: Namespace, amp: str, file="checkpoint.pth", subfolder="", owns_folder: bool = True):
+        self.args, self.owns_folder = args, owns_folder
         self.device = distributed.init(args.dist_url, args.device, args.dist_timeout)
         keep_freed_memory()
         randomness.seed_everything(args.seed)
         self.output_dir = Path(args.output_dir)
         if distributed.is_main_process():
             (self.output_dir / subfolder).mkdir(parents=True, exist_ok=True)
-            Attempt.current().claim(self.output_dir)
+            if owns_folder:
+                Attempt.current().claim(self.output_dir)
         distributed.barrier()
         self.precision = Precision(amp, self.device)
         self.path = self.output_dir / file
@@ -87,8 +80,8 @@ class Run:
         network_flags: tuple[str, ...],
         *,
         checkpoint: dict | None = None,
-        to_official: Callable[[dict], dict] = unchanged,
-        from_official: Callable[[dict], dict] = unchanged,
+        to_official: Callable[[dict], dict] = dict,
+        from_official: Callable[[dict], dict] = dict,
         scheduled: tuple[str, ...] = ("lr", "weight_decay"),
         **parts,
     ) -> None:
@@ -99,11 +92,10 @@ class Run:
             total_steps: Of the whole run.
             network_flags: Flags that shape the networks: a checkpoint with other ones is refused.
             checkpoint: Instead of the newest one in the output folder; empty: start.
-            to_official: Brings the state of a run, see :meth:`state`, into the layout of the official checkpoints.
+            to_official: Brings the state of a run into the layout of the official checkpoints.
             from_official: The way back; takes official files as well.
             scheduled: Options of optimisers that the steps set and a checkpoint restores; the flags set all others.
             parts: What checkpoints hold, under these names: networks, losses, optimisers, anything with a state dict.
-                The first infinity or NaN is looked for in those with parameters.
 
         Raises:
             ValueError: If the checkpoint was written with another network, or the run is to be refused as changed.
@@ -114,7 +106,9 @@ class Run:
             checkpoint = load_latest(self.path)
         checkpoint = from_official(checkpoint) if checkpoint else {}
         self.is_new = is_at_start(checkpoint or None)
-        self.log = RunLog(self.output_dir, total_steps, args.log_freq, args.tensorboard, resumed="log" in checkpoint)
+        name = None if self.owns_folder else self.path.name.removesuffix(".tar").removesuffix(".pth")
+        resumed = "log" in checkpoint
+        self.log = RunLog(self.output_dir, total_steps, args.log_freq, args.tensorboard, resumed, name=name)
         if checkpoint:
             if "args" in checkpoint:  # some official files have none
                 check_flags(checkpoint, args, network_flags)
@@ -126,11 +120,9 @@ class Run:
             position = resume_position(checkpoint, data.batch_size, data.checksum, args.on_changed_run)
             self.epoch, self.step_in_epoch = position
             distributed.print_once("resuming at epoch {}, step {}".format(*position))
-        networks = {
-            n: p for n, p in self.parts.items() if isinstance(p, nn.Module) and any(True for _ in p.parameters())
-        }
+        networks = {name: part for name, part in self.parts.items() if isinstance(part, nn.Module)}
         in_a_row = checkpoint.get("skipped_steps", 0)
-        self.guard = FiniteGuard(networks, self.output_dir, args.max_skipped_steps, self.device, in_a_row)
+        self.guard = FiniteGuard(networks, args.max_skipped_steps, self.device, in_a_row)
 
     def state(self, epoch: int, step_in_epoch: int) -> dict:
         """What a checkpoint holds of a run that goes on at this step; every process calls this."""
@@ -148,12 +140,11 @@ class Run:
         }
         return self.to_official(state)
 
-    # --- Training -----------------------------------------------------------------------------------------------------
-
     def __enter__(self) -> "Run":
         every = self.args.saveckp_steps, self.args.saveckp_minutes
-        self.checkpointer = Checkpointer(self.path, self.state, *every, self.guard.is_good)
-        self.checkpointer.__enter__()
+        self.checkpointer = Checkpointer(
+            self.path, self.state, *every, self.guard.is_good, self.owns_folder
+        ).__enter__()
         return self
 
     def __exit__(self, *exception) -> None:
@@ -167,12 +158,9 @@ class Run:
     def steps(self, loader: Iterable) -> Iterator[tuple[int, tuple]]:
         """(step of the run, batch) for what ``loader`` yields, which starts at ``step_in_epoch``; ends with the run.
 
-        Random numbers of a step come from (seed, step, rank). After the body what is due is saved, and the run stops if
-        a signal has asked for it. ``continue`` ends a step as the end of the body does. ``break`` ends the epoch: the
-        step counts as done and its save is left to :meth:`end_epoch`.
-
-        A step after too many without finite gradients is yielded twice: the second time every module is watched, and
-        :meth:`end_step` ends the run.
+        Random numbers of a step come from (seed, step, rank). After the body, or ``continue``, what is due is saved,
+        and the run stops if a signal has asked for it; ``break`` leaves the save to :meth:`end_epoch`. The last of too
+        many steps without finite gradients is yielded again, with every module watched, and ``end_step`` ends the run.
         """
         for step, batch in enumerate(self.log.batches(loader), start=self.steps_done):
             if step == self.total_steps:
@@ -209,33 +197,21 @@ class Run:
         """Whether this step ends with a line of the log, so that costly statistics are wanted."""
         return self.log.is_due(self.step)
 
-    def end_step(
-        self,
-        images: int,
-        averages: dict[str, Tensor | float],
-        health: dict[str, Tensor | float] | None = None,
-    ) -> None:
+    def end_step(self, images: int, averages: dict, health: dict | None = None) -> None:
         """Count the step in the log; where a line is due, look for a collapse and for gradients that stay NaN.
 
         Args:
             images: Of this process.
-            averages: Averaged over the steps of a line.
-            health: Stated by the line as of its last step.
-
-        Raises:
-            shared.run.attempt.NotFinite: At the end of a step that was repeated to find the first NaN.
+            averages: Numbers or 0-d tensors by name, averaged over the steps of a line.
+            health: The same, stated by the line as of its last step.
         """
         if self.search is not None:
             self.search.stop(int(self.guard.in_a_row))
         line = self.log.step(self.step, self.epoch, images, averages | {"skipped": self.skipped}, **(health or {}))
-        if line is None:
-            return
-        if problem := self.health.check(line):
-            self.log.say(problem)
-        if self.guard.too_many():
+        if line is not None:
+            self.check_health(line)
+        if line is not None and self.guard.too_many():
             self.search = NonFiniteSearch(self.guard.networks, self.output_dir / "nonfinite.pth")
-
-    # --- Between steps and epochs -------------------------------------------------------------------------------------
 
     @property
     def steps_done(self) -> int:
@@ -245,12 +221,17 @@ class Run:
         """Write the result of an evaluation after the steps done; the last epoch may be a short one."""
         self.log.evaluation(self.steps_done, -(-self.steps_done // self.data.steps_per_epoch), **values)
 
+    def check_health(self, line: dict) -> None:
+        """Say what a line shows about the health of the training, once for each kind of failure."""
+        if problem := self.health.check({"step": self.steps_done, **line}):
+            self.log.say(problem)
+
     def log_epoch(self, **values: float) -> dict:
         """Write the averages of the epoch, and ``values``, and return the line."""
         return self.log.end_epoch(self.epoch, **values)
 
     def end_epoch(self, keep_as: str | None = None) -> None:
-        """Save, under a second name too if given, and stop if asked to."""
+        """:meth:`save`, and stop if asked to."""
         self.epoch, self.step_in_epoch = self.epoch + 1, 0
         self.checkpointer.after_epoch(self.epoch - 1, keep_as)
 
@@ -263,8 +244,5 @@ class Run:
         self.checkpointer.after_step(self.epoch, self.step_in_epoch)
 
     def stop_if_asked(self) -> None:
-        """Save and stop if a signal has arrived on any process: for work that outlasts the time for a save.
-
-        Every process calls this equally often; the run comes back to that work, which starts again.
-        """
+        """Save and stop if a signal has arrived: on every process, in work that starts again if the run comes back."""
         self.checkpointer.stop_if_asked(self.epoch, self.step_in_epoch)

@@ -1,17 +1,30 @@
 """Labelled images in an order, and with draws, that depend on nothing but seeds."""
 
+import argparse
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from timm.data import Mixup
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from shared.images.loading import BadImages, EpochBatchSampler
-from shared.images.sources import ImageSource
+from shared import distributed
+from shared.images.cache import cache_images
+from shared.images.inaturalist import open_inaturalist
+from shared.images.labelled import open_labelled
+from shared.images.loading import BadImages, EpochBatchSampler, EvalDataset, default_num_workers, make_loader
+from shared.images.sources import ImageSource, check_same_classes, open_source
+from shared.images.training_data import TrainingData
+from shared.optimisation.precision import Precision
 from shared.run.randomness import derive_seed
 
-from .transforms import seed_transforms
+from .evaluation import evaluate_classifier
+from .flags import INAT_YEARS, mixes_labels
+from .transforms import eval_transform, seed_transforms
 
 ROUND_TO = 256  # images of an epoch of repeated augmentation, before they are shared out
 
@@ -86,3 +99,118 @@ class LabelledViews(Dataset):
 
     def _read(self, index: int) -> tuple[np.ndarray, int]:
         return self.source.load(index).decode(), index
+
+
+def open_train_and_val(args: argparse.Namespace) -> tuple[ImageSource, ImageSource]:
+    """The labelled images that ``--data-set``, ``--data_path`` and ``--val_path`` name.
+
+    With ``--eval`` and ``--val_path`` both are the images to evaluate on: those of the training are not needed.
+
+    Raises:
+        ValueError: If there are none, they have no classes, or the classes of both parts differ.
+    """
+    if args.eval and args.val_path is not None:
+        val = open_source(args.val_path, "all", allow_absolute_paths=args.allow_absolute_paths, flag="--val_path")
+        check_same_classes(val, val)  # that there are any
+        return val, val
+    if args.data_path is not None and args.data_set.startswith("CIFAR"):
+        name = args.data_set.lower()
+        root = None if args.data_path.lower() == name else args.data_path
+        return open_source(name, "train", download_root=root), open_source(name, "val", download_root=root)
+    if args.data_path is not None and args.data_set in INAT_YEARS:
+        return open_inaturalist(args.data_path, INAT_YEARS[args.data_set], args.inat_category)
+    return open_labelled(args.data_path, args.val_path, args.allow_absolute_paths)
+
+
+@dataclass
+class LabelledImages:
+    """The images to train on and those to evaluate on.
+
+    Attributes:
+        checksum: Of the training images, the same on every process.
+        bad_images: What becomes of training images that cannot be read.
+        num_workers: Loader processes of this process.
+        evaluate: Maps a network, and ``between_batches`` by name, to its accuracy on ``val``; see
+            :func:`shared.supervised.evaluation.evaluate_classifier`.
+    """
+
+    train: ImageSource
+    val: ImageSource
+    checksum: int
+    bad_images: BadImages
+    num_workers: int
+    evaluate: Callable[..., dict[str, float]]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.train.classes)
+
+    def print_accuracy(self, network: nn.Module) -> None:
+        """Evaluate a network on its device, and print the result on rank 0."""
+        result = self.evaluate(network)
+        accuracies = f"top-1 {result['acc1']:.2f} %, top-5 {result['acc5']:.2f} %"
+        distributed.print_once(f"{self.val.describe()}: {accuracies}")
+
+
+def open_images(
+    args: argparse.Namespace,
+    output_dir: Path,
+    precision: Precision,
+    mean: Sequence[float],
+    std: Sequence[float],
+    crop_ratio: float,
+) -> LabelledImages:
+    """Open what ``--data-set``, ``--data_path`` and ``--val_path`` name.
+
+    Args:
+        args: Flags of :mod:`shared.supervised.flags` and :func:`shared.run.flags.add_data_flags`, and ``input_size``.
+        output_dir: Unreadable images are listed in it, but with ``--eval``.
+        mean, std: Of the images, per channel.
+        crop_ratio: Side of the centre crop that is evaluated, over the short side of the image.
+    """
+    train, val = open_train_and_val(args)
+    train = cache_images(train, args.cache)
+    checksum = train.checksum()
+    distributed.check_same_on_all_processes((len(train), checksum), "the training data (number of images, checksum)")
+    bad_images, bad_val_images = (
+        BadImages(len(source), None if args.eval else output_dir / listed, args.on_bad_image, args.max_bad_fraction)
+        for source, listed in ((train, "bad_images.txt"), (val, "bad_images_val.txt"))
+    )
+    num_workers = default_num_workers() if args.num_workers is None else args.num_workers
+    evaluate = partial(
+        evaluate_classifier,
+        dataset=EvalDataset(val, eval_transform(args.input_size, mean, std, crop_ratio, args.in_chans), bad_val_images),
+        precision=precision,
+        batch_size=int(1.5 * args.batch_size),
+        num_workers=num_workers,
+    )
+    return LabelledImages(train, val, checksum, bad_images, num_workers, evaluate)
+
+
+def train_batches(
+    args: argparse.Namespace, images: LabelledImages, transform: Callable[[np.ndarray], Tensor], device: torch.device
+) -> TrainingData:
+    """Views of the training images, by ``--seed``, ``--batch-size`` and ``--repeated-aug``."""
+    views = LabelledViews(images.train, transform, args.seed, images.bad_images)
+    sampler_type = RepeatedAugmentationSampler if args.repeated_aug else EpochBatchSampler
+    world_size = distributed.get_world_size()
+    sampler = sampler_type(len(views), args.batch_size, args.seed, distributed.get_rank(), world_size)
+    loader = make_loader(views, batch_sampler=sampler, num_workers=images.num_workers, device=device)
+    batch_size = args.batch_size * world_size
+    return TrainingData(views, sampler, loader, images.bad_images, images.checksum, batch_size, images.num_workers)
+
+
+def build_mixup(args: argparse.Namespace, num_classes: int) -> Mixup | None:
+    """Mixup and CutMix with smoothed labels, by the flags; None where both are off."""
+    if not mixes_labels(args):
+        return None
+    return Mixup(
+        args.mixup,
+        args.cutmix,
+        args.cutmix_minmax,
+        args.mixup_prob,
+        args.mixup_switch_prob,
+        args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=num_classes,
+    )

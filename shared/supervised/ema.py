@@ -11,7 +11,7 @@ from shared.optimisation.optim import ema_update_
 class NetworkEMA:
     """``average = decay * average + (1 - decay) * network`` after every step, for every floating-point entry.
 
-    Counters are copied. Starts as a copy of the network.
+    Counters are copied. Starts as a copy of the network. A part of checkpoints, see :meth:`shared.run.run.Run.resume`.
 
     Args:
         device: Where the average is kept; None: where the network is.
@@ -20,6 +20,7 @@ class NetworkEMA:
     def __init__(self, network: nn.Module, decay: float, device: torch.device | str | None = None):
         self.network = copy.deepcopy(network).to(device).eval().requires_grad_(False)
         self.decay = decay
+        self.state_dict, self.load_state_dict = self.network.state_dict, self.network.load_state_dict
 
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:

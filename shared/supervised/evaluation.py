@@ -24,7 +24,7 @@ def evaluate_classifier(
 ) -> dict[str, float]:
     """Classify every image once.
 
-    The network is put in eval mode and given back in the mode it came in.
+    The network is put in eval mode and given back with every module in the mode it came in.
 
     Args:
         network: Maps images (B, C, H, W) to logits (B, classes).
@@ -42,7 +42,7 @@ def evaluate_classifier(
         dataset, batch_size=batch_size, sampler=share, num_workers=num_workers, device=precision.device
     )
     sums = torch.zeros(3, dtype=torch.double, device=precision.device)
-    was_training = network.training
+    modes = {module: module.training for module in network.modules()}
     network.eval()
     done = 0
     for images, labels, _ in loader:
@@ -56,6 +56,7 @@ def evaluate_classifier(
         done += len(images)
         if between_batches is not None:
             between_batches()
-    network.train(was_training)
+    for module, mode in modes.items():
+        module.training = mode
     loss, top1, top5 = (distributed.all_reduce_sum(sums) / len(dataset)).tolist()
     return {"loss": loss, "acc1": 100 * top1, "acc5": 100 * top5}

@@ -1,22 +1,26 @@
 """The flags of DeiT's training script, which later supervised recipes took over with their defaults."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from .datasets import DATA_SETS, INAT_CATEGORIES
+from shared.images.inaturalist import CATEGORIES
+from shared.run.flags import parse_with_embedded_defaults
 
+DATA_SETS = ("CIFAR10", "CIFAR100", "IMNET", "INAT", "INAT19", "CARS", "FLOWERS", "IMNET22k")
+INAT_YEARS = {"INAT": 2018, "INAT19": 2019}
+MINIMUM = {"epochs": 1, "batch_size": 1, "log_freq": 1, "input_size": 1, "test_freq": 1, "start_epoch": 0}
 SHARES = ("smoothing", "reprob", "mixup_prob", "mixup_switch_prob", "distillation_alpha", "model_ema_decay")
 
 
 def add_data_set_flags(parser: argparse.ArgumentParser) -> None:
     """``--num_workers``, ``--data-set`` and ``--inat-category``."""
     add = parser.add_argument_group("data set").add_argument
-    add("--num_workers", type=int, default=None,
-        help="loader processes per rank; None: cores per rank less one, at most 10")  # fmt: skip
-    add("--data-set", default="IMNET", choices=DATA_SETS, help="CIFAR10, CIFAR100 (or CIFAR): --data_path is where "
-        "torchvision keeps it; INAT: it holds iNaturalist's JSON files; else images in class folders",
-        type=lambda name: "CIFAR100" if name == "CIFAR" else name)  # fmt: skip
-    add("--inat-category", default="name", choices=INAT_CATEGORIES, help="what to classify in iNaturalist")
+    workers = "loader processes per rank; None: cores per rank less one, at most 10"
+    add("--num_workers", type=int, default=None, help=workers)
+    known = "CIFAR10, CIFAR100 (or CIFAR): torchvision's, in --data_path; INAT: with its JSON files; else class folders"
+    cifar = {"CIFAR": "CIFAR100"}
+    add("--data-set", default="IMNET", choices=DATA_SETS, help=known, type=lambda name: cifar.get(name, name))
+    add("--inat-category", default="name", choices=CATEGORIES, help="what to classify in iNaturalist")
 
 
 def add_network_flags(add: Callable) -> None:
@@ -35,8 +39,8 @@ def add_augmentation_flags(parser: argparse.ArgumentParser, color_jitter: float)
     add("--aa", default="rand-m9-mstd0.5-inc1", help="timm's AutoAugment or RandAugment specification; none")
     add("--color-jitter", type=float, default=color_jitter, help="strength; not used with --aa")
     add("--train-interpolation", default="bicubic", choices=("bicubic", "bilinear", "random"), help="of the crops")
-    add("--repeated-aug", action=argparse.BooleanOptionalAction, default=True, help="three views of a third of the "
-        "images per epoch")  # fmt: skip
+    repeated = "three views of a third of the images per epoch"
+    add("--repeated-aug", action=argparse.BooleanOptionalAction, default=True, help=repeated)
     add("--reprob", type=float, default=0.25, help="probability of Random Erasing")
     add("--remode", default="pixel", choices=("const", "rand", "pixel"), help="what erased rectangles are filled with")
     add("--recount", type=int, default=1, help="number of rectangles")
@@ -74,8 +78,7 @@ def add_optimisation_flags(parser: argparse.ArgumentParser, epochs: int) -> Call
     add("--weight-decay", type=float, default=0.05, help="of matrices: not of biases, vectors and the class token")
     add("--sched", default="cosine", help="timm's name of the schedule")
     add("--lr", type=float, default=5e-4, help="peak learning rate for 512 images per step; scaled linearly")
-    add("--lr-noise", type=float, nargs="+", default=None, help="share of the epochs from which on (to which) rates "
-        "are noisy")  # fmt: skip
+    add("--lr-noise", type=float, nargs="+", default=None, help="share of the epochs from which (to which) it is noisy")
     add("--lr-noise-pct", type=float, default=0.67, help="largest relative noise")
     add("--lr-noise-std", type=float, default=1.0, help="standard deviation of the noise")
     add("--warmup-lr", type=float, default=1e-6, help="rate at the start of the warm-up; not scaled")
@@ -86,6 +89,19 @@ def add_optimisation_flags(parser: argparse.ArgumentParser, epochs: int) -> Call
     add("--cooldown-epochs", type=int, default=10, help="not used, as in the official code")
     add("--patience-epochs", type=int, default=10, help="not used: --sched plateau is refused")
     add("--amp", default="auto", choices=("auto", "bf16", "fp16", "fp32"), help="auto: bf16 where it is fast")
+    return add
+
+
+def add_evaluation_flags(parser: argparse.ArgumentParser, evaluated: str) -> Callable:
+    """When to evaluate what; returns the ``add_argument`` of the group for further flags.
+
+    Args:
+        evaluated: What ``--eval`` looks at.
+    """
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--eval", action="store_true", help=f"evaluate {evaluated} or the run in --output_dir, and stop")
+    add("--test-freq", type=int, default=1, help="epochs between evaluations")
+    add("--eval-ema", action="store_true", help="evaluate the moving average too")
     return add
 
 
@@ -100,15 +116,16 @@ def add_output_flags(add: Callable) -> None:
     add("--world_size", type=int, default=1, help="ignored: read from the environment")
 
 
-def check_recipe(parser: argparse.ArgumentParser, args: argparse.Namespace, least: dict[str, int]) -> None:
-    """Leave with an error of ``parser`` that names the first flag whose value makes no sense.
+def parse_recipe(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, embedded_defaults: dict
+) -> argparse.Namespace:
+    """Parse and check the flags of this module; without any images the defaults are those of the embedded data.
 
-    Args:
-        least: Smallest value of flags, by their names in ``args``.
+    Images to evaluate on are enough for ``--eval``. The first flag whose value makes no sense ends the program.
     """
-    for flag, value in least.items():
-        if getattr(args, flag) < value:
-            parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)} is less than {value}")
+    args = parser.parse_args(arguments)
+    data_flag = "data_path" if args.val_path is None else "val_path"
+    args = parse_with_embedded_defaults(parser, arguments, embedded_defaults, MINIMUM, data_flag)
     for flag in SHARES:
         if not 0 <= getattr(args, flag) <= 1:
             parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)} is not in [0, 1]")
@@ -116,6 +133,7 @@ def check_recipe(parser: argparse.ArgumentParser, args: argparse.Namespace, leas
         parser.error(f"--batch-size {args.batch_size}: Mixup and CutMix take pairs of images, so it must be even")
     if args.distillation_type != "none" and not args.teacher_path:
         parser.error(f"--distillation-type {args.distillation_type} needs the teacher's weights as --teacher-path")
+    return args
 
 
 def mixes_labels(args: argparse.Namespace) -> bool:

@@ -1,4 +1,4 @@
-"""timm's optimisers and schedules by name, and a step that leaves gradients out which are not finite."""
+"""timm's optimisers and schedules by name."""
 
 import argparse
 
@@ -6,9 +6,7 @@ import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler
 from timm.scheduler.scheduler import Scheduler
-from torch import Tensor, nn
-
-from shared.optimisation.optim import step_unless_not_finite
+from torch import nn
 
 FUSED = ("adam", "adamw")  # torch's fused kernels can leave a step out without waiting for it
 
@@ -55,24 +53,3 @@ def set_learning_rate(scheduler: Scheduler, optimizer: torch.optim.Optimizer, ep
     """
     scheduler.step(max(epoch - 1, 0))
     return optimizer.param_groups[0]["lr"]
-
-
-def clip_and_step(optimizer: torch.optim.Optimizer, parameters: list[Tensor], max_norm: float | None) -> Tensor:
-    """Clip the norm of all gradients together, then one step, left out when a gradient is not finite.
-
-    Args:
-        max_norm: None: no clipping.
-
-    Returns:
-        1.0 where the step was left out, else 0.0 (0-d float32 tensor).
-    """
-    parameters = [p for p in parameters if p.grad is not None]
-    if max_norm is not None:
-        norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    else:
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-    if optimizer.defaults.get("fused"):
-        return step_unless_not_finite(optimizer, norm)
-    if finite := bool(norm.isfinite()):  # waits for the device
-        optimizer.step()
-    return torch.tensor(float(not finite), device=norm.device)

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/bench_checkpoint.py [--folder FOLDER] [--rounds 5] [--out FILE.json]
 
-Ways that take turns, each over its own file of the round before:
+Implementations, alternated, each over its own file of the round before:
 
 - ``bare``: ``torch.save`` to the final name: in the page cache when it returns, torn by a kill;
 - ``flushed``: the same and fsync: what a file that survives a power cut costs at least;
@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
+from dino.hub import build_backbone
 from dino.losses import DINOLoss
-from dino.networks import build_backbone
 from dino.vision_transformer import DINOHead
 from shared.multicrop import MultiCropWrapper
 from shared.optimisation.optim import build_optimizer, param_groups_no_decay_on_bias_and_norm

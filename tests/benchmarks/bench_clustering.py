@@ -2,7 +2,7 @@
 
     python tests/benchmarks/bench_clustering.py [--threads 2] [--out FILE.json]
 
-Ways that take turns on the same features in one process, from the same rows. DeepCluster, 20 iterations:
+Implementations, alternated on the same features in one process, from the same rows. DeepCluster, 20 iterations:
 
 - ``faiss``: k-means of faiss on features that are whitened already;
 - ``step``: the whole step, PCA with whitening and k-means of faiss;

@@ -3,8 +3,8 @@
     python tests/benchmarks/bench_contriever.py [--rounds 5] [--texts 512] [--batch_size 16] [--out FILE]
     python tests/benchmarks/bench_contriever.py --model FOLDER            # another encoder
 
-Ways that take turns in one process, on the same encoder (by default the packaged one) and the same texts (documentation
-of packages):
+Implementations, alternated in one process on the same encoder (by default the packaged one) and the same texts
+(documentation of packages):
 
 - ``train/ours``: a step of in-batch training as ``train.py`` does it;
 - ``train/sentence_transformers``: the same pairs and optimiser with MultipleNegativesRankingLoss;

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/bench_knn.py [--features FOLDER] [--threads 2] [--out FILE.json]
 
-Ways that take turns on the same features in one process:
+Implementations, alternated on the same features in one process:
 
 - ``faiss``: ``IndexFlatIP``, an exact search;
 - ``plain``: a matrix product per 1 % of the queries and ``topk`` on it, as the published scripts do;

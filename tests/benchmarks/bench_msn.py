@@ -6,7 +6,7 @@
 The step is ``train_one_epoch`` of ``msn/main.py`` with one masked random anchor (the paper's table of costs): encoder
 forward and backward on what the mask leaves, target encoder on the whole view, loss, AdamW, EMA. ``anchor`` is the part
 that a mask can save, forward and backward of the encoder alone. Every ratio runs in a process of its own, so that peak
-memory is told apart; ratios take turns.
+memory is told apart; rounds alternate.
 """
 
 import argparse
@@ -20,23 +20,19 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from torch import nn
 
-from msn.collapse import CollapseMonitor
 from msn.losses import MSNLoss, new_prototypes
 from msn.main import param_groups, train_one_epoch
 from msn.schedules import Schedules, learning_rates, linear, weight_decays
 from msn.vision_transformer import ProjectionHead, VisionTransformer, build, num_kept_patches
 from shared.optimisation.optim import build_optimizer
-from shared.optimisation.precision import Precision
-from shared.run.log import RunLog
 from shared.run.memory import keep_freed_memory
-from shared.run.not_finite import FiniteGuard
+from tests.loop_run import LoopRun
 
 RATIOS = (0.0, 0.3, 0.5, 0.7)
 STEPS = 1_000  # of the schedules
@@ -48,7 +44,7 @@ class Step:
     def __init__(self, size: argparse.Namespace, ratio: float):
         torch.manual_seed(0)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.size, self.ratio, self.step = size, ratio, 0
+        self.size, self.ratio = size, ratio
         self.encoder, self.target_encoder = (self.make_encoder() for _ in range(2))
         self.target_encoder.requires_grad_(False)
         self.prototypes = nn.Parameter(new_prototypes(1024, 256).to(self.device))
@@ -63,8 +59,7 @@ class Step:
         )
         images = torch.randn(2 * size.batch_size, 3, size.rand_size, size.rand_size)
         self.batch = ([images], torch.zeros(size.batch_size), torch.arange(size.batch_size))
-        self.log = RunLog(tempfile.mkdtemp(), STEPS, log_freq=STEPS)
-        self.guard = FiniteGuard({}, ".", 0, self.device)
+        self.run = LoopRun(tempfile.mkdtemp(), STEPS, amp=size.amp, device=str(self.device), log_freq=STEPS)
 
     def make_encoder(self) -> VisionTransformer:
         encoder = build(self.size.model_name, img_size=self.size.rand_size)
@@ -80,23 +75,14 @@ class Step:
             [self.batch],
             self.optimizer,
             self.schedules,
-            epoch=0,
-            first_step=self.step,
-            steps_per_epoch=STEPS,
+            self.run,
             patch_drop=self.ratio,
             clip_grad=3.0,
-            seed=0,
-            precision=Precision(self.size.amp, self.device),
-            log=self.log,
-            monitor=CollapseMonitor(1024, STEPS),
-            guard=self.guard,
-            checkpointer=SimpleNamespace(after_step=lambda epoch, step_in_epoch: None),
         )
-        self.step += 1
 
     def anchor(self) -> None:
         images = self.batch[0][0][self.size.batch_size :].to(self.device)
-        with Precision(self.size.amp, self.device).autocast():
+        with self.run.precision.autocast():
             self.encoder(images, self.ratio).sum().backward()
         self.encoder.zero_grad(set_to_none=True)
 

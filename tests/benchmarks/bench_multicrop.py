@@ -3,7 +3,7 @@
     python tests/benchmarks/bench_multicrop.py --images FOLDER [--out FILE.json]
     python tests/benchmarks/bench_multicrop.py --loader            # through the loader, with 0, 1 and 2 workers
 
-Chains that take turns on the same files in one process with one thread:
+Augmentation chains, alternated on the same files in one process with one thread:
 
 - ``plain``: torchvision's transforms on PIL images, one per crop, as a data set class would apply them;
 - ``pil``, ``fast``: our two backends; ``fast+norm`` also normalises on the CPU, which training leaves to the device;

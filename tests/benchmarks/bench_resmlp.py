@@ -3,7 +3,7 @@
     python tests/benchmarks/bench_resmlp.py [--out FILE.json]
     python tests/benchmarks/bench_resmlp.py --archs resmlp_12 resmlp_24 --dtypes float32 --no-compile
 
-Both networks take turns in one process; the median of the ratios of neighbouring turns counts.
+Both networks, alternated in one process; the median of the ratios of neighbouring rounds counts.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from resmlp.export import TIMM_MODELS
-from resmlp.pretrained import to_timm
+from resmlp.hub import to_timm
 from resmlp.resmlp_models import ARCHITECTURES
 from tests.benchmarks.beside_timm import compare, table
 

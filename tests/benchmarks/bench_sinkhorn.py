@@ -2,7 +2,7 @@
 
     python tests/benchmarks/bench_sinkhorn.py [--threads 2] [--out FILE.json]
 
-Ways that take turns in one process:
+Implementations, alternated in one process:
 
 - ``textbook``: exp, then each normalisation as a sum and a division of the whole matrix;
 - ``ours``: ``sinkhorn_knopp``, which looks for the range of the scores and then scales two vectors;

@@ -4,7 +4,7 @@
     python tests/benchmarks/bench_step.py --growth             # cost against crops, batch, image side and outputs
     python tests/benchmarks/bench_step.py --device cuda --batch 64
 
-Steps that take turns, each in a process of its own so that peak memory is told apart:
+Steps, alternated, each in a process of its own so that peak memory is told apart:
 
 - ``plain``: the step as a textbook writes it (this file): one pass per resolution, explicit attention matrices,
   ``nn.utils.weight_norm``, a loop over pairs of crops, loops over parameters for clipping, AdamW and the teacher;
@@ -26,7 +26,6 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -34,17 +33,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dino.collapse import CollapseMonitor
+from dino.hub import build_backbone
 from dino.losses import DINOLoss
 from dino.main_dino import Schedules, train_one_epoch
-from dino.networks import build_backbone
 from dino.vision_transformer import DINOHead
 from shared.multicrop import MultiCropWrapper
 from shared.optimisation.optim import build_optimizer, param_groups_no_decay_on_bias_and_norm
-from shared.optimisation.precision import Precision, fast_bf16
+from shared.optimisation.precision import fast_bf16
 from shared.optimisation.schedules import cosine_schedule
 from shared.run.memory import keep_freed_memory
-from shared.run.not_finite import FiniteGuard
+from tests.loop_run import LoopRun
 
 LR, WEIGHT_DECAY, MOMENTUM, CLIP = 1e-4, 0.04, 0.996, 3.0
 TARGETS = {"ours": 1.2, "ours-bf16": 4.0}  # speed over plain
@@ -189,9 +187,7 @@ class OurStep:
         self.device = torch.device(size.device)
         self.student, self.teacher = (self.build(size, rate).to(self.device) for rate in (drop_path_rate, 0.0))
         self.criterion = DINOLoss(size.out_dim, 2 + size.local_crops, 0.04, 0.04, 0, 1).to(self.device)
-        self.precision = Precision(amp, self.device)
-        self.monitor = CollapseMonitor(size.out_dim, patience_steps=1)
-        self.step = 0
+        self.amp, self.log = amp, LossOfAStep()
 
     @staticmethod
     def build(size: argparse.Namespace, drop_path_rate: float) -> MultiCropWrapper:
@@ -203,17 +199,17 @@ class OurStep:
         self.teacher.load_state_dict(state)
         self.teacher.requires_grad_(False)
         self.optimizer = build_optimizer("adamw", param_groups_no_decay_on_bias_and_norm(self.student))
-        steps = 10_000
+        steps = LossOfAStep.total_steps
         self.schedules = Schedules(
             lr=cosine_schedule(LR, LR, 1, steps),
             weight_decay=cosine_schedule(WEIGHT_DECAY, WEIGHT_DECAY, 1, steps),
             momentum=cosine_schedule(MOMENTUM, MOMENTUM, 1, steps),
         )
-        networks = {"teacher": self.teacher, "student": self.student}
-        self.guard = FiniteGuard(networks, ".", max_skipped_steps=0, device=self.device)
+        self.folder = tempfile.TemporaryDirectory()
+        self.run = LoopRun(Path(self.folder.name), steps, amp=self.amp, device=self.device, max_skipped_steps=0)
+        self.run.log = self.log
 
     def __call__(self, views: list[Tensor]) -> float:
-        log = LossOfAStep()
         batch = len(views[0]) // 2
         train_one_epoch(
             self.student,
@@ -222,24 +218,17 @@ class OurStep:
             [(views, torch.zeros(batch), torch.arange(batch))],
             self.optimizer,
             self.schedules,
-            epoch=0,
-            first_step=self.step,
-            steps_per_epoch=10_000,
+            self.run,
             clip_grad=CLIP,
             freeze_last_layer=0,
-            seed=0,
-            precision=self.precision,
-            log=log,
-            monitor=self.monitor,
-            guard=self.guard,
-            checkpointer=SimpleNamespace(after_step=lambda epoch, step_in_epoch: None),
         )
-        self.step += 1
-        return log.loss
+        return self.log.loss
 
 
 class LossOfAStep:
     """Takes the place of the run's log."""
+
+    total_steps = 10_000
 
     def batches(self, loader):
         return loader

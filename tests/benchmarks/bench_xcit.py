@@ -6,7 +6,7 @@
 The ViT is timm's, with as many channels and blocks and with PyTorch's fused attention, which needs no attention matrix
 in memory: a fair opponent. For every resolution both networks do a forward pass and a training step, on a CPU each in a
 process of its own, so that peak memory (beyond that of the idle network) is told apart. The second table compares our
-network with timm's XCiT of the same weights: they take turns, the median of the ratios counts.
+network with timm's XCiT of the same weights, alternated; the median of the ratios counts.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from shared.pictures.curves import Curve, Panel, save_panels
 from tests.benchmarks import beside_timm
 from tests.benchmarks.beside_timm import WORK, do
 from xcit.cross_covariance_transformer import architecture, build_xcit
-from xcit.pretrained import to_timm
+from xcit.hub import to_timm
 
 MIB = 1 << 20
 

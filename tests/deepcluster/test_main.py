@@ -13,12 +13,14 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.metrics import normalized_mutual_info_score
+from torch import nn
 
 from deepcluster import main as script
 from deepcluster.backbones import load_network
 from deepcluster.main import parse_args, train_deepcluster
-from shared.run.attempt import Interrupted
+from shared.run.attempt import Interrupted, NotFinite
 from shared.run.checkpoint import load_latest
+from shared.run.run import Run
 from tests.processes import run_script
 from tests.reliability.runs import start_ranks
 from tests.tiny_training import Training
@@ -158,15 +160,15 @@ def test_numbered_checkpoints_count_steps(finished):
 
 
 def test_a_new_top_layer_starts_every_epoch_and_the_body_keeps_its_momentum(images, tmp_path, monkeypatch):
-    seen = []
-    step = script.training_step
+    seen, update = [], Run.update
 
-    def record(body, top_layer, images, targets, optimizers, precision):
-        state = optimizers[0].state[next(iter(optimizers[0].state))]["momentum_buffer"]
-        seen.append((top_layer.weight.detach().clone(), state.abs().sum().item(), optimizers[1].param_groups[0]))
-        return step(body, top_layer, images, targets, optimizers, precision)
+    def record(self, grad_norms, body, top_layer):
+        momentum = body.state[next(iter(body.state))]["momentum_buffer"].abs().sum().item()
+        (group,) = top_layer.param_groups
+        seen.append((group["params"][0].detach().clone(), momentum, group))
+        update(self, grad_norms, body, top_layer)
 
-    monkeypatch.setattr(script, "training_step", record)
+    monkeypatch.setattr(Run, "update", record)
     train(tmp_path, images)
     (first, momentum, _), (second, _, _), (_, _, _), (again, kept, group), *_ = seen
     assert momentum == 0 and kept > 0
@@ -229,6 +231,19 @@ def test_clusters_that_teach_nothing_are_said(images, tmp_path, capsys, monkeypa
     assert "TRIVIAL: " in printed and "--sobel" in printed
 
 
+def test_gradients_that_stay_nan_end_the_run_and_name_the_new_top_layer(images, tmp_path, monkeypatch):
+    make = script.new_top_layer
+
+    def make_broken(*args):
+        layer = make(*args)
+        nn.init.constant_(layer.bias, torch.nan)
+        return layer
+
+    monkeypatch.setattr(script, "new_top_layer", make_broken)
+    with pytest.raises(NotFinite, match=r"2 steps in a row, up to step 2, .* the first such tensor is top_layer"):
+        train(tmp_path, images, "--max_skipped_steps", 2)
+
+
 # --- Stopping and resuming --------------------------------------------------------------------------------------------
 
 
@@ -236,24 +251,29 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("stop_after", [0, 1, 3, 4])
-def test_a_run_stopped_in_a_step_ends_like_an_uninterrupted_one(images, tmp_path, monkeypatch, stop_after, finished):
-    step, calls = script.training_step, []
+def stop_after(patch, owner, name, allowed):
+    """Let ``owner.name`` be called so often, then stop the run."""
+    function, calls = getattr(owner, name), []
 
     def stop(*args):
         calls.append(args)
-        if len(calls) > stop_after:
+        if len(calls) > allowed:
             raise Stop
-        return step(*args)
+        return function(*args)
 
+    patch.setattr(owner, name, stop)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3, 4])
+def test_a_run_stopped_in_a_step_ends_like_an_uninterrupted_one(images, tmp_path, monkeypatch, steps, finished):
     flags = ("--checkpoints", 4, "--saveckp_steps", 1)
     with monkeypatch.context() as patch:
-        patch.setattr(script, "training_step", stop)
+        stop_after(patch, Run, "update", steps)
         with pytest.raises(Stop):
             train(tmp_path / "run", images, *flags)
     # clusters and top layer of an epoch that has begun come from the checkpoint
     before = state_of(tmp_path / "run")
-    assert before["clustered_epoch"] == stop_after // 3 and before["step_in_epoch"] == stop_after % 3
+    assert before["clustered_epoch"] == steps // 3 and before["step_in_epoch"] == steps % 3
     train(tmp_path / "run", images, *flags, "--workers", 1)
     assert_same_run(tmp_path / "run", finished)
 
@@ -261,16 +281,8 @@ def test_a_run_stopped_in_a_step_ends_like_an_uninterrupted_one(images, tmp_path
 def test_dropout_goes_on_where_it_was(images, tmp_path, monkeypatch, small_layers):
     flags = ("--arch", "alexnet", "--crop_size", 64, "--saveckp_steps", 1, "--epochs", 1)
     train(tmp_path / "whole", images, *flags)
-    step, calls = script.training_step, []
-
-    def stop(*args):
-        calls.append(args)
-        if len(calls) > 1:
-            raise Stop
-        return step(*args)
-
     with monkeypatch.context() as patch:
-        patch.setattr(script, "training_step", stop)
+        stop_after(patch, Run, "update", 1)
         with pytest.raises(Stop):
             train(tmp_path / "run", images, *flags)
     torch.manual_seed(99)
@@ -280,16 +292,8 @@ def test_dropout_goes_on_where_it_was(images, tmp_path, monkeypatch, small_layer
 
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_a_run_stopped_while_it_clusters_ends_like_an_uninterrupted_one(images, tmp_path, monkeypatch, epoch, finished):
-    whiten, calls = script.pca_whiten, []
-
-    def stop(*args):
-        calls.append(args)
-        if len(calls) > epoch:
-            raise Stop
-        return whiten(*args)
-
     with monkeypatch.context() as patch:
-        patch.setattr(script, "pca_whiten", stop)
+        stop_after(patch, script, "pca_whiten", epoch)
         with pytest.raises(Stop):
             train(tmp_path / "run", images, "--checkpoints", 4)
     train(tmp_path / "run", images, "--checkpoints", 4)
@@ -368,7 +372,7 @@ def test_what_does_not_fit_the_checkpoint_is_refused(images, finished, tmp_path)
         train(tmp_path / "new", images, "--resume", "/no/such/file")
     other = {key: state_of(finished)[key] for key in ("arch", "state_dict", "optimizer", "epoch")}
     torch.save(other | {"arch": "alexnet"}, tmp_path / "other.pth.tar")
-    with pytest.raises(ValueError, match="--arch test_resnet does not fit the checkpoint, which is of alexnet"):
+    with pytest.raises(ValueError, match=r"--arch test_resnet does not fit the checkpoint .* with --arch alexnet"):
         train(tmp_path / "new", images, "--resume", tmp_path / "other.pth.tar")
 
 

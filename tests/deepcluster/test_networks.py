@@ -95,7 +95,7 @@ def test_the_same_seed_gives_the_same_top_layer_whatever_was_drawn_before():
     layers = []
     for _ in range(2):
         torch.rand(3)
-        layers.append(new_top_layer(8, 4, torch.Generator().manual_seed(5)))
+        layers.append(new_top_layer(8, 4, seed=5))
     assert torch.equal(layers[0].weight, layers[1].weight)
 
 

@@ -8,10 +8,12 @@ from PIL import Image
 
 from deepcluster import report
 from deepcluster.clustering import Clusters
+from deepcluster.main import describe_clusters
 from deepcluster.report import purity, save_cluster_sheet, save_clusters, save_curves
-from deepcluster.trivial_solutions import trivial_clusters, trivial_training
+from deepcluster.trivial_solutions import HEALTH_RULES
 from shared.images.sources import ArraySource, open_source
 from shared.pictures.sheets import AGREE, DIFFER
+from shared.run.health import HealthMonitor
 
 
 def source_of(labels, classes=("cat", "dog")):
@@ -79,20 +81,23 @@ def test_curves_of_a_short_log_are_drawn(tmp_path):
     ("sizes", "sentence"),
     [
         ([0, 30, 0], "all images are in one cluster"),
-        ([40, 3, 3, 4], "the largest cluster holds 80 % of the images"),
-        ([10, 10, 10, 0, 0, 0, 0], "only 3 of 7 clusters have images"),
+        ([40, 3, 3, 4], "the largest cluster holds 40 of 50 images"),
+        ([10, 10, 10, 0, 0, 0, 0], "only 3 clusters have images and 4 have none"),
         ([10, 9, 8, 0], None),
     ],
 )
-def test_trivial_clusters_are_said_in_one_sentence_with_a_flag(sizes, sentence):
-    said = trivial_clusters(torch.tensor(sizes))
+def test_trivial_clusters_are_told_in_one_sentence_with_a_flag(sizes, sentence):
+    clusters = Clusters(torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)), len(sizes))
+    line = describe_clusters(clusters, None, source_of([0] * sum(sizes)))
+    found = HealthMonitor(HEALTH_RULES).check({"step": 0, "images": sum(sizes), **line})
     if sentence is None:
-        assert said is None
+        assert found is None
     else:
-        assert sentence in said and "--" in said
+        assert sentence in found and "--" in found
 
 
-def test_a_loss_that_stays_at_that_of_a_guess_is_said():
-    assert "ln 100 = 4.605" in trivial_training(4.6, 100)
-    assert trivial_training(4.5, 100) is None
-    assert trivial_training(0.0, 1) is None
+@pytest.mark.parametrize(("loss", "clusters", "is_told"), [(4.6, 100, True), (4.5, 100, False), (0.0, 1, False)])
+def test_a_loss_that_stays_at_that_of_a_guess_is_told(loss, clusters, is_told):
+    line = {"step": 9, "clusters": clusters, "train_loss": loss}
+    found = HealthMonitor(HEALTH_RULES).check(line)
+    assert (found is not None and "loss 4.600" in found) == is_told

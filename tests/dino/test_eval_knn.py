@@ -5,7 +5,7 @@ import torch
 
 from dino import eval_knn
 from dino.vision_transformer import vit_tiny
-from tests.dino.small_data import COLOURS, OTHER_ARCHITECTURES, write_class_folders, write_train_and_val
+from tests.dino.tiny import COLOURS, OTHER_ARCHITECTURES, write_class_folders, write_train_and_val
 
 SMALL = ["--arch", "vit_tiny", "--pretrained_weights", "random", "--image_size", "32", "--num_workers", "0"]
 
@@ -35,7 +35,7 @@ def test_published_command_lines_parse():
 def test_images_of_three_colours_are_told_apart(data, capsys):
     accuracies = run("--data_path", data, "--nb_knn", 1, 5)
     assert accuracies == {1: (100, 100), 5: (100, 100)}
-    assert re.search(r"^5-NN classifier result: Top1: 100.0, Top5: 100.0$", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^5-NN classifier result: Top1: 100.00, Top5: 100.00$", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_dumped_features_give_the_same_accuracy_when_loaded(data, tmp_path):
@@ -104,6 +104,6 @@ def test_weights_that_give_nan_features_are_refused(data, monkeypatch):
         torch.nn.init.constant_(backbone.norm.bias, torch.nan)
         return backbone, 192
 
-    monkeypatch.setattr(eval_knn, "load_pretrained", broken)
+    monkeypatch.setattr(eval_knn, "load_chosen", broken)
     with pytest.raises(ValueError, match="18 of 18 feature vectors are not finite"):
         run("--data_path", data, "--nb_knn", 3)

@@ -10,8 +10,9 @@ import timm
 import torch
 from torch import nn
 
-from dino.export import export, main, timm_options
-from dino.networks import build_backbone
+from dino.export import export, main
+from dino.hub import build_backbone
+from shared.networks.export import timm_arguments
 from shared.networks.weights import load_backbone_weights, safe_load
 
 
@@ -69,7 +70,7 @@ def test_other_networks_are_exported(arch, tmp_path):
 def test_network_of_another_shape_is_not_taken_for_that_of_timm():
     backbone = make_backbone("resnet18")
     backbone.layer4 = nn.Identity()
-    assert timm_options("resnet18", backbone) is None
+    assert timm_arguments("resnet18", backbone, {"in_chans": 3}) is None
 
 
 def test_command_exports_a_training_checkpoint(tmp_path, monkeypatch, capsys):

@@ -1,55 +1,164 @@
-"""The end of a run: what was learned, where the files are, and commands that their scripts understand."""
+"""Collapse diagnostics where a small network really collapses, curves, views, and commands that scripts understand."""
 
+import copy
 import importlib
 import json
+import math
 import shlex
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from matplotlib.figure import Figure
+from torch import nn
 
-from dino.report import next_commands, summary
+from dino.augmentations import dino_views
+from dino.losses import DINOLoss
+from dino.main_dino import output_health, parse_args
+from dino.report import CURVES, health_rules, next_commands, save_view_sheet
+from dino.vision_transformer import DINOHead
 from shared.evaluation.knn_monitor import KNNMonitor
 from shared.images.sources import ArraySource
+from shared.multicrop import MultiCropDataset
+from shared.optimisation.optim import ema_update_
+from shared.pictures.report import save_curves
+from shared.run.health import HealthMonitor
+
+K = 64
+HEALTHY = {"step": 100, "teacher_entropy": 2.0, "kl": 0.5, "feature_spread": 0.9, "loss": 2.5, "ln_k": math.log(K)}
+UNIFORM = {"teacher_entropy": math.log(K), "kl": 0.0, "loss": math.log(K)}
+ONE_OUTPUT = {"teacher_entropy": 0.0, "kl": 0.0}
 
 
-def make_monitor(num_train: int = 90, classes: int = 3) -> KNNMonitor:
+def monitor_of(flags: str = "", steps_per_epoch: int = 10) -> HealthMonitor:
+    """Of a run of 20 epochs, two of them warm-up: verdicts after 50 steps, some after 70."""
+    args = parse_args(["--data_path", "x", *"--epochs 20 --warmup_epochs 2".split(), *flags.split()])
+    return HealthMonitor(health_rules(args, steps_per_epoch))
+
+
+def train(steps: int = 150, center_momentum: float = 0.9, teacher_temp: float = 0.04, momentum: float = 0.9) -> str:
+    """DINO without images, on noisy copies of points of 16 clusters; what is said of it."""
+    torch.manual_seed(0)
+    clusters = torch.randn(16, 32)
+    head = DINOHead(32, K, hidden_dim=64, bottleneck_dim=16)
+    student = nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 32))
+    teacher, teacher_head = copy.deepcopy(student), copy.deepcopy(head)
+    parameters = [*student.parameters(), *head.parameters()]
+    averages = [*teacher.parameters(), *teacher_head.parameters()]
+    optimizer = torch.optim.AdamW([p for p in parameters if p.requires_grad], lr=3e-3)
+    criterion = DINOLoss(K, 2, teacher_temp, teacher_temp, 0, 1, center_momentum=center_momentum)
+    flags = {"momentum_teacher": momentum, "teacher_temp": teacher_temp, "warmup_teacher_temp": teacher_temp}
+    monitor = monitor_of(" ".join(f"--{name} {value}" for name, value in flags.items()))
+    for step in range(steps):
+        points = clusters[torch.randint(16, (64,))].repeat(2, 1)
+        views = points + 0.3 * torch.randn_like(points)
+        with torch.no_grad():
+            features = teacher(views)
+            teacher_logits = teacher_head(features)
+        loss = criterion(head(student(views)), teacher_logits, 0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        ema_update_(averages, parameters, momentum)
+        health = output_health(criterion, loss, features)
+        monitor.check({name: float(value) for name, value in health.items()} | {"step": step, "loss": loss.item()})
+    return "\n".join(monitor.warnings.values())
+
+
+def test_a_run_that_learns_is_healthy():
+    assert train() == ""
+
+
+def test_without_centring_the_teacher_gives_one_output():
+    sentence = train(center_momentum=1.0)
+    assert "COLLAPSE: the teacher gives every image the same output" in sentence and "--center_momentum" in sentence
+
+
+def test_without_sharpening_the_output_is_uniform():
+    sentence = train(teacher_temp=1.0)
+    assert "COLLAPSE: the teacher's output is uniform" in sentence and "--teacher_temp" in sentence
+
+
+def test_without_a_momentum_teacher_that_is_what_is_named():
+    """Its temperature is below the safe one, and its centre moves: neither is at fault."""
+    sentence = train(momentum=0.0, teacher_temp=0.012)
+    assert "COLLAPSE: the teacher gives every image the same output" in sentence
+    assert "raise --momentum_teacher" in sentence and "--teacher_temp" not in sentence
+
+
+@pytest.mark.parametrize(
+    ("flags", "named", "not_named"),
+    [
+        ("--teacher_temp 0.07", "lower --teacher_temp and --warmup_teacher_temp (0.04 is safe)", "--momentum_teacher"),
+        ("--teacher_temp 0.03", "raise --momentum_teacher, or lower --teacher_temp", "safe"),
+        ("--momentum_teacher 0", "raise --momentum_teacher (0.996)", "--teacher_temp"),
+        ("--momentum_teacher 0 --teacher_temp 0.07", "raise --momentum_teacher (0.996)", "--teacher_temp"),
+    ],
+)
+def test_a_uniform_output_names_the_flag_that_is_out_of_the_ordinary(flags, named, not_named):
+    sentence = monitor_of(flags).check(HEALTHY | UNIFORM)
+    assert "COLLAPSE: the teacher's output is uniform (entropy 4.159 of ln K = 4.159)" in sentence
+    assert named in sentence and not_named not in sentence
+
+
+@pytest.mark.parametrize(
+    ("line", "flag", "first_step"),
+    [
+        (UNIFORM, "--teacher_temp", 70),
+        (ONE_OUTPUT, "--center_momentum", 50),
+        ({"feature_spread": 0.001}, "--lr", 50),
+        ({"loss": math.log(K)}, "--momentum_teacher", 70),
+    ],
+)
+def test_a_slow_start_is_no_failure(line, flag, first_step):
+    """At the start a healthy run looks uniform and flat, so that these wait for the end of the warm-up."""
+    monitor = monitor_of()
+    assert monitor.check(HEALTHY | line | {"step": first_step - 1}) is None
+    assert flag in monitor.check(HEALTHY | line | {"step": first_step})
+    assert monitor.check(HEALTHY | line | {"step": first_step + 1}) is None
+
+
+def test_a_healthy_line_and_one_without_finite_steps_say_nothing():
+    assert monitor_of().check(HEALTHY) is None
+    assert monitor_of().check(dict.fromkeys(HEALTHY, math.nan) | {"step": 100}) is None
+
+
+# --- Pictures and commands --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Figures as they are saved."""
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args: (figures.append(figure), save(figure, *args)))
+    return figures
+
+
+def test_curves_show_the_loss_both_ways_to_collapse_and_knn(drawn, tmp_path):
+    lines = [HEALTHY | {"step": 10}, HEALTHY | {"step": 20, "loss": 2.0}, {"step": 20, "knn_top1": 91.2}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    save_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png", "DINO", CURVES)
+    loss, health, knn = drawn[0].axes
+    assert loss.lines[0].get_ydata().tolist() == [2.5, 2.0]
+    assert [line.get_ydata()[0] for line in health.lines] == [2.0, 0.5, math.log(K)]
+    assert knn.lines[0].get_ydata().tolist() == [91.2]
+
+
+def test_the_view_sheet_names_global_and_local_views(drawn, tmp_path):
+    images = ArraySource("image", np.zeros((1, 32, 32, 3), np.uint8))
+    dataset = MultiCropDataset(images, dino_views((0.4, 1.0), (0.05, 0.4), 10, 32, 16))
+    save_view_sheet(dataset, tmp_path / "views.png")
+    titles = [axes.get_title() for axes in drawn[0].axes]
+    assert titles == ["global 1, 32 px", "global 2, 32 px", *(f"local {n}, 16 px" for n in range(1, 11))]
+
+
+def make_monitor(num_train: int) -> KNNMonitor:
     sources = [
-        ArraySource(name, np.zeros((n, 8, 8), np.uint8), np.arange(n) % classes, [*"abcdefghij"[:classes]])
+        ArraySource(name, np.zeros((n, 8, 8), np.uint8), np.arange(n) % 3, [*"abc"])
         for name, n in (("train", num_train), ("val", 10))
     ]
     return KNNMonitor(tuple(sources), 32, (0.5,) * 3, (0.5,) * 3, None, epochs=1, device="cpu")
-
-
-def write_log(folder, *lines) -> None:
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def summarize(folder, knn, problems=()):
-    return summary(folder, "vit_tiny", 4, 32, "/my images", None, knn, [folder / "views.png"], list(problems))
-
-
-def test_summary_names_what_was_learned_and_the_files(tmp_path):
-    write_log(
-        tmp_path,
-        {"step": 0, "epoch": 0, "knn_top1": 30.0},
-        {"step": 10, "epoch": 0, "loss": None},  # every step was left out
-        {"step": 20, "epoch": 0, "loss": 6.2},
-        {"step": 30, "epoch": 0, "loss": 5.1},
-        {"step": 30, "epoch": 1, "knn_top1": 42.5},
-    )
-    text = summarize(tmp_path, make_monitor(), problems=["step 30: COLLAPSE"])
-    assert "loss 6.200 at step 20, loss 5.100 at step 30" in text
-    assert "k-NN on val: 10 images, 3 classes: 30.0 % after 0 steps, 42.5 % after 30 steps (chance 33.3 %)" in text
-    for shown in ("step 30: COLLAPSE", tmp_path / "checkpoint.pth", tmp_path / "log.txt", tmp_path / "views.png"):
-        assert str(shown) in text
-
-
-def test_summary_of_a_run_without_labels_or_finite_steps(tmp_path):
-    write_log(tmp_path, {"step": 10, "epoch": 0, "loss": None})
-    text = summarize(tmp_path, SimpleNamespace(disabled_reason="the images have no classes"))
-    assert "no k-NN evaluation: the images have no classes" in text
-    assert "Problems" not in text
 
 
 @pytest.mark.parametrize("arch", ["vit_tiny", "xcit_nano_12_p16", "resnet18"])
@@ -57,8 +166,9 @@ def test_summary_of_a_run_without_labels_or_finite_steps(tmp_path):
 @pytest.mark.parametrize("num_train", [None, 90, 500])
 def test_next_commands_are_understood_and_fit_the_run(arch, data_path, num_train, tmp_path):
     knn = make_monitor(num_train) if num_train else SimpleNamespace(disabled_reason="no classes")
+    run = {"arch": arch, "patch_size": 4, "global_crop_size": 32, "data_path": data_path, "val_path": None}
     found = {}
-    for line in next_commands(tmp_path, arch, 4, 32, data_path, None, knn):
+    for line in next_commands(SimpleNamespace(**run), tmp_path, knn):
         _, script, *arguments = shlex.split(line)
         found[script] = importlib.import_module(f"dino.{script[:-3]}").parse_args(arguments)
     assert ("eval_knn.py" in found) == ("eval_linear.py" in found) == (num_train is not None)

@@ -8,24 +8,16 @@ import torch
 from PIL import Image
 from timm.models.xcit import Xcit
 
+from dino.attention import class_attention, last_class_attention, save_attention
 from dino.augmentations import MEAN, STD, dino_views
-from dino.networks import build_backbone
 from dino.vision_transformer import VisionTransformer
-from dino.visualize_attention import (
-    class_attention,
-    last_class_attention,
-    main,
-    parse_args,
-    prepare_image,
-    save_attention,
-    training_views,
-    visualize_attention,
-)
+from dino.visualize_attention import parse_args, prepare_image, training_views, visualize_attention
+from shared.networks.classifiers import fill_classifier
 from shared.networks.weights import WeightMismatch
-from shared.pictures.attention import attended_patches, overlay_mask, to_picture
-from tests.dino.small_data import write_class_folders
+from shared.pictures.attention import to_picture
+from tests.dino.tiny import write_checkpoint, write_class_folders
 from xcit.cross_covariance_transformer import XCiT
-from xcit.pretrained import fill, from_timm
+from xcit.hub import from_timm
 
 HEADS = 3
 
@@ -49,27 +41,9 @@ def test_attention_and_class_token_share_sum_to_one():
     torch.testing.assert_close(attention.sum(dim=(2, 3)) + own, torch.ones(2, HEADS))
 
 
-def test_network_without_class_token_is_refused():
-    flags = "--arch resnet18 --pretrained_weights random --image_path x.jpg"
-    with pytest.raises(ValueError, match="--arch resnet18: attention maps need vit_tiny"):
-        visualize_attention(parse_args(flags.split()))
-
-
 def test_image_smaller_than_a_patch_is_refused():
     with pytest.raises(ValueError, match="less than a patch of 4"):
         class_attention(make_vit(), torch.zeros(1, 3, 3, 8))
-
-
-@pytest.mark.parametrize("threshold", [0.1, 0.5, 0.6, 0.99, 1.0])
-def test_attended_patches_are_the_fewest_that_hold_the_share(threshold):
-    attention = torch.rand(HEADS, 3, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    for values, mask in zip(attention, attended_patches(attention, threshold), strict=True):
-        total = values.sum()
-        assert values[mask].sum() / total >= threshold - 1e-9
-        if threshold < 1:
-            least = values[mask].min()
-            assert (values[mask].sum() - least) / total < threshold
-        assert not (~mask).any() or values[~mask].max() <= values[mask].min()
 
 
 def test_picture_is_the_image_before_normalisation():
@@ -87,15 +61,6 @@ def test_one_channel_is_the_luminance():
 @pytest.mark.parametrize(("size", "expected"), [([7, 9], (7, 9)), ([10], (10, 20))])
 def test_image_size_is_height_and_width_or_the_short_side(size, expected):
     assert prepare_image(np.zeros((30, 60, 3), dtype=np.uint8), size).shape == (3, *expected)
-
-
-def test_mask_is_coloured_and_outlined():
-    mask = np.zeros((20, 20), dtype=bool)
-    mask[5:15, 5:15] = True
-    picture = overlay_mask(np.zeros((20, 20, 3), dtype=np.uint8), mask)
-    assert (picture[0, 0] == 0).all()
-    assert (picture[5, 5:15] == 255).all()
-    assert picture[10, 10, 0] > 100 > picture[10, 10, 1]
 
 
 def test_every_file_is_written_and_shows_its_map(tmp_path):
@@ -126,10 +91,7 @@ def test_without_threshold_there_are_no_masks(tmp_path):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    backbone, _ = build_backbone("vit_tiny", patch_size=4, img_size=16)
-    path = tmp_path_factory.mktemp("weights") / "checkpoint.pth"
-    torch.save({"teacher": {f"backbone.{name}": value for name, value in backbone.state_dict().items()}}, path)
-    return path
+    return write_checkpoint(tmp_path_factory.mktemp("weights") / "checkpoint.pth", patch_size=4)
 
 
 def test_official_flags_and_defaults():
@@ -208,15 +170,6 @@ def test_other_architecture_is_refused(checkpoint, tmp_path):
         visualize_attention(parse_args(flags.split()))
 
 
-def test_mistakes_end_with_one_line(monkeypatch, capsys, tmp_path):
-    command = f"visualize_attention.py --pretrained_weights random --image_path {tmp_path / 'nothing.jpg'}"
-    monkeypatch.setattr("sys.argv", command.split())
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code == 2
-    assert "nothing.jpg" in capsys.readouterr().err
-
-
 # --- XCiT -------------------------------------------------------------------------------------------------------------
 
 
@@ -241,7 +194,7 @@ def test_class_attention_of_xcit_makes_the_output_of_its_last_attention():
 def test_class_attention_is_that_of_the_xcit_folder_with_the_same_weights():
     model, images = make_xcit(), torch.randn(1, 3, 24, 16)
     network = XCiT(patch_size=8, embed_dim=32, depth=1, num_heads=2, num_classes=0)
-    fill(network, from_timm(model.state_dict()), "timm")
+    fill_classifier(network, from_timm(model.state_dict()), "timm")
     torch.testing.assert_close(class_attention(model, images), network.eval().class_attention(images))
 
 

@@ -1,4 +1,4 @@
-"""The small experiments behind msn/README.md: the paper's claims on the embedded digits, and CIFAR-10 at small scale.
+"""The small experiments behind msn/RESULTS.md: the paper's claims on the embedded digits, and CIFAR-10 at small scale.
 
     make evidence METHOD=msn                                          # the claims, about an hour on one core
     python tests/evidence/msn.py --only cifar10 --cifar10 DIR         # DIR holds train/ and test/ with class folders
@@ -18,11 +18,10 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from dino import pretrained as dino_pretrained
-from msn.augmentations import MEAN, STD
+from dino import hub as dino_hub
+from msn.hub import MEAN, STD, load_pretrained
 from msn.logistic_eval import LastClassToken, LowShotClassifier, draw_per_class
 from msn.main import build_encoder, parse_args
-from msn.pretrained import load_pretrained
 from shared.evaluation.features import extract_features
 from shared.evaluation.knn import knn_classify
 from shared.images.labelled import open_labelled
@@ -145,7 +144,7 @@ def against_dino(out: Path, parallel: int, seeds: tuple[int, ...], epochs: int) 
     as_many = max(1, round(epochs * MSN_TOKENS / DINO_TOKENS))
     theirs = Variant(f"DINO, {as_many} epochs", f"{DINO} --epochs {as_many}")
     for result in run_all("dino", [theirs], out, parallel, seeds):
-        backbone, _ = dino_pretrained.load_pretrained("vit_tiny", 4, result["run"] / "checkpoint.pth")
+        backbone, _ = dino_hub.load_pretrained("vit_tiny", 4, result["run"] / "checkpoint.pth")
         results.append(result | low_shot(backbone, None, None, 16))
     columns = {name: COLUMNS[name] for name in ("knn_before", "knn_last", "knn_1", "knn_2", "knn_5", "feature_spread")}
     write(out, "msn_against_dino", results, table(results, columns))

@@ -18,8 +18,8 @@ sys.path.insert(0, str(ROOT))
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from resmlp.hub import build_network
 from resmlp.main import parse_args
-from resmlp.networks import build_network
 from tests.evidence.runs import (
     Variant,
     classifier,

@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from swav.augmentations import MEAN, STD
+from swav.hub import MEAN, STD
 from tests.evidence.runs import PixelFeatures, Variant, in_parallel, linear, main, run_all, spread, table, write
 
 RUN = "--num_workers 0 --pictures off --checkpoint_freq 0"

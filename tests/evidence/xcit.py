@@ -20,8 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.evidence import dino
 from tests.evidence.runs import Variant, classifier, in_parallel, linear, main, run, run_all, table, write
+from xcit.hub import build_network
 from xcit.main import parse_args
-from xcit.networks import build_network
 
 RUN = (
     "--num_workers 0 --pictures off --log_freq 20 --no-model-ema --no-repeated-aug --drop-path 0 --reprob 0 --full_crop"

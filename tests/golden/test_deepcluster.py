@@ -19,13 +19,13 @@ from deepcluster.clustering import (
 from deepcluster.eval_linear import LayerFeatures, learning_rate, score_crops
 from deepcluster.eval_voc_classif import average_precisions
 from deepcluster.gradient_ascent import deprocess
-from deepcluster.main import build_sgd, nmi, training_step
+from deepcluster.main import build_sgd, nmi, train_one_epoch
 from deepcluster.networks import sobel_filter
 from deepcluster.rmac import Whitening, region_vectors, rmac, rmac_regions
 from deepcluster.sampling import cluster_lists, draw_uniformly, pseudo_labels
-from shared.optimisation.precision import Precision
 from tests.golden.golden_file import GoldenFile
 from tests.golden.hash_fill import hash_filled, hash_input
+from tests.loop_run import LoopRun
 
 GOLDEN = GoldenFile("deepcluster")
 
@@ -174,7 +174,7 @@ def test_official_networks(case):
         torch.testing.assert_close(probe["linear"](inputs), GOLDEN.tensor(key), **close)
 
 
-def test_two_epochs_of_training():
+def test_two_epochs_of_training(tmp_path):
     """The top layer's optimiser starts again in the second epoch, the body's goes on."""
     weights = GOLDEN.state_dict("train_toy/sd/")
     body, top_layer = (nn.Linear(*weights[f"{name}.weight"].shape[::-1]) for name in ("features", "top_layer"))
@@ -183,13 +183,15 @@ def test_two_epochs_of_training():
     network = nn.Sequential(body, nn.ReLU())
     lr, decay = GOLDEN.scalar("train_toy/in/lr"), 10 ** rounded("train_toy/in/wd_pow")
     optimizer = build_sgd(network, lr, 0.9, decay)
-    precision = Precision("fp32", torch.device("cpu"))
-    batches = list(zip(GOLDEN.tensor("train_toy/in/x"), GOLDEN.tensor("train_toy/in/y"), strict=True))
+    x, targets = GOLDEN.tensor("train_toy/in/x"), GOLDEN.tensor("train_toy/in/y")
+    indices = torch.arange(targets.numel()).view(targets.shape)
+    batches = [([views], None, batch) for views, batch in zip(x, indices, strict=True)]
     for epoch in (1, 2):
         optimizers = optimizer, build_sgd(top_layer, lr, 0, decay)
-        steps = [training_step(network, top_layer, x, y, optimizers, precision) for x, y in batches]
-        loss = torch.stack([loss for loss, _ in steps]).mean()
-        torch.testing.assert_close(loss, GOLDEN.tensor(f"train_toy/out/loss_epoch{epoch}"), rtol=1e-4, atol=1e-6)
+        run = LoopRun(tmp_path, len(batches), epochs=2, epoch=epoch - 1)
+        train_one_epoch(network, top_layer, targets.flatten(), batches, optimizers, run, numbered_every=0)
+        expected = GOLDEN.scalar(f"train_toy/out/loss_epoch{epoch}")
+        assert run.log_epoch()["train_loss"] == pytest.approx(expected, rel=1e-4, abs=1e-6)
         for name, layer in (("features", body), ("top_layer", top_layer)):
             for key, value in layer.state_dict().items():
                 expected = GOLDEN.tensor(f"train_toy/out/epoch{epoch}/{name}.{key}")

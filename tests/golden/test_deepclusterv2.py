@@ -1,7 +1,6 @@
 """DeepCluster-v2's memory, clustering and training against arrays measured on the reference, on one and two ranks."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,16 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared.optimisation.precision import Precision
-from shared.run.log import RunLog
-from shared.run.not_finite import FiniteGuard
 from swav import main_deepclusterv2
-from swav.collapse import CollapseMonitor
-from swav.kmeans import cluster_memory
+from swav.kmeans import MemoryBank, cluster_memory
 from swav.larc import LARC
-from swav.memory_bank import MemoryBank
 from swav.resnet50 import MultiPrototypes
 from tests.golden.golden_file import GoldenFile
 from tests.golden.small_resnet import small_resnet
+from tests.loop_run import LoopRun
 from tests.processes import run_processes
 
 GOLDEN = GoldenFile("deepcluster")
@@ -27,8 +23,8 @@ CASES = [case for case in GOLDEN.cases("v2/") if case.startswith("cluster")]
 TEMPERATURE = 0.1
 
 
-def filled_memory(embeddings: Tensor, indices: Tensor) -> MemoryBank:
-    memory = MemoryBank(*embeddings.shape)
+def filled_memory(embeddings: Tensor, indices: Tensor, num_images: int) -> MemoryBank:
+    memory = MemoryBank(num_images, *embeddings.shape)
     memory.write(0, indices, embeddings)
     return memory
 
@@ -45,7 +41,7 @@ def centroids(case: str, suffix: str = "") -> list[Tensor]:
 def cluster(embeddings: Tensor, indices: Tensor, sizes: list[int], num_images: int, starts: list[Tensor]):
     """Assignments and centroids; what lies in the heads before does not matter."""
     heads = MultiPrototypes(embeddings.shape[2], sizes).heads()
-    assignments = cluster_memory(filled_memory(embeddings, indices), heads, num_images, starts)
+    assignments = cluster_memory(filled_memory(embeddings, indices, num_images), heads, starts)
     return assignments, [head.weight.detach() for head in heads]
 
 
@@ -112,31 +108,22 @@ def test_an_epoch_follows_the_reference(tmp_path):
     sizes = [len(c) for c in centroids("train_epoch")]
     network = Stub([GOLDEN.tensor(key) for key in GOLDEN.keys(f"{case}/in/z")], sizes)
     heads = network.prototypes.heads()
-    memory = filled_memory(GOLDEN.tensor(f"{case}/in/mem_emb"), GOLDEN.tensor(f"{case}/in/mem_index"))
     wanted = GOLDEN.tensor(f"{case}/out/assignments")
-    assignments = cluster_memory(memory, heads, wanted.shape[1], orders("train_epoch"))
-    assert torch.equal(assignments, wanted)
+    stored = GOLDEN.tensor(f"{case}/in/mem_emb"), GOLDEN.tensor(f"{case}/in/mem_index")
+    memory = filled_memory(*stored, wanted.shape[1])
+    memory.assignments = cluster_memory(memory, heads, orders("train_epoch"))
+    assert torch.equal(memory.assignments, wanted)
 
     main_deepclusterv2.train_one_epoch(
         network,
+        memory,
         [([torch.zeros(1)], torch.zeros(batch_size), indices) for indices in batches],
         LARC(network.prototypes.parameters(), lr=0.0),
         GOLDEN[f"{case}/in/lr"],
-        memory,
-        assignments,
+        LoopRun(tmp_path, steps, network=network),
         crops_for_assign=list(range(len(memory.embeddings))),
         temperature=TEMPERATURE,
         freeze_prototypes_niters=steps,
-        epoch=0,
-        first_step=0,
-        steps_per_epoch=steps,
-        seed=0,
-        precision=Precision("fp32", CPU),
-        log=RunLog(tmp_path, steps, log_freq=1),
-        usage=main_deepclusterv2.cluster_usage(assignments, heads),
-        monitor=CollapseMonitor(min(sizes), steps, main_deepclusterv2.ADVICE),
-        guard=FiniteGuard({"network": network}, tmp_path, max_skipped_steps=1, device=CPU),
-        checkpointer=SimpleNamespace(after_step=lambda epoch, step_in_epoch: None),
     )
     losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     torch.testing.assert_close(torch.tensor(losses), GOLDEN.tensor(f"{case}/out/loss"), rtol=1e-4, atol=0)
@@ -155,7 +142,7 @@ def test_memory_is_filled_in_train_mode_and_crop_by_crop():
     indices = GOLDEN.tensor(f"{case}/in/index")
     crops = [[GOLDEN.tensor(key) for key in GOLDEN.keys(f"{case}/in/x{step}_")] for step in range(len(indices))]
     loader = [([torch.cat(c)], torch.zeros(len(i)), i) for c, i in zip(crops, indices, strict=True)]
-    memory = MemoryBank(*GOLDEN[f"{case}/out/mem_emb"].shape)
+    memory = MemoryBank(0, *GOLDEN[f"{case}/out/mem_emb"].shape)
     precision = Precision("fp32", CPU)
     main_deepclusterv2.fill_memory(network, loader, memory, list(range(len(crops[0]))), precision)
 

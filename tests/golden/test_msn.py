@@ -3,7 +3,6 @@
 Every size, parameter and case name comes from the file, so the tests hold for any file of this layout.
 """
 
-import json
 from functools import partial
 
 import numpy as np
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from msn import vision_transformer
-from msn.collapse import CollapseMonitor
 from msn.linear_eval import LinearClassifier, build_optimizer, train_one_epoch
 from msn.logistic_eval import LowShotClassifier, preprocess
 from msn.losses import MSNLoss
@@ -22,16 +20,14 @@ from msn.schedules import Schedules, learning_rates, linear, weight_decays
 from msn.vision_transformer import ProjectionHead, VisionTransformer, interpolate_positions
 from shared import distributed
 from shared.optimisation.optim import build_optimizer as build_adamw
-from shared.optimisation.precision import Precision
 from shared.optimisation.schedules import cosine_schedule
-from shared.run.log import RunLog
-from shared.run.not_finite import FiniteGuard
+from shared.run.log import read_log
 from shared.sinkhorn import sinkhorn_knopp
 from tests.golden.golden_file import GoldenFile
+from tests.loop_run import LoopRun
 from tests.processes import run_processes
 
 GOLDEN = GoldenFile("msn")
-CPU = torch.device("cpu")
 RANKS = len({key.split("/")[-1] for key in GOLDEN.keys("loss_dist/") if "/in/anchors_r" in key})
 
 assert_close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
@@ -360,8 +356,10 @@ def test_training_follows_the_reference_step_by_step(case, tmp_path, monkeypatch
     np.testing.assert_allclose(schedules.weight_decay, GOLDEN[f"{case}/out/wd"], rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(schedules.sharpen, GOLDEN[f"{case}/out/T"], rtol=1e-5, atol=1e-7)
 
-    log, recorder = RunLog(tmp_path, epochs * steps, log_freq=1), Recorder(encoder, target_encoder, prototypes)
+    recorder = Recorder(encoder, target_encoder, prototypes)
     for epoch in range(epochs):
+        run = LoopRun(tmp_path, steps, epochs, epoch, encoder=encoder)
+        run.checkpointer = recorder
         pretrain_one_epoch(
             encoder,
             target_encoder,
@@ -370,20 +368,12 @@ def test_training_follows_the_reference_step_by_step(case, tmp_path, monkeypatch
             batches,
             optimizer,
             schedules,
-            epoch=epoch,
-            first_step=0,
-            steps_per_epoch=steps,
+            run,
             patch_drop=value("patch_drop"),
             clip_grad=value("clip_grad"),
-            seed=0,
-            precision=Precision("fp32", CPU),
-            log=log,
-            monitor=CollapseMonitor(len(prototypes), patience_steps=epochs * steps),
-            guard=FiniteGuard({"encoder": encoder}, tmp_path, max_skipped_steps=1, device=CPU),
-            checkpointer=recorder,
         )
 
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = read_log(tmp_path / "metrics.jsonl")
     losses, expected = np.array([[x["msn"], x["me_max"], x["ent"]] for x in lines]), GOLDEN[f"{case}/out/losses"]
     np.testing.assert_allclose(losses[0], expected[0], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(losses, expected, rtol=5e-3, atol=5e-3)
@@ -405,7 +395,7 @@ def test_training_follows_the_reference_step_by_step(case, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("case", cases("lineval"))
-def test_linear_classifier_and_its_optimiser(case):
+def test_linear_classifier_and_its_optimiser(case, tmp_path):
     state = GOLDEN.state_dict(f"{case}/in/sd/")
     steps, total_steps = int(given(case, "steps")), int(given(case, "total_steps"))
     classifier = LinearClassifier(len(state["norm.weight"]), int(given(case, "num_classes")), given(case, "normalize"))
@@ -416,10 +406,9 @@ def test_linear_classifier_and_its_optimiser(case):
 
     batches = [(GOLDEN.tensor(f"{case}/in/x{i}"), GOLDEN.tensor(f"{case}/in/y{i}").long()) for i in range(steps)]
     assert_close(classifier(batches[0][0]).detach(), GOLDEN.tensor(f"{case}/out/logits0"))
-    losses = [
-        train_one_epoch(classifier, nn.Identity(), [batch], optimizer, [lr])
-        for batch, lr in zip(batches, lrs, strict=False)
-    ]
+    loader = [([x], labels, None) for x, labels in batches]
+    train_one_epoch(classifier, nn.Identity(), loader, optimizer, lrs, LoopRun(tmp_path, steps))
+    losses = [line["loss"] for line in read_log(tmp_path / "metrics.jsonl")]
     np.testing.assert_allclose(losses, GOLDEN[f"{case}/out/losses"], rtol=1e-4, atol=1e-5)
     for name, expected in GOLDEN.state_dict(f"{case}/out/final/").items():
         assert_close(classifier.state_dict()[name], expected)

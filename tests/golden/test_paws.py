@@ -11,20 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from paws import losses
+from paws.augmentations import choose_recipe
 from paws.evaluation import classify
 from paws.heads import Encoder
 from paws.networks import Backbone, WideResNetEncoder, build_encoder
 from paws.optimisation import LARS, lr_schedule, parameter_groups
 from paws.paws_train import train_one_epoch
 from paws.support_sampler import SupportSampler
-from shared.optimisation.precision import Precision
-from shared.run.log import RunLog
-from shared.run.not_finite import FiniteGuard
 from tests.golden.golden_file import GoldenFile
+from tests.loop_run import LoopRun
 from tests.processes import run_processes
 
 GOLDEN = GoldenFile("paws")
-CPU = torch.device("cpu")
 ARCHITECTURES = {0: "wide_resnet28w2", 1: "resnet50", 2: "resnet101", 3: "resnet50w2", 4: "resnet50w4"}
 
 
@@ -385,28 +383,20 @@ def test_training_follows_the_reference_step_by_step(case, tmp_path):
     np.testing.assert_allclose(rates, GOLDEN[f"{case}/out/lr"], atol=1e-6)
     snapshots = GOLDEN[f"{case}/in/snap_steps"].astype(int).tolist()
     recorder = Recorder(encoder, ipe, snapshots)
-    guard = FiniteGuard({"encoder": encoder}, tmp_path, max_skipped_steps=1, device=CPU)
-    log = RunLog(tmp_path, epochs * ipe, log_freq=1)
     for epoch in range(epochs):
+        run = LoopRun(tmp_path, ipe, epochs, epoch, encoder=encoder)
+        run.checkpointer = recorder
         train_one_epoch(
             encoder,
             zip(batches, supports, strict=True),
             optimizer,
             rates,
             labels,
+            choose_recipe("digits", normalize=False),
+            run,
             temperature=number(case, "tau"),
             sharpen_temperature=number(case, "T"),
             me_max=bool(number(case, "me_max")),
-            mean=(0, 0, 0),
-            std=(1, 1, 1),
-            epoch=epoch,
-            first_step=0,
-            steps_per_epoch=ipe,
-            seed=0,
-            precision=Precision("fp32", CPU),
-            log=log,
-            guard=guard,
-            checkpointer=recorder,
         )
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     found = torch.tensor([[line["ploss"], line["me_max"]] for line in lines])

@@ -12,7 +12,7 @@ from timm.data.mixup import mixup_target
 from resmlp.main import parse_args
 from resmlp.resmlp_models import Affine, Block, ResMLP
 from shared.supervised.data import RepeatedAugmentationSampler
-from shared.supervised.distillation import distillation_loss
+from shared.supervised.losses import distillation_loss
 from shared.supervised.optimizer import build_timm_optimizer, build_timm_schedule, set_learning_rate
 from tests.golden.golden_file import GoldenFile
 

@@ -14,19 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared.optimisation.precision import Precision
 from shared.optimisation.schedules import cosine_schedule
-from shared.run.log import RunLog
-from shared.run.not_finite import FiniteGuard
-from swav import main_swav
-from swav.collapse import CollapseMonitor, PrototypeUsage
+from swav import losses, main_swav
 from swav.larc import LARC
-from swav.losses import EmbeddingQueue
+from swav.losses import EmbeddingQueue, SwappedPrediction
+from swav.report import PrototypeUsage
 from tests.golden.golden_file import GoldenFile
 from tests.golden.small_resnet import small_resnet
+from tests.loop_run import LoopRun
 
 GOLDEN = GoldenFile("swav")
-CPU = torch.device("cpu")
 TEMPERATURE, EPSILON, SINKHORN_ITERATIONS, TRAIN_WEIGHT_DECAY = 0.1, 0.05, 3, 1e-4
 
 
@@ -53,7 +50,7 @@ class Stub(nn.Module):
 class Recorder:
     """Stands for the checkpointer: looks at the training after every step."""
 
-    def __init__(self, network: nn.Module, queue: EmbeddingQueue | None):
+    def __init__(self, network: nn.Module, queue: EmbeddingQueue):
         self.prototypes, self.queue = network.prototypes, queue
         self.gradients, self.weights, self.queues = [], [], []
 
@@ -61,7 +58,7 @@ class Recorder:
         weight = self.prototypes.weight
         self.gradients.append(torch.zeros_like(weight) if weight.grad is None else weight.grad.clone())
         self.weights.append(weight.detach().clone())
-        if self.queue is not None:
+        if self.queue.is_used:
             self.queues.append(self.queue.embeddings.clone())
 
 
@@ -71,12 +68,13 @@ def train(
     """The real train_one_epoch on one epoch of ``batches``; what the case's arrays are compared with."""
     steps, codes_per_step, batch_size, nmb_prototypes = GOLDEN[f"{case}/out/q"].shape
     frozen = [not gradient.any() for gradient in GOLDEN[f"{case}/out/grad_prototypes"]]
-    queue = None
+    queue = EmbeddingQueue(codes_per_step, 0, 1)  # never used
     if f"{case}/out/queue_after" in GOLDEN:
         queue = EmbeddingQueue(*GOLDEN[f"{case}/out/queue_after"].shape[1:])
+    queue.has_started = True
 
     rows, codes = [], []
-    sinkhorn = main_swav.sinkhorn_knopp
+    sinkhorn = losses.sinkhorn_knopp
 
     def recorded(scores: Tensor, *args, **kwargs) -> Tensor:
         assert args == (EPSILON, SINKHORN_ITERATIONS)
@@ -84,33 +82,23 @@ def train(
         codes.append(sinkhorn(scores, *args, **kwargs))
         return codes[-1]
 
-    monkeypatch.setattr(main_swav, "sinkhorn_knopp", recorded)
-    recorder = Recorder(network, queue)
+    monkeypatch.setattr(losses, "sinkhorn_knopp", recorded)
+    run = LoopRun(tmp_path, steps, network=network)
+    run.checkpointer = recorder = Recorder(network, queue)
     main_swav.train_one_epoch(
         network,
+        SwappedPrediction(range(codes_per_step), TEMPERATURE, EPSILON, SINKHORN_ITERATIONS),
+        queue,
+        PrototypeUsage(nmb_prototypes),
         [(views, torch.zeros(batch_size), torch.arange(batch_size)) for views in batches],
         optimizer,
         GOLDEN[f"{case}/in/lr"],
-        queue,
-        crops_for_assign=list(range(codes_per_step)),
-        temperature=TEMPERATURE,
-        epsilon=EPSILON,
-        sinkhorn_iterations=SINKHORN_ITERATIONS,
+        run,
         freeze_prototypes_niters=frozen.index(False) if False in frozen else steps,
-        epoch=0,
-        first_step=0,
-        steps_per_epoch=steps,
-        seed=0,
-        precision=Precision("fp32", CPU),
-        log=RunLog(tmp_path, steps, log_freq=1),
-        usage=PrototypeUsage(nmb_prototypes),
-        monitor=CollapseMonitor(nmb_prototypes, steps, main_swav.ADVICE),
-        guard=FiniteGuard({"network": network}, tmp_path, max_skipped_steps=1, device=CPU),
-        checkpointer=recorder,
     )
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    loss = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     return SimpleNamespace(
-        losses=torch.tensor(losses),
+        losses=torch.tensor(loss),
         rows=torch.tensor(rows),
         codes=torch.stack([q[-batch_size:] for q in codes]).unflatten(0, (steps, codes_per_step)),
         recorder=recorder,
@@ -127,7 +115,7 @@ def compare(case: str, found: SimpleNamespace, loss_rtol: float, codes_atol: flo
     assert torch.equal(found.rows, expected("sinkhorn_rows"))
     close(torch.stack(found.recorder.gradients), expected("grad_prototypes"))
     close(torch.stack(found.recorder.weights), expected("prototypes_after"))
-    if found.recorder.queue is not None:
+    if found.recorder.queue.is_used:
         close(torch.stack(found.recorder.queues), expected("queue_after"))
 
 

@@ -15,7 +15,7 @@ from dino.vision_transformer import DINOHead
 from shared.multicrop import MultiCropWrapper
 from shared.optimisation.optim import build_optimizer, param_groups_no_decay_on_bias_and_norm
 from shared.supervised.data import RepeatedAugmentationSampler
-from shared.supervised.distillation import distillation_loss
+from shared.supervised.losses import distillation_loss
 from tests.golden.golden_file import GoldenFile
 from tests.loop_run import LoopRun
 from xcit.cross_covariance_transformer import (

@@ -13,20 +13,20 @@ import torch
 from msn import eval_knn, export, fine_tune, linear_eval, logistic_eval, visualize_attention
 from msn.fine_tune import layer_of, param_groups
 from msn.flags import load_chosen_encoder
-from msn.labelled_training import LabelledTraining
+from msn.hub import CARD, load_pretrained
+from msn.labelled_training import Validation, from_official
 from msn.linear_eval import LinearClassifier, RateInMomentumSGD
-from msn.pretrained import load_pretrained
 from msn.vision_transformer import VisionTransformer
+from shared.networks.export import timm_arguments
 from shared.run.attempt import Interrupted
 from shared.run.checkpoint import Checkpointer, load_latest
-from tests.msn.runs import CHECKPOINT, small_networks
+from tests.msn.tiny import CHECKPOINT, small_networks
 from tests.processes import run_processes
 from tests.reliability.runs import assert_same
 
 
-def send_sigterm_in_call(monkeypatch, method: str, number: int) -> None:
-    """The run gets SIGTERM in this call (from 1) of ``Checkpointer.after_step`` or ``LabelledTraining.validate``."""
-    owner = Checkpointer if method == "after_step" else LabelledTraining
+def send_sigterm_in_call(monkeypatch, owner: type, method: str, number: int) -> None:
+    """The run gets SIGTERM in this call (from 1) of a method."""
     real, calls = getattr(owner, method), []
 
     def with_signal(*args, **kwargs):
@@ -38,9 +38,14 @@ def send_sigterm_in_call(monkeypatch, method: str, number: int) -> None:
     monkeypatch.setattr(owner, method, with_signal)
 
 
-# The call in which SIGTERM comes, and the epoch and step at which the run stops: in the middle of an epoch of three
-# steps, in its last step, and while the images are validated.
-INTERRUPTIONS = [("after_step", 2, (0, 2)), ("after_step", 6, (1, 3)), ("validate", 1, (0, 3))]
+def assert_same_end(one, other, file: str) -> None:
+    """The checkpoints of two folders are equal, and so are the lines of their epochs."""
+    states = [load_latest(folder / file) for folder in (one, other)]
+    for state in states:
+        del state["args"], state["log"]["lengths"]  # folders, loader processes, and numbers of the clock
+    assert_same(*states, file)
+    lines = [(folder / file.replace(".pth.tar", ".txt")).read_text() for folder in (one, other)]
+    assert lines[0] == lines[1] and len(lines[0].splitlines()) == 2
 
 
 # --- Linear evaluation ------------------------------------------------------------------------------------------------
@@ -73,29 +78,28 @@ def test_linear_evaluation_learns_and_writes_the_official_layout(run, images, tm
         linear(run, images, tmp_path / "y", "--training", "false")
 
 
-@pytest.mark.parametrize(("method", "call", "position"), INTERRUPTIONS)
-def test_linear_evaluation_stopped_by_a_signal_ends_like_an_uninterrupted_one(
-    run, images, tmp_path, monkeypatch, method, call, position
-):
+def test_linear_evaluation_beside_a_training_ends_like_an_uninterrupted_one(run, images, tmp_path, monkeypatch):
     file = "msn-lin-eval.pth.tar"
     whole = linear(run, images, tmp_path / "whole")
-    shutil.copy(run / "attempt.json", tmp_path)  # the folder of a training that may still run, in another process
-    send_sigterm_in_call(monkeypatch, method, call)
+    for name in ("attempt.json", "metrics.jsonl", "log.txt"):  # of a training in another process, which may still run
+        shutil.copy(run / name, tmp_path)
+    send_sigterm_in_call(monkeypatch, Checkpointer, "after_step", 2)
     with pytest.raises(Interrupted):
         linear(run, images, tmp_path)
     monkeypatch.undo()
     state = load_latest(tmp_path / file)
-    assert (state["epoch"], state["step_in_epoch"]) == position
-    assert linear(run, images, tmp_path, "--num_workers", 1) == whole
-    assert_same(load_latest(tmp_path / file), load_latest(tmp_path / "whole" / file), "checkpoint")
-    assert (tmp_path / "msn-lin-eval.txt").read_text() == (tmp_path / "whole" / "msn-lin-eval.txt").read_text()
+    assert (state["epoch"], state["step_in_epoch"]) == (0, 2)
+    assert linear(run, images, tmp_path) == whole
+    assert_same_end(tmp_path, tmp_path / "whole", file)
+    for name in ("attempt.json", "metrics.jsonl", "log.txt"):
+        assert (tmp_path / name).read_bytes() == (run / name).read_bytes()
 
 
 def test_linear_evaluation_goes_on_with_a_file_of_the_official_layout(run, images, tmp_path):
     whole = linear(run, images, tmp_path / "whole")
     linear(run, images, tmp_path / "first", "--epochs", 2)
     state = load_latest(tmp_path / "first" / "msn-lin-eval.pth.tar")
-    for ours in ("flags", "pretrained", "log", "step_in_epoch", "images", "epoch_loss", "fp16_scaler"):
+    for ours in ("args", "pretrained", "log", "step_in_epoch", "images", "skipped_steps", "fp16_scaler"):
         del state[ours]
     (tmp_path / "official").mkdir()
     torch.save(state, tmp_path / "official" / "msn-lin-eval.pth.tar")
@@ -103,6 +107,13 @@ def test_linear_evaluation_goes_on_with_a_file_of_the_official_layout(run, image
     shutil.copy(run / CHECKPOINT, tmp_path / "official" / "msn-lin-eval.pth.tar")
     with pytest.raises(ValueError, match="is a checkpoint of another script"):
         linear(run, images, tmp_path / "official")
+
+
+def test_an_earlier_layout_goes_on_after_the_lines_of_its_log():
+    checkpoint = {"best_top1_acc": 50.0, "batch_size": 4, "world_size": 2, "flags": {"lr": 0.1}, "log": [{"epoch": 0}]}
+    state = from_official(checkpoint, 7, "msn-lin-eval.pth.tar")
+    assert state["log"] == {"lengths": {"log.txt": len('{"epoch": 0}\n')}, "sums": []}
+    assert (state["args"], state["batch_size"], state["best_top1_acc"]) == ({"lr": 0.1}, 8, {"best": 50.0})
 
 
 def linear_of_rank(rank: int, run: str, images: str, folder: str) -> None:
@@ -115,7 +126,7 @@ def linear_of_rank(rank: int, run: str, images: str, folder: str) -> None:
 def interrupted_linear_of_rank(rank: int, run: str, images: str, folder: str) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(Interrupted):
         if rank == 1:
-            send_sigterm_in_call(monkeypatch, "after_step", 2)
+            send_sigterm_in_call(monkeypatch, Checkpointer, "after_step", 2)
         linear_of_rank(rank, run, images, folder)
 
 
@@ -123,10 +134,9 @@ def test_two_processes_stop_together_and_each_goes_on_with_its_own_losses(run, i
     run_processes(linear_of_rank, 2, str(run), str(images), str(tmp_path / "whole"))
     run_processes(interrupted_linear_of_rank, 2, str(run), str(images), str(tmp_path / "parts"))
     stopped = load_latest(tmp_path / "parts" / "msn-lin-eval.pth.tar")
-    assert stopped["step_in_epoch"] == 2 and stopped["epoch_loss"][:, 1].tolist() == [8, 8]
+    assert stopped["step_in_epoch"] == 2 and [sums["epoch"]["loss"][1] for sums in stopped["log"]["sums"]] == [2, 2]
     run_processes(linear_of_rank, 2, str(run), str(images), str(tmp_path / "parts"))
-    whole, parts = (load_latest(tmp_path / name / "msn-lin-eval.pth.tar") for name in ("whole", "parts"))
-    assert_same(parts, whole, "checkpoint")
+    assert_same_end(tmp_path / "parts", tmp_path / "whole", "msn-lin-eval.pth.tar")
 
 
 def test_the_published_linear_config_is_understood():
@@ -171,38 +181,17 @@ def tune(run, images, folder, *flags) -> dict[str, float]:
     return fine_tune.fine_tune(args)
 
 
-@pytest.mark.parametrize(("method", "call", "position"), INTERRUPTIONS)
-def test_fine_tuning_stopped_by_a_signal_ends_like_an_uninterrupted_one_with_all_of_its_augmentation(
-    run, images, tmp_path, monkeypatch, method, call, position
-):
+def test_fine_tuning_stopped_in_a_validation_ends_like_an_uninterrupted_one(run, images, tmp_path, monkeypatch):
+    """With all of its augmentation."""
     whole = tune(run, images, tmp_path / "whole")
-    send_sigterm_in_call(monkeypatch, method, call)
+    send_sigterm_in_call(monkeypatch, Validation, "run", 1)
     with pytest.raises(Interrupted):
         tune(run, images, tmp_path / "parts")
     monkeypatch.undo()
     state = load_latest(tmp_path / "parts" / "fine-tune.pth.tar")
-    assert (state["epoch"], state["step_in_epoch"]) == position
-    assert tune(run, images, tmp_path / "parts", "--num_workers", 1) == whole
-    whole, parts = (load_latest(tmp_path / name / "fine-tune.pth.tar") for name in ("whole", "parts"))
-    assert_same(parts, whole, "checkpoint")
-
-
-@pytest.mark.parametrize("script", [linear, tune])
-def test_steps_are_saved_by_flag(run, images, tmp_path, monkeypatch, script):
-    def fail(*args, **kwargs):
-        raise OSError("the disk is gone")
-
-    monkeypatch.setattr(LabelledTraining, "validate", fail)
-    with pytest.raises(OSError, match="the disk is gone"):
-        script(run, images, tmp_path, "--saveckp_steps", 2)
-    (path,) = tmp_path.glob("*.pth.tar")
-    assert load_latest(path)["step_in_epoch"] == 2
-
-
-def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(run, images, tmp_path):
-    with pytest.raises(ValueError, match=r"the loss is (nan|inf); try a smaller --lr"):
-        tune(run, images, tmp_path, "--lr", 1e30, "--saveckp_steps", 1)
-    assert not list(tmp_path.glob("*.pth.tar")) or load_latest(tmp_path / "fine-tune.pth.tar")["step_in_epoch"] < 3
+    assert (state["epoch"], state["step_in_epoch"]) == (0, 3)
+    assert tune(run, images, tmp_path / "parts") == whole
+    assert_same_end(tmp_path / "parts", tmp_path / "whole", "fine-tune.pth.tar")
 
 
 def test_fine_tuning_with_other_flags_than_the_checkpoints_is_refused(run, images, tmp_path):
@@ -321,8 +310,8 @@ def test_export_gives_the_same_features_everywhere(run, tmp_path):
 
 def test_timm_knows_the_published_shapes():
     with torch.device("meta"):
-        encoder = export.build("deit_small", img_size=32)
-    options = {"name": "deit_small", **export.sizes_in(encoder.state_dict(), "deit_small")}
+        encoder = CARD.build("deit_small", img_size=32)
+    options = {"in_chans": 3, **CARD.sizes("deit_small", encoder.state_dict())}
     expected = {
         "model_name": "vit_small_patch16_224",
         "num_classes": 0,
@@ -330,4 +319,4 @@ def test_timm_knows_the_published_shapes():
         "img_size": 32,
         "in_chans": 3,
     }
-    assert export.timm_options(encoder, options) == expected
+    assert timm_arguments(export.timm_name("deit_small"), encoder, options) == expected

@@ -1,5 +1,6 @@
 """Official checkpoint layouts, strictly; hub entries and the released files; jobs."""
 
+import dataclasses
 import functools
 import http.server
 import threading
@@ -8,12 +9,12 @@ import pytest
 import torch
 
 import hubconf
-from msn import linear_eval, main_distributed, pretrained
+from msn import linear_eval, main_distributed
 from msn import main as main_msn
-from msn.pretrained import RELEASES, load_pretrained
+from msn.hub import CARD, load_pretrained
 from msn.vision_transformer import ProjectionHead, build
 from shared.networks.weights import DownloadError, WeightMismatch
-from tests.msn.runs import CHECKPOINT, TINY, losses, state_of
+from tests.msn.tiny import CHECKPOINT, ONE_EPOCH, losses, state_of
 
 ENTRIES = [name for name in dir(hubconf) if name.startswith("msn_")]
 
@@ -63,7 +64,7 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
         load_pretrained("deit_tiny", tmp_path, "a.pth.tar", "teacher")
     with pytest.raises(ValueError, match="no weights are released for --model_name deit_tiny"):
         load_pretrained("deit_tiny")
-    with pytest.raises(ValueError, match=r"nowhere\.pth is not a file"):
+    with pytest.raises(ValueError, match=r"nowhere\.pth is neither a file nor a release"):
         load_pretrained("deit_tiny", "nowhere.pth")
 
 
@@ -87,21 +88,21 @@ def server(tmp_path, monkeypatch):
 
 
 def test_every_release_has_an_entry_and_the_published_name(server):
-    assert set(ENTRIES) == set(RELEASES)
-    assert {release.file for release in RELEASES.values()} == {
+    assert set(ENTRIES) == set(CARD.releases)
+    assert {release.file for release in CARD.releases.values()} == {
         "vits16_800ep.pth.tar", "vitb16_600ep.pth.tar", "vitl16_600ep.pth.tar", "vitb4_300ep.pth.tar",
         "vitl7_200ep.pth.tar",
     }  # fmt: skip
     for name in ENTRIES:
         with torch.device("meta"):
             assert sum(p.numel() for p in getattr(hubconf, name)(pretrained=False).parameters()) > 20e6
-        with pytest.raises(DownloadError, match=RELEASES[name].file):
+        with pytest.raises(DownloadError, match=CARD.releases[name].file):
             getattr(hubconf, name)()
 
 
 def test_an_entry_is_filled_from_the_released_file_once(server):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(pretrained.RELEASES, "msn_vits16", pretrained.Release("deit_tiny", "vits16_800ep.pth.tar"))
+        patch.setitem(CARD.releases, "msn_vits16", dataclasses.replace(CARD.releases["msn_vits16"], arch="deit_tiny"))
         source = official_file(server / "vits16_800ep.pth.tar", patch_size=8, img_size=16)
         encoder = hubconf.msn_vits16(img_size=16)
         torch.testing.assert_close(encoder.pos_embed, source.pos_embed)
@@ -142,7 +143,7 @@ def test_linear_evaluation_is_a_job_too(submitted):
 
 
 def test_debug_trains_in_this_process(images, tmp_path):
-    flags = [*TINY, "--data_path", str(images), "--ngpus", "0", "--output_dir", str(tmp_path / "%j")]
+    flags = [*ONE_EPOCH, "--data_path", str(images), "--ngpus", "0", "--output_dir", str(tmp_path / "%j")]
     main_distributed.submit([*flags, "--cluster", "debug"])
     assert len(losses(tmp_path / "debug")) == 3
     assert state_of(tmp_path / "debug")["epoch"] == 1

@@ -1,15 +1,25 @@
-"""Views, schedules, the collapse monitor and the pictures."""
+"""Views, schedules, signs of a collapse and the sheet of views."""
+
+import argparse
 
 import numpy as np
 import pytest
 import torch
 
+from msn import report
 from msn.augmentations import msn_views
-from msn.collapse import CollapseMonitor
-from msn.pictures import GREY, mask_patches, save_curves, save_views
+from msn.report import GREY, health_rules, mask_patches, save_view_sheet
 from msn.schedules import learning_rates, linear, weight_decays
+from shared.run.health import HealthMonitor
 
-HEALTHY = {"step": 100, "target_entropy": 0.8, "information": 1.5, "feature_spread": 0.8, "msn": 1.5}
+HEALTHY = {
+    "step": 100,
+    "target_entropy": 0.8,
+    "information": 1.5,
+    "feature_spread": 0.8,
+    "msn": 1.5,
+    "ln_k": np.log(16),
+}
 
 
 def test_the_published_recipe():
@@ -66,7 +76,7 @@ def test_schedules_end_after_four_fifths_of_their_way():
     ],
 )
 def test_each_collapse_is_named_once_with_a_flag_to_try(change, kind):
-    monitor = CollapseMonitor(16, patience_steps=50)
+    monitor = monitor_of(epochs=10, warmup=0)  # of steps that wait for 50
     assert monitor.check(HEALTHY | change | {"step": 49}) is None
     sentence = monitor.check(HEALTHY | change)
     assert list(monitor.warnings) == ([kind] if kind else [])
@@ -74,8 +84,12 @@ def test_each_collapse_is_named_once_with_a_flag_to_try(change, kind):
     assert monitor.check(HEALTHY | change) is None
 
 
+def monitor_of(**flags) -> HealthMonitor:
+    return HealthMonitor(health_rules(argparse.Namespace(**flags), steps_per_epoch=20))
+
+
 def test_a_start_may_look_flat():
-    monitor = CollapseMonitor(16, patience_steps=50, warmup_steps=80)
+    monitor = monitor_of(epochs=10, warmup=4)
     assert monitor.check(HEALTHY | {"msn": 2.77}) is None
     assert monitor.check(HEALTHY | {"msn": 2.77, "step": 130}) is not None
 
@@ -88,12 +102,17 @@ def test_masked_patches_are_grey():
     assert (masked[:4, :4] == GREY).all() and (masked[4:, 4:] == GREY).all()
 
 
-def test_pictures_of_views_and_curves(run, tmp_path):
-    views = [torch.zeros(3, 16, 16, dtype=torch.uint8)] * 2 + [torch.zeros(3, 8, 8, dtype=torch.uint8)] * 11
-    for rand_views, given in ((1, views), (0, views[:1] + views[2:])):
-        path = save_views(given, rand_views, torch.tensor([0]), 4, tmp_path / f"views{rand_views}.png")
-        assert path.stat().st_size > 1000
-    assert save_curves(run / "metrics.jsonl", tmp_path / "curves.png").stat().st_size > 1000
-    (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(ValueError, match="no training steps"):
-        save_curves(tmp_path / "empty.jsonl", tmp_path / "curves.png")
+@pytest.mark.parametrize("rand_views", [0, 1])
+def test_the_sheet_of_views_shows_what_a_mask_hides(rand_views, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(report, "save_views", lambda groups, *args, **kwargs: drawn.extend(groups))
+    views = [torch.zeros(1 + rand_views, 3, 16, 16, dtype=torch.uint8), torch.zeros(11, 3, 8, 8, dtype=torch.uint8)]
+    save_view_sheet(views, 4, 0.5, tmp_path / "views.png")
+    (target, *random), focal = drawn
+    assert not target.pixels.any() and target.title == "target, 16 px"
+    assert [tile.title for tile in (*random, focal[0])] == [
+        *["random anchor, 16 px"] * rand_views,
+        "focal anchor, 8 px",
+    ]
+    masked, seen = (random, focal) if rand_views else (focal, [])
+    assert all((tile.pixels == GREY).mean() == 0.5 for tile in masked) and not any(t.pixels.any() for t in seen)

@@ -10,6 +10,7 @@ from PIL import Image
 from paws import paws_train
 from shared import distributed
 from shared.run.checkpoint import load_latest
+from shared.run.run import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMON = (
@@ -57,6 +58,23 @@ def train_on_rank(rank: int, *flags) -> None:
     """One of several processes of ``run_processes``, which have joined already."""
     distributed.init = lambda *_: torch.device("cpu")
     train(*flags)
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_after(steps: int):
+    """Stands for ``Run.update``: breaks off in the middle of the step after so many."""
+    update, calls = Run.update, []
+
+    def stop(*args):
+        calls.append(args)
+        if len(calls) > steps:
+            raise Stop
+        update(*args)
+
+    return stop
 
 
 def lines(output_dir) -> list[dict]:

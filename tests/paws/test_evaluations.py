@@ -10,12 +10,19 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from paws import evaluation, few_labels, fine_tune, pseudo_labels, snn_eval, snn_fine_tune
+from paws import evaluation, few_labels, fine_tune, pseudo_labels, snn_eval, snn_fine_tune, suncet_train
+from paws.augmentations import choose_recipe
 from paws.labels import open_partly_labelled
-from shared.run.attempt import Interrupted
+from paws.losses import support_labels
+from paws.networks import build_encoder
+from paws.optimisation import LARS, parameter_groups
+from shared.run.attempt import Interrupted, NotFinite
+from shared.run.run import Run
 from shared.supervised.evaluation import evaluate_classifier
-from tests.paws.small_runs import comparable, lines, state_of, train, write_noise, write_own_pictures
+from tests.loop_run import LoopRun
+from tests.paws.small_runs import Stop, comparable, lines, state_of, stop_after, train, write_noise, write_own_pictures
 from tests.reliability.runs import assert_same
 
 SAME = ("--dataset", "digits", "--image_size", "12", "--model_name", "wide_resnet10w1", "--num_workers", "0")
@@ -101,18 +108,9 @@ def test_fine_tuning_starts_from_the_projection_head_and_resumes(images, run, tm
     assert "7 of 9 entries of the classifier come from the projection head" in printed
     assert f"Top-1 accuracy after the last epoch: {whole['acc1']:.2f} %" in printed
 
-    calls, loss = [], fine_tune.cross_entropy
-
-    def stopping(*args, **kwargs):
-        calls.append(args)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return loss(*args, **kwargs)
-
-    monkeypatch.setattr(fine_tune, "cross_entropy", stopping)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(Run, "update", stop_after(3))
         fine_tune.fine_tune(fine_tune.parse_args([*flags, "--output_dir", str(tmp_path / "parts")]))
-    monkeypatch.undo()
     parts = fine_tune.fine_tune(fine_tune.parse_args([*flags, "--output_dir", str(tmp_path / "parts")]))
     assert parts == whole
     name = "paws-fine-tune.pth.tar"
@@ -165,19 +163,10 @@ def test_fine_tuning_for_nearest_neighbours_keeps_the_statistics_and_resumes(ima
         assert torch.equal(before[key], after[key]) == statistic or not before[key].any(), key
     assert [line["step"] for line in lines(tmp_path / "whole") if "snn_top1" in line] == [0, 3]
 
-    calls, loss = [], snn_fine_tune.contrast
-
-    def stopping(*args, **kwargs):
-        calls.append(args)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return loss(*args, **kwargs)
-
-    monkeypatch.setattr(snn_fine_tune, "contrast", stopping)
     parts = snn_fine_tune.parse_args([*flags, "--output_dir", str(tmp_path / "parts")])
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(Run, "update", stop_after(1))
         snn_fine_tune.snn_fine_tune(parts)
-    monkeypatch.undo()
     parts = snn_fine_tune.parse_args([*flags, "--output_dir", str(tmp_path / "parts")])
     assert snn_fine_tune.snn_fine_tune(parts) == whole
     assert_same(*(comparable(state_of(tmp_path / f, name)) for f in ("parts", "whole")), "checkpoint")
@@ -202,6 +191,35 @@ def test_a_run_that_started_from_other_weights_is_refused(images, run, tmp_path)
     flags[flags.index("--pretrained") + 1] = "random"
     with pytest.raises(ValueError, match="started from other weights than those of --pretrained"):
         fine_tune.fine_tune(fine_tune.parse_args(flags))
+
+
+class NotFiniteUnderAutocast(nn.Module):
+    """Spoils what it gets in the precision of the training; notes a random number for each pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.draws = []
+
+    def forward(self, x):
+        self.draws.append(torch.rand(()).item())
+        return x * torch.nan if torch.is_autocast_enabled("cpu") else x
+
+
+@pytest.mark.parametrize("program", [suncet_train, fine_tune, snn_fine_tune])
+def test_the_tensor_that_is_named_comes_from_the_step_as_it_was(program, tmp_path):
+    encoder = build_encoder("wide_resnet10w1", output_dim=8)
+    encoder.fc.relu1 = NotFiniteUnderAutocast()
+    batch = ([torch.randn(4, 3, 8, 8)], None, torch.arange(4))
+    batches = [(batch, batch)] if program is suncet_train else [batch]
+    labels = torch.zeros(4, dtype=torch.int64) if program is fine_tune else support_labels(1, 2, views=2)
+    options = {} if program is fine_tune else {"temperature": 0.1}
+    if program is suncet_train:
+        options["supervised_epochs"] = 1
+    run = LoopRun(tmp_path, 1, amp="bf16", encoder=encoder)
+    optimizer, recipe = LARS(parameter_groups(encoder, 0.0)), choose_recipe("digits")
+    with pytest.raises(NotFinite, match=r"the first such tensor is encoder\.fc\.relu1 "):
+        program.train_one_epoch(encoder, batches, optimizer, np.zeros(1), labels, recipe, run, **options)
+    assert len(set(encoder.fc.relu1.draws)) == 1 < len(encoder.fc.relu1.draws)
 
 
 # --- Pseudo-labels ----------------------------------------------------------------------------------------------------

@@ -14,14 +14,17 @@ import yaml
 from paws import main as programs
 from paws import paws_train, suncet_train
 from paws.collapse import CollapseMonitor
+from shared.run.run import Run
 from tests.paws.small_runs import (
     COMMON,
     ROOT,
     TINY,
+    Stop,
     comparable,
     lines,
     losses,
     state_of,
+    stop_after,
     train,
     train_on_rank,
     write_noise,
@@ -147,25 +150,8 @@ def test_every_unlabelled_image_gets_a_label_and_a_confidence(whole, images):
         assert 1 / 3 <= float(row["confidence"]) <= 1
 
 
-class Stop(Exception):
-    pass
-
-
-def stop_after(steps: int):
-    """Stands for the optimiser's step: breaks off in the middle of the step after so many."""
-    step, calls = paws_train.step_unless_not_finite, []
-
-    def stop(*args):
-        calls.append(args)
-        if len(calls) > steps:
-            raise Stop
-        return step(*args)
-
-    return stop
-
-
 def train_on_rank_and_stop(rank: int, steps: int, *flags) -> None:
-    paws_train.step_unless_not_finite = stop_after(steps)
+    Run.update = stop_after(steps)
     with contextlib.suppress(Stop):
         train_on_rank(rank, *flags)
 
@@ -173,7 +159,7 @@ def train_on_rank_and_stop(rank: int, steps: int, *flags) -> None:
 @pytest.mark.parametrize("steps", [2, 3, 4])
 def test_a_run_stopped_anywhere_ends_like_an_uninterrupted_one(images, whole, tmp_path, monkeypatch, steps):
     flags = ("--data_path", images, *FEW, "--epochs", 2, "--saveckp_steps", 1, "--eval_knn_freq", 1)
-    monkeypatch.setattr(paws_train, "step_unless_not_finite", stop_after(steps))
+    monkeypatch.setattr(Run, "update", stop_after(steps))
     with pytest.raises(Stop):
         train(tmp_path, *flags)
     monkeypatch.undo()
@@ -190,14 +176,14 @@ def test_a_run_stopped_between_two_epochs_ends_like_an_uninterrupted_one(images,
 
     flags = ("--data_path", images, *FEW, "--epochs", 2, "--saveckp_steps", 1, "--eval_knn_freq", 1)
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(paws_train.Checkpointer, "after_epoch", stop)
+        patch.setattr(Run, "end_epoch", stop)
         train(tmp_path, *flags)
     with monkeypatch.context() as patch, pytest.raises(Stop):  # no step before this save
-        patch.setattr(paws_train, "step_unless_not_finite", stop)
+        patch.setattr(Run, "update", stop)
         train(tmp_path, *flags)
     uninterrupted = tmp_path / "uninterrupted"
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(paws_train, "step_unless_not_finite", stop_after(3))
+        patch.setattr(Run, "update", stop_after(3))
         train(uninterrupted, *flags)
     assert_same(*(comparable(state_of(folder)) for folder in (tmp_path, uninterrupted)), "checkpoint")
 

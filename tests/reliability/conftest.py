@@ -4,7 +4,7 @@ import pytest
 
 from tests.reliability.runs import Run
 
-FAST = ("test_files", "test_kill", "test_save", "test_signals", "test_silent_degradation")
+FAST = ("test_files", "test_kill", "test_save", "test_signals", "test_silent_degradation", "test_trainings")
 
 
 def pytest_collection_modifyitems(items):

@@ -163,6 +163,31 @@ def nan_in_views(steps: Container[int], rank: int = 0) -> None:
     randomness.seed_step, main_dino.normalize_views = remember, spoilt
 
 
+def nan_in_loss(steps: Container[int]) -> None:
+    """The loss of these steps (from 0, of the whole run) is not a number."""
+    from shared.run.run import Run
+
+    backward = Run.backward
+
+    def spoilt(self, loss: torch.Tensor, *optimizers) -> None:
+        backward(self, loss * torch.nan if self.step in steps else loss, *optimizers)
+
+    Run.backward = spoilt
+
+
+def slow_saves(seconds: float) -> None:
+    """Every save takes so much longer."""
+    from shared.run.checkpoint import Checkpointer
+
+    save = Checkpointer.save
+
+    def slow(self, *args, **kwargs) -> None:
+        time.sleep(seconds)
+        save(self, *args, **kwargs)
+
+    Checkpointer.save = slow
+
+
 def scale_loss_on_cpu(growth_interval: int) -> None:
     """The loss is scaled as for fp16 on a GPU, in float32 so that a CPU can do it."""
     from shared.run import run

@@ -1,4 +1,4 @@
-"""k-NN, linear evaluation, pictures, export and SLURM launcher; self-supervised training by DINO."""
+"""k-NN, linear evaluation, pictures and export; self-supervised training by DINO."""
 
 import importlib
 import json
@@ -11,14 +11,13 @@ import torch
 from PIL import Image
 
 from dino import main_dino
-from resmlp import eval_knn, eval_linear, run_with_submitit, visualize_cross_patch
+from resmlp import eval_knn, eval_linear, visualize_cross_patch
 from resmlp.export import export
-from resmlp.pretrained import load_network
+from resmlp.hub import load_network
 from resmlp.resmlp_models import ResMLP
 from resmlp.visualize_cross_patch import locality, rows_as_maps, save_cross_patch_layers, to_colors
 from shared.networks.weights import safe_load
 from tests.resmlp.test_resmlp_models import randomize
-from tests.resmlp.training_runs import TINY
 
 
 def knn(*flags) -> dict:
@@ -134,7 +133,7 @@ def test_many_layers_are_drawn_in_rows(tmp_path):
     assert width > 2 * height
 
 
-# --- Export, launcher, scripts ----------------------------------------------------------------------------------------
+# --- Export, scripts ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("classes", "in_chans"), [(0, 3), (5, 1)])
@@ -160,12 +159,6 @@ def test_a_network_of_published_size_is_exported_to_timm(tmp_path):
     twin.load_state_dict(safe_load(files["timm"]))
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(twin(images), network(images), rtol=1e-4, atol=1e-5)
-
-
-def test_the_launcher_trains_in_this_process(images, tmp_path):
-    flags = [*TINY, "--data_path", str(images), "--output_dir", str(tmp_path / "%j"), "--cluster", "debug"]
-    run_with_submitit.main(flags)
-    assert (tmp_path / "debug" / "checkpoint.pth").exists()
 
 
 NOWHERE = "/no/such/place"

@@ -8,10 +8,9 @@ import torch
 from timm.models import mlp_mixer
 from torch.utils.flop_counter import FlopCounterMode
 
+from resmlp import resmlp_models
 from resmlp.resmlp_models import ARCHITECTURES, Block, CrossPatchLinear, ResMLP, resize_cross_patch_layers, resmlpB_24
 from tests.standalone import load_alone
-
-ROOT = Path(__file__).resolve().parents[2]
 
 # Parameters and multiply-adds of table 1 (S36's row in the README is that of B24/16), official LayerScale
 TABLE = {
@@ -154,5 +153,5 @@ def test_the_classifier_can_be_replaced():
 
 
 def test_the_file_can_be_lifted_out_alone(tmp_path):
-    alone = load_alone(ROOT / "resmlp/resmlp_models.py", tmp_path)
+    alone = load_alone(Path(resmlp_models.__file__), tmp_path)
     assert alone.resmlp_12(img_size=16, embed_dim=8, depth=1, num_classes=3)(torch.zeros(1, 3, 16, 16)).shape == (1, 3)

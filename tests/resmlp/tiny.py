@@ -1,5 +1,6 @@
 """The smallest runs of ResMLP, on images and on sentences."""
 
+from tests.shared.supervised.runs import lines
 from tests.tiny_training import Training
 
 FLAGS = (
@@ -11,6 +12,14 @@ TRANSLATION_FLAGS = (
     "--vocabulary_size 100 --dim 8 --hidden_dim 16 --depth 1 --heads 2 --epochs 2 --max_tokens 128 --dropout 0.1 "
     "--log_freq 1 --device cpu --beam 2 --saveckp_steps 1"
 )
+
+
+def train(output_dir, *flags) -> list[dict]:
+    """Lines of the log of a training on images in this process."""
+    from resmlp import main
+
+    main.train_resmlp(main.parse_args([*FLAGS.split(), "--output_dir", str(output_dir), *map(str, flags)]))
+    return lines(output_dir)
 
 
 def few_sentences() -> None:

@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from swav import kmeans
-from swav.kmeans import NOT_SEEN, cluster_memory, nearest_centroids, spherical_kmeans
-from swav.memory_bank import MemoryBank
+from swav.kmeans import NOT_SEEN, MemoryBank, cluster_memory, nearest_centroids, spherical_kmeans
 from tests.processes import run_processes
 
 
@@ -37,14 +36,6 @@ def test_clusters_and_centroids_equal_those_of_loops():
     torch.testing.assert_close(centroids.double(), expected_centroids, rtol=1e-5, atol=1e-6)
 
 
-def test_separate_groups_are_found():
-    centres = F.normalize(torch.eye(3, 6) + 0.1, dim=1)
-    embeddings = F.normalize(centres.repeat_interleave(20, dim=0) + 0.05 * unit_rows(60, 6), dim=1)
-    clusters, centroids = spherical_kmeans(embeddings, embeddings[[0, 25, 50]])
-    assert torch.equal(clusters, torch.arange(3).repeat_interleave(20))
-    assert (F.cosine_similarity(centroids, centres) > 0.99).all()
-
-
 def test_rows_are_compared_a_portion_at_a_time(monkeypatch):
     embeddings, centroids = unit_rows(50), unit_rows(4, seed=1)
     whole = nearest_centroids(embeddings, centroids)
@@ -67,7 +58,7 @@ def test_two_processes_find_the_clusters_of_one():
 
 
 def filled(rows: int, num_banks: int = 2) -> MemoryBank:
-    memory = MemoryBank(num_banks, rows, 5)
+    memory = MemoryBank(30, num_banks, rows, 5)
     memory.write(0, torch.arange(rows) + 3, torch.stack([unit_rows(rows, seed=bank) for bank in range(num_banks)]))
     return memory
 
@@ -76,7 +67,7 @@ def test_heads_take_banks_in_turn_and_become_the_centroids():
     memory = filled(20)
     heads = [nn.Linear(5, k, bias=False) for k in (4, 3, 6)]
     orders = [torch.randperm(20, generator=torch.Generator().manual_seed(h)) for h in range(3)]
-    assignments = cluster_memory(memory, heads, 30, orders)
+    assignments = cluster_memory(memory, heads, orders)
     for head, bank, order, found in zip(heads, (0, 1, 0), orders, assignments, strict=True):
         rows = memory.embeddings[bank]
         clusters, centroids = spherical_kmeans(rows, rows[order[: len(head.weight)]])
@@ -87,7 +78,7 @@ def test_heads_take_banks_in_turn_and_become_the_centroids():
 
 def test_more_prototypes_than_rows_are_refused():
     with pytest.raises(ValueError, match="--nmb_prototypes 7 is more than the 6 images"):
-        cluster_memory(filled(6), [nn.Linear(5, 7, bias=False)], 20, [torch.arange(6)])
+        cluster_memory(filled(6), [nn.Linear(5, 7, bias=False)], [torch.arange(6)])
 
 
 def test_rows_that_are_not_finite_do_not_enter_the_memory():
@@ -102,25 +93,32 @@ def test_rows_that_are_not_finite_do_not_enter_the_memory():
 
 
 def save_and_load(rank: int) -> dict:
-    memory = MemoryBank(1, 2, 5)
+    memory = MemoryBank(12, 1, 2, 5)
     memory.write(0, torch.tensor([rank, rank + 10]), unit_rows(2, seed=rank)[None])
+    memory.assignments = torch.zeros(2, 12, dtype=torch.int64)
     state = memory.state_dict()
-    assert (state is None) == (rank == 1)
-    return state or {"indices": memory.indices, "embeddings": memory.embeddings}
+    assert (state["embeddings"] is None) == (rank == 1)
+    return state if rank == 0 else {"embeddings": memory.embeddings}
 
 
 def test_the_memory_of_all_processes_is_gathered_on_the_first():
     state, second = run_processes(save_and_load, 2)
     assert state["indices"].tolist() == [[0, 10], [1, 11]]
     assert torch.equal(state["embeddings"][1], second["embeddings"])
-    assert not MemoryBank(1, 4, 5).load_state_dict(state)  # for two processes, this is one
+    one = MemoryBank(12, 1, 4, 5)
+    one.load_state_dict(state)
+    assert not one.is_filled and one.assignments is None  # the state is that of two processes
 
 
-def test_a_memory_of_another_shape_is_refused_or_reported():
-    state = filled(4).state_dict()
-    same, other = filled(4), filled(5)
-    same.embeddings.zero_()
-    assert same.load_state_dict(state) and torch.equal(same.embeddings, state["embeddings"][0])
-    assert not other.load_state_dict(state)
+def test_only_a_memory_of_the_same_shape_is_taken():
+    memory = filled(4)
+    memory.assignments = torch.ones(1, 30, dtype=torch.int64)
+    state = memory.state_dict()
+    same, other, of_other_images = MemoryBank(30, 2, 4, 5), MemoryBank(30, 2, 5, 5), MemoryBank(31, 2, 4, 5)
+    for loading in (same, other, of_other_images):
+        loading.load_state_dict(state)
+    assert same.is_filled and torch.equal(same.embeddings, memory.embeddings)
+    assert torch.equal(same.assignments, memory.assignments)
+    assert not other.is_filled and not of_other_images.is_filled
     with pytest.raises(ValueError, match=r"\(2, 4, 5\)"):
         other.load_rows(state["indices"][0], state["embeddings"][0])

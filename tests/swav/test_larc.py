@@ -22,6 +22,10 @@ def by_loops(p, g, buffer, lr, weight_decay, clip):
     return p - lr * buffer, buffer
 
 
+def guarded_step(network: nn.Module, optimizer: LARC) -> torch.Tensor:
+    return step_unless_not_finite(optimizer, clip_grad_norm_per_tensor_(network.parameters(), 0))
+
+
 @pytest.mark.parametrize("clip", [False, True])
 def test_larc_equals_its_formula_also_when_a_tensor_joins_late(clip):
     network = make_network()
@@ -38,7 +42,7 @@ def test_larc_equals_its_formula_also_when_a_tensor_joins_late(clip):
         for i, parameter in enumerate(network.parameters()):
             if parameter.grad is not None:
                 expected[i], buffers[i] = by_loops(expected[i], parameter.grad.double(), buffers[i], lr, 0.1, clip)
-        optimizer.step()
+        guarded_step(network, optimizer)
         for found, p in zip(network.parameters(), expected, strict=True):
             torch.testing.assert_close(found.detach().double(), p, rtol=1e-5, atol=1e-7)
 
@@ -50,42 +54,15 @@ def test_a_step_with_a_gradient_that_is_not_finite_leaves_everything_as_it_was(p
     optimizer = LARC(network.parameters(), lr=0.1, weight_decay=0.1)
     for seed in range(good_steps):
         set_gradients(network, seed)
-        assert step_unless_not_finite(optimizer, clip_grad_norm_per_tensor_(network.parameters(), 0)) == 0
+        assert guarded_step(network, optimizer) == 0
     before = state_of(network, optimizer)
     set_gradients(network, seed=9)
     network[0].weight.grad[1, 2] = poison
-    assert step_unless_not_finite(optimizer, clip_grad_norm_per_tensor_(network.parameters(), 0)) == 1
+    assert guarded_step(network, optimizer) == 1
     after = state_of(network, optimizer)
     for old, new in zip(before, after[: len(before)], strict=True):
         assert torch.equal(old, new)
     assert all(not new.any() for new in after[len(before) :])  # state made by a first step is empty
-
-
-def test_a_guarded_step_is_the_plain_step():
-    networks = make_network(), make_network()
-    optimizers = [LARC(n.parameters(), lr=0.1, weight_decay=0.1) for n in networks]
-    for step in range(3):
-        for network in networks:
-            set_gradients(network, step)
-        optimizers[0].step()
-        step_unless_not_finite(optimizers[1], clip_grad_norm_per_tensor_(networks[1].parameters(), 0))
-    for one, other in zip(*(n.parameters() for n in networks), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
-
-
-def test_a_saved_optimiser_goes_on_as_the_original():
-    networks = make_network(), make_network()
-    optimizers = [LARC(n.parameters(), lr=0.1, weight_decay=0.1) for n in networks]
-    for step in range(4):
-        if step == 2:
-            networks[1].load_state_dict(networks[0].state_dict())
-            optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))  # as through a file
-        for network, optimizer in zip(networks, optimizers, strict=True):
-            set_gradients(network, step)
-            if step >= 2 or network is networks[0]:
-                optimizer.step()
-    for found, expected in zip(*(n.parameters() for n in networks), strict=True):
-        assert torch.equal(found, expected)
 
 
 def test_the_state_of_plain_sgd_is_taken_over_with_its_gaps():
@@ -113,9 +90,4 @@ def test_nothing_in_a_guarded_step_reads_a_value():
     optimizer = LARC(network.parameters(), lr=0.1, weight_decay=0.1)
     set_gradients(network, seed=0)
     with NoReads():
-        step_unless_not_finite(optimizer, clip_grad_norm_per_tensor_(network.parameters(), 0))
-
-
-def test_larc_takes_no_closure():
-    with pytest.raises(ValueError, match="closure"):
-        LARC(make_network().parameters(), lr=0.1).step(lambda: 0.0)
+        guarded_step(network, optimizer)

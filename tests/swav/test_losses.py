@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from shared.sinkhorn import sinkhorn_knopp
-from swav.losses import EmbeddingQueue, cluster_classification, normalize_prototypes_, swapped_prediction
+from swav.losses import EmbeddingQueue, SwappedPrediction, cluster_classification, normalize_prototypes_
 from tests.processes import run_processes
 
 
@@ -37,7 +37,7 @@ def test_loss_and_gradient_equal_those_of_a_loop_over_pairs(crops_for_assign, te
     scores = make_scores().requires_grad_()
     codes = codes_of(scores, crops_for_assign)
     expected = loop_over_pairs(scores, codes, crops_for_assign, temperature)
-    loss = swapped_prediction(scores, codes, crops_for_assign, temperature)
+    loss = SwappedPrediction(crops_for_assign, temperature)(scores, codes)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
     (found,), (gradient,) = (torch.autograd.grad(value, scores) for value in (loss, expected))
     torch.testing.assert_close(found, gradient, rtol=1e-5, atol=1e-7)
@@ -45,22 +45,14 @@ def test_loss_and_gradient_equal_those_of_a_loop_over_pairs(crops_for_assign, te
 
 def test_a_crop_does_not_predict_its_own_code():
     scores = make_scores(crops=2).requires_grad_()
-    swapped_prediction(scores, codes_of(scores, [0]), [0]).backward()
+    SwappedPrediction([0])(scores, codes_of(scores, [0])).backward()
     assert not scores.grad[0].any() and scores.grad[1].any()
 
 
 def test_a_network_that_knows_nothing_has_a_loss_of_ln_k():
     scores = torch.zeros(3, 4, 11)
-    loss = swapped_prediction(scores, codes_of(make_scores(3, 4, 11), [0, 1]), [0, 1])
+    loss = SwappedPrediction([0, 1])(scores, codes_of(make_scores(3, 4, 11), [0, 1]))
     torch.testing.assert_close(loss.item(), math.log(11))
-
-
-def test_low_precision_scores_give_a_float32_loss():
-    scores = make_scores().bfloat16().requires_grad_()
-    codes = codes_of(scores, [0, 1])
-    loss = swapped_prediction(scores, codes, [0, 1])
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, swapped_prediction(scores.float(), codes, [0, 1]))
 
 
 def test_prototypes_get_unit_rows_and_keep_their_directions():
@@ -114,6 +106,7 @@ def test_rows_that_are_not_finite_do_not_enter_the_queue():
 
 def fill_and_save(rank: int) -> dict:
     queue = EmbeddingQueue(1, 4, 1)
+    queue.has_started = True
     for step in range(2):  # the value of an image is 10 * step + its place in the step on all processes
         queue.push(0, torch.tensor([[10.0 * step + rank], [10.0 * step + 2 + rank]]))
     state = queue.state_dict()
@@ -132,6 +125,17 @@ def test_the_queue_of_two_processes_becomes_that_of_one_with_its_newest_rows_fir
     assert queue.pushed == [8] and queue.is_full(0)
     with pytest.raises(ValueError, match="--queue_length"):
         EmbeddingQueue(1, 6, 1).load_state_dict(state)
+
+
+def test_a_queue_has_no_state_before_it_is_used():
+    queue, absent = EmbeddingQueue(1, 4, 1), EmbeddingQueue(1, 0, 1)
+    assert queue.state_dict() is None
+    queue.load_state_dict({})
+    assert not queue.is_used
+    queue.has_started = absent.has_started = True
+    assert queue.is_used and not absent.is_used and absent.state_dict() is None
+    absent.load_state_dict(queue.state_dict())  # --queue_length 0 drops it
+    assert not absent.is_used
 
 
 def test_an_official_queue_file_counts_the_rows_that_were_written():

@@ -2,23 +2,22 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
 
-from swav import main_deepclusterv2
 from swav.main_deepclusterv2 import first_centroids, get_args_parser, parse_args
 from tests.command_lines import assert_values_arrive
-from tests.processes import run_processes
-from tests.reliability.runs import assert_same
-from tests.swav.test_main_swav import Stop, stop_after
-from tests.swav.training_runs import comparable, losses, state_of, train_on_rank, write_noise
-from tests.swav.training_runs import train_deepclusterv2 as train
+from tests.reliability.runs import assert_same, write_images
+from tests.swav.test_main_swav import stop_after
+from tests.swav.tiny import comparable, lines, losses, state_of
+from tests.swav.tiny import train_deepclusterv2 as train
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    return write_noise(tmp_path_factory.mktemp("images") / "noise", count=26)  # the last two fill no batch
+    return write_images(tmp_path_factory.mktemp("images") / "noise", count=26)  # the last two fill no batch
 
 
 PUBLISHED = (
@@ -34,100 +33,69 @@ def test_the_published_command_line_parses():
 
 
 def test_defaults_are_the_official_ones():
-    args = vars(parse_args(["--data_path", "/imagenet/train"]))
-    official = {
-        "nmb_prototypes": [3000] * 3,
-        "freeze_prototypes_niters": 1e10,
-        "base_lr": 4.8,
-        "epochs": 100,
-        "seed": 31,
-    }
-    assert {name: args[name] for name in official} == official
-    assert not {"epsilon", "sinkhorn_iterations", "queue_length", "epoch_queue_starts", "use_fp16"} & args.keys()
+    official = "--nmb_prototypes 3000 3000 3000 --freeze_prototypes_niters 10000000000 --base_lr 4.8 --seed 31"
+    defaults = parse_args(["--data_path", "images"])
+    assert parse_args(["--data_path", "images", *official.split()]) == defaults
+    of_swav = {"epsilon", "sinkhorn_iterations", "queue_length", "epoch_queue_starts", "use_fp16"}
+    assert not of_swav & vars(defaults).keys()
 
 
-def test_training_writes_memory_and_clusters(images, tmp_path):
-    written = train(tmp_path, "--data_path", images, "--epochs", 2)
+@pytest.fixture(scope="module")
+def whole(images, tmp_path_factory):
+    """A run of two epochs that nothing has stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(folder, "--data_path", images, "--epochs", 2, "--freeze_prototypes_niters", 2)
+    return folder
+
+
+def test_training_writes_memory_and_clusters(whole):
+    written = lines(whole)
     assert [line["step"] for line in written] == [1, 2, 3, 4, 5, 6]
     assert all(line["ln_k"] == pytest.approx(math.log(5)) and 0 < line["loss"] < 20 for line in written)
-    epochs = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
+    epochs = [json.loads(line) for line in (whole / "log.txt").read_text().splitlines()]
     assert all(line["prototypes_used"] + line["dead_prototypes"] in (5, 6) for line in epochs)
-    state = state_of(tmp_path)
+    state = state_of(whole)
     assert state["memory"]["embeddings"].shape == (1, 2, 24, 8)
     indices = state["memory"]["indices"][0]
     assert len(indices.unique()) == 24  # two images of 26 are left out of every epoch
     assert state["assignments"].shape == (2, 26)
     # the clusters were made from the epoch before; 24 images have one
     assert ((state["assignments"] >= 0).sum(dim=1) == 24).all()
-    weights = state["state_dict"]
-    for head in (0, 1):
-        prototypes = weights[f"module.prototypes.prototypes{head}.weight"]
-        torch.testing.assert_close(prototypes.norm(dim=1), torch.ones(len(prototypes)))
 
 
 def test_first_centroids_depend_on_seed_epoch_and_head_only():
-    orders = [
-        tuple(order.tolist()) for seed in (0, 1) for epoch in (0, 1) for order in first_centroids(seed, epoch, 2, 9)
-    ]
+    drawn = [order for seed in (0, 1) for epoch in (0, 1) for order in first_centroids(seed, epoch, 2, 9)]
+    orders = [tuple(order.tolist()) for order in drawn]
     assert len(set(orders)) == 8 and all(sorted(order) == list(range(9)) for order in orders)
     assert tuple(first_centroids(1, 1, 2, 9)[1].tolist()) == orders[-1]
 
 
-@pytest.fixture(scope="module")
-def whole(images, tmp_path_factory):
-    """A run of two epochs with a checkpoint after every step, that nothing has stopped."""
-    folder = tmp_path_factory.mktemp("whole")
-    train(folder, "--data_path", images, "--epochs", 2, "--saveckp_steps", 1, "--freeze_prototypes_niters", 2)
-    return folder
-
-
-@pytest.mark.parametrize("steps", [1, 3, 4])
-def test_a_run_stopped_anywhere_ends_like_an_uninterrupted_one(images, whole, tmp_path, monkeypatch, steps):
-    flags = ("--data_path", images, "--epochs", 2, "--saveckp_steps", 1, "--freeze_prototypes_niters", 2)
+def test_a_run_stopped_in_an_epoch_ends_like_an_uninterrupted_one(images, whole, tmp_path, monkeypatch):
+    flags = ("--data_path", images, "--epochs", 2, "--saveckp_steps", 2, "--freeze_prototypes_niters", 2)
     with monkeypatch.context() as patch:
-        stop_after(patch, main_deepclusterv2, steps)
-        with pytest.raises(Stop):
+        stop_after(patch, steps=4)
+        with pytest.raises(KeyboardInterrupt):
             train(tmp_path, *flags)
     train(tmp_path, *flags, "--workers", 1)
     assert losses(tmp_path) == losses(whole)
     assert_same(*(comparable(state_of(folder)) for folder in (tmp_path, whole)), "checkpoint")
 
 
-def test_two_processes_stopped_between_epochs_end_like_uninterrupted_ones(images, tmp_path):
-    flags = ("--data_path", images, "--batch_size", 4, "--base_lr", 0.1, "--final_lr", 0.1)
-    run_processes(train_on_rank, 2, train, tmp_path / "whole", *flags, "--epochs", 2)
-    for epochs in (1, 2):
-        run_processes(train_on_rank, 2, train, tmp_path / "resumed", *flags, "--epochs", epochs)
-    assert_same(*(comparable(state_of(tmp_path / name)) for name in ("resumed", "whole")), "checkpoint")
-    memory = state_of(tmp_path / "whole")["memory"]
-    assert memory["embeddings"].shape == (2, 2, 12, 8)
-    assert len(memory["indices"].unique()) == 24
-
-
-def test_the_memory_is_filled_again_on_another_number_of_processes(images, tmp_path, capsys):
-    train(tmp_path, "--data_path", images, "--epochs", 1)
-    assert "filling the memory" in capsys.readouterr().out
-    train(tmp_path, "--data_path", images, "--epochs", 2)
-    assert "filling the memory" not in capsys.readouterr().out
-    train(tmp_path, "--data_path", images, "--epochs", 3, "--batch_size", 7)
-    assert "filling the memory" in capsys.readouterr().out
-
-
-def test_the_memory_of_the_official_files_is_used(images, tmp_path, capsys):
-    train(tmp_path / "ours", "--data_path", images, "--epochs", 1)
-    state = state_of(tmp_path / "ours")
+def test_the_memory_of_a_checkpoint_or_of_the_official_files_is_used(images, whole, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "ours")
+    state = state_of(whole)
     (tmp_path / "official").mkdir()
     official = {key: state[key] for key in ("epoch", "state_dict", "optimizer")}
     torch.save(official, tmp_path / "official/checkpoint.pth.tar")
-    memory = {
-        "local_memory_embeddings": state["memory"]["embeddings"][0],
-        "local_memory_index": state["memory"]["indices"][0],
-    }
+    embeddings, indices = state["memory"]["embeddings"][0], state["memory"]["indices"][0]
+    memory = {"local_memory_embeddings": embeddings, "local_memory_index": indices}
     torch.save(memory, tmp_path / "official/mb0.pth")
     for name in ("ours", "official"):
-        train(tmp_path / name, "--data_path", images, "--epochs", 2)
-    assert capsys.readouterr().out.count("filling the memory") == 1  # before the first epoch of all
-    assert losses(tmp_path / "official") == losses(tmp_path / "ours")[3:]
+        train(tmp_path / name, "--data_path", images, "--epochs", 3)
+    assert "filling the memory" not in capsys.readouterr().out
+    assert losses(tmp_path / "official") == losses(tmp_path / "ours")[6:]
+    train(tmp_path / "ours", "--data_path", images, "--epochs", 4, "--batch_size", 7)  # other rows: a new memory
+    assert "filling the memory" in capsys.readouterr().out
 
 
 def test_more_clusters_than_images_of_an_epoch_are_refused(images, tmp_path):

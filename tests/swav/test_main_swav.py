@@ -1,29 +1,28 @@
 """The real script: flags, training, the queue, resuming, several processes, copied folders."""
 
+import itertools
 import json
 import math
-import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from swav import evaluation, main_swav
+from shared.run.run import Run
+from swav import main_swav
 from swav.main_swav import get_args_parser, parse_args, rows_of_queue
 from tests.command_lines import assert_values_arrive
-from tests.processes import run_processes, run_script
+from tests.processes import run_processes
 from tests.reliability.runs import assert_same
 from tests.standalone import load_alone
-from tests.swav.training_runs import ROOT, SWAV, comparable, lines, losses, state_of, train_on_rank, write_noise
-from tests.swav.training_runs import train_swav as train
+from tests.swav.tiny import SWAV, comparable, lines, losses, state_of, train_on_rank
+from tests.swav.tiny import train_swav as train
+
+ROOT = Path(__file__).resolve().parents[2]
 
 QUEUE = ("--queue_length", 16, "--epoch_queue_starts", 0)
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_noise(tmp_path_factory.mktemp("images") / "noise")
 
 
 # command lines of the official README and recipes, flag by flag as published
@@ -46,47 +45,46 @@ def test_published_command_lines_parse(command):
 
 
 def test_defaults_are_the_official_ones():
-    args = vars(parse_args(["--data_path", "/imagenet/train"]))
-    official = {
-        "nmb_crops": [2], "size_crops": [224], "min_scale_crops": [0.14], "max_scale_crops": [1],
-        "crops_for_assign": [0, 1], "temperature": 0.1, "epsilon": 0.05, "sinkhorn_iterations": 3, "feat_dim": 128,
-        "nmb_prototypes": 3000, "queue_length": 0, "epoch_queue_starts": 15, "epochs": 100, "batch_size": 64,
-        "base_lr": 4.8, "final_lr": 0, "freeze_prototypes_niters": 313, "wd": 1e-6, "warmup_epochs": 10,
-        "start_warmup": 0, "dist_url": "env://", "local_rank": 0, "arch": "resnet50", "hidden_mlp": 2048,
-        "checkpoint_freq": 25, "use_fp16": True, "sync_bn": "pytorch", "syncbn_process_group_size": 8,
-        "output_dir": ".", "seed": 31,
-    }  # fmt: skip
-    assert {name: args[name] for name in official} == official
+    official = (
+        "--nmb_crops 2 --size_crops 224 --min_scale_crops 0.14 --max_scale_crops 1 --crops_for_assign 0 1 "
+        "--temperature 0.1 --epsilon 0.05 --sinkhorn_iterations 3 --feat_dim 128 --nmb_prototypes 3000 "
+        "--queue_length 0 --epoch_queue_starts 15 --epochs 100 --batch_size 64 --base_lr 4.8 --final_lr 0 "
+        "--freeze_prototypes_niters 313 --wd 1e-6 --warmup_epochs 10 --start_warmup 0 --dist_url env:// --local_rank 0 "
+        "--arch resnet50 --hidden_mlp 2048 --checkpoint_freq 25 --use_fp16 true --sync_bn pytorch "
+        "--syncbn_process_group_size 8 --dump_path . --seed 31"
+    )
+    assert parse_args(["--data_path", "images", *official.split()]) == parse_args(["--data_path", "images"])
 
 
-def test_the_evaluations_of_the_digits_fit_their_training():
-    training = main_swav.EMBEDDED_DATA_DEFAULTS
-    assert evaluation.EMBEDDED_DATA_DEFAULTS["arch"] == training["arch"]
-    assert evaluation.EMBEDDED_DATA_DEFAULTS["image_size"] == training["size_crops"][0]
-    assert evaluation.EMBEDDED_DATA_DEFAULTS["pretrained"] == f"{training['output_dir']}/checkpoint.pth.tar"
+@pytest.fixture(scope="module")
+def whole(images, tmp_path_factory):
+    """A run of two epochs with a queue, that nothing has stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(folder, "--data_path", images, "--epochs", 2, "--checkpoint_freq", 1, *QUEUE)
+    return folder
 
 
-def test_training_writes_the_official_files(images, tmp_path):
-    written = train(tmp_path, "--data_path", images, *QUEUE, "--checkpoint_freq", 1)
-    assert [line["step"] for line in written] == [1, 2, 3]
+def test_training_writes_the_official_files(whole):
+    written = lines(whole)
+    assert [line["step"] for line in written] == [1, 2, 3, 4, 5, 6]
     assert all(line["ln_k"] == pytest.approx(math.log(6)) and line["code_entropy"] < line["ln_k"] for line in written)
     health = {"code_entropy", "ln_k", "prototypes_used", "prototype_perplexity", "feature_spread", "rank_me"}
     assert health <= written[0].keys()
-    epoch = json.loads((tmp_path / "log.txt").read_text())
-    assert {"train_loss", "train_lr", "epoch", "prototypes_used", "dead_prototypes"} <= epoch.keys()
-    assert epoch["prototypes_used"] + epoch["dead_prototypes"] == 6
-    state = state_of(tmp_path)
-    assert state["epoch"] == 1 and all(name.startswith("module.") for name in state["state_dict"])
+    for epoch in [json.loads(line) for line in (whole / "log.txt").read_text().splitlines()]:
+        assert {"train_loss", "train_lr", "epoch", "prototypes_used", "dead_prototypes"} <= epoch.keys()
+        assert epoch["prototypes_used"] + epoch["dead_prototypes"] == 6
+    state = state_of(whole)
+    assert state["epoch"] == 2 and all(name.startswith("module.") for name in state["state_dict"])
     assert set(state["optimizer"]["state"][0]) == {"momentum_buffer"}
     assert state["queue"]["embeddings"].shape == (1, 2, 16, 8)
-    assert (tmp_path / "checkpoints/ckp-0.pth").is_file()
+    assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == ["ckp-0.pth", "ckp-1.pth"]
 
 
 def test_codes_of_a_full_queue_use_its_rows(images, tmp_path, monkeypatch):
     rows = []
-    sinkhorn = main_swav.sinkhorn_knopp
+    assign = main_swav.SwappedPrediction.assign
     monkeypatch.setattr(
-        main_swav, "sinkhorn_knopp", lambda scores, *a, **k: rows.append(len(scores)) or sinkhorn(scores, *a, **k)
+        main_swav.SwappedPrediction, "assign", lambda self, scores: rows.append(len(scores)) or assign(self, scores)
     )
     train(tmp_path, "--data_path", images, "--queue_length", 20, "--epoch_queue_starts", 1, "--epochs", 2)
     # no queue in epoch 0; afterwards 20 rows are rounded down to two batches, which have to be filled first
@@ -102,22 +100,18 @@ def test_a_queue_has_whole_batches_of_all_processes(capsys):
     assert "there is no queue" in capsys.readouterr().out
 
 
-def test_prototypes_are_frozen_at_first_and_normalised_before_every_step(images, tmp_path):
-    train(tmp_path / "frozen", "--data_path", images, "--freeze_prototypes_niters", 3)
-    frozen = state_of(tmp_path / "frozen")["state_dict"]["module.prototypes.weight"]
+def test_prototypes_are_frozen_at_first_and_normalised_before_every_step(images, whole, tmp_path):
+    train(tmp_path, "--data_path", images, "--freeze_prototypes_niters", 3)
+    frozen, trained = (state_of(folder)["state_dict"]["module.prototypes.weight"] for folder in (tmp_path, whole))
     torch.testing.assert_close(frozen.norm(dim=1), torch.ones(6))
-    train(tmp_path / "trained", "--data_path", images, "--freeze_prototypes_niters", 2)
-    trained = state_of(tmp_path / "trained")["state_dict"]["module.prototypes.weight"]
-    assert not torch.equal(trained, frozen)
+    assert (trained.norm(dim=1) - 1).abs().max() > 1e-5
 
 
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--amp", "bf16"],
-        ["--in_chans", "1", "--hidden_mlp", "0"],
-        ["--sync_bn", "apex", "--crops_for_assign", "2", "0", "3"],
-        ["--augmentation", "pil", "--cache", "memory"],
+        ["--amp", "bf16", "--in_chans", "1", "--hidden_mlp", "0"],
+        ["--sync_bn", "apex", "--crops_for_assign", "2", "0", "3", "--augmentation", "pil", "--cache", "memory"],
     ],
 )
 def test_other_flags_train_too(images, tmp_path, flags):
@@ -135,12 +129,11 @@ def test_compiled_backbones_train_alike(images, tmp_path):
 
 
 def test_a_step_that_is_not_finite_leaves_network_and_queue_finite(images, tmp_path, monkeypatch):
-    normalize_views, calls = main_swav.normalize_views, []
+    normalize_views, calls = main_swav.normalize_views, itertools.count(1)
 
     def spoilt(*args):
         views = normalize_views(*args)
-        calls.append(views)
-        if len(calls) == 2:
+        if next(calls) == 2:
             views[0][0, 0, 0, 0] = math.nan
         return views
 
@@ -151,43 +144,23 @@ def test_a_step_that_is_not_finite_leaves_network_and_queue_finite(images, tmp_p
     assert state["queue"]["embeddings"].isfinite().all()
 
 
-def test_the_loss_log_does_not_depend_on_the_number_of_workers(images, tmp_path):
-    for workers in (0, 2):
-        train(tmp_path / str(workers), "--data_path", images, "--workers", workers)
-    assert losses(tmp_path / "0") == losses(tmp_path / "2")
-
-
-class Stop(Exception):
-    pass
-
-
-def stop_after(monkeypatch, script, steps: int) -> None:
+def stop_after(monkeypatch, steps: int) -> None:
     """Break the training off in the middle of a step."""
-    step, calls = script.step_unless_not_finite, []
+    update, calls = Run.update, itertools.count()
 
     def stop(*args):
-        calls.append(args)
-        if len(calls) > steps:
-            raise Stop
-        return step(*args)
+        if next(calls) == steps:
+            raise KeyboardInterrupt
+        return update(*args)
 
-    monkeypatch.setattr(script, "step_unless_not_finite", stop)
-
-
-@pytest.fixture(scope="module")
-def whole(images, tmp_path_factory):
-    """A run of two epochs with a queue and a checkpoint after every step, that nothing has stopped."""
-    folder = tmp_path_factory.mktemp("whole")
-    train(folder, "--data_path", images, "--epochs", 2, "--saveckp_steps", 1, *QUEUE)
-    return folder
+    monkeypatch.setattr(Run, "update", stop)
 
 
-@pytest.mark.parametrize("steps", [2, 3, 4])
-def test_a_run_stopped_anywhere_ends_like_an_uninterrupted_one(images, whole, tmp_path, monkeypatch, steps):
-    flags = ("--data_path", images, "--epochs", 2, "--saveckp_steps", 1, *QUEUE)
+def test_a_run_stopped_in_an_epoch_ends_like_an_uninterrupted_one(images, whole, tmp_path, monkeypatch):
+    flags = ("--data_path", images, "--epochs", 2, "--saveckp_steps", 2, *QUEUE)
     with monkeypatch.context() as patch:
-        stop_after(patch, main_swav, steps)
-        with pytest.raises(Stop):
+        stop_after(patch, steps=4)
+        with pytest.raises(KeyboardInterrupt):
             train(tmp_path, *flags)
     train(tmp_path, *flags, "--workers", 1)
     assert losses(tmp_path) == losses(whole)
@@ -209,44 +182,22 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_batch_and_the_same_
     halves = state_of(two)["queue"]["embeddings"]  # rank r has every second image
     for batch, half in zip(queue.split(8, dim=1), halves.split(4, dim=2), strict=True):
         torch.testing.assert_close(half.permute(1, 2, 0, 3).flatten(1, 2), batch, rtol=0, atol=2e-3)
-
-
-def test_the_queue_moves_to_another_number_of_processes(images, tmp_path, capsys):
-    flags = ("--data_path", images, *QUEUE)
-    run_processes(train_on_rank, 2, train, tmp_path, *flags, "--batch_size", 4)
-    two = state_of(tmp_path)["queue"]
-    train(tmp_path, *flags, "--epochs", 2)
-    assert "4 images per step" not in capsys.readouterr().out  # 8 before and after
-    assert two["pushed"] == [12, 12] and state_of(tmp_path)["queue"]["pushed"] == [48, 48]
+    train(two, *flags, "--epochs", 3)  # one process goes on with the queues of two
+    assert state_of(two)["queue"]["embeddings"].shape == (1, 2, 16, 8)
 
 
 def test_an_official_checkpoint_with_its_queue_files_is_resumed(images, whole, tmp_path):
-    flags = ("--data_path", images, *QUEUE)
-    train(tmp_path / "official", *flags)
-    state = state_of(tmp_path / "official")
-    groups = [{**group, "lr": np.float64(group["lr"]), "dampening": 0, "nesterov": False}
-              for group in state["optimizer"]["param_groups"]]  # fmt: skip
+    state = state_of(whole)
+    others = {"lr": np.float64(0.5), "dampening": 0, "nesterov": False}
+    groups = [group | others for group in state["optimizer"]["param_groups"]]
     optimizer = {"state": state["optimizer"]["state"], "param_groups": groups}
-    torch.save({"epoch": 1, "state_dict": state["state_dict"], "optimizer": optimizer, "amp": {"loss_scaler0": {}}},
-               tmp_path / "official/checkpoint.pth.tar")  # fmt: skip
-    torch.save({"queue": state["queue"]["embeddings"][0]}, tmp_path / "official/queue0.pth")
-    train(tmp_path / "official", *flags, "--epochs", 2)
-    # other learning rates in epoch 0, for its end was another one; the second epoch starts where the first one ended
-    found, ours = state_of(tmp_path / "official"), state_of(whole)
-    assert found["epoch"] == 2 and found["queue"]["pushed"] == [40, 40]
-    assert found["state_dict"].keys() == ours["state_dict"].keys()
-
-
-@pytest.mark.parametrize("command", [["main.py"], ["-m", "swav.main_swav"]])
-def test_a_copied_folder_is_all_it_takes(images, tmp_path, command):
-    """``swav/`` with ``shared/`` beside it, below a folder of another name."""
-    project = tmp_path / "some" / "project"
-    for folder in ("swav", "shared"):
-        shutil.copytree(ROOT / folder, project / folder, ignore=shutil.ignore_patterns("__pycache__", "runs"))
-    cwd = project if command[0] == "-m" else project / "swav"
-    run = run_script(*command, *SWAV, "--data_path", images, "--dump_path", tmp_path / "run", cwd=cwd)
-    assert run.returncode == 0, run.stderr
-    assert len(losses(tmp_path / "run")) == 3
+    official = {"epoch": 2, "state_dict": state["state_dict"], "optimizer": optimizer, "amp": {"loss_scaler0": {}}}
+    torch.save(official, tmp_path / "checkpoint.pth.tar")
+    torch.save({"queue": state["queue"]["embeddings"][0]}, tmp_path / "queue0.pth")
+    train(tmp_path, "--data_path", images, *QUEUE, "--epochs", 3)
+    found = state_of(tmp_path)
+    assert found["epoch"] == 3 and found["queue"]["pushed"] == [40, 40]  # 16 rows and three batches of 8
+    assert found["state_dict"].keys() == state["state_dict"].keys()
 
 
 def test_the_network_file_needs_torch_alone(tmp_path):
@@ -275,14 +226,6 @@ def test_bad_input_is_one_clear_message(images, tmp_path, flags, message, monkey
         main_swav.main()
     assert end.value.code == 2
     assert message in capsys.readouterr().err
-
-
-def test_another_network_than_the_checkpoints_is_refused_and_leaves_it_alone(images, tmp_path):
-    train(tmp_path, "--data_path", images)
-    before = (tmp_path / "checkpoint.pth.tar").read_bytes()
-    with pytest.raises(ValueError, match=r"--feat_dim 4 does not fit .*--feat_dim 8"):
-        train(tmp_path, "--data_path", images, "--feat_dim", 4)
-    assert (tmp_path / "checkpoint.pth.tar").read_bytes() == before
 
 
 def test_the_end_of_a_run_shows_pictures_and_what_was_learned(images, tmp_path, capsys):

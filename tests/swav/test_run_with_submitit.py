@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from swav import main_deepclusterv2, main_swav, run_with_submitit
-from tests.swav.training_runs import ROOT, TINY, losses, write_noise
 
+ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "swav/scripts").glob("*_pretrain.sh"))
 
 
@@ -35,12 +35,6 @@ def test_every_training_flag_is_accepted_with_its_default(submitted, method, scr
     assert vars(script.parse_args(["--data_path", "images"])).items() <= vars(args).items()
     assert (args.nodes, args.job_name) == (4, method)
     assert not hasattr(args, "method")
-
-
-def test_debug_trains_in_this_process(tmp_path):
-    flags = [*TINY, "--nmb_prototypes", "6", "--data_path", str(write_noise(tmp_path / "images"))]
-    run_with_submitit.main([*flags, "--cluster", "debug", "--dump_path", str(tmp_path / "%j")])
-    assert len(losses(tmp_path / "debug")) == 3
 
 
 def started(recipe: Path, launcher: str, folder: Path) -> list[str]:

@@ -10,11 +10,14 @@ import pytest
 import torch
 from PIL import Image
 from pycocotools import mask as run_lengths
+from torchvision.models.detection.rpn import RPNHead
 
 from shared import distributed
+from shared.run.attempt import NotFinite
 from tests.processes import run_processes
-from tests.reliability.runs import assert_same
-from tests.xcit.training_runs import lines, losses, shrink_networks, state_of
+from tests.reliability.runs import assert_same_run
+from tests.shared.supervised.runs import lines, losses, stopped_after
+from tests.xcit.tiny import shrink_networks
 from xcit import dense_training
 from xcit.cross_covariance_transformer import build_xcit
 from xcit.detection import main
@@ -314,10 +317,6 @@ def test_published_detectors_tap_these_blocks():
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 
-class Stop(Exception):
-    pass
-
-
 @pytest.fixture
 def small_heads(monkeypatch):
     """A narrow neck, few proposals: the detector's heads are torchvision's."""
@@ -335,23 +334,10 @@ def test_training_evaluation_and_an_exact_resume(data, tmp_path, monkeypatch, sm
     assert {"box_ap", "mask_ap", "box_ap50"} <= written[-1].keys()
     assert Image.open(tmp_path / "whole/pictures/predictions.png").size[0] > 400
 
-    step, calls = dense_training.clip_and_step, []
-
-    def stop(*args, **kwargs):
-        calls.append(args)
-        if len(calls) > 3:
-            raise Stop
-        return step(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(dense_training, "clip_and_step", stop)
-        with pytest.raises(Stop):
-            train(data, tmp_path / "stopped")
+    with stopped_after(3):
+        train(data, tmp_path / "stopped")
     train(data, tmp_path / "stopped")
-    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
-    states = [state_of(tmp_path / name) for name in ("stopped", "whole")]
-    assert_same(*(state["model"] for state in states), "model")
-    assert_same(*(state["optimizer"] for state in states), "optimizer")
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
     capsys.readouterr()
     train(data, tmp_path / "whole", "--eval")
@@ -362,6 +348,28 @@ def test_training_evaluation_and_an_exact_resume(data, tmp_path, monkeypatch, sm
     train(data, tmp_path / "whole")  # is finished
     assert f"box_ap {written[-1]['box_ap']:.2f}" in capsys.readouterr().out
     assert (tmp_path / "whole/metrics.jsonl").read_text() == before
+
+
+def test_gradients_that_stay_nan_end_the_run_with_the_batch_and_the_first_nan(
+    data, tmp_path, monkeypatch, small_networks, small_heads
+):
+    monkeypatch.setattr(RPNHead, "forward", nan_after(RPNHead.forward))
+    with pytest.raises(NotFinite, match=r"the first such tensor is model\.rpn\.head .*nonfinite\.pth"):
+        train(data, tmp_path, "--max_skipped_steps", 1)
+    saved = torch.load(tmp_path / "nonfinite.pth", weights_only=True)
+    pictures, targets, indices = saved["batch"]
+    assert (saved["step"], saved["epoch"], saved["first_not_finite"]) == (0, 0, "model.rpn.head")
+    assert len(pictures) == len(targets) == len(indices) == 2
+    assert not (tmp_path / "checkpoint.pth").exists()
+
+
+def nan_after(forward):
+    """The same outputs, not a number each."""
+
+    def not_a_number(*args):
+        return [[x * torch.nan for x in part] for part in forward(*args)]
+
+    return not_a_number
 
 
 @pytest.mark.slow

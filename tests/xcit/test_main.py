@@ -1,4 +1,4 @@
-"""The real script: flags, training, fine-tuning, distillation, evaluation, resuming, several processes."""
+"""The real script: flags, fine-tuning, evaluation; and the supervised loop that it shares with other methods."""
 
 import argparse
 import json
@@ -9,13 +9,18 @@ import numpy as np
 import pytest
 import torch
 
+from shared.run.attempt import NotFinite
+from shared.run.checkpoint import Checkpointer
+from shared.supervised.ema import NetworkEMA
+from shared.supervised.losses import ClassificationLoss
 from tests.command_lines import assert_values_arrive
-from tests.processes import run_processes, run_script
-from tests.reliability.runs import assert_same
-from tests.xcit.training_runs import ROOT, TINY, lines, losses, state_of, train, train_on_rank
-from xcit import main
+from tests.processes import run_processes
+from tests.reliability.runs import assert_same, assert_same_run
+from tests.shared.supervised.runs import Stop, lines, losses, state_of, stopped_after
+from tests.xcit.tiny import FLAGS, train, train_on_rank
+from xcit import main, run_with_submitit
+from xcit.hub import build_network
 from xcit.main import parse_args
-from xcit.networks import build_network
 
 # the command lines of the paper's repository, flag by flag as published
 PUBLISHED = [
@@ -85,36 +90,19 @@ def test_wrong_flags_are_refused(flags, message, capsys):
         (["--opt", "nonsense"], "--opt nonsense"),
         (["--opt-betas", 0.9], "--opt adamw: "),
         (["--aa", "nonsense"], "--aa nonsense"),
-        (["--distillation-type", "soft", "--teacher-path", "nowhere.pth"], "--teacher-path nowhere.pth is not a file"),
+        (
+            ["--distillation-type", "soft", "--teacher-model", "test_resnet", "--teacher-path", "nowhere.pth"],
+            "--teacher-path nowhere.pth is not a file",
+        ),
         (
             ["--distillation-type", "soft", "--teacher-path", __file__, "--teacher-model", "resnet"],
-            "--teacher-model resnet is neither",
+            "--teacher-model resnet is unknown; did you mean resnet50",
         ),
     ],
 )
 def test_bad_input_is_one_clear_message(flags, message, images, tmp_path, small_networks):
     with pytest.raises(ValueError, match=message):
         train(tmp_path, "--data_path", images, *flags)
-
-
-@pytest.fixture(scope="module")
-def finished(images, tmp_path_factory):
-    """A run of two epochs with everything on."""
-    with pytest.MonkeyPatch.context() as patch:
-        shrink(patch)
-        folder = tmp_path_factory.mktemp("finished") / "run"
-        train(folder, "--data_path", images, *EVERYTHING)
-    return folder
-
-
-EVERYTHING = ("--epochs", 2, "--drop-path", 0.2, "--saveckp_steps", 1, "--clip-grad", 1.0, "--lr", 0.05)
-
-
-def shrink(patch: pytest.MonkeyPatch) -> None:
-    from tests.xcit.training_runs import SIZES, shrink_networks
-
-    patch.setitem(SIZES, "nano_12", SIZES["nano_12"])
-    shrink_networks()
 
 
 def test_training_writes_log_and_official_checkpoint_layout(finished):
@@ -130,16 +118,15 @@ def test_training_writes_log_and_official_checkpoint_layout(finished):
 
 
 def test_the_average_is_that_of_all_steps(finished, images, tmp_path, small_networks, monkeypatch):
-    """Recomputed from the networks that the run saved after every step."""
+    """Recomputed from the network after every step."""
     seen = []
-    monkeypatch.setattr(main.NetworkEMA, "update", lambda self, network: seen.append(copy_of(network)))
-    train(tmp_path, "--data_path", images, *EVERYTHING)
-    state = state_of(finished)
+    monkeypatch.setattr(NetworkEMA, "update", lambda self, network: seen.append(copy_of(network)))
+    train(tmp_path, "--data_path", images)
     averages = {name: value.double() for name, value in state_of(tmp_path)["model_ema"].items()}  # the initial network
     for network in seen:
         for name, value in network.items():
             averages[name] = 0.99996 * averages[name] + 0.00004 * value
-    for name, value in state["model_ema"].items():
+    for name, value in state_of(finished)["model_ema"].items():
         if value.is_floating_point():
             torch.testing.assert_close(value.double(), averages[name], rtol=1e-5, atol=1e-7)
 
@@ -148,34 +135,12 @@ def copy_of(network: torch.nn.Module) -> dict:
     return {name: value.double().clone() for name, value in network.state_dict().items()}
 
 
-class Stop(Exception):
-    pass
-
-
-@pytest.mark.parametrize("stop_after", [1, 3])
-def test_a_run_stopped_anywhere_ends_like_an_uninterrupted_one(
-    finished, images, tmp_path, monkeypatch, stop_after, small_networks
-):
-    clip_and_step, calls = main.clip_and_step, []
-
-    def stop(*args):
-        calls.append(args)
-        if len(calls) > stop_after:
-            raise Stop
-        return clip_and_step(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(main, "clip_and_step", stop)
-        with pytest.raises(Stop):
-            train(tmp_path, "--data_path", images, *EVERYTHING)
-    train(tmp_path, "--data_path", images, *EVERYTHING, "--num_workers", 1 if stop_after == 1 else 0)
-    assert losses(tmp_path) == losses(finished)
-    assert (tmp_path / "log.txt").read_text() == (finished / "log.txt").read_text()
-    states = [state_of(folder) for folder in (tmp_path, finished)]
-    for state in states:
-        state.pop("args")
-        state["log"].pop("lengths")
-    assert_same(*states, "checkpoint")
+@pytest.mark.parametrize("updates", [1, 7])
+def test_a_run_stopped_anywhere_ends_like_an_uninterrupted_one(finished, images, tmp_path, updates, small_networks):
+    with stopped_after(updates):
+        train(tmp_path / "run", "--data_path", images)
+    train(tmp_path / "run", "--data_path", images, "--num_workers", 1 if updates == 1 else 0)
+    assert_same_run(tmp_path / "run", finished)
 
 
 def as_the_official_code_saves(state: dict) -> dict:
@@ -196,27 +161,24 @@ def as_the_official_code_saves(state: dict) -> dict:
 
 
 def test_a_checkpoint_of_the_official_code_is_gone_on_with(finished, images, tmp_path, small_networks, monkeypatch):
-    flags = ("--data_path", images, *EVERYTHING)
-    with monkeypatch.context() as patch:  # ends after the first epoch, with the schedule of two
-        patch.setattr(main.Checkpointer, "after_epoch", stop_after_save(main.Checkpointer.after_epoch))
-        with pytest.raises(Stop):
-            train(tmp_path / "first", *flags)
-    state = state_of(tmp_path / "first")
-    official = tmp_path / "official.pth"
-    torch.save(as_the_official_code_saves(state), official)
-    train(tmp_path / "resumed", *flags, "--resume", official)
-    steps = len(losses(finished)) // 2
-    assert losses(tmp_path / "resumed") == losses(finished)[steps:]
-    for key in ("model", "model_ema"):
-        assert_same(state_of(tmp_path / "resumed")[key], state_of(finished)[key], key)
+    after_epoch = Checkpointer.after_epoch
 
-
-def stop_after_save(after_epoch):
-    def stop(self, *args, **kwargs):
-        after_epoch(self, *args, **kwargs)
+    def stop_after_save(*args):
+        after_epoch(*args)
         raise Stop
 
-    return stop
+    with monkeypatch.context() as patch, pytest.raises(Stop):  # after the first epoch, with the schedule of two
+        patch.setattr(Checkpointer, "after_epoch", stop_after_save)
+        train(tmp_path / "first", "--data_path", images)
+    state, official = state_of(tmp_path / "first"), tmp_path / "official.pth"
+    torch.save(as_the_official_code_saves(state), official)
+    train(tmp_path / "resumed", "--data_path", images, "--resume", official)
+    assert losses(tmp_path / "resumed") == losses(finished)[len(losses(finished)) // 2 :]
+    for key in ("model", "model_ema"):
+        assert_same(state_of(tmp_path / "resumed")[key], state_of(finished)[key], key)
+    torch.save(state["model"], tmp_path / "flat.pth")  # the layout of released files
+    with pytest.raises(ValueError, match="holds weights, no training state: give it as --pretrained"):
+        train(tmp_path / "flat", "--data_path", images, "--resume", tmp_path / "flat.pth")
 
 
 def test_eval_repeats_the_last_evaluation_and_leaves_the_folder_alone(finished, images, capsys, small_networks):
@@ -224,16 +186,13 @@ def test_eval_repeats_the_last_evaluation_and_leaves_the_folder_alone(finished, 
     last = [line for line in lines(finished) if "test_acc1" in line][-1]
     train(finished, "--data_path", images, "--eval", "--full_crop")
     train(finished, "--data_path", images, "--eval")
-    said = capsys.readouterr().out
-    assert f"top-1 {last['test_acc1']:.2f} %, top-5 100.00 %" in said.splitlines()[-1]
+    printed = capsys.readouterr().out
+    assert f"top-1 {last['test_acc1']:.2f} %, top-5 100.00 %" in printed.splitlines()[-1]
     train(finished, "--data_path", images, "--eval", "--checkpoint_key", "model_ema")
     assert "top-1" in capsys.readouterr().out.splitlines()[-1]
-    assert "going on" in (finished / "attempt.json").read_text()
-
-
-def test_eval_needs_no_training_images(finished, images, capsys, small_networks):
-    main.train_xcit(parse_args([*TINY, "--eval", "--val_path", str(images), "--output_dir", str(finished)]))
+    train(finished, "--eval", "--val_path", images)  # needs no training images
     assert f"{images}: 24 images, 3 classes: top-1" in capsys.readouterr().out
+    assert "going on" in (finished / "attempt.json").read_text()
 
 
 def test_eval_of_a_network_without_a_fitting_classifier_is_refused(finished, images, tmp_path, small_networks):
@@ -248,16 +207,16 @@ def test_finetuning_at_a_higher_resolution_and_for_other_classes(finished, image
     two = shutil.copytree(images, tmp_path / "two")
     shutil.rmtree(two / "class2")
     flags = ("--pretrained", finished / "best_model.pth", "--input-size", 40, "--lr", 0, "--warmup-lr", 0)
-    train(tmp_path / "run", "--data_path", two, *flags, "--min-lr", 0, "--eval-ema")
+    written = train(tmp_path / "run", "--data_path", two, *flags, "--min-lr", 0, "--epochs", 1)
     assert "its classifier is for other classes" in capsys.readouterr().out
     before, after = (state_of(folder)["model"] for folder in (finished, tmp_path / "run"))
     assert after["head.weight"].shape == (2, 32)
     assert torch.equal(after["blocks.0.attn.qkv.weight"], before["blocks.0.attn.qkv.weight"])
-    assert "ema_acc1" in lines(tmp_path / "run")[-1]
+    assert "ema_acc1" in written[-1]
 
 
 def test_surgery_keeps_the_patch_embedding_as_it_was(finished, images, tmp_path, small_networks):
-    train(tmp_path, "--data_path", images, "--surgery", finished / "checkpoint.pth", "--lr", 0.05)
+    train(tmp_path, "--data_path", images, "--surgery", finished / "checkpoint.pth")
     before, after = (state_of(folder)["model"] for folder in (finished, tmp_path))
     for name in before:
         if name.startswith("patch_embed"):
@@ -265,19 +224,18 @@ def test_surgery_keeps_the_patch_embedding_as_it_was(finished, images, tmp_path,
     assert not torch.equal(before["blocks.0.attn.qkv.weight"], after["blocks.0.attn.qkv.weight"])
 
 
-@pytest.mark.parametrize(("teacher", "kind"), [("test_resnet", "soft"), ("squeezenet1_0", "hard")])  # timm, torchvision
-def test_distillation_from_networks_of_timm_and_torchvision(teacher, kind, images, tmp_path, small_networks):
+def test_without_weight_the_teacher_has_no_say(images, tmp_path, small_networks):
     torch.manual_seed(0)
-    torch.save({"model": build_network(teacher, 3).state_dict()}, tmp_path / "teacher.pth")
-    distilled = ("--distillation-type", kind, "--teacher-model", teacher, "--teacher-path", tmp_path / "teacher.pth")
-    flags = ("--data_path", images, "--input-size", 40)
+    torch.save({"model": build_network("test_resnet", 3).state_dict()}, tmp_path / "teacher.pth")
+    distilled = ("--teacher-path", tmp_path / "teacher.pth", "--teacher-model", "test_resnet")
+    distilled += ("--distillation-type", "soft", "--distillation-alpha")
+    flags = ("--data_path", images, "--epochs", 1)
     plain, alpha_0, alpha_1 = (
-        train(tmp_path / str(i), *flags, *more)
-        for i, more in enumerate([(), (*distilled, "--distillation-alpha", 0), (*distilled, "--distillation-alpha", 1)])
+        train(tmp_path / str(i), *flags, *more) for i, more in enumerate([(), (*distilled, 0), (*distilled, 1)])
     )
     assert plain[0]["loss"] == alpha_0[0]["loss"] != alpha_1[0]["loss"]
-    with pytest.raises(ValueError, match=r"--teacher-path .* does not fill --teacher-model resnet10t"):
-        train(tmp_path / "wrong", *flags, *distilled, "--teacher-model", "resnet10t")
+    with pytest.raises(ValueError, match=r"--teacher-path .* does not fill --teacher-model test_vit"):
+        train(tmp_path / "wrong", *flags, *distilled, 1, "--teacher-model", "test_vit")
 
 
 @pytest.mark.parametrize(
@@ -291,54 +249,47 @@ def test_distillation_from_networks_of_timm_and_torchvision(teacher, kind, image
     ],
 )
 def test_other_recipes_and_networks_train(flags, images, tmp_path, small_networks):
-    written = train(tmp_path, "--data_path", images, *flags)
-    assert len(losses(tmp_path)) >= 2 and all(math.isfinite(line["loss"]) for line in written if "loss" in line)
+    train(tmp_path, "--data_path", images, "--epochs", 1, *flags)
+    assert len(losses(tmp_path)) >= 2 and all(map(math.isfinite, losses(tmp_path)))
 
 
 def test_two_processes_give_the_losses_of_one_with_twice_the_batch(images, tmp_path, small_networks):
     # batch statistics are those of both processes; what is drawn per process is off
-    flags = ("--data_path", images, "--mixup", 0, "--cutmix", 0, "--drop-path", 0, "--epochs", 2, "--lr", 0.01)
-    flags += ("--amp", "fp32")
-    train(tmp_path / "one", *flags)
-    run_processes(train_on_rank, 2, tmp_path / "two", *flags, "--batch-size", 4)
+    flags = ("--data_path", images, "--mixup", 0, "--cutmix", 0, "--drop-path", 0, "--lr", 0.01, "--amp", "fp32")
+    train(tmp_path / "one", *flags, "--batch-size", 8)
+    run_processes(train_on_rank, 2, tmp_path / "two", *flags)
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=2e-4)
     results = [[line["test_acc1"] for line in lines(tmp_path / name) if "test_acc1" in line] for name in ("one", "two")]
     assert results[0] == results[1] and len(results[0]) == 2
 
 
-def test_a_nan_is_left_out_and_too_many_end_the_run(images, tmp_path, small_networks, monkeypatch):
-    from shared.run.attempt import NotFinite
-
-    call = main.TrainingLoss.__call__
-    monkeypatch.setattr(main.TrainingLoss, "__call__", lambda *args: call(*args) * torch.nan)
-    with pytest.raises(NotFinite, match="2 steps in a row"):
+def test_gradients_that_stay_nan_end_the_run_with_the_batch(images, tmp_path, small_networks, monkeypatch):
+    call = ClassificationLoss.__call__
+    monkeypatch.setattr(ClassificationLoss, "__call__", lambda *args: call(*args) * torch.nan)
+    with pytest.raises(NotFinite, match=r"2 steps in a row.*the first such tensor is the loss"):
         train(tmp_path, "--data_path", images, "--max_skipped_steps", 2)
-    assert (tmp_path / "nonfinite.pth").exists()
+    views, labels, indices = torch.load(tmp_path / "nonfinite.pth", weights_only=True)["batch"]
+    assert len(views) == len(labels) == len(indices) == 4
 
 
 def test_pictures_and_summary(images, tmp_path, small_networks, capsys):
-    train(tmp_path, "--data_path", images, "--pictures", "on")
+    train(tmp_path, "--data_path", images, "--epochs", 1, "--pictures", "on")
     assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"views.png", "curves.png"}
     assert "best top-1" in capsys.readouterr().out
+
+
+def test_the_launcher_trains_in_this_process(images, tmp_path, small_networks):
+    flags = ["--data-path", str(images), "--output_dir", str(tmp_path / "%j"), "--epochs", "1", "--cluster", "debug"]
+    run_with_submitit.main([*FLAGS.split(), *flags])
+    assert len(losses(tmp_path / "debug")) >= 2
 
 
 @pytest.mark.slow
 def test_compiled_networks_train_alike(images, tmp_path, small_networks):
     for name, flags in (("eager", ()), ("compiled", ("--compile",))):
-        train(tmp_path / name, "--data_path", images, "--drop-path", 0, *flags)
+        train(tmp_path / name, "--data_path", images, "--epochs", 1, "--drop-path", 0, *flags)
     np.testing.assert_allclose(losses(tmp_path / "compiled"), losses(tmp_path / "eager"), rtol=1e-3)
     assert state_of(tmp_path / "compiled")["model"].keys() == state_of(tmp_path / "eager")["model"].keys()
-
-
-@pytest.mark.slow
-def test_every_way_to_start_the_script_works_in_a_copied_folder(images, tmp_path):
-    project = tmp_path / "some" / "project"
-    for folder in ("xcit", "shared"):
-        shutil.copytree(ROOT / folder, project / folder, ignore=shutil.ignore_patterns("__pycache__", "runs"))
-    for command, cwd in ((["main.py"], project / "xcit"), (["-m", "xcit.main"], project)):
-        run = run_script(*command, *TINY, "--data_path", images, "--output_dir", tmp_path / command[-1], cwd=cwd)
-        assert run.returncode == 0, run.stderr
-        assert len(losses(tmp_path / command[-1])) >= 2
 
 
 def test_embedded_data_have_defaults_of_their_own():

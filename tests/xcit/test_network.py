@@ -1,6 +1,7 @@
 """XCiT's network: equal to timm's, the paper's table, any image size, gradients, parts from their formulas."""
 
 import math
+from pathlib import Path
 
 import pytest
 import timm
@@ -8,8 +9,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from shared.networks.classifiers import fill_classifier
 from tests.standalone import load_alone
-from tests.xcit.training_runs import ROOT
 from xcit import cross_covariance_transformer
 from xcit.cross_covariance_transformer import (
     ARCHITECTURES,
@@ -21,7 +22,7 @@ from xcit.cross_covariance_transformer import (
     build_xcit,
     fourier_features,
 )
-from xcit.pretrained import fill, from_timm
+from xcit.hub import from_timm
 
 
 def randomized(network: nn.Module, seed: int = 0) -> nn.Module:
@@ -92,7 +93,7 @@ def test_logits_are_those_of_timm_with_the_same_weights(name):
     torch.manual_seed(0)
     twin = randomized(timm.create_model(f"{name}_224", num_classes=7)).eval()
     network = build_xcit(name, num_classes=7).eval()
-    assert fill(network, from_timm(twin.state_dict()), "timm")
+    assert fill_classifier(network, from_timm(twin.state_dict()), "timm")
     images = torch.randn(1, 3, 48, 32)
     with torch.no_grad():
         torch.testing.assert_close(network(images), twin(images), rtol=1e-4, atol=1e-5)
@@ -105,7 +106,7 @@ def test_gradients_are_those_of_timm_with_the_same_weights():
         )
     )
     network = tiny(eta=0.5)
-    fill(network, from_timm(twin.state_dict()), "timm")
+    fill_classifier(network, from_timm(twin.state_dict()), "timm")
     images = torch.randn(3, 3, 32, 24)
     for net in (twin, network):
         net.train()(images).square().mean().backward()
@@ -225,5 +226,5 @@ def test_initial_weights():
 
 
 def test_the_network_file_needs_torch_alone(tmp_path):
-    network = load_alone(ROOT / "xcit/cross_covariance_transformer.py", tmp_path)
+    network = load_alone(Path(cross_covariance_transformer.__file__), tmp_path)
     assert network.xcit_nano_12_p16()(torch.zeros(2, 3, 32, 32)).shape == (2, 1000)

@@ -10,9 +10,9 @@ from PIL import Image
 from shared import distributed
 from shared.images.loading import BadImages
 from tests.processes import run_processes
-from tests.reliability.runs import assert_same
-from tests.xcit.test_detection import Stop
-from tests.xcit.training_runs import lines, losses, shrink_networks, state_of
+from tests.reliability.runs import assert_same_run
+from tests.shared.supervised.runs import lines, losses, stopped_after
+from tests.xcit.tiny import shrink_networks
 from xcit import dense_training
 from xcit.semantic_segmentation import main
 from xcit.semantic_segmentation.ade20k import UNLABELLED, ADE20KDataset, augment
@@ -138,22 +138,10 @@ def test_training_evaluation_and_an_exact_resume(data, tmp_path, monkeypatch, sm
     assert {"miou", "pixel_acc"} <= written[-1].keys()
     assert Image.open(tmp_path / "whole/pictures/predictions.png").size[0] > 400
 
-    step, calls = dense_training.clip_and_step, []
-
-    def stop(*args, **kwargs):
-        calls.append(args)
-        if len(calls) > 2:
-            raise Stop
-        return step(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(dense_training, "clip_and_step", stop)
-        with pytest.raises(Stop):
-            train(data, tmp_path / "stopped")
+    with stopped_after(2):
+        train(data, tmp_path / "stopped")
     train(data, tmp_path / "stopped")
-    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
-    states = [state_of(tmp_path / name) for name in ("stopped", "whole")]
-    assert_same(*(state["model"] for state in states), "model")
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
     capsys.readouterr()
     train(data, tmp_path / "whole", "--eval")

@@ -1,5 +1,9 @@
 """The smallest runs of XCiT."""
 
+import torch
+
+from shared import distributed
+from tests.shared.supervised.runs import lines
 from tests.tiny_training import Training
 
 FLAGS = (
@@ -14,6 +18,21 @@ def shrink_networks() -> None:
     from xcit.cross_covariance_transformer import SIZES
 
     SIZES["nano_12"] = dict(embed_dim=32, depth=2, num_heads=2, eta=1.0, tokens_norm=False)
+
+
+def train(output_dir, *flags) -> list[dict]:
+    """Lines of the log of a training in this process."""
+    from xcit import main
+
+    main.train_xcit(main.parse_args([*FLAGS.split(), "--output_dir", str(output_dir), *map(str, flags)]))
+    return lines(output_dir)
+
+
+def train_on_rank(rank: int, *flags) -> None:
+    """One of several processes of ``run_processes``, which have joined already."""
+    distributed.init = lambda *_: torch.device("cpu")
+    shrink_networks()
+    train(*flags)
 
 
 TRAININGS = {

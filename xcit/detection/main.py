@@ -12,10 +12,8 @@ import argparse
 import sys
 from bisect import bisect_right
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN
@@ -26,14 +24,14 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from shared import distributed
-from shared.evaluation.features import RankSampler
 from shared.images.loading import BadImages
-from shared.run.flags import AnyDashParser
+from shared.run.flags import AnyDashParser, parse_with_embedded_defaults
+from shared.run.run import Run
 from xcit import dense_training
 from xcit.detection.average_precision import as_detections, average_precision
 from xcit.detection.coco import CocoDataset
 from xcit.feature_pyramid import build_pyramid, fill_trunk
-from xcit.prediction_pictures import paint_objects, save_predictions
+from xcit.prediction_pictures import COUNT, paint_objects, save_predictions
 from xcit.shapes import write_coco
 
 SHAPES_DEFAULTS = {
@@ -48,6 +46,7 @@ SHAPES_DEFAULTS = {
     "rois_per_image": 32,
     "output_dir": "runs/shapes",
 }
+MINIMUM = {"epochs": 1, "batch_size": 1, "test_freq": 1, "log_freq": 1}
 NECK_CHANNELS = 256
 
 
@@ -62,8 +61,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--weight-decay", type=float, default=0.05, help="of everything but norms")
     add("--steps", type=int, nargs="*", default=[27, 33], help="epochs after which the rate falls by ten")
     add("--warmup-iters", type=int, default=500, help="steps of the linear warm-up from a thousandth of the rate")
-    add("--min-size", type=int, nargs="+", default=list(range(480, 801, 32)), help="short sides of training images in "
-        "pixels; the last one is that of evaluation")  # fmt: skip
+    sides = "short sides of training images in pixels; the last one is that of evaluation"
+    add("--min-size", type=int, nargs="+", default=list(range(480, 801, 32)), help=sides)
     add("--max-size", type=int, default=1333, help="longest side")
     add("--rois-per-image", type=int, default=512, help="proposals that train the heads")
     add("--crop", action=argparse.BooleanOptionalAction, default=True, help="half of the training images are crops")
@@ -71,15 +70,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = get_args_parser()
-    args = parser.parse_args(arguments)
-    if args.data_path is None:
-        parser.set_defaults(**SHAPES_DEFAULTS)
-        args = parser.parse_args(arguments)
-    for flag in ("epochs", "batch_size", "test_freq", "log_freq"):
-        if getattr(args, flag) < 1:
-            parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)} is less than 1")
-    return args
+    return parse_with_embedded_defaults(get_args_parser(), arguments, SHAPES_DEFAULTS, MINIMUM)
 
 
 class DetectionBackbone(nn.Module):
@@ -109,7 +100,7 @@ def build_detector(
     Args:
         num_classes: Without the background.
         min_size, max_size: Of the images, see torchvision's detectors.
-        pretrained: Weights of the trunk, see :func:`xcit.pretrained.read_weights`.
+        pretrained: Weights of the trunk, see :func:`xcit.hub.read_weights`.
         rois_per_image: Proposals that train the heads.
     """
     backbone = DetectionBackbone(model, drop_path_rate)
@@ -121,29 +112,18 @@ def build_detector(
 
 @torch.no_grad()
 def evaluate_detector(
-    network: MaskRCNN,
-    dataset: CocoDataset,
-    device: torch.device,
-    between_batches: Callable[[], None] | None = None,
+    network: MaskRCNN, dataset: CocoDataset, device: torch.device, between_images: Callable[[], None] = lambda: None
 ) -> dict[str, float]:
     """COCO's AP of boxes and masks; images are shared out over the processes.
 
     Returns:
         ``box_ap``, ``box_ap50``, ``box_ap75`` and the same of masks, in percent.
     """
-    was_training = network.training
     network.eval()
     detections = []
-    share = RankSampler(len(dataset))
-    own = len(range(share.rank, len(dataset), share.world_size))
-    for number, index in enumerate(share):
-        if number < own:  # the rest fills up the share of the last ranks
-            image, _, _ = dataset[index]
-            (prediction,) = network([image.to(device)])
-            detections += as_detections(prediction, dataset.image_ids[index], dataset.category_ids)
-        if between_batches is not None:
-            between_batches()
-    network.train(was_training)
+    for index, image, _ in dense_training.own_share(dataset, between_images):
+        (prediction,) = network([image.to(device)])
+        detections += as_detections(prediction, dataset.image_ids[index], dataset.category_ids)
     by_rank = distributed.all_gather_object(detections)
     result = None
     if distributed.is_main_process():
@@ -151,19 +131,20 @@ def evaluate_detector(
     return distributed.broadcast_object(result)
 
 
+@torch.no_grad()
 def draw_detections(network: MaskRCNN, dataset: CocoDataset, device: torch.device, output_dir: Path) -> Path:
     """A picture of the objects in the first images and of those that are found."""
-
-    def paint(image: Tensor, target: dict) -> tuple[np.ndarray, np.ndarray]:
+    network.eval()
+    pairs = []
+    for index in range(min(COUNT, len(dataset))):
+        image, target, _ = dataset[index]
         (found,) = network([image.to(device)])
-        return tuple(paint_objects(image, objects, dataset.classes) for objects in (target, found))
+        pairs.append(tuple(paint_objects(image, objects, dataset.classes) for objects in (target, found)))
+    return save_predictions(pairs, output_dir)
 
-    return save_predictions(network, dataset, paint, output_dir)
 
-
-def train_detector(args: argparse.Namespace) -> None:
-    """Train from the newest checkpoint in ``args.output_dir``, or from the start; or evaluate."""
-    device, output_dir = dense_training.start(args)
+def open_images(args: argparse.Namespace, output_dir: Path) -> tuple[CocoDataset, CocoDataset]:
+    """The train and the val part; generated shapes without ``--data-path``."""
     data_path = Path(args.data_path) if args.data_path else output_dir / "data"
     if args.data_path is None:
         if distributed.is_main_process():
@@ -175,24 +156,61 @@ def train_detector(args: argparse.Namespace) -> None:
     val = CocoDataset(data_path, "val", augment=False)
     if val.classes != train.classes:
         raise ValueError(f"--data-path {data_path}: train and val part have other categories")
+    return train, val
+
+
+def network_of(args: argparse.Namespace, num_classes: int) -> MaskRCNN:
     rate = dense_training.drop_path_rate(args, dense_training.DETECTION_DROP_PATH)
-    network = build_detector(
-        args.model, len(train.classes), rate, args.min_size, args.max_size, args.pretrained, args.rois_per_image
-    )
-    evaluate = partial(evaluate_detector, dataset=val, device=device)
+    sizes = (args.min_size, args.max_size)
+    return build_detector(args.model, num_classes, rate, *sizes, args.pretrained, args.rois_per_image)
+
+
+def learning_rates(args: argparse.Namespace, steps_per_epoch: int) -> list[float]:
+    """A warm-up, then a tenth after each of the epochs ``--steps``; one rate per step of the run."""
+
+    def rate(step: int) -> float:
+        falls = bisect_right(args.steps, step // steps_per_epoch)
+        return args.lr * 0.1**falls * dense_training.warmup_factor(step, args.warmup_iters, 0.001)
+
+    return [rate(step) for step in range(args.epochs * steps_per_epoch)]
+
+
+def train_detector(args: argparse.Namespace) -> None:
+    """Train from the newest checkpoint in ``args.output_dir``, or from the start; or evaluate."""
     if args.eval:
-        dense_training.evaluate_only(args, network, evaluate, device)
+        evaluate(args)
         return
+    run = Run(args, args.amp)
+    train, val = open_images(args, run.output_dir)
+    network = network_of(args, len(train.classes))
+    data, wrapped, optimizer = dense_training.prepare(args, run, train, network)
+    lr = learning_rates(args, data.steps_per_epoch)
+    dense_training.resume(args, run, data, len(lr), network, optimizer)
 
-    def steps(steps_per_epoch: int) -> tuple[int, Callable[[int], float]]:
-        def learning_rate(step: int) -> float:
-            falls = bisect_right(args.steps, step // steps_per_epoch)
-            return args.lr * 0.1**falls * dense_training.warmup_factor(step, args.warmup_iters, 0.001)
+    tested: dict[str, float] = {}
+    with run:
+        for epoch in run.epochs():
+            data.sampler.set_epoch(epoch, run.step_in_epoch)
+            dense_training.train_one_epoch(run, wrapped, data.loader, optimizer, lr)
+            tested = {}
+            if (epoch + 1) % args.test_freq == 0 or run.steps_done == run.total_steps:
+                tested = evaluate_detector(network, val, run.device, run.stop_if_asked)
+                run.log_evaluation(**tested)
+            run.log_epoch(**tested, bad_images=train.bad_images.count())
+            run.end_epoch()
+    # a run that was finished before is evaluated again
+    dense_training.say(tested or evaluate_detector(network, val, run.device))
+    if args.pictures and distributed.is_main_process():
+        print(f"what it finds: {draw_detections(network, val, run.device, run.output_dir)}", flush=True)
 
-        return args.epochs * steps_per_epoch, learning_rate
 
-    draw = partial(draw_detections, dataset=val, device=device, output_dir=output_dir)
-    dense_training.train_dense(args, network, train, steps, args.weight_decay, evaluate, draw, device, output_dir)
+def evaluate(args: argparse.Namespace) -> None:
+    """Print the AP of the run in ``--output_dir``, which may be going on, or of ``--resume``."""
+    device = distributed.init(args.dist_url, args.device, args.dist_timeout)
+    train, val = open_images(args, Path(args.output_dir))
+    network = network_of(args, len(train.classes))
+    dense_training.fill(network, args)
+    dense_training.say(evaluate_detector(network.to(device), val, device))
 
 
 def main() -> None:

@@ -10,10 +10,8 @@ Running the same command again resumes the run.
 import argparse
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,13 +23,13 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from shared import distributed
-from shared.evaluation.features import RankSampler
 from shared.images.loading import BadImages
-from shared.run.flags import AnyDashParser
+from shared.run.flags import AnyDashParser, parse_with_embedded_defaults
+from shared.run.run import Run
 from xcit import dense_training
-from xcit.augmentations import MEAN, STD
 from xcit.feature_pyramid import build_pyramid, fill_trunk
-from xcit.prediction_pictures import paint_labels, save_predictions
+from xcit.hub import MEAN, STD
+from xcit.prediction_pictures import COUNT, paint_labels, save_predictions
 from xcit.semantic_segmentation.ade20k import UNLABELLED, ADE20KDataset
 from xcit.shapes import CLASSES, write_ade20k
 
@@ -44,6 +42,7 @@ SHAPES_DEFAULTS = {
     "crop_size": 64,
     "output_dir": "runs/shapes",
 }
+MINIMUM = {"iterations": 1, "batch_size": 1, "num_classes": 1, "crop_size": 1, "test_freq": 1, "log_freq": 1}
 NECK_CHANNELS, HEAD_CHANNELS = 256, 128
 
 
@@ -65,15 +64,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = get_args_parser()
-    args = parser.parse_args(arguments)
-    if args.data_path is None:
-        parser.set_defaults(**SHAPES_DEFAULTS)
-        args = parser.parse_args(arguments)
-    for flag in ("iterations", "batch_size", "num_classes", "crop_size", "test_freq", "log_freq"):
-        if getattr(args, flag) < 1:
-            parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)} is less than 1")
-    return args
+    return parse_with_embedded_defaults(get_args_parser(), arguments, SHAPES_DEFAULTS, MINIMUM)
 
 
 def convolution(channels: int) -> nn.Sequential:
@@ -141,16 +132,18 @@ def predict_labels(network: SemanticFPN, image: Tensor, size: tuple[int, int]) -
     return F.interpolate(logits[None].float(), size, mode="bilinear", align_corners=False).argmax(dim=1)[0]
 
 
+@torch.no_grad()
 def draw_segments(network: SemanticFPN, dataset: ADE20KDataset, device: torch.device, output_dir: Path) -> Path:
     """A picture of the label maps of the first images and of those that are predicted."""
-
-    def paint(image: Tensor, target: dict) -> tuple[np.ndarray, np.ndarray]:
+    network.eval()
+    pairs = []
+    for index in range(min(COUNT, len(dataset))):
+        image, target, _ = dataset[index]
         labels = target["labels"]
         predicted = predict_labels(network, image.to(device), labels.shape)
         resized = F.interpolate(image[None], labels.shape, mode="bilinear", align_corners=False)[0]
-        return paint_labels(resized, labels), paint_labels(resized, predicted)
-
-    return save_predictions(network, dataset, paint, output_dir)
+        pairs.append((paint_labels(resized, labels), paint_labels(resized, predicted)))
+    return save_predictions(pairs, output_dir)
 
 
 @torch.no_grad()
@@ -159,28 +152,19 @@ def evaluate_segmenter(
     dataset: ADE20KDataset,
     device: torch.device,
     num_classes: int,
-    between_batches: Callable[[], None] | None = None,
+    between_images: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """mIoU and the share of right pixels, in percent, at the images' own sizes; processes share the images out."""
-    was_training = network.training
     network.eval()
     metrics = build_metrics(num_classes).to(device)  # summed over processes when they are computed
-    share = RankSampler(len(dataset))
-    own = len(range(share.rank, len(dataset), share.world_size))
-    for number, index in enumerate(share):
-        if number < own:  # the rest fills up the share of the last ranks
-            image, target, _ = dataset[index]
-            labels = target["labels"].to(device)
-            metrics.update(predict_labels(network, image.to(device), labels.shape)[None], labels[None])
-        if between_batches is not None:
-            between_batches()
-    network.train(was_training)
+    for _, image, target in dense_training.own_share(dataset, between_images):
+        labels = target["labels"].to(device)
+        metrics.update(predict_labels(network, image.to(device), labels.shape)[None], labels[None])
     return {name: 100 * value.item() for name, value in metrics.compute().items()}
 
 
-def train_segmenter(args: argparse.Namespace) -> None:
-    """Train from the newest checkpoint in ``args.output_dir``, or from the start; or evaluate."""
-    device, output_dir = dense_training.start(args)
+def open_images(args: argparse.Namespace, output_dir: Path) -> tuple[ADE20KDataset, ADE20KDataset]:
+    """The training and the validation part; generated shapes without ``--data-path``."""
     data_path = Path(args.data_path) if args.data_path else output_dir / "data"
     if args.data_path is None:
         if distributed.is_main_process():
@@ -189,25 +173,63 @@ def train_segmenter(args: argparse.Namespace) -> None:
     train = ADE20KDataset(data_path, "training", args.crop_size, args.seed, num_classes=args.num_classes)
     policy = (output_dir / "bad_images.txt", args.on_bad_image, args.max_bad_fraction)
     train.bad_images = BadImages(len(train), *policy)
-    val = ADE20KDataset(data_path, "validation", args.crop_size, augment=False, num_classes=args.num_classes)
+    return train, ADE20KDataset(data_path, "validation", args.crop_size, augment=False, num_classes=args.num_classes)
+
+
+def network_of(args: argparse.Namespace) -> SemanticFPN:
     rate = dense_training.drop_path_rate(args, dense_training.SEGMENTATION_DROP_PATH)
     network = SemanticFPN(args.model, args.num_classes, rate)
     if args.pretrained:
         fill_trunk(network.backbone, args.pretrained)
-    evaluate = partial(evaluate_segmenter, dataset=val, device=device, num_classes=args.num_classes)
+    return network
+
+
+def learning_rates(args: argparse.Namespace) -> list[float]:
+    """A warm-up, and linearly to 0; one rate per step of the run."""
+
+    def rate(step: int) -> float:
+        falling = 1 - step / args.iterations
+        return args.lr * falling * dense_training.warmup_factor(step, args.warmup_iters, 1e-6)
+
+    return [rate(step) for step in range(args.iterations)]
+
+
+def train_segmenter(args: argparse.Namespace) -> None:
+    """Train from the newest checkpoint in ``args.output_dir``, or from the start; or evaluate."""
     if args.eval:
-        dense_training.evaluate_only(args, network, evaluate, device)
+        evaluate(args)
         return
+    run = Run(args, args.amp)
+    train, val = open_images(args, run.output_dir)
+    network = network_of(args)
+    data, wrapped, optimizer = dense_training.prepare(args, run, train, network)
+    lr = learning_rates(args)
+    dense_training.resume(args, run, data, len(lr), network, optimizer)
 
-    def steps(_: int) -> tuple[int, Callable[[int], float]]:
-        def learning_rate(step: int) -> float:
-            falling = 1 - step / args.iterations
-            return args.lr * falling * dense_training.warmup_factor(step, args.warmup_iters, 1e-6)
+    tested: dict[str, float] = {}
+    with run:
+        for epoch in run.epochs():
+            data.sampler.set_epoch(epoch, run.step_in_epoch)
+            dense_training.train_one_epoch(run, wrapped, data.loader, optimizer, lr)
+            tested = {}
+            if (epoch + 1) % args.test_freq == 0 or run.steps_done == run.total_steps:
+                tested = evaluate_segmenter(network, val, run.device, args.num_classes, run.stop_if_asked)
+                run.log_evaluation(**tested)
+            run.log_epoch(**tested, bad_images=train.bad_images.count())
+            run.end_epoch()
+    # a run that was finished before is evaluated again
+    dense_training.say(tested or evaluate_segmenter(network, val, run.device, args.num_classes))
+    if args.pictures and distributed.is_main_process():
+        print(f"what it finds: {draw_segments(network, val, run.device, run.output_dir)}", flush=True)
 
-        return args.iterations, learning_rate
 
-    draw = partial(draw_segments, dataset=val, device=device, output_dir=output_dir)
-    dense_training.train_dense(args, network, train, steps, args.weight_decay, evaluate, draw, device, output_dir)
+def evaluate(args: argparse.Namespace) -> None:
+    """Print the mIoU of the run in ``--output_dir``, which may be going on, or of ``--resume``."""
+    device = distributed.init(args.dist_url, args.device, args.dist_timeout)
+    _, val = open_images(args, Path(args.output_dir))
+    network = network_of(args)
+    dense_training.fill(network, args)
+    dense_training.say(evaluate_segmenter(network.to(device), val, device, args.num_classes))
 
 
 def main() -> None:

@@ -132,6 +132,86 @@ def test_bytes_before_the_end_marker_of_a_jpeg_do_no_harm():
     np.testing.assert_array_equal(decode(data[:-2] + b"\0\0\0" + data[-2:], 2), decode(data, 2))
 
 
+def changed(data: bytes, marker: int, offset: int, *values: int) -> bytes:
+    """A JPEG whose first segment with this marker has other bytes from an offset behind the marker on."""
+    start = data.index(bytes([0xFF, marker])) + offset
+    return data[:start] + bytes(values) + data[start + len(values) :]
+
+
+def padded(data: bytes, marker: int) -> bytes:
+    start = data.index(bytes([0xFF, marker]))
+    return data[:start] + b"\x00\x11\x00" + data[start:]
+
+
+def with_adobe_instead_of_jfif(data: bytes, transform: int) -> bytes:
+    adobe = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + bytes([transform])
+    start = data.index(b"\xff\xe0")
+    return data[:start] + adobe + data[start + 18 :]
+
+
+SCAN_PARAMETERS = 11  # of three channels, behind the marker and the length, the channels' number and tables
+HARMLESS = {
+    "scan parameters": lambda data: changed(data, 0xDA, SCAN_PARAMETERS, 0, 0, 0),
+    **{f"revision {a}.{b}": lambda data, a=a, b=b: changed(data, 0xE0, 9, a, b) for a, b in ((0, 0), (0, 2), (2, 0))},
+    **{f"padding before {m:x}": lambda data, m=m: padded(data, m) for m in (0xDB, 0xC0, 0xC4, 0xDA)},
+    "Adobe transform": lambda data: with_adobe_instead_of_jfif(data, 7),
+    "several": lambda data: padded(changed(changed(data, 0xE0, 9, 2, 0), 0xDA, SCAN_PARAMETERS, 1, 5, 0), 0xDB),
+}
+
+
+@pytest.mark.parametrize("change", HARMLESS.values(), ids=HARMLESS)
+def test_jpegs_whose_header_is_out_of_order_are_read_whole(change):
+    data = encoded(PHOTOGRAPH, "JPEG")
+    np.testing.assert_array_equal(decode(change(data)), decode(data))
+
+
+@pytest.mark.parametrize("change", HARMLESS.values(), ids=HARMLESS)
+def test_damage_does_not_hide_behind_a_harmless_warning(change):
+    data = change(encoded(PHOTOGRAPH, "JPEG", quality=95))
+    middle = len(data) * 2 // 3
+    for damaged in (data[:middle], data[:middle] + b"\xff\xd9"):
+        with pytest.raises(ImageError):
+            decode(damaged)
+
+
+def test_a_grey_rotated_jpeg_with_padding_stands_upright():
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    data = encoded(Image.fromarray(PHOTOGRAPH).convert("L"), "JPEG", exif=exif)
+    np.testing.assert_array_equal(decode(padded(data, 0xE1)), decode(data))
+    assert decode(data).shape == (53, 37, 3)
+
+
+def png_chunk(kind: bytes, content: bytes, crc: int | None = None) -> bytes:
+    crc = zlib.crc32(kind + content) if crc is None else crc
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", crc)
+
+
+PROFILE = b"profile\0\0" + zlib.compress(bytes(3 << 20))
+TEXT = b"Comment\0\0" + zlib.compress(bytes(3 << 20))
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [png_chunk(b"iCCP", PROFILE), png_chunk(b"zTXt", TEXT), png_chunk(b"tEXt", b"Comment\0hello", crc=1)],
+    ids=["large profile", "large text", "wrong checksum"],
+)
+def test_a_png_is_read_whatever_its_texts_and_profiles_are(chunk):
+    data = encoded(PHOTOGRAPH, "PNG")
+    after_header = data.index(b"IDAT") - 4
+    np.testing.assert_array_equal(decode(data[:after_header] + chunk + data[after_header:]), PHOTOGRAPH)
+    end = data.index(b"IEND") - 4
+    np.testing.assert_array_equal(decode(data[:end] + chunk + data[end:]), PHOTOGRAPH)
+    with pytest.raises(ImageError):
+        decode(data[:after_header] + chunk + data[after_header : len(data) // 2])
+
+
+def test_dark_16_bit_images_are_told_of():
+    values = np.linspace(0, 4095, 30 * 40).reshape(30, 40).astype(np.uint16)
+    with pytest.warns(UserWarning, match="become nearly black"):
+        decode(encoded(Image.fromarray(values), "PNG"))
+
+
 def test_other_files_are_refused_with_their_name(tmp_path):
     (tmp_path / "text.jpg").write_text("no image at all")
     (tmp_path / "empty.png").write_bytes(b"")

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import cv2
@@ -28,7 +29,7 @@ from shared.images.sources import ArraySource, FileSource
 from tests.processes import SERVER
 from tests.shared.photographs import encoded, photograph
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -330,3 +331,58 @@ def test_workers_start_after_opencv_has_used_its_threads():
         assert process.exitcode == 0
     finally:
         process.kill()
+
+
+TOO_LARGE = """
+import sys, torch
+sys.path.insert(0, {root!r})
+from shared import distributed
+from shared.images.loading import make_loader
+
+class Large(torch.utils.data.Dataset):
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        return torch.zeros(1 << 22)
+
+with distributed.clean_exit():
+    for batch in make_loader(Large(), batch_size=4, num_workers=2):
+        pass
+"""
+
+
+def test_batches_that_do_not_fit_into_shared_memory_end_the_run(tmp_path):
+    """A container has 64 MB of it unless it is told otherwise."""
+    code = tmp_path / "large.py"
+    code.write_text(TOO_LARGE.format(root=str(ROOT)))
+    command = f"mount -t tmpfs -o size=16m tmpfs /dev/shm && exec {sys.executable} {code}"
+    run = subprocess.run(["unshare", "--mount", "sh", "-c", command], capture_output=True, text=True, timeout=120)
+    if "unshare" in run.stderr or "mount" in run.stderr:
+        pytest.skip("mounting a small /dev/shm needs privileges")
+    assert run.returncode == 4, run.stderr
+    assert "--shm-size=8g or --ipc=host" in run.stderr.splitlines()[-1] and "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("shape", [(1, 20000), (65535, 2), (300, 3)])
+def test_a_centre_crop_of_a_strip_takes_little_memory(shape):
+    pixels = np.full((*shape, 3), 77, dtype=np.uint8)
+    tracemalloc.start()
+    image = EvalTransform(256, 224)(pixels)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 28
+    tracemalloc.stop()
+    assert image.shape == (3, 224, 224) and (image == 77).all()
+
+
+def test_names_with_tabs_and_line_ends_take_one_line_of_the_list_each(tmp_path):
+    names = ["a\tb.png", "c\nd.png", "e\rf.png", "good.png"]
+    for name in names[:3]:
+        (tmp_path / name).write_bytes(b"no image")
+    Image.fromarray(photograph(0, 8, 8)).save(tmp_path / "good.png")
+    source = FileSource("images", tmp_path, names)
+    bad = BadImages(4, tmp_path / "bad_images.txt", max_fraction=1)
+    for index in range(3):
+        assert bad.read(source, index, (0,), lambda candidate: source.load(candidate).decode()).shape == (8, 8, 3)
+    assert bad.count() == 3
+    lines = (tmp_path / "bad_images.txt").read_text().split("\n")
+    assert [line.partition("\t")[0].rpartition("/")[2] for line in lines[:3]] == [r"a\tb.png", r"c\nd.png", r"e\rf.png"]

@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import multiprocessing
 import os
@@ -5,8 +6,10 @@ import pickle
 import re
 import shutil
 import tarfile
+import time
 import urllib.error
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -17,7 +20,15 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from shared.images.decode import ImageError
-from shared.images.sources import TORCHVISION, ArraySource, FileSource, PackedStrings, check_same_classes, open_source
+from shared.images.sources import (
+    TORCHVISION,
+    ArraySource,
+    FileSource,
+    PackedStrings,
+    check_same_classes,
+    locked,
+    open_source,
+)
 from tests.shared.photographs import photograph
 
 PICTURE = Image.fromarray(photograph(0, 6, 8))
@@ -64,7 +75,7 @@ def test_class_folders_are_read_as_image_folder_reads_them(tmp_path):
     assert [source.path(i) for i in range(len(source))] == [path for path, _ in reference.samples]
     np.testing.assert_array_equal(source.labels, reference.targets)
     assert source.labels.dtype == np.int64 and source.label(0) == 0
-    assert source.describe() == f"{tmp_path}: 7 images, 3 classes"
+    assert source.describe() == f"{tmp_path}: 7 images, 3 classes (left out: 1 .txt)"
 
 
 def test_links_to_folders_are_followed(tmp_path):
@@ -98,9 +109,69 @@ def test_val_is_preferred_to_test(tmp_path):
     assert open_source(tmp_path, "val").path(0) == str(tmp_path / "val" / "a" / "1.png")
 
 
-def test_a_class_may_be_called_train(tmp_path):
-    write(tmp_path / "train" / "1.png", tmp_path / "bus" / "1.png")
-    assert open_source(tmp_path).classes == ["bus", "train"]
+@pytest.mark.parametrize(
+    ("train", "val"), [("train", "valid"), ("train", "validation"), ("Train", "Val"), ("training", "Test")]
+)
+def test_the_parts_have_their_usual_names_in_any_case(tmp_path, train, val):
+    write(*(tmp_path / split / c / "1.png" for split in (train, val) for c in "ab"), tmp_path / train / "a/2.png")
+    assert names(open_source(tmp_path, "train")) == ["a/1.png", "a/2.png", "b/1.png"]
+    assert open_source(tmp_path, "val").path(1) == str(tmp_path / val / "b" / "1.png")
+
+
+@pytest.mark.parametrize("folders", [("train", "bus"), ("val", "test"), ("Valid",)])
+def test_a_part_is_no_class(tmp_path, folders):
+    write(*(tmp_path / folder / "1.png" for folder in folders))
+    with pytest.raises(ValueError, match=f"--data_path .* {folders[0]} would be a class"):
+        open_source(tmp_path)
+
+
+def test_hidden_and_system_entries_are_no_data(tmp_path):
+    write(tmp_path / "cat/1.png", tmp_path / "dog/2.png", tmp_path / "cat/._1.png", tmp_path / ".git/annex/3.png")
+    write(tmp_path / "__MACOSX/cat/1.png", tmp_path / ".ipynb_checkpoints/4.png", tmp_path / ".hidden.png")
+    (tmp_path / "Thumbs.db").write_bytes(b"")
+    source = open_source(tmp_path)
+    assert names(source) == ["cat/1.png", "dog/2.png"] and source.classes == ["cat", "dog"] and not source.remarks
+
+
+def test_an_image_beside_class_folders_is_named(tmp_path):
+    write(tmp_path / "cat/1.png", tmp_path / "dog/2.png", tmp_path / "stray.png")
+    assert open_source(tmp_path).describe() == (
+        f"{tmp_path}: 3 images, no classes (no classes: stray.png lies beside the folders)"
+    )
+
+
+def test_the_folders_of_runs_are_no_data(tmp_path):
+    write(
+        tmp_path / "cat/1.png", tmp_path / "dog/2.png", tmp_path / "run/pictures/views.png", tmp_path / "pictures/c.png"
+    )
+    for folder in (tmp_path, tmp_path / "run"):
+        (folder / "attempt.json").write_text("{}")
+    assert open_source(tmp_path).classes == ["cat", "dog"]
+
+
+def test_links_to_a_folder_above_are_left_out(tmp_path):
+    write(tmp_path / "cat/1.png", tmp_path / "dog/2.png")
+    (tmp_path / "cat" / "up").symlink_to("..")
+    (tmp_path / "latest").symlink_to(".")
+    (tmp_path / "dog" / "again").symlink_to("../cat")
+    source = open_source(tmp_path)
+    assert names(source) == ["cat/1.png", "dog/2.png", "dog/again/1.png"] and source.classes == ["cat", "dog"]
+    assert f"the link {tmp_path}/latest to a folder above it" in source.describe()
+    assert f"the link {tmp_path}/cat/up" in source.describe()
+
+
+def test_names_of_jpegs_and_first_frames_are_read_and_the_rest_is_counted(tmp_path):
+    frames = [Image.new("RGB", (8, 6), color) for color in ("red", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    for name in ("b.jfif", "c.jpe", "d.mpo"):
+        frames[0].save(tmp_path / name, "MPO" if name.endswith("mpo") else "JPEG")
+    for name in ("e.heic", "f.HEIC", "notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+    source = open_source(tmp_path)
+    assert names(source) == ["a.gif", "b.jfif", "c.jpe", "d.mpo"]
+    assert source.describe().endswith("(left out: 2 .heic, 1 .txt)")
+    for index in range(4):
+        assert np.abs(source.load(index).decode().reshape(-1, 3).mean(0) - (255, 0, 0)).max() < 3
 
 
 def test_a_missing_val_part_is_an_error_unless_a_holdout_is_asked_for(tmp_path):
@@ -182,6 +253,61 @@ def test_any_file_is_a_list_inside_its_folder_or_an_error_that_names_it(tmp_path
             source.load(index)
 
 
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("list.txt", "\ufeffa.png\tcat\nb.png\tcat \nc.png\tdog\n"),
+        ("list.txt", "image\tlabel\r\na.png\tcat\r\nb.png\tcat\r\nc.png\tdog\r\n"),
+        ("list.csv", "a.png,cat\nb.png,cat\nc.png,dog\n"),
+        ("list.csv", 'file;class\n"a.png";cat\nb.png;"cat"\nc.png;dog\n'),
+        ("list.tsv", "a.png\tcat\nb.png\tcat\n\nc.png\tdog\n"),
+    ],
+)
+def test_lists_and_tables_as_people_and_spreadsheets_write_them(tmp_path, file, text):
+    write(*(tmp_path / f"{name}.png" for name in "abc"))
+    (tmp_path / file).write_text(text, newline="")
+    source = open_source(tmp_path / file)
+    assert names(source) == ["a.png", "b.png", "c.png"]
+    assert source.classes == ["cat", "dog"] and source.labels.tolist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("a.png cat\n", "line 1: there is no 'a.png cat' beside the list; a tab separates"),
+        ("a.png,cat\n", "a tab separates"),
+        ("sub\\a.png\n", "and / one folder from the next"),
+        ("a.png\t\n", "line 1: expected a label, got none"),
+        ("a.png\tcat\t0.9\n", "line 1: expected a file name and a label, got 3 columns"),
+        ("a.png\tcat\nb.png\n", "line 2: either all lines have a label or none"),
+    ],
+)
+def test_other_separators_and_columns_are_an_error_that_says_what_is_wanted(tmp_path, text, reason):
+    write(tmp_path / "a.png", tmp_path / "b.png")
+    (tmp_path / "list.txt").write_text(text)
+    with pytest.raises(ValueError, match=f"--data_path .*{re.escape(reason)}"):
+        open_source(tmp_path / "list.txt")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks_still_keeps_processes_apart(tmp_path, monkeypatch, code):
+    def unsupported(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    held = []
+
+    def hold(number):
+        with locked(tmp_path / "file"):
+            held.append(number)
+            time.sleep(0.02)
+            assert held[-1] == number
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(hold, range(8)))
+    assert sorted(held) == list(range(8)) and [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_absolute_paths_in_a_list_need_permission(tmp_path):
     write(tmp_path / "1.png")
     (tmp_path / "lists").mkdir()
@@ -201,7 +327,7 @@ def test_missing_and_empty_inputs_are_named(tmp_path):
         "missing": "no such file or folder",
         "empty": "no images",
         "noimages": "no images",
-        "archive.zip": "neither a folder nor a .txt list",
+        "archive.zip": "neither a folder nor a list of images",
         "hollow": "no images in the class folder.* empty_class",
     }.items():
         with pytest.raises(ValueError, match=f"--train_data {re.escape(str(tmp_path / name))}: {reason}"):

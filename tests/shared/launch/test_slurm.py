@@ -16,7 +16,7 @@ from shared.launch import slurm
 from shared.run.attempt import Attempt, Interrupted, Superseded
 from tests.slurm import jobs
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def parse(*arguments: str) -> argparse.Namespace:

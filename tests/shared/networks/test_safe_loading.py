@@ -26,7 +26,7 @@ from shared.images.decode import read_image
 from shared.networks.weights import UnsafeFileError, load_backbone_weights, safe_load
 from tests.processes import SERVER
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 class Calls:
@@ -418,3 +418,9 @@ def test_scan_finds_unsafe_calls(line):
 )
 def test_scan_accepts_safe_calls(line):
     assert unsafe_calls(line) == []
+
+
+def test_a_torchscript_file_is_called_what_it_is(tmp_path):
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "program.pt"))
+    with pytest.raises(UnsafeFileError, match="is refused: it is a TorchScript program"):
+        safe_load(tmp_path / "program.pt")

@@ -6,7 +6,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from shared.run.attempt import Attempt, Superseded
-from shared.run.log import RunLog
+from shared.run.log import RunLog, read_log
 
 
 def lines(path):
@@ -136,3 +136,15 @@ def test_a_superseded_attempt_writes_no_line(tmp_path):
     with pytest.raises(Superseded):
         log.step(1, 0, images=1, averages={"loss": 1.0})
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_an_unfinished_last_line_is_left_out_and_a_broken_one_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert read_log(path) == [{"step": 1}, {"step": 2}]
+    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(ValueError, match="line 2 is not JSON"):
+        read_log(path)
+    path.write_text("[1]\n")
+    with pytest.raises(ValueError, match="line 1 is not a JSON object"):
+        read_log(path)

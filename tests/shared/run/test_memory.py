@@ -30,7 +30,7 @@ def run(keep: bool) -> tuple[str, int, int]:
 
     Blocks do not find the gaps of their size in every step until the heap has grown far enough.
     """
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     command = [sys.executable, "-c", COUNT_FAULTS.format(keep=keep)]
     answer, *faults = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.split()
     return answer, int(faults[0]), min(map(int, faults[1:]))

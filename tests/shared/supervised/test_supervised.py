@@ -12,16 +12,21 @@ import torch
 from PIL import Image
 from torch import nn
 
+from shared.images.inaturalist import open_inaturalist
 from shared.images.loading import EvalDataset, EvalTransform
 from shared.images.sources import ArraySource
+from shared.optimisation.optim import clip_total_grad_norm_, step_unless_not_finite
 from shared.optimisation.precision import Precision
 from shared.run.flags import AnyDashParser
-from shared.supervised.data import LabelledViews, RepeatedAugmentationSampler
-from shared.supervised.datasets import open_inaturalist, open_train_and_val
-from shared.supervised.distillation import build_teacher
+from shared.supervised.data import LabelledViews, RepeatedAugmentationSampler, open_train_and_val
 from shared.supervised.ema import NetworkEMA
 from shared.supervised.evaluation import evaluate_classifier
-from shared.supervised.optimizer import build_timm_optimizer, build_timm_schedule, clip_and_step, set_learning_rate
+from shared.supervised.losses import build_teacher
+from shared.supervised.optimizer import (
+    build_timm_optimizer,
+    build_timm_schedule,
+    set_learning_rate,
+)
 from shared.supervised.transforms import TrainTransform, eval_transform, posterize
 from tests.processes import run_processes
 
@@ -157,13 +162,13 @@ def test_norm_of_all_gradients_is_clipped_and_a_nan_leaves_the_step_out(name):
     optimizer = build_timm_optimizer(network, name, 0.1, 0.0)
     network(torch.full((1, 4), 10.0)).sum().backward()
     before = network.weight.detach().clone()
-    assert clip_and_step(optimizer, list(network.parameters()), 0.5) == 0
+    assert step_unless_not_finite(optimizer, clip_total_grad_norm_(list(network.parameters()), 0.5)) == 0
     total = torch.cat([p.grad.flatten() for p in network.parameters()]).norm()
     assert total.item() == pytest.approx(0.5, rel=1e-4)
     after = network.weight.detach().clone()
     assert not torch.equal(before, after)
     network.bias.grad[0] = torch.nan
-    assert clip_and_step(optimizer, list(network.parameters()), None) == 1
+    assert step_unless_not_finite(optimizer, clip_total_grad_norm_(list(network.parameters()), None)) == 1
     assert torch.equal(network.weight.detach(), after)
 
 
@@ -247,10 +252,10 @@ def test_inaturalist_is_read_at_every_level(category, classes, tmp_path):
 
 
 def test_data_set_names_choose_how_a_path_is_read(tmp_path, monkeypatch):
-    from shared.supervised import datasets
+    from shared.supervised import data
 
     calls = []
-    monkeypatch.setattr(datasets, "open_source", lambda *args, **kwargs: calls.append((args, kwargs)))
+    monkeypatch.setattr(data, "open_source", lambda *args, **kwargs: calls.append((args, kwargs)))
     flags = argparse.Namespace(data_path=str(tmp_path), val_path=None, allow_absolute_paths=False, inat_category="name")
     flags.data_set, flags.eval = "CIFAR100", False
     open_train_and_val(flags)

@@ -1,0 +1,159 @@
+"""MSN's networks: the ViTs of this folder, their released weights and their images."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from shared.networks import pretrained
+from shared.networks.card import Card, Release
+from shared.networks.weights import WeightMismatch, load_backbone_weights, safe_load, select_backbone_weights
+
+from .vision_transformer import ARCHITECTURES, VisionTransformer, build
+
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+RUN_ON_DIGITS = "runs/digits"  # folder of the run that main.py makes without images
+DEFAULT_MODEL = "deit_small"
+
+
+def sizes(model_name: str, tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Image and patch size; nothing about an image size where there are no positions."""
+    patches, positions = tensors.get("patch_embed.proj.weight"), tensors.get("pos_embed")
+    patch_size = ARCHITECTURES[model_name]["patch_size"] if patches is None else patches.shape[2]
+    if positions is None:
+        return {"patch_size": patch_size}
+    return {"patch_size": patch_size, "img_size": math.isqrt(positions.shape[1] - 1) * patch_size}
+
+
+def release(model_name: str, file: str, doc: str) -> Release:
+    return Release(model_name, file, doc, cached_as=f"msn_{file}")
+
+
+CARD = Card(
+    name="msn",
+    build=build,
+    releases={
+        "msn_vits16": release(
+            "deit_small",
+            "vits16_800ep.pth.tar",
+            "MSN, 800 epochs: ViT-S/16, 384 dimensions (47.1 with one ImageNet image per class).",
+        ),
+        "msn_vitb16": release(
+            "deit_base",
+            "vitb16_600ep.pth.tar",
+            "MSN, 600 epochs: ViT-B/16, 768 dimensions (49.8 with one ImageNet image per class).",
+        ),
+        "msn_vitl16": release("deit_large", "vitl16_600ep.pth.tar", "MSN, 600 epochs: ViT-L/16, 1024 dimensions."),
+        "msn_vitb4": release(
+            "deit_base_p4",
+            "vitb4_300ep.pth.tar",
+            "MSN, 300 epochs: ViT-B/4, 768 dimensions (54.3 with one ImageNet image per class).",
+        ),
+        "msn_vitl7": release(
+            "deit_large_p7",
+            "vitl7_200ep.pth.tar",
+            "MSN, 200 epochs: ViT-L/7, 1024 dimensions (57.1 with one ImageNet image per class).",
+        ),
+    },
+    address="https://dl.fbaipublicfiles.com/msn/",
+    mean=MEAN,
+    std=STD,
+    interpolation="bilinear",
+    run_on_digits=RUN_ON_DIGITS,
+    main="main.py",
+    checkpoint_key="target_encoder",
+    head_names=("fc",),
+    sizes=sizes,
+    arch_flag="--model_name",
+)
+ENTRIES = pretrained.hub_entries(CARD)
+
+
+# --- Files of runs ----------------------------------------------------------------------------------------------------
+
+
+class Pretrained(NamedTuple):
+    """An encoder, and how it came about.
+
+    Attributes:
+        path: Its file; None for random weights.
+        trained_with: Flags of its training; empty where the file does not say.
+    """
+
+    encoder: VisionTransformer
+    model_name: str
+    path: Path | None
+    trained_with: Mapping
+
+
+def load_pretrained(
+    model_name: str | None,
+    weights: str | Path = "",
+    fname: str = "",
+    checkpoint_key: str = CARD.checkpoint_key,
+    allow_partial: bool = False,
+    file_flag: str = "fname",
+) -> Pretrained:
+    """Build an encoder without a head and fill it, as the evaluation scripts do with their flags.
+
+    Sizes of images and patches and the number of channels are taken from the file.
+
+    Args:
+        model_name: A name of ``ARCHITECTURES``; None for that of the training, ``deit_small`` where the file does not
+            say.
+        weights: Folder of ``fname``, a file of any layout, or the name of a release; ``random`` for no weights;
+            without either the released weights.
+        fname: File in the folder ``weights``; by default its only ``*-latest.pth.tar``.
+        checkpoint_key: The network to take from a training checkpoint.
+        allow_partial: Load what fits when the file does not fill the network.
+        file_flag: Name of the flag for ``fname``, for messages.
+
+    Returns:
+        The encoder in evaluation mode, without gradients; its output is the class token after the final norm.
+
+    Raises:
+        ValueError: If there are no such weights, or they do not fill the network.
+    """
+    if weights == "random":
+        name = model_name or DEFAULT_MODEL
+        return Pretrained(pretrained.load_pretrained(CARD, name, weights), name, None, {})
+    path = pretrained.find_file(CARD, model_name or DEFAULT_MODEL, file_in(weights, fname, file_flag))
+    checkpoint = safe_load(path)
+    trained_with = flags_of_training(checkpoint)
+    trained_as = trained_with.get("model_name")
+    name = model_name or trained_as or DEFAULT_MODEL
+    found = select_backbone_weights(checkpoint, checkpoint_key, str(path), CARD.head_names)
+    encoder = pretrained.build_for(CARD, name, found.tensors)
+    try:
+        load_backbone_weights(encoder, found, allow_partial=allow_partial)
+    except WeightMismatch as error:
+        hint = f"it was trained with --model_name {trained_as}" if trained_as else "is it of another --model_name?"
+        raise WeightMismatch(f"--model_name {name}: {error}\n{hint}") from error
+    return Pretrained(encoder.eval().requires_grad_(False), name, path, trained_with)
+
+
+def file_in(folder: str | Path, fname: str, file_flag: str = "fname") -> str | Path:
+    """A file in the folder of a run, by default its only ``*-latest.pth.tar``; anything but a folder stays as it is.
+
+    Raises:
+        ValueError: If the folder holds none or several.
+    """
+    path = Path(folder, fname)
+    if not path.is_dir() or (not folder and not fname):
+        return path if fname else folder
+    latest = sorted(path.glob("*-latest.pth.tar"))
+    if len(latest) == 1:
+        return latest[0]
+    found = ", ".join(file.name for file in latest or sorted(path.glob("*.pth*"))) or "no checkpoint"
+    hint = f": run python {CARD.main} first" if str(folder) == CARD.run_on_digits else ""
+    raise ValueError(f"--pretrained {folder} is a folder with {found}; name a file as --{file_flag}{hint}")
+
+
+def flags_of_training(checkpoint) -> Mapping:
+    """The flags that a checkpoint of ``main.py`` was written with; files of other origin have none."""
+    flags = checkpoint.get("args") if isinstance(checkpoint, Mapping) else None
+    known = isinstance(flags, Mapping) and flags.get("model_name") in ARCHITECTURES
+    return flags if known else {}

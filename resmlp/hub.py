@@ -1,0 +1,206 @@
+"""ResMLP's networks (the published ones, then timm's and torchvision's), their released weights and images."""
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from shared import distributed
+from shared.networks.card import Card, Release
+from shared.networks.classifiers import build_library_classifier, fill_classifier
+from shared.networks.pretrained import fetch_release
+from shared.networks.weights import WeightMismatch, fetch_file, safe_load, select_backbone_weights
+
+from .resmlp_models import ARCHITECTURES, ResMLP, resize_cross_patch_layers
+
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+# our names -> timm's, beside the blocks' numbers
+TIMM_NAMES = (("patch_embed.", "stem."), (".attn.", ".linear_tokens."), (".mlp.", ".mlp_channels."), (".gamma_", ".ls"))
+
+
+def build_network(name: str, num_classes: int, img_size: int = 224, **options) -> nn.Module:
+    """A randomly initialised network that maps images (B, C, H, W) to logits (B, num_classes).
+
+    Args:
+        name: A published ResMLP (``resmlp_24``), or, to compare with, a model of timm or of torchvision.
+        img_size: Side of the images in pixels, for networks whose weights depend on it.
+        options: ``in_chans``, ``drop_rate`` and ``drop_path_rate``; ``patch_size``, ``embed_dim`` and ``depth`` of a
+            ResMLP or of a ViT of timm, None: the published one.
+
+    Raises:
+        ValueError: If the name is unknown, or the patches do not fill the image.
+    """
+    if name not in ARCHITECTURES:
+        return build_library_classifier(name, num_classes, own_names=list(ARCHITECTURES), img_size=img_size, **options)
+    options = {option: value for option, value in options.items() if value is not None}
+    return ARCHITECTURES[name](img_size=img_size, num_classes=num_classes, **options)
+
+
+def build_backbone(arch: str, **options) -> ResMLP:
+    """A published network without its classifier."""
+    return ARCHITECTURES[arch](**{"num_classes": 0} | options)
+
+
+# --- Weights ----------------------------------------------------------------------------------------------------------
+
+
+def sizes(arch: str, tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """What :class:`ResMLP` has to be told besides its channels and classes, which a state dict tells.
+
+    Raises:
+        WeightMismatch: If it is that of another network.
+    """
+    patches, mixing = tensors.get("patch_embed.proj.weight"), tensors.get("blocks.0.attn.weight")
+    if patches is None or mixing is None or patches.dim() != 4 or math.isqrt(len(mixing)) ** 2 != len(mixing):
+        raise WeightMismatch(f"{arch} holds no ResMLP")
+    embed_dim, _, patch_size, _ = patches.shape
+    blocks = {int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name))}
+    img_size = math.isqrt(len(mixing)) * patch_size
+    return {"img_size": img_size, "patch_size": patch_size, "embed_dim": embed_dim, "depth": len(blocks)}
+
+
+CARD = Card(
+    name="resmlp",
+    build=build_backbone,
+    releases={
+        f"{arch}_{variant}": Release(arch, f"{arch}_{variant}.pth")
+        for arch, variants in {
+            "resmlp_12": ("no_dist", "dist", "dino"),
+            "resmlp_24": ("no_dist", "dist", "dino"),
+            "resmlp_36": ("no_dist", "dist"),
+            "resmlpB_24": ("no_dist", "dist", "22k"),
+        }.items()
+        for variant in variants
+    },
+    address="https://dl.fbaipublicfiles.com/deit/",
+    mean=MEAN,
+    std=STD,
+    interpolation="bicubic",
+    run_on_digits="runs/digits/checkpoint.pth",  # where main.py leaves the network of the embedded data
+    main="main.py",
+    checkpoint_key="model",
+    sizes=sizes,
+    arch_flag="--model",
+    weights_flag="--pretrained_weights",
+)
+
+
+def read_weights(
+    pretrained: str | Path, key: str = CARD.checkpoint_key, flag: str = CARD.weights_flag
+) -> dict[str, Tensor]:
+    """Tensors of a release, a file or an address, under the published names.
+
+    Files of main.py, of DINO (``teacher`` where nothing else is asked for), of the official code and of timm are
+    understood.
+
+    Args:
+        key: The network to take from a training checkpoint.
+        flag: Where ``pretrained`` was given, for messages.
+
+    Raises:
+        ValueError: If there is no such file, or it holds no network.
+    """
+    name = str(pretrained)
+    checkpoint = safe_load(fetch_release(CARD, name) if name in CARD.releases else fetch_file(name, flag))
+    if isinstance(checkpoint, Mapping) and "teacher" in checkpoint and key == CARD.checkpoint_key:
+        key = "teacher"
+    return from_timm(select_backbone_weights(checkpoint, key, name).tensors)
+
+
+def from_timm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with timm's names for ResMLP in the published ones; any other one stays as it is."""
+    if "stem.proj.weight" not in tensors:
+        return dict(tensors)
+    renamed = {}
+    for name, value in tensors.items():
+        for ours, theirs in TIMM_NAMES:
+            name = name.replace(theirs, ours)
+        renamed[name] = value.flatten() if name.endswith((".alpha", ".beta")) else value
+    return renamed
+
+
+def to_timm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of :func:`from_timm`; timm's affine layers have the shape (1, 1, D)."""
+    renamed = {}
+    for name, value in tensors.items():
+        for ours, theirs in TIMM_NAMES:
+            name = name.replace(ours, theirs)
+        renamed[name] = value.reshape(1, 1, -1) if name.endswith((".alpha", ".beta")) else value
+    return renamed
+
+
+def fill(network: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> bool:
+    """:func:`fill_classifier`; a ResMLP for images of another size takes the cross-patch layers interpolated."""
+    if isinstance(network, ResMLP) and "blocks.0.attn.weight" in tensors:
+        grid = math.isqrt(len(tensors["blocks.0.attn.weight"]))
+        if grid != network.grid:
+            distributed.print_once(
+                f"{origin}: cross-patch layers for {grid}x{grid} patches, interpolated to {network.grid}x{network.grid}"
+            )
+            tensors = resize_cross_patch_layers(tensors, network.grid)
+    return fill_classifier(network, tensors, origin)
+
+
+def load_network(
+    pretrained: str | Path = "",
+    key: str = CARD.checkpoint_key,
+    img_size: int | None = None,
+    classifier: bool = False,
+) -> ResMLP:
+    """A ResMLP of the shape that its weights have, filled, in evaluation mode and without gradients.
+
+    Args:
+        pretrained: A release (``resmlp_24_dist``), a file of any layout or an address.
+        key: The network to take from a training checkpoint.
+        img_size: Side of the images in pixels; None: that of the weights, else the cross-patch layers are interpolated.
+        classifier: Whether to keep the classifier; without it the network maps images to features.
+    """
+    if str(pretrained) == CARD.run_on_digits and not Path(pretrained).is_file():
+        raise ValueError(f"{CARD.weights_flag} {pretrained} is not a file: run python {CARD.main} first")
+    tensors = read_weights(pretrained, key)
+    shape = sizes(str(pretrained), tensors)
+    if img_size is not None:
+        shape["img_size"] = img_size
+    num_classes = len(tensors["head.weight"]) if classifier and "head.weight" in tensors else 0
+    network = ResMLP(in_chans=tensors["patch_embed.proj.weight"].shape[1], num_classes=num_classes, **shape)
+    fill(network, tensors, str(pretrained))
+    return network.eval().requires_grad_(False)
+
+
+# --- torch.hub --------------------------------------------------------------------------------------------------------
+
+
+def entry(arch: str, variant: str, pretrained: bool, **options) -> nn.Module:
+    if not pretrained:
+        return ARCHITECTURES[arch](**options)
+    tensors = read_weights(f"{arch}_{variant}")
+    num_classes = len(tensors["head.weight"]) if "head.weight" in tensors else 0
+    network = ARCHITECTURES[arch](**{"num_classes": num_classes} | options)
+    fill(network, tensors, f"{arch}_{variant}")
+    return network
+
+
+def resmlp_12(pretrained: bool = True, dist: bool = False, dino: bool = False, **kwargs) -> nn.Module:
+    """ResMLP-S12 (76.6 on ImageNet; ``dist``: distilled, 77.8; ``dino``: self-supervised, k-NN 62.6)."""
+    return entry("resmlp_12", "dist" if dist else "dino" if dino else "no_dist", pretrained, **kwargs)
+
+
+def resmlp_24(pretrained: bool = True, dist: bool = False, dino: bool = False, **kwargs) -> nn.Module:
+    """ResMLP-S24 (79.4 on ImageNet; ``dist``: distilled, 80.8; ``dino``: self-supervised, k-NN 69.4)."""
+    return entry("resmlp_24", "dist" if dist else "dino" if dino else "no_dist", pretrained, **kwargs)
+
+
+def resmlp_36(pretrained: bool = True, dist: bool = False, **kwargs) -> nn.Module:
+    """ResMLP-S36 (79.7 on ImageNet; ``dist``: distilled, 81.1)."""
+    return entry("resmlp_36", "dist" if dist else "no_dist", pretrained, **kwargs)
+
+
+def resmlpB_24(pretrained: bool = True, dist: bool = False, in_22k: bool = False, **kwargs) -> nn.Module:
+    """ResMLP-B24/8 (``dist``: distilled, 83.6 on ImageNet; ``in_22k``: first trained on ImageNet-22k, 84.4)."""
+    return entry("resmlpB_24", "dist" if dist else "22k" if in_22k else "no_dist", pretrained, **kwargs)
+
+
+ENTRIES = {function.__name__: function for function in (resmlp_12, resmlp_24, resmlp_36, resmlpB_24)}

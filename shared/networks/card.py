@@ -1,0 +1,84 @@
+"""What a folder says about its networks: the ``CARD`` and the ``ENTRIES`` of its ``hub.py``.
+
+    CARD = Card("paper", build, RELEASES, address, MEAN, STD, "bicubic", run_on_digits, "main_paper.py", ...)
+    ENTRIES = hub_entries(CARD)
+
+A card is data and two functions; what reads it is in :mod:`shared.networks.pretrained`,
+:mod:`shared.networks.export` and :mod:`shared.evaluation.frozen`. What one method alone needs (the heads in its files,
+the folder of a run, names in other libraries) stays a function of its ``hub.py`` and is passed where it is used.
+
+``hubconf.py`` reads ``ENTRIES`` only: a dictionary of functions by name. A folder whose entries are no frozen backbones
+(classifiers, encoders of text) lists its own, with or without a card for :func:`shared.networks.pretrained.fetch`.
+Importing ``hub.py`` must stay cheap: torchvision, timm and OpenCV are imported in functions.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from .weights import vit_shape
+
+
+@dataclass(frozen=True)
+class Release:
+    """Published weights.
+
+    Attributes:
+        arch: A name that the card's ``build`` knows.
+        file: Below the card's address.
+        doc: Of its entry of torch.hub; without it there is none.
+        entry: Name of that entry where it is not the release's.
+        options: Arguments of ``build`` that tell networks of one name apart.
+        cached_as: What the downloaded file is called where its own name says too little.
+    """
+
+    arch: str
+    file: str
+    doc: str = ""
+    entry: str = ""
+    options: Mapping[str, int] = field(default_factory=dict)
+    cached_as: str = ""
+
+
+def positions_of(arch: str, tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """The image size of a ViT's position embeddings; nothing for other networks."""
+    shape = vit_shape(tensors)
+    return {} if shape is None else {"img_size": shape.img_size}
+
+
+@dataclass(frozen=True)
+class Card:
+    """The networks of a method: how they are built, found in files and fed.
+
+    Attributes:
+        name: The folder's.
+        build: ``build(arch, in_chans=3, img_size=224, **options)`` gives the network that maps normalised images
+            (B, C, H, W) to the representation (B, D), with random weights and the published names.
+        releases: By name; the first one of an architecture is taken where no file is given.
+        address: Where the files are; the environment variable ``<NAME>_WEIGHTS_URL`` replaces it.
+        mean, std: Of the images, per channel, for pixels in [0, 1].
+        interpolation: Of the resizing before a centre crop.
+        run_on_digits: What ``main`` leaves without images: the checkpoint, or its folder.
+        main: The script that trains.
+        checkpoint_key: The network to take from a training checkpoint.
+        head_names: Modules there that are no part of the representation.
+        sizes: ``sizes(arch, tensors)`` gives the arguments of ``build`` that a file tells; raises WeightMismatch for
+            another architecture's.
+        arch_flag, weights_flag: How the scripts call them, for messages.
+    """
+
+    name: str
+    build: Callable[..., nn.Module]
+    releases: Mapping[str, Release]
+    address: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    run_on_digits: str
+    main: str
+    checkpoint_key: str = "teacher"
+    head_names: tuple[str, ...] = ()
+    sizes: Callable[[str, Mapping[str, Tensor]], dict[str, int]] = positions_of
+    arch_flag: str = "--arch"
+    weights_flag: str = "--pretrained"

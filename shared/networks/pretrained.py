@@ -1,0 +1,143 @@
+"""Networks filled with released weights or a file of any layout, for every folder that has a card."""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from shared import distributed
+
+from .backbones import first_convolution
+from .card import Card
+from .weights import BackboneWeights, download, load_backbone_weights, read_backbone_weights
+
+
+def fetch(card: Card, file: str, cached_as: str = "") -> Path:
+    """Download a released file, unless it is there already, into torch hub's folder of checkpoints.
+
+    Args:
+        file: Path below the card's address, which the environment variable ``<NAME>_WEIGHTS_URL`` replaces.
+        cached_as: Name of the downloaded file; by default its own.
+
+    Raises:
+        shared.networks.weights.DownloadError: If it cannot be had.
+    """
+    url = os.environ.get(f"{card.name.upper()}_WEIGHTS_URL", card.address).rstrip("/") + "/" + file
+    path = Path(torch.hub.get_dir()) / "checkpoints" / (cached_as or Path(file).name)
+    if not path.exists():
+        distributed.print_once(f"downloading {url} to {path}")
+        download(url, path)
+    return path
+
+
+def fetch_release(card: Card, name: str) -> Path:
+    """The weights of a release."""
+    return fetch(card, card.releases[name].file, card.releases[name].cached_as)
+
+
+def find_release(card: Card, arch: str, **options: int) -> str | None:
+    """Name of the first release of an architecture, with these options where there are several; None without one."""
+    for name, release in card.releases.items():
+        if release.arch == arch and release.options.items() <= (release.options | options).items():
+            return name
+    return None
+
+
+def find_file(card: Card, arch: str, pretrained: str | Path = "", **options: int) -> Path:
+    """The file that the flags mean: a path, the name of a release, or ``""`` for the first one of the architecture.
+
+    Raises:
+        ValueError: If there is none, or the release is of another network.
+    """
+    flag = card.weights_flag
+    if pretrained == "":
+        pretrained = find_release(card, arch, **options)
+        if pretrained is None:
+            given = "".join(f" --{name} {value}" for name, value in options.items())
+            raise ValueError(
+                f"no weights are released for {card.arch_flag} {arch}{given}; give a file, or random, as {flag}"
+            )
+    if (release := card.releases.get(str(pretrained))) is not None:
+        if release.arch != arch:
+            raise ValueError(f"{flag} {pretrained} is a {release.arch}, not a {arch}: change {card.arch_flag}")
+        return fetch_release(card, str(pretrained))
+    if not Path(pretrained).is_file():
+        if str(pretrained) == card.run_on_digits:
+            raise ValueError(f"{flag} {pretrained} is not there: run python {card.main} first")
+        raise ValueError(f"{flag} {pretrained} is neither a file nor a release ({', '.join(card.releases)})")
+    return Path(pretrained)
+
+
+def read_weights(card: Card, path: str | Path, checkpoint_key: str | None = None) -> BackboneWeights:
+    """Backbone and heads of a file; ``checkpoint_key`` names the network in a training checkpoint."""
+    return read_backbone_weights(path, checkpoint_key or card.checkpoint_key, card.head_names)
+
+
+def build_for(card: Card, arch: str, tensors: Mapping[str, Tensor], **options: int) -> nn.Module:
+    """A network with the channels and sizes of a file's tensors.
+
+    ``options`` win over the file; where they contradict it, it says nothing about the other sizes either.
+    """
+    sizes = card.sizes(arch, tensors)
+    if all(options.get(name, size) == size for name, size in sizes.items()):
+        options = sizes | options
+    network = card.build(arch, **options)
+    first, _ = first_convolution(network)
+    in_chans = tensors[f"{first}.weight"].shape[1] if f"{first}.weight" in tensors else 3
+    return network if in_chans == 3 else card.build(arch, in_chans=in_chans, **options)
+
+
+def load_pretrained(
+    card: Card,
+    arch: str,
+    pretrained: str | Path = "",
+    checkpoint_key: str | None = None,
+    allow_partial: bool = False,
+    **options: int,
+) -> nn.Module:
+    """Build a backbone and fill it, as the evaluation scripts do with their flags.
+
+    Channels and, for networks that have them, the sizes of images and patches are taken from the file.
+
+    Args:
+        arch: A name that ``card.build`` knows.
+        pretrained: A file of any layout; the name of a release; ``""`` for the first release of the architecture;
+            ``"random"`` for none.
+        checkpoint_key: The network to take from a training checkpoint; by default the card's.
+        allow_partial: Load what matches when it is not everything.
+        options: Arguments of ``card.build`` that are not left to the file.
+
+    Returns:
+        The network in evaluation mode, without gradients; maps images (B, C, H, W) to features (B, D).
+
+    Raises:
+        ValueError: If there are no released weights, no such file, or the file does not fill the network.
+    """
+    if pretrained == "random":
+        return card.build(arch, **options).eval().requires_grad_(False)
+    weights = read_weights(card, find_file(card, arch, pretrained, **options), checkpoint_key)
+    network = build_for(card, arch, weights.tensors, **options)
+    load_backbone_weights(network, weights, allow_partial=allow_partial)
+    return network.eval().requires_grad_(False)
+
+
+def hub_entries(card: Card) -> dict[str, Callable[..., nn.Module]]:
+    """Functions for torch.hub, one for each release that has a description."""
+    entries = [_entry(card, name) for name, release in card.releases.items() if release.doc]
+    return {entry.__name__: entry for entry in entries}
+
+
+def _entry(card: Card, name: str) -> Callable[..., nn.Module]:
+    def entry(pretrained: bool = True, **options) -> nn.Module:
+        weights = read_weights(card, fetch_release(card, name)) if pretrained else None
+        release = card.releases[name]
+        network = card.build(release.arch, **{**release.options, **options})
+        if weights is not None:
+            load_backbone_weights(network, weights)
+        return network
+
+    entry.__name__ = entry.__qualname__ = card.releases[name].entry or name
+    entry.__doc__ = card.releases[name].doc
+    return entry

@@ -1,0 +1,87 @@
+"""Flags that SwAV and DeepCluster-v2 have in common, with the official names and defaults.
+
+Every function adds a group and returns its ``add_argument``, with which a script adds its own flags to the group.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+
+from shared.run import flags
+
+SYNC_BN = ("pytorch", "apex", "none")
+MINIMUM = {"epochs": 1, "batch_size": 1, "feat_dim": 1, "hidden_mlp": 0, "log_freq": 1, "syncbn_process_group_size": 1}
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> Callable:
+    """Where the images come from and how they are loaded."""
+    add = flags.add_data_flags(parser)
+    workers = "loader processes per rank; None: cores per rank less one, at most 10"
+    add("--workers", "--num_workers", type=int, default=None, dest="num_workers", help=workers)
+    return add
+
+
+def add_view_flags(parser: argparse.ArgumentParser) -> Callable:
+    """Multi-crop."""
+    add = parser.add_argument_group("views").add_argument
+    add("--nmb_crops", type=int, nargs="+", default=[2], help="number of crops of each resolution")
+    add("--size_crops", type=int, nargs="+", default=[224], help="their side in pixels")
+    add("--min_scale_crops", type=float, nargs="+", default=[0.14], help="least share of the image area of a crop")
+    add("--max_scale_crops", type=float, nargs="+", default=[1.0], help="largest share of the image area of a crop")
+    add("--blur_radius", type=float, nargs=2, default=(0.1, 2.0), help="range of the blur in pixels of the view")
+    add("--augmentation", default="fast", choices=("fast", "pil"), help="pil: the slow exact reference chain")
+    return add
+
+
+def add_network_flags(parser: argparse.ArgumentParser) -> Callable:
+    """Trunk and projection head."""
+    add = parser.add_argument_group("network").add_argument
+    add("--arch", default="resnet50", help="resnet50, resnet50w2, resnet50w4, resnet50w5; torchvision's, timm's models")
+    add("--hidden_mlp", type=int, default=2048, help="hidden width of the projection head; 0: a linear head")
+    add("--feat_dim", type=int, default=128, help="dimension of the embeddings")
+    statistics = "batch-norm statistics of all processes (pytorch), of groups of them (apex), of each alone (none)"
+    add("--sync_bn", default="pytorch", choices=SYNC_BN, help=statistics)
+    add("--syncbn_process_group_size", type=int, default=8, help="processes per group with --sync_bn apex")
+    add("--compile", action="store_true", help="torch.compile the backbone")
+    return add
+
+
+def add_optimisation_flags(parser: argparse.ArgumentParser) -> Callable:
+    """LARC, its schedule and mixed precision."""
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=int, default=100, help="passes over the images")
+    add("--batch_size", type=int, default=64, help="images per process")
+    add("--amp", default="auto", choices=("auto", "bf16", "fp16", "fp32"), help="auto: bf16 where it is fast")
+    add("--base_lr", type=float, default=4.8, help="peak learning rate; it is not scaled with the batch")
+    add("--final_lr", type=float, default=0.0, help="learning rate at the end")
+    add("--warmup_epochs", type=float, default=10, help="epochs (or parts of one) of linear learning-rate warm-up")
+    add("--start_warmup", type=float, default=0.0, help="learning rate at the start of the warm-up")
+    add("--wd", type=float, default=1e-6, help="weight decay")
+    return add
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> Callable:
+    """Output, checkpoints, evaluation, processes."""
+    add = flags.add_run_flags(parser)
+    add("--dump_path", "--output_dir", default=".", dest="output_dir", help="checkpoints, logs and pictures")
+    add("--checkpoint_freq", type=int, default=25, help="keep a checkpoint every so many epochs, and the last; 0: none")
+    add("--seed", type=int, default=31, help="of the initial weights, the order of the images and the views")
+    for name in ("--world_size", "--rank"):
+        add(name, type=int, default=None, help="ignored: read from the environment")
+    return add
+
+
+def parse_and_check(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, embedded_defaults: dict
+) -> argparse.Namespace:
+    """Parse and check the command line; without ``--data_path`` the defaults are those of the embedded data."""
+    args = flags.parse_with_embedded_defaults(parser, arguments, embedded_defaults, MINIMUM)
+    if args.epochs < args.warmup_epochs:
+        parser.error(f"--epochs {args.epochs} is less than --warmup_epochs {args.warmup_epochs}")
+    numbers = args.nmb_prototypes if isinstance(args.nmb_prototypes, list) else [args.nmb_prototypes]
+    if min(numbers) < 2:
+        parser.error(f"--nmb_prototypes {' '.join(map(str, numbers))}: at least two are needed")
+    crops = range(sum(args.nmb_crops))
+    if len(set(args.crops_for_assign)) < len(args.crops_for_assign) or not set(args.crops_for_assign) <= set(crops):
+        given = " ".join(map(str, args.crops_for_assign))
+        parser.error(f"--crops_for_assign {given}: expected different crops from 0 to {len(crops) - 1}")
+    return args

@@ -1,0 +1,49 @@
+import pytest
+
+from shared.run.flags import Parser, parse_with_embedded_defaults
+
+
+def parser() -> Parser:
+    parser = Parser("Train a network.\n\nMore about it.")
+    parser.add_argument("--data_path", default=None)
+    parser.add_argument("--epochs", type=int, default=100, help="passes over the images")
+    parser.add_argument("--batch_size_per_gpu", type=int, default=64, help="images per process")
+    return parser
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epoch_s", "3"], "unrecognized arguments: --epoch_s 3; did you mean --epochs? (--help lists all flags)"),
+        (["--batchsize_per_gpu=3"], "did you mean --batch_size_per_gpu?"),
+        (["--nothing-like-it", "3"], "unrecognized arguments: --nothing-like-it 3 (--help"),
+        (["--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
+    ],
+)
+def test_a_mistake_is_one_line_with_the_nearest_flag(arguments, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        parser().parse_args(arguments)
+    printed = capsys.readouterr().err
+    assert end.value.code == 2 and printed.count("\n") == 1 and printed.startswith("error: ") and message in printed
+
+
+def test_help_shows_the_defaults_and_the_first_paragraph(capsys):
+    with pytest.raises(SystemExit):
+        parser().parse_args(["--help"])
+    printed = capsys.readouterr().out
+    assert "passes over the images (default: 100)" in printed
+    assert "Train a network." in printed and "More about it" not in printed
+
+
+def test_without_data_the_defaults_are_those_of_the_embedded_ones_and_a_set_flag_stays():
+    defaults, minimum = {"epochs": 3, "batch_size_per_gpu": 8}, {"epochs": 1}
+    args = parse_with_embedded_defaults(parser(), ["--epochs", "5"], defaults, minimum)
+    assert (args.epochs, args.batch_size_per_gpu) == (5, 8)
+    args = parse_with_embedded_defaults(parser(), ["--data_path", "images"], defaults, minimum)
+    assert (args.epochs, args.batch_size_per_gpu) == (100, 64)
+
+
+def test_a_value_below_its_minimum_is_named(capsys):
+    with pytest.raises(SystemExit):
+        parse_with_embedded_defaults(parser(), ["--epochs", "0"], {}, {"epochs": 1})
+    assert "--epochs 0 is less than 1" in capsys.readouterr().err

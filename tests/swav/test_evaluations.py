@@ -1,0 +1,409 @@
+"""Linear classification, fine-tuning with few labels, and k-NN: the real scripts on pictures of three colours."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torchvision import transforms
+
+from shared import distributed
+from shared.evaluation import frozen
+from shared.images.decode import ImageError
+from shared.images.loading import BadImages
+from shared.images.sources import open_source
+from shared.images.views import ViewRecipe
+from swav import eval_knn, eval_linear, eval_semisup, evaluation, main_swav, resnet50
+from swav.eval_linear import FrozenFeatures, RegLog
+from swav.eval_semisup import drawn_images, labelled_subset
+from swav.hub import CARD
+from tests.interruption import interrupting
+from tests.processes import run_processes
+from tests.shared.photographs import photograph
+from tests.swav.tiny import (
+    COLOURS,
+    build_small,
+    finetuned_checkpoint,
+    linear_checkpoint,
+    make_network,
+    small_resnet50,
+    training_checkpoint,
+    write_picture,
+    write_train_and_val,
+)
+
+SMALL = ["--pretrained", "random", "--image_size", "32", "--workers", "0", "--device", "cpu"]
+LINEAR = [*SMALL, "--num_labels", "3", "--batch_size", "6", "--lr", "0.1"]
+SEMISUP = [*SMALL, "--image_size", "64", "--num_labels", "3", "--batch_size", "6", "--labels_perc", "67"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_train_and_val(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    build_small(monkeypatch)
+
+
+def probe(data, folder, *flags):
+    arguments = [*LINEAR, "--data_path", data, "--dump_path", folder, *flags]
+    return eval_linear.eval_linear(eval_linear.parse_args(list(map(str, arguments))))
+
+
+def finetune(data, folder, *flags):
+    arguments = [*SEMISUP, "--data_path", data, "--dump_path", folder, *flags]
+    return eval_semisup.eval_semisup(eval_semisup.parse_args(list(map(str, arguments))))
+
+
+def classify(*flags):
+    return eval_knn.eval_knn(eval_knn.parse_args([*SMALL, *map(str, flags)]))
+
+
+def checkpoint_of(folder: Path) -> dict:
+    return torch.load(folder / "checkpoint.pth.tar", weights_only=True)
+
+
+def log_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("script", "published", "defaults"),
+    [
+        (
+            eval_linear,
+            "--pretrained swav_800ep_pretrain.pth.tar --dump_path out --workers 10 --arch resnet50w2 --use_bn True "
+            "--global_pooling false --nesterov 0 --scheduler_type step --decay_epochs 96 96 --gamma 0.2 "
+            "--dist_url env:// --world_size -1 --rank 0 --local_rank 0",
+            "--arch resnet50 --global_pooling true --use_bn false --seed 31 --epochs 100 --batch_size 32 --lr 0.3 "
+            "--wd 1e-6 --scheduler_type cosine --decay_epochs 60 80 --gamma 0.1 --final_lr 0 --nesterov false",
+        ),
+        (
+            eval_semisup,
+            "--pretrained swav_800ep_pretrain.pth.tar --labels_perc 1 --lr 0.02 --lr_last_layer 5 --dump_path out",
+            "--labels_perc 10 --lr 0.01 --lr_last_layer 0.2 --seed 31 --epochs 20 --batch_size 32 "
+            "--decay_epochs 12 16 --gamma 0.2",
+        ),
+    ],
+)
+def test_published_command_lines_parse_and_defaults_are_the_official_ones(script, published, defaults):
+    args = ["--data_path", "/imagenet"]
+    assert script.parse_args([*args, *published.split()]).dump_path == "out"
+    assert script.parse_args([*args, *defaults.split()]) == script.parse_args(args)
+
+
+def test_defaults_for_the_embedded_digits_are_those_of_the_training():
+    defaults, training = eval_knn.parse_args([]), main_swav.EMBEDDED_DATA_DEFAULTS
+    assert (defaults.arch, defaults.image_size) == (training["arch"], training["size_crops"][0])
+    assert defaults.pretrained == training["output_dir"] + "/checkpoint.pth.tar"
+    assert eval_knn.parse_args(["--data_path", "images"]).pretrained == ""
+
+
+# --- k-NN -------------------------------------------------------------------------------------------------------------
+
+
+def test_images_of_three_colours_are_told_apart(data, capsys):
+    accuracies = classify("--data_path", data, "--nb_knn", 1, 5)
+    assert accuracies[1] == (100, 100)
+    assert accuracies[5][0] > 80
+    assert re.search(r"^1-NN classifier result: Top1: 100.00, Top5: 100.00$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_features_are_those_of_the_trunk_before_the_head(data, tmp_path, monkeypatch):
+    source = make_network()
+    torch.save(training_checkpoint(source), tmp_path / "checkpoint.pth.tar")
+    seen = []
+    monkeypatch.setattr(frozen, "knn_accuracies", lambda *a, **_: seen.append(a) or {})
+    classify("--data_path", data, "--pretrained", tmp_path / "checkpoint.pth.tar", "--nb_knn", 1)
+    train_features, train_labels, val_features, _, ks, temperature = seen[0]
+    assert train_features.shape == (18, 256)
+    assert val_features.shape == (9, 256)
+    assert (ks, temperature) == ([1], 0.07)
+    assert train_labels.tolist() == [0] * 6 + [1] * 6 + [2] * 6
+    torch.testing.assert_close(val_features.norm(dim=1), torch.ones(9))
+    _, val = frozen.labelled_sources(str(data), None)
+    dataset = frozen.EvalDataset(val, frozen.eval_transform(CARD, 32, source))
+    expected = torch.nn.functional.normalize(source.forward_backbone(dataset[0][0][None]), dim=1)
+    torch.testing.assert_close(val_features[:1], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_images_are_prepared_as_in_the_official_code():
+    chain = transforms.Compose(
+        [
+            transforms.Resize(256),  # bilinear
+            transforms.CenterCrop(224),
+            transforms.ToTensor(),
+            transforms.Normalize((0.485, 0.456, 0.406), (0.228, 0.224, 0.225)),
+        ]
+    )
+    pixels = photograph(0, 300, 400)
+    ours = frozen.eval_transform(CARD, 224, make_network())(pixels)
+    difference = (ours - chain(Image.fromarray(pixels))).abs()
+    assert difference.mean() < 0.05 / (255 * 0.228)
+    assert difference.max() < 2.5 / (255 * 0.224)  # rounding of the two passes
+
+
+# --- Linear classification --------------------------------------------------------------------------------------------
+
+
+def test_windows_are_means_of_six_by_six_pixels_of_the_map():
+    network = make_network(output_dim=0, hidden_mlp=0, nmb_prototypes=0, normalize=False)
+    images = torch.randn(2, 3, 224, 224)
+    pooled = FrozenFeatures(network, global_pooling=True)(images)
+    windows = FrozenFeatures(network, global_pooling=False)(images)
+    feature_map = network(images)
+    assert feature_map.shape == (2, 256, 7, 7)
+    torch.testing.assert_close(pooled, feature_map.mean(dim=(2, 3)))
+    assert windows.shape == (2, 256, 2, 2)
+    torch.testing.assert_close(windows[:, :, 0, 1], feature_map[:, :, :6, 1:].mean(dim=(2, 3)))
+
+
+def test_classifier_normalises_channels_before_the_linear_layer():
+    torch.manual_seed(0)
+    classifier = RegLog((4, 2, 2), 3, use_bn=True)
+    assert set(classifier.state_dict()) == {"linear.weight", "linear.bias"} | {
+        f"bn.{name}" for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    }
+    features = torch.randn(8, 4, 2, 2) * 3 + 1
+    variance, mean = torch.var_mean(features, dim=(0, 2, 3), keepdim=True, correction=0)
+    expected = classifier.linear(((features - mean) / variance.sqrt()).reshape(8, 16))
+    torch.testing.assert_close(classifier(features), expected, rtol=1e-4, atol=1e-5)
+    assert set(RegLog((4,), 3).state_dict()) == {"linear.weight", "linear.bias"}
+
+
+def test_training_reports_the_last_epoch_and_logs_the_best(data, tmp_path, capsys):
+    result = probe(data, tmp_path, "--epochs", 3, "--val_freq", 2)
+    log = log_of(tmp_path)
+    assert [line["epoch"] for line in log] == [0, 1, 2]
+    assert ["test_acc1" in line for line in log] == [False, True, True]  # every second epoch and the last
+    assert result["acc1"] == log[-1]["test_acc1"] > 50
+    assert log[-1]["best_acc1"] == max(line.get("test_acc1", 0) for line in log)
+    assert [line["train_lr"] for line in log] == pytest.approx([0.1, 0.075, 0.025])  # cosine, not scaled
+    assert f"after the last epoch: {result['acc1']:.2f} %" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "rates"),
+    [
+        (["--scheduler_type", "step", "--decay_epochs", 1, 2, "--gamma", 0.5], [0.1, 0.05, 0.025]),
+        (["--final_lr", 0.02], [0.1, 0.08, 0.04]),
+    ],
+)
+def test_step_schedule_and_cosine_floor(flags, rates, data, tmp_path):
+    probe(data, tmp_path, "--epochs", 3, "--val_freq", 3, *flags)
+    log = log_of(tmp_path)
+    assert [line["train_lr"] for line in log] == pytest.approx(rates)
+
+
+def test_windows_with_batch_norms_learn(data, tmp_path):
+    flags = ["--image_size", 192, "--global_pooling", "false", "--use_bn", "true", "--epochs", 2]
+    probe(data, tmp_path, *flags)
+    checkpoint = checkpoint_of(tmp_path)
+    assert checkpoint["log"][0]["train_loss"] < 1  # three steps; ln 3 is 1.1
+    state = checkpoint["state_dict"]
+    assert state["module.linear.weight"].shape == (3, 256)
+    assert state["module.bn.num_batches_tracked"] == 6
+
+
+@pytest.mark.parametrize("official", [False, True])
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(official, data, tmp_path, monkeypatch):
+    result = probe(data, tmp_path / "whole", "--epochs", 2)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(evaluation, "train_one_epoch", interrupting(evaluation.train_one_epoch, call=2))
+        probe(data, tmp_path / "resumed", "--epochs", 2)
+    if official:  # neither our flags nor our log, and a learning rate that is a numpy number
+        checkpoint = checkpoint_of(tmp_path / "resumed")
+        (group,) = checkpoint["optimizer"]["param_groups"]
+        group["lr"] = np.float64(group["lr"])
+        official = {k: v for k, v in checkpoint.items() if k not in ("flags", "pretrained", "log")}
+        torch.save(official, tmp_path / "resumed" / "checkpoint.pth.tar")
+    assert probe(data, tmp_path / "resumed", "--epochs", 2) == result
+
+    whole, resumed = (checkpoint_of(tmp_path / name) for name in ("whole", "resumed"))
+    assert set(whole["state_dict"]) == {"module.linear.weight", "module.linear.bias"}
+    torch.testing.assert_close(resumed["state_dict"], whole["state_dict"], rtol=0, atol=0)
+    assert resumed["log"] == (whole["log"][1:] if official else whole["log"])
+    assert probe(data, tmp_path / "whole", "--epochs", 2) == result  # there is nothing left to train
+
+
+def test_evaluate_validates_saved_and_official_classifiers(data, tmp_path, monkeypatch):
+    result = probe(data, tmp_path, "--epochs", 2)
+    file = tmp_path / "checkpoint.pth.tar"
+    assert probe(data, tmp_path, "--evaluate", "--linear_weights", file) == result
+
+    torch.save(linear_checkpoint(), tmp_path / "official.pth.tar")
+    official = probe(data, tmp_path, "--evaluate", "--linear_weights", tmp_path / "official.pth.tar")
+    monkeypatch.setattr(
+        eval_linear, "fetch", lambda name: tmp_path / {"swav_800ep_eval_linear.pth.tar": "official.pth.tar"}[name]
+    )
+    monkeypatch.setattr(eval_linear, "load_backbone", lambda *_: random_trunk())
+    assert probe(data, tmp_path, "--evaluate", "--pretrained", "swav_800ep") == official
+
+
+def random_trunk():
+    torch.manual_seed(31)  # as --seed
+    return small_resnet50().eval().requires_grad_(False)
+
+
+def test_unreadable_train_images_are_replaced_and_listed_unless_they_are_to_stop_the_run(tmp_path):
+    root = write_train_and_val(tmp_path / "data")
+    broken = root / "train" / "green" / "002.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    probe(root, tmp_path / "run", "--epochs", 2)
+    assert (tmp_path / "run" / "bad_images.txt").read_text().split("\t")[0] == str(broken)
+    assert [line["bad_images"] for line in log_of(tmp_path / "run")] == [1, 1]
+    with pytest.raises(ImageError, match=str(broken)):
+        probe(root, tmp_path / "strict", "--on_bad_image", "error")
+
+
+def test_bad_input_is_one_clear_error(data, tmp_path):
+    probe(data, tmp_path, "--epochs", 1)
+    classifier = ["--evaluate", "--linear_weights", tmp_path / "checkpoint.pth.tar"]
+    for flags, message in (
+        ([*classifier, "--arch", "resnet18"], "checkpoint.pth.tar does not fit: .*size mismatch for linear.weight"),
+        (["--evaluate"], "classifier is that of swav_800ep, not of --pretrained random"),
+        (["--evaluate", "--linear_weights", "nowhere.pth"], "--linear_weights nowhere.pth is not a file"),
+        (["--use_bn", "true"], "--use_bn true needs --global_pooling false"),
+        (["--global_pooling", "false"], "a feature map of 1 x 1 has no 6x6 window; raise --image_size"),
+        (
+            ["--global_pooling", "false", "--arch", "resnet18"],
+            "--global_pooling false needs the feature map of resnet50",
+        ),
+        (["--epochs", 2], "--epochs 2 does not fit .* was written with --epochs 1"),
+        (["--epochs", 1, "--seed", 32], "started from other weights than those of --pretrained; use another"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            probe(data, tmp_path, *flags)
+    with pytest.raises(SystemExit):
+        probe(data, tmp_path, "--val_freq", 0)
+    torch.save({"epoch": 3, "state_dict": {}, "optimizer": {}}, tmp_path / "checkpoint.pth.tar")
+    with pytest.raises(ValueError, match="is a checkpoint of another script; choose another --dump_path"):
+        probe(data, tmp_path, "--epochs", 1)
+
+
+# --- Fine-tuning with few labels --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def imagenet(tmp_path):
+    """Folders and file names as ImageNet's."""
+    for c in range(3):
+        for i in range(4):
+            path = tmp_path / "train" / f"n0000000{c}" / f"n0000000{c}_{10 * i}.JPEG"
+            write_picture(path, 10 * c + i, list(COLOURS.values())[c])
+    return tmp_path
+
+
+def test_list_names_the_images_as_the_published_ones_do(imagenet):
+    (imagenet / "1percent.txt").write_text("n00000002_10.JPEG\nn00000000_0.JPEG\n\nn00000001/n00000001_30.JPEG\n")
+    subset = labelled_subset(open_source(str(imagenet / "train"), "all"), 1, str(imagenet / "1percent.txt"), seed=0)
+    names = [subset.path(i).rsplit("/", 1)[1] for i in range(len(subset))]
+    assert names == ["n00000000_0.JPEG", "n00000001_30.JPEG", "n00000002_10.JPEG"]
+    assert [subset.label(i) for i in range(3)] == [0, 1, 2]
+    assert subset.classes == ["n00000000", "n00000001", "n00000002"]
+    assert subset.load(0).decode().shape == (40, 48, 3)
+
+
+def test_without_a_list_every_class_gives_its_share():
+    labels = np.repeat([0, 1, 2], [100, 50, 3])
+    chosen = drawn_images(labels, 10, seed=5)
+    assert np.bincount(labels[chosen]).tolist() == [10, 5, 1]
+    assert len(set(chosen.tolist())) == 16
+    np.testing.assert_array_equal(chosen, drawn_images(labels, 10, seed=5))
+    assert not np.array_equal(chosen, drawn_images(labels, 10, seed=6))
+    np.testing.assert_array_equal(drawn_images(labels, 100, seed=5), np.arange(153))
+    with pytest.raises(ValueError, match="--labels_perc 0 is outside"):
+        labelled_subset(open_source(None, "train"), 0, None, seed=0)
+
+
+def test_trunk_and_last_layer_learn_at_their_own_rates(data, tmp_path, capsys):
+    flags = ["--epochs", 3, "--lr", 0.02, "--lr_last_layer", 0.5, "--decay_epochs", 1, 2]
+    torch.save(training_checkpoint(make_network()), tmp_path / "pretrained.pth.tar")
+    result = finetune(data, tmp_path / "run", "--pretrained", tmp_path / "pretrained.pth.tar", *flags)
+    log = log_of(tmp_path / "run")
+    assert [line["train_lr"] for line in log] == pytest.approx([0.02, 0.004, 0.0008])
+    assert [line["train_lr_last_layer"] for line in log] == pytest.approx([0.5, 0.1, 0.02])
+    assert result["acc1"] == log[-1]["test_acc1"] > 50
+    assert f"after the last epoch: {result['acc1']:.2f} %" in capsys.readouterr().out
+
+    checkpoint = checkpoint_of(tmp_path / "run")
+    groups = checkpoint["optimizer"]["param_groups"]
+    assert [len(group["params"]) for group in groups] == [len(list(small_resnet50().parameters())), 2]
+    assert all((group["momentum"], group["weight_decay"]) == (0.9, 0) for group in groups)
+    assert checkpoint["best_acc"][0] == max(line["test_acc1"] for line in log)
+    state, before = checkpoint["state_dict"], make_network().state_dict()
+    assert state["module.projection_head.weight"].shape == (3, 256)
+    assert not torch.equal(state["module.conv1.weight"], before["conv1.weight"])
+    assert not torch.equal(state["module.bn1.running_mean"], before["bn1.running_mean"])
+    assert not any("prototypes" in name for name in state)
+
+
+def test_one_step_is_that_of_a_plain_loop(data, tmp_path):
+    """With a learning rate of 0 the trunk keeps its weights; the last layer makes one step of SGD."""
+    flags = ["--epochs", 1, "--lr", 0, "--lr_last_layer", 0.5, "--batch_size", 12, "--labels_perc", 67]
+    finetune(data, tmp_path, *flags)
+    state = checkpoint_of(tmp_path)["state_dict"]
+
+    torch.manual_seed(31)
+    network = small_resnet50()
+    network.add_heads(256, output_dim=3)
+    train, _ = frozen.labelled_sources(str(data), None)
+    subset = labelled_subset(train, 67, None, 31)
+    assert len(subset) == 12
+    recipe, device = ViewRecipe(64, (0.08, 1.0), interpolation="bilinear"), torch.device("cpu")
+    loader, _ = frozen.train_crops(subset, recipe, 12, 31, 3, BadImages(len(subset)), 0, device)
+    images, labels = next(iter(frozen.on_device(CARD, loader, device)))
+    F.cross_entropy(network.train()(images), labels).backward()
+    head = network.projection_head
+    torch.testing.assert_close(state["module.projection_head.weight"], head.weight - 0.5 * head.weight.grad)
+    torch.testing.assert_close(state["module.projection_head.bias"], head.bias - 0.5 * head.bias.grad)
+    torch.testing.assert_close(state["module.layer4.0.conv3.weight"], network.layer4[0].conv3.weight.detach())
+
+
+def test_a_last_batch_of_one_image_is_left_out(data, tmp_path):
+    """At 32 pixels the last feature map is one pixel: batch norms could not normalise it."""
+    result = finetune(data, tmp_path, "--epochs", 1, "--image_size", 32, "--labels_perc", 67, "--batch_size", 11)
+    assert 0 <= result["acc1"] <= 100
+
+
+def test_evaluate_validates_fine_tuned_networks(data, tmp_path):
+    result = finetune(data, tmp_path, "--epochs", 1)
+    assert finetune(data, tmp_path, "--evaluate", "--pretrained", tmp_path / "checkpoint.pth.tar") == pytest.approx(
+        result
+    )
+    network, checkpoint = finetuned_checkpoint()
+    torch.save(checkpoint, tmp_path / "official.pth.tar")
+    accuracy = finetune(data, tmp_path, "--evaluate", "--pretrained", tmp_path / "official.pth.tar")["acc1"]
+    _, val = frozen.labelled_sources(str(data), None)
+    dataset = frozen.EvalDataset(val, frozen.eval_transform(CARD, 64, network))
+    hits = [int(network(image[None]).argmax()) == label for image, label, _ in dataset]
+    assert accuracy == pytest.approx(100 * np.mean(hits))
+
+
+def test_only_a_fine_tuned_network_is_validated(data, tmp_path):
+    torch.save(training_checkpoint(make_network()), tmp_path / "pretrained.pth.tar")
+    with pytest.raises(ValueError, match=r"pretrained.pth.tar holds no fine-tuned network with 3 outputs"):
+        finetune(data, tmp_path, "--evaluate", "--pretrained", tmp_path / "pretrained.pth.tar")
+
+
+# tiny networks with batches of 6 double rounding errors at every large step
+GENTLE = ["--lr", "0.001", "--lr_last_layer", "0.02", "--epochs", "2"]
+
+
+def finetune_on_rank(rank, data, dump_path):
+    distributed.init = lambda *_: torch.device("cpu")  # the processes are joined already
+    resnet50.resnet50 = small_resnet50
+    return finetune(data, dump_path, *GENTLE, "--batch_size", 3)
+
+
+def test_two_processes_give_the_results_of_one(data, tmp_path):
+    """Equal batches make equal steps: batch norms see the images of both processes."""
+    one = finetune(data, tmp_path / "one", *GENTLE)
+    first, second = run_processes(finetune_on_rank, 2, str(data), str(tmp_path / "two"))
+    assert first == second == pytest.approx(one, rel=1e-3)

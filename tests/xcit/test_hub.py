@@ -1,0 +1,109 @@
+"""Weights of any layout, torch.hub, and files for other programs."""
+
+import pytest
+import torch
+
+import hubconf
+from shared.networks.classifiers import fill_classifier
+from shared.networks.weights import DownloadError, WeightMismatch
+from xcit.cross_covariance_transformer import ARCHITECTURES, build_xcit
+from xcit.export import export
+from xcit.hub import CARD, from_timm, load_network, read_weights, to_timm
+
+NAME = "xcit_nano_12_p8"
+
+
+@pytest.fixture
+def network(small_networks):
+    torch.manual_seed(0)
+    return build_xcit(NAME, num_classes=3).eval()
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda state: state,
+        lambda state: {"model": state, "model_ema": {}, "epoch": 3},
+        lambda state: {"model": {f"module.{name}": value for name, value in state.items()}},
+        to_timm,
+    ],
+    ids=["bare", "training checkpoint", "of DistributedDataParallel", "timm"],
+)
+def test_files_of_every_layout_fill_the_network(layout, network, tmp_path):
+    torch.save(layout(network.state_dict()), tmp_path / "weights.pth")
+    loaded = load_network(NAME, tmp_path / "weights.pth")
+    torch.testing.assert_close(loaded.state_dict(), network.state_dict())
+    assert not loaded.training and loaded.num_classes == 3
+
+
+def test_backbones_of_dino_have_no_classifier(network, tmp_path, capsys):
+    network.reset_classifier(0)
+    state = {"teacher": {f"module.backbone.{name}": value for name, value in network.state_dict().items()}}
+    torch.save(state, tmp_path / "checkpoint.pth")
+    loaded = load_network(NAME, tmp_path / "checkpoint.pth", key="teacher")
+    images = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(loaded(images), network(images))
+    classifier = build_xcit(NAME, num_classes=5)
+    assert not fill_classifier(classifier, read_weights(tmp_path / "checkpoint.pth", "teacher"), "the backbone")
+    assert "ours stays random" in capsys.readouterr().out
+
+
+def test_timm_names_and_back(network):
+    state = network.state_dict()
+    there = to_timm(state)
+    assert "pos_embed.token_projection.weight" in there and "cls_attn_blocks.1.attn.k.bias" in there
+    torch.testing.assert_close(from_timm(there), dict(state))
+
+
+def test_other_networks_and_bad_weights_are_refused(network, tmp_path):
+    state = network.state_dict()
+    with pytest.raises(WeightMismatch, match=r"does not fill the network.*blocks\.0\.gamma1"):
+        fill_classifier(
+            network, {name: value for name, value in state.items() if name != "blocks.0.gamma1"}, "the file"
+        )
+    with pytest.raises(WeightMismatch, match=r"norm\.weight holds values that are not finite"):
+        fill_classifier(network, state | {"norm.weight": torch.full((32,), torch.nan)}, "the file")
+    with pytest.raises(ValueError, match=r"--pretrained nowhere\.pth is not a file"):
+        load_network(NAME, "nowhere.pth")
+
+
+def test_releases_have_the_published_names():
+    assert len(CARD.releases) == 14 * 3 + 4
+    assert CARD.releases["xcit_small_12_p16_384_dist"].file == "xcit_small_12_p16_384_dist.pth"
+    assert CARD.releases["xcit_medium_24_p8_dino"].file == "xcit_medium_24_cp8_dino.pth"
+
+
+def test_hub_entries_build_offline_and_ask_for_their_files(tmp_path, monkeypatch, network):
+    assert [name for name in dir(hubconf) if name.startswith("xcit_")] == sorted(ARCHITECTURES)
+    monkeypatch.setenv("XCIT_WEIGHTS_URL", (tmp_path / "files").as_uri())
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    with torch.device("meta"):
+        for name in ARCHITECTURES[:4]:
+            assert getattr(hubconf, name)(pretrained=False, num_classes=2).num_classes == 2
+    with pytest.raises(DownloadError, match=r"xcit_nano_12_p8_224_dist\.pth"):
+        hubconf.xcit_nano_12_p8(variant="224_dist")
+    (tmp_path / "files").mkdir()
+    torch.save({"model": network.state_dict()}, tmp_path / "files/xcit_nano_12_p8_224.pth")
+    loaded = hubconf.xcit_nano_12_p8(num_classes=3)
+    torch.testing.assert_close(loaded.state_dict(), network.state_dict())
+    assert not (loaded.head.weight == 0).all()
+
+
+def test_safetensors_and_onnx_give_the_same_output(network, tmp_path, monkeypatch):
+    from xcit import export as module
+
+    monkeypatch.setattr(
+        module.timm, "create_model", lambda *_, checkpoint_path, **__: load_network(NAME, checkpoint_path)
+    )
+    files = export(network, NAME, tmp_path, (24, 16))
+    assert all(path.exists() for path in files.values())
+    with pytest.raises(ValueError, match="differs from the torch network"):
+        monkeypatch.setattr(module, "to_timm", lambda state: {k: v + 1 for k, v in to_timm(state).items()})
+        export(network, NAME, tmp_path / "wrong", (24, 16))
+    assert not (tmp_path / "wrong" / f"{NAME}_timm.pth").exists()
+
+
+@pytest.mark.slow
+def test_timm_reads_the_file_of_a_published_network(tmp_path):
+    torch.manual_seed(0)
+    export(build_xcit("xcit_nano_12_p16", num_classes=7).eval(), "xcit_nano_12_p16", tmp_path, (32, 32))
