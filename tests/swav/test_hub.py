@@ -110,7 +110,10 @@ def test_scores_are_cosines_in_float32_also_under_autocast():
 
 def test_without_heads_the_network_gives_features_and_in_eval_mode_the_map():
     images = torch.randn(2, 3, 64, 64)
-    features, feature_map = (small_resnet50(eval_mode=mode).eval()(images) for mode in (False, True))
+    network = small_resnet50().eval()
+    features = network(images)
+    network.eval_mode = True
+    feature_map = network(images)
     assert feature_map.shape == (2, 256, 2, 2)
     torch.testing.assert_close(feature_map.mean(dim=(2, 3)), features)
 
