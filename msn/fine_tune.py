@@ -27,7 +27,6 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 from msn.flags import (
     add_data_flags,
     add_process_flags,
-    add_run_flags,
     finish,
     labelled_sources,
     load_chosen_encoder,
@@ -42,7 +41,7 @@ from shared.networks.backbones import input_channels
 from shared.networks.weights import weights_checksum
 from shared.optimisation.optim import clip_grad_norm_per_tensor_
 from shared.optimisation.schedules import cosine_schedule
-from shared.run.flags import bool_flag
+from shared.run.flags import add_run_flags, bool_flag
 from shared.run.run import Run
 from shared.supervised.data import LabelledViews
 from shared.supervised.transforms import TrainTransform
@@ -81,7 +80,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--amp", default="auto", choices=("auto", "bf16", "fp16", "fp32"), help="auto: bf16 where it is fast")
     add("--seed", type=int, default=0, help="of all draws")
     add("--output_dir", default=".", help="for fine-tune.pth.tar and fine-tune.txt")
-    add_run_flags(parser)
+    add_run_flags(parser, knn=False, pictures=False)
     add_process_flags(parser)
     return parser
 

@@ -5,9 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from shared import distributed
-from shared.images.labelled import open_labelled
+from shared.evaluation import frozen
 from shared.images.loading import default_num_workers
 from shared.images.sources import ImageSource
+from shared.run.flags import Parser
 
 from .hub import DEFAULT_MODEL, RUN_ON_DIGITS, load_pretrained
 from .vision_transformer import ARCHITECTURES, VisionTransformer
@@ -21,9 +22,8 @@ def network_parser(docstring: str, file_flag: str = "fname", file_group: str = "
         file_flag: Flag for the file in the folder --pretrained.
         file_group: Title of its group.
     """
-    parser = argparse.ArgumentParser(
-        description=docstring.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    # flags of the processes, which accept cuda:0, take the place of those of shared.run.flags
+    parser = Parser(docstring, conflict_handler="resolve")
     add = parser.add_argument_group("meta").add_argument
     names = f"{', '.join(ARCHITECTURES)}; None: that of the training, {DEFAULT_MODEL} where the file does not say"
     add("--model_name", "--model-name", default=None, choices=tuple(ARCHITECTURES), metavar="NAME", help=names)
@@ -55,20 +55,6 @@ def add_data_flags(parser: argparse.ArgumentParser) -> Callable[..., argparse.Ac
     return add
 
 
-def add_run_flags(parser: argparse.ArgumentParser) -> None:
-    """What :class:`shared.run.run.Run` needs beyond :func:`add_process_flags`, for trainings with labels."""
-    add = parser.add_argument_group("run").add_argument
-    add("--saveckp_steps", type=int, default=0, help="also save within the epoch every so many steps")
-    add("--saveckp_minutes", type=float, default=15, help="also save within the epoch after so many minutes")
-    changed = "when the checkpoint was written with another batch or number of processes"
-    add("--on_changed_run", default="continue", choices=("continue", "refuse"), help=changed)
-    add("--log_freq", type=int, default=10, help="steps per line of the log")
-    add("--tensorboard", action="store_true", help="also log to TensorBoard")
-    skipped = "stop after so many steps in a row without finite gradients (exit code 3); 0: never"
-    add("--max_skipped_steps", type=int, default=10, help=skipped)
-    add("--dist_timeout", type=float, default=1800, help="seconds to wait for other processes")
-
-
 def add_process_flags(parser: argparse.ArgumentParser, title: str = "processes") -> None:
     """Device and loader flags, and those of the launcher, in the group ``title``."""
     add = parser.add_argument_group(title).add_argument
@@ -86,23 +72,37 @@ def device_name(text: str) -> str:
     return name
 
 
-def finish(
-    parser: argparse.ArgumentParser, parse: Callable[[], argparse.Namespace], **embedded_defaults
+def parse_with_images(
+    parser: argparse.ArgumentParser, parse: Callable[[], argparse.Namespace], embedded_defaults: dict, folder: str = ""
 ) -> argparse.Namespace:
-    """Parse; without images the defaults are those of the embedded digits and of the run on them.
+    """Parse; without images the defaults are those of the embedded digits.
 
     Args:
         parse: Parses the command line with the parser's present defaults.
-        embedded_defaults: Further defaults for the digits.
+        folder: Of the images, in <root_path>/<image_folder>.
     """
     args = parse()
-    if args.data_path is None and (args.root_path is None) != (args.image_folder is None):
+    if args.data_path is not None:
+        return args
+    if (args.root_path is None) != (args.image_folder is None):
         parser.error("--root_path and --image_folder need each other; or give --data_path")
-    if args.data_path is None and args.root_path is not None:
-        args.data_path = f"{args.root_path}/{args.image_folder}"
-    elif args.data_path is None:
-        parser.set_defaults(pretrained=RUN_ON_DIGITS, **embedded_defaults)
-        args = parse()
+    if args.root_path is not None:
+        args.data_path = str(Path(args.root_path, args.image_folder, folder))
+        return args
+    parser.set_defaults(**embedded_defaults)
+    return parse()
+
+
+def finish(
+    parser: argparse.ArgumentParser, parse: Callable[[], argparse.Namespace], **embedded_defaults
+) -> argparse.Namespace:
+    """Parse and check; without images the defaults are those of the embedded digits and of the run on them.
+
+    Args:
+        parse: As for :func:`parse_with_images`.
+        embedded_defaults: Further defaults for the digits.
+    """
+    args = parse_with_images(parser, parse, {"pretrained": RUN_ON_DIGITS, **embedded_defaults})
     for flag in ("epochs", "batch_size", "image_size", "val_freq", "num_blocks"):
         if (value := getattr(args, flag, None)) is not None and value < 1:
             parser.error(f"--{flag} {value} is less than 1")
@@ -134,16 +134,8 @@ def load_chosen_encoder(args: argparse.Namespace, file_flag: str = "fname") -> V
 
 
 def labelled_sources(args: argparse.Namespace, num_classes: int | None = None) -> tuple[ImageSource, ImageSource]:
-    """Train and val images with classes.
-
-    Raises:
-        ValueError: If there are none, or they have more than ``num_classes`` classes.
-    """
-    sources = open_labelled(args.data_path, args.val_path, args.allow_absolute_paths)
+    """Train and val images with at most ``num_classes`` classes."""
+    sources = frozen.labelled_sources(args.data_path, args.val_path, args.allow_absolute_paths, num_classes=num_classes)
     for source in sources:
         distributed.print_once(source.describe())
-    if num_classes is not None and num_classes < len(sources[0].classes):
-        raise ValueError(
-            f"--num_classes {num_classes} is less than the {len(sources[0].classes)} classes of {sources[0].name}"
-        )
     return sources

@@ -26,7 +26,6 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 from msn.flags import (
     add_data_flags,
     add_process_flags,
-    add_run_flags,
     finish,
     labelled_sources,
     load_chosen_encoder,
@@ -45,7 +44,7 @@ from shared.networks.weights import weights_checksum
 from shared.optimisation.optim import clip_grad_norm_per_tensor_
 from shared.optimisation.schedules import cosine_schedule
 from shared.run.checkpoint import load_latest
-from shared.run.flags import bool_flag
+from shared.run.flags import add_run_flags, bool_flag
 from shared.run.run import Run
 from shared.run.yaml_config import parse_args_with_config
 
@@ -59,6 +58,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     """Flags in the sections of the published YAML file."""
     parser = network_parser(__doc__, file_flag="pretrain_path", file_group="logging")
     parser.add_argument("--fname", default=None, help="YAML file of defaults for the flags; the command line wins")
+    add_run_flags(parser, knn=False, pictures=False)
     add_process_flags(parser, title="meta")
     add = parser.add_argument_group("meta").add_argument
     add("--training", type=bool_flag, default=True, help="false: only validate the classifier in --folder")
@@ -86,7 +86,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("logging").add_argument
     add("--folder", "--output_dir", default=".", dest="output_dir", help="for the checkpoint and the log")
     add("--write_tag", default="msn", help="start of their names")
-    add_run_flags(parser)
     return parser
 
 

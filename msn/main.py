@@ -26,6 +26,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from msn.augmentations import msn_views
+from msn.flags import parse_with_images
 from msn.hub import MEAN, STD
 from msn.losses import LossTerms, MSNLoss, new_prototypes
 from msn.report import health_rules, report
@@ -39,7 +40,7 @@ from shared.images.views import ViewRecipe
 from shared.multicrop import normalize_views
 from shared.networks.batchnorm import synchronize_batchnorm
 from shared.optimisation.optim import build_optimizer, ema_update_, param_groups_no_decay_on_bias_and_norm
-from shared.run.flags import add_data_flags, add_run_flags, bool_flag, tell_embedded_defaults
+from shared.run.flags import Parser, add_data_flags, add_run_flags, bool_flag, tell_embedded_defaults
 from shared.run.health import HealthMonitor, feature_spread, rank_me
 from shared.run.run import Run
 from shared.run.yaml_config import parse_args_with_config, write_config
@@ -75,9 +76,7 @@ UNUSED = {"bottleneck": 1, "two_layer": False, "use_pred_head": False, "use_fp16
 
 def get_args_parser() -> argparse.ArgumentParser:
     """Flags in the sections of the published YAML files, with their values for ViT-S/16."""
-    parser = argparse.ArgumentParser(
-        "MSN", description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--fname", default=None, help="YAML file of defaults, such as one of configs/pretrain; the command line wins")
     add("--devices", nargs="+", default=None, metavar="DEVICE", help="start a process on each, e.g. cuda:0 cuda:1")
@@ -157,14 +156,9 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
         parser: That of :func:`get_args_parser` with further flags, for scripts that have them.
     """
     parser = parser or get_args_parser()
-    args = parse_args_with_config(parser, arguments)
-    if args.data_path is None and (args.root_path is None) != (args.image_folder is None):
-        parser.error("--root_path and --image_folder need each other; or give --data_path")
-    if args.data_path is None and args.root_path is not None:
-        args.data_path = str(Path(args.root_path, args.image_folder, "train"))
-    if args.data_path is None:
-        parser.set_defaults(**EMBEDDED_DATA_DEFAULTS)
-        args = parse_args_with_config(parser, arguments)
+    args = parse_with_images(
+        parser, lambda: parse_args_with_config(parser, arguments), EMBEDDED_DATA_DEFAULTS, folder="train"
+    )
     check_args(parser, args)
     return args
 

@@ -10,13 +10,12 @@ from timm.models.xcit import Xcit
 
 from dino.attention import class_attention, last_class_attention, save_attention
 from dino.augmentations import MEAN, STD, dino_views
-from dino.hub import build_backbone
 from dino.vision_transformer import VisionTransformer
-from dino.visualize_attention import main, parse_args, prepare_image, training_views, visualize_attention
+from dino.visualize_attention import parse_args, prepare_image, training_views, visualize_attention
 from shared.networks.classifiers import fill_classifier
 from shared.networks.weights import WeightMismatch
 from shared.pictures.attention import to_picture
-from tests.dino.small_data import write_class_folders
+from tests.dino.tiny import write_checkpoint, write_class_folders
 from xcit.cross_covariance_transformer import XCiT
 from xcit.hub import from_timm
 
@@ -40,12 +39,6 @@ def test_attention_and_class_token_share_sum_to_one():
     assert attention.shape == (2, HEADS, 4, 5)
     own = model.get_last_selfattention(images)[:, :, 0, 0]
     torch.testing.assert_close(attention.sum(dim=(2, 3)) + own, torch.ones(2, HEADS))
-
-
-def test_network_without_class_token_is_refused():
-    flags = "--arch resnet18 --pretrained_weights random --image_path x.jpg"
-    with pytest.raises(ValueError, match="--arch resnet18: attention maps need vit_tiny"):
-        visualize_attention(parse_args(flags.split()))
 
 
 def test_image_smaller_than_a_patch_is_refused():
@@ -98,10 +91,7 @@ def test_without_threshold_there_are_no_masks(tmp_path):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    backbone, _ = build_backbone("vit_tiny", patch_size=4, img_size=16)
-    path = tmp_path_factory.mktemp("weights") / "checkpoint.pth"
-    torch.save({"teacher": {f"backbone.{name}": value for name, value in backbone.state_dict().items()}}, path)
-    return path
+    return write_checkpoint(tmp_path_factory.mktemp("weights") / "checkpoint.pth", patch_size=4)
 
 
 def test_official_flags_and_defaults():
@@ -178,15 +168,6 @@ def test_other_architecture_is_refused(checkpoint, tmp_path):
     flags = f"--arch vit_small --patch_size 4 --pretrained_weights {checkpoint} --output_dir {tmp_path}"
     with pytest.raises(WeightMismatch, match="looks like a vit_tiny/4"):
         visualize_attention(parse_args(flags.split()))
-
-
-def test_mistakes_end_with_one_line(monkeypatch, capsys, tmp_path):
-    command = f"visualize_attention.py --pretrained_weights random --image_path {tmp_path / 'nothing.jpg'}"
-    monkeypatch.setattr("sys.argv", command.split())
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code == 2
-    assert "nothing.jpg" in capsys.readouterr().err
 
 
 # --- XCiT -------------------------------------------------------------------------------------------------------------

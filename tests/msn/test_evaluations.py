@@ -14,20 +14,19 @@ from msn import eval_knn, export, fine_tune, linear_eval, logistic_eval, visuali
 from msn.fine_tune import layer_of, param_groups
 from msn.flags import load_chosen_encoder
 from msn.hub import CARD, load_pretrained
-from msn.labelled_training import Validation
+from msn.labelled_training import Validation, from_official
 from msn.linear_eval import LinearClassifier, RateInMomentumSGD
 from msn.vision_transformer import VisionTransformer
 from shared.networks.export import timm_arguments
-from shared.run.attempt import Interrupted, NotFinite
+from shared.run.attempt import Interrupted
 from shared.run.checkpoint import Checkpointer, load_latest
-from tests.msn.runs import CHECKPOINT, small_networks
+from tests.msn.tiny import CHECKPOINT, small_networks
 from tests.processes import run_processes
 from tests.reliability.runs import assert_same
 
 
-def send_sigterm_in_call(monkeypatch, method: str, number: int) -> None:
-    """The run gets SIGTERM in this call (from 1) of ``Checkpointer.after_step`` or ``Validation.run``."""
-    owner = Checkpointer if method == "after_step" else Validation
+def send_sigterm_in_call(monkeypatch, owner: type, method: str, number: int) -> None:
+    """The run gets SIGTERM in this call (from 1) of a method."""
     real, calls = getattr(owner, method), []
 
     def with_signal(*args, **kwargs):
@@ -37,11 +36,6 @@ def send_sigterm_in_call(monkeypatch, method: str, number: int) -> None:
         return real(*args, **kwargs)
 
     monkeypatch.setattr(owner, method, with_signal)
-
-
-# The call in which SIGTERM comes, and the epoch and step at which the run stops: in the middle of an epoch of three
-# steps, in its last step, and while the images are validated.
-INTERRUPTIONS = [("after_step", 2, (0, 2)), ("after_step", 6, (1, 3)), ("run", 1, (0, 3))]
 
 
 def assert_same_end(one, other, file: str) -> None:
@@ -84,21 +78,21 @@ def test_linear_evaluation_learns_and_writes_the_official_layout(run, images, tm
         linear(run, images, tmp_path / "y", "--training", "false")
 
 
-@pytest.mark.parametrize(("method", "call", "position"), INTERRUPTIONS)
-def test_linear_evaluation_stopped_by_a_signal_ends_like_an_uninterrupted_one(
-    run, images, tmp_path, monkeypatch, method, call, position
-):
+def test_linear_evaluation_beside_a_training_ends_like_an_uninterrupted_one(run, images, tmp_path, monkeypatch):
     file = "msn-lin-eval.pth.tar"
     whole = linear(run, images, tmp_path / "whole")
-    shutil.copy(run / "attempt.json", tmp_path)  # the folder of a training that may still run, in another process
-    send_sigterm_in_call(monkeypatch, method, call)
+    for name in ("attempt.json", "metrics.jsonl", "log.txt"):  # of a training in another process, which may still run
+        shutil.copy(run / name, tmp_path)
+    send_sigterm_in_call(monkeypatch, Checkpointer, "after_step", 2)
     with pytest.raises(Interrupted):
         linear(run, images, tmp_path)
     monkeypatch.undo()
     state = load_latest(tmp_path / file)
-    assert (state["epoch"], state["step_in_epoch"]) == position
-    assert linear(run, images, tmp_path, "--num_workers", 1) == whole
+    assert (state["epoch"], state["step_in_epoch"]) == (0, 2)
+    assert linear(run, images, tmp_path) == whole
     assert_same_end(tmp_path, tmp_path / "whole", file)
+    for name in ("attempt.json", "metrics.jsonl", "log.txt"):
+        assert (tmp_path / name).read_bytes() == (run / name).read_bytes()
 
 
 def test_linear_evaluation_goes_on_with_a_file_of_the_official_layout(run, images, tmp_path):
@@ -115,6 +109,13 @@ def test_linear_evaluation_goes_on_with_a_file_of_the_official_layout(run, image
         linear(run, images, tmp_path / "official")
 
 
+def test_an_earlier_layout_goes_on_after_the_lines_of_its_log():
+    checkpoint = {"best_top1_acc": 50.0, "batch_size": 4, "world_size": 2, "flags": {"lr": 0.1}, "log": [{"epoch": 0}]}
+    state = from_official(checkpoint, 7, "msn-lin-eval.pth.tar")
+    assert state["log"] == {"lengths": {"log.txt": len('{"epoch": 0}\n')}, "sums": []}
+    assert (state["args"], state["batch_size"], state["best_top1_acc"]) == ({"lr": 0.1}, 8, {"best": 50.0})
+
+
 def linear_of_rank(rank: int, run: str, images: str, folder: str) -> None:
     torch.distributed.destroy_process_group()  # the script joins the processes itself
     os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
@@ -125,7 +126,7 @@ def linear_of_rank(rank: int, run: str, images: str, folder: str) -> None:
 def interrupted_linear_of_rank(rank: int, run: str, images: str, folder: str) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(Interrupted):
         if rank == 1:
-            send_sigterm_in_call(monkeypatch, "after_step", 2)
+            send_sigterm_in_call(monkeypatch, Checkpointer, "after_step", 2)
         linear_of_rank(rank, run, images, folder)
 
 
@@ -180,39 +181,17 @@ def tune(run, images, folder, *flags) -> dict[str, float]:
     return fine_tune.fine_tune(args)
 
 
-@pytest.mark.parametrize(("method", "call", "position"), INTERRUPTIONS)
-def test_fine_tuning_stopped_by_a_signal_ends_like_an_uninterrupted_one_with_all_of_its_augmentation(
-    run, images, tmp_path, monkeypatch, method, call, position
-):
+def test_fine_tuning_stopped_in_a_validation_ends_like_an_uninterrupted_one(run, images, tmp_path, monkeypatch):
+    """With all of its augmentation."""
     whole = tune(run, images, tmp_path / "whole")
-    send_sigterm_in_call(monkeypatch, method, call)
+    send_sigterm_in_call(monkeypatch, Validation, "run", 1)
     with pytest.raises(Interrupted):
         tune(run, images, tmp_path / "parts")
     monkeypatch.undo()
     state = load_latest(tmp_path / "parts" / "fine-tune.pth.tar")
-    assert (state["epoch"], state["step_in_epoch"]) == position
-    assert tune(run, images, tmp_path / "parts", "--num_workers", 1) == whole
+    assert (state["epoch"], state["step_in_epoch"]) == (0, 3)
+    assert tune(run, images, tmp_path / "parts") == whole
     assert_same_end(tmp_path / "parts", tmp_path / "whole", "fine-tune.pth.tar")
-
-
-@pytest.mark.parametrize("script", [linear, tune])
-def test_steps_are_saved_by_flag(run, images, tmp_path, monkeypatch, script):
-    def fail(*args, **kwargs):
-        raise OSError("the disk is gone")
-
-    monkeypatch.setattr(Validation, "run", fail)
-    with pytest.raises(OSError, match="the disk is gone"):
-        script(run, images, tmp_path, "--saveckp_steps", 2)
-    (path,) = tmp_path.glob("*.pth.tar")
-    assert load_latest(path)["step_in_epoch"] == 2
-
-
-@pytest.mark.parametrize("script", [linear, tune])
-def test_steps_without_finite_gradients_end_the_run_and_are_not_saved(run, images, tmp_path, script):
-    with pytest.raises(NotFinite, match="2 steps in a row, up to step 3, had gradients that are not finite"):
-        script(run, images, tmp_path, "--lr", 1e30, "--saveckp_steps", 1, "--max_skipped_steps", 2, "--log_freq", 1)
-    (path,) = tmp_path.glob("*.pth.tar")
-    assert load_latest(path)["step_in_epoch"] == 1
 
 
 def test_fine_tuning_with_other_flags_than_the_checkpoints_is_refused(run, images, tmp_path):

@@ -16,7 +16,7 @@ from msn.logistic_eval import (
     preprocess,
 )
 from shared.images.sources import open_source
-from tests.msn.runs import CHECKPOINT
+from tests.msn.tiny import CHECKPOINT
 
 
 def evaluate(run, images, *flags) -> dict[str, float]:
@@ -104,7 +104,7 @@ def test_bad_flags_are_refused(run, images, tmp_path):
         (("--imgs_per_class", 9), "--imgs_per_class 9: class class0 has only 8 images"),
         (("--mask", 0.99), "--mask 0.99"),
         (("--subset_path", tmp_path / "no.txt"), "no.txt cannot be read"),
-        (("--pretrained", tmp_path / "no"), "is not a file"),
+        (("--pretrained", tmp_path / "no"), "neither a file nor a release"),
         (("--model-name", "deit_small", "--checkpoint_key", "encoder"), "entries of the network matched"),
         (("--checkpoint_key", "teacher"), "--checkpoint_key teacher"),
     ):

@@ -14,7 +14,7 @@ from msn import main as main_msn
 from msn.hub import CARD, load_pretrained
 from msn.vision_transformer import ProjectionHead, build
 from shared.networks.weights import DownloadError, WeightMismatch
-from tests.msn.runs import CHECKPOINT, TINY, losses, state_of
+from tests.msn.tiny import CHECKPOINT, ONE_EPOCH, losses, state_of
 
 ENTRIES = [name for name in dir(hubconf) if name.startswith("msn_")]
 
@@ -143,7 +143,7 @@ def test_linear_evaluation_is_a_job_too(submitted):
 
 
 def test_debug_trains_in_this_process(images, tmp_path):
-    flags = [*TINY, "--data_path", str(images), "--ngpus", "0", "--output_dir", str(tmp_path / "%j")]
+    flags = [*ONE_EPOCH, "--data_path", str(images), "--ngpus", "0", "--output_dir", str(tmp_path / "%j")]
     main_distributed.submit([*flags, "--cluster", "debug"])
     assert len(losses(tmp_path / "debug")) == 3
     assert state_of(tmp_path / "debug")["epoch"] == 1

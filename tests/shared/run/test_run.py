@@ -46,9 +46,9 @@ def build(seed=0):
     return nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1))
 
 
-def train(output_dir, *arguments, bad=(), stop_after=None, epochs=3, layout=None, lr=0.1, **options):
+def train(output_dir, *arguments, bad=(), stop_after=None, epochs=3, layout=None, lr=0.1, beside=None, **options):
     """Train the network; ``stop_after`` so many steps as if the machine had gone."""
-    run = Run(flags(output_dir, *arguments), "fp32")
+    run = Run(flags(output_dir, *arguments), "fp32", **(beside or {}))
     network = build()
     optimizer = build_optimizer("sgd", [{"params": list(network.parameters()), "lr": lr}])
     layout = layout or {}
@@ -70,9 +70,9 @@ def train(output_dir, *arguments, bad=(), stop_after=None, epochs=3, layout=None
     return run, network
 
 
-def lines(folder):
+def lines(folder, file="metrics.jsonl"):
     timings = ("images_per_s", "data_wait")
-    text = (folder / "metrics.jsonl").read_text().splitlines()
+    text = (folder / file).read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in timings} for line in text]
 
 
@@ -160,3 +160,18 @@ def test_evaluations_are_logged_where_the_run_stands(tmp_path):
     run, _ = train(tmp_path, epochs=1)
     run.log_evaluation(knn_top1=50.0)
     assert lines(tmp_path)[-1] == {"step": STEPS, "epoch": 1, "knn_top1": 50.0}
+
+
+def test_a_run_beside_another_one_leaves_its_folder_alone_and_logs_under_its_own_name(tmp_path):
+    train(tmp_path)
+    other = Attempt("another job", 0)
+    other.claim(tmp_path)
+    names = ("attempt.json", "metrics.jsonl", "log.txt", "checkpoint.pth")
+    before = {name: (tmp_path / name).read_bytes() for name in names}
+    beside = {"file": "probe.pth.tar", "owns_folder": False}
+    train(tmp_path, beside=beside, stop_after=8)
+    train(tmp_path, beside=beside)
+    assert owner_of(tmp_path) == other and before == {name: (tmp_path / name).read_bytes() for name in names}
+    assert lines(tmp_path, "probe.jsonl") == lines(tmp_path)
+    assert (tmp_path / "probe.txt").read_text() == (tmp_path / "log.txt").read_text()
+    assert load_latest(tmp_path / "probe.pth.tar")["epoch"] == 3
