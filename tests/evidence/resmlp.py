@@ -1,4 +1,4 @@
-"""The small experiments behind resmlp/README.md: the paper's claims on the embedded data, and CIFAR-10 at small scale.
+"""The small experiments of resmlp/RESULTS.md: the paper's claims on the embedded data, and CIFAR-10 at small scale.
 
     make evidence METHOD=resmlp                                       # the claims, about 40 core-minutes
     python tests/evidence/resmlp.py --only cifar10 --cifar10 DIR      # DIR holds train/ and test/ with class folders

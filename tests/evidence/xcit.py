@@ -1,4 +1,4 @@
-"""The small experiments behind xcit/README.md: the digits and CIFAR-10, beside a ViT and a ResNet of equal cost.
+"""The small experiments of xcit/RESULTS.md: the digits and CIFAR-10, beside a ViT and a ResNet of equal cost.
 
     make evidence METHOD=xcit                                         # the digits, about 40 core-minutes
     python tests/evidence/xcit.py --only cifar10 --cifar10 DIR        # DIR holds train/ and test/ with class folders

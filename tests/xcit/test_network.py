@@ -75,7 +75,7 @@ def test_parameters_and_flops_are_those_of_the_readme(size):
             with FlopCounterMode(display=False) as counter:
                 network(torch.empty(1, 3, 224, 224))
         assert sum(p.numel() for p in network.parameters()) == parameters
-        # the counter leaves out norms and activations; the README rounds to one digit
+        # the counter leaves out norms and activations; the table rounds to one digit
         assert counter.get_total_flops() / 2e9 == pytest.approx(gflops, abs=0.06)
         keys = {("12", 16): 383, ("12", 8): 377, ("24", 16): 707, ("24", 8): 701}
         assert len(network.state_dict()) == keys[size.split("_")[1], patch_size]
