@@ -35,27 +35,8 @@ from shared.supervised.losses import build_loss, class_probabilities
 from shared.supervised.train import BestAccuracy, train_classifier
 from shared.supervised.transforms import train_transform
 
-# What replaces the official defaults when no --data_path is given: digits of 8x8 pixels need a small network and little
-# augmentation, and a run of minutes no warm-up (its first two epochs would hardly learn) and a shorter average.
-EMBEDDED_DATA_DEFAULTS = {
-    "model": "resmlp_12",
-    "input_size": 32,
-    "patch_size": 4,
-    "embed_dim": 96,
-    "depth": 4,
-    "batch_size": 32,
-    "epochs": 6,
-    "drop_path": 0.0,
-    "lr": 0.05,
-    "warmup_epochs": 0,
-    "model_ema_decay": 0.98,
-    "aa": "none",
-    "repeated_aug": False,
-    "reprob": 0.0,
-    "mixup": 0.0,
-    "cutmix": 0.0,
-    "output_dir": "runs/digits",
-}
+EMBEDDED_NETWORK = {"model": "resmlp_12", "input_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 4}
+EMBEDDED_DATA_DEFAULTS = flags.EMBEDDED_RECIPE | EMBEDDED_NETWORK | {"lr": 0.05}
 SIZES = ("patch_size", "embed_dim", "depth")
 NETWORK_FLAGS = ("model", "input_size", "in_chans", *SIZES)
 

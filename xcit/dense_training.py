@@ -130,7 +130,7 @@ def to_device(value, device: torch.device):
     return [to_device(entry, device) for entry in value] if isinstance(value, list) else value
 
 
-def say(result: dict[str, float]) -> None:
+def print_result(result: dict[str, float]) -> None:
     """Print what an evaluation has found."""
     distributed.print_once("  ".join(f"{name} {value:.2f}" for name, value in result.items()))
 
@@ -222,7 +222,7 @@ def train(
                 run.log_evaluation(**tested)
             run.log_epoch(**tested, bad_images=data.bad_images.count())
             run.end_epoch()
-    say(tested or evaluate())  # a run that was finished before is evaluated again
+    print_result(tested or evaluate())  # a run that was finished before is evaluated again
 
 
 def to_official(state: dict) -> dict:

@@ -32,25 +32,8 @@ from shared.supervised.transforms import train_transform
 from xcit.hub import CROP_RATIO, MEAN, STD, build_network, read_weights
 from xcit.report import save_pictures, summary
 
-# What replaces the official defaults when no --data_path is given: digits of 8x8 pixels need a small network and little
-# augmentation, a run of minutes no warm-up (its first two epochs would hardly learn) and a shorter moving average.
-EMBEDDED_DATA_DEFAULTS = {
-    "model": "xcit_nano_12_p8",
-    "input_size": 24,
-    "batch_size": 32,
-    "epochs": 6,
-    "drop_path": 0.0,
-    "lr": 0.008,
-    "warmup_epochs": 0,
-    "model_ema_decay": 0.98,
-    "aa": "none",
-    "repeated_aug": False,
-    "reprob": 0.0,
-    "mixup": 0.0,
-    "cutmix": 0.0,
-    "full_crop": True,
-    "output_dir": "runs/digits",
-}
+EMBEDDED_NETWORK = {"model": "xcit_nano_12_p8", "input_size": 24, "full_crop": True}
+EMBEDDED_DATA_DEFAULTS = flags.EMBEDDED_RECIPE | EMBEDDED_NETWORK | {"lr": 0.008}
 NETWORK_FLAGS = ("model", "in_chans")
 
 

@@ -188,7 +188,7 @@ def evaluate(args: argparse.Namespace) -> None:
     train, val = open_images(args, Path(args.output_dir))
     network = network_of(args, len(train.classes))
     dense_training.fill(network, args)
-    dense_training.say(evaluate_detector(network.to(device), val, device))
+    dense_training.print_result(evaluate_detector(network.to(device), val, device))
 
 
 def main() -> None:

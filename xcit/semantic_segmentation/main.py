@@ -206,7 +206,7 @@ def evaluate(args: argparse.Namespace) -> None:
     _, val = open_images(args, Path(args.output_dir))
     network = network_of(args)
     dense_training.fill(network, args)
-    dense_training.say(evaluate_segmenter(network.to(device), val, device, args.num_classes))
+    dense_training.print_result(evaluate_segmenter(network.to(device), val, device, args.num_classes))
 
 
 def main() -> None:
