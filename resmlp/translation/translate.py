@@ -23,10 +23,9 @@ from resmlp.translation.corpus import open_vocabulary, pad, read_lines
 from resmlp.translation.networks import EOS, Translator
 from shared import distributed
 from shared.networks.weights import safe_load
-from shared.run.flags import Parser, parse_with_embedded_defaults
+from shared.run.flags import Parser
 
 NETWORK_FLAGS = ("network", "dim", "hidden_dim", "depth", "heads", "max_length", "layer_scale")
-MINIMUM = {"beam": 1, "length_penalty": 0, "batch_sentences": 1}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -110,7 +109,11 @@ def bleu(translations: Sequence[str], references: Sequence[str]) -> tuple[float,
 
 def main() -> None:
     with distributed.clean_exit():
-        args = parse_with_embedded_defaults(get_args_parser(), None, {}, MINIMUM, "weights")
+        parser = get_args_parser()
+        args = parser.parse_args()
+        for flag, least in (("beam", 1), ("length_penalty", 0), ("batch_sentences", 1)):
+            if getattr(args, flag) < least:
+                parser.error(f"--{flag} {getattr(args, flag)} is less than {least}")
         device = distributed.init(device=args.device)
         network, vocabulary = load_translator(args.weights)
         sentences = read_lines(args.input) if args.input else sys.stdin.read().removesuffix("\n").split("\n")
