@@ -107,15 +107,9 @@ def test_prototypes_are_frozen_at_first_and_normalised_before_every_step(images,
     assert (trained.norm(dim=1) - 1).abs().max() > 1e-5
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--amp", "bf16", "--in_chans", "1", "--hidden_mlp", "0"],
-        ["--sync_bn", "apex", "--crops_for_assign", "2", "0", "3", "--augmentation", "pil", "--cache", "memory"],
-    ],
-)
-def test_other_flags_train_too(images, tmp_path, flags):
-    written = train(tmp_path, "--data_path", images, *QUEUE, *flags)
+def test_other_flags_train_too(images, tmp_path):
+    flags = "--amp bf16 --in_chans 1 --hidden_mlp 0 --sync_bn apex --crops_for_assign 2 0 3 --augmentation pil"
+    written = train(tmp_path, "--data_path", images, *QUEUE, *flags.split(), "--cache", "memory")
     assert len(written) == 3 and all(math.isfinite(line["loss"]) and line["skipped"] == 0 for line in written)
 
 
@@ -168,10 +162,9 @@ def test_a_run_stopped_in_an_epoch_ends_like_an_uninterrupted_one(images, whole,
     assert (tmp_path / "log.txt").read_text() == (whole / "log.txt").read_text()
 
 
-def test_two_processes_give_the_losses_of_one_with_twice_the_batch_and_the_same_queue(images, tmp_path):
-    flags = ("--data_path", images, "--epochs", 2, "--amp", "fp32", *QUEUE)
-    one, two = tmp_path / "one", tmp_path / "two"
-    train(one, *flags)
+def test_two_processes_give_the_losses_of_one_with_twice_the_batch_and_the_same_queue(images, whole, tmp_path):
+    flags = ("--data_path", images, "--epochs", 2, *QUEUE)
+    one, two = whole, tmp_path
     run_processes(train_on_rank, 2, train, two, *flags, "--batch_size", 4)
     np.testing.assert_allclose(losses(two), losses(one), rtol=5e-4)
     assert len(losses(one)) == 6
