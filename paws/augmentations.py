@@ -84,14 +84,13 @@ def choose_recipe(
     if name not in RECIPES:
         raise ValueError(f"--dataset {dataset} is none of {', '.join(RECIPES)}")
     recipe = RECIPES[name]
+    for flag, side in (("image_size", image_size), ("small_image_size", small_image_size)):
+        if side is not None and side < 1:
+            raise ValueError(f"--{flag} {side} is less than 1")
     if image_size is not None:
-        if image_size < 1:
-            raise ValueError(f"--image_size {image_size} is less than 1")
         resize_px = round(image_size * recipe.eval_resize_px / recipe.large[0])
         recipe = replace(recipe, large=(image_size, recipe.large[1]), eval_resize_px=resize_px)
     if small_image_size is not None:
-        if small_image_size < 1:
-            raise ValueError(f"--small_image_size {small_image_size} is less than 1")
         recipe = replace(recipe, small=(small_image_size, recipe.small[1]))
     return recipe if normalize else replace(recipe, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 

@@ -18,13 +18,13 @@ from paws.hub import CARD
 from shared import distributed
 from shared.networks.export import export_backbone
 from shared.networks.pretrained import load_pretrained
-from shared.run.flags import Parser
+from shared.run.flags import AnyDashParser
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser(__doc__)
+    parser = AnyDashParser(__doc__)
     add = parser.add_argument
-    add("--model_name", "--model-name", default="resnet50", help="as for main.py")
+    add("--model_name", default="resnet50", help="as for main.py")
     add("--pretrained", required=True, help="a file of any layout, or the name of a release")
     add("--allow_partial", action="store_true", help="go on when the file does not fill the network")
     add("--output_dir", default=".", help="where the files go")

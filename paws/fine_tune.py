@@ -24,16 +24,16 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 from paws import flags
 from paws.augmentations import Recipe, choose_recipe, fine_tune_view, support_views
 from paws.checkpoints import Progress, fine_tuning_from_official, fine_tuning_to_official
-from paws.evaluation import Validation, eval_transform, open_validation
+from paws.evaluation import Representation, Validation, eval_transform, open_validation
 from paws.heads import Encoder, classification_head
-from paws.hub import RUN_ON_DIGITS, backbone_of, build_encoder, build_for, load_classifier, read_weights
+from paws.hub import backbone_of, build_encoder, build_for, load_classifier, read_weights
 from paws.labels import PartlyLabelled
 from paws.optimisation import LARS, lr_schedule, parameter_groups
-from paws.training_data import LabelledBatches, open_images
+from paws.training_data import labelled_batches, loader_processes, open_images
 from shared import distributed
 from shared.images.labelled import NotLabelled
-from shared.images.loading import BadImages, EpochBatchSampler, default_num_workers, make_loader
-from shared.multicrop import MultiCropDataset, normalize_views
+from shared.images.loading import EpochBatchSampler
+from shared.multicrop import normalize_views
 from shared.networks.backbones import input_channels
 from shared.networks.batchnorm import synchronize_batchnorm
 from shared.networks.weights import load_backbone_weights, weights_checksum
@@ -43,11 +43,7 @@ from shared.run.flags import bool_flag
 from shared.run.run import Run
 from shared.supervised.evaluation import evaluate_classifier
 
-EMBEDDED_DATA_DEFAULTS = {
-    "labels_per_class": 4,
-    "dataset": "digits",
-    "model_name": "wide_resnet10w1",
-    "pretrained": RUN_ON_DIGITS,
+EMBEDDED_DATA_DEFAULTS = flags.ON_DIGITS | {
     "batch_size": 40,
     "epochs": 30,
     "lr": 0.01,
@@ -81,10 +77,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
     """Parse and check the command line; without images the defaults are those of the embedded digits."""
-    parser = parser or get_args_parser()
-    args = flags.parse_with_embedded_defaults(parser, arguments, EMBEDDED_DATA_DEFAULTS)
-    flags.require_pretrained(parser, args, ", or random")
-    return args
+    weights = f"{flags.WEIGHTS}, or random"
+    return flags.parse_with_embedded_defaults(parser or get_args_parser(), arguments, EMBEDDED_DATA_DEFAULTS, weights)
 
 
 def fine_tune(args: argparse.Namespace) -> dict[str, float]:
@@ -92,7 +86,6 @@ def fine_tune(args: argparse.Namespace) -> dict[str, float]:
     run = Run(args, args.amp if args.use_fp16 else "fp32", f"{args.write_tag}.pth.tar")
     device = run.device
     recipe = choose_recipe(args.dataset, args.normalize, args.image_size)
-    num_workers = default_num_workers() if args.num_workers is None else args.num_workers
 
     # images
     images = open_images(args)
@@ -100,7 +93,7 @@ def fine_tune(args: argparse.Namespace) -> dict[str, float]:
     if num_classes < len(images.classes):
         raise ValueError(f"--num_classes {num_classes} is less than the {len(images.classes)} classes of the labels")
     validation = find_validation(args, images)
-    validate = partial(validate_encoder, validation, recipe, run.precision, args.batch_size, num_workers)
+    validate = partial(validate_encoder, validation, recipe, run.precision, args.batch_size, loader_processes(args))
 
     # encoder
     if not args.training:
@@ -112,7 +105,9 @@ def fine_tune(args: argparse.Namespace) -> dict[str, float]:
     wrapped = distributed.wrap(encoder, device)
 
     # batches, optimiser, learning rate of every step
-    data = labelled_batches(args, images, recipe, num_workers, device)
+    strong = support_views(recipe, 0, args.color_jitter_strength, views=1)
+    views = [fine_tune_view(recipe)] if args.views == "basic" else strong
+    data = labelled_batches(args, images, views, labelled_sampler(args, images), args.batch_size, device)
     labels = torch.from_numpy(images.labels).to(device)
     optimizer = LARS(
         parameter_groups(encoder, args.weight_decay),
@@ -226,17 +221,6 @@ def fits(stored: Tensor | None, wanted: Tensor) -> bool:
     return stored is not None and stored.shape == wanted.shape
 
 
-class Logits(nn.Module):
-    """The classifier's outputs (B, classes) of images; shares the encoder's weights."""
-
-    def __init__(self, encoder: Encoder):
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.encoder(images)[0].float()
-
-
 def validate_encoder(
     validation: Validation,
     recipe: Recipe,
@@ -252,7 +236,7 @@ def validate_encoder(
         between_batches: Called after every batch, equally often on every process; may raise to stop.
     """
     dataset = validation.dataset(eval_transform(recipe, encoder))
-    result = evaluate_classifier(Logits(encoder), dataset, precision, batch_size, num_workers, between_batches)
+    result = evaluate_classifier(Representation(encoder), dataset, precision, batch_size, num_workers, between_batches)
     distributed.print_once(f"{validation.describe()}: top-1 {result['acc1']:.2f} %, top-5 {result['acc5']:.2f} %")
     return result
 
@@ -273,23 +257,12 @@ class LabelledSampler(EpochBatchSampler):
             yield [(epoch * self.repeat + number, int(self.rows[row])) for epoch, number, row in places]
 
 
-def labelled_batches(
-    args: argparse.Namespace, images: PartlyLabelled, recipe: Recipe, num_workers: int, device: torch.device
-) -> LabelledBatches:
-    """The labelled images of this process.
-
-    A last batch of one image is left out: batch norms cannot normalise it.
-    """
+def labelled_sampler(args: argparse.Namespace, images: PartlyLabelled) -> LabelledSampler:
+    """The batches of this process; a last one of a single image, which batch norms cannot normalise, is left out."""
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     per_rank = -(-args.repeat * len(images.labelled) // world_size)
     drop_last = per_rank > 1 and per_rank % args.batch_size == 1
-    sampler = LabelledSampler(images.labelled, args.repeat, args.batch_size, args.seed, rank, world_size, drop_last)
-    strong = support_views(recipe, 0, args.color_jitter_strength, 1)
-    views = [fine_tune_view(recipe)] if args.views == "basic" else strong
-    bad_images = BadImages(len(images.source), on_bad_image="error")  # a replacement could have no label
-    dataset = MultiCropDataset(images.source, views, args.seed, in_chans=args.in_chans, bad_images=bad_images)
-    loader = make_loader(dataset, batch_sampler=sampler, num_workers=num_workers, device=device)
-    return LabelledBatches(loader, sampler, args.batch_size * world_size, images.source.checksum())
+    return LabelledSampler(images.labelled, args.repeat, args.batch_size, args.seed, rank, world_size, drop_last)
 
 
 def main() -> None:

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from shared.run import flags as common
-from shared.run.flags import Parser, bool_flag
+from shared.run.flags import AnyDashParser, bool_flag
 from shared.run.yaml_config import parse_args_with_config
 
 from .augmentations import RECIPES
+from .hub import RUN_ON_DIGITS
 
+WEIGHTS = "a checkpoint of main.py, or the name of a release"
 RANGES = (  # what is expected of flags
     ("at least 1", lambda value: value >= 1, "epochs unsupervised_batch_size supervised_views supervised_batch_size"),
     ("at least 1", lambda value: value >= 1, "batch_size log_freq repeat"),
@@ -22,12 +24,18 @@ RANGES = (  # what is expected of flags
     ("a share of less than 1", lambda value: value < 1, "unlabeled_frac"),
     ("a probability", lambda value: 0 <= value <= 1, "min_confidence"),
 )
+ON_DIGITS = {  # without images: the digits, and the network that main.py trains on them
+    "labels_per_class": 4,
+    "dataset": "digits",
+    "model_name": "wide_resnet10w1",
+    "pretrained": RUN_ON_DIGITS,
+}
 DATASETS = (*RECIPES, "imagenet_fine_tune", "cifar10_fine_tune")
 
 
 def new_parser(docstring: str) -> argparse.ArgumentParser:
     """A parser with ``--fname``; its description is the first paragraph of the docstring."""
-    parser = Parser(docstring, conflict_handler="resolve")  # some common flags get another section or help below
+    parser = AnyDashParser(docstring, conflict_handler="resolve")  # some flags get another section or help below
     parser.add_argument("--fname", default=None, help="YAML file with values for these flags; the command line wins")
     return parser
 
@@ -41,9 +49,7 @@ def add_label_flags(parser: argparse.ArgumentParser) -> Callable:
     add("--labels", nargs="+", default=None, help="CSV files: image, label; also the pseudo_labels.csv of a run")
     add("--min_confidence", type=float, default=None, help="use only pseudo-labels of this confidence or more")
     add("--labels_per_class", type=int, default=None, help="draw so many labelled images of every class")
-    add(
-        "--unlabeled_frac", type=float, default=0.9, help="share of labels that is not used, if nothing else says which"
-    )
+    add("--unlabeled_frac", type=float, default=0.9, help="share of labels not to use, where nothing else says which")
     add("--subset_path", default=None, help="list of the labelled images, or the folder with the official lists")
     add("--data_seed", type=int, default=None, help="number of the official CIFAR-10 list; seed of drawn labels")
     add("--dataset", default="imagenet", choices=DATASETS, help="recipe of the views")
@@ -81,7 +87,7 @@ def add_network_flags(parser: argparse.ArgumentParser) -> Callable:
     """The encoder and how it is computed."""
     add = parser.add_argument_group("meta").add_argument
     names = "resnet50, 101, 152, 200, with w2 or w4 for wider ones, wide_resnet28w2, or a torchvision or timm model"
-    add("--model_name", "--model-name", default="resnet50", help=names)
+    add("--model_name", default="resnet50", help=names)
     add("--output_dim", type=int, default=2048, help="dimension of the representations")
     add("--use_pred_head", type=bool_flag, default=False, help="a prediction head for the anchors")
     add("--pretrained", default=None, help="start from this file, of any layout, or release; by default random weights")
@@ -142,12 +148,12 @@ def add_evaluation_flags(parser: argparse.ArgumentParser, batch_size: int) -> Ca
     add("--temperature", type=float, default=0.1, help="of the softmax over similarities")
     add = parser.add_argument_group("processes").add_argument
     add("--dist_url", default="env://", help="rendezvous of the processes")
-    add("--local_rank", "--local-rank", type=int, default=0, help="ignored: read from the environment")
+    add("--local_rank", type=int, default=0, help="ignored: read from the environment")
     add_device_flag(parser)
     add = parser.add_argument_group("meta").add_argument
-    add("--model_name", "--model-name", default="resnet50", help="as for main.py")
+    add("--model_name", default="resnet50", help="as for main.py")
     add("--pretrained", default=None, help="checkpoint of a training, or the name of a release")
-    add("--use_pred", "--use-pred", action="store_true", help="compare the outputs of the prediction head")
+    add("--use_pred", action="store_true", help="compare the outputs of the prediction head")
     add("--batch_size", type=int, default=batch_size, help="images per process")
     return add
 
@@ -159,7 +165,7 @@ def add_fine_tuning_flags(parser: argparse.ArgumentParser, model_name: str, writ
     add = parser.add_argument_group("logging").add_argument
     add("--pretrain_path", default=None, help="official name of --pretrained, relative to --output_dir")
     add = parser.add_argument_group("meta").add_argument
-    add("--model_name", "--model-name", default=model_name, help="as for main.py")
+    add("--model_name", default=model_name, help="as for main.py")
     add("--pretrained", default=None, help="checkpoint of a training, name of a release, or random (fine_tune.py)")
     add_precision_flags(add)
     return add
@@ -173,13 +179,14 @@ def add_output_flags(parser: argparse.ArgumentParser, write_tag: str = "paws") -
 
 
 def parse_with_embedded_defaults(
-    parser: argparse.ArgumentParser, arguments: list[str] | None, embedded: dict
+    parser: argparse.ArgumentParser, arguments: list[str] | None, embedded: dict, weights: str = ""
 ) -> argparse.Namespace:
     """Parse and check; without images the defaults are those of the embedded digits.
 
     Args:
         arguments: The command line's own when None.
         embedded: Defaults for the embedded data; a file given as ``--fname`` wins over them.
+        weights: What ``--pretrained`` has to name, if it must be given.
     """
     args = parse_args_with_config(parser, arguments)
     if args.data_path is None and args.root_path is None:
@@ -193,14 +200,10 @@ def parse_with_embedded_defaults(
             )
     if getattr(args, "pretrain_path", None) is not None and args.pretrained is None:
         args.pretrained = str(Path(args.output_dir) / args.pretrain_path)
+    if weights and args.pretrained is None:
+        parser.error(f"--pretrained is missing: {weights}")
     check_ranges(parser, args)
     return args
-
-
-def require_pretrained(parser: argparse.ArgumentParser, args: argparse.Namespace, other: str = "") -> None:
-    """End the program if no weights are named; ``other`` is what may stand for them."""
-    if args.pretrained is None:
-        parser.error(f"--pretrained is missing: a checkpoint of main.py, the name of a release{other}")
 
 
 def check_ranges(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -82,17 +83,10 @@ class Encoder(nn.Module):
             Representations ``h`` (N, output_dim) after ``fc`` and ``z`` after ``pred`` (``h`` itself without one), in
             the order of the views.
         """
-        if isinstance(views, Tensor):
-            views = [views]
-        groups: list[list[Tensor]] = []
-        for view in views:
-            if groups and groups[-1][0].shape[-1] == view.shape[-1]:
-                groups[-1].append(view)
-            else:
-                groups.append([view])
         projected, predicted = [], []
-        for group in groups:
-            h = self.forward_backbone(torch.cat(group) if len(group) > 1 else group[0])
+        for _, same_size in groupby([views] if isinstance(views, Tensor) else views, lambda view: view.shape[-1]):
+            first, *others = same_size
+            h = self.forward_backbone(torch.cat([first, *others]) if others else first)
             h = h if self.fc is None else self.fc(h)
             projected.append(h)
             predicted.append(h if self.pred is None else self.pred(h))

@@ -2,6 +2,7 @@
 
 import csv
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,11 @@ class PartlyLabelled:
     def unlabelled(self) -> np.ndarray:
         """Indices of those that have none."""
         return np.flatnonzero(self.labels < 0)
+
+    @property
+    def fewest(self) -> int:
+        """Labels of the class that has the fewest."""
+        return int(np.bincount(self.labels[self.labelled]).min())
 
     def describe(self) -> str:
         counts = np.bincount(self.labels[self.labelled], minlength=len(self.classes))
@@ -157,7 +163,7 @@ class Row:
     where: str
     image: str
     label: str
-    confidence: float | None = None
+    confidence: float | None
 
 
 def from_tables(source: ImageSource, paths: Sequence[str], min_confidence: float | None = None) -> PartlyLabelled:
@@ -202,8 +208,7 @@ def read_table(path: str, index_of: dict[str, int]) -> list[Row]:
     columns = ["image", "label"]
     if lines and _bare(lines[0][1][0]) not in index_of and not lines[0][1][0].lower().endswith(EXTENSIONS):
         heading = [cell.lower() for cell in lines.pop(0)[1]]
-        if len(heading) > 2:
-            columns = heading
+        columns = heading if len(heading) > 2 else columns
     if not lines:
         raise ValueError(f"--labels {path} is empty")
     if columns[:2] != ["image", "label"] or columns[2:3] not in ([], ["confidence"]):
@@ -217,19 +222,15 @@ def read_table(path: str, index_of: dict[str, int]) -> list[Row]:
         if len(cells) != len(columns) or not all(cells):
             what = "an image and its label" if len(columns) == 2 else ", ".join(columns)
             raise ValueError(f"{where}: expected {what}, got {cells}")
-        row = Row(where, _bare(cells[0]), cells[1])
-        if len(columns) > 2:
-            try:
-                row.confidence = float(cells[2])
-            except ValueError as error:
-                raise ValueError(f"{where}: the confidence {cells[2]!r} is no number") from error
-        rows.append(row)
-    unknown = [(row, number) for row, (number, _) in zip(rows, lines, strict=True) if row.image not in index_of]
-    if unknown:
-        row, number = unknown[0]
+        try:
+            confidence = float(cells[2]) if len(columns) > 2 else None
+        except ValueError as error:
+            raise ValueError(f"{where}: the confidence {cells[2]!r} is no number") from error
+        rows.append(Row(where, _bare(cells[0]), cells[1], confidence))
+    if unknown := [row for row in rows if row.image not in index_of]:
         raise ValueError(
-            f"--labels {path}: {len(unknown)} of its {len(rows)} images are not in --data_path (or several have that "
-            f"name), the first is {row.image!r} in line {number}"
+            f"{unknown[0].where}: {unknown[0].image!r} is not in --data_path, or several images have that name; so it "
+            f"is with {len(unknown)} of the {len(rows)} images of this table"
         )
     return rows
 
@@ -239,33 +240,23 @@ def _bare(name: str) -> str:
 
 
 def read_csv(path: str) -> list[tuple[int, list[str]]]:
-    """Line number and cells of every line that is not blank."""
+    """Line number and cells of every line that is not blank; a tab or semicolon in the first line separates them."""
     try:
         with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            reader = csv.reader(file, dialect=_dialect(file))
+            first = file.readline()
+            file.seek(0)
+            reader = csv.reader(file, delimiter=next((mark for mark in "\t;" if mark in first), ","))
             return [(reader.line_num, [cell.strip() for cell in line]) for line in reader if any(line)]
     except (OSError, csv.Error) as error:
         raise ValueError(f"--labels {path} cannot be read: {error}") from error
 
 
-def _dialect(file) -> type[csv.Dialect]:
-    """Columns separated by what the first line has: a tab, a semicolon or a comma."""
-    first = file.readline()
-    file.seek(0)
-
-    class Columns(csv.excel):
-        delimiter = next((character for character in "\t;" if character in first), ",")
-
-    return Columns
-
-
 def names_of(source: FileSource) -> dict[str, int]:
     """Index by relative path, and by file name where no other image has it."""
     paths = {name.replace(os.sep, "/"): index for index, name in enumerate(source.names)}
-    by_name: dict[str, list[int]] = {}
-    for path, index in paths.items():
-        by_name.setdefault(path.rpartition("/")[2], []).append(index)
-    return {name: indices[0] for name, indices in by_name.items() if len(indices) == 1} | paths
+    names = [path.rpartition("/")[2] for path in paths]
+    count = Counter(names)
+    return {name: index for index, name in enumerate(names) if count[name] == 1} | paths
 
 
 # --- Labelled data sets of which few labels are used ------------------------------------------------------------------

@@ -33,7 +33,7 @@ from paws.evaluation import SoftNearestNeighbours, build_snn_monitor
 from paws.hub import build_encoder, load_backbone_into
 from paws.losses import paws_loss, sharpen, soft_nearest_neighbours
 from paws.optimisation import LARS, lr_schedule, parameter_groups
-from paws.pseudo_labels import Written, save_pseudo_labels
+from paws.pseudo_labels import save_pseudo_labels
 from paws.report import collapse_monitor, save_pictures, summary
 from paws.training_data import open_training_data
 from shared import distributed
@@ -79,12 +79,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
-    """Parse and check the command line; without images the defaults are those of the embedded digits.
-
-    Args:
-        arguments: The command line's own by default.
-        parser: That of :func:`get_args_parser` with further flags, for programs that have them.
-    """
+    """Parse and check the command line; without images the defaults are those of the embedded digits."""
     parser = parser or get_args_parser()
     args = flags.parse_with_embedded_defaults(parser, arguments, EMBEDDED_DATA_DEFAULTS)
     if args.output_dim < 4:
@@ -115,7 +110,7 @@ def train_paws(args: argparse.Namespace) -> None:
     checkpoint = find_checkpoint(run.path, args.read_checkpoint)
     run.resume(data, steps, NETWORK_FLAGS, checkpoint=checkpoint, **layout, encoder=encoder, opt=optimizer)
     run.health = collapse_monitor(labels.shape[1], steps)
-    classifier = SoftNearestNeighbours(data.images, recipe, args.temperature, device, data.num_workers)
+    classifier = SoftNearestNeighbours(data.images, recipe, args.temperature, device, data.unlabelled.num_workers)
     evaluation = build_snn_monitor(args, classifier, args.on_bad_image)
 
     with run:
@@ -137,15 +132,15 @@ def train_paws(args: argparse.Namespace) -> None:
             )
             if evaluation.is_due(epoch):
                 run.log_evaluation(snn_top1=evaluation.run(distributed.unwrap(encoder), run.stop_if_asked))
-            run.log_epoch(bad_images=data.bad_images.count())
+            run.log_epoch(bad_images=data.dataset.bad_images.count())
             run.end_epoch(keep_as=numbered_checkpoint(args, epoch))
     try:
-        written = save_pseudo_labels(distributed.unwrap(encoder), classifier, run.output_dir, args.pictures)
+        lines, pictures = save_pseudo_labels(distributed.unwrap(encoder), classifier, run.output_dir, args.pictures)
     except ImageError as error:  # as after self-training, when all readable images have a label
-        written = Written(None, [f"no pseudo-labels: {error}"])
+        lines, pictures = [f"no pseudo-labels: {error}"], []
     if distributed.is_main_process():
-        pictures = written.pictures + (save_pictures(data.dataset, run.output_dir) if args.pictures else [])
-        print(summary(args, run, evaluation, written.lines, pictures))
+        pictures += save_pictures(data.dataset, run.output_dir) if args.pictures else []
+        print(summary(args, run, evaluation, lines, pictures))
 
 
 def train_one_epoch(

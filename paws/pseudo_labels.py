@@ -16,7 +16,6 @@ import argparse
 import csv
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -30,39 +29,19 @@ from paws import flags
 from paws.augmentations import choose_recipe
 from paws.evaluation import AUTOMATIC_UP_TO, SoftNearestNeighbours, eval_transform
 from paws.heads import Encoder
-from paws.hub import RUN_ON_DIGITS, load_encoder
+from paws.hub import load_encoder
 from paws.labels import PartlyLabelled
 from paws.report import save_certainty
-from paws.training_data import open_images
+from paws.training_data import loader_processes, open_images
 from shared import distributed
 from shared.images.decode import ImageError
-from shared.images.loading import EvalDataset, default_num_workers
+from shared.images.loading import EvalDataset
 from shared.images.sources import FileSource, ImageSource
+from shared.pictures.report import pictures_folder
 from shared.run.flags import bool_flag
 
 UNREADABLE = -2  # in place of a label
-# Without images: the digits and the network that main.py trains on them.
-EMBEDDED_DATA_DEFAULTS = {
-    "dataset": "digits",
-    "labels_per_class": 4,
-    "model_name": "wide_resnet10w1",
-    "pretrained": RUN_ON_DIGITS,
-    "output_dir": "runs/digits",
-}
-
-
-@dataclass
-class Written:
-    """What was found and written.
-
-    Attributes:
-        path: The table, or None if there is none.
-        lines: About it, for a person.
-    """
-
-    path: Path | None
-    lines: list[str]
-    pictures: list[Path] = field(default_factory=list)
+EMBEDDED_DATA_DEFAULTS = flags.ON_DIGITS | {"output_dir": "runs/digits"}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -75,13 +54,10 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = get_args_parser()
-    args = flags.parse_with_embedded_defaults(parser, arguments, EMBEDDED_DATA_DEFAULTS)
-    flags.require_pretrained(parser, args)
-    return args
+    return flags.parse_with_embedded_defaults(get_args_parser(), arguments, EMBEDDED_DATA_DEFAULTS, flags.WEIGHTS)
 
 
-def label_images(args: argparse.Namespace) -> Written:
+def label_images(args: argparse.Namespace) -> None:
     """Load the encoder, label the images, write and draw."""
     device = distributed.init(args.dist_url, args.device)
     images = open_images(args)
@@ -89,14 +65,12 @@ def label_images(args: argparse.Namespace) -> Written:
     encoder = load_encoder(args.model_name, args.pretrained, args.use_pred).to(device)
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    num_workers = default_num_workers() if args.num_workers is None else args.num_workers
     classifier = SoftNearestNeighbours(
-        images, recipe, args.temperature, device, num_workers, args.use_pred, args.batch_size
+        images, recipe, args.temperature, device, loader_processes(args), args.use_pred, args.batch_size
     )
-    written = save_pseudo_labels(encoder, classifier, output_dir, args.pictures, most_images=None)
-    for line in [*written.lines, *(f"picture: {path}" for path in written.pictures)]:
+    lines, pictures = save_pseudo_labels(encoder, classifier, output_dir, args.pictures, most_images=None)
+    for line in [*lines, *(f"picture: {path}" for path in pictures)]:
         distributed.print_once(line)
-    return written
 
 
 def save_pseudo_labels(
@@ -105,12 +79,15 @@ def save_pseudo_labels(
     output_dir: Path,
     pictures: bool = True,
     most_images: int | None = AUTOMATIC_UP_TO,
-) -> Written:
+) -> tuple[list[str], list[Path]]:
     """Label every unlabelled image and write the files; every process must call this, rank 0 writes.
 
     Args:
         encoder: With its projection head.
         most_images: With more unlabelled images than this nothing is done.
+
+    Returns:
+        Lines about it for a person, and pictures.
 
     Raises:
         ImageError: If no unlabelled image can be read.
@@ -118,16 +95,16 @@ def save_pseudo_labels(
     images = classifier.images
     rows = images.unlabelled
     if len(rows) == 0:
-        return Written(None, ["no pseudo-labels: every image has a label"])
+        return ["no pseudo-labels: every image has a label"], []
     if most_images is not None and len(rows) > most_images:
-        return Written(None, [f"no pseudo-labels of {len(rows):,} images: python pseudo_labels.py writes them"])
+        return [f"no pseudo-labels of {len(rows):,} images: python pseudo_labels.py writes them"], []
     dataset = ReadableImages(images.source, eval_transform(classifier.recipe, encoder), rows=rows.tolist())
     probabilities, labels = classifier.classify(encoder, dataset)
     readable = (labels != UNREADABLE).cpu()
     if not readable.any():
         raise ImageError(f"none of the {len(rows)} unlabelled images of {images.source.name} can be read")
     if not distributed.is_main_process():
-        return Written(None, [])
+        return [], []
     write_unreadable(images.source, rows[~readable.numpy()], output_dir / "unreadable.txt")
     confidences, found = (tensor.numpy() for tensor in probabilities.cpu()[readable].max(dim=1))
     rows = rows[readable.numpy()]
@@ -138,11 +115,10 @@ def save_pseudo_labels(
         lines.append(
             f"{100 * (found == images.truth[rows]).mean():.1f} % of them are right (these labels were not used)"
         )
-    drawn = []
-    if pictures:
-        (output_dir / "pictures").mkdir(exist_ok=True)
-        drawn = [save_certainty(images, rows, found, confidences, output_dir / "pictures/certainty.png")]
-    return Written(path, lines, drawn)
+    if not pictures:
+        return lines, []
+    picture = pictures_folder(output_dir) / "certainty.png"
+    return lines, [save_certainty(images, rows, found, confidences, picture)]
 
 
 class ReadableImages(EvalDataset):

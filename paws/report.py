@@ -34,29 +34,31 @@ def collapse_monitor(num_classes: int, total_steps: int) -> HealthMonitor:
     Args:
         num_classes: K, classes of the supports of all processes.
     """
-    failures = {
-        "features": (
-            lambda line: line["feature_spread"] < 0.02,
-            "all images have nearly the same representation (spread {feature_spread:.4f}): lower --lr or lengthen "
-            "--warmup",
-        ),
-        "few": (
-            lambda line: math.exp(line["mean_entropy"]) < 0.3 * num_classes,
-            f"the pseudo-labels use few of the {num_classes} classes (entropy of their mean {{mean_entropy:.2f}}, of "
-            "all classes {ln_k:.2f}): use --me_max true, lower --lr, or take more supports "
-            "(--supervised_imgs_per_class, --supervised_views)",
-        ),
-        "uncertain": (
-            lambda line: line["certainty"] < 1.5 / num_classes,
-            "the pseudo-labels are nearly uniform (largest probability {certainty:.3f}): lower --sharpen or "
-            "--temperature, or lengthen --warmup",
-        ),
-    }
     first_step = total_steps // 4
     return HealthMonitor(
         [
-            HealthRule(name, condition, f"COLLAPSE: {sentence}", first_step)
-            for name, (condition, sentence) in failures.items()
+            HealthRule(
+                "features",
+                lambda line: line["feature_spread"] < 0.02,
+                "COLLAPSE: all images have nearly the same representation (spread {feature_spread:.4f}): lower --lr or "
+                "lengthen --warmup",
+                first_step,
+            ),
+            HealthRule(
+                "few",
+                lambda line: math.exp(line["mean_entropy"]) < 0.3 * num_classes,
+                f"COLLAPSE: the pseudo-labels use few of the {num_classes} classes (entropy of their mean "
+                "{mean_entropy:.2f}, of all classes {ln_k:.2f}): use --me_max true, lower --lr, or take more supports "
+                "(--supervised_imgs_per_class, --supervised_views)",
+                first_step,
+            ),
+            HealthRule(
+                "uncertain",
+                lambda line: line["certainty"] < 1.5 / num_classes,
+                "COLLAPSE: the pseudo-labels are nearly uniform (largest probability {certainty:.3f}): lower --sharpen "
+                "or --temperature, or lengthen --warmup",
+                first_step,
+            ),
         ]
     )
 
@@ -153,22 +155,13 @@ def summary(
         images = evaluation.classifier.images
         what = f"soft nearest neighbours, {len(images.labelled):,} labels, {evaluation.validation.describe()}"
         learned = accuracy(read_log(run.output_dir / "metrics.jsonl"), "snn_top1", what, len(images.classes))
-    flags = {
-        "model_name": args.model_name,
-        "pretrained": run.path,
-        "data_path": args.data_path,
-        "min_confidence": args.min_confidence,
-        "labels_per_class": args.labels_per_class,
-        "subset_path": args.subset_path,
-        "unlabeled_frac": args.unlabeled_frac if args.data_path else None,
-        "data_seed": args.data_seed,
-        "dataset": args.dataset if args.data_path else None,
-        "image_size": args.image_size,
-        "normalize": None if args.normalize else "false",
-        "val_path": args.val_path,
-    }
+    names = ("model_name", "min_confidence", "labels_per_class", "subset_path", "data_seed", "image_size", "val_path")
+    if args.data_path:  # without it the scripts have defaults for the embedded data
+        names += ("data_path", "unlabeled_frac", "dataset")
+    flags = {"pretrained": run.path} | {name: getattr(args, name) for name in names}
+    flags["normalize"] = None if args.normalize else "false"
     tables = f" --labels {shlex.join(args.labels)}" if args.labels else ""
-    scripts = ("snn_eval.py", "fine_tune.py") if evaluation.disabled_reason is None else ()
+    scripts = () if evaluation.disabled_reason else ("snn_eval.py", "fine_tune.py")
     commands = [command(script, **flags) + tables for script in scripts]
     commands.append(
         "python main.py --data_path YOUR_IMAGES --labels YOUR_LABELS.csv --fname configs/paws/own_images.yaml "

@@ -17,29 +17,17 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 from paws import flags
 from paws.augmentations import choose_recipe
 from paws.evaluation import SoftNearestNeighbours, eval_transform, open_validation, top_k
-from paws.hub import RUN_ON_DIGITS, load_encoder
-from paws.training_data import open_images
+from paws.hub import load_encoder
+from paws.training_data import loader_processes, open_images
 from shared import distributed
-from shared.images.loading import default_num_workers
-
-EMBEDDED_DATA_DEFAULTS = {
-    "dataset": "digits",
-    "labels_per_class": 4,
-    "model_name": "wide_resnet10w1",
-    "pretrained": RUN_ON_DIGITS,
-}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = flags.new_parser(__doc__)
     add = flags.add_label_flags(parser)
-    # the official script has dashes and a name of its own
-    add("--unlabeled_frac", "--unlabeled-frac", type=float, default=0.9, help="as for main.py")
-    add("--subset_path", "--subset-path", default=None, help="as for main.py")
-    add("--root_path", "--root-path", default=None, help="as for main.py")
-    add("--image_folder", "--image-folder", default="", help="as for main.py")
-    add("--dataset", "--dataset-name", default="imagenet", choices=flags.DATASETS, help="as for main.py")
-    add("--data_seed", "--split-seed", type=split_number, default=None, help="as for main.py")
+    # with their names in the official script
+    add("--dataset", "--dataset_name", default="imagenet", choices=flags.DATASETS, help="as for main.py")
+    add("--data_seed", "--split_seed", type=split_number, default=None, help="as for main.py")
     flags.add_evaluation_flags(parser, batch_size=64)
     return parser
 
@@ -50,10 +38,7 @@ def split_number(text: str) -> int:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = get_args_parser()
-    args = flags.parse_with_embedded_defaults(parser, arguments, EMBEDDED_DATA_DEFAULTS)
-    flags.require_pretrained(parser, args)
-    return args
+    return flags.parse_with_embedded_defaults(get_args_parser(), arguments, flags.ON_DIGITS, flags.WEIGHTS)
 
 
 def snn_eval(args: argparse.Namespace) -> tuple[float, float]:
@@ -63,9 +48,8 @@ def snn_eval(args: argparse.Namespace) -> tuple[float, float]:
     validation = open_validation(images, args.data_path, args.val_path, args.allow_absolute_paths)
     recipe = choose_recipe(args.dataset, args.normalize, args.image_size)
     encoder = load_encoder(args.model_name, args.pretrained, args.use_pred).to(device)
-    num_workers = default_num_workers() if args.num_workers is None else args.num_workers
     classifier = SoftNearestNeighbours(
-        images, recipe, args.temperature, device, num_workers, args.use_pred, args.batch_size
+        images, recipe, args.temperature, device, loader_processes(args), args.use_pred, args.batch_size
     )
     top1, top5 = top_k(*classifier.classify(encoder, validation.dataset(eval_transform(recipe, encoder))))
     distributed.print_once(f"{validation.describe()}: top-1 {top1:.2f} %, top-5 {top5:.2f} %")

@@ -24,29 +24,21 @@ from paws import flags
 from paws.augmentations import Recipe, choose_recipe, support_views
 from paws.checkpoints import Progress, fine_tuning_from_official, fine_tuning_to_official
 from paws.evaluation import SoftNearestNeighbours, build_snn_monitor
-from paws.hub import RUN_ON_DIGITS, load_encoder
+from paws.hub import load_encoder
 from paws.labels import PartlyLabelled
 from paws.losses import suncet_loss, support_labels
 from paws.optimisation import LARS, lr_schedule, parameter_groups
 from paws.support_sampler import SupportSampler
-from paws.training_data import MOST_SUPPORTS, LabelledBatches, open_images
+from paws.training_data import MOST_SUPPORTS, labelled_batches, loader_processes, open_images
 from shared import distributed
-from shared.images.loading import BadImages, default_num_workers, make_loader
-from shared.multicrop import MultiCropDataset, normalize_views
+from shared.multicrop import normalize_views
 from shared.networks.backbones import input_channels
 from shared.networks.weights import weights_checksum
 from shared.optimisation.optim import clip_grad_norm_per_tensor_
 from shared.run.flags import bool_flag
 from shared.run.run import Run
 
-EMBEDDED_DATA_DEFAULTS = {
-    "labels_per_class": 4,
-    "dataset": "digits",
-    "color_jitter_strength": 0.5,
-    "model_name": "wide_resnet10w1",
-    "pretrained": RUN_ON_DIGITS,
-    "output_dir": "runs/digits/snn-fine-tune",
-}
+EMBEDDED_DATA_DEFAULTS = flags.ON_DIGITS | {"color_jitter_strength": 0.5, "output_dir": "runs/digits/snn-fine-tune"}
 # A run that is resumed must have these as they were.
 RUN_FLAGS = ("model_name", "lr", "epochs", "supervised_batch_size", "supervised_views", "seed")
 
@@ -74,9 +66,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
     """Parse and check the command line; without images the defaults are those of the embedded digits."""
     parser = parser or get_args_parser()
-    args = flags.parse_with_embedded_defaults(parser, arguments, EMBEDDED_DATA_DEFAULTS)
-    flags.require_pretrained(parser, args)
-    return args
+    return flags.parse_with_embedded_defaults(parser, arguments, EMBEDDED_DATA_DEFAULTS, flags.WEIGHTS)
 
 
 def snn_fine_tune(args: argparse.Namespace) -> float | None:
@@ -84,11 +74,12 @@ def snn_fine_tune(args: argparse.Namespace) -> float | None:
     run = Run(args, args.amp if args.use_fp16 else "fp32", f"{args.write_tag}.pth.tar")
     device = run.device
     recipe = choose_recipe(args.dataset, args.normalize, args.image_size)
-    num_workers = default_num_workers() if args.num_workers is None else args.num_workers
 
     # images, encoder
     images = open_images(args)
-    classifier = SoftNearestNeighbours(images, recipe, args.temperature, device, num_workers, args.use_pred_head)
+    classifier = SoftNearestNeighbours(
+        images, recipe, args.temperature, device, loader_processes(args), args.use_pred_head
+    )
     evaluation = build_snn_monitor(args, classifier, on_bad_image="error")
     encoder = load_encoder(args.model_name, args.pretrained, args.use_pred_head).requires_grad_(True)
     if not args.use_pred_head:
@@ -97,7 +88,9 @@ def snn_fine_tune(args: argparse.Namespace) -> float | None:
     progress = Progress(weights_checksum(encoder))
     encoder.to(device)
     wrapped = distributed.wrap(encoder, device)
-    data = labelled_batches(args, images, recipe, num_workers, device)
+    views = support_views(recipe, 0, args.color_jitter_strength, args.supervised_views)
+    sampler = support_sampler(args, images)
+    data = labelled_batches(args, images, views, sampler, args.supervised_batch_size, device)
 
     # optimiser, learning rate of every step, labels
     optimizer = LARS(
@@ -140,18 +133,15 @@ def snn_fine_tune(args: argparse.Namespace) -> float | None:
     return top1
 
 
-def labelled_batches(
-    args: argparse.Namespace, images: PartlyLabelled, recipe: Recipe, num_workers: int, device: torch.device
-) -> LabelledBatches:
-    """As many steps per epoch as show every image of the smallest class about once."""
+def support_sampler(args: argparse.Namespace, images: PartlyLabelled) -> SupportSampler:
+    """Batches with as many steps per epoch as show every image of the smallest class about once."""
     world_size = distributed.get_world_size()
-    fewest = int(np.bincount(images.labels[images.labelled]).min())
     if args.classes_per_batch is None:
         args.classes_per_batch = len(images.classes)
     if args.supervised_batch_size is None:
-        args.supervised_batch_size = min(MOST_SUPPORTS, max(1, fewest // world_size))
-    rounds = max(1, fewest // args.supervised_batch_size)
-    sampler = SupportSampler(
+        args.supervised_batch_size = min(MOST_SUPPORTS, max(1, images.fewest // world_size))
+    rounds = max(1, images.fewest // args.supervised_batch_size)
+    return SupportSampler(
         images.labels,
         args.supervised_batch_size,
         args.classes_per_batch,
@@ -162,15 +152,6 @@ def labelled_batches(
         inner_epochs=rounds,
         class_names=images.classes,
     )
-    dataset = MultiCropDataset(
-        images.source,
-        support_views(recipe, 0, args.color_jitter_strength, args.supervised_views),
-        args.seed,
-        in_chans=args.in_chans,
-        bad_images=BadImages(len(images.source), on_bad_image="error"),  # a replacement could be of another class
-    )
-    loader = make_loader(dataset, batch_sampler=sampler, num_workers=num_workers, device=device)
-    return LabelledBatches(loader, sampler, args.supervised_batch_size * world_size, images.source.checksum())
 
 
 def train_one_epoch(

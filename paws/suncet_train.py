@@ -96,7 +96,7 @@ def train_suncet(args: argparse.Namespace) -> None:
     layout = {"to_official": to_official, "from_official": from_official, "scheduled": ("lr",)}
     checkpoint = find_checkpoint(run.path, args.read_checkpoint)
     run.resume(data, steps, NETWORK_FLAGS, checkpoint=checkpoint, **layout, encoder=encoder, opt=optimizer)
-    classifier = SoftNearestNeighbours(data.images, recipe, args.temperature, device, data.num_workers)
+    classifier = SoftNearestNeighbours(data.images, recipe, args.temperature, device, data.unlabelled.num_workers)
     evaluation = build_snn_monitor(args, classifier, args.on_bad_image)
 
     with run:
@@ -117,7 +117,7 @@ def train_suncet(args: argparse.Namespace) -> None:
             )
             if evaluation.is_due(epoch):
                 run.log_evaluation(snn_top1=evaluation.run(distributed.unwrap(encoder), run.stop_if_asked))
-            run.log_epoch(bad_images=data.bad_images.count())
+            run.log_epoch(bad_images=data.dataset.bad_images.count())
             run.end_epoch(keep_as=numbered_checkpoint(args, epoch))
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -14,6 +13,7 @@ from torch.utils.data import DataLoader
 from shared import distributed
 from shared.images.cache import cache_images
 from shared.images.loading import BadImages, EpochBatchSampler, default_num_workers, make_loader, short_side
+from shared.images.views import ViewRecipe
 from shared.multicrop import MultiCropDataset
 from shared.run import randomness
 
@@ -39,8 +39,15 @@ def open_images(args: argparse.Namespace) -> PartlyLabelled:
         min_confidence=args.min_confidence,
     )
     distributed.print_once(images.describe())
-    images.source = cache_images(images.source, getattr(args, "cache", "none"))
+    images.source = cache_images(images.source, args.cache)
     return images
+
+
+def loader_processes(args: argparse.Namespace) -> int:
+    return default_num_workers() if args.num_workers is None else args.num_workers
+
+
+# --- Pre-training -----------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -48,11 +55,12 @@ class TrainingData:
     """Unlabelled and labelled batches of this process.
 
     Attributes:
-        checksum: Of images and labels, the same on every process.
+        dataset: Views of all images.
         unlabelled: Batches (views, labels, indices) of all images, labelled ones too; their labels are not looked at.
         supports: Batches of labelled images, as many as of ``unlabelled``.
         support_labels: Smoothed labels of the supports of a step, see :func:`paws.losses.support_labels`.
         batch_size: Unlabelled images per step, on all processes.
+        checksum: Of images and labels, the same on every process.
     """
 
     images: PartlyLabelled
@@ -60,20 +68,16 @@ class TrainingData:
     unlabelled: DataLoader
     supports: DataLoader
     support_labels: Tensor
-    sampler: EpochBatchSampler
-    support_sampler: SupportSampler
-    bad_images: BadImages
-    checksum: int
     batch_size: int
-    num_workers: int
+    checksum: int
 
     @property
     def steps_per_epoch(self) -> int:
-        return len(self.sampler)
+        return len(self.unlabelled)
 
     def set_epoch(self, epoch: int, start_step: int) -> None:
-        self.sampler.set_epoch(epoch, start_step)
-        self.support_sampler.set_epoch(epoch, start_step)
+        for loader in (self.unlabelled, self.supports):
+            loader.batch_sampler.set_epoch(epoch, start_step)
 
     def __iter__(self) -> Iterator:
         return zip(self.unlabelled, self.supports, strict=True)
@@ -88,15 +92,21 @@ def open_training_data(
     checksum = zlib.crc32(images.labels, source.checksum())
     distributed.check_same_on_all_processes((len(source), checksum), "the training data (number of images, checksum)")
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
-    num_workers = default_num_workers() if args.num_workers is None else args.num_workers
+    choose_supports(args, images, world_size)
 
-    multicrop = getattr(args, "multicrop", 0)
-    views = paws_views(recipe, multicrop, args.color_jitter_strength)
+    views = paws_views(recipe, args.multicrop, args.color_jitter_strength)
     bad_images = BadImages(len(source), output_dir / "bad_images.txt", args.on_bad_image, args.max_bad_fraction)
     dataset = MultiCropDataset(source, views, args.seed, args.augmentation, args.in_chans, bad_images)
     sampler = EpochBatchSampler(len(source), args.unsupervised_batch_size, args.seed, rank, world_size)
 
-    choose_supports(args, images, world_size)
+    support_set = MultiCropDataset(
+        source,
+        support_views(recipe, args.multicrop, args.color_jitter_strength, args.supervised_views),
+        randomness.derive_seed(args.seed, SUPPORT_VIEWS),
+        args.augmentation,
+        args.in_chans,
+        BadImages(len(source), on_bad_image="error"),  # a replacement could be of another class
+    )
     support_sampler = SupportSampler(
         images.labels,
         args.supervised_imgs_per_class,
@@ -116,35 +126,18 @@ def open_training_data(
         args.label_smoothing,
         args.supervised_views,
     )
-    support_set = MultiCropDataset(
-        source,
-        support_views(recipe, multicrop, args.color_jitter_strength, args.supervised_views),
-        randomness.derive_seed(args.seed, SUPPORT_VIEWS),
-        args.augmentation,
-        args.in_chans,
-        BadImages(len(source), on_bad_image="error"),  # a replacement could be of another class
-    )
     distributed.print_once(
         f"{len(sampler)} steps per epoch, each of {args.unsupervised_batch_size} images and "
         f"{args.classes_per_batch} x {args.supervised_imgs_per_class} supports on each of {world_size} process(es)"
     )
     if args.data_path is not None and (side := short_side(source)) < recipe.large[0]:
-        distributed.print_once(
-            f"images of {side} pixels are smaller than views of {recipe.large[0]}: they are enlarged"
-        )
-    return TrainingData(
-        images,
-        dataset,
-        make_loader(dataset, batch_sampler=sampler, num_workers=num_workers, device=device),
-        make_loader(support_set, batch_sampler=support_sampler, num_workers=num_workers, device=device),
-        labels,
-        sampler,
-        support_sampler,
-        bad_images,
-        checksum,
-        args.unsupervised_batch_size * world_size,
-        num_workers,
+        distributed.print_once(f"images of {side} pixels, less than views of {recipe.large[0]}, are enlarged")
+    unlabelled, supports = (
+        make_loader(part, batch_sampler=batches, num_workers=loader_processes(args), device=device)
+        for part, batches in ((dataset, sampler), (support_set, support_sampler))
     )
+    batch_size = args.unsupervised_batch_size * world_size
+    return TrainingData(images, dataset, unlabelled, supports, labels, batch_size, checksum)
 
 
 def choose_supports(args: argparse.Namespace, images: PartlyLabelled, world_size: int) -> None:
@@ -152,14 +145,16 @@ def choose_supports(args: argparse.Namespace, images: PartlyLabelled, world_size
     if args.classes_per_batch is None:
         args.classes_per_batch = len(images.classes) // (world_size if args.unique_classes_per_rank else 1)
     if args.supervised_imgs_per_class is None:
-        fewest = int(np.bincount(images.labels[images.labelled]).min())
-        share = 1 if args.unique_classes_per_rank or fewest < world_size else world_size
-        args.supervised_imgs_per_class = min(MOST_SUPPORTS, fewest // share)
+        share = 1 if args.unique_classes_per_rank or images.fewest < world_size else world_size
+        args.supervised_imgs_per_class = min(MOST_SUPPORTS, images.fewest // share)
+
+
+# --- Fine-tuning ------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class LabelledBatches:
-    """Batches (views, labels, indices) of labelled images on this process: what fine-tuning sees.
+    """Batches (views, labels, indices) of labelled images on this process.
 
     Attributes:
         batch_size: Images per step, on all processes.
@@ -174,3 +169,18 @@ class LabelledBatches:
     @property
     def steps_per_epoch(self) -> int:
         return len(self.sampler)
+
+
+def labelled_batches(
+    args: argparse.Namespace,
+    images: PartlyLabelled,
+    views: list[ViewRecipe],
+    sampler: EpochBatchSampler | SupportSampler,
+    batch_size: int,
+    device: torch.device,
+) -> LabelledBatches:
+    """Views of the images that ``sampler`` draws, ``batch_size`` on each process."""
+    bad_images = BadImages(len(images.source), on_bad_image="error")  # a replacement could be of another class
+    dataset = MultiCropDataset(images.source, views, args.seed, in_chans=args.in_chans, bad_images=bad_images)
+    loader = make_loader(dataset, batch_sampler=sampler, num_workers=loader_processes(args), device=device)
+    return LabelledBatches(loader, sampler, batch_size * distributed.get_world_size(), images.source.checksum())

@@ -5,17 +5,13 @@ import pytest
 from PIL import Image
 
 from paws.labels import drawn_by_share, open_partly_labelled
-from tests.paws.tiny import write_noise, write_own_pictures
+from tests.paws.tiny import write_own_pictures
+from tests.reliability.runs import write_images
 
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
     return write_own_pictures(tmp_path_factory.mktemp("own"))
-
-
-@pytest.fixture(scope="module")
-def noise(tmp_path_factory):
-    return write_noise(tmp_path_factory.mktemp("noise") / "images")
 
 
 def names(images) -> dict[str, str]:
@@ -34,10 +30,10 @@ def test_a_table_labels_some_of_a_flat_folder(own, tmp_path, separator):
     assert len(images.unlabelled) == 20
 
 
-def test_a_table_needs_no_heading_and_knows_paths(noise, tmp_path):
+def test_a_table_needs_no_heading_and_knows_paths(images, tmp_path):
     table = tmp_path / "labels.csv"
     table.write_text("class0/0.png,cat\n./class1/1.png,dog\n2.png,dog\n")
-    assert names(open_partly_labelled(str(noise), labels=[str(table)])) == {
+    assert names(open_partly_labelled(str(images), labels=[str(table)])) == {
         "0.png": "cat",
         "1.png": "dog",
         "2.png": "dog",
@@ -78,7 +74,7 @@ def test_pseudo_labels_that_do_not_fit_are_one_clear_error(own, tmp_path, text, 
 
 @pytest.mark.parametrize("folder", ["unlabeled", "unlabelled"])
 def test_class_folders_beside_a_folder_without_labels(tmp_path, folder):
-    write_noise(tmp_path, 9)
+    write_images(tmp_path, 9)
     (tmp_path / folder).mkdir()
     for i in range(4):
         Image.new("RGB", (8, 8)).save(tmp_path / folder / f"u{i}.png")
@@ -88,11 +84,11 @@ def test_class_folders_beside_a_folder_without_labels(tmp_path, folder):
     assert all(name.startswith("class") for name in names(images).values())
 
 
-def test_so_many_of_every_class_are_drawn_and_stay_drawn(noise):
-    draws = [open_partly_labelled(str(noise), labels_per_class=2, data_seed=seed) for seed in (0, 0, 1)]
-    for images in draws:
-        assert np.bincount(images.labels[images.labelled]).tolist() == [2, 2, 2]
-        assert (images.labels[images.labelled] == images.truth[images.labelled]).all()
+def test_so_many_of_every_class_are_drawn_and_stay_drawn(images):
+    draws = [open_partly_labelled(str(images), labels_per_class=2, data_seed=seed) for seed in (0, 0, 1)]
+    for found in draws:
+        assert np.bincount(found.labels[found.labelled]).tolist() == [2, 2, 2]
+        assert (found.labels[found.labelled] == found.truth[found.labelled]).all()
     assert (draws[0].labels == draws[1].labels).all() and (draws[0].labels != draws[2].labels).any()
 
 
@@ -103,12 +99,12 @@ def test_a_share_is_drawn_when_nothing_else_is_said():
     assert 100 < len(images.labelled) < 190 and len(images.classes) == 10
 
 
-def test_official_lists_are_found_by_the_share_without_labels(noise, tmp_path):
+def test_official_lists_are_found_by_the_share_without_labels(images, tmp_path):
     (tmp_path / "90percent.txt").write_text("class0/0.png\nclass1/1.png\nclass2/2.png\n")
-    images = open_partly_labelled(str(noise), subset_path=str(tmp_path), unlabeled_frac=0.9)
-    assert set(names(images)) == {"0.png", "1.png", "2.png"}
+    found = open_partly_labelled(str(images), subset_path=str(tmp_path), unlabeled_frac=0.9)
+    assert set(names(found)) == {"0.png", "1.png", "2.png"}
     with pytest.raises(ValueError, match=r"holds no 58percent.txt, the list for --unlabeled_frac 0.58"):
-        open_partly_labelled(str(noise), subset_path=str(tmp_path), unlabeled_frac=0.58)  # not 57, as truncation has it
+        open_partly_labelled(str(images), subset_path=str(tmp_path), unlabeled_frac=0.58)  # not 57: no truncation
 
 
 def test_official_lists_of_indices_are_found_by_their_number(tmp_path):
@@ -124,8 +120,11 @@ def test_official_lists_of_indices_are_found_by_their_number(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("0.png,dark\nnowhere.png,dark\n1.png,bright\n", r"1 of its 3 images are not in .*'nowhere.png' in line 2"),
-        ("nowhere.png,dark\n1.png,bright\n", r"the first is 'nowhere.png' in line 1"),
+        (
+            "0.png,dark\nnowhere.png,dark\n1.png,bright\n",
+            r"line 2: 'nowhere.png' is not in --data_path, .* 1 of the 3 images",
+        ),
+        ("nowhere.png,dark\n1.png,bright\n", r"line 1: 'nowhere.png' is not in --data_path"),
         ("0.png,dark\n0.png,bright\n", r"line 2: 0.png has the label 'dark' already"),
         ("0.png\n", r"line 1: expected an image and its label, got \['0.png'\]"),
         ("0.png,\n", r"line 1: expected an image and its label"),
@@ -140,25 +139,25 @@ def test_a_table_that_does_not_fit_is_one_clear_error(own, tmp_path, text, messa
         open_partly_labelled(str(own[0]), labels=[str(table)])
 
 
-def test_other_mistakes_are_one_clear_error(own, noise, tmp_path):
+def test_other_mistakes_are_one_clear_error(own, images, tmp_path):
     few = tmp_path / "few.txt"
     few.write_text("class0/0.png\nclass0/3.png\n")
     wrong = tmp_path / "wrong.txt"
     wrong.write_text("n01440764_1.JPEG\n")
     for arguments, message in (
         ({"data_path": str(own[0])}, "the images have no labels; give them as --labels labels.csv"),
-        ({"data_path": str(noise), "labels": ["nowhere.csv"]}, "--labels nowhere.csv cannot be read"),
+        ({"data_path": str(images), "labels": ["nowhere.csv"]}, "--labels nowhere.csv cannot be read"),
         ({"data_path": None, "labels": [str(own[1])]}, "has no files that it could name"),
-        ({"data_path": str(noise), "subset_path": "nowhere"}, "--subset_path nowhere: no such file or folder"),
+        ({"data_path": str(images), "subset_path": "nowhere"}, "--subset_path nowhere: no such file or folder"),
         (
-            {"data_path": str(noise), "subset_path": str(wrong)},
+            {"data_path": str(images), "subset_path": str(wrong)},
             "1 of its 1 images are not in .*, the first is n01440764/n01440764_1.JPEG",
         ),
-        ({"data_path": str(noise), "subset_path": str(few)}, "2 of 3 classes have no labelled image .* 'class1'"),
-        ({"data_path": str(noise), "min_confidence": 0.9}, "--min_confidence 0.9: there is no table of --labels"),
-        ({"data_path": str(noise), "labels_per_class": 9}, "--labels_per_class 9: class 'class0' has 8 images"),
-        ({"data_path": str(noise), "labels_per_class": 0}, "--labels_per_class 0 is less than 1"),
-        ({"data_path": str(noise), "labels_per_class": 1, "subset_path": str(few)}, "give one of them"),
+        ({"data_path": str(images), "subset_path": str(few)}, "2 of 3 classes have no labelled image .* 'class1'"),
+        ({"data_path": str(images), "min_confidence": 0.9}, "--min_confidence 0.9: there is no table of --labels"),
+        ({"data_path": str(images), "labels_per_class": 9}, "--labels_per_class 9: class 'class0' has 8 images"),
+        ({"data_path": str(images), "labels_per_class": 0}, "--labels_per_class 0 is less than 1"),
+        ({"data_path": str(images), "labels_per_class": 1, "subset_path": str(few)}, "give one of them"),
     ):
         with pytest.raises(ValueError, match=message):
             open_partly_labelled(**arguments)

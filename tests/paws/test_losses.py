@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from paws.losses import paws_loss, sharpen, simclr_loss, soft_nearest_neighbours, suncet_loss, support_labels
+from paws.losses import paws_loss, sharpen, simclr_loss, suncet_loss, support_labels
 from tests.processes import run_processes
 
 K, S, V, D = 4, 3, 2, 8  # classes, supports of each, views, dimensions
@@ -81,12 +81,6 @@ def test_sharpening_keeps_the_order_and_is_the_identity_at_one():
     assert torch.equal(sharp.argsort(dim=1), p.argsort(dim=1))
     assert (sharp.amax(dim=1) > p.amax(dim=1)).all()
     torch.testing.assert_close(sharp.sum(dim=1), torch.ones(5))
-
-
-def test_a_support_of_every_class_votes_for_it():
-    supports = torch.eye(K)
-    found = soft_nearest_neighbours(supports, supports, torch.eye(K), 0.1)
-    assert torch.equal(found.argmax(dim=1), torch.arange(K)) and (found.amax(dim=1) > 0.99).all()
 
 
 def test_labels_of_supports_are_in_the_order_in_which_processes_gather_them():

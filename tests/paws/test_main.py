@@ -1,9 +1,7 @@
 """PAWS through its real program: configurations, files, resuming, several processes, a user's own pictures."""
 
-import contextlib
 import csv
 import math
-import shutil
 import sys
 
 import numpy as np
@@ -12,22 +10,21 @@ import torch
 import yaml
 
 from paws import main as programs
-from paws import paws_train, suncet_train
+from paws import main_distributed, suncet_train
 from paws.report import collapse_monitor
 from shared.run.run import Run
+from tests.interruption import interrupting
 from tests.paws.tiny import (
     ROOT,
     SUNCET,
     TINY,
-    Stop,
+    UNIQUE_CLASSES,
     comparable,
     lines,
     losses,
     state_of,
-    stop_after,
     train,
     train_on_rank,
-    write_noise,
     write_own_pictures,
 )
 from tests.processes import run_processes
@@ -35,11 +32,6 @@ from tests.reliability.runs import assert_same
 
 CONFIGS = ROOT / "paws/configs"
 FEW = ("--labels_per_class", 2)
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    return write_noise(tmp_path_factory.mktemp("images") / "noise")
 
 
 @pytest.fixture(scope="module")
@@ -82,18 +74,14 @@ def test_published_values():
         programs.parse_args(["--sel", PROGRAM_OF[file], "--fname", str(CONFIGS / file), "--data_path", "x"])
         for file in ("paws/imgnt_train.yaml", "paws/cifar10_train.yaml", "suncet/imgnt_train.yaml")
     )
-    names = ("classes_per_batch", "supervised_imgs_per_class", "supervised_views", "unsupervised_batch_size", "lr",
-             "start_lr", "final_lr", "warmup", "epochs", "label_smoothing", "temperature", "output_dim",
-             "use_pred_head", "unique_classes_per_rank")  # fmt: skip
-    assert [getattr(paws, name) for name in names] == [
-        15, 7, 1, 64, 6.4, 0.3, 0.064, 10, 100, 0.1, 0.1, 2048, True, True,
-    ]  # fmt: skip
-    assert [getattr(cifar, name) for name in names] == [
-        10, 64, 2, 256, 3.2, 0.8, 0.032, 10, 600, 0.1, 0.1, 128, False, False,
-    ]  # fmt: skip
-    assert [getattr(suncet, name) for name in names] == [
-        20, 2, 1, 44, 4.8, 0.6, 0.048, 10, 100, 0.0, 0.1, 2048, False, False,
-    ]  # fmt: skip
+    names = "classes_per_batch supervised_imgs_per_class supervised_views unsupervised_batch_size lr start_lr final_lr "
+    names += "warmup epochs label_smoothing temperature output_dim use_pred_head unique_classes_per_rank"
+    for args, values in (
+        (paws, [15, 7, 1, 64, 6.4, 0.3, 0.064, 10, 100, 0.1, 0.1, 2048, True, True]),
+        (cifar, [10, 64, 2, 256, 3.2, 0.8, 0.032, 10, 600, 0.1, 0.1, 128, False, False]),
+        (suncet, [20, 2, 1, 44, 4.8, 0.6, 0.048, 10, 100, 0.0, 0.1, 2048, False, False]),
+    ):
+        assert [getattr(args, name) for name in names.split()] == values
 
 
 def test_an_official_configuration_is_read_as_it_stands(tmp_path):
@@ -105,22 +93,6 @@ def test_an_official_configuration_is_read_as_it_stands(tmp_path):
     (tmp_path / "official.yaml").write_text(yaml.safe_dump(tree))
     args = programs.parse_args(["--fname", str(tmp_path / "official.yaml")])
     assert (args.data_path, args.device, args.output_dir) == ("/datasets/imagenet", "cuda", "checkpoints/")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("optimization:\n  lr: fast\n", "optimization.lr: expected a number, got the text 'fast'"),
-        ("criterion:\n  me_max: 1\n", "criterion.me_max: expected true or false"),
-        ("criterion:\n  sharpn: 0.25\n", "criterion.sharpn: no such key; is sharpen meant?"),
-        ("- 1\n", "expected keys with values, got a list"),
-    ],
-)
-def test_configurations_with_mistakes_end_the_program(tmp_path, text, message, capsys):
-    (tmp_path / "wrong.yaml").write_text(text)
-    with pytest.raises(SystemExit) as end:
-        programs.parse_args(["--fname", str(tmp_path / "wrong.yaml")])
-    assert end.value.code == 2 and message in capsys.readouterr().err
 
 
 # --- A training -------------------------------------------------------------------------------------------------------
@@ -135,9 +107,8 @@ def test_training_writes_the_official_files(whole):
         assert line["skipped"] == 0
     assert [line["step"] for line in lines(whole) if "snn_top1" in line] == [0, 3, 6]
     state = state_of(whole)
-    official = {"encoder", "opt", "epoch", "unlabel_prob", "s_batch_size", "u_batch_size", "world_size", "lr",
-                "temperature", "amp"}  # fmt: skip
-    assert official <= state.keys() and state["epoch"] == 2
+    official = "encoder opt epoch unlabel_prob s_batch_size u_batch_size world_size lr temperature amp".split()
+    assert state.keys() >= set(official) and state["epoch"] == 2
     assert set(state["opt"]["state"][0]) == {"momentum_buffer"}
 
 
@@ -150,19 +121,11 @@ def test_every_unlabelled_image_gets_a_label_and_a_confidence(whole, images):
         assert 1 / 3 <= float(row["confidence"]) <= 1
 
 
-def train_on_rank_and_stop(rank: int, steps: int, *flags) -> None:
-    Run.update = stop_after(steps)
-    with contextlib.suppress(Stop):
-        train_on_rank(rank, *flags)
-
-
-@pytest.mark.parametrize("steps", [2, 3, 4])
-def test_a_run_stopped_anywhere_ends_like_an_uninterrupted_one(images, whole, tmp_path, monkeypatch, steps):
+def test_a_run_stopped_in_an_epoch_ends_like_an_uninterrupted_one(images, whole, tmp_path, monkeypatch):
     flags = ("--data_path", images, *FEW, "--epochs", 2, "--saveckp_steps", 1, "--eval_knn_freq", 1)
-    monkeypatch.setattr(Run, "update", stop_after(steps))
-    with pytest.raises(Stop):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Run, "update", interrupting(Run.update, 3))
         train(tmp_path, *flags)
-    monkeypatch.undo()
     train(tmp_path, *flags)
     assert losses(tmp_path) == losses(whole)
     assert_same(*(comparable(state_of(folder)) for folder in (tmp_path, whole)), "checkpoint")
@@ -170,46 +133,11 @@ def test_a_run_stopped_anywhere_ends_like_an_uninterrupted_one(images, whole, tm
         assert (tmp_path / name).read_text() == (whole / name).read_text()
 
 
-def test_a_run_stopped_between_two_epochs_ends_like_an_uninterrupted_one(images, whole, tmp_path, monkeypatch):
-    def stop(*args, **kwargs):
-        raise Stop
-
-    flags = ("--data_path", images, *FEW, "--epochs", 2, "--saveckp_steps", 1, "--eval_knn_freq", 1)
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(Run, "end_epoch", stop)
-        train(tmp_path, *flags)
-    with monkeypatch.context() as patch, pytest.raises(Stop):  # no step before this save
-        patch.setattr(Run, "update", stop)
-        train(tmp_path, *flags)
-    uninterrupted = tmp_path / "uninterrupted"
-    with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(Run, "update", stop_after(3))
-        train(uninterrupted, *flags)
-    assert_same(*(comparable(state_of(folder)) for folder in (tmp_path, uninterrupted)), "checkpoint")
-
-
-def test_other_labels_are_said_or_refused(images, whole, tmp_path, capsys):
-    shutil.copytree(whole, tmp_path / "run")
-    flags = ("--data_path", images, *FEW, "--epochs", 2, "--data_seed", 1)
-    with pytest.raises(ValueError, match="--on_changed_run refuse: other training images"):
-        train(tmp_path / "run", *flags, "--on_changed_run", "refuse")
-    with pytest.raises(ValueError, match=r"--output_dim 8 does not fit .*--output_dim 16"):
-        train(tmp_path / "run", *flags, "--output_dim", 8)
-
-
-@pytest.mark.parametrize("unique", ["false", "true"])
-def test_two_processes_train_and_their_run_resumes(images, tmp_path, unique):
-    flags = ["--data_path", images, "--labels_per_class", 4, "--unsupervised_batch_size", 4, "--epochs", 2]
-    flags += ["--supervised_views", 2, "--unique_classes_per_rank", unique, "--saveckp_steps", 1]
-    if unique == "true":
-        flags += ["--classes_per_batch", 1]
-    run_processes(train_on_rank, 2, tmp_path / "whole", *flags)
-    run_processes(train_on_rank_and_stop, 2, 4, tmp_path / "parts", *flags)  # in the second epoch
-    assert state_of(tmp_path / "parts")["step_in_epoch"] == 1
-    run_processes(train_on_rank, 2, tmp_path / "parts", *flags)
-    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
-    assert len(losses(tmp_path / "whole")) == 6 and all(math.isfinite(loss) for loss in losses(tmp_path / "whole"))
-    assert_same(*(comparable(state_of(tmp_path / name)) for name in ("parts", "whole")), "checkpoint")
+def test_two_processes_with_classes_of_their_own_train(images, tmp_path):
+    flags = ["--data_path", images, "--labels_per_class", 4, "--supervised_views", 2, *UNIQUE_CLASSES]
+    run_processes(train_on_rank, 2, tmp_path, *flags)
+    assert len(losses(tmp_path)) == 6 and all(math.isfinite(loss) for loss in losses(tmp_path))
+    assert state_of(tmp_path)["world_size"] == 2
 
 
 def test_an_official_checkpoint_is_resumed(images, whole, tmp_path):
@@ -228,26 +156,12 @@ def test_an_official_checkpoint_is_resumed(images, whole, tmp_path):
         },
         tmp_path / "official-ep2.pth.tar",
     )
-    train(tmp_path, "--data_path", images, *FEW, "--epochs", 3, "--read_checkpoint", "official-ep2.pth.tar")
+    flags = ("--read_checkpoint", "official-ep2.pth.tar", "--momentum", 0.5)
+    train(tmp_path, "--data_path", images, *FEW, "--epochs", 3, *flags)
     assert [line["step"] for line in lines(tmp_path) if "loss" in line] == [7, 8, 9]
+    assert {group["momentum"] for group in state_of(tmp_path)["opt"]["param_groups"]} == {0.5}  # as the flags say
     with pytest.raises(OSError, match=r"--read_checkpoint nowhere\.pth\.tar: there is no such file"):
         train(tmp_path / "new", "--data_path", images, *FEW, "--read_checkpoint", "nowhere.pth.tar")
-
-
-def test_a_step_that_is_not_finite_is_left_out(images, tmp_path, monkeypatch):
-    normalize_views, calls = paws_train.normalize_views, []
-
-    def spoilt(*args):
-        views = normalize_views(*args)
-        calls.append(views)
-        if len(calls) == 3:  # supports of the second step
-            views[0][0, 0, 0, 0] = math.nan
-        return views
-
-    monkeypatch.setattr(paws_train, "normalize_views", spoilt)
-    written = train(tmp_path, "--data_path", images, *FEW)
-    assert [line["skipped"] for line in written] == [0, 1, 0]
-    assert all(value.isfinite().all() for value in state_of(tmp_path)["encoder"].values())
 
 
 @pytest.mark.parametrize(
@@ -269,8 +183,8 @@ def test_other_flags_train_too(images, tmp_path, flags):
 def test_a_person_with_few_labels_gets_pseudo_labels_with_one_command(tmp_path, capsys, monkeypatch):
     pictures, labels = write_own_pictures(tmp_path)
     (pictures / "broken.png").write_bytes((pictures / "20.png").read_bytes()[:60])
-    command = [*TINY, "--data_path", str(pictures), "--labels", str(labels), "--epochs", "3", "--pictures", "on",
-               "--max_bad_fraction", "0.1", "--output_dir", str(tmp_path / "run")]  # fmt: skip
+    command = [*TINY, "--data_path", str(pictures), "--labels", str(labels), "--output_dir", str(tmp_path / "run")]
+    command += ["--epochs", "3", "--pictures", "on", "--max_bad_fraction", "0.1"]
     monkeypatch.setattr(sys, "argv", ["main.py", *command])
     programs.main()
     with open(tmp_path / "run/pseudo_labels.csv", newline="") as file:
@@ -290,36 +204,33 @@ def test_a_person_with_few_labels_gets_pseudo_labels_with_one_command(tmp_path, 
     train(tmp_path / "all", "--data_path", pictures, *tables)
     printed = capsys.readouterr().out
     assert "32 labels of 2 classes" in printed and "no pseudo-labels: none of the 1 unlabelled images" in printed
-    certain = sorted(float(row["confidence"]) for row in rows)[10:]
-    train(tmp_path / "certain", "--data_path", pictures, *tables, "--min_confidence", certain[0])
-    assert f"{12 + len(certain)} labels of 2 classes" in capsys.readouterr().out
+    confidences = [float(row["confidence"]) for row in rows]
+    least = sorted(confidences)[10]  # several may have it
+    train(tmp_path / "certain", "--data_path", pictures, *tables, "--min_confidence", least)
+    certain = sum(confidence >= least for confidence in confidences)
+    assert f"{12 + certain} labels of 2 classes" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--labels_per_class", "1"], "class 'class0' has 1 labelled image(s); --supervised_imgs_per_class 2"),
-        (
-            ["--labels_per_class", "2", "--classes_per_batch", "2"],
-            "--classes_per_batch 2 does not divide the 3 classes",
-        ),
-        (["--labels_per_class", "2", "--unsupervised_batch_size", "500"], "24 images on 1 process"),
-        (["--labels_per_class", "2", "--model_name", "resnt50"], "resnet50"),
-        (["--labels_per_class", "2", "--temperature", "0"], "--temperature 0.0: expected a positive number"),
-        (["--labels_per_class", "2", "--label_smoothing", "1"], "--label_smoothing 1.0"),
-        (["--labels_per_class", "2", "--warmup", "2"], "--warmup 2"),
-        (["--labels_per_class", "2", "--pretrained", "nowhere.pth"], "--pretrained nowhere.pth is neither a file"),
-        (["--labels_per_class", "2", "--val_path", "nowhere", "--eval_knn_freq", "1"], "--val_path nowhere"),
-        (["--sel", "paws_trian"], "paws_trian"),
-        (["--labels_per_class", "2", "--devices", "cuda:0", "cuda:1"], "torchrun --nproc_per_node=2 main.py"),
-        (["--labels_per_class", "2", "--devices", "cuda:1"], "set CUDA_VISIBLE_DEVICES=1"),
-        (["--labels_per_class", "2", "--devices", "gpu"], "--devices gpu: expected cuda:0 or cpu"),
-        (["--labels_per_class", "2", "--color_jitter_strength", "3"], "--color_jitter_strength 3.0 is outside"),
+        (["--classes_per_batch", "2"], "--classes_per_batch 2 does not divide the 3 classes"),
+        (["--unsupervised_batch_size", "500"], "24 images on 1 process"),
+        (["--temperature", "0"], "--temperature 0.0: expected a positive number"),
+        (["--label_smoothing", "1"], "--label_smoothing 1.0"),
+        (["--warmup", "2"], "--warmup 2"),
+        (["--output_dim", "3"], "--output_dim 3 is less than 4"),
+        (["--val_path", "nowhere", "--eval_knn_freq", "1"], "--val_path nowhere"),
+        (["--devices", "cuda:0", "cuda:1"], "torchrun --nproc_per_node=2 main.py"),
+        (["--devices", "cuda:1"], "set CUDA_VISIBLE_DEVICES=1"),
+        (["--devices", "gpu"], "--devices gpu: expected cuda:0 or cpu"),
+        (["--color_jitter_strength", "3"], "--color_jitter_strength 3.0 is outside"),
     ],
 )
 def test_bad_input_is_one_clear_message(images, tmp_path, flags, message, monkeypatch, capsys):
-    arguments = [*TINY, "--data_path", str(images), "--output_dir", str(tmp_path), *flags]
-    monkeypatch.setattr(sys, "argv", ["main.py", *arguments])
+    arguments = [*TINY, *FEW, "--data_path", images, "--output_dir", tmp_path, *flags]
+    monkeypatch.setattr(sys, "argv", ["main.py", *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
         programs.main()
     assert end.value.code == 2
@@ -361,6 +272,48 @@ def test_suncet_stops_its_supervised_loss_and_resumes(images, tmp_path):
     assert all(line["suncet"] > 0 for line in whole[:3]) and all(line["suncet"] == 0 for line in whole[3:])
     for line in whole:
         assert line["loss"] == pytest.approx(line["simclr"] + line["suncet"], rel=1e-5)
-    shutil.copytree(tmp_path / "whole", tmp_path / "more")
-    more = train_suncet(tmp_path / "more", *flags, "--epochs", 3)
+    more = train_suncet(tmp_path / "whole", *flags, "--epochs", 3)
     assert [line["step"] for line in more] == list(range(1, 10))
+
+
+# --- Jobs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def submitted(monkeypatch):
+    """The arguments that would have been submitted."""
+    calls = []
+    monkeypatch.setattr(main_distributed.slurm, "submit", lambda train, args: calls.append((train, args)))
+    return calls
+
+
+@pytest.mark.parametrize("program", ["paws_train", "suncet_train", "fine_tune", "snn_fine_tune"])
+def test_every_flag_is_accepted_with_its_default(submitted, program):
+    flags = ["--sel", program, "--data_path", "images"]
+    flags += ["--pretrained", "x"] if "fine_tune" in program else []
+    main_distributed.main([*flags, "--nodes", "4"])
+    train, args = submitted[0]
+    assert train is programs.program_function(program) and train.__module__ == f"paws.{program}"
+    assert vars(programs.parse_args(flags)).items() <= vars(args).items()
+    assert (args.nodes, args.job_name) == (4, program)
+    assert not hasattr(args, "sel") and not hasattr(args, "batch_launch")
+
+
+def test_a_list_of_configurations_becomes_as_many_jobs(submitted, tmp_path):
+    files = [str(ROOT / "paws/configs/paws" / name) for name in ("imgnt_train.yaml", "cifar10_train.yaml")]
+    (tmp_path / "list.yaml").write_text(yaml.safe_dump(files))
+    main_distributed.main(["--fname", str(tmp_path / "list.yaml"), "--batch-launch", "--data_path", "x"])
+    assert [(args.epochs, args.data_path) for _, args in submitted] == [(100, "x"), (600, "x")]
+    (tmp_path / "list.yaml").write_text("epochs: 3\n")
+    with pytest.raises(SystemExit) as end:
+        main_distributed.main(["--fname", str(tmp_path / "list.yaml"), "--batch-launch"])
+    assert end.value.code == 2
+
+
+def test_the_official_command_line_is_understood(submitted):
+    words = "--sel paws_train --fname FILE --folder logs --partition gpu --nodes 8 --tasks-per-node 8 --time 1000"
+    file = str(ROOT / "paws/configs/paws/imgnt_train.yaml")
+    main_distributed.main([*words.replace("FILE", file).split(), "--data_path", "x", "--output_dir", "run"])
+    ((_, args),) = submitted
+    found = (args.job_dir, args.output_dir, args.partition, args.nodes, args.ngpus, args.timeout)
+    assert found == ("logs", "run", "gpu", 8, 8, 1000)

@@ -10,7 +10,6 @@ from PIL import Image
 from paws import paws_train
 from shared import distributed
 from shared.run.checkpoint import load_latest
-from shared.run.run import Run
 from tests.tiny_training import Training
 
 COMMON = (
@@ -45,17 +44,6 @@ TRAININGS = {
 ROOT = Path(__file__).resolve().parents[2]
 SUNCET = f"{COMMON} --unsupervised_batch_size 8 --epochs 1 --log_freq 1".split()
 TINY = [*SUNCET, *VIEWS.split()]
-CLASSES = 3
-
-
-def write_noise(folder: Path, count: int = 24) -> Path:
-    """Small noise images in three class folders: three steps of 8."""
-    rng = np.random.default_rng(0)
-    for i in range(count):
-        path = folder / f"class{i % CLASSES}" / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(path)
-    return folder
 
 
 def write_own_pictures(folder: Path, labelled: int = 12, unlabelled: int = 20) -> tuple[Path, Path]:
@@ -84,23 +72,6 @@ def train_on_rank(rank: int, *flags) -> None:
     """One of several processes of ``run_processes``, which have joined already."""
     distributed.init = lambda *_: torch.device("cpu")
     train(*flags)
-
-
-class Stop(Exception):
-    pass
-
-
-def stop_after(steps: int):
-    """Stands for ``Run.update``: breaks off in the middle of the step after so many."""
-    update, calls = Run.update, []
-
-    def stop(*args):
-        calls.append(args)
-        if len(calls) > steps:
-            raise Stop
-        update(*args)
-
-    return stop
 
 
 def lines(output_dir) -> list[dict]:

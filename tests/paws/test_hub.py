@@ -1,19 +1,90 @@
-"""Every official layout fills its network, and nothing is filled by half; releases, hub and export."""
-
-import functools
+"""The networks by name, every official layout that fills them, releases, hub and export."""
 
 import numpy as np
 import pytest
 import torch
 import torchvision
 
-import hubconf
 from paws import hub, resnet
+from paws.evaluation import Representation
 from paws.heads import classification_head
 from paws.hub import CARD, build_encoder
 from shared.networks import pretrained
 from shared.networks.export import export_backbone
-from shared.networks.weights import DownloadError, WeightMismatch
+from shared.networks.weights import WeightMismatch
+from tests.paws.tiny import ROOT
+from tests.standalone import load_alone
+
+# --- Networks ---------------------------------------------------------------------------------------------------------
+
+SIZES = {  # backbone, projection head, prediction head
+    ("resnet50", 2048): (23_508_032, 12_597_248, 2_104_832),
+    ("resnet50w2", 4096): (93_907_072, 50_360_320, 8_403_968),
+    ("resnet50w4", 8192): (375_378_176, 201_383_936, 33_585_152),
+    ("resnet101", 2048): (42_500_160, 12_597_248, 2_104_832),
+    ("resnet151", 2048): (58_143_808, 12_597_248, 2_104_832),
+    ("resnet200", 2048): (62_624_832, 12_597_248, 2_104_832),
+    ("wide_resnet28w2", 128): (1_468_352, 50_048, 8_672),
+}
+
+
+@pytest.mark.parametrize("name, output_dim", SIZES)
+def test_published_sizes(name, output_dim):
+    with torch.device("meta"):
+        encoder = build_encoder(name, output_dim, use_pred_head=True)
+    fc, pred = (sum(p.numel() for p in head.parameters()) for head in (encoder.fc, encoder.pred))
+    total = sum(p.numel() for p in encoder.parameters())
+    assert (total - fc - pred, fc, pred) == SIZES[name, output_dim]
+
+
+def test_supports_and_large_views_share_statistics_and_small_ones_have_their_own():
+    torch.manual_seed(0)
+    encoder = build_encoder("wide_resnet10w1", 8, use_pred_head=True)
+    supports, large, small = torch.randn(4, 3, 16, 16), torch.randn(6, 3, 16, 16), torch.randn(5, 3, 12, 12)
+    h, z = encoder([supports, large, small])
+    assert h.shape == z.shape == (15, 8) and not torch.equal(h, z)
+    together, _ = encoder(torch.cat([supports, large]))
+    torch.testing.assert_close(h[:10], together)
+    apart, _ = encoder(small)
+    torch.testing.assert_close(h[10:], apart)
+    assert not torch.allclose(encoder(supports)[0], h[:4], atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["wide_resnet10w1", "test_resnet"])
+def test_parts_of_an_encoder_share_its_weights(name):
+    torch.manual_seed(0)
+    encoder = build_encoder(name, 8, use_pred_head=True, img_size=32).eval()
+    images = torch.randn(2, 3, 32, 32)
+    h, z = encoder(images)
+    assert torch.equal(Representation(encoder)(images), h)
+    assert torch.equal(Representation(encoder, use_pred=True)(images), z)
+    assert encoder.forward_backbone(images).shape == (2, encoder.embed_dim)
+
+
+def test_without_a_prediction_head_anchors_are_what_targets_are():
+    encoder = build_encoder("wide_resnet10w1", 8).eval()
+    h, z = encoder(torch.randn(2, 3, 16, 16))
+    assert torch.equal(h, z)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("wide_resnet11w1", "6 n \\+ 4 layers, not 11"), ("resnt50", "did you mean .*resnet50")]
+)
+def test_unknown_networks_are_an_error(name, message):
+    with pytest.raises(ValueError, match=message):
+        build_encoder(name, 8)
+
+
+def test_the_network_files_need_torch_alone(tmp_path):
+    resnet, wide_resnet, heads = (
+        load_alone(ROOT / f"paws/{name}.py", tmp_path) for name in ("resnet", "wide_resnet", "heads")
+    )
+    assert wide_resnet.WideResNet(10, 1).eval()(torch.zeros(1, 3, 16, 16)).shape == (1, 64)
+    assert resnet.ResNet((1, 1, 1, 1), base_planes=8).eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 256)
+    assert heads.projection_head(8, 4).eval()(torch.zeros(1, 8)).shape == (1, 4)
+
+
+# --- Files ----------------------------------------------------------------------------------------------------------
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 SMALL = "wide_resnet10w1"
@@ -90,11 +161,6 @@ def test_a_fine_tuned_network_is_a_classifier_and_a_backbone(tmp_path):
         hub.load_encoder(SMALL, file)
 
 
-def test_channels_come_from_the_file(tmp_path):
-    file = save(tmp_path, training_checkpoint(make_encoder(in_chans=1)))
-    assert hub.load_encoder(SMALL, file).conv1.in_channels == 1
-
-
 def test_a_training_starts_from_the_backbone_of_any_file(tmp_path):
     torch.manual_seed(0)
     library = torchvision.models.resnet18().eval()
@@ -104,28 +170,7 @@ def test_a_training_starts_from_the_backbone_of_any_file(tmp_path):
     assert torch.equal(encoder.backbone.conv1.weight, library.conv1.weight) and torch.equal(encoder.fc.fc3.weight, head)
 
 
-def test_default_network_has_the_published_entries():
-    with torch.device("meta"):
-        encoder = build_encoder("resnet50", 2048, use_pred_head=True)
-    shapes = {name: tuple(value.shape) for name, value in encoder.state_dict().items()}
-    plain = torchvision.models.resnet50().state_dict()
-    assert {name for name in plain if not name.startswith("fc.")} <= shapes.keys()
-    assert shapes["fc.fc3.weight"] == (2048, 2048) and shapes["pred.fc1.weight"] == (512, 2048)
-
-
 # --- Mistakes ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_file_that_fills_half_of_the_network_is_refused_unless_told(tmp_path):
-    contents = training_checkpoint(make_encoder())
-    del contents["encoder"]["module.layer3.0.conv1.weight"]
-    file = save(tmp_path, contents)
-    for load in (hub.load_encoder, functools.partial(pretrained.load_pretrained, CARD)):
-        with pytest.raises(WeightMismatch, match=r"1 missing in the file: layer3.0.conv1.weight"):
-            load(SMALL, file)
-    with pytest.raises(WeightMismatch, match="1 missing"):
-        hub.load_backbone_into(build_encoder(SMALL, 16), SMALL, file)
-    hub.load_backbone_into(build_encoder(SMALL, 16), SMALL, file, allow_partial=True)
 
 
 def test_a_head_that_does_not_fit_is_refused(tmp_path):
@@ -141,25 +186,7 @@ def test_the_width_of_a_file_is_named(tmp_path):
         hub.load_encoder("resnet50", file)
 
 
-@pytest.mark.parametrize(
-    ("name", "weights", "message"),
-    [
-        ("resnet50", "nowhere.pth.tar", "--pretrained nowhere.pth.tar is neither a file nor a release .paws_imgnt_10"),
-        ("resnet50w2", "paws_imgnt_1percent_100ep", "is a resnet50, not a resnet50w2"),
-        (SMALL, hub.RUN_ON_DIGITS, "is not there: run python main.py first"),
-    ],
-)
-def test_absent_weights_are_an_error(name, weights, message):
-    with pytest.raises(ValueError, match=message):
-        hub.load_encoder(name, weights)
-
-
 # --- Releases, hub, export --------------------------------------------------------------------------------------------
-
-HUB = {
-    "paws_resnet50": "paws_imgnt_10percent_300ep.pth.tar",
-    "paws_resnet50_1percent": "paws_imgnt_1percent_300ep.pth.tar",
-}
 
 
 @pytest.fixture
@@ -184,35 +211,21 @@ def test_released_files_have_the_published_names(monkeypatch):
     assert set(urls) == expected | {f"paws_imgnt_{p}percent_300ep_finetuned.pth.tar" for p in (1, 10)}
 
 
-def test_every_hub_entry_is_tested():
-    assert set(HUB) == {name for name in dir(hubconf) if name.startswith("paws_")}
-
-
-@pytest.mark.parametrize(("entry", "file"), HUB.items())
-def test_hub_entries_are_filled_from_their_file_once(entry, file, published, capsys):
-    with pytest.raises(DownloadError, match=f"published/{file}"):
-        getattr(hubconf, entry)()
+@pytest.mark.parametrize(
+    ("entry", "release"),
+    [("paws_resnet50", "paws_imgnt_10percent_300ep"), ("paws_resnet50_1percent", "paws_imgnt_1percent_300ep")],
+)
+def test_hub_entries_are_backbones_of_their_files(entry, release, published):
     source = make_encoder("resnet50")
-    torch.save(training_checkpoint(source), published / file)
-    for _ in range(2):
-        backbone = getattr(hubconf, entry)().eval()
-        torch.testing.assert_close(backbone(IMAGES), source.forward_backbone(IMAGES))
-    assert capsys.readouterr().out.count("downloading") == 2  # one for the failure
-    assert getattr(hubconf, entry)(pretrained=False).embed_dim == 2048
+    torch.save(training_checkpoint(source), published / f"{release}.pth.tar")
+    torch.testing.assert_close(hub.ENTRIES[entry]().eval()(IMAGES), source.forward_backbone(IMAGES))
+    assert set(hub.ENTRIES) == {"paws_resnet50", "paws_resnet50_1percent"}
 
 
-def test_releases_are_weights_by_name(published):
-    source = make_encoder("resnet50")
-    torch.save(training_checkpoint(source), published / "paws_imgnt_1percent_200ep.pth.tar")
-    encoder = hub.load_encoder("resnet50", "paws_imgnt_1percent_200ep")
-    assert torch.equal(encoder(IMAGES)[0], source(IMAGES)[0])
-
-
-@pytest.mark.parametrize(("name", "libraries"), [(SMALL, set()), ("resnet18", {"torchvision", "timm"})])
-def test_exported_files_compute_the_same(name, libraries, tmp_path):
-    source = make_encoder(name)
-    backbone = pretrained.load_pretrained(CARD, name, save(tmp_path, training_checkpoint(source)))
-    files = export_backbone(CARD, backbone, name, tmp_path / "out", (32, 32), arch_key="model_name")
-    assert set(files) == {"safetensors", "onnx"} | libraries
-    again = pretrained.load_pretrained(CARD, name, files["safetensors"])
+def test_an_exported_file_is_the_backbone(tmp_path):
+    source = make_encoder()
+    backbone = pretrained.load_pretrained(CARD, SMALL, save(tmp_path, training_checkpoint(source)))
+    files = export_backbone(CARD, backbone, SMALL, tmp_path / "out", (32, 32), arch_key="model_name")
+    assert set(files) == {"safetensors", "onnx"}  # no library has it
+    again = pretrained.load_pretrained(CARD, SMALL, files["safetensors"])
     assert torch.equal(again(IMAGES), source.forward_backbone(IMAGES))
