@@ -186,9 +186,21 @@ def from_official(checkpoint: dict) -> dict:
     """
     if not isinstance(checkpoint.get("prototypes"), Tensor):
         raise ValueError(f"the checkpoint cannot be resumed, it has no prototypes: {', '.join(checkpoint)}")
+    if "args" not in checkpoint and checkpoint["world_size"] > 1:
+        checkpoint = checkpoint | {"opt": with_mean_gradient(checkpoint["opt"], checkpoint["world_size"])}
     return {
         **checkpoint,
         "prototypes": {"0": checkpoint["prototypes"]},
         "loss": {"value": checkpoint["loss"]},
         "batch_size": checkpoint["batch_size"] * checkpoint["world_size"],
     }
+
+
+def with_mean_gradient(opt: dict, world_size: int) -> dict:
+    """Adam's state with the moments of the prototypes' mean gradient over processes: the official code sums it."""
+    (prototypes,) = opt["param_groups"][2]["params"]
+    if prototypes not in opt["state"]:  # they were frozen
+        return opt
+    moments = opt["state"][prototypes]
+    mean = {"exp_avg": moments["exp_avg"] / world_size, "exp_avg_sq": moments["exp_avg_sq"] / world_size**2}
+    return opt | {"state": opt["state"] | {prototypes: moments | mean}}

@@ -234,7 +234,7 @@ def elastic_net_regression(features: np.ndarray, labels: np.ndarray, lambd: floa
     """The same for ``sum CE + lambd / 2 |W|^2 + lambd |W|_1``.
 
     Proximal gradient steps with a momentum that starts again where it leads astray (FISTA, Beck and Teboulle 2009;
-    O'Donoghue and Candes 2015). On few images in many dimensions it ends in a tenth of the time of scikit-learn's saga, or less.
+    O'Donoghue and Candes 2015): on few images in many dimensions they take a tenth of the time of scikit-learn's saga.
     """
     x, one_hot = torch.from_numpy(features), torch.eye(labels.max() + 1, dtype=torch.double)[labels]
     step_size = 1 / (torch.linalg.matrix_norm(x, 2).item() ** 2 / 2 + lambd)  # 1 / the largest curvature
