@@ -8,15 +8,14 @@ import torch
 
 from shared import distributed
 from shared.optimisation.precision import fast_bf16
+from shared.run.flags import Parser
 
 from .encoder import Retriever, load_retriever
 
 
 def script_parser(docstring: str) -> argparse.ArgumentParser:
     """A parser without flags; the first paragraph of the script's docstring is the description."""
-    return argparse.ArgumentParser(
-        description=docstring.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    return Parser(docstring)
 
 
 def check_minimum(args: argparse.Namespace, **minimum: float) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from shared.images.loading import default_num_workers
+from shared.run.flags import Parser
 
 from .hub import RUN_ON_DIGITS, load_pretrained
 
@@ -22,9 +23,7 @@ def evaluation_parser(docstring: str, arch: str = "vit_small", patch_size: int =
         arch: Default architecture.
         patch_size: Default patch size in pixels.
     """
-    parser = argparse.ArgumentParser(
-        description=docstring.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(docstring)
     add = parser.add_argument_group("backbone").add_argument
     add("--arch", default=arch, help="vit_tiny, vit_small, vit_base, or any torchvision or timm model name")
     add("--patch_size", type=int, default=patch_size, help="side of the ViT's patches in pixels")

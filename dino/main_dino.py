@@ -42,6 +42,7 @@ from shared.optimisation.optim import (
 )
 from shared.optimisation.schedules import cosine_schedule
 from shared.run.flags import (
+    Parser,
     add_data_flags,
     add_run_flags,
     bool_flag,
@@ -80,9 +81,7 @@ MINIMUM = {"epochs": 1, "batch_size_per_gpu": 1, "out_dim": 2, "log_freq": 1, "p
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "DINO", description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = add_data_flags(parser)
     add("--num_workers", type=int, default=None, help="loader processes per rank; None: cores less one, at most 10")
 

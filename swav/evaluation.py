@@ -16,7 +16,7 @@ from shared.images.loading import BadImages, EvalDataset, default_num_workers
 from shared.images.sources import ImageSource
 from shared.images.views import ViewRecipe
 from shared.run.checkpoint import load_latest, save, without_prefix
-from shared.run.flags import parse_with_embedded_defaults
+from shared.run.flags import Parser, parse_with_embedded_defaults
 
 from .hub import CARD, RUN_ON_DIGITS
 
@@ -39,9 +39,7 @@ def evaluation_parser(docstring: str) -> argparse.ArgumentParser:
     Args:
         docstring: Of the script; its first paragraph is the description.
     """
-    parser = argparse.ArgumentParser(
-        description=docstring.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(docstring)
     add = parser.add_argument_group("network").add_argument
     add("--arch", default="resnet50", help="resnet50, resnet50w2, resnet50w4, resnet50w5; torchvision's, timm's models")
     weights = "a file of any layout, a release (swav_200ep), or random; by default the architecture's released weights"

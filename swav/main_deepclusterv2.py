@@ -34,7 +34,7 @@ from shared.optimisation.optim import clip_grad_norm_per_tensor_
 from shared.optimisation.precision import Precision
 from shared.optimisation.schedules import cosine_schedule
 from shared.run import randomness
-from shared.run.flags import tell_embedded_defaults
+from shared.run.flags import Parser, tell_embedded_defaults
 from shared.run.health import feature_spread, rank_me
 from shared.run.run import Run
 from swav import flags, main_swav
@@ -56,9 +56,7 @@ del EMBEDDED_DATA_DEFAULTS["epsilon"], EMBEDDED_DATA_DEFAULTS["freeze_prototypes
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "DeepCluster-v2", description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(__doc__)
     flags.add_data_flags(parser)
     flags.add_view_flags(parser)
     add = flags.add_network_flags(parser)

@@ -34,7 +34,7 @@ from shared.networks.batchnorm import synchronize_batchnorm
 from shared.networks.weights import safe_load
 from shared.optimisation.optim import clip_grad_norm_per_tensor_
 from shared.optimisation.schedules import cosine_schedule
-from shared.run.flags import bool_flag, tell_embedded_defaults
+from shared.run.flags import Parser, bool_flag, tell_embedded_defaults
 from shared.run.health import feature_spread, rank_me
 from shared.run.run import Run
 from swav import flags
@@ -70,9 +70,7 @@ CHECKPOINT = "checkpoint.pth.tar"
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "SwAV", description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(__doc__)
     flags.add_data_flags(parser)
     flags.add_view_flags(parser)
     add = flags.add_network_flags(parser)

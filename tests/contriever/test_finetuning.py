@@ -13,9 +13,9 @@ from contriever.training.questions import FineTuningPairs, read_examples
 from shared import distributed
 from shared.run.run import Run
 from tests.contriever.tiny import lines, state_of, tiny_retriever, write_jsonl
+from tests.interruption import interrupting
 from tests.processes import run_processes
 from tests.reliability.runs import assert_same_run
-from tests.swav.interruption import interrupting
 
 TINY = (
     "--per_gpu_batch_size 4 --total_steps 5 --lr 0.01 --temperature 0.5 --chunk_length 32 --negative_ctxs 2 "

@@ -10,8 +10,8 @@ import torch
 from contriever import preprocess
 from contriever.text.tokens import ChunkedText, Shard, open_shard, token_files
 from tests.contriever.tiny import make_shards, tiny_retriever, write_texts
+from tests.interruption import interrupting
 from tests.processes import run_processes  # noqa: F401 - sets what the server of processes imports
-from tests.swav.interruption import interrupting
 
 
 @pytest.fixture(scope="module")

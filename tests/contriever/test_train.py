@@ -23,9 +23,9 @@ from tests.contriever.tiny import (
     train_on_rank,
     write_jsonl,
 )
+from tests.interruption import interrupting
 from tests.processes import run_processes
 from tests.reliability.runs import assert_same_run, log_lines
-from tests.swav.interruption import interrupting
 
 PUBLISHED = {
     "contriever": "--retriever_model_id bert-base-uncased --pooling average --augmentation delete "

@@ -5,7 +5,7 @@ import torch
 
 from dino import eval_knn
 from dino.vision_transformer import vit_tiny
-from tests.dino.small_data import COLOURS, OTHER_ARCHITECTURES, write_class_folders, write_train_and_val
+from tests.dino.tiny import COLOURS, OTHER_ARCHITECTURES, write_class_folders, write_train_and_val
 
 SMALL = ["--arch", "vit_tiny", "--pretrained_weights", "random", "--image_size", "32", "--num_workers", "0"]
 

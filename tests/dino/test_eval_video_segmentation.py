@@ -13,7 +13,7 @@ from dino.eval_video_segmentation import (
     read_frame,
     write_mask,
 )
-from tests.dino.small_data import picture, write_grey_checkpoint, write_image
+from tests.dino.tiny import picture, write_checkpoint, write_image
 
 
 def write_video(root, name, height, width, num_frames=4, size=32):
@@ -86,7 +86,7 @@ def test_moving_objects_are_followed(davis, tmp_path):
 
 
 def test_networks_for_one_channel_see_the_luminance(davis, tmp_path):
-    weights = write_grey_checkpoint(tmp_path / "checkpoint.pth")
+    weights = write_checkpoint(tmp_path / "checkpoint.pth", in_chans=1)
     run(davis[0], tmp_path, "--pretrained_weights", weights, "--n_last_frames", 1)
     with Image.open(tmp_path / "wide" / "00003.png") as mask:
         assert set(np.unique(np.array(mask))) == {0, 1, 2}

@@ -3,20 +3,15 @@
 import cv2
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from dino.hub import build_backbone
 from dino.video_generation import extract_frames, generate_video, join_frames, list_frames, parse_args
+from tests.dino.tiny import write_checkpoint
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    torch.manual_seed(0)
-    backbone, _ = build_backbone("vit_tiny", patch_size=8, img_size=16)
-    path = tmp_path_factory.mktemp("weights") / "checkpoint.pth"
-    torch.save({"teacher": {f"backbone.{name}": value for name, value in backbone.state_dict().items()}}, path)
-    return path
+    return write_checkpoint(tmp_path_factory.mktemp("weights") / "checkpoint.pth", patch_size=8)
 
 
 def write_video(path, num_frames: int = 4, fps: float = 12.0, size: tuple[int, int] = (48, 32)):
@@ -66,8 +61,8 @@ def test_folder_of_frames_with_resize(checkpoint, tmp_path):
     (tmp_path / "frames").mkdir()
     for i, size in enumerate([(40, 30), (50, 50)]):
         Image.effect_noise(size, 60).save(tmp_path / "frames" / f"{i}.png")
-    frames, fps = read_video(run(checkpoint, "--input_path", tmp_path / "frames", "--output_path", tmp_path / "out",
-        "--resize", 24, 40))  # fmt: skip
+    flags = ("--input_path", tmp_path / "frames", "--output_path", tmp_path / "out", "--resize", 24, 40)
+    frames, fps = read_video(run(checkpoint, *flags))
     assert (len(frames), frames[0].shape, fps) == (2, (24, 40, 3), 30.0)
 
 

@@ -10,13 +10,13 @@ from timm.models.xcit import Xcit
 
 from dino.attention import class_attention, last_class_attention, save_attention
 from dino.augmentations import MEAN, STD, dino_views
-from dino.hub import build_backbone
 from dino.vision_transformer import VisionTransformer
-from dino.visualize_attention import main, parse_args, prepare_image, training_views, visualize_attention
+from dino.visualize_attention import parse_args, prepare_image, training_views, visualize_attention
+from shared.evaluation import neighbours
 from shared.networks.classifiers import fill_classifier
 from shared.networks.weights import WeightMismatch
 from shared.pictures.attention import to_picture
-from tests.dino.small_data import write_class_folders
+from tests.dino.tiny import write_checkpoint
 from xcit.cross_covariance_transformer import XCiT
 from xcit.hub import from_timm
 
@@ -40,12 +40,6 @@ def test_attention_and_class_token_share_sum_to_one():
     assert attention.shape == (2, HEADS, 4, 5)
     own = model.get_last_selfattention(images)[:, :, 0, 0]
     torch.testing.assert_close(attention.sum(dim=(2, 3)) + own, torch.ones(2, HEADS))
-
-
-def test_network_without_class_token_is_refused():
-    flags = "--arch resnet18 --pretrained_weights random --image_path x.jpg"
-    with pytest.raises(ValueError, match="--arch resnet18: attention maps need vit_tiny"):
-        visualize_attention(parse_args(flags.split()))
 
 
 def test_image_smaller_than_a_patch_is_refused():
@@ -98,10 +92,7 @@ def test_without_threshold_there_are_no_masks(tmp_path):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    backbone, _ = build_backbone("vit_tiny", patch_size=4, img_size=16)
-    path = tmp_path_factory.mktemp("weights") / "checkpoint.pth"
-    torch.save({"teacher": {f"backbone.{name}": value for name, value in backbone.state_dict().items()}}, path)
-    return path
+    return write_checkpoint(tmp_path_factory.mktemp("weights") / "checkpoint.pth", patch_size=4)
 
 
 def test_official_flags_and_defaults():
@@ -124,9 +115,8 @@ def test_wrong_flags_are_refused(flags, capsys):
     assert flags[0] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])
-def test_any_image_and_checkpoint(mode, checkpoint, tmp_path):
-    Image.effect_mandelbrot((70, 50), (-2, -1, 1, 1), 20).convert(mode).save(tmp_path / "image.png")
+def test_any_image_and_checkpoint(checkpoint, tmp_path):
+    Image.effect_mandelbrot((70, 50), (-2, -1, 1, 1), 20).convert("RGBA").save(tmp_path / "image.png")
     flags = f"--arch vit_tiny --patch_size 4 --pretrained_weights {checkpoint} --image_path {tmp_path / 'image.png'}"
     flags += f" --image_size 33 --threshold 0.5 --output_dir {tmp_path / 'out'}"
     paths = visualize_attention(parse_args(flags.split()))
@@ -142,51 +132,28 @@ def test_without_image_given_weights_look_at_a_photograph(checkpoint, tmp_path):
     assert read(tmp_path / "img.png").std() > 20
 
 
-def test_without_anything_it_is_a_digit_and_the_run_on_digits(checkpoint, tmp_path, monkeypatch):
+def test_without_anything_it_is_a_digit_and_everything_about_the_run_on_digits(checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs/digits").mkdir(parents=True)
-    state = torch.load(checkpoint, weights_only=True) | {"args": {"global_crop_size": 16, "local_crop_size": 8}}
-    torch.save(state, tmp_path / "runs/digits/checkpoint.pth")
-    visualize_attention(parse_args(["--arch", "vit_tiny"]))
-    folder = tmp_path / "runs/digits/attention"
-    picture = read(folder / "img.png")
-    assert (picture[..., 0] == picture[..., 1]).all()
-    assert {"views.png", "neighbours.png"} <= {path.name for path in folder.iterdir()}
-    assert training_views("") == dino_views((0.4, 1.0), (0.05, 0.4), 8)
-
-
-def test_views_neighbours_and_curves_are_shown_too(checkpoint, tmp_path, capsys):
-    images = write_class_folders(tmp_path / "images", 4)
-    run = tmp_path / "run"
-    run.mkdir()
+    monkeypatch.setattr(neighbours, "MOST_IMAGES", 40)
+    run = tmp_path / "runs/digits"
+    run.mkdir(parents=True)
     drawn = {"global_crop_size": 24, "local_crop_size": 8, "local_crops_number": 3, "global_crops_scale": (0.5, 1.0)}
     state = torch.load(checkpoint, weights_only=True)
     torch.save(state | {"args": argparse.Namespace(**drawn)}, run / "checkpoint.pth")
-    assert training_views(str(run / "checkpoint.pth")) == dino_views((0.5, 1.0), (0.05, 0.4), 3, 24, 8)
     (run / "metrics.jsonl").write_text('{"step": 10, "loss": 3.0}\n{"step": 20, "loss": 2.0}\n')
-    flags = (
-        f"--arch vit_tiny --patch_size 4 --pretrained_weights {run / 'checkpoint.pth'} --image_size 24 --device cpu "
-    )
-    flags += f"--data_path {images} --image_path {images / 'red' / '000.png'} --output_dir {tmp_path / 'out'} "
-    paths = visualize_attention(parse_args(flags.split()))
+    assert training_views(str(run / "checkpoint.pth")) == dino_views((0.5, 1.0), (0.05, 0.4), 3, 24, 8)
+    assert training_views("") == dino_views((0.4, 1.0), (0.05, 0.4), 8)
+    paths = visualize_attention(parse_args(["--arch", "vit_tiny"]))
     assert [path.name for path in paths[:4]] == ["attention.png", "views.png", "neighbours.png", "curves.png"]
     assert all(read(path).std() > 0 for path in paths)
-    assert str(tmp_path / "out" / "curves.png") in capsys.readouterr().out
+    picture = read(run / "attention" / "img.png")
+    assert (picture[..., 0] == picture[..., 1]).all()
 
 
 def test_other_architecture_is_refused(checkpoint, tmp_path):
     flags = f"--arch vit_small --patch_size 4 --pretrained_weights {checkpoint} --output_dir {tmp_path}"
     with pytest.raises(WeightMismatch, match="looks like a vit_tiny/4"):
         visualize_attention(parse_args(flags.split()))
-
-
-def test_mistakes_end_with_one_line(monkeypatch, capsys, tmp_path):
-    command = f"visualize_attention.py --pretrained_weights random --image_path {tmp_path / 'nothing.jpg'}"
-    monkeypatch.setattr("sys.argv", command.split())
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code == 2
-    assert "nothing.jpg" in capsys.readouterr().err
 
 
 # --- XCiT -------------------------------------------------------------------------------------------------------------

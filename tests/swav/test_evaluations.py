@@ -1,6 +1,5 @@
 """Linear classification, fine-tuning with few labels, and k-NN: the real scripts on pictures of three colours."""
 
-import itertools
 import json
 import re
 from pathlib import Path
@@ -22,6 +21,7 @@ from swav import eval_knn, eval_linear, eval_semisup, evaluation, main_swav, res
 from swav.eval_linear import FrozenFeatures, RegLog
 from swav.eval_semisup import drawn_images, labelled_subset
 from swav.hub import CARD
+from tests.interruption import interrupting
 from tests.processes import run_processes
 from tests.shared.photographs import photograph
 from tests.swav.tiny import (
@@ -209,18 +209,6 @@ def test_windows_with_batch_norms_learn(data, tmp_path):
     state = checkpoint["state_dict"]
     assert state["module.linear.weight"].shape == (3, 256)
     assert state["module.bn.num_batches_tracked"] == 6
-
-
-def interrupting(function, call: int):
-    """``function``, except that its call number ``call``, counted from 1, raises ``KeyboardInterrupt``."""
-    calls = itertools.count(1)
-
-    def interrupted(*args, **kwargs):
-        if next(calls) == call:
-            raise KeyboardInterrupt
-        return function(*args, **kwargs)
-
-    return interrupted
 
 
 @pytest.mark.parametrize("official", [False, True])

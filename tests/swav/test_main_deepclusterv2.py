@@ -64,9 +64,8 @@ def test_training_writes_memory_and_clusters(whole):
 
 
 def test_first_centroids_depend_on_seed_epoch_and_head_only():
-    orders = [
-        tuple(order.tolist()) for seed in (0, 1) for epoch in (0, 1) for order in first_centroids(seed, epoch, 2, 9)
-    ]
+    drawn = [order for seed in (0, 1) for epoch in (0, 1) for order in first_centroids(seed, epoch, 2, 9)]
+    orders = [tuple(order.tolist()) for order in drawn]
     assert len(set(orders)) == 8 and all(sorted(order) == list(range(9)) for order in orders)
     assert tuple(first_centroids(1, 1, 2, 9)[1].tolist()) == orders[-1]
 
@@ -88,10 +87,8 @@ def test_the_memory_of_a_checkpoint_or_of_the_official_files_is_used(images, who
     (tmp_path / "official").mkdir()
     official = {key: state[key] for key in ("epoch", "state_dict", "optimizer")}
     torch.save(official, tmp_path / "official/checkpoint.pth.tar")
-    memory = {
-        "local_memory_embeddings": state["memory"]["embeddings"][0],
-        "local_memory_index": state["memory"]["indices"][0],
-    }
+    embeddings, indices = state["memory"]["embeddings"][0], state["memory"]["indices"][0]
+    memory = {"local_memory_embeddings": embeddings, "local_memory_index": indices}
     torch.save(memory, tmp_path / "official/mb0.pth")
     for name in ("ours", "official"):
         train(tmp_path / name, "--data_path", images, "--epochs", 3)

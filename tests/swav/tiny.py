@@ -165,13 +165,9 @@ def make_network(arch: str = "resnet50", seed: int = 0, **heads) -> resnet50.Pro
     return with_random_statistics(hub.build_network(arch, **(HEADS | {"nmb_prototypes": 20} | heads)))
 
 
-def prefixed(network: nn.Module) -> dict[str, Tensor]:
-    return {f"module.{name}": value for name, value in network.state_dict().items()}
-
-
-def pretraining_file(network: nn.Module) -> dict:
+def pretraining_file(network: nn.Module) -> dict[str, Tensor]:
     """A published pre-training file: a flat dictionary."""
-    return prefixed(network)
+    return {f"module.{name}": value for name, value in network.state_dict().items()}
 
 
 def training_checkpoint(network: nn.Module) -> dict:
@@ -180,7 +176,7 @@ def training_checkpoint(network: nn.Module) -> dict:
     optimizer = {"state": {0: {"momentum_buffer": torch.ones(2)}}, "param_groups": [group]}
     return {
         "epoch": 400,
-        "state_dict": prefixed(network),
+        "state_dict": pretraining_file(network),
         "optimizer": optimizer,
         "amp": {"loss_scaler0": {"unskipped": 3}},
     }
@@ -191,7 +187,7 @@ def finetuned_checkpoint(trunk_arch: str = "resnet50", seed: int = 3) -> tuple[n
     network = make_network(trunk_arch, seed, output_dim=NUM_CLASSES, hidden_mlp=0, nmb_prototypes=0, normalize=False)
     return network, {
         "epoch": 20,
-        "state_dict": prefixed(network),
+        "state_dict": pretraining_file(network),
         "optimizer": {"state": {}, "param_groups": []},
         "scheduler": {"last_epoch": 20},
         "best_acc": (53.9, 78.5),
