@@ -59,17 +59,15 @@ def add_process_flags(parser: argparse.ArgumentParser, title: str = "processes")
     """Device and loader flags, and those of the launcher, in the group ``title``."""
     add = parser.add_argument_group(title).add_argument
     add("--num_workers", type=int, default=None, help="per rank; None: cores per rank less one, at most 10")
-    add("--device", type=device_name, default="auto", help="auto, cpu or cuda; the number of cuda:0 is ignored")
+    kinds, number = ("auto", "cpu", "cuda"), "auto: a GPU if there is one; the number of cuda:0 is ignored"
+    add("--device", type=device_name, default="auto", choices=kinds, help=number)
     add("--dist_url", default="env://", help="rendezvous of the processes")
     add("--local_rank", "--local-rank", type=int, default=0, help="ignored: read from the environment")
 
 
 def device_name(text: str) -> str:
     """``cuda`` of ``cuda:0``: launchers give each process its GPU."""
-    name = text.split(":")[0]
-    if name not in ("auto", "cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"expected auto, cpu or cuda, got {text!r}")
-    return name
+    return text.split(":")[0]
 
 
 def parse_with_images(

@@ -31,12 +31,13 @@ from msn.flags import (
     load_chosen_encoder,
     network_parser,
 )
-from msn.hub import MEAN, RUN_ON_DIGITS, STD
+from msn.hub import CARD, RUN_ON_DIGITS
 from msn.labelled_training import Validation, from_official, to_official, training_batches
 from msn.logistic_eval import LastClassToken
 from shared import distributed
+from shared.evaluation import frozen
 from shared.evaluation.features import check_features
-from shared.images.loading import BadImages, EvalDataset, EvalTransform
+from shared.images.loading import BadImages, EvalDataset
 from shared.images.views import ViewRecipe
 from shared.multicrop import MultiCropDataset, normalize_views
 from shared.networks.backbones import input_channels
@@ -90,12 +91,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
-    """Parse and check the command line and its YAML file.
-
-    Args:
-        arguments: The command line's own by default.
-        parser: That of :func:`get_args_parser` with further flags, for scripts that have them.
-    """
+    """Parse and check the command line and its YAML file; ``parser`` may have further flags."""
     parser = parser or get_args_parser()
     digits = {"num_classes": 10, "crop_scale": (0.6, 1.0), "batch_size": 64, "lr": 0.5, "output_dir": RUN_ON_DIGITS}
     args = finish(parser, lambda: parse_args_with_config(parser, arguments), **digits)
@@ -108,13 +104,7 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
 
 
 class LinearClassifier(nn.Module):
-    """Layer norm, L2 normalisation, linear layer.
-
-    Args:
-        dim: Size of a feature.
-        num_classes: Outputs.
-        normalize: Whether to normalise to length 1.
-    """
+    """Layer norm, normalisation to length 1 if asked for, linear layer."""
 
     def __init__(self, dim: int, num_classes: int, normalize: bool = True):
         super().__init__()
@@ -196,12 +186,11 @@ def linear_eval(args: argparse.Namespace) -> dict[str, float]:
             return tokens(images).float()
 
     # data
-    in_chans, resize_px = input_channels(encoder), round(args.image_size * 256 / 224)
     recipe = ViewRecipe(args.image_size, args.crop_scale, interpolation="bilinear")
     bad_images = BadImages(len(train), run.output_dir / "bad_images.txt", args.on_bad_image, args.max_bad_fraction)
-    views = MultiCropDataset(train, [recipe], args.seed, in_chans=in_chans, bad_images=bad_images)
+    views = MultiCropDataset(train, [recipe], args.seed, in_chans=input_channels(encoder), bad_images=bad_images)
     data = training_batches(args, views, bad_images, train.checksum(), device, drop_last=False)
-    val_set = EvalDataset(val, EvalTransform(resize_px, args.image_size, MEAN, STD, in_chans, "bilinear"))
+    val_set = EvalDataset(val, frozen.eval_transform(CARD, args.image_size, encoder))
     network = ImageClassifier(features, classifier)
     validation = Validation(network, val_set, device, args.batch_size, args.num_workers)
 
@@ -263,7 +252,7 @@ def train_one_epoch(
     for step, (views, labels, _) in run.steps(loader):
         for group in optimizer.param_groups:
             group["lr"] = float(lrs[step])
-        (images,), labels = normalize_views(views, run.device, MEAN, STD), labels.to(run.device)
+        (images,), labels = normalize_views(views, run.device, CARD.mean, CARD.std), labels.to(run.device)
         with torch.no_grad():
             inputs = features(images)
         if run.logs_this_step:

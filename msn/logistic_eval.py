@@ -10,6 +10,7 @@ result is the mean and the spread over the splits of labelled images: lists, or 
 """
 
 import argparse
+import math
 import statistics
 import sys
 import warnings
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
@@ -25,20 +27,21 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from msn.flags import add_data_flags, add_process_flags, finish, labelled_sources, load_chosen_encoder, network_parser
-from msn.hub import MEAN, STD
+from msn.hub import CARD
 from msn.vision_transformer import VisionTransformer, num_kept_patches
 from shared import distributed
+from shared.evaluation import frozen
 from shared.evaluation.features import extract_features
-from shared.images.loading import EvalDataset, EvalTransform
+from shared.images.loading import EvalDataset
 from shared.images.sources import ImageSource
 from shared.images.subsets import Subset, listed_images
-from shared.networks.backbones import input_channels
 from shared.networks.weights import safe_load, weights_checksum
 from shared.run import randomness
 from shared.run.checkpoint import save
 from shared.run.flags import bool_flag
 
-MAX_ITERATIONS = 5000
+MAX_ITERATIONS = 20_000
+TOLERANCE = 1e-8  # of the largest change of a weight, over the largest weight
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -80,10 +83,7 @@ def logistic_eval(args: argparse.Namespace) -> dict[str, float]:
     encoder = load_chosen_encoder(args)
     check_mask(args.mask, args.image_size, encoder.patch_embed.patch_size)
     encoder.to(device)
-    transform = EvalTransform(
-        round(args.image_size * 256 / 224), args.image_size, MEAN, STD, input_channels(encoder), "bilinear"
-    )
-
+    transform = frozen.eval_transform(CARD, args.image_size, encoder)
     checksum = weights_checksum(encoder)
 
     def embed(source: ImageSource, patch_drop: float, file: str) -> tuple[Tensor, Tensor]:
@@ -210,29 +210,53 @@ def preprocess(features: np.ndarray) -> np.ndarray:
     return centred / np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-12)
 
 
-def regression(lambd: float, penalty: str, num_classes: int) -> LogisticRegression:
-    """Multinomial logistic regression without intercept: ``sum CE + lambd / 2 |W|^2 (+ lambd |W|_1, elastic-net)``.
+def ridge_regression(features: np.ndarray, labels: np.ndarray, lambd: float) -> tuple[np.ndarray, bool]:
+    """Weights that minimise ``sum CE + lambd / 2 |W|^2``, and whether they were found.
 
-    This is n times the published objective, whose weights are divided by the number n of images. For two classes
-    scikit-learn has a single weight vector, the difference of the two, which costs half as much.
+    Args:
+        features: Shape (n, D).
+        labels: 0 to K - 1.
+
+    Returns:
+        Shape (D, K).
     """
-    l2 = lambd if num_classes > 2 else lambd / 2
-    if penalty == "l2":
-        return LogisticRegression(C=1 / l2, fit_intercept=False, tol=1e-6, max_iter=MAX_ITERATIONS)
-    return LogisticRegression(
-        C=1 / (l2 + lambd),
-        l1_ratio=lambd / (l2 + lambd),
-        penalty="elasticnet",
-        solver="saga",
-        fit_intercept=False,
-        tol=1e-4,
-        max_iter=MAX_ITERATIONS,
-        random_state=0,
-    )
+    # for two classes scikit-learn has a single vector, the difference of the two, which costs half as much
+    two = labels.max() == 1
+    regression = LogisticRegression(C=(2 if two else 1) / lambd, fit_intercept=False, tol=1e-6, max_iter=MAX_ITERATIONS)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        weights = regression.fit(features, labels).coef_.T
+    converged = not any(issubclass(warning.category, ConvergenceWarning) for warning in caught)
+    return np.concatenate([-weights / 2, weights / 2], axis=1) if two else weights, converged
+
+
+def elastic_net_regression(features: np.ndarray, labels: np.ndarray, lambd: float) -> tuple[np.ndarray, bool]:
+    """The same for ``sum CE + lambd / 2 |W|^2 + lambd |W|_1``.
+
+    Proximal gradient steps with a momentum that starts again where it leads astray (FISTA, Beck and Teboulle 2009;
+    O'Donoghue and Candes 2015): on few images in many dimensions they take a tenth of the time of scikit-learn's saga.
+    """
+    x, one_hot = torch.from_numpy(features), torch.eye(labels.max() + 1, dtype=torch.double)[labels]
+    step_size = 1 / (torch.linalg.matrix_norm(x, 2).item() ** 2 / 2 + lambd)  # 1 / the largest curvature
+    weights = ahead = torch.zeros(x.shape[1], one_hot.shape[1], dtype=torch.double)
+    momentum = 1.0
+    for _ in range(MAX_ITERATIONS):
+        gradient = x.T @ ((x @ ahead).softmax(dim=1) - one_hot) + lambd * ahead
+        new = F.softshrink(ahead - step_size * gradient, step_size * lambd)
+        if ((ahead - new) * (new - weights)).sum() > 0:
+            momentum = 1.0
+        next_momentum = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
+        ahead = new + (momentum - 1) / next_momentum * (new - weights)
+        change, weights, momentum = (new - weights).abs().max(), new, next_momentum
+        if change <= TOLERANCE * weights.abs().max():
+            return weights.numpy(), True
+    return weights.numpy(), False
 
 
 class LowShotClassifier:
-    """Logistic regression fitted to features (n, D) with labels (n,).
+    """Multinomial logistic regression without intercept, fitted to features (n, D) with labels (n,).
+
+    The objective is n times the published one, whose weights are divided by the number n of images.
 
     Attributes:
         weights: Shape (D, classes).
@@ -242,23 +266,19 @@ class LowShotClassifier:
     """
 
     def __init__(self, features: Tensor, labels: Tensor, lambd: float, penalty: str = "l2", normalize: bool = True):
-        num_classes = len(labels.unique())
-        if num_classes < 2:
+        self.classes, indices = np.unique(labels.numpy(), return_inverse=True)
+        if len(self.classes) < 2:
             raise ValueError("the labelled images have a single class; at least two are needed")
         self.prepare = preprocess if normalize else np.asarray
-        self.regression = regression(lambd, penalty, num_classes)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            self.regression.fit(self.prepare(features.double().numpy()), labels.numpy())
-        if any(issubclass(warning.category, ConvergenceWarning) for warning in caught):
+        fit = ridge_regression if penalty == "l2" else elastic_net_regression
+        self.weights, converged = fit(self.prepare(features.double().numpy()), indices, lambd)
+        if not converged:
             distributed.print_once(f"--lambd {lambd}: not converged after {MAX_ITERATIONS} iterations")
-        weights = self.regression.coef_.T
-        self.weights = weights if num_classes > 2 else np.concatenate([-weights / 2, weights / 2], axis=1)
 
     def accuracy(self, features: Tensor, labels: Tensor) -> float:
         """Top-1 in percent."""
-        predicted = self.regression.predict(self.prepare(features.double().numpy()))
-        return 100 * float(np.mean(predicted == labels.numpy()))
+        scores = self.prepare(features.double().numpy()) @ self.weights
+        return 100 * float(np.mean(self.classes[scores.argmax(axis=1)] == labels.numpy()))
 
 
 def main() -> None:

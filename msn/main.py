@@ -27,10 +27,9 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from msn.augmentations import msn_views
 from msn.flags import parse_with_images
-from msn.hub import MEAN, STD
+from msn.hub import MEAN, NETWORK_FLAGS, STD, from_official, to_official
 from msn.losses import LossTerms, MSNLoss, new_prototypes
 from msn.report import health_rules, report
-from msn.resuming import NETWORK_FLAGS, Value, find_checkpoint, from_official, to_official
 from msn.schedules import Schedules
 from msn.vision_transformer import ARCHITECTURES, ProjectionHead, Trunk, VisionTransformer, build, num_kept_patches
 from shared import distributed
@@ -40,6 +39,7 @@ from shared.images.views import ViewRecipe
 from shared.multicrop import normalize_views
 from shared.networks.batchnorm import synchronize_batchnorm
 from shared.optimisation.optim import build_optimizer, ema_update_, param_groups_no_decay_on_bias_and_norm
+from shared.run.checkpoint import load_latest
 from shared.run.flags import Parser, add_data_flags, add_run_flags, bool_flag, tell_embedded_defaults
 from shared.run.health import HealthMonitor, feature_spread, rank_me
 from shared.run.run import Run
@@ -149,12 +149,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
-    """Parse and check the command line and its YAML file; without images the defaults are those of the embedded ones.
-
-    Args:
-        arguments: The command line's own by default.
-        parser: That of :func:`get_args_parser` with further flags, for scripts that have them.
-    """
+    """Parse and check the command line and its YAML file; ``parser`` may have further flags."""
     parser = parser or get_args_parser()
     args = parse_with_images(
         parser, lambda: parse_args_with_config(parser, arguments), EMBEDDED_DATA_DEFAULTS, folder="train"
@@ -222,7 +217,7 @@ def train_msn(args: argparse.Namespace) -> None:
     encoder = distributed.wrap(encoder, device)
 
     # checkpoints under the names of the official ones, monitoring
-    epoch_loss = Value()
+    epoch_loss = EpochLoss()
     run.resume(
         data,
         len(schedules.lr),
@@ -263,6 +258,34 @@ def train_msn(args: argparse.Namespace) -> None:
             numbered = args.checkpoint_freq and (epoch + 1) % args.checkpoint_freq == 0
             run.end_epoch(keep_as=f"{args.write_tag}-ep{epoch + 1}.pth.tar" if numbered else None)
     report(args, run, data.dataset, trunk, knn)
+
+
+def find_checkpoint(latest: Path, read_checkpoint: str | None, must_exist: bool) -> dict:
+    """The newest state of this run, else the one to start from, else nothing.
+
+    Raises:
+        ValueError: If it was asked for and there is none.
+    """
+    checkpoint = load_latest(latest)
+    if checkpoint is None and read_checkpoint is not None:
+        checkpoint = load_latest(latest.parent / read_checkpoint)
+        if checkpoint is None:
+            raise ValueError(f"--read_checkpoint {read_checkpoint}: there is no such file in {latest.parent}")
+    if checkpoint is None and must_exist:
+        raise ValueError(f"--load_checkpoint true: there is no {latest}")
+    return checkpoint or {}
+
+
+class EpochLoss:
+    """Mean loss of the last complete epoch, for checkpoints."""
+
+    value: float | None = None
+
+    def state_dict(self) -> dict:
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.value = state["value"]
 
 
 def build_views(args: argparse.Namespace) -> list[ViewRecipe]:

@@ -35,11 +35,8 @@ def get_args_parser(linear: bool = False) -> argparse.ArgumentParser:
 
 def with_our_names(arguments: list[str]) -> list[str]:
     """The command line with the official names of the job's flags replaced."""
-    renamed = []
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        renamed.append(OFFICIAL.get(name, name) + equals + value)
-    return renamed
+    parts = [argument.partition("=") for argument in arguments]
+    return [OFFICIAL.get(name, name) + equals + value for name, equals, value in parts]
 
 
 def submit(arguments: list[str] | None = None) -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from sklearn.datasets import load_sample_image
 from torch import Tensor
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
@@ -26,6 +25,7 @@ from msn.vision_transformer import VisionTransformer
 from shared import distributed
 from shared.images.decode import read_image
 from shared.images.sources import open_source
+from shared.multicrop import normalize_views
 from shared.networks.backbones import input_channels
 from shared.pictures.attention import save_attention_maps
 
@@ -99,11 +99,9 @@ def prepare_image(pixels: np.ndarray, image_size: list[int], in_chans: int = 3) 
         short = min(height, width)
         image_size = [int(image_size[0] * height / short), int(image_size[0] * width / short)]
     resized = cv2.resize(pixels, image_size[::-1], interpolation=cv2.INTER_AREA)
-    mean, std = (np.array(values, dtype=np.float32) for values in (MEAN, STD))
     if in_chans == 1:
         resized = cv2.cvtColor(resized, cv2.COLOR_RGB2GRAY)[..., None]
-        mean, std = mean.mean(keepdims=True), std.mean(keepdims=True)
-    return torch.from_numpy((resized / np.float32(255) - mean) / std).permute(2, 0, 1).contiguous()
+    return normalize_views([torch.from_numpy(resized).permute(2, 0, 1)[None]], "cpu", MEAN, STD)[0][0]
 
 
 def visualize_attention(args: argparse.Namespace) -> list[Path]:
@@ -116,6 +114,8 @@ def visualize_attention(args: argparse.Namespace) -> list[Path]:
     elif args.embedded:
         pixels = open_source(None, "val").load(DIGIT).decode()
     else:
+        from sklearn.datasets import load_sample_image  # a second of SciPy, of which the training needs nothing
+
         pixels = load_sample_image("flower.jpg")
     image = prepare_image(pixels, args.image_size, input_channels(encoder)).to(device)
     paths = save_attention(encoder, image, args.output_dir, args.threshold)

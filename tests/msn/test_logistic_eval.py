@@ -149,6 +149,22 @@ def test_no_step_away_from_the_solution_lowers_the_objective(num_classes, penalt
     assert classifier.accuracy(features, labels) > 90
 
 
+@pytest.mark.parametrize("num_classes", [2, 10])
+def test_elastic_net_ends_where_no_derivative_points_down(num_classes):
+    """Of few images in many dimensions, where solvers are slow: derivatives at weights of 0 and at all others."""
+    generator = torch.Generator().manual_seed(0)
+    labels, lambd = torch.arange(50) % num_classes, 0.0025
+    features = torch.randn(50, 96, generator=generator) + torch.randn(num_classes, 96, generator=generator)[labels]
+    weights = LowShotClassifier(features, labels, lambd, "elastic-net").weights
+    prepared, one_hot = preprocess(features.double().numpy()), np.eye(num_classes)[labels]
+    scores = np.exp(prepared @ weights)
+    gradient = prepared.T @ (scores / scores.sum(axis=1, keepdims=True) - one_hot) + lambd * weights
+    zero = weights == 0
+    assert 0.1 < zero.mean() < 0.9
+    assert np.abs(gradient[zero]).max() <= 1.001 * lambd
+    np.testing.assert_allclose(gradient[~zero], -lambd * np.sign(weights[~zero]), rtol=1e-3)
+
+
 def test_one_class_is_refused():
     with pytest.raises(ValueError, match="a single class"):
         LowShotClassifier(torch.randn(4, 3), torch.zeros(4, dtype=torch.long), 0.1)

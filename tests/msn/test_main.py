@@ -164,8 +164,8 @@ def test_the_target_encoder_is_the_moving_average_of_the_encoder_and_keeps_its_o
     assert state["encoder"]["fc.bn1.num_batches_tracked"] == 12
 
 
-def as_the_official_code_saves(state: dict) -> dict:
-    """Its keys, an optimiser that is not fused, names as after several processes."""
+def as_the_official_code_saves(state: dict, world_size: int = 1) -> dict:
+    """Its keys, an optimiser that is not fused, names as after several processes, whose gradients of prototypes sum."""
     groups = [
         {k: v for k, v in group.items() if k not in ("fused", "foreach")} for group in state["opt"]["param_groups"]
     ]
@@ -175,17 +175,26 @@ def as_the_official_code_saves(state: dict) -> dict:
     others = {
         key: state[key] for key in ("prototypes", "epoch", "loss", "batch_size", "world_size", "lr", "temperature")
     }
-    return {**networks, "opt": {"state": state["opt"]["state"], "param_groups": groups}, **others}
+    others |= {"batch_size": state["batch_size"] // world_size, "world_size": world_size}
+    moments, prototypes = dict(state["opt"]["state"]), groups[2]["params"][0]
+    summed = {"exp_avg": moments[prototypes]["exp_avg"] * world_size}
+    summed["exp_avg_sq"] = moments[prototypes]["exp_avg_sq"] * world_size**2
+    moments[prototypes] = moments[prototypes] | summed
+    return {**networks, "opt": {"state": moments, "param_groups": groups}, **others}
 
 
-def test_a_checkpoint_of_the_official_code_is_gone_on_with(run, images, tmp_path):
-    official = as_the_official_code_saves(load_latest(run / "msn-ep1.pth.tar"))
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_a_checkpoint_of_the_official_code_is_gone_on_with(run, images, tmp_path, world_size):
+    official = as_the_official_code_saves(load_latest(run / "msn-ep1.pth.tar"), world_size)
     torch.save(official, tmp_path / "official.pth.tar")
     flags = ("--data_path", images, "--epochs", 2, "--drop_path_rate", 0.2, "--read_checkpoint", "official.pth.tar")
     train(tmp_path, *flags)
     assert losses(tmp_path) == losses(run)[3:]
     assert_same_weights(tmp_path, run)
 
+
+def test_a_checkpoint_that_does_not_fit_is_refused_by_name(run, images, tmp_path):
+    flags = ("--data_path", images, "--epochs", 2)
     for change, message in (
         (lambda state: state["encoder"].pop("module.cls_token"), "the checkpoint's encoder does not fit this run"),
         (lambda state: state.pop("target_encoder"), "it has no target_encoder"),
