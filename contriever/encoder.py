@@ -308,6 +308,11 @@ class Retriever:
         texts = [text.lower() for text in texts] if self.lowercase else texts
         return self.tokenizer(texts, **options, **wanted)["input_ids"]
 
+    def token_ends(self, text: str) -> list[int]:
+        """Where each token of a text ends, in characters."""
+        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return [end for _, end in found["offset_mapping"]]
+
     def encode(
         self,
         texts: Sequence[str],

@@ -18,10 +18,9 @@ import numpy as np
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from contriever.encoder import Retriever
 from contriever.flags import add_encoder_flags, amp_of, check_minimum, load_encoder, script_parser
 from contriever.index.bm25 import check_weight
-from contriever.own_texts.folder import snippet
+from contriever.own_texts.folder import Limits, snippet
 from contriever.own_texts.index import SearchIndex, Update
 from contriever.own_texts.page import serve
 from contriever.text.normalize import clean
@@ -36,7 +35,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--passages", required=True, help="folder of .txt, .md and .jsonl files, or one such file")
     add("--index_path", default=None, help=f"file of the index; by default {INDEX_NAME} in the folder")
     add("--rebuild", action="store_true", help="make the index from scratch")
-    add("--max_words", type=int, default=120, help="per passage; the paper's passages have 100")
+    add("--max_words", type=int, default=120, help="per passage, and no more than the encoder reads; the paper: 100")
     add("--normalize_text", action="store_true", help="one form for dashes, quotation marks, ... (mContriever)")
 
     add = parser.add_argument_group("search").add_argument
@@ -90,24 +89,32 @@ def open_index(args: argparse.Namespace) -> SearchIndex:
             if not file.name.endswith(INDEX_NAME) and old.read(16) not in (b"SQLite format 3\0", b""):
                 raise ValueError(f"--index_path {file} is no index: --rebuild does not remove it")
         file.unlink()
-    retriever = load_encoder(args, distributed.init(device=args.device), normalized=True)
-    settings = {**retriever.identity(), "normalized": retriever.normalized, "normalize_text": args.normalize_text}
-    return SearchIndex(root, file, Encoder(retriever, args), settings, args.max_words)
+    encoder = Encoder(args)
+    settings = {"normalized": encoder.retriever.normalized, "normalize_text": args.normalize_text}
+    settings |= encoder.retriever.identity()
+    return SearchIndex(root, file, encoder, settings, encoder.limits(args.max_words))
 
 
 class Encoder:
     """From texts to vectors, of unit length if the model was trained so."""
 
-    def __init__(self, retriever: Retriever, args: argparse.Namespace):
-        self.retriever = retriever
-        self.normalize_text = args.normalize_text
-        self.batch_size = args.per_gpu_batch_size
-        self.amp = amp_of(args.no_fp16, retriever.device)
+    def __init__(self, args: argparse.Namespace):
+        self.retriever = load_encoder(args, distributed.init(device=args.device), normalized=True)
+        self.normalize_text, self.batch_size = args.normalize_text, args.per_gpu_batch_size
+        self.amp = amp_of(args.no_fp16, self.retriever.device)
 
     def __call__(self, texts: list[str], kind: str) -> np.ndarray:
-        texts = clean(texts, False, self.normalize_text)
         normalize = self.retriever.normalized
-        return self.retriever.encode(texts, self.batch_size, normalize=normalize, amp=self.amp, kind=kind)
+        return self.retriever.encode(self.clean(texts), self.batch_size, None, normalize, self.amp, kind)
+
+    def clean(self, texts: list[str]) -> list[str]:
+        return clean(texts, False, self.normalize_text)
+
+    def limits(self, max_words: int) -> Limits:
+        """Passages that the encoder reads whole."""
+        retriever = self.retriever
+        length = (retriever.default_length or retriever.max_length) - len(retriever.tokenize([""], kind="passage")[0])
+        return Limits(max_words, length, retriever.token_ends, lambda text: self.clean([text])[0])
 
 
 def report(update: Update) -> None:

@@ -4,6 +4,8 @@ from dataclasses import dataclass, replace
 
 from shared.images.views import ViewRecipe
 
+from .hub import MEAN, STD
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -38,8 +40,8 @@ RECIPES = {
         common={**BILINEAR, **JITTER, "grey_p": 0.2, "blur_p": 0.5, "blur_radius": (0.1, 2.0)},
         eval_resize_px=256,
         fine_tune_scale=(0.08, 1.0),
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
+        mean=MEAN,
+        std=STD,
     ),
     "cifar10": Recipe(
         large=(32, (0.75, 1.0)),

@@ -9,20 +9,19 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from shared import distributed
 from shared.evaluation.features import extract_features
 from shared.images.labelled import NotLabelled
 from shared.images.loading import BadImages, EvalDataset, EvalTransform
-from shared.images.sources import ImageSource, open_source
+from shared.images.sources import ImageSource, check_same_classes, open_source
 from shared.networks.backbones import input_channels
 
 from .augmentations import Recipe
 from .heads import Encoder
 from .labels import PartlyLabelled
 from .losses import soft_nearest_neighbours
-from .networks import Representation
 
 AUTOMATIC_UP_TO = 100_000  # images to classify; beyond, an evaluation is worth asking for by flag
 QUERY_BLOCK = 1024
@@ -55,9 +54,8 @@ class Validation:
     source: ImageSource
     rows: np.ndarray
 
-    @property
-    def labels(self) -> Tensor:
-        return torch.from_numpy(self.source.labels[self.rows])
+    def dataset(self, transform: EvalTransform, bad_images: BadImages | None = None) -> EvalDataset:
+        return EvalDataset(self.source, transform, bad_images, self.rows.tolist())
 
     def describe(self) -> str:
         which = "" if len(self.rows) == len(self.source) else " without a label in training"
@@ -74,99 +72,109 @@ def open_validation(
         ValueError: If they cannot be opened or have other classes.
     """
     open_images = partial(open_source, allow_absolute_paths=allow_absolute_paths)
+    beside = Path(data_path).with_name("val") if data_path and Path(data_path).name == "train" else None
     if val_path is not None:
         val = open_images(val_path, "all", flag="--val_path")
-        check_classes(images, val)
-        return Validation(val, np.arange(len(val)))
-    if images.truth is None:
+    elif images.truth is None:
         raise NotLabelled("the classes of the unlabelled images are not known; give labelled ones as --val_path")
-    beside = Path(data_path).with_name("val") if data_path and Path(data_path).name == "train" else None
-    try:
-        val = open_images(str(beside), "all") if beside and beside.is_dir() else open_images(data_path, "val")
-    except ValueError as error:
-        if "has no val part" not in str(error):
-            raise
-        if len(images.unlabelled) == 0:
-            raise NotLabelled("all images have a label that is used; give others to classify as --val_path") from error
-        return Validation(images.source, images.unlabelled)
-    check_classes(images, val)
+    elif beside is not None and beside.is_dir():
+        val = open_images(str(beside), "all")
+    else:
+        try:
+            val = open_images(data_path, "val")
+        except ValueError as error:
+            if "has no val part" not in str(error):
+                raise
+            if len(images.unlabelled) == 0:
+                reason = "all images have a label that is used; give others to classify as --val_path"
+                raise NotLabelled(reason) from error
+            return Validation(images.source, images.unlabelled)
+    check_same_classes(images, val)
     return Validation(val, np.arange(len(val)))
 
 
-def check_classes(images: PartlyLabelled, val: ImageSource) -> None:
-    """Raise ``ValueError`` unless the images to classify have the classes of the labels, in the same order."""
-    if val.classes is None:
-        raise ValueError(f"{val.name} has no classes to evaluate: expected one folder per class, or labels")
-    if val.classes != images.classes:
-        different = sorted(set(val.classes) ^ set(images.classes))
-        raise ValueError(
-            f"{val.name} has other classes ({len(val.classes)}) than the labels ({len(images.classes)}): "
-            + ", ".join(different[:5])
-        )
+# --- Classifier -------------------------------------------------------------------------------------------------------
+
+
+class Representation(nn.Module):
+    """What evaluations compare: ``h``, or ``z`` with ``use_pred``; shares the encoder's weights."""
+
+    def __init__(self, encoder: Encoder, use_pred: bool = False):
+        super().__init__()
+        self.encoder, self.use_pred = encoder, use_pred
+
+    def forward(self, images: Tensor) -> Tensor:
+        h, z = self.encoder(images)
+        return z if self.use_pred else h
 
 
 def eval_transform(recipe: Recipe, encoder: Encoder) -> EvalTransform:
     """Resize, crop the centre, normalise, for the channels that the encoder takes."""
-    return EvalTransform(
-        recipe.eval_resize_px, recipe.large[0], recipe.mean, recipe.std, input_channels(encoder), "bilinear"
-    )
+    side, _ = recipe.large
+    return EvalTransform(recipe.eval_resize_px, side, recipe.mean, recipe.std, input_channels(encoder), "bilinear")
 
 
-def representations(
-    encoder: Encoder,
-    source: ImageSource,
-    rows: np.ndarray,
-    recipe: Recipe,
-    device: torch.device,
-    *,
-    use_pred: bool = False,
-    batch_size: int = 128,
-    num_workers: int = 0,
-    bad_images: BadImages | None = None,
-    between_batches: Callable[[], None] | None = None,
-) -> Tensor:
-    """Representations (len(rows), D) of images in evaluation mode; every process must call this."""
-    dataset = EvalDataset(source, eval_transform(recipe, encoder), bad_images, rows.tolist())
-    module = Representation(encoder, use_pred).train(encoder.training)
-    features, _ = extract_features(module, dataset, device, batch_size, num_workers, between_batches=between_batches)
-    return features
+@dataclass
+class SoftNearestNeighbours:
+    """Classifies images by the vote of the labelled ones, which are seen as centre crops without augmentation.
 
-
-class SNNMonitor:
-    """Top-1 of the soft nearest-neighbour classifier, between epochs.
-
-    Args:
+    Attributes:
         images: Their labelled ones are the supports.
-        validation: What is classified; None switches the monitor off.
-        every_epochs: Evaluate after every so many epochs; 0: never. None: before and after training, when there are at
-            most 100,000 images to classify.
-        epochs: Length of the training.
+        temperature: Of the softmax over similarities.
         use_pred: Compare the outputs of the prediction head.
-        disabled_reason: Why there are no images to classify, for the summary of the run.
+        batch_size: Images per process in one pass.
     """
 
-    def __init__(
-        self,
-        images: PartlyLabelled,
-        validation: Validation | None,
-        recipe: Recipe,
-        temperature: float,
-        every_epochs: int | None,
-        epochs: int,
-        device: torch.device,
-        num_workers: int = 0,
-        bad_images: BadImages | None = None,
-        use_pred: bool = False,
-        disabled_reason: str = "there are no labelled images",
-    ):
-        self.images, self.validation, self.recipe, self.temperature = images, validation, recipe, temperature
-        self.every_epochs, self.epochs, self.device, self.num_workers = every_epochs, epochs, device, num_workers
-        self.bad_images, self.use_pred = bad_images, use_pred
-        self.disabled_reason = disabled_reason if validation is None else None
-        if validation is not None and every_epochs is None and len(validation.rows) > AUTOMATIC_UP_TO:
-            self.disabled_reason = (
-                f"there are {len(validation.rows):,} images to classify; ask for it with --eval_knn_freq"
+    images: PartlyLabelled
+    recipe: Recipe
+    temperature: float
+    device: torch.device
+    num_workers: int = 0
+    use_pred: bool = False
+    batch_size: int = 128
+
+    def classify(
+        self, encoder: Encoder, dataset: EvalDataset, between_batches: Callable[[], None] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Class probabilities (N, C) of a data set, and its labels (N,); every process must call this.
+
+        Args:
+            between_batches: Called after every batch, equally often on every process; may raise to stop.
+        """
+        network = Representation(encoder, self.use_pred).train(encoder.training)
+        chosen = self.images.labelled
+        labelled = EvalDataset(self.images.source, eval_transform(self.recipe, encoder), rows=chosen.tolist())
+        (supports, _), (queries, labels) = (
+            extract_features(
+                network, part, self.device, self.batch_size, self.num_workers, between_batches=between_batches
             )
+            for part in (labelled, dataset)
+        )
+        support_labels = torch.from_numpy(self.images.labels[chosen]).to(supports.device)
+        num_classes = len(self.images.classes)
+        return classify(queries, supports, support_labels, num_classes, self.temperature), labels
+
+
+# --- Between epochs ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class SNNMonitor:
+    """Top-1 of the soft nearest neighbours between epochs.
+
+    Attributes:
+        validation: What is classified; None: nothing is.
+        every_epochs: Evaluate after every so many epochs, and before and after training; None: only then.
+        epochs: Length of the training.
+        disabled_reason: Why there is no evaluation, or None.
+    """
+
+    classifier: SoftNearestNeighbours
+    validation: Validation | None
+    every_epochs: int | None
+    epochs: int
+    bad_images: BadImages | None
+    disabled_reason: str | None
 
     def is_due(self, epoch: int) -> bool:
         """Whether to evaluate after ``epoch`` (-1: before training)."""
@@ -176,41 +184,16 @@ class SNNMonitor:
         return ends or (self.every_epochs is not None and (epoch + 1) % self.every_epochs == 0)
 
     def run(self, encoder: Encoder, between_batches: Callable[[], None] | None = None) -> float:
-        """Top-1 in percent.
-
-        Args:
-            between_batches: Called after every batch, equally often on every process; may raise to stop.
-        """
-        embed = partial(
-            representations,
-            encoder,
-            recipe=self.recipe,
-            device=self.device,
-            use_pred=self.use_pred,
-            num_workers=self.num_workers,
-            between_batches=between_batches,
-        )
-        images, val = self.images, self.validation
-        supports = embed(images.source, images.labelled)
-        queries = embed(val.source, val.rows, bad_images=self.bad_images)
-        labels = torch.from_numpy(images.labels[images.labelled]).to(supports.device)
-        probabilities = classify(queries, supports, labels, len(images.classes), self.temperature)
-        return top_k(probabilities, val.labels)[0]
+        """Top-1 in percent; see :meth:`SoftNearestNeighbours.classify`."""
+        dataset = self.validation.dataset(eval_transform(self.classifier.recipe, encoder), self.bad_images)
+        return top_k(*self.classifier.classify(encoder, dataset, between_batches))[0]
 
 
-def build_snn_monitor(
-    args: argparse.Namespace,
-    images: PartlyLabelled,
-    recipe: Recipe,
-    device: torch.device,
-    num_workers: int,
-    on_bad_image: str,
-    use_pred: bool = False,
-) -> SNNMonitor:
+def build_snn_monitor(args: argparse.Namespace, classifier: SoftNearestNeighbours, on_bad_image: str) -> SNNMonitor:
     """The monitor that the flags of a training ask for; says why when there is none.
 
     Args:
-        args: Those of :mod:`paws.training_flags`.
+        args: Those of :mod:`paws.flags`.
         on_bad_image: ``replace`` or ``error``, for the images to classify.
 
     Raises:
@@ -219,7 +202,7 @@ def build_snn_monitor(
     validation, reason, bad_images = None, "--eval_knn_freq 0", None
     if args.eval_knn_freq != 0:
         try:
-            validation = open_validation(images, args.data_path, args.val_path, args.allow_absolute_paths)
+            validation = open_validation(classifier.images, args.data_path, args.val_path, args.allow_absolute_paths)
         except NotLabelled as error:
             if args.eval_knn_freq:
                 raise ValueError(f"--eval_knn_freq {args.eval_knn_freq}: {error}") from error
@@ -227,35 +210,9 @@ def build_snn_monitor(
     if validation is not None:
         listed = Path(args.output_dir) / "bad_images_val.txt"
         bad_images = BadImages(len(validation.source), listed, on_bad_image, args.max_bad_fraction)
-    monitor = SNNMonitor(
-        images,
-        validation,
-        recipe,
-        args.temperature,
-        args.eval_knn_freq,
-        args.epochs,
-        device,
-        num_workers,
-        bad_images,
-        use_pred,
-        reason,
-    )
-    if monitor.disabled_reason is None:
-        distributed.print_once(f"evaluation: {validation.describe()}")
-    else:
-        distributed.print_once(f"no evaluation between epochs: {monitor.disabled_reason}")
-    return monitor
-
-
-def add_process_flags(parser: argparse.ArgumentParser) -> None:
-    """Device and launcher flags of the evaluations."""
-    add = parser.add_argument_group("processes").add_argument
-    add("--dist_url", default="env://", help="rendezvous of the processes")
-    add("--local_rank", "--local-rank", type=int, default=0, help="ignored: read from the environment")
-
-
-def print_accuracies(what: str, probabilities: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Print and return top-1 and top-5."""
-    top1, top5 = top_k(probabilities, labels)
-    distributed.print_once(f"{what}: top-1 {top1:.2f} %, top-5 {top5:.2f} %")
-    return top1, top5
+        many = args.eval_knn_freq is None and len(validation.rows) > AUTOMATIC_UP_TO
+        reason = f"there are {len(validation.rows):,} images to classify; ask for it with --eval_knn_freq"
+        reason = reason if many else None
+    what = f"no evaluation between epochs: {reason}" if reason else f"evaluation: {validation.describe()}"
+    distributed.print_once(what)
+    return SNNMonitor(classifier, validation, args.eval_knn_freq, args.epochs, bad_images, reason)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from paws import fine_tune, paws_train, training_flags
+from paws import fine_tune, flags, paws_train
 from paws.augmentations import Recipe, choose_recipe
 from paws.evaluation import Validation, open_validation
 from paws.labels import PartlyLabelled, open_partly_labelled
@@ -49,7 +49,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
     """Parse and check the command line; without images the defaults are those of the embedded digits."""
-    return training_flags.parse_with_embedded_defaults(parser or get_args_parser(), arguments, EMBEDDED_DATA_DEFAULTS)
+    return flags.parse_with_embedded_defaults(parser or get_args_parser(), arguments, EMBEDDED_DATA_DEFAULTS)
 
 
 def compare(args: argparse.Namespace) -> list[dict[str, float]]:
@@ -96,15 +96,15 @@ def paws_accuracy(args: argparse.Namespace, count: int, run: Path) -> float:
 def supervised_accuracy(args: argparse.Namespace, count: int, num_labels: int, run: Path) -> float:
     """Train the same network from random weights on ``count`` labels of each class, for as many steps as PAWS."""
     steps = [line["step"] for line in read_log(run / "metrics.jsonl") if "loss" in line][-1]
-    names = ("data_path", "val_path", "dataset", "model_name", "image_size", "data_seed", "num_workers", "seed",
-             "device", "in_chans", "color_jitter_strength", "amp", "normalize")  # fmt: skip
-    flags = [f"--{name}={getattr(args, name)}" for name in names if getattr(args, name) is not None]
+    names = "data_path val_path dataset model_name image_size data_seed num_workers seed device in_chans".split()
+    names += ["color_jitter_strength", "amp", "normalize"]
+    words = [f"--{name}={getattr(args, name)}" for name in names if getattr(args, name) is not None]
     batch_size = min(256, num_labels)
     repeat = max(1, round(steps / args.epochs * batch_size / num_labels))
-    flags += ["--pretrained=random", "--views=strong", "--lr=0.03", "--zero_init=false", "--pictures=false"]
-    flags += [f"--labels_per_class={count}", f"--batch_size={batch_size}", f"--repeat={repeat}"]
-    flags += [f"--epochs={args.epochs}", f"--output_dir={run / 'supervised'}"]
-    return fine_tune.fine_tune(fine_tune.parse_args(flags))["acc1"]
+    words += ["--pretrained=random", "--views=strong", "--lr=0.03", "--zero_init=false", "--pictures=false"]
+    words += [f"--labels_per_class={count}", f"--batch_size={batch_size}", f"--repeat={repeat}"]
+    words += [f"--epochs={args.epochs}", f"--output_dir={run / 'supervised'}"]
+    return fine_tune.fine_tune(fine_tune.parse_args(words))["acc1"]
 
 
 class Pixels(nn.Module):
@@ -117,12 +117,12 @@ class Pixels(nn.Module):
 def pixel_accuracy(images: PartlyLabelled, validation: Validation, recipe: Recipe) -> float:
     """Nearest labelled image by the cosine of the normalised pixels."""
     transform = EvalTransform(recipe.eval_resize_px, recipe.large[0], recipe.mean, recipe.std, 3, "bilinear")
-    labelled, others = (
-        extract_features(Pixels(), EvalDataset(source, transform, rows=rows.tolist()), torch.device("cpu"))[0]
-        for source, rows in ((images.source, images.labelled), (validation.source, validation.rows))
+    labelled = EvalDataset(images.source, transform, rows=images.labelled.tolist())
+    (supports, _), (others, truth) = (
+        extract_features(Pixels(), dataset, torch.device("cpu"))
+        for dataset in (labelled, validation.dataset(transform))
     )
-    labels = torch.from_numpy(images.labels[images.labelled])
-    return knn_classify(labelled, labels, others, validation.labels, k=1)[0]
+    return knn_classify(supports, torch.from_numpy(images.labels[images.labelled]), others, truth, k=1)[0]
 
 
 def table(rows: list[dict[str, float]]) -> str:

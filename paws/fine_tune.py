@@ -21,19 +21,18 @@ from torch import Tensor, nn
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from paws import training_flags
+from paws import flags
 from paws.augmentations import Recipe, choose_recipe, fine_tune_view, support_views
 from paws.checkpoints import Progress, fine_tuning_from_official, fine_tuning_to_official
 from paws.evaluation import Validation, eval_transform, open_validation
 from paws.heads import Encoder, classification_head
+from paws.hub import RUN_ON_DIGITS, backbone_of, build_encoder, build_for, load_classifier, read_weights
 from paws.labels import PartlyLabelled
-from paws.networks import build_encoder
 from paws.optimisation import LARS, lr_schedule, parameter_groups
-from paws.pretrained import RUN_ON_DIGITS, backbone_of, build_for, find_file, load_classifier, read_weights
 from paws.training_data import LabelledBatches, open_images
 from shared import distributed
 from shared.images.labelled import NotLabelled
-from shared.images.loading import BadImages, EpochBatchSampler, EvalDataset, default_num_workers, make_loader
+from shared.images.loading import BadImages, EpochBatchSampler, default_num_workers, make_loader
 from shared.multicrop import MultiCropDataset, normalize_views
 from shared.networks.backbones import input_channels
 from shared.networks.batchnorm import synchronize_batchnorm
@@ -59,21 +58,16 @@ RUN_FLAGS = ("model_name", "in_chans", "lr", "epochs", "batch_size", "seed")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = training_flags.new_parser(__doc__)
-    add = training_flags.add_label_flags(parser)
+    parser = flags.new_parser(__doc__)
+    add = flags.add_label_flags(parser)
     add("--num_classes", type=int, default=None, help="outputs of the classifier; by default as many as classes")
     add("--batch_size", type=int, default=256, help="images per process")
     add("--repeat", type=int, default=1, help="passes over the labelled images in an epoch; for very few of them")
     add("--views", default="basic", choices=("basic", "strong"), help="strong: the views of the supports of PAWS")
     add("--color_jitter_strength", type=float, default=1.0, help="of the strong views")
-    add = parser.add_argument_group("meta").add_argument
-    add("--model_name", "--model-name", default="resnet50", help="as for main.py")
-    add("--pretrained", default=None, help="checkpoint of a training, name of a release, or random")
+    add = flags.add_fine_tuning_flags(parser, model_name="resnet50", write_tag="paws-fine-tune")
     add("--allow_partial", action="store_true", help="go on when --pretrained does not fill the backbone")
     add("--training", type=bool_flag, default=True, help="false: only evaluate the fine-tuned network of --pretrained")
-    add("--use_fp16", type=bool_flag, default=True, help="false: the same as --amp fp32")
-    add("--amp", default="auto", choices=("auto", "bf16", "fp16", "fp32"), help="auto: bf16 where it is fast")
-    add("--load_checkpoint", type=bool_flag, default=True, help="ignored: a run always goes on from its own checkpoint")
     add("--master_port", type=int, default=None, help="ignored: torchrun and SLURM choose it")
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=int, default=50, help="passes over the labelled images")
@@ -82,21 +76,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--nesterov", type=bool_flag, default=True, help="Nesterov's momentum")
     add("--use_lars", type=bool_flag, default=False, help="adapt the learning rate layer by layer")
     add("--zero_init", type=bool_flag, default=True, help="start the last layer at 0")
-    training_flags.add_run_flags(parser)
-    training_flags.add_output_flags(parser, write_tag="paws-fine-tune")
-    add = parser.add_argument_group("logging").add_argument
-    add("--pretrain_path", default=None, help="official name of --pretrained, relative to --output_dir")
     return parser
 
 
 def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
     """Parse and check the command line; without images the defaults are those of the embedded digits."""
     parser = parser or get_args_parser()
-    args = training_flags.parse_with_embedded_defaults(parser, arguments, EMBEDDED_DATA_DEFAULTS)
-    if args.pretrained is None and args.pretrain_path is not None:
-        args.pretrained = str(Path(args.output_dir) / args.pretrain_path)
-    if args.pretrained is None:
-        parser.error("--pretrained is missing: a checkpoint of main.py, the name of a release, or random")
+    args = flags.parse_with_embedded_defaults(parser, arguments, EMBEDDED_DATA_DEFAULTS)
+    flags.require_pretrained(parser, args, ", or random")
     return args
 
 
@@ -221,8 +208,8 @@ def build_classifier(args: argparse.Namespace, num_classes: int, recipe: Recipe)
         encoder = build_encoder(args.model_name, img_size=recipe.large[0], in_chans=args.in_chans)
         encoder.fc = classification_head(encoder.embed_dim, num_classes)
     else:
-        weights = read_weights(find_file(args.model_name, args.pretrained))
-        encoder = build_for(args.model_name, weights.tensors)
+        weights = read_weights(args.model_name, args.pretrained)
+        encoder = build_for(args.model_name, weights)
         load_backbone_weights(backbone_of(encoder), weights, allow_partial=args.allow_partial)
         encoder.fc = classification_head(encoder.embed_dim, num_classes)
         own = {f"fc.{name}": value for name, value in encoder.fc.state_dict().items()}
@@ -264,9 +251,7 @@ def validate_encoder(
     Args:
         between_batches: Called after every batch, equally often on every process; may raise to stop.
     """
-    transform = eval_transform(recipe, encoder)
-    bad_images = BadImages(len(validation.source), on_bad_image="error")
-    dataset = EvalDataset(validation.source, transform, bad_images, validation.rows.tolist())
+    dataset = validation.dataset(eval_transform(recipe, encoder))
     result = evaluate_classifier(Logits(encoder), dataset, precision, batch_size, num_workers, between_batches)
     distributed.print_once(f"{validation.describe()}: top-1 {result['acc1']:.2f} %, top-5 {result['acc5']:.2f} %")
     return result

@@ -38,6 +38,10 @@ class PartlyLabelled:
     truth: np.ndarray | None = None
 
     @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
     def labelled(self) -> np.ndarray:
         """Indices of the images that have a label."""
         return np.flatnonzero(self.labels >= 0)

@@ -30,8 +30,8 @@ OFFICIAL = {"--folder": "--job_dir", "--time": "--timeout", "--tasks-per-node": 
 def get_args_parser(program: str = "paws_train") -> argparse.ArgumentParser:
     parser = programs.get_args_parser(program)
     parser.description = __doc__.split("\n\n")[0]
-    parser.add_argument("--batch-launch", action="store_true", help="--fname is a YAML list of configuration files, "
-        "of which each becomes a job")  # fmt: skip
+    batch = "--fname is a YAML list of configuration files, of which each becomes a job"
+    parser.add_argument("--batch-launch", action="store_true", help=batch)
     slurm.add_slurm_flags(parser, job_name=program)
     parser.set_defaults(nodes=1, ngpus=1, timeout=4300, partition="")
     return parser

@@ -26,24 +26,22 @@ from torch import Tensor, nn
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from paws import training_flags
+from paws import flags
 from paws.augmentations import Recipe, choose_recipe
 from paws.checkpoints import NETWORK_FLAGS, find_checkpoint, from_official, latest, numbered_checkpoint, to_official
-from paws.collapse import CollapseMonitor
-from paws.evaluation import build_snn_monitor
-from paws.losses import paws_loss, sharpen, soft_nearest_neighbours, support_labels
-from paws.networks import build_encoder
+from paws.evaluation import SoftNearestNeighbours, build_snn_monitor
+from paws.hub import build_encoder, load_backbone_into
+from paws.losses import paws_loss, sharpen, soft_nearest_neighbours
 from paws.optimisation import LARS, lr_schedule, parameter_groups
-from paws.pretrained import load_backbone_into
 from paws.pseudo_labels import Written, save_pseudo_labels
-from paws.report import save_pictures, summary
+from paws.report import collapse_monitor, save_pictures, summary
 from paws.training_data import open_training_data
 from shared import distributed
 from shared.images.decode import ImageError
 from shared.multicrop import normalize_views
 from shared.networks.batchnorm import synchronize_batchnorm
 from shared.optimisation.optim import clip_grad_norm_per_tensor_
-from shared.run.flags import bool_flag
+from shared.run.flags import bool_flag, tell_embedded_defaults
 from shared.run.health import feature_spread, rank_me
 from shared.run.run import Run
 
@@ -69,14 +67,14 @@ EMBEDDED_DATA_DEFAULTS = {
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = training_flags.new_parser(__doc__)
-    training_flags.add_view_flags(training_flags.add_label_flags(parser))
-    add = training_flags.add_support_flags(parser)
+    parser = flags.new_parser(__doc__)
+    flags.add_view_flags(flags.add_label_flags(parser))
+    add = flags.add_support_flags(parser)
     add("--me_max", type=bool_flag, default=True, help="keep the classes of the pseudo-labels diverse")
     add("--sharpen", type=float, default=0.25, help="temperature of the targets' sharpening")
-    training_flags.add_network_flags(parser)
-    training_flags.add_optimisation_flags(parser)
-    training_flags.add_run_flags(parser)
+    flags.add_network_flags(parser)
+    flags.add_optimisation_flags(parser)
+    flags.add_run_flags(parser)
     return parser
 
 
@@ -88,7 +86,7 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
         parser: That of :func:`get_args_parser` with further flags, for programs that have them.
     """
     parser = parser or get_args_parser()
-    args = training_flags.parse_with_embedded_defaults(parser, arguments, EMBEDDED_DATA_DEFAULTS)
+    args = flags.parse_with_embedded_defaults(parser, arguments, EMBEDDED_DATA_DEFAULTS)
     if args.output_dim < 4:
         parser.error(f"--output_dim {args.output_dim} is less than 4")
     return args
@@ -97,12 +95,10 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
 def train_paws(args: argparse.Namespace) -> None:
     """Train from the newest checkpoint in ``args.output_dir``, or from scratch if there is none."""
     run = Run(args, args.amp if args.use_fp16 else "fp32", latest(args))
-    device, output_dir = run.device, run.output_dir
+    device = run.device
     recipe = choose_recipe(args.dataset, args.normalize, args.image_size, args.small_image_size)
-    data = open_training_data(args, recipe, output_dir, device)
-    if args.data_path is None:
-        names = " ".join(f"--{name}" for name in EMBEDDED_DATA_DEFAULTS)
-        distributed.print_once(f"without images these flags have defaults for the embedded digits: {names}")
+    data = open_training_data(args, recipe, run.output_dir, device)
+    tell_embedded_defaults(args.data_path, EMBEDDED_DATA_DEFAULTS)
 
     # encoder, optimiser, learning rate of every step, labels of the supports
     encoder = build_encoder(args.model_name, args.output_dim, args.use_pred_head, recipe.large[0], args.in_chans)
@@ -112,21 +108,15 @@ def train_paws(args: argparse.Namespace) -> None:
     optimizer = LARS(parameter_groups(encoder, args.weight_decay), momentum=args.momentum, nesterov=args.nesterov)
     warmup_steps, steps = args.warmup * data.steps_per_epoch, args.epochs * data.steps_per_epoch
     rates = lr_schedule(args.start_lr, args.lr, args.final_lr, warmup_steps, steps)
-    labels = support_labels(
-        args.supervised_imgs_per_class,
-        args.classes_per_batch,
-        distributed.get_world_size(),
-        args.unique_classes_per_rank,
-        args.label_smoothing,
-        args.supervised_views,
-    ).to(device)
+    labels = data.support_labels.to(device)
 
     # checkpoints under the names of the official ones, monitoring
     layout = {"to_official": to_official, "from_official": from_official, "scheduled": ("lr",)}
     checkpoint = find_checkpoint(run.path, args.read_checkpoint)
     run.resume(data, steps, NETWORK_FLAGS, checkpoint=checkpoint, **layout, encoder=encoder, opt=optimizer)
-    run.health = CollapseMonitor(labels.shape[1], patience_steps=steps // 4)
-    evaluation = build_snn_monitor(args, data.images, recipe, device, data.num_workers, args.on_bad_image)
+    run.health = collapse_monitor(labels.shape[1], steps)
+    classifier = SoftNearestNeighbours(data.images, recipe, args.temperature, device, data.num_workers)
+    evaluation = build_snn_monitor(args, classifier, args.on_bad_image)
 
     with run:
         if run.is_new and evaluation.is_due(-1):
@@ -149,14 +139,13 @@ def train_paws(args: argparse.Namespace) -> None:
                 run.log_evaluation(snn_top1=evaluation.run(distributed.unwrap(encoder), run.stop_if_asked))
             run.log_epoch(bad_images=data.bad_images.count())
             run.end_epoch(keep_as=numbered_checkpoint(args, epoch))
-    network, options = distributed.unwrap(encoder), {"num_workers": data.num_workers, "pictures": args.pictures}
     try:
-        written = save_pseudo_labels(network, data.images, recipe, args.temperature, output_dir, device, **options)
+        written = save_pseudo_labels(distributed.unwrap(encoder), classifier, run.output_dir, args.pictures)
     except ImageError as error:  # as after self-training, when all readable images have a label
         written = Written(None, [f"no pseudo-labels: {error}"])
     if distributed.is_main_process():
-        pictures = written.pictures + (save_pictures(data.dataset, output_dir) if args.pictures else [])
-        print(summary(args, output_dir, evaluation, written, pictures, list(run.health.warnings.values())))
+        pictures = written.pictures + (save_pictures(data.dataset, run.output_dir) if args.pictures else [])
+        print(summary(args, run, evaluation, written.lines, pictures))
 
 
 def train_one_epoch(

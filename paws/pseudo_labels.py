@@ -26,17 +26,15 @@ from torch import Tensor
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from paws import training_flags
-from paws.augmentations import Recipe, choose_recipe
-from paws.evaluation import AUTOMATIC_UP_TO, add_process_flags, classify, eval_transform, representations
+from paws import flags
+from paws.augmentations import choose_recipe
+from paws.evaluation import AUTOMATIC_UP_TO, SoftNearestNeighbours, eval_transform
 from paws.heads import Encoder
+from paws.hub import RUN_ON_DIGITS, load_encoder
 from paws.labels import PartlyLabelled
-from paws.networks import Representation
-from paws.pictures import save_certainty
-from paws.pretrained import RUN_ON_DIGITS, load_encoder
+from paws.report import save_certainty
 from paws.training_data import open_images
 from shared import distributed
-from shared.evaluation.features import extract_features
 from shared.images.decode import ImageError
 from shared.images.loading import EvalDataset, default_num_workers
 from shared.images.sources import FileSource, ImageSource
@@ -68,27 +66,18 @@ class Written:
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = training_flags.new_parser(__doc__)
-    training_flags.add_label_flags(parser)
-    add = parser.add_argument_group("criterion").add_argument
-    add("--temperature", type=float, default=0.1, help="of the softmax over similarities")
-    add = parser.add_argument_group("meta").add_argument
-    add("--model_name", "--model-name", default="resnet50", help="as for main.py")
-    add("--pretrained", default=None, help="checkpoint of a training, or the name of a release")
-    add("--use_pred", "--use-pred", action="store_true", help="compare the outputs of the prediction head")
-    add("--batch_size", type=int, default=128, help="images per process")
+    parser = flags.new_parser(__doc__)
+    flags.add_label_flags(parser)
+    add = flags.add_evaluation_flags(parser, batch_size=128)
     add("--pictures", type=bool_flag, default=True, help="also draw the most and the least certain images")
-    training_flags.add_device_flag(parser)
-    training_flags.add_output_flags(parser)
-    add_process_flags(parser)
+    flags.add_output_flags(parser)
     return parser
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = get_args_parser()
-    args = training_flags.parse_with_embedded_defaults(parser, arguments, EMBEDDED_DATA_DEFAULTS)
-    if args.pretrained is None:
-        parser.error("--pretrained is missing: a checkpoint of main.py, or the name of a release")
+    args = flags.parse_with_embedded_defaults(parser, arguments, EMBEDDED_DATA_DEFAULTS)
+    flags.require_pretrained(parser, args)
     return args
 
 
@@ -101,19 +90,10 @@ def label_images(args: argparse.Namespace) -> Written:
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     num_workers = default_num_workers() if args.num_workers is None else args.num_workers
-    written = save_pseudo_labels(
-        encoder,
-        images,
-        recipe,
-        args.temperature,
-        output_dir,
-        device,
-        args.pictures,
-        use_pred=args.use_pred,
-        batch_size=args.batch_size,
-        num_workers=num_workers,
-        most_images=None,
+    classifier = SoftNearestNeighbours(
+        images, recipe, args.temperature, device, num_workers, args.use_pred, args.batch_size
     )
+    written = save_pseudo_labels(encoder, classifier, output_dir, args.pictures, most_images=None)
     for line in [*written.lines, *(f"picture: {path}" for path in written.pictures)]:
         distributed.print_once(line)
     return written
@@ -121,40 +101,36 @@ def label_images(args: argparse.Namespace) -> Written:
 
 def save_pseudo_labels(
     encoder: Encoder,
-    images: PartlyLabelled,
-    recipe: Recipe,
-    temperature: float,
+    classifier: SoftNearestNeighbours,
     output_dir: Path,
-    device: torch.device,
     pictures: bool = True,
-    *,
-    use_pred: bool = False,
-    batch_size: int = 128,
-    num_workers: int = 0,
     most_images: int | None = AUTOMATIC_UP_TO,
 ) -> Written:
     """Label every unlabelled image and write the files; every process must call this, rank 0 writes.
 
     Args:
         encoder: With its projection head.
-        use_pred: Compare the outputs of the prediction head.
         most_images: With more unlabelled images than this nothing is done.
+
+    Raises:
+        ImageError: If no unlabelled image can be read.
     """
+    images = classifier.images
     rows = images.unlabelled
     if len(rows) == 0:
         return Written(None, ["no pseudo-labels: every image has a label"])
     if most_images is not None and len(rows) > most_images:
         return Written(None, [f"no pseudo-labels of {len(rows):,} images: python pseudo_labels.py writes them"])
-    options = {"use_pred": use_pred, "batch_size": batch_size, "num_workers": num_workers}
-    supports = representations(encoder, images.source, images.labelled, recipe, device, **options)
-    queries, readable = readable_representations(encoder, images.source, rows, recipe, device, **options)
+    dataset = ReadableImages(images.source, eval_transform(classifier.recipe, encoder), rows=rows.tolist())
+    probabilities, labels = classifier.classify(encoder, dataset)
+    readable = (labels != UNREADABLE).cpu()
+    if not readable.any():
+        raise ImageError(f"none of the {len(rows)} unlabelled images of {images.source.name} can be read")
     if not distributed.is_main_process():
         return Written(None, [])
-    write_unreadable(images.source, rows[~readable], output_dir / "unreadable.txt")
-    labels = torch.from_numpy(images.labels[images.labelled]).to(device)
-    probabilities = classify(queries, supports, labels, len(images.classes), temperature)
-    confidences, found = (tensor.cpu().numpy() for tensor in probabilities.max(dim=1))
-    rows = rows[readable]
+    write_unreadable(images.source, rows[~readable.numpy()], output_dir / "unreadable.txt")
+    confidences, found = (tensor.numpy() for tensor in probabilities.cpu()[readable].max(dim=1))
+    rows = rows[readable.numpy()]
     path = output_dir / "pseudo_labels.csv"
     write_table(images, rows, found, confidences, path)
     lines = [f"{path}: {len(rows):,} pseudo-labels, mean confidence {confidences.mean():.3f}"]
@@ -179,27 +155,6 @@ class ReadableImages(EvalDataset):
         except ImageError:
             side = self.transform.crop_px
             return torch.zeros(self.transform.in_chans, side, side), UNREADABLE, index
-
-
-def readable_representations(
-    encoder: Encoder,
-    source: ImageSource,
-    rows: np.ndarray,
-    recipe: Recipe,
-    device: torch.device,
-    *,
-    use_pred: bool,
-    batch_size: int,
-    num_workers: int,
-) -> tuple[Tensor, np.ndarray]:
-    """Representations of the images that can be read, and which of ``rows`` these are (bool)."""
-    dataset = ReadableImages(source, eval_transform(recipe, encoder), rows=rows.tolist())
-    module = Representation(encoder, use_pred).train(encoder.training)
-    features, labels = extract_features(module, dataset, device, batch_size, num_workers)
-    readable = labels != UNREADABLE
-    if not readable.any():
-        raise ImageError(f"none of the {len(rows)} unlabelled images of {source.name} can be read")
-    return features[readable], readable.cpu().numpy()
 
 
 def write_unreadable(source: ImageSource, indices: Sequence[int], path: Path) -> None:

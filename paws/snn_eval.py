@@ -11,15 +11,13 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from paws import training_flags
+from paws import flags
 from paws.augmentations import choose_recipe
-from paws.evaluation import add_process_flags, classify, open_validation, print_accuracies, representations
-from paws.pretrained import RUN_ON_DIGITS, load_encoder
+from paws.evaluation import SoftNearestNeighbours, eval_transform, open_validation, top_k
+from paws.hub import RUN_ON_DIGITS, load_encoder
 from paws.training_data import open_images
 from shared import distributed
 from shared.images.loading import default_num_workers
@@ -33,24 +31,16 @@ EMBEDDED_DATA_DEFAULTS = {
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = training_flags.new_parser(__doc__)
-    add = training_flags.add_label_flags(parser)
+    parser = flags.new_parser(__doc__)
+    add = flags.add_label_flags(parser)
     # the official script has dashes and a name of its own
     add("--unlabeled_frac", "--unlabeled-frac", type=float, default=0.9, help="as for main.py")
     add("--subset_path", "--subset-path", default=None, help="as for main.py")
     add("--root_path", "--root-path", default=None, help="as for main.py")
     add("--image_folder", "--image-folder", default="", help="as for main.py")
-    add("--dataset", "--dataset-name", default="imagenet", choices=training_flags.DATASETS, help="as for main.py")
+    add("--dataset", "--dataset-name", default="imagenet", choices=flags.DATASETS, help="as for main.py")
     add("--data_seed", "--split-seed", type=split_number, default=None, help="as for main.py")
-    add = parser.add_argument_group("criterion").add_argument
-    add("--temperature", type=float, default=0.1, help="of the softmax over similarities")
-    add = parser.add_argument_group("meta").add_argument
-    add("--model_name", "--model-name", default="resnet50", help="as for main.py")
-    add("--pretrained", default=None, help="checkpoint of a training, or the name of a release")
-    add("--use_pred", "--use-pred", action="store_true", help="compare the outputs of the prediction head")
-    add("--batch_size", type=int, default=64, help="images per process")
-    training_flags.add_device_flag(parser)
-    add_process_flags(parser)
+    flags.add_evaluation_flags(parser, batch_size=64)
     return parser
 
 
@@ -61,9 +51,8 @@ def split_number(text: str) -> int:
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = get_args_parser()
-    args = training_flags.parse_with_embedded_defaults(parser, arguments, EMBEDDED_DATA_DEFAULTS)
-    if args.pretrained is None:
-        parser.error("--pretrained is missing: a checkpoint of main.py, or the name of a release")
+    args = flags.parse_with_embedded_defaults(parser, arguments, EMBEDDED_DATA_DEFAULTS)
+    flags.require_pretrained(parser, args)
     return args
 
 
@@ -75,22 +64,12 @@ def snn_eval(args: argparse.Namespace) -> tuple[float, float]:
     recipe = choose_recipe(args.dataset, args.normalize, args.image_size)
     encoder = load_encoder(args.model_name, args.pretrained, args.use_pred).to(device)
     num_workers = default_num_workers() if args.num_workers is None else args.num_workers
-    supports, queries = (
-        representations(
-            encoder,
-            source,
-            rows,
-            recipe,
-            device,
-            use_pred=args.use_pred,
-            batch_size=args.batch_size,
-            num_workers=num_workers,
-        )
-        for source, rows in ((images.source, images.labelled), (validation.source, validation.rows))
+    classifier = SoftNearestNeighbours(
+        images, recipe, args.temperature, device, num_workers, args.use_pred, args.batch_size
     )
-    labels = torch.from_numpy(images.labels[images.labelled]).to(device)
-    probabilities = classify(queries, supports, labels, len(images.classes), args.temperature)
-    return print_accuracies(validation.describe(), probabilities, validation.labels)
+    top1, top5 = top_k(*classifier.classify(encoder, validation.dataset(eval_transform(recipe, encoder))))
+    distributed.print_once(f"{validation.describe()}: top-1 {top1:.2f} %, top-5 {top5:.2f} %")
+    return top1, top5
 
 
 def main() -> None:

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from paws import training_flags
+from paws import flags
 from paws.augmentations import Recipe, choose_recipe, support_views
 from paws.checkpoints import Progress, fine_tuning_from_official, fine_tuning_to_official
-from paws.evaluation import build_snn_monitor
+from paws.evaluation import SoftNearestNeighbours, build_snn_monitor
+from paws.hub import RUN_ON_DIGITS, load_encoder
 from paws.labels import PartlyLabelled
 from paws.losses import suncet_loss, support_labels
 from paws.optimisation import LARS, lr_schedule, parameter_groups
-from paws.pretrained import RUN_ON_DIGITS, load_encoder
 from paws.support_sampler import SupportSampler
 from paws.training_data import MOST_SUPPORTS, LabelledBatches, open_images
 from shared import distributed
@@ -52,47 +52,30 @@ RUN_FLAGS = ("model_name", "lr", "epochs", "supervised_batch_size", "supervised_
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = training_flags.new_parser(__doc__)
-    add = training_flags.add_label_flags(parser)
+    parser = flags.new_parser(__doc__)
+    add = flags.add_label_flags(parser)
     add("--color_jitter_strength", type=float, default=0.5, help="of the views")
     add("--label_smoothing", type=float, default=0.0, help="of the labels")
     add = parser.add_argument_group("criterion").add_argument
     add("--classes_per_batch", type=int, default=None, help="classes of a batch; by default all")
-    add("--supervised_batch_size", type=int, default=None, help="images of a class in a batch; by default as many as "
-        "the class with the fewest labels allows, at most 16")  # fmt: skip
+    size = "images of a class in a batch; None: as many as the class with the fewest labels allows, at most 16"
+    add("--supervised_batch_size", type=int, default=None, help=size)
     add("--supervised_views", type=int, default=2, help="views of every image")
     add("--temperature", type=float, default=0.1, help="of the softmax over similarities")
-    add = parser.add_argument_group("meta").add_argument
-    add("--model_name", "--model-name", default="wide_resnet28w2", help="as for main.py")
-    add("--pretrained", default=None, help="checkpoint of a training, or the name of a release")
+    add = flags.add_fine_tuning_flags(parser, model_name="wide_resnet28w2", write_tag="paws-fine-tune-SNN")
     add("--output_dim", type=int, default=None, help="ignored: the file says it")
     add("--use_pred_head", type=bool_flag, default=False, help="compare the outputs of the prediction head")
-    add("--use_fp16", type=bool_flag, default=True, help="false: the same as --amp fp32")
-    add("--amp", default="auto", choices=("auto", "bf16", "fp16", "fp32"), help="auto: bf16 where it is fast")
-    add("--load_checkpoint", type=bool_flag, default=True, help="ignored: a run always goes on from its own checkpoint")
-    add = training_flags.add_optimisation_flags(parser)
-    add("--epochs", type=int, default=30, help="passes over the labelled images")
-    add("--lr", type=float, default=0.1, help="peak learning rate")
-    add("--start_lr", type=float, default=0.1, help="learning rate of the first step")
-    add("--final_lr", type=float, default=0.01, help="learning rate at the end")
-    add("--warmup", type=int, default=0, help="epochs of linear warm-up")
-    add("--weight_decay", type=float, default=0.0, help="of all but biases and batch norms")
+    add = flags.add_optimisation_flags(parser)
     add("--use_lars", type=bool_flag, default=True, help="adapt the learning rate layer by layer")
-    training_flags.add_run_flags(parser)
-    training_flags.add_output_flags(parser, write_tag="paws-fine-tune-SNN")
-    add = parser.add_argument_group("logging").add_argument
-    add("--pretrain_path", default=None, help="official name of --pretrained, relative to --output_dir")
+    parser.set_defaults(epochs=30, lr=0.1, start_lr=0.1, final_lr=0.01, warmup=0, weight_decay=0.0)
     return parser
 
 
 def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
     """Parse and check the command line; without images the defaults are those of the embedded digits."""
     parser = parser or get_args_parser()
-    args = training_flags.parse_with_embedded_defaults(parser, arguments, EMBEDDED_DATA_DEFAULTS)
-    if args.pretrained is None and args.pretrain_path is not None:
-        args.pretrained = str(Path(args.output_dir) / args.pretrain_path)
-    if args.pretrained is None:
-        parser.error("--pretrained is missing: a checkpoint of main.py, or the name of a release")
+    args = flags.parse_with_embedded_defaults(parser, arguments, EMBEDDED_DATA_DEFAULTS)
+    flags.require_pretrained(parser, args)
     return args
 
 
@@ -105,7 +88,8 @@ def snn_fine_tune(args: argparse.Namespace) -> float | None:
 
     # images, encoder
     images = open_images(args)
-    evaluation = build_snn_monitor(args, images, recipe, device, num_workers, "error", args.use_pred_head)
+    classifier = SoftNearestNeighbours(images, recipe, args.temperature, device, num_workers, args.use_pred_head)
+    evaluation = build_snn_monitor(args, classifier, on_bad_image="error")
     encoder = load_encoder(args.model_name, args.pretrained, args.use_pred_head).requires_grad_(True)
     if not args.use_pred_head:
         encoder.pred = None

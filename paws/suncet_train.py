@@ -23,14 +23,13 @@ from torch import Tensor, nn
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from paws import training_flags
+from paws import flags
 from paws.augmentations import Recipe, choose_recipe
 from paws.checkpoints import NETWORK_FLAGS, find_checkpoint, from_official, latest, numbered_checkpoint, to_official
-from paws.evaluation import build_snn_monitor
-from paws.losses import simclr_loss, suncet_loss, support_labels
-from paws.networks import build_encoder
+from paws.evaluation import SoftNearestNeighbours, build_snn_monitor
+from paws.hub import build_encoder, load_backbone_into
+from paws.losses import simclr_loss, suncet_loss
 from paws.optimisation import LARS, lr_schedule, parameter_groups
-from paws.pretrained import load_backbone_into
 from paws.training_data import open_training_data
 from shared import distributed
 from shared.multicrop import normalize_views
@@ -57,23 +56,23 @@ EMBEDDED_DATA_DEFAULTS = {
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = training_flags.new_parser(__doc__)
-    add = training_flags.add_label_flags(parser)
-    training_flags.add_view_flags(add)
+    parser = flags.new_parser(__doc__)
+    add = flags.add_label_flags(parser)
+    flags.add_view_flags(add)
     add("--multicrop", type=int, default=0, choices=(0,), help="SuNCEt has no small views")
     add("--label_smoothing", type=float, default=0.0, help="of the labels of the supports")
-    add = training_flags.add_support_flags(parser)
+    add = flags.add_support_flags(parser)
     add("--supervised_epochs", type=int, default=100, help="epochs with the loss of the labelled images")
-    training_flags.add_network_flags(parser)
-    training_flags.add_optimisation_flags(parser)
-    training_flags.add_run_flags(parser)
-    training_flags.add_output_flags(parser, write_tag="suncet")
+    flags.add_network_flags(parser)
+    flags.add_optimisation_flags(parser)
+    flags.add_run_flags(parser)
+    flags.add_output_flags(parser, write_tag="suncet")
     return parser
 
 
 def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
     """Parse and check the command line; without images the defaults are those of the embedded digits."""
-    return training_flags.parse_with_embedded_defaults(parser or get_args_parser(), arguments, EMBEDDED_DATA_DEFAULTS)
+    return flags.parse_with_embedded_defaults(parser or get_args_parser(), arguments, EMBEDDED_DATA_DEFAULTS)
 
 
 def train_suncet(args: argparse.Namespace) -> None:
@@ -91,20 +90,14 @@ def train_suncet(args: argparse.Namespace) -> None:
     optimizer = LARS(parameter_groups(encoder, args.weight_decay), momentum=args.momentum, nesterov=args.nesterov)
     warmup_steps, steps = args.warmup * data.steps_per_epoch, args.epochs * data.steps_per_epoch
     rates = lr_schedule(args.start_lr, args.lr, args.final_lr, warmup_steps, steps)
-    labels = support_labels(
-        args.supervised_imgs_per_class,
-        args.classes_per_batch,
-        distributed.get_world_size(),
-        args.unique_classes_per_rank,
-        args.label_smoothing,
-        args.supervised_views,
-    ).to(device)
+    labels = data.support_labels.to(device)
 
     # checkpoints under the names of the official ones, monitoring
     layout = {"to_official": to_official, "from_official": from_official, "scheduled": ("lr",)}
     checkpoint = find_checkpoint(run.path, args.read_checkpoint)
     run.resume(data, steps, NETWORK_FLAGS, checkpoint=checkpoint, **layout, encoder=encoder, opt=optimizer)
-    evaluation = build_snn_monitor(args, data.images, recipe, device, data.num_workers, args.on_bad_image)
+    classifier = SoftNearestNeighbours(data.images, recipe, args.temperature, device, data.num_workers)
+    evaluation = build_snn_monitor(args, classifier, args.on_bad_image)
 
     with run:
         if run.is_new and evaluation.is_due(-1):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from shared import distributed
@@ -18,6 +19,7 @@ from shared.run import randomness
 
 from .augmentations import Recipe, paws_views, support_views
 from .labels import PartlyLabelled, open_partly_labelled
+from .losses import support_labels
 from .support_sampler import SupportSampler
 
 MOST_SUPPORTS = 16  # of a class, where --supervised_imgs_per_class does not say
@@ -49,6 +51,7 @@ class TrainingData:
         checksum: Of images and labels, the same on every process.
         unlabelled: Batches (views, labels, indices) of all images, labelled ones too; their labels are not looked at.
         supports: Batches of labelled images, as many as of ``unlabelled``.
+        support_labels: Smoothed labels of the supports of a step, see :func:`paws.losses.support_labels`.
         batch_size: Unlabelled images per step, on all processes.
     """
 
@@ -56,6 +59,7 @@ class TrainingData:
     dataset: MultiCropDataset
     unlabelled: DataLoader
     supports: DataLoader
+    support_labels: Tensor
     sampler: EpochBatchSampler
     support_sampler: SupportSampler
     bad_images: BadImages
@@ -104,6 +108,14 @@ def open_training_data(
         args.unique_classes_per_rank,
         class_names=images.classes,
     )
+    labels = support_labels(
+        args.supervised_imgs_per_class,
+        args.classes_per_batch,
+        world_size,
+        args.unique_classes_per_rank,
+        args.label_smoothing,
+        args.supervised_views,
+    )
     support_set = MultiCropDataset(
         source,
         support_views(recipe, multicrop, args.color_jitter_strength, args.supervised_views),
@@ -125,6 +137,7 @@ def open_training_data(
         dataset,
         make_loader(dataset, batch_sampler=sampler, num_workers=num_workers, device=device),
         make_loader(support_set, batch_sampler=support_sampler, num_workers=num_workers, device=device),
+        labels,
         sampler,
         support_sampler,
         bad_images,

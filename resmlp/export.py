@@ -11,7 +11,6 @@ import functools
 import sys
 from pathlib import Path
 
-import timm
 import torch
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
@@ -21,7 +20,7 @@ from resmlp.flags import evaluation_parser
 from resmlp.hub import load_network, to_timm
 from resmlp.resmlp_models import ARCHITECTURES, ResMLP
 from shared import distributed
-from shared.networks.export import atomic_file, check_outputs, export_onnx, export_safetensors
+from shared.networks.export import export_with_timm_names
 
 TIMM_MODELS = {name: f"{name}_224" for name in ARCHITECTURES} | {"resmlpB_24": "resmlp_big_24_224"}
 
@@ -48,37 +47,16 @@ def timm_options(network: ResMLP) -> dict | None:
 
 
 def export(network: ResMLP, output_dir: str | Path) -> dict[str, Path]:
-    """Write a network in every format.
-
-    Args:
-        network: In evaluation mode, on the CPU.
-        output_dir: Created if missing.
-
-    Returns:
-        The files by format: ``safetensors``, ``timm`` (where timm has the network) and ``onnx``.
-
-    Raises:
-        shared.networks.export.ExportMismatch: If an exported network computes something else; its file is not kept.
-    """
-    output_dir = Path(output_dir)
-    size = [network.img_size] * 2
-    shape = {"img_size": network.img_size, "patch_size": network.patch_size, "depth": len(network.blocks)}
-    files = {"safetensors": output_dir / "resmlp.safetensors", "onnx": output_dir / "resmlp.onnx"}
-    read = functools.partial(load_network, classifier=network.num_classes > 0)
-    export_safetensors(network, files["safetensors"], size, shape, read)
-    options = timm_options(network)
-    if options is None:
-        print("no file for timm: it has no ResMLP of this width, depth and patch size")
-    else:
-        files["timm"] = output_dir / "resmlp_timm.pth"
-        with atomic_file(files["timm"]) as temporary:
-            torch.save(to_timm(network.state_dict()), temporary)
-            twin = timm.create_model(**options, checkpoint_path=str(temporary)).eval()
-            check_outputs(files["timm"].name, twin, network, size)
-        arguments = ", ".join(f"{key}={value!r}" for key, value in options.items())
-        print(f"  timm.create_model({arguments}, checkpoint_path={str(files['timm'])!r})")
-    export_onnx(network, files["onnx"], network, size)
-    return files
+    """Write a network in every format, see :func:`shared.networks.export.export_with_timm_names`."""
+    return export_with_timm_names(
+        network,
+        Path(output_dir) / "resmlp",
+        [network.img_size] * 2,
+        {"img_size": network.img_size, "patch_size": network.patch_size, "depth": len(network.blocks)},
+        functools.partial(load_network, classifier=network.num_classes > 0),
+        timm_options(network),
+        to_timm,
+    )
 
 
 def main() -> None:

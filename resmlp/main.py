@@ -27,19 +27,10 @@ from resmlp.report import save_pictures, summary
 from resmlp.resmlp_models import ARCHITECTURES
 from shared import distributed
 from shared.optimisation.precision import Precision
-from shared.run.flags import AnyDashParser, add_data_flags, add_run_flags, tell_embedded_defaults
+from shared.run.flags import AnyDashParser, tell_embedded_defaults
 from shared.run.run import Run
+from shared.supervised import flags
 from shared.supervised.data import open_images
-from shared.supervised.flags import (
-    add_augmentation_flags,
-    add_data_set_flags,
-    add_distillation_flags,
-    add_evaluation_flags,
-    add_network_flags,
-    add_optimisation_flags,
-    add_output_flags,
-    parse_recipe,
-)
 from shared.supervised.losses import build_loss, class_probabilities
 from shared.supervised.train import BestAccuracy, train_classifier
 from shared.supervised.transforms import train_transform
@@ -70,11 +61,8 @@ NETWORK_FLAGS = ("model", "input_size", "in_chans", *SIZES)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = AnyDashParser(
-        "ResMLP", description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add_data_flags(parser)
-    add_data_set_flags(parser)
+    parser = AnyDashParser(__doc__)
+    flags.add_data_set_flags(parser)
 
     add = parser.add_argument_group("network").add_argument
     known = "resmlp_12, resmlp_24, resmlp_36, resmlpB_24, or any timm or torchvision model"
@@ -88,24 +76,23 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--attn-only", action="store_true", help="train the cross-patch layers and the classifier only")
     key = "network to take from a training checkpoint given as --finetune, or with --eval"
     add("--checkpoint_key", default="model", choices=("model", "model_ema"), help=key)
-    add_network_flags(add)
+    flags.add_network_flags(add)
 
-    add = add_augmentation_flags(parser, color_jitter=0.3)
+    add = flags.add_augmentation_flags(parser, color_jitter=0.3)
     add("--ThreeAugment", action="store_true", help="one of grey, solarised and blurred instead of --aa and erasing")
     add("--src", action="store_true", help="with --ThreeAugment: crops of the resized image, not of random size")
     add("--bce-loss", action="store_true", help="binary cross-entropy: every class of a mixed image is right")
     add("--cosub", action="store_true", help="co-training of submodels: two draws of stochastic depth teach each other")
-    add_distillation_flags(parser)
-    add = add_optimisation_flags(parser, epochs=300)
+    flags.add_distillation_flags(parser)
+    add = flags.add_optimisation_flags(parser, epochs=300)
     add("--unscale-lr", action="store_true", help="--lr is the peak itself, whatever the batch size")
     add("--train-mode", action=argparse.BooleanOptionalAction, default=True, help="dropout and stochastic depth are on")
 
-    add = add_evaluation_flags(parser, "--resume, --finetune")
+    add = flags.add_evaluation_flags(parser, "--resume, --finetune")
     ratio = "side of the centre crop over the resized short side; 0.9 for the published numbers"
     add("--eval-crop-ratio", type=float, default=0.875, help=ratio)
 
-    add = add_run_flags(parser, knn=False)
-    add_output_flags(add)
+    add = flags.add_output_flags(parser)
     add("--distributed", action="store_true", help="ignored: read from the environment")
     return parser
 
@@ -120,7 +107,7 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
     parser = parser or get_args_parser()
     own = parser.parse_args(arguments).model in ARCHITECTURES  # the sizes of other networks are part of their names
     defaults = {flag: value for flag, value in EMBEDDED_DATA_DEFAULTS.items() if own or flag not in SIZES}
-    args = parse_recipe(parser, arguments, defaults)
+    args = flags.parse_recipe(parser, arguments, defaults)
     if not 0 < args.eval_crop_ratio <= 1:
         parser.error(f"--eval-crop-ratio {args.eval_crop_ratio} is not in (0, 1]")
     if args.distillation_type != "none" and args.cosub:

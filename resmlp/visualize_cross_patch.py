@@ -25,6 +25,7 @@ from resmlp.resmlp_models import ResMLP
 from shared import distributed
 from shared.pictures.curves import Curve, Panel, save_panels
 from shared.pictures.sheets import Tile, magnify, save_sheet
+from shared.run.flags import Parser
 
 PER_ROW = 6  # layers
 SMALL = 0.05  # of a matrix's largest absolute weight: below it a weight counts as none, as in the paper's analysis
@@ -32,9 +33,7 @@ MIN_PX = 180  # of a layer on a sheet
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--pretrained_weights", default=CARD.run_on_digits, help="a release (resmlp_24_dist), a file or an address")
     add("--checkpoint_key", default=CARD.checkpoint_key, help="network to take from a training checkpoint")

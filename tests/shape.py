@@ -118,7 +118,9 @@ def duplicates() -> list[tuple[str, str]]:
     for file in python_files("."):
         lines = shapes(file)
         for i in range(len(lines) - MIN_LINES + 1):
-            places[tuple(lines[i : i + MIN_LINES])].add(str(file.relative_to(ROOT)))
+            window = tuple(lines[i : i + MIN_LINES])
+            if len(set(window)) > 2:  # else the rows of a table
+                places[window].add(str(file.relative_to(ROOT)))
     return sorted({pair for files in places.values() if 1 < len(files) <= 8 for pair in combinations(sorted(files), 2)})
 
 

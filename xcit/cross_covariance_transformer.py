@@ -8,6 +8,7 @@ published checkpoints::
     logits = network(images)  # (B, 3, H, W), any H and W
 """
 
+import functools
 import itertools
 import math
 
@@ -410,57 +411,17 @@ def build_xcit(name: str, **kwargs) -> XCiT:
     return XCiT(**architecture(name) | kwargs)
 
 
-def xcit_nano_12_p16(**kwargs) -> XCiT:
-    return build_xcit("xcit_nano_12_p16", **kwargs)
-
-
-def xcit_nano_12_p8(**kwargs) -> XCiT:
-    return build_xcit("xcit_nano_12_p8", **kwargs)
-
-
-def xcit_tiny_12_p16(**kwargs) -> XCiT:
-    return build_xcit("xcit_tiny_12_p16", **kwargs)
-
-
-def xcit_tiny_12_p8(**kwargs) -> XCiT:
-    return build_xcit("xcit_tiny_12_p8", **kwargs)
-
-
-def xcit_tiny_24_p16(**kwargs) -> XCiT:
-    return build_xcit("xcit_tiny_24_p16", **kwargs)
-
-
-def xcit_tiny_24_p8(**kwargs) -> XCiT:
-    return build_xcit("xcit_tiny_24_p8", **kwargs)
-
-
-def xcit_small_12_p16(**kwargs) -> XCiT:
-    return build_xcit("xcit_small_12_p16", **kwargs)
-
-
-def xcit_small_12_p8(**kwargs) -> XCiT:
-    return build_xcit("xcit_small_12_p8", **kwargs)
-
-
-def xcit_small_24_p16(**kwargs) -> XCiT:
-    return build_xcit("xcit_small_24_p16", **kwargs)
-
-
-def xcit_small_24_p8(**kwargs) -> XCiT:
-    return build_xcit("xcit_small_24_p8", **kwargs)
-
-
-def xcit_medium_24_p16(**kwargs) -> XCiT:
-    return build_xcit("xcit_medium_24_p16", **kwargs)
-
-
-def xcit_medium_24_p8(**kwargs) -> XCiT:
-    return build_xcit("xcit_medium_24_p8", **kwargs)
-
-
-def xcit_large_24_p16(**kwargs) -> XCiT:
-    return build_xcit("xcit_large_24_p16", **kwargs)
-
-
-def xcit_large_24_p8(**kwargs) -> XCiT:
-    return build_xcit("xcit_large_24_p8", **kwargs)
+xcit_nano_12_p16 = functools.partial(build_xcit, "xcit_nano_12_p16")
+xcit_nano_12_p8 = functools.partial(build_xcit, "xcit_nano_12_p8")
+xcit_tiny_12_p16 = functools.partial(build_xcit, "xcit_tiny_12_p16")
+xcit_tiny_12_p8 = functools.partial(build_xcit, "xcit_tiny_12_p8")
+xcit_tiny_24_p16 = functools.partial(build_xcit, "xcit_tiny_24_p16")
+xcit_tiny_24_p8 = functools.partial(build_xcit, "xcit_tiny_24_p8")
+xcit_small_12_p16 = functools.partial(build_xcit, "xcit_small_12_p16")
+xcit_small_12_p8 = functools.partial(build_xcit, "xcit_small_12_p8")
+xcit_small_24_p16 = functools.partial(build_xcit, "xcit_small_24_p16")
+xcit_small_24_p8 = functools.partial(build_xcit, "xcit_small_24_p8")
+xcit_medium_24_p16 = functools.partial(build_xcit, "xcit_medium_24_p16")
+xcit_medium_24_p8 = functools.partial(build_xcit, "xcit_medium_24_p8")
+xcit_large_24_p16 = functools.partial(build_xcit, "xcit_large_24_p16")
+xcit_large_24_p8 = functools.partial(build_xcit, "xcit_large_24_p8")

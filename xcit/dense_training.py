@@ -16,6 +16,7 @@ from shared.images.loading import BadImages, EpochBatchSampler, default_num_work
 from shared.images.sources import FileSource
 from shared.images.training_data import TrainingData
 from shared.networks.batchnorm import synchronize_batchnorm
+from shared.networks.classifiers import load_completely
 from shared.networks.weights import safe_load
 from shared.optimisation.optim import build_optimizer, clip_total_grad_norm_
 from shared.run import randomness
@@ -146,10 +147,7 @@ def fill(network: nn.Module, args: argparse.Namespace) -> None:
     checkpoint = safe_load(path)
     if not isinstance(checkpoint, dict) or "model" not in checkpoint:
         raise ValueError(f"--eval: {path} is not the checkpoint of a training run")
-    try:
-        network.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fill --model {args.model}: {' '.join(str(error).split())[:500]}") from error
+    load_completely(network, checkpoint["model"], str(path), f"--model {args.model}")
 
 
 def own_share(dataset: DenseDataset, between_images: Callable[[], None]) -> Iterator[tuple[int, Tensor, dict]]:
@@ -170,42 +168,61 @@ def own_share(dataset: DenseDataset, between_images: Callable[[], None]) -> Iter
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 
-def prepare(
-    args: argparse.Namespace, run: Run, dataset: DenseDataset, network: nn.Module
-) -> tuple[TrainingData, nn.Module, torch.optim.Optimizer]:
-    """Batches of a data set, the network among all processes, and AdamW."""
+def data_folder(args: argparse.Namespace, output_dir: Path, write: Callable, parts: dict[str, int]) -> Path:
+    """``--data-path``, or generated shapes in the output folder, which ``write(folder, parts)`` draws."""
+    if args.data_path:
+        return Path(args.data_path)
+    if distributed.is_main_process():
+        write(output_dir / "data", parts)
+    distributed.barrier()
+    return output_dir / "data"
+
+
+def batches(args: argparse.Namespace, dataset: DenseDataset, output_dir: Path, device: torch.device) -> TrainingData:
+    """Batches of a training set, whose unreadable images are listed in ``output_dir``."""
+    policy = (output_dir / "bad_images.txt", args.on_bad_image, args.max_bad_fraction)
+    dataset.bad_images = BadImages(len(dataset), *policy)
     images = dataset.source.checksum()
     distributed.check_same_on_all_processes((len(dataset), images), "the training data (number of images, checksum)")
     world_size = distributed.get_world_size()
     sampler = EpochBatchSampler(len(dataset), args.batch_size, args.seed, distributed.get_rank(), world_size)
     num_workers = default_num_workers() if args.num_workers is None else args.num_workers
-    loader = make_loader(dataset, batch_sampler=sampler, num_workers=num_workers, device=run.device)
-    network = distributed.wrap(synchronize_batchnorm(network, run.device).to(run.device), run.device)
-    optimizer = build_optimizer("adamw", decay_groups(network, args.weight_decay))
+    loader = make_loader(dataset, batch_sampler=sampler, num_workers=num_workers, device=device)
     batch_size = args.batch_size * world_size
-    data = TrainingData(dataset, sampler, loader, dataset.bad_images, images, batch_size, num_workers)
-    return data, network, optimizer
+    return TrainingData(dataset, sampler, loader, dataset.bad_images, images, batch_size, num_workers)
 
 
-def resume(
+def train(
     args: argparse.Namespace,
     run: Run,
     data: TrainingData,
-    total_steps: int,
     network: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    lr: Sequence[float],
+    evaluate: Callable[..., dict[str, float]],
 ) -> None:
-    """Go on from the newest checkpoint in the output folder, or from ``--resume``, or start."""
-    run.resume(
-        data,
-        total_steps,
-        ("model",),
-        checkpoint=load_latest_or_given(run.path, args.resume, "--pretrained"),
-        to_official=to_official,
-        from_official=from_official,
-        model=network,
-        optimizer=optimizer,
-    )
+    """Train with AdamW from the newest checkpoint in the output folder, from ``--resume``, or from the start.
+
+    Args:
+        lr: Learning rate of every step of the run.
+        evaluate: Called as ``evaluate(between_images=...)``; returns what the log states.
+    """
+    wrapped = distributed.wrap(synchronize_batchnorm(network, run.device).to(run.device), run.device)
+    optimizer = build_optimizer("adamw", decay_groups(network, args.weight_decay))
+    checkpoint = load_latest_or_given(run.path, args.resume, "--pretrained")
+    layout = {"to_official": to_official, "from_official": from_official}
+    run.resume(data, len(lr), ("model",), checkpoint=checkpoint, **layout, model=network, optimizer=optimizer)
+    tested: dict[str, float] = {}
+    with run:
+        for epoch in run.epochs():
+            data.sampler.set_epoch(epoch, run.step_in_epoch)
+            train_one_epoch(run, wrapped, data.loader, optimizer, lr)
+            tested = {}
+            if (epoch + 1) % args.test_freq == 0 or run.steps_done == run.total_steps:
+                tested = evaluate(between_images=run.stop_if_asked)
+                run.log_evaluation(**tested)
+            run.log_epoch(**tested, bad_images=data.bad_images.count())
+            run.end_epoch()
+    say(tested or evaluate())  # a run that was finished before is evaluated again
 
 
 def to_official(state: dict) -> dict:

@@ -22,19 +22,10 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 from shared import distributed
 from shared.networks.classifiers import fill_classifier
 from shared.optimisation.precision import Precision
-from shared.run.flags import AnyDashParser, add_data_flags, add_run_flags, tell_embedded_defaults
+from shared.run.flags import AnyDashParser, tell_embedded_defaults
 from shared.run.run import Run
+from shared.supervised import flags
 from shared.supervised.data import LabelledViews, build_mixup, open_images
-from shared.supervised.flags import (
-    add_augmentation_flags,
-    add_data_set_flags,
-    add_distillation_flags,
-    add_evaluation_flags,
-    add_network_flags,
-    add_optimisation_flags,
-    add_output_flags,
-    parse_recipe,
-)
 from shared.supervised.losses import build_loss
 from shared.supervised.train import BestAccuracy, train_classifier
 from shared.supervised.transforms import train_transform
@@ -64,11 +55,8 @@ NETWORK_FLAGS = ("model", "in_chans")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = AnyDashParser(
-        "XCiT", description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add_data_flags(parser)
-    add_data_set_flags(parser)
+    parser = AnyDashParser(__doc__)
+    flags.add_data_set_flags(parser)
 
     add = parser.add_argument_group("network").add_argument
     add("--model", default="xcit_small_12_p16", help="xcit_<size>_<depth>_p<patch>, or any timm or torchvision model")
@@ -78,16 +66,16 @@ def get_args_parser() -> argparse.ArgumentParser:
     key = "network to take from a training checkpoint given as --pretrained, or with --eval"
     add("--checkpoint_key", default="model", choices=("model", "model_ema"), help=key)
     add("--surgery", default=None, help="weights whose patch embedding is taken over and kept fixed")
-    add_network_flags(add)
+    flags.add_network_flags(add)
 
-    add_augmentation_flags(parser, color_jitter=0.4)
-    add_distillation_flags(parser)
-    add_optimisation_flags(parser, epochs=400)
+    flags.add_augmentation_flags(parser, color_jitter=0.4)
+    flags.add_distillation_flags(parser)
+    flags.add_optimisation_flags(parser, epochs=400)
 
-    add = add_evaluation_flags(parser, "--pretrained")
+    add = flags.add_evaluation_flags(parser, "--pretrained")
     add("--full_crop", action="store_true", help=f"centre crops of the whole short side, not of {CROP_RATIO} of it")
 
-    add_output_flags(add_run_flags(parser, knn=False))
+    flags.add_output_flags(parser)
     return parser
 
 
@@ -98,7 +86,7 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
         arguments: The command line's own by default.
         parser: That of :func:`get_args_parser` with further flags, for scripts that have them.
     """
-    return parse_recipe(parser or get_args_parser(), arguments, EMBEDDED_DATA_DEFAULTS)
+    return flags.parse_recipe(parser or get_args_parser(), arguments, EMBEDDED_DATA_DEFAULTS)
 
 
 def train_xcit(args: argparse.Namespace) -> None:

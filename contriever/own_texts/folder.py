@@ -1,5 +1,6 @@
 """A folder of .txt, .md and .jsonl files as short passages, with the place of each one. No torch."""
 
+import bisect
 import codecs
 import os
 import re
@@ -11,8 +12,12 @@ from ..text.files import parse_object, text_field
 from ..text.words import find_terms, terms
 
 SUFFIXES = (".txt", ".md", ".jsonl")
-_PARAGRAPH = re.compile(r"(?:[^\n]*\S[^\n]*(?:\n|$))+")  # lines up to a blank one
-_HEADING = re.compile(r"^#{1,6}[ \t]+(.+?)[ \t#]*$", re.M)
+BLOCK = 20_000  # characters that are tokenised at once
+MARGIN = 4  # tokens that a passage may have more than it had within its file
+_WORD = re.compile(r"\S+")
+_HEADING = re.compile(r"(#{1,6})[ \t]+(.+?)[ \t#]*")
+_UNDERLINE = re.compile(r"(=+|-{2,})[ \t]*")
+_FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,44 @@ class Piece:
 
     def full_text(self) -> str:
         """What is encoded: title and text."""
-        return f"{self.title} {self.text}" if self.title else self.text
+        return f"{self.title} {self.text}".strip() if self.title else self.text
+
+
+def word_ends(text: str) -> list[int]:
+    """Where words end, for encoders that do not say what their tokens are."""
+    return [match.end() for match in _WORD.finditer(text)]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long a passage may be, so that an encoder reads the whole of it.
+
+    Attributes:
+        max_words: Words between blanks.
+        max_tokens: Of title and text together.
+        token_ends: Where each token of a text ends, in characters.
+        prepare: Cleans up texts before they are cut.
+    """
+
+    max_words: int = 120
+    max_tokens: int = 1 << 30
+    token_ends: Callable[[str], list[int]] = word_ends
+    prepare: Callable[[str], str] = str
+
+    def fit_title(self, headings: list[str]) -> tuple[str, int]:
+        """Headings from the outermost on as a title, and the tokens that are left for a text.
+
+        A title takes half of the tokens at most: outer headings are left out first, then its end.
+        """
+        room = max(2, self.max_tokens - MARGIN)
+        title, ends = "", []
+        for first in range(len(headings)):
+            title = " > ".join(headings[first:])
+            ends = self.token_ends(title)
+            if len(ends) <= room // 2:
+                break
+        ends = ends[: room // 2]
+        return title[: ends[-1]] if ends else "", room - len(ends)
 
 
 def text_files(root: Path, on_unreadable: Callable[[OSError], object] | None = None) -> Iterator[Path]:
@@ -55,19 +97,26 @@ def text_files(root: Path, on_unreadable: Callable[[OSError], object] | None = N
                 yield Path(folder) / name
 
 
-def read_pieces(path: Path, content: bytes, max_words: int) -> tuple[list[Piece], str | None]:
-    """Passages of at most ``max_words`` words of one file, and a remark if bytes of it could not be read.
+def read_pieces(path: Path, content: bytes, limits: Limits) -> tuple[list[Piece], str | None]:
+    """The passages of one file, and a remark on what could not be read.
 
     Raises:
-        ValueError: If the file is binary, or a line of a .jsonl file is malformed.
+        ValueError: If the file is binary.
     """
     text, remark = decode(content)
-    stem = path.stem.replace("_", " ")
+    text, stem = limits.prepare(text), path.stem.replace("_", " ")
     if path.suffix.lower() == ".jsonl":
-        return list(_json_pieces(path, text, max_words)), remark
-    if path.suffix.lower() == ".md":
-        return list(_markdown_pieces(text, stem, max_words)), remark
-    return list(split(text, stem, max_words)), remark
+        pieces, bad_lines = _json_pieces(path, text, limits)
+        if bad_lines:
+            remark = f"{len(bad_lines)} lines are left out, the first of them {bad_lines[0]}"
+        return pieces, remark
+    sections = _sections(text) if path.suffix.lower() == ".md" else [([], 0, len(text), 1)]
+    pieces = []
+    for headings, start, end, line in sections:
+        title, room = limits.fit_title([stem, *headings] if headings[:1] != [stem] else headings)
+        found = list(split(text[start:end], title, room, limits, line))
+        pieces += found or ([Piece(line - 1, title, "")] if headings else [])
+    return pieces, remark
 
 
 def decode(content: bytes) -> tuple[str, str | None]:
@@ -86,53 +135,148 @@ def decode(content: bytes) -> tuple[str, str | None]:
         return content.decode(encoding, errors="replace"), remark
 
 
-def _json_pieces(path: Path, text: str, max_words: int) -> Iterator[Piece]:
+def _json_pieces(path: Path, text: str, limits: Limits) -> tuple[list[Piece], list[str]]:
+    """The passages of the lines that can be read, and what is wrong with the others."""
+    pieces, bad_lines = [], []
     for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
+        if not line.strip():
+            continue
+        try:
             record = parse_object(line, path.name, number)
             where = f"{path.name}, line {number}"
-            title = text_field(record, "title", where, default="")
-            for piece in split(text_field(record, "text", where), title, max_words):
-                yield Piece(number, piece.title, piece.text)
+            title, body = text_field(record, "title", where, default=""), text_field(record, "text", where)
+        except ValueError as error:
+            bad_lines.append(str(error))
+            continue
+        title, room = limits.fit_title([title] if title else [])
+        pieces += (Piece(number, title, piece.text) for piece in split(body, title, room, limits))
+    return pieces, bad_lines
 
 
-def _markdown_pieces(text: str, stem: str, max_words: int) -> Iterator[Piece]:
-    """Sections are split one by one; the heading is the title."""
-    fences = [
-        match.span() for match in re.finditer(r"^```.*?^```", text, re.M | re.S)
-    ]  # comments are no headings there
-    headings = [h for h in _HEADING.finditer(text) if not any(a <= h.start() < b for a, b in fences)]
-    starts, titles = [0, *(h.start() for h in headings)], [stem, *(h[1] for h in headings)]
-    bodies = [0, *(h.end() for h in headings)]
-    for title, body, end in zip(titles, bodies, [*starts[1:], len(text)], strict=True):
-        first_line = text.count("\n", 0, body)
-        for piece in split(text[body:end], title, max_words):
-            yield Piece(first_line + piece.line, title, piece.text)
+def _sections(text: str) -> Iterator[tuple[list[str], int, int, int]]:
+    """(headings from the outermost on, start, end, line) of the parts of a Markdown file.
+
+    Lines of front matter and between fences are no headings. A heading without a text of its own is a part if no
+    smaller one follows it.
+    """
+    path: list[tuple[int, str]] = []  # level and words of the headings that are open
+    start, first_line, fence, position = 0, 1, "", 0
+    lines = text.split("\n")
+    skip = _front_matter(lines)
+    for number, line in enumerate(lines, start=1):
+        here, position = position, position + len(line) + 1
+        bare = line.strip()
+        if number <= skip:
+            continue
+        if mark := _FENCE.match(line):
+            if not fence:
+                fence = mark[1]
+            elif mark[1].startswith(fence) and bare == mark[1]:
+                fence = ""
+            continue
+        level, words, begin = 0, "", here
+        if not fence and (found := _HEADING.fullmatch(bare)) and not line[:1].isspace():
+            level, words = len(found[1]), found[2]
+        elif not fence and _UNDERLINE.fullmatch(bare) and _is_lone_line(lines, number - 2, skip):
+            level, words, begin = 1 + (bare[0] == "-"), lines[number - 2].strip(), here - len(lines[number - 2]) - 1
+        if not level:
+            continue
+        if text[start:begin].strip() or (path and path[-1][0] >= level):
+            yield [words for _, words in path], start, begin, first_line
+        path = [*(heading for heading in path if heading[0] < level), (level, words)]
+        start, first_line = position, number + 1
+    if text[start:].strip() or path:
+        yield [words for _, words in path], start, len(text), first_line
 
 
-def split(text: str, title: str, max_words: int) -> Iterator[Piece]:
-    """Paragraphs, joined while they are short and cut where they are long, so that no piece exceeds ``max_words``."""
-    begin = end = words = 0
-    for start, stop, count in _units(text, max_words):
-        if words and words + count > max_words:
-            yield _piece(text, begin, end, title)
-            words = 0
-        begin, end, words = (begin if words else start), stop, words + count
+def _front_matter(lines: list[str]) -> int:
+    """How many lines of settings between two rulers a file begins with."""
+    if not lines or lines[0].strip() != "---":
+        return 0
+    return next((n for n, line in enumerate(lines[1:], start=2) if line.strip() in ("---", "...")), 0)
+
+
+def _is_lone_line(lines: list[str], index: int, skip: int) -> bool:
+    """Whether a line of words stands for itself, so that a ruler below it makes it a heading."""
+    words = lines[index].strip() if index >= skip else ""
+    before = lines[index - 1].strip() if index - 1 >= skip else ""
+    return bool(words) and not before and not words.startswith(("#", ">", "-", "*", "+", "|", "`"))
+
+
+def split(text: str, title: str, room: int, limits: Limits, line: int = 1) -> Iterator[Piece]:
+    """Paragraphs, joined while they are short and cut where they are long.
+
+    Args:
+        room: Most tokens of a passage without its title.
+        line: Of the first character.
+    """
+    counted = begin = end = words = tokens = 0
+
+    def piece() -> Piece:
+        nonlocal counted, line
+        line += text.count("\n", counted, begin)  # on from the piece before: all of them take one pass
+        counted = begin
+        return Piece(line, title, text[begin:end])
+
+    for start, stop, more_words, more_tokens in _units(text, room, limits):
+        if words and (words + more_words > limits.max_words or tokens + more_tokens > room):
+            yield piece()
+            words = tokens = 0
+        begin, end = (begin if words else start), stop
+        words, tokens = words + more_words, tokens + more_tokens
     if words:
-        yield _piece(text, begin, end, title)
+        yield piece()
 
 
-def _units(text: str, max_words: int) -> Iterator[tuple[int, int, int]]:
-    """(start, stop, number of words) of every paragraph, or of its parts."""
-    for paragraph in _PARAGRAPH.finditer(text):
-        words = [match.span() for match in re.compile(r"\S+").finditer(text, *paragraph.span())]
-        for i in range(0, len(words), max_words):
-            part = words[i : i + max_words]
-            yield part[0][0], part[-1][1], len(part)
+def _units(text: str, room: int, limits: Limits) -> Iterator[tuple[int, int, int, int]]:
+    """(start, end, words, tokens) of every paragraph, or of its parts."""
+    paragraph: list[tuple[int, int, int]] = []
+    for word in _words(text, room, limits.token_ends):
+        if paragraph and text.count("\n", paragraph[-1][1], word[0]) > 1:
+            yield from _parts(paragraph, room, limits.max_words)
+            paragraph = []
+        paragraph.append(word)
+    yield from _parts(paragraph, room, limits.max_words)
 
 
-def _piece(text: str, begin: int, end: int, title: str) -> Piece:
-    return Piece(1 + text.count("\n", 0, begin), title, text[begin:end])
+def _parts(words: list[tuple[int, int, int]], room: int, max_words: int) -> Iterator[tuple[int, int, int, int]]:
+    first, tokens = 0, 0
+    for i, (_, _, count) in enumerate(words):
+        if i > first and (i - first == max_words or tokens + count > room):
+            yield words[first][0], words[i - 1][1], i - first, tokens
+            first, tokens = i, 0
+        tokens += count
+    if words:
+        yield words[first][0], words[-1][1], len(words) - first, tokens
+
+
+def _words(text: str, room: int, token_ends: Callable[[str], list[int]]) -> Iterator[tuple[int, int, int]]:
+    """(start, end, tokens) of all words, those of more than ``room`` tokens in several parts."""
+    for block_start, block in _blocks(text):
+        ends = token_ends(block)
+        done = 0  # tokens
+        for match in _WORD.finditer(block):
+            start = match.start()
+            last = bisect.bisect_right(ends, match.end(), done)
+            while last - done > room:
+                cut = max(ends[done + room - 1], start + 1)
+                yield block_start + start, block_start + cut, room
+                start, done = cut, done + room
+            if start < match.end():
+                yield block_start + start, block_start + match.end(), last - done
+            done = last
+
+
+def _blocks(text: str) -> Iterator[tuple[int, str]]:
+    """(start, characters) of parts that a tokenizer takes in little memory, cut at blanks where there are any."""
+    start = 0
+    while start < len(text):
+        end = start + BLOCK
+        if end < len(text):
+            blank = max(text.rfind(" ", start, end), text.rfind("\n", start, end))
+            end = blank if blank > start else end
+        yield start, text[start:end]
+        start = end
 
 
 def snippet(text: str, query: str, width: int = 300) -> str:

@@ -17,9 +17,9 @@ import numpy as np
 
 from ..index.bm25 import BM25, combine
 from ..text.words import phrases
-from .folder import Piece, read_pieces, text_files
+from .folder import Limits, Piece, read_pieces, text_files
 
-FORMAT = 1
+FORMAT = 2
 PASSAGES_PER_TRANSACTION = 512
 _TABLES = """
 CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT);
@@ -83,7 +83,7 @@ class SearchIndex:
         file: The SQLite file.
         encode: From texts and their kind, ``query`` or ``passage``, to vectors (N, D) float32.
         settings: Whatever the vectors depend on; an index that was made with others is refused.
-        max_words: Most words per passage.
+        limits: Of the passages.
 
     Raises:
         ValueError: If the index is damaged, cannot be written or belongs to another model.
@@ -95,11 +95,12 @@ class SearchIndex:
         file: Path,
         encode: Callable[[list[str], str], np.ndarray],
         settings: dict[str, object],
-        max_words: int = 120,
+        limits: Limits | None = None,
     ):
-        self.root, self.file, self.encode, self.max_words = root, file, encode, max_words
+        self.root, self.file, self.encode, self.limits = root, file, encode, limits or Limits()
         self.settings = {name: str(value) for name, value in settings.items()}
-        self.settings |= {"format": str(FORMAT), "max_words": str(max_words)}
+        sizes = {"max_words": str(self.limits.max_words), "max_tokens": str(self.limits.max_tokens)}
+        self.settings |= {"format": str(FORMAT), **sizes}
         with naming(file):
             self.database = sqlite3.connect(file, timeout=60, check_same_thread=False)
             self.database.executescript(_TABLES)
@@ -184,11 +185,11 @@ class SearchIndex:
             update.unchanged += 1
             return None
         try:
-            pieces, remark = read_pieces(path, content, self.max_words)
+            pieces, remark = read_pieces(path, content, self.limits)
         except ValueError as error:
             pieces, remark = [], f"not indexed: {error}"
-        if not pieces and remark is None:
-            remark = "not indexed: it is empty"
+        if not pieces:
+            remark = remark or "not indexed: it is empty"
         update.new += known is None
         update.changed += known is not None
         return name, status.st_size, status.st_mtime_ns, sha256, remark, pieces

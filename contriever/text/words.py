@@ -8,9 +8,11 @@ import regex
 import Stemmer
 
 _CJK = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}"
-# a run of Chinese, Japanese or Korean, or a word with its digits and marks, such as C++ and F#
-_WORD = regex.compile(rf"[{_CJK}]+|[[\p{{L}}\p{{N}}\p{{M}}]--[{_CJK}]]+(?:[+#]+(?![\p{{L}}\p{{N}}]))?", regex.V1)
-_CJK_RUN = regex.compile(rf"[{_CJK}]")
+# a run of Chinese, Japanese or Korean, or a word with its digits and marks, such as C++, F# and Tom's
+_WORD = regex.compile(
+    rf"[{_CJK}]+|[[\p{{L}}\p{{N}}\p{{M}}]--[{_CJK}]]+(?:(?:[+#]+|['\u2019]s)(?![\p{{L}}\p{{N}}]))?", regex.V1
+)
+_IS_CJK = regex.compile(rf"[{_CJK}]")
 _PHRASE = regex.compile(r'"([^"]+)"|“([^”]+)”|„([^“”]+)[“”]|«([^»]+)»')
 _STOP_WORDS = frozenset(
     "a an and are as at be but by for if in into is it no not of on or such that the their then there these they this "
@@ -22,14 +24,17 @@ _stemmer = Stemmer.Stemmer("english")
 @functools.lru_cache(maxsize=1 << 18)
 def fold(word: str) -> str:
     """``word`` without case and accents: "Café" becomes "cafe"."""
-    parts = unicodedata.normalize("NFKD", word.casefold())
+    parts = unicodedata.normalize("NFKD", word.casefold().replace("\u2019", "'"))
     return unicodedata.normalize("NFC", "".join(c for c in parts if not "\u0300" <= c <= "\u036f"))
 
 
 @functools.lru_cache(maxsize=1 << 18)
-def stem(word: str) -> str:
-    """A folded word without its English ending (Snowball): "invoices" becomes "invoic", as "invoice" does."""
-    return _stemmer.stemWord(word)
+def _term(word: str) -> str | None:
+    """A word without case, accents and its English ending (Snowball); empty for a stop word, None for a CJK run."""
+    if _IS_CJK.match(word):
+        return None
+    folded = fold(word)
+    return "" if folded in _STOP_WORDS else _stemmer.stemWord(folded)
 
 
 def find_terms(text: str, single: bool = True) -> Iterator[tuple[int, int, str]]:
@@ -40,10 +45,10 @@ def find_terms(text: str, single: bool = True) -> Iterator[tuple[int, int, str]]
     """
     for match in _WORD.finditer(text):
         start, end = match.span()
-        if not _CJK_RUN.match(match[0]):
-            word = fold(match[0])
-            if word not in _STOP_WORDS:
-                yield start, end, stem(word)
+        term = _term(match[0])
+        if term:
+            yield start, end, term
+        if term is not None:
             continue
         if single or end - start == 1:
             yield from ((i, i + 1, fold(text[i])) for i in range(start, end))
@@ -56,10 +61,8 @@ def terms(text: str, single: bool = True) -> list[str]:
 
 def exact_words(text: str) -> list[str]:
     """Folded words as they are, stop words among them; characters of CJK runs one by one."""
-    found = []
-    for match in _WORD.finditer(text):
-        found += map(fold, match[0]) if _CJK_RUN.match(match[0]) else [fold(match[0])]
-    return found
+    words = (match[0] for match in _WORD.finditer(text))
+    return [fold(part) for word in words for part in (word if _term(word) is None else [word])]
 
 
 def phrases(query: str) -> list[list[str]]:

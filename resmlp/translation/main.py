@@ -41,7 +41,7 @@ from shared import distributed
 from shared.optimisation.optim import clip_grad_norm_per_tensor_
 from shared.optimisation.precision import Precision
 from shared.run.checkpoint import load_latest
-from shared.run.flags import add_run_flags, parse_with_embedded_defaults
+from shared.run.flags import Parser, add_run_flags, parse_with_embedded_defaults
 from shared.run.run import Run
 
 # What replaces the defaults when no files are given: 2,000 sentences of five to eight subwords
@@ -67,9 +67,7 @@ MINIMUM |= {"heads": 1, "warmup_steps": 0, "beam": 1, "length_penalty": 0, "bleu
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument_group("data").add_argument
     for part in PARTS:
         for side in ("source", "target"):

@@ -23,14 +23,13 @@ from resmlp.translation.corpus import open_vocabulary, pad, read_lines
 from resmlp.translation.networks import EOS, Translator
 from shared import distributed
 from shared.networks.weights import safe_load
+from shared.run.flags import Parser
 
 NETWORK_FLAGS = ("network", "dim", "hidden_dim", "depth", "heads", "max_length", "layer_scale")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--weights", default="runs/translation/checkpoint.pth", help="checkpoint of a training")
     add("--input", default=None, help="text to translate, one sentence per line; standard input without it")

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import safetensors.torch
@@ -181,6 +181,48 @@ def export_backbone(
         print(f"no file for {' and '.join(absent)}: no network with the names and shapes of this {arch}")
     files["onnx"] = output_dir / f"{arch}.onnx"
     export_onnx(at_size(network, image_size), files["onnx"], network, image_size)
+    return files
+
+
+def export_with_timm_names(
+    network: nn.Module,
+    stem: Path,
+    image_size: Sequence[int],
+    metadata: dict,
+    read: Callable[[Path], nn.Module],
+    arguments: dict | None,
+    to_timm: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
+) -> dict[str, Path]:
+    """Write a network of which timm has a copy under other names, in every format.
+
+    Args:
+        network: In evaluation mode, on the CPU.
+        stem: Path of the files without ``.safetensors``, ``_timm.pth`` and ``.onnx``.
+        image_size: Height and width in pixels of the ONNX input, and of the images that files are compared with.
+        metadata, read: See :func:`export_safetensors`.
+        arguments: Of ``timm.create_model``; None: timm has no such network.
+        to_timm: Gives a state dict timm's names.
+
+    Returns:
+        The files by format: ``safetensors``, ``timm``, ``onnx``.
+
+    Raises:
+        ExportMismatch: If an exported network computes something else; its file is not kept.
+    """
+    endings = {"safetensors": ".safetensors", "timm": "_timm.pth", "onnx": ".onnx"}
+    files, size = {name: Path(f"{stem}{ending}") for name, ending in endings.items()}, list(image_size)
+    export_safetensors(network, files["safetensors"], size, metadata, read)
+    if arguments is None:
+        print("no file for timm: it has no network of these sizes")
+        del files["timm"]
+    else:
+        with atomic_file(files["timm"]) as temporary:
+            torch.save(to_timm(network.state_dict()), temporary)
+            twin = timm.create_model(**arguments, checkpoint_path=str(temporary)).eval()
+            check_outputs(files["timm"].name, twin, network, size)
+        text = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+        print(f"  timm.create_model({text}, checkpoint_path={str(files['timm'])!r})")
+    export_onnx(network, files["onnx"], network, size)
     return files
 
 

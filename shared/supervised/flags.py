@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable, Sequence
 
 from shared.images.inaturalist import CATEGORIES
-from shared.run.flags import parse_with_embedded_defaults
+from shared.run.flags import add_data_flags, add_run_flags, parse_with_embedded_defaults
 
 DATA_SETS = ("CIFAR10", "CIFAR100", "IMNET", "INAT", "INAT19", "CARS", "FLOWERS", "IMNET22k")
 INAT_YEARS = {"INAT": 2018, "INAT19": 2019}
@@ -13,7 +13,8 @@ SHARES = ("smoothing", "reprob", "mixup_prob", "mixup_switch_prob", "distillatio
 
 
 def add_data_set_flags(parser: argparse.ArgumentParser) -> None:
-    """``--num_workers``, ``--data-set`` and ``--inat-category``."""
+    """:func:`shared.run.flags.add_data_flags`, and which data set they lead to."""
+    add_data_flags(parser)
     add = parser.add_argument_group("data set").add_argument
     workers = "loader processes per rank; None: cores per rank less one, at most 10"
     add("--num_workers", type=int, default=None, help=workers)
@@ -105,8 +106,9 @@ def add_evaluation_flags(parser: argparse.ArgumentParser, evaluated: str) -> Cal
     return add
 
 
-def add_output_flags(add: Callable) -> None:
-    """Output, resume and seed; ``add`` is what :func:`shared.run.flags.add_run_flags` returns."""
+def add_output_flags(parser: argparse.ArgumentParser) -> Callable:
+    """:func:`shared.run.flags.add_run_flags`, output, resume and seed; returns the ``add_argument`` of the group."""
+    add = add_run_flags(parser, knn=False)
     add("--output_dir", default=".", help="checkpoints, logs and pictures")
     add("--resume", default="", help="checkpoint to go on from when --output_dir has none")
     add("--start_epoch", type=int, default=0, help="first epoch without a checkpoint")
@@ -114,6 +116,7 @@ def add_output_flags(add: Callable) -> None:
     add("--dist-eval", action="store_true", help="not needed: evaluation is always shared out, and exact")
     add("--pin-mem", action=argparse.BooleanOptionalAction, default=True, help="not needed: done where there is a GPU")
     add("--world_size", type=int, default=1, help="ignored: read from the environment")
+    return add
 
 
 def parse_recipe(

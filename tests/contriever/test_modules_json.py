@@ -145,7 +145,9 @@ def test_an_index_knows_pooling_and_prompts(folder_of, tmp_path):
     np.testing.assert_allclose(np.frombuffer(next(iter(index.rows()))[4], np.float16), expected, atol=1e-3)
     with pytest.raises(ValueError, match="its pooling is cls, now it is average"):
         run(tmp_path / "mean")
-    with pytest.raises(ValueError, match=r"its prefix is heat \. , now it is None"):
+    with pytest.raises(ValueError, match=r"its prefix is heat \. , now it is wing \. "):
+        run(folder, "--passage_prefix", "wing . ")
+    with pytest.raises(ValueError, match="made by another model or with other settings"):
         run(folder, "--passage_prefix", "")
     run(folder, "--query", "wing", "--query_prefix", "")  # passages are the same
 

@@ -17,7 +17,7 @@ import pytest
 from contriever import search as search_script
 from contriever.own_texts import index as index_module
 from contriever.own_texts import page as page_module
-from contriever.own_texts.folder import Piece, decode, read_pieces, snippet, split, text_files
+from contriever.own_texts.folder import Limits, Piece, decode, read_pieces, snippet, split, text_files
 from contriever.own_texts.index import SearchIndex
 from contriever.own_texts.page import SearchServer, render_page
 from contriever.search import get_args_parser, search
@@ -71,15 +71,54 @@ def test_visible_text_files_in_order(notes):
             list(text_files(path))
 
 
-def test_markdown_is_cut_at_its_headings():
-    text = "intro\n\n# One\ntext a\n```\n# no heading\n```\n\n## Two ##\n\n\ntext b\n"
-    pieces, remark = read_pieces(Path("my_notes.md"), text.encode(), 50)
+MARKDOWN = """---
+tags: x
+# no heading
+---
+intro
+
+# One
+text a
+```
+# no heading
+~~~
+```
+~~~~
+# nor here
+~~~
+~~~~
+
+## Two ##
+
+
+text b
+
+Three
+=====
+
+### Four
+
+Five
+-----
+text c
+
+- a
+---
+"""
+
+
+def test_passages_of_markdown_know_their_headings():
+    pieces, remark = read_pieces(Path("my_notes.md"), MARKDOWN.encode(), Limits(50))
     assert remark is None
     assert pieces == [
-        Piece(1, "my notes", "intro"),
-        Piece(4, "One", "text a\n```\n# no heading\n```"),
-        Piece(12, "Two", "text b"),
+        Piece(1, "my notes", "---\ntags: x\n# no heading\n---\nintro"),
+        Piece(8, "my notes > One", "text a\n```\n# no heading\n~~~\n```\n~~~~\n# nor here\n~~~\n~~~~"),
+        Piece(21, "my notes > One > Two", "text b"),
+        Piece(26, "my notes > Three > Four", ""),
+        Piece(30, "my notes > Three > Five", "text c\n\n- a\n---"),
     ]
+    (only,), _ = read_pieces(Path("Zeus.md"), b"# Zeus\ntext", Limits())
+    assert only == Piece(2, "Zeus", "text")
 
 
 def test_pieces_hold_every_word_once_and_no_more_than_allowed():
@@ -87,16 +126,40 @@ def test_pieces_hold_every_word_once_and_no_more_than_allowed():
     for _ in range(30):
         words = [f"w{i}{rng.choice([' ', chr(10), chr(10) * 2])}" for i in range(rng.integers(1, 60))]
         text = "".join(words)
-        pieces = list(split(text, "", 7))
+        pieces = list(split(text, "", 100, Limits(7)))
         assert [w for piece in pieces for w in piece.text.split()] == text.split()
         assert all(len(piece.text.split()) <= 7 for piece in pieces)
         for piece in pieces:
-            assert (
-                text.split("\n")[piece.line - 1].split()[0] == piece.text.split()[0]
-                or piece.text.split()[0] in (text.split("\n")[piece.line - 1])
-            )
+            assert piece.text.split()[0] in text.split("\n")[piece.line - 1].split()
     short = "a b\n\nc d\n\ne f g h i j"
-    assert [p.text for p in split(short, "", 7)] == ["a b\n\nc d", "e f g h i j"]
+    assert [p.text for p in split(short, "", 100, Limits(7))] == ["a b\n\nc d", "e f g h i j"]
+
+
+LONG = {
+    "words": "the wing of a thin plate , the heat " * 40,
+    "table": "\n".join(f"{i};wing;plate;{i * i};heat,jet;cone" for i in range(60)),
+    "no blanks": "東京の天気は晴れです。" * 60,
+    "one line": "flow;" * 300,
+    "addresses": "\n\n".join(f"wing@plate-{i}.example/heat?x={i}&y=cone" for i in range(30)),
+    "one block": "wing" * 9000,
+}
+
+
+@pytest.mark.parametrize("what", LONG)
+def test_an_encoder_reads_the_whole_of_every_passage(what, tmp_path):
+    retriever = tiny_retriever(tmp_path)  # reads 64 tokens
+    retriever.prompts = {"passage": "the wing : "}
+    room = retriever.max_length - len(retriever.tokenize([""], kind="passage")[0])
+    headings = "# the wing of a thin plate\n## shock wave , heat and jet\n## " + "body " * 90 + "\n"
+    for suffix, before in ((".txt", ""), (".md", headings)):
+        limits = Limits(120, room, retriever.token_ends)
+        pieces, _ = read_pieces(tmp_path / f"heat{suffix}", (before + LONG[what]).encode(), limits)
+        texts = [retriever.prompts["passage"] + piece.full_text() for piece in pieces]
+        lengths = [len(ids) for ids in retriever.tokenizer(texts)["input_ids"]]
+        assert max(lengths) <= retriever.max_length
+        assert len(pieces) < 3 * sum(lengths) / retriever.max_length + 3
+        found = "".join("".join(piece.text.split()) for piece in pieces)
+        assert found == "".join(LONG[what].split())  # nothing is lost, and nothing twice
 
 
 @pytest.mark.parametrize(
@@ -135,9 +198,9 @@ def test_passages_are_found_with_their_places(notes):
     update = index.update()
     assert (update.new, update.embedded, len(index), update.problems) == (3, 5, 5, {})
     best = index.search("bike chain", 2)
-    assert [(hit.path, hit.line, hit.title) for hit in best] == [("a.md", 7, "Bikes"), ("c.jsonl", 3, "")]
+    assert [(hit.path, hit.line, hit.title) for hit in best] == [("a.md", 7, "a > Bread > Bikes"), ("c.jsonl", 3, "")]
     assert best[0].score == pytest.approx(
-        bag_of_words(["bike chain"])[0] @ bag_of_words(["Bikes chain bike"])[0], abs=1e-3
+        bag_of_words(["bike chain"])[0] @ bag_of_words(["Bread Bikes chain bike"])[0], abs=1e-3
     )
     assert [hit.path for hit in index.search("stall", 10, "bm25")] == ["sub/b.txt"]
     assert index.search("stall wing", 10, "hybrid")[0].path == "sub/b.txt"
@@ -183,7 +246,7 @@ def test_only_what_changed_is_embedded_again(notes):
     os.utime(notes / "sub" / "b.txt", (1, 1))  # another time, the same content
     update = index.update()
     assert (update.new, update.changed, update.removed, update.unchanged) == (1, 1, 1, 1)
-    assert encode.texts == ["Stall A wing.", "new script"]
+    assert encode.texts == ["a > Stall A wing.", "new script"]
     assert {hit.path for hit in index.search("wing", 10)} == {"a.md", "new.txt", "sub/b.txt"}
     assert index.update().unchanged == 3
 
@@ -219,7 +282,7 @@ def test_problems_are_told_and_the_rest_is_indexed(notes):
     (notes / "latin.txt").write_bytes(b"wing in Z\xfcrich")
     index = open_index(notes)
     expected = {
-        "bad.jsonl": 'line 2: "text" should be a string, got 3',
+        "bad.jsonl": '1 lines are left out, the first of them bad.jsonl, line 2: "text" should be a string, got 3',
         "cut.jsonl": "line 1: not JSON",
         "binary.txt": "not indexed: a binary file",
         "empty.txt": "not indexed: it is empty",
@@ -230,7 +293,7 @@ def test_problems_are_told_and_the_rest_is_indexed(notes):
     for update in (index.update(), index.update()):  # told every time
         assert update.problems.keys() == expected.keys()
         assert all(expected[name] in problem for name, problem in update.problems.items())
-    assert {hit.path for hit in index.search("wing", 10)} == {"a.md", "c.jsonl", "latin.txt", "sub/b.txt"}
+    assert {hit.path for hit in index.search("wing", 5)} == {"bad.jsonl", "c.jsonl", "latin.txt", "sub/b.txt", "a.md"}
 
 
 def test_what_another_process_has_indexed_is_found(notes):

@@ -22,12 +22,6 @@ def test_only_blur_and_solarisation_tell_the_views_apart():
         assert (view.interpolation, view.ratio, view.blur_radius) == ("bicubic", (3 / 4, 4 / 3), (0.1, 2.0))
 
 
-def test_crop_sizes_and_scales_are_free():
-    views = dino_views([0.25, 1.0], [0.05, 0.25], 1, global_crop_size=32, local_crop_size=16)
-    assert [(view.size_px, view.scale) for view in views] == [(32, (0.25, 1.0))] * 2 + [(16, (0.05, 0.25))]
-    assert len(dino_views((0.4, 1.0), (0.05, 0.4), 0)) == 2
-
-
 @pytest.mark.parametrize("scale", [(0, 1), (0.5, 0.4), (0.5, 1.1)])
 def test_a_range_that_is_none_names_its_flag(scale):
     with pytest.raises(ValueError, match=f"--global_crops_scale {scale[0]} {scale[1]}"):

@@ -179,7 +179,7 @@ class Experiment:
         given = functools.cache(lambda: dense(self.dataset, None))
         self.row("BM25", None, "", lambda: (bm25(), 0))
         self.row("packaged encoder as given", None, "", lambda: (given(), 0))
-        for weight in (0.3, 0.5, 0.7):
+        for weight in (0.3, 0.5, 0.7, 0.8):
             fused = functools.partial(lambda weight: (fuse(given(), bm25(), TOP_K + 1, weight, unit=True), 0), weight)
             self.row(f"hybrid, weight {weight} on the encoder", None, "", fused)
         self.row(

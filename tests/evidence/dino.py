@@ -47,8 +47,8 @@ LINEAR = "--arch resnet10t --image_size 32 --num_labels 10 --epochs 5 --lr 0.1 -
 
 def claims(out: Path, parallel: int, seeds: tuple[int, ...]) -> None:
     results = run_all("dino", CLAIMS, out / "digits", parallel, seeds)
-    columns = {"knn_before": "k-NN before", "knn_last": "k-NN after", "teacher_entropy": "teacher entropy", "kl": "KL",
-               "feature_spread": "feature spread"}  # fmt: skip
+    columns = {"knn_before": "k-NN before", "knn_last": "k-NN after", "teacher_entropy": "teacher entropy"}
+    columns |= {"kl": "KL", "feature_spread": "feature spread"}
     text = table(results, columns) + f"\n\nk-NN on raw pixels: {PixelFeatures(None, None, 16, MEAN, STD).knn():.1f}"
     write(out, "dino_digits", results, text)
 
@@ -69,8 +69,10 @@ def cifar10(out: Path, parallel: int, seeds: tuple[int, ...], train: Path, test:
     for result, accuracy, random_accuracy in zip(results, trained, random, strict=True):
         result.update(linear=accuracy, linear_before=random_accuracy)
     pixels = PixelFeatures(str(train), str(test), 32, MEAN, STD)
-    after, before = ([spread([r[key] for r in results]) for key in keys] for keys in
-                     (("knn_last", "linear", "minutes"), ("knn_before", "linear_before")))  # fmt: skip
+    after, before = (
+        [spread([result[key] for result in results]) for key in keys]
+        for keys in (("knn_last", "linear", "minutes"), ("knn_before", "linear_before"))
+    )
     rows = [
         "| features | k-NN | linear | minutes a run |",
         "|---|---|---|---|",

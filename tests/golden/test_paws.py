@@ -14,7 +14,7 @@ from paws import losses
 from paws.augmentations import choose_recipe
 from paws.evaluation import classify
 from paws.heads import Encoder
-from paws.networks import Backbone, WideResNetEncoder, build_encoder
+from paws.hub import WideResNetEncoder, build_encoder
 from paws.optimisation import LARS, lr_schedule, parameter_groups
 from paws.paws_train import train_one_epoch
 from paws.support_sampler import SupportSampler
@@ -297,7 +297,7 @@ def test_wide_resnet(case):
     with torch.no_grad():
         for name, value in zip(("eval_h", "eval_z"), encoder.eval()(views), strict=True):
             close(value, case, name, atol=2e-5)
-        close(Backbone(encoder)(large), case, "eval_backbone", atol=2e-5)
+        close(encoder.forward_backbone(large), case, "eval_backbone", atol=2e-5)
         for name, value in zip(("train_h", "train_z"), encoder.train()(views), strict=True):
             close(value, case, name, atol=1e-3)
     state = encoder.state_dict()

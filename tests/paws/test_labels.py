@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from paws.labels import drawn_by_share, open_partly_labelled
-from tests.paws.small_runs import write_noise, write_own_pictures
+from tests.paws.tiny import write_noise, write_own_pictures
 
 
 @pytest.fixture(scope="module")

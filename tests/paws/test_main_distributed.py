@@ -7,7 +7,7 @@ import yaml
 
 from paws import main as programs
 from paws import main_distributed
-from tests.paws.small_runs import ROOT, TINY, losses, write_noise
+from tests.paws.tiny import ROOT, TINY, losses, write_noise
 
 
 @pytest.fixture

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from paws.networks import Backbone, Representation, bare_backbone, build_encoder
-from tests.paws.small_runs import ROOT
+from paws.evaluation import Representation
+from paws.hub import build_encoder
+from tests.paws.tiny import ROOT
 from tests.standalone import load_alone
 
 SIZES = {  # backbone, projection head, prediction head
@@ -48,9 +49,7 @@ def test_parts_of_an_encoder_share_its_weights(name):
     h, z = encoder(images)
     assert torch.equal(Representation(encoder)(images), h)
     assert torch.equal(Representation(encoder, use_pred=True)(images), z)
-    features = Backbone(encoder)(images)
-    assert features.shape == (2, encoder.embed_dim)
-    torch.testing.assert_close(bare_backbone(encoder, name)(images), features)
+    assert encoder.forward_backbone(images).shape == (2, encoder.embed_dim)
 
 
 def test_without_a_prediction_head_anchors_are_what_targets_are():

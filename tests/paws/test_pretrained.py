@@ -1,14 +1,18 @@
 """Every official layout fills its network, and nothing is filled by half; releases, hub and export."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
 import torchvision
 
 import hubconf
-from paws import export, networks, pretrained, resnet
+from paws import hub, resnet
 from paws.heads import classification_head
-from paws.networks import Backbone, build_encoder
+from paws.hub import CARD, build_encoder
+from shared.networks import pretrained
+from shared.networks.export import export_backbone
 from shared.networks.weights import DownloadError, WeightMismatch
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -60,35 +64,35 @@ def save(tmp_path, contents):
 def test_a_training_checkpoint_fills_backbone_and_heads(name, prefix, tmp_path, capsys):
     source = make_encoder(name)
     file = save(tmp_path, training_checkpoint(source, prefix))
-    encoder = pretrained.load_encoder(name, file, use_pred=True)
+    encoder = hub.load_encoder(name, file, use_pred=True)
     for found, expected in zip(encoder(IMAGES), source(IMAGES), strict=True):
         assert torch.equal(found, expected)
     total = len(source.state_dict())
     assert f"{total}/{total} entries of the network matched" in capsys.readouterr().out
     assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
-    backbone = pretrained.load_encoder(name, file, heads=False)
-    assert torch.equal(Backbone(backbone)(IMAGES), Backbone(source)(IMAGES)) and backbone.fc is None
+    backbone = pretrained.load_pretrained(CARD, name, file)
+    assert torch.equal(backbone(IMAGES), source.forward_backbone(IMAGES))
 
 
 def test_without_a_prediction_head_in_the_file_there_is_none(tmp_path):
     file = save(tmp_path, training_checkpoint(make_encoder(use_pred_head=False)))
-    assert pretrained.load_encoder(SMALL, file).pred is None
+    assert hub.load_encoder(SMALL, file).pred is None
     with pytest.raises(WeightMismatch, match=r"--use_pred: .* holds no prediction head"):
-        pretrained.load_encoder(SMALL, file, use_pred=True)
+        hub.load_encoder(SMALL, file, use_pred=True)
 
 
 def test_a_fine_tuned_network_is_a_classifier_and_a_backbone(tmp_path):
     source, checkpoint = fine_tuned(make_encoder())
     file = save(tmp_path, checkpoint)
-    assert torch.equal(pretrained.load_classifier(SMALL, file)(IMAGES)[0], source(IMAGES)[0])
-    assert torch.equal(Backbone(pretrained.load_encoder(SMALL, file, heads=False))(IMAGES), Backbone(source)(IMAGES))
+    assert torch.equal(hub.load_classifier(SMALL, file)(IMAGES)[0], source(IMAGES)[0])
+    assert torch.equal(pretrained.load_pretrained(CARD, SMALL, file)(IMAGES), source.forward_backbone(IMAGES))
     with pytest.raises(WeightMismatch, match="holds no projection head"):
-        pretrained.load_encoder(SMALL, file)
+        hub.load_encoder(SMALL, file)
 
 
 def test_channels_come_from_the_file(tmp_path):
     file = save(tmp_path, training_checkpoint(make_encoder(in_chans=1)))
-    assert pretrained.load_encoder(SMALL, file).conv1.in_channels == 1
+    assert hub.load_encoder(SMALL, file).conv1.in_channels == 1
 
 
 def test_a_training_starts_from_the_backbone_of_any_file(tmp_path):
@@ -96,7 +100,7 @@ def test_a_training_starts_from_the_backbone_of_any_file(tmp_path):
     library = torchvision.models.resnet18().eval()
     encoder = build_encoder("resnet18", 16)
     head = encoder.fc.fc3.weight.clone()
-    pretrained.load_backbone_into(encoder, "resnet18", save(tmp_path, library.state_dict()))
+    hub.load_backbone_into(encoder, "resnet18", save(tmp_path, library.state_dict()))
     assert torch.equal(encoder.backbone.conv1.weight, library.conv1.weight) and torch.equal(encoder.fc.fc3.weight, head)
 
 
@@ -116,25 +120,25 @@ def test_a_file_that_fills_half_of_the_network_is_refused_unless_told(tmp_path):
     contents = training_checkpoint(make_encoder())
     del contents["encoder"]["module.layer3.0.conv1.weight"]
     file = save(tmp_path, contents)
-    for heads in (True, False):
+    for load in (hub.load_encoder, functools.partial(pretrained.load_pretrained, CARD)):
         with pytest.raises(WeightMismatch, match=r"1 missing in the file: layer3.0.conv1.weight"):
-            pretrained.load_encoder(SMALL, file, heads=heads)
-        pretrained.load_encoder(SMALL, file, heads=heads, allow_partial=True)
+            load(SMALL, file)
     with pytest.raises(WeightMismatch, match="1 missing"):
-        pretrained.load_backbone_into(build_encoder(SMALL, 16), SMALL, file)
+        hub.load_backbone_into(build_encoder(SMALL, 16), SMALL, file)
+    hub.load_backbone_into(build_encoder(SMALL, 16), SMALL, file, allow_partial=True)
 
 
 def test_a_head_that_does_not_fit_is_refused(tmp_path):
     contents = training_checkpoint(make_encoder())
     del contents["encoder"]["module.fc.bn1.weight"]
     with pytest.raises(WeightMismatch, match=r"1 missing in the file: fc.bn1.weight"):
-        pretrained.load_encoder(SMALL, save(tmp_path, contents))
+        hub.load_encoder(SMALL, save(tmp_path, contents))
 
 
 def test_the_width_of_a_file_is_named(tmp_path):
     file = save(tmp_path, {"encoder": {"module.conv1.weight": torch.zeros(128, 3, 7, 7)}})
     with pytest.raises(WeightMismatch, match=r"128 channels in its first layer, --model_name resnet50 has 64"):
-        pretrained.load_encoder("resnet50", file, heads=False)
+        hub.load_encoder("resnet50", file)
 
 
 @pytest.mark.parametrize(
@@ -142,12 +146,12 @@ def test_the_width_of_a_file_is_named(tmp_path):
     [
         ("resnet50", "nowhere.pth.tar", "--pretrained nowhere.pth.tar is neither a file nor a release .paws_imgnt_10"),
         ("resnet50w2", "paws_imgnt_1percent_100ep", "is a resnet50, not a resnet50w2"),
-        (SMALL, pretrained.RUN_ON_DIGITS, "is not there: run python main.py first"),
+        (SMALL, hub.RUN_ON_DIGITS, "is not there: run python main.py first"),
     ],
 )
 def test_absent_weights_are_an_error(name, weights, message):
     with pytest.raises(ValueError, match=message):
-        pretrained.load_encoder(name, weights)
+        hub.load_encoder(name, weights)
 
 
 # --- Releases, hub, export --------------------------------------------------------------------------------------------
@@ -165,8 +169,7 @@ def published(tmp_path, monkeypatch):
     folder.mkdir()
     monkeypatch.setenv("PAWS_WEIGHTS_URL", folder.as_uri() + "/")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    monkeypatch.setitem(networks.BLOCKS, 50, (1, 1, 1, 1))
-    monkeypatch.setattr(resnet.ResNet.__init__, "__defaults__", ((1, 1, 1, 1), 1, 3, 64))
+    monkeypatch.setitem(resnet.BLOCKS, 50, (1, 1, 1, 1))
     return folder
 
 
@@ -175,8 +178,8 @@ def test_released_files_have_the_published_names(monkeypatch):
     monkeypatch.delenv("PAWS_WEIGHTS_URL", raising=False)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: "/nowhere")
     monkeypatch.setattr(pretrained, "download", lambda url, path: urls.append(url.rpartition("/")[2]))
-    for name in pretrained.RELEASES:
-        pretrained.fetch(name)
+    for name in CARD.releases:
+        pretrained.fetch_release(CARD, name)
     expected = {f"paws_imgnt_{p}percent_{e}ep.pth.tar" for p in (1, 10) for e in (100, 200, 300)}
     assert set(urls) == expected | {f"paws_imgnt_{p}percent_300ep_finetuned.pth.tar" for p in (1, 10)}
 
@@ -193,7 +196,7 @@ def test_hub_entries_are_filled_from_their_file_once(entry, file, published, cap
     torch.save(training_checkpoint(source), published / file)
     for _ in range(2):
         backbone = getattr(hubconf, entry)().eval()
-        torch.testing.assert_close(backbone(IMAGES), Backbone(source)(IMAGES))
+        torch.testing.assert_close(backbone(IMAGES), source.forward_backbone(IMAGES))
     assert capsys.readouterr().out.count("downloading") == 2  # one for the failure
     assert getattr(hubconf, entry)(pretrained=False).embed_dim == 2048
 
@@ -201,14 +204,15 @@ def test_hub_entries_are_filled_from_their_file_once(entry, file, published, cap
 def test_releases_are_weights_by_name(published):
     source = make_encoder("resnet50")
     torch.save(training_checkpoint(source), published / "paws_imgnt_1percent_200ep.pth.tar")
-    encoder = pretrained.load_encoder("resnet50", "paws_imgnt_1percent_200ep")
+    encoder = hub.load_encoder("resnet50", "paws_imgnt_1percent_200ep")
     assert torch.equal(encoder(IMAGES)[0], source(IMAGES)[0])
 
 
 @pytest.mark.parametrize(("name", "libraries"), [(SMALL, set()), ("resnet18", {"torchvision", "timm"})])
 def test_exported_files_compute_the_same(name, libraries, tmp_path):
-    files = export.export(make_encoder(name), name, tmp_path, (32, 32))
+    source = make_encoder(name)
+    backbone = pretrained.load_pretrained(CARD, name, save(tmp_path, training_checkpoint(source)))
+    files = export_backbone(CARD, backbone, name, tmp_path / "out", (32, 32), arch_key="model_name")
     assert set(files) == {"safetensors", "onnx"} | libraries
-    assert all(path.stat().st_size > 1000 for path in files.values())
-    again = pretrained.load_encoder(name, files["safetensors"], heads=False)
-    assert torch.equal(Backbone(again)(IMAGES), Backbone(make_encoder(name))(IMAGES))
+    again = pretrained.load_pretrained(CARD, name, files["safetensors"])
+    assert torch.equal(again(IMAGES), source.forward_backbone(IMAGES))

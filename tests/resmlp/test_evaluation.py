@@ -1,6 +1,5 @@
 """k-NN, linear evaluation, pictures and export; self-supervised training by DINO."""
 
-import importlib
 import json
 
 import numpy as np
@@ -15,7 +14,7 @@ from resmlp import eval_knn, eval_linear, visualize_cross_patch
 from resmlp.export import export
 from resmlp.hub import load_network
 from resmlp.resmlp_models import ResMLP
-from resmlp.visualize_cross_patch import locality, rows_as_maps, save_cross_patch_layers, to_colors
+from resmlp.visualize_cross_patch import locality, rows_as_maps, to_colors
 from shared.networks.weights import safe_load
 from tests.resmlp.test_resmlp_models import randomize
 
@@ -127,13 +126,7 @@ def test_pictures_of_all_layers_are_written(finished, tmp_path, monkeypatch, cap
     assert Image.open(tmp_path / "out" / "layer01.png").size[0] > 600
 
 
-def test_many_layers_are_drawn_in_rows(tmp_path):
-    save_cross_patch_layers(ResMLP(8, 4, embed_dim=4, depth=7), tmp_path)
-    width, height = Image.open(tmp_path / "layers.png").size
-    assert width > 2 * height
-
-
-# --- Export, scripts ----------------------------------------------------------------------------------------
+# --- Export ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("classes", "in_chans"), [(0, 3), (5, 1)])
@@ -159,40 +152,3 @@ def test_a_network_of_published_size_is_exported_to_timm(tmp_path):
     twin.load_state_dict(safe_load(files["timm"]))
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(twin(images), network(images), rtol=1e-4, atol=1e-5)
-
-
-NOWHERE = "/no/such/place"
-COMMANDS = {
-    "main": ("--device", "cpu", "--data_path", NOWHERE, "--output_dir", "run"),
-    "eval_knn": ("--pretrained_weights", NOWHERE, "--data_path", "data"),
-    "eval_linear": ("--pretrained_weights", NOWHERE, "--data_path", "data"),
-    "visualize_cross_patch": ("--pretrained_weights", NOWHERE),
-    "export": ("--pretrained_weights", NOWHERE),
-    "translation.main": (
-        "--train_source",
-        NOWHERE,
-        "--train_target",
-        NOWHERE,
-        "--valid_source",
-        "v",
-        "--valid_target",
-        "v",
-    ),
-    "translation.translate": ("--weights", NOWHERE),
-}
-
-
-@pytest.mark.parametrize("script", COMMANDS)
-def test_a_path_that_does_not_exist_is_one_line_and_exit_code_2(script, monkeypatch, capsys, tmp_path):
-    for label in "ab":  # images for the scripts that read them first
-        (tmp_path / "data" / label).mkdir(parents=True)
-        for i in range(30):
-            Image.new("RGB", (8, 8)).save(tmp_path / "data" / label / f"{i}.png")
-    monkeypatch.chdir(tmp_path)
-    small = ("--nb_knn", "2") if script == "eval_knn" else ()
-    monkeypatch.setattr("sys.argv", [f"{script}.py", *COMMANDS[script], *small])
-    with pytest.raises(SystemExit) as end:
-        importlib.import_module(f"resmlp.{script}").main()
-    assert end.value.code == 2
-    printed = capsys.readouterr().err
-    assert printed.startswith("error: ") and printed.count("\n") == 1 and NOWHERE in printed

@@ -17,7 +17,7 @@ from resmlp.main import SubmodelLoss, get_args_parser, parse_args
 from shared.supervised.losses import ClassificationLoss
 from tests.command_lines import assert_values_arrive
 from tests.resmlp.tiny import FLAGS, train
-from tests.shared.supervised.runs import lines, losses, state_of
+from tests.shared.supervised.runs import DEIT_DEFAULTS, lines, losses, state_of
 
 # command lines with every flag of the official trainer
 PUBLISHED = [
@@ -44,23 +44,10 @@ def test_official_command_lines_parse(command):
 
 
 def test_defaults_are_the_official_ones():
-    args = vars(parse_args(["--data_path", "/imagenet"]))
-    official = {
-        "batch_size": 64, "epochs": 300, "bce_loss": False, "unscale_lr": False, "input_size": 224, "drop": 0.0,
-        "drop_path": 0.1, "model_ema": True, "model_ema_decay": 0.99996, "model_ema_force_cpu": False, "opt": "adamw",
-        "opt_eps": 1e-8, "opt_betas": None, "clip_grad": None, "momentum": 0.9, "weight_decay": 0.05, "sched": "cosine",
-        "lr": 5e-4, "lr_noise": None, "lr_noise_pct": 0.67, "lr_noise_std": 1.0, "warmup_lr": 1e-6, "min_lr": 1e-5,
-        "decay_epochs": 30, "warmup_epochs": 5, "cooldown_epochs": 10, "patience_epochs": 10, "decay_rate": 0.1,
-        "color_jitter": 0.3, "aa": "rand-m9-mstd0.5-inc1", "smoothing": 0.1, "train_interpolation": "bicubic",
-        "repeated_aug": True, "train_mode": True, "ThreeAugment": False, "src": False, "reprob": 0.25,
-        "remode": "pixel", "recount": 1, "resplit": False, "mixup": 0.8, "cutmix": 1.0, "cutmix_minmax": None,
-        "mixup_prob": 1.0, "mixup_switch_prob": 0.5, "mixup_mode": "batch", "teacher_model": "regnety_160",
-        "teacher_path": "", "distillation_type": "none", "distillation_alpha": 0.5, "distillation_tau": 1.0,
-        "cosub": False, "finetune": "", "attn_only": False, "data_set": "IMNET", "inat_category": "name", "seed": 0,
-        "resume": "", "start_epoch": 0, "eval": False, "eval_crop_ratio": 0.875, "dist_eval": False, "pin_mem": True,
-        "distributed": False, "world_size": 1, "dist_url": "env://",
-    }  # fmt: skip
-    assert {name: args[name] for name in official} == official
+    own = {"epochs": 300, "color_jitter": 0.3, "bce_loss": False, "unscale_lr": False, "train_mode": True}
+    own |= {"ThreeAugment": False, "src": False, "cosub": False, "finetune": "", "attn_only": False}
+    own |= {"eval_crop_ratio": 0.875, "distributed": False}
+    assert vars(parse_args(["--data_path", "/imagenet"])).items() >= (DEIT_DEFAULTS | own).items()
     assert parse_args(["--data_path", "x", "--data-set", "CIFAR"]).data_set == "CIFAR100"
 
 

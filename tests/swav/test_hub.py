@@ -121,7 +121,7 @@ def test_without_heads_the_network_gives_features_and_in_eval_mode_the_map():
 # --- Files ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arch", ["resnet50", "resnet18"])  # ours, and a network of torchvision
+@pytest.mark.parametrize("arch", ["resnet50", "test_resnet"])  # ours, and a network of a library
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_trunk_is_filled_and_the_heads_are_counted_apart(layout, arch, tmp_path, capsys):
     source = make_network(arch)
@@ -135,7 +135,7 @@ def test_trunk_is_filled_and_the_heads_are_counted_apart(layout, arch, tmp_path,
     assert not any(parameter.requires_grad for parameter in network.parameters())
 
 
-@pytest.mark.parametrize("arch", ["resnet50", "resnet18"])
+@pytest.mark.parametrize("arch", ["resnet50", "test_resnet"])
 @pytest.mark.parametrize("heads", [{}, {"nmb_prototypes": [20, 5, 7]}, {"hidden_mlp": 0}], ids=str)
 def test_network_gets_the_heads_of_the_file(heads, arch, tmp_path, capsys):
     source = make_network(arch, **heads)

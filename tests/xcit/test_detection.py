@@ -1,6 +1,7 @@
 """Detection: COCO's layout, average precision from its definition, training, resuming, official trunks."""
 
 import json
+import math
 import random
 import re
 from functools import partial
@@ -259,27 +260,15 @@ def with_outlines(segmentation: list | dict):
         (lambda text: text.replace("file_name", "name"), "'file_name' is missing"),
         (lambda text: "[]", "is not in COCO's layout of instances"),
         (lambda text: text.replace('"image_id": 1', '"image_id": 7'), "annotation 1 has the image_id 7, which is not"),
-        (
-            lambda text: text.replace('"category_id": ', '"category_id": 5'),
-            "has the category_id 5.*, which is not among",
-        ),
-        (
-            lambda text: text.replace('"bbox": [', '"bbox": [1, '),
-            "the bbox of annotation 1 is .*, expected four numbers",
-        ),
+        (lambda text: text.replace('"category_id": ', '"category_id": 5'), "has the category_id 5.*, which is not am"),
+        (lambda text: text.replace('"bbox": [', '"bbox": [1, '), "the bbox of annotation 1 is .*, expected four num"),
         (lambda text: text.replace('"bbox": [', '"bbox": ["x", '), "the bbox of annotation 1 is .*, expected four"),
         (lambda text: text.replace('"id": 20', '"id": 10'), "two of the categories have the same id"),
-        (
-            lambda text: text.replace('"disc"', '"\udcff"'),
-            "is damaged, or no JSON: 'utf-8' codec can't decode byte 0xff",
-        ),
+        (lambda text: text.replace('"disc"', '"\udcff"'), "is damaged, or no JSON: 'utf-8' codec can't decode"),
         (with_outlines([]), "annotation 1 has no polygon"),
         (with_outlines([[1, 1, 9, 9]]), "annotation 1 has no polygon"),
         (with_outlines([[1, 1, 9, 1, 9, 9, 1]]), "annotation 1 has no polygon .* or an odd number in one"),
-        (
-            with_outlines({"size": [64, 64], "counts": [5, 3]}),
-            r"the runs of annotation 1 are not those of an image of 64 x 64",
-        ),
+        (with_outlines({"size": [64, 64], "counts": [5, 3]}), "the runs of annotation 1 are not those of an image of"),
         (with_outlines({"size": [64, 64], "counts": [5, -3, 64 * 64 - 2]}), "the runs of annotation 1"),
     ],
 )
@@ -374,11 +363,8 @@ def nan_after(forward):
 
 @pytest.mark.slow
 def test_mixed_precision(data, tmp_path, small_networks, small_heads):
-    assert all(loss == loss for loss in losses_of(train(data, tmp_path, "--amp", "bf16", "--epochs", 1, "--steps")))
-
-
-def losses_of(written: list[dict]) -> list[float]:
-    return [line["loss"] for line in written if "loss" in line]
+    train(data, tmp_path, "--amp", "bf16", "--epochs", 1, "--steps")
+    assert len(losses(tmp_path)) == 2 and all(map(math.isfinite, losses(tmp_path)))
 
 
 def evaluate(rank: int, data) -> list[float]:

@@ -1,6 +1,7 @@
 """Weights of any layout, torch.hub, and files for other programs."""
 
 import pytest
+import timm
 import torch
 
 import hubconf
@@ -92,9 +93,7 @@ def test_hub_entries_build_offline_and_ask_for_their_files(tmp_path, monkeypatch
 def test_safetensors_and_onnx_give_the_same_output(network, tmp_path, monkeypatch):
     from xcit import export as module
 
-    monkeypatch.setattr(
-        module.timm, "create_model", lambda *_, checkpoint_path, **__: load_network(NAME, checkpoint_path)
-    )
+    monkeypatch.setattr(timm, "create_model", lambda *_, checkpoint_path, **__: load_network(NAME, checkpoint_path))
     files = export(network, NAME, tmp_path, (24, 16))
     assert all(path.exists() for path in files.values())
     with pytest.raises(ValueError, match="differs from the torch network"):

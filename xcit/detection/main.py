@@ -12,6 +12,7 @@ import argparse
 import sys
 from bisect import bisect_right
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +25,6 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from shared import distributed
-from shared.images.loading import BadImages
 from shared.run.flags import AnyDashParser, parse_with_embedded_defaults
 from shared.run.run import Run
 from xcit import dense_training
@@ -51,9 +51,7 @@ NECK_CHANNELS = 256
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = AnyDashParser(
-        "XCiT Mask R-CNN", description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = AnyDashParser(__doc__)
     dense_training.add_flags(parser)
     add = parser.add_argument_group("recipe").add_argument
     add("--epochs", type=int, default=36, help="passes over the images")
@@ -145,14 +143,8 @@ def draw_detections(network: MaskRCNN, dataset: CocoDataset, device: torch.devic
 
 def open_images(args: argparse.Namespace, output_dir: Path) -> tuple[CocoDataset, CocoDataset]:
     """The train and the val part; generated shapes without ``--data-path``."""
-    data_path = Path(args.data_path) if args.data_path else output_dir / "data"
-    if args.data_path is None:
-        if distributed.is_main_process():
-            write_coco(data_path, {"train": 64, "val": 16})
-        distributed.barrier()
+    data_path = dense_training.data_folder(args, output_dir, write_coco, {"train": 64, "val": 16})
     train = CocoDataset(data_path, "train", args.seed, crop=args.crop)
-    policy = (output_dir / "bad_images.txt", args.on_bad_image, args.max_bad_fraction)
-    train.bad_images = BadImages(len(train), *policy)
     val = CocoDataset(data_path, "val", augment=False)
     if val.classes != train.classes:
         raise ValueError(f"--data-path {data_path}: train and val part have other categories")
@@ -183,23 +175,9 @@ def train_detector(args: argparse.Namespace) -> None:
     run = Run(args, args.amp)
     train, val = open_images(args, run.output_dir)
     network = network_of(args, len(train.classes))
-    data, wrapped, optimizer = dense_training.prepare(args, run, train, network)
+    data = dense_training.batches(args, train, run.output_dir, run.device)
     lr = learning_rates(args, data.steps_per_epoch)
-    dense_training.resume(args, run, data, len(lr), network, optimizer)
-
-    tested: dict[str, float] = {}
-    with run:
-        for epoch in run.epochs():
-            data.sampler.set_epoch(epoch, run.step_in_epoch)
-            dense_training.train_one_epoch(run, wrapped, data.loader, optimizer, lr)
-            tested = {}
-            if (epoch + 1) % args.test_freq == 0 or run.steps_done == run.total_steps:
-                tested = evaluate_detector(network, val, run.device, run.stop_if_asked)
-                run.log_evaluation(**tested)
-            run.log_epoch(**tested, bad_images=train.bad_images.count())
-            run.end_epoch()
-    # a run that was finished before is evaluated again
-    dense_training.say(tested or evaluate_detector(network, val, run.device))
+    dense_training.train(args, run, data, network, lr, partial(evaluate_detector, network, val, run.device))
     if args.pictures and distributed.is_main_process():
         print(f"what it finds: {draw_detections(network, val, run.device, run.output_dir)}", flush=True)
 

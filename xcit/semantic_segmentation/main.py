@@ -10,6 +10,7 @@ Running the same command again resumes the run.
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +24,6 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from shared import distributed
-from shared.images.loading import BadImages
 from shared.run.flags import AnyDashParser, parse_with_embedded_defaults
 from shared.run.run import Run
 from xcit import dense_training
@@ -47,11 +47,7 @@ NECK_CHANNELS, HEAD_CHANNELS = 256, 128
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = AnyDashParser(
-        "XCiT Semantic FPN",
-        description=__doc__.split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = AnyDashParser(__doc__)
     dense_training.add_flags(parser)
     add = parser.add_argument_group("recipe").add_argument
     add("--num-classes", type=int, default=150, help="classes of the label maps")
@@ -165,15 +161,10 @@ def evaluate_segmenter(
 
 def open_images(args: argparse.Namespace, output_dir: Path) -> tuple[ADE20KDataset, ADE20KDataset]:
     """The training and the validation part; generated shapes without ``--data-path``."""
-    data_path = Path(args.data_path) if args.data_path else output_dir / "data"
-    if args.data_path is None:
-        if distributed.is_main_process():
-            write_ade20k(data_path, {"training": 64, "validation": 16})
-        distributed.barrier()
-    train = ADE20KDataset(data_path, "training", args.crop_size, args.seed, num_classes=args.num_classes)
-    policy = (output_dir / "bad_images.txt", args.on_bad_image, args.max_bad_fraction)
-    train.bad_images = BadImages(len(train), *policy)
-    return train, ADE20KDataset(data_path, "validation", args.crop_size, augment=False, num_classes=args.num_classes)
+    data_path = dense_training.data_folder(args, output_dir, write_ade20k, {"training": 64, "validation": 16})
+    options = {"crop_px": args.crop_size, "num_classes": args.num_classes}
+    train = ADE20KDataset(data_path, "training", seed=args.seed, **options)
+    return train, ADE20KDataset(data_path, "validation", augment=False, **options)
 
 
 def network_of(args: argparse.Namespace) -> SemanticFPN:
@@ -202,23 +193,9 @@ def train_segmenter(args: argparse.Namespace) -> None:
     run = Run(args, args.amp)
     train, val = open_images(args, run.output_dir)
     network = network_of(args)
-    data, wrapped, optimizer = dense_training.prepare(args, run, train, network)
-    lr = learning_rates(args)
-    dense_training.resume(args, run, data, len(lr), network, optimizer)
-
-    tested: dict[str, float] = {}
-    with run:
-        for epoch in run.epochs():
-            data.sampler.set_epoch(epoch, run.step_in_epoch)
-            dense_training.train_one_epoch(run, wrapped, data.loader, optimizer, lr)
-            tested = {}
-            if (epoch + 1) % args.test_freq == 0 or run.steps_done == run.total_steps:
-                tested = evaluate_segmenter(network, val, run.device, args.num_classes, run.stop_if_asked)
-                run.log_evaluation(**tested)
-            run.log_epoch(**tested, bad_images=train.bad_images.count())
-            run.end_epoch()
-    # a run that was finished before is evaluated again
-    dense_training.say(tested or evaluate_segmenter(network, val, run.device, args.num_classes))
+    data = dense_training.batches(args, train, run.output_dir, run.device)
+    evaluation = partial(evaluate_segmenter, network, val, run.device, args.num_classes)
+    dense_training.train(args, run, data, network, learning_rates(args), evaluation)
     if args.pictures and distributed.is_main_process():
         print(f"what it finds: {draw_segments(network, val, run.device, run.output_dir)}", flush=True)
 

@@ -54,8 +54,9 @@ def test_views_stand_at_relative_sizes_with_their_titles(figures, tmp_path):
     save_views(groups, tmp_path / "views.png", "One image", per_row=3)
     _, *titles = [text.get_text() for text in figures[0].texts if text.get_text()]
     assert titles == ["global 1, 32 px", "global 2, 32 px", *(f"local {n}" for n in range(5))]
-    heights = [axes.get_position().height for axes in figures[0].axes]
+    places = [image.get_extent() for image in figures[0].axes[0].images]  # left, right, bottom, top
+    heights = [top - bottom for *_, bottom, top in places]
     assert heights[2] == pytest.approx(heights[0] / 2)
-    bottoms = [round(axes.get_position().y0, 6) for axes in figures[0].axes]
+    bottoms = [round(bottom, 6) for _, _, bottom, _ in places]
     assert [bottoms.count(b) for b in dict.fromkeys(bottoms)] == [2, 3, 2]
     assert Image.open(tmp_path / "views.png").size[0] > 100

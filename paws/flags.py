@@ -1,64 +1,56 @@
-"""Flags of the training programs, with the names and the sections of the released configuration files.
+"""Flags of the programs, with the names and the sections of the released configuration files.
 
 Every function adds a group and returns its ``add_argument``, with which a program adds its own flags to the group.
 """
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 
-from shared.run import flags
-from shared.run.flags import bool_flag
+from shared.run import flags as common
+from shared.run.flags import Parser, bool_flag
 from shared.run.yaml_config import parse_args_with_config
 
 from .augmentations import RECIPES
 
-MINIMUM = {
-    "epochs": 1,
-    "unsupervised_batch_size": 1,
-    "supervised_views": 1,
-    "supervised_batch_size": 1,
-    "batch_size": 1,
-    "log_freq": 1,
-    "repeat": 1,
-    "output_dim": 0,
-    "warmup": 0,
-}
-POSITIVE = ("temperature", "sharpen", "lr")
-SHARES = ("label_smoothing", "unlabeled_frac")
+RANGES = (  # what is expected of flags
+    ("at least 1", lambda value: value >= 1, "epochs unsupervised_batch_size supervised_views supervised_batch_size"),
+    ("at least 1", lambda value: value >= 1, "batch_size log_freq repeat"),
+    ("at least 0", lambda value: value >= 0, "output_dim warmup"),
+    ("a positive number", lambda value: value > 0, "temperature sharpen lr"),
+    ("a share of at least 0 and less than 1", lambda value: 0 <= value < 1, "label_smoothing"),
+    ("a share of less than 1", lambda value: value < 1, "unlabeled_frac"),
+    ("a probability", lambda value: 0 <= value <= 1, "min_confidence"),
+)
 DATASETS = (*RECIPES, "imagenet_fine_tune", "cifar10_fine_tune")
 
 
 def new_parser(docstring: str) -> argparse.ArgumentParser:
     """A parser with ``--fname``; its description is the first paragraph of the docstring."""
-    parser = argparse.ArgumentParser(
-        description=docstring.split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        conflict_handler="resolve",  # some common flags get another section or help below
-    )
+    parser = Parser(docstring, conflict_handler="resolve")  # some common flags get another section or help below
     parser.add_argument("--fname", default=None, help="YAML file with values for these flags; the command line wins")
     return parser
 
 
 def add_label_flags(parser: argparse.ArgumentParser) -> Callable:
     """Where the images and their labels come from."""
-    add = flags.add_data_flags(parser)
-    add("--val_path", default=None, help="labelled images for the evaluation; by default those that belong to "
-        "--data_path")  # fmt: skip
+    add = common.add_data_flags(parser)
+    add("--val_path", default=None, help="labelled images to classify; by default those that belong to --data_path")
     add("--root_path", default=None, help="official name of --data_path, together with --image_folder")
     add("--image_folder", default="", help="folder below --root_path")
-    add("--labels", nargs="+", default=None, help="CSV files: image (relative to --data_path), label; all other images "
-        "have none. Also pseudo_labels.csv of a run")  # fmt: skip
+    add("--labels", nargs="+", default=None, help="CSV files: image, label; also the pseudo_labels.csv of a run")
     add("--min_confidence", type=float, default=None, help="use only pseudo-labels of this confidence or more")
     add("--labels_per_class", type=int, default=None, help="draw so many labelled images of every class")
-    add("--unlabeled_frac", type=float, default=0.9, help="share of the images whose label is not used, if neither "
-        "--labels, --labels_per_class nor an unlabeled/ folder says which")  # fmt: skip
+    add(
+        "--unlabeled_frac", type=float, default=0.9, help="share of labels that is not used, if nothing else says which"
+    )
     add("--subset_path", default=None, help="list of the labelled images, or the folder with the official lists")
     add("--data_seed", type=int, default=None, help="number of the official CIFAR-10 list; seed of drawn labels")
     add("--dataset", default="imagenet", choices=DATASETS, help="recipe of the views")
     add("--normalize", type=bool_flag, default=True, help="subtract the mean of the channels, divide by their spread")
     add("--image_size", type=int, default=None, help="side of the large views in pixels; by default the recipe's")
-    add("--num_workers", type=int, default=None,
-        help="loader processes per rank; None: cores per rank less one, at most 10")  # fmt: skip
+    workers = "loader processes per rank; None: cores per rank less one, at most 10"
+    add("--num_workers", type=int, default=None, help=workers)
     return add
 
 
@@ -75,10 +67,10 @@ def add_view_flags(add: Callable) -> None:
 def add_support_flags(parser: argparse.ArgumentParser) -> Callable:
     """The labelled images of a step."""
     add = parser.add_argument_group("criterion").add_argument
-    add("--classes_per_batch", type=int, default=None, help="classes among the supports of a process; by default all, "
-        "or an equal share for each process with --unique_classes_per_rank")  # fmt: skip
-    add("--supervised_imgs_per_class", type=int, default=None, help="supports of a class on a process; by default as "
-        "many as the class with the fewest labels allows, at most 16")  # fmt: skip
+    classes = "classes among the supports of a process; None: all, with --unique_classes_per_rank its share of them"
+    add("--classes_per_batch", type=int, default=None, help=classes)
+    images = "supports of a class on a process; None: as many as the class with the fewest labels allows, at most 16"
+    add("--supervised_imgs_per_class", type=int, default=None, help=images)
     add("--supervised_views", type=int, default=1, help="views of every support")
     add("--unsupervised_batch_size", type=int, default=64, help="unlabelled images per process")
     add("--temperature", type=float, default=0.1, help="of the softmax over similarities")
@@ -88,24 +80,28 @@ def add_support_flags(parser: argparse.ArgumentParser) -> Callable:
 def add_network_flags(parser: argparse.ArgumentParser) -> Callable:
     """The encoder and how it is computed."""
     add = parser.add_argument_group("meta").add_argument
-    add("--model_name", "--model-name", default="resnet50", help="resnet50, 101, 152, 200, with w2 or w4 for wider "
-        "ones, wide_resnet28w2, or any torchvision or timm model name")  # fmt: skip
+    names = "resnet50, 101, 152, 200, with w2 or w4 for wider ones, wide_resnet28w2, or a torchvision or timm model"
+    add("--model_name", "--model-name", default="resnet50", help=names)
     add("--output_dim", type=int, default=2048, help="dimension of the representations")
     add("--use_pred_head", type=bool_flag, default=False, help="a prediction head for the anchors")
-    add("--pretrained", default=None, help="weights to start from: a file of any layout or the name of a release; by "
-        "default random ones")  # fmt: skip
+    add("--pretrained", default=None, help="start from this file, of any layout, or release; by default random weights")
     add("--allow_partial", action="store_true", help="go on when --pretrained does not fill the backbone")
+    add_precision_flags(add)
+    add("--read_checkpoint", default=None, help="file in the output folder to go on from while the run has none")
+    return add
+
+
+def add_precision_flags(add: Callable) -> None:
+    """What all trainings have; ``add`` is the ``add_argument`` of the meta group."""
     add("--use_fp16", type=bool_flag, default=True, help="false: the same as --amp fp32")
     add("--amp", default="auto", choices=("auto", "bf16", "fp16", "fp32"), help="auto: bf16 where it is fast")
     add("--load_checkpoint", type=bool_flag, default=True, help="ignored: a run always goes on from its own checkpoint")
-    add("--read_checkpoint", default=None, help="file in the output folder to go on from while the run has none")
-    return add
 
 
 def add_optimisation_flags(parser: argparse.ArgumentParser) -> Callable:
     """LARS and its schedule."""
     add = parser.add_argument_group("optimization").add_argument
-    add("--epochs", type=int, default=100, help="passes over the unlabelled images")
+    add("--epochs", type=int, default=100, help="passes over the images, of a fine-tuning over those with a label")
     add("--lr", type=float, default=6.4, help="peak learning rate; it is not scaled with the batch")
     add("--start_lr", type=float, default=0.3, help="learning rate of the first step")
     add("--final_lr", type=float, default=0.064, help="learning rate at the end")
@@ -118,12 +114,10 @@ def add_optimisation_flags(parser: argparse.ArgumentParser) -> Callable:
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """Output, checkpoints, evaluation, processes."""
-    flags.add_run_flags(parser)
+    add = common.add_run_flags(parser, knn=False)
     add_device_flag(parser)
-    add = parser.add_argument_group("run").add_argument
-    add("--eval_knn_freq", type=int, default=None, help="soft nearest-neighbour classification with the labelled "
-        "images every so many epochs; 0: never; by default before and after training, with at most 100,000 images "
-        "to classify")  # fmt: skip
+    when = "soft nearest neighbours every so many epochs; 0: never; None: before and after, with at most 100,000 images"
+    add("--eval_knn_freq", type=int, default=None, help=when)
     add("--checkpoint_freq", type=int, default=50, help="keep a checkpoint every so many epochs; 0: none")
     add("--seed", type=int, default=0, help="of the initial weights, the order of the images, the supports, the views")
     add_output_flags(parser)
@@ -132,14 +126,43 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 def add_device_flag(parser: argparse.ArgumentParser) -> None:
     """``--device`` in the section of the released files, which say ``cuda:0``, and what they say about copies."""
     add = parser.add_argument_group("meta").add_argument
-    add("--device", type=device_name, default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is "
-        "one; the number of cuda:0 is ignored")  # fmt: skip
+    device = "auto: a GPU if there is one; the number of cuda:0 is ignored"
+    add("--device", type=device_name, default="auto", choices=("auto", "cpu", "cuda"), help=device)
     add("--copy_data", type=bool_flag, default=False, help="ignored: --cache keeps decoded images near")
 
 
 def device_name(text: str) -> str:
     """``cuda:0`` is ``cuda``: with several GPUs the launcher decides which one a process has."""
     return "cuda" if text.startswith("cuda:") else text
+
+
+def add_evaluation_flags(parser: argparse.ArgumentParser, batch_size: int) -> Callable:
+    """Classifier, encoder and processes of the programs that train nothing."""
+    add = parser.add_argument_group("criterion").add_argument
+    add("--temperature", type=float, default=0.1, help="of the softmax over similarities")
+    add = parser.add_argument_group("processes").add_argument
+    add("--dist_url", default="env://", help="rendezvous of the processes")
+    add("--local_rank", "--local-rank", type=int, default=0, help="ignored: read from the environment")
+    add_device_flag(parser)
+    add = parser.add_argument_group("meta").add_argument
+    add("--model_name", "--model-name", default="resnet50", help="as for main.py")
+    add("--pretrained", default=None, help="checkpoint of a training, or the name of a release")
+    add("--use_pred", "--use-pred", action="store_true", help="compare the outputs of the prediction head")
+    add("--batch_size", type=int, default=batch_size, help="images per process")
+    return add
+
+
+def add_fine_tuning_flags(parser: argparse.ArgumentParser, model_name: str, write_tag: str) -> Callable:
+    """Encoder and output of both kinds of fine-tuning."""
+    add_run_flags(parser)
+    add_output_flags(parser, write_tag)
+    add = parser.add_argument_group("logging").add_argument
+    add("--pretrain_path", default=None, help="official name of --pretrained, relative to --output_dir")
+    add = parser.add_argument_group("meta").add_argument
+    add("--model_name", "--model-name", default=model_name, help="as for main.py")
+    add("--pretrained", default=None, help="checkpoint of a training, name of a release, or random (fine_tune.py)")
+    add_precision_flags(add)
+    return add
 
 
 def add_output_flags(parser: argparse.ArgumentParser, write_tag: str = "paws") -> None:
@@ -159,7 +182,7 @@ def parse_with_embedded_defaults(
         embedded: Defaults for the embedded data; a file given as ``--fname`` wins over them.
     """
     args = parse_args_with_config(parser, arguments)
-    if not has_images(args):
+    if args.data_path is None and args.root_path is None:
         parser.set_defaults(**{name: value for name, value in embedded.items() if hasattr(args, name)})
         args = parse_args_with_config(parser, arguments)
     if args.root_path is not None and args.data_path is None:
@@ -168,29 +191,24 @@ def parse_with_embedded_defaults(
             parser.error(
                 f"--root_path {args.root_path}: give CIFAR-10 as --data_path cifar10, or as a folder of images"
             )
+    if getattr(args, "pretrain_path", None) is not None and args.pretrained is None:
+        args.pretrained = str(Path(args.output_dir) / args.pretrain_path)
     check_ranges(parser, args)
     return args
 
 
-def has_images(args: argparse.Namespace) -> bool:
-    return args.data_path is not None or args.root_path is not None
+def require_pretrained(parser: argparse.ArgumentParser, args: argparse.Namespace, other: str = "") -> None:
+    """End the program if no weights are named; ``other`` is what may stand for them."""
+    if args.pretrained is None:
+        parser.error(f"--pretrained is missing: a checkpoint of main.py, the name of a release{other}")
 
 
 def check_ranges(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End the program if a number is out of its range."""
-    for flag, least in MINIMUM.items():
-        if (value := getattr(args, flag, None)) is not None and value < least:
-            parser.error(f"--{flag} {value} is less than {least}")
-    for flag in POSITIVE:
-        if (value := getattr(args, flag, None)) is not None and value <= 0:
-            parser.error(f"--{flag} {value} is not positive")
-    for flag in SHARES:
-        if (value := getattr(args, flag, None)) is not None and not value < 1:
-            parser.error(f"--{flag} {value}: expected a share below 1")
-    confidence = getattr(args, "min_confidence", None)
-    if confidence is not None and not 0 <= confidence <= 1:
-        parser.error(f"--min_confidence {confidence} is outside [0, 1]")
-    if getattr(args, "label_smoothing", 0) < 0:
-        parser.error(f"--label_smoothing {args.label_smoothing} is negative")
+    for expected, fits, names in RANGES:
+        for name in names.split():
+            value = getattr(args, name, None)
+            if value is not None and not fits(value):
+                parser.error(f"--{name} {value}: expected {expected}")
     if getattr(args, "epochs", 0) < getattr(args, "warmup", 0):
         parser.error(f"--epochs {args.epochs} is less than --warmup {args.warmup}")
