@@ -17,10 +17,9 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from deepcluster.augmentations import centre_crop
-from deepcluster.backbones import load_network
-from deepcluster.flags import DIGITS_CHECKPOINT, MODEL_HELP, add_process_flags, evaluation_parser
-from deepcluster.layers import check_conv, conv_maps
-from deepcluster.networks import ClusterNetwork
+from deepcluster.convnets import ClusterNetwork, check_conv, conv_maps
+from deepcluster.flags import IMAGES_HELP, MODEL_HELP, add_process_flags, evaluation_parser
+from deepcluster.hub import RUN_ON_DIGITS, load_network
 from shared import distributed
 from shared.images.loading import EvalDataset, make_loader
 from shared.images.sources import ImageSource, open_source
@@ -32,9 +31,8 @@ FILTERS_PER_SHEET = 16
 def get_args_parser() -> argparse.ArgumentParser:
     parser = evaluation_parser(__doc__)
     add = parser.add_argument
-    add("--data", default=None, help="images: a folder, a .txt list or a torchvision data set name; without it the "
-        "embedded digits")  # fmt: skip
-    add("--model", default=DIGITS_CHECKPOINT, help=MODEL_HELP)
+    add("--data", default=None, help=f"images: {IMAGES_HELP}")
+    add("--model", default=RUN_ON_DIGITS, help=MODEL_HELP)
     add("--conv", type=int, default=1, help="layer, from 1")
     add("--exp", "--output_dir", dest="output_dir", default="", help="folder for the pictures")
     add("--count", type=int, default=9, help="images per filter")

@@ -3,8 +3,7 @@
 from shared.images.loading import EvalTransform
 from shared.images.views import ViewRecipe
 
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
+from .hub import MEAN, STD
 
 
 def resize_for(crop_size: int) -> int:

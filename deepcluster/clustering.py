@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from shared import distributed
 from shared.evaluation.clusters import sum_by_cluster
 from shared.evaluation.knn import nearest_neighbours
+
+from .convnets import new_top_layer
 
 try:
     import faiss
@@ -126,6 +128,45 @@ class Clusters:
     def num_filled(self) -> int:
         """Clusters that have images."""
         return int((self.sizes() > 0).sum())
+
+
+class ClusteringState:
+    """The clusters of an epoch and their top layer, which checkpoints hold.
+
+    Args:
+        dim: Of the features.
+        images: Checksum of the training images; clusters of other images are not taken over.
+        device: Of the top layer.
+
+    Attributes:
+        evaluated_before: Whether the evaluation before training is done.
+        epoch: That of the clusters.
+        clusters: None before the first clustering.
+        top_layer: For ``clusters``.
+    """
+
+    evaluated_before = False
+    epoch = -1
+    clusters: Clusters | None = None
+    top_layer: nn.Linear | None = None
+
+    def __init__(self, dim: int, images: int, device: torch.device):
+        self.dim, self.images, self.device = dim, images, device
+
+    def state_dict(self) -> dict:
+        return {
+            "evaluated_before": self.evaluated_before,
+            "clustered_epoch": self.epoch,
+            "clusters": self.clusters and vars(self.clusters),
+            "top_layer": {} if self.top_layer is None else self.top_layer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.evaluated_before = state["evaluated_before"]
+        if state["images"] == self.images and state["clusters"]:
+            self.epoch, self.clusters = state["clustered_epoch"], Clusters(**state["clusters"])
+            self.top_layer = new_top_layer(self.dim, self.clusters.num_clusters).to(self.device)
+            self.top_layer.load_state_dict(state["top_layer"])
 
 
 def check_clustering(num_images: int, algorithm: str, num_clusters: int, backend: str = "auto") -> None:

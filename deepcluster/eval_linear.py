@@ -11,25 +11,26 @@ accuracy after the last epoch. Running the same command again resumes.
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import ten_crop
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from deepcluster.augmentations import MEAN, STD, centre_crop, resize_for
-from deepcluster.backbones import load_network
-from deepcluster.flags import DIGITS_CHECKPOINT, MODEL_HELP, add_process_flags, evaluation_parser, labelled_sources
-from deepcluster.layers import check_conv, conv_maps
-from deepcluster.networks import ClusterNetwork
+from deepcluster.augmentations import centre_crop, resize_for
+from deepcluster.convnets import ClusterNetwork, check_conv, conv_maps
+from deepcluster.flags import IMAGES_HELP, MODEL_HELP, add_process_flags, evaluation_parser
+from deepcluster.hub import MEAN, RUN_ON_DIGITS, STD, load_network
 from shared import distributed
 from shared.evaluation.features import check_features
+from shared.evaluation.linear import train_one_epoch
+from shared.images.labelled import open_labelled
 from shared.images.loading import BadImages, EpochBatchSampler, EvalDataset, EvalTransform, make_loader
 from shared.images.sources import ImageSource
 from shared.multicrop import normalize_views
@@ -46,12 +47,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = evaluation_parser(__doc__)
     add = parser.add_argument_group("network").add_argument
     add("--model", default=None, help=MODEL_HELP)
-    add("--conv", type=int, default=None, help="layer: AlexNet has 1 to 5, VGG16 1 to 13, a ResNet 1 to 5; by default "
-        "the features that are clustered")  # fmt: skip
+    layers = "layer: AlexNet has 1 to 5, VGG16 1 to 13, a ResNet 1 to 5; None: the features that are clustered"
+    add("--conv", type=int, default=None, help=layers)
 
     add = parser.add_argument_group("data").add_argument
-    add("--data", default=None, help="folder with train/ and val/, a folder with one folder per class, a .txt list or "
-        "a torchvision data set name; without it the embedded digits")  # fmt: skip
+    add("--data", default=None, help=f"labelled images, perhaps in train/ and val/: {IMAGES_HELP}")
     add("--val_path", default=None, help="validation images; by default those that belong to --data")
     add("--tencrops", action="store_true", help="validate on the corners, the centre, and their mirror images")
     add("--batch_size", type=int, default=256, help="images per step of all processes together; half in validation")
@@ -74,7 +74,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = get_args_parser()
     args = parser.parse_args(arguments)
     if args.data is None:
-        parser.set_defaults(model=DIGITS_CHECKPOINT, output_dir="runs/digits", epochs=20, batch_size=64)
+        parser.set_defaults(model=RUN_ON_DIGITS, output_dir="runs/digits", epochs=20, batch_size=64)
         args = parser.parse_args(arguments)
     if args.model is None:
         parser.error("--model: give a checkpoint")
@@ -90,7 +90,7 @@ def eval_linear(args: argparse.Namespace) -> dict[str, float]:
         raise ValueError(f"--batch_size {args.batch_size} cannot be shared out over {world_size} processes")
 
     # data and frozen network
-    train, val = labelled_sources(args.data, args.val_path)
+    train, val = open_labelled(args.data, args.val_path, flag="--data")
     network = load_network(args.model, keep_top_layer=False).requires_grad_(False).to(device)
     features = LayerFeatures(network, args.conv)
     train_set = RandomCrops(train, network.img_size, args.seed)
@@ -122,7 +122,8 @@ def eval_linear(args: argparse.Namespace) -> dict[str, float]:
     # epochs
     for epoch in range(len(log), args.epochs):
         sampler.set_epoch(epoch)
-        loss = train_one_epoch(wrapped, features, loader, optimizer, epoch * len(sampler), args.lr, device)
+        batches = scheduled_batches(loader, optimizer, epoch * len(sampler), args.lr, device)
+        loss = train_one_epoch(wrapped, features, batches, optimizer)
         result = validate(
             probe, features, val_set, device, max(1, args.batch_size // 2 // world_size), args.num_workers
         )
@@ -219,31 +220,14 @@ def learning_rate(start: float, weight_decay: float, step: int) -> float:
     return start / (1 + start * weight_decay * step) ** 0.5
 
 
-def train_one_epoch(
-    probe: nn.Module,
-    features: Callable[[Tensor], Tensor],
-    loader,
-    optimizer: torch.optim.SGD,
-    first_step: int,
-    lr: float,
-    device: torch.device,
-) -> float:
-    """Cross-entropy on every batch; only the probe learns. Returns the mean loss over the images of all processes."""
-    total = torch.zeros(2, dtype=torch.double, device=device)  # loss, images
+def scheduled_batches(
+    loader: DataLoader, optimizer: torch.optim.Optimizer, first_step: int, lr: float, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Normalised images and labels, each with the learning rate of its step set."""
     for step, (images, labels) in enumerate(loader, start=first_step):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(lr, group["weight_decay"], step)
-        with torch.no_grad():
-            inputs = features(normalize_views([images], device, MEAN, STD)[0])
-        loss = F.cross_entropy(probe(inputs), labels.to(device))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        total += torch.stack([loss.detach().double(), torch.ones_like(total[0])]) * len(labels)
-    loss, images = distributed.all_reduce_sum(total).tolist()
-    if not torch.isfinite(torch.tensor(loss)):
-        raise ValueError(f"the loss of the linear probe is {loss}; try a smaller --lr")
-    return loss / images
+        yield normalize_views([images], device, MEAN, STD)[0], labels.to(device)
 
 
 @torch.no_grad()

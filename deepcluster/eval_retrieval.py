@@ -27,10 +27,9 @@ from tqdm import tqdm
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from deepcluster.augmentations import MEAN, STD
-from deepcluster.backbones import load_network
+from deepcluster.convnets import ClusterNetwork
 from deepcluster.flags import evaluation_parser
-from deepcluster.networks import ClusterNetwork
+from deepcluster.hub import MEAN, STD, load_network
 from deepcluster.rmac import Whitening, region_vectors, rmac
 from shared import distributed
 from shared.evaluation.ranking import average_precision
@@ -40,18 +39,13 @@ STAGES = ("extract_train", "train_pca", "db_features", "q_features", "eval")
 OTHER = {"Oxford": "Paris", "Paris": "Oxford"}
 MOST_TRAIN_IMAGES = 10_000
 BROKEN_PARIS_IMAGES = {
-    f"paris_{place}_{number:06d}"
-    for place, numbers in {
-        "louvre": (136, 146),
-        "moulinrouge": (422,),
-        "museedorsay": (1059,),
-        "notredame": (188,),
-        "pantheon": (284, 960, 974),
-        "pompidou": (195, 196, 201, 467, 640),
-        "sacrecoeur": (299, 330, 353),
-        "triomphe": (662, 833, 863, 867),
-    }.items()
-    for number in numbers
+    f"paris_{name}"
+    for name in (
+        "louvre_000136 louvre_000146 moulinrouge_000422 museedorsay_001059 notredame_000188 pantheon_000284 "
+        "pantheon_000960 pantheon_000974 pompidou_000195 pompidou_000196 pompidou_000201 pompidou_000467 "
+        "pompidou_000640 sacrecoeur_000299 sacrecoeur_000330 sacrecoeur_000353 triomphe_000662 triomphe_000833 "
+        "triomphe_000863 triomphe_000867"
+    ).split()
 }
 
 

@@ -24,11 +24,10 @@ from torchvision.datasets import VOCDetection
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from deepcluster.augmentations import MEAN, STD
-from deepcluster.backbones import load_network
+from deepcluster.convnets import ClusterNetwork
 from deepcluster.eval_linear import TenCrops
 from deepcluster.flags import MODEL_HELP, add_process_flags, evaluation_parser
-from deepcluster.networks import ClusterNetwork
+from deepcluster.hub import MEAN, STD, load_network
 from shared import distributed
 from shared.images.loading import BadImages, EpochBatchSampler, EvalDataset, make_loader
 from shared.images.sources import FileSource
@@ -36,10 +35,10 @@ from shared.images.views import ViewRecipe
 from shared.multicrop import MultiCropDataset, normalize_views
 from shared.run import randomness
 
-CLASSES = (
-    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
-    "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
-)  # fmt: skip
+CLASSES = tuple(
+    "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "
+    "sofa train tvmonitor".split()
+)
 TEST_SPLIT = {"train": "val", "trainval": "test"}
 IGNORED = 255
 BATCH_SIZE, MOMENTUM, LARGEST_GRADIENT_NORM = 16, 0.9, 10

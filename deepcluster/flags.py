@@ -1,12 +1,9 @@
-"""Flags and data that the evaluation scripts have in common."""
+"""Flags that the evaluation scripts have in common."""
 
 import argparse
 
-from shared.images.labelled import open_labelled
-from shared.images.sources import ImageSource
-
-DIGITS_CHECKPOINT = "runs/digits/checkpoint.pth.tar"
 MODEL_HELP = "checkpoint of main.py or of the official code; alexnet or vgg16: the released weights"
+IMAGES_HELP = "a folder, a .txt list or a torchvision data set name; None: the embedded digits"
 
 
 def evaluation_parser(docstring: str) -> argparse.ArgumentParser:
@@ -24,12 +21,3 @@ def add_process_flags(parser: argparse.ArgumentParser, launcher: bool = True) ->
     if launcher:
         add("--dist_url", default="env://", help="rendezvous of the processes")
         add("--local_rank", "--local-rank", type=int, default=0, help="ignored: read from the environment")
-
-
-def labelled_sources(data_path: str | None, val_path: str | None) -> tuple[ImageSource, ImageSource]:
-    """Train and val images with classes.
-
-    Raises:
-        ValueError: If there are none.
-    """
-    return open_labelled(data_path, val_path, flag="--data")

@@ -20,10 +20,9 @@ from tqdm import tqdm
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from deepcluster.backbones import load_network
-from deepcluster.flags import DIGITS_CHECKPOINT, MODEL_HELP, evaluation_parser
-from deepcluster.layers import check_conv, conv_maps
-from deepcluster.networks import ClusterNetwork
+from deepcluster.convnets import ClusterNetwork, check_conv, conv_maps
+from deepcluster.flags import MODEL_HELP, evaluation_parser
+from deepcluster.hub import RUN_ON_DIGITS, load_network
 from shared import distributed
 from shared.pictures.sheets import Tile, magnify, save_sheet, write_png
 from shared.run.randomness import derive_seed
@@ -34,7 +33,7 @@ COLUMNS = 12
 def get_args_parser() -> argparse.ArgumentParser:
     parser = evaluation_parser(__doc__)
     add = parser.add_argument
-    add("--model", default=DIGITS_CHECKPOINT, help=MODEL_HELP)
+    add("--model", default=RUN_ON_DIGITS, help=MODEL_HELP)
     add("--arch", default=None, choices=("alexnet", "vgg16"), help="accepted; the checkpoint says what it is")
     add("--conv", type=int, default=1, help="layer, from 1")
     add("--exp", "--output_dir", dest="output_dir", default="", help="folder for the pictures")

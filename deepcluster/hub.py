@@ -1,29 +1,145 @@
-"""Entries of torch.hub."""
+"""Networks by name, their checkpoints and released weights, and the images that they see."""
 
-from torch import nn
+import dataclasses
+from pathlib import Path
 
-from shared.networks.weights import safe_load
+from torch import Tensor, nn
 
-from . import backbones, pretrained
+from shared.networks.backbones import build_library_backbone
+from shared.networks.card import Card, Release
+from shared.networks.pretrained import fetch_release, hub_entries
+from shared.networks.weights import WeightMismatch, load_backbone_weights, safe_load, select_backbone_weights
 
+from .convnets import ClusterNetwork, alexnet, vgg16
 
-def entry(arch: str, weights: bool, **options) -> nn.Module:
-    """A network behind the Sobel filter, without a top layer."""
-    path = pretrained.fetch(arch) if weights else None
-    network = backbones.build_network(arch, **{"sobel": True} | options)
-    if path is not None:
-        backbones.fill_network(network, safe_load(path), arch, str(path))
-    return network
-
-
-def deepcluster_alexnet(pretrained: bool = True, **kwargs) -> nn.Module:
-    """DeepCluster: AlexNet behind a Sobel filter, 4096 dimensions (72.0 mAP on VOC 2007, fc6-8)."""
-    return entry("alexnet", pretrained, **kwargs)
-
-
-def deepcluster_vgg16(pretrained: bool = True, **kwargs) -> nn.Module:
-    """DeepCluster: VGG16 behind a Sobel filter, 4096 dimensions."""
-    return entry("vgg16", pretrained, **kwargs)
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+RUN_ON_DIGITS = "runs/digits/checkpoint.pth.tar"  # where main.py leaves the network of the embedded data
+PAPER = {"alexnet": alexnet, "vgg16": vgg16}
+OFFICIAL_CROP_SIZE = 224
+NETWORK_FLAGS = ("arch", "sobel", "crop_size")  # a run is not resumed with other ones
 
 
-ENTRIES = {function.__name__: function for function in (deepcluster_alexnet, deepcluster_vgg16)}
+def build_network(
+    arch: str, sobel: bool = False, out: int | None = None, img_size: int = OFFICIAL_CROP_SIZE, bn: bool = True
+) -> ClusterNetwork:
+    """Build a randomly initialised network with a top layer of ``out`` outputs (None: without).
+
+    Args:
+        arch: ``alexnet``, ``vgg16`` (those of the paper), a classification model of torchvision, or a model of timm.
+        sobel: Whether the network looks at Sobel gradients instead of colours.
+        img_size: Side of the images in pixels.
+        bn: Batch normalisation, in the two networks of the paper.
+
+    Raises:
+        ValueError: If the name is unknown or the images are too small for the network.
+    """
+    if arch in PAPER:
+        return PAPER[arch](sobel, bn, out, img_size)
+    backbone, dim = build_library_backbone(arch, img_size=img_size, in_chans=2 if sobel else 3, own_names=tuple(PAPER))
+    return ClusterNetwork(backbone, nn.Sequential(), dim, sobel, out, img_size)
+
+
+CARD = Card(
+    name="deepcluster",
+    build=build_network,
+    releases={
+        arch: Release(
+            arch,
+            f"{arch}/checkpoint.pth.tar",
+            f"DeepCluster: {name} behind a Sobel filter, 4096 dimensions{result}.",
+            entry=f"deepcluster_{arch}",
+            options={"sobel": True},
+            cached_as=f"deepcluster_{arch}.pth.tar",
+        )
+        for arch, name, result in (
+            ("alexnet", "AlexNet", " (72.0 mAP on VOC 2007, fc6-8)"),
+            ("vgg16", "VGG16", ""),
+        )
+    },
+    address="https://dl.fbaipublicfiles.com/deepcluster/",
+    mean=MEAN,
+    std=STD,
+    interpolation="bilinear",
+    run_on_digits=RUN_ON_DIGITS,
+    main="main.py",
+    checkpoint_key="state_dict",
+    head_names=("top_layer",),
+    weights_flag="--model",
+)
+ENTRIES = hub_entries(CARD)
+
+
+# --- Checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def load_network(path: str | Path, flag: str = "--model", keep_top_layer: bool = True) -> ClusterNetwork:
+    """Rebuild the network of a checkpoint and fill it, entry by entry and in full; the number of entries is printed.
+
+    The architecture is the checkpoint's ``arch``, the Sobel filter is there if its weights are, and the top layer has
+    as many outputs as the file has biases for it. Checkpoints of ``main.py`` also say for which size of images the
+    network was made; official ones are for 224 pixels.
+
+    Args:
+        path: Checkpoint of ``main.py`` or of the official code (``checkpoint.pth.tar``), or the name of a release:
+            ``alexnet`` or ``vgg16``.
+        flag: Name of the option in error messages.
+        keep_top_layer: Whether to keep the top layer.
+
+    Returns:
+        The network in evaluation mode.
+
+    Raises:
+        ValueError: If there is no such file, it is no checkpoint of DeepCluster, or it does not fill the network.
+    """
+    if not Path(path).is_file():
+        if str(path) not in CARD.releases:
+            raise ValueError(f"{flag} {path} is neither a file nor a release ({', '.join(CARD.releases)})")
+        path = fetch_release(CARD, str(path))
+    checkpoint = safe_load(path)
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("arch"), str):
+        raise WeightMismatch(f"{flag} {path}: no checkpoint of DeepCluster (it has no 'arch')")
+    weights = select_backbone_weights(checkpoint, CARD.checkpoint_key, str(path), CARD.head_names)
+    if keep_top_layer:
+        weights = dataclasses.replace(weights, tensors=weights.tensors | weights.head, head={})
+    network = build_network(
+        checkpoint["arch"],
+        sobel="sobel.0.weight" in weights.tensors,
+        out=len(weights.tensors["top_layer.bias"]) if "top_layer.bias" in weights.tensors else None,
+        img_size=dict(checkpoint.get("args") or {}).get("crop_size", OFFICIAL_CROP_SIZE),
+        bn=any(name.endswith("running_mean") for name in weights.tensors),
+    )
+    load_backbone_weights(network, weights)
+    return network.eval()
+
+
+def official_names(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names as in the official checkpoints, whose convolutional part is wrapped for several GPUs."""
+    return {
+        f"features.module.{name.removeprefix('features.')}" if name.startswith("features.") else name: value
+        for name, value in state_dict.items()
+    }
+
+
+def to_official(state: dict) -> dict:
+    """The state of a run under the names of the official checkpoints."""
+    clustering = state.pop("clustering")
+    top_layer = {f"top_layer.{name}": value for name, value in clustering.pop("top_layer").items()}
+    weights = official_names(state.pop("network")) | top_layer
+    return state | clustering | {"arch": state["args"]["arch"], "state_dict": weights}
+
+
+def from_official(checkpoint: dict) -> dict:
+    """The way back; official files have neither flags nor clusters.
+
+    Raises:
+        ValueError: If the file is of something else.
+    """
+    if not {"arch", "state_dict"} <= checkpoint.keys():
+        raise ValueError("no checkpoint of DeepCluster: it has no 'arch' or no 'state_dict'")
+    weights = select_backbone_weights(checkpoint, CARD.checkpoint_key, "the checkpoint", CARD.head_names)
+    clustering = {"evaluated_before": True, "clustered_epoch": -1, "clusters": None, "images": None}
+    clustering = {name: checkpoint.get(name, without) for name, without in clustering.items()}
+    clustering["top_layer"] = {name.removeprefix("top_layer."): value for name, value in weights.head.items()}
+    flags = {"arch": checkpoint["arch"], "sobel": "sobel.0.weight" in weights.tensors}
+    return {"args": flags} | checkpoint | {"network": weights.tensors, "clustering": clustering}

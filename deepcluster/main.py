@@ -19,27 +19,22 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from deepcluster.augmentations import MEAN, STD
-from deepcluster.backbones import build_network
-from deepcluster.clustering import Clusters, cluster, pca_whiten
-from deepcluster.networks import ClusterNetwork, new_top_layer
-from deepcluster.report import save_clusters, save_pictures, summary
-from deepcluster.sampling import SAMPLERS, cluster_lists, draw_epoch, pseudo_labels
-from deepcluster.training_setup import (
-    CHECKPOINT,
-    NETWORK_FLAGS,
-    ClusteringState,
-    TrainingData,
-    find_checkpoint,
-    from_official,
+from deepcluster.clustering import ClusteringState, Clusters, cluster, pca_whiten
+from deepcluster.convnets import ClusterNetwork, new_top_layer
+from deepcluster.hub import MEAN, NETWORK_FLAGS, STD, build_network, from_official, to_official
+from deepcluster.report import HEALTH_RULES, save_clusters, save_pictures, summary
+from deepcluster.sampling import (
+    SAMPLERS,
+    cluster_lists,
+    draw_epoch,
     open_training_data,
-    to_official,
+    pseudo_labels,
 )
-from deepcluster.trivial_solutions import HEALTH_RULES
 from shared import distributed
 from shared.evaluation.features import check_features
 from shared.evaluation.knn_monitor import build_knn_monitor
@@ -48,6 +43,7 @@ from shared.multicrop import normalize_views
 from shared.networks.batchnorm import synchronize_batchnorm
 from shared.optimisation.optim import clip_grad_norm_per_tensor_
 from shared.optimisation.precision import Precision
+from shared.run.checkpoint import load_latest_or_given
 from shared.run.flags import add_run_flags, parse_with_embedded_defaults, tell_embedded_defaults
 from shared.run.health import HealthMonitor
 from shared.run.randomness import derive_seed
@@ -74,8 +70,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         "DeepCluster", description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument_group("data").add_argument
-    add("data_path", metavar="DIR", nargs="?", default=None, help="training images: a folder, a .txt list or a "
-        "torchvision data set name; without it the embedded digits are used and the defaults fit them")  # fmt: skip
+    images = "training images: folder, .txt list or torchvision name; default: digits, with defaults that fit them"
+    add("data_path", metavar="DIR", nargs="?", default=None, help=images)
     add("--val_path", default=None, help="images for the k-NN evaluation; by default those that belong to DIR")
     add("--allow_absolute_paths", action="store_true", help="in .txt lists")
     add("--cache", default="none", help="decoded images: none, memory, or a folder for a memory-mapped file")
@@ -92,11 +88,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("clustering").add_argument
     add("--clustering", default="Kmeans", choices=("Kmeans", "PIC"))
     add("--nmb_cluster", "--k", type=int, default=10000, help="clusters of k-means; PIC finds their number itself")
-    add("--kmeans", default="auto", choices=("auto", "faiss", "torch"),
-        help="who computes k-means; auto: torch on a GPU, else faiss where it is installed")  # fmt: skip
+    backends = "who computes k-means; auto: torch on a GPU, else faiss where it is installed"
+    add("--kmeans", default="auto", choices=("auto", "faiss", "torch"), help=backends)
     add("--pca_dim", type=int, default=256, help="dimensions to which features are reduced before clustering")
-    add("--sampler", default="uniform", choices=SAMPLERS,
-        help="uniform: over the clusters, as in the paper; official: as in the released code")  # fmt: skip
+    samplers = "uniform: over the clusters, as in the paper; official: as in the released code"
+    add("--sampler", default="uniform", choices=SAMPLERS, help=samplers)
     add("--reassign", type=float, default=1.0, help="epochs of training between two clusterings")
 
     add = parser.add_argument_group("optimisation").add_argument
@@ -135,9 +131,10 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
 
 def train_deepcluster(args: argparse.Namespace) -> None:
     """Train from the newest checkpoint in ``args.output_dir``, or from scratch if there is none."""
-    run = Run(args, args.amp, CHECKPOINT, subfolder="checkpoints")
+    run = Run(args, args.amp, "checkpoint.pth.tar", subfolder="checkpoints")
     device = run.device
-    data = open_training_data(args, run.output_dir, device)
+    data, images_in_order = open_training_data(args, run.output_dir, device)
+    source = data.dataset.source
     tell_embedded_defaults(args.data_path, EMBEDDED_DATA_DEFAULTS, "DIR")
 
     # the network without a top layer, and its optimiser
@@ -154,7 +151,7 @@ def train_deepcluster(args: argparse.Namespace) -> None:
         data,
         args.epochs * data.steps_per_epoch,
         NETWORK_FLAGS,
-        checkpoint=find_checkpoint(run.path, args.resume),
+        checkpoint=load_latest_or_given(run.path, args.resume, "--model of an evaluation"),
         to_official=to_official,
         from_official=from_official,
         scheduled=(),
@@ -173,7 +170,7 @@ def train_deepcluster(args: argparse.Namespace) -> None:
         for epoch in run.epochs():
             if state.epoch != epoch:  # else the run goes on inside of it
                 # 1. cluster the features: the clusters are labels that nobody had to give
-                state.clusters = cluster_images(network, data, run, state.clusters, *how)
+                state.clusters = cluster_images(network, images_in_order, run, state.clusters, *how)
                 if args.verbose:
                     sizes = state.clusters.sizes().sort(descending=True)
                     distributed.print_once(f"sizes of the clusters: {sizes.values.tolist()}")
@@ -186,13 +183,13 @@ def train_deepcluster(args: argparse.Namespace) -> None:
             run.guard.watch(top_layer=top_layer)
             # 3. train: every cluster is drawn equally often, whatever its size
             lists = cluster_lists(clusters.assignments.numpy(), clusters.num_clusters)
-            drawn = draw_epoch(lists, data.batches.num_draws, derive_seed(args.seed, epoch, DRAWING), args.sampler)
-            data.batches.set_epoch(epoch, drawn, run.step_in_epoch)
+            drawn = draw_epoch(lists, data.sampler.num_draws, derive_seed(args.seed, epoch, DRAWING), args.sampler)
+            data.sampler.set_epoch(epoch, drawn, run.step_in_epoch)
             train_one_epoch(
                 body,
                 distributed.wrap(top_layer, device),
                 pseudo_labels(clusters.assignments, clusters.num_clusters),
-                data.train_loader,
+                data.loader,
                 # the top layer's own optimiser: no momentum, it has no past
                 (optimizer, build_sgd(top_layer, args.lr, 0, weight_decay)),
                 run,
@@ -204,18 +201,17 @@ def train_deepcluster(args: argparse.Namespace) -> None:
             run.check_health({"clusters": clusters.num_filled, **averages})
             run.end_epoch()
         # what the network makes of the images in the end
-        clusters = cluster_images(network, data, run, state.clusters, *how)
+        clusters = cluster_images(network, images_in_order, run, state.clusters, *how)
     if distributed.is_main_process():
-        files = [save_clusters(data.source, clusters.assignments, run.output_dir / "clusters.csv")]
+        files = [save_clusters(source, clusters.assignments, run.output_dir / "clusters.csv")]
         if args.pictures:
-            files += save_pictures(data.source, clusters, run.output_dir)
-        problems = list(run.health.warnings.values())
-        print(summary(run.output_dir, args.data_path, args.val_path, data.source, clusters, knn, files, problems))
+            files += save_pictures(source, clusters, run.output_dir)
+        print(summary(args, source, clusters, knn, files, list(run.health.warnings.values())))
 
 
 def cluster_images(
     network: ClusterNetwork,
-    data: TrainingData,
+    loader: DataLoader,
     run: Run,
     previous: Clusters | None,
     pca_dim: int,
@@ -224,15 +220,15 @@ def cluster_images(
     backend: str,
 ) -> Clusters:
     """Clusters of all images as the network sees them now; the log says what they are like."""
-    features = compute_features(network, data.feature_loader, run.precision, run.stop_if_asked)
+    features = compute_features(network, loader, run.precision, run.stop_if_asked)
     whitened, with_variance = pca_whiten(features, pca_dim, run.device)
     if with_variance < pca_dim:
         distributed.print_once(f"the features vary in {with_variance} directions only, fewer than --pca_dim {pca_dim}")
     seed = derive_seed(run.args.seed, run.epoch, CLUSTERING)
     clusters = cluster(whitened, algorithm, num_clusters, seed, backend)
-    line = describe_clusters(clusters, previous, data.source)
+    line = describe_clusters(clusters, previous, loader.dataset.source)
     run.log_evaluation(**line)
-    run.check_health({"images": len(data.source), **line})
+    run.check_health({"images": len(clusters.assignments), **line})
     return clusters
 
 

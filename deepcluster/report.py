@@ -1,17 +1,19 @@
-"""What a run leaves for a person to look at: a list and a picture of the clusters, curves, and a summary."""
+"""End-of-run report: health rules, clusters as a list and as a picture, curves, and a summary."""
 
+import argparse
 import csv
+import math
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from shared.evaluation.knn_monitor import KNNMonitor
 from shared.images.loading import BadImages, EvalDataset, EvalTransform
 from shared.images.sources import ImageSource
-from shared.pictures.curves import Curve, Panel, save_panels
+from shared.pictures.report import Plot, accuracy_plot, save_curves
 from shared.pictures.sheets import AGREE, DIFFER, Tile, save_sheet, to_pixels
+from shared.run.health import HealthRule
 from shared.run.log import read_log
 from shared.run.summary import command, end_of_run
 
@@ -20,6 +22,45 @@ from .sampling import cluster_lists
 
 CLUSTERS_SHOWN, IMAGES_SHOWN = 12, 12
 THUMBNAIL_PX = 96
+
+# trivial solutions (section 3.3): lines about clusters state ``images``, those about an epoch ``train_loss``
+HEALTH_RULES = (
+    HealthRule(
+        "one cluster",
+        lambda line: "images" in line and line["clusters"] == 1,
+        "TRIVIAL: all images are in one cluster, so there is nothing to learn: look whether the images differ, lower "
+        "--lr, or use Kmeans instead of --clustering PIC.",
+    ),
+    HealthRule(
+        "large cluster",
+        lambda line: "images" in line and line["largest_cluster"] > line["images"] / 2,
+        "TRIVIAL: the largest cluster holds {largest_cluster} of {images} images, their features hardly differ: lower "
+        "--lr, or look at edges instead of colours with --sobel.",
+    ),
+    HealthRule(
+        "empty clusters",
+        lambda line: "images" in line and line["clusters"] < line["empty_clusters"],
+        "TRIVIAL: only {clusters} clusters have images and {empty_clusters} have none, many features are equal: lower "
+        "--nmb_cluster or --lr.",
+    ),
+    HealthRule(
+        "nothing learned",
+        lambda line: "train_loss" in line and line["clusters"] > 1 and line["train_loss"] > loss_of_a_guess(line),
+        "the loss {train_loss:.3f} is that of a network that knows nothing about {clusters} clusters: raise --lr, or "
+        "lower --nmb_cluster so that clusters have more images.",
+    ),
+)
+PLOTS = (
+    Plot("Loss on the pseudo-labels", "cross-entropy", {"loss": ""}),
+    Plot("Clusters and those before", "NMI", {"nmi_previous": ""}, least_range=0.1),
+    Plot("Clusters and true labels", "NMI", {"nmi_labels": ""}, least_range=0.1),
+    accuracy_plot("Weighted k-NN of the features"),
+)
+
+
+def loss_of_a_guess(line: dict) -> float:
+    """A little less than the cross-entropy of equal scores, in nats."""
+    return 0.995 * math.log(line["clusters"])
 
 
 def save_clusters(source: ImageSource, assignments: Tensor, path: Path) -> Path:
@@ -33,38 +74,38 @@ def save_clusters(source: ImageSource, assignments: Tensor, path: Path) -> Path:
     return path
 
 
+# --- Pictures ---------------------------------------------------------------------------------------------------------
+
+
 def save_pictures(source: ImageSource, clusters: Clusters, output_dir: Path) -> list[Path]:
     """The clusters and the curves of a run, in ``pictures/`` inside its folder."""
     folder = output_dir / "pictures"
     folder.mkdir(exist_ok=True)
     return [
         save_cluster_sheet(source, clusters, folder / "clusters.png"),
-        save_curves(output_dir / "metrics.jsonl", folder / "curves.png"),
+        save_curves(output_dir / "metrics.jsonl", folder / "curves.png", "DeepCluster training", PLOTS),
     ]
 
 
 def save_cluster_sheet(source: ImageSource, clusters: Clusters, path: Path) -> Path:
     """Images of some clusters, one row each, from the largest cluster to the smallest one."""
-    lists = [images for images in cluster_lists(clusters.assignments.numpy(), clusters.num_clusters) if len(images)]
-    numbers = torch.nonzero(clusters.sizes())[:, 0].tolist()
-    by_size = np.argsort([-len(images) for images in lists], kind="stable")
-    rows = [
-        _cluster_row(source, numbers[i], lists[i])
-        for i in by_size[_evenly(len(lists), CLUSTERS_SHOWN)]
-    ]  # fmt: skip
-    heading = [f"{len(rows)} of {len(lists)} clusters, from the largest to the smallest"]
+    lists = cluster_lists(clusters.assignments.numpy(), clusters.num_clusters)
+    by_size = clusters.sizes().argsort(descending=True, stable=True)[: clusters.num_filled]
+    rows = [_cluster_row(source, number, lists[number]) for number in _evenly(by_size, CLUSTERS_SHOWN)]
+    heading = [f"{len(rows)} of {clusters.num_filled} clusters, from the largest to the smallest"]
     if source.labels is not None:
         heading.append("A green frame: the image is of its cluster's most frequent class, which training never saw.")
     return save_sheet(rows, path, "\n".join(heading), [0.75] * len(rows))
 
 
-def _evenly(count: int, shown: int) -> np.ndarray:
-    """At most ``shown`` of the indices below ``count``, evenly spaced."""
-    return np.linspace(0, count - 1, min(shown, count)).round().astype(int)
+def _evenly(numbers: np.ndarray | Tensor, shown: int) -> list[int]:
+    """At most so many of the numbers, evenly spaced."""
+    places = np.linspace(0, len(numbers) - 1, min(shown, len(numbers))).round().astype(int)
+    return numbers[places].tolist()
 
 
 def _cluster_row(source: ImageSource, number: int, images: np.ndarray) -> list[Tile]:
-    chosen = images[_evenly(len(images), IMAGES_SHOWN)].tolist()
+    chosen = _evenly(images, IMAGES_SHOWN)
     titles = [f"cluster {number}", f"{len(images)} images"]
     frames = [None] * len(chosen)
     if source.labels is not None:
@@ -86,6 +127,9 @@ def _square(pixels: np.ndarray) -> Tensor:
     return EvalTransform(side, side)(pixels)
 
 
+# --- Summary ----------------------------------------------------------------------------------------------------------
+
+
 def most_frequent(labels: np.ndarray) -> tuple[int, int]:
     """The most frequent label, and how often it occurs."""
     counts = np.bincount(labels)
@@ -98,46 +142,22 @@ def purity(assignments: Tensor, labels: np.ndarray) -> float:
     return sum(most_frequent(labels[images])[1] for images in lists if len(images)) / len(labels)
 
 
-def save_curves(log_path: Path, path: Path) -> Path:
-    """The loss, the agreement of partitions, and the k-NN accuracy over a run.
-
-    Args:
-        log_path: ``metrics.jsonl`` of a run.
-        path: PNG file to write.
-    """
-    lines = read_log(log_path)
-    training = [line for line in lines if "loss" in line]
-    loss = Curve([line["step"] for line in training], [line["loss"] for line in training])
-    panels = [Panel("Loss on the pseudo-labels", "step", "cross-entropy", [loss])]
-    agreements = [
-        Curve([line["epoch"] for line in lines if key in line], [line[key] for line in lines if key in line], label)
-        for key, label in (("nmi_previous", "with the partition before"), ("nmi_labels", "with the true labels"))
-    ]
-    if agreements := [curve for curve in agreements if curve.x]:
-        panels.append(Panel("Agreement of the clusters", "epoch", "NMI", agreements, least_range=0.1))
-    evaluations = [line for line in lines if "knn_top1" in line]
-    if evaluations:
-        curve = Curve([x["step"] for x in evaluations], [x["knn_top1"] for x in evaluations], style="points")
-        panels.append(Panel("Weighted k-NN of the features", "step", "top-1 accuracy (%)", [curve], least_range=10))
-    return save_panels(panels, path, "DeepCluster training")
-
-
 def summary(
-    output_dir: Path,
-    data_path: str | None,
-    val_path: str | None,
+    args: argparse.Namespace,
     source: ImageSource,
     clusters: Clusters,
     knn: KNNMonitor,
     files: list[Path],
-    problems: list[str],
+    warnings: list[str],
 ) -> str:
     """What was learned, where the files are and what to run next, as text for the end of a run.
 
     Args:
+        args: Flags of the run.
         files: The list and the pictures.
-        problems: Sentences about trivial solutions.
+        warnings: Sentences of the health rules.
     """
+    output_dir = Path(args.output_dir)
     lines = read_log(output_dir / "metrics.jsonl")
     filled = clusters.sizes()[clusters.sizes() > 0]
     learned = [f"{len(filled)} clusters of {int(filled.min())} to {int(filled.max())} images"]
@@ -148,14 +168,14 @@ def summary(
             f"NMI with the true labels: {agreement[0]:.3f} before training, {agreement[-1]:.3f} in the end; "
             f"purity {100 * purity(clusters.assignments, source.labels):.1f} %"
         )
-    weights = output_dir / "checkpoint.pth.tar"
-    commands = []
-    if not knn.disabled_reason:
-        linear = {"model": weights, "conv": 3, "data": data_path, "val_path": val_path, "exp": output_dir / "linear"}
-        commands.append(command("eval_linear.py", **linear))
-    commands += [
-        command("activ_retrieval.py", model=weights, conv=3, data=data_path, exp=output_dir / "pictures"),
-        command("gradient_ascent.py", model=weights, conv=3, exp=output_dir / "pictures"),
+    weights, pictures = output_dir / "checkpoint.pth.tar", output_dir / "pictures"
+    layer = {"model": weights, "conv": 3, "data": args.data_path}
+    commands = [
+        command("activ_retrieval.py", **layer, exp=pictures),
+        command("gradient_ascent.py", model=weights, conv=3, exp=pictures),
         "python main.py YOUR_IMAGES --sobel --k 100 --exp YOUR_RUN",
     ]
-    return end_of_run(output_dir, weights, knn, files, commands, learned, problems)
+    if not knn.disabled_reason:
+        linear = command("eval_linear.py", **layer, val_path=args.val_path, exp=output_dir / "linear")
+        commands.insert(0, linear)
+    return end_of_run(output_dir, weights, knn, files, commands, learned, warnings)

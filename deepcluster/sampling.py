@@ -1,12 +1,23 @@
-"""From clusters to batches: pseudo-labels, and images drawn uniformly over the pseudo-labels (section 3.3)."""
+"""The training images, and from clusters to batches: pseudo-labels, images drawn uniformly over them (section 3.3)."""
 
+import argparse
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from shared import distributed
+from shared.evaluation.features import RankSampler
+from shared.images.loading import EvalDataset, make_loader
+from shared.images.training_data import TrainingData, open_images
+from shared.multicrop import MultiCropDataset
 from shared.run.randomness import derive_seed
+
+from .augmentations import centre_crop, random_crop
+from .clustering import check_clustering
 
 SAMPLERS = ("uniform", "official")
 
@@ -118,3 +129,33 @@ def count_repetitions(images: np.ndarray) -> np.ndarray:
     repetitions = np.empty(len(images), dtype=np.int64)
     repetitions[order] = np.arange(len(images)) - firsts.repeat(counts)
     return repetitions
+
+
+# --- Images -----------------------------------------------------------------------------------------------------------
+
+
+def open_training_data(
+    args: argparse.Namespace, output_dir: Path, device: torch.device
+) -> tuple[TrainingData, DataLoader]:
+    """Open ``DIR``: a loader of random crops for training, and one of centre crops for clustering.
+
+    Returns:
+        The training data, whose sampler wants to know what an epoch draws; and the loader of this process's share of
+        the images, in order.
+
+    Raises:
+        ValueError: If there are fewer images than clusters.
+    """
+    source, checksum, bad_images = open_images(args, output_dir, args.crop_size, "--crop_size", flag="DIR")
+    check_clustering(len(source), args.clustering, args.nmb_cluster, args.kmeans)
+    workers = {"num_workers": args.num_workers, "device": device}
+    views = MultiCropDataset(source, [random_crop(args.crop_size, args.crop_scale)], args.seed, bad_images=bad_images)
+    batches = DrawnBatches(int(args.reassign * len(source)), args.batch)
+    train_loader = make_loader(views, batch_sampler=batches, **workers)
+    centres = EvalDataset(source, centre_crop(args.crop_size, normalized=False), bad_images)
+    per_rank = args.batch // distributed.get_world_size()
+    feature_loader = make_loader(centres, sampler=RankSampler(len(source)), batch_size=per_rank, **workers)
+    distributed.print_once(f"{source.describe()}: {len(batches)} steps per epoch")
+    return TrainingData(
+        views, batches, train_loader, bad_images, checksum, args.batch, args.num_workers
+    ), feature_loader

@@ -12,7 +12,8 @@ import torch
 import torchvision
 
 import hubconf
-from deepcluster import backbones, networks
+from deepcluster import convnets
+from deepcluster import hub as deepcluster_hub
 from dino import hub
 from dino.hub import CARD, build_backbone
 from shared.networks.weights import DownloadError, WeightMismatch
@@ -123,9 +124,9 @@ def test_deepcluster_entry_builds_offline_and_asks_for_its_file(arch, server):
 
 @pytest.mark.parametrize(("arch", "img_size"), [("alexnet", 63), ("vgg16", 32)])
 def test_deepcluster_network_is_filled_from_the_server_once(arch, img_size, server, monkeypatch):
-    monkeypatch.setattr(networks, "HIDDEN", 16)  # the published file is too large for a test
-    source = backbones.build_network(arch, sobel=True, out=5, img_size=img_size)
-    state = {"arch": arch, "state_dict": backbones.official_names(source.state_dict())}
+    monkeypatch.setattr(convnets, "HIDDEN", 16)  # the published file is too large for a test
+    source = deepcluster_hub.build_network(arch, sobel=True, out=5, img_size=img_size)
+    state = {"arch": arch, "state_dict": deepcluster_hub.official_names(source.state_dict())}
     publish(server, f"{arch}/checkpoint.pth.tar", state, "deepcluster")
     network = getattr(hubconf, f"deepcluster_{arch}")(img_size=img_size)
     expected = {name: value for name, value in source.state_dict().items() if not name.startswith("top_layer.")}

@@ -13,7 +13,7 @@ from shared.multicrop import MultiCropDataset
 
 from .cache import cache_images
 from .loading import BadImages, EpochBatchSampler, default_num_workers, make_loader, short_side
-from .sources import open_source
+from .sources import ImageSource, open_source
 from .views import ViewRecipe
 
 
@@ -40,6 +40,27 @@ class TrainingData:
         return len(self.sampler)
 
 
+def open_images(
+    args: argparse.Namespace, output_dir: Path, least_px: int, size_flag: str, flag: str = "--data_path"
+) -> tuple[ImageSource, int, BadImages]:
+    """The images of ``--data_path``, their checksum, and what happens to those that cannot be read.
+
+    Args:
+        args: Flags of :func:`shared.run.flags.add_data_flags`.
+        output_dir: Unreadable images are listed in it.
+        least_px: Smaller images are enlarged, which is said with the name of ``size_flag``.
+        flag: Of the images, in messages.
+    """
+    source = open_source(args.data_path, "train", allow_absolute_paths=args.allow_absolute_paths, flag=flag)
+    source = cache_images(source, args.cache)
+    checksum = source.checksum()
+    distributed.check_same_on_all_processes((len(source), checksum), "the training data (number of images, checksum)")
+    bad_images = BadImages(len(source), output_dir / "bad_images.txt", args.on_bad_image, args.max_bad_fraction)
+    if args.data_path is not None and (side := short_side(source)) < least_px:
+        distributed.print_once(f"images of {side} pixels are smaller than {size_flag} {least_px}: views are enlarged")
+    return source, checksum, bad_images
+
+
 def open_training_data(
     args: argparse.Namespace,
     recipes: Sequence[ViewRecipe],
@@ -57,18 +78,12 @@ def open_training_data(
         output_dir: Unreadable images are listed in it.
         size_flag: The flag that says how large the largest views are.
     """
-    source = open_source(args.data_path, "train", allow_absolute_paths=args.allow_absolute_paths)
-    source = cache_images(source, args.cache)
-    checksum = source.checksum()
-    distributed.check_same_on_all_processes((len(source), checksum), "the training data (number of images, checksum)")
-    bad_images = BadImages(len(source), output_dir / "bad_images.txt", args.on_bad_image, args.max_bad_fraction)
+    largest_px = max(recipe.size_px for recipe in recipes)
+    source, checksum, bad_images = open_images(args, output_dir, largest_px, size_flag)
     dataset = MultiCropDataset(source, recipes, args.seed, args.augmentation, args.in_chans, bad_images)
     world_size = distributed.get_world_size()
     sampler = EpochBatchSampler(len(source), batch_size, args.seed, distributed.get_rank(), world_size)
     num_workers = default_num_workers() if args.num_workers is None else args.num_workers
     loader = make_loader(dataset, batch_sampler=sampler, num_workers=num_workers, device=device)
     distributed.print_once(f"{source.describe()}: {len(sampler)} steps per epoch")
-    size = max(recipe.size_px for recipe in recipes)
-    if args.data_path is not None and (side := short_side(source)) < size:
-        distributed.print_once(f"images of {side} pixels are smaller than {size_flag} {size}: views are enlarged")
     return TrainingData(dataset, sampler, loader, bad_images, checksum, batch_size * world_size, num_workers)

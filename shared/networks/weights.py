@@ -148,6 +148,7 @@ def _refuse_expanding_contents(contents, file_size: int) -> None:
 
 # --- Layouts ----------------------------------------------------------------------------------------------------------
 
+WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # modules around modules
 CLASSIFIERS = ("head", "heads", "head_dist", "fc", "classifier", "AuxLogits", "aux1", "aux2")
 
 
@@ -179,9 +180,9 @@ def select_backbone_weights(
     """The backbone's weights in a checkpoint of any layout.
 
     Known are training checkpoints (``{"student": ..., "teacher": ..., ...}``, the published ones and ours), plain state
-    dicts, and state dicts under ``state_dict`` or ``model``. The prefixes of wrappers (``module.``, ``_orig_mod.``,
-    ``backbone.``) are removed; where there is a ``backbone.``, all else belongs to the projection head, elsewhere the
-    modules of ``head_names`` do.
+    dicts, and state dicts under ``state_dict`` or ``model``. What wrappers of the network or of its parts add to names
+    (``module.``, ``_orig_mod.``) and the prefix ``backbone.`` are removed; where there is a ``backbone.``, all else
+    belongs to the projection head, elsewhere the modules of ``head_names`` do.
 
     Args:
         checkpoint: What :func:`safe_load` returns.
@@ -212,7 +213,7 @@ def select_backbone_weights(
     tensors = {_unwrapped(name): value for name, value in state_dict.items()}
     inside = [name for name in tensors if name.startswith("backbone.")]
     inside = inside or [name for name in tensors if name.split(".")[0] not in head_names]
-    backbone = {_unwrapped(name.removeprefix("backbone.")): tensors.pop(name) for name in inside}
+    backbone = {name.removeprefix("backbone."): tensors.pop(name) for name in inside}
     return BackboneWeights(backbone, head=tensors, origin=origin)
 
 
@@ -221,7 +222,7 @@ def _is_state_dict(value) -> bool:
 
 
 def _unwrapped(name: str) -> str:
-    return re.sub(r"^(?:module\.|_orig_mod\.)+", "", name)
+    return re.sub(rf"(^|\.)(?:(?:{'|'.join(WRAPPERS)})\.)+", r"\1", name)
 
 
 @dataclass(frozen=True)

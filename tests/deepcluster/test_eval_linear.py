@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms import functional as TF
 
-from deepcluster.backbones import build_network, official_names
+from deepcluster.convnets import conv_maps
 from deepcluster.eval_linear import (
     LayerFeatures,
     RandomCrops,
@@ -16,11 +16,11 @@ from deepcluster.eval_linear import (
     pool_maps,
     score_crops,
 )
-from deepcluster.layers import conv_maps
+from deepcluster.hub import build_network, official_names
 from shared import distributed
 from shared.images.sources import open_source
 from shared.networks.weights import safe_load
-from tests.deepcluster.conftest import write_checkpoint
+from tests.deepcluster.tiny import write_checkpoint
 from tests.processes import run_processes
 
 FAST = "--workers 0 --epochs 2 --batch_size 8 --device cpu".split()

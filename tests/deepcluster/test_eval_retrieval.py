@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from deepcluster.backbones import build_network, load_network
 from deepcluster.eval_retrieval import (
     MapsWithoutLastPooling,
     eval_retrieval,
@@ -15,8 +14,9 @@ from deepcluster.eval_retrieval import (
     read_benchmark,
     score,
 )
+from deepcluster.hub import build_network, load_network
 from deepcluster.rmac import Whitening, region_vectors, rmac, rmac_regions
-from tests.deepcluster.conftest import write_checkpoint
+from tests.deepcluster.tiny import write_checkpoint
 
 
 def write_benchmark(folder, prefix="", seed=0, buildings=3, each=4):

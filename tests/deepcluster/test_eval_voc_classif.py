@@ -6,7 +6,6 @@ import torch
 from PIL import Image
 from torch import nn
 
-from deepcluster.backbones import build_network, load_network
 from deepcluster.eval_voc_classif import (
     CLASSES,
     VOCImages,
@@ -16,7 +15,8 @@ from deepcluster.eval_voc_classif import (
     multilabel_loss,
     start_classifier,
 )
-from tests.deepcluster.conftest import write_checkpoint
+from deepcluster.hub import build_network, load_network
+from tests.deepcluster.tiny import write_checkpoint
 
 # objects of an image: (class, is it difficult)
 OBJECTS = [

@@ -16,20 +16,17 @@ from sklearn.metrics import normalized_mutual_info_score
 from torch import nn
 
 from deepcluster import main as script
-from deepcluster.backbones import load_network
+from deepcluster import run_with_submitit
+from deepcluster.hub import load_network
 from deepcluster.main import parse_args, train_deepcluster
+from deepcluster.report import PLOTS
 from shared.run.attempt import Interrupted, NotFinite
 from shared.run.checkpoint import load_latest
 from shared.run.run import Run
-from tests.processes import run_script
-from tests.reliability.runs import start_ranks
+from tests.deepcluster.tiny import TINY
+from tests.interruption import interrupting
+from tests.reliability import runs
 from tests.tiny_training import Training
-
-ROOT = Path(__file__).resolve().parents[2]
-TINY = (
-    "--arch test_resnet --crop_size 32 --k 5 --pca_dim 4 --batch 8 --epochs 2 --workers 0 --log_freq 1 "
-    "--eval_knn_freq 0 --pictures off --device cpu"
-).split()
 
 
 def train(output_dir, images, *flags):
@@ -54,16 +51,7 @@ def state_of(output_dir):
 
 
 def assert_same_run(one, other):
-    a, b = state_of(one), state_of(other)
-    for name, value in b["state_dict"].items():
-        assert torch.equal(a["state_dict"][name], value), name
-    for index, moments in b["optimizer"]["state"].items():
-        assert torch.equal(a["optimizer"]["state"][index]["momentum_buffer"], moments["momentum_buffer"])
-    assert torch.equal(a["clusters"]["assignments"], b["clusters"]["assignments"])
-    assert (a["epoch"], a["step_in_epoch"]) == (b["epoch"], b["step_in_epoch"])
-    assert losses(one) == losses(other)
-    assert partitions(one) == partitions(other)
-    assert (one / "log.txt").read_text() == (other / "log.txt").read_text()
+    runs.assert_same_run(one, other)
     assert (one / "clusters.csv").read_text() == (other / "clusters.csv").read_text()
 
 
@@ -84,11 +72,27 @@ def test_published_command_lines_parse(command):
 def test_defaults_are_the_official_ones():
     args = vars(parse_args(["/imagenet/train"]))
     official = {
-        "arch": "alexnet", "sobel": False, "clustering": "Kmeans", "nmb_cluster": 10000, "lr": 0.05, "wd": -5,
-        "reassign": 1.0, "num_workers": 4, "epochs": 200, "start_epoch": 0, "batch": 256, "momentum": 0.9,
-        "resume": "", "checkpoints": 25000, "seed": 31, "output_dir": "", "verbose": False, "crop_size": 224,
-        "pca_dim": 256, "crop_scale": (0.08, 1.0),
-    }  # fmt: skip
+        "arch": "alexnet",
+        "sobel": False,
+        "clustering": "Kmeans",
+        "nmb_cluster": 10000,
+        "lr": 0.05,
+        "wd": -5,
+        "reassign": 1.0,
+        "num_workers": 4,
+        "epochs": 200,
+        "start_epoch": 0,
+        "batch": 256,
+        "momentum": 0.9,
+        "resume": "",
+        "checkpoints": 25000,
+        "seed": 31,
+        "output_dir": "",
+        "verbose": False,
+        "crop_size": 224,
+        "pca_dim": 256,
+        "crop_scale": (0.08, 1.0),
+    }
     assert {name: args[name] for name in official} == official
 
 
@@ -115,7 +119,7 @@ def test_flags_that_make_no_sense_are_refused(flags, message, capsys):
 def finished(images, tmp_path_factory):
     """A run of two epochs of three steps."""
     folder = tmp_path_factory.mktemp("finished")
-    train(folder, images, "--checkpoints", 4)
+    train(folder, images)
     return folder
 
 
@@ -185,10 +189,11 @@ def test_the_log_does_not_depend_on_the_number_of_workers(images, finished, tmp_
     assert partitions(tmp_path) == partitions(finished)
 
 
-@pytest.mark.parametrize("flags", [("--clustering", "PIC"), ("--sampler", "official"), ("--kmeans", "torch"),
-                                   ("--sobel", "--reassign", "1.5"), ("--amp", "bf16")])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags", ["--clustering PIC", "--sampler official", "--kmeans torch", "--sobel --reassign 1.5", "--amp bf16"]
+)
 def test_the_variants_run(images, tmp_path, flags):
-    written = train(tmp_path, images, "--epochs", 1, *flags)
+    written = train(tmp_path, images, "--epochs", 1, *flags.split())
     assert len([line for line in written if "loss" in line]) == (5 if "--reassign" in flags else 3)
 
 
@@ -200,6 +205,8 @@ def test_alexnet_with_dropout_runs_and_its_file_loads(images, tmp_path, small_la
     for name in ("clusters.png", "curves.png"):
         with Image.open(tmp_path / "pictures" / name) as picture:
             assert min(picture.size) > 200
+    for plot in PLOTS:
+        assert any(plot.series.keys() <= line.keys() for line in lines(tmp_path)), plot.title
 
 
 def test_a_flat_folder_without_classes_is_clustered(images, tmp_path):
@@ -247,30 +254,17 @@ def test_gradients_that_stay_nan_end_the_run_and_name_the_new_top_layer(images, 
 # --- Stopping and resuming --------------------------------------------------------------------------------------------
 
 
-class Stop(Exception):
-    pass
-
-
-def stop_after(patch, owner, name, allowed):
-    """Let ``owner.name`` be called so often, then stop the run."""
-    function, calls = getattr(owner, name), []
-
-    def stop(*args):
-        calls.append(args)
-        if len(calls) > allowed:
-            raise Stop
-        return function(*args)
-
-    patch.setattr(owner, name, stop)
+def train_until(owner, name, call, *arguments):
+    """A run that is stopped in the call number ``call`` of ``owner.name``."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(owner, name, interrupting(getattr(owner, name), call))
+        train(*arguments)
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3, 4])
-def test_a_run_stopped_in_a_step_ends_like_an_uninterrupted_one(images, tmp_path, monkeypatch, steps, finished):
-    flags = ("--checkpoints", 4, "--saveckp_steps", 1)
-    with monkeypatch.context() as patch:
-        stop_after(patch, Run, "update", steps)
-        with pytest.raises(Stop):
-            train(tmp_path / "run", images, *flags)
+def test_a_run_stopped_in_a_step_ends_like_an_uninterrupted_one(images, tmp_path, steps, finished):
+    flags = ("--saveckp_steps", 1)
+    train_until(Run, "update", steps + 1, tmp_path / "run", images, *flags)
     # clusters and top layer of an epoch that has begun come from the checkpoint
     before = state_of(tmp_path / "run")
     assert before["clustered_epoch"] == steps // 3 and before["step_in_epoch"] == steps % 3
@@ -278,25 +272,19 @@ def test_a_run_stopped_in_a_step_ends_like_an_uninterrupted_one(images, tmp_path
     assert_same_run(tmp_path / "run", finished)
 
 
-def test_dropout_goes_on_where_it_was(images, tmp_path, monkeypatch, small_layers):
+def test_dropout_goes_on_where_it_was(images, tmp_path, small_layers):
     flags = ("--arch", "alexnet", "--crop_size", 64, "--saveckp_steps", 1, "--epochs", 1)
     train(tmp_path / "whole", images, *flags)
-    with monkeypatch.context() as patch:
-        stop_after(patch, Run, "update", 1)
-        with pytest.raises(Stop):
-            train(tmp_path / "run", images, *flags)
+    train_until(Run, "update", 2, tmp_path / "run", images, *flags)
     torch.manual_seed(99)
     train(tmp_path / "run", images, *flags)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("epoch", [0, 1])
-def test_a_run_stopped_while_it_clusters_ends_like_an_uninterrupted_one(images, tmp_path, monkeypatch, epoch, finished):
-    with monkeypatch.context() as patch:
-        stop_after(patch, script, "pca_whiten", epoch)
-        with pytest.raises(Stop):
-            train(tmp_path / "run", images, "--checkpoints", 4)
-    train(tmp_path / "run", images, "--checkpoints", 4)
+def test_a_run_stopped_while_it_clusters_ends_like_an_uninterrupted_one(images, tmp_path, epoch, finished):
+    train_until(script, "pca_whiten", epoch + 1, tmp_path / "run", images)
+    train(tmp_path / "run", images)
     assert_same_run(tmp_path / "run", finished)
 
 
@@ -315,9 +303,9 @@ def test_a_signal_during_the_clustering_is_obeyed_at_once(images, tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(script.ClusterNetwork, "embed", interrupted)
         with pytest.raises(Interrupted) as end:
-            train(tmp_path, images, "--checkpoints", 4)
+            train(tmp_path, images)
     assert end.value.code == 128 + signal.SIGUSR1 and len(calls) == batch
-    train(tmp_path, images, "--checkpoints", 4)
+    train(tmp_path, images)
     assert_same_run(tmp_path, finished)
 
 
@@ -338,15 +326,15 @@ def test_an_evaluation_before_training_is_not_repeated(images, tmp_path, monkeyp
 
 def test_a_finished_run_that_is_started_again_changes_nothing(images, finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
-    train(tmp_path / "run", images, "--checkpoints", 4)
+    train(tmp_path / "run", images)
     assert_same_run(tmp_path / "run", finished)
     assert lines(tmp_path / "run") == lines(finished)
 
 
 def test_more_epochs_can_follow(images, finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
-    train(tmp_path / "run", images, "--checkpoints", 4, "--epochs", 3)
-    train(tmp_path / "whole", images, "--checkpoints", 4, "--epochs", 3)
+    train(tmp_path / "run", images, "--epochs", 3)
+    train(tmp_path / "whole", images, "--epochs", 3)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
@@ -389,9 +377,9 @@ def test_changed_images_are_clustered_again(images, finished, tmp_path, capsys):
 
 
 def test_two_processes_train_like_one(images, tmp_path):
-    flags = (images, "--checkpoints", 4, "--amp", "fp32")
+    flags = (images, "--amp", "fp32")
     train(tmp_path / "one", *flags)
-    ranks = start_ranks(tmp_path / "run", 2, *flags, script=Training("deepcluster.main", tuple(TINY)))
+    ranks = runs.start_ranks(tmp_path / "run", 2, *flags, script=Training("deepcluster.main", TINY))
     for rank in ranks:
         rank.assert_ends(timeout_s=300)
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "one"), rtol=2e-3)
@@ -401,15 +389,10 @@ def test_two_processes_train_like_one(images, tmp_path):
     }
 
 
-def test_the_script_works_in_a_copied_folder(images, tmp_path):
-    """The method's folder with ``shared/`` beside it, below a folder of another name, is all it takes."""
-    project = tmp_path / "some" / "project"
-    for folder in ("deepcluster", "shared"):
-        shutil.copytree(ROOT / folder, project / folder, ignore=shutil.ignore_patterns("__pycache__", "runs"))
-    flags = ["--epochs", 1, "--exp", tmp_path / "run"]
-    run = run_script("main.py", images, *TINY, *flags, cwd=project / "deepcluster")
-    assert run.returncode == 0, run.stderr
-    assert len(losses(tmp_path / "run")) == 3
+def test_the_launcher_trains_in_this_process(images, tmp_path):
+    flags = (str(images), *TINY, "--epochs", "1", "--cluster", "debug", "--exp", str(tmp_path / "%j"))
+    run_with_submitit.main(list(flags))
+    assert len(losses(tmp_path / "debug")) == 3 and state_of(tmp_path / "debug")["epoch"] == 1
 
 
 @pytest.mark.parametrize(
@@ -429,10 +412,3 @@ def test_bad_input_is_one_clear_message_and_no_traceback(tmp_path, flags, messag
     assert end.value.code == 2
     printed = capsys.readouterr().err
     assert message in printed and "Traceback" not in printed
-
-
-def test_help_names_every_flag_and_default(capsys):
-    with pytest.raises(SystemExit):
-        parse_args(["--help"])
-    printed = capsys.readouterr().out
-    assert "--nmb_cluster" in printed and "(default: 10000)" in printed

@@ -7,9 +7,9 @@ from PIL import Image
 
 from deepcluster import activ_retrieval, gradient_ascent
 from deepcluster.activ_retrieval import filter_responses
-from deepcluster.backbones import load_network
+from deepcluster.convnets import conv_maps
 from deepcluster.gradient_ascent import ascend, starting_noise
-from deepcluster.layers import conv_maps
+from deepcluster.hub import load_network
 
 
 def test_the_images_with_the_largest_responses_are_drawn(checkpoint, images, tmp_path, monkeypatch):

@@ -1,5 +1,4 @@
 import csv
-import json
 
 import numpy as np
 import pytest
@@ -9,8 +8,7 @@ from PIL import Image
 from deepcluster import report
 from deepcluster.clustering import Clusters
 from deepcluster.main import describe_clusters
-from deepcluster.report import purity, save_cluster_sheet, save_clusters, save_curves
-from deepcluster.trivial_solutions import HEALTH_RULES
+from deepcluster.report import HEALTH_RULES, purity, save_cluster_sheet, save_clusters
 from shared.images.sources import ArraySource, open_source
 from shared.pictures.sheets import AGREE, DIFFER
 from shared.run.health import HealthMonitor
@@ -63,18 +61,6 @@ def test_many_clusters_and_images_fit_on_one_sheet(tmp_path):
 def test_purity_is_the_share_of_the_most_frequent_classes():
     assignments, labels = torch.tensor([0, 0, 0, 2, 2, 5]), np.array([1, 1, 0, 0, 1, 1])
     assert purity(assignments, labels) == pytest.approx((2 + 1 + 1) / 6)
-
-
-def test_curves_of_a_short_log_are_drawn(tmp_path):
-    lines = [
-        {"step": 0, "epoch": 0, "clusters": 5, "nmi_labels": 0.2},
-        {"step": 1, "epoch": 0, "loss": 1.5},
-        {"step": 1, "epoch": 1, "clusters": 5, "nmi_previous": 0.4, "nmi_labels": 0.3},
-        {"step": 1, "epoch": 1, "knn_top1": 55.0},
-    ]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with Image.open(save_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")) as picture:
-        assert picture.width > 3 * picture.height * 0.8
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from deepcluster.augmentations import MEAN, STD
-from deepcluster.backbones import build_network
+from deepcluster.hub import MEAN, STD, build_network
 from shared.run.log import read_log
 from tests.evidence.runs import PixelFeatures, Variant, in_parallel, linear, main, run_all, spread, table, write
 

@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch import nn
 
-from deepcluster.backbones import build_network
 from deepcluster.clustering import (
     climb,
     diffuse,
@@ -16,11 +15,12 @@ from deepcluster.clustering import (
     power_iteration_clustering,
     symmetric_affinity,
 )
+from deepcluster.convnets import sobel_filter
 from deepcluster.eval_linear import LayerFeatures, learning_rate, score_crops
 from deepcluster.eval_voc_classif import average_precisions
 from deepcluster.gradient_ascent import deprocess
+from deepcluster.hub import build_network
 from deepcluster.main import build_sgd, nmi, train_one_epoch
-from deepcluster.networks import sobel_filter
 from deepcluster.rmac import Whitening, region_vectors, rmac, rmac_regions
 from deepcluster.sampling import cluster_lists, draw_uniformly, pseudo_labels
 from tests.golden.golden_file import GoldenFile

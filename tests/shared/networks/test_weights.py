@@ -47,6 +47,9 @@ LAYOUTS = {
     "compiled": prefixed("_orig_mod.", WEIGHTS),
     "wrapped": prefixed("module.backbone.", WEIGHTS) | prefixed("module.head.", HEAD),
     "wrapped and compiled": prefixed("backbone._orig_mod.", WEIGHTS) | prefixed("head.", HEAD),
+    "parts wrapped": {
+        name.replace("blocks.1.", "blocks.1._checkpoint_wrapped_module."): w for name, w in WEIGHTS.items()
+    },
     "classifier": WEIGHTS | {"head.weight": torch.zeros(10, 64), "head.bias": torch.zeros(10)},
     "state_dict": {"state_dict": prefixed("module.", WEIGHTS), "epoch": 3},
     "model": {"model": WEIGHTS, "model_ema_decay": 0.9},

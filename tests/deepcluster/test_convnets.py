@@ -5,8 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from deepcluster import networks
-from deepcluster.networks import alexnet, new_top_layer, vgg16
+from deepcluster.convnets import alexnet, new_top_layer, sobel_filter, vgg16
 from tests.standalone import load_alone
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,7 +84,7 @@ def test_clustered_features_are_those_before_the_last_relu(small_layers):
 
 def test_the_filter_does_not_see_colours():
     image = torch.rand(1, 3, 20, 20)
-    sobel = networks.sobel_filter()
+    sobel = sobel_filter()
     torch.testing.assert_close(sobel(image), sobel(image.flip(1)))
     constant = sobel(torch.full((1, 3, 20, 20), 0.7))
     torch.testing.assert_close(constant[..., 1:-1, 1:-1], torch.zeros(1, 2, 18, 18), atol=1e-6, rtol=0)
@@ -107,5 +106,5 @@ def test_images_that_are_too_small_are_refused(build, size):
 
 def test_the_network_file_needs_torch_alone(tmp_path):
     with torch.device("meta"):
-        network = load_alone(ROOT / "deepcluster" / "networks.py", tmp_path).alexnet()
+        network = load_alone(ROOT / "deepcluster" / "convnets.py", tmp_path).alexnet()
     assert network(torch.empty(1, 3, 224, 224, device="meta")).shape == (1, 1000)

@@ -1,16 +1,16 @@
 import pytest
 import torch
 
-from deepcluster import pretrained
-from deepcluster.backbones import build_network, load_network, official_names, plain_names
+from deepcluster.hub import build_network, load_network, official_names
+from shared.networks import pretrained
 from shared.networks.weights import DownloadError, UnsafeFileError, WeightMismatch, safe_load
-from tests.deepcluster.conftest import write_checkpoint
+from tests.deepcluster.tiny import write_checkpoint
 from tests.shared.networks.test_legacy_tar import write as write_legacy_tar
 
 
 def test_a_checkpoint_of_the_official_layout_gives_the_network_back(checkpoint, capsys):
     network = load_network(checkpoint)
-    saved = plain_names(safe_load(checkpoint)["state_dict"])
+    saved = {k.replace("module.", ""): v for k, v in safe_load(checkpoint)["state_dict"].items()}
     assert not network.training
     assert network.top_layer.out_features == 7 and network.sobel is not None
     for name, value in network.state_dict().items():

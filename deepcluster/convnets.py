@@ -10,8 +10,11 @@ from torch import Tensor, nn
 
 # (output channels, kernel, stride, padding) of a convolution; "M" is a max-pooling
 ALEXNET = [(96, 11, 4, 2), "M", (256, 5, 1, 2), "M", (384, 3, 1, 1), (384, 3, 1, 1), (256, 3, 1, 1), "M"]
-VGG16 = [(c, 3, 1, 1) if c != "M" else c for c in (
-    64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M")]  # fmt: skip
+VGG16 = [
+    layer
+    for channels, convolutions in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
+    for layer in (*[(channels, 3, 1, 1)] * convolutions, "M")
+]
 HIDDEN = 4096
 
 
@@ -156,3 +159,53 @@ def _initialized(
             nn.init.normal_(module.weight, std=0.01)
             nn.init.zeros_(module.bias)
     return ClusterNetwork(features, classifier, HIDDEN, sobel, out, img_size)
+
+
+# --- Maps of a layer --------------------------------------------------------------------------------------------------
+
+
+def check_conv(network: ClusterNetwork, conv: int) -> None:
+    """Raise ``ValueError`` unless the network has a layer number ``conv``, from 1."""
+    layers = len(_activations(network) or _stages(network))
+    if not 1 <= conv <= layers:
+        there = f"the layers 1 to {layers}" if layers else "no convolutional layers"
+        raise ValueError(f"--conv {conv}: the network has {there}")
+
+
+def conv_maps(network: ClusterNetwork, images: Tensor, conv: int, before_relu: bool = False) -> Tensor:
+    """Maps (B, C, H, W) of layer number ``conv``, from 1.
+
+    In AlexNet and VGG16 these are the convolutions, each with its batch normalisation and ReLU. In networks of
+    torchvision and timm they are the parts with convolutions that follow each other: those of a ResNet are its first
+    convolution and its four stages.
+
+    Args:
+        images: Normalised, (B, 3, H, W).
+        before_relu: In AlexNet and VGG16, leave out the last ReLU.
+    """
+    check_conv(network, conv)
+    if places := _activations(network):
+        last = places[conv - 1]
+        maps = images if network.sobel is None else network.sobel(images)
+        return network.features[: last if before_relu else last + 1](maps)
+    outputs: list[Tensor] = []
+    stage = _stages(network)[conv - 1]
+    handle = stage.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    try:
+        network.maps(images)
+    finally:
+        handle.remove()
+    if outputs[0].dim() != 4:
+        raise ValueError(f"--conv {conv}: the output of this layer is no map but of shape {tuple(outputs[0].shape)}")
+    return outputs[0]
+
+
+def _activations(network: ClusterNetwork) -> list[int]:
+    """Places of the ReLUs in the convolutional part of the paper's networks; none in other networks."""
+    if not isinstance(network.features, nn.Sequential):
+        return []
+    return [place for place, layer in enumerate(network.features) if isinstance(layer, nn.ReLU)]
+
+
+def _stages(network: ClusterNetwork) -> list[nn.Module]:
+    return [child for child in network.features.children() if any(isinstance(m, nn.Conv2d) for m in child.modules())]
