@@ -41,8 +41,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 def add_slurm_flags(parser: argparse.ArgumentParser, job_name: str = "train") -> None:
     """Add what describes the job; all other flags of ``parser`` belong to the training."""
     add = parser.add_argument_group("job").add_argument
-    add("--cluster", default="slurm", choices=("slurm", "local", "debug"),
-        help="local: processes of this machine, with the same restarts; debug: in this process")  # fmt: skip
+    where = "local: processes of this machine, with the same restarts; debug: in this process"
+    add("--cluster", default="slurm", choices=("slurm", "local", "debug"), help=where)
     add("--nodes", type=int, default=2, help="number of nodes (slurm)")
     add("--ngpus", type=int, default=8, help="GPUs per node, one process each; 0: train on CPUs")
     add("--tasks_per_node", type=int, default=None, help="processes per node; needed only with --ngpus 0 (default 1)")
@@ -54,12 +54,12 @@ def add_slurm_flags(parser: argparse.ArgumentParser, job_name: str = "train") ->
     add("--job_name", default=job_name, help="name in the queue")
     add("--cpus_per_task", type=int, default=10, help="CPU cores per process")
     add("--mem_gb_per_gpu", type=float, default=40, help="host memory per process in GB")
-    add("--signal_delay_s", type=int, default=120, help="seconds between the warning signal and the time limit; SLURM "
-        "may warn half a minute earlier")  # fmt: skip
+    warning = "seconds between the warning signal and the time limit; SLURM may warn half a minute earlier"
+    add("--signal_delay_s", type=int, default=120, help=warning)
     add("--max_restarts", type=int, default=100, help="a job that has been restarted so often does not requeue itself")
     add("--job_dir", default=None, help="submitit's logs and pickles (default: <output_dir>/submitit)")
-    add("--slurm_option", action="append", default=[], metavar="KEY=VALUE",
-        help="any further option of sbatch, e.g. account=vision or exclusive; may be repeated")  # fmt: skip
+    options = "any further option of sbatch, e.g. account=vision or exclusive; may be repeated"
+    add("--slurm_option", action="append", default=[], metavar="KEY=VALUE", help=options)
 
 
 def submit_training(

@@ -149,7 +149,9 @@ def test_the_view_sheet_names_global_and_local_views(drawn, tmp_path):
     images = ArraySource("image", np.zeros((1, 32, 32, 3), np.uint8))
     dataset = MultiCropDataset(images, dino_views((0.4, 1.0), (0.05, 0.4), 10, 32, 16))
     save_view_sheet(dataset, tmp_path / "views.png")
-    titles = [axes.get_title() for axes in drawn[0].axes]
+    _, _, *titles = [
+        text.get_text() for text in drawn[0].texts if text.get_text()
+    ]  # behind the two lines of the heading
     assert titles == ["global 1, 32 px", "global 2, 32 px", *(f"local {n}, 16 px" for n in range(1, 11))]
 
 
