@@ -24,7 +24,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from dino.attention import has_class_attention, save_attention
 from dino.augmentations import MEAN, STD, dino_views, to_input
-from dino.flags import evaluation_parser, load_chosen
+from dino.flags import choose_network, evaluation_parser, load_chosen
 from dino.hub import RUN_ON_DIGITS, VITS8_300_EPOCHS, fetch
 from dino.report import CURVES, save_view_sheet
 from shared import distributed
@@ -98,8 +98,9 @@ def load_attentive(args: argparse.Namespace, device: torch.device) -> nn.Module:
     Raises:
         ValueError: If it has no class token whose attention could be shown.
     """
+    choose_network(args)
     weights = args.pretrained_weights
-    if weights == "" and (args.arch.replace("deit", "vit"), args.patch_size) == ("vit_small", 8):
+    if weights == "" and (args.arch, args.patch_size) == ("vit_small", 8):
         weights = fetch(VITS8_300_EPOCHS)
     model, _ = load_chosen(args, weights)
     if not has_class_attention(model):
