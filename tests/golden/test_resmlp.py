@@ -23,18 +23,6 @@ MODELS = [case for case in GOLDEN.cases("") if case.startswith("model")]
 assert_close = partial(torch.testing.assert_close, rtol=1e-4, atol=2e-5)
 
 
-def assert_checksums(group: str, tensors: dict[str, torch.Tensor], atol: float = 1e-5) -> None:
-    """Compare mean, standard deviation, norm and first four values of the named tensors."""
-    names = GOLDEN[f"{group}/names"].tolist()
-    assert sorted(names) == sorted(tensors)
-    found = []
-    for name in names:
-        values = tensors[name].detach().double().flatten()
-        first = F.pad(values[:4], (0, 4 - len(values[:4])))
-        found.append([values.mean(), values.std(correction=0), values.norm(), *first])
-    np.testing.assert_allclose(np.array(found), GOLDEN[f"{group}/values"], rtol=1e-4, atol=atol, err_msg=group)
-
-
 def gradients(network: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.grad for name, parameter in network.named_parameters()}
 
@@ -70,7 +58,7 @@ def test_block():
     out = block.eval()(GOLDEN.tensor("affine/x"))
     assert_close(out, GOLDEN.tensor("block/out"))
     out.square().mean().backward()
-    assert_checksums("block/gradcheck", gradients(block))
+    GOLDEN.assert_checksums("block/gradcheck", gradients(block))
 
 
 @pytest.mark.parametrize("case", MODELS)
@@ -85,7 +73,7 @@ def test_network(case):
     else:
         loss = out.square().mean()
     loss.backward()
-    assert_checksums(f"{case}/gradcheck", gradients(network))
+    GOLDEN.assert_checksums(f"{case}/gradcheck", gradients(network))
 
 
 OPTIMIZERS = [case for case in GOLDEN.cases("opt/") if f"opt/{case}/losses" in GOLDEN]
@@ -112,7 +100,7 @@ def test_three_steps_of_an_optimizer(name):
         optimizer.step()
         losses.append(loss.item())
     np.testing.assert_allclose(losses, GOLDEN[f"opt/{name}/losses"], rtol=1e-4, atol=1e-5)
-    assert_checksums(f"opt/{name}/params", dict(network.named_parameters()))
+    GOLDEN.assert_checksums(f"opt/{name}/params", dict(network.named_parameters()))
 
 
 def base_loss(name: str, logits: torch.Tensor) -> torch.Tensor:

@@ -94,7 +94,7 @@ class Run:
 
 @pytest.fixture
 def submit(cluster, tmp_path) -> Iterator[Callable[..., Run]]:
-    """Submit runs of this test; those still in the queue afterwards are cancelled."""
+    """Submit runs of this test; afterwards those still in the queue are cancelled, and broken nodes repaired."""
     runs = []
 
     def start(*flags: str, **options) -> Run:
@@ -105,3 +105,4 @@ def submit(cluster, tmp_path) -> Iterator[Callable[..., Run]]:
     for run in runs:
         cluster.run("scancel", run.id)
         run.ends()
+    cluster.repair()
