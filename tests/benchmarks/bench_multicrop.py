@@ -10,7 +10,6 @@ Augmentation chains, alternated on the same files in one process with one thread
 - ``lightly``: the DINO transform of that package, where it is installed.
 """
 
-import random
 import statistics
 import sys
 import tempfile
@@ -26,7 +25,7 @@ import PIL
 import simplejpeg
 import torch
 import torchvision
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image
 from torchvision import transforms
 
 import shared.images.views
@@ -36,53 +35,25 @@ from shared.images.sources import open_source
 from shared.images.views import HUE
 from shared.multicrop import MultiCropDataset, normalize_views
 from tests.benchmarks.harness import Times, alternate, compare, finish, get_args_parser
+from tests.shared.images.torchvision_chain import torchvision_chain
 from tests.shared.photographs import encoded, photograph
 
 GLOBAL_SCALE, LOCAL_SCALE, LOCAL_CROPS = (0.4, 1.0), (0.05, 0.4), 8
 BATCH = 10
 
 
-class PlainBlur:
-    def __init__(self, p):
-        self.p = p
-
-    def __call__(self, image):
-        if random.random() > self.p:
-            return image
-        return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
-
-
-class PlainSolarize:
-    def __call__(self, image):
-        return ImageOps.solarize(image) if random.random() < 0.2 else image
-
-
-class PlainChain:
+def plain_chain():
     """The views as a textbook data set makes them: one torchvision chain per crop, normalised floats out."""
+    finish = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+    recipes = dino_views(GLOBAL_SCALE, LOCAL_SCALE, LOCAL_CROPS)
+    chains = [transforms.Compose([torchvision_chain(recipe), *finish]) for recipe in recipes]
 
-    def __init__(self):
-        colors = [
-            transforms.RandomHorizontalFlip(),
-            transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
-            transforms.RandomGrayscale(p=0.2),
-        ]
-        finish = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
-
-        def crop(size, scale):
-            mode = transforms.InterpolationMode.BICUBIC
-            return transforms.RandomResizedCrop(size, scale=scale, interpolation=mode)
-
-        large, small = crop(224, GLOBAL_SCALE), crop(96, LOCAL_SCALE)
-        self.chains = [
-            transforms.Compose([large, *colors, PlainBlur(1.0), *finish]),
-            transforms.Compose([large, *colors, PlainBlur(0.1), PlainSolarize(), *finish]),
-            *[transforms.Compose([small, *colors, PlainBlur(0.5), *finish])] * LOCAL_CROPS,
-        ]
-
-    def __call__(self, path):
+    def chain(path):
         with open(path, "rb") as file:
             image = Image.open(file).convert("RGB")
-        return [chain(image) for chain in self.chains]
+        return [chain(image) for chain in chains]
+
+    return chain
 
 
 def lightly_chain():
@@ -104,7 +75,7 @@ def time_chains(source, rounds: int, images_per_round: int) -> Times:
     """Seconds of every chain on the images of a round."""
     recipes = dino_views(GLOBAL_SCALE, LOCAL_SCALE, LOCAL_CROPS)
     datasets = {backend: MultiCropDataset(source, recipes, backend=backend) for backend in ("pil", "fast")}
-    plain, lightly = PlainChain(), lightly_chain()
+    plain, lightly = plain_chain(), lightly_chain()
 
     def batches(dataset, indices):
         for start in range(0, len(indices), BATCH):

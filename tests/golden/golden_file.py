@@ -45,9 +45,14 @@ class GoldenFile:
         """Names that start with ``prefix``, in file order (does not count as a use)."""
         return [key for key in self.arrays if key.startswith(prefix)]
 
-    def cases(self, prefix: str) -> list[str]:
-        """Distinct next path parts below ``prefix`` (``"loss/"`` -> ``["meta_f64", "epoch0", ...]``)."""
-        return list(dict.fromkeys(key[len(prefix) :].split("/")[0] for key in self.keys(prefix)))
+    def cases(self, prefix: str, *starts: str) -> list[str]:
+        """Distinct next path parts below ``prefix`` (``"loss/"`` -> ``["meta_f64", "epoch0", ...]``).
+
+        Args:
+            starts: Only those that start with one of these.
+        """
+        found = dict.fromkeys(key[len(prefix) :].split("/")[0] for key in self.keys(prefix))
+        return [case for case in found if case.startswith(starts or "")]
 
     def state_dict(self, prefix: str) -> dict[str, Tensor]:
         """Tensors below ``prefix`` under their state-dict names."""

@@ -3,7 +3,6 @@
 Every size, parameter and case name comes from the file, so the tests hold for any file of this layout.
 """
 
-import json
 import math
 from functools import partial
 
@@ -43,6 +42,7 @@ from shared.optimisation.optim import (
 )
 from shared.optimisation.schedules import cosine_schedule
 from shared.pictures.attention import attended_patches
+from shared.run.log import read_log
 from tests.golden.golden_file import GoldenFile
 from tests.loop_run import LoopRun
 
@@ -190,7 +190,7 @@ def test_teacher_temperature():
     np.testing.assert_allclose(make_loss().teacher_temps, GOLDEN["loss/teacher_temp_schedule_f64"], rtol=1e-12)
 
 
-@pytest.mark.parametrize("epoch", [case for case in GOLDEN.cases("loss/") if case.startswith("epoch")])
+@pytest.mark.parametrize("epoch", GOLDEN.cases("loss/", "epoch"))
 def test_loss_centre_and_gradient(epoch):
     criterion = make_loss()
     for step in GOLDEN.cases(f"loss/{epoch}/"):
@@ -280,7 +280,7 @@ def test_training_follows_the_reference_step_by_step(case, tmp_path):
             GOLDEN.assert_checksums(f"train/{name}/epoch{epoch}/{role}", parameters, loose=loose)
         center = GOLDEN.tensor(f"train/{name}/epoch{epoch}/center")
         torch.testing.assert_close(criterion.center, center, rtol=1e-4, atol=1e-5)
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in read_log(tmp_path / "metrics.jsonl")]
     np.testing.assert_allclose(losses, GOLDEN[f"train/{name}/losses"], rtol=1e-4)
 
     for key in GOLDEN.keys(f"train/{name}/final_"):
@@ -344,7 +344,7 @@ def test_the_fast_chain_makes_nearly_the_crops_of_the_reference():
 def test_weighted_knn():
     names = ("train_features", "train_labels", "test_features", "test_labels")
     data = [GOLDEN.tensor(f"knn/{name}") for name in names]
-    cases = [case for case in GOLDEN.cases("knn/") if case.startswith("k")]
+    cases = GOLDEN.cases("knn/", "k")
     assert cases
     for case in cases:
         k, temperature = case.removeprefix("k").split("_T")
@@ -354,7 +354,7 @@ def test_weighted_knn():
 
 def test_multiscale_features(vit):
     """The reference divides by the norm of the whole batch; ours makes every row of unit length."""
-    for case in [case for case in GOLDEN.cases("multiscale/") if case.startswith("x_")]:
+    for case in GOLDEN.cases("multiscale/", "x_"):
         expected = GOLDEN.tensor(f"multiscale/{case.replace('x_', 'out_')}")
         torch.testing.assert_close(expected.norm(), torch.tensor(1.0))
         features = MultiScale(vit)(GOLDEN.tensor(f"multiscale/{case}"))
@@ -387,7 +387,7 @@ def test_whitening():
 
 
 def test_copy_descriptors_of_image_files(vit, tmp_path):
-    names = [case for case in GOLDEN.cases("copy/") if case.startswith("img")]
+    names = GOLDEN.cases("copy/", "img")
     for name in names:
         Image.fromarray(GOLDEN[f"copy/{name}"]).save(tmp_path / f"{name}.png")
     imsize = GOLDEN.scalar("copy/imsize")
@@ -435,7 +435,7 @@ def test_linear_features(vit):
         assert_close(features(images), GOLDEN.tensor(f"linear/{case}"))
 
 
-MASKS = [case for case in GOLDEN.cases("attn_th/") if case.startswith("mask_")]
+MASKS = GOLDEN.cases("attn_th/", "mask_")
 
 
 @pytest.mark.parametrize("case", MASKS)

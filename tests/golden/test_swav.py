@@ -4,7 +4,6 @@ Every size and case name comes from the file. The file does not hold temperature
 which are the same in all cases of the training.
 """
 
-import json
 from functools import partial
 from types import SimpleNamespace
 
@@ -18,6 +17,7 @@ from torch.utils.data import TensorDataset
 from shared.evaluation.linear import validate
 from shared.images.views import ViewParams, ViewRecipe, apply_fast, apply_pil
 from shared.optimisation.schedules import cosine_schedule
+from shared.run.log import read_log
 from shared.sinkhorn import sinkhorn_knopp
 from swav import losses, main_swav
 from swav.eval_linear import RegLog, pool_windows
@@ -35,10 +35,6 @@ GOLDEN = GoldenFile("swav")
 TEMPERATURE, EPSILON, SINKHORN_ITERATIONS, TRAIN_WEIGHT_DECAY = 0.1, 0.05, 3, 1e-4
 
 assert_close = partial(torch.testing.assert_close, rtol=1e-3, atol=1e-5)
-
-
-def cases(prefix: str) -> list[str]:
-    return [case for case in GOLDEN.cases("") if case.startswith(prefix)]
 
 
 # --- Network ----------------------------------------------------------------------------------------------------------
@@ -125,7 +121,7 @@ def blur_difference(case: str, apply) -> np.ndarray:
     return np.abs(out[inside, inside].astype(int) - GOLDEN[f"{case}/out/image"][inside, inside])
 
 
-@pytest.mark.parametrize("case", cases("blur"))
+@pytest.mark.parametrize("case", GOLDEN.cases("", "blur"))
 def test_blur(case):
     assert blur_difference(case, apply_pil).max() <= 1
     assert blur_difference(case, apply_fast).mean() < 1.5  # its weights are multiples of 1/256; the image is noise
@@ -140,7 +136,7 @@ def parameters(case: str) -> tuple[float, int]:
 
 
 def test_assignments_of_one_process():
-    found = [case for case in cases("sinkhorn") if f"{case}/in/scores" in GOLDEN]
+    found = [case for case in GOLDEN.cases("", "sinkhorn") if f"{case}/in/scores" in GOLDEN]
     assert found
     for case in found:
         assignments = sinkhorn_knopp(GOLDEN.tensor(f"{case}/in/scores"), *parameters(case))
@@ -156,7 +152,7 @@ def of_ranks(case: str, name: str) -> list[Tensor]:
 
 
 def test_assignments_of_two_processes():
-    found = [case for case in cases("sinkhorn") if f"{case}/in/scores_rank0" in GOLDEN]
+    found = [case for case in GOLDEN.cases("", "sinkhorn") if f"{case}/in/scores_rank0" in GOLDEN]
     scores = [of_ranks(case, "in/scores") for case in found]
     results = run_processes(balance, len(scores[0]), scores, [parameters(case) for case in found])
     for case, *assignments in zip(found, *results, strict=True):
@@ -231,7 +227,7 @@ def train(
         run,
         freeze_prototypes_niters=frozen.index(False) if False in frozen else steps,
     )
-    loss = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    loss = [line["loss"] for line in read_log(tmp_path / "metrics.jsonl")]
     return SimpleNamespace(
         losses=torch.tensor(loss),
         rows=torch.tensor(rows),
@@ -254,7 +250,7 @@ def compare(case: str, found: SimpleNamespace, loss_rtol: float, codes_atol: flo
         close(torch.stack(found.recorder.queues), expected("queue_after"))
 
 
-@pytest.mark.parametrize("case", cases("loss_"))
+@pytest.mark.parametrize("case", GOLDEN.cases("", "loss_"))
 def test_loss_codes_queue_and_gradients(case, tmp_path, monkeypatch):
     outputs = [GOLDEN.tensor(key) for key in GOLDEN.keys(f"{case}/in/z")]
     network = Stub(outputs, GOLDEN.tensor(f"{case}/in/prototypes"))
@@ -267,7 +263,7 @@ def test_loss_codes_queue_and_gradients(case, tmp_path, monkeypatch):
         torch.testing.assert_close(output.grad, expected, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", cases("train_"))
+@pytest.mark.parametrize("case", GOLDEN.cases("", "train_"))
 def test_training_follows_the_reference_step_by_step(case, tmp_path, monkeypatch):
     network = small_resnet(GOLDEN.state_dict("resnet_small/sd/"))
     optimizer = LARC(network.parameters(), lr=0.0, weight_decay=TRAIN_WEIGHT_DECAY)
@@ -290,7 +286,7 @@ def test_training_follows_the_reference_step_by_step(case, tmp_path, monkeypatch
         )
 
 
-@pytest.mark.parametrize("case", cases("lr_schedule"))
+@pytest.mark.parametrize("case", GOLDEN.cases("", "lr_schedule"))
 def test_learning_rate_of_every_step(case):
     names = ("base_lr", "final_lr", "epochs", "iters_per_epoch", "warmup_epochs", "start_warmup")
     values = cosine_schedule(*(GOLDEN.scalar(f"{case}/in/{name}") for name in names))
@@ -298,7 +294,7 @@ def test_learning_rate_of_every_step(case):
         np.testing.assert_allclose(values, GOLDEN[f"{case}/out/{name}"], rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("case", cases("larc_"))
+@pytest.mark.parametrize("case", GOLDEN.cases("", "larc_"))
 def test_larc(case):
     prefix = f"{case}/in/p_"
     names = [key.removeprefix(prefix) for key in GOLDEN.keys(prefix)]

@@ -70,6 +70,7 @@ def test_knn_separates_colours_and_labels_decide(tmp_path):
         eval_linear.eval_linear(eval_linear.parse_args(stopped))
 
 
+@pytest.mark.slow
 def test_dino_trains_resmlp_and_the_checkpoint_is_evaluated_here(images, tmp_path, capsys):
     command = (
         f"--arch resmlp_12 --global_crop_size 32 --local_crop_size 32 --local_crops_number 1 --out_dim 16 "

@@ -1,5 +1,4 @@
 import argparse
-import json
 import os
 import shutil
 import tempfile
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from shared.launch import slurm
+from shared.run.log import read_log
 from tests.slurm import jobs
 from tests.slurm.cluster import Cluster, missing
 
@@ -63,7 +63,7 @@ class Run:
 
     def lines(self) -> list[dict]:
         path = self.output_dir / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return read_log(path) if path.exists() else []
 
     def wait_for_step(self, step: int, timeout_s: float = 180) -> None:
         self.cluster.wait_for(lambda: len(self.lines()) >= step, timeout_s, f"step {step} of job {self.id}")
