@@ -73,7 +73,7 @@ def test_an_unknown_flag_is_an_error(capsys):
     assert "moco_quee" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("mode", [pytest.param("moco", marks=pytest.mark.slow), "inbatch"])
+@pytest.mark.parametrize("mode", ["moco", "inbatch"])
 def test_a_killed_run_ends_like_an_uninterrupted_one(mode, data, uninterrupted, tmp_path, monkeypatch):
     flags = ("--contrastive_mode", mode)
     for call, workers in ((3, 0), (2, 2)):
