@@ -136,7 +136,7 @@ def test_a_signal_during_the_validation_saves_and_the_run_goes_on(images, run, t
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(fine_tune, "evaluate_classifier", signalled)
         fine_tune.fine_tune(parts)
-    assert not [line for line in lines(tmp_path / "parts") if "top1" in line]
+    assert not [line for line in lines(tmp_path / "parts", "paws-fine-tune") if "top1" in line]
     assert fine_tune.fine_tune(fine_tune.parse_args([*flags, "--output_dir", str(tmp_path / "parts")])) == whole
     name = "paws-fine-tune.pth.tar"
     assert_same(*(comparable(state_of(tmp_path / f, name)) for f in ("parts", "whole")), "checkpoint")
@@ -164,7 +164,7 @@ def test_fine_tuning_for_nearest_neighbours_keeps_the_statistics_and_resumes(ima
     for key in after:
         statistic = key.endswith(("running_mean", "running_var", "num_batches_tracked"))
         assert torch.equal(before[key], after[key]) == statistic or not before[key].any(), key
-    assert [line["step"] for line in lines(tmp_path / "whole") if "snn_top1" in line] == [0, 3]
+    assert [line["step"] for line in lines(tmp_path / "whole", "paws-fine-tune-SNN") if "snn_top1" in line] == [0, 3]
 
     parts = snn_fine_tune.parse_args([*flags, "--output_dir", str(tmp_path / "parts")])
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -215,13 +215,11 @@ def test_the_tensor_that_is_named_comes_from_the_step_as_it_was(program, tmp_pat
     batch = ([torch.randn(4, 3, 8, 8)], None, torch.arange(4))
     batches = [(batch, batch)] if program is suncet_train else [batch]
     labels = torch.zeros(4, dtype=torch.int64) if program is fine_tune else support_labels(1, 2, views=2)
-    options = {} if program is fine_tune else {"temperature": 0.1}
-    if program is suncet_train:
-        options["supervised_epochs"] = 1
+    options = () if program is fine_tune else (0.1,)
     run = LoopRun(tmp_path, 1, amp="bf16", encoder=encoder)
     optimizer, recipe = LARS(parameter_groups(encoder, 0.0)), choose_recipe("digits")
     with pytest.raises(NotFinite, match=r"the first such tensor is encoder\.fc\.relu1 "):
-        program.train_one_epoch(encoder, batches, optimizer, np.zeros(1), labels, recipe, run, **options)
+        program.train_one_epoch(encoder, batches, labels, optimizer, np.zeros(1), recipe, run, *options)
     assert len(set(encoder.fc.relu1.draws)) == 1 < len(encoder.fc.relu1.draws)
 
 
@@ -271,7 +269,7 @@ def test_the_demonstration_compares_three_ways(images, tmp_path, capsys):
     assert [row["labels_per_class"] for row in rows] == [1, 3]
     assert all(0 <= row[name] <= 100 for row in rows for name in few_labels.METHODS)
     assert "1-NN on pixels" in capsys.readouterr().out and (tmp_path / "few_labels.png").stat().st_size > 1000
-    steps = [line["step"] for line in lines(tmp_path / "1-labels/supervised") if "loss" in line][-1]
+    steps = [line["step"] for line in lines(tmp_path / "1-labels/supervised", "paws-fine-tune") if "loss" in line][-1]
     assert steps == 3  # as many as PAWS has made
     shutil.rmtree(tmp_path / "3-labels")
     assert few_labels.compare(few_labels.parse_args(flags)) == rows
