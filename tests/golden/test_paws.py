@@ -20,6 +20,7 @@ from paws.optimisation import LARS, lr_schedule, parameter_groups
 from paws.paws_train import train_one_epoch
 from paws.support_sampler import SupportSampler
 from tests.golden.golden_file import GoldenFile
+from tests.golden.hash_fill import seed_filled
 from tests.loop_run import LoopRun
 from tests.processes import run_processes
 
@@ -244,38 +245,13 @@ def test_learning_rate_of_every_step(case):
 # --- Networks ---------------------------------------------------------------------------------------------------------
 
 
-def made_from_seed(names: list[str], shapes: dict[str, torch.Size], seed: int) -> dict[str, Tensor]:
-    """The file's recipe for weights that it does not store."""
-    state = {}
-    for i, name in enumerate(sorted(names)):
-        values = np.random.RandomState(seed + i).standard_normal(tuple(shapes[name]))
-        dims = len(shapes[name])
-        if dims in (2, 4):
-            values = values / np.sqrt(np.prod(shapes[name][1:]))
-        elif dims == 3:
-            values = 0.2 * values
-        elif name.endswith("running_var"):
-            values = 1 + 0.2 * np.abs(values)
-        else:
-            values = (1 if name.endswith(".weight") else 0) + 0.1 * values
-        state[name] = torch.from_numpy(np.asarray(values, dtype=np.float32))
-    return state
-
-
-def fill(encoder: Encoder, seed: int) -> Encoder:
-    shapes = {name: value.shape for name, value in encoder.state_dict().items()}
-    names = [name for name in shapes if not name.endswith("num_batches_tracked")]
-    counters = {name: torch.tensor(0) for name in shapes if name not in names}
-    encoder.load_state_dict(made_from_seed(names, shapes, seed) | counters)
-    return encoder
-
-
 def small_encoder(case: str) -> Encoder:
     kind, depth, widen, embed_dim, output_dim, use_pred = GOLDEN[f"{case}/in/arch"].astype(int).tolist()
     assert kind == 0
     encoder = WideResNetEncoder(depth, widen, output_dim=output_dim, use_pred_head=bool(use_pred))
     assert encoder.embed_dim == embed_dim
-    return fill(encoder, number(case, "sd_base"))
+    encoder.load_state_dict(seed_filled(encoder.state_dict(), number(case, "sd_base")))
+    return encoder
 
 
 def shares_of_files_names(encoder: Encoder, case: str) -> None:
@@ -310,7 +286,8 @@ def test_wide_resnet(case):
 def test_published_networks(case):
     name = ARCHITECTURES[number(case, "arch_id")]
     encoder = build_encoder(name, number(case, "output_dim"), bool(number(case, "use_pred")))
-    fill(encoder, number(case, "base_seed")).eval()
+    encoder.load_state_dict(seed_filled(encoder.state_dict(), number(case, "base_seed")))
+    encoder.eval()
     seed = number(case, "x_seed")
     large, small = (
         torch.from_numpy(np.random.RandomState(seed + i).standard_normal((2, 3, side, side)).astype(np.float32))

@@ -12,20 +12,14 @@ import sys
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
-from paws import evaluation, few_labels, fine_tune, pseudo_labels, snn_eval, snn_fine_tune, suncet_train
-from paws.augmentations import choose_recipe
+from paws import evaluation, few_labels, fine_tune, pseudo_labels, snn_eval, snn_fine_tune
 from paws.evaluation import Representation
-from paws.hub import build_encoder
 from paws.labels import open_partly_labelled
-from paws.losses import support_labels
-from paws.optimisation import LARS, parameter_groups
-from shared.run.attempt import Interrupted, NotFinite
+from shared.run.attempt import Interrupted
 from shared.run.run import Run
 from shared.supervised.evaluation import evaluate_classifier
 from tests.interruption import interrupting
-from tests.loop_run import LoopRun
 from tests.paws.tiny import TINY, comparable, lines, state_of, train, write_own_pictures
 from tests.reliability.runs import assert_same, write_images
 
@@ -194,33 +188,6 @@ def test_a_run_that_started_from_other_weights_is_refused(images, run, tmp_path)
     flags[flags.index("--pretrained") + 1] = "random"
     with pytest.raises(ValueError, match="started from other weights than those of --pretrained"):
         fine_tune.fine_tune(fine_tune.parse_args(flags))
-
-
-class NotFiniteUnderAutocast(nn.Module):
-    """Spoils what it gets in the precision of the training; notes a random number for each pass."""
-
-    def __init__(self):
-        super().__init__()
-        self.draws = []
-
-    def forward(self, x):
-        self.draws.append(torch.rand(()).item())
-        return x * torch.nan if torch.is_autocast_enabled("cpu") else x
-
-
-@pytest.mark.parametrize("program", [suncet_train, fine_tune, snn_fine_tune])
-def test_the_tensor_that_is_named_comes_from_the_step_as_it_was(program, tmp_path):
-    encoder = build_encoder("wide_resnet10w1", output_dim=8)
-    encoder.fc.relu1 = NotFiniteUnderAutocast()
-    batch = ([torch.randn(4, 3, 8, 8)], None, torch.arange(4))
-    batches = [(batch, batch)] if program is suncet_train else [batch]
-    labels = torch.zeros(4, dtype=torch.int64) if program is fine_tune else support_labels(1, 2, views=2)
-    options = () if program is fine_tune else (0.1,)
-    run = LoopRun(tmp_path, 1, amp="bf16", encoder=encoder)
-    optimizer, recipe = LARS(parameter_groups(encoder, 0.0)), choose_recipe("digits")
-    with pytest.raises(NotFinite, match=r"the first such tensor is encoder\.fc\.relu1 "):
-        program.train_one_epoch(encoder, batches, labels, optimizer, np.zeros(1), recipe, run, *options)
-    assert len(set(encoder.fc.relu1.draws)) == 1 < len(encoder.fc.relu1.draws)
 
 
 # --- Pseudo-labels ----------------------------------------------------------------------------------------------------
