@@ -28,7 +28,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 from msn.augmentations import msn_views
 from msn.flags import parse_with_images
 from msn.hub import MEAN, NETWORK_FLAGS, STD, from_official, to_official
-from msn.losses import LossTerms, MSNLoss, new_prototypes
+from msn.losses import LossTerms, MSNLoss, log_power_law, new_prototypes, read_log_prior
 from msn.report import health_rules, report
 from msn.schedules import Schedules
 from msn.vision_transformer import ARCHITECTURES, ProjectionHead, Trunk, VisionTransformer, build, num_kept_patches
@@ -122,6 +122,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--me_max", type=bool_flag, default=True, help="mean-entropy maximisation: mean assignment near the prior")
     add("--memax_weight", type=float, default=1.0, help="its weight (5 without Sinkhorn)")
     add("--power_law_exponent", type=float, default=0.0, help="of the prior (PMSN: 0.25); 0: the uniform one")
+    add("--prior", default=None, help="text file of one positive number per prototype: any other prior")
     add("--use_ent", type=bool_flag, default=False, help="compute the entropy of single assignments")
     add("--ent_weight", type=float, default=1.0, help="its weight in the loss")
     add("--batch_size", type=int, default=64, help="images per process")
@@ -303,6 +304,11 @@ def build_views(args: argparse.Namespace) -> list[ViewRecipe]:
 
 
 def build_loss(args: argparse.Namespace) -> MSNLoss:
+    log_prior = log_power_law(args.num_proto, args.power_law_exponent) if args.power_law_exponent else None
+    if args.prior is not None:
+        if args.power_law_exponent:
+            raise ValueError(f"--prior {args.prior} and --power_law_exponent {args.power_law_exponent}: give one")
+        log_prior = read_log_prior(args.prior, args.num_proto)
     return MSNLoss(
         args.num_proto,
         args.temperature,
@@ -312,7 +318,7 @@ def build_loss(args: argparse.Namespace) -> MSNLoss:
         args.ent_weight,
         args.use_sinkhorn,
         args.label_smoothing,
-        args.power_law_exponent,
+        log_prior,
     )
 
 

@@ -333,7 +333,7 @@ def _scan_folder(root: Path, where: str) -> tuple[list[str], np.ndarray | None, 
 
 def _read_list(path: Path, allow_absolute_paths: bool, where: str):
     """Names, labels and classes of a list or table of images."""
-    lines = read_cells(path, where)
+    lines = read_cells(path, where, "\t" if path.suffix == ".txt" else None)
     if len(lines) > 1 and not names_an_image(lines[0][1][0]) and names_an_image(lines[1][1][0]):
         lines = lines[1:]  # a heading
     if not lines:
