@@ -34,7 +34,7 @@ from paws.hub import build_encoder, load_backbone_into
 from paws.losses import paws_loss, sharpen, soft_nearest_neighbours
 from paws.optimisation import LARS, lr_schedule, parameter_groups
 from paws.pseudo_labels import save_pseudo_labels
-from paws.report import collapse_monitor, save_pictures, summary
+from paws.report import health_rules, report
 from paws.training_data import open_training_data
 from shared import distributed
 from shared.images.decode import ImageError
@@ -42,7 +42,7 @@ from shared.multicrop import normalize_views
 from shared.networks.batchnorm import synchronize_batchnorm
 from shared.optimisation.optim import clip_grad_norm_per_tensor_
 from shared.run.flags import bool_flag, tell_embedded_defaults
-from shared.run.health import feature_spread, rank_me
+from shared.run.health import HealthMonitor, feature_spread, rank_me
 from shared.run.run import Run
 
 # What replaces the defaults when no images are given: 8x8 pixel digits need no ResNet-50 at 224 pixels. The learning
@@ -109,7 +109,7 @@ def train_paws(args: argparse.Namespace) -> None:
     layout = {"to_official": to_official, "from_official": from_official, "scheduled": ("lr",)}
     checkpoint = find_checkpoint(run.path, args.read_checkpoint)
     run.resume(data, steps, NETWORK_FLAGS, checkpoint=checkpoint, **layout, encoder=encoder, opt=optimizer)
-    run.health = collapse_monitor(labels.shape[1], steps)
+    run.health = HealthMonitor(health_rules(labels.shape[1], steps))
     classifier = SoftNearestNeighbours(data.images, recipe, args.temperature, device, data.unlabelled.num_workers)
     evaluation = build_snn_monitor(args, classifier, args.on_bad_image)
 
@@ -135,12 +135,10 @@ def train_paws(args: argparse.Namespace) -> None:
             run.log_epoch(bad_images=data.dataset.bad_images.count())
             run.end_epoch(keep_as=numbered_checkpoint(args, epoch))
     try:
-        lines, pictures = save_pseudo_labels(distributed.unwrap(encoder), classifier, run.output_dir, args.pictures)
+        lines, pseudo_labels = save_pseudo_labels(distributed.unwrap(encoder), classifier, run.output_dir)
     except ImageError as error:  # as after self-training, when all readable images have a label
-        lines, pictures = [f"no pseudo-labels: {error}"], []
-    if distributed.is_main_process():
-        pictures += save_pictures(data.dataset, run.output_dir) if args.pictures else []
-        print(summary(args, run, evaluation, lines, pictures))
+        lines, pseudo_labels = [f"no pseudo-labels: {error}"], None
+    report(args, run, data.dataset, evaluation, lines, pseudo_labels)
 
 
 def train_one_epoch(

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from shared.optimisation.schedules import cosine_schedule
 from swav import losses, main_swav
 from swav.larc import LARC
-from swav.losses import EmbeddingQueue, SwappedPrediction
-from swav.report import PrototypeUsage
+from swav.losses import EmbeddingQueue, PrototypeUsage, SwappedPrediction
 from tests.golden.golden_file import GoldenFile
 from tests.golden.small_resnet import small_resnet
 from tests.loop_run import LoopRun
