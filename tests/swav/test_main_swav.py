@@ -227,4 +227,4 @@ def test_the_end_of_a_run_shows_pictures_and_what_was_learned(images, tmp_path, 
         assert (tmp_path / f"pictures/{name}.png").stat().st_size > 1000
     printed = capsys.readouterr().out
     assert "prototypes used by the 48 assignments of the last epoch" in printed
-    assert "after 0 steps" in printed and "python clusters.py --arch test_resnet" in printed
+    assert "after 0 steps" in printed and "python swav/clusters.py --arch test_resnet" in printed

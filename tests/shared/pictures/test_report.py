@@ -114,14 +114,12 @@ def test_a_picture_that_fails_is_named_and_the_run_ends_as_it_would(tmp_path, ca
     report = Report(run_in(tmp_path, {"step": 10, "loss": None}), pictures=True)
     report.draw("views.png", lambda path: [].pop())
     report.draw_curves("Training", [LOSS])
-    report.draw_neighbours(
-        lambda images: images.flatten(1) * torch.nan, ArraySource("a", np.ones((2, 8, 8), "u1")), knn
-    )
+    broken = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Threshold(torch.inf, torch.nan))
+    report.draw_neighbours(broken, ArraySource("images", np.zeros((2, 8, 8), dtype=np.uint8)), knn)
     report.finish([])
     printed = capsys.readouterr().out
     folder = tmp_path / "pictures"
     assert f"Pictures  {folder / 'views.png'} could not be drawn: IndexError: pop from empty list" in printed
-    assert f"{folder / 'curves.png'} could not be drawn: ValueError: {tmp_path / 'metrics.jsonl'} holds no" in printed
-    assert (
-        f"{folder / 'neighbours.png'} could not be drawn: ValueError: 2 of 2 feature vectors are not finite" in printed
-    )
+    log = tmp_path / "metrics.jsonl"
+    assert f"{folder / 'curves.png'} could not be drawn: ValueError: {log} holds no training steps" in printed
+    assert f"{folder / 'neighbours.png'} could not be drawn: ValueError: 2 of 2 feature vectors are not" in printed
