@@ -203,7 +203,7 @@ def train_deepcluster(args: argparse.Namespace) -> None:
         # what the network makes of the images in the end
         clusters = cluster_images(network, images_in_order, run, state.clusters, *how)
     if distributed.is_main_process():
-        report(args, run, source, clusters, knn)
+        report(run, source, clusters, knn)
 
 
 def cluster_images(

@@ -1,6 +1,5 @@
 """End-of-run report: trivial solutions, the clusters as a list and as a picture, curves, and what to run next."""
 
-import argparse
 import math
 
 from shared.evaluation.knn_monitor import KNNMonitor
@@ -48,9 +47,9 @@ PLOTS = (
 )
 
 
-def report(args: argparse.Namespace, run: Run, source: ImageSource, clusters: Clusters, knn: KNNMonitor) -> None:
+def report(run: Run, source: ImageSource, clusters: Clusters, knn: KNNMonitor) -> None:
     """List and draw the final clusters, draw the curves, and print the text."""
-    ending = Report(run, args.pictures)
+    ending = Report(run)
     ending.files.append(str(save_clusters(source, clusters.assignments, run.output_dir / "clusters.csv")))
     ending.draw("clusters.png", lambda path: save_cluster_sheet(source, clusters, path))
     ending.draw_curves("DeepCluster training", PLOTS)
@@ -64,11 +63,10 @@ def report(args: argparse.Namespace, run: Run, source: ImageSource, clusters: Cl
             f"NMI with the true labels: {agreement[0]:.3f} before training, {agreement[-1]:.3f} in the end; "
             f"purity {100 * purity(clusters.assignments, source.labels):.1f} %"
         )
-    layer = {"model": run.path, "conv": 3}
-    linear = {"val_path": args.val_path, "exp": run.output_dir / "linear"}
-    commands = [command("deepcluster/eval_linear.py", **layer, data=args.data_path, **linear)] if knn.sources else []
-    commands.append(command("deepcluster/activ_retrieval.py", **layer, data=args.data_path, exp=ending.folder))
+    layer, data = {"model": run.path, "conv": 3}, run.args.data_path
+    linear = {"val_path": run.args.val_path, "exp": run.output_dir / "linear"}
+    commands = [command("deepcluster/eval_linear.py", **layer, data=data, **linear)] if knn.sources else []
+    commands.append(command("deepcluster/activ_retrieval.py", **layer, data=data, exp=ending.folder))
     commands.append(command("deepcluster/gradient_ascent.py", **layer, exp=ending.folder))
-    if not args.data_path:
-        commands.append(command("deepcluster/main.py", "YOUR_IMAGES", sobel=True, k=100, exp="YOUR_RUN"))
-    ending.finish(commands, learned, knn)
+    own_images = command("deepcluster/main.py", "YOUR_IMAGES", sobel=True, k=100, exp="YOUR_RUN")
+    ending.finish(commands, own_images, learned, knn)

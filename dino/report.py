@@ -63,7 +63,7 @@ def health_rules(args: argparse.Namespace, steps_per_epoch: int) -> list[HealthR
     ]
 
 
-def report(args: argparse.Namespace, run: Run, dataset: MultiCropDataset, backbone: nn.Module, knn: KNNMonitor) -> None:
+def report(run: Run, dataset: MultiCropDataset, backbone: nn.Module, knn: KNNMonitor) -> None:
     """Draw the training set's views, neighbours, curves and attention, and print the text; every rank must call this.
 
     Args:
@@ -74,14 +74,15 @@ def report(args: argparse.Namespace, run: Run, dataset: MultiCropDataset, backbo
         image = first_image(dataset.source, knn).to(run.device)
         save_attention(backbone, image, path.parent, MEAN, STD, class_row=class_row)
 
-    ending = Report(run, args.pictures)
+    ending = Report(run)
     ending.draw("views.png", lambda path: save_view_sheet(dataset, path))
     ending.draw_neighbours(backbone, dataset.source, knn)
     ending.draw_curves("DINO training", CURVES)
     # XCiT's patches are part of its name, and may be larger than small images
-    if has_class_attention(backbone) and backbone.patch_embed.patch_size <= args.global_crop_size:
+    if has_class_attention(backbone) and backbone.patch_embed.patch_size <= run.args.global_crop_size:
         ending.draw("attention/attention.png", draw_attention)
-    ending.finish(next_commands(args, run.path, knn), knn=knn)
+    own_images = command("dino/main_dino.py", arch="vit_small", data_path="YOUR_IMAGES", output_dir="YOUR_RUN")
+    ending.finish(next_commands(run.args, run.path, knn), own_images, knn=knn)
 
 
 def save_view_sheet(dataset: MultiCropDataset, path: Path) -> Path:
@@ -104,6 +105,4 @@ def next_commands(args: argparse.Namespace, weights: Path, knn: KNNMonitor) -> l
         network["image_size"] = 2 * args.global_crop_size
         image = {"image_path": "YOUR_IMAGE", "data_path": args.data_path, "output_dir": weights.with_name("attention")}
         commands.append(command("dino/visualize_attention.py", **network, **image))
-    if not args.data_path:
-        commands.append(command("dino/main_dino.py", arch="vit_small", data_path="YOUR_IMAGES", output_dir="YOUR_RUN"))
     return commands

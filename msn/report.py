@@ -66,7 +66,7 @@ def health_rules(args: argparse.Namespace, steps_per_epoch: int) -> list[HealthR
     ]
 
 
-def report(args: argparse.Namespace, run: Run, dataset: MultiCropDataset, trunk: Trunk, knn: KNNMonitor) -> None:
+def report(run: Run, dataset: MultiCropDataset, trunk: Trunk, knn: KNNMonitor) -> None:
     """Draw the training set's views, neighbours, curves and attention, and print the text; every rank must call this.
 
     Args:
@@ -74,17 +74,18 @@ def report(args: argparse.Namespace, run: Run, dataset: MultiCropDataset, trunk:
     """
 
     def draw_views(path: Path) -> None:
-        save_view_sheet(dataset[(0, 0)][0], trunk.encoder.patch_embed.patch_size, args.patch_drop, path)
+        save_view_sheet(dataset[(0, 0)][0], trunk.encoder.patch_embed.patch_size, run.args.patch_drop, path)
 
     def draw_attention(path: Path) -> None:
         save_attention(trunk.encoder, first_image(dataset.source, knn).to(run.device), path.parent, MEAN, STD)
 
-    ending = Report(run, args.pictures)
+    ending = Report(run)
     ending.draw("views.png", draw_views)
     ending.draw_neighbours(trunk, dataset.source, knn)
     ending.draw_curves("MSN training", CURVES)
     ending.draw("attention/attention.png", draw_attention)
 
+    args = run.args
     network = {"model_name": args.model_name, "pretrained": run.path.parent, "fname": run.path.name}
     data, commands = data_flags(args) | {"image_size": args.rand_size}, []
     if knn.sources:
@@ -93,9 +94,7 @@ def report(args: argparse.Namespace, run: Run, dataset: MultiCropDataset, trunk:
         commands.append(command("msn/eval_knn.py", **network, **data, nb_knn=knn.k))
     image = {"image_path": "YOUR_IMAGE", "image_size": 2 * args.rand_size, "output_dir": run.output_dir / "attention"}
     commands.append(command("msn/visualize_attention.py", **network, **image))
-    if not args.data_path:
-        commands.append(command("msn/main.py", data_path="YOUR_IMAGES", folder="YOUR_RUN"))
-    ending.finish(commands, knn=knn)
+    ending.finish(commands, command("msn/main.py", data_path="YOUR_IMAGES", folder="YOUR_RUN"), knn=knn)
 
 
 def save_view_sheet(views: Sequence[Tensor], patch_size: int, patch_drop: float, path: Path) -> Path:

@@ -138,7 +138,7 @@ def train_paws(args: argparse.Namespace) -> None:
         lines, pseudo_labels = save_pseudo_labels(distributed.unwrap(encoder), classifier, run.output_dir)
     except ImageError as error:  # as after self-training, when all readable images have a label
         lines, pseudo_labels = [f"no pseudo-labels: {error}"], None
-    report(args, run, data.dataset, evaluation, lines, pseudo_labels)
+    report(run, data.dataset, evaluation, lines, pseudo_labels)
 
 
 def train_one_epoch(

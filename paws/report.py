@@ -1,6 +1,5 @@
 """End-of-run report: signs of a collapse, pictures, and what to run next."""
 
-import argparse
 import math
 from collections.abc import Sequence
 
@@ -55,7 +54,6 @@ def health_rules(num_classes: int, total_steps: int) -> list[HealthRule]:
 
 
 def report(
-    args: argparse.Namespace,
     run: Run,
     dataset: MultiCropDataset,
     evaluation: SNNMonitor,
@@ -69,7 +67,7 @@ def report(
         lines: About the pseudo-labels.
         pseudo_labels: As :func:`paws.pseudo_labels.save_pseudo_labels` returns them.
     """
-    images, ending = evaluation.classifier.images, Report(run, args.pictures)
+    images, args, ending = evaluation.classifier.images, run.args, Report(run)
     if pseudo_labels:
         ending.draw("certainty.png", lambda path: save_certainty(images, *pseudo_labels, path))
     titles = ["large view {n}"] * 2 + ["small view {n}"] * (len(dataset.recipes) - 2)
@@ -88,7 +86,5 @@ def report(
         learned = accuracy(ending.lines, "snn_top1", what, len(validation.rows), len(images.classes))
         tuned = run.output_dir / "fine-tune"
         commands = [command("paws/snn_eval.py", **flags), command("paws/fine_tune.py", **flags, output_dir=tuned)]
-    if not args.data_path:
-        own = {"data_path": "YOUR_IMAGES", "labels": "YOUR_LABELS.csv", "fname": from_here(OWN_IMAGES)}
-        commands.append(command("paws/main.py", **own, output_dir="YOUR_RUN"))
-    ending.finish(commands, [*learned, *lines])
+    own = {"data_path": "YOUR_IMAGES", "labels": "YOUR_LABELS.csv", "fname": from_here(OWN_IMAGES)}
+    ending.finish(commands, command("paws/main.py", **own, output_dir="YOUR_RUN"), [*learned, *lines])

@@ -135,7 +135,7 @@ def train_resmlp(args: argparse.Namespace) -> None:
         network_flags=NETWORK_FLAGS,
         weights_flag="--finetune",
     )
-    report(args, run, network, images, best.acc1)
+    report(run, network, images, best.acc1)
 
 
 def evaluate_resmlp(args: argparse.Namespace) -> None:

@@ -1,7 +1,5 @@
 """End-of-run report: curves and cross-patch layers, and what to run next."""
 
-import argparse
-
 from torch import nn
 
 from shared.pictures.report import SUPERVISED_PLOTS, Report
@@ -13,9 +11,9 @@ from .resmlp_models import ARCHITECTURES, ResMLP
 from .visualize_cross_patch import save_layers, save_locality
 
 
-def report(args: argparse.Namespace, run: Run, network: nn.Module, images: LabelledImages, best_acc1: float) -> None:
+def report(run: Run, network: nn.Module, images: LabelledImages, best_acc1: float) -> None:
     """Draw curves and cross-patch layers, and print the text; ``best_acc1`` is that of ``best_checkpoint.pth``."""
-    ending = Report(run, args.pictures)
+    args, ending = run.args, Report(run)
     ending.draw_curves("ResMLP, supervised training", SUPERVISED_PLOTS)
     if isinstance(network, ResMLP):
         ending.draw("layers.png", lambda path: save_layers(network, path.parent))
@@ -28,7 +26,6 @@ def report(args: argparse.Namespace, run: Run, network: nn.Module, images: Label
             neighbours = min(20, len(images.train))
             commands.append(command("resmlp/eval_knn.py", **weights, **data_flags(args), nb_knn=neighbours))
         commands.append(command("resmlp/export.py", **weights, output_dir=folder))
-    if not args.data_path:
-        commands.append(command("resmlp/main.py", data_path="YOUR_IMAGES", output_dir="YOUR_RUN"))
+    own_images = command("resmlp/main.py", data_path="YOUR_IMAGES", output_dir="YOUR_RUN")
     learned = accuracy(ending.lines, "test_acc1", f"top-1 on {val.describe()}", len(val), len(val.classes))
-    ending.finish(commands, [*learned, f"best top-1 {best_acc1:.1f} %"])
+    ending.finish(commands, own_images, [*learned, f"best top-1 {best_acc1:.1f} %"])

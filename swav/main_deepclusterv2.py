@@ -149,7 +149,7 @@ def train_deepclusterv2(args: argparse.Namespace) -> None:
                 run.log_evaluation(knn_top1=knn.run(trunk, run.stop_if_asked))
             run.log_epoch(bad_images=data.bad_images.count(), **cluster_usage(memory.assignments, heads))
             run.end_epoch(keep_as=numbered_checkpoint(epoch, args.epochs, args.checkpoint_freq))
-    report("DeepCluster-v2", args, run, data.dataset, trunk, knn)
+    report("DeepCluster-v2", run, data.dataset, trunk, knn)
 
 
 def to_official(state: dict) -> dict:

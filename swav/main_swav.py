@@ -162,7 +162,7 @@ def train_swav(args: argparse.Namespace) -> None:
                 run.log_evaluation(knn_top1=knn.run(trunk, run.stop_if_asked))
             run.log_epoch(bad_images=data.bad_images.count(), **usage.end_epoch())
             run.end_epoch(keep_as=numbered_checkpoint(epoch, args.epochs, args.checkpoint_freq))
-    report("SwAV", args, run, data.dataset, trunk, knn)
+    report("SwAV", run, data.dataset, trunk, knn)
 
 
 def build_for_training(args: argparse.Namespace, device: torch.device) -> nn.Module:

@@ -1,7 +1,5 @@
 """End-of-run report of SwAV and DeepCluster-v2: signs of a collapse, pictures, and what to run next."""
 
-import argparse
-
 from torch import nn
 
 from shared.evaluation.knn_monitor import KNNMonitor
@@ -67,11 +65,9 @@ def health_rules(method: str, nmb_prototypes: int, epochs: int, steps_per_epoch:
     return rules
 
 
-def report(
-    method: str, args: argparse.Namespace, run: Run, dataset: MultiCropDataset, trunk: nn.Module, knn: KNNMonitor
-) -> None:
+def report(method: str, run: Run, dataset: MultiCropDataset, trunk: nn.Module, knn: KNNMonitor) -> None:
     """Draw the training set's views, neighbours and curves, and print the text; every rank must call this."""
-    ending = Report(run, args.pictures)
+    ending = Report(run)
     titles = [f"crop {n}, {{px}} px" for n in range(len(dataset.recipes))]
     caption = "One image as it enters the network\nEvery crop predicts the codes of the others."
     ending.draw("views.png", lambda path: save_views(dataset[(0, 0)][0], titles, path, caption))
@@ -84,14 +80,13 @@ def report(
         for line in ending.lines
         if "loss" in line
     ]
-    network = {"arch": args.arch, "pretrained": run.path, "image_size": args.size_crops[0]}
-    images = data_flags(args)
-    commands = []
+    network = {"arch": run.args.arch, "pretrained": run.path, "image_size": run.args.size_crops[0]}
+    images = data_flags(run.args)
+    linear = {**images, "dump_path": run.output_dir / "linear"}
+    clusters = {**images, "val_path": None, "output_dir": run.output_dir / "clusters"}
+    commands = [command("swav/clusters.py", **network, **clusters)]
     if knn.sources:
-        linear = {"num_labels": len(knn.sources[1].classes), "dump_path": run.output_dir / "linear"}
-        commands.append(command("swav/eval_linear.py", **network, **images, **linear))
-    images.pop("val_path")
-    commands.insert(0, command("swav/clusters.py", **network, **images, output_dir=run.output_dir / "clusters"))
-    if not args.data_path:
-        commands.append(command(SCRIPTS[method], data_path="YOUR_IMAGES", dump_path="YOUR_RUN"))
-    ending.finish(commands, used[-1:], knn, lr_flag="--base_lr")
+        num_labels = len(knn.sources[1].classes)
+        commands.append(command("swav/eval_linear.py", **network, **linear, num_labels=num_labels))
+    own_images = command(SCRIPTS[method], data_path="YOUR_IMAGES", dump_path="YOUR_RUN")
+    ending.finish(commands, own_images, used[-1:], knn, lr_flag="--base_lr")

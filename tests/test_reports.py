@@ -89,8 +89,18 @@ def test_healthy_lines_and_those_without_finite_steps_say_nothing(method):
         assert monitor_of(method).check(dict.fromkeys(line, math.nan) | {"step": step}) is None
 
 
-# --- Printed commands -------------------------------------------------------------------------------------------------
+# --- Pictures and printed commands ------------------------------------------------------------------------------------
 
+PICTURES = {
+    "dino": "views.png neighbours.png curves.png attention",
+    "swav": "views.png neighbours.png curves.png",
+    "deepclusterv2": "views.png neighbours.png curves.png",
+    "msn": "views.png neighbours.png curves.png attention",
+    "deepcluster": "clusters.png curves.png",
+    "paws": "certainty.png views.png curves.png",
+    "xcit": "views.png curves.png",
+    "resmlp": "curves.png layers.png layer01.png layer02.png locality.png",
+}
 PRINTED = {  # scripts that a tiny run offers for labelled images; those for images without labels
     "dino": ("eval_knn eval_linear visualize_attention", "visualize_attention"),
     "swav": ("clusters eval_linear", "clusters"),
@@ -124,9 +134,12 @@ def train(name: str, data: tuple, output_dir: Path, capsys) -> list[list[str]]:
     training = trainings()[name]
     module = importlib.import_module(training.module)
     folder = "--output_dir" if name not in ("swav", "deepclusterv2") else "--dump_path"
-    flags = shlex.split(shlex.join([*training.flags, *training.whole]).replace("--eval_knn_freq 0", ""))
+    flags = shlex.split(
+        shlex.join([*training.flags, *training.whole]).replace("--eval_knn_freq 0", "").replace("--pictures off", "")
+    )
     flags += [*map(str, data), folder, str(output_dir), "--epochs", "1", "--saveckp_steps", "0"]
     run_script(Path(module.__file__), flags)
+    assert {path.name for path in (output_dir / "pictures").iterdir()} == set(PICTURES[name].split())
     printed = capsys.readouterr().out.partition("\nNext ")[2]
     return [shlex.split(line)[1:] for line in printed.splitlines()]
 

@@ -1,6 +1,5 @@
 """End-of-run report: training views and curves, and what to run next."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,11 +43,9 @@ def _mixed_label(target: Tensor, classes: Sequence[str]) -> str:
     return ", ".join(f"{share:.2f} {classes[i]}" for share, i in zip(shares.tolist(), indices.tolist(), strict=True))
 
 
-def report(
-    args: argparse.Namespace, run: Run, views: LabelledViews, mixup: Mixup | None, val: ImageSource, best_acc1: float
-) -> None:
+def report(run: Run, views: LabelledViews, mixup: Mixup | None, val: ImageSource, best_acc1: float) -> None:
     """Draw views and curves, and print the text; ``best_acc1`` is the best top-1, that of ``best_model.pth``."""
-    ending = Report(run, args.pictures)
+    args, ending = run.args, Report(run)
     ending.draw("views.png", lambda path: save_views(views, mixup, path))
     ending.draw_curves("XCiT, supervised training", SUPERVISED_PLOTS)
 
@@ -58,7 +55,6 @@ def report(
     if args.model in ARCHITECTURES:
         size, folder = [args.input_size] * 2, run.output_dir / "export"
         commands.append(command("xcit/export.py", **network, image_size=size, output_dir=folder))
-    if not args.data_path:
-        commands.append(command("xcit/main.py", data_path="YOUR_IMAGES", output_dir="YOUR_RUN"))
+    own_images = command("xcit/main.py", data_path="YOUR_IMAGES", output_dir="YOUR_RUN")
     learned = accuracy(ending.lines, "test_acc1", f"top-1 on {val.describe()}", len(val), len(val.classes))
-    ending.finish(commands, [*learned, f"best top-1 {best_acc1:.1f} %"])
+    ending.finish(commands, own_images, [*learned, f"best top-1 {best_acc1:.1f} %"])

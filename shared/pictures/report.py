@@ -122,24 +122,22 @@ class Report:
     """Pictures of a finished run and the text at its end. Every process makes the same calls, rank 0 draws and prints.
 
     Args:
-        run: After its last epoch.
-        pictures: Whether there are any.
+        run: After its last epoch; its flag ``pictures`` says whether there are any.
 
     Attributes:
         lines: Of ``metrics.jsonl``.
         files: Sentences about files that the text names besides those of every run.
     """
 
-    def __init__(self, run: Run, pictures: bool):
-        self.run, self.files = run, []
-        self.wants_pictures, self.pictures = pictures, []
+    def __init__(self, run: Run):
+        self.run, self.files, self.pictures = run, [], []
         self.folder = run.output_dir / "pictures"
         self.log = run.output_dir / "metrics.jsonl"
         self.lines = read_log(self.log) if distributed.is_main_process() else []
 
     def draw(self, name: str, save: Callable[[Path], object]) -> None:
         """Let ``save`` write the picture ``name``; if it fails, the text says so and the run ends as it would."""
-        if not (self.wants_pictures and distributed.is_main_process()):
+        if not (self.run.args.pictures and distributed.is_main_process()):
             return
         path = self.folder / name
         try:
@@ -157,7 +155,7 @@ class Report:
 
     def draw_neighbours(self, backbone: nn.Module, source: ImageSource, knn: KNNMonitor) -> None:
         """Neighbours of ten validation images, or of images of ``source`` where there was no k-NN."""
-        if not self.wants_pictures:
+        if not self.run.args.pictures:
             return
         try:
             found = galleries(backbone, source, knn)
@@ -169,6 +167,7 @@ class Report:
     def finish(
         self,
         commands: Sequence[str],
+        own_images: str,
         learned: Sequence[str] = (),
         knn: KNNMonitor | None = None,
         lr_flag: str = "--lr",
@@ -176,6 +175,8 @@ class Report:
         """Print what came out, what went wrong, where the files are, what to run next.
 
         Args:
+            commands: Evaluations of the trained network.
+            own_images: The command for other images, of no use to those who have just given theirs.
             learned: Lines of the method's own about what came out.
             knn: The run's evaluations; None for a method without them.
             lr_flag: The flag for the learning rate, to advise on it.
@@ -198,7 +199,7 @@ class Report:
             "Problems": list(self.run.health.warnings.values()),
             "Files": files + self.files,
             "Pictures": self.pictures,
-            "Next": commands,
+            "Next": [*commands, *([] if self.run.args.data_path else [own_images])],
         }
         distributed.print_once(paragraphs(blocks))
 

@@ -11,7 +11,7 @@ from PIL import ImageColor
 from shared.images.decode import ImageError
 from shared.pictures.sheets import DIFFER
 from swav import cluster_pictures, clusters
-from swav.cluster_pictures import mosaic, save_contact_sheet, save_overview, save_usage, thumbnail
+from swav.cluster_pictures import mosaic, save_contact_sheet, save_overview, save_usage
 from swav.clustering import Clustering, assign, describe, merge_prototypes, purity, summarise
 from swav.clusters import take_prototypes
 from swav.hub import CARD
@@ -158,12 +158,6 @@ class Colours:
         from shared.images.decode import DecodedImage
 
         return DecodedImage(np.full((20, 30, 3), 10 + index, dtype=np.uint8))
-
-
-def test_thumbnail_is_the_centre_square():
-    pixels = thumbnail(Colours(), 5, 32)
-    assert pixels.shape == (32, 32, 3)
-    assert (pixels == 15).all()
 
 
 def test_contact_sheet_shows_the_most_and_the_least_confident(tmp_path, drawn):  # noqa: F811

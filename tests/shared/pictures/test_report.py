@@ -69,10 +69,11 @@ LINES = (
 )
 
 
-def run_in(folder: Path, *lines: dict, problems: tuple = ()):
+def report_of(folder: Path, *lines: dict, problems: tuple = (), **flags) -> Report:
     write_log(folder / "metrics.jsonl", *lines)
-    warnings = dict(enumerate(problems))
-    return SimpleNamespace(output_dir=folder, path=folder / "checkpoint.pth", health=SimpleNamespace(warnings=warnings))
+    health = SimpleNamespace(warnings=dict(enumerate(problems)))
+    args = SimpleNamespace(**{"pictures": True, "data_path": None} | flags)
+    return Report(SimpleNamespace(output_dir=folder, path=folder / "checkpoint.pth", health=health, args=args))
 
 
 def knn_monitor(labelled: bool) -> KNNMonitor:
@@ -83,9 +84,9 @@ def knn_monitor(labelled: bool) -> KNNMonitor:
 
 
 def test_the_text_states_result_problems_files_and_commands(tmp_path, capsys):
-    report = Report(run_in(tmp_path, *LINES, problems=["step 30: COLLAPSE"]), pictures=True)
+    report = report_of(tmp_path, *LINES, problems=["step 30: COLLAPSE"])
     report.draw("views.png", lambda path: path.write_bytes(b""))
-    report.finish(["python next.py"], ["as much"], knn_monitor(labelled=True))
+    report.finish(["python next.py"], "python own.py", ["as much"], knn_monitor(labelled=True))
     accuracy = "30.0 % after 0 steps, 42.5 % after 30 steps (chance 33.3 %): not distinguishable from random weights"
     assert capsys.readouterr().out.splitlines() == [
         "Result    loss 6.200 at step 20, loss 5.100 at step 30",
@@ -96,14 +97,15 @@ def test_the_text_states_result_problems_files_and_commands(tmp_path, capsys):
         f"          {tmp_path / 'metrics.jsonl'} (every few steps), {tmp_path / 'log.txt'} (every epoch)",
         f"Pictures  {tmp_path / 'pictures/views.png'}",
         "Next      python next.py",
+        "          python own.py",
     ]
 
 
 def test_a_run_without_labels_or_finite_steps(tmp_path, capsys):
-    report = Report(run_in(tmp_path, {"step": 10, "loss": None}), pictures=False)
+    report = report_of(tmp_path, {"step": 10, "loss": None}, pictures=False, data_path="/my/images")
     report.draw("views.png", lambda path: pytest.fail("no pictures were asked for"))
     report.draw_neighbours(None, None, knn_monitor(labelled=False))
-    report.finish([], knn=knn_monitor(labelled=False))
+    report.finish([], "python own.py", knn=knn_monitor(labelled=False))
     printed = capsys.readouterr().out
     assert "no k-NN evaluation: the images have no classes" in printed
     assert "Problems" not in printed and "Pictures" not in printed and "Next" not in printed
@@ -111,12 +113,12 @@ def test_a_run_without_labels_or_finite_steps(tmp_path, capsys):
 
 def test_a_picture_that_fails_is_named_and_the_run_ends_as_it_would(tmp_path, capsys):
     knn = knn_monitor(labelled=False)
-    report = Report(run_in(tmp_path, {"step": 10, "loss": None}), pictures=True)
+    report = report_of(tmp_path, {"step": 10, "loss": None})
     report.draw("views.png", lambda path: [].pop())
     report.draw_curves("Training", [LOSS])
     broken = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Threshold(torch.inf, torch.nan))
     report.draw_neighbours(broken, ArraySource("images", np.zeros((2, 8, 8), dtype=np.uint8)), knn)
-    report.finish([])
+    report.finish([], "python own.py")
     printed = capsys.readouterr().out
     folder = tmp_path / "pictures"
     assert f"Pictures  {folder / 'views.png'} could not be drawn: IndexError: pop from empty list" in printed

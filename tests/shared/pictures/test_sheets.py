@@ -154,7 +154,8 @@ def test_an_image_is_no_neighbour_of_its_own_and_no_classes_have_no_frames(tmp_p
 
 
 def test_a_thumbnail_shows_small_pixels_as_squares_and_grey_where_there_is_no_image(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 3), dtype=np.uint8)
-    np.testing.assert_array_equal(thumbnail(ArraySource("images", pixels), 0)[6::12, 6::12], pixels[0])
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 8, 12, 3), dtype=np.uint8)
+    shown = thumbnail(ArraySource("images", pixels), 0)
+    np.testing.assert_array_equal(shown[6::12, 6::12], pixels[0, :, 2:10])  # the centre square
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n")
     assert (thumbnail(open_source(str(tmp_path)), 0) == 128).all()
