@@ -134,10 +134,8 @@ def train(name: str, data: tuple, output_dir: Path, capsys) -> list[list[str]]:
     training = trainings()[name]
     module = importlib.import_module(training.module)
     folder = "--output_dir" if name not in ("swav", "deepclusterv2") else "--dump_path"
-    flags = shlex.split(
-        shlex.join([*training.flags, *training.whole]).replace("--eval_knn_freq 0", "").replace("--pictures off", "")
-    )
-    flags += [*map(str, data), folder, str(output_dir), "--epochs", "1", "--saveckp_steps", "0"]
+    flags = " ".join(training.flags).replace("--eval_knn_freq 0", "").replace("--pictures off", "").split()
+    flags += [*training.whole, *map(str, data), folder, str(output_dir), "--epochs", "1", "--saveckp_steps", "0"]
     run_script(Path(module.__file__), flags)
     assert {path.name for path in (output_dir / "pictures").iterdir()} == set(PICTURES[name].split())
     printed = capsys.readouterr().out.partition("\nNext ")[2]
