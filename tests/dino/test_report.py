@@ -1,4 +1,4 @@
-"""Collapse diagnostics where a small network really collapses, curves, views, and commands that scripts understand."""
+"""Collapse diagnostics where a small network really collapses, and commands that scripts understand."""
 
 import copy
 import importlib
@@ -7,7 +7,6 @@ import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -16,8 +15,6 @@ from dino.losses import DINOLoss
 from dino.main_dino import output_health, parse_args
 from dino.report import health_rules, next_commands
 from dino.vision_transformer import DINOHead
-from shared.evaluation.knn_monitor import KNNMonitor
-from shared.images.sources import ArraySource
 from shared.optimisation.optim import ema_update_
 from shared.run.health import HealthMonitor
 
@@ -97,36 +94,28 @@ def test_a_uniform_output_names_the_flag_that_is_out_of_the_ordinary(flags, name
     assert named in sentence and not_named not in sentence
 
 
-# --- Pictures and commands --------------------------------------------------------------------------------------------
-
-
-def make_monitor(num_train: int) -> KNNMonitor:
-    sources = [
-        ArraySource(name, np.zeros((n, 8, 8), np.uint8), np.arange(n) % 3, [*"abc"])
-        for name, n in (("train", num_train), ("val", 10))
-    ]
-    return KNNMonitor(tuple(sources), 32, (0.5,) * 3, (0.5,) * 3, None, epochs=1, device="cpu")
+# --- Commands ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arch", ["vit_tiny", "xcit_nano_12_p16", "resnet18"])
 @pytest.mark.parametrize("data_path", [None, "/my images"])
-@pytest.mark.parametrize("num_train", [None, 90])
-def test_next_commands_are_understood_and_fit_the_run(arch, data_path, num_train, tmp_path):
-    knn = make_monitor(num_train) if num_train else SimpleNamespace(sources=None)
+@pytest.mark.parametrize("labelled", [True, False])
+def test_next_commands_are_understood_and_fit_the_run(arch, data_path, labelled, tmp_path):
+    sources = (None, SimpleNamespace(classes=[*"abc"])) if labelled else None
     run = {"arch": arch, "patch_size": 4, "global_crop_size": 32, "data_path": data_path, "val_path": None}
     run = SimpleNamespace(**run, allow_absolute_paths=True)
     found = {}
-    for line in next_commands(run, tmp_path / "checkpoint.pth", knn):
+    for line in next_commands(run, tmp_path / "checkpoint.pth", SimpleNamespace(sources=sources, k=20)):
         _, script, *arguments = shlex.split(line)
         script = Path(script).stem
         found[script] = importlib.import_module(f"dino.{script}").parse_args(arguments)
-    assert ("eval_knn" in found) == ("eval_linear" in found) == (num_train is not None)
+    assert ("eval_knn" in found) == ("eval_linear" in found) == labelled
     assert ("visualize_attention" in found) == (arch != "resnet18")
     for args in found.values():
         assert args.arch == arch and args.pretrained_weights == str(tmp_path / "checkpoint.pth")
         assert args.data_path == data_path
         assert args.patch_size == 4 or arch != "vit_tiny"
-    if num_train:
+    if labelled:
         assert found["eval_knn"].image_size == found["eval_linear"].image_size == 32
         assert found["eval_knn"].nb_knn == [20] and found["eval_knn"].allow_absolute_paths
         assert found["eval_linear"].num_labels == 3
