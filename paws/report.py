@@ -83,7 +83,9 @@ def report(
     else:
         validation = evaluation.validation
         what = f"soft nearest neighbours, {len(images.labelled):,} labels, {validation.describe()}"
-        learned = accuracy(ending.lines, "snn_top1", what, len(validation.rows), len(images.classes))
+        start = "random weights" if args.pretrained is None else "the weights of --pretrained"
+        sizes = len(validation.rows), len(images.classes)
+        learned = accuracy(ending.lines, "snn_top1", what, *sizes, start=start)
         tuned = run.output_dir / "fine-tune"
         commands = [command("paws/snn_eval.py", **flags), command("paws/fine_tune.py", **flags, output_dir=tuned)]
     own = {"data_path": "YOUR_IMAGES", "labels": "YOUR_LABELS.csv", "fname": from_here(OWN_IMAGES)}

@@ -10,7 +10,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def accuracy(
-    lines: Sequence[dict], key: str, what: str, num_images: int, num_classes: int, lr_flag: str = "--lr"
+    lines: Sequence[dict],
+    key: str,
+    what: str,
+    num_images: int,
+    num_classes: int,
+    lr_flag: str = "--lr",
+    start: str = "random weights",
 ) -> list[str]:
     """The first and the last accuracy of a log, and what follows, as one sentence; nothing where it holds none.
 
@@ -19,6 +25,7 @@ def accuracy(
         what: Was measured.
         num_images: That were classified.
         lr_flag: The flag for the learning rate, to advise on it.
+        start: What the training began with.
     """
     measured = [line for line in lines if key in line]
     if not measured:
@@ -28,21 +35,21 @@ def accuracy(
     if measured[-1]["step"] == 0:
         return [sentence]
     before = measured[0][key] if measured[0]["step"] == 0 else 100 / num_classes
-    return [f"{sentence}: {verdict(before, measured[-1][key], num_images, lr_flag)}"]
+    return [f"{sentence}: {verdict(before, measured[-1][key], num_images, lr_flag, start)}"]
 
 
-def verdict(before: float, after: float, num_images: int, lr_flag: str = "--lr") -> str:
-    """What two accuracies in percent of the same images, of random weights and of trained ones, say about learning.
+def verdict(before: float, after: float, num_images: int, lr_flag: str, start: str) -> str:
+    """What two accuracies in percent of the same images, before and after training, say about learning.
 
     Differences of less than two standard errors of such an accuracy say nothing.
     """
     share = (num_images * (before + after) / 200 + 1) / (num_images + 2)  # never 0 or 1, which would have no error
     margin = 200 * math.sqrt(share * (1 - share) / num_images)
     if abs(after - before) <= margin:
-        return f"not distinguishable from random weights (differences up to {margin:.1f} are chance)"
+        return f"not distinguishable from {start} (differences up to {margin:.1f} are chance)"
     if after > before:
         return "learned"
-    return f"worse than random weights: train longer (--epochs), or with a lower {lr_flag}"
+    return f"worse than {start}: train longer (--epochs), or with a lower {lr_flag}"
 
 
 def paragraphs(blocks: dict[str, Sequence[str]]) -> str:

@@ -18,7 +18,7 @@ LOG = [{"step": 0, "knn": 30.0}, {"step": 20, "loss": 6.2}, {"step": 30, "knn": 
     ],
 )
 def test_only_numbers_that_differ_by_more_than_chance_are_called_learned(before, after, images, words):
-    assert verdict(before, after, images, "--base_lr").startswith(words)
+    assert verdict(before, after, images, "--base_lr", "random weights").startswith(words)
 
 
 def test_an_accuracy_is_told_with_that_before_and_what_follows():
