@@ -63,10 +63,13 @@ def report(run: Run, source: ImageSource, clusters: Clusters, knn: KNNMonitor) -
             f"NMI with the true labels: {agreement[0]:.3f} before training, {agreement[-1]:.3f} in the end; "
             f"purity {100 * purity(clusters.assignments, source.labels):.1f} %"
         )
-    layer, data = {"model": run.path, "conv": 3}, run.args.data_path
-    linear = {"val_path": run.args.val_path, "exp": run.output_dir / "linear"}
-    commands = [command("deepcluster/eval_linear.py", **layer, data=data, **linear)] if knn.sources else []
-    commands.append(command("deepcluster/activ_retrieval.py", **layer, data=data, exp=ending.folder))
-    commands.append(command("deepcluster/gradient_ascent.py", **layer, exp=ending.folder))
+    args, layer = run.args, {"model": run.path, "conv": 3}
+    commands = [command("deepcluster/gradient_ascent.py", **layer, exp=ending.folder)]
+    if not args.allow_absolute_paths:  # which the other scripts have no flag for
+        layer["data"] = args.data_path
+        commands.insert(0, command("deepcluster/activ_retrieval.py", **layer, exp=ending.folder))
+        if knn.sources:
+            linear = {"val_path": args.val_path, "exp": run.output_dir / "linear"}
+            commands.insert(0, command("deepcluster/eval_linear.py", **layer, **linear))
     own_images = command("deepcluster/main.py", "YOUR_IMAGES", sobel=True, k=100, exp="YOUR_RUN")
     ending.finish(commands, own_images, learned, knn)

@@ -102,7 +102,8 @@ def next_commands(args: argparse.Namespace, weights: Path, knn: KNNMonitor) -> l
         commands.append(command("dino/eval_knn.py", **network, **data_flags(args), nb_knn=knn.k))
         commands.append(command("dino/eval_linear.py", **network, **data_flags(args), **linear))
     if args.arch in VIT_NAMES or args.arch.startswith("xcit_"):
-        network["image_size"] = 2 * args.global_crop_size
-        image = {"image_path": "YOUR_IMAGE", "data_path": args.data_path, "output_dir": weights.with_name("attention")}
-        commands.append(command("dino/visualize_attention.py", **network, **image))
+        data = data_flags(args) | {"val_path": None}
+        image = {"image_path": "YOUR_IMAGE", "image_size": 2 * args.global_crop_size}
+        folder = weights.with_name("attention")
+        commands.append(command("dino/visualize_attention.py", **network | data | image, output_dir=folder))
     return commands

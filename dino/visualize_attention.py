@@ -40,6 +40,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = evaluation_parser(__doc__, patch_size=8)
     add = add_image_flags(parser)
     add("--data_path", default=None, help="images, of which at most 2,000 are searched for the neighbours of ten")
+    add("--allow_absolute_paths", action="store_true", help="in .txt lists")
     return parser
 
 
@@ -89,7 +90,8 @@ def visualize_attention(args: argparse.Namespace) -> list[Path]:
     if args.data_path is not None or args.embedded:
         size = recipes[0].size_px
         transform = EvalTransform(round(size * 256 / 224), size, MEAN, STD, in_chans)
-        gallery = sample_gallery(model, open_source(args.data_path, "train"), transform, device)
+        source = open_source(args.data_path, "train", allow_absolute_paths=args.allow_absolute_paths)
+        gallery = sample_gallery(model, source, transform, device)
         sheets.append(save_nearest(gallery, gallery, output_dir / "neighbours.png"))
     log = Path(args.pretrained_weights).parent / "metrics.jsonl"
     if args.pretrained_weights and log.is_file():
