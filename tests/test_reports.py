@@ -18,7 +18,6 @@ import paws.report
 import swav.report
 from dino.main_dino import parse_args as parse_dino
 from shared.run.health import HealthMonitor
-from tests.paws.tiny import write_own_pictures
 from tests.tiny_training import trainings
 
 # --- Health -----------------------------------------------------------------------------------------------------------
@@ -101,45 +100,51 @@ PICTURES = {
     "xcit": "views.png curves.png",
     "resmlp": "curves.png layers.png layer01.png layer02.png locality.png",
 }
-PRINTED = {  # scripts that a tiny run offers for labelled images; those for images without labels
+# scripts that a tiny run offers for images with classes, and for those without
+PRINTED = {
     "dino": ("eval_knn eval_linear visualize_attention", "visualize_attention"),
     "swav": ("clusters eval_linear", "clusters"),
     "deepclusterv2": ("clusters eval_linear", "clusters"),
     "msn": ("logistic_eval eval_knn visualize_attention", "visualize_attention"),
     "deepcluster": ("eval_linear activ_retrieval gradient_ascent", "activ_retrieval gradient_ascent"),
-    "paws": ("snn_eval fine_tune", ""),
+    "paws": ("snn_eval fine_tune", None),
     "xcit": ("main export", None),
     "resmlp": ("eval_knn export", None),
 }
 SHORTER = {  # flags that make a printed command a matter of seconds
-    "eval_linear": "--epochs 1",
-    "fine_tune": "--epochs 1 --num_workers 0",
+    "activ_retrieval": "--num_workers 0",
+    "eval_linear": "--epochs 1 --num_workers 0",
+    "fine_tune": "--epochs 1",
     "gradient_ascent": "--niter 1 --filters 2 --idim 32",
-    "main": "--num_workers 0",
 }
-SLOW = ("deepclusterv2", "xcit", "resmlp", "paws")
+CASES = [
+    (kind, name) for kind in ("labelled", "flat", "digits") for name in PRINTED if kind != "flat" or PRINTED[name][1]
+]
+FAST = [("labelled", name) for name in ("dino", "swav", "msn", "deepcluster")]
 
 
 @pytest.fixture(scope="module")
-def flat(images, tmp_path_factory):
-    """The images without classes."""
-    folder = tmp_path_factory.mktemp("flat")
+def folders(images, tmp_path_factory):
+    """Labelled images, in folders whose names are a formula to Matplotlib, lack a font, and are no UTF-8; a flat folder
+    of the same images; None for the embedded digits."""
+    labelled = shutil.copytree(images, tmp_path_factory.mktemp("labelled") / "images")
+    for i, name in enumerate(("$5_$10", "\u4e2d\u6587", "caf\udce9")):
+        (labelled / f"class{i}").rename(labelled / name)
+    flat = tmp_path_factory.mktemp("flat")
     for path in images.rglob("*.png"):
-        shutil.copy(path, folder)
-    return folder
+        shutil.copy(path, flat)
+    return {"labelled": labelled, "flat": flat, "digits": None}
 
 
-def train(name: str, data: tuple, output_dir: Path, capsys) -> list[list[str]]:
-    """Words of the commands that a tiny run prints at its end."""
+def train(name: str, folder: Path | None, output_dir: Path) -> None:
+    """A tiny run with pictures."""
     training = trainings()[name]
-    module = importlib.import_module(training.module)
-    folder = "--output_dir" if name not in ("swav", "deepclusterv2") else "--dump_path"
     flags = " ".join(training.flags).replace("--eval_knn_freq 0", "").replace("--pictures off", "").split()
-    flags += [*training.whole, *map(str, data), folder, str(output_dir), "--epochs", "1", "--saveckp_steps", "0"]
-    run_script(Path(module.__file__), flags)
-    assert {path.name for path in (output_dir / "pictures").iterdir()} == set(PICTURES[name].split())
-    printed = capsys.readouterr().out.partition("\nNext ")[2]
-    return [shlex.split(line)[1:] for line in printed.splitlines()]
+    flags += [*training.whole, "--epochs", "1", "--saveckp_steps", "0"]
+    flags += ["--dump_path" if "swav." in training.module else "--output_dir", str(output_dir)]
+    if folder is not None:
+        flags += [str(folder)] if name == "deepcluster" else ["--data_path", str(folder)]
+    run_script(Path(importlib.import_module(training.module).__file__), flags)
 
 
 def run_script(script: Path, arguments: list[str]) -> None:
@@ -148,44 +153,25 @@ def run_script(script: Path, arguments: list[str]) -> None:
         runpy.run_path(str(script), run_name="__main__")
 
 
-def data_flags(name: str, folder: Path) -> tuple:
-    return (folder,) if name == "deepcluster" else ("--data_path", folder)
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in PRINTED])
-def test_printed_commands_run_on_small_labelled_images(name, images, tmp_path, capsys):
-    commands = train(name, data_flags(name, images), tmp_path / "run", capsys)
-    assert [Path(script).stem for script, *_ in commands] == PRINTED[name][0].split()
-    for script, *arguments in commands:
-        arguments = [str(next(images.rglob("*.png"))) if word == "YOUR_IMAGE" else word for word in arguments]
-        run_script(Path(script), [*arguments, *SHORTER.get(Path(script).stem, "").split()])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name, (_, unlabelled) in PRINTED.items() if unlabelled is not None])
-def test_printed_commands_run_on_images_without_classes(name, flat, tmp_path, capsys):
-    data = data_flags(name, flat)
-    if name == "paws":
-        pictures, labels = write_own_pictures(tmp_path)
-        data = ("--data_path", pictures, "--labels", labels, "--labels_per_class", "4")
-    commands = train(name, data, tmp_path / "run", capsys)
-    assert [Path(script).stem for script, *_ in commands] == PRINTED[name][1].split()
-    for script, *arguments in commands:
-        arguments = [str(next(flat.glob("*.png"))) if word == "YOUR_IMAGE" else word for word in arguments]
-        run_script(Path(script), [*arguments, *SHORTER.get(Path(script).stem, "").split()])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", PRINTED)
-def test_printed_commands_run_on_the_embedded_digits(name, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [pytest.param(*case, marks=[] if case in FAST else [pytest.mark.slow]) for case in CASES],
+)
+def test_pictures_are_drawn_and_printed_commands_run(kind, name, folders, tmp_path, capsys, monkeypatch):
     digits = load_digits()
     few = SimpleNamespace(images=digits.images[:200], target=digits.target[:200])
     monkeypatch.setattr("sklearn.datasets.load_digits", lambda: few)
-    *commands, (own, *arguments) = train(name, (), tmp_path / "run", capsys)
-    assert [Path(script).stem for script, *_ in commands] == PRINTED[name][0].split()
-    module = importlib.import_module(trainings()[name].module)
-    assert Path(own).stem in (Path(module.__file__).stem, "main")
-    assert "YOUR_IMAGES" in vars(module.parse_args(arguments)).values()
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})  # one core: no processes that load images
+    train(name, folders[kind], tmp_path / "run")
+    assert {path.name for path in (tmp_path / "run/pictures").iterdir()} == set(PICTURES[name].split())
+    printed = capsys.readouterr().out
+    assert "could not be drawn" not in printed
+    commands = [shlex.split(line)[1:] for line in printed.partition("\nNext ")[2].splitlines()]
+    if kind == "digits":
+        _, *arguments = commands.pop()
+        args = importlib.import_module(trainings()[name].module).parse_args(arguments)
+        assert "YOUR_IMAGES" in vars(args).values()
+    assert [Path(script).stem for script, *_ in commands] == PRINTED[name][kind == "flat"].split()
     for script, *arguments in commands:
         arguments = ["dino/assets/views.png" if word == "YOUR_IMAGE" else word for word in arguments]
         run_script(Path(script), [*arguments, *SHORTER.get(Path(script).stem, "").split()])
