@@ -27,7 +27,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 from deepcluster.clustering import ClusteringState, Clusters, cluster, pca_whiten
 from deepcluster.convnets import ClusterNetwork, new_top_layer
 from deepcluster.hub import MEAN, NETWORK_FLAGS, STD, build_network, from_official, to_official
-from deepcluster.report import HEALTH_RULES, save_clusters, save_pictures, summary
+from deepcluster.report import HEALTH_RULES, report
 from deepcluster.sampling import (
     SAMPLERS,
     cluster_lists,
@@ -203,10 +203,7 @@ def train_deepcluster(args: argparse.Namespace) -> None:
         # what the network makes of the images in the end
         clusters = cluster_images(network, images_in_order, run, state.clusters, *how)
     if distributed.is_main_process():
-        files = [save_clusters(source, clusters.assignments, run.output_dir / "clusters.csv")]
-        if args.pictures:
-            files += save_pictures(source, clusters, run.output_dir)
-        print(summary(args, source, clusters, knn, files, list(run.health.warnings.values())))
+        report(run, source, clusters, knn)
 
 
 def cluster_images(

@@ -256,7 +256,7 @@ def train_dino(args: argparse.Namespace) -> None:
             run.log_epoch(bad_images=data.bad_images.count())
             numbered = args.saveckp_freq and epoch % args.saveckp_freq == 0
             run.end_epoch(keep_as=f"checkpoint{epoch:04d}.pth" if numbered else None)
-    report(args, run, data.dataset, teacher.backbone, knn)
+    report(run, data.dataset, teacher.backbone, knn)
 
 
 def tell_about_flags(args: argparse.Namespace) -> None:

@@ -258,7 +258,7 @@ def train_msn(args: argparse.Namespace) -> None:
             epoch_loss.value = run.log_epoch(bad_images=data.bad_images.count())["train_loss"]
             numbered = args.checkpoint_freq and (epoch + 1) % args.checkpoint_freq == 0
             run.end_epoch(keep_as=f"{args.write_tag}-ep{epoch + 1}.pth.tar" if numbered else None)
-    report(args, run, data.dataset, trunk, knn)
+    report(run, data.dataset, trunk, knn)
 
 
 def find_checkpoint(latest: Path, read_checkpoint: str | None, must_exist: bool) -> dict:

@@ -34,13 +34,13 @@ from paws.losses import paws_loss
 from paws.optimisation import LARS, lr_schedule, parameter_groups
 from paws.pretraining import new_encoder, numbered_checkpoint, open_training_data, resume
 from paws.pseudo_labels import save_pseudo_labels
-from paws.report import collapse_monitor, save_pictures, summary
+from paws.report import health_rules, report
 from shared import distributed
 from shared.images.decode import ImageError
 from shared.multicrop import normalize_views
 from shared.optimisation.optim import clip_grad_norm_per_tensor_
 from shared.run.flags import bool_flag, tell_embedded_defaults
-from shared.run.health import feature_spread, rank_me
+from shared.run.health import HealthMonitor, feature_spread, rank_me
 from shared.run.run import Run
 
 # What replaces the defaults when no images are given: 8x8 pixel digits need no ResNet-50 at 224 pixels. The learning
@@ -97,7 +97,7 @@ def train_paws(args: argparse.Namespace) -> None:
 
     # checkpoints under the names of the official ones, monitoring
     resume(run, data, len(rates), args.read_checkpoint, encoder, optimizer)
-    run.health = collapse_monitor(data.support_labels.shape[1], len(rates))
+    run.health = HealthMonitor(health_rules(data.support_labels.shape[1], len(rates)))
     classifier = SoftNearestNeighbours(data.images, recipe, args.temperature, run.device, args.num_workers)
     evaluation = build_snn_monitor(args, classifier, args.on_bad_image)
 
@@ -112,12 +112,10 @@ def train_paws(args: argparse.Namespace) -> None:
             run.log_epoch(bad_images=data.dataset.bad_images.count())
             run.end_epoch(keep_as=numbered_checkpoint(args, epoch))
     try:
-        lines, pictures = save_pseudo_labels(distributed.unwrap(encoder), classifier, run.output_dir, args.pictures)
+        lines, pseudo_labels = save_pseudo_labels(distributed.unwrap(encoder), classifier, run.output_dir)
     except ImageError as error:  # as after self-training, when all readable images have a label
-        lines, pictures = [f"no pseudo-labels: {error}"], []
-    if distributed.is_main_process():
-        pictures += save_pictures(data.dataset, run.output_dir) if args.pictures else []
-        print(summary(args, run, evaluation, lines, pictures))
+        lines, pseudo_labels = [f"no pseudo-labels: {error}"], None
+    report(run, data.dataset, evaluation, lines, pseudo_labels)
 
 
 def train_one_epoch(

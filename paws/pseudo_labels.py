@@ -31,15 +31,15 @@ from paws.evaluation import AUTOMATIC_UP_TO, SoftNearestNeighbours, eval_transfo
 from paws.heads import Encoder
 from paws.hub import load_encoder
 from paws.labels import PartlyLabelled, open_images
-from paws.report import save_certainty
 from shared import distributed
 from shared.images.decode import ImageError
 from shared.images.loading import BadImages, EvalDataset, EvalTransform
 from shared.images.sources import FileSource, ImageSource
-from shared.pictures.report import pictures_folder
+from shared.pictures.sheets import AGREE, DIFFER, Tile, save_sheet, thumbnail
 from shared.run.flags import bool_flag
 
 UNREADABLE = -2  # in place of a label
+PER_ROW, ROWS = 10, 3  # of a block of the picture
 EMBEDDED_DATA_DEFAULTS = flags.ON_DIGITS | {"output_dir": "runs/digits"}
 
 
@@ -67,8 +67,12 @@ def label_images(args: argparse.Namespace) -> None:
     classifier = SoftNearestNeighbours(
         images, recipe, args.temperature, device, args.num_workers, args.use_pred, args.batch_size
     )
-    lines, pictures = save_pseudo_labels(encoder, classifier, output_dir, args.pictures, most_images=None)
-    for line in [*lines, *(f"picture: {path}" for path in pictures)]:
+    lines, labels = save_pseudo_labels(encoder, classifier, output_dir, most_images=None)
+    if labels and args.pictures:
+        picture = output_dir / "pictures" / "certainty.png"
+        picture.parent.mkdir(exist_ok=True)
+        lines.append(f"picture: {save_certainty(images, *labels, picture)}")
+    for line in lines:
         distributed.print_once(line)
 
 
@@ -76,9 +80,8 @@ def save_pseudo_labels(
     encoder: Encoder,
     classifier: SoftNearestNeighbours,
     output_dir: Path,
-    pictures: bool = True,
     most_images: int | None = AUTOMATIC_UP_TO,
-) -> tuple[list[str], list[Path]]:
+) -> tuple[list[str], tuple[np.ndarray, np.ndarray, np.ndarray] | None]:
     """Label every unlabelled image and write the files; every process must call this, rank 0 writes.
 
     Args:
@@ -86,7 +89,7 @@ def save_pseudo_labels(
         most_images: With more unlabelled images than this nothing is done.
 
     Returns:
-        Lines about it for a person, and pictures.
+        Lines about it for a person; on rank 0 the images that have a label now, their labels and confidences.
 
     Raises:
         ImageError: If no unlabelled image can be read.
@@ -96,7 +99,7 @@ def save_pseudo_labels(
     if len(rows) == 0:
         return ["no pseudo-labels: every image has a label"], []
     if most_images is not None and len(rows) > most_images:
-        return [f"no pseudo-labels of {len(rows):,} images: python pseudo_labels.py writes them"], []
+        return [f"no pseudo-labels of {len(rows):,} images: python pseudo_labels.py writes them"], None
     unreadable = output_dir / "unreadable.txt"
     if distributed.is_main_process():
         unreadable.unlink(missing_ok=True)
@@ -108,7 +111,7 @@ def save_pseudo_labels(
     if not readable.any():
         raise ImageError(f"none of the {len(rows)} unlabelled images of {images.source.name} can be read")
     if not distributed.is_main_process():
-        return [], []
+        return [], None
     if not readable.all():
         distributed.print_once(f"{int((~readable).sum())} images cannot be read and have no pseudo-label: {unreadable}")
     confidences, found = (tensor.numpy() for tensor in probabilities.cpu()[readable].max(dim=1))
@@ -120,10 +123,7 @@ def save_pseudo_labels(
         lines.append(
             f"{100 * (found == images.truth[rows]).mean():.1f} % of them are right (these labels were not used)"
         )
-    if not pictures:
-        return lines, []
-    picture = pictures_folder(output_dir) / "certainty.png"
-    return lines, [save_certainty(images, rows, found, confidences, picture)]
+    return lines, (rows, found, confidences)
 
 
 class LeftOut(BadImages):
@@ -156,6 +156,47 @@ def write_table(
             name = source.names[row] if isinstance(source, FileSource) else source.path(row)
             line = [name, images.classes[label], f"{confidence:.4f}"]
             writer.writerow([*line, images.classes[images.truth[row]]] if images.truth is not None else line)
+
+
+def save_certainty(
+    images: PartlyLabelled, rows: np.ndarray, found: np.ndarray, confidences: np.ndarray, path: Path
+) -> Path:
+    """The most certain images of every class in turn, then the least certain ones, with label and confidence.
+
+    Args:
+        rows: Their indices.
+        found: The pseudo-label of each.
+        confidences: Its probability.
+    """
+    order = np.argsort(-confidences, kind="stable")
+    place_in_class = np.zeros(len(order), dtype=np.int64)
+    for label in np.unique(found):
+        mine = order[found[order] == label]
+        place_in_class[mine] = np.arange(len(mine))
+    in_turn = np.lexsort((-confidences, place_in_class))  # the surest of each class, then the second of each, ...
+    few = min(PER_ROW * ROWS, len(order) // 2 or 1)
+    blocks = (("most certain", in_turn[:few]), ("least certain", order[::-1][:few]))
+    sheet = []
+    for title, chosen in blocks:
+        tiles = [_tile(images, rows[i], found[i], confidences[i]) for i in chosen]
+        tiles[0].title = title
+        sheet += [tiles[start : start + PER_ROW] for start in range(0, len(tiles), PER_ROW)]
+    heading = (
+        f"Pseudo-labels of {len(rows):,} images\nThe most certain of each label in turn, then the least certain of all."
+    )
+    heading += "\nBelow each: the label and its probability."
+    if images.truth is not None:
+        heading += "\nFrame: green where the label is right, red where it is wrong."
+    return save_sheet(sheet, path, heading)
+
+
+def _tile(images: PartlyLabelled, row: int, label: int, confidence: float) -> Tile:
+    frame = None
+    if images.truth is not None:
+        frame = AGREE if images.truth[row] == label else DIFFER
+    name = images.classes[label]
+    name = name if len(name) <= 12 else name[:11] + "…"
+    return Tile(thumbnail(images.source, int(row)), caption=f"{name}  {confidence:.2f}", frame=frame)
 
 
 def main() -> None:

@@ -35,14 +35,14 @@ from shared.networks.weights import safe_load
 from shared.optimisation.optim import clip_grad_norm_per_tensor_
 from shared.optimisation.schedules import cosine_schedule
 from shared.run.flags import Parser, bool_flag, tell_embedded_defaults
-from shared.run.health import feature_spread, rank_me
+from shared.run.health import HealthMonitor, feature_spread, rank_me
 from shared.run.run import Run
 from swav import flags
 from swav.augmentations import swav_views
 from swav.hub import MEAN, STD, build_network
 from swav.larc import LARC
-from swav.losses import EmbeddingQueue, SwappedPrediction, normalize_prototypes_
-from swav.report import SWAV_ADVICE, PrototypeUsage, collapse_monitor, save_pictures, summary
+from swav.losses import EmbeddingQueue, PrototypeUsage, SwappedPrediction, normalize_prototypes_
+from swav.report import health_rules, report
 from swav.resnet50 import Trunk
 
 # What replaces the official defaults when no --data_path is given: 8x8 pixel digits need no ResNet-50 at 224 pixels,
@@ -136,7 +136,7 @@ def train_swav(args: argparse.Namespace) -> None:
     official_queue = run.output_dir / f"queue{distributed.get_rank()}.pth"  # the official code has one file per rank
     if queue_rows and not run.is_new and not queue.has_started and official_queue.is_file():
         queue.load_rows(safe_load(official_queue)["queue"])
-    run.health = collapse_monitor(args.nmb_prototypes, len(lr_schedule), data.steps_per_epoch, SWAV_ADVICE)
+    run.health = HealthMonitor(health_rules("SwAV", args.nmb_prototypes, args.epochs, data.steps_per_epoch))
     image_size = args.size_crops[0]
     knn = build_knn_monitor(args, image_size, MEAN, STD, device, data.num_workers, run.output_dir, args.in_chans)
     trunk = Trunk(distributed.unwrap(network))
@@ -162,9 +162,7 @@ def train_swav(args: argparse.Namespace) -> None:
                 run.log_evaluation(knn_top1=knn.run(trunk, run.stop_if_asked))
             run.log_epoch(bad_images=data.bad_images.count(), **usage.end_epoch())
             run.end_epoch(keep_as=numbered_checkpoint(epoch, args.epochs, args.checkpoint_freq))
-    pictures = save_pictures("SwAV training", run, trunk, data.dataset, knn, image_size) if args.pictures else []
-    if distributed.is_main_process():
-        print(summary("main_swav.py", run, args.arch, args.data_path, knn, pictures))
+    report("SwAV", run, data.dataset, trunk, knn)
 
 
 def build_for_training(args: argparse.Namespace, device: torch.device) -> nn.Module:

@@ -11,7 +11,6 @@ import yaml
 
 from paws import main as programs
 from paws import main_distributed, suncet_train
-from paws.report import collapse_monitor
 from tests.paws.tiny import (
     ROOT,
     SUNCET,
@@ -215,19 +214,6 @@ def test_a_labelled_image_that_cannot_be_read_is_named(tmp_path):
     (pictures / "3.png").write_bytes(b"\x89PNG\r\n")
     with pytest.raises(ValueError, match=r"3\.png"):
         train(tmp_path / "run", "--data_path", pictures, "--labels", labels, "--supervised_imgs_per_class", 6)
-
-
-def test_collapses_are_told_with_a_flag_to_try():
-    monitor = collapse_monitor(10, total_steps=20)
-    ln_k = math.log(10)
-    good = {"step": 10, "feature_spread": 0.5, "mean_entropy": math.log(9), "ln_k": ln_k, "certainty": 0.8}
-    assert monitor.check(good) is None
-    assert monitor.check(good | {"step": 2, "feature_spread": 0.0}) is None  # too early
-    few = monitor.check(good | {"mean_entropy": math.log(2)})
-    assert "COLLAPSE" in few and "few of the 10 classes (entropy of their mean 0.69, of all classes 2.30)" in few
-    assert "--sharpen" in monitor.check(good | {"certainty": 0.11})
-    assert "same representation" in monitor.check(good | {"feature_spread": 0.01})
-    assert len(monitor.warnings) == 3
 
 
 # --- SuNCEt -----------------------------------------------------------------------------------------------------------
