@@ -29,8 +29,9 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 from paws import flags
 from paws.augmentations import Recipe, choose_recipe
 from paws.checkpoints import NETWORK_FLAGS, find_checkpoint, from_official, latest, numbered_checkpoint, to_official
+from paws.encoder import build_encoder
 from paws.evaluation import SoftNearestNeighbours, build_snn_monitor
-from paws.hub import build_encoder, load_backbone_into
+from paws.hub import load_backbone_into
 from paws.losses import paws_loss, sharpen, soft_nearest_neighbours
 from paws.optimisation import LARS, lr_schedule, parameter_groups
 from paws.pseudo_labels import save_pseudo_labels

@@ -16,8 +16,8 @@ from torch import nn
 
 from paws import evaluation, few_labels, fine_tune, pseudo_labels, snn_eval, snn_fine_tune, suncet_train
 from paws.augmentations import choose_recipe
+from paws.encoder import build_encoder
 from paws.evaluation import Representation
-from paws.hub import build_encoder
 from paws.labels import open_partly_labelled
 from paws.losses import support_labels
 from paws.optimisation import LARS, parameter_groups
