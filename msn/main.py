@@ -26,8 +26,9 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from msn.augmentations import msn_views
+from msn.checkpoints import NETWORK_FLAGS, from_official, to_official
 from msn.flags import parse_with_images
-from msn.hub import MEAN, NETWORK_FLAGS, STD, from_official, to_official
+from msn.hub import MEAN, STD
 from msn.losses import LossTerms, MSNLoss, log_power_law, new_prototypes, read_log_prior
 from msn.report import health_rules, report
 from msn.schedules import Schedules

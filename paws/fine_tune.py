@@ -23,10 +23,11 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from paws import flags
 from paws.augmentations import Recipe, choose_recipe, fine_tune_view, support_views
+from paws.encoder import build_encoder
 from paws.evaluation import Representation, Validation, eval_transform, open_validation
 from paws.fine_tuning import labelled_batches, resume
 from paws.heads import Encoder, classification_head
-from paws.hub import backbone_of, build_encoder, build_for, load_classifier, read_weights
+from paws.hub import build_for, load_classifier, read_weights
 from paws.labels import PartlyLabelled, open_images
 from paws.optimisation import LARS, lr_schedule, parameter_groups
 from shared import distributed
@@ -35,6 +36,7 @@ from shared.images.loading import EpochBatchSampler
 from shared.multicrop import normalize_views
 from shared.networks.backbones import input_channels
 from shared.networks.batchnorm import synchronize_batchnorm
+from shared.networks.pretrained import backbone_of
 from shared.networks.weights import load_backbone_weights
 from shared.optimisation.optim import clip_grad_norm_per_tensor_
 from shared.optimisation.precision import Precision

@@ -19,7 +19,8 @@ from shared.run.checkpoint import CheckpointError, load_latest
 from shared.run.run import Run
 
 from .augmentations import Recipe, paws_views, support_views
-from .hub import build_encoder, load_backbone_into
+from .encoder import build_encoder
+from .hub import load_backbone_into
 from .labels import PartlyLabelled, open_images
 from .losses import support_labels
 from .support_sampler import MOST_SUPPORTS, SupportSampler

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from paws import losses
 from paws.augmentations import choose_recipe
+from paws.encoder import WideResNetEncoder, build_encoder
 from paws.evaluation import classify
 from paws.heads import Encoder
-from paws.hub import WideResNetEncoder, build_encoder
 from paws.optimisation import LARS, lr_schedule, parameter_groups
 from paws.paws_train import train_one_epoch
 from paws.support_sampler import SupportSampler

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from paws.hub import build_encoder
+from paws.encoder import build_encoder
 from paws.optimisation import LARS, parameter_groups
 from shared.optimisation.optim import step_unless_not_finite
 
