@@ -284,6 +284,11 @@ def _vit(**kwargs) -> VisionTransformer:
     return VisionTransformer(**(defaults | kwargs))
 
 
+def vit_micro(patch_size: int = 16, **kwargs) -> VisionTransformer:
+    """4 blocks, width 128, 4 heads, 0.8 million parameters: trains in minutes on a CPU; not in the paper."""
+    return _vit(patch_size=patch_size, **({"embed_dim": 128, "depth": 4, "num_heads": 4} | kwargs))
+
+
 def vit_tiny(patch_size: int = 16, **kwargs) -> VisionTransformer:
     """ViT-Ti: 12 blocks, width 192, 3 heads, 5.5 million parameters."""
     return _vit(patch_size=patch_size, embed_dim=192, num_heads=3, **kwargs)
