@@ -384,21 +384,27 @@ def resume_position(checkpoint: dict, batch_size: int, images: int, on_changed_r
 
     Args:
         images: Checksum of the training images.
-        on_changed_run: ``continue`` or ``refuse``.
+        on_changed_run: ``same_data`` goes on with another batch or number of processes, ``continue`` with other images
+            as well, ``refuse`` with neither.
 
     Raises:
-        ValueError: If the run has changed and ``on_changed_run`` is ``refuse``.
+        ValueError: If the run has changed more than that.
     """
     epoch, step = checkpoint["epoch"], checkpoint.get("step_in_epoch", 0)
     world = distributed.get_world_size()
     old_batch, old_world = checkpoint.get("batch_size", batch_size), checkpoint.get("world_size", world)
-    changes = []
+    changes, other_data = [], checkpoint.get("images", images) != images
     if (old_batch, old_world) != (batch_size, world):
         changes.append(f"{old_batch} images per step on {old_world} processes before, {batch_size} on {world} now")
-    if checkpoint.get("images", images) != images:
+    if other_data:
         changes.append("other training images, or the same under other names")
     if changes and on_changed_run == "refuse":
         raise ValueError(f"--on_changed_run refuse: {'; '.join(changes)}")
+    if other_data and on_changed_run == "same_data":
+        raise ValueError(
+            "the checkpoint to go on with was written with other training images, or the same under other names: name "
+            "another output folder, or go on all the same with --on_changed_run continue"
+        )
     if changes:
         distributed.print_once(
             f"resuming a changed run ({'; '.join(changes)}) after {step * old_batch // batch_size * batch_size} images "
