@@ -52,8 +52,8 @@ from shared.run.flags import (
 from shared.run.health import HealthMonitor, feature_spread, rank_me
 from shared.run.run import Run
 
-# What replaces the official defaults when no --data_path is given: images of 32 pixels need no ViT at 224 pixels, and a run
-# of minutes needs a teacher that follows fast and a learning rate ten times as high.
+# What replaces the official defaults when no --data_path is given: images of 32 pixels need no ViT at 224 pixels, and a
+# run of minutes needs a teacher that follows fast and a learning rate ten times as high.
 EMBEDDED_DATA_DEFAULTS = {
     "arch": "vit_micro",
     "patch_size": 4,

@@ -45,8 +45,8 @@ from swav.losses import EmbeddingQueue, SwappedPrediction, normalize_prototypes_
 from swav.report import SWAV_ADVICE, PrototypeUsage, collapse_monitor, save_pictures, summary
 from swav.resnet50 import Trunk
 
-# What replaces the official defaults when no --data_path is given: images of 32 pixels need no ResNet-50 at 224 pixels, and
-# with few prototypes the usual epsilon makes codes uniform.
+# What replaces the official defaults when no --data_path is given: images of 32 pixels need no ResNet-50 at 224 pixels,
+# and with few prototypes the usual epsilon makes codes uniform.
 EMBEDDED_DATA_DEFAULTS = {
     "arch": "test_resnet",  # timm's smallest ResNet, 0.4 million weights
     "hidden_mlp": 256,
