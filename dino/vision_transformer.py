@@ -1,8 +1,9 @@
 """Vision Transformer (Dosovitskiy et al. 2021) and the projection head of DINO (Caron et al. 2021).
 
 Needs torch and ``shared/networks/vit_parts.py`` only, so the two files can be lifted out alone. Modules, parameters and
-the order of random draws are those of the official code: released checkpoints load, and a seed gives the same initial
-weights.
+the order of random draws within a backbone and within a head are those of the official code: released checkpoints load,
+and a seed set before either is built gives it the same initial weights. (``main_dino.py`` builds the two in an order of
+its own.)
 
     backbone = vit_small(patch_size=16)
     backbone(torch.randn(8, 3, 224, 224))                          # class tokens, (8, 384)

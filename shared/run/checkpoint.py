@@ -26,6 +26,8 @@ from shared.optimisation.optim import keep_options, load_optimizer_state
 
 from .attempt import Attempt, Interrupted, NotFinite
 
+SHORT_EPOCH_S = 60  # shorter epochs do not all end with a save
+
 
 class CheckpointError(OSError):
     """A checkpoint could not be written or none of the existing ones can be read."""
@@ -291,11 +293,16 @@ class Checkpointer:
     def _stop_request(self) -> int:
         return 0 if self.received is None else 2 + self.SIGNALS.index(self.received)
 
-    def after_epoch(self, epoch: int, keep_as: str | None = None) -> None:
-        """Save at the end of ``epoch``, keep the file under a second name if given, and stop if asked to."""
-        self.save(epoch + 1, 0, keep_as)
-        request = distributed.max_over_processes(self._stop_request())
+    def after_epoch(self, epoch: int, keep_as: str | None = None, is_last: bool = True) -> None:
+        """Save at the end of ``epoch``, keep the file under a second name if given, and stop if asked to.
+
+        Of short epochs that need no file of their own, and are not the last one, one a minute is saved.
+        """
+        wanted = is_last or keep_as is not None or time.monotonic() - self.last_save > SHORT_EPOCH_S
+        request = distributed.max_over_processes(self._stop_request() or int(wanted))
         if request:
+            self.save(epoch + 1, 0, keep_as)
+        if request > 1:
             raise Interrupted(self.SIGNALS[request - 2])
 
     def save(self, epoch: int, step_in_epoch: int, keep_as: str | None = None) -> None:

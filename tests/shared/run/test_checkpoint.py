@@ -324,6 +324,17 @@ def test_saves_every_n_steps_and_at_the_end_of_an_epoch(tmp_path):
     assert checkpoint.load_latest(tmp_path / "checkpoint0000.pth") == {"epoch": 1, "step": 0}
 
 
+def test_of_short_epochs_one_a_minute_is_saved_and_the_last_one(tmp_path, monkeypatch):
+    now, saved = 0.0, []
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now)
+    monkeypatch.setattr(checkpoint, "save", lambda path, state, keep_as: saved.append(state["epoch"]))
+    checkpointer = Checkpointer(tmp_path / "checkpoint.pth", lambda epoch, step: {"epoch": epoch})
+    for epoch in range(12):
+        now += 25
+        checkpointer.after_epoch(epoch, "numbered.pth" if epoch == 3 else None, is_last=epoch == 11)
+    assert saved == [3, 4, 7, 10, 12]  # 75 s, numbered, 75 s, 75 s, the last one
+
+
 # -- going on from a checkpoint
 
 
