@@ -77,6 +77,7 @@ EMBEDDED_DATA_DEFAULTS = {
     "freeze_last_layer": 0,
     "output_dir": "runs/digits",
 }
+FOR_LARGER_NETWORKS = {"patch_size": 8, "lr": 0.004}  # than vit_micro, on the embedded data
 ONE_SIZE_ONLY = ("resmlp", "mixer", "gmixer", "gmlp")  # networks of timm
 MINIMUM = {"epochs": 1, "batch_size_per_gpu": 1, "out_dim": 2, "log_freq": 1, "patch_size": 1, "local_crops_number": 0}
 
@@ -142,6 +143,8 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
     """
     parser = parser or get_args_parser()
     args = parse_with_embedded_defaults(parser, arguments, EMBEDDED_DATA_DEFAULTS, MINIMUM)
+    if args.arch != EMBEDDED_DATA_DEFAULTS["arch"]:
+        args = parse_with_embedded_defaults(parser, arguments, EMBEDDED_DATA_DEFAULTS | FOR_LARGER_NETWORKS, MINIMUM)
     if args.epochs < max(args.warmup_epochs, args.warmup_teacher_temp_epochs):
         parser.error(
             f"--epochs {args.epochs} is less than --warmup_epochs {args.warmup_epochs} or "
