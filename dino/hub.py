@@ -17,7 +17,7 @@ from . import vision_transformer
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 RUN_ON_DIGITS = "runs/digits/checkpoint.pth"  # where main_dino.py leaves the network of the embedded data
-VITS = ("vit_tiny", "vit_small", "vit_base")
+VITS = ("vit_micro", "vit_tiny", "vit_small", "vit_base")
 VIT_NAMES = (*VITS, *(name.replace("vit", "deit") for name in VITS))
 
 

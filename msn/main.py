@@ -46,28 +46,32 @@ from shared.run.health import HealthMonitor, feature_spread, rank_me
 from shared.run.run import Run
 from shared.run.yaml_config import parse_args_with_config, write_config
 
-# What replaces the published values when no --data_path is given: 8x8 pixel digits need no ViT at 224 pixels. Small
-# batches of views that have little in common need sharper targets, or every difference between images dies out, and a
-# run of a minute needs a target encoder that follows fast.
+# What replaces the published values when no --data_path is given: images of 32 pixels need no ViT at 224 pixels, small
+# batches need sharper targets, and a run of a minute a target encoder that follows fast.
 EMBEDDED_DATA_DEFAULTS = {
     "model_name": "deit_micro",
-    "rand_size": 16,
-    "focal_size": 12,
-    "focal_views": 1,
-    "rand_scale": (0.8, 1.0),
-    "focal_scale": (0.4, 0.7),
-    "color_jitter_strength": 0.2,
-    "blur_radius": (0.1, 0.3),
+    "patch_size": 8,
+    "rand_size": 32,
+    "focal_size": 16,
+    "rand_views": 1,
+    "focal_views": 2,
+    "rand_scale": (0.4, 1.0),
+    "focal_scale": (0.2, 0.5),
+    "color_jitter_strength": 0.5,
+    "blur_radius": (0.1, 0.4),
     "num_proto": 64,
     "start_sharpen": 0.1,
     "final_sharpen": 0.1,
-    "hidden_dim": 256,
+    "hidden_dim": 512,
     "output_dim": 64,
     "batch_size": 32,
-    "epochs": 8,
+    "epochs": 20,
     "warmup": 1,
-    "start_lr": 0.0001,
-    "ema": (0.96, 1.0),
+    "start_lr": 0.0002,
+    "lr": 0.0015,
+    "ema": (0.98, 1.0),
+    "weight_decay": 0.04,
+    "final_weight_decay": 0.04,
     "output_dir": "runs/digits",
 }
 MINIMUM = {"epochs": 1, "batch_size": 1, "num_proto": 2, "hidden_dim": 1, "output_dim": 1, "log_freq": 1, "warmup": 0}

@@ -294,8 +294,6 @@ def test_attention_pictures(run, images, tmp_path):
         visualize_attention.parse_args(["--threshold", "2"])
 
 
-
-
 def test_timm_knows_the_published_shapes():
     with torch.device("meta"):
         encoder = CARD.build("deit_small", img_size=32)

@@ -34,8 +34,6 @@ def test_recipes_that_cannot_be_are_refused(arguments, message):
         msn_views(**arguments)
 
 
-
-
 def test_masked_patches_are_grey():
     view = torch.randint(0, 100, (3, 9, 8), dtype=torch.uint8)  # the last row is in no patch
     masked = hide_patches(view, torch.tensor([1, 2]), 4)
