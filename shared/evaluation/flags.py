@@ -6,7 +6,7 @@ from pathlib import Path
 
 from shared import distributed
 from shared.images.loading import default_num_workers
-from shared.networks.weights import safe_load
+from shared.networks.weights import flags_of_training, safe_load
 from shared.run.flags import bool_flag, parse_with_embedded_defaults
 
 POSITIVE = ("epochs", "batch_size", "image_size", "val_freq", "num_blocks", "images_per_sheet", "max_sheets")
@@ -100,10 +100,7 @@ def check_positive(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
 
 def flags_of_run(weights: str | Path) -> Mapping:
     """The flags that a training checkpoint was written with; {} for other files, and for what is no file."""
-    checkpoint = safe_load(weights) if Path(weights).is_file() else None
-    flags = checkpoint.get("args") if isinstance(checkpoint, Mapping) else None
-    flags = vars(flags) if isinstance(flags, argparse.Namespace) else flags
-    return flags if isinstance(flags, Mapping) else {}
+    return flags_of_training(safe_load(weights)) if Path(weights).is_file() else {}
 
 
 def take_from_run(
