@@ -55,10 +55,11 @@ def eval_image_retrieval(args: argparse.Namespace) -> dict[str, "RetrievalResult
     device = distributed.init(args.dist_url, args.device)
     folder = Path(args.data_path) / args.dataset
     truth = read_ground_truth(folder, args.dataset)
-    choose_network(args)
     weights = args.pretrained_weights
-    if not weights and (args.arch, args.patch_size) == ("vit_small", 16):
-        weights = fetch(VITS16_LANDMARKS)
+    if not weights:
+        choose_network(args)
+        if (args.arch, args.patch_size) == ("vit_small", 16):
+            weights = fetch(VITS16_LANDMARKS)
     model, _ = load_chosen(args, weights)
     in_chans = input_channels(model)
     if args.multiscale:

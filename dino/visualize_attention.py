@@ -56,10 +56,11 @@ def load_attentive(args: argparse.Namespace, device: torch.device) -> nn.Module:
     Raises:
         ValueError: If it has no class token whose attention could be shown.
     """
-    choose_network(args)
     weights = args.pretrained_weights
-    if weights == "" and (args.arch, args.patch_size) == ("vit_small", 8):
-        weights = fetch(VITS8_300_EPOCHS)
+    if not weights:
+        choose_network(args)
+        if (args.arch, args.patch_size) == ("vit_small", 8):
+            weights = fetch(VITS8_300_EPOCHS)
     model, _ = load_chosen(args, weights)
     if not has_class_attention(model):
         raise ValueError(f"--arch {args.arch}: attention maps need vit_tiny, vit_small, vit_base or an XCiT")

@@ -72,8 +72,8 @@ def eval_semisup(args: argparse.Namespace) -> dict[str, float]:
     train, val = frozen.labelled_sources(args, num_labels=args.num_labels)
 
     # network: the trunk, and a new linear layer; or both of a file
-    choose_network(args)
     if args.evaluate:
+        choose_network(args)
         network = load_classifier(args.arch, args.pretrained, args.num_labels).to(device)
     else:
         subset = labelled_subset(train, args.labels_perc, args.subset_list, args.seed)
