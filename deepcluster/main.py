@@ -51,14 +51,14 @@ from shared.run.run import Run
 
 # What replaces the official defaults when no DIR is given: 8x8 pixel digits, for which AlexNet is too large.
 EMBEDDED_DATA_DEFAULTS = {
-    "arch": "resnet18",
+    "arch": "test_resnet",  # timm's smallest ResNet, 0.4 million weights
     "sobel": True,
     "crop_size": 32,
-    "crop_scale": (0.5, 1.0),
-    "nmb_cluster": 100,
+    "crop_scale": (0.4, 1.0),
+    "nmb_cluster": 60,
     "pca_dim": 64,
     "batch": 32,
-    "epochs": 6,
+    "epochs": 8,
     "output_dir": "runs/digits",
 }
 MINIMUM = {"epochs": 1, "batch": 1, "nmb_cluster": 2, "pca_dim": 1, "crop_size": 1, "log_freq": 1, "checkpoints": 0}

@@ -15,7 +15,7 @@ vote of all labelled images; the confidence is its share of the vote. Writes int
 import argparse
 import csv
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +30,10 @@ from paws.augmentations import choose_recipe
 from paws.evaluation import AUTOMATIC_UP_TO, SoftNearestNeighbours, eval_transform
 from paws.heads import Encoder
 from paws.hub import load_encoder
-from paws.labels import PartlyLabelled
-from paws.training_data import loader_processes, open_images
+from paws.labels import PartlyLabelled, open_images
 from shared import distributed
 from shared.images.decode import ImageError
-from shared.images.loading import EvalDataset
+from shared.images.loading import BadImages, EvalDataset, EvalTransform
 from shared.images.sources import FileSource, ImageSource
 from shared.pictures.sheets import AGREE, DIFFER, Tile, save_sheet, thumbnail
 from shared.run.flags import bool_flag
@@ -66,7 +65,7 @@ def label_images(args: argparse.Namespace) -> None:
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     classifier = SoftNearestNeighbours(
-        images, recipe, args.temperature, device, loader_processes(args), args.use_pred, args.batch_size
+        images, recipe, args.temperature, device, args.num_workers, args.use_pred, args.batch_size
     )
     lines, labels = save_pseudo_labels(encoder, classifier, output_dir, most_images=None)
     if labels and args.pictures:
@@ -101,14 +100,20 @@ def save_pseudo_labels(
         return ["no pseudo-labels: every image has a label"], []
     if most_images is not None and len(rows) > most_images:
         return [f"no pseudo-labels of {len(rows):,} images: python pseudo_labels.py writes them"], None
-    dataset = ReadableImages(images.source, eval_transform(classifier.recipe, encoder), rows=rows.tolist())
+    unreadable = output_dir / "unreadable.txt"
+    if distributed.is_main_process():
+        unreadable.unlink(missing_ok=True)
+    distributed.barrier()
+    transform = eval_transform(classifier.recipe, encoder)
+    dataset = EvalDataset(images.source, transform, LeftOut(len(images.source), unreadable, transform), rows.tolist())
     probabilities, labels = classifier.classify(encoder, dataset)
     readable = (labels != UNREADABLE).cpu()
     if not readable.any():
         raise ImageError(f"none of the {len(rows)} unlabelled images of {images.source.name} can be read")
     if not distributed.is_main_process():
         return [], None
-    write_unreadable(images.source, rows[~readable.numpy()], output_dir / "unreadable.txt")
+    if not readable.all():
+        distributed.print_once(f"{int((~readable).sum())} images cannot be read and have no pseudo-label: {unreadable}")
     confidences, found = (tensor.numpy() for tensor in probabilities.cpu()[readable].max(dim=1))
     rows = rows[readable.numpy()]
     path = output_dir / "pseudo_labels.csv"
@@ -121,30 +126,19 @@ def save_pseudo_labels(
     return lines, (rows, found, confidences)
 
 
-class ReadableImages(EvalDataset):
-    """Images that cannot be read are black and have the label ``UNREADABLE``."""
+class LeftOut(BadImages):
+    """Images that cannot be read are listed, with the reasons; they are black and have the label ``UNREADABLE``."""
 
-    def __getitem__(self, position: int) -> tuple[Tensor, int, int]:
-        index = self.rows[position]
+    def __init__(self, num_images: int, list_path: Path, transform: EvalTransform):
+        super().__init__(num_images, list_path, max_fraction=1)
+        self.black = torch.zeros(transform.in_chans, transform.crop_px, transform.crop_px)
+
+    def read(self, source: ImageSource, index: int, key: Sequence[int], process: Callable) -> tuple[Tensor, int, int]:
         try:
-            return self._read(index)
-        except ImageError:
-            side = self.transform.crop_px
-            return torch.zeros(self.transform.in_chans, side, side), UNREADABLE, index
-
-
-def write_unreadable(source: ImageSource, indices: Sequence[int], path: Path) -> None:
-    """List the images that got no label, with the reasons; an old list goes if there are none."""
-    path.unlink(missing_ok=True)
-    if len(indices) == 0:
-        return
-    with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
-        for index in indices:
-            try:
-                source.load(index).decode()
-            except ImageError as error:
-                file.write(f"{source.path(index)}\t{str(error).removeprefix(source.path(index) + ': ')}\n")
-    distributed.print_once(f"{len(indices)} images cannot be read and have no pseudo-label: {path}")
+            return process(index)
+        except ImageError as error:
+            self._report(source.path(index), error)
+            return self.black, UNREADABLE, index
 
 
 def write_table(

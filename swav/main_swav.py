@@ -45,24 +45,24 @@ from swav.losses import EmbeddingQueue, PrototypeUsage, SwappedPrediction, norma
 from swav.report import health_rules, report
 from swav.resnet50 import Trunk
 
-# What replaces the official defaults when no --data_path is given: 8x8 pixel digits need no ResNet-50 at 224 pixels,
-# small crops of them have no digit in them, and with few prototypes the usual epsilon makes codes uniform.
+# What replaces the official defaults when no --data_path is given: images of 32 pixels need no ResNet-50 at 224 pixels,
+# and with few prototypes the usual epsilon makes codes uniform.
 EMBEDDED_DATA_DEFAULTS = {
     "arch": "test_resnet",  # timm's smallest ResNet, 0.4 million weights
     "hidden_mlp": 256,
     "feat_dim": 32,
-    "nmb_prototypes": 30,
+    "nmb_prototypes": 60,
     "epsilon": 0.02,
-    "nmb_crops": [2],
-    "size_crops": [32],
-    "min_scale_crops": [0.6],
-    "max_scale_crops": [1.0],
-    "blur_radius": (0.1, 0.5),
+    "nmb_crops": [2, 2],
+    "size_crops": [32, 16],
+    "min_scale_crops": [0.5, 0.2],
+    "max_scale_crops": [1.0, 0.5],
+    "blur_radius": (0.1, 0.4),
     "batch_size": 64,
-    "base_lr": 2.0,
-    "epochs": 12,
-    "warmup_epochs": 2,
-    "freeze_prototypes_niters": 66,
+    "base_lr": 1.0,
+    "epochs": 24,
+    "warmup_epochs": 1,
+    "freeze_prototypes_niters": 60,
     "output_dir": "runs/digits",
 }
 NETWORK_FLAGS = ("arch", "in_chans", "feat_dim", "hidden_mlp", "nmb_prototypes", "crops_for_assign")

@@ -7,6 +7,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch; 
 import pytest
 
 
+def pytest_addoption(parser):
+    parser.addoption("--reverse", action="store_true", help="run the tests in reverse order: none may need another one")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--reverse"):
+        items.reverse()
+
+
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
     """A folder of small noise images in three classes."""

@@ -1,4 +1,4 @@
-"""Views, schedules and the sheet of views."""
+"""Views and the sheet of views."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,6 @@ import torch
 
 from msn.augmentations import msn_views
 from msn.report import GREY, hide_patches, save_view_sheet
-from msn.schedules import learning_rates, linear, weight_decays
 from shared.pictures import report
 
 
@@ -33,24 +32,6 @@ def test_the_published_recipe():
 def test_recipes_that_cannot_be_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         msn_views(**arguments)
-
-
-def test_schedules_end_after_four_fifths_of_their_way():
-    """By the scheduler's recurrence, one step at a time."""
-    start, peak, final, epochs, steps, warmup = 0.1, 1.0, 0.01, 8, 5, 2
-    total, lr = int(1.25 * epochs * steps), []
-    for s in range(1, epochs * steps + 1):
-        if s < warmup * steps:
-            lr.append(start + (peak - start) * s / (warmup * steps))
-        else:
-            progress = (s - warmup * steps) / (total - warmup * steps)
-            lr.append(max(final, final + (peak - final) * 0.5 * (1 + np.cos(np.pi * progress))))
-    np.testing.assert_allclose(learning_rates(start, peak, final, epochs, steps, warmup), lr)
-    assert lr[-1] > 5 * final
-    momentum = linear(0.996, 1.0, epochs, steps)
-    assert momentum[0] == 0.996 and momentum[-1] == pytest.approx(0.996 + 0.004 * 39 / 50)
-    decay = weight_decays(0.04, 0.4, epochs, steps)
-    assert (np.diff(decay) > 0).all() and decay[0] > 0.04 and decay[-1] < 0.4
 
 
 def test_masked_patches_are_grey():

@@ -75,7 +75,7 @@ def test_prototypes_are_normalised_and_chosen_by_head():
         take_prototypes(finetuned_checkpoint()[0], 0)
 
 
-def test_merged_clusters_join_close_prototypes_and_their_probabilities():
+def test_merged_clusters_join_close_prototypes():
     axes = torch.eye(8)[:3]
     generator = torch.Generator().manual_seed(0)
     kind = torch.tensor([2, 0, 1, 0, 2, 2, 1, 0])  # of eight prototypes near three axes
@@ -85,10 +85,23 @@ def test_merged_clusters_join_close_prototypes_and_their_probabilities():
     clustering = assign(embeddings, prototypes, temperature=0.1, merge_into=3)
     assert clustering.sizes().tolist() == [30, 15, 5]  # the largest is number 0
     assert [set(kinds[clustering.clusters == c].tolist()) for c in range(3)] == [{1}, {2}, {0}]
-    p = (embeddings @ prototypes.T / 0.1).softmax(dim=1)
-    expected = [p[i, kind == kinds[i]].sum().item() for i in range(50)]
+    scores = embeddings @ prototypes.T
+    nearest = torch.stack([scores[:, kind == k].amax(dim=1) for k in range(3)], dim=1)  # of each axis
+    expected = (nearest / 0.1).softmax(dim=1)[range(50), kinds]
     np.testing.assert_allclose(clustering.confidences, expected, rtol=1e-4)
     assert clustering.num_clusters == 3
+
+
+@pytest.mark.parametrize("number", [2, 5, 12, 20, 29, 30])
+def test_every_merged_cluster_has_images_however_flat_the_probabilities_are(number):
+    """Summed over its prototypes, the probability of the group with most of them would be the largest everywhere."""
+    embeddings, prototypes = unit(400), unit(30, seed=1)
+    clustering = assign(embeddings, prototypes, temperature=10, merge_into=number)
+    assert (clustering.sizes() > 0).all() and len(clustering.sizes()) == number
+    assert len(np.unique(clustering.prototypes)) == 30
+    for prototype in range(30):  # what shares a prototype shares a cluster
+        assert len(np.unique(clustering.clusters[clustering.prototypes == prototype])) == 1
+    assert (clustering.confidences >= 1 / number).all()
 
 
 def test_unused_prototypes_join_the_group_next_to_them():
