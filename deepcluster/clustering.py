@@ -375,7 +375,8 @@ def power_iteration_clustering(
     """Cluster a graph of nearest neighbours; the number of clusters comes out of the data.
 
     A vector v diffuses over the graph; then every image points to the neighbour with the steepest rise of v, and
-    images that lead to the same summit are a cluster.
+    images that lead to the same summit are a cluster. Whitened vectors are so far apart that v is uniform up to
+    rounding, so the rise is taken from what diffuses, see :func:`diffuse`.
 
     Args:
         features: (N, d), float32.
@@ -389,8 +390,8 @@ def power_iteration_clustering(
     """
     neighbours, distances = neighbour_graph(features, num_neighbours)
     rows, columns, weights = symmetric_affinity(neighbours, np.exp(-distances.astype(np.float64) / sigma**2))
-    mass = diffuse(rows, columns, weights, len(features), alpha)
-    clusters = climb(rows, columns, weights, mass)
+    inflow = diffuse(rows, columns, weights, len(features), alpha)
+    clusters = climb(rows, columns, weights, inflow)
     if merge_singletons:
         clusters = _merge_singletons(clusters, neighbours)
     return torch.from_numpy(clusters)
@@ -429,21 +430,27 @@ def symmetric_affinity(neighbours: np.ndarray, affinity: np.ndarray) -> tuple[np
 def diffuse(
     rows: np.ndarray, columns: np.ndarray, weights: np.ndarray, size: int, alpha: float, steps: int = 200
 ) -> np.ndarray:
-    """v <- alpha W^T v + (1 - alpha) / N, normalised to a sum of 1, ``steps`` times from the uniform vector."""
+    """v <- alpha W^T v + (1 - alpha) / N, normalised to a sum of 1, ``steps`` times from the uniform vector.
+
+    Returns:
+        g = W^T v of the last step, (N,). With its sum S before it is normalised, v_j - v_i = alpha (g_j - g_i) / S: v
+        rises where g does, but where alpha g is less than the rounding of 1 / N, differences of v are nothing else.
+    """
     mass = np.full(size, 1 / size)
     for _ in range(steps):
-        mass = alpha * np.bincount(columns, weights * mass[rows], size) + (1 - alpha) / size
+        inflow = np.bincount(columns, weights * mass[rows], size)
+        mass = alpha * inflow + (1 - alpha) / size
         mass /= mass.sum()
-    return mass
+    return inflow
 
 
-def climb(rows: np.ndarray, columns: np.ndarray, weights: np.ndarray, mass: np.ndarray) -> np.ndarray:
-    """Follow, from every image, the edge with the largest W_ij (v_j - v_i) > 0 to a summit; number the summits."""
-    gains = weights * (mass[columns] - mass[rows])
+def climb(rows: np.ndarray, columns: np.ndarray, weights: np.ndarray, inflow: np.ndarray) -> np.ndarray:
+    """Follow, from every image, the edge with the largest W_ij (g_j - g_i) > 0 to a summit; number the summits."""
+    gains = weights * (inflow[columns] - inflow[rows])
     starts = np.flatnonzero(np.diff(rows, prepend=-1))  # every image has an edge
     best = np.maximum.reduceat(gains, starts)
     is_best = (gains == best[rows]) & (gains > 0)
-    targets = np.arange(len(mass))
+    targets = np.arange(len(inflow))
     targets[rows[is_best][::-1]] = columns[is_best][::-1]  # of equal gains the first one counts
     while not np.array_equal(targets, targets[targets]):
         targets = targets[targets]

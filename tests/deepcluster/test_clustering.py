@@ -1,4 +1,7 @@
+import collections
+import decimal
 import itertools
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -208,37 +211,48 @@ def test_two_processes_cluster_like_one(algorithm, num_clusters, backend):
 # --- Power iteration clustering ---------------------------------------------------------------------------------------
 
 
-def slow_pic(features, num_neighbours, sigma, alpha):
-    """The algorithm with dense matrices and loops, without the treatment of singletons."""
-    x = features.double().numpy()
-    n = len(x)
-    distances = ((x[:, None] - x[None]) ** 2).sum(axis=2)
-    np.fill_diagonal(distances, np.inf)
-    affinity = np.zeros((n, n))
-    for i in range(n):
-        for j in np.argsort(distances[i])[:num_neighbours]:
-            affinity[i, j] = np.exp(-distances[i, j] / sigma**2)
-    w = affinity + affinity.T
-    v = np.full(n, 1 / n)
-    for _ in range(200):
-        v = alpha * w.T @ v + (1 - alpha) / n
-        v /= v.sum()
-    summit = []
-    for i in range(n):
-        while True:
-            gains = w[i] * (v - v[i])
-            if gains.max() <= 0:
-                break
-            i = int(gains.argmax())
-        summit.append(i)
-    return np.unique(summit, return_inverse=True)[1]
+def exact_pic(features, num_neighbours, sigma, alpha):
+    """The algorithm with loops and 60 digits, without the treatment of singletons."""
+    with decimal.localcontext(prec=60):
+        x = features.double().numpy()
+        n, sigma, alpha = len(x), Decimal(sigma), Decimal(alpha)
+        weights = [collections.Counter() for _ in range(n)]
+        for i in range(n):
+            distances = ((x - x[i]) ** 2).sum(axis=1)
+            distances[i] = np.inf
+            for j in distances.argsort()[:num_neighbours].tolist():
+                affinity = (-Decimal(distances[j]) / sigma**2).exp()
+                weights[i][j] += affinity
+                weights[j][i] += affinity
+        v = [Decimal(1) / n] * n
+        for _ in range(200):
+            v = [alpha * sum(w * v[j] for j, w in row.items()) + (1 - alpha) / n for row in weights]
+            total = sum(v)
+            v = [share / total for share in v]
+        summits = []
+        for i in range(n):
+            while True:
+                gain, steepest = max((w * (v[j] - v[i]), j) for j, w in weights[i].items())
+                if gain <= 0:
+                    break
+                i = steepest
+            summits.append(i)
+    return np.unique(summits, return_inverse=True)[1]
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_power_iteration_clustering_is_the_algorithm_with_dense_matrices(seed):
+def test_power_iteration_clustering_is_the_algorithm(seed):
     features, _ = blobs(8, each=8, noise=0.2, seed=seed)
     found = power_iteration_clustering(features, 4, 0.5, 0.1, merge_singletons=False)
-    assert np.array_equal(found.numpy(), slow_pic(features, 4, 0.5, 0.1))
+    assert np.array_equal(found.numpy(), exact_pic(features, 4, 0.5, 0.1))
+
+
+@pytest.mark.parametrize("dim", [16, 64, 256])
+def test_clusters_of_far_apart_vectors_are_not_decided_by_rounding(dim):
+    """At the defaults alpha exp(-d^2 / sigma^2) of whitened unit vectors is less than the rounding of 1."""
+    features = F.normalize(torch.randn(200, dim, generator=torch.Generator().manual_seed(dim)), dim=1)
+    found = power_iteration_clustering(features, merge_singletons=False)
+    assert np.array_equal(found.numpy(), exact_pic(features, 5, 0.2, 0.001))
 
 
 def test_pic_finds_the_number_of_clusters_itself():

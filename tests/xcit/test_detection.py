@@ -315,6 +315,7 @@ def small_heads(monkeypatch):
     monkeypatch.setattr(main, "MaskRCNN", partial(main.MaskRCNN, **few))
 
 
+@pytest.mark.slow
 def test_training_evaluation_and_an_exact_resume(data, tmp_path, monkeypatch, small_networks, small_heads, capsys):
     written = train(data, tmp_path / "whole")
     assert len(losses(tmp_path / "whole")) == 4
