@@ -21,18 +21,6 @@ def test_initial_weights_have_the_published_spread(small_layers):
     assert all(bias.abs().max() == 0 for bias in biases)
 
 
-def test_clustered_features_are_those_before_the_last_relu(small_layers):
-    torch.manual_seed(0)
-    network = alexnet(sobel=True, out=None, img_size=64).eval()
-    nn.init.normal_(network.classifier[4].weight)
-    images = torch.randn(2, 3, 64, 64)
-    features = network.embed(images)
-    assert features.min() < 0
-    torch.testing.assert_close(network(images), features.relu())
-    network.top_layer = new_top_layer(network.dim, 5)
-    torch.testing.assert_close(network(images), network.top_layer(features.relu()))
-
-
 def test_the_filter_does_not_see_colours():
     image = torch.rand(1, 3, 20, 20)
     sobel = sobel_filter()

@@ -18,7 +18,6 @@ from deepcluster.hub import load_network
 from deepcluster.main import get_args_parser, parse_args, train_deepcluster
 from shared.run.attempt import Interrupted, NotFinite
 from shared.run.checkpoint import load_latest
-from shared.run.run import Run
 from tests.command_lines import assert_values_arrive
 from tests.deepcluster.tiny import TINY
 from tests.reliability import runs
@@ -127,26 +126,6 @@ def test_numbered_checkpoints_count_steps(finished):
     (numbered,) = (finished / "checkpoints").iterdir()
     assert numbered.name == "checkpoint_1.pth.tar"
     assert (load_latest(numbered)["epoch"], load_latest(numbered)["step_in_epoch"]) == (1, 1)
-
-
-def test_a_new_top_layer_starts_every_epoch_and_the_body_keeps_its_momentum(images, tmp_path, monkeypatch):
-    seen, update = [], Run.update
-
-    def record(self, grad_norms, body, top_layer):
-        momentum = body.state[next(iter(body.state))]["momentum_buffer"].abs().sum().item()
-        (group,) = top_layer.param_groups
-        seen.append((group["params"][0].detach().clone(), momentum, group))
-        update(self, grad_norms, body, top_layer)
-
-    monkeypatch.setattr(Run, "update", record)
-    train(tmp_path, images)
-    (first, momentum, _), (second, _, _), (_, _, _), (again, kept, group), *_ = seen
-    assert momentum == 0 and kept > 0
-    assert not torch.equal(first, second)
-    for weight in (first, again):  # as drawn: not trained yet
-        assert weight.std().item() == pytest.approx(0.01, rel=0.2)
-    assert not torch.equal(first, again)
-    assert group["momentum"] == 0 and group["lr"] == 0.05 and group["weight_decay"] == pytest.approx(1e-5)
 
 
 @pytest.mark.parametrize(

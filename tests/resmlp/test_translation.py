@@ -22,7 +22,7 @@ from resmlp.translation.corpus import (
     train_vocabulary,
 )
 from resmlp.translation.generated_language import SOURCE_PLURAL, TARGET_OBJECT, TARGET_PLURAL, generate_pairs
-from resmlp.translation.networks import BOS, EOS, NETWORKS, PAD, UNK, Attention, CrossTokenLinear, Translator
+from resmlp.translation.sequence_models import BOS, EOS, NETWORKS, PAD, UNK, Attention, CrossTokenLinear, Translator
 from shared.run.checkpoint import load_latest
 from tests.processes import run_processes
 from tests.resmlp import tiny
