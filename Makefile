@@ -13,9 +13,13 @@ demo: .venv/installed
 	cd $(METHOD) && ../$(BIN)/python main.py $$(cat demo.flags 2>/dev/null)
 has_extra = $(shell grep -E '^$(1) = \[' pyproject.toml)
 
-## make test [METHOD=dino]: format, lint and the test suite, or that of one method, without long tests and the cluster
+## make test [METHOD=dino] [CPU=avx2]: format, lint and the test suite, or that of one method, without long tests and
+## the cluster; CPU=default (SSE) or avx2: with no more than these instructions, as on another processor
 test: lint
-	$(PYTEST) -m "not slow and not slurm" $(if $(METHOD),$(wildcard tests/$(METHOD) tests/golden/test_$(METHOD)*.py))
+	$(if $(CPU),ATEN_CPU_CAPABILITY=$(CPU) ONEDNN_MAX_CPU_ISA=$(ONEDNN_$(CPU))) $(PYTEST) -m "not slow and not slurm" $(if $(METHOD),$(wildcard tests/$(METHOD) tests/golden/test_$(METHOD)*.py))
+
+ONEDNN_default := SSE41
+ONEDNN_avx2 := AVX2
 
 ## make test-slow: the long tests (kill and resume, torch.compile) and those on a real SLURM cluster
 test-slow: .venv/installed-test

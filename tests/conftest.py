@@ -7,12 +7,31 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch; 
 import pytest
 
 
+def pytest_addoption(parser):
+    parser.addoption("--reverse", action="store_true", help="run the tests in reverse order: none may need another one")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--reverse"):
+        items.reverse()
+
+
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
     """A folder of small noise images in three classes."""
     from tests.reliability.runs import write_images
 
     return write_images(tmp_path_factory.mktemp("data") / "images")
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Figures as they are saved."""
+    from matplotlib.figure import Figure
+
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args: (figures.append(figure), save(figure, *args)))
+    return figures
 
 
 @pytest.fixture(scope="session")

@@ -34,6 +34,7 @@ ROLES = set(
     training_flags run_with_submitit main_distributed retrieval_flags""".split()
 )
 MIN_LINES = 10  # of a duplicate
+FURTHER = len(METHODS) - 8  # folders beyond those for which the bars on lines were set; each may add so many to them
 
 
 def python_files(*folders: str) -> list[Path]:
@@ -155,11 +156,11 @@ def figures() -> Iterator[tuple[str, float, float, bool]]:
     yield "states of a run, written or read", count_matches(product, r"\"skipped_steps\""), 2, False
     yield "pairs of files that share ten lines", len(duplicates()), 20, False
     roles = [file for file in folders if file.stem in ROLES]
-    yield "lines of the folders that are boilerplate roles", count_lines(roles), 3000, False
+    yield "lines of the folders that are boilerplate roles", count_lines(roles), 3000 + 150 * FURTHER, False
     yield "lines of hubconf.py", count_lines([ROOT / "hubconf.py"]), 60, False
     yield "seconds of import hubconf over torch", round(seconds_over_torch("hubconf"), 2), 0.3, False
-    yield "lines of the product", count_lines(product), 33_000, False
-    yield "lines of the tests", count_lines(python_files("tests")), 28_000, False
+    yield "lines of the product", count_lines(product), 33_000 + 1200 * FURTHER, False
+    yield "lines of the tests", count_lines(python_files("tests")), 28_000 + 600 * FURTHER, False
     pages = {page.parent.name: page for page in [ROOT / "README.md", *ROOT.glob("*/README.md")]}
     words = {name: len(page.read_text().split()) for name, page in pages.items()}
     longest = max(words, key=words.get)

@@ -2,8 +2,6 @@
 
 import functools
 import http.server
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -102,13 +100,6 @@ def test_entry_points_work_from_another_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     backbone = torch.hub.load(str(ROOT), "dino_vits8", source="local", pretrained=False, img_size=[16])
     assert backbone(torch.randn(1, 3, 16, 16)).shape == (1, 384)
-
-
-def test_entry_points_need_the_stated_packages_only():
-    others = ["cv2", "simplejpeg", "sklearn", "faiss", "submitit", "matplotlib"]
-    code = f"import sys, hubconf; print(*[name for name in {others} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []
 
 
 @pytest.mark.parametrize("arch", ["alexnet", "vgg16"])

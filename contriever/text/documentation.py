@@ -16,13 +16,10 @@ MIN_CHARACTERS, MOST_CHARACTERS = 400, 6000
 
 
 def documentation(packages: tuple[str, ...] = PACKAGES) -> list[dict]:
-    """Docstrings of the functions and classes of installed packages.
-
-    Nothing is imported; the source files are parsed. The same versions of the packages give the same documents.
+    """Docstrings of the functions and classes of installed packages; their files are parsed, nothing is imported.
 
     Returns:
-        Documents with ``id`` (the dotted name), ``title`` (the bare name) and ``text`` (prose, on one line): the
-        docstring without its examples, which are code.
+        Documents with ``id`` (the dotted name), ``title`` (the bare name) and ``text``, see :func:`prose`.
     """
     documents, seen = [], set()
     for package in packages:
@@ -74,7 +71,6 @@ def tokenized_documentation(folder: Path, tokenizer: PreTrainedTokenizerBase) ->
     if not file.exists():
         write_json_lines(file, documentation())
     shard = folder / "documentation-00000"
-    job = Job.of(file, shard, type(tokenizer).__name__, vocabulary_fingerprint(tokenizer))
-    facts = read_facts(shard)
-    if facts is None or not job.facts().items() <= facts.items():
-        write_shard(shard, *tokenize_lines(job, tokenizer), job.facts())
+    job = Job.of(file, shard, tokenizer=type(tokenizer).__name__, vocabulary=vocabulary_fingerprint(tokenizer))
+    if not job.facts.items() <= read_facts(shard.with_name(f"{shard.name}.tokens.npy")).items():
+        write_shard(shard, *tokenize_lines(job, tokenizer), job.facts)

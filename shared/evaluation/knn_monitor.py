@@ -31,6 +31,9 @@ class KNNMonitor:
         on_bad_image, max_bad_fraction: As for :class:`shared.images.loading.BadImages`.
         output_dir: Where unreadable images are listed, those of the val split in ``bad_images_val.txt``.
         disabled_reason: Why there are no sources, for the summary of the run.
+
+    Attributes:
+        sources: Kept for the scripts that evaluate later, too, where there are too many images to do it unasked.
     """
 
     def __init__(
@@ -53,22 +56,22 @@ class KNNMonitor:
         self.every_epochs, self.epochs, self.device, self.num_workers = every_epochs, epochs, device, num_workers
         self.latest_features: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         self.disabled_reason = disabled_reason if sources is None else None
+        resize_px = round(image_size * 256 / 224)  # the usual ratio of short side and crop
+        self.transform = EvalTransform(resize_px, image_size, mean, std, in_chans)
+        self.sources, self.k = sources, k if sources is None else min(k, len(sources[0]))
         if self.disabled_reason is None and every_epochs is None and len(sources[0]) > AUTOMATIC_UP_TO:
             self.disabled_reason = f"there are {len(sources[0]):,} images; ask for it with --eval_knn_freq"
         if every_epochs == 0:
             self.disabled_reason = "--eval_knn_freq 0"
         if self.disabled_reason is None:
-            resize_px = round(image_size * 256 / 224)  # the usual ratio of short side and crop
-            transform = EvalTransform(resize_px, image_size, mean, std, in_chans)
             self.train, self.val = (
                 EvalDataset(
                     source,
-                    transform,
+                    self.transform,
                     BadImages(len(source), output_dir and output_dir / listed, on_bad_image, max_bad_fraction),
                 )
                 for source, listed in zip(sources, ("bad_images.txt", "bad_images_val.txt"), strict=True)
             )
-            self.k = min(k, len(sources[0]))
 
     def is_due(self, epoch: int) -> bool:
         """Whether to evaluate after ``epoch`` (-1: before training)."""

@@ -68,7 +68,7 @@ def read_config(path: str | Path, parser: argparse.ArgumentParser) -> dict:
         OSError: If the file cannot be read.
     """
     try:
-        tree = _load(Path(path).read_text(encoding="utf-8"))
+        tree = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a YAML file that can be used: {error}") from error
     if not isinstance(tree, dict):
@@ -95,14 +95,6 @@ def read_config(path: str | Path, parser: argparse.ArgumentParser) -> dict:
     return values
 
 
-def _load(text: str):
-    loader = _Loader(text)
-    try:
-        return loader.get_single_data()
-    finally:
-        loader.dispose()
-
-
 def write_config(path: str | Path, args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Write the flags in their sections; reading the file back gives the same values."""
     tree: dict[str, dict] = {}
@@ -119,14 +111,14 @@ def _checked(value, action: argparse.Action, where: str):
     """``value`` if ``action`` could have stored it; a list for flags that take several values."""
     if value is None:
         if action.default is not None:
-            raise ValueError(f"{where}: has no value, expected {_expected(action)}")
+            raise ValueError(f"{where}: has no value, expected {_expected(action)[0]}")
         return None
     if action.nargs in (None, 0, "?") and not isinstance(action, argparse._AppendAction):
         return _checked_item(value, action, where)
     if action.nargs == "+" and not isinstance(value, list | dict):
         value = [value]  # as on the command line, where one value needs no brackets
     if not isinstance(value, list):
-        raise ValueError(f"{where}: expected a list of {_expected(action)}, got {_kind(value)}")
+        raise ValueError(f"{where}: expected a list of {_expected(action)[0]}, got {_kind(value)}")
     if isinstance(action.nargs, int) and len(value) != action.nargs:
         raise ValueError(f"{where}: expected {action.nargs} values, got {len(value)}")
     if action.nargs == "+" and not value:
@@ -135,9 +127,9 @@ def _checked(value, action: argparse.Action, where: str):
 
 
 def _checked_item(value, action: argparse.Action, where: str):
-    kinds, _ = _types(action)
-    if type(value) not in kinds:
-        raise ValueError(f"{where}: expected {_expected(action)}, got {_kind(value)}")
+    expected, types = _expected(action)
+    if type(value) not in types:
+        raise ValueError(f"{where}: expected {expected}, got {_kind(value)}")
     if action.type is float:
         value = float(value)
     elif action.type not in (None, str, int, bool_flag):
@@ -150,19 +142,15 @@ def _checked_item(value, action: argparse.Action, where: str):
     return value
 
 
-def _types(action: argparse.Action) -> tuple[tuple[type, ...], str]:
-    """Types that a value in the file may have, and their name."""
+def _expected(action: argparse.Action) -> tuple[str, tuple[type, ...]]:
+    """What a value in the file has to be: in words, and its types."""
     if action.nargs == 0 or action.type is bool_flag:
-        return (bool,), "true or false"
+        return "true or false", (bool,)
     if action.type is int:
-        return (int,), "a whole number"
+        return "a whole number", (int,)
     if action.type is float:
-        return (float, int), "a number"
-    return (str,), "a text"
-
-
-def _expected(action: argparse.Action) -> str:
-    return _types(action)[1]
+        return "a number", (float, int)
+    return "a text", (str,)
 
 
 def _kind(value) -> str:

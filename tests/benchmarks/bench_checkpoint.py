@@ -12,19 +12,17 @@ The share of a training is that of the default settings: a save every 15 minutes
 25 minutes in the published run (ViT-S/16, 8 GPUs, 100 epochs in 1.75 days). A GPU adds the copy to the host's memory.
 """
 
-import argparse
-import json
+import contextlib
 import os
-import platform
-import resource
 import statistics
 import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -36,9 +34,17 @@ from dino.vision_transformer import DINOHead
 from shared.multicrop import MultiCropWrapper
 from shared.optimisation.optim import build_optimizer, param_groups_no_decay_on_bias_and_norm
 from shared.run import checkpoint
+from tests.benchmarks.harness import alternate, compare, finish, get_args_parser
 
 EPOCH_S = 1.75 * 24 * 3600 / 100  # published
 SAVES_PER_EPOCH = EPOCH_S // (15 * 60) + 1
+PARTS = {
+    "search for NaN": (checkpoint, "first_not_finite"),
+    "serialise": (torch, "save"),
+    "flush": (os, "fsync"),
+    "read back": (checkpoint, "verify"),
+    "rename": (os, "replace"),
+}
 
 
 def make_state(out_dim: int) -> dict:
@@ -60,10 +66,6 @@ def make_state(out_dim: int) -> dict:
     }
 
 
-def save_bare(path: Path, state: dict) -> None:
-    torch.save(state, path)
-
-
 def save_flushed(path: Path, state: dict) -> None:
     with open(path, "wb") as file:
         torch.save(state, file)
@@ -78,17 +80,9 @@ def records(path: Path) -> dict[str, int]:
         return {name: checksum for name, checksum in names if not name.startswith(".data/")}
 
 
-@contextmanager
-def timed_parts() -> Iterator[dict[str, float]]:
-    """Seconds that ``checkpoint.save`` spends in each of its parts."""
-    seconds = {}
-    parts = {
-        "search for NaN": (checkpoint, "first_not_finite"),
-        "serialise": (torch, "save"),
-        "flush": (os, "fsync"),
-        "read back": (checkpoint, "verify"),
-        "rename": (os, "replace"),
-    }
+def parts_of_a_save(path: Path, state: dict) -> dict[str, float]:
+    """Milliseconds that ``checkpoint.save`` spends in each of its parts."""
+    ms = defaultdict(float)
 
     def timed(name: str, function: Callable) -> Callable:
         def call(*args, **kwargs):
@@ -96,86 +90,52 @@ def timed_parts() -> Iterator[dict[str, float]]:
             try:
                 return function(*args, **kwargs)
             finally:
-                seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+                ms[name] += 1e3 * (time.perf_counter() - start)
 
         return call
 
-    originals = {name: getattr(*where) for name, where in parts.items()}
-    for name, (module, attribute) in parts.items():
-        setattr(module, attribute, timed(name, originals[name]))
-    try:
-        yield seconds
-    finally:
-        for name, (module, attribute) in parts.items():
-            setattr(module, attribute, originals[name])
+    with contextlib.ExitStack() as patches:
+        for name, where in PARTS.items():
+            patches.enter_context(mock.patch.object(*where, timed(name, getattr(*where))))
+        checkpoint.save(path, state)
+    return dict(ms)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = get_args_parser(__doc__, rounds=5)
     parser.add_argument("--folder", help="on the disk to measure; a temporary folder without it")
     parser.add_argument("--out_dim", type=int, default=65536)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", help="JSON file for the results")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
     state = make_state(args.out_dim)
-    ways = {"bare": save_bare, "flushed": save_flushed, "ours": checkpoint.save}
-    times = {name: [] for name in ways}
-    parts = []
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        paths = {name: Path(folder) / name / "checkpoint.pth" for name in ways}
-        for name, path in paths.items():  # the first file of each is not timed: none is replaced
+        paths = {name: Path(folder) / name / "checkpoint.pth" for name in ("bare", "flushed", "ours")}
+        for path in paths.values():
             path.parent.mkdir()
-            ways[name](path, state)
-        for _ in range(args.rounds):
-            for name, way in ways.items():
-                os.sync()  # what the way before has left to write
-                with timed_parts() as seconds:
-                    start = time.perf_counter()
-                    way(paths[name], state)
-                    times[name].append(time.perf_counter() - start)
-                if name == "ours":
-                    parts.append(seconds)
-        size = paths["ours"].stat().st_size
-        same = records(paths["ours"]) == records(paths["bare"])
+        ways = {
+            "bare": lambda: torch.save(state, paths["bare"]),
+            "flushed": lambda: save_flushed(paths["flushed"], state),
+            "ours": lambda: checkpoint.save(paths["ours"], state),
+        }
+        # the first file of each replaces none: the round that warms up; `sync` writes what the way before has left
+        times = alternate(ways, args.rounds, before=os.sync)
+        parts = [parts_of_a_save(paths["ours"], state) for _ in range(args.rounds)]
+        size, same = paths["ours"].stat().st_size, records(paths["ours"]) == records(paths["bare"])
 
-    ours_s = statistics.median(times["ours"])
-    result = {
-        "cpu": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": args.threads,
-        "versions": {"torch": torch.__version__},
-        "bytes": size,
-        "same_content_as_bare": same,
-        "ways": {},
-        "parts_ms": {name: 1e3 * statistics.median(p[name] for p in parts) for name in parts[0]},
-        "percent_of_training": 100 * ours_s * SAVES_PER_EPOCH / EPOCH_S,
-        "saves_per_epoch_of_minutes": [SAVES_PER_EPOCH, EPOCH_S / 60],
-    }
     print(f"{size / 2**20:.0f} MiB, {args.threads} threads")
-    print(f"{'way':8} {'ms':>7}  over bare (min .. max of {args.rounds} rounds)")
-    for name, values in times.items():
-        ratios = [a / b for a, b in zip(values, times["bare"], strict=True)]
-        spread = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
-        result["ways"][name] = {"seconds": values, "over_bare": spread}
-        ms = 1e3 * statistics.median(values)
-        print(f"{name:8} {ms:7.0f}  {spread['median']:.2f} ({spread['min']:.2f} .. {spread['max']:.2f})")
-    print("ours in ms:", ", ".join(f"{name} {ms:.0f}" for name, ms in result["parts_ms"].items()))
-    print(f"{result['percent_of_training']:.2f} % of a training with {SAVES_PER_EPOCH:.0f} saves in an epoch of "
-          f"{EPOCH_S / 60:.0f} minutes")  # fmt: skip
-    result["targets"] = {
-        "content of the file as bare torch.save writes it": same,
-        "less than 1 % of the training": result["percent_of_training"] < 1,
+    percent = 100 * statistics.median(times["ours"]) * SAVES_PER_EPOCH / EPOCH_S
+    result = {
+        "bytes": size,
+        "ways": compare(times, "bare"),
+        "parts_ms": {name: statistics.median(p[name] for p in parts) for name in PARTS},
+        "percent_of_training": percent,
     }
-    for target, met in result["targets"].items():
-        print(f"target: {target}: {'met' if met else 'not met'}")
-    result["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"peak memory {result['peak_mib']:.0f} MiB")
-    print(f"versions: torch {torch.__version__}")
-    if args.out:
-        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+    print("ours in ms:", ", ".join(f"{name} {ms:.0f}" for name, ms in result["parts_ms"].items()))
+    epoch = f"{SAVES_PER_EPOCH:.0f} saves in an epoch of {EPOCH_S / 60:.0f} minutes"
+    print(f"{percent:.2f} % of a training with {epoch}")
+    targets = {"content of the file as bare torch.save writes it": same, "less than 1 % of the training": percent < 1}
+    finish(args, result, targets)
 
 
 if __name__ == "__main__":

@@ -10,15 +10,11 @@ Augmentation chains, alternated on the same files in one process with one thread
 - ``lightly``: the DINO transform of that package, where it is installed.
 """
 
-import argparse
-import json
-import os
-import platform
-import random
 import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -29,7 +25,7 @@ import PIL
 import simplejpeg
 import torch
 import torchvision
-from PIL import Image, ImageFilter, ImageOps
+from PIL import Image
 from torchvision import transforms
 
 import shared.images.views
@@ -38,52 +34,26 @@ from shared.images.loading import EpochBatchSampler, make_loader
 from shared.images.sources import open_source
 from shared.images.views import HUE
 from shared.multicrop import MultiCropDataset, normalize_views
+from tests.benchmarks.harness import Times, alternate, compare, finish, get_args_parser
+from tests.shared.images.torchvision_chain import torchvision_chain
+from tests.shared.photographs import encoded, photograph
 
 GLOBAL_SCALE, LOCAL_SCALE, LOCAL_CROPS = (0.4, 1.0), (0.05, 0.4), 8
 BATCH = 10
 
 
-class PlainBlur:
-    def __init__(self, p):
-        self.p = p
-
-    def __call__(self, image):
-        if random.random() > self.p:
-            return image
-        return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
-
-
-class PlainSolarize:
-    def __call__(self, image):
-        return ImageOps.solarize(image) if random.random() < 0.2 else image
-
-
-class PlainChain:
+def plain_chain():
     """The views as a textbook data set makes them: one torchvision chain per crop, normalised floats out."""
+    finish = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+    recipes = dino_views(GLOBAL_SCALE, LOCAL_SCALE, LOCAL_CROPS)
+    chains = [transforms.Compose([torchvision_chain(recipe), *finish]) for recipe in recipes]
 
-    def __init__(self):
-        colors = [
-            transforms.RandomHorizontalFlip(),
-            transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
-            transforms.RandomGrayscale(p=0.2),
-        ]
-        finish = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
-
-        def crop(size, scale):
-            mode = transforms.InterpolationMode.BICUBIC
-            return transforms.RandomResizedCrop(size, scale=scale, interpolation=mode)
-
-        large, small = crop(224, GLOBAL_SCALE), crop(96, LOCAL_SCALE)
-        self.chains = [
-            transforms.Compose([large, *colors, PlainBlur(1.0), *finish]),
-            transforms.Compose([large, *colors, PlainBlur(0.1), PlainSolarize(), *finish]),
-            *[transforms.Compose([small, *colors, PlainBlur(0.5), *finish])] * LOCAL_CROPS,
-        ]
-
-    def __call__(self, path):
+    def chain(path):
         with open(path, "rb") as file:
             image = Image.open(file).convert("RGB")
-        return [chain(image) for chain in self.chains]
+        return [chain(image) for chain in chains]
+
+    return chain
 
 
 def lightly_chain():
@@ -101,25 +71,11 @@ def lightly_chain():
     return chain
 
 
-def write_photographs(folder: Path, count: int) -> None:
-    """JPEG files of 500 x 375 pixels with the spectrum of photographs (amplitude falling as 1/f)."""
-    rng = np.random.default_rng(0)
-    rows, columns = np.fft.fftfreq(375)[:, None], np.fft.rfftfreq(500)[None]
-    amplitude = 1 / np.maximum(np.hypot(rows, columns), 1 / 500)
-    for i in range(count):
-        phases = rng.uniform(0, 2 * np.pi, (3, *amplitude.shape))
-        planes = np.fft.irfft2(amplitude * np.exp(1j * phases), s=(375, 500))
-        planes = planes + 1.5 * planes.mean(axis=0)  # colours are correlated
-        pixels = 128 + 50 * (planes - planes.mean()) / planes.std()
-        image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
-        image.save(folder / f"{i:03}.jpg", quality=90)
-
-
-def time_chains(source, rounds: int, images_per_round: int) -> dict[str, list[float]]:
-    """Milliseconds per image of every chain, one value per round."""
+def time_chains(source, rounds: int, images_per_round: int) -> Times:
+    """Seconds of every chain on the images of a round."""
     recipes = dino_views(GLOBAL_SCALE, LOCAL_SCALE, LOCAL_CROPS)
     datasets = {backend: MultiCropDataset(source, recipes, backend=backend) for backend in ("pil", "fast")}
-    plain, lightly = PlainChain(), lightly_chain()
+    plain, lightly = plain_chain(), lightly_chain()
 
     def batches(dataset, indices):
         for start in range(0, len(indices), BATCH):
@@ -135,16 +91,8 @@ def time_chains(source, rounds: int, images_per_round: int) -> dict[str, list[fl
     }
     if lightly:
         chains["lightly"] = lambda indices: [lightly(source.path(i)) and None for i in indices]
-    for chain in chains.values():
-        chain(range(BATCH))  # warm up
-    times = {name: [] for name in chains}
     indices = [i * len(source) // images_per_round for i in range(images_per_round)]  # every round does the same
-    for _ in range(rounds):
-        for name, chain in chains.items():
-            start = time.perf_counter()
-            chain(indices)
-            times[name].append((time.perf_counter() - start) / images_per_round * 1e3)
-    return times
+    return alternate({name: partial(chain, indices) for name, chain in chains.items()}, rounds)
 
 
 def time_stages(source, repeats: int) -> dict[str, float]:
@@ -198,55 +146,36 @@ def time_loader(source, num_workers: int, batch_size: int, epochs: int) -> float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--images", help="folder of JPEG files (default: 40 generated ones)")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser = get_args_parser(__doc__, rounds=7)
+    parser.add_argument("--images", help="folder of JPEG files; none: 40 generated ones")
     parser.add_argument("--images_per_round", type=int, default=40)
     parser.add_argument("--loader", action="store_true", help="measure the loader instead of one core")
-    parser.add_argument("--out", help="JSON file for the results")
+    parser.set_defaults(threads=1)
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    cv2.setNumThreads(1)
+    torch.set_num_threads(args.threads)
+    cv2.setNumThreads(args.threads)
 
+    result, targets = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         if not args.images:
-            write_photographs(Path(folder), 40)
+            for i in range(40):
+                path = Path(folder) / f"{i:03}.jpg"
+                path.write_bytes(encoded(photograph(i, 375, 500), "JPEG", quality=90))
         source = open_source(args.images or folder, "all", flag="--images")
         print(source.describe() if args.images else "40 generated JPEG files, 500 x 375 pixels")
-        result = {
-            "cpu": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "versions": {
-                module.__name__: module.__version__ for module in (torch, torchvision, PIL, cv2, simplejpeg, np)
-            },
-        }
         if args.loader:
-            result["loader_images_per_s"] = {}
-            for num_workers in (0, 1, 2):
-                rate = time_loader(source, num_workers, batch_size=20, epochs=3)
-                result["loader_images_per_s"][num_workers] = rate
-                print(f"{num_workers} workers: {rate:.0f} images/s")
+            rates = {workers: time_loader(source, workers, batch_size=20, epochs=3) for workers in (0, 1, 2)}
+            result["loader_images_per_s"] = rates
+            print("\n".join(f"{workers} workers: {rate:.0f} images/s" for workers, rate in rates.items()))
         else:
             times = time_chains(source, args.rounds, args.images_per_round)
-            result["ms_per_image"], result["speedup_over_plain"] = times, {}
-            print(f"{args.rounds} rounds of {args.images_per_round} images; speed-up over plain: median (range), best")
-            print(f"{'chain':10} {'images/s':>9} {'ms/image':>9} {'best ms':>8}  speed-up")
-            for name, values in times.items():
-                ratios = [a / b for a, b in zip(times["plain"], values, strict=True)]
-                ratio = statistics.median(ratios)
-                result["speedup_over_plain"][name] = {"median": ratio, "min": min(ratios), "max": max(ratios)}
-                ms = statistics.median(values)
-                best = min(times["plain"]) / min(values)
-                result["speedup_over_plain"][name]["of_best"] = best
-                spread = f"{ratio:.2f} ({min(ratios):.2f} .. {max(ratios):.2f}), {best:.2f}"
-                print(f"{name:10} {1e3 / ms:9.0f} {ms:9.2f} {min(values):8.2f}  {spread}")
-            met = result["target_met"] = result["speedup_over_plain"]["fast"]["median"] >= 4
-            print(f"target: fast 4 times as fast as plain: {'met' if met else 'not met'}")
+            rates = {name: args.images_per_round / statistics.median(seconds) for name, seconds in times.items()}
+            notes = {name: f"{rate:.0f} images/s" for name, rate in rates.items()}
+            result = {"images_per_s": rates, "chains": compare(times, "plain", notes)}
+            targets["fast 4 times as fast as plain"] = result["chains"]["fast"]["speedup"]["median"] >= 4
             result["stages_ms"] = time_stages(source, repeats=5)
             print("fast, ms per image:", "  ".join(f"{k} {v:.2f}" for k, v in result["stages_ms"].items()))
-    print("versions:", ", ".join(f"{name} {version}" for name, version in result["versions"].items()))
-    if args.out:
-        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+    finish(args, result, targets, (torch, torchvision, PIL, cv2, simplejpeg, np))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ Both networks, alternated in one process; the median of the ratios of neighbouri
 """
 
 import argparse
-import json
-import platform
 import sys
 from pathlib import Path
 
@@ -22,56 +20,38 @@ from resmlp.export import TIMM_MODELS
 from resmlp.hub import to_timm
 from resmlp.resmlp_models import ARCHITECTURES
 from tests.benchmarks.beside_timm import compare, table
-
-
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add = parser.add_argument
-    add("--archs", nargs="+", default=["resmlp_12"], choices=tuple(ARCHITECTURES))
-    add("--side", type=int, default=224, help="of the square images in pixels")
-    add("--batch_size", type=int, default=8)
-    add("--rounds", type=int, default=7, help="turns of each network")
-    add("--threads", type=int, default=2)
-    add("--device", default="cpu", choices=("cpu", "cuda"))
-    add("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=("float32", "bfloat16"))
-    add("--compile", action=argparse.BooleanOptionalAction, default=True, help="also compare both networks compiled")
-    add("--out", type=Path, default=None, help="JSON file with every number")
-    return parser
+from tests.benchmarks.harness import finish, get_args_parser
 
 
 def build(arch: str, side: int, device: str) -> tuple[nn.Module, nn.Module]:
     """Our network and timm's with the same weights."""
     torch.manual_seed(0)
     ours = ARCHITECTURES[arch](img_size=side)
-    theirs = timm.create_model(TIMM_MODELS[arch], img_size=side)
+    theirs = timm.create_model(TIMM_MODELS[ours.embed_dim, ours.patch_size, len(ours.blocks)], img_size=side)
     theirs.load_state_dict(to_timm(ours.state_dict()))
     return ours.to(device), theirs.to(device)
 
 
-def main(arguments: list[str] | None = None) -> dict:
-    args = get_args_parser().parse_args(arguments)
+def main() -> None:
+    parser = get_args_parser(__doc__, rounds=7)
+    add = parser.add_argument
+    add("--archs", nargs="+", default=["resmlp_12"], choices=tuple(ARCHITECTURES))
+    add("--side", type=int, default=224, help="of the square images in pixels")
+    add("--batch_size", type=int, default=8)
+    add("--device", default="cpu", choices=("cpu", "cuda"))
+    add("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=("float32", "bfloat16"))
+    add("--compile", action=argparse.BooleanOptionalAction, default=True, help="also compare both networks compiled")
+    args = parser.parse_args()
     torch.set_num_threads(args.threads)
     results = []
     for arch in args.archs:
-        ours, theirs = build(arch, args.side, args.device)
+        networks = build(arch, args.side, args.device)
         images = torch.randn(args.batch_size, 3, args.side, args.side, device=args.device)
-        results += compare(arch, ours, theirs, images, args.dtypes, args.compile, args.rounds)
+        results += compare(arch, *networks, images, args.dtypes, args.compile, args.rounds)
     print(table(results), flush=True)
     worst = min(result["ratio"] for result in results)
-    report = {
-        "machine": {"torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version()},
-        "flags": {name: str(value) for name, value in vars(args).items()},
-        "results": results,
-        "targets": {"not slower than timm": worst >= 1, "1.2 times as fast as timm": worst >= 1.2},
-    }
-    for target, met in report["targets"].items():
-        print(f"target: {target}: {'met' if met else 'not met'}")
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
-    return report
+    targets = {"not slower than timm": worst >= 1, "1.2 times as fast as timm": worst >= 1.2}
+    finish(args, {"results": results}, targets, (torch, timm))
 
 
 if __name__ == "__main__":

@@ -13,19 +13,12 @@ Steps, alternated, each in a process of its own so that peak memory is told apar
 """
 
 import argparse
-import itertools
-import json
 import math
-import multiprocessing
-import os
-import platform
-import resource
-import statistics
 import sys
 import tempfile
-import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -42,9 +35,11 @@ from shared.optimisation.optim import build_optimizer, param_groups_no_decay_on_
 from shared.optimisation.precision import fast_bf16
 from shared.optimisation.schedules import cosine_schedule
 from shared.run.memory import keep_freed_memory
+from tests.benchmarks.harness import InProcess, Times, alternate, compare, finish, get_args_parser
 from tests.loop_run import LoopRun
 
 LR, WEIGHT_DECAY, MOMENTUM, CLIP = 1e-4, 0.04, 0.996, 3.0
+STEPS = 10_000  # of the schedules
 TARGETS = {"ours": 1.2, "ours-bf16": 4.0}  # speed over plain
 
 
@@ -187,7 +182,7 @@ class OurStep:
         self.device = torch.device(size.device)
         self.student, self.teacher = (self.build(size, rate).to(self.device) for rate in (drop_path_rate, 0.0))
         self.criterion = DINOLoss(size.out_dim, 2 + size.local_crops, 0.04, 0.04, 0, 1).to(self.device)
-        self.amp, self.log = amp, LossOfAStep()
+        self.amp = amp
 
     @staticmethod
     def build(size: argparse.Namespace, drop_path_rate: float) -> MultiCropWrapper:
@@ -199,15 +194,15 @@ class OurStep:
         self.teacher.load_state_dict(state)
         self.teacher.requires_grad_(False)
         self.optimizer = build_optimizer("adamw", param_groups_no_decay_on_bias_and_norm(self.student))
-        steps = LossOfAStep.total_steps
-        self.schedules = Schedules(
-            lr=cosine_schedule(LR, LR, 1, steps),
-            weight_decay=cosine_schedule(WEIGHT_DECAY, WEIGHT_DECAY, 1, steps),
-            momentum=cosine_schedule(MOMENTUM, MOMENTUM, 1, steps),
-        )
+        self.schedules = Schedules(*(cosine_schedule(value, value, 1, STEPS) for value in (LR, WEIGHT_DECAY, MOMENTUM)))
         self.folder = tempfile.TemporaryDirectory()
-        self.run = LoopRun(Path(self.folder.name), steps, amp=self.amp, device=self.device, max_skipped_steps=0)
-        self.run.log = self.log
+        self.run = LoopRun(Path(self.folder.name), STEPS, amp=self.amp, device=self.device, max_skipped_steps=0)
+        self.run.log = SimpleNamespace(
+            batches=lambda loader: loader, is_due=lambda step: False, step=self.remember_loss, total_steps=STEPS
+        )
+
+    def remember_loss(self, step: int, epoch: int, images: int, averages: dict) -> None:
+        self.last_loss = averages["loss"].item()
 
     def __call__(self, views: list[Tensor]) -> float:
         batch = len(views[0]) // 2
@@ -222,28 +217,7 @@ class OurStep:
             clip_grad=CLIP,
             freeze_last_layer=0,
         )
-        return self.log.loss
-
-
-class LossOfAStep:
-    """Takes the place of the run's log."""
-
-    total_steps = 10_000
-
-    def batches(self, loader):
-        return loader
-
-    def is_due(self, step: int) -> bool:
-        return False
-
-    def step(self, step: int, epoch: int, images: int, averages: dict) -> None:
-        self.loss = averages["loss"].item()
-
-
-def make_step(kind: str, size: argparse.Namespace, drop_path_rate: float):
-    if kind == "plain":
-        return PlainStep(size, drop_path_rate)
-    return OurStep(size, drop_path_rate, amp="bf16" if kind == "ours-bf16" else "fp32")
+        return self.last_loss
 
 
 def make_views(size: argparse.Namespace) -> list[Tensor]:
@@ -252,95 +226,54 @@ def make_views(size: argparse.Namespace) -> list[Tensor]:
     return [torch.randn(n, 3, side, side, generator=generator).to(size.device) for n, side in shapes if n]
 
 
-def worker(kind: str, size: argparse.Namespace, drop_path_rate: float, weights: str, connection) -> None:
-    """Does a step whenever told to; answers with its seconds, its loss and the peak memory so far in GiB."""
+def make_step(kind: str, size: argparse.Namespace, drop_path_rate: float, weights: str):
+    """A step on the same views again and again, from the stored weights; it gives the loss: the device has finished."""
     torch.set_num_threads(size.threads)
-    if kind != "plain":
+    if kind == "plain":
+        step = PlainStep(size, drop_path_rate)
+    else:
         keep_freed_memory()
-    step, views = make_step(kind, size, drop_path_rate), make_views(size)
+        step = OurStep(size, drop_path_rate, amp="bf16" if kind == "ours-bf16" else "fp32")
     step.start(torch.load(weights, weights_only=True, mmap=True))
-    connection.send("ready")
-    while connection.recv() == "step":
-        start = time.perf_counter()
-        loss = step(views)  # a number: the device has finished
-        seconds = time.perf_counter() - start
-        connection.send((seconds, loss, peak_gib(size.device)))
+    views = make_views(size)
+    return lambda: step(views)
 
 
-def peak_gib(device: str) -> float:
-    """Of the device's memory, or of this process on a CPU."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-class Worker:
-    def __init__(self, kind: str, size: argparse.Namespace, drop_path_rate: float, weights: str):
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=worker, args=(kind, size, drop_path_rate, weights, theirs), daemon=True)
-        self.process.start()
-        self.seconds: list[float] = []
-        self.losses: list[float] = []
-        self.peak_gib = 0.0
-
-    def wait_until_ready(self) -> None:
-        assert self.connection.recv() == "ready"
-
-    def step(self, count: bool = True) -> None:
-        self.connection.send("step")
-        seconds, loss, self.peak_gib = self.connection.recv()
-        self.losses.append(loss)
-        if count:
-            self.seconds.append(seconds)
-
-    def stop(self) -> None:
-        self.connection.send("stop")
-        self.process.join()
-
-
-def take_turns(kinds: list[str], size: argparse.Namespace, rounds: int, drop_path_rate: float) -> dict[str, Worker]:
-    """``rounds`` timed steps of every kind in alternation, after two that are not timed."""
+def take_turns(
+    kinds: list[str], size: argparse.Namespace, rounds: int, drop_path_rate: float
+) -> tuple[Times, dict[str, list[float]], dict[str, float]]:
+    """Seconds of ``rounds`` steps of every kind, after two that do not count; all losses; peaks of memory in GiB."""
     with tempfile.NamedTemporaryFile(suffix=".pth") as file:
         torch.manual_seed(0)
         torch.save(OurStep.build(size, 0.0).state_dict(), file.name)
-        workers = {kind: Worker(kind, size, drop_path_rate, file.name) for kind in kinds}
-        for one in workers.values():
-            one.wait_until_ready()
-    for i, one in itertools.product(range(2 + rounds), workers.values()):
-        one.step(count=i >= 2)
-    for one in workers.values():
-        one.stop()
-    return workers
+        args = (size, drop_path_rate, file.name)
+        steps = {kind: InProcess(make_step, kind, *args, device=size.device) for kind in kinds}
+        losses = {kind: [] for kind in kinds}
+        ways = {kind: lambda kind=kind: losses[kind].append(steps[kind]()) for kind in kinds}
+        times = alternate(ways, rounds, warm_up=2)
+    for step in steps.values():
+        step.stop()
+    return times, losses, {kind: step.peak_mib / 1024 for kind, step in steps.items()}
 
 
-def compare(size: argparse.Namespace, rounds: int) -> dict:
+def compare_steps(size: argparse.Namespace) -> dict:
     kinds = ["plain", "ours", *(["ours-bf16"] if fast_bf16(torch.device(size.device)) else [])]
     if "ours-bf16" not in kinds:
         print("ours-bf16: not timed, the device has no bfloat16 units", flush=True)
-    workers = take_turns(kinds, size, rounds, drop_path_rate=0.1)
-    plain, result = workers["plain"], {}
-    print(f"{'step':10} {'images/s':>9} {'peak GiB':>9}  speed-up: median (range), of best  memory")
-    for kind, one in workers.items():
-        ratios = [a / b for a, b in zip(plain.seconds, one.seconds, strict=True)]
-        row = {
-            "seconds": one.seconds,
-            "images_per_s": size.batch / min(one.seconds),
-            "peak_gib": one.peak_gib,
-            "speedup": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
-            "memory_ratio": one.peak_gib / plain.peak_gib,
-        }
-        row["speedup"]["of_best"] = min(plain.seconds) / min(one.seconds)
-        result[kind] = row
-        spread = "{median:.2f} ({min:.2f} .. {max:.2f}), {of_best:.2f}".format(**row["speedup"])
-        print(f"{kind:10} {row['images_per_s']:9.2f} {one.peak_gib:9.2f}  {spread:32}  {row['memory_ratio']:.2f}")
-    return result
+    times, _, peaks = take_turns(kinds, size, size.rounds, drop_path_rate=0.1)
+    ratios = {kind: peak / peaks["plain"] for kind, peak in peaks.items()}
+    notes = {
+        kind: f"{size.batch / min(seconds):.2f} images/s at best, {peaks[kind]:.2f} GiB: {ratios[kind]:.2f} of plain"
+        for kind, seconds in times.items()
+    }
+    rows = compare(times, "plain", notes)
+    return {kind: row | {"peak_gib": peaks[kind], "memory_ratio": ratios[kind]} for kind, row in rows.items()}
 
 
 def check_equal_losses(size: argparse.Namespace) -> dict:
     """Losses of three steps from the same weights, without stochastic depth and on small inputs."""
     small = argparse.Namespace(**(vars(size) | {"arch": "vit_tiny", "batch": 2, "out_dim": 1024, "local_crops": 2}))
-    losses = {k: w.losses for k, w in take_turns(["plain", "ours", "ours-bf16"], small, 1, drop_path_rate=0.0).items()}
+    _, losses, _ = take_turns(["plain", "ours", "ours-bf16"], small, 1, drop_path_rate=0.0)
     worst = {
         kind: max(abs(a / b - 1) for a, b in zip(losses[kind], losses["plain"], strict=True))
         for kind in ("ours", "ours-bf16")
@@ -350,7 +283,7 @@ def check_equal_losses(size: argparse.Namespace) -> dict:
     return worst
 
 
-def growth(size: argparse.Namespace, rounds: int) -> list[dict]:
+def growth(size: argparse.Namespace) -> list[dict]:
     """Our step when one size changes and the others stay."""
     changes = {
         "local_crops": (0, 2, 4, 8),
@@ -364,15 +297,15 @@ def growth(size: argparse.Namespace, rounds: int) -> list[dict]:
     for name, values in changes.items():
         for value in values:
             changed = argparse.Namespace(**(vars(size) | {name: value}))
-            (one,) = take_turns(["ours"], changed, rounds, drop_path_rate=0.1).values()
-            images_per_s = changed.batch / min(one.seconds)
-            rows.append({name: value, "images_per_s": images_per_s, "peak_gib": one.peak_gib})
-            print(f"{name:11} {value:6} {images_per_s:9.2f} {one.peak_gib:9.2f}", flush=True)
+            times, _, peaks = take_turns(["ours"], changed, size.rounds, drop_path_rate=0.1)
+            images_per_s = changed.batch / min(times["ours"])
+            rows.append({name: value, "images_per_s": images_per_s, "peak_gib": peaks["ours"]})
+            print(f"{name:11} {value:6} {images_per_s:9.2f} {peaks['ours']:9.2f}", flush=True)
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = get_args_parser(__doc__, rounds=5)
     parser.add_argument("--arch", default="vit_small", choices=("vit_tiny", "vit_small", "vit_base"))
     parser.add_argument("--patch_size", type=int, default=16)
     parser.add_argument("--batch", type=int, default=8)
@@ -380,38 +313,20 @@ def main() -> None:
     parser.add_argument("--local_px", type=int, default=96)
     parser.add_argument("--local_crops", type=int, default=8)
     parser.add_argument("--out_dim", type=int, default=65536)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--growth", action="store_true", help="measure how the cost grows instead")
-    parser.add_argument("--out", help="JSON file for the results")
     size = parser.parse_args()
-    rounds, out, grow = size.rounds, size.out, size.growth
-
-    result = {
-        "cpu": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "versions": {"torch": torch.__version__},
-        "setting": {k: v for k, v in vars(size).items() if k not in ("out", "growth")},
-    }
-    print(", ".join(f"{k} {v}" for k, v in result["setting"].items()), flush=True)
-    if grow:
-        result["growth"] = growth(size, rounds)
-    else:
-        result["relative_difference_of_losses"] = check_equal_losses(size)
-        result["steps"] = steps = compare(size, rounds)
-        result["targets"] = {
-            f"{kind} {least} times as fast as plain": steps[kind]["speedup"]["median"] >= least
-            for kind, least in TARGETS.items()
-            if kind in steps
-        } | {f"{kind} in 0.7 of the memory": steps[kind]["memory_ratio"] <= 0.7 for kind in TARGETS if kind in steps}
-        for target, met in result["targets"].items():
-            print(f"target: {target}: {'met' if met else 'not met'}")
-    device = torch.cuda.get_device_name() if size.device == "cuda" else result["capability"]
-    print("versions: torch", torch.__version__, device)
-    if out:
-        Path(out).write_text(json.dumps(result, indent=1) + "\n")
+    print(", ".join(f"{name} {value}" for name, value in vars(size).items()), flush=True)
+    if size.growth:
+        finish(size, {"growth": growth(size)})
+        return
+    result = {"relative_difference_of_losses": check_equal_losses(size), "steps": compare_steps(size)}
+    targets = {}
+    for kind, least in TARGETS.items():
+        if (step := result["steps"].get(kind)) is not None:
+            targets[f"{kind} {least} times as fast as plain"] = step["speedup"]["median"] >= least
+            targets[f"{kind} in 0.7 of the memory"] = step["memory_ratio"] <= 0.7
+    finish(size, result, targets)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,8 @@ network with timm's XCiT of the same weights, alternated; the median of the rati
 """
 
 import argparse
-import json
 import math
 import multiprocessing
-import platform
-import resource
 import sys
 import time
 from pathlib import Path
@@ -26,25 +23,20 @@ import torch
 from torch import nn
 
 from shared.pictures.curves import Curve, Panel, save_panels
-from tests.benchmarks import beside_timm
+from tests.benchmarks import beside_timm, harness
 from tests.benchmarks.beside_timm import WORK, do
+from tests.benchmarks.harness import finish, peak_mib
 from xcit.cross_covariance_transformer import architecture, build_xcit
 from xcit.hub import to_timm
 
-MIB = 1 << 20
-
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = harness.get_args_parser(__doc__, rounds=3)  # of which the fastest counts
     add = parser.add_argument
     add("--size", default="small_12", help="of the XCiT; the ViT has as many channels, blocks and heads")
     add("--sides", type=int, nargs="+", default=[96, 160, 224, 320, 448, 640], help="of the square images in pixels")
     add("--patch_sizes", type=int, nargs="+", default=[16], choices=(8, 16))
     add("--batch_size", type=int, default=1)
-    add("--rounds", type=int, default=3, help="repetitions; the fastest counts")
-    add("--threads", type=int, default=2)
     add("--device", default="cpu", choices=("cpu", "cuda"))
     add("--scaling_dtype", default="float32", choices=("float32", "bfloat16"), help="of the work at every resolution")
     add("--timm_side", type=int, default=224, help="side of the images in the comparison with timm; 0: none")
@@ -52,7 +44,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--timm_rounds", type=int, default=9, help="turns of each network in the comparison with timm")
     add("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=("float32", "bfloat16"), help="beside timm")
     add("--compile", action=argparse.BooleanOptionalAction, default=True, help="also compare with timm compiled")
-    add("--out", type=Path, default=None, help="JSON file with every number")
     add("--picture", type=Path, default=None, help="PNG file with the curves")
     return parser
 
@@ -75,23 +66,15 @@ def build(kind: str, size: str, patch_size: int, side: int) -> nn.Module:
     )
 
 
-def peak_bytes(device: str) -> int:
-    return (
-        torch.cuda.max_memory_allocated()
-        if device == "cuda"
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
-
-
 def measure(kind: str, work: str, patch_size: int, side: int, args: argparse.Namespace) -> dict:
-    """Seconds of the fastest of several rounds, and bytes at the peak beyond the idle network."""
+    """Seconds of the fastest of several rounds, and MiB at the peak beyond the idle network."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     network = build(kind, args.size, patch_size, side).to(args.device)
     images = torch.randn(args.batch_size, 3, side, side, device=args.device)
-    idle = peak_bytes(args.device)
+    idle = peak_mib(args.device)
     seconds = []
     for _ in range(args.rounds + 1):  # the first one warms up
         start = time.perf_counter()
@@ -103,7 +86,7 @@ def measure(kind: str, work: str, patch_size: int, side: int, args: argparse.Nam
         "patch_size": patch_size,
         "side": side,
         "seconds": min(seconds[1:]),
-        "peak_mib": (peak_bytes(args.device) - idle) / MIB,
+        "peak_mib": peak_mib(args.device) - idle,
         "parameters": sum(p.numel() for p in network.parameters()),
     }
 
@@ -156,12 +139,12 @@ def table(results: list[dict], sides: list[int]) -> str:
 def picture(results: list[dict], path: Path) -> None:
     panels = []
     for work in WORK:
-        for key, unit, factor in (("seconds", "seconds", 1.0), ("peak_mib", "MiB beyond the idle network", 1.0)):
+        for key, unit in (("seconds", "seconds"), ("peak_mib", "MiB beyond the idle network")):
             curves = []
             for kind, patch_size in dict.fromkeys((r["network"], r["patch_size"]) for r in results):
                 mine = [r for r in results if (r["network"], r["patch_size"], r["work"]) == (kind, patch_size, work)]
                 label = f"{'XCiT' if kind == 'xcit' else 'ViT'}/{patch_size}"
-                curves.append(Curve([r["side"] for r in mine], [r[key] * factor for r in mine], label))
+                curves.append(Curve([r["side"] for r in mine], [r[key] for r in mine], label))
             what = "time" if key == "seconds" else "peak memory"
             panels.append(Panel(f"{work}: {what}", "side of the image (px)", unit, curves))
     save_panels(panels, path, "XCiT and a ViT of equal size with fused attention")
@@ -195,18 +178,9 @@ def main(arguments: list[str] | None = None) -> dict:
     against_timm = compare_with_timm(args) if args.timm_side else []
     if against_timm:
         print("\n" + beside_timm.table(against_timm), flush=True)
-    report = {
-        "machine": {"torch": torch.__version__, "python": platform.python_version(), "threads": args.threads},
-        "flags": {key: str(value) for key, value in vars(args).items()},
-        "scaling": scaling,
-        "beside_timm": against_timm,
-    }
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
     if args.picture is not None:
         picture(scaling, args.picture)
-    return report
+    return finish(args, {"scaling": scaling, "beside_timm": against_timm}, packages=(torch, timm))
 
 
 if __name__ == "__main__":

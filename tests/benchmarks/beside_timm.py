@@ -1,11 +1,13 @@
 """Our network beside timm's implementation of it, eager and compiled: images per second of both, taking turns."""
 
 import statistics
-import time
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+
+from tests.benchmarks.harness import alternate, spread
 
 WORK = ("forward", "training step")
 
@@ -25,16 +27,11 @@ def do(work: str, network: nn.Module, images: Tensor, dtype: str) -> None:
 
 def take_turns(networks: dict[str, nn.Module], work: str, images: Tensor, dtype: str, rounds: int) -> dict:
     """Images per second of ``ours`` and ``timm``, and how much faster ours is: median and range over the turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in networks}
-    for turn in range(rounds + 1):
-        for name, network in networks.items():
-            start = time.perf_counter()
-            do(work, network, images, dtype)
-            if turn:  # the first one warms up
-                seconds[name].append(time.perf_counter() - start)
-    ratios = [theirs / ours for ours, theirs in zip(seconds["ours"], seconds["timm"], strict=True)]
-    rates = {f"{name}_images_per_s": len(images) / statistics.median(values) for name, values in seconds.items()}
-    return {**rates, "ratio": statistics.median(ratios), "ratio_range": [min(ratios), max(ratios)]}
+    ways = {name: partial(do, work, network, images, dtype) for name, network in networks.items()}
+    times = alternate(ways, rounds)
+    rates = {f"{name}_images_per_s": len(images) / statistics.median(seconds) for name, seconds in times.items()}
+    ratio = spread(theirs / ours for ours, theirs in zip(times["ours"], times["timm"], strict=True))
+    return {**rates, "ratio": ratio["median"], "ratio_range": [ratio["min"], ratio["max"]]}
 
 
 def compare(

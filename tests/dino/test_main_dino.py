@@ -196,7 +196,7 @@ def test_knn_and_pictures_of_images_some_of_which_are_unreadable(images, tmp_pat
     assert drawn == {"views.png", "neighbours.png", "curves.png", "attention"}
     printed = capsys.readouterr().out
     assert "--patch_size 8 does not divide --local_crop_size 11; the last 3 rows and columns" in printed
-    assert "python eval_knn.py" in printed and str(tmp_path / "run" / "checkpoint.pth") in printed
+    assert "python dino/eval_knn.py" in printed and str(tmp_path / "run" / "checkpoint.pth") in printed
 
 
 def test_another_network_than_the_checkpoints_is_refused_and_leaves_it_alone(images, tmp_path):

@@ -41,6 +41,7 @@ TRAININGS = {
         whole=("--arch", "vit_tiny"),
         exact=("--drop_path_rate", "0"),
         launcher=("dino.run_with_submitit", "main"),
+        job=("--epochs", "20", "--saveckp_freq", "0"),
     )
 }
 

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 DATA = Path(__file__).parent / "data"
 
@@ -30,7 +32,7 @@ class GoldenFile:
         self.read.add(key)
         return self.arrays[key]
 
-    def tensor(self, key: str) -> torch.Tensor:
+    def tensor(self, key: str) -> Tensor:
         return torch.from_numpy(np.array(self[key]))  # a copy, and 0-d arrays stay tensors
 
     def scalar(self, key: str) -> float | int:
@@ -43,13 +45,42 @@ class GoldenFile:
         """Names that start with ``prefix``, in file order (does not count as a use)."""
         return [key for key in self.arrays if key.startswith(prefix)]
 
-    def cases(self, prefix: str) -> list[str]:
-        """Distinct next path parts below ``prefix`` (``"loss/"`` -> ``["meta_f64", "epoch0", ...]``)."""
-        return list(dict.fromkeys(key[len(prefix) :].split("/")[0] for key in self.keys(prefix)))
+    def cases(self, prefix: str, *starts: str) -> list[str]:
+        """Distinct next path parts below ``prefix`` (``"loss/"`` -> ``["meta_f64", "epoch0", ...]``).
 
-    def state_dict(self, prefix: str) -> dict[str, torch.Tensor]:
+        Args:
+            starts: Only those that start with one of these.
+        """
+        found = dict.fromkeys(key[len(prefix) :].split("/")[0] for key in self.keys(prefix))
+        return [case for case in found if case.startswith(starts or "")]
+
+    def state_dict(self, prefix: str) -> dict[str, Tensor]:
         """Tensors below ``prefix`` under their state-dict names."""
         return {key[len(prefix) :]: self.tensor(key) for key in self.keys(prefix)}
 
-    def unread(self, prefix: str = "") -> list[str]:
-        return [key for key in self.keys(prefix) if key not in self.read]
+    def unread(self, *prefixes: str) -> list[str]:
+        """Arrays below these prefixes, or of the whole file, that no test has read."""
+        return [key for key in self.keys() if key.startswith(prefixes or "") and key not in self.read]
+
+    def assert_checksums(
+        self,
+        group: str,
+        tensors: dict[str, Tensor],
+        rtol: float = 1e-4,
+        atol: float = 1e-5,
+        loose: dict[str, float] | None = None,
+    ) -> None:
+        """The named tensors are those of ``group``, by mean, standard deviation, norm and first four values of each.
+
+        Args:
+            loose: Other ``atol`` for the names in which a pattern is found.
+        """
+        names, expected = self[f"{group}/names"].tolist(), self[f"{group}/values"]
+        assert set(names) == set(tensors), group
+        for name, row in zip(names, expected, strict=True):
+            values = tensors[name].detach().double().flatten()
+            found = np.zeros(7)
+            found[:3] = values.mean(), values.std(correction=0), values.norm()
+            found[3 : 3 + len(values[:4])] = values[:4]
+            own_atol = next((a for pattern, a in (loose or {}).items() if re.search(pattern, name)), atol)
+            np.testing.assert_allclose(found, row, rtol=rtol, atol=own_atol, err_msg=f"{group}: {name}")

@@ -30,13 +30,6 @@ from tests.loop_run import LoopRun
 GOLDEN = GoldenFile("deepcluster")
 
 
-def cases(*prefixes: str) -> list[str]:
-    """Names of the cases whose name is a prefix and perhaps a number."""
-    found = [case for case in GOLDEN.cases("") if case.startswith(prefixes) and case != "v2"]
-    assert found
-    return found
-
-
 def rounded(key: str) -> float:
     """A parameter that the file stores in float32."""
     return round(GOLDEN.scalar(key), 6)
@@ -45,7 +38,7 @@ def rounded(key: str) -> float:
 # --- Clustering -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", cases("preprocess"))
+@pytest.mark.parametrize("case", GOLDEN.cases("", "preprocess"))
 def test_pca_whitening(case):
     y, components = pca_whiten(GOLDEN.tensor(f"{case}/in/x"), GOLDEN.scalar(f"{case}/in/pca"))
     expected, gram = GOLDEN.tensor(f"{case}/out/y"), GOLDEN.tensor(f"{case}/out/gram")
@@ -57,7 +50,7 @@ def test_pca_whitening(case):
 
 
 @pytest.mark.parametrize("backend", [kmeans_torch, kmeans_faiss])
-@pytest.mark.parametrize("case", cases("kmeans"))
+@pytest.mark.parametrize("case", GOLDEN.cases("", "kmeans"))
 def test_kmeans_from_the_centroids_of_the_reference(case, backend):
     x, start = GOLDEN.tensor(f"{case}/in/x"), GOLDEN.tensor(f"{case}/out/init_centroids")
     found = backend(x, start)
@@ -74,7 +67,7 @@ def test_kmeans_from_the_centroids_of_the_reference(case, backend):
     assert all((x == row).all(dim=1).any() for row in start)
 
 
-@pytest.mark.parametrize("case", cases("pic"))
+@pytest.mark.parametrize("case", GOLDEN.cases("", "pic"))
 def test_power_iteration_clustering(case):
     x, num_neighbours = GOLDEN.tensor(f"{case}/in/x"), GOLDEN.scalar(f"{case}/in/nnn")
     sigma, alpha = rounded(f"{case}/in/sigma"), rounded(f"{case}/in/alpha")
@@ -107,7 +100,7 @@ def partition(clusters: list[np.ndarray]) -> set[frozenset[int]]:
 # --- Sampling ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", cases("sampler"))
+@pytest.mark.parametrize("case", GOLDEN.cases("", "sampler"))
 def test_sampler_and_pseudo_labels(case):
     clusters = lists_of(f"{case}/in/flat", f"{case}/in/offsets")
     num_draws = GOLDEN.scalar(f"{case}/in/N")
@@ -145,7 +138,7 @@ def test_sobel_filter():
     torch.testing.assert_close(sobel(GOLDEN.tensor("sobel/in/x")), GOLDEN.tensor("sobel/out/y"), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", cases("alexnet", "vgg16"))
+@pytest.mark.parametrize("case", GOLDEN.cases("", "alexnet", "vgg16"))
 @torch.no_grad()
 def test_official_networks(case):
     assert GOLDEN.scalar(f"{case}/in/dummy") == 0
@@ -215,7 +208,7 @@ def test_ten_crop_scores():
     torch.testing.assert_close(100 * hits5, GOLDEN.tensor("tencrop_eval/out/prec5"), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("case", cases("rmac_regions"))
+@pytest.mark.parametrize("case", GOLDEN.cases("", "rmac_regions"))
 def test_rmac_regions(case):
     regions = rmac_regions(*(GOLDEN.scalar(f"{case}/in/{name}") for name in "HWL"))
     assert regions == [tuple(row) for row in GOLDEN[f"{case}/out/xywh"].tolist()]
@@ -233,7 +226,7 @@ def test_rmac_descriptor():
     torch.testing.assert_close(descriptor.abs(), GOLDEN.tensor("rmac/out/rmac")[0].abs(), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("case", cases("voc_map"))
+@pytest.mark.parametrize("case", GOLDEN.cases("", "voc_map"))
 def test_average_precision_of_voc(case):
     found = average_precisions(GOLDEN[f"{case}/in/scores"].sum(axis=0), GOLDEN[f"{case}/in/gts"])
     np.testing.assert_allclose(found, GOLDEN[f"{case}/out/ap"], atol=1e-4)

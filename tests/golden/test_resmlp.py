@@ -11,28 +11,21 @@ from timm.data.mixup import mixup_target
 
 from resmlp.main import parse_args
 from resmlp.resmlp_models import Affine, Block, ResMLP
-from shared.supervised.data import RepeatedAugmentationSampler
 from shared.supervised.losses import distillation_loss
 from shared.supervised.optimizer import build_timm_optimizer, build_timm_schedule, set_learning_rate
 from tests.golden.golden_file import GoldenFile
+from tests.golden.supervised import (
+    base_loss,
+    check_distillation,
+    check_repeated_augmentation,
+    distillation_cases,
+)
 
 GOLDEN = GoldenFile("resmlp")
 CONFIG = GOLDEN.json("config")
-MODELS = [case for case in GOLDEN.cases("") if case.startswith("model")]
+MODELS = GOLDEN.cases("", "model")
 
 assert_close = partial(torch.testing.assert_close, rtol=1e-4, atol=2e-5)
-
-
-def assert_checksums(group: str, tensors: dict[str, torch.Tensor], atol: float = 1e-5) -> None:
-    """Compare mean, standard deviation, norm and first four values of the named tensors."""
-    names = GOLDEN[f"{group}/names"].tolist()
-    assert sorted(names) == sorted(tensors)
-    found = []
-    for name in names:
-        values = tensors[name].detach().double().flatten()
-        first = F.pad(values[:4], (0, 4 - len(values[:4])))
-        found.append([values.mean(), values.std(correction=0), values.norm(), *first])
-    np.testing.assert_allclose(np.array(found), GOLDEN[f"{group}/values"], rtol=1e-4, atol=atol, err_msg=group)
 
 
 def gradients(network: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -70,7 +63,7 @@ def test_block():
     out = block.eval()(GOLDEN.tensor("affine/x"))
     assert_close(out, GOLDEN.tensor("block/out"))
     out.square().mean().backward()
-    assert_checksums("block/gradcheck", gradients(block))
+    GOLDEN.assert_checksums("block/gradcheck", gradients(block))
 
 
 @pytest.mark.parametrize("case", MODELS)
@@ -85,7 +78,7 @@ def test_network(case):
     else:
         loss = out.square().mean()
     loss.backward()
-    assert_checksums(f"{case}/gradcheck", gradients(network))
+    GOLDEN.assert_checksums(f"{case}/gradcheck", gradients(network))
 
 
 OPTIMIZERS = [case for case in GOLDEN.cases("opt/") if f"opt/{case}/losses" in GOLDEN]
@@ -112,53 +105,25 @@ def test_three_steps_of_an_optimizer(name):
         optimizer.step()
         losses.append(loss.item())
     np.testing.assert_allclose(losses, GOLDEN[f"opt/{name}/losses"], rtol=1e-4, atol=1e-5)
-    assert_checksums(f"opt/{name}/params", dict(network.named_parameters()))
+    GOLDEN.assert_checksums(f"opt/{name}/params", dict(network.named_parameters()))
 
 
-def base_loss(name: str, logits: torch.Tensor) -> torch.Tensor:
-    if name == "soft_target":
-        return F.cross_entropy(logits, GOLDEN.tensor("distill/soft_targets"))
-    smoothing = 0.0 if name == "ce" else float(name.removeprefix("label_smooth"))
-    return F.cross_entropy(logits, GOLDEN.tensor("distill/labels"), label_smoothing=smoothing)
-
-
-DISTILLATION = [key for key in GOLDEN.keys("distill/") if key.count("/") == 3]
-
-
-@pytest.mark.parametrize("key", DISTILLATION)
+@pytest.mark.parametrize("key", distillation_cases(GOLDEN))
 def test_distillation(key):
-    _, base, kind, numbers = key.split("/")
-    alpha, tau = map(float, re.fullmatch(r"alpha([\d.]+)_tau([\d.]+)", numbers).groups())
-    logits, logits_kd, teacher = (GOLDEN.tensor(f"distill/{n}") for n in ("outputs", "outputs_kd", "teacher_logits"))
-    loss = distillation_loss(base_loss(base, logits), logits_kd, teacher, kind, alpha, tau)
-    assert_close(loss, GOLDEN.tensor(key))
+    check_distillation(GOLDEN, key)
 
 
 def test_gradients_of_distillation():
     logits, logits_kd = (GOLDEN.tensor(f"distill/{name}").requires_grad_() for name in ("outputs", "outputs_kd"))
     teacher, tau = GOLDEN.tensor("distill/teacher_logits"), CONFIG["at"][-1][1]
-    distillation_loss(base_loss("soft_target", logits), logits_kd, teacher, "soft", 0.5, tau).backward()
+    distillation_loss(base_loss(GOLDEN, "soft_target", logits), logits_kd, teacher, "soft", 0.5, tau).backward()
     assert_close(logits.grad, GOLDEN.tensor("distill/grad_outputs_soft"))
     assert_close(logits_kd.grad, GOLDEN.tensor("distill/grad_outputs_kd_soft"))
 
 
 @pytest.mark.parametrize("case", GOLDEN.cases("rasampler/"))
 def test_repeated_augmentation(case, monkeypatch):
-    n, world_size, rank, epoch, repeats, shuffled = map(
-        int, re.fullmatch(r"n(\d+)_w(\d+)_r(\d+)_e(\d+)_rep(\d+)_sh(\d)", case).groups()
-    )
-    if not shuffled:
-        monkeypatch.setattr(torch, "randperm", lambda n, generator: torch.arange(n))
-    sampler = RepeatedAugmentationSampler(n, batch_size=1, rank=rank, world_size=world_size)
-    sampler.repeats = repeats
-    sampler.set_epoch(epoch)
-    indices = np.array([index for [(_, index, _)] in sampler])
-    expected = GOLDEN[f"rasampler/{case}/indices"]
-    np.testing.assert_array_equal(indices[: len(expected)], expected)
-    assert (len(indices), indices.sum()) == (
-        GOLDEN.scalar(f"rasampler/{case}/len"),
-        GOLDEN.scalar(f"rasampler/{case}/sum"),
-    )
+    check_repeated_augmentation(GOLDEN, case, monkeypatch)
 
 
 @pytest.mark.parametrize("case", GOLDEN.cases("mixup_target/"))

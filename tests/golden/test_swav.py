@@ -1,14 +1,132 @@
-"""Sinkhorn-Knopp against assignments measured on the reference of SwAV, on one and on two processes."""
+"""SwAV's network, assignments, training and evaluations against arrays measured on the reference.
 
+Every size and case name comes from the file. The file does not hold temperature, epsilon, iterations and weight decay,
+which are the same in all cases of the training.
+"""
+
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
+from shared.evaluation.linear import validate
+from shared.images.views import ViewParams, ViewRecipe, apply_fast, apply_pil
+from shared.optimisation.schedules import cosine_schedule
+from shared.run.log import read_log
 from shared.sinkhorn import sinkhorn_knopp
+from swav import losses, main_swav
+from swav.eval_linear import RegLog, pool_windows
+from swav.larc import LARC
+from swav.losses import EmbeddingQueue, PrototypeUsage, SwappedPrediction
+from swav.resnet50 import ResNet, resnet50
 from tests.golden.golden_file import GoldenFile
+from tests.golden.hash_fill import hash_filled, hash_input
+from tests.golden.small_resnet import small_resnet
+from tests.loop_run import LoopRun
 from tests.processes import run_processes
 
 GOLDEN = GoldenFile("swav")
-CASES = [case for case in GOLDEN.cases("") if case.startswith("sinkhorn")]
-TOLERANCE = {"rtol": 1e-4, "atol": 1e-7}
+TEMPERATURE, EPSILON, SINKHORN_ITERATIONS, TRAIN_WEIGHT_DECAY = 0.1, 0.05, 3, 1e-4
+
+assert_close = partial(torch.testing.assert_close, rtol=1e-3, atol=1e-5)
+
+
+# --- Network ----------------------------------------------------------------------------------------------------------
+
+
+STATE = GOLDEN.state_dict("resnet_small/sd/")
+CROPS = [GOLDEN.tensor(key) for key in GOLDEN.keys("resnet_small/in/x")]
+
+
+def expected(name: str) -> Tensor:
+    return GOLDEN.tensor(f"resnet_small/out/{name}")
+
+
+def joined_by_size(crops: list[Tensor]) -> list[Tensor]:
+    sides = dict.fromkeys(crop.shape[-1] for crop in crops)
+    return [torch.cat([crop for crop in crops if crop.shape[-1] == side]) for side in sides]
+
+
+@pytest.mark.parametrize("arrange", [list, joined_by_size])
+def test_embeddings_and_scores_of_all_crops(arrange):
+    embeddings, scores = small_resnet(STATE).eval()(arrange(CROPS))
+    assert_close(embeddings, expected("emb_eval"))
+    assert_close(scores, expected("scores_eval"))
+
+
+def test_one_tensor_is_a_list_of_one():
+    embeddings, _ = small_resnet(STATE).eval()(CROPS[0])
+    assert_close(embeddings, expected("emb_eval_single"))
+
+
+def test_backbone_gives_pooled_features_or_the_map():
+    network = small_resnet(STATE).eval()
+    assert_close(network.forward_backbone(CROPS[0]), expected("pooled"))
+    trunk = {key: value for key, value in STATE.items() if not key.startswith(("projection_head", "prototypes"))}
+    bare = ResNet([1, 1, 1, 1], width_per_group=len(STATE["conv1.weight"]), eval_mode=True).eval()
+    bare.load_state_dict(trunk)
+    assert_close(bare(CROPS[0]), expected("layer4_map"))
+
+
+def test_training_mode_has_statistics_per_resolution():
+    network = small_resnet(STATE).train()
+    embeddings, scores = network(CROPS)
+    assert_close(embeddings, expected("emb_train"))
+    assert_close(scores, expected("scores_train"))
+    assert_close(network.bn1.running_mean, expected("bn1_running_mean_after"))
+    assert_close(network.bn1.running_var, expected("bn1_running_var_after"))
+    assert_close(network.projection_head[1].running_mean, expected("head_bn_running_mean_after"))
+
+
+def test_only_neighbours_of_equal_size_are_joined():
+    embeddings, _ = small_resnet(STATE).train()([CROPS[0], CROPS[2], CROPS[1]])
+    assert_close(embeddings, expected("emb_train_mixed_order"))
+
+
+def test_resnet50_with_weights_made_from_their_names():
+    assert GOLDEN.scalar("resnet50_hash/in/dummy") == 0
+    dim = GOLDEN["resnet50_hash/out/emb"].shape[1]
+    network = resnet50(output_dim=dim, hidden_mlp=2048, nmb_prototypes=3000, normalize=True)
+    assert sum(p.numel() for p in network.parameters()) == GOLDEN.scalar("resnet50_hash/out/nparams")
+    network.load_state_dict(hash_filled(network.state_dict()))
+    crops = [hash_input(f"crop{i}", (1, 3, side, side)) for i, side in enumerate((64, 64, 48))]
+    with torch.no_grad():
+        embeddings, scores = network.eval()(crops)
+        pooled = network.forward_backbone(crops[0])
+    first_scores = GOLDEN.tensor("resnet50_hash/out/scores64")
+    for found, wanted in (
+        (embeddings, GOLDEN.tensor("resnet50_hash/out/emb")),
+        (scores[:, : first_scores.shape[1]], first_scores),
+        (pooled, GOLDEN.tensor("resnet50_hash/out/pooled")),
+    ):
+        torch.testing.assert_close(found, wanted, rtol=2e-3, atol=1e-4)
+
+
+def blur_difference(case: str, apply) -> np.ndarray:
+    """Grey levels between the stored blurred image and ours, far from edges (ours are square, so it has others)."""
+    image = GOLDEN[f"{case}/in/image"]
+    side = min(image.shape[:2])  # views are square
+    radius = GOLDEN.scalar(f"{case}/in/radius")
+    view = ViewParams(0, 0, side, side, flip=False, jitter=(), grey=False, blur_radius=radius, solarize=False)
+    out = np.empty((side, side, 3), dtype=np.uint8)
+    apply(image, view, ViewRecipe(side, (1.0, 1.0)), out)
+    margin = 2 + int(3 * radius)
+    inside = slice(margin, side - margin)
+    return np.abs(out[inside, inside].astype(int) - GOLDEN[f"{case}/out/image"][inside, inside])
+
+
+@pytest.mark.parametrize("case", GOLDEN.cases("", "blur"))
+def test_blur(case):
+    assert blur_difference(case, apply_pil).max() <= 1
+    assert blur_difference(case, apply_fast).mean() < 1.5  # its weights are multiples of 1/256; the image is noise
+
+
+# --- Assignments ------------------------------------------------------------------------------------------------------
 
 
 def parameters(case: str) -> tuple[float, int]:
@@ -17,29 +135,210 @@ def parameters(case: str) -> tuple[float, int]:
 
 
 def test_assignments_of_one_process():
-    cases = [case for case in CASES if f"{case}/in/scores" in GOLDEN]
-    assert cases
-    for case in cases:
+    found = [case for case in GOLDEN.cases("", "sinkhorn") if f"{case}/in/scores" in GOLDEN]
+    assert found
+    for case in found:
         assignments = sinkhorn_knopp(GOLDEN.tensor(f"{case}/in/scores"), *parameters(case))
-        torch.testing.assert_close(assignments, GOLDEN.tensor(f"{case}/out/q"), **TOLERANCE)
+        torch.testing.assert_close(assignments, GOLDEN.tensor(f"{case}/out/q"), rtol=1e-4, atol=1e-7)
 
 
-def balance(rank: int, scores_of_ranks: list[list[torch.Tensor]], arguments: list[tuple[float, int]]):
+def balance(rank: int, scores_of_ranks: list[list[Tensor]], arguments: list[tuple[float, int]]):
     return [sinkhorn_knopp(scores[rank], *a) for scores, a in zip(scores_of_ranks, arguments, strict=True)]
 
 
-def of_ranks(case: str, name: str) -> list[torch.Tensor]:
+def of_ranks(case: str, name: str) -> list[Tensor]:
     return [GOLDEN.tensor(key) for key in sorted(GOLDEN.keys(f"{case}/{name}_rank"))]
 
 
 def test_assignments_of_two_processes():
-    cases = [case for case in CASES if f"{case}/in/scores_rank0" in GOLDEN]
-    assert cases
-    scores = [of_ranks(case, "in/scores") for case in cases]
-    results = run_processes(balance, len(scores[0]), scores, [parameters(case) for case in cases])
-    for case, *assignments in zip(cases, *results, strict=True):
-        torch.testing.assert_close(assignments, of_ranks(case, "out/q"), **TOLERANCE)
+    found = [case for case in GOLDEN.cases("", "sinkhorn") if f"{case}/in/scores_rank0" in GOLDEN]
+    scores = [of_ranks(case, "in/scores") for case in found]
+    results = run_processes(balance, len(scores[0]), scores, [parameters(case) for case in found])
+    for case, *assignments in zip(found, *results, strict=True):
+        torch.testing.assert_close(assignments, of_ranks(case, "out/q"), rtol=1e-4, atol=1e-7)
 
 
-def test_every_sinkhorn_array_was_compared():
-    assert not [key for case in CASES for key in GOLDEN.unread(f"{case}/")]
+# --- Training ---------------------------------------------------------------------------------------------------------
+
+
+class Stub(nn.Module):
+    """Gives the stored embeddings, one set per step."""
+
+    def __init__(self, outputs: list[Tensor], prototypes: Tensor):
+        super().__init__()
+        self.outputs = nn.ParameterList(outputs)
+        self.prototypes = nn.Linear(*reversed(prototypes.shape), bias=False)
+        self.prototypes.weight.data.copy_(prototypes)
+        self.step = 0
+
+    def forward(self, views):
+        embeddings = F.normalize(self.outputs[self.step], dim=1)
+        self.step += 1
+        return embeddings, self.prototypes(embeddings)
+
+
+class Recorder:
+    """Stands for the checkpointer: looks at the training after every step."""
+
+    def __init__(self, network: nn.Module, queue: EmbeddingQueue):
+        self.prototypes, self.queue = network.prototypes, queue
+        self.gradients, self.weights, self.queues = [], [], []
+
+    def after_step(self, epoch: int, step_in_epoch: int) -> None:
+        weight = self.prototypes.weight
+        self.gradients.append(torch.zeros_like(weight) if weight.grad is None else weight.grad.clone())
+        self.weights.append(weight.detach().clone())
+        if self.queue.is_used:
+            self.queues.append(self.queue.embeddings.clone())
+
+
+def train(
+    case: str, network: nn.Module, optimizer, batches: list[list[Tensor]], tmp_path, monkeypatch
+) -> SimpleNamespace:
+    """The real train_one_epoch on one epoch of ``batches``; what the case's arrays are compared with."""
+    steps, codes_per_step, batch_size, nmb_prototypes = GOLDEN[f"{case}/out/q"].shape
+    frozen = [not gradient.any() for gradient in GOLDEN[f"{case}/out/grad_prototypes"]]
+    queue = EmbeddingQueue(codes_per_step, 0, 1)  # never used
+    if f"{case}/out/queue_after" in GOLDEN:
+        queue = EmbeddingQueue(*GOLDEN[f"{case}/out/queue_after"].shape[1:])
+    queue.has_started = True
+
+    rows, codes = [], []
+    sinkhorn = losses.sinkhorn_knopp
+
+    def recorded(scores: Tensor, *args, **kwargs) -> Tensor:
+        assert args == (EPSILON, SINKHORN_ITERATIONS)
+        rows.append(len(scores))
+        codes.append(sinkhorn(scores, *args, **kwargs))
+        return codes[-1]
+
+    monkeypatch.setattr(losses, "sinkhorn_knopp", recorded)
+    run = LoopRun(tmp_path, steps, network=network)
+    run.checkpointer = recorder = Recorder(network, queue)
+    main_swav.train_one_epoch(
+        network,
+        SwappedPrediction(range(codes_per_step), TEMPERATURE, EPSILON, SINKHORN_ITERATIONS),
+        queue,
+        PrototypeUsage(nmb_prototypes),
+        [(views, torch.zeros(batch_size), torch.arange(batch_size)) for views in batches],
+        optimizer,
+        GOLDEN[f"{case}/in/lr"],
+        run,
+        freeze_prototypes_niters=frozen.index(False) if False in frozen else steps,
+    )
+    loss = [line["loss"] for line in read_log(tmp_path / "metrics.jsonl")]
+    return SimpleNamespace(
+        losses=torch.tensor(loss),
+        rows=torch.tensor(rows),
+        codes=torch.stack([q[-batch_size:] for q in codes]).unflatten(0, (steps, codes_per_step)),
+        recorder=recorder,
+    )
+
+
+def compare(case: str, found: SimpleNamespace, loss_rtol: float, codes_atol: float, rtol: float, atol: float) -> None:
+    def expected(name: str) -> Tensor:
+        return GOLDEN.tensor(f"{case}/out/{name}")
+
+    close = partial(torch.testing.assert_close, rtol=rtol, atol=atol)
+    torch.testing.assert_close(found.losses, expected("loss"), rtol=loss_rtol, atol=0)
+    torch.testing.assert_close(found.codes, expected("q"), rtol=1e-4, atol=codes_atol)
+    assert torch.equal(found.rows, expected("sinkhorn_rows"))
+    close(torch.stack(found.recorder.gradients), expected("grad_prototypes"))
+    close(torch.stack(found.recorder.weights), expected("prototypes_after"))
+    if found.recorder.queue.is_used:
+        close(torch.stack(found.recorder.queues), expected("queue_after"))
+
+
+@pytest.mark.parametrize("case", GOLDEN.cases("", "loss_"))
+def test_loss_codes_queue_and_gradients(case, tmp_path, monkeypatch):
+    outputs = [GOLDEN.tensor(key) for key in GOLDEN.keys(f"{case}/in/z")]
+    network = Stub(outputs, GOLDEN.tensor(f"{case}/in/prototypes"))
+    optimizer = torch.optim.SGD(network.prototypes.parameters(), lr=0.0, fused=True)
+    batches = [[torch.zeros(1)]] * len(outputs)  # the stub looks at nothing
+    found = train(case, network, optimizer, batches, tmp_path, monkeypatch)
+    compare(case, found, loss_rtol=1e-4, codes_atol=1e-6, rtol=1e-3, atol=1e-6)
+    for i, output in enumerate(network.outputs):
+        expected = GOLDEN.tensor(f"{case}/out/grad_z{i}")
+        torch.testing.assert_close(output.grad, expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", GOLDEN.cases("", "train_"))
+def test_training_follows_the_reference_step_by_step(case, tmp_path, monkeypatch):
+    network = small_resnet(GOLDEN.state_dict("resnet_small/sd/"))
+    optimizer = LARC(network.parameters(), lr=0.0, weight_decay=TRAIN_WEIGHT_DECAY)
+    steps = len(GOLDEN[f"{case}/in/lr"])
+    batches = [[GOLDEN.tensor(key) for key in GOLDEN.keys(f"{case}/in/x{step}_")] for step in range(steps)]
+    found = train(case, network, optimizer, batches, tmp_path, monkeypatch)
+    compare(case, found, loss_rtol=1e-3, codes_atol=5e-3, rtol=2e-3, atol=1e-4)
+    head = network.projection_head
+    columns = GOLDEN[f"{case}/out/head0_after"].shape[1]
+    for name, value in {
+        "conv1_after": network.conv1.weight,
+        "head0_after": head[0].weight[:, :columns],
+        "head_bn_bias_after": head[1].bias,
+        "param_norms_after": torch.stack([p.norm() for p in network.parameters()]),
+        "bn1_running_var_after": network.bn1.running_var,
+    }.items():
+        expected = GOLDEN.tensor(f"{case}/out/{name}")
+        torch.testing.assert_close(
+            value.detach(), expected, rtol=2e-3, atol=1e-4, msg=lambda m, name=name: f"{name} {m}"
+        )
+
+
+@pytest.mark.parametrize("case", GOLDEN.cases("", "lr_schedule"))
+def test_learning_rate_of_every_step(case):
+    names = ("base_lr", "final_lr", "epochs", "iters_per_epoch", "warmup_epochs", "start_warmup")
+    values = cosine_schedule(*(GOLDEN.scalar(f"{case}/in/{name}") for name in names))
+    for name in ("lr", "lr_dcv2"):
+        np.testing.assert_allclose(values, GOLDEN[f"{case}/out/{name}"], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("case", GOLDEN.cases("", "larc_"))
+def test_larc(case):
+    prefix = f"{case}/in/p_"
+    names = [key.removeprefix(prefix) for key in GOLDEN.keys(prefix)]
+    parameters = {name: nn.Parameter(GOLDEN.tensor(prefix + name)) for name in names}
+    weight_decay = GOLDEN.scalar(f"{case}/in/weight_decay")
+    optimizer = LARC(parameters.values(), lr=0.0, weight_decay=weight_decay, clip=case.endswith("clip1"))
+    for step, lr in enumerate(GOLDEN[f"{case}/in/lr"].tolist()):
+        optimizer.param_groups[0]["lr"] = lr
+        for name, parameter in parameters.items():
+            gradient = GOLDEN.tensor(f"{case}/in/g{step}_{name}")
+            parameter.grad = None if name == "none_g" and step < 2 else gradient
+        optimizer.step()
+        for name, parameter in parameters.items():
+            expected = GOLDEN.tensor(f"{case}/out/p{step}_{name}")
+            torch.testing.assert_close(parameter.detach(), expected, rtol=1e-5, atol=1e-7)
+
+
+# --- Evaluation -------------------------------------------------------------------------------------------------------
+
+
+MODES = {"global": (False, False), "avg6": (True, False), "avg6_bn": (True, True)}  # windows, batch norm
+
+
+def test_linear_probe_with_and_without_windows_and_batch_norm():
+    feature_map = hash_input("reglog_input", (2, 2048, 7, 7)).relu()
+    num_labels = GOLDEN["reglog/out/global"].shape[1]
+    GOLDEN["reglog/in/dummy"]
+    for mode, (windows, use_bn) in MODES.items():
+        features = pool_windows(feature_map) if windows else feature_map.mean(dim=(2, 3))
+        classifier = RegLog(features.shape[1:], num_labels, use_bn)
+        classifier.load_state_dict(hash_filled(classifier.state_dict(), salt=f"{mode}:"))
+        with torch.no_grad():
+            assert_close(classifier.eval()(features), GOLDEN.tensor(f"reglog/out/{mode}"))
+            if use_bn:
+                assert_close(classifier.train()(features), GOLDEN.tensor(f"reglog/out/{mode}_train"))
+
+
+def test_accuracies():
+    logits, targets = GOLDEN.tensor("accuracy/in/logits"), GOLDEN.tensor("accuracy/in/target")
+    result = validate(nn.Identity(), nn.Identity(), TensorDataset(logits, targets), torch.device("cpu"), batch_size=4)
+    for name in ("acc1", "acc5"):
+        torch.testing.assert_close(
+            torch.tensor([result[name]]), GOLDEN.tensor(f"accuracy/out/{name}"), rtol=0, atol=1e-4
+        )
+
+
+def test_every_array_was_compared():
+    assert GOLDEN.unread() == []

@@ -18,6 +18,7 @@ from msn.labelled_training import Validation, from_official
 from msn.linear_eval import LinearClassifier, RateInMomentumSGD
 from msn.vision_transformer import VisionTransformer
 from shared.networks.export import timm_arguments
+from shared.pictures.attention import class_attention
 from shared.run.attempt import Interrupted
 from shared.run.checkpoint import Checkpointer, load_latest
 from tests.msn.tiny import CHECKPOINT, small_networks
@@ -287,25 +288,10 @@ def test_attention_pictures(run, images, tmp_path):
     names = {path.name for path in paths}
     assert {"attention.png", "attn-head0.png", "attn-head1.png", "overlay-mean.png", "mask_th0.6_mean.png"} <= names
     encoder = load_pretrained("deit_tiny", run, CHECKPOINT).encoder
-    attention = visualize_attention.class_attention(encoder, torch.randn(2, 3, 33, 24))
+    attention = class_attention(encoder, torch.randn(2, 3, 33, 24))
     assert attention.shape == (2, 2, 4, 3) and attention.sum(dim=(2, 3)).max() < 1
     with pytest.raises(SystemExit):
         visualize_attention.parse_args(["--threshold", "2"])
-
-
-def test_images_are_prepared_for_one_and_three_channels():
-    pixels = np.full((10, 20, 3), 255, dtype=np.uint8)
-    assert visualize_attention.prepare_image(pixels, [5]).shape == (3, 5, 10)
-    grey = visualize_attention.prepare_image(pixels, [4, 4], in_chans=1)
-    torch.testing.assert_close(grey, torch.full((1, 4, 4), (1 - 0.449) / 0.226), rtol=1e-4, atol=1e-4)
-
-
-def test_export_gives_the_same_features_everywhere(run, tmp_path):
-    pytest.importorskip("onnxruntime")
-    encoder = load_pretrained("deit_tiny", run, CHECKPOINT).encoder
-    files = export.export(encoder, "deit_tiny", tmp_path, image_size=48)
-    assert files.keys() == {"safetensors", "onnx"}  # timm has no ViT of these shapes
-    assert all(path.stat().st_size > 10_000 for path in files.values())
 
 
 def test_timm_knows_the_published_shapes():

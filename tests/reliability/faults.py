@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import itertools
 import os
 import resource
 import shutil
@@ -19,31 +20,27 @@ def together(*faults: Callable[[], None]) -> None:
         fault()
 
 
-def before_update(number: int, action: Callable[[], None]) -> None:
-    """``action()`` inside the process's ``number``-th step (from 1), after the optimiser and before the teacher."""
-    from dino import main_dino
+def before_call(owner, name: str, number: int | None, action: Callable[[], None]) -> None:
+    """``action()`` before the ``number``-th call (from 1), or every one, of this function of a module or class."""
+    function, calls = getattr(owner, name), itertools.count(1)
 
-    update, calls = main_dino.ema_update_, []
-
-    def disturbed(*args) -> None:
-        calls.append(args)
-        if len(calls) == number:
+    def disturbed(*args, **kwargs):
+        if number in (None, next(calls)):
             action()
-        update(*args)
+        return function(*args, **kwargs)
 
-    main_dino.ema_update_ = disturbed
+    setattr(owner, name, disturbed)
+
+
+def in_step(number: int | None, action: Callable[[], None]) -> None:
+    """``action()`` inside the process's ``number``-th step (from 1), or every one, before its optimiser's."""
+    from shared.run.run import Run
+
+    before_call(Run, "update", number, action)
 
 
 def slow_steps(seconds: float) -> None:
-    from dino import main_dino
-
-    update = main_dino.ema_update_
-
-    def slow(*args) -> None:
-        time.sleep(seconds)
-        update(*args)
-
-    main_dino.ema_update_ = slow
+    in_step(None, functools.partial(time.sleep, seconds))
 
 
 def send(*numbers: int) -> None:
@@ -56,30 +53,14 @@ def signals_during_save(save: int, *numbers: int) -> None:
     """Signals that arrive while the process's ``save``-th checkpoint lies half finished on the disk."""
     from shared.run import checkpoint
 
-    verify, calls = checkpoint.verify, []
-
-    def disturbed(path: Path) -> int:
-        calls.append(path)
-        if len(calls) == save:
-            send(*numbers)
-        return verify(path)
-
-    checkpoint.verify = disturbed
+    before_call(checkpoint, "verify", save, functools.partial(send, *numbers))
 
 
 def signal_in_evaluation(evaluation: int, number: int) -> None:
     """A signal as the process's ``evaluation``-th k-NN evaluation (from 1) begins."""
     from shared.evaluation.knn_monitor import KNNMonitor
 
-    features, calls = KNNMonitor.features, []
-
-    def disturbed(self, *args):
-        calls.append(args)
-        if len(calls) == evaluation:
-            send(number)
-        return features(self, *args)
-
-    KNNMonitor.features = disturbed
+    before_call(KNNMonitor, "features", evaluation, functools.partial(send, number))
 
 
 def kill_at_line(number: int, after_saves: int = 0) -> None:
@@ -142,50 +123,18 @@ def kill_in_write(number: int) -> None:
     checkpoint.open = torn_open
 
 
-def nan_in_views(steps: Container[int], rank: int = 0) -> None:
-    """One NaN in the first view of these steps (from 0, of the whole run) on one rank."""
-    from dino import main_dino
-    from shared.run import randomness
-
-    seed_step, normalize_views = randomness.seed_step, main_dino.normalize_views
-    current = []
-
-    def remember(seed: int, step: int, this_rank: int) -> None:
-        current[:] = step, this_rank
-        seed_step(seed, step, this_rank)
-
-    def spoilt(*args) -> list[torch.Tensor]:
-        views = normalize_views(*args)
-        if current[0] in steps and current[1] == rank:
-            views[0][0, 0, 0, 0] = torch.nan
-        return views
-
-    randomness.seed_step, main_dino.normalize_views = remember, spoilt
-
-
-def nan_in_loss(steps: Container[int]) -> None:
-    """The loss of these steps (from 0, of the whole run) is not a number."""
+def nan_in_loss(steps: Container[int], rank: int = 0) -> None:
+    """The loss of these steps (from 0, of the whole run) is not a number on one rank."""
+    from shared import distributed
     from shared.run.run import Run
 
     backward = Run.backward
 
     def spoilt(self, loss: torch.Tensor, *optimizers) -> None:
-        backward(self, loss * torch.nan if self.step in steps else loss, *optimizers)
+        is_bad = self.step in steps and distributed.get_rank() == rank
+        backward(self, loss * torch.nan if is_bad else loss, *optimizers)
 
     Run.backward = spoilt
-
-
-def slow_saves(seconds: float) -> None:
-    """Every save takes so much longer."""
-    from shared.run.checkpoint import Checkpointer
-
-    save = Checkpointer.save
-
-    def slow(self, *args, **kwargs) -> None:
-        time.sleep(seconds)
-        save(self, *args, **kwargs)
-
-    Checkpointer.save = slow
 
 
 def scale_loss_on_cpu(growth_interval: int) -> None:
@@ -227,29 +176,29 @@ def remove_after_listing(path: Path) -> None:
     training_data.open_source = open_and_remove
 
 
-def limit_file_size(num_bytes: int, from_update: int) -> None:
-    """No file may grow beyond this from some step on: what a full disk looks like to one file."""
-    limits = (num_bytes, resource.RLIM_INFINITY)
-    before_update(from_update, functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, limits))
+def limit_file_size(folder: Path, from_step: int) -> None:
+    """No file may grow beyond 100 kB from some step on: what a full disk looks like to one file."""
+    limits = (100_000, resource.RLIM_INFINITY)
+    in_step(from_step, functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, limits))
 
 
-def fill_disk(folder: Path, from_update: int, leave_bytes: int = 100_000) -> None:
-    """The file ``filler`` takes all that is free on the disk but so much, from some step on."""
+def fill_disk(folder: Path, from_step: int) -> None:
+    """The file ``filler`` takes all that is free on the folder's disk but 100 kB, from some step on."""
 
     def fill() -> None:
         status = os.statvfs(folder)
         with open(folder / "filler", "wb") as file:
-            os.posix_fallocate(file.fileno(), 0, status.f_bavail * status.f_frsize - leave_bytes)
+            os.posix_fallocate(file.fileno(), 0, status.f_bavail * status.f_frsize - 100_000)
 
-    before_update(from_update, fill)
+    in_step(from_step, fill)
 
 
-def make_read_only(folder: Path, from_update: int) -> None:
+def make_read_only(folder: Path, from_step: int) -> None:
     def forbid() -> None:
         give_up_privileges()
         folder.chmod(0o555)
 
-    before_update(from_update, forbid)
+    in_step(from_step, forbid)
 
 
 def give_up_privileges() -> None:
@@ -259,5 +208,5 @@ def give_up_privileges() -> None:
         raise OSError("capset failed")
 
 
-def remove_folder(folder: Path, from_update: int) -> None:
-    before_update(from_update, functools.partial(shutil.rmtree, folder))
+def remove_folder(folder: Path, from_step: int) -> None:
+    in_step(from_step, functools.partial(shutil.rmtree, folder))

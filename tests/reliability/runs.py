@@ -5,7 +5,6 @@ is forked from a server that has imported torch already, so a start takes a frac
 """
 
 import importlib
-import json
 import multiprocessing
 import os
 import random
@@ -19,8 +18,9 @@ import torch
 from PIL import Image
 
 from shared.run.checkpoint import load_latest
+from shared.run.log import read_log
 from tests.dino.tiny import TRAININGS
-from tests.processes import SERVER, free_port
+from tests.processes import SERVER, free_port, rank_environment
 from tests.tiny_training import Training
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,15 +56,14 @@ class Run:
         output_dir: Path,
         *flags,
         fault: Callable[[], None] | None = None,
-        environment: dict | None = None,
+        environment: dict[str, str] | None = None,
         script: Training | None = None,
     ):
         script = script or DINO
         self.output_dir = output_dir
         self.printed = output_dir.with_suffix(f".{time.monotonic_ns()}.txt")
         arguments = [*script.flags, "--output_dir", str(output_dir), *map(str, flags)]
-        variables = {name: str(value) for name, value in (environment or {}).items()}
-        self.process = SERVER.Process(target=_train, args=(script, arguments, variables, self.printed, fault))
+        self.process = SERVER.Process(target=_train, args=(script, arguments, environment or {}, self.printed, fault))
         self.process.start()
 
     def signal(self, number: int) -> None:
@@ -113,22 +112,8 @@ def start_ranks(
 ) -> list[Run]:
     """The processes of one training, in rank order."""
     port = free_port()
-    return [
-        Run(
-            output_dir,
-            *flags,
-            fault=fault,
-            script=script,
-            environment={
-                "RANK": rank,
-                "LOCAL_RANK": rank,
-                "WORLD_SIZE": world_size,
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-            },
-        )
-        for rank in range(world_size)
-    ]
+    environments = [rank_environment(rank, world_size, port) for rank in range(world_size)]
+    return [Run(output_dir, *flags, fault=fault, script=script, environment=e) for e in environments]
 
 
 def kill_at_random_instants(
@@ -179,8 +164,7 @@ def _train(
 def log_lines(output_dir: Path) -> list[dict]:
     """Complete lines of ``metrics.jsonl`` without what a clock has measured."""
     path = output_dir / "metrics.jsonl"
-    text = path.read_text() if path.exists() else ""
-    lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    lines = read_log(path) if path.exists() else []
     return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
 
 

@@ -13,27 +13,6 @@ from tests.reliability import faults
 from tests.reliability.runs import Run, assert_same_run, write_images
 
 
-@pytest.mark.parametrize(
-    ("fault", "reason"),
-    [
-        (functools.partial(faults.limit_file_size, 100_000), r"\[Errno 27\] File too large"),
-        (faults.make_read_only, r"\[Errno 13\] Permission denied"),
-    ],
-)
-def test_a_save_that_fails_is_one_message_and_the_run_goes_on_later(fault, reason, images, uninterrupted, tmp_path):
-    folder = tmp_path / "run"
-    arguments = {"folder": folder} if fault is faults.make_read_only else {}
-    run = Run(folder, "--data_path", images, fault=functools.partial(fault, **arguments, from_update=4))
-    printed = run.assert_ends(2)
-    assert re.search(f"error: could not write {folder}/checkpoint.pth: {reason}.*before it is intact", printed)
-    assert "Traceback" not in printed
-    folder.chmod(0o755)
-    assert load_latest(folder / "checkpoint.pth")["step_in_epoch"] == 3
-    assert not [path for path in folder.glob(".*") if "checkpoint" in path.name]
-    Run(folder, "--data_path", images).assert_ends()
-    assert_same_run(folder, uninterrupted)
-
-
 @pytest.fixture
 def small_disk(tmp_path):
     """A disk of 64 MB."""
@@ -48,14 +27,25 @@ def small_disk(tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_disk_that_fills_up_is_one_message_and_the_run_goes_on_once_there_is_space(small_disk, images, uninterrupted):
-    folder = small_disk / "run"
-    run = Run(folder, "--data_path", images, fault=functools.partial(faults.fill_disk, small_disk, 4))
-    printed = run.assert_ends(2)
-    assert re.search(rf"error: could not write {folder}/checkpoint.pth: .*No space left on device.*is intact", printed)
+@pytest.mark.parametrize(
+    ("place", "fault", "reason"),
+    [
+        ("tmp_path", faults.limit_file_size, r"\[Errno 27\] File too large"),
+        ("tmp_path", faults.make_read_only, r"\[Errno 13\] Permission denied"),
+        ("small_disk", faults.fill_disk, ".*No space left on device"),
+    ],
+)
+def test_a_save_that_fails_is_one_message_and_the_run_goes_on_later(
+    place, fault, reason, images, uninterrupted, request
+):
+    folder = request.getfixturevalue(place) / "run"
+    printed = Run(folder, "--data_path", images, fault=functools.partial(fault, folder, 4)).assert_ends(2)
+    assert re.search(f"error: could not write {folder}/checkpoint.pth: {reason}.*before it is intact", printed)
     assert "Traceback" not in printed
-    (small_disk / "filler").unlink()
+    folder.chmod(0o755)
+    (folder / "filler").unlink(missing_ok=True)
     assert load_latest(folder / "checkpoint.pth")["step_in_epoch"] == 3
+    assert not [path for path in folder.glob(".*") if "checkpoint" in path.name]
     Run(folder, "--data_path", images).assert_ends()
     assert_same_run(folder, uninterrupted)
 

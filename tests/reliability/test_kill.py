@@ -18,7 +18,7 @@ def test_runs_killed_at_random_instants_end_like_an_uninterrupted_one(kills, ima
 
 def test_a_killed_run_goes_on_with_its_scale_of_the_loss(images, tmp_path):
     scaled = functools.partial(faults.scale_loss_on_cpu, 2)  # doubled after two good steps, halved after a bad one
-    spoilt = functools.partial(faults.together, scaled, functools.partial(faults.nan_in_views, {3}))
+    spoilt = functools.partial(faults.together, scaled, functools.partial(faults.nan_in_loss, {3}))
     slow = functools.partial(faults.together, spoilt, functools.partial(faults.slow_steps, 0.1))
     Run(tmp_path / "whole", "--data_path", images, fault=spoilt).assert_ends()
     killed = Run(tmp_path / "killed", "--data_path", images, fault=slow)

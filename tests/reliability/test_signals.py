@@ -9,10 +9,16 @@ from shared.run.checkpoint import load_latest
 from tests.reliability import faults
 from tests.reliability.runs import Run, assert_same_run, start_ranks
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
-
-@pytest.mark.parametrize(("number", "workers"), list(zip(SIGNALS, (0, 1, 2, 1), strict=True)))
+@pytest.mark.parametrize(
+    ("number", "workers"),
+    [
+        (signal.SIGTERM, 0),
+        (signal.SIGUSR2, 2),
+        pytest.param(signal.SIGINT, 1, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, 1, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_saves_the_state_and_ends_with_128_and_its_number(number, workers, images, uninterrupted, tmp_path):
     flags = ("--data_path", images, "--num_workers", workers, "--saveckp_steps", 0)
     run = Run(tmp_path / "run", *flags, fault=functools.partial(faults.slow_steps, 0.1))
@@ -25,7 +31,14 @@ def test_a_signal_saves_the_state_and_ends_with_128_and_its_number(number, worke
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
-@pytest.mark.parametrize("numbers", [*((n, n) for n in SIGNALS), (signal.SIGUSR2, signal.SIGTERM)])
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        (signal.SIGINT, signal.SIGINT),
+        (signal.SIGUSR2, signal.SIGTERM),
+        *(pytest.param((n, n), marks=pytest.mark.slow) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)),
+    ],
+)
 def test_two_signals_during_a_save_damage_nothing(numbers, images, uninterrupted, tmp_path):
     run = Run(tmp_path / "run", "--data_path", images, fault=functools.partial(faults.signals_during_save, 4, *numbers))
     printed = run.assert_ends(128 + numbers[0])
@@ -55,7 +68,10 @@ def evaluated(images, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("evaluation", "position"), [(1, (0, 0)), (2, (0, 6)), (3, (1, 6))])
+@pytest.mark.parametrize(
+    ("evaluation", "position"),
+    [(2, (0, 6)), *(pytest.param(n, at, marks=pytest.mark.slow) for n, at in ((1, (0, 0)), (3, (1, 6))))],
+)
 def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(evaluation, position, images, evaluated, tmp_path):
     flags = ("--data_path", images, "--eval_knn_freq", 1)
     fault = functools.partial(faults.signal_in_evaluation, evaluation, signal.SIGUSR2)

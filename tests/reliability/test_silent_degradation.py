@@ -3,7 +3,7 @@
 import pytest
 
 from shared.run.checkpoint import load_latest
-from tests.processes import free_port
+from tests.processes import free_port, rank_environment
 from tests.reliability.runs import Run, write_images
 
 
@@ -22,8 +22,8 @@ def test_fewer_images_than_a_batch_are_refused(images, tmp_path):
 
 
 def test_processes_that_do_not_come_up_are_an_error_and_not_a_smaller_run(images, tmp_path):
-    rank_1_of_2 = {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    run = Run(tmp_path / "run", "--data_path", images, "--dist_timeout", 2, environment=rank_1_of_2)
+    environment = rank_environment(1, 2, free_port())
+    run = Run(tmp_path / "run", "--data_path", images, "--dist_timeout", 2, environment=environment)
     printed = run.assert_ends(4)
     assert "error: rank 1 of 2 could not form the process group at 127.0.0.1" in printed
     assert "Traceback" not in printed
@@ -35,11 +35,7 @@ def test_two_ranks_with_as_many_but_other_images_are_refused(images, tmp_path):
     (other / "class0" / "0.png").rename(other / "class0" / "00.png")
     port = free_port()
     ranks = [
-        Run(
-            tmp_path / "run",
-            *("--data_path", folder),
-            environment={"RANK": r, "WORLD_SIZE": 2, "LOCAL_RANK": r, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
-        )
+        Run(tmp_path / "run", "--data_path", folder, environment=rank_environment(r, 2, port))
         for r, folder in enumerate((images, other))
     ]
     for r, rank in enumerate(ranks):
@@ -47,14 +43,14 @@ def test_two_ranks_with_as_many_but_other_images_are_refused(images, tmp_path):
         assert f"error (rank {r}): the training data (number of images, checksum) differs between processes" in printed
 
 
-@pytest.mark.parametrize("refuse", [False, True])
-def test_images_that_changed_since_the_checkpoint_are_stated_or_refused(refuse, images, uninterrupted, tmp_path):
+@pytest.mark.parametrize("choice", ["same_data", "continue"])
+def test_images_that_changed_since_the_checkpoint_are_stated_or_refused(choice, images, uninterrupted, tmp_path):
     mine = write_images(tmp_path / "images")
     Run(tmp_path / "run", "--data_path", mine, "--epochs", 1).assert_ends()
-    again = ("--data_path", mine, "--epochs", 1, "--on_changed_run", "refuse" if refuse else "continue")
+    again = ("--data_path", mine, "--epochs", 1, "--on_changed_run", choice)
     assert "changed run" not in Run(tmp_path / "run", *again).assert_ends()
     (mine / "class0" / "0.png").rename(mine / "class0" / "00.png")
-    printed = Run(tmp_path / "run", *again).assert_ends(2 if refuse else 0)
+    printed = Run(tmp_path / "run", *again).assert_ends(2 if choice == "same_data" else 0)
     assert "other training images, or the same under other names" in printed
 
 

@@ -1,17 +1,31 @@
-"""What every training script does alike, tried with each: go on after a kill, leave out NaN, know its data again."""
+"""What every training script does alike, tried with each: go on after a kill, leave out NaN, know its data again.
+
+Whatever it keeps comes back bit for bit, on one process and on two.
+"""
 
 import functools
 import json
+import shutil
 
 import pytest
 import torch
 
 from shared.run.checkpoint import first_not_finite, load_latest
 from tests.reliability import faults
-from tests.reliability.runs import Run, assert_same_run, checkpoints, log_lines, write_images
+from tests.reliability.runs import (
+    ROOT,
+    Run,
+    assert_same_run,
+    checkpoints,
+    kill_at_random_instants,
+    log_lines,
+    start_ranks,
+    write_images,
+)
 from tests.tiny_training import Training, trainings
 
-SCRIPTS = {training.module: training for training in reversed(trainings().values())}
+TRAININGS = trainings()
+SCRIPTS = {training.module: training for training in reversed(TRAININGS.values())}
 
 
 @pytest.fixture(scope="module", params=SCRIPTS.values(), ids=SCRIPTS)
@@ -34,7 +48,7 @@ def newest(folder):
 
 def test_a_killed_run_ends_like_an_undisturbed_one(training, whole, places, tmp_path):
     flags = training.data_flags(places)
-    run = Run(tmp_path / "run", *flags, fault=functools.partial(faults.slow_saves, 0.05), script=training)
+    run = Run(tmp_path / "run", *flags, fault=functools.partial(faults.slow_steps, 0.05), script=training)
     run.wait_for_step(3)
     run.kill()
     assert log_lines(tmp_path / "run")[-1]["step"] < log_lines(whole)[-1]["step"]
@@ -57,10 +71,45 @@ def test_gradients_that_stay_nan_end_the_run_at_its_last_good_checkpoint(trainin
     assert first_not_finite(load_latest(newest(tmp_path / "run"))) is None
 
 
-def test_other_data_are_refused_when_that_is_asked_for(training, whole, places, tmp_path, tmp_path_factory):
+def test_other_data_are_refused_unless_they_are_wanted(training, whole, places, tmp_path):
     if "{images}" not in training.data:
         pytest.skip("other texts are tried in tests/contriever")
     others = write_images(tmp_path / "images", count=30)
     flags = training.data_flags(places | {"images": others})
-    printed = Run(whole, *flags, "--on_changed_run", "refuse", script=training).assert_ends(2)
-    assert "--on_changed_run refuse" in printed.splitlines()[-1] and "other training images" in printed
+    folder = shutil.copytree(whole, tmp_path / "run")
+    printed = Run(folder, *flags, script=training).assert_ends(2)
+    assert "other training images" in printed and "--on_changed_run continue" in printed.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_instants_ends_like_an_undisturbed_one(training, whole, places, tmp_path):
+    for folder in kill_at_random_instants(tmp_path, 20, *training.data_flags(places), script=training):
+        assert_same_run(folder, whole)
+    steps = [line["step"] for line in log_lines(whole) if "loss" in line]
+    assert steps == sorted(set(steps)) and steps[-1] >= 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", TRAININGS.values(), ids=TRAININGS)
+def test_two_ranks_killed_together_end_like_an_uninterrupted_pair(training, places, tmp_path):
+    flags = (*training.data_flags(places), *training.pair)
+    for rank in start_ranks(tmp_path / "uninterrupted", 2, *flags, script=training):
+        rank.assert_ends()
+    for step in (2, 4):
+        ranks = start_ranks(tmp_path / "run", 2, *flags, script=training)
+        ranks[0].wait_for_step(step)
+        for rank in ranks:
+            rank.kill()
+    for rank in start_ranks(tmp_path / "run", 2, *flags, script=training):
+        rank.assert_ends()
+    assert_same_run(tmp_path / "run", tmp_path / "uninterrupted")
+    state = load_latest(newest(tmp_path / "run"))
+    assert state["world_size"] == 2
+    if training.check_pair is not None:
+        training.check_pair(state)
+
+
+def test_every_folder_with_a_training_is_here():
+    """Those whose main script makes a run, itself or by the shared supervised loop."""
+    folders = {file.parent.name for file in ROOT.glob("*/main*.py")}
+    assert {module.partition(".")[0] for module in SCRIPTS} >= folders

@@ -70,6 +70,7 @@ def test_knn_separates_colours_and_labels_decide(tmp_path):
         eval_linear.eval_linear(eval_linear.parse_args(stopped))
 
 
+@pytest.mark.slow
 def test_dino_trains_resmlp_and_the_checkpoint_is_evaluated_here(images, tmp_path, capsys):
     command = (
         f"--arch resmlp_12 --global_crop_size 32 --local_crop_size 32 --local_crops_number 1 --out_dim 16 "
@@ -129,26 +130,14 @@ def test_pictures_of_all_layers_are_written(finished, tmp_path, monkeypatch, cap
 # --- Export ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("classes", "in_chans"), [(0, 3), (5, 1)])
-def test_exported_files_give_the_same_output(classes, in_chans, tmp_path, capsys):
-    network = randomize(ResMLP(16, 8, in_chans=in_chans, embed_dim=8, depth=2, num_classes=classes))
+def test_a_classifier_of_no_published_size_is_exported_too(tmp_path, capsys):
+    network = randomize(ResMLP(16, 8, in_chans=1, embed_dim=8, depth=2, num_classes=5))
     files = export(network, tmp_path)
     assert set(files) == {"safetensors", "onnx"}
-    images = torch.randn(3, in_chans, 16, 16)
+    images = torch.randn(3, 1, 16, 16)
     session = onnxruntime.InferenceSession(str(files["onnx"]), providers=["CPUExecutionProvider"])
     (found,) = session.run(["features"], {"images": images.numpy()})
     np.testing.assert_allclose(found, network(images).numpy(), rtol=1e-3, atol=1e-4)
-    again = load_network(files["safetensors"], classifier=classes > 0)
+    again = load_network(files["safetensors"], classifier=True)
     torch.testing.assert_close(again(images), network(images))
-    assert "no file for timm" in capsys.readouterr().out
-
-
-def test_a_network_of_published_size_is_exported_to_timm(tmp_path):
-    from resmlp.resmlp_models import resmlp_12
-
-    network = resmlp_12(img_size=32, num_classes=4).eval().requires_grad_(False)
-    twin = timm.create_model("resmlp_12_224", img_size=32, num_classes=4).eval()
-    files = export(network, tmp_path)
-    twin.load_state_dict(safe_load(files["timm"]))
-    images = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(twin(images), network(images), rtol=1e-4, atol=1e-5)
+    assert "no file for torchvision and timm" in capsys.readouterr().out

@@ -3,7 +3,7 @@ import torch
 
 from shared import distributed
 from shared.run.attempt import NotFinite
-from tests.processes import free_port, run_processes
+from tests.processes import free_port, rank_environment, run_processes
 
 
 def collectives(rank):
@@ -72,8 +72,8 @@ def launcher(monkeypatch):
 
 
 def test_a_world_that_does_not_come_up_is_an_error_that_names_the_rank(launcher):
-    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}.items():
-        launcher.setenv(name, str(value))
+    for name, value in rank_environment(1, 2, free_port()).items():
+        launcher.setenv(name, value)
     with pytest.raises(
         distributed.WorldNotFormed, match=r"rank 1 of 2 could not form the process group at 127\.0\.0\.1:\d+"
     ):
@@ -144,3 +144,9 @@ def test_each_way_to_end_has_its_exit_code_and_one_line(error, code, message, ca
 def test_a_bug_keeps_its_traceback():
     with pytest.raises(RuntimeError, match="shape"), distributed.clean_exit():
         raise RuntimeError("shape mismatch")
+
+
+def test_scripts_can_print_names_of_any_bytes(capsysbinary):
+    with distributed.clean_exit():
+        print("caf\udce9")
+    assert capsysbinary.readouterr().out == b"caf\xe9\n"

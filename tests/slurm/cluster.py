@@ -15,20 +15,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-PROGRAMS = (
-    "munged",
-    "mungekey",
-    "slurmctld",
-    "slurmd",
-    "sbatch",
-    "srun",
-    "scontrol",
-    "squeue",
-    "scancel",
-    "sinfo",
-    "ip",
-)
 CLIENTS = ("sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
+PROGRAMS = (*CLIENTS, "munged", "mungekey", "slurmctld", "slurmd", "ip")
 
 # `sacct` needs a data base; what submitit asks of it, squeue can answer (MinJobAge keeps ended jobs there)
 SACCT = r"""#!/bin/sh
@@ -139,7 +127,7 @@ class Cluster:
         deadline = time.monotonic() + timeout_s
         while not condition():
             if time.monotonic() > deadline:
-                log = (self.folder / "log" / "slurmctld.log").read_text()[-3000:]
+                log = "".join(path.read_text()[-3000:] for path in self.folder.glob("log/slurmctld.log"))
                 queue = self.run("squeue", "--states=all").stdout
                 raise TimeoutError(f"waited {timeout_s} s for {what}\n{log}\n{queue}")
             time.sleep(0.1)
@@ -191,7 +179,7 @@ class Cluster:
     def set_network(self, node: str, up: bool) -> None:
         """Plug the node's cable in or out."""
         link = f"v{self.nodes.index(node) + 1}"
-        subprocess.run([*self._inside("controller"), "ip", "link", "set", link, "up" if up else "down"], check=True)
+        self._ip("controller", f"link set {link} {'up' if up else 'down'}")
 
     def stop(self) -> None:
         """End jobs, daemons and namespaces; nothing started by this cluster survives."""
@@ -223,24 +211,23 @@ class Cluster:
         hosts.write_text("127.0.0.1 localhost\n" + "".join(f"{ip} {name}\n" for name, ip in addresses.items()))
         try:
             self._make_namespace("controller", "ctl", hosts)
-            inside = self._inside("controller")
-            for command in ("link add br0 type bridge", f"addr add {addresses['ctl']}/24 dev br0", "link set br0 up"):
-                subprocess.run([*inside, "ip", *command.split()], check=True, capture_output=True)
+            self._ip(
+                "controller", "link add br0 type bridge", f"addr add {addresses['ctl']}/24 dev br0", "link set br0 up"
+            )
             for i, node in enumerate(self.nodes, 1):
                 self._make_namespace(node, node, hosts)
-                pid = self.namespaces[node].pid
-                for command in (
-                    f"link add v{i} type veth peer name eth0 netns {pid}",
-                    f"link set v{i} master br0 up",
-                ):
-                    subprocess.run([*inside, "ip", *command.split()], check=True, capture_output=True)
-                for command in (f"addr add {addresses[node]}/24 dev eth0", "link set eth0 up"):
-                    subprocess.run([*self._inside(node), "ip", *command.split()], check=True, capture_output=True)
+                cable = f"link add v{i} type veth peer name eth0 netns {self.namespaces[node].pid}"
+                self._ip("controller", cable, f"link set v{i} master br0 up")
+                self._ip(node, f"addr add {addresses[node]}/24 dev eth0", "link set eth0 up")
         except subprocess.CalledProcessError:
             for process in self.namespaces.values():
                 process.kill()
             self.namespaces.clear()
             raise
+
+    def _ip(self, name: str, *commands: str) -> None:
+        for command in commands:
+            subprocess.run([*self._inside(name), "ip", *command.split()], check=True, capture_output=True)
 
     def _make_namespace(self, name: str, hostname: str, hosts: Path) -> None:
         ready = self.folder / f"ready.{hostname}"
@@ -345,14 +332,7 @@ PartitionName=high Nodes=n[1-{count}] PriorityTier=10 PreemptMode=OFF
         subprocess.run(["mungekey", "-c", "-k", str(munge / "munge.key")], check=True)
         options = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
         self._start("munged", None, "munged", "--foreground", *(f"--{o}={munge}/munge.{f}" for o, f in options.items()))
-        self.wait_for_file(munge / "munge.socket")
-
-    def wait_for_file(self, path: Path, timeout_s: float = 30) -> None:
-        deadline = time.monotonic() + timeout_s
-        while not path.exists():
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"waited {timeout_s} s for {path}")
-            time.sleep(0.05)
+        self.wait_for((munge / "munge.socket").exists, 30, "munged")
 
     def _start(self, name: str, namespace: str | None, *command: str) -> None:
         enter = self._inside(namespace) if namespace else []

@@ -1,5 +1,4 @@
 import argparse
-import json
 import os
 import shutil
 import tempfile
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from shared.launch import slurm
+from shared.run.log import read_log
 from tests.slurm import jobs
 from tests.slurm.cluster import Cluster, missing
 
@@ -63,7 +63,7 @@ class Run:
 
     def lines(self) -> list[dict]:
         path = self.output_dir / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return read_log(path) if path.exists() else []
 
     def wait_for_step(self, step: int, timeout_s: float = 180) -> None:
         self.cluster.wait_for(lambda: len(self.lines()) >= step, timeout_s, f"step {step} of job {self.id}")
@@ -94,7 +94,7 @@ class Run:
 
 @pytest.fixture
 def submit(cluster, tmp_path) -> Iterator[Callable[..., Run]]:
-    """Submit runs of this test; those still in the queue afterwards are cancelled."""
+    """Submit runs of this test; afterwards those still in the queue are cancelled, and broken nodes repaired."""
     runs = []
 
     def start(*flags: str, **options) -> Run:
@@ -105,3 +105,4 @@ def submit(cluster, tmp_path) -> Iterator[Callable[..., Run]]:
     for run in runs:
         cluster.run("scancel", run.id)
         run.ends()
+    cluster.repair()

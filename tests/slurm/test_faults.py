@@ -9,15 +9,6 @@ import pytest
 from shared.run.attempt import Attempt, owner_of
 from tests.slurm import jobs
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def cluster(cluster):
-    """The cluster; afterwards broken nodes are repaired."""
-    yield cluster
-    cluster.repair()
-
 
 def test_a_job_longer_than_its_time_limit_finishes_in_several_attempts(submit, cluster):
     run = submit("--timeout", "1", "--signal_delay_s", "30", "--steps", "60", "--step_s", "0.6")

@@ -11,11 +11,11 @@ from PIL import ImageColor
 from shared.images.decode import ImageError
 from shared.pictures.sheets import DIFFER
 from swav import cluster_pictures, clusters
-from swav.cluster_pictures import mosaic, save_contact_sheet, save_overview, save_usage, thumbnail
+from swav.cluster_pictures import mosaic, save_contact_sheet, save_overview, save_usage
 from swav.clustering import Clustering, assign, describe, merge_prototypes, purity, summarise
 from swav.clusters import take_prototypes
 from swav.hub import CARD
-from tests.shared.pictures.test_sheets import assert_nothing_is_clipped, drawn, read  # noqa: F401
+from tests.shared.pictures.test_sheets import assert_nothing_is_clipped, read
 from tests.swav.tiny import build_small, finetuned_checkpoint, make_network, pretraining_file, write_class_folders
 
 RED = list(ImageColor.getrgb(DIFFER))
@@ -173,13 +173,7 @@ class Colours:
         return DecodedImage(np.full((20, 30, 3), 10 + index, dtype=np.uint8))
 
 
-def test_thumbnail_is_the_centre_square():
-    pixels = thumbnail(Colours(), 5, 32)
-    assert pixels.shape == (32, 32, 3)
-    assert (pixels == 15).all()
-
-
-def test_contact_sheet_shows_the_most_and_the_least_confident(tmp_path, drawn):  # noqa: F811
+def test_contact_sheet_shows_the_most_and_the_least_confident(tmp_path, drawn):
     clustering = make_clustering([0] * 40 + [1] * 5, 2, labels=[0] * 39 + [1] * 6)
     path = save_contact_sheet(Colours(), clustering, 0, tmp_path / "sheet.png", most_images=30)
     shown = texts(drawn[0])
@@ -194,7 +188,7 @@ def test_contact_sheet_shows_the_most_and_the_least_confident(tmp_path, drawn): 
     assert_nothing_is_clipped(drawn[1])
 
 
-def test_overview_and_usage_fit_their_sheets(tmp_path, drawn, monkeypatch):  # noqa: F811
+def test_overview_and_usage_fit_their_sheets(tmp_path, drawn, monkeypatch):
     monkeypatch.setattr(cluster_pictures, "OVERVIEW_CLUSTERS", 5)
     clustering = make_clustering(np.arange(90) % 45, 50, labels=np.arange(90) % 2)
     save_overview(Colours(), clustering, tmp_path / "overview.png")

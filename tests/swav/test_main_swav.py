@@ -177,12 +177,3 @@ def test_bad_input_is_one_clear_message(images, tmp_path, flags, message, monkey
         main_swav.main()
     assert end.value.code == 2
     assert message in capsys.readouterr().err
-
-
-def test_the_end_of_a_run_shows_pictures_and_what_was_learned(images, tmp_path, capsys):
-    train(tmp_path, "--data_path", images, "--pictures", "on", "--eval_knn_freq", 1)
-    for name in ("views", "neighbours", "curves"):
-        assert (tmp_path / f"pictures/{name}.png").stat().st_size > 1000
-    printed = capsys.readouterr().out
-    assert "prototypes used by the 48 assignments of the last epoch" in printed
-    assert "after 0 steps" in printed and "python clusters.py --arch test_resnet" in printed

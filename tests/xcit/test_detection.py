@@ -312,6 +312,7 @@ def small_heads(monkeypatch):
     monkeypatch.setattr(main, "MaskRCNN", partial(main.MaskRCNN, **few))
 
 
+@pytest.mark.slow
 def test_training_and_evaluation(data, tmp_path, small_networks, small_heads, capsys):
     written = train(data, tmp_path / "whole")
     assert len(losses(tmp_path / "whole")) == 4

@@ -282,6 +282,7 @@ def fail_while_loading():
         raise KeyError("a bug")
 
 
+@pytest.mark.slow
 def test_a_script_that_fails_with_workers_ends():
     """Its workers ignore the signal that they are sent at the end; tests/reliability does this in child processes."""
     code = "from tests.shared.images.test_loading import fail_while_loading; fail_while_loading()"

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from shared.images import materials
 from shared.images.decode import ImageError
 from shared.images.sources import (
     TORCHVISION,
@@ -44,8 +45,20 @@ def names(source: FileSource) -> list[str]:
     return list(source.names)
 
 
-def test_nothing_means_the_embedded_digits():
-    train, val, whole = (open_source(None, split) for split in ("train", "val", "all"))
+def test_nothing_means_the_embedded_materials(monkeypatch, tmp_path):
+    monkeypatch.setattr(materials, "NUMBERS", {"train": 24, "val": 12})
+    train, val, whole = (open_source(None, split, download_root=tmp_path) for split in ("train", "val", "all"))
+    assert (len(train), len(val), len(whole)) == (24, 12, 36)
+    assert train.classes == val.classes == [*materials.MATERIALS]
+    assert train.load(13).decode().shape == (32, 32, 3) and (train.label(13), val.label(11)) == (1, 11)
+    np.testing.assert_array_equal(whole.load(24).decode(), val.load(0).decode())
+    assert (
+        open_source("", "val", download_root=tmp_path).describe() == "embedded materials (val): 12 images, 12 classes"
+    )
+
+
+def test_the_digits_are_known_by_name():
+    train, val, whole = (open_source("digits", split) for split in ("train", "val", "all"))
     assert (len(train), len(val), len(whole)) == (1438, 359, 1797)
     assert train.classes == val.classes == [str(digit) for digit in range(10)]
     np.testing.assert_array_equal(whole.labels, load_digits().target)
@@ -54,20 +67,12 @@ def test_nothing_means_the_embedded_digits():
     assert (digit.height, digit.width) == (8, 8) and digit.decode().shape == (8, 8, 3)
     expected = np.rint(load_digits().images[17] * 255 / 16)
     np.testing.assert_array_equal(digit.decode(), expected[..., None].repeat(3, axis=-1))
-    assert open_source("", "val").describe() == "embedded digits (val): 359 images, 10 classes"
+    assert open_source("Digits", "val").describe() == "embedded digits (val): 359 images, 10 classes"
 
 
 def test_class_folders_are_read_as_image_folder_reads_them(tmp_path):
-    for name in (
-        "dog/1.png",
-        "dog/deep/er/0.JPG",
-        "cat/b.jpeg",
-        "cat/a.png",
-        "cat-x/z.bmp",
-        "cat/a/c.png",
-        "cat/a-b/d.png",
-    ):
-        write(tmp_path / name)
+    files = "dog/1.png dog/deep/er/0.JPG cat/b.jpeg cat/a.png cat-x/z.bmp cat/a/c.png cat/a-b/d.png"
+    write(*(tmp_path / name for name in files.split()))
     (tmp_path / "dog" / "notes.txt").write_text("not an image")
     source = open_source(tmp_path)
     reference = torchvision.datasets.ImageFolder(tmp_path)
@@ -93,29 +98,30 @@ def test_images_directly_inside_mean_no_classes_at_any_depth(tmp_path):
     assert source.load(2).decode().shape == (6, 8, 3)
 
 
-@pytest.mark.parametrize("val", ["val", "test"])
-def test_a_parent_folder_stands_for_its_splits(tmp_path, val):
-    write(*(tmp_path / split / c / "1.png" for split in ("train", val) for c in "ab"), tmp_path / "train/a/2.png")
+@pytest.mark.parametrize(
+    ("train", "val"),
+    [
+        ("train", "val"),
+        ("train", "test"),
+        ("train", "valid"),
+        ("train", "validation"),
+        ("Train", "Val"),
+        ("training", "Test"),
+    ],
+)
+def test_a_parent_folder_stands_for_its_parts_which_have_their_usual_names_in_any_case(tmp_path, train, val):
+    write(*(tmp_path / split / c / "1.png" for split in (train, val) for c in "ab"), tmp_path / train / "a/2.png")
     assert names(open_source(tmp_path, "train")) == ["a/1.png", "a/2.png", "b/1.png"]
     assert names(open_source(tmp_path, "val")) == ["a/1.png", "b/1.png"]
     assert open_source(tmp_path, "val").path(0) == str(tmp_path / val / "a" / "1.png")
     assert len(open_source(tmp_path / val, "all")) == 2
-    with pytest.raises(ValueError, match=r"--data_path .* has a train folder"):
+    with pytest.raises(ValueError, match=rf"--data_path .* has a {train} folder"):
         open_source(tmp_path, "all")
 
 
 def test_val_is_preferred_to_test(tmp_path):
     write(*(tmp_path / split / "a" / "1.png" for split in ("train", "val", "test")))
     assert open_source(tmp_path, "val").path(0) == str(tmp_path / "val" / "a" / "1.png")
-
-
-@pytest.mark.parametrize(
-    ("train", "val"), [("train", "valid"), ("train", "validation"), ("Train", "Val"), ("training", "Test")]
-)
-def test_the_parts_have_their_usual_names_in_any_case(tmp_path, train, val):
-    write(*(tmp_path / split / c / "1.png" for split in (train, val) for c in "ab"), tmp_path / train / "a/2.png")
-    assert names(open_source(tmp_path, "train")) == ["a/1.png", "a/2.png", "b/1.png"]
-    assert open_source(tmp_path, "val").path(1) == str(tmp_path / val / "b" / "1.png")
 
 
 @pytest.mark.parametrize("folders", [("train", "bus"), ("val", "test"), ("Valid",)])
@@ -207,8 +213,13 @@ def test_a_text_list_names_files_and_labels(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text, reason",
+    ("text", "reason"),
     [
+        ("a.png cat\n", "line 1: there is no 'a.png cat' beside the list; a tab separates"),
+        ("a.png,cat\n", "a tab separates"),
+        ("sub\\a.png\n", "and / one folder from the next"),
+        ("a.png\t\n", "line 1: expected a label, got none"),
+        ("a.png\tcat\t0.9\n", "line 1: expected a file name and a label, got 3 columns"),
         ("../secret.png\n", "line 1: ../secret.png leads out of the list's folder"),
         ("a.png\nx/../../secret.png\n", "line 2: x/../../secret.png leads out of the list's folder"),
         ("a.png\n/etc/passwd.png\n", "line 2: /etc/passwd.png is absolute"),
@@ -218,7 +229,8 @@ def test_a_text_list_names_files_and_labels(tmp_path):
         ("\n\n", "an empty list"),
     ],
 )
-def test_wrong_lists_are_refused_with_the_line(tmp_path, text, reason):
+def test_wrong_lists_are_refused_with_the_line_and_what_is_wanted(tmp_path, text, reason):
+    write(tmp_path / "a.png", tmp_path / "b.png")
     (tmp_path / "list.txt").write_text(text)
     with pytest.raises(ValueError, match=re.escape(f"--data_path {tmp_path / 'list.txt'}") + ".*" + re.escape(reason)):
         open_source(tmp_path / "list.txt")
@@ -269,24 +281,6 @@ def test_lists_and_tables_as_people_and_spreadsheets_write_them(tmp_path, file, 
     source = open_source(tmp_path / file)
     assert names(source) == ["a.png", "b.png", "c.png"]
     assert source.classes == ["cat", "dog"] and source.labels.tolist() == [0, 0, 1]
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("a.png cat\n", "line 1: there is no 'a.png cat' beside the list; a tab separates"),
-        ("a.png,cat\n", "a tab separates"),
-        ("sub\\a.png\n", "and / one folder from the next"),
-        ("a.png\t\n", "line 1: expected a label, got none"),
-        ("a.png\tcat\t0.9\n", "line 1: expected a file name and a label, got 3 columns"),
-        ("a.png\tcat\nb.png\n", "line 2: either all lines have a label or none"),
-    ],
-)
-def test_other_separators_and_columns_are_an_error_that_says_what_is_wanted(tmp_path, text, reason):
-    write(tmp_path / "a.png", tmp_path / "b.png")
-    (tmp_path / "list.txt").write_text(text)
-    with pytest.raises(ValueError, match=f"--data_path .*{re.escape(reason)}"):
-        open_source(tmp_path / "list.txt")
 
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK])
@@ -409,18 +403,21 @@ def test_a_data_set_of_files_keeps_them_encoded(tmp_path, monkeypatch):
     assert source.path(0).startswith(str(tmp_path / "imagenette2" / "val")) and source.load(0).height == 6
 
 
-def test_without_a_network_the_error_says_what_to_do(tmp_path, monkeypatch):
-    def no_network(*args, **kwargs):
+@pytest.fixture
+def no_network(monkeypatch):
+    def fail(*args, **kwargs):
         raise urllib.error.URLError("Name or service not known")
 
-    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    monkeypatch.setattr("urllib.request.urlopen", fail)
+
+
+def test_without_a_network_the_error_says_what_to_do(tmp_path, no_network):
     for name in ("cifar10", "stl10", "flowers102", "imagenette"):
         with pytest.raises(ValueError, match=f"--data_path {name}: could not be downloaded.*Name or service not known"):
             open_source(name, download_root=tmp_path / name)
 
 
-def test_a_forged_archive_of_a_data_set_is_not_unpacked(tmp_path, monkeypatch):
-    monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: (_ for _ in ()).throw(urllib.error.URLError("off")))
+def test_a_forged_archive_of_a_data_set_is_not_unpacked(tmp_path, no_network):
     for name, archive in (("cifar10", "cifar-10-python.tar.gz"), ("imagenette", "imagenette2.tgz")):
         root = tmp_path / name
         root.mkdir()
@@ -432,8 +429,7 @@ def test_a_forged_archive_of_a_data_set_is_not_unpacked(tmp_path, monkeypatch):
     assert not {path.name for path in tmp_path.rglob("*")} & {"outside", "data_batch_1", "1.JPEG"}
 
 
-def test_every_torchvision_name_exists_and_takes_its_arguments(tmp_path, monkeypatch):
-    monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: (_ for _ in ()).throw(urllib.error.URLError("off")))
+def test_every_torchvision_name_exists_and_takes_its_arguments(tmp_path, no_network):
     for name in TORCHVISION:
         for split in ("train", "val"):
             with pytest.raises(ValueError, match="could not be downloaded"):

@@ -3,8 +3,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFilter, ImageOps
-from torchvision import transforms
+from PIL import Image
 
 from shared.images.views import (
     BRIGHTNESS,
@@ -19,6 +18,7 @@ from shared.images.views import (
     apply_pil,
     draw_view,
 )
+from tests.shared.images.torchvision_chain import torchvision_chain
 from tests.shared.photographs import photograph
 
 EVERYTHING = ViewRecipe(
@@ -39,43 +39,6 @@ STRONG_BILINEAR = ViewRecipe(
     blur_p=0.5,
     interpolation="bilinear",
 )
-
-
-class Blur:
-    def __init__(self, recipe):
-        self.recipe = recipe
-
-    def __call__(self, image):
-        if random.random() <= self.recipe.blur_p:
-            return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(*self.recipe.blur_radius)))
-        return image
-
-
-class Solarize:
-    def __init__(self, recipe):
-        self.recipe = recipe
-
-    def __call__(self, image):
-        if random.random() < self.recipe.solarize_p:
-            return ImageOps.solarize(image, self.recipe.solarize_threshold)
-        return image
-
-
-def torchvision_chain(recipe: ViewRecipe) -> transforms.Compose:
-    """The recipe as anyone would write it with torchvision, drawing from the global generators."""
-    chain = [
-        transforms.RandomResizedCrop(
-            recipe.size_px,
-            scale=recipe.scale,
-            ratio=recipe.ratio,
-            interpolation=transforms.InterpolationMode(recipe.interpolation),
-        ),
-        transforms.RandomHorizontalFlip(recipe.flip_p),
-        transforms.RandomApply([transforms.ColorJitter(*recipe.jitter)], p=recipe.jitter_p),
-        transforms.RandomGrayscale(recipe.grey_p),
-        Blur(recipe),
-    ]
-    return transforms.Compose(chain + [Solarize(recipe)] * (recipe.solarize_p > 0))
 
 
 def apply(function, pixels, view, recipe, channels=3, **keywords) -> np.ndarray:

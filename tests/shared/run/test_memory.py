@@ -1,47 +1,37 @@
 import platform
-import subprocess
-import sys
-from pathlib import Path
+import resource
 
-COUNT_FAULTS = """
-import resource, torch
+import torch
+
 from shared.run.memory import keep_freed_memory
+from tests.processes import run_processes
 
-def forward_and_backward():
+
+def forward_and_backward() -> None:
     kept = []
-    for _ in range(6):
-        temporary = torch.ones(2**21)
+    for _ in range(3):
+        temporary = [torch.ones(2**21)]
         kept += [torch.ones(6 * 2**20), torch.ones(2**21)]
-        temporary = torch.ones(9 * 2**20)
+        temporary[0] = torch.ones(9 * 2**20)
         kept += [torch.ones(9 * 2**20)]
     while kept:
         kept.pop()
 
-print(keep_freed_memory() if {keep} else None)
-for _ in range(10):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    forward_and_backward()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
 
-
-def run(keep: bool) -> tuple[str, int, int]:
-    """What the function returned, and the page faults of the first step and of the best one after it.
-
-    Blocks do not find the gaps of their size in every step until the heap has grown far enough.
-    """
-    root = Path(__file__).resolve().parents[3]
-    command = [sys.executable, "-c", COUNT_FAULTS.format(keep=keep)]
-    answer, *faults = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.split()
-    return answer, int(faults[0]), min(map(int, faults[1:]))
+def page_faults(rank: int, keep: bool) -> list[int]:
+    """What the function returned, and the page faults of each step."""
+    counts = [keep_freed_memory() if keep else False]
+    for _ in range(8):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        forward_and_backward()
+        counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return counts
 
 
 def test_the_memory_of_a_step_comes_back_without_page_faults():
-    answer, first, later = run(keep=True)
-    if platform.libc_ver()[0] == "glibc":
-        assert answer == "True"
-        assert later < first / 4
-        _, _, default = run(keep=False)
-        assert later < default / 4
-    else:
-        assert answer == "False"
+    """Blocks do not find the gaps of their size in every step until the heap has grown far enough: the best counts."""
+    [[answer, first, *later]] = run_processes(page_faults, 1, True)
+    assert answer == (platform.libc_ver()[0] == "glibc")
+    if answer:
+        [[_, *default]] = run_processes(page_faults, 1, False)
+        assert min(later) < first / 4 and min(later) < min(default) / 4

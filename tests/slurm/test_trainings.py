@@ -1,5 +1,6 @@
-"""Every other method as a job: the same numbers as under torchrun, also when the job is interrupted."""
+"""Every method as a job: the same numbers as under torchrun, also when the job is interrupted."""
 
+import contextlib
 import re
 import subprocess
 import sys
@@ -7,27 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.contriever.tiny import make_data
-from tests.reliability.runs import ROOT, assert_same_run, log_lines, write_images
+from tests.reliability.runs import ROOT, assert_same_run, log_lines
 from tests.tiny_training import Training, trainings
 
-pytestmark = pytest.mark.slow
 JOB = "--partition main --nodes 2 --ngpus 0 --cpus_per_task 2 --mem_gb_per_gpu 1 --timeout 60"
 STEPS = 14  # a job is interrupted after so many, within an epoch
-
-
 # a job takes a moment to hear of a signal, so all of them are longer than the runs of tests/reliability
 TRAININGS = {name: training for name, training in trainings().items() if training.job}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> dict[str, Path]:
-    folder = make_data(tmp_path_factory.mktemp("data"))
-    return {
-        "images": write_images(folder / "images"),
-        "tokens": folder / "tokens",
-        "encoder": folder / "encoder",
-    }
 
 
 @pytest.fixture(scope="module", params=TRAININGS.values(), ids=TRAININGS)
@@ -36,8 +23,8 @@ def training(request) -> Training:
 
 
 @pytest.fixture(scope="module")
-def flags(training, data) -> list[str]:
-    return [*training.data_flags(data), *training.flags, *training.pair, *training.whole, *training.job]
+def flags(training, places) -> list[str]:
+    return [*training.data_flags(places), *training.flags, *training.pair, *training.whole, *training.job]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +60,9 @@ def assert_ends_like(torchrun: Path, output_dir: Path, cluster, job_id: str) -> 
 def test_an_interrupted_job_on_two_nodes_equals_an_uninterrupted_run_under_torchrun(
     cluster, training, torchrun, flags, tmp_path, capsys, interruption
 ):
-    training.launch([*flags, *JOB.split(), "--output_dir", str(tmp_path / "run-%j")])
+    """A requeue is a SIGTERM to every process of the job, those of the loader included."""
+    workers = ["--num_workers", "1"] if interruption == "requeue" and training.has_workers else []
+    training.launch([*flags, *workers, *JOB.split(), "--output_dir", str(tmp_path / "run-%j")])
     job_id = re.search(r"Submitted job (\d+)", capsys.readouterr().out)[1]
     output_dir = tmp_path / f"run-{job_id}"
     wait_for_step(cluster, output_dir, STEPS)
@@ -82,14 +71,28 @@ def test_an_interrupted_job_on_two_nodes_equals_an_uninterrupted_run_under_torch
     assert_ends_like(torchrun, output_dir, cluster, job_id)
 
 
-@pytest.mark.parametrize("training", [TRAININGS["swav"], TRAININGS["msn"]], ids=["swav", "msn"], indirect=True)
-def test_an_interrupted_batch_script_with_torchrun_gives_the_same_run(cluster, training, torchrun, flags, tmp_path):
+@pytest.mark.parametrize(
+    ("training", "reason"),
+    [
+        *((TRAININGS[name], "time limit") for name in ("dino", "swav", "msn")),
+        (TRAININGS["dino"], "preemption"),
+    ],
+    indirect=["training"],
+)
+def test_an_interrupted_batch_script_with_torchrun_gives_the_same_run(
+    cluster, training, torchrun, flags, tmp_path, reason
+):
     options = (
         f"--chdir={ROOT} --partition=main --gpus-per-node=0 --cpus-per-task=2 --mem=2G --time=60 "
         f"--output={tmp_path}/batch.out"
     ).split()
     script = (str(ROOT / "shared" / "torchrun.sbatch"), _path(training))
-    job_id = cluster.run("sbatch", *options, *script, *flags, "--output_dir", str(tmp_path / "run")).stdout.split()[-1]
-    wait_for_step(cluster, tmp_path / "run", STEPS)
-    cluster.run("scancel", "--batch", "--signal=USR2", job_id)  # as SLURM does before the time limit
-    assert_ends_like(torchrun, tmp_path / "run", cluster, job_id)
+    with cluster.without("SlurmctldParameters") if reason == "preemption" else contextlib.nullcontext():
+        answer = cluster.run("sbatch", *options, *script, *flags, "--output_dir", str(tmp_path / "run"))
+        job_id = answer.stdout.split()[-1]
+        wait_for_step(cluster, tmp_path / "run", STEPS)
+        if reason == "preemption":
+            cluster.preempt()
+        else:
+            cluster.run("scancel", "--batch", "--signal=USR2", job_id)  # as SLURM does before the time limit
+        assert_ends_like(torchrun, tmp_path / "run", cluster, job_id)
