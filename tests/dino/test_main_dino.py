@@ -184,16 +184,14 @@ def test_a_checkpoint_of_the_official_code_is_gone_on_with(images, tmp_path):
         train(tmp_path / "other", *flags)
 
 
-def test_knn_and_pictures_of_images_some_of_which_are_unreadable(images, tmp_path, capsys):
+def test_knn_of_images_some_of_which_are_unreadable(images, tmp_path, capsys):
     val = shutil.copytree(images, tmp_path / "val")
     broken = val / "class1" / "22.png"
     broken.write_bytes(broken.read_bytes()[:100])
-    flags = ("--data_path", images, "--val_path", val, "--eval_knn_freq", 1, "--pictures", "on")
+    flags = ("--data_path", images, "--val_path", val, "--eval_knn_freq", 1)
     written = train(tmp_path / "run", *flags, "--local_crop_size", 11)
     assert [line["step"] for line in written if "knn_top1" in line] == [0, 3]
     assert (tmp_path / "run" / "bad_images_val.txt").read_text().startswith(f"{broken}\t")
-    drawn = {path.name for path in (tmp_path / "run" / "pictures").iterdir()}
-    assert drawn == {"views.png", "neighbours.png", "curves.png", "attention"}
     printed = capsys.readouterr().out
     assert "--patch_size 8 does not divide --local_crop_size 11; the last 3 rows and columns" in printed
     assert "python dino/eval_knn.py" in printed and str(tmp_path / "run" / "checkpoint.pth") in printed

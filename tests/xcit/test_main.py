@@ -201,12 +201,6 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_batch(images, tmp_p
     assert results[0] == results[1] and len(results[0]) == 2
 
 
-def test_pictures_and_summary(images, tmp_path, small_networks, capsys):
-    train(tmp_path, "--data_path", images, "--epochs", 1, "--pictures", "on")
-    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"views.png", "curves.png"}
-    assert "best top-1" in capsys.readouterr().out
-
-
 @pytest.mark.slow
 def test_compiled_networks_train_alike(images, tmp_path, small_networks):
     for name, flags in (("eager", ()), ("compiled", ("--compile",))):
