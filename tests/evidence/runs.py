@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from shared.evaluation.features import extract_features
 from shared.evaluation.knn import knn_classify
@@ -114,6 +115,37 @@ def run_all(
         return run(method, *job, out / job[0].name.replace(" ", "_") / str(job[1]), read)
 
     return in_parallel(train, jobs, parallel)
+
+
+def beside_others(
+    method: str,
+    variants: list[Variant],
+    build: Callable[[list[str]], tuple[nn.Module, int]],
+    teacher: str,
+    out: Path,
+    parallel: int,
+    seeds: tuple[int, ...],
+) -> list[dict]:
+    """Classifiers of about equal cost, which is printed; the first is also distilled from the last of the same seed.
+
+    Args:
+        build: Maps flags to the network and the side of its images in pixels.
+        teacher: ``--teacher-model`` of the last variant.
+    """
+    for variant in variants:
+        with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            network, side = build(variant.flags.split())
+            network.eval()(torch.empty(1, 3, side, side))
+        print(f"{variant.name}: {counter.get_total_flops() / 2e6:.0f} million multiply-adds", flush=True)
+    results = run_all(method, variants, out, parallel, seeds, classifier)
+    teachers = {result["seed"]: result["run"] / "checkpoint.pth" for result in results[-len(seeds) :]}
+
+    def distill(seed: int) -> dict:
+        distilled = f"--distillation-type hard --teacher-model {teacher} --teacher-path {teachers[seed]}"
+        variant = Variant(f"{variants[0].name}, distilled from the ResNet", f"{variants[0].flags} {distilled}")
+        return run(method, variant, seed, out / "distilled" / str(seed), classifier)
+
+    return results + in_parallel(distill, seeds, parallel)
 
 
 def in_parallel(function: Callable, jobs: Iterable, parallel: int) -> list:
