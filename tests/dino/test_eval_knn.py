@@ -41,7 +41,7 @@ def test_other_networks_are_evaluated(data, arch):
 
 def test_without_a_data_path_the_embedded_digits_are_classified(capsys):
     accuracies = run("--nb_knn", 5, "--image_size", 16, "--patch_size", 16)
-    assert "embedded digits (val): 359 images" in capsys.readouterr().out
+    assert "embedded materials (val): 359 images" in capsys.readouterr().out
     assert 30 < accuracies[5][0] < 100
 
 
