@@ -70,9 +70,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "DeepCluster", description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument_group("data").add_argument
-    images = (
-        "training images: folder, .txt list or torchvision name; default: embedded ones, with defaults that fit them"
-    )
+    images = "training images: folder, .txt list or torchvision name; default: the embedded ones"
     add("data_path", metavar="DIR", nargs="?", default=None, help=images)
     add("--val_path", default=None, help="images for the k-NN evaluation; by default those that belong to DIR")
     add("--allow_absolute_paths", action="store_true", help="in .txt lists")

@@ -17,7 +17,7 @@ EMBEDDED = {
     "arch": "vit_micro",
     "patch_size": 4,
     "image_size": 32,
-}  # of the network that main_dino.py trains on the embedded data
+}  # what main_dino.py trains without images
 NETWORK_OF_RUN = {"arch": "arch", "patch_size": "patch_size"}  # what the training calls these flags
 
 

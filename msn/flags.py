@@ -41,9 +41,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> Callable[..., argparse.Ac
     root = "with --image_folder: --data_path <root_path>/<image_folder>"
     add("--root_path", "--root-path", default=None, help=root)
     add("--image_folder", "--image-folder", default=None, help="see --root_path")
-    size = (
-        "side of the crops in pixels; None: that of the training's random views, else 224, or 32 for the embedded ones"
-    )
+    size = "side of the crops in pixels; None: that of the training's random views, else 224 (embedded images: 32)"
     add("--image_size", type=int, default=None, help=size)
     return add
 

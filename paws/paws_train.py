@@ -3,7 +3,7 @@
 Assran et al., "Semi-Supervised Learning of Visual Features by Non-Parametrically Predicting View Assignments with
 Support Samples", ICCV 2021 (PAWS).
 
-    python main.py                                       # embedded materials, 4 labels of each, a minute or two on a CPU
+    python main.py                                       # embedded materials, 4 labels of each, minutes on a CPU
     python main.py --data_path pictures --labels labels.csv --fname configs/paws/own_images.yaml --output_dir run
     torchrun --nproc_per_node=8 main.py --fname configs/paws/imgnt_train.yaml --data_path /path/to/imagenet/train \\
         --subset_path imagenet_subsets --output_dir /path/to/run
@@ -55,11 +55,11 @@ EMBEDDED_DATA_DEFAULTS = {
     "unsupervised_batch_size": 64,
     "model_name": "wide_resnet10w1",
     "output_dim": 64,
-    "epochs": 12,
+    "epochs": 8,
     "lr": 0.8,
     "start_lr": 0.1,
     "final_lr": 0.008,
-    "warmup": 3,
+    "warmup": 2,
     "output_dir": "runs/materials",
 }
 

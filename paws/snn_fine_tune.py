@@ -38,7 +38,7 @@ from shared.run.run import Run
 
 EMBEDDED_DATA_DEFAULTS = flags.ON_EMBEDDED | {
     "color_jitter_strength": 0.5,
-    "output_dir": "runs/materials/snn-fine-tune",
+    "output_dir": "runs/materials/snn-tuned",
 }
 # A run that is resumed must have these as they were.
 RUN_FLAGS = ("model_name", "lr", "epochs", "supervised_batch_size", "supervised_views", "seed")

@@ -58,7 +58,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> Callable:
     add(
         "--data_path",
         default=None,
-        help="training images: folder, .txt list or torchvision name; default: embedded ones",
+        help="training images: folder, list or torchvision name; default: the embedded ones",
     )
     add("--val_path", default=None, help="images to evaluate on; by default those that belong to --data_path")
     add("--allow_absolute_paths", action="store_true", help="in .txt lists")

@@ -92,7 +92,7 @@ def test_published_command_lines_parse_and_defaults_are_the_official_ones(script
     assert script.parse_args([*args, *defaults.split()]) == script.parse_args(args)
 
 
-def test_defaults_for_the_embedded_digits_are_those_of_the_training():
+def test_defaults_for_the_embedded_images_are_those_of_the_training():
     random, training = eval_knn.parse_args(["--pretrained", "random"]), main_swav.EMBEDDED_DATA_DEFAULTS
     evaluation.choose_network(random)
     assert (random.arch, random.image_size) == (training["arch"], training["size_crops"][0])
