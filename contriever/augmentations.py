@@ -30,20 +30,12 @@ class Draws:
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Ids that the augmentations and the views need; None where a vocabulary has no such token.
+    """Ids that the augmentations and the views need; None where a vocabulary has no such token."""
 
-    Attributes:
-        bos: Put before each view.
-        eos: Put after it.
-        mask: Takes the place of a masked token.
-        first_ordinary: Replacements are drawn from this id on.
-        vocab_size: Ids are smaller than this.
-    """
-
-    bos: int | None
-    eos: int | None
+    bos: int | None  # put before each view
+    eos: int | None  # put after it
     mask: int | None
-    first_ordinary: int
+    first_ordinary: int  # replacements are drawn from this id on
     vocab_size: int
 
     @classmethod
@@ -58,45 +50,36 @@ class SpecialTokens:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How two views are made.
+    """How two views are made: two independent crops, or a span and the text around it (the inverse cloze task)."""
 
-    Attributes:
-        ratio_min, ratio_max: Length of a crop as a part of the chunk.
-        augmentation: One of ``AUGMENTATIONS``, done to both crops.
-        prob_augmentation: Of each token to be augmented.
-        pairs: ``crop``: two independent crops; ``ict``: a span and the text around it (the inverse cloze task).
-    """
-
-    ratio_min: float
+    ratio_min: float  # length of a crop as a part of the chunk
     ratio_max: float
-    augmentation: str
-    prob_augmentation: float
-    pairs: str = "crop"
+    augmentation: str  # one of ``AUGMENTATIONS``, done to both views
+    prob_augmentation: float  # of each token
+    pairs: str = "crop"  # or ``ict``
 
 
-def draw_span(length: int, ratio_min: float, ratio_max: float, draws: Draws) -> tuple[int, int]:
+def draw_span(length: int, recipe: Recipe, draws: Draws) -> tuple[int, int]:
     """First token and number of tokens of a random part of ``length`` tokens."""
-    span = int(length * draws.py.uniform(ratio_min, ratio_max))
+    span = int(length * draws.py.uniform(recipe.ratio_min, recipe.ratio_max))
     return draws.py.randint(0, length - span), span
 
 
-def crop(tokens: np.ndarray, ratio_min: float, ratio_max: float, draws: Draws) -> np.ndarray:
+def crop(tokens: np.ndarray, recipe: Recipe, draws: Draws) -> np.ndarray:
     """A random contiguous part: its length is a random ratio of the chunk's, its place uniform."""
-    start, length = draw_span(len(tokens), ratio_min, ratio_max, draws)
+    start, length = draw_span(len(tokens), recipe, draws)
     return tokens[start : start + length]
 
 
-def inverse_cloze(
-    tokens: np.ndarray, ratio_min: float, ratio_max: float, draws: Draws
-) -> tuple[np.ndarray, np.ndarray]:
+def inverse_cloze(tokens: np.ndarray, recipe: Recipe, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
     """A span, and the chunk without it; in one of ten pairs the chunk keeps it (Lee et al. 2019, section 4)."""
-    start, length = draw_span(len(tokens), ratio_min, ratio_max, draws)
+    start, length = draw_span(len(tokens), recipe, draws)
     span = tokens[start : start + length]
     keep = draws.py.random() < 0.1
     return span, tokens if keep else np.concatenate([tokens[:start], tokens[start + length :]])
 
 
-def delete(tokens: np.ndarray, p: float, draws: Draws) -> np.ndarray:
+def delete(tokens: np.ndarray, p: float, draws: Draws, special: SpecialTokens) -> np.ndarray:
     """Without each token with probability ``p``."""
     return tokens[draws.np.rand(len(tokens)) > p]
 
@@ -113,7 +96,7 @@ def mask(tokens: np.ndarray, p: float, draws: Draws, special: SpecialTokens) -> 
     return np.where(draws.np.rand(len(tokens)) > p, tokens, special.mask)
 
 
-def shuffle(tokens: np.ndarray, p: float, draws: Draws) -> np.ndarray:
+def shuffle(tokens: np.ndarray, p: float, draws: Draws, special: SpecialTokens) -> np.ndarray:
     """A random permutation of tokens that are chosen with probability ``p`` each; the others stay."""
     count = int((draws.np.rand(len(tokens)) < p).sum())
     places = draws.py.sample(range(len(tokens)), count)
@@ -125,24 +108,12 @@ def shuffle(tokens: np.ndarray, p: float, draws: Draws) -> np.ndarray:
 
 
 def augment(tokens: np.ndarray, name: str, p: float, draws: Draws, special: SpecialTokens) -> np.ndarray:
-    """One of ``AUGMENTATIONS``.
-
-    Raises:
-        ValueError: If there is none of this name, or the vocabulary has no mask token.
-    """
-    if name == "delete":
-        return delete(tokens, p, draws)
-    if name == "replace":
-        return replace(tokens, p, draws, special)
-    if name == "mask":
-        if special.mask is None:
-            raise ValueError("--augmentation mask: the vocabulary has no mask token")
-        return mask(tokens, p, draws, special)
-    if name == "shuffle":
-        return shuffle(tokens, p, draws)
-    if name != "none":
-        raise ValueError(f"--augmentation {name}: choose {', '.join(AUGMENTATIONS)}")
-    return tokens
+    """One of ``AUGMENTATIONS``."""
+    if name == "none":
+        return tokens
+    if name == "mask" and special.mask is None:
+        raise ValueError("--augmentation mask: the vocabulary has no mask token")
+    return {"delete": delete, "replace": replace, "mask": mask, "shuffle": shuffle}[name](tokens, p, draws, special)
 
 
 def add_bos_eos(tokens: np.ndarray, bos: int | None, eos: int | None) -> np.ndarray:
@@ -154,8 +125,8 @@ def add_bos_eos(tokens: np.ndarray, bos: int | None, eos: int | None) -> np.ndar
 def two_views(chunk: np.ndarray, recipe: Recipe, draws: Draws, special: SpecialTokens) -> tuple[np.ndarray, np.ndarray]:
     """Query and key of one chunk, int64, each between bos and eos."""
     if recipe.pairs == "ict":
-        q, k = inverse_cloze(chunk, recipe.ratio_min, recipe.ratio_max, draws)
+        q, k = inverse_cloze(chunk, recipe, draws)
     else:
-        q, k = (crop(chunk, recipe.ratio_min, recipe.ratio_max, draws) for _ in range(2))
+        q, k = (crop(chunk, recipe, draws) for _ in range(2))
     q, k = (augment(view, recipe.augmentation, recipe.prob_augmentation, draws, special) for view in (q, k))
     return add_bos_eos(q, special.bos, special.eos), add_bos_eos(k, special.bos, special.eos)

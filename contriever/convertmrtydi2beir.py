@@ -14,26 +14,23 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from contriever.flags import script_parser
+
 from contriever.text.files import read_json_lines, read_lines, text_field, write_json_lines
 from shared import distributed
+from shared.run.flags import Parser
 
 SPLITS = ("train", "dev", "test")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = script_parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("data_path", help="folder of one language of Mr. TyDi")
     parser.add_argument("output_path", help="folder to write")
     return parser
 
 
 def convert(data_path: Path, output_path: Path) -> None:
-    """Write corpus.jsonl, queries.jsonl and the judgements of the splits that are there.
-
-    Raises:
-        ValueError: If a file is missing or malformed.
-    """
+    """Write corpus.jsonl, queries.jsonl and the judgements of the splits that are there."""
     splits = [split for split in SPLITS if (data_path / f"qrels.{split}.txt").is_file()]
     needed = [data_path / "topic.tsv", data_path / "collection" / "docs.jsonl"]
     missing = [str(path) for path in needed if not path.is_file()] or ([] if splits else ["qrels.*.txt"])
@@ -58,8 +55,7 @@ def queries(path: Path) -> Iterable[dict]:
 
 
 def documents(path: Path) -> Iterable[dict]:
-    for number, record in read_json_lines(path):
-        where = f"{path}, line {number}"
+    for where, record in read_json_lines(path):
         yield {"_id": text_field(record, "id", where), "title": "", "text": text_field(record, "contents", where)}
 
 

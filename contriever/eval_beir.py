@@ -9,46 +9,36 @@ such folders (cqadupstack) is evaluated one by one and averaged.
 """
 
 import argparse
-import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from contriever.beir.data import BeirDataset, read_beir
-from contriever.beir.metrics import evaluate_run
+from contriever.beir import BeirDataset, evaluate_run, read_beir
 from contriever.encoder import Retriever
-from contriever.flags import (
-    add_encoder_flags,
-    add_launcher_flags,
-    amp_of,
-    check_minimum,
-    join_processes,
-    load_encoder,
-    max_length_of,
-    script_parser,
-)
+from contriever.flags import add_encoder_flags, check_minimum, load_encoder
+from contriever.index.answers import Answers, merge, nothing_found
 from contriever.index.bm25 import BM25, check_weight, fuse
-from contriever.index.dense import merge
-from contriever.index.embeddings import write_json
+from contriever.text.files import replacing, write_json, write_json_lines
 from contriever.text.normalize import clean
 from shared import distributed
 from shared.evaluation.knn import nearest_neighbours
-from shared.run.flags import bool_flag
+from shared.run.flags import Parser, bool_flag
 
 TOP_K = 1000
 CHUNK = 50_000  # documents that are encoded, then searched
-Answers = tuple[np.ndarray, np.ndarray]  # scores and rows, each (Q, k), -inf and -1 for none
 Run = dict[str, dict[str, float]]
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = script_parser(__doc__)
+    parser = Parser(__doc__)
     add = parser.add_argument_group("data").add_argument
     add("--dataset", required=True, help="name of a folder below --beir_dir")
     add("--beir_dir", default="./", help="folder of the data sets")
@@ -73,7 +63,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--output_dir", default="./my_experiment", help="folder for <dataset>.json, the metrics")
     formats = "what was retrieved: .jsonl, .trec (of trec_eval), any other: torch.save of {query: {document: score}}"
     add("--save_results_path", default=None, help=formats)
-    add_launcher_flags(parser)
+    add = parser.add_argument_group("processes").add_argument  # of the old launcher; torchrun and srun need neither
+    add("--local_rank", "--local-rank", type=int, default=-1, help="ignored: read from the environment")
+    add("--main_port", type=int, default=-1, help="rendezvous port under srun")
     return parser
 
 
@@ -81,7 +73,9 @@ def eval_beir(args: argparse.Namespace) -> dict[str, float]:
     """Metrics in percent, on every rank."""
     check_minimum(args, per_gpu_batch_size=1, text_maxlength=3)
     check_weight(args.dense_weight)
-    device = join_processes(args)
+    if args.main_port > 0:
+        os.environ.setdefault("MASTER_PORT", str(args.main_port))
+    device = distributed.init(device=args.device)
     normalized = args.score_function == "cos_sim" or (args.norm_query and args.norm_doc)
     retriever = load_encoder(args, device, normalized) if args.retriever != "bm25" else None
 
@@ -93,7 +87,6 @@ def eval_beir(args: argparse.Namespace) -> dict[str, float]:
     metrics, runs = evaluate_folder(folder, split, search, args.ignore_identical_ids)
     if distributed.is_main_process():
         print(" ".join(f"{name}: {value:.1f}" for name, value in metrics.items()), flush=True)
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         write_json(Path(args.output_dir) / f"{args.dataset.replace('/', '-')}.json", metrics)
         if args.save_results_path:
             save_runs(Path(args.save_results_path), runs)
@@ -109,19 +102,11 @@ def search_dataset(dataset: BeirDataset, retriever: Retriever | None, args: argp
     if args.retriever == "bm25":
         return lexical
     cosine = args.score_function == "cos_sim"
-    dense = dense_search(
-        retriever,
-        texts,
-        queries,
-        k,
-        args.per_gpu_batch_size,
-        max_length_of(args.text_maxlength, retriever, "--text_maxlength"),
-        normalize_queries=args.norm_query or cosine,
-        normalize_documents=args.norm_doc or cosine,
-        amp=amp_of(args.no_fp16, retriever.device),
-    )
-    unit = cosine or (args.norm_query and args.norm_doc)
-    return dense if args.retriever == "dense" else fuse(dense, lexical, k, args.dense_weight, unit)
+    norms = args.norm_query or cosine, args.norm_doc or cosine
+    length = retriever.length("--text_maxlength", args.text_maxlength)
+    amp = retriever.amp(args.no_fp16)
+    dense = dense_search(retriever, texts, queries, k, args.per_gpu_batch_size, length, *norms, amp)
+    return dense if args.retriever == "dense" else fuse(dense, lexical, k, args.dense_weight, unit=all(norms))
 
 
 def document_texts(dataset: BeirDataset) -> list[str]:
@@ -142,36 +127,25 @@ def dense_search(
     """Exact search of all queries in all texts; every process encodes its share of the texts.
 
     Longest texts come first, so that a batch that does not fit the memory fails at once.
-
-    Returns:
-        Scores (Q, k) float32, best first, and row numbers (Q, k); -inf and -1 where there are fewer than k texts.
-
-    Raises:
-        ValueError: If a vector is not finite.
     """
-    common = {"batch_size": batch_size, "max_length": max_length, "amp": amp}
-    of_queries = torch.from_numpy(
-        finite(retriever.encode(queries, normalize=normalize_queries, kind="query", **common), "query")
-    )
-    of_queries = of_queries.to(retriever.device)
+
+    def encode(texts: list[str], normalize: bool, kind: str) -> Tensor:
+        vectors = retriever.encode(texts, batch_size, max_length, normalize, amp, kind)
+        bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+        if len(bad):
+            raise ValueError(f"the vector of {kind} {bad[0]} is not finite: the weights are damaged, or try --no_fp16")
+        return torch.from_numpy(vectors).to(retriever.device)
+
+    of_queries = encode(queries, normalize_queries, "query")
     order = np.argsort([-len(text) for text in texts], kind="stable")
     own = order[distributed.get_rank() :: distributed.get_world_size()]
-    best = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1)
+    best = nothing_found(len(queries), k)
     for start in range(0, len(own), CHUNK):
         rows = own[start : start + CHUNK]
-        texts_of_rows = [texts[row] for row in rows]
-        vectors = retriever.encode(texts_of_rows, normalize=normalize_documents, kind="passage", **common)
-        block = torch.from_numpy(finite(vectors, "document")).to(retriever.device)
+        block = encode([texts[row] for row in rows], normalize_documents, "passage")
         scores, found = nearest_neighbours(of_queries, block, min(k, len(block)))
         best = merge([best, (scores.cpu().numpy(), rows[found.cpu().numpy()])], k)
     return merge(distributed.all_gather_object(best), k)
-
-
-def finite(vectors: np.ndarray, what: str) -> np.ndarray:
-    bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
-    if len(bad):
-        raise ValueError(f"the vector of {what} {bad[0]} is not finite: the weights are damaged, or try --no_fp16")
-    return vectors
 
 
 def evaluate_folder(
@@ -207,24 +181,21 @@ def as_run(dataset: BeirDataset, answers: Answers, ignore_identical_ids: bool = 
 
 def save_runs(path: Path, runs: dict[str, Run]) -> None:
     """What was retrieved, in the format that the ending of the file asks for."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     queries = [  # queries of different data sets may have the same id
         (query if len(runs) == 1 else f"{name}/{query}", scores)
         for name, run in runs.items()
         for query, scores in run.items()
     ]
     if path.suffix == ".jsonl":
-        lines = [json.dumps({"query_id": query, "results": scores}, ensure_ascii=False) for query, scores in queries]
-    elif path.suffix == ".trec":
-        lines = [
-            f"{query} Q0 {document} {rank} {score!r} contriever"
-            for query, scores in queries
-            for rank, (document, score) in enumerate(scores.items(), start=1)
-        ]
-    else:
-        torch.save(dict(queries), path)
+        write_json_lines(path, ({"query_id": query, "results": scores} for query, scores in queries))
         return
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    with replacing(path, "w" if path.suffix == ".trec" else "wb") as file:
+        if path.suffix != ".trec":
+            torch.save(dict(queries), file)
+            return
+        for query, scores in queries:
+            for rank, (document, score) in enumerate(scores.items(), start=1):
+                file.write(f"{query} Q0 {document} {rank} {score!r} contriever\n")
 
 
 def main() -> None:

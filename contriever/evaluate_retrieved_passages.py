@@ -14,16 +14,17 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from contriever.flags import script_parser
+
 from contriever.text.answers import hits_within, match_questions
 from contriever.text.files import check_list, read_json_lines, text_field
 from shared import distributed
+from shared.run.flags import Parser
 
 RANKS = (5, 10, 20, 100)
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = script_parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--data", required=True, help="glob pattern of result files (.jsonl)")
     parser.add_argument("--validation_workers", type=int, default=16, help="processes at most; few questions need one")
     return parser
@@ -36,7 +37,7 @@ def evaluate_retrieved_passages(args: argparse.Namespace) -> dict[str, dict[int,
         raise ValueError(f"--data {args.data}: no such file")
     accuracies = {}
     for file in files:
-        questions = [read_question(record, f"{file}, line {n}") for n, record in read_json_lines(file)]
+        questions = [read_question(record, where) for where, record in read_json_lines(file)]
         if not questions:
             raise ValueError(f"{file} is empty")
         accuracies[file] = accuracy_at(match_questions(questions, args.validation_workers))

@@ -22,15 +22,15 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from contriever.encoder import Retriever, load_retriever, pad
-from contriever.flags import script_parser
 from shared import distributed
 from shared.networks.export import TOLERANCE, ExportMismatch, atomic_file
+from shared.run.flags import Parser
 
 TEXTS = ("a short text", "A longer one, with more words than the other: it fills a batch that is padded.", "?")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = script_parser(__doc__)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--model_name_or_path", default=None, help="encoder or checkpoint; the packaged encoder without it")
     add("--retriever_model_id", default=None, help="configuration and tokenizer of an official checkpoint")
@@ -40,18 +40,11 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def check_vectors(name: str, vectors: np.ndarray, expected: np.ndarray) -> None:
-    """Raise :class:`shared.networks.export.ExportMismatch` if vectors differ from those of the torch network."""
+    """Raise ``ExportMismatch`` if vectors differ from those of the torch network."""
     difference = np.abs(vectors - expected).max() / np.abs(expected).max()
     if not difference <= TOLERANCE:
         raise ExportMismatch(f"{name} differs from the torch network by {difference:.1e} of the largest value")
     print(f"{name}: equal to the torch network up to {difference:.0e} of the largest value")
-
-
-def export_folder(retriever: Retriever, folder: Path) -> None:
-    """The layout of Hugging Face, with what sentence-transformers needs to know about pooling and norms."""
-    folder.mkdir(parents=True, exist_ok=True)
-    retriever.save(folder)
-    check_vectors(folder.name, vectors_of(load_retriever(folder), TEXTS), vectors_of(retriever, TEXTS))
 
 
 def vectors_of(retriever: Retriever, texts: Sequence[str]) -> np.ndarray:
@@ -77,16 +70,19 @@ def export_onnx(retriever: Retriever, path: Path) -> None:
     except ModuleNotFoundError as error:
         raise ValueError("ONNX files need the packages of `pip install -e '.[export]'`") from error
 
+    def tokens(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        ids, mask = pad(retriever.tokenize(texts), retriever.tokenizer.pad_token_id)
+        return ids, mask.long()
+
     network = copy.deepcopy(retriever.model).cpu().eval()
     network.set_attn_implementation("eager")  # the fused kernel chooses its path by what is in the mask
-    ids, mask = pad(retriever.tokenize(TEXTS), retriever.tokenizer.pad_token_id)
     with atomic_file(path) as temporary:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             axes = {0: "batch", 1: "tokens"}
             torch.onnx.export(
                 _Plain(network, retriever.normalized),
-                (ids, mask.long()),
+                tokens(TEXTS),
                 temporary,
                 input_names=["input_ids", "attention_mask"],
                 output_names=["vectors"],
@@ -96,22 +92,17 @@ def export_onnx(retriever: Retriever, path: Path) -> None:
             )
         session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
         for texts in (TEXTS, TEXTS[:1]):
-            ids, mask = pad(retriever.tokenize(texts), retriever.tokenizer.pad_token_id)
-            vectors = session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.long().numpy()})[0]
+            ids, mask = tokens(texts)
+            (vectors,) = session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
             check_vectors(path.name, vectors, vectors_of(retriever, texts))
 
 
 def export(retriever: Retriever, output_dir: str | Path) -> dict[str, Path]:
-    """Write an encoder in every format.
-
-    Returns:
-        ``folder`` and ``onnx``.
-
-    Raises:
-        shared.networks.export.ExportMismatch: If a file gives other vectors.
-    """
+    """Write an encoder as a ``folder`` of Hugging Face and as ``onnx``; ``ExportMismatch`` if one differs."""
     files = {"folder": Path(output_dir) / "encoder", "onnx": Path(output_dir) / "encoder.onnx"}
-    export_folder(retriever, files["folder"])
+    files["folder"].mkdir(parents=True, exist_ok=True)
+    retriever.save(files["folder"])
+    check_vectors("encoder", vectors_of(load_retriever(files["folder"]), TEXTS), vectors_of(retriever, TEXTS))
     export_onnx(retriever, files["onnx"])
     return files
 
@@ -119,10 +110,8 @@ def export(retriever: Retriever, output_dir: str | Path) -> dict[str, Path]:
 def main() -> None:
     with distributed.clean_exit():
         args = get_args_parser().parse_args()
-        retriever = load_retriever(
-            args.model_name_or_path, architecture=args.retriever_model_id, allow_download=args.allow_download
-        )
-        export(retriever, args.output_dir)
+        options = {"architecture": args.retriever_model_id, "allow_download": args.allow_download}
+        export(load_retriever(args.model_name_or_path, **options), args.output_dir)
 
 
 if __name__ == "__main__":

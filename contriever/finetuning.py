@@ -23,14 +23,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 from contriever.encoder import Retriever
 from contriever.flags import MINIMUM, check_training_flags, training_parser
 from contriever.losses import InBatch, batch_statistics, inbatch_logits
-from contriever.training.checkpoints import (
-    BATCH,
-    TrainingData,
-    keep_numbered,
-    link_latest,
-    resume,
-    start_retriever,
-)
+from contriever.training.checkpoints import BATCH, TrainingData, finish, keep_numbered, resume, start_retriever
 from contriever.training.evaluation import Evaluation
 from contriever.training.optimisation import Objective, SharpnessAware, build_optimizer, gradient_norms
 from contriever.training.questions import FineTuningPairs, read_examples
@@ -78,7 +71,7 @@ def finetune(args: argparse.Namespace) -> None:
     encoder = retriever.model
     trained = distributed.wrap(InBatch(encoder), run.device)
     optimizer = build_optimizer(encoder, args)
-    objective = Objective.from_args(args)
+    objective = Objective(args)
     sharpness = None
     if args.optim != "adamw":
         if run.precision.name == "fp16":
@@ -102,17 +95,12 @@ def finetune(args: argparse.Namespace) -> None:
             run.log_epoch()
             run.end_epoch()
     if distributed.is_main_process():
-        link_latest(run)
-        retriever.save(run.output_dir / "encoder")
+        finish(run, retriever)
         print(f"fine-tuned encoder: {run.output_dir / 'encoder'}")
 
 
 def open_data(args: argparse.Namespace, retriever: Retriever) -> TrainingData:
-    """The batches of questions and passages that this process trains with.
-
-    Raises:
-        ValueError: If passages would be longer than the encoder reads, or the records are too few.
-    """
+    """The batches of questions and passages that this process trains with."""
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     if args.chunk_length > retriever.max_length:
         raise ValueError(f"--chunk_length {args.chunk_length}: the encoder reads {retriever.max_length} tokens at most")
@@ -121,20 +109,10 @@ def open_data(args: argparse.Namespace, retriever: Retriever) -> TrainingData:
     if not fewest:
         raise ValueError(f"--train_data {' '.join(args.train_data)}: fewer records than the {world_size} processes")
     if most < args.per_gpu_batch_size:
-        raise ValueError(
-            f"--per_gpu_batch_size {args.per_gpu_batch_size}: there are {most} training records per process"
-        )
-    pairs = FineTuningPairs(
-        examples,
-        retriever,
-        args.chunk_length,
-        args.negative_ctxs,
-        args.negative_hard_ratio,
-        args.negative_hard_min_idx,
-        args.eval_normalize_text,
-        args.seed,
-        stream=rank,
-    )
+        raise ValueError(f"--per_gpu_batch_size {args.per_gpu_batch_size}: there are {most} records per process")
+    negatives = args.negative_ctxs, args.negative_hard_ratio, args.negative_hard_min_idx
+    texts = args.chunk_length, *negatives, args.eval_normalize_text
+    pairs = FineTuningPairs(examples, retriever, *texts, args.seed, stream=rank)
     # each process has its own records; one with fewer than the others starts again before the epoch ends
     sampler = EpochBatchSampler(most, args.per_gpu_batch_size, seed=args.seed + 1_000_003 * rank)
     loader = make_loader(pairs, batch_sampler=sampler, num_workers=args.num_workers, device=retriever.device)
@@ -156,7 +134,7 @@ def train_one_epoch(
 
     Args:
         trained: A :class:`contriever.losses.InBatch`, wrapped for several processes.
-        loader: Yields batches of :func:`contriever.training.questions.collate`.
+        loader: Yields batches of :func:`contriever.training.questions.FineTuningPairs`.
     """
     trained.train()
     for step, batch in run.steps(loader):

@@ -1,21 +1,14 @@
 """Flags that several scripts share, with the names and defaults of the official ones, and the encoder they choose."""
 
 import argparse
-import os
 from collections.abc import Callable
 
 import torch
 
 from shared import distributed
-from shared.optimisation.precision import fast_bf16
-from shared.run.flags import Parser
+from shared.run.flags import Parser, add_run_flags
 
 from .encoder import Retriever, load_retriever
-
-
-def script_parser(docstring: str) -> argparse.ArgumentParser:
-    """A parser without flags; the first paragraph of the script's docstring is the description."""
-    return Parser(docstring)
 
 
 def check_minimum(args: argparse.Namespace, **minimum: float) -> None:
@@ -41,19 +34,11 @@ MINIMUM = {
 
 
 def training_parser(docstring: str, optimisers: tuple[str, ...] = ("adamw",)) -> argparse.ArgumentParser:
-    """A parser with the flags that ``train.py`` and ``finetuning.py`` share.
-
-    Args:
-        docstring: Of the script.
-        optimisers: Choices of ``--optim``.
-    """
-    parser = script_parser(docstring)
+    """A parser with the flags that ``train.py`` and ``finetuning.py`` share."""
+    parser = Parser(docstring)
     add = parser.add_argument_group("encoder").add_argument
-    add(
-        "--retriever_model_id",
-        default=None,
-        help="encoder to start from, folder or cached name; None: the packaged one",
-    )
+    start = "encoder to start from, folder or cached name; None: the packaged one"
+    add("--retriever_model_id", default=None, help=start)
     add("--allow_download", action="store_true", help="ask the hub for a model that is not on this machine")
     add("--random_init", action="store_true", help="its configuration and tokenizer only, with random weights")
     add("--pooling", default="average", choices=("average", "cls"), help="from the states of tokens to one vector")
@@ -88,25 +73,14 @@ def training_parser(docstring: str, optimisers: tuple[str, ...] = ("adamw",)) ->
     add("--lower_case", action="store_true", help="lowercase texts in the evaluation")
     add("--eval_normalize_text", action="store_true", help="one form for dashes, quotation marks, ...")
 
-    add = parser.add_argument_group("run").add_argument
+    add = add_run_flags(parser, knn=False, pictures=False)
+    parser.set_defaults(log_freq=100, local_rank=-1)
     add("--output_dir", default="./checkpoint/my_experiments", help="checkpoints and logs; the same command resumes")
     add("--model_path", default="none", help="checkpoint, its folder, or an encoder to start from")
     add("--continue_training", action="store_true", help="take optimiser and step from --model_path as well")
     add("--save_freq", type=int, default=50000, help="keep a numbered checkpoint every so many steps; 0: none")
-    add("--saveckp_steps", type=int, default=0, help="also save every so many steps")
-    add("--saveckp_minutes", type=float, default=15, help="also save after so many minutes")
-    changed = "when the checkpoint was written with another batch, number of processes or text"
-    add("--on_changed_run", default="continue", choices=("continue", "refuse"), help=changed)
-    add("--log_freq", type=int, default=100, help="steps per line of the log")
-    add("--tensorboard", action="store_true", help="also log to TensorBoard")
-    skipped = "stop after so many steps in a row without finite gradients (exit code 3); 0: never"
-    add("--max_skipped_steps", type=int, default=10, help=skipped)
     add("--seed", type=int, default=0, help="of the weights, the queue, the views and dropout")
     add("--num_workers", type=int, default=5, help="loader processes per rank")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
-    add("--dist_url", default="env://", help="rendezvous of the processes")
-    add("--dist_timeout", type=float, default=1800, help="seconds to wait for other processes")
-    add("--local_rank", "--local-rank", type=int, default=-1, help="ignored: read from the environment")
     add("--main_port", type=int, default=10001, help="ignored: MASTER_PORT or the job's number decide")
     return parser
 
@@ -132,38 +106,15 @@ def check_training_flags(parser: argparse.ArgumentParser, args: argparse.Namespa
 
 
 def add_encoder_flags(parser: argparse.ArgumentParser, kinds: tuple[str, ...] = ("query", "passage")) -> Callable:
-    """Which encoder, and where it computes; returns the ``add_argument`` of the group for further flags.
-
-    Args:
-        kinds: Of texts that the script encodes.
-    """
+    """Which encoder of texts of these kinds, and where it computes; returns the ``add_argument`` of the group."""
     add = parser.add_argument_group("encoder").add_argument
     add("--model_name_or_path", default=None, help="folder, checkpoint, or cached name; None: the packaged encoder")
     add("--allow_download", action="store_true", help="ask the Hugging Face hub for a name that is not in the cache")
     add("--no_fp16", action="store_true", help="float32; else vectors are stored, and where fast computed, in 16 bits")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
-    add_prefix_flags(add, kinds)
-    return add
-
-
-def add_prefix_flags(add: Callable, kinds: tuple[str, ...]) -> None:
-    """What is put before texts of these kinds."""
     for kind in kinds:
         add(f"--{kind}_prefix", default=None, help=f"put before each {kind}; None: what the model's folder says")
-
-
-def add_launcher_flags(parser: argparse.ArgumentParser) -> None:
-    """Those of the old launcher; torchrun and srun need neither."""
-    add = parser.add_argument_group("processes").add_argument
-    add("--local_rank", "--local-rank", type=int, default=-1, help="ignored: read from the environment")
-    add("--main_port", type=int, default=-1, help="rendezvous port under srun")
-
-
-def join_processes(args: argparse.Namespace) -> torch.device:
-    """Join the other processes, if there are any; the device of this one."""
-    if getattr(args, "main_port", -1) > 0:
-        os.environ.setdefault("MASTER_PORT", str(args.main_port))
-    return distributed.init(device=args.device)
+    return add
 
 
 def load_encoder(args: argparse.Namespace, device: torch.device, normalized: bool) -> Retriever:
@@ -178,21 +129,3 @@ def load_encoder(args: argparse.Namespace, device: torch.device, normalized: boo
             "much less"
         )
     return retriever
-
-
-def amp_of(no_fp16: bool, device: torch.device) -> str:
-    """Number format of the encoder's products: half precision where the device is fast in it."""
-    if no_fp16 or (device.type == "cpu" and not fast_bf16(device)):
-        return "fp32"
-    return "fp16" if device.type == "cuda" else "bf16"
-
-
-def max_length_of(requested: int, retriever: Retriever, flag: str) -> int:
-    """Most tokens per text; the default of 512 shrinks to what the encoder reads.
-
-    Raises:
-        ValueError: If any other number is more than that.
-    """
-    if requested > retriever.max_length and requested != 512:
-        raise ValueError(f"{flag} {requested}: {retriever.origin} reads at most {retriever.max_length} tokens")
-    return min(requested, retriever.max_length)

@@ -19,22 +19,16 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from contriever.encoder import Retriever
-from contriever.flags import (
-    add_encoder_flags,
-    amp_of,
-    check_minimum,
-    load_encoder,
-    max_length_of,
-    script_parser,
-)
+from contriever.flags import add_encoder_flags, check_minimum, load_encoder
 from contriever.index.embeddings import ShardWriter
 from contriever.index.passages import PassageFile
 from contriever.text.normalize import clean
 from shared import distributed
+from shared.run.flags import Parser
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = script_parser(__doc__)
+    parser = Parser(__doc__)
     add = parser.add_argument_group("passages").add_argument
     add("--passages", required=True, help=".tsv (id, text, title) or .jsonl (id, text, title) file")
     add("--output_dir", default="wikipedia_embeddings", help="folder for the shards")
@@ -69,14 +63,14 @@ def generate_passage_embeddings(args: argparse.Namespace) -> list[Path]:
     settings = {
         **retriever.identity(),
         "normalized": args.norm_doc,
-        "max_length": max_length_of(args.passage_maxlength, retriever, "--passage_maxlength"),
+        "max_length": retriever.length("--passage_maxlength", args.passage_maxlength),
         "with_title": not args.no_title,
         "lowercase": args.lowercase,
         "normalize_text": args.normalize_text,
         "passages": passages.crc,
         "num_shards": num_shards,
     }
-    amp = amp_of(args.no_fp16, retriever.device)
+    amp = retriever.amp(args.no_fp16)
     dtype = "float32" if args.no_fp16 else "float16"
     folders = []
     for number in numbers:
@@ -89,11 +83,7 @@ def generate_passage_embeddings(args: argparse.Namespace) -> list[Path]:
 
 
 def shards_of_process(num_shards: int, shard_id: int | None) -> list[int]:
-    """Numbers of the shards that this process makes.
-
-    Raises:
-        ValueError: If there is no such shard, or several processes would make the same one.
-    """
+    """Numbers of the shards that this process makes."""
     if shard_id is None:
         return list(range(distributed.get_rank(), num_shards, distributed.get_world_size()))
     if not 0 <= shard_id < num_shards:

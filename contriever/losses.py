@@ -16,11 +16,12 @@ class MoCo(nn.Module):
 
     Args:
         encoder: Starts both.
-        queue_size: Number of keys, K.
+        momentum: Of the key encoder.
     """
 
-    def __init__(self, encoder: nn.Module, queue_size: int):
+    def __init__(self, encoder: nn.Module, queue_size: int, momentum: float = 0.999):
         super().__init__()
+        self.momentum = momentum
         self.encoder_q = encoder
         self.encoder_k = copy.deepcopy(encoder).requires_grad_(False)
         # unit length, unlike the keys of a BERT: the loss is near 0 until the queue has been filled once
@@ -28,9 +29,9 @@ class MoCo(nn.Module):
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
 
     @torch.no_grad()
-    def update_key_encoder(self, momentum: float) -> None:
+    def update_key_encoder(self) -> None:
         """Move the key encoder towards the query encoder (eq. 2), parameters only."""
-        ema_update_(self.encoder_k.parameters(), self.encoder_q.parameters(), momentum)
+        ema_update_(self.encoder_k.parameters(), self.encoder_q.parameters(), self.momentum)
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:

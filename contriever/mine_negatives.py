@@ -14,25 +14,26 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import faiss
 import numpy as np
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from contriever.augmentations import Draws
-from contriever.beir.data import read_beir
-from contriever.flags import add_prefix_flags, check_minimum, load_encoder, script_parser
+from contriever.beir import read_beir
+from contriever.eval_beir import dense_search
+from contriever.flags import add_encoder_flags, check_minimum, load_encoder
 from contriever.index.bm25 import BM25
 from contriever.index.passages import Passage, PassageFile
 from contriever.text.answers import has_answer
 from contriever.text.files import write_json_lines
 from contriever.training.questions import read_examples
 from shared import distributed
+from shared.run.flags import Parser
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = script_parser(__doc__)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--data", nargs="+", default=[], help="questions with positive_ctxs, as finetuning.py reads them")
     add("--passages", default=None, help=".tsv or .jsonl file of the passages to choose from")
@@ -40,44 +41,34 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--split", default="train", help="of its judgements; positive are those above 0")
     add("--output_path", required=True, help=".jsonl file with negative_ctxs and hard_negative_ctxs added")
     add("--method", default="bm25", choices=("bm25", "dense"), help="what ranks passages")
-    add("--model_name_or_path", default=None, help="encoder of --method dense; the packaged one without it")
-    add("--allow_download", action="store_true", help="ask the hub for an encoder that is not on this machine")
-    add_prefix_flags(add, ("query", "passage"))
-    add("--norm", action="store_true", help="compare vectors of length 1")
-    add("--passage_maxlength", type=int, default=None, help="most tokens; by default as many as the encoder reads")
-    add("--per_gpu_batch_size", type=int, default=64, help="texts at once")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
     add("--hard_negatives", type=int, default=30, help="per question, best first")
     add("--random_negatives", type=int, default=10, help="per question, drawn from all passages")
     add("--skip_top", type=int, default=0, help="leave out so many of the best: they may be unmarked positives")
     add("--seed", type=int, default=0, help="of the random negatives")
+
+    add = add_encoder_flags(parser)
+    add("--norm", action="store_true", help="compare vectors of length 1")
+    add("--passage_maxlength", type=int, default=None, help="most tokens; by default as many as the encoder reads")
+    add("--per_gpu_batch_size", type=int, default=64, help="texts at once")
     return parser
 
 
 def read_questions_and_passages(args: argparse.Namespace) -> tuple[list[dict], list[Passage]]:
-    """Records with ``question`` and ``positive_ctxs``, and all passages.
-
-    Raises:
-        ValueError: If the flags do not name both, or a file is malformed.
-    """
+    """Records with ``question`` and ``positive_ctxs``, and all passages."""
     if args.beir is not None:
         if args.data or args.passages is not None:
             raise ValueError("--beir takes the place of --data and --passages: give one or the other")
         dataset = read_beir(args.beir, args.split)
-        passages = {passage.id: passage for passage in dataset.documents}
+        contexts = {passage.id: vars(passage) for passage in dataset.documents}
         records = []
         for query, text in dataset.queries.items():
-            relevant = [i for i, grade in dataset.qrels[query].items() if grade > 0 and i in passages]
+            relevant = [contexts[i] for i, grade in dataset.qrels[query].items() if grade > 0 and i in contexts]
             if relevant:
-                records.append({"question": text, "positive_ctxs": [context(passages[i]) for i in relevant]})
+                records.append({"question": text, "positive_ctxs": relevant})
         return records, dataset.documents
     if not args.data or args.passages is None:
         raise ValueError("give --data and --passages, or --beir")
     return read_examples(args.data), list(PassageFile(args.passages).read())
-
-
-def context(passage: Passage) -> dict:
-    return {"id": passage.id, "title": passage.title, "text": passage.text}
 
 
 def rank_passages(args: argparse.Namespace, questions: Sequence[str], texts: Sequence[str], k: int) -> np.ndarray:
@@ -88,10 +79,8 @@ def rank_passages(args: argparse.Namespace, questions: Sequence[str], texts: Seq
     retriever = load_encoder(args, device, normalized=True)
     if retriever.normalized and not args.norm:
         raise ValueError(f"{retriever.origin} was trained on vectors of length 1: give --norm")
-    options = {"batch_size": args.per_gpu_batch_size, "normalize": args.norm}
-    index = faiss.IndexFlatIP(retriever.dim)
-    index.add(retriever.encode(texts, max_length=args.passage_maxlength, kind="passage", **options))
-    return index.search(retriever.encode(questions, kind="query", **options), min(k, len(texts)))[1]
+    length, amp = args.passage_maxlength, "fp32" if args.no_fp16 else "auto"
+    return dense_search(retriever, texts, questions, k, args.per_gpu_batch_size, length, args.norm, args.norm, amp)[1]
 
 
 def is_positive(passage: Passage, record: dict) -> bool:
@@ -107,12 +96,12 @@ def with_negatives(
 ) -> dict:
     """The record with ``hard_negative_ctxs``, best first, and ``negative_ctxs``, drawn at random."""
     candidates = (passages[row] for row in ranked[skip:] if row >= 0)
-    hard_ones = [context(passage) for passage in candidates if not is_positive(passage, record)][:hard]
+    hard_ones = [vars(passage) for passage in candidates if not is_positive(passage, record)][:hard]
     taken, random_ones = {passage["id"] for passage in hard_ones}, []
     for row in draws.py.sample(range(len(passages)), min(len(passages), 2 * plain + 10)):
         passage = passages[row]
         if len(random_ones) < plain and passage.id not in taken and not is_positive(passage, record):
-            random_ones.append(context(passage))
+            random_ones.append(vars(passage))
     return {**record, "negative_ctxs": random_ones, "hard_negative_ctxs": hard_ones}
 
 
@@ -129,16 +118,9 @@ def mine(args: argparse.Namespace) -> None:
     k += k if any(record.get("answers") for record in records) else 0  # further ones hold an answer
     texts = [passage.full_text() for passage in passages]
     ranked = rank_passages(args, [record["question"] for record in records], texts, k)
+    counts = args.hard_negatives, args.random_negatives, args.skip_top
     mined = [
-        with_negatives(
-            record,
-            rows,
-            passages,
-            args.hard_negatives,
-            args.random_negatives,
-            args.skip_top,
-            Draws.seeded(args.seed, number),
-        )
+        with_negatives(record, rows, passages, *counts, Draws.seeded(args.seed, number))
         for number, (record, rows) in enumerate(zip(records, ranked.tolist(), strict=True))
     ]
     write_json_lines(Path(args.output_path), mined)

@@ -4,7 +4,6 @@
 division by the norm. Steps that are not implemented here are refused by name, for without them the vectors are others.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +11,8 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from shared.networks.weights import safe_load
+
+from .text.files import read_json, write_json
 
 POOLINGS = {"average": "mean", "cls": "cls", "max": "max"}  # our names, and theirs
 _OLD_POOLINGS = {  # of their older files, which have a switch for each
@@ -34,8 +35,6 @@ class Steps:
     Attributes:
         transformer: Folder of its weights and tokenizer.
         pooling: One of ``POOLINGS``.
-        projections: Dense layers after the pooling.
-        normalized: Whether vectors are divided by their norms.
         max_length: Tokens that are read of a text; None: as many as the tokenizer says.
         lowercase: Whether texts are lowercased before they are tokenised.
         prompts: What is put before texts: ``query``, ``passage``, or neither (the empty name).
@@ -63,15 +62,11 @@ class Projection(nn.Module):
 
 
 def read_steps(folder: Path) -> Steps:
-    """The steps of a folder; without ``modules.json`` those that Contriever has.
-
-    Raises:
-        ValueError: If one is not implemented, or they come in another order.
-    """
+    """The steps of a folder; without ``modules.json`` those that Contriever has."""
     if not (folder / "modules.json").is_file():
         return Steps(folder)
     modules = [
-        (module["type"].rpartition(".")[2], folder / module["path"]) for module in _read(folder / "modules.json")
+        (module["type"].rpartition(".")[2], folder / module["path"]) for module in read_json(folder / "modules.json")
     ]
     kinds = [kind for kind, _ in modules if kind != "Dropout"]
     for kind in kinds:
@@ -83,23 +78,19 @@ def read_steps(folder: Path) -> Steps:
     paths = dict(modules)
     steps = Steps(paths["Transformer"], _read_pooling(paths["Pooling"]), normalized="Normalize" in kinds)
     steps.projections.extend(_read_projection(path) for kind, path in modules if kind == "Dense")
-    transformer = _read(paths["Transformer"] / "sentence_bert_config.json", {})
+    transformer = read_json(paths["Transformer"] / "sentence_bert_config.json", {})
     steps.max_length, steps.lowercase = transformer.get("max_seq_length"), bool(transformer.get("do_lower_case"))
-    whole = _read(folder / "config_sentence_transformers.json", {})
+    whole = read_json(folder / "config_sentence_transformers.json", {})
     found = whole.get("prompts") or {}
     steps.prompts = {ours: next((found[n] for n in names if found.get(n)), "") for ours, names in _PROMPTS.items()}
     steps.prompts[""] = found.get(whole.get("default_prompt_name"), "")
-    if any(steps.prompts.values()) and not _read(paths["Pooling"] / "config.json").get("include_prompt", True):
+    if any(steps.prompts.values()) and not read_json(paths["Pooling"] / "config.json").get("include_prompt", True):
         raise ValueError(f"{paths['Pooling'] / 'config.json'}: a pooling that leaves out prompts is not implemented")
     return steps
 
 
 def write_steps(folder: Path, steps: Steps, dim: int) -> None:
-    """Write them beside the weights in ``folder``.
-
-    Args:
-        dim: Length of the vectors that are pooled.
-    """
+    """Write them beside the weights in ``folder``; ``dim``: length of the vectors that are pooled."""
     modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
     modules += [(f"{i}_Dense", "Dense") for i in range(2, 2 + len(steps.projections))]
     modules += [(f"{len(modules)}_Normalize", "Normalize")] if steps.normalized else []
@@ -109,33 +100,29 @@ def write_steps(folder: Path, steps: Steps, dim: int) -> None:
     ]
     for path, _ in modules:
         (folder / path).mkdir(exist_ok=True, parents=True)
-    _write(folder / "modules.json", listed)
+    write_json(folder / "modules.json", listed)
     switches = {switch: name == POOLINGS[steps.pooling] for switch, name in _OLD_POOLINGS.items()}
-    _write(folder / "1_Pooling/config.json", {"word_embedding_dimension": dim, **switches})
+    write_json(folder / "1_Pooling/config.json", {"word_embedding_dimension": dim, **switches})
     for i, projection in enumerate(steps.projections, start=2):
         linear = projection.linear
-        config = {
-            "in_features": linear.in_features,
-            "out_features": linear.out_features,
-            "bias": linear.bias is not None,
-        }
-        activation = type(projection.activation)
-        config["activation_function"] = f"{activation.__module__}.{activation.__name__}"
-        _write(folder / f"{i}_Dense/config.json", config)
+        sizes = {"in_features": linear.in_features, "out_features": linear.out_features}
+        activation = f"{type(projection.activation).__module__}.{type(projection.activation).__name__}"
+        config = {**sizes, "bias": linear.bias is not None, "activation_function": activation}
+        write_json(folder / f"{i}_Dense/config.json", config)
         tensors = {f"linear.{name}": value.contiguous() for name, value in linear.state_dict().items()}
         safetensors.torch.save_file(tensors, folder / f"{i}_Dense/model.safetensors")
     length = {"max_seq_length": steps.max_length, "do_lower_case": steps.lowercase}
-    _write(folder / "sentence_bert_config.json", length)
+    write_json(folder / "sentence_bert_config.json", length)
     prompts = {names[0]: steps.prompts.get(ours, "") for ours, names in _PROMPTS.items()}
     default = {"default": steps.prompts[""]} if steps.prompts.get("") else {}
-    _write(
+    write_json(
         folder / "config_sentence_transformers.json",
         {"prompts": prompts | default, "default_prompt_name": next(iter(default), None)},
     )
 
 
 def _read_pooling(folder: Path) -> str:
-    config = _read(folder / "config.json")
+    config = read_json(folder / "config.json")
     modes = config.get("pooling_mode")
     if modes is None:
         modes = [name for switch, name in _OLD_POOLINGS.items() if config.get(switch)]
@@ -147,7 +134,7 @@ def _read_pooling(folder: Path) -> str:
 
 
 def _read_projection(folder: Path) -> Projection:
-    config = _read(folder / "config.json")
+    config = read_json(folder / "config.json")
     activation = config.get("activation_function", "Tanh").rpartition(".")[2]
     if activation not in _ACTIVATIONS:
         raise ValueError(f"{folder / 'config.json'}: the activation {activation} is not implemented")
@@ -159,16 +146,3 @@ def _read_projection(folder: Path) -> Projection:
         raise ValueError(f"{folder} holds no weights")
     projection.load_state_dict(safe_load(file))
     return projection.requires_grad_(False)
-
-
-def _read(file: Path, default=None):
-    if default is not None and not file.is_file():
-        return default
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
-
-
-def _write(file: Path, value) -> None:
-    file.write_text(json.dumps(value, indent=1))

@@ -21,17 +21,18 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from contriever.encoder import Retriever, build_encoder
-from contriever.flags import check_minimum, script_parser
+from contriever.flags import check_minimum
 from contriever.text.documentation import documentation
 from contriever.text.files import read_documents
 from contriever.text.normalize import normalize
 from shared import distributed
+from shared.run.flags import Parser
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = script_parser(__doc__)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--text", nargs="+", default=[], help="files to train the vocabulary on; documentation of packages without it")
     add("--outdir", required=True, help="folder of the new encoder")
@@ -47,11 +48,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int, cased: bool = False) -> PreTrainedTokenizerFast:
-    """A WordPiece tokenizer as BERT has it, with a vocabulary trained on ``texts``.
-
-    Raises:
-        ValueError: If the text has too few different characters and words for a vocabulary at all.
-    """
+    """A WordPiece tokenizer as BERT has it, with a vocabulary trained on ``texts``."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=not cased, strip_accents=not cased)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

@@ -20,25 +20,19 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from contriever.encoder import Retriever
 from contriever.evaluate_retrieved_passages import accuracy_at, format_accuracies
-from contriever.flags import (
-    add_encoder_flags,
-    amp_of,
-    check_minimum,
-    load_encoder,
-    max_length_of,
-    script_parser,
-)
+from contriever.flags import add_encoder_flags, check_minimum, load_encoder
 from contriever.index.dense import INDEX_MINIMUM, DenseIndex, IndexSettings, add_index_flags
 from contriever.index.embeddings import Shard, missing_shards, open_shards
-from contriever.index.passages import Passage, PassageFile, read_questions
+from contriever.index.passages import PassageFile, read_questions
 from contriever.text.answers import match_questions
-from contriever.text.files import write_json_lines
+from contriever.text.files import first_difference, write_json_lines
 from contriever.text.normalize import clean
 from shared import distributed
+from shared.run.flags import Parser
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = script_parser(__doc__)
+    parser = Parser(__doc__)
     add = parser.add_argument_group("data").add_argument
     add("--data", required=True, help="glob pattern of .json or .jsonl files with question and answers")
     add("--passages", required=True, help="the file that was given to generate_passage_embeddings.py")
@@ -91,9 +85,9 @@ def passage_retrieval(args: argparse.Namespace) -> dict[str, dict[int, float]]:
         queries = retriever.encode(
             clean([record["question"] for record in questions[file]], args.lowercase, args.normalize_text),
             args.per_gpu_batch_size,
-            max_length_of(args.question_maxlength, retriever, "--question_maxlength"),
+            retriever.length("--question_maxlength", args.question_maxlength),
             normalize=args.norm_query,
-            amp=amp_of(args.no_fp16, device),
+            amp=retriever.amp(args.no_fp16),
             kind="query",
         )
         scores, rows = index.search(queries, args.n_docs)
@@ -121,19 +115,13 @@ def data_files(pattern: str, output_dir: str) -> list[str]:
 
 
 def check_same_model(retriever: Retriever, shards: list[Shard], args: argparse.Namespace) -> None:
-    """Questions and passages must be encoded by one model, in one way.
-
-    Raises:
-        ValueError: If they were not.
-    """
+    """Raise ``ValueError`` unless questions and passages are encoded by one model, in one way."""
     settings = shards[0].settings
     if not settings:
         distributed.print_once(f"NOTE: {shards[0].path} is in the official format, which does not name its model")
         return
     ours = {"prefix": "", **retriever.identity(), "normalized": args.norm_query}
-    different = [key for key, value in ours.items() if settings.get(key, "") != value]
-    if different:
-        key = different[0]
+    if key := first_difference(ours, {key: settings.get(key, "") for key in ours}):
         raise ValueError(
             f"{shards[0].path} was made by another model or in another way: its {key} is {settings.get(key)!r}, that "
             f"of the questions is {ours[key]!r} ({retriever.origin})"
@@ -152,12 +140,8 @@ def add_passages(
     hasanswer, best first."""
     results = []
     for record, of_query, row_numbers in zip(records, scores, rows.tolist(), strict=True):
-        found = [find(passages, index.id(row)) for row in row_numbers if row >= 0]
-        ctxs = [
-            {"id": p.id, "title": p.title, "text": p.text, "score": str(score)}
-            for p, score in zip(found, of_query, strict=False)
-        ]
-        results.append({**record, "ctxs": ctxs})
+        found = [(passages.find(index.id(row)), s) for row, s in zip(row_numbers, of_query, strict=True) if row >= 0]
+        results.append({**record, "ctxs": [{**vars(passage), "score": str(score)} for passage, score in found]})
     hits = match_questions(
         [(result["answers"], [ctx["text"] for ctx in result["ctxs"]]) for result in results], workers
     )
@@ -165,15 +149,6 @@ def add_passages(
         for ctx, hit in zip(result["ctxs"], of_question, strict=True):
             ctx["hasanswer"] = hit
     return results
-
-
-def find(passages: PassageFile, passage_id: str) -> Passage:
-    try:
-        return passages.find(passage_id)
-    except KeyError:
-        raise ValueError(
-            f"--passages {passages.path} has no passage {passage_id!r}: the embeddings are of another file"
-        ) from None
 
 
 def main() -> None:

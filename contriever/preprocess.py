@@ -10,28 +10,30 @@ missing, so a run may be killed at any time; every run ends with the same files.
 """
 
 import argparse
+import contextlib
+import functools
 import itertools
-import json
 import multiprocessing
 import sys
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from contriever.encoder import find_model, read_tokenizer
-from contriever.flags import check_minimum, script_parser
+from contriever.flags import check_minimum
+from contriever.text.files import read_json
 from contriever.text.tokens import Job, tokenize_lines, vocabulary_fingerprint, write_shard
 from shared import distributed
 from shared.images.loading import default_num_workers
+from shared.run.flags import Parser
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = script_parser(__doc__)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--datapath", nargs="+", required=True, help="text files, one document per line, or .jsonl files")
     add("--outdir", required=True, help="folder of the shards: one data set of train.py")
@@ -57,41 +59,32 @@ def line_starts(path: Path, block_bytes: int) -> list[int]:
 
 
 def plan(args: argparse.Namespace, vocabulary: str, tokenizer: str) -> list[Job]:
-    """All shards of a data set.
-
-    Raises:
-        ValueError: If a file is missing or empty, or two would get the same shards.
-    """
+    """All shards of a data set."""
     jobs = []
+    facts = {"tokenizer": tokenizer, "vocabulary": vocabulary}
+    facts |= {"normalize_text": args.normalize_text, "on_bad_bytes": args.on_bad_bytes}
     for source in map(Path, args.datapath):
         if not source.is_file() or not source.stat().st_size:
             raise ValueError(f"--datapath {source} is {'empty' if source.is_file() else 'no file'}")
         starts = line_starts(source, max(1, round(args.shard_mb * 1e6)))
         for i, (start, end) in enumerate(itertools.pairwise(starts)):
-            shard = Path(args.outdir) / f"{source.stem}-{i:05d}"
-            how = (args.normalize_text, args.on_bad_bytes)
-            jobs.append(Job.of(source, shard, tokenizer, vocabulary, start, end, *how))
-    names = [job.shard for job in jobs]
-    if len(set(names)) < len(names):
+            jobs.append(Job.of(source, Path(args.outdir) / f"{source.stem}-{i:05d}", start, end, **facts))
+    if len({job.shard for job in jobs}) < len(jobs):
         raise ValueError("--datapath has several files of the same name; give each an --outdir of its own")
     return jobs
 
 
 def missing_jobs(jobs: list[Job], overwrite: bool) -> list[Job]:
-    """Shards that are not there yet.
-
-    Raises:
-        ValueError: If one that is there, or a surplus one, was made in another way, and unless ``overwrite``.
-    """
-    sources, wanted = {job.facts()["source"] for job in jobs}, {job.shard for job in jobs}
+    """Shards that are not there yet; ``ValueError`` if some there were made in another way, without ``overwrite``."""
+    sources, wanted = {job.source.name for job in jobs}, {job.shard for job in jobs}
     # the folder may also hold shards of other files, made by other calls
     present = {
-        str(file.with_suffix("")): json.loads(file.read_text())
-        for file in Path(jobs[0].shard).parent.glob("*.json")
+        file.with_suffix(""): read_json(file)
+        for file in jobs[0].shard.parent.glob("*.json")
         if file.with_suffix(".tokens.npy").exists()
     }
     stale = [shard for shard, facts in present.items() if facts["source"] in sources and shard not in wanted]
-    wrong = {job.shard for job in jobs if not job.facts().items() <= present.get(job.shard, job.facts()).items()}
+    wrong = {job.shard for job in jobs if not job.facts.items() <= present.get(job.shard, job.facts).items()}
     stale += sorted(wrong)
     if stale and not overwrite:
         raise ValueError(
@@ -99,26 +92,17 @@ def missing_jobs(jobs: list[Job], overwrite: bool) -> list[Job]:
         )
     for shard in stale:  # its json first: without it the shard does not count
         for ending in (".json", ".tokens.npy", ".borders.npy"):
-            Path(shard + ending).unlink(missing_ok=True)
+            shard.with_name(shard.name + ending).unlink(missing_ok=True)
     return [job for job in jobs if job.shard not in present or job.shard in wrong]
 
 
-_tokenizer: PreTrainedTokenizerBase | None = None  # of a worker process
-
-
-def _start_worker(tokenizer: str) -> None:
-    global _tokenizer
-    _tokenizer = read_tokenizer(Path(tokenizer))
+tokenizer_in = functools.cache(read_tokenizer)  # read once by each worker process
 
 
 def make_shard(job: Job) -> tuple[int, int, int]:
-    """Tokenise one shard in a worker process.
-
-    Returns:
-        Numbers of tokens, of documents, and of those that are empty.
-    """
-    tokens, borders = tokenize_lines(job, _tokenizer)
-    write_shard(Path(job.shard), tokens, borders, job.facts())
+    """Tokenise one shard in a worker process; numbers of tokens, of documents, and of those that are empty."""
+    tokens, borders = tokenize_lines(job, tokenizer_in(Path(job.facts["tokenizer"])))
+    write_shard(job.shard, tokens, borders, job.facts)
     return len(tokens), len(borders) - 1, int((np.diff(borders) == 0).sum())
 
 
@@ -141,17 +125,11 @@ def preprocess(args: argparse.Namespace) -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["contriever.preprocess"])  # imported once, not by every process
     workers = min(args.num_workers, len(missing))
-    if workers <= 1:
-        _start_worker(str(folder))
-        results = map(make_shard, missing)
-    else:
-        pool = context.Pool(workers, _start_worker, (str(folder),))
-        results = pool.imap_unordered(make_shard, missing)
-    for counts in tqdm(results, total=len(missing), unit="shard", disable=not sys.stderr.isatty()):
-        totals += counts
-    if workers > 1:
-        pool.close()
-        pool.join()
+    with contextlib.ExitStack() as stack:
+        each = stack.enter_context(context.Pool(workers)).imap_unordered if workers > 1 else map
+        results = each(make_shard, missing)
+        for counts in tqdm(results, total=len(missing), unit="shard", disable=not sys.stderr.isatty()):
+            totals += counts
     print(f"{args.outdir}: {totals[0]} tokens, {totals[1]} documents ({totals[2]} empty) in {len(missing)} new shards")
 
 

@@ -16,36 +16,33 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from contriever.flags import script_parser
+
 from contriever.text.files import read_json_lines
 from shared import distributed
+from shared.run.flags import Parser
 
 NO_SPAN = ("unanswerable", "binary", "long_answer")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = script_parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("data_path", help="mkqa.jsonl")
     parser.add_argument("output_path", help="folder to write one file per language to")
     return parser
 
 
 def convert(data_path: Path, output_path: Path) -> dict[str, int]:
-    """Write ``<language>.jsonl`` for every language; the numbers of questions.
-
-    Raises:
-        ValueError: If a line is malformed.
-    """
+    """Write ``<language>.jsonl`` for every language; the numbers of questions."""
     output_path.mkdir(parents=True, exist_ok=True)
     counts: dict[str, int] = {}
     with contextlib.ExitStack() as stack:
         files = {}
-        for number, record in read_json_lines(data_path):
+        for where, record in read_json_lines(data_path):
             try:
                 answers, example_id = english_answers(record["answers"]["en"]), record["example_id"]
                 questions = dict(record["queries"])
             except (KeyError, TypeError) as error:
-                raise ValueError(f"{data_path}, line {number}: not a record of MKQA ({error!r})") from None
+                raise ValueError(f"{where}: not a record of MKQA ({error!r})") from None
             for language, question in questions.items() if answers is not None else ():
                 name = language.replace("-", "_").lower()  # zh_cn
                 if name not in files:

@@ -30,8 +30,10 @@ def summary(output_dir: Path, normalized: bool, fill_steps: int | None) -> str:
                 f"{before[f'recall_at_{k}']:.1f} % before, {after[f'recall_at_{k}']:.1f} % after"
             )
     encoder = output_dir / "encoder"
-    evaluation = command("eval_beir.py", model_name_or_path=encoder, beir_dir="YOUR_FOLDER", dataset="YOUR_COLLECTION")
-    query = command("search.py", model_name_or_path=encoder, passages="YOUR_FOLDER_OF_TEXTS", query="YOUR QUESTION")
+    collection = {"beir_dir": "YOUR_FOLDER", "dataset": "YOUR_COLLECTION"}
+    evaluation = command("contriever/eval_beir.py", model_name_or_path=encoder, **collection)
+    question = {"passages": "YOUR_FOLDER_OF_TEXTS", "query": "YOUR QUESTION"}
+    query = command("contriever/search.py", model_name_or_path=encoder, **question)
     blocks = {
         "Learned": learned,
         "Files": [

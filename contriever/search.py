@@ -9,6 +9,7 @@ machine.
 """
 
 import argparse
+import re
 import sys
 import time
 from pathlib import Path
@@ -18,19 +19,20 @@ import numpy as np
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from contriever.flags import add_encoder_flags, amp_of, check_minimum, load_encoder, script_parser
+from contriever.flags import add_encoder_flags, check_minimum, load_encoder
 from contriever.index.bm25 import check_weight
 from contriever.own_texts.folder import Limits, snippet
-from contriever.own_texts.index import SearchIndex, Update
+from contriever.own_texts.index import SearchIndex
 from contriever.own_texts.page import serve
 from contriever.text.normalize import clean
 from shared import distributed
+from shared.run.flags import Parser
 
 INDEX_NAME = ".search_index.sqlite"
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = script_parser(__doc__)
+    parser = Parser(__doc__)
     add = parser.add_argument_group("texts").add_argument
     add("--passages", required=True, help="folder of .txt, .md and .jsonl files, or one such file")
     add("--index_path", default=None, help=f"file of the index; by default {INDEX_NAME} in the folder")
@@ -63,18 +65,26 @@ def search(args: argparse.Namespace) -> SearchIndex:
     index = open_index(args)
     began = time.time()
     update = index.update()
-    report(update)
+    for path, problem in update.problems.items():
+        print(printable(f"{path}: {problem}"), file=sys.stderr, flush=True)
     print(f"{update.describe()}, {len(index)} in all, {time.time() - began:.1f} s", flush=True)
+    how = args.top_k, args.retriever, args.dense_weight
     if args.query is not None:
-        hits = index.search(args.query, args.top_k, args.retriever, args.dense_weight)
+        hits = index.search(args.query, *how)
         for rank, hit in enumerate(hits, start=1):
             title = f"  {hit.title}" if hit.title else ""
-            print(f"\n{rank}. {hit.score:.3f}  {hit.path}:{hit.line}{title}\n   {snippet(hit.text, args.query)}")
+            print(f"\n{rank}. {hit.score:.3f}  {printable(f'{hit.path}:{hit.line}{title}')}")
+            print(f"   {printable(snippet(hit.text, args.query))}")
         if not hits:
             print("nothing found")
     if args.serve:
-        serve(index, args.host, args.port, args.top_k, args.retriever, args.dense_weight)
+        serve(index, args.host, args.port, *how)
     return index
+
+
+def printable(text: str) -> str:
+    """``text`` without the control characters that a terminal obeys."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", "\ufffd", text)
 
 
 def open_index(args: argparse.Namespace) -> SearchIndex:
@@ -101,7 +111,7 @@ class Encoder:
     def __init__(self, args: argparse.Namespace):
         self.retriever = load_encoder(args, distributed.init(device=args.device), normalized=True)
         self.normalize_text, self.batch_size = args.normalize_text, args.per_gpu_batch_size
-        self.amp = amp_of(args.no_fp16, self.retriever.device)
+        self.amp = self.retriever.amp(args.no_fp16)
 
     def __call__(self, texts: list[str], kind: str) -> np.ndarray:
         normalize = self.retriever.normalized
@@ -115,11 +125,6 @@ class Encoder:
         retriever = self.retriever
         length = (retriever.default_length or retriever.max_length) - len(retriever.tokenize([""], kind="passage")[0])
         return Limits(max_words, length, retriever.token_ends, lambda text: self.clean([text])[0])
-
-
-def report(update: Update) -> None:
-    for path, problem in update.problems.items():
-        print(f"{path}: {problem}", file=sys.stderr, flush=True)
 
 
 def main() -> None:

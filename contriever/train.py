@@ -30,14 +30,7 @@ from contriever.losses import InBatch, MoCo, batch_statistics, inbatch_logits, m
 from contriever.report import summary
 from contriever.text.documentation import tokenized_documentation
 from contriever.text.tokens import check_tokenizer, token_files, vocabulary_fingerprint
-from contriever.training.checkpoints import (
-    BATCH,
-    TrainingData,
-    keep_numbered,
-    link_latest,
-    resume,
-    start_retriever,
-)
+from contriever.training.checkpoints import BATCH, TrainingData, finish, keep_numbered, resume, start_retriever
 from contriever.training.evaluation import Evaluation
 from contriever.training.optimisation import Objective, build_optimizer, gradient_norms
 from contriever.training.pairs import PretrainingPairs, StepSampler, fingerprint, open_datasets, steps_per_epoch
@@ -80,12 +73,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = training_parser(__doc__)
     parser.set_defaults(embedded_text=False)
     add = parser.add_argument_group("text").add_argument
-    add(
-        "--train_data",
-        nargs="+",
-        default=[],
-        help="data sets: folders of preprocess.py; none: docs of packages",
-    )
+    add("--train_data", nargs="+", default=[], help="data sets: folders of preprocess.py; none: docs of packages")
     modes = ("split", "full", "single")
     add("--loading_mode", default="split", choices=modes, help="shards of a process: its part of them, all, the first")
     add("--sampling_coefficient", type=float, default=0.0, help="0: every data set alike; 1: by their sizes")
@@ -113,12 +101,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
-    """Parse and check the command line; without ``--train_data`` the defaults are those of the embedded text.
-
-    Args:
-        arguments: The command line's own by default.
-        parser: That of :func:`get_args_parser` with further flags, for scripts that have them.
-    """
+    """Parse and check the command line; without ``--train_data`` the defaults are those of the embedded text."""
     parser = parser or get_args_parser()
     minimum = MINIMUM | {"queue_size": 1, "prob_augmentation": 0, "eval_documents": 0}
     args = parse_with_embedded_defaults(parser, arguments, EMBEDDED_DATA_DEFAULTS, minimum, "train_data")
@@ -140,7 +123,7 @@ def train_contriever(args: argparse.Namespace) -> None:
     # networks, loss, optimiser
     model, trained = build_model(args, retriever)
     optimizer = build_optimizer(model, args)
-    objective = Objective.from_args(args)
+    objective = Objective(args)
 
     # checkpoints under the names of the official ones, monitoring
     resume(run, data, NETWORK_FLAGS, retriever, model, optimizer)
@@ -157,18 +140,13 @@ def train_contriever(args: argparse.Namespace) -> None:
             run.log_epoch()
             run.end_epoch()
     if distributed.is_main_process():
-        link_latest(run)
-        retriever.save(run.output_dir / "encoder")
+        finish(run, retriever)
         fill_steps = args.queue_size // data.batch_size if args.contrastive_mode == "moco" else None
         print(summary(run.output_dir, args.norm_query and args.norm_doc, fill_steps))
 
 
 def open_pairs(args: argparse.Namespace, retriever: Retriever) -> PretrainingPairs:
-    """The text of ``--train_data`` as pairs of views.
-
-    Raises:
-        ValueError: If views would be longer than the encoder reads, or the tokens are not those of its vocabulary.
-    """
+    """The text of ``--train_data`` as pairs of views."""
     if args.embedded_text and distributed.is_main_process():
         tokenized_documentation(Path(args.train_data[0]), retriever.tokenizer)
     distributed.barrier()
@@ -203,14 +181,7 @@ def open_data(args: argparse.Namespace, pairs: PretrainingPairs, device: torch.d
 
 
 def build_model(args: argparse.Namespace, retriever: Retriever) -> tuple[MoCo | InBatch, nn.Module]:
-    """The networks around the encoder.
-
-    Returns:
-        What is saved, and the part of it that gets gradients, wrapped for several processes.
-
-    Raises:
-        ValueError: If the queue does not hold a whole number of steps.
-    """
+    """What is saved, and the part of it that gets gradients, wrapped for several processes."""
     device = retriever.device
     if args.contrastive_mode == "inbatch":
         model = InBatch(retriever.model).to(device)
@@ -221,7 +192,7 @@ def build_model(args: argparse.Namespace, retriever: Retriever) -> tuple[MoCo | 
             f"--queue_size {args.queue_size} is not a multiple of the {texts_per_step} texts of one step "
             "(--per_gpu_batch_size times processes)"
         )
-    model = MoCo(retriever.model, args.queue_size).to(device)
+    model = MoCo(retriever.model, args.queue_size, args.momentum).to(device)
     model.encoder_k.train(args.moco_train_mode_encoder_k)
     return model, distributed.wrap(model.encoder_q, device)
 
@@ -250,7 +221,7 @@ def train_one_epoch(
 
         with run.precision.autocast():
             if moco:
-                model.update_key_encoder(objective.momentum)  # before this step's keys and before its update
+                model.update_key_encoder()  # before this step's keys and before its update
                 q = trained(q_ids, q_mask, normalize=objective.norm_query)
                 with torch.no_grad():
                     k = model.encoder_k(k_ids, k_mask, normalize=objective.norm_doc)

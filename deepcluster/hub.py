@@ -1,13 +1,12 @@
 """Networks by name, their checkpoints and released weights, and the images that they see."""
 
-import dataclasses
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from shared.networks.backbones import build_library_backbone
 from shared.networks.card import Card, Release
-from shared.networks.pretrained import fetch_release, hub_entries
+from shared.networks.pretrained import hub_entries, locate
 from shared.networks.weights import WeightMismatch, load_backbone_weights, safe_load, select_backbone_weights
 
 from .convnets import ClusterNetwork, alexnet, vgg16
@@ -92,21 +91,17 @@ def load_network(path: str | Path, flag: str = "--model", keep_top_layer: bool =
     Raises:
         ValueError: If there is no such file, it is no checkpoint of DeepCluster, or it does not fill the network.
     """
-    if not Path(path).is_file():
-        if str(path) not in CARD.releases:
-            raise ValueError(f"{flag} {path} is neither a file nor a release ({', '.join(CARD.releases)})")
-        path = fetch_release(CARD, str(path))
-    checkpoint = safe_load(path)
+    checkpoint = safe_load(locate(CARD, path, flag))
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("arch"), str):
         raise WeightMismatch(f"{flag} {path}: no checkpoint of DeepCluster (it has no 'arch')")
     weights = select_backbone_weights(checkpoint, CARD.checkpoint_key, str(path), CARD.head_names)
     if keep_top_layer:
-        weights = dataclasses.replace(weights, tensors=weights.tensors | weights.head, head={})
+        weights.tensors, weights.head = weights.tensors | weights.head, {}
     network = build_network(
         checkpoint["arch"],
         sobel="sobel.0.weight" in weights.tensors,
         out=len(weights.tensors["top_layer.bias"]) if "top_layer.bias" in weights.tensors else None,
-        img_size=dict(checkpoint.get("args") or {}).get("crop_size", OFFICIAL_CROP_SIZE),
+        img_size=weights.flags.get("crop_size", OFFICIAL_CROP_SIZE),
         bn=any(name.endswith("running_mean") for name in weights.tensors),
     )
     load_backbone_weights(network, weights)

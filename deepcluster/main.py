@@ -27,7 +27,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 from deepcluster.clustering import ClusteringState, Clusters, cluster, pca_whiten
 from deepcluster.convnets import ClusterNetwork, new_top_layer
 from deepcluster.hub import MEAN, NETWORK_FLAGS, STD, build_network, from_official, to_official
-from deepcluster.report import HEALTH_RULES, save_clusters, save_pictures, summary
+from deepcluster.report import HEALTH_RULES, report
 from deepcluster.sampling import (
     SAMPLERS,
     cluster_lists,
@@ -37,7 +37,7 @@ from deepcluster.sampling import (
 )
 from shared import distributed
 from shared.evaluation.features import check_features
-from shared.evaluation.knn_monitor import build_knn_monitor
+from shared.evaluation.knn_monitor import KNNMonitor
 from shared.images.sources import ImageSource
 from shared.multicrop import normalize_views
 from shared.networks.batchnorm import synchronize_batchnorm
@@ -51,14 +51,14 @@ from shared.run.run import Run
 
 # What replaces the official defaults when no DIR is given: 8x8 pixel digits, for which AlexNet is too large.
 EMBEDDED_DATA_DEFAULTS = {
-    "arch": "resnet18",
+    "arch": "test_resnet",  # timm's smallest ResNet, 0.4 million weights
     "sobel": True,
     "crop_size": 32,
-    "crop_scale": (0.5, 1.0),
-    "nmb_cluster": 100,
+    "crop_scale": (0.4, 1.0),
+    "nmb_cluster": 60,
     "pca_dim": 64,
     "batch": 32,
-    "epochs": 6,
+    "epochs": 8,
     "output_dir": "runs/digits",
 }
 MINIMUM = {"epochs": 1, "batch": 1, "nmb_cluster": 2, "pca_dim": 1, "crop_size": 1, "log_freq": 1, "checkpoints": 0}
@@ -114,11 +114,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
-    """Parse and check the command line; without ``DIR`` the defaults are those of the embedded data.
+    """Parse and check the command line, of ``parser`` if further flags are in it.
 
-    Args:
-        arguments: The command line's own by default.
-        parser: That of :func:`get_args_parser` with further flags, for scripts that have them.
+    Without ``DIR`` the defaults are those of the embedded data.
     """
     parser = parser or get_args_parser()
     args = parse_with_embedded_defaults(parser, arguments, EMBEDDED_DATA_DEFAULTS, MINIMUM)
@@ -160,7 +158,7 @@ def train_deepcluster(args: argparse.Namespace) -> None:
         clustering=state,
     )
     run.health = HealthMonitor(HEALTH_RULES)
-    knn = build_knn_monitor(args, args.crop_size, MEAN, STD, device, args.num_workers, run.output_dir)
+    knn = KNNMonitor(run, args.crop_size, MEAN, STD, args.num_workers)
     how = (args.pca_dim, args.clustering, args.nmb_cluster, args.kmeans)
 
     with run:
@@ -203,10 +201,7 @@ def train_deepcluster(args: argparse.Namespace) -> None:
         # what the network makes of the images in the end
         clusters = cluster_images(network, images_in_order, run, state.clusters, *how)
     if distributed.is_main_process():
-        files = [save_clusters(source, clusters.assignments, run.output_dir / "clusters.csv")]
-        if args.pictures:
-            files += save_pictures(source, clusters, run.output_dir)
-        print(summary(args, source, clusters, knn, files, list(run.health.warnings.values())))
+        report(run, source, clusters, knn)
 
 
 def cluster_images(

@@ -3,12 +3,11 @@
     python -m dino.export --arch vit_small --patch_size 16 --pretrained_weights checkpoint.pth --output_dir out
 
 Writes ``<arch>.safetensors`` (names of the published checkpoints), ``<arch>_timm.pth`` or ``<arch>_torchvision.pth`` (a
-state dict that these libraries load) and ``<arch>.onnx`` (any batch size). Needs the packages of
-``pip install -e '.[export]'``.
+state dict that these libraries load), ``<arch>.onnx`` (any batch size) and, of a ViT, ``<arch>_transformers`` (a folder
+for ``transformers.ViTModel``). Needs the packages of ``pip install -e '.[export]'``.
 """
 
 import argparse
-import copy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,33 +20,19 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 from dino.flags import evaluation_parser, load_chosen
 from dino.hub import CARD, VIT_NAMES, plain_name
 from shared import distributed
-from shared.networks.export import export_backbone
+from shared.networks.export import add_export_flags, export_backbone
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = evaluation_parser(__doc__)
-    add = parser.add_argument_group("export").add_argument
-    add("--output_dir", default=".", help="where the files go")
-    sizes = "height and width in pixels that the ONNX file takes; None: those of a ViT's positions, else 224 224"
-    add("--image_size", type=int, nargs=2, default=None, help=sizes)
-    return parser
-
-
-def frozen_positions(backbone: nn.Module, image_size: Sequence[int]) -> nn.Module:
-    """A copy whose position embeddings for this image size, if it has any, are a constant of the ONNX file."""
-    network = copy.deepcopy(backbone)
-    if hasattr(network, "interpolate_pos_encoding"):
-        positions = network.interpolate_pos_encoding(*image_size).detach()
-        network.interpolate_pos_encoding = lambda *_: positions
-    return network
+    return add_export_flags(evaluation_parser(__doc__))
 
 
 def export(
     backbone: nn.Module, arch: str, output_dir: str | Path, image_size: Sequence[int] | None = None
 ) -> dict[str, Path]:
     """:func:`shared.networks.export.export_backbone` for a backbone of this folder."""
-    timm_name = f"{plain_name(arch)}_patch16_224" if arch in VIT_NAMES else ""
-    return export_backbone(CARD, backbone, arch, output_dir, image_size, timm_name, frozen_positions)
+    ours = (f"{plain_name(arch)}_patch16_224", "ViTModel") if arch in VIT_NAMES else ()
+    return export_backbone(CARD, backbone, arch, output_dir, image_size, *ours)
 
 
 def main() -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from shared.networks import pretrained
-from shared.networks.backbones import build_library_backbone, library_architectures
-from shared.networks.card import Card, Release, positions_of
+from shared.networks.backbones import build_library_backbone
+from shared.networks.card import Card, Release
 from shared.networks.weights import vit_shape
 
 from . import vision_transformer
@@ -17,16 +17,11 @@ from . import vision_transformer
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 RUN_ON_DIGITS = "runs/digits/checkpoint.pth"  # where main_dino.py leaves the network of the embedded data
-VITS = ("vit_tiny", "vit_small", "vit_base")
+VITS = ("vit_micro", "vit_tiny", "vit_small", "vit_base")
 VIT_NAMES = (*VITS, *(name.replace("vit", "deit") for name in VITS))
 
 
 # --- Networks ---------------------------------------------------------------------------------------------------------
-
-
-def available_architectures() -> list[str]:
-    """Every name that :func:`build_backbone` accepts, our ViTs first."""
-    return [*VIT_NAMES, *sorted(library_architectures() - set(VIT_NAMES))]
 
 
 def build_backbone(
@@ -54,24 +49,24 @@ def build_backbone(
         ValueError: If the name is unknown or a patch is larger than the image.
     """
     side = img_size if isinstance(img_size, int) else img_size[0]
-    if arch in VIT_NAMES:
-        _check_patches(arch, patch_size, side)
-        build_vit = getattr(vision_transformer, arch.replace("deit", "vit"))
-        options |= {"img_size": [side], "patch_size": patch_size, "in_chans": in_chans}
-        backbone = build_vit(drop_path_rate=drop_path_rate, **options)
-        return backbone, backbone.embed_dim
-    return build_library_backbone(arch, drop_path_rate, side, in_chans, own_names=VIT_NAMES, **options)
-
-
-def _check_patches(arch: str, patch_size: int, img_size: int) -> None:
-    if not 1 <= patch_size <= img_size:
-        raise ValueError(f"--patch_size {patch_size} must be between 1 and the image side of {img_size} pixels")
-    if img_size % patch_size:
+    if arch not in VIT_NAMES:
+        return build_library_backbone(arch, drop_path_rate, side, in_chans, own_names=VIT_NAMES, **options)
+    if not 1 <= patch_size <= side:
+        raise ValueError(f"--patch_size {patch_size} must be between 1 and the image side of {side} pixels")
+    if unseen := side % patch_size:
         warnings.warn(
-            f"{arch}: --patch_size {patch_size} does not divide {img_size}; the last {img_size % patch_size} rows and "
-            "columns of pixels are not seen",
-            stacklevel=3,
+            f"{arch}: --patch_size {patch_size} does not divide {side}; the last {unseen} rows and columns of pixels "
+            "are not seen",
+            stacklevel=2,
         )
+    build_vit = getattr(vision_transformer, plain_name(arch))
+    backbone = build_vit(patch_size, img_size=side, in_chans=in_chans, drop_path_rate=drop_path_rate, **options)
+    return backbone, backbone.embed_dim
+
+
+def plain_name(arch: str) -> str:
+    """``vit_small`` for ``deit_small``, the same network."""
+    return arch.replace("deit", "vit") if arch in VIT_NAMES else arch
 
 
 # --- Card -------------------------------------------------------------------------------------------------------------
@@ -84,9 +79,11 @@ def build(arch: str, **options) -> nn.Module:
 
 
 def sizes(arch: str, tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Image and patch size of a ViT."""
-    shape = vit_shape(tensors) if arch in VIT_NAMES else None
-    return positions_of(arch, tensors) | ({} if shape is None else {"patch_size": shape.patch_size})
+    """Image and patch size of a ViT; in networks of libraries the patch size is part of the name."""
+    shape = vit_shape(tensors)
+    if shape is None:
+        return {}
+    return {"img_size": shape.img_size} | ({"patch_size": shape.patch_size} if arch in VIT_NAMES else {})
 
 
 def release(arch: str, stem: str, doc: str, **options: int) -> Release:
@@ -96,16 +93,16 @@ def release(arch: str, stem: str, doc: str, **options: int) -> Release:
 CARD = Card(
     name="dino",
     build=build,
-    releases={  # the patch size of XCiT is part of its name
+    releases={
         "dino_vits16": release("vit_small", "dino_deitsmall16", "ViT-S/16, 384 dimensions (k-NN 74.5", patch_size=16),
         "dino_vits8": release("vit_small", "dino_deitsmall8", "ViT-S/8, 384 dimensions (k-NN 78.3", patch_size=8),
         "dino_vitb16": release("vit_base", "dino_vitbase16", "ViT-B/16, 768 dimensions (k-NN 76.1", patch_size=16),
         "dino_vitb8": release("vit_base", "dino_vitbase8", "ViT-B/8, 768 dimensions (k-NN 77.4", patch_size=8),
-        "dino_resnet50": release("resnet50", "dino_resnet50", "ResNet-50, 2048 dimensions (k-NN 67.5"),
     }
     | {
         f"dino_{arch}": release(arch, f"dino_{arch}", doc)
         for arch, doc in {
+            "resnet50": "ResNet-50, 2048 dimensions (k-NN 67.5",
             "xcit_small_12_p16": "XCiT-S12/16, 384 dimensions (k-NN 76.0",
             "xcit_small_12_p8": "XCiT-S12/8, 384 dimensions (k-NN 77.1",
             "xcit_medium_24_p16": "XCiT-M24/16, 512 dimensions (k-NN 76.4",
@@ -124,9 +121,8 @@ CARD = Card(
 ENTRIES = pretrained.hub_entries(CARD)
 
 VITS8_300_EPOCHS = "dino_deitsmall8_300ep_pretrain/dino_deitsmall8_300ep_pretrain.pth"  # for attention maps
-VITS16_LANDMARKS = (
-    "dino_vitsmall16_googlelandmark_pretrain/dino_vitsmall16_googlelandmark_pretrain.pth"  # for retrieval
-)
+# for retrieval
+VITS16_LANDMARKS = "dino_vitsmall16_googlelandmark_pretrain/dino_vitsmall16_googlelandmark_pretrain.pth"
 fetch = functools.partial(pretrained.fetch, CARD)
 
 
@@ -143,11 +139,6 @@ def fetch_linear_weights(arch: str, patch_size: int) -> Path:
             "give a file as --linear_weights"
         )
     return fetch(CARD.releases[name].file.replace("_pretrain.pth", "_linearweights.pth"))
-
-
-def plain_name(arch: str) -> str:
-    """``vit_small`` for ``deit_small``, the same network."""
-    return arch.replace("deit", "vit") if arch in VIT_NAMES else arch
 
 
 def load_pretrained(

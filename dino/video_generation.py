@@ -22,13 +22,14 @@ from tqdm import tqdm
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dino.attention import class_attention
+from dino.attention import class_row
+from dino.augmentations import MEAN, STD
 from dino.flags import evaluation_parser
-from dino.visualize_attention import load_attentive, prepare_image
+from dino.visualize_attention import load_attentive
 from shared import distributed
 from shared.images.decode import EXTENSIONS, read_image
 from shared.networks.backbones import input_channels
-from shared.pictures.attention import attended_patches
+from shared.pictures.attention import attended_patches, class_attention, prepare_image
 from shared.pictures.sheets import colorize
 
 CODECS = {"mp4": "mp4v", "avi": "XVID"}
@@ -79,19 +80,14 @@ def extract_frames(video: Path, folder: Path) -> tuple[list[Path], float]:
         ValueError: If the file is no video that OpenCV can read.
     """
     capture = cv2.VideoCapture(str(video))
-    try:
-        fps = capture.get(cv2.CAP_PROP_FPS) or DEFAULT_FPS
-        frames = []
-        while capture.isOpened():
-            decoded, frame = capture.read()
-            if not decoded:
-                break
-            if not frames:
-                folder.mkdir(parents=True, exist_ok=True)
-            frames.append(folder / f"frame-{len(frames):04}.jpg")
-            _write_jpeg(frames[-1], frame)
-    finally:
-        capture.release()
+    fps = capture.get(cv2.CAP_PROP_FPS) or DEFAULT_FPS
+    frames = []
+    decoded, frame = capture.read()
+    while decoded:
+        folder.mkdir(parents=True, exist_ok=True)
+        frames.append(folder / f"frame-{len(frames):04}.jpg")
+        _write_jpeg(frames[-1], frame)
+        decoded, frame = capture.read()
     if not frames:
         raise ValueError(f"--input_path {video} is no video that can be read")
     return frames, fps
@@ -120,8 +116,8 @@ def draw_attention(
     written = []
     for frame in tqdm(list(frames), unit="frame", disable=None):
         pixels = read_image(frame).decode()
-        image = prepare_image(pixels, resize or list(pixels.shape[:2]), in_chans).to(device)
-        attention = class_attention(model, image[None])[0].float().cpu()
+        image = prepare_image(pixels, resize or pixels.shape[:2], MEAN, STD, in_chans).to(device)
+        attention = class_attention(model, image[None], class_row)[0].float().cpu()
         if threshold is not None:
             attention = attention * attended_patches(attention, threshold)
         colours = colorize(attention.mean(dim=0).numpy(), "inferno")

@@ -1,8 +1,9 @@
 """Vision Transformer (Dosovitskiy et al. 2021) and the projection head of DINO (Caron et al. 2021).
 
 Needs torch and ``shared/networks/vit_parts.py`` only, so the two files can be lifted out alone. Modules, parameters and
-the order of random draws are those of the official code: released checkpoints load, and a seed gives the same initial
-weights.
+the order of random draws within a backbone and within a head are those of the official code: released checkpoints load,
+and a seed set before either is built gives it the same initial weights. (``main_dino.py`` builds the two in an order of
+its own.)
 
     backbone = vit_small(patch_size=16)
     backbone(torch.randn(8, 3, 224, 224))                          # class tokens, (8, 384)
@@ -282,6 +283,11 @@ class VisionTransformer(nn.Module):
 def _vit(**kwargs) -> VisionTransformer:
     defaults = {"depth": 12, "qkv_bias": True, "norm_layer": partial(nn.LayerNorm, eps=1e-6)}
     return VisionTransformer(**(defaults | kwargs))
+
+
+def vit_micro(patch_size: int = 16, **kwargs) -> VisionTransformer:
+    """4 blocks, width 128, 4 heads, 0.8 million parameters: trains in minutes on a CPU; not in the paper."""
+    return _vit(patch_size=patch_size, **({"embed_dim": 128, "depth": 4, "num_heads": 4} | kwargs))
 
 
 def vit_tiny(patch_size: int = 16, **kwargs) -> VisionTransformer:

@@ -14,82 +14,40 @@ import argparse
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dino.attention import has_class_attention, save_attention
-from dino.augmentations import MEAN, STD, dino_views, to_input
-from dino.flags import evaluation_parser, load_chosen
+from dino.attention import class_row, has_class_attention
+from dino.augmentations import MEAN, STD, dino_views
+from dino.flags import choose_network, evaluation_parser, load_chosen
 from dino.hub import RUN_ON_DIGITS, VITS8_300_EPOCHS, fetch
 from dino.report import CURVES, save_view_sheet
 from shared import distributed
+from shared.evaluation.flags import flags_of_run
 from shared.evaluation.neighbours import sample_gallery, save_nearest
-from shared.images.decode import read_image
 from shared.images.loading import EvalTransform
 from shared.images.sources import ArraySource, open_source
 from shared.multicrop import MultiCropDataset, ViewRecipe
 from shared.networks.backbones import input_channels
-from shared.networks.weights import safe_load
+from shared.pictures.attention import add_image_flags, chosen_image, parse_image_flags, prepare_image, save_attention
 from shared.pictures.report import save_curves
-
-DIGIT = 5  # the embedded image whose attention is shown by default
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = evaluation_parser(__doc__, patch_size=8)
-    add = parser.add_argument_group("image").add_argument
-    add("--image_path", default=None, help="any image file")
-    add("--image_size", type=int, nargs="+", default=[480, 480], help="height and width, or the short side, in pixels")
-    add("--threshold", type=float, default=None, help="also show the patches that hold this share of the attention")
-    add("--output_dir", default=".", help="where the pictures go")
+    add = add_image_flags(parser)
     add("--data_path", default=None, help="images, of which at most 2,000 are searched for the neighbours of ten")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add("--allow_absolute_paths", action="store_true", help="in .txt lists")
     return parser
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; with neither image nor weights the defaults are those of the embedded digits."""
-    parser = get_args_parser()
-    args = parser.parse_args(arguments)
-    if args.image_path is None and args.pretrained_weights == "":
-        parser.set_defaults(
-            patch_size=4,
-            image_size=[32, 32],
-            pretrained_weights=RUN_ON_DIGITS,
-            output_dir="runs/digits/attention",
-        )
-        args = parser.parse_args(arguments)
-        args.embedded = True
-    else:
-        args.embedded = False
-    if args.threshold is not None and not 0 < args.threshold <= 1:
-        parser.error(f"--threshold {args.threshold} is not in (0, 1]")
-    if len(args.image_size) > 2 or min(args.image_size) < 1:
-        parser.error(f"--image_size {args.image_size}: give one or two positive numbers")
-    return args
-
-
-def prepare_image(pixels: np.ndarray, image_size: list[int], in_chans: int = 3) -> Tensor:
-    """Resize (bilinear, as Pillow does it) to (height, width) or a short side, and normalise.
-
-    Args:
-        pixels: RGB, uint8, shape (H, W, 3).
-        image_size: Two numbers, or one.
-        in_chans: 3, or 1 for the luminance.
-
-    Returns:
-        Shape (in_chans, height, width).
-    """
-    height, width = pixels.shape[:2]
-    if len(image_size) == 1:
-        short = min(height, width)
-        image_size = [int(image_size[0] * height / short), int(image_size[0] * width / short)]
-    return to_input(Image.fromarray(pixels).resize(image_size[::-1], Image.Resampling.BILINEAR), in_chans)
+    digits = {"patch_size": 4, "pretrained_weights": RUN_ON_DIGITS}
+    return parse_image_flags(get_args_parser(), arguments, ("pretrained_weights",), digits)
 
 
 def load_attentive(args: argparse.Namespace, device: torch.device) -> nn.Module:
@@ -99,8 +57,10 @@ def load_attentive(args: argparse.Namespace, device: torch.device) -> nn.Module:
         ValueError: If it has no class token whose attention could be shown.
     """
     weights = args.pretrained_weights
-    if weights == "" and (args.arch.replace("deit", "vit"), args.patch_size) == ("vit_small", 8):
-        weights = fetch(VITS8_300_EPOCHS)
+    if not weights:
+        choose_network(args)
+        if (args.arch, args.patch_size) == ("vit_small", 8):
+            weights = fetch(VITS8_300_EPOCHS)
     model, _ = load_chosen(args, weights)
     if not has_class_attention(model):
         raise ValueError(f"--arch {args.arch}: attention maps need vit_tiny, vit_small, vit_base or an XCiT")
@@ -110,9 +70,7 @@ def load_attentive(args: argparse.Namespace, device: torch.device) -> nn.Module:
 def training_views(pretrained_weights: str) -> list[ViewRecipe]:
     """The views that the run of a training checkpoint drew; for other weights those of the released networks."""
     recipe = {"global_crops_scale": (0.4, 1.0), "local_crops_scale": (0.05, 0.4), "local_crops_number": 8}
-    checkpoint = safe_load(pretrained_weights) if Path(pretrained_weights).is_file() else {}
-    flags = checkpoint.get("args", {})
-    flags = vars(flags) if isinstance(flags, argparse.Namespace) else flags
+    flags = flags_of_run(pretrained_weights)
     names = [*recipe, "global_crop_size", "local_crop_size", "blur_radius"]  # the official code has but one size
     return dino_views(**(recipe | {name: flags[name] for name in names if name in flags}))
 
@@ -121,17 +79,10 @@ def visualize_attention(args: argparse.Namespace) -> list[Path]:
     """Write the pictures that the flags ask for."""
     device = distributed.init(device=args.device)
     model = load_attentive(args, device)
-    if args.image_path is not None:
-        pixels = read_image(args.image_path).decode()
-    elif args.embedded:
-        pixels = open_source(None, "val").load(DIGIT).decode()
-    else:
-        from sklearn.datasets import load_sample_image  # a second of SciPy, of which the training needs nothing
-
-        pixels = load_sample_image("flower.jpg")
+    pixels = chosen_image(args)
     in_chans, output_dir = input_channels(model), Path(args.output_dir)
-    image = prepare_image(pixels, args.image_size, in_chans).to(device)
-    sheet, *maps = save_attention(model, image, output_dir, args.threshold)
+    image = prepare_image(pixels, args.image_size, MEAN, STD, in_chans).to(device)
+    sheet, *maps = save_attention(model, image, output_dir, MEAN, STD, args.threshold, class_row)
 
     recipes = training_views(args.pretrained_weights)
     views = MultiCropDataset(ArraySource("image", pixels[None]), recipes, in_chans=in_chans)
@@ -139,7 +90,8 @@ def visualize_attention(args: argparse.Namespace) -> list[Path]:
     if args.data_path is not None or args.embedded:
         size = recipes[0].size_px
         transform = EvalTransform(round(size * 256 / 224), size, MEAN, STD, in_chans)
-        gallery = sample_gallery(model, open_source(args.data_path, "train"), transform, device)
+        source = open_source(args.data_path, "train", allow_absolute_paths=args.allow_absolute_paths)
+        gallery = sample_gallery(model, source, transform, device)
         sheets.append(save_nearest(gallery, gallery, output_dir / "neighbours.png"))
     log = Path(args.pretrained_weights).parent / "metrics.jsonl"
     if args.pretrained_weights and log.is_file():

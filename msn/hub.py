@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shared.networks import pretrained
 from shared.networks.card import Card, Release
-from shared.networks.weights import WeightMismatch, load_backbone_weights, safe_load, select_backbone_weights
+from shared.networks.weights import WeightMismatch, load_backbone_weights
 
 from .vision_transformer import ARCHITECTURES, VisionTransformer, build
 
@@ -17,7 +17,7 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 RUN_ON_DIGITS = "runs/digits"  # folder of the run that main.py makes without images
 DEFAULT_MODEL = "deit_small"
-NETWORK_FLAGS = ("model_name", "patch_size", "rand_size", "in_chans", "hidden_dim", "output_dim", "use_bn", "num_proto")
+ONE_IMAGE = "with one ImageNet image per class"
 
 
 def sizes(model_name: str, tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -29,35 +29,18 @@ def sizes(model_name: str, tensors: Mapping[str, Tensor]) -> dict[str, int]:
     return {"patch_size": patch_size, "img_size": math.isqrt(positions.shape[1] - 1) * patch_size}
 
 
-def release(model_name: str, file: str, doc: str) -> Release:
-    return Release(model_name, file, doc, cached_as=f"msn_{file}")
-
-
 CARD = Card(
     name="msn",
     build=build,
     releases={
-        "msn_vits16": release(
-            "deit_small",
-            "vits16_800ep.pth.tar",
-            "MSN, 800 epochs: ViT-S/16, 384 dimensions (47.1 with one ImageNet image per class).",
-        ),
-        "msn_vitb16": release(
-            "deit_base",
-            "vitb16_600ep.pth.tar",
-            "MSN, 600 epochs: ViT-B/16, 768 dimensions (49.8 with one ImageNet image per class).",
-        ),
-        "msn_vitl16": release("deit_large", "vitl16_600ep.pth.tar", "MSN, 600 epochs: ViT-L/16, 1024 dimensions."),
-        "msn_vitb4": release(
-            "deit_base_p4",
-            "vitb4_300ep.pth.tar",
-            "MSN, 300 epochs: ViT-B/4, 768 dimensions (54.3 with one ImageNet image per class).",
-        ),
-        "msn_vitl7": release(
-            "deit_large_p7",
-            "vitl7_200ep.pth.tar",
-            "MSN, 200 epochs: ViT-L/7, 1024 dimensions (57.1 with one ImageNet image per class).",
-        ),
+        name: Release(arch, f"{stem}.pth.tar", f"MSN, {doc}.", cached_as=f"msn_{stem}.pth.tar")
+        for name, arch, stem, doc in (
+            ("msn_vits16", "deit_small", "vits16_800ep", f"800 epochs: ViT-S/16, 384 dimensions (47.1 {ONE_IMAGE})"),
+            ("msn_vitb16", "deit_base", "vitb16_600ep", f"600 epochs: ViT-B/16, 768 dimensions (49.8 {ONE_IMAGE})"),
+            ("msn_vitl16", "deit_large", "vitl16_600ep", "600 epochs: ViT-L/16, 1024 dimensions"),
+            ("msn_vitb4", "deit_base_p4", "vitb4_300ep", f"300 epochs: ViT-B/4, 768 dimensions (54.3 {ONE_IMAGE})"),
+            ("msn_vitl7", "deit_large_p7", "vitl7_200ep", f"200 epochs: ViT-L/7, 1024 dimensions (57.1 {ONE_IMAGE})"),
+        )
     },
     address="https://dl.fbaipublicfiles.com/msn/",
     mean=MEAN,
@@ -122,16 +105,15 @@ def load_pretrained(
         name = model_name or DEFAULT_MODEL
         return Pretrained(pretrained.load_pretrained(CARD, name, weights), name, None, {})
     path = pretrained.find_file(CARD, model_name or DEFAULT_MODEL, file_in(weights, fname, file_flag))
-    checkpoint = safe_load(path)
-    trained_with = flags_of_training(checkpoint)
-    trained_as = trained_with.get("model_name")
-    name = model_name or trained_as or DEFAULT_MODEL
-    found = select_backbone_weights(checkpoint, checkpoint_key, str(path), CARD.head_names)
+    found = pretrained.read_weights(CARD, path, checkpoint_key)
+    trained_as = found.flags.get("model_name")
+    trained_with = found.flags if trained_as in ARCHITECTURES else {}  # else it is no checkpoint of main.py
+    name = model_name or trained_with.get("model_name", DEFAULT_MODEL)
     encoder = pretrained.build_for(CARD, name, found.tensors)
     try:
         load_backbone_weights(encoder, found, allow_partial=allow_partial)
     except WeightMismatch as error:
-        hint = f"it was trained with --model_name {trained_as}" if trained_as else "is it of another --model_name?"
+        hint = f"it was trained with --model_name {trained_as}" if trained_with else "is it of another --model_name?"
         raise WeightMismatch(f"--model_name {name}: {error}\n{hint}") from error
     return Pretrained(encoder.eval().requires_grad_(False), name, path, trained_with)
 
@@ -151,56 +133,3 @@ def file_in(folder: str | Path, fname: str, file_flag: str = "fname") -> str | P
     found = ", ".join(file.name for file in latest or sorted(path.glob("*.pth*"))) or "no checkpoint"
     hint = f": run python {CARD.main} first" if str(folder) == CARD.run_on_digits else ""
     raise ValueError(f"--pretrained {folder} is a folder with {found}; name a file as --{file_flag}{hint}")
-
-
-def flags_of_training(checkpoint) -> Mapping:
-    """The flags that a checkpoint of ``main.py`` was written with; files of other origin have none."""
-    flags = checkpoint.get("args") if isinstance(checkpoint, Mapping) else None
-    known = isinstance(flags, Mapping) and flags.get("model_name") in ARCHITECTURES
-    return flags if known else {}
-
-
-def to_official(state: dict) -> dict:
-    """The state of a run under the names of the official checkpoints, whose encoders are wrapped for processes."""
-    prefix = "module." if state["world_size"] > 1 else ""
-    encoders = {
-        key: {prefix + name: value for name, value in state[key].items()} for key in ("encoder", "target_encoder")
-    }
-    flags = state["args"]
-    return {
-        **state,
-        **encoders,
-        "prototypes": state["prototypes"]["0"],
-        "loss": state["loss"]["value"],
-        "batch_size": state["batch_size"] // state["world_size"],  # of one process
-        "lr": flags["lr"],
-        "temperature": flags["temperature"],
-    }
-
-
-def from_official(checkpoint: dict) -> dict:
-    """The way back; files of the official code have neither flags nor a log.
-
-    Raises:
-        ValueError: If there are no prototypes.
-    """
-    if not isinstance(checkpoint.get("prototypes"), Tensor):
-        raise ValueError(f"the checkpoint cannot be resumed, it has no prototypes: {', '.join(checkpoint)}")
-    if "args" not in checkpoint and checkpoint["world_size"] > 1:
-        checkpoint = checkpoint | {"opt": with_mean_gradient(checkpoint["opt"], checkpoint["world_size"])}
-    return {
-        **checkpoint,
-        "prototypes": {"0": checkpoint["prototypes"]},
-        "loss": {"value": checkpoint["loss"]},
-        "batch_size": checkpoint["batch_size"] * checkpoint["world_size"],
-    }
-
-
-def with_mean_gradient(opt: dict, world_size: int) -> dict:
-    """Adam's state with the moments of the prototypes' mean gradient over processes: the official code sums it."""
-    (prototypes,) = opt["param_groups"][2]["params"]
-    if prototypes not in opt["state"]:  # they were frozen
-        return opt
-    moments = opt["state"][prototypes]
-    mean = {"exp_avg": moments["exp_avg"] / world_size, "exp_avg_sq": moments["exp_avg_sq"] / world_size**2}
-    return opt | {"state": opt["state"] | {prototypes: moments | mean}}

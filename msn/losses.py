@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +46,7 @@ class MSNLoss(nn.Module):
         ent_weight: Its weight.
         use_sinkhorn: Balance the targets over the prototypes.
         label_smoothing: Share of an assignment that is spread evenly over the prototypes.
-        power_law_exponent: Exponent of the prior over prototypes; 0 is MSN's uniform prior.
+        log_prior: Logarithms of the prior over prototypes, shape (K,); None: MSN's uniform one.
 
     Raises:
         ValueError: If an argument is out of range, or a prior that is not uniform meets ``use_sinkhorn``.
@@ -61,23 +62,24 @@ class MSNLoss(nn.Module):
         ent_weight: float = 1.0,
         use_sinkhorn: bool = True,
         label_smoothing: float = 0.0,
-        power_law_exponent: float = 0.0,
+        log_prior: Tensor | None = None,
     ):
         super().__init__()
         if not temperature > 0:
             raise ValueError(f"--temperature {temperature} is not positive")
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"--label_smoothing {label_smoothing} is outside [0, 1)")
-        if power_law_exponent and use_sinkhorn:
+        if log_prior is not None and use_sinkhorn:
             raise ValueError(
-                f"--power_law_exponent {power_law_exponent}: --use_sinkhorn true balances the targets evenly, which "
-                "contradicts this prior; switch one of them off"
+                "--use_sinkhorn true balances the targets evenly, which contradicts the prior of --power_law_exponent "
+                "or --prior; switch one of them off"
             )
         self.temperature, self.label_smoothing = temperature, label_smoothing
         self.me_max, self.memax_weight = me_max, memax_weight
         self.use_ent, self.ent_weight = use_ent, ent_weight
         self.use_sinkhorn = use_sinkhorn
-        self.register_buffer("log_prior", log_power_law(num_proto, power_law_exponent), persistent=False)
+        log_prior = log_power_law(num_proto, 0.0) if log_prior is None else log_prior
+        self.register_buffer("log_prior", log_prior, persistent=False)
 
     def forward(self, anchors: Tensor, targets: Tensor, prototypes: Tensor, sharpen: float) -> LossTerms:
         """The terms of the loss for one batch.
@@ -136,14 +138,25 @@ class MSNLoss(nn.Module):
 
 
 def log_power_law(num_proto: int, exponent: float) -> Tensor:
-    """Logarithms of a prior p_k proportional to 1 / k^exponent over K prototypes (PMSN), shape (K,).
+    """Logarithms of a prior p_k proportional to 1 / k^exponent over K prototypes (PMSN), shape (K,)."""
+    if exponent < 0:
+        raise ValueError(f"--power_law_exponent {exponent} is negative")
+    return (-exponent * torch.arange(1, num_proto + 1, dtype=torch.float32).log()).log_softmax(dim=0)
+
+
+def read_log_prior(path: str, num_proto: int) -> Tensor:
+    """Logarithms of the prior in a text file, K positive numbers in proportion to it, shape (K,).
 
     Raises:
-        ValueError: If the exponent is negative or there is no prototype.
+        ValueError: If the file cannot be read or holds anything else.
     """
-    if num_proto < 1 or exponent < 0:
-        raise ValueError(f"--num_proto {num_proto}, --power_law_exponent {exponent}: need at least 1 and 0")
-    return (-exponent * torch.arange(1, num_proto + 1, dtype=torch.float32).log()).log_softmax(dim=0)
+    try:
+        weights = torch.tensor([float(word) for word in Path(path).read_text().split()])
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--prior {path} cannot be read: {error}") from error
+    if len(weights) != num_proto or not ((weights > 0) & weights.isfinite()).all():
+        raise ValueError(f"--prior {path}: expected {num_proto} positive numbers (--num_proto), found {len(weights)}")
+    return weights.log().log_softmax(dim=0)
 
 
 class MeanOverProcesses(torch.autograd.Function):

@@ -26,14 +26,15 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from msn.augmentations import msn_views
+from msn.checkpoints import NETWORK_FLAGS, from_official, to_official
 from msn.flags import parse_with_images
-from msn.hub import MEAN, NETWORK_FLAGS, STD, from_official, to_official
-from msn.losses import LossTerms, MSNLoss, new_prototypes
+from msn.hub import MEAN, STD
+from msn.losses import LossTerms, MSNLoss, log_power_law, new_prototypes, read_log_prior
 from msn.report import health_rules, report
 from msn.schedules import Schedules
 from msn.vision_transformer import ARCHITECTURES, ProjectionHead, Trunk, VisionTransformer, build, num_kept_patches
 from shared import distributed
-from shared.evaluation.knn_monitor import build_knn_monitor
+from shared.evaluation.knn_monitor import KNNMonitor
 from shared.images.training_data import open_training_data
 from shared.images.views import ViewRecipe
 from shared.multicrop import normalize_views
@@ -45,28 +46,32 @@ from shared.run.health import HealthMonitor, feature_spread, rank_me
 from shared.run.run import Run
 from shared.run.yaml_config import parse_args_with_config, write_config
 
-# What replaces the published values when no --data_path is given: 8x8 pixel digits need no ViT at 224 pixels. Small
-# batches of views that have little in common need sharper targets, or every difference between images dies out, and a
-# run of a minute needs a target encoder that follows fast.
+# What replaces the published values when no --data_path is given: images of 32 pixels need no ViT at 224 pixels, small
+# batches need sharper targets, and a run of a minute a target encoder that follows fast.
 EMBEDDED_DATA_DEFAULTS = {
     "model_name": "deit_micro",
-    "rand_size": 16,
-    "focal_size": 12,
-    "focal_views": 1,
-    "rand_scale": (0.8, 1.0),
-    "focal_scale": (0.4, 0.7),
-    "color_jitter_strength": 0.2,
-    "blur_radius": (0.1, 0.3),
+    "patch_size": 8,
+    "rand_size": 32,
+    "focal_size": 16,
+    "rand_views": 1,
+    "focal_views": 2,
+    "rand_scale": (0.4, 1.0),
+    "focal_scale": (0.2, 0.5),
+    "color_jitter_strength": 0.5,
+    "blur_radius": (0.1, 0.4),
     "num_proto": 64,
     "start_sharpen": 0.1,
     "final_sharpen": 0.1,
-    "hidden_dim": 256,
+    "hidden_dim": 512,
     "output_dim": 64,
     "batch_size": 32,
-    "epochs": 8,
+    "epochs": 20,
     "warmup": 1,
-    "start_lr": 0.0001,
-    "ema": (0.96, 1.0),
+    "start_lr": 0.0002,
+    "lr": 0.0015,
+    "ema": (0.98, 1.0),
+    "weight_decay": 0.04,
+    "final_weight_decay": 0.04,
     "output_dir": "runs/digits",
 }
 MINIMUM = {"epochs": 1, "batch_size": 1, "num_proto": 2, "hidden_dim": 1, "output_dim": 1, "log_freq": 1, "warmup": 0}
@@ -122,6 +127,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--me_max", type=bool_flag, default=True, help="mean-entropy maximisation: mean assignment near the prior")
     add("--memax_weight", type=float, default=1.0, help="its weight (5 without Sinkhorn)")
     add("--power_law_exponent", type=float, default=0.0, help="of the prior (PMSN: 0.25); 0: the uniform one")
+    add("--prior", default=None, help="text file of one positive number per prototype: any other prior")
     add("--use_ent", type=bool_flag, default=False, help="compute the entropy of single assignments")
     add("--ent_weight", type=float, default=1.0, help="its weight in the loss")
     add("--batch_size", type=int, default=64, help="images per process")
@@ -232,7 +238,7 @@ def train_msn(args: argparse.Namespace) -> None:
         loss=epoch_loss,
     )
     run.health = HealthMonitor(health_rules(args, data.steps_per_epoch))
-    knn = build_knn_monitor(args, args.rand_size, MEAN, STD, device, data.num_workers, run.output_dir, args.in_chans)
+    knn = KNNMonitor(run, args.rand_size, MEAN, STD, data.num_workers)
     trunk = Trunk(target_encoder)
 
     with run:
@@ -257,7 +263,7 @@ def train_msn(args: argparse.Namespace) -> None:
             epoch_loss.value = run.log_epoch(bad_images=data.bad_images.count())["train_loss"]
             numbered = args.checkpoint_freq and (epoch + 1) % args.checkpoint_freq == 0
             run.end_epoch(keep_as=f"{args.write_tag}-ep{epoch + 1}.pth.tar" if numbered else None)
-    report(args, run, data.dataset, trunk, knn)
+    report(run, data.dataset, trunk, knn)
 
 
 def find_checkpoint(latest: Path, read_checkpoint: str | None, must_exist: bool) -> dict:
@@ -303,6 +309,11 @@ def build_views(args: argparse.Namespace) -> list[ViewRecipe]:
 
 
 def build_loss(args: argparse.Namespace) -> MSNLoss:
+    log_prior = log_power_law(args.num_proto, args.power_law_exponent) if args.power_law_exponent else None
+    if args.prior is not None:
+        if args.power_law_exponent:
+            raise ValueError(f"--prior {args.prior} and --power_law_exponent {args.power_law_exponent}: give one")
+        log_prior = read_log_prior(args.prior, args.num_proto)
     return MSNLoss(
         args.num_proto,
         args.temperature,
@@ -312,7 +323,7 @@ def build_loss(args: argparse.Namespace) -> MSNLoss:
         args.ent_weight,
         args.use_sinkhorn,
         args.label_smoothing,
-        args.power_law_exponent,
+        log_prior,
     )
 
 

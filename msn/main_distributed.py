@@ -20,27 +20,17 @@ from msn import linear_eval, main
 from shared import distributed
 from shared.launch import slurm
 
-# The official names of the job's flags; --output_dir is this script's name for what main.py also calls --folder.
-OFFICIAL = {"--folder": "--job_dir", "--time": "--timeout", "--tasks-per-node": "--ngpus"}
-
 
 def get_args_parser(linear: bool = False) -> argparse.ArgumentParser:
+    defaults = {"nodes": 1, "ngpus": 1, "timeout": 4300, "mem_gb_per_gpu": 55, "partition": ""}
     parser = (linear_eval if linear else main).get_args_parser()
-    parser.description = __doc__.split("\n\n")[0]
+    slurm.launcher_parser(parser, __doc__, "msn-linear" if linear else "msn", **defaults)
     parser.add_argument("--linear-eval", action="store_true", help="linear evaluation instead of the training")
-    slurm.add_slurm_flags(parser, job_name="msn-linear" if linear else "msn")
-    parser.set_defaults(nodes=1, ngpus=1, timeout=4300, mem_gb_per_gpu=55, partition="")
     return parser
 
 
-def with_our_names(arguments: list[str]) -> list[str]:
-    """The command line with the official names of the job's flags replaced."""
-    parts = [argument.partition("=") for argument in arguments]
-    return [OFFICIAL.get(name, name) + equals + value for name, equals, value in parts]
-
-
 def submit(arguments: list[str] | None = None) -> None:
-    arguments = with_our_names(sys.argv[1:] if arguments is None else arguments)
+    arguments = slurm.with_our_names(arguments)
     linear = "--linear-eval" in arguments
     script, train = (linear_eval, linear_eval.linear_eval) if linear else (main, main.train_msn)
     with distributed.clean_exit():

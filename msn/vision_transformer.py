@@ -228,14 +228,18 @@ class VisionTransformer(nn.Module):
         Returns:
             Shape (B, 1 + kept, D), patches in the random order of the mask.
         """
-        rows, columns = (side // self.patch_embed.patch_size for side in x.shape[-2:])
         patches = self.patch_embed(x)
-        positions = interpolate_positions(self.pos_embed, rows, columns)
+        positions = self.interpolate_pos_encoding(*x.shape[-2:])
         patches = patches + positions[:, 1:]
         if patch_drop:
             patches = patches.index_select(1, draw_kept_patches(patches.shape[1], patch_drop).to(x.device))
         cls_token = self.cls_token + positions[:, :1]
         return torch.cat([cls_token.expand(x.shape[0], -1, -1), patches], dim=1)
+
+    def interpolate_pos_encoding(self, height: int, width: int) -> Tensor:
+        """Positions for images of ``height`` x ``width`` pixels, (1, 1 + patches, D)."""
+        patch_size = self.patch_embed.patch_size
+        return interpolate_positions(self.pos_embed, height // patch_size, width // patch_size)
 
     def _last_blocks(self, tokens: Tensor, n: int) -> list[Tensor]:
         if not 1 <= n <= len(self.blocks):

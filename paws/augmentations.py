@@ -31,13 +31,13 @@ class Recipe:
 
 
 BILINEAR = {"interpolation": "bilinear"}
-JITTER = {"jitter": (0.8, 0.8, 0.8, 0.2), "jitter_p": 0.8}
+COMMON = {**BILINEAR, "jitter": (0.8, 0.8, 0.8, 0.2), "jitter_p": 0.8}
 RECIPES = {
     "imagenet": Recipe(
         large=(224, (0.14, 1.0)),
         small=(96, (0.05, 0.14)),
         large_scale_alone=(0.08, 1.0),
-        common={**BILINEAR, **JITTER, "grey_p": 0.2, "blur_p": 0.5, "blur_radius": (0.1, 2.0)},
+        common={**COMMON, "grey_p": 0.2, "blur_p": 0.5, "blur_radius": (0.1, 2.0)},
         eval_resize_px=256,
         fine_tune_scale=(0.08, 1.0),
         mean=MEAN,
@@ -47,7 +47,7 @@ RECIPES = {
         large=(32, (0.75, 1.0)),
         small=(18, (0.3, 0.75)),
         large_scale_alone=(0.5, 1.0),
-        common={**BILINEAR, **JITTER, "solarize_p": 0.2, "solarize_threshold": (0, 256), "equalize_p": 0.2},
+        common={**COMMON, "solarize_p": 0.2, "solarize_threshold": (0, 256), "equalize_p": 0.2},
         eval_resize_px=32,
         fine_tune_scale=None,
         mean=(0.4914, 0.4822, 0.4465),
@@ -59,7 +59,7 @@ RECIPES = {
         large=(8, (0.75, 1.0)),
         small=(6, (0.5, 0.8)),
         large_scale_alone=(0.75, 1.0),
-        common={**BILINEAR, **JITTER, "flip_p": 0.0},
+        common={**COMMON, "flip_p": 0.0},
         eval_resize_px=8,
         fine_tune_scale=(0.75, 1.0),
         mean=(0.3, 0.3, 0.3),

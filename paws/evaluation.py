@@ -185,6 +185,7 @@ class SNNMonitor:
 
     def run(self, encoder: Encoder, between_batches: Callable[[], None] | None = None) -> float:
         """Top-1 in percent; see :meth:`SoftNearestNeighbours.classify`."""
+        encoder = distributed.unwrap(encoder)
         dataset = self.validation.dataset(eval_transform(self.classifier.recipe, encoder), self.bad_images)
         return top_k(*self.classifier.classify(encoder, dataset, between_batches))[0]
 

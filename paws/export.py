@@ -16,7 +16,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from paws.hub import CARD
 from shared import distributed
-from shared.networks.export import export_backbone
+from shared.networks.export import add_export_flags, export_backbone
 from shared.networks.pretrained import load_pretrained
 from shared.run.flags import AnyDashParser
 
@@ -27,10 +27,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--model_name", default="resnet50", help="as for main.py")
     add("--pretrained", required=True, help="a file of any layout, or the name of a release")
     add("--allow_partial", action="store_true", help="go on when the file does not fill the network")
-    add("--output_dir", default=".", help="where the files go")
-    size = "height and width in pixels that the ONNX file takes"
-    add("--image_size", type=int, nargs=2, default=(224, 224), help=size)
-    return parser
+    return add_export_flags(parser, image_size=(224, 224))
 
 
 def main() -> None:

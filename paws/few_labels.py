@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -33,7 +33,7 @@ from shared.run.log import read_log
 EMBEDDED_DATA_DEFAULTS = {
     name: value
     for name, value in paws_train.EMBEDDED_DATA_DEFAULTS.items()
-    if name not in ("labels_per_class", "supervised_imgs_per_class", "output_dir")
+    if name not in ("labels_per_class", "supervised_imgs_per_class")
 } | {"output_dir": "runs/digits-few-labels"}
 METHODS = {"paws": "PAWS", "supervised": "the same network, labels alone", "pixels": "1-NN on pixels"}
 
@@ -59,12 +59,8 @@ def compare(args: argparse.Namespace) -> list[dict[str, float]]:
     output_dir = Path(args.output_dir)
     rows = []
     for count in args.labels_per_class:
-        images = open_partly_labelled(
-            args.data_path,
-            labels_per_class=count,
-            data_seed=args.data_seed,
-            allow_absolute_paths=args.allow_absolute_paths,
-        )
+        how = {"data_seed": args.data_seed, "allow_absolute_paths": args.allow_absolute_paths}
+        images = open_partly_labelled(args.data_path, labels_per_class=count, **how)
         validation = open_validation(images, args.data_path, args.val_path, args.allow_absolute_paths)
         recipe = choose_recipe(args.dataset, args.normalize, args.image_size)
         distributed.print_once(f"--- {count} label(s) of each of {len(images.classes)} classes")
@@ -107,21 +103,12 @@ def supervised_accuracy(args: argparse.Namespace, count: int, num_labels: int, r
     return fine_tune.fine_tune(fine_tune.parse_args(words))["acc1"]
 
 
-class Pixels(nn.Module):
-    """Raw pixels as features."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        return images.flatten(1)
-
-
 def pixel_accuracy(images: PartlyLabelled, validation: Validation, recipe: Recipe) -> float:
     """Nearest labelled image by the cosine of the normalised pixels."""
     transform = EvalTransform(recipe.eval_resize_px, recipe.large[0], recipe.mean, recipe.std, 3, "bilinear")
     labelled = EvalDataset(images.source, transform, rows=images.labelled.tolist())
-    (supports, _), (others, truth) = (
-        extract_features(Pixels(), dataset, torch.device("cpu"))
-        for dataset in (labelled, validation.dataset(transform))
-    )
+    datasets, cpu = (labelled, validation.dataset(transform)), torch.device("cpu")
+    (supports, _), (others, truth) = (extract_features(nn.Flatten(), dataset, cpu) for dataset in datasets)
     return knn_classify(supports, torch.from_numpy(images.labels[images.labelled]), others, truth, k=1)[0]
 
 

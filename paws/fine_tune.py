@@ -23,20 +23,21 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from paws import flags
 from paws.augmentations import Recipe, choose_recipe, fine_tune_view, support_views
-from paws.checkpoints import Progress, fine_tuning_from_official, fine_tuning_to_official
+from paws.encoder import build_encoder
 from paws.evaluation import Representation, Validation, eval_transform, open_validation
+from paws.fine_tuning import labelled_batches, resume
 from paws.heads import Encoder, classification_head
-from paws.hub import backbone_of, build_encoder, build_for, load_classifier, read_weights
-from paws.labels import PartlyLabelled
+from paws.hub import build_for, load_classifier, read_weights
+from paws.labels import PartlyLabelled, open_images
 from paws.optimisation import LARS, lr_schedule, parameter_groups
-from paws.training_data import labelled_batches, loader_processes, open_images
 from shared import distributed
 from shared.images.labelled import NotLabelled
 from shared.images.loading import EpochBatchSampler
 from shared.multicrop import normalize_views
 from shared.networks.backbones import input_channels
 from shared.networks.batchnorm import synchronize_batchnorm
-from shared.networks.weights import load_backbone_weights, weights_checksum
+from shared.networks.pretrained import backbone_of
+from shared.networks.weights import load_backbone_weights
 from shared.optimisation.optim import clip_grad_norm_per_tensor_
 from shared.optimisation.precision import Precision
 from shared.run.flags import bool_flag
@@ -83,7 +84,7 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
 
 def fine_tune(args: argparse.Namespace) -> dict[str, float]:
     """Fine-tune and validate; loss and accuracies in percent after the last epoch."""
-    run = Run(args, args.amp if args.use_fp16 else "fp32", f"{args.write_tag}.pth.tar")
+    run = Run(args, args.amp, f"{args.write_tag}.pth.tar", owns_folder=False)
     device = run.device
     recipe = choose_recipe(args.dataset, args.normalize, args.image_size)
 
@@ -93,14 +94,13 @@ def fine_tune(args: argparse.Namespace) -> dict[str, float]:
     if num_classes < len(images.classes):
         raise ValueError(f"--num_classes {num_classes} is less than the {len(images.classes)} classes of the labels")
     validation = find_validation(args, images)
-    validate = partial(validate_encoder, validation, recipe, run.precision, args.batch_size, loader_processes(args))
+    validate = partial(validate_encoder, validation, recipe, run.precision, args.batch_size, args.num_workers)
 
     # encoder
     if not args.training:
         return validate(load_classifier(args.model_name, args.pretrained).to(device))
     encoder = build_classifier(args, num_classes, recipe)
     args.in_chans = input_channels(encoder)
-    progress = Progress(weights_checksum(encoder))
     encoder = synchronize_batchnorm(encoder, device).to(device)
     wrapped = distributed.wrap(encoder, device)
 
@@ -109,23 +109,16 @@ def fine_tune(args: argparse.Namespace) -> dict[str, float]:
     views = [fine_tune_view(recipe)] if args.views == "basic" else strong
     data = labelled_batches(args, images, views, labelled_sampler(args, images), args.batch_size, device)
     labels = torch.from_numpy(images.labels).to(device)
-    optimizer = LARS(
-        parameter_groups(encoder, args.weight_decay),
-        nesterov=args.nesterov,
-        trust_coefficient=0.001 if args.use_lars else 0.0,
-    )
-    steps = args.epochs * data.steps_per_epoch
-    rates = lr_schedule(args.lr, args.lr, 0.0, 0, steps)
+    trust = 0.001 if args.use_lars else 0.0
+    optimizer = LARS(parameter_groups(encoder, args.weight_decay), nesterov=args.nesterov, trust_coefficient=trust)
+    rates = lr_schedule(args.lr, args.lr, 0.0, 0, args.epochs, data.steps_per_epoch)
 
-    # checkpoints under the names of the official ones
-    layout = {"to_official": fine_tuning_to_official, "from_official": fine_tuning_from_official}
-    run.resume(data, steps, RUN_FLAGS, **layout, scheduled=("lr",), progress=progress, encoder=encoder, opt=optimizer)
-
+    progress = resume(run, data, len(rates), RUN_FLAGS, encoder, optimizer)
     result: dict[str, float] = {}
     with run:
         for epoch in run.epochs():
             data.sampler.set_epoch(epoch, run.step_in_epoch)
-            train_one_epoch(wrapped, data.loader, optimizer, rates, labels, recipe, run)
+            train_one_epoch(wrapped, data.loader, labels, optimizer, rates, recipe, run)
             if validation is not None and is_due(args, epoch):
                 result = validate(encoder, run.stop_if_asked)
                 progress.best = max(progress.best, result["acc1"])
@@ -165,9 +158,9 @@ def is_due(args: argparse.Namespace, epoch: int) -> bool:
 def train_one_epoch(
     encoder: nn.Module,
     batches: Iterable,
+    labels: Tensor,
     optimizer: torch.optim.Optimizer,
     rates: np.ndarray,
-    labels: Tensor,
     recipe: Recipe,
     run: Run,
 ) -> None:
@@ -207,18 +200,14 @@ def build_classifier(args: argparse.Namespace, num_classes: int, recipe: Recipe)
         encoder = build_for(args.model_name, weights)
         load_backbone_weights(backbone_of(encoder), weights, allow_partial=args.allow_partial)
         encoder.fc = classification_head(encoder.embed_dim, num_classes)
-        own = {f"fc.{name}": value for name, value in encoder.fc.state_dict().items()}
-        kept = {name: weights.head[name] for name in own if fits(weights.head.get(name), own[name])}
+        own = {f"fc.{name}": value.shape for name, value in encoder.fc.state_dict().items()}
+        kept = {name: value for name, value in weights.head.items() if own.get(name) == value.shape}
         encoder.load_state_dict(kept, strict=False)
         distributed.print_once(f"{len(kept)} of {len(own)} entries of the classifier come from the projection head")
     if args.zero_init:
         nn.init.zeros_(encoder.fc.fc2.weight)
         nn.init.zeros_(encoder.fc.fc2.bias)
     return encoder
-
-
-def fits(stored: Tensor | None, wanted: Tensor) -> bool:
-    return stored is not None and stored.shape == wanted.shape
 
 
 def validate_encoder(

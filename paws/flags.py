@@ -60,8 +60,10 @@ def add_label_flags(parser: argparse.ArgumentParser) -> Callable:
     return add
 
 
-def add_view_flags(add: Callable) -> None:
-    """Multi-crop and colours; ``add`` is the ``add_argument`` of the data group."""
+def pretraining_parser(docstring: str, write_tag: str) -> argparse.ArgumentParser:
+    """The flags that PAWS and SuNCEt have in common."""
+    parser = new_parser(docstring)
+    add = add_label_flags(parser)
     add("--color_jitter_strength", type=float, default=1.0, help="factor of brightness, contrast, saturation and hue")
     add("--multicrop", type=int, default=6, help="small views of every unlabelled image")
     add("--small_image_size", type=int, default=None, help="side of the small views in pixels; by default the recipe's")
@@ -69,9 +71,6 @@ def add_view_flags(add: Callable) -> None:
     add("--label_smoothing", type=float, default=0.1, help="of the labels of the supports")
     add("--unique_classes_per_rank", type=bool_flag, default=False, help="processes have supports of different classes")
 
-
-def add_support_flags(parser: argparse.ArgumentParser) -> Callable:
-    """The labelled images of a step."""
     add = parser.add_argument_group("criterion").add_argument
     classes = "classes among the supports of a process; None: all, with --unique_classes_per_rank its share of them"
     add("--classes_per_batch", type=int, default=None, help=classes)
@@ -80,11 +79,7 @@ def add_support_flags(parser: argparse.ArgumentParser) -> Callable:
     add("--supervised_views", type=int, default=1, help="views of every support")
     add("--unsupervised_batch_size", type=int, default=64, help="unlabelled images per process")
     add("--temperature", type=float, default=0.1, help="of the softmax over similarities")
-    return add
 
-
-def add_network_flags(parser: argparse.ArgumentParser) -> Callable:
-    """The encoder and how it is computed."""
     add = parser.add_argument_group("meta").add_argument
     names = "resnet50, 101, 152, 200, with w2 or w4 for wider ones, wide_resnet28w2, or a torchvision or timm model"
     add("--model_name", default="resnet50", help=names)
@@ -92,16 +87,11 @@ def add_network_flags(parser: argparse.ArgumentParser) -> Callable:
     add("--use_pred_head", type=bool_flag, default=False, help="a prediction head for the anchors")
     add("--pretrained", default=None, help="start from this file, of any layout, or release; by default random weights")
     add("--allow_partial", action="store_true", help="go on when --pretrained does not fill the backbone")
-    add_precision_flags(add)
     add("--read_checkpoint", default=None, help="file in the output folder to go on from while the run has none")
-    return add
 
-
-def add_precision_flags(add: Callable) -> None:
-    """What all trainings have; ``add`` is the ``add_argument`` of the meta group."""
-    add("--use_fp16", type=bool_flag, default=True, help="false: the same as --amp fp32")
-    add("--amp", default="auto", choices=("auto", "bf16", "fp16", "fp32"), help="auto: bf16 where it is fast")
-    add("--load_checkpoint", type=bool_flag, default=True, help="ignored: a run always goes on from its own checkpoint")
+    add_optimisation_flags(parser)
+    add_run_flags(parser, write_tag)
+    return parser
 
 
 def add_optimisation_flags(parser: argparse.ArgumentParser) -> Callable:
@@ -118,23 +108,27 @@ def add_optimisation_flags(parser: argparse.ArgumentParser) -> Callable:
     return add
 
 
-def add_run_flags(parser: argparse.ArgumentParser) -> None:
-    """Output, checkpoints, evaluation, processes."""
+def add_run_flags(parser: argparse.ArgumentParser, write_tag: str) -> None:
+    """Output, checkpoints, evaluation, processes, precision."""
     add = common.add_run_flags(parser, knn=False)
-    add_device_flag(parser)
     when = "soft nearest neighbours every so many epochs; 0: never; None: before and after, with at most 100,000 images"
     add("--eval_knn_freq", type=int, default=None, help=when)
     add("--checkpoint_freq", type=int, default=50, help="keep a checkpoint every so many epochs; 0: none")
     add("--seed", type=int, default=0, help="of the initial weights, the order of the images, the supports, the views")
-    add_output_flags(parser)
+    add_output_flags(parser, write_tag)
+    add = add_device_flag(parser)
+    add("--use_fp16", type=bool_flag, default=True, help="false: the same as --amp fp32")
+    add("--amp", default="auto", choices=("auto", "bf16", "fp16", "fp32"), help="auto: bf16 where it is fast")
+    add("--load_checkpoint", type=bool_flag, default=True, help="ignored: a run always goes on from its own checkpoint")
 
 
-def add_device_flag(parser: argparse.ArgumentParser) -> None:
+def add_device_flag(parser: argparse.ArgumentParser) -> Callable:
     """``--device`` in the section of the released files, which say ``cuda:0``, and what they say about copies."""
     add = parser.add_argument_group("meta").add_argument
     device = "auto: a GPU if there is one; the number of cuda:0 is ignored"
     add("--device", type=device_name, default="auto", choices=("auto", "cpu", "cuda"), help=device)
     add("--copy_data", type=bool_flag, default=False, help="ignored: --cache keeps decoded images near")
+    return add
 
 
 def device_name(text: str) -> str:
@@ -149,8 +143,7 @@ def add_evaluation_flags(parser: argparse.ArgumentParser, batch_size: int) -> Ca
     add = parser.add_argument_group("processes").add_argument
     add("--dist_url", default="env://", help="rendezvous of the processes")
     add("--local_rank", type=int, default=0, help="ignored: read from the environment")
-    add_device_flag(parser)
-    add = parser.add_argument_group("meta").add_argument
+    add = add_device_flag(parser)
     add("--model_name", default="resnet50", help="as for main.py")
     add("--pretrained", default=None, help="checkpoint of a training, or the name of a release")
     add("--use_pred", action="store_true", help="compare the outputs of the prediction head")
@@ -160,14 +153,12 @@ def add_evaluation_flags(parser: argparse.ArgumentParser, batch_size: int) -> Ca
 
 def add_fine_tuning_flags(parser: argparse.ArgumentParser, model_name: str, write_tag: str) -> Callable:
     """Encoder and output of both kinds of fine-tuning."""
-    add_run_flags(parser)
-    add_output_flags(parser, write_tag)
+    add_run_flags(parser, write_tag)
     add = parser.add_argument_group("logging").add_argument
     add("--pretrain_path", default=None, help="official name of --pretrained, relative to --output_dir")
     add = parser.add_argument_group("meta").add_argument
     add("--model_name", default=model_name, help="as for main.py")
     add("--pretrained", default=None, help="checkpoint of a training, name of a release, or random (fine_tune.py)")
-    add_precision_flags(add)
     return add
 
 
@@ -200,6 +191,8 @@ def parse_with_embedded_defaults(
             )
     if getattr(args, "pretrain_path", None) is not None and args.pretrained is None:
         args.pretrained = str(Path(args.output_dir) / args.pretrain_path)
+    if not getattr(args, "use_fp16", True):
+        args.amp = "fp32"
     if weights and args.pretrained is None:
         parser.error(f"--pretrained is missing: {weights}")
     check_ranges(parser, args)

@@ -1,6 +1,6 @@
 """Which of the images have a label: a CSV file, an ``unlabeled/`` folder, the official lists, or a draw."""
 
-import csv
+import argparse
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -10,9 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from shared.images.decode import EXTENSIONS
+from shared import distributed
+from shared.images.cache import cache_images
+from shared.images.loading import default_num_workers
 from shared.images.sources import FileSource, ImageSource, open_source
 from shared.images.subsets import listed_images
+from shared.images.tables import names_an_image, read_cells
 from shared.run.randomness import derive_seed
 
 UNLABELED_FOLDERS = ("unlabeled", "unlabelled")
@@ -136,6 +139,28 @@ def open_partly_labelled(
     return found
 
 
+def open_images(args: argparse.Namespace) -> PartlyLabelled:
+    """The images and labels that the flags of a program name, cached if ``--cache`` says so.
+
+    Fills in ``--num_workers``, which depends on the machine.
+    """
+    images = open_partly_labelled(
+        args.data_path,
+        labels=args.labels,
+        labels_per_class=args.labels_per_class,
+        unlabeled_frac=args.unlabeled_frac,
+        subset_path=args.subset_path,
+        data_seed=args.data_seed,
+        allow_absolute_paths=args.allow_absolute_paths,
+        min_confidence=args.min_confidence,
+    )
+    distributed.print_once(images.describe())
+    images.source = cache_images(images.source, args.cache)
+    if args.num_workers is None:
+        args.num_workers = default_num_workers()
+    return images
+
+
 def keep_labels(source: ImageSource, chosen: np.ndarray, how: str) -> PartlyLabelled:
     """Forget all labels but those of the ``chosen`` indices."""
     labels = np.full(len(source), -1, dtype=np.int64)
@@ -204,9 +229,9 @@ def read_table(path: str, index_of: dict[str, int]) -> list[Row]:
     Raises:
         ValueError: If it cannot be read, has other columns, or names unknown images.
     """
-    lines = read_csv(path)
+    lines = read_cells(path, f"--labels {path}")
     columns = ["image", "label"]
-    if lines and _bare(lines[0][1][0]) not in index_of and not lines[0][1][0].lower().endswith(EXTENSIONS):
+    if lines and lines[0][1][0].removeprefix("./") not in index_of and not names_an_image(lines[0][1][0]):
         heading = [cell.lower() for cell in lines.pop(0)[1]]
         columns = heading if len(heading) > 2 else columns
     if not lines:
@@ -226,29 +251,13 @@ def read_table(path: str, index_of: dict[str, int]) -> list[Row]:
             confidence = float(cells[2]) if len(columns) > 2 else None
         except ValueError as error:
             raise ValueError(f"{where}: the confidence {cells[2]!r} is no number") from error
-        rows.append(Row(where, _bare(cells[0]), cells[1], confidence))
+        rows.append(Row(where, cells[0].removeprefix("./"), cells[1], confidence))
     if unknown := [row for row in rows if row.image not in index_of]:
         raise ValueError(
             f"{unknown[0].where}: {unknown[0].image!r} is not in --data_path, or several images have that name; so it "
             f"is with {len(unknown)} of the {len(rows)} images of this table"
         )
     return rows
-
-
-def _bare(name: str) -> str:
-    return name.removeprefix("./")
-
-
-def read_csv(path: str) -> list[tuple[int, list[str]]]:
-    """Line number and cells of every line that is not blank; a tab or semicolon in the first line separates them."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            first = file.readline()
-            file.seek(0)
-            reader = csv.reader(file, delimiter=next((mark for mark in "\t;" if mark in first), ","))
-            return [(reader.line_num, [cell.strip() for cell in line]) for line in reader if any(line)]
-    except (OSError, csv.Error) as error:
-        raise ValueError(f"--labels {path} cannot be read: {error}") from error
 
 
 def names_of(source: FileSource) -> dict[str, int]:

@@ -74,8 +74,8 @@ def paws_loss(
     temperature: float = 0.1,
     sharpen_temperature: float = 0.25,
     me_max: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """Consistency of the pseudo-labels of two views, and the mean-entropy regulariser (eq. 2).
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Consistency of the pseudo-labels of two views, the mean-entropy regulariser (eq. 2), and the predictions.
 
     Args:
         anchors: Representations of the unlabelled views of this process, view by view, shape (V * B, D): the two large
@@ -90,7 +90,8 @@ def paws_loss(
         me_max: Without it the second value is 0.
 
     Returns:
-        Mean cross-entropy of all views, and minus the entropy of the mean sharpened prediction of all processes.
+        Mean cross-entropy of all views; minus the entropy of the mean sharpened prediction of all processes; the
+        sharpened predictions of this process, shape (V * B, K).
     """
     predictions = soft_nearest_neighbours(
         anchors, distributed.all_gather_with_grad(anchor_supports.float()), labels, temperature
@@ -106,12 +107,13 @@ def paws_loss(
             pseudo_labels = torch.cat([pseudo_labels, mean.repeat(num_small, 1)])
         pseudo_labels = torch.where(pseudo_labels < MIN_TARGET, 0.0, pseudo_labels)
     consistency = -(pseudo_labels * predictions.clamp_min(TINY).log()).sum(dim=1).mean()
+    sharpened = sharpen(predictions, sharpen_temperature)
     if not me_max:
-        return consistency, torch.zeros_like(consistency)
-    mean = sharpen(predictions, sharpen_temperature).mean(dim=0)
+        return consistency, torch.zeros_like(consistency), sharpened
+    mean = sharpened.mean(dim=0)
     # the mean over processes; its gradient is that of the local mean, for data-parallel training averages gradients
     mean = mean + (distributed.all_reduce_mean(mean) - mean).detach()
-    return consistency, (mean * mean.clamp_min(TINY).log()).sum()
+    return consistency, (mean * mean.clamp_min(TINY).log()).sum(), sharpened
 
 
 def suncet_loss(representations: Tensor, labels: Tensor, temperature: float = 0.1) -> Tensor:

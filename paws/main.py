@@ -39,12 +39,8 @@ def get_args_parser(program: str = "paws_train") -> argparse.ArgumentParser:
     """The parser of a program with the flags of this script."""
     parser = importlib.import_module(f"paws.{program}").get_args_parser()
     parser.add_argument("--sel", default=program, choices=PROGRAMS, help="which program to run")
-    parser.add_argument(
-        "--devices",
-        nargs="+",
-        default=None,
-        help="cuda:0 or cpu, the same as --device; torchrun starts a process on each of several GPUs",
-    )
+    devices = "cuda:0 or cpu, the same as --device; torchrun starts a process on each of several GPUs"
+    parser.add_argument("--devices", nargs="+", default=None, help=devices)
     return parser
 
 
@@ -53,29 +49,27 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
     program = selected(arguments)
     args = importlib.import_module(f"paws.{program}").parse_args(arguments, parser or get_args_parser(program))
     del args.sel
-    if args.devices is not None and len(args.devices) > 1:
-        raise ValueError(
-            f"--devices {' '.join(args.devices)}: start one process for each with "
-            f"torchrun --nproc_per_node={len(args.devices)} main.py"
-        )
     if args.devices:
-        args.device = only_device(args.devices[0])
+        args.device = kind_of(args.devices)
     del args.devices
     return args
 
 
-def only_device(name: str) -> str:
-    """``cpu`` or ``cuda`` for the device of ``--devices``.
+def kind_of(devices: list[str]) -> str:
+    """``cpu`` or ``cuda`` for ``--devices``.
 
     Raises:
-        ValueError: If it is another GPU than the first, which only the environment can choose.
+        ValueError: If these are several, or another GPU than the first: launcher and environment choose those.
     """
-    if name in ("cpu", "cuda", "cuda:0"):
-        return name.removesuffix(":0")
-    number = name.removeprefix("cuda:")
-    if number.isdigit():
-        raise ValueError(f"--devices {name}: set CUDA_VISIBLE_DEVICES={number} to use this GPU, and say cuda:0")
-    raise ValueError(f"--devices {name}: expected cuda:0 or cpu")
+    given = f"--devices {' '.join(devices)}"
+    if len(devices) > 1:
+        raise ValueError(f"{given}: start one process for each with torchrun --nproc_per_node={len(devices)} main.py")
+    kind, _, number = devices[0].partition(":")
+    if kind not in ("cpu", "cuda") or (number and (kind == "cpu" or not number.isdigit())):
+        raise ValueError(f"{given}: expected cuda:0 or cpu")
+    if number not in ("", "0"):
+        raise ValueError(f"{given}: set CUDA_VISIBLE_DEVICES={number} to use this GPU, and say cuda:0")
+    return kind
 
 
 def program_function(program: str) -> Callable[[argparse.Namespace], object]:

@@ -23,22 +23,17 @@ from paws import main as programs
 from shared import distributed
 from shared.launch import slurm
 
-# The official names of the job's flags; --output_dir is this script's name for what main.py also calls --folder.
-OFFICIAL = {"--folder": "--job_dir", "--time": "--timeout", "--tasks-per-node": "--ngpus"}
-
 
 def get_args_parser(program: str = "paws_train") -> argparse.ArgumentParser:
-    parser = programs.get_args_parser(program)
-    parser.description = __doc__.split("\n\n")[0]
+    defaults = {"nodes": 1, "ngpus": 1, "timeout": 4300, "partition": ""}
+    parser = slurm.launcher_parser(programs.get_args_parser(program), __doc__, program, **defaults)
     batch = "--fname is a YAML list of configuration files, of which each becomes a job"
     parser.add_argument("--batch-launch", action="store_true", help=batch)
-    slurm.add_slurm_flags(parser, job_name=program)
-    parser.set_defaults(nodes=1, ngpus=1, timeout=4300, partition="")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> None:
-    words = with_our_names(sys.argv[1:] if arguments is None else arguments)
+    words = slurm.with_our_names(arguments)
     program = programs.selected(words)
     with distributed.clean_exit():
         for command in configurations(words):
@@ -47,27 +42,19 @@ def main(arguments: list[str] | None = None) -> None:
             slurm.submit(programs.program_function(program), args)
 
 
-def with_our_names(words: list[str]) -> list[str]:
-    """The command line with the official names of the job's flags replaced."""
-    parts = [word.partition("=") for word in words]
-    return [OFFICIAL.get(name, name) + equals + value for name, equals, value in parts]
-
-
 def configurations(words: list[str]) -> list[list[str]]:
     """The command line of each job: with ``--batch-launch`` one for every file in the list that ``--fname`` names."""
     if "--batch-launch" not in words:
         return [words]
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--fname", default=None)
+    first.add_argument("--fname", required=True)
     known, rest = first.parse_known_args([word for word in words if word != "--batch-launch"])
-    if known.fname is None:
-        raise ValueError("--batch-launch needs --fname, a YAML list of configuration files")
     try:
         files = yaml.safe_load(Path(known.fname).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"--fname {known.fname} is no YAML file: {error}") from error
+        files = error
     if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
-        raise ValueError(f"--fname {known.fname}: expected a YAML list of configuration files for --batch-launch")
+        raise ValueError(f"--batch-launch: --fname {known.fname} is no YAML list of configuration files: {files}")
     return [[*rest, "--fname", file] for file in files]
 
 

@@ -69,8 +69,10 @@ class LARS(torch.optim.Optimizer):
                 self._update(params, group)
 
     def _update(self, params: list[Tensor], group: dict) -> None:
-        adapt = self.trust_coefficient > 0 and not group.get("LARS_exclude", False)
-        updates = self._adapted(params, group["weight_decay"]) if adapt else self._decayed(params, group)
+        if self.trust_coefficient > 0 and not group.get("LARS_exclude", False):
+            updates = self._adapted(params, group["weight_decay"])
+        else:
+            updates = torch._foreach_add([p.grad for p in params], params, alpha=group["weight_decay"])
         torch._foreach_mul_(updates, -group["lr"])
         velocities = [self._velocity(p) for p in params]
         found_inf = getattr(self, "found_inf", None)
@@ -81,11 +83,10 @@ class LARS(torch.optim.Optimizer):
             momentum = torch.where(skip, 1.0, momentum)
         torch._foreach_mul_(velocities, momentum)
         torch._foreach_add_(velocities, updates)
+        steps = velocities
         if group["nesterov"]:
             torch._foreach_add_(updates, velocities, alpha=group["momentum"])
             steps = updates
-        else:
-            steps = velocities
         if found_inf is not None:
             steps = [torch.where(skip, 0.0, step) for step in steps]
         torch._foreach_add_(params, steps)
@@ -100,10 +101,6 @@ class LARS(torch.optim.Optimizer):
         torch._foreach_add_(updates, torch._foreach_mul(params, list(decays.unbind())))
         return updates
 
-    @staticmethod
-    def _decayed(params: list[Tensor], group: dict) -> list[Tensor]:
-        return torch._foreach_add([p.grad for p in params], params, alpha=group["weight_decay"])
-
     def _velocity(self, p: Tensor) -> Tensor:
         state = self.state[p]
         if state.get("momentum_buffer") is None:  # starting at 0 is the same update as starting with the first one
@@ -111,14 +108,17 @@ class LARS(torch.optim.Optimizer):
         return state["momentum_buffer"]
 
 
-def lr_schedule(start_lr: float, lr: float, final_lr: float, warmup_steps: int, total_steps: int) -> np.ndarray:
+def lr_schedule(
+    start_lr: float, lr: float, final_lr: float, warmup_epochs: int, epochs: int, steps_per_epoch: int
+) -> np.ndarray:
     """Learning rate of every step: linear from ``start_lr``, which the first step has, then half a cosine.
 
-    Unlike in ``shared/schedules.py`` the warm-up does not include its end, so ``lr`` appears once.
+    Unlike in ``shared/optimisation/schedules.py`` the warm-up does not include its end, so ``lr`` appears once.
 
     Returns:
-        float64, shape (total_steps,).
+        float64, shape (epochs * steps_per_epoch,).
     """
+    warmup_steps, total_steps = warmup_epochs * steps_per_epoch, epochs * steps_per_epoch
     step = np.arange(total_steps)
     warmup = start_lr + step / max(warmup_steps, 1) * (lr - start_lr)
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)

@@ -15,7 +15,7 @@ vote of all labelled images; the confidence is its share of the vote. Writes int
 import argparse
 import csv
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,17 +30,16 @@ from paws.augmentations import choose_recipe
 from paws.evaluation import AUTOMATIC_UP_TO, SoftNearestNeighbours, eval_transform
 from paws.heads import Encoder
 from paws.hub import load_encoder
-from paws.labels import PartlyLabelled
-from paws.report import save_certainty
-from paws.training_data import loader_processes, open_images
+from paws.labels import PartlyLabelled, open_images
 from shared import distributed
 from shared.images.decode import ImageError
-from shared.images.loading import EvalDataset
+from shared.images.loading import BadImages, EvalDataset, EvalTransform
 from shared.images.sources import FileSource, ImageSource
-from shared.pictures.report import pictures_folder
+from shared.pictures.sheets import AGREE, DIFFER, Tile, save_sheet, thumbnail
 from shared.run.flags import bool_flag
 
 UNREADABLE = -2  # in place of a label
+PER_ROW, ROWS = 10, 3  # of a block of the picture
 EMBEDDED_DATA_DEFAULTS = flags.ON_DIGITS | {"output_dir": "runs/digits"}
 
 
@@ -66,10 +65,14 @@ def label_images(args: argparse.Namespace) -> None:
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     classifier = SoftNearestNeighbours(
-        images, recipe, args.temperature, device, loader_processes(args), args.use_pred, args.batch_size
+        images, recipe, args.temperature, device, args.num_workers, args.use_pred, args.batch_size
     )
-    lines, pictures = save_pseudo_labels(encoder, classifier, output_dir, args.pictures, most_images=None)
-    for line in [*lines, *(f"picture: {path}" for path in pictures)]:
+    lines, labels = save_pseudo_labels(encoder, classifier, output_dir, most_images=None)
+    if labels and args.pictures:
+        picture = output_dir / "pictures" / "certainty.png"
+        picture.parent.mkdir(exist_ok=True)
+        lines.append(f"picture: {save_certainty(images, *labels, picture)}")
+    for line in lines:
         distributed.print_once(line)
 
 
@@ -77,9 +80,8 @@ def save_pseudo_labels(
     encoder: Encoder,
     classifier: SoftNearestNeighbours,
     output_dir: Path,
-    pictures: bool = True,
     most_images: int | None = AUTOMATIC_UP_TO,
-) -> tuple[list[str], list[Path]]:
+) -> tuple[list[str], tuple[np.ndarray, np.ndarray, np.ndarray] | None]:
     """Label every unlabelled image and write the files; every process must call this, rank 0 writes.
 
     Args:
@@ -87,7 +89,7 @@ def save_pseudo_labels(
         most_images: With more unlabelled images than this nothing is done.
 
     Returns:
-        Lines about it for a person, and pictures.
+        Lines about it for a person; on rank 0 the images that have a label now, their labels and confidences.
 
     Raises:
         ImageError: If no unlabelled image can be read.
@@ -97,15 +99,21 @@ def save_pseudo_labels(
     if len(rows) == 0:
         return ["no pseudo-labels: every image has a label"], []
     if most_images is not None and len(rows) > most_images:
-        return [f"no pseudo-labels of {len(rows):,} images: python pseudo_labels.py writes them"], []
-    dataset = ReadableImages(images.source, eval_transform(classifier.recipe, encoder), rows=rows.tolist())
+        return [f"no pseudo-labels of {len(rows):,} images: python pseudo_labels.py writes them"], None
+    unreadable = output_dir / "unreadable.txt"
+    if distributed.is_main_process():
+        unreadable.unlink(missing_ok=True)
+    distributed.barrier()
+    transform = eval_transform(classifier.recipe, encoder)
+    dataset = EvalDataset(images.source, transform, LeftOut(len(images.source), unreadable, transform), rows.tolist())
     probabilities, labels = classifier.classify(encoder, dataset)
     readable = (labels != UNREADABLE).cpu()
     if not readable.any():
         raise ImageError(f"none of the {len(rows)} unlabelled images of {images.source.name} can be read")
     if not distributed.is_main_process():
-        return [], []
-    write_unreadable(images.source, rows[~readable.numpy()], output_dir / "unreadable.txt")
+        return [], None
+    if not readable.all():
+        distributed.print_once(f"{int((~readable).sum())} images cannot be read and have no pseudo-label: {unreadable}")
     confidences, found = (tensor.numpy() for tensor in probabilities.cpu()[readable].max(dim=1))
     rows = rows[readable.numpy()]
     path = output_dir / "pseudo_labels.csv"
@@ -115,36 +123,22 @@ def save_pseudo_labels(
         lines.append(
             f"{100 * (found == images.truth[rows]).mean():.1f} % of them are right (these labels were not used)"
         )
-    if not pictures:
-        return lines, []
-    picture = pictures_folder(output_dir) / "certainty.png"
-    return lines, [save_certainty(images, rows, found, confidences, picture)]
+    return lines, (rows, found, confidences)
 
 
-class ReadableImages(EvalDataset):
-    """Images that cannot be read are black and have the label ``UNREADABLE``."""
+class LeftOut(BadImages):
+    """Images that cannot be read are listed, with the reasons; they are black and have the label ``UNREADABLE``."""
 
-    def __getitem__(self, position: int) -> tuple[Tensor, int, int]:
-        index = self.rows[position]
+    def __init__(self, num_images: int, list_path: Path, transform: EvalTransform):
+        super().__init__(num_images, list_path, max_fraction=1)
+        self.black = torch.zeros(transform.in_chans, transform.crop_px, transform.crop_px)
+
+    def read(self, source: ImageSource, index: int, key: Sequence[int], process: Callable) -> tuple[Tensor, int, int]:
         try:
-            return self._read(index)
-        except ImageError:
-            side = self.transform.crop_px
-            return torch.zeros(self.transform.in_chans, side, side), UNREADABLE, index
-
-
-def write_unreadable(source: ImageSource, indices: Sequence[int], path: Path) -> None:
-    """List the images that got no label, with the reasons; an old list goes if there are none."""
-    path.unlink(missing_ok=True)
-    if len(indices) == 0:
-        return
-    with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
-        for index in indices:
-            try:
-                source.load(index).decode()
-            except ImageError as error:
-                file.write(f"{source.path(index)}\t{str(error).removeprefix(source.path(index) + ': ')}\n")
-    distributed.print_once(f"{len(indices)} images cannot be read and have no pseudo-label: {path}")
+            return process(index)
+        except ImageError as error:
+            self._report(source.path(index), error)
+            return self.black, UNREADABLE, index
 
 
 def write_table(
@@ -162,6 +156,47 @@ def write_table(
             name = source.names[row] if isinstance(source, FileSource) else source.path(row)
             line = [name, images.classes[label], f"{confidence:.4f}"]
             writer.writerow([*line, images.classes[images.truth[row]]] if images.truth is not None else line)
+
+
+def save_certainty(
+    images: PartlyLabelled, rows: np.ndarray, found: np.ndarray, confidences: np.ndarray, path: Path
+) -> Path:
+    """The most certain images of every class in turn, then the least certain ones, with label and confidence.
+
+    Args:
+        rows: Their indices.
+        found: The pseudo-label of each.
+        confidences: Its probability.
+    """
+    order = np.argsort(-confidences, kind="stable")
+    place_in_class = np.zeros(len(order), dtype=np.int64)
+    for label in np.unique(found):
+        mine = order[found[order] == label]
+        place_in_class[mine] = np.arange(len(mine))
+    in_turn = np.lexsort((-confidences, place_in_class))  # the surest of each class, then the second of each, ...
+    few = min(PER_ROW * ROWS, len(order) // 2 or 1)
+    blocks = (("most certain", in_turn[:few]), ("least certain", order[::-1][:few]))
+    sheet = []
+    for title, chosen in blocks:
+        tiles = [_tile(images, rows[i], found[i], confidences[i]) for i in chosen]
+        tiles[0].title = title
+        sheet += [tiles[start : start + PER_ROW] for start in range(0, len(tiles), PER_ROW)]
+    heading = (
+        f"Pseudo-labels of {len(rows):,} images\nThe most certain of each label in turn, then the least certain of all."
+    )
+    heading += "\nBelow each: the label and its probability."
+    if images.truth is not None:
+        heading += "\nFrame: green where the label is right, red where it is wrong."
+    return save_sheet(sheet, path, heading)
+
+
+def _tile(images: PartlyLabelled, row: int, label: int, confidence: float) -> Tile:
+    frame = None
+    if images.truth is not None:
+        frame = AGREE if images.truth[row] == label else DIFFER
+    name = images.classes[label]
+    name = name if len(name) <= 12 else name[:11] + "…"
+    return Tile(thumbnail(images.source, int(row)), caption=f"{name}  {confidence:.2f}", frame=frame)
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from paws import flags
 from paws.augmentations import choose_recipe
 from paws.evaluation import SoftNearestNeighbours, eval_transform, open_validation, top_k
 from paws.hub import load_encoder
-from paws.training_data import loader_processes, open_images
+from paws.labels import open_images
 from shared import distributed
 
 
@@ -49,7 +49,7 @@ def snn_eval(args: argparse.Namespace) -> tuple[float, float]:
     recipe = choose_recipe(args.dataset, args.normalize, args.image_size)
     encoder = load_encoder(args.model_name, args.pretrained, args.use_pred).to(device)
     classifier = SoftNearestNeighbours(
-        images, recipe, args.temperature, device, loader_processes(args), args.use_pred, args.batch_size
+        images, recipe, args.temperature, device, args.num_workers, args.use_pred, args.batch_size
     )
     top1, top5 = top_k(*classifier.classify(encoder, validation.dataset(eval_transform(recipe, encoder))))
     distributed.print_once(f"{validation.describe()}: top-1 {top1:.2f} %, top-5 {top5:.2f} %")

@@ -22,18 +22,16 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from paws import flags
 from paws.augmentations import Recipe, choose_recipe, support_views
-from paws.checkpoints import Progress, fine_tuning_from_official, fine_tuning_to_official
 from paws.evaluation import SoftNearestNeighbours, build_snn_monitor
+from paws.fine_tuning import labelled_batches, resume
 from paws.hub import load_encoder
-from paws.labels import PartlyLabelled
+from paws.labels import PartlyLabelled, open_images
 from paws.losses import suncet_loss, support_labels
 from paws.optimisation import LARS, lr_schedule, parameter_groups
-from paws.support_sampler import SupportSampler
-from paws.training_data import MOST_SUPPORTS, labelled_batches, loader_processes, open_images
+from paws.support_sampler import MOST_SUPPORTS, SupportSampler
 from shared import distributed
 from shared.multicrop import normalize_views
 from shared.networks.backbones import input_channels
-from shared.networks.weights import weights_checksum
 from shared.optimisation.optim import clip_grad_norm_per_tensor_
 from shared.run.flags import bool_flag
 from shared.run.run import Run
@@ -71,36 +69,27 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
 
 def snn_fine_tune(args: argparse.Namespace) -> float | None:
     """Fine-tune and classify; top-1 in percent after the last epoch, None where nothing can be classified."""
-    run = Run(args, args.amp if args.use_fp16 else "fp32", f"{args.write_tag}.pth.tar")
+    run = Run(args, args.amp, f"{args.write_tag}.pth.tar", owns_folder=False)
     device = run.device
     recipe = choose_recipe(args.dataset, args.normalize, args.image_size)
 
     # images, encoder
     images = open_images(args)
-    classifier = SoftNearestNeighbours(
-        images, recipe, args.temperature, device, loader_processes(args), args.use_pred_head
-    )
+    classifier = SoftNearestNeighbours(images, recipe, args.temperature, device, args.num_workers, args.use_pred_head)
     evaluation = build_snn_monitor(args, classifier, on_bad_image="error")
-    encoder = load_encoder(args.model_name, args.pretrained, args.use_pred_head).requires_grad_(True)
+    encoder = load_encoder(args.model_name, args.pretrained, args.use_pred_head).requires_grad_(True).to(device)
     if not args.use_pred_head:
         encoder.pred = None
     args.in_chans = input_channels(encoder)
-    progress = Progress(weights_checksum(encoder))
-    encoder.to(device)
     wrapped = distributed.wrap(encoder, device)
+
+    # batches, optimiser, learning rate of every step, labels
     views = support_views(recipe, 0, args.color_jitter_strength, args.supervised_views)
     sampler = support_sampler(args, images)
     data = labelled_batches(args, images, views, sampler, args.supervised_batch_size, device)
-
-    # optimiser, learning rate of every step, labels
-    optimizer = LARS(
-        parameter_groups(encoder, args.weight_decay),
-        momentum=args.momentum,
-        nesterov=args.nesterov,
-        trust_coefficient=0.001 if args.use_lars else 0.0,
-    )
-    warmup_steps, steps = args.warmup * data.steps_per_epoch, args.epochs * data.steps_per_epoch
-    rates = lr_schedule(args.start_lr, args.lr, args.final_lr, warmup_steps, steps)
+    trust = 0.001 if args.use_lars else 0.0
+    optimizer = LARS(parameter_groups(encoder, args.weight_decay), 0.0, args.momentum, args.nesterov, trust)
+    rates = lr_schedule(args.start_lr, args.lr, args.final_lr, args.warmup, args.epochs, data.steps_per_epoch)
     labels = support_labels(
         args.supervised_batch_size,
         args.classes_per_batch,
@@ -109,17 +98,14 @@ def snn_fine_tune(args: argparse.Namespace) -> float | None:
         views=args.supervised_views,
     ).to(device)
 
-    # checkpoints under the names of the official ones
-    layout = {"to_official": fine_tuning_to_official, "from_official": fine_tuning_from_official}
-    run.resume(data, steps, RUN_FLAGS, **layout, scheduled=("lr",), progress=progress, encoder=encoder, opt=optimizer)
-
+    progress = resume(run, data, len(rates), RUN_FLAGS, encoder, optimizer)
     top1 = None
     with run:
         if run.is_new and evaluation.is_due(-1):
             run.log_evaluation(snn_top1=evaluation.run(encoder, run.stop_if_asked))
         for epoch in run.epochs():
             data.sampler.set_epoch(epoch, run.step_in_epoch)
-            train_one_epoch(wrapped, data.loader, optimizer, rates, labels, recipe, run, temperature=args.temperature)
+            train_one_epoch(wrapped, data.loader, labels, optimizer, rates, recipe, run, args.temperature)
             if evaluation.is_due(epoch):
                 top1 = evaluation.run(encoder, run.stop_if_asked)
                 progress.best = max(progress.best, top1)
@@ -157,12 +143,11 @@ def support_sampler(args: argparse.Namespace, images: PartlyLabelled) -> Support
 def train_one_epoch(
     encoder: nn.Module,
     batches: Iterable,
+    labels: Tensor,
     optimizer: torch.optim.Optimizer,
     rates: np.ndarray,
-    labels: Tensor,
     recipe: Recipe,
     run: Run,
-    *,
     temperature: float,
 ) -> None:
     """One epoch of SuNCEt on all views of labelled images; ``batches`` yields (views, labels, indices)."""

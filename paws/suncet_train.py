@@ -25,15 +25,12 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from paws import flags
 from paws.augmentations import Recipe, choose_recipe
-from paws.checkpoints import NETWORK_FLAGS, find_checkpoint, from_official, latest, numbered_checkpoint, to_official
 from paws.evaluation import SoftNearestNeighbours, build_snn_monitor
-from paws.hub import build_encoder, load_backbone_into
 from paws.losses import simclr_loss, suncet_loss
 from paws.optimisation import LARS, lr_schedule, parameter_groups
-from paws.training_data import open_training_data
+from paws.pretraining import new_encoder, numbered_checkpoint, open_training_data, resume
 from shared import distributed
 from shared.multicrop import normalize_views
-from shared.networks.batchnorm import synchronize_batchnorm
 from shared.optimisation.optim import clip_grad_norm_per_tensor_
 from shared.run.run import Run
 
@@ -56,17 +53,12 @@ EMBEDDED_DATA_DEFAULTS = {
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = flags.new_parser(__doc__)
-    add = flags.add_label_flags(parser)
-    flags.add_view_flags(add)
+    parser = flags.pretraining_parser(__doc__, write_tag="suncet")
+    add = parser.add_argument_group("data").add_argument
     add("--multicrop", type=int, default=0, choices=(0,), help="SuNCEt has no small views")
     add("--label_smoothing", type=float, default=0.0, help="of the labels of the supports")
-    add = flags.add_support_flags(parser)
+    add = parser.add_argument_group("criterion").add_argument
     add("--supervised_epochs", type=int, default=100, help="epochs with the loss of the labelled images")
-    flags.add_network_flags(parser)
-    flags.add_optimisation_flags(parser)
-    flags.add_run_flags(parser)
-    flags.add_output_flags(parser, write_tag="suncet")
     return parser
 
 
@@ -77,46 +69,27 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
 
 def train_suncet(args: argparse.Namespace) -> None:
     """Train from the newest checkpoint in ``args.output_dir``, or from scratch if there is none."""
-    run = Run(args, args.amp if args.use_fp16 else "fp32", latest(args))
-    device = run.device
+    run = Run(args, args.amp, f"{args.write_tag}-latest.pth.tar")
     recipe = choose_recipe(args.dataset, args.normalize, args.image_size)
-    data = open_training_data(args, recipe, run.output_dir, device)
+    data = open_training_data(args, recipe, run.output_dir, run.device)
 
-    # encoder, optimiser, learning rate of every step, labels of the supports
-    encoder = build_encoder(args.model_name, args.output_dim, args.use_pred_head, recipe.large[0], args.in_chans)
-    if args.pretrained is not None:
-        load_backbone_into(encoder, args.model_name, args.pretrained, args.allow_partial)
-    encoder = distributed.wrap(synchronize_batchnorm(encoder, device).to(device), device)
+    encoder = new_encoder(args, recipe, run.device)
     optimizer = LARS(parameter_groups(encoder, args.weight_decay), momentum=args.momentum, nesterov=args.nesterov)
-    warmup_steps, steps = args.warmup * data.steps_per_epoch, args.epochs * data.steps_per_epoch
-    rates = lr_schedule(args.start_lr, args.lr, args.final_lr, warmup_steps, steps)
-    labels = data.support_labels.to(device)
+    rates = lr_schedule(args.start_lr, args.lr, args.final_lr, args.warmup, args.epochs, data.steps_per_epoch)
 
-    # checkpoints under the names of the official ones, monitoring
-    layout = {"to_official": to_official, "from_official": from_official, "scheduled": ("lr",)}
-    checkpoint = find_checkpoint(run.path, args.read_checkpoint)
-    run.resume(data, steps, NETWORK_FLAGS, checkpoint=checkpoint, **layout, encoder=encoder, opt=optimizer)
-    classifier = SoftNearestNeighbours(data.images, recipe, args.temperature, device, data.unlabelled.num_workers)
+    resume(run, data, len(rates), args.read_checkpoint, encoder, optimizer)
+    classifier = SoftNearestNeighbours(data.images, recipe, args.temperature, run.device, args.num_workers)
     evaluation = build_snn_monitor(args, classifier, args.on_bad_image)
 
     with run:
         if run.is_new and evaluation.is_due(-1):
-            run.log_evaluation(snn_top1=evaluation.run(distributed.unwrap(encoder), run.stop_if_asked))
+            run.log_evaluation(snn_top1=evaluation.run(encoder, run.stop_if_asked))
         for epoch in run.epochs():
             data.set_epoch(epoch, run.step_in_epoch)
-            train_one_epoch(
-                encoder,
-                data,
-                optimizer,
-                rates,
-                labels,
-                recipe,
-                run,
-                temperature=args.temperature,
-                supervised_epochs=args.supervised_epochs,
-            )
+            labels = data.support_labels if epoch < args.supervised_epochs else None
+            train_one_epoch(encoder, data, labels, optimizer, rates, recipe, run, args.temperature)
             if evaluation.is_due(epoch):
-                run.log_evaluation(snn_top1=evaluation.run(distributed.unwrap(encoder), run.stop_if_asked))
+                run.log_evaluation(snn_top1=evaluation.run(encoder, run.stop_if_asked))
             run.log_epoch(bad_images=data.dataset.bad_images.count())
             run.end_epoch(keep_as=numbered_checkpoint(args, epoch))
 
@@ -124,19 +97,18 @@ def train_suncet(args: argparse.Namespace) -> None:
 def train_one_epoch(
     encoder: nn.Module,
     batches: Iterable,
+    labels: Tensor | None,
     optimizer: torch.optim.Optimizer,
     rates: np.ndarray,
-    labels: Tensor,
     recipe: Recipe,
     run: Run,
-    *,
     temperature: float,
-    supervised_epochs: int,
 ) -> None:
     """One epoch: SimCLR on two views of unlabelled images plus SuNCEt on labelled ones, from one pass of all of them.
 
-    ``batches`` yields two batches (views, labels, indices), of unlabelled images and of supports; see
-    :func:`paws.paws_train.train_one_epoch`.
+    Args:
+        batches: As of :func:`paws.paws_train.train_one_epoch`.
+        labels: Of the supports; None: SimCLR alone.
     """
     parameters = list(encoder.parameters())
     encoder.train()
@@ -151,7 +123,7 @@ def train_one_epoch(
         images, labelled = z.float().split([len(view) for view in views])
         simclr = simclr_loss(images, temperature)
         # without a part in the loss the supports still belong to the pass, whose batch norms see them
-        suncet = suncet_loss(labelled, labels, temperature) if run.epoch < supervised_epochs else 0.0 * labelled.sum()
+        suncet = 0.0 * labelled.sum() if labels is None else suncet_loss(labelled, labels, temperature)
         loss = simclr + suncet
 
         run.backward(loss, optimizer)

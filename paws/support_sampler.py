@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
+MOST_SUPPORTS = 16  # of a class in a batch, where no flag says how many
+
 
 class SupportSampler:
     """Batches of (step, index) keys; what a step gets is a function of its number, so a run resumes anywhere.

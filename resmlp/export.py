@@ -2,7 +2,7 @@
 
     python -m resmlp.export --pretrained_weights checkpoint.pth --output_dir out
 
-Writes ``resmlp.safetensors`` (names of the published checkpoints), ``resmlp_timm.pth`` (a state dict for timm, for the
+Writes ``resmlp.safetensors`` (timm's names, read here too), ``resmlp_timm.pth`` (a state dict for timm, for the
 published sizes) and ``resmlp.onnx`` (any batch size). Needs the packages of ``pip install -e '.[export]'``.
 """
 
@@ -11,18 +11,21 @@ import functools
 import sys
 from pathlib import Path
 
-import torch
-
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from resmlp.flags import evaluation_parser
-from resmlp.hub import load_network, to_timm
-from resmlp.resmlp_models import ARCHITECTURES, ResMLP
+from resmlp.hub import CARD, load_network, sizes, to_timm
+from resmlp.resmlp_models import ResMLP
 from shared import distributed
-from shared.networks.export import export_with_timm_names
+from shared.networks.export import export_network
 
-TIMM_MODELS = {name: f"{name}_224" for name in ARCHITECTURES} | {"resmlpB_24": "resmlp_big_24_224"}
+TIMM_MODELS = {  # by width, patch size and depth
+    (384, 16, 12): "resmlp_12_224",
+    (384, 16, 24): "resmlp_24_224",
+    (384, 16, 36): "resmlp_36_224",
+    (768, 8, 24): "resmlp_big_24_224",
+}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -33,29 +36,20 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def timm_options(network: ResMLP) -> dict | None:
-    """Arguments of ``timm.create_model`` for the same network; None if timm has none of that size."""
-    for name, build in ARCHITECTURES.items():
-        with torch.device("meta"):
-            published = build(num_classes=0)
-        if all(getattr(published, size) == getattr(network, size) for size in ("embed_dim", "patch_size")) and len(
-            published.blocks
-        ) == len(network.blocks):
-            options = {"num_classes": network.num_classes, "in_chans": network.patch_embed.proj.in_channels}
-            return {"model_name": TIMM_MODELS[name], "img_size": network.img_size, **options}
-    return None
-
-
 def export(network: ResMLP, output_dir: str | Path) -> dict[str, Path]:
-    """Write a network in every format, see :func:`shared.networks.export.export_with_timm_names`."""
-    return export_with_timm_names(
+    """:func:`shared.networks.export.export_network` for a network of this folder."""
+    shape = sizes("the network", network.state_dict())
+    timm_model = TIMM_MODELS.get((shape["embed_dim"], shape["patch_size"], shape["depth"]))
+    options = {"num_classes": network.num_classes, "in_chans": network.patch_embed.proj.in_channels}
+    return export_network(
+        CARD,
         network,
         Path(output_dir) / "resmlp",
-        [network.img_size] * 2,
-        {"img_size": network.img_size, "patch_size": network.patch_size, "depth": len(network.blocks)},
+        shape | options,
         functools.partial(load_network, classifier=network.num_classes > 0),
-        timm_options(network),
-        to_timm,
+        [network.img_size] * 2,
+        timm_arguments={"model_name": timm_model, "img_size": network.img_size, **options} if timm_model else None,
+        to_timm=to_timm,
     )
 
 

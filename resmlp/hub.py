@@ -2,23 +2,23 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from shared import distributed
+from shared.networks import pretrained as networks
 from shared.networks.card import Card, Release
-from shared.networks.classifiers import build_library_classifier, fill_classifier
-from shared.networks.pretrained import fetch_release
-from shared.networks.weights import WeightMismatch, fetch_file, safe_load, select_backbone_weights
+from shared.networks.classifiers import build_library_classifier, fill_classifier, num_classes_of
+from shared.networks.names import renamed
+from shared.networks.weights import WeightMismatch, safe_load, select_backbone_weights
 
 from .resmlp_models import ARCHITECTURES, ResMLP, resize_cross_patch_layers
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
-# our names -> timm's, beside the blocks' numbers
-TIMM_NAMES = (("patch_embed.", "stem."), (".attn.", ".linear_tokens."), (".mlp.", ".mlp_channels."), (".gamma_", ".ls"))
+TIMM_NAMES = {"patch_embed": "stem", "attn": "linear_tokens", "mlp": "mlp_channels", "gamma_": "ls"}
 
 
 def build_network(name: str, num_classes: int, img_size: int = 224, **options) -> nn.Module:
@@ -103,33 +103,27 @@ def read_weights(
     Raises:
         ValueError: If there is no such file, or it holds no network.
     """
-    name = str(pretrained)
-    checkpoint = safe_load(fetch_release(CARD, name) if name in CARD.releases else fetch_file(name, flag))
+    checkpoint = safe_load(networks.locate(CARD, pretrained, flag))
     if isinstance(checkpoint, Mapping) and "teacher" in checkpoint and key == CARD.checkpoint_key:
         key = "teacher"
-    return from_timm(select_backbone_weights(checkpoint, key, name).tensors)
+    required = key != CARD.checkpoint_key
+    return from_timm(select_backbone_weights(checkpoint, key, str(pretrained), required=required).tensors)
 
 
 def from_timm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict with timm's names for ResMLP in the published ones; any other one stays as it is."""
     if "stem.proj.weight" not in tensors:
         return dict(tensors)
-    renamed = {}
-    for name, value in tensors.items():
-        for ours, theirs in TIMM_NAMES:
-            name = name.replace(theirs, ours)
-        renamed[name] = value.flatten() if name.endswith((".alpha", ".beta")) else value
-    return renamed
+    ours = renamed(tensors, {rf"(^|\.){theirs}": rf"\1{ours}" for ours, theirs in TIMM_NAMES.items()})
+    return {name: value.flatten() if name.endswith((".alpha", ".beta")) else value for name, value in ours.items()}
 
 
 def to_timm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of :func:`from_timm`; timm's affine layers have the shape (1, 1, D)."""
-    renamed = {}
-    for name, value in tensors.items():
-        for ours, theirs in TIMM_NAMES:
-            name = name.replace(ours, theirs)
-        renamed[name] = value.reshape(1, 1, -1) if name.endswith((".alpha", ".beta")) else value
-    return renamed
+    theirs = renamed(tensors, {rf"(^|\.){ours}": rf"\1{theirs}" for ours, theirs in TIMM_NAMES.items()})
+    return {
+        name: value.reshape(1, 1, -1) if name.endswith((".alpha", ".beta")) else value for name, value in theirs.items()
+    }
 
 
 def fill(network: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> bool:
@@ -158,13 +152,11 @@ def load_network(
         img_size: Side of the images in pixels; None: that of the weights, else the cross-patch layers are interpolated.
         classifier: Whether to keep the classifier; without it the network maps images to features.
     """
-    if str(pretrained) == CARD.run_on_digits and not Path(pretrained).is_file():
-        raise ValueError(f"{CARD.weights_flag} {pretrained} is not a file: run python {CARD.main} first")
     tensors = read_weights(pretrained, key)
     shape = sizes(str(pretrained), tensors)
     if img_size is not None:
         shape["img_size"] = img_size
-    num_classes = len(tensors["head.weight"]) if classifier and "head.weight" in tensors else 0
+    num_classes = num_classes_of(tensors) if classifier else 0
     network = ResMLP(in_chans=tensors["patch_embed.proj.weight"].shape[1], num_classes=num_classes, **shape)
     fill(network, tensors, str(pretrained))
     return network.eval().requires_grad_(False)
@@ -173,34 +165,29 @@ def load_network(
 # --- torch.hub --------------------------------------------------------------------------------------------------------
 
 
-def entry(arch: str, variant: str, pretrained: bool, **options) -> nn.Module:
-    if not pretrained:
-        return ARCHITECTURES[arch](**options)
-    tensors = read_weights(f"{arch}_{variant}")
-    num_classes = len(tensors["head.weight"]) if "head.weight" in tensors else 0
-    network = ARCHITECTURES[arch](**{"num_classes": num_classes} | options)
-    fill(network, tensors, f"{arch}_{variant}")
-    return network
+DOCS = {
+    "resmlp_12": "ResMLP-S12 (76.6 on ImageNet; ``dist``: distilled, 77.8; ``dino``: self-supervised, k-NN 62.6).",
+    "resmlp_24": "ResMLP-S24 (79.4 on ImageNet; ``dist``: distilled, 80.8; ``dino``: self-supervised, k-NN 69.4).",
+    "resmlp_36": "ResMLP-S36 (79.7 on ImageNet; ``dist``: distilled, 81.1).",
+    "resmlpB_24": "ResMLP-B24/8 (``dist``: distilled, 83.6; ``in_22k``: first trained on ImageNet-22k, 84.4).",
+}
 
 
-def resmlp_12(pretrained: bool = True, dist: bool = False, dino: bool = False, **kwargs) -> nn.Module:
-    """ResMLP-S12 (76.6 on ImageNet; ``dist``: distilled, 77.8; ``dino``: self-supervised, k-NN 62.6)."""
-    return entry("resmlp_12", "dist" if dist else "dino" if dino else "no_dist", pretrained, **kwargs)
+def entry(arch: str) -> Callable[..., nn.Module]:
+    """The function of torch.hub for a published network, with its classifier."""
+
+    def build(pretrained: bool = True, dist: bool = False, dino: bool = False, in_22k: bool = False, **options):
+        if not pretrained:
+            return ARCHITECTURES[arch](**options)
+        name = f"{arch}_{'dist' if dist else 'dino' if dino else '22k' if in_22k else 'no_dist'}"
+        tensors = read_weights(name)
+        network = ARCHITECTURES[arch](**{"num_classes": num_classes_of(tensors)} | options)
+        fill(network, tensors, name)
+        return network
+
+    build.__name__ = build.__qualname__ = arch
+    build.__doc__ = DOCS[arch]
+    return build
 
 
-def resmlp_24(pretrained: bool = True, dist: bool = False, dino: bool = False, **kwargs) -> nn.Module:
-    """ResMLP-S24 (79.4 on ImageNet; ``dist``: distilled, 80.8; ``dino``: self-supervised, k-NN 69.4)."""
-    return entry("resmlp_24", "dist" if dist else "dino" if dino else "no_dist", pretrained, **kwargs)
-
-
-def resmlp_36(pretrained: bool = True, dist: bool = False, **kwargs) -> nn.Module:
-    """ResMLP-S36 (79.7 on ImageNet; ``dist``: distilled, 81.1)."""
-    return entry("resmlp_36", "dist" if dist else "no_dist", pretrained, **kwargs)
-
-
-def resmlpB_24(pretrained: bool = True, dist: bool = False, in_22k: bool = False, **kwargs) -> nn.Module:
-    """ResMLP-B24/8 (``dist``: distilled, 83.6 on ImageNet; ``in_22k``: first trained on ImageNet-22k, 84.4)."""
-    return entry("resmlpB_24", "dist" if dist else "22k" if in_22k else "no_dist", pretrained, **kwargs)
-
-
-ENTRIES = {function.__name__: function for function in (resmlp_12, resmlp_24, resmlp_36, resmlpB_24)}
+ENTRIES = {arch: entry(arch) for arch in DOCS}

@@ -23,7 +23,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from resmlp.augmentations import ThreeAugment
 from resmlp.hub import MEAN, STD, build_network, fill, read_weights
-from resmlp.report import save_pictures, summary
+from resmlp.report import report
 from resmlp.resmlp_models import ARCHITECTURES
 from shared import distributed
 from shared.optimisation.precision import Precision
@@ -79,11 +79,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
-    """Parse and check the command line; without any images the defaults are those of the embedded data.
+    """Parse and check the command line, of ``parser`` if further flags are in it.
 
-    Args:
-        arguments: The command line's own by default.
-        parser: That of :func:`get_args_parser` with further flags, for scripts that have them.
+    Without any images the defaults are those of the embedded data.
     """
     parser = parser or get_args_parser()
     own = parser.parse_args(arguments).model in ARCHITECTURES  # the sizes of other networks are part of their names
@@ -135,10 +133,7 @@ def train_resmlp(args: argparse.Namespace) -> None:
         network_flags=NETWORK_FLAGS,
         weights_flag="--finetune",
     )
-    if distributed.is_main_process():
-        pictures = save_pictures(network, run.output_dir) if args.pictures else []
-        paths = args.data_path, args.val_path
-        print(summary(run.output_dir, args.model, *paths, images.val, best.acc1, pictures))
+    report(run, network, images, best.acc1)
 
 
 def evaluate_resmlp(args: argparse.Namespace) -> None:

@@ -72,42 +72,39 @@ def locality(weight: Tensor) -> tuple[float, float]:
     return (strength < SMALL * strength.max()).float().mean().item(), distance.item()
 
 
-def save_cross_patch_layers(network: ResMLP, folder: str | Path) -> list[Path]:
-    """Write ``layers.png``, one ``layer<number>.png`` per block and ``locality.png``; returns their paths."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = [block.attn.weight for block in network.blocks]
-    pictures = [magnify(to_colors(rows_as_maps(weight)), MIN_PX) for weight in weights]
-    measures = [locality(weight) for weight in weights]
-
-    tiles = [
-        Tile(pixels, f"layer {i}", f"{100 * sparse:.0f} % small, distance {distance:.1f}")
-        for i, (pixels, (sparse, distance)) in enumerate(zip(pictures, measures, strict=True), start=1)
-    ]
+def save_layers(network: ResMLP, folder: Path) -> list[Path]:
+    """Write ``layers.png`` and one ``layer<number>.png`` per block; returns their paths."""
+    tiles = []
+    for i, block in enumerate(network.blocks, start=1):
+        sparse, distance = locality(block.attn.weight)
+        pixels = magnify(to_colors(rows_as_maps(block.attn.weight)), MIN_PX)
+        tiles.append(Tile(pixels, f"layer {i}", f"{100 * sparse:.0f} % small, distance {distance:.1f}"))
     rows = [tiles[start : start + PER_ROW] for start in range(0, len(tiles), PER_ROW)]
-    heading = (
-        "Cross-patch layers\nEvery small map shows what one patch takes from all patches: red positive, blue negative"
-    )
-    paths = [save_sheet(rows, folder / "layers.png", heading, [2.2] * len(rows))]
+    heading = "Every small map shows what one patch takes from all patches: red positive, blue negative"
+    paths = [save_sheet(rows, folder / "layers.png", f"Cross-patch layers\n{heading}", [2.2] * len(rows))]
     for i, tile in enumerate(tiles, start=1):
         heading = f"Cross-patch layer {i}\nEvery map is at the place of its patch: {network.grid} x {network.grid}"
         paths.append(save_sheet([[Tile(tile.pixels)]], folder / f"layer{i:02d}.png", heading, [7.0]))
+    return paths
 
-    layers = list(range(1, len(weights) + 1))
+
+def save_locality(network: ResMLP, path: Path) -> Path:
+    """Curves of :func:`locality` over the layers."""
+    sparse, distance = zip(*(locality(block.attn.weight) for block in network.blocks), strict=True)
+    layers, percent = range(1, len(sparse) + 1), [100 * share for share in sparse]
     panels = [
-        Panel(
-            f"Weights below {SMALL} of the largest", "layer", "%", [Curve(layers, [100 * m[0] for m in measures])], 20
-        ),
-        Panel("Distance between patches", "layer", "patches", [Curve(layers, [m[1] for m in measures])], 2),
+        Panel(f"Weights below {SMALL} of the largest", "layer", "%", [Curve(layers, percent)], 20),
+        Panel("Distance between patches", "layer", "patches", [Curve(layers, distance)], 2),
     ]
-    return [*paths, save_panels(panels, folder / "locality.png", "Cross-patch layers by depth")]
+    return save_panels(panels, path, "Cross-patch layers by depth")
 
 
 def main() -> None:
     with distributed.clean_exit():
         args = get_args_parser().parse_args()
-        network = load_network(args.pretrained_weights, args.checkpoint_key)
-        for path in save_cross_patch_layers(network, args.output_dir):
+        network, folder = load_network(args.pretrained_weights, args.checkpoint_key), Path(args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in (*save_layers(network, folder), save_locality(network, folder / "locality.png")):
             print(path)
 
 

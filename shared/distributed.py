@@ -5,6 +5,7 @@ The same calls work for one process (every collective is the identity), under ``
 
 import contextlib
 import datetime
+import io
 import os
 import signal
 import subprocess
@@ -200,7 +201,11 @@ def clean_exit() -> Iterator[None]:
     128 + n   stopped by signal n, in training after saving (:class:`shared.run.attempt.Interrupted`)
     1         anything else: a bug, with its traceback
     ========  ==========================================================================================
+
+    Names of files, which may hold any bytes, can be printed in here.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")
     try:
         with naming_lost_ranks():
             yield

@@ -8,27 +8,17 @@ import numpy as np
 from PIL import ImageColor
 from tqdm import tqdm
 
-from shared.images.loading import EvalTransform
 from shared.images.sources import ImageSource
 from shared.pictures.curves import Curve, Panel, save_panels
-from shared.pictures.sheets import DIFFER, DPI, Tile, magnify, save_sheet, to_pixels
+from shared.pictures.sheets import DIFFER, DPI, Tile, save_sheet, thumbnail
 
 from .clustering import Clustering
 
-THUMBNAIL_PX = 96
 GAP_PX = 4
 COLUMNS = 10  # of a contact sheet
 STRIP = 8  # images of a cluster in the overview
 OVERVIEW_CLUSTERS = 30
 DOUBTFUL_ROWS = 1  # of a sheet that does not hold the whole cluster
-
-
-def thumbnail(source: ImageSource, index: int, size_px: int = THUMBNAIL_PX) -> np.ndarray:
-    """The centre square of an image at ``size_px``; pixels of very small images stay visible as squares."""
-    image = source.load(index)
-    shrink = min(image.height, image.width) // size_px
-    pixels = image.decode(next(reduction for reduction in (8, 4, 2, 1) if reduction <= max(shrink, 1)))
-    return to_pixels(EvalTransform(size_px, size_px)(magnify(pixels, size_px)))
 
 
 def mosaic(images: Sequence[np.ndarray], columns: int, framed: Iterable[int] = ()) -> np.ndarray:

@@ -19,7 +19,7 @@ class Clustering:
     Attributes:
         clusters: Cluster of each image, shape (N,), in 0 .. C - 1.
         confidences: Probability of it, shape (N,).
-        prototypes: Prototype with the highest score for each image, shape (N,); the cluster unless they were merged.
+        prototypes: Nearest prototype of each image, shape (N,); the cluster unless they were merged.
         entropy: Mean entropy of the probabilities of the prototypes, as a share of ln K: 1 when every prototype fits
             every image equally well.
         num_prototypes: K.
@@ -59,30 +59,30 @@ class Clustering:
 
 @torch.no_grad()
 def assign(embeddings: Tensor, prototypes: Tensor, temperature: float = 0.1, merge_into: int = 0) -> Clustering:
-    """Give every image to its most probable cluster.
+    """Give every image to the cluster of its nearest prototype.
 
-    The probability of a prototype is the softmax over prototypes of score / temperature (eq. 2); that of a merged
-    cluster is the sum over its prototypes.
+    The probability of a cluster is the softmax over clusters of score / temperature (eq. 2), where the score of merged
+    prototypes is that of the nearest one: their number does not count, and every cluster that is asked for has images.
 
     Args:
         embeddings: Unit vectors (N, D).
         prototypes: Unit vectors (K, D).
         merge_into: Number of clusters to merge the prototypes in use into; 0 for one cluster per prototype.
     """
+    k, num_clusters = len(prototypes), merge_into or len(prototypes)
     nearest = torch.cat([(rows @ prototypes.T).argmax(dim=1) for rows in embeddings.split(4096)])
-    k = len(prototypes)
-    groups = torch.arange(k, device=prototypes.device)
+    clusters = nearest
     if merge_into:
         groups = merge_prototypes(prototypes, torch.bincount(nearest, minlength=k), merge_into)
-    num_clusters = merge_into or k
-    clusters, confidences, entropies = [], [], []
-    for rows in embeddings.split(4096):
-        p = (rows @ prototypes.T / temperature).softmax(dim=1)
-        entropies.append(torch.special.entr(p).sum(dim=1))
-        best = p.new_zeros(len(p), num_clusters).index_add_(1, groups, p).max(dim=1)
-        clusters.append(best.indices)
-        confidences.append(best.values)
-    clusters = torch.cat(clusters).cpu().numpy()
+        clusters = groups[nearest]
+    confidences, entropies = [], []
+    for rows, mine in zip(embeddings.split(4096), clusters.split(4096), strict=True):
+        scores = rows @ prototypes.T / temperature
+        entropies.append(torch.special.entr(scores.softmax(dim=1)).sum(dim=1))
+        if merge_into:
+            scores = torch.stack([scores[:, groups == cluster].amax(dim=1) for cluster in range(merge_into)], dim=1)
+        confidences.append(scores.softmax(dim=1).gather(1, mine[:, None])[:, 0])
+    clusters = clusters.cpu().numpy()
     if merge_into:  # their numbers mean nothing yet: the largest becomes 0
         order = np.argsort(-np.bincount(clusters, minlength=num_clusters), kind="stable")
         clusters = np.argsort(order)[clusters]

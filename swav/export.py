@@ -15,25 +15,20 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from shared import distributed
-from shared.networks.export import export_backbone
-from swav.evaluation import evaluation_parser
-from swav.hub import CARD, load_backbone, trunk_of
+from shared.networks.export import add_export_flags, export_backbone
+from swav.evaluation import evaluation_parser, load_chosen
+from swav.hub import CARD
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = evaluation_parser(__doc__)
-    add = parser.add_argument_group("export").add_argument
-    add("--output_dir", default=".", help="where the files go")
-    size = "height and width in pixels that the ONNX file takes"
-    add("--image_size", type=int, nargs=2, default=(224, 224), help=size)
-    return parser
+    return add_export_flags(evaluation_parser(__doc__), image_size=(224, 224))
 
 
 def main() -> None:
     with distributed.clean_exit():
         args = get_args_parser().parse_args()
-        network = load_backbone(args.arch, args.pretrained, args.allow_partial)
-        export_backbone(CARD, trunk_of(network), args.arch, args.output_dir, args.image_size)
+        network = load_chosen(args)
+        export_backbone(CARD, network, args.arch, args.output_dir, args.image_size)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from shared.networks import pretrained as pretrained_networks
+from shared.networks import pretrained as networks
 from shared.networks.backbones import build_library_backbone
 from shared.networks.card import Card, Release, positions_of
-from shared.networks.weights import BackboneWeights, WeightMismatch, load_backbone_weights
+from shared.networks.weights import WeightMismatch
 
 from . import resnet50
 from .resnet50 import LibraryNetwork, PrototypeNetwork
@@ -46,31 +46,11 @@ def build_network(arch: str, img_size: int = 224, in_chans: int = 3, **options) 
     if arch in RESNETS:
         return getattr(resnet50, arch)(in_chans=in_chans, **options)
     heads = {name: options.pop(name) for name in HEADS if name in options}
-    trunk, trunk.feature_dim = build_library_backbone(
-        arch, img_size=img_size, in_chans=in_chans, own_names=RESNETS, **options
-    )
-    return LibraryNetwork(trunk, trunk.feature_dim, **heads)
-
-
-def trunk_of(network: PrototypeNetwork) -> nn.Module:
-    """The module whose names are the published ones, of torchvision or of timm: images to features."""
-    return network.backbone if isinstance(network, LibraryNetwork) else network
-
-
-def with_heads(trunk: nn.Module, **heads) -> PrototypeNetwork:
-    """The network around a trunk that has none yet; ``heads`` as for :func:`build_network`."""
-    if not isinstance(trunk, PrototypeNetwork):
-        return LibraryNetwork(trunk, trunk.feature_dim, **heads)
-    trunk.add_heads(trunk.embed_dim, **heads)
-    return trunk
+    trunk, dim = build_library_backbone(arch, img_size=img_size, in_chans=in_chans, own_names=RESNETS, **options)
+    return LibraryNetwork(trunk, dim, **heads)
 
 
 # --- Card -------------------------------------------------------------------------------------------------------------
-
-
-def build(arch: str, **options) -> nn.Module:
-    """The trunk of :func:`build_network`."""
-    return trunk_of(build_network(arch, **options))
 
 
 def sizes(arch: str, tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -115,7 +95,7 @@ def release(name: str) -> Release:
 
 CARD = Card(
     name="swav",
-    build=build,
+    build=build_network,
     releases={name: release(name) for name in NAMES},
     address="https://dl.fbaipublicfiles.com/deepcluster/",
     mean=MEAN,
@@ -126,35 +106,31 @@ CARD = Card(
     head_names=("projection_head", "prototypes"),
     sizes=sizes,
 )
-ENTRIES = pretrained_networks.hub_entries(CARD)
+ENTRIES = networks.hub_entries(CARD)
 LINEAR_CLASSIFIER = "swav_800ep_eval_linear.pth.tar"  # of swav_800ep
-fetch = functools.partial(pretrained_networks.fetch, CARD)
+fetch = functools.partial(networks.fetch, CARD)
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------
 
 
 def load_backbone(arch: str, pretrained: str | Path = "", allow_partial: bool = False) -> PrototypeNetwork:
-    """A network without heads, filled as :func:`shared.networks.pretrained.load_pretrained` does it."""
-    trunk = pretrained_networks.load_pretrained(CARD, arch, pretrained, allow_partial=allow_partial)
-    return with_heads(trunk).eval()
+    """A network without heads, see :func:`shared.networks.pretrained.load_pretrained`."""
+    return networks.load_pretrained(CARD, arch, pretrained, allow_partial=allow_partial)
 
 
 def load_network(arch: str, pretrained: str | Path = "", allow_partial: bool = False) -> PrototypeNetwork:
-    """Like :func:`load_backbone`, with the projection head and the prototypes that the file has.
+    """A network with the projection head and the prototypes that the file has, as it was trained.
 
     Embeddings are normalised where there are prototypes.
     """
     if pretrained == "random":
         raise ValueError("--pretrained random: a file is needed here, for its heads")
-    weights = pretrained_networks.read_weights(CARD, pretrained_networks.find_file(CARD, arch, pretrained))
+    weights = networks.read_weights(CARD, networks.find_file(CARD, arch, pretrained))
     heads = head_options(weights.head)
-    trunk = pretrained_networks.build_for(CARD, arch, weights.tensors)
-    network = with_heads(trunk, normalize="nmb_prototypes" in heads, **heads)
-    prefix = "backbone." if isinstance(network, LibraryNetwork) else ""
-    tensors = {prefix + name: value for name, value in weights.tensors.items()} | weights.head
-    load_backbone_weights(network, BackboneWeights(tensors, {}, weights.origin), allow_partial=allow_partial)
-    return network.eval().requires_grad_(False)
+    network = networks.build_for(CARD, arch, weights.tensors)
+    network.add_heads(network.embed_dim, normalize="nmb_prototypes" in heads, **heads)
+    return networks.fill_with_heads(network, weights, allow_partial)
 
 
 def head_options(head: Mapping[str, Tensor]) -> dict:

@@ -155,3 +155,55 @@ class EmbeddingQueue:
         self.embeddings.copy_(by_age[:, rank::world_size])
         self.pushed = [count * len(stored) // world_size for count in state["pushed"]]
         self.has_started = True
+
+
+# --- Use of the prototypes --------------------------------------------------------------------------------------------
+
+
+def usage_of(counts: Tensor) -> dict[str, Tensor]:
+    """Statistics of the number of images that each of K prototypes got; 0-d tensors.
+
+    ``assigned``: images; ``prototypes_used``: prototypes that got any; ``prototype_perplexity``: the number of equally
+    used prototypes with the same entropy.
+    """
+    shares = counts / counts.sum().clamp_min(1)
+    return {
+        "assigned": counts.sum(),
+        "prototypes_used": (counts > 0).sum(),
+        "prototype_perplexity": torch.special.entr(shares).sum().exp(),
+    }
+
+
+class PrototypeUsage:
+    """Counts for every prototype the images that were assigned to it in this epoch, on all processes.
+
+    Args:
+        nmb_prototypes: K.
+    """
+
+    def __init__(self, nmb_prototypes: int, device: torch.device | str = "cpu"):
+        self.counts = torch.zeros(nmb_prototypes, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def add(self, codes: Tensor) -> None:
+        """Count the likeliest prototype of every code (B, K); codes that are not finite count for none."""
+        self.counts.index_add_(0, codes.argmax(dim=1), codes.isfinite().all(dim=1).long())
+
+    def summary(self) -> dict[str, Tensor]:
+        """:func:`usage_of` the counts of all processes, which must all call this."""
+        return usage_of(distributed.all_reduce_sum(self.counts))
+
+    def end_epoch(self) -> dict[str, int]:
+        """``prototypes_used`` and ``dead_prototypes``; every process must call this. The next epoch counts from 0."""
+        used = int(self.summary()["prototypes_used"])
+        self.counts.zero_()
+        return {"prototypes_used": used, "dead_prototypes": len(self.counts) - used}
+
+    def state_dict(self) -> dict:
+        """Counts of all processes, which must all call this."""
+        return {"counts": distributed.all_reduce_sum(self.counts)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on counting; an official checkpoint has no counts, its state is empty."""
+        if state and distributed.is_main_process():
+            self.counts.copy_(state["counts"])

@@ -26,7 +26,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from shared import distributed
-from shared.evaluation.knn_monitor import build_knn_monitor
+from shared.evaluation.knn_monitor import KNNMonitor
 from shared.images.training_data import open_training_data
 from shared.multicrop import normalize_views
 from shared.networks.weights import safe_load
@@ -35,16 +35,16 @@ from shared.optimisation.precision import Precision
 from shared.optimisation.schedules import cosine_schedule
 from shared.run import randomness
 from shared.run.flags import Parser, tell_embedded_defaults
-from shared.run.health import feature_spread, rank_me
+from shared.run.health import HealthMonitor, feature_spread, rank_me
 from shared.run.run import Run
 from swav import flags, main_swav
 from swav.augmentations import swav_views
 from swav.hub import MEAN, STD
 from swav.kmeans import MemoryBank, cluster_memory
 from swav.larc import LARC
-from swav.losses import cluster_classification
+from swav.losses import cluster_classification, usage_of
 from swav.main_swav import CHECKPOINT, NETWORK_FLAGS, build_for_training, numbered_checkpoint
-from swav.report import DEEPCLUSTERV2_ADVICE, collapse_monitor, save_pictures, summary, usage_of
+from swav.report import health_rules, report
 from swav.resnet50 import Trunk
 
 # What replaces the official defaults when no --data_path is given.
@@ -117,9 +117,8 @@ def train_deepclusterv2(args: argparse.Namespace) -> None:
         stored = safe_load(official_memory)
         memory.load_rows(stored["local_memory_index"], stored["local_memory_embeddings"])
     fewest = min(args.nmb_prototypes)
-    run.health = collapse_monitor(fewest, len(lr_schedule), data.steps_per_epoch, DEEPCLUSTERV2_ADVICE)
-    image_size = args.size_crops[0]
-    knn = build_knn_monitor(args, image_size, MEAN, STD, device, data.num_workers, run.output_dir, args.in_chans)
+    run.health = HealthMonitor(health_rules("DeepCluster-v2", fewest, args.epochs, data.steps_per_epoch))
+    knn = KNNMonitor(run, args.size_crops[0], MEAN, STD, data.num_workers)
     trunk = Trunk(distributed.unwrap(network))
 
     with run:
@@ -149,10 +148,7 @@ def train_deepclusterv2(args: argparse.Namespace) -> None:
                 run.log_evaluation(knn_top1=knn.run(trunk, run.stop_if_asked))
             run.log_epoch(bad_images=data.bad_images.count(), **cluster_usage(memory.assignments, heads))
             run.end_epoch(keep_as=numbered_checkpoint(epoch, args.epochs, args.checkpoint_freq))
-    heading = "DeepCluster-v2 training"
-    pictures = save_pictures(heading, run, trunk, data.dataset, knn, image_size) if args.pictures else []
-    if distributed.is_main_process():
-        print(summary("main_deepclusterv2.py", run, args.arch, args.data_path, knn, pictures))
+    report("DeepCluster-v2", run, data.dataset, trunk, knn)
 
 
 def to_official(state: dict) -> dict:

@@ -27,7 +27,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from shared import distributed
-from shared.evaluation.knn_monitor import build_knn_monitor
+from shared.evaluation.knn_monitor import KNNMonitor
 from shared.images.training_data import open_training_data
 from shared.multicrop import normalize_views
 from shared.networks.batchnorm import synchronize_batchnorm
@@ -35,34 +35,34 @@ from shared.networks.weights import safe_load
 from shared.optimisation.optim import clip_grad_norm_per_tensor_
 from shared.optimisation.schedules import cosine_schedule
 from shared.run.flags import Parser, bool_flag, tell_embedded_defaults
-from shared.run.health import feature_spread, rank_me
+from shared.run.health import HealthMonitor, feature_spread, rank_me
 from shared.run.run import Run
 from swav import flags
 from swav.augmentations import swav_views
 from swav.hub import MEAN, STD, build_network
 from swav.larc import LARC
-from swav.losses import EmbeddingQueue, SwappedPrediction, normalize_prototypes_
-from swav.report import SWAV_ADVICE, PrototypeUsage, collapse_monitor, save_pictures, summary
+from swav.losses import EmbeddingQueue, PrototypeUsage, SwappedPrediction, normalize_prototypes_
+from swav.report import health_rules, report
 from swav.resnet50 import Trunk
 
-# What replaces the official defaults when no --data_path is given: 8x8 pixel digits need no ResNet-50 at 224 pixels,
-# small crops of them have no digit in them, and with few prototypes the usual epsilon makes codes uniform.
+# What replaces the official defaults when no --data_path is given: images of 32 pixels need no ResNet-50 at 224 pixels,
+# and with few prototypes the usual epsilon makes codes uniform.
 EMBEDDED_DATA_DEFAULTS = {
     "arch": "test_resnet",  # timm's smallest ResNet, 0.4 million weights
     "hidden_mlp": 256,
     "feat_dim": 32,
-    "nmb_prototypes": 30,
+    "nmb_prototypes": 60,
     "epsilon": 0.02,
-    "nmb_crops": [2],
-    "size_crops": [32],
-    "min_scale_crops": [0.6],
-    "max_scale_crops": [1.0],
-    "blur_radius": (0.1, 0.5),
+    "nmb_crops": [2, 2],
+    "size_crops": [32, 16],
+    "min_scale_crops": [0.5, 0.2],
+    "max_scale_crops": [1.0, 0.5],
+    "blur_radius": (0.1, 0.4),
     "batch_size": 64,
-    "base_lr": 2.0,
-    "epochs": 12,
-    "warmup_epochs": 2,
-    "freeze_prototypes_niters": 66,
+    "base_lr": 1.0,
+    "epochs": 24,
+    "warmup_epochs": 1,
+    "freeze_prototypes_niters": 60,
     "output_dir": "runs/digits",
 }
 NETWORK_FLAGS = ("arch", "in_chans", "feat_dim", "hidden_mlp", "nmb_prototypes", "crops_for_assign")
@@ -136,9 +136,8 @@ def train_swav(args: argparse.Namespace) -> None:
     official_queue = run.output_dir / f"queue{distributed.get_rank()}.pth"  # the official code has one file per rank
     if queue_rows and not run.is_new and not queue.has_started and official_queue.is_file():
         queue.load_rows(safe_load(official_queue)["queue"])
-    run.health = collapse_monitor(args.nmb_prototypes, len(lr_schedule), data.steps_per_epoch, SWAV_ADVICE)
-    image_size = args.size_crops[0]
-    knn = build_knn_monitor(args, image_size, MEAN, STD, device, data.num_workers, run.output_dir, args.in_chans)
+    run.health = HealthMonitor(health_rules("SwAV", args.nmb_prototypes, args.epochs, data.steps_per_epoch))
+    knn = KNNMonitor(run, args.size_crops[0], MEAN, STD, data.num_workers)
     trunk = Trunk(distributed.unwrap(network))
 
     with run:
@@ -162,9 +161,7 @@ def train_swav(args: argparse.Namespace) -> None:
                 run.log_evaluation(knn_top1=knn.run(trunk, run.stop_if_asked))
             run.log_epoch(bad_images=data.bad_images.count(), **usage.end_epoch())
             run.end_epoch(keep_as=numbered_checkpoint(epoch, args.epochs, args.checkpoint_freq))
-    pictures = save_pictures("SwAV training", run, trunk, data.dataset, knn, image_size) if args.pictures else []
-    if distributed.is_main_process():
-        print(summary("main_swav.py", run, args.arch, args.data_path, knn, pictures))
+    report("SwAV", run, data.dataset, trunk, knn)
 
 
 def build_for_training(args: argparse.Namespace, device: torch.device) -> nn.Module:

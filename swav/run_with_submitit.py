@@ -26,8 +26,7 @@ METHODS = {
 
 
 def get_args_parser(method: str = "swav") -> argparse.ArgumentParser:
-    parser = METHODS[method][0].get_args_parser()
-    parser.description = __doc__.split("\n\n")[0]
+    parser = slurm.launcher_parser(METHODS[method][0].get_args_parser(), __doc__, job_name=method)
     parser.add_argument("--method", default=method, choices=METHODS, help="what to train")
     return parser
 
@@ -36,11 +35,9 @@ def main(arguments: list[str] | None = None) -> None:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--method", default="swav", choices=METHODS)
     method = first.parse_known_args(arguments)[0].method
-    parser = get_args_parser(method)
-    slurm.add_slurm_flags(parser, job_name=method)
     script, train = METHODS[method]
     with distributed.clean_exit():
-        args = script.parse_args(arguments, parser)
+        args = script.parse_args(arguments, get_args_parser(method))
         del args.method  # a flag of this script, not of the training
         slurm.submit(train, args)
 

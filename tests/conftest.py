@@ -24,6 +24,16 @@ def images(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("data") / "images")
 
 
+@pytest.fixture
+def drawn(monkeypatch):
+    """Figures as they are saved."""
+    from matplotlib.figure import Figure
+
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args: (figures.append(figure), save(figure, *args)))
+    return figures
+
+
 @pytest.fixture(scope="session")
 def places(images, tmp_path_factory):
     """What stands for ``{images}``, ``{tokens}`` and ``{encoder}`` in flags that lead to data."""

@@ -278,13 +278,14 @@ class Trunk(nn.Module):
             XCABlock(embed_dim, num_heads, mlp_ratio, qkv_bias, drop_rate, attn_drop_rate, drop_path_rate, eta)
             for _ in range(depth)
         )
-        # spelt as in the checkpoints
-        self.register_module("pos_embeder", FourierPositions(embed_dim) if use_pos else None)
+        self.use_pos = use_pos
+        self.pos_embeder = FourierPositions(embed_dim)  # spelt as in the checkpoints, which have it in any case
+        self.pos_embeder.requires_grad_(use_pos)
 
     def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Tokens with their positions, (B, N, D), and the grid (rows, columns)."""
         tokens, (rows, columns) = self.patch_embed(images)
-        if self.pos_embeder is not None:
+        if self.use_pos:
             tokens = tokens + self.pos_embeder(rows, columns)
         return self.pos_drop(tokens), (rows, columns)
 

@@ -2,11 +2,12 @@
 
     python -m xcit.export --model xcit_small_12_p16 --pretrained checkpoint.pth --output_dir out
 
-Writes ``<model>.safetensors`` (published names), ``<model>_timm.pth`` (a state dict with timm's names) and
+Writes ``<model>.safetensors`` (timm's names, read here too), ``<model>_timm.pth`` (a state dict with timm's names) and
 ``<model>.onnx`` (any batch size). Needs the packages of ``pip install -e '.[export]'``.
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
@@ -14,10 +15,10 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from shared import distributed
 from shared.networks.backbones import input_channels
-from shared.networks.export import export_with_timm_names
+from shared.networks.export import add_export_flags, export_network
 from shared.run.flags import Parser
 from xcit.cross_covariance_transformer import ARCHITECTURES, XCiT
-from xcit.hub import load_network, to_timm
+from xcit.hub import CARD, load_network, to_timm
 
 
 def get_args_parser() -> Parser:
@@ -26,24 +27,23 @@ def get_args_parser() -> Parser:
     add("--model", default="xcit_small_12_p16", choices=ARCHITECTURES, metavar="XCIT", help="name of the network")
     add("--pretrained", default="", help="a release, a file or an address; by default the release at 224 pixels")
     add("--checkpoint_key", default="model", help="network to take from a training checkpoint")
-    add("--image_size", type=int, nargs=2, default=(224, 224), help="height and width of the ONNX file's images")
-    add("--output_dir", default=".", help="where the files go")
-    return parser
+    return add_export_flags(parser, image_size=(224, 224))
 
 
 def export(
-    network: XCiT, model: str, output_dir: str | Path, image_size: tuple[int, int] = (224, 224)
+    network: XCiT, model: str, output_dir: str | Path, image_size: Sequence[int] = (224, 224)
 ) -> dict[str, Path]:
-    """Write a network in every format, see :func:`shared.networks.export.export_with_timm_names`."""
+    """:func:`shared.networks.export.export_network` for a network of this folder."""
     options = {"num_classes": network.num_classes, "in_chans": input_channels(network)}
-    return export_with_timm_names(
+    return export_network(
+        CARD,
         network,
         Path(output_dir) / model,
-        image_size,
         {"model": model, **options},
         lambda path: load_network(model, path),
-        {"model_name": f"{model}_224", **options},
-        to_timm,
+        image_size,
+        timm_arguments={"model_name": f"{model}_224", **options},
+        to_timm=to_timm,
     )
 
 

@@ -1,39 +1,21 @@
 """XCiT's networks (the published ones, then timm's and torchvision's), their released weights and images."""
 
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
+from shared.networks import pretrained as networks
 from shared.networks.card import Card, Release
-from shared.networks.classifiers import build_library_classifier, fill_classifier
-from shared.networks.pretrained import fetch_release
-from shared.networks.weights import fetch_file, safe_load, select_backbone_weights
+from shared.networks.classifiers import build_library_classifier, fill_classifier, num_classes_of
+from shared.networks.names import join_qkv, renamed, split_qkv
 
 from .cross_covariance_transformer import ARCHITECTURES, XCiT, build_xcit
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 CROP_RATIO = 0.875  # of the centre crop and the resized short side; 1 for the published numbers (--full_crop)
-TOP1 = {  # of the variants 224 / 224_dist / 384_dist: resolution of the (last) training; distilled or not
-    "xcit_nano_12_p16": ("N12/16", "69.9 / 72.2 / 75.4"),
-    "xcit_nano_12_p8": ("N12/8", "73.8 / 76.3 / 77.8"),
-    "xcit_tiny_12_p16": ("T12/16", "77.1 / 78.6 / 80.9"),
-    "xcit_tiny_12_p8": ("T12/8", "79.7 / 81.2 / 82.4"),
-    "xcit_tiny_24_p16": ("T24/16", "79.4 / 80.4 / 82.6"),
-    "xcit_tiny_24_p8": ("T24/8", "81.9 / 82.6 / 83.7"),
-    "xcit_small_12_p16": ("S12/16", "82.0 / 83.3 / 84.7"),
-    "xcit_small_12_p8": ("S12/8", "83.4 / 84.2 / 85.1"),
-    "xcit_small_24_p16": ("S24/16", "82.6 / 83.9 / 85.1"),
-    "xcit_small_24_p8": ("S24/8", "83.9 / 84.9 / 85.6"),
-    "xcit_medium_24_p16": ("M24/16", "82.7 / 84.3 / 85.4"),
-    "xcit_medium_24_p8": ("M24/8", "83.7 / 85.1 / 85.8"),
-    "xcit_large_24_p16": ("L24/16", "82.9 / 84.9 / 85.8"),
-    "xcit_large_24_p8": ("L24/8", "84.4 / 85.4 / 86.0"),
-}
-VARIANTS = ("224", "224_dist", "384_dist")
+VARIANTS = ("224", "224_dist", "384_dist")  # pixels of the (last) training, distilled or not
 
 
 def build_network(name: str, num_classes: int, img_size: int | None = None, **options) -> nn.Module:
@@ -94,42 +76,28 @@ def read_weights(
     Raises:
         ValueError: If there is no such file, or it holds no network.
     """
-    name = str(pretrained)
-    file = fetch_release(CARD, name) if name in CARD.releases else fetch_file(name, flag)
-    return from_timm(select_backbone_weights(safe_load(file), key, name).tensors)
+    return from_timm(networks.read_weights(CARD, networks.locate(CARD, pretrained, flag), key).tensors)
 
 
 def from_timm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict with timm's names for XCiT in the published ones; any other one stays as it is."""
+    """A state dict with timm's names for XCiT in the published ones; any other one stays as it is.
+
+    In class attention timm has three layers where the published networks have one.
+    """
     if "pos_embed.token_projection.weight" not in tensors:
         return dict(tensors)
-    renamed = {}
-    for name, value in tensors.items():
-        if match := re.fullmatch(r"(cls_attn_blocks\.\d+\.attn\.)[qkv]\.(weight|bias)", name):
-            # timm has three layers where the published networks have one
-            parts = [tensors[f"{match[1]}{part}.{match[2]}"] for part in "qkv"]
-            renamed[f"{match[1]}qkv.{match[2]}"] = torch.cat(parts)
-        else:
-            renamed[name.replace("pos_embed.", "pos_embeder.")] = value
-    return renamed
+    return join_qkv(renamed(tensors, {r"^pos_embed\.": "pos_embeder."}))
 
 
 def to_timm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict with the published names in timm's."""
-    renamed = {}
-    for name, value in tensors.items():
-        if match := re.fullmatch(r"(cls_attn_blocks\.\d+\.attn\.)qkv\.(weight|bias)", name):
-            renamed |= {f"{match[1]}{part}.{match[2]}": t for part, t in zip("qkv", value.chunk(3), strict=True)}
-        else:
-            renamed[name.replace("pos_embeder.", "pos_embed.")] = value
-    return renamed
+    """The inverse of :func:`from_timm`."""
+    return split_qkv(renamed(tensors, {r"^pos_embeder\.": "pos_embed."}), within="cls_attn_blocks")
 
 
 def load_network(model: str, pretrained: str | Path = "", key: str = CARD.checkpoint_key) -> XCiT:
-    """A published network, filled, in evaluation mode.
+    """A published network with the classes and channels of the file, filled, in evaluation mode.
 
-    Classes and channels are those of the file; a file without a classifier gives a network without one, which maps
-    images to features.
+    A file without a classifier gives a network without one, which maps images to features.
 
     Args:
         model: A name of ``ARCHITECTURES``.
@@ -139,9 +107,7 @@ def load_network(model: str, pretrained: str | Path = "", key: str = CARD.checkp
     """
     pretrained = pretrained or f"{model}_224"
     tensors = read_weights(pretrained, key)
-    in_chans = tensors["patch_embed.proj.0.0.weight"].shape[1] if "patch_embed.proj.0.0.weight" in tensors else 3
-    num_classes = tensors["head.weight"].shape[0] if "head.weight" in tensors else 0
-    network = build_xcit(model, num_classes=num_classes, in_chans=in_chans)
+    network = networks.build_for(CARD, model, tensors, num_classes=num_classes_of(tensors))
     fill_classifier(network, tensors, str(pretrained))
     return network.eval()
 
@@ -155,10 +121,10 @@ def entry(name: str) -> Callable[..., nn.Module]:
             fill_classifier(network, read_weights(f"{name}_{variant}"), f"{name}_{variant}")
         return network
 
-    size, top1 = TOP1[name]
     build.__name__ = build.__qualname__ = name
-    build.__doc__ = f"XCiT-{size}; top-1 of the variants 224 / 224_dist / 384_dist: {top1}."
+    size, depth, patch_size = name.removeprefix("xcit_").split("_")
+    build.__doc__ = f"XCiT-{size[0].upper()}{depth}/{patch_size[1:]}; variants: {', '.join(VARIANTS)}."
     return build
 
 
-ENTRIES = {name: entry(name) for name in TOP1}
+ENTRIES = {name: entry(name) for name in ARCHITECTURES}

@@ -30,7 +30,7 @@ from shared.supervised.losses import build_loss
 from shared.supervised.train import BestAccuracy, train_classifier
 from shared.supervised.transforms import train_transform
 from xcit.hub import CROP_RATIO, MEAN, STD, build_network, read_weights
-from xcit.report import save_pictures, summary
+from xcit.report import report
 
 EMBEDDED_NETWORK = {"model": "xcit_nano_12_p8", "input_size": 24, "full_crop": True}
 EMBEDDED_DATA_DEFAULTS = flags.EMBEDDED_RECIPE | EMBEDDED_NETWORK | {"lr": 0.008}
@@ -63,11 +63,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
-    """Parse and check the command line; without any images the defaults are those of the embedded data.
+    """Parse and check the command line, of ``parser`` if further flags are in it.
 
-    Args:
-        arguments: The command line's own by default.
-        parser: That of :func:`get_args_parser` with further flags, for scripts that have them.
+    Without any images the defaults are those of the embedded data.
     """
     return flags.parse_recipe(parser or get_args_parser(), arguments, EMBEDDED_DATA_DEFAULTS)
 
@@ -101,12 +99,8 @@ def train_xcit(args: argparse.Namespace) -> None:
         network_flags=NETWORK_FLAGS,
         weights_flag="--pretrained",
     )
-    if distributed.is_main_process():
-        pictures = []
-        if args.pictures:
-            views = LabelledViews(images.train, transform, args.seed, images.bad_images)
-            pictures = save_pictures(views, build_mixup(args, images.num_classes), run.output_dir)
-        print(summary(args, get_args_parser(), run.output_dir, images.val, best.acc1, pictures))
+    views = LabelledViews(images.train, transform, args.seed, images.bad_images)
+    report(run, views, build_mixup(args, images.num_classes), images.val, best.acc1)
 
 
 def evaluate_xcit(args: argparse.Namespace) -> None:

@@ -1,37 +1,22 @@
-"""End-of-run report: training views and curves, what was learned, and what to run next."""
+"""End-of-run report: training views and curves, and what to run next."""
 
-import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from timm.data import Mixup
 from torch import Tensor
 
 from shared.images.sources import ImageSource
-from shared.pictures.report import Plot, accuracy_plot, pictures_folder, save_curves
-from shared.pictures.sheets import Tile, magnify, save_sheet, to_pixels
-from shared.run.log import read_log
+from shared.pictures.report import SUPERVISED_PLOTS, Report
+from shared.pictures.sheets import Tile, magnify, normalised_pixels, save_sheet
 from shared.run.randomness import seed_step
-from shared.run.summary import accuracy, command, end_of_run
+from shared.run.run import Run
+from shared.run.summary import accuracy, command, data_flags
 from shared.supervised.data import LabelledViews
 
 from .cross_covariance_transformer import ARCHITECTURES
 from .hub import MEAN, STD
-
-PLOTS = (Plot("Training", "loss", {"loss": ""}), accuracy_plot("Accuracy on the val part", "test_acc1"))
-
-
-def to_picture(view: Tensor) -> np.ndarray:
-    """RGB pixels (H, W, 3), uint8, of a normalised view (C, H, W)."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
-    if len(view) == 1:
-        mean, std = mean.mean(dim=0, keepdim=True), std.mean(dim=0, keepdim=True)
-    return to_pixels((255 * (view * std + mean)).round().clamp(0, 255).byte())
-
-
-def tiles(images: Tensor, titles: list[str]) -> list[Tile]:
-    return [Tile(magnify(to_picture(image), 96), title) for image, title in zip(images, titles, strict=True)]
 
 
 def save_views(views: LabelledViews, mixup: Mixup | None, path: Path, count: int = 8) -> Path:
@@ -48,41 +33,30 @@ def save_views(views: LabelledViews, mixup: Mixup | None, path: Path, count: int
     return save_sheet(rows, path, heading)
 
 
-def _mixed_label(target: Tensor, classes: list[str]) -> str:
+def tiles(images: Tensor, titles: Sequence[str]) -> list[Tile]:
+    pixels = [magnify(normalised_pixels(image, MEAN, STD), 96) for image in images]
+    return [Tile(picture, title) for picture, title in zip(pixels, titles, strict=True)]
+
+
+def _mixed_label(target: Tensor, classes: Sequence[str]) -> str:
     shares, indices = target.topk(min(2, len(classes)))
     return ", ".join(f"{share:.2f} {classes[i]}" for share, i in zip(shares.tolist(), indices.tolist(), strict=True))
 
 
-def save_pictures(views: LabelledViews, mixup: Mixup | None, output_dir: Path) -> list[Path]:
-    """``views.png`` and ``curves.png`` in ``<output_dir>/pictures``."""
-    folder = pictures_folder(output_dir)
-    curves = save_curves(output_dir / "metrics.jsonl", folder / "curves.png", "XCiT, supervised training", PLOTS)
-    return [save_views(views, mixup, folder / "views.png"), curves]
+def report(run: Run, views: LabelledViews, mixup: Mixup | None, val: ImageSource, best_acc1: float) -> None:
+    """Draw views and curves, and print the text; ``best_acc1`` is the best top-1, that of ``best_model.pth``."""
+    args, ending = run.args, Report(run)
+    ending.draw("views.png", lambda path: save_views(views, mixup, path))
+    ending.draw_curves("XCiT, supervised training", SUPERVISED_PLOTS)
 
-
-def summary(
-    args: argparse.Namespace,
-    parser: argparse.ArgumentParser,
-    output_dir: Path,
-    val: ImageSource,
-    best_acc1: float,
-    pictures: list[Path],
-) -> str:
-    """The text at the end of a run; ``best_acc1`` is the best top-1 of the run, that of ``best_model.pth``.
-
-    Args:
-        args: The flags of the run.
-        parser: Knows which of them have their defaults.
-    """
-    weights = output_dir / "checkpoint.pth"
-    lines = read_log(output_dir / "metrics.jsonl")
-    learned = accuracy(lines, "test_acc1", f"top-1 on {val.describe()}", len(val.classes))
-    learned.append(f"best top-1 {best_acc1:.1f} %")
-    needed = ("data_path", "val_path", "data_set", "inat_category", "input_size", "in_chans")
-    given = {flag: getattr(args, flag) for flag in needed if getattr(args, flag) != parser.get_default(flag)}
-    full_crop = " --full_crop" if args.full_crop else ""
-    commands = [command("main.py", model=args.model, pretrained=weights, **given) + full_crop + " --eval"]
+    network = {"model": args.model, "pretrained": run.path}
+    usual = {"data_set": "IMNET", "inat_category": "name", "in_chans": 3}
+    data = {name: getattr(args, name) for name, value in usual.items() if getattr(args, name) != value}
+    images = data_flags(args) | {"input_size": args.input_size, "full_crop": args.full_crop} | data
+    commands = [command("xcit/main.py", **network, **images, eval=True)]
     if args.model in ARCHITECTURES:
-        commands.append(command("export.py", model=args.model, pretrained=weights, output_dir=output_dir / "export"))
-    commands.append("python main.py --data-path YOUR_IMAGES --output_dir YOUR_RUN")
-    return end_of_run(output_dir, weights, None, pictures, commands, learned=learned)
+        size, folder = [args.input_size] * 2, run.output_dir / "export"
+        commands.append(command("xcit/export.py", **network, image_size=size, output_dir=folder))
+    own_images = command("xcit/main.py", data_path="YOUR_IMAGES", output_dir="YOUR_RUN")
+    learned = accuracy(ending.lines, "test_acc1", f"top-1 on {val.describe()}", len(val), len(val.classes))
+    ending.finish(commands, own_images, [*learned, f"best top-1 {best_acc1:.1f} %"])

@@ -9,8 +9,7 @@ import bm25s
 import numpy as np
 
 from ..text.words import contains, exact_words, terms
-
-Answers = tuple[np.ndarray, np.ndarray]  # scores and rows, each (Q, k), best first, -inf and -1 for none
+from .answers import Answers, nothing_found
 
 
 class BM25:
@@ -36,13 +35,8 @@ class BM25:
         return self.index.get_scores(words).astype(np.float32)
 
     def search(self, queries: Sequence[str], k: int) -> Answers:
-        """The k documents with the highest scores.
-
-        Returns:
-            Scores (Q, k) float32, best first, and row numbers (Q, k) int64; -inf and -1 where fewer documents share a
-            word with the query.
-        """
-        scores, rows = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1)
+        """The k documents with the highest scores; fewer where fewer share a word with the query."""
+        scores, rows = nothing_found(len(queries), k)
         if self.index is not None and len(queries):
             words = [terms(query, single=False) for query in queries]
             found = self.index.retrieve(words, k=min(k, len(self.texts)), show_progress=False, sorted=True)
@@ -77,7 +71,6 @@ def combine(dense: np.ndarray, lexical: np.ndarray, dense_weight: float, unit: b
     lowest one of these documents takes its place.
 
     Args:
-        dense, lexical: Shape (N,).
         dense_weight: In [0, 1].
         unit: Whether vectors had length 1.
     """
@@ -91,14 +84,8 @@ def fuse(dense: Answers, lexical: Answers, k: int, dense_weight: float = 0.5, un
 
     A document that BM25 has not found counts 0 for it; one that dense retrieval has not found counts as much as the
     worst that it has.
-
-    Args:
-        dense, lexical: (scores, rows), each (Q, any), -inf and -1 for none.
-
-    Returns:
-        (scores, rows), each (Q, k), best first, -inf and -1 for none.
     """
-    scores, rows = np.full((len(dense[0]), k), -np.inf, np.float32), np.full((len(dense[0]), k), -1)
+    scores, rows = nothing_found(len(dense[0]), k)
     for q in range(len(rows)):
         by_row = [
             {row: score for score, row in zip(found[0][q].tolist(), found[1][q].tolist(), strict=True) if row >= 0}

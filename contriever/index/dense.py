@@ -12,10 +12,9 @@ over the processes; the answers of all parts are merged.
 """
 
 import argparse
-import os
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import faiss
@@ -25,46 +24,33 @@ import torch
 from shared import distributed
 from shared.evaluation.knn import nearest_neighbours
 
-from .embeddings import Shard, read_json, write_json
+from ..text.files import read_json, replacing, write_json
+from .answers import Answers, merge, nothing_found
+from .embeddings import Shard
 
 KINDS = ("scan", "flat", "ivf", "hnsw", "pq", "ivfpq")
 QUERY_BLOCK = 2048
 SCAN_BLOCK = 1 << 17  # vectors: 384 MiB in float32 when they are 768 long
 POINTS_PER_CELL = 64  # vectors to train on, per centroid
-INDEX_MINIMUM = {  # of the flags
-    "indexing_batch_size": 1,
-    "n_subquantizers": 0,
-    "n_bits": 1,
-    "nlist": 0,
-    "nprobe": 0,
-    "hnsw_m": 2,
-    "ef_construction": 1,
-    "ef_search": 1,
-}
+
+
+def setting(default: int, minimum: int, meaning: str) -> int:
+    """A field of :class:`IndexSettings` that is a flag, too."""
+    return field(default=default, metadata={"minimum": minimum, "help": meaning})
 
 
 @dataclass(frozen=True)
 class IndexSettings:
-    """What kind of index, and how much it may cost.
-
-    Attributes:
-        kind: One of ``KINDS``.
-        n_subquantizers: Bytes (with 8 bits) per vector of pq and ivfpq; 0: one for eight dimensions.
-        n_bits: Bits per subquantiser.
-        nlist: Cells of ivf; 0: four times the square root of the number of vectors.
-        nprobe: Cells that are searched; 0: a sixteenth of them.
-        hnsw_m: Neighbours per vector in the graph.
-        ef_construction, ef_search: Candidates that are kept while the graph is built and searched.
-    """
+    """What kind of index, one of ``KINDS``, and how much it may cost."""
 
     kind: str = "flat"
-    n_subquantizers: int = 0
-    n_bits: int = 8
-    nlist: int = 0
-    nprobe: int = 0
-    hnsw_m: int = 32
-    ef_construction: int = 200
-    ef_search: int = 128
+    n_subquantizers: int = setting(0, 0, "of pq and ivfpq; 0: one for eight dimensions")
+    n_bits: int = setting(8, 1, "per subquantiser")
+    nlist: int = setting(0, 0, "cells of ivf; 0: four times the square root of the number of passages")
+    nprobe: int = setting(0, 0, "cells that are searched; 0: a sixteenth of them")
+    hnsw_m: int = setting(32, 2, "neighbours per passage in the graph of hnsw")
+    ef_construction: int = setting(200, 1, "candidates while hnsw is built")
+    ef_search: int = setting(128, 1, "candidates while hnsw is searched")
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> "IndexSettings":
@@ -72,14 +58,10 @@ class IndexSettings:
         kind = args.index or ("pq" if args.n_subquantizers else "flat")
         if args.n_subquantizers and not kind.endswith("pq"):
             raise ValueError(f"--n_subquantizers {args.n_subquantizers} has no effect on --index {kind}")
-        return cls(kind, *(getattr(args, name) for name in list(cls.__dataclass_fields__)[1:]))
+        return cls(kind, *(getattr(args, flag.name) for flag in FLAGS))
 
     def factory(self, dim: int, count: int) -> str:
-        """faiss' name of the index for ``count`` vectors of length ``dim``.
-
-        Raises:
-            ValueError: If the settings do not fit the vectors.
-        """
+        """faiss' name of the index for ``count`` vectors of length ``dim``; ``ValueError`` if they do not fit."""
         if self.kind == "hnsw":
             return f"HNSW{self.hnsw_m},SQfp16"
         lists = f"IVF{self.cells(count)}," if self.kind.startswith("ivf") else ""
@@ -110,17 +92,15 @@ class IndexSettings:
         return {name: value for name, value in asdict(self).items() if name not in ("nprobe", "ef_search")}
 
 
+FLAGS = fields(IndexSettings)[1:]
+INDEX_MINIMUM = {"indexing_batch_size": 1} | {flag.name: flag.metadata["minimum"] for flag in FLAGS}
+
+
 def add_index_flags(parser: argparse.ArgumentParser) -> None:
-    default = IndexSettings()
     add = parser.add_argument_group("index").add_argument
     add("--index", default=None, choices=KINDS, help="scan, flat: exact; None: flat, or pq with --n_subquantizers")
-    add("--n_subquantizers", type=int, default=0, help="of pq and ivfpq; 0: one for eight dimensions")
-    add("--n_bits", type=int, default=default.n_bits, help="per subquantiser")
-    add("--nlist", type=int, default=0, help="cells of ivf; 0: four times the square root of the number of passages")
-    add("--nprobe", type=int, default=0, help="cells that are searched; 0: a sixteenth of them")
-    add("--hnsw_m", type=int, default=default.hnsw_m, help="neighbours per passage in the graph of hnsw")
-    add("--ef_construction", type=int, default=default.ef_construction, help="candidates while hnsw is built")
-    add("--ef_search", type=int, default=default.ef_search, help="candidates while hnsw is searched")
+    for flag in FLAGS:
+        add(f"--{flag.name}", type=int, default=flag.default, help=flag.metadata["help"])
     add("--indexing_batch_size", type=int, default=1_000_000, help="vectors added per call")
 
 
@@ -131,7 +111,6 @@ class DenseIndex:
 
     Args:
         shards: Of one collection; row numbers run through them.
-        settings: The kind of index.
         folder: Where the parts are stored, and read again when they belong to the same vectors and settings; None: in
             memory only.
         batch_size: Vectors added per call.
@@ -165,7 +144,6 @@ class DenseIndex:
             empty.hnsw.efConstruction = self.settings.ef_construction
         built = self.settings.what_was_built()
         if folder is not None and distributed.is_main_process():
-            folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "index.json", built)
         distributed.barrier()
         if training_size := self.settings.training_size(len(self)):
@@ -182,7 +160,11 @@ class DenseIndex:
                 if file is not None:
                     _write(file, self.parts[i], made_from)
                     self.parts[i] = _read(file, made_from)  # memory-mapped
-            self._set_effort(self.parts[i])
+            if self.settings.kind == "hnsw":
+                self.parts[i].hnsw.efSearch = self.settings.ef_search
+            if self.settings.kind.startswith("ivf"):
+                cells = faiss.extract_index_ivf(self.parts[i])
+                cells.nprobe = min(self.settings.nprobe or max(1, cells.nlist // 16), cells.nlist)
 
     def _trained(self, empty: faiss.Index, size: int, folder: Path | None, made_from: dict) -> faiss.Index:
         """The index with its centroids, learned on rank 0 from vectors spread evenly over all shards."""
@@ -195,59 +177,39 @@ class DenseIndex:
                 for part in (trained, getattr(trained, "pq", None)):
                     if hasattr(part, "cp"):
                         part.cp.min_points_per_centroid = 1  # few passages: no warning for every subquantiser
-                trained.train(self._sample(size))
+                rows = np.linspace(0, len(self) - 1, size).astype(int)
+                shard_of = np.searchsorted(self.starts, rows, side="right") - 1
+                sample = [s.vectors[rows[shard_of == i] - self.starts[i]] for i, s in enumerate(self.shards)]
+                trained.train(np.concatenate(sample).astype(np.float32))
                 if file is not None:
                     _write(file, trained, made_from)
             serialized = faiss.serialize_index(trained)
         return faiss.deserialize_index(distributed.broadcast_object(serialized))
 
-    def _sample(self, size: int) -> np.ndarray:
-        rows = np.linspace(0, len(self) - 1, size).astype(int)
-        shard_of = np.searchsorted(self.starts, rows, side="right") - 1
-        parts = [s.vectors[rows[shard_of == i] - self.starts[i]] for i, s in enumerate(self.shards)]
-        return np.concatenate(parts).astype(np.float32)
-
-    def _set_effort(self, part: faiss.Index) -> None:
-        if self.settings.kind == "hnsw":
-            part.hnsw.efSearch = self.settings.ef_search
-        if self.settings.kind.startswith("ivf"):
-            cells = faiss.extract_index_ivf(part)
-            cells.nprobe = min(self.settings.nprobe or max(1, cells.nlist // 16), cells.nlist)
-
-    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The k vectors with the largest inner products.
+    def search(self, queries: np.ndarray, k: int) -> Answers:
+        """The k vectors with the largest inner products with each query.
 
         Args:
             queries: float32, shape ``(Q, D)``, the same on every process.
-
-        Returns:
-            Inner products (Q, k) float32, best first, and row numbers (Q, k) int64; -inf and -1 where nothing was
-            found, as with fewer than k vectors.
-
-        Raises:
-            ValueError: If the queries are vectors of another length.
         """
         dim = self.shards[0].vectors.shape[1]
         if queries.shape[1] != dim:
             raise ValueError(f"queries have {queries.shape[1]} dimensions, the index has {dim}: another model?")
         blocks = np.split(queries, range(QUERY_BLOCK, len(queries), QUERY_BLOCK))
         found = [self._search_block(np.ascontiguousarray(block, dtype=np.float32), k) for block in blocks]
-        scores, rows = (np.concatenate(column) for column in zip(*found, strict=True))
-        if distributed.get_world_size() > 1:
-            scores, rows = merge(distributed.all_gather_object((scores, rows)), k)
-        return scores, rows
+        answers = tuple(np.concatenate(column) for column in zip(*found, strict=True))
+        return merge(distributed.all_gather_object(answers), k) if distributed.get_world_size() > 1 else answers
 
-    def _search_block(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        nothing = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1)
-        best = None
+    def _search_block(self, queries: np.ndarray, k: int) -> Answers:
+        best = nothing_found(len(queries), k)
         for i in self._own():
             answers = self._scan(i, queries, k) if self.settings.kind == "scan" else [self.parts[i].search(queries, k)]
             for scores, rows in answers:
                 found = np.where(rows < 0, np.float32(-np.inf), scores), np.where(rows < 0, -1, rows + self.starts[i])
-                best = found if best is None else merge([best, found], k)
-        return nothing if best is None else best if best[0].shape[1] == k else merge([best, nothing], k)
+                best = merge([found, best], k)
+        return best
 
-    def _scan(self, i: int, queries: np.ndarray, k: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _scan(self, i: int, queries: np.ndarray, k: int) -> Iterator[Answers]:
         vectors = self.shards[i].vectors
         on_device = torch.from_numpy(queries).to(self.device)
         for start in range(0, len(vectors), SCAN_BLOCK):
@@ -261,17 +223,6 @@ class DenseIndex:
         return self.shards[shard].ids[row - int(self.starts[shard])]
 
 
-def merge(answers: Sequence[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The best k of several answers to the same queries; equal scores in the order of their rows.
-
-    Args:
-        answers: (scores, rows), arrays (Q, any), as :meth:`DenseIndex.search` returns them.
-    """
-    scores, rows = (np.concatenate(column, axis=1) for column in zip(*answers, strict=True))
-    order = np.lexsort((rows, -scores), axis=1)[:, :k]
-    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
-
-
 def _filled(empty: faiss.Index, vectors: np.ndarray, batch_size: int) -> faiss.Index:
     part = faiss.clone_index(empty)
     for start in range(0, len(vectors), batch_size):
@@ -283,25 +234,19 @@ def _filled(empty: faiss.Index, vectors: np.ndarray, batch_size: int) -> faiss.I
 
 
 def _write(file: Path, index: faiss.Index, made_from: dict) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        faiss.write_index(index, str(temporary))
+        with replacing(file, "wb") as temporary:
+            faiss.write_index(index, temporary.name)
     except RuntimeError as error:
-        temporary.unlink(missing_ok=True)
         raise OSError(f"could not write {file}: {error}") from None
-    with open(temporary, "rb") as written:
-        os.fsync(written.fileno())
-    size = temporary.stat().st_size
-    os.replace(temporary, file)
-    write_json(_description(file), made_from | {"size": size})
+    write_json(file.with_suffix(".json"), made_from | {"size": file.stat().st_size})
 
 
 def _read(file: Path, made_from: dict) -> faiss.Index | None:
     """A stored index, memory-mapped; None, with a reason printed, when it has to be built (again)."""
-    description = _description(file)
-    if not description.exists():
+    found = read_json(file.with_suffix(".json"), {})
+    if not found:
         return None
-    found = read_json(description)
     size = found.pop("size")
     if found != made_from:
         print(f"{file} belongs to other embeddings or settings: it is built again", flush=True)
@@ -310,10 +255,6 @@ def _read(file: Path, made_from: dict) -> faiss.Index | None:
     else:
         return faiss.read_index(str(file), getattr(faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP))
     return None
-
-
-def _description(file: Path) -> Path:
-    return file.with_suffix(".json")
 
 
 def _crc(shard: Shard) -> list[int]:

@@ -10,7 +10,6 @@ While a shard is being written, ``progress.json`` stands in the place of ``shard
 
 import fcntl
 import glob
-import json
 import os
 import pickle
 import zlib
@@ -21,43 +20,24 @@ from typing import BinaryIO
 
 import numpy as np
 
-BLOCK_BYTES = 1 << 26  # read at once when a file is checked
+from ..text.files import first_difference, read_json, write_json
+
+BLOCK_BYTES = 1 << 26  # of a file of ids that are searched for line breaks at once
 # settings in which all shards must agree
 OF_THE_COLLECTION = ("model", "pooling", "normalized", "max_length", "passages", "num_shards")
 OF_THE_COLLECTION += ("prefix", "with_title", "lowercase", "normalize_text")
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Replace a file in one step, durably."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def read_json(path: Path) -> dict:
-    """What :func:`write_json` wrote."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {error}; remove {path.parent} and make it again") from None
 
 
 class ShardWriter:
     """Appends chunks of passages to a shard; a shard that an earlier process left unfinished is continued.
 
     Args:
-        folder: Of the shard.
         count: Passages of the finished shard.
-        dim: Length of the vectors.
         dtype: ``float16`` or ``float32``.
         settings: Whatever the vectors depend on, plain values. A shard can only be continued with equal ones.
 
     Attributes:
         done: Passages on disk.
-        finished: Whether the shard is complete.
 
     Raises:
         ValueError: If the folder holds a shard, finished or not, that was made with other settings.
@@ -73,15 +53,10 @@ class ShardWriter:
         except BlockingIOError:
             raise ValueError(f"another process is writing {folder}") from None
         self.finished = (folder / "shard.json").exists()
-        name = "shard.json" if self.finished else "progress.json"
-        if (folder / name).exists():
-            found = read_json(folder / name)
-            self._refuse_other_settings(found)
-        else:
-            found = self.description | {"done": 0, "crc": [0, 0], "ids_bytes": 0}
-        self.done = count if self.finished else found["done"]
-        self._crc = found["crc"]
-        self._ids_bytes = found["ids_bytes"]
+        nothing = self.description | {"done": 0, "crc": [0, 0], "ids_bytes": 0}
+        found = read_json(folder / ("shard.json" if self.finished else "progress.json"), nothing)
+        self._refuse_other_settings(found)
+        self.done, self._crc, self._ids_bytes = found["done"], found["crc"], found["ids_bytes"]
         if self.finished:
             self.close()
         else:
@@ -90,9 +65,7 @@ class ShardWriter:
     def _refuse_other_settings(self, found: dict) -> None:
         sizes = ("count", "dim", "dtype")
         old, new = (d["settings"] | {key: d[key] for key in sizes} for d in (found, self.description))
-        different = [key for key in {**new, **old} if old.get(key) != new.get(key)]
-        if different:
-            key = different[0]
+        if key := first_difference(new, old):
             raise ValueError(
                 f"{self.folder} was made with other settings: {key} was {old.get(key)!r} and is {new.get(key)!r}; "
                 "choose another --output_dir or --prefix, or remove the folder"
@@ -101,27 +74,19 @@ class ShardWriter:
     def _cut_back(self) -> None:
         """Remove what was written after the last record of progress."""
         vectors, ids = self.folder / "embeddings.npy", self.folder / "ids.txt"
-        shape = (self.description["count"], self.description["dim"])
-        header = {"descr": np.dtype(self.description["dtype"]).str, "fortran_order": False, "shape": shape}
+        number, shape = np.dtype(self.description["dtype"]), (self.description["count"], self.description["dim"])
+        header = {"descr": number.str, "fortran_order": False, "shape": shape}
         with open(vectors, "r+b" if vectors.exists() else "w+b") as file:
             np.lib.format.write_array_header_1_0(file, header)
-            _truncate(file, file.tell() + self.done * self._row_bytes)
+            _truncate(file, file.tell() + self.done * shape[1] * number.itemsize)
         with open(ids, "r+b" if ids.exists() else "w+b") as file:
             _truncate(file, self._ids_bytes)
-
-    @property
-    def _row_bytes(self) -> int:
-        return self.description["dim"] * np.dtype(self.description["dtype"]).itemsize
 
     def append(self, ids: list[str], vectors: np.ndarray) -> None:
         """Add passages, and record it once they are on the disk.
 
-        Args:
-            vectors: Shape ``(len(ids), dim)``.
-
         Raises:
             ValueError: If a vector is not finite in the shard's number format, or an id contains a line break.
-            OSError: If the disk is full; the shard can be continued.
         """
         stored = vectors.astype(self.description["dtype"])
         bad = np.flatnonzero(~np.isfinite(stored).all(axis=1))
@@ -134,24 +99,24 @@ class ShardWriter:
         if broken is not None:
             raise ValueError(f"the passage id {broken!r} contains a line break")
         lines = "".join(f"{i}\n" for i in ids).encode()
-        for name, data in (("embeddings.npy", stored.tobytes()), ("ids.txt", lines)):
+        for i, (name, data) in enumerate((("embeddings.npy", stored.tobytes()), ("ids.txt", lines))):
             with open(self.folder / name, "ab") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            i = 0 if name == "embeddings.npy" else 1
             self._crc[i] = zlib.crc32(data, self._crc[i])
         self._ids_bytes += len(lines)
         self.done += len(ids)
-        write_json(self.folder / "progress.json", self._record())
+        self._record("progress.json")
 
-    def _record(self) -> dict:
-        return self.description | {"done": self.done, "crc": self._crc, "ids_bytes": self._ids_bytes}
+    def _record(self, name: str) -> None:
+        state = {"done": self.done, "crc": self._crc, "ids_bytes": self._ids_bytes}
+        write_json(self.folder / name, self.description | state)
 
     def finish(self) -> None:
         """Mark the shard as complete."""
         assert self.done == self.description["count"]
-        write_json(self.folder / "shard.json", self._record())
+        self._record("shard.json")
         (self.folder / "progress.json").unlink(missing_ok=True)
         self.finished = True
         self.close()
@@ -187,14 +152,9 @@ class Ids:
 
 @dataclass(frozen=True)
 class Shard:
-    """Vectors of consecutive passages.
+    """Vectors (N, D) of consecutive passages, memory-mapped.
 
-    Attributes:
-        path: Its folder, or the file of the reference's format.
-        vectors: float16 or float32, shape (N, D), memory-mapped.
-        ids: N strings.
-        settings: What :class:`ShardWriter` was given; empty for the reference's format.
-        crc: Checksums of vectors and ids; None for the reference's format.
+    Files of the reference's format have no settings and no checksums (of vectors and of ids).
     """
 
     path: Path
@@ -204,26 +164,13 @@ class Shard:
     crc: tuple[int, int] | None
 
     def verify(self) -> None:
-        """Read everything and compare it with the checksum.
-
-        Raises:
-            ValueError: If the vectors were damaged after they were written.
-        """
-        if self.crc is None:
-            return
-        crc, flat = 0, self.vectors.reshape(-1).view(np.uint8)
-        for start in range(0, len(flat), BLOCK_BYTES):
-            crc = zlib.crc32(flat[start : start + BLOCK_BYTES], crc)
-        if crc != self.crc[0]:
+        """Raise ``ValueError`` if the vectors were damaged after they were written."""
+        if self.crc is not None and zlib.crc32(np.ascontiguousarray(self.vectors)) != self.crc[0]:
             raise ValueError(f"{self.path / 'embeddings.npy'} is damaged: its checksum is not that of shard.json")
 
 
 def open_shard(path: Path) -> Shard:
-    """A finished shard.
-
-    Raises:
-        ValueError: If it is half-written or damaged.
-    """
+    """A finished shard."""
     if path.is_file():
         return Shard(path, *read_official_shard(path), {}, None)
     if not (path / "shard.json").exists():
@@ -249,11 +196,9 @@ def open_shard(path: Path) -> Shard:
 
 
 def open_shards(pattern: str) -> list[Shard]:
-    """The finished shards that match a glob pattern, in the order of their names; folders of indexes are passed over.
+    """The finished shards of one collection that match a glob pattern, in the order of their names.
 
-    Raises:
-        ValueError: If there is none, one is half-written or damaged, or they do not belong together: other models,
-            other settings, other dimensions, or the same part of the collection twice.
+    Folders of indexes are passed over.
     """
     paths = [Path(p) for p in sorted(glob.glob(pattern)) if not (Path(p) / "index.json").exists()]
     if not paths:
@@ -327,11 +272,7 @@ class _Reader(pickle.Unpickler):
 
 
 def read_official_shard(path: Path) -> tuple[np.ndarray, list[str]]:
-    """Vectors (N, D) and ids of a file of the reference, without running code from it.
-
-    Raises:
-        ValueError: If the file holds anything else.
-    """
+    """Vectors (N, D) and ids of a file of the reference, without running code from it."""
     with open(path, "rb") as file:
         try:
             ids, array = _Reader(file).load()

@@ -13,39 +13,33 @@ from pathlib import Path
 
 import numpy as np
 
-from ..text.files import check_list, parse_object, read_lines, read_records, text_field
+from ..text.files import check_list, parse_object, read_lines, read_records, text_field, titled
 
 
 @dataclass(frozen=True)
 class Passage:
     id: str
+    title: str
     text: str
-    title: str = ""
 
     def full_text(self) -> str:
-        """What is encoded: title and text."""
-        return f"{self.title} {self.text}" if self.title else self.text
+        return titled(self.title, self.text)
 
 
 def _records(path: Path, start: int = 0) -> Iterator[tuple[int, int, Passage]]:
     """(byte position, line number counted from ``start``, passage) of a .tsv or .jsonl file."""
-    readers = {".tsv": _tsv_records, ".jsonl": _jsonl_records}
-    if path.suffix not in readers:
+    if path.suffix == ".tsv":
+        yield from _tsv_records(path, start)
+        return
+    if path.suffix != ".jsonl":
         raise ValueError(f"--passages {path}: expected a .tsv or .jsonl file")
-    return readers[path.suffix](path, start)
-
-
-def _jsonl_records(path: Path, start: int) -> Iterator[tuple[int, int, Passage]]:
     for number, (position, line) in enumerate(read_lines(path, start), start=1):
         if line.strip():
             where = f"{path}, line {number}"
-            record = parse_object(line, path, number)
-            passage = Passage(
-                id=text_field(record, "_id" if "_id" in record else "id", where),
-                text=text_field(record, "text", where),
-                title=text_field(record, "title", where, default=""),
-            )
-            yield position, number, passage
+            record = parse_object(line, where)
+            passage_id = text_field(record, "_id" if "_id" in record else "id", where)
+            text, title = text_field(record, "text", where), text_field(record, "title", where, default="")
+            yield position, number, Passage(passage_id, title, text)
 
 
 def _tsv_records(path: Path, start: int) -> Iterator[tuple[int, int, Passage]]:
@@ -72,7 +66,7 @@ def _tsv_records(path: Path, start: int) -> Iterator[tuple[int, int, Passage]]:
         if row and row[0] != "id":  # a header
             if len(row) != 3:
                 raise ValueError(f"{path}, line {number}: {len(row)} columns, expected 3: id, text, title")
-            yield positions[0], number, Passage(row[0], row[1], row[2])
+            yield positions[0], number, Passage(row[0], title=row[2], text=row[1])
 
 
 class PassageFile:
@@ -81,8 +75,6 @@ class PassageFile:
     The file is read through once; after that single passages are read from their places.
 
     Attributes:
-        path: The file.
-        crc: CRC-32 of its content.
         num_empty: Passages without title and text.
 
     Raises:
@@ -99,7 +91,7 @@ class PassageFile:
             self.num_empty += not passage.full_text().strip()
         if not positions:
             raise ValueError(f"{self.path} has no passages")
-        self.crc = file_crc(self.path)
+        self.crc = zlib.crc32(np.memmap(self.path, mode="r"))
         self._positions, hashes = (np.frombuffer(a, dtype=np.int64) for a in (positions, hashes))
         self._order = np.argsort(hashes, kind="stable")
         self._sorted_hashes = hashes[self._order]
@@ -129,33 +121,16 @@ class PassageFile:
             yield passage
 
     def find(self, passage_id: str) -> Passage:
-        """The passage with an id.
-
-        Raises:
-            KeyError: If there is none.
-        """
+        """The passage with an id; ``ValueError`` if there is none."""
         first, last = (np.searchsorted(self._sorted_hashes, hash(passage_id), side) for side in ("left", "right"))
         for row in self._order[first:last].tolist():
             if (passage := self[row]).id == passage_id:
                 return passage
-        raise KeyError(passage_id)
-
-
-def file_crc(path: Path) -> int:
-    """CRC-32 of the content of a file."""
-    crc = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            crc = zlib.crc32(block, crc)
-    return crc
+        raise ValueError(f"--passages {self.path} has no passage {passage_id!r}: the embeddings are of another file")
 
 
 def read_questions(path: str | Path) -> list[dict]:
-    """Questions of a .json file (a list) or .jsonl file: objects with ``question`` and a list of ``answers``.
-
-    Raises:
-        ValueError: If it is malformed or empty; the message names the line or the number of the entry.
-    """
+    """Questions of a .json file (a list) or .jsonl file: objects with ``question`` and a list of ``answers``."""
     records = []
     for where, record in read_records(path):
         text_field(record, "question", where)

@@ -15,20 +15,16 @@ SUFFIXES = (".txt", ".md", ".jsonl")
 BLOCK = 20_000  # characters that are tokenised at once
 MARGIN = 4  # tokens that a passage may have more than it had within its file
 _WORD = re.compile(r"\S+")
-_HEADING = re.compile(r"(#{1,6})[ \t]+(.+?)[ \t#]*")
+_HEADING = re.compile(r"(#{1,6})[ \t]+(.+)")
 _UNDERLINE = re.compile(r"(=+|-{2,})[ \t]*")
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A passage of a file.
+    """A passage of a file."""
 
-    Attributes:
-        line: Where it begins, from 1.
-    """
-
-    line: int
+    line: int  # where it begins, from 1
     title: str
     text: str
 
@@ -44,19 +40,12 @@ def word_ends(text: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Limits:
-    """How long a passage may be, so that an encoder reads the whole of it.
+    """How long a passage may be, so that an encoder reads the whole of it."""
 
-    Attributes:
-        max_words: Words between blanks.
-        max_tokens: Of title and text together.
-        token_ends: Where each token of a text ends, in characters.
-        prepare: Cleans up texts before they are cut.
-    """
-
-    max_words: int = 120
-    max_tokens: int = 1 << 30
-    token_ends: Callable[[str], list[int]] = word_ends
-    prepare: Callable[[str], str] = str
+    max_words: int = 120  # between blanks
+    max_tokens: int = 1 << 30  # of title and text together
+    token_ends: Callable[[str], list[int]] = word_ends  # where each token of a text ends, in characters
+    prepare: Callable[[str], str] = str  # cleans up texts before they are cut
 
     def fit_title(self, headings: list[str]) -> tuple[str, int]:
         """Headings from the outermost on as a title, and the tokens that are left for a text.
@@ -77,11 +66,7 @@ class Limits:
 def text_files(root: Path, on_unreadable: Callable[[OSError], object] | None = None) -> Iterator[Path]:
     """The file ``root``, or the files below the folder ``root`` in the order of their names; hidden ones are left out.
 
-    Args:
-        on_unreadable: Called for each folder that cannot be listed.
-
-    Raises:
-        ValueError: If there is no such file or folder, or it is a file of another kind.
+    ``on_unreadable`` is called for each folder that cannot be listed.
     """
     if root.is_file():
         if root.suffix.lower() not in SUFFIXES:
@@ -98,11 +83,7 @@ def text_files(root: Path, on_unreadable: Callable[[OSError], object] | None = N
 
 
 def read_pieces(path: Path, content: bytes, limits: Limits) -> tuple[list[Piece], str | None]:
-    """The passages of one file, and a remark on what could not be read.
-
-    Raises:
-        ValueError: If the file is binary.
-    """
+    """The passages of one file, and a remark on what could not be read; ``ValueError`` if it is binary."""
     text, remark = decode(content)
     text, stem = limits.prepare(text), path.stem.replace("_", " ")
     if path.suffix.lower() == ".jsonl":
@@ -120,11 +101,7 @@ def read_pieces(path: Path, content: bytes, limits: Limits) -> tuple[list[Piece]
 
 
 def decode(content: bytes) -> tuple[str, str | None]:
-    """Text of a file in UTF-8, or in UTF-16 if it begins with its mark, and a remark on bytes that are neither.
-
-    Raises:
-        ValueError: If the file is binary.
-    """
+    """Text of a file in UTF-8, or in UTF-16 if it begins with its mark, and a remark on bytes that are neither."""
     encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     if encoding == "utf-8-sig" and b"\0" in content:
         raise ValueError("a binary file")
@@ -142,8 +119,8 @@ def _json_pieces(path: Path, text: str, limits: Limits) -> tuple[list[Piece], li
         if not line.strip():
             continue
         try:
-            record = parse_object(line, path.name, number)
             where = f"{path.name}, line {number}"
+            record = parse_object(line, where)
             title, body = text_field(record, "title", where, default=""), text_field(record, "text", where)
         except ValueError as error:
             bad_lines.append(str(error))
@@ -176,7 +153,7 @@ def _sections(text: str) -> Iterator[tuple[list[str], int, int, int]]:
             continue
         level, words, begin = 0, "", here
         if not fence and (found := _HEADING.fullmatch(bare)) and not line[:1].isspace():
-            level, words = len(found[1]), found[2]
+            level, words = len(found[1]), found[2].rstrip("# \t") or "#"
         elif not fence and _UNDERLINE.fullmatch(bare) and _is_lone_line(lines, number - 2, skip):
             level, words, begin = 1 + (bare[0] == "-"), lines[number - 2].strip(), here - len(lines[number - 2]) - 1
         if not level:
@@ -204,12 +181,7 @@ def _is_lone_line(lines: list[str], index: int, skip: int) -> bool:
 
 
 def split(text: str, title: str, room: int, limits: Limits, line: int = 1) -> Iterator[Piece]:
-    """Paragraphs, joined while they are short and cut where they are long.
-
-    Args:
-        room: Most tokens of a passage without its title.
-        line: Of the first character.
-    """
+    """Paragraphs of at most ``room`` tokens, joined while they are short and cut where they are long."""
     counted = begin = end = words = tokens = 0
 
     def piece() -> Piece:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ..index.bm25 import BM25, combine
+from ..text.files import first_difference
 from ..text.words import phrases
 from .folder import Limits, Piece, read_pieces, text_files
 
@@ -50,16 +51,11 @@ class Update:
 
 @dataclass(frozen=True)
 class Hit:
-    """A passage that was found.
-
-    Attributes:
-        path: Of its file, relative to the folder.
-        line: Where it begins there.
-    """
+    """A passage that was found."""
 
     score: float
-    path: str
-    line: int
+    path: str  # of its file, relative to the folder
+    line: int  # where it begins there
     title: str
     text: str
 
@@ -76,17 +72,13 @@ def naming(file: Path) -> Iterator[None]:
 
 
 class SearchIndex:
-    """The index of one folder.
+    """The index of one folder, or of a single file.
 
     Args:
-        root: Folder, or a single file.
         file: The SQLite file.
         encode: From texts and their kind, ``query`` or ``passage``, to vectors (N, D) float32.
         settings: Whatever the vectors depend on; an index that was made with others is refused.
         limits: Of the passages.
-
-    Raises:
-        ValueError: If the index is damaged, cannot be written or belongs to another model.
     """
 
     def __init__(
@@ -98,12 +90,14 @@ class SearchIndex:
         limits: Limits | None = None,
     ):
         self.root, self.file, self.encode, self.limits = root, file, encode, limits or Limits()
-        self.settings = {name: str(value) for name, value in settings.items()}
-        sizes = {"max_words": str(self.limits.max_words), "max_tokens": str(self.limits.max_tokens)}
-        self.settings |= {"format": str(FORMAT), **sizes}
+        sizes = {"max_words": self.limits.max_words, "max_tokens": self.limits.max_tokens}
+        self.settings = {name: str(value) for name, value in {**settings, "format": FORMAT, **sizes}.items()}
+        is_new = not file.exists()
         with naming(file):
             self.database = sqlite3.connect(file, timeout=60, check_same_thread=False)
             self.database.executescript(_TABLES)
+            if is_new:
+                file.chmod(0o600)  # it will hold the texts, which others may not be allowed to read
             self._check_settings()
         self._loaded, self._loaded_version = None, None
 
@@ -112,13 +106,13 @@ class SearchIndex:
         if not found:
             with self.database:
                 self.database.executemany("INSERT OR IGNORE INTO settings VALUES (?, ?)", self.settings.items())
-        for name in {**self.settings, **found} if found else ():
-            if found.get(name) != self.settings.get(name):
-                raise ValueError(
-                    f"the index {self.file} was made by another model or with other settings: its {name} is "
-                    f"{found.get(name)}, now it is {self.settings.get(name)}; --rebuild makes it again, --index_path "
-                    "keeps both"
-                )
+            return
+        if name := first_difference(self.settings, found):
+            raise ValueError(
+                f"the index {self.file} was made by another model or with other settings: its {name} is "
+                f"{found.get(name)}, now it is {self.settings.get(name)}; --rebuild makes it again, --index_path "
+                "keeps both"
+            )
 
     def update(self) -> Update:
         """Embed the files that are new or have changed, forget those that are gone."""
@@ -197,11 +191,9 @@ class SearchIndex:
     def _store(self, files: list[tuple], update: Update) -> None:
         """Embed the passages of some files and write everything in one transaction."""
         vectors = self._known_vectors([name for name, *_ in files])
-        missing = list(
-            dict.fromkeys(p.full_text() for *_, pieces in files for p in pieces if p.full_text() not in vectors)
-        )
+        missing = dict.fromkeys(p.full_text() for *_, pieces in files for p in pieces if p.full_text() not in vectors)
         if missing:
-            encoded = self.encode(missing, "passage").astype(np.float16)
+            encoded = self.encode(list(missing), "passage").astype(np.float16)
             if not np.isfinite(encoded).all():
                 raise ValueError("the encoder gave vectors that are not finite: are its weights damaged?")
             vectors |= {text: vector.tobytes() for text, vector in zip(missing, encoded, strict=True)}
@@ -243,24 +235,15 @@ class SearchIndex:
         return self.database.execute("SELECT path, line, title, text, vector FROM passages ORDER BY path, number")
 
     def search(self, query: str, k: int, retriever: str = "dense", dense_weight: float = 0.5) -> list[Hit]:
-        """The k best passages.
-
-        Args:
-            retriever: ``dense``, ``bm25`` or ``hybrid``.
-
-        Raises:
-            ValueError: If the query is empty.
-        """
+        """The k best passages by the ``retriever``: ``dense``, ``bm25`` or ``hybrid``."""
         if not query.strip():
             raise ValueError("the query is empty")
         with naming(self.file):
             version = self._version()
             if version != self._loaded_version:
                 self._loaded, self._loaded_version = _Loaded(list(self.rows())), version
-        best = self._loaded.search(
-            query, k, self.encode, retriever, dense_weight, self.settings.get("normalized") == "True"
-        )
-        return [Hit(score, *self._loaded.passages[row]) for score, row in best]
+        unit = self.settings.get("normalized") == "True"
+        return self._loaded.search(query, k, self.encode, retriever, dense_weight, unit)
 
 
 class _Loaded:
@@ -275,8 +258,8 @@ class _Loaded:
 
     def search(
         self, query: str, k: int, encode: Callable, retriever: str, dense_weight: float, unit: bool
-    ) -> list[tuple[float, int]]:
-        """(score, row), best first; with words in quotation marks only passages that hold them as they are."""
+    ) -> list[Hit]:
+        """Best first; with words in quotation marks only passages that hold them as they are."""
         if self.vectors is None:
             return []
         quoted = phrases(query)
@@ -292,4 +275,4 @@ class _Loaded:
                 scores = combine(scores, self.bm25.scores(query), dense_weight, unit)
         rows = np.flatnonzero(wanted)
         order = rows[np.argsort(-scores[rows], kind="stable")[:k]]
-        return [(float(scores[row]), int(row)) for row in order]
+        return [Hit(float(scores[row]), *self.passages[row]) for row in order]

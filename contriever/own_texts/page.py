@@ -95,11 +95,7 @@ def mark(text: str, query: str) -> str:
 class SearchServer(ThreadingHTTPServer):
     """Answers queries on an index; one at a time, though a browser may keep several connections open.
 
-    Args:
-        index: Brought up to date before a query, at most every few seconds.
-        host, port: Where to listen; port 0 is any free one.
-        top_k: Results when the query does not say how many.
-        retriever, dense_weight: As in :meth:`SearchIndex.search`.
+    The index is brought up to date before a query, at most every few seconds.
     """
 
     daemon_threads = True

@@ -12,6 +12,8 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 import regex
 
+from .words import contains
+
 # a run of letters, digits and combining marks, or any single character that is no separator and no control character
 _TOKEN = regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]")
 PASSAGES_PER_WORKER = 50_000  # about three seconds of matching: fewer are not worth another process
@@ -29,15 +31,11 @@ def has_answer(answers: Iterable[str], text: str) -> bool:
     text.
     """
     words = _lowercase(text)
-    return any(_contains(words, _lowercase(answer)) for answer in answers)
+    return any(contains(words, _lowercase(answer)) for answer in answers)
 
 
 def _lowercase(text: str) -> list[str]:
     return [token.lower() for token in tokenize(text)]
-
-
-def _contains(words: list[str], part: list[str]) -> bool:
-    return any(words[i : i + len(part)] == part for i in range(len(words) - len(part) + 1))
 
 
 def match_questions(questions: Sequence[tuple[list[str], list[str]]], workers: int = 1) -> list[list[bool]]:
@@ -61,13 +59,10 @@ def match_question(question: tuple[list[str], list[str]]) -> list[bool]:
 
 
 def hits_within(hits: Iterable[Sequence[bool]]) -> np.ndarray:
-    """How many questions have a hit among their first k passages, for every k.
+    """How many questions have a hit among their first k passages, for every k from 1 on.
 
     Args:
         hits: :func:`match_questions`' result; questions may have different numbers of passages.
-
-    Returns:
-        Integers, shape (longest number of passages,), entry k - 1 for k.
     """
     found = [np.maximum.accumulate(np.array(row, dtype=int)) for row in hits]  # 1 from the first hit on
     counts = np.zeros(max(map(len, found), default=0), dtype=int)

@@ -16,13 +16,10 @@ MIN_CHARACTERS, MOST_CHARACTERS = 400, 6000
 
 
 def documentation(packages: tuple[str, ...] = PACKAGES) -> list[dict]:
-    """Docstrings of the functions and classes of installed packages.
-
-    Nothing is imported; the source files are parsed. The same versions of the packages give the same documents.
+    """Docstrings of the functions and classes of installed packages; their files are parsed, nothing is imported.
 
     Returns:
-        Documents with ``id`` (the dotted name), ``title`` (the bare name) and ``text`` (prose, on one line): the
-        docstring without its examples, which are code.
+        Documents with ``id`` (the dotted name), ``title`` (the bare name) and ``text``, see :func:`prose`.
     """
     documents, seen = [], set()
     for package in packages:
@@ -31,7 +28,11 @@ def documentation(packages: tuple[str, ...] = PACKAGES) -> list[dict]:
             if "tests" in file.parts:
                 continue
             module = ".".join([package, *file.relative_to(folder).with_suffix("").parts])
-            for name, docstring in docstrings(file):
+            try:
+                tree = ast.parse(file.read_text(encoding="utf-8"))
+            except (SyntaxError, UnicodeDecodeError):  # templates and files for other versions of Python
+                continue
+            for name, docstring in docstrings(tree):
                 text = prose(docstring)
                 if MIN_CHARACTERS <= len(text) <= MOST_CHARACTERS and text not in seen:  # aliases repeat docstrings
                     seen.add(text)
@@ -39,24 +40,16 @@ def documentation(packages: tuple[str, ...] = PACKAGES) -> list[dict]:
     return documents
 
 
-def docstrings(file: Path) -> Iterator[tuple[str, str]]:
+def docstrings(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Dotted names and docstrings of the functions, classes and methods of a source file."""
-    try:
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError):  # templates and files for other versions of Python
-        return
-    yield from _docstrings_below(tree, "")
-
-
-def _docstrings_below(node: ast.AST, prefix: str) -> Iterator[tuple[str, str]]:
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.FunctionDef | ast.ClassDef):
             name = prefix + child.name
             if docstring := ast.get_docstring(child):
                 yield name, docstring
-            yield from _docstrings_below(child, f"{name}.")
+            yield from docstrings(child, f"{name}.")
         else:
-            yield from _docstrings_below(child, prefix)
+            yield from docstrings(child, prefix)
 
 
 def prose(docstring: str) -> str:
@@ -74,7 +67,6 @@ def tokenized_documentation(folder: Path, tokenizer: PreTrainedTokenizerBase) ->
     if not file.exists():
         write_json_lines(file, documentation())
     shard = folder / "documentation-00000"
-    job = Job.of(file, shard, type(tokenizer).__name__, vocabulary_fingerprint(tokenizer))
-    facts = read_facts(shard)
-    if facts is None or not job.facts().items() <= facts.items():
-        write_shard(shard, *tokenize_lines(job, tokenizer), job.facts())
+    job = Job.of(file, shard, tokenizer=type(tokenizer).__name__, vocabulary=vocabulary_fingerprint(tokenizer))
+    if not job.facts.items() <= read_facts(shard.with_name(f"{shard.name}.tokens.npy")).items():
+        write_shard(shard, *tokenize_lines(job, tokenizer), job.facts)

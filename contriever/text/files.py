@@ -1,9 +1,26 @@
 """Text files, tables of JSON lines and lists of records: any part of them, with errors that name file and line."""
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import IO
+
+
+@contextlib.contextmanager
+def replacing(path: Path, mode: str = "w") -> Iterator[IO]:
+    """A file that takes the place of ``path``, durably and in one step, when it has been written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_lines(
@@ -15,9 +32,6 @@ def read_lines(
         start: First byte; that of a line.
         end: Lines that begin at this byte or later are left out; None: none are.
         on_bad_bytes: ``error``, or ``replace`` what is not UTF-8 by U+FFFD.
-
-    Raises:
-        ValueError: If a line is not UTF-8; the message has its number.
     """
     with open(path, "rb") as file:
         file.seek(start)
@@ -49,61 +63,70 @@ def read_documents(path: str, start: int = 0, end: int | None = None, on_bad_byt
     A blank line is an empty document. The arguments are those of :func:`read_lines`.
     """
     for position, line in read_lines(path, start, end, on_bad_bytes):
-        if not path.endswith(".jsonl"):
-            yield line
-        elif not line.strip():
-            yield ""
-        else:
-            try:
-                record = parse_object(line, path, 0)
-                title = text_field(record, "title", f"{path}, line 0", "")
-                text = text_field(record, "text", f"{path}, line 0")
-            except ValueError as error:  # counting lines costs a pass over the file: only when it is needed
-                raise ValueError(str(error).replace("line 0", f"line {line_number(path, position)}", 1)) from None
-            yield f"{title} {text}" if title else text
+        if not path.endswith(".jsonl") or not line.strip():
+            yield line if line.strip() else ""
+            continue
+        try:
+            record = parse_object(line, "")
+            text = titled(text_field(record, "title", "", ""), text_field(record, "text", ""))
+        except ValueError as error:  # counting lines costs a pass over the file: only when it is needed
+            raise ValueError(f"{path}, line {line_number(path, position)}{error}") from None
+        yield text
+
+
+def titled(title: str, text: str) -> str:
+    """What is encoded of a passage: its title, if it has one, and its text."""
+    return f"{title} {text}" if title else text
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------
 
 
-def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict]]:
-    """(line number, object) for every line of a JSON lines file that is not blank.
+def read_json(path: Path, default: dict | None = None):
+    """The content of a JSON file; ``default``, if there is one, where there is no such file."""
+    if default is not None and not path.is_file():
+        return default
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
 
-    Raises:
-        ValueError: If a line is not UTF-8 or not a JSON object; the message names it.
-    """
+
+def write_json(path: Path, value) -> None:
+    with replacing(path) as file:
+        json.dump(value, file, indent=1)
+
+
+def first_difference(one: dict, other: dict):
+    """The first key whose values differ; None if there is none."""
+    return next((key for key in {**one, **other} if one.get(key) != other.get(key)), None)
+
+
+def read_json_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """(file and line, object) for every line of a JSON lines file that is not blank."""
     for number, (_, line) in enumerate(read_lines(path), start=1):
         if line.strip():
-            yield number, parse_object(line, path, number)
+            where = f"{path}, line {number}"
+            yield where, parse_object(line, where)
 
 
 def write_json_lines(path: Path, records: Iterable[dict]) -> None:
     """One object per line; a file that exists is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
+    with replacing(path) as file:
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    os.replace(temporary, path)
 
 
 def read_records(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """(place, object) for every line of a .jsonl file, or every entry of the list in a .json file.
-
-    Raises:
-        ValueError: If the file is no such list; the message names the line or the number of the entry.
-    """
+    """(place, object) for every line of a .jsonl file, or every entry of the list in a .json file."""
     path = Path(path)
     if path.suffix not in (".json", ".jsonl"):
         raise ValueError(f"{path}: expected a .json or .jsonl file")
     if not path.is_file():
         raise ValueError(f"{path} is no file")
     if path.suffix == ".jsonl":
-        yield from ((f"{path}, line {number}", record) for number, record in read_json_lines(path))
+        yield from read_json_lines(path)
         return
-    try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not JSON in UTF-8 ({error})") from None
+    records = read_json(path)
     if not isinstance(records, list):
         raise ValueError(f"{path}: expected a list of records, got {type(records).__name__}")
     for number, record in enumerate(records, start=1):
@@ -112,9 +135,8 @@ def read_records(path: str | Path) -> Iterator[tuple[str, dict]]:
         yield f"{path}, entry {number}", record
 
 
-def parse_object(line: str, path: str | Path, number: int) -> dict:
-    """The JSON object in a line, whose number is for messages."""
-    where = f"{path}, line {number}"
+def parse_object(line: str, where: str) -> dict:
+    """The JSON object in a line; ``where`` says in messages in which file and line."""
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
@@ -132,11 +154,7 @@ def parse_object(line: str, path: str | Path, number: int) -> dict:
 
 
 def text_field(record: dict, key: str, where: str, default: str | None = None) -> str:
-    """A string of a record; numbers are accepted as ids, None like a missing key.
-
-    Raises:
-        ValueError: If it is missing and has no default, or is something else; ``where`` says in which file and line.
-    """
+    """A string of a record; numbers are accepted as ids, None like a missing key."""
     value = record.get(key)
     if value is None and default is not None:
         return default

@@ -13,9 +13,8 @@ the reference's files (``*.pkl``: one tensor of ids per file, without borders) a
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from shared.networks.weights import safe_load
 
-from .files import read_documents
+from .files import read_documents, read_json, replacing, write_json
 from .normalize import clean
 
 DOCUMENTS_AT_ONCE = 1000
@@ -48,53 +47,34 @@ def write_shard(path: Path, tokens: np.ndarray, borders: np.ndarray, facts: dict
         facts: For the json file: what made it.
     """
     for kind, array in (("tokens", tokens), ("borders", borders)):
-        temporary = path.with_name(f".{path.name}.{kind}.npy")
-        with open(temporary, "wb") as file:
+        with replacing(path.with_name(f"{path.name}.{kind}.npy"), "wb") as file:
             np.save(file, array)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path.with_name(f"{path.name}.{kind}.npy"))
-    temporary = path.with_name(f".{path.name}.json")
-    temporary.write_text(json.dumps({**facts, "tokens": len(tokens), "documents": len(borders) - 1}) + "\n")
-    os.replace(temporary, path.with_name(f"{path.name}.json"))
+    write_json(path.with_name(f"{path.name}.json"), {**facts, "tokens": len(tokens), "documents": len(borders) - 1})
 
 
 @dataclass(frozen=True)
 class Job:
-    """One shard to be made: the lines of a file between two bytes, and how to read them."""
+    """One shard to be made: the lines of a file that begin between two bytes, and how to read them.
 
-    source: str
-    start: int
-    end: int
-    shard: str
-    tokenizer: str
-    normalize_text: bool
-    on_bad_bytes: str
-    source_bytes: int
-    source_mtime_ns: int
-    vocabulary: str
+    Attributes:
+        facts: What the shard's json file keeps; where the file lies does not matter.
+    """
+
+    source: Path
+    shard: Path
+    facts: dict
 
     @classmethod
-    def of(
-        cls,
-        source: Path,
-        shard: Path,
-        tokenizer: str,
-        vocabulary: str,
-        start: int = 0,
-        end: int | None = None,
-        normalize_text: bool = False,
-        on_bad_bytes: str = "error",
-    ) -> "Job":
-        """The lines that begin at byte ``start`` or later and before ``end`` (by default, of the whole file)."""
-        status = source.stat()
-        end = status.st_size if end is None else end
-        place = (str(source), start, end, str(shard), tokenizer)
-        return cls(*place, normalize_text, on_bad_bytes, status.st_size, status.st_mtime_ns, vocabulary)
+    def of(cls, source: Path, shard: Path, start: int = 0, end: int | None = None, **facts: str | bool) -> "Job":
+        """The lines from byte ``start`` to before ``end`` (by default, of the whole file).
 
-    def facts(self) -> dict:
-        """What the shard's json file keeps: where the file lies does not matter."""
-        return {**asdict(self), "source": Path(self.source).name, "shard": Path(self.shard).name}
+        Args:
+            facts: Names of the ``tokenizer`` and hash of its ``vocabulary``; ``normalize_text``, ``on_bad_bytes``.
+        """
+        status = source.stat()
+        place = {"source": source.name, "start": start, "end": status.st_size if end is None else end}
+        state = {"shard": shard.name, "source_bytes": status.st_size, "source_mtime_ns": status.st_mtime_ns}
+        return cls(source, shard, place | state | {"normalize_text": False, "on_bad_bytes": "error"} | facts)
 
 
 def vocabulary_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -107,27 +87,23 @@ def tokenize_lines(job: Job, tokenizer: PreTrainedTokenizerBase) -> tuple[np.nda
     """Token ids of all documents (N,), without special tokens and uncut, and their borders (documents + 1,)."""
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.int32
     options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
-    texts = read_documents(job.source, job.start, job.end, job.on_bad_bytes)
+    facts = job.facts
+    texts = read_documents(str(job.source), facts["start"], facts["end"], facts["on_bad_bytes"])
     parts, lengths = [np.zeros(0, dtype)], [0]
     while documents := list(itertools.islice(texts, DOCUMENTS_AT_ONCE)):
-        ids = tokenizer(clean(documents, False, job.normalize_text), verbose=False, **options)["input_ids"]
+        ids = tokenizer(clean(documents, False, facts["normalize_text"]), verbose=False, **options)["input_ids"]
         parts.append(np.fromiter(itertools.chain.from_iterable(ids), dtype))
         lengths.extend(map(len, ids))
     return np.concatenate(parts), np.cumsum(lengths, dtype=np.int64)
 
 
-def read_facts(path: Path) -> dict | None:
-    """The json file of a shard; None if the shard is not complete."""
-    file = path.with_name(f"{path.name}.json")
-    return json.loads(file.read_text()) if file.exists() else None
+def read_facts(tokens: Path) -> dict:
+    """What the json file beside a file of tokens says; nothing if the shard is not complete, or the reference's."""
+    return read_json(tokens.with_name(tokens.name.removesuffix(".tokens.npy") + ".json"), {})
 
 
 def token_files(folder: str | Path) -> list[Path]:
-    """The files with tokens of a data set, in order.
-
-    Raises:
-        ValueError: If there are none, or those of both layouts.
-    """
+    """The files with tokens of a data set, in order."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"--train_data {folder} is no folder; preprocess.py makes one from a text file")
@@ -142,29 +118,25 @@ def token_files(folder: str | Path) -> list[Path]:
 
 
 def open_shard(file: Path) -> Shard:
-    """Map a shard of ours into memory, or read one file of the reference.
-
-    Raises:
-        ValueError: If it is incomplete or its parts do not fit together.
-    """
+    """Map a shard of ours into memory, or read one file of the reference."""
     if file.suffix != ".npy":
         tokens = safe_load(file)
         if not isinstance(tokens, torch.Tensor) or tokens.dim() != 1 or tokens.is_floating_point():
             raise ValueError(f"{file} holds no one-dimensional tensor of token ids")
         return Shard(file, tokens.numpy(), None)
-    path = file.with_name(file.name.removesuffix(".tokens.npy"))
-    facts = read_facts(path)
-    if facts is None:
+    facts = read_facts(file)
+    if not facts:
         raise ValueError(f"{file} belongs to an unfinished shard; run preprocess.py again, it goes on where it stopped")
     try:
         tokens = np.load(file, mmap_mode="r", allow_pickle=False)
-        borders = np.load(path.with_name(f"{path.name}.borders.npy"), mmap_mode="r", allow_pickle=False)
+        of_borders = file.with_name(file.name.removesuffix("tokens.npy") + "borders.npy")
+        borders = np.load(of_borders, mmap_mode="r", allow_pickle=False)
     except ValueError as error:
         raise ValueError(f"{file} is damaged: {error}") from error
     if len(tokens) != facts["tokens"] or len(borders) != facts["documents"] + 1 or borders[-1] != len(tokens):
         raise ValueError(
             f"{file} is damaged: {len(tokens)} tokens and {len(borders) - 1} documents that end at token "
-            f"{borders[-1]}, but {path.name}.json says {facts['tokens']} and {facts['documents']}"
+            f"{borders[-1]}, but its json file says {facts['tokens']} and {facts['documents']}"
         )
     return Shard(file, tokens, borders)
 
@@ -184,8 +156,8 @@ def files_of_rank(files: list[Path], loading_mode: str, rank: int, world_size: i
 def check_tokenizer(files: list[Path], fingerprint: str) -> None:
     """Raise ``ValueError`` if a shard was made with another vocabulary; the reference's files do not say."""
     for file in files:
-        facts = read_facts(file.with_name(file.name.removesuffix(".tokens.npy"))) if file.suffix == ".npy" else None
-        if facts is not None and facts["vocabulary"] != fingerprint:
+        facts = read_facts(file) if file.suffix == ".npy" else {}
+        if facts and facts["vocabulary"] != fingerprint:
             raise ValueError(
                 f"{file} was tokenised with {facts['tokenizer']}, whose vocabulary is not that of --retriever_model_id"
             )
@@ -200,9 +172,6 @@ class ChunkedText:
         within_documents: False: all documents make one sequence that is cut every ``chunk_length`` tokens, as in the
             reference, so that a chunk may hold the end of one document and the beginning of the next. True: a document
             longer than a chunk is cut into equal parts, and no chunk holds more than one document.
-
-    Raises:
-        ValueError: If there is too little text, or no borders where they are needed.
     """
 
     def __init__(self, shards: list[Shard], chunk_length: int, within_documents: bool = False):
@@ -264,11 +233,7 @@ class ChunkedText:
 
 
 def document_borders(shards: list[Shard]) -> np.ndarray:
-    """Where each document of all shards begins, and their end: (documents + 1,) int64.
-
-    Raises:
-        ValueError: If a shard has no borders.
-    """
+    """Where each document of all shards begins, and their end: (documents + 1,) int64."""
     start, parts = 0, [np.zeros(1, dtype=np.int64)]
     for shard in shards:
         if shard.borders is None:

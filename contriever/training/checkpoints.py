@@ -25,11 +25,7 @@ OF_THE_ATTEMPT = ("output_dir", "num_workers", "device", "dist_url", "dist_timeo
 
 
 def start_retriever(args: argparse.Namespace, device: torch.device) -> Retriever:
-    """The encoder that ``--model_path`` or else ``--retriever_model_id`` names, ready to be trained.
-
-    Raises:
-        ValueError: If ``--projection_size`` is not its width.
-    """
+    """The encoder that ``--model_path`` or else ``--retriever_model_id`` names, ready to be trained."""
     options = {"pooling": args.pooling, "allow_download": args.allow_download, "device": device}
     if args.model_path == "none":
         retriever = load_retriever(args.retriever_model_id, random_init=args.random_init, **options)
@@ -58,7 +54,6 @@ class TrainingData:
     """The batches of this process, and what a run needs to know of all of them.
 
     Attributes:
-        sampler: Chooses the batches that ``loader`` makes.
         batch_size: Queries per step, on all processes.
         checksum: Stands for the training text, to notice that a run goes on with another one.
     """
@@ -71,16 +66,11 @@ class TrainingData:
 
 
 def to_official(state: dict, steps_per_epoch: int, architecture: dict) -> dict:
-    """The entries of the official checkpoints, and what makes the file readable without any other one.
-
-    Args:
-        state: Of :meth:`shared.run.run.Run.state`.
-        architecture: From :func:`contriever.encoder.pack_architecture`.
-    """
+    """The entries of the official checkpoints, and what makes the file readable without any other one."""
     flags = state["args"]
     step = min(state["epoch"] * steps_per_epoch + state["step_in_epoch"], flags["total_steps"])
-    state = {
-        **state,
+    return {
+        **{name: value for name, value in state.items() if name != "images"},
         "step": step,
         "scheduler": {"last_epoch": step, "_step_count": step + 1, "base_lrs": [flags["lr"]]},
         "opt": {flag: value for flag, value in flags.items() if flag not in OF_THE_ATTEMPT},
@@ -88,22 +78,12 @@ def to_official(state: dict, steps_per_epoch: int, architecture: dict) -> dict:
         "text": state["images"],
         "total_steps": flags["total_steps"],
     }
-    del state["images"]
-    return state
 
 
 def from_official(checkpoint: dict, args: argparse.Namespace, data: TrainingData) -> dict:
-    """A checkpoint as :meth:`shared.run.run.Run.resume` reads it; the length of this training is counted in steps.
-
-    Raises:
-        ValueError: If the batch, the processes, the text or the length differ and ``--on_changed_run`` is ``refuse``.
-    """
-    facts = {
-        "batch_size": data.batch_size,
-        "world_size": distributed.get_world_size(),
-        "text": data.checksum,
-        "total_steps": args.total_steps,
-    }
+    """A checkpoint as :meth:`shared.run.run.Run.resume` reads it; the length of this training is counted in steps."""
+    facts = {"batch_size": data.batch_size, "world_size": distributed.get_world_size()}
+    facts |= {"text": data.checksum, "total_steps": args.total_steps}
     # files of the reference state none of these, and no place in an epoch
     changes = [
         f"{key} was {checkpoint[key]!r}, is {value!r}"
@@ -130,13 +110,12 @@ def resume(
 ) -> None:
     """Go on where the newest checkpoint was written, or where ``--continue_training`` says, or start."""
     args = run.args
+    facts = {"steps_per_epoch": data.steps_per_epoch, "architecture": pack_architecture(retriever)}
     run.resume(
         data,
         args.total_steps,
         network_flags,
-        to_official=partial(
-            to_official, steps_per_epoch=data.steps_per_epoch, architecture=pack_architecture(retriever)
-        ),
+        to_official=partial(to_official, **facts),
         from_official=partial(from_official, args=args, data=data),
         scheduled=("lr",),
         model=model,
@@ -144,9 +123,13 @@ def resume(
     )
     run.log.unit = "pairs"
     if run.is_new and args.continue_training:
-        step = continue_from(args.model_path, model, optimizer)
-        run.epoch, run.step_in_epoch = divmod(step, data.steps_per_epoch)
-        distributed.print_once(f"continuing {args.model_path} at step {step}")
+        file = official_checkpoint(args.model_path)
+        checkpoint = safe_load(file)
+        if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("step"), int):
+            raise ValueError(f"--continue_training: {file} is no checkpoint of a training, it has no step")
+        restore(checkpoint, model=model, optimizer=optimizer)
+        run.epoch, run.step_in_epoch = divmod(checkpoint["step"], data.steps_per_epoch)
+        distributed.print_once(f"continuing {args.model_path} at step {checkpoint['step']}")
 
 
 def official_checkpoint(path: str | Path) -> Path:
@@ -162,20 +145,6 @@ def official_checkpoint(path: str | Path) -> Path:
     return path if path.is_file() else path / "checkpoint.pth"
 
 
-def continue_from(path: str | Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """``--continue_training``: fill network and optimiser from a checkpoint, ours or an official one; its step.
-
-    Raises:
-        ValueError: If it is not the checkpoint of such a training.
-    """
-    file = official_checkpoint(path)
-    checkpoint = safe_load(file)
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("step"), int):
-        raise ValueError(f"--continue_training: {file} is no checkpoint of a training, it has no step")
-    restore(checkpoint, model=module, optimizer=optimizer)
-    return checkpoint["step"]
-
-
 def link_latest(run: Run) -> None:
     """Make ``checkpoint/latest``, the official name of the newest checkpoint's folder, once there is a checkpoint."""
     latest = run.output_dir / "checkpoint" / "latest"
@@ -186,6 +155,12 @@ def link_latest(run: Run) -> None:
         latest.mkdir(parents=True, exist_ok=True)
         link.unlink(missing_ok=True)  # in a copy of a run it is the file itself, as it was then
         link.symlink_to(Path("..", "..", run.path.name))
+
+
+def finish(run: Run, retriever: Retriever) -> None:
+    """Leave the trained encoder, and the official name of the last checkpoint."""
+    link_latest(run)
+    retriever.save(run.output_dir / "encoder")
 
 
 def keep_numbered(run: Run) -> None:

@@ -11,9 +11,10 @@ from torch import nn
 from shared.run.run import Run
 
 from ..augmentations import Draws, SpecialTokens, add_bos_eos
-from ..beir.data import BeirDataset
+from ..beir import BeirDataset
 from ..encoder import Retriever, encode_tokens
-from ..eval_beir import Answers, dense_search, document_texts, evaluate_folder
+from ..eval_beir import TOP_K, dense_search, document_texts, evaluate_folder
+from ..index.answers import Answers
 from ..text.normalize import clean
 from ..text.tokens import ChunkedText
 from .questions import FineTuningPairs
@@ -32,9 +33,6 @@ class Evaluation:
 
     Attributes:
         disabled_reason: Why nothing is measured, where something was asked for; None otherwise.
-
-    Raises:
-        ValueError: If a collection is missing.
     """
 
     def __init__(
@@ -77,15 +75,9 @@ class Evaluation:
 
     def _search(self, dataset: BeirDataset) -> Answers:
         how = self.args.lower_case, self.args.eval_normalize_text
-        return dense_search(
-            self.retriever,
-            clean(document_texts(dataset), *how),
-            clean(dataset.queries.values(), *how),
-            batch_size=self.args.per_gpu_eval_batch_size,
-            normalize_queries=self.norms[0],
-            normalize_documents=self.norms[1],
-            amp="auto",
-        )
+        texts, queries = clean(document_texts(dataset), *how), clean(dataset.queries.values(), *how)
+        batch_size = self.args.per_gpu_eval_batch_size
+        return dense_search(self.retriever, texts, queries, TOP_K + 1, batch_size, None, *self.norms, amp="auto")
 
 
 class SentenceRecall:
@@ -97,13 +89,9 @@ class SentenceRecall:
 
     Args:
         documents: Token ids of one document after the other; those with fewer than three sentences are left out.
-        tokenizer: Of the encoder.
         most_documents: Take the first ones only.
         max_length: Tokens of a document that are read.
         seed: Of the choice of the sentences.
-
-    Attributes:
-        disabled_reason: Why there is nothing to measure; None if there is.
     """
 
     def __init__(self, documents: Iterable[np.ndarray], tokenizer, most_documents: int, max_length: int, seed: int = 0):
@@ -133,12 +121,7 @@ class SentenceRecall:
 
 
 def sentences(document: np.ndarray, ends: list[int]) -> list[tuple[int, int]]:
-    """First and last + 1 token of the sentences of ``FEWEST`` to ``MOST`` tokens.
-
-    Args:
-        document: Token ids.
-        ends: Ids of the tokens that end a sentence.
-    """
+    """First and last + 1 token of the sentences of ``FEWEST`` to ``MOST`` tokens; ``ends``: tokens that end one."""
     borders = [0, *(np.flatnonzero(np.isin(document, ends)) + 1).tolist()]
     return [(a, b) for a, b in itertools.pairwise(borders) if FEWEST <= b - a <= MOST]
 
@@ -146,25 +129,15 @@ def sentences(document: np.ndarray, ends: list[int]) -> list[tuple[int, int]]:
 def accuracy_and_mrr(
     encoder: nn.Module, examples: FineTuningPairs, norm_query: bool, norm_doc: bool, batch_size: int
 ) -> dict[str, float]:
-    """How well each question finds its positive among the passages of all questions, without temperature.
+    """How often each question finds its positive first (in percent), and the mean of 1 / its rank.
 
     Candidates are the first positive and the first negative of every question.
-
-    Returns:
-        ``eval_acc``: how often it is first, in percent; ``mrr``: mean of 1 / its rank.
     """
-    retriever = examples.retriever
-    items = [examples.evaluation_item(i) for i in range(len(examples))]
-    passages = [item["gold"] for item in items] + [text for item in items for text in item["negatives"]]
+    tokens = examples.tokenize([examples.evaluation_item(i) for i in range(len(examples))])
+    pad_id = examples.retriever.tokenizer.pad_token_id
     questions, passages = (
-        encode_tokens(
-            encoder,
-            retriever.tokenize(texts, examples.max_length),
-            retriever.tokenizer.pad_token_id,
-            batch_size,
-            normalize,
-        )
-        for texts, normalize in (([item["query"] for item in items], norm_query), (passages, norm_doc))
+        encode_tokens(encoder, sequences, pad_id, batch_size, normalize)
+        for sequences, normalize in zip(tokens, (norm_query, norm_doc), strict=True)
     )
     scores = questions @ passages.T
     own = scores.diagonal()[:, None]

@@ -3,8 +3,6 @@
 import argparse
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -51,39 +49,19 @@ def cosine(step: int, warmup: int, total: int, min_ratio: float) -> float:
 SCHEDULES = {"linear": linear, "cosine": cosine}
 
 
-@dataclass(frozen=True)
 class Objective:
-    """Numbers of the loss, and the learning rate of each step.
+    """Numbers of the loss, under the names of their flags, and the learning rate of each step."""
 
-    Attributes:
-        temperature: Divisor of the scores.
-        label_smoothing: In the cross entropy.
-        norm_query, norm_doc: Divide vectors by their norms.
-        momentum: Of the key encoder (MoCo).
-        peak_lr: Learning rate after the warm-up.
-        schedule: Part of it after so many updates.
-    """
-
-    temperature: float
-    label_smoothing: float
-    norm_query: bool
-    norm_doc: bool
-    momentum: float
-    peak_lr: float
-    schedule: partial
-
-    @classmethod
-    def from_args(cls, args: argparse.Namespace) -> "Objective":
-        schedule = partial(
-            SCHEDULES[args.scheduler], warmup=args.warmup_steps, total=args.total_steps, min_ratio=args.lr_min_ratio
-        )
-        flags = (args.temperature, args.label_smoothing, args.norm_query, args.norm_doc)
-        return cls(*flags, getattr(args, "momentum", 0.0), args.lr, schedule)
+    def __init__(self, args: argparse.Namespace):
+        self.temperature, self.label_smoothing = args.temperature, args.label_smoothing
+        self.norm_query, self.norm_doc = args.norm_query, args.norm_doc
+        self.peak_lr, self.schedule = args.lr, SCHEDULES[args.scheduler]
+        self.shape = args.warmup_steps, args.total_steps, args.lr_min_ratio
 
     def set_learning_rate(self, optimizer: torch.optim.Optimizer, step: int) -> float:
         """Set, and return, the learning rate of a step."""
         (group,) = optimizer.param_groups
-        group["lr"] = self.peak_lr * self.schedule(step)
+        group["lr"] = self.peak_lr * self.schedule(step, *self.shape)
         return group["lr"]
 
 

@@ -1,7 +1,7 @@
 """Pairs of views for pre-training, drawn from one or several data sets of tokenised text (sections 4.1 and 5.1)."""
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +20,7 @@ OFFSET, ITEM = 0, 1  # kinds of draws, each with seeds of its own
 def open_datasets(
     folders: list[str], loading_mode: str, chunk_length: int, within_documents: bool
 ) -> dict[str, ChunkedText]:
-    """The data sets of this process by folder.
-
-    Raises:
-        ValueError: If one is missing, damaged or too small, or has fewer files than there are processes to split
-            them over.
-    """
+    """The data sets of this process by folder."""
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     datasets = {}
     for folder in folders:
@@ -106,20 +101,20 @@ class PretrainingPairs(Dataset):
         chunk = dataset.chunk(draws.py.randint(0, dataset.num_chunks(offset) - 1), offset)
         return (which, *two_views(chunk, self.recipe, draws, self.special))
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> dict[str, Tensor | list[int]]:
+    def __getitems__(self, keys: list[tuple[int, int]]) -> dict[str, Tensor]:
         """The batch of pairs with these (epoch, number): ``q_tokens``, ``q_mask``, ``k_tokens``, ``k_mask`` (B, N)."""
         epoch = keys[0][0]
         offsets = [self.offset(i, epoch) for i in range(len(self.datasets))]
         pairs = [self.draw_pair(offsets, Draws.seeded(self.seed, ITEM, *key)) for key in keys]
-        return collate(pairs, self.pad_id)
+        _, queries, keys = zip(*pairs, strict=True)
+        return collate(queries, keys, self.pad_id)
 
 
-def collate(pairs: list[tuple[int, np.ndarray, np.ndarray]], pad_id: int) -> dict[str, Tensor | list[int]]:
-    """Pad queries and keys, each to their longest."""
-    which, queries, keys = zip(*pairs, strict=True)
+def collate(queries: Sequence[Sequence[int]], keys: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]:
+    """Token ids and masks of queries (``q_*``) and keys (``k_*``), each padded to their longest."""
     q_tokens, q_mask = pad(queries, pad_id)
     k_tokens, k_mask = pad(keys, pad_id)
-    return {"q_tokens": q_tokens, "q_mask": q_mask, "k_tokens": k_tokens, "k_mask": k_mask, "datasets": list(which)}
+    return {"q_tokens": q_tokens, "q_mask": q_mask, "k_tokens": k_tokens, "k_mask": k_mask}
 
 
 class StepSampler:
@@ -151,11 +146,7 @@ class StepSampler:
 
 
 def steps_per_epoch(pairs: PretrainingPairs, batch_size: int, loading_mode: str) -> int:
-    """Batches of one epoch, the same on every process.
-
-    Raises:
-        ValueError: If the text does not fill one batch.
-    """
+    """Batches of one epoch, the same on every process."""
     per_step = batch_size * (1 if loading_mode == "split" else distributed.get_world_size())
     steps = -distributed.max_over_processes(-(len(pairs) // per_step))
     if steps < 1:

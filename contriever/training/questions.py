@@ -7,9 +7,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..augmentations import Draws
-from ..encoder import Retriever, pad
-from ..text.files import check_list, read_records, text_field
-from ..text.normalize import normalize
+from ..encoder import Retriever
+from ..text.files import check_list, read_records, text_field, titled
+from ..text.normalize import clean
+from .pairs import collate
 
 ITEM = 2  # kind of draws, with seeds of its own
 
@@ -24,9 +25,6 @@ def read_examples(
             and, optionally, ``negative_ctxs`` and ``hard_negative_ctxs``: lists of passages with ``text`` and,
             optionally, ``title``.
         maxload: Records that are read at most, those of other processes among them.
-
-    Raises:
-        ValueError: If a record is malformed; the message names file and line.
     """
     examples = []
     records = (found for path in paths for found in read_records(path))
@@ -53,23 +51,15 @@ def check_example(record: dict, where: str) -> None:
         raise ValueError(f'{where}: no passage under "positive_ctxs"')
 
 
-def passage_text(passage: dict, normalize_text: bool) -> str:
-    """Title, if there is one, and text."""
-    text = f"{passage['title']} {passage['text']}" if passage.get("title") else passage["text"]
-    return normalize(text) if normalize_text else text
-
-
 class FineTuningPairs(Dataset):
     """Batches of questions, a positive each, and negatives.
 
     Args:
         examples: From :func:`read_examples`.
-        retriever: Its tokenizer makes the batches.
         max_length: Tokens of a question or passage.
         negatives: Per question.
         hard_ratio: Chance of each negative to be a hard one.
         hard_min_idx: The first hard ones that are never taken, as they may be unmarked positives.
-        normalize_text: One form for dashes, quotation marks, ...
         stream: Distinguishes processes.
     """
 
@@ -98,7 +88,7 @@ class FineTuningPairs(Dataset):
         There are fewer negatives if the record has fewer.
         """
         py = draws.py
-        gold = py.choice(example["positive_ctxs"])
+        positive = py.choice(example["positive_ctxs"])
         random_ones, hard_ones = example.get("negative_ctxs", []), []
         hard = 0
         if "hard_negative_ctxs" in example:
@@ -107,15 +97,12 @@ class FineTuningPairs(Dataset):
             hard = min(hard, len(hard_ones))
         plain = min(self.negatives - hard, len(random_ones))
         chosen = py.sample(random_ones, plain) + py.sample(hard_ones, hard)
-        return self._texts(example, gold, chosen)
+        return self._texts(example, positive, chosen)
 
-    def _texts(self, example: dict, gold: dict, negatives: list[dict]) -> dict:
-        question = example["question"]
-        return {
-            "query": normalize(question) if self.normalize_text else question,
-            "gold": passage_text(gold, self.normalize_text),
-            "negatives": [passage_text(passage, self.normalize_text) for passage in negatives],
-        }
+    def _texts(self, example: dict, positive: dict, negatives: list[dict]) -> dict:
+        passages = [titled(passage.get("title"), passage["text"]) for passage in (positive, *negatives)]
+        query, gold, *others = clean([example["question"], *passages], False, self.normalize_text)
+        return {"query": query, "gold": gold, "negatives": others}
 
     def evaluation_item(self, index: int) -> dict:
         """The first positive and the first negative, if there is one."""
@@ -128,13 +115,10 @@ class FineTuningPairs(Dataset):
         for epoch, number in keys:
             draws = Draws.seeded(self.seed, ITEM, self.stream, epoch, number)
             items.append(self.draw(self.examples[number % len(self.examples)], draws))
-        return collate(items, self.retriever, self.max_length)
+        return collate(*self.tokenize(items), self.retriever.tokenizer.pad_token_id)
 
-
-def collate(items: Sequence[dict], retriever: Retriever, max_length: int) -> dict[str, Tensor]:
-    """Token ids and masks: of the questions (``q_*``), and of all positives followed by all negatives (``k_*``)."""
-    passages = [item["gold"] for item in items] + [text for item in items for text in item["negatives"]]
-    pad_id = retriever.tokenizer.pad_token_id
-    q_tokens, q_mask = pad(retriever.tokenize([item["query"] for item in items], max_length), pad_id)
-    k_tokens, k_mask = pad(retriever.tokenize(passages, max_length), pad_id)
-    return {"q_tokens": q_tokens, "q_mask": q_mask, "k_tokens": k_tokens, "k_mask": k_mask}
+    def tokenize(self, items: Sequence[dict]) -> tuple[list[list[int]], list[list[int]]]:
+        """Token ids of the questions, and of all positives followed by all negatives."""
+        passages = [item["gold"] for item in items] + [text for item in items for text in item["negatives"]]
+        questions = [item["query"] for item in items]
+        return self.retriever.tokenize(questions, self.max_length), self.retriever.tokenize(passages, self.max_length)

@@ -9,12 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared import distributed
-from shared.images.decode import ImageError
 from shared.images.loading import BadImages, EvalDataset, EvalTransform
 from shared.images.sources import ImageSource
-from shared.multicrop import MultiCropDataset
-from shared.pictures.sheets import save_neighbours
+from shared.pictures.sheets import AGREE, DIFFER, Tile, save_sheet, thumbnail
 
 from .features import extract_features
 from .knn import nearest_neighbours
@@ -23,7 +20,6 @@ from .knn_monitor import KNNMonitor
 QUERIES = 10
 NEIGHBOURS = 8
 MOST_IMAGES = 2000  # of one set that is searched for its own neighbours
-THUMBNAIL_PX = 96
 
 
 @dataclass
@@ -34,6 +30,10 @@ class Gallery:
     rows: Sequence[int]
     features: Tensor
 
+    def class_name(self, i: int) -> str:
+        """Empty where there are no classes."""
+        return "" if self.source.classes is None else self.source.classes[self.source.label(self.rows[i])]
+
 
 def sample_gallery(backbone: nn.Module, source: ImageSource, transform: EvalTransform, device: torch.device) -> Gallery:
     """At most ``MOST_IMAGES`` images, evenly spaced over the source; every rank must call this."""
@@ -43,8 +43,22 @@ def sample_gallery(backbone: nn.Module, source: ImageSource, transform: EvalTran
     return Gallery(source, rows, features)
 
 
+def galleries(backbone: nn.Module, source: ImageSource, knn: KNNMonitor) -> tuple[Gallery, Gallery]:
+    """Queries and what to search: the val and train images of ``knn``, or images of ``source`` where it is off.
+
+    Every rank must call this.
+    """
+    if knn.disabled_reason is not None:
+        gallery = sample_gallery(backbone, source, knn.transform, knn.device)
+        return gallery, gallery
+    train, _, val, _ = knn.latest_features or knn.features(backbone)
+    return Gallery(knn.val.source, range(len(val)), val), Gallery(knn.train.source, range(len(train)), train)
+
+
 def save_nearest(queries: Gallery, database: Gallery, path: str | Path) -> Path:
-    """Ten queries, evenly spaced, and their nearest neighbours by cosine similarity.
+    """Ten queries, evenly spaced, at the left, and their nearest neighbours by cosine similarity, one row each.
+
+    Frames tell whether a neighbour is of the query's class.
 
     Args:
         queries: The same object as ``database`` to search a set for its own neighbours; an image is then not counted
@@ -58,55 +72,21 @@ def save_nearest(queries: Gallery, database: Gallery, path: str | Path) -> Path:
         F.normalize(database.features, dim=1),
         min(NEIGHBOURS + itself, len(database.rows)),
     )
-    similarities = similarities[:, itself:].tolist()
-    query_rows = [queries.rows[i] for i in chosen.tolist()]
-    neighbour_rows = [[database.rows[j] for j in row] for row in indices[:, itself:].tolist()]
     labelled = queries.source.classes is not None
-    return save_neighbours(
-        [_thumbnail(queries.source, i) for i in query_rows],
-        [[_thumbnail(database.source, j) for j in row] for row in neighbour_rows],
-        path,
-        [_class_name(queries.source, i) for i in query_rows] if labelled else None,
-        [[_class_name(database.source, j) for j in row] for row in neighbour_rows] if labelled else None,
-        similarities,
-    )
-
-
-def _thumbnail(source: ImageSource, row: int) -> Tensor:
-    """uint8, (3, THUMBNAIL_PX, THUMBNAIL_PX); grey where the image cannot be read."""
-    try:
-        return EvalTransform(THUMBNAIL_PX, THUMBNAIL_PX)(source.load(row).decode())
-    except ImageError:
-        return torch.full((3, THUMBNAIL_PX, THUMBNAIL_PX), 128, dtype=torch.uint8)
-
-
-def _class_name(source: ImageSource, row: int) -> str:
-    return source.classes[source.label(row)]
-
-
-def save_nearest_neighbours(
-    backbone: nn.Module,
-    views: MultiCropDataset,
-    knn: KNNMonitor,
-    image_size: int,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    path: Path,
-    device: torch.device,
-) -> Path | None:
-    """:func:`save_nearest` at the end of a training; every rank must call this, rank 0 returns the path.
-
-    Args:
-        views: The training set.
-        knn: If it has evaluated, queries are validation images, else training images.
-        image_size: Side in pixels at which the backbone is evaluated.
-        mean, std: For pixels in [0, 1].
-    """
-    if knn.disabled_reason is None:
-        train_features, _, val_features, _ = knn.latest_features or knn.features(backbone)
-        database = Gallery(knn.train.source, range(len(train_features)), train_features)
-        queries = Gallery(knn.val.source, range(len(val_features)), val_features)
-    else:
-        transform = EvalTransform(round(image_size * 256 / 224), image_size, mean, std, views.in_chans)
-        queries = database = sample_gallery(backbone, views.source, transform, device)
-    return save_nearest(queries, database, path) if distributed.is_main_process() else None
+    rows = []
+    for q, scores, found in zip(chosen.tolist(), similarities.tolist(), indices.tolist(), strict=True):
+        name = queries.class_name(q)
+        row = [Tile(thumbnail(queries.source, queries.rows[q]), "" if rows else "query", name)]
+        for place, (score, i) in enumerate(zip(scores[itself:], found[itself:], strict=True), start=1):
+            tile = Tile(thumbnail(database.source, database.rows[i]), "" if rows else f"neighbour {place}")
+            tile.caption = f"{database.class_name(i)}  {score:.2f}".strip()
+            if labelled:
+                tile.frame = AGREE if database.class_name(i) == name else DIFFER
+            row.append(tile)
+        rows.append(row)
+    heading = ["Nearest neighbours in feature space", "The decimal number is the cosine similarity."]
+    if labelled:
+        frames = [tile.frame for row in rows for tile in row[1:]]
+        agreeing = f"{frames.count(AGREE)} of {len(frames)} neighbours are of the query's class"
+        heading.insert(1, f"{agreeing}: green frame yes, red no.")
+    return save_sheet(rows, path, "\n".join(heading))

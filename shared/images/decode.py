@@ -21,6 +21,7 @@ EXTENSIONS += (".jfif", ".jpe", ".mpo", ".gif", ".avif")
 # What a file may be, whatever its name says. Pillow knows more: an EPS file is a program, which it has Ghostscript run.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 _ORIENTATION_TAG = 0x0112
+_SAMPLES_TAG, _EXTRA_SAMPLES_TAG = 277, 338  # of a TIFF file: channels, and what those beyond RGB are
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -240,6 +241,10 @@ def _known_formats() -> list[str]:
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.format == "TIFF" and image.mode.startswith("RGB"):
+        channels, extra = image.tag_v2.get(_SAMPLES_TAG, 3), image.tag_v2.get(_EXTRA_SAMPLES_TAG, ())
+        if channels > 3 and not set(extra) & {1, 2}:  # neither associated alpha nor unassociated
+            raise ImageError(f"{name}: {channels} channels, and none of them is said to be transparency")
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode == "F":

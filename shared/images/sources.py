@@ -17,6 +17,7 @@ import torch
 import torchvision
 
 from .decode import EXTENSIONS, DecodedImage, EncodedImage, read_image
+from .materials import MATERIALS, load_materials
 from .tables import names_an_image, read_cells
 
 SPLITS = ("train", "val", "all")
@@ -159,7 +160,8 @@ def open_source(
     ==========================  ======================================================================================
     ``data_path``               images
     ==========================  ======================================================================================
-    nothing                     the 1,797 handwritten digits of scikit-learn, 8x8; ``index % 5 == 4`` is val
+    nothing, or ``materials``   2,280 generated images, 32x32, 12 classes: :mod:`shared.images.materials`
+    ``digits``                  the 1,797 handwritten digits of scikit-learn, 8x8; ``index % 5 == 4`` is val
     folder with class folders   as torchvision's ImageFolder: first-level folders are classes, any depth below
     folder with images          all images at any depth, no classes
     parent of ``train/``        ``train/`` or ``val/`` (or another usual name), each one of the two above
@@ -185,7 +187,7 @@ def open_source(
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is none of {', '.join(SPLITS)}")
     if not data_path:
-        return _embedded_digits(split)
+        return _materials(split, download_root)
     path = Path(data_path).expanduser()
     where = f"{flag} {data_path}"
     if path.is_dir():
@@ -196,10 +198,13 @@ def open_source(
         remarks = ""
     elif path.exists():
         raise ValueError(f"{where}: neither a folder nor a list of images ({', '.join(LISTS)})")
-    elif str(data_path).lower() in TORCHVISION:
-        return _open_torchvision(str(data_path).lower(), split, download_root, where)
+    elif (name := str(data_path).lower()) in EMBEDDED:
+        return EMBEDDED[name](split, download_root)
+    elif name in TORCHVISION:
+        return _open_torchvision(name, split, download_root, where)
     else:
-        raise ValueError(f"{where}: no such file or folder, and no data set of that name ({', '.join(TORCHVISION)})")
+        known = ", ".join((*EMBEDDED, *TORCHVISION))
+        raise ValueError(f"{where}: no such file or folder, and no data set of that name ({known})")
 
     name, root = str(path), path.parent if path.is_file() else path
     if split == "val" and not holdout:
@@ -212,8 +217,12 @@ def open_source(
     return FileSource(name, root, names, labels, classes, remarks)
 
 
-def check_same_classes(train: ImageSource, val: ImageSource) -> None:
-    """Raise ``ValueError`` unless both sources have classes and these are the same in the same order."""
+def check_same_classes(train: ImageSource, val: ImageSource, hint: str = "") -> None:
+    """Raise ``ValueError`` unless both sources have classes and these are the same in the same order.
+
+    Args:
+        hint: End of the message about differing classes.
+    """
     for source in (train, val):
         if source.classes is None:
             raise ValueError(f"{source.name} has no classes to evaluate: expected one folder per class, or labels")
@@ -224,21 +233,36 @@ def check_same_classes(train: ImageSource, val: ImageSource) -> None:
             f"{val.name} has other classes than {train.name}: {len(val.classes)} against {len(train.classes)}"
             + (f", missing {', '.join(missing)}" if missing else "")
             + (f", additional {', '.join(extra)}" if extra else "")
+            + hint
         )
 
 
 # ---------------------------------------------------------------------------------------------------------- sources
 
 
-def _embedded_digits(split: str) -> ArraySource:
+def _materials(split: str, root: str | os.PathLike | None) -> ArraySource:
+    parts = [load_materials(part, root) for part in (("train", "val") if split == "all" else (split,))]
+    pixels, labels = (np.concatenate([getattr(part, name) for part in parts]) for name in ("pixels", "labels"))
+    return ArraySource(_embedded_name("materials", split), pixels, labels, MATERIALS)
+
+
+def _digits(split: str, root: str | os.PathLike | None) -> ArraySource:
     from sklearn.datasets import load_digits  # a second of SciPy, which few runs need
 
     digits = load_digits()
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # grey levels 0..16
     is_val = np.arange(len(pixels)) % 5 == 4
     keep = {"train": ~is_val, "val": is_val, "all": np.ones_like(is_val)}[split]
-    name = "embedded digits" if split == "all" else f"embedded digits ({split})"
-    return ArraySource(name, pixels[keep], digits.target[keep], [str(digit) for digit in range(10)])
+    return ArraySource(
+        _embedded_name("digits", split), pixels[keep], digits.target[keep], [str(digit) for digit in range(10)]
+    )
+
+
+def _embedded_name(name: str, split: str) -> str:
+    return f"embedded {name}" + ("" if split == "all" else f" ({split})")
+
+
+EMBEDDED = {"materials": _materials, "digits": _digits}
 
 
 def _choose_folder(folder: Path, split: str, holdout: bool, where: str) -> tuple[Path, str, bool]:
@@ -333,7 +357,7 @@ def _scan_folder(root: Path, where: str) -> tuple[list[str], np.ndarray | None, 
 
 def _read_list(path: Path, allow_absolute_paths: bool, where: str):
     """Names, labels and classes of a list or table of images."""
-    lines = read_cells(path, where)
+    lines = read_cells(path, where, "\t" if path.suffix == ".txt" else None)
     if len(lines) > 1 and not names_an_image(lines[0][1][0]) and names_an_image(lines[1][1][0]):
         lines = lines[1:]  # a heading
     if not lines:

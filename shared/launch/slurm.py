@@ -62,6 +62,23 @@ def add_slurm_flags(parser: argparse.ArgumentParser, job_name: str = "train") ->
     add("--slurm_option", action="append", default=[], metavar="KEY=VALUE", help=options)
 
 
+def launcher_parser(
+    parser: argparse.ArgumentParser, docstring: str, job_name: str, **defaults
+) -> argparse.ArgumentParser:
+    """The parser of a training with the flags of the job, and the first paragraph of the launcher's docstring."""
+    parser.description = docstring.split("\n\n")[0]
+    add_slurm_flags(parser, job_name)
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def with_our_names(words: list[str] | None) -> list[str]:
+    """A command line, by default that of the process, with other launchers' names of the job's flags replaced."""
+    ours = {"--folder": "--job_dir", "--time": "--timeout", "--tasks-per-node": "--ngpus"}
+    parts = [word.partition("=") for word in (sys.argv[1:] if words is None else words)]
+    return [ours.get(name, name) + equals + value for name, equals, value in parts]
+
+
 def submit_training(
     script: ModuleType,
     train: Callable[[argparse.Namespace], object],
@@ -73,15 +90,12 @@ def submit_training(
 
     Args:
         script: Has ``get_args_parser`` and ``parse_args``.
-        docstring: Of the launcher; its first paragraph is the description.
+        docstring: Of the launcher.
     """
     from shared import distributed  # imports torch
 
-    parser = script.get_args_parser()
-    parser.description = docstring.split("\n\n")[0]
-    add_slurm_flags(parser, job_name)
     with distributed.clean_exit():
-        submit(train, script.parse_args(arguments, parser))
+        submit(train, script.parse_args(arguments, launcher_parser(script.get_args_parser(), docstring, job_name)))
 
 
 def submit(train: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> submitit.Job | None:

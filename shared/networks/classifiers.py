@@ -53,6 +53,11 @@ def build_library_classifier(
     )
 
 
+def num_classes_of(tensors: Mapping[str, Tensor]) -> int:
+    """Outputs of the last layer, ``head``, of a state dict; 0 for a backbone."""
+    return len(tensors["head.weight"]) if "head.weight" in tensors else 0
+
+
 def fill_classifier(network: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> bool:
     """Load a state dict completely; a last layer for other classes is left out, with a message.
 

@@ -1,8 +1,13 @@
 """Trained networks as files for other programs; a file is kept once it has given the torch network's output."""
 
+import argparse
 import contextlib
+import copy
 import functools
+import importlib.util
+import json
 import os
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +19,11 @@ from torch import Tensor, nn
 
 from .backbones import build_library_backbone, input_channels, timm_model, torchvision_architectures
 from .card import Card
-from .weights import load_backbone_weights, safe_load
+from .names import TO_TRANSFORMERS_VIT, renamed, split_qkv
+from .pretrained import backbone_of
+from .weights import load_backbone_weights, safe_load, vit_shape
+
+ENDINGS = {"safetensors": ".safetensors", "torchvision": "_torchvision.pth", "timm": "_timm.pth", "onnx": ".onnx"}
 
 TOLERANCE = 1e-4  # of the largest feature; float32 kernels of two libraries differ by about 1e-6
 
@@ -55,68 +64,194 @@ def atomic_file(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         yield temporary
+        os.umask(umask := os.umask(0))
+        temporary.chmod(0o666 & ~umask)  # safetensors makes files for their owner alone
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def export_safetensors(
-    backbone: nn.Module, path: Path, image_size: list[int], metadata: dict, read: Callable[[Path], nn.Module]
-) -> None:
-    """Write the state dict.
+def write_checked(
+    path: Path,
+    write: Callable[[Path], object],
+    read: Callable[[Path], Callable[[Tensor], Tensor]],
+    network: nn.Module,
+    image_size: Sequence[int],
+) -> Path:
+    """Write a file, and keep it if what is read from it computes what the network does.
+
+    Raises:
+        ExportMismatch: If it computes something else.
+    """
+    with atomic_file(path) as temporary:
+        write(temporary)
+        check_outputs(path.name, read(temporary), network, image_size)
+    return path
+
+
+def as_texts(values: Mapping) -> dict[str, str]:
+    """What the headers of files hold: texts as they are, numbers and lists as JSON."""
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+
+
+def write_onnx(network: nn.Module, image_size: Sequence[int], header: Mapping[str, str], path: Path) -> None:
+    """ONNX file with input ``images`` (batch, C, H, W) and output ``features`` (batch, D); H and W are fixed."""
+    if not all(importlib.util.find_spec(package) for package in ("onnx", "onnxruntime")):
+        raise ValueError("ONNX files need the packages of `pip install -e '.[export]'`")
+    import onnx  # an optional dependency
+
+    if hasattr(network, "interpolate_pos_encoding"):  # positions for this size become a constant of the file
+        network = copy.deepcopy(network)
+        positions = network.interpolate_pos_encoding(*image_size).detach()
+        network.interpolate_pos_encoding = lambda *_: positions
+    with torch.no_grad(), warnings.catch_warnings():
+        # dynamo=False: the exporter that every supported torch has, in a tenth of the time
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # checks of the image size, which is fixed here
+        torch.onnx.export(
+            network,
+            (torch.zeros(2, input_channels(network), *image_size),),
+            path,
+            input_names=["images"],
+            output_names=["features"],
+            dynamic_axes={"images": {0: "batch"}, "features": {0: "batch"}},
+            opset_version=17,
+            dynamo=False,
+        )
+    model = onnx.load(path)
+    onnx.helper.set_model_props(model, header)
+    onnx.save(model, path)
+
+
+def read_onnx(path: Path) -> Callable[[Tensor], Tensor]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def export_transformers(card: Card, network: nn.Module, folder: Path, model: str) -> Path:
+    """Write a ViT as a folder that ``from_pretrained`` of transformers opens, with its image processor.
 
     Args:
-        metadata: What the file's header says about the network.
-        read: Builds the network anew from such a file, in evaluation mode.
+        model: ``ViTModel`` or ``ViTMSNModel``; its features are ``last_hidden_state[:, 0]``. They are compared with
+            those of the network where transformers is installed.
     """
-    tensors = {name: value.contiguous() for name, value in backbone.state_dict().items()}
-    with atomic_file(path) as temporary:
-        safetensors.torch.save_file(tensors, temporary, metadata={k: str(v) for k, v in metadata.items()})
-        check_outputs(path.name, read(temporary), backbone, image_size)
-
-
-def export_state_dict(
-    backbone: nn.Module, path: Path, image_size: list[int], read: Callable[[Path], nn.Module]
-) -> None:
-    """Write the state dict with ``torch.save``; ``read`` builds another library's network from it."""
-    with atomic_file(path) as temporary:
-        torch.save(backbone.state_dict(), temporary)
-        check_outputs(path.name, read(temporary), backbone, image_size)
-
-
-def export_onnx(network: nn.Module, path: Path, backbone: nn.Module, image_size: list[int]) -> None:
-    """ONNX file with input ``images`` (batch, C, H, W) and output ``features`` (batch, D); H and W are fixed.
-
-    Args:
-        network: What is written; computes what ``backbone`` does at this image size.
-        backbone: What the file's output is compared with.
-    """
-    try:
-        import onnxruntime  # an optional dependency
-    except ModuleNotFoundError as error:
-        raise ValueError("ONNX files need the packages of `pip install -e '.[export]'`") from error
-
-    with atomic_file(path) as temporary:
-        with torch.no_grad(), warnings.catch_warnings():
-            # dynamo=False: the exporter that every supported torch has, in a tenth of the time
-            warnings.simplefilter("ignore", DeprecationWarning)
-            warnings.simplefilter("ignore", torch.jit.TracerWarning)  # checks of the image size, which is fixed here
-            torch.onnx.export(
-                network,
-                (torch.zeros(2, input_channels(backbone), *image_size),),
-                temporary,
-                input_names=["images"],
-                output_names=["features"],
-                dynamic_axes={"images": {0: "batch"}, "features": {0: "batch"}},
-                opset_version=17,
-                dynamo=False,
+    state = network.state_dict()
+    shape = vit_shape(state)
+    config = {
+        "architectures": [model],
+        "model_type": {"ViTModel": "vit", "ViTMSNModel": "vit_msn"}[model],
+        "hidden_size": shape.embed_dim,
+        "num_hidden_layers": shape.depth,
+        "num_attention_heads": network.blocks[0].attn.num_heads,
+        "intermediate_size": network.blocks[0].mlp.fc1.out_features,
+        "hidden_act": "gelu",
+        "layer_norm_eps": network.norm.eps,
+        "image_size": shape.img_size,
+        "patch_size": shape.patch_size,
+        "num_channels": shape.in_chans,
+        "qkv_bias": network.blocks[0].attn.qkv.bias is not None,
+    }
+    processor = {  # resize (256 for a crop of 224), crop the centre, normalise
+        "image_processor_type": "BitImageProcessor",
+        "size": {"shortest_edge": round(shape.img_size * 256 / 224)},
+        "crop_size": {"height": shape.img_size, "width": shape.img_size},
+        "resample": {"bilinear": 2, "bicubic": 3}[card.interpolation],
+        "image_mean": card.mean,
+        "image_std": card.std,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        for name, values in (("config.json", config), ("preprocessor_config.json", processor)):
+            (Path(temporary) / name).write_text(json.dumps(values, indent=2))
+        with atomic_file(Path(temporary) / "model.safetensors") as file:
+            tensors = renamed(split_qkv(state), TO_TRANSFORMERS_VIT)
+            safetensors.torch.save_file({k: v.contiguous() for k, v in tensors.items()}, file, {"format": "pt"})
+        try:
+            import transformers  # an optional dependency
+        except ModuleNotFoundError:
+            print(f"{folder.name}: written without a comparison, for which transformers is not installed")
+        else:
+            options = {"add_pooling_layer": False} if model == "ViTModel" else {}
+            twin = getattr(transformers, model).from_pretrained(temporary, **options).eval()
+            check_outputs(
+                folder.name, lambda images: twin(images).last_hidden_state[:, 0], network, [shape.img_size] * 2
             )
-        session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
+        for file in Path(temporary).iterdir():
+            os.replace(file, folder / file.name)
+    print(f"  transformers.{model}.from_pretrained({str(folder)!r})")
+    return folder
 
-        def run(images: Tensor) -> Tensor:
-            return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
-        check_outputs(path.name, run, backbone, image_size)
+def export_network(
+    card: Card,
+    network: nn.Module,
+    stem: Path,
+    header: Mapping,
+    read: Callable[[Path], nn.Module],
+    image_size: Sequence[int],
+    own_size: Sequence[int] | None = None,
+    torchvision: nn.Module | None = None,
+    timm_arguments: Mapping | None = None,
+    to_timm: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict,
+) -> dict[str, Path]:
+    """Write a network in every format.
+
+    ``<stem>.safetensors`` has timm's names, where it has the network, and in its header how to build and feed it;
+    ``<stem>_torchvision.pth`` and ``<stem>_timm.pth`` are state dicts that these libraries load; ``<stem>.onnx`` takes
+    any batch size.
+
+    Args:
+        network: In evaluation mode, on the CPU.
+        header: How the network is built.
+        read: Builds the network anew from the safetensors file, in evaluation mode.
+        image_size: One side or height and width in pixels of the ONNX input.
+        own_size: Of the images that the other files are compared with; by default ``image_size``.
+        torchvision: That library's network of these names and shapes, if it has one.
+        timm_arguments: Of ``timm.create_model``; None: timm has no such network.
+        to_timm: Gives a state dict timm's names.
+
+    Returns:
+        The files by format: ``safetensors``, ``torchvision``, ``timm``, ``onnx``.
+
+    Raises:
+        ExportMismatch: If an exported network computes something else; its file is not kept.
+    """
+    image_size = [*image_size] * 2 if len(image_size) == 1 else [*image_size]
+    state, own_size = network.state_dict(), own_size or image_size
+    timm_state = {name: value.contiguous() for name, value in to_timm(state).items()}
+    described = as_texts({**header, "mean": card.mean, "std": card.std, "image_size": image_size})
+    files = {name: Path(f"{stem}{ending}") for name, ending in ENDINGS.items()}
+
+    save = functools.partial(safetensors.torch.save_file, timm_state, metadata=described)
+    write_checked(files["safetensors"], save, read, network, own_size)
+    if torchvision is None:
+        del files["torchvision"]
+    else:
+        path = files["torchvision"]
+        write_checked(
+            path, functools.partial(torch.save, state), functools.partial(_filled, torchvision), network, own_size
+        )
+        print(f"  torchvision.models.{stem.name}().load_state_dict(torch.load({str(path)!r}), strict=False)")
+    if timm_arguments is None:
+        del files["timm"]
+    else:
+        path, create = files["timm"], functools.partial(timm.create_model, **timm_arguments)
+        write_checked(
+            path,
+            functools.partial(torch.save, timm_state),
+            lambda file: create(checkpoint_path=str(file)).eval(),
+            network,
+            own_size,
+        )
+        text = ", ".join(f"{key}={value!r}" for key, value in timm_arguments.items())
+        print(f"  timm.create_model({text}, checkpoint_path={str(path)!r})")
+    if absent := [library for library in ("torchvision", "timm") if library not in files]:
+        print(f"no file for {' and '.join(absent)}: no network with the names and shapes of this {stem.name}")
+    save = functools.partial(write_onnx, network, image_size, described)
+    write_checked(files["onnx"], save, read_onnx, network, image_size)
+    return files
 
 
 def export_backbone(
@@ -126,104 +261,60 @@ def export_backbone(
     output_dir: str | Path,
     image_size: Sequence[int] | None = None,
     timm_name: str = "",
-    at_size: Callable[[nn.Module, Sequence[int]], nn.Module] = lambda network, image_size: network,
+    transformers_model: str = "",
     arch_key: str = "arch",
 ) -> dict[str, Path]:
-    """Write a network that ``card.build`` made in every format.
-
-    ``<arch>.safetensors`` has the published names, and how to build the network in its header;
-    ``<arch>_torchvision.pth`` and ``<arch>_timm.pth`` are state dicts that these libraries load, written where they
-    have the network; ``<arch>.onnx`` takes any batch size.
+    """:func:`export_network` for a network that ``card.build`` made.
 
     Args:
-        network: In evaluation mode, on the CPU.
-        arch: Its name.
+        arch: Its name, and that of the files.
         output_dir: Created if missing.
-        image_size: Height and width in pixels of the ONNX input; by default those of position embeddings, else 224.
+        image_size: Of the ONNX input; by default that of position embeddings, else 224.
         timm_name: What timm calls the architecture; by default ``arch``.
-        at_size: A copy without interpolation of positions for an image size, which the ONNX file gets.
+        transformers_model: For a ViT that transformers has, see :func:`export_transformers`; the folder is
+            ``<arch>_transformers``.
         arch_key: Of ``arch`` in the header.
 
     Returns:
-        The files by format: ``safetensors``, ``torchvision``, ``timm``, ``onnx``.
-
-    Raises:
-        ExportMismatch: If an exported network computes something else; its file is not kept.
+        The files by format: ``safetensors``, ``torchvision``, ``timm``, ``onnx``, and the folder ``transformers``.
     """
-    output_dir, sizes = Path(output_dir), card.sizes(arch, network.state_dict())
-    image_size = list(image_size or [sizes.get("img_size", 224)] * 2)
-    # networks with positions are compared at their own size, where libraries do not interpolate
-    own_size = [sizes["img_size"]] * 2 if "img_size" in sizes else image_size
+    network, stem = backbone_of(network), Path(output_dir) / arch
+    sizes = card.sizes(arch, network.state_dict())
     options = {"in_chans": input_channels(network), **sizes}
 
     def rebuilt(file: Path) -> nn.Module:
-        twin = card.build(arch, **options)
+        twin = backbone_of(card.build(arch, **options))
         load_backbone_weights(twin, file)
         return twin.eval()
 
-    files = {"safetensors": output_dir / f"{arch}.safetensors"}
-    export_safetensors(network, files["safetensors"], own_size, {arch_key: arch, **options}, rebuilt)
-    if arch in torchvision_architectures():
-        twin, _ = build_library_backbone(arch)
-        if _shapes(twin) == _shapes(network):
-            path = files["torchvision"] = output_dir / f"{arch}_torchvision.pth"
-            export_state_dict(network, path, own_size, functools.partial(_filled, twin))
-            print(f"  torchvision.models.{arch}().load_state_dict(torch.load({str(path)!r}), strict=False)")
-    arguments = timm_arguments(timm_name or arch, network, options)
-    if arguments is not None:
-        path = files["timm"] = output_dir / f"{arch}_timm.pth"
-        export_state_dict(
-            network, path, own_size, lambda file: timm.create_model(**arguments, checkpoint_path=str(file)).eval()
-        )
-        text = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-        print(f"  timm.create_model({text}, checkpoint_path={str(path)!r})")
-    if absent := [library for library in ("torchvision", "timm") if library not in files]:
-        print(f"no file for {' and '.join(absent)}: no network with the names and shapes of this {arch}")
-    files["onnx"] = output_dir / f"{arch}.onnx"
-    export_onnx(at_size(network, image_size), files["onnx"], network, image_size)
+    torchvision = build_library_backbone(arch)[0] if arch in torchvision_architectures() else None
+    files = export_network(
+        card,
+        network,
+        stem,
+        {arch_key: arch, **options},
+        rebuilt,
+        image_size or [sizes.get("img_size", 224)],
+        # networks with positions are compared at their own size, where libraries do not interpolate
+        [sizes["img_size"]] * 2 if "img_size" in sizes else None,
+        torchvision if torchvision is not None and _shapes(torchvision) == _shapes(network) else None,
+        timm_arguments(timm_name or arch, network, options),
+    )
+    if transformers_model:
+        folder = stem.with_name(f"{arch}_transformers")
+        files["transformers"] = export_transformers(card, network, folder, transformers_model)
     return files
 
 
-def export_with_timm_names(
-    network: nn.Module,
-    stem: Path,
-    image_size: Sequence[int],
-    metadata: dict,
-    read: Callable[[Path], nn.Module],
-    arguments: dict | None,
-    to_timm: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
-) -> dict[str, Path]:
-    """Write a network of which timm has a copy under other names, in every format.
-
-    Args:
-        network: In evaluation mode, on the CPU.
-        stem: Path of the files without ``.safetensors``, ``_timm.pth`` and ``.onnx``.
-        image_size: Height and width in pixels of the ONNX input, and of the images that files are compared with.
-        metadata, read: See :func:`export_safetensors`.
-        arguments: Of ``timm.create_model``; None: timm has no such network.
-        to_timm: Gives a state dict timm's names.
-
-    Returns:
-        The files by format: ``safetensors``, ``timm``, ``onnx``.
-
-    Raises:
-        ExportMismatch: If an exported network computes something else; its file is not kept.
-    """
-    endings = {"safetensors": ".safetensors", "timm": "_timm.pth", "onnx": ".onnx"}
-    files, size = {name: Path(f"{stem}{ending}") for name, ending in endings.items()}, list(image_size)
-    export_safetensors(network, files["safetensors"], size, metadata, read)
-    if arguments is None:
-        print("no file for timm: it has no network of these sizes")
-        del files["timm"]
-    else:
-        with atomic_file(files["timm"]) as temporary:
-            torch.save(to_timm(network.state_dict()), temporary)
-            twin = timm.create_model(**arguments, checkpoint_path=str(temporary)).eval()
-            check_outputs(files["timm"].name, twin, network, size)
-        text = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-        print(f"  timm.create_model({text}, checkpoint_path={str(files['timm'])!r})")
-    export_onnx(network, files["onnx"], network, size)
-    return files
+def add_export_flags(
+    parser: argparse.ArgumentParser, image_size: Sequence[int] | None = None
+) -> argparse.ArgumentParser:
+    """Where the files go, and the size of the ONNX file's images; returns the parser."""
+    add = parser.add_argument_group("export").add_argument
+    add("--output_dir", default=".", help="where the files go")
+    sizes = "side, or height and width, in pixels that the ONNX file takes; None: those of a ViT's positions, else 224"
+    add("--image_size", type=int, nargs="+", default=image_size, help=sizes)
+    return parser
 
 
 def timm_arguments(name: str, network: nn.Module, options: dict[str, int]) -> dict | None:

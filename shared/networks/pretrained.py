@@ -11,7 +11,14 @@ from shared import distributed
 
 from .backbones import first_convolution
 from .card import Card
-from .weights import BackboneWeights, download, load_backbone_weights, read_backbone_weights
+from .weights import (
+    BackboneWeights,
+    download,
+    fetch_file,
+    is_address,
+    load_backbone_weights,
+    read_backbone_weights,
+)
 
 
 def fetch(card: Card, file: str, cached_as: str = "") -> Path:
@@ -46,7 +53,7 @@ def find_release(card: Card, arch: str, **options: int) -> str | None:
 
 
 def find_file(card: Card, arch: str, pretrained: str | Path = "", **options: int) -> Path:
-    """The file that the flags mean: a path, the name of a release, or ``""`` for the first one of the architecture.
+    """The file that the flags mean: as of :func:`locate`, or ``""`` for the first release of the architecture.
 
     Raises:
         ValueError: If there is none, or the release is of another network.
@@ -59,34 +66,76 @@ def find_file(card: Card, arch: str, pretrained: str | Path = "", **options: int
             raise ValueError(
                 f"no weights are released for {card.arch_flag} {arch}{given}; give a file, or random, as {flag}"
             )
-    if (release := card.releases.get(str(pretrained))) is not None:
-        if release.arch != arch:
-            raise ValueError(f"{flag} {pretrained} is a {release.arch}, not a {arch}: change {card.arch_flag}")
-        return fetch_release(card, str(pretrained))
-    if not Path(pretrained).is_file():
-        if str(pretrained) == card.run_on_digits:
-            raise ValueError(f"{flag} {pretrained} is not there: run python {card.main} first")
-        raise ValueError(f"{flag} {pretrained} is neither a file nor a release ({', '.join(card.releases)})")
-    return Path(pretrained)
+    release = card.releases.get(str(pretrained))
+    if release is not None and release.arch != arch:
+        raise ValueError(f"{flag} {pretrained} is a {release.arch}, not a {arch}: change {card.arch_flag}")
+    return locate(card, pretrained)
+
+
+def locate(card: Card, pretrained: str | Path, flag: str = "") -> Path:
+    """A file: its path, the name of a release, or an address.
+
+    Args:
+        flag: Where it was given, for messages.
+
+    Raises:
+        ValueError: If there is no such file.
+    """
+    name, flag = str(pretrained), flag or card.weights_flag
+    if name in card.releases:
+        return fetch_release(card, name)
+    if is_address(name) or Path(name).is_file():
+        return fetch_file(name, flag)
+    if name == card.run_on_digits:
+        raise ValueError(f"{flag} {name} is not there: run python {card.main} first")
+    known = [*list(card.releases)[:15], "..."][: len(card.releases)]
+    raise ValueError(f"{flag} {name} is neither a file nor a release ({', '.join(known)})")
 
 
 def read_weights(card: Card, path: str | Path, checkpoint_key: str | None = None) -> BackboneWeights:
-    """Backbone and heads of a file; ``checkpoint_key`` names the network in a training checkpoint."""
-    return read_backbone_weights(path, checkpoint_key or card.checkpoint_key, card.head_names)
+    """Backbone and heads of a file.
+
+    Args:
+        checkpoint_key: The network to take from a training checkpoint; one that is not the card's has to be there.
+    """
+    key = checkpoint_key or card.checkpoint_key
+    return read_backbone_weights(path, key, card.head_names, required=key != card.checkpoint_key)
 
 
-def build_for(card: Card, arch: str, tensors: Mapping[str, Tensor], **options: int) -> nn.Module:
+def backbone_of(network: nn.Module) -> nn.Module:
+    """The module whose names are those of a bare backbone: the network, or the ``backbone`` that it is built around."""
+    return getattr(network, "backbone", network)
+
+
+def build_for(
+    card: Card,
+    arch: str,
+    tensors: Mapping[str, Tensor],
+    build: Callable[..., nn.Module] | None = None,
+    **options: int,
+) -> nn.Module:
     """A network with the channels and sizes of a file's tensors.
 
     ``options`` win over the file; where they contradict it, it says nothing about the other sizes either.
+
+    Args:
+        build: Instead of the card's, for a network with heads.
     """
-    sizes = card.sizes(arch, tensors)
+    build, sizes = build or card.build, card.sizes(arch, tensors)
     if all(options.get(name, size) == size for name, size in sizes.items()):
         options = sizes | options
-    network = card.build(arch, **options)
-    first, _ = first_convolution(network)
+    network = build(arch, **options)
+    first, _ = first_convolution(backbone_of(network))
     in_chans = tensors[f"{first}.weight"].shape[1] if f"{first}.weight" in tensors else 3
-    return network if in_chans == 3 else card.build(arch, in_chans=in_chans, **options)
+    return network if in_chans == 3 else build(arch, in_chans=in_chans, **options)
+
+
+def fill_with_heads(network: nn.Module, weights: BackboneWeights, allow_partial: bool = False) -> nn.Module:
+    """Fill a backbone and its heads, which a file names as the network does, and freeze them."""
+    prefix = "" if backbone_of(network) is network else "backbone."
+    tensors = {prefix + name: value for name, value in weights.tensors.items()} | weights.head
+    load_backbone_weights(network, BackboneWeights(tensors, {}, weights.origin), allow_partial=allow_partial)
+    return network.eval().requires_grad_(False)
 
 
 def load_pretrained(
@@ -119,7 +168,7 @@ def load_pretrained(
         return card.build(arch, **options).eval().requires_grad_(False)
     weights = read_weights(card, find_file(card, arch, pretrained, **options), checkpoint_key)
     network = build_for(card, arch, weights.tensors, **options)
-    load_backbone_weights(network, weights, allow_partial=allow_partial)
+    load_backbone_weights(backbone_of(network), weights, allow_partial=allow_partial)
     return network.eval().requires_grad_(False)
 
 
@@ -135,7 +184,7 @@ def _entry(card: Card, name: str) -> Callable[..., nn.Module]:
         release = card.releases[name]
         network = card.build(release.arch, **{**release.options, **options})
         if weights is not None:
-            load_backbone_weights(network, weights)
+            load_backbone_weights(backbone_of(network), weights)
         return network
 
     entry.__name__ = entry.__qualname__ = card.releases[name].entry or name

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from shared import distributed
 
 from .legacy_tar import is_legacy_tar, read_legacy_tar
+from .names import TORCHVISION_VIT, TRANSFORMERS_VIT, join_qkv, renamed
 
 
 class UnsafeFileError(ValueError):
@@ -149,7 +150,9 @@ def _refuse_expanding_contents(contents, file_size: int) -> None:
 # --- Layouts ----------------------------------------------------------------------------------------------------------
 
 WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # modules around modules
+AROUND = ("model", "net", "encoder")  # a network as the only part of another one, but for classifiers
 CLASSIFIERS = ("head", "heads", "head_dist", "fc", "classifier", "AuxLogits", "aux1", "aux2")
+FOR_TRAINING = (*CLASSIFIERS, "pooler", "mask_token")  # no part of the representation
 
 
 @dataclass
@@ -160,35 +163,44 @@ class BackboneWeights:
         tensors: State dict without wrappers' prefixes.
         head: The entries of a projection head.
         origin: File and key, for messages.
+        flags: Of the training that wrote the file; empty where it does not say.
     """
 
     tensors: dict[str, Tensor]
     head: dict[str, Tensor]
     origin: str
+    flags: Mapping = field(default_factory=dict)
 
 
 def read_backbone_weights(
-    path: str | Path, checkpoint_key: str = "teacher", head_names: Sequence[str] = ()
+    path: str | Path, checkpoint_key: str = "teacher", head_names: Sequence[str] = (), required: bool = False
 ) -> BackboneWeights:
     """Read a file and pick the backbone's weights; see :func:`select_backbone_weights`."""
-    return select_backbone_weights(safe_load(path), checkpoint_key, str(path), head_names)
+    return select_backbone_weights(safe_load(path), checkpoint_key, str(path), head_names, required)
 
 
 def select_backbone_weights(
-    checkpoint, checkpoint_key: str = "teacher", origin: str = "the weights", head_names: Sequence[str] = ()
+    checkpoint,
+    checkpoint_key: str = "teacher",
+    origin: str = "the weights",
+    head_names: Sequence[str] = (),
+    required: bool = False,
 ) -> BackboneWeights:
     """The backbone's weights in a checkpoint of any layout.
 
     Known are training checkpoints (``{"student": ..., "teacher": ..., ...}``, the published ones and ours), plain state
-    dicts, and state dicts under ``state_dict`` or ``model``. What wrappers of the network or of its parts add to names
-    (``module.``, ``_orig_mod.``) and the prefix ``backbone.`` are removed; where there is a ``backbone.``, all else
-    belongs to the projection head, elsewhere the modules of ``head_names`` do.
+    dicts, and state dicts under ``state_dict`` or ``model``, of several networks too (``teacher.backbone.``,
+    ``student_backbone.``). What wrappers of the network or of its parts add to names (``module.``, ``_orig_mod.``), one
+    of ``AROUND`` where all names begin with it, and the prefix ``backbone.`` are removed; where there is a
+    ``backbone.``, all else belongs to the projection head, elsewhere the modules of ``head_names`` do. ViTs of
+    transformers get the names of timm's.
 
     Args:
         checkpoint: What :func:`safe_load` returns.
         checkpoint_key: The network to take from a training checkpoint.
         origin: Where it comes from, for messages.
         head_names: Modules of the head in files that keep them beside those of the backbone.
+        required: Refuse files without ``checkpoint_key``, also those of one network.
 
     Raises:
         WeightMismatch: If there is no such network.
@@ -196,25 +208,56 @@ def select_backbone_weights(
     if not isinstance(checkpoint, Mapping):
         raise WeightMismatch(f"{origin} holds {type(checkpoint).__name__}, not a dictionary of weights")
     networks = [key for key, value in checkpoint.items() if _is_state_dict(value)]
+    absent = f"{origin} has no --checkpoint_key {checkpoint_key}; it holds {', '.join(networks) or 'one network'}"
     if checkpoint_key in networks:
         state_dict, origin = checkpoint[checkpoint_key], f"{checkpoint_key} of {origin}"
     elif "student" in networks or "teacher" in networks:
-        raise WeightMismatch(f"{origin} has no --checkpoint_key {checkpoint_key}; it holds {', '.join(networks)}")
+        raise WeightMismatch(absent)
     elif "state_dict" in networks or "model" in networks:
         state_dict = checkpoint["state_dict" if "state_dict" in networks else "model"]
     elif _is_state_dict(checkpoint):
         state_dict = checkpoint
     elif networks:
-        raise WeightMismatch(f"{origin} has no --checkpoint_key {checkpoint_key}; it holds {', '.join(networks)}")
+        raise WeightMismatch(absent)
     else:
         keys = ", ".join(str(key) for key in list(checkpoint)[:10]) or "nothing"
         raise WeightMismatch(f"{origin} holds no network that is known here, but {keys}")
 
     tensors = {_unwrapped(name): value for name, value in state_dict.items()}
-    inside = [name for name in tensors if name.startswith("backbone.")]
-    inside = inside or [name for name in tensors if name.split(".")[0] not in head_names]
-    backbone = {name.removeprefix("backbone."): tensors.pop(name) for name in inside}
-    return BackboneWeights(backbone, head=tensors, origin=origin)
+    of_key = (f"{checkpoint_key}.", f"{checkpoint_key}_backbone.")
+    if required and checkpoint_key not in networks and not any(name.startswith(of_key) for name in tensors):
+        raise WeightMismatch(absent)
+    tensors = _one_network(tensors, checkpoint_key, head_names)
+    prefixes = (f"{checkpoint_key}_backbone.", "backbone.", "teacher_backbone.", "student_backbone.")
+    prefix = next((prefix for prefix in prefixes if any(name.startswith(prefix) for name in tensors)), "")
+    inside = [name for name in tensors if name.startswith(prefix) and (prefix or name.split(".")[0] not in head_names)]
+    backbone = {name.removeprefix(prefix): tensors.pop(name) for name in inside}
+    if any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in backbone):
+        backbone = join_qkv(renamed(backbone, TRANSFORMERS_VIT))
+    return BackboneWeights(backbone, tensors, origin, flags_of_training(checkpoint))
+
+
+def flags_of_training(checkpoint) -> Mapping:
+    """The flags that a checkpoint was written with; empty where it does not say."""
+    flags = checkpoint.get("args") if isinstance(checkpoint, Mapping) else None
+    flags = vars(flags) if isinstance(flags, argparse.Namespace) else flags
+    return flags if isinstance(flags, Mapping) else {}
+
+
+def _one_network(tensors: dict[str, Tensor], key: str, head_names: Sequence[str]) -> dict[str, Tensor]:
+    """Of a state dict of several networks that of ``key``; without a name of ``AROUND`` before all others."""
+    while True:
+        firsts = {"".join(name.partition(".")[:2]) for name in tensors}  # "blocks." or "cls_token"
+        several = [f"{part}." for part in (key, "teacher", "student") if f"{part}." in firsts and part not in AROUND]
+        around = firsts - {f"{name}." for name in (*CLASSIFIERS, *head_names)}
+        if several:
+            prefix = several[0]
+            tensors = {name: value for name, value in tensors.items() if name.startswith(prefix)}
+        elif around in [{f"{part}."} for part in AROUND]:
+            (prefix,) = around
+        else:
+            return tensors
+        tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
 
 
 def _is_state_dict(value) -> bool:
@@ -251,31 +294,12 @@ def vit_shape(tensors: Mapping[str, Tensor]) -> VitShape | None:
         return None
     blocks = [int(name.split(".")[1]) for name in tensors if re.match(r"blocks\.\d+\.", name)]
     embed_dim, in_chans, patch_size, _ = patches.shape
-    side = math.isqrt(positions.shape[1] - 1)
-    if side**2 != positions.shape[1] - 1:  # register tokens, or no position for the class token
-        return None
-    return VitShape(embed_dim, max(blocks, default=-1) + 1, patch_size, side * patch_size, in_chans)
-
-
-def _from_torchvision_vit(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The names of a torchvision ViT in those of timm and of the published checkpoints; the arithmetic is the same."""
-    renamed = {}
-    for name, value in tensors.items():
-        for pattern, replacement in (
-            (r"^class_token$", "cls_token"),
-            (r"^encoder\.pos_embedding$", "pos_embed"),
-            (r"^conv_proj\.", "patch_embed.proj."),
-            (r"^encoder\.ln\.", "norm."),
-            (r"^encoder\.layers\.encoder_layer_(\d+)\.", r"blocks.\1."),
-            (r"\.ln_([12])\.", r".norm\1."),
-            (r"\.self_attention\.in_proj_", ".attn.qkv."),
-            (r"\.self_attention\.out_proj\.", ".attn.proj."),
-            (r"\.mlp\.(?:0|linear_1)\.", ".mlp.fc1."),
-            (r"\.mlp\.(?:3|linear_2)\.", ".mlp.fc2."),
-        ):
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = value
-    return renamed
+    registers = [tensors[name].shape[1] for name in ("reg_token", "register_tokens") if name in tensors]
+    for others in (1, 0, 1 + sum(registers)):  # positions of the class token, of patches only, of registers too
+        side = math.isqrt(max(positions.shape[1] - others, 0))
+        if side and side**2 == positions.shape[1] - others:
+            return VitShape(embed_dim, max(blocks, default=-1) + 1, patch_size, side * patch_size, in_chans)
+    return None
 
 
 # --- Loading ----------------------------------------------------------------------------------------------------------
@@ -338,7 +362,7 @@ def load_backbone_weights(
     bad = next((name for name, value in tensors.items() if not value.isfinite().all()), None)
     if bad is not None:
         raise WeightMismatch(f"{weights.origin}: {bad} holds values that are not finite")
-    classifier = [name for name in tensors if name not in target and name.split(".")[0] in CLASSIFIERS]
+    classifier = [name for name in tensors if name not in target and name.split(".")[0] in FOR_TRAINING]
     matching = {k: v for k, v in tensors.items() if k in target and v.shape == target[k].shape}
     # counters of BatchNorm are absent in old files and unused with a fixed momentum
     expected = [k for k in target if k in tensors or not k.endswith("num_batches_tracked")]
@@ -356,7 +380,7 @@ def load_backbone_weights(
     )
     summary = f"{weights.origin}: {report.matched}/{report.total} entries of the network matched"
     if not report.is_complete():
-        summary += f"\n{report.details()}{_shape_hint(tensors, target)}"
+        summary += f"\n{report.details()}{_hint(tensors, target)}"
         if not allow_partial or not matching:
             raise WeightMismatch(summary)
     backbone.load_state_dict(matching, strict=False)
@@ -367,7 +391,7 @@ def load_backbone_weights(
 
 def _renamed_for(backbone: nn.Module, target: Mapping[str, Tensor], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if "class_token" in tensors and "cls_token" in target:
-        return _from_torchvision_vit(tensors)
+        return renamed(tensors, TORCHVISION_VIT)
     # timm's networks know the names in the papers' original files
     convert = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
     if convert is not None and not target.keys() <= tensors.keys():
@@ -375,11 +399,13 @@ def _renamed_for(backbone: nn.Module, target: Mapping[str, Tensor], tensors: dic
     return tensors
 
 
-def _shape_hint(tensors: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> str:
+def _hint(tensors: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> str:
     found, wanted = vit_shape(tensors), vit_shape(target)
-    if found is None or wanted is None or found == wanted:
-        return ""
-    return f"\n  the file looks like a {found}, the network is a {wanted}"
+    if found is not None and wanted is not None and found != wanted:
+        return f"\n  the file looks like a {found}, the network is a {wanted}"
+    first, *others = {name.split(".")[0] for name in tensors}
+    alone = not others and not any(name.split(".")[0] == first for name in target)
+    return f"\n  all names in the file begin with {first}." if alone else ""
 
 
 def weights_checksum(network: nn.Module) -> int:
@@ -409,7 +435,7 @@ def download(
         DownloadError: If the address cannot be read or the file is not the expected one.
     """
     path = Path(path)
-    if not url.startswith(("http://", "https://", "file://")):
+    if not is_address(url):
         raise DownloadError(f"{url} is no http, https or file address")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part-{os.getpid()}")
@@ -438,6 +464,10 @@ def download(
     return path
 
 
+def is_address(path: str) -> bool:
+    return path.startswith(("http://", "https://", "file://"))
+
+
 def fetch_file(path: str, flag: str) -> Path:
     """A local file, or a downloaded one kept in torch hub's folder of checkpoints.
 
@@ -445,7 +475,7 @@ def fetch_file(path: str, flag: str) -> Path:
         path: File name or address.
         flag: Where it was given, for messages.
     """
-    if re.match(r"(https?|file)://", path):
+    if is_address(path):
         # many a file is called checkpoint.pth: the name alone would give the weights of another address
         folder = f"{zlib.crc32(path.encode()):08x}"
         file = Path(torch.hub.get_dir()) / "checkpoints" / folder / path.rsplit("/", 1)[-1]

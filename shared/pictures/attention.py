@@ -1,16 +1,119 @@
-"""Pictures of attention: where the class token of a transformer looks, head by head."""
+"""Pictures of attention: where the class token of a transformer looks, head by head; flags to choose an image."""
 
+import argparse
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 
-from .sheets import Tile, colorize, magnify, save_sheet, write_png
+from shared.images.decode import read_image
+from shared.images.sources import open_source
+from shared.multicrop import normalize_views
+
+from .sheets import Tile, colorize, magnify, normalised_pixels, save_sheet, write_png
+
+EMBEDDED_IMAGE = 5  # whose attention is shown by default
 
 MIN_SIDE_PX = 240  # smaller pictures are magnified
 MASK_COLOR = np.array([230, 60, 40], dtype=np.uint8)
+
+
+# --- The image --------------------------------------------------------------------------------------------------------
+
+
+def add_image_flags(parser: argparse.ArgumentParser) -> Callable[..., argparse.Action]:
+    """Which image is looked at, and where the pictures go; returns the ``add_argument`` of the group."""
+    add = parser.add_argument_group("image").add_argument
+    add("--image_path", default=None, help="any image file")
+    add("--image_size", type=int, nargs="+", default=[480, 480], help="height and width, or the short side, in pixels")
+    add("--threshold", type=float, default=None, help="also show the patches that hold this share of the attention")
+    add("--output_dir", default=".", help="where the pictures go")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    return add
+
+
+def parse_image_flags(
+    parser: argparse.ArgumentParser, arguments: list[str] | None, weights: Sequence[str], embedded_defaults: dict
+) -> argparse.Namespace:
+    """Parse and check; with neither image nor weights the defaults are those of the embedded images (``embedded``).
+
+    Args:
+        weights: Names of the flags for weights.
+    """
+    args = parser.parse_args(arguments)
+    embedded = args.image_path is None and not any(getattr(args, flag) for flag in weights)
+    if embedded:
+        parser.set_defaults(output_dir="runs/digits/attention", image_size=[32, 32], **embedded_defaults)
+        args = parser.parse_args(arguments)
+    args.embedded = embedded
+    if args.threshold is not None and not 0 < args.threshold <= 1:
+        parser.error(f"--threshold {args.threshold} is not in (0, 1]")
+    if len(args.image_size) > 2 or min(args.image_size) < 1:
+        parser.error(f"--image_size {args.image_size}: give one or two positive numbers")
+    return args
+
+
+def chosen_image(args: argparse.Namespace) -> np.ndarray:
+    """RGB pixels (H, W, 3), uint8, of what the flags name: a file, an embedded image, or a photograph."""
+    if args.image_path is not None:
+        return read_image(args.image_path).decode()
+    if args.embedded:
+        return open_source(None, "val").load(EMBEDDED_IMAGE).decode()
+    from sklearn.datasets import load_sample_image  # a second of SciPy, of which the training needs nothing
+
+    return load_sample_image("flower.jpg")
+
+
+def prepare_image(
+    pixels: np.ndarray, image_size: Sequence[int], mean: Sequence[float], std: Sequence[float], in_chans: int = 3
+) -> Tensor:
+    """Resize (bilinear, as Pillow does it) and normalise RGB pixels (H, W, 3), uint8, to (in_chans, height, width).
+
+    Args:
+        image_size: Height and width in pixels, or the short side.
+        in_chans: 3, or 1 for the luminance.
+    """
+    height, width = pixels.shape[:2]
+    if len(image_size) == 1:
+        short = min(height, width)
+        image_size = (int(image_size[0] * height / short), int(image_size[0] * width / short))
+    image = Image.fromarray(pixels).resize(image_size[::-1], Image.Resampling.BILINEAR)
+    resized = np.array(image.convert("L") if in_chans == 1 else image).reshape(*image_size, in_chans)
+    return normalize_views([torch.from_numpy(resized).permute(2, 0, 1)[None]], "cpu", mean, std)[0][0]
+
+
+# --- Attention --------------------------------------------------------------------------------------------------------
+
+
+def vit_class_row(network: nn.Module, images: Tensor) -> Tensor:
+    """Attention of a ViT's class token to all tokens in the last block, (B, heads, 1 + N)."""
+    return network.get_last_selfattention(images, num_queries=1)[:, :, 0]
+
+
+@torch.no_grad()
+def class_attention(network: nn.Module, images: Tensor, class_row: Callable = vit_class_row) -> Tensor:
+    """Attention of the class token to the patches in the last block.
+
+    Args:
+        images: Normalised, shape (B, C, H, W); rows and columns beyond a multiple of the patch size are not seen.
+        class_row: As :func:`vit_class_row`, for the kind of network.
+
+    Returns:
+        Shape (B, heads, H / patch, W / patch); the share of the class token itself is missing from the sum of 1.
+
+    Raises:
+        ValueError: If the image is smaller than a patch.
+    """
+    patch_size = network.patch_embed.patch_size
+    rows, columns = images.shape[-2] // patch_size, images.shape[-1] // patch_size
+    if rows == 0 or columns == 0:
+        raise ValueError(f"--image_size: {tuple(images.shape[-2:])} pixels are less than a patch of {patch_size}")
+    images = images[:, :, : rows * patch_size, : columns * patch_size]
+    return class_row(network, images)[:, :, 1:].unflatten(2, (rows, columns))
 
 
 def attended_patches(attention: Tensor, threshold: float) -> Tensor:
@@ -42,24 +145,14 @@ def overlay_mask(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return cv2.drawContours(picture, contours, -1, (255, 255, 255), thickness=max(1, min(mask.shape) // 160))
 
 
-def to_picture(image: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
-    """RGB pixels (H, W, 3), uint8, of a normalised image (C, H, W); one channel uses the averages of mean and std."""
-    mean, std = torch.tensor(mean), torch.tensor(std)
-    if len(image) == 1:
-        mean, std = mean.mean(dim=0, keepdim=True), std.mean(dim=0, keepdim=True)
-    pixels = image.cpu() * std[:, None, None] + mean[:, None, None]
-    pixels = (255 * pixels).round().clamp(0, 255).byte().expand(3, -1, -1)
-    return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
-
-
-def save_attention_maps(
-    attention: Tensor,
+def save_attention(
+    network: nn.Module,
     image: Tensor,
-    patch_size: int,
     output_dir: str | Path,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
+    mean: Sequence[float],
+    std: Sequence[float],
     threshold: float | None = None,
+    class_row: Callable = vit_class_row,
 ) -> list[Path]:
     """Write the attention of one image: a sheet of everything, and every map as a file of its own.
 
@@ -68,24 +161,24 @@ def save_attention_maps(
     ``mask_th{t}_head{j}.png`` and ``mask_th{t}_mean.png``.
 
     Args:
-        attention: Of the class token to the patches, shape (heads, rows, columns).
-        image: Normalised, shape (C, H, W); rows and columns beyond the patches are cut off.
-        patch_size: Side of a patch in pixels.
+        image: Normalised with ``mean`` and ``std``, shape (C, H, W), on the network's device.
         output_dir: Created if missing.
-        mean, std: What the image was normalised with.
         threshold: Share of the attention that the masks hold, in (0, 1].
+        class_row: See :func:`class_attention`.
 
     Returns:
         The paths, the sheet first.
     """
+    training = network.training
+    attention = class_attention(network.eval(), image[None], class_row)[0].float().cpu()
+    network.train(training)
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    attention = attention.float().cpu()
     attention = torch.cat([attention, attention.mean(dim=0, keepdim=True)])
     names = [*(f"head{j}" for j in range(len(attention) - 1)), "mean"]
-    rows, columns = attention.shape[-2:]
-    pixels = magnify(to_picture(image[:, : rows * patch_size, : columns * patch_size], mean, std), MIN_SIDE_PX)
-    patch_px = pixels.shape[0] // rows
+    seen = [patches * network.patch_embed.patch_size for patches in attention.shape[-2:]]
+    pixels = magnify(normalised_pixels(image[:, : seen[0], : seen[1]], mean, std), MIN_SIDE_PX)
+    patch_px = pixels.shape[0] // attention.shape[-2]
 
     def enlarge(maps: Tensor) -> np.ndarray:  # every patch becomes a square of the picture's size
         return maps.numpy().repeat(patch_px, axis=-2).repeat(patch_px, axis=-1)

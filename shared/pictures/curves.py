@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .sheets import DPI, FAINT, INK, printable, text_style
+from .sheets import DPI, FAINT, INK, text
 
 if TYPE_CHECKING:  # Matplotlib is imported where it draws
     from matplotlib.axes import Axes
@@ -45,7 +45,8 @@ def save_panels(panels: Sequence[Panel], path: str | Path, heading: str) -> Path
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.6 * len(panels), 4.4), dpi=DPI, facecolor="white", layout="constrained")
-    figure.suptitle(printable(heading), fontsize=13, weight="bold", color=INK, **text_style())
+    title = text(heading)
+    figure.suptitle(title.pop("s"), fontsize=13, weight="bold", color=INK, **title)
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         _draw_panel(axes, panel)
     figure.savefig(path)

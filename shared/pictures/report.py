@@ -1,17 +1,27 @@
-"""Pictures of the end-of-run report: the views as they enter the networks, and curves of the log."""
+"""End-of-run report: curves of the log, the views as they enter the networks, and the text that names all pictures."""
 
-from collections.abc import Sequence
+import copy
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from shared import distributed
+from shared.evaluation.knn_monitor import KNNMonitor
+from shared.evaluation.neighbours import galleries, save_nearest
+from shared.images.loading import BadImages, EvalDataset
+from shared.images.sources import ImageSource
 from shared.run.log import read_log
+from shared.run.run import Run
+from shared.run.summary import accuracy, paragraphs
 
 from .curves import Curve, Panel, save_panels
 from .sheets import Tile, save_sheet, to_pixels
+
+# --- Curves -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,9 @@ class Plot:
 def accuracy_plot(title: str, key: str = "knn_top1") -> Plot:
     """An accuracy in percent, measured between epochs."""
     return Plot(title, "top-1 accuracy (%)", {key: ""}, points=True, least_range=10)
+
+
+SUPERVISED_PLOTS = (Plot("Training", "loss", {"loss": ""}), accuracy_plot("Accuracy on the val part", "test_acc1"))
 
 
 def save_curves(log_path: str | Path, path: str | Path, heading: str, plots: Sequence[Plot]) -> Path:
@@ -67,29 +80,133 @@ def save_curves(log_path: str | Path, path: str | Path, heading: str, plots: Seq
     return save_panels(panels, path, heading)
 
 
-def view_tiles(views: Sequence[Tensor | np.ndarray], title: str, first: int = 1) -> list[Tile]:
-    """Views (uint8, (C, H, W)) with titles, in which ``{n}`` counts from ``first`` and ``{px}`` is the height."""
-    pixels = [to_pixels(view) for view in views]
-    return [Tile(view, title.format(n=n, px=len(view))) for n, view in enumerate(pixels, start=first)]
+# --- Views ------------------------------------------------------------------------------------------------------------
 
 
-def save_views(groups: Sequence[Sequence[Tile]], path: str | Path, heading: str, per_row: int = 8) -> Path:
+def save_views(
+    groups: Sequence[Sequence[Tensor | np.ndarray]],
+    titles: Sequence[str],
+    path: str | Path,
+    heading: str,
+    per_row: int = 8,
+) -> Path:
     """The views of one image at relative sizes; every group starts a row.
 
     Args:
-        groups: From :func:`view_tiles`.
+        groups: Views (uint8, (C, H, W), or pixels) of one size, as a :class:`shared.multicrop.MultiCropDataset` gives
+            them.
+        titles: Of each view, in which ``{n}`` counts those with the same title and ``{px}`` is the height.
         path: PNG file to write.
         per_row: Groups of more views go on in further rows.
     """
-    rows = [list(group[i : i + per_row]) for group in groups for i in range(0, len(group), per_row)]
+    numbers, titles = Counter(), iter(titles)
+    rows = []
+    for group in groups:
+        tiles = []
+        for pixels, title in zip(map(to_pixels, group), titles, strict=False):
+            numbers[title] += 1
+            tiles.append(Tile(pixels, title.format(n=numbers[title], px=len(pixels))))
+        rows += [tiles[i : i + per_row] for i in range(0, len(tiles), per_row)]
     largest = max(len(tile.pixels) for row in rows for tile in row)
     heights = [max(2.6 * len(row[0].pixels) / largest, 1.15) for row in rows]
     return save_sheet(rows, path, heading, heights)
 
 
-def pictures_folder(output_dir: Path) -> Path:
-    """``pictures/`` in the folder of a run, made by rank 0."""
-    folder = output_dir / "pictures"
-    if distributed.is_main_process():
-        folder.mkdir(exist_ok=True)
-    return folder
+# --- Report -----------------------------------------------------------------------------------------------------------
+
+# what a picture can fail from: odd images or names, a full disk, too little memory, drawing libraries
+PICTURE_ERRORS = (ArithmeticError, ImportError, LookupError, MemoryError, OSError, RuntimeError, ValueError)
+
+
+class Report:
+    """Pictures of a finished run and the text at its end. Every process makes the same calls, rank 0 draws and prints.
+
+    Args:
+        run: After its last epoch; its flag ``pictures`` says whether there are any.
+
+    Attributes:
+        lines: Of ``metrics.jsonl``.
+        files: Sentences about files that the text names besides those of every run.
+    """
+
+    def __init__(self, run: Run):
+        self.run, self.files, self.pictures = run, [], []
+        self.folder = run.output_dir / "pictures"
+        self.log = run.output_dir / "metrics.jsonl"
+        self.lines = read_log(self.log) if distributed.is_main_process() else []
+
+    def draw(self, name: str, save: Callable[[Path], object]) -> None:
+        """Let ``save`` write the picture ``name``; if it fails, the text says so and the run ends as it would."""
+        if not (self.run.args.pictures and distributed.is_main_process()):
+            return
+        path = self.folder / name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save(path)
+            self.pictures.append(str(path))
+        except PICTURE_ERRORS as error:
+            self._failed(path, error)
+
+    def _failed(self, path: Path, error: Exception) -> None:
+        self.pictures.append(f"{path} could not be drawn: {type(error).__name__}: {' '.join(str(error).split())}")
+
+    def draw_curves(self, heading: str, plots: Sequence[Plot]) -> None:
+        self.draw("curves.png", lambda path: save_curves(self.log, path, heading, plots))
+
+    def draw_neighbours(self, backbone: nn.Module, source: ImageSource, knn: KNNMonitor) -> None:
+        """Neighbours of ten validation images, or of images of ``source`` where there was no k-NN."""
+        if not self.run.args.pictures:
+            return
+        try:
+            found = galleries(backbone, source, knn)
+        except ValueError as error:  # of features, the same on every process
+            self._failed(self.folder / "neighbours.png", error)
+        else:
+            self.draw("neighbours.png", lambda path: save_nearest(*found, path))
+
+    def finish(
+        self,
+        commands: Sequence[str],
+        own_images: str,
+        learned: Sequence[str] = (),
+        knn: KNNMonitor | None = None,
+        lr_flag: str = "--lr",
+    ) -> None:
+        """Print what came out, what went wrong, where the files are, what to run next.
+
+        Args:
+            commands: Evaluations of the trained network.
+            own_images: The command for other images, of no use to those who have just given theirs.
+            learned: Lines of the method's own about what came out.
+            knn: The run's evaluations; None for a method without them.
+            lr_flag: The flag for the learning rate, to advise on it.
+        """
+        losses = [line for line in self.lines if line.get("loss") is not None]
+        values = [f"loss {line['loss']:.3f} at step {line['step']}" for line in (losses[:1] + losses[1:][-1:])]
+        result = [", ".join(values), *learned]
+        if knn is not None and knn.disabled_reason:
+            result.append(f"no k-NN evaluation: {knn.disabled_reason}")
+        elif knn is not None:
+            val = knn.val.source
+            sizes = len(val), len(val.classes)
+            result += accuracy(self.lines, "knn_top1", f"k-NN on {val.describe()}", *sizes, lr_flag)
+        files = [
+            f"{self.run.path} (the same command resumes from it)",
+            f"{self.log} (every few steps), {self.log.with_name('log.txt')} (every epoch)",
+        ]
+        blocks = {
+            "Result": result,
+            "Problems": list(self.run.health.warnings.values()),
+            "Files": files + self.files,
+            "Pictures": self.pictures,
+            "Next": [*commands, *([] if self.run.args.data_path else [own_images])],
+        }
+        distributed.print_once(paragraphs(blocks))
+
+
+def first_image(source: ImageSource, knn: KNNMonitor) -> Tensor:
+    """The whole of a validation image, or of one of ``source`` where there was no k-NN: normalised, (C, H, W)."""
+    source = source if knn.disabled_reason else knn.val.source
+    transform = copy.copy(knn.transform)
+    transform.resize_px = transform.crop_px
+    return EvalDataset(source, transform, BadImages(len(source), max_fraction=1))[0][0]

@@ -1,15 +1,22 @@
 """PNG files that explain themselves: images at fixed places of a sheet, curves of a log, coloured maps."""
 
 import functools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
+from shared.images.decode import ImageError
+from shared.images.loading import EvalTransform
+from shared.images.sources import ImageSource
+
 DPI = 100
+THUMBNAIL_PX = 96
 INK, FAINT = "#222222", "#9a9a9a"
 AGREE, DIFFER = "#2a8f4a", "#c8372d"
 
@@ -23,6 +30,29 @@ def to_pixels(image: Tensor | np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(np.broadcast_to(image, (*image.shape[:2], 3)))
 
 
+def normalised_pixels(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """RGB pixels (H, W, 3), uint8, of a normalised image (C, H, W); one channel uses the averages of mean and std."""
+    mean, std = torch.tensor(mean), torch.tensor(std)
+    if len(image) == 1:
+        mean, std = mean.mean(dim=0, keepdim=True), std.mean(dim=0, keepdim=True)
+    pixels = image.cpu() * std[:, None, None] + mean[:, None, None]
+    return to_pixels((255 * pixels).round().clamp(0, 255).byte())
+
+
+def thumbnail(source: ImageSource, index: int) -> np.ndarray:
+    """The centre square of an image at ``THUMBNAIL_PX``, grey where it cannot be read.
+
+    Pixels of very small images stay visible as squares.
+    """
+    try:
+        image = source.load(index)
+        shrink = min(image.height, image.width) // THUMBNAIL_PX
+        pixels = image.decode(next(reduction for reduction in (8, 4, 2, 1) if reduction <= max(shrink, 1)))
+    except ImageError:
+        return np.full((THUMBNAIL_PX, THUMBNAIL_PX, 3), 128, dtype=np.uint8)
+    return to_pixels(EvalTransform(THUMBNAIL_PX, THUMBNAIL_PX)(magnify(pixels, THUMBNAIL_PX)))
+
+
 def write_png(path: str | Path, pixels: np.ndarray) -> Path:
     """Write RGB pixels (H, W, 3), uint8, and return the path."""
     Image.fromarray(pixels).save(path, format="PNG")
@@ -30,25 +60,33 @@ def write_png(path: str | Path, pixels: np.ndarray) -> Path:
 
 
 @functools.cache
-def _fonts() -> tuple[list[str], frozenset[int]]:
-    """Matplotlib's own font and those of this machine that have the letters of most scripts; their characters."""
+def _characters(font_file: str) -> frozenset[int]:
     from matplotlib import font_manager
 
-    there = {font.name: font.fname for font in font_manager.fontManager.ttflist}
-    wanted = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Arial Unicode MS")
-    names = [name for name in wanted if name in there]
-    return names, frozenset(c for name in names for c in font_manager.get_font(there[name]).get_charmap())
+    return frozenset(font_manager.get_font(font_file).get_charmap())
 
 
-def text_style() -> dict:
-    """How Matplotlib sets names of files and classes: letter by letter, a dollar is no formula."""
-    return {"parse_math": False, "family": _fonts()[0]}
+@functools.cache
+def _font_of(character: str) -> str | None:
+    """The first font of this machine, Matplotlib's own before all others, that can draw the character."""
+    from matplotlib import font_manager
+
+    fonts = sorted(font_manager.fontManager.ttflist, key=lambda font: (font.name != "DejaVu Sans", font.name))
+    with_glyphs = (font for font in fonts if not re.search("Last ?Resort|Adobe Blank", font.name))  # of any code: boxes
+    return next((font.name for font in with_glyphs if ord(character) in _characters(font.fname)), None)
 
 
-def printable(text: str) -> str:
-    """A name with the codes of characters that no font has, and a sign for every byte that is no UTF-8."""
-    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    return "".join(c if c == "\n" or ord(c) in _fonts()[1] else f"\\u{ord(c):04x}" for c in text)
+def text(content: str) -> dict:
+    """Arguments of Matplotlib for a text with names of files and classes, which may hold anything.
+
+    A dollar is no formula. Characters that Matplotlib's font lacks come from another font of the machine; where none
+    has them, their codes are drawn, and a sign for every byte that is no UTF-8.
+    """
+    content = content.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    fonts = {character: _font_of(character) for character in sorted(set(content) - {"\n"})}
+    shown = "".join(c if c == "\n" or fonts[c] else f"\\u{ord(c):04x}" for c in content)
+    family = dict.fromkeys(["DejaVu Sans", *filter(None, fonts.values())])
+    return {"s": shown, "family": list(family), "parse_math": False}
 
 
 def magnify(pixels: np.ndarray, least_px: int) -> np.ndarray:
@@ -104,9 +142,8 @@ def save_sheet(
         [height * tile.pixels.shape[1] / tile.pixels.shape[0] for tile in row]
         for row, height in zip(rows, heights, strict=True)
     ]
-    title, *notes = printable(heading).split("\n")
-    style = text_style()
-    small = {"fontsize": 8.5, "color": INK, "ha": "center", **style}
+    title, *notes = heading.split("\n")
+    small = {"fontsize": 8.5, "color": INK, "ha": "center"}
     title_in = 0.45 + 0.22 * len(notes)
     text_in = max(0.105 * len(title), *(0.075 * len(note) for note in notes), 0)
     width = 2 * margin + max(*(sum(row) + gap * (len(row) - 1) for row in widths), text_in)
@@ -116,11 +153,11 @@ def save_sheet(
     axes = figure.add_axes((0, 0, 1, 1))  # one for all tiles, in inches: those of each tile's own would take seconds
     axes.set_axis_off()
     y = height - margin
-    figure.text(margin / width, y / height, title, fontsize=13, weight="bold", color=INK, va="top", **style)
+    left = margin / width
+    figure.text(left, y / height, fontsize=13, weight="bold", color=INK, va="top", **text(title))
     for i, note in enumerate(notes):
-        figure.text(
-            margin / width, (y - 0.3 - 0.22 * i) / height, note, fontsize=9.5, color="#555555", va="top", **style
-        )
+        note_y = (y - 0.3 - 0.22 * i) / height
+        figure.text(left, note_y, fontsize=9.5, color="#555555", va="top", **text(note))
     y -= title_in
     for row, row_widths, tile_height, over, under in zip(rows, widths, heights, above, below, strict=True):
         y -= over + tile_height
@@ -134,59 +171,11 @@ def save_sheet(
                 axes.add_patch(frame)
             middle = (x + tile_width / 2) / width
             above_tile, below_tile = (y + tile_height + 0.042) / height, (y - 0.028) / height
-            figure.text(middle, above_tile, printable(tile.title), va="baseline", **small)
-            figure.text(middle, below_tile, printable(tile.caption), va="top", **small)
+            figure.text(middle, above_tile, va="baseline", **small, **text(tile.title))
+            figure.text(middle, below_tile, va="top", **small, **text(tile.caption))
             x += tile_width + gap
         y -= under + gap
     axes.set_xlim(0, width)
     axes.set_ylim(0, height)
     figure.savefig(path)
     return Path(path)
-
-
-def save_neighbours(
-    query_images: Sequence[Tensor | np.ndarray],
-    neighbour_images: Sequence[Sequence[Tensor | np.ndarray]],
-    path: str | Path,
-    query_labels: Sequence | None = None,
-    neighbour_labels: Sequence[Sequence] | None = None,
-    similarities: Sequence[Sequence[float]] | None = None,
-) -> Path:
-    """Queries at the left and their nearest neighbours, nearest first, one row each.
-
-    Args:
-        query_images: Q uint8 images (3, H, W).
-        neighbour_images: Q x k uint8 images.
-        path: PNG file to write.
-        query_labels: Q class names or numbers.
-        neighbour_labels: Q x k of them; frames tell whether they agree with the query's.
-        similarities: Q x k cosine similarities.
-    """
-    rows, agreeing, total = [], 0, 0
-    for q, (query, neighbours) in enumerate(zip(query_images, neighbour_images, strict=True)):
-        row = [Tile(to_pixels(query), "query" if q == 0 else "", _caption(query_labels, q))]
-        for i, neighbour in enumerate(neighbours):
-            frame = None
-            caption = _caption(neighbour_labels[q] if neighbour_labels is not None else None, i)
-            if query_labels is not None and neighbour_labels is not None:
-                agrees = _plain(neighbour_labels[q][i]) == _plain(query_labels[q])
-                frame = AGREE if agrees else DIFFER
-                agreeing, total = agreeing + agrees, total + 1
-            if similarities is not None:
-                caption = f"{caption}  {float(similarities[q][i]):.2f}".strip()
-            row.append(Tile(to_pixels(neighbour), f"neighbour {i + 1}" if q == 0 else "", caption, frame))
-        rows.append(row)
-    notes = []
-    if total:
-        notes.append(f"{agreeing} of {total} neighbours are of the query's class: green frame yes, red no.")
-    if similarities is not None:
-        notes.append("The decimal number is the cosine similarity.")
-    return save_sheet(rows, path, "\n".join(["Nearest neighbours in feature space", *notes]))
-
-
-def _plain(label):
-    return label.item() if hasattr(label, "item") else label
-
-
-def _caption(labels: Sequence | None, index: int) -> str:
-    return "" if labels is None else str(_plain(labels[index]))

@@ -26,6 +26,8 @@ from shared.optimisation.optim import keep_options, load_optimizer_state
 
 from .attempt import Attempt, Interrupted, NotFinite
 
+SHORT_EPOCH_S = 60  # shorter epochs do not all end with a save
+
 
 class CheckpointError(OSError):
     """A checkpoint could not be written or none of the existing ones can be read."""
@@ -291,11 +293,16 @@ class Checkpointer:
     def _stop_request(self) -> int:
         return 0 if self.received is None else 2 + self.SIGNALS.index(self.received)
 
-    def after_epoch(self, epoch: int, keep_as: str | None = None) -> None:
-        """Save at the end of ``epoch``, keep the file under a second name if given, and stop if asked to."""
-        self.save(epoch + 1, 0, keep_as)
-        request = distributed.max_over_processes(self._stop_request())
+    def after_epoch(self, epoch: int, keep_as: str | None = None, is_last: bool = True) -> None:
+        """Save at the end of ``epoch``, keep the file under a second name if given, and stop if asked to.
+
+        Of short epochs that need no file of their own, and are not the last one, one a minute is saved.
+        """
+        wanted = is_last or keep_as is not None or time.monotonic() - self.last_save > SHORT_EPOCH_S
+        request = distributed.max_over_processes(self._stop_request() or int(wanted))
         if request:
+            self.save(epoch + 1, 0, keep_as)
+        if request > 1:
             raise Interrupted(self.SIGNALS[request - 2])
 
     def save(self, epoch: int, step_in_epoch: int, keep_as: str | None = None) -> None:
@@ -384,21 +391,27 @@ def resume_position(checkpoint: dict, batch_size: int, images: int, on_changed_r
 
     Args:
         images: Checksum of the training images.
-        on_changed_run: ``continue`` or ``refuse``.
+        on_changed_run: ``same_data`` goes on with another batch or number of processes, ``continue`` with other images
+            as well, ``refuse`` with neither.
 
     Raises:
-        ValueError: If the run has changed and ``on_changed_run`` is ``refuse``.
+        ValueError: If the run has changed more than that.
     """
     epoch, step = checkpoint["epoch"], checkpoint.get("step_in_epoch", 0)
     world = distributed.get_world_size()
     old_batch, old_world = checkpoint.get("batch_size", batch_size), checkpoint.get("world_size", world)
-    changes = []
+    changes, other_data = [], checkpoint.get("images", images) != images
     if (old_batch, old_world) != (batch_size, world):
         changes.append(f"{old_batch} images per step on {old_world} processes before, {batch_size} on {world} now")
-    if checkpoint.get("images", images) != images:
+    if other_data:
         changes.append("other training images, or the same under other names")
     if changes and on_changed_run == "refuse":
         raise ValueError(f"--on_changed_run refuse: {'; '.join(changes)}")
+    if other_data and on_changed_run == "same_data":
+        raise ValueError(
+            "the checkpoint to go on with was written with other training images, or the same under other names: name "
+            "another output folder, or go on all the same with --on_changed_run continue"
+        )
     if changes:
         distributed.print_once(
             f"resuming a changed run ({'; '.join(changes)}) after {step * old_batch // batch_size * batch_size} images "

@@ -75,8 +75,8 @@ def add_run_flags(parser: argparse.ArgumentParser, knn: bool = True, pictures: b
     add = parser.add_argument_group("run").add_argument
     add("--saveckp_steps", type=int, default=0, help="also save within the epoch every so many steps")
     add("--saveckp_minutes", type=float, default=15, help="also save within the epoch after so many minutes")
-    changed = "when the checkpoint was written with another batch or number of processes"
-    add("--on_changed_run", default="continue", choices=("continue", "refuse"), help=changed)
+    changed = "resume with another batch or number of processes (same_data), with other images too (continue), or never"
+    add("--on_changed_run", default="same_data", choices=("same_data", "continue", "refuse"), help=changed)
     if knn:
         when = "k-NN every so many epochs; 0: never; None: before and after training, with at most 100,000 images"
         add("--eval_knn_freq", type=int, default=None, help=when)

@@ -24,6 +24,50 @@ class HealthRule:
     first_step: int = 0
 
 
+# --- Conditions and rules that several methods have -------------------------------------------------------------------
+
+
+def shares_of_ln_k(**ranges: tuple[float, float]) -> Callable[[dict], bool]:
+    """Whether the values of a line with these names lie between such shares of its ``ln_k``."""
+    return lambda line: all(low < line[name] / line["ln_k"] < high for name, (low, high) in ranges.items())
+
+
+def patience(epochs: int, steps_per_epoch: int) -> int:
+    """First step that says anything: a quarter of the run, two epochs and a little more of a long one.
+
+    Random networks look flat.
+    """
+    return min(epochs * steps_per_epoch // 4, 2 * steps_per_epoch + 1000)
+
+
+def equal_features(what: str, advice: str, first_step: int) -> HealthRule:
+    """All images have nearly the same ``what``, as its ``feature_spread`` shows."""
+    sentence = f"COLLAPSE: all images have nearly the same {what} (spread {{feature_spread:.4f}}): {advice}"
+    return HealthRule("features", lambda line: line["feature_spread"] < 0.02, sentence, first_step)
+
+
+def still_at_ln_k(what: str, who: str, advice: str, first_step: int, key: str = "loss") -> HealthRule:
+    """The loss ``key`` of the log, called ``what``, stays at ln K, the value of those ``who`` know nothing."""
+    condition = twice_in_a_row(shares_of_ln_k(**{key: (0.995, 1.005)}))
+    sentence = f"the {what} is still at ln K = {{ln_k:.3f}}, the value of {who}: {advice}"
+    return HealthRule("flat", condition, sentence, first_step)
+
+
+def twice_in_a_row(condition: Callable[[dict], bool]) -> Callable[[dict], bool]:
+    """Holds where ``condition`` holds and held on the line before: a loss that only passes by is no problem."""
+    held = False
+
+    def holds_again(line: dict) -> bool:
+        nonlocal held
+        before, held = held, condition(line)
+        return before and held
+
+    return holds_again
+
+
+# --- Monitor ----------------------------------------------------------------------------------------------------------
+
+
 class HealthMonitor:
     """Reads the lines of a log and says once, for each kind of failure, what happened and which flag to try.
 
@@ -45,6 +89,9 @@ class HealthMonitor:
             return None
         self.warnings[rule.name] = f"step {line['step']}: {rule.sentence.format(**line)}"
         return self.warnings[rule.name]
+
+
+# --- Measures ---------------------------------------------------------------------------------------------------------
 
 
 def feature_spread(features: Tensor) -> Tensor:

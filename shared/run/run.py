@@ -231,9 +231,9 @@ class Run:
         return self.log.end_epoch(self.epoch, **values)
 
     def end_epoch(self, keep_as: str | None = None) -> None:
-        """:meth:`save`, and stop if asked to."""
+        """Save, unless that was done less than a minute ago and more epochs follow, and stop if asked to."""
         self.epoch, self.step_in_epoch = self.epoch + 1, 0
-        self.checkpointer.after_epoch(self.epoch - 1, keep_as)
+        self.checkpointer.after_epoch(self.epoch - 1, keep_as, self.steps_done >= self.total_steps)
 
     def save(self, keep_as: str | None = None) -> None:
         """Save now, under a second name too if given."""

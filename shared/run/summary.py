@@ -1,61 +1,55 @@
-"""End-of-run summary: what was learned, what went wrong, where the files are, what to run next."""
+"""Text at the end of a run: what came out, where the files are, what to run next."""
 
+import argparse
+import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from shared.evaluation.knn_monitor import KNNMonitor
-
-from .log import read_log
+ROOT = Path(__file__).resolve().parents[2]
 
 
-def end_of_run(
-    output_dir: Path,
-    weights: Path,
-    knn: KNNMonitor | None,
-    pictures: Sequence[Path],
-    commands: Sequence[str],
-    learned: Sequence[str] = (),
-    problems: Sequence[str] = (),
-) -> str:
-    """A paragraph for each of these.
+def accuracy(
+    lines: Sequence[dict],
+    key: str,
+    what: str,
+    num_images: int,
+    num_classes: int,
+    lr_flag: str = "--lr",
+    start: str = "random weights",
+) -> list[str]:
+    """The first and the last accuracy of a log, and what follows, as one sentence; nothing where it holds none.
 
     Args:
-        output_dir: Folder of the run, with its ``metrics.jsonl``.
-        weights: Its last checkpoint.
-        knn: The run's evaluations; None for a method without them.
-        pictures: Files to look at.
-        commands: What to run next.
-        learned: Lines of the method's own about what was learned.
-        problems: Sentences of the method's collapse monitor.
+        key: Of the accuracy, in percent.
+        what: Was measured.
+        num_images: That were classified.
+        lr_flag: The flag for the learning rate, to advise on it.
+        start: What the training began with.
     """
-    lines = read_log(output_dir / "metrics.jsonl")
-    losses = [line for line in lines if line.get("loss") is not None]
-    values = [f"loss {line['loss']:.3f} at step {line['step']}" for line in (losses[:1] + losses[1:][-1:])]
-    learned = [", ".join(values), *learned]
-    if knn is not None and knn.disabled_reason:
-        learned.append(f"no k-NN evaluation: {knn.disabled_reason}")
-    elif knn is not None:
-        learned += accuracy(lines, "knn_top1", f"k-NN on {knn.val.source.describe()}", len(knn.val.source.classes))
-    files = [
-        f"{weights} (the same command resumes from it)",
-        f"{output_dir / 'metrics.jsonl'} (every few steps), {output_dir / 'log.txt'} (every epoch)",
-    ]
-    blocks = {
-        "Learned": learned,
-        "Problems": problems,
-        "Files": files,
-        "Pictures": [str(path) for path in pictures],
-        "Next": commands,
-    }
-    return paragraphs(blocks)
+    measured = [line for line in lines if key in line]
+    if not measured:
+        return []
+    values = [f"{line[key]:.1f} % after {line['step']} steps" for line in (measured[:1] + measured[1:][-1:])]
+    sentence = f"{what}: {', '.join(values)} (chance {100 / num_classes:.1f} %)"
+    if measured[-1]["step"] == 0:
+        return [sentence]
+    before = measured[0][key] if measured[0]["step"] == 0 else 100 / num_classes
+    return [f"{sentence}: {verdict(before, measured[-1][key], num_images, lr_flag, start)}"]
 
 
-def accuracy(lines: Sequence[dict], key: str, what: str, num_classes: int) -> list[str]:
-    """The first and the last accuracy of a log as one sentence; nothing where it holds none."""
-    values = [f"{line[key]:.1f} % after {line['step']} steps" for line in lines if key in line]
-    both = ", ".join(values[:1] + values[1:][-1:])
-    return [f"{what}: {both} (chance {100 / num_classes:.1f} %)"] if values else []
+def verdict(before: float, after: float, num_images: int, lr_flag: str, start: str) -> str:
+    """What two accuracies in percent of the same images, before and after training, say about learning.
+
+    Differences of less than two standard errors of such an accuracy say nothing.
+    """
+    share = (num_images * (before + after) / 200 + 1) / (num_images + 2)  # never 0 or 1, which would have no error
+    margin = 200 * math.sqrt(share * (1 - share) / num_images)
+    if abs(after - before) <= margin:
+        return f"not distinguishable from {start} (differences up to {margin:.1f} are chance)"
+    if after > before:
+        return "learned"
+    return f"worse than {start}: train longer (--epochs), or with a lower {lr_flag}"
 
 
 def paragraphs(blocks: dict[str, Sequence[str]]) -> str:
@@ -65,7 +59,27 @@ def paragraphs(blocks: dict[str, Sequence[str]]) -> str:
     )
 
 
-def command(script: str, **flags) -> str:
-    """A command line; flags without a value are left out."""
-    given = [f"--{name} {shlex.quote(str(value))}" for name, value in flags.items() if value is not None]
-    return " ".join(["python", script, *given])
+def command(script: str, *arguments: str, **flags) -> str:
+    """A command line that can be pasted where the run was started; flags without a value are left out.
+
+    Args:
+        script: Path below the root of the repository.
+        flags: True for a flag that takes no value, a list for one that takes several.
+    """
+    words = ["python", from_here(script), *arguments]
+    for name, value in flags.items():
+        if value is not None and value is not False:
+            words.append(f"--{name}")
+            words += [] if value is True else map(str, value) if isinstance(value, list | tuple) else [str(value)]
+    return shlex.join(words)
+
+
+def from_here(file: str) -> str:
+    """The path of a file below the root of the repository, relative to the current folder if that is above it."""
+    path, here = ROOT / file, Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def data_flags(args: argparse.Namespace) -> dict:
+    """The flags for images of a training, as its evaluations take them."""
+    return {name: getattr(args, name) for name in ("data_path", "val_path", "allow_absolute_paths")}

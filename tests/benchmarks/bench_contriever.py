@@ -81,7 +81,7 @@ def moco_step(retriever: Retriever) -> Callable[[dict], None]:
 
     def step(batch: dict) -> None:
         optimizer.zero_grad(set_to_none=True)
-        model.update_key_encoder(0.999)
+        model.update_key_encoder()
         q = model.encoder_q(batch["q_tokens"], batch["q_mask"], normalize=True)
         with torch.no_grad():
             k = model.encoder_k(batch["k_tokens"], batch["k_mask"], normalize=True)
@@ -126,10 +126,7 @@ def training(texts: list[str], batch_size: int, rounds: int, model_folder: str |
     """One step per round; every way gets the same batches, which are made before."""
     pairs = pairs_of(load_retriever(model_folder), texts)
     numbers = [[(0, r * batch_size + i) for i in range(batch_size)] for r in range(rounds + 1)]
-    batches = [
-        {name: value.to(device) for name, value in pairs.__getitems__(keys).items() if name != "datasets"}
-        for keys in numbers
-    ]
+    batches = [{name: value.to(device) for name, value in pairs.__getitems__(keys).items()} for keys in numbers]
     steps = {
         "train/ours": inbatch_step(load_retriever(model_folder, device=device)),
         "train/moco": moco_step(load_retriever(model_folder, device=device)),

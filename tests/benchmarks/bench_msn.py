@@ -133,8 +133,12 @@ def measure(size: argparse.Namespace) -> list[dict]:
     rows = []
     num_patches = build(size.model_name, img_size=size.rand_size).patch_embed.num_patches
     for ratio, rounds in samples.items():
-        row = {"mask": ratio, "kept": num_kept_patches(num_patches, ratio) / num_patches, "peak_mib": rounds[-1][2],
-               "imports_mib": rounds[-1][3]}  # fmt: skip
+        row = {
+            "mask": ratio,
+            "kept": num_kept_patches(num_patches, ratio) / num_patches,
+            "peak_mib": rounds[-1][2],
+            "imports_mib": rounds[-1][3],
+        }
         for i, name in enumerate(("step", "anchor")):
             row[f"{name}_ms_per_image"] = 1000 * statistics.median(r[i] for r in rounds) / size.batch_size
             shares = [r[i] / w[i] for r, w in zip(rounds, whole, strict=True)]  # pairs within a round

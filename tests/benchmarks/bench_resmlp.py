@@ -27,7 +27,7 @@ def build(arch: str, side: int, device: str) -> tuple[nn.Module, nn.Module]:
     """Our network and timm's with the same weights."""
     torch.manual_seed(0)
     ours = ARCHITECTURES[arch](img_size=side)
-    theirs = timm.create_model(TIMM_MODELS[arch], img_size=side)
+    theirs = timm.create_model(TIMM_MODELS[ours.embed_dim, ours.patch_size, len(ours.blocks)], img_size=side)
     theirs.load_state_dict(to_timm(ours.state_dict()))
     return ours.to(device), theirs.to(device)
 

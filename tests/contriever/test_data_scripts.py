@@ -5,7 +5,7 @@ import json
 import pytest
 
 from contriever import convertmrtydi2beir, preprocess_xmkqa
-from contriever.beir.data import read_beir
+from contriever.beir import read_beir
 from contriever.index.passages import read_questions
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from contriever.index import dense
-from contriever.index.dense import DenseIndex, IndexSettings, merge
+from contriever.index.dense import DenseIndex, IndexSettings
 from contriever.index.embeddings import Shard, ShardWriter, open_shard
 from contriever.passage_retrieval import get_args_parser
 from tests.processes import run_processes
@@ -154,13 +154,6 @@ def test_flags():
     assert settings_of("--index", "hnsw", "--ef_search", "9") == IndexSettings("hnsw", ef_search=9)
     with pytest.raises(ValueError, match="--n_subquantizers 8 has no effect on --index flat"):
         settings_of("--index", "flat", "--n_subquantizers", "8")
-
-
-def test_merging_keeps_the_best_in_order_and_breaks_ties_by_row():
-    a = np.array([[3.0, 1.0]], np.float32), np.array([[5, 1]])
-    b = np.array([[3.0, -np.inf]], np.float32), np.array([[2, -1]])
-    scores, rows = merge([a, b], 3)
-    assert scores.tolist() == [[3, 3, 1]] and rows.tolist() == [[2, 5, 1]]
 
 
 def search_on_rank(rank: int, folder: str, kind: str) -> tuple:

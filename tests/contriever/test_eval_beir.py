@@ -1,7 +1,6 @@
 """BEIR's layout, exact search and metrics."""
 
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +8,7 @@ import pytest
 import torch
 
 from contriever import eval_beir
-from contriever.beir.data import read_beir
-from contriever.beir.metrics import evaluate_run
+from contriever.beir import evaluate_run, read_beir
 from contriever.eval_beir import dense_search, evaluate_folder, get_args_parser
 from tests.contriever.tiny import tiny_retriever
 from tests.processes import run_processes
@@ -76,20 +74,15 @@ def test_only_judged_queries_are_read_and_surprises_are_told(beir):
     ]
 
 
-def test_windows_line_ends_are_read(tmp_path):
-    folder = write_dataset(tmp_path, qrels="query-id\tcorpus-id\tscore\r\nq1\td1\t1\r\n")
-    assert read_beir(folder).qrels == {"q1": {"d1": 1}}
-
-
-def test_a_judgement_may_be_repeated(tmp_path):
-    folder = write_dataset(tmp_path, qrels="query-id\tcorpus-id\tscore\nq1\td1\t2\nq1\td1\t2\n")
+def test_a_judgement_may_be_repeated_and_lines_end_as_on_windows(tmp_path):
+    folder = write_dataset(tmp_path, qrels="query-id\tcorpus-id\tscore\r\nq1\td1\t2\r\nq1\td1\t2\r\n")
     assert read_beir(folder).qrels == {"q1": {"d1": 2}}
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"corpus": '{"_id": "a", "text": "x"}\n{"_id": "a", "text": "y"}'}, "line 2: the id 'a' stands in line 1"),
+        ({"corpus": '{"_id": "a", "text": "x"}\n{"_id": "a", "text": "y"}'}, "line 2: the id 'a' stands in .*line 1"),
         ({"corpus": '{"_id": "a"'}, r"corpus\.jsonl, line 1: not JSON"),
         ({"corpus": '{"text": "a"}'}, 'line 1: no "_id"'),
         ({"corpus": b'{"_id": "a", "text": "\xe9"}'}, r"corpus\.jsonl, line 1: byte 23 .* not UTF-8"),
@@ -116,41 +109,6 @@ def test_a_folder_of_another_kind_names_what_is_missing(tmp_path):
 
 
 # --- Metrics ----------------------------------------------------------------------------------------------------------
-
-
-def plain_ndcg(grades: list[int], ideal: list[int], k: int) -> float:
-    def dcg(gains: list[int]) -> float:
-        return sum(gain / math.log2(rank + 1) for rank, gain in enumerate(gains[:k], start=1))
-
-    return dcg(grades) / dcg(sorted(ideal, reverse=True))
-
-
-def test_metrics_against_their_definitions():
-    rng = np.random.default_rng(0)
-    documents = [f"d{i}" for i in range(40)]
-    qrels = {f"q{q}": {d: int(rng.integers(0, 3)) for d in rng.choice(documents, 12, replace=False)} for q in range(6)}
-    run = {q: {d: float(s) for d, s in zip(documents, rng.permutation(40), strict=True)} for q in qrels}
-    metrics = evaluate_run(qrels, run, k_values=[5, 10])
-    expected = {name: [] for name in ("NDCG@10", "Recall@10", "P@5", "MRR@10", "R_cap@5", "Hole@5", "MAP@10")}
-    judged = {d for grades in qrels.values() for d in grades}
-    for q, grades in qrels.items():
-        ranking = sorted(run[q], key=lambda d: -run[q][d])
-        relevant = [d for d in ranking if grades.get(d, 0) > 0]
-        ranks = [ranking.index(d) + 1 for d in relevant]
-        expected["NDCG@10"].append(plain_ndcg([grades.get(d, 0) for d in ranking], list(grades.values()), 10))
-        expected["Recall@10"].append(sum(r <= 10 for r in ranks) / len(relevant))
-        expected["P@5"].append(sum(r <= 5 for r in ranks) / 5)
-        expected["MRR@10"].append(1 / ranks[0] if ranks[0] <= 10 else 0)
-        expected["R_cap@5"].append(sum(r <= 5 for r in ranks) / min(5, len(relevant)))
-        expected["Hole@5"].append(sum(d not in judged for d in ranking[:5]) / 5)
-        expected["MAP@10"].append(sum((i + 1) / r for i, r in enumerate(ranks) if r <= 10) / len(relevant))
-    for name, values in expected.items():
-        assert metrics[name] == pytest.approx(100 * np.mean(values), abs=2e-3), name
-
-
-def test_trec_eval_orders_ties_by_document_id_descending():
-    metrics = evaluate_run({"q": {"a": 1}}, {"q": {"a": 1.0, "b": 1.0}}, [1])
-    assert metrics["NDCG@1"] == 0 and metrics["MRR@1"] == 100
 
 
 def test_a_run_without_judged_queries_is_an_error():

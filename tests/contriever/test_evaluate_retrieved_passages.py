@@ -1,27 +1,12 @@
 """Answer matching and top-k accuracy on result files."""
 
 import json
-import random
 
 import pytest
 
 from contriever.evaluate_retrieved_passages import evaluate_retrieved_passages, get_args_parser
 from contriever.text import answers
-from contriever.text.answers import has_answer, hits_within, match_questions
-
-
-def test_an_answer_is_found_exactly_where_its_words_follow_each_other():
-    draw = random.Random(0)
-    for _ in range(300):
-        words = [draw.choice("abc") for _ in range(draw.randint(0, 8))]
-        answer = [draw.choice("abC") for _ in range(draw.randint(1, 3))]
-        expected = f" {' '.join(answer).lower()} " in f" {' '.join(words)} "
-        assert has_answer([" ".join(answer)], " ".join(words)) == expected
-
-
-def test_counts_of_questions_with_lists_of_different_lengths():
-    assert hits_within([[False, True], [True], [], [False, False, False]]).tolist() == [1, 2, 2]
-    assert hits_within([]).tolist() == []
+from contriever.text.answers import match_questions
 
 
 def test_processes_find_what_one_process_finds(monkeypatch):

@@ -71,21 +71,14 @@ def test_held_out_questions_are_measured_before_during_and_after(uninterrupted):
     assert all(0 <= line["eval_acc"] <= 100 and 0 < line["mrr"] <= 1 for line in evaluations)
 
 
-def test_names_of_the_weights_are_those_of_the_bare_encoder(data, uninterrupted):
-    assert "embeddings.word_embeddings.weight" in state_of(uninterrupted)["model"]
-    a, b = (load_retriever(path).model.state_dict() for path in (uninterrupted, uninterrupted / "encoder"))
-    assert all(torch.equal(a[name], b[name]) for name in a)
-
-
 def test_training_learns_which_passage_belongs_to_which_question(data, tmp_path):
     found = run(data, tmp_path / "run", "--total_steps", 25, "--eval_freq", 0, "--dropout", 0, "--saveckp_steps", 0)
     losses = [line["loss"] for line in found if "loss" in line]
     assert sum(losses[-3:]) < 0.7 * sum(losses[:3])
 
 
-@pytest.mark.parametrize("optim", ["sam", "asam"])
-def test_sharpness_aware_steps_resume_too(optim, data, tmp_path, monkeypatch):
-    flags = ("--optim", optim, "--rho", 0.5, "--total_steps", 3, "--eval_freq", 0)
+def test_sharpness_aware_steps_resume_too(data, tmp_path, monkeypatch):
+    flags = ("--optim", "asam", "--rho", 0.5, "--total_steps", 3, "--eval_freq", 0)
     run(data, tmp_path / "whole", *flags)
     with monkeypatch.context() as patch:
         patch.setattr(Run, "update", interrupting(Run.update, 3))
@@ -112,7 +105,7 @@ def test_sharpness_goes_uphill_as_far_as_it_may_and_comes_back(adaptive):
 
 
 def test_a_batch_larger_than_the_records_is_named(data, tmp_path):
-    with pytest.raises(ValueError, match="--per_gpu_batch_size 13: there are 12 training records"):
+    with pytest.raises(ValueError, match="--per_gpu_batch_size 13: there are 12 records per process"):
         run(data, tmp_path / "run", "--per_gpu_batch_size", 13)
 
 

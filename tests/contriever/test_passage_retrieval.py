@@ -12,7 +12,7 @@ import torch
 from contriever import generate_passage_embeddings, passage_retrieval
 from contriever.encoder import load_retriever
 from contriever.generate_passage_embeddings import shard_range
-from contriever.index.embeddings import ShardWriter, open_shards
+from contriever.index.embeddings import open_shards
 from contriever.index.passages import PassageFile
 from shared import distributed
 from tests.contriever.tiny import WORDS, tiny_retriever
@@ -102,40 +102,6 @@ def test_every_passage_gets_the_vector_of_its_title_and_text(corpus, embeddings)
     found = np.concatenate([shard.vectors for shard in shards]).astype(np.float32)
     np.testing.assert_allclose(found, one_by_one, atol=2e-2 if shards[0].vectors.dtype == np.float16 else 1e-5)
     assert shards[0].vectors.dtype == np.float16
-
-
-def test_text_flags_change_what_is_encoded(corpus, tmp_path):
-    embed(corpus, tmp_path / "text", "--no_title", "--no_fp16")
-    (shard,) = open_shards(f"{tmp_path}/text/*")
-    passages = list(PassageFile(corpus / "passages.tsv").read())
-    expected = load_retriever(corpus / "model").encode([p.text for p in passages], max_length=16, amp="fp32")
-    assert shard.vectors.dtype == np.float32
-    np.testing.assert_allclose(shard.vectors, expected, atol=1e-5)
-
-
-def test_stopped_after_any_chunk_it_resumes_to_the_same_bytes(corpus, embeddings, tmp_path, monkeypatch, capsys):
-    class Stop(Exception):
-        pass
-
-    append, calls = ShardWriter.append, 0
-
-    def stopping(self, *args):
-        nonlocal calls
-        append(self, *args)
-        calls += 1
-        if calls % 2:
-            raise Stop
-
-    monkeypatch.setattr(ShardWriter, "append", stopping)
-    for _ in range(20):
-        try:
-            embed(corpus, tmp_path, "--num_shards", "3")
-            break
-        except Stop:
-            continue
-    assert calls == 7  # 2 + 2 + 3 chunks, none twice
-    assert contents(tmp_path) == contents(embeddings)
-    assert "going on after 4 of 7 passages" in capsys.readouterr().out
 
 
 def killed_in_a_write(corpus: Path, output_dir: Path) -> None:

@@ -5,13 +5,12 @@ import json
 import pytest
 
 from contriever.index.passages import Passage, PassageFile, read_questions
-from contriever.text.normalize import clean
 
 TSV = 'id\ttext\ttitle\n1\tplain\tOne\n2\t"two\nlines, a\ttab and ""quotes"""\tTwo\n3\tlast\t\n'
 PASSAGES = [
-    Passage("1", "plain", "One"),
-    Passage("2", 'two\nlines, a\ttab and "quotes"', "Two"),
-    Passage("3", "last", ""),
+    Passage("1", "One", "plain"),
+    Passage("2", "Two", 'two\nlines, a\ttab and "quotes"'),
+    Passage("3", "", "last"),
 ]
 
 
@@ -39,7 +38,7 @@ def test_passages_in_order_and_from_any_place(passages):
 
 def test_passages_by_id(passages):
     assert [passages.find(p.id) for p in reversed(PASSAGES)] == PASSAGES[::-1]
-    with pytest.raises(KeyError):
+    with pytest.raises(ValueError, match="has no passage '4': the embeddings are of another file"):
         passages.find("4")
 
 
@@ -47,13 +46,13 @@ def test_numbers_are_ids_and_a_title_may_be_missing(tmp_path):
     file = PassageFile(
         write(tmp_path / "p.jsonl", jsonl({"_id": 7, "text": "x"}, {"id": "8", "text": "", "title": None}))
     )
-    assert list(file.read()) == [Passage("7", "x"), Passage("8", "")]
+    assert list(file.read()) == [Passage("7", "", "x"), Passage("8", "", "")]
     assert file.num_empty == 1
 
 
 def test_a_byte_order_mark_and_windows_line_ends(tmp_path):
     file = PassageFile(write(tmp_path / "p.tsv", b"\xef\xbb\xbfid\ttext\ttitle\r\n1\ta\tb\r\n2\tc\td\r\n"))
-    assert [file.find("2"), file[0]] == [Passage("2", "c", "d"), Passage("1", "a", "b")]
+    assert [file.find("2"), file[0]] == [Passage("2", "d", "c"), Passage("1", "b", "a")]
 
 
 @pytest.mark.parametrize(
@@ -108,8 +107,8 @@ def test_questions(ending, tmp_path):
         ("q.json", '[{"answers": []}]', 'entry 1: no "question"'),
         ("q.json", '{"question": "a"}', "expected a list of records, got dict"),
         ("q.json", "[1]", "entry 1: expected an object"),
-        ("q.json", "[", "not JSON"),
-        ("q.json", b'["\xff"]', "UTF-8"),
+        ("q.json", "[", "is damaged: Expecting value"),
+        ("q.json", b'["\xff"]', "is damaged: 'utf-8' codec"),
         ("q.jsonl", "", "has no questions"),
         ("q.txt", "", "expected a .json or .jsonl"),
     ],
@@ -117,8 +116,3 @@ def test_questions(ending, tmp_path):
 def test_bad_questions_are_one_clear_error(name, text, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         read_questions(write(tmp_path / name, text))
-
-
-def test_texts_are_lowercased_first():
-    assert clean(["A\u2013B"], lowercase=True, normalize_text=True) == ["a-b"]
-    assert clean(["A\u2013B"], lowercase=False, normalize_text=False) == ["A\u2013B"]

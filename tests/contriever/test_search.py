@@ -6,7 +6,6 @@ import os
 import shutil
 import socket
 import struct
-import subprocess
 import threading
 from pathlib import Path
 from urllib.parse import quote
@@ -119,6 +118,9 @@ def test_passages_of_markdown_know_their_headings():
     ]
     (only,), _ = read_pieces(Path("Zeus.md"), b"# Zeus\ntext", Limits())
     assert only == Piece(2, "Zeus", "text")
+    blanks = " " * 100_000  # no attempt at every one of them
+    (only,), _ = read_pieces(Path("Zeus.md"), f"# Zeus{blanks}and Hera #{blanks}#\ntext".encode(), Limits())
+    assert only.title.split() == ["Zeus", ">", "Zeus", "and", "Hera"]
 
 
 def test_pieces_hold_every_word_once_and_no_more_than_allowed():
@@ -296,16 +298,6 @@ def test_problems_are_told_and_the_rest_is_indexed(notes):
     assert {hit.path for hit in index.search("wing", 5)} == {"bad.jsonl", "c.jsonl", "latin.txt", "sub/b.txt", "a.md"}
 
 
-def test_what_another_process_has_indexed_is_found(notes):
-    index, other = open_index(notes), open_index(notes)
-    index.update()
-    assert index.search("script", 1)[0].score == 0
-    (notes / "late.txt").write_text("script")
-    other.update()
-    assert index.update().unchanged == 4
-    assert index.search("script", 1)[0].path == "late.txt"
-
-
 def test_texts_of_a_folder_that_cannot_be_listed_stay(notes, monkeypatch):
     index = open_index(notes)
     index.update()
@@ -377,6 +369,14 @@ def test_one_command_indexes_and_answers(notes, model, capsys):
     assert any(hit.score == pytest.approx(dense, abs=0.05) for hit in index.search("wing", 5) if hit.title == "Wing")
     run(model, "--passages", str(notes), "--query", "wing", "--retriever", "hybrid")
     assert "3 unchanged files; 0 passages embedded" in capsys.readouterr().out
+
+
+def test_texts_neither_command_the_terminal_nor_reach_other_users(notes, model, capsys):
+    (notes / "\x1b[31mred.md").write_text("# Wing \x9b2J\n\nwing \x1b]0;title\x07 wing")
+    run(model, "--passages", str(notes), "--query", "wing", "--top_k", "9")
+    out = "".join(capsys.readouterr())
+    assert "\ufffd[31mred.md:3" in out and not set(out) & {"\x1b", "\x9b", "\x07"}
+    assert (notes / ".search_index.sqlite").stat().st_mode & 0o777 == 0o600
 
 
 def test_a_single_file_and_an_index_elsewhere(notes, model, tmp_path, capsys):
@@ -494,12 +494,6 @@ def test_requests_that_are_refused(server, path, headers, status):
     assert get(server, path, **headers)[0] == status
 
 
-def test_other_methods_are_refused(server):
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
-    connection.request("POST", "/", body=b"q=wing")
-    assert connection.getresponse().status == 501
-
-
 def test_new_notes_are_found_while_it_serves(server, notes, monkeypatch):
     monkeypatch.setattr(page_module, "SECONDS_BETWEEN_UPDATES", -1)
     (notes / "late.txt").write_text("crust crust")
@@ -507,13 +501,6 @@ def test_new_notes_are_found_while_it_serves(server, notes, monkeypatch):
     shutil.rmtree(notes)
     status, page, _ = get(server, "/?q=crust")
     assert status == 500 and "no such file or folder" in page
-
-
-def test_an_idle_connection_does_not_keep_others_waiting(server):
-    idle = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
-    idle.connect()  # as browsers do, in advance
-    assert get(server, "/?q=wing")[0] == 200
-    idle.close()
 
 
 def test_queries_at_the_same_time_all_get_their_answers(server):
@@ -528,15 +515,3 @@ def test_queries_at_the_same_time_all_get_their_answers(server):
     for thread in threads:
         thread.join()
     assert answers == {word: word for word in WORDS}
-
-
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-
-
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
-def test_the_page_in_a_browser(server, tmp_path):
-    address = f"http://127.0.0.1:{server.server_port}/?q={quote('script ' + ATTACK)}"
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--dump-dom"]
-    page = subprocess.run([BROWSER, *flags, address], capture_output=True, text=True, timeout=120, check=True).stdout
-    assert page.count("<li>") == 3 and "<mark>" in page
-    assert "<script" not in page and "<img" not in page

@@ -1,9 +1,7 @@
 """The real script: flags, training, resuming, several processes."""
 
 import argparse
-import os
 import shutil
-import signal
 
 import pytest
 import torch
@@ -11,7 +9,6 @@ import torch
 from contriever.encoder import load_retriever
 from contriever.text.tokens import token_files
 from contriever.train import parse_args
-from shared.run.attempt import Interrupted, NotFinite
 from shared.run.run import Run
 from tests.contriever.tiny import (
     VOCABULARY,
@@ -73,52 +70,17 @@ def test_an_unknown_flag_is_an_error(capsys):
     assert "moco_quee" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("mode", ["moco", "inbatch"])
-def test_a_killed_run_ends_like_an_uninterrupted_one(mode, data, uninterrupted, tmp_path, monkeypatch):
-    flags = ("--contrastive_mode", mode)
-    for call, workers in ((3, 0), (2, 2)):
+def test_a_killed_run_in_batch_ends_like_an_uninterrupted_one(data, uninterrupted, tmp_path, monkeypatch):
+    flags = ("--contrastive_mode", "inbatch")
+    for call in (3, 2):
         with monkeypatch.context() as patch:
             patch.setattr(Run, "update", interrupting(Run.update, call))
             with pytest.raises(KeyboardInterrupt):
-                run_train(data, tmp_path / "run", *flags, "--num_workers", workers)
+                run_train(data, tmp_path / "run", *flags)
     run_train(data, tmp_path / "run", *flags)
-    assert_same_run(tmp_path / "run", uninterrupted(mode))
+    assert_same_run(tmp_path / "run", uninterrupted("inbatch"))
     steps = [line["step"] for line in log_lines(tmp_path / "run")]
     assert steps == [0, 1, 2, 3, 4, 4, 5, 6, 6]  # three of them evaluations
-
-
-def test_a_signal_saves_and_ends_the_run(data, uninterrupted, tmp_path, monkeypatch):
-    update = Run.update
-
-    def signalled(run, *args):
-        if run.step == 2:
-            os.kill(os.getpid(), signal.SIGUSR1)
-        update(run, *args)
-
-    flags = ("--saveckp_steps", 0)
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "update", signalled)
-        with pytest.raises(Interrupted):
-            run_train(data, tmp_path / "run", *flags)
-    assert state_of(tmp_path / "run")["step"] == 3
-    run_train(data, tmp_path / "run")
-    assert log_lines(tmp_path / "run") == log_lines(uninterrupted("moco"))
-
-
-def test_values_that_are_not_finite_end_the_run_and_spoil_no_checkpoint(data, tmp_path, monkeypatch):
-    backward = Run.backward
-
-    def poisoned(run, loss, *args):
-        backward(run, loss, *args)
-        if run.step >= 2:
-            next(run.guard.networks["model"].encoder_q.parameters()).grad.fill_(float("nan"))
-
-    monkeypatch.setattr(Run, "backward", poisoned)
-    with pytest.raises(NotFinite, match=r"the first such tensor is the gradient of model\.encoder_q\.embeddings\."):
-        run_train(data, tmp_path / "run", "--max_skipped_steps", 2, "--eval_documents", 0)
-    assert state_of(tmp_path / "run")["step"] == 2
-    assert all(value.isfinite().all() for value in state_of(tmp_path / "run")["model"].values())
-    assert torch.load(tmp_path / "run/nonfinite.pth", weights_only=True)["q_tokens"].shape[0] == 4
 
 
 def test_a_finished_run_stays_as_it_is(data, uninterrupted):
@@ -155,16 +117,6 @@ def test_a_run_folder_can_be_copied(data, uninterrupted, tmp_path):
     run_train(data, run, "--total_steps", 7)
     assert (run / "checkpoint/latest/checkpoint.pth").resolve() == run / "checkpoint.pth"
     shutil.copytree(run, tmp_path / "again")
-
-
-def test_the_queue_holds_the_last_keys_and_the_key_encoder_follows(data, uninterrupted):
-    model = state_of(uninterrupted("moco"))["model"]
-    assert model["queue"].shape == (16, 8) and model["queue_ptr"].item() == 0  # 6 steps of 4 keys
-    assert not torch.allclose(model["queue"].norm(dim=0), torch.ones(8))  # the first ones had length 1
-    names = [name.removeprefix("encoder_q.") for name in model if name.startswith("encoder_q.")]
-    start = load_retriever(data / "encoder").model.state_dict()
-    moved = {side: sum((model[f"{side}.{n}"] - start[n]).norm() for n in names) for side in ("encoder_q", "encoder_k")}
-    assert 0 < moved["encoder_k"] < moved["encoder_q"]
 
 
 def test_two_processes_equal_one_with_twice_the_batch(data, tmp_path):

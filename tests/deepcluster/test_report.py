@@ -5,10 +5,11 @@ import pytest
 import torch
 from PIL import Image
 
-from deepcluster import report
+from deepcluster import cluster_pictures
+from deepcluster.cluster_pictures import purity, save_cluster_sheet, save_clusters
 from deepcluster.clustering import Clusters
 from deepcluster.main import describe_clusters
-from deepcluster.report import HEALTH_RULES, purity, save_cluster_sheet, save_clusters
+from deepcluster.report import HEALTH_RULES
 from shared.images.sources import ArraySource, open_source
 from shared.pictures.sheets import AGREE, DIFFER
 from shared.run.health import HealthMonitor
@@ -40,7 +41,7 @@ def test_names_with_commas_and_odd_bytes_are_listed(tmp_path):
 
 def test_the_sheet_shows_clusters_from_large_to_small_and_who_belongs_together(tmp_path, monkeypatch):
     rows = []
-    monkeypatch.setattr(report, "save_sheet", lambda tiles, path, *_: rows.extend(tiles) or path)
+    monkeypatch.setattr(cluster_pictures, "save_sheet", lambda tiles, path, *_: rows.extend(tiles) or path)
     labels = [0, 0, 0, 1, 1, 1, 0]
     clusters = Clusters(torch.tensor([5, 5, 5, 5, 1, 1, 3]), 8)
     save_cluster_sheet(source_of(labels), clusters, tmp_path / "clusters.png")

@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import nn
 
-from dino.hub import available_architectures, build_backbone
+from dino.hub import build_backbone
 from dino.vision_transformer import VisionTransformer
 
 
@@ -24,9 +24,6 @@ def test_other_names_are_those_of_the_libraries():
     with torch.device("meta"):
         backbone, embed_dim = build_backbone("resnet50")
     assert isinstance(backbone, torchvision.models.ResNet) and embed_dim == 2048
-    names = available_architectures()
-    assert len(names) == len(set(names)) > 1000
-    assert {"vit_small", "deit_small", "resnet50", "xcit_small_12_p16_224"} <= set(names)
     with pytest.raises(ValueError, match=r"--arch vit_smal is unknown; did you mean [^?]*vit_small"):
         build_backbone("vit_smal")
 

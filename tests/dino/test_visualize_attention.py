@@ -8,14 +8,15 @@ import torch
 from PIL import Image
 from timm.models.xcit import Xcit
 
-from dino.attention import class_attention, last_class_attention, save_attention
+from dino.attention import class_row
 from dino.augmentations import MEAN, STD, dino_views
 from dino.vision_transformer import VisionTransformer
-from dino.visualize_attention import parse_args, prepare_image, training_views, visualize_attention
+from dino.visualize_attention import parse_args, training_views, visualize_attention
 from shared.evaluation import neighbours
 from shared.networks.classifiers import fill_classifier
 from shared.networks.weights import WeightMismatch
-from shared.pictures.attention import to_picture
+from shared.pictures.attention import class_attention, prepare_image, save_attention
+from shared.pictures.sheets import normalised_pixels
 from tests.dino.tiny import write_checkpoint
 from xcit.cross_covariance_transformer import XCiT
 from xcit.hub import from_timm
@@ -49,25 +50,25 @@ def test_image_smaller_than_a_patch_is_refused():
 
 def test_picture_is_the_image_before_normalisation():
     pixels = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
-    np.testing.assert_array_equal(to_picture(prepare_image(pixels, [6, 5]), MEAN, STD), pixels)
+    np.testing.assert_array_equal(normalised_pixels(prepare_image(pixels, [6, 5], MEAN, STD), MEAN, STD), pixels)
 
 
 def test_one_channel_is_the_luminance():
     pixels = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
-    picture = to_picture(prepare_image(pixels, [6, 5], in_chans=1), MEAN, STD)
+    picture = normalised_pixels(prepare_image(pixels, [6, 5], MEAN, STD, in_chans=1), MEAN, STD)
     luminance = np.array(Image.fromarray(pixels).convert("L"))
     np.testing.assert_array_equal(picture, np.repeat(luminance[..., None], 3, axis=2))
 
 
 @pytest.mark.parametrize(("size", "expected"), [([7, 9], (7, 9)), ([10], (10, 20))])
 def test_image_size_is_height_and_width_or_the_short_side(size, expected):
-    assert prepare_image(np.zeros((30, 60, 3), dtype=np.uint8), size).shape == (3, *expected)
+    assert prepare_image(np.zeros((30, 60, 3), dtype=np.uint8), size, MEAN, STD).shape == (3, *expected)
 
 
 def test_every_file_is_written_and_shows_its_map(tmp_path):
     model = make_vit()
     image = torch.randn(3, 18, 23, generator=torch.Generator().manual_seed(0))
-    paths = save_attention(model, image, tmp_path / "out", threshold=0.6)
+    paths = save_attention(model, image, tmp_path / "out", MEAN, STD, threshold=0.6)
     names = [*(f"head{j}" for j in range(HEADS)), "mean"]
     expected = ["attention.png", "img.png"]
     expected += [f"{kind}{name}.png" for kind in ("attn-", "overlay-", "mask_th0.6_") for name in names]
@@ -83,7 +84,7 @@ def test_every_file_is_written_and_shows_its_map(tmp_path):
 
 
 def test_without_threshold_there_are_no_masks(tmp_path):
-    paths = save_attention(make_vit(in_chans=1), torch.randn(1, 16, 16), tmp_path)
+    paths = save_attention(make_vit(in_chans=1), torch.randn(1, 16, 16), tmp_path, MEAN, STD)
     assert not any("mask" in path.name for path in paths)
 
 
@@ -168,24 +169,24 @@ def test_class_attention_of_xcit_makes_the_output_of_its_last_attention():
     model, images = make_xcit(), torch.randn(2, 3, 24, 40)
     layer, seen = model.cls_attn_blocks[-1].attn, []
     layer.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
-    weights = last_class_attention(model, images)
+    weights = class_row(model, images)
     (tokens, output), values = seen[0], layer.v(seen[0][0]).unflatten(2, (2, 16))
     torch.testing.assert_close(weights.sum(dim=2), torch.ones(2, 2))
     expected = layer.proj(torch.einsum("bhn,bnhd->bhd", weights, values).flatten(1))
     torch.testing.assert_close(output[:, 0], expected)
     assert tokens.shape == (2, 16, 32)
-    torch.testing.assert_close(class_attention(model, images), weights[:, :, 1:].unflatten(2, (3, 5)))
+    torch.testing.assert_close(class_attention(model, images, class_row), weights[:, :, 1:].unflatten(2, (3, 5)))
 
 
 def test_class_attention_is_that_of_the_xcit_folder_with_the_same_weights():
     model, images = make_xcit(), torch.randn(1, 3, 24, 16)
     network = XCiT(patch_size=8, embed_dim=32, depth=1, num_heads=2, num_classes=0)
     fill_classifier(network, from_timm(model.state_dict()), "timm")
-    torch.testing.assert_close(class_attention(model, images), network.eval().class_attention(images))
+    torch.testing.assert_close(class_attention(model, images, class_row), network.eval().class_attention(images))
 
 
 def test_pictures_of_class_attention(tmp_path):
-    paths = save_attention(make_xcit(), torch.randn(3, 19, 30), tmp_path, threshold=0.5)
+    paths = save_attention(make_xcit(), torch.randn(3, 19, 30), tmp_path, MEAN, STD, 0.5, class_row)
     assert {"attn-head0.png", "attn-head1.png", "attn-mean.png", "mask_th0.5_head1.png"} <= {p.name for p in paths}
     assert read(tmp_path / "img.png").shape[:2] == (240, 360)  # 16 x 24 pixels, magnified 15 times
 

@@ -26,8 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from contriever import finetuning, mine_negatives, new_encoder, preprocess, train
-from contriever.beir.data import BeirDataset, read_beir
-from contriever.beir.metrics import evaluate_run
+from contriever.beir import BeirDataset, evaluate_run, read_beir
 from contriever.encoder import find_model, load_retriever
 from contriever.eval_beir import TOP_K, as_run, dense_search, document_texts
 from contriever.index.bm25 import BM25, fuse

@@ -105,9 +105,17 @@ def msn_backbone(run: Path, model_name: str) -> torch.nn.Module:
     return LastClassToken(load_pretrained(model_name, run).encoder)
 
 
-COLUMNS = {"knn_before": "k-NN before", "knn_last": "k-NN after", "knn_1": "1 image", "knn_2": "2 images",
-           "knn_5": "5 images", "information": "information", "me_max": "me-max", "feature_spread": "feature spread",
-           "images_per_s": "images/s"}  # fmt: skip
+COLUMNS = {
+    "knn_before": "k-NN before",
+    "knn_last": "k-NN after",
+    "knn_1": "1 image",
+    "knn_2": "2 images",
+    "knn_5": "5 images",
+    "information": "information",
+    "me_max": "me-max",
+    "feature_spread": "feature spread",
+    "images_per_s": "images/s",
+}
 
 
 def random_weights(flags: str, seeds: tuple[int, ...], *data) -> str:

@@ -7,7 +7,6 @@ Every run uses one thread; --parallel of them run at a time. Numbers are those o
 deviation over the seeds, which also draw the labels. "Before" is the soft nearest-neighbour accuracy of random weights.
 """
 
-import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from paws.augmentations import choose_recipe
 from paws.evaluation import open_validation
 from paws.few_labels import pixel_accuracy
 from paws.labels import open_partly_labelled
+from shared.run.log import read_log
 from tests.evidence.runs import (
     Variant,
     in_parallel,
@@ -84,8 +84,7 @@ def supervised(
 
     def train() -> dict:
         run_script("paws", command.split(), folder.with_suffix(".log"))
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        return {"top1": [line["top1"] for line in lines if "top1" in line][-1]}
+        return {"top1": [line["top1"] for line in read_log(folder / "paws-fine-tune.jsonl") if "top1" in line][-1]}
 
     return once(folder.with_suffix(".json"), command.split(), train)["top1"]
 

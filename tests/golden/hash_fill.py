@@ -1,4 +1,4 @@
-"""Tensors that are functions of their names: what the golden files use for weights that are too large to store."""
+"""Tensors made of names, or of a seed: what the golden files use for weights that are too large to store."""
 
 import zlib
 from collections.abc import Iterator
@@ -45,6 +45,25 @@ def hash_filled(state_dict: dict[str, Tensor], salt: str = "") -> dict[str, Tens
         numbers = portions(salt + key.replace("module.", ""), value.numel())
         parts = [(low + (high - low) * u).astype(np.float32) for u in numbers]  # VGG16 has 100 million weights in one
         filled[key] = torch.from_numpy(np.concatenate(parts)).reshape(value.shape)
+    return filled
+
+
+def seed_filled(state_dict: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """The state dict with every entry but counters drawn with a seed of its own, counted up in the order of names."""
+    filled = dict(state_dict)
+    names = sorted(name for name in state_dict if not name.endswith("num_batches_tracked"))
+    for i, name in enumerate(names):
+        shape = tuple(state_dict[name].shape)
+        values = np.random.RandomState(seed + i).standard_normal(shape)
+        if len(shape) in (2, 4):
+            values = values / np.sqrt(np.prod(shape[1:]))
+        elif len(shape) == 3:
+            values = 0.2 * values
+        elif name.endswith("running_var"):
+            values = 1 + 0.2 * np.abs(values)
+        else:
+            values = (1 if name.endswith(".weight") else 0) + 0.1 * values
+        filled[name] = torch.from_numpy(np.asarray(values, dtype=np.float32))
     return filled
 
 

@@ -20,22 +20,20 @@ from transformers import BertModel
 from contriever import augmentations, finetuning, train
 from contriever.augmentations import Draws, Recipe, SpecialTokens, add_bos_eos, augment, crop, two_views
 from contriever.encoder import load_retriever
-from contriever.losses import InBatch, MoCo, batch_statistics, inbatch_logits, moco_logits
+from contriever.losses import InBatch, MoCo, batch_statistics, inbatch_logits
 from contriever.text.tokens import ChunkedText, Job, Shard, files_of_rank, tokenize_lines
 from contriever.training.evaluation import Evaluation, accuracy_and_mrr
 from contriever.training.optimisation import SCHEDULES, Objective, build_optimizer
-from contriever.training.pairs import PretrainingPairs, sampling_probabilities
-from contriever.training.pairs import collate as collate_pairs
-from contriever.training.questions import FineTuningPairs, collate, read_examples
-from shared import distributed
+from contriever.training.pairs import PretrainingPairs, collate, sampling_probabilities
+from contriever.training.questions import FineTuningPairs, read_examples
 from shared.networks.weights import safe_load
 from tests.contriever.tiny import tiny_retriever
 from tests.golden.golden_file import GoldenFile
 from tests.loop_run import LoopRun
-from tests.processes import run_processes
 
 golden = GoldenFile("contriever")
 SEARCH = ("has_answer", "tokenize", "calculate_matches", "normalize/", "passages/", "ir/", "beir/")
+PROCESSES = ("dist_ib/", "dist_moco/")  # tests/contriever/test_train.py compares two processes with one
 INPUTS = ("q_ids", "q_mask", "k_ids", "k_mask")
 BATCH = ("q_tokens", "q_mask", "k_tokens", "k_mask")
 CHUNK, RATIOS, BOS, EOS = 64, (0.1, 0.5), 2, 3  # of the data-set arrays
@@ -74,6 +72,10 @@ def special_tokens() -> SpecialTokens:
     vocabulary, _ = architecture()
     mask = vocabulary.index("[MASK]")
     return SpecialTokens(BOS, EOS, mask, mask + 1, len(vocabulary))
+
+
+def crops_of(ratio_min: float, ratio_max: float) -> Recipe:
+    return Recipe(ratio_min, ratio_max, "none", 0.0)
 
 
 def seeded(seed: int) -> Draws:
@@ -125,7 +127,7 @@ class RecordingRun(LoopRun):
 def test_steps_of_moco(case, retriever, encoder, tmp_path):
     args = argparse.Namespace(**vars(train.get_args_parser().parse_args([])) | golden.json(f"{case}/opt"))
     encoder.config.pooling = args.pooling
-    model = MoCo(encoder, args.queue_size)
+    model = MoCo(encoder, args.queue_size, args.momentum)
     model.queue.copy_(golden.tensor(f"{case}/queue0"))
     batches, vectors = [], {"q": [], "k": []}
     while f"{case}/q_ids{len(batches)}" in golden:
@@ -135,7 +137,7 @@ def test_steps_of_moco(case, retriever, encoder, tmp_path):
         network.register_forward_hook(lambda *call, side=side: vectors[side].append(call[-1].detach().clone()))
     run = RecordingRun(tmp_path, model, len(batches))
     run.args.save_freq, run.path = 0, tmp_path / "checkpoint.pth"
-    optimizer, objective = build_optimizer(model, args), Objective.from_args(args)
+    optimizer, objective = build_optimizer(model, args), Objective(args)
     train.train_one_epoch(model, model.encoder_q, batches, optimizer, objective, Evaluation(args, retriever), run)
     for name in ("loss", "accuracy", "stdq", "stdk", "lr", "ptr"):
         values = np.array([torch.as_tensor(step[name]).item() for step in run.recorded])
@@ -154,76 +156,21 @@ def test_steps_of_moco(case, retriever, encoder, tmp_path):
         torch.testing.assert_close(state[name.replace("/", ".")], expected, atol=1e-5, rtol=1e-5)
 
 
-def inbatch_step(model, options: dict, inputs, rank: int = 0, world_size: int = 1):
-    """Loss and statistics of one batch, with gradients."""
-    q, k = model(*inputs, options.get("norm_query", False), options.get("norm_doc", False))
-    all_keys = distributed.all_gather_with_grad(k)
-    logits, labels = inbatch_logits(q, all_keys, options["temperature"], rank, world_size)
-    loss = F.cross_entropy(logits, labels, label_smoothing=options.get("label_smoothing", 0.0))
-    loss.backward()
-    return loss.detach(), batch_statistics(logits, labels, q, k)
-
-
 @pytest.mark.parametrize("case", cases(r"ib[A-Z]\b"))
 def test_inbatch_loss(case, encoder):
     options = golden.json(f"{case}/opt")
     encoder.config.pooling = options.get("pooling", "average")
-    loss, statistics = inbatch_step(InBatch(encoder), options, [golden.tensor(f"{case}/{name}") for name in INPUTS])
+    inputs = [golden.tensor(f"{case}/{name}") for name in INPUTS]
+    q, k = InBatch(encoder)(*inputs, options.get("norm_query", False), options.get("norm_doc", False))
+    logits, labels = inbatch_logits(q, k, options["temperature"], rank=0, world_size=1)
+    loss = F.cross_entropy(logits, labels, label_smoothing=options.get("label_smoothing", 0.0))
+    loss.backward()
     assert loss.item() == pytest.approx(golden.scalar(f"{case}/loss"), abs=1e-4)
-    for name, value in statistics.items():
+    for name, value in batch_statistics(logits, labels, q, k).items():
         assert value.item() == pytest.approx(golden.scalar(f"{case}/{name}"), rel=1e-4), name
     for name, expected in golden.state_dict(f"{case}/grad/").items():
         grad = encoder.get_parameter(name).grad
         torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
-
-
-def golden_inputs(case: str, rank: int, world_size: int) -> list[torch.Tensor]:
-    return [golden.tensor(f"{case}/{name}").chunk(world_size)[rank] for name in INPUTS]
-
-
-def inbatch_on_rank(rank: int, folder, world_size: int) -> dict:
-    retriever = tiny_retriever(folder / str(rank), *architecture())
-    retriever.model.load_state_dict(golden.state_dict("sd/"))
-    model = distributed.wrap(InBatch(retriever.model), torch.device("cpu"))
-    inputs = golden_inputs("dist_ib", rank, world_size)
-    loss, statistics = inbatch_step(model, {"temperature": 0.05}, inputs, rank, world_size)
-    grad = retriever.model.get_parameter("encoder.layer.1.output.dense.weight").grad
-    return {"loss": loss, "accuracy": statistics["accuracy"], "grad": grad}
-
-
-def moco_on_rank(rank: int, folder, world_size: int) -> dict:
-    retriever = tiny_retriever(folder / str(rank), *architecture())
-    retriever.model.load_state_dict(golden.state_dict("sd/"))
-    queue = golden.tensor("dist_moco/queue0")
-    model = MoCo(retriever.model, queue.shape[1])
-    model.queue.copy_(queue)
-    q_ids, q_mask, k_ids, k_mask = golden_inputs("dist_moco", rank, world_size)
-    with torch.no_grad():
-        q, k = model.encoder_q(q_ids, q_mask), model.encoder_k(k_ids, k_mask)
-    loss = F.cross_entropy(*moco_logits(q, k, model.queue, temperature=20.0))
-    model.enqueue(distributed.all_gather(k))
-    return {"loss": loss, "queue": model.queue, "ptr": model.queue_ptr}
-
-
-def test_two_processes_in_batch(folder):
-    losses = golden["dist_ib/loss"]
-    for rank, result in enumerate(run_processes(inbatch_on_rank, len(losses), folder, len(losses))):
-        assert result["loss"].item() == pytest.approx(losses[rank], rel=1e-4)
-        assert result["accuracy"].item() == pytest.approx(golden["dist_ib/accuracy"][rank])
-        expected = golden.tensor("dist_ib/grad_dense")
-        torch.testing.assert_close(result["grad"], expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
-    for name in INPUTS:
-        golden[f"dist_ib/{name}"]  # read by the processes
-
-
-def test_two_processes_share_the_queue(folder):
-    losses = golden["dist_moco/loss"]
-    for rank, result in enumerate(run_processes(moco_on_rank, len(losses), folder, len(losses))):
-        assert result["loss"].item() == pytest.approx(losses[rank], rel=1e-4)
-        torch.testing.assert_close(result["queue"], golden.tensor("dist_moco/queue"), atol=1e-5, rtol=1e-5)
-        assert result["ptr"].item() == golden["dist_moco/ptr"][rank]
-    for name in (*INPUTS, "queue0"):
-        golden[f"dist_moco/{name}"]  # read by the processes
 
 
 # --- Checkpoints ------------------------------------------------------------------------------------------------------
@@ -284,7 +231,7 @@ def test_layout_of_a_run(folder, retriever, tmp_path):
 def test_crops(case):
     length, ratio_min, ratio_max, count, seed = golden[f"{case}/args"]
     draws = seeded(int(seed))
-    crops = [crop(np.arange(int(length)), ratio_min, ratio_max, draws) for _ in range(int(count))]
+    crops = [crop(np.arange(int(length)), crops_of(ratio_min, ratio_max), draws) for _ in range(int(count))]
     found = [(view[0] if len(view) else -1, len(view)) for view in crops]
     np.testing.assert_array_equal(found, golden[f"{case}/start_len"])
 
@@ -292,12 +239,12 @@ def test_crops(case):
 def test_many_crops():
     draws = seeded(151)
     histogram, starts = golden["cropstat/len_hist"], golden["cropstat/start_hist16"]
-    crops = [crop(np.arange(256), *RATIOS, draws) for _ in range(histogram.sum())]
+    crops = [crop(np.arange(256), crops_of(*RATIOS), draws) for _ in range(histogram.sum())]
     np.testing.assert_array_equal(np.bincount([len(view) for view in crops], minlength=len(histogram)), histogram)
     np.testing.assert_array_equal(np.bincount([view[0] // 16 for view in crops], minlength=len(starts)), starts)
 
 
-def shuffle_of_the_reference(tokens: np.ndarray, p: float, draws: Draws) -> np.ndarray:
+def shuffle_of_the_reference(tokens: np.ndarray, p: float, draws: Draws, special=None) -> np.ndarray:
     """Writes the tokens one by one to where they go, and reads some that it has overwritten already."""
     places = draws.py.sample(range(len(tokens)), int((draws.np.rand(len(tokens)) < p).sum()))
     sources = list(places)
@@ -358,8 +305,8 @@ def test_pairs_of_one_data_set(case, monkeypatch):
         for side, view in zip("qk", views, strict=True):
             np.testing.assert_array_equal(view, golden[f"ds/{case}/{side}{number}"])
         assert [f"torch.{view.dtype}" for view in views] == golden.json(f"ds/{case}/dtype{number}")
-        pairs.append((0, *views))
-    batch = collate_pairs(pairs, pad_id=0)
+        pairs.append(views)
+    batch = collate(*zip(*pairs, strict=True), pad_id=0)
     for name in BATCH:
         np.testing.assert_array_equal(batch[name].numpy(), golden[f"ds/{case}/coll_{name}"])
     for name, dtype in golden.json(f"ds/{case}/coll_dtypes").items():
@@ -400,7 +347,7 @@ def test_tokenised_text(retriever, tmp_path):
     file = tmp_path / "text.txt"
     file.write_text(golden.json("prep/text"), encoding="utf-8")
     for normalized, name in ((False, "tokens"), (True, "tokens_norm")):
-        job = Job(str(file), 0, file.stat().st_size, "", "", normalized, "error", 0, 0, "")
+        job = Job.of(file, tmp_path, normalize_text=normalized)
         tokens, borders = tokenize_lines(job, retriever.tokenizer)
         np.testing.assert_array_equal(tokens, golden[f"prep/{name}"])
         assert len(borders) - 1 == len(golden.json("prep/text").splitlines())  # what the reference does not keep
@@ -463,7 +410,8 @@ def test_batch_of_fine_tuning(retriever):
     negatives = len(golden["ft/coll_n_tokens"]) // questions
     pairs = fine_tuning_pairs(retriever, negative_ctxs=negatives, negative_hard_ratio=1.0)
     draws = seeded(180)
-    batch = collate([pairs.draw(example, draws) for example in pairs.examples[:questions]], retriever, 10)
+    tokens = pairs.tokenize([pairs.draw(example, draws) for example in pairs.examples[:questions]])
+    batch = collate(*tokens, retriever.tokenizer.pad_token_id)
     for name in BATCH:
         np.testing.assert_array_equal(batch[name].numpy(), golden[f"ft/coll_{name}"])
     for part in ("tokens", "mask"):
@@ -479,5 +427,5 @@ def test_accuracy_of_held_out_questions(retriever):
 
 
 def test_every_array_was_compared():
-    unread = [key for key in golden.unread() if not key.startswith(SEARCH)]
+    unread = [key for key in golden.unread() if not key.startswith((*SEARCH, *PROCESSES))]
     assert not unread, unread

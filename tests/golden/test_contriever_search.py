@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from contriever.beir.metrics import K_VALUES, evaluate_run
+from contriever.beir import K_VALUES, evaluate_run
 from contriever.encoder import Retriever, load_retriever
 from contriever.eval_beir import dense_search, document_texts, evaluate_folder
 from contriever.index.dense import DenseIndex, IndexSettings

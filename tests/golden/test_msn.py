@@ -24,6 +24,7 @@ from shared.optimisation.schedules import cosine_schedule
 from shared.run.log import read_log
 from shared.sinkhorn import sinkhorn_knopp
 from tests.golden.golden_file import GoldenFile
+from tests.golden.hash_fill import seed_filled
 from tests.loop_run import LoopRun
 from tests.processes import run_processes
 
@@ -216,31 +217,12 @@ def test_encoder_outputs_and_masks(case, masks):
                 expect(f"train_{norm}_{statistic}", getattr(getattr(encoder.fc, norm), statistic))
 
 
-def recipe_r(state_dict: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """The file's procedural weights, see the documentation of its format."""
-    names = sorted(name for name in state_dict if not name.endswith("num_batches_tracked"))
-    filled = {name: value for name, value in state_dict.items() if name not in names}
-    for i, name in enumerate(names):
-        shape = state_dict[name].shape
-        n = np.random.RandomState(seed + i).standard_normal(tuple(shape))
-        if len(shape) in (2, 4):
-            value = n / np.sqrt(np.prod(shape[1:]))
-        elif len(shape) == 3:
-            value = 0.2 * n
-        elif name.endswith("running_var"):
-            value = 1 + 0.2 * np.abs(n)
-        else:
-            value = 1 + 0.1 * n if name.endswith(".weight") else 0.1 * n
-        filled[name] = torch.from_numpy(value.astype(np.float32))
-    return filled
-
-
 @pytest.mark.parametrize("case", cases("proc"))
 @torch.no_grad()
 def test_full_size_encoders(case, masks):
     encoder = vision_transformer.build(["deit_small", "deit_tiny"][int(given(case, "arch_id"))])
     encoder.fc = ProjectionHead(encoder.embed_dim, int(given(case, "hidden_dim")), int(given(case, "output_dim")))
-    encoder.load_state_dict(recipe_r(encoder.state_dict(), int(given(case, "base_seed"))))
+    encoder.load_state_dict(seed_filled(encoder.state_dict(), int(given(case, "base_seed"))))
     encoder.eval()
     seed = int(given(case, "x_seed"))
     large, small = (

@@ -4,6 +4,7 @@ Every size, parameter and case name comes from the file.
 """
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,13 +13,14 @@ from torch import Tensor, nn
 
 from paws import losses
 from paws.augmentations import choose_recipe
+from paws.encoder import WideResNetEncoder, build_encoder
 from paws.evaluation import classify
 from paws.heads import Encoder
-from paws.hub import WideResNetEncoder, build_encoder
 from paws.optimisation import LARS, lr_schedule, parameter_groups
 from paws.paws_train import train_one_epoch
 from paws.support_sampler import SupportSampler
 from tests.golden.golden_file import GoldenFile
+from tests.golden.hash_fill import seed_filled
 from tests.loop_run import LoopRun
 from tests.processes import run_processes
 
@@ -48,7 +50,8 @@ def paws(inputs: dict[str, Tensor], tau: float, sharpening: float, me_max: bool)
     """Losses, gradients and distributions under the names of the file."""
     anchors, supports = (inputs[name].requires_grad_() for name in ("anchors", "supports"))
     targets, target_supports, labels = (inputs[name] for name in ("target_views", "target_supports", "labels"))
-    ploss, rloss = losses.paws_loss(anchors, supports, targets, target_supports, labels, tau, sharpening, me_max)
+    views = (anchors, supports, targets, target_supports)
+    ploss, rloss, sharpened = losses.paws_loss(*views, labels, tau, sharpening, me_max)
     (ploss + rloss).backward()
     gathered, gathered_targets = (losses.distributed.all_gather(s) for s in (supports, target_supports))
     anchor_probs = losses.soft_nearest_neighbours(anchors, gathered, labels, tau)
@@ -62,7 +65,7 @@ def paws(inputs: dict[str, Tensor], tau: float, sharpening: float, me_max: bool)
         "anchor_probs": anchor_probs,
         "target_probs": target_probs,
         "sharpened_target_probs": losses.sharpen(target_probs, sharpening),
-        "sharpened_anchor_probs": losses.sharpen(anchor_probs, sharpening),
+        "sharpened_anchor_probs": sharpened,
     }
     return {name: value.detach() for name, value in found.items()}
 
@@ -234,41 +237,12 @@ def test_lars(case):
 
 @pytest.mark.parametrize("case", cases("sched"))
 def test_learning_rate_of_every_step(case):
-    names = ("start_lr", "lr", "final_lr")
-    ipe = number(case, "ipe")
-    found = lr_schedule(
-        *(number(case, name) for name in names), number(case, "warmup") * ipe, number(case, "epochs") * ipe
-    )
+    names = ("start_lr", "lr", "final_lr", "warmup", "epochs", "ipe")
+    found = lr_schedule(*(number(case, name) for name in names))
     np.testing.assert_allclose(found, GOLDEN[f"{case}/out/lr"], rtol=1e-5, atol=1e-6)
 
 
 # --- Networks ---------------------------------------------------------------------------------------------------------
-
-
-def made_from_seed(names: list[str], shapes: dict[str, torch.Size], seed: int) -> dict[str, Tensor]:
-    """The file's recipe for weights that it does not store."""
-    state = {}
-    for i, name in enumerate(sorted(names)):
-        values = np.random.RandomState(seed + i).standard_normal(tuple(shapes[name]))
-        dims = len(shapes[name])
-        if dims in (2, 4):
-            values = values / np.sqrt(np.prod(shapes[name][1:]))
-        elif dims == 3:
-            values = 0.2 * values
-        elif name.endswith("running_var"):
-            values = 1 + 0.2 * np.abs(values)
-        else:
-            values = (1 if name.endswith(".weight") else 0) + 0.1 * values
-        state[name] = torch.from_numpy(np.asarray(values, dtype=np.float32))
-    return state
-
-
-def fill(encoder: Encoder, seed: int) -> Encoder:
-    shapes = {name: value.shape for name, value in encoder.state_dict().items()}
-    names = [name for name in shapes if not name.endswith("num_batches_tracked")]
-    counters = {name: torch.tensor(0) for name in shapes if name not in names}
-    encoder.load_state_dict(made_from_seed(names, shapes, seed) | counters)
-    return encoder
 
 
 def small_encoder(case: str) -> Encoder:
@@ -276,7 +250,8 @@ def small_encoder(case: str) -> Encoder:
     assert kind == 0
     encoder = WideResNetEncoder(depth, widen, output_dim=output_dim, use_pred_head=bool(use_pred))
     assert encoder.embed_dim == embed_dim
-    return fill(encoder, number(case, "sd_base"))
+    encoder.load_state_dict(seed_filled(encoder.state_dict(), number(case, "sd_base")))
+    return encoder
 
 
 def shares_of_files_names(encoder: Encoder, case: str) -> None:
@@ -311,7 +286,8 @@ def test_wide_resnet(case):
 def test_published_networks(case):
     name = ARCHITECTURES[number(case, "arch_id")]
     encoder = build_encoder(name, number(case, "output_dim"), bool(number(case, "use_pred")))
-    fill(encoder, number(case, "base_seed")).eval()
+    encoder.load_state_dict(seed_filled(encoder.state_dict(), number(case, "base_seed")))
+    encoder.eval()
     seed = number(case, "x_seed")
     large, small = (
         torch.from_numpy(np.random.RandomState(seed + i).standard_normal((2, 3, side, side)).astype(np.float32))
@@ -376,42 +352,37 @@ def test_training_follows_the_reference_step_by_step(case, tmp_path):
         smoothing=number(case, "label_smoothing"),
         views=views,
     )
-    optimizer = LARS(parameter_groups(encoder, number(case, "wd")), nesterov=bool(number(case, "nesterov")))
-    rates = lr_schedule(
-        *(number(case, name) for name in ("start_lr", "lr", "final_lr")), number(case, "warmup") * ipe, epochs * ipe
+    criterion = partial(
+        losses.paws_loss,
+        labels=labels,
+        temperature=number(case, "tau"),
+        sharpen_temperature=number(case, "T"),
+        me_max=bool(number(case, "me_max")),
     )
+    optimizer = LARS(parameter_groups(encoder, number(case, "wd")), nesterov=bool(number(case, "nesterov")))
+    rates = lr_schedule(*(number(case, name) for name in ("start_lr", "lr", "final_lr", "warmup", "epochs", "ipe")))
     np.testing.assert_allclose(rates, GOLDEN[f"{case}/out/lr"], atol=1e-6)
     snapshots = GOLDEN[f"{case}/in/snap_steps"].astype(int).tolist()
     recorder = Recorder(encoder, ipe, snapshots)
     for epoch in range(epochs):
         run = LoopRun(tmp_path, ipe, epochs, epoch, encoder=encoder)
         run.checkpointer = recorder
-        train_one_epoch(
-            encoder,
-            zip(batches, supports, strict=True),
-            optimizer,
-            rates,
-            labels,
-            choose_recipe("digits", normalize=False),
-            run,
-            temperature=number(case, "tau"),
-            sharpen_temperature=number(case, "T"),
-            me_max=bool(number(case, "me_max")),
-        )
+        both = zip(batches, supports, strict=True)
+        train_one_epoch(encoder, both, criterion, optimizer, rates, choose_recipe("digits", normalize=False), run)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     found = torch.tensor([[line["ploss"], line["me_max"]] for line in lines])
     expected = GOLDEN.tensor(f"{case}/out/losses")
     torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
     for name, gradient in recorder.gradients.items():
         key = f"{case}/out/step1/grad/{name}"
         if GOLDEN.tensor(key).norm() < 1e-5:  # a bias before a batch norm: rounding
             assert gradient.norm() < 1e-4
         else:
-            close_in_norm(gradient, key, 5e-2)
+            close_in_norm(gradient, key, 1e-3)
     for step in snapshots:
         for name, value in recorder.states[step].items():
-            close_in_norm(value, f"{case}/out/step{step}/{name}", 2e-2)
+            close_in_norm(value, f"{case}/out/step{step}/{name}", 1e-3)
 
 
 def test_every_array_was_compared():

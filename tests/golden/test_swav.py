@@ -22,8 +22,7 @@ from shared.sinkhorn import sinkhorn_knopp
 from swav import losses, main_swav
 from swav.eval_linear import RegLog, pool_windows
 from swav.larc import LARC
-from swav.losses import EmbeddingQueue, SwappedPrediction
-from swav.report import PrototypeUsage
+from swav.losses import EmbeddingQueue, PrototypeUsage, SwappedPrediction
 from swav.resnet50 import ResNet, resnet50
 from tests.golden.golden_file import GoldenFile
 from tests.golden.hash_fill import hash_filled, hash_input

@@ -1,25 +1,12 @@
-"""Views, schedules, signs of a collapse and the sheet of views."""
-
-import argparse
+"""Views and the sheet of views."""
 
 import numpy as np
 import pytest
 import torch
 
-from msn import report
 from msn.augmentations import msn_views
-from msn.report import GREY, health_rules, mask_patches, save_view_sheet
-from msn.schedules import learning_rates, linear, weight_decays
-from shared.run.health import HealthMonitor
-
-HEALTHY = {
-    "step": 100,
-    "target_entropy": 0.8,
-    "information": 1.5,
-    "feature_spread": 0.8,
-    "msn": 1.5,
-    "ln_k": np.log(16),
-}
+from msn.report import GREY, hide_patches, save_view_sheet
+from shared.pictures import report
 
 
 def test_the_published_recipe():
@@ -47,72 +34,25 @@ def test_recipes_that_cannot_be_are_refused(arguments, message):
         msn_views(**arguments)
 
 
-def test_schedules_end_after_four_fifths_of_their_way():
-    """By the scheduler's recurrence, one step at a time."""
-    start, peak, final, epochs, steps, warmup = 0.1, 1.0, 0.01, 8, 5, 2
-    total, lr = int(1.25 * epochs * steps), []
-    for s in range(1, epochs * steps + 1):
-        if s < warmup * steps:
-            lr.append(start + (peak - start) * s / (warmup * steps))
-        else:
-            progress = (s - warmup * steps) / (total - warmup * steps)
-            lr.append(max(final, final + (peak - final) * 0.5 * (1 + np.cos(np.pi * progress))))
-    np.testing.assert_allclose(learning_rates(start, peak, final, epochs, steps, warmup), lr)
-    assert lr[-1] > 5 * final
-    momentum = linear(0.996, 1.0, epochs, steps)
-    assert momentum[0] == 0.996 and momentum[-1] == pytest.approx(0.996 + 0.004 * 39 / 50)
-    decay = weight_decays(0.04, 0.4, epochs, steps)
-    assert (np.diff(decay) > 0).all() and decay[0] > 0.04 and decay[-1] < 0.4
-
-
-@pytest.mark.parametrize(
-    ("change", "kind"),
-    [
-        ({}, None),
-        ({"information": 0.01}, "one assignment"),
-        ({"target_entropy": 2.6, "information": 0.05}, "uniform"),
-        ({"feature_spread": 0.01}, "features"),
-        ({"msn": 2.77}, "flat"),
-    ],
-)
-def test_each_collapse_is_named_once_with_a_flag_to_try(change, kind):
-    monitor = monitor_of(epochs=10, warmup=0)  # of steps that wait for 50
-    assert monitor.check(HEALTHY | change | {"step": 49}) is None
-    sentence = monitor.check(HEALTHY | change)
-    assert list(monitor.warnings) == ([kind] if kind else [])
-    assert sentence is None if kind is None else "--" in sentence
-    assert monitor.check(HEALTHY | change) is None
-
-
-def monitor_of(**flags) -> HealthMonitor:
-    return HealthMonitor(health_rules(argparse.Namespace(**flags), steps_per_epoch=20))
-
-
-def test_a_start_may_look_flat():
-    monitor = monitor_of(epochs=10, warmup=4)
-    assert monitor.check(HEALTHY | {"msn": 2.77}) is None
-    assert monitor.check(HEALTHY | {"msn": 2.77, "step": 130}) is not None
-
-
 def test_masked_patches_are_grey():
-    pixels = np.random.default_rng(0).integers(0, 100, (8, 8, 3), dtype=np.uint8)
-    masked = mask_patches(pixels, [1, 2], 4)
-    np.testing.assert_array_equal(masked[:4, 4:], pixels[:4, 4:])
-    np.testing.assert_array_equal(masked[4:, :4], pixels[4:, :4])
-    assert (masked[:4, :4] == GREY).all() and (masked[4:, 4:] == GREY).all()
+    view = torch.randint(0, 100, (3, 9, 8), dtype=torch.uint8)  # the last row is in no patch
+    masked = hide_patches(view, torch.tensor([1, 2]), 4)
+    assert masked.dtype == torch.uint8
+    assert torch.equal(masked[:, :4, 4:], view[:, :4, 4:]) and torch.equal(masked[:, 4:8, :4], view[:, 4:8, :4])
+    assert (masked[:, :4, :4] == GREY).all() and (masked[:, 4:, 4:] == GREY).all() and (masked[:, 8] == GREY).all()
 
 
 @pytest.mark.parametrize("rand_views", [0, 1])
 def test_the_sheet_of_views_shows_what_a_mask_hides(rand_views, tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(report, "save_views", lambda groups, *args, **kwargs: drawn.extend(groups))
+    rows = []
+    monkeypatch.setattr(report, "save_sheet", lambda found, *args: rows.extend(found))
     views = [torch.zeros(1 + rand_views, 3, 16, 16, dtype=torch.uint8), torch.zeros(11, 3, 8, 8, dtype=torch.uint8)]
     save_view_sheet(views, 4, 0.5, tmp_path / "views.png")
-    (target, *random), focal = drawn
+    (target, *random), *focal = rows
+    assert [len(row) for row in focal] == [10, 1]
+    focal = [tile for row in focal for tile in row]
     assert not target.pixels.any() and target.title == "target, 16 px"
-    assert [tile.title for tile in (*random, focal[0])] == [
-        *["random anchor, 16 px"] * rand_views,
-        "focal anchor, 8 px",
-    ]
+    titles = ["random anchor, 16 px"] * rand_views + ["focal anchor, 8 px"] * 11
+    assert [tile.title for tile in (*random, *focal)] == titles
     masked, seen = (random, focal) if rand_views else (focal, [])
     assert all((tile.pixels == GREY).mean() == 0.5 for tile in masked) and not any(t.pixels.any() for t in seen)

@@ -6,9 +6,10 @@ import torch
 import torchvision
 
 from paws import hub, resnet
+from paws.encoder import build_encoder
 from paws.evaluation import Representation
 from paws.heads import classification_head
-from paws.hub import CARD, build_encoder
+from paws.hub import CARD
 from shared.networks import pretrained
 from shared.networks.export import export_backbone
 from shared.networks.weights import WeightMismatch

@@ -19,10 +19,10 @@ def names(images) -> dict[str, str]:
     return {images.source.path(i).rpartition("/")[2]: images.classes[images.labels[i]] for i in images.labelled}
 
 
-@pytest.mark.parametrize("separator", [",", ";", "\t"])
-def test_a_table_labels_some_of_a_flat_folder(own, tmp_path, separator):
+@pytest.mark.parametrize(("file", "separator"), [("labels.csv", ","), ("labels.csv", ";"), ("labels.txt", ",")])
+def test_a_table_labels_some_of_a_flat_folder(own, tmp_path, file, separator):
     pictures, labels = own
-    table = tmp_path / "labels.csv"
+    table = tmp_path / file
     table.write_text(labels.read_text().replace(",", separator))
     images = open_partly_labelled(str(pictures), labels=[str(table)])
     assert images.classes == ["bright", "dark"] and images.truth is None

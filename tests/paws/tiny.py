@@ -1,15 +1,13 @@
 """The smallest runs of PAWS, on generated images of which few have a label."""
 
-import json
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 from paws import paws_train
-from shared import distributed
 from shared.run.checkpoint import load_latest
+from shared.run.log import read_log
 from tests.tiny_training import Training
 
 COMMON = (
@@ -68,14 +66,8 @@ def train(output_dir, *flags) -> list[dict]:
     return lines(output_dir)
 
 
-def train_on_rank(rank: int, *flags) -> None:
-    """One of several processes of ``run_processes``, which have joined already."""
-    distributed.init = lambda *_: torch.device("cpu")
-    train(*flags)
-
-
-def lines(output_dir) -> list[dict]:
-    return [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
+def lines(output_dir, log: str = "metrics") -> list[dict]:
+    return read_log(Path(output_dir) / f"{log}.jsonl")
 
 
 def losses(output_dir) -> list[float]:

@@ -71,14 +71,14 @@ def test_gradients_that_stay_nan_end_the_run_at_its_last_good_checkpoint(trainin
     assert first_not_finite(load_latest(newest(tmp_path / "run"))) is None
 
 
-def test_other_data_are_refused_when_that_is_asked_for(training, whole, places, tmp_path):
+def test_other_data_are_refused_unless_they_are_wanted(training, whole, places, tmp_path):
     if "{images}" not in training.data:
         pytest.skip("other texts are tried in tests/contriever")
     others = write_images(tmp_path / "images", count=30)
     flags = training.data_flags(places | {"images": others})
     folder = shutil.copytree(whole, tmp_path / "run")
-    printed = Run(folder, *flags, "--on_changed_run", "refuse", script=training).assert_ends(2)
-    assert "--on_changed_run refuse" in printed.splitlines()[-1] and "other training images" in printed
+    printed = Run(folder, *flags, script=training).assert_ends(2)
+    assert "other training images" in printed and "--on_changed_run continue" in printed.splitlines()[-1]
 
 
 @pytest.mark.slow

@@ -144,3 +144,9 @@ def test_each_way_to_end_has_its_exit_code_and_one_line(error, code, message, ca
 def test_a_bug_keeps_its_traceback():
     with pytest.raises(RuntimeError, match="shape"), distributed.clean_exit():
         raise RuntimeError("shape mismatch")
+
+
+def test_scripts_can_print_names_of_any_bytes(capsysbinary):
+    with distributed.clean_exit():
+        print("caf\udce9")
+    assert capsysbinary.readouterr().out == b"caf\xe9\n"

@@ -11,11 +11,11 @@ from PIL import ImageColor
 from shared.images.decode import ImageError
 from shared.pictures.sheets import DIFFER
 from swav import cluster_pictures, clusters
-from swav.cluster_pictures import mosaic, save_contact_sheet, save_overview, save_usage, thumbnail
+from swav.cluster_pictures import mosaic, save_contact_sheet, save_overview, save_usage
 from swav.clustering import Clustering, assign, describe, merge_prototypes, purity, summarise
 from swav.clusters import take_prototypes
 from swav.hub import CARD
-from tests.shared.pictures.test_sheets import assert_nothing_is_clipped, drawn, read  # noqa: F401
+from tests.shared.pictures.test_sheets import assert_nothing_is_clipped, read
 from tests.swav.tiny import build_small, finetuned_checkpoint, make_network, pretraining_file, write_class_folders
 
 RED = list(ImageColor.getrgb(DIFFER))
@@ -75,7 +75,7 @@ def test_prototypes_are_normalised_and_chosen_by_head():
         take_prototypes(finetuned_checkpoint()[0], 0)
 
 
-def test_merged_clusters_join_close_prototypes_and_their_probabilities():
+def test_merged_clusters_join_close_prototypes():
     axes = torch.eye(8)[:3]
     generator = torch.Generator().manual_seed(0)
     kind = torch.tensor([2, 0, 1, 0, 2, 2, 1, 0])  # of eight prototypes near three axes
@@ -85,10 +85,23 @@ def test_merged_clusters_join_close_prototypes_and_their_probabilities():
     clustering = assign(embeddings, prototypes, temperature=0.1, merge_into=3)
     assert clustering.sizes().tolist() == [30, 15, 5]  # the largest is number 0
     assert [set(kinds[clustering.clusters == c].tolist()) for c in range(3)] == [{1}, {2}, {0}]
-    p = (embeddings @ prototypes.T / 0.1).softmax(dim=1)
-    expected = [p[i, kind == kinds[i]].sum().item() for i in range(50)]
+    scores = embeddings @ prototypes.T
+    nearest = torch.stack([scores[:, kind == k].amax(dim=1) for k in range(3)], dim=1)  # of each axis
+    expected = (nearest / 0.1).softmax(dim=1)[range(50), kinds]
     np.testing.assert_allclose(clustering.confidences, expected, rtol=1e-4)
     assert clustering.num_clusters == 3
+
+
+@pytest.mark.parametrize("number", [2, 5, 12, 20, 29, 30])
+def test_every_merged_cluster_has_images_however_flat_the_probabilities_are(number):
+    """Summed over its prototypes, the probability of the group with most of them would be the largest everywhere."""
+    embeddings, prototypes = unit(400), unit(30, seed=1)
+    clustering = assign(embeddings, prototypes, temperature=10, merge_into=number)
+    assert (clustering.sizes() > 0).all() and len(clustering.sizes()) == number
+    assert len(np.unique(clustering.prototypes)) == 30
+    for prototype in range(30):  # what shares a prototype shares a cluster
+        assert len(np.unique(clustering.clusters[clustering.prototypes == prototype])) == 1
+    assert (clustering.confidences >= 1 / number).all()
 
 
 def test_unused_prototypes_join_the_group_next_to_them():
@@ -160,13 +173,7 @@ class Colours:
         return DecodedImage(np.full((20, 30, 3), 10 + index, dtype=np.uint8))
 
 
-def test_thumbnail_is_the_centre_square():
-    pixels = thumbnail(Colours(), 5, 32)
-    assert pixels.shape == (32, 32, 3)
-    assert (pixels == 15).all()
-
-
-def test_contact_sheet_shows_the_most_and_the_least_confident(tmp_path, drawn):  # noqa: F811
+def test_contact_sheet_shows_the_most_and_the_least_confident(tmp_path, drawn):
     clustering = make_clustering([0] * 40 + [1] * 5, 2, labels=[0] * 39 + [1] * 6)
     path = save_contact_sheet(Colours(), clustering, 0, tmp_path / "sheet.png", most_images=30)
     shown = texts(drawn[0])
@@ -181,7 +188,7 @@ def test_contact_sheet_shows_the_most_and_the_least_confident(tmp_path, drawn): 
     assert_nothing_is_clipped(drawn[1])
 
 
-def test_overview_and_usage_fit_their_sheets(tmp_path, drawn, monkeypatch):  # noqa: F811
+def test_overview_and_usage_fit_their_sheets(tmp_path, drawn, monkeypatch):
     monkeypatch.setattr(cluster_pictures, "OVERVIEW_CLUSTERS", 5)
     clustering = make_clustering(np.arange(90) % 45, 50, labels=np.arange(90) % 2)
     save_overview(Colours(), clustering, tmp_path / "overview.png")

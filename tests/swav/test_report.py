@@ -3,11 +3,12 @@
 import math
 from types import SimpleNamespace
 
-import pytest
 import torch
 
+from shared.run.health import HealthMonitor
+from swav.losses import PrototypeUsage, usage_of
 from swav.main_deepclusterv2 import cluster_usage
-from swav.report import DEEPCLUSTERV2_ADVICE, SWAV_ADVICE, PrototypeUsage, collapse_monitor, plots, usage_of
+from swav.report import health_rules
 from tests.processes import run_processes
 
 HEALTHY = {
@@ -22,32 +23,8 @@ HEALTHY = {
 }
 
 
-def monitor(first_step: int = 0, advice: dict = SWAV_ADVICE):
-    return collapse_monitor(3000, 4 * first_step, steps_per_epoch=1000, advice=advice)
-
-
-@pytest.mark.parametrize(
-    ("signs", "words", "flag"),
-    [
-        ({"code_entropy": 8.0}, "the codes are uniform (entropy 8.000 of ln K = 8.006)", "--epsilon"),
-        ({"prototype_perplexity": 20.0, "prototypes_used": 25.0}, "25 of 3000 got any of 20000", "--nmb_prototypes"),
-        ({"feature_spread": 0.01}, "nearly the same embedding", "--base_lr"),
-        ({"loss": math.log(3000)}, "still at ln K = 8.006", "--freeze_prototypes_niters"),
-    ],
-)
-def test_every_kind_of_collapse_is_said_with_a_flag_to_try(signs, words, flag):
-    health = monitor(first_step=50)
-    sentence = health.check(HEALTHY | signs) or health.check(HEALTHY | signs)
-    assert words in sentence and flag in sentence and sentence.startswith("step 100: ")
-
-
-@pytest.mark.parametrize("advice", [SWAV_ADVICE, DEEPCLUSTERV2_ADVICE], ids=["swav", "deepclusterv2"])
-def test_healthy_and_early_lines_say_nothing(advice):
-    health = monitor(first_step=50, advice=advice)
-    line = HEALTHY if advice is SWAV_ADVICE else {k: v for k, v in HEALTHY.items() if k != "code_entropy"}
-    assert health.check(line) is None
-    assert health.check(line | {"step": 49, "feature_spread": 0.0}) is None
-    assert health.check(line | {"step": 50, "feature_spread": 0.0}) is not None
+def monitor() -> HealthMonitor:
+    return HealthMonitor(health_rules("SwAV", 3000, epochs=0, steps_per_epoch=1000))
 
 
 def test_a_loss_that_passes_ln_k_on_its_way_is_no_problem():
@@ -99,8 +76,3 @@ def test_the_head_that_uses_its_clusters_least_evenly_is_reported():
     heads = [SimpleNamespace(weight=torch.zeros(k, 2)) for k in (3, 4)]
     usage = cluster_usage(assignments, heads)
     assert usage == {"assigned": 3, "prototypes_used": 1, "prototype_perplexity": 1.0, "dead_prototypes": 3}
-
-
-def test_curves_show_codes_where_there_are_codes():
-    assert list(plots(has_codes=True)[0].series) == ["loss", "code_entropy"]
-    assert list(plots(has_codes=False)[0].series) == ["loss"]

@@ -1,14 +1,12 @@
 """Weights of any layout, torch.hub, and files for other programs."""
 
 import pytest
-import timm
 import torch
 
 import hubconf
 from shared.networks.classifiers import fill_classifier
 from shared.networks.weights import DownloadError, WeightMismatch
 from xcit.cross_covariance_transformer import ARCHITECTURES, build_xcit
-from xcit.export import export
 from xcit.hub import CARD, from_timm, load_network, read_weights, to_timm
 
 NAME = "xcit_nano_12_p8"
@@ -64,7 +62,7 @@ def test_other_networks_and_bad_weights_are_refused(network, tmp_path):
         )
     with pytest.raises(WeightMismatch, match=r"norm\.weight holds values that are not finite"):
         fill_classifier(network, state | {"norm.weight": torch.full((32,), torch.nan)}, "the file")
-    with pytest.raises(ValueError, match=r"--pretrained nowhere\.pth is not a file"):
+    with pytest.raises(ValueError, match=r"--pretrained nowhere\.pth is neither a file nor a release"):
         load_network(NAME, "nowhere.pth")
 
 
@@ -88,21 +86,3 @@ def test_hub_entries_build_offline_and_ask_for_their_files(tmp_path, monkeypatch
     loaded = hubconf.xcit_nano_12_p8(num_classes=3)
     torch.testing.assert_close(loaded.state_dict(), network.state_dict())
     assert not (loaded.head.weight == 0).all()
-
-
-def test_safetensors_and_onnx_give_the_same_output(network, tmp_path, monkeypatch):
-    from xcit import export as module
-
-    monkeypatch.setattr(timm, "create_model", lambda *_, checkpoint_path, **__: load_network(NAME, checkpoint_path))
-    files = export(network, NAME, tmp_path, (24, 16))
-    assert all(path.exists() for path in files.values())
-    with pytest.raises(ValueError, match="differs from the torch network"):
-        monkeypatch.setattr(module, "to_timm", lambda state: {k: v + 1 for k, v in to_timm(state).items()})
-        export(network, NAME, tmp_path / "wrong", (24, 16))
-    assert not (tmp_path / "wrong" / f"{NAME}_timm.pth").exists()
-
-
-@pytest.mark.slow
-def test_timm_reads_the_file_of_a_published_network(tmp_path):
-    torch.manual_seed(0)
-    export(build_xcit("xcit_nano_12_p16", num_classes=7).eval(), "xcit_nano_12_p16", tmp_path, (32, 32))

@@ -286,3 +286,16 @@ def test_damaged_files_give_a_picture_or_an_image_error(data, damages):
         decode(bytes(data))
     except ImageError as error:
         assert str(error).startswith("picture: ")
+
+
+@pytest.mark.parametrize("kind, is_alpha", [(2, True), (1, True), (0, False)])
+def test_a_fourth_channel_of_a_tiff_file_is_transparency_only_where_the_file_says_so(kind, is_alpha):
+    data = encoded(Image.fromarray(np.full((4, 4, 4), 100, np.uint8), "RGBA"), "TIFF")
+    entry = struct.pack("<HHI", 338, 3, 1)  # tag ExtraSamples, one number of 16 bits
+    assert data.count(entry + b"\2\0") == 1
+    image = EncodedImage(data.replace(entry + b"\2\0", entry + bytes([kind, 0])), "infrared.tif")
+    if is_alpha:
+        assert image.decode().shape == (4, 4, 3)
+        return
+    with pytest.raises(ImageError, match=r"infrared\.tif: 4 channels, and none of them is said to be transparency"):
+        image.decode()

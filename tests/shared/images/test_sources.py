@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from shared.images import materials
 from shared.images.decode import ImageError
 from shared.images.sources import (
     TORCHVISION,
@@ -44,8 +45,20 @@ def names(source: FileSource) -> list[str]:
     return list(source.names)
 
 
-def test_nothing_means_the_embedded_digits():
-    train, val, whole = (open_source(None, split) for split in ("train", "val", "all"))
+def test_nothing_means_the_embedded_materials(monkeypatch, tmp_path):
+    monkeypatch.setattr(materials, "NUMBERS", {"train": 24, "val": 12})
+    train, val, whole = (open_source(None, split, download_root=tmp_path) for split in ("train", "val", "all"))
+    assert (len(train), len(val), len(whole)) == (24, 12, 36)
+    assert train.classes == val.classes == [*materials.MATERIALS]
+    assert train.load(13).decode().shape == (32, 32, 3) and (train.label(13), val.label(11)) == (1, 11)
+    np.testing.assert_array_equal(whole.load(24).decode(), val.load(0).decode())
+    assert (
+        open_source("", "val", download_root=tmp_path).describe() == "embedded materials (val): 12 images, 12 classes"
+    )
+
+
+def test_the_digits_are_known_by_name():
+    train, val, whole = (open_source("digits", split) for split in ("train", "val", "all"))
     assert (len(train), len(val), len(whole)) == (1438, 359, 1797)
     assert train.classes == val.classes == [str(digit) for digit in range(10)]
     np.testing.assert_array_equal(whole.labels, load_digits().target)
@@ -54,7 +67,7 @@ def test_nothing_means_the_embedded_digits():
     assert (digit.height, digit.width) == (8, 8) and digit.decode().shape == (8, 8, 3)
     expected = np.rint(load_digits().images[17] * 255 / 16)
     np.testing.assert_array_equal(digit.decode(), expected[..., None].repeat(3, axis=-1))
-    assert open_source("", "val").describe() == "embedded digits (val): 359 images, 10 classes"
+    assert open_source("Digits", "val").describe() == "embedded digits (val): 359 images, 10 classes"
 
 
 def test_class_folders_are_read_as_image_folder_reads_them(tmp_path):

@@ -1,11 +1,145 @@
-"""A file whose network computes something else is an error, and not kept."""
+"""Exported files compute what the network does, say how they are fed, and follow the umask; else they are not kept."""
 
+import importlib
+import json
+import os
+
+import onnx
+import onnxruntime
 import pytest
+import safetensors
+import timm
 import torch
 import torchvision
 from torch import nn
 
-from shared.networks.export import ExportMismatch, check_outputs, export_onnx, export_safetensors, export_state_dict
+from dino.hub import build_backbone
+from shared.networks.export import (
+    ExportMismatch,
+    check_outputs,
+    export_backbone,
+    timm_arguments,
+    write_checked,
+    write_onnx,
+)
+from shared.networks.pretrained import backbone_of
+from shared.networks.weights import safe_load
+from tests.networks import card_of, small_network
+
+COMMANDS = {  # flags of <folder>/export.py for a file of the small network, and what it writes
+    "dino": (
+        "--arch vit_tiny --patch_size 8 --pretrained_weights FILE --image_size 16 24",
+        "vit_tiny.safetensors vit_tiny_timm.pth vit_tiny.onnx vit_tiny_transformers",
+    ),
+    "msn": (
+        "--model_name deit_tiny --pretrained FILE --image_size 24",
+        "deit_tiny.safetensors deit_tiny_timm.pth deit_tiny.onnx deit_tiny_transformers",
+    ),
+    "swav": (
+        "--arch test_resnet --pretrained FILE --image_size 32 32",
+        "test_resnet.safetensors test_resnet_timm.pth test_resnet.onnx",
+    ),
+    "paws": (
+        "--model_name wide_resnet10w1 --pretrained FILE --image_size 32 32",
+        "wide_resnet10w1.safetensors wide_resnet10w1.onnx",
+    ),
+    "xcit": (
+        "--model xcit_nano_12_p16 --pretrained FILE --image_size 32",
+        "xcit_nano_12_p16.safetensors xcit_nano_12_p16_timm.pth xcit_nano_12_p16.onnx",
+    ),
+    "resmlp": ("--pretrained_weights FILE", "resmlp.safetensors resmlp_timm.pth resmlp.onnx"),
+}
+
+
+@pytest.fixture(scope="module", params=COMMANDS)
+def exported(request, tmp_path_factory):
+    """Name of a folder, its small network, and the folder with the files that its export script makes of it."""
+    method, folder = request.param, tmp_path_factory.mktemp(request.param)
+    network = small_network(method)
+    torch.save(backbone_of(network).state_dict(), folder / "weights.pth")
+    flags, _ = COMMANDS[method]
+    words = ["export.py", *flags.replace("FILE", str(folder / "weights.pth")).split(), "--output_dir"]
+    umask = os.umask(0o027)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sys.argv", [*words, str(folder / "out")])
+            importlib.import_module(f"{method}.export").main()
+    finally:
+        os.umask(umask)
+    return method, network, folder / "out"
+
+
+def test_the_files_are_there_and_follow_the_umask(exported):
+    method, _, folder = exported
+    _, names = COMMANDS[method]
+    assert {path.name for path in folder.iterdir()} == set(names.split())
+    assert all(path.stat().st_mode & 0o777 == 0o640 for path in folder.rglob("*.*") if path.is_file())
+
+
+def test_headers_say_how_the_network_is_built_and_fed(exported):
+    method, network, folder = exported
+    card, (onnx_file,) = card_of(method), folder.glob("*.onnx")
+    session = onnxruntime.InferenceSession(str(onnx_file), providers=["CPUExecutionProvider"])
+    onnx.checker.check_model(str(onnx_file))
+    with safetensors.safe_open(onnx_file.with_suffix(".safetensors"), "pt") as file:
+        header = file.metadata()
+    assert header == session.get_modelmeta().custom_metadata_map
+    assert (json.loads(header["mean"]), json.loads(header["std"])) == (list(card.mean), list(card.std))
+    size = json.loads(header["image_size"])
+    assert session.get_inputs()[0].shape[1:] == [json.loads(header["in_chans"]), *size]
+    for batch_size in (1, 4):
+        images = torch.randn(batch_size, json.loads(header["in_chans"]), *size)
+        (features,) = session.run(["features"], {"images": images.numpy()})
+        torch.testing.assert_close(torch.from_numpy(features), network(images), rtol=1e-3, atol=1e-4)
+
+
+TIMM = {
+    "dino": ("vit_tiny_patch16_224", {"patch_size": 8, "img_size": 16, "in_chans": 1}),
+    "msn": ("vit_tiny_patch16_224", {"patch_size": 8, "img_size": 16}),
+    "swav": ("test_resnet", {}),
+    "xcit": ("xcit_nano_12_p16_224", {}),
+    "resmlp": ("resmlp_12_224", {"img_size": 32}),
+}
+
+
+def test_timm_reads_the_state_dict_and_the_safetensors_file(exported):
+    method, network, folder = exported
+    if method not in TIMM:
+        return
+    name, options = TIMM[method]
+    side = options.get("img_size", 32)
+    images = torch.randn(2, options.get("in_chans", 3), side, side)
+    for file in (*folder.glob("*_timm.pth"), *folder.glob("*.safetensors")):
+        twin = timm.create_model(name, num_classes=0, checkpoint_path=str(file), **options).eval()
+        torch.testing.assert_close(twin(images), network(images), rtol=1e-3, atol=1e-4)
+
+
+def test_transformers_opens_the_folder_of_a_vit_with_its_image_processor(exported):
+    method, network, folder = exported
+    transformers = pytest.importorskip("transformers")
+    if method not in ("dino", "msn"):
+        assert not list(folder.glob("*_transformers"))
+        return
+    (file,) = folder.glob("*_transformers")
+    model = transformers.AutoModel.from_pretrained(file).eval()
+    assert type(model).__name__ == {"dino": "ViTModel", "msn": "ViTMSNModel"}[method]
+    images = torch.randn(2, model.config.num_channels, 16, 16)
+    torch.testing.assert_close(model(images).last_hidden_state[:, 0], network(images), rtol=1e-4, atol=1e-5)
+    processor = json.loads((file / "preprocessor_config.json").read_text())
+    assert processor["crop_size"] == {"height": 16, "width": 16} and processor["image_std"] == [0.229, 0.224, 0.225]
+
+
+def test_networks_of_torchvision_get_a_file_for_it(tmp_path):
+    backbone, _ = build_backbone("squeezenet1_1")
+    files = export_backbone(card_of("dino"), backbone.eval(), "squeezenet1_1", tmp_path, [64])
+    assert files.keys() == {"safetensors", "torchvision", "onnx"}  # timm does not have it
+    plain = torchvision.models.squeezenet1_1()
+    missing = plain.load_state_dict(safe_load(files["torchvision"]), strict=False)
+    assert (missing.missing_keys, missing.unexpected_keys) == (["classifier.1.weight", "classifier.1.bias"], [])
+    torch.testing.assert_close(plain.features[0].weight, backbone.features[0].weight)
+
+
+# --- Mistakes ---------------------------------------------------------------------------------------------------------
 
 
 class Shifted(nn.Module):
@@ -29,17 +163,20 @@ def test_difference_is_an_error(shift, backbone):
         check_outputs("file", Shifted(backbone, shift), backbone, [32, 32])
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "state_dict", "onnx"])
-def test_file_that_computes_something_else_is_not_kept(kind, backbone, tmp_path):
+def test_file_that_computes_something_else_is_not_kept(backbone, tmp_path):
     path = tmp_path / "network.file"
     path.write_bytes(b"old")
-    other = Shifted(backbone, 0.01).eval()
     with pytest.raises(ExportMismatch, match=r"network.file differs"):
-        if kind == "safetensors":
-            export_safetensors(backbone, path, [32, 32], {"arch": "resnet18"}, lambda _: other)
-        elif kind == "state_dict":
-            export_state_dict(backbone, path, [32, 32], lambda _: other)
-        else:
-            export_onnx(other, path, backbone, [32, 32])
+        write_checked(path, lambda file: file.touch(), lambda file: Shifted(backbone, 0.01), backbone, [32, 32])
     assert [p.name for p in tmp_path.iterdir()] == ["network.file"]
     assert path.read_bytes() == b"old"
+
+
+def test_missing_packages_are_named(backbone, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"ONNX files need the packages of `pip install -e '.\[export\]'`"):
+        write_onnx(backbone, [32, 32], {}, tmp_path / "network.onnx")
+
+
+def test_network_of_another_shape_is_not_taken_for_that_of_timm(backbone):
+    assert timm_arguments("resnet18", backbone, {"in_chans": 3}) is None  # it has a classifier

@@ -48,8 +48,26 @@ LAYOUTS = {
     "wrapped": prefixed("module.backbone.", WEIGHTS) | prefixed("module.head.", HEAD),
     "wrapped and compiled": prefixed("backbone._orig_mod.", WEIGHTS) | prefixed("head.", HEAD),
     "parts wrapped": {
-        name.replace("blocks.1.", "blocks.1._checkpoint_wrapped_module."): w for name, w in WEIGHTS.items()
+        "_fsdp_wrapped_module."
+        + name.replace("blocks.0.", "blocks.0._orig_mod.")
+        .replace("blocks.1.", "blocks.1._fsdp_wrapped_module._checkpoint_wrapped_module.")
+        .replace("mlp.", "mlp._orig_mod."): w
+        for name, w in WEIGHTS.items()
     },
+    "of Lightning": {"state_dict": prefixed("model.", WEIGHTS), "pytorch-lightning_version": "2.4"},
+    "in another module": prefixed("module.net.model.", WEIGHTS),
+    "beside a classifier": prefixed("encoder.", WEIGHTS) | {"fc.weight": torch.zeros(10, 64)},
+    "two backbones": prefixed("student_backbone.", OTHER)
+    | prefixed("teacher_backbone.", WEIGHTS)
+    | prefixed("teacher_head.", HEAD),
+    "a student only": prefixed("student_backbone.", WEIGHTS),
+    "of DINOv2's training": {
+        "model": prefixed("student.backbone.", OTHER)
+        | prefixed("teacher.backbone.", WEIGHTS)
+        | prefixed("teacher.dino_head.", HEAD),
+        "iteration": 3,
+    },
+    "mask token": WEIGHTS | {"mask_token": torch.zeros(1, 64)},
     "classifier": WEIGHTS | {"head.weight": torch.zeros(10, 64), "head.bias": torch.zeros(10)},
     "state_dict": {"state_dict": prefixed("module.", WEIGHTS), "epoch": 3},
     "model": {"model": WEIGHTS, "model_ema_decay": 0.9},
@@ -103,6 +121,14 @@ def test_absent_checkpoint_key_is_refused_with_the_present_ones():
         select_backbone_weights(checkpoint, checkpoint_key="target")
 
 
+def test_a_key_that_is_asked_for_must_be_there():
+    for checkpoint in (WEIGHTS, {"state_dict": WEIGHTS}, prefixed("teacher_backbone.", WEIGHTS)):
+        with pytest.raises(WeightMismatch, match=r"no --checkpoint_key student; it holds (one network|state_dict)"):
+            select_backbone_weights(checkpoint, "student", required=True)
+    both = prefixed("student.", OTHER) | prefixed("teacher.", WEIGHTS)
+    assert torch.equal(select_backbone_weights(both, "student", required=True).tensors["cls_token"], OTHER["cls_token"])
+
+
 @pytest.mark.parametrize("contents", [[1, 2], {}, {"epoch": 3, "optimizer": {}}, {"linear": 1.0}])
 def test_file_without_a_network_is_refused(contents):
     with pytest.raises(WeightMismatch):
@@ -119,6 +145,52 @@ def test_torchvision_vit_gives_the_same_features():
     official.heads = nn.Identity()
     assert report.head_entries == 2
     torch.testing.assert_close(backbone(images), official(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["ViTModel", "ViTForImageClassification", "ViTMSNModel", "Dinov2Model", "registers"])
+@pytest.mark.parametrize("saved", ["folder", "memory"])
+def test_vits_of_transformers_give_the_same_features(kind, saved, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    kind = {"registers": "Dinov2WithRegistersModel"}.get(kind, kind)
+    torch.manual_seed(0)
+    network_class, of_dinov2 = getattr(transformers, kind), kind.startswith("Dinov2")
+    config = network_class.config_class(
+        image_size=32,
+        patch_size=8,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=256,
+        layer_norm_eps=1e-6,
+    )
+    theirs = network_class(config).eval()
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    registers = {"reg_tokens": 4, "no_embed_class": True} if "Registers" in kind else {}
+    ours = make_backbone(**({"init_values": 1.0} if of_dinov2 else {}), **registers)
+    if saved == "folder":
+        theirs.save_pretrained(tmp_path)
+    else:
+        torch.save(theirs.state_dict(), tmp_path / "model.safetensors")  # recognised by its content
+    report = load_backbone_weights(ours, tmp_path / "model.safetensors")
+    assert report.is_complete()
+    images = torch.randn(2, 3, 32, 32)
+    trunk = theirs.base_model if kind.startswith("ViT") else theirs
+    torch.testing.assert_close(ours(images), trunk(images).last_hidden_state[:, 0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("official", [True, False], ids=["of the paper", "of timm"])
+def test_dinov2_with_registers_says_its_image_size(official):
+    source = make_backbone(reg_tokens=4, no_embed_class=True, init_values=1.0)
+    tensors = source.state_dict()
+    if official:  # a position for the class token, but none for the registers
+        place = torch.randn(1, 1, 64)
+        tensors |= {"pos_embed": torch.cat([place, tensors["pos_embed"]], 1), "cls_token": tensors["cls_token"] - place}
+        tensors |= {"register_tokens": tensors.pop("reg_token"), "mask_token": torch.zeros(1, 64)}
+    assert vit_shape(tensors).img_size == 32
+    backbone = make_backbone(reg_tokens=4, no_embed_class=True, init_values=1.0)
+    assert load_backbone_weights(backbone, select_backbone_weights(tensors)).is_complete()
+    torch.testing.assert_close(backbone.state_dict(), source.state_dict())
 
 
 def test_torchvision_convnet_loads_without_its_classifier():
@@ -172,6 +244,9 @@ def test_partial_match_is_refused_unless_allowed(tensors, message):
 def test_nothing_in_common_is_refused_even_if_partial_is_allowed():
     with pytest.raises(WeightMismatch, match="0/"):
         load_backbone_weights(nn.Linear(2, 2), select_backbone_weights(WEIGHTS), allow_partial=True)
+    unknown = select_backbone_weights(prefixed("visual.", WEIGHTS))
+    with pytest.raises(WeightMismatch, match=r"all names in the file begin with visual\."):
+        load_backbone_weights(make_backbone(), unknown)
 
 
 def test_other_architecture_is_named():

@@ -1,21 +1,17 @@
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 
-from shared.pictures.report import Plot, accuracy_plot, save_curves, save_views, view_tiles
+from shared.images.loading import EvalTransform
+from shared.images.sources import ArraySource
+from shared.pictures.report import Plot, Report, accuracy_plot, save_curves, save_views
 
 LOSS = Plot("Loss", "nats", {"loss": "", "kl": "KL"}, reference=("ln_k", "ln K"))
-
-
-@pytest.fixture
-def figures(monkeypatch):
-    """Figures as they are saved."""
-    drawn, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *args: (drawn.append(figure), save(figure, *args)))
-    return drawn
 
 
 def write_log(path, *lines):
@@ -23,7 +19,7 @@ def write_log(path, *lines):
     return path
 
 
-def test_curves_show_the_lines_that_have_their_values(figures, tmp_path):
+def test_curves_show_the_lines_that_have_their_values(drawn, tmp_path):
     log = write_log(
         tmp_path / "metrics.jsonl",
         {"step": 2, "loss": 3.0, "kl": 1.0, "ln_k": 4.0},
@@ -32,7 +28,7 @@ def test_curves_show_the_lines_that_have_their_values(figures, tmp_path):
         {"step": 6, "knn_top1": 50.0},
     )
     save_curves(log, tmp_path / "curves.png", "Training", [LOSS, accuracy_plot("k-NN"), accuracy_plot("SNN", "snn")])
-    loss, knn = figures[0].axes
+    loss, knn = drawn[0].axes
     assert [line.get_xydata().tolist() for line in loss.lines] == [
         [[2, 3], [6, 2]],
         [[2, 1], [6, 0.5]],
@@ -48,15 +44,86 @@ def test_a_log_without_finite_steps_is_an_error(tmp_path):
         save_curves(log, tmp_path / "curves.png", "Training", [LOSS, accuracy_plot("k-NN")])
 
 
-def test_views_stand_at_relative_sizes_with_their_titles(figures, tmp_path):
+def test_views_stand_at_relative_sizes_with_their_titles(drawn, tmp_path):
     large, small = torch.full((2, 3, 32, 32), 200, dtype=torch.uint8), torch.zeros(5, 1, 16, 16, dtype=torch.uint8)
-    groups = [view_tiles(large, "global {n}, {px} px"), view_tiles(small, "local {n}", first=0)]
-    save_views(groups, tmp_path / "views.png", "One image", per_row=3)
-    _, *titles = [text.get_text() for text in figures[0].texts if text.get_text()]
-    assert titles == ["global 1, 32 px", "global 2, 32 px", *(f"local {n}" for n in range(5))]
-    places = [image.get_extent() for image in figures[0].axes[0].images]  # left, right, bottom, top
+    titles = ["global {n}, {px} px"] * 2 + ["local {n}"] * 5
+    save_views([large, small], titles, tmp_path / "views.png", "One image", per_row=3)
+    _, *titles = [text.get_text() for text in drawn[0].texts if text.get_text()]
+    assert titles == ["global 1, 32 px", "global 2, 32 px", *(f"local {n}" for n in range(1, 6))]
+    places = [image.get_extent() for image in drawn[0].axes[0].images]  # left, right, bottom, top
     heights = [top - bottom for *_, bottom, top in places]
     assert heights[2] == pytest.approx(heights[0] / 2)
     bottoms = [round(bottom, 6) for _, _, bottom, _ in places]
     assert [bottoms.count(b) for b in dict.fromkeys(bottoms)] == [2, 3, 2]
     assert Image.open(tmp_path / "views.png").size[0] > 100
+
+
+# --- Report -----------------------------------------------------------------------------------------------------------
+
+LINES = (
+    {"step": 0, "knn_top1": 30.0},
+    {"step": 10, "loss": None},  # every step was left out
+    {"step": 20, "loss": 6.2},
+    {"step": 30, "loss": 5.1},
+    {"step": 30, "knn_top1": 42.5},
+)
+
+
+def report_of(folder: Path, *lines: dict, problems: tuple = (), **flags) -> Report:
+    write_log(folder / "metrics.jsonl", *lines)
+    health = SimpleNamespace(warnings=dict(enumerate(problems)))
+    args = SimpleNamespace(**{"pictures": True, "data_path": None} | flags)
+    return Report(SimpleNamespace(output_dir=folder, path=folder / "checkpoint.pth", health=health, args=args))
+
+
+def knn_monitor(labelled: bool) -> SimpleNamespace:
+    source = ArraySource("val", np.zeros((12, 8, 8), dtype=np.uint8), np.arange(12) % 3, [*"abc"])
+    transform = EvalTransform(8, 8, (0.5,) * 3, (0.5,) * 3)
+    reason = None if labelled else "the images have no classes"
+    return SimpleNamespace(
+        disabled_reason=reason, val=SimpleNamespace(source=source), transform=transform, device="cpu"
+    )
+
+
+def test_the_text_states_result_problems_files_and_commands(tmp_path, capsys):
+    report = report_of(tmp_path, *LINES, problems=["step 30: COLLAPSE"])
+    report.draw("views.png", lambda path: path.write_bytes(b""))
+    report.finish(["python next.py"], "python own.py", ["as much"], knn_monitor(labelled=True))
+    accuracy = "30.0 % after 0 steps, 42.5 % after 30 steps (chance 33.3 %): not distinguishable from random weights"
+    assert capsys.readouterr().out.splitlines() == [
+        "Result    loss 6.200 at step 20, loss 5.100 at step 30",
+        "          as much",
+        f"          k-NN on val: 12 images, 3 classes: {accuracy} (differences up to 28.1 are chance)",
+        "Problems  step 30: COLLAPSE",
+        f"Files     {tmp_path / 'checkpoint.pth'} (the same command resumes from it)",
+        f"          {tmp_path / 'metrics.jsonl'} (every few steps), {tmp_path / 'log.txt'} (every epoch)",
+        f"Pictures  {tmp_path / 'pictures/views.png'}",
+        "Next      python next.py",
+        "          python own.py",
+    ]
+
+
+def test_a_run_without_labels_or_finite_steps(tmp_path, capsys):
+    report = report_of(tmp_path, {"step": 10, "loss": None}, pictures=False, data_path="/my/images")
+    report.draw("views.png", lambda path: pytest.fail("no pictures were asked for"))
+    report.draw_neighbours(None, None, knn_monitor(labelled=False))
+    report.finish([], "python own.py", knn=knn_monitor(labelled=False))
+    printed = capsys.readouterr().out
+    assert "no k-NN evaluation: the images have no classes" in printed
+    assert "Problems" not in printed and "Pictures" not in printed and "Next" not in printed
+
+
+def test_a_picture_that_fails_is_named_and_the_run_ends_as_it_would(tmp_path, capsys):
+    knn = knn_monitor(labelled=False)
+    report = report_of(tmp_path, {"step": 10, "loss": None})
+    report.draw("views.png", lambda path: [].pop())
+    report.draw_curves("Training", [LOSS])
+    broken = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Threshold(torch.inf, torch.nan))
+    report.draw_neighbours(broken, ArraySource("images", np.zeros((2, 8, 8), dtype=np.uint8)), knn)
+    report.finish([], "python own.py")
+    printed = capsys.readouterr().out
+    folder = tmp_path / "pictures"
+    assert f"Pictures  {folder / 'views.png'} could not be drawn: IndexError: pop from empty list" in printed
+    log = tmp_path / "metrics.jsonl"
+    assert f"{folder / 'curves.png'} could not be drawn: ValueError: {log} holds no training steps" in printed
+    assert f"{folder / 'neighbours.png'} could not be drawn: ValueError: 2 of 2 feature vectors are not" in printed

@@ -3,28 +3,26 @@
 import numpy as np
 import pytest
 import torch
+from matplotlib import font_manager
 from matplotlib.figure import Figure
 from PIL import Image
 
+from shared.evaluation.neighbours import Gallery, save_nearest
+from shared.images.sources import ArraySource, open_source
 from shared.pictures.attention import attended_patches, overlay_mask
+from shared.pictures.curves import Curve, Panel, save_panels
 from shared.pictures.sheets import (
     AGREE,
     DIFFER,
     Tile,
     colorize,
     magnify,
-    save_neighbours,
     save_sheet,
+    text,
+    thumbnail,
     to_pixels,
     write_png,
 )
-
-RED, BLUE = (np.full((3, 1, 1), 40, dtype=np.uint8) for _ in range(2))
-RED[0], BLUE[2] = 250, 250
-
-
-def flat_image(color: np.ndarray, side: int = 12) -> torch.Tensor:
-    return torch.from_numpy(np.broadcast_to(color, (3, side, side)).copy())
 
 
 def read(path) -> np.ndarray:
@@ -36,14 +34,6 @@ def share_of(picture: np.ndarray, color: str) -> float:
     return float((np.abs(picture.astype(int) - wanted).max(axis=2) < 3).mean())
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """Figures as they are saved, to look at their texts."""
-    figures, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *args: (figures.append(figure), save(figure, *args)))
-    return figures
-
-
 def assert_nothing_is_clipped(figure: Figure) -> None:
     canvas = figure.bbox
     for artist in [*figure.texts, *figure.axes]:
@@ -51,36 +41,42 @@ def assert_nothing_is_clipped(figure: Figure) -> None:
         assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= canvas.x1 + 1 and box.y1 <= canvas.y1 + 1, artist
 
 
-def test_neighbours_are_framed_by_agreement(tmp_path, drawn):
-    path = save_neighbours(
-        [flat_image(RED), flat_image(BLUE)],
-        [[flat_image(RED)] * 3, [flat_image(RED)] * 3],
-        tmp_path / "neighbours.png",
-        query_labels=np.array([0, 1]),
-        neighbour_labels=torch.tensor([[0, 0, 0], [1, 0, 0]]),
-        similarities=torch.tensor([[0.9, 0.8, 0.7], [0.6, 0.5, 0.4]]),
-    )
-    picture = read(path)
-    agree, differ = share_of(picture, AGREE), share_of(picture, DIFFER)
-    assert agree == pytest.approx(2 * differ, rel=0.1)
-    texts = [text.get_text() for text in drawn[0].texts]
-    texts += [text for axes in drawn[0].axes for text in (axes.get_title(), axes.get_xlabel())]
-    assert {"neighbour 3", "1  0.60"} <= set(texts) and any("4 of 6" in text for text in texts)
-    assert_nothing_is_clipped(drawn[0])
+# --- Names of files and classes ---------------------------------------------------------------------------------------
+
+NAMES = {
+    "$5_$10": "$5_$10",
+    "a_$b": "a_$b",
+    "caf\udce9": "caf\ufffd",  # Latin-1, as Python reads the name of such a folder
+    "\U00013000": "\\u13000",  # a hieroglyph, which few machines have a font for
+}
 
 
-def test_neighbours_without_labels_have_no_frames(tmp_path):
-    picture = read(save_neighbours([flat_image(RED)], [[flat_image(BLUE)] * 2], tmp_path / "neighbours.png"))
-    assert share_of(picture, AGREE) == share_of(picture, DIFFER) == 0
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.filterwarnings("error")
+def test_names_are_drawn_as_they_are(name, tmp_path, drawn):
+    pixels = np.zeros((8, 8, 3), dtype=np.uint8)
+    save_sheet([[Tile(pixels, name, name)]], tmp_path / "sheet.png", f"{name}\n{name}")
+    assert [text.get_text() for text in drawn[0].texts] == [NAMES[name]] * 4
+    save_panels([Panel("loss", "step", "nats", [Curve([1, 2], [2, 1])])], tmp_path / "curves.png", name)
+    assert drawn[1].get_suptitle() == NAMES[name]
 
 
-def test_neighbours_must_match_the_queries(tmp_path):
-    with pytest.raises(ValueError):
-        save_neighbours([flat_image(RED)] * 2, [[flat_image(BLUE)]], tmp_path / "neighbours.png")
+@pytest.mark.filterwarnings("error")
+def test_another_font_of_the_machine_draws_what_the_usual_one_lacks(tmp_path):
+    fonts = {font.fname: font.name for font in font_manager.fontManager.ttflist if font.name != "DejaVu Sans"}
+    usual = font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap()
+    code = next(c for file in sorted(fonts) for c in font_manager.get_font(file).get_charmap() if 255 < c not in usual)
+    found = text(f"a{chr(code)}")
+    assert found["s"] == f"a{chr(code)}" and found["family"][0] == "DejaVu Sans" and len(found["family"]) == 2
+
+
+# --- Pixels -----------------------------------------------------------------------------------------------------------
 
 
 def test_long_heading_fits(tmp_path, drawn):
-    save_sheet([[Tile(to_pixels(flat_image(RED)))]], tmp_path / "sheet.png", "word " * 20 + "\n" + "more " * 30)
+    save_sheet(
+        [[Tile(np.zeros((12, 12, 3), dtype=np.uint8))]], tmp_path / "sheet.png", "word " * 20 + "\n" + "more " * 30
+    )
     assert_nothing_is_clipped(drawn[0])
 
 
@@ -127,3 +123,39 @@ def test_mask_is_coloured_and_outlined():
     assert (picture[0, 0] == 0).all()
     assert (picture[5, 5:15] == 255).all()
     assert picture[10, 10, 0] > 100 > picture[10, 10, 1]
+
+
+# --- Nearest neighbours -----------------------------------------------------------------------------------------------
+
+FEATURES = torch.tensor([[1, 0], [0.9, 0.1], [0.8, 0.3], [0, 1], [0.1, 0.9]])
+
+
+def gallery(labels: list[int] | None) -> Gallery:
+    pixels = np.full((5, 8, 8, 3), 40, dtype=np.uint8)
+    classes = () if labels is None else (np.array(labels), ["cat", "dog"])
+    return Gallery(ArraySource("images", pixels, *classes), range(5), FEATURES)
+
+
+def test_neighbours_are_framed_by_agreement(tmp_path, drawn):
+    path = save_nearest(gallery([0, 0, 1, 1, 1]), gallery([0, 0, 1, 1, 1]), tmp_path / "neighbours.png")
+    texts = [found.get_text() for found in drawn[0].texts]
+    assert {"neighbour 5", "cat  0.99", "dog  0.94"} <= set(texts) and any("13 of 25" in found for found in texts)
+    picture = read(path)
+    assert share_of(picture, AGREE) == pytest.approx(13 / 12 * share_of(picture, DIFFER), rel=0.1)
+    assert_nothing_is_clipped(drawn[0])
+
+
+def test_an_image_is_no_neighbour_of_its_own_and_no_classes_have_no_frames(tmp_path, drawn):
+    images = gallery(None)
+    picture = read(save_nearest(images, images, tmp_path / "neighbours.png"))
+    assert share_of(picture, AGREE) == share_of(picture, DIFFER) == 0
+    texts = [found.get_text() for found in drawn[0].texts]
+    assert "neighbour 4" in texts and "neighbour 5" not in texts and "1.00" not in texts
+
+
+def test_a_thumbnail_shows_small_pixels_as_squares_and_grey_where_there_is_no_image(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 8, 12, 3), dtype=np.uint8)
+    shown = thumbnail(ArraySource("images", pixels), 0)
+    np.testing.assert_array_equal(shown[6::12, 6::12], pixels[0, :, 2:10])  # the centre square
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n")
+    assert (thumbnail(open_source(str(tmp_path)), 0) == 128).all()

@@ -324,6 +324,17 @@ def test_saves_every_n_steps_and_at_the_end_of_an_epoch(tmp_path):
     assert checkpoint.load_latest(tmp_path / "checkpoint0000.pth") == {"epoch": 1, "step": 0}
 
 
+def test_of_short_epochs_one_a_minute_is_saved_and_the_last_one(tmp_path, monkeypatch):
+    now, saved = 0.0, []
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now)
+    monkeypatch.setattr(checkpoint, "save", lambda path, state, keep_as: saved.append(state["epoch"]))
+    checkpointer = Checkpointer(tmp_path / "checkpoint.pth", lambda epoch, step: {"epoch": epoch})
+    for epoch in range(12):
+        now += 25
+        checkpointer.after_epoch(epoch, "numbered.pth" if epoch == 3 else None, is_last=epoch == 11)
+    assert saved == [3, 4, 7, 10, 12]  # 75 s, numbered, 75 s, 75 s, the last one
+
+
 # -- going on from a checkpoint
 
 
@@ -365,9 +376,21 @@ def test_a_changed_world_or_batch_is_refused_or_stated_with_what_differs(old_wor
     saved = {"epoch": 3, "step_in_epoch": 4, "batch_size": old_batch, "world_size": old_world, "images": 7}
     with pytest.raises(ValueError, match=f"--on_changed_run refuse: {old_batch} images per step on {old_world} proc"):
         checkpoint.resume_position(saved, 8, 7, "refuse")
-    assert checkpoint.resume_position(saved, 8, 7, "continue") == (3, 4 * old_batch // 8)
+    assert checkpoint.resume_position(saved, 8, 7, "same_data") == (3, 4 * old_batch // 8)
     printed = capsys.readouterr().out
     assert "resuming a changed run" in printed and "grouping into batches and random draws" in printed
+
+
+def test_other_images_are_refused_unless_they_are_wanted(capsys):
+    saved = {"epoch": 3, "step_in_epoch": 4, "batch_size": 8, "world_size": 1, "images": 7}
+    for choice, message in (
+        ("same_data", "or go on all the same with --on_changed_run continue"),
+        ("refuse", "refuse: other"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            checkpoint.resume_position(saved, 8, 9, choice)
+    assert checkpoint.resume_position(saved, 8, 9, "continue") == (3, 4)
+    assert "other training images, or the same under other names" in capsys.readouterr().out
 
 
 def test_an_unchanged_run_goes_on_without_a_word(capsys):

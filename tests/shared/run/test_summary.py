@@ -1,48 +1,40 @@
-import json
-from types import SimpleNamespace
+from pathlib import Path
 
-from shared.run.summary import command, end_of_run
+import pytest
 
-VAL = SimpleNamespace(source=SimpleNamespace(describe=lambda: "val: 10 images", classes=[*"abc"]))
+from shared.run.summary import ROOT, accuracy, command, verdict
 
-
-def write_log(folder, *lines) -> None:
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+LOG = [{"step": 0, "knn": 30.0}, {"step": 20, "loss": 6.2}, {"step": 30, "knn": 42.5}]
 
 
-def test_a_summary_names_what_was_learned_the_problems_the_files_and_the_commands(tmp_path):
-    write_log(
-        tmp_path,
-        {"step": 0, "epoch": 0, "knn_top1": 30.0},
-        {"step": 10, "epoch": 0, "loss": None},  # every step was left out
-        {"step": 20, "epoch": 0, "loss": 6.2},
-        {"step": 30, "epoch": 0, "loss": 5.1},
-        {"step": 30, "epoch": 1, "knn_top1": 42.5},
+@pytest.mark.parametrize(
+    ("before", "after", "images", "words"),
+    [
+        (30.0, 42.5, 1000, "learned"),
+        (30.0, 42.5, 40, "not distinguishable from random weights"),  # two standard errors: 15.2
+        (90.0, 90.0, 1000, "not distinguishable from random weights"),
+        (0.0, 100.0, 12, "learned"),
+        (25.8, 16.1, 359, "worse than random weights: train longer (--epochs), or with a lower --base_lr"),
+    ],
+)
+def test_only_numbers_that_differ_by_more_than_chance_are_called_learned(before, after, images, words):
+    assert verdict(before, after, images, "--base_lr", "random weights").startswith(words)
+
+
+def test_an_accuracy_is_told_with_that_before_and_what_follows():
+    sentence = "k-NN on val: 30.0 % after 0 steps, 42.5 % after 30 steps (chance 33.3 %): learned"
+    assert accuracy(LOG, "knn", "k-NN on val", 1000, 3) == [sentence]
+    assert accuracy(LOG[2:], "knn", "k-NN on val", 1000, 3)[0].endswith(
+        "42.5 % after 30 steps (chance 33.3 %): learned"
     )
-    knn = SimpleNamespace(disabled_reason=None, val=VAL)
-    weights, picture = tmp_path / "checkpoint.pth", tmp_path / "views.png"
-    text = end_of_run(tmp_path, weights, knn, [picture], ["python next.py"], ["as much"], ["step 30: COLLAPSE"])
-    assert text.splitlines() == [
-        "Learned   loss 6.200 at step 20, loss 5.100 at step 30",
-        "          as much",
-        "          k-NN on val: 10 images: 30.0 % after 0 steps, 42.5 % after 30 steps (chance 33.3 %)",
-        "Problems  step 30: COLLAPSE",
-        f"Files     {weights} (the same command resumes from it)",
-        f"          {tmp_path / 'metrics.jsonl'} (every few steps), {tmp_path / 'log.txt'} (every epoch)",
-        f"Pictures  {picture}",
-        "Next      python next.py",
-    ]
+    assert accuracy(LOG[:1], "knn", "k-NN on val", 1000, 3)[0].endswith("after 0 steps (chance 33.3 %)")
+    assert accuracy(LOG, "top1", "top-1", 1000, 3) == []
 
 
-def test_a_run_without_labels_or_finite_steps(tmp_path):
-    write_log(tmp_path, {"step": 10, "epoch": 0, "loss": None})
-    knn = SimpleNamespace(disabled_reason="the images have no classes")
-    text = end_of_run(tmp_path, tmp_path / "checkpoint.pth", knn, [], [])
-    assert "no k-NN evaluation: the images have no classes" in text
-    assert "Problems" not in text and "Pictures" not in text
-
-
-def test_commands_can_be_pasted_and_leave_out_flags_without_a_value():
-    assert command("a.py", arch="vit", image_size=None, data_path="/my images") == (
-        "python a.py --arch vit --data_path '/my images'"
-    )
+def test_commands_can_be_pasted_where_the_run_was_started(monkeypatch, tmp_path):
+    flags = {"arch": "vit", "image_size": None, "data_path": Path("/my images"), "size": [1, 2], "eval": True}
+    expected = "--arch vit --data_path '/my images' --size 1 2 --eval"
+    for folder, script in ((ROOT, "dino/eval_knn.py"), (ROOT / "dino", "eval_knn.py"), (tmp_path, None)):
+        monkeypatch.chdir(folder)
+        script = script or ROOT / "dino/eval_knn.py"
+        assert command("dino/eval_knn.py", "IMAGES", **flags, full=False) == f"python {script} IMAGES {expected}"

@@ -1,4 +1,4 @@
-"""Batches of the training programs: views of all images, and labelled images beside them."""
+"""What PAWS and SuNCEt have in common: batches of all images and of labelled ones, the encoder, the checkpoints."""
 
 import argparse
 import zlib
@@ -7,47 +7,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from shared import distributed
-from shared.images.cache import cache_images
-from shared.images.loading import BadImages, EpochBatchSampler, default_num_workers, make_loader, short_side
-from shared.images.views import ViewRecipe
+from shared.images.loading import BadImages, EpochBatchSampler, make_loader, short_side
 from shared.multicrop import MultiCropDataset
+from shared.networks.batchnorm import synchronize_batchnorm
 from shared.run import randomness
+from shared.run.checkpoint import CheckpointError, load_latest
+from shared.run.run import Run
 
 from .augmentations import Recipe, paws_views, support_views
-from .labels import PartlyLabelled, open_partly_labelled
+from .encoder import build_encoder
+from .hub import load_backbone_into
+from .labels import PartlyLabelled, open_images
 from .losses import support_labels
-from .support_sampler import SupportSampler
+from .support_sampler import MOST_SUPPORTS, SupportSampler
 
-MOST_SUPPORTS = 16  # of a class, where --supervised_imgs_per_class does not say
+NETWORK_FLAGS = ("model_name", "in_chans", "output_dim", "use_pred_head")
 SUPPORT_VIEWS = 1  # number of the stream of random numbers of the supports' views
-
-
-def open_images(args: argparse.Namespace) -> PartlyLabelled:
-    """The images and labels that the flags name, with the images cached if ``--cache`` says so."""
-    images = open_partly_labelled(
-        args.data_path,
-        labels=args.labels,
-        labels_per_class=args.labels_per_class,
-        unlabeled_frac=args.unlabeled_frac,
-        subset_path=args.subset_path,
-        data_seed=args.data_seed,
-        allow_absolute_paths=args.allow_absolute_paths,
-        min_confidence=args.min_confidence,
-    )
-    distributed.print_once(images.describe())
-    images.source = cache_images(images.source, args.cache)
-    return images
-
-
-def loader_processes(args: argparse.Namespace) -> int:
-    return default_num_workers() if args.num_workers is None else args.num_workers
-
-
-# --- Pre-training -----------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -133,11 +112,11 @@ def open_training_data(
     if args.data_path is not None and (side := short_side(source)) < recipe.large[0]:
         distributed.print_once(f"images of {side} pixels, less than views of {recipe.large[0]}, are enlarged")
     unlabelled, supports = (
-        make_loader(part, batch_sampler=batches, num_workers=loader_processes(args), device=device)
+        make_loader(part, batch_sampler=batches, num_workers=args.num_workers, device=device)
         for part, batches in ((dataset, sampler), (support_set, support_sampler))
     )
     batch_size = args.unsupervised_batch_size * world_size
-    return TrainingData(images, dataset, unlabelled, supports, labels, batch_size, checksum)
+    return TrainingData(images, dataset, unlabelled, supports, labels.to(device), batch_size, checksum)
 
 
 def choose_supports(args: argparse.Namespace, images: PartlyLabelled, world_size: int) -> None:
@@ -149,38 +128,62 @@ def choose_supports(args: argparse.Namespace, images: PartlyLabelled, world_size
         args.supervised_imgs_per_class = min(MOST_SUPPORTS, images.fewest // share)
 
 
-# --- Fine-tuning ------------------------------------------------------------------------------------------------------
+def new_encoder(args: argparse.Namespace, recipe: Recipe, device: torch.device) -> nn.Module:
+    """The encoder that the flags describe, wrapped for several processes; its backbone may be a trained one."""
+    encoder = build_encoder(args.model_name, args.output_dim, args.use_pred_head, recipe.large[0], args.in_chans)
+    if args.pretrained is not None:
+        load_backbone_into(encoder, args.model_name, args.pretrained, args.allow_partial)
+    return distributed.wrap(synchronize_batchnorm(encoder, device).to(device), device)
 
 
-@dataclass
-class LabelledBatches:
-    """Batches (views, labels, indices) of labelled images on this process.
+# --- Checkpoints ------------------------------------------------------------------------------------------------------
 
-    Attributes:
-        batch_size: Images per step, on all processes.
-        checksum: Of all images.
+
+def resume(
+    run: Run,
+    data: TrainingData,
+    total_steps: int,
+    read_checkpoint: str | None,
+    encoder: nn.Module,
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Go on from the run's newest checkpoint; while it has none, from that of ``--read_checkpoint``.
+
+    Raises:
+        CheckpointError: If that is not in the output folder.
     """
+    checkpoint = load_latest(run.path)
+    if checkpoint is None and read_checkpoint is not None:
+        checkpoint = load_latest(run.output_dir / read_checkpoint)
+        if checkpoint is None:
+            raise CheckpointError(f"--read_checkpoint {read_checkpoint}: there is no such file in {run.output_dir}")
+    layout = {"to_official": to_official, "from_official": from_official, "scheduled": ("lr",)}
+    checkpoint = checkpoint or {}
+    run.resume(data, total_steps, NETWORK_FLAGS, checkpoint=checkpoint, **layout, encoder=encoder, opt=optimizer)
 
-    loader: DataLoader
-    sampler: EpochBatchSampler | SupportSampler
-    batch_size: int
-    checksum: int
 
-    @property
-    def steps_per_epoch(self) -> int:
-        return len(self.sampler)
+def to_official(state: dict) -> dict:
+    """The state of a run with the keys of the official checkpoints.
+
+    The position in the supports needs no state of its own: what a step gets is a function of its number.
+    """
+    amp, args = state.pop("fp16_scaler"), state["args"]
+    return state | {
+        "unlabel_prob": args["unlabeled_frac"],
+        "s_batch_size": args["supervised_imgs_per_class"],
+        "u_batch_size": args["unsupervised_batch_size"],
+        "lr": args["lr"],
+        "temperature": args["temperature"],
+        "amp": amp,
+    }
 
 
-def labelled_batches(
-    args: argparse.Namespace,
-    images: PartlyLabelled,
-    views: list[ViewRecipe],
-    sampler: EpochBatchSampler | SupportSampler,
-    batch_size: int,
-    device: torch.device,
-) -> LabelledBatches:
-    """Views of the images that ``sampler`` draws, ``batch_size`` on each process."""
-    bad_images = BadImages(len(images.source), on_bad_image="error")  # a replacement could be of another class
-    dataset = MultiCropDataset(images.source, views, args.seed, in_chans=args.in_chans, bad_images=bad_images)
-    loader = make_loader(dataset, batch_sampler=sampler, num_workers=loader_processes(args), device=device)
-    return LabelledBatches(loader, sampler, batch_size * distributed.get_world_size(), images.source.checksum())
+def from_official(checkpoint: dict) -> dict:
+    return checkpoint | {"fp16_scaler": checkpoint.get("amp")}
+
+
+def numbered_checkpoint(args: argparse.Namespace, epoch: int) -> str | None:
+    """Name under which the checkpoint of this epoch (from 0) stays; None for most epochs."""
+    done = epoch + 1
+    due = args.checkpoint_freq > 0 and done % args.checkpoint_freq == 0
+    return f"{args.write_tag}-ep{done}.pth.tar" if due else None

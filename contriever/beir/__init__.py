@@ -1,1 +1,0 @@
-"""Collections in the layout of BEIR, and its metrics."""
