@@ -37,7 +37,7 @@ from deepcluster.sampling import (
 )
 from shared import distributed
 from shared.evaluation.features import check_features
-from shared.evaluation.knn_monitor import build_knn_monitor
+from shared.evaluation.knn_monitor import KNNMonitor
 from shared.images.sources import ImageSource
 from shared.multicrop import normalize_views
 from shared.networks.batchnorm import synchronize_batchnorm
@@ -114,11 +114,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
-    """Parse and check the command line; without ``DIR`` the defaults are those of the embedded data.
+    """Parse and check the command line, of ``parser`` if further flags are in it.
 
-    Args:
-        arguments: The command line's own by default.
-        parser: That of :func:`get_args_parser` with further flags, for scripts that have them.
+    Without ``DIR`` the defaults are those of the embedded data.
     """
     parser = parser or get_args_parser()
     args = parse_with_embedded_defaults(parser, arguments, EMBEDDED_DATA_DEFAULTS, MINIMUM)
@@ -160,7 +158,7 @@ def train_deepcluster(args: argparse.Namespace) -> None:
         clustering=state,
     )
     run.health = HealthMonitor(HEALTH_RULES)
-    knn = build_knn_monitor(args, args.crop_size, MEAN, STD, device, args.num_workers, run.output_dir)
+    knn = KNNMonitor(run, args.crop_size, MEAN, STD, args.num_workers)
     how = (args.pca_dim, args.clustering, args.nmb_cluster, args.kmeans)
 
     with run:

@@ -79,11 +79,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
-    """Parse and check the command line; without any images the defaults are those of the embedded data.
+    """Parse and check the command line, of ``parser`` if further flags are in it.
 
-    Args:
-        arguments: The command line's own by default.
-        parser: That of :func:`get_args_parser` with further flags, for scripts that have them.
+    Without any images the defaults are those of the embedded data.
     """
     parser = parser or get_args_parser()
     own = parser.parse_args(arguments).model in ARCHITECTURES  # the sizes of other networks are part of their names
