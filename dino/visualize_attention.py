@@ -1,6 +1,6 @@
 """Where the class token looks: self-attention of the last block, head by head (Caron et al. 2021, figure 1).
 
-    python visualize_attention.py                            # an embedded digit, weights of the run in runs/digits
+    python visualize_attention.py                            # an embedded image, weights of the run in runs/digits
     python visualize_attention.py --image_path photo.jpg     # released ViT-S/8
     python visualize_attention.py --pretrained_weights run/checkpoint.pth --patch_size 16 --threshold 0.6 \\
         --data_path /path/to/imagenet/val                    # also the nearest neighbours of ten of these images
@@ -45,9 +45,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; with neither image nor weights the defaults are those of the embedded digits."""
-    digits = {"patch_size": 4, "pretrained_weights": RUN_ON_DIGITS}
-    return parse_image_flags(get_args_parser(), arguments, ("pretrained_weights",), digits)
+    """Parse the command line; with neither image nor weights the defaults are those of the embedded images."""
+    embedded = {"pretrained_weights": RUN_ON_DIGITS}
+    return parse_image_flags(get_args_parser(), arguments, ("pretrained_weights",), embedded)
 
 
 def load_attentive(args: argparse.Namespace, device: torch.device) -> nn.Module:

@@ -1,6 +1,6 @@
 """Where the class token looks: self-attention of the last block, head by head.
 
-    python visualize_attention.py                            # an embedded digit, weights of the run in runs/digits
+    python visualize_attention.py                            # an embedded image, weights of the run in runs/digits
     python visualize_attention.py --image_path photo.jpg     # released ViT-S/16
     python visualize_attention.py --image_path photo.jpg --pretrained /path/to/run --fname msn-latest.pth.tar
 
@@ -34,9 +34,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; with neither image nor weights the defaults are those of the embedded digits."""
-    digits = {"pretrained": RUN_ON_DIGITS}
-    return parse_image_flags(get_args_parser(), arguments, ("pretrained", "fname"), digits)
+    """Parse the command line; with neither image nor weights the defaults are those of the embedded images."""
+    return parse_image_flags(get_args_parser(), arguments, ("pretrained", "fname"), {"pretrained": RUN_ON_DIGITS})
 
 
 def visualize_attention(args: argparse.Namespace) -> list[Path]:
