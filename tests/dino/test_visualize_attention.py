@@ -99,8 +99,8 @@ def checkpoint(tmp_path_factory):
 def test_official_flags_and_defaults():
     args = parse_args(["--image_path", "x.jpg"])
     assert vars(args) | {
-        "arch": "vit_small",
-        "patch_size": 8,
+        "arch": None,
+        "patch_size": None,
         "pretrained_weights": "",
         "checkpoint_key": "teacher",
         "image_size": [480, 480],
@@ -133,9 +133,7 @@ def test_without_image_given_weights_look_at_a_photograph(checkpoint, tmp_path):
     assert read(tmp_path / "img.png").std() > 20
 
 
-def test_without_anything_it_is_an_embedded_image_and_everything_about_the_run_on_them(
-    checkpoint, tmp_path, monkeypatch
-):
+def test_without_anything_it_is_an_embedded_image_and_its_run(checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(neighbours, "MOST_IMAGES", 40)
     run = tmp_path / "runs/digits"
