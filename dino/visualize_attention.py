@@ -45,8 +45,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; with neither image nor weights the defaults are those of the embedded materials."""
-    embedded = {"patch_size": 4, "pretrained_weights": EMBEDDED_RUN}
+    """Parse the command line; with neither image nor weights the defaults are those of the embedded images."""
+    embedded = {"pretrained_weights": EMBEDDED_RUN}
     return parse_image_flags(get_args_parser(), arguments, ("pretrained_weights",), embedded)
 
 

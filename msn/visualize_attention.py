@@ -34,9 +34,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; with neither image nor weights the defaults are those of the embedded materials."""
-    embedded = {"pretrained": EMBEDDED_RUN}
-    return parse_image_flags(get_args_parser(), arguments, ("pretrained", "fname"), embedded)
+    """Parse the command line; with neither image nor weights the defaults are those of the embedded images."""
+    return parse_image_flags(get_args_parser(), arguments, ("pretrained", "fname"), {"pretrained": EMBEDDED_RUN})
 
 
 def visualize_attention(args: argparse.Namespace) -> list[Path]:

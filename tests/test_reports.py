@@ -119,7 +119,7 @@ SHORTER = {  # flags that make a printed command a matter of seconds
 CASES = [
     (kind, name) for kind in ("labelled", "flat", "embedded") for name in PRINTED if kind != "flat" or PRINTED[name][1]
 ]
-FAST = [("labelled", name) for name in ("dino", "swav", "msn", "deepcluster")]
+FAST = [("labelled", "swav"), ("labelled", "msn")]
 
 
 @pytest.fixture(scope="module")
