@@ -199,5 +199,5 @@ def test_files_of_any_layout_fill_the_network_or_are_refused(method, tmp_path):
     with pytest.raises(ValueError, match=rf"{card.weights_flag} nowhere\.pth is neither a file nor a release"):
         load_pretrained(card, arch, "nowhere.pth", **sizes)
     with pytest.raises(ValueError, match=f"is not there: run python {card.main} first|is neither a file"):
-        load_pretrained(card, arch, card.run_on_digits, **sizes)
+        load_pretrained(card, arch, card.embedded_run, **sizes)
     assert load_pretrained(card, arch, "random", **options)(images).shape == network(images).shape
