@@ -185,22 +185,26 @@ def cluster(features: Tensor, algorithm: str, num_clusters: int, seed: int, back
     """Cluster the features of all processes; every process gets the result.
 
     k-means in torch runs on all processes, each with its own features. faiss and PIC run on the first process, which
-    gets the features of all.
+    gets the features of all. Both k-means start from the same rows and treat empty clusters alike, so that they find
+    the same clusters up to rounding.
 
     Args:
-        features: Whitened, normalised features of this process's images (every W-th one), (n, d).
+        features: Whitened, normalised features of this process's images (every W-th one), (n, d), float32.
         algorithm: ``Kmeans`` or ``PIC``, which finds the number of clusters itself.
         num_clusters: K of k-means.
         seed: Of the rows that k-means starts from.
-        backend: Of k-means; see :func:`kmeans`.
+        backend: Of k-means: ``faiss``, ``torch``, or ``auto``: torch on a GPU, else faiss where it is installed.
 
     Raises:
         ValueError: As :func:`check_clustering`.
     """
     num_images = int(distributed.all_reduce_sum(torch.tensor(len(features), device=features.device)))
     check_clustering(num_images, algorithm, num_clusters, backend)
-    if algorithm == "Kmeans" and not uses_faiss(features.device, backend):
-        result = kmeans(features, num_clusters, seed, "torch")
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    start = torch.randperm(num_images, generator=generator)[:num_clusters]
+    with_faiss = backend == "faiss" or (backend == "auto" and faiss is not None and features.device.type == "cpu")
+    if algorithm == "Kmeans" and not with_faiss:
+        result = kmeans_torch(features, _rows_of_all(features, start))
         world_size = distributed.get_world_size()
         parts = distributed.all_gather(_padded(result.assignments, num_images)).unflatten(0, (world_size, -1))
         return Clusters(_in_order(parts, num_images).cpu(), num_clusters, result.objective[-1])
@@ -211,10 +215,20 @@ def cluster(features: Tensor, algorithm: str, num_clusters: int, seed: int, back
             assignments = power_iteration_clustering(features)
             found = assignments.numpy(), int(assignments.max()) + 1, 0.0
         else:
-            result = kmeans(features, num_clusters, seed, "faiss")
+            features = features.cpu()
+            result = kmeans_faiss(features, features[start])
             found = result.assignments.numpy(), num_clusters, result.objective[-1]
     assignments, num_clusters, loss = distributed.broadcast_object(found)
     return Clusters(torch.from_numpy(assignments), num_clusters, loss)
+
+
+def _rows_of_all(features: Tensor, rows: Tensor) -> Tensor:
+    """Rows of the data set, (len(rows), d), of which every process has its share, on every process."""
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    mine = rows % world_size == rank
+    found = features.new_zeros(len(rows), features.shape[1])
+    found[mine.to(features.device)] = features[(rows[mine] // world_size).to(features.device)]
+    return distributed.all_reduce_sum(found)  # the others have zeros there
 
 
 # --- k-means ----------------------------------------------------------------------------------------------------------
@@ -222,7 +236,7 @@ def cluster(features: Tensor, algorithm: str, num_clusters: int, seed: int, back
 
 @dataclass
 class KMeans:
-    """Result of k-means.
+    """Result of Lloyd's k-means with the Euclidean distance.
 
     Attributes:
         assignments: Nearest final centroid of each row, int64, (N,).
@@ -233,40 +247,6 @@ class KMeans:
     assignments: Tensor
     centroids: Tensor
     objective: list[float]
-
-
-def kmeans(features: Tensor, num_clusters: int, seed: int, backend: str = "auto") -> KMeans:
-    """Lloyd's k-means from ``num_clusters`` random rows, with the Euclidean distance.
-
-    Both backends start from the same rows and treat empty clusters alike, so that they find the same clusters up to
-    rounding.
-
-    Args:
-        features: (N, d), float32. With the backend torch, every process calls this with its share, (n, d).
-        backend: ``faiss``; ``torch``; or ``auto``: see :func:`uses_faiss`.
-    """
-    if uses_faiss(features.device, backend):
-        start = first_rows(len(features), num_clusters, seed)
-        return kmeans_faiss(features.cpu(), features[start.to(features.device)].cpu())
-    num_rows = int(distributed.all_reduce_sum(torch.tensor(len(features), device=features.device)))
-    # every process puts in the rows that it has, the others have zeros there
-    start = first_rows(num_rows, num_clusters, seed)
-    (mine,) = (start % distributed.get_world_size() == distributed.get_rank()).nonzero(as_tuple=True)
-    rows = (start[mine] // distributed.get_world_size()).to(features.device)
-    centroids = features.new_zeros(num_clusters, features.shape[1])
-    centroids[mine.to(features.device)] = features[rows]
-    return kmeans_torch(features, distributed.all_reduce_sum(centroids))
-
-
-def uses_faiss(device: torch.device, backend: str) -> bool:
-    """Whether ``--kmeans`` means faiss; ``auto``: torch on a GPU, else faiss where it is installed."""
-    return backend == "faiss" or (backend == "auto" and faiss is not None and device.type == "cpu")
-
-
-def first_rows(num_rows: int, num_clusters: int, seed: int) -> Tensor:
-    """The rows that k-means starts from, different ones, (K,)."""
-    generator = torch.Generator().manual_seed(seed % 2**63)
-    return torch.randperm(num_rows, generator=generator)[:num_clusters]
 
 
 def kmeans_faiss(features: Tensor, centroids: Tensor, iterations: int = ITERATIONS) -> KMeans:

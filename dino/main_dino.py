@@ -2,7 +2,7 @@
 
 Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", ICCV 2021.
 
-    python main_dino.py --arch vit_small                                  # embedded digits, minutes on a CPU
+    python main_dino.py --arch vit_small                                  # embedded materials, minutes on a CPU
     torchrun --nproc_per_node=8 main_dino.py --arch vit_small \\
         --data_path /path/to/imagenet/train --output_dir /path/to/run     # 100 epochs: 69.3 k-NN, 74.0 linear
 
@@ -30,7 +30,7 @@ from dino.losses import DINOLoss
 from dino.report import health_rules, report
 from dino.vision_transformer import DINOHead
 from shared import distributed
-from shared.evaluation.knn_monitor import build_knn_monitor
+from shared.evaluation.knn_monitor import KNNMonitor
 from shared.images.training_data import open_training_data
 from shared.multicrop import MultiCropWrapper, normalize_views
 from shared.networks.batchnorm import synchronize_batchnorm
@@ -75,7 +75,7 @@ EMBEDDED_DATA_DEFAULTS = {
     "lr": 0.012,
     "warmup_epochs": 1,
     "freeze_last_layer": 0,
-    "output_dir": "runs/digits",
+    "output_dir": "runs/materials",
 }
 FOR_LARGER_NETWORKS = {"patch_size": 8, "lr": 0.004}  # than vit_micro, on the embedded data
 ONE_SIZE_ONLY = ("resmlp", "mixer", "gmixer", "gmlp")  # networks of timm
@@ -135,11 +135,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
-    """Parse and check the command line; without ``--data_path`` the defaults are those of the embedded data.
+    """Parse and check the command line, of ``parser`` if further flags are in it.
 
-    Args:
-        arguments: The command line's own by default.
-        parser: That of :func:`get_args_parser` with further flags, for scripts that have them.
+    Without ``--data_path`` the defaults are those of the embedded data.
     """
     parser = parser or get_args_parser()
     args = parse_with_embedded_defaults(parser, arguments, EMBEDDED_DATA_DEFAULTS, MINIMUM)
@@ -235,9 +233,7 @@ def train_dino(args: argparse.Namespace) -> None:
     parts = {"student": student, "teacher": teacher, "optimizer": optimizer, "dino_loss": criterion}
     run.resume(data, len(schedules.lr), NETWORK_FLAGS, to_official=to_official, **parts)
     run.health = HealthMonitor(health_rules(args, data.steps_per_epoch))
-    knn = build_knn_monitor(
-        args, args.global_crop_size, MEAN, STD, device, data.num_workers, run.output_dir, args.in_chans
-    )
+    knn = KNNMonitor(run, args.global_crop_size, MEAN, STD, data.num_workers)
 
     with run:
         if run.is_new and knn.is_due(-1):

@@ -80,19 +80,14 @@ def extract_frames(video: Path, folder: Path) -> tuple[list[Path], float]:
         ValueError: If the file is no video that OpenCV can read.
     """
     capture = cv2.VideoCapture(str(video))
-    try:
-        fps = capture.get(cv2.CAP_PROP_FPS) or DEFAULT_FPS
-        frames = []
-        while capture.isOpened():
-            decoded, frame = capture.read()
-            if not decoded:
-                break
-            if not frames:
-                folder.mkdir(parents=True, exist_ok=True)
-            frames.append(folder / f"frame-{len(frames):04}.jpg")
-            _write_jpeg(frames[-1], frame)
-    finally:
-        capture.release()
+    fps = capture.get(cv2.CAP_PROP_FPS) or DEFAULT_FPS
+    frames = []
+    decoded, frame = capture.read()
+    while decoded:
+        folder.mkdir(parents=True, exist_ok=True)
+        frames.append(folder / f"frame-{len(frames):04}.jpg")
+        _write_jpeg(frames[-1], frame)
+        decoded, frame = capture.read()
     if not frames:
         raise ValueError(f"--input_path {video} is no video that can be read")
     return frames, fps

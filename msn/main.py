@@ -2,7 +2,7 @@
 
 Assran et al., "Masked Siamese Networks for Label-Efficient Learning", ECCV 2022.
 
-    python main.py                                                        # embedded digits, minutes on a CPU
+    python main.py                                                        # embedded materials, minutes on a CPU
     torchrun --nproc_per_node=8 main.py --fname configs/pretrain/msn_vits16.yaml --batch_size 128 \\
         --data_path /path/to/imagenet/train --folder /path/to/run         # 47.1 with one labelled image per class
 
@@ -34,7 +34,7 @@ from msn.report import health_rules, report
 from msn.schedules import Schedules
 from msn.vision_transformer import ARCHITECTURES, ProjectionHead, Trunk, VisionTransformer, build, num_kept_patches
 from shared import distributed
-from shared.evaluation.knn_monitor import build_knn_monitor
+from shared.evaluation.knn_monitor import KNNMonitor
 from shared.images.training_data import open_training_data
 from shared.images.views import ViewRecipe
 from shared.multicrop import normalize_views
@@ -72,7 +72,7 @@ EMBEDDED_DATA_DEFAULTS = {
     "ema": (0.98, 1.0),
     "weight_decay": 0.04,
     "final_weight_decay": 0.04,
-    "output_dir": "runs/digits",
+    "output_dir": "runs/materials",
 }
 MINIMUM = {"epochs": 1, "batch_size": 1, "num_proto": 2, "hidden_dim": 1, "output_dim": 1, "log_freq": 1, "warmup": 0}
 # Keys of the published files that the official code reads and does not use, with the value that says so.
@@ -238,7 +238,7 @@ def train_msn(args: argparse.Namespace) -> None:
         loss=epoch_loss,
     )
     run.health = HealthMonitor(health_rules(args, data.steps_per_epoch))
-    knn = build_knn_monitor(args, args.rand_size, MEAN, STD, device, data.num_workers, run.output_dir, args.in_chans)
+    knn = KNNMonitor(run, args.rand_size, MEAN, STD, data.num_workers)
     trunk = Trunk(target_encoder)
 
     with run:

@@ -2,7 +2,7 @@
 
 Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", NeurIPS 2020, section 5.
 
-    python main_deepclusterv2.py                                          # embedded digits, minutes on a CPU
+    python main_deepclusterv2.py                                          # embedded materials, minutes on a CPU
     torchrun --nnodes=8 --nproc_per_node=8 main_deepclusterv2.py --data_path /path/to/imagenet/train \\
         --dump_path /path/to/run --nmb_crops 2 6 --size_crops 224 96 --min_scale_crops 0.14 0.05 \\
         --max_scale_crops 1. 0.14 --epochs 800 --final_lr 0.0048 --start_warmup 0.3   # 75.2 linear
@@ -26,7 +26,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from shared import distributed
-from shared.evaluation.knn_monitor import build_knn_monitor
+from shared.evaluation.knn_monitor import KNNMonitor
 from shared.images.training_data import open_training_data
 from shared.multicrop import normalize_views
 from shared.networks.weights import safe_load
@@ -50,7 +50,7 @@ from swav.resnet50 import Trunk
 # What replaces the official defaults when no --data_path is given.
 EMBEDDED_DATA_DEFAULTS = main_swav.EMBEDDED_DATA_DEFAULTS | {
     "nmb_prototypes": [30, 30, 30],
-    "output_dir": "runs/digits_deepclusterv2",
+    "output_dir": "runs/materials_deepclusterv2",
 }
 del EMBEDDED_DATA_DEFAULTS["epsilon"], EMBEDDED_DATA_DEFAULTS["freeze_prototypes_niters"]  # of SwAV alone
 
@@ -118,8 +118,7 @@ def train_deepclusterv2(args: argparse.Namespace) -> None:
         memory.load_rows(stored["local_memory_index"], stored["local_memory_embeddings"])
     fewest = min(args.nmb_prototypes)
     run.health = HealthMonitor(health_rules("DeepCluster-v2", fewest, args.epochs, data.steps_per_epoch))
-    image_size = args.size_crops[0]
-    knn = build_knn_monitor(args, image_size, MEAN, STD, device, data.num_workers, run.output_dir, args.in_chans)
+    knn = KNNMonitor(run, args.size_crops[0], MEAN, STD, data.num_workers)
     trunk = Trunk(distributed.unwrap(network))
 
     with run:

@@ -2,7 +2,7 @@
 
 Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", NeurIPS 2020.
 
-    python main_swav.py                                                   # embedded digits, minutes on a CPU
+    python main_swav.py                                                   # embedded materials, minutes on a CPU
     torchrun --nproc_per_node=8 main_swav.py --data_path /path/to/imagenet/train --dump_path /path/to/run \\
         --nmb_crops 2 6 --size_crops 224 96 --min_scale_crops 0.14 0.05 --max_scale_crops 1. 0.14 \\
         --batch_size 32 --base_lr 0.6 --final_lr 0.0006 --epochs 400 --warmup_epochs 0 --queue_length 3840 \\
@@ -27,7 +27,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from shared import distributed
-from shared.evaluation.knn_monitor import build_knn_monitor
+from shared.evaluation.knn_monitor import KNNMonitor
 from shared.images.training_data import open_training_data
 from shared.multicrop import normalize_views
 from shared.networks.batchnorm import synchronize_batchnorm
@@ -63,7 +63,7 @@ EMBEDDED_DATA_DEFAULTS = {
     "epochs": 24,
     "warmup_epochs": 1,
     "freeze_prototypes_niters": 60,
-    "output_dir": "runs/digits",
+    "output_dir": "runs/materials",
 }
 NETWORK_FLAGS = ("arch", "in_chans", "feat_dim", "hidden_mlp", "nmb_prototypes", "crops_for_assign")
 CHECKPOINT = "checkpoint.pth.tar"
@@ -137,8 +137,7 @@ def train_swav(args: argparse.Namespace) -> None:
     if queue_rows and not run.is_new and not queue.has_started and official_queue.is_file():
         queue.load_rows(safe_load(official_queue)["queue"])
     run.health = HealthMonitor(health_rules("SwAV", args.nmb_prototypes, args.epochs, data.steps_per_epoch))
-    image_size = args.size_crops[0]
-    knn = build_knn_monitor(args, image_size, MEAN, STD, device, data.num_workers, run.output_dir, args.in_chans)
+    knn = KNNMonitor(run, args.size_crops[0], MEAN, STD, data.num_workers)
     trunk = Trunk(distributed.unwrap(network))
 
     with run:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .networks import BOS, EOS, PAD, Translator
+from .sequence_models import BOS, EOS, PAD, Translator
 
 EXTRA_TOKENS = 50  # a translation may be so much longer than its source (Vaswani et al. 2017, section 6.1)
 

@@ -10,7 +10,7 @@ import torch
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from torch import Tensor
 
-from .networks import BOS, EOS, PAD, UNK
+from .sequence_models import BOS, EOS, PAD, UNK
 
 
 def read_parallel_text(source_file: str, target_file: str) -> tuple[list[str], list[str]]:

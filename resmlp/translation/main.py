@@ -35,7 +35,7 @@ from resmlp.translation.corpus import (
     train_vocabulary,
 )
 from resmlp.translation.generated_language import generate_pairs
-from resmlp.translation.networks import NETWORKS, PAD, Translator
+from resmlp.translation.sequence_models import NETWORKS, PAD, Translator
 from resmlp.translation.translate import NETWORK_FLAGS, bleu, translate_sentences
 from shared import distributed
 from shared.optimisation.optim import clip_grad_norm_per_tensor_

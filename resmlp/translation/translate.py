@@ -20,7 +20,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from resmlp.translation.beam_search import beam_search
 from resmlp.translation.corpus import open_vocabulary, pad, read_lines
-from resmlp.translation.networks import EOS, Translator
+from resmlp.translation.sequence_models import EOS, Translator
 from shared import distributed
 from shared.networks.weights import safe_load
 from shared.run.flags import Parser

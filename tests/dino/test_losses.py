@@ -1,6 +1,5 @@
 import math
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -66,27 +65,6 @@ def test_large_logits_do_not_overflow():
     assert student.grad.isfinite().all()
 
 
-def test_no_gradient_flows_into_the_teacher():
-    student, teacher = make_logits()
-    teacher.requires_grad_()
-    make_loss()(student.requires_grad_(), teacher, 0).backward()
-    assert teacher.grad is None
-
-
-def test_centre_moves_after_the_loss_by_a_tenth_of_the_batch_mean():
-    student, teacher = make_logits()
-    criterion = make_loss()
-    before = criterion.center.clone()
-    first = criterion(student, teacher, 0)
-    torch.testing.assert_close(criterion.center, 0.9 * before + 0.1 * teacher.mean(dim=0, keepdim=True))
-    torch.testing.assert_close(first.double(), pair_loop(student, teacher, before, 5, 0.04))
-
-
-def test_centre_starts_at_zero_and_is_all_of_the_state():
-    criterion = DINOLoss(7, 2, 0.04, 0.04, 0, 1)
-    assert {name: value.tolist() for name, value in criterion.state_dict().items()} == {"center": [[0.0] * 7]}
-
-
 def test_centre_ignores_batches_that_are_not_finite():
     student, teacher = make_logits()
     criterion = make_loss()
@@ -104,14 +82,6 @@ def test_loss_splits_into_the_teachers_entropy_and_a_divergence():
     entropy = -torch.special.xlogy(q, q).sum(dim=1).mean()
     torch.testing.assert_close(criterion.teacher_entropy.double(), entropy, rtol=0, atol=1e-5)
     assert loss > criterion.teacher_entropy
-
-
-def test_equal_views_of_student_and_teacher_leave_the_entropy_only():
-    _, teacher = make_logits(batch=1)
-    view = teacher[:1]
-    criterion = make_loss(warmup_teacher_temp=0.1, teacher_temp=0.1)
-    loss = criterion((view - criterion.center).repeat(5, 1), view.repeat(2, 1), 0)
-    torch.testing.assert_close(loss, criterion.teacher_entropy)
 
 
 def test_low_precision_logits_give_the_float32_loss_of_their_values():
@@ -188,7 +158,3 @@ def test_two_processes_share_the_centre_of_the_whole_batch():
     torch.testing.assert_close(first["center"], criterion.center)
     assert torch.equal(first["center"], second["center"])
     torch.testing.assert_close((first["losses"] + second["losses"]) / 2, losses)
-
-
-def test_temperatures_follow_the_schedule():
-    np.testing.assert_allclose(make_loss().teacher_temps, [0.04, 0.055, 0.07, 0.07, 0.07])

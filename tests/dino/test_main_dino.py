@@ -1,4 +1,4 @@
-"""The real script: flags, training, resuming, several processes, copied folders."""
+"""The real script: flags, training, official checkpoints, several processes."""
 
 import argparse
 import json
@@ -17,8 +17,8 @@ from dino.main_dino import get_args_parser, parse_args, train_dino
 from shared.run.checkpoint import load_latest
 from tests.command_lines import assert_values_arrive
 from tests.dino.tiny import FLAGS, shrink_networks
-from tests.processes import run_script
 from tests.reliability.runs import assert_same, start_ranks, write_images
+from tests.run_folders import lines, losses, state_of
 from tests.standalone import load_alone
 from tests.tiny_training import Training
 
@@ -33,43 +33,17 @@ def images(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("images"))
 
 
-def use_small_networks(monkeypatch):
+@pytest.fixture(autouse=True)
+def small_networks(monkeypatch):
     """Networks of 40 thousand parameters."""
     for name in ("build_backbone", "DINOHead"):
         monkeypatch.setattr(main_dino, name, getattr(main_dino, name))  # what is put back in the end
     shrink_networks()
 
 
-@pytest.fixture(autouse=True)
-def small_networks(monkeypatch):
-    use_small_networks(monkeypatch)
-
-
 def train(output_dir, *flags):
     train_dino(parse_args([*TINY, "--output_dir", str(output_dir), *map(str, flags)]))
     return lines(output_dir)
-
-
-@pytest.fixture(scope="module")
-def whole(images, tmp_path_factory):
-    """A run of two epochs with a checkpoint after every step, that nothing has stopped."""
-    with pytest.MonkeyPatch.context() as patch:
-        use_small_networks(patch)
-        folder = tmp_path_factory.mktemp("whole")
-        train(folder, "--data_path", images, "--epochs", 2, "--saveckp_steps", 1, "--drop_path_rate", 0.2)
-    return folder
-
-
-def lines(output_dir):
-    return [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(output_dir):
-    return [line["loss"] for line in lines(output_dir) if "loss" in line]
-
-
-def state_of(output_dir):
-    return load_latest(Path(output_dir) / "checkpoint.pth")
 
 
 def assert_same_state(a, b):
@@ -111,8 +85,7 @@ def test_defaults_are_the_official_ones():
     assert_values_arrive(get_args_parser(), official.split(), parse_args(["--data_path", "/imagenet/train"]))
 
 
-def test_training_writes_the_official_checkpoint_layout(images, tmp_path, monkeypatch):
-    monkeypatch.undo()  # the networks that the flags name
+def test_training_writes_the_official_checkpoint_layout(images, tmp_path):
     written = train(tmp_path, "--data_path", images, "--saveckp_freq", 1)
     assert [line["step"] for line in written] == [1, 2, 3]
     assert abs(written[0]["loss"] - math.log(32)) < 0.5
@@ -140,39 +113,6 @@ def test_networks_of_the_libraries_train_and_their_checkpoints_are_evaluated(arc
     assert backbone(torch.zeros(2, 1, 32, 32)).shape == (2, embed_dim)
 
 
-@pytest.mark.slow
-def test_compiled_backbones_train_alike(images, tmp_path):
-    for name, flags in (("eager", ()), ("compiled", ("--compile",))):
-        # compiled code draws other numbers for dropped paths
-        train(tmp_path / name, "--data_path", images, "--epochs", 2, "--drop_path_rate", 0, *flags)
-    np.testing.assert_allclose(losses(tmp_path / "compiled"), losses(tmp_path / "eager"), rtol=1e-4)
-    assert state_of(tmp_path / "compiled")["student"].keys() == state_of(tmp_path / "eager")["student"].keys()
-
-
-class Stop(Exception):
-    pass
-
-
-def test_a_run_stopped_within_an_epoch_ends_like_an_uninterrupted_one(images, whole, tmp_path, monkeypatch):
-    flags = ("--data_path", images, "--epochs", 2, "--saveckp_steps", 1, "--drop_path_rate", 0.2)
-    update, calls = main_dino.ema_update_, []
-
-    def stop(*args):
-        calls.append(args)
-        if len(calls) > 2:
-            raise Stop
-        update(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(main_dino, "ema_update_", stop)
-        with pytest.raises(Stop):
-            train(tmp_path, *flags)
-    train(tmp_path, *flags, "--num_workers", 1)
-    assert losses(tmp_path) == losses(whole)
-    assert_same_state(state_of(tmp_path), state_of(whole))
-    assert (tmp_path / "log.txt").read_text() == (whole / "log.txt").read_text()
-
-
 def test_two_processes_give_the_losses_of_one_with_twice_the_batch(images, tmp_path):
     """With the variables that torchrun sets; torchrun itself is started in tests/reliability/test_ranks.py."""
     flags = ["--data_path", images, "--drop_path_rate", 0, "--epochs", 2, "--amp", "fp32"]
@@ -184,29 +124,9 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_batch(images, tmp_p
     assert len(losses(tmp_path / "one")) == 6
 
 
-@pytest.mark.parametrize("command", [["main_dino.py"], ["main.py"], ["-m", "dino.main_dino"]])
-def test_every_way_to_start_the_script_works_in_a_copied_folder(images, tmp_path, command):
-    """The method's folder with ``shared/`` beside it, below a folder of another name, is all it takes."""
-    project = tmp_path / "some" / "project"
-    for folder in ("dino", "shared"):
-        shutil.copytree(ROOT / folder, project / folder, ignore=shutil.ignore_patterns("__pycache__", "runs"))
-    cwd = project if command[0] == "-m" else project / "dino"
-    flags = [*TINY, "--batch_size_per_gpu", 24, "--data_path", images, "--output_dir", tmp_path / "run"]
-    run = run_script(*command, *flags, cwd=cwd)
-    assert run.returncode == 0, run.stderr
-    assert len(losses(tmp_path / "run")) == 1
-
-
 def test_the_network_file_needs_torch_alone(tmp_path):
     vision_transformer = load_alone(ROOT / "dino" / "vision_transformer.py", tmp_path)
     assert vision_transformer.vit_tiny()(torch.zeros(1, 3, 32, 32)).shape == (1, 192)
-
-
-def test_help_names_every_flag_and_default(capsys):
-    with pytest.raises(SystemExit) as end:
-        parse_args(["--help"])
-    printed = capsys.readouterr().out
-    assert end.value.code == 0 and "--momentum_teacher" in printed and "(default: 0.996)" in printed
 
 
 @pytest.mark.parametrize(
@@ -249,11 +169,9 @@ def as_the_official_code_saves(state: dict) -> dict:
 
 def test_a_checkpoint_of_the_official_code_is_gone_on_with(images, tmp_path):
     flags = ("--data_path", images, "--epochs", 2)
-    train(tmp_path / "whole", *flags)
-
-    train(tmp_path / "official", *flags, "--saveckp_freq", 1)
+    train(tmp_path / "whole", *flags, "--saveckp_freq", 1)
     (tmp_path / "resumed").mkdir()
-    state = load_latest(tmp_path / "official" / "checkpoint0000.pth")
+    state = load_latest(tmp_path / "whole" / "checkpoint0000.pth")
     torch.save(as_the_official_code_saves(state), tmp_path / "resumed" / "checkpoint.pth")
     train(tmp_path / "resumed", *flags, "--arch", "deit_tiny")
     assert losses(tmp_path / "resumed") == losses(tmp_path / "whole")[3:]
@@ -266,28 +184,17 @@ def test_a_checkpoint_of_the_official_code_is_gone_on_with(images, tmp_path):
         train(tmp_path / "other", *flags)
 
 
-def test_knn_and_pictures_of_images_some_of_which_are_unreadable(images, tmp_path, capsys):
+def test_knn_of_images_some_of_which_are_unreadable(images, tmp_path, capsys):
     val = shutil.copytree(images, tmp_path / "val")
     broken = val / "class1" / "22.png"
     broken.write_bytes(broken.read_bytes()[:100])
-    flags = ("--data_path", images, "--val_path", val, "--eval_knn_freq", 1, "--pictures", "on")
+    flags = ("--data_path", images, "--val_path", val, "--eval_knn_freq", 1)
     written = train(tmp_path / "run", *flags, "--local_crop_size", 11)
     assert [line["step"] for line in written if "knn_top1" in line] == [0, 3]
     assert (tmp_path / "run" / "bad_images_val.txt").read_text().startswith(f"{broken}\t")
-    drawn = {path.name for path in (tmp_path / "run" / "pictures").iterdir()}
-    assert drawn == {"views.png", "neighbours.png", "curves.png", "attention"}
     printed = capsys.readouterr().out
     assert "--patch_size 8 does not divide --local_crop_size 11; the last 3 rows and columns" in printed
     assert "python dino/eval_knn.py" in printed and str(tmp_path / "run" / "checkpoint.pth") in printed
-
-
-def test_another_network_than_the_checkpoints_is_refused_and_leaves_it_alone(images, tmp_path):
-    train(tmp_path, "--data_path", images)
-    before = (tmp_path / "checkpoint.pth").read_bytes()
-    for flag, value, old in (("--patch_size", 4, 8), ("--global_crop_size", 24, 16)):
-        with pytest.raises(ValueError, match=rf"{flag} {value} does not fit .*{flag} {old}"):
-            train(tmp_path, "--data_path", images, flag, value)
-    assert (tmp_path / "checkpoint.pth").read_bytes() == before
 
 
 def test_a_job_has_the_flags_of_the_training_and_the_defaults_of_its_data(monkeypatch):
@@ -300,7 +207,7 @@ def test_a_job_has_the_flags_of_the_training_and_the_defaults_of_its_data(monkey
     )
     run_with_submitit.main(command.split())
     run_with_submitit.main([])
-    (function, args), (_, digits) = submitted
+    (function, args), (_, embedded) = submitted
     assert function is train_dino and (args.nodes, args.ngpus, args.timeout, args.partition) == (2, 8, 2880, "gpu")
     assert args.use_volta32 is True and args.norm_last_layer is False and args.job_name == "dino"
-    assert digits.out_dim == main_dino.EMBEDDED_DATA_DEFAULTS["out_dim"]
+    assert embedded.out_dim == main_dino.EMBEDDED_DATA_DEFAULTS["out_dim"]

@@ -1,5 +1,4 @@
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -12,13 +11,11 @@ from dino.vision_transformer import (
     DINOHead,
     DropPath,
     VisionTransformer,
-    WeightNormLinear,
     trunc_normal_,
     vit_base,
     vit_small,
     vit_tiny,
 )
-from shared.networks.vit_parts import interpolate_positions
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "qkv_bias": True}
 
@@ -49,36 +46,15 @@ def assert_same_gradients(found, expected):
 
 @pytest.mark.parametrize(
     "arch, patch_size, parameters",
-    [
-        (vit_tiny, 16, 5_524_416),
-        (vit_tiny, 8, 5_526_720),
-        (vit_small, 16, 21_665_664),
-        (vit_small, 8, 21_670_272),
-        (vit_base, 16, 85_798_656),
-        (vit_base, 8, 85_807_872),
-    ],
+    [(vit_tiny, 16, 5_524_416), (vit_small, 8, 21_670_272), (vit_base, 16, 85_798_656)],
 )
 def test_networks_have_the_published_sizes(arch, patch_size, parameters):
     with torch.device("meta"):
-        model = arch(patch_size=patch_size)
+        model, head = arch(patch_size=patch_size), DINOHead(384, 65536)
     assert sum(p.numel() for p in model.parameters()) == parameters
+    assert sum(p.numel() for p in head.parameters()) == 22_352_128
     assert len(model.state_dict()) == 150
     assert {m.eps for m in model.modules() if isinstance(m, nn.LayerNorm)} == {1e-6}
-
-
-@pytest.mark.parametrize("arch", ["vit_tiny", "vit_base"])
-def test_features_equal_those_of_timm(arch):
-    with torch.device("meta"):  # initial values would be overwritten
-        model = getattr(vision_transformer, arch)(img_size=[64], depth=2).eval()
-    torch.manual_seed(0)
-    state = {name: 0.05 * torch.randn(value.shape) for name, value in model.state_dict().items()}
-    model.load_state_dict(state, assign=True)
-    sizes = {"img_size": 64, "depth": 2}
-    twin = timm.create_model(f"{arch}_patch16_224", **sizes, num_classes=0, global_pool="token", weight_init="skip")
-    twin.eval().load_state_dict(state)
-    images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        torch.testing.assert_close(model(images), twin(images), rtol=1e-4, atol=2e-5)
 
 
 def test_a_seed_draws_weights_in_the_official_order():
@@ -109,30 +85,6 @@ def test_packed_resolutions_equal_separate_passes_in_values_and_gradients(traini
     assert_same_gradients(gradients(model, packed), expected)
 
 
-def test_images_of_a_pack_do_not_see_each_other():
-    model = make_vit()
-    large, small = torch.randn(2, 3, 32, 32), torch.randn(3, 3, 16, 16)
-    features = model([large, small])
-    changed = model([large, torch.cat([torch.randn(1, 3, 16, 16), small[1:]])])
-    same = torch.tensor([True, True, False, True, True])
-    assert torch.equal((features - changed).abs().amax(dim=1) < 1e-5, same)
-
-
-@pytest.mark.parametrize("sizes", [[32], [32, 16]])
-def test_leaving_out_the_last_blocks_other_tokens_changes_nothing(sizes):
-    model = make_vit(drop_path_rate=0.5).train()
-    batches = [torch.randn(4, 3, size, size) for size in sizes]
-    images = batches if len(batches) > 1 else batches[0]
-    torch.manual_seed(1)
-    features = model(images)
-    found = gradients(model, features)
-    model.training = False  # only the outer module: the blocks go on dropping paths
-    torch.manual_seed(1)
-    expected = model(images)
-    torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
-    assert_same_gradients(found, gradients(model, expected))
-
-
 def test_recomputing_activations_changes_no_gradient_and_repeats_no_matrix_product(monkeypatch):
     model = make_vit(drop_rate=0.3, attn_drop_rate=0.0, drop_path_rate=0.3).train()
     images = [torch.randn(2, 3, 32, 32), torch.randn(2, 3, 16, 16)]
@@ -160,22 +112,6 @@ def test_a_block_keeps_ten_widths_per_token():
     elements = sum(t.untyped_storage().nbytes() / 4 for pointer, t in kept.items() if pointer not in parameters)
     # input, queries with keys and values, attention's output, its residual sum, the MLP's hidden layer
     assert elements / (4 * 50 * 64) == pytest.approx(1 + 3 + 1 + 1 + 4, rel=0.02)
-
-
-def test_intermediate_layers_end_with_the_features():
-    model = make_vit().eval()
-    images = torch.randn(2, 3, 32, 32)
-    layers = model.get_intermediate_layers(images, n=3)
-    assert [layer.shape for layer in layers] == [(2, 17, 48)] * 3
-    torch.testing.assert_close(layers[-1][:, 0], model(images))
-    torch.testing.assert_close(model.get_intermediate_layers(images, n=2), layers[1:])
-
-
-@pytest.mark.parametrize("height, width", [(48, 48), (64, 16), (33, 47), (32, 36)])
-def test_positions_are_stretched_by_a_tenth_of_a_patch(height, width):
-    model = make_vit()
-    expected = interpolate_positions(model.pos_embed, height // 8, width // 8, (4, 4), scale_offset=0.1)
-    torch.testing.assert_close(model.interpolate_pos_encoding(height, width), expected)
 
 
 @pytest.mark.parametrize("height, width", [(32, 32), (35, 35)])
@@ -228,58 +164,3 @@ def test_compiled_network_gives_the_same_loss_and_gradients():
     compiled = model(images)
     torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
     assert_same_gradients(gradients(model, compiled), expected)
-
-
-@pytest.mark.parametrize(
-    "in_dim, parameters",
-    [(192, 21_958_912), (384, 22_352_128), (512, 22_614_272), (768, 23_138_560), (2048, 25_760_000)],
-)
-def test_heads_have_the_published_sizes(in_dim, parameters):
-    with torch.device("meta"):
-        head = DINOHead(in_dim, 65536)
-    assert sum(p.numel() for p in head.parameters()) == parameters
-
-
-@pytest.mark.parametrize(
-    "options, linears, batchnorms",
-    [
-        ({}, [0, 2, 4], []),
-        ({"use_bn": True}, [0, 3, 6], [1, 4]),
-        ({"nlayers": 2}, [0, 2], []),
-        ({"nlayers": 1}, [], []),
-    ],
-)
-def test_head_layers_are_named_as_in_released_checkpoints(options, linears, batchnorms):
-    head = DINOHead(8, 12, hidden_dim=10, bottleneck_dim=6, **options)
-    names = dict(head.named_parameters())
-    assert [i for i in range(9) if f"mlp.{i}.weight" in names and names[f"mlp.{i}.weight"].ndim == 2] == linears
-    assert [i for i in range(9) if f"mlp.{i}.weight" in names and names[f"mlp.{i}.weight"].ndim == 1] == batchnorms
-    assert ("mlp.weight" in names) == (not linears)
-    assert list(names)[-2:] == ["last_layer.weight_g", "last_layer.weight_v"]
-
-
-def test_only_a_free_last_layer_trains_its_norms():
-    assert not DINOHead(8, 12, hidden_dim=10, bottleneck_dim=6).last_layer.weight_g.requires_grad
-    assert DINOHead(8, 12, hidden_dim=10, bottleneck_dim=6, norm_last_layer=False).last_layer.weight_g.requires_grad
-
-
-def test_weight_normalised_layer_equals_torchs_parametrisation_in_values_and_gradients():
-    torch.manual_seed(0)
-    layer = WeightNormLinear(6, 9)
-    nn.init.uniform_(layer.weight_g, 0.5, 1.5)
-    twin = nn.utils.parametrizations.weight_norm(nn.Linear(6, 9, bias=False))
-    twin.parametrizations.weight.original0.data.copy_(layer.weight_g.data)
-    twin.parametrizations.weight.original1.data.copy_(layer.weight_v.data)
-    x = torch.randn(5, 6, requires_grad=True)
-    weights = torch.randn(5, 9)
-    found = torch.autograd.grad((layer(x) * weights).sum(), (x, layer.weight_g, layer.weight_v))
-    expected = torch.autograd.grad((twin(x) * weights).sum(), (x, *twin.parameters()))
-    torch.testing.assert_close(layer(x), twin(x))
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_weight_normalised_layer_passes_the_numerical_gradient_check():
-    layer = WeightNormLinear(3, 4).double()
-    x = torch.randn(5, 3, dtype=torch.double, requires_grad=True)
-    product = vision_transformer.WeightNormProduct.apply
-    assert torch.autograd.gradcheck(product, (x, layer.weight_g, layer.weight_v))

@@ -15,14 +15,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
 from resmlp.hub import build_network
 from resmlp.main import parse_args
 from tests.evidence.runs import (
     Variant,
-    classifier,
+    beside_others,
     in_parallel,
     last_values,
     linear,
@@ -59,14 +58,11 @@ DINO = (
 LINEAR = "--epochs 5 --val_freq 5 --lr 0.1 --crop_scale 0.5 1 --num_workers 0"
 
 
-def multiply_adds(variant: Variant) -> float:
-    """Of a forward pass of one image, in millions."""
-    args = parse_args(variant.flags.split())
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        sizes = {"patch_size": args.patch_size, "embed_dim": args.embed_dim, "depth": args.depth}
-        network = build_network(args.model, 10, args.input_size, **sizes).eval()
-        network(torch.empty(1, 3, args.input_size, args.input_size))
-    return counter.get_total_flops() / 2e6
+def build(flags: list[str]) -> tuple[nn.Module, int]:
+    """The network and the side of its images."""
+    args = parse_args(flags)
+    sizes = {"patch_size": args.patch_size, "embed_dim": args.embed_dim, "depth": args.depth}
+    return build_network(args.model, 10, args.input_size, **sizes), args.input_size
 
 
 def translator(output_dir: Path) -> dict:
@@ -76,23 +72,8 @@ def translator(output_dir: Path) -> dict:
     return {"bleu": bleu, "loss": last["loss"], "valid_loss": last["valid_loss"]}
 
 
-def beside_others(variants: list[Variant], common: str, out: Path, parallel: int, seeds: tuple[int, ...]) -> list[dict]:
-    """Every network, and ResMLP distilled from the ResNet of the same seed."""
-    for variant in variants:
-        print(f"{variant.name}: {multiply_adds(variant):.0f} million multiply-adds", flush=True)
-    results = run_all("resmlp", variants, out, parallel, seeds, classifier)
-    teachers = {r["seed"]: r["run"] / "checkpoint.pth" for r in results if r["variant"] == "ResNet-18"}
-
-    def distill(seed: int) -> dict:
-        flags = f"{NETWORKS['ResMLP']} {common} --distillation-type hard --teacher-model resnet18"
-        variant = Variant("ResMLP, distilled from the ResNet", f"{flags} --teacher-path {teachers[seed]}")
-        return run("resmlp", variant, seed, out / "distilled" / str(seed), classifier)
-
-    return results + in_parallel(distill, seeds, parallel)
-
-
 def claims(out: Path, parallel: int, seeds: tuple[int, ...]) -> None:
-    results = beside_others(CLAIMS, DIGITS, out / "digits", parallel, seeds)
+    results = beside_others("resmlp", CLAIMS, build, "resnet18", out / "digits", parallel, seeds)
     columns = {"acc1": "top-1", "test_loss": "test loss", "loss": "training loss"}
     write(out, "resmlp_digits", results, table(results, columns))
     translated = run_all("resmlp", TRANSLATORS, out / "translation", parallel, seeds, translator)
@@ -103,7 +84,7 @@ def claims(out: Path, parallel: int, seeds: tuple[int, ...]) -> None:
 def cifar10(out: Path, parallel: int, seeds: tuple[int, ...], train_images: Path, test_images: Path) -> None:
     images = f"--data_path {train_images} --val_path {test_images}"
     variants = [Variant(v.name, f"{v.flags} {images}") for v in CIFAR10_VARIANTS]
-    results = beside_others(variants, f"{CIFAR10} {images}", out / "cifar10", parallel, seeds)
+    results = beside_others("resmlp", variants, build, "resnet18", out / "cifar10", parallel, seeds)
     columns = {"acc1": "top-1", "test_loss": "test loss", "loss": "training loss"}
     write(out, "resmlp_cifar10", results, table(results, columns))
     self_supervised(out, parallel, seeds, train_images, test_images)

@@ -15,12 +15,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from shared.evaluation.features import extract_features
 from shared.evaluation.knn import knn_classify
-from shared.evaluation.knn_monitor import KNNMonitor
 from shared.evaluation.linear import LinearClassifier, train_one_epoch
 from shared.images.labelled import open_labelled
+from shared.images.loading import EvalDataset, EvalTransform
 from shared.run.log import read_log
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,6 +117,37 @@ def run_all(
     return in_parallel(train, jobs, parallel)
 
 
+def beside_others(
+    method: str,
+    variants: list[Variant],
+    build: Callable[[list[str]], tuple[nn.Module, int]],
+    teacher: str,
+    out: Path,
+    parallel: int,
+    seeds: tuple[int, ...],
+) -> list[dict]:
+    """Classifiers of about equal cost, which is printed; the first is also distilled from the last of the same seed.
+
+    Args:
+        build: Maps flags to the network and the side of its images in pixels.
+        teacher: ``--teacher-model`` of the last variant.
+    """
+    for variant in variants:
+        with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            network, side = build(variant.flags.split())
+            network.eval()(torch.empty(1, 3, side, side))
+        print(f"{variant.name}: {counter.get_total_flops() / 2e6:.0f} million multiply-adds", flush=True)
+    results = run_all(method, variants, out, parallel, seeds, classifier)
+    teachers = {result["seed"]: result["run"] / "checkpoint.pth" for result in results[-len(seeds) :]}
+
+    def distill(seed: int) -> dict:
+        distilled = f"--distillation-type hard --teacher-model {teacher} --teacher-path {teachers[seed]}"
+        variant = Variant(f"{variants[0].name}, distilled from the ResNet", f"{variants[0].flags} {distilled}")
+        return run(method, variant, seed, out / "distilled" / str(seed), classifier)
+
+    return results + in_parallel(distill, seeds, parallel)
+
+
 def in_parallel(function: Callable, jobs: Iterable, parallel: int) -> list:
     """``function`` of every job, in order, ``parallel`` of them at a time."""
     with ThreadPoolExecutor(parallel) as pool:
@@ -177,9 +209,10 @@ class PixelFeatures:
 
     def __init__(self, data_path: str | None, val_path: str | None, image_size: int, mean: tuple, std: tuple):
         device = torch.device("cpu")
-        monitor = KNNMonitor(open_labelled(data_path, val_path), image_size, mean, std, 1, 1, device)
-        self.train, self.train_labels = extract_features(Pixels(), monitor.train, device)
-        self.val, self.val_labels = extract_features(Pixels(), monitor.val, device)
+        transform = EvalTransform(round(image_size * 256 / 224), image_size, mean, std)
+        train, val = (EvalDataset(source, transform) for source in open_labelled(data_path, val_path))
+        self.train, self.train_labels = extract_features(Pixels(), train, device)
+        self.val, self.val_labels = extract_features(Pixels(), val, device)
 
     def knn(self) -> float:
         """Top-1 of k-NN with 20 neighbours, in percent."""

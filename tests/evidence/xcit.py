@@ -15,11 +15,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
 from tests.evidence import dino
-from tests.evidence.runs import Variant, classifier, in_parallel, linear, main, run, run_all, table, write
+from tests.evidence.runs import Variant, beside_others, in_parallel, linear, main, run, table, write
 from xcit.hub import build_network
 from xcit.main import parse_args
 
@@ -44,39 +43,21 @@ LINEAR = "--image_size 32 --num_labels 10 --epochs 5 --lr 0.1 --num_workers 0"
 COLUMNS = {"acc1": "top-1", "test_loss": "test loss", "loss": "training loss"}
 
 
-def multiply_adds(variant: Variant) -> float:
-    """Of a forward pass of one image, in millions."""
-    args = parse_args(variant.flags.split())
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network = build_network(args.model, 10, img_size=args.input_size).eval()
-        network(torch.empty(1, 3, args.input_size, args.input_size))
-    return counter.get_total_flops() / 2e6
-
-
-def beside_others(variants: list[Variant], out: Path, parallel: int, seeds: tuple[int, ...]) -> list[dict]:
-    """Every network with every seed, and XCiT distilled from the ResNet of the same seed."""
-    for variant in variants:
-        print(f"{variant.name}: {multiply_adds(variant):.0f} million multiply-adds", flush=True)
-    results = run_all("xcit", variants, out, parallel, seeds, classifier)
-
-    def distill(seed: int) -> dict:
-        teacher = f"--teacher-model resnet10t --teacher-path {out / 'ResNet' / str(seed) / 'checkpoint.pth'}"
-        flags = f"{variants[0].flags} --distillation-type hard {teacher}"
-        variant = Variant("XCiT, distilled from the ResNet", flags)
-        return run("xcit", variant, seed, out / "distilled" / str(seed), classifier)
-
-    return results + in_parallel(distill, seeds, parallel)
+def build(flags: list[str]) -> tuple[nn.Module, int]:
+    """The network and the side of its images."""
+    args = parse_args(flags)
+    return build_network(args.model, 10, img_size=args.input_size), args.input_size
 
 
 def claims(out: Path, parallel: int, seeds: tuple[int, ...]) -> None:
-    results = beside_others(CLAIMS, out / "digits", parallel, seeds)
+    results = beside_others("xcit", CLAIMS, build, "resnet10t", out / "digits", parallel, seeds)
     write(out, "xcit_digits", results, table(results, COLUMNS))
 
 
 def cifar10(out: Path, parallel: int, seeds: tuple[int, ...], train_images: Path, test_images: Path) -> None:
     images = f"--data_path {train_images} --val_path {test_images}"
     variants = [Variant(v.name, f"{v.flags} {images}") for v in CIFAR10_VARIANTS]
-    results = beside_others(variants, out / "cifar10", parallel, seeds)
+    results = beside_others("xcit", variants, build, "resnet10t", out / "cifar10", parallel, seeds)
     write(out, "xcit_cifar10", results, table(results, COLUMNS))
     self_supervised(out, parallel, seeds, train_images, test_images)
 

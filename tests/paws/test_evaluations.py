@@ -218,7 +218,7 @@ def test_pictures_of_folders_are_labelled_and_none_is_an_error(run, tmp_path):
 
 
 @pytest.mark.parametrize("script", [snn_eval, fine_tune, snn_fine_tune, pseudo_labels])
-def test_without_weights_it_is_the_run_on_the_digits_that_is_taken_for_the_digits_alone(script, monkeypatch, tmp_path):
+def test_without_weights_the_run_on_the_embedded_images_is_taken_for_them_alone(script, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for flags, message in ((["--data_path", "images"], "--pretrained is missing"), ([], "run python main.py first")):
         monkeypatch.setattr(sys, "argv", ["script", "--device", "cpu", *flags])

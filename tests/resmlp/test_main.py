@@ -10,14 +10,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from resmlp import main, run_with_submitit
+from resmlp import main
 from resmlp.augmentations import ThreeAugment
 from resmlp.hub import MEAN, STD, build_network
 from resmlp.main import SubmodelLoss, get_args_parser, parse_args
 from shared.supervised.losses import ClassificationLoss
 from tests.command_lines import assert_values_arrive
-from tests.resmlp.tiny import FLAGS, train
-from tests.shared.supervised.runs import DEIT_DEFAULTS, lines, losses, state_of
+from tests.resmlp.tiny import train
+from tests.run_folders import lines, losses, state_of
+from tests.shared.supervised.deit_flags import assert_defaults
 
 # command lines with every flag of the official trainer
 PUBLISHED = [
@@ -44,10 +45,9 @@ def test_official_command_lines_parse(command):
 
 
 def test_defaults_are_the_official_ones():
-    own = {"epochs": 300, "color_jitter": 0.3, "bce_loss": False, "unscale_lr": False, "train_mode": True}
-    own |= {"ThreeAugment": False, "src": False, "cosub": False, "finetune": "", "attn_only": False}
-    own |= {"eval_crop_ratio": 0.875, "distributed": False}
-    assert vars(parse_args(["--data_path", "/imagenet"])).items() >= (DEIT_DEFAULTS | own).items()
+    own = "--epochs 300 --color-jitter 0.3 --train-mode --eval-crop-ratio 0.875"
+    absent = ("bce_loss", "unscale_lr", "ThreeAugment", "src", "cosub", "finetune", "attn_only", "distributed")
+    assert_defaults(get_args_parser(), parse_args(["--data_path", "/imagenet"]), own, absent)
     assert parse_args(["--data_path", "x", "--data-set", "CIFAR"]).data_set == "CIFAR100"
 
 
@@ -150,18 +150,6 @@ def as_it_is(images: torch.Tensor) -> torch.Tensor:
     return images
 
 
-def test_alpha_weighs_labels_against_the_teacher():
-    torch.manual_seed(0)
-    logits, labels = torch.randn(4, 5), torch.randint(5, (4,))
-    plain = ClassificationLoss(0.1)(as_it_is, logits, labels)
-    for kind in ("soft", "hard"):
-        losses = [
-            ClassificationLoss(0.1, False, torch.sin, kind, alpha)(as_it_is, logits, labels) for alpha in (0, 0.25, 1)
-        ]
-        assert losses[0] == plain
-        torch.testing.assert_close(losses[1], 0.75 * losses[0] + 0.25 * losses[2])
-
-
 def test_in_the_binary_loss_every_class_of_a_mixed_image_is_right():
     torch.manual_seed(0)
     logits, targets = torch.randn(2, 3), torch.tensor([[0.7, 0.3, 0.0], [0.0, 0.0, 1.0]])
@@ -217,12 +205,6 @@ def test_three_augment_takes_one_of_three():
 def test_other_recipes_train(flags, images, tmp_path):
     train(tmp_path, "--data_path", images, "--epochs", 1, *flags)
     assert len(losses(tmp_path)) >= 2 and all(map(math.isfinite, losses(tmp_path)))
-
-
-def test_the_launcher_trains_in_this_process(images, tmp_path):
-    flags = ["--data_path", str(images), "--output_dir", str(tmp_path / "%j"), "--epochs", "1", "--cluster", "debug"]
-    run_with_submitit.main([*FLAGS.split(), *flags])
-    assert (tmp_path / "debug" / "checkpoint.pth").exists()
 
 
 def test_embedded_data_have_defaults_of_their_own():

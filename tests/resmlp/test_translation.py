@@ -22,12 +22,11 @@ from resmlp.translation.corpus import (
     train_vocabulary,
 )
 from resmlp.translation.generated_language import SOURCE_PLURAL, TARGET_OBJECT, TARGET_PLURAL, generate_pairs
-from resmlp.translation.networks import BOS, EOS, NETWORKS, PAD, UNK, Attention, CrossTokenLinear, Translator
+from resmlp.translation.sequence_models import BOS, EOS, NETWORKS, PAD, UNK, Attention, CrossTokenLinear, Translator
 from shared.run.checkpoint import load_latest
 from tests.processes import run_processes
-from tests.reliability.runs import assert_same_run
 from tests.resmlp import tiny
-from tests.shared.supervised.runs import lines, stopped_after
+from tests.run_folders import lines
 
 SIZES = {"max_length": 12, "dim": 16, "hidden_dim": 48, "depth": 2, "heads": 2, "dropout": 0.0}
 
@@ -325,28 +324,6 @@ def test_parallel_text_is_learned_to_a_nearly_perfect_bleu(tmp_path, monkeypatch
     translate.main()
     assert capsys.readouterr().out.startswith(f"BLEU = {result['test']:.2f}")
     assert len(out.read_text().splitlines()) == 30
-
-
-@pytest.mark.slow
-def test_a_transformer_of_equal_size_learns_it_too(tmp_path):
-    result = train_on_files(tmp_path, "--epochs", 20, "--network", "transformer")
-    assert min(result["valid"], result["test"]) > 90
-
-
-def test_bleu_is_100_for_the_references_and_less_for_others():
-    references = ["the cat sat on the mat", "it was there all day"]
-    assert translate.bleu(references, references)[0] == pytest.approx(100)
-    assert translate.bleu(["the cat sat", "it was all day"], references)[0] < 60
-
-
-def test_a_run_stopped_anywhere_ends_like_an_uninterrupted_one(tmp_path, few_sentences):
-    whole = train(tmp_path / "whole", "--bleu_freq", 1)
-    assert [line.keys() >= {"valid_loss", "valid_bleu"} for line in lines(tmp_path / "whole")].count(True) == 2
-    for updates in (2, 3):
-        with stopped_after(updates):
-            train(tmp_path / "stopped", "--bleu_freq", 1)
-    assert train(tmp_path / "stopped", "--bleu_freq", 1) == whole
-    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
 
 def test_adagrad_runs_and_skips_a_step_that_is_not_finite(tmp_path, monkeypatch, few_sentences):

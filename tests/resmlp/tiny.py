@@ -1,6 +1,6 @@
 """The smallest runs of ResMLP, on images and on sentences."""
 
-from tests.shared.supervised.runs import lines
+from tests.run_folders import lines
 from tests.tiny_training import Training
 
 FLAGS = (

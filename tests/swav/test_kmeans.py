@@ -14,47 +14,11 @@ def unit_rows(rows: int, dim: int = 5, seed: int = 0) -> torch.Tensor:
     return F.normalize(torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed)), dim=1)
 
 
-def by_loops(embeddings, centroids, num_iters):
-    """Row by row and in double precision."""
-    embeddings, centroids = embeddings.double(), centroids.double().clone()
-    for iteration in range(num_iters + 1):
-        clusters = [max(range(len(centroids)), key=lambda k, row=row: float(row @ centroids[k])) for row in embeddings]
-        if iteration < num_iters:
-            for k in range(len(centroids)):
-                rows = [row for row, cluster in zip(embeddings, clusters, strict=True) if cluster == k]
-                mean = sum(rows) / len(rows) if rows else centroids[k]
-                centroids[k] = mean / mean.norm()
-    return torch.tensor(clusters), centroids
-
-
-def test_clusters_and_centroids_equal_those_of_loops():
-    embeddings = unit_rows(40)
-    first = torch.cat([embeddings[:5], embeddings[4:5]])  # the sixth cluster stays empty: the lowest index wins a tie
-    clusters, centroids = spherical_kmeans(embeddings, first, num_iters=4)
-    expected, expected_centroids = by_loops(embeddings, first, num_iters=4)
-    assert torch.equal(clusters, expected)
-    torch.testing.assert_close(centroids.double(), expected_centroids, rtol=1e-5, atol=1e-6)
-
-
 def test_rows_are_compared_a_portion_at_a_time(monkeypatch):
     embeddings, centroids = unit_rows(50), unit_rows(4, seed=1)
     whole = nearest_centroids(embeddings, centroids)
     monkeypatch.setattr(kmeans, "ROWS_AT_A_TIME", 7)
     assert torch.equal(nearest_centroids(embeddings, centroids), whole)
-
-
-def share(rank: int, embeddings: torch.Tensor, centroids: torch.Tensor) -> dict:
-    clusters, found = spherical_kmeans(embeddings[rank::2], centroids)
-    return {"clusters": clusters, "centroids": found}
-
-
-def test_two_processes_find_the_clusters_of_one():
-    embeddings = unit_rows(60)
-    clusters, centroids = spherical_kmeans(embeddings, embeddings[:6])
-    first, second = run_processes(share, 2, embeddings, embeddings[:6])
-    assert torch.equal(torch.stack([first["clusters"], second["clusters"]], dim=1).flatten(), clusters)
-    torch.testing.assert_close(first["centroids"], centroids, rtol=1e-5, atol=1e-6)
-    assert torch.equal(first["centroids"], second["centroids"])
 
 
 def filled(rows: int, num_banks: int = 2) -> MemoryBank:

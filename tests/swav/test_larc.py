@@ -26,27 +26,6 @@ def guarded_step(network: nn.Module, optimizer: LARC) -> torch.Tensor:
     return step_unless_not_finite(optimizer, clip_grad_norm_per_tensor_(network.parameters(), 0))
 
 
-@pytest.mark.parametrize("clip", [False, True])
-def test_larc_equals_its_formula_also_when_a_tensor_joins_late(clip):
-    network = make_network()
-    network[0].weight.data.zero_()  # a norm of zero: no scaling
-    optimizer = LARC(network.parameters(), lr=0.0, weight_decay=0.1, clip=clip)
-    expected = [p.detach().double().clone() for p in network.parameters()]
-    buffers = [torch.zeros_like(p) for p in expected]
-    for step in range(5):
-        lr = 2.0 / (step + 1)
-        optimizer.param_groups[0]["lr"] = lr
-        set_gradients(network, seed=step)
-        if step < 2:
-            network[2].weight.grad = None  # frozen prototypes
-        for i, parameter in enumerate(network.parameters()):
-            if parameter.grad is not None:
-                expected[i], buffers[i] = by_loops(expected[i], parameter.grad.double(), buffers[i], lr, 0.1, clip)
-        guarded_step(network, optimizer)
-        for found, p in zip(network.parameters(), expected, strict=True):
-            torch.testing.assert_close(found.detach().double(), p, rtol=1e-5, atol=1e-7)
-
-
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 @pytest.mark.parametrize("good_steps", [0, 2])
 def test_a_step_with_a_gradient_that_is_not_finite_leaves_everything_as_it_was(poison, good_steps):

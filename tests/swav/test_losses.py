@@ -43,18 +43,6 @@ def test_loss_and_gradient_equal_those_of_a_loop_over_pairs(crops_for_assign, te
     torch.testing.assert_close(found, gradient, rtol=1e-5, atol=1e-7)
 
 
-def test_a_crop_does_not_predict_its_own_code():
-    scores = make_scores(crops=2).requires_grad_()
-    SwappedPrediction([0])(scores, codes_of(scores, [0])).backward()
-    assert not scores.grad[0].any() and scores.grad[1].any()
-
-
-def test_a_network_that_knows_nothing_has_a_loss_of_ln_k():
-    scores = torch.zeros(3, 4, 11)
-    loss = SwappedPrediction([0, 1])(scores, codes_of(make_scores(3, 4, 11), [0, 1]))
-    torch.testing.assert_close(loss.item(), math.log(11))
-
-
 def test_prototypes_get_unit_rows_and_keep_their_directions():
     prototypes = nn.Linear(4, 6, bias=False)
     before = prototypes.weight.detach().clone()
@@ -83,17 +71,6 @@ def test_a_batch_without_any_cluster_has_a_loss_of_zero():
     loss = cluster_classification(scores, torch.full((1, 2), -100))
     loss.backward()
     assert loss == 0 and not scores[0].grad.any()
-
-
-def test_the_queue_holds_the_newest_rows_first():
-    queue = EmbeddingQueue(2, 4, 3)
-    batches = torch.arange(18.0).view(3, 2, 3)
-    assert not queue.is_full(0)
-    for i, batch in enumerate(batches):
-        queue.push(0, batch)
-        assert queue.is_full(0) == (i >= 1) and not queue.is_full(1)
-    assert torch.equal(queue.embeddings[0], torch.cat([batches[2], batches[1]]))
-    assert not queue.embeddings[1].any()
 
 
 def test_rows_that_are_not_finite_do_not_enter_the_queue():

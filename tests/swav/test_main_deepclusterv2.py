@@ -9,9 +9,8 @@ import torch
 
 from swav.main_deepclusterv2 import first_centroids, get_args_parser, parse_args
 from tests.command_lines import assert_values_arrive
-from tests.reliability.runs import assert_same, write_images
-from tests.swav.test_main_swav import stop_after
-from tests.swav.tiny import comparable, lines, losses, state_of
+from tests.reliability.runs import write_images
+from tests.run_folders import lines, losses, state_of
 from tests.swav.tiny import train_deepclusterv2 as train
 
 
@@ -68,17 +67,6 @@ def test_first_centroids_depend_on_seed_epoch_and_head_only():
     orders = [tuple(order.tolist()) for order in drawn]
     assert len(set(orders)) == 8 and all(sorted(order) == list(range(9)) for order in orders)
     assert tuple(first_centroids(1, 1, 2, 9)[1].tolist()) == orders[-1]
-
-
-def test_a_run_stopped_in_an_epoch_ends_like_an_uninterrupted_one(images, whole, tmp_path, monkeypatch):
-    flags = ("--data_path", images, "--epochs", 2, "--saveckp_steps", 2, "--freeze_prototypes_niters", 2)
-    with monkeypatch.context() as patch:
-        stop_after(patch, steps=4)
-        with pytest.raises(KeyboardInterrupt):
-            train(tmp_path, *flags)
-    train(tmp_path, *flags, "--workers", 1)
-    assert losses(tmp_path) == losses(whole)
-    assert_same(*(comparable(state_of(folder)) for folder in (tmp_path, whole)), "checkpoint")
 
 
 def test_the_memory_of_a_checkpoint_or_of_the_official_files_is_used(images, whole, tmp_path, capsys):

@@ -1,6 +1,5 @@
 """The real script: flags, training, the queue, resuming, several processes, copied folders."""
 
-import itertools
 import json
 import math
 import sys
@@ -10,14 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from shared.run.run import Run
 from swav import main_swav
 from swav.main_swav import get_args_parser, parse_args, rows_of_queue
 from tests.command_lines import assert_values_arrive
 from tests.processes import run_processes
-from tests.reliability.runs import assert_same
+from tests.run_folders import lines, losses, state_of
 from tests.standalone import load_alone
-from tests.swav.tiny import SWAV, comparable, lines, losses, state_of, train_on_rank
+from tests.swav.tiny import SWAV, train_on_rank
 from tests.swav.tiny import train_swav as train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -120,46 +118,6 @@ def test_compiled_backbones_train_alike(images, tmp_path):
     torch.testing.assert_close(losses(tmp_path / "compiled"), losses(tmp_path / "eager"), rtol=1e-4, atol=0)
     eager, compiled = (state_of(tmp_path / name)["state_dict"] for name in ("eager", "compiled"))
     assert compiled.keys() == eager.keys()  # a checkpoint of either is one of both
-
-
-def test_a_step_that_is_not_finite_leaves_network_and_queue_finite(images, tmp_path, monkeypatch):
-    normalize_views, calls = main_swav.normalize_views, itertools.count(1)
-
-    def spoilt(*args):
-        views = normalize_views(*args)
-        if next(calls) == 2:
-            views[0][0, 0, 0, 0] = math.nan
-        return views
-
-    monkeypatch.setattr(main_swav, "normalize_views", spoilt)
-    written = train(tmp_path, "--data_path", images, *QUEUE)
-    assert [line["skipped"] for line in written] == [0, 1, 0]
-    state = state_of(tmp_path)  # a checkpoint with a NaN would not have been written
-    assert state["queue"]["embeddings"].isfinite().all()
-
-
-def stop_after(monkeypatch, steps: int) -> None:
-    """Break the training off in the middle of a step."""
-    update, calls = Run.update, itertools.count()
-
-    def stop(*args):
-        if next(calls) == steps:
-            raise KeyboardInterrupt
-        return update(*args)
-
-    monkeypatch.setattr(Run, "update", stop)
-
-
-def test_a_run_stopped_in_an_epoch_ends_like_an_uninterrupted_one(images, whole, tmp_path, monkeypatch):
-    flags = ("--data_path", images, "--epochs", 2, "--saveckp_steps", 2, *QUEUE)
-    with monkeypatch.context() as patch:
-        stop_after(patch, steps=4)
-        with pytest.raises(KeyboardInterrupt):
-            train(tmp_path, *flags)
-    train(tmp_path, *flags, "--workers", 1)
-    assert losses(tmp_path) == losses(whole)
-    assert_same(*(comparable(state_of(folder)) for folder in (tmp_path, whole)), "checkpoint")
-    assert (tmp_path / "log.txt").read_text() == (whole / "log.txt").read_text()
 
 
 def test_two_processes_give_the_losses_of_one_with_twice_the_batch_and_the_same_queue(images, whole, tmp_path):

@@ -1,6 +1,5 @@
 """The smallest runs of SwAV and DeepCluster-v2."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +9,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from shared import distributed
-from shared.run.checkpoint import load_latest
 from swav import hub, resnet50
+from tests.run_folders import lines
 from tests.tiny_training import Training
 
 # --- For the suites that kill, launch and compare runs ----------------------------------------------------------------
@@ -85,24 +84,6 @@ def train_on_rank(rank: int, train: Callable, *flags) -> None:
     """One of several processes of ``run_processes``, which have joined already."""
     distributed.init = lambda *_: torch.device("cpu")
     train(*flags)
-
-
-def lines(output_dir) -> list[dict]:
-    return [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(output_dir) -> list[float]:
-    return [line["loss"] for line in lines(output_dir) if "loss" in line]
-
-
-def state_of(output_dir) -> dict:
-    return load_latest(Path(output_dir) / "checkpoint.pth.tar")
-
-
-def comparable(state: dict) -> dict:
-    """A checkpoint without what a clock or another command line changes."""
-    state["log"].pop("lengths")
-    return {key: value for key, value in state.items() if key != "args"}
 
 
 # --- Labelled images --------------------------------------------------------------------------------------------------

@@ -9,16 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from shared.run.attempt import NotFinite
 from shared.run.checkpoint import Checkpointer
-from shared.supervised.ema import NetworkEMA
-from shared.supervised.losses import ClassificationLoss
 from tests.command_lines import assert_values_arrive
 from tests.processes import run_processes
-from tests.reliability.runs import assert_same, assert_same_run
-from tests.shared.supervised.runs import DEIT_DEFAULTS, Stop, lines, losses, state_of, stopped_after
-from tests.xcit.tiny import FLAGS, train, train_on_rank
-from xcit import main, run_with_submitit
+from tests.reliability.runs import assert_same
+from tests.run_folders import Stop, lines, losses, state_of
+from tests.shared.supervised.deit_flags import assert_defaults
+from tests.xcit.tiny import train, train_on_rank
+from xcit import main
 from xcit.main import parse_args
 
 # the command lines of the paper's repository, flag by flag as published
@@ -39,8 +37,8 @@ def test_published_command_lines_parse(command):
 
 
 def test_defaults_are_the_official_ones():
-    own = {"epochs": 400, "color_jitter": 0.4, "test_freq": 1, "full_crop": False, "pretrained": None, "surgery": None}
-    assert vars(parse_args(["--data_path", "/imagenet"])).items() >= (DEIT_DEFAULTS | own).items()
+    args, own = parse_args(["--data_path", "/imagenet"]), "--epochs 400 --color-jitter 0.4 --test-freq 1"
+    assert_defaults(main.get_args_parser(), args, own, absent=("full_crop", "pretrained", "surgery"))
 
 
 @pytest.mark.parametrize(
@@ -95,32 +93,6 @@ def test_training_writes_log_and_official_checkpoint_layout(finished):
     assert [line["step"] for line in lines(finished) if "loss" in line] == list(range(1, len(losses(finished)) + 1))
     # mixed labels of three classes: an untrained network is at ln 3
     assert abs(losses(finished)[0] - math.log(3)) < 0.3
-
-
-def test_the_average_is_that_of_all_steps(finished, images, tmp_path, small_networks, monkeypatch):
-    """Recomputed from the network after every step."""
-    seen = []
-    monkeypatch.setattr(NetworkEMA, "update", lambda self, network: seen.append(copy_of(network)))
-    train(tmp_path, "--data_path", images)
-    averages = {name: value.double() for name, value in state_of(tmp_path)["model_ema"].items()}  # the initial network
-    for network in seen:
-        for name, value in network.items():
-            averages[name] = 0.99996 * averages[name] + 0.00004 * value
-    for name, value in state_of(finished)["model_ema"].items():
-        if value.is_floating_point():
-            torch.testing.assert_close(value.double(), averages[name], rtol=1e-5, atol=1e-7)
-
-
-def copy_of(network: torch.nn.Module) -> dict:
-    return {name: value.double().clone() for name, value in network.state_dict().items()}
-
-
-@pytest.mark.parametrize("updates", [1, 7])
-def test_a_run_stopped_anywhere_ends_like_an_uninterrupted_one(finished, images, tmp_path, updates, small_networks):
-    with stopped_after(updates):
-        train(tmp_path / "run", "--data_path", images)
-    train(tmp_path / "run", "--data_path", images, "--num_workers", 1 if updates == 1 else 0)
-    assert_same_run(tmp_path / "run", finished)
 
 
 def as_the_official_code_saves(state: dict) -> dict:
@@ -229,35 +201,9 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_batch(images, tmp_p
     assert results[0] == results[1] and len(results[0]) == 2
 
 
-def test_gradients_that_stay_nan_end_the_run_with_the_batch(images, tmp_path, small_networks, monkeypatch):
-    call = ClassificationLoss.__call__
-    monkeypatch.setattr(ClassificationLoss, "__call__", lambda *args: call(*args) * torch.nan)
-    with pytest.raises(NotFinite, match=r"2 steps in a row.*the first such tensor is the loss"):
-        train(tmp_path, "--data_path", images, "--max_skipped_steps", 2)
-    views, labels, indices = torch.load(tmp_path / "nonfinite.pth", weights_only=True)["batch"]
-    assert len(views) == len(labels) == len(indices) == 4
-
-
-def test_pictures_and_summary(images, tmp_path, small_networks, capsys):
-    train(tmp_path, "--data_path", images, "--epochs", 1, "--pictures", "on")
-    assert {path.name for path in (tmp_path / "pictures").iterdir()} == {"views.png", "curves.png"}
-    assert "best top-1" in capsys.readouterr().out
-
-
-def test_the_launcher_trains_in_this_process(images, tmp_path, small_networks):
-    flags = ["--data-path", str(images), "--output_dir", str(tmp_path / "%j"), "--epochs", "1", "--cluster", "debug"]
-    run_with_submitit.main([*FLAGS.split(), *flags])
-    assert len(losses(tmp_path / "debug")) >= 2
-
-
 @pytest.mark.slow
 def test_compiled_networks_train_alike(images, tmp_path, small_networks):
     for name, flags in (("eager", ()), ("compiled", ("--compile",))):
         train(tmp_path / name, "--data_path", images, "--epochs", 1, "--drop-path", 0, *flags)
     np.testing.assert_allclose(losses(tmp_path / "compiled"), losses(tmp_path / "eager"), rtol=1e-3)
     assert state_of(tmp_path / "compiled")["model"].keys() == state_of(tmp_path / "eager")["model"].keys()
-
-
-def test_embedded_data_have_defaults_of_their_own():
-    assert vars(parse_args([])).items() >= main.EMBEDDED_DATA_DEFAULTS.items()
-    assert parse_args(["--epochs", "2"]).epochs == 2

@@ -11,7 +11,7 @@ from shared import distributed
 from shared.images.loading import BadImages
 from tests.processes import run_processes
 from tests.reliability.runs import assert_same_run
-from tests.shared.supervised.runs import lines, losses, stopped_after
+from tests.run_folders import lines, losses, stopped_after
 from tests.xcit.tiny import shrink_networks
 from xcit import dense_training
 from xcit.semantic_segmentation import main

@@ -3,7 +3,7 @@
 import torch
 
 from shared import distributed
-from tests.shared.supervised.runs import lines
+from tests.run_folders import lines
 from tests.tiny_training import Training
 
 FLAGS = (

@@ -82,19 +82,6 @@ def test_short_side_before_the_centre_crop(size, ratio, short):
 # --- Repeated augmentation --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("n", "world_size"), [(700, 1), (512, 4), (1000, 3)])
-def test_three_views_of_an_image_land_on_neighbouring_ranks(n, world_size):
-    samplers = [RepeatedAugmentationSampler(n, 1, 0, rank, world_size) for rank in range(world_size)]
-    for sampler in samplers:
-        sampler.set_epoch(2)
-    selected = [sampler.selected() for sampler in samplers]
-    assert {len(part) for part in selected} == {n // 256 * 256 // world_size}
-    together = [part[i] for i in range(len(selected[0])) for part in selected]
-    assert together[:6] == [(index, i) for index in dict.fromkeys(i for i, _ in together[:6]) for i in range(3)]
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(2)).tolist()
-    assert [index for index, repetition in together if repetition == 0] == order[: -(-len(together) // 3)]
-
-
 def test_an_epoch_can_be_entered_anywhere_and_few_images_are_not_lost():
     sampler = RepeatedAugmentationSampler(20, 4, seed=1)
     sampler.set_epoch(3)
@@ -110,22 +97,6 @@ def test_an_epoch_can_be_entered_anywhere_and_few_images_are_not_lost():
 def schedule_flags(**flags) -> argparse.Namespace:
     defaults = dict(sched="cosine", epochs=10, warmup_epochs=3, warmup_lr=1e-6, min_lr=1e-5, decay_rate=0.1)
     return argparse.Namespace(**defaults | dict(decay_epochs=30, lr_noise=None, seed=0) | flags)
-
-
-def test_cosine_schedule_is_one_epoch_late_and_the_same_after_a_resume():
-    network = nn.Linear(2, 2)
-    optimizer = build_timm_optimizer(network, "adamw", 0.1, 0.05)
-    scheduler = build_timm_schedule(schedule_flags(), optimizer)
-    rates = [set_learning_rate(scheduler, optimizer, epoch) for epoch in range(10)]
-    expected = []
-    for epoch in range(10):
-        t = max(epoch - 1, 0)
-        warm = 1e-6 + t * (0.1 - 1e-6) / 3
-        expected.append(warm if t < 3 else 1e-5 + (0.1 - 1e-5) / 2 * (1 + math.cos(math.pi * t / 10)))
-    np.testing.assert_allclose(rates, expected, rtol=1e-9)
-    assert {group["lr"] for group in optimizer.param_groups} == {rates[-1]}
-    anew = build_timm_optimizer(network, "adamw", 0.1, 0.05)
-    assert set_learning_rate(build_timm_schedule(schedule_flags(), anew), anew, 6) == rates[6]
 
 
 @pytest.mark.parametrize("name", ["cosine", "tanh", "step", "poly"])
