@@ -182,9 +182,11 @@ def test_the_prediction_head_is_evaluated_where_it_is_fine_tuned(images, run, tm
     assert seen == [True, True]  # before and after
 
 
-def test_a_run_that_started_from_other_weights_is_refused(images, run, tmp_path):
-    flags = [*arguments(images, run, *FINE_TUNE), "--output_dir", str(tmp_path / "run")]
+def test_fine_tuning_beside_its_training_leaves_the_log_alone_and_refuses_other_weights(images, run, tmp_path):
+    folder = shutil.copytree(run[0], tmp_path / "run")
+    flags = [*arguments(images, run, *FINE_TUNE), "--folder", str(folder)]
     fine_tune.fine_tune(fine_tune.parse_args(flags))
+    assert lines(folder) == lines(run[0]) and lines(folder, "paws-fine-tune")[-1]["step"] == 4
     flags[flags.index("--pretrained") + 1] = "random"
     with pytest.raises(ValueError, match="started from other weights than those of --pretrained"):
         fine_tune.fine_tune(fine_tune.parse_args(flags))
