@@ -255,13 +255,9 @@ class Retriever:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def checksum(self) -> int:
-        """CRC-32 of all weights, to recognise vectors of another model."""
-        return weights_checksum(self.model)
-
     def identity(self) -> dict[str, object]:
         """What vectors of passages depend on, besides flags: those of another model do not fit together with them."""
-        facts = {"model": self.checksum(), "pooling": self.model.config.pooling}
+        facts = {"model": weights_checksum(self.model), "pooling": self.model.config.pooling}
         return facts | ({"prefix": prompt} if (prompt := self.prompts.get("passage")) else {})
 
     def tokenize(self, texts: Sequence[str], max_length: int | None = None, kind: str = "") -> list[list[int]]:

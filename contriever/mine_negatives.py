@@ -48,12 +48,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     add = add_encoder_flags(parser)
     add("--norm", action="store_true", help="compare vectors of length 1")
-    add(
-        "--passage_maxlength",
-        type=int,
-        default=None,
-        help="most tokens; by default as many as the encoder reads",
-    )
+    add("--passage_maxlength", type=int, default=None, help="most tokens; by default as many as the encoder reads")
     add("--per_gpu_batch_size", type=int, default=64, help="texts at once")
     return parser
 

@@ -11,6 +11,7 @@ missing, so a run may be killed at any time; every run ends with the same files.
 
 import argparse
 import contextlib
+import functools
 import itertools
 import multiprocessing
 import sys
@@ -18,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -96,17 +96,12 @@ def missing_jobs(jobs: list[Job], overwrite: bool) -> list[Job]:
     return [job for job in jobs if job.shard not in present or job.shard in wrong]
 
 
-_tokenizer: PreTrainedTokenizerBase | None = None  # of a worker process
-
-
-def _start_worker(tokenizer: str) -> None:
-    global _tokenizer
-    _tokenizer = read_tokenizer(Path(tokenizer))
+tokenizer_in = functools.cache(read_tokenizer)  # read once by each worker process
 
 
 def make_shard(job: Job) -> tuple[int, int, int]:
     """Tokenise one shard in a worker process; numbers of tokens, of documents, and of those that are empty."""
-    tokens, borders = tokenize_lines(job, _tokenizer)
+    tokens, borders = tokenize_lines(job, tokenizer_in(Path(job.facts["tokenizer"])))
     write_shard(job.shard, tokens, borders, job.facts)
     return len(tokens), len(borders) - 1, int((np.diff(borders) == 0).sum())
 
@@ -131,12 +126,8 @@ def preprocess(args: argparse.Namespace) -> None:
     context.set_forkserver_preload(["contriever.preprocess"])  # imported once, not by every process
     workers = min(args.num_workers, len(missing))
     with contextlib.ExitStack() as stack:
-        if workers <= 1:
-            _start_worker(str(folder))
-            results = map(make_shard, missing)
-        else:
-            pool = stack.enter_context(context.Pool(workers, _start_worker, (str(folder),)))
-            results = pool.imap_unordered(make_shard, missing)
+        each = stack.enter_context(context.Pool(workers)).imap_unordered if workers > 1 else map
+        results = each(make_shard, missing)
         for counts in tqdm(results, total=len(missing), unit="shard", disable=not sys.stderr.isatty()):
             totals += counts
     print(f"{args.outdir}: {totals[0]} tokens, {totals[1]} documents ({totals[2]} empty) in {len(missing)} new shards")

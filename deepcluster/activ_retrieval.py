@@ -18,18 +18,20 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from deepcluster.augmentations import centre_crop
 from deepcluster.convnets import ClusterNetwork, check_conv, conv_maps
-from deepcluster.flags import IMAGES_HELP, MODEL_HELP, add_process_flags, evaluation_parser
+from deepcluster.flags import IMAGES_HELP, MODEL_HELP
 from deepcluster.hub import RUN_ON_DIGITS, load_network
 from shared import distributed
+from shared.evaluation.flags import add_process_flags
 from shared.images.loading import EvalDataset, make_loader
 from shared.images.sources import ImageSource, open_source
 from shared.pictures.sheets import Tile, magnify, save_sheet, to_pixels
+from shared.run.flags import Parser
 
 FILTERS_PER_SHEET = 16
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = evaluation_parser(__doc__)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--data", default=None, help=f"images: {IMAGES_HELP}")
     add("--model", default=RUN_ON_DIGITS, help=MODEL_HELP)
@@ -37,7 +39,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--exp", "--output_dir", dest="output_dir", default="", help="folder for the pictures")
     add("--count", type=int, default=9, help="images per filter")
     add("--batch_size", type=int, default=64)
-    add_process_flags(parser, launcher=False)
+    add_process_flags(parser, launcher=False, num_workers=4)
     return parser
 
 

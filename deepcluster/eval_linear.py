@@ -9,9 +9,9 @@ accuracy after the last epoch. Running the same command again resumes.
 """
 
 import argparse
-import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,17 +25,18 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from deepcluster.augmentations import centre_crop, resize_for
 from deepcluster.convnets import ClusterNetwork, check_conv, conv_maps
-from deepcluster.flags import IMAGES_HELP, MODEL_HELP, add_process_flags, evaluation_parser
+from deepcluster.flags import MODEL_HELP
 from deepcluster.hub import MEAN, RUN_ON_DIGITS, STD, load_network
 from shared import distributed
-from shared.evaluation.features import check_features
-from shared.evaluation.linear import train_one_epoch
-from shared.images.labelled import open_labelled
-from shared.images.loading import BadImages, EpochBatchSampler, EvalDataset, EvalTransform, make_loader
+from shared.evaluation import frozen
+from shared.evaluation.flags import add_labelled_flags, add_process_flags, parse_evaluation
+from shared.evaluation.linear import EpochTraining, validate
+from shared.images.loading import BadImages, EpochBatchSampler, EvalTransform, make_loader
 from shared.images.sources import ImageSource
 from shared.multicrop import normalize_views
+from shared.networks.weights import weights_checksum
 from shared.run import randomness
-from shared.run.checkpoint import load_latest, save
+from shared.run.flags import Parser
 
 # average pooling (kernel, stride, padding) of AlexNet's maps of 224-pixel images, layer by layer
 ALEXNET_POOLING = {1: (6, 6, 3), 2: (4, 4, 0), 3: (3, 3, 1), 4: (3, 3, 1), 5: (2, 2, 0)}
@@ -44,15 +45,13 @@ MOST_INPUTS = 9600
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = evaluation_parser(__doc__)
+    parser = Parser(__doc__)
     add = parser.add_argument_group("network").add_argument
     add("--model", default=None, help=MODEL_HELP)
     layers = "layer: AlexNet has 1 to 5, VGG16 1 to 13, a ResNet 1 to 5; None: the features that are clustered"
     add("--conv", type=int, default=None, help=layers)
 
-    add = parser.add_argument_group("data").add_argument
-    add("--data", default=None, help=f"labelled images, perhaps in train/ and val/: {IMAGES_HELP}")
-    add("--val_path", default=None, help="validation images; by default those that belong to --data")
+    add = add_labelled_flags(parser, "--data")
     add("--tencrops", action="store_true", help="validate on the corners, the centre, and their mirror images")
     add("--batch_size", type=int, default=256, help="images per step of all processes together; half in validation")
 
@@ -66,16 +65,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("run").add_argument
     add("--exp", "--output_dir", dest="output_dir", default="", help="for linear_conv<N>.pth.tar and its log")
     add("--verbose", action="store_true", help="accepted; every epoch is printed anyway")
-    add_process_flags(parser)
+    add_process_flags(parser, num_workers=4)
     return parser
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = get_args_parser()
-    args = parser.parse_args(arguments)
-    if args.data is None:
-        parser.set_defaults(model=RUN_ON_DIGITS, output_dir="runs/digits", epochs=20, batch_size=64)
-        args = parser.parse_args(arguments)
+    digits = {"model": RUN_ON_DIGITS, "output_dir": "runs/digits", "epochs": 20, "batch_size": 64}
+    args = parse_evaluation(parser, arguments, **digits)
     if args.model is None:
         parser.error("--model: give a checkpoint")
     return args
@@ -83,69 +80,33 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def eval_linear(args: argparse.Namespace) -> dict[str, float]:
     """Train and validate the probe; loss and accuracies in percent after the last epoch."""
-    device = distributed.init(args.dist_url, args.device)
-    randomness.seed_everything(args.seed)
-    world_size = distributed.get_world_size()
+    device, output_dir = frozen.start(args)
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
     if args.batch_size % world_size:
         raise ValueError(f"--batch_size {args.batch_size} cannot be shared out over {world_size} processes")
+    train, val = frozen.labelled_sources(args, "--data")
 
-    # data and frozen network
-    train, val = open_labelled(args.data, args.val_path, flag="--data")
+    # frozen network, and a linear layer with torch's default initialisation
     network = load_network(args.model, keep_top_layer=False).requires_grad_(False).to(device)
     features = LayerFeatures(network, args.conv)
-    train_set = RandomCrops(train, network.img_size, args.seed)
-    sampler = EpochBatchSampler(
-        len(train), args.batch_size // world_size, args.seed, distributed.get_rank(), world_size, drop_last=False
-    )
-    loader = make_loader(train_set, batch_sampler=sampler, num_workers=args.num_workers, device=device)
-    val_set = EvalDataset(val, TenCrops(network.img_size) if args.tencrops else centre_crop(network.img_size, False))
-    for source in (train, val):
-        distributed.print_once(source.describe())
-
-    # linear layer with torch's default initialisation, and its optimiser
     example = torch.zeros(1, 3, network.img_size, network.img_size, device=device)
     probe = nn.Linear(features(example).shape[1], len(train.classes)).to(device)
-    wrapped = distributed.wrap(probe, device)
+    crops = TenCrops(network.img_size) if args.tencrops else centre_crop(network.img_size, False)
+    val_set = frozen.val_images(args, val, crops)
+    half_batch = max(1, args.batch_size // 2 // world_size)
+    validation = partial(validate, probe, features.of_crops, val_set, device, half_batch, args.num_workers, score_crops)
+
+    # crops, optimiser, epochs
+    bad_images = frozen.bad_images_of(args, train, output_dir / "bad_images.txt")
+    train_set = RandomCrops(train, network.img_size, args.seed, bad_images)
+    sampler = EpochBatchSampler(len(train), args.batch_size // world_size, args.seed, rank, world_size, drop_last=False)
+    loader = make_loader(train_set, batch_sampler=sampler, num_workers=args.num_workers, device=device)
     optimizer = torch.optim.SGD(probe.parameters(), args.lr, args.momentum, weight_decay=10**args.weight_decay)
-
-    # resume
-    output_dir = Path(args.output_dir)
+    batches = partial(scheduled_batches, loader, optimizer, args.lr, device)
     name = "linear" if args.conv is None else f"linear_conv{args.conv}"
-    log: list[dict] = []
-    checkpoint = load_latest(output_dir / f"{name}.pth.tar")
-    if checkpoint is not None:
-        probe.load_state_dict(checkpoint["state_dict"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        log = checkpoint["log"]
-        distributed.print_once(f"resuming at epoch {len(log)}")
-
-    # epochs
-    for epoch in range(len(log), args.epochs):
-        sampler.set_epoch(epoch)
-        batches = scheduled_batches(loader, optimizer, epoch * len(sampler), args.lr, device)
-        loss = train_one_epoch(wrapped, features, batches, optimizer)
-        result = validate(
-            probe, features, val_set, device, max(1, args.batch_size // 2 // world_size), args.num_workers
-        )
-        log.append({"epoch": epoch, "train_loss": loss} | {f"test_{key}": value for key, value in result.items()})
-        distributed.print_once("  ".join(f"{key} {value:.5g}" for key, value in log[-1].items()))
-        if distributed.is_main_process():
-            output_dir.mkdir(parents=True, exist_ok=True)
-            state = {
-                "epoch": epoch + 1,
-                "state_dict": probe.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "log": log,
-            }
-            save(output_dir / f"{name}.pth.tar", state)
-            (output_dir / f"{name}_log.txt").write_text("".join(json.dumps(line) + "\n" for line in log))
-    result = {key.removeprefix("test_"): value for key, value in log[-1].items() if key.startswith("test_")}
-    best = max(line["test_acc1"] for line in log)
-    distributed.print_once(
-        f"Top-1 accuracy after the last epoch: {result['acc1']:.2f} % (top-5 {result['acc5']:.2f} %, "
-        f"best top-1 of all epochs {best:.2f} %)"
-    )
-    return result
+    files = (output_dir / f"{name}.pth.tar", output_dir / f"{name}_log.txt")
+    training = EpochTraining(*files, probe, optimizer, None, weights_checksum(network), prefix="")
+    return training.run(batches, features, validation, args.epochs, bad_images)
 
 
 class LayerFeatures:
@@ -167,6 +128,12 @@ class LayerFeatures:
             return self.network.embed(images)
         return pool_maps(conv_maps(self.network, images, self.conv), self.conv).flatten(1)
 
+    def of_crops(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) or crops of them (B, crops, 3, H, W), uint8, to features (B, crops, D)."""
+        crops = images if images.dim() == 5 else images[:, None]
+        (normalised,) = normalize_views([crops.flatten(0, 1)], images.device, MEAN, STD)
+        return self(normalised).unflatten(0, crops.shape[:2])
+
 
 def pool_maps(maps: Tensor, conv: int) -> Tensor:
     """Average maps (B, C, H, W) as the paper does for AlexNet, and others to the largest square that fits."""
@@ -183,24 +150,26 @@ class RandomCrops(Dataset):
     An item's key is (epoch, index); it is a uint8 image (3, ``size_px``, ``size_px``) and a label.
     """
 
-    def __init__(self, source: ImageSource, size_px: int, seed: int):
-        self.source, self.size_px, self.seed = source, size_px, seed
+    def __init__(self, source: ImageSource, size_px: int, seed: int, bad_images: BadImages):
+        self.source, self.size_px, self.seed, self.bad_images = source, size_px, seed, bad_images
         side = resize_for(size_px)
         self.centre = EvalTransform(side, side, interpolation="bilinear")
-        self.bad_images = BadImages(len(source), on_bad_image="error")
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         epoch, index = key
-        image = self.bad_images.read(self.source, index, key, lambda i: self.centre(self.source.load(i).decode()))
+        image, label = self.bad_images.read(self.source, index, key, self._read)
         room = image.shape[1] - self.size_px + 1
         top, left, flip = (
             randomness.derive_seed(self.seed, epoch, index, i) % n for i, n in enumerate((room, room, 2))
         )
         crop = image[:, top : top + self.size_px, left : left + self.size_px]
-        return (crop.flip(2) if flip else crop).contiguous(), self.source.label(index)
+        return (crop.flip(2) if flip else crop).contiguous(), label
+
+    def _read(self, index: int) -> tuple[Tensor, int]:
+        return self.centre(self.source.load(index).decode()), self.source.label(index)
 
 
 class TenCrops:
@@ -221,36 +190,14 @@ def learning_rate(start: float, weight_decay: float, step: int) -> float:
 
 
 def scheduled_batches(
-    loader: DataLoader, optimizer: torch.optim.Optimizer, first_step: int, lr: float, device: torch.device
+    loader: DataLoader, optimizer: torch.optim.Optimizer, lr: float, device: torch.device, epoch: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Normalised images and labels, each with the learning rate of its step set."""
-    for step, (images, labels) in enumerate(loader, start=first_step):
+    """Normalised images and labels of an epoch, each with the learning rate of its step set."""
+    loader.batch_sampler.set_epoch(epoch)
+    for step, (images, labels) in enumerate(loader, start=epoch * len(loader)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(lr, group["weight_decay"], step)
         yield normalize_views([images], device, MEAN, STD)[0], labels.to(device)
-
-
-@torch.no_grad()
-def validate(
-    probe: nn.Module,
-    features: Callable[[Tensor], Tensor],
-    dataset: Dataset,
-    device: torch.device,
-    batch_size: int,
-    num_workers: int,
-) -> dict[str, float]:
-    """Loss and accuracies in percent, every image counted once, shared out over the processes."""
-    share = range(distributed.get_rank(), len(dataset), distributed.get_world_size())
-    loader = make_loader(dataset, batch_size=batch_size, sampler=share, num_workers=num_workers, device=device)
-    totals = torch.zeros(3, dtype=torch.double, device=device)
-    for images, labels, *_ in loader:
-        crops = images if images.dim() == 5 else images[:, None]  # (B, 1 or 10, 3, H, W)
-        inputs = features(normalize_views([crops.flatten(0, 1)], device, MEAN, STD)[0])
-        check_features(inputs)
-        loss, hits1, hits5 = score_crops(probe(inputs).unflatten(0, crops.shape[:2]), labels.to(device))
-        totals += torch.stack([loss.double(), hits1.double(), hits5.double()])
-    loss, hits1, hits5 = (distributed.all_reduce_sum(totals) / len(dataset)).tolist()
-    return {"loss": loss, "acc1": 100 * hits1, "acc5": 100 * hits5}
 
 
 def score_crops(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -28,12 +28,12 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from deepcluster.convnets import ClusterNetwork
-from deepcluster.flags import evaluation_parser
 from deepcluster.hub import MEAN, STD, load_network
 from deepcluster.rmac import Whitening, region_vectors, rmac
 from shared import distributed
 from shared.evaluation.ranking import average_precision
 from shared.images.decode import EXTENSIONS, read_image
+from shared.run.flags import Parser
 
 STAGES = ("extract_train", "train_pca", "db_features", "q_features", "eval")
 OTHER = {"Oxford": "Paris", "Paris": "Oxford"}
@@ -50,7 +50,7 @@ BROKEN_PARIS_IMAGES = {
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = evaluation_parser(__doc__)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--S", type=int, default=1024, help="longer side of the images in pixels")
     add("--L", type=int, default=3, help="levels of R-MAC")

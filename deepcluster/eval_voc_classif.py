@@ -26,14 +26,16 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from deepcluster.convnets import ClusterNetwork
 from deepcluster.eval_linear import TenCrops
-from deepcluster.flags import MODEL_HELP, add_process_flags, evaluation_parser
+from deepcluster.flags import MODEL_HELP
 from deepcluster.hub import MEAN, STD, load_network
 from shared import distributed
+from shared.evaluation.flags import add_process_flags
 from shared.images.loading import BadImages, EpochBatchSampler, EvalDataset, make_loader
 from shared.images.sources import FileSource
 from shared.images.views import ViewRecipe
 from shared.multicrop import MultiCropDataset, normalize_views
 from shared.run import randomness
+from shared.run.flags import Parser
 
 CLASSES = tuple(
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "
@@ -48,7 +50,7 @@ LOG_EVERY = 100  # steps
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = evaluation_parser(__doc__)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--vocdir", default="", help="folder VOC2007, with ImageSets/Main, Annotations and JPEGImages")
     add("--split", default="train", choices=tuple(TEST_SPLIT), help="images to learn from; tested on val or test")
@@ -63,7 +65,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--min_scale", type=float, default=0.1, help="least area of the random crops")
     add("--max_scale", type=float, default=0.5, help="largest area of the random crops")
     add("--seed", type=int, default=31)
-    add_process_flags(parser, launcher=False)
+    add_process_flags(parser, launcher=False, num_workers=4)
     return parser
 
 

@@ -21,17 +21,18 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from deepcluster.convnets import ClusterNetwork, check_conv, conv_maps
-from deepcluster.flags import MODEL_HELP, evaluation_parser
+from deepcluster.flags import MODEL_HELP
 from deepcluster.hub import RUN_ON_DIGITS, load_network
 from shared import distributed
 from shared.pictures.sheets import Tile, magnify, save_sheet, write_png
+from shared.run.flags import Parser
 from shared.run.randomness import derive_seed
 
 COLUMNS = 12
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = evaluation_parser(__doc__)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--model", default=RUN_ON_DIGITS, help=MODEL_HELP)
     add("--arch", default=None, choices=("alexnet", "vgg16"), help="accepted; the checkpoint says what it is")

@@ -37,7 +37,7 @@ from deepcluster.sampling import (
 )
 from shared import distributed
 from shared.evaluation.features import check_features
-from shared.evaluation.knn_monitor import build_knn_monitor
+from shared.evaluation.knn_monitor import KNNMonitor
 from shared.images.sources import ImageSource
 from shared.multicrop import normalize_views
 from shared.networks.batchnorm import synchronize_batchnorm
@@ -158,7 +158,7 @@ def train_deepcluster(args: argparse.Namespace) -> None:
         clustering=state,
     )
     run.health = HealthMonitor(HEALTH_RULES)
-    knn = build_knn_monitor(args, args.crop_size, MEAN, STD, device, args.num_workers, run.output_dir)
+    knn = KNNMonitor(run, args.crop_size, MEAN, STD, args.num_workers)
     how = (args.pca_dim, args.clustering, args.nmb_cluster, args.kmeans)
 
     with run:

@@ -22,10 +22,11 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dino.augmentations import to_input
-from dino.flags import add_process_flags, evaluation_parser, load_chosen
+from dino.flags import evaluation_parser, load_chosen
 from dino.vision_transformer import VisionTransformer
 from shared import distributed
 from shared.evaluation.features import extract_features
+from shared.evaluation.flags import add_process_flags
 from shared.evaluation.knn import nearest_neighbours
 from shared.evaluation.ranking import average_precision
 from shared.images.loading import EvalDataset

@@ -23,11 +23,12 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dino.augmentations import to_input
-from dino.flags import add_process_flags, evaluation_parser, load_chosen
+from dino.flags import choose_network, evaluation_parser, load_chosen
 from dino.ground_truth import GroundTruth, read_ground_truth
 from dino.hub import VITS16_LANDMARKS, fetch
 from shared import distributed
 from shared.evaluation.features import extract_features
+from shared.evaluation.flags import add_process_flags
 from shared.evaluation.ranking import average_precision
 from shared.images.loading import EvalDataset
 from shared.images.sources import FileSource
@@ -55,8 +56,10 @@ def eval_image_retrieval(args: argparse.Namespace) -> dict[str, "RetrievalResult
     folder = Path(args.data_path) / args.dataset
     truth = read_ground_truth(folder, args.dataset)
     weights = args.pretrained_weights
-    if not weights and (args.arch, args.patch_size) == ("vit_small", 16):
-        weights = fetch(VITS16_LANDMARKS)
+    if not weights:
+        choose_network(args)
+        if (args.arch, args.patch_size) == ("vit_small", 16):
+            weights = fetch(VITS16_LANDMARKS)
     model, _ = load_chosen(args, weights)
     in_chans = input_channels(model)
     if args.multiscale:

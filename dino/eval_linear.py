@@ -9,8 +9,8 @@ the mean patch token. The result is the accuracy after the last epoch. Running t
 """
 
 import argparse
-import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,18 +19,15 @@ from torch import Tensor, nn
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dino.flags import EMBEDDED_DATA_DEFAULTS, add_data_flags, add_process_flags, evaluation_parser, load_chosen
-from dino.hub import CARD, fetch_linear_weights
+from dino.flags import evaluation_parser, load_frozen
+from dino.hub import CARD, RUN_ON_DIGITS, fetch_linear_weights
 from dino.vision_transformer import VisionTransformer
 from shared import distributed
 from shared.evaluation import frozen
-from shared.evaluation.linear import LinearClassifier, train_one_epoch, validate
-from shared.images.loading import BadImages, EvalDataset
-from shared.images.views import ViewRecipe
-from shared.networks.weights import safe_load, weights_checksum
-from shared.run import randomness
-from shared.run.checkpoint import load_latest, save, without_prefix
-from shared.run.flags import bool_flag, parse_with_embedded_defaults
+from shared.evaluation.flags import add_data_flags, add_probe_flags, add_process_flags, parse_evaluation
+from shared.evaluation.linear import EpochTraining, LinearClassifier, load_classifier, tell_accuracy, validate
+from shared.networks.weights import weights_checksum
+from shared.run.flags import bool_flag
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -41,17 +38,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     add = add_data_flags(parser)
     add("--num_labels", type=int, default=1000, help="outputs of the classifier")
-    add("--image_size", type=int, default=224, help="side in pixels of the train crops and of the val centre crops")
-    add("--crop_scale", type=float, nargs=2, default=(0.08, 1.0), help="area range of the train crops")
-    add("--batch_size_per_gpu", type=int, default=128, help="images per process")
-    add("--on_bad_image", default="replace", choices=("replace", "error"), help="what an unreadable train image does")
-    add("--max_bad_fraction", type=float, default=0.01, help="stop when more train images than this are unreadable")
-
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=int, default=100, help="passes over the train images")
+    add = add_probe_flags(parser, epochs=100)
     add("--lr", type=float, default=0.001, help="learning rate at the start for 256 images per step; scaled linearly")
-    add("--val_freq", type=int, default=1, help="validate every so many epochs, and after the last one")
-    add("--seed", type=int, default=0, help="of the classifier, the order of the images and the crops")
 
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", default=".", help="for checkpoint.pth.tar and linear_log.txt")
@@ -63,99 +51,39 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     digits = {"num_labels": 10, "crop_scale": (0.6, 1.0), "lr": 0.1, "output_dir": "runs/digits"}
-    minimum = {"epochs": 1, "val_freq": 1, "batch_size_per_gpu": 1}
-    return parse_with_embedded_defaults(get_args_parser(), arguments, EMBEDDED_DATA_DEFAULTS | digits, minimum)
+    return parse_evaluation(get_args_parser(), arguments, pretrained_weights=RUN_ON_DIGITS, **digits)
 
 
 def eval_linear(args: argparse.Namespace) -> dict[str, float]:
     """Train and validate the classifier; loss and accuracies in percent after the last epoch."""
-    device = distributed.init(args.dist_url, args.device)
-    randomness.seed_everything(args.seed)
-
-    # data
-    paths = (args.data_path, args.val_path, args.allow_absolute_paths)
-    train, val = frozen.labelled_sources(*paths, num_labels=args.num_labels)
-    for source in (train, val):
-        distributed.print_once(source.describe())
+    device, output_dir = frozen.start(args)
+    train, val = frozen.labelled_sources(args, num_labels=args.num_labels)
 
     # frozen backbone and linear classifier
-    backbone, embed_dim = load_chosen(args)
+    backbone, transform = load_frozen(args)
     features = FrozenFeatures(backbone.to(device), args.n_last_blocks, args.avgpool_patchtokens)
-    classifier = LinearClassifier(features.dim(embed_dim), args.num_labels).to(device)
-    val_set = EvalDataset(val, frozen.eval_transform(CARD, args.image_size, backbone))
-
-    def validate_now() -> dict[str, float]:
-        return validate(classifier, features, val_set, device, args.batch_size_per_gpu, args.num_workers)
-
+    classifier = LinearClassifier(features.dim(backbone.feature_dim), args.num_labels).to(device)
+    val_set = frozen.val_images(args, val, transform)
+    validation = partial(validate, classifier, features, val_set, device, args.batch_size, args.num_workers)
     if args.evaluate:
-        load_linear_weights(classifier, args.linear_weights, args.arch, args.patch_size)
-        result = validate_now()
-        distributed.print_once(f"Accuracy of the network on the {len(val)} test images: {result['acc1']:.1f}%")
-        return result
+        load_classifier(classifier, args.linear_weights or fetch_linear_weights(args.arch, args.patch_size))
+        return tell_accuracy(validation(), len(val))
 
-    # loader and optimiser
-    output_dir = Path(args.output_dir)
-    if distributed.is_main_process():
-        output_dir.mkdir(parents=True, exist_ok=True)
-    distributed.barrier()
-    bad_images = BadImages(len(train), output_dir / "bad_images.txt", args.on_bad_image, args.max_bad_fraction)
-    recipe = ViewRecipe(args.image_size, tuple(args.crop_scale), interpolation="bilinear")
-    batches = (args.batch_size_per_gpu, args.seed, val_set.transform.in_chans, bad_images, args.num_workers, device)
-    loader, sampler = frozen.train_crops(train, recipe, *batches)
-    lr = args.lr * args.batch_size_per_gpu * distributed.get_world_size() / 256
-    wrapped = distributed.wrap(classifier, device)
+    # crops, optimiser, schedule, epochs
+    crops = frozen.TrainCrops(args, CARD, train, transform, device)
+    lr = args.lr * args.batch_size * distributed.get_world_size() / 256
     optimizer = torch.optim.SGD(classifier.parameters(), lr, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
-
-    # resume
-    checksum = weights_checksum(backbone)
-    log: list[dict] = []
-    first_epoch, best_acc = 0, 0.0
-    checkpoint = load_latest(output_dir / "checkpoint.pth.tar")
-    if checkpoint is not None:
-        if checkpoint.get("backbone", checksum) != checksum:
-            raise ValueError(
-                f"{output_dir / 'checkpoint.pth.tar'} was trained on the features of other weights than "
-                f"{args.pretrained_weights or 'the released ones'}; use another --output_dir"
-            )
-        set_weights(classifier, checkpoint["state_dict"], output_dir / "checkpoint.pth.tar")
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scheduler.load_state_dict(checkpoint["scheduler"])
-        first_epoch, best_acc, log = checkpoint["epoch"], checkpoint["best_acc"], checkpoint.get("log", [])
-        distributed.print_once(f"resuming at epoch {first_epoch}")
-
-    # epochs
-    for epoch in range(first_epoch, args.epochs):
-        sampler.set_epoch(epoch)
-        line = {"epoch": epoch, "train_lr": optimizer.param_groups[0]["lr"]}
-        line["train_loss"] = train_one_epoch(wrapped, features, frozen.on_device(CARD, loader, device), optimizer)
-        line["bad_images"] = bad_images.count()
-        scheduler.step()
-        if (epoch + 1) % args.val_freq == 0 or epoch + 1 == args.epochs:
-            result = validate_now()
-            best_acc = max(best_acc, result["acc1"])
-            line |= {f"test_{name}": value for name, value in result.items()} | {"best_acc1": best_acc}
-        log.append(line)
-        distributed.print_once("  ".join(f"{name} {value:.5g}" for name, value in line.items()))
-        if distributed.is_main_process():
-            state = {
-                "epoch": epoch + 1,
-                "state_dict": {f"module.{name}": value for name, value in classifier.state_dict().items()},
-                "optimizer": optimizer.state_dict(),
-                "scheduler": scheduler.state_dict(),
-                "best_acc": best_acc,
-                "backbone": checksum,
-                "log": log,
-            }
-            save(output_dir / "checkpoint.pth.tar", state)
-            (output_dir / "linear_log.txt").write_text("".join(json.dumps(line) + "\n" for line in log))
-    if first_epoch >= args.epochs:  # resumed after the last epoch
-        result = validate_now()
-    distributed.print_once(
-        f"Top-1 accuracy after the last epoch: {result['acc1']:.2f} % (top-5 {result['acc5']:.2f} %, "
-        f"best top-1 of all epochs {best_acc:.2f} %)"
+    training = EpochTraining(
+        output_dir / "checkpoint.pth.tar",
+        output_dir / "linear_log.txt",
+        classifier,
+        optimizer,
+        scheduler,
+        weights_checksum(backbone),
+        origin_key="backbone",
     )
-    return result
+    return training.run(crops, features, validation, args.epochs, crops.bad_images, args.val_freq)
 
 
 class FrozenFeatures:
@@ -193,31 +121,6 @@ class FrozenFeatures:
             if self.n_last_blocks == 1:
                 return torch.stack(tokens, dim=-1).flatten(1)
         return torch.cat(tokens, dim=-1)
-
-
-def load_linear_weights(classifier: nn.Module, file: str, arch: str, patch_size: int) -> None:
-    """Fill the classifier from a file of ours or a released one; without a file from the release of the backbone."""
-    if not file:
-        file = fetch_linear_weights(arch, patch_size)
-    elif not Path(file).is_file():
-        raise ValueError(f"--linear_weights {file} is not a file")
-    checkpoint = safe_load(file)
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(f"--linear_weights {file} has no state_dict")
-    set_weights(classifier, checkpoint["state_dict"], file)
-
-
-def set_weights(classifier: nn.Module, state_dict: dict[str, Tensor], file: str | Path) -> None:
-    """Load weights that were saved with the prefix ``module.``."""
-    weights = without_prefix(state_dict, "module.")
-    expected = {name: tuple(value.shape) for name, value in classifier.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in weights.items()}
-    if found != expected:
-        raise ValueError(
-            f"{file} holds {found}, the classifier is {expected}; check --arch, --n_last_blocks, "
-            "--avgpool_patchtokens and --num_labels"
-        )
-    classifier.load_state_dict(weights)
 
 
 def main() -> None:

@@ -24,9 +24,10 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dino.augmentations import MEAN
-from dino.flags import add_process_flags, evaluation_parser, load_chosen
+from dino.flags import evaluation_parser, load_chosen
 from dino.vision_transformer import VisionTransformer
 from shared import distributed
+from shared.evaluation.flags import add_process_flags
 from shared.images.decode import read_image
 from shared.networks.backbones import input_channels
 

@@ -30,7 +30,7 @@ from dino.losses import DINOLoss
 from dino.report import health_rules, report
 from dino.vision_transformer import DINOHead
 from shared import distributed
-from shared.evaluation.knn_monitor import build_knn_monitor
+from shared.evaluation.knn_monitor import KNNMonitor
 from shared.images.training_data import open_training_data
 from shared.multicrop import MultiCropWrapper, normalize_views
 from shared.networks.batchnorm import synchronize_batchnorm
@@ -233,9 +233,7 @@ def train_dino(args: argparse.Namespace) -> None:
     parts = {"student": student, "teacher": teacher, "optimizer": optimizer, "dino_loss": criterion}
     run.resume(data, len(schedules.lr), NETWORK_FLAGS, to_official=to_official, **parts)
     run.health = HealthMonitor(health_rules(args, data.steps_per_epoch))
-    knn = build_knn_monitor(
-        args, args.global_crop_size, MEAN, STD, device, data.num_workers, run.output_dir, args.in_chans
-    )
+    knn = KNNMonitor(run, args.global_crop_size, MEAN, STD, data.num_workers)
 
     with run:
         if run.is_new and knn.is_due(-1):

@@ -22,16 +22,16 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from dino.attention import class_row, has_class_attention
 from dino.augmentations import MEAN, STD, dino_views
-from dino.flags import evaluation_parser, load_chosen
+from dino.flags import choose_network, evaluation_parser, load_chosen
 from dino.hub import RUN_ON_DIGITS, VITS8_300_EPOCHS, fetch
 from dino.report import CURVES, save_view_sheet
 from shared import distributed
+from shared.evaluation.flags import flags_of_run
 from shared.evaluation.neighbours import sample_gallery, save_nearest
 from shared.images.loading import EvalTransform
 from shared.images.sources import ArraySource, open_source
 from shared.multicrop import MultiCropDataset, ViewRecipe
 from shared.networks.backbones import input_channels
-from shared.networks.weights import safe_load
 from shared.pictures.attention import add_image_flags, chosen_image, parse_image_flags, prepare_image, save_attention
 from shared.pictures.report import save_curves
 
@@ -57,8 +57,10 @@ def load_attentive(args: argparse.Namespace, device: torch.device) -> nn.Module:
         ValueError: If it has no class token whose attention could be shown.
     """
     weights = args.pretrained_weights
-    if weights == "" and (args.arch.replace("deit", "vit"), args.patch_size) == ("vit_small", 8):
-        weights = fetch(VITS8_300_EPOCHS)
+    if not weights:
+        choose_network(args)
+        if (args.arch, args.patch_size) == ("vit_small", 8):
+            weights = fetch(VITS8_300_EPOCHS)
     model, _ = load_chosen(args, weights)
     if not has_class_attention(model):
         raise ValueError(f"--arch {args.arch}: attention maps need vit_tiny, vit_small, vit_base or an XCiT")
@@ -68,9 +70,7 @@ def load_attentive(args: argparse.Namespace, device: torch.device) -> nn.Module:
 def training_views(pretrained_weights: str) -> list[ViewRecipe]:
     """The views that the run of a training checkpoint drew; for other weights those of the released networks."""
     recipe = {"global_crops_scale": (0.4, 1.0), "local_crops_scale": (0.05, 0.4), "local_crops_number": 8}
-    checkpoint = safe_load(pretrained_weights) if Path(pretrained_weights).is_file() else {}
-    flags = checkpoint.get("args", {})
-    flags = vars(flags) if isinstance(flags, argparse.Namespace) else flags
+    flags = flags_of_run(pretrained_weights)
     names = [*recipe, "global_crop_size", "local_crop_size", "blur_radius"]  # the official code has but one size
     return dino_views(**(recipe | {name: flags[name] for name in names if name in flags}))
 

@@ -13,19 +13,16 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from msn.flags import add_data_flags, add_process_flags, finish, load_chosen_encoder, network_parser
-from msn.hub import CARD
+from msn.flags import add_data_flags, finish, load_frozen, network_parser
 from shared import distributed
 from shared.evaluation import frozen
+from shared.evaluation.flags import add_knn_flags
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = network_parser(__doc__)
-    add_data_flags(parser)
-    add = frozen.add_vote_flags(parser)
-    add("--batch_size", type=int, default=128, help="images per process in one pass")
-    add_process_flags(parser)
-    return parser
+    add_data_flags(parser)("--batch_size", type=int, default=128, help="images per process in one pass")
+    return add_knn_flags(parser)
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -34,19 +31,13 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def eval_knn(args: argparse.Namespace) -> dict[int, tuple[float, float]] | None:
-    """Extract the features and classify the val images; ``{k: (top-1, top-5)}`` in percent on rank 0."""
-    device = distributed.init(args.dist_url, args.device)
-    sources = frozen.labelled_sources(args.data_path, args.val_path, args.allow_absolute_paths, nb_knn=max(args.nb_knn))
-    encoder = load_chosen_encoder(args).to(device)
-    transform = frozen.eval_transform(CARD, args.image_size, encoder)
-    features = frozen.train_and_val_features(encoder, sources, transform, device, args.batch_size, args.num_workers)
-    return frozen.print_knn(features, args.nb_knn, args.temperature, args.precision)
+    """``{k: (top-1, top-5)}`` in percent on rank 0."""
+    return frozen.eval_knn(args, load_frozen)
 
 
 def main() -> None:
     with distributed.clean_exit():
         eval_knn(parse_args())
-        distributed.barrier()
 
 
 if __name__ == "__main__":

@@ -24,19 +24,14 @@ from torch import nn
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from msn.flags import (
-    add_data_flags,
-    add_process_flags,
-    finish,
-    labelled_sources,
-    load_chosen_encoder,
-    network_parser,
-)
+from msn.flags import add_data_flags, finish, load_chosen_encoder, network_parser
 from msn.hub import MEAN, STD
 from msn.labelled_training import Validation, from_official, to_official, training_batches
 from msn.vision_transformer import DropPath, VisionTransformer
 from shared import distributed
-from shared.images.loading import BadImages, EvalDataset, EvalTransform
+from shared.evaluation import frozen
+from shared.evaluation.flags import add_process_flags
+from shared.images.loading import EvalTransform
 from shared.networks.backbones import input_channels
 from shared.networks.weights import weights_checksum
 from shared.optimisation.optim import clip_grad_norm_per_tensor_
@@ -57,8 +52,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = network_parser(__doc__)
     add = add_data_flags(parser)
     add("--num_classes", type=int, default=1000, help="outputs of the classifier")
-    add("--on_bad_image", default="replace", choices=("replace", "error"), help="what an unreadable train image does")
-    add("--max_bad_fraction", type=float, default=0.01, help="stop when more train images than this are unreadable")
 
     add = parser.add_argument_group("augmentation").add_argument
     add("--crop_scale", type=float, nargs=2, default=(0.08, 1.0), help="area range of the train crops")
@@ -132,7 +125,7 @@ def fine_tune(args: argparse.Namespace) -> dict[str, float]:
     """Fine-tune and validate; loss and accuracies in percent after the last epoch."""
     run = Run(args, args.amp, "fine-tune.pth.tar", owns_folder=False)
     device = run.device
-    train, val = labelled_sources(args, args.num_classes)
+    train, val = frozen.labelled_sources(args, num_classes=args.num_classes)
 
     # network: the encoder, and a new linear layer on its class token
     network = load_chosen_encoder(args)
@@ -158,10 +151,11 @@ def fine_tune(args: argparse.Namespace) -> dict[str, float]:
         flip=args.flip,
         augment_flag="--rand_augment",
     )
-    bad_images = BadImages(len(train), run.output_dir / "bad_images.txt", args.on_bad_image, args.max_bad_fraction)
+    bad_images = frozen.bad_images_of(args, train, run.output_dir / "bad_images.txt")
     views = LabelledViews(train, transform, args.seed, bad_images)
     data = training_batches(args, views, bad_images, train.checksum(), device)
-    val_set = EvalDataset(val, EvalTransform(round(args.image_size * 256 / 224), args.image_size, MEAN, STD, in_chans))
+    centre_crop = EvalTransform(round(args.image_size * 256 / 224), args.image_size, MEAN, STD, in_chans)
+    val_set = frozen.val_images(args, val, centre_crop)
     validation = Validation(network, val_set, device, args.batch_size, args.num_workers)
 
     # loss, optimiser, schedule

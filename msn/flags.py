@@ -4,13 +4,12 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from shared import distributed
-from shared.evaluation import frozen
-from shared.images.loading import default_num_workers
-from shared.images.sources import ImageSource
+from shared.evaluation.flags import add_labelled_flags, check_positive, take_from_run
+from shared.evaluation.frozen import eval_transform
+from shared.images.loading import EvalTransform
 from shared.run.flags import Parser
 
-from .hub import DEFAULT_MODEL, RUN_ON_DIGITS, load_pretrained
+from .hub import CARD, DEFAULT_MODEL, RUN_ON_DIGITS, load_pretrained
 from .vision_transformer import ARCHITECTURES, VisionTransformer
 
 
@@ -37,37 +36,14 @@ def network_parser(docstring: str, file_flag: str = "fname", file_group: str = "
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> Callable[..., argparse.Action]:
-    """Flags that choose labelled images, those to learn from and those to classify.
-
-    Returns:
-        ``add_argument`` of their group.
-    """
-    add = parser.add_argument_group("data").add_argument
-    images = "folder with train/ and val/, or one folder per class; .txt list; torchvision name; default: digits"
-    add("--data_path", default=None, help=images)
-    add("--val_path", default=None, help="images to classify; by default those that belong to --data_path")
+    """Flags that choose labelled images; returns ``add_argument`` of their group."""
+    add = add_labelled_flags(parser)
     root = "with --image_folder: --data_path <root_path>/<image_folder>"
     add("--root_path", "--root-path", default=None, help=root)
     add("--image_folder", "--image-folder", default=None, help="see --root_path")
-    add("--allow_absolute_paths", action="store_true", help="in .txt lists")
     size = "side of the crops in pixels; None: that of the training's random views, else 224, or 16 for the digits"
     add("--image_size", type=int, default=None, help=size)
     return add
-
-
-def add_process_flags(parser: argparse.ArgumentParser, title: str = "processes") -> None:
-    """Device and loader flags, and those of the launcher, in the group ``title``."""
-    add = parser.add_argument_group(title).add_argument
-    add("--num_workers", type=int, default=None, help="per rank; None: cores per rank less one, at most 10")
-    kinds, number = ("auto", "cpu", "cuda"), "auto: a GPU if there is one; the number of cuda:0 is ignored"
-    add("--device", type=device_name, default="auto", choices=kinds, help=number)
-    add("--dist_url", default="env://", help="rendezvous of the processes")
-    add("--local_rank", "--local-rank", type=int, default=0, help="ignored: read from the environment")
-
-
-def device_name(text: str) -> str:
-    """``cuda`` of ``cuda:0``: launchers give each process its GPU."""
-    return text.split(":")[0]
 
 
 def parse_with_images(
@@ -101,11 +77,7 @@ def finish(
         embedded_defaults: Further defaults for the digits.
     """
     args = parse_with_images(parser, parse, {"pretrained": RUN_ON_DIGITS, **embedded_defaults})
-    for flag in ("epochs", "batch_size", "image_size", "val_freq", "num_blocks"):
-        if (value := getattr(args, flag, None)) is not None and value < 1:
-            parser.error(f"--{flag} {value} is less than 1")
-    if args.num_workers is None:
-        args.num_workers = default_num_workers()
+    check_positive(parser, args)
     return args
 
 
@@ -120,20 +92,18 @@ def load_chosen_encoder(args: argparse.Namespace, file_flag: str = "fname") -> V
     found = load_pretrained(
         args.model_name, args.pretrained, getattr(args, file_flag), args.checkpoint_key, args.allow_partial, file_flag
     )
-    if args.model_name is None and found.trained_with:
-        distributed.print_once(f"--model_name {found.model_name}, as in the training")
-    args.model_name = found.model_name
+    names = {"model_name": "model_name"}
+    defaults = {"model_name": found.model_name}
+    if "data_path" in args:  # pictures and files of the export have sizes of their own
+        names["image_size"] = "rand_size"
+        defaults["image_size"] = 16 if args.data_path is None else 224
+    take_from_run(args, found.trained_with, names, defaults)
     if args.pretrained and Path(args.pretrained).is_dir():
         setattr(args, file_flag, found.path.name)
-    if "data_path" in args and args.image_size is None:  # pictures and files of the export have sizes of their own
-        args.image_size = found.trained_with.get("rand_size") or (16 if args.data_path is None else 224)
-        distributed.print_once(f"--image_size {args.image_size}")
     return found.encoder
 
 
-def labelled_sources(args: argparse.Namespace, num_classes: int | None = None) -> tuple[ImageSource, ImageSource]:
-    """Train and val images with at most ``num_classes`` classes."""
-    sources = frozen.labelled_sources(args.data_path, args.val_path, args.allow_absolute_paths, num_classes=num_classes)
-    for source in sources:
-        distributed.print_once(source.describe())
-    return sources
+def load_frozen(args: argparse.Namespace, file_flag: str = "fname") -> tuple[VisionTransformer, EvalTransform]:
+    """The same encoder, and the centre crops that it takes."""
+    encoder = load_chosen_encoder(args, file_flag)
+    return encoder, eval_transform(CARD, args.image_size, encoder)

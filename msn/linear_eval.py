@@ -23,24 +23,17 @@ from torch import Tensor, nn
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from msn.flags import (
-    add_data_flags,
-    add_process_flags,
-    finish,
-    labelled_sources,
-    load_chosen_encoder,
-    network_parser,
-)
+from msn.flags import add_data_flags, finish, load_frozen, network_parser
 from msn.hub import CARD, RUN_ON_DIGITS
 from msn.labelled_training import Validation, from_official, to_official, training_batches
 from msn.logistic_eval import LastClassToken
 from shared import distributed
 from shared.evaluation import frozen
 from shared.evaluation.features import check_features
-from shared.images.loading import BadImages, EvalDataset
+from shared.evaluation.flags import add_process_flags
+from shared.evaluation.linear import tell_accuracy
 from shared.images.views import ViewRecipe
 from shared.multicrop import MultiCropDataset, normalize_views
-from shared.networks.backbones import input_channels
 from shared.networks.weights import weights_checksum
 from shared.optimisation.optim import clip_grad_norm_per_tensor_
 from shared.optimisation.schedules import cosine_schedule
@@ -70,8 +63,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = add_data_flags(parser)
     add("--num_classes", type=int, default=1000, help="outputs of the classifier")
     add("--crop_scale", type=float, nargs=2, default=(0.08, 1.0), help="area range of the train crops")
-    add("--on_bad_image", default="replace", choices=("replace", "error"), help="what an unreadable train image does")
-    add("--max_bad_fraction", type=float, default=0.01, help="stop when more train images than this are unreadable")
 
     add = parser.add_argument_group("optimization").add_argument
     add("--num_blocks", type=int, default=1, help="class tokens of so many last blocks")
@@ -174,11 +165,11 @@ def linear_eval(args: argparse.Namespace) -> dict[str, float]:
     """Train and validate the classifier; loss and accuracies in percent after the last epoch."""
     run = Run(args, args.amp, f"{args.write_tag}-lin-eval.pth.tar", owns_folder=False)
     device = run.device
-    train, val = labelled_sources(args, args.num_classes)
+    train, val = frozen.labelled_sources(args, num_classes=args.num_classes)
 
     # frozen encoder and linear classifier
-    encoder = load_chosen_encoder(args, "pretrain_path").to(device)
-    tokens = LastClassToken(encoder, num_blocks=args.num_blocks)
+    encoder, transform = load_frozen(args, "pretrain_path")
+    tokens = LastClassToken(encoder.to(device), num_blocks=args.num_blocks)
     classifier = LinearClassifier(encoder.embed_dim * args.num_blocks, args.num_classes, args.normalize).to(device)
 
     def features(images: Tensor) -> Tensor:
@@ -187,10 +178,10 @@ def linear_eval(args: argparse.Namespace) -> dict[str, float]:
 
     # data
     recipe = ViewRecipe(args.image_size, args.crop_scale, interpolation="bilinear")
-    bad_images = BadImages(len(train), run.output_dir / "bad_images.txt", args.on_bad_image, args.max_bad_fraction)
-    views = MultiCropDataset(train, [recipe], args.seed, in_chans=input_channels(encoder), bad_images=bad_images)
+    bad_images = frozen.bad_images_of(args, train, run.output_dir / "bad_images.txt")
+    views = MultiCropDataset(train, [recipe], args.seed, in_chans=transform.in_chans, bad_images=bad_images)
     data = training_batches(args, views, bad_images, train.checksum(), device, drop_last=False)
-    val_set = EvalDataset(val, frozen.eval_transform(CARD, args.image_size, encoder))
+    val_set = frozen.val_images(args, val, transform)
     network = ImageClassifier(features, classifier)
     validation = Validation(network, val_set, device, args.batch_size, args.num_workers)
 
@@ -215,9 +206,7 @@ def linear_eval(args: argparse.Namespace) -> dict[str, float]:
         best_top1_acc=validation,
     )
     if not args.training:
-        result = validation.run()
-        distributed.print_once(f"Accuracy of the network on the {len(val)} test images: {result['acc1']:.1f} %")
-        return result
+        return tell_accuracy(validation.run(), len(val))
 
     with run:
         for epoch in run.epochs():

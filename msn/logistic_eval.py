@@ -26,12 +26,12 @@ from torch import Tensor, nn
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from msn.flags import add_data_flags, add_process_flags, finish, labelled_sources, load_chosen_encoder, network_parser
-from msn.hub import CARD
+from msn.flags import add_data_flags, finish, load_frozen, network_parser
 from msn.vision_transformer import VisionTransformer, num_kept_patches
 from shared import distributed
 from shared.evaluation import frozen
 from shared.evaluation.features import extract_features
+from shared.evaluation.flags import add_process_flags
 from shared.images.loading import EvalDataset
 from shared.images.sources import ImageSource
 from shared.images.subsets import Subset, listed_images
@@ -78,12 +78,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def logistic_eval(args: argparse.Namespace) -> dict[str, float]:
     """Fit on every split and classify the val images; mean and spread of the top-1 accuracy in percent."""
     device = distributed.init(args.dist_url, args.device)
-    train, val = labelled_sources(args)
+    train, val = frozen.labelled_sources(args)
     splits = labelled_splits(train, args.subset_path, args.imgs_per_class, args.splits, args.seed)
-    encoder = load_chosen_encoder(args)
+    encoder, transform = load_frozen(args)
     check_mask(args.mask, args.image_size, encoder.patch_embed.patch_size)
     encoder.to(device)
-    transform = frozen.eval_transform(CARD, args.image_size, encoder)
     checksum = weights_checksum(encoder)
 
     def embed(source: ImageSource, patch_drop: float, file: str) -> tuple[Tensor, Tensor]:
@@ -95,10 +94,9 @@ def logistic_eval(args: argparse.Namespace) -> dict[str, float]:
             distributed.print_once(f"features from {path}")
             return read_features(path, source, made_with)
         randomness.seed_everything(args.seed)
+        images = EvalDataset(source, transform, frozen.bad_images_of(args, source))
         tokens = LastClassToken(encoder, patch_drop)
-        found = extract_features(
-            tokens, EvalDataset(source, transform), device, args.batch_size, args.num_workers, "cpu"
-        )
+        found = extract_features(tokens, images, device, args.batch_size, args.num_workers, "cpu")
         if args.preload and distributed.is_main_process():
             save(path, {"embs": found[0], "labs": found[1], "made_with": made_with})
         return found
@@ -154,7 +152,7 @@ def labelled_splits(
     if lists:
         splits = [Subset(train, listed_images(train, path, "--subset_path"), path) for path in lists]
         for split in splits:
-            if missing := set(range(len(train.classes))) - set(split.labels.tolist()):
+            if missing := set(train.labels.tolist()) - set(split.labels.tolist()):
                 names = ", ".join(train.classes[label] for label in sorted(missing)[:3])
                 raise ValueError(f"--subset_path {split.name}: no image of {len(missing)} classes, such as {names}")
         return splits
@@ -173,11 +171,13 @@ def draw_per_class(train: ImageSource, imgs_per_class: int, seed: int, split: in
         ValueError: If a class has fewer.
     """
     chosen = []
-    for label, name in enumerate(train.classes):
+    for label in np.unique(train.labels):
         (members,) = np.nonzero(train.labels == label)
         if len(members) < imgs_per_class:
-            raise ValueError(f"--imgs_per_class {imgs_per_class}: class {name} has only {len(members)} images")
-        generator = np.random.default_rng(randomness.derive_seed(seed, split, label))
+            raise ValueError(
+                f"--imgs_per_class {imgs_per_class}: class {train.classes[label]} has only {len(members)} images"
+            )
+        generator = np.random.default_rng(randomness.derive_seed(seed, split, int(label)))
         chosen.append(generator.permutation(members)[:imgs_per_class])
     return np.sort(np.concatenate(chosen))
 

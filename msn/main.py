@@ -34,7 +34,7 @@ from msn.report import health_rules, report
 from msn.schedules import Schedules
 from msn.vision_transformer import ARCHITECTURES, ProjectionHead, Trunk, VisionTransformer, build, num_kept_patches
 from shared import distributed
-from shared.evaluation.knn_monitor import build_knn_monitor
+from shared.evaluation.knn_monitor import KNNMonitor
 from shared.images.training_data import open_training_data
 from shared.images.views import ViewRecipe
 from shared.multicrop import normalize_views
@@ -238,7 +238,7 @@ def train_msn(args: argparse.Namespace) -> None:
         loss=epoch_loss,
     )
     run.health = HealthMonitor(health_rules(args, data.steps_per_epoch))
-    knn = build_knn_monitor(args, args.rand_size, MEAN, STD, device, data.num_workers, run.output_dir, args.in_chans)
+    knn = KNNMonitor(run, args.rand_size, MEAN, STD, data.num_workers)
     trunk = Trunk(target_encoder)
 
     with run:

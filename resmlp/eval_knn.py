@@ -15,38 +15,30 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from resmlp.flags import add_data_flags, add_process_flags, evaluation_parser, frozen_network, parse_evaluation
+from resmlp.flags import add_data_flags, evaluation_parser, load_frozen, parse_evaluation
 from shared import distributed
 from shared.evaluation import frozen
+from shared.evaluation.flags import add_knn_flags
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = evaluation_parser(__doc__)
     add_data_flags(parser)
-    frozen.add_vote_flags(parser)
-    add_process_flags(parser)
-    return parser
+    return add_knn_flags(parser)
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    return parse_evaluation(get_args_parser(), arguments, {"batch_size_per_gpu": 1})
+    return parse_evaluation(get_args_parser(), arguments)
 
 
 def eval_knn(args: argparse.Namespace) -> dict[int, tuple[float, float]] | None:
-    """Extract the features and classify the val images; ``{k: (top-1, top-5)}`` in percent on rank 0."""
-    device = distributed.init(args.dist_url, args.device)
-    sources = frozen.labelled_sources(args.data_path, args.val_path, args.allow_absolute_paths, nb_knn=max(args.nb_knn))
-    network, transform = frozen_network(args)
-    features = frozen.train_and_val_features(
-        network.to(device), sources, transform, device, args.batch_size_per_gpu, args.num_workers
-    )
-    return frozen.print_knn(features, args.nb_knn, args.temperature, args.precision)
+    """``{k: (top-1, top-5)}`` in percent on rank 0."""
+    return frozen.eval_knn(args, load_frozen)
 
 
 def main() -> None:
     with distributed.clean_exit():
         eval_knn(parse_args())
-        distributed.barrier()
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from shared import distributed
 from shared.evaluation.features import extract_features
+from shared.evaluation.flags import add_process_flags, parse_evaluation
 from shared.evaluation.frozen import eval_transform
 from shared.images.decode import ImageError
 from shared.images.loading import EvalDataset
@@ -35,7 +36,7 @@ from shared.images.sources import ImageSource, open_source
 from swav import evaluation
 from swav.cluster_pictures import save_overview, save_sheets, save_usage
 from swav.clustering import Clustering, assign, describe, summarise
-from swav.hub import CARD, load_network
+from swav.hub import CARD, RUN_ON_DIGITS, load_network
 from swav.resnet50 import MultiPrototypes, PrototypeNetwork
 
 UNREADABLE = -2  # in place of a label
@@ -48,7 +49,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--data_path", default=None, help=images)
     add("--allow_absolute_paths", action="store_true", help="in .txt lists")
     add("--split", default="all", choices=("all", "train", "val"), help="part of a data set that has several")
-    add("--image_size", type=int, default=224, help="side of the centre crop in pixels, 7/8 of the resized short side")
+    size = "side of the centre crop in pixels, 7/8 of the short side; None: that of the training, else 224"
+    add("--image_size", type=int, default=None, help=size)
     add("--on_bad_image", default="skip", choices=("skip", "error"), help="what an unreadable image does")
     add("--batch_size", type=int, default=64, help="images per process")
 
@@ -61,12 +63,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--output_dir", default="clusters", help="where the files go")
     add("--images_per_sheet", type=int, default=60, help="images on a contact sheet")
     add("--max_sheets", type=int, default=None, help="only sheets of so many clusters, the largest (default: all)")
-    evaluation.add_process_flags(parser)
+    add_process_flags(parser)
     return parser
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    return evaluation.parse_and_check(get_args_parser(), arguments, output_dir="runs/digits/clusters")
+    return parse_evaluation(get_args_parser(), arguments, pretrained=RUN_ON_DIGITS, output_dir="runs/digits/clusters")
 
 
 def cluster_images(args: argparse.Namespace) -> dict | None:
@@ -76,12 +78,13 @@ def cluster_images(args: argparse.Namespace) -> dict | None:
     device = distributed.init(args.dist_url, args.device)
     source = open_source(args.data_path, args.split, allow_absolute_paths=args.allow_absolute_paths)
     distributed.print_once(source.describe())
+    evaluation.choose_network(args)
     network = load_network(args.arch, args.pretrained, args.allow_partial).to(device)
     prototypes = take_prototypes(network, args.head)
 
     transform = eval_transform(CARD, args.image_size, network)
     images = ReadableImages(source, transform) if args.on_bad_image == "skip" else EvalDataset(source, transform)
-    embeddings, labels = extract_features(network, images, device, args.batch_size, args.workers)
+    embeddings, labels = extract_features(network, images, device, args.batch_size, args.num_workers)
     if not distributed.is_main_process():
         return None
     indices = (labels != UNREADABLE).nonzero().flatten()

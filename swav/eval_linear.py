@@ -10,6 +10,7 @@ the last epoch. Running the same command again resumes.
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,14 +22,13 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from shared import distributed
 from shared.evaluation import frozen
-from shared.evaluation.linear import LinearClassifier, validate
-from shared.images.loading import EvalDataset
+from shared.evaluation.flags import add_data_flags, add_probe_flags, add_process_flags, parse_evaluation
+from shared.evaluation.linear import EpochTraining, LinearClassifier, load_classifier, tell_accuracy, validate
 from shared.networks.batchnorm import synchronize_batchnorm
-from shared.networks.weights import safe_load, weights_checksum
-from shared.run import randomness
+from shared.networks.weights import weights_checksum
 from shared.run.flags import bool_flag
-from swav import evaluation
-from swav.hub import CARD, LINEAR_CLASSIFIER, fetch, load_backbone
+from swav.evaluation import evaluation_parser, load_frozen
+from swav.hub import CARD, LINEAR_CLASSIFIER, RUN_ON_DIGITS, fetch
 from swav.resnet50 import PrototypeNetwork, ResNet
 
 # A run that is resumed must have these as they were.
@@ -36,14 +36,14 @@ RUN_FLAGS = "arch global_pooling use_bn epochs lr wd nesterov scheduler_type dec
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = evaluation.evaluation_parser(__doc__)
+    parser = evaluation_parser(__doc__)
     add = parser.add_argument_group("features").add_argument
     add("--global_pooling", type=bool_flag, default=True, help="average the whole feature map; false: 6x6 windows")
     add("--use_bn", type=bool_flag, default=False, help="batch normalisation before the classifier, for 6x6 windows")
 
-    evaluation.add_data_flags(parser)
-    add = parser.add_argument_group("optimisation").add_argument
-    evaluation.add_training_flags(add, epochs=100)
+    add = add_data_flags(parser, batch_size=32)
+    add("--num_labels", type=int, default=1000, help="outputs of the classifier")
+    add = add_probe_flags(parser, epochs=100, seed=31)
     add("--lr", type=float, default=0.3, help="learning rate at the start; it fits 8 processes with batches of 32")
     add("--wd", type=float, default=1e-6, help="weight decay")
     add("--nesterov", type=bool_flag, default=False, help="Nesterov momentum")
@@ -51,40 +51,41 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--decay_epochs", type=int, nargs="+", default=[60, 80], help="step: epochs at which the rate drops")
     add("--gamma", type=float, default=0.1, help="step: by this factor")
     add("--final_lr", type=float, default=0.0, help="cosine: learning rate at the end")
-    add("--val_freq", type=int, default=1, help="validate every so many epochs, and after the last one")
 
-    add = evaluation.add_run_flags(parser, "the classifier of --linear_weights")
+    add = parser.add_argument_group("run").add_argument
+    folder = "for checkpoint.pth.tar and log.txt; not the folder of the training run"
+    add("--dump_path", "--output_dir", dest="output_dir", default=".", help=folder)
+    add("--evaluate", action="store_true", help="only validate the classifier of --linear_weights")
     add("--linear_weights", default="", help="with --evaluate: a file; without it the released one of swav_800ep")
-    evaluation.add_process_flags(parser)
+    add_process_flags(parser)
     return parser
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    digits = {"num_labels": 10, "crop_scale": (0.6, 1.0), "epochs": 10, "lr": 0.03, "dump_path": "runs/digits/linear"}
-    return evaluation.parse_and_check(get_args_parser(), arguments, **digits)
+    digits = {"num_labels": 10, "crop_scale": (0.6, 1.0), "epochs": 10, "lr": 0.03, "output_dir": "runs/digits/linear"}
+    return parse_evaluation(get_args_parser(), arguments, pretrained=RUN_ON_DIGITS, **digits)
 
 
 def eval_linear(args: argparse.Namespace) -> dict[str, float]:
     """Train and validate the classifier; loss and accuracies in percent after the last epoch."""
-    device = distributed.init(args.dist_url, args.device)
-    randomness.seed_everything(args.seed)
+    device, output_dir = frozen.start(args)
+    train, val = frozen.labelled_sources(args, num_labels=args.num_labels)
 
-    # data, frozen trunk, classifier
-    train, val = evaluation.labelled_sources(args)
-    network = load_backbone(args.arch, args.pretrained, args.allow_partial).to(device)
+    # frozen trunk and classifier
+    network, transform = load_frozen(args)
     checksum = weights_checksum(network)
-    val_set = EvalDataset(val, frozen.eval_transform(CARD, args.image_size, network))
-    features = FrozenFeatures(network, args.global_pooling)
-    feature = features(torch.zeros(1, val_set.transform.in_chans, *[args.image_size] * 2, device=device))
+    features = FrozenFeatures(network.to(device), args.global_pooling)
+    feature = features(torch.zeros(1, transform.in_chans, *[args.image_size] * 2, device=device))
     classifier = RegLog(feature.shape[1:], args.num_labels, args.use_bn).to(device)
     classifier = synchronize_batchnorm(classifier, device)
+    val_set = frozen.val_images(args, val, transform)
+    validation = partial(validate, classifier, features, val_set, device, args.batch_size, args.num_workers)
     if args.evaluate:
-        evaluation.set_weights(classifier, *read_linear_weights(args.linear_weights, args.pretrained))
-        result = validate(classifier, features, val_set, device, args.batch_size, args.workers)
-        distributed.print_once(f"Accuracy of the network on the {len(val)} test images: {result['acc1']:.1f}%")
-        return result
+        load_classifier(classifier, args.linear_weights or fetch_linear_weights(args.pretrained))
+        return tell_accuracy(validation(), len(val))
 
-    # optimiser, schedule, epochs
+    # crops, optimiser, schedule, epochs
+    crops = frozen.TrainCrops(args, CARD, train, transform, device)
     optimizer = torch.optim.SGD(
         classifier.parameters(), args.lr, momentum=0.9, weight_decay=args.wd, nesterov=args.nesterov
     )
@@ -92,8 +93,10 @@ def eval_linear(args: argparse.Namespace) -> dict[str, float]:
         scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, args.decay_epochs, args.gamma)
     else:
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs, eta_min=args.final_lr)
-    training = evaluation.LabelledTraining(args, classifier, features, optimizer, scheduler, RUN_FLAGS, checksum)
-    return training.run(train, val_set, device, args.val_freq)
+    flags = {name: getattr(args, name) for name in RUN_FLAGS}
+    files = (output_dir / "checkpoint.pth.tar", output_dir / "log.txt")
+    training = EpochTraining(*files, classifier, optimizer, scheduler, checksum, flags=flags)
+    return training.run(crops, features, validation, args.epochs, crops.bad_images, args.val_freq)
 
 
 class FrozenFeatures:
@@ -145,21 +148,14 @@ class RegLog(LinearClassifier):
         return super().forward(self.bn(features))
 
 
-def read_linear_weights(file: str, pretrained: str) -> tuple[dict[str, Tensor], str]:
-    """State dict of a classifier and the file's name: ours, an official one, or the released one of swav_800ep."""
-    if not file:
-        if pretrained not in ("", "swav_800ep"):
-            raise ValueError(
-                f"the released linear classifier is that of swav_800ep, not of --pretrained {pretrained}; give a file "
-                "as --linear_weights"
-            )
-        file = str(fetch(LINEAR_CLASSIFIER))
-    elif not Path(file).is_file():
-        raise ValueError(f"--linear_weights {file} is not a file")
-    checkpoint = safe_load(file)
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(f"--linear_weights {file} has no state_dict")
-    return checkpoint["state_dict"], file
+def fetch_linear_weights(pretrained: str) -> Path:
+    """The released classifier of swav_800ep."""
+    if pretrained not in ("", "swav_800ep"):
+        raise ValueError(
+            f"the released linear classifier is that of swav_800ep, not of --pretrained {pretrained}; give a file "
+            "as --linear_weights"
+        )
+    return fetch(LINEAR_CLASSIFIER)
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ after the last epoch. Running the same command again resumes.
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,15 +22,15 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from shared import distributed
 from shared.evaluation import frozen
-from shared.evaluation.linear import validate
-from shared.images.loading import EvalDataset
+from shared.evaluation.flags import add_data_flags, add_probe_flags, add_process_flags, parse_evaluation
+from shared.evaluation.linear import EpochTraining, tell_accuracy, validate
 from shared.images.sources import ImageSource
 from shared.images.subsets import Subset, listed_images
 from shared.networks.batchnorm import synchronize_batchnorm
 from shared.networks.weights import weights_checksum
 from shared.run import randomness
-from swav import evaluation
-from swav.hub import CARD, load_backbone, load_network
+from swav.evaluation import choose_network, evaluation_parser, load_chosen
+from swav.hub import CARD, RUN_ON_DIGITS, load_network
 from swav.resnet50 import PrototypeNetwork
 
 # A run that is resumed must have these as they were.
@@ -37,65 +38,77 @@ RUN_FLAGS = "labels_perc subset_list arch epochs lr lr_last_layer decay_epochs g
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = evaluation.evaluation_parser(__doc__)
-    evaluation.add_data_flags(parser)
+    parser = evaluation_parser(__doc__)
+    add = add_data_flags(parser, batch_size=32)
+    add("--num_labels", type=int, default=1000, help="outputs of the classifier")
     add = parser.add_argument_group("labels").add_argument
     add("--labels_perc", type=float, default=10, help="per cent of the images that have a label")
     names = "file with their names, one a line (n01440764_10183.JPEG, or from the train folder); None: they are drawn"
     add("--subset_list", default=None, help=names)
 
-    add = parser.add_argument_group("optimisation").add_argument
-    evaluation.add_training_flags(add, epochs=20)
+    add = add_probe_flags(parser, epochs=20, seed=31)
     add("--lr", type=float, default=0.01, help="learning rate of the trunk; the rates fit 8 processes of 32 images")
     add("--lr_last_layer", type=float, default=0.2, help="learning rate of the last layer (1 %%: 5, and 0.02 for --lr)")
     add("--decay_epochs", type=int, nargs="+", default=[12, 16], help="epochs at which the rates drop")
     add("--gamma", type=float, default=0.2, help="by this factor")
-    evaluation.add_run_flags(parser, "the fine-tuned network of --pretrained")
-    evaluation.add_process_flags(parser)
+
+    add = parser.add_argument_group("run").add_argument
+    folder = "for checkpoint.pth.tar and log.txt; not the folder of the training run"
+    add("--dump_path", "--output_dir", dest="output_dir", default=".", help=folder)
+    add("--evaluate", action="store_true", help="only validate the fine-tuned network of --pretrained")
+    add_process_flags(parser)
     return parser
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     digits = {"num_labels": 10, "crop_scale": (0.6, 1.0), "lr": 0.003, "lr_last_layer": 0.03}
-    return evaluation.parse_and_check(get_args_parser(), arguments, **digits, dump_path="runs/digits/semisup")
+    digits |= {"pretrained": RUN_ON_DIGITS, "output_dir": "runs/digits/semisup"}
+    return parse_evaluation(get_args_parser(), arguments, **digits)
 
 
 def eval_semisup(args: argparse.Namespace) -> dict[str, float]:
     """Fine-tune and validate; loss and accuracies in percent after the last epoch."""
-    device = distributed.init(args.dist_url, args.device)
-    randomness.seed_everything(args.seed)
+    device, output_dir = frozen.start(args)
+    train, val = frozen.labelled_sources(args, num_labels=args.num_labels)
 
-    # data
-    train, val = evaluation.labelled_sources(args)
-    images_as_they_are = nn.Identity()  # the network learns as a whole: nothing is computed before it
+    # network: the trunk, and a new linear layer; or both of a file
     if args.evaluate:
+        choose_network(args)
         network = load_classifier(args.arch, args.pretrained, args.num_labels).to(device)
-        val_set = EvalDataset(val, frozen.eval_transform(CARD, args.image_size, network))
-        result = validate(network, images_as_they_are, val_set, device, args.batch_size, args.workers)
-        distributed.print_once(f"Accuracy of the network on the {len(val)} test images: {result['acc1']:.1f}%")
-        return result
-    subset = labelled_subset(train, args.labels_perc, args.subset_list, args.seed)
-    distributed.print_once(subset.describe())
+    else:
+        subset = labelled_subset(train, args.labels_perc, args.subset_list, args.seed)
+        distributed.print_once(subset.describe())
+        network = load_chosen(args).requires_grad_(True)
+        checksum = weights_checksum(network)
+        network.add_heads(network.embed_dim, output_dim=args.num_labels)
+        network = synchronize_batchnorm(network, device).to(device)
+    transform = frozen.eval_transform(CARD, args.image_size, network)
+    val_set = frozen.val_images(args, val, transform)
+    images_as_they_are = nn.Identity()  # the network learns as a whole: nothing is computed before it
+    validation = partial(validate, network, images_as_they_are, val_set, device, args.batch_size, args.num_workers)
+    if args.evaluate:
+        return tell_accuracy(validation(), len(val))
 
-    # network: the trunk, and a new linear layer
-    network = load_backbone(args.arch, args.pretrained, args.allow_partial).requires_grad_(True)
-    checksum = weights_checksum(network)
-    network.add_heads(network.embed_dim, output_dim=args.num_labels)
-    network = synchronize_batchnorm(network, device).to(device)
-    val_set = EvalDataset(val, frozen.eval_transform(CARD, args.image_size, network))
-
-    # optimiser, schedule, epochs
+    # crops, optimiser, schedule, epochs
+    crops = frozen.TrainCrops(args, CARD, subset, transform, device, drop_single=True)
     last_layer = list(network.projection_head.parameters())
     trunk = [parameter for name, parameter in network.named_parameters() if not name.startswith("projection_head.")]
     optimizer = torch.optim.SGD(
         [{"params": trunk}, {"params": last_layer, "lr": args.lr_last_layer}], args.lr, momentum=0.9
     )
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, args.decay_epochs, args.gamma)
-    names = {"rates": ("train_lr", "train_lr_last_layer"), "best_of": ("acc1", "acc5")}
-    training = evaluation.LabelledTraining(
-        args, network, images_as_they_are, optimizer, scheduler, RUN_FLAGS, checksum, **names
+    training = EpochTraining(
+        output_dir / "checkpoint.pth.tar",
+        output_dir / "log.txt",
+        network,
+        optimizer,
+        scheduler,
+        checksum,
+        flags={name: getattr(args, name) for name in RUN_FLAGS},
+        rates=("train_lr", "train_lr_last_layer"),
+        best_of=("acc1", "acc5"),
     )
-    return training.run(subset, val_set, device, drop_single=True)
+    return training.run(crops, images_as_they_are, validation, args.epochs, crops.bad_images, args.val_freq)
 
 
 def load_classifier(arch: str, pretrained: str, num_labels: int) -> PrototypeNetwork:

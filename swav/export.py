@@ -16,8 +16,8 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from shared import distributed
 from shared.networks.export import add_export_flags, export_backbone
-from swav.evaluation import evaluation_parser
-from swav.hub import CARD, load_backbone
+from swav.evaluation import evaluation_parser, load_chosen
+from swav.hub import CARD
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -27,7 +27,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main() -> None:
     with distributed.clean_exit():
         args = get_args_parser().parse_args()
-        network = load_backbone(args.arch, args.pretrained, args.allow_partial)
+        network = load_chosen(args)
         export_backbone(CARD, network, args.arch, args.output_dir, args.image_size)
 
 

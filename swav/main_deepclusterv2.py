@@ -26,7 +26,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from shared import distributed
-from shared.evaluation.knn_monitor import build_knn_monitor
+from shared.evaluation.knn_monitor import KNNMonitor
 from shared.images.training_data import open_training_data
 from shared.multicrop import normalize_views
 from shared.networks.weights import safe_load
@@ -118,8 +118,7 @@ def train_deepclusterv2(args: argparse.Namespace) -> None:
         memory.load_rows(stored["local_memory_index"], stored["local_memory_embeddings"])
     fewest = min(args.nmb_prototypes)
     run.health = HealthMonitor(health_rules("DeepCluster-v2", fewest, args.epochs, data.steps_per_epoch))
-    image_size = args.size_crops[0]
-    knn = build_knn_monitor(args, image_size, MEAN, STD, device, data.num_workers, run.output_dir, args.in_chans)
+    knn = KNNMonitor(run, args.size_crops[0], MEAN, STD, data.num_workers)
     trunk = Trunk(distributed.unwrap(network))
 
     with run:

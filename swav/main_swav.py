@@ -27,7 +27,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from shared import distributed
-from shared.evaluation.knn_monitor import build_knn_monitor
+from shared.evaluation.knn_monitor import KNNMonitor
 from shared.images.training_data import open_training_data
 from shared.multicrop import normalize_views
 from shared.networks.batchnorm import synchronize_batchnorm
@@ -137,8 +137,7 @@ def train_swav(args: argparse.Namespace) -> None:
     if queue_rows and not run.is_new and not queue.has_started and official_queue.is_file():
         queue.load_rows(safe_load(official_queue)["queue"])
     run.health = HealthMonitor(health_rules("SwAV", args.nmb_prototypes, args.epochs, data.steps_per_epoch))
-    image_size = args.size_crops[0]
-    knn = build_knn_monitor(args, image_size, MEAN, STD, device, data.num_workers, run.output_dir, args.in_chans)
+    knn = KNNMonitor(run, args.size_crops[0], MEAN, STD, data.num_workers)
     trunk = Trunk(distributed.unwrap(network))
 
     with run:

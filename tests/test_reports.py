@@ -7,16 +7,15 @@ import runpy
 import shlex
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from sklearn.datasets import load_digits
 
 import dino.report
 import msn.report
 import paws.report
 import swav.report
 from dino.main_dino import parse_args as parse_dino
+from shared.images.materials import draw_materials
 from shared.run.health import HealthMonitor
 from tests.tiny_training import trainings
 
@@ -118,7 +117,7 @@ SHORTER = {  # flags that make a printed command a matter of seconds
     "gradient_ascent": "--niter 1 --filters 2 --idim 32",
 }
 CASES = [
-    (kind, name) for kind in ("labelled", "flat", "digits") for name in PRINTED if kind != "flat" or PRINTED[name][1]
+    (kind, name) for kind in ("labelled", "flat", "embedded") for name in PRINTED if kind != "flat" or PRINTED[name][1]
 ]
 FAST = [("labelled", name) for name in ("dino", "swav", "msn", "deepcluster")]
 
@@ -126,14 +125,14 @@ FAST = [("labelled", name) for name in ("dino", "swav", "msn", "deepcluster")]
 @pytest.fixture(scope="module")
 def folders(images, tmp_path_factory):
     """Labelled images, in folders whose names are a formula to Matplotlib, lack a font, and are no UTF-8; a flat folder
-    of the same images; None for the embedded digits."""
+    of the same images; None for the embedded images."""
     labelled = shutil.copytree(images, tmp_path_factory.mktemp("labelled") / "images")
     for i, name in enumerate(("$5_$10", "\u4e2d\u6587", "caf\udce9")):
         (labelled / f"class{i}").rename(labelled / name)
     flat = tmp_path_factory.mktemp("flat")
     for path in images.rglob("*.png"):
         shutil.copy(path, flat)
-    return {"labelled": labelled, "flat": flat, "digits": None}
+    return {"labelled": labelled, "flat": flat, "embedded": None}
 
 
 def train(name: str, folder: Path | None, output_dir: Path) -> None:
@@ -158,16 +157,14 @@ def run_script(script: Path, arguments: list[str]) -> None:
     [pytest.param(*case, marks=[] if case in FAST else [pytest.mark.slow]) for case in CASES],
 )
 def test_pictures_are_drawn_and_printed_commands_run(kind, name, folders, tmp_path, capsys, monkeypatch):
-    digits = load_digits()
-    few = SimpleNamespace(images=digits.images[:200], target=digits.target[:200])
-    monkeypatch.setattr("sklearn.datasets.load_digits", lambda: few)
+    monkeypatch.setattr("shared.images.sources.load_materials", lambda *_: draw_materials(96, seed=0))
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})  # one core: no processes that load images
     train(name, folders[kind], tmp_path / "run")
     assert {path.name for path in (tmp_path / "run/pictures").iterdir()} == set(PICTURES[name].split())
     printed = capsys.readouterr().out
     assert "could not be drawn" not in printed
     commands = [shlex.split(line)[1:] for line in printed.partition("\nNext ")[2].splitlines()]
-    if kind == "digits":
+    if kind == "embedded":
         _, *arguments = commands.pop()
         args = importlib.import_module(trainings()[name].module).parse_args(arguments)
         assert "YOUR_IMAGES" in vars(args).values()

@@ -50,8 +50,10 @@ def report(run: Run, views: LabelledViews, mixup: Mixup | None, val: ImageSource
     ending.draw_curves("XCiT, supervised training", SUPERVISED_PLOTS)
 
     network = {"model": args.model, "pretrained": run.path}
-    data = {name: getattr(args, name) for name in ("data_set", "inat_category", "input_size", "in_chans", "full_crop")}
-    commands = [command("xcit/main.py", **network, **data_flags(args), **data, eval=True)]
+    usual = {"data_set": "IMNET", "inat_category": "name", "in_chans": 3}
+    data = {name: getattr(args, name) for name, value in usual.items() if getattr(args, name) != value}
+    images = data_flags(args) | {"input_size": args.input_size, "full_crop": args.full_crop} | data
+    commands = [command("xcit/main.py", **network, **images, eval=True)]
     if args.model in ARCHITECTURES:
         size, folder = [args.input_size] * 2, run.output_dir / "export"
         commands.append(command("xcit/export.py", **network, image_size=size, output_dir=folder))

@@ -28,7 +28,11 @@ def documentation(packages: tuple[str, ...] = PACKAGES) -> list[dict]:
             if "tests" in file.parts:
                 continue
             module = ".".join([package, *file.relative_to(folder).with_suffix("").parts])
-            for name, docstring in docstrings(file):
+            try:
+                tree = ast.parse(file.read_text(encoding="utf-8"))
+            except (SyntaxError, UnicodeDecodeError):  # templates and files for other versions of Python
+                continue
+            for name, docstring in docstrings(tree):
                 text = prose(docstring)
                 if MIN_CHARACTERS <= len(text) <= MOST_CHARACTERS and text not in seen:  # aliases repeat docstrings
                     seen.add(text)
@@ -36,24 +40,16 @@ def documentation(packages: tuple[str, ...] = PACKAGES) -> list[dict]:
     return documents
 
 
-def docstrings(file: Path) -> Iterator[tuple[str, str]]:
+def docstrings(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Dotted names and docstrings of the functions, classes and methods of a source file."""
-    try:
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError):  # templates and files for other versions of Python
-        return
-    yield from _docstrings_below(tree, "")
-
-
-def _docstrings_below(node: ast.AST, prefix: str) -> Iterator[tuple[str, str]]:
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.FunctionDef | ast.ClassDef):
             name = prefix + child.name
             if docstring := ast.get_docstring(child):
                 yield name, docstring
-            yield from _docstrings_below(child, f"{name}.")
+            yield from docstrings(child, f"{name}.")
         else:
-            yield from _docstrings_below(child, prefix)
+            yield from docstrings(child, prefix)
 
 
 def prose(docstring: str) -> str:

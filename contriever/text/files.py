@@ -68,9 +68,10 @@ def read_documents(path: str, start: int = 0, end: int | None = None, on_bad_byt
             continue
         try:
             record = parse_object(line, "")
-            yield titled(text_field(record, "title", "", ""), text_field(record, "text", ""))
+            text = titled(text_field(record, "title", "", ""), text_field(record, "text", ""))
         except ValueError as error:  # counting lines costs a pass over the file: only when it is needed
             raise ValueError(f"{path}, line {line_number(path, position)}{error}") from None
+        yield text
 
 
 def titled(title: str, text: str) -> str:

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 
 from shared import distributed
-from shared.images.loading import make_loader
+from shared.images.decode import ImageError
+from shared.images.loading import EvalDataset, make_loader
 
 
 class RankSampler(Sampler):
@@ -41,7 +43,7 @@ def extract_features(
 
     Args:
         model: Maps images (B, C, H, W) to features (B, D).
-        dataset: Items ``(image, label, ...)``.
+        dataset: Items (image, label, index).
         device: Where the model is.
         batch_size: Images per process in one pass.
         num_workers: Loader processes.
@@ -53,6 +55,7 @@ def extract_features(
 
     Raises:
         ValueError: If the data set is empty, or a feature vector is all zeros or not finite (first index named).
+        ImageError: If more images of an :class:`EvalDataset` cannot be read than its policy allows.
     """
     num_samples = len(dataset)
     if num_samples == 0:
@@ -61,23 +64,46 @@ def extract_features(
         dataset, batch_size=batch_size, sampler=RankSampler(num_samples), num_workers=num_workers, device=device
     )
     features = labels = None
+    read = torch.empty(num_samples, dtype=torch.long, device=device)  # indices; another one for an unreadable image
     was_training = model.training
     model.eval()
     done = 0
-    for images, targets, *_ in loader:
+    for images, targets, indices in loader:
         batch = _in_dataset_order(model(images.to(device, non_blocking=True)).float())
-        targets = _in_dataset_order(targets.to(device))
+        targets, indices = (_in_dataset_order(numbers.to(device)) for numbers in (targets, indices))
         if features is None:
             features = batch.new_empty(num_samples, batch.shape[1], device=store_on)
             labels = targets.new_empty(num_samples, device=store_on)
         rows = slice(done, min(done + len(batch), num_samples))  # the last rows are fill
-        features[rows], labels[rows] = batch[: rows.stop - done], targets[: rows.stop - done]
+        new = slice(0, rows.stop - done)
+        features[rows], labels[rows], read[rows] = batch[new], targets[new], indices[new]
         done = rows.stop
         if between_batches is not None:
             between_batches()
     model.train(was_training)
+    if isinstance(dataset, EvalDataset):
+        check_replaced(dataset, read)
     check_features(features)
     return features, labels
+
+
+def check_replaced(dataset: EvalDataset, read: Tensor) -> None:
+    """Say how many images others took the place of, where no list of them is kept.
+
+    Args:
+        read: Index of the image that was read for each item, shape (N,).
+
+    Raises:
+        ImageError: If they are more than the data set's policy allows.
+    """
+    policy, rows = dataset.bad_images, np.asarray(dataset.rows)
+    replaced = rows[rows != read.cpu().numpy()]
+    if len(replaced) and policy.list_path is None:
+        first = dataset.source.path(int(replaced[0]))
+        message = f"{len(replaced)} of {len(rows)} images of {dataset.source.name} cannot be read, the first is {first}"
+        if len(replaced) > policy.limit:
+            raise ImageError(f"{message}; --max_bad_fraction allows {policy.limit}")
+        distributed.print_once(f"{message}; others take their place")
 
 
 def _in_dataset_order(batch: Tensor) -> Tensor:

@@ -2,13 +2,12 @@
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from shared import distributed
@@ -20,6 +19,7 @@ from shared.multicrop import MultiCropDataset, normalize_views
 from shared.networks.backbones import input_channels
 from shared.networks.card import Card
 from shared.networks.weights import safe_load
+from shared.run import randomness
 
 from .features import extract_features
 from .knn import knn_accuracies
@@ -29,25 +29,28 @@ FEATURE_FILES = ("trainfeat.pth", "testfeat.pth", "trainlabels.pth", "testlabels
 # --- Images -----------------------------------------------------------------------------------------------------------
 
 
-def labelled_sources(
-    data_path: str | None, val_path: str | None, allow_absolute_paths: bool = False, **asked: int | None
-) -> tuple[ImageSource, ImageSource]:
+def labelled_sources(args: argparse.Namespace, flag="--data_path", **asked) -> tuple[ImageSource, ImageSource]:
     """Train and val images with classes.
 
     Args:
+        args: Flags of :func:`shared.evaluation.flags.add_labelled_flags`.
+        flag: Of the images, for messages.
         asked: By the flag's name, what the train images must suffice for: ``nb_knn``, the most neighbours; any other
             one, the outputs of a classifier (``num_labels``, ``num_classes``).
 
     Raises:
         ValueError: If there are none, or too few for that.
     """
-    train, val = open_labelled(data_path, val_path, allow_absolute_paths)
-    for flag, number in asked.items():
-        if flag == "nb_knn" and number > len(train):
+    sources = open_labelled(args.data_path, args.val_path, args.allow_absolute_paths, flag, args.shared_classes_only)
+    train = sources[0]
+    for name, number in asked.items():
+        if name == "nb_knn" and number > len(train):
             raise ValueError(f"--nb_knn {number} is more than the {len(train)} images of {train.name}")
-        if flag != "nb_knn" and number is not None and number < len(train.classes):
-            raise ValueError(f"--{flag} {number} is less than the {len(train.classes)} classes of {train.name}")
-    return train, val
+        if name != "nb_knn" and number is not None and number < len(train.classes):
+            raise ValueError(f"--{name} {number} is less than the {len(train.classes)} classes of {train.name}")
+    for source in sources:
+        distributed.print_once(source.describe())
+    return sources
 
 
 def eval_transform(card: Card, image_size: int, network: nn.Module) -> EvalTransform:
@@ -56,47 +59,51 @@ def eval_transform(card: Card, image_size: int, network: nn.Module) -> EvalTrans
     return EvalTransform(resize_px, image_size, card.mean, card.std, input_channels(network), card.interpolation)
 
 
+def bad_images_of(args: argparse.Namespace, source: ImageSource, list_path: Path | None = None) -> BadImages:
+    """The policy that ``--on_bad_image`` and ``--max_bad_fraction`` ask for."""
+    return BadImages(len(source), list_path, args.on_bad_image, args.max_bad_fraction)
+
+
 # --- k-NN -------------------------------------------------------------------------------------------------------------
 
 
-def add_vote_flags(parser: argparse.ArgumentParser):
-    """Flags of a k-NN classification; returns the ``add_argument`` of their group."""
-    add = parser.add_argument_group("vote").add_argument
-    add("--nb_knn", type=int, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbours; 20 is usually best")
-    add("--temperature", type=float, default=0.07, help="divides the similarities")
-    add("--precision", default="fp32", choices=("fp32", "bf16"), help="of the similarities")
-    return add
-
-
-def train_and_val_features(
-    network: nn.Module,
-    sources: Sequence[ImageSource],
-    transform: EvalTransform,
-    device: torch.device,
-    batch_size: int,
-    num_workers: int,
-    store_on: torch.device | str | None = None,
-) -> tuple[Tensor, ...]:
-    """Normalised features and labels of each source, in turn, the same on every process."""
-    found = []
-    for source in sources:
-        distributed.print_once(source.describe())
-        dataset = EvalDataset(source, transform)
-        features, labels = extract_features(network, dataset, device, batch_size, num_workers, store_on)
-        found += [F.normalize(features, dim=1), labels]
-    return tuple(found)
-
-
-def print_knn(
-    features: tuple[Tensor, ...], nb_knn: Sequence[int], temperature: float, precision: str
+def eval_knn(
+    args: argparse.Namespace, load_frozen: Callable[[argparse.Namespace], tuple[nn.Module, EvalTransform]]
 ) -> dict[int, tuple[float, float]] | None:
-    """Classify the val images; ``{k: (top-1, top-5)}`` in percent on rank 0."""
-    if not distributed.is_main_process():
-        return None
-    with torch.inference_mode():
-        accuracies = knn_accuracies(*features, nb_knn, temperature, precision=precision)
-    for k, (top1, top5) in accuracies.items():
-        print(f"{k}-NN classifier result: Top1: {top1:.2f}, Top5: {top5:.2f}", flush=True)
+    """Weighted k-NN classification with the features of a frozen network.
+
+    Args:
+        args: Flags of :mod:`shared.evaluation.flags` for labelled images and k-NN.
+        load_frozen: The network that the flags choose, and the centre crops that it takes.
+
+    Returns:
+        ``{k: (top-1, top-5)}`` in percent on rank 0.
+    """
+    device = distributed.init(args.dist_url, args.device)
+    randomness.seed_everything(args.seed)
+    store_on = device if args.use_cuda else "cpu"
+    if args.load_features:
+        features = read_features(Path(args.load_features), store_on)
+    else:
+        sources = labelled_sources(args, nb_knn=max(args.nb_knn))
+        network, transform = load_frozen(args)
+        features = ()
+        for source in sources:
+            images = EvalDataset(source, transform, bad_images_of(args, source))
+            vectors, labels = extract_features(
+                network.to(device), images, device, args.batch_size, args.num_workers, store_on
+            )
+            features += (F.normalize(vectors, dim=1), labels)
+    if args.dump_features and distributed.is_main_process():
+        write_features(Path(args.dump_features), features)
+    distributed.print_once("Features are ready! Start the k-NN classification.")
+    accuracies = None
+    if distributed.is_main_process():
+        with torch.inference_mode():
+            accuracies = knn_accuracies(*features, args.nb_knn, args.temperature, precision=args.precision)
+        for k, (top1, top5) in accuracies.items():
+            print(f"{k}-NN classifier result: Top1: {top1:.2f}, Top5: {top5:.2f}", flush=True)
+    distributed.barrier()
     return accuracies
 
 
@@ -122,33 +129,60 @@ def read_features(folder: Path, device: torch.device | str) -> tuple[Tensor, ...
 # --- Linear probe -----------------------------------------------------------------------------------------------------
 
 
-def train_crops(
-    source: ImageSource,
-    recipe: ViewRecipe,
-    batch_size: int,
-    seed: int,
-    in_chans: int,
-    bad_images: BadImages,
-    num_workers: int,
-    device: torch.device,
-    drop_single: bool = False,
-) -> tuple[DataLoader, EpochBatchSampler]:
-    """Random views of this process's share of the images, and the sampler that wants to know the epoch.
+def start(args: argparse.Namespace) -> tuple[torch.device, Path]:
+    """Join the processes, seed, and make ``--output_dir``; the device and the folder."""
+    device = distributed.init(args.dist_url, args.device)
+    randomness.seed_everything(args.seed)
+    output_dir = Path(args.output_dir)
+    if distributed.is_main_process():
+        output_dir.mkdir(parents=True, exist_ok=True)
+    distributed.barrier()
+    return device, output_dir
+
+
+def val_images(args: argparse.Namespace, source: ImageSource, transform: Callable) -> EvalDataset:
+    """The images to classify; those that cannot be read are listed in ``--output_dir``."""
+    return EvalDataset(source, transform, bad_images_of(args, source, Path(args.output_dir, "bad_images_val.txt")))
+
+
+class TrainCrops:
+    """Random views of this process's share of the images: called with an epoch, its normalised images and labels.
 
     Args:
+        args: Flags of :mod:`shared.evaluation.flags` for labelled images and probes.
+        transform: Of the images to classify, whose size and channels the views have.
+        interpolation: Of the resizing of a crop.
         drop_single: Leave out the last batch of an epoch if it is a single image, which batch norms that see one pixel
             cannot normalise.
+
+    Attributes:
+        bad_images: Policy for images that cannot be read, which are listed in ``--output_dir``.
     """
-    rank, world_size = distributed.get_rank(), distributed.get_world_size()
-    per_rank = -(-len(source) // world_size)
-    drop_last = drop_single and per_rank > 1 and per_rank % batch_size == 1
-    sampler = EpochBatchSampler(len(source), batch_size, seed, rank, world_size, drop_last)
-    dataset = MultiCropDataset(source, [recipe], seed, in_chans=in_chans, bad_images=bad_images)
-    return make_loader(dataset, batch_sampler=sampler, num_workers=num_workers, device=device), sampler
 
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        card: Card,
+        source: ImageSource,
+        transform: EvalTransform,
+        device: torch.device,
+        interpolation: str = "bilinear",
+        drop_single: bool = False,
+    ):
+        rank, world_size = distributed.get_rank(), distributed.get_world_size()
+        per_rank = -(-len(source) // world_size)
+        drop_last = drop_single and per_rank > 1 and per_rank % args.batch_size == 1
+        self.card, self.device = card, device
+        self.bad_images = bad_images_of(args, source, Path(args.output_dir, "bad_images.txt"))
+        self.sampler = EpochBatchSampler(len(source), args.batch_size, args.seed, rank, world_size, drop_last)
+        recipe = ViewRecipe(transform.crop_px, tuple(args.crop_scale), interpolation=interpolation)
+        views = MultiCropDataset(source, [recipe], args.seed, in_chans=transform.in_chans, bad_images=self.bad_images)
+        self.loader = make_loader(views, batch_sampler=self.sampler, num_workers=args.num_workers, device=device)
 
-def on_device(card: Card, loader: DataLoader, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Normalised images and labels, with a progress bar on a terminal."""
-    hidden = not (distributed.is_main_process() and sys.stderr.isatty())
-    for views, labels, _ in tqdm(loader, leave=False, disable=hidden):
-        yield normalize_views(views, device, card.mean, card.std)[0], labels.to(device, non_blocking=True)
+    def __call__(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """On the device, with a progress bar on a terminal."""
+        self.sampler.set_epoch(epoch)
+        hidden = not (distributed.is_main_process() and sys.stderr.isatty())
+        for views, labels, _ in tqdm(self.loader, leave=False, disable=hidden):
+            images = normalize_views(views, self.device, self.card.mean, self.card.std)[0]
+            yield images, labels.to(self.device, non_blocking=True)

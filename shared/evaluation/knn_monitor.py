@@ -1,77 +1,72 @@
 """Weighted k-NN while a network trains: the cheapest honest sign that features get better."""
 
-import argparse
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from shared import distributed
 from shared.images.labelled import NotLabelled, open_labelled
 from shared.images.loading import BadImages, EvalDataset, EvalTransform
-from shared.images.sources import ImageSource
+from shared.run.run import Run
 
 from .features import extract_features
 from .knn import knn_classify
 
+NEIGHBOURS = 20
 AUTOMATIC_UP_TO = 100_000  # images; beyond, an evaluation is worth asking for by flag
 
 
 class KNNMonitor:
-    """Top-1 of weighted k-NN on a validation split, between epochs.
+    """Top-1 of weighted k-NN on a validation split, between the epochs of a run; says why where there is none.
+
+    ``--eval_knn_freq`` evaluates after every so many epochs, 0 never; None before and after training, when there are at
+    most 100,000 images.
 
     Args:
-        sources: From :func:`shared.images.labelled.open_labelled`; None switches the monitor off.
+        run: Its flags lead to the images; unreadable ones are listed in its folder, those of the val split in
+            ``bad_images_val.txt``.
         image_size: Side in pixels of the centre crops.
-        every_epochs: Evaluate after every so many epochs; 0: never. None: before and after training, when there are at
-            most 100,000 images.
-        epochs: Length of the training.
-        k: Neighbours; fewer if the train split is smaller.
-        on_bad_image, max_bad_fraction: As for :class:`shared.images.loading.BadImages`.
-        output_dir: Where unreadable images are listed, those of the val split in ``bad_images_val.txt``.
-        disabled_reason: Why there are no sources, for the summary of the run.
+        mean, std: For pixels in [0, 1].
 
     Attributes:
-        sources: Kept for the scripts that evaluate later, too, where there are too many images to do it unasked.
+        transform: What the network sees of an image.
+        sources: Labelled images to learn from and to classify, None without them or with ``--eval_knn_freq 0``.
+        k: Neighbours.
+        disabled_reason: Why there are no evaluations, or None.
+        train, val: The images, where there are evaluations.
+
+    Raises:
+        ValueError: If evaluations were asked for and there are no labelled images.
     """
 
-    def __init__(
-        self,
-        sources: tuple[ImageSource, ImageSource] | None,
-        image_size: int,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        every_epochs: int | None,
-        epochs: int,
-        device: torch.device,
-        in_chans: int = 3,
-        num_workers: int = 0,
-        k: int = 20,
-        on_bad_image: str = "replace",
-        max_bad_fraction: float = 0.01,
-        output_dir: Path | None = None,
-        disabled_reason: str = "there are no labelled images",
-    ):
-        self.every_epochs, self.epochs, self.device, self.num_workers = every_epochs, epochs, device, num_workers
+    def __init__(self, run: Run, image_size: int, mean: Sequence[float], std: Sequence[float], num_workers: int = 0):
+        args = run.args
+        self.every_epochs, self.epochs = args.eval_knn_freq, args.epochs
+        self.device, self.num_workers = run.device, num_workers
         self.latest_features: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
-        self.disabled_reason = disabled_reason if sources is None else None
         resize_px = round(image_size * 256 / 224)  # the usual ratio of short side and crop
-        self.transform = EvalTransform(resize_px, image_size, mean, std, in_chans)
-        self.sources, self.k = sources, k if sources is None else min(k, len(sources[0]))
-        if self.disabled_reason is None and every_epochs is None and len(sources[0]) > AUTOMATIC_UP_TO:
-            self.disabled_reason = f"there are {len(sources[0]):,} images; ask for it with --eval_knn_freq"
-        if every_epochs == 0:
-            self.disabled_reason = "--eval_knn_freq 0"
-        if self.disabled_reason is None:
-            self.train, self.val = (
-                EvalDataset(
-                    source,
-                    self.transform,
-                    BadImages(len(source), output_dir and output_dir / listed, on_bad_image, max_bad_fraction),
-                )
-                for source, listed in zip(sources, ("bad_images.txt", "bad_images_val.txt"), strict=True)
-            )
+        self.transform = EvalTransform(resize_px, image_size, mean, std, getattr(args, "in_chans", 3))
+        self.sources, self.k, self.disabled_reason = None, NEIGHBOURS, "--eval_knn_freq 0"
+        if self.every_epochs != 0:
+            try:
+                self.sources = open_labelled(args.data_path, args.val_path, args.allow_absolute_paths)
+            except NotLabelled as error:
+                if self.every_epochs:
+                    raise ValueError(f"--eval_knn_freq {self.every_epochs}: {error}") from error
+                self.disabled_reason = str(error)
+        if self.sources:
+            number = len(self.sources[0])
+            self.k = min(NEIGHBOURS, number)
+            many = self.every_epochs is None and number > AUTOMATIC_UP_TO
+            self.disabled_reason = f"there are {number:,} images; ask for it with --eval_knn_freq" if many else None
+        if self.disabled_reason:
+            distributed.print_once(f"no k-NN evaluation: {self.disabled_reason}")
+            return
+        policy = args.on_bad_image, args.max_bad_fraction
+        self.train, self.val = (
+            EvalDataset(source, self.transform, BadImages(len(source), run.output_dir / listed, *policy))
+            for source, listed in zip(self.sources, ("bad_images.txt", "bad_images_val.txt"), strict=True)
+        )
 
     def is_due(self, epoch: int) -> bool:
         """Whether to evaluate after ``epoch`` (-1: before training)."""
@@ -100,50 +95,3 @@ class KNNMonitor:
         """
         self.latest_features = self.features(backbone, between_batches)
         return knn_classify(*self.latest_features, k=self.k)[0]
-
-
-def build_knn_monitor(
-    args: argparse.Namespace,
-    image_size: int,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    device: torch.device,
-    num_workers: int,
-    output_dir: Path,
-    in_chans: int = 3,
-) -> KNNMonitor:
-    """The monitor that the flags of a training script ask for; says why when there is none.
-
-    Args:
-        args: Flags of :mod:`shared.run.flags` for data and run, and ``epochs``.
-        image_size, mean, std, device, in_chans, num_workers, output_dir: See :class:`KNNMonitor`.
-
-    Raises:
-        ValueError: If it was asked for and there are no labelled images.
-    """
-    labelled, reason = None, "--eval_knn_freq 0"
-    if args.eval_knn_freq != 0:
-        try:
-            labelled = open_labelled(args.data_path, args.val_path, args.allow_absolute_paths)
-        except NotLabelled as error:
-            if args.eval_knn_freq:
-                raise ValueError(f"--eval_knn_freq {args.eval_knn_freq}: {error}") from error
-            reason = str(error)
-    knn = KNNMonitor(
-        labelled,
-        image_size,
-        mean,
-        std,
-        args.eval_knn_freq,
-        args.epochs,
-        device,
-        in_chans,
-        num_workers,
-        on_bad_image=args.on_bad_image,
-        max_bad_fraction=args.max_bad_fraction,
-        output_dir=output_dir,
-        disabled_reason=reason,
-    )
-    if knn.disabled_reason:
-        distributed.print_once(f"no k-NN evaluation: {knn.disabled_reason}")
-    return knn

@@ -1,18 +1,26 @@
-"""Linear classification on features of a frozen network: the classifier, an epoch of training, exact validation."""
+"""Training on labels by epochs: linear classifiers on features of a frozen network, fine-tuning, exact validation."""
 
+import json
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
 
 from shared import distributed
-from shared.images.loading import make_loader
+from shared.images.loading import BadImages, make_loader
+from shared.networks.classifiers import load_completely
+from shared.networks.weights import safe_load
+from shared.run.checkpoint import load_latest, save, without_prefix
 
 from .features import check_features
 
 Features = Callable[[Tensor], Tensor]
+
+# --- Classifier -------------------------------------------------------------------------------------------------------
 
 
 class LinearClassifier(nn.Module):
@@ -32,6 +40,29 @@ class LinearClassifier(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Features (B, ...) to logits (B, num_labels)."""
         return self.linear(features.flatten(1))
+
+
+def load_classifier(classifier: nn.Module, file: str | Path, flag: str = "--linear_weights") -> None:
+    """Fill a classifier from a checkpoint, ours or an official one.
+
+    Raises:
+        ValueError: If there is no such file, or it is not that of this classifier.
+    """
+    if not Path(file).is_file():
+        raise ValueError(f"{flag} {file} is not a file")
+    checkpoint = safe_load(file)
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ValueError(f"{flag} {file} has no state_dict")
+    fill(classifier, checkpoint["state_dict"], file)
+
+
+def fill(module: nn.Module, state_dict: dict[str, Tensor], file: str | Path) -> None:
+    """Load weights that may have been saved with the prefix ``module.``."""
+    target = "what these flags of network, features and labels ask for"
+    load_completely(module, without_prefix(state_dict, "module."), str(file), target)
+
+
+# --- Epochs -----------------------------------------------------------------------------------------------------------
 
 
 def train_one_epoch(
@@ -71,6 +102,12 @@ def train_one_epoch(
     return loss / images
 
 
+def score_logits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over images (B, classes) of the loss, of hits, and of hits among the min(5, classes) best; 0-d."""
+    hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    return F.cross_entropy(logits, labels, reduction="sum"), hits[:, 0].sum(), hits.sum()
+
+
 @torch.no_grad()
 def validate(
     classifier: nn.Module,
@@ -79,6 +116,7 @@ def validate(
     device: torch.device,
     batch_size: int = 128,
     num_workers: int = 0,
+    score: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] = score_logits,
 ) -> dict[str, float]:
     """Loss and accuracy over the whole data set, every image counted once, shared out over the processes.
 
@@ -86,6 +124,7 @@ def validate(
         classifier: Maps features (B, ...) to logits (B, num_labels).
         features: As for :func:`train_one_epoch`.
         dataset: Items ``(image, label, ...)``.
+        score: Sums over a batch of logits and labels.
 
     Returns:
         ``loss``, ``acc1`` and ``acc5`` (among the min(5, num_labels) best), accuracies in percent; the same on every
@@ -101,9 +140,146 @@ def validate(
     for images, labels, *_ in loader:
         inputs = features(images.to(device, non_blocking=True))
         check_features(inputs.flatten(1))
-        labels = labels.to(device)
         logits = distributed.unwrap(classifier)(inputs)  # shares may differ by a batch: no collective in here
-        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-        totals += torch.stack([F.cross_entropy(logits, labels, reduction="sum"), hits[:, 0].sum(), hits.sum()])
+        totals += torch.stack([total.double() for total in score(logits, labels.to(device))])
     loss, top1, top5 = (distributed.all_reduce_sum(totals) / len(dataset)).tolist()
     return {"loss": loss, "acc1": 100 * top1, "acc5": 100 * top5}
+
+
+def tell_accuracy(result: dict[str, float], num_images: int) -> dict[str, float]:
+    """Print the top-1 accuracy of a validation, and return the result."""
+    distributed.print_once(f"Accuracy of the network on the {num_images} test images: {result['acc1']:.1f}%")
+    return result
+
+
+class EpochTraining:
+    """Training on labels by epochs, with a checkpoint and a log of JSON lines after each.
+
+    Goes on from the checkpoint, ours or an official one, if there is one.
+
+    Args:
+        file: Checkpoint.
+        log_file: Log.
+        module: What learns.
+        scheduler: Of the learning rates, by epochs; None where the batches set them.
+        origin: Checksum of the weights that the training started from, or whose features it sees.
+        flags: Values that a run which is resumed must have as they were.
+        rates: What the log calls the learning rate of each parameter group.
+        best_of: Accuracies of the best epoch that the checkpoint names.
+        weights_key, prefix, origin_key: How the checkpoint names the weights and the checksum.
+
+    Raises:
+        ValueError: If the checkpoint is not one of this run.
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        log_file: Path,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scheduler: LRScheduler | None,
+        origin: int,
+        *,
+        flags: dict | None = None,
+        rates: tuple[str, ...] = ("train_lr",),
+        best_of: tuple[str, ...] = ("acc1",),
+        weights_key: str = "state_dict",
+        prefix: str = "module.",
+        origin_key: str = "pretrained",
+    ):
+        self.file, self.log_file, self.module, self.optimizer = file, log_file, module, optimizer
+        self.scheduler, self.origin, self.flags, self.rates, self.best_of = scheduler, origin, flags, rates, best_of
+        self.weights_key, self.prefix, self.origin_key = weights_key, prefix, origin_key
+        self.first_epoch, self.log, self.best = 0, [], (0.0,) * len(best_of)
+        checkpoint = load_latest(file)
+        if checkpoint is not None:
+            self._resume(checkpoint)
+
+    def _resume(self, checkpoint: dict) -> None:
+        parts = {"optimizer": self.optimizer, "scheduler": self.scheduler}
+        parts = {name: part for name, part in parts.items() if part is not None}
+        if not {"epoch", self.weights_key, *parts} <= checkpoint.keys():
+            raise ValueError(f"{self.file} is a checkpoint of another script; choose another --output_dir")
+        if checkpoint.get(self.origin_key, self.origin) != self.origin:
+            raise ValueError(f"{self.file} started from other weights, or their features; use another --output_dir")
+        for flag, value in (self.flags or {}).items():
+            if (before := checkpoint.get("flags", {}).get(flag, value)) != value:
+                raise ValueError(
+                    f"--{flag} {value} does not fit {self.file}, which was written with --{flag} {before}; use that or "
+                    "another --output_dir"
+                )
+        fill(self.module, checkpoint[self.weights_key], self.file)
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+        self.first_epoch, self.log = checkpoint["epoch"], checkpoint.get("log", [])
+        best = checkpoint.get("best_acc", self.best)
+        self.best = tuple(best) if isinstance(best, list | tuple) else (best,)
+        for line in self.log:
+            self._see(line)
+        distributed.print_once(f"resuming at epoch {self.first_epoch}")
+
+    def _see(self, line: dict[str, float]) -> None:
+        names = [f"test_{name}" for name in self.best_of]
+        if names[0] in line:
+            self.best = max(self.best, tuple(line[name] for name in names))
+
+    def run(
+        self,
+        batches: Callable[[int], Iterable[tuple[Tensor, Tensor]]],
+        features: Features,
+        validation: Callable[[], dict[str, float]],
+        epochs: int,
+        bad_images: BadImages,
+        val_freq: int = 1,
+    ) -> dict[str, float]:
+        """The epochs that are still to be done; loss and accuracies in percent after the last one.
+
+        Args:
+            batches: Images and labels of an epoch, on the device of the module.
+            features: What is computed of the images before the module, and does not learn.
+            validation: The present loss and accuracies.
+            bad_images: Policy of the batches.
+            val_freq: Validate every so many epochs, and after the last one.
+        """
+        wrapped, result = distributed.wrap(self.module, next(self.module.parameters()).device), None
+        for epoch in range(self.first_epoch, epochs):
+            rates = [group["lr"] for group in self.optimizer.param_groups]
+            line = {"epoch": epoch, **dict(zip(self.rates, rates, strict=True))}
+            line["train_loss"] = train_one_epoch(wrapped, features, batches(epoch), self.optimizer)
+            line["bad_images"] = bad_images.count()
+            due = (epoch + 1) % val_freq == 0 or epoch + 1 == epochs
+            result = validation() if due else None
+            if result is not None:
+                line |= {f"test_{name}": value for name, value in result.items()}
+                self._see(line)
+                line["best_acc1"] = self.best[0]
+            self._end_epoch(line)
+        result = result or validation()  # there was nothing left to train
+        distributed.print_once(
+            f"Top-1 accuracy after the last epoch: {result['acc1']:.2f} % (top-5 {result['acc5']:.2f} %, "
+            f"best top-1 of all epochs {self.best[0]:.2f} %)"
+        )
+        return result
+
+    def _end_epoch(self, line: dict[str, float]) -> None:
+        self.log.append(line)
+        if self.scheduler is not None:
+            self.scheduler.step()
+        distributed.print_once("  ".join(f"{name} {value:.5g}" for name, value in line.items()))
+        if not distributed.is_main_process():
+            return
+        state = {
+            "epoch": line["epoch"] + 1,
+            self.weights_key: {f"{self.prefix}{name}": value for name, value in self.module.state_dict().items()},
+            "optimizer": self.optimizer.state_dict(),
+            "best_acc": self.best if len(self.best) > 1 else self.best[0],
+            self.origin_key: self.origin,
+            "log": self.log,
+        }
+        if self.scheduler is not None:
+            state["scheduler"] = self.scheduler.state_dict()
+        if self.flags is not None:
+            state["flags"] = self.flags
+        save(self.file, state)
+        self.log_file.write_text("".join(json.dumps(line) + "\n" for line in self.log))

@@ -4,7 +4,12 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
+from shared import distributed
+
 from .sources import ImageSource, check_same_classes, open_source
+from .subsets import Subset
 
 
 class NotLabelled(ValueError):
@@ -12,12 +17,21 @@ class NotLabelled(ValueError):
 
 
 def open_labelled(
-    data_path: str | None, val_path: str | None, allow_absolute_paths: bool = False, flag: str = "--data_path"
+    data_path: str | None,
+    val_path: str | None,
+    allow_absolute_paths: bool = False,
+    flag: str = "--data_path",
+    shared_classes_only: bool | None = None,
 ) -> tuple[ImageSource, ImageSource]:
-    """Labelled train and val images for an evaluation.
+    """Labelled train and val images for an evaluation, with the classes of the train images.
 
     The val images are those of ``val_path``; else the val part of ``data_path``; else a folder ``val`` beside a folder
     ``train``; else one image in ten of ``data_path`` (by the CRC-32 of its relative path).
+
+    Args:
+        flag: Of ``data_path``, for messages.
+        shared_classes_only: Where the two parts differ in their classes, leave out the images of those that only one
+            part has; None where there is no such flag.
 
     Raises:
         NotLabelled: If there are none.
@@ -30,11 +44,9 @@ def open_labelled(
     if len(train.classes) < 2:
         raise NotLabelled(f"{flag} {data_path}: there is only one class, {train.classes[0]!r}")
     if val_path is not None:
-        val = open_images(val_path, "all", flag="--val_path")
-        check_same_classes(train, val)
-        return train, val
+        return match_classes(train, open_images(val_path, "all", flag="--val_path"), shared_classes_only)
     try:
-        return _split(data_path, train, open_images)
+        return match_classes(*_split(data_path, train, open_images), shared_classes_only)
     except ValueError as error:
         raise NotLabelled(str(error)) from error
 
@@ -44,11 +56,40 @@ def _split(
 ) -> tuple[ImageSource, ImageSource]:
     beside = Path(data_path).with_name("val") if data_path and Path(data_path).name == "train" else None
     if beside is not None and beside.is_dir():
-        val = open_images(str(beside), "all")
-    else:
-        try:
-            val = open_images(data_path, "val")
-        except ValueError:  # no val part
-            train, val = (open_images(data_path, split, holdout=True) for split in ("train", "val"))
-    check_same_classes(train, val)
+        return train, open_images(str(beside), "all")
+    try:
+        return train, open_images(data_path, "val")
+    except ValueError:  # no val part
+        return tuple(open_images(data_path, split, holdout=True) for split in ("train", "val"))
+
+
+def match_classes(
+    train: ImageSource, val: ImageSource, shared_classes_only: bool | None = None
+) -> tuple[ImageSource, ImageSource]:
+    """Both parts with the classes and labels of ``train``, matched by name.
+
+    Args:
+        shared_classes_only: As for :func:`open_labelled`.
+
+    Raises:
+        ValueError: If ``val`` has no classes, or lacks or adds some, which are named.
+    """
+    shared = set(train.classes) & set(val.classes or ())
+    if not shared:
+        check_same_classes(train, val)
+    left_out = {"train": set(train.classes) - shared, "val": set(val.classes) - shared}
+    if any(left_out.values()) and not shared_classes_only:
+        hint = f"; --shared_classes_only true scores over the {len(shared)} classes that both have"
+        check_same_classes(train, val, "" if shared_classes_only is None else hint)
+    for part, names in left_out.items():
+        if names:
+            distributed.print_once(f"left out {len(names)} classes only in {part}: {', '.join(sorted(names)[:20])}")
+    label_of = {name: label for label, name in enumerate(train.classes)}
+    labels = np.array([label_of.get(name, -1) for name in val.classes])[val.labels]
+    if left_out["val"]:
+        val = Subset(val, np.flatnonzero(labels >= 0), val.name)
+    val.labels, val.classes = labels[labels >= 0], train.classes
+    if left_out["train"]:
+        in_both = np.isin(train.labels, [label_of[name] for name in shared])
+        train = Subset(train, np.flatnonzero(in_both), train.name)
     return train, val

@@ -217,8 +217,12 @@ def open_source(
     return FileSource(name, root, names, labels, classes, remarks)
 
 
-def check_same_classes(train: ImageSource, val: ImageSource) -> None:
-    """Raise ``ValueError`` unless both sources have classes and these are the same in the same order."""
+def check_same_classes(train: ImageSource, val: ImageSource, hint: str = "") -> None:
+    """Raise ``ValueError`` unless both sources have classes and these are the same in the same order.
+
+    Args:
+        hint: End of the message about differing classes.
+    """
     for source in (train, val):
         if source.classes is None:
             raise ValueError(f"{source.name} has no classes to evaluate: expected one folder per class, or labels")
@@ -229,6 +233,7 @@ def check_same_classes(train: ImageSource, val: ImageSource) -> None:
             f"{val.name} has other classes than {train.name}: {len(val.classes)} against {len(train.classes)}"
             + (f", missing {', '.join(missing)}" if missing else "")
             + (f", additional {', '.join(extra)}" if extra else "")
+            + hint
         )
 
 

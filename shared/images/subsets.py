@@ -1,5 +1,6 @@
 """Some images of a source: those of a list of names, such as the published lists of labelled ImageNet images."""
 
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,9 @@ class Subset(ImageSource):
 
     def load(self, index: int) -> EncodedImage | DecodedImage:
         return self.source.load(self.indices[index])
+
+    def checksum(self) -> int:
+        return zlib.crc32(self.labels, zlib.crc32(self.indices, self.source.checksum()))
 
 
 def listed_images(train: ImageSource, list_path: str, flag: str = "--subset_list") -> np.ndarray:

@@ -234,9 +234,14 @@ def select_backbone_weights(
     backbone = {name.removeprefix(prefix): tensors.pop(name) for name in inside}
     if any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in backbone):
         backbone = join_qkv(renamed(backbone, TRANSFORMERS_VIT))
-    flags = checkpoint.get("args")
+    return BackboneWeights(backbone, tensors, origin, flags_of_training(checkpoint))
+
+
+def flags_of_training(checkpoint) -> Mapping:
+    """The flags that a checkpoint was written with; empty where it does not say."""
+    flags = checkpoint.get("args") if isinstance(checkpoint, Mapping) else None
     flags = vars(flags) if isinstance(flags, argparse.Namespace) else flags
-    return BackboneWeights(backbone, tensors, origin, flags if isinstance(flags, Mapping) else {})
+    return flags if isinstance(flags, Mapping) else {}
 
 
 def _one_network(tensors: dict[str, Tensor], key: str, head_names: Sequence[str]) -> dict[str, Tensor]:

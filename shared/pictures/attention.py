@@ -16,7 +16,7 @@ from shared.multicrop import normalize_views
 
 from .sheets import Tile, colorize, magnify, normalised_pixels, save_sheet, write_png
 
-DIGIT = 5  # the embedded image whose attention is shown by default
+EMBEDDED_IMAGE = 5  # whose attention is shown by default
 
 MIN_SIDE_PX = 240  # smaller pictures are magnified
 MASK_COLOR = np.array([230, 60, 40], dtype=np.uint8)
@@ -39,7 +39,7 @@ def add_image_flags(parser: argparse.ArgumentParser) -> Callable[..., argparse.A
 def parse_image_flags(
     parser: argparse.ArgumentParser, arguments: list[str] | None, weights: Sequence[str], embedded_defaults: dict
 ) -> argparse.Namespace:
-    """Parse and check; with neither image nor weights the defaults are those of the embedded digits (``embedded``).
+    """Parse and check; with neither image nor weights the defaults are those of the embedded images (``embedded``).
 
     Args:
         weights: Names of the flags for weights.
@@ -58,11 +58,11 @@ def parse_image_flags(
 
 
 def chosen_image(args: argparse.Namespace) -> np.ndarray:
-    """RGB pixels (H, W, 3), uint8, of what the flags name: a file, a digit, or a photograph of scikit-learn."""
+    """RGB pixels (H, W, 3), uint8, of what the flags name: a file, an embedded image, or a photograph."""
     if args.image_path is not None:
         return read_image(args.image_path).decode()
     if args.embedded:
-        return open_source(None, "val").load(DIGIT).decode()
+        return open_source(None, "val").load(EMBEDDED_IMAGE).decode()
     from sklearn.datasets import load_sample_image  # a second of SciPy, of which the training needs nothing
 
     return load_sample_image("flower.jpg")

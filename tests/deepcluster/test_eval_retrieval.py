@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from deepcluster.eval_retrieval import (
@@ -15,7 +14,7 @@ from deepcluster.eval_retrieval import (
     score,
 )
 from deepcluster.hub import build_network, load_network
-from deepcluster.rmac import Whitening, region_vectors, rmac, rmac_regions
+from deepcluster.rmac import Whitening
 from tests.deepcluster.tiny import write_checkpoint
 
 
@@ -147,14 +146,6 @@ def test_maps_keep_the_resolution_before_the_last_pooling(checkpoint):
         MapsWithoutLastPooling(build_network("resnet18"))
 
 
-@pytest.mark.parametrize(("height", "width", "levels"), [(7, 30, 3), (30, 7, 2), (12, 12, 4), (3, 5, 3)])
-def test_regions_are_squares_inside_the_map_that_reach_its_ends(height, width, levels):
-    regions = rmac_regions(height, width, levels)
-    for x, y, w, h in regions:
-        assert w == h >= 1 and 0 <= x <= width - w and 0 <= y <= height - h
-    assert {(0, 0), (height - regions[0][3], width - regions[0][2])} <= {(y, x) for x, y, *_ in regions}
-
-
 def test_whitened_vectors_have_unit_scatter():
     vectors = torch.randn(300, 8, generator=torch.Generator().manual_seed(0)) @ torch.diag(torch.arange(1.0, 9))
     whitening = Whitening.fit(vectors, 5)
@@ -162,13 +153,3 @@ def test_whitened_vectors_have_unit_scatter():
     torch.testing.assert_close(projected.t() @ projected, torch.eye(5), atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match="--n_pca 9: 300 region vectors of 8 dimensions"):
         Whitening.fit(vectors, 9)
-
-
-def test_a_descriptor_is_the_normalised_sum_of_whitened_regions():
-    maps = torch.rand(8, 9, 12, generator=torch.Generator().manual_seed(0))
-    vectors = region_vectors(maps, 2)
-    whitening = Whitening(torch.zeros(8), torch.eye(8))
-    total = torch.zeros(8)
-    for x, y, w, h in rmac_regions(9, 12, 2):
-        total += F.normalize(torch.tensor([maps[c, y : y + h, x : x + w].max() for c in range(8)]), dim=0)
-    torch.testing.assert_close(rmac(vectors, whitening), total / total.norm())

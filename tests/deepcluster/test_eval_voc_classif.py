@@ -66,10 +66,6 @@ def test_labels_tell_classes_that_are_shown_ignored_and_absent(voc):
     assert images.source.load(2).decode().shape == (50, 62, 3)
 
 
-def test_classes_are_the_twenty_of_voc_in_alphabetical_order():
-    assert len(CLASSES) == 20 and list(CLASSES) == sorted(CLASSES)
-
-
 def test_another_layout_is_refused(voc, tmp_path):
     with pytest.raises(ValueError, match=r"--vocdir .*: expected a folder that ends in VOCdevkit/VOC2007"):
         VOCImages(tmp_path, "train")

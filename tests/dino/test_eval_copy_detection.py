@@ -4,8 +4,7 @@ import torch
 from PIL import Image
 
 from dino import eval_copy_detection
-from dino.eval_copy_detection import CopyDescriptor, Whitening, mean_average_precision
-from dino.vision_transformer import VisionTransformer
+from dino.eval_copy_detection import Whitening, mean_average_precision
 from tests.dino.tiny import COLOURS, picture, write_checkpoint, write_image
 
 NAMES = [f"20{i:02d}00.jpg" for i in range(6)]
@@ -43,19 +42,6 @@ def run(data, *flags):
     return eval_copy_detection.eval_copy_detection(parser.parse_args([str(argument) for argument in arguments]))
 
 
-def test_published_command_lines_parse():
-    parse = eval_copy_detection.get_args_parser().parse_args
-    line = (
-        "--data_path /copydays --whitening_path /whitening --distractors_path /distractors --imsize 320 "
-        "--batch_size_per_gpu 16 --pretrained_weights w.pth --use_cuda true --arch vit_base --patch_size 8 "
-        "--checkpoint_key teacher --num_workers 10 --dist_url env:// --local_rank 0"
-    )
-    assert parse(line.split()).whitening_path == "/whitening"
-    defaults = parse(["--data_path", "/copydays"])
-    assert (defaults.arch, defaults.patch_size, defaults.imsize) == ("vit_base", 8, 320)
-    assert defaults.batch_size_per_gpu == 16
-
-
 def test_copies_find_their_originals(data, capsys):
     torch.manual_seed(0)
     result = run(data, "--distractors_path", data / "distractors")
@@ -83,28 +69,6 @@ def test_a_neighbour_beyond_the_twentieth_does_not_count():
     neighbours = np.array([[3, 0, 1], [2, 1, 0]])
     assert mean_average_precision(neighbours, [[3], [0]]) == pytest.approx((1 + (0 + 1 / 3) / 2) / 2)
     assert mean_average_precision(neighbours, [[9], [2, 9]]) == pytest.approx((0 + 0.5) / 2)
-
-
-def test_descriptor_is_the_class_token_and_the_generalised_mean_of_the_patches():
-    torch.manual_seed(0)
-    backbone = VisionTransformer(img_size=16, patch_size=8, embed_dim=12, depth=2, num_heads=2).eval()
-    images = torch.randn(2, 3, 16, 24)
-    backbone.requires_grad_(False)
-    descriptors = CopyDescriptor(backbone)(images)
-    tokens = backbone.get_intermediate_layers(images, 1)[0]
-    torch.testing.assert_close(descriptors[:, :12], tokens[:, 0])
-    for image in range(2):
-        for d in range(12):
-            values = [max(float(v), 1e-6) ** 4 for v in tokens[image, 1:, d]]
-            assert descriptors[image, 12 + d].item() == pytest.approx((sum(values) / 6) ** 0.25, rel=1e-5)
-
-
-def test_whitened_features_about_zero_have_unit_second_moments():
-    generator = torch.Generator().manual_seed(0)
-    features = torch.randn(500, 8, generator=generator) @ torch.randn(8, 8, generator=generator)
-    features -= features.mean(dim=0)
-    whitened = Whitening(features)(features)
-    torch.testing.assert_close(whitened.t() @ whitened / 500, torch.eye(8), rtol=1e-4, atol=1e-4)
 
 
 def test_whitening_does_not_blow_up_directions_without_variance():

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
 from dino import eval_image_retrieval
-from dino.eval_image_retrieval import MultiScale, score_ranks, shrink_and_normalize
+from dino.eval_image_retrieval import score_ranks, shrink_and_normalize
 from dino.ground_truth import GroundTruth, read_ground_truth
 from shared.networks.weights import UnsafeFileError
 from tests.dino.tiny import COLOURS, picture, write_checkpoint, write_image
@@ -50,19 +49,6 @@ def run(data, *flags):
     return eval_image_retrieval.eval_image_retrieval(parser.parse_args([str(argument) for argument in arguments]))
 
 
-def test_published_command_lines_parse():
-    parse = eval_image_retrieval.get_args_parser().parse_args
-    line = (
-        "--imsize 512 --multiscale 1 --data_path /data/revisited --dataset rparis6k --use_cuda true --arch vit_small "
-        "--patch_size 16 --pretrained_weights w.pth --checkpoint_key teacher --num_workers 10 --dist_url env:// "
-        "--local_rank 0"
-    )
-    args = parse(line.split())
-    assert (args.imsize, args.multiscale, args.dataset) == (512, True, "rparis6k")
-    defaults = parse(["--data_path", "/data/revisited"])
-    assert (defaults.imsize, defaults.multiscale, defaults.dataset) == (224, False, "roxford5k")
-
-
 @pytest.mark.parametrize("multiscale", [0, 1])
 def test_buildings_of_one_colour_are_found(data, multiscale, capsys):
     torch.manual_seed(0)
@@ -89,41 +75,6 @@ def test_without_weights_vit_small_takes_those_of_google_landmarks(data, monkeyp
         run(data, "--arch", "vit_small", "--pretrained_weights", "")
 
 
-def slow_scores(ranking, positives, ignored):
-    """Average precision and precision at 1, 5, 10 by walking down one ranking."""
-    found, place, area, places = 0, 0, 0.0, []
-    for image in ranking:
-        if image in ignored:
-            continue
-        if image in positives:
-            before = found / place if place else 1.0
-            found += 1
-            area += (before + found / (place + 1)) / 2
-            places.append(place + 1)
-        place += 1
-    precision = []
-    for k in (1, 5, 10):
-        k = min(k, max(places))
-        precision.append(sum(p <= k for p in places) / k)
-    return area / len(positives), precision
-
-
-def test_scores_equal_a_walk_down_the_ranking():
-    generator = np.random.default_rng(0)
-    ranks = np.stack([generator.permutation(50) for _ in range(8)])
-    relevance = []
-    for _ in ranks:
-        easy, hard, junk = np.split(generator.permutation(50)[:15], [5, 11])
-        relevance.append({"easy": easy.tolist(), "hard": hard.tolist(), "junk": junk.tolist()})
-    truth = GroundTruth([""] * 50, [""] * 8, relevance)
-    medium, hard = score_ranks(ranks, truth, "medium"), score_ranks(ranks, truth, "hard")
-    for q, lists in enumerate(relevance):
-        ap, precision = slow_scores(ranks[q], [*lists["easy"], *lists["hard"]], lists["junk"])
-        assert (medium.ap[q], medium.precision[q].tolist()) == (pytest.approx(ap), pytest.approx(precision))
-        ap, precision = slow_scores(ranks[q], lists["hard"], [*lists["junk"], *lists["easy"]])
-        assert (hard.ap[q], hard.precision[q].tolist()) == (pytest.approx(ap), pytest.approx(precision))
-
-
 def test_queries_without_positives_are_left_out_of_the_mean():
     relevance = [{"easy": [0], "hard": [], "junk": []}, {"easy": [1], "hard": [2], "junk": []}]
     truth, ranks = GroundTruth([""] * 3, [""] * 2, relevance), np.array([[0, 1, 2], [2, 1, 0]])
@@ -133,19 +84,6 @@ def test_queries_without_positives_are_left_out_of_the_mean():
     relevance[1]["hard"] = []
     with pytest.raises(ValueError, match="no query has a positive image in the hard protocol"):
         score_ranks(ranks, truth, "hard")
-
-
-def test_multiscale_rows_do_not_depend_on_their_batch():
-    network = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())
-    images = torch.randn(3, 3, 16, 20)
-    together = MultiScale(network)(images)
-    torch.testing.assert_close(together.norm(dim=1), torch.ones(3))
-    torch.testing.assert_close(together, torch.cat([MultiScale(network)(image[None]) for image in images]))
-
-
-def test_images_shrink_into_the_box_and_never_grow():
-    assert shrink_and_normalize(picture(0, height=64, width=96), imsize=48).shape == (3, 32, 48)
-    assert shrink_and_normalize(picture(0, height=64, width=96), imsize=500).shape == (3, 64, 96)
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4])

@@ -1,5 +1,3 @@
-import re
-
 import pytest
 import torch
 
@@ -17,25 +15,6 @@ def data(tmp_path_factory):
 
 def run(*flags):
     return eval_knn.eval_knn(eval_knn.parse_args([*SMALL, "--device", "cpu", *map(str, flags)]))
-
-
-def test_published_command_lines_parse():
-    line = (
-        "--pretrained_weights w.pth --checkpoint_key teacher --data_path /imagenet --batch_size_per_gpu 64 "
-        "--nb_knn 10 20 --temperature 0.1 --use_cuda False --arch vit_small --patch_size 8 --dump_features f "
-        "--load_features g --num_workers 4 --dist_url env:// --local_rank 1"
-    )
-    args = eval_knn.parse_args(line.split())
-    assert (args.nb_knn, args.use_cuda, args.patch_size) == ([10, 20], False, 8)
-    defaults = eval_knn.parse_args(["--data_path", "/imagenet", "--local-rank=0"])
-    assert (defaults.nb_knn, defaults.temperature, defaults.batch_size_per_gpu) == ([10, 20, 100, 200], 0.07, 128)
-    assert (defaults.arch, defaults.patch_size, defaults.checkpoint_key) == ("vit_small", 16, "teacher")
-
-
-def test_images_of_three_colours_are_told_apart(data, capsys):
-    accuracies = run("--data_path", data, "--nb_knn", 1, 5)
-    assert accuracies == {1: (100, 100), 5: (100, 100)}
-    assert re.search(r"^5-NN classifier result: Top1: 100.00, Top5: 100.00$", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_dumped_features_give_the_same_accuracy_when_loaded(data, tmp_path):
@@ -86,24 +65,15 @@ def test_bad_input_is_one_clear_error(data, tmp_path):
     with pytest.raises(ValueError, match=r"--load_features .*: no trainfeat.pth"):
         run("--load_features", tmp_path)
 
-    one_class = {"blue": COLOURS["blue"]}
-    for part in ("train", "val"):
-        write_class_folders(tmp_path / "one" / part, 3, one_class)
+    write_class_folders(tmp_path / "one", 3, {"blue": COLOURS["blue"]})
     with pytest.raises(ValueError, match="only one class, 'blue'"):
         run("--data_path", tmp_path / "one")
 
-    write_class_folders(tmp_path / "other" / "train", 3)
-    write_class_folders(tmp_path / "other" / "val", 3, one_class | {"yellow": (200, 200, 20)})
-    with pytest.raises(ValueError, match=r"other classes than .*missing green, red, additional yellow"):
-        run("--data_path", tmp_path / "other")
 
-
-def test_weights_that_give_nan_features_are_refused(data, monkeypatch):
-    def broken(*_):
-        backbone = vit_tiny(img_size=[32])
-        torch.nn.init.constant_(backbone.norm.bias, torch.nan)
-        return backbone, 192
-
-    monkeypatch.setattr(eval_knn, "load_chosen", broken)
+def test_weights_that_give_nan_features_are_refused(data, tmp_path):
+    backbone = vit_tiny(img_size=[32])
+    torch.nn.init.constant_(backbone.norm.bias, 1e38)
+    torch.nn.init.constant_(backbone.norm.weight, 1e38)
+    torch.save(backbone.state_dict(), tmp_path / "weights.pth")
     with pytest.raises(ValueError, match="18 of 18 feature vectors are not finite"):
-        run("--data_path", data, "--nb_knn", 3)
+        run("--data_path", data, "--nb_knn", 3, "--pretrained_weights", tmp_path / "weights.pth")

@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from dino import eval_video_segmentation
@@ -57,17 +56,6 @@ def run(root, output_dir, *flags):
     return eval_video_segmentation.eval_video_segmentation(parser.parse_args([str(a) for a in arguments]))
 
 
-def test_published_command_lines_parse():
-    parse = eval_video_segmentation.get_args_parser().parse_args
-    line = (
-        "--data_path /davis --output_dir out --pretrained_weights w.pth --arch vit_base --patch_size 8 "
-        "--checkpoint_key teacher --n_last_frames 7 --size_mask_neighborhood 12 --topk 5 --bs 6"
-    )
-    assert parse(line.split()).arch == "vit_base"
-    defaults = parse(["--data_path", "/davis"])
-    assert (defaults.n_last_frames, defaults.size_mask_neighborhood, defaults.topk) == (7, 12, 5)
-
-
 def test_moving_objects_are_followed(davis, tmp_path):
     root, masks = davis
     torch.manual_seed(0)
@@ -90,37 +78,6 @@ def test_networks_for_one_channel_see_the_luminance(davis, tmp_path):
     run(davis[0], tmp_path, "--pretrained_weights", weights, "--n_last_frames", 1)
     with Image.open(tmp_path / "wide" / "00003.png") as mask:
         assert set(np.unique(np.array(mask))) == {0, 1, 2}
-
-
-def slow_propagation(features, context_features, context_masks, window, topk):
-    """One target patch at a time, over a list of all (affinity, mask) pairs."""
-    frames, num_classes, height, width = context_masks.shape
-    result = torch.zeros(num_classes, height, width)
-    for target in range(height * width):
-        pairs = []
-        for t in range(frames):
-            for source in range(height * width):
-                if window[target, source]:
-                    cosine = F.cosine_similarity(features[target], context_features[t, source], dim=0)
-                    mask = context_masks[t, :, source // width, source % width]
-                    pairs.append((torch.exp(cosine / 0.1), mask))
-        pairs.sort(key=lambda pair: -pair[0])
-        best = pairs[:topk]
-        total = sum(weight for weight, _ in best)
-        result[:, target // width, target % width] = sum(weight * mask for weight, mask in best) / total
-    return result
-
-
-@pytest.mark.parametrize("neighborhood", [0, 1, 2])
-def test_propagation_equals_a_loop_over_patches(neighborhood):
-    generator = torch.Generator().manual_seed(0)
-    features, context = torch.randn(20, 6, generator=generator), torch.randn(3, 20, 6, generator=generator)
-    masks = torch.rand(3, 4, 4, 5, generator=generator).softmax(dim=1)
-    window = neighborhood_window(4, 5, neighborhood)
-    expected = slow_propagation(features, context, masks, window, topk=5)
-    propagated = propagate_masks(features, context, masks, window, topk=5)
-    torch.testing.assert_close(propagated, expected)
-    torch.testing.assert_close(propagated.sum(dim=0), torch.ones(4, 5))
 
 
 def test_fewer_context_patches_than_matches_are_all_used():

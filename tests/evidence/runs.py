@@ -19,9 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from shared.evaluation.features import extract_features
 from shared.evaluation.knn import knn_classify
-from shared.evaluation.knn_monitor import KNNMonitor
 from shared.evaluation.linear import LinearClassifier, train_one_epoch
 from shared.images.labelled import open_labelled
+from shared.images.loading import EvalDataset, EvalTransform
 from shared.run.log import read_log
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -209,9 +209,10 @@ class PixelFeatures:
 
     def __init__(self, data_path: str | None, val_path: str | None, image_size: int, mean: tuple, std: tuple):
         device = torch.device("cpu")
-        monitor = KNNMonitor(open_labelled(data_path, val_path), image_size, mean, std, 1, 1, device)
-        self.train, self.train_labels = extract_features(Pixels(), monitor.train, device)
-        self.val, self.val_labels = extract_features(Pixels(), monitor.val, device)
+        transform = EvalTransform(round(image_size * 256 / 224), image_size, mean, std)
+        train, val = (EvalDataset(source, transform) for source in open_labelled(data_path, val_path))
+        self.train, self.train_labels = extract_features(Pixels(), train, device)
+        self.val, self.val_labels = extract_features(Pixels(), val, device)
 
     def knn(self) -> float:
         """Top-1 of k-NN with 20 neighbours, in percent."""

@@ -6,7 +6,6 @@ import shutil
 import signal
 import sys
 
-import numpy as np
 import pytest
 import torch
 
@@ -15,14 +14,12 @@ from msn.fine_tune import layer_of, param_groups
 from msn.flags import load_chosen_encoder
 from msn.hub import CARD, load_pretrained
 from msn.labelled_training import Validation, from_official
-from msn.linear_eval import LinearClassifier, RateInMomentumSGD
 from msn.vision_transformer import VisionTransformer
 from shared.networks.export import timm_arguments
 from shared.pictures.attention import class_attention
 from shared.run.attempt import Interrupted
 from shared.run.checkpoint import Checkpointer, load_latest
-from tests.msn.tiny import CHECKPOINT, small_networks
-from tests.processes import run_processes
+from tests.msn.tiny import CHECKPOINT
 from tests.reliability.runs import assert_same
 
 
@@ -117,58 +114,11 @@ def test_an_earlier_layout_goes_on_after_the_lines_of_its_log():
     assert (state["args"], state["batch_size"], state["best_top1_acc"]) == ({"lr": 0.1}, 8, {"best": 50.0})
 
 
-def linear_of_rank(rank: int, run: str, images: str, folder: str) -> None:
-    torch.distributed.destroy_process_group()  # the script joins the processes itself
-    os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
-    with small_networks():
-        linear(run, images, folder, "--batch_size", 4)
-
-
-def interrupted_linear_of_rank(rank: int, run: str, images: str, folder: str) -> None:
-    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(Interrupted):
-        if rank == 1:
-            send_sigterm_in_call(monkeypatch, Checkpointer, "after_step", 2)
-        linear_of_rank(rank, run, images, folder)
-
-
-def test_two_processes_stop_together_and_each_goes_on_with_its_own_losses(run, images, tmp_path):
-    run_processes(linear_of_rank, 2, str(run), str(images), str(tmp_path / "whole"))
-    run_processes(interrupted_linear_of_rank, 2, str(run), str(images), str(tmp_path / "parts"))
-    stopped = load_latest(tmp_path / "parts" / "msn-lin-eval.pth.tar")
-    assert stopped["step_in_epoch"] == 2 and [sums["epoch"]["loss"][1] for sums in stopped["log"]["sums"]] == [2, 2]
-    run_processes(linear_of_rank, 2, str(run), str(images), str(tmp_path / "parts"))
-    assert_same_end(tmp_path / "parts", tmp_path / "whole", "msn-lin-eval.pth.tar")
-
-
 def test_the_published_linear_config_is_understood():
     config = linear_eval.Path(linear_eval.__file__).parent / "configs/eval/lineval_msn_vits16.yaml"
     args = linear_eval.parse_args(["--fname", str(config), "--data_path", "/imagenet", "--folder", "/run"])
     assert (args.lr, args.epochs, args.num_blocks, args.normalize, args.device) == (6.4, 100, 1, True, "cuda")
     assert (args.pretrained, args.pretrain_path) == ("/run", "msn-vits16-latest.pth.tar")
-
-
-def test_steps_keep_the_learning_rate_they_were_made_with():
-    """The recurrence by hand, beside torch's SGD, with which it agrees while the rate is constant."""
-    mine, theirs = (torch.nn.Parameter(torch.tensor([1.0, -2.0])) for _ in range(2))
-    optimizer = RateInMomentumSGD([mine], lr=0.1, weight_decay=0.01)
-    sgd = torch.optim.SGD([theirs], lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01)
-    p, buffer = np.array([1.0, -2.0]), None
-    for step, lr in enumerate((0.1, 0.1, 0.05)):
-        for parameter, opt in ((mine, optimizer), (theirs, sgd)):
-            parameter.grad = 2 * parameter.detach()
-            opt.param_groups[0]["lr"] = lr
-            opt.step()
-        update = -lr * (2 * p + 0.01 * p)
-        buffer = update if buffer is None else 0.9 * buffer + update
-        p = p + update + 0.9 * buffer
-        np.testing.assert_allclose(mine.detach().numpy(), p, rtol=1e-5)
-        assert torch.allclose(mine, theirs) == (step < 2)
-
-
-def test_the_linear_classifier_normalises():
-    classifier = LinearClassifier(6, 3)
-    features = torch.randn(4, 6)
-    torch.testing.assert_close(classifier(5 * features), classifier(features), rtol=1e-3, atol=1e-4)
 
 
 # --- Fine-tuning ------------------------------------------------------------------------------------------------------
@@ -231,16 +181,18 @@ def knn_of(run, *flags) -> dict[int, tuple[float, float]]:
     return eval_knn.eval_knn(eval_knn.parse_args(flags))
 
 
-def test_network_and_image_size_are_those_of_the_training_unless_a_flag_says_otherwise(run, images, capsys):
+def test_network_and_image_size_are_those_of_the_training(run, images, capsys):
     data = ("--data_path", images, "--val_path", images)
     said = knn_of(run, *data, "--model_name", "deit_tiny", "--fname", CHECKPOINT, "--image_size", 32)
     assert "--image_size" not in capsys.readouterr().out
     assert knn_of(run, *data) == knn_of(run / CHECKPOINT, *data) == said
     printed = capsys.readouterr().out
-    assert "--model_name deit_tiny, as in the training" in printed and "--image_size 32" in printed
-    args = eval_knn.parse_args(["--pretrained", str(run), *map(str, data), "--image_size", "24"])
+    assert "--model_name deit_tiny --image_size 32, as in the training" in printed
+    args = eval_knn.parse_args(["--pretrained", str(run), *map(str, data)])
     load_chosen_encoder(args)
-    assert (args.model_name, args.image_size, args.fname) == ("deit_tiny", 24, CHECKPOINT)
+    assert (args.model_name, args.image_size, args.fname) == ("deit_tiny", 32, CHECKPOINT)
+    with pytest.raises(ValueError, match=r"--image_size 24 contradicts the checkpoint, .*--rand_size 32"):
+        knn_of(run, *data, "--image_size", 24)
 
 
 def test_the_embedded_digits_take_any_run_and_say_what_does_not_fit(run, tmp_path):
@@ -268,16 +220,7 @@ def test_without_flags_it_is_the_run_on_the_digits_that_is_taken(script, monkeyp
     assert end.value.code == 2 and ": run python main.py first" in capsys.readouterr().err
 
 
-# --- k-NN, attention, export ------------------------------------------------------------------------------------------
-
-
-def test_knn(run, images):
-    flags = f"--model_name deit_tiny --pretrained {run} --fname {CHECKPOINT} --data_path {images} --val_path {images} "
-    others = "--image_size 32 --num_workers 0 --device cpu --nb_knn 1 5"
-    accuracies = eval_knn.eval_knn(eval_knn.parse_args([*flags.split(), *others.split()]))
-    assert accuracies[1] == (100.0, 100.0) and accuracies[5][0] > 50  # an image's nearest neighbour is itself
-    with pytest.raises(ValueError, match="--nb_knn 100 is more than the 24 images"):
-        eval_knn.eval_knn(eval_knn.parse_args([*flags.split(), *others.split(), "100"]))
+# --- Attention, export ------------------------------------------------------------------------------------------------
 
 
 def test_attention_pictures(run, images, tmp_path):

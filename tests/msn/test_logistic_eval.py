@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from msn.hub import load_pretrained
 from msn.logistic_eval import (
@@ -83,20 +82,11 @@ def test_draws_are_a_function_of_seed_split_and_class(images):
     assert np.bincount(source.labels[drawn[0]]).tolist() == [2, 2, 2]
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("n01440764_1.JPEG\n", "1 of its 1 images are not in"),
-        ("", "is empty"),
-        ("class0_00.png\nclass1_01.png\n", "no image of 1 classes, such as class2"),
-    ],
-)
-def test_lists_that_do_not_fit_are_refused(images, tmp_path, text, message):
+def test_a_list_without_images_of_a_class_is_refused(images, tmp_path):
     path = tmp_path / "list.txt"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=message) as error:
+    path.write_text("class0_00.png\nclass1_01.png\n")
+    with pytest.raises(ValueError, match=f"--subset_path {path}: no image of 1 classes, such as class2"):
         labelled_splits(open_source(str(images), "all"), [str(path)], None, 1, 0)
-    assert f"--subset_path {path}" in str(error.value)
 
 
 def test_bad_flags_are_refused(run, images, tmp_path):
@@ -125,40 +115,20 @@ def test_the_official_command_line_is_understood():
     assert (args.data_path, args.device, args.normalize) == ("/datasets/imagenet", "cuda", True)
 
 
-def objective(weights: Tensor, features: Tensor, labels: Tensor, lambd: float, l1: float) -> Tensor:
-    """The published one: mean cross-entropy and regularisers over n."""
-    loss = torch.nn.functional.cross_entropy(features @ weights, labels)
-    return loss + lambd / len(labels) / 2 * weights.square().sum() + l1 / len(labels) * weights.abs().sum()
-
-
-@pytest.mark.parametrize("num_classes", [2, 4])
 @pytest.mark.parametrize("penalty", ["l2", "elastic-net"])
-def test_no_step_away_from_the_solution_lowers_the_objective(num_classes, penalty):
-    generator = torch.Generator().manual_seed(0)
-    features = torch.randn(40, 6, generator=generator, dtype=torch.double)
-    labels = (features @ torch.randn(6, num_classes, generator=generator, dtype=torch.double)).argmax(dim=1)
-    classifier = LowShotClassifier(features, labels, 0.5, penalty)
-    weights = torch.from_numpy(classifier.weights)
-    assert weights.shape == (6, num_classes)
-    prepared = torch.from_numpy(preprocess(features.numpy()))
-    l1 = 0.5 if penalty == "elastic-net" else 0.0
-    best = objective(weights, prepared, labels, 0.5, l1)
-    for _ in range(50):
-        step = torch.randn(weights.shape, generator=generator, dtype=torch.double) * 0.02
-        assert objective(weights + step, prepared, labels, 0.5, l1) > best
-    assert classifier.accuracy(features, labels) > 90
-
-
 @pytest.mark.parametrize("num_classes", [2, 10])
-def test_elastic_net_ends_where_no_derivative_points_down(num_classes):
+def test_the_classifier_ends_where_no_derivative_points_down(num_classes, penalty):
     """Of few images in many dimensions, where solvers are slow: derivatives at weights of 0 and at all others."""
     generator = torch.Generator().manual_seed(0)
     labels, lambd = torch.arange(50) % num_classes, 0.0025
     features = torch.randn(50, 96, generator=generator) + torch.randn(num_classes, 96, generator=generator)[labels]
-    weights = LowShotClassifier(features, labels, lambd, "elastic-net").weights
+    weights = LowShotClassifier(features, labels, lambd, penalty).weights
     prepared, one_hot = preprocess(features.double().numpy()), np.eye(num_classes)[labels]
     scores = np.exp(prepared @ weights)
     gradient = prepared.T @ (scores / scores.sum(axis=1, keepdims=True) - one_hot) + lambd * weights
+    if penalty == "l2":
+        np.testing.assert_allclose(gradient, 0, atol=1e-4)
+        return
     zero = weights == 0
     assert 0.1 < zero.mean() < 0.9
     assert np.abs(gradient[zero]).max() <= 1.001 * lambd
@@ -168,12 +138,6 @@ def test_elastic_net_ends_where_no_derivative_points_down(num_classes):
 def test_one_class_is_refused():
     with pytest.raises(ValueError, match="a single class"):
         LowShotClassifier(torch.randn(4, 3), torch.zeros(4, dtype=torch.long), 0.1)
-
-
-def test_rows_are_centred_and_of_length_one():
-    prepared = preprocess(np.random.default_rng(0).normal(3, 2, (5, 7)))
-    np.testing.assert_allclose(prepared.sum(axis=1), 0, atol=1e-12)
-    np.testing.assert_allclose((prepared**2).sum(axis=1), 1)
 
 
 def test_features_are_class_tokens_before_the_final_norm(run):

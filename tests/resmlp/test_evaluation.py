@@ -1,6 +1,4 @@
-"""k-NN, linear evaluation, pictures and export; self-supervised training by DINO."""
-
-import json
+"""Pictures and export; self-supervised training by DINO."""
 
 import numpy as np
 import onnxruntime
@@ -10,64 +8,13 @@ import torch
 from PIL import Image
 
 from dino import main_dino
-from resmlp import eval_knn, eval_linear, visualize_cross_patch
+from resmlp import visualize_cross_patch
 from resmlp.export import export
 from resmlp.hub import load_network
 from resmlp.resmlp_models import ResMLP
 from resmlp.visualize_cross_patch import locality, rows_as_maps, to_colors
 from shared.networks.weights import safe_load
 from tests.resmlp.test_resmlp_models import randomize
-
-
-def knn(*flags) -> dict:
-    return eval_knn.eval_knn(eval_knn.parse_args([*map(str, flags), "--device", "cpu", "--num_workers", "0"]))
-
-
-def test_knn_separates_colours_and_labels_decide(tmp_path):
-    """Reddish and bluish images: any network that is not constant tells them apart."""
-    rng = np.random.default_rng(0)
-    for part, count in (("train", 6), ("val", 3)):
-        for label, channel in (("red", 0), ("blue", 2)):
-            for i in range(count):
-                pixels = rng.integers(0, 60, (16, 16, 3), dtype=np.uint8)
-                pixels[..., channel] += 150
-                path = tmp_path / "data" / part / label / f"{i}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(pixels).save(path)
-    torch.manual_seed(0)
-    torch.save(ResMLP(16, 4, embed_dim=16, depth=2, init_scale=0.1).state_dict(), tmp_path / "weights.pth")
-    flags = ("--pretrained_weights", tmp_path / "weights.pth", "--data_path", tmp_path / "data", "--nb_knn", 3)
-    assert knn(*flags)[3][0] == 100
-    assert knn(*flags, "--image_size", 24)[3][0] == 100
-    with pytest.raises(ValueError, match="--nb_knn 13 is more than the 12 images"):
-        knn(*flags[:-1], 13)
-
-    linear_flags = [*map(str, flags[:4]), "--device", "cpu", "--num_workers", "0", "--lr", "5", "--output_dir"]
-    run = [*linear_flags, str(tmp_path / "linear"), "--batch_size_per_gpu", "4", "--epochs", "4"]
-    whole = eval_linear.eval_linear(eval_linear.parse_args(run))
-    assert whole["acc1"] == 100
-    log = (tmp_path / "linear/linear_log.txt").read_text()
-    assert [json.loads(line)["epoch"] for line in log.splitlines()] == [0, 1, 2, 3]
-    assert eval_linear.eval_linear(eval_linear.parse_args(run)) == whole  # resumes after the end
-
-    save, calls = eval_linear.save, []
-
-    def stop_after_two(*args):
-        save(*args)
-        calls.append(args)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-
-    stopped = [*linear_flags, str(tmp_path / "stopped"), "--batch_size_per_gpu", "4", "--epochs", "4"]
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(eval_linear, "save", stop_after_two)
-        eval_linear.eval_linear(eval_linear.parse_args(stopped))
-    assert eval_linear.eval_linear(eval_linear.parse_args(stopped)) == whole
-    assert (tmp_path / "stopped/linear_log.txt").read_text() == log
-    torch.manual_seed(1)
-    torch.save(ResMLP(16, 4, embed_dim=16, depth=2).state_dict(), tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match="features of other weights"):
-        eval_linear.eval_linear(eval_linear.parse_args(stopped))
 
 
 @pytest.mark.slow

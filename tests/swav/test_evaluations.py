@@ -1,7 +1,6 @@
 """Linear classification, fine-tuning with few labels, and k-NN: the real scripts on pictures of three colours."""
 
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -12,27 +11,22 @@ from PIL import Image
 from torchvision import transforms
 
 from shared import distributed
-from shared.evaluation import frozen
-from shared.images.decode import ImageError
-from shared.images.loading import BadImages
+from shared.evaluation import frozen, linear
+from shared.images.labelled import open_labelled
 from shared.images.sources import open_source
-from shared.images.views import ViewRecipe
 from swav import eval_knn, eval_linear, eval_semisup, evaluation, main_swav, resnet50
-from swav.eval_linear import FrozenFeatures, RegLog
 from swav.eval_semisup import drawn_images, labelled_subset
 from swav.hub import CARD
 from tests.interruption import interrupting
 from tests.processes import run_processes
 from tests.shared.photographs import photograph
 from tests.swav.tiny import (
-    COLOURS,
     build_small,
     finetuned_checkpoint,
     linear_checkpoint,
     make_network,
     small_resnet50,
     training_checkpoint,
-    write_picture,
     write_train_and_val,
 )
 
@@ -81,7 +75,7 @@ def log_of(folder: Path) -> list[dict]:
             "--pretrained swav_800ep_pretrain.pth.tar --dump_path out --workers 10 --arch resnet50w2 --use_bn True "
             "--global_pooling false --nesterov 0 --scheduler_type step --decay_epochs 96 96 --gamma 0.2 "
             "--dist_url env:// --world_size -1 --rank 0 --local_rank 0",
-            "--arch resnet50 --global_pooling true --use_bn false --seed 31 --epochs 100 --batch_size 32 --lr 0.3 "
+            "--global_pooling true --use_bn false --seed 31 --epochs 100 --batch_size 32 --lr 0.3 "
             "--wd 1e-6 --scheduler_type cosine --decay_epochs 60 80 --gamma 0.1 --final_lr 0 --nesterov false",
         ),
         (
@@ -94,25 +88,21 @@ def log_of(folder: Path) -> list[dict]:
 )
 def test_published_command_lines_parse_and_defaults_are_the_official_ones(script, published, defaults):
     args = ["--data_path", "/imagenet"]
-    assert script.parse_args([*args, *published.split()]).dump_path == "out"
+    assert script.parse_args([*args, *published.split()]).output_dir == "out"
     assert script.parse_args([*args, *defaults.split()]) == script.parse_args(args)
 
 
 def test_defaults_for_the_embedded_digits_are_those_of_the_training():
-    defaults, training = eval_knn.parse_args([]), main_swav.EMBEDDED_DATA_DEFAULTS
-    assert (defaults.arch, defaults.image_size) == (training["arch"], training["size_crops"][0])
-    assert defaults.pretrained == training["output_dir"] + "/checkpoint.pth.tar"
-    assert eval_knn.parse_args(["--data_path", "images"]).pretrained == ""
+    random, training = eval_knn.parse_args(["--pretrained", "random"]), main_swav.EMBEDDED_DATA_DEFAULTS
+    evaluation.choose_network(random)
+    assert (random.arch, random.image_size) == (training["arch"], training["size_crops"][0])
+    assert eval_knn.parse_args([]).pretrained == training["output_dir"] + "/checkpoint.pth.tar"
+    images = eval_knn.parse_args(["--data_path", "images"])
+    evaluation.choose_network(images)
+    assert (images.pretrained, images.arch, images.image_size) == ("", "resnet50", 224)
 
 
 # --- k-NN -------------------------------------------------------------------------------------------------------------
-
-
-def test_images_of_three_colours_are_told_apart(data, capsys):
-    accuracies = classify("--data_path", data, "--nb_knn", 1, 5)
-    assert accuracies[1] == (100, 100)
-    assert accuracies[5][0] > 80
-    assert re.search(r"^1-NN classifier result: Top1: 100.00, Top5: 100.00$", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_features_are_those_of_the_trunk_before_the_head(data, tmp_path, monkeypatch):
@@ -127,7 +117,7 @@ def test_features_are_those_of_the_trunk_before_the_head(data, tmp_path, monkeyp
     assert (ks, temperature) == ([1], 0.07)
     assert train_labels.tolist() == [0] * 6 + [1] * 6 + [2] * 6
     torch.testing.assert_close(val_features.norm(dim=1), torch.ones(9))
-    _, val = frozen.labelled_sources(str(data), None)
+    _, val = open_labelled(str(data), None)
     dataset = frozen.EvalDataset(val, frozen.eval_transform(CARD, 32, source))
     expected = torch.nn.functional.normalize(source.forward_backbone(dataset[0][0][None]), dim=1)
     torch.testing.assert_close(val_features[:1], expected, rtol=1e-4, atol=1e-6)
@@ -152,47 +142,12 @@ def test_images_are_prepared_as_in_the_official_code():
 # --- Linear classification --------------------------------------------------------------------------------------------
 
 
-def test_windows_are_means_of_six_by_six_pixels_of_the_map():
-    network = make_network(output_dim=0, hidden_mlp=0, nmb_prototypes=0, normalize=False)
-    images = torch.randn(2, 3, 224, 224)
-    pooled = FrozenFeatures(network, global_pooling=True)(images)
-    windows = FrozenFeatures(network, global_pooling=False)(images)
-    feature_map = network(images)
-    assert feature_map.shape == (2, 256, 7, 7)
-    torch.testing.assert_close(pooled, feature_map.mean(dim=(2, 3)))
-    assert windows.shape == (2, 256, 2, 2)
-    torch.testing.assert_close(windows[:, :, 0, 1], feature_map[:, :, :6, 1:].mean(dim=(2, 3)))
-
-
-def test_classifier_normalises_channels_before_the_linear_layer():
-    torch.manual_seed(0)
-    classifier = RegLog((4, 2, 2), 3, use_bn=True)
-    assert set(classifier.state_dict()) == {"linear.weight", "linear.bias"} | {
-        f"bn.{name}" for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-    }
-    features = torch.randn(8, 4, 2, 2) * 3 + 1
-    variance, mean = torch.var_mean(features, dim=(0, 2, 3), keepdim=True, correction=0)
-    expected = classifier.linear(((features - mean) / variance.sqrt()).reshape(8, 16))
-    torch.testing.assert_close(classifier(features), expected, rtol=1e-4, atol=1e-5)
-    assert set(RegLog((4,), 3).state_dict()) == {"linear.weight", "linear.bias"}
-
-
-def test_training_reports_the_last_epoch_and_logs_the_best(data, tmp_path, capsys):
-    result = probe(data, tmp_path, "--epochs", 3, "--val_freq", 2)
-    log = log_of(tmp_path)
-    assert [line["epoch"] for line in log] == [0, 1, 2]
-    assert ["test_acc1" in line for line in log] == [False, True, True]  # every second epoch and the last
-    assert result["acc1"] == log[-1]["test_acc1"] > 50
-    assert log[-1]["best_acc1"] == max(line.get("test_acc1", 0) for line in log)
-    assert [line["train_lr"] for line in log] == pytest.approx([0.1, 0.075, 0.025])  # cosine, not scaled
-    assert f"after the last epoch: {result['acc1']:.2f} %" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("flags", "rates"),
     [
         (["--scheduler_type", "step", "--decay_epochs", 1, 2, "--gamma", 0.5], [0.1, 0.05, 0.025]),
         (["--final_lr", 0.02], [0.1, 0.08, 0.04]),
+        ([], [0.1, 0.075, 0.025]),  # not scaled
     ],
 )
 def test_step_schedule_and_cosine_floor(flags, rates, data, tmp_path):
@@ -211,25 +166,22 @@ def test_windows_with_batch_norms_learn(data, tmp_path):
     assert state["module.bn.num_batches_tracked"] == 6
 
 
-@pytest.mark.parametrize("official", [False, True])
-def test_an_interrupted_run_ends_like_an_uninterrupted_one(official, data, tmp_path, monkeypatch):
+def test_a_run_of_the_official_code_goes_on(data, tmp_path, monkeypatch):
+    """Neither our flags nor our log, and a learning rate that is a numpy number."""
     result = probe(data, tmp_path / "whole", "--epochs", 2)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(evaluation, "train_one_epoch", interrupting(evaluation.train_one_epoch, call=2))
+        patched.setattr(linear, "train_one_epoch", interrupting(linear.train_one_epoch, call=2))
         probe(data, tmp_path / "resumed", "--epochs", 2)
-    if official:  # neither our flags nor our log, and a learning rate that is a numpy number
-        checkpoint = checkpoint_of(tmp_path / "resumed")
-        (group,) = checkpoint["optimizer"]["param_groups"]
-        group["lr"] = np.float64(group["lr"])
-        official = {k: v for k, v in checkpoint.items() if k not in ("flags", "pretrained", "log")}
-        torch.save(official, tmp_path / "resumed" / "checkpoint.pth.tar")
+    checkpoint = checkpoint_of(tmp_path / "resumed")
+    (group,) = checkpoint["optimizer"]["param_groups"]
+    group["lr"] = np.float64(group["lr"])
+    official = {k: v for k, v in checkpoint.items() if k not in ("flags", "pretrained", "log")}
+    torch.save(official, tmp_path / "resumed" / "checkpoint.pth.tar")
     assert probe(data, tmp_path / "resumed", "--epochs", 2) == result
-
     whole, resumed = (checkpoint_of(tmp_path / name) for name in ("whole", "resumed"))
     assert set(whole["state_dict"]) == {"module.linear.weight", "module.linear.bias"}
     torch.testing.assert_close(resumed["state_dict"], whole["state_dict"], rtol=0, atol=0)
-    assert resumed["log"] == (whole["log"][1:] if official else whole["log"])
-    assert probe(data, tmp_path / "whole", "--epochs", 2) == result  # there is nothing left to train
+    assert resumed["log"] == whole["log"][1:]
 
 
 def test_evaluate_validates_saved_and_official_classifiers(data, tmp_path, monkeypatch):
@@ -242,7 +194,7 @@ def test_evaluate_validates_saved_and_official_classifiers(data, tmp_path, monke
     monkeypatch.setattr(
         eval_linear, "fetch", lambda name: tmp_path / {"swav_800ep_eval_linear.pth.tar": "official.pth.tar"}[name]
     )
-    monkeypatch.setattr(eval_linear, "load_backbone", lambda *_: random_trunk())
+    monkeypatch.setattr(evaluation, "load_backbone", lambda *_: random_trunk())
     assert probe(data, tmp_path, "--evaluate", "--pretrained", "swav_800ep") == official
 
 
@@ -251,22 +203,11 @@ def random_trunk():
     return small_resnet50().eval().requires_grad_(False)
 
 
-def test_unreadable_train_images_are_replaced_and_listed_unless_they_are_to_stop_the_run(tmp_path):
-    root = write_train_and_val(tmp_path / "data")
-    broken = root / "train" / "green" / "002.png"
-    broken.write_bytes(broken.read_bytes()[:60])
-    probe(root, tmp_path / "run", "--epochs", 2)
-    assert (tmp_path / "run" / "bad_images.txt").read_text().split("\t")[0] == str(broken)
-    assert [line["bad_images"] for line in log_of(tmp_path / "run")] == [1, 1]
-    with pytest.raises(ImageError, match=str(broken)):
-        probe(root, tmp_path / "strict", "--on_bad_image", "error")
-
-
 def test_bad_input_is_one_clear_error(data, tmp_path):
     probe(data, tmp_path, "--epochs", 1)
     classifier = ["--evaluate", "--linear_weights", tmp_path / "checkpoint.pth.tar"]
     for flags, message in (
-        ([*classifier, "--arch", "resnet18"], "checkpoint.pth.tar does not fit: .*size mismatch for linear.weight"),
+        ([*classifier, "--arch", "resnet18"], "checkpoint.pth.tar does not fill .*size mismatch for linear.weight"),
         (["--evaluate"], "classifier is that of swav_800ep, not of --pretrained random"),
         (["--evaluate", "--linear_weights", "nowhere.pth"], "--linear_weights nowhere.pth is not a file"),
         (["--use_bn", "true"], "--use_bn true needs --global_pooling false"),
@@ -276,38 +217,12 @@ def test_bad_input_is_one_clear_error(data, tmp_path):
             "--global_pooling false needs the feature map of resnet50",
         ),
         (["--epochs", 2], "--epochs 2 does not fit .* was written with --epochs 1"),
-        (["--epochs", 1, "--seed", 32], "started from other weights than those of --pretrained; use another"),
     ):
         with pytest.raises(ValueError, match=message):
             probe(data, tmp_path, *flags)
-    with pytest.raises(SystemExit):
-        probe(data, tmp_path, "--val_freq", 0)
-    torch.save({"epoch": 3, "state_dict": {}, "optimizer": {}}, tmp_path / "checkpoint.pth.tar")
-    with pytest.raises(ValueError, match="is a checkpoint of another script; choose another --dump_path"):
-        probe(data, tmp_path, "--epochs", 1)
 
 
 # --- Fine-tuning with few labels --------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def imagenet(tmp_path):
-    """Folders and file names as ImageNet's."""
-    for c in range(3):
-        for i in range(4):
-            path = tmp_path / "train" / f"n0000000{c}" / f"n0000000{c}_{10 * i}.JPEG"
-            write_picture(path, 10 * c + i, list(COLOURS.values())[c])
-    return tmp_path
-
-
-def test_list_names_the_images_as_the_published_ones_do(imagenet):
-    (imagenet / "1percent.txt").write_text("n00000002_10.JPEG\nn00000000_0.JPEG\n\nn00000001/n00000001_30.JPEG\n")
-    subset = labelled_subset(open_source(str(imagenet / "train"), "all"), 1, str(imagenet / "1percent.txt"), seed=0)
-    names = [subset.path(i).rsplit("/", 1)[1] for i in range(len(subset))]
-    assert names == ["n00000000_0.JPEG", "n00000001_30.JPEG", "n00000002_10.JPEG"]
-    assert [subset.label(i) for i in range(3)] == [0, 1, 2]
-    assert subset.classes == ["n00000000", "n00000001", "n00000002"]
-    assert subset.load(0).decode().shape == (40, 48, 3)
 
 
 def test_without_a_list_every_class_gives_its_share():
@@ -353,12 +268,13 @@ def test_one_step_is_that_of_a_plain_loop(data, tmp_path):
     torch.manual_seed(31)
     network = small_resnet50()
     network.add_heads(256, output_dim=3)
-    train, _ = frozen.labelled_sources(str(data), None)
+    train, _ = open_labelled(str(data), None)
     subset = labelled_subset(train, 67, None, 31)
     assert len(subset) == 12
-    recipe, device = ViewRecipe(64, (0.08, 1.0), interpolation="bilinear"), torch.device("cpu")
-    loader, _ = frozen.train_crops(subset, recipe, 12, 31, 3, BadImages(len(subset)), 0, device)
-    images, labels = next(iter(frozen.on_device(CARD, loader, device)))
+    args = eval_semisup.parse_args([*SEMISUP, "--batch_size", "12", "--output_dir", str(tmp_path)])
+    transform = frozen.eval_transform(CARD, 64, network)
+    crops = frozen.TrainCrops(args, CARD, subset, transform, torch.device("cpu"))
+    images, labels = next(crops(0))
     F.cross_entropy(network.train()(images), labels).backward()
     head = network.projection_head
     torch.testing.assert_close(state["module.projection_head.weight"], head.weight - 0.5 * head.weight.grad)
@@ -380,7 +296,7 @@ def test_evaluate_validates_fine_tuned_networks(data, tmp_path):
     network, checkpoint = finetuned_checkpoint()
     torch.save(checkpoint, tmp_path / "official.pth.tar")
     accuracy = finetune(data, tmp_path, "--evaluate", "--pretrained", tmp_path / "official.pth.tar")["acc1"]
-    _, val = frozen.labelled_sources(str(data), None)
+    _, val = open_labelled(str(data), None)
     dataset = frozen.EvalDataset(val, frozen.eval_transform(CARD, 64, network))
     hits = [int(network(image[None]).argmax()) == label for image, label, _ in dataset]
     assert accuracy == pytest.approx(100 * np.mean(hits))

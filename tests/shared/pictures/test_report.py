@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from shared.evaluation.knn_monitor import KNNMonitor
+from shared.images.loading import EvalTransform
 from shared.images.sources import ArraySource
 from shared.pictures.report import Plot, Report, accuracy_plot, save_curves, save_views
 
@@ -76,11 +76,13 @@ def report_of(folder: Path, *lines: dict, problems: tuple = (), **flags) -> Repo
     return Report(SimpleNamespace(output_dir=folder, path=folder / "checkpoint.pth", health=health, args=args))
 
 
-def knn_monitor(labelled: bool) -> KNNMonitor:
-    images = np.random.default_rng(0).integers(0, 256, (12, 8, 8), dtype=np.uint8)
-    source = ArraySource("val", images, *((np.arange(12) % 3, [*"abc"]) if labelled else ()))
-    sources = (source, source) if labelled else None
-    return KNNMonitor(sources, 8, (0.5,) * 3, (0.5,) * 3, None, 1, "cpu", disabled_reason="the images have no classes")
+def knn_monitor(labelled: bool) -> SimpleNamespace:
+    source = ArraySource("val", np.zeros((12, 8, 8), dtype=np.uint8), np.arange(12) % 3, [*"abc"])
+    transform = EvalTransform(8, 8, (0.5,) * 3, (0.5,) * 3)
+    reason = None if labelled else "the images have no classes"
+    return SimpleNamespace(
+        disabled_reason=reason, val=SimpleNamespace(source=source), transform=transform, device="cpu"
+    )
 
 
 def test_the_text_states_result_problems_files_and_commands(tmp_path, capsys):
