@@ -13,7 +13,7 @@ from .convnets import ClusterNetwork, alexnet, vgg16
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
-RUN_ON_DIGITS = "runs/digits/checkpoint.pth.tar"  # where main.py leaves the network of the embedded data
+EMBEDDED_RUN = "runs/materials/checkpoint.pth.tar"  # where main.py leaves the network of the embedded data
 PAPER = {"alexnet": alexnet, "vgg16": vgg16}
 OFFICIAL_CROP_SIZE = 224
 NETWORK_FLAGS = ("arch", "sobel", "crop_size")  # a run is not resumed with other ones
@@ -60,7 +60,7 @@ CARD = Card(
     mean=MEAN,
     std=STD,
     interpolation="bilinear",
-    run_on_digits=RUN_ON_DIGITS,
+    embedded_run=EMBEDDED_RUN,
     main="main.py",
     checkpoint_key="state_dict",
     head_names=("top_layer",),

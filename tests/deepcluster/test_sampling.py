@@ -11,14 +11,6 @@ def shares(images):
     return np.bincount(ASSIGNMENTS[images], minlength=6) / len(images)
 
 
-def test_lists_of_clusters_are_the_assignments():
-    lists = cluster_lists(ASSIGNMENTS, 6)
-    assert len(lists) == 6 and len(lists[5]) == 0
-    for number, images in enumerate(lists):
-        assert (ASSIGNMENTS[images] == number).all()
-    assert sorted(np.concatenate(lists)) == list(range(500))
-
-
 def test_every_cluster_is_drawn_equally_often_whatever_its_size():
     drawn = draw_epoch(cluster_lists(ASSIGNMENTS, 6), 500, seed=1, sampler="uniform")
     np.testing.assert_allclose(shares(drawn), [0.2, 0.2, 0.2, 0.2, 0.2, 0], atol=0.005)
@@ -46,10 +38,6 @@ def test_a_draw_is_a_function_of_its_seed():
 def test_an_unknown_sampler_is_refused():
     with pytest.raises(ValueError, match="--sampler 'best' is none of uniform, official"):
         draw_epoch(cluster_lists(ASSIGNMENTS, 6), 10, 0, "best")
-
-
-def test_pseudo_labels_leave_out_empty_clusters():
-    assert pseudo_labels(torch.tensor([4, 0, 4, 2]), 6).tolist() == [2, 0, 2, 1]
 
 
 def test_repetitions_are_counted_in_order():
@@ -96,3 +84,7 @@ def test_an_image_drawn_twice_has_two_keys_and_another_epoch_has_others():
 def test_an_epoch_without_steps_is_refused(num_draws, batch_size, message):
     with pytest.raises(ValueError, match=message):
         DrawnBatches(num_draws, batch_size)
+
+
+def test_pseudo_labels_leave_out_empty_clusters():
+    assert pseudo_labels(torch.tensor([4, 0, 4, 2]), 6).tolist() == [2, 0, 2, 1]

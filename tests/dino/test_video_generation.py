@@ -128,11 +128,3 @@ def test_wrong_flags_are_refused(flags, capsys):
     with pytest.raises(SystemExit):
         parse_args([*flags, "--input_path", "x"])
     assert flags[0] in capsys.readouterr().err
-
-
-def test_official_command_line_parses():
-    command = (
-        "--arch vit_small --patch_size 8 --input_path in --output_path out --fps 25 --video_format avi --resize 480"
-    )
-    args = parse_args(command.split())
-    assert (args.resize, args.fps, args.checkpoint_key, args.video_only) == ([480], 25.0, "teacher", False)

@@ -164,8 +164,3 @@ def test_compiled_network_gives_the_same_loss_and_gradients():
     compiled = model(images)
     torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
     assert_same_gradients(gradients(model, compiled), expected)
-
-
-def test_only_a_free_last_layer_trains_its_norms():
-    assert not DINOHead(8, 12, hidden_dim=10, bottleneck_dim=6).last_layer.weight_g.requires_grad
-    assert DINOHead(8, 12, hidden_dim=10, bottleneck_dim=6, norm_last_layer=False).last_layer.weight_g.requires_grad

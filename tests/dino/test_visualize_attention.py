@@ -136,7 +136,7 @@ def test_without_image_given_weights_look_at_a_photograph(checkpoint, tmp_path):
 def test_without_anything_it_is_an_embedded_image_and_its_run(checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(neighbours, "MOST_IMAGES", 40)
-    run = tmp_path / "runs/digits"
+    run = tmp_path / "runs/materials"
     run.mkdir(parents=True)
     drawn = {"global_crop_size": 24, "local_crop_size": 8, "local_crops_number": 3, "global_crops_scale": (0.5, 1.0)}
     state = torch.load(checkpoint, weights_only=True)

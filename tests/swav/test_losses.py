@@ -73,17 +73,6 @@ def test_a_batch_without_any_cluster_has_a_loss_of_zero():
     assert loss == 0 and not scores[0].grad.any()
 
 
-def test_the_queue_holds_the_newest_rows_first():
-    queue = EmbeddingQueue(2, 4, 3)
-    batches = torch.arange(18.0).view(3, 2, 3)
-    assert not queue.is_full(0)
-    for i, batch in enumerate(batches):
-        queue.push(0, batch)
-        assert queue.is_full(0) == (i >= 1) and not queue.is_full(1)
-    assert torch.equal(queue.embeddings[0], torch.cat([batches[2], batches[1]]))
-    assert not queue.embeddings[1].any()
-
-
 def test_rows_that_are_not_finite_do_not_enter_the_queue():
     queue = EmbeddingQueue(1, 4, 2)
     first, second = torch.tensor([[1.0, 2], [3, 4]]), torch.tensor([[5.0, math.nan], [7, 8]])

@@ -207,8 +207,3 @@ def test_compiled_networks_train_alike(images, tmp_path, small_networks):
         train(tmp_path / name, "--data_path", images, "--epochs", 1, "--drop-path", 0, *flags)
     np.testing.assert_allclose(losses(tmp_path / "compiled"), losses(tmp_path / "eager"), rtol=1e-3)
     assert state_of(tmp_path / "compiled")["model"].keys() == state_of(tmp_path / "eager")["model"].keys()
-
-
-def test_embedded_data_have_defaults_of_their_own():
-    assert vars(parse_args([])).items() >= main.EMBEDDED_DATA_DEFAULTS.items()
-    assert parse_args(["--epochs", "2"]).epochs == 2

@@ -13,7 +13,6 @@ from xcit import cross_covariance_transformer
 from xcit.cross_covariance_transformer import (
     ARCHITECTURES,
     XCA,
-    ClassAttentionBlock,
     XCiT,
     architecture,
     build_xcit,
@@ -84,13 +83,6 @@ def test_cross_covariance_attention_stays_in_the_range_of_float16():
     expected = attention(x)
     difference = attention.half()(x.half()).float() - expected
     assert difference.abs().max() < 0.01 * expected.abs().max()
-
-
-@pytest.mark.parametrize("tokens_norm", [True, False])
-def test_the_last_block_computes_the_class_token_alone(tokens_norm):
-    block = randomized(ClassAttentionBlock(32, 2, qkv_bias=True, tokens_norm=tokens_norm)).eval()
-    x = torch.randn(2, 6, 32)
-    torch.testing.assert_close(block.class_token(x), block(x)[:, :1])
 
 
 def test_attention_of_the_class_token_is_what_its_output_is_made_of():
