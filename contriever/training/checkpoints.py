@@ -94,8 +94,8 @@ def from_official(checkpoint: dict, args: argparse.Namespace, data: TrainingData
         raise ValueError(f"--on_changed_run refuse: {'; '.join(changes)}")
     if args.on_changed_run == "same_data" and checkpoint.get("text", data.checksum) != data.checksum:
         raise ValueError(
-            "the checkpoint to go on with was written with other text: name another output folder, or go on all the same "
-            "with --on_changed_run continue"
+            "the checkpoint to go on with was written with other text: name another output folder, or go on all the "
+            "same with --on_changed_run continue"
         )
     if changes:
         distributed.print_once(f"resuming a changed run; draws differ from here on: {'; '.join(changes)}")
