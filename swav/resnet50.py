@@ -86,13 +86,14 @@ class PrototypeNetwork(nn.Module):
     def forward_head(self, features: Tensor) -> Tensor | tuple[Tensor, Tensor | list[Tensor]]:
         """Embeddings of features, and with prototypes their scores too."""
         embeddings = features if self.projection_head is None else self.projection_head(features)
-        # float32 also under autocast: scores are divided by an epsilon of 0.05, which magnifies rounding
+        # in the type of the weights, under autocast too: scores are divided by an epsilon of 0.05, which magnifies rounding
+        dtype = next(self.parameters()).dtype
         with torch.autocast(embeddings.device.type, enabled=False):
             if self.normalize:
-                embeddings = F.normalize(embeddings.float(), dim=1)
+                embeddings = F.normalize(embeddings.to(dtype), dim=1)
             if self.prototypes is None:
                 return embeddings
-            return embeddings, self.prototypes(embeddings.float())
+            return embeddings, self.prototypes(embeddings.to(dtype))
 
     def forward(self, views: Tensor | Sequence[Tensor]) -> Tensor | tuple[Tensor, Tensor | list[Tensor]]:
         """Run views of several sizes through the trunk, one pass per size, and once through the head.
@@ -103,7 +104,8 @@ class PrototypeNetwork(nn.Module):
 
         Returns:
             Embeddings (V * B, D), crop-major (all images of the first view, then of the second, ...); with prototypes
-            also the scores (V * B, K), a list of them for several sets. Embeddings are float32 when normalised.
+            also the scores (V * B, K), a list of them for several sets. Normalised embeddings have the type of the
+            weights, under autocast too.
         """
         if isinstance(views, Tensor):
             views = [views]
