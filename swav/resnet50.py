@@ -86,7 +86,7 @@ class PrototypeNetwork(nn.Module):
     def forward_head(self, features: Tensor) -> Tensor | tuple[Tensor, Tensor | list[Tensor]]:
         """Embeddings of features, and with prototypes their scores too."""
         embeddings = features if self.projection_head is None else self.projection_head(features)
-        # in the type of the weights, under autocast too: scores are divided by an epsilon of 0.05, which magnifies rounding
+        # in the type of the weights, also under autocast: division by an epsilon of 0.05 magnifies rounding
         dtype = next(self.parameters()).dtype
         with torch.autocast(embeddings.device.type, enabled=False):
             if self.normalize:
