@@ -24,9 +24,10 @@ from torch.utils.data import DataLoader
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from deepcluster.checkpoints import NETWORK_FLAGS, from_official, to_official
 from deepcluster.clustering import ClusteringState, Clusters, cluster, pca_whiten
 from deepcluster.convnets import ClusterNetwork, new_top_layer
-from deepcluster.hub import MEAN, NETWORK_FLAGS, STD, build_network, from_official, to_official
+from deepcluster.hub import MEAN, STD, build_network
 from deepcluster.report import HEALTH_RULES, report
 from deepcluster.sampling import (
     SAMPLERS,

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from deepcluster.hub import build_network, load_network, official_names
+from deepcluster.checkpoints import official_names
+from deepcluster.hub import build_network, load_network
 from shared.networks.weights import UnsafeFileError, WeightMismatch, safe_load
 from tests.deepcluster.tiny import write_checkpoint
 from tests.shared.networks.test_legacy_tar import write as write_legacy_tar
