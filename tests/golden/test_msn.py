@@ -369,7 +369,8 @@ def test_training_follows_the_reference_step_by_step(case, tmp_path, monkeypatch
             assert (found - expected).norm() <= 1e-3 * expected.norm() + 1e-7, key
             assert all(part.abs().max() < 1e-4 for part in (found_noise, noise) if len(part)), key
         else:
-            assert_close(found, expected, atol=1e-4, msg=lambda m, key=key: f"{key}: {m}")
+            # in the mean: where a gradient is nearly 0, Adam makes much of its rounding
+            assert (found - expected).norm() <= 1e-4 * (found.numel() ** 0.5 + expected.norm()), key
             assert_close(found_noise, noise, atol=2 * steps_taken * float(schedules.lr.max()), rtol=0)
 
 

@@ -382,7 +382,7 @@ def test_training_follows_the_reference_step_by_step(case, tmp_path):
             close_in_norm(gradient, key, 1e-3)
     for step in snapshots:
         for name, value in recorder.states[step].items():
-            close_in_norm(value, f"{case}/out/step{step}/{name}", 1e-3)
+            close_in_norm(value, f"{case}/out/step{step}/{name}", 5e-3)
 
 
 def test_every_array_was_compared():
