@@ -45,7 +45,7 @@ from shared.networks.batchnorm import synchronize_batchnorm
 from shared.optimisation.optim import clip_grad_norm_per_tensor_
 from shared.optimisation.precision import Precision
 from shared.run.checkpoint import load_latest_or_given
-from shared.run.flags import add_run_flags, parse_with_embedded_defaults, tell_embedded_defaults
+from shared.run.flags import add_reading_flags, add_run_flags, parse_with_embedded_defaults, tell_embedded_defaults
 from shared.run.health import HealthMonitor
 from shared.run.randomness import derive_seed
 from shared.run.run import Run
@@ -74,7 +74,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     images = "training images: folder, .txt list or torchvision name; default: the embedded ones"
     add("data_path", metavar="DIR", nargs="?", default=None, help=images)
     add("--val_path", default=None, help="images for the k-NN evaluation; by default those that belong to DIR")
-    add("--allow_absolute_paths", action="store_true", help="in .txt lists")
+    add_reading_flags(add)
     add("--cache", default="none", help="decoded images: none, memory, or a folder for a memory-mapped file")
     add("--on_bad_image", default="replace", choices=("replace", "error"), help="what an unreadable image does")
     add("--max_bad_fraction", type=float, default=0.01, help="stop when more images than this share are unreadable")

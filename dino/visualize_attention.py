@@ -29,18 +29,19 @@ from shared import distributed
 from shared.evaluation.flags import flags_of_run
 from shared.evaluation.neighbours import sample_gallery, save_nearest
 from shared.images.loading import EvalTransform
-from shared.images.sources import ArraySource, open_source
+from shared.images.sources import ArraySource, open_source, reading
 from shared.multicrop import MultiCropDataset, ViewRecipe
 from shared.networks.backbones import input_channels
 from shared.pictures.attention import add_image_flags, chosen_image, parse_image_flags, prepare_image, save_attention
 from shared.pictures.report import save_curves
+from shared.run.flags import add_reading_flags
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = evaluation_parser(__doc__, patch_size=8)
     add = add_image_flags(parser)
     add("--data_path", default=None, help="images, of which at most 2,000 are searched for the neighbours of ten")
-    add("--allow_absolute_paths", action="store_true", help="in .txt lists")
+    add_reading_flags(add)
     return parser
 
 
@@ -90,7 +91,7 @@ def visualize_attention(args: argparse.Namespace) -> list[Path]:
     if args.data_path is not None or args.embedded:
         size = recipes[0].size_px
         transform = EvalTransform(round(size * 256 / 224), size, MEAN, STD, in_chans)
-        source = open_source(args.data_path, "train", allow_absolute_paths=args.allow_absolute_paths)
+        source = open_source(args.data_path, "train", **reading(args))
         gallery = sample_gallery(model, source, transform, device)
         sheets.append(save_nearest(gallery, gallery, output_dir / "neighbours.png"))
     log = Path(args.pretrained_weights).parent / "metrics.jsonl"

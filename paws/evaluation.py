@@ -15,7 +15,7 @@ from shared import distributed
 from shared.evaluation.features import extract_features
 from shared.images.labelled import NotLabelled
 from shared.images.loading import BadImages, EvalDataset, EvalTransform
-from shared.images.sources import ImageSource, check_same_classes, open_source
+from shared.images.sources import ImageSource, check_same_classes, open_source, reading
 from shared.networks.backbones import input_channels
 
 from .augmentations import Recipe
@@ -63,7 +63,7 @@ class Validation:
 
 
 def open_validation(
-    images: PartlyLabelled, data_path: str | None, val_path: str | None, allow_absolute_paths: bool = False
+    images: PartlyLabelled, data_path: str | None, val_path: str | None, **reading_options
 ) -> Validation:
     """Images to classify: ``val_path``; else the val part of ``data_path``; else those whose labels were kept back.
 
@@ -71,7 +71,7 @@ def open_validation(
         NotLabelled: If there are none.
         ValueError: If they cannot be opened or have other classes.
     """
-    open_images = partial(open_source, allow_absolute_paths=allow_absolute_paths)
+    open_images = partial(open_source, **reading_options)
     beside = Path(data_path).with_name("val") if data_path and Path(data_path).name == "train" else None
     if val_path is not None:
         val = open_images(val_path, "all", flag="--val_path")
@@ -203,7 +203,7 @@ def build_snn_monitor(args: argparse.Namespace, classifier: SoftNearestNeighbour
     validation, reason, bad_images = None, "--eval_knn_freq 0", None
     if args.eval_knn_freq != 0:
         try:
-            validation = open_validation(classifier.images, args.data_path, args.val_path, args.allow_absolute_paths)
+            validation = open_validation(classifier.images, args.data_path, args.val_path, **reading(args))
         except NotLabelled as error:
             if args.eval_knn_freq:
                 raise ValueError(f"--eval_knn_freq {args.eval_knn_freq}: {error}") from error

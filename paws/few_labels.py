@@ -27,6 +27,7 @@ from shared import distributed
 from shared.evaluation.features import extract_features
 from shared.evaluation.knn import knn_classify
 from shared.images.loading import EvalDataset, EvalTransform
+from shared.images.sources import reading
 from shared.pictures.curves import Curve, Panel, save_panels
 from shared.run.log import read_log
 
@@ -59,9 +60,9 @@ def compare(args: argparse.Namespace) -> list[dict[str, float]]:
     output_dir = Path(args.output_dir)
     rows = []
     for count in args.labels_per_class:
-        how = {"data_seed": args.data_seed, "allow_absolute_paths": args.allow_absolute_paths}
+        how = {"data_seed": args.data_seed, **reading(args)}
         images = open_partly_labelled(args.data_path, labels_per_class=count, **how)
-        validation = open_validation(images, args.data_path, args.val_path, args.allow_absolute_paths)
+        validation = open_validation(images, args.data_path, args.val_path, **reading(args))
         recipe = choose_recipe(args.dataset, args.normalize, args.image_size)
         distributed.print_once(f"--- {count} label(s) of each of {len(images.classes)} classes")
         run = output_dir / f"{count}-labels"

@@ -33,6 +33,7 @@ from paws.optimisation import LARS, lr_schedule, parameter_groups
 from shared import distributed
 from shared.images.labelled import NotLabelled
 from shared.images.loading import EpochBatchSampler
+from shared.images.sources import reading
 from shared.multicrop import normalize_views
 from shared.networks.backbones import input_channels
 from shared.networks.batchnorm import synchronize_batchnorm
@@ -141,7 +142,7 @@ def find_validation(args: argparse.Namespace, images: PartlyLabelled) -> Validat
         ValueError: If there are none with ``--training false``.
     """
     try:
-        return open_validation(images, args.data_path, args.val_path, args.allow_absolute_paths)
+        return open_validation(images, args.data_path, args.val_path, **reading(args))
     except NotLabelled as error:
         if not args.training:
             raise ValueError(f"--training false: {error}") from error

@@ -13,7 +13,7 @@ import torch
 from shared import distributed
 from shared.images.cache import cache_images
 from shared.images.loading import default_num_workers
-from shared.images.sources import FileSource, ImageSource, open_source
+from shared.images.sources import FileSource, ImageSource, open_source, reading
 from shared.images.subsets import listed_images
 from shared.images.tables import names_an_image, read_cells
 from shared.run.randomness import derive_seed
@@ -76,8 +76,8 @@ def open_partly_labelled(
     unlabeled_frac: float = 0.9,
     subset_path: str | None = None,
     data_seed: int | None = None,
-    allow_absolute_paths: bool = False,
     min_confidence: float | None = None,
+    **reading_options,
 ) -> PartlyLabelled:
     """Open ``--data_path`` and find out which images have a label.
 
@@ -92,10 +92,12 @@ def open_partly_labelled(
     none of these                           each with probability 1 - ``--unlabeled_frac``, as in the official code
     ======================================  ===========================================================================
 
+    ``reading_options`` are those of :func:`shared.images.sources.open_source`.
+
     Raises:
         ValueError: If the labels do not fit the images, or a class is left without a label.
     """
-    source = open_source(data_path, "train", allow_absolute_paths=allow_absolute_paths)
+    source = open_source(data_path, "train", **reading_options)
     given = [
         f"--{name}"
         for name, value in (("labels", labels), ("labels_per_class", labels_per_class), ("subset_path", subset_path))
@@ -151,7 +153,7 @@ def open_images(args: argparse.Namespace) -> PartlyLabelled:
         unlabeled_frac=args.unlabeled_frac,
         subset_path=args.subset_path,
         data_seed=args.data_seed,
-        allow_absolute_paths=args.allow_absolute_paths,
+        **reading(args),
         min_confidence=args.min_confidence,
     )
     distributed.print_once(images.describe())

@@ -20,6 +20,7 @@ from paws.evaluation import SoftNearestNeighbours, eval_transform, open_validati
 from paws.hub import load_encoder
 from paws.labels import open_images
 from shared import distributed
+from shared.images.sources import reading
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -45,7 +46,7 @@ def snn_eval(args: argparse.Namespace) -> tuple[float, float]:
     """Top-1 and top-5 in percent, the same on every process."""
     device = distributed.init(args.dist_url, args.device)
     images = open_images(args)
-    validation = open_validation(images, args.data_path, args.val_path, args.allow_absolute_paths)
+    validation = open_validation(images, args.data_path, args.val_path, **reading(args))
     recipe = choose_recipe(args.dataset, args.normalize, args.image_size)
     encoder = load_encoder(args.model_name, args.pretrained, args.use_pred).to(device)
     classifier = SoftNearestNeighbours(

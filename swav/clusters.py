@@ -32,7 +32,8 @@ from shared.evaluation.flags import add_process_flags, parse_evaluation
 from shared.evaluation.frozen import eval_transform
 from shared.images.decode import ImageError
 from shared.images.loading import EvalDataset
-from shared.images.sources import ImageSource, open_source
+from shared.images.sources import ImageSource, open_source, reading
+from shared.run.flags import add_reading_flags
 from swav import evaluation
 from swav.cluster_pictures import save_overview, save_sheets, save_usage
 from swav.clustering import Clustering, assign, describe, summarise
@@ -47,7 +48,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("images").add_argument
     images = "a folder of images, with or without class folders, .txt list or torchvision name; default: embedded ones"
     add("--data_path", default=None, help=images)
-    add("--allow_absolute_paths", action="store_true", help="in .txt lists")
+    add_reading_flags(add)
     add("--split", default="all", choices=("all", "train", "val"), help="part of a data set that has several")
     size = "side of the centre crop in pixels, 7/8 of the short side; None: that of the training, else 224"
     add("--image_size", type=int, default=None, help=size)
@@ -76,7 +77,7 @@ def cluster_images(args: argparse.Namespace) -> dict | None:
     if args.temperature <= 0:
         raise ValueError(f"--temperature {args.temperature} is not positive")
     device = distributed.init(args.dist_url, args.device)
-    source = open_source(args.data_path, args.split, allow_absolute_paths=args.allow_absolute_paths)
+    source = open_source(args.data_path, args.split, **reading(args))
     distributed.print_once(source.describe())
     evaluation.choose_network(args)
     network = load_network(args.arch, args.pretrained, args.allow_partial).to(device)

@@ -7,7 +7,7 @@ from pathlib import Path
 from shared import distributed
 from shared.images.loading import default_num_workers
 from shared.networks.weights import flags_of_training, safe_load
-from shared.run.flags import bool_flag, parse_with_embedded_defaults
+from shared.run.flags import add_reading_flags, bool_flag, parse_with_embedded_defaults
 
 POSITIVE = ("epochs", "batch_size", "image_size", "val_freq", "num_blocks", "images_per_sheet", "max_sheets")
 
@@ -18,7 +18,7 @@ def add_labelled_flags(parser: argparse.ArgumentParser, data_flag: str = "--data
     images = "folder with train/ and val/ or with class folders, .txt list or torchvision name; None: embedded ones"
     add(data_flag, dest="data_path", default=None, help=images)
     add("--val_path", default=None, help=f"images to classify; by default those that belong to {data_flag}")
-    add("--allow_absolute_paths", action="store_true", help="in .txt lists")
+    add_reading_flags(add)
     shared = "leave out the images of classes that only train or only val has, instead of refusing them"
     add("--shared_classes_only", type=bool_flag, default=False, help=shared)
     add("--on_bad_image", default="replace", choices=("replace", "error"), help="what an unreadable image does")

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from shared import distributed
 from shared.images.labelled import open_labelled
 from shared.images.loading import BadImages, EpochBatchSampler, EvalDataset, EvalTransform, make_loader
-from shared.images.sources import ImageSource
+from shared.images.sources import ImageSource, reading
 from shared.images.views import ViewRecipe
 from shared.multicrop import MultiCropDataset, normalize_views
 from shared.networks.backbones import input_channels
@@ -41,7 +41,7 @@ def labelled_sources(args: argparse.Namespace, flag="--data_path", **asked) -> t
     Raises:
         ValueError: If there are none, or too few for that.
     """
-    sources = open_labelled(args.data_path, args.val_path, args.allow_absolute_paths, flag, args.shared_classes_only)
+    sources = open_labelled(args.data_path, args.val_path, flag, args.shared_classes_only, **reading(args))
     train = sources[0]
     for name, number in asked.items():
         if name == "nb_knn" and number > len(train):

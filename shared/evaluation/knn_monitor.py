@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from shared import distributed
 from shared.images.labelled import NotLabelled, open_labelled
 from shared.images.loading import BadImages, EvalDataset, EvalTransform
+from shared.images.sources import reading
 from shared.run.run import Run
 
 from .features import extract_features
@@ -49,7 +50,7 @@ class KNNMonitor:
         self.sources, self.k, self.disabled_reason = None, NEIGHBOURS, "--eval_knn_freq 0"
         if self.every_epochs != 0:
             try:
-                self.sources = open_labelled(args.data_path, args.val_path, args.allow_absolute_paths)
+                self.sources = open_labelled(args.data_path, args.val_path, **reading(args))
             except NotLabelled as error:
                 if self.every_epochs:
                     raise ValueError(f"--eval_knn_freq {self.every_epochs}: {error}") from error

@@ -13,7 +13,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-MAX_PIXELS = 89_478_485  # what Pillow warns at; a larger image is refused before memory is allocated for it
+MAX_PIXELS = 178_956_970  # what Pillow refuses beyond; memory is not allocated for a larger image
 MAX_FILE_BYTES = 1 << 28
 # torchvision's list, other names of JPEG files, and what Pillow reads besides; of several frames the first one counts
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -57,10 +57,10 @@ class EncodedImage:
         name: File name for error messages.
 
     Raises:
-        ImageError: If the header is not that of an image or announces more than ``MAX_PIXELS``.
+        ImageError: If the header is not that of an image or announces more than ``max_pixels``.
     """
 
-    def __init__(self, data: bytes, name: str = "image"):
+    def __init__(self, data: bytes, name: str = "image", max_pixels: int = MAX_PIXELS):
         self.data, self.name = data, name
         self._pil: Image.Image | None = None
         header = _turbo_header(data)
@@ -72,8 +72,10 @@ class EncodedImage:
             self._pil = _open_with_pil(data, name)
             width, height = self._pil.size
             self.orientation = _pil_orientation(self._pil)
-        if height * width > MAX_PIXELS:
-            raise ImageError(f"{name}: {width}x{height} pixels are more than the limit of {MAX_PIXELS}")
+        if height * width > max_pixels:
+            raise ImageError(
+                f"{name}: {width}x{height} pixels are more than --max_megapixels {max_pixels / 1e6:g} allows"
+            )
         transposed = self.orientation >= 5
         self.height, self.width = (width, height) if transposed else (height, width)
 
@@ -125,7 +127,7 @@ class EncodedImage:
             raise ImageError(f"{self.name}: {error or type(error).__name__}") from error
 
 
-def read_image(path: str | os.PathLike) -> EncodedImage:
+def read_image(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> EncodedImage:
     """Read an image file.
 
     Raises:
@@ -141,7 +143,7 @@ def read_image(path: str | os.PathLike) -> EncodedImage:
             data = file.read()
     except OSError as error:
         raise ImageError(f"{path}: {error.strerror or error}") from error
-    return EncodedImage(data, str(path))
+    return EncodedImage(data, str(path), max_pixels)
 
 
 def _decode_whole_jpeg(data: bytes, least: dict[str, int]) -> np.ndarray:

@@ -19,9 +19,9 @@ class NotLabelled(ValueError):
 def open_labelled(
     data_path: str | None,
     val_path: str | None,
-    allow_absolute_paths: bool = False,
     flag: str = "--data_path",
     shared_classes_only: bool | None = None,
+    **reading_options,
 ) -> tuple[ImageSource, ImageSource]:
     """Labelled train and val images for an evaluation, with the classes of the train images.
 
@@ -32,12 +32,13 @@ def open_labelled(
         flag: Of ``data_path``, for messages.
         shared_classes_only: Where the two parts differ in their classes, leave out the images of those that only one
             part has; None where there is no such flag.
+        reading_options: Further arguments of :func:`shared.images.sources.open_source`.
 
     Raises:
         NotLabelled: If there are none.
         ValueError: If ``data_path`` cannot be opened, or ``val_path`` does not fit.
     """
-    open_images = partial(open_source, allow_absolute_paths=allow_absolute_paths)
+    open_images = partial(open_source, **reading_options)
     train = open_images(data_path, "train")
     if train.classes is None:
         raise NotLabelled(f"{flag} {data_path}: the images have no classes")

@@ -1,5 +1,6 @@
 """Where images come from: what ``--data_path`` may name."""
 
+import argparse
 import errno
 import fcntl
 import os
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 import torchvision
 
-from .decode import EXTENSIONS, DecodedImage, EncodedImage, read_image
+from .decode import EXTENSIONS, MAX_PIXELS, DecodedImage, EncodedImage, read_image
 from .materials import MATERIALS, load_materials
 from .tables import names_an_image, read_cells
 
@@ -94,15 +95,24 @@ class FileSource(ImageSource):
         root: Folder the names are relative to.
         names: File names.
         remarks: What the log says besides, such as what was left out.
+        max_pixels: Images with more are not read.
     """
 
     def __init__(
-        self, name: str, root: str | os.PathLike, names: Iterable[str], labels=None, classes=None, remarks: str = ""
+        self,
+        name: str,
+        root: str | os.PathLike,
+        names: Iterable[str],
+        labels=None,
+        classes=None,
+        remarks: str = "",
+        max_pixels: int = MAX_PIXELS,
     ):
         super().__init__(name, labels, classes)
         self.root = os.fspath(root)
         self.names = PackedStrings(names)
         self.remarks = remarks
+        self.max_pixels = max_pixels
 
     def __len__(self) -> int:
         return len(self.names)
@@ -111,7 +121,7 @@ class FileSource(ImageSource):
         return os.path.join(self.root, self.names[index])
 
     def load(self, index: int) -> EncodedImage:
-        return read_image(self.path(index))
+        return read_image(self.path(index), self.max_pixels)
 
     def describe(self) -> str:
         return super().describe() + (f" ({self.remarks})" if self.remarks else "")
@@ -152,6 +162,7 @@ def open_source(
     *,
     holdout: bool = False,
     allow_absolute_paths: bool = False,
+    max_pixels: int = MAX_PIXELS,
     download_root: str | os.PathLike | None = None,
     flag: str = "--data_path",
 ) -> ImageSource:
@@ -178,6 +189,7 @@ def open_source(
         split: ``train``, ``val``, or ``all``: the folder or list as a whole, for a path that is the val part itself.
         holdout: Split a folder or list that has no val part.
         allow_absolute_paths: Accept absolute paths in a text list.
+        max_pixels: Larger images count as unreadable.
         download_root: Where torchvision data sets are kept; by default ``datasets`` beside torch.hub's folder.
         flag: Name of the option in error messages.
 
@@ -214,7 +226,15 @@ def open_source(
         name += f" ({split} part)"
         if not names:
             raise ValueError(f"{where}: too few images, none of them falls into the {split} part")
-    return FileSource(name, root, names, labels, classes, remarks)
+    return FileSource(name, root, names, labels, classes, remarks, max_pixels)
+
+
+def reading(args: argparse.Namespace) -> dict:
+    """Arguments of :func:`open_source` from the flags of :func:`shared.run.flags.add_reading_flags`."""
+    return {
+        "allow_absolute_paths": args.allow_absolute_paths,
+        "max_pixels": round(1e6 * args.max_megapixels),
+    }
 
 
 def check_same_classes(train: ImageSource, val: ImageSource, hint: str = "") -> None:

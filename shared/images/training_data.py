@@ -13,7 +13,7 @@ from shared.multicrop import MultiCropDataset
 
 from .cache import cache_images
 from .loading import BadImages, EpochBatchSampler, default_num_workers, make_loader, short_side
-from .sources import ImageSource, open_source
+from .sources import ImageSource, open_source, reading
 from .views import ViewRecipe
 
 
@@ -51,7 +51,7 @@ def open_images(
         least_px: Smaller images are enlarged, which is said with the name of ``size_flag``.
         flag: Of the images, in messages.
     """
-    source = open_source(args.data_path, "train", allow_absolute_paths=args.allow_absolute_paths, flag=flag)
+    source = open_source(args.data_path, "train", flag=flag, **reading(args))
     source = cache_images(source, args.cache)
     checksum = source.checksum()
     distributed.check_same_on_all_processes((len(source), checksum), "the training data (number of images, checksum)")

@@ -52,6 +52,12 @@ def bool_flag(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"expected on/true/1 or off/false/0, got {text!r}")
 
 
+def add_reading_flags(add: Callable) -> None:
+    """What may be read of images, with the ``add_argument`` of a group."""
+    add("--allow_absolute_paths", action="store_true", help="in .txt lists")
+    add("--max_megapixels", type=float, default=178.956970, help="larger images count as unreadable")
+
+
 def add_data_flags(parser: argparse.ArgumentParser) -> Callable:
     """Where the images come from; returns the ``add_argument`` of the group for further flags."""
     add = parser.add_argument_group("data").add_argument
@@ -61,7 +67,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> Callable:
         help="training images: folder, list or torchvision name; default: the embedded ones",
     )
     add("--val_path", default=None, help="images to evaluate on; by default those that belong to --data_path")
-    add("--allow_absolute_paths", action="store_true", help="in .txt lists")
+    add_reading_flags(add)
     add("--in_chans", type=int, default=3, choices=(1, 3), help="channels of the images")
     add("--cache", default="none", help="decoded images: none, memory, or a folder for a memory-mapped file")
     add("--on_bad_image", default="replace", choices=("replace", "error"), help="what an unreadable image does")

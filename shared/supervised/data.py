@@ -17,7 +17,7 @@ from shared.images.cache import cache_images
 from shared.images.inaturalist import open_inaturalist
 from shared.images.labelled import open_labelled
 from shared.images.loading import BadImages, EpochBatchSampler, EvalDataset, default_num_workers, make_loader
-from shared.images.sources import ImageSource, check_same_classes, open_source
+from shared.images.sources import ImageSource, check_same_classes, open_source, reading
 from shared.images.training_data import TrainingData
 from shared.optimisation.precision import Precision
 from shared.run.randomness import derive_seed
@@ -110,7 +110,7 @@ def open_train_and_val(args: argparse.Namespace) -> tuple[ImageSource, ImageSour
         ValueError: If there are none, they have no classes, or the classes of both parts differ.
     """
     if args.eval and args.val_path is not None:
-        val = open_source(args.val_path, "all", allow_absolute_paths=args.allow_absolute_paths, flag="--val_path")
+        val = open_source(args.val_path, "all", flag="--val_path", **reading(args))
         check_same_classes(val, val)  # that there are any
         return val, val
     if args.data_path is not None and args.data_set.startswith("CIFAR"):
@@ -119,7 +119,7 @@ def open_train_and_val(args: argparse.Namespace) -> tuple[ImageSource, ImageSour
         return open_source(name, "train", download_root=root), open_source(name, "val", download_root=root)
     if args.data_path is not None and args.data_set in INAT_YEARS:
         return open_inaturalist(args.data_path, INAT_YEARS[args.data_set], args.inat_category)
-    return open_labelled(args.data_path, args.val_path, args.allow_absolute_paths)
+    return open_labelled(args.data_path, args.val_path, **reading(args))
 
 
 @dataclass
