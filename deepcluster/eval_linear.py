@@ -1,6 +1,6 @@
 """Linear classification on the maps of one convolutional layer of a frozen network (Caron et al. 2018, section 4.2).
 
-    python eval_linear.py --conv 3                    # embedded digits, weights of the run in runs/digits
+    python eval_linear.py --conv 3                    # embedded materials, weights of the run in runs/materials
     python eval_linear.py --data /path/to/imagenet --model /path/to/checkpoint.pth.tar --conv 3 --lr 0.01 --wd -7 \\
         --tencrops --exp /path/to/linear --workers 12
 
@@ -26,7 +26,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 from deepcluster.augmentations import centre_crop, resize_for
 from deepcluster.convnets import ClusterNetwork, check_conv, conv_maps
 from deepcluster.flags import MODEL_HELP
-from deepcluster.hub import MEAN, RUN_ON_DIGITS, STD, load_network
+from deepcluster.hub import EMBEDDED_RUN, MEAN, STD, load_network
 from shared import distributed
 from shared.evaluation import frozen
 from shared.evaluation.flags import add_labelled_flags, add_process_flags, parse_evaluation
@@ -71,8 +71,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = get_args_parser()
-    digits = {"model": RUN_ON_DIGITS, "output_dir": "runs/digits", "epochs": 20, "batch_size": 64}
-    args = parse_evaluation(parser, arguments, **digits)
+    embedded = {"model": EMBEDDED_RUN, "output_dir": "runs/materials", "epochs": 20, "batch_size": 64}
+    args = parse_evaluation(parser, arguments, **embedded)
     if args.model is None:
         parser.error("--model: give a checkpoint")
     return args

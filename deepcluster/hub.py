@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from shared.networks.backbones import build_library_backbone
 from shared.networks.card import Card, Release
@@ -13,10 +13,9 @@ from .convnets import ClusterNetwork, alexnet, vgg16
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
-RUN_ON_DIGITS = "runs/digits/checkpoint.pth.tar"  # where main.py leaves the network of the embedded data
+EMBEDDED_RUN = "runs/materials/checkpoint.pth.tar"  # where main.py leaves the network of the embedded data
 PAPER = {"alexnet": alexnet, "vgg16": vgg16}
 OFFICIAL_CROP_SIZE = 224
-NETWORK_FLAGS = ("arch", "sobel", "crop_size")  # a run is not resumed with other ones
 
 
 def build_network(
@@ -60,7 +59,7 @@ CARD = Card(
     mean=MEAN,
     std=STD,
     interpolation="bilinear",
-    run_on_digits=RUN_ON_DIGITS,
+    embedded_run=EMBEDDED_RUN,
     main="main.py",
     checkpoint_key="state_dict",
     head_names=("top_layer",),
@@ -106,35 +105,3 @@ def load_network(path: str | Path, flag: str = "--model", keep_top_layer: bool =
     )
     load_backbone_weights(network, weights)
     return network.eval()
-
-
-def official_names(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names as in the official checkpoints, whose convolutional part is wrapped for several GPUs."""
-    return {
-        f"features.module.{name.removeprefix('features.')}" if name.startswith("features.") else name: value
-        for name, value in state_dict.items()
-    }
-
-
-def to_official(state: dict) -> dict:
-    """The state of a run under the names of the official checkpoints."""
-    clustering = state.pop("clustering")
-    top_layer = {f"top_layer.{name}": value for name, value in clustering.pop("top_layer").items()}
-    weights = official_names(state.pop("network")) | top_layer
-    return state | clustering | {"arch": state["args"]["arch"], "state_dict": weights}
-
-
-def from_official(checkpoint: dict) -> dict:
-    """The way back; official files have neither flags nor clusters.
-
-    Raises:
-        ValueError: If the file is of something else.
-    """
-    if not {"arch", "state_dict"} <= checkpoint.keys():
-        raise ValueError("no checkpoint of DeepCluster: it has no 'arch' or no 'state_dict'")
-    weights = select_backbone_weights(checkpoint, CARD.checkpoint_key, "the checkpoint", CARD.head_names)
-    clustering = {"evaluated_before": True, "clustered_epoch": -1, "clusters": None, "images": None}
-    clustering = {name: checkpoint.get(name, without) for name, without in clustering.items()}
-    clustering["top_layer"] = {name.removeprefix("top_layer."): value for name, value in weights.head.items()}
-    flags = {"arch": checkpoint["arch"], "sobel": "sobel.0.weight" in weights.tensors}
-    return {"args": flags} | checkpoint | {"network": weights.tensors, "clustering": clustering}

@@ -2,7 +2,7 @@
 
 Caron et al., "Deep Clustering for Unsupervised Learning of Visual Features", ECCV 2018.
 
-    python main.py                                                        # embedded digits, minutes on a CPU
+    python main.py                                                        # embedded materials, minutes on a CPU
     python main.py /path/to/imagenet/train --arch alexnet --sobel --lr 0.05 --wd -5 --k 10000 \\
         --exp /path/to/run --verbose --workers 12                         # VOC07 fc6-8: 72.0 mAP after 500 epochs
 
@@ -24,9 +24,10 @@ from torch.utils.data import DataLoader
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from deepcluster.checkpoints import NETWORK_FLAGS, from_official, to_official
 from deepcluster.clustering import ClusteringState, Clusters, cluster, pca_whiten
 from deepcluster.convnets import ClusterNetwork, new_top_layer
-from deepcluster.hub import MEAN, NETWORK_FLAGS, STD, build_network, from_official, to_official
+from deepcluster.hub import MEAN, STD, build_network
 from deepcluster.report import HEALTH_RULES, report
 from deepcluster.sampling import (
     SAMPLERS,
@@ -49,7 +50,7 @@ from shared.run.health import HealthMonitor
 from shared.run.randomness import derive_seed
 from shared.run.run import Run
 
-# What replaces the official defaults when no DIR is given: 8x8 pixel digits, for which AlexNet is too large.
+# What replaces the official defaults when no DIR is given: images of 32 pixels, for which AlexNet is too large.
 EMBEDDED_DATA_DEFAULTS = {
     "arch": "test_resnet",  # timm's smallest ResNet, 0.4 million weights
     "sobel": True,
@@ -59,7 +60,7 @@ EMBEDDED_DATA_DEFAULTS = {
     "pca_dim": 64,
     "batch": 32,
     "epochs": 8,
-    "output_dir": "runs/digits",
+    "output_dir": "runs/materials",
 }
 MINIMUM = {"epochs": 1, "batch": 1, "nmb_cluster": 2, "pca_dim": 1, "crop_size": 1, "log_freq": 1, "checkpoints": 0}
 CLUSTERING, DRAWING, TOP_LAYER = range(3)  # what is drawn once per epoch
@@ -70,7 +71,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "DeepCluster", description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument_group("data").add_argument
-    images = "training images: folder, .txt list or torchvision name; default: digits, with defaults that fit them"
+    images = "training images: folder, .txt list or torchvision name; default: the embedded ones"
     add("data_path", metavar="DIR", nargs="?", default=None, help=images)
     add("--val_path", default=None, help="images for the k-NN evaluation; by default those that belong to DIR")
     add("--allow_absolute_paths", action="store_true", help="in .txt lists")

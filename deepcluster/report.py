@@ -7,7 +7,7 @@ from shared.images.sources import ImageSource
 from shared.pictures.report import Plot, Report, accuracy_plot
 from shared.run.health import HealthRule
 from shared.run.run import Run
-from shared.run.summary import command
+from shared.run.summary import command, data_flags
 
 from .cluster_pictures import purity, save_cluster_sheet, save_clusters
 from .clustering import Clusters
@@ -63,13 +63,13 @@ def report(run: Run, source: ImageSource, clusters: Clusters, knn: KNNMonitor) -
             f"NMI with the true labels: {agreement[0]:.3f} before training, {agreement[-1]:.3f} in the end; "
             f"purity {100 * purity(clusters.assignments, source.labels):.1f} %"
         )
-    args, layer = run.args, {"model": run.path, "conv": 3}
+    layer, data = {"model": run.path, "conv": 3}, data_flags(run.args)
+    data["data"] = data.pop("data_path")
     commands = [command("deepcluster/gradient_ascent.py", **layer, exp=ending.folder)]
-    if not args.allow_absolute_paths:  # which the other scripts have no flag for
-        layer["data"] = args.data_path
-        commands.insert(0, command("deepcluster/activ_retrieval.py", **layer, exp=ending.folder))
-        if knn.sources:
-            linear = {"val_path": args.val_path, "exp": run.output_dir / "linear"}
-            commands.insert(0, command("deepcluster/eval_linear.py", **layer, **linear))
+    if not run.args.allow_absolute_paths:  # which the next one has no flag for
+        commands.insert(0, command("deepcluster/activ_retrieval.py", **layer, data=data["data"], exp=ending.folder))
+    if knn.sources:
+        linear = run.output_dir / "linear"
+        commands.insert(0, command("deepcluster/eval_linear.py", **layer, **data, exp=linear))
     own_images = command("deepcluster/main.py", "YOUR_IMAGES", sobel=True, k=100, exp="YOUR_RUN")
     ending.finish(commands, own_images, learned, knn)

@@ -1,6 +1,6 @@
 """Weighted k-NN classification with the features of a frozen backbone (Caron et al. 2021, section 4.1).
 
-    python eval_knn.py                                       # embedded digits, weights of the run in runs/digits
+    python eval_knn.py                                       # embedded materials, weights of the run in runs/materials
     torchrun --nproc_per_node=8 eval_knn.py --arch vit_small --patch_size 16 --data_path /path/to/imagenet
                                                              # released ViT-S/16: 74.5 at k = 20
 
@@ -16,7 +16,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dino.flags import evaluation_parser, load_frozen
-from dino.hub import RUN_ON_DIGITS
+from dino.hub import EMBEDDED_RUN
 from shared import distributed
 from shared.evaluation import frozen
 from shared.evaluation.flags import add_data_flags, add_knn_flags, parse_evaluation
@@ -29,7 +29,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    return parse_evaluation(get_args_parser(), arguments, pretrained_weights=RUN_ON_DIGITS)
+    return parse_evaluation(get_args_parser(), arguments, pretrained_weights=EMBEDDED_RUN)
 
 
 def eval_knn(args: argparse.Namespace) -> dict[int, tuple[float, float]] | None:

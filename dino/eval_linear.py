@@ -1,6 +1,6 @@
 """Linear classification on frozen features (Caron et al. 2021, section 4.1).
 
-    python eval_linear.py --epochs 20                        # embedded digits, weights of the run in runs/digits
+    python eval_linear.py --epochs 20                        # embedded materials, weights of the run in runs/materials
     torchrun --nproc_per_node=8 eval_linear.py --arch vit_small --patch_size 16 --data_path /path/to/imagenet \\
         --output_dir /path/to/linear                         # released ViT-S/16: 77.0
 
@@ -20,7 +20,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dino.flags import evaluation_parser, load_frozen
-from dino.hub import CARD, RUN_ON_DIGITS, fetch_linear_weights
+from dino.hub import CARD, EMBEDDED_RUN, fetch_linear_weights
 from dino.vision_transformer import VisionTransformer
 from shared import distributed
 from shared.evaluation import frozen
@@ -50,8 +50,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    digits = {"num_labels": 10, "crop_scale": (0.6, 1.0), "lr": 0.1, "output_dir": "runs/digits"}
-    return parse_evaluation(get_args_parser(), arguments, pretrained_weights=RUN_ON_DIGITS, **digits)
+    embedded = {"num_labels": 12, "crop_scale": (0.6, 1.0), "lr": 0.1, "output_dir": "runs/materials"}
+    return parse_evaluation(get_args_parser(), arguments, pretrained_weights=EMBEDDED_RUN, **embedded)
 
 
 def eval_linear(args: argparse.Namespace) -> dict[str, float]:

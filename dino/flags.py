@@ -13,7 +13,11 @@ from shared.run.flags import Parser
 
 from .hub import CARD, load_pretrained, plain_name
 
-DIGITS = {"patch_size": 4, "image_size": 12}  # of the network that main_dino.py trains on the embedded 8x8 pixel digits
+EMBEDDED = {
+    "arch": "vit_micro",
+    "patch_size": 4,
+    "image_size": 32,
+}  # what main_dino.py trains without images
 NETWORK_OF_RUN = {"arch": "arch", "patch_size": "patch_size"}  # what the training calls these flags
 
 
@@ -43,7 +47,7 @@ def choose_network(args: argparse.Namespace) -> None:
     names, defaults = NETWORK_OF_RUN, args.network_defaults
     if "val_path" in args:  # labelled images, which are seen as in the training
         names = names | {"image_size": "global_crop_size"}
-        defaults = defaults | ({"image_size": 224} if args.data_path else DIGITS)
+        defaults = defaults | ({"image_size": 224} if args.data_path else EMBEDDED)
     take_from_run(args, flags_of_run(args.pretrained_weights), names, defaults)
 
 

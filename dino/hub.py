@@ -16,7 +16,7 @@ from . import vision_transformer
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
-RUN_ON_DIGITS = "runs/digits/checkpoint.pth"  # where main_dino.py leaves the network of the embedded data
+EMBEDDED_RUN = "runs/materials/checkpoint.pth"  # where main_dino.py leaves the network of the embedded data
 VITS = ("vit_micro", "vit_tiny", "vit_small", "vit_base")
 VIT_NAMES = (*VITS, *(name.replace("vit", "deit") for name in VITS))
 
@@ -113,7 +113,7 @@ CARD = Card(
     mean=MEAN,
     std=STD,
     interpolation="bicubic",
-    run_on_digits=RUN_ON_DIGITS,
+    embedded_run=EMBEDDED_RUN,
     main="main_dino.py",
     sizes=sizes,
     weights_flag="--pretrained_weights",

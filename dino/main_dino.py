@@ -2,7 +2,7 @@
 
 Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", ICCV 2021.
 
-    python main_dino.py --arch vit_small                                  # embedded digits, minutes on a CPU
+    python main_dino.py --arch vit_small                                  # embedded materials, minutes on a CPU
     torchrun --nproc_per_node=8 main_dino.py --arch vit_small \\
         --data_path /path/to/imagenet/train --output_dir /path/to/run     # 100 epochs: 69.3 k-NN, 74.0 linear
 
@@ -75,7 +75,7 @@ EMBEDDED_DATA_DEFAULTS = {
     "lr": 0.012,
     "warmup_epochs": 1,
     "freeze_last_layer": 0,
-    "output_dir": "runs/digits",
+    "output_dir": "runs/materials",
 }
 FOR_LARGER_NETWORKS = {"patch_size": 8, "lr": 0.004}  # than vit_micro, on the embedded data
 ONE_SIZE_ONLY = ("resmlp", "mixer", "gmixer", "gmlp")  # networks of timm

@@ -93,17 +93,14 @@ def save_view_sheet(dataset: MultiCropDataset, path: Path) -> Path:
 
 
 def next_commands(args: argparse.Namespace, weights: Path, knn: KNNMonitor) -> list[str]:
-    """Evaluations of the network that was trained, as they can be pasted into a shell."""
-    network = {"arch": args.arch, "patch_size": args.patch_size if args.arch in VIT_NAMES else None}
-    network |= {"pretrained_weights": weights, "image_size": args.global_crop_size}
-    commands = []
+    """Evaluations of the network that was trained, which take its architecture and image size from the checkpoint."""
+    network, data, commands = {"pretrained_weights": weights}, data_flags(args), []
     if knn.sources:
         linear = {"num_labels": len(knn.sources[1].classes), "output_dir": weights.with_name("linear")}
-        commands.append(command("dino/eval_knn.py", **network, **data_flags(args), nb_knn=knn.k))
-        commands.append(command("dino/eval_linear.py", **network, **data_flags(args), **linear))
+        commands.append(command("dino/eval_knn.py", **network, **data, nb_knn=knn.k))
+        commands.append(command("dino/eval_linear.py", **network, **data, **linear))
     if args.arch in VIT_NAMES or args.arch.startswith("xcit_"):
-        data = data_flags(args) | {"val_path": None}
-        image = {"image_path": "YOUR_IMAGE", "image_size": 2 * args.global_crop_size}
+        image = {"image_path": "YOUR_IMAGE", "image_size": 2 * args.global_crop_size, "val_path": None}
         folder = weights.with_name("attention")
         commands.append(command("dino/visualize_attention.py", **network | data | image, output_dir=folder))
     return commands

@@ -1,6 +1,6 @@
 """Weighted k-NN classification with the class tokens of a frozen encoder.
 
-    python eval_knn.py                                       # embedded digits, weights of the run in runs/digits
+    python eval_knn.py                                       # embedded materials, weights of the run in runs/materials
     torchrun --nproc_per_node=8 eval_knn.py --model_name deit_small --data_path /path/to/imagenet
 
 Each of the k nearest train images, by cosine similarity s, votes for its class with weight exp(s / temperature).

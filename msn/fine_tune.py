@@ -1,6 +1,6 @@
 """Fine-tune the whole encoder with labels, by the recipe of MAE (Assran et al. 2022, appendix A.4).
 
-    python fine_tune.py --epochs 3                           # embedded digits, weights of the run in runs/digits
+    python fine_tune.py --epochs 3                           # embedded materials, weights of the run in runs/materials
     torchrun --nproc_per_node=8 fine_tune.py --model_name deit_base --batch_size 128 --data_path /path/to/imagenet \\
         --output_dir /path/to/fine_tune                      # released ViT-B/16: 83.4
 
@@ -80,9 +80,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = get_args_parser()
-    digits = {"num_classes": 10, "crop_scale": (0.6, 1.0), "flip": False, "rand_augment": "", "erase": 0.0}
-    digits |= {"mixup": 0.0, "cutmix": 0.0, "batch_size": 32, "warmup_epochs": 1, "drop_path": 0.0, "lr": 0.016}
-    args = finish(parser, lambda: parser.parse_args(arguments), output_dir="runs/digits/fine_tune", **digits)
+    embedded = {"num_classes": 12, "crop_scale": (0.6, 1.0), "flip": False, "rand_augment": "", "erase": 0.0}
+    embedded |= {"mixup": 0.0, "cutmix": 0.0, "batch_size": 32, "warmup_epochs": 1, "drop_path": 0.0, "lr": 0.016}
+    args = finish(parser, lambda: parser.parse_args(arguments), output_dir="runs/materials/fine_tune", **embedded)
     args.crop_scale = tuple(args.crop_scale)
     if args.epochs < args.warmup_epochs:
         parser.error(f"--epochs {args.epochs} is less than --warmup_epochs {args.warmup_epochs}")

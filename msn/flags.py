@@ -9,7 +9,7 @@ from shared.evaluation.frozen import eval_transform
 from shared.images.loading import EvalTransform
 from shared.run.flags import Parser
 
-from .hub import CARD, DEFAULT_MODEL, RUN_ON_DIGITS, load_pretrained
+from .hub import CARD, DEFAULT_MODEL, EMBEDDED_RUN, load_pretrained
 from .vision_transformer import ARCHITECTURES, VisionTransformer
 
 
@@ -41,7 +41,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> Callable[..., argparse.Ac
     root = "with --image_folder: --data_path <root_path>/<image_folder>"
     add("--root_path", "--root-path", default=None, help=root)
     add("--image_folder", "--image-folder", default=None, help="see --root_path")
-    size = "side of the crops in pixels; None: that of the training's random views, else 224, or 16 for the digits"
+    size = "side of the crops in pixels; None: that of the training's random views, else 224 (embedded images: 32)"
     add("--image_size", type=int, default=None, help=size)
     return add
 
@@ -49,7 +49,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> Callable[..., argparse.Ac
 def parse_with_images(
     parser: argparse.ArgumentParser, parse: Callable[[], argparse.Namespace], embedded_defaults: dict, folder: str = ""
 ) -> argparse.Namespace:
-    """Parse; without images the defaults are those of the embedded digits.
+    """Parse; without images the defaults are those of the embedded materials.
 
     Args:
         parse: Parses the command line with the parser's present defaults.
@@ -70,13 +70,13 @@ def parse_with_images(
 def finish(
     parser: argparse.ArgumentParser, parse: Callable[[], argparse.Namespace], **embedded_defaults
 ) -> argparse.Namespace:
-    """Parse and check; without images the defaults are those of the embedded digits and of the run on them.
+    """Parse and check; without images the defaults are those of the embedded materials and of the run on them.
 
     Args:
         parse: As for :func:`parse_with_images`.
-        embedded_defaults: Further defaults for the digits.
+        embedded_defaults: Further defaults for them.
     """
-    args = parse_with_images(parser, parse, {"pretrained": RUN_ON_DIGITS, **embedded_defaults})
+    args = parse_with_images(parser, parse, {"pretrained": EMBEDDED_RUN, **embedded_defaults})
     check_positive(parser, args)
     return args
 
@@ -96,7 +96,7 @@ def load_chosen_encoder(args: argparse.Namespace, file_flag: str = "fname") -> V
     defaults = {"model_name": found.model_name}
     if "data_path" in args:  # pictures and files of the export have sizes of their own
         names["image_size"] = "rand_size"
-        defaults["image_size"] = 16 if args.data_path is None else 224
+        defaults["image_size"] = 32 if args.data_path is None else 224
     take_from_run(args, found.trained_with, names, defaults)
     if args.pretrained and Path(args.pretrained).is_dir():
         setattr(args, file_flag, found.path.name)

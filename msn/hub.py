@@ -15,7 +15,7 @@ from .vision_transformer import ARCHITECTURES, VisionTransformer, build
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
-RUN_ON_DIGITS = "runs/digits"  # folder of the run that main.py makes without images
+EMBEDDED_RUN = "runs/materials"  # folder of the run that main.py makes without images
 DEFAULT_MODEL = "deit_small"
 ONE_IMAGE = "with one ImageNet image per class"
 
@@ -46,7 +46,7 @@ CARD = Card(
     mean=MEAN,
     std=STD,
     interpolation="bilinear",
-    run_on_digits=RUN_ON_DIGITS,
+    embedded_run=EMBEDDED_RUN,
     main="main.py",
     checkpoint_key="target_encoder",
     head_names=("fc",),
@@ -131,5 +131,5 @@ def file_in(folder: str | Path, fname: str, file_flag: str = "fname") -> str | P
     if len(latest) == 1:
         return latest[0]
     found = ", ".join(file.name for file in latest or sorted(path.glob("*.pth*"))) or "no checkpoint"
-    hint = f": run python {CARD.main} first" if str(folder) == CARD.run_on_digits else ""
+    hint = f": run python {CARD.main} first" if str(folder) == CARD.embedded_run else ""
     raise ValueError(f"--pretrained {folder} is a folder with {found}; name a file as --{file_flag}{hint}")

@@ -1,6 +1,6 @@
 """Linear classification on frozen features with all labels (Assran et al. 2022, appendix A.2).
 
-    python linear_eval.py --epochs 10                        # embedded digits, weights of the run in runs/digits
+    python linear_eval.py --epochs 10                        # embedded materials, weights of the run in runs/materials
     torchrun --nproc_per_node=8 linear_eval.py --fname configs/eval/lineval_msn_vits16.yaml --batch_size 1024 \\
         --data_path /path/to/imagenet --folder /path/to/run  # ViT-S/16: 76.9
 
@@ -24,7 +24,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from msn.flags import add_data_flags, finish, load_frozen, network_parser
-from msn.hub import CARD, RUN_ON_DIGITS
+from msn.hub import CARD, EMBEDDED_RUN
 from msn.labelled_training import Validation, from_official, to_official, training_batches
 from msn.logistic_eval import LastClassToken
 from shared import distributed
@@ -84,8 +84,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
     """Parse and check the command line and its YAML file; ``parser`` may have further flags."""
     parser = parser or get_args_parser()
-    digits = {"num_classes": 10, "crop_scale": (0.6, 1.0), "batch_size": 64, "lr": 0.5, "output_dir": RUN_ON_DIGITS}
-    args = finish(parser, lambda: parse_args_with_config(parser, arguments), **digits)
+    embedded = {"num_classes": 12, "crop_scale": (0.6, 1.0), "batch_size": 64, "lr": 0.5, "output_dir": EMBEDDED_RUN}
+    args = finish(parser, lambda: parse_args_with_config(parser, arguments), **embedded)
     args.crop_scale = tuple(args.crop_scale)
     if args.copy_data:
         parser.error("--copy_data true has no effect")

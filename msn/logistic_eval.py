@@ -1,6 +1,6 @@
 """Low-shot classification: logistic regression on frozen features of 1, 2 or 5 images per class, or of 1 % of them.
 
-    python logistic_eval.py                                  # embedded digits, weights of the run in runs/digits
+    python logistic_eval.py                                  # embedded materials, weights of the run in runs/materials
     python logistic_eval.py --model-name deit_small --pretrained /path/to/weights --fname vits16_800ep.pth.tar \\
         --root-path /path/to --image-folder imagenet --subset-path imagenet_subsets1/1imgs_class.txt \\
         imagenet_subsets2/1imgs_class.txt imagenet_subsets3/1imgs_class.txt --lambd 0.0025    # ViT-S/16: 47.1 +- 0.1

@@ -2,7 +2,7 @@
 
 Assran et al., "Masked Siamese Networks for Label-Efficient Learning", ECCV 2022.
 
-    python main.py                                                        # embedded digits, minutes on a CPU
+    python main.py                                                        # embedded materials, minutes on a CPU
     torchrun --nproc_per_node=8 main.py --fname configs/pretrain/msn_vits16.yaml --batch_size 128 \\
         --data_path /path/to/imagenet/train --folder /path/to/run         # 47.1 with one labelled image per class
 
@@ -72,7 +72,7 @@ EMBEDDED_DATA_DEFAULTS = {
     "ema": (0.98, 1.0),
     "weight_decay": 0.04,
     "final_weight_decay": 0.04,
-    "output_dir": "runs/digits",
+    "output_dir": "runs/materials",
 }
 MINIMUM = {"epochs": 1, "batch_size": 1, "num_proto": 2, "hidden_dim": 1, "output_dim": 1, "log_freq": 1, "warmup": 0}
 # Keys of the published files that the official code reads and does not use, with the value that says so.

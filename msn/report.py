@@ -85,15 +85,15 @@ def report(run: Run, dataset: MultiCropDataset, trunk: Trunk, knn: KNNMonitor) -
     ending.draw_curves("MSN training", CURVES)
     ending.draw("attention/attention.png", draw_attention)
 
-    args = run.args
-    network = {"model_name": args.model_name, "pretrained": run.path.parent, "fname": run.path.name}
-    data, commands = data_flags(args) | {"image_size": args.rand_size}, []
+    network = {"pretrained": run.path.parent, "fname": run.path.name}  # its file states model and image size
+    data, commands = data_flags(run.args), []
     if knn.sources:
         fewest = int(np.bincount(knn.sources[0].labels).min())  # images of a class
         commands.append(command("msn/logistic_eval.py", **network, **data, imgs_per_class=min(5, fewest)))
         commands.append(command("msn/eval_knn.py", **network, **data, nb_knn=knn.k))
-    image = {"image_path": "YOUR_IMAGE", "image_size": 2 * args.rand_size, "output_dir": run.output_dir / "attention"}
-    commands.append(command("msn/visualize_attention.py", **network, **image))
+    image = {"image_path": "YOUR_IMAGE", "image_size": 2 * run.args.rand_size}
+    folder = run.output_dir / "attention"
+    commands.append(command("msn/visualize_attention.py", **network, **image, output_dir=folder))
     ending.finish(commands, command("msn/main.py", data_path="YOUR_IMAGES", folder="YOUR_RUN"), knn=knn)
 
 

@@ -1,6 +1,6 @@
 """Where the class token looks: self-attention of the last block, head by head.
 
-    python visualize_attention.py                            # an embedded digit, weights of the run in runs/digits
+    python visualize_attention.py                            # an embedded image, weights of the run in runs/materials
     python visualize_attention.py --image_path photo.jpg     # released ViT-S/16
     python visualize_attention.py --image_path photo.jpg --pretrained /path/to/run --fname msn-latest.pth.tar
 
@@ -15,7 +15,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from msn.flags import load_chosen_encoder, network_parser
-from msn.hub import MEAN, RUN_ON_DIGITS, STD
+from msn.hub import EMBEDDED_RUN, MEAN, STD
 from shared import distributed
 from shared.networks.backbones import input_channels
 from shared.pictures.attention import (
@@ -34,9 +34,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; with neither image nor weights the defaults are those of the embedded digits."""
-    digits = {"pretrained": RUN_ON_DIGITS}
-    return parse_image_flags(get_args_parser(), arguments, ("pretrained", "fname"), digits)
+    """Parse the command line; with neither image nor weights the defaults are those of the embedded images."""
+    return parse_image_flags(get_args_parser(), arguments, ("pretrained", "fname"), {"pretrained": EMBEDDED_RUN})
 
 
 def visualize_attention(args: argparse.Namespace) -> list[Path]:

@@ -1,4 +1,4 @@
-"""PAWS's recipes: two large views and several small ones, for ImageNet, CIFAR-10 and the embedded digits."""
+"""PAWS's recipes: two large views and several small ones, for ImageNet, CIFAR-10 and the embedded materials."""
 
 from dataclasses import dataclass, replace
 

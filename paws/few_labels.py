@@ -1,6 +1,6 @@
 """What a few labels are worth: PAWS beside the same network trained on those labels alone, and k-NN on pixels.
 
-    python few_labels.py                             # embedded digits: 1, 4 and 10 labels of each, minutes on a CPU
+    python few_labels.py                             # embedded materials: 1, 4 and 10 labels of each, minutes on a CPU
     python few_labels.py --data_path cifar10 --dataset cifar10 --model_name wide_resnet28w2 --output_dir run ...
 
 All three see the same labels. The supervised network gets the views of PAWS's supports and as many steps; a linear
@@ -34,7 +34,7 @@ EMBEDDED_DATA_DEFAULTS = {
     name: value
     for name, value in paws_train.EMBEDDED_DATA_DEFAULTS.items()
     if name not in ("labels_per_class", "supervised_imgs_per_class")
-} | {"output_dir": "runs/digits-few-labels"}
+} | {"output_dir": "runs/materials-few-labels"}
 METHODS = {"paws": "PAWS", "supervised": "the same network, labels alone", "pixels": "1-NN on pixels"}
 
 
@@ -48,7 +48,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
-    """Parse and check the command line; without images the defaults are those of the embedded digits."""
+    """Parse and check the command line; without images the defaults are those of the embedded materials."""
     return flags.parse_with_embedded_defaults(parser or get_args_parser(), arguments, EMBEDDED_DATA_DEFAULTS)
 
 

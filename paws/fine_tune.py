@@ -1,6 +1,6 @@
 """Fine-tuning with the labels of the training: a linear layer on the first layer of the projection head.
 
-    python fine_tune.py                                      # embedded digits, weights of the run in runs/digits
+    python fine_tune.py                                      # embedded materials, weights of the run in runs/materials
     torchrun --nproc_per_node=4 fine_tune.py --fname configs/paws/imgnt_fine_tune.yaml --data_path /path/to/imagenet \\
         --subset_path imagenet_subsets --pretrained /path/to/run/paws-latest.pth.tar --output_dir /path/to/fine-tuned
 
@@ -44,11 +44,11 @@ from shared.run.flags import bool_flag
 from shared.run.run import Run
 from shared.supervised.evaluation import evaluate_classifier
 
-EMBEDDED_DATA_DEFAULTS = flags.ON_DIGITS | {
+EMBEDDED_DATA_DEFAULTS = flags.ON_EMBEDDED | {
     "batch_size": 40,
     "epochs": 30,
     "lr": 0.01,
-    "output_dir": "runs/digits/fine-tune",
+    "output_dir": "runs/materials/fine-tune",
 }
 # A run that is resumed must have these as they were.
 RUN_FLAGS = ("model_name", "in_chans", "lr", "epochs", "batch_size", "seed")
@@ -77,7 +77,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
-    """Parse and check the command line; without images the defaults are those of the embedded digits."""
+    """Parse and check the command line; without images the defaults are those of the embedded materials."""
     weights = f"{flags.WEIGHTS}, or random"
     return flags.parse_with_embedded_defaults(parser or get_args_parser(), arguments, EMBEDDED_DATA_DEFAULTS, weights)
 

@@ -12,7 +12,7 @@ from shared.run.flags import AnyDashParser, bool_flag
 from shared.run.yaml_config import parse_args_with_config
 
 from .augmentations import RECIPES
-from .hub import RUN_ON_DIGITS
+from .hub import EMBEDDED_RUN
 
 WEIGHTS = "a checkpoint of main.py, or the name of a release"
 RANGES = (  # what is expected of flags
@@ -24,11 +24,11 @@ RANGES = (  # what is expected of flags
     ("a share of less than 1", lambda value: value < 1, "unlabeled_frac"),
     ("a probability", lambda value: 0 <= value <= 1, "min_confidence"),
 )
-ON_DIGITS = {  # without images: the digits, and the network that main.py trains on them
+ON_EMBEDDED = {  # without images: the embedded ones, and the network that main.py trains on them
     "labels_per_class": 4,
-    "dataset": "digits",
+    "dataset": "cifar10",  # images of the same size
     "model_name": "wide_resnet10w1",
-    "pretrained": RUN_ON_DIGITS,
+    "pretrained": EMBEDDED_RUN,
 }
 DATASETS = (*RECIPES, "imagenet_fine_tune", "cifar10_fine_tune")
 
@@ -172,7 +172,7 @@ def add_output_flags(parser: argparse.ArgumentParser, write_tag: str = "paws") -
 def parse_with_embedded_defaults(
     parser: argparse.ArgumentParser, arguments: list[str] | None, embedded: dict, weights: str = ""
 ) -> argparse.Namespace:
-    """Parse and check; without images the defaults are those of the embedded digits.
+    """Parse and check; without images the defaults are those of the embedded materials.
 
     Args:
         arguments: The command line's own when None.

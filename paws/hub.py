@@ -15,7 +15,7 @@ from .heads import Encoder, classification_head
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
-RUN_ON_DIGITS = "runs/digits/paws-latest.pth.tar"  # where main.py leaves the encoder of the embedded digits
+EMBEDDED_RUN = "runs/materials/paws-latest.pth.tar"  # where main.py leaves the encoder of the embedded materials
 
 
 def sizes(model_name: str, tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -55,7 +55,7 @@ CARD = Card(
     mean=MEAN,
     std=STD,
     interpolation="bilinear",
-    run_on_digits=RUN_ON_DIGITS,
+    embedded_run=EMBEDDED_RUN,
     main="main.py",
     checkpoint_key="encoder",
     head_names=("fc", "pred"),

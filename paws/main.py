@@ -1,6 +1,6 @@
 """Any of the training programs of this folder, chosen by ``--sel`` as in the official code.
 
-    python main.py                                                 # PAWS on the embedded digits
+    python main.py                                                 # PAWS on the embedded materials
     python main.py --sel suncet_train --fname configs/suncet/imgnt_train.yaml ...
 
 See ``paws_train.py`` (the default), ``suncet_train.py``, ``fine_tune.py`` and ``snn_fine_tune.py``, which can also be

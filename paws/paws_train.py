@@ -3,7 +3,7 @@
 Assran et al., "Semi-Supervised Learning of Visual Features by Non-Parametrically Predicting View Assignments with
 Support Samples", ICCV 2021 (PAWS).
 
-    python main.py                                       # embedded digits, 4 labels of each, a minute or two on a CPU
+    python main.py                                       # embedded materials, 4 labels of each, minutes on a CPU
     python main.py --data_path pictures --labels labels.csv --fname configs/paws/own_images.yaml --output_dir run
     torchrun --nproc_per_node=8 main.py --fname configs/paws/imgnt_train.yaml --data_path /path/to/imagenet/train \\
         --subset_path imagenet_subsets --output_dir /path/to/run
@@ -43,11 +43,11 @@ from shared.run.flags import bool_flag, tell_embedded_defaults
 from shared.run.health import HealthMonitor, feature_spread, rank_me
 from shared.run.run import Run
 
-# What replaces the defaults when no images are given: 8x8 pixel digits need no ResNet-50 at 224 pixels. The learning
+# What replaces the defaults when no images are given: images of 32 pixels need no ResNet-50 at 224 pixels. The learning
 # rate rises slowly, or the network is taught by its first pseudo-labels, of which most are wrong.
 EMBEDDED_DATA_DEFAULTS = {
     "labels_per_class": 4,
-    "dataset": "digits",
+    "dataset": "cifar10",  # images of the same size
     "color_jitter_strength": 0.5,
     "multicrop": 2,
     "supervised_imgs_per_class": 4,
@@ -55,12 +55,12 @@ EMBEDDED_DATA_DEFAULTS = {
     "unsupervised_batch_size": 64,
     "model_name": "wide_resnet10w1",
     "output_dim": 64,
-    "epochs": 20,
+    "epochs": 8,
     "lr": 0.8,
     "start_lr": 0.1,
     "final_lr": 0.008,
-    "warmup": 4,
-    "output_dir": "runs/digits",
+    "warmup": 2,
+    "output_dir": "runs/materials",
 }
 
 
@@ -73,7 +73,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
-    """Parse and check the command line; without images the defaults are those of the embedded digits."""
+    """Parse and check the command line; without images the defaults are those of the embedded materials."""
     parser = parser or get_args_parser()
     args = flags.parse_with_embedded_defaults(parser, arguments, EMBEDDED_DATA_DEFAULTS)
     if args.output_dim < 4:

@@ -2,7 +2,7 @@
 
     python pseudo_labels.py --data_path pictures --labels labels.csv --model_name resnet50 \\
         --pretrained run/paws-latest.pth.tar --output_dir labelled
-    python pseudo_labels.py                          # embedded digits, the run in runs/digits
+    python pseudo_labels.py                          # embedded materials, the run in runs/materials
 
 A training with ``main.py`` writes the same files when it ends. Every unlabelled image gets the class with the largest
 vote of all labelled images; the confidence is its share of the vote. Writes into ``--output_dir``:
@@ -40,7 +40,7 @@ from shared.run.flags import bool_flag
 
 UNREADABLE = -2  # in place of a label
 PER_ROW, ROWS = 10, 3  # of a block of the picture
-EMBEDDED_DATA_DEFAULTS = flags.ON_DIGITS | {"output_dir": "runs/digits"}
+EMBEDDED_DATA_DEFAULTS = flags.ON_EMBEDDED | {"output_dir": "runs/materials"}
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -1,6 +1,6 @@
 """Classify images by their soft nearest neighbours among the labelled ones; nothing is trained.
 
-    python snn_eval.py                                     # embedded digits, weights of the run in runs/digits
+    python snn_eval.py                                     # embedded materials, weights of the run in runs/materials
     python snn_eval.py --pretrained paws_imgnt_10percent_300ep --data_path /path/to/imagenet \\
         --subset_path imagenet_subsets                                              # released PAWS: 73.1
 
@@ -38,7 +38,7 @@ def split_number(text: str) -> int:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    return flags.parse_with_embedded_defaults(get_args_parser(), arguments, flags.ON_DIGITS, flags.WEIGHTS)
+    return flags.parse_with_embedded_defaults(get_args_parser(), arguments, flags.ON_EMBEDDED, flags.WEIGHTS)
 
 
 def snn_eval(args: argparse.Namespace) -> tuple[float, float]:

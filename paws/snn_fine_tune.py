@@ -1,6 +1,6 @@
 """Fine-tune an encoder for classification by soft nearest neighbours, with the SuNCEt loss on the labelled images.
 
-    python snn_fine_tune.py                                  # embedded digits, weights of the run in runs/digits
+    python snn_fine_tune.py                                  # embedded materials, weights of the run in runs/materials
     python snn_fine_tune.py --fname configs/paws/cifar10_snn.yaml --data_path cifar10 --subset_path cifar10_subsets \\
         --pretrained /path/to/run/paws-latest.pth.tar --output_dir /path/to/fine-tuned
 
@@ -36,7 +36,10 @@ from shared.optimisation.optim import clip_grad_norm_per_tensor_
 from shared.run.flags import bool_flag
 from shared.run.run import Run
 
-EMBEDDED_DATA_DEFAULTS = flags.ON_DIGITS | {"color_jitter_strength": 0.5, "output_dir": "runs/digits/snn-fine-tune"}
+EMBEDDED_DATA_DEFAULTS = flags.ON_EMBEDDED | {
+    "color_jitter_strength": 0.5,
+    "output_dir": "runs/materials/snn-tuned",
+}
 # A run that is resumed must have these as they were.
 RUN_FLAGS = ("model_name", "lr", "epochs", "supervised_batch_size", "supervised_views", "seed")
 
@@ -62,7 +65,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
-    """Parse and check the command line; without images the defaults are those of the embedded digits."""
+    """Parse and check the command line; without images the defaults are those of the embedded materials."""
     parser = parser or get_args_parser()
     return flags.parse_with_embedded_defaults(parser, arguments, EMBEDDED_DATA_DEFAULTS, flags.WEIGHTS)
 

@@ -3,7 +3,7 @@
 Assran et al., "Supervision Accelerates Pre-training in Contrastive Semi-Supervised Learning of Visual
 Representations", 2020.
 
-    python suncet_train.py                               # embedded digits, 4 labels of each, a minute on a CPU
+    python suncet_train.py                               # embedded materials, 4 labels of each, a minute on a CPU
     torchrun --nproc_per_node=8 main.py --sel suncet_train --fname configs/suncet/imgnt_train.yaml \\
         --data_path /path/to/imagenet/train --subset_path imagenet_subsets --output_dir /path/to/run
 
@@ -36,7 +36,7 @@ from shared.run.run import Run
 
 EMBEDDED_DATA_DEFAULTS = {
     "labels_per_class": 4,
-    "dataset": "digits",
+    "dataset": "cifar10",  # images of the same size
     "color_jitter_strength": 0.5,
     "supervised_imgs_per_class": 4,
     "unsupervised_batch_size": 64,
@@ -48,7 +48,7 @@ EMBEDDED_DATA_DEFAULTS = {
     "start_lr": 0.4,
     "final_lr": 0.016,
     "warmup": 1,
-    "output_dir": "runs/digits-suncet",
+    "output_dir": "runs/materials-suncet",
 }
 
 
@@ -63,7 +63,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
-    """Parse and check the command line; without images the defaults are those of the embedded digits."""
+    """Parse and check the command line; without images the defaults are those of the embedded materials."""
     return flags.parse_with_embedded_defaults(parser or get_args_parser(), arguments, EMBEDDED_DATA_DEFAULTS)
 
 

@@ -1,6 +1,6 @@
 """Weighted k-NN classification with the features of a frozen ResMLP.
 
-    python eval_knn.py                                       # embedded digits, weights of the run in runs/digits
+    python eval_knn.py                                       # embedded materials, weights of the run in runs/materials
     torchrun --nproc_per_node=8 eval_knn.py --pretrained_weights resmlp_24_dino --data_path /path/to/imagenet
                                                              # released ResMLP-S24, trained with DINO: 69.4
 

@@ -1,6 +1,6 @@
 """Linear classification on the frozen features of a ResMLP.
 
-    python eval_linear.py                                    # embedded digits, weights of the run in runs/digits
+    python eval_linear.py                                    # embedded materials, weights of the run in runs/materials
     torchrun --nproc_per_node=8 eval_linear.py --pretrained_weights resmlp_24_dino --data_path /path/to/imagenet \\
         --output_dir /path/to/linear                         # released ResMLP-S24, trained with DINO: 72.8
 
@@ -38,8 +38,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    digits = {"crop_scale": (0.6, 1.0), "lr": 0.1, "epochs": 20, "output_dir": "runs/digits"}
-    return parse_evaluation(get_args_parser(), arguments, **digits)
+    embedded = {"crop_scale": (0.6, 1.0), "lr": 0.1, "epochs": 20, "output_dir": "runs/materials"}
+    return parse_evaluation(get_args_parser(), arguments, **embedded)
 
 
 def eval_linear(args: argparse.Namespace) -> dict[str, float]:

@@ -18,7 +18,7 @@ def evaluation_parser(docstring: str) -> Parser:
     """A parser with the flags that choose the frozen network; the description is the docstring's first paragraph."""
     parser = Parser(docstring)
     add = parser.add_argument_group("network").add_argument
-    weights = "a release (resmlp_24_dino), a file or an address; without --data_path the run in runs/digits"
+    weights = "a release (resmlp_24_dino), a file or an address; without --data_path the run in runs/materials"
     add("--pretrained_weights", default="", help=weights)
     key = "network to take from a training checkpoint; of a checkpoint of DINO, model is the teacher"
     add("--checkpoint_key", default=CARD.checkpoint_key, help=key)
@@ -37,8 +37,8 @@ def add_data_flags(parser: argparse.ArgumentParser) -> Callable:
 def parse_evaluation(
     parser: argparse.ArgumentParser, arguments: Sequence[str] | None, **embedded_defaults
 ) -> argparse.Namespace:
-    """Parse; without ``--data_path`` the defaults are those of the run on the embedded digits."""
-    args = flags.parse_evaluation(parser, arguments, pretrained_weights=CARD.run_on_digits, **embedded_defaults)
+    """Parse; without ``--data_path`` the defaults are those of the run on the embedded materials."""
+    args = flags.parse_evaluation(parser, arguments, pretrained_weights=CARD.embedded_run, **embedded_defaults)
     if not args.pretrained_weights:
         parser.error(f"--pretrained_weights is missing: a file, or one of {', '.join(CARD.releases)}")
     return args

@@ -2,7 +2,7 @@
 
 Touvron et al., "ResMLP: Feedforward networks for image classification with data-efficient training", 2021.
 
-    python main.py                                                        # embedded digits, minutes on a CPU
+    python main.py                                                        # embedded materials, minutes on a CPU
     torchrun --nproc_per_node=8 main.py --model resmlp_12 --batch-size 256 --opt lamb --lr 5e-3 --unscale-lr \\
         --weight-decay 0.2 --epochs 400 --drop-path 0.05 --amp fp32 --eval-crop-ratio 0.9 \\
         --data_path /path/to/imagenet --output_dir /path/to/run               # 76.6 top-1

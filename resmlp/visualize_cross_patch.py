@@ -1,6 +1,6 @@
 """Pictures of the cross-patch layers: what every patch takes from which other patches (section 3.3 of the paper).
 
-    python visualize_cross_patch.py                                            # the run in runs/digits
+    python visualize_cross_patch.py                                            # the run in runs/materials
     python visualize_cross_patch.py --pretrained_weights resmlp_24_dist --output_dir pictures
 
 Row i of a layer's matrix, laid out as the grid of patches, shows where patch i gets its input from. ``layers.png`` has
@@ -35,7 +35,7 @@ MIN_PX = 180  # of a layer on a sheet
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--pretrained_weights", default=CARD.run_on_digits, help="a release (resmlp_24_dist), a file or an address")
+    add("--pretrained_weights", default=CARD.embedded_run, help="a release (resmlp_24_dist), a file or an address")
     add("--checkpoint_key", default=CARD.checkpoint_key, help="network to take from a training checkpoint")
     add("--output_dir", default="cross_patch", help="where the pictures go")
     return parser

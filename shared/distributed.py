@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .run.attempt import NotFinite
+from .run.memory import is_out_of_memory
 
 _control_group: dist.ProcessGroup | None = None  # gloo, for messages that must not wait for the GPU
 
@@ -195,7 +196,7 @@ def clean_exit() -> Iterator[None]:
     ========  ==========================================================================================
     code      why
     ========  ==========================================================================================
-    2         a mistake of the user, or a file that cannot be read or written (ValueError, OSError)
+    2         a mistake of the user, a file that cannot be read or written (ValueError, OSError), too little memory
     3         gradients or weights are not finite (:class:`shared.run.attempt.NotFinite`)
     4         another process of the run, or a process that loads images, has died or has not come up
     128 + n   stopped by signal n, in training after saving (:class:`shared.run.attempt.Interrupted`)
@@ -215,7 +216,10 @@ def clean_exit() -> Iterator[None]:
     except NotFinite as error:
         _say(error)
         raise SystemExit(3) from error
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            _say(f"out of memory, a smaller batch needs less: {str(error).splitlines()[0]}")
+            raise SystemExit(2) from error
         if not isinstance(error, WorldNotFormed) and not str(error).startswith("DataLoader worker"):
             raise
         _say(error)

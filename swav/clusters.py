@@ -1,7 +1,7 @@
 """Cluster images with the prototypes of a trained network, and look at the clusters.
 
     python -m swav.clusters --data_path /path/to/pictures --output_dir clusters        # released SwAV, 3000 prototypes
-    cd swav && python clusters.py                            # embedded digits, weights of the run in runs/digits
+    cd swav && python clusters.py                            # embedded materials, weights of the run in runs/materials
 
 Every image goes to the prototype that is nearest to its embedding; no labels are needed. Writes into --output_dir:
 
@@ -36,7 +36,7 @@ from shared.images.sources import ImageSource, open_source
 from swav import evaluation
 from swav.cluster_pictures import save_overview, save_sheets, save_usage
 from swav.clustering import Clustering, assign, describe, summarise
-from swav.hub import CARD, RUN_ON_DIGITS, load_network
+from swav.hub import CARD, EMBEDDED_RUN, load_network
 from swav.resnet50 import MultiPrototypes, PrototypeNetwork
 
 UNREADABLE = -2  # in place of a label
@@ -45,7 +45,7 @@ UNREADABLE = -2  # in place of a label
 def get_args_parser() -> argparse.ArgumentParser:
     parser = evaluation.evaluation_parser(__doc__)
     add = parser.add_argument_group("images").add_argument
-    images = "a folder of images, with or without class folders, .txt list or torchvision name; default: digits"
+    images = "a folder of images, with or without class folders, .txt list or torchvision name; default: embedded ones"
     add("--data_path", default=None, help=images)
     add("--allow_absolute_paths", action="store_true", help="in .txt lists")
     add("--split", default="all", choices=("all", "train", "val"), help="part of a data set that has several")
@@ -68,7 +68,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    return parse_evaluation(get_args_parser(), arguments, pretrained=RUN_ON_DIGITS, output_dir="runs/digits/clusters")
+    return parse_evaluation(get_args_parser(), arguments, pretrained=EMBEDDED_RUN, output_dir="runs/materials/clusters")
 
 
 def cluster_images(args: argparse.Namespace) -> dict | None:

@@ -1,6 +1,6 @@
 """Weighted k-NN classification with the features of a frozen network.
 
-    python eval_knn.py                                       # embedded digits, weights of the run in runs/digits
+    python eval_knn.py                                       # embedded materials, weights of the run in runs/materials
     torchrun --nproc_per_node=8 eval_knn.py --data_path /path/to/imagenet         # released SwAV, 800 epochs
 
 An image's feature is the output of the trunk (2048 numbers for a ResNet-50), before the projection head. Each of the k
@@ -18,7 +18,7 @@ from shared import distributed
 from shared.evaluation import frozen
 from shared.evaluation.flags import add_data_flags, add_knn_flags, parse_evaluation
 from swav.evaluation import evaluation_parser, load_frozen
-from swav.hub import RUN_ON_DIGITS
+from swav.hub import EMBEDDED_RUN
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -28,7 +28,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    return parse_evaluation(get_args_parser(), arguments, pretrained=RUN_ON_DIGITS)
+    return parse_evaluation(get_args_parser(), arguments, pretrained=EMBEDDED_RUN)
 
 
 def eval_knn(args: argparse.Namespace) -> dict[int, tuple[float, float]] | None:

@@ -1,6 +1,6 @@
 """Linear classification on frozen features (Caron et al. 2020, section 4.1).
 
-    python eval_linear.py                                    # embedded digits, weights of the run in runs/digits
+    python eval_linear.py                                    # embedded materials, weights of the run in runs/materials
     torchrun --nproc_per_node=8 eval_linear.py --data_path /path/to/imagenet --dump_path /path/to/linear
                                                              # released SwAV, 800 epochs: 75.3
 
@@ -28,7 +28,7 @@ from shared.networks.batchnorm import synchronize_batchnorm
 from shared.networks.weights import weights_checksum
 from shared.run.flags import bool_flag
 from swav.evaluation import evaluation_parser, load_frozen
-from swav.hub import CARD, LINEAR_CLASSIFIER, RUN_ON_DIGITS, fetch
+from swav.hub import CARD, EMBEDDED_RUN, LINEAR_CLASSIFIER, fetch
 from swav.resnet50 import PrototypeNetwork, ResNet
 
 # A run that is resumed must have these as they were.
@@ -62,8 +62,14 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    digits = {"num_labels": 10, "crop_scale": (0.6, 1.0), "epochs": 10, "lr": 0.03, "output_dir": "runs/digits/linear"}
-    return parse_evaluation(get_args_parser(), arguments, pretrained=RUN_ON_DIGITS, **digits)
+    embedded = {
+        "num_labels": 12,
+        "crop_scale": (0.6, 1.0),
+        "epochs": 10,
+        "lr": 0.03,
+        "output_dir": "runs/materials/linear",
+    }
+    return parse_evaluation(get_args_parser(), arguments, pretrained=EMBEDDED_RUN, **embedded)
 
 
 def eval_linear(args: argparse.Namespace) -> dict[str, float]:

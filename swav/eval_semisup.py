@@ -1,6 +1,6 @@
 """Fine-tuning with 1 % or 10 % of the labels (Caron et al. 2020, section 4.1).
 
-    python eval_semisup.py                                   # embedded digits, weights of the run in runs/digits
+    python eval_semisup.py                                   # embedded materials, weights of the run in runs/materials
     torchrun --nproc_per_node=8 eval_semisup.py --labels_perc 10 --subset_list imagenet_subsets/10percent.txt \\
         --data_path /path/to/imagenet --dump_path /path/to/semisup           # released SwAV, 800 epochs: 70.2
 
@@ -30,7 +30,7 @@ from shared.networks.batchnorm import synchronize_batchnorm
 from shared.networks.weights import weights_checksum
 from shared.run import randomness
 from swav.evaluation import choose_network, evaluation_parser, load_chosen
-from swav.hub import CARD, RUN_ON_DIGITS, load_network
+from swav.hub import CARD, EMBEDDED_RUN, load_network
 from swav.resnet50 import PrototypeNetwork
 
 # A run that is resumed must have these as they were.
@@ -61,9 +61,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    digits = {"num_labels": 10, "crop_scale": (0.6, 1.0), "lr": 0.003, "lr_last_layer": 0.03}
-    digits |= {"pretrained": RUN_ON_DIGITS, "output_dir": "runs/digits/semisup"}
-    return parse_evaluation(get_args_parser(), arguments, **digits)
+    embedded = {"num_labels": 12, "crop_scale": (0.6, 1.0), "lr": 0.003, "lr_last_layer": 0.03}
+    embedded |= {"pretrained": EMBEDDED_RUN, "output_dir": "runs/materials/semisup"}
+    return parse_evaluation(get_args_parser(), arguments, **embedded)
 
 
 def eval_semisup(args: argparse.Namespace) -> dict[str, float]:

@@ -11,7 +11,7 @@ from .hub import CARD, load_backbone
 from .resnet50 import PrototypeNetwork
 
 DEFAULTS = {"arch": "resnet50", "image_size": 224}
-DIGITS = {"arch": "test_resnet", "image_size": 32}  # of the network that main_swav.py trains on 8x8 pixel digits
+EMBEDDED = {"arch": "test_resnet", "image_size": 32}  # of the network that main_swav.py trains on the embedded data
 
 
 def evaluation_parser(docstring: str) -> argparse.ArgumentParser:
@@ -35,7 +35,7 @@ def choose_network(args: argparse.Namespace) -> None:
     names = {"arch": "arch"}
     if "data_path" in args:  # images, which are seen as in the training
         names["image_size"] = "size_crops"
-    defaults = DIGITS if "data_path" in args and not args.data_path else DEFAULTS
+    defaults = EMBEDDED if "data_path" in args and not args.data_path else DEFAULTS
     take_from_run(args, flags_of_run(args.pretrained), names, defaults)
 
 

@@ -20,7 +20,7 @@ from .resnet50 import LibraryNetwork, PrototypeNetwork
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.228, 0.224, 0.225)  # 0.228, not ImageNet's 0.229: the released weights were trained with it
-RUN_ON_DIGITS = "runs/digits/checkpoint.pth.tar"  # where main_swav.py leaves the network of the embedded data
+EMBEDDED_RUN = "runs/materials/checkpoint.pth.tar"  # where main_swav.py leaves the network of the embedded data
 RESNETS = ("resnet50", "resnet50w2", "resnet50w4", "resnet50w5")
 HEADS = ("output_dim", "hidden_mlp", "nmb_prototypes", "normalize")
 
@@ -101,7 +101,7 @@ CARD = Card(
     mean=MEAN,
     std=STD,
     interpolation="bilinear",
-    run_on_digits=RUN_ON_DIGITS,
+    embedded_run=EMBEDDED_RUN,
     main="main_swav.py",
     head_names=("projection_head", "prototypes"),
     sizes=sizes,

@@ -2,7 +2,7 @@
 
 Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", NeurIPS 2020, section 5.
 
-    python main_deepclusterv2.py                                          # embedded digits, minutes on a CPU
+    python main_deepclusterv2.py                                          # embedded materials, minutes on a CPU
     torchrun --nnodes=8 --nproc_per_node=8 main_deepclusterv2.py --data_path /path/to/imagenet/train \\
         --dump_path /path/to/run --nmb_crops 2 6 --size_crops 224 96 --min_scale_crops 0.14 0.05 \\
         --max_scale_crops 1. 0.14 --epochs 800 --final_lr 0.0048 --start_warmup 0.3   # 75.2 linear
@@ -50,7 +50,7 @@ from swav.resnet50 import Trunk
 # What replaces the official defaults when no --data_path is given.
 EMBEDDED_DATA_DEFAULTS = main_swav.EMBEDDED_DATA_DEFAULTS | {
     "nmb_prototypes": [30, 30, 30],
-    "output_dir": "runs/digits_deepclusterv2",
+    "output_dir": "runs/materials_deepclusterv2",
 }
 del EMBEDDED_DATA_DEFAULTS["epsilon"], EMBEDDED_DATA_DEFAULTS["freeze_prototypes_niters"]  # of SwAV alone
 

@@ -2,7 +2,7 @@
 
 Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", NeurIPS 2020.
 
-    python main_swav.py                                                   # embedded digits, minutes on a CPU
+    python main_swav.py                                                   # embedded materials, minutes on a CPU
     torchrun --nproc_per_node=8 main_swav.py --data_path /path/to/imagenet/train --dump_path /path/to/run \\
         --nmb_crops 2 6 --size_crops 224 96 --min_scale_crops 0.14 0.05 --max_scale_crops 1. 0.14 \\
         --batch_size 32 --base_lr 0.6 --final_lr 0.0006 --epochs 400 --warmup_epochs 0 --queue_length 3840 \\
@@ -63,7 +63,7 @@ EMBEDDED_DATA_DEFAULTS = {
     "epochs": 24,
     "warmup_epochs": 1,
     "freeze_prototypes_niters": 60,
-    "output_dir": "runs/digits",
+    "output_dir": "runs/materials",
 }
 NETWORK_FLAGS = ("arch", "in_chans", "feat_dim", "hidden_mlp", "nmb_prototypes", "crops_for_assign")
 CHECKPOINT = "checkpoint.pth.tar"

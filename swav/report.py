@@ -80,13 +80,11 @@ def report(method: str, run: Run, dataset: MultiCropDataset, trunk: nn.Module, k
         for line in ending.lines
         if "loss" in line
     ]
-    network = {"arch": run.args.arch, "pretrained": run.path, "image_size": run.args.size_crops[0]}
-    images = data_flags(run.args)
-    linear = {**images, "dump_path": run.output_dir / "linear"}
-    clusters = {**images, "val_path": None, "output_dir": run.output_dir / "clusters"}
-    commands = [command("swav/clusters.py", **network, **clusters)]
+    network = {"pretrained": run.path} | data_flags(run.args)  # the checkpoint states architecture and image size
+    clusters = network | {"val_path": None, "output_dir": run.output_dir / "clusters"}
+    commands = [command("swav/clusters.py", **clusters)]
     if knn.sources:
-        num_labels = len(knn.sources[1].classes)
-        commands.append(command("swav/eval_linear.py", **network, **linear, num_labels=num_labels))
+        linear = {"num_labels": len(knn.sources[1].classes), "dump_path": run.output_dir / "linear"}
+        commands.append(command("swav/eval_linear.py", **network, **linear))
     own_images = command(SCRIPTS[method], data_path="YOUR_IMAGES", dump_path="YOUR_RUN")
     ending.finish(commands, own_images, used[-1:], knn, lr_flag="--base_lr")

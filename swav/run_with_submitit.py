@@ -26,7 +26,7 @@ METHODS = {
 
 
 def get_args_parser(method: str = "swav") -> argparse.ArgumentParser:
-    parser = slurm.launcher_parser(METHODS[method][0].get_args_parser(), __doc__, job_name=method)
+    parser = METHODS[method][0].get_args_parser()
     parser.add_argument("--method", default=method, choices=METHODS, help="what to train")
     return parser
 
@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     method = first.parse_known_args(arguments)[0].method
     script, train = METHODS[method]
     with distributed.clean_exit():
-        args = script.parse_args(arguments, get_args_parser(method))
+        args = script.parse_args(arguments, slurm.launcher_parser(get_args_parser(method), __doc__, method))
         del args.method  # a flag of this script, not of the training
         slurm.submit(train, args)
 

@@ -2,7 +2,7 @@
 
 El-Nouby et al., "XCiT: Cross-Covariance Image Transformers", NeurIPS 2021.
 
-    python main.py                                                        # embedded digits, minutes on a CPU
+    python main.py                                                        # embedded materials, minutes on a CPU
     torchrun --nproc_per_node=8 main.py --model xcit_small_12_p16 --batch-size 128 --drop-path 0.05 \\
         --data-path /path/to/imagenet --output_dir /path/to/run --full_crop      # 400 epochs: 82.0 top-1
 
@@ -32,8 +32,8 @@ from shared.supervised.transforms import train_transform
 from xcit.hub import CROP_RATIO, MEAN, STD, build_network, read_weights
 from xcit.report import report
 
-EMBEDDED_NETWORK = {"model": "xcit_nano_12_p8", "input_size": 24, "full_crop": True}
-EMBEDDED_DATA_DEFAULTS = flags.EMBEDDED_RECIPE | EMBEDDED_NETWORK | {"lr": 0.008}
+EMBEDDED_NETWORK = {"model": "xcit_nano_12_p8", "input_size": 32, "full_crop": True}
+EMBEDDED_DATA_DEFAULTS = flags.EMBEDDED_RECIPE | EMBEDDED_NETWORK | {"lr": 0.016}
 NETWORK_FLAGS = ("model", "in_chans")
 
 

@@ -92,6 +92,11 @@ def from_official(checkpoint: dict, args: argparse.Namespace, data: TrainingData
     ]
     if changes and args.on_changed_run == "refuse":
         raise ValueError(f"--on_changed_run refuse: {'; '.join(changes)}")
+    if args.on_changed_run == "same_data" and checkpoint.get("text", data.checksum) != data.checksum:
+        raise ValueError(
+            "the checkpoint to go on with was written with other text: name another output folder, or go on all the "
+            "same with --on_changed_run continue"
+        )
     if changes:
         distributed.print_once(f"resuming a changed run; draws differ from here on: {'; '.join(changes)}")
     checkpoint = {**checkpoint, **facts, "images": data.checksum}

@@ -15,7 +15,7 @@ POSITIVE = ("epochs", "batch_size", "image_size", "val_freq", "num_blocks", "ima
 def add_labelled_flags(parser: argparse.ArgumentParser, data_flag: str = "--data_path") -> Callable:
     """Images with classes, to learn from and to classify; returns the ``add_argument`` of their group."""
     add = parser.add_argument_group("data").add_argument
-    images = "folder with train/ and val/ or with class folders, .txt list or torchvision name; None: the digits"
+    images = "folder with train/ and val/ or with class folders, .txt list or torchvision name; None: embedded ones"
     add(data_flag, dest="data_path", default=None, help=images)
     add("--val_path", default=None, help=f"images to classify; by default those that belong to {data_flag}")
     add("--allow_absolute_paths", action="store_true", help="in .txt lists")
@@ -82,7 +82,7 @@ def add_process_flags(
 def parse_evaluation(
     parser: argparse.ArgumentParser, arguments: Sequence[str] | None, **embedded_defaults
 ) -> argparse.Namespace:
-    """Parse and check; without images the defaults are those of the embedded digits."""
+    """Parse and check; without images the defaults are those of the embedded materials."""
     args = parse_with_embedded_defaults(parser, arguments, embedded_defaults, {})
     check_positive(parser, args)
     return args

@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import copy
 import importlib
+import itertools
 import os
 import shlex
 import shutil
@@ -47,7 +48,7 @@ def add_slurm_flags(parser: argparse.ArgumentParser, job_name: str = "train") ->
     add("--ngpus", type=int, default=8, help="GPUs per node, one process each; 0: train on CPUs")
     add("--tasks_per_node", type=int, default=None, help="processes per node; needed only with --ngpus 0 (default 1)")
     add("--timeout", type=int, default=2800, help="time limit in minutes")
-    add("--partition", default="learnfair", help="partition to submit to; empty: the cluster's default")
+    add("--partition", default="", help="partition to submit to; empty: the cluster's default")
     add("--use_volta32", action="store_true", help="ask for nodes with the feature volta32gb")
     add("--constraint", default="", help="node features to ask for")
     add("--comment", default="", help="comment for the scheduler")
@@ -123,6 +124,8 @@ def submit(train: Callable[[argparse.Namespace], object], args: argparse.Namespa
     folder = Path(job_flags.job_dir or Path(training.output_dir) / "submitit").absolute()
     tasks = job_flags.tasks_per_node or job_flags.ngpus or 1
     if hasattr(training, "device"):  # asked for GPUs, a process without one must not train on its CPU
+        if training.device == "cpu" and job_flags.ngpus:
+            raise ValueError(f"--device cpu and --ngpus {job_flags.ngpus}: give --ngpus 0 --tasks_per_node {tasks}")
         training.device = "cuda" if job_flags.ngpus else "cpu"
     trainer = Trainer(train, training, job_flags.max_restarts)
     if job_flags.cluster == "local":
@@ -138,6 +141,7 @@ def submit(train: Callable[[argparse.Namespace], object], args: argparse.Namespa
     output_dir = _with_job_id(training, job.job_id).output_dir
     print(f"Submitted job {job.job_id}: {tasks} processes on each of {job_flags.nodes} nodes")
     print(f"Checkpoints and logs: {output_dir}; output of each process: {job.paths.folder}")
+    print(f"To go on with this run in another job, submit the same command with --output_dir {output_dir}")
     return job
 
 
@@ -213,6 +217,8 @@ _OPTIONS_WITH_A_FLAG = {
 
 
 def _run_locally(trainer: "Trainer", folder: Path, tasks: int, flags: argparse.Namespace) -> submitit.Job:
+    if "%j" in str(folder):  # which a local process does not know before it has read its files; their names hold the id
+        folder = Path(*itertools.takewhile(lambda part: "%j" not in part, folder.parts), "submitit")
     executor = submitit.LocalExecutor(folder)
     executor.update_parameters(
         tasks_per_node=tasks,

@@ -1,6 +1,6 @@
 """What a folder says about its networks: the ``CARD`` and the ``ENTRIES`` of its ``hub.py``.
 
-    CARD = Card("paper", build, RELEASES, address, MEAN, STD, "bicubic", run_on_digits, "main_paper.py", ...)
+    CARD = Card("paper", build, RELEASES, address, MEAN, STD, "bicubic", embedded_run, "main_paper.py", ...)
     ENTRIES = hub_entries(CARD)
 
 A card is data and two functions; what reads it is in :mod:`shared.networks.pretrained`,
@@ -59,7 +59,7 @@ class Card:
         address: Where the files are; the environment variable ``<NAME>_WEIGHTS_URL`` replaces it.
         mean, std: Of the images, per channel, for pixels in [0, 1].
         interpolation: Of the resizing before a centre crop.
-        run_on_digits: What ``main`` leaves without images: the checkpoint, or its folder.
+        embedded_run: What ``main`` leaves without images: the checkpoint, or its folder.
         main: The script that trains.
         checkpoint_key: The network to take from a training checkpoint.
         head_names: Modules there that are no part of the representation.
@@ -75,7 +75,7 @@ class Card:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str
-    run_on_digits: str
+    embedded_run: str
     main: str
     checkpoint_key: str = "teacher"
     head_names: tuple[str, ...] = ()

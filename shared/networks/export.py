@@ -161,8 +161,7 @@ def export_transformers(card: Card, network: nn.Module, folder: Path, model: str
         "image_mean": card.mean,
         "image_std": card.std,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         for name, values in (("config.json", config), ("preprocessor_config.json", processor)):
             (Path(temporary) / name).write_text(json.dumps(values, indent=2))
         with atomic_file(Path(temporary) / "model.safetensors") as file:
@@ -178,6 +177,7 @@ def export_transformers(card: Card, network: nn.Module, folder: Path, model: str
             check_outputs(
                 folder.name, lambda images: twin(images).last_hidden_state[:, 0], network, [shape.img_size] * 2
             )
+        folder.mkdir(exist_ok=True)
         for file in Path(temporary).iterdir():
             os.replace(file, folder / file.name)
     print(f"  transformers.{model}.from_pretrained({str(folder)!r})")
@@ -218,7 +218,9 @@ def export_network(
     Raises:
         ExportMismatch: If an exported network computes something else; its file is not kept.
     """
-    image_size = [*image_size] * 2 if len(image_size) == 1 else [*image_size]
+    if len(image_size) > 2:
+        raise ValueError(f"--image_size {' '.join(map(str, image_size))}: one side, or height and width")
+    image_size = [image_size[0], image_size[-1]]
     state, own_size = network.state_dict(), own_size or image_size
     timm_state = {name: value.contiguous() for name, value in to_timm(state).items()}
     described = as_texts({**header, "mean": card.mean, "std": card.std, "image_size": image_size})

@@ -86,7 +86,7 @@ def locate(card: Card, pretrained: str | Path, flag: str = "") -> Path:
         return fetch_release(card, name)
     if is_address(name) or Path(name).is_file():
         return fetch_file(name, flag)
-    if name == card.run_on_digits:
+    if name == card.embedded_run:
         raise ValueError(f"{flag} {name} is not there: run python {card.main} first")
     known = [*list(card.releases)[:15], "..."][: len(card.releases)]
     raise ValueError(f"{flag} {name} is neither a file nor a release ({', '.join(known)})")

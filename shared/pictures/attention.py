@@ -47,7 +47,7 @@ def parse_image_flags(
     args = parser.parse_args(arguments)
     embedded = args.image_path is None and not any(getattr(args, flag) for flag in weights)
     if embedded:
-        parser.set_defaults(output_dir="runs/digits/attention", image_size=[32, 32], **embedded_defaults)
+        parser.set_defaults(output_dir="runs/materials/attention", image_size=[32, 32], **embedded_defaults)
         args = parser.parse_args(arguments)
     args.embedded = embedded
     if args.threshold is not None and not 0 < args.threshold <= 1:

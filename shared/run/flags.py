@@ -55,7 +55,11 @@ def bool_flag(text: str) -> bool:
 def add_data_flags(parser: argparse.ArgumentParser) -> Callable:
     """Where the images come from; returns the ``add_argument`` of the group for further flags."""
     add = parser.add_argument_group("data").add_argument
-    add("--data_path", default=None, help="training images: folder, .txt list or torchvision name; default: digits")
+    add(
+        "--data_path",
+        default=None,
+        help="training images: folder, list or torchvision name; default: the embedded ones",
+    )
     add("--val_path", default=None, help="images to evaluate on; by default those that belong to --data_path")
     add("--allow_absolute_paths", action="store_true", help="in .txt lists")
     add("--in_chans", type=int, default=3, choices=(1, 3), help="channels of the images")

@@ -1,7 +1,22 @@
-"""Host memory of a training process."""
+"""Memory of a training process."""
 
 import ctypes
 import platform
+from argparse import Namespace
+
+import torch
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory of the host or of a GPU could not be had."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def name_batch_flags(error: BaseException | None, args: Namespace) -> None:
+    """Raise ``ValueError`` that says which flags to lower if ``error`` is one of memory; let any other one pass."""
+    if is_out_of_memory(error):
+        flags = [f"--{name}" for name, value in vars(args).items() if "batch" in name and type(value) is int]
+        raise ValueError(f"out of memory: lower {' or '.join(flags)} ({str(error).splitlines()[0]})") from error
 
 
 def keep_freed_memory() -> bool:

@@ -32,7 +32,7 @@ from .attempt import Attempt
 from .checkpoint import Checkpointer, check_flags, is_at_start, load_latest, restore, resume_position
 from .health import HealthMonitor
 from .log import RunLog
-from .memory import keep_freed_memory
+from .memory import keep_freed_memory, name_batch_flags
 from .not_finite import FiniteGuard, NonFiniteSearch
 
 
@@ -142,14 +142,14 @@ class Run:
 
     def __enter__(self) -> "Run":
         every = self.args.saveckp_steps, self.args.saveckp_minutes
-        self.checkpointer = Checkpointer(
-            self.path, self.state, *every, self.guard.is_good, self.owns_folder
-        ).__enter__()
+        checkpointer = Checkpointer(self.path, self.state, *every, self.guard.is_good, self.owns_folder)
+        self.checkpointer = checkpointer.__enter__()
         return self
 
-    def __exit__(self, *exception) -> None:
-        self.checkpointer.__exit__(*exception)
+    def __exit__(self, kind, error, traceback) -> None:
+        self.checkpointer.__exit__(kind, error, traceback)
         self.log.close()
+        name_batch_flags(error, self.args)
 
     def epochs(self) -> Iterator[int]:
         """The epochs that are still to be done, the first one from ``step_in_epoch`` on."""

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from shared.images.inaturalist import CATEGORIES
 from shared.run.flags import add_data_flags, add_run_flags, parse_with_embedded_defaults
 
-# What replaces the recipe's defaults when no images are named: digits of 8x8 pixels need little augmentation, and a run
-# of minutes no warm-up (its first two epochs would hardly learn) and a shorter moving average.
+# What replaces the recipe's defaults when no images are named: a run of minutes needs little augmentation, no warm-up
+# (its first two epochs would hardly learn) and a shorter moving average.
 EMBEDDED_RECIPE = {
     "batch_size": 32,
-    "epochs": 6,
+    "epochs": 8,
     "drop_path": 0.0,
     "warmup_epochs": 0,
     "model_ema_decay": 0.98,
@@ -19,7 +19,7 @@ EMBEDDED_RECIPE = {
     "reprob": 0.0,
     "mixup": 0.0,
     "cutmix": 0.0,
-    "output_dir": "runs/digits",
+    "output_dir": "runs/materials",
 }
 DATA_SETS = ("CIFAR10", "CIFAR100", "IMNET", "INAT", "INAT19", "CARS", "FLOWERS", "IMNET22k")
 INAT_YEARS = {"INAT": 2018, "INAT19": 2019}

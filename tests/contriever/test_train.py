@@ -191,9 +191,10 @@ def test_other_tokens_of_equal_size_are_another_text(data, uninterrupted, tmp_pa
     content = bytearray(file.read_bytes())
     content[-4:] = content[-8:-4]  # the last token is the one before it
     file.write_bytes(content)
-    flags = ("--train_data", tmp_path / "tokens", "--contrastive_mode", "inbatch", "--on_changed_run", "refuse")
-    with pytest.raises(ValueError, match="text was"):
-        run_train(data, tmp_path / "run", *flags)
+    flags = ("--train_data", tmp_path / "tokens", "--contrastive_mode", "inbatch")
+    for choice, message in (("refuse", "text was"), ("same_data", "written with other text: name another output")):
+        with pytest.raises(ValueError, match=message):
+            run_train(data, tmp_path / "run", *flags, "--on_changed_run", choice)
 
 
 def test_collections_are_searched_before_during_and_after(data, tmp_path):

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms import functional as TF
 
+from deepcluster.checkpoints import official_names
 from deepcluster.convnets import conv_maps
 from deepcluster.eval_linear import (
     LayerFeatures,
@@ -14,7 +15,7 @@ from deepcluster.eval_linear import (
     parse_args,
     pool_maps,
 )
-from deepcluster.hub import build_network, official_names
+from deepcluster.hub import build_network
 from shared import distributed
 from shared.images.loading import BadImages
 from shared.images.sources import open_source

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from deepcluster.hub import build_network, load_network, official_names
-from shared.networks import pretrained
-from shared.networks.weights import DownloadError, UnsafeFileError, WeightMismatch, safe_load
+from deepcluster.checkpoints import official_names
+from deepcluster.hub import build_network, load_network
+from shared.networks.weights import UnsafeFileError, WeightMismatch, safe_load
 from tests.deepcluster.tiny import write_checkpoint
 from tests.shared.networks.test_legacy_tar import write as write_legacy_tar
 
@@ -69,23 +69,6 @@ def test_networks_of_torchvision_and_timm_work_with_and_without_the_filter(arch,
     state = {"arch": arch, "state_dict": official_names(network.state_dict()), "args": {"crop_size": 32}}
     torch.save(state, tmp_path / "checkpoint.pth.tar")
     torch.testing.assert_close(load_network(tmp_path / "checkpoint.pth.tar")(images), network(images))
-
-
-def test_a_release_is_fetched_from_its_published_path(monkeypatch):
-    urls = []
-
-    def download(url, path):
-        urls.append(url)
-        raise DownloadError
-
-    monkeypatch.delenv("DEEPCLUSTER_WEIGHTS_URL", raising=False)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: "/nowhere")
-    monkeypatch.setattr(pretrained, "download", download)
-    for name in ("alexnet", "vgg16"):
-        with pytest.raises(DownloadError):
-            load_network(name)
-    base = "https://dl.fbaipublicfiles.com/deepcluster"
-    assert urls == [f"{base}/alexnet/checkpoint.pth.tar", f"{base}/vgg16/checkpoint.pth.tar"]
 
 
 def test_an_unknown_name_comes_with_suggestions():

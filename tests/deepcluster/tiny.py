@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from deepcluster.checkpoints import official_names
 from deepcluster.convnets import new_top_layer
-from deepcluster.hub import build_network, official_names
+from deepcluster.hub import build_network
 from tests.tiny_training import Training
 
 FLAGS = (

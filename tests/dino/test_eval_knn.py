@@ -39,10 +39,10 @@ def test_other_networks_are_evaluated(data, arch):
     assert accuracies[3][0] > 50
 
 
-def test_without_a_data_path_the_embedded_digits_are_classified(capsys):
+def test_without_a_data_path_the_embedded_images_are_classified(capsys):
     accuracies = run("--nb_knn", 5, "--image_size", 16, "--patch_size", 16)
-    assert "embedded digits (val): 359 images" in capsys.readouterr().out
-    assert 30 < accuracies[5][0] < 100
+    assert "embedded materials (val): 360 images" in capsys.readouterr().out
+    assert 15 < accuracies[5][0] < 100
 
 
 def test_a_list_may_hold_absolute_paths_where_that_is_allowed(data, tmp_path):

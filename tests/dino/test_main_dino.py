@@ -207,7 +207,7 @@ def test_a_job_has_the_flags_of_the_training_and_the_defaults_of_its_data(monkey
     )
     run_with_submitit.main(command.split())
     run_with_submitit.main([])
-    (function, args), (_, digits) = submitted
+    (function, args), (_, embedded) = submitted
     assert function is train_dino and (args.nodes, args.ngpus, args.timeout, args.partition) == (2, 8, 2880, "gpu")
     assert args.use_volta32 is True and args.norm_last_layer is False and args.job_name == "dino"
-    assert digits.out_dim == main_dino.EMBEDDED_DATA_DEFAULTS["out_dim"]
+    assert embedded.out_dim == main_dino.EMBEDDED_DATA_DEFAULTS["out_dim"]

@@ -71,7 +71,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_embedded_defaults(tmp_pat
     path = tmp_path / "c.yaml"
     path.write_text("optimization:\n  epochs: 3\n  lr: 1e-4\n")
     args = parse_args(["--fname", str(path), "--epochs", "2"])
-    assert (args.epochs, args.lr, args.model_name, args.output_dir) == (2, 1e-4, "deit_micro", "runs/digits")
+    assert (args.epochs, args.lr, args.model_name, args.output_dir) == (2, 1e-4, "deit_micro", "runs/materials")
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,15 @@
 """Official checkpoint layouts, strictly; hub entries and the released files; jobs."""
 
-import dataclasses
-import functools
-import http.server
-import threading
-
 import pytest
 import torch
 
 import hubconf
 from msn import linear_eval, main_distributed
 from msn import main as main_msn
-from msn.hub import CARD, load_pretrained
+from msn.hub import load_pretrained
 from msn.vision_transformer import ProjectionHead, build
-from shared.networks.weights import DownloadError, WeightMismatch
-from tests.msn.tiny import CHECKPOINT, ONE_EPOCH, losses, state_of
+from shared.networks.weights import WeightMismatch
+from tests.msn.tiny import ONE_EPOCH, losses, state_of
 
 ENTRIES = [name for name in dir(hubconf) if name.startswith("msn_")]
 
@@ -42,14 +37,6 @@ def test_released_files_fill_the_encoder_and_sizes_come_from_the_file(tmp_path):
     torch.testing.assert_close(other.norm.bias, source.norm.bias + 1)
 
 
-def test_a_plain_state_dict_fills_it_too(tmp_path, run):
-    encoder = load_pretrained("deit_tiny", run, CHECKPOINT).encoder
-    torch.save(encoder.state_dict(), tmp_path / "plain.pth")
-    torch.testing.assert_close(
-        load_pretrained("deit_tiny", tmp_path / "plain.pth").encoder.state_dict(), encoder.state_dict()
-    )
-
-
 def test_what_does_not_fit_is_refused_by_name(tmp_path):
     official_file(tmp_path / "a.pth.tar", patch_size=8, img_size=16)
     checkpoint = torch.load(tmp_path / "a.pth.tar", weights_only=True)
@@ -66,48 +53,6 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
         load_pretrained("deit_tiny")
     with pytest.raises(ValueError, match=r"nowhere\.pth is neither a file nor a release"):
         load_pretrained("deit_tiny", "nowhere.pth")
-
-
-def test_random_weights_are_asked_for_by_name():
-    assert load_pretrained("deit_tiny", "random").encoder(torch.zeros(2, 3, 16, 16)).shape == (2, 32)
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    """Serves ``files``; downloads go to an empty hub folder."""
-    folder = tmp_path / "files"
-    folder.mkdir()
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
-    monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "log_message", lambda *_: None)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv("MSN_WEIGHTS_URL", f"http://127.0.0.1:{server.server_port}")
-        monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-        yield folder
-        server.shutdown()
-
-
-def test_every_release_has_an_entry_and_the_published_name(server):
-    assert set(ENTRIES) == set(CARD.releases)
-    assert {release.file for release in CARD.releases.values()} == {
-        "vits16_800ep.pth.tar", "vitb16_600ep.pth.tar", "vitl16_600ep.pth.tar", "vitb4_300ep.pth.tar",
-        "vitl7_200ep.pth.tar",
-    }  # fmt: skip
-    for name in ENTRIES:
-        with torch.device("meta"):
-            assert sum(p.numel() for p in getattr(hubconf, name)(pretrained=False).parameters()) > 20e6
-        with pytest.raises(DownloadError, match=CARD.releases[name].file):
-            getattr(hubconf, name)()
-
-
-def test_an_entry_is_filled_from_the_released_file_once(server):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(CARD.releases, "msn_vits16", dataclasses.replace(CARD.releases["msn_vits16"], arch="deit_tiny"))
-        source = official_file(server / "vits16_800ep.pth.tar", patch_size=8, img_size=16)
-        encoder = hubconf.msn_vits16(img_size=16)
-        torch.testing.assert_close(encoder.pos_embed, source.pos_embed)
-        (server / "vits16_800ep.pth.tar").unlink()
-        torch.testing.assert_close(load_pretrained("deit_tiny").encoder.cls_token.data, source.cls_token.data)
 
 
 # --- Jobs -------------------------------------------------------------------------------------------------------------

@@ -182,9 +182,11 @@ def test_the_prediction_head_is_evaluated_where_it_is_fine_tuned(images, run, tm
     assert seen == [True, True]  # before and after
 
 
-def test_a_run_that_started_from_other_weights_is_refused(images, run, tmp_path):
-    flags = [*arguments(images, run, *FINE_TUNE), "--output_dir", str(tmp_path / "run")]
+def test_fine_tuning_beside_its_training_leaves_the_log_alone_and_refuses_other_weights(images, run, tmp_path):
+    folder = shutil.copytree(run[0], tmp_path / "run")
+    flags = [*arguments(images, run, *FINE_TUNE), "--folder", str(folder)]
     fine_tune.fine_tune(fine_tune.parse_args(flags))
+    assert lines(folder) == lines(run[0]) and lines(folder, "paws-fine-tune")[-1]["step"] == 4
     flags[flags.index("--pretrained") + 1] = "random"
     with pytest.raises(ValueError, match="started from other weights than those of --pretrained"):
         fine_tune.fine_tune(fine_tune.parse_args(flags))
@@ -216,7 +218,7 @@ def test_pictures_of_folders_are_labelled_and_none_is_an_error(run, tmp_path):
 
 
 @pytest.mark.parametrize("script", [snn_eval, fine_tune, snn_fine_tune, pseudo_labels])
-def test_without_weights_it_is_the_run_on_the_digits_that_is_taken_for_the_digits_alone(script, monkeypatch, tmp_path):
+def test_without_weights_the_run_on_the_embedded_images_is_taken_for_them_alone(script, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for flags, message in ((["--data_path", "images"], "--pretrained is missing"), ([], "run python main.py first")):
         monkeypatch.setattr(sys, "argv", ["script", "--device", "cpu", *flags])

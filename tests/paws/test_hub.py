@@ -5,13 +5,12 @@ import pytest
 import torch
 import torchvision
 
-from paws import hub, resnet
+from paws import hub
 from paws.encoder import build_encoder
 from paws.evaluation import Representation
 from paws.heads import classification_head
 from paws.hub import CARD
 from shared.networks import pretrained
-from shared.networks.export import export_backbone
 from shared.networks.weights import WeightMismatch
 from tests.paws.tiny import ROOT
 from tests.standalone import load_alone
@@ -185,48 +184,3 @@ def test_the_width_of_a_file_is_named(tmp_path):
     file = save(tmp_path, {"encoder": {"module.conv1.weight": torch.zeros(128, 3, 7, 7)}})
     with pytest.raises(WeightMismatch, match=r"128 channels in its first layer, --model_name resnet50 has 64"):
         hub.load_encoder("resnet50", file)
-
-
-# --- Releases, hub, export --------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def published(tmp_path, monkeypatch):
-    """A folder in place of the published address; downloads go to an empty hub folder; small networks."""
-    folder = tmp_path / "published"
-    folder.mkdir()
-    monkeypatch.setenv("PAWS_WEIGHTS_URL", folder.as_uri() + "/")
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    monkeypatch.setitem(resnet.BLOCKS, 50, (1, 1, 1, 1))
-    return folder
-
-
-def test_released_files_have_the_published_names(monkeypatch):
-    urls = []
-    monkeypatch.delenv("PAWS_WEIGHTS_URL", raising=False)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: "/nowhere")
-    monkeypatch.setattr(pretrained, "download", lambda url, path: urls.append(url.rpartition("/")[2]))
-    for name in CARD.releases:
-        pretrained.fetch_release(CARD, name)
-    expected = {f"paws_imgnt_{p}percent_{e}ep.pth.tar" for p in (1, 10) for e in (100, 200, 300)}
-    assert set(urls) == expected | {f"paws_imgnt_{p}percent_300ep_finetuned.pth.tar" for p in (1, 10)}
-
-
-@pytest.mark.parametrize(
-    ("entry", "release"),
-    [("paws_resnet50", "paws_imgnt_10percent_300ep"), ("paws_resnet50_1percent", "paws_imgnt_1percent_300ep")],
-)
-def test_hub_entries_are_backbones_of_their_files(entry, release, published):
-    source = make_encoder("resnet50")
-    torch.save(training_checkpoint(source), published / f"{release}.pth.tar")
-    torch.testing.assert_close(hub.ENTRIES[entry]().eval()(IMAGES), source.forward_backbone(IMAGES))
-    assert set(hub.ENTRIES) == {"paws_resnet50", "paws_resnet50_1percent"}
-
-
-def test_an_exported_file_is_the_backbone(tmp_path):
-    source = make_encoder()
-    backbone = pretrained.load_pretrained(CARD, SMALL, save(tmp_path, training_checkpoint(source)))
-    files = export_backbone(CARD, backbone, SMALL, tmp_path / "out", (32, 32), arch_key="model_name")
-    assert set(files) == {"safetensors", "onnx"}  # no library has it
-    again = pretrained.load_pretrained(CARD, SMALL, files["safetensors"])
-    assert torch.equal(again(IMAGES), source.forward_backbone(IMAGES))

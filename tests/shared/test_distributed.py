@@ -130,6 +130,7 @@ def test_a_processs_own_error_is_not_taken_for_a_lost_rank():
             "error: DataLoader worker (pid 7)",
         ),
         (distributed.WorldNotFormed("rank 1 of 2: why"), 4, "error: rank 1 of 2: why\n"),
+        (torch.OutOfMemoryError("2 GiB"), 2, "error: out of memory, a smaller batch needs less: 2 GiB\n"),
         (KeyboardInterrupt(), 130, "error: stopped by Ctrl-C\n"),
     ],
 )

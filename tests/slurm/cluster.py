@@ -1,14 +1,12 @@
 """A private SLURM cluster on this machine: real daemons, one network namespace per node, all state in one folder.
 
-Needs root and Debian's ``slurmctld slurmd slurm-client munge`` (``.ci/install_slurm.sh``). Where namespaces are not
-allowed, the nodes share this machine's address on different ports, and their names stand in /etc/hosts meanwhile.
+Needs root, network namespaces, and Debian's ``slurmctld slurmd slurm-client munge`` (``.ci/install_slurm.sh``).
 """
 
 import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -34,8 +32,11 @@ def missing() -> str | None:
     """Why no cluster can be started here, or None."""
     if os.geteuid() != 0:
         return "the SLURM daemons must be started by root"
-    absent = [program for program in PROGRAMS if shutil.which(program) is None]
-    return f"not installed (.ci/install_slurm.sh): {', '.join(absent)}" if absent else None
+    if absent := [program for program in PROGRAMS if shutil.which(program) is None]:
+        return f"not installed (.ci/install_slurm.sh): {', '.join(absent)}"
+    if subprocess.run(["unshare", "--net", "--uts", "--mount", "true"], stderr=subprocess.DEVNULL).returncode != 0:
+        return "network namespaces are not allowed"
+    return None
 
 
 class Cluster:
@@ -59,10 +60,7 @@ class Cluster:
         self.folder.chmod(0o755)  # munged wants its socket reachable by every user
         for name in ("munge", "state", "log", "bin", "gpus", *(f"spool/{node}" for node in self.nodes)):
             (self.folder / name).mkdir(parents=True, mode=0o755)
-        with contextlib.suppress(subprocess.CalledProcessError):
-            self._make_namespaces()
-        if not self.namespaces:
-            self._name_nodes_in_etc_hosts()
+        self._make_namespaces()
         self._write_config()
         self._write_clients()
         self._start_munged()
@@ -88,8 +86,7 @@ class Cluster:
             self.wait_for(lambda: self.run("scontrol", "ping").returncode == 0, what="the controller")
         self.run("scancel", "--user=root")
         for node in self.nodes:
-            if self.namespaces:
-                self.set_network(node, up=True)
+            self.set_network(node, up=True)
             if self.daemons[node].poll() is not None:
                 self.start_node(node)
 
@@ -199,8 +196,6 @@ class Cluster:
         for process in (*self.daemons.values(), *self.namespaces.values()):
             process.kill()
             process.wait()
-        if not self.namespaces:
-            _edit_etc_hosts(remove=str(self.folder))
 
     # -- parts
 
@@ -209,21 +204,13 @@ class Cluster:
         hosts = self.folder / "hosts"
         addresses = {node: f"10.77.0.{i}" for i, node in enumerate(self.nodes, 1)} | {"ctl": "10.77.0.254"}
         hosts.write_text("127.0.0.1 localhost\n" + "".join(f"{ip} {name}\n" for name, ip in addresses.items()))
-        try:
-            self._make_namespace("controller", "ctl", hosts)
-            self._ip(
-                "controller", "link add br0 type bridge", f"addr add {addresses['ctl']}/24 dev br0", "link set br0 up"
-            )
-            for i, node in enumerate(self.nodes, 1):
-                self._make_namespace(node, node, hosts)
-                cable = f"link add v{i} type veth peer name eth0 netns {self.namespaces[node].pid}"
-                self._ip("controller", cable, f"link set v{i} master br0 up")
-                self._ip(node, f"addr add {addresses[node]}/24 dev eth0", "link set eth0 up")
-        except subprocess.CalledProcessError:
-            for process in self.namespaces.values():
-                process.kill()
-            self.namespaces.clear()
-            raise
+        self._make_namespace("controller", "ctl", hosts)
+        self._ip("controller", "link add br0 type bridge", f"addr add {addresses['ctl']}/24 dev br0", "link set br0 up")
+        for i, node in enumerate(self.nodes, 1):
+            self._make_namespace(node, node, hosts)
+            cable = f"link add v{i} type veth peer name eth0 netns {self.namespaces[node].pid}"
+            self._ip("controller", cable, f"link set v{i} master br0 up")
+            self._ip(node, f"addr add {addresses[node]}/24 dev eth0", "link set eth0 up")
 
     def _ip(self, name: str, *commands: str) -> None:
         for command in commands:
@@ -246,33 +233,19 @@ class Cluster:
             time.sleep(0.01)
 
     def _inside(self, name: str) -> list[str]:
-        if not self.namespaces:
-            return []
         return ["nsenter", f"--target={self.namespaces[name].pid}", "--net", "--uts", "--mount", f"--wd={os.getcwd()}"]
-
-    def _name_nodes_in_etc_hosts(self) -> None:
-        _edit_etc_hosts(add=f"127.0.0.1 {' '.join(self.nodes)} # {self.folder}")
 
     def _write_config(self) -> None:
         folder, count = self.folder, len(self.nodes)
-        if self.namespaces:
-            host, port = "ctl(10.77.0.254)", 16817
-            address = f"NodeAddr=10.77.0.[1-{count}] Port=16818"
-        else:
-            host, port = f"{socket.gethostname()}(127.0.0.1)", _free_ports(count + 1)
-            address = f"NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port=[{port + 1}-{port + count}]"
         for i in range(8):
-            try:
-                os.mknod(folder / "gpus" / f"nvidia{i}", 0o20666, os.makedev(1, 3))
-            except PermissionError:
-                (folder / "gpus" / f"nvidia{i}").touch()
+            (folder / "gpus" / f"nvidia{i}").touch()
         (folder / "gres.conf").write_text(f"NodeName=n[1-{count}] Name=gpu File={folder}/gpus/nvidia[0-7]\n")
         (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         self.config.write_text(
             f"""
 ClusterName=ci
-SlurmctldHost={host}
-SlurmctldPort={port}
+SlurmctldHost=ctl(10.77.0.254)
+SlurmctldPort=16817
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
@@ -309,7 +282,8 @@ DefMemPerCPU=256
 GresTypes=gpu
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-NodeName=n[1-{count}] {address} CPUs=8 CoresPerSocket=8 RealMemory=4096 Gres=gpu:8 State=UNKNOWN
+NodeName=DEFAULT Port=16818 CPUs=8 CoresPerSocket=8 RealMemory=4096 Gres=gpu:8 State=UNKNOWN
+NodeName=n[1-{count}] NodeAddr=10.77.0.[1-{count}]
 PartitionName=main Nodes=n[1-{count}] Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
 PartitionName=high Nodes=n[1-{count}] PriorityTier=10 PreemptMode=OFF
 """
@@ -366,24 +340,3 @@ def _name(pid: int) -> str:
     with contextlib.suppress(OSError):
         return (Path("/proc") / str(pid) / "cmdline").read_text()
     return ""
-
-
-def _free_ports(count: int) -> int:
-    """The first of ``count`` consecutive ports that nobody listens on, below the range of outgoing connections."""
-    for first in range(17000 + os.getpid() % 1000 * 10, 32000, count):
-        with contextlib.ExitStack() as stack:
-            try:
-                for port in range(first, first + count):
-                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return first
-    raise RuntimeError("no free ports for the cluster")
-
-
-def _edit_etc_hosts(add: str | None = None, remove: str | None = None) -> None:
-    with open("/etc/hosts", "r+") as file:  # in place: containers mount this file
-        lines = [line for line in file.read().splitlines() if remove is None or remove not in line]
-        file.seek(0)
-        file.write("\n".join([*lines, *([add] if add else [])]) + "\n")
-        file.truncate()

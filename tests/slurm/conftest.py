@@ -38,12 +38,6 @@ def cluster() -> Iterator[Cluster]:
         shutil.rmtree(folder)
 
 
-@pytest.fixture
-def namespaces(cluster) -> None:
-    if not cluster.namespaces:
-        pytest.skip("network namespaces are not allowed here: the nodes have no network of their own to cut")
-
-
 class Run:
     """A job of two nodes that counts (``jobs.count``), and what its user sees of it."""
 

@@ -48,7 +48,7 @@ def test_a_node_daemon_alone_can_die_without_harm(submit, cluster):
     run.assert_every_step_counted_once()
 
 
-def test_a_cut_off_attempt_stops_writing_when_the_next_one_has_started(submit, cluster, namespaces):
+def test_a_cut_off_attempt_stops_writing_when_the_next_one_has_started(submit, cluster):
     run = submit("--nodes", "1", "--save_every", "100", "--steps", "300", "--step_s", "0.2")
     run.wait_for_step(3)
     cluster.set_network("n1", up=False)  # the process lives on there, and the shared folder is still within its reach
@@ -60,7 +60,7 @@ def test_a_cut_off_attempt_stops_writing_when_the_next_one_has_started(submit, c
     assert owner_of(run.output_dir) == Attempt(run.id, 1)
 
 
-def test_a_zombie_rank_does_not_replace_the_results_when_its_network_returns(submit, cluster, namespaces):
+def test_a_zombie_rank_does_not_replace_the_results_when_its_network_returns(submit, cluster):
     run = submit("--save_every", "2", "--steps", "30")
     run.wait_for_step(5)
     cluster.set_network("n2", up=False)

@@ -10,11 +10,11 @@ from shared.run.attempt import Attempt, owner_of
 from tests.slurm import jobs
 
 
-def test_processes_on_two_nodes_form_one_group(submit, cluster):
+def test_processes_on_two_nodes_form_one_group(submit):
     run = submit("--tasks_per_node", "2", train=jobs.sum_over_processes)
     assert run.job.results() == [10 + 11 + 12 + 13] * 4
     assert run.ends() == "COMPLETED"
-    for rank, node in enumerate(("n1", "n1", "n2", "n2") if cluster.namespaces else ()):
+    for rank, node in enumerate(("n1", "n1", "n2", "n2")):
         assert f"job {run.id}, attempt 0: rank {rank} of 4 on {node}, rendezvous at n1:" in run.output(rank)
 
 

@@ -92,7 +92,7 @@ def test_published_command_lines_parse_and_defaults_are_the_official_ones(script
     assert script.parse_args([*args, *defaults.split()]) == script.parse_args(args)
 
 
-def test_defaults_for_the_embedded_digits_are_those_of_the_training():
+def test_defaults_for_the_embedded_images_are_those_of_the_training():
     random, training = eval_knn.parse_args(["--pretrained", "random"]), main_swav.EMBEDDED_DATA_DEFAULTS
     evaluation.choose_network(random)
     assert (random.arch, random.image_size) == (training["arch"], training["size_crops"][0])
@@ -271,7 +271,8 @@ def test_one_step_is_that_of_a_plain_loop(data, tmp_path):
     train, _ = open_labelled(str(data), None)
     subset = labelled_subset(train, 67, None, 31)
     assert len(subset) == 12
-    args = eval_semisup.parse_args([*SEMISUP, "--batch_size", "12", "--output_dir", str(tmp_path)])
+    where = ["--data_path", str(data), "--output_dir", str(tmp_path)]
+    args = eval_semisup.parse_args([*SEMISUP, "--batch_size", "12", *where])
     transform = frozen.eval_transform(CARD, 64, network)
     crops = frozen.TrainCrops(args, CARD, subset, transform, torch.device("cpu"))
     images, labels = next(crops(0))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from deepcluster import hub as deepcluster_hub
+from deepcluster.checkpoints import official_names
 from dino.vision_transformer import vit_micro
 from msn import vision_transformer as msn_networks
 from resmlp.resmlp_models import ResMLP
@@ -60,7 +61,7 @@ def weights(tmp_path_factory):
     torch.save({"target_encoder": encoder, "args": {"model_name": "deit_tiny", "rand_size": 32}}, folder / "msn")
     mlp = ResMLP(16, 4, embed_dim=16, depth=2, init_scale=0.1).state_dict()
     torch.save({"model": mlp, "args": {"input_size": 16}}, folder / "resmlp")
-    clustered = deepcluster_hub.official_names(deepcluster_hub.build_network("test_resnet", img_size=32).state_dict())
+    clustered = official_names(deepcluster_hub.build_network("test_resnet", img_size=32).state_dict())
     state = {"arch": "test_resnet", "state_dict": clustered, "args": {"crop_size": 32}}
     torch.save(state, folder / "deepcluster")
     return folder

@@ -202,8 +202,11 @@ def test_a_bad_image_in_an_evaluation_is_an_error_unless_allowed(tmp_path):
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_the_message_of_a_bad_image_is_the_same_from_a_worker(num_workers, tmp_path):
     source = photographs(tmp_path, 2, bad=(1,))
+    loader = make_loader(EvalDataset(source, EvalTransform(12, 12)), batch_size=2, num_workers=num_workers)
     with pytest.raises(ImageError) as error:
-        list(make_loader(EvalDataset(source, EvalTransform(12, 12)), batch_size=2, num_workers=num_workers))
+        list(loader)
+    if num_workers:
+        loader._iterator._shutdown_workers()  # the garbage collector closes its queues first, and waits for seconds
     assert re.fullmatch(rf"{tmp_path}/1\.jpg: .+", str(error.value))
 
 

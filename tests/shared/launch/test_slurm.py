@@ -64,7 +64,7 @@ def program(folder: Path, name: str, script: str) -> None:
 def test_flags_have_the_official_names_and_defaults():
     args = parse()
     assert (args.ngpus, args.nodes, args.timeout) == (8, 2, 2800)
-    assert (args.partition, args.use_volta32, args.comment) == ("learnfair", False, "")
+    assert (args.partition, args.use_volta32, args.comment) == ("", False, "")
 
 
 def test_the_batch_script_asks_for_what_the_flags_say(tmp_path, monkeypatch):
@@ -121,6 +121,10 @@ def test_the_processes_use_the_device_that_was_asked_for(tmp_path, monkeypatch, 
     args.device = "auto"
     job = slurm.submit(jobs.say_rank, args)
     assert job.submission().function.args.device == device
+    args = parse("--output_dir", str(tmp_path), "--ngpus", "8")
+    args.device = "cpu"
+    with pytest.raises(ValueError, match="--device cpu and --ngpus 8: give --ngpus 0 --tasks_per_node 8"):
+        slurm.submit(jobs.say_rank, args)
 
 
 @pytest.mark.parametrize(
@@ -164,8 +168,9 @@ def test_debug_trains_in_this_process_without_the_flags_of_the_job(tmp_path):
 
 def test_local_processes_form_one_group(tmp_path):
     flags = ("--cluster", "local", "--ngpus", "0", "--tasks_per_node", "2")
-    job = slurm.submit(jobs.sum_over_processes, parse("--output_dir", str(tmp_path), *flags))
+    job = slurm.submit(jobs.sum_over_processes, parse("--output_dir", f"{tmp_path}/runs/%j", *flags))
     assert job.results() == [21.0, 21.0]
+    assert job.paths.folder == tmp_path / "runs/submitit"  # the job's own folder is the training's
 
 
 def test_a_local_process_that_fails_fails_the_job(tmp_path):

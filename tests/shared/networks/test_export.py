@@ -172,6 +172,11 @@ def test_file_that_computes_something_else_is_not_kept(backbone, tmp_path):
     assert path.read_bytes() == b"old"
 
 
+def test_three_sides_of_an_image_are_an_error(backbone, tmp_path):
+    with pytest.raises(ValueError, match="--image_size 3 32 32: one side, or height and width"):
+        export_backbone(card_of("dino"), backbone, "resnet18", tmp_path, [3, 32, 32])
+
+
 def test_missing_packages_are_named(backbone, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"ONNX files need the packages of `pip install -e '.\[export\]'`"):

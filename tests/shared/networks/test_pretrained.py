@@ -26,7 +26,7 @@ CARD = Card(
     mean=(0.5,) * 3,
     std=(0.5,) * 3,
     interpolation="bicubic",
-    run_on_digits="runs/digits/checkpoint.pth",
+    embedded_run="runs/materials/checkpoint.pth",
     main="main_paper.py",
     sizes=lambda arch, tensors: {"patch_size": tensors["0.weight"].shape[2]},
 )
@@ -51,7 +51,7 @@ def published(tmp_path, monkeypatch):
         ("narrow", "", {"patch_size": 4}, "no weights are released for --arch narrow --patch_size 4; give a file, or"),
         ("narrow", "paper_wide", {}, "--pretrained paper_wide is a wide, not a narrow: change --arch"),
         ("narrow", "a.pth", {}, r"--pretrained a.pth is neither a file nor a release \(paper_wide, paper_p2, paper_p3"),
-        ("narrow", "runs/digits/checkpoint.pth", {}, "is not there: run python main_paper.py first"),
+        ("narrow", "runs/materials/checkpoint.pth", {}, "is not there: run python main_paper.py first"),
     ],
 )
 def test_absent_weights_are_one_clear_error(arch, weights, options, message):

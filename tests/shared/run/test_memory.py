@@ -1,9 +1,12 @@
 import platform
 import resource
+from argparse import Namespace
 
+import numpy as np
+import pytest
 import torch
 
-from shared.run.memory import keep_freed_memory
+from shared.run.memory import keep_freed_memory, name_batch_flags
 from tests.processes import run_processes
 
 
@@ -35,3 +38,23 @@ def test_the_memory_of_a_step_comes_back_without_page_faults():
     if answer:
         [[_, *default]] = run_processes(page_faults, 1, False)
         assert min(later) < first / 4 and min(later) < min(default) / 4
+
+
+@pytest.mark.parametrize(
+    "allocate",
+    [
+        lambda: torch.empty(2**60, dtype=torch.uint8),
+        lambda: np.empty(2**60, np.uint8),
+        lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore")),
+    ],
+    ids=["torch", "numpy", "GPU"],
+)
+def test_too_little_memory_names_the_flags_of_the_batch(allocate):
+    args = Namespace(batch_size_per_gpu=64, batch_norm=True, epochs=3)
+    with pytest.raises(ValueError, match=r"^out of memory: lower --batch_size_per_gpu \(.*allocate.*\)$"):
+        try:
+            allocate()
+        except (MemoryError, RuntimeError) as error:
+            name_batch_flags(error, args)
+    name_batch_flags(ValueError("another one"), args)
+    name_batch_flags(None, args)

@@ -1,0 +1,203 @@
+"""What every folder says about its networks: published names, entries of torch.hub, files of every layout."""
+
+import re
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+import hubconf
+from shared.networks.pretrained import backbone_of, load_pretrained
+from shared.networks.weights import DownloadError, WeightMismatch
+from tests.networks import CARDS, SMALL, card_of, small_network
+
+ENTRIES = {  # file below <NAME>_WEIGHTS_URL, millions of parameters
+    "deepcluster_alexnet": ("alexnet/checkpoint.pth.tar", 58.3),
+    "deepcluster_vgg16": ("vgg16/checkpoint.pth.tar", 134.3),
+    "deepclusterv2_resnet50": ("deepclusterv2_800ep_pretrain.pth.tar", 23.5),
+    "dino_resnet50": ("dino_resnet50_pretrain/dino_resnet50_pretrain.pth", 23.5),
+    "dino_vitb16": ("dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth", 85.8),
+    "dino_vitb8": ("dino_vitbase8_pretrain/dino_vitbase8_pretrain.pth", 85.8),
+    "dino_vits16": ("dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth", 21.7),
+    "dino_vits8": ("dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth", 21.7),
+    "dino_xcit_medium_24_p16": ("dino_xcit_medium_24_p16_pretrain/dino_xcit_medium_24_p16_pretrain.pth", 83.9),
+    "dino_xcit_medium_24_p8": ("dino_xcit_medium_24_p8_pretrain/dino_xcit_medium_24_p8_pretrain.pth", 83.8),
+    "dino_xcit_small_12_p16": ("dino_xcit_small_12_p16_pretrain/dino_xcit_small_12_p16_pretrain.pth", 25.9),
+    "dino_xcit_small_12_p8": ("dino_xcit_small_12_p8_pretrain/dino_xcit_small_12_p8_pretrain.pth", 25.8),
+    "msn_vitb16": ("vitb16_600ep.pth.tar", 85.8),
+    "msn_vitb4": ("vitb4_300ep.pth.tar", 87.6),
+    "msn_vitl16": ("vitl16_600ep.pth.tar", 303.3),
+    "msn_vitl7": ("vitl7_200ep.pth.tar", 303.5),
+    "msn_vits16": ("vits16_800ep.pth.tar", 21.7),
+    "paws_resnet50": ("paws_imgnt_10percent_300ep.pth.tar", 23.5),
+    "paws_resnet50_1percent": ("paws_imgnt_1percent_300ep.pth.tar", 23.5),
+    "resmlpB_24": ("resmlpB_24_no_dist.pth", 129.1),
+    "resmlp_12": ("resmlp_12_no_dist.pth", 15.35),
+    "resmlp_24": ("resmlp_24_no_dist.pth", 30.0),
+    "resmlp_36": ("resmlp_36_no_dist.pth", 44.7),
+    "selav2_resnet50": ("selav2_400ep_pretrain.pth.tar", 23.5),
+    "swav_resnet50": ("swav_800ep_pretrain.pth.tar", 23.5),
+    "swav_resnet50w2": ("swav_RN50w2_400ep_pretrain.pth.tar", 93.9),
+    "swav_resnet50w4": ("swav_RN50w4_400ep_pretrain.pth.tar", 375.4),
+    "swav_resnet50w5": ("swav_RN50w5_400ep_pretrain.pth.tar", 586.5),
+    "xcit_large_24_p16": ("xcit_large_24_p16_224.pth", 189.1),
+    "xcit_large_24_p8": ("xcit_large_24_p8_224.pth", 188.9),
+    "xcit_medium_24_p16": ("xcit_medium_24_p16_224.pth", 84.4),
+    "xcit_medium_24_p8": ("xcit_medium_24_p8_224.pth", 84.3),
+    "xcit_nano_12_p16": ("xcit_nano_12_p16_224.pth", 3.05),
+    "xcit_nano_12_p8": ("xcit_nano_12_p8_224.pth", 3.05),
+    "xcit_small_12_p16": ("xcit_small_12_p16_224.pth", 26.3),
+    "xcit_small_12_p8": ("xcit_small_12_p8_224.pth", 26.2),
+    "xcit_small_24_p16": ("xcit_small_24_p16_224.pth", 47.7),
+    "xcit_small_24_p8": ("xcit_small_24_p8_224.pth", 47.6),
+    "xcit_tiny_12_p16": ("xcit_tiny_12_p16_224.pth", 6.72),
+    "xcit_tiny_12_p8": ("xcit_tiny_12_p8_224.pth", 6.71),
+    "xcit_tiny_24_p16": ("xcit_tiny_24_p16_224.pth", 12.1),
+    "xcit_tiny_24_p8": ("xcit_tiny_24_p8_224.pth", 12.1),
+}
+OTHER_RELEASES = {  # stem of the files, those of the entries aside
+    "dino": "",
+    "deepcluster": "",
+    "msn": "",
+    "paws": """paws_imgnt_10percent_200ep paws_imgnt_10percent_100ep paws_imgnt_1percent_200ep paws_imgnt_1percent_100ep
+        paws_imgnt_10percent_300ep_finetuned paws_imgnt_1percent_300ep_finetuned""",
+    "resmlp": """resmlp_12_dist resmlp_12_dino resmlp_24_dist resmlp_24_dino resmlp_36_dist resmlpB_24_dist
+        resmlpB_24_22k""",
+    "swav": """swav_400ep_pretrain swav_200ep_pretrain swav_100ep_pretrain swav_400ep_bs256_pretrain
+        swav_200ep_bs256_pretrain swav_400ep_2x224_pretrain deepclusterv2_400ep_pretrain
+        deepclusterv2_400ep_2x224_pretrain selav2_400ep_2x224_pretrain""",
+    "xcit": " ".join(
+        [f"{name}_{variant}" for name in ENTRIES if name[:5] == "xcit_" for variant in ("224_dist", "384_dist")]
+        + [f"xcit_{name}_dino" for name in ("small_12_cp16", "small_12_cp8", "medium_24_cp16", "medium_24_cp8")]
+    ),
+}
+ADDRESSES = {name: f"https://dl.fbaipublicfiles.com/{name}/" for name in CARDS} | {
+    "paws": "https://dl.fbaipublicfiles.com/suncet/",
+    "resmlp": "https://dl.fbaipublicfiles.com/deit/",
+    "swav": "https://dl.fbaipublicfiles.com/deepcluster/",
+}
+
+
+def folder_of(entry: str) -> str:
+    name = entry.partition("_")[0]
+    return {"deepclusterv2": "swav", "selav2": "swav", "resmlpB": "resmlp"}.get(name, name)
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """A folder in place of the published addresses; downloads go to an empty hub folder."""
+    for method in CARDS:
+        monkeypatch.setenv(f"{method.upper()}_WEIGHTS_URL", (tmp_path / "published").as_uri() + "/")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    return tmp_path / "published"
+
+
+def publish(published, file: str, contents) -> None:
+    (published / file).parent.mkdir(parents=True, exist_ok=True)
+    torch.save(contents, published / file)
+
+
+# --- Releases and entries ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", CARDS)
+def test_released_files_have_the_published_names(method):
+    card = card_of(method)
+    files = [file for entry, (file, _) in ENTRIES.items() if folder_of(entry) == method]
+    ending = ".pth.tar" if files[0].endswith(".tar") else ".pth"
+    files += [stem + ending for stem in OTHER_RELEASES[method].split()]
+    assert sorted(release.file for release in card.releases.values()) == sorted(files)
+    assert card.address == ADDRESSES[method]
+
+
+def test_every_entry_is_known_here():
+    assert {name for name in dir(hubconf) if re.match(r"[a-z]\w*_", name) and "contriever" not in name} == set(ENTRIES)
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_entry_builds_offline_and_asks_for_its_file(entry, published):
+    file, millions = ENTRIES[entry]
+    with torch.device("meta"):
+        network = getattr(hubconf, entry)(pretrained=False)
+        assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(millions, rel=0.003)
+        with pytest.raises(DownloadError, match=re.escape(f"{published.as_uri()}/{file}")):
+            getattr(hubconf, entry)()
+
+
+def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: value for name, value in tensors.items()}
+
+
+OFFICIAL = {  # an entry of each folder, options, and what its published file holds
+    "deepcluster_alexnet": (
+        {"img_size": 63},
+        lambda state: {
+            "arch": "alexnet",
+            "state_dict": {name.replace("features.", "features.module."): value for name, value in state.items()}
+            | {"top_layer.bias": torch.zeros(5)},
+        },
+    ),
+    "dino_vits16": ({"img_size": [32]}, lambda state: state),
+    "msn_vits16": (
+        {"img_size": 32},
+        lambda state: {
+            "encoder": prefixed("module.", {name: value + 1 for name, value in state.items()}),
+            "target_encoder": prefixed("module.", state | {"fc.fc1.weight": torch.zeros(2, 3)}),
+            "prototypes": torch.zeros(4, 8),
+        },
+    ),
+    "paws_resnet50": (
+        {},
+        lambda state: {"encoder": prefixed("module.", state | {"fc.fc1.weight": torch.zeros(2, 3)}), "epoch": 300},
+    ),
+    "resmlp_12": ({"img_size": 32, "num_classes": 5}, lambda state: state),
+    "swav_resnet50": ({}, lambda state: prefixed("module.", state | {"prototypes.weight": torch.zeros(3, 2)})),
+    "xcit_nano_12_p16": ({}, lambda state: {"model": state, "epoch": 3}),
+}
+
+
+@pytest.mark.parametrize("entry", OFFICIAL)
+def test_entry_is_filled_from_the_published_layout(entry, published):
+    options, layout = OFFICIAL[entry]
+    source = getattr(hubconf, entry)(pretrained=False, **options)
+    publish(published, ENTRIES[entry][0], layout(source.state_dict()))
+    torch.testing.assert_close(getattr(hubconf, entry)(**options).state_dict(), source.state_dict())
+
+
+# --- Files of any layout ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", CARDS)
+def test_files_of_any_layout_fill_the_network_or_are_refused(method, tmp_path):
+    card, network, (arch, options) = card_of(method), small_network(method), SMALL[method]
+    state, images = backbone_of(network).state_dict(), torch.randn(2, options.get("in_chans", 3), 32, 32)
+    sizes = {name: value for name, value in options.items() if name == "patch_size"}  # others come from the file
+    layouts = {
+        "training": {card.checkpoint_key: prefixed("module.backbone._orig_mod.", state), "epoch": 3},
+        "Lightning": {"state_dict": prefixed("model.", state)},
+    }
+    if "img_size" in options:
+        images = images[..., : options["img_size"], : options["img_size"]]
+    safetensors.torch.save_file(state, tmp_path / "weights.safetensors")
+    files = [tmp_path / "weights.safetensors"]
+    for name, contents in layouts.items():
+        files.append(tmp_path / f"{name}.pth")
+        torch.save(contents, files[-1])
+    for file in files:
+        loaded = load_pretrained(card, arch, file, **sizes)
+        assert torch.equal(loaded(images), network(images)), file
+        assert not loaded.training and not any(parameter.requires_grad for parameter in loaded.parameters())
+
+    *_, (last, _) = backbone_of(network).named_parameters()
+    torch.save({name: value for name, value in state.items() if name != last}, tmp_path / "part.pth")
+    with pytest.raises(WeightMismatch, match=f"1 missing in the file: {re.escape(last)}"):
+        load_pretrained(card, arch, tmp_path / "part.pth", **sizes)
+    load_pretrained(card, arch, tmp_path / "part.pth", allow_partial=True, **sizes)
+    with pytest.raises(WeightMismatch, match="has no --checkpoint_key ema; it holds one network"):
+        load_pretrained(card, arch, tmp_path / "weights.safetensors", "ema", **sizes)
+    with pytest.raises(ValueError, match=rf"{card.weights_flag} nowhere\.pth is neither a file nor a release"):
+        load_pretrained(card, arch, "nowhere.pth", **sizes)
+    with pytest.raises(ValueError, match=f"is not there: run python {card.main} first|is neither a file"):
+        load_pretrained(card, arch, card.embedded_run, **sizes)
+    assert load_pretrained(card, arch, "random", **options)(images).shape == network(images).shape
