@@ -137,7 +137,7 @@ def test_the_network_file_needs_torch_alone(tmp_path):
         (["--local_crop_size", "4"], "--local_crop_size 4 is less than --patch_size 8"),
         (["--epochs", "0"], "--epochs 0 is less than 1"),
         (["--eval_knn_freq", "1", "--val_path", "/no/such/folder"], "--val_path /no/such/folder"),
-        (["--batch_size_per_gpu", "5000"], "1438 images on 1 process"),
+        (["--batch_size_per_gpu", "5000"], "1920 images on 1 process"),
         (["--arch", "vit_smal"], "vit_small"),
         (["--device", "cuda"], "--device cuda"),
     ],

@@ -72,8 +72,8 @@ def test_wrong_flags_are_refused(flags, message, capsys):
         (["--drop-path", 1.0], "drop_path_rate 1.0 is outside"),
         (["--patch-size", 3], "patches of 3 pixels do not fill an image of 16 pixels"),
         (["--model", "test_resnet"], "--patch-size 4 --embed-dim 16 --depth 2: the sizes of --model test_resnet"),
-        (["--eval"], r"--eval: the checkpoint .*checkpoint\.pth is not a file"),
-        (["--finetune", "nowhere.pth"], r"--finetune nowhere\.pth is not a file"),
+        (["--eval"], r"--eval: the checkpoint .*checkpoint\.pth is neither a file nor a release"),
+        (["--finetune", "nowhere.pth"], r"--finetune nowhere\.pth is neither a file nor a release"),
     ],
 )
 def test_bad_input_is_one_clear_message(flags, message, images, tmp_path):

@@ -61,9 +61,9 @@ def test_wrong_flags_are_refused(flags, message, capsys):
     [
         (["--data_path", "/no/such/folder"], "--data_path /no/such/folder"),
         (["--model", "xcit_small_12_p32"], "did you mean xcit_small_12"),
-        (["--eval"], "--eval: the checkpoint .*checkpoint.pth is not a file"),
+        (["--eval"], "--eval: the checkpoint .*checkpoint.pth is neither a file nor a release"),
         (["--resume", "nowhere.pth"], "--resume nowhere.pth"),
-        (["--pretrained", "nowhere.pth"], "--pretrained nowhere.pth is not a file"),
+        (["--pretrained", "nowhere.pth"], "--pretrained nowhere.pth is neither a file nor a release"),
         (["--sched", "plateau"], "--sched plateau"),
         (["--opt", "nonsense"], "--opt nonsense"),
         (["--opt-betas", 0.9], "--opt adamw: "),

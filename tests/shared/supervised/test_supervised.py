@@ -236,7 +236,7 @@ def test_data_set_names_choose_how_a_path_is_read(tmp_path, monkeypatch):
     assert len(open_train_and_val(flags)[0]) == 4
     flags.data_set, flags.data_path = "IMNET", None
     monkeypatch.undo()
-    assert [len(part) for part in open_train_and_val(flags)] == [1438, 359]
+    assert [len(part) for part in open_train_and_val(flags)] == [1920, 360]
 
 
 def test_flags_are_known_with_dashes_and_underscores():
