@@ -233,7 +233,11 @@ def _open_with_pil(data: bytes, name: str) -> Image.Image:
 
 
 def _open_known_format(data: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(data), formats=_known_formats())
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # the caller's counts
+    try:
+        return Image.open(io.BytesIO(data), formats=_known_formats())
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 @functools.cache

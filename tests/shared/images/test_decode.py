@@ -1,3 +1,4 @@
+import argparse
 import io
 import os
 import struct
@@ -11,6 +12,7 @@ from PIL import Image, ImageOps
 
 import shared.images.decode
 from shared.images.decode import EncodedImage, ImageError, read_image
+from shared.images.sources import open_source, reading
 from tests.shared.photographs import encoded, photograph
 
 PHOTOGRAPH = photograph(0, 37, 53)
@@ -252,14 +254,23 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", b"")
 
 
-@pytest.mark.filterwarnings("ignore:Image size")
 def test_decompression_bombs_are_refused_before_they_are_decoded():
     jpeg = bytearray(encoded(PHOTOGRAPH, "JPEG"))
     frame = jpeg.index(b"\xff\xc0")
     jpeg[frame + 5 : frame + 9] = struct.pack(">HH", 65000, 65000)
-    for bomb in (png_header(60000, 60000), png_header(10000, 9000), bytes(jpeg)):
-        with pytest.raises(ImageError, match=r"picture: .*(limit|exceeds)"):
+    for bomb in (png_header(60000, 60000), png_header(20000, 9000), bytes(jpeg)):
+        with pytest.raises(ImageError, match=r"picture: .* are more than --max_megapixels 178.957 allows"):
             EncodedImage(bomb, "picture")
+
+
+def test_the_limit_of_pixels_can_be_moved(tmp_path):
+    (tmp_path / "map.png").write_bytes(png_header(20000, 10000))
+    flags = argparse.Namespace(allow_absolute_paths=False, max_megapixels=200)
+    image = open_source(tmp_path, **reading(flags)).load(0)
+    assert (image.height, image.width) == (10000, 20000)
+    flags.max_megapixels = 199.9
+    with pytest.raises(ImageError, match=r"map.png: 20000x10000 pixels are more than --max_megapixels 199.9 allows"):
+        open_source(tmp_path, **reading(flags)).load(0)
 
 
 def test_oversized_files_are_not_read(tmp_path, monkeypatch):

@@ -227,7 +227,8 @@ def test_data_set_names_choose_how_a_path_is_read(tmp_path, monkeypatch):
 
     calls = []
     monkeypatch.setattr(data, "open_source", lambda *args, **kwargs: calls.append((args, kwargs)))
-    flags = argparse.Namespace(data_path=str(tmp_path), val_path=None, allow_absolute_paths=False, inat_category="name")
+    flags = argparse.Namespace(data_path=str(tmp_path), val_path=None, allow_absolute_paths=False, max_megapixels=9)
+    flags.inat_category = "name"
     flags.data_set, flags.eval = "CIFAR100", False
     open_train_and_val(flags)
     assert calls == [(("cifar100", part), {"download_root": str(tmp_path)}) for part in ("train", "val")]
