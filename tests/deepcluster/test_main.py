@@ -265,7 +265,7 @@ def test_changed_images_are_clustered_again(images, finished, tmp_path, capsys):
     folder = shutil.copytree(images, tmp_path / "images")
     (folder / "class0" / "00.png").unlink()
     shutil.copytree(finished, tmp_path / "run")
-    train(tmp_path / "run", folder, "--epochs", 3)
+    train(tmp_path / "run", folder, "--epochs", 3, "--on_changed_run", "continue")
     assert "other training images" in capsys.readouterr().out
     assert len(state_of(tmp_path / "run")["clusters"]["assignments"]) == 23
 
@@ -273,6 +273,7 @@ def test_changed_images_are_clustered_again(images, finished, tmp_path, capsys):
 # --- Processes --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_processes_train_like_one(images, tmp_path):
     flags = (images, "--amp", "fp32", "--epochs", 1)
     train(tmp_path / "one", *flags)  # with the same batch in all
