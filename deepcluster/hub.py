@@ -11,9 +11,6 @@ from shared.networks.weights import WeightMismatch, load_backbone_weights, safe_
 
 from .convnets import ClusterNetwork, alexnet, vgg16
 
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
-EMBEDDED_RUN = "runs/materials/checkpoint.pth.tar"  # where main.py leaves the network of the embedded data
 PAPER = {"alexnet": alexnet, "vgg16": vgg16}
 OFFICIAL_CROP_SIZE = 224
 
@@ -56,15 +53,14 @@ CARD = Card(
         )
     },
     address="https://dl.fbaipublicfiles.com/deepcluster/",
-    mean=MEAN,
-    std=STD,
     interpolation="bilinear",
-    embedded_run=EMBEDDED_RUN,
+    embedded_run="runs/materials/checkpoint.pth.tar",  # where main.py leaves the network of the embedded data
     main="main.py",
     checkpoint_key="state_dict",
     head_names=("top_layer",),
     weights_flag="--model",
 )
+MEAN, STD = CARD.mean, CARD.std
 ENTRIES = hub_entries(CARD)
 
 

@@ -14,9 +14,6 @@ from shared.networks.weights import vit_shape
 
 from . import vision_transformer
 
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
-EMBEDDED_RUN = "runs/materials/checkpoint.pth"  # where main_dino.py leaves the network of the embedded data
 VITS = ("vit_micro", "vit_tiny", "vit_small", "vit_base")
 VIT_NAMES = (*VITS, *(name.replace("vit", "deit") for name in VITS))
 
@@ -110,14 +107,13 @@ CARD = Card(
         }.items()
     },
     address="https://dl.fbaipublicfiles.com/dino/",
-    mean=MEAN,
-    std=STD,
     interpolation="bicubic",
-    embedded_run=EMBEDDED_RUN,
+    embedded_run="runs/materials/checkpoint.pth",  # where main_dino.py leaves the network of the embedded data
     main="main_dino.py",
     sizes=sizes,
     weights_flag="--pretrained_weights",
 )
+MEAN, STD = CARD.mean, CARD.std
 ENTRIES = pretrained.hub_entries(CARD)
 
 VITS8_300_EPOCHS = "dino_deitsmall8_300ep_pretrain/dino_deitsmall8_300ep_pretrain.pth"  # for attention maps

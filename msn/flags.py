@@ -9,7 +9,7 @@ from shared.evaluation.frozen import eval_transform
 from shared.images.loading import EvalTransform
 from shared.run.flags import Parser
 
-from .hub import CARD, DEFAULT_MODEL, EMBEDDED_RUN, load_pretrained
+from .hub import CARD, DEFAULT_MODEL, load_pretrained
 from .vision_transformer import ARCHITECTURES, VisionTransformer
 
 
@@ -76,7 +76,7 @@ def finish(
         parse: As for :func:`parse_with_images`.
         embedded_defaults: Further defaults for them.
     """
-    args = parse_with_images(parser, parse, {"pretrained": EMBEDDED_RUN, **embedded_defaults})
+    args = parse_with_images(parser, parse, {"pretrained": CARD.embedded_run, **embedded_defaults})
     check_positive(parser, args)
     return args
 

@@ -13,9 +13,6 @@ from shared.networks.weights import WeightMismatch, load_backbone_weights
 
 from .vision_transformer import ARCHITECTURES, VisionTransformer, build
 
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
-EMBEDDED_RUN = "runs/materials"  # folder of the run that main.py makes without images
 DEFAULT_MODEL = "deit_small"
 ONE_IMAGE = "with one ImageNet image per class"
 
@@ -43,16 +40,15 @@ CARD = Card(
         )
     },
     address="https://dl.fbaipublicfiles.com/msn/",
-    mean=MEAN,
-    std=STD,
     interpolation="bilinear",
-    embedded_run=EMBEDDED_RUN,
+    embedded_run="runs/materials",  # folder of the run that main.py makes without images
     main="main.py",
     checkpoint_key="target_encoder",
     head_names=("fc",),
     sizes=sizes,
     arch_flag="--model_name",
 )
+MEAN, STD = CARD.mean, CARD.std
 ENTRIES = pretrained.hub_entries(CARD)
 
 

@@ -4,9 +4,8 @@
         --time 4300 --folder /path/to/job_logs --data_path /path/to/imagenet/train --output_dir /path/to/runs/%j
     python main_distributed.py --linear-eval --fname configs/eval/lineval_msn_vits16.yaml ...
 
-The job requeues itself when it is preempted or reaches its time limit, and resumes where it stopped. As in the official
-script --folder is where submitit writes its logs; the output of the training is --output_dir, or ``logging.folder`` of
-the YAML file. ``--cluster local`` runs the same processes on this machine, ``--cluster debug`` in this process.
+As in the official script --folder is where submitit writes its logs; the output of the training is --output_dir, or
+``logging.folder`` of the YAML file.
 """
 
 import argparse

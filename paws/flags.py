@@ -12,7 +12,7 @@ from shared.run.flags import AnyDashParser, bool_flag
 from shared.run.yaml_config import parse_args_with_config
 
 from .augmentations import RECIPES
-from .hub import EMBEDDED_RUN
+from .hub import CARD
 
 WEIGHTS = "a checkpoint of main.py, or the name of a release"
 RANGES = (  # what is expected of flags
@@ -28,7 +28,7 @@ ON_EMBEDDED = {  # without images: the embedded ones, and the network that main.
     "labels_per_class": 4,
     "dataset": "cifar10",  # images of the same size
     "model_name": "wide_resnet10w1",
-    "pretrained": EMBEDDED_RUN,
+    "pretrained": CARD.embedded_run,
 }
 DATASETS = (*RECIPES, "imagenet_fine_tune", "cifar10_fine_tune")
 

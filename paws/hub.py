@@ -13,10 +13,6 @@ from shared.networks.weights import BackboneWeights, WeightMismatch, load_backbo
 from .encoder import build, build_encoder
 from .heads import Encoder, classification_head
 
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
-EMBEDDED_RUN = "runs/materials/paws-latest.pth.tar"  # where main.py leaves the encoder of the embedded materials
-
 
 def sizes(model_name: str, tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """The image size of a ViT; of a ResNet of another width it is said before a large network is built in vain."""
@@ -52,16 +48,15 @@ CARD = Card(
         for name in ("paws_imgnt_10percent_300ep_finetuned", "paws_imgnt_1percent_300ep_finetuned")
     },
     address="https://dl.fbaipublicfiles.com/suncet/",
-    mean=MEAN,
-    std=STD,
     interpolation="bilinear",
-    embedded_run=EMBEDDED_RUN,
+    embedded_run="runs/materials/paws-latest.pth.tar",  # where main.py leaves the encoder of the embedded materials
     main="main.py",
     checkpoint_key="encoder",
     head_names=("fc", "pred"),
     sizes=sizes,
     arch_flag="--model_name",
 )
+MEAN, STD = CARD.mean, CARD.std
 ENTRIES = pretrained.hub_entries(CARD)
 
 

@@ -5,9 +5,8 @@
         --output_dir /path/to/runs/%j
     python main_distributed.py --sel suncet_train --fname configs/suncet/imgnt_train.yaml --nodes 8 ...
 
-The job requeues itself when it is preempted or reaches its time limit, and resumes where it stopped. As in the official
-script --folder is where submitit writes its logs; the output of the training is --output_dir, or ``logging.folder`` of
-the YAML file. ``--cluster local`` runs the same processes on this machine, ``--cluster debug`` in this process.
+As in the official script --folder is where submitit writes its logs; the output of the training is --output_dir, or
+``logging.folder`` of the YAML file.
 """
 
 import argparse

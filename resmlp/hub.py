@@ -16,8 +16,6 @@ from shared.networks.weights import WeightMismatch, safe_load, select_backbone_w
 
 from .resmlp_models import ARCHITECTURES, ResMLP, resize_cross_patch_layers
 
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
 TIMM_NAMES = {"patch_embed": "stem", "attn": "linear_tokens", "mlp": "mlp_channels", "gamma_": "ls"}
 
 
@@ -76,8 +74,6 @@ CARD = Card(
         for variant in variants
     },
     address="https://dl.fbaipublicfiles.com/deit/",
-    mean=MEAN,
-    std=STD,
     interpolation="bicubic",
     embedded_run="runs/materials/checkpoint.pth",  # where main.py leaves the network of the embedded data
     main="main.py",
@@ -86,6 +82,7 @@ CARD = Card(
     arch_flag="--model",
     weights_flag="--pretrained_weights",
 )
+MEAN, STD = CARD.mean, CARD.std
 
 
 def read_weights(

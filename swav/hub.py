@@ -18,9 +18,6 @@ from shared.networks.weights import WeightMismatch
 from . import resnet50
 from .resnet50 import LibraryNetwork, PrototypeNetwork
 
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.228, 0.224, 0.225)  # 0.228, not ImageNet's 0.229: the released weights were trained with it
-EMBEDDED_RUN = "runs/materials/checkpoint.pth.tar"  # where main_swav.py leaves the network of the embedded data
 RESNETS = ("resnet50", "resnet50w2", "resnet50w4", "resnet50w5")
 HEADS = ("output_dim", "hidden_mlp", "nmb_prototypes", "normalize")
 
@@ -98,14 +95,14 @@ CARD = Card(
     build=build_network,
     releases={name: release(name) for name in NAMES},
     address="https://dl.fbaipublicfiles.com/deepcluster/",
-    mean=MEAN,
-    std=STD,
     interpolation="bilinear",
-    embedded_run=EMBEDDED_RUN,
+    std=(0.228, 0.224, 0.225),  # 0.228, not ImageNet's 0.229: the released weights were trained with it
+    embedded_run="runs/materials/checkpoint.pth.tar",  # where main_swav.py leaves the network of the embedded data
     main="main_swav.py",
     head_names=("projection_head", "prototypes"),
     sizes=sizes,
 )
+MEAN, STD = CARD.mean, CARD.std
 ENTRIES = networks.hub_entries(CARD)
 LINEAR_CLASSIFIER = "swav_800ep_eval_linear.pth.tar"  # of swav_800ep
 fetch = functools.partial(networks.fetch, CARD)

@@ -12,8 +12,6 @@ from shared.networks.names import join_qkv, renamed, split_qkv
 
 from .cross_covariance_transformer import ARCHITECTURES, XCiT, build_xcit
 
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
 CROP_RATIO = 0.875  # of the centre crop and the resized short side; 1 for the published numbers (--full_crop)
 VARIANTS = ("224", "224_dist", "384_dist")  # pixels of the (last) training, distilled or not
 
@@ -54,14 +52,13 @@ CARD = Card(
         for patch_size in (16, 8)
     },
     address="https://dl.fbaipublicfiles.com/xcit/",
-    mean=MEAN,
-    std=STD,
     interpolation="bicubic",
     embedded_run="runs/materials/checkpoint.pth",
     main="main.py",
     checkpoint_key="model",
     arch_flag="--model",
 )
+MEAN, STD = CARD.mean, CARD.std
 
 
 def read_weights(
