@@ -36,7 +36,6 @@ def build_backbone(
         drop_path_rate: Stochastic depth of the deepest block, in [0, 1).
         img_size: Side in pixels of the images for which position embeddings are made; ``[side]`` as in the official
             code.
-        in_chans: Channels of the input images.
         options: Others of :class:`dino.vision_transformer.VisionTransformer`.
 
     Returns:
@@ -116,18 +115,14 @@ CARD = Card(
 MEAN, STD = CARD.mean, CARD.std
 ENTRIES = pretrained.hub_entries(CARD)
 
-VITS8_300_EPOCHS = "dino_deitsmall8_300ep_pretrain/dino_deitsmall8_300ep_pretrain.pth"  # for attention maps
-# for retrieval
+# for attention maps, and for retrieval
+VITS8_300_EPOCHS = "dino_deitsmall8_300ep_pretrain/dino_deitsmall8_300ep_pretrain.pth"
 VITS16_LANDMARKS = "dino_vitsmall16_googlelandmark_pretrain/dino_vitsmall16_googlelandmark_pretrain.pth"
 fetch = functools.partial(pretrained.fetch, CARD)
 
 
 def fetch_linear_weights(arch: str, patch_size: int) -> Path:
-    """The released linear classifier of an architecture.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """The released linear classifier of an architecture; ``ValueError`` if there is none."""
     name = pretrained.find_release(CARD, plain_name(arch), patch_size=patch_size)
     if name is None:
         raise ValueError(

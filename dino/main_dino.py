@@ -85,7 +85,6 @@ MINIMUM = {"epochs": 1, "batch_size_per_gpu": 1, "out_dim": 2, "log_freq": 1, "p
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
     add = add_data_flags(parser)
-    add("--num_workers", type=int, default=None, help="loader processes per rank; None: cores less one, at most 10")
 
     add = parser.add_argument_group("views").add_argument
     add("--global_crops_scale", type=float, nargs=2, default=(0.4, 1.0), help="area range of the two global crops")

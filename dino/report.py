@@ -64,11 +64,7 @@ def health_rules(args: argparse.Namespace, steps_per_epoch: int) -> list[HealthR
 
 
 def report(run: Run, dataset: MultiCropDataset, backbone: nn.Module, knn: KNNMonitor) -> None:
-    """Draw the training set's views, neighbours, curves and attention, and print the text; every rank must call this.
-
-    Args:
-        backbone: The teacher's.
-    """
+    """Draw views, the teacher's neighbours and attention, and curves, and print the text; every rank must call this."""
 
     def draw_attention(path: Path) -> None:
         image = first_image(dataset.source, knn).to(run.device)

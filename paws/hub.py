@@ -64,11 +64,7 @@ ENTRIES = pretrained.hub_entries(CARD)
 
 
 def read_weights(model_name: str, file: str | Path) -> BackboneWeights:
-    """Backbone and heads of a training checkpoint (``encoder``), a fine-tuned network, a state dict, or a release.
-
-    Raises:
-        ValueError: If there is no such file, or it holds a ResNet of another width.
-    """
+    """Backbone and heads of a training checkpoint (``encoder``), a fine-tuned network, a state dict, or a release."""
     weights = pretrained.read_weights(CARD, pretrained.find_file(CARD, model_name, file))
     sizes(model_name, weights.tensors)
     return weights
@@ -80,11 +76,7 @@ def build_for(model_name: str, weights: BackboneWeights, **heads) -> Encoder:
 
 
 def load_backbone_into(encoder: Encoder, model_name: str, file: str | Path, allow_partial: bool = False) -> None:
-    """Fill the backbone; the heads stay as they are.
-
-    Raises:
-        ValueError: If there is no such file, or it does not fill the backbone and not ``allow_partial``.
-    """
+    """Fill the backbone; the heads stay as they are."""
     weights = read_weights(model_name, file)
     heads, encoder.fc, encoder.pred = (encoder.fc, encoder.pred), None, None
     try:
@@ -94,13 +86,7 @@ def load_backbone_into(encoder: Encoder, model_name: str, file: str | Path, allo
 
 
 def load_encoder(model_name: str, file: str | Path, use_pred: bool = False) -> Encoder:
-    """An encoder with the projection head, and where there is one the prediction head, of a training.
-
-    Args:
-        use_pred: A prediction head is needed.
-
-    Returns:
-        The encoder in evaluation mode, without gradients.
+    """An encoder with the heads of a training, frozen: that for projection and, with ``use_pred``, for prediction.
 
     Raises:
         ValueError: If there is no such file, it does not fill the encoder, or lacks a head.

@@ -24,8 +24,8 @@ from shared.launch import slurm
 
 
 def get_args_parser(program: str = "paws_train") -> argparse.ArgumentParser:
-    defaults = {"nodes": 1, "ngpus": 1, "timeout": 4300, "partition": ""}
-    parser = slurm.launcher_parser(programs.get_args_parser(program), __doc__, program, **defaults)
+    parser = programs.get_args_parser(program)
+    slurm.launcher_parser(parser, __doc__, program, nodes=1, ngpus=1, timeout=4300)
     batch = "--fname is a YAML list of configuration files, of which each becomes a job"
     parser.add_argument("--batch-launch", action="store_true", help=batch)
     return parser

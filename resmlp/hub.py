@@ -88,17 +88,10 @@ MEAN, STD = CARD.mean, CARD.std
 def read_weights(
     pretrained: str | Path, key: str = CARD.checkpoint_key, flag: str = CARD.weights_flag
 ) -> dict[str, Tensor]:
-    """Tensors of a release, a file or an address, under the published names.
+    """Tensors of a release, a file or an address, given as ``flag``, under the published names.
 
-    Files of main.py, of DINO (``teacher`` where nothing else is asked for), of the official code and of timm are
+    Files of main.py, of DINO (``teacher`` where no other ``key`` is asked for), of the official code and of timm are
     understood.
-
-    Args:
-        key: The network to take from a training checkpoint.
-        flag: Where ``pretrained`` was given, for messages.
-
-    Raises:
-        ValueError: If there is no such file, or it holds no network.
     """
     checkpoint = safe_load(networks.locate(CARD, pretrained, flag))
     if isinstance(checkpoint, Mapping) and "teacher" in checkpoint and key == CARD.checkpoint_key:
@@ -145,7 +138,6 @@ def load_network(
 
     Args:
         pretrained: A release (``resmlp_24_dist``), a file of any layout or an address.
-        key: The network to take from a training checkpoint.
         img_size: Side of the images in pixels; None: that of the weights, else the cross-patch layers are interpolated.
         classifier: Whether to keep the classifier; without it the network maps images to features.
     """
@@ -160,7 +152,6 @@ def load_network(
 
 
 # --- torch.hub --------------------------------------------------------------------------------------------------------
-
 
 DOCS = {
     "resmlp_12": "ResMLP-S12 (76.6 on ImageNet; ``dist``: distilled, 77.8; ``dino``: self-supervised, k-NN 62.6).",

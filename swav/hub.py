@@ -26,19 +26,12 @@ HEADS = ("output_dim", "hidden_mlp", "nmb_prototypes", "normalize")
 
 
 def build_network(arch: str, img_size: int = 224, in_chans: int = 3, **options) -> PrototypeNetwork:
-    """Build a randomly initialised network; without an ``output_dim`` it maps images to features (B, embed_dim).
+    """A randomly initialised network; without an ``output_dim`` it maps images to features (B, ``embed_dim``).
 
     Args:
         arch: ``resnet50``, ``resnet50w2``, ``resnet50w4``, ``resnet50w5``, or a model of torchvision or timm.
         img_size: Side in pixels of the images for which position embeddings are made; convnets have none.
-        in_chans: Channels of the images.
         options: Of the heads, see :meth:`swav.resnet50.PrototypeNetwork.add_heads`, and of the trunk.
-
-    Returns:
-        The network, with an attribute ``embed_dim``.
-
-    Raises:
-        ValueError: If the name is unknown.
     """
     if arch in RESNETS:
         return getattr(resnet50, arch)(in_chans=in_chans, **options)
