@@ -25,7 +25,7 @@ from deepcluster.flags import MODEL_HELP
 from deepcluster.hub import CARD, load_network
 from shared import distributed
 from shared.pictures.sheets import Tile, magnify, save_sheet, write_png
-from shared.run.flags import Parser
+from shared.run.flags import Parser, add_device_flag
 from shared.run.randomness import derive_seed
 
 COLUMNS = 12
@@ -47,7 +47,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--filters", type=int, default=0, help="draw the first so many filters; 0: all")
     add("--batch", type=int, default=16, help="filters at a time")
     add("--seed", type=int, default=31)
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add_device_flag(add)
     return parser
 
 

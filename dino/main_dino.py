@@ -24,8 +24,8 @@ from torch import Tensor, nn
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dino.augmentations import MEAN, STD, dino_views
-from dino.hub import NETWORK_FLAGS, VIT_NAMES, build_backbone, to_official
+from dino.augmentations import dino_views
+from dino.hub import MEAN, NETWORK_FLAGS, STD, VIT_NAMES, build_backbone, plain_name, to_official
 from dino.losses import DINOLoss
 from dino.report import health_rules, report
 from dino.vision_transformer import DINOHead
@@ -154,7 +154,7 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
             f"--local_crop_size {args.local_crop_size} differs from --global_crop_size {args.global_crop_size}"
         )
     if args.arch in VIT_NAMES:
-        args.arch = args.arch.replace("deit", "vit")  # as in the official checkpoints
+        args.arch = plain_name(args.arch)  # as in the official checkpoints
         for flag in ("global_crop_size", "local_crop_size"):
             if getattr(args, flag) < args.patch_size:
                 parser.error(f"--{flag} {getattr(args, flag)} is less than --patch_size {args.patch_size}")

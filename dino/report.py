@@ -14,8 +14,7 @@ from shared.run.run import Run
 from shared.run.summary import command, data_flags
 
 from .attention import class_row, has_class_attention
-from .augmentations import MEAN, STD
-from .hub import VIT_NAMES
+from .hub import MEAN, STD, VIT_NAMES
 
 OUTPUT = {"teacher_entropy": "entropy of the teacher's output", "kl": "KL from teacher to student"}
 CURVES = (

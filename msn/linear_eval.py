@@ -84,13 +84,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
     """Parse and check the command line and its YAML file; ``parser`` may have further flags."""
     parser = parser or get_args_parser()
-    embedded = {
-        "num_classes": 12,
-        "crop_scale": (0.6, 1.0),
-        "batch_size": 64,
-        "lr": 0.5,
-        "output_dir": CARD.embedded_run,
-    }
+    embedded = {"num_classes": 12, "crop_scale": (0.6, 1.0), "batch_size": 64, "lr": 0.5}
+    embedded["output_dir"] = CARD.embedded_run
     args = finish(parser, lambda: parse_args_with_config(parser, arguments), **embedded)
     args.crop_scale = tuple(args.crop_scale)
     if args.copy_data:
