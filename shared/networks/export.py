@@ -128,8 +128,7 @@ def trace_onnx(network: nn.Module, inputs: tuple[Tensor, ...], axes: dict[str, d
     *names, output = axes
     options = {"input_names": names, "output_names": [output], "dynamic_axes": axes, "opset_version": 17}
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # checks of sizes, which are fixed in the file
+        warnings.simplefilter("ignore")  # whoever writes a file compares what it computes
         # dynamo=False: the exporter that every supported torch has, in a tenth of the time
         torch.onnx.export(network, inputs, path, **options, dynamo=False)
 
