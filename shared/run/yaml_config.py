@@ -60,7 +60,7 @@ def read_config(path: str | Path, parser: argparse.ArgumentParser) -> dict:
         OSError: If the file cannot be read.
     """
     try:
-        tree = _Loader(Path(path).read_text(encoding="utf-8")).get_single_data()
+        tree = _load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a YAML file that can be used: {error}") from error
     if not isinstance(tree, dict):
@@ -85,6 +85,14 @@ def read_config(path: str | Path, parser: argparse.ArgumentParser) -> dict:
                 raise ValueError(f"{where}: is there twice")
             values[action.dest] = _checked(item, action, where)
     return values
+
+
+def _load(text: str):
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 def write_config(path: str | Path, args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
