@@ -1,4 +1,4 @@
-"""The small experiments behind deepcluster/README.md: the paper's claims on the digits of scikit-learn, and CIFAR-10.
+"""The small experiments behind deepcluster/README.md: the paper's claims on the digits, and CIFAR-10.
 
     make evidence METHOD=deepcluster                                  # the claims, about 25 core-minutes
     python tests/evidence/deepcluster.py --only cifar10 --cifar10 DIR # DIR holds train/ and test/ with class folders

@@ -1,4 +1,4 @@
-"""The small experiments behind msn/RESULTS.md: the paper's claims on the digits of scikit-learn, and CIFAR-10 at small scale.
+"""The small experiments behind msn/RESULTS.md: the paper's claims on the digits, and CIFAR-10 at small scale.
 
     make evidence METHOD=msn                                          # the claims, about an hour on one core
     python tests/evidence/msn.py --only cifar10 --cifar10 DIR         # DIR holds train/ and test/ with class folders

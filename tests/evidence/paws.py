@@ -1,4 +1,4 @@
-"""The small experiments behind paws/README.md: the paper's claims on the digits of scikit-learn, and CIFAR-10 at small scale.
+"""The small experiments behind paws/README.md: the paper's claims on the digits, and CIFAR-10 at small scale.
 
     make evidence METHOD=paws                                         # the claims, about 30 core-minutes
     python tests/evidence/paws.py --only cifar10 --cifar10 DIR        # DIR holds train/ and test/ with class folders

@@ -202,7 +202,7 @@ class PixelFeatures:
     """Pixels of the labelled images that a run evaluates on, in place of a network's features.
 
     Args:
-        data_path, val_path: As for the training scripts; None means the digits of scikit-learn.
+        data_path, val_path: As for the training scripts; None means the embedded images.
         image_size: Side in pixels.
         mean, std: Of the method's images.
     """
