@@ -6,11 +6,11 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 .DELETE_ON_ERROR:
 
 ## make demo [METHOD=dino]: train, evaluate and draw on the embedded data, in minutes on a CPU
-# Packages that only one method needs are an extra of its name; flags of its demo are in <method>/demo.flags.
+# Packages that only one method needs are an extra of its name.
 demo: METHOD := $(or $(METHOD),dino)
 demo: .venv/installed
 	$(if $(call has_extra,$(METHOD)),$(BIN)/pip install --quiet -e '.[$(METHOD)]')
-	cd $(METHOD) && ../$(BIN)/python main.py $$(cat demo.flags 2>/dev/null)
+	cd $(METHOD) && ../$(BIN)/python main.py
 has_extra = $(shell grep -E '^$(1) = \[' pyproject.toml)
 
 ## make test [METHOD=dino] [CPU=avx2]: format, lint and the test suite, or that of one method, without long tests and
