@@ -65,7 +65,7 @@ def training_parser(docstring: str, optimisers: tuple[str, ...] = ("adamw",)) ->
     add("--eval_normalize_text", action="store_true", help="one form for dashes, quotation marks, ...")
 
     add = add_run_flags(parser, knn=False, pictures=False)
-    parser.set_defaults(log_freq=100, local_rank=-1, on_changed_run="continue")
+    parser.set_defaults(log_freq=100, local_rank=-1)
     add("--output_dir", default="./checkpoint/my_experiments", help="checkpoints and logs; the same command resumes")
     add("--model_path", default="none", help="checkpoint, its folder, or an encoder to start from")
     add("--continue_training", action="store_true", help="take optimiser and step from --model_path as well")

@@ -22,10 +22,10 @@ from deepcluster.flags import IMAGES_HELP, MODEL_HELP
 from deepcluster.hub import CARD, load_network
 from shared import distributed
 from shared.evaluation.flags import add_process_flags
-from shared.images.loading import EvalDataset, make_loader
-from shared.images.sources import ImageSource, open_source
+from shared.images.loading import BadImages, EvalDataset, make_loader
+from shared.images.sources import ImageSource, open_source, reading
 from shared.pictures.sheets import Tile, magnify, save_sheet, to_pixels
-from shared.run.flags import Parser
+from shared.run.flags import Parser, add_reading_flags
 
 FILTERS_PER_SHEET = 16
 
@@ -39,6 +39,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--exp", "--output_dir", dest="output_dir", default="", help="folder for the pictures")
     add("--count", type=int, default=9, help="images per filter")
     add("--batch_size", type=int, default=64)
+    add_reading_flags(add)
+    add("--max_bad_fraction", type=float, default=0.01, help="stop when more images than this share are unreadable")
     add_process_flags(parser, launcher=False, num_workers=4)
     return parser
 
@@ -48,12 +50,18 @@ def activ_retrieval(args: argparse.Namespace) -> list[Path]:
     device = distributed.init(device=args.device)
     network = load_network(args.model, keep_top_layer=False).requires_grad_(False).to(device)
     check_conv(network, args.conv)
-    source = open_source(args.data, "train", flag="--data")
+    source = open_source(args.data, "train", flag="--data", **reading(args))
     if not 1 <= args.count <= len(source):
         raise ValueError(f"--count {args.count}: there are {len(source)} images")
-    dataset = EvalDataset(source, centre_crop(network.img_size))
+    bad_images = BadImages(len(source), None, "replace", args.max_bad_fraction)
+    dataset = EvalDataset(source, centre_crop(network.img_size), bad_images)
     loader = make_loader(dataset, batch_size=args.batch_size, num_workers=args.num_workers, device=device)
-    responses = torch.cat([filter_responses(network, images.to(device), args.conv).cpu() for images, *_ in loader])
+    responses, read = zip(
+        *[(filter_responses(network, images.to(device), args.conv).cpu(), seen) for images, _, seen in loader],
+        strict=True,
+    )
+    responses, read = torch.cat(responses), torch.cat(read)
+    responses[read != torch.arange(len(source))] = -torch.inf  # of another image, which stands for one that is broken
     values, indices = responses.topk(args.count, dim=0)  # (count, filters)
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)

@@ -65,9 +65,11 @@ def report(run: Run, source: ImageSource, clusters: Clusters, knn: KNNMonitor) -
         )
     layer, data = {"model": run.path, "conv": 3}, data_flags(run.args)
     data["data"] = data.pop("data_path")
-    commands = [command("deepcluster/gradient_ascent.py", **layer, exp=ending.folder)]
-    if not run.args.allow_absolute_paths:  # which the next one has no flag for
-        commands.insert(0, command("deepcluster/activ_retrieval.py", **layer, data=data["data"], exp=ending.folder))
+    images = {name: value for name, value in data.items() if name != "val_path"}
+    commands = [
+        command("deepcluster/activ_retrieval.py", **layer, **images, exp=ending.folder),
+        command("deepcluster/gradient_ascent.py", **layer, exp=ending.folder),
+    ]
     if knn.sources:
         linear = run.output_dir / "linear"
         commands.insert(0, command("deepcluster/eval_linear.py", **layer, **data, exp=linear))

@@ -140,8 +140,9 @@ def evaluate_resmlp(args: argparse.Namespace) -> None:
     """Print the accuracy of ``--resume``, ``--finetune`` or the run in ``--output_dir``, which may be going on."""
     device, output_dir = distributed.init(args.dist_url, args.device, args.dist_timeout), Path(args.output_dir)
     images = open_images(args, output_dir, Precision(args.amp, device), MEAN, STD, args.eval_crop_ratio)
-    network = build_classifier(args, images.num_classes)
     origin = args.resume or args.finetune or str(output_dir / "checkpoint.pth")
+    flags.check_against_run(args, origin, *NETWORK_FLAGS)
+    network = build_classifier(args, images.num_classes)
     if not fill(network, read_weights(origin, args.checkpoint_key, "--eval: the checkpoint"), origin):
         raise ValueError(
             f"--eval: {origin} has no classifier for the {images.num_classes} classes of {images.val.name}"

@@ -92,7 +92,8 @@ def from_official(checkpoint: dict, args: argparse.Namespace, data: TrainingData
     ]
     other_text = checkpoint.get("text", data.checksum) != data.checksum
     if changes and (args.on_changed_run == "refuse" or (other_text and args.on_changed_run == "same_data")):
-        raise ValueError(f"--on_changed_run {args.on_changed_run}: {'; '.join(changes)}")
+        way_on = "; name another --output_dir, or go on all the same with --on_changed_run continue"
+        raise ValueError(f"--on_changed_run {args.on_changed_run}: {'; '.join(changes)}{way_on}")
     if changes:
         distributed.print_once(f"resuming a changed run; draws differ from here on: {'; '.join(changes)}")
     checkpoint = {**checkpoint, **facts, "images": data.checksum}

@@ -120,6 +120,10 @@ class EncodedImage:
                     raise
                 image = _open_with_pil(_without_png_texts(self.data), self.name)
                 image.load()
+            if self.data.startswith(_PNG) and not all(
+                whole for kind, _, whole in _png_chunks(self.data) if kind == b"IDAT"
+            ):
+                raise ImageError(f"{self.name}: wrong checksum of pixels")  # which Pillow does not look at
             return np.array(_to_rgb(image, self.name))  # a copy: PIL's own memory is read-only
         except ImageError:
             raise
@@ -193,17 +197,22 @@ def _with_header_in_order(data: bytes) -> bytes:
     return b"".join([*parts, data[end:]])
 
 
-def _without_png_texts(data: bytes) -> bytes:
-    """A PNG without the chunks that say nothing about its pixels, such as texts and profiles, damaged or huge ones."""
-    parts, position = [_PNG], len(_PNG)
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes, bool]]:
+    """(kind, chunk, whether its checksum is right) of a PNG."""
+    position = len(_PNG)
     while position + 12 <= len(data):
         (length,) = struct.unpack_from(">I", data, position)
-        kind, end = data[position + 4 : position + 8], position + 12 + length
-        chunk = data[position:end]
-        is_whole = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
+        chunk = data[position : position + 12 + length]
+        yield chunk[4:8], chunk, zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
+        position += len(chunk)
+
+
+def _without_png_texts(data: bytes) -> bytes:
+    """A PNG without the chunks that say nothing about its pixels, such as texts and profiles, damaged or huge ones."""
+    parts = [_PNG]
+    for kind, chunk, is_whole in _png_chunks(data):
         if kind in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND") or (kind == b"eXIf" and is_whole):
             parts.append(chunk)
-        position = end
     return b"".join(parts)
 
 

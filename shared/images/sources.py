@@ -24,6 +24,7 @@ from .tables import names_an_image, read_cells
 SPLITS = ("train", "val", "all")
 HOLDOUT_SHARE = 10  # one image in ten
 LISTS = (".txt", ".csv", ".tsv")
+RUN = "attempt.json"  # in the output folder of a run
 TRAIN_NAMES = ("train", "training")
 VAL_NAMES = ("val", "valid", "validation", "test", "testing")  # the first one that is there
 SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
@@ -315,8 +316,8 @@ def _is_of_the_system(name: str) -> bool:
 def _walk(root: str) -> Iterator[tuple[str, list[str], list[str]]]:
     """(folder, its files, links in it that lead to a folder above) for all folders below ``root``, links followed.
 
-    Left out are what belongs to the system and the folders of runs, which hold ``attempt.json``; of a root that is one
-    itself, its pictures.
+    Left out are what belongs to the system and the folders of runs, which hold ``RUN``; of a root that is one itself,
+    its pictures.
     """
     pending = [(root, frozenset([_identity(root)]))]
     while pending:
@@ -331,7 +332,7 @@ def _walk(root: str) -> Iterator[tuple[str, list[str], list[str]]]:
                 loops.append(entry.path)
             else:
                 folders.append((entry.path, ancestors | {identity}))
-        is_run = "attempt.json" in files
+        is_run = RUN in files
         if is_run and folder != root:
             continue
         pending += [(path, above) for path, above in folders if not (is_run and os.path.basename(path) == "pictures")]
@@ -366,6 +367,8 @@ def _scan_folder(root: Path, where: str) -> tuple[list[str], np.ndarray | None, 
     class_of = [name.split(os.sep, 1)[0] for name in names]
     classes = sorted({folder for folder, _ in folders if folder != "." and os.sep not in folder})
     empty = sorted(set(classes) - set(class_of))
+    of_runs = [name for name in empty if (root / RUN).exists() or any((root / name).rglob(RUN))]
+    classes, empty = (sorted({*some} - {*of_runs}) for some in (classes, empty))
     if empty:
         raise ValueError(f"{where}: no images in the class folder(s) {', '.join(empty[:5])} of {root}")
     # ImageFolder goes class by class: "a-b" comes before "a/..." in the walk but after it in the list of classes.

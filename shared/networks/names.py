@@ -18,6 +18,8 @@ TORCHVISION_VIT = {
     r"\.mlp\.(?:0|linear_1)\.": ".mlp.fc1.",
     r"\.mlp\.(?:3|linear_2)\.": ".mlp.fc2.",
 }
+# nn.Sequential of a torchvision ResNet's children
+RESNET_CHILDREN = {r"^0\.": "conv1.", r"^1\.": "bn1."} | {rf"^{i + 3}\.": f"layer{i}." for i in (1, 2, 3, 4)}
 TRANSFORMERS_VIT = {  # ViT, ViTMSN and DINOv2, in files and in memory; see join_qkv
     r"^\w+\.(?=embeddings\.|encoder\.|layers\.|layernorm\.)": "",  # of a network with a task: vit., dinov2.
     r"^embeddings\.position_embeddings$": "pos_embed",

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from shared import distributed
 
 from .legacy_tar import is_legacy_tar, read_legacy_tar
-from .names import TORCHVISION_VIT, TRANSFORMERS_VIT, join_qkv, renamed
+from .names import RESNET_CHILDREN, TORCHVISION_VIT, TRANSFORMERS_VIT, join_qkv, renamed
 
 
 class UnsafeFileError(ValueError):
@@ -152,6 +152,12 @@ def _refuse_expanding_contents(contents, file_size: int) -> None:
 WRAPPERS = ("module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # modules around modules
 AROUND = ("model", "net", "encoder")  # a network as the only part of another one, but for classifiers
 CLASSIFIERS = ("head", "heads", "head_dist", "fc", "classifier", "AuxLogits", "aux1", "aux2")
+PARTS_OF_DINOV2 = (
+    (".mlp.w12.", "gates in its MLPs (SwiGLU)", "vit_giant_patch14_dinov2"),
+    (".mlp.weights_in.", "gates in its MLPs (SwiGLU)", "vit_giant_patch14_dinov2"),
+    (".mlp.gate_proj.", "gates in its MLPs (SwiGLU)", "vit_giant_patch14_dinov2"),
+    (".ls1.gamma", "LayerScale", "vit_small_patch14_dinov2, vit_base_patch14_dinov2 and vit_large_patch14_dinov2"),
+)
 FOR_TRAINING = (*CLASSIFIERS, "pooler", "mask_token")  # no part of the representation
 
 
@@ -232,6 +238,7 @@ def select_backbone_weights(
     prefix = next((prefix for prefix in prefixes if any(name.startswith(prefix) for name in tensors)), "")
     inside = [name for name in tensors if name.startswith(prefix) and (prefix or name.split(".")[0] not in head_names)]
     backbone = {name.removeprefix(prefix): tensors.pop(name) for name in inside}
+    backbone = _one_network(backbone, checkpoint_key, head_names)
     if any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in backbone):
         backbone = join_qkv(renamed(backbone, TRANSFORMERS_VIT))
     return BackboneWeights(backbone, tensors, origin, flags_of_training(checkpoint))
@@ -249,6 +256,9 @@ def _one_network(tensors: dict[str, Tensor], key: str, head_names: Sequence[str]
     while True:
         firsts = {"".join(name.partition(".")[:2]) for name in tensors}  # "blocks." or "cls_token"
         several = [f"{part}." for part in (key, "teacher", "student") if f"{part}." in firsts and part not in AROUND]
+        in_first = sum(name.startswith("0.") for name in tensors)
+        if 2 * in_first > len(tensors) and all(first[:-1].isdigit() for first in firsts):
+            several = ["0."]  # of an nn.Sequential the part that is more than half of it
         around = firsts - {f"{name}." for name in (*CLASSIFIERS, *head_names)}
         if several:
             prefix = several[0]
@@ -390,6 +400,8 @@ def load_backbone_weights(
 def _renamed_for(backbone: nn.Module, target: Mapping[str, Tensor], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if "class_token" in tensors and "cls_token" in target:
         return renamed(tensors, TORCHVISION_VIT)
+    if "4.0.conv1.weight" in tensors and "layer1.0.conv1.weight" in target:
+        return renamed(tensors, RESNET_CHILDREN)
     # timm's networks know the names in the papers' original files
     convert = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
     if convert is not None and not target.keys() <= tensors.keys():
@@ -401,6 +413,9 @@ def _hint(tensors: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> str:
     found, wanted = vit_shape(tensors), vit_shape(target)
     if found is not None and wanted is not None and found != wanted:
         return f"\n  the file looks like a {found}, the network is a {wanted}"
+    for part, what, example in PARTS_OF_DINOV2:
+        if any(part in name for name in tensors) and not any(part in name for name in target):
+            return f"\n  the file is a ViT with {what}, as DINOv2's are: timm has {example}"
     first, *others = {name.split(".")[0] for name in tensors}
     alone = not others and not any(name.split(".")[0] == first for name in target)
     return f"\n  all names in the file begin with {first}." if alone else ""

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable, Sequence
 
+from shared.evaluation.flags import flags_of_run, take_from_run
 from shared.images.inaturalist import CATEGORIES
 from shared.run.flags import add_data_flags, add_run_flags, parse_with_embedded_defaults
 
@@ -150,6 +151,11 @@ def parse_recipe(
     if args.distillation_type != "none" and not args.teacher_path:
         parser.error(f"--distillation-type {args.distillation_type} needs the teacher's weights as --teacher-path")
     return args
+
+
+def check_against_run(args: argparse.Namespace, weights: str, *names: str) -> None:
+    """Raise ``ValueError`` if one of these flags contradicts the run whose checkpoint ``--eval`` looks at."""
+    take_from_run(args, flags_of_run(weights), {name: name for name in names}, {})
 
 
 def mixes_labels(args: argparse.Namespace) -> bool:

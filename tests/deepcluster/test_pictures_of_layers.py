@@ -1,5 +1,7 @@
 """Top images per filter and gradient ascent."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from deepcluster.activ_retrieval import filter_responses
 from deepcluster.convnets import conv_maps
 from deepcluster.gradient_ascent import ascend, starting_noise
 from deepcluster.hub import load_network
+from shared.images.decode import ImageError
 
 
 def test_the_images_with_the_largest_responses_are_drawn(checkpoint, images, tmp_path, monkeypatch):
@@ -22,6 +25,21 @@ def test_the_images_with_the_largest_responses_are_drawn(checkpoint, images, tmp
         values = [float(tile.caption) for tile in row]
         assert values == sorted(values, reverse=True)
     assert [row[0].title for row in rows[:2]] == ["filter 0", "filter 1"]
+
+
+def test_images_that_cannot_be_read_are_left_out(checkpoint, images, tmp_path, monkeypatch):
+    rows, folder = [], shutil.copytree(images, tmp_path / "images")
+    monkeypatch.setattr(activ_retrieval, "save_sheet", lambda tiles, path, *_: rows.extend(tiles) or path)
+    good = len(list(folder.rglob("*.png"))) - 1
+    next(folder.rglob("*.png")).write_bytes(b"broken")
+    flags = f"--data {folder} --model {checkpoint} --conv 1 --exp {tmp_path} --count {good} --workers 0 --device cpu"
+    arguments = activ_retrieval.get_args_parser().parse_args(flags.split())
+    activ_retrieval.activ_retrieval(arguments)
+    assert all("inf" not in tile.caption for row in rows for tile in row)
+    for path in folder.rglob("*.png"):
+        path.write_bytes(b"broken")
+    with pytest.raises(ImageError, match="more than --max_bad_fraction allows"):
+        activ_retrieval.activ_retrieval(arguments)
 
 
 def test_a_sheet_is_a_picture(checkpoint, images, tmp_path):

@@ -150,12 +150,16 @@ def of_ranks(case: str, name: str) -> list[Tensor]:
     return [GOLDEN.tensor(key) for key in sorted(GOLDEN.keys(f"{case}/{name}_rank"))]
 
 
-def test_assignments_of_two_processes():
+def test_assignments_of_several_processes():
     found = [case for case in GOLDEN.cases("", "sinkhorn") if f"{case}/in/scores_rank0" in GOLDEN]
-    scores = [of_ranks(case, "in/scores") for case in found]
-    results = run_processes(balance, len(scores[0]), scores, [parameters(case) for case in found])
-    for case, *assignments in zip(found, *results, strict=True):
-        torch.testing.assert_close(assignments, of_ranks(case, "out/q"), rtol=1e-4, atol=1e-7)
+    by_ranks = {case: of_ranks(case, "in/scores") for case in found}
+    for ranks in {len(scores) for scores in by_ranks.values()}:
+        cases = [case for case in found if len(by_ranks[case]) == ranks]
+        results = run_processes(
+            balance, ranks, [by_ranks[case] for case in cases], [parameters(case) for case in cases]
+        )
+        for case, *assignments in zip(cases, *results, strict=True):
+            torch.testing.assert_close(assignments, of_ranks(case, "out/q"), rtol=1e-4, atol=1e-7)
 
 
 # --- Training ---------------------------------------------------------------------------------------------------------

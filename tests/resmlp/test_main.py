@@ -100,6 +100,8 @@ def test_eval_repeats_the_last_evaluation_also_of_a_flat_file(finished, images, 
     torch.save(backbone, tmp_path / "backbone.pth")
     with pytest.raises(ValueError, match="no classifier for the 3 classes"):
         train(tmp_path / "run", "--data_path", images, "--eval", "--finetune", tmp_path / "backbone.pth")
+    with pytest.raises(ValueError, match=r"--input_size 24 contradicts the checkpoint, .* --input_size 16"):
+        train(finished, "--data_path", images, "--eval", "--input-size", 24)
     train(finished, "--eval", "--val_path", images)  # needs no training images
     assert f"{images}: 24 images, 3 classes: top-1" in capsys.readouterr().out
 

@@ -202,6 +202,10 @@ def test_a_png_is_read_whatever_its_texts_and_profiles_are(chunk):
     np.testing.assert_array_equal(decode(data[:end] + chunk + data[end:]), PHOTOGRAPH)
     with pytest.raises(ImageError):
         decode(data[:after_header] + chunk + data[after_header : len(data) // 2])
+    damaged = bytearray(data)
+    damaged[len(data) // 2] ^= 1
+    with pytest.raises(ImageError):
+        decode(bytes(damaged[:after_header]) + chunk + bytes(damaged[after_header:]))
 
 
 def test_dark_16_bit_images_are_told_of():

@@ -150,9 +150,16 @@ def test_the_folders_of_runs_are_no_data(tmp_path):
     write(
         tmp_path / "cat/1.png", tmp_path / "dog/2.png", tmp_path / "run/pictures/views.png", tmp_path / "pictures/c.png"
     )
-    for folder in (tmp_path, tmp_path / "run"):
+    (tmp_path / "checkpoints").mkdir()
+    for folder in (tmp_path, tmp_path / "run", tmp_path / "runs" / "first"):
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "attempt.json").write_text("{}")
     assert open_source(tmp_path).classes == ["cat", "dog"]
+    (tmp_path / "attempt.json").unlink()
+    with pytest.raises(ValueError, match=r"class folder\(s\) checkpoints of"):
+        open_source(tmp_path)
+    (tmp_path / "checkpoints").rmdir()
+    assert open_source(tmp_path / ".").classes == ["cat", "dog", "pictures"]
 
 
 def test_links_to_a_folder_above_are_left_out(tmp_path):

@@ -57,6 +57,8 @@ LAYOUTS = {
     "of Lightning": {"state_dict": prefixed("model.", WEIGHTS), "pytorch-lightning_version": "2.4"},
     "in another module": prefixed("module.net.model.", WEIGHTS),
     "beside a classifier": prefixed("encoder.", WEIGHTS) | {"fc.weight": torch.zeros(10, 64)},
+    "first of a sequence": nn.Sequential(SOURCE, nn.Linear(64, 10)).state_dict(),
+    "within the backbone": prefixed("teacher.backbone.net.", WEIGHTS) | prefixed("teacher.head.", HEAD),
     "two backbones": prefixed("student_backbone.", OTHER)
     | prefixed("teacher_backbone.", WEIGHTS)
     | prefixed("teacher_head.", HEAD),
@@ -197,6 +199,8 @@ def test_torchvision_convnet_loads_without_its_classifier():
     report = load_backbone_weights(backbone, select_backbone_weights(whole.state_dict()))
     assert (report.matched, report.head_entries) == (120, 2)
     torch.testing.assert_close(backbone.layer4.state_dict(), whole.layer4.state_dict())
+    children = nn.Sequential(*list(whole.children())[:-1])
+    assert load_backbone_weights(backbone, select_backbone_weights(children.state_dict())).is_complete()
 
 
 def test_names_of_the_original_xcit_are_understood():
@@ -259,6 +263,19 @@ def test_other_resolution_of_position_embeddings_is_named():
     weights = select_backbone_weights(make_backbone(img_size=48).state_dict())
     with pytest.raises(WeightMismatch, match=r"for 48-pixel images of 3 channels, .* for 32-pixel images"):
         load_backbone_weights(make_backbone(), weights)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("mlp.fc1", "mlp.w12", r"gates in its MLPs \(SwiGLU\), .* timm has vit_giant_patch14_dinov2"),
+        ("norm1.bias", "ls1.gamma", "LayerScale, .* timm has vit_small_patch14_dinov2"),
+    ],
+)
+def test_what_dinov2_adds_to_a_vit_is_named(old, new, message):
+    tensors = {name.replace(old, new): value for name, value in WEIGHTS.items()}
+    with pytest.raises(WeightMismatch, match=message):
+        load_backbone_weights(make_backbone(), select_backbone_weights(tensors))
 
 
 def test_weights_that_are_not_finite_are_refused():
