@@ -98,7 +98,7 @@ def progress() -> Iterator[Callable[[Update], None]]:
         bar.update(update.done - bar.n)
         if bar.disable and time.monotonic() - told >= SECONDS_BETWEEN_LINES:
             told = time.monotonic()
-            what = "indexed {percentage:.0f} % of {total_fmt}, {remaining} left"
+            what = "indexed {percentage:.0f} % of {total_fmt}B, {remaining} left"
             facts = {"unit": "B", "unit_scale": True, "bar_format": what}
             print(tqdm.format_meter(update.done, update.size, told - began, **facts), file=sys.stderr, flush=True)
 
