@@ -9,12 +9,15 @@ machine.
 """
 
 import argparse
+import contextlib
 import re
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -22,13 +25,14 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 from contriever.flags import add_encoder_flags, check_minimum, load_encoder
 from contriever.index.bm25 import check_weight
 from contriever.own_texts.folder import Limits, snippet
-from contriever.own_texts.index import SearchIndex
+from contriever.own_texts.index import SearchIndex, Update
 from contriever.own_texts.page import serve
 from contriever.text.normalize import clean
 from shared import distributed
 from shared.run.flags import Parser
 
 INDEX_NAME = ".search_index.sqlite"
+SECONDS_BETWEEN_LINES = 10  # of progress, where there is no terminal
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -64,7 +68,8 @@ def search(args: argparse.Namespace) -> SearchIndex:
     check_weight(args.dense_weight)
     index = open_index(args)
     began = time.time()
-    update = index.update()
+    with progress() as tell:
+        update = index.update(tell)
     for path, problem in update.problems.items():
         print(printable(f"{path}: {problem}"), file=sys.stderr, flush=True)
     print(f"{update.describe()}, {len(index)} in all, {time.time() - began:.1f} s", flush=True)
@@ -80,6 +85,25 @@ def search(args: argparse.Namespace) -> SearchIndex:
     if args.serve:
         serve(index, args.host, args.port, *how)
     return index
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Callable[[Update], None]]:
+    """Show how much is indexed and the time that is left: a bar in a terminal, lines in a file."""
+    began = told = time.monotonic()
+
+    def tell(update: Update) -> None:
+        nonlocal told
+        bar.total = update.size
+        bar.update(update.done - bar.n)
+        if bar.disable and time.monotonic() - told >= SECONDS_BETWEEN_LINES:
+            told = time.monotonic()
+            what = "indexed {percentage:.0f} % of {total_fmt}B, {remaining} left"
+            facts = {"unit": "B", "unit_scale": True, "bar_format": what}
+            print(tqdm.format_meter(update.done, update.size, told - began, **facts), file=sys.stderr, flush=True)
+
+    with tqdm(desc="indexing", unit="B", unit_scale=True, delay=1, leave=False, disable=None) as bar:
+        yield tell
 
 
 def printable(text: str) -> str:

@@ -13,6 +13,7 @@ from ..text.words import find_terms, terms
 
 SUFFIXES = (".txt", ".md", ".jsonl")
 BLOCK = 20_000  # characters that are tokenised at once
+LONGEST_HEADING = 500  # characters: it is put before every passage below it
 MARGIN = 4  # tokens that a passage may have more than it had within its file
 _WORD = re.compile(r"\S+")
 _HEADING = re.compile(r"(#{1,6})[ \t]+(.+)")
@@ -160,6 +161,7 @@ def _sections(text: str) -> Iterator[tuple[list[str], int, int, int]]:
             continue
         if text[start:begin].strip() or (path and path[-1][0] >= level):
             yield [words for _, words in path], start, begin, first_line
+        words = " ".join(words.split())[:LONGEST_HEADING]
         path = [*(heading for heading in path if heading[0] < level), (level, words)]
         start, first_line = position, number + 1
     if text[start:].strip() or path:

@@ -1,7 +1,7 @@
 """An index of a folder of texts in one SQLite file: passages, vectors, and what is known of each file.
 
-Every change is a transaction, so a kill at any instant leaves a good index; files that were not reached are embedded
-next time.
+Every change is a transaction, so a kill at any instant leaves a good index. Of a large file the vectors are stored as
+they are made, and wait for the rest: a kill loses at most the last 512.
 """
 
 import contextlib
@@ -28,6 +28,7 @@ CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, size INTEGER, mtime_ns 
 CREATE TABLE IF NOT EXISTS passages (
     path TEXT, number INTEGER, line INTEGER, title TEXT, text TEXT, vector BLOB, PRIMARY KEY (path, number)
 );
+CREATE TABLE IF NOT EXISTS waiting (sha256 BLOB PRIMARY KEY, vector BLOB); -- of texts of files that are not finished
 """
 
 
@@ -40,6 +41,8 @@ class Update:
     removed: int = 0
     unchanged: int = 0
     embedded: int = 0
+    size: int = 0  # bytes of the new and changed files
+    done: float = 0.0  # bytes of them
     problems: dict[str, str] = field(default_factory=dict)  # file to reason
 
     def describe(self) -> str:
@@ -71,6 +74,16 @@ def naming(file: Path) -> Iterator[None]:
         raise ValueError(f"the index {file} is damaged: {error}; --rebuild makes it again") from None
 
 
+@contextlib.contextmanager
+def _telling(update: Update, name: str, known: dict[str, list]) -> Iterator[None]:
+    """Note that a file cannot be read: it may have been removed in this moment, or belong to somebody else."""
+    try:
+        yield
+    except OSError as error:
+        state = "indexed as it was before, it cannot be read now" if name in known else "not indexed"
+        update.problems[name] = f"{state}: {error.strerror}"
+
+
 class SearchIndex:
     """The index of one folder, or of a single file.
 
@@ -92,13 +105,13 @@ class SearchIndex:
         self.root, self.file, self.encode, self.limits = root, file, encode, limits or Limits()
         sizes = {"max_words": self.limits.max_words, "max_tokens": self.limits.max_tokens}
         self.settings = {name: str(value) for name, value in {**settings, "format": FORMAT, **sizes}.items()}
-        is_new = not file.exists()
         with naming(file):
             self.database = sqlite3.connect(file, timeout=60, check_same_thread=False)
             self.database.executescript(_TABLES)
-            if is_new:
-                file.chmod(0o600)  # it will hold the texts, which others may not be allowed to read
             self._check_settings()
+        if file.stat().st_mode & 0o077:
+            with contextlib.suppress(OSError):  # it may be somebody else's
+                file.chmod(0o600)  # it holds the texts, which others may not be allowed to read
         self._loaded, self._loaded_version = None, None
 
     def _check_settings(self) -> None:
@@ -114,27 +127,46 @@ class SearchIndex:
                 "keeps both"
             )
 
-    def update(self) -> Update:
-        """Embed the files that are new or have changed, forget those that are gone."""
-        with naming(self.file):
-            return self._update()
+    def update(self, tell: Callable[[Update], object] = lambda update: None) -> Update:
+        """Embed the files that are new or have changed, forget those that are gone.
 
-    def _update(self) -> Update:
-        update, pending, unreadable = Update(), [], []
+        Args:
+            tell: Called with what was done so far after every 512 passages.
+        """
+        with naming(self.file):
+            return self._update(tell)
+
+    def _update(self, tell: Callable[[Update], object]) -> Update:
+        update, unreadable, todo = Update(), [], []
         known = {path: rest for path, *rest in self.database.execute("SELECT path, size, mtime_ns, sha256 FROM files")}
+        places = {rest[2]: path for path, rest in known.items()}  # files may have been moved
         present = set()
         for path in text_files(self.root, unreadable.append):
             name = self._name(path, update)
             if name is None:
                 continue
             present.add(name)
-            changed = self._read_if_changed(path, name, known.get(name), update)
-            if changed is not None:
-                pending.append(changed)
-                if sum(len(pieces) for *_, pieces in pending) >= PASSAGES_PER_TRANSACTION:
-                    self._store(pending, update)
-                    pending = []
-        self._store(pending, update)
+            with _telling(update, name, known):
+                status = os.stat(path)
+                if known.get(name, ())[:2] == [status.st_size, status.st_mtime_ns]:
+                    update.unchanged += 1
+                elif not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+                    update.problems[name] = "not indexed: it is no regular file"
+                else:
+                    update.size += status.st_size
+                    todo.append((path, name, status))
+        pending, count = [], 0
+        for path, name, status in todo:
+            file = None
+            with _telling(update, name, known):
+                file = self._read_if_changed(path, name, status, known.get(name), update)
+            if file is not None:
+                pending.append(file)
+                count += max(1, len(file[-1]))
+            if count >= PASSAGES_PER_TRANSACTION:
+                self._store(pending, places, update, tell)
+                pending, count = [], 0
+        self._store(pending, places, update, tell)
         gone = known.keys() - present
         for error in unreadable:
             folder = Path(error.filename)
@@ -144,6 +176,8 @@ class SearchIndex:
             for name in gone:
                 self._forget(name)
                 update.removed += 1
+            if todo:
+                self.database.execute("DELETE FROM waiting")  # of files that have changed meanwhile
         for name, remark in self.database.execute("SELECT path, remark FROM files WHERE remark IS NOT NULL"):
             update.problems[name] = remark
         return update
@@ -157,26 +191,17 @@ class SearchIndex:
             update.problems[repr(name)] = "not indexed: its name is not UTF-8"
             return None
 
-    def _read_if_changed(self, path: Path, name: str, known: list | None, update: Update) -> tuple | None:
-        """(name, size, time, checksum, remark, pieces), or None when the file is the one that is known."""
-        try:
-            status = os.stat(path)
-            if known is not None and known[:2] == [status.st_size, status.st_mtime_ns]:
-                update.unchanged += 1
-                return None
-            if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
-                update.problems[name] = "not indexed: it is no regular file"
-                return None
-            content = path.read_bytes()
-        except OSError as error:  # it may have been removed in this moment, or belong to somebody else
-            state = "not indexed" if known is None else "indexed as it was before, it cannot be read now"
-            update.problems[name] = f"{state}: {error.strerror}"
-            return None
+    def _read_if_changed(
+        self, path: Path, name: str, status: os.stat_result, known: list | None, update: Update
+    ) -> tuple | None:
+        """(name, size, time, checksum, remark, pieces), or None when the content is the one that is known."""
+        content = path.read_bytes()
         sha256 = hashlib.sha256(content).digest()
         if known is not None and known[2] == sha256:  # only its time has changed
             with self.database:
                 self.database.execute("UPDATE files SET mtime_ns = ? WHERE path = ?", (status.st_mtime_ns, name))
             update.unchanged += 1
+            update.done += status.st_size
             return None
         try:
             pieces, remark = read_pieces(path, content, self.limits)
@@ -188,16 +213,40 @@ class SearchIndex:
         update.changed += known is not None
         return name, status.st_size, status.st_mtime_ns, sha256, remark, pieces
 
-    def _store(self, files: list[tuple], update: Update) -> None:
-        """Embed the passages of some files and write everything in one transaction."""
-        vectors = self._known_vectors([name for name, *_ in files])
-        missing = dict.fromkeys(p.full_text() for *_, pieces in files for p in pieces if p.full_text() not in vectors)
-        if missing:
-            encoded = self.encode(list(missing), "passage").astype(np.float16)
+    def _store(self, files: list[tuple], places: dict[bytes, str], update: Update, tell: Callable) -> None:
+        """Embed the passages of some files and write everything in one transaction, vectors that wait for it before."""
+        vectors = {}
+        for name, _, _, sha256, *_ in files:
+            for place in {name, places.get(sha256, name)}:
+                vectors |= self._known_vectors(place)
+        hashes = {
+            text: hashlib.sha256(text.encode()).digest()
+            for text in dict.fromkeys(p.full_text() for *_, pieces in files for p in pieces)
+            if text not in vectors
+        }
+        for text, sha256 in hashes.items():
+            for (vector,) in self.database.execute("SELECT vector FROM waiting WHERE sha256 = ?", (sha256,)):
+                vectors[text] = vector
+        missing = [text for text in hashes if text not in vectors]
+        done = update.done + sum(size for _, size, *_ in files)
+        share = (done - update.done) / max(1, len(missing))
+        for start in range(0, len(missing), PASSAGES_PER_TRANSACTION):
+            part = missing[start : start + PASSAGES_PER_TRANSACTION]
+            encoded = self.encode(part, "passage").astype(np.float16)
             if not np.isfinite(encoded).all():
                 raise ValueError("the encoder gave vectors that are not finite: are its weights damaged?")
-            vectors |= {text: vector.tobytes() for text, vector in zip(missing, encoded, strict=True)}
+            vectors |= {text: vector.tobytes() for text, vector in zip(part, encoded, strict=True)}
+            if start + len(part) < len(missing):
+                with self.database:
+                    rows = [(hashes[text], vectors[text]) for text in part]
+                    self.database.executemany("INSERT OR IGNORE INTO waiting VALUES (?, ?)", rows)
+            update.embedded += len(part)
+            update.done += share * len(part)
+            tell(update)
         with self.database:
+            if len(missing) < len(hashes) or len(missing) > PASSAGES_PER_TRANSACTION:
+                waited = [(sha256,) for sha256 in hashes.values()]
+                self.database.executemany("DELETE FROM waiting WHERE sha256 = ?", waited)
             for name, size, mtime_ns, sha256, remark, pieces in files:
                 self._forget(name)
                 self.database.execute(
@@ -207,17 +256,12 @@ class SearchIndex:
                     "INSERT INTO passages VALUES (?, ?, ?, ?, ?, ?)",
                     [(name, i, p.line, p.title, p.text, vectors[p.full_text()]) for i, p in enumerate(pieces)],
                 )
-        update.embedded += len(missing)
+        update.done = done
 
-    def _known_vectors(self, names: list[str]) -> dict[str, bytes]:
-        """Vectors of the passages that these files had before, by text: most of a changed file stays."""
-        return {
-            Piece(0, title, text).full_text(): vector
-            for name in names
-            for title, text, vector in self.database.execute(
-                "SELECT title, text, vector FROM passages WHERE path = ?", (name,)
-            )
-        }
+    def _known_vectors(self, name: str) -> dict[str, bytes]:
+        """Vectors of the passages that a file had before, by text: most of a changed file stays."""
+        rows = self.database.execute("SELECT title, text, vector FROM passages WHERE path = ?", (name,))
+        return {Piece(0, title, text).full_text(): vector for title, text, vector in rows}
 
     def _forget(self, name: str) -> None:
         self.database.execute("DELETE FROM files WHERE path = ?", (name,))

@@ -8,9 +8,10 @@ import regex
 import Stemmer
 
 _CJK = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}"
-# a run of Chinese, Japanese or Korean, or a word with its digits and marks, such as C++, F# and Tom's
+# a run of Chinese, Japanese or Korean, or a word with its digits and marks, such as C++, F# and Tom's; longer ones are
+# cut, because normalisation sorts the combining marks of a word in a time that grows with their square
 _WORD = regex.compile(
-    rf"[{_CJK}]+|[[\p{{L}}\p{{N}}\p{{M}}]--[{_CJK}]]+(?:(?:[+#]+|['\u2019]s)(?![\p{{L}}\p{{N}}]))?", regex.V1
+    rf"[{_CJK}]+|[[\p{{L}}\p{{N}}\p{{M}}]--[{_CJK}]]{{1,255}}(?:(?:[+#]+|['\u2019]s)(?![\p{{L}}\p{{N}}]))?", regex.V1
 )
 _IS_CJK = regex.compile(rf"[{_CJK}]")
 _PHRASE = regex.compile(r'"([^"]+)"|“([^”]+)”|„([^“”]+)[“”]|«([^»]+)»')

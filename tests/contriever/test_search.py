@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import re
 import shutil
 import socket
 import struct
@@ -257,21 +258,43 @@ def test_only_what_changed_is_embedded_again(notes):
     assert list(fresh.rows()) == list(index.rows())
 
 
-def test_killed_while_it_embeds_it_goes_on_where_it_was(notes, monkeypatch):
-    monkeypatch.setattr(index_module, "PASSAGES_PER_TRANSACTION", 1)
-    encode = Counting()
+@pytest.mark.parametrize("call", range(1, 8))
+def test_killed_within_a_large_file_it_embeds_no_text_twice_but_the_last(notes, monkeypatch, call):
+    monkeypatch.setattr(index_module, "PASSAGES_PER_TRANSACTION", 4)
+    (notes / "b.txt").write_text("\n\n".join(f"{'w ' * 118}bike {i}" for i in range(15)))
+    whole = SearchIndex(notes, notes / ".whole", bag_of_words, {"model": 1})
+    told = []
+    assert whole.update(lambda update: told.append(update.done / update.size)).embedded == 20
+    assert told == sorted(told) and 0 < told[0] < told[-1] <= 1 and len(told) == 6
+    encode, calls = Counting(), []
 
     def dies(texts, kind):
-        if encode.texts:
+        calls.append(texts)
+        if len(calls) == call:
             raise KeyboardInterrupt
         return encode(texts, kind)
 
-    with pytest.raises(KeyboardInterrupt):
-        open_index(notes, dies).update()
-    assert len(open_index(notes)) == 2  # those of a.md
-    update = open_index(notes, encode).update()
-    assert (update.new, update.unchanged) == (2, 1)
-    assert len(encode.texts) == 5
+    if call <= 6:
+        with pytest.raises(KeyboardInterrupt):
+            open_index(notes, dies).update()
+    assert len(open_index(notes)) in (0, 17, 20)  # no part of a file is found
+    index = open_index(notes, encode)
+    index.update()
+    assert len(encode.texts) == len(set(encode.texts)) == 20
+    assert list(index.rows()) == list(whole.rows())
+    assert index.database.execute("SELECT count(*) FROM waiting").fetchone() == (0,)
+
+
+def test_a_moved_folder_embeds_nothing(notes):
+    encode = Counting()
+    open_index(notes, encode).update()
+    shutil.move(notes / "sub", notes / "other")
+    (notes / "new").mkdir()
+    shutil.move(notes / "a.md", notes / "new" / "a.md")
+    index = open_index(notes, encode)
+    update = index.update()
+    assert (update.new, update.removed, update.embedded, len(encode.texts)) == (2, 2, 0, 5)
+    assert {hit.path for hit in index.search("wing bread", 10)} == {"c.jsonl", "new/a.md", "other/b.txt"}
 
 
 def test_problems_are_told_and_the_rest_is_indexed(notes):
@@ -376,7 +399,19 @@ def test_texts_neither_command_the_terminal_nor_reach_other_users(notes, model, 
     run(model, "--passages", str(notes), "--query", "wing", "--top_k", "9")
     out = "".join(capsys.readouterr())
     assert "\ufffd[31mred.md:3" in out and not set(out) & {"\x1b", "\x9b", "\x07"}
-    assert (notes / ".search_index.sqlite").stat().st_mode & 0o777 == 0o600
+    file = notes / ".search_index.sqlite"
+    assert file.stat().st_mode & 0o777 == 0o600
+    file.chmod(0o644)  # as older versions left it
+    run(model, "--passages", str(notes))
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_progress_is_told_in_lines_where_there_is_no_terminal(notes, model, monkeypatch, capsys):
+    monkeypatch.setattr(search_script, "SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr(index_module, "PASSAGES_PER_TRANSACTION", 3)
+    run(model, "--passages", str(notes))
+    err = capsys.readouterr().err
+    assert "\r" not in err and re.fullmatch(r"(indexed \d+ % of \d+B, \d\d:\d\d left\n)+", err)
 
 
 def test_a_single_file_and_an_index_elsewhere(notes, model, tmp_path, capsys):

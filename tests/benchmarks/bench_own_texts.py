@@ -1,0 +1,71 @@
+"""How the search over own texts grows with the length of a text: doubling it must about double the time.
+
+    python tests/benchmarks/bench_own_texts.py [--megabytes 0.25] [--doublings 2] [--out FILE]
+    python tests/benchmarks/bench_own_texts.py --shapes prose --megabytes 12.5 --doublings 3      # up to 100 MB
+
+Every shape is cut into passages by the packaged encoder's tokenizer, and its snippet and its marked words are made, at
+every length; the ratio is that of the time of the last length and of the one before, best of ``--rounds``.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import tokenizers
+
+from contriever.encoder import Retriever, find_model, read_tokenizer
+from contriever.own_texts.folder import Limits, read_pieces, snippet
+from contriever.own_texts.page import mark
+from tests.benchmarks import harness
+
+QUERY = "wing stall a 東京"
+MOST_RATIO = 3.0
+SHAPES = {  # to a text of about n characters
+    "prose": lambda n: "the wing of a plate \nwith stall.\n\n" * (n // 34),
+    "blanks": lambda n: "# a" + " " * n + "b",
+    "newlines": lambda n: "a" + "\n" * n + "b",
+    "commas": lambda n: "wing,stall," * (n // 11),
+    "one word": lambda n: "a" * n,
+    "marks": lambda n: "a" + "\u0300\u0323" * (n // 2),  # combining ones, which normalisation sorts
+    "no blanks": lambda n: "東京の天気は晴れです。" * (n // 11),
+    "headings": lambda n: "# wing\n## a\n" * (n // 12),
+    "headings and fences": lambda n: "# wing\n```\n# no\n```\n~~~\n\n" * (n // 24),
+    "long heading": lambda n: "# " + "wing " * (n // 10) + "\n" + "## b\nstall\n" * (n // 22),
+    "underlined": lambda n: "\na\n---\n" * (n // 7),
+    "long fence": lambda n: "`" * (n // 2) + "\n" + "```\n" * (n // 8),
+}
+
+
+def main() -> None:
+    parser = harness.get_args_parser(__doc__, rounds=3)
+    parser.add_argument("--megabytes", type=float, default=0.05, help="of the shortest text, in million characters")
+    parser.add_argument("--doublings", type=int, default=2)
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    args = parser.parse_args()
+    retriever = Retriever(None, read_tokenizer(find_model(None)), "the packaged encoder")
+    limits = Limits(120, 500, retriever.token_ends)
+    result, worst = {}, 0.0
+    for shape in args.shapes:
+        times: harness.Times = {"passages": [], "snippet": [], "marks": []}
+        for doubling in range(args.doublings + 1):
+            text = SHAPES[shape](int(1e6 * args.megabytes) << doubling)
+            ways = {
+                "passages": lambda text=text: read_pieces(Path("a.md"), text.encode(), limits),
+                "snippet": lambda text=text: snippet(text, QUERY),
+                "marks": lambda text=text: mark(text, QUERY),
+            }
+            for name, seconds in harness.alternate(ways, args.rounds, warm_up=0).items():
+                times[name].append(min(seconds))
+        # what takes hundredths of a second says nothing about growth
+        ratios = {name: seconds[-1] / max(seconds[-2], 0.02) for name, seconds in times.items()}
+        worst = max(worst, *ratios.values())
+        result[shape] = {"seconds": times, "ratios": ratios}
+        line = "  ".join(f"{name} {seconds[-1]:7.3f} s, x {ratios[name]:.2f}" for name, seconds in times.items())
+        print(f"{shape:20} {line}", flush=True)
+    target = f"twice the text takes at most {MOST_RATIO:.0f} times as long"
+    harness.finish(args, {"shapes": result}, {target: worst <= MOST_RATIO}, packages=(tokenizers,))
+
+
+if __name__ == "__main__":
+    main()
