@@ -1,9 +1,24 @@
 """The text at the end of a run: what was learned, where the files are, what to do next."""
 
+import argparse
 from pathlib import Path
 
+import numpy as np
+
 from shared.run.log import read_log
+from shared.run.settings import long_warmup, more_than_data, slow_average, tell_settings
 from shared.run.summary import command, paragraphs
+
+
+def tell_unsuitable_settings(args: argparse.Namespace, num_chunks: int, batch_size: int) -> None:
+    """Print which settings make no sense for so little text; ``batch_size`` is that of all processes together."""
+    tell_settings(long_warmup("--warmup_steps", args.warmup_steps, args.total_steps, "steps"))
+    if args.contrastive_mode == "moco":
+        queue = max(1, num_chunks // 2 // batch_size) * batch_size
+        tell_settings(
+            slow_average("--momentum", np.full(args.total_steps, args.momentum), "key encoder"),
+            more_than_data("--queue_size", args.queue_size, num_chunks, queue, "chunks of text"),
+        )
 
 
 def summary(output_dir: Path, normalized: bool, fill_steps: int | None) -> str:

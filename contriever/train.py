@@ -27,7 +27,7 @@ from contriever.augmentations import AUGMENTATIONS, Recipe, SpecialTokens
 from contriever.encoder import Retriever
 from contriever.flags import MINIMUM, check_training_flags, training_parser
 from contriever.losses import InBatch, MoCo, batch_statistics, inbatch_logits, moco_logits
-from contriever.report import summary
+from contriever.report import summary, tell_unsuitable_settings
 from contriever.text.documentation import tokenized_documentation
 from contriever.text.tokens import check_tokenizer, token_files, vocabulary_fingerprint
 from contriever.training.checkpoints import BATCH, TrainingData, finish, keep_numbered, resume, start_retriever
@@ -36,7 +36,7 @@ from contriever.training.optimisation import Objective, build_optimizer, gradien
 from contriever.training.pairs import PretrainingPairs, StepSampler, fingerprint, open_datasets, steps_per_epoch
 from shared import distributed
 from shared.images.loading import make_loader
-from shared.run.flags import bool_flag, parse_with_embedded_defaults
+from shared.run.flags import bool_flag, parse_with_embedded_defaults, shorten_unset_warmup
 from shared.run.run import Run
 
 NETWORK_FLAGS = ("pooling", "random_init", "contrastive_mode", "queue_size")
@@ -105,6 +105,7 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
     parser = parser or get_args_parser()
     minimum = MINIMUM | {"queue_size": 1, "prob_augmentation": 0, "eval_documents": 0}
     args = parse_with_embedded_defaults(parser, arguments, EMBEDDED_DATA_DEFAULTS, minimum, "train_data")
+    shorten_unset_warmup(parser, args, arguments, "warmup_steps", "total_steps")
     check_training_flags(parser, args)
     if not 0 <= args.ratio_min <= args.ratio_max <= 1:
         parser.error(f"--ratio_min {args.ratio_min} --ratio_max {args.ratio_max} are not in order between 0 and 1")
@@ -119,6 +120,7 @@ def train_contriever(args: argparse.Namespace) -> None:
     retriever = start_retriever(args, run.device)
     pairs = open_pairs(args, retriever)
     data = open_data(args, pairs, run.device)
+    tell_unsuitable_settings(args, len(pairs), data.batch_size)
 
     # networks, loss, optimiser
     model, trained = build_model(args, retriever)

@@ -55,6 +55,7 @@ from shared.run.flags import (
 from shared.run.health import HealthMonitor
 from shared.run.randomness import derive_seed
 from shared.run.run import Run
+from shared.run.settings import more_than_data, tell_settings
 
 # What replaces the official defaults when no DIR is given: images of 32 pixels, for which AlexNet is too large.
 EMBEDDED_DATA_DEFAULTS = {
@@ -139,6 +140,7 @@ def train_deepcluster(args: argparse.Namespace) -> None:
     data, images_in_order = open_training_data(args, run.output_dir, device)
     source = data.dataset.source
     tell_embedded_defaults(args.data_path, EMBEDDED_DATA_DEFAULTS, "DIR")
+    tell_settings(more_than_data("--batch", args.batch, len(source), take=max(1, len(source) // 4)))
 
     # the network without a top layer, and its optimiser
     network = build_network(args.arch, args.sobel, img_size=args.crop_size)

@@ -27,7 +27,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 from dino.augmentations import dino_views
 from dino.hub import MEAN, NETWORK_FLAGS, STD, VIT_NAMES, build_backbone, plain_name, to_official
 from dino.losses import DINOLoss
-from dino.report import health_rules, report
+from dino.report import health_rules, report, tell_unsuitable_settings
 from dino.vision_transformer import DINOHead
 from shared import distributed
 from shared.evaluation.knn_monitor import KNNMonitor
@@ -47,6 +47,7 @@ from shared.run.flags import (
     add_run_flags,
     bool_flag,
     parse_with_embedded_defaults,
+    shorten_unset_warmup,
     tell_embedded_defaults,
 )
 from shared.run.health import HealthMonitor, feature_spread, rank_me
@@ -142,6 +143,7 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
     args = parse_with_embedded_defaults(parser, arguments, EMBEDDED_DATA_DEFAULTS, MINIMUM)
     if args.arch != EMBEDDED_DATA_DEFAULTS["arch"]:
         args = parse_with_embedded_defaults(parser, arguments, EMBEDDED_DATA_DEFAULTS | FOR_LARGER_NETWORKS, MINIMUM)
+    shorten_unset_warmup(parser, args, arguments)
     if args.epochs < max(args.warmup_epochs, args.warmup_teacher_temp_epochs):
         parser.error(
             f"--epochs {args.epochs} is less than --warmup_epochs {args.warmup_epochs} or "
@@ -227,6 +229,7 @@ def train_dino(args: argparse.Namespace) -> None:
     ).to(device)
     optimizer = build_optimizer(args.optimizer, param_groups_no_decay_on_bias_and_norm(student))
     schedules = Schedules.from_args(args, data.batch_size, data.steps_per_epoch)
+    tell_unsuitable_settings(args, len(data.dataset), schedules.momentum)
 
     # checkpoints under the names of the official ones, monitoring
     parts = {"student": student, "teacher": teacher, "optimizer": optimizer, "dino_loss": criterion}

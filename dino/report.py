@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+import numpy as np
 from torch import nn
 
 from shared.evaluation.knn_monitor import KNNMonitor
@@ -11,6 +12,7 @@ from shared.pictures.attention import save_attention
 from shared.pictures.report import Plot, Report, accuracy_plot, first_image, save_views
 from shared.run.health import HealthRule, equal_features, patience, shares_of_ln_k, still_at_ln_k
 from shared.run.run import Run
+from shared.run.settings import long_warmup, more_than_data, slow_average, tell_settings
 from shared.run.summary import command, data_flags
 
 from .attention import class_row, has_class_attention
@@ -60,6 +62,16 @@ def health_rules(args: argparse.Namespace, steps_per_epoch: int) -> list[HealthR
         equal_features("feature", "lower --lr, or lengthen --warmup_epochs and --freeze_last_layer.", first_step),
         still_at_ln_k("loss", "a student that knows nothing", learn, after_warmup),
     ]
+
+
+def tell_unsuitable_settings(args: argparse.Namespace, num_images: int, momenta: np.ndarray) -> None:
+    """Print which settings make no sense for so few images and steps; ``momenta`` are those of the teacher."""
+    tell_settings(
+        long_warmup("--warmup_epochs", args.warmup_epochs, args.epochs),
+        long_warmup("--warmup_teacher_temp_epochs", args.warmup_teacher_temp_epochs, args.epochs),
+        slow_average("--momentum_teacher", momenta),
+        more_than_data("--out_dim", args.out_dim, num_images),
+    )
 
 
 def report(run: Run, dataset: MultiCropDataset, backbone: nn.Module, knn: KNNMonitor) -> None:

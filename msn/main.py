@@ -30,7 +30,7 @@ from msn.checkpoints import NETWORK_FLAGS, from_official, to_official
 from msn.flags import parse_with_images
 from msn.hub import MEAN, STD
 from msn.losses import LossTerms, MSNLoss, log_power_law, new_prototypes, read_log_prior
-from msn.report import health_rules, report
+from msn.report import health_rules, report, tell_unsuitable_settings
 from msn.schedules import Schedules
 from msn.vision_transformer import ARCHITECTURES, ProjectionHead, Trunk, VisionTransformer, build, num_kept_patches
 from shared import distributed
@@ -41,10 +41,18 @@ from shared.multicrop import normalize_views
 from shared.networks.batchnorm import synchronize_batchnorm
 from shared.optimisation.optim import build_optimizer, ema_update_, param_groups_no_decay_on_bias_and_norm
 from shared.run.checkpoint import load_latest
-from shared.run.flags import Parser, add_data_flags, add_run_flags, bool_flag, check_minimum, tell_embedded_defaults
+from shared.run.flags import (
+    Parser,
+    add_data_flags,
+    add_run_flags,
+    bool_flag,
+    check_minimum,
+    shorten_unset_warmup,
+    tell_embedded_defaults,
+)
 from shared.run.health import HealthMonitor, feature_spread, rank_me
 from shared.run.run import Run
-from shared.run.yaml_config import parse_args_with_config, write_config
+from shared.run.yaml_config import parse_args_with_config, read_config, write_config
 
 # What replaces the published values when no --data_path is given: images of 32 pixels need no ViT at 224 pixels, small
 # batches need sharper targets, and a run of a minute a target encoder that follows fast.
@@ -159,6 +167,8 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
     args = parse_with_images(
         parser, lambda: parse_args_with_config(parser, arguments), EMBEDDED_DATA_DEFAULTS, folder="train"
     )
+    stated = read_config(args.fname, parser) if args.fname else ()
+    shorten_unset_warmup(parser, args, arguments, "warmup", stated=stated)
     check_args(parser, args)
     return args
 
@@ -217,6 +227,7 @@ def train_msn(args: argparse.Namespace) -> None:
     criterion = build_loss(args).to(device)
     optimizer = build_optimizer("adamw", param_groups(encoder, prototypes))
     schedules = Schedules.from_args(args, data.steps_per_epoch)
+    tell_unsuitable_settings(args, len(data.dataset), schedules.momentum)
     encoder = distributed.wrap(encoder, device)
 
     # checkpoints under the names of the official ones, monitoring

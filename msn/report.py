@@ -15,6 +15,7 @@ from shared.pictures.attention import save_attention
 from shared.pictures.report import Plot, Report, accuracy_plot, first_image, save_views
 from shared.run.health import HealthRule, equal_features, patience, shares_of_ln_k, still_at_ln_k
 from shared.run.run import Run
+from shared.run.settings import long_warmup, more_than_data, slow_average, tell_settings
 from shared.run.summary import command, data_flags
 
 from .hub import MEAN, STD
@@ -64,6 +65,15 @@ def health_rules(args: argparse.Namespace, steps_per_epoch: int) -> list[HealthR
             key="msn",
         ),
     ]
+
+
+def tell_unsuitable_settings(args: argparse.Namespace, num_images: int, momenta: np.ndarray) -> None:
+    """Print which settings make no sense for so few images and steps; ``momenta`` are those of the target encoder."""
+    tell_settings(
+        long_warmup("--warmup", args.warmup, args.epochs),
+        slow_average("--ema", momenta, "target encoder"),
+        more_than_data("--num_proto", args.num_proto, num_images),
+    )
 
 
 def report(run: Run, dataset: MultiCropDataset, trunk: Trunk, knn: KNNMonitor) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from shared.run import flags as common
 from shared.run.flags import AnyDashParser, bool_flag
-from shared.run.yaml_config import parse_args_with_config
+from shared.run.yaml_config import parse_args_with_config, read_config
 
 from .augmentations import RECIPES
 from .hub import CARD
@@ -184,6 +184,9 @@ def parse_with_embedded_defaults(
         args.amp = "fp32"
     if weights and args.pretrained is None:
         parser.error(f"--pretrained is missing: {weights}")
+    if "warmup" in args:
+        stated = read_config(args.fname, parser) if args.fname else ()
+        common.shorten_unset_warmup(parser, args, arguments, "warmup", stated=stated)
     check_ranges(parser, args)
     return args
 

@@ -17,6 +17,7 @@ from shared.networks.batchnorm import synchronize_batchnorm
 from shared.run import randomness
 from shared.run.checkpoint import CheckpointError, load_latest
 from shared.run.run import Run
+from shared.run.settings import long_warmup, tell_settings
 
 from .augmentations import Recipe, paws_views, support_views
 from .encoder import build_encoder
@@ -76,7 +77,8 @@ def open_training_data(
     views = paws_views(recipe, args.multicrop, args.color_jitter_strength)
     bad_images = BadImages(len(source), output_dir / "bad_images.txt", args.on_bad_image, args.max_bad_fraction)
     dataset = MultiCropDataset(source, views, args.seed, args.augmentation, args.in_chans, bad_images)
-    sampler = EpochBatchSampler(len(source), args.unsupervised_batch_size, args.seed, rank, world_size)
+    flag = "--unsupervised_batch_size"
+    sampler = EpochBatchSampler(len(source), args.unsupervised_batch_size, args.seed, rank, world_size, flag=flag)
 
     support_set = MultiCropDataset(
         source,
@@ -152,6 +154,7 @@ def resume(
     Raises:
         CheckpointError: If that is not in the output folder.
     """
+    tell_settings(long_warmup("--warmup", run.args.warmup, run.args.epochs))
     checkpoint = load_latest(run.path)
     if checkpoint is None and read_checkpoint is not None:
         checkpoint = load_latest(run.output_dir / read_checkpoint)

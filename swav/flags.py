@@ -67,6 +67,7 @@ def parse_and_check(
 ) -> argparse.Namespace:
     """Parse and check the command line; without ``--data_path`` the defaults are those of the embedded data."""
     args = flags.parse_with_embedded_defaults(parser, arguments, embedded_defaults, MINIMUM)
+    flags.shorten_unset_warmup(parser, args, arguments)
     if args.epochs < args.warmup_epochs:
         parser.error(f"--epochs {args.epochs} is less than --warmup_epochs {args.warmup_epochs}")
     numbers = args.nmb_prototypes if isinstance(args.nmb_prototypes, list) else [args.nmb_prototypes]

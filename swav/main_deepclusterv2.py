@@ -44,7 +44,7 @@ from swav.kmeans import MemoryBank, cluster_memory
 from swav.larc import LARC
 from swav.losses import cluster_classification, usage_of
 from swav.main_swav import CHECKPOINT, NETWORK_FLAGS, build_for_training, numbered_checkpoint
-from swav.report import health_rules, report
+from swav.report import health_rules, report, tell_unsuitable_settings
 from swav.resnet50 import Trunk
 
 # What replaces the official defaults when no --data_path is given.
@@ -95,6 +95,7 @@ def train_deepclusterv2(args: argparse.Namespace) -> None:
     lr_schedule = cosine_schedule(
         args.base_lr, args.final_lr, args.epochs, data.steps_per_epoch, args.warmup_epochs, args.start_warmup
     )
+    tell_unsuitable_settings(args, data, len(lr_schedule))
 
     # the embeddings that are clustered, and the clusters of all images
     rows = data.steps_per_epoch * args.batch_size

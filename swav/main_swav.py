@@ -42,7 +42,7 @@ from swav.augmentations import swav_views
 from swav.hub import MEAN, STD, build_network
 from swav.larc import LARC
 from swav.losses import EmbeddingQueue, PrototypeUsage, SwappedPrediction, normalize_prototypes_
-from swav.report import health_rules, report
+from swav.report import health_rules, report, tell_unsuitable_settings
 from swav.resnet50 import Trunk
 
 # What replaces the official defaults when no --data_path is given: images of 32 pixels need no ResNet-50 at 224 pixels,
@@ -114,6 +114,7 @@ def train_swav(args: argparse.Namespace) -> None:
     lr_schedule = cosine_schedule(
         args.base_lr, args.final_lr, args.epochs, data.steps_per_epoch, args.warmup_epochs, args.start_warmup
     )
+    tell_unsuitable_settings(args, data, len(lr_schedule))
 
     # embeddings of earlier batches, and how often each prototype is used
     queue_rows = rows_of_queue(args.queue_length, args.batch_size, distributed.get_world_size())

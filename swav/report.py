@@ -1,12 +1,16 @@
 """End-of-run report of SwAV and DeepCluster-v2: signs of a collapse, pictures, and what to run next."""
 
+import argparse
+
 from torch import nn
 
 from shared.evaluation.knn_monitor import KNNMonitor
+from shared.images.training_data import TrainingData
 from shared.multicrop import MultiCropDataset
 from shared.pictures.report import Plot, Report, accuracy_plot, save_views
 from shared.run.health import HealthRule, equal_features, patience, shares_of_ln_k, still_at_ln_k
 from shared.run.run import Run
+from shared.run.settings import long_freeze, long_warmup, more_than_data, tell_settings
 from shared.run.summary import command, data_flags
 
 SCRIPTS = {"SwAV": "swav/main_swav.py", "DeepCluster-v2": "swav/main_deepclusterv2.py"}
@@ -63,6 +67,21 @@ def health_rules(method: str, nmb_prototypes: int, epochs: int, steps_per_epoch:
         sentence = f"COLLAPSE: {uniform} prototype: {advice['uniform']}"
         rules.insert(0, HealthRule("uniform", is_uniform, sentence, first_step))
     return rules
+
+
+def tell_unsuitable_settings(args: argparse.Namespace, data: TrainingData, total_steps: int) -> None:
+    """Print which settings make no sense for so few images and steps."""
+    images = len(data.dataset)
+    tell_settings(
+        long_warmup("--warmup_epochs", args.warmup_epochs, args.epochs),
+        more_than_data("--nmb_prototypes", args.nmb_prototypes, images),
+    )
+    if "queue_length" in args:  # SwAV; the queue holds whole steps, and images only once
+        queue = images // 2 // data.batch_size * data.batch_size
+        tell_settings(
+            long_freeze("--freeze_prototypes_niters", args.freeze_prototypes_niters, total_steps),
+            more_than_data("--queue_length", args.queue_length, images, take=queue),
+        )
 
 
 def report(method: str, run: Run, dataset: MultiCropDataset, trunk: nn.Module, knn: KNNMonitor) -> None:

@@ -234,6 +234,7 @@ class EpochBatchSampler:
         num_samples: Size of the data set.
         batch_size: Images per process.
         drop_last: Leave out the last, smaller batch.
+        flag: Of the batch size, for the message.
 
     Raises:
         ValueError: If there are fewer images per process than a batch takes.
@@ -247,13 +248,15 @@ class EpochBatchSampler:
         rank: int = 0,
         world_size: int = 1,
         drop_last: bool = True,
+        flag: str = "--batch_size",
     ):
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
         self.rank, self.world_size, self.drop_last = rank, world_size, drop_last
         self.epoch = self.start_step = 0
         if batch_size < 1 or len(self) < 1:
             raise ValueError(
-                f"{num_samples} images on {world_size} process(es) do not fill one batch of {batch_size} per process"
+                f"{num_samples} images on {world_size} process(es) do not fill one batch of {batch_size} per process: "
+                f"take {flag} {max(1, num_samples // world_size // 8 * 2)}"  # four steps; even, as Mixup takes pairs
             )
 
     def __len__(self) -> int:

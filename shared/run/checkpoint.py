@@ -98,7 +98,7 @@ def remove_leftovers(path: Path) -> None:
 
 def first_not_finite(state) -> str | None:
     """Name of the first tensor, in nested dictionaries and lists, that holds an infinity or a NaN."""
-    named = [(name, t) for name, t in _tensors(state, "") if t.is_floating_point() and t.numel()]
+    named = [(name, t) for name, t in tensors_in(state) if t.is_floating_point() and t.numel()]
     for device in {t.device for _, t in named}:
         names, tensors = zip(*[(name, t) for name, t in named if t.device == device], strict=True)
         # a NaN is its tensor's minimum and maximum; ten times as fast on a CPU as isfinite()
@@ -108,12 +108,13 @@ def first_not_finite(state) -> str | None:
     return None
 
 
-def _tensors(state, name: str) -> Iterator[tuple[str, Tensor]]:
+def tensors_in(state, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Tensors of nested dictionaries and lists, with their places."""
     if isinstance(state, Tensor):
         yield name, state
     elif isinstance(state, dict | list | tuple):
         for key, value in state.items() if isinstance(state, dict) else enumerate(state):
-            yield from _tensors(value, f"{name}.{key}" if name else str(key))
+            yield from tensors_in(value, f"{name}.{key}" if name else str(key))
 
 
 def _fsync_folder(folder: Path) -> None:

@@ -2,9 +2,10 @@
 
 import argparse
 import difflib
+import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NoReturn
 
 from shared import distributed
@@ -137,6 +138,25 @@ def check_minimum(parser: argparse.ArgumentParser, args: argparse.Namespace, min
         value = getattr(args, flag, None)
         if value is not None and value < least:
             parser.error(f"--{flag} {value} is less than {least}")
+
+
+def shorten_unset_warmup(
+    parser: argparse.ArgumentParser,
+    args: argparse.Namespace,
+    arguments: Sequence[str] | None,
+    warmup: str = "warmup_epochs",
+    length: str = "epochs",
+    stated: Iterable[str] = (),
+) -> None:
+    """Make a warm-up longer than the run a tenth of it, and say so, unless it is in ``arguments`` or ``stated``."""
+    default, total = getattr(args, warmup), getattr(args, length)
+    unset = argparse.Namespace(**{warmup: None})  # what is there keeps the parser from filling in a default
+    if default <= total or warmup in stated or getattr(parser.parse_args(arguments, unset), warmup) is not None:
+        return
+    value = next(action.type for action in parser._actions if action.dest == warmup)(total / 10)
+    setattr(args, warmup, value)
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":  # processes have not joined yet
+        print(f"--{warmup} is {value}, a tenth of --{length} {total}: the default of {default} would be longer than it")
 
 
 def tell_embedded_defaults(data: str | None, embedded_defaults: dict, data_flag: str = "--data_path") -> None:

@@ -7,7 +7,9 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +19,9 @@ from tqdm import tqdm
 from shared import distributed
 
 from .attempt import Attempt
+from .estimate import duration_text, final_bytes, size_text
+
+SETTLED_S = 10  # of steps, after which it is known how long the run takes
 
 
 def _means(sums: dict[str, Tensor]) -> dict[str, float]:
@@ -109,6 +114,10 @@ class RunLog:
         self.images = 0
         self.waited_s = self.before_s = 0.0  # of the line that is being counted; before_s: in earlier epochs
         self.line_start = time.perf_counter()
+        self.step_start = self.line_start  # when the batch of the step had come
+        self.first: tuple[int, float] | None = None  # steps done after the first one of this process, and when
+        self.final_bytes: Callable[[], int] | None = None
+        self.is_settled = False
         self.bar = None
         self.tensorboard = Path(output_dir) / "tensorboard" / (name or "") if tensorboard else None
         self.writer = None
@@ -119,6 +128,11 @@ class RunLog:
                 path.touch()
             if sys.stderr.isatty():
                 self.bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True)
+
+    def start(self, data, parts: dict, args: Namespace) -> None:
+        """Say how many steps there are; the first ones tell how long the run takes and how large it becomes."""
+        self.final_bytes = partial(final_bytes, parts, args, data.steps_per_epoch, self.total_steps)
+        self.say(f"{self.total_steps} steps in all, {data.steps_per_epoch} per epoch, of {data.batch_size} {self.unit}")
 
     def batches(self, loader: Iterable) -> Iterator:
         """Iterate over ``loader`` and measure how long the training waits for data.
@@ -134,7 +148,8 @@ class RunLog:
             except StopIteration:
                 self.before_s += time.perf_counter() - self.line_start
                 return
-            self.waited_s += time.perf_counter() - start
+            self.step_start = time.perf_counter()
+            self.waited_s += self.step_start - start
             yield batch
 
     def is_due(self, step: int) -> bool:
@@ -159,6 +174,8 @@ class RunLog:
         self.images += images
         if self.bar is not None:
             self.bar.update(step + 1 - self.bar.n)
+        if self.final_bytes is not None:
+            self._estimate(step + 1)
         if not self.is_due(step):
             return None
         line = {"step": step + 1, "epoch": epoch}
@@ -171,8 +188,27 @@ class RunLog:
         self.window, self.images, self.waited_s, self.before_s = {}, 0, 0.0, 0.0
         self.line_start = time.perf_counter()
         self._write("metrics.jsonl", line)
-        self._show(line)
+        self._show(line, self._left_s(step + 1))
         return line
+
+    def _left_s(self, done: int) -> float | None:
+        """Seconds until the end, by the time of the steps after the first one and of all that was between them."""
+        first, start = self.first or (done, 0)
+        return (time.perf_counter() - start) / (done - first) * (self.total_steps - done) if done > first else None
+
+    def _estimate(self, done: int) -> None:
+        """Say how long the run takes and how large it becomes: by its first step, and once more by some seconds."""
+        now, left_s = time.perf_counter(), self._left_s(done)
+        if self.first is None:
+            self.first, self.size = (done, now), size_text(self.final_bytes())
+            if any(pair.is_cuda for pair in self.window.values()):
+                return  # the GPU may not have begun yet
+            left_s = (now - self.step_start) * (self.total_steps - done)
+        elif self.is_settled or now - self.first[1] < SETTLED_S:
+            return
+        else:
+            self.is_settled = True
+        self.say(f"about {duration_text(left_s)} to go, and {self.size} in {self.files['log.txt'].parent} in the end")
 
     def evaluation(self, step: int, epoch: int, **values: float) -> None:
         """Write the result of an evaluation after ``step`` steps."""
@@ -234,8 +270,9 @@ class RunLog:
                 if key not in ("step", "epoch"):
                     self.writer.add_scalar(key, value, line["step"])
 
-    def _show(self, line: dict) -> None:
-        self.say("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()))
+    def _show(self, line: dict, left_s: float | None = None) -> None:
+        shown = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()]
+        self.say("  ".join(shown if left_s is None else [*shown, f"{duration_text(left_s)} left"]))
 
     def say(self, text: str) -> None:
         """Print a line on rank 0, above the progress bar."""

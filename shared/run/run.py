@@ -144,6 +144,7 @@ class Run:
         every = self.args.saveckp_steps, self.args.saveckp_minutes
         checkpointer = Checkpointer(self.path, self.state, *every, self.guard.is_good, self.owns_folder)
         self.checkpointer = checkpointer.__enter__()
+        self.log.start(self.data, self.parts, self.args)
         return self
 
     def __exit__(self, kind, error, traceback) -> None:

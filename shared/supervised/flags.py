@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from shared.evaluation.flags import flags_of_run, take_from_run
 from shared.images.inaturalist import CATEGORIES
-from shared.run.flags import add_data_flags, add_run_flags, parse_with_embedded_defaults
+from shared.run.flags import add_data_flags, add_run_flags, parse_with_embedded_defaults, shorten_unset_warmup
 
 # What replaces the recipe's defaults when no images are named: a run of minutes needs little augmentation, no warm-up
 # (its first two epochs would hardly learn) and a shorter moving average.
@@ -143,6 +143,7 @@ def parse_recipe(
     args = parser.parse_args(arguments)
     data_flag = "data_path" if args.val_path is None else "val_path"
     args = parse_with_embedded_defaults(parser, arguments, embedded_defaults, MINIMUM, data_flag)
+    shorten_unset_warmup(parser, args, arguments)
     for flag in SHARES:
         if not 0 <= getattr(args, flag) <= 1:
             parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)} is not in [0, 1]")

@@ -19,6 +19,7 @@ from shared.networks.batchnorm import synchronize_batchnorm
 from shared.optimisation.optim import clip_total_grad_norm_
 from shared.run.checkpoint import load_latest_or_given
 from shared.run.run import Run
+from shared.run.settings import long_warmup, slow_average, tell_settings
 
 from .data import LabelledImages, build_mixup, train_batches
 from .ema import NetworkEMA
@@ -85,8 +86,11 @@ def train_classifier(
 
     # network, moving average, optimiser, schedule
     network = synchronize_batchnorm(network, run.device).to(run.device)
+    tell_settings(long_warmup("--warmup-epochs", args.warmup_epochs, args.epochs))
     ema = None
     if args.model_ema:
+        decays = np.full(args.epochs * data.steps_per_epoch, args.model_ema_decay)
+        tell_settings(slow_average("--model-ema-decay", decays, "moving average"))
         ema = NetworkEMA(network, args.model_ema_decay, "cpu" if args.model_ema_force_cpu else None)
     if args.compile:
         network.compile()

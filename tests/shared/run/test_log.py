@@ -1,11 +1,14 @@
 import json
 import math
+from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from shared.run.attempt import Attempt, Superseded
+from shared.run.estimate import duration_text, final_bytes, size_text
 from shared.run.log import RunLog, read_log
 
 
@@ -148,3 +151,48 @@ def test_an_unfinished_last_line_is_left_out_and_a_broken_one_named(tmp_path):
     path.write_text("[1]\n")
     with pytest.raises(ValueError, match="line 1 is not a JSON object"):
         read_log(path)
+
+
+def test_the_first_steps_tell_how_long_the_run_takes_and_how_large_its_folder_becomes(tmp_path, monkeypatch, capsys):
+    now = 0.0
+    monkeypatch.setattr("shared.run.log.time.perf_counter", lambda: now)
+    part = SimpleNamespace(state_dict=lambda: {"weight": torch.zeros(1000, 1000)})  # 4 MB
+    args = Namespace(checkpoint_freq=2)  # 10 epochs: 5 numbered ones, beside the newest and the one before it
+    log = RunLog(tmp_path, 100, log_freq=4)
+    log.start(SimpleNamespace(steps_per_epoch=10, batch_size=8), {"network": part}, args)
+    for step, _ in enumerate(log.batches(range(8))):
+        now += 5 if step == 0 else 3
+        log.step(step, 0, images=8, averages={})
+    printed = capsys.readouterr().out.splitlines()
+    end = f"and 28.0 MB in {tmp_path} in the end"
+    assert printed[:2] == ["100 steps in all, 10 per epoch, of 8 images", f"about 8 min to go, {end}"]  # 99 of 5 s
+    assert printed[2].startswith("step 4") and printed[2].endswith("  5 min left")  # 96 of 3 s
+    assert printed[3] == f"about 5 min to go, {end}"  # after the 5th: 95 of 3 s
+    assert printed[4].startswith("step 8") and len(printed) == 5
+    assert [sorted(line) for line in lines(tmp_path / "metrics.jsonl")] == [
+        ["data_wait", "epoch", "images_per_s", "step"]
+    ] * 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "checkpoints"),
+    [
+        ({}, 2),
+        ({"checkpoint_freq": 25}, 2),
+        ({"saveckp_freq": 25}, 3),
+        ({"save_freq": 20}, 3),
+        ({"checkpoints": 10}, 5),
+    ],
+)
+def test_numbered_checkpoints_count_for_the_size_of_a_run(flags, checkpoints):
+    parts = {"network": torch.nn.Linear(3, 2), "counter": SimpleNamespace(state_dict=lambda: {"steps": 7})}
+    assert final_bytes(parts, Namespace(**flags), steps_per_epoch=3, total_steps=30) == checkpoints * 8 * 4
+    parts["best"] = parts["counter"]
+    assert final_bytes(parts, Namespace(**flags), steps_per_epoch=3, total_steps=30) == (checkpoints + 1) * 8 * 4
+
+
+def test_durations_and_sizes_have_the_unit_that_people_would_say():
+    assert [duration_text(s) for s in (7, 99, 100, 5700, 6100, 172799, 400000)] == [
+        *("7 s", "99 s", "2 min", "95 min", "2 h", "48 h", "5 days")
+    ]
+    assert [size_text(n) for n in (2.4e6, 9e7, 7e8)] == ["2.4 MB", "90.0 MB", "0.7 GB"]
