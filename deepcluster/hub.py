@@ -1,8 +1,9 @@
 """Networks by name, their checkpoints and released weights, and the images that they see."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from shared.networks.backbones import build_library_backbone
 from shared.networks.card import Card, Release
@@ -32,6 +33,12 @@ def build_network(
     return ClusterNetwork(backbone, nn.Sequential(), dim, sobel, out, img_size)
 
 
+def sizes(arch: str, tensors: Mapping[str, Tensor]) -> dict[str, bool]:
+    """The Sobel filter is there if its weights are, batch normalisation if there are its statistics."""
+    bn = {"bn": any(name.endswith("running_mean") for name in tensors)} if arch in PAPER else {}
+    return {"sobel": "sobel.0.weight" in tensors, **bn}
+
+
 CARD = Card(
     name="deepcluster",
     build=build_network,
@@ -55,6 +62,7 @@ CARD = Card(
     main="main.py",
     checkpoint_key="state_dict",
     head_names=("top_layer",),
+    sizes=sizes,
     weights_flag="--model",
 )
 MEAN, STD = CARD.mean, CARD.std

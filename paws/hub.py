@@ -1,10 +1,10 @@
 """PAWS's released weights and images, and encoders filled with the files of its programs."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from shared.networks import pretrained
 from shared.networks.card import Card, Release, positions_of
@@ -58,6 +58,14 @@ CARD = Card(
 )
 MEAN, STD = CARD.mean, CARD.std
 ENTRIES = pretrained.hub_entries(CARD)
+
+
+def eval_transform(image_size: int | None, network: nn.Module, trained_with: Mapping) -> Callable:
+    """The centre crops of the recipe (``--dataset``) that the flags of a training name."""
+    from . import augmentations, evaluation
+
+    dataset, normalize = trained_with.get("dataset") or "imagenet", trained_with.get("normalize") is not False
+    return evaluation.eval_transform(augmentations.choose_recipe(dataset, normalize, image_size), network)
 
 
 # --- Encoders with the heads of a file --------------------------------------------------------------------------------

@@ -85,6 +85,14 @@ CARD = Card(
 MEAN, STD = CARD.mean, CARD.std
 
 
+def eval_transform(image_size: int | None, network: ResMLP, trained_with: Mapping) -> Callable:
+    """The centre crops of the evaluations, of the size that the network was made for."""
+    from shared.supervised import transforms
+
+    in_chans = network.patch_embed.proj.in_channels
+    return transforms.eval_transform(network.img_size, MEAN, STD, in_chans=in_chans)
+
+
 def read_weights(
     pretrained: str | Path, key: str = CARD.checkpoint_key, flag: str = CARD.weights_flag
 ) -> dict[str, Tensor]:

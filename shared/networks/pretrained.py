@@ -125,9 +125,9 @@ def build_for(
     if all(options.get(name, size) == size for name, size in sizes.items()):
         options = sizes | options
     network = build(arch, **options)
-    first, _ = first_convolution(backbone_of(network))
-    in_chans = tensors[f"{first}.weight"].shape[1] if f"{first}.weight" in tensors else 3
-    return network if in_chans == 3 else build(arch, in_chans=in_chans, **options)
+    first, convolution = first_convolution(backbone_of(network))
+    in_chans = tensors.get(f"{first}.weight", convolution.weight).shape[1]
+    return network if in_chans == convolution.in_channels else build(arch, in_chans=in_chans, **options)
 
 
 def fill_with_heads(network: nn.Module, weights: BackboneWeights, allow_partial: bool = False) -> nn.Module:

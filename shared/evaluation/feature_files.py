@@ -1,0 +1,126 @@
+"""Files of features: for every image its path, its label if there is one, and its embedding.
+
+==============  ====================================================================================================
+``.parquet``    columns ``path``, ``label``, ``embedding`` (float32), as pandas and viewers of embeddings open them
+``.npz``        arrays of these names
+``.npy``        the embeddings; ``<name>.paths.txt`` beside it has a line per image, and after a tab its label
+``.csv``        columns ``path``, ``label``, ``embedding_0``, ``embedding_1``, ...
+==============  ====================================================================================================
+"""
+
+import csv
+import importlib.util
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from shared.networks.export import atomic_file
+
+SUFFIXES = (".parquet", ".npz", ".npy", ".csv")
+
+
+class Features(NamedTuple):
+    """Images in one order: paths, the names of their classes (or None), embeddings (N, D) in float32."""
+
+    paths: list[str]
+    labels: list[str] | None
+    embeddings: np.ndarray
+
+
+def check_suffix(path: Path, flag: str) -> None:
+    """Refuse what is no file of features, by its name, before anything is computed."""
+    if path.suffix not in SUFFIXES or path.is_dir():
+        raise ValueError(f"{flag} {path}: not a file that ends in {', '.join(SUFFIXES)}")
+    if path.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise ValueError(f"{flag} {path}: needs pyarrow (pip install -e '.[features]'); .npz, .npy and .csv do not")
+
+
+def write_features(path: Path, features: Features) -> None:
+    """Write a file that appears only when it is complete; names that are no UTF-8 are escaped in ``.parquet``."""
+    columns = {"path": features.paths} | ({} if features.labels is None else {"label": features.labels})
+    embeddings = np.ascontiguousarray(features.embeddings, dtype=np.float32)
+    text = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+    if path.suffix == ".npy":
+        with atomic_file(path.with_suffix(".paths.txt")) as temporary, open(temporary, "w", **text) as file:
+            csv.writer(file, delimiter="\t", lineterminator="\n").writerows(zip(*columns.values(), strict=True))
+    with atomic_file(path) as temporary:
+        if path.suffix == ".parquet":
+            import pyarrow as pa
+            import pyarrow.parquet
+
+            table = {name: [_utf8(text) for text in values] for name, values in columns.items()}
+            lists = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.ravel()), embeddings.shape[1])
+            pyarrow.parquet.write_table(pa.table(table | {"embedding": lists}), temporary)
+        elif path.suffix == ".npz":
+            np.savez(temporary, embedding=embeddings, **{name: np.array(texts) for name, texts in columns.items()})
+        elif path.suffix == ".npy":
+            np.save(temporary, embeddings)
+        else:
+            with open(temporary, "w", **text) as file:
+                lines = csv.writer(file)
+                lines.writerow([*columns, *(f"embedding_{i}" for i in range(embeddings.shape[1]))])
+                lines.writerows(
+                    [*texts, *map(str, row)] for *texts, row in zip(*columns.values(), embeddings, strict=True)
+                )
+
+
+def read_features(path: Path) -> Features:
+    """What :func:`write_features` wrote.
+
+    Raises:
+        ValueError: If it is no such file, holds no images, or embeddings that differ in dimension or are not finite.
+    """
+    check_suffix(path, "features")
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file; extract_features writes one")
+    try:
+        columns, embeddings = _READERS[path.suffix](path)
+        embeddings = np.asarray(embeddings, dtype=np.float32)
+        paths = [str(name) for name in columns["path"]]
+    except (KeyError, ValueError, OSError, EOFError) as error:  # pyarrow's errors are ValueError
+        raise ValueError(f"{path} holds no features (path, label, embedding; all of one dimension): {error}") from error
+    if embeddings.ndim != 2 or len(embeddings) != len(paths) or not embeddings.size:
+        raise ValueError(f"{path}: {len(paths)} paths and embeddings of shape {embeddings.shape}, expected (N, D)")
+    if not np.isfinite(embeddings).all() or not embeddings.any(axis=1).all():
+        raise ValueError(f"{path}: some embeddings are not finite, or all zeros")
+    labels = [str(name) for name in columns["label"]] if "label" in columns else None
+    return Features(paths, labels, embeddings)
+
+
+def _utf8(text: str) -> str:
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _read_parquet(path: Path) -> tuple[dict, np.ndarray]:
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(path)
+    columns = {name: table.column(name).to_pylist() for name in table.column_names if name in ("path", "label")}
+    values = table.column("embedding").combine_chunks()
+    return columns, values.flatten().to_numpy().reshape(len(values), -1)
+
+
+def _read_npz(path: Path) -> tuple[dict, np.ndarray]:
+    with np.load(path) as arrays:
+        return dict(arrays), arrays["embedding"]
+
+
+def _read_rows(path: Path, delimiter: str) -> tuple[tuple[str, ...], ...]:
+    """Columns of a table of texts."""
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+        return tuple(zip(*csv.reader(file, delimiter=delimiter), strict=True))
+
+
+def _read_npy(path: Path) -> tuple[dict, np.ndarray]:
+    columns = _read_rows(path.with_suffix(".paths.txt"), "\t")
+    return dict(zip(("path", "label"), columns, strict=False)), np.load(path)
+
+
+def _read_csv(path: Path) -> tuple[dict, np.ndarray]:
+    columns = {name: values for name, *values in _read_rows(path, ",")}
+    numbers = [values for name, values in columns.items() if name.startswith("embedding_")]
+    return columns, np.array(numbers, dtype=np.float32).T
+
+
+_READERS = {".parquet": _read_parquet, ".npz": _read_npz, ".npy": _read_npy, ".csv": _read_csv}

@@ -1,0 +1,193 @@
+"""Features of a person's own images, in files, and near-duplicates among them."""
+
+import csv
+import importlib
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from shared import distributed
+from shared.evaluation import extract_features, near_duplicates
+from shared.evaluation.feature_files import SUFFIXES, Features, read_features, write_features
+from shared.images.decode import ImageError
+from shared.images.sources import open_source
+from tests.interruption import interrupting
+from tests.networks import CARDS, SMALL, card_of, small_network
+from tests.processes import free_port, run_processes
+from tests.shared.photographs import encoded, photograph
+
+from .test_scripts import KNN, data, knn, small_vits, weights  # noqa: F401 (fixtures)
+
+RANDOM = ("dino", "random", "--arch", "vit_tiny", "--image_size", 32)
+
+
+def extract(*flags) -> Features:
+    flags = [*map(str, flags), "--device", "cpu", "--num_workers", "0", "--batch_size", "4"]
+    return extract_features.extract(extract_features.parse_args(flags))
+
+
+def search(*flags) -> list[list[int]]:
+    return near_duplicates.near_duplicates(near_duplicates.parse_args([*map(str, flags)]))
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Six unlabelled photographs, two of them in a subfolder."""
+    folder = tmp_path / "photos"
+    (folder / "more").mkdir(parents=True)
+    for i in range(6):
+        Image.fromarray(photograph(i, 40, 48)).save(folder / ("more" if i > 3 else "") / f"{i}.png")
+    return folder
+
+
+@pytest.mark.parametrize("method", CARDS)
+def test_features_are_the_outputs_of_the_network_of_a_run_that_its_card_describes(method, photos, tmp_path):
+    card, network = card_of(method), small_network(method)
+    run = tmp_path / "run"
+    run.mkdir()
+    side = SMALL[method][1].get("img_size", 32)
+    args = {card.arch_flag.removeprefix("--"): SMALL[method][0], "image_size": side}
+    torch.save({card.checkpoint_key: network.state_dict(), "args": args}, run / "checkpoint.pth")
+    features = extract(method, run, "--data_path", photos, "--out", tmp_path / "f.npz")
+    hub, source = importlib.import_module(f"{method}.hub"), open_source(photos, "all")
+    flags = extract_features.parse_args([method, str(run), "--out", "f.npz"])
+    _, transform = extract_features.load_frozen(flags, hub)
+    assert transform.crop_px == side and features.labels is None
+    assert features.paths == [source.path(i) for i in range(6)]
+    expected = network(torch.stack([transform(source.load(i).decode()) for i in range(6)]))
+    torch.testing.assert_close(torch.from_numpy(features.embeddings), expected)
+
+
+@pytest.mark.parametrize("folder", KNN)
+def test_features_are_those_of_the_knn_evaluation(folder, weights, data, tmp_path):  # noqa: F811
+    knn(folder, weights, data, "--dump_features", tmp_path)
+    expected = torch.load(tmp_path / "trainfeat.pth")
+    found = extract(folder, weights / folder, "--data_path", data, "--split", "train", "--out", tmp_path / "f.csv")
+    torch.testing.assert_close(F.normalize(torch.from_numpy(found.embeddings), dim=1), expected)
+    labels = torch.load(tmp_path / "trainlabels.pth").tolist()
+    assert found.labels == [sorted(set(found.labels))[label] for label in labels]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("labels", [None, ["a", "b,\t", "ä"]])
+def test_files_hold_what_was_written_and_appear_when_they_are_complete(suffix, labels, tmp_path, monkeypatch):
+    if suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+    file = tmp_path / f"features{suffix}"
+    features = Features(["1.png", 'x, "2"\n.png', "ü.png"], labels, np.random.randn(3, 5).astype(np.float32))
+    write_features(file, features)
+    found = read_features(file)
+    assert found[:2] == features[:2]
+    np.testing.assert_array_equal(found.embeddings, features.embeddings)
+    content = file.read_bytes()
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):  # written, but not in its place yet
+        patched.setattr("os.replace", interrupting(os.replace, call=1))
+        write_features(file, Features(features.paths, labels, 2 * features.embeddings))
+    assert file.read_bytes() == content and not list(tmp_path.glob(".*"))
+
+
+def test_pandas_opens_the_parquet_file(tmp_path):
+    pytest.importorskip("pyarrow")
+    pandas = pytest.importorskip("pandas")
+    paths = ["a.png", os.fsdecode(b"\xe9.png")]
+    write_features(tmp_path / "f.parquet", Features(paths, ["x", "y"], np.eye(2)))
+    table = pandas.read_parquet(tmp_path / "f.parquet")
+    assert list(table.columns) == ["path", "label", "embedding"] and list(table["path"]) == ["a.png", "\\xe9.png"]
+    assert np.stack(table["embedding"]).dtype == np.float32 and table["embedding"][1].tolist() == [0, 1]
+
+
+def test_unreadable_images_are_left_out_and_listed(photos, tmp_path):
+    (photos / "2.png").write_bytes(b"damaged")
+    found = extract(*RANDOM, "--data_path", photos, "--out", tmp_path / "f.npy")
+    assert [path[-5:] for path in found.paths] == ["0.png", "1.png", "3.png", "4.png", "5.png"]
+    assert (tmp_path / "f.bad_images.txt").read_text().startswith(str(photos / "2.png"))
+    with pytest.raises(ImageError, match=r"2\.png"):
+        extract(*RANDOM, "--data_path", photos, "--out", tmp_path / "f.npy", "--on_bad_image", "error")
+
+
+def _extract(rank: int, photos: str, out: str, port: int) -> torch.Tensor:
+    distributed.shutdown()  # the command joins its processes itself
+    os.environ["MASTER_PORT"] = str(port)
+    return torch.from_numpy(extract(*RANDOM, "--data_path", photos, "--out", out).embeddings)
+
+
+def test_two_processes_write_the_file_of_one(photos, tmp_path):
+    alone = extract(*RANDOM, "--data_path", photos, "--out", tmp_path / "f.npz")
+    for features in run_processes(_extract, 2, str(photos), str(tmp_path / "two.npz"), free_port()):
+        torch.testing.assert_close(features, torch.from_numpy(alone.embeddings))
+    assert read_features(tmp_path / "two.npz").paths == alone.paths
+
+
+def test_planted_copies_among_photographs_are_found(tmp_path, capsys):
+    """160 photographs and 40 copies: JPEG, smaller by an eighth, or cropped by 2 % of the side.
+
+    The random VGG gives them a cosine of 0.993 or more, and other pairs 0.987 or less, for each of three seeds.
+    """
+    folder, side = tmp_path / "photos", 64
+    folder.mkdir()
+    for i in range(160):
+        image = Image.fromarray(photograph(1000 + i, side, side))
+        (folder / f"{i:03}a.png").write_bytes(encoded(image, "PNG"))
+        changed = (image, image.resize((56, 56), Image.Resampling.BICUBIC), image.crop((1, 1, side, side)))[i % 3]
+        if i < 40:
+            (folder / f"{i:03}b.jpg").write_bytes(encoded(changed, "JPEG", quality=75 if i % 3 == 0 else 95))
+    flags = ("--arch", "vgg11", "--image_size", side, "--data_path", folder)
+    features = extract("dino", "random", *flags, "--out", tmp_path / "f.npz")
+    groups = search(tmp_path / "f.npz", "--threshold", 0.99, "--out", tmp_path / "d.csv")
+    numbers = [[Path(features.paths[i]).name[:3] for i in group] for group in groups]
+    assert all(first == second for first, second in numbers) and len(numbers) >= 38
+    assert re.search(r"0.99 +(3[89]|40) +\d+ +2  <- --threshold", capsys.readouterr().out)
+    with open(tmp_path / "d.csv") as file:
+        first, second, *_ = csv.DictReader(file)
+    assert first["group"] == second["group"] == "1" and first["similarity"] == "1.0000" > second["similarity"]
+    assert second["path"] == features.paths[groups[0][1]]
+    assert Image.open(tmp_path / "d.png").width > 200
+
+
+def test_groups_are_what_links_connect_whatever_the_blocks(monkeypatch):
+    vectors = F.normalize(torch.randn(60, 3, generator=torch.Generator().manual_seed(0)), dim=1)
+    monkeypatch.setattr(near_duplicates, "BLOCK", 150)
+    for threshold, found in near_duplicates.find_groups(vectors, (0.9, 0.98)).items():
+        reach = (vectors @ vectors.T >= threshold).double()
+        for _ in range(6):
+            reach = (reach @ reach > 0).double()
+        groups = {tuple(row.nonzero().flatten().tolist()) for row in reach if row.sum() > 1}
+        assert {tuple(group) for group in found} == groups and len(groups) > 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("din", "random"), "din is none of deepcluster, dino, .*; did you mean dino"),
+        (("contriever", "random"), "contriever is none of"),
+        (("dino", "dino_vit16"), "no release of dino and not random; did you mean dino_vits16"),
+        (("dino", "{tmp}"), "holds no checkpoints"),
+        (("resmlp", "random", "--arch", "vit"), "--arch vit is no network of resmlp"),
+        (("dino", "random", "--data_path", "{tmp}"), "holds no images|no images"),
+        (("dino", "random", "--out", "f.txt"), "--out f.txt: not a file that ends in .parquet"),
+    ],
+)
+def test_what_cannot_be_extracted_is_one_sentence(flags, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        extract(*(str(flag).format(tmp=tmp_path) for flag in ("--out", tmp_path / "f.npz", *flags)))
+
+
+def test_files_that_hold_no_features_of_one_network_are_refused(tmp_path):
+    write_features(tmp_path / "a.npz", Features(["1", "2"], None, np.ones((2, 3))))
+    write_features(tmp_path / "b.npz", Features(["1", "2"], None, np.ones((2, 4))))
+    with pytest.raises(ValueError, match=r"b\.npz has 4 dimensions, .*a\.npz 3"):
+        search(tmp_path / "a.npz", tmp_path / "b.npz", "--out", tmp_path / "d.csv")
+    np.savez(tmp_path / "c.npz", x=1)
+    (tmp_path / "d.csv").write_text("path,embedding_0,embedding_1\na,1,2\nb,1\n")
+    np.save(tmp_path / "e.npy", np.ones((2, 3)))
+    write_features(tmp_path / "f.npz", Features(["1"], None, np.zeros((1, 3))))
+    messages = {"c.npz": "no features", "d.csv": "no features", "e.npy": "paths.txt", "f.npz": "all zeros"}
+    for name, message in (messages | {"g.npz": "not a file", "h.txt": "ends in .parquet"}).items():
+        with pytest.raises(ValueError, match=message):
+            search(tmp_path / name, "--out", tmp_path / "out.csv")
