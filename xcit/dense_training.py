@@ -68,11 +68,14 @@ class DenseDataset(Dataset):
     Args:
         source: The image files.
         augment: False for evaluation, whose keys are indices.
+
+    Attributes:
+        bad_images: Policy for images that cannot be read; the first one is an error where a training sets no other.
     """
 
-    def __init__(self, source: FileSource, seed: int = 0, augment: bool = True, bad_images: BadImages | None = None):
+    def __init__(self, source: FileSource, seed: int = 0, augment: bool = True):
         self.source, self.seed, self.augment = source, seed, augment
-        self.bad_images = bad_images or BadImages(len(source), on_bad_image="error")
+        self.bad_images = BadImages(len(source), on_bad_image="error")
 
     def __len__(self) -> int:
         return len(self.source)

@@ -82,7 +82,8 @@ def test_label_maps_that_do_not_fit_end_the_run_in_one_line(labels, message, tmp
 
 def test_label_maps_may_have_a_palette_and_damaged_ones_follow_the_policy(tmp_path):
     root = write_ade20k(tmp_path, {"training": 2})
-    dataset = ADE20KDataset(root, "training", augment=False, bad_images=BadImages(2))
+    dataset = ADE20KDataset(root, "training", augment=False)
+    dataset.bad_images = BadImages(2)
     expected = [dataset[index][1]["labels"] for index in (0, 1)]
     path = root / "annotations/training/000000.png"
     labels = Image.open(path)

@@ -9,7 +9,6 @@ import torch
 from pycocotools import mask as run_lengths
 from torch import Tensor
 
-from shared.images.loading import BadImages
 from shared.images.sources import FileSource
 
 from ..dense_training import DenseDataset
@@ -44,7 +43,6 @@ class CocoDataset(DenseDataset):
         seed: int = 0,
         augment: bool = True,
         crop: bool = True,
-        bad_images: BadImages | None = None,
     ):
         root = Path(root)
         path = root / "annotations" / f"instances_{part}2017.json"
@@ -72,7 +70,7 @@ class CocoDataset(DenseDataset):
         self.instances = [instances.get(image["id"], []) for image in images]
         files = [image["file_name"] for image in images]
         source = FileSource(str(root / f"{part}2017"), root / f"{part}2017", files)
-        super().__init__(source, seed, augment, bad_images)
+        super().__init__(source, seed, augment)
         self.crop = crop
 
     def sample(self, index: int, rng: random.Random) -> tuple[Tensor, dict]:

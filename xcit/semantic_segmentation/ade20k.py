@@ -10,7 +10,6 @@ from PIL import Image
 from torch import Tensor
 
 from shared.images.decode import EXTENSIONS, ImageError
-from shared.images.loading import BadImages
 from shared.images.sources import FileSource
 
 from ..dense_training import DenseDataset
@@ -38,7 +37,6 @@ class ADE20KDataset(DenseDataset):
         crop_px: int = 512,
         seed: int = 0,
         augment: bool = True,
-        bad_images: BadImages | None = None,
         num_classes: int | None = None,
     ):
         root = Path(root)
@@ -51,7 +49,7 @@ class ADE20KDataset(DenseDataset):
         missing = next((path for path in self.label_maps if not path.is_file()), None)
         if missing is not None:
             raise ValueError(f"--data-path {root}: {missing} is missing")
-        super().__init__(FileSource(str(folder), folder, files), seed, augment, bad_images)
+        super().__init__(FileSource(str(folder), folder, files), seed, augment)
         self.crop_px = crop_px
 
     def sample(self, index: int, rng: random.Random) -> tuple[Tensor, dict]:
