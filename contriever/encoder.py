@@ -306,7 +306,8 @@ class Retriever:
         model.config.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         tensors = {n: v.contiguous() for n, v in model.state_dict().items() if not n.startswith("projections.")}
-        safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        # save_file makes files for their owner alone
+        (folder / "model.safetensors").write_bytes(safetensors.torch.save(tensors, {"format": "pt"}))
         steps = Steps(folder, model.config.pooling, model.projections, self.normalized)
         steps.max_length, steps.lowercase = self.default_length or self.max_length, self.lowercase
         steps.prompts = self.prompts

@@ -110,7 +110,7 @@ def write_steps(folder: Path, steps: Steps, dim: int) -> None:
         config = {**sizes, "bias": linear.bias is not None, "activation_function": activation}
         write_json(folder / f"{i}_Dense/config.json", config)
         tensors = {f"linear.{name}": value.contiguous() for name, value in linear.state_dict().items()}
-        safetensors.torch.save_file(tensors, folder / f"{i}_Dense/model.safetensors")
+        (folder / f"{i}_Dense/model.safetensors").write_bytes(safetensors.torch.save(tensors))
     length = {"max_seq_length": steps.max_length, "do_lower_case": steps.lowercase}
     write_json(folder / "sentence_bert_config.json", length)
     prompts = {names[0]: steps.prompts.get(ours, "") for ours, names in _PROMPTS.items()}

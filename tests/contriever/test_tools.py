@@ -19,6 +19,8 @@ def test_exported_files_give_the_same_vectors(normalized, tmp_path):
     retriever = tiny_retriever(tmp_path / "files")
     retriever.normalized = normalized
     files = export.export(retriever, tmp_path / "out")
+    weights, onnx_file = files["folder"] / "model.safetensors", files["onnx"]
+    assert weights.stat().st_mode == onnx_file.stat().st_mode == (files["folder"] / "config.json").stat().st_mode
     expected = retriever.encode(TEXTS, normalize=normalized, amp="fp32")
     library = sentence_transformers.SentenceTransformer(str(files["folder"]), device="cpu")
     np.testing.assert_allclose(library.encode(TEXTS), expected, atol=1e-5)
