@@ -214,7 +214,7 @@ class SearchIndex:
         return name, status.st_size, status.st_mtime_ns, sha256, remark, pieces
 
     def _store(self, files: list[tuple], places: dict[bytes, str], update: Update, tell: Callable) -> None:
-        """Embed the passages of some files and write everything in one transaction, vectors that wait for it before."""
+        """Embed the passages of some files, whose vectors wait until everything is written in one transaction."""
         vectors = {}
         for name, _, _, sha256, *_ in files:
             for place in {name, places.get(sha256, name)}:
@@ -236,17 +236,14 @@ class SearchIndex:
             if not np.isfinite(encoded).all():
                 raise ValueError("the encoder gave vectors that are not finite: are its weights damaged?")
             vectors |= {text: vector.tobytes() for text, vector in zip(part, encoded, strict=True)}
-            if start + len(part) < len(missing):
-                with self.database:
-                    rows = [(hashes[text], vectors[text]) for text in part]
-                    self.database.executemany("INSERT OR IGNORE INTO waiting VALUES (?, ?)", rows)
+            with self.database:
+                rows = [(hashes[text], vectors[text]) for text in part]
+                self.database.executemany("INSERT OR IGNORE INTO waiting VALUES (?, ?)", rows)
             update.embedded += len(part)
             update.done += share * len(part)
             tell(update)
         with self.database:
-            if len(missing) < len(hashes) or len(missing) > PASSAGES_PER_TRANSACTION:
-                waited = [(sha256,) for sha256 in hashes.values()]
-                self.database.executemany("DELETE FROM waiting WHERE sha256 = ?", waited)
+            self.database.executemany("DELETE FROM waiting WHERE sha256 = ?", [(h,) for h in hashes.values()])
             for name, size, mtime_ns, sha256, remark, pieces in files:
                 self._forget(name)
                 self.database.execute(
