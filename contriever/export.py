@@ -10,11 +10,9 @@ was trained on such, and raw ones if not. Needs the packages of ``pip install -e
 import argparse
 import copy
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +21,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from contriever.encoder import Retriever, load_retriever, pad
 from shared import distributed
-from shared.networks.export import TOLERANCE, ExportMismatch, atomic_file
+from shared.networks.export import atomic_file, check_equal, read_onnx, trace_onnx
 from shared.run.flags import Parser
 
 TEXTS = ("a short text", "A longer one, with more words than the other: it fills a batch that is padded.", "?")
@@ -39,17 +37,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_vectors(name: str, vectors: np.ndarray, expected: np.ndarray) -> None:
-    """Raise ``ExportMismatch`` if vectors differ from those of the torch network."""
-    difference = np.abs(vectors - expected).max() / np.abs(expected).max()
-    if not difference <= TOLERANCE:
-        raise ExportMismatch(f"{name} differs from the torch network by {difference:.1e} of the largest value")
-    print(f"{name}: equal to the torch network up to {difference:.0e} of the largest value")
-
-
-def vectors_of(retriever: Retriever, texts: Sequence[str]) -> np.ndarray:
+def vectors_of(retriever: Retriever, texts: Sequence[str]) -> Tensor:
     """Those that every file has to give."""
-    return retriever.encode(texts, normalize=retriever.normalized, amp="fp32")
+    return torch.from_numpy(retriever.encode(texts, normalize=retriever.normalized, amp="fp32"))
 
 
 class _Plain(nn.Module):
@@ -65,10 +55,6 @@ class _Plain(nn.Module):
 
 def export_onnx(retriever: Retriever, path: Path) -> None:
     """ONNX file for any number of texts of any length that the encoder reads."""
-    try:
-        import onnxruntime  # an optional dependency
-    except ModuleNotFoundError as error:
-        raise ValueError("ONNX files need the packages of `pip install -e '.[export]'`") from error
 
     def tokens(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         ids, mask = pad(retriever.tokenize(texts), retriever.tokenizer.pad_token_id)
@@ -76,25 +62,13 @@ def export_onnx(retriever: Retriever, path: Path) -> None:
 
     network = copy.deepcopy(retriever.model).cpu().eval()
     network.set_attn_implementation("eager")  # the fused kernel chooses its path by what is in the mask
+    dimensions = {0: "batch", 1: "tokens"}
+    axes = {"input_ids": dimensions, "attention_mask": dimensions, "vectors": {0: "batch"}}
     with atomic_file(path) as temporary:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            axes = {0: "batch", 1: "tokens"}
-            torch.onnx.export(
-                _Plain(network, retriever.normalized),
-                tokens(TEXTS),
-                temporary,
-                input_names=["input_ids", "attention_mask"],
-                output_names=["vectors"],
-                dynamic_axes={"input_ids": axes, "attention_mask": axes, "vectors": {0: "batch"}},
-                opset_version=17,
-                dynamo=False,
-            )
-        session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
-        for texts in (TEXTS, TEXTS[:1]):
-            ids, mask = tokens(texts)
-            (vectors,) = session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
-            check_vectors(path.name, vectors, vectors_of(retriever, texts))
+        trace_onnx(_Plain(network, retriever.normalized), tokens(TEXTS), axes, temporary)
+        written = read_onnx(temporary)
+        both = ((written(*tokens(texts)), vectors_of(retriever, texts)) for texts in (TEXTS, TEXTS[:1]))
+        check_equal(path.name, both)
 
 
 def export(retriever: Retriever, output_dir: str | Path) -> dict[str, Path]:
@@ -102,7 +76,7 @@ def export(retriever: Retriever, output_dir: str | Path) -> dict[str, Path]:
     files = {"folder": Path(output_dir) / "encoder", "onnx": Path(output_dir) / "encoder.onnx"}
     files["folder"].mkdir(parents=True, exist_ok=True)
     retriever.save(files["folder"])
-    check_vectors("encoder", vectors_of(load_retriever(files["folder"]), TEXTS), vectors_of(retriever, TEXTS))
+    check_equal("encoder", [(vectors_of(load_retriever(files["folder"]), TEXTS), vectors_of(retriever, TEXTS))])
     export_onnx(retriever, files["onnx"])
     return files
 

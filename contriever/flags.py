@@ -20,17 +20,8 @@ def check_minimum(args: argparse.Namespace, **minimum: float) -> None:
 
 # --- Training ---------------------------------------------------------------------------------------------------------
 
-MINIMUM = {
-    "per_gpu_batch_size": 1,
-    "per_gpu_eval_batch_size": 1,
-    "total_steps": 1,
-    "chunk_length": 2,
-    "log_freq": 1,
-    "save_freq": 0,
-    "eval_freq": 0,
-    "warmup_steps": -1,
-    "num_workers": 0,
-}
+MINIMUM = {"per_gpu_batch_size": 1, "per_gpu_eval_batch_size": 1, "total_steps": 1, "chunk_length": 2, "log_freq": 1}
+MINIMUM |= {"save_freq": 0, "eval_freq": 0, "num_workers": 0, "warmup_steps": -1}
 
 
 def training_parser(docstring: str, optimisers: tuple[str, ...] = ("adamw",)) -> argparse.ArgumentParser:

@@ -10,22 +10,21 @@ def summary(output_dir: Path, normalized: bool, fill_steps: int | None) -> str:
     """What a run has left.
 
     Args:
-        output_dir: Folder of the run.
         normalized: Whether vectors were divided by their norms.
         fill_steps: After so many steps the queue of MoCo holds keys only; None without a queue.
     """
     lines = read_log(output_dir / "metrics.jsonl")
     losses = [line for line in lines if line.get("loss") is not None]
     recalls = [line for line in lines if "recall_at_1" in line]
-    learned = [", ".join(f"loss {line['loss']:.3f} at step {line['step']}" for line in (*losses[:1], *losses[1:][-1:]))]
+    result = [", ".join(f"loss {line['loss']:.3f} at step {line['step']}" for line in (*losses[:1], *losses[1:][-1:]))]
     if fill_steps is not None:
-        learned.append(
+        result.append(
             f"the queue begins with random vectors: the loss rises until keys have filled it, at step {fill_steps}"
         )
     for k in (1, 10):
         if len(recalls) > 1:
             before, after = recalls[0], recalls[-1]
-            learned.append(
+            result.append(
                 f"a document from one of its own sentences, among the first {k}: "
                 f"{before[f'recall_at_{k}']:.1f} % before, {after[f'recall_at_{k}']:.1f} % after"
             )
@@ -35,7 +34,7 @@ def summary(output_dir: Path, normalized: bool, fill_steps: int | None) -> str:
     question = {"passages": "YOUR_FOLDER_OF_TEXTS", "query": "YOUR QUESTION"}
     query = command("contriever/search.py", model_name_or_path=encoder, **question)
     blocks = {
-        "Learned": learned,
+        "Result": result,
         "Files": [
             f"{encoder} (encoder and tokenizer in the layout of Hugging Face)",
             f"{output_dir / 'checkpoint.pth'} (the same command resumes from it)",

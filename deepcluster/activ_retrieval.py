@@ -19,7 +19,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 from deepcluster.augmentations import centre_crop
 from deepcluster.convnets import ClusterNetwork, check_conv, conv_maps
 from deepcluster.flags import IMAGES_HELP, MODEL_HELP
-from deepcluster.hub import EMBEDDED_RUN, load_network
+from deepcluster.hub import CARD, load_network
 from shared import distributed
 from shared.evaluation.flags import add_process_flags
 from shared.images.loading import EvalDataset, make_loader
@@ -34,7 +34,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--data", default=None, help=f"images: {IMAGES_HELP}")
-    add("--model", default=EMBEDDED_RUN, help=MODEL_HELP)
+    add("--model", default=CARD.embedded_run, help=MODEL_HELP)
     add("--conv", type=int, default=1, help="layer, from 1")
     add("--exp", "--output_dir", dest="output_dir", default="", help="folder for the pictures")
     add("--count", type=int, default=9, help="images per filter")

@@ -26,7 +26,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 from deepcluster.augmentations import centre_crop, resize_for
 from deepcluster.convnets import ClusterNetwork, check_conv, conv_maps
 from deepcluster.flags import MODEL_HELP
-from deepcluster.hub import EMBEDDED_RUN, MEAN, STD, load_network
+from deepcluster.hub import CARD, MEAN, STD, load_network
 from shared import distributed
 from shared.evaluation import frozen
 from shared.evaluation.flags import add_labelled_flags, add_process_flags, parse_evaluation
@@ -71,7 +71,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = get_args_parser()
-    embedded = {"model": EMBEDDED_RUN, "output_dir": "runs/materials", "epochs": 20, "batch_size": 64}
+    embedded = {"model": CARD.embedded_run, "output_dir": "runs/materials", "epochs": 20, "batch_size": 64}
     args = parse_evaluation(parser, arguments, **embedded)
     if args.model is None:
         parser.error("--model: give a checkpoint")

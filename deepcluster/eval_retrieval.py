@@ -33,7 +33,7 @@ from deepcluster.rmac import Whitening, region_vectors, rmac
 from shared import distributed
 from shared.evaluation.ranking import average_precision
 from shared.images.decode import EXTENSIONS, read_image
-from shared.run.flags import Parser
+from shared.run.flags import Parser, add_device_flag
 
 STAGES = ("extract_train", "train_pca", "db_features", "q_features", "eval")
 OTHER = {"Oxford": "Paris", "Paris": "Oxford"}
@@ -64,7 +64,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     for flag in ("multires", "aqe", "dbe"):
         options = {"action": "store_true"} if flag == "multires" else {"type": int, "default": None}
         add(f"--{flag}", help="an error: the official code takes it and does nothing", **options)
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add_device_flag(add)
     return parser
 
 

@@ -22,10 +22,10 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from deepcluster.convnets import ClusterNetwork, check_conv, conv_maps
 from deepcluster.flags import MODEL_HELP
-from deepcluster.hub import EMBEDDED_RUN, load_network
+from deepcluster.hub import CARD, load_network
 from shared import distributed
 from shared.pictures.sheets import Tile, magnify, save_sheet, write_png
-from shared.run.flags import Parser
+from shared.run.flags import Parser, add_device_flag
 from shared.run.randomness import derive_seed
 
 COLUMNS = 12
@@ -34,7 +34,7 @@ COLUMNS = 12
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--model", default=EMBEDDED_RUN, help=MODEL_HELP)
+    add("--model", default=CARD.embedded_run, help=MODEL_HELP)
     add("--arch", default=None, choices=("alexnet", "vgg16"), help="accepted; the checkpoint says what it is")
     add("--conv", type=int, default=1, help="layer, from 1")
     add("--exp", "--output_dir", dest="output_dir", default="", help="folder for the pictures")
@@ -47,7 +47,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--filters", type=int, default=0, help="draw the first so many filters; 0: all")
     add("--batch", type=int, default=16, help="filters at a time")
     add("--seed", type=int, default=31)
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add_device_flag(add)
     return parser
 
 

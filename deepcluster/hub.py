@@ -12,9 +12,6 @@ from shared.networks.weights import WeightMismatch, load_backbone_weights, safe_
 
 from .convnets import ClusterNetwork, alexnet, vgg16
 
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
-EMBEDDED_RUN = "runs/materials/checkpoint.pth.tar"  # where main.py leaves the network of the embedded data
 PAPER = {"alexnet": alexnet, "vgg16": vgg16}
 OFFICIAL_CROP_SIZE = 224
 
@@ -22,16 +19,13 @@ OFFICIAL_CROP_SIZE = 224
 def build_network(
     arch: str, sobel: bool = False, out: int | None = None, img_size: int = OFFICIAL_CROP_SIZE, bn: bool = True
 ) -> ClusterNetwork:
-    """Build a randomly initialised network with a top layer of ``out`` outputs (None: without).
+    """A randomly initialised network with a top layer of ``out`` outputs (None: without).
 
     Args:
         arch: ``alexnet``, ``vgg16`` (those of the paper), a classification model of torchvision, or a model of timm.
         sobel: Whether the network looks at Sobel gradients instead of colours.
         img_size: Side of the images in pixels.
         bn: Batch normalisation, in the two networks of the paper.
-
-    Raises:
-        ValueError: If the name is unknown or the images are too small for the network.
     """
     if arch in PAPER:
         return PAPER[arch](sobel, bn, out, img_size)
@@ -63,44 +57,35 @@ CARD = Card(
         )
     },
     address="https://dl.fbaipublicfiles.com/deepcluster/",
-    mean=MEAN,
-    std=STD,
     interpolation="bilinear",
-    embedded_run=EMBEDDED_RUN,
+    embedded_run="runs/materials/checkpoint.pth.tar",  # where main.py leaves the network of the embedded data
     main="main.py",
     checkpoint_key="state_dict",
     head_names=("top_layer",),
     sizes=sizes,
     weights_flag="--model",
 )
+MEAN, STD = CARD.mean, CARD.std
 ENTRIES = hub_entries(CARD)
 
 
 # --- Checkpoints ------------------------------------------------------------------------------------------------------
 
 
-def load_network(path: str | Path, flag: str = "--model", keep_top_layer: bool = True) -> ClusterNetwork:
-    """Rebuild the network of a checkpoint and fill it, entry by entry and in full; the number of entries is printed.
+def load_network(path: str | Path, keep_top_layer: bool = True) -> ClusterNetwork:
+    """The network of a checkpoint, filled in full, in evaluation mode; the number of entries is printed.
 
     The architecture is the checkpoint's ``arch``, the Sobel filter is there if its weights are, and the top layer has
     as many outputs as the file has biases for it. Checkpoints of ``main.py`` also say for which size of images the
     network was made; official ones are for 224 pixels.
 
     Args:
-        path: Checkpoint of ``main.py`` or of the official code (``checkpoint.pth.tar``), or the name of a release:
-            ``alexnet`` or ``vgg16``.
-        flag: Name of the option in error messages.
-        keep_top_layer: Whether to keep the top layer.
-
-    Returns:
-        The network in evaluation mode.
-
-    Raises:
-        ValueError: If there is no such file, it is no checkpoint of DeepCluster, or it does not fill the network.
+        path: Checkpoint of ``main.py`` or of the official code, or the name of a release: ``alexnet`` or ``vgg16``.
+        keep_top_layer: Without it the network gives features.
     """
-    checkpoint = safe_load(locate(CARD, path, flag))
+    checkpoint = safe_load(locate(CARD, path))
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("arch"), str):
-        raise WeightMismatch(f"{flag} {path}: no checkpoint of DeepCluster (it has no 'arch')")
+        raise WeightMismatch(f"--model {path}: no checkpoint of DeepCluster (it has no 'arch')")
     weights = select_backbone_weights(checkpoint, CARD.checkpoint_key, str(path), CARD.head_names)
     if keep_top_layer:
         weights.tensors, weights.head = weights.tensors | weights.head, {}

@@ -45,7 +45,13 @@ from shared.networks.batchnorm import synchronize_batchnorm
 from shared.optimisation.optim import clip_grad_norm_per_tensor_
 from shared.optimisation.precision import Precision
 from shared.run.checkpoint import load_latest_or_given
-from shared.run.flags import add_reading_flags, add_run_flags, parse_with_embedded_defaults, tell_embedded_defaults
+from shared.run.flags import (
+    Parser,
+    add_reading_flags,
+    add_run_flags,
+    parse_with_embedded_defaults,
+    tell_embedded_defaults,
+)
 from shared.run.health import HealthMonitor
 from shared.run.randomness import derive_seed
 from shared.run.run import Run
@@ -67,9 +73,7 @@ CLUSTERING, DRAWING, TOP_LAYER = range(3)  # what is drawn once per epoch
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "DeepCluster", description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument_group("data").add_argument
     images = "training images: folder, .txt list or torchvision name; default: the embedded ones"
     add("data_path", metavar="DIR", nargs="?", default=None, help=images)

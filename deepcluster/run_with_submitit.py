@@ -2,9 +2,6 @@
 
     python run_with_submitit.py /path/to/imagenet/train --nodes 1 --ngpus 8 --partition gpu --sobel \\
         --exp /path/to/runs/%j
-
-The job requeues itself when it is preempted or reaches its time limit, and resumes where it stopped. ``--cluster
-local`` runs the same processes on this machine, ``--cluster debug`` trains in this process.
 """
 
 import sys
@@ -18,7 +15,7 @@ from shared.launch import slurm
 
 
 def main(arguments: list[str] | None = None) -> None:
-    slurm.submit_training(training, training.train_deepcluster, __doc__, "deepcluster", arguments)
+    slurm.submit_training(training, training.train_deepcluster, __doc__, arguments)
 
 
 if __name__ == "__main__":

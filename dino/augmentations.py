@@ -48,18 +48,13 @@ def dino_views(
     ]
 
 
-def to_input(
-    image: Image.Image,
-    in_chans: int = 3,
-    mean: tuple[float, ...] = MEAN,
-    std: tuple[float, ...] = STD,
-) -> Tensor:
+def to_input(image: Image.Image, in_chans: int = 3) -> Tensor:
     """A Pillow image in RGB as the networks see it, float32, shape (in_chans, H, W).
 
     Args:
-        in_chans: 3, or 1 for the luminance, which takes the averages of ``mean`` and ``std`` over the channels.
+        in_chans: 3, or 1 for the luminance, which takes the averages of mean and standard deviation.
     """
-    mean, std = torch.tensor(mean), torch.tensor(std)
+    mean, std = torch.tensor(MEAN), torch.tensor(STD)
     if in_chans == 1:
         image, mean, std = image.convert("L"), mean.mean(dim=0, keepdim=True), std.mean(dim=0, keepdim=True)
     pixels = torch.from_numpy(np.array(image)).view(image.height, image.width, in_chans).permute(2, 0, 1)

@@ -9,6 +9,7 @@ class with weight exp(s / temperature).
 """
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dino.flags import evaluation_parser, load_frozen
-from dino.hub import EMBEDDED_RUN
+from dino.hub import CARD
 from shared import distributed
 from shared.evaluation import frozen
 from shared.evaluation.flags import add_data_flags, add_knn_flags, parse_evaluation
@@ -29,12 +30,10 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    return parse_evaluation(get_args_parser(), arguments, pretrained_weights=EMBEDDED_RUN)
+    return parse_evaluation(get_args_parser(), arguments, pretrained_weights=CARD.embedded_run)
 
 
-def eval_knn(args: argparse.Namespace) -> dict[int, tuple[float, float]] | None:
-    """``{k: (top-1, top-5)}`` in percent on rank 0."""
-    return frozen.eval_knn(args, load_frozen)
+eval_knn = functools.partial(frozen.eval_knn, load_frozen=load_frozen)
 
 
 def main() -> None:

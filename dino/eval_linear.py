@@ -20,7 +20,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dino.flags import evaluation_parser, load_frozen
-from dino.hub import CARD, EMBEDDED_RUN, fetch_linear_weights
+from dino.hub import CARD, fetch_linear_weights
 from dino.vision_transformer import VisionTransformer
 from shared import distributed
 from shared.evaluation import frozen
@@ -51,7 +51,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     embedded = {"num_labels": 12, "crop_scale": (0.6, 1.0), "lr": 0.1, "output_dir": "runs/materials"}
-    return parse_evaluation(get_args_parser(), arguments, pretrained_weights=EMBEDDED_RUN, **embedded)
+    return parse_evaluation(get_args_parser(), arguments, pretrained_weights=CARD.embedded_run, **embedded)
 
 
 def eval_linear(args: argparse.Namespace) -> dict[str, float]:

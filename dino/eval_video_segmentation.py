@@ -23,8 +23,8 @@ from tqdm import tqdm
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dino.augmentations import MEAN
 from dino.flags import evaluation_parser, load_chosen
+from dino.hub import MEAN
 from dino.vision_transformer import VisionTransformer
 from shared import distributed
 from shared.evaluation.flags import add_process_flags

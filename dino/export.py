@@ -2,9 +2,8 @@
 
     python -m dino.export --arch vit_small --patch_size 16 --pretrained_weights checkpoint.pth --output_dir out
 
-Writes ``<arch>.safetensors`` (names of the published checkpoints), ``<arch>_timm.pth`` or ``<arch>_torchvision.pth`` (a
-state dict that these libraries load), ``<arch>.onnx`` (any batch size) and, of a ViT, ``<arch>_transformers`` (a folder
-for ``transformers.ViTModel``). Needs the packages of ``pip install -e '.[export]'``.
+Writes the formats of :func:`shared.networks.export.export_network` and, of a ViT, ``<arch>_transformers`` (a folder for
+``transformers.ViTModel``). Needs the packages of ``pip install -e '.[export]'``.
 """
 
 import argparse

@@ -13,22 +13,12 @@ from shared.run.flags import Parser
 
 from .hub import CARD, load_pretrained, plain_name
 
-EMBEDDED = {
-    "arch": "vit_micro",
-    "patch_size": 4,
-    "image_size": 32,
-}  # what main_dino.py trains without images
+EMBEDDED = {"arch": "vit_micro", "patch_size": 4, "image_size": 32}  # what main_dino.py trains without images
 NETWORK_OF_RUN = {"arch": "arch", "patch_size": "patch_size"}  # what the training calls these flags
 
 
 def evaluation_parser(docstring: str, arch: str = "vit_small", patch_size: int = 16) -> argparse.ArgumentParser:
-    """A parser with the flags that choose the frozen backbone.
-
-    Args:
-        docstring: Of the script; its first paragraph is the description.
-        arch: Architecture where neither the flag nor the checkpoint says it.
-        patch_size: Patch size in pixels, likewise.
-    """
+    """A parser with the flags that choose the frozen backbone; the defaults hold where the checkpoint does not say."""
     parser = Parser(docstring)
     parser.set_defaults(network_defaults={"arch": arch, "patch_size": patch_size})
     add = parser.add_argument_group("backbone").add_argument

@@ -14,9 +14,6 @@ from shared.networks.weights import vit_shape
 
 from . import vision_transformer
 
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
-EMBEDDED_RUN = "runs/materials/checkpoint.pth"  # where main_dino.py leaves the network of the embedded data
 VITS = ("vit_micro", "vit_tiny", "vit_small", "vit_base")
 VIT_NAMES = (*VITS, *(name.replace("vit", "deit") for name in VITS))
 
@@ -39,7 +36,6 @@ def build_backbone(
         drop_path_rate: Stochastic depth of the deepest block, in [0, 1).
         img_size: Side in pixels of the images for which position embeddings are made; ``[side]`` as in the official
             code.
-        in_chans: Channels of the input images.
         options: Others of :class:`dino.vision_transformer.VisionTransformer`.
 
     Returns:
@@ -110,28 +106,23 @@ CARD = Card(
         }.items()
     },
     address="https://dl.fbaipublicfiles.com/dino/",
-    mean=MEAN,
-    std=STD,
     interpolation="bicubic",
-    embedded_run=EMBEDDED_RUN,
+    embedded_run="runs/materials/checkpoint.pth",  # where main_dino.py leaves the network of the embedded data
     main="main_dino.py",
     sizes=sizes,
     weights_flag="--pretrained_weights",
 )
+MEAN, STD = CARD.mean, CARD.std
 ENTRIES = pretrained.hub_entries(CARD)
 
-VITS8_300_EPOCHS = "dino_deitsmall8_300ep_pretrain/dino_deitsmall8_300ep_pretrain.pth"  # for attention maps
-# for retrieval
+# for attention maps, and for retrieval
+VITS8_300_EPOCHS = "dino_deitsmall8_300ep_pretrain/dino_deitsmall8_300ep_pretrain.pth"
 VITS16_LANDMARKS = "dino_vitsmall16_googlelandmark_pretrain/dino_vitsmall16_googlelandmark_pretrain.pth"
 fetch = functools.partial(pretrained.fetch, CARD)
 
 
 def fetch_linear_weights(arch: str, patch_size: int) -> Path:
-    """The released linear classifier of an architecture.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """The released linear classifier of an architecture; ``ValueError`` if there is none."""
     name = pretrained.find_release(CARD, plain_name(arch), patch_size=patch_size)
     if name is None:
         raise ValueError(

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dino.augmentations import MEAN, STD, dino_views
-from dino.hub import NETWORK_FLAGS, VIT_NAMES, build_backbone, to_official
+from dino.augmentations import dino_views
+from dino.hub import MEAN, NETWORK_FLAGS, STD, VIT_NAMES, build_backbone, plain_name, to_official
 from dino.losses import DINOLoss
 from dino.report import health_rules, report
 from dino.vision_transformer import DINOHead
@@ -85,7 +85,6 @@ MINIMUM = {"epochs": 1, "batch_size_per_gpu": 1, "out_dim": 2, "log_freq": 1, "p
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
     add = add_data_flags(parser)
-    add("--num_workers", type=int, default=None, help="loader processes per rank; None: cores less one, at most 10")
 
     add = parser.add_argument_group("views").add_argument
     add("--global_crops_scale", type=float, nargs=2, default=(0.4, 1.0), help="area range of the two global crops")
@@ -155,7 +154,7 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
             f"--local_crop_size {args.local_crop_size} differs from --global_crop_size {args.global_crop_size}"
         )
     if args.arch in VIT_NAMES:
-        args.arch = args.arch.replace("deit", "vit")  # as in the official checkpoints
+        args.arch = plain_name(args.arch)  # as in the official checkpoints
         for flag in ("global_crop_size", "local_crop_size"):
             if getattr(args, flag) < args.patch_size:
                 parser.error(f"--{flag} {getattr(args, flag)} is less than --patch_size {args.patch_size}")

@@ -14,8 +14,7 @@ from shared.run.run import Run
 from shared.run.summary import command, data_flags
 
 from .attention import class_row, has_class_attention
-from .augmentations import MEAN, STD
-from .hub import VIT_NAMES
+from .hub import MEAN, STD, VIT_NAMES
 
 OUTPUT = {"teacher_entropy": "entropy of the teacher's output", "kl": "KL from teacher to student"}
 CURVES = (
@@ -64,11 +63,7 @@ def health_rules(args: argparse.Namespace, steps_per_epoch: int) -> list[HealthR
 
 
 def report(run: Run, dataset: MultiCropDataset, backbone: nn.Module, knn: KNNMonitor) -> None:
-    """Draw the training set's views, neighbours, curves and attention, and print the text; every rank must call this.
-
-    Args:
-        backbone: The teacher's.
-    """
+    """Draw views, the teacher's neighbours and attention, and curves, and print the text; every rank must call this."""
 
     def draw_attention(path: Path) -> None:
         image = first_image(dataset.source, knn).to(run.device)

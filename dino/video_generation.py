@@ -23,14 +23,15 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dino.attention import class_row
-from dino.augmentations import MEAN, STD
 from dino.flags import evaluation_parser
+from dino.hub import MEAN, STD
 from dino.visualize_attention import load_attentive
 from shared import distributed
 from shared.images.decode import EXTENSIONS, read_image
 from shared.networks.backbones import input_channels
 from shared.pictures.attention import attended_patches, class_attention, prepare_image
 from shared.pictures.sheets import colorize
+from shared.run.flags import add_device_flag
 
 CODECS = {"mp4": "mp4v", "avi": "XVID"}
 DEFAULT_FPS = 30.0
@@ -46,7 +47,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--video_only", action="store_true", help="only join the pictures in --input_path")
     add("--fps", type=float, default=None, help="pictures per second; by default those of the input video, or 30")
     add("--video_format", default="mp4", choices=sorted(CODECS))
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add_device_flag(add)
     return parser
 
 

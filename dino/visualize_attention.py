@@ -21,9 +21,9 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dino.attention import class_row, has_class_attention
-from dino.augmentations import MEAN, STD, dino_views
+from dino.augmentations import dino_views
 from dino.flags import choose_network, evaluation_parser, load_chosen
-from dino.hub import EMBEDDED_RUN, VITS8_300_EPOCHS, fetch
+from dino.hub import CARD, MEAN, STD, VITS8_300_EPOCHS, fetch
 from dino.report import CURVES, save_view_sheet
 from shared import distributed
 from shared.evaluation.flags import flags_of_run
@@ -47,7 +47,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; with neither image nor weights the defaults are those of the embedded images."""
-    embedded = {"pretrained_weights": EMBEDDED_RUN}
+    embedded = {"pretrained_weights": CARD.embedded_run}
     return parse_image_flags(get_args_parser(), arguments, ("pretrained_weights",), embedded)
 
 

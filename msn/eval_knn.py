@@ -1,12 +1,11 @@
 """Weighted k-NN classification with the class tokens of a frozen encoder.
 
-    python eval_knn.py                                       # embedded materials, weights of the run in runs/materials
-    torchrun --nproc_per_node=8 eval_knn.py --model_name deit_small --data_path /path/to/imagenet
-
-Each of the k nearest train images, by cosine similarity s, votes for its class with weight exp(s / temperature).
+python eval_knn.py                                       # embedded materials, weights of the run in runs/materials
+torchrun --nproc_per_node=8 eval_knn.py --model_name deit_small --data_path /path/to/imagenet
 """
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
@@ -30,9 +29,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return finish(parser, lambda: parser.parse_args(arguments))
 
 
-def eval_knn(args: argparse.Namespace) -> dict[int, tuple[float, float]] | None:
-    """``{k: (top-1, top-5)}`` in percent on rank 0."""
-    return frozen.eval_knn(args, load_frozen)
+eval_knn = functools.partial(frozen.eval_knn, load_frozen=load_frozen)
 
 
 def main() -> None:

@@ -2,8 +2,7 @@
 
     python -m msn.export --model_name deit_small --pretrained /path/to/run --fname msn-latest.pth.tar --output_dir out
 
-Writes ``<model>.safetensors`` (names of the published checkpoints), ``<model>_timm.pth`` (a state dict for timm),
-``<model>.onnx`` (any batch size) and ``<model>_transformers`` (a folder for
+Writes the formats of :func:`shared.networks.export.export_network` and ``<model>_transformers`` (a folder for
 ``transformers.ViTMSNModel``). Needs the packages of ``pip install -e '.[export]'``.
 """
 

@@ -4,12 +4,12 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from shared.evaluation.flags import add_labelled_flags, check_positive, take_from_run
+from shared.evaluation.flags import MINIMUM, add_labelled_flags, take_from_run
 from shared.evaluation.frozen import eval_transform
 from shared.images.loading import EvalTransform
-from shared.run.flags import Parser
+from shared.run.flags import Parser, check_minimum
 
-from .hub import CARD, DEFAULT_MODEL, EMBEDDED_RUN, load_pretrained
+from .hub import CARD, DEFAULT_MODEL, load_pretrained
 from .vision_transformer import ARCHITECTURES, VisionTransformer
 
 
@@ -70,14 +70,9 @@ def parse_with_images(
 def finish(
     parser: argparse.ArgumentParser, parse: Callable[[], argparse.Namespace], **embedded_defaults
 ) -> argparse.Namespace:
-    """Parse and check; without images the defaults are those of the embedded materials and of the run on them.
-
-    Args:
-        parse: As for :func:`parse_with_images`.
-        embedded_defaults: Further defaults for them.
-    """
-    args = parse_with_images(parser, parse, {"pretrained": EMBEDDED_RUN, **embedded_defaults})
-    check_positive(parser, args)
+    """:func:`parse_with_images` for an evaluation, which takes the run on the embedded materials, and checks."""
+    args = parse_with_images(parser, parse, {"pretrained": CARD.embedded_run, **embedded_defaults})
+    check_minimum(parser, args, MINIMUM)
     return args
 
 

@@ -13,9 +13,6 @@ from shared.networks.weights import WeightMismatch, load_backbone_weights
 
 from .vision_transformer import ARCHITECTURES, VisionTransformer, build
 
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
-EMBEDDED_RUN = "runs/materials"  # folder of the run that main.py makes without images
 DEFAULT_MODEL = "deit_small"
 ONE_IMAGE = "with one ImageNet image per class"
 
@@ -43,16 +40,15 @@ CARD = Card(
         )
     },
     address="https://dl.fbaipublicfiles.com/msn/",
-    mean=MEAN,
-    std=STD,
     interpolation="bilinear",
-    embedded_run=EMBEDDED_RUN,
+    embedded_run="runs/materials",  # folder of the run that main.py makes without images
     main="main.py",
     checkpoint_key="target_encoder",
     head_names=("fc",),
     sizes=sizes,
     arch_flag="--model_name",
 )
+MEAN, STD = CARD.mean, CARD.std
 ENTRIES = pretrained.hub_entries(CARD)
 
 
@@ -81,9 +77,7 @@ def load_pretrained(
     allow_partial: bool = False,
     file_flag: str = "fname",
 ) -> Pretrained:
-    """Build an encoder without a head and fill it, as the evaluation scripts do with their flags.
-
-    Sizes of images and patches and the number of channels are taken from the file.
+    """:func:`shared.networks.pretrained.load_pretrained` for an encoder, which a folder of ``main.py`` may hold.
 
     Args:
         model_name: A name of ``ARCHITECTURES``; None for that of the training, ``deit_small`` where the file does not
@@ -91,15 +85,10 @@ def load_pretrained(
         weights: Folder of ``fname``, a file of any layout, or the name of a release; ``random`` for no weights;
             without either the released weights.
         fname: File in the folder ``weights``; by default its only ``*-latest.pth.tar``.
-        checkpoint_key: The network to take from a training checkpoint.
-        allow_partial: Load what fits when the file does not fill the network.
         file_flag: Name of the flag for ``fname``, for messages.
 
     Returns:
-        The encoder in evaluation mode, without gradients; its output is the class token after the final norm.
-
-    Raises:
-        ValueError: If there are no such weights, or they do not fill the network.
+        The encoder without a head; its output is the class token after the final norm.
     """
     if weights == "random":
         name = model_name or DEFAULT_MODEL

@@ -24,7 +24,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from msn.flags import add_data_flags, finish, load_frozen, network_parser
-from msn.hub import CARD, EMBEDDED_RUN
+from msn.hub import CARD
 from msn.labelled_training import Validation, from_official, to_official, training_batches
 from msn.logistic_eval import LastClassToken
 from shared import distributed
@@ -84,7 +84,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
     """Parse and check the command line and its YAML file; ``parser`` may have further flags."""
     parser = parser or get_args_parser()
-    embedded = {"num_classes": 12, "crop_scale": (0.6, 1.0), "batch_size": 64, "lr": 0.5, "output_dir": EMBEDDED_RUN}
+    embedded = {"num_classes": 12, "crop_scale": (0.6, 1.0), "batch_size": 64, "lr": 0.5}
+    embedded["output_dir"] = CARD.embedded_run
     args = finish(parser, lambda: parse_args_with_config(parser, arguments), **embedded)
     args.crop_scale = tuple(args.crop_scale)
     if args.copy_data:

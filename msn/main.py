@@ -41,7 +41,7 @@ from shared.multicrop import normalize_views
 from shared.networks.batchnorm import synchronize_batchnorm
 from shared.optimisation.optim import build_optimizer, ema_update_, param_groups_no_decay_on_bias_and_norm
 from shared.run.checkpoint import load_latest
-from shared.run.flags import Parser, add_data_flags, add_run_flags, bool_flag, tell_embedded_defaults
+from shared.run.flags import Parser, add_data_flags, add_run_flags, bool_flag, check_minimum, tell_embedded_defaults
 from shared.run.health import HealthMonitor, feature_spread, rank_me
 from shared.run.run import Run
 from shared.run.yaml_config import parse_args_with_config, write_config
@@ -100,7 +100,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--blur_radius", type=float, nargs=2, default=(0.1, 2.0), help="range of the blur in pixels of the view")
     add("--augmentation", default="fast", choices=("fast", "pil"), help="pil: the slow exact reference chain")
     add("--label_smoothing", type=float, default=0.0, help="share of each assignment spread over all prototypes")
-    add("--num_workers", type=int, default=None, help="per rank; None: cores per rank less one, at most 10")
     add("--pin_mem", type=bool_flag, default=True, help="ignored: batches for a GPU are always pinned")
 
     add = parser.add_argument_group("meta").add_argument
@@ -166,9 +165,7 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End the program with one clear message if a flag cannot be."""
-    for flag, least in MINIMUM.items():
-        if getattr(args, flag) < least:
-            parser.error(f"--{flag} {getattr(args, flag)} is less than {least}")
+    check_minimum(parser, args, MINIMUM)
     for flag, only in UNUSED.items():
         if getattr(args, flag) != only:
             instead = {"use_fp16": "; use --amp", "copy_data": "; use --cache FOLDER"}.get(flag, "")

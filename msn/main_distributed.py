@@ -4,9 +4,8 @@
         --time 4300 --folder /path/to/job_logs --data_path /path/to/imagenet/train --output_dir /path/to/runs/%j
     python main_distributed.py --linear-eval --fname configs/eval/lineval_msn_vits16.yaml ...
 
-The job requeues itself when it is preempted or reaches its time limit, and resumes where it stopped. As in the official
-script --folder is where submitit writes its logs; the output of the training is --output_dir, or ``logging.folder`` of
-the YAML file. ``--cluster local`` runs the same processes on this machine, ``--cluster debug`` in this process.
+As in the official script --folder is where submitit writes its logs; the output of the training is --output_dir, or
+``logging.folder`` of the YAML file.
 """
 
 import argparse
@@ -16,23 +15,24 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from msn import linear_eval, main
+from msn import linear_eval
+from msn import main as pretraining
 from shared import distributed
 from shared.launch import slurm
 
 
 def get_args_parser(linear: bool = False) -> argparse.ArgumentParser:
-    defaults = {"nodes": 1, "ngpus": 1, "timeout": 4300, "mem_gb_per_gpu": 55, "partition": ""}
-    parser = (linear_eval if linear else main).get_args_parser()
+    defaults = {"nodes": 1, "ngpus": 1, "timeout": 4300, "mem_gb_per_gpu": 55}
+    parser = (linear_eval if linear else pretraining).get_args_parser()
     slurm.launcher_parser(parser, __doc__, "msn-linear" if linear else "msn", **defaults)
     parser.add_argument("--linear-eval", action="store_true", help="linear evaluation instead of the training")
     return parser
 
 
-def submit(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> None:
     arguments = slurm.with_our_names(arguments)
     linear = "--linear-eval" in arguments
-    script, train = (linear_eval, linear_eval.linear_eval) if linear else (main, main.train_msn)
+    script, train = (linear_eval, linear_eval.linear_eval) if linear else (pretraining, pretraining.train_msn)
     with distributed.clean_exit():
         args = script.parse_args(arguments, get_args_parser(linear))
         del args.linear_eval  # a flag of this script, not of the training
@@ -40,4 +40,4 @@ def submit(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    submit()
+    main()

@@ -67,11 +67,7 @@ def health_rules(args: argparse.Namespace, steps_per_epoch: int) -> list[HealthR
 
 
 def report(run: Run, dataset: MultiCropDataset, trunk: Trunk, knn: KNNMonitor) -> None:
-    """Draw the training set's views, neighbours, curves and attention, and print the text; every rank must call this.
-
-    Args:
-        trunk: Of the target encoder.
-    """
+    """Draw views, curves and what the target encoder sees, and print the text; every rank must call this."""
 
     def draw_views(path: Path) -> None:
         save_view_sheet(dataset[(0, 0)][0], trunk.encoder.patch_embed.patch_size, run.args.patch_drop, path)

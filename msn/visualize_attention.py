@@ -15,7 +15,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from msn.flags import load_chosen_encoder, network_parser
-from msn.hub import EMBEDDED_RUN, MEAN, STD
+from msn.hub import CARD, MEAN, STD
 from shared import distributed
 from shared.networks.backbones import input_channels
 from shared.pictures.attention import (
@@ -35,7 +35,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line; with neither image nor weights the defaults are those of the embedded images."""
-    return parse_image_flags(get_args_parser(), arguments, ("pretrained", "fname"), {"pretrained": EMBEDDED_RUN})
+    return parse_image_flags(get_args_parser(), arguments, ("pretrained", "fname"), {"pretrained": CARD.embedded_run})
 
 
 def visualize_attention(args: argparse.Namespace) -> list[Path]:

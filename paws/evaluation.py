@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from shared import distributed
 from shared.evaluation.features import extract_features
+from shared.evaluation.knn_monitor import AUTOMATIC_UP_TO
 from shared.images.labelled import NotLabelled
 from shared.images.loading import BadImages, EvalDataset, EvalTransform
 from shared.images.sources import ImageSource, check_same_classes, open_source, reading
@@ -23,7 +24,6 @@ from .heads import Encoder
 from .labels import PartlyLabelled
 from .losses import soft_nearest_neighbours
 
-AUTOMATIC_UP_TO = 100_000  # images to classify; beyond, an evaluation is worth asking for by flag
 QUERY_BLOCK = 1024
 
 

@@ -2,9 +2,8 @@
 
     python -m paws.export --model_name resnet50 --pretrained run/paws-latest.pth.tar --output_dir out
 
-Writes ``<name>.safetensors`` (names of the published checkpoints, without the heads), ``<name>_torchvision.pth`` and
-``<name>_timm.pth`` (state dicts that these libraries load, where they have the network) and ``<name>.onnx`` (any batch
-size). Needs the packages of ``pip install -e '.[export]'``.
+Writes the formats of :func:`shared.networks.export.export_network`, without the heads. Needs the packages of
+``pip install -e '.[export]'``.
 """
 
 import argparse

@@ -12,7 +12,7 @@ from shared.run.flags import AnyDashParser, bool_flag
 from shared.run.yaml_config import parse_args_with_config
 
 from .augmentations import RECIPES
-from .hub import EMBEDDED_RUN
+from .hub import CARD
 
 WEIGHTS = "a checkpoint of main.py, or the name of a release"
 RANGES = (  # what is expected of flags
@@ -28,7 +28,7 @@ ON_EMBEDDED = {  # without images: the embedded ones, and the network that main.
     "labels_per_class": 4,
     "dataset": "cifar10",  # images of the same size
     "model_name": "wide_resnet10w1",
-    "pretrained": EMBEDDED_RUN,
+    "pretrained": CARD.embedded_run,
 }
 DATASETS = (*RECIPES, "imagenet_fine_tune", "cifar10_fine_tune")
 
@@ -43,7 +43,6 @@ def new_parser(docstring: str) -> argparse.ArgumentParser:
 def add_label_flags(parser: argparse.ArgumentParser) -> Callable:
     """Where the images and their labels come from."""
     add = common.add_data_flags(parser)
-    add("--val_path", default=None, help="labelled images to classify; by default those that belong to --data_path")
     add("--root_path", default=None, help="official name of --data_path, together with --image_folder")
     add("--image_folder", default="", help="folder below --root_path")
     add("--labels", nargs="+", default=None, help="CSV files: image, label; also the pseudo_labels.csv of a run")
@@ -55,8 +54,6 @@ def add_label_flags(parser: argparse.ArgumentParser) -> Callable:
     add("--dataset", default="imagenet", choices=DATASETS, help="recipe of the views")
     add("--normalize", type=bool_flag, default=True, help="subtract the mean of the channels, divide by their spread")
     add("--image_size", type=int, default=None, help="side of the large views in pixels; by default the recipe's")
-    workers = "loader processes per rank; None: cores per rank less one, at most 10"
-    add("--num_workers", type=int, default=None, help=workers)
     return add
 
 
@@ -125,15 +122,9 @@ def add_run_flags(parser: argparse.ArgumentParser, write_tag: str) -> None:
 def add_device_flag(parser: argparse.ArgumentParser) -> Callable:
     """``--device`` in the section of the released files, which say ``cuda:0``, and what they say about copies."""
     add = parser.add_argument_group("meta").add_argument
-    device = "auto: a GPU if there is one; the number of cuda:0 is ignored"
-    add("--device", type=device_name, default="auto", choices=("auto", "cpu", "cuda"), help=device)
+    common.add_device_flag(add)
     add("--copy_data", type=bool_flag, default=False, help="ignored: --cache keeps decoded images near")
     return add
-
-
-def device_name(text: str) -> str:
-    """``cuda:0`` is ``cuda``: with several GPUs the launcher decides which one a process has."""
-    return "cuda" if text.startswith("cuda:") else text
 
 
 def add_evaluation_flags(parser: argparse.ArgumentParser, batch_size: int) -> Callable:
@@ -172,11 +163,9 @@ def add_output_flags(parser: argparse.ArgumentParser, write_tag: str = "paws") -
 def parse_with_embedded_defaults(
     parser: argparse.ArgumentParser, arguments: list[str] | None, embedded: dict, weights: str = ""
 ) -> argparse.Namespace:
-    """Parse and check; without images the defaults are those of the embedded materials.
+    """Parse and check; without images ``embedded`` replaces the defaults, but not what the file of ``--fname`` says.
 
     Args:
-        arguments: The command line's own when None.
-        embedded: Defaults for the embedded data; a file given as ``--fname`` wins over them.
         weights: What ``--pretrained`` has to name, if it must be given.
     """
     args = parse_args_with_config(parser, arguments)

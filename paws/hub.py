@@ -13,10 +13,6 @@ from shared.networks.weights import BackboneWeights, WeightMismatch, load_backbo
 from .encoder import build, build_encoder
 from .heads import Encoder, classification_head
 
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
-EMBEDDED_RUN = "runs/materials/paws-latest.pth.tar"  # where main.py leaves the encoder of the embedded materials
-
 
 def sizes(model_name: str, tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """The image size of a ViT; of a ResNet of another width it is said before a large network is built in vain."""
@@ -52,16 +48,15 @@ CARD = Card(
         for name in ("paws_imgnt_10percent_300ep_finetuned", "paws_imgnt_1percent_300ep_finetuned")
     },
     address="https://dl.fbaipublicfiles.com/suncet/",
-    mean=MEAN,
-    std=STD,
     interpolation="bilinear",
-    embedded_run=EMBEDDED_RUN,
+    embedded_run="runs/materials/paws-latest.pth.tar",  # where main.py leaves the encoder of the embedded materials
     main="main.py",
     checkpoint_key="encoder",
     head_names=("fc", "pred"),
     sizes=sizes,
     arch_flag="--model_name",
 )
+MEAN, STD = CARD.mean, CARD.std
 ENTRIES = pretrained.hub_entries(CARD)
 
 
@@ -77,11 +72,7 @@ def eval_transform(image_size: int | None, network: nn.Module, trained_with: Map
 
 
 def read_weights(model_name: str, file: str | Path) -> BackboneWeights:
-    """Backbone and heads of a training checkpoint (``encoder``), a fine-tuned network, a state dict, or a release.
-
-    Raises:
-        ValueError: If there is no such file, or it holds a ResNet of another width.
-    """
+    """Backbone and heads of a training checkpoint (``encoder``), a fine-tuned network, a state dict, or a release."""
     weights = pretrained.read_weights(CARD, pretrained.find_file(CARD, model_name, file))
     sizes(model_name, weights.tensors)
     return weights
@@ -93,11 +84,7 @@ def build_for(model_name: str, weights: BackboneWeights, **heads) -> Encoder:
 
 
 def load_backbone_into(encoder: Encoder, model_name: str, file: str | Path, allow_partial: bool = False) -> None:
-    """Fill the backbone; the heads stay as they are.
-
-    Raises:
-        ValueError: If there is no such file, or it does not fill the backbone and not ``allow_partial``.
-    """
+    """Fill the backbone; the heads stay as they are."""
     weights = read_weights(model_name, file)
     heads, encoder.fc, encoder.pred = (encoder.fc, encoder.pred), None, None
     try:
@@ -107,13 +94,7 @@ def load_backbone_into(encoder: Encoder, model_name: str, file: str | Path, allo
 
 
 def load_encoder(model_name: str, file: str | Path, use_pred: bool = False) -> Encoder:
-    """An encoder with the projection head, and where there is one the prediction head, of a training.
-
-    Args:
-        use_pred: A prediction head is needed.
-
-    Returns:
-        The encoder in evaluation mode, without gradients.
+    """An encoder with the heads of a training, frozen: that for projection and, with ``use_pred``, for prediction.
 
     Raises:
         ValueError: If there is no such file, it does not fill the encoder, or lacks a head.

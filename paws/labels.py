@@ -19,7 +19,6 @@ from shared.images.tables import names_an_image, read_cells
 from shared.run.randomness import derive_seed
 
 UNLABELED_FOLDERS = ("unlabeled", "unlabelled")
-CIFAR_SPLITS = (73, 91, 152, 321, 401)  # numbers of the official lists of 4000 labels
 OFFICIAL_CIFAR_FRAC = 0.92
 
 

@@ -5,9 +5,8 @@
         --output_dir /path/to/runs/%j
     python main_distributed.py --sel suncet_train --fname configs/suncet/imgnt_train.yaml --nodes 8 ...
 
-The job requeues itself when it is preempted or reaches its time limit, and resumes where it stopped. As in the official
-script --folder is where submitit writes its logs; the output of the training is --output_dir, or ``logging.folder`` of
-the YAML file. ``--cluster local`` runs the same processes on this machine, ``--cluster debug`` in this process.
+As in the official script --folder is where submitit writes its logs; the output of the training is --output_dir, or
+``logging.folder`` of the YAML file.
 """
 
 import argparse
@@ -25,8 +24,8 @@ from shared.launch import slurm
 
 
 def get_args_parser(program: str = "paws_train") -> argparse.ArgumentParser:
-    defaults = {"nodes": 1, "ngpus": 1, "timeout": 4300, "partition": ""}
-    parser = slurm.launcher_parser(programs.get_args_parser(program), __doc__, program, **defaults)
+    parser = programs.get_args_parser(program)
+    slurm.launcher_parser(parser, __doc__, program, nodes=1, ngpus=1, timeout=4300)
     batch = "--fname is a YAML list of configuration files, of which each becomes a job"
     parser.add_argument("--batch-launch", action="store_true", help=batch)
     return parser

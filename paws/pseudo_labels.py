@@ -27,11 +27,12 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from paws import flags
 from paws.augmentations import choose_recipe
-from paws.evaluation import AUTOMATIC_UP_TO, SoftNearestNeighbours, eval_transform
+from paws.evaluation import SoftNearestNeighbours, eval_transform
 from paws.heads import Encoder
 from paws.hub import load_encoder
 from paws.labels import PartlyLabelled, open_images
 from shared import distributed
+from shared.evaluation.knn_monitor import AUTOMATIC_UP_TO
 from shared.images.decode import ImageError
 from shared.images.loading import BadImages, EvalDataset, EvalTransform
 from shared.images.sources import FileSource, ImageSource

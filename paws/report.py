@@ -25,12 +25,9 @@ LABEL_FLAGS = "labels min_confidence labels_per_class subset_path data_seed data
 
 
 def health_rules(num_classes: int, total_steps: int) -> list[HealthRule]:
-    """Signs of a collapse of the pseudo-labels in the lines of the log.
+    """Signs of a collapse of the pseudo-labels, of K = ``num_classes``, in the lines of the log.
 
     The first verdict comes after a quarter of the run: random networks look flat.
-
-    Args:
-        num_classes: K, classes of the supports of all processes.
     """
     first_step = total_steps // 4
     return [

@@ -4,11 +4,11 @@
     torchrun --nproc_per_node=8 eval_knn.py --pretrained_weights resmlp_24_dino --data_path /path/to/imagenet
                                                              # released ResMLP-S24, trained with DINO: 69.4
 
-An image's feature is the mean of its patches, D numbers. Each of the k nearest train images, by cosine similarity s,
-votes for its class with weight exp(s / temperature).
+An image's feature is the mean of its patches, D numbers.
 """
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
@@ -31,9 +31,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return parse_evaluation(get_args_parser(), arguments)
 
 
-def eval_knn(args: argparse.Namespace) -> dict[int, tuple[float, float]] | None:
-    """``{k: (top-1, top-5)}`` in percent on rank 0."""
-    return frozen.eval_knn(args, load_frozen)
+eval_knn = functools.partial(frozen.eval_knn, load_frozen=load_frozen)
 
 
 def main() -> None:

@@ -2,8 +2,8 @@
 
     python -m resmlp.export --pretrained_weights checkpoint.pth --output_dir out
 
-Writes ``resmlp.safetensors`` (timm's names, read here too), ``resmlp_timm.pth`` (a state dict for timm, for the
-published sizes) and ``resmlp.onnx`` (any batch size). Needs the packages of ``pip install -e '.[export]'``.
+Writes the formats of :func:`shared.networks.export.export_network`, that of timm for the published sizes. Needs the
+packages of ``pip install -e '.[export]'``.
 """
 
 import argparse

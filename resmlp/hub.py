@@ -16,8 +16,6 @@ from shared.networks.weights import WeightMismatch, safe_load, select_backbone_w
 
 from .resmlp_models import ARCHITECTURES, ResMLP, resize_cross_patch_layers
 
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
 TIMM_NAMES = {"patch_embed": "stem", "attn": "linear_tokens", "mlp": "mlp_channels", "gamma_": "ls"}
 
 
@@ -76,8 +74,6 @@ CARD = Card(
         for variant in variants
     },
     address="https://dl.fbaipublicfiles.com/deit/",
-    mean=MEAN,
-    std=STD,
     interpolation="bicubic",
     embedded_run="runs/materials/checkpoint.pth",  # where main.py leaves the network of the embedded data
     main="main.py",
@@ -86,6 +82,7 @@ CARD = Card(
     arch_flag="--model",
     weights_flag="--pretrained_weights",
 )
+MEAN, STD = CARD.mean, CARD.std
 
 
 def eval_transform(image_size: int | None, network: ResMLP, trained_with: Mapping) -> Callable:
@@ -99,17 +96,10 @@ def eval_transform(image_size: int | None, network: ResMLP, trained_with: Mappin
 def read_weights(
     pretrained: str | Path, key: str = CARD.checkpoint_key, flag: str = CARD.weights_flag
 ) -> dict[str, Tensor]:
-    """Tensors of a release, a file or an address, under the published names.
+    """Tensors of a release, a file or an address, given as ``flag``, under the published names.
 
-    Files of main.py, of DINO (``teacher`` where nothing else is asked for), of the official code and of timm are
+    Files of main.py, of DINO (``teacher`` where no other ``key`` is asked for), of the official code and of timm are
     understood.
-
-    Args:
-        key: The network to take from a training checkpoint.
-        flag: Where ``pretrained`` was given, for messages.
-
-    Raises:
-        ValueError: If there is no such file, or it holds no network.
     """
     checkpoint = safe_load(networks.locate(CARD, pretrained, flag))
     if isinstance(checkpoint, Mapping) and "teacher" in checkpoint and key == CARD.checkpoint_key:
@@ -156,7 +146,6 @@ def load_network(
 
     Args:
         pretrained: A release (``resmlp_24_dist``), a file of any layout or an address.
-        key: The network to take from a training checkpoint.
         img_size: Side of the images in pixels; None: that of the weights, else the cross-patch layers are interpolated.
         classifier: Whether to keep the classifier; without it the network maps images to features.
     """
@@ -171,7 +160,6 @@ def load_network(
 
 
 # --- torch.hub --------------------------------------------------------------------------------------------------------
-
 
 DOCS = {
     "resmlp_12": "ResMLP-S12 (76.6 on ImageNet; ``dist``: distilled, 77.8; ``dino``: self-supervised, k-NN 62.6).",

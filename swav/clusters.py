@@ -37,7 +37,7 @@ from shared.run.flags import add_reading_flags
 from swav import evaluation
 from swav.cluster_pictures import save_overview, save_sheets, save_usage
 from swav.clustering import Clustering, assign, describe, summarise
-from swav.hub import CARD, EMBEDDED_RUN, load_network
+from swav.hub import CARD, load_network
 from swav.resnet50 import MultiPrototypes, PrototypeNetwork
 
 UNREADABLE = -2  # in place of a label
@@ -69,7 +69,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    return parse_evaluation(get_args_parser(), arguments, pretrained=EMBEDDED_RUN, output_dir="runs/materials/clusters")
+    return parse_evaluation(
+        get_args_parser(), arguments, pretrained=CARD.embedded_run, output_dir="runs/materials/clusters"
+    )
 
 
 def cluster_images(args: argparse.Namespace) -> dict | None:

@@ -3,11 +3,11 @@
     python eval_knn.py                                       # embedded materials, weights of the run in runs/materials
     torchrun --nproc_per_node=8 eval_knn.py --data_path /path/to/imagenet         # released SwAV, 800 epochs
 
-An image's feature is the output of the trunk (2048 numbers for a ResNet-50), before the projection head. Each of the k
-nearest train images, by cosine similarity s, votes for its class with weight exp(s / temperature).
+An image's feature is the output of the trunk (2048 numbers for a ResNet-50), before the projection head.
 """
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from shared import distributed
 from shared.evaluation import frozen
 from shared.evaluation.flags import add_data_flags, add_knn_flags, parse_evaluation
 from swav.evaluation import evaluation_parser, load_frozen
-from swav.hub import EMBEDDED_RUN
+from swav.hub import CARD
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -28,12 +28,10 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    return parse_evaluation(get_args_parser(), arguments, pretrained=EMBEDDED_RUN)
+    return parse_evaluation(get_args_parser(), arguments, pretrained=CARD.embedded_run)
 
 
-def eval_knn(args: argparse.Namespace) -> dict[int, tuple[float, float]] | None:
-    """``{k: (top-1, top-5)}`` in percent on rank 0."""
-    return frozen.eval_knn(args, load_frozen)
+eval_knn = functools.partial(frozen.eval_knn, load_frozen=load_frozen)
 
 
 def main() -> None:

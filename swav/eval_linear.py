@@ -28,7 +28,7 @@ from shared.networks.batchnorm import synchronize_batchnorm
 from shared.networks.weights import weights_checksum
 from shared.run.flags import bool_flag
 from swav.evaluation import evaluation_parser, load_frozen
-from swav.hub import CARD, EMBEDDED_RUN, LINEAR_CLASSIFIER, fetch
+from swav.hub import CARD, LINEAR_CLASSIFIER, fetch
 from swav.resnet50 import PrototypeNetwork, ResNet
 
 # A run that is resumed must have these as they were.
@@ -69,7 +69,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "lr": 0.03,
         "output_dir": "runs/materials/linear",
     }
-    return parse_evaluation(get_args_parser(), arguments, pretrained=EMBEDDED_RUN, **embedded)
+    return parse_evaluation(get_args_parser(), arguments, pretrained=CARD.embedded_run, **embedded)
 
 
 def eval_linear(args: argparse.Namespace) -> dict[str, float]:

@@ -30,7 +30,7 @@ from shared.networks.batchnorm import synchronize_batchnorm
 from shared.networks.weights import weights_checksum
 from shared.run import randomness
 from swav.evaluation import choose_network, evaluation_parser, load_chosen
-from swav.hub import CARD, EMBEDDED_RUN, load_network
+from swav.hub import CARD, load_network
 from swav.resnet50 import PrototypeNetwork
 
 # A run that is resumed must have these as they were.
@@ -62,7 +62,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     embedded = {"num_labels": 12, "crop_scale": (0.6, 1.0), "lr": 0.003, "lr_last_layer": 0.03}
-    embedded |= {"pretrained": EMBEDDED_RUN, "output_dir": "runs/materials/semisup"}
+    embedded |= {"pretrained": CARD.embedded_run, "output_dir": "runs/materials/semisup"}
     return parse_evaluation(get_args_parser(), arguments, **embedded)
 
 

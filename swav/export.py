@@ -2,8 +2,7 @@
 
     python -m swav.export --arch resnet50 --pretrained checkpoint.pth.tar --output_dir out
 
-Writes ``<arch>.safetensors`` (names of the published checkpoints), ``<arch>_torchvision.pth`` or ``<arch>_timm.pth`` (a
-state dict that these libraries load) and ``<arch>.onnx`` (any batch size). Needs the packages of
+Writes the formats of :func:`shared.networks.export.export_network`. Needs the packages of
 ``pip install -e '.[export]'``.
 """
 

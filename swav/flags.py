@@ -12,14 +12,6 @@ SYNC_BN = ("pytorch", "apex", "none")
 MINIMUM = {"epochs": 1, "batch_size": 1, "feat_dim": 1, "hidden_mlp": 0, "log_freq": 1, "syncbn_process_group_size": 1}
 
 
-def add_data_flags(parser: argparse.ArgumentParser) -> Callable:
-    """Where the images come from and how they are loaded."""
-    add = flags.add_data_flags(parser)
-    workers = "loader processes per rank; None: cores per rank less one, at most 10"
-    add("--workers", "--num_workers", type=int, default=None, dest="num_workers", help=workers)
-    return add
-
-
 def add_view_flags(parser: argparse.ArgumentParser) -> Callable:
     """Multi-crop."""
     add = parser.add_argument_group("views").add_argument

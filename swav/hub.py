@@ -18,9 +18,6 @@ from shared.networks.weights import WeightMismatch
 from . import resnet50
 from .resnet50 import LibraryNetwork, PrototypeNetwork
 
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.228, 0.224, 0.225)  # 0.228, not ImageNet's 0.229: the released weights were trained with it
-EMBEDDED_RUN = "runs/materials/checkpoint.pth.tar"  # where main_swav.py leaves the network of the embedded data
 RESNETS = ("resnet50", "resnet50w2", "resnet50w4", "resnet50w5")
 HEADS = ("output_dim", "hidden_mlp", "nmb_prototypes", "normalize")
 
@@ -29,19 +26,12 @@ HEADS = ("output_dim", "hidden_mlp", "nmb_prototypes", "normalize")
 
 
 def build_network(arch: str, img_size: int = 224, in_chans: int = 3, **options) -> PrototypeNetwork:
-    """Build a randomly initialised network; without an ``output_dim`` it maps images to features (B, embed_dim).
+    """A randomly initialised network; without an ``output_dim`` it maps images to features (B, ``embed_dim``).
 
     Args:
         arch: ``resnet50``, ``resnet50w2``, ``resnet50w4``, ``resnet50w5``, or a model of torchvision or timm.
         img_size: Side in pixels of the images for which position embeddings are made; convnets have none.
-        in_chans: Channels of the images.
         options: Of the heads, see :meth:`swav.resnet50.PrototypeNetwork.add_heads`, and of the trunk.
-
-    Returns:
-        The network, with an attribute ``embed_dim``.
-
-    Raises:
-        ValueError: If the name is unknown.
     """
     if arch in RESNETS:
         return getattr(resnet50, arch)(in_chans=in_chans, **options)
@@ -98,14 +88,14 @@ CARD = Card(
     build=build_network,
     releases={name: release(name) for name in NAMES},
     address="https://dl.fbaipublicfiles.com/deepcluster/",
-    mean=MEAN,
-    std=STD,
     interpolation="bilinear",
-    embedded_run=EMBEDDED_RUN,
+    std=(0.228, 0.224, 0.225),  # 0.228, not ImageNet's 0.229: the released weights were trained with it
+    embedded_run="runs/materials/checkpoint.pth.tar",  # where main_swav.py leaves the network of the embedded data
     main="main_swav.py",
     head_names=("projection_head", "prototypes"),
     sizes=sizes,
 )
+MEAN, STD = CARD.mean, CARD.std
 ENTRIES = networks.hub_entries(CARD)
 LINEAR_CLASSIFIER = "swav_800ep_eval_linear.pth.tar"  # of swav_800ep
 fetch = functools.partial(networks.fetch, CARD)

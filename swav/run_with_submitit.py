@@ -3,9 +3,6 @@
     python run_with_submitit.py --nodes 8 --ngpus 8 --partition gpu --data_path /path/to/imagenet/train \\
         --dump_path /path/to/runs/%j
     python run_with_submitit.py --method deepclusterv2 --nodes 8 --ngpus 8 ...
-
-The job requeues itself when it is preempted or reaches its time limit, and resumes where it stopped. ``--cluster
-local`` runs the same processes on this machine, ``--cluster debug`` trains in this process.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python -m xcit.export --model xcit_small_12_p16 --pretrained checkpoint.pth --output_dir out
 
-Writes ``<model>.safetensors`` (timm's names, read here too), ``<model>_timm.pth`` (a state dict with timm's names) and
-``<model>.onnx`` (any batch size). Needs the packages of ``pip install -e '.[export]'``.
+Writes the formats of :func:`shared.networks.export.export_network`. Needs the packages of
+``pip install -e '.[export]'``.
 """
 
 import sys

@@ -12,8 +12,6 @@ from shared.networks.names import join_qkv, renamed, split_qkv
 
 from .cross_covariance_transformer import ARCHITECTURES, XCiT, build_xcit
 
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
 CROP_RATIO = 0.875  # of the centre crop and the resized short side; 1 for the published numbers (--full_crop)
 VARIANTS = ("224", "224_dist", "384_dist")  # pixels of the (last) training, distilled or not
 
@@ -25,9 +23,6 @@ def build_network(name: str, num_classes: int, img_size: int | None = None, **op
         name: A published XCiT (``xcit_small_12_p16``), or, to compare with, a model of timm or of torchvision.
         img_size: Side of the images in pixels, for timm's networks whose weights depend on it.
         options: ``in_chans``, ``drop_rate`` and ``drop_path_rate``.
-
-    Raises:
-        ValueError: If the name is unknown.
     """
     if name in ARCHITECTURES:
         return build_xcit(name, num_classes=num_classes, **options)
@@ -41,7 +36,6 @@ def build_backbone(arch: str, **options) -> XCiT:
 
 # --- Weights ----------------------------------------------------------------------------------------------------------
 
-
 CARD = Card(
     name="xcit",
     build=build_backbone,
@@ -54,28 +48,19 @@ CARD = Card(
         for patch_size in (16, 8)
     },
     address="https://dl.fbaipublicfiles.com/xcit/",
-    mean=MEAN,
-    std=STD,
     interpolation="bicubic",
     embedded_run="runs/materials/checkpoint.pth",
     main="main.py",
     checkpoint_key="model",
     arch_flag="--model",
 )
+MEAN, STD = CARD.mean, CARD.std
 
 
 def read_weights(
     pretrained: str | Path, key: str = CARD.checkpoint_key, flag: str = CARD.weights_flag
 ) -> dict[str, Tensor]:
-    """Tensors of a release, a file or an address, under the published names.
-
-    Args:
-        key: The network to take from a training checkpoint.
-        flag: Where ``pretrained`` was given, for messages.
-
-    Raises:
-        ValueError: If there is no such file, or it holds no network.
-    """
+    """Tensors of a release, a file or an address, given as ``flag``, under the published names."""
     return from_timm(networks.read_weights(CARD, networks.locate(CARD, pretrained, flag), key).tensors)
 
 
@@ -100,10 +85,7 @@ def load_network(model: str, pretrained: str | Path = "", key: str = CARD.checkp
     A file without a classifier gives a network without one, which maps images to features.
 
     Args:
-        model: A name of ``ARCHITECTURES``.
-        pretrained: A release, a file of any layout or an address; ``""``: the release at 224 pixels without
-            distillation.
-        key: The network to take from a training checkpoint.
+        pretrained: A release, a file or an address; ``""``: the release at 224 pixels without distillation.
     """
     pretrained = pretrained or f"{model}_224"
     tensors = read_weights(pretrained, key)

@@ -2,9 +2,6 @@
 
     python run_with_submitit.py --nodes 1 --ngpus 8 --partition gpu --model xcit_small_12_p16 --batch-size 128 \\
         --drop-path 0.05 --data-path /path/to/imagenet --output_dir /path/to/runs/%j
-
-The job requeues itself when it is preempted or reaches its time limit, and resumes where it stopped. ``--cluster
-local`` runs the same processes on this machine, ``--cluster debug`` trains in this process.
 """
 
 import sys
@@ -18,7 +15,7 @@ from xcit import main as training
 
 
 def main(arguments: list[str] | None = None) -> None:
-    slurm.submit_training(training, training.train_xcit, __doc__, "xcit", arguments)
+    slurm.submit_training(training, training.train_xcit, __doc__, arguments)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from resmlp.translation.corpus import open_vocabulary, pad, read_lines
 from resmlp.translation.sequence_models import EOS, Translator
 from shared import distributed
 from shared.networks.weights import safe_load
-from shared.run.flags import Parser
+from shared.run.flags import Parser, add_device_flag
 
 NETWORK_FLAGS = ("network", "dim", "hidden_dim", "depth", "heads", "max_length", "layer_scale")
 
@@ -38,7 +38,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--beam", type=int, default=4, help="hypotheses of the beam search")
     add("--length_penalty", type=float, default=0.6, help="0 prefers short translations, 1 scores per token")
     add("--batch_sentences", type=int, default=64, help="sentences translated at once")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add_device_flag(add)
     return parser
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from shared import distributed
 from shared.images.loading import default_num_workers
 from shared.networks.weights import flags_of_training, safe_load
-from shared.run.flags import add_reading_flags, bool_flag, parse_with_embedded_defaults
+from shared.run.flags import add_device_flag, add_reading_flags, bool_flag, parse_with_embedded_defaults
 
-POSITIVE = ("epochs", "batch_size", "image_size", "val_freq", "num_blocks", "images_per_sheet", "max_sheets")
+MINIMUM = dict.fromkeys("epochs batch_size image_size val_freq num_blocks images_per_sheet max_sheets".split(), 1)
 
 
 def add_labelled_flags(parser: argparse.ArgumentParser, data_flag: str = "--data_path") -> Callable:
@@ -71,8 +71,7 @@ def add_process_flags(
     add = parser.add_argument_group(title).add_argument
     workers = default_num_workers() if num_workers is None else num_workers
     add("--num_workers", "--workers", type=int, default=workers, help="loader processes per rank")
-    kinds, number = ("auto", "cpu", "cuda"), "auto: a GPU if there is one; the number of cuda:0 is ignored"
-    add("--device", type=lambda text: text.split(":")[0], default="auto", choices=kinds, help=number)
+    add_device_flag(add)
     if launcher:
         add("--dist_url", default="env://", help="rendezvous of the processes")
         for names in (("--local_rank", "--local-rank"), ("--rank",), ("--world_size",)):
@@ -83,16 +82,7 @@ def parse_evaluation(
     parser: argparse.ArgumentParser, arguments: Sequence[str] | None, **embedded_defaults
 ) -> argparse.Namespace:
     """Parse and check; without images the defaults are those of the embedded materials."""
-    args = parse_with_embedded_defaults(parser, arguments, embedded_defaults, {})
-    check_positive(parser, args)
-    return args
-
-
-def check_positive(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End the program with a message where a number must be at least 1 and is not."""
-    for flag in POSITIVE:
-        if (value := getattr(args, flag, None)) is not None and value < 1:
-            parser.error(f"--{flag} {value} is less than 1")
+    return parse_with_embedded_defaults(parser, arguments, embedded_defaults, MINIMUM)
 
 
 # --- Flags that the checkpoint answers --------------------------------------------------------------------------------

@@ -70,7 +70,9 @@ def bad_images_of(args: argparse.Namespace, source: ImageSource, list_path: Path
 def eval_knn(
     args: argparse.Namespace, load_frozen: Callable[[argparse.Namespace], tuple[nn.Module, EvalTransform]]
 ) -> dict[int, tuple[float, float]] | None:
-    """Weighted k-NN classification with the features of a frozen network.
+    """Weighted k-NN classification with the features of a frozen network (Caron et al. 2021, section 4.1).
+
+    Each of the k nearest train images, by cosine similarity s, votes for its class with weight exp(s / temperature).
 
     Args:
         args: Flags of :mod:`shared.evaluation.flags` for labelled images and k-NN.

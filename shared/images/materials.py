@@ -11,6 +11,7 @@ jitter change too: what a method can learn to ignore, while pixels cannot.
 import argparse
 import os
 import sys
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,7 +161,7 @@ def load_materials(split: str, cache_root: str | os.PathLike | None = None) -> M
     try:
         with np.load(file, allow_pickle=False) as arrays:
             return Materials(**arrays)
-    except (OSError, EOFError, ValueError, KeyError):  # not there yet, or torn
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):  # not there yet, or torn
         drawn = draw_materials(NUMBERS[split], seed=SEEDS[split])
     own = file.with_name(f"{file.stem}.{os.getpid()}.npz")
     try:

@@ -68,6 +68,7 @@ def launcher_parser(
 ) -> argparse.ArgumentParser:
     """The parser of a training with the flags of the job, and the first paragraph of the launcher's docstring."""
     parser.description = docstring.split("\n\n")[0]
+    parser.epilog = "The job resumes where it stopped after a preemption or its time limit: it requeues itself."
     add_slurm_flags(parser, job_name)
     parser.set_defaults(**defaults)
     return parser
@@ -84,19 +85,19 @@ def submit_training(
     script: ModuleType,
     train: Callable[[argparse.Namespace], object],
     docstring: str,
-    job_name: str,
     arguments: list[str] | None = None,
 ) -> None:
     """``main`` of a launcher: the flags of a training script and those of the job, then :func:`submit`.
 
     Args:
-        script: Has ``get_args_parser`` and ``parse_args``.
+        script: Has ``get_args_parser`` and ``parse_args``; the name of its folder is that of the job.
         docstring: Of the launcher.
     """
     from shared import distributed  # imports torch
 
+    parser = launcher_parser(script.get_args_parser(), docstring, script.__name__.partition(".")[0])
     with distributed.clean_exit():
-        submit(train, script.parse_args(arguments, launcher_parser(script.get_args_parser(), docstring, job_name)))
+        submit(train, script.parse_args(arguments, parser))
 
 
 def submit(train: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> submitit.Job | None:

@@ -1,6 +1,6 @@
 """What a folder says about its networks: the ``CARD`` and the ``ENTRIES`` of its ``hub.py``.
 
-    CARD = Card("paper", build, RELEASES, address, MEAN, STD, "bicubic", embedded_run, "main_paper.py", ...)
+    CARD = Card("paper", build, RELEASES, address, embedded_run, "main_paper.py", "bicubic", ...)
     ENTRIES = hub_entries(CARD)
 
 A card is data and two functions; what reads it is in :mod:`shared.networks.pretrained`,
@@ -57,10 +57,10 @@ class Card:
             (B, C, H, W) to the representation (B, D), with random weights and the published names.
         releases: By name; the first one of an architecture is taken where no file is given.
         address: Where the files are; the environment variable ``<NAME>_WEIGHTS_URL`` replaces it.
-        mean, std: Of the images, per channel, for pixels in [0, 1].
-        interpolation: Of the resizing before a centre crop.
         embedded_run: What ``main`` leaves without images: the checkpoint, or its folder.
         main: The script that trains.
+        interpolation: Of the resizing before a centre crop.
+        mean, std: Of the images, per channel, for pixels in [0, 1]; by default those of ImageNet.
         checkpoint_key: The network to take from a training checkpoint.
         head_names: Modules there that are no part of the representation.
         sizes: ``sizes(arch, tensors)`` gives the arguments of ``build`` that a file tells; raises WeightMismatch for
@@ -72,11 +72,11 @@ class Card:
     build: Callable[..., nn.Module]
     releases: Mapping[str, Release]
     address: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str
     embedded_run: str
     main: str
+    interpolation: str
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
     checkpoint_key: str = "teacher"
     head_names: tuple[str, ...] = ()
     sizes: Callable[[str, Mapping[str, Tensor]], dict[str, int]] = positions_of

@@ -9,7 +9,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import safetensors.torch
@@ -32,29 +32,37 @@ class ExportMismatch(ValueError):
     """An exported network does not compute what the torch network computes."""
 
 
-@torch.no_grad()
-def check_outputs(name: str, network: Callable[[Tensor], Tensor], backbone: nn.Module, image_size: list[int]) -> None:
-    """Compare the features of random images, one and several at once, and print the largest difference.
+def check_equal(name: str, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Compare the features that an exported network and the torch network give, and print the largest difference.
 
     Args:
-        name: File name, for messages.
-        network: Maps images (B, C, H, W) to features (B, D), read back from the file.
-        backbone: The torch network.
-        image_size: Height and width in pixels.
+        name: Of the file, for messages.
+        pairs: Of both networks, for the same inputs.
 
     Raises:
         ExportMismatch: If a difference exceeds ``TOLERANCE`` of the largest feature, or is not finite.
     """
-    generator = torch.Generator().manual_seed(0)
     largest = 0.0
-    for batch_size in (1, 3):
-        images = torch.randn(batch_size, input_channels(backbone), *image_size, generator=generator)
-        expected = backbone(images)
-        difference = ((network(images) - expected).abs().max() / expected.abs().max()).item()
+    for features, expected in pairs:
+        difference = float(abs(features - expected).max() / abs(expected).max())
         if not difference <= TOLERANCE:
             raise ExportMismatch(f"{name} differs from the torch network by {difference:.1e} of the largest feature")
         largest = max(largest, difference)
     print(f"{name}: equal to the torch network up to {largest:.0e} of the largest feature")
+
+
+@torch.no_grad()
+def check_outputs(name: str, network: Callable[[Tensor], Tensor], backbone: nn.Module, image_size: list[int]) -> None:
+    """:func:`check_equal` for random images, one and several at once.
+
+    Args:
+        network: Maps images (B, C, H, W) to features (B, D), read back from the file.
+        backbone: The torch network.
+        image_size: Height and width in pixels.
+    """
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(size, input_channels(backbone), *image_size, generator=generator) for size in (1, 3)]
+    check_equal(name, ((network(images), backbone(images)) for images in batches))
 
 
 @contextlib.contextmanager
@@ -96,38 +104,47 @@ def as_texts(values: Mapping) -> dict[str, str]:
 
 def write_onnx(network: nn.Module, image_size: Sequence[int], header: Mapping[str, str], path: Path) -> None:
     """ONNX file with input ``images`` (batch, C, H, W) and output ``features`` (batch, D); H and W are fixed."""
-    if not all(importlib.util.find_spec(package) for package in ("onnx", "onnxruntime")):
-        raise ValueError("ONNX files need the packages of `pip install -e '.[export]'`")
-    import onnx  # an optional dependency
-
     if hasattr(network, "interpolate_pos_encoding"):  # positions for this size become a constant of the file
         network = copy.deepcopy(network)
         positions = network.interpolate_pos_encoding(*image_size).detach()
         network.interpolate_pos_encoding = lambda *_: positions
-    with torch.no_grad(), warnings.catch_warnings():
-        # dynamo=False: the exporter that every supported torch has, in a tenth of the time
-        warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # checks of the image size, which is fixed here
-        torch.onnx.export(
-            network,
-            (torch.zeros(2, input_channels(network), *image_size),),
-            path,
-            input_names=["images"],
-            output_names=["features"],
-            dynamic_axes={"images": {0: "batch"}, "features": {0: "batch"}},
-            opset_version=17,
-            dynamo=False,
-        )
+    images = torch.zeros(2, input_channels(network), *image_size)
+    trace_onnx(network, (images,), {"images": {0: "batch"}, "features": {0: "batch"}}, path)
+    import onnx  # an optional dependency
+
     model = onnx.load(path)
     onnx.helper.set_model_props(model, header)
     onnx.save(model, path)
 
 
-def read_onnx(path: Path) -> Callable[[Tensor], Tensor]:
+def trace_onnx(network: nn.Module, inputs: tuple[Tensor, ...], axes: dict[str, dict[int, str]], path: Path) -> None:
+    """ONNX file of a network.
+
+    Args:
+        axes: The dimensions of any size by the names of the inputs and, last, of the output.
+    """
+    if not all(importlib.util.find_spec(package) for package in ("onnx", "onnxruntime")):
+        raise ValueError("ONNX files need the packages of `pip install -e '.[export]'`")
+    *names, output = axes
+    options = {"input_names": names, "output_names": [output], "dynamic_axes": axes, "opset_version": 17}
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # whoever writes a file compares what it computes
+        # dynamo=False: the exporter that every supported torch has, in a tenth of the time
+        torch.onnx.export(network, inputs, path, **options, dynamo=False)
+
+
+def read_onnx(path: Path) -> Callable[..., Tensor]:
+    """The network of a file, which maps its inputs to its output."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    names = [given.name for given in session.get_inputs()]
+
+    def network(*inputs: Tensor) -> Tensor:
+        arrays = (tensor.numpy() for tensor in inputs)
+        return torch.from_numpy(session.run(None, dict(zip(names, arrays, strict=True)))[0])
+
+    return network
 
 
 def export_transformers(card: Card, network: nn.Module, folder: Path, model: str) -> Path:

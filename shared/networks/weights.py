@@ -335,7 +335,6 @@ class LoadReport:
 def load_backbone_weights(
     backbone: nn.Module,
     weights: str | Path | BackboneWeights,
-    checkpoint_key: str = "teacher",
     allow_partial: bool = False,
 ) -> LoadReport:
     """Fill a backbone from a file of any layout and print how many entries matched.
@@ -347,7 +346,6 @@ def load_backbone_weights(
     Args:
         backbone: Network without a head.
         weights: A file, or what :func:`read_backbone_weights` returned.
-        checkpoint_key: The network to take from a training checkpoint.
         allow_partial: Load what matches when it is not everything.
 
     Raises:
@@ -355,7 +353,7 @@ def load_backbone_weights(
             ``allow_partial``; or if none does, or a weight is not finite.
     """
     if not isinstance(weights, BackboneWeights):
-        weights = read_backbone_weights(weights, checkpoint_key)
+        weights = read_backbone_weights(weights)
     target = backbone.state_dict()
     tensors = _renamed_for(backbone, target, weights.tensors)
 

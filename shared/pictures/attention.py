@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from shared.images.decode import read_image
 from shared.images.sources import open_source
 from shared.multicrop import normalize_views
+from shared.run.flags import add_device_flag
 
 from .sheets import Tile, colorize, magnify, normalised_pixels, save_sheet, write_png
 
@@ -32,7 +33,7 @@ def add_image_flags(parser: argparse.ArgumentParser) -> Callable[..., argparse.A
     add("--image_size", type=int, nargs="+", default=[480, 480], help="height and width, or the short side, in pixels")
     add("--threshold", type=float, default=None, help="also show the patches that hold this share of the attention")
     add("--output_dir", default=".", help="where the pictures go")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add_device_flag(add)
     return add
 
 

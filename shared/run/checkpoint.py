@@ -146,7 +146,7 @@ def verify(path: Path) -> int:
     return zlib.crc32(repr(records).encode())
 
 
-def load_latest(path: str | Path, map_location: str | torch.device = "cpu") -> dict | None:
+def load_latest(path: str | Path) -> dict | None:
     """The newest intact checkpoint among ``path`` and its ``.previous``, or None if neither exists.
 
     Every process must call this. A damaged newest file is reported on standard output and put aside as ``*.damaged``,
@@ -162,7 +162,7 @@ def load_latest(path: str | Path, map_location: str | torch.device = "cpu") -> d
         try:
             # files of torch < 1.6 are no zip archives and carry no checksum
             checksum = candidate.stat().st_size if _is_legacy(candidate) else verify(candidate)
-            state = safe_load(candidate, map_location=map_location)
+            state = safe_load(candidate)
             break
         except FileNotFoundError:
             continue

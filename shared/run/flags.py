@@ -4,7 +4,7 @@ import argparse
 import difflib
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
 from shared import distributed
@@ -61,18 +61,24 @@ def add_reading_flags(add: Callable) -> None:
 def add_data_flags(parser: argparse.ArgumentParser) -> Callable:
     """Where the images come from; returns the ``add_argument`` of the group for further flags."""
     add = parser.add_argument_group("data").add_argument
-    add(
-        "--data_path",
-        default=None,
-        help="training images: folder, list or torchvision name; default: the embedded ones",
-    )
+    images = "training images: folder, list or torchvision name; default: the embedded ones"
+    add("--data_path", default=None, help=images)
     add("--val_path", default=None, help="images to evaluate on; by default those that belong to --data_path")
     add_reading_flags(add)
+    workers = "loader processes per rank; None: cores per rank less one, at most 10"
+    add("--num_workers", "--workers", type=int, default=None, help=workers)
     add("--in_chans", type=int, default=3, choices=(1, 3), help="channels of the images")
     add("--cache", default="none", help="decoded images: none, memory, or a folder for a memory-mapped file")
     add("--on_bad_image", default="replace", choices=("replace", "error"), help="what an unreadable image does")
     add("--max_bad_fraction", type=float, default=0.01, help="stop when more images than this share are unreadable")
     return add
+
+
+def add_device_flag(add: Callable) -> None:
+    """A device as released configuration files name it, with the ``add_argument`` of a group."""
+    number = "auto: a GPU if there is one; the number of cuda:0 is ignored: launchers choose among GPUs"
+    kinds = ("auto", "cpu", "cuda")
+    add("--device", type=lambda text: text.split(":")[0], default="auto", choices=kinds, help=number)
 
 
 def add_run_flags(parser: argparse.ArgumentParser, knn: bool = True, pictures: bool = True) -> Callable:
@@ -107,7 +113,7 @@ def parse_with_embedded_defaults(
     parser: argparse.ArgumentParser,
     arguments: Sequence[str] | None,
     embedded_defaults: dict,
-    minimum: dict[str, float],
+    minimum: Mapping[str, float],
     data_flag: str = "data_path",
 ) -> argparse.Namespace:
     """Parse a command line; without a value of ``data_flag`` the defaults are those of the embedded data.
@@ -121,10 +127,16 @@ def parse_with_embedded_defaults(
     if not getattr(args, data_flag):
         parser.set_defaults(**embedded_defaults)
         args = parser.parse_args(arguments)
-    for flag, least in minimum.items():
-        if getattr(args, flag) < least:
-            parser.error(f"--{flag} {getattr(args, flag)} is less than {least}")
+    check_minimum(parser, args, minimum)
     return args
+
+
+def check_minimum(parser: argparse.ArgumentParser, args: argparse.Namespace, minimum: Mapping[str, float]) -> None:
+    """End the program with a message if a flag is less than it may be; flags without a value are left out."""
+    for flag, least in minimum.items():
+        value = getattr(args, flag, None)
+        if value is not None and value < least:
+            parser.error(f"--{flag} {value} is less than {least}")
 
 
 def tell_embedded_defaults(data: str | None, embedded_defaults: dict, data_flag: str = "--data_path") -> None:

@@ -80,9 +80,13 @@ class RunLog:
         log_freq: Steps per line of ``metrics.jsonl``.
         tensorboard: Also write TensorBoard events to ``<output_dir>/tensorboard``.
         resumed: Whether :meth:`load_state_dict` will follow; otherwise files that exist are put aside.
-        unit: What a batch consists of; lines state how many of them per second.
         name: Of a run beside the one that owns the folder: the files are ``<name>.jsonl`` and ``<name>.txt``.
+
+    Attributes:
+        unit: What a batch consists of; lines state how many of them per second.
     """
+
+    unit = "images"
 
     def __init__(
         self,
@@ -91,7 +95,6 @@ class RunLog:
         log_freq: int = 10,
         tensorboard: bool = False,
         resumed: bool = False,
-        unit: str = "images",
         name: str | None = None,
     ):
         self.files = {
@@ -101,7 +104,6 @@ class RunLog:
         self.attempt = Attempt.current() if name is None else None
         self.total_steps = total_steps
         self.log_freq = log_freq
-        self.unit = unit
         self.window: dict[str, Tensor] = {}  # (sum, count) of each average since the last line
         self.epoch: dict[str, Tensor] = {}  # the same since the start of the epoch
         self.images = 0

@@ -37,25 +37,17 @@ _Loader.add_implicit_resolver(
 )
 
 
-def parse_args_with_config(
-    parser: argparse.ArgumentParser, arguments: list[str] | None = None, flag: str = "fname"
-) -> argparse.Namespace:
-    """Parse the command line with the defaults of the YAML file that it names.
+def parse_args_with_config(parser: argparse.ArgumentParser, arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line with the defaults of the YAML file that it names as ``--fname``, if it does.
 
-    Args:
-        parser: Has ``--<flag>``; its defaults (see ``set_defaults``) give way to the file's values.
-        arguments: The command line's own when None.
-        flag: Flag that names the file; None or empty means that there is none.
-
-    Returns:
-        All flags. A mistake in the file ends the program as one on the command line does, with exit code 2.
+    The parser's own defaults (see ``set_defaults``) give way to the file's values. A mistake in the file ends the
+    program as one on the command line does, with exit code 2.
     """
-    path = getattr(parser.parse_args(arguments), flag)
-    if path:
+    if path := parser.parse_args(arguments).fname:
         try:
             parser.set_defaults(**read_config(path, parser))
         except (ValueError, OSError) as error:
-            parser.error(f"--{flag}: {error}")
+            parser.error(f"--fname: {error}")
     return parser.parse_args(arguments)
 
 
@@ -68,7 +60,7 @@ def read_config(path: str | Path, parser: argparse.ArgumentParser) -> dict:
         OSError: If the file cannot be read.
     """
     try:
-        tree = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+        tree = _load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a YAML file that can be used: {error}") from error
     if not isinstance(tree, dict):
@@ -93,6 +85,14 @@ def read_config(path: str | Path, parser: argparse.ArgumentParser) -> dict:
                 raise ValueError(f"{where}: is there twice")
             values[action.dest] = _checked(item, action, where)
     return values
+
+
+def _load(text: str):
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 def write_config(path: str | Path, args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:

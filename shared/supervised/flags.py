@@ -31,8 +31,6 @@ def add_data_set_flags(parser: argparse.ArgumentParser) -> None:
     """:func:`shared.run.flags.add_data_flags`, and which data set they lead to."""
     add_data_flags(parser)
     add = parser.add_argument_group("data set").add_argument
-    workers = "loader processes per rank; None: cores per rank less one, at most 10"
-    add("--num_workers", type=int, default=None, help=workers)
     known = "CIFAR10, CIFAR100 (or CIFAR): torchvision's, in --data_path; INAT: with its JSON files; else class folders"
     cifar = {"CIFAR": "CIFAR100"}
     add("--data-set", default="IMNET", choices=DATA_SETS, help=known, type=lambda name: cifar.get(name, name))

@@ -7,7 +7,6 @@ import hubconf
 from contriever import export, run_with_submitit, train
 from contriever.encoder import load_retriever, pad
 from contriever.text import documentation
-from shared.networks.export import ExportMismatch
 from tests.contriever.tiny import tiny_retriever
 
 TEXTS = ["the wing of a thin plate", "heat"]
@@ -27,12 +26,6 @@ def test_exported_files_give_the_same_vectors(normalized, tmp_path):
     inputs = {"input_ids": ids.numpy(), "attention_mask": mask.long().numpy()}
     (vectors,) = onnxruntime.InferenceSession(str(files["onnx"])).run(None, inputs)
     np.testing.assert_allclose(vectors, expected, atol=1e-5)
-
-
-def test_a_file_that_gives_other_vectors_is_an_error():
-    vectors = np.ones((2, 3))
-    with pytest.raises(ExportMismatch, match="x differs from the torch network by"):
-        export.check_vectors("x", vectors + 0.01, vectors)
 
 
 def test_hub_entries_read_local_encoders_and_ask_for_nothing_else(tmp_path):

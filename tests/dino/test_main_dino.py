@@ -85,7 +85,8 @@ def test_defaults_are_the_official_ones():
     assert_values_arrive(get_args_parser(), official.split(), parse_args(["--data_path", "/imagenet/train"]))
 
 
-def test_training_writes_the_official_checkpoint_layout(images, tmp_path):
+def test_training_writes_the_official_checkpoint_layout(images, tmp_path, monkeypatch):
+    monkeypatch.undo()  # the networks that the flags name
     written = train(tmp_path, "--data_path", images, "--saveckp_freq", 1)
     assert [line["step"] for line in written] == [1, 2, 3]
     assert abs(written[0]["loss"] - math.log(32)) < 0.5

@@ -20,7 +20,7 @@ from shared.run.log import read_log
 from tests.evidence.runs import PixelFeatures, Variant, in_parallel, linear, main, run_all, spread, table, write
 
 RUN = f"--workers 0 --pictures off --log_freq 20 --checkpoints 0 --eval_knn_freq {10**9}"
-DIGITS = f"{RUN} --arch resnet18 --sobel --crop_size 32 --crop_scale 0.5 1 --pca_dim 64 --batch 32 --epochs 6"
+DIGITS = f"digits {RUN} --arch resnet18 --sobel --crop_size 32 --crop_scale 0.5 1 --pca_dim 64 --batch 32 --epochs 6"
 CLAIMS = [
     Variant("100 clusters", f"{DIGITS} --k 100"),
     Variant("10 clusters, as many as classes", f"{DIGITS} --k 10"),
@@ -67,7 +67,7 @@ def run_and_compare(out: Path, variants: list[Variant], parallel: int, seeds: tu
 
 def claims(out: Path, parallel: int, seeds: tuple[int, ...]) -> None:
     results = run_and_compare(out / "digits", CLAIMS, parallel, seeds)
-    pixels = PixelFeatures(None, None, 32, MEAN, STD)
+    pixels = PixelFeatures("digits", None, 32, MEAN, STD)
     text = f"{table(results, COLUMNS)}\n\nk-NN on raw pixels: {pixels.knn():.1f}"
     write(out, "deepcluster_digits", results, text)
 

@@ -19,6 +19,7 @@ from tests.evidence.runs import PixelFeatures, Variant, in_parallel, linear, mai
 # Runs of 220 steps: the teacher follows fast, the centre faster still, and mild views keep what two of them share well
 # above the ratio of the temperatures, below which every difference between images dies out.
 DIGITS = (
+    "--data_path digits --drop_path_rate 0 "
     "--arch vit_tiny --patch_size 8 --global_crop_size 16 --local_crop_size 8 --local_crops_number 2 --out_dim 256 "
     "--global_crops_scale 0.7 1 --local_crops_scale 0.4 0.7 --blur_radius 0.1 0.3 "
     "--batch_size_per_gpu 32 --lr 0.0005 --epochs 5 --warmup_epochs 1 --freeze_last_layer 0 "
@@ -49,7 +50,7 @@ def claims(out: Path, parallel: int, seeds: tuple[int, ...]) -> None:
     results = run_all("dino", CLAIMS, out / "digits", parallel, seeds)
     columns = {"knn_before": "k-NN before", "knn_last": "k-NN after", "teacher_entropy": "teacher entropy"}
     columns |= {"kl": "KL", "feature_spread": "feature spread"}
-    text = table(results, columns) + f"\n\nk-NN on raw pixels: {PixelFeatures(None, None, 16, MEAN, STD).knn():.1f}"
+    text = table(results, columns) + f"\n\nk-NN on raw pixels: {PixelFeatures('digits', None, 16, MEAN, STD).knn():.1f}"
     write(out, "dino_digits", results, text)
 
 

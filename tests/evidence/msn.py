@@ -33,6 +33,7 @@ SHOTS = (1, 2, 5)
 SPLITS = 3
 LAMBD = 0.0025
 DIGITS = (
+    "--data_path digits "
     "--model_name deit_micro --rand_size 16 --focal_size 12 --focal_views 1 --rand_scale 0.8 1 --focal_scale 0.4 0.7 "
     "--color_jitter_strength 0.2 --blur_radius 0.1 0.3 --num_proto 64 --start_sharpen 0.1 --final_sharpen 0.1 "
     "--hidden_dim 256 --output_dim 64 --batch_size 32 --warmup 1 --start_lr 0.0001 --ema 0.96 1 --num_workers 0 "
@@ -57,6 +58,7 @@ CLAIMS = {
 MSN_TOKENS, DINO_TOKENS = 17 + 3 * (15 + 10), 2 * 17 + 3 * (2 * 17 + 10)
 AGAINST_DINO = "--model_name deit_tiny --patch_size 4 --lr 0.0003"
 DINO = (
+    "--data_path digits --drop_path_rate 0 "
     "--arch vit_tiny --patch_size 4 --global_crop_size 16 --local_crop_size 12 --local_crops_number 1 --out_dim 256 "
     "--global_crops_scale 0.8 1 --local_crops_scale 0.4 0.7 --blur_radius 0.1 0.3 --batch_size_per_gpu 32 "
     "--lr 0.0005 --warmup_epochs 1 --freeze_last_layer 0 --teacher_temp 0.015 --warmup_teacher_temp 0.015 "
@@ -138,8 +140,8 @@ def claims(out: Path, parallel: int, seeds: tuple[int, ...], epochs: int) -> Non
     variants = [Variant(name, f"{DIGITS} --epochs {epochs} {flags}") for name, flags in CLAIMS.items()]
     results = run_all("msn", variants, out, parallel, seeds)
     for result in results:
-        result |= low_shot_of(result, "deit_micro", None, None, 16)
-    text = table(results, COLUMNS) + random_weights(DIGITS, seeds, None, None, 16) + pixels_line(None, None, 16)
+        result |= low_shot_of(result, "deit_micro", "digits", None, 16)
+    text = table(results, COLUMNS) + random_weights(DIGITS, seeds, "digits", None, 16) + pixels_line("digits", None, 16)
     write(out, "msn_digits", results, text)
 
 
@@ -148,12 +150,12 @@ def against_dino(out: Path, parallel: int, seeds: tuple[int, ...], epochs: int) 
     ours = Variant(f"MSN, {epochs} epochs", f"{DIGITS} {AGAINST_DINO} --epochs {epochs}")
     results = run_all("msn", [ours], out, parallel, seeds)
     for result in results:
-        result |= low_shot_of(result, "deit_tiny", None, None, 16)
+        result |= low_shot_of(result, "deit_tiny", "digits", None, 16)
     as_many = max(1, round(epochs * MSN_TOKENS / DINO_TOKENS))
     theirs = Variant(f"DINO, {as_many} epochs", f"{DINO} --epochs {as_many}")
     for result in run_all("dino", [theirs], out, parallel, seeds):
         backbone, _ = dino_hub.load_pretrained("vit_tiny", 4, result["run"] / "checkpoint.pth")
-        results.append(result | low_shot(backbone, None, None, 16))
+        results.append(result | low_shot(backbone, "digits", None, 16))
     columns = {name: COLUMNS[name] for name in ("knn_before", "knn_last", "knn_1", "knn_2", "knn_5", "feature_spread")}
     write(out, "msn_against_dino", results, table(results, columns))
 

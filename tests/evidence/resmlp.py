@@ -39,7 +39,10 @@ NETWORKS = {
     "ViT": "--model vit_tiny_patch16_224 --patch-size 4 --embed-dim 96 --depth 6",
     "ResNet-18": "--model resnet18",
 }
-DIGITS = f"{RUN} --epochs 8 --batch-size 32 --lr 0.016 --warmup-epochs 0 --aa none --reprob 0 --mixup 0 --cutmix 0"
+DIGITS = (
+    f"{RUN} --data_path digits --epochs 8 --batch-size 32 --lr 0.016 --warmup-epochs 0 --aa none --reprob 0 --mixup 0 "
+    "--cutmix 0"
+)
 CIFAR10 = f"{RUN} --epochs 5 --batch-size 64 --lr 0.004 --warmup-epochs 0 --aa none --reprob 0 --mixup 0.2 --cutmix 1"
 TRANSLATION = "--epochs 12 --log_freq 31"
 CLAIMS = [Variant(name, f"{flags} {DIGITS}") for name, flags in NETWORKS.items()]

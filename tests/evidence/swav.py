@@ -17,9 +17,13 @@ from swav.hub import MEAN, STD
 from tests.evidence.runs import PixelFeatures, Variant, in_parallel, linear, main, run_all, spread, table, write
 
 RUN = "--num_workers 0 --pictures off --checkpoint_freq 0"
-# What is not given here is as in EMBEDDED_DATA_DEFAULTS of main_swav.py: 30 prototypes, batches of 64.
+BOTH = (
+    f"{RUN} --log_freq 22 --epochs 18 --data_path digits --arch test_resnet --hidden_mlp 256 --feat_dim 32 "
+    "--nmb_crops 2 --size_crops 32 --min_scale_crops 0.6 --max_scale_crops 1 --blur_radius 0.1 0.5 --batch_size 64 "
+    "--base_lr 2 --warmup_epochs 2"
+)
+DIGITS = f"{BOTH} --nmb_prototypes 30 --epsilon 0.02 --freeze_prototypes_niters 66"
 # A step with small crops takes 1.7 times as long, hence 11 epochs instead of 18.
-DIGITS = f"{RUN} --log_freq 22 --epochs 18"
 MULTI_CROP = "--epochs 11 --nmb_crops 2 4 --size_crops 32 16 --min_scale_crops 0.6 0.5 --max_scale_crops 1 0.8"
 # a quarter of the batch: a quarter of the learning rate, and four times as many steps with frozen prototypes
 SMALL_BATCH = "--batch_size 16 --base_lr 0.5 --freeze_prototypes_niters 264 --log_freq 89"
@@ -30,7 +34,7 @@ CLAIMS = [
     Variant("batch 16 and a queue", f"{DIGITS} {SMALL_BATCH} --queue_length 240 --epoch_queue_starts 3"),
     Variant("100 prototypes", f"{DIGITS} --nmb_prototypes 100"),
     Variant("300 prototypes", f"{DIGITS} --nmb_prototypes 300"),
-    Variant("DeepCluster-v2", DIGITS, "main_deepclusterv2.py"),
+    Variant("DeepCluster-v2", f"{BOTH} --nmb_prototypes 30 30 30", "main_deepclusterv2.py"),
 ]
 COLUMNS = {
     "knn_before": "k-NN before",
@@ -61,7 +65,7 @@ LINEAR = (
 
 def claims(out: Path, parallel: int, seeds: tuple[int, ...]) -> None:
     results = run_all("swav", CLAIMS, out / "digits", parallel, seeds)
-    pixels = PixelFeatures(None, None, 32, MEAN, STD)
+    pixels = PixelFeatures("digits", None, 32, MEAN, STD)
     write(out, "swav_digits", results, f"{table(results, COLUMNS)}\n\nk-NN on raw pixels: {pixels.knn():.1f}")
 
 

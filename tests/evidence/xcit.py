@@ -30,7 +30,10 @@ NETWORKS = {  # about as many multiply-adds: 100 million per image of 64 pixels,
     "ViT": "--model deit_tiny_patch16_224",
     "ResNet": "--model resnet10t",
 }
-DIGITS = f"{RUN} --input-size 64 --epochs 5 --batch-size 32 --lr 0.008 --warmup-epochs 0 --aa none --mixup 0 --cutmix 0"
+DIGITS = (
+    f"{RUN} --data_path digits --input-size 64 --epochs 5 --batch-size 32 --lr 0.008 --warmup-epochs 0 --aa none "
+    "--mixup 0 --cutmix 0"
+)
 CIFAR10 = (
     f"{RUN} --input-size 48 --epochs 5 --batch-size 64 --lr 0.004 --warmup-epochs 0 --aa none --mixup 0.2 --cutmix 1"
 )

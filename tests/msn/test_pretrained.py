@@ -67,7 +67,7 @@ def submitted(monkeypatch):
 
 
 def test_the_official_launch_is_understood(submitted):
-    main_distributed.submit(
+    main_distributed.main(
         "--fname msn/configs/pretrain/msn_vits16.yaml --folder /logs --partition gpu --nodes 2 --tasks-per-node 8 "
         "--time 4300 --data_path /imagenet/train --output_dir /runs/%j".split()
     )
@@ -79,7 +79,7 @@ def test_the_official_launch_is_understood(submitted):
 
 
 def test_linear_evaluation_is_a_job_too(submitted):
-    main_distributed.submit(
+    main_distributed.main(
         "--linear-eval --fname msn/configs/eval/lineval_msn_vits16.yaml --tasks-per-node=8 --data_path /images".split()
     )
     train, args = submitted[0]
@@ -89,6 +89,6 @@ def test_linear_evaluation_is_a_job_too(submitted):
 
 def test_debug_trains_in_this_process(images, tmp_path):
     flags = [*ONE_EPOCH, "--data_path", str(images), "--ngpus", "0", "--output_dir", str(tmp_path / "%j")]
-    main_distributed.submit([*flags, "--cluster", "debug"])
+    main_distributed.main([*flags, "--cluster", "debug"])
     assert len(losses(tmp_path / "debug")) == 3
     assert state_of(tmp_path / "debug")["epoch"] == 1

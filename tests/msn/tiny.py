@@ -43,7 +43,7 @@ TRAININGS = {
         whole=("--model_name", "deit_micro"),
         check_pair=check_names,
         exact=("--drop_path_rate", "0"),
-        launcher=("msn.main_distributed", "submit"),
+        launcher=("msn.main_distributed", "main"),
         job=("--epochs", "20", "--checkpoint_freq", "0"),
     )
 }

@@ -184,7 +184,7 @@ def test_parts_with_other_classes_are_scored_over_those_that_both_have(data, wei
     printed = capsys.readouterr().out
     assert all(f"left out 1 classes only in {part}" in printed for part in ("train: blue", "val: amber"))
     for part, images in (("train", 6), ("test", 3)):  # the labels stay those of the train images
-        assert torch.load(tmp_path / f"{part}labels.pth").tolist() == [1] * images + [2] * images
+        assert torch.load(tmp_path / f"{part}labels.pth", weights_only=True).tolist() == [1] * images + [2] * images
     assert found[3][0] >= 50
     assert probe("swav.eval_linear", weights, tmp_path, tmp_path / "run", *shared)["acc1"] <= 100
     with pytest.raises(ValueError, match="missing blue, additional amber"):

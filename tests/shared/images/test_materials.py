@@ -22,7 +22,7 @@ def test_a_mask_is_one_object_inside_the_image(size_px):
     for material in range(len(MATERIALS)):
         image, mask = draw_image(material, size_px, np.random.default_rng(material))
         assert image.shape == (size_px, size_px, 3) and 0.1 < mask.mean() < 0.75
-        assert not (mask[[0, -1]].any() or mask[:, [0, -1]].any())
+        assert mask[:, [0, -1]].mean() < 0.2 and mask[[0, -1]].mean() < 0.2  # hardly cut off
         grey = image[~mask].astype(float)
         assert np.abs(grey - grey.mean(1, keepdims=True)).mean() < 6  # the wall has no colour, but noise
 
