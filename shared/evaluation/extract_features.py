@@ -39,7 +39,7 @@ from shared.run.flags import Parser, add_reading_flags, bool_flag
 from . import frozen
 from .feature_files import Features, check_suffix, write_features
 from .features import extract_features
-from .flags import add_process_flags, check_positive, take_from_run
+from .flags import add_process_flags, parse_evaluation, take_from_run
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINTS = ("checkpoint.pth", "checkpoint.pth.tar", "*-latest.pth.tar")  # what runs leave in their folders
@@ -72,10 +72,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = get_args_parser()
-    args = parser.parse_args(arguments)
-    check_positive(parser, args)
-    return args
+    return parse_evaluation(get_args_parser(), arguments)
 
 
 # --- Network ----------------------------------------------------------------------------------------------------------
