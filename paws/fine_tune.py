@@ -22,7 +22,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from paws import flags
-from paws.augmentations import Recipe, choose_recipe, fine_tune_view, support_views
+from paws.augmentations import Recipe, fine_tune_view, support_views
 from paws.encoder import build_encoder
 from paws.evaluation import Representation, Validation, eval_transform, open_validation
 from paws.fine_tuning import labelled_batches, resume
@@ -57,7 +57,7 @@ RUN_FLAGS = ("model_name", "in_chans", "lr", "epochs", "batch_size", "seed")
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = flags.new_parser(__doc__)
-    add = flags.add_label_flags(parser)
+    add = flags.add_label_flags(parser, dataset=None)
     add("--num_classes", type=int, default=None, help="outputs of the classifier; by default as many as classes")
     add("--batch_size", type=int, default=256, help="images per process")
     add("--repeat", type=int, default=1, help="passes over the labelled images in an epoch; for very few of them")
@@ -87,7 +87,7 @@ def fine_tune(args: argparse.Namespace) -> dict[str, float]:
     """Fine-tune and validate; loss and accuracies in percent after the last epoch."""
     run = Run(args, args.amp, f"{args.write_tag}.pth.tar", owns_folder=False)
     device = run.device
-    recipe = choose_recipe(args.dataset, args.normalize, args.image_size)
+    recipe = flags.recipe_of_run(args)
 
     # images
     images = open_images(args)

@@ -7,11 +7,12 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from shared.evaluation.flags import flags_of_run, take_from_run
 from shared.run import flags as common
 from shared.run.flags import AnyDashParser, bool_flag
 from shared.run.yaml_config import parse_args_with_config, read_config
 
-from .augmentations import RECIPES
+from .augmentations import RECIPES, Recipe, choose_recipe
 from .hub import CARD
 
 WEIGHTS = "a checkpoint of main.py, or the name of a release"
@@ -40,8 +41,8 @@ def new_parser(docstring: str) -> argparse.ArgumentParser:
     return parser
 
 
-def add_label_flags(parser: argparse.ArgumentParser) -> Callable:
-    """Where the images and their labels come from."""
+def add_label_flags(parser: argparse.ArgumentParser, dataset: str | None = "imagenet") -> Callable:
+    """Where the images and their labels come from, and how they are seen; ``dataset``: see :func:`recipe_of_run`."""
     add = common.add_data_flags(parser)
     add("--root_path", default=None, help="official name of --data_path, together with --image_folder")
     add("--image_folder", default="", help="folder below --root_path")
@@ -51,7 +52,7 @@ def add_label_flags(parser: argparse.ArgumentParser) -> Callable:
     add("--unlabeled_frac", type=float, default=0.9, help="share of labels not to use, where nothing else says which")
     add("--subset_path", default=None, help="list of the labelled images, or the folder with the official lists")
     add("--data_seed", type=int, default=None, help="number of the official CIFAR-10 list; seed of drawn labels")
-    add("--dataset", default="imagenet", choices=DATASETS, help="recipe of the views")
+    add("--dataset", default=dataset, choices=DATASETS, help="recipe of the views; None: that of the training")
     add("--normalize", type=bool_flag, default=True, help="subtract the mean of the channels, divide by their spread")
     add("--image_size", type=int, default=None, help="side of the large views in pixels; by default the recipe's")
     return add
@@ -174,7 +175,7 @@ def parse_with_embedded_defaults(
         args = parse_args_with_config(parser, arguments)
     if args.root_path is not None and args.data_path is None:
         args.data_path = str(args.root_path).rstrip("/") + "/" + args.image_folder.strip("/")
-        if args.dataset.startswith("cifar10"):
+        if (args.dataset or "").startswith("cifar10"):
             parser.error(
                 f"--root_path {args.root_path}: give CIFAR-10 as --data_path cifar10, or as a folder of images"
             )
@@ -189,6 +190,20 @@ def parse_with_embedded_defaults(
         common.shorten_unset_warmup(parser, args, arguments, "warmup", stated=stated)
     check_ranges(parser, args)
     return args
+
+
+def recipe_of_run(args: argparse.Namespace) -> Recipe:
+    """The recipe of an evaluation: what the flags leave open is that of the training behind ``--pretrained``.
+
+    Raises:
+        ValueError: If they name another image size than the training had.
+    """
+    trained_with = flags_of_run(args.pretrained)
+    args.dataset = args.dataset or trained_with.get("dataset") or "imagenet"
+    if trained_with.get("dataset"):
+        seen = choose_recipe(trained_with["dataset"], image_size=trained_with.get("image_size")).large[0]
+        take_from_run(args, {"image_size": seen}, {"image_size": "image_size"}, {})
+    return choose_recipe(args.dataset, args.normalize, args.image_size)
 
 
 def check_ranges(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -26,7 +26,6 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from paws import flags
-from paws.augmentations import choose_recipe
 from paws.evaluation import SoftNearestNeighbours, eval_transform
 from paws.heads import Encoder
 from paws.hub import load_encoder
@@ -46,7 +45,7 @@ EMBEDDED_DATA_DEFAULTS = flags.ON_EMBEDDED | {"output_dir": "runs/materials"}
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = flags.new_parser(__doc__)
-    flags.add_label_flags(parser)
+    flags.add_label_flags(parser, dataset=None)
     add = flags.add_evaluation_flags(parser, batch_size=128)
     add("--pictures", type=bool_flag, default=True, help="also draw the most and the least certain images")
     flags.add_output_flags(parser)
@@ -61,7 +60,7 @@ def label_images(args: argparse.Namespace) -> None:
     """Load the encoder, label the images, write and draw."""
     device = distributed.init(args.dist_url, args.device)
     images = open_images(args)
-    recipe = choose_recipe(args.dataset, args.normalize, args.image_size)
+    recipe = flags.recipe_of_run(args)
     encoder = load_encoder(args.model_name, args.pretrained, args.use_pred).to(device)
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,6 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from paws import flags
-from paws.augmentations import choose_recipe
 from paws.evaluation import SoftNearestNeighbours, eval_transform, open_validation, top_k
 from paws.hub import load_encoder
 from paws.labels import open_images
@@ -27,7 +26,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = flags.new_parser(__doc__)
     add = flags.add_label_flags(parser)
     # with their names in the official script
-    add("--dataset", "--dataset_name", default="imagenet", choices=flags.DATASETS, help="as for main.py")
+    add("--dataset", "--dataset_name", default=None, choices=flags.DATASETS, help="as for main.py")
     add("--data_seed", "--split_seed", type=split_number, default=None, help="as for main.py")
     flags.add_evaluation_flags(parser, batch_size=64)
     return parser
@@ -47,7 +46,7 @@ def snn_eval(args: argparse.Namespace) -> tuple[float, float]:
     device = distributed.init(args.dist_url, args.device)
     images = open_images(args)
     validation = open_validation(images, args.data_path, args.val_path, **reading(args))
-    recipe = choose_recipe(args.dataset, args.normalize, args.image_size)
+    recipe = flags.recipe_of_run(args)
     encoder = load_encoder(args.model_name, args.pretrained, args.use_pred).to(device)
     classifier = SoftNearestNeighbours(
         images, recipe, args.temperature, device, args.num_workers, args.use_pred, args.batch_size

@@ -21,7 +21,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from paws import flags
-from paws.augmentations import Recipe, choose_recipe, support_views
+from paws.augmentations import Recipe, support_views
 from paws.evaluation import SoftNearestNeighbours, build_snn_monitor
 from paws.fine_tuning import labelled_batches, resume
 from paws.hub import load_encoder
@@ -46,7 +46,7 @@ RUN_FLAGS = ("model_name", "lr", "epochs", "supervised_batch_size", "supervised_
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = flags.new_parser(__doc__)
-    add = flags.add_label_flags(parser)
+    add = flags.add_label_flags(parser, dataset=None)
     add("--color_jitter_strength", type=float, default=0.5, help="of the views")
     add("--label_smoothing", type=float, default=0.0, help="of the labels")
     add = parser.add_argument_group("criterion").add_argument
@@ -74,7 +74,7 @@ def snn_fine_tune(args: argparse.Namespace) -> float | None:
     """Fine-tune and classify; top-1 in percent after the last epoch, None where nothing can be classified."""
     run = Run(args, args.amp, f"{args.write_tag}.pth.tar", owns_folder=False)
     device = run.device
-    recipe = choose_recipe(args.dataset, args.normalize, args.image_size)
+    recipe = flags.recipe_of_run(args)
 
     # images, encoder
     images = open_images(args)

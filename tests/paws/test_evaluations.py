@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from paws import evaluation, few_labels, fine_tune, pseudo_labels, snn_eval, snn_fine_tune
+from paws.augmentations import choose_recipe
 from paws.evaluation import Representation
 from paws.labels import open_partly_labelled
 from shared.run.attempt import Interrupted
@@ -63,6 +64,15 @@ def test_classes_are_those_of_the_supports_that_are_alike():
 def test_the_evaluation_gives_what_the_training_has_logged(images, run):
     top1, top5 = snn_eval.snn_eval(snn_eval.parse_args(arguments(images, run, "--device", "cpu")))
     assert top1 == pytest.approx(run[1]) and top5 == 100
+
+
+def test_what_is_left_open_is_that_of_the_training(images, run, capsys):
+    given = arguments(images, run, "--device", "cpu")
+    del given[given.index("--dataset") : given.index("--model_name")]
+    assert snn_eval.snn_eval(snn_eval.parse_args(given))[0] == pytest.approx(run[1])
+    assert "--image_size 12, as in the training" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"--image_size 16 contradicts the checkpoint, .* --image_size 12"):
+        snn_eval.snn_eval(snn_eval.parse_args([*given, "--image_size", "16"]))
 
 
 def test_the_official_command_line_is_understood():
@@ -138,7 +148,7 @@ def test_a_signal_during_the_validation_saves_and_the_run_goes_on(images, run, t
 
 def test_a_classifier_that_starts_at_zero_knows_nothing_yet(images, run):
     args = fine_tune.parse_args(arguments(images, run, *FINE_TUNE))
-    encoder = fine_tune.build_classifier(args, 3, fine_tune.choose_recipe("digits", image_size=12))
+    encoder = fine_tune.build_classifier(args, 3, choose_recipe("digits", image_size=12))
     logits, _ = encoder.eval()(torch.randn(2, 3, 12, 12))
     assert logits.shape == (2, 3) and not logits.any()
 
