@@ -67,10 +67,10 @@ def test_features_are_the_outputs_of_the_network_of_a_run_that_its_card_describe
 @pytest.mark.parametrize("folder", KNN)
 def test_features_are_those_of_the_knn_evaluation(folder, weights, data, tmp_path):  # noqa: F811
     knn(folder, weights, data, "--dump_features", tmp_path)
-    expected = torch.load(tmp_path / "trainfeat.pth")
+    expected = torch.load(tmp_path / "trainfeat.pth", weights_only=True)
     found = extract(folder, weights / folder, "--data_path", data, "--split", "train", "--out", tmp_path / "f.csv")
     torch.testing.assert_close(F.normalize(torch.from_numpy(found.embeddings), dim=1), expected)
-    labels = torch.load(tmp_path / "trainlabels.pth").tolist()
+    labels = torch.load(tmp_path / "trainlabels.pth", weights_only=True).tolist()
     assert found.labels == [sorted(set(found.labels))[label] for label in labels]
 
 
@@ -124,6 +124,7 @@ def test_two_processes_write_the_file_of_one(photos, tmp_path):
     assert read_features(tmp_path / "two.npz").paths == alone.paths
 
 
+@pytest.mark.slow
 def test_planted_copies_among_photographs_are_found(tmp_path, capsys):
     """160 photographs and 40 copies: JPEG, smaller by an eighth, or cropped by 2 % of the side.
 

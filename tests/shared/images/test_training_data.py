@@ -23,7 +23,7 @@ def images(tmp_path):
 def open_them(images, tmp_path, sizes):
     parser = argparse.ArgumentParser()
     flags.add_data_flags(parser)
-    parser.set_defaults(num_workers=0, augmentation="fast", seed=3)
+    parser.set_defaults(num_workers=0, augmentation="fast", seed=3, batch_size=4)
     args = parser.parse_args(["--data_path", str(images)])
     recipes = [ViewRecipe(size, (0.5, 1.0)) for size in sizes]
     return open_training_data(args, recipes, 4, tmp_path, torch.device("cpu"), "--crop_sizes")

@@ -1,5 +1,7 @@
 """Weights by card: which file is meant, where it comes from, and a network of the sizes that it tells."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from torch import nn
@@ -11,7 +13,7 @@ from shared.networks.weights import DownloadError, WeightMismatch
 
 def build(arch: str, in_chans: int = 3, patch_size: int = 2, width: int = 4) -> nn.Module:
     patches = nn.Conv2d(in_chans, 8 if arch == "wide" else width, patch_size)
-    return nn.Sequential(patches, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(OrderedDict(stem=patches, pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten()))
 
 
 CARD = Card(
@@ -28,7 +30,7 @@ CARD = Card(
     interpolation="bicubic",
     embedded_run="runs/materials/checkpoint.pth",
     main="main_paper.py",
-    sizes=lambda arch, tensors: {"patch_size": tensors["0.weight"].shape[2]},
+    sizes=lambda arch, tensors: {"patch_size": tensors["stem.weight"].shape[2]},
 )
 
 
