@@ -21,7 +21,8 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from contriever.encoder import Retriever, load_retriever, pad
 from shared import distributed
-from shared.networks.export import atomic_file, check_equal, read_onnx, trace_onnx
+from shared.networks.export import check_equal, read_onnx, trace_onnx
+from shared.run.files import atomic_file
 from shared.run.flags import Parser
 
 TEXTS = ("a short text", "A longer one, with more words than the other: it fills a batch that is padded.", "?")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from shared import distributed
-from shared.run.flags import Parser, add_run_flags
+from shared.run.flags import Parser, add_device_flag, add_run_flags
 
 from .encoder import Retriever, load_retriever
 
@@ -102,7 +102,7 @@ def add_encoder_flags(parser: argparse.ArgumentParser, kinds: tuple[str, ...] = 
     add("--model_name_or_path", default=None, help="folder, checkpoint, or cached name; None: the packaged encoder")
     add("--allow_download", action="store_true", help="ask the Hugging Face hub for a name that is not in the cache")
     add("--no_fp16", action="store_true", help="float32; else vectors are stored, and where fast computed, in 16 bits")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
+    add_device_flag(add)
     for kind in kinds:
         add(f"--{kind}_prefix", default=None, help=f"put before each {kind}; None: what the model's folder says")
     return add

@@ -39,6 +39,8 @@ def build_network(name: str, num_classes: int, img_size: int = 224, **options) -
 
 def build_backbone(arch: str, **options) -> ResMLP:
     """A published network without its classifier."""
+    if arch not in ARCHITECTURES:
+        raise ValueError(f"{arch} is none of {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[arch](**{"num_classes": 0} | options)
 
 

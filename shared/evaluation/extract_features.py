@@ -8,11 +8,10 @@ starts again. Images that cannot be read are left out and listed beside the outp
 """
 
 import argparse
-import difflib
 import importlib
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -24,11 +23,9 @@ from shared import distributed
 from shared.images.loading import BadImages, EvalDataset, EvalTransform
 from shared.images.sources import SPLITS, FileSource, open_source, reading
 from shared.networks.card import Card, Release
-from shared.networks.pretrained import backbone_of, build_for, fetch_release
+from shared.networks.pretrained import backbone_of, build_for, fetch_release, locate
 from shared.networks.weights import (
-    fetch_file,
     flags_of_training,
-    is_address,
     load_backbone_weights,
     safe_load,
     select_backbone_weights,
@@ -78,12 +75,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 # --- Network ----------------------------------------------------------------------------------------------------------
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """End of a message: which of the known names was meant."""
-    close = difflib.get_close_matches(name, list(known), 1)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
 def load_hub(folder: str) -> ModuleType:
     """The ``hub.py`` with the card of a folder, found by existence.
 
@@ -93,7 +84,7 @@ def load_hub(folder: str) -> ModuleType:
     folders = [file.parent.name for file in sorted(ROOT.glob("*/hub.py")) if "CARD = " in file.read_text()]
     name = folder.strip("/")
     if name not in folders:
-        raise ValueError(f"{folder} is none of {', '.join(folders)}{nearest(name, folders)}")
+        raise ValueError(f"{folder} is none of {', '.join(folders)}")
     return importlib.import_module(f"{name}.hub")
 
 
@@ -111,10 +102,7 @@ def find_weights(card: Card, run: str) -> tuple[Path, Release | None]:
         if len(found) != 1:
             raise ValueError(f"{run} holds {len(found) or 'no'} checkpoints ({', '.join(CHECKPOINTS)}); name a file")
         return found[0], None
-    if is_address(run) or Path(run).is_file():
-        return fetch_file(run, "the run"), None
-    hint = nearest(run, [*names, "random"])
-    raise ValueError(f"{run} is no folder, no file, no release of {card.name} and not random{hint}")
+    return locate(card, run, "the run"), None
 
 
 def load_frozen(args: argparse.Namespace, hub: ModuleType) -> tuple[nn.Module, EvalTransform]:
@@ -135,24 +123,19 @@ def load_frozen(args: argparse.Namespace, hub: ModuleType) -> tuple[nn.Module, E
     default = next(iter(card.releases.values())).arch
     take_from_run(args, trained_with, {"arch": arch_flag, "image_size": size_flag}, {"arch": default})
     options = {"img_size": args.image_size or 224}
-    try:
-        if args.weights == "random":
-            randomness.seed_everything(args.seed)  # the same network on every process
-            options |= next((dict(r.options) for r in card.releases.values() if r.arch == args.arch), {})
-            options |= {"patch_size": args.patch_size} if args.patch_size else {}
-            network = card.build(args.arch, **options)
-        else:
-            key = args.checkpoint_key or card.checkpoint_key
-            if args.checkpoint_key is None and key not in checkpoint and "teacher" in checkpoint:
-                key = "teacher"  # of a network that another folder has trained
-            required = key != card.checkpoint_key
-            weights = select_backbone_weights(checkpoint, key, str(path), card.head_names, required)
-            network = build_for(card, args.arch, weights.tensors, **options | card.sizes(args.arch, weights.tensors))
-            load_backbone_weights(backbone_of(network), weights)
-    except KeyError as error:
-        if error.args != (args.arch,):
-            raise
-        raise ValueError(f"--arch {args.arch} is no network of {card.name}") from error
+    if args.weights == "random":
+        randomness.seed_everything(args.seed)  # the same network on every process
+        options |= next((dict(r.options) for r in card.releases.values() if r.arch == args.arch), {})
+        options |= {"patch_size": args.patch_size} if args.patch_size else {}
+        network = card.build(args.arch, **options)
+    else:
+        key = args.checkpoint_key or card.checkpoint_key
+        if args.checkpoint_key is None and key not in checkpoint and "teacher" in checkpoint:
+            key = "teacher"  # of a network that another folder has trained
+        required = key != card.checkpoint_key
+        weights = select_backbone_weights(checkpoint, key, str(path), card.head_names, required)
+        network = build_for(card, args.arch, weights.tensors, **options | card.sizes(args.arch, weights.tensors))
+        load_backbone_weights(backbone_of(network), weights)
     network.eval().requires_grad_(False)
     if hasattr(hub, "eval_transform"):
         return network, hub.eval_transform(args.image_size, network, trained_with)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from shared.networks.export import atomic_file
+from shared.run.files import atomic_file
 
 SUFFIXES = (".parquet", ".npz", ".npy", ".csv")
 

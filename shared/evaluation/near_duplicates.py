@@ -21,8 +21,8 @@ from torch import Tensor
 
 from shared import distributed
 from shared.images.sources import FileSource
-from shared.networks.export import atomic_file
 from shared.pictures.sheets import Tile, save_sheet, thumbnail
+from shared.run.files import atomic_file
 from shared.run.flags import Parser
 
 from .feature_files import read_features

@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from numpy.random import Generator
 
+from shared.run.files import atomic_file
+
 NUMBERS = {"train": 1920, "val": 360}
 SEEDS = {"train": 2, "val": 3}  # the flags of the demonstrations were chosen on the images of 0 and 1
 SIZE_PX = 32
@@ -163,11 +165,9 @@ def load_materials(split: str, cache_root: str | os.PathLike | None = None) -> M
             return Materials(**arrays)
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):  # not there yet, or torn
         drawn = draw_materials(NUMBERS[split], seed=SEEDS[split])
-    own = file.with_name(f"{file.stem}.{os.getpid()}.npz")
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(own, pixels=drawn.pixels, masks=drawn.masks, labels=drawn.labels)
-        own.replace(file)  # processes that start together draw the same: the last one stays
+        with atomic_file(file) as temporary:  # processes that start together draw the same: the last one stays
+            np.savez_compressed(temporary, pixels=drawn.pixels, masks=drawn.masks, labels=drawn.labels)
     except OSError as error:
         print(f"the embedded images are not kept: {error}", file=sys.stderr)
     return drawn

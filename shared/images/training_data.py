@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from shared import distributed
 from shared.multicrop import MultiCropDataset
+from shared.run.memory import batch_flags
 
 from .cache import cache_images
 from .loading import BadImages, EpochBatchSampler, default_num_workers, make_loader, short_side
@@ -82,8 +83,9 @@ def open_training_data(
     source, checksum, bad_images = open_images(args, output_dir, largest_px, size_flag)
     dataset = MultiCropDataset(source, recipes, args.seed, args.augmentation, args.in_chans, bad_images)
     world_size = distributed.get_world_size()
-    flag = next(f"--{name}" for name in vars(args) if name.startswith("batch_size"))
-    sampler = EpochBatchSampler(len(source), batch_size, args.seed, distributed.get_rank(), world_size, flag=flag)
+    sampler = EpochBatchSampler(
+        len(source), batch_size, args.seed, distributed.get_rank(), world_size, flag=batch_flags(args)
+    )
     num_workers = default_num_workers() if args.num_workers is None else args.num_workers
     loader = make_loader(dataset, batch_sampler=sampler, num_workers=num_workers, device=device)
     distributed.print_once(f"{source.describe()}: {len(sampler)} steps per epoch")

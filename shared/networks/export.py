@@ -1,7 +1,6 @@
 """Trained networks as files for other programs; a file is kept once it has given the torch network's output."""
 
 import argparse
-import contextlib
 import copy
 import functools
 import importlib.util
@@ -9,13 +8,15 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import safetensors.torch
 import timm
 import torch
 from torch import Tensor, nn
+
+from shared.run.files import atomic_file
 
 from .backbones import build_library_backbone, input_channels, timm_model, torchvision_architectures
 from .card import Card
@@ -63,20 +64,6 @@ def check_outputs(name: str, network: Callable[[Tensor], Tensor], backbone: nn.M
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn(size, input_channels(backbone), *image_size, generator=generator) for size in (1, 3)]
     check_equal(name, ((network(images), backbone(images)) for images in batches))
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary file beside ``path`` that takes its name if the block succeeds, and disappears if it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        yield temporary
-        os.umask(umask := os.umask(0))
-        temporary.chmod(0o666 & ~umask)  # safetensors makes files for their owner alone
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_checked(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NoReturn
 
 from shared import distributed
+from shared.images.decode import MAX_PIXELS
 
 
 class Parser(argparse.ArgumentParser):
@@ -56,7 +57,7 @@ def bool_flag(text: str) -> bool:
 def add_reading_flags(add: Callable) -> None:
     """What may be read of images, with the ``add_argument`` of a group."""
     add("--allow_absolute_paths", action="store_true", help="in .txt lists")
-    add("--max_megapixels", type=float, default=178.956970, help="larger images count as unreadable")
+    add("--max_megapixels", type=float, default=MAX_PIXELS / 1e6, help="larger images count as unreadable")
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> Callable:
@@ -103,7 +104,7 @@ def add_run_flags(parser: argparse.ArgumentParser, knn: bool = True, pictures: b
     add("--tensorboard", action="store_true", help="also log to TensorBoard")
     skipped = "stop after so many steps in a row without finite gradients (exit code 3); 0: never"
     add("--max_skipped_steps", type=int, default=10, help=skipped)
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
+    add_device_flag(add)
     add("--dist_url", default="env://", help="rendezvous of the processes")
     add("--dist_timeout", type=float, default=1800, help="seconds to wait for other processes")
     add("--local_rank", "--local-rank", type=int, default=0, help="ignored: read from the environment")

@@ -12,11 +12,15 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
+def batch_flags(args: Namespace) -> str:
+    """The flags of a script that say how much passes through its network at once."""
+    return " or ".join(f"--{name}" for name, value in vars(args).items() if "batch" in name and type(value) is int)
+
+
 def name_batch_flags(error: BaseException | None, args: Namespace) -> None:
     """Raise ``ValueError`` that says which flags to lower if ``error`` is one of memory; let any other one pass."""
     if is_out_of_memory(error):
-        flags = [f"--{name}" for name, value in vars(args).items() if "batch" in name and type(value) is int]
-        raise ValueError(f"out of memory: lower {' or '.join(flags)} ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"out of memory: lower {batch_flags(args)} ({str(error).splitlines()[0]})") from error
 
 
 def keep_freed_memory() -> bool:
