@@ -44,7 +44,11 @@ def sizes(arch: str, tensors: Mapping[str, Tensor]) -> dict:
     kernel, positions = tensors.get("patch_embed.proj.weight"), tensors.get("pos_embed")
     if kernel is None or kernel.dim() != 4:
         raise WeightMismatch(f"{arch}: no patch embedding of a FlexiViT")
-    found = {"patch_size": tuple(kernel.shape[-2:]), "positions": "sincos2d" if positions is None else "learn"}
+    height, width = kernel.shape[-2:]
+    found = {
+        "patch_size": height if height == width else (height, width),
+        "positions": "sincos2d" if positions is None else "learn",
+    }
     if positions is not None:
         side = math.isqrt(positions.shape[1])
         if side**2 != positions.shape[1]:

@@ -25,6 +25,7 @@ def train(output_dir, *flags) -> list[dict]:
     return lines(output_dir)
 
 
+SMALL_NETWORK = ("flexivit_micro", {"patch_size": 8, "grid": (2, 2)})
 TRAININGS = {
     "flexivit": Training(
         "flexivit.main",
