@@ -21,8 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from flexivit.checkpoints import load_flexible
 from flexivit.flexible_vit import AtPatchSize, FlexiViT
-from flexivit.hub import CARD, MEAN, STD, load_flexible
+from flexivit.hub import CARD, MEAN, STD
 from shared import distributed
 from shared.evaluation.flags import add_labelled_flags, add_process_flags, flags_of_run, parse_evaluation, take_from_run
 from shared.images.labelled import open_labelled

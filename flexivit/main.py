@@ -27,8 +27,9 @@ from torch import Tensor, nn
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from flexivit.checkpoints import load_flexible, start_from
 from flexivit.flexible_vit import AtPatchSize, FlexiViT
-from flexivit.hub import MEAN, STD, build, load_flexible, start_from
+from flexivit.hub import MEAN, STD, build
 from flexivit.losses import DISTANCES, distance, sigmoid_cross_entropy, softmax_cross_entropy
 from flexivit.report import report
 from shared import distributed

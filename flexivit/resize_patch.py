@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from flexivit.checkpoints import load_flexible
 from flexivit.flexible_vit import FlexiViT, pi_resize, resize_positions
-from flexivit.hub import CARD, load_flexible
+from flexivit.hub import CARD
 from shared import distributed
 from shared.images.loading import EvalDataset, EvalTransform
 from shared.images.sources import open_source, reading

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from dino.vision_transformer import vit_tiny
+from flexivit.checkpoints import load_flexible, start_from
 from flexivit.flexible_vit import AtPatchSize, FlexiViT, pi_resize, resize_positions
-from flexivit.hub import build, load_flexible, start_from
+from flexivit.hub import build
 from flexivit.resize_patch import parse_args, resize_patch
 from shared.networks.weights import WeightMismatch
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from flexivit import eval_flexivit
+from flexivit.checkpoints import load_flexible
 from flexivit.flexible_vit import AtPatchSize
-from flexivit.hub import load_flexible
 from flexivit.main import draw_grid, mix, parse_args
 from tests.flexivit.tiny import train
 from tests.run_folders import state_of, stopped_after

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from flexivit.checkpoints import from_npz
 from flexivit.flexible_vit import (
     FlexiViT,
     PatchKernel,
@@ -14,7 +15,6 @@ from flexivit.flexible_vit import (
     sincos_positions,
     zoom_positions,
 )
-from flexivit.hub import from_npz
 from flexivit.losses import distance, sigmoid_cross_entropy, softmax_cross_entropy
 from flexivit.main import draw_grid, learning_rate_factor
 from tests.golden.golden_file import GoldenFile
