@@ -58,7 +58,7 @@ def test_defaults_are_the_official_ones():
 def whole(images, tmp_path_factory):
     """A run of two epochs with a queue, that nothing has stopped."""
     folder = tmp_path_factory.mktemp("whole")
-    train(folder, "--data_path", images, "--epochs", 2, "--checkpoint_freq", 1, *QUEUE)
+    train(folder, "--data_path", images, "--epochs", 2, "--checkpoint_freq", 1, "--amp", "fp32", *QUEUE)
     return folder
 
 
@@ -121,7 +121,7 @@ def test_compiled_backbones_train_alike(images, tmp_path):
 
 
 def test_two_processes_give_the_losses_of_one_with_twice_the_batch_and_the_same_queue(images, whole, tmp_path):
-    flags = ("--data_path", images, "--epochs", 2, *QUEUE)
+    flags = ("--data_path", images, "--epochs", 2, "--amp", "fp32", *QUEUE)
     one, two = whole, tmp_path
     run_processes(train_on_rank, 2, train, two, *flags, "--batch_size", 4)
     np.testing.assert_allclose(losses(two), losses(one), rtol=5e-4)
