@@ -174,7 +174,7 @@ def check_clustering(num_images: int, algorithm: str, num_clusters: int, backend
     if algorithm == "PIC" and num_images <= NEIGHBOURS:
         raise ValueError(f"--clustering PIC: {NEIGHBOURS} neighbours need more images than {num_images}")
     if algorithm == "Kmeans" and not 1 <= num_clusters <= num_images:
-        take = f"take --nmb_cluster {max(1, num_images // 10)}"
+        take = f"take --nmb_cluster {max(2, num_images // 10)}"
         raise ValueError(
             f"--nmb_cluster {num_clusters}: {num_images} images make between 1 and {num_images} clusters: {take}"
         )

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .run.attempt import NotFinite
-from .run.memory import is_out_of_memory
+from .run.memory import is_out_of_memory, is_out_of_shared_memory
 
 _control_group: dist.ProcessGroup | None = None  # gloo, for messages that must not wait for the GPU
 
@@ -220,6 +220,12 @@ def clean_exit() -> Iterator[None]:
         if is_out_of_memory(error):
             _say(f"out of memory, a smaller batch needs less: {str(error).splitlines()[0]}")
             raise SystemExit(2) from error
+        if is_out_of_shared_memory(error):
+            _say(
+                "the shared memory (/dev/shm) is too small for the batches of the loader processes; start the "
+                "container with --shm-size=8g or --ipc=host, or take fewer --num_workers"
+            )
+            raise SystemExit(4) from error
         if not isinstance(error, WorldNotFormed) and not str(error).startswith("DataLoader worker"):
             raise
         _say(error)

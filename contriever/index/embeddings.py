@@ -8,6 +8,7 @@
 While a shard is being written, ``progress.json`` stands in the place of ``shard.json``.
 """
 
+import errno
 import fcntl
 import glob
 import os
@@ -22,6 +23,7 @@ import numpy as np
 
 from ..text.files import first_difference, read_json, write_json
 
+WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what Lustre and some NFS say
 BLOCK_BYTES = 1 << 26  # of a file of ids that are searched for line breaks at once
 # settings in which all shards must agree
 OF_THE_COLLECTION = ("model", "pooling", "normalized", "max_length", "passages", "num_shards")
@@ -52,6 +54,10 @@ class ShardWriter:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another process is writing {folder}") from None
+        except OSError as error:
+            if error.errno not in WITHOUT_LOCKS:
+                raise
+            print(f"{folder}: this file system knows no locks; see that no other process writes the shard", flush=True)
         self.finished = (folder / "shard.json").exists()
         nothing = self.description | {"done": 0, "crc": [0, 0], "ids_bytes": 0}
         found = read_json(folder / ("shard.json" if self.finished else "progress.json"), nothing)

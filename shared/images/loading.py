@@ -24,6 +24,7 @@ import torchvision
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from shared.run.memory import NO_SHARED_MEMORY
 from shared.run.randomness import derive_seed
 
 from .decode import ImageError
@@ -31,7 +32,6 @@ from .sources import ImageSource, locked
 
 T = TypeVar("T")
 MAX_ASPECT = 64  # of an image that is resized as a whole for a centre crop
-NO_SHARED_MEMORY = 77  # exit code of a loader process that cannot hand over its batch
 
 
 class BadImages:
@@ -333,13 +333,8 @@ class _Loader(DataLoader):
                 for worker in getattr(iterator, "_workers", ()):
                     worker.join(timeout=0.1)
                 codes = {w.pid: w.exitcode for w in getattr(iterator, "_workers", ()) if w.exitcode}
-                if "shared memory" in str(error) or {NO_SHARED_MEMORY, -signal.SIGBUS} & set(codes.values()):
-                    raise RuntimeError(
-                        "DataLoader worker: the shared memory (/dev/shm) is too small for its batches; start the "
-                        "container with --shm-size=8g or --ipc=host, or take fewer --num_workers"
-                    ) from error
                 for pid, code in codes.items():
-                    how = signal.Signals(-code).name if code < 0 else code
+                    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
                     raise RuntimeError(f"DataLoader worker (pid {pid}) has died: {how}") from error
                 raise
             yield batch

@@ -6,11 +6,12 @@ import fcntl
 import os
 import re
 import socket
+import threading
 import time
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -490,8 +491,8 @@ def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock between processes on a file, which is created.
 
     Raises:
-        ValueError: If the file system knows no locks and another process, or one that was killed, holds the file that
-            stands for one for ten minutes.
+        ValueError: If the file system knows no locks, and a process that was killed has left the file that stands for
+            one.
     """
     with open(path, "a") as file:
         try:
@@ -507,19 +508,34 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _lock_file(path: Path, patience_s: float = 600) -> Iterator[None]:
-    """What holds processes apart where a file system has no locks (Lustre and some NFS): who makes the file has it."""
-    end = time.monotonic() + patience_s
+    """What holds processes apart where a file system has no locks (Lustre and some NFS): who makes the file has it.
+
+    Its time is renewed for as long as it is held, however long a cache takes to fill.
+    """
+    seen, end = None, time.monotonic() + patience_s
     while True:
         try:
             os.close(os.open(path, os.O_CREAT | os.O_EXCL))
             break
         except FileExistsError:
+            with suppress(FileNotFoundError):
+                if (renewed := path.stat().st_mtime_ns) != seen:
+                    seen, end = renewed, time.monotonic() + patience_s
             if time.monotonic() > end:
-                raise ValueError(f"{path} has been there for {patience_s:.0f} s; remove it if no run uses it") from None
+                raise ValueError(f"{path} is {patience_s:.0f} s old; remove it if no run uses it") from None
             time.sleep(0.05)
+    done = threading.Event()
+
+    def renew():
+        while not done.wait(patience_s / 10):
+            os.utime(path)
+
+    (renewing := threading.Thread(target=renew, daemon=True)).start()
     try:
         yield
     finally:
+        done.set()
+        renewing.join()
         path.unlink(missing_ok=True)
 
 

@@ -6,10 +6,18 @@ from argparse import Namespace
 
 import torch
 
+NO_SHARED_MEMORY = 77  # exit code of a loader process that cannot hand over its batch
+
 
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether memory of the host or of a GPU could not be had."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def is_out_of_shared_memory(error: BaseException) -> bool:
+    """Whether a loader process could not hand over its batch; torch may raise that anywhere in the main process."""
+    signs = "shared memory", f"exit code {NO_SHARED_MEMORY}", "SIGBUS"
+    return "DataLoader worker" in str(error) and any(sign in str(error) for sign in signs)
 
 
 def batch_flags(args: Namespace) -> str:

@@ -1,5 +1,6 @@
 """Vectors on disk: what is written is read, in any number of attempts; anything else is an error."""
 
+import errno
 import os
 import pickle
 
@@ -70,6 +71,16 @@ def test_two_processes_cannot_write_one_shard(tmp_path):
         writer(tmp_path / "s")
     first.close()
     writer(tmp_path / "s")
+
+
+def test_a_file_system_without_locks_is_told_of_and_written_to(tmp_path, monkeypatch, capsys):
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    fill(writer(tmp_path / "s")).finish()
+    open_shard(tmp_path / "s").verify()
+    assert "this file system knows no locks" in capsys.readouterr().out
 
 
 def test_a_shard_that_has_lost_bytes_is_not_continued(tmp_path):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from deepcluster import clustering
 from deepcluster.clustering import (
+    check_clustering,
     cluster,
     gather_rows,
     kmeans_faiss,
@@ -219,3 +220,8 @@ def test_an_image_is_not_its_own_neighbour_even_among_duplicates():
 def test_pic_needs_more_images_than_neighbours():
     with pytest.raises(ValueError, match="--clustering PIC: 5 neighbours need more images than 4"):
         cluster(torch.randn(4, 3), "PIC", 2, seed=0)
+
+
+def test_the_advised_number_of_clusters_is_one_that_the_flag_takes():
+    with pytest.raises(ValueError, match=r"take --nmb_cluster 2$"):
+        check_clustering(12, "Kmeans", 13)

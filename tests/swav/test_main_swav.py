@@ -58,7 +58,7 @@ def test_defaults_are_the_official_ones():
 def whole(images, tmp_path_factory):
     """A run of two epochs with a queue, that nothing has stopped."""
     folder = tmp_path_factory.mktemp("whole")
-    train(folder, "--data_path", images, "--epochs", 2, "--checkpoint_freq", 1, *QUEUE)
+    train(folder, "--data_path", images, "--epochs", 2, "--checkpoint_freq", 1, "--amp", "fp32", *QUEUE)
     return folder
 
 
@@ -114,14 +114,14 @@ def test_other_flags_train_too(images, tmp_path):
 @pytest.mark.slow
 def test_compiled_backbones_train_alike(images, tmp_path):
     for name, flags in (("eager", ()), ("compiled", ("--compile",))):
-        train(tmp_path / name, "--data_path", images, "--epochs", 2, *QUEUE, *flags)
+        train(tmp_path / name, "--data_path", images, "--epochs", 2, "--amp", "fp32", *QUEUE, *flags)
     torch.testing.assert_close(losses(tmp_path / "compiled"), losses(tmp_path / "eager"), rtol=1e-4, atol=0)
     eager, compiled = (state_of(tmp_path / name)["state_dict"] for name in ("eager", "compiled"))
     assert compiled.keys() == eager.keys()  # a checkpoint of either is one of both
 
 
 def test_two_processes_give_the_losses_of_one_with_twice_the_batch_and_the_same_queue(images, whole, tmp_path):
-    flags = ("--data_path", images, "--epochs", 2, *QUEUE)
+    flags = ("--data_path", images, "--epochs", 2, "--amp", "fp32", *QUEUE)
     one, two = whole, tmp_path
     run_processes(train_on_rank, 2, train, two, *flags, "--batch_size", 4)
     np.testing.assert_allclose(losses(two), losses(one), rtol=5e-4)

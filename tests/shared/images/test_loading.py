@@ -338,7 +338,7 @@ def test_workers_start_after_opencv_has_used_its_threads():
 
 
 TOO_LARGE = """
-import sys, torch
+import sys, time, torch
 sys.path.insert(0, {root!r})
 from shared import distributed
 from shared.images.loading import make_loader
@@ -348,18 +348,25 @@ class Large(torch.utils.data.Dataset):
         return 12
 
     def __getitem__(self, index):
-        return torch.zeros(1 << 22)
+        return torch.zeros(1 << (22 if index > 3 else 4))
+
+    {assembles}
 
 with distributed.clean_exit():
     for batch in make_loader(Large(), batch_size=4, num_workers=2):
-        pass
+        {step}
 """
+ASSEMBLES = "def __getitems__(self, indices): return torch.stack([self[index] for index in indices])"
 
 
-def test_batches_that_do_not_fit_into_shared_memory_end_the_run(tmp_path):
+@pytest.mark.parametrize(
+    ("assembles", "step"),
+    [("", "pass"), (ASSEMBLES, "pass"), (ASSEMBLES, "time.sleep(60)")],  # the last: torch's handler of SIGCHLD raises
+)
+def test_batches_that_do_not_fit_into_shared_memory_end_the_run(assembles, step, tmp_path):
     """A container has 64 MB of it unless it is told otherwise."""
     code = tmp_path / "large.py"
-    code.write_text(TOO_LARGE.format(root=str(ROOT)))
+    code.write_text(TOO_LARGE.format(root=str(ROOT), assembles=assembles, step=step))
     command = f"mount -t tmpfs -o size=16m tmpfs /dev/shm && exec {sys.executable} {code}"
     run = subprocess.run(["unshare", "--mount", "sh", "-c", command], capture_output=True, text=True, timeout=120)
     if "unshare" in run.stderr or "mount" in run.stderr:

@@ -26,6 +26,7 @@ from shared.images.sources import (
     ArraySource,
     FileSource,
     PackedStrings,
+    _lock_file,
     check_same_classes,
     locked,
     open_source,
@@ -307,6 +308,20 @@ def test_a_file_system_without_locks_still_keeps_processes_apart(tmp_path, monke
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(hold, range(8)))
     assert sorted(held) == list(range(8)) and [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_without_locks_a_living_process_is_waited_for_and_a_killed_one_is_told_of(tmp_path):
+    path = tmp_path / "file.locked"
+
+    def hold(seconds):
+        with _lock_file(path, patience_s=1):
+            time.sleep(seconds)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(hold, (1.5, 1.5)))
+    path.touch()
+    with pytest.raises(ValueError, match=r"file\.locked is 1 s old; remove it if no run uses it"):
+        hold(0)
 
 
 def test_absolute_paths_in_a_list_need_permission(tmp_path):
