@@ -129,7 +129,7 @@ def read_qrels(path: Path) -> Qrels:
     for number, (_, line) in enumerate(read_lines(path), start=1):
         columns = line.rstrip("\r\n").split("\t")
         if number == 1:
-            of_trec = _is_judgement(line.split(), 4)
+            of_trec = _is_judgement(line.split(), 4) and not _is_judgement(columns, 3)
         if of_trec:
             columns = line.split()
             columns[1:2] = []

@@ -88,6 +88,7 @@ def test_a_judgement_may_be_repeated_and_lines_end_as_on_windows(tmp_path):
         ({"corpus": b'{"_id": "a", "text": "\xe9"}'}, r"corpus\.jsonl, line 1: byte 23 .* not UTF-8"),
         ({"corpus": "\n"}, r"corpus\.jsonl is empty"),
         ({"qrels": "q1\td1\t1\n"}, "line 1: expected a header"),
+        ({"qrels": "q1\td 1\t1\n"}, "line 1: expected a header"),
         ({"qrels": "query-id\tcorpus-id\tscore\nq1\td1\n"}, "line 2: expected query id, document id and an integer"),
         ({"qrels": "query-id\tcorpus-id\tscore\nq1\td1\t0.5\n"}, "line 2: expected query id"),
         (
