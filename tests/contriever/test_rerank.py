@@ -78,7 +78,7 @@ def test_the_script_reranks_a_search_and_a_stored_run(folder, tmp_path):
             assert score == pytest.approx(logits(folder, QUERIES[line["query_id"]], TEXTS[document]), abs=1e-5)
 
 
-def test_what_cannot_rerank_is_named(folder, tmp_path, monkeypatch):
+def test_what_cannot_rerank_is_named(folder, tmp_path):
     with pytest.raises(ValueError, match="gives 3 scores per document: it is a classifier"):
         CrossEncoder(str(write_cross_encoder(tmp_path, labels=3))).scores("wing", ["heat", "jet"])
     with pytest.raises(ValueError, match="the document 'd1' of query 'q1' is not in the collection"):
