@@ -3,7 +3,7 @@
     python convertmrtydi2beir.py mrtydi-v1.1-swahili beir/mrtydi-sw
     python eval_beir.py --model_name_or_path facebook/mcontriever --beir_dir beir --dataset mrtydi-sw --normalize_text
 
-Takes topic.tsv, collection/docs.jsonl and qrels.{train,dev,test}.txt.
+Takes topic.tsv, collection/docs.jsonl and qrels.{train,dev,test}.txt, each perhaps with .gz at its end.
 """
 
 import argparse
@@ -15,7 +15,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
-from contriever.text.files import read_json_lines, read_lines, text_field, write_json_lines
+from contriever.text.files import find_packed, read_json_lines, read_lines, text_field, write_json_lines
 from shared import distributed
 from shared.run.flags import Parser
 
@@ -31,18 +31,18 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def convert(data_path: Path, output_path: Path) -> None:
     """Write corpus.jsonl, queries.jsonl and the judgements of the splits that are there."""
-    splits = [split for split in SPLITS if (data_path / f"qrels.{split}.txt").is_file()]
-    needed = [data_path / "topic.tsv", data_path / "collection" / "docs.jsonl"]
+    splits = {split: file for split in SPLITS if (file := find_packed(data_path / f"qrels.{split}.txt"))}
+    needed = [find_packed(path) or path for path in (data_path / "topic.tsv", data_path / "collection" / "docs.jsonl")]
     missing = [str(path) for path in needed if not path.is_file()] or ([] if splits else ["qrels.*.txt"])
     if missing:
         raise ValueError(f"{data_path} is no folder of Mr. TyDi: there is no {', no '.join(missing)}")
     (output_path / "qrels").mkdir(parents=True, exist_ok=True)
     write_json_lines(output_path / "queries.jsonl", queries(needed[0]))
     write_json_lines(output_path / "corpus.jsonl", documents(needed[1]))
-    for split in splits:
+    for split, qrels in splits.items():
         with open(output_path / "qrels" / f"{split}.tsv", "w", encoding="utf-8") as file:
             file.write("query-id\tcorpus-id\tscore\n")
-            file.writelines(judgements(data_path / f"qrels.{split}.txt"))
+            file.writelines(judgements(qrels))
 
 
 def queries(path: Path) -> Iterable[dict]:

@@ -3,9 +3,11 @@
     python eval_beir.py --model_name_or_path facebook/contriever --beir_dir /path/to/beir --dataset scifact
                                                                    # released Contriever: nDCG@10 64.9, recall@100 92.6
     python eval_beir.py --beir_dir /path/to/beir --dataset scifact --retriever hybrid --norm_query --norm_doc
+    python eval_beir.py --beir_dir /path/to/trec --dataset robust --split 2004 --run first.trec --complete
 
 The data set is a folder with corpus.jsonl, queries.jsonl and qrels/test.tsv; dev.tsv is read for msmarco. A folder of
-such folders (cqadupstack) is evaluated one by one and averaged.
+such folders (cqadupstack) is evaluated one by one and averaged. Files may have the names of MS MARCO and TREC instead:
+collection.tsv, queries.<split>.tsv or topics.<split>.txt, qrels.<split>.tsv or .txt; and any of them may end in .gz.
 """
 
 import argparse
@@ -21,12 +23,24 @@ from torch import Tensor
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from contriever.beir import BeirDataset, evaluate_run, read_beir
+from contriever.beir import (
+    QRELS,
+    BeirDataset,
+    PerQuery,
+    Run,
+    evaluate_queries,
+    find_file,
+    means,
+    read_beir,
+    read_judgements,
+    read_run,
+)
 from contriever.encoder import Retriever
 from contriever.flags import add_encoder_flags, check_minimum, load_encoder
 from contriever.index.answers import Answers, merge, nothing_found
 from contriever.index.bm25 import BM25, check_weight, fuse
-from contriever.text.files import replacing, write_json, write_json_lines
+from contriever.index.rerank import CrossEncoder, rerank
+from contriever.text.files import ending, replacing, write_json, write_json_lines
 from contriever.text.normalize import clean
 from shared import distributed
 from shared.evaluation.knn import nearest_neighbours
@@ -34,7 +48,6 @@ from shared.run.flags import Parser, bool_flag
 
 TOP_K = 1000
 CHUNK = 50_000  # documents that are encoded, then searched
-Run = dict[str, dict[str, float]]
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -58,9 +71,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("retriever").add_argument
     add("--retriever", default="dense", choices=("dense", "bm25", "hybrid"), help="hybrid: dense and BM25 together")
     add("--dense_weight", type=float, default=0.5, help="of the dense scores in hybrid, the rest is BM25's")
+    add("--run", default=None, help="evaluate this file (TREC's format, or .jsonl of --save_results_path) instead")
+    add("--rerank", default=None, help="folder or cached name of a cross-encoder that orders the best ones anew")
+    add("--rerank_top", type=int, default=100, help="how many of each query")
 
     add = parser.add_argument_group("output").add_argument
-    add("--output_dir", default="./my_experiment", help="folder for <dataset>.json, the metrics")
+    everywhere = "nDCG, MAP, recall and P over all judged queries; those that found nothing count 0, as in trec_eval -c"
+    add("-c", "--complete", action="store_true", help=everywhere)
+    add("--output_dir", default="./my_experiment", help="for <dataset>.json, metrics, and <dataset>.queries.jsonl")
     formats = "what was retrieved: .jsonl, .trec (of trec_eval), any other: torch.save of {query: {document: score}}"
     add("--save_results_path", default=None, help=formats)
     add = parser.add_argument_group("processes").add_argument  # of the old launcher; torchrun and srun need neither
@@ -71,23 +89,41 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def eval_beir(args: argparse.Namespace) -> dict[str, float]:
     """Metrics in percent, on every rank."""
-    check_minimum(args, per_gpu_batch_size=1, text_maxlength=3)
+    check_minimum(args, per_gpu_batch_size=1, text_maxlength=3, rerank_top=1)
+    if args.run is not None and args.model_name_or_path is not None:
+        raise ValueError("--model_name_or_path has no effect with --run")
     check_weight(args.dense_weight)
     if args.main_port > 0:
         os.environ.setdefault("MASTER_PORT", str(args.main_port))
     device = distributed.init(device=args.device)
     normalized = args.score_function == "cos_sim" or (args.norm_query and args.norm_doc)
-    retriever = load_encoder(args, device, normalized) if args.retriever != "bm25" else None
+    stored = None if args.run is None else read_run(args.run)
+    needs_encoder = stored is None and args.retriever != "bm25"
+    retriever = load_encoder(args, device, normalized) if needs_encoder else None
+    cross_encoder = CrossEncoder(args.rerank, device, args.allow_download) if args.rerank else None
 
-    def search(dataset: BeirDataset) -> Answers:
-        return search_dataset(dataset, retriever, args)
+    def retrieve(dataset: BeirDataset) -> Run:
+        if stored is None:
+            run = as_run(dataset, search_dataset(dataset, retriever, args), args.ignore_identical_ids)
+        else:
+            run = run_of(dataset, stored, args.ignore_identical_ids)
+        if cross_encoder is None:
+            return run
+        how = args.lower_case, args.normalize_text
+        queries = dict(zip(dataset.queries, clean(dataset.queries.values(), *how), strict=True))
+        texts = dict(zip((d.id for d in dataset.documents), clean(document_texts(dataset), *how), strict=True))
+        return rerank(run, queries, texts, cross_encoder, args.rerank_top, args.per_gpu_batch_size)
 
     folder = Path(args.beir_dir) / args.dataset
     split = args.split or ("dev" if args.dataset == "msmarco" else "test")
-    metrics, runs = evaluate_folder(folder, split, search, args.ignore_identical_ids)
+    read = read_beir if stored is None or cross_encoder else read_judgements
+    metrics, runs, per_query = evaluate_folder(folder, split, retrieve, args.complete, read)
     if distributed.is_main_process():
         print(" ".join(f"{name}: {value:.1f}" for name, value in metrics.items()), flush=True)
-        write_json(Path(args.output_dir) / f"{args.dataset.replace('/', '-')}.json", metrics)
+        name = args.dataset.replace("/", "-")
+        write_json(Path(args.output_dir) / f"{name}.json", metrics)
+        lines = ({"query_id": query, **values} for query, values in of_all_parts(per_query))
+        write_json_lines(Path(args.output_dir) / f"{name}.queries.jsonl", lines)
         if args.save_results_path:
             save_runs(Path(args.save_results_path), runs)
     return metrics
@@ -149,24 +185,40 @@ def dense_search(
 
 
 def evaluate_folder(
-    folder: Path, split: str, search: Callable[[BeirDataset], Answers], ignore_identical_ids: bool = True
-) -> tuple[dict[str, float], dict[str, Run]]:
-    """Metrics of a data set, or their means over the data sets in a folder, and what was retrieved from each."""
+    folder: Path,
+    split: str,
+    retrieve: Callable[[BeirDataset], Run],
+    complete: bool = False,
+    read: Callable[[Path, str], BeirDataset] = read_beir,
+) -> tuple[dict[str, float], dict[str, Run], dict[str, PerQuery]]:
+    """Metrics of a data set, or their means over the data sets in a folder; what was retrieved from each; and the
+    metrics of each judged query in percent, 0 for those that found nothing.
+
+    Args:
+        complete: See :func:`contriever.beir.means`.
+        read: Reads one data set.
+    """
     parts = [folder]
-    if not (folder / "corpus.jsonl").exists():
-        parts = sorted(path.parent for path in folder.glob("*/corpus.jsonl")) or parts
-    metrics, runs = {}, {}
+    if not find_file(folder, QRELS, split):
+        parts = sorted(part for part in folder.glob("*") if find_file(part, QRELS, split)) or parts
+    metrics, runs, per_query = {}, {}, {}
     for part in parts:
-        dataset = read_beir(part, split)
+        dataset = read(part, split)
         distributed.print_once("\n".join(dataset.describe()))
-        runs[part.name] = as_run(dataset, search(dataset), ignore_identical_ids)
-        if empty := sum(not scores for scores in runs[part.name].values()):
-            distributed.print_once(f"{dataset.name}: {empty} queries found nothing; nDCG, MAP, recall and P skip them")
-        metrics[part.name] = evaluate_run(dataset.qrels, runs[part.name])
+        run = runs[part.name] = retrieve(dataset)
+        if empty := sum(not run.get(query) for query in dataset.qrels):
+            told = "count 0 in all metrics" if complete else "are skipped by nDCG, MAP, recall and P"
+            distributed.print_once(f"{dataset.name}: {empty} queries found nothing; they {told}")
+        found = evaluate_queries(dataset.qrels, run)
+        metrics[part.name] = means(found, len(dataset.qrels), complete)
+        nothing = dict.fromkeys(metrics[part.name], 0.0)
+        per_query[part.name] = {
+            query: {name: 100 * value for name, value in found.get(query, nothing).items()} for query in dataset.qrels
+        }
         if len(parts) > 1:
             distributed.print_once(f"{part.name}: NDCG@10 {metrics[part.name]['NDCG@10']:.1f}")
     names = metrics[parts[0].name]
-    return {name: sum(m[name] for m in metrics.values()) / len(parts) for name in names}, runs
+    return {name: sum(m[name] for m in metrics.values()) / len(parts) for name in names}, runs, per_query
 
 
 def as_run(dataset: BeirDataset, answers: Answers, ignore_identical_ids: bool = True) -> Run:
@@ -179,22 +231,39 @@ def as_run(dataset: BeirDataset, answers: Answers, ignore_identical_ids: bool = 
     return run
 
 
+def run_of(dataset: BeirDataset, stored: Run, ignore_identical_ids: bool = True) -> Run:
+    """What a file says that was retrieved for the judged queries."""
+    found = {query: stored.get(query, stored.get(f"{dataset.name}/{query}", {})) for query in dataset.qrels}
+    if not ignore_identical_ids:
+        return found
+    if same := sum(query in scores for query, scores in found.items()):
+        distributed.print_once(f"{dataset.name}: {same} queries have the id of a result, which is left out")
+    return {query: {d: s for d, s in scores.items() if d != query} for query, scores in found.items()}
+
+
+def of_all_parts(parts: dict[str, dict[str, dict]]) -> list[tuple[str, dict]]:
+    """(query id, what belongs to it) of all data sets; queries of different ones may have the same id."""
+    return [
+        (query if len(parts) == 1 else f"{name}/{query}", found)
+        for name, part in parts.items()
+        for query, found in part.items()
+    ]
+
+
 def save_runs(path: Path, runs: dict[str, Run]) -> None:
     """What was retrieved, in the format that the ending of the file asks for."""
-    queries = [  # queries of different data sets may have the same id
-        (query if len(runs) == 1 else f"{name}/{query}", scores)
-        for name, run in runs.items()
-        for query, scores in run.items()
-    ]
-    if path.suffix == ".jsonl":
+    queries = of_all_parts(runs)
+    if ending(path) == ".jsonl":
         write_json_lines(path, ({"query_id": query, "results": scores} for query, scores in queries))
         return
-    with replacing(path, "w" if path.suffix == ".trec" else "wb") as file:
-        if path.suffix != ".trec":
+    with replacing(path, "w" if ending(path) == ".trec" else "wb") as file:
+        if ending(path) != ".trec":
             torch.save(dict(queries), file)
             return
         for query, scores in queries:
             for rank, (document, score) in enumerate(scores.items(), start=1):
+                if len(f"{query} {document}".split()) != 2:
+                    raise ValueError(f"{path}: TREC's format has no room for blanks in the ids {query!r}, {document!r}")
                 file.write(f"{query} Q0 {document} {rank} {score!r} contriever\n")
 
 

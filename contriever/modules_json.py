@@ -10,6 +10,7 @@ from pathlib import Path
 import safetensors.torch
 from torch import Tensor, nn
 
+from shared.distributed import print_once
 from shared.networks.weights import safe_load
 
 from .text.files import read_json, write_json
@@ -82,8 +83,14 @@ def read_steps(folder: Path) -> Steps:
     steps.max_length, steps.lowercase = transformer.get("max_seq_length"), bool(transformer.get("do_lower_case"))
     whole = read_json(folder / "config_sentence_transformers.json", {})
     found = whole.get("prompts") or {}
-    steps.prompts = {ours: next((found[n] for n in names if found.get(n)), "") for ours, names in _PROMPTS.items()}
-    steps.prompts[""] = found.get(whole.get("default_prompt_name"), "")
+    steps.prompts = {ours: next((found[n] or "" for n in names if n in found), "") for ours, names in _PROMPTS.items()}
+    steps.prompts[""] = found.get(whole.get("default_prompt_name")) or ""
+    unused = next((n for n in _PROMPTS["passage"] if found.get(n) and not steps.prompts["passage"]), None)
+    if unused is not None:  # sentence-transformers adds an empty "document", which comes first, to what it saves
+        print_once(
+            f"NOTE: {folder}: passages get no prompt, as in sentence-transformers; --passage_prefix gives the one "
+            f"called {unused!r}, {found[unused]!r}"
+        )
     if any(steps.prompts.values()) and not read_json(paths["Pooling"] / "config.json").get("include_prompt", True):
         raise ValueError(f"{paths['Pooling'] / 'config.json'}: a pooling that leaves out prompts is not implemented")
     return steps

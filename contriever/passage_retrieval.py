@@ -93,7 +93,7 @@ def passage_retrieval(args: argparse.Namespace) -> dict[str, dict[int, float]]:
         scores, rows = index.search(queries, args.n_docs)
         if distributed.is_main_process():
             results = add_passages(questions[file], scores, rows, index, passages, args.validation_workers)
-            write_json_lines(Path(args.output_dir) / Path(file).name, results)
+            write_json_lines(result_file(file, args.output_dir), results)
             accuracies[file] = accuracy_at([[ctx["hasanswer"] for ctx in result["ctxs"]] for result in results])
             print(f"{file}: {format_accuracies(accuracies[file])}", flush=True)
     return accuracies
@@ -106,12 +106,18 @@ def data_files(pattern: str, output_dir: str) -> list[str]:
         raise ValueError(f"--data {pattern}: no such file")
     by_name = {}
     for file in files:
-        if Path(file).name in by_name:
-            raise ValueError(f"--data: {by_name[Path(file).name]} and {file} would have the same result file")
-        by_name[Path(file).name] = file
+        result = result_file(file, output_dir)
+        if result in by_name:
+            raise ValueError(f"--data: {by_name[result]} and {file} would have the same result file")
+        by_name[result] = file
         if Path(file).resolve().parent == Path(output_dir).resolve():
             raise ValueError(f"--output_dir {output_dir}: the results would overwrite {file}")
     return files
+
+
+def result_file(data_file: str, output_dir: str) -> Path:
+    """For the results of a file of questions: of its name, but never compressed."""
+    return Path(output_dir) / Path(data_file.removesuffix(".gz")).name
 
 
 def check_same_model(retriever: Retriever, shards: list[Shard], args: argparse.Namespace) -> None:

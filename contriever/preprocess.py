@@ -5,8 +5,8 @@
         --normalize_text
 
 A text file has one document per line; a line of a ``.jsonl`` file is an object with ``text`` and, optionally,
-``title``. Shards are made by several processes. Running the same command again goes on with the shards that are
-missing, so a run may be killed at any time; every run ends with the same files.
+``title``; either may end in ``.gz``. Shards are made by several processes. Running the same command again goes on with
+the shards that are missing, so a run may be killed at any time; every run ends with the same files.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import contextlib
 import functools
 import itertools
 import multiprocessing
+import os
 import sys
 from pathlib import Path
 
@@ -25,7 +26,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from contriever.encoder import find_model, read_tokenizer
 from contriever.flags import check_minimum
-from contriever.text.files import read_json
+from contriever.text.files import open_bytes, read_json
 from contriever.text.tokens import Job, tokenize_lines, vocabulary_fingerprint, write_shard
 from shared import distributed
 from shared.images.loading import default_num_workers
@@ -49,8 +50,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def line_starts(path: Path, block_bytes: int) -> list[int]:
     """Bytes at which shards begin: the first line after each multiple of ``block_bytes``; ends with the file's size."""
-    size, starts = path.stat().st_size, [0]
-    with open(path, "rb") as file:
+    starts = [0]
+    with open_bytes(path) as file:
+        size = file.seek(0, os.SEEK_END)
         while starts[-1] + block_bytes < size:
             file.seek(starts[-1] + block_bytes - 1)
             file.readline()
@@ -64,11 +66,12 @@ def plan(args: argparse.Namespace, vocabulary: str, tokenizer: str) -> list[Job]
     facts = {"tokenizer": tokenizer, "vocabulary": vocabulary}
     facts |= {"normalize_text": args.normalize_text, "on_bad_bytes": args.on_bad_bytes}
     for source in map(Path, args.datapath):
-        if not source.is_file() or not source.stat().st_size:
-            raise ValueError(f"--datapath {source} is {'empty' if source.is_file() else 'no file'}")
-        starts = line_starts(source, max(1, round(args.shard_mb * 1e6)))
+        starts = line_starts(source, max(1, round(args.shard_mb * 1e6))) if source.is_file() else []
+        if len(starts) < 2:
+            raise ValueError(f"--datapath {source} is {'empty' if starts else 'no file'}")
         for i, (start, end) in enumerate(itertools.pairwise(starts)):
-            jobs.append(Job.of(source, Path(args.outdir) / f"{source.stem}-{i:05d}", start, end, **facts))
+            shard = Path(args.outdir) / f"{Path(source.name.removesuffix('.gz')).stem}-{i:05d}"
+            jobs.append(Job.of(source, shard, start, end, **facts))
     if len({job.shard for job in jobs}) < len(jobs):
         raise ValueError("--datapath has several files of the same name; give each an --outdir of its own")
     return jobs

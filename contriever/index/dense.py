@@ -81,6 +81,10 @@ class IndexSettings:
             raise ValueError(f"--nlist {cells} is more than the {count} passages")
         return cells
 
+    def cells_searched(self, cells: int) -> int:
+        """Of ``cells`` inverted lists."""
+        return min(self.nprobe or max(1, cells // 16), cells)
+
     def training_size(self, count: int) -> int:
         """How many vectors centroids are learned from; 0 if there are none."""
         cells = self.cells(count) if self.kind.startswith("ivf") else 0
@@ -164,7 +168,7 @@ class DenseIndex:
                 self.parts[i].hnsw.efSearch = self.settings.ef_search
             if self.settings.kind.startswith("ivf"):
                 cells = faiss.extract_index_ivf(self.parts[i])
-                cells.nprobe = min(self.settings.nprobe or max(1, cells.nlist // 16), cells.nlist)
+                cells.nprobe = self.settings.cells_searched(cells.nlist)
 
     def _trained(self, empty: faiss.Index, size: int, folder: Path | None, made_from: dict) -> faiss.Index:
         """The index with its centroids, learned on rank 0 from vectors spread evenly over all shards."""
@@ -198,7 +202,23 @@ class DenseIndex:
         blocks = np.split(queries, range(QUERY_BLOCK, len(queries), QUERY_BLOCK))
         found = [self._search_block(np.ascontiguousarray(block, dtype=np.float32), k) for block in blocks]
         answers = tuple(np.concatenate(column) for column in zip(*found, strict=True))
-        return merge(distributed.all_gather_object(answers), k) if distributed.get_world_size() > 1 else answers
+        if distributed.get_world_size() > 1:
+            answers = merge(distributed.all_gather_object(answers), k)
+        self._tell_too_few(answers[1])
+        return answers
+
+    def _tell_too_few(self, rows: np.ndarray) -> None:
+        """Say so where fewer vectors were found than there are: an approximate index looks at a part of them only."""
+        counts, wanted = (rows >= 0).sum(axis=1), min(rows.shape[1], len(self))
+        if (too_few := int((counts < wanted).sum())) == 0:
+            return
+        flag, value = "ef_search", self.settings.ef_search
+        if self.settings.kind.startswith("ivf"):
+            flag, value = "nprobe", self.settings.cells_searched(self.settings.cells(len(self)))
+        distributed.print_once(
+            f"NOTE: {too_few} of {len(rows)} queries found fewer than {wanted} passages, one of them {counts.min()}: "
+            f"raise --{flag}, now {value}"
+        )
 
     def _search_block(self, queries: np.ndarray, k: int) -> Answers:
         best = nothing_found(len(queries), k)

@@ -1,8 +1,13 @@
-"""Text files, tables of JSON lines and lists of records: any part of them, with errors that name file and line."""
+"""Text files, tables of JSON lines and lists of records: any part of them, with errors that name file and line.
+
+All of them may be compressed by gzip; their names end in ``.gz`` then, and positions count the bytes inside.
+"""
 
 import contextlib
+import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
@@ -13,10 +18,41 @@ from shared.run.files import atomic_file
 @contextlib.contextmanager
 def replacing(path: Path, mode: str = "w") -> Iterator[IO]:
     """A file that takes the place of ``path``, durably and in one step, when it has been written."""
-    with atomic_file(path) as temporary, open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
+    opener = gzip.open if path.suffix == ".gz" else open
+    with atomic_file(path) as temporary:
+        with opener(temporary, mode if "b" in mode else "wt", encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+
+
+def ending(path: str | Path) -> str:
+    """Of a file's name, ``.gz`` left out: what kind of text it holds."""
+    return Path(str(path).removesuffix(".gz")).suffix
+
+
+def find_packed(path: Path) -> Path | None:
+    """The file, or the one that ends in ``.gz`` too; None if there is neither."""
+    return next((file for file in (path, path.with_name(f"{path.name}.gz")) if file.is_file()), None)
+
+
+@contextlib.contextmanager
+def open_bytes(path: str | Path) -> Iterator[IO[bytes]]:
+    """A file that is read; of one that ends in ``.gz`` what is inside."""
+    with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
+        try:
+            yield file
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def checksum(path: str | Path) -> int:
+    """CRC-32 of what can be read of a file; the same of its compressed copy."""
+    with open_bytes(path) as file:
+        crc = 0
+        while block := file.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+        return crc
 
 
 def read_lines(
@@ -29,7 +65,7 @@ def read_lines(
         end: Lines that begin at this byte or later are left out; None: none are.
         on_bad_bytes: ``error``, or ``replace`` what is not UTF-8 by U+FFFD.
     """
-    with open(path, "rb") as file:
+    with open_bytes(path) as file:
         file.seek(start)
         position = start
         for line in file:
@@ -47,7 +83,7 @@ def read_lines(
 
 def line_number(path: str | Path, position: int) -> int:
     """Number, from 1 on, of the line that begins at a byte."""
-    with open(path, "rb") as file:
+    with open_bytes(path) as file:
         return 1 + sum(
             chunk.count(b"\n") for chunk in iter(lambda: file.read(min(1 << 20, position - file.tell())), b"")
         )
@@ -59,7 +95,7 @@ def read_documents(path: str, start: int = 0, end: int | None = None, on_bad_byt
     A blank line is an empty document. The arguments are those of :func:`read_lines`.
     """
     for position, line in read_lines(path, start, end, on_bad_bytes):
-        if not path.endswith(".jsonl") or not line.strip():
+        if ending(path) != ".jsonl" or not line.strip():
             yield line if line.strip() else ""
             continue
         try:
@@ -83,7 +119,8 @@ def read_json(path: Path, default: dict | None = None):
     if default is not None and not path.is_file():
         return default
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with open_bytes(path) as file:
+            return json.loads(file.read().decode())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
 
@@ -115,11 +152,11 @@ def write_json_lines(path: Path, records: Iterable[dict]) -> None:
 def read_records(path: str | Path) -> Iterator[tuple[str, dict]]:
     """(place, object) for every line of a .jsonl file, or every entry of the list in a .json file."""
     path = Path(path)
-    if path.suffix not in (".json", ".jsonl"):
+    if ending(path) not in (".json", ".jsonl"):
         raise ValueError(f"{path}: expected a .json or .jsonl file")
     if not path.is_file():
         raise ValueError(f"{path} is no file")
-    if path.suffix == ".jsonl":
+    if ending(path) == ".jsonl":
         yield from read_json_lines(path)
         return
     records = read_json(path)

@@ -13,8 +13,7 @@ from shared.run.run import Run
 from ..augmentations import Draws, SpecialTokens, add_bos_eos
 from ..beir import BeirDataset
 from ..encoder import Retriever, encode_tokens
-from ..eval_beir import TOP_K, dense_search, document_texts, evaluate_folder
-from ..index.answers import Answers
+from ..eval_beir import TOP_K, as_run, dense_search, document_texts, evaluate_folder
 from ..text.normalize import clean
 from ..text.tokens import ChunkedText
 from .questions import FineTuningPairs
@@ -66,18 +65,19 @@ class Evaluation:
         if self.recall is not None and not self.disabled_reason:
             values |= self.recall.run(encoder, *self.norms, min(64, batch_size))
         for name, folder in self.collections.items():
-            metrics, _ = evaluate_folder(folder, "test", self._search)
+            metrics, _, _ = evaluate_folder(folder, "test", self._retrieve)
             values |= {f"{name}/{metric}": metrics[metric] for metric in ("NDCG@10", "Recall@10", "Recall@100")}
         if self.examples is not None:
             values |= accuracy_and_mrr(encoder, self.examples, *self.norms, batch_size)
         if values:
             run.log.evaluation(run.steps_done, run.epoch, **values)
 
-    def _search(self, dataset: BeirDataset) -> Answers:
+    def _retrieve(self, dataset: BeirDataset) -> dict[str, dict[str, float]]:
         how = self.args.lower_case, self.args.eval_normalize_text
         texts, queries = clean(document_texts(dataset), *how), clean(dataset.queries.values(), *how)
         batch_size = self.args.per_gpu_eval_batch_size
-        return dense_search(self.retriever, texts, queries, TOP_K + 1, batch_size, None, *self.norms, amp="auto")
+        found = dense_search(self.retriever, texts, queries, TOP_K + 1, batch_size, None, *self.norms, amp="auto")
+        return as_run(dataset, found)
 
 
 class SentenceRecall:

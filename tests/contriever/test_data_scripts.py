@@ -1,5 +1,6 @@
 """Mr. TyDi and MKQA to the formats that the evaluations read."""
 
+import gzip
 import json
 
 import pytest
@@ -26,6 +27,15 @@ def test_mrtydi_becomes_a_data_set_of_beir(tmp_path):
     assert [(d.id, d.title, d.text) for d in dataset.documents] == [("26#0", "", "rais"), ("7", "", "")]
     lines = (tmp_path / "sw" / "queries.jsonl").read_text().splitlines()
     assert [json.loads(line)["_id"] for line in lines] == ["1", "2"]
+
+
+def test_compressed_mrtydi_is_the_same(tmp_path):
+    (tmp_path / "in").mkdir()
+    for file in [path for path in write_mrtydi(tmp_path / "in").rglob("*") if path.is_file()]:
+        file.with_name(file.name + ".gz").write_bytes(gzip.compress(file.read_bytes()))
+        file.unlink()
+    convertmrtydi2beir.convert(tmp_path / "in", tmp_path / "sw")
+    assert read_beir(tmp_path / "sw").qrels == {"1": {"26#0": 1}} and len(read_beir(tmp_path / "sw").documents) == 2
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,17 @@ def test_fewer_vectors_than_asked_for_are_not_filled_up(kind):
     assert (np.sort(rows[:, :3]) == [0, 1, 2]).all()
 
 
+def test_cells_that_hold_too_few_are_told(capsys):
+    shards = in_memory(250, 350)
+    _, rows = DenseIndex(shards, IndexSettings("ivf", nlist=8, nprobe=1)).search(QUERIES, 500)
+    counts = (rows >= 0).sum(axis=1)
+    assert 0 < counts.min() <= counts.max() < 500
+    told = f"NOTE: 7 of 7 queries found fewer than 500 passages, one of them {counts.min()}: raise --nprobe, now 1\n"
+    assert capsys.readouterr().out == told
+    DenseIndex(shards, IndexSettings("ivf", nlist=8, nprobe=8)).search(QUERIES, 1000)  # finds all there are
+    assert not capsys.readouterr().out
+
+
 @pytest.mark.parametrize("kind", ["flat", "ivf", "hnsw"])
 def test_a_stored_index_gives_the_same_answers(kind, tmp_path, monkeypatch):
     shards = on_disk(tmp_path, 400, 200)

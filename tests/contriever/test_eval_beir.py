@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from contriever import eval_beir
-from contriever.beir import evaluate_run, read_beir
-from contriever.eval_beir import dense_search, evaluate_folder, get_args_parser
+from contriever.beir import evaluate_run, read_beir, read_run
+from contriever.eval_beir import as_run, dense_search, evaluate_folder, get_args_parser
 from tests.contriever.tiny import tiny_retriever
 from tests.processes import run_processes
 
@@ -84,10 +84,11 @@ def test_a_judgement_may_be_repeated_and_lines_end_as_on_windows(tmp_path):
     [
         ({"corpus": '{"_id": "a", "text": "x"}\n{"_id": "a", "text": "y"}'}, "line 2: the id 'a' stands in .*line 1"),
         ({"corpus": '{"_id": "a"'}, r"corpus\.jsonl, line 1: not JSON"),
-        ({"corpus": '{"text": "a"}'}, 'line 1: no "_id"'),
+        ({"corpus": '{"text": "a"}'}, 'line 1: no "id"'),
         ({"corpus": b'{"_id": "a", "text": "\xe9"}'}, r"corpus\.jsonl, line 1: byte 23 .* not UTF-8"),
         ({"corpus": "\n"}, r"corpus\.jsonl is empty"),
         ({"qrels": "q1\td1\t1\n"}, "line 1: expected a header"),
+        ({"qrels": "q1\td 1\t1\n"}, "line 1: expected a header"),
         ({"qrels": "query-id\tcorpus-id\tscore\nq1\td1\n"}, "line 2: expected query id, document id and an integer"),
         ({"qrels": "query-id\tcorpus-id\tscore\nq1\td1\t0.5\n"}, "line 2: expected query id"),
         (
@@ -156,29 +157,28 @@ def test_vectors_that_are_not_finite_are_an_error(tmp_path):
 def test_a_query_never_finds_the_document_with_its_own_id(beir):
     rows = np.array([[0, 1, 2, 3, 4]] * 3), np.array([[3, 4, 0, 1, 2]] * 3)
 
-    def search(dataset):
-        return -rows[0].astype(np.float32), rows[1]
-
-    _, runs = evaluate_folder(beir / "toy", "test", search)
-    assert "w1" in runs["toy"]["q1"] and list(runs["toy"]["w1"]) == ["d5", "d1", "d2", "d3"]
-    _, runs = evaluate_folder(beir / "toy", "test", search, ignore_identical_ids=False)
-    assert "w1" in runs["toy"]["w1"]
+    dataset, found = read_beir(beir / "toy"), (-rows[0].astype(np.float32), rows[1])
+    found_by_query = as_run(dataset, found)
+    assert "w1" in found_by_query["q1"] and list(found_by_query["w1"]) == ["d5", "d1", "d2", "d3"]
+    assert "w1" in as_run(dataset, found, ignore_identical_ids=False)["w1"]
 
 
 def test_a_folder_of_data_sets_is_averaged(tmp_path):
     write_dataset(tmp_path / "cqa" / "a")
     write_dataset(tmp_path / "cqa" / "b", qrels="query-id\tcorpus-id\tscore\nq1\td2\t1\n")
 
-    def search(dataset):  # d1 first, d2 second
-        return np.array([[2.0, 1.0]] * len(dataset.queries), np.float32), np.array([[0, 1]] * len(dataset.queries))
+    def retrieve(dataset):
+        return {query: {"d1": 2.0, "d2": 1.0} for query in dataset.queries}
 
-    metrics, runs = evaluate_folder(tmp_path / "cqa", "test", search)
-    assert list(runs) == ["a", "b"]
-    of_a, of_b = (evaluate_folder(tmp_path / "cqa" / name, "test", search)[0] for name in "ab")
+    metrics, runs, per_query = evaluate_folder(tmp_path / "cqa", "test", retrieve)
+    assert list(runs) == list(per_query) == ["a", "b"]
+    of_a, of_b = (evaluate_folder(tmp_path / "cqa" / name, "test", retrieve)[0] for name in "ab")
     assert metrics["NDCG@10"] == pytest.approx((of_a["NDCG@10"] + of_b["NDCG@10"]) / 2)
     eval_beir.save_runs(tmp_path / "runs.jsonl", runs)
     ids = [json.loads(line)["query_id"] for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
     assert ids == ["a/q1", "a/q2", "a/w1", "b/q1"]
+    stored = read_run(tmp_path / "runs.jsonl")
+    assert evaluate_folder(tmp_path / "cqa", "test", lambda d: eval_beir.run_of(d, stored))[:2] == (metrics, runs)
 
 
 # --- The script -------------------------------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 
 from contriever import finetuning
 from contriever.encoder import load_retriever
+from contriever.index.bm25 import BM25
 from contriever.mine_negatives import get_args_parser as mining_parser
 from contriever.mine_negatives import mine
 from contriever.training.evaluation import accuracy_and_mrr
@@ -197,6 +199,48 @@ def test_hard_negatives_are_the_best_passages_that_are_no_positives(method, pass
 def test_the_best_may_be_left_out(passages):
     all_of_them = mined(passages, "--hard_negatives", 4)[1]["hard_negative_ctxs"]
     assert mined(passages, "--hard_negatives", 3, "--skip_top", 2)[1]["hard_negative_ctxs"] == all_of_them[1:4]
+
+
+def score_all(method: str, questions: list[str], texts: list[str]) -> np.ndarray:
+    if method == "bm25":
+        return np.stack([BM25(texts).scores(question) for question in questions])
+    vectors = [load_retriever().encode(group, normalize=True, amp="fp32") for group in (questions, texts)]
+    return vectors[0] @ vectors[1].T
+
+
+@pytest.mark.parametrize(("method", "margin", "relative"), [("bm25", 0.3, 0), ("bm25", 0, 0.6), ("dense", 0.02, 0.05)])
+def test_hard_negatives_keep_their_distance_from_every_positive(method, margin, relative, tmp_path):
+    texts = [" ".join(["heat"] * (i % 4) + ["wing"] * (i % 5) + [f"w{i} flow"]) for i in range(20)]
+    write_jsonl(tmp_path / "passages.jsonl", *({"id": f"p{i}", "title": "jet", "text": t} for i, t in enumerate(texts)))
+    groups = {"heat wing": [19, 7], "w3 flow": [3], "wing": [9]}
+    records = [{"question": q, "positive_ctxs": [{"text": texts[i]} for i in of]} for q, of in groups.items()]
+    records[2]["positive_ctxs"] = [{"id": "p9", "text": "written in another way"}]
+    write_jsonl(tmp_path / "questions.jsonl", *records)
+    flags = ["--data", tmp_path / "questions.jsonl", "--passages", tmp_path / "passages.jsonl", "--device", "cpu"]
+    flags += ["--output_path", tmp_path / "hard.jsonl", "--margin", margin, "--relative_margin", relative, "--no_fp16"]
+    flags += ["--method", method, *(["--norm"] if method == "dense" else [])]
+    mine(mining_parser().parse_args(list(map(str, flags))))
+    scores, dropped = score_all(method, list(groups), [f"jet {text}" for text in texts]), 0
+    results = read_examples([tmp_path / "hard.jsonl"])
+    for of_query, positives, found in zip(scores, groups.values(), results, strict=True):
+        lowest = min(of_query[i] for i in positives)
+        fits = [i for i in range(20) if i not in positives and of_query[i] <= lowest - margin - relative * abs(lowest)]
+        fits = [i for i in fits if method == "dense" or of_query[i] > 0]
+        dropped += 20 - len(positives) - len(fits)
+        hard = [int(passage["id"][1:]) for passage in found["hard_negative_ctxs"]]
+        assert sorted(hard) == fits and (np.diff(of_query[hard]) <= 1e-6).all()
+    assert 0 < dropped < 50
+
+
+def test_positives_outside_the_collection_have_a_score(tmp_path, capsys):
+    write_jsonl(tmp_path / "passages.jsonl", *({"id": str(i), "text": f"wing {'wing ' * i}w{i}"} for i in range(5)))
+    write_jsonl(tmp_path / "questions.jsonl", {"question": "wing", "positive_ctxs": [{"text": "wing wing heat"}]})
+    flags = f"--data {tmp_path}/questions.jsonl --passages {tmp_path}/passages.jsonl --margin 0"
+    mine(mining_parser().parse_args([*flags.split(), "--output_path", str(tmp_path / "hard.jsonl")]))
+    scores = BM25([*(f"wing {'wing ' * i}w{i}" for i in range(5)), "wing wing heat"]).scores("wing")
+    (found,) = read_examples([tmp_path / "hard.jsonl"])
+    assert {int(p["id"]) for p in found["hard_negative_ctxs"]} == set(np.flatnonzero(scores[:5] <= scores[5])) != set()
+    assert "1 questions have fewer than 30 among their 310 best passages" in capsys.readouterr().out
 
 
 def test_judged_queries_become_records(tmp_path):

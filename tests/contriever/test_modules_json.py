@@ -85,6 +85,29 @@ def test_vectors_equal_those_of_the_library(kind, folder_of, tmp_path):
     np.testing.assert_allclose(again.encode_query(TEXTS), theirs.encode_query(TEXTS), atol=1e-6)
 
 
+def test_prompts_of_other_names_count_as_in_the_library(folder_of, tmp_path, capsys):
+    _, model = folder_of("bert-cls")
+    for number, (prompts, default) in enumerate(
+        (
+            ({"query": "wing : ", "passage": "heat . "}, None),
+            ({"search_query": "wing : ", "corpus": "heat . "}, "search_query"),
+            ({"default": "wing : ", "document": "heat . ", "passage": "cone "}, "default"),
+        )
+    ):
+        options = {"prompts": prompts, "default_prompt_name": default, "device": "cpu"}
+        library = sentence_transformers.SentenceTransformer(modules=list(model), **options)
+        library.save(str(tmp_path / str(number)))
+        ours = load_retriever(tmp_path / str(number))
+        for kind, theirs in (
+            ("", library.encode),
+            ("query", library.encode_query),
+            ("passage", library.encode_document),
+        ):
+            np.testing.assert_allclose(vectors(ours, TEXTS, kind), theirs(TEXTS), atol=1e-6)
+        told = f"--passage_prefix gives the one called {list(prompts)[1]!r}, 'heat . '"
+        assert (told in capsys.readouterr().out) == (number < 2)
+
+
 def test_older_files_say_the_same_in_other_words(folder_of, tmp_path):
     folder, _ = folder_of("bert-cls")
     shutil.copytree(folder, tmp_path / "old")

@@ -1,5 +1,6 @@
 """From a passage file to result files: the embedding of a corpus, killed and resumed, and the retrieval."""
 
+import gzip
 import json
 import os
 import signal
@@ -196,6 +197,14 @@ def test_a_stored_index_is_used_again_and_is_no_shard(corpus, embeddings, tmp_pa
     assert [ranking(record) for record in scanned] == [ranking(record) for record in first]
     for of_scan, of_flat in zip(scanned, first, strict=True):  # torch and faiss round in their own ways
         np.testing.assert_allclose(scores(of_scan), scores(of_flat), rtol=1e-5)
+
+
+def test_compressed_files_give_the_same_results(corpus, embeddings, tmp_path):
+    expected = retrieve(corpus, embeddings, tmp_path / "plain")
+    for name in ("passages.tsv", "questions.json"):
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress((corpus / name).read_bytes()))
+    packed = ["--passages", str(tmp_path / "passages.tsv.gz"), "--data", str(tmp_path / "questions.json.gz")]
+    assert retrieve(corpus, embeddings, tmp_path / "packed", *packed) == expected
 
 
 def ranking(record: dict) -> list[str]:

@@ -1,5 +1,6 @@
 """Passage and question files: content, places, and errors that name the line."""
 
+import gzip
 import json
 
 import pytest
@@ -71,7 +72,10 @@ def test_a_byte_order_mark_and_windows_line_ends(tmp_path):
         ("p.jsonl", jsonl({"id": 1, "text": "a"}, {"id": "1", "text": "b"}), "lines 1 and 2 have the same id '1'"),
         ("p.tsv", "1\ta\tb\n2\tc\td\n1\te\tf\n", "lines 1 and 3 have the same id '1'"),
         ("p.tsv", "1\ta\tb\n2\tc\n", "line 2: 2 columns, expected 3"),
-        ("p.tsv", '1\t"a' + "\n1\tb\tc" * 30_000, "line 1: field larger .* quotation mark"),
+        ("p.tsv", '1\t"a' + "\n1\tb\tc" * 30_000, r"lines 1 to 21847, which are one record: field .*\(131072\)$"),
+        ("p.tsv", "1\ta\tb\n2\t" + "c" * 140_000 + "\td\n", r"line 2: field larger than field limit \(131072\)$"),
+        ("p.tsv", '1\ta\tb\n2\t"c\nd\te\tf\n', "lines 2 to 3, which are one record: 2 columns, expected 3: id, text,"),
+        ("p.tsv", "1\ta\n2\tb\tc\n", "line 2: 3 columns, expected 2: id, text$"),
         ("p.tsv", "id\ttext\ttitle\n", "has no passages"),
         ("p.csv", "1,a,b\n", "expected a .tsv or .jsonl"),
     ],
@@ -79,6 +83,26 @@ def test_a_byte_order_mark_and_windows_line_ends(tmp_path):
 def test_a_bad_file_is_one_clear_error(name, text, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         PassageFile(write(tmp_path / name, text))
+
+
+def test_two_columns_are_taken_as_they_are(tmp_path):
+    lines = ['7\t"Wing" is a word , and "flow', '8\tof "heat" \'', '9\t"a ""b"" c"']  # collection.tsv of MS MARCO
+    file = PassageFile(write(tmp_path / "collection.tsv", "\n".join(lines) + "\n"))
+    assert list(file.read()) == [Passage(line[0], "", line[2:]) for line in lines]
+    assert file.find("8").text == 'of "heat" \''
+
+
+@pytest.mark.parametrize("ending", ["tsv", "jsonl"])
+def test_compressed_passages_are_the_same(ending, tmp_path):
+    text = TSV if ending == "tsv" else jsonl(*map(vars, PASSAGES))
+    plain = PassageFile(write(tmp_path / f"p.{ending}", text))
+    packed = PassageFile(write(tmp_path / f"p.{ending}.gz", gzip.compress(text.encode())))
+    assert list(packed.read()) == list(plain.read()) == PASSAGES and packed.crc == plain.crc
+    assert list(packed.read(1)) == PASSAGES[1:]
+    assert [packed.find(p.id) for p in reversed(PASSAGES)] == PASSAGES[::-1]
+    for damaged in (gzip.compress(text.encode())[:-10], text.encode()):
+        with pytest.raises(ValueError, match=r"p\..*\.gz is damaged: "):
+            PassageFile(write(tmp_path / f"p.{ending}.gz", damaged))
 
 
 def test_equal_hashes_of_different_ids_are_no_duplicates(tmp_path, monkeypatch):
@@ -89,11 +113,12 @@ def test_equal_hashes_of_different_ids_are_no_duplicates(tmp_path, monkeypatch):
         PassageFile(write(tmp_path / "q.tsv", TSV + "2\tagain\t\n"))
 
 
-@pytest.mark.parametrize("ending", ["json", "jsonl"])
+@pytest.mark.parametrize("ending", ["json", "jsonl", "json.gz", "jsonl.gz"])
 def test_questions(ending, tmp_path):
     records = [{"question": "who?", "answers": ["me", "you"], "more": 1}, {"question": "x", "answers": []}]
-    text = json.dumps(records) if ending == "json" else jsonl(*records)
-    assert read_questions(write(tmp_path / f"q.{ending}", text)) == records
+    text = json.dumps(records) if "jsonl" not in ending else jsonl(*records)
+    content = gzip.compress(text.encode()) if ending.endswith("gz") else text
+    assert read_questions(write(tmp_path / f"q.{ending}", content)) == records
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import gzip
 import hashlib
 import json
 from multiprocessing import forkserver
@@ -43,6 +44,19 @@ def test_every_document_keeps_its_tokens_and_borders(text, encoder, tmp_path):
     assert all_documents(tmp_path / "one") == all_documents(tmp_path / "many") == expected
     assert len(token_files(tmp_path / "one")) == 1 and len(token_files(tmp_path / "many")) > 3
     assert np.load(token_files(tmp_path / "one")[0], mmap_mode="r").dtype == np.uint16
+
+
+def test_compressed_text_makes_the_same_shards(text, encoder, tmp_path):
+    packed = tmp_path / "text.txt.gz"
+    packed.write_bytes(gzip.compress(text.read_bytes()))
+    for source, name in ((text, "plain"), (packed, "packed")):
+        make_shards(source, tmp_path / name, encoder, "--shard_mb", "0.001")
+    plain, packed = digests(tmp_path / "plain"), digests(tmp_path / "packed")
+    assert plain.keys() == packed.keys()  # the json files name their sources
+    assert [d for n, d in plain.items() if n.endswith("npy")] == [d for n, d in packed.items() if n.endswith("npy")]
+    (tmp_path / "none.txt.gz").write_bytes(gzip.compress(b""))
+    with pytest.raises(ValueError, match=r"none\.txt\.gz is empty"):
+        make_shards(tmp_path / "none.txt.gz", tmp_path / "none", encoder)
 
 
 def test_a_killed_run_ends_with_the_same_files(text, encoder, tmp_path, monkeypatch):

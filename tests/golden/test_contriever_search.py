@@ -12,7 +12,7 @@ import pytest
 
 from contriever.beir import K_VALUES, evaluate_run
 from contriever.encoder import Retriever, load_retriever
-from contriever.eval_beir import dense_search, document_texts, evaluate_folder
+from contriever.eval_beir import as_run, dense_search, document_texts, evaluate_folder
 from contriever.index.dense import DenseIndex, IndexSettings
 from contriever.index.embeddings import Shard
 from contriever.index.passages import PassageFile
@@ -171,7 +171,7 @@ def test_a_whole_evaluation_of_the_packaged_encoder(case):
             encoder, document_texts(dataset), queries, 1001, 64, 512, norm_query, norm_document, amp="fp32"
         )
 
-    metrics, _ = evaluate_folder(Path(os.environ["CRANFIELD"]), "test", search)
+    metrics, _, _ = evaluate_folder(Path(os.environ["CRANFIELD"]), "test", lambda d: as_run(d, search(d)))
     assert metrics == pytest.approx(GOLDEN.json(f"beir/{case}"), abs=0.05)
 
 
