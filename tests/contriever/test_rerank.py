@@ -32,7 +32,9 @@ def write_cross_encoder(folder: Path, labels: int = 1) -> Path:
 def logits(folder: Path, query: str, text: str) -> float:
     """By transformers alone."""
     model, tokenizer = (c.from_pretrained(folder) for c in (BertForSequenceClassification, AutoTokenizer))
-    return model.eval()(**tokenizer(query, text, return_tensors="pt")).logits.item()
+    return model.eval()(
+        **tokenizer([query], [text], return_tensors="pt")
+    ).logits.item()  # a pair, also of an empty text
 
 
 @pytest.fixture(scope="module")
