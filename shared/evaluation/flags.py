@@ -7,7 +7,13 @@ from pathlib import Path
 from shared import distributed
 from shared.images.loading import default_num_workers
 from shared.networks.weights import flags_of_training, safe_load
-from shared.run.flags import add_device_flag, add_reading_flags, bool_flag, parse_with_embedded_defaults
+from shared.run.flags import (
+    add_bad_image_flags,
+    add_device_flag,
+    add_reading_flags,
+    bool_flag,
+    parse_with_embedded_defaults,
+)
 
 MINIMUM = dict.fromkeys("epochs batch_size image_size val_freq num_blocks images_per_sheet max_sheets".split(), 1)
 
@@ -19,11 +25,15 @@ def add_labelled_flags(parser: argparse.ArgumentParser, data_flag: str = "--data
     add(data_flag, dest="data_path", default=None, help=images)
     add("--val_path", default=None, help=f"images to classify; by default those that belong to {data_flag}")
     add_reading_flags(add)
+    add_shared_classes_flag(add)
+    add_bad_image_flags(add)
+    return add
+
+
+def add_shared_classes_flag(add: Callable) -> None:
+    """What to do with parts of other classes, with the ``add_argument`` of a group."""
     shared = "leave out the images of classes that only train or only val has, instead of refusing them"
     add("--shared_classes_only", type=bool_flag, default=False, help=shared)
-    add("--on_bad_image", default="replace", choices=("replace", "error"), help="what an unreadable image does")
-    add("--max_bad_fraction", type=float, default=0.01, help="stop when more images than this share are unreadable")
-    return add
 
 
 def add_data_flags(parser: argparse.ArgumentParser, batch_size: int = 128) -> Callable:
