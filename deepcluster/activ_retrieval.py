@@ -96,8 +96,7 @@ def _row(
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        activ_retrieval(get_args_parser().parse_args())
+    distributed.run_script(activ_retrieval, get_args_parser().parse_args)
 
 
 if __name__ == "__main__":

@@ -291,8 +291,7 @@ def read_whitening(file: Path) -> Whitening:
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        eval_retrieval(get_args_parser().parse_args())
+    distributed.run_script(eval_retrieval, get_args_parser().parse_args)
 
 
 if __name__ == "__main__":

@@ -265,8 +265,7 @@ def average_precisions(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        eval_voc_classif(get_args_parser().parse_args())
+    distributed.run_script(eval_voc_classif, get_args_parser().parse_args)
 
 
 if __name__ == "__main__":

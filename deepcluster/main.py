@@ -351,8 +351,7 @@ def train_one_epoch(
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        train_deepcluster(parse_args())
+    distributed.run_script(train_deepcluster, parse_args)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
         --exp /path/to/runs/%j
 """
 
+import functools
 import sys
 from pathlib import Path
 
@@ -13,9 +14,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 from deepcluster import main as training
 from shared.launch import slurm
 
-
-def main(arguments: list[str] | None = None) -> None:
-    slurm.submit_training(training, training.train_deepcluster, __doc__, arguments)
+main = functools.partial(slurm.submit_training, training, training.train_deepcluster, __doc__)
 
 
 if __name__ == "__main__":

@@ -197,8 +197,7 @@ def mean_average_precision(neighbours: np.ndarray, positives: list[list[int]]) -
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        eval_copy_detection(get_args_parser().parse_args())
+    distributed.run_script(eval_copy_detection, get_args_parser().parse_args)
 
 
 if __name__ == "__main__":

@@ -179,8 +179,7 @@ def score_ranks(ranks: np.ndarray, truth: GroundTruth, protocol: str) -> Retriev
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        eval_image_retrieval(get_args_parser().parse_args())
+    distributed.run_script(eval_image_retrieval, get_args_parser().parse_args)
 
 
 if __name__ == "__main__":

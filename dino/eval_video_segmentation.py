@@ -235,8 +235,7 @@ def write_mask(path: Path, mask: np.ndarray) -> None:
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        eval_video_segmentation(get_args_parser().parse_args())
+    distributed.run_script(eval_video_segmentation, get_args_parser().parse_args)
 
 
 if __name__ == "__main__":

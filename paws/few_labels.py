@@ -130,8 +130,7 @@ def save_comparison(rows: list[dict[str, float]], path: Path) -> Path:
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        compare(parse_args())
+    distributed.run_script(compare, parse_args)
 
 
 if __name__ == "__main__":

@@ -256,8 +256,7 @@ def labelled_sampler(args: argparse.Namespace, images: PartlyLabelled) -> Labell
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        fine_tune(parse_args())
+    distributed.run_script(fine_tune, parse_args)
 
 
 if __name__ == "__main__":

@@ -176,8 +176,7 @@ def prediction_health(predictions: Tensor, anchors: Tensor) -> dict[str, Tensor 
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        train_paws(parse_args())
+    distributed.run_script(train_paws, parse_args)
 
 
 if __name__ == "__main__":

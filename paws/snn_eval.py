@@ -58,8 +58,7 @@ def snn_eval(args: argparse.Namespace) -> tuple[float, float]:
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        snn_eval(parse_args())
+    distributed.run_script(snn_eval, parse_args)
 
 
 if __name__ == "__main__":

@@ -178,8 +178,7 @@ def train_with_fixed_statistics(encoder: nn.Module) -> None:
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        snn_fine_tune(parse_args())
+    distributed.run_script(snn_fine_tune, parse_args)
 
 
 if __name__ == "__main__":

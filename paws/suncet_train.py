@@ -132,8 +132,7 @@ def train_one_epoch(
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        train_suncet(parse_args())
+    distributed.run_script(train_suncet, parse_args)
 
 
 if __name__ == "__main__":

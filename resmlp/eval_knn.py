@@ -32,11 +32,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 eval_knn = functools.partial(frozen.eval_knn, load_frozen=load_frozen)
-
-
-def main() -> None:
-    with distributed.clean_exit():
-        eval_knn(parse_args())
+main = functools.partial(distributed.run_script, eval_knn, parse_args)
 
 
 if __name__ == "__main__":

@@ -152,8 +152,7 @@ def write_clusters(source: ImageSource, clustering: Clustering, path: Path) -> N
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        cluster_images(parse_args())
+    distributed.run_script(cluster_images, parse_args)
 
 
 if __name__ == "__main__":

@@ -36,12 +36,10 @@ from shared.run.flags import Parser, add_bad_image_flags, add_reading_flags, boo
 from . import frozen
 from .feature_files import Features, check_suffix, write_features
 from .features import extract_features
-from .flags import add_process_flags, parse_evaluation, take_from_run
+from .flags import add_process_flags, parse_evaluation, size_flag, take_from_run
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINTS = ("checkpoint.pth", "checkpoint.pth.tar", "*-latest.pth.tar")  # what runs leave in their folders
-# what trainings call the side of the images that their networks see
-SIZE_FLAGS = ("global_crop_size", "size_crops", "rand_size", "crop_size", "image_size", "input_size")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -118,9 +116,8 @@ def load_frozen(args: argparse.Namespace, hub: ModuleType) -> tuple[nn.Module, E
         trained_with = dict(flags_of_training(checkpoint))
         known = release.arch if release else checkpoint.get("arch") if isinstance(checkpoint, Mapping) else None
         trained_with |= {arch_flag: known} if isinstance(known, str) else {}
-    size_flag = next((flag for flag in SIZE_FLAGS if trained_with.get(flag)), "image_size")
     default = next(iter(card.releases.values())).arch
-    take_from_run(args, trained_with, {"arch": arch_flag, "image_size": size_flag}, {"arch": default})
+    take_from_run(args, trained_with, {"arch": arch_flag, "image_size": size_flag(trained_with)}, {"arch": default})
     options = {"img_size": args.image_size or 224}
     if args.weights == "random":
         randomness.seed_everything(args.seed)  # the same network on every process
@@ -176,8 +173,7 @@ def extract(args: argparse.Namespace) -> Features:
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        extract(parse_args())
+    distributed.run_script(extract, parse_args)
 
 
 if __name__ == "__main__":

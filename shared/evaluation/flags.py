@@ -103,6 +103,22 @@ def flags_of_run(weights: str | Path) -> Mapping:
     return flags_of_training(safe_load(weights)) if Path(weights).is_file() else {}
 
 
+# what trainings call the side of the images that their networks see
+SIZE_FLAGS = ("global_crop_size", "size_crops", "rand_size", "crop_size", "image_size", "input_size")
+
+
+def size_flag(trained_with: Mapping) -> str:
+    """The one of ``SIZE_FLAGS`` that a run has given a value."""
+    return next((flag for flag in SIZE_FLAGS if trained_with.get(flag)), "image_size")
+
+
+def image_size_of_run(weights: str | Path) -> list[int] | None:
+    """The side of the images of a training, as the ``--image_size`` of an export; None where the file does not say."""
+    trained_with = flags_of_run(weights)
+    sizes = trained_with.get(size_flag(trained_with))
+    return None if sizes is None else [sizes] if isinstance(sizes, int) else [sizes[0]]
+
+
 def take_from_run(
     args: argparse.Namespace,
     trained_with: Mapping,

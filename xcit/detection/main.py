@@ -197,8 +197,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        train_detector(parse_args())
+    distributed.run_script(train_detector, parse_args)
 
 
 if __name__ == "__main__":

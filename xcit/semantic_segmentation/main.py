@@ -217,8 +217,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        train_segmenter(parse_args())
+    distributed.run_script(train_segmenter, parse_args)
 
 
 if __name__ == "__main__":
