@@ -79,8 +79,7 @@ def program_function(program: str) -> Callable[[argparse.Namespace], object]:
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        program_function(selected(None))(parse_args())
+    distributed.run_script(program_function(selected(None)), parse_args)
 
 
 if __name__ == "__main__":

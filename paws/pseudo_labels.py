@@ -70,6 +70,7 @@ def label_images(args: argparse.Namespace) -> None:
         lines.append(f"picture: {save_certainty(images, *labels, picture)}")
     for line in lines:
         distributed.print_once(line)
+    distributed.barrier()
 
 
 def save_pseudo_labels(
@@ -178,9 +179,7 @@ def _tile(images: PartlyLabelled, row: int, label: int, confidence: float) -> Ti
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        label_images(parse_args())
-        distributed.barrier()
+    distributed.run_script(label_images, parse_args)
 
 
 if __name__ == "__main__":
