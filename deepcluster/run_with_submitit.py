@@ -4,7 +4,6 @@
         --exp /path/to/runs/%j
 """
 
-import functools
 import sys
 from pathlib import Path
 
@@ -14,7 +13,9 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 from deepcluster import main as training
 from shared.launch import slurm
 
-main = functools.partial(slurm.submit_training, training, training.train_deepcluster, __doc__)
+
+def main(arguments: list[str] | None = None) -> None:
+    slurm.submit_training(training, training.train_deepcluster, __doc__, arguments)
 
 
 if __name__ == "__main__":

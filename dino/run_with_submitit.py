@@ -4,7 +4,6 @@
         --data_path /path/to/imagenet/train --output_dir /path/to/runs/%j
 """
 
-import functools
 import sys
 from pathlib import Path
 
@@ -14,7 +13,9 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 from dino import main_dino as training
 from shared.launch import slurm
 
-main = functools.partial(slurm.submit_training, training, training.train_dino, __doc__)
+
+def main(arguments: list[str] | None = None) -> None:
+    slurm.submit_training(training, training.train_dino, __doc__, arguments)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 eval_knn = functools.partial(frozen.eval_knn, load_frozen=load_frozen)
-main = functools.partial(distributed.run_script, eval_knn, parse_args)
+
+
+def main() -> None:
+    distributed.run_script(eval_knn, parse_args)
 
 
 if __name__ == "__main__":

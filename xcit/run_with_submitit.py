@@ -4,7 +4,6 @@
         --drop-path 0.05 --data-path /path/to/imagenet --output_dir /path/to/runs/%j
 """
 
-import functools
 import sys
 from pathlib import Path
 
@@ -14,7 +13,9 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 from shared.launch import slurm
 from xcit import main as training
 
-main = functools.partial(slurm.submit_training, training, training.train_xcit, __doc__)
+
+def main(arguments: list[str] | None = None) -> None:
+    slurm.submit_training(training, training.train_xcit, __doc__, arguments)
 
 
 if __name__ == "__main__":
