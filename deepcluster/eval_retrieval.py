@@ -249,8 +249,7 @@ def load_resized(path: Path, longer_px: int, box: tuple[float, ...] | None = Non
 
 def write_arrays(folder: Path, images: list, describe: Callable, on_bad_image: str, max_fraction: float) -> None:
     """``describe(path, box)`` of every image as ``<folder>/<i>.npy``; of one that is left out an empty array."""
-    folder.mkdir(parents=True, exist_ok=True)
-    bad_images = BadImages(len(images), folder / "unreadable.txt", on_bad_image, max_fraction)
+    bad_images = BadImages.with_new_list(len(images), folder / "unreadable.txt", on_bad_image, max_fraction)
     for i, (path, box) in enumerate(tqdm(images, disable=not sys.stderr.isatty())):
         try:
             array = describe(path, box).numpy()
