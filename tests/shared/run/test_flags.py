@@ -39,7 +39,7 @@ def test_a_mistake_is_one_line_with_the_nearest_flag(arguments, message, capsys)
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_typo_is_named_with_the_nearest_flag_even_where_a_flag_is_missing(name, capsys):
     script = importlib.import_module(name).get_args_parser()
-    flags = [action.option_strings[-1] for action in script._actions if len((action.option_strings or [""])[-1]) > 6]
+    flags = [action.option_strings[-1] for action in script._actions if len((action.option_strings or [""])[-1]) > 5]
     flag = max(flags, key=len)
     typo = flag[:-2] + flag[-1] + flag[-2] + "q"
     with pytest.raises(SystemExit) as end:
