@@ -21,11 +21,12 @@ from deepcluster.convnets import ClusterNetwork, check_conv, conv_maps
 from deepcluster.flags import IMAGES_HELP, MODEL_HELP
 from deepcluster.hub import CARD, load_network
 from shared import distributed
+from shared.evaluation.features import check_replaced
 from shared.evaluation.flags import add_process_flags
-from shared.images.loading import BadImages, EvalDataset, make_loader
+from shared.images.loading import LEFT_OUT, BadImages, EvalDataset, make_loader
 from shared.images.sources import ImageSource, open_source, reading
 from shared.pictures.sheets import Tile, magnify, save_sheet, to_pixels
-from shared.run.flags import Parser, add_reading_flags
+from shared.run.flags import Parser, add_bad_image_flags, add_reading_flags
 
 FILTERS_PER_SHEET = 16
 
@@ -33,14 +34,14 @@ FILTERS_PER_SHEET = 16
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--data", default=None, help=f"images: {IMAGES_HELP}")
+    add("--data", dest="data_path", default=None, help=f"images: {IMAGES_HELP}")
     add("--model", default=CARD.embedded_run, help=MODEL_HELP)
     add("--conv", type=int, default=1, help="layer, from 1")
     add("--exp", "--output_dir", dest="output_dir", default="", help="folder for the pictures")
     add("--count", type=int, default=9, help="images per filter")
     add("--batch_size", type=int, default=64)
     add_reading_flags(add)
-    add("--max_bad_fraction", type=float, default=0.01, help="stop when more images than this share are unreadable")
+    add_bad_image_flags(add, "skip", "error")
     add_process_flags(parser, launcher=False, num_workers=4)
     return parser
 
@@ -50,18 +51,19 @@ def activ_retrieval(args: argparse.Namespace) -> list[Path]:
     device = distributed.init(device=args.device)
     network = load_network(args.model, keep_top_layer=False).requires_grad_(False).to(device)
     check_conv(network, args.conv)
-    source = open_source(args.data, "train", flag="--data", **reading(args))
+    source = open_source(args.data_path, "train", flag="--data", **reading(args))
     if not 1 <= args.count <= len(source):
         raise ValueError(f"--count {args.count}: there are {len(source)} images")
-    bad_images = BadImages(len(source), None, "replace", args.max_bad_fraction)
+    bad_images = BadImages(len(source), None, args.on_bad_image, args.max_bad_fraction)
     dataset = EvalDataset(source, centre_crop(network.img_size), bad_images)
     loader = make_loader(dataset, batch_size=args.batch_size, num_workers=args.num_workers, device=device)
-    responses, read = zip(
-        *[(filter_responses(network, images.to(device), args.conv).cpu(), seen) for images, _, seen in loader],
+    responses, labels = zip(
+        *[(filter_responses(network, images.to(device), args.conv).cpu(), labels) for images, labels, _ in loader],
         strict=True,
     )
-    responses, read = torch.cat(responses), torch.cat(read)
-    responses[read != torch.arange(len(source))] = -torch.inf  # of another image, which stands for one that is broken
+    responses, left_out = torch.cat(responses), torch.cat(labels) == LEFT_OUT
+    check_replaced(dataset, left_out.nonzero().flatten().tolist())
+    responses[left_out] = -torch.inf
     values, indices = responses.topk(args.count, dim=0)  # (count, filters)
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -94,8 +96,7 @@ def _row(
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        activ_retrieval(get_args_parser().parse_args())
+    distributed.run_script(activ_retrieval, get_args_parser().parse_args)
 
 
 if __name__ == "__main__":

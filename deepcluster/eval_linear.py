@@ -217,8 +217,7 @@ def score_crops(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        eval_linear(parse_args())
+    distributed.run_script(eval_linear, parse_args)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,14 @@
 
 The stages keep their results in ``--temp_dir``. A data set is a folder with the images and the published ground truth
 (``*_query.txt``, ``*_good.txt``, ``*_ok.txt``, ``*_junk.txt``) anywhere below it. The whitening is learned on the other
-data set.
+data set. The lists are part of the protocol: an unreadable image is an error, or with ``--on_bad_image skip`` left out
+(one of the database counts as junk), which the result says.
 """
 
 import argparse
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +34,9 @@ from deepcluster.hub import MEAN, STD, load_network
 from deepcluster.rmac import Whitening, region_vectors, rmac
 from shared import distributed
 from shared.evaluation.ranking import average_precision
-from shared.images.decode import EXTENSIONS, read_image
-from shared.run.flags import Parser, add_device_flag
+from shared.images.decode import EXTENSIONS, ImageError, read_image
+from shared.images.loading import BadImages
+from shared.run.flags import Parser, add_bad_image_flags, add_device_flag
 
 STAGES = ("extract_train", "train_pca", "db_features", "q_features", "eval")
 OTHER = {"Oxford": "Paris", "Paris": "Oxford"}
@@ -64,6 +67,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     for flag in ("multires", "aqe", "dbe"):
         options = {"action": "store_true"} if flag == "multires" else {"type": int, "default": None}
         add(f"--{flag}", help="an error: the official code takes it and does nothing", **options)
+    add_bad_image_flags(add, "error", "skip")
     add_device_flag(add)
     return parser
 
@@ -77,34 +81,39 @@ def eval_retrieval(args: argparse.Namespace) -> float | None:
     folder = Path(args.temp_dir)
     files = {kind: folder / f"{args.dataset_name}_S{args.S}_L{args.L}_{kind}" for kind in ("regions", "db", "q")}
     if args.stage == "train_pca":
-        vectors = torch.cat([torch.from_numpy(v) for v in read_arrays(files["regions"], "extract_train")])
+        arrays = read_arrays(files["regions"], "extract_train")
+        vectors = torch.cat([torch.from_numpy(array) for array in arrays if array.size])
         whitening = Whitening.fit(vectors, args.n_pca)
         np.savez(pca_file(folder, args.dataset_name, args.S), mean=whitening.mean, matrix=whitening.matrix)
         print(f"whitening of {len(vectors)} region vectors: {pca_file(folder, args.dataset_name, args.S)}")
         return None
     if args.stage == "eval":
-        database, queries = (
-            np.stack(read_arrays(files[kind], stage)) for kind, stage in (("db", "db_features"), ("q", "q_features"))
+        (database, unread_images), (queries, unread_queries) = (
+            stack(read_arrays(files[kind], stage)) for kind, stage in (("db", "db_features"), ("q", "q_features"))
         )
-        precisions = score(queries @ database.T, benchmark)
+        benchmark = leave_out(benchmark, unread_images, unread_queries)
+        precisions = [value for value in score(queries @ database.T, benchmark) if value is not None]
         mean = 100 * float(np.mean(precisions))
-        print(f"mAP on {args.dataset_name}: {mean:.2f} % ({len(precisions)} queries)")
+        gone = f", without {len(unread_images)} images and {len(benchmark.queries) - len(precisions)} queries"
+        note = gone if unread_images or unread_queries else ""
+        print(f"mAP on {args.dataset_name}: {mean:.2f} % ({len(precisions)} queries{note})")
         return mean
 
     device = distributed.init(device=args.device)
     model = MapsWithoutLastPooling(load_model(args.model)).to(device)
+    policy = (args.on_bad_image, args.max_bad_fraction)
     if args.stage == "extract_train":
         images = [(path, None) for path in benchmark.images[:MOST_TRAIN_IMAGES]]
-        write_arrays(files["regions"], images, lambda path, box: vectors_of(model, path, box, args, device).cpu())
+        regions = lambda path, box: vectors_of(model, path, box, args, device).cpu()  # noqa: E731
+        write_arrays(files["regions"], images, regions, *policy)
         return None
     whitening = read_whitening(pca_file(folder, OTHER[args.dataset_name], args.S))
     if args.stage == "db_features":
         kind, images = "db", [(path, None) for path in benchmark.images]
     else:
         kind, images = "q", [(query.image, query.box) for query in benchmark.queries]
-    write_arrays(
-        files[kind], images, lambda path, box: rmac(vectors_of(model, path, box, args, device).cpu(), whitening)
-    )
+    descriptor = lambda path, box: rmac(vectors_of(model, path, box, args, device).cpu(), whitening)  # noqa: E731
+    write_arrays(files[kind], images, descriptor, *policy)
     return None
 
 
@@ -164,8 +173,19 @@ def read_benchmark(folder: Path, name: str) -> Benchmark:
     return Benchmark(images, queries)
 
 
-def score(similarities: np.ndarray, benchmark: Benchmark) -> list[float]:
+def leave_out(benchmark: Benchmark, images: set[int], queries: set[int]) -> Benchmark:
+    """These images are junk for every query, and these queries have no positives."""
+    left = [
+        replace(query, positives=set() if i in queries else query.positives - images, junk=query.junk | images)
+        for i, query in enumerate(benchmark.queries)
+    ]
+    return Benchmark(benchmark.images, left)
+
+
+def score(similarities: np.ndarray, benchmark: Benchmark) -> list[float | None]:
     """Average precision of each query, in [0, 1]: good and ok images count, junk is taken out of the ranking.
+
+    Queries without any have none.
 
     Args:
         similarities: (queries, images).
@@ -174,7 +194,7 @@ def score(similarities: np.ndarray, benchmark: Benchmark) -> list[float]:
     for row, query in zip(similarities, benchmark.queries, strict=True):
         ranking = [i for i in np.argsort(-row, kind="stable") if i not in query.junk]
         places = np.flatnonzero([i in query.positives for i in ranking])
-        precisions.append(average_precision(places, len(query.positives)))
+        precisions.append(average_precision(places, len(query.positives)) if query.positives else None)
     return precisions
 
 
@@ -227,12 +247,18 @@ def load_resized(path: Path, longer_px: int, box: tuple[float, ...] | None = Non
 # --- Files ------------------------------------------------------------------------------------------------------------
 
 
-def write_arrays(folder: Path, images: list, describe) -> None:
-    """``describe(path, box)`` of every image as ``<folder>/<i>.npy``."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write_arrays(folder: Path, images: list, describe: Callable, on_bad_image: str, max_fraction: float) -> None:
+    """``describe(path, box)`` of every image as ``<folder>/<i>.npy``; of one that is left out an empty array."""
+    bad_images = BadImages.with_new_list(len(images), folder / "unreadable.txt", on_bad_image, max_fraction)
     for i, (path, box) in enumerate(tqdm(images, disable=not sys.stderr.isatty())):
-        np.save(folder / f"{i}.npy", describe(path, box).numpy())
-    print(f"{len(images)} files in {folder}")
+        try:
+            array = describe(path, box).numpy()
+        except ImageError as error:
+            bad_images.report(str(path), error)
+            array = np.empty(0, np.float32)
+        np.save(folder / f"{i}.npy", array)
+    left_out = f", {bad_images.count()} of them of unreadable images" if bad_images.count() else ""
+    print(f"{len(images)} files in {folder}{left_out}")
 
 
 def read_arrays(folder: Path, stage: str) -> list[np.ndarray]:
@@ -241,6 +267,15 @@ def read_arrays(folder: Path, stage: str) -> list[np.ndarray]:
     if not files:
         raise ValueError(f"{folder} has no files: run --stage {stage} with the same --S, --L and --temp_dir first")
     return [np.load(file, allow_pickle=False) for file in files]
+
+
+def stack(arrays: list[np.ndarray]) -> tuple[np.ndarray, set[int]]:
+    """Descriptors (N, D), zeros for images that were left out, and the indices of these."""
+    missing = {i for i, array in enumerate(arrays) if not array.size}
+    if len(missing) == len(arrays):
+        raise ValueError("none of the images could be read")
+    dim = max(array.size for array in arrays)
+    return np.stack([array if array.size else np.zeros(dim, np.float32) for array in arrays]), missing
 
 
 def pca_file(folder: Path, name: str, size: int) -> Path:
@@ -255,8 +290,7 @@ def read_whitening(file: Path) -> Whitening:
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        eval_retrieval(get_args_parser().parse_args())
+    distributed.run_script(eval_retrieval, get_args_parser().parse_args)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
         --fc6_8 1 --train_batchnorm 1                       # released AlexNet: 72.0 mAP
 
 The fully connected layers start afresh. Crops are small parts of the images, and the score of an image is the sum over
-ten crops.
+ten crops. The lists are part of the protocol: an unreadable image is an error, or with ``--on_bad_image skip`` has no
+score (in training another one takes its place), which the results say.
 """
 
 import argparse
@@ -30,12 +31,13 @@ from deepcluster.flags import MODEL_HELP
 from deepcluster.hub import MEAN, STD, load_network
 from shared import distributed
 from shared.evaluation.flags import add_process_flags
-from shared.images.loading import BadImages, EpochBatchSampler, EvalDataset, make_loader
+from shared.evaluation.frozen import bad_images_of
+from shared.images.loading import LEFT_OUT, EpochBatchSampler, EvalDataset, make_loader
 from shared.images.sources import FileSource
 from shared.images.views import ViewRecipe
 from shared.multicrop import MultiCropDataset, normalize_views
 from shared.run import randomness
-from shared.run.flags import Parser
+from shared.run.flags import Parser, add_bad_image_flags
 
 CLASSES = tuple(
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "
@@ -65,6 +67,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--min_scale", type=float, default=0.1, help="least area of the random crops")
     add("--max_scale", type=float, default=0.5, help="largest area of the random crops")
     add("--seed", type=int, default=31)
+    add_bad_image_flags(add, "error", "skip")
     add_process_flags(parser, launcher=False, num_workers=4)
     return parser
 
@@ -86,7 +89,9 @@ def eval_voc_classif(args: argparse.Namespace) -> dict[str, float]:
         results[split] = 100 * float(np.nanmean(precisions))
         for name, precision in zip(CLASSES, precisions, strict=True):
             print(f"{split} {name}: {100 * precision:.2f} %")
-        print(f"{split} mAP: {results[split]:.2f} %", flush=True)
+        unread = int(np.isnan(scores).all(axis=1).sum())
+        note = f" (without {unread} of {len(scores)} images)" if unread else ""
+        print(f"{split} mAP: {results[split]:.2f} %{note}", flush=True)
     return results
 
 
@@ -158,7 +163,7 @@ def train(
     optimizer = torch.optim.SGD(parameters, args.lr, MOMENTUM, weight_decay=args.wd)
     labels = torch.from_numpy(images.labels)
     total = torch.zeros((), device=device)
-    batches = endless_batches(images, recipe, args.seed, args.num_workers, device)
+    batches = endless_batches(images, recipe, args, device)
     for step, (views, indices) in enumerate(islice(batches, args.nit)):
         if step > 0 and step % args.stepsize == 0:
             for group in optimizer.param_groups:
@@ -179,25 +184,17 @@ def train(
 
 
 def endless_batches(
-    images: VOCImages, recipe: ViewRecipe, seed: int, num_workers: int, device: torch.device
+    images: VOCImages, recipe: ViewRecipe, args: argparse.Namespace, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Normalised random crops (B, 3, H, W) and their indices, epoch after epoch in a new order."""
     batch_size = min(BATCH_SIZE, len(images.source))
-    sampler = EpochBatchSampler(len(images.source), batch_size, seed, drop_last=False)
-    loader = make_loader(
-        MultiCropDataset(images.source, [recipe], seed, bad_images=_no_bad_images(images)),
-        batch_sampler=sampler,
-        num_workers=num_workers,
-        device=device,
-    )
+    sampler = EpochBatchSampler(len(images.source), batch_size, args.seed, drop_last=False)
+    dataset = MultiCropDataset(images.source, [recipe], args.seed, bad_images=bad_images_of(args, images.source))
+    loader = make_loader(dataset, batch_sampler=sampler, num_workers=args.num_workers, device=device)
     for epoch in count():
         sampler.set_epoch(epoch)
         for views, _, indices in loader:
             yield normalize_views(views, device, MEAN, STD)[0], indices
-
-
-def _no_bad_images(images: VOCImages) -> BadImages:
-    return BadImages(len(images.source), on_bad_image="error")
 
 
 def multilabel_loss(scores: Tensor, labels: Tensor) -> Tensor:
@@ -223,26 +220,30 @@ def crop_scores(
     args: argparse.Namespace,
     device: torch.device,
 ) -> np.ndarray:
-    """Sum of the scores of ten crops, (N, 20).
+    """Sum of the scores of ten crops, (N, 20); NaN for images that cannot be read.
 
     Args:
         recipe: Of random crops; None for the corners, the centre and their mirror images.
     """
     network.eval()
-    scores = torch.zeros(len(images.source), len(CLASSES))
+    scores, bad_images = torch.zeros(len(images.source), len(CLASSES)), bad_images_of(args, images.source)
     if recipe is None:
-        dataset = EvalDataset(images.source, TenCrops(network.img_size))
-        for crops, _, indices in make_loader(dataset, batch_size=1, num_workers=args.num_workers, device=device):
+        dataset = EvalDataset(images.source, TenCrops(network.img_size), bad_images)
+        loader = make_loader(dataset, batch_size=1, num_workers=args.num_workers, device=device)
+        for i, (crops, labels, _) in enumerate(loader):
             (views,) = normalize_views([crops[0]], device, MEAN, STD)
-            scores[indices[0]] = network(views).sum(dim=0).cpu()
+            scores[i] = torch.nan if labels[0] == LEFT_OUT else network(views).sum(dim=0).cpu()
         return scores.numpy()
-    dataset = MultiCropDataset(images.source, [recipe], args.seed, bad_images=_no_bad_images(images))
+    times_read = torch.zeros(len(scores))  # less often than others: never; more often: for one that cannot be read
+    dataset = MultiCropDataset(images.source, [recipe], args.seed, bad_images=bad_images)
     sampler = EpochBatchSampler(len(images.source), 1, args.seed, drop_last=False)
     loader = make_loader(dataset, batch_sampler=sampler, num_workers=args.num_workers, device=device)
     for crop in range(CROPS):
         sampler.set_epoch(-1 - crop)  # draws that training has not seen
         for views, _, indices in loader:
             scores[indices] += network(normalize_views(views, device, MEAN, STD)[0]).cpu()
+            times_read[indices] += 1
+    scores[times_read != CROPS] *= (CROPS / times_read[times_read != CROPS])[:, None]
     return scores.numpy()
 
 
@@ -252,19 +253,19 @@ def average_precisions(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     Of equal scores, images that do not show the class come first.
 
     Args:
-        scores: (N, classes).
+        scores: (N, classes); NaN: not scored.
         labels: (N, classes): 0, 1, or 255 for ignored.
     """
     precisions = []
     for score, label in zip(scores.T, labels.T, strict=True):
-        score, label = score[label != IGNORED], label[label != IGNORED]
+        counts = (label != IGNORED) & ~np.isnan(score)
+        score, label = score[counts], label[counts]
         precisions.append(average_precision_score(label, score - 1e-5 * label) if label.any() else np.nan)
     return np.array(precisions)
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        eval_voc_classif(get_args_parser().parse_args())
+    distributed.run_script(eval_voc_classif, get_args_parser().parse_args)
 
 
 if __name__ == "__main__":

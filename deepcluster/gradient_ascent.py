@@ -127,8 +127,7 @@ def deprocess(image: np.ndarray) -> np.ndarray:
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        draw_filters(get_args_parser().parse_args())
+    distributed.run_script(draw_filters, get_args_parser().parse_args)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ from shared.optimisation.precision import Precision
 from shared.run.checkpoint import load_latest_or_given
 from shared.run.flags import (
     Parser,
+    add_bad_image_flags,
     add_reading_flags,
     add_run_flags,
     parse_with_embedded_defaults,
@@ -81,11 +82,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--val_path", default=None, help="images for the k-NN evaluation; by default those that belong to DIR")
     add_reading_flags(add)
     add("--cache", default="none", help="decoded images: none, memory, or a folder for a memory-mapped file")
-    add("--on_bad_image", default="replace", choices=("replace", "error"), help="what an unreadable image does")
-    add("--max_bad_fraction", type=float, default=0.01, help="stop when more images than this share are unreadable")
+    add_bad_image_flags(add)
+    add("--workers", "--num_workers", dest="num_workers", type=int, default=4, help="loader processes per rank")
+
+    add = parser.add_argument_group("views").add_argument
     add("--crop_size", type=int, default=224, help="side in pixels of the images that the network sees")
     add("--crop_scale", type=float, nargs=2, default=(0.08, 1.0), help="area range of the random crops")
-    add("--workers", "--num_workers", dest="num_workers", type=int, default=4, help="loader processes per rank")
 
     add = parser.add_argument_group("network").add_argument
     add("--arch", "-a", default="alexnet", help="alexnet, vgg16, or any torchvision or timm model name")
@@ -349,8 +351,7 @@ def train_one_epoch(
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        train_deepcluster(parse_args())
+    distributed.run_script(train_deepcluster, parse_args)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """End-of-run report: trivial solutions, the clusters as a list and as a picture, curves, and what to run next."""
 
 import math
+from functools import partial
 
 from shared.evaluation.knn_monitor import KNNMonitor
 from shared.images.sources import ImageSource
 from shared.pictures.report import Plot, Report, accuracy_plot
 from shared.run.health import HealthRule
 from shared.run.run import Run
-from shared.run.summary import command, data_flags
+from shared.run.summary import command, next_command
 
 from .cluster_pictures import purity, save_cluster_sheet, save_clusters
 from .clustering import Clusters
@@ -63,15 +64,10 @@ def report(run: Run, source: ImageSource, clusters: Clusters, knn: KNNMonitor) -
             f"NMI with the true labels: {agreement[0]:.3f} before training, {agreement[-1]:.3f} in the end; "
             f"purity {100 * purity(clusters.assignments, source.labels):.1f} %"
         )
-    layer, data = {"model": run.path, "conv": 3}, data_flags(run.args)
-    data["data"] = data.pop("data_path")
-    images = {name: value for name, value in data.items() if name != "val_path"}
-    commands = [
-        command("deepcluster/activ_retrieval.py", **layer, **images, exp=ending.folder),
-        command("deepcluster/gradient_ascent.py", **layer, exp=ending.folder),
-    ]
+    after = partial(next_command, run.args, "deepcluster/main.py", model=run.path, conv=3)
+    scripts = ("deepcluster/activ_retrieval.py", "deepcluster/gradient_ascent.py")
+    commands = [after(script, exp=ending.folder) for script in scripts]
     if knn.sources:
-        linear = run.output_dir / "linear"
-        commands.insert(0, command("deepcluster/eval_linear.py", **layer, **data, exp=linear))
+        commands.insert(0, after("deepcluster/eval_linear.py", exp=run.output_dir / "linear"))
     own_images = command("deepcluster/main.py", "YOUR_IMAGES", sobel=True, k=100, exp="YOUR_RUN")
     ending.finish(commands, own_images, learned, knn)

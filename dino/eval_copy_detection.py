@@ -4,7 +4,8 @@
         --distractors_path /path/to/distractors              # released ViT-B/8 at 320 pixels: 85.5 mAP on "strong"
 
 An image is described by the class token and the generalised mean of the patch tokens. Edited copies (JPEG compression,
-crops, strong edits) search for their originals among all originals and distractors.
+crops, strong edits) search for their originals among all originals and distractors. The lists are part of the protocol:
+an unreadable image is an error, or with ``--on_bad_image skip`` left out, which the results say.
 """
 
 import argparse
@@ -27,12 +28,13 @@ from dino.vision_transformer import VisionTransformer
 from shared import distributed
 from shared.evaluation.features import extract_features
 from shared.evaluation.flags import add_process_flags
+from shared.evaluation.frozen import bad_images_of
 from shared.evaluation.knn import nearest_neighbours
 from shared.evaluation.ranking import average_precision
-from shared.images.loading import EvalDataset
+from shared.images.loading import LEFT_OUT, EvalDataset
 from shared.images.sources import ImageSource, open_source
 from shared.networks.backbones import input_channels
-from shared.run.flags import bool_flag
+from shared.run.flags import add_bad_image_flags, bool_flag
 
 EDITS = (
     "strong",
@@ -50,6 +52,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--distractors_path", default=None, help="folder of images that are added to the originals")
     add("--imsize", type=int, default=320, help="images are resized to a square of this side in pixels")
     add("--batch_size_per_gpu", type=int, default=16, help="images per process")
+    add_bad_image_flags(add, "error", "skip")
     add("--use_cuda", type=bool_flag, default=True, help="keep the features on the GPU")
     add_process_flags(parser)
     return parser
@@ -71,34 +74,43 @@ def eval_copy_detection(args: argparse.Namespace) -> dict[str, float]:
     model = CopyDescriptor(backbone).to(device)
     transform = partial(resize_and_normalize, imsize=args.imsize, in_chans=input_channels(backbone))
 
-    def describe(source: ImageSource) -> Tensor:
+    def describe(source: ImageSource) -> tuple[Tensor, Tensor]:
         distributed.print_once(source.describe())
-        return extract_features(
+        features, labels = extract_features(
             model,
-            EvalDataset(source, transform),
+            EvalDataset(source, transform, bad_images_of(args, source)),
             device,
             args.batch_size_per_gpu,
             args.num_workers,
             store_on=device if args.use_cuda else "cpu",
-        )[0]
+        )
+        return features, labels != LEFT_OUT
 
     queries = {name: describe(source) for name, source in groups.items()}
-    database = queries["original"]
+    database, readable = queries["original"]
+    database, place = database[readable], readable.cumsum(dim=0).cpu() - 1  # of each original in the database
     if args.distractors_path:
-        database = torch.cat([database, describe(open_flat(args.distractors_path, "--distractors_path"))])
-    whiten = Whitening(describe(open_flat(args.whitening_path, "--whitening_path"))) if args.whitening_path else None
+        distractors, is_readable = describe(open_flat(args.distractors_path, "--distractors_path"))
+        database, readable = torch.cat([database, distractors[is_readable]]), torch.cat([readable, is_readable])
+    whiten = None
+    if args.whitening_path:
+        features, is_readable = describe(open_flat(args.whitening_path, "--whitening_path"))
+        whiten = Whitening(features[is_readable])
 
     def comparable(features: Tensor) -> Tensor:
         return F.normalize(features if whiten is None else whiten(features), dim=1)
 
     database = comparable(database)
-    result = {}
-    for name, features in queries.items():
-        _, indices = nearest_neighbours(comparable(features), database, min(NEIGHBOURS, len(database)))
-        result[name] = mean_average_precision(
-            indices.cpu().numpy(), originals_of(name, groups[name], groups["original"])
-        )
-        distributed.print_once(f"eval on {name} mAP={result[name]:.3f}")
+    result, gone = {}, int((~readable).sum())
+    for name, (features, is_readable) in queries.items():
+        originals = originals_of(name, groups[name], groups["original"])
+        originals = [[int(place[i]) for i in indices if readable[i]] for indices in originals]
+        asked = [i for i, indices in enumerate(originals) if indices and is_readable[i]]
+        _, found = nearest_neighbours(comparable(features[asked]), database, min(NEIGHBOURS, len(database)))
+        result[name] = mean_average_precision(found.cpu().numpy(), [originals[i] for i in asked])
+        missing = f"{len(originals) - len(asked)} of {len(originals)} copies and {gone} images of the database"
+        note = f" (without {missing})" if gone or len(asked) < len(originals) else ""
+        distributed.print_once(f"eval on {name} mAP={result[name]:.3f}{note}")
     return result
 
 
@@ -185,8 +197,7 @@ def mean_average_precision(neighbours: np.ndarray, positives: list[list[int]]) -
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        eval_copy_detection(get_args_parser().parse_args())
+    distributed.run_script(eval_copy_detection, get_args_parser().parse_args)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@
 
 ``data_path`` holds ``<dataset>/gnd_<dataset>.pkl`` and ``<dataset>/jpg/*.jpg`` (Radenovic et al. 2018). Images are
 ranked by the cosine similarity of the backbone's outputs. Without weights, ViT-S/16 takes those trained on Google
-Landmarks.
+Landmarks. The lists are part of the protocol: an unreadable image is an error, or with ``--on_bad_image skip`` left out
+(one of the database counts as junk), which the result says.
 """
 
 import argparse
@@ -29,11 +30,12 @@ from dino.hub import VITS16_LANDMARKS, fetch
 from shared import distributed
 from shared.evaluation.features import extract_features
 from shared.evaluation.flags import add_process_flags
+from shared.evaluation.frozen import bad_images_of
 from shared.evaluation.ranking import average_precision
-from shared.images.loading import EvalDataset
+from shared.images.loading import LEFT_OUT, EvalDataset
 from shared.images.sources import FileSource
 from shared.networks.backbones import input_channels
-from shared.run.flags import bool_flag
+from shared.run.flags import add_bad_image_flags, bool_flag
 
 PRECISION_AT = (1, 5, 10)
 
@@ -45,6 +47,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--dataset", default="roxford5k", choices=("roxford5k", "rparis6k"))
     add("--multiscale", type=bool_flag, default=False, help="average the features over three scales")
     add("--imsize", type=int, default=224, help="longest side of an image in pixels; smaller ones stay")
+    add_bad_image_flags(add, "error", "skip")
     add("--use_cuda", type=bool_flag, default=True, help="keep the features on the GPU")
     add_process_flags(parser)
     return parser
@@ -66,34 +69,36 @@ def eval_image_retrieval(args: argparse.Namespace) -> dict[str, "RetrievalResult
         model = MultiScale(model)
     model.to(device)
 
-    database, queries = (
-        F.normalize(
-            extract_features(
-                model,
-                retrieval_images(folder / "jpg", names, args.imsize, in_chans),
-                device,
-                batch_size=1,  # images differ in shape
-                num_workers=args.num_workers,
-                store_on=device if args.use_cuda else "cpu",
-            )[0],
-            dim=1,
+    (database, image_labels), (queries, query_labels) = (
+        extract_features(
+            model,
+            retrieval_images(folder / "jpg", names, args, in_chans),
+            device,
+            batch_size=1,  # images differ in shape
+            num_workers=args.num_workers,
+            store_on=device if args.use_cuda else "cpu",
         )
         for names in (truth.images, truth.queries)
     )
-    ranks = (queries @ database.t()).argsort(dim=1, descending=True, stable=True).cpu().numpy()
+    similarities = F.normalize(queries, dim=1) @ F.normalize(database, dim=1).t()
+    ranks = similarities.argsort(dim=1, descending=True, stable=True).cpu().numpy()
+    unread = [(labels == LEFT_OUT).nonzero().flatten().tolist() for labels in (image_labels, query_labels)]
+    truth = truth.without(*unread)
+    note = " (without {} images and {} queries)".format(*map(len, unread)) if any(unread) else ""
     results = {name: score_ranks(ranks, truth, name) for name in ("medium", "hard")}
     medium, hard = results["medium"], results["hard"]
-    distributed.print_once(f">> {args.dataset}: mAP M: {100 * medium.mean_ap:.2f}, H: {100 * hard.mean_ap:.2f}")
+    distributed.print_once(f">> {args.dataset}: mAP M: {100 * medium.mean_ap:.2f}, H: {100 * hard.mean_ap:.2f}{note}")
     distributed.print_once(
         f">> {args.dataset}: mP@k{list(PRECISION_AT)} "
-        f"M: {np.round(100 * medium.mean_precision, 2)}, H: {np.round(100 * hard.mean_precision, 2)}"
+        f"M: {np.round(100 * medium.mean_precision, 2)}, H: {np.round(100 * hard.mean_precision, 2)}{note}"
     )
     return results
 
 
-def retrieval_images(folder: Path, names: list[str], imsize: int, in_chans: int) -> EvalDataset:
+def retrieval_images(folder: Path, names: list[str], args: argparse.Namespace, in_chans: int) -> EvalDataset:
     source = FileSource(str(folder), folder, [f"{name}.jpg" for name in names])
-    return EvalDataset(source, partial(shrink_and_normalize, imsize=imsize, in_chans=in_chans))
+    transform = partial(shrink_and_normalize, imsize=args.imsize, in_chans=in_chans)
+    return EvalDataset(source, transform, bad_images_of(args, source))
 
 
 def shrink_and_normalize(pixels: np.ndarray, imsize: int, in_chans: int = 3) -> Tensor:
@@ -174,8 +179,7 @@ def score_ranks(ranks: np.ndarray, truth: GroundTruth, protocol: str) -> Retriev
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        eval_image_retrieval(get_args_parser().parse_args())
+    distributed.run_script(eval_image_retrieval, get_args_parser().parse_args)
 
 
 if __name__ == "__main__":

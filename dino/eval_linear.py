@@ -124,8 +124,7 @@ class FrozenFeatures:
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        eval_linear(parse_args())
+    distributed.run_script(eval_linear, parse_args)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@
 
 The mask of a video's first frame is carried on by nearest neighbours among the patch tokens of the first and the last
 few frames; nothing is trained. The masks are written as indexed PNG files, one folder per video, for the official
-tool (davis2017-evaluation); with the released ViT-S/8 it reports a J&F mean of 69.9.
+tool (davis2017-evaluation); with the released ViT-S/8 it reports a J&F mean of 69.9. A frame that cannot be read ends
+the program, which names the file, and there is no flag to go on: every mask is carried on from those before it, and the
+official tool wants one for every frame.
 """
 
 import argparse
@@ -28,7 +30,7 @@ from dino.hub import MEAN
 from dino.vision_transformer import VisionTransformer
 from shared import distributed
 from shared.evaluation.flags import add_process_flags
-from shared.images.decode import read_image
+from shared.images.decode import ImageError, read_image
 from shared.networks.backbones import input_channels
 
 STD = (0.228, 0.224, 0.225)  # 0.228 as in the official script; everywhere else it is 0.229
@@ -113,7 +115,10 @@ def segment_video(
 ):
     """Yields the mask (H, W) of each frame at its original size, object indices in uint8."""
     patch_size, in_chans = backbone.patch_embed.patch_size, input_channels(backbone)
-    first = np.array(Image.open(video.first_mask, formats=["PNG"]))
+    try:
+        first = np.array(Image.open(video.first_mask, formats=["PNG"]))
+    except (OSError, SyntaxError) as error:  # as Pillow calls damage
+        raise ImageError(f"{video.first_mask} cannot be read: {error}") from error
     if first.ndim != 2:
         raise ValueError(f"{video.first_mask} is not an indexed image")
     yield first
@@ -230,8 +235,7 @@ def write_mask(path: Path, mask: np.ndarray) -> None:
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        eval_video_segmentation(get_args_parser().parse_args())
+    distributed.run_script(eval_video_segmentation, get_args_parser().parse_args)
 
 
 if __name__ == "__main__":

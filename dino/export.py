@@ -8,10 +8,7 @@ Writes the formats of :func:`shared.networks.export.export_network` and, of a Vi
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-
-from torch import nn
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -19,6 +16,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 from dino.flags import evaluation_parser, load_chosen
 from dino.hub import CARD, VIT_NAMES, plain_name
 from shared import distributed
+from shared.evaluation.flags import image_size_of_run
 from shared.networks.export import add_export_flags, export_backbone
 
 
@@ -26,19 +24,16 @@ def get_args_parser() -> argparse.ArgumentParser:
     return add_export_flags(evaluation_parser(__doc__))
 
 
-def export(
-    backbone: nn.Module, arch: str, output_dir: str | Path, image_size: Sequence[int] | None = None
-) -> dict[str, Path]:
-    """:func:`shared.networks.export.export_backbone` for a backbone of this folder."""
-    ours = (f"{plain_name(arch)}_patch16_224", "ViTModel") if arch in VIT_NAMES else ()
-    return export_backbone(CARD, backbone, arch, output_dir, image_size, *ours)
+def export(args: argparse.Namespace) -> dict[str, Path]:
+    """The files by format."""
+    backbone, _ = load_chosen(args)
+    ours = (f"{plain_name(args.arch)}_patch16_224", "ViTModel") if args.arch in VIT_NAMES else ()
+    image_size = args.image_size or image_size_of_run(args.pretrained_weights)
+    return export_backbone(CARD, backbone, args.arch, args.output_dir, image_size, *ours)
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        args = get_args_parser().parse_args()
-        backbone, _ = load_chosen(args)
-        export(backbone, args.arch, args.output_dir, args.image_size)
+    distributed.run_script(export, get_args_parser().parse_args)
 
 
 if __name__ == "__main__":

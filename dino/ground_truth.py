@@ -2,7 +2,8 @@
 
 import json
 import pickle
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,17 @@ class GroundTruth:
     images: list[str]
     queries: list[str]
     relevance: list[dict[str, list[int]]]
+
+    def without(self, images: Sequence[int], queries: Sequence[int]) -> "GroundTruth":
+        """These images are junk for every query, and these queries have no positives."""
+        relevance = [
+            {"easy": [], "hard": [], "junk": []}
+            if query in queries
+            else {name: sorted({*lists[name]} - {*images}) for name in ("easy", "hard")}
+            | {"junk": sorted({*lists["junk"], *images})}
+            for query, lists in enumerate(self.relevance)
+        ]
+        return replace(self, relevance=relevance)
 
 
 def read_ground_truth(folder: Path, dataset: str) -> GroundTruth:

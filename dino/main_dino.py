@@ -341,8 +341,7 @@ def output_health(criterion: DINOLoss, loss: Tensor, teacher_features: Tensor) -
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        train_dino(parse_args())
+    distributed.run_script(train_dino, parse_args)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """End-of-run report: signs of a collapse, pictures, and what to run next."""
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from shared.pictures.report import Plot, Report, accuracy_plot, first_image, sav
 from shared.run.health import HealthRule, equal_features, patience, shares_of_ln_k, still_at_ln_k
 from shared.run.run import Run
 from shared.run.settings import long_warmup, more_than_data, slow_average, tell_settings
-from shared.run.summary import command, data_flags
+from shared.run.summary import command, next_command
 
 from .attention import class_row, has_class_attention
 from .hub import MEAN, STD, VIT_NAMES
@@ -101,13 +102,12 @@ def save_view_sheet(dataset: MultiCropDataset, path: Path) -> Path:
 
 def next_commands(args: argparse.Namespace, weights: Path, knn: KNNMonitor) -> list[str]:
     """Evaluations of the network that was trained, which take its architecture and image size from the checkpoint."""
-    network, data, commands = {"pretrained_weights": weights}, data_flags(args), []
+    after, commands = partial(next_command, args, "dino/main_dino.py", pretrained_weights=weights), []
     if knn.sources:
         linear = {"num_labels": len(knn.sources[1].classes), "output_dir": weights.with_name("linear")}
-        commands.append(command("dino/eval_knn.py", **network, **data, nb_knn=knn.k))
-        commands.append(command("dino/eval_linear.py", **network, **data, **linear))
+        commands.append(after("dino/eval_knn.py", nb_knn=knn.k))
+        commands.append(after("dino/eval_linear.py", **linear))
     if args.arch in VIT_NAMES or args.arch.startswith("xcit_"):
-        image = {"image_path": "YOUR_IMAGE", "image_size": 2 * args.global_crop_size, "val_path": None}
-        folder = weights.with_name("attention")
-        commands.append(command("dino/visualize_attention.py", **network | data | image, output_dir=folder))
+        image = {"image_path": "YOUR_IMAGE", "image_size": 2 * args.global_crop_size}
+        commands.append(after("dino/visualize_attention.py", **image, output_dir=weights.with_name("attention")))
     return commands

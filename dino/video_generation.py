@@ -179,8 +179,7 @@ def generate_video(args: argparse.Namespace) -> Path:
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        generate_video(parse_args())
+    distributed.run_script(generate_video, parse_args)
 
 
 if __name__ == "__main__":

@@ -102,8 +102,7 @@ def visualize_attention(args: argparse.Namespace) -> list[Path]:
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        visualize_attention(parse_args())
+    distributed.run_script(visualize_attention, parse_args)
 
 
 if __name__ == "__main__":

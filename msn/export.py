@@ -8,7 +8,6 @@ Writes the formats of :func:`shared.networks.export.export_network` and ``<model
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
@@ -16,7 +15,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from msn.flags import load_chosen_encoder, network_parser
 from msn.hub import CARD
-from msn.vision_transformer import ARCHITECTURES, VisionTransformer
+from msn.vision_transformer import ARCHITECTURES
 from shared import distributed
 from shared.networks.export import add_export_flags, export_backbone
 
@@ -30,19 +29,15 @@ def timm_name(model_name: str) -> str:
     return f"vit_{model_name.removeprefix('deit_').split('_')[0]}_patch16_224"
 
 
-def export(
-    encoder: VisionTransformer, model_name: str, output_dir: str | Path, image_size: Sequence[int] | None = None
-) -> dict[str, Path]:
-    """:func:`shared.networks.export.export_backbone` for an encoder of this folder."""
-    twin = "" if "conv_stem" in ARCHITECTURES[model_name] else "ViTMSNModel"
-    return export_backbone(CARD, encoder, model_name, output_dir, image_size, timm_name(model_name), twin, "name")
+def export(args: argparse.Namespace) -> dict[str, Path]:
+    """The files by format."""
+    encoder, name = load_chosen_encoder(args), args.model_name
+    ours = (timm_name(name), "" if "conv_stem" in ARCHITECTURES[name] else "ViTMSNModel", "name")
+    return export_backbone(CARD, encoder, name, args.output_dir, args.image_size, *ours)
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        args = get_args_parser().parse_args()
-        encoder = load_chosen_encoder(args)
-        export(encoder, args.model_name, args.output_dir, args.image_size)
+    distributed.run_script(export, get_args_parser().parse_args)
 
 
 if __name__ == "__main__":

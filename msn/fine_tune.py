@@ -219,8 +219,7 @@ def train_one_epoch(
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        fine_tune(parse_args())
+    distributed.run_script(fine_tune, parse_args)
 
 
 if __name__ == "__main__":

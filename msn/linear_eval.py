@@ -255,8 +255,7 @@ def train_one_epoch(
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        linear_eval(parse_args())
+    distributed.run_script(linear_eval, parse_args)
 
 
 if __name__ == "__main__":

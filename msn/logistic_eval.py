@@ -282,8 +282,7 @@ class LowShotClassifier:
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        logistic_eval(parse_args())
+    distributed.run_script(logistic_eval, parse_args)
 
 
 if __name__ == "__main__":

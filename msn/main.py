@@ -461,12 +461,15 @@ def start_on_devices(devices: list[str], arguments: list[str]) -> str:
     return device
 
 
+def train_on_devices(args: argparse.Namespace) -> None:
+    """Train on ``--devices``, if they are given."""
+    if args.devices:
+        args.device = start_on_devices(args.devices, sys.argv[1:])
+    train_msn(args)
+
+
 def main() -> None:
-    with distributed.clean_exit():
-        args = parse_args()
-        if args.devices:
-            args.device = start_on_devices(args.devices, sys.argv[1:])
-        train_msn(args)
+    distributed.run_script(train_on_devices, parse_args)
 
 
 if __name__ == "__main__":

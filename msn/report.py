@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from shared.pictures.report import Plot, Report, accuracy_plot, first_image, sav
 from shared.run.health import HealthRule, equal_features, patience, shares_of_ln_k, still_at_ln_k
 from shared.run.run import Run
 from shared.run.settings import long_warmup, more_than_data, slow_average, tell_settings
-from shared.run.summary import command, data_flags
+from shared.run.summary import command, next_command
 
 from .hub import MEAN, STD
 from .vision_transformer import Trunk, draw_kept_patches
@@ -92,14 +93,13 @@ def report(run: Run, dataset: MultiCropDataset, trunk: Trunk, knn: KNNMonitor) -
     ending.draw("attention/attention.png", draw_attention)
 
     network = {"pretrained": run.path.parent, "fname": run.path.name}  # its file states model and image size
-    data, commands = data_flags(run.args), []
+    after, commands = partial(next_command, run.args, "msn/main.py", **network), []
     if knn.sources:
         fewest = int(np.bincount(knn.sources[0].labels).min())  # images of a class
-        commands.append(command("msn/logistic_eval.py", **network, **data, imgs_per_class=min(5, fewest)))
-        commands.append(command("msn/eval_knn.py", **network, **data, nb_knn=knn.k))
+        commands.append(after("msn/logistic_eval.py", imgs_per_class=min(5, fewest)))
+        commands.append(after("msn/eval_knn.py", nb_knn=knn.k))
     image = {"image_path": "YOUR_IMAGE", "image_size": 2 * run.args.rand_size}
-    folder = run.output_dir / "attention"
-    commands.append(command("msn/visualize_attention.py", **network, **image, output_dir=folder))
+    commands.append(after("msn/visualize_attention.py", **image, output_dir=run.output_dir / "attention"))
     ending.finish(commands, command("msn/main.py", data_path="YOUR_IMAGES", folder="YOUR_RUN"), knn=knn)
 
 

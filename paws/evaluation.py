@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from shared import distributed
 from shared.evaluation.features import extract_features
-from shared.evaluation.knn_monitor import AUTOMATIC_UP_TO
-from shared.images.labelled import NotLabelled
-from shared.images.loading import BadImages, EvalDataset, EvalTransform
-from shared.images.sources import ImageSource, check_same_classes, open_source, reading
+from shared.evaluation.frozen import bad_images_of
+from shared.evaluation.knn_monitor import AUTOMATIC_UP_TO, BetweenEpochs
+from shared.images.labelled import NotLabelled, match_val
+from shared.images.loading import LEFT_OUT, BadImages, EvalDataset, EvalTransform
+from shared.images.sources import ImageSource, open_source, reading
 from shared.networks.backbones import input_channels
 
 from .augmentations import Recipe
@@ -49,13 +50,25 @@ def top_k(probabilities: Tensor, labels: Tensor) -> tuple[float, float]:
 
 @dataclass
 class Validation:
-    """Images whose classes are known and were not used: all of a source, or some of its rows."""
+    """Images whose classes are known and were not used: all of a source, or some of its rows.
+
+    Attributes:
+        absent: Classes of the labels that ``--shared_classes_only`` leaves out: they are not predicted.
+        bad_images: What happens to those that cannot be read; by default the first one is an error.
+    """
 
     source: ImageSource
     rows: np.ndarray
+    absent: list[int] = field(default_factory=list)
+    bad_images: BadImages | None = None
 
-    def dataset(self, transform: EvalTransform, bad_images: BadImages | None = None) -> EvalDataset:
-        return EvalDataset(self.source, transform, bad_images, self.rows.tolist())
+    def dataset(self, transform: EvalTransform) -> EvalDataset:
+        return EvalDataset(self.source, transform, self.bad_images, self.rows.tolist())
+
+    def top_k(self, probabilities: Tensor, labels: Tensor) -> tuple[float, float]:
+        """:func:`top_k` of probabilities (N, C) for labels (N,)."""
+        absent = torch.tensor(self.absent, dtype=torch.long, device=probabilities.device)
+        return top_k(probabilities.index_fill(1, absent, -1), labels)
 
     def describe(self) -> str:
         which = "" if len(self.rows) == len(self.source) else " without a label in training"
@@ -63,7 +76,11 @@ class Validation:
 
 
 def open_validation(
-    images: PartlyLabelled, data_path: str | None, val_path: str | None, **reading_options
+    images: PartlyLabelled,
+    data_path: str | None,
+    val_path: str | None,
+    shared_classes_only: bool | None = None,
+    **reading_options,
 ) -> Validation:
     """Images to classify: ``val_path``; else the val part of ``data_path``; else those whose labels were kept back.
 
@@ -89,8 +106,16 @@ def open_validation(
                 reason = "all images have a label that is used; give others to classify as --val_path"
                 raise NotLabelled(reason) from error
             return Validation(images.source, images.unlabelled)
-    check_same_classes(images, val)
-    return Validation(val, np.arange(len(val)))
+    val, absent = match_val(images, val, shared_classes_only)
+    return Validation(val, np.arange(len(val)), absent)
+
+
+def validation_of(args: argparse.Namespace, images: PartlyLabelled, list_path: Path | None = None) -> Validation:
+    """What the flags name, see :func:`open_validation`; images that cannot be read are listed in ``list_path``."""
+    shared = getattr(args, "shared_classes_only", None)
+    validation = open_validation(images, args.data_path, args.val_path, shared, **reading(args))
+    validation.bad_images = bad_images_of(args, validation.source, list_path)
+    return validation
 
 
 # --- Classifier -------------------------------------------------------------------------------------------------------
@@ -138,28 +163,32 @@ class SoftNearestNeighbours:
     ) -> tuple[Tensor, Tensor]:
         """Class probabilities (N, C) of a data set, and its labels (N,); every process must call this.
 
+        Labelled images that cannot be read have no vote, unless the policy of the data set says that they are an error.
+
         Args:
             between_batches: Called after every batch, equally often on every process; may raise to stop.
         """
         network = Representation(encoder, self.use_pred).train(encoder.training)
         chosen = self.images.labelled
-        labelled = EvalDataset(self.images.source, eval_transform(self.recipe, encoder), rows=chosen.tolist())
-        (supports, _), (queries, labels) = (
+        policy = "error" if dataset.bad_images.on_bad_image == "error" else "skip"
+        policy = BadImages(len(self.images.source), None, policy, dataset.bad_images.max_fraction)
+        labelled = EvalDataset(self.images.source, eval_transform(self.recipe, encoder), policy, chosen.tolist())
+        (supports, found), (queries, labels) = (
             extract_features(
                 network, part, self.device, self.batch_size, self.num_workers, between_batches=between_batches
             )
             for part in (labelled, dataset)
         )
-        support_labels = torch.from_numpy(self.images.labels[chosen]).to(supports.device)
-        num_classes = len(self.images.classes)
-        return classify(queries, supports, support_labels, num_classes, self.temperature), labels
+        readable, num_classes = found != LEFT_OUT, len(self.images.classes)
+        support_labels = torch.from_numpy(self.images.labels[chosen]).to(supports.device)[readable]
+        return classify(queries, supports[readable], support_labels, num_classes, self.temperature), labels
 
 
 # --- Between epochs ---------------------------------------------------------------------------------------------------
 
 
 @dataclass
-class SNNMonitor:
+class SNNMonitor(BetweenEpochs):
     """Top-1 of the soft nearest neighbours between epochs.
 
     Attributes:
@@ -173,47 +202,36 @@ class SNNMonitor:
     validation: Validation | None
     every_epochs: int | None
     epochs: int
-    bad_images: BadImages | None
     disabled_reason: str | None
-
-    def is_due(self, epoch: int) -> bool:
-        """Whether to evaluate after ``epoch`` (-1: before training)."""
-        if self.disabled_reason is not None:
-            return False
-        ends = epoch in (-1, self.epochs - 1)
-        return ends or (self.every_epochs is not None and (epoch + 1) % self.every_epochs == 0)
 
     def run(self, encoder: Encoder, between_batches: Callable[[], None] | None = None) -> float:
         """Top-1 in percent; see :meth:`SoftNearestNeighbours.classify`."""
         encoder = distributed.unwrap(encoder)
-        dataset = self.validation.dataset(eval_transform(self.classifier.recipe, encoder), self.bad_images)
-        return top_k(*self.classifier.classify(encoder, dataset, between_batches))[0]
+        dataset = self.validation.dataset(eval_transform(self.classifier.recipe, encoder))
+        return self.validation.top_k(*self.classifier.classify(encoder, dataset, between_batches))[0]
 
 
-def build_snn_monitor(args: argparse.Namespace, classifier: SoftNearestNeighbours, on_bad_image: str) -> SNNMonitor:
+def build_snn_monitor(args: argparse.Namespace, classifier: SoftNearestNeighbours) -> SNNMonitor:
     """The monitor that the flags of a training ask for; says why when there is none.
 
     Args:
         args: Those of :mod:`paws.flags`.
-        on_bad_image: ``replace`` or ``error``, for the images to classify.
 
     Raises:
         ValueError: If it was asked for and there are no images to classify.
     """
-    validation, reason, bad_images = None, "--eval_knn_freq 0", None
+    validation, reason = None, "--eval_knn_freq 0"
     if args.eval_knn_freq != 0:
         try:
-            validation = open_validation(classifier.images, args.data_path, args.val_path, **reading(args))
+            validation = validation_of(args, classifier.images, Path(args.output_dir) / "bad_images_val.txt")
         except NotLabelled as error:
             if args.eval_knn_freq:
                 raise ValueError(f"--eval_knn_freq {args.eval_knn_freq}: {error}") from error
             reason = str(error)
     if validation is not None:
-        listed = Path(args.output_dir) / "bad_images_val.txt"
-        bad_images = BadImages(len(validation.source), listed, on_bad_image, args.max_bad_fraction)
         many = args.eval_knn_freq is None and len(validation.rows) > AUTOMATIC_UP_TO
         reason = f"there are {len(validation.rows):,} images to classify; ask for it with --eval_knn_freq"
         reason = reason if many else None
     what = f"no evaluation between epochs: {reason}" if reason else f"evaluation: {validation.describe()}"
     distributed.print_once(what)
-    return SNNMonitor(classifier, validation, args.eval_knn_freq, args.epochs, bad_images, reason)
+    return SNNMonitor(classifier, validation, args.eval_knn_freq, args.epochs, reason)

@@ -8,13 +8,15 @@ Writes the formats of :func:`shared.networks.export.export_network`, without the
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from paws.hub import CARD
+from paws.hub import CARD, recipe_of
 from shared import distributed
+from shared.evaluation.flags import flags_of_run
 from shared.networks.export import add_export_flags, export_backbone
 from shared.networks.pretrained import load_pretrained
 from shared.run.flags import AnyDashParser
@@ -26,14 +28,20 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--model_name", default="resnet50", help="as for main.py")
     add("--pretrained", required=True, help="a file of any layout, or the name of a release")
     add("--allow_partial", action="store_true", help="go on when the file does not fill the network")
-    return add_export_flags(parser, image_size=(224, 224))
+    return add_export_flags(parser)
+
+
+def export(args: argparse.Namespace) -> dict[str, Path]:
+    """The files by format; they state the size, mean and spread of the images of the training."""
+    backbone = load_pretrained(CARD, args.model_name, args.pretrained, allow_partial=args.allow_partial)
+    trained_with = flags_of_run(args.pretrained)
+    recipe = recipe_of(trained_with, trained_with.get("image_size"))
+    card, image_size = replace(CARD, mean=recipe.mean, std=recipe.std), args.image_size or recipe.large[:1]
+    return export_backbone(card, backbone, args.model_name, args.output_dir, image_size, arch_key="model_name")
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        args = get_args_parser().parse_args()
-        backbone = load_pretrained(CARD, args.model_name, args.pretrained, allow_partial=args.allow_partial)
-        export_backbone(CARD, backbone, args.model_name, args.output_dir, args.image_size, arch_key="model_name")
+    distributed.run_script(export, get_args_parser().parse_args)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from paws import fine_tune, flags, paws_train
 from paws.augmentations import Recipe, choose_recipe
-from paws.evaluation import Validation, open_validation
+from paws.evaluation import Validation, validation_of
 from paws.labels import PartlyLabelled, open_partly_labelled
 from shared import distributed
 from shared.evaluation.features import extract_features
@@ -62,7 +62,7 @@ def compare(args: argparse.Namespace) -> list[dict[str, float]]:
     for count in args.labels_per_class:
         how = {"data_seed": args.data_seed, **reading(args)}
         images = open_partly_labelled(args.data_path, labels_per_class=count, **how)
-        validation = open_validation(images, args.data_path, args.val_path, **reading(args))
+        validation = validation_of(args, images)
         recipe = choose_recipe(args.dataset, args.normalize, args.image_size)
         distributed.print_once(f"--- {count} label(s) of each of {len(images.classes)} classes")
         run = output_dir / f"{count}-labels"
@@ -130,8 +130,7 @@ def save_comparison(rows: list[dict[str, float]], path: Path) -> Path:
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        compare(parse_args())
+    distributed.run_script(compare, parse_args)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 from paws import flags
 from paws.augmentations import Recipe, fine_tune_view, support_views
 from paws.encoder import build_encoder
-from paws.evaluation import Representation, Validation, eval_transform, open_validation
+from paws.evaluation import Representation, Validation, eval_transform, validation_of
 from paws.fine_tuning import labelled_batches, resume
 from paws.heads import Encoder, classification_head
 from paws.hub import build_for, load_classifier, read_weights
@@ -33,7 +33,6 @@ from paws.optimisation import LARS, lr_schedule, parameter_groups
 from shared import distributed
 from shared.images.labelled import NotLabelled
 from shared.images.loading import EpochBatchSampler
-from shared.images.sources import reading
 from shared.multicrop import normalize_views
 from shared.networks.backbones import input_channels
 from shared.networks.batchnorm import synchronize_batchnorm
@@ -142,7 +141,7 @@ def find_validation(args: argparse.Namespace, images: PartlyLabelled) -> Validat
         ValueError: If there are none with ``--training false``.
     """
     try:
-        return open_validation(images, args.data_path, args.val_path, **reading(args))
+        return validation_of(args, images, Path(args.output_dir) / "bad_images_val.txt")
     except NotLabelled as error:
         if not args.training:
             raise ValueError(f"--training false: {error}") from error
@@ -226,7 +225,8 @@ def validate_encoder(
         between_batches: Called after every batch, equally often on every process; may raise to stop.
     """
     dataset = validation.dataset(eval_transform(recipe, encoder))
-    result = evaluate_classifier(Representation(encoder), dataset, precision, batch_size, num_workers, between_batches)
+    how = (precision, batch_size, num_workers, between_batches, validation.absent)
+    result = evaluate_classifier(Representation(encoder), dataset, *how)
     distributed.print_once(f"{validation.describe()}: top-1 {result['acc1']:.2f} %, top-5 {result['acc5']:.2f} %")
     return result
 
@@ -256,8 +256,7 @@ def labelled_sampler(args: argparse.Namespace, images: PartlyLabelled) -> Labell
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        fine_tune(parse_args())
+    distributed.run_script(fine_tune, parse_args)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from shared.evaluation.flags import flags_of_run, take_from_run
+from shared.evaluation.flags import add_shared_classes_flag, flags_of_run, take_from_run
 from shared.run import flags as common
 from shared.run.flags import AnyDashParser, bool_flag
 from shared.run.yaml_config import parse_args_with_config, read_config
@@ -146,6 +146,7 @@ def add_evaluation_flags(parser: argparse.ArgumentParser, batch_size: int) -> Ca
 def add_fine_tuning_flags(parser: argparse.ArgumentParser, model_name: str, write_tag: str) -> Callable:
     """Encoder and output of both kinds of fine-tuning."""
     add_run_flags(parser, write_tag)
+    add_shared_classes_flag(parser.add_argument_group("data").add_argument)
     add = parser.add_argument_group("logging").add_argument
     add("--pretrain_path", default=None, help="official name of --pretrained, relative to --output_dir")
     add = parser.add_argument_group("meta").add_argument

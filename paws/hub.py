@@ -60,12 +60,19 @@ MEAN, STD = CARD.mean, CARD.std
 ENTRIES = pretrained.hub_entries(CARD)
 
 
-def eval_transform(image_size: int | None, network: nn.Module, trained_with: Mapping) -> Callable:
-    """The centre crops of the recipe (``--dataset``) that the flags of a training name."""
-    from . import augmentations, evaluation
+def recipe_of(trained_with: Mapping, image_size: int | None):
+    """The recipe (``--dataset``) that the flags of a training name."""
+    from . import augmentations
 
     dataset, normalize = trained_with.get("dataset") or "imagenet", trained_with.get("normalize") is not False
-    return evaluation.eval_transform(augmentations.choose_recipe(dataset, normalize, image_size), network)
+    return augmentations.choose_recipe(dataset, normalize, image_size)
+
+
+def eval_transform(image_size: int | None, network: nn.Module, trained_with: Mapping) -> Callable:
+    """The centre crops of that recipe."""
+    from . import evaluation
+
+    return evaluation.eval_transform(recipe_of(trained_with, image_size), network)
 
 
 # --- Encoders with the heads of a file --------------------------------------------------------------------------------

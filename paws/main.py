@@ -17,6 +17,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from shared import distributed
+from shared.run.flags import Parser
 
 # Name of a program, which is that of its module, and of the function that runs it.
 PROGRAMS = {
@@ -30,7 +31,7 @@ PROGRAMS = {
 
 def selected(arguments: list[str] | None) -> str:
     """The program that the command line chooses."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--sel", default="paws_train", choices=PROGRAMS)
     return first.parse_known_args(arguments)[0].sel
 
@@ -78,8 +79,7 @@ def program_function(program: str) -> Callable[[argparse.Namespace], object]:
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        program_function(selected(None))(parse_args())
+    distributed.run_script(program_function(selected(None)), parse_args)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 from paws import main as programs
 from shared import distributed
 from shared.launch import slurm
+from shared.run.flags import Parser
 
 
 def get_args_parser(program: str = "paws_train") -> argparse.ArgumentParser:
@@ -45,7 +46,7 @@ def configurations(words: list[str]) -> list[list[str]]:
     """The command line of each job: with ``--batch-launch`` one for every file in the list that ``--fname`` names."""
     if "--batch-launch" not in words:
         return [words]
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--fname", required=True)
     known, rest = first.parse_known_args([word for word in words if word != "--batch-launch"])
     try:

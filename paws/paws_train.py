@@ -99,7 +99,7 @@ def train_paws(args: argparse.Namespace) -> None:
     resume(run, data, len(rates), args.read_checkpoint, encoder, optimizer)
     run.health = HealthMonitor(health_rules(data.support_labels.shape[1], len(rates)))
     classifier = SoftNearestNeighbours(data.images, recipe, args.temperature, run.device, args.num_workers)
-    evaluation = build_snn_monitor(args, classifier, args.on_bad_image)
+    evaluation = build_snn_monitor(args, classifier)
 
     with run:
         if run.is_new and evaluation.is_due(-1):
@@ -176,8 +176,7 @@ def prediction_health(predictions: Tensor, anchors: Tensor) -> dict[str, Tensor 
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        train_paws(parse_args())
+    distributed.run_script(train_paws, parse_args)
 
 
 if __name__ == "__main__":

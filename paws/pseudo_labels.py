@@ -15,12 +15,9 @@ vote of all labelled images; the confidence is its share of the vote. Writes int
 import argparse
 import csv
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -32,20 +29,18 @@ from paws.hub import load_encoder
 from paws.labels import PartlyLabelled, open_images
 from shared import distributed
 from shared.evaluation.knn_monitor import AUTOMATIC_UP_TO
-from shared.images.decode import ImageError
-from shared.images.loading import BadImages, EvalDataset, EvalTransform
-from shared.images.sources import FileSource, ImageSource
+from shared.images.loading import LEFT_OUT, BadImages, EvalDataset
+from shared.images.sources import FileSource
 from shared.pictures.sheets import AGREE, DIFFER, Tile, save_sheet, thumbnail
-from shared.run.flags import bool_flag
+from shared.run.flags import add_bad_image_flags, bool_flag
 
-UNREADABLE = -2  # in place of a label
 PER_ROW, ROWS = 10, 3  # of a block of the picture
 EMBEDDED_DATA_DEFAULTS = flags.ON_EMBEDDED | {"output_dir": "runs/materials"}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = flags.new_parser(__doc__)
-    flags.add_label_flags(parser, dataset=None)
+    add_bad_image_flags(flags.add_label_flags(parser, dataset=None), "skip", "error", max_fraction=1.0)
     add = flags.add_evaluation_flags(parser, batch_size=128)
     add("--pictures", type=bool_flag, default=True, help="also draw the most and the least certain images")
     flags.add_output_flags(parser)
@@ -67,13 +62,15 @@ def label_images(args: argparse.Namespace) -> None:
     classifier = SoftNearestNeighbours(
         images, recipe, args.temperature, device, args.num_workers, args.use_pred, args.batch_size
     )
-    lines, labels = save_pseudo_labels(encoder, classifier, output_dir, most_images=None)
+    policy = (args.on_bad_image, args.max_bad_fraction)
+    lines, labels = save_pseudo_labels(encoder, classifier, output_dir, None, *policy)
     if labels and args.pictures:
         picture = output_dir / "pictures" / "certainty.png"
         picture.parent.mkdir(exist_ok=True)
         lines.append(f"picture: {save_certainty(images, *labels, picture)}")
     for line in lines:
         distributed.print_once(line)
+    distributed.barrier()
 
 
 def save_pseudo_labels(
@@ -81,12 +78,16 @@ def save_pseudo_labels(
     classifier: SoftNearestNeighbours,
     output_dir: Path,
     most_images: int | None = AUTOMATIC_UP_TO,
+    on_bad_image: str = "skip",
+    max_bad_fraction: float = 1.0,
 ) -> tuple[list[str], tuple[np.ndarray, np.ndarray, np.ndarray] | None]:
     """Label every unlabelled image and write the files; every process must call this, rank 0 writes.
 
     Args:
         encoder: With its projection head.
         most_images: With more unlabelled images than this nothing is done.
+        on_bad_image, max_bad_fraction: What happens to images that cannot be read, see
+            :class:`shared.images.loading.BadImages`.
 
     Returns:
         Lines about it for a person; on rank 0 the images that have a label now, their labels and confidences.
@@ -100,20 +101,13 @@ def save_pseudo_labels(
         return ["no pseudo-labels: every image has a label"], []
     if most_images is not None and len(rows) > most_images:
         return [f"no pseudo-labels of {len(rows):,} images: python pseudo_labels.py writes them"], None
-    unreadable = output_dir / "unreadable.txt"
-    if distributed.is_main_process():
-        unreadable.unlink(missing_ok=True)
-    distributed.barrier()
-    transform = eval_transform(classifier.recipe, encoder)
-    dataset = EvalDataset(images.source, transform, LeftOut(len(images.source), unreadable, transform), rows.tolist())
+    policy = (output_dir / "unreadable.txt", on_bad_image, max_bad_fraction)
+    bad_images = BadImages.with_new_list(len(images.source), *policy)
+    dataset = EvalDataset(images.source, eval_transform(classifier.recipe, encoder), bad_images, rows.tolist())
     probabilities, labels = classifier.classify(encoder, dataset)
-    readable = (labels != UNREADABLE).cpu()
-    if not readable.any():
-        raise ImageError(f"none of the {len(rows)} unlabelled images of {images.source.name} can be read")
+    readable = (labels != LEFT_OUT).cpu()
     if not distributed.is_main_process():
         return [], None
-    if not readable.all():
-        distributed.print_once(f"{int((~readable).sum())} images cannot be read and have no pseudo-label: {unreadable}")
     confidences, found = (tensor.numpy() for tensor in probabilities.cpu()[readable].max(dim=1))
     rows = rows[readable.numpy()]
     path = output_dir / "pseudo_labels.csv"
@@ -124,21 +118,6 @@ def save_pseudo_labels(
             f"{100 * (found == images.truth[rows]).mean():.1f} % of them are right (these labels were not used)"
         )
     return lines, (rows, found, confidences)
-
-
-class LeftOut(BadImages):
-    """Images that cannot be read are listed, with the reasons; they are black and have the label ``UNREADABLE``."""
-
-    def __init__(self, num_images: int, list_path: Path, transform: EvalTransform):
-        super().__init__(num_images, list_path, max_fraction=1)
-        self.black = torch.zeros(transform.in_chans, transform.crop_px, transform.crop_px)
-
-    def read(self, source: ImageSource, index: int, key: Sequence[int], process: Callable) -> tuple[Tensor, int, int]:
-        try:
-            return process(index)
-        except ImageError as error:
-            self._report(source.path(index), error)
-            return self.black, UNREADABLE, index
 
 
 def write_table(
@@ -200,9 +179,7 @@ def _tile(images: PartlyLabelled, row: int, label: int, confidence: float) -> Ti
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        label_images(parse_args())
-        distributed.barrier()
+    distributed.run_script(label_images, parse_args)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
@@ -9,7 +10,7 @@ from shared.multicrop import MultiCropDataset
 from shared.pictures.report import Plot, Report, accuracy_plot, save_views
 from shared.run.health import HealthRule, equal_features
 from shared.run.run import Run
-from shared.run.summary import accuracy, command, data_flags, from_here
+from shared.run.summary import accuracy, command, from_here, next_command
 
 from .evaluation import SNNMonitor
 from .pseudo_labels import save_certainty
@@ -21,7 +22,6 @@ PLOTS = (
     accuracy_plot("Soft nearest neighbours", "snn_top1"),
 )
 OWN_IMAGES = "paws/configs/paws/own_images.yaml"
-LABEL_FLAGS = "labels min_confidence labels_per_class subset_path data_seed dataset unlabeled_frac".split()
 
 
 def health_rules(num_classes: int, total_steps: int) -> list[HealthRule]:
@@ -72,9 +72,8 @@ def report(
     ending.draw("views.png", lambda path: save_views(dataset[(0, 0)][0], titles, path, heading))
     ending.draw_curves("PAWS training", PLOTS)
 
-    flags = {"pretrained": run.path, "model_name": args.model_name, "image_size": args.image_size} | data_flags(args)
-    flags |= {name: getattr(args, name) for name in LABEL_FLAGS} | {"normalize": None if args.normalize else "false"}
-    commands = []
+    network = {"pretrained": run.path, "model_name": args.model_name}
+    after, commands = partial(next_command, args, "paws/paws_train.py", **network), []
     if evaluation.disabled_reason:
         learned = [f"accuracy not known: {evaluation.disabled_reason}"]
     else:
@@ -84,6 +83,6 @@ def report(
         sizes = len(validation.rows), len(images.classes)
         learned = accuracy(ending.lines, "snn_top1", what, *sizes, start=start)
         tuned = run.output_dir / "fine-tune"
-        commands = [command("paws/snn_eval.py", **flags), command("paws/fine_tune.py", **flags, output_dir=tuned)]
+        commands = [after("paws/snn_eval.py"), after("paws/fine_tune.py", output_dir=tuned)]
     own = {"data_path": "YOUR_IMAGES", "labels": "YOUR_LABELS.csv", "fname": from_here(OWN_IMAGES)}
     ending.finish(commands, command("paws/main.py", **own, output_dir="YOUR_RUN"), [*learned, *lines])

@@ -15,16 +15,17 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from paws import flags
-from paws.evaluation import SoftNearestNeighbours, eval_transform, open_validation, top_k
+from paws.evaluation import SoftNearestNeighbours, eval_transform, validation_of
 from paws.hub import load_encoder
 from paws.labels import open_images
 from shared import distributed
-from shared.images.sources import reading
+from shared.evaluation.flags import add_shared_classes_flag
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = flags.new_parser(__doc__)
     add = flags.add_label_flags(parser)
+    add_shared_classes_flag(add)
     # with their names in the official script
     add("--dataset", "--dataset_name", default=None, choices=flags.DATASETS, help="as for main.py")
     add("--data_seed", "--split_seed", type=split_number, default=None, help="as for main.py")
@@ -45,20 +46,19 @@ def snn_eval(args: argparse.Namespace) -> tuple[float, float]:
     """Top-1 and top-5 in percent, the same on every process."""
     device = distributed.init(args.dist_url, args.device)
     images = open_images(args)
-    validation = open_validation(images, args.data_path, args.val_path, **reading(args))
+    validation = validation_of(args, images)
     recipe = flags.recipe_of_run(args)
     encoder = load_encoder(args.model_name, args.pretrained, args.use_pred).to(device)
     classifier = SoftNearestNeighbours(
         images, recipe, args.temperature, device, args.num_workers, args.use_pred, args.batch_size
     )
-    top1, top5 = top_k(*classifier.classify(encoder, validation.dataset(eval_transform(recipe, encoder))))
+    top1, top5 = validation.top_k(*classifier.classify(encoder, validation.dataset(eval_transform(recipe, encoder))))
     distributed.print_once(f"{validation.describe()}: top-1 {top1:.2f} %, top-5 {top5:.2f} %")
     return top1, top5
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        snn_eval(parse_args())
+    distributed.run_script(snn_eval, parse_args)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def snn_fine_tune(args: argparse.Namespace) -> float | None:
     # images, encoder
     images = open_images(args)
     classifier = SoftNearestNeighbours(images, recipe, args.temperature, device, args.num_workers, args.use_pred_head)
-    evaluation = build_snn_monitor(args, classifier, on_bad_image="error")
+    evaluation = build_snn_monitor(args, classifier)
     encoder = load_encoder(args.model_name, args.pretrained, args.use_pred_head).requires_grad_(True).to(device)
     if not args.use_pred_head:
         encoder.pred = None
@@ -178,8 +178,7 @@ def train_with_fixed_statistics(encoder: nn.Module) -> None:
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        snn_fine_tune(parse_args())
+    distributed.run_script(snn_fine_tune, parse_args)
 
 
 if __name__ == "__main__":

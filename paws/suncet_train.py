@@ -79,7 +79,7 @@ def train_suncet(args: argparse.Namespace) -> None:
 
     resume(run, data, len(rates), args.read_checkpoint, encoder, optimizer)
     classifier = SoftNearestNeighbours(data.images, recipe, args.temperature, run.device, args.num_workers)
-    evaluation = build_snn_monitor(args, classifier, args.on_bad_image)
+    evaluation = build_snn_monitor(args, classifier)
 
     with run:
         if run.is_new and evaluation.is_due(-1):
@@ -132,8 +132,7 @@ def train_one_epoch(
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        train_suncet(parse_args())
+    distributed.run_script(train_suncet, parse_args)
 
 
 if __name__ == "__main__":

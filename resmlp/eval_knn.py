@@ -35,8 +35,7 @@ eval_knn = functools.partial(frozen.eval_knn, load_frozen=load_frozen)
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        eval_knn(parse_args())
+    distributed.run_script(eval_knn, parse_args)
 
 
 if __name__ == "__main__":

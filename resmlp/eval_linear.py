@@ -74,8 +74,7 @@ def eval_linear(args: argparse.Namespace) -> dict[str, float]:
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        eval_linear(parse_args())
+    distributed.run_script(eval_linear, parse_args)
 
 
 if __name__ == "__main__":

@@ -186,8 +186,7 @@ class SubmodelLoss:
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        train_resmlp(parse_args())
+    distributed.run_script(train_resmlp, parse_args)
 
 
 if __name__ == "__main__":

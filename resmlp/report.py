@@ -4,7 +4,7 @@ from torch import nn
 
 from shared.pictures.report import SUPERVISED_PLOTS, Report
 from shared.run.run import Run
-from shared.run.summary import accuracy, command, data_flags
+from shared.run.summary import accuracy, command, next_command
 from shared.supervised.data import LabelledImages
 
 from .resmlp_models import ARCHITECTURES, ResMLP
@@ -24,7 +24,7 @@ def report(run: Run, network: nn.Module, images: LabelledImages, best_acc1: floa
         weights, folder = {"pretrained_weights": run.path}, run.output_dir / "export"
         if not args.data_set.startswith(("CIFAR", "INAT")):  # of which k-NN reads class folders only
             neighbours = min(20, len(images.train))
-            commands.append(command("resmlp/eval_knn.py", **weights, **data_flags(args), nb_knn=neighbours))
+            commands.append(next_command(args, "resmlp/main.py", "resmlp/eval_knn.py", **weights, nb_knn=neighbours))
         commands.append(command("resmlp/export.py", **weights, output_dir=folder))
     own_images = command("resmlp/main.py", data_path="YOUR_IMAGES", output_dir="YOUR_RUN")
     learned = accuracy(ending.lines, "test_acc1", f"top-1 on {val.describe()}", len(val), len(val.classes))

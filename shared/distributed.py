@@ -11,14 +11,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from .run.attempt import NotFinite
-from .run.memory import is_out_of_memory, is_out_of_shared_memory
+from .run.memory import is_out_of_memory, is_out_of_shared_memory, name_batch_flags
 
 _control_group: dist.ProcessGroup | None = None  # gloo, for messages that must not wait for the GPU
 
@@ -238,6 +239,17 @@ def clean_exit() -> Iterator[None]:
         raise SystemExit(128 + signal.SIGINT) from error
     finally:
         shutdown()
+
+
+def run_script(function: Callable[[Namespace], object], parse_args: Callable[[], Namespace]) -> None:
+    """``function(parse_args())`` in :func:`clean_exit`; where memory runs out the flags of the batch are named."""
+    with clean_exit():
+        args = parse_args()
+        try:
+            function(args)
+        except (MemoryError, RuntimeError) as error:
+            name_batch_flags(error, args)
+            raise
 
 
 def _say(error: Exception | str) -> None:

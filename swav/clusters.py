@@ -16,10 +16,8 @@ import argparse
 import csv
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -30,17 +28,14 @@ from shared import distributed
 from shared.evaluation.features import extract_features
 from shared.evaluation.flags import add_process_flags, parse_evaluation
 from shared.evaluation.frozen import eval_transform
-from shared.images.decode import ImageError
-from shared.images.loading import EvalDataset
+from shared.images.loading import LEFT_OUT, BadImages, EvalDataset
 from shared.images.sources import ImageSource, open_source, reading
-from shared.run.flags import add_reading_flags
+from shared.run.flags import add_bad_image_flags, add_reading_flags
 from swav import evaluation
 from swav.cluster_pictures import save_overview, save_sheets, save_usage
 from swav.clustering import Clustering, assign, describe, summarise
 from swav.hub import CARD, load_network
 from swav.resnet50 import MultiPrototypes, PrototypeNetwork
-
-UNREADABLE = -2  # in place of a label
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -52,7 +47,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--split", default="all", choices=("all", "train", "val"), help="part of a data set that has several")
     size = "side of the centre crop in pixels, 7/8 of the short side; None: that of the training, else 224"
     add("--image_size", type=int, default=None, help=size)
-    add("--on_bad_image", default="skip", choices=("skip", "error"), help="what an unreadable image does")
+    add_bad_image_flags(add, "skip", "error", max_fraction=1.0)
     add("--batch_size", type=int, default=64, help="images per process")
 
     add = parser.add_argument_group("clusters").add_argument
@@ -86,15 +81,13 @@ def cluster_images(args: argparse.Namespace) -> dict | None:
     prototypes = take_prototypes(network, args.head)
 
     transform = eval_transform(CARD, args.image_size, network)
-    images = ReadableImages(source, transform) if args.on_bad_image == "skip" else EvalDataset(source, transform)
+    output_dir = Path(args.output_dir)
+    policy = (output_dir / "unreadable.txt", args.on_bad_image, args.max_bad_fraction)
+    images = EvalDataset(source, transform, BadImages.with_new_list(len(source), *policy))
     embeddings, labels = extract_features(network, images, device, args.batch_size, args.num_workers)
     if not distributed.is_main_process():
         return None
-    indices = (labels != UNREADABLE).nonzero().flatten()
-    output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    write_unreadable(source, (labels == UNREADABLE).nonzero().flatten().tolist(), output_dir / "unreadable.txt")
-
+    indices = (labels != LEFT_OUT).nonzero().flatten()
     clustering = assign(embeddings[indices], prototypes, args.temperature, args.merge_into)
     clustering.indices = indices.cpu().numpy()
     clustering.labels = None if source.classes is None else labels[indices].cpu().numpy()
@@ -129,34 +122,6 @@ def take_prototypes(network: PrototypeNetwork, head: int) -> Tensor:
     return F.normalize(heads[head].weight.detach(), dim=1)
 
 
-class ReadableImages(EvalDataset):
-    """Images that cannot be read are black and have the label ``UNREADABLE``."""
-
-    def __getitem__(self, position: int) -> tuple[Tensor, int, int]:
-        index = self.rows[position]
-        try:
-            return self._read(index)
-        except ImageError:
-            side = self.transform.crop_px
-            return torch.zeros(self.transform.in_chans, side, side), UNREADABLE, index
-
-
-def write_unreadable(source: ImageSource, indices: Sequence[int], path: Path) -> None:
-    """List the images that were left out, with the reasons; an old list goes if there are none."""
-    path.unlink(missing_ok=True)
-    if not indices:
-        return
-    if len(indices) == len(source):
-        raise ImageError(f"none of the {len(source)} images of {source.name} can be read")
-    with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
-        for index in indices:
-            try:
-                source.load(index).decode()
-            except ImageError as error:
-                file.write(f"{source.path(index)}\t{str(error).removeprefix(source.path(index) + ': ')}\n")
-    print(f"{len(indices)} of {len(source)} images cannot be read and are left out: {path}", flush=True)
-
-
 # --- Tables -----------------------------------------------------------------------------------------------------------
 
 
@@ -187,8 +152,7 @@ def write_clusters(source: ImageSource, clustering: Clustering, path: Path) -> N
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        cluster_images(parse_args())
+    distributed.run_script(cluster_images, parse_args)
 
 
 if __name__ == "__main__":

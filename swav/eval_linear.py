@@ -165,8 +165,7 @@ def fetch_linear_weights(pretrained: str) -> Path:
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        eval_linear(parse_args())
+    distributed.run_script(eval_linear, parse_args)
 
 
 if __name__ == "__main__":

@@ -148,8 +148,7 @@ def drawn_images(labels: np.ndarray, percent: float, seed: int) -> np.ndarray:
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        eval_semisup(parse_args())
+    distributed.run_script(eval_semisup, parse_args)
 
 
 if __name__ == "__main__":

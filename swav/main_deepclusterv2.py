@@ -246,8 +246,7 @@ def cluster_usage(assignments: Tensor, heads: Sequence[nn.Linear]) -> dict[str, 
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        train_deepclusterv2(parse_args())
+    distributed.run_script(train_deepclusterv2, parse_args)
 
 
 if __name__ == "__main__":

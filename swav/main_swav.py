@@ -281,8 +281,7 @@ def assignment_health(codes: list[Tensor], embeddings: Tensor, usage: PrototypeU
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        train_swav(parse_args())
+    distributed.run_script(train_swav, parse_args)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """End-of-run report of SwAV and DeepCluster-v2: signs of a collapse, pictures, and what to run next."""
 
 import argparse
+from functools import partial
 
 from torch import nn
 
@@ -11,7 +12,7 @@ from shared.pictures.report import Plot, Report, accuracy_plot, save_views
 from shared.run.health import HealthRule, equal_features, patience, shares_of_ln_k, still_at_ln_k
 from shared.run.run import Run
 from shared.run.settings import long_freeze, long_warmup, more_than_data, tell_settings
-from shared.run.summary import command, data_flags
+from shared.run.summary import command, next_command
 
 SCRIPTS = {"SwAV": "swav/main_swav.py", "DeepCluster-v2": "swav/main_deepclusterv2.py"}
 ADVICE = {  # flags to try, by kind of failure
@@ -99,11 +100,12 @@ def report(method: str, run: Run, dataset: MultiCropDataset, trunk: nn.Module, k
         for line in ending.lines
         if "loss" in line
     ]
-    network = {"pretrained": run.path} | data_flags(run.args)  # the checkpoint states architecture and image size
-    clusters = network | {"val_path": None, "output_dir": run.output_dir / "clusters"}
-    commands = [command("swav/clusters.py", **clusters)]
+    # the checkpoint states architecture and image size
+    after = partial(next_command, run.args, SCRIPTS[method], pretrained=run.path)
+    part = "train" if run.args.data_path else None
+    commands = [after("swav/clusters.py", split=part, output_dir=run.output_dir / "clusters")]
     if knn.sources:
         linear = {"num_labels": len(knn.sources[1].classes), "dump_path": run.output_dir / "linear"}
-        commands.append(command("swav/eval_linear.py", **network, **linear))
+        commands.append(after("swav/eval_linear.py", **linear))
     own_images = command(SCRIPTS[method], data_path="YOUR_IMAGES", dump_path="YOUR_RUN")
     ending.finish(commands, own_images, used[-1:], knn, lr_flag="--base_lr")

@@ -14,6 +14,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from shared import distributed
 from shared.launch import slurm
+from shared.run.flags import Parser
 from swav import main_deepclusterv2, main_swav
 
 METHODS = {
@@ -29,7 +30,7 @@ def get_args_parser(method: str = "swav") -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--method", default="swav", choices=METHODS)
     method = first.parse_known_args(arguments)[0].method
     script, train = METHODS[method]

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import dino.report
 import msn.report
@@ -116,23 +117,28 @@ SHORTER = {  # flags that make a printed command a matter of seconds
     "fine_tune": "--epochs 1",
     "gradient_ascent": "--niter 1 --filters 2 --idim 32",
 }
-CASES = [
-    (kind, name) for kind in ("labelled", "flat", "embedded") for name in PRINTED if kind != "flat" or PRINTED[name][1]
-]
-FAST = [("labelled", "swav"), ("labelled", "msn")]
+KINDS = ("labelled", "flat", "small", "embedded")
+CASES = [(kind, name) for kind in KINDS for name in PRINTED if kind != "flat" or PRINTED[name][1]]
+FAST = [("small", "swav"), ("labelled", "msn")]
+CARRIED = {"max_megapixels": "80.0", "max_bad_fraction": "0.02"}  # flags of the runs that the commands repeat
 
 
 @pytest.fixture(scope="module")
 def folders(images, tmp_path_factory):
     """Labelled images, in folders whose names are a formula to Matplotlib, lack a font, and are no UTF-8; a flat folder
-    of the same images; None for the embedded images."""
+    of the same images; a train and a val part of 9 pixels; None for the embedded images."""
     labelled = shutil.copytree(images, tmp_path_factory.mktemp("labelled") / "images")
     for i, name in enumerate(("$5_$10", "\u4e2d\u6587", "caf\udce9")):
         (labelled / f"class{i}").rename(labelled / name)
     flat = tmp_path_factory.mktemp("flat")
     for path in images.rglob("*.png"):
         shutil.copy(path, flat)
-    return {"labelled": labelled, "flat": flat, "embedded": None}
+    small = tmp_path_factory.mktemp("small")
+    for i, path in enumerate(sorted(images.rglob("*.png"))):
+        file = small / ("val" if i % 4 == 0 else "train") / path.parent.name / path.name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(path).resize((9, 9)).save(file)
+    return {"labelled": labelled, "flat": flat, "small": small, "embedded": None}
 
 
 def train(name: str, folder: Path | None, output_dir: Path) -> None:
@@ -140,6 +146,7 @@ def train(name: str, folder: Path | None, output_dir: Path) -> None:
     training = trainings()[name]
     flags = " ".join(training.flags).replace("--eval_knn_freq 0", "").replace("--pictures off", "").split()
     flags += [*training.whole, "--epochs", "1", "--saveckp_steps", "0"]
+    flags += [word for flag, value in CARRIED.items() for word in (f"--{flag}", value)]
     flags += ["--dump_path" if "swav." in training.module else "--output_dir", str(output_dir)]
     if folder is not None:
         flags += [str(folder)] if name == "deepcluster" else ["--data_path", str(folder)]
@@ -171,5 +178,7 @@ def test_pictures_are_drawn_and_printed_commands_run(kind, name, folders, tmp_pa
         assert "YOUR_IMAGES" in vars(args).values()
     assert [Path(script).stem for script, *_ in commands] == PRINTED[name][kind == "flat"].split()
     for script, *arguments in commands:
+        known = vars(importlib.import_module(script[:-3].replace("/", ".")).get_args_parser().parse_args(arguments))
+        assert all(f"--{flag} {value}" in shlex.join(arguments) for flag, value in CARRIED.items() if flag in known)
         arguments = ["dino/assets/views.png" if word == "YOUR_IMAGE" else word for word in arguments]
         run_script(Path(script), [*arguments, *SHORTER.get(Path(script).stem, "").split()])

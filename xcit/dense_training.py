@@ -3,6 +3,7 @@
 import argparse
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from shared import distributed
-from shared.evaluation.features import RankSampler
+from shared.evaluation.features import RankSampler, check_replaced
 from shared.images.decode import ImageError
 from shared.images.loading import BadImages, EpochBatchSampler, default_num_workers, make_loader
 from shared.images.sources import FileSource
@@ -21,7 +22,7 @@ from shared.networks.weights import safe_load
 from shared.optimisation.optim import build_optimizer, clip_total_grad_norm_
 from shared.run import randomness
 from shared.run.checkpoint import load_latest_or_given
-from shared.run.flags import add_run_flags
+from shared.run.flags import add_bad_image_flags, add_run_flags
 from shared.run.run import Run
 
 from .cross_covariance_transformer import ARCHITECTURES
@@ -37,8 +38,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--data-path", default=None, help="folder of the data set; without it generated shapes, and defaults for them")
     workers = "loader processes per rank; None: cores per rank less one, at most 10"
     add("--num_workers", type=int, default=None, help=workers)
-    add("--on_bad_image", default="replace", choices=("replace", "error"), help="what an unreadable image does")
-    add("--max_bad_fraction", type=float, default=0.01, help="stop when more images than this share are unreadable")
+    add_bad_image_flags(add, "replace", "skip", "error")  # an image of the evaluation is left out or an error
 
     add = parser.add_argument_group("network").add_argument
     add("--model", default="xcit_small_12_p16", choices=ARCHITECTURES, metavar="XCIT", help="the trunk")
@@ -153,19 +153,33 @@ def fill(network: nn.Module, args: argparse.Namespace) -> None:
     load_completely(network, checkpoint["model"], str(path), f"--model {args.model}")
 
 
-def own_share(dataset: DenseDataset, between_images: Callable[[], None]) -> Iterator[tuple[int, Tensor, dict]]:
+def own_share(
+    dataset: DenseDataset, between_images: Callable[[], None], left_out: list[int]
+) -> Iterator[tuple[int, Tensor, dict]]:
     """(index, image, targets) of the images that this process evaluates.
 
     Args:
         between_images: Called equally often on every process; may raise to stop.
+        left_out: Gets the indices, of all processes, of images that cannot be read and are not evaluated.
     """
     share = RankSampler(len(dataset))
     own = len(range(share.rank, len(dataset), share.world_size))
     for number, index in enumerate(share):
         if number < own:  # the rest fills up the share of the last ranks
-            image, targets, _ = dataset[index]
-            yield index, image, targets
+            image, targets, read = dataset[index]
+            if read == index:
+                yield index, image, targets
+            else:
+                left_out.append(index)
         between_images()
+    left_out[:] = chain.from_iterable(distributed.all_gather_object(left_out))
+    check_replaced(dataset, left_out)
+
+
+def bad_val_images(args: argparse.Namespace, dataset: DenseDataset) -> BadImages:
+    """Images of an evaluation are never replaced: an unreadable one is an error, or left out if that is asked for."""
+    policy = "skip" if args.on_bad_image == "skip" else "error"
+    return BadImages(len(dataset), None, policy, args.max_bad_fraction)
 
 
 # --- Training ---------------------------------------------------------------------------------------------------------

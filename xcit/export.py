@@ -7,17 +7,18 @@ Writes the formats of :func:`shared.networks.export.export_network`. Needs the p
 """
 
 import sys
-from collections.abc import Sequence
+from argparse import Namespace
 from pathlib import Path
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from shared import distributed
+from shared.evaluation.flags import image_size_of_run
 from shared.networks.backbones import input_channels
 from shared.networks.export import add_export_flags, export_network
 from shared.run.flags import Parser
-from xcit.cross_covariance_transformer import ARCHITECTURES, XCiT
+from xcit.cross_covariance_transformer import ARCHITECTURES
 from xcit.hub import CARD, load_network, to_timm
 
 
@@ -27,31 +28,27 @@ def get_args_parser() -> Parser:
     add("--model", default="xcit_small_12_p16", choices=ARCHITECTURES, metavar="XCIT", help="name of the network")
     add("--pretrained", default="", help="a release, a file or an address; by default the release at 224 pixels")
     add("--checkpoint_key", default="model", help="network to take from a training checkpoint")
-    return add_export_flags(parser, image_size=(224, 224))
+    return add_export_flags(parser)
 
 
-def export(
-    network: XCiT, model: str, output_dir: str | Path, image_size: Sequence[int] = (224, 224)
-) -> dict[str, Path]:
-    """:func:`shared.networks.export.export_network` for a network of this folder."""
+def export(args: Namespace) -> dict[str, Path]:
+    """The files by format."""
+    model, network = args.model, load_network(args.model, args.pretrained, args.checkpoint_key)
     options = {"num_classes": network.num_classes, "in_chans": input_channels(network)}
     return export_network(
         CARD,
         network,
-        Path(output_dir) / model,
+        Path(args.output_dir) / model,
         {"model": model, **options},
         lambda path: load_network(model, path),
-        image_size,
+        args.image_size or image_size_of_run(args.pretrained) or [224],
         timm_arguments={"model_name": f"{model}_224", **options},
         to_timm=to_timm,
     )
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        args = get_args_parser().parse_args()
-        network = load_network(args.model, args.pretrained, args.checkpoint_key)
-        export(network, args.model, args.output_dir, args.image_size)
+    distributed.run_script(export, get_args_parser().parse_args)
 
 
 if __name__ == "__main__":

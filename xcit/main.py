@@ -139,8 +139,7 @@ def transplant_patch_embedding(network: nn.Module, path: str) -> None:
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        train_xcit(parse_args())
+    distributed.run_script(train_xcit, parse_args)
 
 
 if __name__ == "__main__":

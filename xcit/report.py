@@ -12,7 +12,7 @@ from shared.pictures.report import SUPERVISED_PLOTS, Report
 from shared.pictures.sheets import Tile, magnify, normalised_pixels, save_sheet
 from shared.run.randomness import seed_step
 from shared.run.run import Run
-from shared.run.summary import accuracy, command, data_flags
+from shared.run.summary import accuracy, command, next_command
 from shared.supervised.data import LabelledViews
 
 from .cross_covariance_transformer import ARCHITECTURES
@@ -50,10 +50,8 @@ def report(run: Run, views: LabelledViews, mixup: Mixup | None, val: ImageSource
     ending.draw_curves("XCiT, supervised training", SUPERVISED_PLOTS)
 
     network = {"model": args.model, "pretrained": run.path}
-    usual = {"data_set": "IMNET", "inat_category": "name", "in_chans": 3}
-    data = {name: getattr(args, name) for name, value in usual.items() if getattr(args, name) != value}
-    images = data_flags(args) | {"input_size": args.input_size, "full_crop": args.full_crop} | data
-    commands = [command("xcit/main.py", **network, **images, eval=True)]
+    seen = {"input_size": args.input_size, "full_crop": args.full_crop}
+    commands = [next_command(args, "xcit/main.py", "xcit/main.py", **network, **seen, eval=True)]
     if args.model in ARCHITECTURES:
         size, folder = [args.input_size] * 2, run.output_dir / "export"
         commands.append(command("xcit/export.py", **network, image_size=size, output_dir=folder))

@@ -316,8 +316,7 @@ def score(
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        train_translation(parse_args())
+    distributed.run_script(train_translation, parse_args)
 
 
 if __name__ == "__main__":

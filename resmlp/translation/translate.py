@@ -23,7 +23,7 @@ from resmlp.translation.corpus import open_vocabulary, pad, read_lines
 from resmlp.translation.sequence_models import EOS, Translator
 from shared import distributed
 from shared.networks.weights import safe_load
-from shared.run.flags import Parser, add_device_flag
+from shared.run.flags import Parser, add_device_flag, check_minimum
 
 NETWORK_FLAGS = ("network", "dim", "hidden_dim", "depth", "heads", "max_length", "layer_scale")
 
@@ -40,6 +40,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--batch_sentences", type=int, default=64, help="sentences translated at once")
     add_device_flag(add)
     return parser
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = get_args_parser()
+    args = parser.parse_args(arguments)
+    check_minimum(parser, args, {"beam": 1, "length_penalty": 0, "batch_sentences": 1})
+    return args
 
 
 def load_translator(path: str | Path) -> tuple[Translator, SentencePieceProcessor]:
@@ -107,30 +114,29 @@ def bleu(translations: Sequence[str], references: Sequence[str]) -> tuple[float,
     return score.score, f"{score} ({metric.get_signature()})"
 
 
+def translate(args: argparse.Namespace) -> None:
+    """Translate the sentences of a file or of standard input."""
+    device = distributed.init(device=args.device)
+    network, vocabulary = load_translator(args.weights)
+    sentences = read_lines(args.input) if args.input else sys.stdin.read().removesuffix("\n").split("\n")
+    references = read_lines(args.reference) if args.reference else None
+    if references is not None and len(references) != len(sentences):
+        raise ValueError(f"--reference {args.reference} has {len(references)} lines, the text has {len(sentences)}")
+    translations = translate_sentences(
+        network.to(device), vocabulary, sentences, device, args.beam, args.length_penalty, args.batch_sentences
+    )
+    if not distributed.is_main_process():
+        return
+    if args.output:
+        Path(args.output).write_text("".join(line + "\n" for line in translations), encoding="utf-8")
+    elif references is None:
+        print("\n".join(translations))
+    if references is not None:
+        print(bleu(translations, references)[1])
+
+
 def main() -> None:
-    with distributed.clean_exit():
-        parser = get_args_parser()
-        args = parser.parse_args()
-        for flag, least in (("beam", 1), ("length_penalty", 0), ("batch_sentences", 1)):
-            if getattr(args, flag) < least:
-                parser.error(f"--{flag} {getattr(args, flag)} is less than {least}")
-        device = distributed.init(device=args.device)
-        network, vocabulary = load_translator(args.weights)
-        sentences = read_lines(args.input) if args.input else sys.stdin.read().removesuffix("\n").split("\n")
-        references = read_lines(args.reference) if args.reference else None
-        if references is not None and len(references) != len(sentences):
-            raise ValueError(f"--reference {args.reference} has {len(references)} lines, the text has {len(sentences)}")
-        translations = translate_sentences(
-            network.to(device), vocabulary, sentences, device, args.beam, args.length_penalty, args.batch_sentences
-        )
-        if not distributed.is_main_process():
-            return
-        if args.output:
-            Path(args.output).write_text("".join(line + "\n" for line in translations), encoding="utf-8")
-        elif references is None:
-            print("\n".join(translations))
-        if references is not None:
-            print(bleu(translations, references)[1])
+    distributed.run_script(translate, parse_args)
 
 
 if __name__ == "__main__":

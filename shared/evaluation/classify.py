@@ -234,8 +234,7 @@ def _write_next(number, others, embeddings, probabilities, names, paths, out: Pa
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        classify(parse_args())
+    distributed.run_script(classify, parse_args)
 
 
 if __name__ == "__main__":

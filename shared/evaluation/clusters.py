@@ -133,8 +133,7 @@ def _draw(paths: list[str], members: list[np.ndarray], out: Path) -> None:
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        clusters(parse_args())
+    distributed.run_script(clusters, parse_args)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from shared import distributed
-from shared.images.loading import BadImages, EvalDataset, EvalTransform
+from shared.images.loading import LEFT_OUT, BadImages, EvalDataset, EvalTransform
 from shared.images.sources import SPLITS, FileSource, open_source, reading
 from shared.networks.card import Card, Release
 from shared.networks.pretrained import backbone_of, build_for, fetch_release, locate
@@ -31,17 +31,15 @@ from shared.networks.weights import (
     select_backbone_weights,
 )
 from shared.run import randomness
-from shared.run.flags import Parser, add_reading_flags, bool_flag
+from shared.run.flags import Parser, add_bad_image_flags, add_reading_flags, bool_flag
 
 from . import frozen
 from .feature_files import Features, check_suffix, write_features
 from .features import extract_features
-from .flags import add_process_flags, parse_evaluation, take_from_run
+from .flags import add_process_flags, parse_evaluation, size_flag, take_from_run
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINTS = ("checkpoint.pth", "checkpoint.pth.tar", "*-latest.pth.tar")  # what runs leave in their folders
-# what trainings call the side of the images that their networks see
-SIZE_FLAGS = ("global_crop_size", "size_crops", "rand_size", "crop_size", "image_size", "input_size")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -62,8 +60,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add_reading_flags(add)
     add("--image_size", type=int, default=None, help="side of the centre crops in pixels; None: that of the run")
     add("--batch_size", type=int, default=128, help="images per process")
-    add("--on_bad_image", default="skip", choices=("skip", "error"), help="what an unreadable image does")
-    add("--max_bad_fraction", type=float, default=0.01, help="stop when more images than this share are unreadable")
+    add_bad_image_flags(add, "skip", "error")
     add_process_flags(parser)
     return parser
 
@@ -119,9 +116,8 @@ def load_frozen(args: argparse.Namespace, hub: ModuleType) -> tuple[nn.Module, E
         trained_with = dict(flags_of_training(checkpoint))
         known = release.arch if release else checkpoint.get("arch") if isinstance(checkpoint, Mapping) else None
         trained_with |= {arch_flag: known} if isinstance(known, str) else {}
-    size_flag = next((flag for flag in SIZE_FLAGS if trained_with.get(flag)), "image_size")
     default = next(iter(card.releases.values())).arch
-    take_from_run(args, trained_with, {"arch": arch_flag, "image_size": size_flag}, {"arch": default})
+    take_from_run(args, trained_with, {"arch": arch_flag, "image_size": size_flag(trained_with)}, {"arch": default})
     options = {"img_size": args.image_size or 224}
     if args.weights == "random":
         randomness.seed_everything(args.seed)  # the same network on every process
@@ -145,13 +141,6 @@ def load_frozen(args: argparse.Namespace, hub: ModuleType) -> tuple[nn.Module, E
 # --- Features ---------------------------------------------------------------------------------------------------------
 
 
-class IndexedImages(EvalDataset):
-    """(image, index, index) of the image that was read; another one than was asked for where that one is unreadable."""
-
-    def _read(self, index: int):
-        return super()._read(index)[0], index, index
-
-
 def extract(args: argparse.Namespace) -> Features:
     """Write the features of all images that can be read, and return them; the file is written by rank 0."""
     out = Path(args.out)
@@ -161,20 +150,15 @@ def extract(args: argparse.Namespace) -> Features:
     source = open_source(args.data_path, args.split, **reading(args))
     distributed.print_once(source.describe())
     network, transform = load_frozen(args, hub)
-    listed = out.with_suffix(".bad_images.txt")
-    if distributed.is_main_process():
-        out.parent.mkdir(parents=True, exist_ok=True)
-        listed.unlink(missing_ok=True)  # of an earlier call
-    distributed.barrier()
-    policy = "error" if args.on_bad_image == "error" else "replace"
-    images = IndexedImages(source, transform, BadImages(len(source), listed, policy, args.max_bad_fraction))
+    policy = (out.with_suffix(".bad_images.txt"), args.on_bad_image, args.max_bad_fraction)
+    images = EvalDataset(source, transform, BadImages.with_new_list(len(source), *policy))
     per_rank = -(-len(source) // distributed.get_world_size())
     hidden = not (distributed.is_main_process() and sys.stderr.isatty())
     with tqdm(total=-(-per_rank // args.batch_size), unit="batch", disable=hidden) as progress:
-        vectors, read = extract_features(
+        vectors, labels = extract_features(
             network.to(device), images, device, args.batch_size, args.num_workers, "cpu", progress.update
         )
-    rows = [row for row, index in enumerate(read.tolist()) if row == index]
+    rows = [row for row, label in enumerate(labels.tolist()) if label != LEFT_OUT]
     vectors = (F.normalize(vectors, dim=1) if args.normalize else vectors)[rows]
     paths = [source.path(row) for row in rows]
     if isinstance(source, FileSource):
@@ -182,8 +166,6 @@ def extract(args: argparse.Namespace) -> Features:
     labels = None if source.classes is None else [source.classes[source.label(row)] for row in rows]
     features = Features(paths, labels, vectors.numpy())
     if distributed.is_main_process():
-        if len(rows) < len(source):
-            print(f"{len(source) - len(rows)} images cannot be read and are left out, see {listed}")
         write_features(out, features)
         print(f"{len(rows):,} features of {vectors.shape[1]} dimensions: {out}", flush=True)
     distributed.barrier()
@@ -191,8 +173,7 @@ def extract(args: argparse.Namespace) -> Features:
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        extract(parse_args())
+    distributed.run_script(extract, parse_args)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Features of a whole data set from a frozen network, the same on every process and in the order of the data set."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -51,7 +51,8 @@ def extract_features(
         between_batches: Called after every batch, equally often on every process; may raise to stop.
 
     Returns:
-        Features (N, D) in float32 and labels (N,) in int64, both in the order of the data set on every process.
+        Features (N, D) in float32 and labels (N,) in int64, both in the order of the data set on every process; images
+        that are left out have the label ``LEFT_OUT`` and the features of another one.
 
     Raises:
         ValueError: If the data set is empty, or a feature vector is all zeros or not finite (first index named).
@@ -82,28 +83,34 @@ def extract_features(
             between_batches()
     model.train(was_training)
     if isinstance(dataset, EvalDataset):
-        check_replaced(dataset, read)
+        rows = np.asarray(dataset.rows)
+        check_replaced(dataset, rows[rows != read.cpu().numpy()])
     check_features(features)
     return features, labels
 
 
-def check_replaced(dataset: EvalDataset, read: Tensor) -> None:
-    """Say how many images others took the place of, where no list of them is kept.
+def check_replaced(dataset: EvalDataset, replaced: Sequence[int]) -> None:
+    """Say how many images cannot be read, where they are left out or no list of them is kept.
 
     Args:
-        read: Index of the image that was read for each item, shape (N,).
+        replaced: Indices of those in whose place another one was read.
 
     Raises:
-        ImageError: If they are more than the data set's policy allows.
+        ImageError: If they are all, or more than the data set's policy allows.
     """
-    policy, rows = dataset.bad_images, np.asarray(dataset.rows)
-    replaced = rows[rows != read.cpu().numpy()]
-    if len(replaced) and policy.list_path is None:
-        first = dataset.source.path(int(replaced[0]))
-        message = f"{len(replaced)} of {len(rows)} images of {dataset.source.name} cannot be read, the first is {first}"
+    policy, what = dataset.bad_images, "others take their place"
+    if policy.on_bad_image == "skip":
+        what = f"left out{'' if policy.list_path is None else f', see {policy.list_path}'}"
+    elif policy.list_path is not None:
+        return
+    if len(replaced):
+        first, images = dataset.source.path(int(replaced[0])), f"{len(dataset)} images of {dataset.source.name}"
+        if len(replaced) == len(dataset):
+            raise ImageError(f"none of the {images} can be read, the first is {first}")
+        message = f"{len(replaced)} of {images} cannot be read, the first is {first}"
         if len(replaced) > policy.limit:
             raise ImageError(f"{message}; --max_bad_fraction allows {policy.limit}")
-        distributed.print_once(f"{message}; others take their place")
+        distributed.print_once(f"{message}; {what}")
 
 
 def _in_dataset_order(batch: Tensor) -> Tensor:

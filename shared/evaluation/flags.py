@@ -7,7 +7,13 @@ from pathlib import Path
 from shared import distributed
 from shared.images.loading import default_num_workers
 from shared.networks.weights import flags_of_training, safe_load
-from shared.run.flags import add_device_flag, add_reading_flags, bool_flag, parse_with_embedded_defaults
+from shared.run.flags import (
+    add_bad_image_flags,
+    add_device_flag,
+    add_reading_flags,
+    bool_flag,
+    parse_with_embedded_defaults,
+)
 
 MINIMUM = dict.fromkeys("epochs batch_size image_size val_freq num_blocks images_per_sheet max_sheets".split(), 1)
 
@@ -19,11 +25,15 @@ def add_labelled_flags(parser: argparse.ArgumentParser, data_flag: str = "--data
     add(data_flag, dest="data_path", default=None, help=images)
     add("--val_path", default=None, help=f"images to classify; by default those that belong to {data_flag}")
     add_reading_flags(add)
+    add_shared_classes_flag(add)
+    add_bad_image_flags(add)
+    return add
+
+
+def add_shared_classes_flag(add: Callable) -> None:
+    """What to do with parts of other classes, with the ``add_argument`` of a group."""
     shared = "leave out the images of classes that only train or only val has, instead of refusing them"
     add("--shared_classes_only", type=bool_flag, default=False, help=shared)
-    add("--on_bad_image", default="replace", choices=("replace", "error"), help="what an unreadable image does")
-    add("--max_bad_fraction", type=float, default=0.01, help="stop when more images than this share are unreadable")
-    return add
 
 
 def add_data_flags(parser: argparse.ArgumentParser, batch_size: int = 128) -> Callable:
@@ -91,6 +101,22 @@ def parse_evaluation(
 def flags_of_run(weights: str | Path) -> Mapping:
     """The flags that a training checkpoint was written with; {} for other files, and for what is no file."""
     return flags_of_training(safe_load(weights)) if Path(weights).is_file() else {}
+
+
+# what trainings call the side of the images that their networks see
+SIZE_FLAGS = ("global_crop_size", "size_crops", "rand_size", "crop_size", "image_size", "input_size")
+
+
+def size_flag(trained_with: Mapping) -> str:
+    """The one of ``SIZE_FLAGS`` that a run has given a value."""
+    return next((flag for flag in SIZE_FLAGS if trained_with.get(flag)), "image_size")
+
+
+def image_size_of_run(weights: str | Path) -> list[int] | None:
+    """The side of the images of a training, as the ``--image_size`` of an export; None where the file does not say."""
+    trained_with = flags_of_run(weights)
+    sizes = trained_with.get(size_flag(trained_with))
+    return None if sizes is None else [sizes] if isinstance(sizes, int) else [sizes[0]]
 
 
 def take_from_run(

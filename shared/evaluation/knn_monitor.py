@@ -17,7 +17,22 @@ NEIGHBOURS = 20
 AUTOMATIC_UP_TO = 100_000  # images; beyond, an evaluation is worth asking for by flag
 
 
-class KNNMonitor:
+class BetweenEpochs:
+    """An evaluation between the epochs of a run, before and after it or more often."""
+
+    every_epochs: int | None
+    epochs: int
+    disabled_reason: str | None
+
+    def is_due(self, epoch: int) -> bool:
+        """Whether to evaluate after ``epoch`` (-1: before training)."""
+        if self.disabled_reason is not None:
+            return False
+        ends = epoch in (-1, self.epochs - 1)
+        return ends or (self.every_epochs is not None and (epoch + 1) % self.every_epochs == 0)
+
+
+class KNNMonitor(BetweenEpochs):
     """Top-1 of weighted k-NN on a validation split, between the epochs of a run; says why where there is none.
 
     ``--eval_knn_freq`` evaluates after every so many epochs, 0 never; None before and after training, when there are at
@@ -68,13 +83,6 @@ class KNNMonitor:
             EvalDataset(source, self.transform, BadImages(len(source), run.output_dir / listed, *policy))
             for source, listed in zip(self.sources, ("bad_images.txt", "bad_images_val.txt"), strict=True)
         )
-
-    def is_due(self, epoch: int) -> bool:
-        """Whether to evaluate after ``epoch`` (-1: before training)."""
-        if self.disabled_reason is not None:
-            return False
-        ends = epoch in (-1, self.epochs - 1)
-        return ends or (self.every_epochs is not None and (epoch + 1) % self.every_epochs == 0)
 
     def features(
         self, backbone: nn.Module, between_batches: Callable[[], None] | None = None

@@ -1,6 +1,7 @@
 """Training on labels by epochs: linear classifiers on features of a frozen network, fine-tuning, exact validation."""
 
 import json
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from shared import distributed
 from shared.images.loading import BadImages, make_loader
 from shared.networks.classifiers import load_completely
 from shared.networks.weights import safe_load
-from shared.run.checkpoint import load_latest, save, without_prefix
+from shared.run.checkpoint import SHORT_EPOCH_S, load_latest, save, without_prefix
 
 from .features import check_features
 
@@ -153,7 +154,7 @@ def tell_accuracy(result: dict[str, float], num_images: int) -> dict[str, float]
 
 
 class EpochTraining:
-    """Training on labels by epochs, with a checkpoint and a log of JSON lines after each.
+    """Training on labels by epochs, with a log of JSON lines and a checkpoint, of short epochs once a minute.
 
     Goes on from the checkpoint, ours or an official one, if there is one.
 
@@ -191,7 +192,7 @@ class EpochTraining:
         self.file, self.log_file, self.module, self.optimizer = file, log_file, module, optimizer
         self.scheduler, self.origin, self.flags, self.rates, self.best_of = scheduler, origin, flags, rates, best_of
         self.weights_key, self.prefix, self.origin_key = weights_key, prefix, origin_key
-        self.first_epoch, self.log, self.best = 0, [], (0.0,) * len(best_of)
+        self.first_epoch, self.log, self.best, self.last_save = 0, [], (0.0,) * len(best_of), time.monotonic()
         checkpoint = load_latest(file)
         if checkpoint is not None:
             self._resume(checkpoint)
@@ -254,7 +255,7 @@ class EpochTraining:
                 line |= {f"test_{name}": value for name, value in result.items()}
                 self._see(line)
                 line["best_acc1"] = self.best[0]
-            self._end_epoch(line)
+            self._end_epoch(line, is_last=epoch + 1 == epochs)
         result = result or validation()  # there was nothing left to train
         distributed.print_once(
             f"Top-1 accuracy after the last epoch: {result['acc1']:.2f} % (top-5 {result['acc5']:.2f} %, "
@@ -262,13 +263,17 @@ class EpochTraining:
         )
         return result
 
-    def _end_epoch(self, line: dict[str, float]) -> None:
+    def _end_epoch(self, line: dict[str, float], is_last: bool) -> None:
         self.log.append(line)
         if self.scheduler is not None:
             self.scheduler.step()
         distributed.print_once("  ".join(f"{name} {value:.5g}" for name, value in line.items()))
         if not distributed.is_main_process():
             return
+        self.log_file.write_text("".join(json.dumps(line) + "\n" for line in self.log))
+        if not is_last and time.monotonic() - self.last_save < SHORT_EPOCH_S:
+            return  # a large network that is fine-tuned on few images would be written every few steps
+        self.last_save = time.monotonic()
         state = {
             "epoch": line["epoch"] + 1,
             self.weights_key: {f"{self.prefix}{name}": value for name, value in self.module.state_dict().items()},
@@ -282,4 +287,3 @@ class EpochTraining:
         if self.flags is not None:
             state["flags"] = self.flags
         save(self.file, state)
-        self.log_file.write_text("".join(json.dumps(line) + "\n" for line in self.log))

@@ -104,8 +104,7 @@ def near_duplicates(args: argparse.Namespace) -> list[list[int]]:
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        near_duplicates(parse_args())
+    distributed.run_script(near_duplicates, parse_args)
 
 
 if __name__ == "__main__":

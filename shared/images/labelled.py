@@ -67,9 +67,20 @@ def _split(
 def match_classes(
     train: ImageSource, val: ImageSource, shared_classes_only: bool | None = None
 ) -> tuple[ImageSource, ImageSource]:
-    """Both parts with the classes and labels of ``train``, matched by name.
+    """Both parts with the classes and labels of ``train``, matched by name; see :func:`match_val`."""
+    val, missing = match_val(train, val, shared_classes_only)
+    if missing:
+        train = Subset(train, np.flatnonzero(~np.isin(train.labels, missing)), train.name)
+    return train, val
+
+
+def match_val(
+    train: ImageSource, val: ImageSource, shared_classes_only: bool | None = None
+) -> tuple[ImageSource, list[int]]:
+    """Images to classify with the classes and labels of ``train``, matched by name, and the classes that they lack.
 
     Args:
+        train: Anything with classes.
         shared_classes_only: As for :func:`open_labelled`.
 
     Raises:
@@ -90,7 +101,4 @@ def match_classes(
     if left_out["val"]:
         val = Subset(val, np.flatnonzero(labels >= 0), val.name)
     val.labels, val.classes = labels[labels >= 0], train.classes
-    if left_out["train"]:
-        in_both = np.isin(train.labels, [label_of[name] for name in shared])
-        train = Subset(train, np.flatnonzero(in_both), train.name)
-    return train, val
+    return val, sorted(label_of[name] for name in left_out["train"])

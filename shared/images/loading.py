@@ -24,6 +24,7 @@ import torchvision
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from shared import distributed
 from shared.run.memory import NO_SHARED_MEMORY
 from shared.run.randomness import derive_seed
 
@@ -31,17 +32,18 @@ from .decode import ImageError
 from .sources import ImageSource, locked
 
 T = TypeVar("T")
+LEFT_OUT = -2  # in place of the label of an image that cannot be read
 MAX_ASPECT = 64  # of an image that is resized as a whole for a centre crop
 
 
 class BadImages:
-    """What happens when an image cannot be read: another one takes its place, or the run stops.
+    """What happens when an image cannot be read: another one takes its place, it is left out, or the run stops.
 
     Args:
         num_images: Size of the data set.
         list_path: File that gets one line per bad image, ``path<TAB>reason``, whichever process meets it first; a run
             that resumes goes on with the same list. None keeps the list in memory, per process.
-        on_bad_image: ``replace`` or ``error``.
+        on_bad_image: ``replace``, ``error``, or ``skip``: an :class:`EvalDataset` gives it the label ``LEFT_OUT``.
         max_fraction: The run stops when more than this share of the images (and more than one) is bad.
     """
 
@@ -52,15 +54,25 @@ class BadImages:
         on_bad_image: str = "replace",
         max_fraction: float = 0.01,
     ):
-        if on_bad_image not in ("replace", "error"):
-            raise ValueError(f"--on_bad_image {on_bad_image!r} is neither replace nor error")
+        if on_bad_image not in ("replace", "skip", "error"):
+            raise ValueError(f"--on_bad_image {on_bad_image!r} is none of replace, skip, error")
         if not 0 <= max_fraction <= 1:
             raise ValueError(f"--max_bad_fraction {max_fraction} is outside [0, 1]")
         self.num_images = num_images
         self.list_path = None if list_path is None else Path(list_path)
         self.on_bad_image = on_bad_image
+        self.max_fraction = max_fraction
         self.limit = max(1, math.floor(max_fraction * num_images))
         self._known: set[str] = set()
+
+    @classmethod
+    def with_new_list(cls, num_images: int, list_path: Path, *policy) -> "BadImages":
+        """With a list of this call alone; every process must call this."""
+        if distributed.is_main_process():
+            list_path.parent.mkdir(parents=True, exist_ok=True)
+            list_path.unlink(missing_ok=True)
+        distributed.barrier()
+        return cls(num_images, list_path, *policy)
 
     def count(self) -> int:
         """Number of bad images met so far (by all processes, with a ``list_path``)."""
@@ -82,11 +94,12 @@ class BadImages:
             try:
                 return process(candidate)
             except ImageError as error:
-                self._report(source.path(candidate), error)
+                self.report(source.path(candidate), error)
             candidate = derive_seed(*key, attempt) % self.num_images
         raise ImageError(f"{source.path(index)} and 100 replacements for it cannot be read")
 
-    def _report(self, path: str, error: ImageError) -> None:
+    def report(self, path: str, error: ImageError) -> None:
+        """Count an image that cannot be read; raises as :meth:`read` does."""
         if self.on_bad_image == "error":
             raise error
         if path in self._known:
@@ -195,6 +208,8 @@ def _centre_of_a_strip(pixels: np.ndarray) -> np.ndarray:
 class EvalDataset(Dataset):
     """(image, label, index) of a source, in its order; the label is -1 where there are no classes.
 
+    For an image that cannot be read these are another image, its label or ``LEFT_OUT``, and its index.
+
     Args:
         transform: Maps RGB pixels (H, W, 3), uint8, to a tensor.
         bad_images: Policy for images that cannot be read; by default the first one is an error.
@@ -218,7 +233,9 @@ class EvalDataset(Dataset):
 
     def __getitem__(self, position: int) -> tuple[Tensor, int, int]:
         index = self.rows[position]
-        return self.bad_images.read(self.source, index, (index,), self._read)
+        image, label, read = self.bad_images.read(self.source, index, (index,), self._read)
+        is_left_out = read != index and self.bad_images.on_bad_image == "skip"
+        return image, LEFT_OUT if is_left_out else label, read
 
     def _read(self, index: int) -> tuple[Tensor, int, int]:
         return self.transform(self.source.load(index).decode()), self.source.label(index), index

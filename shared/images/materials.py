@@ -21,6 +21,7 @@ import torch
 from numpy.random import Generator
 
 from shared.run.files import atomic_file
+from shared.run.flags import Parser
 
 NUMBERS = {"train": 1920, "val": 360}
 SEEDS = {"train": 2, "val": 3}  # the flags of the demonstrations were chosen on the images of 0 and 1
@@ -173,16 +174,19 @@ def load_materials(split: str, cache_root: str | os.PathLike | None = None) -> M
     return drawn
 
 
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("out", type=Path, help="folder to write")
+    add("--size", type=int, default=SIZE_PX, help="side of the images in pixels")
+    add("--train", type=int, default=NUMBERS["train"], help="number of training images")
+    add("--val", type=int, default=NUMBERS["val"], help="number of validation images")
+    add("--seed", type=int, default=SEEDS["train"], help="of the training images, the next one of the others")
+    return parser
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("out", type=Path, help="folder to write")
-    parser.add_argument("--size", type=int, default=SIZE_PX, help="side of the images in pixels")
-    parser.add_argument("--train", type=int, default=NUMBERS["train"], help="number of training images")
-    parser.add_argument("--val", type=int, default=NUMBERS["val"], help="number of validation images")
-    parser.add_argument(
-        "--seed", type=int, default=SEEDS["train"], help="of the training images, the next one of the others"
-    )
-    args = parser.parse_args()
+    args = get_args_parser().parse_args()
     from PIL import Image
 
     for seed, (split, number) in enumerate((("train", args.train), ("val", args.val)), start=args.seed):

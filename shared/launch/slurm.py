@@ -34,6 +34,7 @@ from types import ModuleType
 import submitit
 
 from shared.run.attempt import Attempt, Interrupted, Superseded, owner_of
+from shared.run.flags import Parser
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -155,7 +156,7 @@ def submit(train: Callable[[argparse.Namespace], object], args: argparse.Namespa
 
 def _split(args: argparse.Namespace) -> tuple[argparse.Namespace, argparse.Namespace]:
     """Flags of the job, flags of the training."""
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     add_slurm_flags(parser)
     names = vars(parser.parse_args([])).keys()
     job_flags = {name: value for name, value in vars(args).items() if name in names}

@@ -312,14 +312,12 @@ def export_backbone(
     return files
 
 
-def add_export_flags(
-    parser: argparse.ArgumentParser, image_size: Sequence[int] | None = None
-) -> argparse.ArgumentParser:
+def add_export_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Where the files go, and the size of the ONNX file's images; returns the parser."""
     add = parser.add_argument_group("export").add_argument
     add("--output_dir", default=".", help="where the files go")
-    sizes = "side, or height and width, in pixels that the ONNX file takes; None: those of a ViT's positions, else 224"
-    add("--image_size", type=int, nargs="+", default=image_size, help=sizes)
+    sizes = "side, or height and width, in pixels that the ONNX file takes; None: as in the training, else 224"
+    add("--image_size", type=int, nargs="+", default=None, help=sizes)
     return parser
 
 

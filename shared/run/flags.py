@@ -25,8 +25,18 @@ class Parser(argparse.ArgumentParser):
         options = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter} | options
         super().__init__(**{"description": docstring.split("\n\n")[0]} | options)
 
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        self.arguments = sys.argv[1:] if args is None else args
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
-        unknown = re.findall(r"--[^\s=]+", message) if message.startswith("unrecognized arguments") else []
+        if message.startswith("the following arguments are required"):  # a typo of one of them or of another flag
+            for action in self._actions:
+                action.required = False
+            unknown = [word for word in self.parse_known_args(self.arguments)[1] if word.startswith("--")]
+            message += f"; unrecognized arguments: {' '.join(unknown)}" if unknown else ""
+        _, _, unknown = message.partition("unrecognized arguments: ")
+        unknown = re.findall(r"--[^\s=]+", unknown)
         close = [match for name in unknown for match in difflib.get_close_matches(name, self._option_string_actions, 1)]
         hint = f"; did you mean {' and '.join(close)}?" if close else ""
         self.exit(2, f"error: {message}{hint} (--help lists all flags)\n")
@@ -62,6 +72,18 @@ def add_reading_flags(add: Callable) -> None:
     add("--max_megapixels", type=float, default=MAX_PIXELS / 1e6, help="larger images count as unreadable")
 
 
+def add_bad_image_flags(add: Callable, *choices: str, max_fraction: float = 0.01) -> None:
+    """What happens to images that cannot be read, with the ``add_argument`` of a group.
+
+    Args:
+        choices: Of ``replace``, ``skip`` and ``error``, the first one is the default; by default the first and last.
+    """
+    choices = choices or ("replace", "error")
+    add("--on_bad_image", default=choices[0], choices=choices, help="what an unreadable image does")
+    most = "stop when more images than this share are unreadable"
+    add("--max_bad_fraction", type=float, default=max_fraction, help=most)
+
+
 def add_data_flags(parser: argparse.ArgumentParser) -> Callable:
     """Where the images come from; returns the ``add_argument`` of the group for further flags."""
     add = parser.add_argument_group("data").add_argument
@@ -73,8 +95,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> Callable:
     add("--num_workers", "--workers", type=int, default=None, help=workers)
     add("--in_chans", type=int, default=3, choices=(1, 3), help="channels of the images")
     add("--cache", default="none", help="decoded images: none, memory, or a folder for a memory-mapped file")
-    add("--on_bad_image", default="replace", choices=("replace", "error"), help="what an unreadable image does")
-    add("--max_bad_fraction", type=float, default=0.01, help="stop when more images than this share are unreadable")
+    add_bad_image_flags(add)
     return add
 
 

@@ -28,7 +28,8 @@ def batch_flags(args: Namespace) -> str:
 def name_batch_flags(error: BaseException | None, args: Namespace) -> None:
     """Raise ``ValueError`` that says which flags to lower if ``error`` is one of memory; let any other one pass."""
     if is_out_of_memory(error):
-        raise ValueError(f"out of memory: lower {batch_flags(args)} ({str(error).splitlines()[0]})") from error
+        what = f"lower {batch_flags(args)}" if batch_flags(args) else "take smaller images, or fewer at once"
+        raise ValueError(f"out of memory: {what} ({str(error).splitlines()[0]})") from error
 
 
 def keep_freed_memory() -> bool:

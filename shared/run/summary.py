@@ -1,6 +1,8 @@
 """Text at the end of a run: what came out, where the files are, what to run next."""
 
 import argparse
+import importlib
+import itertools
 import math
 import shlex
 from collections.abc import Sequence
@@ -80,6 +82,31 @@ def from_here(file: str) -> str:
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
-def data_flags(args: argparse.Namespace) -> dict:
-    """The flags for images of a training, as its evaluations take them."""
-    return {name: getattr(args, name) for name in ("data_path", "val_path", "allow_absolute_paths")}
+def next_command(args: argparse.Namespace, training: str, script: str, *arguments: str, **flags) -> str:
+    """:func:`command` for what a run has trained, with the flags about the images that the run was given.
+
+    These are the flags of the groups "data..." of the training that are not at their defaults and that ``script`` has
+    too.
+
+    Args:
+        args: Of the run.
+        training: The script that trained, a path as ``script`` is.
+        flags: Win over those of the run.
+    """
+    own, other = (
+        importlib.import_module(path.removesuffix(".py").replace("/", ".")).get_args_parser()
+        for path in (training, script)
+    )
+    known = {action.dest: action for action in other._actions if action.option_strings}
+    groups = [group._group_actions for group in own._action_groups if group.title.startswith("data")]
+    carried = {}
+    for action in itertools.chain(*groups):
+        value, there = getattr(args, action.dest), known.get(action.dest)
+        if there is None or value in (action.default, there.default) or value not in (there.choices or [value]):
+            continue
+        carried[there.option_strings[0].lstrip("-")] = value if there.nargs == 0 else _text(value)
+    return command(script, *arguments, **carried | flags)
+
+
+def _text(value):
+    return str(value).lower() if isinstance(value, bool) else value

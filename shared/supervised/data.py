@@ -104,12 +104,13 @@ class LabelledViews(Dataset):
 def open_train_and_val(args: argparse.Namespace) -> tuple[ImageSource, ImageSource]:
     """The labelled images that ``--data-set``, ``--data_path`` and ``--val_path`` name.
 
-    With ``--eval`` and ``--val_path`` both are the images to evaluate on: those of the training are not needed.
+    With ``--eval`` and ``--val_path`` both are the images to evaluate on: those of the training are not needed, but for
+    ``--shared_classes_only``, as no file of weights knows the names of the classes.
 
     Raises:
         ValueError: If there are none, they have no classes, or the classes of both parts differ.
     """
-    if args.eval and args.val_path is not None:
+    if args.eval and args.val_path is not None and not args.shared_classes_only:
         val = open_source(args.val_path, "all", flag="--val_path", **reading(args))
         check_same_classes(val, val)  # that there are any
         return val, val
@@ -119,7 +120,7 @@ def open_train_and_val(args: argparse.Namespace) -> tuple[ImageSource, ImageSour
         return open_source(name, "train", download_root=root), open_source(name, "val", download_root=root)
     if args.data_path is not None and args.data_set in INAT_YEARS:
         return open_inaturalist(args.data_path, INAT_YEARS[args.data_set], args.inat_category)
-    return open_labelled(args.data_path, args.val_path, **reading(args))
+    return open_labelled(args.data_path, args.val_path, shared_classes_only=args.shared_classes_only, **reading(args))
 
 
 @dataclass
@@ -183,6 +184,7 @@ def open_images(
         precision=precision,
         batch_size=int(1.5 * args.batch_size),
         num_workers=num_workers,
+        absent=np.setdiff1d(range(len(val.classes)), val.labels).tolist() if args.shared_classes_only else (),
     )
     return LabelledImages(train, val, checksum, bad_images, num_workers, evaluate)
 

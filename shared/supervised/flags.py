@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable, Sequence
 
-from shared.evaluation.flags import flags_of_run, take_from_run
+from shared.evaluation.flags import add_shared_classes_flag, flags_of_run, take_from_run
 from shared.images.inaturalist import CATEGORIES
 from shared.run.flags import add_data_flags, add_run_flags, parse_with_embedded_defaults, shorten_unset_warmup
 
@@ -30,7 +30,7 @@ SHARES = ("smoothing", "reprob", "mixup_prob", "mixup_switch_prob", "distillatio
 
 def add_data_set_flags(parser: argparse.ArgumentParser) -> None:
     """:func:`shared.run.flags.add_data_flags`, and which data set they lead to."""
-    add_data_flags(parser)
+    add_shared_classes_flag(add_data_flags(parser))
     add = parser.add_argument_group("data set").add_argument
     known = "CIFAR10, CIFAR100 (or CIFAR): torchvision's, in --data_path; INAT: with its JSON files; else class folders"
     cifar = {"CIFAR": "CIFAR100"}

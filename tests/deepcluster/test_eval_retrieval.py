@@ -1,5 +1,7 @@
 """Retrieval on generated buildings with ground truth of the published layout."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from deepcluster.eval_retrieval import (
 )
 from deepcluster.hub import build_network, load_network
 from deepcluster.rmac import Whitening
+from shared.images.decode import ImageError
 from tests.deepcluster.tiny import write_checkpoint
 
 
@@ -47,18 +50,35 @@ def paris(tmp_path_factory):
     return write_benchmark(tmp_path_factory.mktemp("paris") / "Paris", seed=1)
 
 
+def run_all(oxford, paris, model, temp, *policy) -> float:
+    """All stages; the mean average precision."""
+    stages = [("extract_train", oxford), ("train_pca", oxford), ("q_features", paris), ("db_features", paris)]
+    for stage, folder in (*stages, ("eval", paris)):
+        flags = f"--stage {stage} --dataset {folder} --dataset_name {folder.name} --model {model} --S 128 --n_pca 16"
+        found = eval_retrieval(get_args_parser().parse_args([*flags.split(), "--temp_dir", str(temp), *policy]))
+    return found
+
+
+def test_unreadable_images_are_errors_or_junk_and_unreadable_queries_are_not_asked(
+    oxford, paris, tmp_path, small_layers, capsys
+):
+    model = write_checkpoint(tmp_path / "checkpoint.pth.tar")
+    oxford, paris = (shutil.copytree(folder, tmp_path / folder.name) for folder in (oxford, paris))
+    for file in (oxford / "jpg/place1_000002.png", paris / "jpg/place0_000000.png"):  # the latter is a query as well
+        file.write_bytes(b"")
+    with pytest.raises(ImageError, match=r"place1_000002\.png"):
+        run_all(oxford, paris, model, tmp_path / "temp")
+    capsys.readouterr()
+    found = run_all(oxford, paris, model, tmp_path / "temp", "--on_bad_image", "skip")
+    printed = capsys.readouterr().out
+    assert f"mAP on Paris: {found:.2f} % (2 queries, without 1 images and 1 queries)" in printed and found > 90
+    assert "12 files in" in printed and ", 1 of them of unreadable images" in printed
+
+
 def test_all_stages_find_the_buildings(oxford, paris, tmp_path, small_layers):
     model = write_checkpoint(tmp_path / "checkpoint.pth.tar")
 
-    def run(stage, folder, name):
-        flags = f"--stage {stage} --dataset {folder} --dataset_name {name} --model {model} --S 128 --n_pca 16"
-        return eval_retrieval(get_args_parser().parse_args([*flags.split(), "--temp_dir", str(tmp_path / "temp")]))
-
-    run("extract_train", oxford, "Oxford")
-    run("train_pca", oxford, "Oxford")
-    run("q_features", paris, "Paris")
-    run("db_features", paris, "Paris")
-    assert run("eval", paris, "Paris") > 90
+    assert run_all(oxford, paris, model, tmp_path / "temp") > 90
     files = {path.name for path in (tmp_path / "temp").iterdir()}
     assert files == {"Oxford_S128_L3_regions", "Oxford_S128_PCA.npz", "Paris_S128_L3_q", "Paris_S128_L3_db"}
     descriptors = np.stack([np.load(path) for path in (tmp_path / "temp/Paris_S128_L3_db").iterdir()])

@@ -16,6 +16,7 @@ from deepcluster.eval_voc_classif import (
     start_classifier,
 )
 from deepcluster.hub import build_network, load_network
+from shared.images.decode import ImageError
 from tests.deepcluster.tiny import write_checkpoint
 
 # objects of an image: (class, is it difficult)
@@ -131,3 +132,18 @@ def test_published_commands_parse():
     assert (args.nit, args.stepsize, args.lr, args.wd, args.min_scale, args.max_scale, args.eval_random_crops) == (
         80000, 5000, 0.003, 1e-6, 0.1, 0.5, 1,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("random_crops", ["0", "1"])
+def test_an_unreadable_image_is_an_error_or_has_no_score(random_crops, tmp_path, small_layers, capsys):
+    folder, model = write_voc(tmp_path), write_checkpoint(tmp_path / "checkpoint.pth.tar")
+    (folder / "JPEGImages/000003.jpg").write_bytes(b"")
+    command = f"--vocdir {folder} --split trainval --model {model} --nit 2 --workers 0 --device cpu".split()
+    command += ["--eval_random_crops", random_crops]
+    with pytest.raises(ImageError, match=r"000003\.jpg"):
+        eval_voc_classif(get_args_parser().parse_args(command))
+    capsys.readouterr()
+    eval_voc_classif(get_args_parser().parse_args([*command, "--on_bad_image", "skip"]))
+    printed = capsys.readouterr().out
+    assert printed.count(" (without 1 of 6 images)\n") == 2
+    assert "test person: nan %" in printed and "test cat: nan" not in printed  # the only person was in it

@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -5,6 +7,7 @@ from PIL import Image
 
 from dino import eval_copy_detection
 from dino.eval_copy_detection import Whitening, mean_average_precision
+from shared.images.decode import ImageError
 from tests.dino.tiny import COLOURS, picture, write_checkpoint, write_image
 
 NAMES = [f"20{i:02d}00.jpg" for i in range(6)]
@@ -93,3 +96,29 @@ def test_bad_input_is_one_clear_error(data, tmp_path):
     write_image(tmp_path / "strong" / "999900.jpg", picture(0))
     with pytest.raises(ValueError, match=r"999900\.jpg: no original has the same first four characters"):
         run(tmp_path)
+
+
+def test_an_unreadable_image_is_an_error_or_as_if_it_were_not_there(data, tmp_path, capsys):
+    damaged, without = (shutil.copytree(data, tmp_path / name) for name in ("damaged", "without"))
+    for name in (f"original/{NAMES[2]}", "distractors/3.png", "whitening/1.png"):
+        (damaged / name).write_bytes(b"")
+        (without / name).unlink()
+    for copy in (*without.glob(f"*/*/{NAMES[2]}"), *without.glob("strong/2002*")):
+        copy.unlink()  # there is nothing that it could find
+
+    def search(root, *flags):
+        folders = ("--whitening_path", root / "whitening", "--distractors_path", root / "distractors")
+        return run(root, *folders, *flags)
+
+    with pytest.raises(ImageError, match=f"original/{NAMES[2]}"):
+        search(damaged)
+    expected = search(without)
+    capsys.readouterr()
+    assert search(damaged, "--on_bad_image", "skip") == expected
+    printed = capsys.readouterr().out
+    for name, copies in (("crops/10", "1 of 6"), ("strong", "1 of 4")):
+        note = f"(without {copies} copies and 2 images of the database)"
+        assert f"eval on {name} mAP={expected[name]:.3f} {note}" in printed
+    (damaged / "original" / NAMES[3]).write_bytes(b"")
+    with pytest.raises(ImageError, match=r"--max_bad_fraction allows \(1\)"):
+        search(damaged, "--on_bad_image", "skip")

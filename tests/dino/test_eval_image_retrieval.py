@@ -1,6 +1,7 @@
 import json
 import os
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 from dino import eval_image_retrieval
 from dino.eval_image_retrieval import score_ranks, shrink_and_normalize
 from dino.ground_truth import GroundTruth, read_ground_truth
+from shared.images.decode import ImageError
 from shared.networks.weights import UnsafeFileError
 from tests.dino.tiny import COLOURS, picture, write_checkpoint, write_image
 
@@ -163,3 +165,17 @@ def test_shrinking_equals_pillow_on_the_file(data):
     image.thumbnail((48, 48), Image.Resampling.LANCZOS)
     expected = (np.asarray(image) / 255 - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
     np.testing.assert_allclose(shrink_and_normalize(pixels, 48).permute(1, 2, 0), expected, atol=1e-5)
+
+
+def test_an_unreadable_image_is_an_error_or_junk_and_an_unreadable_query_is_not_asked(data, tmp_path, capsys):
+    root = shutil.copytree(data, tmp_path / "revisited")
+    for name in (IMAGES[1], QUERIES[2]):
+        (root / "roxford5k/jpg" / f"{name}.jpg").write_bytes(b"")
+    with pytest.raises(ImageError, match=IMAGES[1]):
+        run(root)
+    found = run(root, "--on_bad_image", "skip")
+    assert capsys.readouterr().out.count(" (without 1 images and 1 queries)\n") == 2
+    for name in ("medium", "hard"):
+        assert np.isnan(found[name].ap).tolist() == [False, False, True]
+    truth = GroundTruth(IMAGES, QUERIES, ground_truth()["gnd"]).without([1], [2])
+    assert truth.relevance[0] == {"easy": [0], "hard": [2], "junk": [1, 3]} and truth.relevance[1]["junk"] == [1, 7]

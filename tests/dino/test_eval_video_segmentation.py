@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from dino.eval_video_segmentation import (
     read_frame,
     write_mask,
 )
+from shared.images.decode import ImageError
 from tests.dino.tiny import picture, write_checkpoint, write_image
 
 
@@ -147,3 +150,11 @@ def test_bad_input_is_one_clear_error(davis, tmp_path):
         run(tmp_path, tmp_path)
     with pytest.raises(ValueError, match="video segmentation needs a ViT"):
         run(davis[0], tmp_path, "--arch", "resnet18")
+
+
+@pytest.mark.parametrize("name", ["JPEGImages/480p/wide/00002.jpg", "Annotations/480p/wide/00000.png"])
+def test_a_frame_or_mask_that_cannot_be_read_is_named(name, davis, tmp_path):
+    root = shutil.copytree(davis[0], tmp_path / "DAVIS")
+    (root / name).write_bytes((root / name).read_bytes()[:60])
+    with pytest.raises(ImageError, match=name):
+        run(root, tmp_path / "masks")

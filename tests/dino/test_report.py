@@ -101,9 +101,8 @@ def test_a_uniform_output_names_the_flag_that_is_out_of_the_ordinary(flags, name
 @pytest.mark.parametrize("labelled", [True, False])
 def test_next_commands_are_understood_and_fit_the_run(arch, labelled, tmp_path):
     sources = (None, SimpleNamespace(classes=[*"abc"])) if labelled else None
-    run = SimpleNamespace(
-        arch=arch, global_crop_size=32, data_path="/my images", val_path=None, allow_absolute_paths=True
-    )
+    flags = ("--global_crop_size", "32", "--max_megapixels", "200", "--allow_absolute_paths")
+    run = parse_args(["--arch", arch, "--data_path", "/my images", *flags])
     found = {}
     for line in next_commands(run, tmp_path / "checkpoint.pth", SimpleNamespace(sources=sources, k=20)):
         _, script, *arguments = shlex.split(line)
@@ -111,5 +110,6 @@ def test_next_commands_are_understood_and_fit_the_run(arch, labelled, tmp_path):
         found[script] = importlib.import_module(f"dino.{script}").parse_args(arguments)
         assert found[script].pretrained_weights == str(tmp_path / "checkpoint.pth")
         assert found[script].data_path == "/my images" and found[script].allow_absolute_paths
+        assert found[script].max_megapixels == 200
     offered = ["eval_knn", "eval_linear"] * labelled + ["visualize_attention"] * (arch != "resnet18")
     assert list(found) == offered

@@ -17,6 +17,7 @@ from paws import evaluation, few_labels, fine_tune, pseudo_labels, snn_eval, snn
 from paws.augmentations import choose_recipe
 from paws.evaluation import Representation
 from paws.labels import open_partly_labelled
+from shared.images.decode import ImageError
 from shared.run.attempt import Interrupted
 from shared.run.run import Run
 from shared.supervised.evaluation import evaluate_classifier
@@ -101,6 +102,65 @@ def test_validation_images_of_other_classes_are_refused(images, tmp_path):
     (tmp_path / "other/class0").rename(tmp_path / "other/zebra")
     with pytest.raises(ValueError, match=r"has other classes .*missing class0, additional zebra"):
         evaluation.open_validation(labelled, None, str(tmp_path / "other"))
+
+
+PROGRAMS = {
+    snn_eval: (snn_eval.snn_eval, ()),
+    fine_tune: (fine_tune.fine_tune, ("--epochs", "1", "--batch_size", "3")),
+    snn_fine_tune: (snn_fine_tune.snn_fine_tune, ("--epochs", "1")),
+}
+
+
+@pytest.mark.parametrize("script", PROGRAMS)
+def test_images_of_other_classes_are_scored_over_those_that_both_have(script, images, run, tmp_path, capsys):
+    other = write_images(tmp_path / "other", 9)
+    (other / "class0").rename(other / "zebra")
+    program, flags = PROGRAMS[script]
+    given = arguments(images / "train", run, "--device", "cpu", "--val_path", other, *flags)
+    given += [] if script is snn_eval else ["--output_dir", str(tmp_path / "out")]
+    hint = r"missing class0, additional zebra; --shared_classes_only true scores over the 2 classes that both have"
+    with pytest.raises(ValueError, match=hint):
+        program(script.parse_args(given))
+    program(script.parse_args([*given, "--shared_classes_only", "true"]))
+    printed = capsys.readouterr().out
+    assert "left out 1 classes only in train: class0" in printed and "left out 1 classes only in val: zebra" in printed
+    assert script is snn_fine_tune or "6 images of" in printed
+
+
+def test_classes_without_images_are_not_predicted():
+    validation = evaluation.Validation(None, np.arange(2), absent=[0])
+    probabilities = torch.tensor([[0.8, 0.1, 0.1], [0.6, 0.1, 0.3]])
+    assert validation.top_k(probabilities, torch.tensor([1, 2])) == (100, 100)
+
+
+@pytest.mark.parametrize("script", PROGRAMS)
+def test_unreadable_images_do_not_stop_an_evaluation_unless_they_are_to(script, images, run, tmp_path, capsys):
+    folder = shutil.copytree(images, tmp_path / "images")
+    broken = sorted((folder / "val").rglob("*.png"))[4]
+    broken.write_bytes(b"")
+    program, flags = PROGRAMS[script]
+    given = arguments(folder, run, "--device", "cpu", *flags)
+    given += [] if script is snn_eval else ["--output_dir", str(tmp_path / "out")]
+    program(script.parse_args(given))
+    if script is snn_eval:
+        assert f"1 of 9 images of {folder / 'val'} cannot be read, the first is {broken}" in capsys.readouterr().out
+    else:
+        assert str(broken) in (tmp_path / "out/bad_images_val.txt").read_text()
+    with pytest.raises(ImageError, match=str(broken)):
+        program(script.parse_args([*given, "--on_bad_image", "error"]))
+
+
+def test_a_labelled_image_that_cannot_be_read_has_no_vote(images, run, tmp_path, capsys):
+    folder = shutil.copytree(images, tmp_path / "images")
+    labelled = open_partly_labelled(str(folder / "train"), labels_per_class=2)
+    broken = labelled.source.path(int(labelled.labelled[3]))
+    with open(broken, "wb"):
+        pass
+    given = arguments(folder, run, "--device", "cpu")
+    snn_eval.snn_eval(snn_eval.parse_args(given))
+    assert f"the first is {broken}; left out" in capsys.readouterr().out
+    with pytest.raises(ImageError, match=broken):
+        snn_eval.snn_eval(snn_eval.parse_args([*given, "--on_bad_image", "error"]))
 
 
 # --- Fine-tuning ------------------------------------------------------------------------------------------------------
@@ -223,7 +283,7 @@ def test_pictures_of_folders_are_labelled_and_none_is_an_error(run, tmp_path):
         assert [row["label"] in ("dark", "bright") for row in csv.DictReader(file)] == [True, True]
     for i in (4, 5):
         (pictures / f"{i}.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"none of the 2 unlabelled images of .* can be read"):
+    with pytest.raises(ValueError, match=r"none of the 2 images of .* can be read"):
         pseudo_labels.label_images(pseudo_labels.parse_args(flags))
 
 

@@ -1,3 +1,5 @@
+from argparse import Namespace
+
 import pytest
 import torch
 
@@ -151,3 +153,11 @@ def test_scripts_can_print_names_of_any_bytes(capsysbinary):
     with distributed.clean_exit():
         print("caf\udce9")
     assert capsysbinary.readouterr().out == b"caf\xe9\n"
+
+
+@pytest.mark.parametrize(("flags", "advice"), [({"batch_size": 8}, "lower --batch_size"), ({}, "take smaller images")])
+def test_a_script_that_runs_out_of_memory_names_the_flags_of_the_batch(flags, advice, capsys):
+    with pytest.raises(SystemExit) as end:
+        distributed.run_script(lambda _: torch.empty(2**60, dtype=torch.uint8), lambda: Namespace(**flags))
+    printed = capsys.readouterr().err
+    assert end.value.code == 2 and printed.startswith(f"error: out of memory: {advice}") and printed.count("\n") == 1

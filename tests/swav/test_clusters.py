@@ -248,7 +248,7 @@ def test_folder_of_unlabelled_pictures_with_a_broken_one(weights, tmp_path, caps
     assert header == ["cluster", "images", "mean_confidence"]
     assert sum(int(row[1]) for row in table) == 12
     assert (out / "unreadable.txt").read_text() == f"{folder / 'broken.png'}\tnot an image of a known format\n"
-    assert "1 of 13 images cannot be read and are left out" in capsys.readouterr().out
+    assert f"broken.png; left out, see {out / 'unreadable.txt'}" in capsys.readouterr().out
     assert {path.name for path in out.glob("*.png")} == {"overview.png", "usage.png"}
 
 
@@ -282,7 +282,7 @@ def test_bad_input_is_one_clear_error(weights, tmp_path):
     folder.mkdir()
     (folder / "broken.png").write_bytes(b"no picture")
     flags = ["--pretrained", weights, "--data_path", folder, "--output_dir", tmp_path / "out"]
-    with pytest.raises(ImageError, match=r"none of the 1 images of .*pictures can be read"):
+    with pytest.raises(ImageError, match=r"broken.png and 100 replacements for it cannot be read"):
         run(*flags)
     with pytest.raises(ImageError, match=r"broken.png: not an image of a known format"):
         run(*flags, "--on_bad_image", "error")

@@ -1,10 +1,13 @@
 """Detection: COCO's layout, average precision from its definition, training, resuming, official trunks."""
 
+import argparse
 import json
 import math
 import random
 import re
+import shutil
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from PIL import Image
 from pycocotools import mask as run_lengths
 
 from shared import distributed
+from shared.images.decode import ImageError
 from tests.processes import run_processes
 from tests.run_folders import lines, losses
 from tests.xcit.tiny import shrink_networks
@@ -367,3 +371,19 @@ def test_recipe_of_the_published_runs():
     assert dense_training.warmup_factor(0, 500, 0.001) == pytest.approx(0.001)
     assert dense_training.warmup_factor(250, 500, 0.001) == pytest.approx(0.5005)
     assert dense_training.warmup_factor(500, 500, 0.001) == 1
+
+
+def test_an_unreadable_image_of_the_evaluation_is_an_error_or_its_objects_do_not_count(data, tmp_path, small_networks):
+    root = shutil.copytree(data, tmp_path / "coco")
+    dataset = CocoDataset(root, "val", augment=False)
+    Path(dataset.source.path(0)).write_bytes(b"")
+    detector = main.build_detector("xcit_nano_12_p8", 3, min_size=(32,), max_size=32)
+    with pytest.raises(ImageError, match=dataset.source.path(0)):
+        main.evaluate_detector(detector, dataset, torch.device("cpu"))
+    args = argparse.Namespace(on_bad_image="skip", max_bad_fraction=0.01)
+    dataset.bad_images = dense_training.bad_val_images(args, dataset)
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(main, "average_precision", lambda annotations, _: seen.extend(annotations["annotations"]) or {})
+        assert main.evaluate_detector(detector, dataset, torch.device("cpu")) == {"left_out": 1}
+    assert {one["image_id"] for one in seen} == {*dataset.image_ids[1:]}

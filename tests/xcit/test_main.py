@@ -3,12 +3,14 @@
 import argparse
 import json
 import math
+import re
 import shutil
 
 import numpy as np
 import pytest
 import torch
 
+from shared.images.decode import ImageError
 from shared.run.checkpoint import Checkpointer
 from tests.command_lines import assert_values_arrive
 from tests.processes import run_processes
@@ -209,3 +211,26 @@ def test_compiled_networks_train_alike(images, tmp_path, small_networks):
         train(tmp_path / name, "--data_path", images, "--epochs", 1, "--drop-path", 0, "--amp", "fp32", *flags)
     np.testing.assert_allclose(losses(tmp_path / "compiled"), losses(tmp_path / "eager"), rtol=1e-3)
     assert state_of(tmp_path / "compiled")["model"].keys() == state_of(tmp_path / "eager")["model"].keys()
+
+
+def test_val_images_of_other_classes_and_unreadable_ones(images, tmp_path, small_networks, capsys):
+    """Refused, or scored over the classes that both parts have; replaced and counted."""
+    folder = tmp_path / "data"
+    for part in ("train", "val"):
+        shutil.copytree(images, folder / part)
+    (folder / "val/class0").rename(folder / "val/zebra")
+    data, shared = ("--data_path", folder, "--epochs", 1), ("--shared_classes_only", "true")
+    with pytest.raises(ValueError, match="additional zebra; --shared_classes_only true scores over the 2 classes"):
+        train(tmp_path / "run", *data)
+    train(tmp_path / "run", *data, *shared)
+    assert "left out 1 classes only in val: zebra" in capsys.readouterr().out
+
+    broken = sorted((folder / "val/class1").iterdir())[0]
+    broken.write_bytes(b"")
+    named = ("--data_path", folder / "train", "--val_path", folder / "val", "--eval", *shared)
+    train(tmp_path / "run", *named)  # the names of the classes are those of the images that were learned from
+    printed = capsys.readouterr().out
+    assert re.search(r"val: 16 images, 3 classes: top-1 \d", printed)
+    assert f"1 of 16 images of {folder / 'val'} cannot be read, the first is {broken}; others take" in printed
+    with pytest.raises(ImageError, match=str(broken)):
+        train(tmp_path / "run", *named, "--on_bad_image", "error")

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from shared import distributed
+from shared.images.decode import ImageError
 from shared.images.loading import BadImages
 from tests.processes import run_processes
 from tests.reliability.runs import assert_same_run
@@ -173,3 +174,14 @@ def test_shapes_are_learned(tmp_path):
     """The defaults without data, as in the README."""
     main.train_segmenter(main.parse_args(["--output_dir", str(tmp_path), "--device", "cpu"]))
     assert lines(tmp_path)[-1]["miou"] > 30  # 37.8 when it was written; background alone is less than 25
+
+
+def test_an_unreadable_image_of_the_evaluation_is_an_error_or_left_out(tmp_path, small_networks, capsys):
+    root = write_ade20k(tmp_path, {"training": 2, "validation": 3})
+    (root / "images/validation/000001.jpg").write_bytes(b"")
+    with pytest.raises(ImageError, match=r"validation/000001\.jpg"):
+        train(root, tmp_path / "run")
+    written = train(root, tmp_path / "skipped", "--on_bad_image", "skip")[-1]
+    printed = capsys.readouterr().out
+    assert written["left_out"] == 1 and written["miou"] >= 0
+    assert "1 of 3 images of" in printed and "left out\n" in printed and "left_out 1" in printed

@@ -115,18 +115,22 @@ def evaluate_detector(
     """COCO's AP of boxes and masks; images are shared out over the processes.
 
     Returns:
-        ``box_ap``, ``box_ap50``, ``box_ap75`` and the same of masks, in percent.
+        ``box_ap``, ``box_ap50``, ``box_ap75`` and the same of masks, in percent; ``left_out``, where there are any:
+        the number of images that cannot be read and do not count.
     """
     network.eval()
-    detections = []
-    for index, image, _ in dense_training.own_share(dataset, between_images):
+    detections, left_out = [], []
+    for index, image, _ in dense_training.own_share(dataset, between_images, left_out):
         (prediction,) = network([image.to(device)])
         detections += as_detections(prediction, dataset.image_ids[index], dataset.category_ids)
     by_rank = distributed.all_gather_object(detections)
     result = None
     if distributed.is_main_process():
-        result = average_precision(dataset.annotations, [detection for part in by_rank for detection in part])
-    return distributed.broadcast_object(result)
+        unseen = {dataset.image_ids[index] for index in left_out}
+        annotations = [one for one in dataset.annotations["annotations"] if one["image_id"] not in unseen]
+        found = [detection for part in by_rank for detection in part]
+        result = average_precision(dataset.annotations | {"annotations": annotations}, found)
+    return distributed.broadcast_object(result) | ({"left_out": len(left_out)} if left_out else {})
 
 
 @torch.no_grad()
@@ -146,6 +150,7 @@ def open_images(args: argparse.Namespace, output_dir: Path) -> tuple[CocoDataset
     data_path = dense_training.data_folder(args, output_dir, write_coco, {"train": 64, "val": 16})
     train = CocoDataset(data_path, "train", args.seed, crop=args.crop)
     val = CocoDataset(data_path, "val", augment=False)
+    val.bad_images = dense_training.bad_val_images(args, val)
     if val.classes != train.classes:
         raise ValueError(f"--data-path {data_path}: train and val part have other categories")
     return train, val
@@ -192,8 +197,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        train_detector(parse_args())
+    distributed.run_script(train_detector, parse_args)
 
 
 if __name__ == "__main__":

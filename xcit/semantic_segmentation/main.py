@@ -150,13 +150,18 @@ def evaluate_segmenter(
     num_classes: int,
     between_images: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """mIoU and the share of right pixels, in percent, at the images' own sizes; processes share the images out."""
+    """mIoU and the share of right pixels, in percent, at the images' own sizes; processes share the images out.
+
+    ``left_out`` is the number of images that cannot be read and do not count, where there are any.
+    """
     network.eval()
+    left_out: list[int] = []
     metrics = build_metrics(num_classes).to(device)  # summed over processes when they are computed
-    for _, image, target in dense_training.own_share(dataset, between_images):
+    for _, image, target in dense_training.own_share(dataset, between_images, left_out):
         labels = target["labels"].to(device)
         metrics.update(predict_labels(network, image.to(device), labels.shape)[None], labels[None])
-    return {name: 100 * value.item() for name, value in metrics.compute().items()}
+    result = {name: 100 * value.item() for name, value in metrics.compute().items()}
+    return result | ({"left_out": len(left_out)} if left_out else {})
 
 
 def open_images(args: argparse.Namespace, output_dir: Path) -> tuple[ADE20KDataset, ADE20KDataset]:
@@ -164,7 +169,9 @@ def open_images(args: argparse.Namespace, output_dir: Path) -> tuple[ADE20KDatas
     data_path = dense_training.data_folder(args, output_dir, write_ade20k, {"training": 64, "validation": 16})
     options = {"crop_px": args.crop_size, "num_classes": args.num_classes}
     train = ADE20KDataset(data_path, "training", seed=args.seed, **options)
-    return train, ADE20KDataset(data_path, "validation", augment=False, **options)
+    val = ADE20KDataset(data_path, "validation", augment=False, **options)
+    val.bad_images = dense_training.bad_val_images(args, val)
+    return train, val
 
 
 def network_of(args: argparse.Namespace) -> SemanticFPN:
@@ -210,8 +217,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        train_segmenter(parse_args())
+    distributed.run_script(train_segmenter, parse_args)
 
 
 if __name__ == "__main__":

@@ -210,6 +210,7 @@ def test_classes_are_matched_by_name_not_by_place(weights, tmp_path):
 
 @pytest.mark.parametrize("name", PROBES)
 def test_an_interrupted_probe_ends_like_an_uninterrupted_one(name, data, weights, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(linear, "SHORT_EPOCH_S", 0)
     result = probe(name, weights, data, tmp_path / "whole")
     log = log_of(tmp_path / "whole")
     assert f"Top-1 accuracy after the last epoch: {result['acc1']:.2f} % (top-5 100.00 %" in capsys.readouterr().out
@@ -218,7 +219,9 @@ def test_an_interrupted_probe_ends_like_an_uninterrupted_one(name, data, weights
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(linear, "train_one_epoch", interrupting(linear.train_one_epoch, call=2))
         probe(name, weights, data, tmp_path / "parts")
+    capsys.readouterr()
     assert probe(name, weights, data, tmp_path / "parts") == result
+    assert "resuming at epoch 1" in capsys.readouterr().out
     assert log_of(tmp_path / "parts") == log
     assert probe(name, weights, data, tmp_path / "whole") == result  # there is nothing left to train
 
@@ -231,6 +234,13 @@ def test_an_interrupted_probe_ends_like_an_uninterrupted_one(name, data, weights
     torch.save({"epoch": 3, "optimizer": {}}, file)
     with pytest.raises(ValueError, match="is a checkpoint of another script; choose another --output_dir"):
         probe(name, weights, data, tmp_path / "whole")
+
+
+def test_a_checkpoint_of_short_epochs_is_written_once_a_minute_and_at_the_end(data, weights, tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(linear, "save", lambda file, state: saved.append(state["epoch"]))
+    probe("swav.eval_semisup", weights, data, tmp_path, "--epochs", 3)
+    assert saved == [3] and len(log_of(tmp_path)) == 3
 
 
 def test_validation_comes_every_so_many_epochs_and_after_the_last(data, weights, tmp_path):

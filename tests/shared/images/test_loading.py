@@ -18,6 +18,7 @@ from torchvision import transforms
 
 from shared.images.decode import ImageError
 from shared.images.loading import (
+    LEFT_OUT,
     BadImages,
     EpochBatchSampler,
     EvalDataset,
@@ -140,8 +141,18 @@ def test_several_processes_write_one_line_per_bad_image(tmp_path):
     assert sorted(line.split("\t")[0] for line in lines) == sorted(str(tmp_path / f"{i}.jpg") for i in range(0, 30, 3))
 
 
+def test_an_image_that_is_left_out_is_another_one_without_its_label(tmp_path):
+    source = photographs(tmp_path, 6)
+    (tmp_path / "2.jpg").write_bytes(b"")
+    dataset = EvalDataset(source, EvalTransform(12, 12), BadImages(6, on_bad_image="skip"))
+    items = [dataset[i] for i in range(6)]
+    assert [label for _, label, _ in items] == [LEFT_OUT if i == 2 else source.label(i) for i in range(6)]
+    assert torch.equal(items[2][0], items[items[2][2]][0]) and items[2][2] != 2
+
+
 @pytest.mark.parametrize(
-    "wrong, flag", [({"on_bad_image": "skip"}, "--on_bad_image 'skip'"), ({"max_fraction": 2}, "--max_bad_fraction 2")]
+    "wrong, flag",
+    [({"on_bad_image": "drop"}, "--on_bad_image 'drop'"), ({"max_fraction": 2}, "--max_bad_fraction 2")],
 )
 def test_wrong_policies_are_refused(wrong, flag):
     with pytest.raises(ValueError, match=flag):

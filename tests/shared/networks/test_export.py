@@ -185,3 +185,28 @@ def test_missing_packages_are_named(backbone, tmp_path, monkeypatch):
 
 def test_network_of_another_shape_is_not_taken_for_that_of_timm(backbone):
     assert timm_arguments("resnet18", backbone, {"in_chans": 3}) is None  # it has a classifier
+
+
+RUNS = {  # flags of <folder>/export.py, and those of the run that tell the size of its images
+    "swav": ("--pretrained FILE", {"arch": "test_resnet", "size_crops": [48, 24]}, {}),
+    "xcit": ("--pretrained FILE --model xcit_nano_12_p16", {"model": "xcit_nano_12_p16", "input_size": 48}, {}),
+    "paws": (
+        "--pretrained FILE --model_name wide_resnet10w1",
+        {"dataset": "cifar10", "image_size": 48},
+        {"mean": [0.4914, 0.4822, 0.4465], "std": [0.2023, 0.1994, 0.2010]},
+    ),
+}
+
+
+@pytest.mark.parametrize("method", RUNS)
+def test_files_of_a_run_state_how_its_images_were_seen(method, tmp_path, monkeypatch):
+    flags, trained_with, stated = RUNS[method]
+    network, file = small_network(method), tmp_path / "checkpoint.pth"
+    torch.save({card_of(method).checkpoint_key: network.state_dict(), "args": trained_with}, file)
+    script = importlib.import_module(f"{method}.export")
+    words = [*flags.replace("FILE", str(file)).split(), "--output_dir", str(tmp_path / "out")]
+    files = script.export(script.get_args_parser().parse_args(words))
+    with safetensors.safe_open(files["safetensors"], "pt") as opened:
+        header = {key: json.loads(value) for key, value in opened.metadata().items() if value[0] == "["}
+    assert header["image_size"] == [48, 48]
+    assert stated.items() <= header.items() and {"mean", "std"} <= header.keys()

@@ -1,6 +1,15 @@
+import ast
+import importlib
+from pathlib import Path
+
 import pytest
 
 from shared.run.flags import Parser, parse_with_embedded_defaults
+
+ROOT = Path(__file__).resolve().parents[3]
+FOLDERS = [file.parent for file in ROOT.glob("*/__init__.py") if file.parent.name != "tests"]
+FILES = [file for folder in FOLDERS for file in sorted(folder.rglob("*.py"))]
+SCRIPTS = [".".join(f.relative_to(ROOT).with_suffix("").parts) for f in FILES if "def get_args_parser" in f.read_text()]
 
 
 def parser() -> Parser:
@@ -25,6 +34,25 @@ def test_a_mistake_is_one_line_with_the_nearest_flag(arguments, message, capsys)
         parser().parse_args(arguments)
     printed = capsys.readouterr().err
     assert end.value.code == 2 and printed.count("\n") == 1 and printed.startswith("error: ") and message in printed
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_typo_is_named_with_the_nearest_flag_even_where_a_flag_is_missing(name, capsys):
+    script = importlib.import_module(name).get_args_parser()
+    flags = [action.option_strings[-1] for action in script._actions if len((action.option_strings or [""])[-1]) > 5]
+    flag = max(flags, key=len)
+    typo = flag[:-2] + flag[-1] + flag[-2] + "q"
+    with pytest.raises(SystemExit) as end:
+        script.parse_args([typo, "1"])
+    printed = capsys.readouterr().err
+    assert end.value.code == 2 and printed.count("\n") == 1
+    assert f"unrecognized arguments: {typo}" in printed and f"did you mean {flag}?" in printed
+
+
+def test_no_script_has_a_parser_of_its_own():
+    for file in FILES:
+        calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+        assert not [call for call in calls if ast.unparse(call.func).endswith("ArgumentParser")], file
 
 
 def test_help_shows_the_defaults_and_the_first_paragraph(capsys):

@@ -228,7 +228,7 @@ def test_data_set_names_choose_how_a_path_is_read(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(data, "open_source", lambda *args, **kwargs: calls.append((args, kwargs)))
     flags = argparse.Namespace(data_path=str(tmp_path), val_path=None, allow_absolute_paths=False, max_megapixels=9)
-    flags.inat_category = "name"
+    flags.inat_category, flags.shared_classes_only = "name", False
     flags.data_set, flags.eval = "CIFAR100", False
     open_train_and_val(flags)
     assert calls == [(("cifar100", part), {"download_root": str(tmp_path)}) for part in ("train", "val")]
@@ -290,3 +290,14 @@ def test_crops_have_the_asked_share_of_the_image_also_where_views_are_small():
     assert np.abs(view - resized).max() < 0.1  # a crop of the whole area is nearly a square
     with pytest.raises(ValueError, match="--rand_augment nonsense"):
         TrainTransform(20, MEAN, STD, auto_augment="nonsense", augment_flag="--rand_augment")
+
+
+def test_classes_without_images_are_not_predicted():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 3))
+    nn.init.zeros_(network[1].weight)
+    network[1].bias.data = torch.tensor([3.0, 2.0, 1.0])
+    images = EvalDataset(source(2, 8), EvalTransform(8, 8, MEAN, STD), rows=[1])  # of class 1
+    precision = Precision("fp32", torch.device("cpu"))
+    results = [evaluate_classifier(network, images, precision, 2, absent=absent) for absent in ((), (0,))]
+    assert [result["acc1"] for result in results] == [0, 100]
+    assert results[1]["loss"] == pytest.approx(math.log(1 + math.exp(-1)), rel=1e-6)
