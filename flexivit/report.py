@@ -3,7 +3,7 @@
 from flexivit.flexible_vit import FlexiViT
 from shared.pictures.report import SUPERVISED_PLOTS, Report
 from shared.run.run import Run
-from shared.run.summary import accuracy, command, data_flags
+from shared.run.summary import accuracy, command, next_command
 from shared.supervised.data import LabelledImages
 
 from .eval_flexivit import measure, save_cost
@@ -18,9 +18,8 @@ def report(run: Run, network: FlexiViT, images: LabelledImages) -> None:
     ending.draw("cost.png", lambda path: save_cost(rows, path, "Accuracy and cost of one FlexiViT"))
     by_size = ", ".join(f"{row['patch_size']} px {row['acc1']:.1f} %" for row in rows)
     learned = accuracy(ending.lines, "test_acc1", f"top-1 on {val.describe()}", len(val), len(val.classes))
-    cost = command(
-        "flexivit/eval_flexivit.py", pretrained=run.path, **data_flags(args), output_dir=run.output_dir / "cost"
-    )
+    folder = run.output_dir / "cost"
+    cost = next_command(args, "flexivit/main.py", "flexivit/eval_flexivit.py", pretrained=run.path, output_dir=folder)
     smaller = command("flexivit/resize_patch.py", str(run.path), str(run.output_dir / "patch.pth"), patch=sizes[-1])
     own_images = command("flexivit/main.py", data_path="YOUR_IMAGES", output_dir="YOUR_RUN")
     ending.finish([cost, smaller], own_images, [*learned, f"top-1 by patch size: {by_size}"])

@@ -175,7 +175,7 @@ def test_a_person_with_few_labels_gets_pseudo_labels_with_one_command(tmp_path, 
     tables = ["--labels", str(labels), str(tmp_path / "run/pseudo_labels.csv"), "--max_bad_fraction", "0.1"]
     train(tmp_path / "all", "--data_path", pictures, *tables)
     printed = capsys.readouterr().out
-    assert "32 labels of 2 classes" in printed and "no pseudo-labels: none of the 1 unlabelled images" in printed
+    assert "32 labels of 2 classes" in printed and "no pseudo-labels: none of the 1 images" in printed
     confidences = [float(row["confidence"]) for row in rows]
     least = sorted(confidences)[10]  # several may have it
     train(tmp_path / "certain", "--data_path", pictures, *tables, "--min_confidence", least)

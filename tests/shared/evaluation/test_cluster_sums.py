@@ -1,6 +1,6 @@
 import torch
 
-from shared.evaluation import clusters
+from shared.evaluation import cluster_sums
 from shared.evaluation.cluster_sums import sum_by_cluster
 
 
@@ -12,7 +12,7 @@ def test_sums_equal_a_loop_over_rows_whatever_the_blocks(monkeypatch):
     for row, number in zip(rows, numbers, strict=True):
         expected[number] += row.double()
     for block_rows in (7, 50, 1000):
-        monkeypatch.setattr(clusters, "BLOCK_ROWS", block_rows)
+        monkeypatch.setattr(cluster_sums, "BLOCK_ROWS", block_rows)
         found = sum_by_cluster(rows, numbers, 6)
         torch.testing.assert_close(found, expected, rtol=1e-14, atol=1e-14)
         in_float32 = sum_by_cluster(rows, numbers, 6, torch.float32)
