@@ -3,13 +3,14 @@
     python search.py --passages my_notes --query "how to keep bread fresh"
     python search.py --passages my_notes --serve                              # a search box at http://127.0.0.1:8000
 
-Takes .txt, .md and .jsonl files (objects with ``text``, perhaps ``title``). The first call embeds all of them, later
-ones only what is new or has changed. The index is one file in the folder, ``.search_index.sqlite``; nothing leaves the
-machine.
+Takes .txt, .md, .rst, .org, .html, .py and .csv files, .jsonl (objects with ``text``, perhaps ``title``), and .pdf and
+.docx with the extra ``documents``. The first call embeds all of them, later ones only what is new or has changed. The
+index is one file in the folder, ``.search_index.sqlite``; nothing leaves the machine.
 """
 
 import argparse
 import contextlib
+import functools
 import re
 import sys
 import time
@@ -24,9 +25,10 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from contriever.flags import add_encoder_flags, check_minimum, load_encoder
 from contriever.index.bm25 import check_weight
-from contriever.own_texts.folder import Limits, snippet
+from contriever.own_texts.folder import Limits, place, snippet
 from contriever.own_texts.index import SearchIndex, Update
 from contriever.own_texts.page import serve
+from contriever.own_texts.walk import text_files
 from contriever.text.normalize import clean
 from shared import distributed
 from shared.run.flags import Parser
@@ -38,7 +40,10 @@ SECONDS_BETWEEN_LINES = 10  # of progress, where there is no terminal
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
     add = parser.add_argument_group("texts").add_argument
-    add("--passages", required=True, help="folder of .txt, .md and .jsonl files, or one such file")
+    add("--passages", required=True, help="folder of texts, or one file")
+    pattern = "leave out what fits, as in .gitignore; may be repeated. .gitignore and .ignore in the folder are obeyed"
+    add("--exclude", action="append", default=[], metavar="PATTERN", help=pattern)
+    add("--follow_links", action="store_true", help="read folders behind symbolic links, too")
     add("--index_path", default=None, help=f"file of the index; by default {INDEX_NAME} in the folder")
     add("--rebuild", action="store_true", help="make the index from scratch")
     add("--max_words", type=int, default=120, help="per passage, and no more than the encoder reads; the paper: 100")
@@ -70,15 +75,15 @@ def search(args: argparse.Namespace) -> SearchIndex:
     began = time.time()
     with progress() as tell:
         update = index.update(tell)
-    for path, problem in update.problems.items():
-        print(printable(f"{path}: {problem}"), file=sys.stderr, flush=True)
+    for remark in update.remarks():
+        print(printable(remark), file=sys.stderr, flush=True)
     print(f"{update.describe()}, {len(index)} in all, {time.time() - began:.1f} s", flush=True)
     how = args.top_k, args.retriever, args.dense_weight
     if args.query is not None:
         hits = index.search(args.query, *how)
         for rank, hit in enumerate(hits, start=1):
             title = f"  {hit.title}" if hit.title else ""
-            print(f"\n{rank}. {hit.score:.3f}  {printable(f'{hit.path}:{hit.line}{title}')}")
+            print(f"\n{rank}. {hit.score:.3f}  {printable(place(hit.path, hit.line) + title)}")
             print(f"   {printable(snippet(hit.text, args.query))}")
         if not hits:
             print("nothing found")
@@ -126,7 +131,8 @@ def open_index(args: argparse.Namespace) -> SearchIndex:
     encoder = Encoder(args)
     settings = {"normalized": encoder.retriever.normalized, "normalize_text": args.normalize_text}
     settings |= encoder.retriever.identity()
-    return SearchIndex(root, file, encoder, settings, encoder.limits(args.max_words))
+    choice = functools.partial(text_files, exclude=args.exclude, follow_links=args.follow_links)
+    return SearchIndex(root, file, encoder, settings, encoder.limits(args.max_words), choice)
 
 
 class Encoder:

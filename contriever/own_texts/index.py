@@ -9,6 +9,7 @@ import hashlib
 import os
 import sqlite3
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +19,13 @@ import numpy as np
 from ..index.bm25 import BM25, combine
 from ..text.files import first_difference
 from ..text.words import phrases
-from .folder import Limits, Piece, read_pieces, text_files
+from .folder import Limits, Piece, read_pieces
+from .formats import missing_library
+from .walk import describe_left_out, text_files
 
 FORMAT = 2
 PASSAGES_PER_TRANSACTION = 512
+MOST_NAMES = 3  # of files with the same problem
 _TABLES = """
 CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT);
 CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER, sha256 BLOB, remark TEXT);
@@ -44,12 +48,25 @@ class Update:
     size: int = 0  # bytes of the new and changed files
     done: float = 0.0  # bytes of them
     problems: dict[str, str] = field(default_factory=dict)  # file to reason
+    left_out: Counter[str] = field(default_factory=Counter)  # by reason
 
     def describe(self) -> str:
         return (
             f"{self.new} new, {self.changed} changed, {self.removed} removed and {self.unchanged} unchanged files; "
             f"{self.embedded} passages embedded"
         )
+
+    def remarks(self) -> list[str]:
+        """What could not be read, equal reasons on one line, and what was left out."""
+        names: dict[str, list[str]] = {}
+        for name, problem in self.problems.items():
+            names.setdefault(problem, []).append(name)
+        told = [f"{', '.join(group[:MOST_NAMES])}{_others(group)}: {problem}" for problem, group in names.items()]
+        return [*told, *filter(None, [describe_left_out(self.left_out)])]
+
+
+def _others(names: list[str]) -> str:
+    return f" and {len(names) - MOST_NAMES} others" if len(names) > MOST_NAMES else ""
 
 
 @dataclass(frozen=True)
@@ -92,6 +109,7 @@ class SearchIndex:
         encode: From texts and their kind, ``query`` or ``passage``, to vectors (N, D) float32.
         settings: Whatever the vectors depend on; an index that was made with others is refused.
         limits: Of the passages.
+        list_files: :func:`.walk.text_files` with the flags of the choice.
     """
 
     def __init__(
@@ -101,7 +119,9 @@ class SearchIndex:
         encode: Callable[[list[str], str], np.ndarray],
         settings: dict[str, object],
         limits: Limits | None = None,
+        list_files: Callable[..., Iterator[Path]] = text_files,
     ):
+        self.list_files = list_files
         self.root, self.file, self.encode, self.limits = root, file, encode, limits or Limits()
         sizes = {"max_words": self.limits.max_words, "max_tokens": self.limits.max_tokens}
         self.settings = {name: str(value) for name, value in {**settings, "format": FORMAT, **sizes}.items()}
@@ -141,7 +161,7 @@ class SearchIndex:
         known = {path: rest for path, *rest in self.database.execute("SELECT path, size, mtime_ns, sha256 FROM files")}
         places = {rest[2]: path for path, rest in known.items()}  # files may have been moved
         present = set()
-        for path in text_files(self.root, unreadable.append):
+        for path in self.list_files(self.root, unreadable.append, update.left_out):
             name = self._name(path, update)
             if name is None:
                 continue
@@ -152,6 +172,8 @@ class SearchIndex:
                     update.unchanged += 1
                 elif not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
                     update.problems[name] = "not indexed: it is no regular file"
+                elif missing_library(path):
+                    update.left_out["documents"] += 1
                 else:
                     update.size += status.st_size
                     todo.append((path, name, status))
@@ -180,6 +202,7 @@ class SearchIndex:
                 self.database.execute("DELETE FROM waiting")  # of files that have changed meanwhile
         for name, remark in self.database.execute("SELECT path, remark FROM files WHERE remark IS NOT NULL"):
             update.problems[name] = remark
+        update.left_out["problems"] = sum(p.startswith("not indexed") for p in update.problems.values())
         return update
 
     def _name(self, path: Path, update: Update) -> str | None:
