@@ -4,34 +4,37 @@
     python search.py --passages my_notes --serve                              # a search box at http://127.0.0.1:8000
 
 Takes .txt, .md, .rst, .org, .html, .py and .csv files, .jsonl (objects with ``text``, perhaps ``title``), and .pdf and
-.docx with the extra ``documents``. The first call embeds all of them, later ones only what is new or has changed. The
-index is one file in the folder, ``.search_index.sqlite``; nothing leaves the machine.
+.docx with the extra ``documents``. The first call embeds all of them, later ones only what is new or has changed, and
+answer in a second: they import no torch but for many new texts. The index is one file in the folder,
+``.search_index.sqlite``; nothing leaves the machine.
 """
 
 import argparse
 import contextlib
 import functools
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from tqdm import tqdm
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from contriever import onnx_encoder
 from contriever.flags import add_encoder_flags, check_minimum, load_encoder
 from contriever.index.bm25 import check_weight
+from contriever.model_files import find_model
 from contriever.own_texts.folder import Limits, place, snippet
-from contriever.own_texts.index import SearchIndex, Update
-from contriever.own_texts.page import serve
+from contriever.own_texts.index import PASSAGES_PER_TRANSACTION, SearchIndex, Update
 from contriever.own_texts.walk import text_files
 from contriever.text.normalize import clean
-from shared import distributed
-from shared.run.flags import Parser
+from shared.run.command_line import Parser, plain_exit, printable
+
+if TYPE_CHECKING:
+    from contriever.encoder import Retriever
 
 INDEX_NAME = ".search_index.sqlite"
 SECONDS_BETWEEN_LINES = 10  # of progress, where there is no terminal
@@ -46,6 +49,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--follow_links", action="store_true", help="read folders behind symbolic links, too")
     add("--index_path", default=None, help=f"file of the index; by default {INDEX_NAME} in the folder")
     add("--rebuild", action="store_true", help="make the index from scratch")
+    add("--drop_missing", action="store_true", help="forget all texts if the folder holds none; else they are kept")
     add("--max_words", type=int, default=120, help="per passage, and no more than the encoder reads; the paper: 100")
     add("--normalize_text", action="store_true", help="one form for dashes, quotation marks, ... (mContriever)")
 
@@ -65,20 +69,18 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def search(args: argparse.Namespace) -> SearchIndex:
-    """Bring the index up to date, then answer the query or serve the page."""
+def search(args: argparse.Namespace) -> SearchIndex | None:
+    """Bring the index up to date and answer the query; or serve the page, and do the former behind it."""
     check_minimum(args, top_k=1, max_words=1, per_gpu_batch_size=1, port=0)
     if args.port > 65535:
         raise ValueError(f"--port {args.port} is more than 65535")
     check_weight(args.dense_weight)
-    index = open_index(args)
-    began = time.time()
-    with progress() as tell:
-        update = index.update(tell)
-    for remark in update.remarks():
-        print(printable(remark), file=sys.stderr, flush=True)
-    print(f"{update.describe()}, {len(index)} in all, {time.time() - began:.1f} s", flush=True)
-    how = args.top_k, args.retriever, args.dense_weight
+    if not Path(args.passages).exists():
+        raise ValueError(f"--passages {args.passages}: no such file or folder")
+    how, index = (args.top_k, args.retriever, args.dense_weight), None
+    if args.query is not None or not args.serve:
+        index = open_index(args)
+        update(index, args.drop_missing)
     if args.query is not None:
         hits = index.search(args.query, *how)
         for rank, hit in enumerate(hits, start=1):
@@ -88,39 +90,54 @@ def search(args: argparse.Namespace) -> SearchIndex:
         if not hits:
             print("nothing found")
     if args.serve:
-        serve(index, args.host, args.port, *how)
+        from contriever.own_texts.background import LiveIndex
+        from contriever.own_texts.page import serve
+
+        def opened() -> SearchIndex:
+            return index or open_index(args)
+
+        live = LiveIndex(opened, lambda index, show: update(index, args.drop_missing, show))
+        serve(live, args.host, args.port, *how)
     return index
+
+
+def update(index: SearchIndex, drop_missing: bool, show: Callable[[Update], object] = lambda update: None) -> Update:
+    """Bring an index up to date, and tell what was done and what could not be read."""
+    began = time.time()
+    with progress() as tell:
+        found = index.update(lambda update: (tell(update), show(update)), drop_missing)
+    for remark in found.remarks():
+        print(printable(remark), file=sys.stderr, flush=True)
+    if found.kept:
+        print(printable(found.kept), file=sys.stderr, flush=True)
+    print(f"{found.describe()}, {len(index)} in all, {time.time() - began:.1f} s", flush=True)
+    return found
 
 
 @contextlib.contextmanager
 def progress() -> Iterator[Callable[[Update], None]]:
-    """Show how much is indexed and the time that is left: a bar in a terminal, lines in a file."""
-    began = told = time.monotonic()
+    """Show how much is indexed and the time that is left: on one line of a terminal, in lines of a file."""
+    told, terminal, width = time.monotonic(), sys.stderr.isatty(), 0
 
     def tell(update: Update) -> None:
-        nonlocal told
-        bar.total = update.size
-        bar.update(update.done - bar.n)
-        if bar.disable and time.monotonic() - told >= SECONDS_BETWEEN_LINES:
+        nonlocal told, width
+        if terminal:
+            print(f"\r{update.progress():{width}}", end="", file=sys.stderr, flush=True)
+            width = len(update.progress())
+        elif time.monotonic() - told >= SECONDS_BETWEEN_LINES:
             told = time.monotonic()
-            what = "indexed {percentage:.0f} % of {total_fmt}B, {remaining} left"
-            facts = {"unit": "B", "unit_scale": True, "bar_format": what}
-            print(tqdm.format_meter(update.done, update.size, told - began, **facts), file=sys.stderr, flush=True)
+            print(update.progress(), file=sys.stderr, flush=True)
 
-    with tqdm(desc="indexing", unit="B", unit_scale=True, delay=1, leave=False, disable=None) as bar:
+    try:
         yield tell
-
-
-def printable(text: str) -> str:
-    """``text`` without the control characters that a terminal obeys."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]", "\ufffd", text)
+    finally:
+        if width:
+            print(f"\r{'':{width}}\r", end="", file=sys.stderr, flush=True)
 
 
 def open_index(args: argparse.Namespace) -> SearchIndex:
     """The index of the folder, made by the encoder of the flags."""
     root = Path(args.passages)
-    if not root.exists():
-        raise ValueError(f"--passages {root}: no such file or folder")
     default = root / INDEX_NAME if root.is_dir() else root.with_name(f".{root.name}{INDEX_NAME}")
     file = Path(args.index_path) if args.index_path else default
     if args.rebuild and file.exists():
@@ -128,37 +145,70 @@ def open_index(args: argparse.Namespace) -> SearchIndex:
             if not file.name.endswith(INDEX_NAME) and old.read(16) not in (b"SQLite format 3\0", b""):
                 raise ValueError(f"--index_path {file} is no index: --rebuild does not remove it")
         file.unlink()
+        file.with_name(f"{file.name}-journal").unlink(missing_ok=True)  # of a change that a kill has interrupted
     encoder = Encoder(args)
-    settings = {"normalized": encoder.retriever.normalized, "normalize_text": args.normalize_text}
-    settings |= encoder.retriever.identity()
+    settings = {"normalized": encoder.model.normalized, "normalize_text": args.normalize_text}
+    settings |= encoder.model.identity()
     choice = functools.partial(text_files, exclude=args.exclude, follow_links=args.follow_links)
     return SearchIndex(root, file, encoder, settings, encoder.limits(args.max_words), choice)
 
 
 class Encoder:
-    """From texts to vectors, of unit length if the model was trained so."""
+    """From texts to vectors, of unit length if the model was trained so: of many texts by torch, else by onnxruntime.
+
+    Attributes:
+        onnx: None where it cannot be had.
+        model: One of both encoders, for what does not depend on who computes.
+    """
 
     def __init__(self, args: argparse.Namespace):
-        self.retriever = load_encoder(args, distributed.init(device=args.device), normalized=True)
-        self.normalize_text, self.batch_size = args.normalize_text, args.per_gpu_batch_size
-        self.amp = self.retriever.amp(args.no_fp16)
+        self.args, self.torch = args, None
+        self.onnx = self._open_onnx() if args.device != "cuda" else None
+        self.model = self.onnx or self._torch()
+
+    def _open_onnx(self) -> onnx_encoder.OnnxEncoder | None:
+        path = find_model(self.args.model_name_or_path, self.args.allow_download)
+        if missing := onnx_encoder.missing_packages():
+            found = f"{' and '.join(missing)} is not installed: pip install -e '.[export]'"
+        else:
+            found = onnx_encoder.read(path)
+        if found is None:
+            with contextlib.redirect_stdout(sys.stderr):
+                found = onnx_encoder.make(path, self._torch())
+        if isinstance(found, str):
+            print(printable(f"NOTE: each search waits for torch, {found}"), file=sys.stderr, flush=True)
+            return None
+        own = ((kind, getattr(self.args, f"{kind}_prefix")) for kind in ("query", "passage"))
+        found.prompts |= {kind: prefix for kind, prefix in own if prefix is not None}
+        return found
+
+    def _torch(self) -> "Retriever":
+        if self.torch is None:
+            from shared import distributed
+
+            with contextlib.redirect_stdout(sys.stderr):
+                self.torch = load_encoder(self.args, distributed.init(device=self.args.device), normalized=True)
+        return self.torch
 
     def __call__(self, texts: list[str], kind: str) -> np.ndarray:
-        normalize = self.retriever.normalized
-        return self.retriever.encode(self.clean(texts), self.batch_size, None, normalize, self.amp, kind)
+        args, texts = self.args, self.clean(texts)
+        if self.onnx is not None and len(texts) < PASSAGES_PER_TRANSACTION:
+            return self.onnx.encode(texts, args.per_gpu_batch_size, kind)
+        model = self._torch()
+        amp = model.amp(args.no_fp16)
+        return model.encode(texts, args.per_gpu_batch_size, None, model.normalized, amp, kind)
 
     def clean(self, texts: list[str]) -> list[str]:
-        return clean(texts, False, self.normalize_text)
+        return clean(texts, False, self.args.normalize_text)
 
     def limits(self, max_words: int) -> Limits:
         """Passages that the encoder reads whole."""
-        retriever = self.retriever
-        length = (retriever.default_length or retriever.max_length) - len(retriever.tokenize([""], kind="passage")[0])
-        return Limits(max_words, length, retriever.token_ends, lambda text: self.clean([text])[0])
+        length = self.model.max_tokens - len(self.model.tokenize([""], kind="passage")[0])
+        return Limits(max_words, length, self.model.token_ends, lambda text: self.clean([text])[0])
 
 
 def main() -> None:
-    with distributed.clean_exit():
+    with plain_exit():
         search(get_args_parser().parse_args())
 
 

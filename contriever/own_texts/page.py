@@ -10,18 +10,16 @@ import json
 import re
 import socket
 import sys
-import threading
-import time
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
+from .background import LiveIndex, NotReady
 from .folder import marked, snippet
-from .index import Hit, SearchIndex
+from .index import Hit
 
 MOST_RESULTS = 100
 LONGEST_QUERY = 2000  # characters
-SECONDS_BETWEEN_UPDATES = 5
 LOCAL_NAMES = ("127.0.0.1", "localhost", "::1")
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; base-uri 'none'; "
@@ -59,8 +57,8 @@ PAGE = """<!doctype html>
 """
 
 
-def render_page(query: str, hits: list[Hit] | None, count: int, problem: str = "") -> str:
-    """The HTML page; ``hits`` is None before anything was asked."""
+def render_page(query: str, hits: list[Hit] | None, count: int, problem: str = "", state: str = "") -> str:
+    """The HTML page; ``hits`` is None before anything was asked, ``state`` says what is being indexed."""
     if problem:
         results = f'<p role="alert">{html.escape(problem)}</p>'
     elif hits is None:
@@ -69,6 +67,8 @@ def render_page(query: str, hits: list[Hit] | None, count: int, problem: str = "
         results = "<ol>" + "".join(_render_hit(hit, query) for hit in hits) + "</ol>"
     else:
         results = "<p>Nothing found.</p>"
+    if state:
+        results = f'<p role="status">{html.escape(state)}</p>{results}'
     title = f"{query} - search" if query else "Search"
     return PAGE.format(
         title=html.escape(title), query=html.escape(query), count=count, longest=LONGEST_QUERY, results=results
@@ -93,20 +93,17 @@ def mark(text: str, query: str) -> str:
 
 
 class SearchServer(ThreadingHTTPServer):
-    """Answers queries on an index; one at a time, though a browser may keep several connections open.
-
-    The index is brought up to date before a query, at most every few seconds.
-    """
+    """Answers queries on an index, which a thread of its own brings up to date."""
 
     daemon_threads = True
 
-    def __init__(self, index: SearchIndex, host: str, port: int, top_k: int, retriever: str, dense_weight: float):
+    def __init__(self, index: LiveIndex, host: str, port: int, top_k: int, retriever: str, dense_weight: float):
         self.index, self.top_k, self.retriever, self.dense_weight = index, top_k, retriever, dense_weight
-        self.lock = threading.Lock()
-        self.updated = time.monotonic()
         self.only_local = host in LOCAL_NAMES
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), Handler)
+        index.on_end = self.shutdown
+        index.start()
 
     def handle_error(self, request, client_address) -> None:
         """A browser that closes its connection before the answer is no error of the server."""
@@ -114,15 +111,7 @@ class SearchServer(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
     def search(self, query: str, k: int) -> list[Hit]:
-        with self.lock:
-            if time.monotonic() - self.updated > SECONDS_BETWEEN_UPDATES:
-                self.index.update()
-                self.updated = time.monotonic()
-            return self.index.search(query, k, self.retriever, self.dense_weight)
-
-    def count(self) -> int:
-        with self.lock:
-            return len(self.index)
+        return self.index.search(query, k, self.retriever, self.dense_weight)
 
 
 class BadRequest(ValueError):
@@ -157,6 +146,8 @@ class Handler(BaseHTTPRequestHandler):
                 hits = self.server.search(query, k)
         except BadRequest as error:
             problem, status = str(error), HTTPStatus.BAD_REQUEST
+        except NotReady as error:
+            problem, status = str(error), HTTPStatus.SERVICE_UNAVAILABLE
         except (ValueError, OSError) as error:  # the folder or the index may have gone
             problem, status = str(error), HTTPStatus.INTERNAL_SERVER_ERROR
         self._send(status, *render(query, hits, problem))
@@ -172,11 +163,11 @@ class Handler(BaseHTTPRequestHandler):
         return query, int(k)
 
     def _page(self, query: str, hits: list[Hit] | None, problem: str) -> tuple[str, str]:
-        return "text/html", render_page(query, hits, self.server.count(), problem)
+        return "text/html", render_page(query, hits, len(self.server.index), problem, self.server.index.state)
 
     def _json(self, query: str, hits: list[Hit] | None, problem: str) -> tuple[str, str]:
         answer = {"error": problem} if problem else {"query": query, "results": [vars(hit) for hit in hits or []]}
-        return "application/json", json.dumps(answer, ensure_ascii=False)
+        return "application/json", json.dumps({**answer, "state": self.server.index.state})  # no control characters
 
     def _send(self, status: HTTPStatus, content_type: str, body: str) -> None:
         data = body.encode("utf-8", errors="replace")
@@ -192,11 +183,14 @@ class Handler(BaseHTTPRequestHandler):
         """Queries are nobody's business."""
 
 
-def serve(index: SearchIndex, host: str, port: int, top_k: int, retriever: str, dense_weight: float) -> None:
-    """Answer until Ctrl-C."""
+def serve(index: LiveIndex, host: str, port: int, top_k: int, retriever: str, dense_weight: float) -> None:
+    """Answer until Ctrl-C, or until the index turns out not to be one."""
     with SearchServer(index, host, port, top_k, retriever, dense_weight) as server:
         name = f"[{host}]" if ":" in host else host
         print(f"search at http://{name}:{server.server_port} (Ctrl-C ends)", flush=True)
         if not server.only_local:
             print(f"WARNING: whoever reaches {host} can read the indexed texts", flush=True)
         server.serve_forever()
+    if index.error is None:
+        raise SystemExit(1)  # a bug, whose traceback its thread has printed
+    raise index.error

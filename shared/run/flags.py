@@ -1,33 +1,14 @@
 """Command-line flags that every training script has, and types of flags."""
 
 import argparse
-import difflib
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NoReturn
 
 from shared import distributed
 from shared.images.decode import MAX_PIXELS
 
-
-class Parser(argparse.ArgumentParser):
-    """A parser that shows defaults in its help, and mistakes in one line with the nearest flag.
-
-    Args:
-        docstring: Of the script; its first paragraph is the description.
-    """
-
-    def __init__(self, docstring: str = "", **options):
-        options = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter} | options
-        super().__init__(**{"description": docstring.split("\n\n")[0]} | options)
-
-    def error(self, message: str) -> NoReturn:
-        unknown = re.findall(r"--[^\s=]+", message) if message.startswith("unrecognized arguments") else []
-        close = [match for name in unknown for match in difflib.get_close_matches(name, self._option_string_actions, 1)]
-        hint = f"; did you mean {' and '.join(close)}?" if close else ""
-        self.exit(2, f"error: {message}{hint} (--help lists all flags)\n")
+from .command_line import Parser, add_device_flag
 
 
 class AnyDashParser(Parser):
@@ -74,13 +55,6 @@ def add_data_flags(parser: argparse.ArgumentParser) -> Callable:
     add("--on_bad_image", default="replace", choices=("replace", "error"), help="what an unreadable image does")
     add("--max_bad_fraction", type=float, default=0.01, help="stop when more images than this share are unreadable")
     return add
-
-
-def add_device_flag(add: Callable) -> None:
-    """A device as released configuration files name it, with the ``add_argument`` of a group."""
-    number = "auto: a GPU if there is one; the number of cuda:0 is ignored: launchers choose among GPUs"
-    kinds = ("auto", "cpu", "cuda")
-    add("--device", type=lambda text: text.split(":")[0], default="auto", choices=kinds, help=number)
 
 
 def add_run_flags(parser: argparse.ArgumentParser, knn: bool = True, pictures: bool = True) -> Callable:
