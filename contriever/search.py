@@ -3,13 +3,15 @@
     python search.py --passages my_notes --query "how to keep bread fresh"
     python search.py --passages my_notes --serve                              # a search box at http://127.0.0.1:8000
 
-Takes .txt, .md and .jsonl files (objects with ``text``, perhaps ``title``). The first call embeds all of them, later
-ones only what is new or has changed, and answer in a second: they import no torch but for many new texts. The index is
-one file in the folder, ``.search_index.sqlite``; nothing leaves the machine.
+Takes .txt, .md, .rst, .org, .html, .py and .csv files, .jsonl (objects with ``text``, perhaps ``title``), and .pdf and
+.docx with the extra ``documents``. The first call embeds all of them, later ones only what is new or has changed, and
+answer in a second, because torch is imported for many new texts only. The index is one file in the folder,
+``.search_index.sqlite``; nothing leaves the machine.
 """
 
 import argparse
 import contextlib
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,8 +27,9 @@ from contriever import onnx_encoder
 from contriever.flags import add_encoder_flags, check_minimum, load_encoder
 from contriever.index.bm25 import check_weight
 from contriever.model_files import find_model
-from contriever.own_texts.folder import Limits, snippet
+from contriever.own_texts.folder import Limits, place, snippet
 from contriever.own_texts.index import PASSAGES_PER_TRANSACTION, SearchIndex, Update
+from contriever.own_texts.walk import text_files
 from contriever.text.normalize import clean
 from shared.run.command_line import Parser, plain_exit, printable
 
@@ -40,7 +43,10 @@ SECONDS_BETWEEN_LINES = 10  # of progress, where there is no terminal
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
     add = parser.add_argument_group("texts").add_argument
-    add("--passages", required=True, help="folder of .txt, .md and .jsonl files, or one such file")
+    add("--passages", required=True, help="folder of texts, or one file")
+    pattern = "leave out what fits, as in .gitignore; may be repeated. .gitignore and .ignore in the folder are obeyed"
+    add("--exclude", action="append", default=[], metavar="PATTERN", help=pattern)
+    add("--follow_links", action="store_true", help="read folders behind symbolic links, too")
     add("--index_path", default=None, help=f"file of the index; by default {INDEX_NAME} in the folder")
     add("--rebuild", action="store_true", help="make the index from scratch")
     add("--drop_missing", action="store_true", help="forget all texts if the folder holds none; else they are kept")
@@ -79,7 +85,7 @@ def search(args: argparse.Namespace) -> SearchIndex | None:
         hits = index.search(args.query, *how)
         for rank, hit in enumerate(hits, start=1):
             title = f"  {hit.title}" if hit.title else ""
-            print(f"\n{rank}. {hit.score:.3f}  {printable(f'{hit.path}:{hit.line}{title}')}")
+            print(f"\n{rank}. {hit.score:.3f}  {printable(place(hit.path, hit.line) + title)}")
             print(f"   {printable(snippet(hit.text, args.query))}")
         if not hits:
             print("nothing found")
@@ -100,10 +106,8 @@ def update(index: SearchIndex, drop_missing: bool, show: Callable[[Update], obje
     began = time.time()
     with progress() as tell:
         found = index.update(lambda update: (tell(update), show(update)), drop_missing)
-    for path, problem in found.problems.items():
-        print(printable(f"{path}: {problem}"), file=sys.stderr, flush=True)
-    if found.kept:
-        print(printable(found.kept), file=sys.stderr, flush=True)
+    for remark in found.remarks():
+        print(printable(remark), file=sys.stderr, flush=True)
     print(f"{found.describe()}, {len(index)} in all, {time.time() - began:.1f} s", flush=True)
     return found
 
@@ -143,7 +147,8 @@ def open_index(args: argparse.Namespace) -> SearchIndex:
     encoder = Encoder(args)
     settings = {"normalized": encoder.model.normalized, "normalize_text": args.normalize_text}
     settings |= encoder.model.identity()
-    return SearchIndex(root, file, encoder, settings, encoder.limits(args.max_words))
+    choice = functools.partial(text_files, exclude=args.exclude, follow_links=args.follow_links)
+    return SearchIndex(root, file, encoder, settings, encoder.limits(args.max_words), choice)
 
 
 class Encoder:

@@ -12,6 +12,7 @@ import sqlite3
 import stat
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,11 +22,14 @@ import numpy as np
 from ..index.bm25 import JoinedTerms, combine
 from ..text.files import first_difference
 from ..text.words import contains, exact_words, phrases
-from .folder import Limits, read_pieces, text_files
+from .folder import Limits, read_pieces
+from .formats import missing_library
+from .walk import describe_left_out, text_files
 
 FORMAT = 3
 PASSAGES_PER_TRANSACTION = 512
 MOST_BYTES = 500_000_000  # of a file, for it is read as a whole
+MOST_NAMES = 3  # of files with the same problem
 _TABLES = """
 CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER, sha256 BLOB, remark TEXT);
 CREATE TABLE IF NOT EXISTS passages (id INTEGER PRIMARY KEY, path TEXT, number INTEGER, line INTEGER, vector INTEGER);
@@ -50,6 +54,7 @@ class Update:
     done: float = 0.0
     began: float = field(default_factory=time.monotonic)
     problems: dict[str, str] = field(default_factory=dict)  # file to reason
+    left_out: Counter[str] = field(default_factory=Counter)  # by reason
     kept: str = ""  # why everything stays as it was found last
 
     def describe(self) -> str:
@@ -66,6 +71,18 @@ class Update:
         seconds = (time.monotonic() - self.began) * (self.size - self.done) / self.done
         unit, length = next(((unit, n) for unit, n in (("h", 3600), ("min", 60)) if seconds > 1.5 * n), ("s", 1))
         return f"{text}, about {seconds / length:.0f} {unit} left"
+
+    def remarks(self) -> list[str]:
+        """What could not be read, equal reasons on one line, and what was left out."""
+        names: dict[str, list[str]] = {}
+        for name, problem in self.problems.items():
+            names.setdefault(problem, []).append(name)
+        told = [f"{', '.join(group[:MOST_NAMES])}{_others(group)}: {problem}" for problem, group in names.items()]
+        return [*told, *filter(None, [describe_left_out(self.left_out), self.kept])]
+
+
+def _others(names: list[str]) -> str:
+    return f" and {len(names) - MOST_NAMES} others" if len(names) > MOST_NAMES else ""
 
 
 @dataclass(frozen=True)
@@ -108,6 +125,7 @@ class SearchIndex:
         encode: From texts and their kind, ``query`` or ``passage``, to vectors (N, D) float32.
         settings: Whatever the vectors depend on; an index that was made with others is refused.
         limits: Of the passages.
+        list_files: :func:`.walk.text_files` with the flags of the choice.
     """
 
     def __init__(
@@ -117,7 +135,9 @@ class SearchIndex:
         encode: Callable[[list[str], str], np.ndarray],
         settings: dict[str, object],
         limits: Limits | None = None,
+        list_files: Callable[..., Iterator[Path]] = text_files,
     ):
+        self.list_files = list_files
         self.root, self.file, self.encode, self.limits = root, file, encode, limits or Limits()
         sizes = {"max_words": self.limits.max_words, "max_tokens": self.limits.max_tokens}
         self.settings = {name: str(value) for name, value in {**settings, "format": FORMAT, **sizes}.items()}
@@ -169,7 +189,7 @@ class SearchIndex:
         unreadable, todo = [], []
         known = {path: rest for path, *rest in self.database.execute("SELECT path, size, mtime_ns, sha256 FROM files")}
         present = set()
-        for path in text_files(self.root, unreadable.append):
+        for path in self.list_files(self.root, unreadable.append, update.left_out):
             name = self._name(path, update)
             if name is None:
                 continue
@@ -183,6 +203,8 @@ class SearchIndex:
                 elif status.st_size > MOST_BYTES:
                     size = f"{status.st_size / 1e9:,.1f} GB, and more than {MOST_BYTES / 1e9} are not read"
                     update.problems[name] = f"not indexed: it has {size}"
+                elif missing_library(path):
+                    update.left_out["documents"] += 1
                 else:
                     update.size += status.st_size
                     todo.append((path, name, status))
@@ -210,6 +232,7 @@ class SearchIndex:
                 self.database.execute("DELETE FROM vectors WHERE id NOT IN (SELECT vector FROM passages)")
         for name, remark in self.database.execute("SELECT path, remark FROM files WHERE remark IS NOT NULL"):
             update.problems[name] = remark
+        update.left_out["problems"] = sum(p.startswith("not indexed") for p in update.problems.values())
 
     def _name(self, path: Path, update: Update) -> str | None:
         name = path.relative_to(self.root).as_posix() if path != self.root else path.name

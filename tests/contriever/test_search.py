@@ -19,9 +19,10 @@ from contriever.own_texts import background
 from contriever.own_texts import index as index_module
 from contriever.own_texts import page as page_module
 from contriever.own_texts.background import LiveIndex
-from contriever.own_texts.folder import Limits, Piece, decode, read_pieces, snippet, split, text_files
+from contriever.own_texts.folder import Limits, Piece, read_pieces, snippet, split
 from contriever.own_texts.index import SearchIndex
 from contriever.own_texts.page import SearchServer, render_page
+from contriever.own_texts.walk import text_files
 from contriever.search import get_args_parser, search
 from tests.contriever.tiny import tiny_retriever
 
@@ -175,19 +176,6 @@ def test_an_encoder_reads_the_whole_of_every_passage(what, tmp_path):
         assert found == "".join(LONG[what].split())  # nothing is lost, and nothing twice
 
 
-@pytest.mark.parametrize(
-    ("content", "text", "remark"),
-    [
-        ("Zürich".encode(), "Zürich", None),
-        ("\ufeffZürich".encode(), "Zürich", None),
-        ("Zürich".encode("utf-16"), "Zürich", None),
-        (b"Z\xfcrich", "Z\ufffdrich", "byte 1 is not UTF8; what cannot be read became U+FFFD"),
-    ],
-)
-def test_encodings(content, text, remark):
-    assert decode(content) == (text, remark and remark.replace("UTF8", "UTF-8"))
-
-
 def test_snippets_show_where_the_words_are():
     text = " ".join(f"w{i}" for i in range(300))
     assert snippet("short\n text", "x") == "short text"
@@ -323,7 +311,7 @@ def test_problems_are_told_and_the_rest_is_indexed(notes):
         "empty.txt": "not indexed: it is empty",
         "half.jsonl": "line 1: a \\u escape is half of a surrogate pair",
         "pipe.txt": "it is no regular file",
-        "latin.txt": "byte 9 is not UTF-8",
+        "latin.txt": "read as Latin-1",
     }
     for update in (index.update(), index.update()):  # told every time
         assert update.problems.keys() == expected.keys()
@@ -421,7 +409,7 @@ def test_progress_is_told_in_lines_where_there_is_no_terminal(notes, model, monk
     monkeypatch.setattr(index_module, "PASSAGES_PER_TRANSACTION", 3)
     run(model, "--passages", str(notes))
     err = capsys.readouterr().err
-    assert "\r" not in err and re.fullmatch(r"(\d of 3 files, \d+%(, about \d+ s left)?\n){3}", err)
+    assert "\r" not in err and re.fullmatch(r"(\d of 3 files, \d+%(, about \d+ s left)?\n){3}left out: .*\n", err)
 
 
 def test_a_single_file_and_an_index_elsewhere(notes, model, tmp_path, capsys):
