@@ -5,18 +5,19 @@
 
 Takes .txt, .md, .rst, .org, .html, .py and .csv files, .jsonl (objects with ``text``, perhaps ``title``), and .pdf and
 .docx with the extra ``documents``. The first call embeds all of them, later ones only what is new or has changed, and
-answer in a second, because torch is imported for many new texts only. The index is one file in the folder,
+answer in a second, because they import torch for many new texts only. The index is one file in the folder,
 ``.search_index.sqlite``; nothing leaves the machine.
 """
 
 import argparse
 import contextlib
 import functools
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
@@ -28,7 +29,7 @@ from contriever.flags import add_encoder_flags, check_minimum, load_encoder
 from contriever.index.bm25 import check_weight
 from contriever.model_files import find_model
 from contriever.own_texts.folder import Limits, place, snippet
-from contriever.own_texts.index import PASSAGES_PER_TRANSACTION, SearchIndex, Update
+from contriever.own_texts.index import PASSAGES_PER_TRANSACTION, Hit, SearchIndex, Update, answer
 from contriever.own_texts.walk import text_files
 from contriever.text.normalize import clean
 from shared.run.command_line import Parser, plain_exit, printable
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 INDEX_NAME = ".search_index.sqlite"
 SECONDS_BETWEEN_LINES = 10  # of progress, where there is no terminal
+MOST_PLACES = 3  # that are told of the same text
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -58,6 +60,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--top_k", type=int, default=5, help="passages to show")
     add("--retriever", default="dense", choices=("dense", "bm25", "hybrid"), help="by meaning, by words, or both")
     add("--dense_weight", type=float, default=0.5, help="of meaning in hybrid, the rest is words")
+    add("--json", action="store_true", help="answer with one JSON object; what else there is to tell goes to stderr")
+    add("--mcp", action="store_true", help="answer a language model as a tool, on stdin and stdout")
 
     add = parser.add_argument_group("page").add_argument
     add("--serve", action="store_true", help="answer in a web page")
@@ -77,38 +81,59 @@ def search(args: argparse.Namespace) -> SearchIndex | None:
     check_weight(args.dense_weight)
     if not Path(args.passages).exists():
         raise ValueError(f"--passages {args.passages}: no such file or folder")
+    if args.json and args.query is None:
+        raise ValueError("--json needs --query")
+    if args.mcp and (args.serve or args.query is not None):
+        raise ValueError("--mcp goes without --query and --serve")
     how, index = (args.top_k, args.retriever, args.dense_weight), None
-    if args.query is not None or not args.serve:
+    out = sys.stderr if args.json or args.mcp else sys.stdout
+    if args.query is not None or not (args.serve or args.mcp):
         index = open_index(args)
-        update(index, args.drop_missing)
+        left_out = update(index, args.drop_missing, out).left_out
     if args.query is not None:
         hits = index.search(args.query, *how)
-        for rank, hit in enumerate(hits, start=1):
-            title = f"  {hit.title}" if hit.title else ""
-            print(f"\n{rank}. {hit.score:.3f}  {printable(place(hit.path, hit.line) + title)}")
-            print(f"   {printable(snippet(hit.text, args.query))}")
-        if not hits:
-            print("nothing found")
-    if args.serve:
+        print(json.dumps(answer(args.query, hits, left_out)) if args.json else listing(hits, args.query), flush=True)
+    if args.serve or args.mcp:
         from contriever.own_texts.background import LiveIndex
-        from contriever.own_texts.page import serve
 
         def opened() -> SearchIndex:
             return index or open_index(args)
 
-        live = LiveIndex(opened, lambda index, show: update(index, args.drop_missing, show))
-        serve(live, args.host, args.port, *how)
+        live = LiveIndex(opened, lambda index, show: update(index, args.drop_missing, out, show))
+        if args.mcp:
+            from contriever.own_texts.tool import serve_mcp
+
+            serve_mcp(live, Path(args.passages), *how)
+        else:
+            from contriever.own_texts.page import serve
+
+            serve(live, args.host, args.port, *how)
     return index
 
 
-def update(index: SearchIndex, drop_missing: bool, show: Callable[[Update], object] = lambda update: None) -> Update:
+def listing(hits: list[Hit], query: str) -> str:
+    """The hits for a person at a terminal."""
+    lines = []
+    for rank, hit in enumerate(hits, start=1):
+        title = f"  {hit.title}" if hit.title else ""
+        lines += ["", f"{rank}. {hit.score:.3f}  {place(hit.path, hit.line)}{title}", f"   {snippet(hit.text, query)}"]
+        if hit.others:
+            more = f" and {len(hit.others) - MOST_PLACES} others" if len(hit.others) > MOST_PLACES else ""
+            places = ", ".join(place(path, line) for path, line, _ in hit.others[:MOST_PLACES])
+            lines.append(f"   the same text: {places}{more}")
+    return "\n".join(printable(line) for line in lines or ["nothing found"])
+
+
+def update(
+    index: SearchIndex, drop_missing: bool, out: IO[str], show: Callable[[Update], object] = lambda update: None
+) -> Update:
     """Bring an index up to date, and tell what was done and what could not be read."""
     began = time.time()
     with progress() as tell:
         found = index.update(lambda update: (tell(update), show(update)), drop_missing)
     for remark in found.remarks():
         print(printable(remark), file=sys.stderr, flush=True)
-    print(f"{found.describe()}, {len(index)} in all, {time.time() - began:.1f} s", flush=True)
+    print(f"{found.describe()}, {len(index)} in all, {time.time() - began:.1f} s", file=out, flush=True)
     return found
 
 

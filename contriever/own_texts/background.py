@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 
 from .index import Hit, SearchIndex, Update
@@ -23,6 +24,7 @@ class LiveIndex(threading.Thread):
 
     Attributes:
         state: What it is doing, for the reader of a page; empty where all is indexed.
+        left_out: Of the last update, by reason.
         on_end: Called when there is nothing to search, with the reason in ``error``.
     """
 
@@ -34,6 +36,7 @@ class LiveIndex(threading.Thread):
         super().__init__(daemon=True)
         self.state, self.on_end = "the encoder is being loaded", lambda: None
         self.error: ValueError | OSError | None = None
+        self.left_out: Counter[str] = Counter()
         self._open, self._first_update = open_index, first_update
         self._index: SearchIndex | None = None
         self._opened, self._wanted, self._quiet = threading.Event(), threading.Event(), threading.Event()
@@ -56,6 +59,7 @@ class LiveIndex(threading.Thread):
     def _bring_up_to_date(self, update: Callable) -> None:
         try:
             found = update(self._index, self._tell)
+            self.left_out = found.left_out
             self.state = found.kept
         except (ValueError, OSError) as error:  # the folder may be away for a while: what was found last is searched
             if not len(self._index):
@@ -69,13 +73,20 @@ class LiveIndex(threading.Thread):
 
     def search(self, query: str, k: int, retriever: str, dense_weight: float) -> list[Hit]:
         """What is there already; small changes of the folder are waited for."""
-        if not self._opened.wait(SECONDS_TO_WAIT):
-            raise NotReady(self.state)
+        index = self._ready()
         if self._quiet.is_set() and time.monotonic() - self._updated > SECONDS_BETWEEN_UPDATES:
             self._quiet.clear()
             self._wanted.set()
             self._quiet.wait(SECONDS_TO_WAIT)
-        return self._index.search(query, k, retriever, dense_weight)
+        return index.search(query, k, retriever, dense_weight)
+
+    def passages(self, path: str, first: int, last: int) -> list[Hit]:
+        return self._ready().passages(path, first, last)
+
+    def _ready(self) -> SearchIndex:
+        if not self._opened.wait(SECONDS_TO_WAIT):
+            raise self.error or NotReady(self.state)
+        return self._index
 
     def __len__(self) -> int:
         return len(self._index) if self._opened.is_set() else 0

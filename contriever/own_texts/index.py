@@ -14,7 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,17 +22,19 @@ import numpy as np
 from ..index.bm25 import JoinedTerms, combine
 from ..text.files import first_difference
 from ..text.words import contains, exact_words, phrases
-from .folder import Limits, read_pieces
+from .folder import Limits, read_pieces, unit_of
 from .formats import missing_library
 from .walk import describe_left_out, text_files
 
 FORMAT = 3
 PASSAGES_PER_TRANSACTION = 512
-MOST_BYTES = 500_000_000  # of a file, for it is read as a whole
 MOST_NAMES = 3  # of files with the same problem
+MOST_BYTES = 500_000_000  # of a file, for it is read as a whole
 _TABLES = """
 CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER, sha256 BLOB, remark TEXT);
-CREATE TABLE IF NOT EXISTS passages (id INTEGER PRIMARY KEY, path TEXT, number INTEGER, line INTEGER, vector INTEGER);
+CREATE TABLE IF NOT EXISTS passages (
+    id INTEGER PRIMARY KEY, path TEXT, number INTEGER, line INTEGER, vector INTEGER, folded INTEGER
+);
 CREATE INDEX IF NOT EXISTS places ON passages (path, number);
 CREATE TABLE IF NOT EXISTS texts (id INTEGER PRIMARY KEY, title TEXT, text TEXT, terms TEXT); -- of the passages
 CREATE TABLE IF NOT EXISTS vectors (id INTEGER PRIMARY KEY, sha256 BLOB UNIQUE, vector BLOB); -- of title and text
@@ -63,6 +65,14 @@ class Update:
             f"{self.embedded} passages embedded"
         )
 
+    def remarks(self) -> list[str]:
+        """What could not be read, equal reasons on one line, and what was left out."""
+        names: dict[str, list[str]] = {}
+        for name, problem in self.problems.items():
+            names.setdefault(problem, []).append(name)
+        told = [f"{', '.join(group[:MOST_NAMES])}{_others(group)}: {problem}" for problem, group in names.items()]
+        return [*told, *filter(None, [describe_left_out(self.left_out), self.kept])]
+
     def progress(self) -> str:
         """How far it is, and how long it will take."""
         text = f"{self.files_done:,} of {self.files:,} files, {self.done / max(1, self.size):.0%}"
@@ -71,14 +81,6 @@ class Update:
         seconds = (time.monotonic() - self.began) * (self.size - self.done) / self.done
         unit, length = next(((unit, n) for unit, n in (("h", 3600), ("min", 60)) if seconds > 1.5 * n), ("s", 1))
         return f"{text}, about {seconds / length:.0f} {unit} left"
-
-    def remarks(self) -> list[str]:
-        """What could not be read, equal reasons on one line, and what was left out."""
-        names: dict[str, list[str]] = {}
-        for name, problem in self.problems.items():
-            names.setdefault(problem, []).append(name)
-        told = [f"{', '.join(group[:MOST_NAMES])}{_others(group)}: {problem}" for problem, group in names.items()]
-        return [*told, *filter(None, [describe_left_out(self.left_out), self.kept])]
 
 
 def _others(names: list[str]) -> str:
@@ -94,6 +96,25 @@ class Hit:
     line: int  # where it begins there
     title: str
     text: str
+    number: int = 0  # within its file
+    others: tuple[tuple[str, int, int], ...] = ()  # path, line and number of the same text elsewhere
+
+    def record(self) -> dict:
+        """What programs are told of it."""
+        places = [{"path": path, "line": line} for path, line, _ in self.others]
+        found = {"score": round(self.score, 6), "path": self.path, "line": self.line, "unit": unit_of(self.path)}
+        return {**found, "title": self.title, "text": self.text, "others": places}
+
+
+def answer(query: str, hits: list[Hit], left_out: Counter[str], state: str = "") -> dict:
+    """The answer to programs: the hits, what is left out of the index by reason, and what is still being indexed."""
+    return {"query": query, "results": [hit.record() for hit in hits], "left_out": dict(+left_out), "state": state}
+
+
+def folded(text: str) -> int:
+    """A number that is the same for texts that differ in case and blanks alone."""
+    content = " ".join(text.casefold().split()).encode()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big", signed=True)
 
 
 @contextlib.contextmanager
@@ -200,11 +221,11 @@ class SearchIndex:
                     update.unchanged += 1
                 elif not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
                     update.problems[name] = "not indexed: it is no regular file"
+                elif missing_library(path):
+                    update.left_out["documents"] += 1
                 elif status.st_size > MOST_BYTES:
                     size = f"{status.st_size / 1e9:,.1f} GB, and more than {MOST_BYTES / 1e9} are not read"
                     update.problems[name] = f"not indexed: it has {size}"
-                elif missing_library(path):
-                    update.left_out["documents"] += 1
                 else:
                     update.size += status.st_size
                     todo.append((path, name, status))
@@ -314,8 +335,8 @@ class SearchIndex:
                 )
                 for number, (piece, of_text, words) in enumerate(zip(pieces, row, joined, strict=True)):
                     last += 1
-                    place = last, name, number, piece.line, known[of_text]
-                    self.database.execute("INSERT INTO passages VALUES (?, ?, ?, ?, ?)", place)
+                    place = last, name, number, piece.line, known[of_text], folded(piece.text or piece.title)
+                    self.database.execute("INSERT INTO passages VALUES (?, ?, ?, ?, ?, ?)", place)
                     content = last, piece.title, piece.text, words
                     self.database.execute("INSERT INTO texts VALUES (?, ?, ?, ?)", content)
         update.done = done
@@ -348,8 +369,15 @@ class SearchIndex:
         with self._reading() as reader:
             return reader.execute("SELECT count(*) FROM passages").fetchone()[0]
 
+    def passages(self, path: str, first: int, last: int) -> list[Hit]:
+        """Those of a file, from one number to another."""
+        command = "SELECT 0.0, path, line, title, text, number FROM passages JOIN texts USING (id) WHERE path = ? "
+        with self._reading() as reader:
+            rows = reader.execute(f"{command} AND number BETWEEN ? AND ? ORDER BY number", (path, first, last))
+            return [Hit(*row) for row in rows]
+
     def search(self, query: str, k: int, retriever: str = "dense", dense_weight: float = 0.5) -> list[Hit]:
-        """The k best passages by the ``retriever``: ``dense``, ``bm25`` or ``hybrid``."""
+        """The k best texts by the ``retriever``: ``dense``, ``bm25`` or ``hybrid``."""
         if not query.strip():
             raise ValueError("the query is empty")
         vector = None if retriever == "bm25" else self.encode([query], "query")[0]
@@ -366,12 +394,13 @@ class _Loaded:
 
     def __init__(self, reader: sqlite3.Connection):
         self.reader = reader
-        places = reader.execute("SELECT id, vector FROM passages ORDER BY path, number").fetchall()
-        self.ids = [id for id, _ in places]
+        places = reader.execute("SELECT id, vector, folded FROM passages ORDER BY path, number").fetchall()
+        self.ids = [id for id, *_ in places]
+        self.folded = np.array([text for *_, text in places], np.int64)
         stored = reader.execute("SELECT id, vector FROM vectors ORDER BY id").fetchall()
         self.vectors = np.frombuffer(b"".join(vector for _, vector in stored), np.float16).astype(np.float32)
         self.vectors = self.vectors.reshape(len(stored), -1) if stored else self.vectors
-        self.vector_of = np.searchsorted([id for id, _ in stored], [vector for _, vector in places])
+        self.vector_of = np.searchsorted([id for id, _ in stored], [vector for _, vector, _ in places])
 
     @functools.cached_property
     def terms(self) -> JoinedTerms:
@@ -379,8 +408,14 @@ class _Loaded:
         return JoinedTerms([terms for (terms,) in rows])
 
     def hit(self, row: int, score: float) -> Hit:
-        command = "SELECT path, line, title, text FROM passages JOIN texts USING (id) WHERE id = ?"
+        command = "SELECT path, line, title, text, number FROM passages JOIN texts USING (id) WHERE id = ?"
         return Hit(score, *self.reader.execute(command, (self.ids[row],)).fetchone())
+
+    def others(self, row: int) -> tuple[tuple[str, int, int], ...]:
+        """Places with the same text."""
+        rows = np.flatnonzero(self.folded == self.folded[row]).tolist()
+        command = "SELECT path, line, number FROM passages WHERE id = ?"
+        return tuple(self.reader.execute(command, (self.ids[other],)).fetchone() for other in rows if other != row)
 
     def holds(self, row: int, quoted: list[list[str]]) -> bool:
         hit = self.hit(row, 0.0)
@@ -405,5 +440,9 @@ class _Loaded:
             if retriever == "hybrid":
                 scores = combine(scores, self.terms.scores(query), dense_weight, unit)
         rows = np.flatnonzero(wanted)
-        order = rows[np.argsort(-scores[rows], kind="stable")[:k]]
-        return [self.hit(row, float(scores[row])) for row in order.tolist()]
+        best: dict[int, int] = {}  # texts to the best rows of each
+        for row in rows[np.argsort(-scores[rows], kind="stable")].tolist():
+            best.setdefault(int(self.folded[row]), row)
+            if len(best) == k:
+                break
+        return [replace(self.hit(row, float(scores[row])), others=self.others(row)) for row in best.values()]

@@ -16,7 +16,7 @@ import tokenizers
 
 from contriever.encoder import Retriever, find_model, read_tokenizer
 from contriever.own_texts.folder import Limits, read_pieces, snippet
-from contriever.own_texts.page import mark
+from contriever.own_texts.rendering import mark
 from tests.benchmarks import harness
 
 QUERY = "wing stall a 東京"

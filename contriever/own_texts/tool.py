@@ -1,0 +1,59 @@
+"""The search as a tool of language models, by the official library of the Model Context Protocol (MCP)."""
+
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from .background import LiveIndex, NotReady
+from .index import answer
+
+if TYPE_CHECKING:
+    from mcp.server.mcpserver import MCPServer
+
+MOST_RESULTS = 100
+SECONDS_TO_WAIT = 50  # for the encoder, before a caller is told to ask again
+
+
+def make_server(index: LiveIndex, root: Path, top_k: int, retriever: str, dense_weight: float) -> "MCPServer":
+    """A server with the one tool ``search``."""
+    if find_spec("mcp") is None:
+        raise ValueError("--mcp needs mcp: pip install -e '.[mcp]'")
+    from mcp.server.mcpserver import MCPServer
+    from mcp.server.mcpserver.exceptions import ToolError
+    from mcp.types import ToolAnnotations
+    from pydantic import Field
+
+    server = MCPServer("search", instructions=f"Finds passages of the texts in {root}.", log_level="WARNING")
+    most = Field(ge=1, le=MOST_RESULTS, description="passages to return")
+
+    @server.tool(annotations=ToolAnnotations(read_only_hint=True, open_world_hint=False))
+    def search(
+        query: Annotated[str, Field(min_length=1, description="words, a question, or a sentence")],
+        top_k: Annotated[int, most] = min(top_k, MOST_RESULTS),
+    ) -> dict[str, Any]:
+        """Passages of the user's own texts that fit a query, best first.
+
+        Parts in "quotation marks" must occur as they are. Each of the results has score, path, line (or, as unit says,
+        page or paragraph), title (headings), text, and others (further places of the same text). A state that is not
+        empty tells that not everything is indexed yet.
+        """
+        until = time.monotonic() + SECONDS_TO_WAIT
+        while True:
+            try:
+                hits = index.search(query, top_k, retriever, dense_weight)
+                return answer(query, hits, index.left_out, index.state)
+            except NotReady as error:
+                if time.monotonic() > until:
+                    raise ToolError(f"{error}, ask again in a minute") from None
+            except (ValueError, OSError) as error:
+                raise ToolError(str(error)) from None
+
+    return server
+
+
+def serve_mcp(index: LiveIndex, root: Path, top_k: int, retriever: str, dense_weight: float) -> None:
+    """Answer on standard input and output until the client goes."""
+    server = make_server(index, root, top_k, retriever, dense_weight)
+    index.start()
+    server.run("stdio")
