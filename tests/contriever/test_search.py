@@ -7,7 +7,11 @@ import re
 import shutil
 import socket
 import struct
+import subprocess
+import sys
+import tempfile
 import threading
+import time
 from pathlib import Path
 from urllib.parse import quote
 
@@ -15,13 +19,15 @@ import numpy as np
 import pytest
 
 from contriever import search as search_script
+from contriever.index.bm25 import BM25, JoinedTerms
 from contriever.own_texts import background
 from contriever.own_texts import index as index_module
 from contriever.own_texts import page as page_module
 from contriever.own_texts.background import LiveIndex
 from contriever.own_texts.folder import Limits, Piece, read_pieces, snippet, split
 from contriever.own_texts.index import SearchIndex
-from contriever.own_texts.page import SearchServer, render_page
+from contriever.own_texts.page import SearchServer
+from contriever.own_texts.rendering import Asked, mark, render_results
 from contriever.own_texts.walk import text_files
 from contriever.search import get_args_parser, search
 from tests.contriever.tiny import tiny_retriever
@@ -186,7 +192,7 @@ def test_snippets_show_where_the_words_are():
 
 
 def test_words_are_marked_whatever_their_form():
-    assert page_module.mark("The <Cafés>, C++ & 東京都", "the cafe c++ 東京") == (
+    assert mark("The <Cafés>, C++ & 東京都", "the cafe c++ 東京") == (
         "The &lt;<mark>Cafés</mark>&gt;, <mark>C++</mark> &amp; <mark>東京</mark>都"
     )
 
@@ -293,6 +299,91 @@ def test_a_moved_folder_embeds_nothing(notes):
     update = index.update()
     assert (update.new, update.removed, update.embedded, len(encode.texts)) == (2, 2, 0, 5)
     assert {hit.path for hit in index.search("wing bread", 10)} == {"c.jsonl", "new/a.md", "other/b.txt"}
+
+
+def test_touched_and_moved_texts_embed_nothing_and_what_is_gone_leaves_nothing_behind(notes):
+    encode = Counting()
+    open_index(notes, encode).update()
+    encode.texts.clear()
+    os.utime(notes / "a.md", (1, 1))
+    (notes / "sub" / "deep").mkdir()
+    shutil.copy(notes / "c.jsonl", notes / "copy.jsonl")
+    shutil.move(notes / "sub" / "b.txt", notes / "sub" / "deep" / "b.txt")
+    index = open_index(notes, encode)
+    index.update()
+    assert encode.texts == []
+    for file in notes.glob("*.jsonl"):
+        file.unlink()
+    index.update()
+    assert [row[0] for row in rows(index)] == ["a.md", "a.md", "sub/deep/b.txt"]
+    for table in ("vectors", "texts", "passages", "files"):
+        assert index.database.execute(f"SELECT count(*) FROM {table}").fetchone()[0] == 2 + (table != "files")
+
+
+def test_an_empty_place_where_a_disk_may_be_mounted_drops_nothing(notes):
+    index = open_index(notes)
+    index.update()
+    notes.rename(notes.with_name("elsewhere"))
+    with pytest.raises(ValueError, match="no such file or folder"):
+        index.update()
+    notes.mkdir()
+    update = index.update()
+    assert update.removed == 0 and len(index) == 5 and index.search("wing", 1)
+    assert "holds no text, is its disk there? 3 files stay as they were found last" in update.kept
+    assert any("--drop_missing forgets them" in remark for remark in update.remarks())
+    assert index.update(drop_missing=True).removed == 3 and len(index) == 0
+
+
+@pytest.mark.parametrize(("file_mode", "folder_mode"), [(0o400, 0o555), (0o600, 0o555), (0o400, 0o755)])
+def test_an_index_that_cannot_be_written_is_searched(file_mode, folder_mode):
+    nobody = 65534
+    with tempfile.TemporaryDirectory() as folder:  # those of pytest are closed to others
+        notes = Path(folder) / "notes"
+        notes.mkdir()
+        (notes / "a.txt").write_text("wing")
+        open_index(notes).update()
+        (notes / "late.txt").write_text("stall")
+        encode = Counting()
+        for path, mode in ((notes / ".index", file_mode), (notes, folder_mode), (Path(folder), 0o755)):
+            path.chmod(mode)
+            if os.geteuid() == 0:
+                os.chown(path, nobody, nobody)
+        if was_root := os.geteuid() == 0:  # who can write everywhere
+            os.seteuid(nobody)
+        try:
+            index = open_index(notes, encode)
+            update = index.update()
+            assert "index cannot be written and is searched as it is" in update.kept
+            assert encode.texts == []  # nothing in vain
+            assert [hit.path for hit in index.search("wing", 3)] == ["a.txt"]
+            with pytest.raises(ValueError, match="--index_path puts it elsewhere"):
+                SearchIndex(notes, notes / ".other" / "index", encode, {"model": 1}).update()
+        finally:
+            if was_root:
+                os.seteuid(0)
+            notes.chmod(0o755)
+
+
+def test_a_huge_file_is_named_and_not_read(notes):
+    with open(notes / "huge.txt", "wb") as file:
+        file.truncate(12_000_000_000)  # which takes no room on the disk
+    update = open_index(notes).update()
+    assert update.problems == {"huge.txt": "not indexed: it has 12.0 GB, and more than 0.5 are not read"}
+    assert update.new == 3
+
+
+def test_scores_of_stored_terms_are_those_of_bm25s():
+    rng = np.random.default_rng(0)
+    texts = [
+        " ".join(rng.choice(["C++", "cafés", "invoices", "東京都", *WORDS], rng.integers(0, 30))) for _ in range(50)
+    ]
+    stored, library = JoinedTerms([JoinedTerms.join(text) for text in texts]), BM25(texts)
+    for query in ("bread", "wing wing stall of", "cafe c++ 東京", "none", "the"):
+        scores, documents = library.search([query], 50)
+        expected = np.zeros(50, np.float32)
+        expected[documents[documents >= 0]] = scores[documents >= 0]
+        np.testing.assert_allclose(stored.scores(query), expected, rtol=1e-5)
+    assert len(JoinedTerms([]).scores("bread")) == 0
 
 
 def test_problems_are_told_and_the_rest_is_indexed(notes):
@@ -442,6 +533,14 @@ def test_bad_flags_of_the_script(notes, model):
     assert search_script.INDEX_NAME.startswith(".")  # so that it is not indexed itself
 
 
+def test_errors_are_printed_without_what_a_terminal_obeys(tmp_path):
+    script = Path(search_script.__file__)
+    for flags in (["--passages", f"{tmp_path}/\x1b[31mnone\n\x9b2J"], ["--passages", ".", "\x1b]0;x\x07"]):
+        done = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True)
+        assert done.returncode == 2 and "\ufffd" in done.stderr
+        assert not set(done.stdout + done.stderr) & {"\x1b", "\x9b", "\x07"}
+
+
 # --- The page ---------------------------------------------------------------------------------------------------------
 
 ATTACK = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
@@ -499,7 +598,7 @@ def test_nothing_of_the_texts_or_the_query_becomes_markup(server):
         and "script" not in page.split("<style>")[0].split("<title>")[0]
     )
     assert headers["X-Content-Type-Options"] == "nosniff"
-    assert "<script" not in render_page(ATTACK, [], 0, problem=ATTACK)
+    assert "<script" not in render_results(Asked(ATTACK, "dense", 3, 3), [], 0, problem=ATTACK)
 
 
 def test_json_answers(server):
@@ -536,6 +635,50 @@ def test_new_notes_are_found_while_it_serves(server, notes, monkeypatch):
     status, page, _ = get(server, "/?q=crust")
     assert status == 200 and "no such file or folder; texts are searched as they were found last" in page
     assert "late.txt" in page
+
+
+class Slow:
+    """An encoder that waits."""
+
+    def __init__(self):
+        self.go = threading.Event()
+
+    def __call__(self, texts: list[str], kind: str) -> np.ndarray:
+        if kind == "passage" and any("stall" in text for text in texts):
+            assert self.go.wait(30)
+        return bag_of_words(texts)
+
+
+def test_it_listens_at_once_and_searches_what_is_indexed_already(notes, monkeypatch):
+    monkeypatch.setattr(index_module, "PASSAGES_PER_TRANSACTION", 2)
+    monkeypatch.setattr(background, "SECONDS_TO_WAIT", 0.01)
+    encode, loaded, began = Slow(), threading.Event(), time.monotonic()
+    live = LiveIndex(lambda: loaded.wait(30) and open_index(notes, encode))
+    with SearchServer(live, "127.0.0.1", 0, 3, "dense", 0.5) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        status, body, _ = get(server, "/search.json?q=wing")
+        assert status == 503 and json.loads(body)["error"] == "the encoder is being loaded"
+        assert get(server, "/?q=wing")[0] == 503 and "the encoder is being loaded" in get(server, "/")[1]
+        loaded.set()
+        while not (found := json.loads(get(server, "/search.json?q=bread")[1])).get("results"):
+            time.sleep(0.01)
+        assert re.fullmatch(r"indexing: 2 of 3 files, \d\d%, about \d+ s left", found["state"])
+        assert {hit["path"] for hit in found["results"]} == {"a.md", "c.jsonl"}
+        assert found["state"] in get(server, "/?q=bread")[1]
+        assert time.monotonic() - began < 30  # nobody has waited for the encoder
+        encode.go.set()
+        while json.loads(get(server, "/search.json?q=stall")[1])["state"]:
+            time.sleep(0.01)
+        assert json.loads(get(server, "/search.json?q=stall&k=1")[1])["results"][0]["path"] == "sub/b.txt"
+        server.shutdown()
+        thread.join()
+
+
+def test_serving_ends_where_there_is_no_index_to_serve(notes):
+    open_index(notes).update()
+    with pytest.raises(ValueError, match="made by another model"):
+        page_module.serve(LiveIndex(lambda: open_index(notes, model=2)), "127.0.0.1", 0, 3, "dense", 0.5)
 
 
 def test_queries_at_the_same_time_all_get_their_answers(server):
