@@ -193,7 +193,7 @@ class SearchIndex:
         An index that cannot be written stays as it is, which ``kept`` tells; ``ValueError`` if it is empty.
 
         Args:
-            tell: Called with what was done so far, at first and after every 512 passages.
+            tell: Called with what was done so far, at first and at least after every 512 passages.
             drop_missing: Also forget the files if none is left at all; else the disk may just not be there.
         """
         update = Update()
@@ -276,7 +276,8 @@ class SearchIndex:
             if count >= PASSAGES_PER_TRANSACTION:
                 self._store(pending, update, tell)
                 pending, count = [], 0
-        self._store(pending, update, tell)
+        if pending:
+            self._store(pending, update, tell)
 
     def _read_if_changed(
         self, path: Path, name: str, status: os.stat_result, known: list | None, update: Update
@@ -341,6 +342,7 @@ class SearchIndex:
                     self.database.execute("INSERT INTO texts VALUES (?, ?, ?, ?)", content)
         update.done = done
         update.files_done += len(files)
+        tell(update)
 
     def _vector_ids(self, hashes: Iterable[bytes]) -> dict[bytes, int]:
         """Those of the texts that have a vector."""

@@ -269,7 +269,7 @@ def test_killed_within_a_large_file_it_embeds_no_text_twice_but_the_last(notes, 
     whole = SearchIndex(notes, notes / ".whole", bag_of_words, {"model": 1})
     told = []
     assert whole.update(lambda update: told.append(update.done / update.size)).embedded == 20
-    assert told == sorted(told) and 0 == told[0] < told[1] < told[-1] <= 1 and len(told) == 7
+    assert told == sorted(told) and 0 == told[0] < told[1] < told[-1] == 1 and len(told) >= 7
     encode, calls = Counting(), []
 
     def dies(texts, kind):
@@ -321,7 +321,7 @@ def test_touched_and_moved_texts_embed_nothing_and_what_is_gone_leaves_nothing_b
 
 
 def test_an_empty_place_where_a_disk_may_be_mounted_drops_nothing(notes):
-    index = open_index(notes)
+    index = SearchIndex(notes, notes.with_name("index"), bag_of_words, {"model": 1})
     index.update()
     notes.rename(notes.with_name("elsewhere"))
     with pytest.raises(ValueError, match="no such file or folder"):
@@ -500,7 +500,7 @@ def test_progress_is_told_in_lines_where_there_is_no_terminal(notes, model, monk
     monkeypatch.setattr(index_module, "PASSAGES_PER_TRANSACTION", 3)
     run(model, "--passages", str(notes))
     err = capsys.readouterr().err
-    assert "\r" not in err and re.fullmatch(r"(\d of 3 files, \d+%(, about \d+ s left)?\n){3}left out: .*\n", err)
+    assert "\r" not in err and re.fullmatch(r"(\d of 3 files, \d+%(, about \d+ s left)?\n){3,}left out: .*\n", err)
 
 
 def test_a_single_file_and_an_index_elsewhere(notes, model, tmp_path, capsys):
