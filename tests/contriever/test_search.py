@@ -200,7 +200,7 @@ def test_words_are_marked_whatever_their_form():
 # --- The index --------------------------------------------------------------------------------------------------------
 
 
-def test_passages_are_found_with_their_places(notes):
+def test_passages_are_found_with_their_places(notes, monkeypatch):
     index = open_index(notes)
     update = index.update()
     assert (update.new, update.embedded, len(index), update.problems) == (3, 5, 5, {})
@@ -210,6 +210,9 @@ def test_passages_are_found_with_their_places(notes):
         bag_of_words(["bike chain"])[0] @ bag_of_words(["Bread Bikes chain bike"])[0], abs=1e-3
     )
     assert [hit.path for hit in index.search("stall", 10, "bm25")] == ["sub/b.txt"]
+    monkeypatch.chdir(notes)
+    here = SearchIndex(Path("."), Path(".index"), bag_of_words, {"model": 1})
+    assert here.update().unchanged == 3
     assert index.search("stall wing", 10, "hybrid")[0].path == "sub/b.txt"
     with pytest.raises(ValueError, match="query is empty"):
         index.search("  ", 3)
