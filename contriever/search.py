@@ -5,7 +5,7 @@
 
 Takes .txt, .md, .rst, .org, .html, .py and .csv files, .jsonl (objects with ``text``, perhaps ``title``), and .pdf and
 .docx with the extra ``documents``. The first call embeds all of them, later ones only what is new or has changed, and
-answer in a second: they import no torch but for many new texts. The index is one file in the folder,
+answer in a second, because they import torch for many new texts only. The index is one file in the folder,
 ``.search_index.sqlite``; nothing leaves the machine.
 """
 
@@ -133,8 +133,6 @@ def update(
         found = index.update(lambda update: (tell(update), show(update)), drop_missing)
     for remark in found.remarks():
         print(printable(remark), file=sys.stderr, flush=True)
-    if found.kept:
-        print(printable(found.kept), file=sys.stderr, flush=True)
     print(f"{found.describe()}, {len(index)} in all, {time.time() - began:.1f} s", file=out, flush=True)
     return found
 

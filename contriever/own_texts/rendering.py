@@ -89,7 +89,7 @@ class Asked:
     k: int = 5
     default_k: int = 5
 
-    def link(self, page: str = "/", **values: object) -> str:
+    def link(self, page: str = "/", /, **values: object) -> str:
         """The address of a page that keeps what was asked, escaped."""
         kept = {"q": self.query, "retriever": self.retriever}
         kept |= {"k": self.k} if self.k != self.default_k else {}

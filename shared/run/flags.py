@@ -9,6 +9,7 @@ from shared import distributed
 from shared.images.decode import MAX_PIXELS
 
 from .command_line import Parser, add_device_flag
+from .loggers import LOGGERS
 
 
 class AnyDashParser(Parser):
@@ -75,7 +76,8 @@ def add_run_flags(parser: argparse.ArgumentParser, knn: bool = True, pictures: b
     if pictures:
         add("--pictures", type=bool_flag, default=True, help="write pictures at the end")
     add("--log_freq", type=int, default=10, help="steps per line of the log")
-    add("--tensorboard", action="store_true", help="also log to TensorBoard")
+    add("--loggers", nargs="*", default=[], choices=tuple(LOGGERS), help="where the log goes besides")
+    add("--tensorboard", action="store_true", help="the same as --loggers tensorboard")
     skipped = "stop after so many steps in a row without finite gradients (exit code 3); 0: never"
     add("--max_skipped_steps", type=int, default=10, help=skipped)
     add_device_flag(add)

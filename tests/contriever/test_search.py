@@ -8,7 +8,11 @@ import re
 import shutil
 import socket
 import struct
+import subprocess
+import sys
+import tempfile
 import threading
+import time
 from pathlib import Path
 from urllib.parse import quote
 
@@ -16,6 +20,7 @@ import numpy as np
 import pytest
 
 from contriever import search as search_script
+from contriever.index.bm25 import BM25, JoinedTerms
 from contriever.own_texts import background
 from contriever.own_texts import index as index_module
 from contriever.own_texts.background import LiveIndex
@@ -197,7 +202,7 @@ def test_words_are_marked_whatever_their_form():
 # --- The index --------------------------------------------------------------------------------------------------------
 
 
-def test_passages_are_found_with_their_places(notes):
+def test_passages_are_found_with_their_places(notes, monkeypatch):
     index = open_index(notes)
     update = index.update()
     assert (update.new, update.embedded, len(index), update.problems) == (3, 5, 5, {})
@@ -207,6 +212,9 @@ def test_passages_are_found_with_their_places(notes):
         bag_of_words(["bike chain"])[0] @ bag_of_words(["Bread Bikes chain bike"])[0], abs=1e-3
     )
     assert [hit.path for hit in index.search("stall", 10, "bm25")] == ["sub/b.txt"]
+    monkeypatch.chdir(notes)
+    here = SearchIndex(Path("."), Path(".index"), bag_of_words, {"model": 1})
+    assert here.update().unchanged == 3
     assert index.search("stall wing", 10, "hybrid")[0].path == "sub/b.txt"
     with pytest.raises(ValueError, match="query is empty"):
         index.search("  ", 3)
@@ -266,7 +274,7 @@ def test_killed_within_a_large_file_it_embeds_no_text_twice_but_the_last(notes, 
     whole = SearchIndex(notes, notes / ".whole", bag_of_words, {"model": 1})
     told = []
     assert whole.update(lambda update: told.append(update.done / update.size)).embedded == 20
-    assert told == sorted(told) and 0 == told[0] < told[1] < told[-1] <= 1 and len(told) == 7
+    assert told == sorted(told) and 0 == told[0] < told[1] < told[-1] == 1 and len(told) >= 7
     encode, calls = Counting(), []
 
     def dies(texts, kind):
@@ -296,6 +304,91 @@ def test_a_moved_folder_embeds_nothing(notes):
     update = index.update()
     assert (update.new, update.removed, update.embedded, len(encode.texts)) == (2, 2, 0, 5)
     assert {hit.path for hit in index.search("wing bread", 10)} == {"c.jsonl", "new/a.md", "other/b.txt"}
+
+
+def test_touched_and_moved_texts_embed_nothing_and_what_is_gone_leaves_nothing_behind(notes):
+    encode = Counting()
+    open_index(notes, encode).update()
+    encode.texts.clear()
+    os.utime(notes / "a.md", (1, 1))
+    (notes / "sub" / "deep").mkdir()
+    shutil.copy(notes / "c.jsonl", notes / "copy.jsonl")
+    shutil.move(notes / "sub" / "b.txt", notes / "sub" / "deep" / "b.txt")
+    index = open_index(notes, encode)
+    index.update()
+    assert encode.texts == []
+    for file in notes.glob("*.jsonl"):
+        file.unlink()
+    index.update()
+    assert [row[0] for row in rows(index)] == ["a.md", "a.md", "sub/deep/b.txt"]
+    for table in ("vectors", "texts", "passages", "files"):
+        assert index.database.execute(f"SELECT count(*) FROM {table}").fetchone()[0] == 2 + (table != "files")
+
+
+def test_an_empty_place_where_a_disk_may_be_mounted_drops_nothing(notes):
+    index = SearchIndex(notes, notes.with_name("index"), bag_of_words, {"model": 1})
+    index.update()
+    notes.rename(notes.with_name("elsewhere"))
+    with pytest.raises(ValueError, match="no such file or folder"):
+        index.update()
+    notes.mkdir()
+    update = index.update()
+    assert update.removed == 0 and len(index) == 5 and index.search("wing", 1)
+    assert "holds no text, is its disk there? 3 files stay as they were found last" in update.kept
+    assert any("--drop_missing forgets them" in remark for remark in update.remarks())
+    assert index.update(drop_missing=True).removed == 3 and len(index) == 0
+
+
+@pytest.mark.parametrize(("file_mode", "folder_mode"), [(0o400, 0o555), (0o600, 0o555), (0o400, 0o755)])
+def test_an_index_that_cannot_be_written_is_searched(file_mode, folder_mode):
+    nobody = 65534
+    with tempfile.TemporaryDirectory() as folder:  # those of pytest are closed to others
+        notes = Path(folder) / "notes"
+        notes.mkdir()
+        (notes / "a.txt").write_text("wing")
+        open_index(notes).update()
+        (notes / "late.txt").write_text("stall")
+        encode = Counting()
+        for path, mode in ((notes / ".index", file_mode), (notes, folder_mode), (Path(folder), 0o755)):
+            path.chmod(mode)
+            if os.geteuid() == 0:
+                os.chown(path, nobody, nobody)
+        if was_root := os.geteuid() == 0:  # who can write everywhere
+            os.seteuid(nobody)
+        try:
+            index = open_index(notes, encode)
+            update = index.update()
+            assert "index cannot be written and is searched as it is" in update.kept
+            assert encode.texts == []  # nothing in vain
+            assert [hit.path for hit in index.search("wing", 3)] == ["a.txt"]
+            with pytest.raises(ValueError, match="--index_path puts it elsewhere"):
+                SearchIndex(notes, notes / ".other" / "index", encode, {"model": 1}).update()
+        finally:
+            if was_root:
+                os.seteuid(0)
+            notes.chmod(0o755)
+
+
+def test_a_huge_file_is_named_and_not_read(notes):
+    with open(notes / "huge.txt", "wb") as file:
+        file.truncate(12_000_000_000)  # which takes no room on the disk
+    update = open_index(notes).update()
+    assert update.problems == {"huge.txt": "not indexed: it has 12.0 GB, and more than 0.5 are not read"}
+    assert update.new == 3
+
+
+def test_scores_of_stored_terms_are_those_of_bm25s():
+    rng = np.random.default_rng(0)
+    texts = [
+        " ".join(rng.choice(["C++", "cafés", "invoices", "東京都", *WORDS], rng.integers(0, 30))) for _ in range(50)
+    ]
+    stored, library = JoinedTerms([JoinedTerms.join(text) for text in texts]), BM25(texts)
+    for query in ("bread", "wing wing stall of", "cafe c++ 東京", "none", "the"):
+        scores, documents = library.search([query], 50)
+        expected = np.zeros(50, np.float32)
+        expected[documents[documents >= 0]] = scores[documents >= 0]
+        np.testing.assert_allclose(stored.scores(query), expected, rtol=1e-5)
+    assert len(JoinedTerms([]).scores("bread")) == 0
 
 
 def test_problems_are_told_and_the_rest_is_indexed(notes):
@@ -450,7 +543,7 @@ def test_progress_is_told_in_lines_where_there_is_no_terminal(notes, model, monk
     monkeypatch.setattr(index_module, "PASSAGES_PER_TRANSACTION", 3)
     run(model, "--passages", str(notes))
     err = capsys.readouterr().err
-    assert "\r" not in err and re.fullmatch(r"(\d of 3 files, \d+%(, about \d+ s left)?\n)+left out: .*\n", err)
+    assert "\r" not in err and re.fullmatch(r"(\d of 3 files, \d+%(, about \d+ s left)?\n){3,}left out: .*\n", err)
 
 
 def test_a_single_file_and_an_index_elsewhere(notes, model, tmp_path, capsys):
@@ -483,6 +576,14 @@ def test_bad_flags_of_the_script(notes, model):
             run(model, *flags)
     assert (notes / "sub" / "b.txt").read_text() == "A wing can stall."
     assert search_script.INDEX_NAME.startswith(".")  # so that it is not indexed itself
+
+
+def test_errors_are_printed_without_what_a_terminal_obeys(tmp_path):
+    script = Path(search_script.__file__)
+    for flags in (["--passages", f"{tmp_path}/\x1b[31mnone\n\x9b2J"], ["--passages", ".", "\x1b]0;x\x07"]):
+        done = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True)
+        assert done.returncode == 2 and "\ufffd" in done.stderr
+        assert not set(done.stdout + done.stderr) & {"\x1b", "\x9b", "\x07"}
 
 
 # --- The page ---------------------------------------------------------------------------------------------------------
@@ -556,7 +657,9 @@ def test_a_hit_opens_its_passage_with_its_neighbours(server, notes):
     assert address == "/passage?q=saddles&retriever=bm25&k=1&path=long.md&number=0"
     address = address.replace("number=0", "number=9")
     status, page, _ = get(server, address)
-    assert status == 200 and re.findall(r"text (\d+) about <mark>saddles</mark>", page) == [str(n) for n in range(6, 13)]
+    assert status == 200 and re.findall(r"text (\d+) about <mark>saddles</mark>", page) == [
+        str(n) for n in range(6, 13)
+    ]
     assert re.findall(r'id="hit".*Part (\d+)', page) == ["9"] and "line 39" in page
     (wider,) = {html.unescape(link) for link in re.findall(r'href="([^"]*around=12)#hit"', page)}
     assert "Earlier passages" in page and "Later passages" in page
@@ -618,6 +721,50 @@ def test_new_notes_are_found_while_it_serves(server, notes, monkeypatch):
     status, page, _ = get(server, "/?q=crust")
     assert status == 200 and "no such file or folder; texts are searched as they were found last" in page
     assert "late.txt" in page
+
+
+class Slow:
+    """An encoder that waits."""
+
+    def __init__(self):
+        self.go = threading.Event()
+
+    def __call__(self, texts: list[str], kind: str) -> np.ndarray:
+        if kind == "passage" and any("stall" in text for text in texts):
+            assert self.go.wait(30)
+        return bag_of_words(texts)
+
+
+def test_it_listens_at_once_and_searches_what_is_indexed_already(notes, monkeypatch):
+    monkeypatch.setattr(index_module, "PASSAGES_PER_TRANSACTION", 2)
+    monkeypatch.setattr(background, "SECONDS_TO_WAIT", 0.01)
+    encode, loaded, began = Slow(), threading.Event(), time.monotonic()
+    live = LiveIndex(lambda: loaded.wait(30) and open_index(notes, encode))
+    with SearchServer(live, "127.0.0.1", 0, 3, "dense", 0.5) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        status, body, _ = get(server, "/search.json?q=wing")
+        assert status == 503 and json.loads(body)["error"] == "the encoder is being loaded"
+        assert get(server, "/?q=wing")[0] == 503 and "the encoder is being loaded" in get(server, "/")[1]
+        loaded.set()
+        while not (found := json.loads(get(server, "/search.json?q=bread")[1])).get("results"):
+            time.sleep(0.01)
+        assert re.fullmatch(r"indexing: 2 of 3 files, \d\d%, about \d+ s left", found["state"])
+        assert {hit["path"] for hit in found["results"]} == {"a.md", "c.jsonl"}
+        assert found["state"] in get(server, "/?q=bread")[1]
+        assert time.monotonic() - began < 30  # nobody has waited for the encoder
+        encode.go.set()
+        while json.loads(get(server, "/search.json?q=stall")[1])["state"]:
+            time.sleep(0.01)
+        assert json.loads(get(server, "/search.json?q=stall&k=1")[1])["results"][0]["path"] == "sub/b.txt"
+        server.shutdown()
+        thread.join()
+
+
+def test_serving_ends_where_there_is_no_index_to_serve(notes):
+    open_index(notes).update()
+    with pytest.raises(ValueError, match="made by another model"):
+        page_module.serve(LiveIndex(lambda: open_index(notes, model=2)), "127.0.0.1", 0, 3, "dense", 0.5)
 
 
 def test_queries_at_the_same_time_all_get_their_answers(server):
