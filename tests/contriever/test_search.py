@@ -26,7 +26,7 @@ from contriever.own_texts import index as index_module
 from contriever.own_texts.background import LiveIndex
 from contriever.own_texts.folder import Limits, Piece, read_pieces, snippet, split
 from contriever.own_texts.index import SearchIndex
-from contriever.own_texts.page import SearchServer
+from contriever.own_texts.page import SearchServer, serve
 from contriever.own_texts.rendering import SCRIPT, Asked, mark, render_results
 from contriever.own_texts.walk import text_files
 from contriever.search import get_args_parser, search
@@ -764,7 +764,7 @@ def test_it_listens_at_once_and_searches_what_is_indexed_already(notes, monkeypa
 def test_serving_ends_where_there_is_no_index_to_serve(notes):
     open_index(notes).update()
     with pytest.raises(ValueError, match="made by another model"):
-        page_module.serve(LiveIndex(lambda: open_index(notes, model=2)), "127.0.0.1", 0, 3, "dense", 0.5)
+        serve(LiveIndex(lambda: open_index(notes, model=2)), "127.0.0.1", 0, 3, "dense", 0.5)
 
 
 def test_queries_at_the_same_time_all_get_their_answers(server):
