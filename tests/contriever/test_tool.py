@@ -1,6 +1,7 @@
 """The search as a tool of language models, asked by the official client."""
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -72,6 +73,6 @@ def test_the_script_speaks_the_protocol_on_its_standard_streams(notes, tmp_path)
     tiny_retriever(tmp_path / "model").save(tmp_path / "model")
     script = [str(ROOT / "contriever" / "search.py"), "--passages", str(notes), "--mcp", "--device", "cpu"]
     flags = ["--model_name_or_path", str(tmp_path / "model"), "--retriever", "bm25"]
-    parameters = StdioServerParameters(command=sys.executable, args=[*script, *flags])
+    parameters = StdioServerParameters(command=sys.executable, args=[*script, *flags], env=dict(os.environ))
     _, answer = found_by(parameters, ("search", {"query": "stall"}))
     assert [hit["path"] for hit in answer.structured_content["results"]] == ["a.txt"]
