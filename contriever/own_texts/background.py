@@ -80,6 +80,10 @@ class LiveIndex(threading.Thread):
             self._quiet.wait(SECONDS_TO_WAIT)
         return index.search(query, k, retriever, dense_weight)
 
+    def wait(self, seconds: float) -> None:
+        """Until everything that was asked for is indexed, but no longer."""
+        self._quiet.wait(seconds)
+
     def passages(self, path: str, first: int, last: int) -> list[Hit]:
         return self._ready().passages(path, first, last)
 

@@ -1,6 +1,7 @@
 """The search as a tool of language models, by the official library of the Model Context Protocol (MCP)."""
 
-import time
+import contextlib
+from collections.abc import AsyncIterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from mcp.server.mcpserver import MCPServer
 
 MOST_RESULTS = 100
-SECONDS_TO_WAIT = 50  # for the encoder, before a caller is told to ask again
+SECONDS_TO_WAIT = 50  # for what is being indexed; then what is there is searched
 
 
 def make_server(index: LiveIndex, root: Path, top_k: int, retriever: str, dense_weight: float) -> "MCPServer":
@@ -24,7 +25,13 @@ def make_server(index: LiveIndex, root: Path, top_k: int, retriever: str, dense_
     from mcp.types import ToolAnnotations
     from pydantic import Field
 
-    server = MCPServer("search", instructions=f"Finds passages of the texts in {root}.", log_level="WARNING")
+    @contextlib.asynccontextmanager
+    async def indexing(server: MCPServer) -> AsyncIterator[None]:
+        index.start()  # not before the server has taken standard output for itself, which threads may redirect
+        yield
+
+    instructions = f"Finds passages of the texts in {root}."
+    server = MCPServer("search", instructions=instructions, log_level="WARNING", lifespan=indexing)
     most = Field(ge=1, le=MOST_RESULTS, description="passages to return")
 
     @server.tool(annotations=ToolAnnotations(read_only_hint=True, open_world_hint=False))
@@ -38,22 +45,18 @@ def make_server(index: LiveIndex, root: Path, top_k: int, retriever: str, dense_
         page or paragraph), title (headings), text, and others (further places of the same text). A state that is not
         empty tells that not everything is indexed yet.
         """
-        until = time.monotonic() + SECONDS_TO_WAIT
-        while True:
-            try:
-                hits = index.search(query, top_k, retriever, dense_weight)
-                return answer(query, hits, index.left_out, index.state)
-            except NotReady as error:
-                if time.monotonic() > until:
-                    raise ToolError(f"{error}, ask again in a minute") from None
-            except (ValueError, OSError) as error:
-                raise ToolError(str(error)) from None
+        try:
+            index.wait(SECONDS_TO_WAIT)
+            hits = index.search(query, top_k, retriever, dense_weight)
+        except NotReady as error:
+            raise ToolError(f"{error}, ask again in a minute") from None
+        except (ValueError, OSError) as error:
+            raise ToolError(str(error)) from None
+        return answer(query, hits, index.left_out, index.state)
 
     return server
 
 
 def serve_mcp(index: LiveIndex, root: Path, top_k: int, retriever: str, dense_weight: float) -> None:
     """Answer on standard input and output until the client goes."""
-    server = make_server(index, root, top_k, retriever, dense_weight)
-    index.start()
-    server.run("stdio")
+    make_server(index, root, top_k, retriever, dense_weight).run("stdio")

@@ -43,8 +43,6 @@ def test_a_language_model_finds_passages(notes):
         return np.array([["wing" in text, "heat" in text] for text in texts], np.float32)
 
     live = LiveIndex(lambda: SearchIndex(notes, notes / ".index", encode, {}))
-    live.start()
-    assert live._quiet.wait(30)
     server = make_server(live, notes, 1, "dense", 0.5)
     calls = [{"query": "wing"}, {"query": "heat", "top_k": 2}, {"query": "wing", "top_k": 0}, {"query": " "}]
     tools, one, two, bad, empty = found_by(server, *(("search", call) for call in calls))
