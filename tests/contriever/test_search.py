@@ -498,6 +498,19 @@ def test_texts_neither_command_the_terminal_nor_reach_other_users(notes, model, 
     assert file.stat().st_mode & 0o777 == 0o600
 
 
+def test_neither_the_index_nor_its_journal_is_readable_by_others(notes):
+    before = os.umask(0)
+    try:
+        index = open_index(notes)
+        index.update()
+        index.database.execute("DELETE FROM texts")
+        files = list(notes.glob(".index*"))
+        assert sorted(file.name for file in files) == [".index", ".index-journal"]
+        assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
+    finally:
+        os.umask(before)
+
+
 def test_progress_is_told_in_lines_where_there_is_no_terminal(notes, model, monkeypatch, capsys):
     monkeypatch.setattr(search_script, "SECONDS_BETWEEN_LINES", 0)
     monkeypatch.setattr(index_module, "PASSAGES_PER_TRANSACTION", 3)
