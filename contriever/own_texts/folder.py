@@ -10,6 +10,12 @@ from ..text.words import find_terms, terms
 from .formats import read_sections
 
 BLOCK = 20_000  # characters that are tokenised at once
+QUESTION_WORDS = frozenset(  # which say nothing about a text where they occur
+    terms(
+        "about am can could did do does from had has have he her his how i me my our she should so than them us we "
+        "what when where which who whom whose why would you your"
+    )
+)
 MARGIN = 4  # tokens that a passage may have more than it had within its file
 _WORD = re.compile(r"\S+")
 
@@ -177,6 +183,7 @@ def snippet(text: str, query: str, width: int = 300) -> str:
 def marked(text: str, query: str) -> list[tuple[int, int]]:
     """(start, end) of the words of the query in a text, whatever their case, accents and endings; none overlaps."""
     wanted, spans = set(terms(query, single=False)), []
+    wanted = wanted - QUESTION_WORDS or wanted
     for start, end, term in find_terms(text):
         if term not in wanted:
             continue

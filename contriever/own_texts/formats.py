@@ -285,7 +285,7 @@ def _csv(text: str, stem: str) -> Iterator[Section]:
                 continue
         named = zip([*(names or []), *[""] * len(row)], row, strict=False)
         cells = (f"{name}: {cell}" if name else cell for name, cell in named if cell)
-        yield Section([stem], "\n".join(cells), (begin,))
+        yield Section([stem], "; ".join(cells), (begin,))
 
 
 def _json_lines(path: Path, text: str) -> tuple[list[Section], list[str]]:

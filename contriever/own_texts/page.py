@@ -1,8 +1,8 @@
 """A search box in the browser, for one person on one machine, with the standard library's HTTP server.
 
 The server answers ``/?q=...`` and ``/passage?path=...&number=...`` with HTML, and ``/search.json?q=...`` with JSON.
-Texts are other people's: everything is escaped, the page may load nothing, only what is indexed can be read, and requests
-that come under another host's name (DNS rebinding) are refused.
+Texts are other people's: everything is escaped, the page may load nothing, only what is indexed can be read, and a
+request that comes under another host's name (DNS rebinding) is refused.
 """
 
 import json

@@ -5,6 +5,7 @@ import hashlib
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from urllib.parse import urlencode
 
 from .folder import marked, snippet, unit_of
@@ -15,7 +16,7 @@ MOST_RESULTS = 100
 MOST_PLACES = 20  # that are shown of a text that occurs more often
 ARROW = " \u203a "
 AROUND = 3  # passages before and after the one that is read
-WAYS = {"hybrid": "Meaning and words", "dense": "Meaning", "bm25": "Words"}
+WAYS = {"dense": "Meaning", "bm25": "Words", "hybrid": "Both"}
 # the cursor goes behind the query, which no attribute can say
 SCRIPT = "{const q = document.forms[0].q; q.setSelectionRange(q.value.length, q.value.length)}"
 SCRIPT_SOURCE = f"sha256-{base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()}"
@@ -41,18 +42,18 @@ button:hover { background: var(--raised) }
 .ways button { padding: .15rem .6rem; border: 0; font-size: .9rem; color: var(--quiet) }
 .ways [aria-pressed=true] { color: var(--ink); font-weight: 600; background: var(--raised) }
 ol, ul { list-style: none }
-li, .text { margin: 1.6rem 0 }
+li { margin: 1.6rem 0 }
 .place, .note, summary, li li { font-size: .875rem; color: var(--quiet) }
-.place { margin: .1rem 0 }
+.place { margin: .1rem 0; text-align: -webkit-match-parent; text-align: match-parent }
 li li { margin: .15rem 0 }
 details { margin-top: .1rem }
 summary { cursor: pointer }
-mark { background: var(--mark); color: inherit; border-radius: .15rem; padding: 0 .1em; margin: 0 -.1em }
-nav { display: flex; flex-wrap: wrap; gap: .25rem 1rem; margin: 1.4rem 0 }
-.note { margin: 1.4rem 0 }
-.text { white-space: pre-wrap; tab-size: 4; padding: .1rem 0 .1rem .9rem; border-inline-start: 3px solid transparent }
-.text h2 { white-space: normal; margin-bottom: .2rem }
-.hit { border-color: var(--link) }
+mark { background: var(--mark); color: inherit; border-radius: .15rem }
+nav, .note, h1 { margin: 1.4rem 0 }
+[role=alert] { color: var(--ink) }
+section { padding: .7rem 0; padding-inline-start: .9rem; border-inline-start: 3px solid transparent }
+.hit { border-color: var(--link); background: var(--raised); padding-inline-end: .9rem; scroll-margin-top: 25vh }
+.text { white-space: pre-wrap; tab-size: 4 }
 .code { font-family: ui-monospace, monospace; font-size: .9rem }
 """
 PAGE = """<!doctype html>
@@ -88,11 +89,11 @@ class Asked:
     k: int = 5
     default_k: int = 5
 
-    def link(self, path: str = "/", /, **values: object) -> str:
+    def link(self, page: str = "/", /, **values: object) -> str:
         """The address of a page that keeps what was asked, escaped."""
         kept = {"q": self.query, "retriever": self.retriever}
         kept |= {"k": self.k} if self.k != self.default_k else {}
-        return html.escape(f"{path}?{urlencode(kept | values)}")
+        return html.escape(f"{page}?{urlencode(kept | values)}")
 
 
 def render_results(asked: Asked, hits: list[Hit] | None, count: int, problem: str = "", state: str = "") -> str:
@@ -123,21 +124,20 @@ def render_passage(asked: Asked, passages: Sequence[Hit], number: int, around: i
     shown = [hit for hit in passages if abs(hit.number - number) <= around]
     hit = next(hit for hit in shown if hit.number == number)
     wider = asked.link("/passage", path=hit.path, number=number, around=4 * around) + "#hit"
-    back = f'<a href="{asked.link()}">Results</a>' if asked.query else ""
-    parts = [f'<nav>{back}</nav>\n<h1 dir="auto">{html.escape(hit.path)}</h1>\n']
+    back = f'<nav><a href="{asked.link()}">Back to the results</a></nav>\n' if asked.query else ""
+    parts = [f'{back}<h1 dir="ltr">{html.escape(hit.path)}</h1>\n']
     if shown[0] is not passages[0]:
         parts.append(f'<nav><a href="{wider}">Earlier passages</a></nav>\n')
-    title = ""
+    above = None
     for passage in shown:
-        head = (
-            f'<h2 dir="auto">{html.escape(passage.title.replace(" > ", ARROW))}</h2>' if passage.title != title else ""
-        )
-        title = passage.title
+        headings = ARROW.join(_headings(passage))
+        title = f"<h2>{html.escape(headings)}</h2>" if headings not in ("", above) else ""
+        above = headings
+        mine = ' class="hit" id="hit"' if passage.number == number else ""
         kind = "text code" if passage.path.endswith(".py") else "text"
-        kind, anchor = (f"{kind} hit", ' id="hit"') if passage.number == number else (kind, "")
-        place = f'<p class="place">{unit_of(passage.path)} {passage.line}</p>'
         text = mark(passage.text, asked.query)
-        parts.append(f'{head}<section class="{kind}"{anchor}>{place}<div dir="auto">{text}</div></section>\n')
+        place = f'<p class="place" dir="ltr">{unit_of(passage.path)} {passage.line}</p>'
+        parts.append(f'<section{mine} dir="auto">{title}{place}<div class="{kind}" dir="auto">{text}</div></section>\n')
     if shown[-1] is not passages[-1]:
         parts.append(f'<nav><a href="{wider}">Later passages</a></nav>\n')
     return _page(asked, "".join(parts), count, title=hit.path)
@@ -165,15 +165,20 @@ def _page(asked: Asked, main: str, count: int, title: str = "", focus: bool = Fa
 
 
 def _result(hit: Hit, asked: Asked) -> str:
-    *above, title = hit.title.split(" > ")
-    above = [f"<bdi>{html.escape(ARROW.join(above[1:]))}</bdi>"] if above[1:] else []
-    place = " · ".join([_place(hit.path, hit.line), *above, f"{hit.score:.3f}"])
-    link = f'<a href="{_address(hit.path, hit.number, asked)}">{html.escape(title or hit.path)}</a>'
+    place, path = _place(hit.path, hit.line), html.escape(hit.path)
+    *above, title = [html.escape(heading) for heading in _headings(hit)] or [f'<bdi dir="ltr">{path}</bdi>']
+    place = " · ".join([place, *([f"<bdi>{ARROW.join(above)}</bdi>"] if above else []), f"{hit.score:.3f}"])
     return (
-        f'<li><h2 dir="auto">{link}</h2>'
+        f'<li dir="auto"><h2><a href="{_address(hit.path, hit.number, asked)}">{title}</a></h2>'
         f'<p dir="auto">{mark(snippet(hit.text, asked.query), asked.query)}</p>'
-        f'<p class="place">{place}</p>{_others(hit, asked)}</li>\n'
+        f'<p class="place" dir="ltr">{place}</p>{_others(hit, asked)}</li>\n'
     )
+
+
+def _headings(hit: Hit) -> list[str]:
+    """The headings of a passage without the name of its file, which its path says."""
+    headings = hit.title.split(" > ") if hit.title else []
+    return headings[PurePosixPath(hit.path).stem.replace("_", " ") in headings[:1] :]
 
 
 def _others(hit: Hit, asked: Asked) -> str:
@@ -193,7 +198,7 @@ def _address(path: str, number: int, asked: Asked) -> str:
 
 
 def _place(path: str, line: int) -> str:
-    return f"<bdi>{html.escape(path)}</bdi>, {unit_of(path)} {line}"
+    return f'<bdi dir="ltr">{html.escape(path)}</bdi>, {unit_of(path)} {line}'
 
 
 def mark(text: str, query: str) -> str:

@@ -231,11 +231,11 @@ def test_twice_the_html_takes_about_twice_the_time(unit):
 def test_rows_of_a_table_have_the_names_of_their_columns():
     text = 'name;phone;note\nAda;12;"two\nlines; one"\n\nBob;;\nEve;3;x;more\n'
     assert pieces("people.csv", text) == [
-        (2, "people", "name: Ada\nphone: 12\nnote: two lines; one"),
+        (2, "people", "name: Ada; phone: 12; note: two lines; one"),
         (5, "people", "name: Bob"),
-        (6, "people", "name: Eve\nphone: 3\nnote: x\nmore"),
+        (6, "people", "name: Eve; phone: 3; note: x; more"),
     ]
-    assert pieces("a.csv", "1,b\r\n2,c\r\n") == [(1, "a", "1\nb"), (2, "a", "2\nc")]
+    assert pieces("a.csv", "1,b\r\n2,c\r\n") == [(1, "a", "1; b"), (2, "a", "2; c")]
     assert pieces("a.csv", f"a\n{'x' * 200_000}\n")[0][2] == f"a: {'x' * 200_000}"
     many = pieces("a.csv", "a\n" + "w " * 30 + "\n", Limits(max_words=9))
     assert [line for line, *_ in many] == [2] * 4

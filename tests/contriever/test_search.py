@@ -1,5 +1,6 @@
 """Searching a folder of texts: what is indexed, what is embedded again, what is answered, what is refused."""
 
+import html
 import http.client
 import json
 import os
@@ -22,12 +23,11 @@ from contriever import search as search_script
 from contriever.index.bm25 import BM25, JoinedTerms
 from contriever.own_texts import background
 from contriever.own_texts import index as index_module
-from contriever.own_texts import page as page_module
 from contriever.own_texts.background import LiveIndex
 from contriever.own_texts.folder import Limits, Piece, read_pieces, snippet, split
 from contriever.own_texts.index import SearchIndex
-from contriever.own_texts.page import SearchServer
-from contriever.own_texts.rendering import Asked, mark, render_results
+from contriever.own_texts.page import SearchServer, serve
+from contriever.own_texts.rendering import SCRIPT, Asked, mark, render_results
 from contriever.own_texts.walk import text_files
 from contriever.search import get_args_parser, search
 from tests.contriever.tiny import tiny_retriever
@@ -195,6 +195,8 @@ def test_words_are_marked_whatever_their_form():
     assert mark("The <Cafés>, C++ & 東京都", "the cafe c++ 東京") == (
         "The &lt;<mark>Cafés</mark>&gt;, <mark>C++</mark> &amp; <mark>東京</mark>都"
     )
+    assert mark("How I keep what I have", "how do I keep it?") == "How I <mark>keep</mark> what I have"
+    assert mark("What now?", "what") == "<mark>What</mark> now?"
 
 
 # --- The index --------------------------------------------------------------------------------------------------------
@@ -410,7 +412,9 @@ def test_problems_are_told_and_the_rest_is_indexed(notes):
     for update in (index.update(), index.update()):  # told every time
         assert update.problems.keys() == expected.keys()
         assert all(expected[name] in problem for name, problem in update.problems.items())
-    assert {hit.path for hit in index.search("wing", 5)} == {"bad.jsonl", "c.jsonl", "latin.txt", "sub/b.txt", "a.md"}
+    hits = index.search("wing", 4)
+    assert {hit.path for hit in hits} == {"bad.jsonl", "latin.txt", "sub/b.txt", "a.md"}
+    assert [path for hit in hits for path, *_ in hit.others] == ["c.jsonl"]
 
 
 def test_texts_of_a_folder_that_cannot_be_listed_stay(notes, monkeypatch):
@@ -460,6 +464,22 @@ def test_an_empty_folder_finds_nothing(tmp_path):
     assert index.search("wing", 3) == index.search("wing", 3, "hybrid") == []
 
 
+def test_equal_texts_are_one_hit_that_names_its_places(notes):
+    (notes / "copy.md").write_text((notes / "a.md").read_text())
+    (notes / "folded.txt").write_text("Oil the  CHAIN of\nthe bike.")
+    (notes / "headings.md").write_text("# Chain\n# Bike\n")
+    index = open_index(notes)
+    index.update()
+    for retriever in ("dense", "bm25", "hybrid"):
+        hits = index.search("bike chain", 9, retriever)
+        (hit,) = (hit for hit in hits if "oil" in hit.text.lower())
+        places = {(hit.path, hit.line, hit.number), *hit.others}
+        assert places == {("a.md", 7, 1), ("copy.md", 7, 1), ("folded.txt", 1, 0)} and len(hit.others) == 2
+        assert [hit.others for hit in hits if hit.path == "headings.md"] == [(), ()]  # no text, other headings
+    assert len(index.search("bike chain", 3)) == 3
+    assert hit.record()["others"] == [{"path": path, "line": line} for path, line, _ in hit.others]
+
+
 # --- The script -------------------------------------------------------------------------------------------------------
 
 
@@ -484,6 +504,26 @@ def test_one_command_indexes_and_answers(notes, model, capsys):
     assert any(hit.score == pytest.approx(dense, abs=0.05) for hit in index.search("wing", 5) if hit.title == "Wing")
     run(model, "--passages", str(notes), "--query", "wing", "--retriever", "hybrid")
     assert "3 unchanged files; 0 passages embedded" in capsys.readouterr().out
+
+
+def test_programs_get_one_json_object(notes, model, capsys):
+    (notes / "copy.txt").write_text("A WING can stall.")
+    run(model, "--passages", str(notes), "--query", "stall", "--retriever", "bm25", "--exclude", "a.*", "--json")
+    found, told = capsys.readouterr()
+    answer = json.loads(found)
+    (hit,) = answer.pop("results")
+    assert answer == {"query": "stall", "left_out": {"hidden": 2, "excluded": 1, ".png": 1}, "state": ""}
+    assert hit.pop("score") > 0 and hit == {
+        "path": "copy.txt",
+        "line": 1,
+        "unit": "line",
+        "title": "copy",
+        "text": "A WING can stall.",
+        "others": [{"path": "sub/b.txt", "line": 1}],
+    }
+    assert "3 new" in told and "left out: 2 hidden, 1 by --exclude, 1 .png" in told
+    run(model, "--passages", str(notes), "--query", "stall", "--retriever", "bm25")
+    assert "   the same text: sub/b.txt:1\n" in capsys.readouterr().out
 
 
 def test_texts_neither_command_the_terminal_nor_reach_other_users(notes, model, capsys):
@@ -542,6 +582,8 @@ def test_bad_flags_of_the_script(notes, model):
         (["--passages", str(notes), "--port", "65536"], "--port 65536"),
         (["--passages", str(notes), "--rebuild", "--index_path", str(notes / "sub" / "b.txt")], "is no index"),
         (["--passages", str(notes), "--query", " "], "query is empty"),
+        (["--passages", str(notes), "--json"], "--json needs --query"),
+        (["--passages", str(notes), "--mcp", "--serve"], "--mcp goes without"),
     ):
         with pytest.raises(ValueError, match=message):
             run(model, *flags)
@@ -599,28 +641,68 @@ def test_the_page_shows_results(server):
     assert status == 200 and "<ol>" not in page and 'placeholder="Search 6 passages"' in page
     assert headers["Content-Type"] == "text/html; charset=utf-8"
     status, page, _ = get(server, "/?q=bike+chain")
-    assert status == 200 and page.count("<li>") == 3
-    assert "Oil the <mark>chain</mark> of the <mark>bike</mark>." in page and "a.md, line 7" in page
+    assert status == 200 and page.count("<li") == 3
+    assert "Oil the <mark>chain</mark> of the <mark>bike</mark>." in page and "a.md</bdi>, line 7" in page
     assert 'value="bike chain"' in page
 
 
 def test_nothing_of_the_texts_or_the_query_becomes_markup(server):
-    status, page, headers = get(server, f"/?q={quote('script ' + ATTACK)}")
-    assert status == 200 and "alert(2)" in page
-    for markup in ("<script", "<img", "<i>"):
-        assert markup not in page
-    assert (
-        "default-src 'none'" in headers["Content-Security-Policy"]
-        and "script" not in page.split("<style>")[0].split("<title>")[0]
-    )
-    assert headers["X-Content-Type-Options"] == "nosniff"
-    assert "<script" not in render_results(Asked(ATTACK, "dense", 3, 3), [], 0, problem=ATTACK)
+    query = quote("script " + ATTACK)
+    address = html.unescape(re.search(r'href="(/passage[^"#]*i%3Ex.md[^"#]*)', get(server, f"/?q={query}")[1])[1])
+    for path in (f"/?q={query}", address, f"/passage?path={query}&number=0&q={query}", f"/?q={query}&k={query}"):
+        _, page, headers = get(server, path)
+        page = page.replace(f"<script>{SCRIPT}</script>", "")
+        assert "alert(2)" in page
+        for markup in ("<script", "<img", "<i>"):
+            assert markup not in page
+        policy = headers["Content-Security-Policy"]
+        assert "default-src 'none'" in policy and re.search("script-src 'sha256-[^' ]+';", policy)
+        assert headers["X-Content-Type-Options"] == "nosniff"
+    page = render_results(Asked(ATTACK), [], 0, problem=ATTACK, state=ATTACK)
+    assert "<script" not in page.replace(f"<script>{SCRIPT}</script>", "")
+
+
+def test_a_hit_opens_its_passage_with_its_neighbours(server, notes):
+    (notes / "long.md").write_text("".join(f"# Part {n}\n\ntext {n} about saddles\n\n" for n in range(30)))
+    server.index._index.update()
+    page = get(server, "/?q=saddles&retriever=bm25&k=1")[1]
+    address = html.unescape(re.search(r'href="(/passage[^"]*)#hit"', page)[1])
+    assert address == "/passage?q=saddles&retriever=bm25&k=1&path=long.md&number=0"
+    address = address.replace("number=0", "number=9")
+    status, page, _ = get(server, address)
+    assert status == 200 and re.findall(r"text (\d+) about <mark>saddles</mark>", page) == [
+        str(n) for n in range(6, 13)
+    ]
+    assert re.findall(r'id="hit".*Part (\d+)', page) == ["9"] and "line 39" in page
+    (wider,) = {html.unescape(link) for link in re.findall(r'href="([^"]*around=12)#hit"', page)}
+    assert "Earlier passages" in page and "Later passages" in page
+    page = get(server, wider)[1]
+    assert re.findall(r"text (\d+) about", page) == [str(n) for n in range(22)] and "Earlier" not in page
+    assert 'href="/?q=saddles&amp;retriever=bm25&amp;k=1">Back' in page
+    for path in ("/etc/passwd", "../notes/long.md", ".index", "e.png", ".hidden.txt", "LONG.MD", ""):
+        status, page, _ = get(server, f"/passage?path={quote(path)}&number=0&q=kept")
+        assert status == 404 and "no such passage" in page and 'value="kept"' in page
+    for number in ("30", "-1", "x", "9" * 30, "1e1", ""):
+        assert get(server, f"/passage?path=long.md&number={number}")[0] == 404
+
+
+def test_the_retriever_is_chosen_on_the_page_and_the_query_is_kept(server):
+    assert get(server, "/?q=stall&retriever=bm25")[1].count("<li") == 1
+    _, page, _ = get(server, "/?q=stall&retriever=hybrid&k=2")
+    assert page.count("<li") == 2 and re.findall('value="([a-z0-9]+)" aria-pressed="true"', page) == ["hybrid"]
+    assert '<button name="retriever" value="hybrid">Search' in page  # what the Enter key presses
+    assert '<input type="hidden" name="k" value="2">' in page and "k=4" in page  # more results
+    for wrong in ("q=kept&retriever=none", "q=kept&k=0", f"q=kept{'+' * 9}{'x' * 2000}"):
+        status, page, _ = get(server, f"/?{wrong}")
+        assert status == 400 and re.search('name="q" value="kept', page) and 'role="alert"' in page
 
 
 def test_json_answers(server):
     status, body, headers = get(server, "/search.json?q=stall&k=1")
-    (result,) = json.loads(body)["results"]
+    answer = json.loads(body)
+    (result,) = answer["results"]
     assert status == 200 and (result["path"], result["line"]) == ("sub/b.txt", 1)
+    assert answer.keys() == {"query", "results", "left_out", "state"} and answer["left_out"] == {"hidden": 2, ".png": 1}
     assert headers["Content-Type"] == "application/json; charset=utf-8"
 
 
@@ -636,6 +718,7 @@ def test_json_answers(server):
         ("/?q=wing", {"Host": "evil.example"}, 403),
         ("/?q=wing", {"Host": "localhost:1"}, 200),
         ("/?q=%ff%00", {}, 200),
+        ("/passage?path=a.md&number=0", {"Host": "evil.example"}, 403),
     ],
 )
 def test_requests_that_are_refused(server, path, headers, status):
@@ -694,7 +777,7 @@ def test_it_listens_at_once_and_searches_what_is_indexed_already(notes, monkeypa
 def test_serving_ends_where_there_is_no_index_to_serve(notes):
     open_index(notes).update()
     with pytest.raises(ValueError, match="made by another model"):
-        page_module.serve(LiveIndex(lambda: open_index(notes, model=2)), "127.0.0.1", 0, 3, "dense", 0.5)
+        serve(LiveIndex(lambda: open_index(notes, model=2)), "127.0.0.1", 0, 3, "dense", 0.5)
 
 
 def test_queries_at_the_same_time_all_get_their_answers(server):
