@@ -45,6 +45,7 @@ class LiveIndex(threading.Thread):
     def run(self) -> None:
         try:
             self._index = self._open()
+            self.state = "looking for new texts"
             self._opened.set()
             self._bring_up_to_date(self._first_update)
             while True:

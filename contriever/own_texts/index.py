@@ -167,6 +167,7 @@ class SearchIndex:
             file.chmod(0o600)  # as SQLite's journal will be
         with naming(file):
             self.database = sqlite3.connect(file, timeout=60, check_same_thread=False)
+            self.database.execute("PRAGMA cache_spill = OFF")  # large changes lock others out at their end only
             self._check_settings()
             self._reader = sqlite3.connect(file, timeout=60, check_same_thread=False, isolation_level=None)
         self._lock = threading.Lock()  # of the reader

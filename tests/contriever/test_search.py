@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 
 from contriever import search as search_script
-from contriever.index.bm25 import BM25, JoinedTerms
 from contriever.own_texts import background
 from contriever.own_texts import index as index_module
 from contriever.own_texts.background import LiveIndex
@@ -212,6 +211,8 @@ def test_passages_are_found_with_their_places(notes, monkeypatch):
         bag_of_words(["bike chain"])[0] @ bag_of_words(["Bread Bikes chain bike"])[0], abs=1e-3
     )
     assert [hit.path for hit in index.search("stall", 10, "bm25")] == ["sub/b.txt"]
+    assert [hit.path for hit in index.search('"chain of the bike"', 3)] == ["a.md"]
+    assert index.search('"bike of the chain"', 3) == index.search('"chains of the bike"', 3) == []
     monkeypatch.chdir(notes)
     here = SearchIndex(Path("."), Path(".index"), bag_of_words, {"model": 1})
     assert here.update().unchanged == 3
@@ -377,20 +378,6 @@ def test_a_huge_file_is_named_and_not_read(notes):
     assert update.new == 3
 
 
-def test_scores_of_stored_terms_are_those_of_bm25s():
-    rng = np.random.default_rng(0)
-    texts = [
-        " ".join(rng.choice(["C++", "cafés", "invoices", "東京都", *WORDS], rng.integers(0, 30))) for _ in range(50)
-    ]
-    stored, library = JoinedTerms([JoinedTerms.join(text) for text in texts]), BM25(texts)
-    for query in ("bread", "wing wing stall of", "cafe c++ 東京", "none", "the"):
-        scores, documents = library.search([query], 50)
-        expected = np.zeros(50, np.float32)
-        expected[documents[documents >= 0]] = scores[documents >= 0]
-        np.testing.assert_allclose(stored.scores(query), expected, rtol=1e-5)
-    assert len(JoinedTerms([]).scores("bread")) == 0
-
-
 def test_problems_are_told_and_the_rest_is_indexed(notes):
     (notes / "bad.jsonl").write_text('{"text": "wing"}\n{"text": 3}\n')
     (notes / "cut.jsonl").write_text('{"text": "wing"')
@@ -536,6 +523,19 @@ def test_texts_neither_command_the_terminal_nor_reach_other_users(notes, model, 
     file.chmod(0o644)  # as older versions left it
     run(model, "--passages", str(notes))
     assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_neither_the_index_nor_its_journal_is_readable_by_others(notes):
+    before = os.umask(0)
+    try:
+        index = open_index(notes)
+        index.update()
+        index.database.execute("DELETE FROM texts")
+        files = list(notes.glob(".index*"))
+        assert sorted(file.name for file in files) == [".index", ".index-journal"]
+        assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
+    finally:
+        os.umask(before)
 
 
 def test_progress_is_told_in_lines_where_there_is_no_terminal(notes, model, monkeypatch, capsys):
