@@ -36,6 +36,7 @@ CREATE TABLE IF NOT EXISTS passages (
     id INTEGER PRIMARY KEY, path TEXT, number INTEGER, line INTEGER, vector INTEGER, folded INTEGER
 );
 CREATE INDEX IF NOT EXISTS places ON passages (path, number);
+CREATE INDEX IF NOT EXISTS equal_texts ON passages (folded);
 CREATE TABLE IF NOT EXISTS texts (id INTEGER PRIMARY KEY, title TEXT, text TEXT, terms TEXT); -- of the passages
 CREATE TABLE IF NOT EXISTS vectors (id INTEGER PRIMARY KEY, sha256 BLOB UNIQUE, vector BLOB); -- of title and text
 """
@@ -400,7 +401,7 @@ class _Loaded:
         self.reader = reader
         places = reader.execute("SELECT id, vector, folded FROM passages ORDER BY path, number").fetchall()
         self.ids = [id for id, *_ in places]
-        self.folded = np.array([text for *_, text in places], np.int64)
+        self.folded = [text for *_, text in places]
         stored = reader.execute("SELECT id, vector FROM vectors ORDER BY id").fetchall()
         self.vectors = np.frombuffer(b"".join(vector for _, vector in stored), np.float16).astype(np.float32)
         self.vectors = self.vectors.reshape(len(stored), -1) if stored else self.vectors
@@ -416,10 +417,9 @@ class _Loaded:
         return Hit(score, *self.reader.execute(command, (self.ids[row],)).fetchone())
 
     def others(self, row: int) -> tuple[tuple[str, int, int], ...]:
-        """Places with the same text."""
-        rows = np.flatnonzero(self.folded == self.folded[row]).tolist()
-        command = "SELECT path, line, number FROM passages WHERE id = ?"
-        return tuple(self.reader.execute(command, (self.ids[other],)).fetchone() for other in rows if other != row)
+        """Further places of the same text."""
+        command = "SELECT path, line, number FROM passages WHERE folded = ? AND id != ? ORDER BY path, number"
+        return tuple(self.reader.execute(command, (self.folded[row], self.ids[row])))
 
     def holds(self, row: int, quoted: list[list[str]]) -> bool:
         hit = self.hit(row, 0.0)
@@ -446,7 +446,7 @@ class _Loaded:
         rows = np.flatnonzero(wanted)
         best: dict[int, int] = {}  # texts to the best rows of each
         for row in rows[np.argsort(-scores[rows], kind="stable")].tolist():
-            best.setdefault(int(self.folded[row]), row)
+            best.setdefault(self.folded[row], row)
             if len(best) == k:
                 break
         return [replace(self.hit(row, float(scores[row])), others=self.others(row)) for row in best.values()]

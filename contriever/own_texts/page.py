@@ -17,6 +17,7 @@ from urllib.parse import parse_qs, urlsplit
 from .background import LiveIndex, NotReady
 from .index import Hit, answer
 from .rendering import AROUND, LONGEST_QUERY, MOST_RESULTS, SCRIPT_SOURCE, WAYS, Asked, render_passage, render_results
+from .walk import describe_left_out
 
 LOCAL_NAMES = ("127.0.0.1", "localhost", "::1")
 HEADERS = {
@@ -121,7 +122,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _page(self, asked: Asked, hits: list[Hit] | None, problem: str) -> tuple[str, str]:
         index = self.server.index
-        return "text/html", render_results(asked, hits, len(index), problem, index.state)
+        left_out = describe_left_out(index.left_out)
+        return "text/html", render_results(asked, hits, len(index), problem, index.state, left_out)
 
     def _json(self, asked: Asked, hits: list[Hit] | None, problem: str) -> tuple[str, str]:
         index = self.server.index

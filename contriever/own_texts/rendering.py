@@ -96,19 +96,23 @@ class Asked:
         return html.escape(f"{page}?{urlencode(kept | values)}")
 
 
-def render_results(asked: Asked, hits: list[Hit] | None, count: int, problem: str = "", state: str = "") -> str:
+def render_results(
+    asked: Asked, hits: list[Hit] | None, count: int, problem: str = "", state: str = "", left_out: str = ""
+) -> str:
     """The page of results.
 
     Args:
         hits: None before anything was asked.
         count: Of all passages.
         state: What is being indexed, or why it is not.
+        left_out: Of the index; told before anything was asked.
     """
     parts = [f'<p class="note" role="status">{html.escape(state)}</p>\n'] if state else []
     if problem:
         parts.append(f'<p class="note" role="alert">{html.escape(problem)}</p>\n')
     elif hits is None:
         parts.append('<p class="note">“Words in quotation marks” must occur as they are.</p>\n')
+        parts += [f'<p class="note">{html.escape(left_out)}</p>\n'] if left_out else []
     elif hits:
         parts += ["<ol>\n", *(_result(hit, asked) for hit in hits), "</ol>\n"]
         if len(hits) == asked.k < MOST_RESULTS:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from .background import LiveIndex, NotReady
 from .index import answer
+from .rendering import MOST_RESULTS
 
 if TYPE_CHECKING:
     from mcp.server.mcpserver import MCPServer
 
-MOST_RESULTS = 100
 SECONDS_TO_WAIT = 50  # for what is being indexed; then what is there is searched
 
 

@@ -404,6 +404,29 @@ def test_problems_are_told_and_the_rest_is_indexed(notes):
     assert [path for hit in hits for path, *_ in hit.others] == ["c.jsonl"]
 
 
+def test_equal_problems_are_told_on_one_line(notes):
+    for n in range(5):
+        (notes / f"latin{n}.txt").write_bytes(b"wing in Z\xfcrich")
+    assert open_index(notes).update().remarks() == [
+        "latin0.txt, latin1.txt, latin2.txt and 2 others: it is not UTF-8, and was read as Latin-1",
+        "left out: 2 hidden, 1 .png",
+    ]
+
+
+def test_documents_without_their_library_are_counted_and_stay_as_they_were(notes, monkeypatch):
+    pytest.importorskip("docx").Document().save(notes / "old.docx")
+    index = open_index(notes)
+    monkeypatch.setattr(index_module, "read_pieces", lambda *_: ([Piece(1, "", "crust")], None))
+    index.update()
+    monkeypatch.setattr("contriever.own_texts.formats.find_spec", lambda name: None)
+    (notes / "new.pdf").write_bytes(b"")
+    update = index.update()
+    assert update.left_out["documents"] == 1 and update.problems == {} and update.removed == 0
+    assert update.remarks() == ["left out: 2 hidden, 1 PDF or DOCX (pip install -e '.[documents]'), 1 .png"]
+    places = {(hit.path, *(path for path, *_ in hit.others)) for hit in index.search("crust", 1)}
+    assert places == {("a.md", "c.jsonl", "old.docx", "sub/b.txt")}
+
+
 def test_texts_of_a_folder_that_cannot_be_listed_stay(notes, monkeypatch):
     index = open_index(notes)
     index.update()
@@ -626,6 +649,7 @@ def test_a_browser_that_goes_away_is_no_error_of_the_server(server, monkeypatch,
 def test_the_page_shows_results(server):
     status, page, headers = get(server, "/")
     assert status == 200 and "<ol>" not in page and 'placeholder="Search 6 passages"' in page
+    assert "left out: 2 hidden, 1 .png" in page
     assert headers["Content-Type"] == "text/html; charset=utf-8"
     status, page, _ = get(server, "/?q=bike+chain")
     assert status == 200 and page.count("<li") == 3
