@@ -89,8 +89,8 @@ def folder_of(model: Path) -> Path:
 def state_of(model: Path) -> list:
     """Changes with the files of a model."""
     files = [model] if model.is_file() else [*model.iterdir(), *model.glob("[0-9]_*/*")]
-    states = sorted((str(file), file.stat()) for file in files if file.is_file())
-    return [FORMAT, *([name, state.st_size, state.st_mtime_ns] for name, state in states)]
+    states = {os.path.relpath(file, model): file.stat() for file in files if file.is_file()}
+    return [FORMAT, *([name, states[name].st_size, states[name].st_mtime_ns] for name in sorted(states))]
 
 
 def read(model: Path) -> OnnxEncoder | str | None:

@@ -86,6 +86,16 @@ def test_what_is_made_is_read_by_its_owner_alone_and_made_again_for_other_weight
     np.testing.assert_allclose(index.encode(["heat"], "query"), expected, atol=1e-5)
 
 
+def test_what_is_made_knows_the_models_own_prompts_and_not_those_of_the_flags(notes, tmp_path, monkeypatch):
+    index, _, _ = run(notes, "--query_prefix", "heat : ")
+    assert index.encode.onnx.prompts["query"] == index.encode.torch.prompts["query"] == "heat : "
+    monkeypatch.chdir(tmp_path)  # another path to the same model
+    found = onnx_encoder.read(Path("model"))
+    assert (
+        found.prompts["query"] == "" and found.encode(["heat"]).tolist() == found.encode(["heat"], 1, "query").tolist()
+    )
+
+
 def test_torch_goes_on_where_the_file_would_give_other_vectors_or_cannot_be_made(notes, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(onnx_encoder, "find_spec", lambda name: None if name == "onnxruntime" else name)
@@ -95,7 +105,7 @@ def test_torch_goes_on_where_the_file_would_give_other_vectors_or_cannot_be_made
         (tmp_path / "file").write_text("")
         patch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
         _, _, err = run(notes)
-        assert "NOTE: each search waits for torch" in err and "cannot be written: Not a directory" in err
+        assert "NOTE: each search waits for torch: " in err and "cannot be written: Not a directory" in err
     monkeypatch.setattr(export, "TOLERANCE", -1.0)
     _, _, err = run(notes)
     assert "encoder.onnx differs from the torch network by" in err
