@@ -6,6 +6,7 @@ It is made once for every model, in ``~/.cache/contriever``, and used if it give
 import functools
 import hashlib
 import os
+import shutil
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -113,8 +114,8 @@ def make(model: Path, retriever: "Retriever") -> OnnxEncoder | str:
     folder = folder_of(model)
     facts = {"made_from": state_of(model)}
     try:
+        shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        (folder / FACTS).unlink(missing_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             try:
                 facts |= write_for_search(retriever, Path(temporary))
