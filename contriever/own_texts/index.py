@@ -79,7 +79,7 @@ class Update:
         text = f"{self.files_done:,} of {self.files:,} files, {self.done / max(1, self.size):.0%}"
         if not self.done:
             return text
-        seconds = (time.monotonic() - self.began) * (self.size - self.done) / self.done
+        seconds = (time.monotonic() - self.began) * max(0.0, self.size / self.done - 1)
         unit, length = next(((unit, n) for unit, n in (("h", 3600), ("min", 60)) if seconds > 1.5 * n), ("s", 1))
         return f"{text}, about {seconds / length:.0f} {unit} left"
 

@@ -20,7 +20,7 @@ from contriever.own_texts.rendering import mark
 from tests.benchmarks import harness
 
 QUERY = "wing stall a 東京"
-MOST_RATIO = 1.5
+MOST_RATIO = 2.0
 SHAPES = {  # to a text of about n characters
     "prose": lambda n: "the wing of a plate \nwith stall.\n\n" * (n // 34),
     "blanks": lambda n: "# a" + " " * n + "b",
