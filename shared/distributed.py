@@ -5,11 +5,8 @@ The same calls work for one process (every collective is the identity), under ``
 
 import contextlib
 import datetime
-import io
 import os
-import signal
 import subprocess
-import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -19,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .run.attempt import NotFinite
-from .run.memory import is_out_of_memory, is_out_of_shared_memory, name_batch_flags
+from .run.command_line import plain_exit, say
+from .run.memory import is_out_of_shared_memory, name_batch_flags
 
 _control_group: dist.ProcessGroup | None = None  # gloo, for messages that must not wait for the GPU
 
@@ -206,10 +204,8 @@ def clean_exit() -> Iterator[None]:
 
     Names of files, which may hold any bytes, can be printed in here.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")
     try:
-        with naming_lost_ranks():
+        with plain_exit(_say), naming_lost_ranks():
             yield
     except RankLost as error:
         _say(error)
@@ -217,10 +213,7 @@ def clean_exit() -> Iterator[None]:
     except NotFinite as error:
         _say(error)
         raise SystemExit(3) from error
-    except (MemoryError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            _say(f"out of memory, a smaller batch needs less: {str(error).splitlines()[0]}")
-            raise SystemExit(2) from error
+    except RuntimeError as error:
         if is_out_of_shared_memory(error):
             _say(
                 "the shared memory (/dev/shm) is too small for the batches of the loader processes; start the "
@@ -231,12 +224,6 @@ def clean_exit() -> Iterator[None]:
             raise
         _say(error)
         raise SystemExit(4) from error
-    except (ValueError, OSError) as error:
-        _say(error)
-        raise SystemExit(2) from error
-    except KeyboardInterrupt as error:
-        _say("stopped by Ctrl-C")
-        raise SystemExit(128 + signal.SIGINT) from error
     finally:
         shutdown()
 
@@ -253,8 +240,7 @@ def run_script(function: Callable[[Namespace], object], parse_args: Callable[[],
 
 
 def _say(error: Exception | str) -> None:
-    rank = "" if get_world_size() == 1 else f" (rank {get_rank()})"
-    print(f"error{rank}: {error}", file=sys.stderr, flush=True)
+    say(error, "" if get_world_size() == 1 else f" (rank {get_rank()})")
 
 
 def wrap(module: nn.Module, device: torch.device) -> nn.Module:

@@ -1,38 +1,34 @@
 """BM25, and its combination with dense retrieval: words that must match exactly, and meaning that need not."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-# bm25s computes with JAX where that is installed, and JAX would take most of a GPU's memory for itself
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-import bm25s
 import numpy as np
 
-from ..text.words import contains, exact_words, terms
+from ..text.words import terms
 from .answers import Answers, nothing_found
+
+K1, B = 1.5, 0.75  # of BM25
 
 
 class BM25:
-    """BM25 (Lucene's variant, k1 = 1.5, b = 0.75) over :func:`contriever.text.words.terms`, by bm25s.
+    """BM25 (Lucene's variant) over :func:`contriever.text.words.terms`, by bm25s.
 
     Args:
         texts: N documents; row numbers count through them.
     """
 
     def __init__(self, texts: Sequence[str]):
+        # bm25s computes with JAX where that is installed, and JAX would take most of a GPU's memory for itself
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        import bm25s
+
         self.texts = texts
         documents = [terms(text) for text in texts]
         self.index = None
         if any(documents):  # bm25s cannot index texts without a single word
-            self.index = bm25s.BM25()
+            self.index = bm25s.BM25(k1=K1, b=B)
             self.index.index(documents, show_progress=False)
-
-    def scores(self, query: str) -> np.ndarray:
-        """Of all documents, (N,) float32; 0 without a common word."""
-        words = terms(query, single=False)
-        if self.index is None or not words:
-            return np.zeros(len(self.texts), np.float32)
-        return self.index.get_scores(words).astype(np.float32)
 
     def search(self, queries: Sequence[str], k: int) -> Answers:
         """The k documents with the highest scores; fewer where fewer share a word with the query."""
@@ -46,14 +42,40 @@ class BM25:
             rows[:, :width] = np.where(matching, found.documents, -1)
         return scores, rows
 
-    def rows_with(self, phrases: list[list[str]]) -> np.ndarray:
-        """Whether each document holds every phrase, word by word, (N,)."""
-        rows = np.ones(len(self.texts), bool)
-        for word in {word for phrase in phrases for word in phrase if terms(word)}:
-            rows &= self.scores(word) > 0
-        for row in np.flatnonzero(rows).tolist() if phrases else ():
-            words = exact_words(self.texts[row])
-            rows[row] = all(contains(words, phrase) for phrase in phrases)
+
+class JoinedTerms:
+    """The same scores for one query at a time, from stored terms and without importing anything for it.
+
+    Args:
+        documents: Of :meth:`join`.
+    """
+
+    def __init__(self, documents: list[str]):
+        self.documents = documents
+        lengths = np.array([document.count(" ") for document in documents]) / 2
+        self._norm = K1 * (1 - B + B * lengths / max(lengths.mean(), 1e-9)) if documents else lengths
+
+    @staticmethod
+    def join(text: str) -> str:
+        """All terms of a text, each between two blanks of its own."""
+        return "".join(f" {term} " for term in terms(text))
+
+    def scores(self, query: str) -> np.ndarray:
+        """Of all documents, (N,) float32; 0 without a common word."""
+        total = np.zeros(len(self.documents))
+        for term in terms(query, single=False):
+            counts = np.array([document.count(f" {term} ") for document in self.documents])
+            found = np.count_nonzero(counts)
+            idf = np.log1p((len(counts) - found + 0.5) / (found + 0.5))
+            total += idf * counts / (counts + self._norm)
+        return total.astype(np.float32)
+
+    def with_words(self, words: Iterable[str]) -> np.ndarray:
+        """Whether each document has all of these words in any form, (N,); stop words do not count."""
+        rows = np.ones(len(self.documents), bool)
+        for word in words:
+            if terms(word):
+                rows &= self.scores(word) > 0
         return rows
 
 

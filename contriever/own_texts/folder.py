@@ -1,24 +1,23 @@
-"""A folder of .txt, .md and .jsonl files as short passages, with the place of each one. No torch."""
+"""Files as short passages, with the place of each one, and the part of a passage that fits a query. No torch."""
 
 import bisect
-import codecs
-import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..text.files import parse_object, text_field
 from ..text.words import find_terms, terms
+from .formats import read_sections
 
-SUFFIXES = (".txt", ".md", ".jsonl")
 BLOCK = 20_000  # characters that are tokenised at once
-LONGEST_HEADING = 500  # characters: it is put before every passage below it
+QUESTION_WORDS = frozenset(  # which say nothing about a text where they occur
+    terms(
+        "about am can could did do does from had has have he her his how i me my our she should so than them us we "
+        "what when where which who whom whose why would you your"
+    )
+)
 MARGIN = 4  # tokens that a passage may have more than it had within its file
 _WORD = re.compile(r"\S+")
-_HEADING = re.compile(r"(#{1,6})[ \t]+(.+)")
-_UNDERLINE = re.compile(r"(=+|-{2,})[ \t]*")
-_FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 
 
 @dataclass(frozen=True)
@@ -64,122 +63,28 @@ class Limits:
         return title[: ends[-1]] if ends else "", room - len(ends)
 
 
-def text_files(root: Path, on_unreadable: Callable[[OSError], object] | None = None) -> Iterator[Path]:
-    """The file ``root``, or the files below the folder ``root`` in the order of their names; hidden ones are left out.
-
-    ``on_unreadable`` is called for each folder that cannot be listed.
-    """
-    if root.is_file():
-        if root.suffix.lower() not in SUFFIXES:
-            raise ValueError(f"--passages {root}: expected a folder or a file ending in {', '.join(SUFFIXES)}")
-        yield root
-        return
-    if not root.is_dir():
-        raise ValueError(f"--passages {root}: no such file or folder")
-    for folder, subfolders, names in os.walk(root, onerror=on_unreadable):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in sorted(names):
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                yield Path(folder) / name
-
-
 def read_pieces(path: Path, content: bytes, limits: Limits) -> tuple[list[Piece], str | None]:
-    """The passages of one file, and a remark on what could not be read; ``ValueError`` if it is binary."""
-    text, remark = decode(content)
-    text, stem = limits.prepare(text), path.stem.replace("_", " ")
-    if path.suffix.lower() == ".jsonl":
-        pieces, bad_lines = _json_pieces(path, text, limits)
-        if bad_lines:
-            remark = f"{len(bad_lines)} lines are left out, the first of them {bad_lines[0]}"
-        return pieces, remark
-    sections = _sections(text) if path.suffix.lower() == ".md" else [([], 0, len(text), 1)]
+    """The passages of one file, and a remark on what could not be read; ``ValueError`` if nothing could be."""
+    sections, remark = read_sections(path, content)
     pieces = []
-    for headings, start, end, line in sections:
-        title, room = limits.fit_title([stem, *headings] if headings[:1] != [stem] else headings)
-        found = list(split(text[start:end], title, room, limits, line))
-        pieces += found or ([Piece(line - 1, title, "")] if headings else [])
+    for headings, text, places, heading_place in sections:
+        title, room = limits.fit_title([limits.prepare(heading) for heading in headings])
+        found = list(split(limits.prepare(text), title, room, limits))
+        pieces += (replace(piece, line=places[min(piece.line, len(places)) - 1]) for piece in found)
+        if heading_place and not found:
+            pieces.append(Piece(heading_place, title, ""))
     return pieces, remark
 
 
-def decode(content: bytes) -> tuple[str, str | None]:
-    """Text of a file in UTF-8, or in UTF-16 if it begins with its mark, and a remark on bytes that are neither."""
-    encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
-    if encoding == "utf-8-sig" and b"\0" in content:
-        raise ValueError("a binary file")
-    try:
-        return content.decode(encoding), None
-    except UnicodeDecodeError as error:
-        remark = f"byte {error.start} is not {encoding[:6].rstrip('-').upper()}; what cannot be read became U+FFFD"
-        return content.decode(encoding, errors="replace"), remark
+def place(path: str, line: int) -> str:
+    """Where a passage is, for a person."""
+    unit = unit_of(path)
+    return f"{path}:{line}" if unit == "line" else f"{path}, {unit} {line}"
 
 
-def _json_pieces(path: Path, text: str, limits: Limits) -> tuple[list[Piece], list[str]]:
-    """The passages of the lines that can be read, and what is wrong with the others."""
-    pieces, bad_lines = [], []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            where = f"{path.name}, line {number}"
-            record = parse_object(line, where)
-            title, body = text_field(record, "title", where, default=""), text_field(record, "text", where)
-        except ValueError as error:
-            bad_lines.append(str(error))
-            continue
-        title, room = limits.fit_title([title] if title else [])
-        pieces += (Piece(number, title, piece.text) for piece in split(body, title, room, limits))
-    return pieces, bad_lines
-
-
-def _sections(text: str) -> Iterator[tuple[list[str], int, int, int]]:
-    """(headings from the outermost on, start, end, line) of the parts of a Markdown file.
-
-    Lines of front matter and between fences are no headings. A heading without a text of its own is a part if no
-    smaller one follows it.
-    """
-    path: list[tuple[int, str]] = []  # level and words of the headings that are open
-    start, first_line, fence, position = 0, 1, "", 0
-    lines = text.split("\n")
-    skip = _front_matter(lines)
-    for number, line in enumerate(lines, start=1):
-        here, position = position, position + len(line) + 1
-        bare = line.strip()
-        if number <= skip:
-            continue
-        if mark := _FENCE.match(line):
-            if not fence:
-                fence = mark[1]
-            elif mark[1].startswith(fence) and bare == mark[1]:
-                fence = ""
-            continue
-        level, words, begin = 0, "", here
-        if not fence and (found := _HEADING.fullmatch(bare)) and not line[:1].isspace():
-            level, words = len(found[1]), found[2].rstrip("# \t") or "#"
-        elif not fence and _UNDERLINE.fullmatch(bare) and _is_lone_line(lines, number - 2, skip):
-            level, words, begin = 1 + (bare[0] == "-"), lines[number - 2].strip(), here - len(lines[number - 2]) - 1
-        if not level:
-            continue
-        if text[start:begin].strip() or (path and path[-1][0] >= level):
-            yield [words for _, words in path], start, begin, first_line
-        words = " ".join(words.split())[:LONGEST_HEADING]
-        path = [*(heading for heading in path if heading[0] < level), (level, words)]
-        start, first_line = position, number + 1
-    if text[start:].strip() or path:
-        yield [words for _, words in path], start, len(text), first_line
-
-
-def _front_matter(lines: list[str]) -> int:
-    """How many lines of settings between two rulers a file begins with."""
-    if not lines or lines[0].strip() != "---":
-        return 0
-    return next((n for n, line in enumerate(lines[1:], start=2) if line.strip() in ("---", "...")), 0)
-
-
-def _is_lone_line(lines: list[str], index: int, skip: int) -> bool:
-    """Whether a line of words stands for itself, so that a ruler below it makes it a heading."""
-    words = lines[index].strip() if index >= skip else ""
-    before = lines[index - 1].strip() if index - 1 >= skip else ""
-    return bool(words) and not before and not words.startswith(("#", ">", "-", "*", "+", "|", "`"))
+def unit_of(path: str) -> str:
+    """What the places within a file are."""
+    return {".pdf": "page", ".docx": "paragraph"}.get(path[path.rfind(".") :].lower(), "line")
 
 
 def split(text: str, title: str, room: int, limits: Limits, line: int = 1) -> Iterator[Piece]:
@@ -278,6 +183,7 @@ def snippet(text: str, query: str, width: int = 300) -> str:
 def marked(text: str, query: str) -> list[tuple[int, int]]:
     """(start, end) of the words of the query in a text, whatever their case, accents and endings; none overlaps."""
     wanted, spans = set(terms(query, single=False)), []
+    wanted = wanted - QUESTION_WORDS or wanted
     for start, end, term in find_terms(text):
         if term not in wanted:
             continue

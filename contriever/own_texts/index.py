@@ -1,34 +1,44 @@
 """An index of a folder of texts in one SQLite file: passages, vectors, and what is known of each file.
 
-Every change is a transaction, so a kill at any instant leaves a good index. Of a large file the vectors are stored as
-they are made, and wait for the rest: a kill loses at most the last 512.
+Every change is a transaction, so a kill at any instant leaves a good index. Vectors are stored as they are made, by the
+hash of their text: a kill loses at most the last 512, and a text that has moved keeps its own.
 """
 
 import contextlib
+import functools
 import hashlib
 import os
 import sqlite3
 import stat
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from ..index.bm25 import BM25, combine
+from ..index.bm25 import JoinedTerms, combine
 from ..text.files import first_difference
-from ..text.words import phrases
-from .folder import Limits, Piece, read_pieces, text_files
+from ..text.words import contains, exact_words, phrases
+from .folder import Limits, read_pieces, unit_of
+from .formats import missing_library
+from .walk import describe_left_out, text_files
 
-FORMAT = 2
+FORMAT = 3
 PASSAGES_PER_TRANSACTION = 512
+MOST_NAMES = 3  # of files with the same problem
+MOST_BYTES = 500_000_000  # of a file, for it is read as a whole
 _TABLES = """
-CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT);
 CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER, sha256 BLOB, remark TEXT);
 CREATE TABLE IF NOT EXISTS passages (
-    path TEXT, number INTEGER, line INTEGER, title TEXT, text TEXT, vector BLOB, PRIMARY KEY (path, number)
+    id INTEGER PRIMARY KEY, path TEXT, number INTEGER, line INTEGER, vector INTEGER, folded INTEGER
 );
-CREATE TABLE IF NOT EXISTS waiting (sha256 BLOB PRIMARY KEY, vector BLOB); -- of texts of files that are not finished
+CREATE INDEX IF NOT EXISTS places ON passages (path, number);
+CREATE INDEX IF NOT EXISTS equal_texts ON passages (folded);
+CREATE TABLE IF NOT EXISTS texts (id INTEGER PRIMARY KEY, title TEXT, text TEXT, terms TEXT); -- of the passages
+CREATE TABLE IF NOT EXISTS vectors (id INTEGER PRIMARY KEY, sha256 BLOB UNIQUE, vector BLOB); -- of title and text
 """
 
 
@@ -41,15 +51,41 @@ class Update:
     removed: int = 0
     unchanged: int = 0
     embedded: int = 0
-    size: int = 0  # bytes of the new and changed files
-    done: float = 0.0  # bytes of them
+    files: int = 0  # that are new or have changed
+    files_done: int = 0
+    size: int = 0  # their bytes
+    done: float = 0.0
+    began: float = field(default_factory=time.monotonic)
     problems: dict[str, str] = field(default_factory=dict)  # file to reason
+    left_out: Counter[str] = field(default_factory=Counter)  # by reason
+    kept: str = ""  # why everything stays as it was found last
 
     def describe(self) -> str:
         return (
             f"{self.new} new, {self.changed} changed, {self.removed} removed and {self.unchanged} unchanged files; "
             f"{self.embedded} passages embedded"
         )
+
+    def remarks(self) -> list[str]:
+        """What could not be read, equal reasons on one line, and what was left out."""
+        names: dict[str, list[str]] = {}
+        for name, problem in self.problems.items():
+            names.setdefault(problem, []).append(name)
+        told = [f"{', '.join(group[:MOST_NAMES])}{_others(group)}: {problem}" for problem, group in names.items()]
+        return [*told, *filter(None, [describe_left_out(self.left_out), self.kept])]
+
+    def progress(self) -> str:
+        """How far it is, and how long it will take."""
+        text = f"{self.files_done:,} of {self.files:,} files, {self.done / max(1, self.size):.0%}"
+        if not self.done:
+            return text
+        seconds = (time.monotonic() - self.began) * max(0.0, self.size / self.done - 1)
+        unit, length = next(((unit, n) for unit, n in (("h", 3600), ("min", 60)) if seconds > 1.5 * n), ("s", 1))
+        return f"{text}, about {seconds / length:.0f} {unit} left"
+
+
+def _others(names: list[str]) -> str:
+    return f" and {len(names) - MOST_NAMES} others" if len(names) > MOST_NAMES else ""
 
 
 @dataclass(frozen=True)
@@ -61,6 +97,25 @@ class Hit:
     line: int  # where it begins there
     title: str
     text: str
+    number: int = 0  # within its file
+    others: tuple[tuple[str, int, int], ...] = ()  # path, line and number of the same text elsewhere
+
+    def record(self) -> dict:
+        """What programs are told of it."""
+        places = [{"path": path, "line": line} for path, line, _ in self.others]
+        found = {"score": round(self.score, 6), "path": self.path, "line": self.line, "unit": unit_of(self.path)}
+        return {**found, "title": self.title, "text": self.text, "others": places}
+
+
+def answer(query: str, hits: list[Hit], left_out: Counter[str], state: str = "") -> dict:
+    """The answer to programs: the hits, what is left out of the index by reason, and what is still being indexed."""
+    return {"query": query, "results": [hit.record() for hit in hits], "left_out": dict(+left_out), "state": state}
+
+
+def folded(text: str) -> int:
+    """A number that is the same for texts that differ in case and blanks alone."""
+    content = " ".join(text.casefold().split()).encode()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big", signed=True)
 
 
 @contextlib.contextmanager
@@ -85,13 +140,14 @@ def _telling(update: Update, name: str, known: dict[str, list]) -> Iterator[None
 
 
 class SearchIndex:
-    """The index of one folder, or of a single file.
+    """The index of one folder, or of a single file. One thread may update it while others search.
 
     Args:
         file: The SQLite file.
         encode: From texts and their kind, ``query`` or ``passage``, to vectors (N, D) float32.
         settings: Whatever the vectors depend on; an index that was made with others is refused.
         limits: Of the passages.
+        list_files: :func:`.walk.text_files` with the flags of the choice.
     """
 
     def __init__(
@@ -101,22 +157,28 @@ class SearchIndex:
         encode: Callable[[list[str], str], np.ndarray],
         settings: dict[str, object],
         limits: Limits | None = None,
+        list_files: Callable[..., Iterator[Path]] = text_files,
     ):
+        self.list_files = list_files
         self.root, self.file, self.encode, self.limits = root, file, encode, limits or Limits()
         sizes = {"max_words": self.limits.max_words, "max_tokens": self.limits.max_tokens}
         self.settings = {name: str(value) for name, value in {**settings, "format": FORMAT, **sizes}.items()}
+        with contextlib.suppress(OSError):  # it may be somebody else's, or on a disk that only can be read
+            os.close(os.open(file, os.O_CREAT | os.O_RDWR, 0o600))  # others may not be allowed to read the texts
+            file.chmod(0o600)  # as SQLite's journal will be
         with naming(file):
             self.database = sqlite3.connect(file, timeout=60, check_same_thread=False)
-            self.database.executescript(_TABLES)
+            self.database.execute("PRAGMA cache_spill = OFF")  # large changes lock others out at their end only
             self._check_settings()
-        if file.stat().st_mode & 0o077:
-            with contextlib.suppress(OSError):  # it may be somebody else's
-                file.chmod(0o600)  # it holds the texts, which others may not be allowed to read
+            self._reader = sqlite3.connect(file, timeout=60, check_same_thread=False, isolation_level=None)
+        self._lock = threading.Lock()  # of the reader
         self._loaded, self._loaded_version = None, None
 
     def _check_settings(self) -> None:
+        self.database.execute("CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT)")
         found = dict(self.database.execute("SELECT name, value FROM settings"))
         if not found:
+            self.database.executescript(_TABLES)
             with self.database:
                 self.database.executemany("INSERT OR IGNORE INTO settings VALUES (?, ?)", self.settings.items())
             return
@@ -127,21 +189,30 @@ class SearchIndex:
                 "keeps both"
             )
 
-    def update(self, tell: Callable[[Update], object] = lambda update: None) -> Update:
+    def update(self, tell: Callable[[Update], object] = lambda update: None, drop_missing: bool = False) -> Update:
         """Embed the files that are new or have changed, forget those that are gone.
 
-        Args:
-            tell: Called with what was done so far after every 512 passages.
-        """
-        with naming(self.file):
-            return self._update(tell)
+        An index that cannot be written stays as it is, which ``kept`` tells; ``ValueError`` if it is empty.
 
-    def _update(self, tell: Callable[[Update], object]) -> Update:
-        update, unreadable, todo = Update(), [], []
+        Args:
+            tell: Called with what was done so far, at first and at least after every 512 passages.
+            drop_missing: Also forget the files if none is left at all; else the disk may just not be there.
+        """
+        update = Update()
+        with naming(self.file):
+            try:
+                self._update(update, tell, drop_missing)
+            except sqlite3.OperationalError as error:
+                if not len(self):
+                    raise
+                update.kept = f"{self.file} cannot be written and is searched as it is: {error}"
+        return update
+
+    def _update(self, update: Update, tell: Callable[[Update], object], drop_missing: bool) -> None:
+        unreadable, todo = [], []
         known = {path: rest for path, *rest in self.database.execute("SELECT path, size, mtime_ns, sha256 FROM files")}
-        places = {rest[2]: path for path, rest in known.items()}  # files may have been moved
         present = set()
-        for path in text_files(self.root, unreadable.append):
+        for path in self.list_files(self.root, unreadable.append, update.left_out):
             name = self._name(path, update)
             if name is None:
                 continue
@@ -152,9 +223,51 @@ class SearchIndex:
                     update.unchanged += 1
                 elif not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
                     update.problems[name] = "not indexed: it is no regular file"
+                elif missing_library(path):
+                    update.left_out["documents"] += 1
+                elif status.st_size > MOST_BYTES:
+                    size = f"{status.st_size / 1e9:,.1f} GB, and more than {MOST_BYTES / 1e9} are not read"
+                    update.problems[name] = f"not indexed: it has {size}"
                 else:
                     update.size += status.st_size
                     todo.append((path, name, status))
+        gone = known.keys() - present
+        for error in unreadable:
+            folder = Path(error.filename)
+            update.problems[str(folder)] = f"cannot be listed: {error.strerror}; its texts stay as they were found last"
+            gone = {name for name in gone if folder not in (self.root / name).parents}
+        if gone and not present and not drop_missing:
+            update.kept = (
+                f"{self.root} holds no text, is its disk there? {len(gone)} files stay as they were found last; "
+                "--drop_missing forgets them"
+            )
+            gone = set()
+        update.files = len(todo)
+        if todo or gone:
+            self.database.execute(f"PRAGMA user_version = {FORMAT}")  # fails before anything is embedded in vain
+            tell(update)
+        self._read_and_store(todo, known, update, tell)
+        with self.database:
+            for name in gone:
+                self._forget(name)
+                update.removed += 1
+            if todo or gone:
+                self.database.execute("DELETE FROM vectors WHERE id NOT IN (SELECT vector FROM passages)")
+        for name, remark in self.database.execute("SELECT path, remark FROM files WHERE remark IS NOT NULL"):
+            update.problems[name] = remark
+        update.left_out["problems"] = sum(p.startswith("not indexed") for p in update.problems.values())
+
+    def _name(self, path: Path, update: Update) -> str | None:
+        start = len(str(self.root / "_")) - 1  # slices take a fifth of the time of relative paths
+        name = path.name if path == self.root else str(path)[start:].replace(os.sep, "/")
+        try:
+            name.encode()
+            return name
+        except UnicodeEncodeError:
+            update.problems[repr(name)] = "not indexed: its name is not UTF-8"
+            return None
+
+    def _read_and_store(self, todo: list[tuple], known: dict[str, list], update: Update, tell: Callable) -> None:
         pending, count = [], 0
         for path, name, status in todo:
             file = None
@@ -164,32 +277,10 @@ class SearchIndex:
                 pending.append(file)
                 count += max(1, len(file[-1]))
             if count >= PASSAGES_PER_TRANSACTION:
-                self._store(pending, places, update, tell)
+                self._store(pending, update, tell)
                 pending, count = [], 0
-        self._store(pending, places, update, tell)
-        gone = known.keys() - present
-        for error in unreadable:
-            folder = Path(error.filename)
-            update.problems[str(folder)] = f"cannot be listed: {error.strerror}; its texts stay as they were found last"
-            gone = {name for name in gone if folder not in (self.root / name).parents}
-        with self.database:
-            for name in gone:
-                self._forget(name)
-                update.removed += 1
-            if todo:
-                self.database.execute("DELETE FROM waiting")  # of files that have changed meanwhile
-        for name, remark in self.database.execute("SELECT path, remark FROM files WHERE remark IS NOT NULL"):
-            update.problems[name] = remark
-        return update
-
-    def _name(self, path: Path, update: Update) -> str | None:
-        name = path.relative_to(self.root).as_posix() if path != self.root else path.name
-        try:
-            name.encode()
-            return name
-        except UnicodeEncodeError:
-            update.problems[repr(name)] = "not indexed: its name is not UTF-8"
-            return None
+        if pending:
+            self._store(pending, update, tell)
 
     def _read_if_changed(
         self, path: Path, name: str, status: os.stat_result, known: list | None, update: Update
@@ -201,6 +292,7 @@ class SearchIndex:
             with self.database:
                 self.database.execute("UPDATE files SET mtime_ns = ? WHERE path = ?", (status.st_mtime_ns, name))
             update.unchanged += 1
+            update.files_done += 1
             update.done += status.st_size
             return None
         try:
@@ -213,107 +305,148 @@ class SearchIndex:
         update.changed += known is not None
         return name, status.st_size, status.st_mtime_ns, sha256, remark, pieces
 
-    def _store(self, files: list[tuple], places: dict[bytes, str], update: Update, tell: Callable) -> None:
-        """Embed the passages of some files, whose vectors wait until everything is written in one transaction."""
-        vectors = {}
-        for name, _, _, sha256, *_ in files:
-            for place in {name, places.get(sha256, name)}:
-                vectors |= self._known_vectors(place)
-        hashes = {
-            text: hashlib.sha256(text.encode()).digest()
-            for text in dict.fromkeys(p.full_text() for *_, pieces in files for p in pieces)
-            if text not in vectors
+    def _store(self, files: list[tuple], update: Update, tell: Callable) -> None:
+        """Embed the texts of some files that have no vector, then write all of their passages in one transaction."""
+        hashes = [[hashlib.sha256(piece.full_text().encode()).digest() for piece in pieces] for *_, pieces in files]
+        texts = {
+            sha256: piece
+            for file, row in zip(files, hashes, strict=True)
+            for sha256, piece in zip(row, file[-1], strict=True)
         }
-        for text, sha256 in hashes.items():
-            for (vector,) in self.database.execute("SELECT vector FROM waiting WHERE sha256 = ?", (sha256,)):
-                vectors[text] = vector
-        missing = [text for text in hashes if text not in vectors]
+        known = self._vector_ids(texts)
+        missing = [sha256 for sha256 in texts if sha256 not in known]
         done = update.done + sum(size for _, size, *_ in files)
         share = (done - update.done) / max(1, len(missing))
         for start in range(0, len(missing), PASSAGES_PER_TRANSACTION):
             part = missing[start : start + PASSAGES_PER_TRANSACTION]
-            encoded = self.encode(part, "passage").astype(np.float16)
+            encoded = self.encode([texts[sha256].full_text() for sha256 in part], "passage").astype(np.float16)
             if not np.isfinite(encoded).all():
                 raise ValueError("the encoder gave vectors that are not finite: are its weights damaged?")
-            vectors |= {text: vector.tobytes() for text, vector in zip(part, encoded, strict=True)}
             with self.database:
-                rows = [(hashes[text], vectors[text]) for text in part]
-                self.database.executemany("INSERT OR IGNORE INTO waiting VALUES (?, ?)", rows)
+                rows = [(sha256, vector.tobytes()) for sha256, vector in zip(part, encoded, strict=True)]
+                self.database.executemany("INSERT OR IGNORE INTO vectors (sha256, vector) VALUES (?, ?)", rows)
             update.embedded += len(part)
             update.done += share * len(part)
             tell(update)
+        known = self._vector_ids(texts)
+        terms = [[JoinedTerms.join(f"{piece.title} {piece.text}") for piece in pieces] for *_, pieces in files]
         with self.database:
-            self.database.executemany("DELETE FROM waiting WHERE sha256 = ?", [(h,) for h in hashes.values()])
-            for name, size, mtime_ns, sha256, remark, pieces in files:
+            last = self.database.execute("SELECT coalesce(max(id), 0) FROM passages").fetchone()[0]
+            for (name, size, mtime_ns, sha256, remark, pieces), row, joined in zip(files, hashes, terms, strict=True):
                 self._forget(name)
                 self.database.execute(
                     "INSERT INTO files VALUES (?, ?, ?, ?, ?)", (name, size, mtime_ns, sha256, remark)
                 )
-                self.database.executemany(
-                    "INSERT INTO passages VALUES (?, ?, ?, ?, ?, ?)",
-                    [(name, i, p.line, p.title, p.text, vectors[p.full_text()]) for i, p in enumerate(pieces)],
-                )
+                for number, (piece, of_text, words) in enumerate(zip(pieces, row, joined, strict=True)):
+                    last += 1
+                    place = last, name, number, piece.line, known[of_text], folded(piece.text or piece.title)
+                    self.database.execute("INSERT INTO passages VALUES (?, ?, ?, ?, ?, ?)", place)
+                    content = last, piece.title, piece.text, words
+                    self.database.execute("INSERT INTO texts VALUES (?, ?, ?, ?)", content)
         update.done = done
+        update.files_done += len(files)
+        tell(update)
 
-    def _known_vectors(self, name: str) -> dict[str, bytes]:
-        """Vectors of the passages that a file had before, by text: most of a changed file stays."""
-        rows = self.database.execute("SELECT title, text, vector FROM passages WHERE path = ?", (name,))
-        return {Piece(0, title, text).full_text(): vector for title, text, vector in rows}
+    def _vector_ids(self, hashes: Iterable[bytes]) -> dict[bytes, int]:
+        """Those of the texts that have a vector."""
+        found = (
+            (sha256, self.database.execute("SELECT id FROM vectors WHERE sha256 = ?", (sha256,)).fetchone())
+            for sha256 in hashes
+        )
+        return {sha256: row[0] for sha256, row in found if row is not None}
 
     def _forget(self, name: str) -> None:
         self.database.execute("DELETE FROM files WHERE path = ?", (name,))
+        self.database.execute("DELETE FROM texts WHERE id IN (SELECT id FROM passages WHERE path = ?)", (name,))
         self.database.execute("DELETE FROM passages WHERE path = ?", (name,))
 
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        """The index as it is at one instant."""
+        with naming(self.file), self._lock:
+            try:
+                self._reader.execute("BEGIN")
+                yield self._reader
+            finally:
+                self._reader.rollback()
+
     def __len__(self) -> int:
-        return self.database.execute("SELECT count(*) FROM passages").fetchone()[0]
+        with self._reading() as reader:
+            return reader.execute("SELECT count(*) FROM passages").fetchone()[0]
 
-    def _version(self) -> tuple[int, int]:
-        """Differs after every change of the file, by this process or by another one."""
-        return self.database.total_changes, self.database.execute("PRAGMA data_version").fetchone()[0]
-
-    def rows(self) -> Iterator[tuple]:
-        """(path, line, title, text, vector) of all passages, in the order of their places."""
-        return self.database.execute("SELECT path, line, title, text, vector FROM passages ORDER BY path, number")
+    def passages(self, path: str, first: int, last: int) -> list[Hit]:
+        """Those of a file, from one number to another."""
+        command = "SELECT 0.0, path, line, title, text, number FROM passages JOIN texts USING (id) WHERE path = ? "
+        with self._reading() as reader:
+            rows = reader.execute(f"{command} AND number BETWEEN ? AND ? ORDER BY number", (path, first, last))
+            return [Hit(*row) for row in rows]
 
     def search(self, query: str, k: int, retriever: str = "dense", dense_weight: float = 0.5) -> list[Hit]:
-        """The k best passages by the ``retriever``: ``dense``, ``bm25`` or ``hybrid``."""
+        """The k best texts by the ``retriever``: ``dense``, ``bm25`` or ``hybrid``."""
         if not query.strip():
             raise ValueError("the query is empty")
-        with naming(self.file):
-            version = self._version()
-            if version != self._loaded_version:
-                self._loaded, self._loaded_version = _Loaded(list(self.rows())), version
+        vector = None if retriever == "bm25" else self.encode([query], "query")[0]
         unit = self.settings.get("normalized") == "True"
-        return self._loaded.search(query, k, self.encode, retriever, dense_weight, unit)
+        with self._reading() as reader:
+            version = reader.execute("PRAGMA data_version").fetchone()  # differs after every change
+            if version != self._loaded_version:
+                self._loaded, self._loaded_version = _Loaded(reader), version
+            return self._loaded.search(query, vector, k, retriever, dense_weight, unit)
 
 
 class _Loaded:
-    """All passages in memory."""
+    """What queries are compared with, in memory; rows are passages in the order of their places."""
 
-    def __init__(self, rows: list[tuple]):
-        self.passages = [row[:4] for row in rows]
-        self.vectors = (
-            np.stack([np.frombuffer(row[4], np.float16) for row in rows]).astype(np.float32) if rows else None
-        )
-        self.bm25 = None
+    def __init__(self, reader: sqlite3.Connection):
+        self.reader = reader
+        places = reader.execute("SELECT id, vector, folded FROM passages ORDER BY path, number").fetchall()
+        self.ids = [id for id, *_ in places]
+        self.folded = [text for *_, text in places]
+        stored = reader.execute("SELECT id, vector FROM vectors ORDER BY id").fetchall()
+        self.vectors = np.frombuffer(b"".join(vector for _, vector in stored), np.float16).astype(np.float32)
+        self.vectors = self.vectors.reshape(len(stored), -1) if stored else self.vectors
+        self.vector_of = np.searchsorted([id for id, _ in stored], [vector for _, vector, _ in places])
+
+    @functools.cached_property
+    def terms(self) -> JoinedTerms:
+        rows = self.reader.execute("SELECT terms FROM passages JOIN texts USING (id) ORDER BY path, number")
+        return JoinedTerms([terms for (terms,) in rows])
+
+    def hit(self, row: int, score: float) -> Hit:
+        command = "SELECT path, line, title, text, number FROM passages JOIN texts USING (id) WHERE id = ?"
+        return Hit(score, *self.reader.execute(command, (self.ids[row],)).fetchone())
+
+    def others(self, row: int) -> tuple[tuple[str, int, int], ...]:
+        """Further places of the same text."""
+        command = "SELECT path, line, number FROM passages WHERE folded = ? AND id != ? ORDER BY path, number"
+        return tuple(self.reader.execute(command, (self.folded[row], self.ids[row])))
+
+    def holds(self, row: int, quoted: list[list[str]]) -> bool:
+        hit = self.hit(row, 0.0)
+        words = exact_words(f"{hit.title} {hit.text}")
+        return all(contains(words, phrase) for phrase in quoted)
 
     def search(
-        self, query: str, k: int, encode: Callable, retriever: str, dense_weight: float, unit: bool
+        self, query: str, vector: np.ndarray | None, k: int, retriever: str, dense_weight: float, unit: bool
     ) -> list[Hit]:
         """Best first; with words in quotation marks only passages that hold them as they are."""
-        if self.vectors is None:
+        if not self.ids:
             return []
-        quoted = phrases(query)
-        if self.bm25 is None and (quoted or retriever != "dense"):
-            self.bm25 = BM25([f"{title} {text}" for _, _, title, text in self.passages])
-        wanted = self.bm25.rows_with(quoted) if quoted else np.ones(len(self.vectors), bool)
+        wanted = np.ones(len(self.ids), bool)
+        if quoted := phrases(query):
+            wanted = self.terms.with_words({word for phrase in quoted for word in phrase})
+            wanted[wanted] = [self.holds(row, quoted) for row in np.flatnonzero(wanted).tolist()]
         if retriever == "bm25":
-            scores = self.bm25.scores(query)
+            scores = self.terms.scores(query)
             wanted &= scores > 0
         else:
-            scores = encode([query], "query").astype(np.float32)[0] @ self.vectors.T
+            scores = (self.vectors @ vector)[self.vector_of]
             if retriever == "hybrid":
-                scores = combine(scores, self.bm25.scores(query), dense_weight, unit)
+                scores = combine(scores, self.terms.scores(query), dense_weight, unit)
         rows = np.flatnonzero(wanted)
-        order = rows[np.argsort(-scores[rows], kind="stable")[:k]]
-        return [Hit(float(scores[row]), *self.passages[row]) for row in order]
+        best: dict[int, int] = {}  # texts to the best rows of each
+        for row in rows[np.argsort(-scores[rows], kind="stable")].tolist():
+            best.setdefault(self.folded[row], row)
+            if len(best) == k:
+                break
+        return [replace(self.hit(row, float(scores[row])), others=self.others(row)) for row in best.values()]

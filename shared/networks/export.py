@@ -21,6 +21,7 @@ from shared.run.files import atomic_file
 from .backbones import build_library_backbone, input_channels, timm_model, torchvision_architectures
 from .card import Card
 from .names import TO_TRANSFORMERS_VIT, renamed, split_qkv
+from .onnx_session import onnx_session
 from .pretrained import backbone_of
 from .weights import load_backbone_weights, safe_load, vit_shape
 
@@ -122,9 +123,7 @@ def trace_onnx(network: nn.Module, inputs: tuple[Tensor, ...], axes: dict[str, d
 
 def read_onnx(path: Path) -> Callable[..., Tensor]:
     """The network of a file, which maps its inputs to its output."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = onnx_session(path)
     names = [given.name for given in session.get_inputs()]
 
     def network(*inputs: Tensor) -> Tensor:

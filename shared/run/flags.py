@@ -1,45 +1,15 @@
 """Command-line flags that every training script has, and types of flags."""
 
 import argparse
-import difflib
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NoReturn
 
 from shared import distributed
 from shared.images.decode import MAX_PIXELS
 
+from .command_line import Parser, add_device_flag
 from .loggers import LOGGERS
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser that shows defaults in its help, and mistakes in one line with the nearest flag.
-
-    Args:
-        docstring: Of the script; its first paragraph is the description.
-    """
-
-    def __init__(self, docstring: str = "", **options):
-        options = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter} | options
-        super().__init__(**{"description": docstring.split("\n\n")[0]} | options)
-
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
-        self.arguments = sys.argv[1:] if args is None else args
-        return super().parse_known_args(args, namespace)
-
-    def error(self, message: str) -> NoReturn:
-        if message.startswith("the following arguments are required"):  # a typo of one of them or of another flag
-            for action in self._actions:
-                action.required = False
-            unknown = [word for word in self.parse_known_args(self.arguments)[1] if word.startswith("--")]
-            message += f"; unrecognized arguments: {' '.join(unknown)}" if unknown else ""
-        _, _, unknown = message.partition("unrecognized arguments: ")
-        unknown = re.findall(r"--[^\s=]+", unknown)
-        close = [match for name in unknown for match in difflib.get_close_matches(name, self._option_string_actions, 1)]
-        hint = f"; did you mean {' and '.join(close)}?" if close else ""
-        self.exit(2, f"error: {message}{hint} (--help lists all flags)\n")
 
 
 class AnyDashParser(Parser):
@@ -97,13 +67,6 @@ def add_data_flags(parser: argparse.ArgumentParser) -> Callable:
     add("--cache", default="none", help="decoded images: none, memory, or a folder for a memory-mapped file")
     add_bad_image_flags(add)
     return add
-
-
-def add_device_flag(add: Callable) -> None:
-    """A device as released configuration files name it, with the ``add_argument`` of a group."""
-    number = "auto: a GPU if there is one; the number of cuda:0 is ignored: launchers choose among GPUs"
-    kinds = ("auto", "cpu", "cuda")
-    add("--device", type=lambda text: text.split(":")[0], default="auto", choices=kinds, help=number)
 
 
 def add_run_flags(parser: argparse.ArgumentParser, knn: bool = True, pictures: bool = True) -> Callable:

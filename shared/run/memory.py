@@ -2,16 +2,18 @@
 
 import ctypes
 import platform
+import sys
 from argparse import Namespace
-
-import torch
 
 NO_SHARED_MEMORY = 77  # exit code of a loader process that cannot hand over its batch
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether memory of the host or of a GPU could not be had."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    torch = sys.modules.get("torch")  # scripts that do without it do not wait for it here
+    return isinstance(error, (MemoryError, *([torch.OutOfMemoryError] if torch else []))) or (
+        "DefaultCPUAllocator" in str(error)
+    )
 
 
 def is_out_of_shared_memory(error: BaseException) -> bool:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
-from contriever import finetuning, search
+from contriever import finetuning, onnx_encoder, search
 from contriever.encoder import load_retriever
 from contriever.modules_json import read_steps
 from contriever.new_encoder import train_tokenizer
@@ -108,6 +108,23 @@ def test_prompts_of_other_names_count_as_in_the_library(folder_of, tmp_path, cap
         assert (told in capsys.readouterr().out) == (number < 2)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_searches_without_torch_have_the_same_vectors(kind, folder_of):
+    """Pooling, dense layers, norms, lengths and prompts included, and texts are cut at the same places."""
+    folder, theirs = folder_of(kind)
+    retriever = load_retriever(folder)
+    made = onnx_encoder.make(folder, retriever)
+    texts = [*TEXTS, "Wing, plate; heat. " * 20]
+    for encoder in (made, onnx_encoder.read(folder)):
+        np.testing.assert_allclose(encoder.encode(texts, kind="query"), theirs.encode_query(texts), atol=2e-6)
+        np.testing.assert_allclose(encoder.encode(texts, kind="passage"), theirs.encode_document(texts), atol=2e-6)
+        np.testing.assert_allclose(encoder.encode(texts, batch_size=2), vectors(retriever, texts), atol=2e-6)
+        assert encoder.tokenize(texts, "query") == retriever.tokenize(texts, kind="query")
+        assert encoder.token_ends(texts[-1]) == retriever.token_ends(texts[-1])
+        assert encoder.identity() == retriever.identity() and encoder.max_tokens == retriever.max_tokens
+        assert encoder.encode([]).shape == (0, retriever.dim)
+
+
 def test_older_files_say_the_same_in_other_words(folder_of, tmp_path):
     folder, _ = folder_of("bert-cls")
     shutil.copytree(folder, tmp_path / "old")
@@ -165,7 +182,8 @@ def test_an_index_knows_pooling_and_prompts(folder_of, tmp_path):
 
     index = run(folder, "--query", "wing")
     expected = vectors(load_retriever(folder), ["a wing"], "passage")[0]
-    np.testing.assert_allclose(np.frombuffer(next(iter(index.rows()))[4], np.float16), expected, atol=1e-3)
+    ((vector,),) = index.database.execute("SELECT vector FROM vectors")
+    np.testing.assert_allclose(np.frombuffer(vector, np.float16), expected, atol=1e-3)
     with pytest.raises(ValueError, match="its pooling is cls, now it is average"):
         run(tmp_path / "mean")
     with pytest.raises(ValueError, match=r"its prefix is heat \. , now it is wing \. "):

@@ -1,5 +1,6 @@
 """Searching a folder of texts: what is indexed, what is embedded again, what is answered, what is refused."""
 
+import html
 import http.client
 import json
 import os
@@ -7,7 +8,11 @@ import re
 import shutil
 import socket
 import struct
+import subprocess
+import sys
+import tempfile
 import threading
+import time
 from pathlib import Path
 from urllib.parse import quote
 
@@ -15,11 +20,14 @@ import numpy as np
 import pytest
 
 from contriever import search as search_script
+from contriever.own_texts import background
 from contriever.own_texts import index as index_module
-from contriever.own_texts import page as page_module
-from contriever.own_texts.folder import Limits, Piece, decode, read_pieces, snippet, split, text_files
+from contriever.own_texts.background import LiveIndex
+from contriever.own_texts.folder import Limits, Piece, read_pieces, snippet, split
 from contriever.own_texts.index import SearchIndex
-from contriever.own_texts.page import SearchServer, render_page
+from contriever.own_texts.page import SearchServer, serve
+from contriever.own_texts.rendering import SCRIPT, Asked, mark, render_results
+from contriever.own_texts.walk import text_files
 from contriever.search import get_args_parser, search
 from tests.contriever.tiny import tiny_retriever
 
@@ -58,6 +66,14 @@ def notes(tmp_path) -> Path:
 
 def open_index(notes: Path, encode=bag_of_words, model: int = 1) -> SearchIndex:
     return SearchIndex(notes, notes / ".index", encode, {"model": model})
+
+
+def rows(index: SearchIndex) -> list[tuple]:
+    """All that is known of the passages, in the order of their places."""
+    return index.database.execute(
+        "SELECT path, line, title, text, terms, vectors.vector FROM passages JOIN texts USING (id) "
+        "JOIN vectors ON vectors.id = passages.vector ORDER BY path, number"
+    ).fetchall()
 
 
 # --- Texts to passages ------------------------------------------------------------------------------------------------
@@ -165,19 +181,6 @@ def test_an_encoder_reads_the_whole_of_every_passage(what, tmp_path):
         assert found == "".join(LONG[what].split())  # nothing is lost, and nothing twice
 
 
-@pytest.mark.parametrize(
-    ("content", "text", "remark"),
-    [
-        ("Zürich".encode(), "Zürich", None),
-        ("\ufeffZürich".encode(), "Zürich", None),
-        ("Zürich".encode("utf-16"), "Zürich", None),
-        (b"Z\xfcrich", "Z\ufffdrich", "byte 1 is not UTF8; what cannot be read became U+FFFD"),
-    ],
-)
-def test_encodings(content, text, remark):
-    assert decode(content) == (text, remark and remark.replace("UTF8", "UTF-8"))
-
-
 def test_snippets_show_where_the_words_are():
     text = " ".join(f"w{i}" for i in range(300))
     assert snippet("short\n text", "x") == "short text"
@@ -188,15 +191,17 @@ def test_snippets_show_where_the_words_are():
 
 
 def test_words_are_marked_whatever_their_form():
-    assert page_module.mark("The <Cafés>, C++ & 東京都", "the cafe c++ 東京") == (
+    assert mark("The <Cafés>, C++ & 東京都", "the cafe c++ 東京") == (
         "The &lt;<mark>Cafés</mark>&gt;, <mark>C++</mark> &amp; <mark>東京</mark>都"
     )
+    assert mark("How I keep what I have", "how do I keep it?") == "How I <mark>keep</mark> what I have"
+    assert mark("What now?", "what") == "<mark>What</mark> now?"
 
 
 # --- The index --------------------------------------------------------------------------------------------------------
 
 
-def test_passages_are_found_with_their_places(notes):
+def test_passages_are_found_with_their_places(notes, monkeypatch):
     index = open_index(notes)
     update = index.update()
     assert (update.new, update.embedded, len(index), update.problems) == (3, 5, 5, {})
@@ -206,6 +211,11 @@ def test_passages_are_found_with_their_places(notes):
         bag_of_words(["bike chain"])[0] @ bag_of_words(["Bread Bikes chain bike"])[0], abs=1e-3
     )
     assert [hit.path for hit in index.search("stall", 10, "bm25")] == ["sub/b.txt"]
+    assert [hit.path for hit in index.search('"chain of the bike"', 3)] == ["a.md"]
+    assert index.search('"bike of the chain"', 3) == index.search('"chains of the bike"', 3) == []
+    monkeypatch.chdir(notes)
+    here = SearchIndex(Path("."), Path(".index"), bag_of_words, {"model": 1})
+    assert here.update().unchanged == 3
     assert index.search("stall wing", 10, "hybrid")[0].path == "sub/b.txt"
     with pytest.raises(ValueError, match="query is empty"):
         index.search("  ", 3)
@@ -255,7 +265,7 @@ def test_only_what_changed_is_embedded_again(notes):
 
     fresh = SearchIndex(notes, notes / ".fresh", bag_of_words, {"model": 1})
     fresh.update()
-    assert list(fresh.rows()) == list(index.rows())
+    assert rows(fresh) == rows(index)
 
 
 @pytest.mark.parametrize("call", range(1, 8))
@@ -265,7 +275,7 @@ def test_killed_within_a_large_file_it_embeds_no_text_twice_but_the_last(notes, 
     whole = SearchIndex(notes, notes / ".whole", bag_of_words, {"model": 1})
     told = []
     assert whole.update(lambda update: told.append(update.done / update.size)).embedded == 20
-    assert told == sorted(told) and 0 < told[0] < told[-1] <= 1 and len(told) == 6
+    assert told == sorted(told) and 0 == told[0] < told[1] < told[-1] == 1 and len(told) >= 7
     encode, calls = Counting(), []
 
     def dies(texts, kind):
@@ -281,8 +291,8 @@ def test_killed_within_a_large_file_it_embeds_no_text_twice_but_the_last(notes, 
     index = open_index(notes, encode)
     index.update()
     assert len(encode.texts) == len(set(encode.texts)) == 20
-    assert list(index.rows()) == list(whole.rows())
-    assert index.database.execute("SELECT count(*) FROM waiting").fetchone() == (0,)
+    assert rows(index) == rows(whole)
+    assert index.database.execute("SELECT count(*) FROM vectors").fetchone() == (20,)
 
 
 def test_a_moved_folder_embeds_nothing(notes):
@@ -295,6 +305,77 @@ def test_a_moved_folder_embeds_nothing(notes):
     update = index.update()
     assert (update.new, update.removed, update.embedded, len(encode.texts)) == (2, 2, 0, 5)
     assert {hit.path for hit in index.search("wing bread", 10)} == {"c.jsonl", "new/a.md", "other/b.txt"}
+
+
+def test_touched_and_moved_texts_embed_nothing_and_what_is_gone_leaves_nothing_behind(notes):
+    encode = Counting()
+    open_index(notes, encode).update()
+    encode.texts.clear()
+    os.utime(notes / "a.md", (1, 1))
+    (notes / "sub" / "deep").mkdir()
+    shutil.copy(notes / "c.jsonl", notes / "copy.jsonl")
+    shutil.move(notes / "sub" / "b.txt", notes / "sub" / "deep" / "b.txt")
+    index = open_index(notes, encode)
+    index.update()
+    assert encode.texts == []
+    for file in notes.glob("*.jsonl"):
+        file.unlink()
+    index.update()
+    assert [row[0] for row in rows(index)] == ["a.md", "a.md", "sub/deep/b.txt"]
+    for table in ("vectors", "texts", "passages", "files"):
+        assert index.database.execute(f"SELECT count(*) FROM {table}").fetchone()[0] == 2 + (table != "files")
+
+
+def test_an_empty_place_where_a_disk_may_be_mounted_drops_nothing(notes):
+    index = SearchIndex(notes, notes.with_name("index"), bag_of_words, {"model": 1})
+    index.update()
+    notes.rename(notes.with_name("elsewhere"))
+    with pytest.raises(ValueError, match="no such file or folder"):
+        index.update()
+    notes.mkdir()
+    update = index.update()
+    assert update.removed == 0 and len(index) == 5 and index.search("wing", 1)
+    assert "holds no text, is its disk there? 3 files stay as they were found last" in update.kept
+    assert any("--drop_missing forgets them" in remark for remark in update.remarks())
+    assert index.update(drop_missing=True).removed == 3 and len(index) == 0
+
+
+@pytest.mark.parametrize(("file_mode", "folder_mode"), [(0o400, 0o555), (0o600, 0o555), (0o400, 0o755)])
+def test_an_index_that_cannot_be_written_is_searched(file_mode, folder_mode):
+    nobody = 65534
+    with tempfile.TemporaryDirectory() as folder:  # those of pytest are closed to others
+        notes = Path(folder) / "notes"
+        notes.mkdir()
+        (notes / "a.txt").write_text("wing")
+        open_index(notes).update()
+        (notes / "late.txt").write_text("stall")
+        encode = Counting()
+        for path, mode in ((notes / ".index", file_mode), (notes, folder_mode), (Path(folder), 0o755)):
+            path.chmod(mode)
+            if os.geteuid() == 0:
+                os.chown(path, nobody, nobody)
+        if was_root := os.geteuid() == 0:  # who can write everywhere
+            os.seteuid(nobody)
+        try:
+            index = open_index(notes, encode)
+            update = index.update()
+            assert "index cannot be written and is searched as it is" in update.kept
+            assert encode.texts == []  # nothing in vain
+            assert [hit.path for hit in index.search("wing", 3)] == ["a.txt"]
+            with pytest.raises(ValueError, match="--index_path puts it elsewhere"):
+                SearchIndex(notes, notes / ".other" / "index", encode, {"model": 1}).update()
+        finally:
+            if was_root:
+                os.seteuid(0)
+            notes.chmod(0o755)
+
+
+def test_a_huge_file_is_named_and_not_read(notes):
+    with open(notes / "huge.txt", "wb") as file:
+        file.truncate(12_000_000_000)  # which takes no room on the disk
+    update = open_index(notes).update()
+    assert update.problems == {"huge.txt": "not indexed: it has 12.0 GB, and more than 0.5 are not read"}
+    assert update.new == 3
 
 
 def test_problems_are_told_and_the_rest_is_indexed(notes):
@@ -313,12 +394,37 @@ def test_problems_are_told_and_the_rest_is_indexed(notes):
         "empty.txt": "not indexed: it is empty",
         "half.jsonl": "line 1: a \\u escape is half of a surrogate pair",
         "pipe.txt": "it is no regular file",
-        "latin.txt": "byte 9 is not UTF-8",
+        "latin.txt": "read as Latin-1",
     }
     for update in (index.update(), index.update()):  # told every time
         assert update.problems.keys() == expected.keys()
         assert all(expected[name] in problem for name, problem in update.problems.items())
-    assert {hit.path for hit in index.search("wing", 5)} == {"bad.jsonl", "c.jsonl", "latin.txt", "sub/b.txt", "a.md"}
+    hits = index.search("wing", 4)
+    assert {hit.path for hit in hits} == {"bad.jsonl", "latin.txt", "sub/b.txt", "a.md"}
+    assert [path for hit in hits for path, *_ in hit.others] == ["c.jsonl"]
+
+
+def test_equal_problems_are_told_on_one_line(notes):
+    for n in range(5):
+        (notes / f"latin{n}.txt").write_bytes(b"wing in Z\xfcrich")
+    assert open_index(notes).update().remarks() == [
+        "latin0.txt, latin1.txt, latin2.txt and 2 others: it is not UTF-8, and was read as Latin-1",
+        "left out: 2 hidden, 1 .png",
+    ]
+
+
+def test_documents_without_their_library_are_counted_and_stay_as_they_were(notes, monkeypatch):
+    pytest.importorskip("docx").Document().save(notes / "old.docx")
+    index = open_index(notes)
+    monkeypatch.setattr(index_module, "read_pieces", lambda *_: ([Piece(1, "", "crust")], None))
+    index.update()
+    monkeypatch.setattr("contriever.own_texts.formats.find_spec", lambda name: None)
+    (notes / "new.pdf").write_bytes(b"")
+    update = index.update()
+    assert update.left_out["documents"] == 1 and update.problems == {} and update.removed == 0
+    assert update.remarks() == ["left out: 2 hidden, 1 PDF or DOCX (pip install -e '.[documents]'), 1 .png"]
+    places = {(hit.path, *(path for path, *_ in hit.others)) for hit in index.search("crust", 1)}
+    assert places == {("a.md", "c.jsonl", "old.docx", "sub/b.txt")}
 
 
 def test_texts_of_a_folder_that_cannot_be_listed_stay(notes, monkeypatch):
@@ -368,6 +474,22 @@ def test_an_empty_folder_finds_nothing(tmp_path):
     assert index.search("wing", 3) == index.search("wing", 3, "hybrid") == []
 
 
+def test_equal_texts_are_one_hit_that_names_its_places(notes):
+    (notes / "copy.md").write_text((notes / "a.md").read_text())
+    (notes / "folded.txt").write_text("Oil the  CHAIN of\nthe bike.")
+    (notes / "headings.md").write_text("# Chain\n# Bike\n")
+    index = open_index(notes)
+    index.update()
+    for retriever in ("dense", "bm25", "hybrid"):
+        hits = index.search("bike chain", 9, retriever)
+        (hit,) = (hit for hit in hits if "oil" in hit.text.lower())
+        places = {(hit.path, hit.line, hit.number), *hit.others}
+        assert places == {("a.md", 7, 1), ("copy.md", 7, 1), ("folded.txt", 1, 0)} and len(hit.others) == 2
+        assert [hit.others for hit in hits if hit.path == "headings.md"] == [(), ()]  # no text, other headings
+    assert len(index.search("bike chain", 3)) == 3
+    assert hit.record()["others"] == [{"path": path, "line": line} for path, line, _ in hit.others]
+
+
 # --- The script -------------------------------------------------------------------------------------------------------
 
 
@@ -394,6 +516,26 @@ def test_one_command_indexes_and_answers(notes, model, capsys):
     assert "3 unchanged files; 0 passages embedded" in capsys.readouterr().out
 
 
+def test_programs_get_one_json_object(notes, model, capsys):
+    (notes / "copy.txt").write_text("A WING can stall.")
+    run(model, "--passages", str(notes), "--query", "stall", "--retriever", "bm25", "--exclude", "a.*", "--json")
+    found, told = capsys.readouterr()
+    answer = json.loads(found)
+    (hit,) = answer.pop("results")
+    assert answer == {"query": "stall", "left_out": {"hidden": 2, "excluded": 1, ".png": 1}, "state": ""}
+    assert hit.pop("score") > 0 and hit == {
+        "path": "copy.txt",
+        "line": 1,
+        "unit": "line",
+        "title": "copy",
+        "text": "A WING can stall.",
+        "others": [{"path": "sub/b.txt", "line": 1}],
+    }
+    assert "3 new" in told and "left out: 2 hidden, 1 by --exclude, 1 .png" in told
+    run(model, "--passages", str(notes), "--query", "stall", "--retriever", "bm25")
+    assert "   the same text: sub/b.txt:1\n" in capsys.readouterr().out
+
+
 def test_texts_neither_command_the_terminal_nor_reach_other_users(notes, model, capsys):
     (notes / "\x1b[31mred.md").write_text("# Wing \x9b2J\n\nwing \x1b]0;title\x07 wing")
     run(model, "--passages", str(notes), "--query", "wing", "--top_k", "9")
@@ -406,12 +548,25 @@ def test_texts_neither_command_the_terminal_nor_reach_other_users(notes, model, 
     assert file.stat().st_mode & 0o777 == 0o600
 
 
+def test_neither_the_index_nor_its_journal_is_readable_by_others(notes):
+    before = os.umask(0)
+    try:
+        index = open_index(notes)
+        index.update()
+        index.database.execute("DELETE FROM texts")
+        files = list(notes.glob(".index*"))
+        assert sorted(file.name for file in files) == [".index", ".index-journal"]
+        assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
+    finally:
+        os.umask(before)
+
+
 def test_progress_is_told_in_lines_where_there_is_no_terminal(notes, model, monkeypatch, capsys):
     monkeypatch.setattr(search_script, "SECONDS_BETWEEN_LINES", 0)
     monkeypatch.setattr(index_module, "PASSAGES_PER_TRANSACTION", 3)
     run(model, "--passages", str(notes))
     err = capsys.readouterr().err
-    assert "\r" not in err and re.fullmatch(r"(indexed \d+ % of \d+B, \d\d:\d\d left\n)+", err)
+    assert "\r" not in err and re.fullmatch(r"(\d of 3 files, \d+%(, about \d+ s left)?\n){3,}left out: .*\n", err)
 
 
 def test_a_single_file_and_an_index_elsewhere(notes, model, tmp_path, capsys):
@@ -437,11 +592,21 @@ def test_bad_flags_of_the_script(notes, model):
         (["--passages", str(notes), "--port", "65536"], "--port 65536"),
         (["--passages", str(notes), "--rebuild", "--index_path", str(notes / "sub" / "b.txt")], "is no index"),
         (["--passages", str(notes), "--query", " "], "query is empty"),
+        (["--passages", str(notes), "--json"], "--json needs --query"),
+        (["--passages", str(notes), "--mcp", "--serve"], "--mcp goes without"),
     ):
         with pytest.raises(ValueError, match=message):
             run(model, *flags)
     assert (notes / "sub" / "b.txt").read_text() == "A wing can stall."
     assert search_script.INDEX_NAME.startswith(".")  # so that it is not indexed itself
+
+
+def test_errors_are_printed_without_what_a_terminal_obeys(tmp_path):
+    script = Path(search_script.__file__)
+    for flags in (["--passages", f"{tmp_path}/\x1b[31mnone\n\x9b2J"], ["--passages", ".", "\x1b]0;x\x07"]):
+        done = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True)
+        assert done.returncode == 2 and "\ufffd" in done.stderr
+        assert not set(done.stdout + done.stderr) & {"\x1b", "\x9b", "\x07"}
 
 
 # --- The page ---------------------------------------------------------------------------------------------------------
@@ -452,9 +617,9 @@ ATTACK = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
 @pytest.fixture
 def server(notes):
     (notes / f"{'<i>x'}.md").write_text(f"# {ATTACK}\n\nscript {ATTACK} of a wing\n")
-    index = open_index(notes)
-    index.update()
-    with SearchServer(index, "127.0.0.1", 0, 3, "dense", 0.5) as server:
+    live = LiveIndex(lambda: open_index(notes))
+    with SearchServer(live, "127.0.0.1", 0, 3, "dense", 0.5) as server:
+        assert live._quiet.wait(30)
         thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         yield server
@@ -484,30 +649,71 @@ def test_a_browser_that_goes_away_is_no_error_of_the_server(server, monkeypatch,
 def test_the_page_shows_results(server):
     status, page, headers = get(server, "/")
     assert status == 200 and "<ol>" not in page and 'placeholder="Search 6 passages"' in page
+    assert "left out: 2 hidden, 1 .png" in page
     assert headers["Content-Type"] == "text/html; charset=utf-8"
     status, page, _ = get(server, "/?q=bike+chain")
-    assert status == 200 and page.count("<li>") == 3
-    assert "Oil the <mark>chain</mark> of the <mark>bike</mark>." in page and "a.md, line 7" in page
+    assert status == 200 and page.count("<li") == 3
+    assert "Oil the <mark>chain</mark> of the <mark>bike</mark>." in page and "a.md</bdi>, line 7" in page
     assert 'value="bike chain"' in page
 
 
 def test_nothing_of_the_texts_or_the_query_becomes_markup(server):
-    status, page, headers = get(server, f"/?q={quote('script ' + ATTACK)}")
-    assert status == 200 and "alert(2)" in page
-    for markup in ("<script", "<img", "<i>"):
-        assert markup not in page
-    assert (
-        "default-src 'none'" in headers["Content-Security-Policy"]
-        and "script" not in page.split("<style>")[0].split("<title>")[0]
-    )
-    assert headers["X-Content-Type-Options"] == "nosniff"
-    assert "<script" not in render_page(ATTACK, [], 0, problem=ATTACK)
+    query = quote("script " + ATTACK)
+    address = html.unescape(re.search(r'href="(/passage[^"#]*i%3Ex.md[^"#]*)', get(server, f"/?q={query}")[1])[1])
+    for path in (f"/?q={query}", address, f"/passage?path={query}&number=0&q={query}", f"/?q={query}&k={query}"):
+        _, page, headers = get(server, path)
+        page = page.replace(f"<script>{SCRIPT}</script>", "")
+        assert "alert(2)" in page
+        for markup in ("<script", "<img", "<i>"):
+            assert markup not in page
+        policy = headers["Content-Security-Policy"]
+        assert "default-src 'none'" in policy and re.search("script-src 'sha256-[^' ]+';", policy)
+        assert headers["X-Content-Type-Options"] == "nosniff"
+    page = render_results(Asked(ATTACK), [], 0, problem=ATTACK, state=ATTACK)
+    assert "<script" not in page.replace(f"<script>{SCRIPT}</script>", "")
+
+
+def test_a_hit_opens_its_passage_with_its_neighbours(server, notes):
+    (notes / "long.md").write_text("".join(f"# Part {n}\n\ntext {n} about saddles\n\n" for n in range(30)))
+    server.index._index.update()
+    page = get(server, "/?q=saddles&retriever=bm25&k=1")[1]
+    address = html.unescape(re.search(r'href="(/passage[^"]*)#hit"', page)[1])
+    assert address == "/passage?q=saddles&retriever=bm25&k=1&path=long.md&number=0"
+    address = address.replace("number=0", "number=9")
+    status, page, _ = get(server, address)
+    assert status == 200 and re.findall(r"text (\d+) about <mark>saddles</mark>", page) == [
+        str(n) for n in range(6, 13)
+    ]
+    assert re.findall(r'id="hit".*Part (\d+)', page) == ["9"] and "line 39" in page
+    (wider,) = {html.unescape(link) for link in re.findall(r'href="([^"]*around=12)#hit"', page)}
+    assert "Earlier passages" in page and "Later passages" in page
+    page = get(server, wider)[1]
+    assert re.findall(r"text (\d+) about", page) == [str(n) for n in range(22)] and "Earlier" not in page
+    assert 'href="/?q=saddles&amp;retriever=bm25&amp;k=1">Back' in page
+    for path in ("/etc/passwd", "../notes/long.md", ".index", "e.png", ".hidden.txt", "LONG.MD", ""):
+        status, page, _ = get(server, f"/passage?path={quote(path)}&number=0&q=kept")
+        assert status == 404 and "no such passage" in page and 'value="kept"' in page
+    for number in ("30", "-1", "x", "9" * 30, "1e1", ""):
+        assert get(server, f"/passage?path=long.md&number={number}")[0] == 404
+
+
+def test_the_retriever_is_chosen_on_the_page_and_the_query_is_kept(server):
+    assert get(server, "/?q=stall&retriever=bm25")[1].count("<li") == 1
+    _, page, _ = get(server, "/?q=stall&retriever=hybrid&k=2")
+    assert page.count("<li") == 2 and re.findall('value="([a-z0-9]+)" aria-pressed="true"', page) == ["hybrid"]
+    assert '<button name="retriever" value="hybrid">Search' in page  # what the Enter key presses
+    assert '<input type="hidden" name="k" value="2">' in page and "k=4" in page  # more results
+    for wrong in ("q=kept&retriever=none", "q=kept&k=0", f"q=kept{'+' * 9}{'x' * 2000}"):
+        status, page, _ = get(server, f"/?{wrong}")
+        assert status == 400 and re.search('name="q" value="kept', page) and 'role="alert"' in page
 
 
 def test_json_answers(server):
     status, body, headers = get(server, "/search.json?q=stall&k=1")
-    (result,) = json.loads(body)["results"]
+    answer = json.loads(body)
+    (result,) = answer["results"]
     assert status == 200 and (result["path"], result["line"]) == ("sub/b.txt", 1)
+    assert answer.keys() == {"query", "results", "left_out", "state"} and answer["left_out"] == {"hidden": 2, ".png": 1}
     assert headers["Content-Type"] == "application/json; charset=utf-8"
 
 
@@ -523,6 +729,7 @@ def test_json_answers(server):
         ("/?q=wing", {"Host": "evil.example"}, 403),
         ("/?q=wing", {"Host": "localhost:1"}, 200),
         ("/?q=%ff%00", {}, 200),
+        ("/passage?path=a.md&number=0", {"Host": "evil.example"}, 403),
     ],
 )
 def test_requests_that_are_refused(server, path, headers, status):
@@ -530,12 +737,58 @@ def test_requests_that_are_refused(server, path, headers, status):
 
 
 def test_new_notes_are_found_while_it_serves(server, notes, monkeypatch):
-    monkeypatch.setattr(page_module, "SECONDS_BETWEEN_UPDATES", -1)
+    monkeypatch.setattr(background, "SECONDS_BETWEEN_UPDATES", -1)
+    monkeypatch.setattr(background, "SECONDS_TO_WAIT", 30)
     (notes / "late.txt").write_text("crust crust")
     assert "late.txt" in get(server, "/?q=crust")[1]
-    shutil.rmtree(notes)
+    notes.rename(notes.with_name("away"))
     status, page, _ = get(server, "/?q=crust")
-    assert status == 500 and "no such file or folder" in page
+    assert status == 200 and "no such file or folder; texts are searched as they were found last" in page
+    assert "late.txt" in page
+
+
+class Slow:
+    """An encoder that waits."""
+
+    def __init__(self):
+        self.go = threading.Event()
+
+    def __call__(self, texts: list[str], kind: str) -> np.ndarray:
+        if kind == "passage" and any("stall" in text for text in texts):
+            assert self.go.wait(30)
+        return bag_of_words(texts)
+
+
+def test_it_listens_at_once_and_searches_what_is_indexed_already(notes, monkeypatch):
+    monkeypatch.setattr(index_module, "PASSAGES_PER_TRANSACTION", 2)
+    monkeypatch.setattr(background, "SECONDS_TO_WAIT", 0.01)
+    encode, loaded, began = Slow(), threading.Event(), time.monotonic()
+    live = LiveIndex(lambda: loaded.wait(30) and open_index(notes, encode))
+    with SearchServer(live, "127.0.0.1", 0, 3, "dense", 0.5) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        status, body, _ = get(server, "/search.json?q=wing")
+        assert status == 503 and json.loads(body)["error"] == "the encoder is being loaded"
+        assert get(server, "/?q=wing")[0] == 503 and "the encoder is being loaded" in get(server, "/")[1]
+        loaded.set()
+        while not (found := json.loads(get(server, "/search.json?q=bread")[1])).get("results"):
+            time.sleep(0.01)
+        assert re.fullmatch(r"indexing: 2 of 3 files, \d\d%, about \d+ s left", found["state"])
+        assert {hit["path"] for hit in found["results"]} == {"a.md", "c.jsonl"}
+        assert found["state"] in get(server, "/?q=bread")[1]
+        assert time.monotonic() - began < 30  # nobody has waited for the encoder
+        encode.go.set()
+        while json.loads(get(server, "/search.json?q=stall")[1])["state"]:
+            time.sleep(0.01)
+        assert json.loads(get(server, "/search.json?q=stall&k=1")[1])["results"][0]["path"] == "sub/b.txt"
+        server.shutdown()
+        thread.join()
+
+
+def test_serving_ends_where_there_is_no_index_to_serve(notes):
+    open_index(notes).update()
+    with pytest.raises(ValueError, match="made by another model"):
+        serve(LiveIndex(lambda: open_index(notes, model=2)), "127.0.0.1", 0, 3, "dense", 0.5)
 
 
 def test_queries_at_the_same_time_all_get_their_answers(server):
