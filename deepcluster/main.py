@@ -49,13 +49,13 @@ from shared.run.flags import (
     Parser,
     add_reading_flags,
     add_run_flags,
+    add_small_data_flag,
     parse_with_embedded_defaults,
     tell_embedded_defaults,
 )
 from shared.run.health import HealthMonitor
 from shared.run.randomness import derive_seed
 from shared.run.run import Run
-from shared.run.settings import more_than_data, tell_settings
 
 # What replaces the official defaults when no DIR is given: images of 32 pixels, for which AlexNet is too large.
 EMBEDDED_DATA_DEFAULTS = {
@@ -80,12 +80,15 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("data_path", metavar="DIR", nargs="?", default=None, help=images)
     add("--val_path", default=None, help="images for the k-NN evaluation; by default those that belong to DIR")
     add_reading_flags(add)
+    add("--no_labels", action="store_true", help="class folders, or the labels of a list, are no classes")
     add("--cache", default="none", help="decoded images: none, memory, or a folder for a memory-mapped file")
     add("--on_bad_image", default="replace", choices=("replace", "error"), help="what an unreadable image does")
     add("--max_bad_fraction", type=float, default=0.01, help="stop when more images than this share are unreadable")
     add("--crop_size", type=int, default=224, help="side in pixels of the images that the network sees")
     add("--crop_scale", type=float, nargs=2, default=(0.08, 1.0), help="area range of the random crops")
     add("--workers", "--num_workers", dest="num_workers", type=int, default=4, help="loader processes per rank")
+
+    add_small_data_flag(parser, __file__)
 
     add = parser.add_argument_group("network").add_argument
     add("--arch", "-a", default="alexnet", help="alexnet, vgg16, or any torchvision or timm model name")
@@ -140,7 +143,6 @@ def train_deepcluster(args: argparse.Namespace) -> None:
     data, images_in_order = open_training_data(args, run.output_dir, device)
     source = data.dataset.source
     tell_embedded_defaults(args.data_path, EMBEDDED_DATA_DEFAULTS, "DIR")
-    tell_settings(more_than_data("--batch", args.batch, len(source), take=max(1, len(source) // 4)))
 
     # the network without a top layer, and its optimiser
     network = build_network(args.arch, args.sobel, img_size=args.crop_size)
@@ -169,8 +171,8 @@ def train_deepcluster(args: argparse.Namespace) -> None:
     how = (args.pca_dim, args.clustering, args.nmb_cluster, args.kmeans)
 
     with run:
-        if not state.evaluated_before and knn.is_due(-1):
-            run.log_evaluation(knn_top1=knn.run(FeaturesForClustering(network), run.stop_if_asked))
+        if not state.evaluated_before:
+            knn.evaluate(-1, FeaturesForClustering(network))
         state.evaluated_before = True
         for epoch in run.epochs():
             if state.epoch != epoch:  # else the run goes on inside of it
@@ -200,8 +202,7 @@ def train_deepcluster(args: argparse.Namespace) -> None:
                 run,
                 numbered_every=args.checkpoints,
             )
-            if knn.is_due(epoch):
-                run.log_evaluation(knn_top1=knn.run(FeaturesForClustering(network), run.stop_if_asked))
+            knn.evaluate(epoch, FeaturesForClustering(network))
             averages = run.log_epoch(bad_images=data.bad_images.count())
             run.check_health({"clusters": clusters.num_filled, **averages})
             run.end_epoch()

@@ -9,7 +9,7 @@ from shared.multicrop import MultiCropDataset
 from shared.pictures.report import Plot, Report, accuracy_plot, save_views
 from shared.run.health import HealthRule, equal_features
 from shared.run.run import Run
-from shared.run.summary import accuracy, command, data_flags, from_here
+from shared.run.summary import accuracy, command, data_flags, from_here, without_labels
 
 from .evaluation import SNNMonitor
 from .pseudo_labels import save_certainty
@@ -75,15 +75,17 @@ def report(
     flags = {"pretrained": run.path, "model_name": args.model_name, "image_size": args.image_size} | data_flags(args)
     flags |= {name: getattr(args, name) for name in LABEL_FLAGS} | {"normalize": None if args.normalize else "false"}
     commands = []
+    start = "random weights" if args.pretrained is None else "the weights of --pretrained"
     if evaluation.disabled_reason:
         learned = [f"accuracy not known: {evaluation.disabled_reason}"]
     else:
         validation = evaluation.validation
         what = f"soft nearest neighbours, {len(images.labelled):,} labels, {validation.describe()}"
-        start = "random weights" if args.pretrained is None else "the weights of --pretrained"
         sizes = len(validation.rows), len(images.classes)
         learned = accuracy(ending.lines, "snn_top1", what, *sizes, start=start)
         tuned = run.output_dir / "fine-tune"
         commands = [command("paws/snn_eval.py", **flags), command("paws/fine_tune.py", **flags, output_dir=tuned)]
+    if measures := evaluation.without_labels:
+        learned += without_labels(ending.lines, measures.name, len(measures.images), start=start)
     own = {"data_path": "YOUR_IMAGES", "labels": "YOUR_LABELS.csv", "fname": from_here(OWN_IMAGES)}
     ending.finish(commands, command("paws/main.py", **own, output_dir="YOUR_RUN"), [*learned, *lines])

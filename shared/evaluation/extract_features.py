@@ -10,14 +10,12 @@ starts again. Images that cannot be read are left out and listed beside the outp
 import argparse
 import importlib
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from shared import distributed
 from shared.images.loading import BadImages, EvalDataset, EvalTransform
@@ -168,12 +166,7 @@ def extract(args: argparse.Namespace) -> Features:
     distributed.barrier()
     policy = "error" if args.on_bad_image == "error" else "replace"
     images = IndexedImages(source, transform, BadImages(len(source), listed, policy, args.max_bad_fraction))
-    per_rank = -(-len(source) // distributed.get_world_size())
-    hidden = not (distributed.is_main_process() and sys.stderr.isatty())
-    with tqdm(total=-(-per_rank // args.batch_size), unit="batch", disable=hidden) as progress:
-        vectors, read = extract_features(
-            network.to(device), images, device, args.batch_size, args.num_workers, "cpu", progress.update
-        )
+    vectors, read = extract_features(network.to(device), images, device, args.batch_size, args.num_workers, "cpu")
     rows = [row for row, index in enumerate(read.tolist()) if row == index]
     vectors = (F.normalize(vectors, dim=1) if args.normalize else vectors)[rows]
     paths = [source.path(row) for row in rows]

@@ -6,22 +6,70 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from shared import distributed
 from shared.images.decode import MAX_PIXELS
 
+MOST_USED = """folder weights data_path train_data val_path small_data arch model_name pretrained_weights pretrained
+    model patch_size epochs total_steps batch_size_per_gpu per_gpu_batch_size batch_size batch unsupervised_batch_size
+    lr base_lr out output_dir fname num_workers device seed""".split()
+
 
 class Parser(argparse.ArgumentParser):
-    """A parser that shows defaults in its help, and mistakes in one line with the nearest flag.
+    """A parser whose help begins with the flags that people use, and that tells mistakes with the nearest flag.
 
     Args:
         docstring: Of the script; its first paragraph is the description.
+        most_used: Names of flags; the first ten that there are begin the help.
+
+    Attributes:
+        small_data: YAML file with the defaults of ``--small_data``, where there is such a flag.
+        of_file: Flags to which a file of ``--fname`` gives values.
     """
 
-    def __init__(self, docstring: str = "", **options):
+    small_data: Path | None = None
+    of_file: Iterable[str] = ()
+
+    def __init__(self, docstring: str = "", most_used: Sequence[str] = MOST_USED, **options):
         options = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter} | options
         super().__init__(**{"description": docstring.split("\n\n")[0]} | options)
+        self.most_used = most_used
+        self.official: dict | None = None  # defaults, once those for few images have taken their place
+
+    def format_help(self) -> str:
+        flags = {action.dest: action for action in self._actions}
+        first = [flags[name] for name in self.most_used if name in flags][:10]
+        places = [f"[{action.metavar or action.dest}]" for action in self._actions if not action.option_strings]
+        groups = {"most used": first} | {
+            group: [action for action in group._group_actions if action not in first] for group in self._action_groups
+        }
+        formatter = self._get_formatter()
+        formatter.add_usage(" ".join(["%(prog)s", *places, "[flags]"]), (), ())
+        formatter.add_text(self.description)
+        for group, actions in groups.items():
+            formatter.start_section(getattr(group, "title", group))
+            formatter.add_arguments(actions)
+            formatter.end_section()
+        formatter.add_text(self.epilog)
+        return formatter.format_help()
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        arguments = sys.argv[1:] if args is None else args
+        if self.small_data is None or "--small_data" not in arguments:
+            return super().parse_known_args(arguments, namespace)
+        if self.official is None:
+            from .yaml_config import read_config  # which imports this module
+
+            self.official = {action.dest: action.default for action in self._actions if action.dest != "help"}
+            self.set_defaults(**read_config(self.small_data, self))
+        nothing = argparse.Namespace(**dict.fromkeys(self.official))  # keeps the parser from filling in defaults
+        found = vars(super().parse_known_args(arguments, nothing)[0])
+        namespace, rest = super().parse_known_args(arguments, namespace)
+        is_set = {name for name, value in found.items() if value is not None}.union(self.of_file)
+        namespace.unset = {name: value for name, value in self.official.items() if name not in is_set}
+        return namespace, rest
 
     def error(self, message: str) -> NoReturn:
         unknown = re.findall(r"--[^\s=]+", message) if message.startswith("unrecognized arguments") else []
@@ -67,6 +115,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> Callable:
     add("--data_path", default=None, help=images)
     add("--val_path", default=None, help="images to evaluate on; by default those that belong to --data_path")
     add_reading_flags(add)
+    add("--no_labels", action="store_true", help="class folders, or the labels of a list, are no classes")
     workers = "loader processes per rank; None: cores per rank less one, at most 10"
     add("--num_workers", "--workers", type=int, default=None, help=workers)
     add("--in_chans", type=int, default=3, choices=(1, 3), help="channels of the images")
@@ -74,6 +123,13 @@ def add_data_flags(parser: argparse.ArgumentParser) -> Callable:
     add("--on_bad_image", default="replace", choices=("replace", "error"), help="what an unreadable image does")
     add("--max_bad_fraction", type=float, default=0.01, help="stop when more images than this share are unreadable")
     return add
+
+
+def add_small_data_flag(parser: Parser, file: str, config: str = "small_data.yaml") -> None:
+    """``--small_data``, with its defaults in ``configs/<config>`` of the folder of ``file``."""
+    parser.small_data = Path(file).parent / "configs" / config
+    few = "defaults for some hundred to some thousand images; the numbers of images and steps choose some of them"
+    parser.add_argument("--small_data", action="store_true", help=few)
 
 
 def add_device_flag(add: Callable) -> None:
@@ -96,7 +152,9 @@ def add_run_flags(parser: argparse.ArgumentParser, knn: bool = True, pictures: b
     changed = "resume with another batch or number of processes (same_data), with other images too (continue), or never"
     add("--on_changed_run", default="same_data", choices=("same_data", "continue", "refuse"), help=changed)
     if knn:
-        when = "k-NN every so many epochs; 0: never; None: before and after training, with at most 100,000 images"
+        when = (
+            "k-NN every so many epochs; 0: no evaluation; None: before and after training, with at most 100,000 images"
+        )
         add("--eval_knn_freq", type=int, default=None, help=when)
     if pictures:
         add("--pictures", type=bool_flag, default=True, help="write pictures at the end")
