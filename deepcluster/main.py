@@ -47,9 +47,9 @@ from shared.optimisation.precision import Precision
 from shared.run.checkpoint import load_latest_or_given
 from shared.run.flags import (
     Parser,
+    add_own_images_flags,
     add_reading_flags,
     add_run_flags,
-    add_small_data_flag,
     parse_with_embedded_defaults,
     tell_embedded_defaults,
 )
@@ -80,7 +80,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("data_path", metavar="DIR", nargs="?", default=None, help=images)
     add("--val_path", default=None, help="images for the k-NN evaluation; by default those that belong to DIR")
     add_reading_flags(add)
-    add("--no_labels", action="store_true", help="class folders, or the labels of a list, are no classes")
     add("--cache", default="none", help="decoded images: none, memory, or a folder for a memory-mapped file")
     add("--on_bad_image", default="replace", choices=("replace", "error"), help="what an unreadable image does")
     add("--max_bad_fraction", type=float, default=0.01, help="stop when more images than this share are unreadable")
@@ -88,7 +87,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--crop_scale", type=float, nargs=2, default=(0.08, 1.0), help="area range of the random crops")
     add("--workers", "--num_workers", dest="num_workers", type=int, default=4, help="loader processes per rank")
 
-    add_small_data_flag(parser, __file__)
+    add_own_images_flags(parser, __file__)
 
     add = parser.add_argument_group("network").add_argument
     add("--arch", "-a", default="alexnet", help="alexnet, vgg16, or any torchvision or timm model name")

@@ -44,8 +44,8 @@ from shared.optimisation.schedules import cosine_schedule
 from shared.run.flags import (
     Parser,
     add_data_flags,
+    add_own_images_flags,
     add_run_flags,
-    add_small_data_flag,
     bool_flag,
     parse_with_embedded_defaults,
     shorten_unset_warmup,
@@ -87,7 +87,7 @@ MINIMUM = {"epochs": 1, "batch_size_per_gpu": 1, "out_dim": 2, "log_freq": 1, "p
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
     add_data_flags(parser)
-    add_small_data_flag(parser, __file__)
+    add_own_images_flags(parser, __file__)
 
     add = parser.add_argument_group("views").add_argument
     add("--global_crops_scale", type=float, nargs=2, default=(0.4, 1.0), help="area range of the two global crops")

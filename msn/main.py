@@ -44,8 +44,8 @@ from shared.run.checkpoint import load_latest
 from shared.run.flags import (
     Parser,
     add_data_flags,
+    add_own_images_flags,
     add_run_flags,
-    add_small_data_flag,
     bool_flag,
     check_minimum,
     shorten_unset_warmup,
@@ -94,7 +94,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--fname", default=None, help="YAML file of defaults, such as one of configs/pretrain; the command line wins")
     add("--devices", nargs="+", default=None, metavar="DEVICE", help="start a process on each, e.g. cuda:0 cuda:1")
-    add_small_data_flag(parser, __file__)
+    add_own_images_flags(parser, __file__)
 
     add = add_data_flags(parser)
     add("--root_path", default=None, help="with --image_folder: --data_path <root_path>/<image_folder>/train")

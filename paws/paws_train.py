@@ -39,7 +39,7 @@ from shared import distributed
 from shared.images.decode import ImageError
 from shared.multicrop import normalize_views
 from shared.optimisation.optim import clip_grad_norm_per_tensor_
-from shared.run.flags import add_small_data_flag, bool_flag, tell_embedded_defaults
+from shared.run.flags import add_own_images_flags, bool_flag, tell_embedded_defaults
 from shared.run.health import HealthMonitor, feature_spread, rank_me
 from shared.run.run import Run
 
@@ -66,7 +66,7 @@ EMBEDDED_DATA_DEFAULTS = {
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = flags.pretraining_parser(__doc__, write_tag="paws")
-    add_small_data_flag(parser, __file__, "paws/own_images.yaml")
+    add_own_images_flags(parser, __file__, "paws/own_images.yaml")
     add = parser.add_argument_group("criterion").add_argument
     add("--me_max", type=bool_flag, default=True, help="keep the classes of the pseudo-labels diverse")
     add("--sharpen", type=float, default=0.25, help="temperature of the targets' sharpening")

@@ -34,7 +34,7 @@ from shared.optimisation.optim import clip_grad_norm_per_tensor_
 from shared.optimisation.precision import Precision
 from shared.optimisation.schedules import cosine_schedule
 from shared.run import randomness
-from shared.run.flags import Parser, add_data_flags, add_small_data_flag, tell_embedded_defaults
+from shared.run.flags import Parser, add_data_flags, add_own_images_flags, tell_embedded_defaults
 from shared.run.health import HealthMonitor, feature_spread, rank_me
 from shared.run.run import Run
 from swav import flags, main_swav
@@ -58,7 +58,7 @@ del EMBEDDED_DATA_DEFAULTS["epsilon"], EMBEDDED_DATA_DEFAULTS["freeze_prototypes
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
     add_data_flags(parser)
-    add_small_data_flag(parser, __file__, "small_data_deepclusterv2.yaml")
+    add_own_images_flags(parser, __file__, "small_data_deepclusterv2.yaml")
     flags.add_view_flags(parser)
     add = flags.add_network_flags(parser)
     add("--nmb_prototypes", type=int, nargs="+", default=[3000] * 3, help="number of clusters, one value for each head")

@@ -34,7 +34,7 @@ from shared.networks.batchnorm import synchronize_batchnorm
 from shared.networks.weights import safe_load
 from shared.optimisation.optim import clip_grad_norm_per_tensor_
 from shared.optimisation.schedules import cosine_schedule
-from shared.run.flags import Parser, add_data_flags, add_small_data_flag, bool_flag, tell_embedded_defaults
+from shared.run.flags import Parser, add_data_flags, add_own_images_flags, bool_flag, tell_embedded_defaults
 from shared.run.health import HealthMonitor, feature_spread, rank_me
 from shared.run.run import Run
 from swav import flags
@@ -72,7 +72,7 @@ CHECKPOINT = "checkpoint.pth.tar"
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
     add_data_flags(parser)
-    add_small_data_flag(parser, __file__)
+    add_own_images_flags(parser, __file__)
     flags.add_view_flags(parser)
     add = flags.add_network_flags(parser)
     add("--nmb_prototypes", type=int, default=3000, help="number of prototypes K")

@@ -105,12 +105,10 @@ class KNNMonitor:
         """Top-1 in percent of the features, and of raw pixels too."""
         network = BesidePixels(backbone) if with_pixels else backbone
         train, train_labels, val, val_labels = self.features(network)
-        parts = {"knn_top1": slice(None)}
-        if with_pixels:
-            columns = network.parts(train.shape[1], self.transform.in_chans)
-            parts = dict(zip(("knn_top1", "pixels_knn_top1"), columns, strict=True))
+        parts = network.parts(train.shape[1], self.transform.in_chans) if with_pixels else {"": slice(None)}
         values = {"knn_chance": 100 / len(self.train.source.classes)}
-        for name, part in parts.items():
-            values[name] = knn_classify(train[:, part], train_labels, val[:, part], val_labels, k=self.k)[0]
-        self.latest_features = train[:, parts["knn_top1"]], train_labels, val[:, parts["knn_top1"]], val_labels
+        for prefix, columns in reversed(parts.items()):
+            found = train[:, columns].contiguous(), train_labels, val[:, columns].contiguous(), val_labels
+            values[f"{prefix}knn_top1"] = knn_classify(*found, k=self.k)[0]
+        self.latest_features = found
         return values

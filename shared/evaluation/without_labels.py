@@ -66,17 +66,18 @@ class MeasuresWithoutLabels:
         """What is due after ``epoch`` (-1: before training); every process must call this."""
         if not (epoch in (-1, self.epochs - 1) or (epoch + 1) % self.every_epochs == 0):
             return {}
-        network, transform = BesidePixels(backbone), self.images.transform
+        network = BesidePixels(backbone)
         with torch.random.fork_rng(devices=[]):  # loaders draw numbers
             rows, _ = extract_features(
                 network, self.images, self.device, 64, self.num_workers, between_batches=self.between_batches
             )
         whole, crops = rows.unflatten(1, (2, -1)).unbind(1)
         values = {"recall_chance": 100 / len(rows)}
-        for prefix, part in zip(("", "pixels_"), network.parts(rows.shape[1] // 2, transform.in_chans), strict=True):
-            values[f"{prefix}recall_at_1"] = recall_at_1(crops[:, part], whole[:, part])
-            values[f"{prefix}rankme"] = rank_me(whole[:, part]).item()
-        return {name: value for name, value in values.items() if epoch == -1 or not name.startswith("pixels")}
+        for prefix, columns in network.parts(whole.shape[1], self.images.transform.in_chans).items():
+            if epoch == -1 or not prefix:
+                values[f"{prefix}recall_at_1"] = recall_at_1(crops[:, columns], whole[:, columns])
+                values[f"{prefix}rankme"] = rank_me(whole[:, columns]).item()
+        return values
 
 
 def recall_at_1(queries: Tensor, database: Tensor) -> float:
@@ -119,7 +120,7 @@ class BesidePixels(nn.Module):
         return torch.cat([self.backbone(flat).float(), pixels], dim=1).reshape(len(images), -1)
 
     @staticmethod
-    def parts(columns: int, channels: int) -> tuple[slice, slice]:
+    def parts(columns: int, channels: int) -> dict[str, slice]:
         """Where features and pixels lie in a row of so many columns, of images of so many channels."""
         dim = columns - channels * PIXELS_SIDE**2
-        return slice(dim), slice(dim, None)
+        return {"": slice(dim), "pixels_": slice(dim, None)}

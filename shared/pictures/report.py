@@ -194,6 +194,8 @@ class Report:
         losses = [line for line in self.lines if line.get("loss") is not None]
         values = [f"loss {line['loss']:.3f} at step {line['step']}" for line in (losses[:1] + losses[1:][-1:])]
         result = [", ".join(values), *learned]
+        if getattr(self.run.args, "small_data", True) is False:
+            lr_flag += ", or for few images with --small_data"
         if knn is not None and knn.disabled_reason:
             result.append(f"no k-NN evaluation: {knn.disabled_reason}")
         elif knn is not None:

@@ -42,14 +42,15 @@ class Parser(argparse.ArgumentParser):
         flags = {action.dest: action for action in self._actions}
         first = [flags[name] for name in self.most_used if name in flags][:10]
         places = [f"[{action.metavar or action.dest}]" for action in self._actions if not action.option_strings]
-        groups = {"most used": first} | {
-            group: [action for action in group._group_actions if action not in first] for group in self._action_groups
-        }
+        groups = [("most used", first)] + [
+            (group.title, [action for action in group._group_actions if action not in first])
+            for group in self._action_groups
+        ]
         formatter = self._get_formatter()
         formatter.add_usage(" ".join(["%(prog)s", *places, "[flags]"]), (), ())
         formatter.add_text(self.description)
-        for group, actions in groups.items():
-            formatter.start_section(getattr(group, "title", group))
+        for title, actions in groups:
+            formatter.start_section(title)
             formatter.add_arguments(actions)
             formatter.end_section()
         formatter.add_text(self.epilog)
@@ -115,7 +116,6 @@ def add_data_flags(parser: argparse.ArgumentParser) -> Callable:
     add("--data_path", default=None, help=images)
     add("--val_path", default=None, help="images to evaluate on; by default those that belong to --data_path")
     add_reading_flags(add)
-    add("--no_labels", action="store_true", help="class folders, or the labels of a list, are no classes")
     workers = "loader processes per rank; None: cores per rank less one, at most 10"
     add("--num_workers", "--workers", type=int, default=None, help=workers)
     add("--in_chans", type=int, default=3, choices=(1, 3), help="channels of the images")
@@ -125,11 +125,13 @@ def add_data_flags(parser: argparse.ArgumentParser) -> Callable:
     return add
 
 
-def add_small_data_flag(parser: Parser, file: str, config: str = "small_data.yaml") -> None:
-    """``--small_data``, with its defaults in ``configs/<config>`` of the folder of ``file``."""
+def add_own_images_flags(parser: Parser, file: str, config: str = "small_data.yaml") -> None:
+    """``--small_data``, with its defaults in ``configs/<config>`` of the folder of ``file``, and ``--no_labels``."""
     parser.small_data = Path(file).parent / "configs" / config
     few = "defaults for some hundred to some thousand images; the numbers of images and steps choose some of them"
     parser.add_argument("--small_data", action="store_true", help=few)
+    no_classes = "class folders, or the labels of a list, are no classes"
+    parser.add_argument("--no_labels", action="store_true", help=no_classes)
 
 
 def add_device_flag(add: Callable) -> None:

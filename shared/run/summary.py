@@ -54,7 +54,7 @@ def verdict(before: float, after: float, num_images: int, lr_flag: str, start: s
         return f"not distinguishable from {start} (differences up to {chance:.1f} are chance)"
     if after > before:
         return "learned"
-    return f"worse than {start}: train longer (--epochs), or with a lower {lr_flag}; for few images take --small_data"
+    return f"worse than {start}: train longer (--epochs), or with a lower {lr_flag}"
 
 
 def margin(percent: float, num_images: int) -> float:

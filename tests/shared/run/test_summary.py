@@ -14,7 +14,7 @@ LOG = [{"step": 0, "knn": 30.0}, {"step": 20, "loss": 6.2}, {"step": 30, "knn": 
         (30.0, 42.5, 40, "not distinguishable from random weights"),  # two standard errors: 15.2
         (90.0, 90.0, 1000, "not distinguishable from random weights"),
         (0.0, 100.0, 12, "learned"),
-        (25.8, 16.1, 359, "worse than random weights: train longer (--epochs), or with a lower --base_lr; for few "),
+        (25.8, 16.1, 359, "worse than random weights: train longer (--epochs), or with a lower --base_lr"),
     ],
 )
 def test_only_numbers_that_differ_by_more_than_chance_are_called_learned(before, after, images, words):
@@ -34,8 +34,8 @@ def test_measures_without_labels_are_told_beside_those_of_raw_pixels_with_a_verd
     before = {"recall_at_1": 20.0, "rankme": 13.52, "pixels_recall_at_1": 8.0, "pixels_rankme": 115.9}
     log = [{"step": 0, **before}, {"step": 9, "recall_at_1": 21.0}, {"step": 30, "recall_at_1": 36.0, "rankme": 40.0}]
     assert without_labels(log, "200 images of photos", 200) == [
-        "found again from a tenth, 200 images of photos: 20.0 +- 5.7 % with random weights, 8.0 +- 3.9 % of raw pixels, "
-        "36.0 +- 6.8 % after 30 steps (chance 0.5 %): learned",
+        "found again from a tenth, 200 images of photos: 20.0 +- 5.7 % with random weights, 8.0 +- 3.9 % of raw "
+        "pixels, 36.0 +- 6.8 % after 30 steps (chance 0.5 %): learned",
         "RankMe, effective dimensions of these features: 13.5 with random weights, 40.0 after 30 steps, 115.9 of raw "
         "pixels",
     ]
