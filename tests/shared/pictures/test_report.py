@@ -110,8 +110,8 @@ def test_the_text_states_result_problems_files_and_commands(tmp_path, capsys):
     report = report_of(tmp_path, *LINES, problems=["step 30: COLLAPSE"])
     report.draw("views.png", lambda path: path.write_bytes(b""))
     report.finish(["python next.py"], "python own.py", ["as much"], knn_monitor(labelled=True))
-    random, chance = "30.0 +- 24.9 % with random weights", "(chance 33.3 %): not distinguishable from random weights"
-    accuracy = f"{random}, 42.5 +- 26.5 % after 30 steps {chance}"
+    random, chance = "30.0 +- 27.1 % with random weights", "(chance 33.3 %): not distinguishable from random weights"
+    accuracy = f"{random}, 42.5 +- 28.6 % after 30 steps {chance}"
     assert capsys.readouterr().out.splitlines() == [
         "Result    loss 6.200 at step 20, loss 5.100 at step 30",
         "          as much",

@@ -19,4 +19,5 @@ def test_a_long_pass_says_what_is_left_and_a_short_one_nothing(capsys, monkeypat
     assert capsys.readouterr().out.splitlines() == [
         "features: 8% of 4,000 images, about 2 min left",
         "features: 48% of 4,000 images, about 84 s left",
+        "features: 88% of 4,000 images, about 20 s left",
     ]
