@@ -12,6 +12,8 @@ from typing import NoReturn
 from shared import distributed
 from shared.images.decode import MAX_PIXELS
 
+from .loggers import LOGGERS
+
 MOST_USED = """folder weights data_path train_data val_path small_data arch model_name pretrained_weights pretrained
     model patch_size epochs total_steps batch_size_per_gpu per_gpu_batch_size batch_size batch unsupervised_batch_size
     lr base_lr out output_dir fname num_workers device seed""".split()
@@ -130,7 +132,7 @@ def add_own_images_flags(parser: Parser, file: str, config: str = "small_data.ya
     parser.small_data = Path(file).parent / "configs" / config
     few = "defaults for some hundred to some thousand images; the numbers of images and steps choose some of them"
     parser.add_argument("--small_data", action="store_true", help=few)
-    no_classes = "class folders, or the labels of a list, are no classes"
+    no_classes = "class folders, or the labels of a list or Dataset, are no classes"
     parser.add_argument("--no_labels", action="store_true", help=no_classes)
 
 
@@ -161,7 +163,8 @@ def add_run_flags(parser: argparse.ArgumentParser, knn: bool = True, pictures: b
     if pictures:
         add("--pictures", type=bool_flag, default=True, help="write pictures at the end")
     add("--log_freq", type=int, default=10, help="steps per line of the log")
-    add("--tensorboard", action="store_true", help="also log to TensorBoard")
+    add("--loggers", nargs="*", default=[], choices=tuple(LOGGERS), help="where the log goes besides")
+    add("--tensorboard", action="store_true", help="the same as --loggers tensorboard")
     skipped = "stop after so many steps in a row without finite gradients (exit code 3); 0: never"
     add("--max_skipped_steps", type=int, default=10, help=skipped)
     add_device_flag(add)
