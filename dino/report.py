@@ -71,7 +71,7 @@ def suit_settings(args: argparse.Namespace, num_images: int, momenta: np.ndarray
         long_warmup("--warmup_epochs", args.warmup_epochs, args.epochs),
         long_warmup("--warmup_teacher_temp_epochs", args.warmup_teacher_temp_epochs, args.epochs),
         slow_average("--momentum_teacher", momenta),
-        more_than_data("--out_dim", args.out_dim, num_images),
+        more_than_data("--out_dim", args.out_dim, num_images, take=num_images),
     )
 
 

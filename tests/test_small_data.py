@@ -66,8 +66,8 @@ TEACHER = f"--momentum_teacher 0.996: after 300 steps the teacher still keeps {K
 TEACHER += "--momentum_teacher 0.97"
 OUTPUTS = "is more than the 240 images: take"
 NAMED = [
-    (tell_dino, "", [TEACHER, f"--out_dim 65536 {OUTPUTS} --out_dim 24"]),
-    (tell_dino, "--momentum_teacher 0.97 --out_dim 24", []),
+    (tell_dino, "", [TEACHER, f"--out_dim 65536 {OUTPUTS} --out_dim 240"]),
+    (tell_dino, "--momentum_teacher 0.97 --out_dim 240", []),
     (
         tell_swav,
         "--queue_length 3840",
@@ -107,7 +107,7 @@ def test_nothing_is_said_of_the_settings_for_the_embedded_data(tell, capsys):
 # --- With --small_data ------------------------------------------------------------------------------------------------
 
 ON_IMAGES = {
-    tell_dino: {"out_dim": 20, "momentum_teacher": 0.98, "warmup_epochs": 5.0, "arch": "vit_micro"},
+    tell_dino: {"out_dim": 200, "momentum_teacher": 0.98, "warmup_epochs": 5.0, "arch": "vit_micro"},
     tell_msn: {"num_proto": 64, "ema": [0.98, 1.0], "warmup": 5.0, "model_name": "deit_micro"},
     tell_swav: {"nmb_prototypes": 60, "freeze_prototypes_niters": 60, "arch": "resnet18"},
     tell_deepclusterv2: {"nmb_prototypes": [30, 30, 30], "arch": "resnet18"},

@@ -3,7 +3,8 @@
 What lines of ``metrics.jsonl`` say of at most 200 images:
 
 - ``recall_at_1``: percent that are found again from a crop of a tenth of what evaluations see of them: the feature of
-  the crop is compared with those of all images whole. ``recall_chance``: that of a guess, 100 / N.
+  the crop is compared with those of all images whole, after what all crops, or all wholes, have in common is taken away
+  (each dimension has mean 0 and variance 1). ``recall_chance``: that of a guess, 100 / N.
 - ``rankme``: exp of the entropy of the normalised singular values of the features of whole images (RankMe, Garrido et
   al. 2023): an effective rank, at most N.
 - ``pixels_recall_at_1``, ``pixels_rankme``: the same of pixels, averaged to 16 x 16; in the first line only.
@@ -81,9 +82,18 @@ class MeasuresWithoutLabels:
 
 
 def recall_at_1(queries: Tensor, database: Tensor) -> float:
-    """Percent of the rows of ``queries`` (N, D) to which the row of that number of ``database`` is the nearest one."""
-    _, found = nearest_neighbours(F.normalize(queries, dim=1), F.normalize(database, dim=1), 1)
+    """Percent of the rows of ``queries`` (N, D) to which the row of that number of ``database`` is the nearest one.
+
+    By the cosine of features whose dimensions are standardised in each of the two sets.
+    """
+    queries, database = (F.normalize(_standardised(rows), dim=1) for rows in (queries, database))
+    _, found = nearest_neighbours(queries, database, 1)
     return 100 * int((found[:, 0] == torch.arange(len(found), device=found.device)).sum()) / len(found)
+
+
+def _standardised(rows: Tensor) -> Tensor:
+    spread = rows.std(dim=0)
+    return (rows - rows.mean(dim=0)) / spread.clamp_min(1e-3 * spread.mean() + 1e-12)
 
 
 class ImageAndCrop(EvalDataset):

@@ -60,7 +60,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
         arguments = sys.argv[1:] if args is None else args
-        if self.small_data is None or "--small_data" not in arguments:
+        is_asked = any(len(word) > 2 and "--small_data".startswith(word) for word in arguments)  # argparse abbreviates
+        if self.small_data is None or not is_asked:
             return super().parse_known_args(arguments, namespace)
         if self.official is None:
             from .yaml_config import read_config  # which imports this module
