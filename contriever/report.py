@@ -12,10 +12,11 @@ from shared.run.summary import command, paragraphs
 
 def tell_unsuitable_settings(args: argparse.Namespace, num_chunks: int, batch_size: int) -> None:
     """Print which settings make no sense for so little text; ``batch_size`` is that of all processes together."""
-    tell_settings(long_warmup("--warmup_steps", args.warmup_steps, args.total_steps, "steps"))
+    tell_settings(args, long_warmup("--warmup_steps", args.warmup_steps, args.total_steps, "steps"))
     if args.contrastive_mode == "moco":
         queue = max(1, num_chunks // 2 // batch_size) * batch_size
         tell_settings(
+            args,
             slow_average("--momentum", np.full(args.total_steps, args.momentum), "key encoder"),
             more_than_data("--queue_size", args.queue_size, num_chunks, queue, "chunks of text"),
         )

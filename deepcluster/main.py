@@ -48,6 +48,7 @@ from shared.run.checkpoint import load_latest_or_given
 from shared.run.flags import (
     Parser,
     add_bad_image_flags,
+    add_own_images_flags,
     add_reading_flags,
     add_run_flags,
     parse_with_embedded_defaults,
@@ -56,7 +57,6 @@ from shared.run.flags import (
 from shared.run.health import HealthMonitor
 from shared.run.randomness import derive_seed
 from shared.run.run import Run
-from shared.run.settings import more_than_data, tell_settings
 
 # What replaces the official defaults when no DIR is given: images of 32 pixels, for which AlexNet is too large.
 EMBEDDED_DATA_DEFAULTS = {
@@ -88,6 +88,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("views").add_argument
     add("--crop_size", type=int, default=224, help="side in pixels of the images that the network sees")
     add("--crop_scale", type=float, nargs=2, default=(0.08, 1.0), help="area range of the random crops")
+
+    add_own_images_flags(parser, __file__)
 
     add = parser.add_argument_group("network").add_argument
     add("--arch", "-a", default="alexnet", help="alexnet, vgg16, or any torchvision or timm model name")
@@ -142,7 +144,6 @@ def train_deepcluster(args: argparse.Namespace) -> None:
     data, images_in_order = open_training_data(args, run.output_dir, device)
     source = data.dataset.source
     tell_embedded_defaults(args.data_path, EMBEDDED_DATA_DEFAULTS, "DIR")
-    tell_settings(more_than_data("--batch", args.batch, len(source), take=max(1, len(source) // 4)))
 
     # the network without a top layer, and its optimiser
     network = build_network(args.arch, args.sobel, img_size=args.crop_size)
@@ -171,8 +172,8 @@ def train_deepcluster(args: argparse.Namespace) -> None:
     how = (args.pca_dim, args.clustering, args.nmb_cluster, args.kmeans)
 
     with run:
-        if not state.evaluated_before and knn.is_due(-1):
-            run.log_evaluation(knn_top1=knn.run(FeaturesForClustering(network), run.stop_if_asked))
+        if not state.evaluated_before:
+            knn.evaluate(-1, FeaturesForClustering(network))
         state.evaluated_before = True
         for epoch in run.epochs():
             if state.epoch != epoch:  # else the run goes on inside of it
@@ -202,8 +203,7 @@ def train_deepcluster(args: argparse.Namespace) -> None:
                 run,
                 numbered_every=args.checkpoints,
             )
-            if knn.is_due(epoch):
-                run.log_evaluation(knn_top1=knn.run(FeaturesForClustering(network), run.stop_if_asked))
+            knn.evaluate(epoch, FeaturesForClustering(network))
             averages = run.log_epoch(bad_images=data.bad_images.count())
             run.check_health({"clusters": clusters.num_filled, **averages})
             run.end_epoch()

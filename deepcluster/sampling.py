@@ -15,6 +15,7 @@ from shared.images.loading import EvalDataset, make_loader
 from shared.images.training_data import TrainingData, open_images
 from shared.multicrop import MultiCropDataset
 from shared.run.randomness import derive_seed
+from shared.run.settings import more_than_data, tell_settings
 
 from .augmentations import centre_crop, random_crop
 from .clustering import check_clustering
@@ -147,6 +148,11 @@ def open_training_data(
         ValueError: If there are fewer images than clusters.
     """
     source, checksum, bad_images = open_images(args, output_dir, args.crop_size, "--crop_size", flag="DIR")
+    tell_settings(
+        args,
+        more_than_data("--batch", args.batch, len(source), take=max(1, len(source) // 4)),
+        more_than_data("--nmb_cluster", args.nmb_cluster, len(source)) if args.small_data else None,  # else an error
+    )
     check_clustering(len(source), args.clustering, args.nmb_cluster, args.kmeans)
     workers = {"num_workers": args.num_workers, "device": device}
     views = MultiCropDataset(source, [random_crop(args.crop_size, args.crop_scale)], args.seed, bad_images=bad_images)

@@ -27,7 +27,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 from dino.augmentations import dino_views
 from dino.hub import MEAN, NETWORK_FLAGS, STD, VIT_NAMES, build_backbone, plain_name, to_official
 from dino.losses import DINOLoss
-from dino.report import health_rules, report, tell_unsuitable_settings
+from dino.report import health_rules, report, suit_settings
 from dino.vision_transformer import DINOHead
 from shared import distributed
 from shared.evaluation.knn_monitor import KNNMonitor
@@ -44,6 +44,7 @@ from shared.optimisation.schedules import cosine_schedule
 from shared.run.flags import (
     Parser,
     add_data_flags,
+    add_own_images_flags,
     add_run_flags,
     bool_flag,
     parse_with_embedded_defaults,
@@ -85,7 +86,8 @@ MINIMUM = {"epochs": 1, "batch_size_per_gpu": 1, "out_dim": 2, "log_freq": 1, "p
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
-    add = add_data_flags(parser)
+    add_data_flags(parser)
+    add_own_images_flags(parser, __file__)
 
     add = parser.add_argument_group("views").add_argument
     add("--global_crops_scale", type=float, nargs=2, default=(0.4, 1.0), help="area range of the two global crops")
@@ -203,6 +205,8 @@ def train_dino(args: argparse.Namespace) -> None:
     )
     data = open_training_data(args, recipes, args.batch_size_per_gpu, run.output_dir, device, "--global_crop_size")
     tell_about_flags(args)
+    momenta = Schedules.from_args(args, data.batch_size, data.steps_per_epoch).momentum
+    suit_settings(args, len(data.dataset), momenta)
 
     # student and teacher: the same network and the same initial weights
     student = build_network(args, args.drop_path_rate)
@@ -229,7 +233,6 @@ def train_dino(args: argparse.Namespace) -> None:
     ).to(device)
     optimizer = build_optimizer(args.optimizer, param_groups_no_decay_on_bias_and_norm(student))
     schedules = Schedules.from_args(args, data.batch_size, data.steps_per_epoch)
-    tell_unsuitable_settings(args, len(data.dataset), schedules.momentum)
 
     # checkpoints under the names of the official ones, monitoring
     parts = {"student": student, "teacher": teacher, "optimizer": optimizer, "dino_loss": criterion}
@@ -238,8 +241,8 @@ def train_dino(args: argparse.Namespace) -> None:
     knn = KNNMonitor(run, args.global_crop_size, MEAN, STD, data.num_workers)
 
     with run:
-        if run.is_new and knn.is_due(-1):
-            run.log_evaluation(knn_top1=knn.run(teacher.backbone, run.stop_if_asked))
+        if run.is_new:
+            knn.evaluate(-1, teacher.backbone)
         for epoch in run.epochs():
             data.sampler.set_epoch(epoch, run.step_in_epoch)
             train_one_epoch(
@@ -253,8 +256,7 @@ def train_dino(args: argparse.Namespace) -> None:
                 clip_grad=args.clip_grad,
                 freeze_last_layer=args.freeze_last_layer,
             )
-            if knn.is_due(epoch):
-                run.log_evaluation(knn_top1=knn.run(teacher.backbone, run.stop_if_asked))
+            knn.evaluate(epoch, teacher.backbone)
             run.log_epoch(bad_images=data.bad_images.count())
             numbered = args.saveckp_freq and epoch % args.saveckp_freq == 0
             run.end_epoch(keep_as=f"checkpoint{epoch:04d}.pth" if numbered else None)

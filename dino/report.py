@@ -65,13 +65,14 @@ def health_rules(args: argparse.Namespace, steps_per_epoch: int) -> list[HealthR
     ]
 
 
-def tell_unsuitable_settings(args: argparse.Namespace, num_images: int, momenta: np.ndarray) -> None:
-    """Print which settings make no sense for so few images and steps; ``momenta`` are those of the teacher."""
+def suit_settings(args: argparse.Namespace, num_images: int, momenta: np.ndarray) -> None:
+    """Name or change settings that make no sense for so few images and steps; ``momenta`` are those of the teacher."""
     tell_settings(
+        args,
         long_warmup("--warmup_epochs", args.warmup_epochs, args.epochs),
         long_warmup("--warmup_teacher_temp_epochs", args.warmup_teacher_temp_epochs, args.epochs),
         slow_average("--momentum_teacher", momenta),
-        more_than_data("--out_dim", args.out_dim, num_images),
+        more_than_data("--out_dim", args.out_dim, num_images, take=num_images),
     )
 
 

@@ -30,7 +30,7 @@ from msn.checkpoints import NETWORK_FLAGS, from_official, to_official
 from msn.flags import parse_with_images
 from msn.hub import MEAN, STD
 from msn.losses import LossTerms, MSNLoss, log_power_law, new_prototypes, read_log_prior
-from msn.report import health_rules, report, tell_unsuitable_settings
+from msn.report import health_rules, report, suit_settings
 from msn.schedules import Schedules
 from msn.vision_transformer import ARCHITECTURES, ProjectionHead, Trunk, VisionTransformer, build, num_kept_patches
 from shared import distributed
@@ -44,6 +44,7 @@ from shared.run.checkpoint import load_latest
 from shared.run.flags import (
     Parser,
     add_data_flags,
+    add_own_images_flags,
     add_run_flags,
     bool_flag,
     check_minimum,
@@ -93,6 +94,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--fname", default=None, help="YAML file of defaults, such as one of configs/pretrain; the command line wins")
     add("--devices", nargs="+", default=None, metavar="DEVICE", help="start a process on each, e.g. cuda:0 cuda:1")
+    add_own_images_flags(parser, __file__)
 
     add = add_data_flags(parser)
     add("--root_path", default=None, help="with --image_folder: --data_path <root_path>/<image_folder>/train")
@@ -207,12 +209,13 @@ def train_msn(args: argparse.Namespace) -> None:
     """Train from the newest checkpoint in ``args.output_dir``, or from scratch if there is none."""
     run = Run(args, args.amp, f"{args.write_tag}-latest.pth.tar")
     device = run.device
-    if distributed.is_main_process():
-        write_config(run.output_dir / "params-msn-train.yaml", args, get_args_parser())
 
     # data
     data = open_training_data(args, build_views(args), args.batch_size, run.output_dir, device, "--rand_size")
     tell_embedded_defaults(args.data_path, EMBEDDED_DATA_DEFAULTS)
+    suit_settings(args, len(data.dataset), Schedules.from_args(args, data.steps_per_epoch).momentum)
+    if distributed.is_main_process():
+        write_config(run.output_dir / "params-msn-train.yaml", args, get_args_parser())
 
     # anchor and target encoder: the same network and the same initial weights; prototypes
     encoder = build_encoder(args)
@@ -227,7 +230,6 @@ def train_msn(args: argparse.Namespace) -> None:
     criterion = build_loss(args).to(device)
     optimizer = build_optimizer("adamw", param_groups(encoder, prototypes))
     schedules = Schedules.from_args(args, data.steps_per_epoch)
-    tell_unsuitable_settings(args, len(data.dataset), schedules.momentum)
     encoder = distributed.wrap(encoder, device)
 
     # checkpoints under the names of the official ones, monitoring
@@ -250,8 +252,8 @@ def train_msn(args: argparse.Namespace) -> None:
     trunk = Trunk(target_encoder)
 
     with run:
-        if run.is_new and knn.is_due(-1):
-            run.log_evaluation(knn_top1=knn.run(trunk, run.stop_if_asked))
+        if run.is_new:
+            knn.evaluate(-1, trunk)
         for epoch in run.epochs():
             data.sampler.set_epoch(epoch, run.step_in_epoch)
             train_one_epoch(
@@ -266,8 +268,7 @@ def train_msn(args: argparse.Namespace) -> None:
                 patch_drop=args.patch_drop,
                 clip_grad=args.clip_grad,
             )
-            if knn.is_due(epoch):
-                run.log_evaluation(knn_top1=knn.run(trunk, run.stop_if_asked))
+            knn.evaluate(epoch, trunk)
             epoch_loss.value = run.log_epoch(bad_images=data.bad_images.count())["train_loss"]
             numbered = args.checkpoint_freq and (epoch + 1) % args.checkpoint_freq == 0
             run.end_epoch(keep_as=f"{args.write_tag}-ep{epoch + 1}.pth.tar" if numbered else None)

@@ -68,11 +68,12 @@ def health_rules(args: argparse.Namespace, steps_per_epoch: int) -> list[HealthR
     ]
 
 
-def tell_unsuitable_settings(args: argparse.Namespace, num_images: int, momenta: np.ndarray) -> None:
-    """Print which settings make no sense for so few images and steps; ``momenta`` are those of the target encoder."""
+def suit_settings(args: argparse.Namespace, num_images: int, momenta: np.ndarray) -> None:
+    """Name or change settings that make no sense for so few images and steps; momenta: of the target encoder."""
     tell_settings(
+        args,
         long_warmup("--warmup", args.warmup, args.epochs),
-        slow_average("--ema", momenta, "target encoder"),
+        slow_average("--ema", momenta, "target encoder", args.ema[1]),
         more_than_data("--num_proto", args.num_proto, num_images),
     )
 

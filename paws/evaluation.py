@@ -15,10 +15,12 @@ from shared import distributed
 from shared.evaluation.features import extract_features
 from shared.evaluation.frozen import bad_images_of
 from shared.evaluation.knn_monitor import AUTOMATIC_UP_TO, BetweenEpochs
+from shared.evaluation.without_labels import MeasuresWithoutLabels
 from shared.images.labelled import NotLabelled, match_val
 from shared.images.loading import LEFT_OUT, BadImages, EvalDataset, EvalTransform
 from shared.images.sources import ImageSource, open_source, reading
 from shared.networks.backbones import input_channels
+from shared.run.run import Run
 
 from .augmentations import Recipe
 from .heads import Encoder
@@ -189,13 +191,14 @@ class SoftNearestNeighbours:
 
 @dataclass
 class SNNMonitor(BetweenEpochs):
-    """Top-1 of the soft nearest neighbours between epochs.
+    """Top-1 of the soft nearest neighbours between epochs, and measures without labels.
 
     Attributes:
         validation: What is classified; None: nothing is.
         every_epochs: Evaluate after every so many epochs, and before and after training; None: only then.
         epochs: Length of the training.
         disabled_reason: Why there is no evaluation, or None.
+        without_labels: Of all training images.
     """
 
     classifier: SoftNearestNeighbours
@@ -203,6 +206,25 @@ class SNNMonitor(BetweenEpochs):
     every_epochs: int | None
     epochs: int
     disabled_reason: str | None
+    without_labels: MeasuresWithoutLabels | None = None
+
+    def measure_without_labels(self, run: Run, encoder: nn.Module) -> None:
+        """Let :meth:`evaluate` do so too, unless there are to be no evaluations."""
+        if self.every_epochs != 0:
+            transform = eval_transform(self.classifier.recipe, distributed.unwrap(encoder))
+            source, num_workers = self.classifier.images.source, self.classifier.num_workers
+            self.without_labels = MeasuresWithoutLabels(run, transform, num_workers, source)
+
+    def evaluate(self, epoch: int, encoder: nn.Module, run: Run) -> None:
+        """Log what is due after ``epoch`` (-1: before training); every process must call this."""
+        values = {}
+        if self.without_labels:
+            plain = distributed.unwrap(encoder)
+            values = self.without_labels.run(epoch, Representation(plain).train(plain.training))
+        if self.is_due(epoch):
+            values["snn_top1"] = self.run(encoder, run.stop_if_asked)
+        if values:
+            run.log_evaluation(**values)
 
     def run(self, encoder: Encoder, between_batches: Callable[[], None] | None = None) -> float:
         """Top-1 in percent; see :meth:`SoftNearestNeighbours.classify`."""

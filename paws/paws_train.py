@@ -39,7 +39,7 @@ from shared import distributed
 from shared.images.decode import ImageError
 from shared.multicrop import normalize_views
 from shared.optimisation.optim import clip_grad_norm_per_tensor_
-from shared.run.flags import bool_flag, tell_embedded_defaults
+from shared.run.flags import add_own_images_flags, bool_flag, tell_embedded_defaults
 from shared.run.health import HealthMonitor, feature_spread, rank_me
 from shared.run.run import Run
 
@@ -66,6 +66,7 @@ EMBEDDED_DATA_DEFAULTS = {
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = flags.pretraining_parser(__doc__, write_tag="paws")
+    add_own_images_flags(parser, __file__, "paws/own_images.yaml")
     add = parser.add_argument_group("criterion").add_argument
     add("--me_max", type=bool_flag, default=True, help="keep the classes of the pseudo-labels diverse")
     add("--sharpen", type=float, default=0.25, help="temperature of the targets' sharpening")
@@ -100,15 +101,15 @@ def train_paws(args: argparse.Namespace) -> None:
     run.health = HealthMonitor(health_rules(data.support_labels.shape[1], len(rates)))
     classifier = SoftNearestNeighbours(data.images, recipe, args.temperature, run.device, args.num_workers)
     evaluation = build_snn_monitor(args, classifier)
+    evaluation.measure_without_labels(run, encoder)
 
     with run:
-        if run.is_new and evaluation.is_due(-1):
-            run.log_evaluation(snn_top1=evaluation.run(encoder, run.stop_if_asked))
+        if run.is_new:
+            evaluation.evaluate(-1, encoder, run)
         for epoch in run.epochs():
             data.set_epoch(epoch, run.step_in_epoch)
             train_one_epoch(encoder, data, criterion, optimizer, rates, recipe, run)
-            if evaluation.is_due(epoch):
-                run.log_evaluation(snn_top1=evaluation.run(encoder, run.stop_if_asked))
+            evaluation.evaluate(epoch, encoder, run)
             run.log_epoch(bad_images=data.dataset.bad_images.count())
             run.end_epoch(keep_as=numbered_checkpoint(args, epoch))
     try:

@@ -73,6 +73,7 @@ def open_training_data(
     distributed.check_same_on_all_processes((len(source), checksum), "the training data (number of images, checksum)")
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     choose_supports(args, images, world_size)
+    tell_settings(args, long_warmup("--warmup", args.warmup, args.epochs))
 
     views = paws_views(recipe, args.multicrop, args.color_jitter_strength)
     bad_images = BadImages(len(source), output_dir / "bad_images.txt", args.on_bad_image, args.max_bad_fraction)
@@ -154,7 +155,6 @@ def resume(
     Raises:
         CheckpointError: If that is not in the output folder.
     """
-    tell_settings(long_warmup("--warmup", run.args.warmup, run.args.epochs))
     checkpoint = load_latest(run.path)
     if checkpoint is None and read_checkpoint is not None:
         checkpoint = load_latest(run.output_dir / read_checkpoint)

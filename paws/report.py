@@ -10,7 +10,7 @@ from shared.multicrop import MultiCropDataset
 from shared.pictures.report import Plot, Report, accuracy_plot, save_views
 from shared.run.health import HealthRule, equal_features
 from shared.run.run import Run
-from shared.run.summary import accuracy, command, from_here, next_command
+from shared.run.summary import accuracy, command, from_here, next_command, without_labels
 
 from .evaluation import SNNMonitor
 from .pseudo_labels import save_certainty
@@ -74,15 +74,17 @@ def report(
 
     network = {"pretrained": run.path, "model_name": args.model_name}
     after, commands = partial(next_command, args, "paws/paws_train.py", **network), []
+    start = "random weights" if args.pretrained is None else "the weights of --pretrained"
     if evaluation.disabled_reason:
         learned = [f"accuracy not known: {evaluation.disabled_reason}"]
     else:
         validation = evaluation.validation
         what = f"soft nearest neighbours, {len(images.labelled):,} labels, {validation.describe()}"
-        start = "random weights" if args.pretrained is None else "the weights of --pretrained"
         sizes = len(validation.rows), len(images.classes)
         learned = accuracy(ending.lines, "snn_top1", what, *sizes, start=start)
         tuned = run.output_dir / "fine-tune"
         commands = [after("paws/snn_eval.py"), after("paws/fine_tune.py", output_dir=tuned)]
+    if measures := evaluation.without_labels:
+        learned += without_labels(ending.lines, measures.name, len(measures.images), start=start)
     own = {"data_path": "YOUR_IMAGES", "labels": "YOUR_LABELS.csv", "fname": from_here(OWN_IMAGES)}
     ending.finish(commands, command("paws/main.py", **own, output_dir="YOUR_RUN"), [*learned, *lines])

@@ -80,16 +80,16 @@ def train_suncet(args: argparse.Namespace) -> None:
     resume(run, data, len(rates), args.read_checkpoint, encoder, optimizer)
     classifier = SoftNearestNeighbours(data.images, recipe, args.temperature, run.device, args.num_workers)
     evaluation = build_snn_monitor(args, classifier)
+    evaluation.measure_without_labels(run, encoder)
 
     with run:
-        if run.is_new and evaluation.is_due(-1):
-            run.log_evaluation(snn_top1=evaluation.run(encoder, run.stop_if_asked))
+        if run.is_new:
+            evaluation.evaluate(-1, encoder, run)
         for epoch in run.epochs():
             data.set_epoch(epoch, run.step_in_epoch)
             labels = data.support_labels if epoch < args.supervised_epochs else None
             train_one_epoch(encoder, data, labels, optimizer, rates, recipe, run, args.temperature)
-            if evaluation.is_due(epoch):
-                run.log_evaluation(snn_top1=evaluation.run(encoder, run.stop_if_asked))
+            evaluation.evaluate(epoch, encoder, run)
             run.log_epoch(bad_images=data.dataset.bad_images.count())
             run.end_epoch(keep_as=numbered_checkpoint(args, epoch))
 

@@ -34,7 +34,7 @@ from shared.optimisation.optim import clip_grad_norm_per_tensor_
 from shared.optimisation.precision import Precision
 from shared.optimisation.schedules import cosine_schedule
 from shared.run import randomness
-from shared.run.flags import Parser, add_data_flags, tell_embedded_defaults
+from shared.run.flags import Parser, add_data_flags, add_own_images_flags, tell_embedded_defaults
 from shared.run.health import HealthMonitor, feature_spread, rank_me
 from shared.run.run import Run
 from swav import flags, main_swav
@@ -44,7 +44,7 @@ from swav.kmeans import MemoryBank, cluster_memory
 from swav.larc import LARC
 from swav.losses import cluster_classification, usage_of
 from swav.main_swav import CHECKPOINT, NETWORK_FLAGS, build_for_training, numbered_checkpoint
-from swav.report import health_rules, report, tell_unsuitable_settings
+from swav.report import health_rules, report, suit_settings
 from swav.resnet50 import Trunk
 
 # What replaces the official defaults when no --data_path is given.
@@ -58,6 +58,7 @@ del EMBEDDED_DATA_DEFAULTS["epsilon"], EMBEDDED_DATA_DEFAULTS["freeze_prototypes
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
     add_data_flags(parser)
+    add_own_images_flags(parser, __file__, "small_data_deepclusterv2.yaml")
     flags.add_view_flags(parser)
     add = flags.add_network_flags(parser)
     add("--nmb_prototypes", type=int, nargs="+", default=[3000] * 3, help="number of clusters, one value for each head")
@@ -87,6 +88,7 @@ def train_deepclusterv2(args: argparse.Namespace) -> None:
     recipes = swav_views(args.nmb_crops, args.size_crops, args.min_scale_crops, args.max_scale_crops, args.blur_radius)
     data = open_training_data(args, recipes, args.batch_size, run.output_dir, device, "--size_crops")
     tell_embedded_defaults(args.data_path, EMBEDDED_DATA_DEFAULTS)
+    suit_settings(args, data, args.epochs * data.steps_per_epoch)
 
     # network, optimiser, schedule
     network = build_for_training(args, device)
@@ -95,7 +97,6 @@ def train_deepclusterv2(args: argparse.Namespace) -> None:
     lr_schedule = cosine_schedule(
         args.base_lr, args.final_lr, args.epochs, data.steps_per_epoch, args.warmup_epochs, args.start_warmup
     )
-    tell_unsuitable_settings(args, data, len(lr_schedule))
 
     # the embeddings that are clustered, and the clusters of all images
     rows = data.steps_per_epoch * args.batch_size
@@ -123,8 +124,8 @@ def train_deepclusterv2(args: argparse.Namespace) -> None:
     trunk = Trunk(distributed.unwrap(network))
 
     with run:
-        if run.is_new and knn.is_due(-1):
-            run.log_evaluation(knn_top1=knn.run(trunk, run.stop_if_asked))
+        if run.is_new:
+            knn.evaluate(-1, trunk)
         if not memory.is_filled and run.epoch < args.epochs:
             distributed.print_once("filling the memory: one pass over the images")
             data.sampler.set_epoch(run.epoch - 1)
@@ -145,8 +146,7 @@ def train_deepclusterv2(args: argparse.Namespace) -> None:
                 temperature=args.temperature,
                 freeze_prototypes_niters=args.freeze_prototypes_niters,
             )
-            if knn.is_due(epoch):
-                run.log_evaluation(knn_top1=knn.run(trunk, run.stop_if_asked))
+            knn.evaluate(epoch, trunk)
             run.log_epoch(bad_images=data.bad_images.count(), **cluster_usage(memory.assignments, heads))
             run.end_epoch(keep_as=numbered_checkpoint(epoch, args.epochs, args.checkpoint_freq))
     report("DeepCluster-v2", run, data.dataset, trunk, knn)

@@ -34,7 +34,7 @@ from shared.networks.batchnorm import synchronize_batchnorm
 from shared.networks.weights import safe_load
 from shared.optimisation.optim import clip_grad_norm_per_tensor_
 from shared.optimisation.schedules import cosine_schedule
-from shared.run.flags import Parser, add_data_flags, bool_flag, tell_embedded_defaults
+from shared.run.flags import Parser, add_data_flags, add_own_images_flags, bool_flag, tell_embedded_defaults
 from shared.run.health import HealthMonitor, feature_spread, rank_me
 from shared.run.run import Run
 from swav import flags
@@ -42,7 +42,7 @@ from swav.augmentations import swav_views
 from swav.hub import MEAN, STD, build_network
 from swav.larc import LARC
 from swav.losses import EmbeddingQueue, PrototypeUsage, SwappedPrediction, normalize_prototypes_
-from swav.report import health_rules, report, tell_unsuitable_settings
+from swav.report import health_rules, report, suit_settings
 from swav.resnet50 import Trunk
 
 # What replaces the official defaults when no --data_path is given: images of 32 pixels need no ResNet-50 at 224 pixels,
@@ -72,6 +72,7 @@ CHECKPOINT = "checkpoint.pth.tar"
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
     add_data_flags(parser)
+    add_own_images_flags(parser, __file__)
     flags.add_view_flags(parser)
     add = flags.add_network_flags(parser)
     add("--nmb_prototypes", type=int, default=3000, help="number of prototypes K")
@@ -106,6 +107,7 @@ def train_swav(args: argparse.Namespace) -> None:
     recipes = swav_views(args.nmb_crops, args.size_crops, args.min_scale_crops, args.max_scale_crops, args.blur_radius)
     data = open_training_data(args, recipes, args.batch_size, run.output_dir, device, "--size_crops")
     tell_embedded_defaults(args.data_path, EMBEDDED_DATA_DEFAULTS)
+    suit_settings(args, data, args.epochs * data.steps_per_epoch)
 
     # network, loss, optimiser, schedule
     network = build_for_training(args, device)
@@ -114,7 +116,6 @@ def train_swav(args: argparse.Namespace) -> None:
     lr_schedule = cosine_schedule(
         args.base_lr, args.final_lr, args.epochs, data.steps_per_epoch, args.warmup_epochs, args.start_warmup
     )
-    tell_unsuitable_settings(args, data, len(lr_schedule))
 
     # embeddings of earlier batches, and how often each prototype is used
     queue_rows = rows_of_queue(args.queue_length, args.batch_size, distributed.get_world_size())
@@ -142,8 +143,8 @@ def train_swav(args: argparse.Namespace) -> None:
     trunk = Trunk(distributed.unwrap(network))
 
     with run:
-        if run.is_new and knn.is_due(-1):
-            run.log_evaluation(knn_top1=knn.run(trunk, run.stop_if_asked))
+        if run.is_new:
+            knn.evaluate(-1, trunk)
         for epoch in run.epochs():
             data.sampler.set_epoch(epoch, run.step_in_epoch)
             queue.has_started |= epoch >= args.epoch_queue_starts
@@ -158,8 +159,7 @@ def train_swav(args: argparse.Namespace) -> None:
                 run,
                 freeze_prototypes_niters=args.freeze_prototypes_niters,
             )
-            if knn.is_due(epoch):
-                run.log_evaluation(knn_top1=knn.run(trunk, run.stop_if_asked))
+            knn.evaluate(epoch, trunk)
             run.log_epoch(bad_images=data.bad_images.count(), **usage.end_epoch())
             run.end_epoch(keep_as=numbered_checkpoint(epoch, args.epochs, args.checkpoint_freq))
     report("SwAV", run, data.dataset, trunk, knn)

@@ -70,19 +70,20 @@ def health_rules(method: str, nmb_prototypes: int, epochs: int, steps_per_epoch:
     return rules
 
 
-def tell_unsuitable_settings(args: argparse.Namespace, data: TrainingData, total_steps: int) -> None:
-    """Print which settings make no sense for so few images and steps."""
+def suit_settings(args: argparse.Namespace, data: TrainingData, total_steps: int) -> None:
+    """Name or change settings that make no sense for so few images and steps."""
     images = len(data.dataset)
-    tell_settings(
+    advice = [
         long_warmup("--warmup_epochs", args.warmup_epochs, args.epochs),
         more_than_data("--nmb_prototypes", args.nmb_prototypes, images),
-    )
+    ]
     if "queue_length" in args:  # SwAV; the queue holds whole steps, and images only once
         queue = images // 2 // data.batch_size * data.batch_size
-        tell_settings(
+        advice += [
             long_freeze("--freeze_prototypes_niters", args.freeze_prototypes_niters, total_steps),
             more_than_data("--queue_length", args.queue_length, images, take=queue),
-        )
+        ]
+    tell_settings(args, *advice)
 
 
 def report(method: str, run: Run, dataset: MultiCropDataset, trunk: nn.Module, knn: KNNMonitor) -> None:

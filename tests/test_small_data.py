@@ -7,6 +7,7 @@ import pytest
 
 import contriever.report
 import contriever.train
+import deepcluster.main
 import dino.main_dino
 import dino.report
 import msn.main
@@ -19,6 +20,7 @@ import swav.main_swav
 import swav.report
 import xcit.main
 from shared.images.materials import NUMBERS
+from shared.run.settings import tell_settings
 
 OWN = ["--data_path", "pictures"]
 
@@ -31,23 +33,26 @@ def tell_dino(arguments, num_images):
     args = dino.main_dino.parse_args(arguments)
     batch_size = args.batch_size_per_gpu
     schedules = dino.main_dino.Schedules.from_args(args, batch_size, steps(num_images, batch_size))
-    dino.report.tell_unsuitable_settings(args, num_images, schedules.momentum)
+    dino.report.suit_settings(args, num_images, schedules.momentum)
+    return args
 
 
 def tell_msn(arguments, num_images):
     args = msn.main.parse_args(arguments)
     schedules = msn.main.Schedules.from_args(args, steps(num_images, args.batch_size))
-    msn.report.tell_unsuitable_settings(args, num_images, schedules.momentum)
+    msn.report.suit_settings(args, num_images, schedules.momentum)
+    return args
 
 
 def tell_swav(arguments, num_images, script=swav.main_swav):
     args = script.parse_args(arguments)
     data = SimpleNamespace(dataset=range(num_images), batch_size=args.batch_size)
-    swav.report.tell_unsuitable_settings(args, data, args.epochs * steps(num_images, args.batch_size))
+    swav.report.suit_settings(args, data, args.epochs * steps(num_images, args.batch_size))
+    return args
 
 
 def tell_deepclusterv2(arguments, num_images):
-    tell_swav(arguments, num_images, swav.main_deepclusterv2)
+    return tell_swav(arguments, num_images, swav.main_deepclusterv2)
 
 
 def tell_contriever(arguments, num_chunks):
@@ -61,8 +66,8 @@ TEACHER = f"--momentum_teacher 0.996: after 300 steps the teacher still keeps {K
 TEACHER += "--momentum_teacher 0.97"
 OUTPUTS = "is more than the 240 images: take"
 NAMED = [
-    (tell_dino, "", [TEACHER, f"--out_dim 65536 {OUTPUTS} --out_dim 24"]),
-    (tell_dino, "--momentum_teacher 0.97 --out_dim 24", []),
+    (tell_dino, "", [TEACHER, f"--out_dim 65536 {OUTPUTS} --out_dim 240"]),
+    (tell_dino, "--momentum_teacher 0.97 --out_dim 240", []),
     (
         tell_swav,
         "--queue_length 3840",
@@ -89,7 +94,8 @@ NAMED = [
 @pytest.mark.parametrize(("tell", "flags", "expected"), NAMED)
 def test_settings_that_make_no_sense_for_240_images_are_named(tell, flags, expected, capsys):
     tell([*OWN, *flags.split()], 240)
-    assert capsys.readouterr().out.splitlines() == [f"NOTE: {sentence}" for sentence in expected]
+    hint = "" if tell is tell_contriever else ", or take --small_data"
+    assert capsys.readouterr().out.splitlines() == [f"NOTE: {sentence}{hint}" for sentence in expected]
 
 
 @pytest.mark.parametrize("tell", [tell_dino, tell_swav, tell_deepclusterv2, tell_msn, tell_contriever])
@@ -97,6 +103,64 @@ def test_nothing_is_said_of_the_settings_for_the_embedded_data(tell, capsys):
     tell([], NUMBERS["train"])
     assert capsys.readouterr().out == ""
 
+
+# --- With --small_data ------------------------------------------------------------------------------------------------
+
+ON_IMAGES = {
+    tell_dino: {"out_dim": 200, "momentum_teacher": 0.98, "warmup_epochs": 5.0, "arch": "vit_micro"},
+    tell_msn: {"num_proto": 64, "ema": [0.98, 1.0], "warmup": 5.0, "model_name": "deit_micro"},
+    tell_swav: {"nmb_prototypes": 60, "freeze_prototypes_niters": 60, "arch": "resnet18"},
+    tell_deepclusterv2: {"nmb_prototypes": [30, 30, 30], "arch": "resnet18"},
+}
+
+
+@pytest.mark.parametrize("tell", ON_IMAGES)
+def test_small_data_takes_what_suits_200_images_and_says_each_value(tell, capsys):
+    args = tell([*OWN, "--small_data"], 200)
+    assert {name: getattr(args, name) for name in ON_IMAGES[tell]} == ON_IMAGES[tell]
+    told = capsys.readouterr().out.splitlines()
+    assert all(line.startswith("--small_data: --") for line in told)
+    official = args.unset
+    changed = {name for name in official if getattr(args, name) != official[name]}
+    assert {line.split("--")[2].split()[0] for line in told} == changed > {*ON_IMAGES[tell]} - {"ema"}
+    tell_settings(args)
+    assert capsys.readouterr().out.splitlines() == told
+
+
+@pytest.mark.parametrize("tell", ON_IMAGES)
+def test_small_data_changes_no_flag_that_was_set_and_nothing_of_the_embedded_data(tell, capsys):
+    official = tell(OWN, 10**6)
+    flags = {"epochs": 3, "batch_size_per_gpu" if tell is tell_dino else "batch_size": 40}
+    set_flags = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    args = tell([*OWN, "--small_data", *set_flags], 200)
+    assert {name: getattr(args, name) for name in flags} == flags
+    outputs = {tell_dino: "out_dim", tell_msn: "num_proto"}.get(tell, "nmb_prototypes")
+    capsys.readouterr()
+    given = getattr(official, outputs)
+    words = map(str, given if isinstance(given, list) else [given])
+    args = tell([*OWN, "--small_data", f"--{outputs}", *words], 200)
+    assert getattr(args, outputs) == given
+    assert f"NOTE: --{outputs}" in capsys.readouterr().out
+    without, embedded = tell([], NUMBERS["train"]), tell(["--small_data"], NUMBERS["train"])
+    assert capsys.readouterr().out == ""
+    assert {**vars(embedded), "small_data": False} == vars(without) | {"unset": embedded.unset}
+
+
+def test_small_data_of_the_scripts_whose_advice_needs_images():
+    args = deepcluster.main.parse_args(["pictures", "--small_data", "--batch", "7"])
+    assert (args.nmb_cluster, args.batch, args.arch) == (60, 7, "resnet18")
+    args = paws.paws_train.parse_args([*OWN, "--small-data", "--lr", "2"])
+    assert (args.model_name, args.lr, args.image_size) == ("resnet18", 2.0, 128)
+
+
+def test_a_file_of_flags_wins_over_small_data(tmp_path):
+    file = tmp_path / "flags.yaml"
+    file.write_text("criterion:\n  num_proto: 1024\n")
+    args = tell_msn([*OWN, "--small_data", "--fname", str(file)], 200)
+    assert args.num_proto == 1024 and args.model_name == "deit_micro"
+
+
+# --- Warm-up ----------------------------------------------------------------------------------------------------------
 
 SHORTENED = [
     (dino.main_dino, "warmup_epochs", 5, 0.5),

@@ -10,14 +10,12 @@ starts again. Images that cannot be read are left out and listed beside the outp
 import argparse
 import importlib
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from shared import distributed
 from shared.images.loading import LEFT_OUT, BadImages, EvalDataset, EvalTransform
@@ -152,12 +150,7 @@ def extract(args: argparse.Namespace) -> Features:
     network, transform = load_frozen(args, hub)
     policy = (out.with_suffix(".bad_images.txt"), args.on_bad_image, args.max_bad_fraction)
     images = EvalDataset(source, transform, BadImages.with_new_list(len(source), *policy))
-    per_rank = -(-len(source) // distributed.get_world_size())
-    hidden = not (distributed.is_main_process() and sys.stderr.isatty())
-    with tqdm(total=-(-per_rank // args.batch_size), unit="batch", disable=hidden) as progress:
-        vectors, labels = extract_features(
-            network.to(device), images, device, args.batch_size, args.num_workers, "cpu", progress.update
-        )
+    vectors, labels = extract_features(network.to(device), images, device, args.batch_size, args.num_workers, "cpu")
     rows = [row for row, label in enumerate(labels.tolist()) if label != LEFT_OUT]
     vectors = (F.normalize(vectors, dim=1) if args.normalize else vectors)[rows]
     paths = [source.path(row) for row in rows]

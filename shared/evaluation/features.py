@@ -10,6 +10,7 @@ from torch.utils.data import Dataset, Sampler
 from shared import distributed
 from shared.images.decode import ImageError
 from shared.images.loading import EvalDataset, make_loader
+from shared.run.estimate import progress
 
 
 class RankSampler(Sampler):
@@ -69,7 +70,7 @@ def extract_features(
     was_training = model.training
     model.eval()
     done = 0
-    for images, targets, indices in loader:
+    for images, targets, indices in progress(loader, "features", len(loader), num_samples):
         batch = _in_dataset_order(model(images.to(device, non_blocking=True)).float())
         targets, indices = (_in_dataset_order(numbers.to(device)) for numbers in (targets, indices))
         if features is None:

@@ -1,14 +1,12 @@
 """Evaluations of a frozen network: what k-NN and linear probes of every folder that has a card have in common."""
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from shared import distributed
 from shared.images.labelled import open_labelled
@@ -20,6 +18,7 @@ from shared.networks.backbones import input_channels
 from shared.networks.card import Card
 from shared.networks.weights import safe_load
 from shared.run import randomness
+from shared.run.estimate import progress
 
 from .features import extract_features
 from .knn import knn_accuracies
@@ -184,7 +183,7 @@ class TrainCrops:
     def __call__(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """On the device, with a progress bar on a terminal."""
         self.sampler.set_epoch(epoch)
-        hidden = not (distributed.is_main_process() and sys.stderr.isatty())
-        for views, labels, _ in tqdm(self.loader, leave=False, disable=hidden):
+        images = len(self.sampler) * self.sampler.batch_size * self.sampler.world_size
+        for views, labels, _ in progress(self.loader, f"epoch {epoch}", len(self.loader), images):
             images = normalize_views(views, self.device, self.card.mean, self.card.std)[0]
             yield images, labels.to(self.device, non_blocking=True)

@@ -1,6 +1,6 @@
-"""Weighted k-NN while a network trains: the cheapest honest sign that features get better."""
+"""What features are worth while a network trains: weighted k-NN with labels, and measures without any."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -12,6 +12,7 @@ from shared.run.run import Run
 
 from .features import extract_features
 from .knn import knn_classify
+from .without_labels import BesidePixels, MeasuresWithoutLabels
 
 NEIGHBOURS = 20
 AUTOMATIC_UP_TO = 100_000  # images; beyond, an evaluation is worth asking for by flag
@@ -33,10 +34,12 @@ class BetweenEpochs:
 
 
 class KNNMonitor(BetweenEpochs):
-    """Top-1 of weighted k-NN on a validation split, between the epochs of a run; says why where there is none.
+    """Evaluations between the epochs of a run: weighted k-NN on a validation split, and measures without labels.
 
-    ``--eval_knn_freq`` evaluates after every so many epochs, 0 never; None before and after training, when there are at
-    most 100,000 images.
+    ``--eval_knn_freq`` classifies after every so many epochs; None before and after training, when there are at most
+    100,000 images. The measures without labels come after every epoch, of long runs after 50 of them. With
+    ``--eval_knn_freq 0`` there are neither. Lines of ``metrics.jsonl`` state what :mod:`.without_labels` names, in
+    percent ``knn_top1`` and ``knn_chance``, and before training ``pixels_knn_top1``.
 
     Args:
         run: Its flags lead to the images; unreadable ones are listed in its folder, those of the val split in
@@ -48,8 +51,9 @@ class KNNMonitor(BetweenEpochs):
         transform: What the network sees of an image.
         sources: Labelled images to learn from and to classify, None without them or with ``--eval_knn_freq 0``.
         k: Neighbours.
-        disabled_reason: Why there are no evaluations, or None.
-        train, val: The images, where there are evaluations.
+        disabled_reason: Why there is no k-NN, or None.
+        train, val: The images, where there is k-NN.
+        without_labels: None with ``--eval_knn_freq 0``.
 
     Raises:
         ValueError: If evaluations were asked for and there are no labelled images.
@@ -59,11 +63,14 @@ class KNNMonitor(BetweenEpochs):
         args = run.args
         self.every_epochs, self.epochs = args.eval_knn_freq, args.epochs
         self.device, self.num_workers = run.device, num_workers
+        self.log, self.between_batches = run.log_evaluation, run.stop_if_asked
         self.latest_features: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         resize_px = round(image_size * 256 / 224)  # the usual ratio of short side and crop
         self.transform = EvalTransform(resize_px, image_size, mean, std, getattr(args, "in_chans", 3))
         self.sources, self.k, self.disabled_reason = None, NEIGHBOURS, "--eval_knn_freq 0"
+        self.without_labels = None
         if self.every_epochs != 0:
+            self.without_labels = MeasuresWithoutLabels(run, self.transform, num_workers)
             try:
                 self.sources = open_labelled(args.data_path, args.val_path, **reading(args))
             except NotLabelled as error:
@@ -84,23 +91,32 @@ class KNNMonitor(BetweenEpochs):
             for source, listed in zip(self.sources, ("bad_images.txt", "bad_images_val.txt"), strict=True)
         )
 
-    def features(
-        self, backbone: nn.Module, between_batches: Callable[[], None] | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def evaluate(self, epoch: int, backbone: nn.Module) -> None:
+        """Log what is due after ``epoch`` (-1: before training); every process must call this."""
+        values = self.without_labels.run(epoch, backbone) if self.without_labels else {}
+        if self.is_due(epoch):
+            values |= self.run(backbone, with_pixels=epoch == -1 and len(self.train) <= AUTOMATIC_UP_TO)
+        if values:
+            self.log(**values)
+
+    def features(self, backbone: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Train features, train labels, val features, val labels."""
         return tuple(
             tensor
             for dataset in (self.train, self.val)
             for tensor in extract_features(
-                backbone, dataset, self.device, num_workers=self.num_workers, between_batches=between_batches
+                backbone, dataset, self.device, num_workers=self.num_workers, between_batches=self.between_batches
             )
         )
 
-    def run(self, backbone: nn.Module, between_batches: Callable[[], None] | None = None) -> float:
-        """Top-1 in percent.
-
-        Args:
-            between_batches: Called after every batch, equally often on every process; may raise to stop.
-        """
-        self.latest_features = self.features(backbone, between_batches)
-        return knn_classify(*self.latest_features, k=self.k)[0]
+    def run(self, backbone: nn.Module, with_pixels: bool = False) -> dict[str, float]:
+        """Top-1 in percent of the features, and of raw pixels too."""
+        network = BesidePixels(backbone) if with_pixels else backbone
+        train, train_labels, val, val_labels = self.features(network)
+        parts = network.parts(train.shape[1], self.transform.in_chans) if with_pixels else {"": slice(None)}
+        values = {"knn_chance": 100 / len(self.train.source.classes)}
+        for prefix, columns in reversed(parts.items()):
+            found = train[:, columns].contiguous(), train_labels, val[:, columns].contiguous(), val_labels
+            values[f"{prefix}knn_top1"] = knn_classify(*found, k=self.k)[0]
+        self.latest_features = found
+        return values

@@ -1,6 +1,5 @@
 """Labelled images, to learn from and to classify."""
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -45,23 +44,31 @@ def open_labelled(
     if len(train.classes) < 2:
         raise NotLabelled(f"{flag} {data_path}: there is only one class, {train.classes[0]!r}")
     if val_path is not None:
-        return match_classes(train, open_images(val_path, "all", flag="--val_path"), shared_classes_only)
+        return match_classes(train, open_val(data_path, val_path, **reading_options), shared_classes_only)
     try:
-        return match_classes(*_split(data_path, train, open_images), shared_classes_only)
+        val = open_val(data_path, None, **reading_options)
+        if val is None:
+            train, val = (open_images(data_path, split, holdout=True) for split in ("train", "val"))
+        return match_classes(train, val, shared_classes_only)
     except ValueError as error:
         raise NotLabelled(str(error)) from error
 
 
-def _split(
-    data_path: str | None, train: ImageSource, open_images: Callable[..., ImageSource]
-) -> tuple[ImageSource, ImageSource]:
+def open_val(data_path: str | None, val_path: str | None, **reading_options) -> ImageSource | None:
+    """The images of ``val_path``, else the val part of ``data_path``, else a folder ``val`` beside it; None: neither.
+
+    Raises:
+        ValueError: If ``val_path`` cannot be opened.
+    """
+    if val_path is not None:
+        return open_source(val_path, "all", flag="--val_path", **reading_options)
     beside = Path(data_path).with_name("val") if data_path and Path(data_path).name == "train" else None
     if beside is not None and beside.is_dir():
-        return train, open_images(str(beside), "all")
+        return open_source(str(beside), "all", **reading_options)
     try:
-        return train, open_images(data_path, "val")
-    except ValueError:  # no val part
-        return tuple(open_images(data_path, split, holdout=True) for split in ("train", "val"))
+        return open_source(data_path, "val", **reading_options)
+    except ValueError:
+        return None
 
 
 def match_classes(

@@ -1,6 +1,7 @@
 """Where images come from: what ``--data_path`` may name."""
 
 import argparse
+import difflib
 import errno
 import fcntl
 import os
@@ -18,6 +19,8 @@ import numpy as np
 import torch
 import torchvision
 
+from shared import distributed
+
 from .decode import EXTENSIONS, MAX_PIXELS, DecodedImage, EncodedImage, read_image
 from .materials import MATERIALS, load_materials
 from .tables import names_an_image, read_cells
@@ -30,6 +33,12 @@ TRAIN_NAMES = ("train", "training")
 VAL_NAMES = ("val", "valid", "validation", "test", "testing")  # the first one that is there
 SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 SYSTEM_FILES = ("Thumbs.db", "desktop.ini")
+# names of folders that group images by how they were made
+NO_CLASS = re.compile(
+    r"(plate|well|slide|batch|patient|pat|subject|subj|sub|donor|case|session|visit|scan|day|week|date|run|site|camera)"
+    r"[ _.-]?\w{0,2}\d+|(19|20)\d{2}([-_.]?[01]\d([-_.]?[0-3]\d)?)?|[0-3]\d[-_.][01]\d[-_.](19|20)\d{2}",
+    re.IGNORECASE,
+)
 
 
 class ImageSource:
@@ -167,6 +176,7 @@ def open_source(
     max_pixels: int = MAX_PIXELS,
     download_root: str | os.PathLike | None = None,
     flag: str = "--data_path",
+    no_labels: bool = False,
 ) -> ImageSource:
     """Open the images that ``--data_path`` names.
 
@@ -195,6 +205,7 @@ def open_source(
         max_pixels: Larger images count as unreadable.
         download_root: Where torchvision data sets are kept; by default ``datasets`` beside torch.hub's folder.
         flag: Name of the option in error messages.
+        no_labels: Take the folders, the second column or the targets of a data set for no classes.
 
     Raises:
         ValueError: If the path does not exist, holds no images or lacks the split, or a download fails.
@@ -220,10 +231,14 @@ def open_source(
     elif re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", str(data_path)):
         from .own_dataset import open_dataset  # which needs this module
 
-        return open_dataset(str(data_path), split, holdout, flag)
+        source = open_dataset(str(data_path), split, holdout, flag)
+        if no_labels:
+            source.labels = source.classes = None
+        return source
     else:
-        known = ", ".join((*EMBEDDED, *TORCHVISION))
-        raise ValueError(f"{where}: no such file or folder, and no data set of that name ({known})")
+        known = (*EMBEDDED, *TORCHVISION)
+        meant = f"; is {near} meant?" if (near := nearest_path(path, known)) else ""
+        raise ValueError(f"{where}: no such file or folder, and no data set of that name ({', '.join(known)}){meant}")
 
     name, root = str(path), path.parent if path.is_file() else path
     if split == "val" and not holdout:
@@ -233,12 +248,33 @@ def open_source(
         name += f" ({split} part)"
         if not names:
             raise ValueError(f"{where}: too few images, none of them falls into the {split} part")
+    if no_labels:
+        labels = classes = None
     return FileSource(name, root, names, labels, classes, remarks, max_pixels)
+
+
+def nearest_path(path: Path, names: Iterable[str] = ()) -> str | None:
+    """What lies beside the first missing part of a path under the nearest name, or the nearest of ``names``."""
+    missing = next(part for part in (*reversed(path.parents), path) if not part.exists())
+    near = difflib.get_close_matches(missing.name, os.listdir(missing.parent), 1) if missing.parent.is_dir() else []
+    near = [str(missing.with_name(name)) for name in near]
+    return next(iter(near or difflib.get_close_matches(str(path).lower(), names, 1)), None)
+
+
+def ask_about_classes(source: ImageSource) -> None:
+    """Print a question if the folders that are taken for classes have names of plates, patients or days."""
+    if source.classes and all(map(NO_CLASS.fullmatch, source.classes)):
+        some = ", ".join(source.classes[:3])
+        distributed.print_once(
+            f"NOTE: are {some}, ... classes? If they say how images were made, not what they show, take --no_labels: "
+            "there is no k-NN then, and pictures show no classes"
+        )
 
 
 def reading(args: argparse.Namespace) -> dict:
     """Arguments of :func:`open_source` from the flags of :func:`shared.run.flags.add_reading_flags`."""
     return {
+        "no_labels": getattr(args, "no_labels", False),
         "allow_absolute_paths": args.allow_absolute_paths,
         "max_pixels": round(1e6 * args.max_megapixels),
     }

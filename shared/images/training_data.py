@@ -14,7 +14,7 @@ from shared.run.memory import batch_flags
 
 from .cache import cache_images
 from .loading import BadImages, EpochBatchSampler, default_num_workers, make_loader, short_side
-from .sources import ImageSource, open_source, reading
+from .sources import ImageSource, ask_about_classes, open_source, reading
 from .views import ViewRecipe
 
 
@@ -53,6 +53,7 @@ def open_images(
         flag: Of the images, in messages.
     """
     source = open_source(args.data_path, "train", flag=flag, **reading(args))
+    ask_about_classes(source)
     source = cache_images(source, args.cache)
     checksum = source.checksum()
     distributed.check_same_on_all_processes((len(source), checksum), "the training data (number of images, checksum)")

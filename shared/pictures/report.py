@@ -16,7 +16,7 @@ from shared.images.loading import BadImages, EvalDataset
 from shared.images.sources import ImageSource
 from shared.run.log import read_log
 from shared.run.run import Run
-from shared.run.summary import accuracy, paragraphs
+from shared.run.summary import accuracy, paragraphs, without_labels
 
 from .curves import Curve, Panel, save_panels
 from .sheets import Tile, save_sheet, to_pixels
@@ -33,7 +33,7 @@ class Plot:
         series: Legend of each curve, by its key in the lines of the log; lines that lack one of them are left out.
         reference: Key and legend of a constant of these lines, drawn dashed.
         points: For the few values of evaluations: marked, the first and the last one written beside them.
-        least_range: Keeps the y axis from magnifying noise.
+        least_range: Keeps the y axis from magnifying noise; of a loss it is one nat.
     """
 
     title: str
@@ -41,12 +41,22 @@ class Plot:
     series: dict[str, str]
     reference: tuple[str, str] | None = None
     points: bool = False
-    least_range: float = 0.0
+    least_range: float = 1.0
 
 
 def accuracy_plot(title: str, key: str = "knn_top1") -> Plot:
     """An accuracy in percent, measured between epochs."""
-    return Plot(title, "top-1 accuracy (%)", {key: ""}, points=True, least_range=10)
+    return Plot(title, "top-1 accuracy (%)", {key: ""}, ("knn_chance", "chance"), points=True, least_range=10)
+
+
+RECALL = Plot(
+    "Images found again from a tenth of them",
+    "recall@1 (%)",
+    {"recall_at_1": ""},
+    ("recall_chance", "chance"),
+    points=True,
+    least_range=10,
+)
 
 
 SUPERVISED_PLOTS = (Plot("Training", "loss", {"loss": ""}), accuracy_plot("Accuracy on the val part", "test_acc1"))
@@ -73,9 +83,9 @@ def save_curves(log_path: str | Path, path: str | Path, heading: str, plots: Seq
         x = [line["step"] for line in drawn]
         style = "points" if plot.points else "line"
         curves = [Curve(x, [line[key] for line in drawn], label, style) for key, label in plot.series.items()]
-        if plot.reference is not None:
+        if plot.reference is not None and plot.reference[0] in drawn[-1]:
             key, label = plot.reference
-            curves.append(Curve([x[0], x[-1]], [drawn[0][key]] * 2, label, "reference"))
+            curves.append(Curve([x[0], x[-1]], [drawn[-1][key]] * 2, label, "reference"))
         panels.append(Panel(plot.title, "step", plot.ylabel, curves, plot.least_range))
     return save_panels(panels, path, heading)
 
@@ -151,7 +161,7 @@ class Report:
         self.pictures.append(f"{path} could not be drawn: {type(error).__name__}: {' '.join(str(error).split())}")
 
     def draw_curves(self, heading: str, plots: Sequence[Plot]) -> None:
-        self.draw("curves.png", lambda path: save_curves(self.log, path, heading, plots))
+        self.draw("curves.png", lambda path: save_curves(self.log, path, heading, [*plots, RECALL]))
 
     def draw_neighbours(self, backbone: nn.Module, source: ImageSource, knn: KNNMonitor) -> None:
         """Neighbours of ten validation images, or of images of ``source`` where there was no k-NN."""
@@ -184,12 +194,17 @@ class Report:
         losses = [line for line in self.lines if line.get("loss") is not None]
         values = [f"loss {line['loss']:.3f} at step {line['step']}" for line in (losses[:1] + losses[1:][-1:])]
         result = [", ".join(values), *learned]
+        if getattr(self.run.args, "small_data", True) is False:
+            lr_flag += ", or for few images with --small_data"
         if knn is not None and knn.disabled_reason:
             result.append(f"no k-NN evaluation: {knn.disabled_reason}")
         elif knn is not None:
             val = knn.val.source
             sizes = len(val), len(val.classes)
             result += accuracy(self.lines, "knn_top1", f"k-NN on {val.describe()}", *sizes, lr_flag)
+        if knn is not None and knn.without_labels:
+            images = knn.without_labels
+            result += without_labels(self.lines, images.name, len(images.images), lr_flag)
         files = [
             f"{self.run.path} (the same command resumes from it)",
             f"{self.log} (every few steps), {self.log.with_name('log.txt')} (every epoch)",

@@ -7,7 +7,8 @@ import io
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from .memory import is_out_of_memory
@@ -18,20 +19,66 @@ def printable(text: str) -> str:
     return re.sub(r"[\x00-\x1f\x7f-\x9f\udc80-\udcff]", "\ufffd", text)
 
 
+MOST_USED = """folder weights data_path train_data val_path small_data arch model_name pretrained_weights pretrained
+    model patch_size epochs total_steps batch_size_per_gpu per_gpu_batch_size batch_size batch unsupervised_batch_size
+    lr base_lr out output_dir fname num_workers device seed""".split()
+
+
 class Parser(argparse.ArgumentParser):
-    """A parser that shows defaults in its help, and mistakes in one line with the nearest flag.
+    """A parser whose help begins with the flags that people use, and that tells mistakes with the nearest flag.
 
     Args:
         docstring: Of the script; its first paragraph is the description.
+        most_used: Names of flags; the first ten that there are begin the help.
+
+    Attributes:
+        small_data: YAML file with the defaults of ``--small_data``, where there is such a flag.
+        of_file: Flags to which a file of ``--fname`` gives values.
     """
 
-    def __init__(self, docstring: str = "", **options):
+    small_data: Path | None = None
+    of_file: Iterable[str] = ()
+
+    def __init__(self, docstring: str = "", most_used: Sequence[str] = MOST_USED, **options):
         options = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter} | options
         super().__init__(**{"description": docstring.split("\n\n")[0]} | options)
+        self.most_used = most_used
+        self.official: dict | None = None  # defaults, once those for few images have taken their place
+
+    def format_help(self) -> str:
+        flags = {action.dest: action for action in self._actions}
+        first = [flags[name] for name in self.most_used if name in flags][:10]
+        places = [f"[{action.metavar or action.dest}]" for action in self._actions if not action.option_strings]
+        groups = [("most used", first)] + [
+            (group.title, [action for action in group._group_actions if action not in first])
+            for group in self._action_groups
+        ]
+        formatter = self._get_formatter()
+        formatter.add_usage(" ".join(["%(prog)s", *places, "[flags]"]), (), ())
+        formatter.add_text(self.description)
+        for title, actions in groups:
+            formatter.start_section(title)
+            formatter.add_arguments(actions)
+            formatter.end_section()
+        formatter.add_text(self.epilog)
+        return formatter.format_help()
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
-        self.arguments = sys.argv[1:] if args is None else args
-        return super().parse_known_args(args, namespace)
+        arguments = self.arguments = sys.argv[1:] if args is None else args
+        is_asked = any(len(word) > 2 and "--small_data".startswith(word) for word in arguments)  # argparse abbreviates
+        if self.small_data is None or not is_asked:
+            return super().parse_known_args(arguments, namespace)
+        if self.official is None:
+            from .yaml_config import read_config  # which imports this module
+
+            self.official = {action.dest: action.default for action in self._actions if action.dest != "help"}
+            self.set_defaults(**read_config(self.small_data, self))
+        nothing = argparse.Namespace(**dict.fromkeys(self.official))  # keeps the parser from filling in defaults
+        found = vars(super().parse_known_args(arguments, nothing)[0])
+        namespace, rest = super().parse_known_args(arguments, namespace)
+        is_set = {name for name, value in found.items() if value is not None}.union(self.of_file)
+        namespace.unset = {name: value for name, value in self.official.items() if name not in is_set}
+        return namespace, rest
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("the following arguments are required"):  # a typo of one of them or of another flag

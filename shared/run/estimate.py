@@ -1,8 +1,37 @@
-"""How large the folder of a run becomes, and how people say that and how long it takes."""
+"""How large the folder of a run becomes, how long something takes, and how people say that."""
 
+import sys
+import time
 from argparse import Namespace
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from shared import distributed
 
 from .checkpoint import tensors_in
+
+T = TypeVar("T")
+FIRST_S, NEXT_S = 10, 60  # until the first line about the time left, and between two
+
+
+def progress(batches: Iterable[T], what: str, num_batches: int, images: int) -> Iterator[T]:
+    """Iterate: with a bar on a terminal, elsewhere with a line about the time left if it takes long; rank 0 says it.
+
+    Args:
+        what: Is done with ``images`` images.
+    """
+    is_main, start = distributed.is_main_process(), time.perf_counter()
+    due = FIRST_S if is_main and not sys.stderr.isatty() else float("inf")
+    bar = tqdm(batches, what, num_batches, leave=False, unit="batch", disable=not (is_main and sys.stderr.isatty()))
+    for done, batch in enumerate(bar):
+        passed = time.perf_counter() - start
+        if done and passed > due:
+            left = duration_text(passed / done * (num_batches - done))
+            print(f"{what}: {done / num_batches:.0%} of {images:,} images, about {left} left", flush=True)
+            due = passed + NEXT_S
+        yield batch
 
 
 def final_bytes(parts: dict, args: Namespace, steps_per_epoch: int, total_steps: int) -> int:

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
 from shared import distributed
 from shared.images.decode import MAX_PIXELS
@@ -69,6 +70,15 @@ def add_data_flags(parser: argparse.ArgumentParser) -> Callable:
     return add
 
 
+def add_own_images_flags(parser: Parser, file: str, config: str = "small_data.yaml") -> None:
+    """``--small_data``, with its defaults in ``configs/<config>`` of the folder of ``file``, and ``--no_labels``."""
+    parser.small_data = Path(file).parent / "configs" / config
+    few = "defaults for some hundred to some thousand images; the numbers of images and steps choose some of them"
+    parser.add_argument("--small_data", action="store_true", help=few)
+    no_classes = "class folders, or the labels of a list or Dataset, are no classes"
+    parser.add_argument("--no_labels", action="store_true", help=no_classes)
+
+
 def add_run_flags(parser: argparse.ArgumentParser, knn: bool = True, pictures: bool = True) -> Callable:
     """Saving, logging and processes; returns the ``add_argument`` of the group for further flags.
 
@@ -82,7 +92,9 @@ def add_run_flags(parser: argparse.ArgumentParser, knn: bool = True, pictures: b
     changed = "resume with another batch or number of processes (same_data), with other images too (continue), or never"
     add("--on_changed_run", default="same_data", choices=("same_data", "continue", "refuse"), help=changed)
     if knn:
-        when = "k-NN every so many epochs; 0: never; None: before and after training, with at most 100,000 images"
+        when = (
+            "k-NN every so many epochs; 0: no evaluation; None: before and after training, with at most 100,000 images"
+        )
         add("--eval_knn_freq", type=int, default=None, help=when)
     if pictures:
         add("--pictures", type=bool_flag, default=True, help="write pictures at the end")

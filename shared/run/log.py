@@ -23,6 +23,7 @@ from .estimate import duration_text, final_bytes, size_text
 from .loggers import IDENTITIES, LOGGERS, check_installed
 
 SETTLED_S = 10  # of steps, after which it is known how long the run takes
+LONG_S = 1800
 
 
 def _means(sums: dict[str, Tensor]) -> dict[str, float]:
@@ -138,6 +139,8 @@ class RunLog:
     def start(self, data, parts: dict, args: Namespace) -> None:
         """Say how many steps there are; the first ones tell how long the run takes and how large it becomes."""
         self.final_bytes = partial(final_bytes, parts, args, data.steps_per_epoch, self.total_steps)
+        few = data.steps_per_epoch * data.batch_size <= 5000
+        self.hint = "; try --small_data" if few and getattr(args, "small_data", True) is False else ""
         self.say(f"{self.total_steps} steps in all, {data.steps_per_epoch} per epoch, of {data.batch_size} {self.unit}")
 
     def batches(self, loader: Iterable) -> Iterator:
@@ -214,7 +217,9 @@ class RunLog:
             return
         else:
             self.is_settled = True
-        self.say(f"about {duration_text(left_s)} to go, and {self.size} in {self.files['log.txt'].parent} in the end")
+        hint = self.hint if left_s > LONG_S else ""
+        folder = self.files["log.txt"].parent
+        self.say(f"about {duration_text(left_s)} to go, and {self.size} in {folder} in the end{hint}")
 
     def evaluation(self, step: int, epoch: int, **values: float) -> None:
         """Write the result of an evaluation after ``step`` steps."""

@@ -22,6 +22,8 @@ def accuracy(
 ) -> list[str]:
     """The first and the last accuracy of a log, and what follows, as one sentence; nothing where it holds none.
 
+    Each is told with two standard errors, and that of raw pixels where the log has it.
+
     Args:
         key: Of the accuracy, in percent.
         what: Was measured.
@@ -32,7 +34,11 @@ def accuracy(
     measured = [line for line in lines if key in line]
     if not measured:
         return []
-    values = [f"{line[key]:.1f} % after {line['step']} steps" for line in (measured[:1] + measured[1:][-1:])]
+    found = {}
+    for line in measured[:1] + measured[1:][-1:]:
+        found[f"after {line['step']} steps" if line["step"] else f"with {start}"] = line[key]
+        found |= {"of raw pixels": line[f"pixels_{key}"]} if f"pixels_{key}" in line else {}
+    values = [f"{value:.1f} +- {margin(value, num_images):.1f} % {name}" for name, value in found.items()]
     sentence = f"{what}: {', '.join(values)} (chance {100 / num_classes:.1f} %)"
     if measured[-1]["step"] == 0:
         return [sentence]
@@ -45,13 +51,32 @@ def verdict(before: float, after: float, num_images: int, lr_flag: str, start: s
 
     Differences of less than two standard errors of such an accuracy say nothing.
     """
-    share = (num_images * (before + after) / 200 + 1) / (num_images + 2)  # never 0 or 1, which would have no error
-    margin = 200 * math.sqrt(share * (1 - share) / num_images)
-    if abs(after - before) <= margin:
-        return f"not distinguishable from {start} (differences up to {margin:.1f} are chance)"
+    chance = margin((before + after) / 2, num_images)
+    if abs(after - before) <= chance:
+        return f"not distinguishable from {start} (differences up to {chance:.1f} are chance)"
     if after > before:
         return "learned"
     return f"worse than {start}: train longer (--epochs), or with a lower {lr_flag}"
+
+
+def margin(percent: float, num_images: int) -> float:
+    """Two standard errors of an accuracy."""
+    share = (num_images * percent / 100 + 1) / (num_images + 2)  # never 0 or 1, which would have no error
+    return 200 * math.sqrt(share * (1 - share) / num_images)
+
+
+def without_labels(
+    lines: Sequence[dict], name: str, num_images: int, lr_flag: str = "--lr", start: str = "random weights"
+) -> list[str]:
+    """Sentences about recall and RankMe as :mod:`shared.evaluation.without_labels` logs them for ``name``."""
+    found = accuracy(lines, "recall_at_1", f"found again from a tenth, {name}", num_images, num_images, lr_flag, start)
+    measured = [line for line in lines if line.get("rankme") is not None]
+    values = [
+        f"{line['rankme']:.1f} " + (f"after {line['step']} steps" if line["step"] else f"with {start}")
+        for line in measured[:1] + measured[1:][-1:]
+    ]
+    values += [f"{line['pixels_rankme']:.1f} of raw pixels" for line in measured if "pixels_rankme" in line]
+    return found + [f"RankMe, effective dimensions of these features: {', '.join(values)}"] * bool(values)
 
 
 def paragraphs(blocks: dict[str, Sequence[str]]) -> str:

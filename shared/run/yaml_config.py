@@ -45,7 +45,8 @@ def parse_args_with_config(parser: argparse.ArgumentParser, arguments: list[str]
     """
     if path := parser.parse_args(arguments).fname:
         try:
-            parser.set_defaults(**read_config(path, parser))
+            parser.of_file = read_config(path, parser)
+            parser.set_defaults(**parser.of_file)
         except (ValueError, OSError) as error:
             parser.error(f"--fname: {error}")
     return parser.parse_args(arguments)

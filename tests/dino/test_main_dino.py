@@ -18,7 +18,7 @@ from shared.run.checkpoint import load_latest
 from tests.command_lines import assert_values_arrive
 from tests.dino.tiny import FLAGS, shrink_networks
 from tests.reliability.runs import assert_same, start_ranks, write_images
-from tests.run_folders import lines, losses, state_of
+from tests.run_folders import lines, losses, state_of, stopped_after
 from tests.standalone import load_alone
 from tests.tiny_training import Training
 
@@ -183,6 +183,37 @@ def test_a_checkpoint_of_the_official_code_is_gone_on_with(images, tmp_path):
     torch.save(as_the_official_code_saves(state), tmp_path / "other" / "checkpoint.pth")
     with pytest.raises(ValueError, match=r"the checkpoint's student does not fit this run: .*backbone\.cls_token"):
         train(tmp_path / "other", *flags)
+
+
+def test_a_run_without_labels_is_measured_told_and_resumed_exactly(images, tmp_path, capsys):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i, path in enumerate(sorted(images.rglob("*.png"))):
+        shutil.copy(path, flat / f"{i}.png")
+
+    def run(name):
+        flags = (*TINY, "--data_path", flat, "--epochs", 2, "--saveckp_steps", 1, "--output_dir", tmp_path / name)
+        args = parse_args([*map(str, flags)])
+        args.eval_knn_freq = None
+        train_dino(args)
+
+    run("whole")
+    printed = capsys.readouterr().out
+    with stopped_after(4):
+        run("killed")
+    run("killed")
+    assert_same_state(state_of(tmp_path / "killed"), state_of(tmp_path / "whole"))
+    whole, killed = (
+        [{k: v for k, v in line.items() if k not in ("images_per_s", "data_wait")} for line in lines(tmp_path / name)]
+        for name in ("whole", "killed")
+    )
+    assert killed == whole
+    measured = [line for line in whole if "recall_at_1" in line]
+    assert [line["step"] for line in measured] == [0, 3, 6] and all(line["rankme"] >= 1 for line in measured)
+    assert f"measures without labels: 24 images of {flat}, which the training sees too" in printed
+    sentence = printed.split("found again from a tenth, 24 images of ")[1]
+    for part in ("with random weights", "of raw pixels", "after 6 steps (chance 4.2 %): ", "RankMe, effective dimen"):
+        assert part in sentence
 
 
 def test_knn_of_images_some_of_which_are_unreadable(images, tmp_path, capsys):

@@ -76,7 +76,7 @@ def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(evaluation, pos
     flags = ("--data_path", images, "--eval_knn_freq", 1)
     fault = functools.partial(faults.signal_in_evaluation, evaluation, signal.SIGUSR2)
     printed = Run(tmp_path / "run", *flags, fault=fault).assert_ends(128 + signal.SIGUSR2)
-    assert printed.count("knn_top1") == evaluation - 1
+    assert printed.count("  knn_top1") == evaluation - 1
     saved = load_latest(tmp_path / "run/checkpoint.pth")
     assert (saved["epoch"], saved["step_in_epoch"]) == position
     Run(tmp_path / "run", *flags).assert_ends()

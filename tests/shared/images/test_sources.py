@@ -27,6 +27,7 @@ from shared.images.sources import (
     FileSource,
     PackedStrings,
     _lock_file,
+    ask_about_classes,
     check_same_classes,
     locked,
     open_source,
@@ -350,6 +351,45 @@ def test_missing_and_empty_inputs_are_named(tmp_path):
             open_source(tmp_path / name, flag="--train_data")
     with pytest.raises(ValueError, match="split 'valid'"):
         open_source(tmp_path / "hollow", "valid")
+
+
+def test_a_wrong_path_names_the_nearest_one_that_exists(tmp_path):
+    write(tmp_path / "holiday" / "images" / "1.png")
+    for wrong, meant in {
+        tmp_path / "holidays": tmp_path / "holiday",
+        tmp_path / "Holiday" / "images" / "deeper": tmp_path / "holiday",
+        tmp_path / "holiday" / "image": tmp_path / "holiday" / "images",
+        "cifar-10": "cifar10",
+    }.items():
+        with pytest.raises(ValueError, match=rf"no such file or folder.*; is {re.escape(str(meant))} meant\?"):
+            open_source(wrong)
+    with pytest.raises(ValueError, match=r"imagenette\)$"):
+        open_source(tmp_path / "zzz")
+
+
+@pytest.mark.parametrize(
+    ("folders", "are_asked_about"),
+    [
+        ("plate0 plate1", True),
+        ("Patient_012 Patient_7", True),
+        ("2023-01-31 2023-02-01", True),
+        ("20230131 20230201", True),
+        ("day-1 day-2", True),
+        ("cat dog", False),
+        ("plate0 healthy", False),
+        ("n01443537 n01530575", False),
+        ("0 1 2", False),
+        ("subway dayflower", False),
+    ],
+)
+def test_folders_that_look_like_plates_patients_or_days_are_asked_about(folders, are_asked_about, tmp_path, capsys):
+    write(*(tmp_path / name / "1.png" for name in folders.split()))
+    ask_about_classes(open_source(tmp_path))
+    printed = capsys.readouterr().out
+    assert printed.startswith("NOTE: are ") == are_asked_about and ("take --no_labels" in printed) == are_asked_about
+    without = open_source(tmp_path, no_labels=True)
+    ask_about_classes(without)
+    assert without.classes is None and without.labels is None and capsys.readouterr().out == ""
 
 
 def test_different_classes_in_train_and_val_are_an_error():

@@ -9,7 +9,7 @@ from PIL import Image
 
 from shared.images.loading import EvalTransform
 from shared.images.sources import ArraySource
-from shared.pictures.report import Plot, Report, accuracy_plot, save_curves, save_views
+from shared.pictures.report import RECALL, Plot, Report, accuracy_plot, save_curves, save_views
 
 LOSS = Plot("Loss", "nats", {"loss": "", "kl": "KL"}, reference=("ln_k", "ln K"))
 
@@ -26,16 +26,32 @@ def test_curves_show_the_lines_that_have_their_values(drawn, tmp_path):
         {"step": 4, "loss": None, "kl": None, "ln_k": 4.0},
         {"step": 6, "loss": 2.0, "kl": 0.5, "ln_k": 4.0},
         {"step": 6, "knn_top1": 50.0},
+        {"step": 0, "recall_at_1": 2.0, "recall_chance": 0.5},
+        {"step": 6, "recall_at_1": 30.0, "recall_chance": 0.5},
     )
-    save_curves(log, tmp_path / "curves.png", "Training", [LOSS, accuracy_plot("k-NN"), accuracy_plot("SNN", "snn")])
-    loss, knn = drawn[0].axes
+    save_curves(
+        log, tmp_path / "curves.png", "Training", [LOSS, accuracy_plot("k-NN"), accuracy_plot("SNN", "snn"), RECALL]
+    )
+    loss, knn, recall = drawn[0].axes
     assert [line.get_xydata().tolist() for line in loss.lines] == [
         [[2, 3], [6, 2]],
         [[2, 1], [6, 0.5]],
         [[2, 4], [6, 4]],
     ]
     assert [text.get_text() for text in loss.get_legend().get_texts()] == ["KL", "ln K"]
-    assert knn.lines[0].get_xydata().tolist() == [[6, 50]] and knn.get_ylim()[1] - knn.get_ylim()[0] >= 10
+    assert [line.get_xydata().tolist() for line in recall.lines] == [[[0, 2], [6, 30]], [[0, 0.5], [6, 0.5]]]
+    assert (
+        len(knn.lines) == 1
+        and knn.lines[0].get_xydata().tolist() == [[6, 50]]
+        and knn.get_ylim()[1] - knn.get_ylim()[0] >= 10
+    )
+
+
+def test_a_small_difference_of_the_loss_does_not_fill_the_axes(drawn, tmp_path):
+    log = write_log(tmp_path / "metrics.jsonl", {"step": 2, "loss": 4.98}, {"step": 4, "loss": 4.9})
+    save_curves(log, tmp_path / "curves.png", "Training", [Plot("Loss", "nats", {"loss": ""})])
+    low, high = drawn[0].axes[0].get_ylim()
+    assert high - low == pytest.approx(1)
 
 
 def test_a_log_without_finite_steps_is_an_error(tmp_path):
@@ -80,8 +96,13 @@ def knn_monitor(labelled: bool) -> SimpleNamespace:
     source = ArraySource("val", np.zeros((12, 8, 8), dtype=np.uint8), np.arange(12) % 3, [*"abc"])
     transform = EvalTransform(8, 8, (0.5,) * 3, (0.5,) * 3)
     reason = None if labelled else "the images have no classes"
+    images = SimpleNamespace(name="12 images of val", images=range(12))
     return SimpleNamespace(
-        disabled_reason=reason, val=SimpleNamespace(source=source), transform=transform, device="cpu"
+        disabled_reason=reason,
+        val=SimpleNamespace(source=source),
+        transform=transform,
+        device="cpu",
+        without_labels=images,
     )
 
 
@@ -89,7 +110,8 @@ def test_the_text_states_result_problems_files_and_commands(tmp_path, capsys):
     report = report_of(tmp_path, *LINES, problems=["step 30: COLLAPSE"])
     report.draw("views.png", lambda path: path.write_bytes(b""))
     report.finish(["python next.py"], "python own.py", ["as much"], knn_monitor(labelled=True))
-    accuracy = "30.0 % after 0 steps, 42.5 % after 30 steps (chance 33.3 %): not distinguishable from random weights"
+    random, chance = "30.0 +- 27.1 % with random weights", "(chance 33.3 %): not distinguishable from random weights"
+    accuracy = f"{random}, 42.5 +- 28.6 % after 30 steps {chance}"
     assert capsys.readouterr().out.splitlines() == [
         "Result    loss 6.200 at step 20, loss 5.100 at step 30",
         "          as much",

@@ -1,9 +1,11 @@
 import ast
 import importlib
+import re
 from pathlib import Path
 
 import pytest
 
+import dino.main_dino
 from shared.run.flags import Parser, parse_with_embedded_defaults
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -61,6 +63,19 @@ def test_help_shows_the_defaults_and_the_first_paragraph(capsys):
     printed = capsys.readouterr().out
     assert "passes over the images (default: 100)" in printed
     assert "Train a network." in printed and "More about it" not in printed
+
+
+def test_help_begins_with_the_flags_that_people_use_and_shows_each_once(capsys):
+    script = dino.main_dino.get_args_parser()
+    script.print_help()
+    usage, first = capsys.readouterr().out.split("most used:\n")
+    assert usage.count("--") == 0 and "[flags]" in usage
+    first, *others = first.split("\n\n")
+    names = re.findall(r"^  (--\w+)", first, re.MULTILINE)
+    assert names[:4] == ["--data_path", "--val_path", "--small_data", "--arch"] and len(names) == 10
+    shown = re.findall(r"^  (?:-h, )?(--[\w-]+)", "\n".join([first, *others]), re.MULTILINE)
+    flags = [[option for option in action.option_strings if len(option) > 2] for action in script._actions]
+    assert sorted(shown) == sorted(options[0] for options in flags)
 
 
 def test_without_data_the_defaults_are_those_of_the_embedded_ones_and_a_set_flag_stays():

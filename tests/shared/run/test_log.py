@@ -199,7 +199,10 @@ def test_the_first_steps_tell_how_long_the_run_takes_and_how_large_its_folder_be
     now = 0.0
     monkeypatch.setattr("shared.run.log.time.perf_counter", lambda: now)
     part = SimpleNamespace(state_dict=lambda: {"weight": torch.zeros(1000, 1000)})  # 4 MB
-    args = Namespace(checkpoint_freq=2)  # 10 epochs: 5 numbered ones, beside the newest and the one before it
+    monkeypatch.setattr("shared.run.log.LONG_S", 400)
+    args = Namespace(
+        checkpoint_freq=2, small_data=False
+    )  # 10 epochs: 5 numbered ones, beside the newest and the one before it
     log = RunLog(tmp_path, 100, log_freq=4)
     log.start(SimpleNamespace(steps_per_epoch=10, batch_size=8), {"network": part}, args)
     for step, _ in enumerate(log.batches(range(8))):
@@ -207,7 +210,8 @@ def test_the_first_steps_tell_how_long_the_run_takes_and_how_large_its_folder_be
         log.step(step, 0, images=8, averages={})
     printed = capsys.readouterr().out.splitlines()
     end = f"and 28.0 MB in {tmp_path} in the end"
-    assert printed[:2] == ["100 steps in all, 10 per epoch, of 8 images", f"about 8 min to go, {end}"]  # 99 of 5 s
+    first = f"about 8 min to go, {end}; try --small_data"  # 99 of 5 s
+    assert printed[:2] == ["100 steps in all, 10 per epoch, of 8 images", first]
     assert printed[2].startswith("step 4") and printed[2].endswith("  5 min left")  # 96 of 3 s
     assert printed[3] == f"about 5 min to go, {end}"  # after the 5th: 95 of 3 s
     assert printed[4].startswith("step 8") and len(printed) == 5
