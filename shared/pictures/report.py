@@ -218,8 +218,8 @@ def save_page(run: Run, galleries: tuple[Gallery, Gallery] | None = None) -> lis
         from .report_page import write_page  # SciPy and others, of which the training needs nothing
 
         problems = list(run.health.warnings.values())
-        return [str(write_page(run.path, vars(run.args), galleries, problems, run.device))]
-    except PICTURE_ERRORS as error:
+        return [str(write_page(run.path, vars(run.args), galleries, problems, run.device).resolve())]
+    except (*PICTURE_ERRORS, AttributeError, TypeError) as error:  # networks of any kind are looked into
         return [_failure(run.path.with_name("report.html"), error)]
 
 

@@ -62,7 +62,8 @@ ROWS, PER_ROW, VIEWED = 8, 12, 3  # clusters and groups of near-duplicates, imag
 VOTERS = 20  # nearest neighbours that name a class
 LEAST_GRID = 4  # patches along a side; coarser maps show nothing
 MOST_BYTES, PATCH_BYTES = 7_500_000, 1_500_000  # of the file, of the features of patches
-SECONDS = 6  # for features of images that no evaluation has made
+SECONDS = 6  # for features that no evaluation has made: of images, of patches
+MOST_SEARCHED = 10_000  # images, for neighbours, clusters and near-duplicates
 PACKAGES = ("torch", "torchvision", "timm", "numpy")
 LARGE_CHARTS = 4
 DULL = r"lr|wd|weight_decay|skipped|data_wait|.*_per_s"  # numbers of the log that are set or timed
@@ -195,6 +196,14 @@ def encoded(pixels: np.ndarray, quality: int = 80) -> str:
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
 
 
+def thinned(gallery: Gallery, most: int) -> Gallery:
+    """At most so many images of a gallery, drawn."""
+    if len(gallery.rows) <= most:
+        return gallery
+    chosen = some(len(gallery.rows), most)
+    return Gallery(gallery.source, [gallery.rows[i] for i in chosen], gallery.features[chosen])
+
+
 class Pictures:
     """Thumbnails of the page, each one stored once and named by its number."""
 
@@ -298,11 +307,13 @@ def _record(found: dict, name: str, module: nn.Module, inputs: tuple, output) ->
 
 @torch.no_grad()
 def patch_features(network: nn.Module, images: Tensor) -> tuple[str, Tensor] | None:
-    """The last layer whose output has patches, and that output (B, h, w, D), unit vectors; None without one."""
-    found, batches, name = {}, [], ""
+    """The last layer whose output has patches, and that output (B, h, w, D), unit vectors, for as many images as the time allows; None without such a layer."""
+    found, batches, start = {}, [], time.perf_counter()
     hooks = [module.register_forward_hook(partial(_record, found, name)) for name, module in network.named_modules()]
     try:
-        for batch in images.split(12):
+        for batch in images.split(4):
+            if batches and time.perf_counter() - start > SECONDS:
+                break
             network(batch)
             if "last" not in found:
                 return None
@@ -323,6 +334,7 @@ def patches(network: nn.Module, gallery: Gallery, rows: Sequence[int], transform
     if (found := patch_features(network, images.to(device))) is None:
         return None
     layer, grid = found
+    images = images[: len(grid)]
     vectors = grid.flatten(0, -2)
     dims, exact = min(grid.shape[-1], max(16, PATCH_BYTES // (2 * len(vectors)))), grid.shape[-1]
     if dims < exact:  # cosines in the directions that hold most of the length
@@ -500,8 +512,9 @@ def write_page(
                 database = sample(network, train, transform, device, MOST_IMAGES, SECONDS)
                 queries = database if val is train else sample(network, val, transform, device, POINTS, SECONDS / 2)
                 galleries = queries, database
-            page["alike"] = alike(folder, *galleries, pictures)
-            queries = galleries[0]
+            database = thinned(galleries[1], MOST_SEARCHED)
+            queries = database if galleries[0] is galleries[1] else thinned(galleries[0], MOST_IMAGES)
+            page["alike"] = alike(folder, queries, database, pictures)
             rows = [queries.rows[i] for i in some(len(queries.rows), QUERIES)]
             page["patches"] = patches(network, queries, rows, transform, device, hub.CARD.mean, hub.CARD.std)
     if hasattr(report := importlib.import_module(f"{method}.report"), "page_tables"):
