@@ -158,7 +158,8 @@ def first_value(lines: Sequence[dict], key: str) -> float | None:
 
 
 def two_errors(percent: float, num_images: int) -> float:
-    return 200 * math.sqrt(percent / 100 * (1 - percent / 100) / num_images) if num_images else 0.0
+    share = (num_images * percent / 100 + 1) / (num_images + 2)  # never 0 or 1, which would have no error
+    return 200 * math.sqrt(share * (1 - share) / num_images) if num_images else 0.0
 
 
 def charts(lines: Sequence[dict], measured: Sequence[dict]) -> list[dict]:
@@ -307,7 +308,10 @@ def _record(found: dict, name: str, module: nn.Module, inputs: tuple, output) ->
 
 @torch.no_grad()
 def patch_features(network: nn.Module, images: Tensor) -> tuple[str, Tensor] | None:
-    """The last layer whose output has patches, and that output (B, h, w, D), unit vectors, for as many images as the time allows; None without such a layer."""
+    """The last layer whose output has patches, and unit vectors (B, h, w, D) of as many images as the time allows.
+
+    None where no layer has patches.
+    """
     found, batches, start = {}, [], time.perf_counter()
     hooks = [module.register_forward_hook(partial(_record, found, name)) for name, module in network.named_modules()]
     try:
