@@ -477,6 +477,33 @@ def machine() -> str:
     return ", ".join([*(gpus or names[:1] or [platform.machine()]), f"{len(os.sched_getaffinity(0))} cores"])
 
 
+def image_parts(
+    checkpoint: Path, method: str, flags: Mapping, galleries: tuple[Gallery, Gallery] | None, device
+) -> tuple[dict, Pictures]:
+    """What the page shows of images, which the flags lead to, and of the network of a checkpoint."""
+    hub, pictures = load_hub(method), Pictures()
+    train, val = open_images(flags)
+    asked = dict.fromkeys(("arch", "image_size", "checkpoint_key", "patch_size"))
+    with contextlib.redirect_stdout(io.StringIO()):  # it tells what it takes from the run
+        network, transform = load_frozen(argparse.Namespace(weights=str(checkpoint), **asked), hub)
+    network.to(device)
+    if galleries is None:
+        database = sample(network, train, transform, device, MOST_IMAGES, SECONDS)
+        queries = database if val is train else sample(network, val, transform, device, POINTS, SECONDS / 2)
+        galleries = queries, database
+    database = thinned(galleries[1], MOST_SEARCHED)
+    queries = database if galleries[0] is galleries[1] else thinned(galleries[0], MOST_IMAGES)
+    rows = [queries.rows[i] for i in some(len(queries.rows), QUERIES)]
+    return {
+        "num_images": len(val),
+        "num_classes": len(val.classes or ()),
+        "source": train.describe(),
+        "views": view_sheets(checkpoint.parent, train, flags),
+        "alike": alike(checkpoint.parent, queries, database, pictures),
+        "patches": patches(network, queries, rows, transform, device, hub.CARD.mean, hub.CARD.std),
+    }, pictures
+
+
 def write_page(
     checkpoint: Path,
     flags: Mapping,
@@ -495,36 +522,19 @@ def write_page(
 
     folder, script = checkpoint.parent, find_script(flags)
     method, defaults = Path(script.__file__).parent.name, defaults_of(script)
-    lines, pictures = read_log(folder / "metrics.jsonl"), Pictures()
-    page = {"tables": [], "views": [], "data": {}, "alike": None, "patches": None, "images_missing": ""}
-    num_images = num_classes = 0
-    if (ROOT / method / "hub.py").is_file() and "CARD = " in (ROOT / method / "hub.py").read_text():
-        try:
-            train, val = open_images(flags)
-        except (OSError, ValueError) as error:
-            page["images_missing"] = str(error)
+    lines = read_log(folder / "metrics.jsonl")
+    page = {"num_images": 0, "num_classes": 0, "alike": None, "patches": None}
+    pictures = Pictures()
+    try:
+        if hasattr(report := importlib.import_module(f"{method}.report"), "page_tables"):
+            page["tables"] = report.page_tables(folder, flags)
         else:
-            num_images, num_classes = len(val), len(val.classes or ())
-            page["source"] = train.describe()
-            page["views"] = view_sheets(folder, train, flags)
-            hub = load_hub(method)
-            asked = dict.fromkeys(("arch", "image_size", "checkpoint_key", "patch_size"))
-            with contextlib.redirect_stdout(io.StringIO()):  # it tells what it takes from the run
-                network, transform = load_frozen(argparse.Namespace(weights=str(checkpoint), **asked), hub)
-            network.to(device)
-            if galleries is None:
-                database = sample(network, train, transform, device, MOST_IMAGES, SECONDS)
-                queries = database if val is train else sample(network, val, transform, device, POINTS, SECONDS / 2)
-                galleries = queries, database
-            database = thinned(galleries[1], MOST_SEARCHED)
-            queries = database if galleries[0] is galleries[1] else thinned(galleries[0], MOST_IMAGES)
-            page["alike"] = alike(folder, queries, database, pictures)
-            rows = [queries.rows[i] for i in some(len(queries.rows), QUERIES)]
-            page["patches"] = patches(network, queries, rows, transform, device, hub.CARD.mean, hub.CARD.std)
-    if hasattr(report := importlib.import_module(f"{method}.report"), "page_tables"):
-        page["tables"] = report.page_tables(folder, flags)
-
-    measured = measures(lines, num_images, num_classes, "--base_lr" if "base_lr" in flags else "--lr")
+            parts, pictures = image_parts(checkpoint, method, flags, galleries, device)
+            page |= parts
+    except (OSError, ValueError) as error:  # such as data that are no longer where they were
+        page["missing"] = str(error)
+    lr_flag = "--base_lr" if "base_lr" in flags else "--lr"
+    measured = measures(lines, page["num_images"], page["num_classes"], lr_flag)
     losses = [line for line in lines if line.get("loss") is not None]
     changed = {name: (value, defaults.get(name)) for name, value in flags.items() if value != defaults.get(name)}
     page |= {
@@ -546,7 +556,7 @@ def write_page(
     template = how.from_string(Path(__file__).with_suffix(".html").read_text())
     for quality in (80, 50, 20):
         payload["images"] = [encoded(pixels, quality) for pixels in pictures.pixels]
-        page["payload"] = jinja2.utils.markupsafe.Markup(json.dumps(payload).replace("<", "\\u003c"))
+        page["payload"] = json.dumps(payload).replace("<", "\\u003c")
         html = template.render(page)
         if len(html) <= MOST_BYTES:
             break
