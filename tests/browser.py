@@ -62,11 +62,11 @@ class Browser:
 
     def open(self, address: str) -> None:
         """Load a page and wait until it is complete."""
-        self.call("Page.navigate", url="about:blank")
-        self.events.clear()
-        self.call("Page.navigate", url=address)
-        while not any(method == "Page.loadEventFired" for method, _ in self.events):
-            self._next()
+        for url in ("about:blank", address):  # a page that differs in its fragment alone would not be loaded again
+            self.events.clear()
+            self.call("Page.navigate", url=url)
+            while not any(method == "Page.loadEventFired" for method, _ in self.events):
+                self._next()
 
     def evaluate(self, expression: str):
         result = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
