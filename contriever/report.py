@@ -74,7 +74,7 @@ def page_tables(folder: Path, flags: Mapping) -> list[dict]:
     """What the first and the trained encoder find for sentences that were taken out of training documents."""
     args = argparse.Namespace(**flags)
     datasets = open_datasets(args.train_data, args.loading_mode, args.chunk_length, args.chunks == "document")
-    documents = (document for dataset in datasets for document in dataset.documents())
+    documents = (document for dataset in datasets.values() for document in dataset.documents())
     before, after = start_retriever(args, torch.device("cpu")), load_retriever(folder)
     task = SentenceRecall(documents, after.tokenizer, DOCUMENTS, min(256, after.max_length))
     if task.disabled_reason:

@@ -484,8 +484,7 @@ def image_parts(
     hub, pictures = load_hub(method), Pictures()
     train, val = open_images(flags)
     asked = dict.fromkeys(("arch", "image_size", "checkpoint_key", "patch_size"))
-    with contextlib.redirect_stdout(io.StringIO()):  # it tells what it takes from the run
-        network, transform = load_frozen(argparse.Namespace(weights=str(checkpoint), **asked), hub)
+    network, transform = load_frozen(argparse.Namespace(weights=str(checkpoint), **asked), hub)
     network.to(device)
     if galleries is None:
         database = sample(network, train, transform, device, MOST_IMAGES, SECONDS)
@@ -526,11 +525,12 @@ def write_page(
     page = {"num_images": 0, "num_classes": 0, "alike": None, "patches": None}
     pictures = Pictures()
     try:
-        if hasattr(report := importlib.import_module(f"{method}.report"), "page_tables"):
-            page["tables"] = report.page_tables(folder, flags)
-        else:
-            parts, pictures = image_parts(checkpoint, method, flags, galleries, device)
-            page |= parts
+        with contextlib.redirect_stdout(io.StringIO()):  # what is told of weights and images was told by the run
+            if hasattr(report := importlib.import_module(f"{method}.report"), "page_tables"):
+                page["tables"] = report.page_tables(folder, flags)
+            else:
+                parts, pictures = image_parts(checkpoint, method, flags, galleries, device)
+                page |= parts
     except (OSError, ValueError) as error:  # such as data that are no longer where they were
         page["missing"] = str(error)
     lr_flag = "--base_lr" if "base_lr" in flags else "--lr"
