@@ -1,13 +1,23 @@
 """The text at the end of a run: what was learned, where the files are, what to do next."""
 
 import argparse
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from shared.run.log import read_log
 from shared.run.settings import long_warmup, more_than_data, slow_average, tell_settings
 from shared.run.summary import command, paragraphs
+
+from .encoder import load_retriever
+from .training.checkpoints import start_retriever
+from .training.evaluation import SentenceRecall
+from .training.pairs import open_datasets
+
+DOCUMENTS, HITS = 100, 12  # searched for the page, and shown there
 
 
 def tell_unsuitable_settings(args: argparse.Namespace, num_chunks: int, batch_size: int) -> None:
@@ -59,3 +69,30 @@ def summary(output_dir: Path, normalized: bool, fill_steps: int | None) -> str:
         "Next": [query, f"{evaluation} --norm_query --norm_doc" if normalized else evaluation],
     }
     return paragraphs(blocks)
+
+
+def page_tables(folder: Path, flags: Mapping) -> list[dict]:
+    """What the first and the trained encoder find for sentences that were taken out of training documents."""
+    args = argparse.Namespace(**flags)
+    datasets = open_datasets(args.train_data, args.loading_mode, args.chunk_length, args.chunks == "document")
+    documents = (document for dataset in datasets.values() for document in dataset.documents())
+    before, after = start_retriever(args, torch.device("cpu")), load_retriever(folder)
+    task = SentenceRecall(documents, after.tokenizer, DOCUMENTS, min(256, after.max_length))
+    if task.disabled_reason:
+        return []
+    found = [task.search(retriever.model, args.norm_query, args.norm_doc) for retriever in (before, after)]
+    ranks = [(scores >= scores.diagonal()[:, None]).sum(axis=1) for scores in found]
+    changed = np.flatnonzero(ranks[0] != ranks[1])
+    decode = partial(after.tokenizer.decode, skip_special_tokens=True)
+    cells = []
+    for i in changed[:HITS]:
+        first = [decode(task.documents[scores[i].argmax()])[:160] for scores in found]
+        cells.append([decode(task.queries[i]), *(f"{rank[i]}: {hit}" for rank, hit in zip(ranks, first, strict=True))])
+    better = int((ranks[1] < ranks[0]).sum())
+    note = (
+        f"Each query is a sentence taken out of one of {len(task.queries)} documents; the number is the rank of its "
+        f"own document, the text the beginning of the first hit. {better} ranks became better and "
+        f"{len(changed) - better} worse; the first {len(cells)} of these are shown."
+    )
+    columns = ["query", "before", "after"]
+    return [{"title": "Queries and hits", "short": "Hits", "note": note, "columns": columns, "rows": cells}]

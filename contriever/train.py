@@ -36,8 +36,10 @@ from contriever.training.optimisation import Objective, build_optimizer, gradien
 from contriever.training.pairs import PretrainingPairs, StepSampler, fingerprint, open_datasets, steps_per_epoch
 from shared import distributed
 from shared.images.loading import make_loader
+from shared.pictures.report import save_page
 from shared.run.flags import bool_flag, parse_with_embedded_defaults, shorten_unset_warmup
 from shared.run.run import Run
+from shared.run.summary import paragraphs
 
 NETWORK_FLAGS = ("pooling", "random_init", "contrastive_mode", "queue_size")
 
@@ -145,6 +147,7 @@ def train_contriever(args: argparse.Namespace) -> None:
         finish(run, retriever)
         fill_steps = args.queue_size // data.batch_size if args.contrastive_mode == "moco" else None
         print(summary(run.output_dir, args.norm_query and args.norm_doc, fill_steps))
+        print(paragraphs({"Page": save_page(run)}))
 
 
 def open_pairs(args: argparse.Namespace, retriever: Retriever) -> PretrainingPairs:

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from shared import distributed
 from shared.images.loading import BadImages, EpochBatchSampler, make_loader, short_side
+from shared.images.training_data import write_recipes
 from shared.multicrop import MultiCropDataset
 from shared.networks.batchnorm import synchronize_batchnorm
 from shared.run import randomness
@@ -77,6 +78,7 @@ def open_training_data(
 
     views = paws_views(recipe, args.multicrop, args.color_jitter_strength)
     bad_images = BadImages(len(source), output_dir / "bad_images.txt", args.on_bad_image, args.max_bad_fraction)
+    write_recipes(output_dir, views)
     dataset = MultiCropDataset(source, views, args.seed, args.augmentation, args.in_chans, bad_images)
     flag = "--unsupervised_batch_size"
     sampler = EpochBatchSampler(len(source), args.unsupervised_batch_size, args.seed, rank, world_size, flag=flag)

@@ -171,7 +171,8 @@ def test_pictures_are_drawn_and_printed_commands_run(kind, name, folders, tmp_pa
     assert {path.name for path in (tmp_path / "run/pictures").iterdir()} == set(PICTURES[name].split())
     printed = capsys.readouterr().out
     assert "could not be drawn" not in printed
-    commands = [shlex.split(line)[1:] for line in printed.partition("\nNext ")[2].splitlines()]
+    assert printed.splitlines()[-1].split() == ["Page", str(tmp_path / "run/report.html")]
+    commands = [shlex.split(line)[1:] for line in printed.partition("\nNext ")[2].partition("\nPage ")[0].splitlines()]
     if kind == "embedded":
         _, *arguments = commands.pop()
         args = importlib.import_module(trainings()[name].module).parse_args(arguments)

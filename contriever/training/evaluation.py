@@ -112,11 +112,14 @@ class SentenceRecall:
 
     def run(self, encoder: nn.Module, norm_query: bool, norm_doc: bool, batch_size: int = 64) -> dict[str, float]:
         """Share of the documents that are first, and among the first ten, in percent."""
-        queries = encode_tokens(encoder, self.queries, self.pad_id, batch_size, norm_query)
-        documents = encode_tokens(encoder, self.documents, self.pad_id, batch_size, norm_doc)
-        scores = queries @ documents.T
+        scores = self.search(encoder, norm_query, norm_doc, batch_size)
         ranks = (scores >= scores.diagonal()[:, None]).sum(axis=1)  # ties count against it: equal vectors find nothing
         return {f"recall_at_{k}": 100 * float((ranks <= k).mean()) for k in (1, 10)}
+
+    def search(self, encoder: nn.Module, norm_query: bool, norm_doc: bool, batch_size: int = 64) -> np.ndarray:
+        """Scores of all documents (columns) for all queries."""
+        queries = encode_tokens(encoder, self.queries, self.pad_id, batch_size, norm_query)
+        return queries @ encode_tokens(encoder, self.documents, self.pad_id, batch_size, norm_doc).T
 
 
 def sentences(document: np.ndarray, ends: list[int]) -> list[tuple[int, int]]:

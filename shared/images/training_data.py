@@ -1,8 +1,9 @@
 """The training images of a method, as batches of views."""
 
 import argparse
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -63,6 +64,12 @@ def open_images(
     return source, checksum, bad_images
 
 
+def write_recipes(output_dir: Path, recipes: Sequence[ViewRecipe]) -> None:
+    """Leave ``views.json``, by which a page about the run draws its views, also while it trains."""
+    if distributed.is_main_process():
+        (output_dir / "views.json").write_text(json.dumps([asdict(recipe) for recipe in recipes]))
+
+
 def open_training_data(
     args: argparse.Namespace,
     recipes: Sequence[ViewRecipe],
@@ -82,6 +89,7 @@ def open_training_data(
     """
     largest_px = max(recipe.size_px for recipe in recipes)
     source, checksum, bad_images = open_images(args, output_dir, largest_px, size_flag)
+    write_recipes(output_dir, recipes)
     dataset = MultiCropDataset(source, recipes, args.seed, args.augmentation, args.in_chans, bad_images)
     world_size = distributed.get_world_size()
     sampler = EpochBatchSampler(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from shared import distributed
 from shared.evaluation.knn_monitor import KNNMonitor
-from shared.evaluation.neighbours import galleries, save_nearest
+from shared.evaluation.neighbours import Gallery, galleries, save_nearest
 from shared.images.loading import BadImages, EvalDataset
 from shared.images.sources import ImageSource
 from shared.run.log import read_log
@@ -140,7 +140,7 @@ class Report:
     """
 
     def __init__(self, run: Run):
-        self.run, self.files, self.pictures = run, [], []
+        self.run, self.files, self.pictures, self.galleries = run, [], [], None
         self.folder = run.output_dir / "pictures"
         self.log = run.output_dir / "metrics.jsonl"
         self.lines = read_log(self.log) if distributed.is_main_process() else []
@@ -158,7 +158,7 @@ class Report:
             self._failed(path, error)
 
     def _failed(self, path: Path, error: Exception) -> None:
-        self.pictures.append(f"{path} could not be drawn: {type(error).__name__}: {' '.join(str(error).split())}")
+        self.pictures.append(_failure(path, error))
 
     def draw_curves(self, heading: str, plots: Sequence[Plot]) -> None:
         self.draw("curves.png", lambda path: save_curves(self.log, path, heading, [*plots, RECALL]))
@@ -172,6 +172,7 @@ class Report:
         except ValueError as error:  # of features, the same on every process
             self._failed(self.folder / "neighbours.png", error)
         else:
+            self.galleries = found
             self.draw("neighbours.png", lambda path: save_nearest(*found, path))
 
     def finish(
@@ -215,8 +216,30 @@ class Report:
             "Files": files + self.files,
             "Pictures": self.pictures,
             "Next": [*commands, *([] if self.run.args.data_path else [own_images])],
+            "Page": save_page(self.run, self.galleries) if self.run.args.pictures else [],
         }
         distributed.print_once(paragraphs(blocks))
+
+
+def save_page(run: Run, galleries: tuple[Gallery, Gallery] | None = None) -> list[str]:
+    """Write the page about a finished run; where it is, or why there is none, on rank 0.
+
+    Args:
+        galleries: Queries and what to search, if their features are known.
+    """
+    if not distributed.is_main_process():
+        return []
+    try:
+        from .report_page import write_page  # SciPy and others, of which the training needs nothing
+
+        problems = list(run.health.warnings.values())
+        return [str(write_page(run.path, vars(run.args), galleries, problems, run.device).resolve())]
+    except (*PICTURE_ERRORS, AttributeError, TypeError) as error:  # networks of any kind are looked into
+        return [_failure(run.path.with_name("report.html"), error)]
+
+
+def _failure(path: Path, error: Exception) -> str:
+    return f"{path} could not be drawn: {type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def first_image(source: ImageSource, knn: KNNMonitor) -> Tensor:

@@ -1,6 +1,7 @@
 """The real script: flags, training, resuming, several processes."""
 
 import argparse
+import re
 import shutil
 
 import pytest
@@ -103,6 +104,11 @@ def test_a_run_leaves_an_encoder_that_every_script_reads(data, uninterrupted):
         assert (vectors[0] == other).all()
     assert abs(vectors[0] - start).max() > 0.01
     assert (run / "checkpoint/step-4/checkpoint.pth").is_file()
+
+
+def test_a_run_ends_with_a_page_of_hits_before_and_after(uninterrupted):
+    page = (uninterrupted("moco") / "report.html").read_text()
+    assert re.search(r"Queries and hits.* \d+ ranks became better and \d+ worse", page, re.DOTALL)
 
 
 def test_a_run_folder_can_be_copied(data, uninterrupted, tmp_path):

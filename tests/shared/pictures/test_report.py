@@ -85,11 +85,18 @@ LINES = (
 )
 
 
+@pytest.fixture(autouse=True)
+def no_page(monkeypatch):
+    monkeypatch.setattr("shared.pictures.report_page.write_page", lambda path, *_: path.with_name("report.html"))
+
+
 def report_of(folder: Path, *lines: dict, problems: tuple = (), **flags) -> Report:
     write_log(folder / "metrics.jsonl", *lines)
     health = SimpleNamespace(warnings=dict(enumerate(problems)))
     args = SimpleNamespace(**{"pictures": True, "data_path": None} | flags)
-    return Report(SimpleNamespace(output_dir=folder, path=folder / "checkpoint.pth", health=health, args=args))
+    return Report(
+        SimpleNamespace(output_dir=folder, path=folder / "checkpoint.pth", health=health, args=args, device="cpu")
+    )
 
 
 def knn_monitor(labelled: bool) -> SimpleNamespace:
@@ -122,6 +129,7 @@ def test_the_text_states_result_problems_files_and_commands(tmp_path, capsys):
         f"Pictures  {tmp_path / 'pictures/views.png'}",
         "Next      python next.py",
         "          python own.py",
+        f"Page      {tmp_path / 'report.html'}",
     ]
 
 
@@ -132,10 +140,11 @@ def test_a_run_without_labels_or_finite_steps(tmp_path, capsys):
     report.finish([], "python own.py", knn=knn_monitor(labelled=False))
     printed = capsys.readouterr().out
     assert "no k-NN evaluation: the images have no classes" in printed
-    assert "Problems" not in printed and "Pictures" not in printed and "Next" not in printed
+    assert not any(title in printed for title in ("Problems", "Pictures", "Next", "Page"))
 
 
-def test_a_picture_that_fails_is_named_and_the_run_ends_as_it_would(tmp_path, capsys):
+def test_a_picture_that_fails_is_named_and_the_run_ends_as_it_would(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("shared.pictures.report_page.write_page", lambda *_: {}["flag"])
     knn = knn_monitor(labelled=False)
     report = report_of(tmp_path, {"step": 10, "loss": None})
     report.draw("views.png", lambda path: [].pop())
@@ -149,3 +158,4 @@ def test_a_picture_that_fails_is_named_and_the_run_ends_as_it_would(tmp_path, ca
     log = tmp_path / "metrics.jsonl"
     assert f"{folder / 'curves.png'} could not be drawn: ValueError: {log} holds no training steps" in printed
     assert f"{folder / 'neighbours.png'} could not be drawn: ValueError: 2 of 2 feature vectors are not" in printed
+    assert f"Page      {tmp_path / 'report.html'} could not be drawn: KeyError: 'flag'" in printed

@@ -1,0 +1,176 @@
+import importlib
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dino.augmentations import dino_views
+from dino.main_dino import parse_args
+from dino.vision_transformer import vit_micro
+from shared.evaluation.neighbours import Gallery
+from shared.images.sources import ArraySource
+from shared.images.training_data import write_recipes
+from shared.pictures import report_page
+from tests.browser import CHROMIUM, Browser
+from tests.tiny_training import trainings
+
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+
+
+@pytest.fixture(scope="module")
+def page(images, tmp_path_factory):
+    """The page about a run of DINO that never was; its folder."""
+    folder = tmp_path_factory.mktemp("run")
+    flags = (
+        "--arch vit_micro --patch_size 4 --global_crop_size 16 --local_crop_size 8 --local_crops_number 2 --epochs 3"
+    )
+    args = parse_args([*flags.split(), "--data_path", str(images), "--output_dir", str(folder)])
+    write_recipes(folder, dino_views((0.4, 1), (0.1, 0.4), 2, 16, 8))
+    torch.manual_seed(0)
+    teacher = {f"backbone.{name}": value for name, value in vit_micro(4, img_size=16).state_dict().items()}
+    torch.save({"teacher": teacher, "args": vars(args), "epoch": 2}, folder / "checkpoint.pth")
+    lines = [{"step": step, "epoch": 0, "loss": 5 - step / 10, "ln_k": 5.5, "lr": 0.1} for step in (10, 20)]
+    lines = [{"step": 0, "epoch": 0, "knn_top1": 30.0}, *lines, {"step": 20, "epoch": 1, "knn_top1": 90.0}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "log.txt").write_text('{"epoch": 0}\n')
+    (folder / "attempt.json").write_text("{}")
+    return report_page.write_page(folder / "checkpoint.pth", vars(args), problems=["step 20: <COLLAPSE>"])
+
+
+def test_the_page_is_one_small_file_that_asks_for_nothing(page):
+    html = page.read_text()
+    assert len(html) < 8e6
+    assert not re.search(r"https?:|@import|src=\"(?!data:)|href=\"(?!data:|#)", html.partition('id="data"')[0])
+    assert "default-src 'none'; img-src data:; style-src 'sha256-" in html
+    assert "1 of 3 epochs, not finished" in html and "step 20: &lt;COLLAPSE&gt;" in html
+    assert re.search(r"--patch_size</td>\s*<td>4</td>\s*<td[^>]*>16</td>", html)  # and the default
+
+
+def test_a_page_that_becomes_too_large_takes_coarser_pictures(page, monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
+    assert len(report_page.encoded(noise, 20)) < 0.7 * len(report_page.encoded(noise, 80))
+    monkeypatch.setattr(report_page, "MOST_BYTES", 1)
+    qualities = []
+    monkeypatch.setattr(report_page, "encoded", lambda pixels, quality=80: qualities.append(quality) or "data:,")
+    report_page.write_page(
+        page.with_name("checkpoint.pth"), report_page.flags_of_training(torch.load(page.with_name("checkpoint.pth")))
+    )
+    assert {80, 50, 20} <= set(qualities)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
+
+
+OVERLAY = "document.querySelector('#stage canvas').toDataURL()"
+
+
+@needs_chromium
+def test_a_click_changes_the_map_without_an_error_or_a_request(page, browser):
+    browser.open(page.as_uri())
+    browser.evaluate("document.getElementById('stage').scrollIntoView()")
+    left, top, side = browser.evaluate(
+        "(({left, top, width}) => [left, top, width])($('stage').getBoundingClientRect())"
+    )
+    maps = [browser.evaluate(OVERLAY)]
+    for place in (0.1, 0.9):
+        for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
+            browser.mouse(kind, left + place * side, top + 0.1 * side)
+        maps.append(browser.evaluate(OVERLAY))
+        assert "held" in browser.evaluate("$('where').textContent")
+    browser.mouse("mouseMoved", left + 0.5 * side, top + 0.5 * side)  # it is held
+    assert len(set(maps)) == 3 and browser.evaluate(OVERLAY) == maps[-1]
+    assert browser.evaluate("location.hash") == "#patch=0,3"
+
+    near = browser.evaluate("$('found').innerHTML")
+    browser.evaluate("$('queries').querySelectorAll('button')[1].click()")
+    assert browser.evaluate("$('found').innerHTML") != near
+
+    problems = [event for event in browser.events if event[0] in ("Runtime.exceptionThrown", "Log.entryAdded")]
+    requests = [values["request"]["url"] for kind, values in browser.events if kind == "Network.requestWillBeSent"]
+    assert not problems and [url for url in requests if not url.startswith("data:")] == [page.as_uri()]
+
+
+@needs_chromium
+def test_the_keyboard_reaches_what_the_mouse_does(page, browser):
+    browser.open(page.as_uri())
+    browser.evaluate("$('others').querySelector('[tabindex=\"0\"]').focus()")
+    browser.key("ArrowRight")
+    browser.evaluate("document.activeElement.click()")
+    assert browser.evaluate("$('others').querySelectorAll('button')[1].getAttribute('aria-selected')") == "true"
+    browser.evaluate("$('stage').focus()")
+    before = browser.evaluate(OVERLAY)
+    browser.key("ArrowLeft")
+    assert browser.evaluate(OVERLAY) != before
+    card = browser.evaluate("$('card').innerHTML")
+    browser.evaluate("$('dots').focus()")
+    for name in ("ArrowLeft", "ArrowUp", "ArrowRight"):
+        browser.key(name)
+    assert browser.evaluate("$('card').innerHTML") != card
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [320, 1280])
+def test_a_link_leads_to_a_state_and_nothing_is_wider_than_the_window(page, browser, width):
+    browser.call("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=False)
+    browser.open(page.as_uri() + "#patch=1,5")
+    assert browser.evaluate("$('where').textContent") == "row 2, column 2, held"
+    assert browser.evaluate("$('others').querySelectorAll('button')[1].getAttribute('aria-selected')") == "true"
+    assert browser.evaluate("document.documentElement.scrollWidth") == width
+    assert browser.evaluate("[...document.images].every((image) => image.alt && image.complete)")
+
+
+@pytest.mark.parametrize("name", [name for name, run in trainings().items() if run.module.count(".") == 1])
+def test_the_folder_of_a_run_is_known_by_its_flags(name):
+    script = importlib.import_module(trainings()[name].module)
+    found = report_page.find_script(report_page.defaults_of(script))
+    assert Path(found.__file__).parent == Path(script.__file__).parent
+
+
+def test_maps_and_tokens_of_square_grids_are_patches():
+    tokens = torch.randn(2, 1 + 25, 8)
+    torch.testing.assert_close(report_page.as_grid(tokens, 2), tokens[:, 1:].view(2, 5, 5, 8))
+    maps = torch.randn(2, 8, 4, 6)
+    torch.testing.assert_close(report_page.as_grid(maps, 2)[:, 3, 5], maps[:, :, 3, 5])
+    for coarse in (torch.randn(2, 8, 2, 2), torch.randn(2, 10, 8), torch.randn(2, 8), torch.randn(3, 26, 8)):
+        assert report_page.as_grid(coarse, 2) is None
+
+
+def test_measures_have_two_standard_errors_and_a_verdict():
+    lines = [{"step": 0, "knn_top1": 50.0, "pixels_knn_top1": 40.0}, {"step": 9, "knn_top1": 80.0}]
+    lines += [{"step": 9, "recall_at_1": 30.0, "recall_chance": 1.0, "rankme": 7.0}]
+    knn, recall, rank = report_page.measures(lines, 100, 4, "--lr")
+    assert knn["values"] == [
+        ("random weights", 50, pytest.approx(10)),
+        ("raw pixels", 40, pytest.approx(9.8, abs=0.05)),
+        ("trained", 80, pytest.approx(8.1, abs=0.05)),
+    ]
+    assert (knn["verdict"], knn["chance"]) == ("learned", 25)
+    assert recall["values"] == [("trained", 30, pytest.approx(9.2, abs=0.05))] and recall["chance"] == 1
+    assert rank["values"] == [("trained", 7, 0)] and rank["chance"] is None and rank["verdict"] == ""
+
+
+def test_copies_are_near_duplicates_and_equal_features_are_none():
+    vectors = torch.nn.functional.normalize(torch.randn(60, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    vectors[7] = vectors[3]
+    source = ArraySource("few", np.arange(60 * 64, dtype=np.uint8).reshape(60, 8, 8))
+    gallery = Gallery(source, range(60), vectors)
+    found = report_page.near_duplicates(gallery, vectors, report_page.Pictures())
+    assert [group["paths"] for group in found["duplicates"]] == [["few[3]", "few[7]"]] and found["num_groups"] == 1
+    equal = report_page.near_duplicates(gallery, vectors[:1].expand(60, 16), report_page.Pictures())
+    assert equal["threshold"] is None and not equal["duplicates"]
+
+
+def test_a_page_without_its_images_has_the_rest(page, tmp_path):
+    for name in ("checkpoint.pth", "metrics.jsonl", "log.txt", "attempt.json"):
+        shutil.copy(page.with_name(name), tmp_path)
+    flags = report_page.flags_of_training(torch.load(tmp_path / "checkpoint.pth")) | {"data_path": "/no/such/folder"}
+    html = report_page.write_page(tmp_path / "checkpoint.pth", flags).read_text()
+    assert "/no/such/folder: no such file or folder" in html and '"title": "loss"' in html
