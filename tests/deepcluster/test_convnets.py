@@ -1,14 +1,10 @@
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from deepcluster.convnets import alexnet, sobel_filter, vgg16
-from tests.standalone import load_alone
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_initial_weights_have_the_published_spread(small_layers):
@@ -33,9 +29,3 @@ def test_the_filter_does_not_see_colours():
 def test_images_that_are_too_small_are_refused(build, size):
     with pytest.raises(ValueError, match=f"images of {size} pixels are too small for {build.__name__}"):
         build(img_size=size)
-
-
-def test_the_network_file_needs_torch_alone(tmp_path):
-    with torch.device("meta"):
-        network = load_alone(ROOT / "deepcluster" / "convnets.py", tmp_path).alexnet()
-    assert network(torch.empty(1, 3, 224, 224, device="meta")).shape == (1, 1000)

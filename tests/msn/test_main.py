@@ -17,7 +17,6 @@ from shared.run.log import read_log
 from tests.msn.tiny import CHECKPOINT, losses, small_networks, state_of, train
 from tests.processes import run_processes
 from tests.reliability.runs import assert_same
-from tests.standalone import load_alone
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "msn/configs/pretrain").glob("*.yaml"))
@@ -275,8 +274,3 @@ def test_devices_start_a_process_each(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     start_on_devices(["cuda:1", "cuda:3"], [])
     assert len(started) == 1
-
-
-def test_the_network_file_needs_torch_alone(tmp_path):
-    network = load_alone(ROOT / "msn" / "vision_transformer.py", tmp_path)
-    assert network.build("deit_micro")(torch.zeros(1, 3, 16, 16), 0.5).shape == (1, 96)

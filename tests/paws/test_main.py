@@ -231,14 +231,6 @@ def test_suncet_stops_its_supervised_loss(images, tmp_path):
 # --- Jobs -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def submitted(monkeypatch):
-    """The arguments that would have been submitted."""
-    calls = []
-    monkeypatch.setattr(main_distributed.slurm, "submit", lambda train, args: calls.append((train, args)))
-    return calls
-
-
 @pytest.mark.parametrize("program", ["paws_train", "suncet_train", "fine_tune", "snn_fine_tune"])
 def test_every_flag_is_accepted_with_its_default(submitted, program):
     flags = ["--sel", program, "--data_path", "images"]

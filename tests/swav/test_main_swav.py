@@ -3,7 +3,6 @@
 import json
 import math
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,11 +13,8 @@ from swav.main_swav import get_args_parser, parse_args, rows_of_queue
 from tests.command_lines import assert_values_arrive
 from tests.processes import run_processes
 from tests.run_folders import lines, losses, state_of
-from tests.standalone import load_alone
 from tests.swav.tiny import SWAV, train_on_rank
 from tests.swav.tiny import train_swav as train
-
-ROOT = Path(__file__).resolve().parents[2]
 
 QUEUE = ("--queue_length", 16, "--epoch_queue_starts", 0)
 
@@ -149,12 +145,6 @@ def test_an_official_checkpoint_with_its_queue_files_is_resumed(images, whole, t
     found = state_of(tmp_path)
     assert found["epoch"] == 3 and found["queue"]["pushed"] == [40, 40]  # 16 rows and three batches of 8
     assert found["state_dict"].keys() == state["state_dict"].keys()
-
-
-def test_the_network_file_needs_torch_alone(tmp_path):
-    resnet50 = load_alone(ROOT / "swav" / "resnet50.py", tmp_path)
-    network = resnet50.ResNet([1, 1, 1, 1], width_per_group=8).eval()
-    assert network(torch.zeros(1, 3, 32, 32)).shape == (1, 256)
 
 
 @pytest.mark.parametrize(
