@@ -153,7 +153,7 @@ def test_a_flat_folder_without_classes_is_clustered(images, tmp_path):
 
 def test_an_unreadable_image_is_replaced_and_listed(images, tmp_path):
     folder = shutil.copytree(images, tmp_path / "images")
-    broken = folder / "class0" / "00.png"
+    broken = folder / "class0" / "class0_00.png"
     broken.write_bytes(broken.read_bytes()[:60])
     train(tmp_path / "run", folder, "--epochs", 1, "--eval_knn_freq", 1, "--val_path", images)
     assert "00.png" in (tmp_path / "run/bad_images.txt").read_text()
@@ -263,7 +263,7 @@ def test_what_does_not_fit_the_checkpoint_is_refused(images, finished, tmp_path)
 
 def test_changed_images_are_clustered_again(images, finished, tmp_path, capsys):
     folder = shutil.copytree(images, tmp_path / "images")
-    (folder / "class0" / "00.png").unlink()
+    (folder / "class0" / "class0_00.png").unlink()
     shutil.copytree(finished, tmp_path / "run")
     train(tmp_path / "run", folder, "--epochs", 3, "--on_changed_run", "continue")
     assert "other training images" in capsys.readouterr().out

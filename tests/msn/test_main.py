@@ -14,9 +14,10 @@ import yaml
 from msn.main import parse_args, split_views, start_on_devices, train_msn
 from shared.run.checkpoint import load_latest
 from shared.run.log import read_log
-from tests.msn.tiny import CHECKPOINT, losses, small_networks, state_of, train
+from tests.msn.tiny import CHECKPOINT, small_networks, train
 from tests.processes import run_processes
 from tests.reliability.runs import assert_same
+from tests.run_folders import losses, state_of
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "msn/configs/pretrain").glob("*.yaml"))

@@ -21,8 +21,9 @@ from shared.run.attempt import Interrupted
 from shared.run.run import Run
 from shared.supervised.evaluation import evaluate_classifier
 from tests.interruption import interrupting
-from tests.paws.tiny import TINY, comparable, lines, state_of, train, write_own_pictures
+from tests.paws.tiny import TINY, comparable, train, write_own_pictures
 from tests.reliability.runs import assert_same, write_images
+from tests.run_folders import lines, state_of
 
 SAME = ("--dataset", "digits", "--image_size", "12", "--model_name", "wide_resnet10w1", "--num_workers", "0")
 RUN = ("--device", "cpu", "--log_freq", "1")

@@ -11,15 +11,8 @@ import yaml
 
 from paws import main as programs
 from paws import main_distributed, suncet_train
-from tests.paws.tiny import (
-    ROOT,
-    SUNCET,
-    TINY,
-    lines,
-    state_of,
-    train,
-    write_own_pictures,
-)
+from tests.paws.tiny import ROOT, SUNCET, TINY, train, write_own_pictures
+from tests.run_folders import lines, state_of
 
 CONFIGS = ROOT / "paws/configs"
 FEW = ("--labels_per_class", 2)

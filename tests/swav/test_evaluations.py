@@ -18,6 +18,7 @@ from swav import eval_knn, eval_linear, eval_semisup, evaluation, main_swav, res
 from swav.eval_semisup import drawn_images, labelled_subset
 from swav.hub import CARD
 from tests.interruption import interrupting
+from tests.pictures import write_train_and_val
 from tests.processes import run_processes
 from tests.shared.photographs import photograph
 from tests.swav.tiny import (
@@ -27,7 +28,6 @@ from tests.swav.tiny import (
     make_network,
     small_resnet50,
     training_checkpoint,
-    write_train_and_val,
 )
 
 SMALL = ["--pretrained", "random", "--image_size", "32", "--workers", "0", "--device", "cpu"]
