@@ -14,6 +14,7 @@ import yaml
 from msn.main import parse_args, split_views, start_on_devices, train_msn
 from shared.run.checkpoint import load_latest
 from shared.run.log import read_log
+from tests.command_lines import error_of
 from tests.msn.tiny import CHECKPOINT, small_networks, train
 from tests.processes import run_processes
 from tests.reliability.runs import assert_same
@@ -91,11 +92,8 @@ def test_flags_win_over_the_file_and_the_file_over_the_embedded_defaults(tmp_pat
         ({"logging": {"write_tag": "a/b"}}, "--write_tag a/b"),
     ],
 )
-def test_bad_configs_are_one_clear_message(tmp_path, capsys, sections, message):
-    with pytest.raises(SystemExit) as stop:
-        parse_args(["--fname", str(official_file(tmp_path, **sections))])
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+def test_bad_configs_are_one_clear_message(tmp_path, sections, message):
+    assert message in error_of(parse_args, "--fname", official_file(tmp_path, **sections))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ import torch
 
 from swav import main_swav
 from swav.main_swav import get_args_parser, parse_args, rows_of_queue
-from tests.command_lines import assert_values_arrive
+from tests.command_lines import assert_values_arrive, error_of
 from tests.processes import run_processes
 from tests.run_folders import lines, losses, state_of
 from tests.swav.tiny import SWAV, train_on_rank
@@ -160,10 +159,5 @@ def test_an_official_checkpoint_with_its_queue_files_is_resumed(images, whole, t
         (["--epsilon", "0"], "epsilon must be positive"),
     ],
 )
-def test_bad_input_is_one_clear_message(images, tmp_path, flags, message, monkeypatch, capsys):
-    arguments = [*SWAV, "--data_path", str(images), "--dump_path", str(tmp_path), *flags]
-    monkeypatch.setattr(sys, "argv", ["main_swav.py", *arguments])
-    with pytest.raises(SystemExit) as end:
-        main_swav.main()
-    assert end.value.code == 2
-    assert message in capsys.readouterr().err
+def test_bad_input_is_one_clear_message(images, tmp_path, flags, message):
+    assert message in error_of(main_swav.main, *SWAV, "--data_path", images, "--dump_path", tmp_path, *flags)
