@@ -134,14 +134,6 @@ def test_a_flat_folder_without_classes_is_clustered(images, tmp_path):
     assert (tmp_path / "run/clusters.csv").read_text().splitlines()[0] == "image,cluster"
 
 
-def test_an_unreadable_image_is_replaced_and_listed(images, tmp_path):
-    folder = shutil.copytree(images, tmp_path / "images")
-    broken = folder / "class0" / "class0_00.png"
-    broken.write_bytes(broken.read_bytes()[:60])
-    train(tmp_path / "run", folder, "--epochs", 1, "--eval_knn_freq", 1, "--val_path", images)
-    assert "00.png" in (tmp_path / "run/bad_images.txt").read_text()
-
-
 def test_clusters_that_teach_nothing_are_said(images, tmp_path, capsys, monkeypatch):
     embed = script.ClusterNetwork.embed
     monkeypatch.setattr(script.ClusterNetwork, "embed", lambda self, x: 0 * embed(self, x) + 1)

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -218,18 +217,6 @@ def test_options_of_the_loss_and_the_views_train(images, tmp_path):
     assert state["prototypes"].abs().max() <= 8**-0.5 and state["opt"]["state"].keys().isdisjoint(
         state["opt"]["param_groups"][2]["params"]
     )
-
-
-def test_knn_and_pictures_survive_an_unreadable_image(images, tmp_path):
-    folder = shutil.copytree(images, tmp_path / "images")
-    broken = next(folder.rglob("*.png"))
-    broken.write_bytes(broken.read_bytes()[:100])
-    flags = ("--data_path", folder, "--val_path", images, "--eval_knn_freq", 1, "--pictures", "on")
-    written = train(tmp_path / "run", *flags, "--max_bad_fraction", 0.1)
-    assert sum("knn_top1" in line for line in written) == 2
-    assert (tmp_path / "run" / "bad_images.txt").read_text().startswith(str(broken))
-    drawn = {path.name for path in (tmp_path / "run" / "pictures").iterdir()}
-    assert drawn == {"views.png", "neighbours.png", "curves.png", "attention"}
 
 
 def test_views_are_split_into_the_target_and_anchors_per_size():

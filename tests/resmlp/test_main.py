@@ -72,6 +72,7 @@ def test_bad_input_is_one_clear_message(flags, message, images, tmp_path):
 
 def test_eval_repeats_the_last_evaluation_also_of_a_flat_file(finished, images, tmp_path, capsys):
     last = [line for line in lines(finished) if "test_acc1" in line][-1]
+    assert (finished / "best_checkpoint.pth").exists() or state_of(finished)["best_acc1"] == 0
     torch.save(state_of(finished)["model"], tmp_path / "flat.pth")
     train(finished, "--data_path", images, "--eval")
     train(finished, "--data_path", images, "--eval", "--resume", tmp_path / "flat.pth")

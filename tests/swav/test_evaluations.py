@@ -105,24 +105,6 @@ def test_defaults_for_the_embedded_images_are_those_of_the_training():
 # --- k-NN -------------------------------------------------------------------------------------------------------------
 
 
-def test_features_are_those_of_the_trunk_before_the_head(data, tmp_path, monkeypatch):
-    source = make_network()
-    torch.save(training_checkpoint(source), tmp_path / "checkpoint.pth.tar")
-    seen = []
-    monkeypatch.setattr(frozen, "knn_accuracies", lambda *a, **_: seen.append(a) or {})
-    classify("--data_path", data, "--pretrained", tmp_path / "checkpoint.pth.tar", "--nb_knn", 1)
-    train_features, train_labels, val_features, _, ks, temperature = seen[0]
-    assert train_features.shape == (18, 256)
-    assert val_features.shape == (9, 256)
-    assert (ks, temperature) == ([1], 0.07)
-    assert train_labels.tolist() == [0] * 6 + [1] * 6 + [2] * 6
-    torch.testing.assert_close(val_features.norm(dim=1), torch.ones(9))
-    _, val = open_labelled(str(data), None)
-    dataset = frozen.EvalDataset(val, frozen.eval_transform(CARD, 32, source))
-    expected = torch.nn.functional.normalize(source.forward_backbone(dataset[0][0][None]), dim=1)
-    torch.testing.assert_close(val_features[:1], expected, rtol=1e-4, atol=1e-6)
-
-
 def test_images_are_prepared_as_in_the_official_code():
     chain = transforms.Compose(
         [

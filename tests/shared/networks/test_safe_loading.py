@@ -156,14 +156,6 @@ def test_safetensors_are_recognised_by_content(tmp_path):
     torch.testing.assert_close(safe_load(tmp_path / "weights.pth"), {"weight": torch.arange(3.0)})
 
 
-def test_torchscript_is_refused(tmp_path):
-    torch.save({}, tmp_path / "weights.pth")
-    with zipfile.ZipFile(tmp_path / "weights.pth", "a") as archive:
-        archive.writestr("weights/constants.pkl", pickle.dumps((), protocol=2))  # what marks TorchScript
-    with pytest.raises(UnsafeFileError):
-        safe_load(tmp_path / "weights.pth")
-
-
 def test_decompression_bomb_is_refused_before_it_expands(tmp_path):
     with zipfile.ZipFile(tmp_path / "weights.pth", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data/0", bytes(1 << 24))
