@@ -35,20 +35,11 @@ def test_the_file_says_whether_there_is_a_filter_and_a_top_layer(small_layers, t
     assert network.features[0].in_channels == 3
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda weights: weights.pop("features.module.4.weight"), "1 missing in the file: features.4.weight"),
-        (lambda weights: weights.update({"features.module.99.bias": torch.zeros(1)}), "1 unknown to the network"),
-        (lambda weights: weights.update({"classifier.4.bias": torch.zeros(9)}), "classifier.4.bias .9,. instead of"),
-        (lambda weights: weights["classifier.4.bias"].fill_(torch.nan), "classifier.4.bias holds values that are not"),
-    ],
-)
-def test_a_file_that_does_not_fill_the_network_is_refused(checkpoint, change, message):
+def test_a_file_that_does_not_fill_the_network_is_refused(checkpoint):
     state = safe_load(checkpoint)
-    change(state["state_dict"])
+    del state["state_dict"]["features.module.4.weight"]
     torch.save(state, checkpoint)
-    with pytest.raises(WeightMismatch, match=message):
+    with pytest.raises(WeightMismatch, match=r"1 missing in the file: features\.4\.weight"):
         load_network(checkpoint)
 
 

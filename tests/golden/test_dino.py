@@ -97,12 +97,6 @@ def test_features_attention_and_layers(vit, resolution, mode):
     assert_close(layer, GOLDEN.tensor(f"vit/{resolution}/inter_n1"))
 
 
-def test_packed_resolutions_give_the_features_of_separate_passes(vit):
-    features = vit([GOLDEN.tensor(f"vit/{resolution}/x") for resolution in RESOLUTIONS])
-    expected = torch.cat([GOLDEN.tensor(f"vit/{resolution}/out") for resolution in RESOLUTIONS])
-    assert_close(features, expected)
-
-
 def test_all_intermediate_layers(vit):
     x = GOLDEN.tensor(f"vit/{RESOLUTIONS[0]}/x")
     expected = GOLDEN.tensors("vit/inter_all/")

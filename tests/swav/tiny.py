@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from shared import distributed
 from swav import hub, resnet50
 from tests.run_folders import lines
 from tests.tiny_training import Training
@@ -79,8 +78,6 @@ def train_deepclusterv2(output_dir, *flags) -> list[dict]:
 
 
 def train_on_rank(rank: int, train: Callable, *flags) -> None:
-    """One of several processes of ``run_processes``, which have joined already."""
-    distributed.init = lambda *_: torch.device("cpu")
     train(*flags)
 
 
