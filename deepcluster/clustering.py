@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared import distributed
-from shared.evaluation.clusters import sum_by_cluster
+from shared.evaluation.cluster_sums import sum_by_cluster
 from shared.evaluation.knn import nearest_neighbours
 
 from .convnets import new_top_layer

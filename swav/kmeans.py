@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared import distributed
-from shared.evaluation.clusters import sum_by_cluster
+from shared.evaluation.cluster_sums import sum_by_cluster
 
 NOT_SEEN = -100  # label of images without an assignment; the cross-entropy ignores it
 ROWS_AT_A_TIME = 16384  # similarities of so many embeddings are in memory at once

@@ -10,6 +10,7 @@
 
 import csv
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,6 +87,22 @@ def read_features(path: Path) -> Features:
         raise ValueError(f"{path}: some embeddings are not finite, or all zeros")
     labels = [str(name) for name in columns["label"]] if "label" in columns else None
     return Features(paths, labels, embeddings)
+
+
+def read_all(files: Sequence[str]) -> Features:
+    """The images of all files in one, their embeddings scaled to unit length; labels if every file has them.
+
+    Raises:
+        ValueError: If a file holds no features, or they differ in dimension.
+    """
+    parts = [read_features(Path(file)) for file in files]
+    for file, part in zip(files, parts, strict=True):
+        if (dim := part.embeddings.shape[1]) != (first := parts[0].embeddings.shape[1]):
+            raise ValueError(f"{file} has {dim} dimensions, {files[0]} {first}: features of different networks")
+    labels = None if any(part.labels is None for part in parts) else [name for part in parts for name in part.labels]
+    embeddings = np.concatenate([part.embeddings for part in parts])
+    embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
+    return Features([path for part in parts for path in part.paths], labels, embeddings)
 
 
 def _utf8(text: str) -> str:

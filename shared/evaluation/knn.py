@@ -101,13 +101,23 @@ def _rank_of_target(
     similarities: Tensor, labels: Tensor, targets: Tensor, temperature: float, num_classes: int
 ) -> Tensor:
     """Number of classes with more votes than the true one, shape (M,); C where the true class has no vote."""
-    weights = ((similarities - similarities[:, :1]) / temperature).exp().float()  # in (0, 1]: cannot overflow
-    votes = weights.new_zeros(len(weights), num_classes).scatter_add_(1, labels, weights)
+    votes = count_votes(similarities, labels, num_classes, temperature)
     targets = targets.to(votes.device)[:, None]
     own = votes.gather(1, targets)
     earlier = torch.arange(num_classes, device=votes.device) < targets
     rank = ((votes > own) | ((votes == own) & earlier)).sum(dim=1)
     return rank.where(own[:, 0] > 0, torch.full_like(rank, num_classes))
+
+
+def count_votes(similarities: Tensor, labels: Tensor, num_classes: int, temperature: float = 0.07) -> Tensor:
+    """Votes for each class, (M, C), in units of that of the nearest neighbour.
+
+    Args:
+        similarities: Of the k nearest neighbours, the nearest first, (M, k).
+        labels: Their classes, (M, k).
+    """
+    weights = ((similarities - similarities[:, :1]) / temperature).exp().float()  # in (0, 1]: cannot overflow
+    return weights.new_zeros(len(weights), num_classes).scatter_add_(1, labels, weights)
 
 
 def nearest_neighbours(queries: Tensor, database: Tensor, k: int, precision: str = "fp32") -> tuple[Tensor, Tensor]:

@@ -9,23 +9,21 @@ Several files are searched together, such as train and test images. ``duplicates
 """
 
 import argparse
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy import sparse
 from torch import Tensor
 
 from shared import distributed
 from shared.images.sources import FileSource
+from shared.images.tables import write_table
 from shared.pictures.sheets import Tile, save_sheet, thumbnail
-from shared.run.files import atomic_file
 from shared.run.flags import Parser
 
-from .feature_files import read_features
+from .feature_files import read_all
 
 THRESHOLDS = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995)  # of the table, besides the one asked for
 BLOCK = 1 << 24  # similarities that are held at once
@@ -75,23 +73,10 @@ def _members(labels: np.ndarray) -> list[list[int]]:
     return sorted((part.tolist() for part in parts if len(part) > 1), key=lambda part: (-len(part), part[0]))
 
 
-def read_all(files: Sequence[str]) -> tuple[list[str], Tensor]:
-    """Paths of the images of all files, and their features as unit vectors (N, D).
-
-    Raises:
-        ValueError: If a file holds no features, or they differ in dimension.
-    """
-    parts = [read_features(Path(file)) for file in files]
-    for file, part in zip(files, parts, strict=True):
-        if (dim := part.embeddings.shape[1]) != (first := parts[0].embeddings.shape[1]):
-            raise ValueError(f"{file} has {dim} dimensions, {files[0]} {first}: features of different networks")
-    vectors = torch.from_numpy(np.concatenate([part.embeddings for part in parts]))
-    return [path for part in parts for path in part.paths], F.normalize(vectors, dim=1)
-
-
 def near_duplicates(args: argparse.Namespace) -> list[list[int]]:
     """Print the table, write the groups and their picture, and return the groups."""
-    paths, vectors = read_all(args.features)
+    features = read_all(args.features)
+    paths, vectors = features.paths, torch.from_numpy(features.embeddings)
     by_threshold = find_groups(vectors, sorted({*THRESHOLDS, args.threshold}))
     print(f"{len(paths):,} images\nthreshold   groups   images in them   largest group")
     for threshold, groups in by_threshold.items():
@@ -100,12 +85,12 @@ def near_duplicates(args: argparse.Namespace) -> list[list[int]]:
         print(f"{threshold:9g} {len(sizes):8,} {sum(sizes):16,} {max(sizes, default=0):15,}{mark}")
     groups, out = by_threshold[args.threshold], Path(args.out)
     similarities = [(vectors[group] @ vectors[group[0]]).tolist() for group in groups]
-    with atomic_file(out) as temporary:
-        with open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-            lines = csv.writer(file)
-            lines.writerow(["group", "path", "similarity"])
-            for number, (group, values) in enumerate(zip(groups, similarities, strict=True), start=1):
-                lines.writerows([number, paths[i], f"{value:.4f}"] for i, value in zip(group, values, strict=True))
+    rows = [
+        (number, paths[i], f"{value:.4f}")
+        for number, (group, values) in enumerate(zip(groups, similarities, strict=True), start=1)
+        for i, value in zip(group, values, strict=True)
+    ]
+    write_table(out, ["group", "path", "similarity"], rows)
     print(f"{len(groups):,} groups: {out}")
     if groups:
         source = FileSource("", "", paths)

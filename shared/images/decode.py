@@ -124,7 +124,7 @@ class EncodedImage:
                 whole for kind, _, whole in _png_chunks(self.data) if kind == b"IDAT"
             ):
                 raise ImageError(f"{self.name}: wrong checksum of pixels")  # which Pillow does not look at
-            return np.array(_to_rgb(image, self.name))  # a copy: PIL's own memory is read-only
+            return np.array(to_rgb(image, self.name))  # a copy: PIL's own memory is read-only
         except ImageError:
             raise
         except Exception as error:  # a broken file makes Pillow raise nearly anything; it goes on as one type
@@ -255,7 +255,8 @@ def _known_formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]  # older versions of Pillow lack AVIF
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+def to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """An image of any mode as 8-bit RGB; ``ImageError`` with its name where that is not defined."""
     if image.format == "TIFF" and image.mode.startswith("RGB"):
         channels, extra = image.tag_v2.get(_SAMPLES_TAG, 3), image.tag_v2.get(_EXTRA_SAMPLES_TAG, ())
         if channels > 3 and not set(extra) & {1, 2}:  # neither associated alpha nor unassociated

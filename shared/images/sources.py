@@ -169,18 +169,19 @@ def open_source(
 ) -> ImageSource:
     """Open the images that ``--data_path`` names.
 
-    ==========================  ======================================================================================
-    ``data_path``               images
-    ==========================  ======================================================================================
-    nothing, or ``materials``   2,280 generated images, 32x32, 12 classes: :mod:`shared.images.materials`
-    ``digits``                  the 1,797 handwritten digits of scikit-learn, 8x8; ``index % 5 == 4`` is val
-    folder with class folders   as torchvision's ImageFolder: first-level folders are classes, any depth below
-    folder with images          all images at any depth, no classes
-    parent of ``train/``        ``train/`` or ``val/`` (or another usual name), each one of the two above
-    list ``*.txt``              one path per line, relative to the list, and optionally a tab and a label
-    table ``*.csv``, ``*.tsv``  the same with commas, semicolons or tabs, quotes and a heading
-    name such as ``cifar10``    that torchvision data set, downloaded once; see ``TORCHVISION``
-    ==========================  ======================================================================================
+    ===========================  =====================================================================================
+    ``data_path``                images
+    ===========================  =====================================================================================
+    nothing, or ``materials``    2,280 generated images, 32x32, 12 classes: :mod:`shared.images.materials`
+    ``digits``                   the 1,797 handwritten digits of scikit-learn, 8x8; ``index % 5 == 4`` is val
+    folder with class folders    as torchvision's ImageFolder: first-level folders are classes, any depth below
+    folder with images           all images at any depth, no classes
+    parent of ``train/``         ``train/`` or ``val/`` (or another usual name), each one of the two above
+    list ``*.txt``               one path per line, relative to the list, and optionally a tab and a label
+    table ``*.csv``, ``*.tsv``   the same with commas, semicolons or tabs, quotes and a heading
+    name such as ``cifar10``     that torchvision data set, downloaded once; see ``TORCHVISION``
+    ``package.module:function``  what this function returns: :mod:`shared.images.own_dataset`
+    ===========================  =====================================================================================
 
     Hidden and system files, the folders of runs and files of other kinds are left out. A folder or list without a val
     part has one only if ``holdout`` asks for it: the images whose relative path has a CRC-32 divisible by 10; ``train``
@@ -215,6 +216,10 @@ def open_source(
         return EMBEDDED[name](split, download_root)
     elif name in TORCHVISION:
         return _open_torchvision(name, split, download_root, where)
+    elif re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", str(data_path)):
+        from .own_dataset import open_dataset  # which needs this module
+
+        return open_dataset(str(data_path), split, holdout, flag)
     else:
         known = ", ".join((*EMBEDDED, *TORCHVISION))
         raise ValueError(f"{where}: no such file or folder, and no data set of that name ({known})")

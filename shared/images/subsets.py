@@ -13,7 +13,7 @@ class Subset(ImageSource):
     """Some images of a source, by their indices."""
 
     def __init__(self, source: ImageSource, indices: np.ndarray, name: str):
-        super().__init__(name, source.labels[indices], source.classes)
+        super().__init__(name, None if source.labels is None else source.labels[indices], source.classes)
         self.source, self.indices = source, indices
 
     def __len__(self) -> int:
@@ -26,7 +26,8 @@ class Subset(ImageSource):
         return self.source.load(self.indices[index])
 
     def checksum(self) -> int:
-        return zlib.crc32(self.labels, zlib.crc32(self.indices, self.source.checksum()))
+        chosen = zlib.crc32(self.indices, self.source.checksum())
+        return chosen if self.labels is None else zlib.crc32(self.labels, chosen)
 
 
 def listed_images(train: ImageSource, list_path: str, flag: str = "--subset_list") -> np.ndarray:

@@ -2,6 +2,10 @@
 
 import csv
 import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from shared.run.files import atomic_file
 
 from .decode import EXTENSIONS
 
@@ -36,3 +40,11 @@ def read_cells(path: str | os.PathLike, where: str, separator: str | None = None
 def names_an_image(cell: str) -> bool:
     """Whether a cell can be a file's name rather than a heading."""
     return cell.lower().endswith(EXTENSIONS)
+
+
+def write_table(path: Path, heading: Sequence[str], rows: Iterable[Sequence]) -> Path:
+    """Write a CSV file that appears when it is complete; names of files may be no UTF-8."""
+    with atomic_file(path) as temporary:
+        with open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+            csv.writer(file).writerows([heading, *rows])
+    return path

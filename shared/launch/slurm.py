@@ -60,6 +60,7 @@ def add_slurm_flags(parser: argparse.ArgumentParser, job_name: str = "train") ->
     add("--max_restarts", type=int, default=100, help="a job that has been restarted so often does not requeue itself")
     add("--job_dir", default=None, help="submitit's logs and pickles (default: <output_dir>/submitit)")
     options = "any further option of sbatch, e.g. account=vision or exclusive; may be repeated"
+    add("--dry_run", action="store_true", help="print the batch file, let sbatch check it, and submit nothing")
     add("--slurm_option", action="append", default=[], metavar="KEY=VALUE", help=options)
 
 
@@ -129,11 +130,17 @@ def submit(train: Callable[[argparse.Namespace], object], args: argparse.Namespa
             raise ValueError(f"--device cpu and --ngpus {job_flags.ngpus}: give --ngpus 0 --tasks_per_node {tasks}")
         training.device = "cuda" if job_flags.ngpus else "cpu"
     trainer = Trainer(train, training, job_flags.max_restarts)
+    python = f"{_DEAF_START} {shlex.quote(sys.executable)}"
+    if job_flags.dry_run:
+        _check_paths(training)
+        command = f"{python} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+        _dry_run(submitit.slurm.slurm._make_sbatch_string(command, folder, **_sbatch_parameters(job_flags, tasks)))
+        return None
     if job_flags.cluster == "local":
         return _run_locally(trainer, folder, tasks, job_flags)
     if shutil.which("srun") is None:
         raise ValueError("--cluster slurm: there is no srun here; log in to the cluster or use --cluster local")
-    executor = submitit.SlurmExecutor(folder, python=f"{_DEAF_START} {shlex.quote(sys.executable)}")
+    executor = submitit.SlurmExecutor(folder, python=python)
     executor.update_parameters(**_sbatch_parameters(job_flags, tasks))
     try:
         job = executor.submit(trainer)
@@ -167,6 +174,30 @@ def _check(flags: argparse.Namespace) -> None:
         )
     if flags.signal_delay_s >= 60 * flags.timeout:
         raise ValueError(f"--signal_delay_s {flags.signal_delay_s} is longer than --timeout {flags.timeout} minutes")
+
+
+def _check_paths(training: argparse.Namespace) -> None:
+    """Refuse data that are not there and an output folder that cannot be written, seen from this machine."""
+    data_path = getattr(training, "data_path", None)
+    if data_path and os.sep in data_path and not os.path.exists(os.path.expanduser(data_path)):
+        raise ValueError(f"--data_path {data_path}: no such file or folder on this machine")
+    folder = Path(training.output_dir.partition("%j")[0])
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        raise ValueError(f"--output_dir {training.output_dir}: {existing} cannot be written on this machine")
+
+
+def _dry_run(batch_file: str) -> None:
+    """Print what would be submitted; sbatch says whether it would take it, partition and account among others."""
+    print(batch_file)
+    if shutil.which("sbatch") is None:
+        print("Not submitted. Partition and account are not checked: there is no sbatch on this machine")
+        return
+    answer = subprocess.run(["sbatch", "--test-only"], input=batch_file, capture_output=True, text=True)
+    said = " ".join((answer.stdout + answer.stderr).split())
+    if answer.returncode:
+        raise ValueError(f"sbatch would refuse the job: {said}")
+    print(f"Not submitted. {said}")
 
 
 def _sbatch_parameters(flags: argparse.Namespace, tasks: int) -> dict:

@@ -11,6 +11,8 @@ from typing import NoReturn
 from shared import distributed
 from shared.images.decode import MAX_PIXELS
 
+from .loggers import LOGGERS
+
 
 class Parser(argparse.ArgumentParser):
     """A parser that shows defaults in its help, and mistakes in one line with the nearest flag.
@@ -101,7 +103,8 @@ def add_run_flags(parser: argparse.ArgumentParser, knn: bool = True, pictures: b
     if pictures:
         add("--pictures", type=bool_flag, default=True, help="write pictures at the end")
     add("--log_freq", type=int, default=10, help="steps per line of the log")
-    add("--tensorboard", action="store_true", help="also log to TensorBoard")
+    add("--loggers", nargs="*", default=[], choices=tuple(LOGGERS), help="where the log goes besides")
+    add("--tensorboard", action="store_true", help="the same as --loggers tensorboard")
     skipped = "stop after so many steps in a row without finite gradients (exit code 3); 0: never"
     add("--max_skipped_steps", type=int, default=10, help=skipped)
     add_device_flag(add)

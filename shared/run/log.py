@@ -1,4 +1,4 @@
-"""The log of a run: JSON lines always, a progress bar on a terminal, TensorBoard by flag."""
+"""The log of a run: JSON lines always, a progress bar on a terminal, TensorBoard and other services by flag."""
 
 import contextlib
 import itertools
@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from shared import distributed
 
 from .attempt import Attempt
 from .estimate import duration_text, final_bytes, size_text
+from .loggers import IDENTITIES, LOGGERS, check_installed
 
 SETTLED_S = 10  # of steps, after which it is known how long the run takes
 
@@ -83,9 +84,10 @@ class RunLog:
         output_dir: Folder of the run.
         total_steps: Length of the whole run, for the progress bar.
         log_freq: Steps per line of ``metrics.jsonl``.
-        tensorboard: Also write TensorBoard events to ``<output_dir>/tensorboard``.
+        loggers: Names in ``LOGGERS``, which get the lines of ``metrics.jsonl`` too.
         resumed: Whether :meth:`load_state_dict` will follow; otherwise files that exist are put aside.
         name: Of a run beside the one that owns the folder: the files are ``<name>.jsonl`` and ``<name>.txt``.
+        flags: Of the run, for those of the loggers that show them.
 
     Attributes:
         unit: What a batch consists of; lines state how many of them per second.
@@ -98,9 +100,10 @@ class RunLog:
         output_dir: str | Path,
         total_steps: int,
         log_freq: int = 10,
-        tensorboard: bool = False,
+        loggers: Sequence[str] = (),
         resumed: bool = False,
         name: str | None = None,
+        flags: Mapping | None = None,
     ):
         self.files = {
             file: Path(output_dir) / (file if name is None else name + Path(file).suffix)
@@ -119,13 +122,16 @@ class RunLog:
         self.final_bytes: Callable[[], int] | None = None
         self.is_settled = False
         self.bar = None
-        self.tensorboard = Path(output_dir) / "tensorboard" / (name or "") if tensorboard else None
-        self.writer = None
+        self.logger_arguments = Path(output_dir), name or "", flags or {}
+        self.loggers, self.open_loggers = dict.fromkeys(loggers), []
+        check_installed(self.loggers)
         if distributed.is_main_process():
             for path in self.files.values():
                 if path.exists() and path.stat().st_size and not resumed:
                     os.replace(path, _free_name(path))  # lines of another run are kept, not mixed with ours
                 path.touch()
+            if name is None and not resumed:
+                (Path(output_dir) / IDENTITIES).unlink(missing_ok=True)
             if sys.stderr.isatty():
                 self.bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True)
 
@@ -249,8 +255,8 @@ class RunLog:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
-        if self.writer is not None:
-            self.writer.close()
+        for logger in self.open_loggers:
+            logger.close()
 
     def _write(self, name: str, line: dict) -> None:
         if not distributed.is_main_process():
@@ -260,15 +266,11 @@ class RunLog:
             self.attempt.check(path.parent)  # a newer one may be writing its own lines by now
         with _naming(path), open(path, "a") as file:
             file.write(json.dumps({k: _jsonable(v) for k, v in line.items()}) + "\n")
-        if self.tensorboard is not None and "step" in line:
-            if self.writer is None:
-                from torch.utils.tensorboard import SummaryWriter
-
-                # hides what was drawn beyond the checkpoint that the run has gone back to
-                self.writer = SummaryWriter(str(self.tensorboard), purge_step=line["step"])
-            for key, value in line.items():
-                if key not in ("step", "epoch"):
-                    self.writer.add_scalar(key, value, line["step"])
+        if "step" in line:
+            if len(self.open_loggers) < len(self.loggers):
+                self.open_loggers = [LOGGERS[name](*self.logger_arguments, line["step"]) for name in self.loggers]
+            for logger in self.open_loggers:
+                logger.write(line["step"], {k: v for k, v in line.items() if k not in ("step", "epoch")})
 
     def _show(self, line: dict, left_s: float | None = None) -> None:
         shown = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()]

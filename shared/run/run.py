@@ -107,8 +107,8 @@ class Run:
         checkpoint = from_official(checkpoint) if checkpoint else {}
         self.is_new = is_at_start(checkpoint or None)
         name = None if self.owns_folder else self.path.name.removesuffix(".tar").removesuffix(".pth")
-        resumed = "log" in checkpoint
-        self.log = RunLog(self.output_dir, total_steps, args.log_freq, args.tensorboard, resumed, name=name)
+        resumed, loggers = "log" in checkpoint, [*args.loggers, *["tensorboard"] * args.tensorboard]
+        self.log = RunLog(self.output_dir, total_steps, args.log_freq, loggers, resumed, name, vars(args))
         if checkpoint:
             if "args" in checkpoint:  # some official files have none
                 check_flags(checkpoint, args, network_flags)

@@ -117,6 +117,40 @@ def test_the_batch_script_asks_for_what_the_flags_say(tmp_path, program):
     assert job.paths.submitted_pickle == tmp_path / "run-7" / "submitit" / "7_submitted.pkl"
 
 
+def test_a_dry_run_prints_the_batch_file_and_what_sbatch_says_of_it(tmp_path, monkeypatch, capsys, program):
+    parsed = parse(
+        "--output_dir", f"{tmp_path}/run-%j", "--dry_run", "--partition", "big", "--slurm_option", "account=me"
+    )
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert slurm.submit(jobs.say_rank, parsed) is None
+    assert "Partition and account are not checked: there is no sbatch" in capsys.readouterr().out
+    program("sbatch", '[ "$1" = --test-only ] && echo "sbatch: Job 8 to start at noon" >&2')
+    slurm.submit(jobs.say_rank, parsed)
+    printed = capsys.readouterr().out
+    for line in ("#SBATCH --partition=big", "#SBATCH --account=me", "#SBATCH --signal=USR2@120"):
+        assert line in printed.splitlines()
+    assert f"-u -m submitit.core._submit {tmp_path}/run-%j/submitit" in printed
+    assert "Not submitted. sbatch: Job 8 to start at noon" in printed and not list(tmp_path.glob("run*"))
+    program("sbatch", 'echo "sbatch: error: invalid partition specified: big" >&2; exit 1')
+    with pytest.raises(ValueError, match=r"sbatch would refuse the job: .*invalid partition specified: big"):
+        slurm.submit(jobs.say_rank, parsed)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({"data_path": "{tmp}/photos"}, "--data_path .*photos: no such file or folder"),
+        ({"output_dir": "{tmp}/file/run"}, "--output_dir .*file/run: .*/file cannot be written"),
+    ],
+)
+def test_a_dry_run_names_paths_that_do_not_fit(names, message, tmp_path):
+    (tmp_path / "file").touch()
+    parsed = parse("--output_dir", str(tmp_path), "--dry_run")
+    vars(parsed).update({name: value.format(tmp=tmp_path) for name, value in names.items()})
+    with pytest.raises(ValueError, match=message):
+        slurm.submit(jobs.say_rank, parsed)
+
+
 def test_a_cpu_job_asks_for_no_gpu(tmp_path, program):
     program("srun", "exit 1")
     program("sbatch", f'cp "$1" {tmp_path}/script; echo Submitted batch job 7')

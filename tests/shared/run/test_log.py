@@ -1,6 +1,10 @@
 import json
 import math
+import os
+import subprocess
+import sys
 from argparse import Namespace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from shared.run.attempt import Attempt, Superseded
 from shared.run.estimate import duration_text, final_bytes, size_text
 from shared.run.log import RunLog, read_log
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def lines(path):
@@ -87,13 +93,49 @@ def test_a_failed_write_names_the_file(tmp_path):
         log.evaluation(0, 0, knn_top1=50.0)
 
 
+@pytest.mark.parametrize("logger", ["wandb", "mlflow"])
+def test_services_get_the_lines_and_a_resumed_run_keeps_its_name(logger, tmp_path):
+    """In a process of its own, offline: what they start and set is theirs."""
+    pytest.importorskip(logger)
+    script = f"""
+import sys
+from pathlib import Path
+from shared.run.log import RunLog
+for first, last in ((0, 2), (2, 4)):
+    log = RunLog(Path("run"), 4, 1, ["{logger}"], resumed=first > 0, flags={{"lr": 0.5}})
+    for step in range(first, last):
+        log.step(step, 0, 8, {{"loss": 10.0 - step}})
+    log.close()
+"""
+    (tmp_path / "run").mkdir()
+    settings = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "MLFLOW_ALLOW_FILE_STORE": "true"}
+    settings |= {"MLFLOW_TRACKING_URI": f"file://{tmp_path}/store", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=os.environ | settings, check=True, timeout=120)
+    (identity,) = json.loads((tmp_path / "run" / "loggers.json").read_text()).values()
+    if logger == "wandb":  # two parts of one run
+        files = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+        assert len(files) == 2 and all(file.name == f"run-{identity}.wandb" for file in files)
+        assert b"loss" in files[0].read_bytes()
+    else:
+        (folder,) = (tmp_path / "store").glob(f"*/{identity}")
+        lines = [line.split() for line in (folder / "metrics" / "loss").read_text().splitlines()]
+        assert [(float(value), int(step)) for _, value, step in lines] == [(10, 1), (9, 2), (8, 3), (7, 4)]
+        assert (folder / "params" / "lr").read_text() == "0.5"
+
+
+def test_a_service_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"--loggers wandb: there is no package wandb .*\[loggers\]"):
+        RunLog(tmp_path, 1, loggers=["wandb"])
+
+
 def test_tensorboard_shows_no_step_twice_after_a_resume(tmp_path):
-    log = RunLog(tmp_path, 6, log_freq=1, tensorboard=True)
+    log = RunLog(tmp_path, 6, log_freq=1, loggers=["tensorboard"])
     run(log, 2)
     state = log.state_dict()
     run(log, 4, start=2)  # lost: the run goes back to step 2
     log.close()
-    resumed = RunLog(tmp_path, 6, log_freq=1, tensorboard=True, resumed=True)
+    resumed = RunLog(tmp_path, 6, log_freq=1, loggers=["tensorboard"], resumed=True)
     resumed.load_state_dict(state)
     run(resumed, 6, start=2)
     resumed.close()

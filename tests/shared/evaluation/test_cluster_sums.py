@@ -1,7 +1,7 @@
 import torch
 
 from shared.evaluation import clusters
-from shared.evaluation.clusters import sum_by_cluster
+from shared.evaluation.cluster_sums import sum_by_cluster
 
 
 def test_sums_equal_a_loop_over_rows_whatever_the_blocks(monkeypatch):
