@@ -228,8 +228,6 @@ def test_views_are_split_into_the_target_and_anchors_per_size():
 
 
 def train_of_rank(rank: int, folder: str, images: str) -> None:
-    torch.distributed.destroy_process_group()  # the script joins the processes itself
-    os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
     with small_networks():
         train(folder, "--data_path", images, "--patch_drop", 0, "--batch_size", 4)
 
