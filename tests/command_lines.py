@@ -1,6 +1,11 @@
-"""Checks of parsed command lines."""
+"""Checks of parsed command lines, and what scripts say to mistakes."""
 
 import argparse
+import contextlib
+import io
+from collections.abc import Callable
+
+import pytest
 
 
 def assert_values_arrive(
@@ -28,6 +33,16 @@ def assert_values_arrive(
             assert found is not flag.startswith("--no-"), flag
         else:
             assert found == action.const, flag
+
+
+def error_of(main: Callable[[], object], *arguments) -> str:
+    """What a script prints that ends because of a mistake of its user."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as printed:
+        patch.setattr("sys.argv", ["script.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+    assert end.value.code == 2 and "Traceback" not in printed.getvalue()
+    return printed.getvalue()
 
 
 def _plain(word: str) -> float | str:

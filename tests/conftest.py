@@ -34,6 +34,14 @@ def drawn(monkeypatch):
     return figures
 
 
+@pytest.fixture
+def submitted(monkeypatch):
+    """Functions and arguments of the jobs that would have been submitted."""
+    calls = []
+    monkeypatch.setattr("shared.launch.slurm.submit", lambda function, args: calls.append((function, args)))
+    return calls
+
+
 @pytest.fixture(scope="session")
 def places(images, tmp_path_factory):
     """What stands for ``{images}``, ``{tokens}`` and ``{encoder}`` in flags that lead to data."""

@@ -1,6 +1,7 @@
 """A run for one loop of a test or a benchmark."""
 
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ class LoopRun(Run):
         folder: Of the log and of ``nonfinite.pth``.
         steps_per_epoch: Of the loader that the loop is given.
         epoch: The loop's.
+        look: Called after every step; what it returns is kept in ``seen``.
         networks: Searched when gradients stay NaN.
     """
 
@@ -35,6 +37,7 @@ class LoopRun(Run):
         device: str = "cpu",
         log_freq: int = 1,
         max_skipped_steps: int = 1,
+        look: Callable[[], dict] = dict,
         **networks: nn.Module,
     ):
         self.args = Namespace(seed=seed)
@@ -45,4 +48,7 @@ class LoopRun(Run):
         self.health = HealthMonitor()
         self.log = RunLog(folder, self.total_steps, log_freq, resumed=True)  # it goes on with what is there
         self.guard = FiniteGuard(networks, max_skipped_steps, self.device)
-        self.checkpointer = SimpleNamespace(after_step=lambda epoch, step: None, save=lambda epoch, step, name: None)
+        self.seen: list[dict] = []
+        self.checkpointer = SimpleNamespace(
+            after_step=lambda epoch, step: self.seen.append(look()), save=lambda epoch, step, name: None
+        )

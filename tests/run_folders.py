@@ -1,14 +1,16 @@
 """What tests do with a run: stop it, read its log and its newest checkpoint."""
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from shared.run.checkpoint import load_latest
+from shared.run.log import read_log
 from shared.run.run import Run
+
+CHECKPOINTS = ("checkpoint.pth", "checkpoint.pth.tar", "msn-latest.pth.tar", "paws-latest.pth.tar")
 
 
 class Stop(Exception):
@@ -31,14 +33,15 @@ def stopped_after(updates: int) -> Iterator[None]:
         yield
 
 
-def lines(output_dir) -> list[dict]:
-    return [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
+def lines(output_dir, log: str = "metrics") -> list[dict]:
+    return read_log(Path(output_dir) / f"{log}.jsonl")
 
 
 def losses(output_dir) -> list[float]:
     return [line["loss"] for line in lines(output_dir) if "loss" in line]
 
 
-def state_of(output_dir) -> dict:
-    names = ("checkpoint.pth", "checkpoint.pth.tar")
-    return load_latest(next(Path(output_dir) / name for name in names if (Path(output_dir) / name).exists()))
+def state_of(output_dir, *names: str) -> dict:
+    """The checkpoint of this name, or of that which a training gives it."""
+    paths = [Path(output_dir) / name for name in names or CHECKPOINTS]
+    return load_latest(next(path for path in paths if path.exists()))

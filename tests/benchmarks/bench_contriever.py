@@ -16,12 +16,7 @@ Implementations, alternated in one process on the same encoder (by default the p
 Tokens are those of the texts, padding is not counted. Without the package sentence-transformers its ways are left out.
 """
 
-import argparse
-import json
-import platform
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,6 +39,7 @@ from contriever.text.documentation import documentation
 from contriever.text.tokens import ChunkedText, Shard
 from contriever.training.pairs import PretrainingPairs
 from shared.optimisation.precision import fast_bf16
+from tests.benchmarks.harness import alternate, finish, get_args_parser, spread
 
 TEMPERATURE = 0.05
 
@@ -108,18 +104,24 @@ def sentence_transformers_step(model_folder: str | None, device: torch.device) -
     return step
 
 
-def take_turns(ways: dict[str, Callable[[], int]], rounds: int, device: torch.device) -> dict[str, dict[str, float]]:
-    """Tokens per second of each way: median, least and most over the rounds; a first round is not counted."""
-    speeds: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(rounds + 1):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            tokens = way()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if number:
-                speeds[name].append(tokens / (time.perf_counter() - start))
-    return {n: {"tokens_per_s": statistics.median(s), "least": min(s), "most": max(s)} for n, s in speeds.items()}
+def speeds(ways: dict[str, Callable[[], object]], rounds: int, tokens: list[int]) -> dict[str, dict[str, float]]:
+    """Tokens per second of each way, which handles so many in each round; the first round is not counted."""
+    times = alternate(ways, rounds)
+    return {
+        name: {"tokens_per_s": spread(count / s for count, s in zip(tokens[1:], seconds, strict=True))}
+        for name, seconds in times.items()
+    }
+
+
+def synchronized(work: Callable[[], object]) -> Callable[[], None]:
+    """``work``, finished on the device when it returns."""
+
+    def run() -> None:
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    return run
 
 
 def training(texts: list[str], batch_size: int, rounds: int, model_folder: str | None, device: torch.device) -> dict:
@@ -133,75 +135,53 @@ def training(texts: list[str], batch_size: int, rounds: int, model_folder: str |
     }
     if SentenceTransformer is not None:
         steps["train/sentence_transformers"] = sentence_transformers_step(model_folder, device)
-    counts = [int(batch["q_mask"].sum() + batch["k_mask"].sum()) for batch in batches]
-
-    def way(step: Callable[[dict], None]) -> Callable[[], int]:
-        mine = iter(zip(batches, counts, strict=True))
-
-        def run() -> int:
-            batch, tokens = next(mine)
-            step(batch)
-            return tokens
-
-        return run
-
-    return take_turns({name: way(step) for name, step in steps.items()}, rounds, device)
+    ways = {}
+    for name, step in steps.items():
+        mine = iter(batches)
+        ways[name] = synchronized(lambda step=step, mine=mine: step(next(mine)))
+    return speeds(ways, rounds, [int(batch["q_mask"].sum() + batch["k_mask"].sum()) for batch in batches])
 
 
 def embedding(texts: list[str], batch_size: int, rounds: int, model_folder: str | None, device: torch.device) -> dict:
     """All texts per round."""
     retriever = load_retriever(model_folder, device=device)
-    tokens = sum(map(len, retriever.tokenize(texts, 256)))
-    vectors: dict[str, np.ndarray] = {}
-
-    def ours(name: str, amp: str) -> Callable[[], int]:
-        def run() -> int:
-            vectors[name] = retriever.encode(texts, batch_size, 256, normalize=True, amp=amp)
-            return tokens
-
-        return run
-
-    ways = {"embed/ours": ours("embed/ours", "fp32")}
+    ways = {"embed/ours": lambda: retriever.encode(texts, batch_size, 256, normalize=True, amp="fp32")}
     if fast_bf16(device):
-        ways["embed/ours_bf16"] = ours("embed/ours_bf16", "bf16")
-    if SentenceTransformer is None:
-        return take_turns(ways, rounds, device)
-    other = SentenceTransformer(str(find_model(model_folder)), device=str(device))
-    other.max_seq_length = 256
-
-    def theirs() -> int:
-        vectors["embed/sentence_transformers"] = other.encode(texts, batch_size=batch_size, show_progress_bar=False)
-        return tokens
-
-    results = take_turns({**ways, "embed/sentence_transformers": theirs}, rounds, device)
-    reference = F.normalize(torch.from_numpy(vectors["embed/sentence_transformers"]), dim=1).numpy()
-    for name, found in vectors.items():
-        results[name]["largest_cosine_distance"] = float((1 - (found * reference).sum(axis=1)).max())
+        ways["embed/ours_bf16"] = lambda: retriever.encode(texts, batch_size, 256, normalize=True, amp="bf16")
+    if SentenceTransformer is not None:
+        other = SentenceTransformer(str(find_model(model_folder)), device=str(device))
+        other.max_seq_length = 256
+        ways["embed/sentence_transformers"] = lambda: other.encode(
+            texts, batch_size=batch_size, show_progress_bar=False, normalize_embeddings=True
+        )
+    tokens = sum(map(len, retriever.tokenize(texts, 256)))
+    results = speeds({name: synchronized(way) for name, way in ways.items()}, rounds, [tokens] * (rounds + 1))
+    if SentenceTransformer is not None:
+        vectors = {name: way() for name, way in ways.items()}
+        for name, found in vectors.items():
+            cosines = (found * vectors["embed/sentence_transformers"]).sum(axis=1)
+            results[name]["largest_cosine_distance"] = float((1 - cosines).max())
     return results
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = get_args_parser(__doc__, rounds=5)
     parser.add_argument("--texts", type=int, default=512)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--model", default=None, help="folder of an encoder; default: the packaged one")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     texts = [document["text"] for document in documentation()][: args.texts]
     results = training(texts, args.batch_size, args.rounds, args.model, device)
     results |= embedding(texts, args.batch_size, args.rounds, args.model, device)
-    for group in ("train", "embed"):
-        base = results.get(f"{group}/sentence_transformers")
-        for name in (name for name in results if name.startswith(group)):
-            if base is not None:
-                results[name]["ratio"] = results[name]["tokens_per_s"] / base["tokens_per_s"]
-            print(f"{name:32s}" + "  ".join(f"{key} {value:.4g}" for key, value in results[name].items()))
-    if args.out is not None:
-        facts = {"torch": torch.__version__, "processor": platform.processor(), "threads": torch.get_num_threads()}
-        args.out.write_text(json.dumps({**facts, "device": str(device), "results": results}, indent=1) + "\n")
+    for name, result in results.items():
+        base = results.get(f"{name.partition('/')[0]}/sentence_transformers", result)
+        result["ratio"] = result["tokens_per_s"]["median"] / base["tokens_per_s"]["median"]
+        speed = "{median:.4g} ({min:.4g} .. {max:.4g}) tokens/s".format(**result["tokens_per_s"])
+        print(f"{name:32s}{speed}, ratio {result['ratio']:.2f}  {result.get('largest_cosine_distance', '')}")
+    finish(args, {"results": results})
 
 
 if __name__ == "__main__":

@@ -5,20 +5,16 @@
 
 The step is ``train_one_epoch`` of ``msn/main.py`` with one masked random anchor (the paper's table of costs): encoder
 forward and backward on what the mask leaves, target encoder on the whole view, loss, AdamW, EMA. ``anchor`` is the part
-that a mask can save, forward and backward of the encoder alone. Every ratio runs in a process of its own, so that peak
-memory is told apart; rounds alternate.
+that a mask can save, forward and backward of the encoder alone. Each runs in a process of its own, so that peak memory
+is told apart; rounds alternate.
 """
 
 import argparse
-import json
-import multiprocessing
 import os
-import platform
-import resource
 import statistics
 import sys
 import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -32,6 +28,7 @@ from msn.schedules import Schedules, learning_rates, linear, weight_decays
 from msn.vision_transformer import ProjectionHead, VisionTransformer, build, num_kept_patches
 from shared.optimisation.optim import build_optimizer
 from shared.run.memory import keep_freed_memory
+from tests.benchmarks.harness import InProcess, alternate, as_text, finish, get_args_parser, spread
 from tests.loop_run import LoopRun
 
 RATIOS = (0.0, 0.3, 0.5, 0.7)
@@ -66,7 +63,7 @@ class Step:
         encoder.fc = ProjectionHead(encoder.embed_dim)
         return encoder.to(self.device)
 
-    def train(self) -> None:
+    def step(self) -> None:
         train_one_epoch(
             self.encoder,
             self.target_encoder,
@@ -86,76 +83,50 @@ class Step:
             self.encoder(images, self.ratio).sum().backward()
         self.encoder.zero_grad(set_to_none=True)
 
-    def seconds(self, function) -> float:
-        start = time.perf_counter()
-        function()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
 
-    def peak_mib(self) -> float:
-        """Of the device's memory, or of this process on a CPU."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated() / 2**20
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def work(connection, size: argparse.Namespace, ratio: float) -> None:
-    """A process: does a step whenever it is asked to, and says how long it took."""
+def make_work(size: argparse.Namespace, ratio: float, what: str) -> Callable[[], None]:
+    """``step`` or ``anchor``, finished on the device when it returns."""
     torch.set_num_threads(size.threads)
     keep_freed_memory()
-    before_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     step = Step(size, ratio)
-    step.train()  # allocates the optimiser's state
-    while connection.recv():
-        times = step.seconds(step.train), step.seconds(step.anchor)
-        connection.send((*times, step.peak_mib(), before_mib))
+    step.step()  # allocates the optimiser's state
+
+    def work() -> None:
+        getattr(step, what)()
+        if step.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return work
 
 
 def measure(size: argparse.Namespace) -> list[dict]:
-    context = multiprocessing.get_context("fork")  # this process has done nothing with torch yet
-    workers = []
-    for ratio in RATIOS:
-        ours, theirs = context.Pipe()
-        process = context.Process(target=work, args=(theirs, size, ratio), daemon=True)
-        process.start()
-        workers.append((ratio, ours, process))
-    samples: dict[float, list[tuple]] = {ratio: [] for ratio in RATIOS}
-    for _ in range(size.rounds):
-        for ratio, connection, _ in workers:  # one at a time
-            connection.send(True)
-            samples[ratio].append(connection.recv())
-    for _, connection, process in workers:
-        connection.send(False)
-        process.join()
-
-    whole = samples[0.0]
-    rows = []
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    jobs = [(ratio, what) for ratio in RATIOS for what in ("step", "anchor")]
+    processes = {job: InProcess(make_work, size, *job, device=device) for job in jobs}
+    times = alternate(processes, size.rounds)
     num_patches = build(size.model_name, img_size=size.rand_size).patch_embed.num_patches
-    for ratio, rounds in samples.items():
-        row = {
-            "mask": ratio,
-            "kept": num_kept_patches(num_patches, ratio) / num_patches,
-            "peak_mib": rounds[-1][2],
-            "imports_mib": rounds[-1][3],
-        }
-        for i, name in enumerate(("step", "anchor")):
-            row[f"{name}_ms_per_image"] = 1000 * statistics.median(r[i] for r in rounds) / size.batch_size
-            shares = [r[i] / w[i] for r, w in zip(rounds, whole, strict=True)]  # pairs within a round
-            row[f"{name}_share"] = [statistics.median(shares), min(shares), max(shares)]
+    rows = []
+    for ratio in RATIOS:
+        process = processes[ratio, "step"]
+        row = {"mask": ratio, "kept": num_kept_patches(num_patches, ratio) / num_patches}
+        row |= {"peak_mib": process.peak_mib, "imports_mib": process.idle_mib}
+        for what in ("step", "anchor"):
+            seconds, whole = times[ratio, what], times[0.0, what]
+            row[f"{what}_ms_per_image"] = 1000 * statistics.median(seconds) / size.batch_size
+            row[f"{what}_share"] = spread(s / w for s, w in zip(seconds, whole, strict=True))  # pairs within a round
         rows.append(row)
+    for process in processes.values():
+        process.stop()
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = get_args_parser(__doc__, rounds=5)
     parser.add_argument("--model_name", default="deit_small")
     parser.add_argument("--rand_size", type=int, default=224)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--amp", default="fp32")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path)
+    parser.set_defaults(threads=os.cpu_count())
     size = parser.parse_args()
     rows = measure(size)
     print(f"{size.model_name}, {size.rand_size} px, batch {size.batch_size}, {size.amp}, one random anchor")
@@ -163,15 +134,11 @@ def main() -> None:
     for row in rows:
         print(
             f"{row['mask']:.1f}   {row['kept']:.2f}   {row['anchor_ms_per_image']:10.1f}   "
-            f"{row['anchor_share'][0]:.2f} ({row['anchor_share'][1]:.2f} .. {row['anchor_share'][2]:.2f})   "
-            f"{row['step_ms_per_image']:8.1f}   {row['step_share'][0]:.2f}   "
+            f"{as_text(row['anchor_share'])}   "
+            f"{row['step_ms_per_image']:8.1f}   {row['step_share']['median']:.2f}   "
             f"{row['peak_mib']:8.0f} ({row['imports_mib']:.0f})"
         )
-    if size.out:
-        machine = {"torch": torch.__version__, "processor": platform.processor(), "threads": size.threads}
-        size.out.write_text(
-            json.dumps({"size": vars(size) | {"out": None}, "machine": machine, "rows": rows}, indent=1)
-        )
+    finish(size, {"rows": rows})
 
 
 if __name__ == "__main__":

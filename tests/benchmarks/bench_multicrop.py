@@ -28,11 +28,9 @@ import torchvision
 from PIL import Image
 from torchvision import transforms
 
-import shared.images.views
 from dino.augmentations import MEAN, STD, dino_views
 from shared.images.loading import EpochBatchSampler, make_loader
 from shared.images.sources import open_source
-from shared.images.views import HUE
 from shared.multicrop import MultiCropDataset, normalize_views
 from tests.benchmarks.harness import Times, alternate, compare, finish, get_args_parser
 from tests.shared.images.torchvision_chain import torchvision_chain
@@ -95,40 +93,6 @@ def time_chains(source, rounds: int, images_per_round: int) -> Times:
     return alternate({name: partial(chain, indices) for name, chain in chains.items()}, rounds)
 
 
-def time_stages(source, repeats: int) -> dict[str, float]:
-    """Milliseconds per image of the fast chain's stages on the draws of one epoch: the best of the repeats."""
-    recipes = dino_views(GLOBAL_SCALE, LOCAL_SCALE, LOCAL_CROPS)
-    dataset = MultiCropDataset(source, recipes)
-    rounds = []
-    for _ in range(repeats):
-        totals = dict.fromkeys(("read", "decode", "draw", "resize", "jitter", "hue", "grey", "blur", "write"), 0.0)
-
-        def timed(stage, function, *arguments, totals=totals, **keywords):
-            start = time.perf_counter()
-            result = function(*arguments, **keywords)
-            totals[stage] += time.perf_counter() - start
-            return result
-
-        for i in range(len(source)):
-            image = timed("read", source.load, i)
-            pixels = timed("decode", image.decode)
-            views = timed("draw", dataset.draw, image.height, image.width, (0, 0, i))
-            for view, recipe in zip(views, recipes, strict=True):
-                crop = timed("resize", shared.images.views._resized_crop, pixels, view, recipe, (1.0, 1.0))
-                for step, factor in view.jitter:
-                    stage = "hue" if step == HUE else "jitter"
-                    crop = timed(stage, shared.images.views._FAST_JITTER[step], crop, factor)
-                out = np.empty((recipe.size_px, recipe.size_px, 3), dtype=np.uint8)
-                rest = view._replace(jitter=(), grey=False, blur_radius=0.0)
-                if view.grey:
-                    crop = timed("grey", cv2.cvtColor, crop, cv2.COLOR_RGB2GRAY)
-                if view.blur_radius > 0:
-                    crop = timed("blur", shared.images.views._blur, crop, view.blur_radius)
-                timed("write", shared.images.views._finish, crop, rest, recipe, out)
-        rounds.append({stage: total / len(source) * 1e3 for stage, total in totals.items()})
-    return {stage: min(r[stage] for r in rounds) for stage in rounds[0]}
-
-
 def time_loader(source, num_workers: int, batch_size: int, epochs: int) -> float:
     """Images per second that come out of the loader once its workers run."""
     recipes = dino_views(GLOBAL_SCALE, LOCAL_SCALE, LOCAL_CROPS)
@@ -173,8 +137,6 @@ def main() -> None:
             notes = {name: f"{rate:.0f} images/s" for name, rate in rates.items()}
             result = {"images_per_s": rates, "chains": compare(times, "plain", notes)}
             targets["fast 4 times as fast as plain"] = result["chains"]["fast"]["speedup"]["median"] >= 4
-            result["stages_ms"] = time_stages(source, repeats=5)
-            print("fast, ms per image:", "  ".join(f"{k} {v:.2f}" for k, v in result["stages_ms"].items()))
     finish(args, result, targets, (torch, torchvision, PIL, cv2, simplejpeg, np))
 
 

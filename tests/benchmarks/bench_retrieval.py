@@ -11,15 +11,9 @@
 Embedding is measured by ``bench_contriever.py``.
 """
 
-import argparse
-import json
-import os
-import resource
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -27,34 +21,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import faiss
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from contriever.index.dense import DenseIndex, IndexSettings
 from contriever.index.embeddings import Shard, ShardWriter, open_shard
+from tests.benchmarks.harness import alternate, clustered_features, compare, finish, get_args_parser
 
 DIM = 384
 K = 10
 GROWTH = ("scan", "flat", "ivf", "hnsw", "pq", "ivfpq")
 
 
-def in_turns(ways: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every way in every round, after one round that does not count."""
-    times = {name: [] for name in ways}
-    for i in range(rounds + 1):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            way()
-            if i:
-                times[name].append(time.perf_counter() - start)
-    return times
-
-
 def generated_vectors(count: int, seed: int) -> np.ndarray:
-    """Unit vectors around 1,000 centres, with variances that fall over the dimensions, float16."""
-    centres = np.random.default_rng(0).standard_normal((1000, DIM), dtype=np.float32)
-    rng = np.random.default_rng(seed)
-    vectors = centres[rng.integers(1000, size=count)] + rng.standard_normal((count, DIM), dtype=np.float32)
-    vectors *= np.arange(1, DIM + 1, dtype=np.float32) ** -0.25
-    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
+    """Unit vectors, float16."""
+    return F.normalize(clustered_features(count, DIM, seed), dim=1).numpy().astype(np.float16)
 
 
 def write_vectors(folder: Path, count: int) -> Shard:
@@ -82,10 +62,8 @@ def bench_overhead(folder: Path, count: int, queries: np.ndarray, rounds: int) -
         "build": {"faiss": build_bare, "ours": lambda: DenseIndex([shard], IndexSettings("flat"))},
         "search": {"faiss": lambda: bare.search(queries, 100), "ours": lambda: ours.search(queries, 100)},
     }.items():
-        times = in_turns(ways, rounds)
-        ratio = statistics.median(a / b for a, b in zip(times["ours"], times["faiss"], strict=True))
-        result[what] = times | {"ours_over_faiss": ratio}
-        print(f"{what} of {count} vectors: {statistics.median(times['ours']):.3f} s, {ratio:.3f} times bare faiss")
+        print(f"{what} of {count} vectors")
+        result[what] = compare(alternate(ways, rounds), "faiss")
     print("(building from files converts float16 and compares a checksum; bare faiss has float32 in memory)")
     return result
 
@@ -121,28 +99,19 @@ def bench_growth(folder: Path, sizes: list[int], queries: np.ndarray) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = get_args_parser(__doc__, rounds=3)
     parser.add_argument("--max_vectors", type=int, default=100_000, help="of the growth, from 10,000 in steps of ten")
     parser.add_argument("--queries", type=int, default=1000)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", help="JSON file for the results")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     faiss.omp_set_num_threads(args.threads)
-    print(f"{args.threads} threads, torch {torch.__version__}, faiss {faiss.__version__}")
     sizes = [n for n in (10**p for p in range(4, 8)) if n <= args.max_vectors] or [args.max_vectors]
     queries = generated_vectors(args.queries, seed=0).astype(np.float32)
-    result = {"cores": os.cpu_count(), "threads": args.threads}
     with tempfile.TemporaryDirectory() as folder:
-        result["overhead"] = bench_overhead(Path(folder), sizes[-1], queries, args.rounds)
+        result = {"overhead": bench_overhead(Path(folder), sizes[-1], queries, args.rounds)}
         result["growth"] = bench_growth(Path(folder), sizes, queries)
-    result["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    met = result["overhead"]["search"]["ours_over_faiss"] <= 1.05
-    result["target_met"] = met
-    print(f"\ntarget: search within 5 % of bare faiss: {'met' if met else 'not met'}")
-    if args.out:
-        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+    ratio = result["overhead"]["search"]["ours"]["over_faiss"]["median"]
+    finish(args, result, {"search within 5 % of bare faiss": ratio <= 1.05}, (torch, faiss))
 
 
 if __name__ == "__main__":

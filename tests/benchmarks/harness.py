@@ -95,6 +95,7 @@ class InProcess:
         device: Whose memory counts.
 
     Attributes:
+        idle_mib: Before the work was made: what the imported libraries take.
         peak_mib: After the last call.
     """
 
@@ -107,7 +108,7 @@ class InProcess:
     def __call__(self):
         """What the work returns."""
         self.connection.send(True)
-        result, self.peak_mib = self.connection.recv()
+        result, self.idle_mib, self.peak_mib = self.connection.recv()
         return result
 
     def stop(self) -> None:
@@ -116,10 +117,9 @@ class InProcess:
 
 
 def _serve(connection, make: Callable, args: tuple, device: str) -> None:
-    work = make(*args)
+    idle_mib, work = peak_mib(device), make(*args)
     while connection.recv():
-        result = work()
-        connection.send((result, peak_mib(device)))
+        connection.send((work(), idle_mib, peak_mib(device)))
 
 
 def finish(args: argparse.Namespace, result: dict, targets: dict[str, bool] | None = None, packages=(torch,)) -> dict:

@@ -4,11 +4,12 @@ import pytest
 
 from deepcluster import convnets
 from tests.deepcluster import tiny
+from tests.pictures import write_images
 
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
-    return tiny.write_images(tmp_path_factory.mktemp("images"))
+    return write_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture

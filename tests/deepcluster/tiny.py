@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 
 from deepcluster.checkpoints import official_names
 from deepcluster.convnets import new_top_layer
@@ -35,18 +33,6 @@ TRAININGS = {
 }
 # of its own tests: three steps an epoch, a line for each
 TINY = (*FLAGS.split(), *"--batch 8 --log_freq 1 --saveckp_steps 0 --checkpoints 4".split())
-
-
-def write_images(folder: Path, count: int = 24) -> Path:
-    """Small images in three class folders: coarse blocks around a colour of the class."""
-    rng = np.random.default_rng(0)
-    for i in range(count):
-        path = folder / f"class{i % 3}" / f"{i:02d}.png"
-        path.parent.mkdir(exist_ok=True)
-        colour = np.array([40, 40, 40]) + 150 * np.eye(3)[i % 3]
-        blocks = np.clip(rng.normal(colour, 40, size=(5, 6, 3)), 0, 255).astype(np.uint8)
-        Image.fromarray(blocks.repeat(8, axis=0).repeat(8, axis=1)).save(path)
-    return folder
 
 
 def write_checkpoint(path: Path, arch: str = "alexnet", sobel: bool = True, clusters: int = 7, img_size: int = 64):

@@ -8,7 +8,8 @@ from PIL import Image
 from dino import eval_copy_detection
 from dino.eval_copy_detection import Whitening, mean_average_precision
 from shared.images.decode import ImageError
-from tests.dino.tiny import COLOURS, picture, write_checkpoint, write_image
+from tests.dino.tiny import write_checkpoint
+from tests.pictures import COLOURS, picture, write_image
 
 NAMES = [f"20{i:02d}00.jpg" for i in range(6)]
 

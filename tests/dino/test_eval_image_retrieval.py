@@ -13,7 +13,8 @@ from dino.eval_image_retrieval import score_ranks, shrink_and_normalize
 from dino.ground_truth import GroundTruth, read_ground_truth
 from shared.images.decode import ImageError
 from shared.networks.weights import UnsafeFileError
-from tests.dino.tiny import COLOURS, picture, write_checkpoint, write_image
+from tests.dino.tiny import write_checkpoint
+from tests.pictures import COLOURS, picture, write_image
 
 IMAGES = [f"{colour}_{i:06d}" for colour in COLOURS for i in range(4)]  # 4 images of each of 3 buildings
 QUERIES = [f"query_{colour}" for colour in COLOURS]

@@ -15,7 +15,8 @@ from dino.eval_video_segmentation import (
     write_mask,
 )
 from shared.images.decode import ImageError
-from tests.dino.tiny import picture, write_checkpoint, write_image
+from tests.dino.tiny import write_checkpoint
+from tests.pictures import picture, write_image
 
 
 def write_video(root, name, height, width, num_frames=4, size=32):

@@ -8,7 +8,9 @@ import torch
 import torchvision
 from torch import nn
 
-from dino.hub import build_backbone
+import hubconf
+from dino import hub
+from dino.hub import CARD, build_backbone
 from dino.vision_transformer import VisionTransformer
 
 
@@ -40,3 +42,21 @@ def test_pixels_that_no_patch_sees_are_stated():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         build_backbone("vit_tiny", patch_size=8, img_size=32)
+
+
+def test_linear_classifiers_are_beside_their_backbones(monkeypatch):
+    monkeypatch.setattr(hub, "fetch", lambda file: file)
+    for release in CARD.releases.values():
+        file = hub.fetch_linear_weights(release.arch, release.options.get("patch_size", 16))
+        assert file == release.file.replace("_pretrain.pth", "_linearweights.pth")
+
+
+def test_scripts_get_the_release_without_a_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("DINO_WEIGHTS_URL", tmp_path.as_uri())
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    source, file = hubconf.dino_vits8(pretrained=False, img_size=32), tmp_path / CARD.releases["dino_vits8"].file
+    file.parent.mkdir()
+    torch.save(source.state_dict(), file)
+    backbone, embed_dim = hub.load_pretrained("deit_small", 8)  # another name of vit_small
+    torch.testing.assert_close(backbone.state_dict(), source.state_dict())
+    assert embed_dim == 384 and not backbone.training

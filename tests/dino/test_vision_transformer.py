@@ -114,18 +114,6 @@ def test_a_block_keeps_ten_widths_per_token():
     assert elements / (4 * 50 * 64) == pytest.approx(1 + 3 + 1 + 1 + 4, rel=0.02)
 
 
-@pytest.mark.parametrize("height, width", [(32, 32), (35, 35)])
-def test_positions_of_square_images_with_the_stored_grid_are_untouched(height, width):
-    model = make_vit()
-    assert model.interpolate_pos_encoding(height, width) is model.pos_embed
-
-
-def test_pixels_that_fill_no_patch_are_not_seen():
-    model = make_vit().eval()
-    images = torch.randn(1, 3, 35, 35)
-    torch.testing.assert_close(model(images), model(images[:, :, :32, :32]))
-
-
 def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     torch.manual_seed(0)
     drop = DropPath(0.25)

@@ -2,14 +2,12 @@
 
     make evidence METHOD=msn                                          # the claims, about an hour on one core
     python tests/evidence/msn.py --only cifar10 --cifar10 DIR         # DIR holds train/ and test/ with class folders
-    python tests/evidence/msn.py --epochs 1 --seeds 0                 # does it work?
 
 Every run uses one thread; --parallel of them run at a time. Numbers are those of the last epoch, mean and standard
 deviation over the seeds. Low-shot accuracies are logistic regression on frozen features of 1, 2 and 5 images per class,
 mean over three draws. DINO gets the compute of MSN.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -26,11 +24,12 @@ from shared.evaluation.features import extract_features
 from shared.evaluation.knn import knn_classify
 from shared.images.labelled import open_labelled
 from shared.images.loading import EvalDataset, EvalTransform
-from tests.evidence.runs import SEEDS, Pixels, Variant, cifar10_images, once, run_all, spread, table, write
+from tests.evidence.runs import Pixels, Variant, main, once, run_all, spread, table, write
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHOTS = (1, 2, 5)
 SPLITS = 3
+EPOCHS = 8  # of the runs on the digits
 LAMBD = 0.0025
 DIGITS = (
     "--data_path digits "
@@ -136,32 +135,33 @@ def pixels_line(*data) -> str:
     return f"\n\nRaw pixels: k-NN {knn:.1f}, low-shot " + ", ".join(f"{few[f'knn_{s}']:.1f}" for s in SHOTS)
 
 
-def claims(out: Path, parallel: int, seeds: tuple[int, ...], epochs: int) -> None:
-    variants = [Variant(name, f"{DIGITS} --epochs {epochs} {flags}") for name, flags in CLAIMS.items()]
-    results = run_all("msn", variants, out, parallel, seeds)
+def claims(out: Path, parallel: int, seeds: tuple[int, ...]) -> None:
+    variants = [Variant(name, f"{DIGITS} --epochs {EPOCHS} {flags}") for name, flags in CLAIMS.items()]
+    results = run_all("msn", variants, out / "digits", parallel, seeds)
     for result in results:
         result |= low_shot_of(result, "deit_micro", "digits", None, 16)
     text = table(results, COLUMNS) + random_weights(DIGITS, seeds, "digits", None, 16) + pixels_line("digits", None, 16)
     write(out, "msn_digits", results, text)
+    against_dino(out, parallel, seeds)
 
 
-def against_dino(out: Path, parallel: int, seeds: tuple[int, ...], epochs: int) -> None:
+def against_dino(out: Path, parallel: int, seeds: tuple[int, ...]) -> None:
     """ViT-tiny trained by MSN, and by DINO with as much compute."""
-    ours = Variant(f"MSN, {epochs} epochs", f"{DIGITS} {AGAINST_DINO} --epochs {epochs}")
-    results = run_all("msn", [ours], out, parallel, seeds)
+    folder = out / "against_dino"
+    ours = Variant(f"MSN, {EPOCHS} epochs", f"{DIGITS} {AGAINST_DINO} --epochs {EPOCHS}")
+    results = run_all("msn", [ours], folder, parallel, seeds)
     for result in results:
         result |= low_shot_of(result, "deit_tiny", "digits", None, 16)
-    as_many = max(1, round(epochs * MSN_TOKENS / DINO_TOKENS))
+    as_many = max(1, round(EPOCHS * MSN_TOKENS / DINO_TOKENS))
     theirs = Variant(f"DINO, {as_many} epochs", f"{DINO} --epochs {as_many}")
-    for result in run_all("dino", [theirs], out, parallel, seeds):
+    for result in run_all("dino", [theirs], folder, parallel, seeds):
         backbone, _ = dino_hub.load_pretrained("vit_tiny", 4, result["run"] / "checkpoint.pth")
         results.append(result | low_shot(backbone, "digits", None, 16))
     columns = {name: COLUMNS[name] for name in ("knn_before", "knn_last", "knn_1", "knn_2", "knn_5", "feature_spread")}
     write(out, "msn_against_dino", results, table(results, columns))
 
 
-def cifar10(out: Path, parallel: int, seeds: tuple[int, ...], folder: Path) -> None:
-    train, test = cifar10_images(folder, out)
+def cifar10(out: Path, parallel: int, seeds: tuple[int, ...], train: Path, test: Path) -> None:
     flags = f"{CIFAR10} --data_path {train} --val_path {test}"
     results = run_all("msn", [Variant("CIFAR-10", flags)], out, parallel, seeds)
     for result in results:
@@ -171,25 +171,5 @@ def cifar10(out: Path, parallel: int, seeds: tuple[int, ...], folder: Path) -> N
     write(out, "msn_cifar10", results, text)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "build/evidence/msn")
-    parser.add_argument("--only", choices=("claims", "dino", "cifar10"), help="one of them")
-    parser.add_argument("--cifar10", type=Path, help="folder with train/ and test/; without it only the claims")
-    parser.add_argument("--parallel", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
-    parser.add_argument("--epochs", type=int, default=8, help="of the runs on the digits")
-    args = parser.parse_args()
-    if args.only == "cifar10" and not args.cifar10:
-        parser.error("--only cifar10 needs --cifar10 FOLDER")
-    out = args.out.absolute()
-    if args.only in (None, "claims"):
-        claims(out / "digits", args.parallel, tuple(args.seeds), args.epochs)
-    if args.only in (None, "dino"):
-        against_dino(out / "against_dino", args.parallel, tuple(args.seeds), args.epochs)
-    if args.only in (None, "cifar10") and args.cifar10:
-        cifar10(out, args.parallel, tuple(args.seeds), args.cifar10.absolute())
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, "msn", claims, cifar10)

@@ -6,7 +6,7 @@ import pytest
 
 from shared.images.labelled import open_labelled
 from tests.evidence import runs
-from tests.msn.tiny import write_images
+from tests.pictures import write_images
 
 
 @pytest.fixture

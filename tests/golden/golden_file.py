@@ -38,6 +38,14 @@ class GoldenFile:
     def scalar(self, key: str) -> float | int:
         return self[key].item()
 
+    def number(self, case: str, name: str) -> float | int:
+        """A parameter of a case, which the file stores in float32: the shortest number that rounds to it."""
+        value = float(str(np.float32(self[f"{case}/in/{name}"])))
+        return int(value) if value == int(value) else value
+
+    def numbers(self, case: str, *names: str) -> list[float | int]:
+        return [self.number(case, name) for name in names]
+
     def json(self, key: str):
         return json.loads(self[key].item())
 
@@ -53,6 +61,14 @@ class GoldenFile:
         """
         found = dict.fromkeys(key[len(prefix) :].split("/")[0] for key in self.keys(prefix))
         return [case for case in found if case.startswith(starts or "")]
+
+    def families(self, *names: str) -> list[str]:
+        """``name/case`` of every case of these."""
+        return [f"{name}/{case}" for name in names for case in self.cases(f"{name}/")]
+
+    def tensors(self, prefix: str) -> list[Tensor]:
+        """Tensors whose names start with ``prefix``, in file order."""
+        return [self.tensor(key) for key in self.keys(prefix)]
 
     def state_dict(self, prefix: str) -> dict[str, Tensor]:
         """Tensors below ``prefix`` under their state-dict names."""
@@ -84,3 +100,10 @@ class GoldenFile:
             found[3 : 3 + len(values[:4])] = values[:4]
             own_atol = next((a for pattern, a in (loose or {}).items() if re.search(pattern, name)), atol)
             np.testing.assert_allclose(found, row, rtol=rtol, atol=own_atol, err_msg=f"{group}: {name}")
+
+
+def batch_of(crops: list[Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Views as a loader gives them, one tensor per size, with labels and indices that nothing depends on."""
+    sides = dict.fromkeys(crop.shape[-1] for crop in crops)
+    views = [torch.cat([crop for crop in crops if crop.shape[-1] == side]) for side in sides]
+    return views, torch.zeros(len(crops[0])), torch.arange(len(crops[0]))

@@ -1,8 +1,9 @@
-"""The small ResNets whose weights the golden files of SwAV hold."""
+"""The small ResNets whose weights the golden files of SwAV hold, and a network whose embeddings they hold."""
 
 import re
 
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from swav.resnet50 import ResNet
 
@@ -21,3 +22,17 @@ def small_resnet(state: dict[str, Tensor], **kwargs) -> ResNet:
     assert list(network.state_dict()) == list(state)
     network.load_state_dict(state)
     return network
+
+
+class StoredEmbeddings(nn.Module):
+    """Gives the stored embeddings, one set per step, and their scores."""
+
+    def __init__(self, outputs: list[Tensor], prototypes: nn.Module):
+        super().__init__()
+        self.outputs, self.prototypes = nn.ParameterList(outputs), prototypes
+        self.step = 0
+
+    def forward(self, views):
+        embeddings = F.normalize(self.outputs[self.step], dim=1)
+        self.step += 1
+        return embeddings, self.prototypes(embeddings)

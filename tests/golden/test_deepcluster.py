@@ -30,11 +30,6 @@ from tests.loop_run import LoopRun
 GOLDEN = GoldenFile("deepcluster")
 
 
-def rounded(key: str) -> float:
-    """A parameter that the file stores in float32."""
-    return round(GOLDEN.scalar(key), 6)
-
-
 # --- Clustering -------------------------------------------------------------------------------------------------------
 
 
@@ -70,7 +65,7 @@ def test_kmeans_from_the_centroids_of_the_reference(case, backend):
 @pytest.mark.parametrize("case", GOLDEN.cases("", "pic"))
 def test_power_iteration_clustering(case):
     x, num_neighbours = GOLDEN.tensor(f"{case}/in/x"), GOLDEN.scalar(f"{case}/in/nnn")
-    sigma, alpha = rounded(f"{case}/in/sigma"), rounded(f"{case}/in/alpha")
+    sigma, alpha = GOLDEN.number(case, "sigma"), GOLDEN.number(case, "alpha")
     neighbours, distances = neighbour_graph(x, num_neighbours)
     assert np.array_equal(GOLDEN[f"{case}/out/nn_index"][:, 0], np.arange(len(x)))
     assert np.array_equal(neighbours, GOLDEN[f"{case}/out/nn_index"][:, 1:])
@@ -174,7 +169,7 @@ def test_two_epochs_of_training(tmp_path):
     for name, layer in (("features", body), ("top_layer", top_layer)):
         layer.load_state_dict({k: weights[f"{name}.{k}"] for k in ("weight", "bias")})
     network = nn.Sequential(body, nn.ReLU())
-    lr, decay = GOLDEN.scalar("train_toy/in/lr"), 10 ** rounded("train_toy/in/wd_pow")
+    lr, decay = GOLDEN.scalar("train_toy/in/lr"), 10 ** GOLDEN.number("train_toy", "wd_pow")
     optimizer = build_sgd(network, lr, 0.9, decay)
     x, targets = GOLDEN.tensor("train_toy/in/x"), GOLDEN.tensor("train_toy/in/y")
     indices = torch.arange(targets.numel()).view(targets.shape)

@@ -2,22 +2,20 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from shared.optimisation.precision import Precision
-from shared.run.log import read_log
 from swav import main_deepclusterv2
 from swav.kmeans import MemoryBank, cluster_memory
 from swav.larc import LARC
 from swav.resnet50 import MultiPrototypes
 from tests.golden.golden_file import GoldenFile
-from tests.golden.small_resnet import small_resnet
+from tests.golden.small_resnet import StoredEmbeddings, small_resnet
 from tests.loop_run import LoopRun
 from tests.processes import run_processes
+from tests.run_folders import losses
 
 GOLDEN = GoldenFile("deepcluster")
-CPU = torch.device("cpu")
 CASES = GOLDEN.cases("v2/", "cluster")
 TEMPERATURE = 0.1
 
@@ -26,10 +24,6 @@ def filled_memory(embeddings: Tensor, indices: Tensor, num_images: int) -> Memor
     memory = MemoryBank(num_images, *embeddings.shape)
     memory.write(0, indices, embeddings)
     return memory
-
-
-def orders(case: str) -> list[Tensor]:
-    return [GOLDEN.tensor(key) for key in GOLDEN.keys(f"v2/{case}/in/perm")]
 
 
 def centroids(case: str, suffix: str = "") -> list[Tensor]:
@@ -52,7 +46,7 @@ def test_clusters_of_one_process(case):
         GOLDEN.tensor(f"v2/{case}/in/index"),
         [len(c) for c in wanted_centroids],
         wanted.shape[1],
-        orders(case),
+        GOLDEN.tensors(f"v2/{case}/in/perm"),
     )
     assert torch.equal(assignments, wanted)
     torch.testing.assert_close(found, wanted_centroids, rtol=0, atol=1e-5)
@@ -63,41 +57,22 @@ def cluster_share(rank: int, embeddings: list[Tensor], indices: list[Tensor], *a
     return {"assignments": assignments, "centroids": found}
 
 
-def of_ranks(case: str, name: str) -> list[Tensor]:
-    return [GOLDEN.tensor(key) for key in sorted(GOLDEN.keys(f"v2/{case}/{name}_rank"))]
-
-
 @pytest.mark.parametrize("case", [case for case in CASES if f"v2/{case}/in/emb_rank0" in GOLDEN])
 def test_clusters_of_two_processes(case):
-    wanted = of_ranks(case, "out/assignments")
+    wanted = GOLDEN.tensors(f"v2/{case}/out/assignments_rank")
     sizes = [len(c) for c in centroids(case, "_rank0")]
     found = run_processes(
         cluster_share,
         len(wanted),
-        of_ranks(case, "in/emb"),
-        of_ranks(case, "in/index"),
+        GOLDEN.tensors(f"v2/{case}/in/emb_rank"),
+        GOLDEN.tensors(f"v2/{case}/in/index_rank"),
         sizes,
         wanted[0].shape[1],
-        orders(case),
+        GOLDEN.tensors(f"v2/{case}/in/perm"),
     )
     for rank, result in enumerate(found):
         assert torch.equal(result["assignments"], wanted[rank])
         torch.testing.assert_close(result["centroids"], centroids(case, f"_rank{rank}"), rtol=0, atol=1e-5)
-
-
-class Stub(nn.Module):
-    """Gives the stored embeddings, one set per step, and their scores with every head."""
-
-    def __init__(self, outputs: list[Tensor], sizes: list[int]):
-        super().__init__()
-        self.outputs = nn.ParameterList(outputs)
-        self.prototypes = MultiPrototypes(outputs[0].shape[1], sizes)
-        self.step = 0
-
-    def forward(self, views):
-        embeddings = F.normalize(self.outputs[self.step], dim=1)
-        self.step += 1
-        return embeddings, self.prototypes(embeddings)
 
 
 def test_an_epoch_follows_the_reference(tmp_path):
@@ -105,12 +80,13 @@ def test_an_epoch_follows_the_reference(tmp_path):
     batches = GOLDEN.tensor(f"{case}/in/batch_index")
     steps, batch_size = batches.shape
     sizes = [len(c) for c in centroids("train_epoch")]
-    network = Stub([GOLDEN.tensor(key) for key in GOLDEN.keys(f"{case}/in/z")], sizes)
+    prototypes = MultiPrototypes(GOLDEN[f"{case}/in/mem_emb"].shape[2], sizes)
+    network = StoredEmbeddings(GOLDEN.tensors(f"{case}/in/z"), prototypes)
     heads = network.prototypes.heads()
     wanted = GOLDEN.tensor(f"{case}/out/assignments")
     stored = GOLDEN.tensor(f"{case}/in/mem_emb"), GOLDEN.tensor(f"{case}/in/mem_index")
     memory = filled_memory(*stored, wanted.shape[1])
-    memory.assignments = cluster_memory(memory, heads, orders("train_epoch"))
+    memory.assignments = cluster_memory(memory, heads, GOLDEN.tensors(f"{case}/in/perm"))
     assert torch.equal(memory.assignments, wanted)
 
     main_deepclusterv2.train_one_epoch(
@@ -124,8 +100,7 @@ def test_an_epoch_follows_the_reference(tmp_path):
         temperature=TEMPERATURE,
         freeze_prototypes_niters=steps,
     )
-    losses = [line["loss"] for line in read_log(tmp_path / "metrics.jsonl")]
-    torch.testing.assert_close(torch.tensor(losses), GOLDEN.tensor(f"{case}/out/loss"), rtol=1e-4, atol=0)
+    torch.testing.assert_close(torch.tensor(losses(tmp_path)), GOLDEN.tensor(f"{case}/out/loss"), rtol=1e-4, atol=0)
     for i, output in enumerate(network.outputs):
         expected = GOLDEN.tensor(f"{case}/out/grad_z{i}")
         torch.testing.assert_close(output.grad, expected, rtol=1e-3, atol=1e-6)
@@ -139,10 +114,10 @@ def test_memory_is_filled_in_train_mode_and_crop_by_crop():
     case = "v2/init_memory"
     network = small_resnet(GOLDEN.state_dict(f"{case}/sd/"))
     indices = GOLDEN.tensor(f"{case}/in/index")
-    crops = [[GOLDEN.tensor(key) for key in GOLDEN.keys(f"{case}/in/x{step}_")] for step in range(len(indices))]
+    crops = [GOLDEN.tensors(f"{case}/in/x{step}_") for step in range(len(indices))]
     loader = [([torch.cat(c)], torch.zeros(len(i)), i) for c, i in zip(crops, indices, strict=True)]
     memory = MemoryBank(0, *GOLDEN[f"{case}/out/mem_emb"].shape)
-    precision = Precision("fp32", CPU)
+    precision = Precision("fp32", torch.device("cpu"))
     main_deepclusterv2.fill_memory(network, loader, memory, list(range(len(crops[0]))), precision)
 
     def close(found: Tensor, name: str) -> None:

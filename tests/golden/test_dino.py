@@ -42,9 +42,9 @@ from shared.optimisation.optim import (
 )
 from shared.optimisation.schedules import cosine_schedule
 from shared.pictures.attention import attended_patches
-from shared.run.log import read_log
-from tests.golden.golden_file import GoldenFile
+from tests.golden.golden_file import GoldenFile, batch_of
 from tests.loop_run import LoopRun
+from tests.run_folders import losses
 
 GOLDEN = GoldenFile("dino")
 CONFIG = GOLDEN.json("config")
@@ -97,15 +97,9 @@ def test_features_attention_and_layers(vit, resolution, mode):
     assert_close(layer, GOLDEN.tensor(f"vit/{resolution}/inter_n1"))
 
 
-def test_packed_resolutions_give_the_features_of_separate_passes(vit):
-    features = vit([GOLDEN.tensor(f"vit/{resolution}/x") for resolution in RESOLUTIONS])
-    expected = torch.cat([GOLDEN.tensor(f"vit/{resolution}/out") for resolution in RESOLUTIONS])
-    assert_close(features, expected)
-
-
 def test_all_intermediate_layers(vit):
     x = GOLDEN.tensor(f"vit/{RESOLUTIONS[0]}/x")
-    expected = [GOLDEN.tensor(f"vit/inter_all/{j}") for j in GOLDEN.cases("vit/inter_all/")]
+    expected = GOLDEN.tensors("vit/inter_all/")
     assert_close(vit.get_intermediate_layers(x, n=len(expected)), expected)
 
 
@@ -174,11 +168,8 @@ def test_multicrop_wrapper_orders_outputs_by_crop(views):
     state = GOLDEN.state_dict("multicrop/sd/")
     student = make_wrapped(TRAIN_CASES[list(TRAIN_CASES)[-1]]["norm"])
     student.load_state_dict(state)
-    crops = [GOLDEN.tensor(f"multicrop/{case}") for case in GOLDEN.cases("multicrop/") if case.startswith("x")]
-    if views == "joined per resolution":
-        sides = dict.fromkeys(crop.shape[-1] for crop in crops)
-        crops = [torch.cat([crop for crop in crops if crop.shape[-1] == side]) for side in sides]
-    assert_close(student.eval()(crops), GOLDEN.tensor("multicrop/out"))
+    crops = GOLDEN.tensors("multicrop/x")
+    assert_close(student.eval()(crops if views == "one by one" else batch_of(crops)[0]), GOLDEN.tensor("multicrop/out"))
 
 
 def make_loss() -> DINOLoss:
@@ -213,7 +204,7 @@ def test_cosine_schedules(case):
 
 @pytest.mark.parametrize("threshold", [case for case in GOLDEN.cases("clip/") if case != "before"])
 def test_each_gradient_tensor_is_clipped_on_its_own(threshold):
-    parameters = [nn.Parameter(GOLDEN.tensor(f"clip/before/{i}")) for i in GOLDEN.cases("clip/before/")]
+    parameters = [nn.Parameter(tensor) for tensor in GOLDEN.tensors("clip/before/")]
     for parameter in parameters:
         parameter.grad = parameter.detach().clone()
     norms = clip_grad_norm_per_tensor_(parameters, float(threshold))
@@ -236,14 +227,6 @@ def make_wrapped(norm_last_layer: bool) -> MultiCropWrapper:
     return MultiCropWrapper(backbone, head)
 
 
-def load_batch(it: int) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Views of one iteration as the training loader gives them: one tensor per resolution, labels, indices."""
-    crops = [GOLDEN.tensor(f"train/images/it{it}/{crop}") for crop in GOLDEN.cases(f"train/images/it{it}/")]
-    assert len(crops) == 2 + CONFIG["train"]["nloc"]
-    groups = [torch.cat(group) for group in (crops[:2], crops[2:]) if group]
-    return groups, torch.zeros(len(crops[0])), torch.arange(len(crops[0]))
-
-
 @pytest.mark.parametrize("case", TRAIN_CASES.values(), ids=TRAIN_CASES)
 def test_training_follows_the_reference_step_by_step(case, tmp_path):
     sizes, name = CONFIG["train"], case["name"]
@@ -262,11 +245,13 @@ def test_training_follows_the_reference_step_by_step(case, tmp_path):
         np.testing.assert_allclose(values, GOLDEN[f"train/{name}/{key}_f64"], rtol=0, atol=1e-12)
 
     for epoch in range(epochs):
+        crops = [GOLDEN.tensors(f"train/images/it{it}/") for it in range(epoch * steps, (epoch + 1) * steps)]
+        assert {len(views) for views in crops} == {2 + sizes["nloc"]}
         train_one_epoch(
             student,
             teacher,
             criterion,
-            [load_batch(it) for it in range(epoch * steps, (epoch + 1) * steps)],
+            [batch_of(views) for views in crops],
             optimizer,
             schedules,
             LoopRun(tmp_path, steps, epochs, epoch, student=student),
@@ -280,8 +265,7 @@ def test_training_follows_the_reference_step_by_step(case, tmp_path):
             GOLDEN.assert_checksums(f"train/{name}/epoch{epoch}/{role}", parameters, loose=loose)
         center = GOLDEN.tensor(f"train/{name}/epoch{epoch}/center")
         torch.testing.assert_close(criterion.center, center, rtol=1e-4, atol=1e-5)
-    losses = [line["loss"] for line in read_log(tmp_path / "metrics.jsonl")]
-    np.testing.assert_allclose(losses, GOLDEN[f"train/{name}/losses"], rtol=1e-4)
+    np.testing.assert_allclose(losses(tmp_path), GOLDEN[f"train/{name}/losses"], rtol=1e-4)
 
     for key in GOLDEN.keys(f"train/{name}/final_"):
         role, tensor = key.removeprefix(f"train/{name}/final_").split("_", 1)

@@ -21,26 +21,17 @@ from msn.vision_transformer import ProjectionHead, VisionTransformer, interpolat
 from shared import distributed
 from shared.optimisation.optim import build_optimizer as build_adamw
 from shared.optimisation.schedules import cosine_schedule
-from shared.run.log import read_log
 from shared.sinkhorn import sinkhorn_knopp
-from tests.golden.golden_file import GoldenFile
+from tests.golden.golden_file import GoldenFile, batch_of
 from tests.golden.hash_fill import seed_filled
 from tests.loop_run import LoopRun
 from tests.processes import run_processes
+from tests.run_folders import lines, losses
 
 GOLDEN = GoldenFile("msn")
 RANKS = len({key.split("/")[-1] for key in GOLDEN.keys("loss_dist/") if "/in/anchors_r" in key})
 
 assert_close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
-
-
-def cases(family: str) -> list[str]:
-    return [f"{family}/{case}" for case in GOLDEN.cases(f"{family}/")]
-
-
-def given(case: str, name: str) -> float:
-    """A scalar input; the file keeps float32, whose digits beyond the seventh are not those that were meant."""
-    return float(f"{GOLDEN.scalar(f'{case}/in/{name}'):.7g}")
 
 
 def make_vit(case: str) -> VisionTransformer:
@@ -63,13 +54,13 @@ def load(network: nn.Module, state: dict[str, Tensor]) -> None:
 def make_loss(case: str) -> MSNLoss:
     return MSNLoss(
         num_proto=len(GOLDEN[f"{case}/in/prototypes"]),
-        temperature=given(case, "tau"),
-        me_max=bool(given(case, "me_max")),
-        memax_weight=given(case, "memax_weight"),
-        use_ent=bool(given(case, "use_entropy")),
-        ent_weight=given(case, "ent_weight"),
-        use_sinkhorn=bool(given(case, "use_sinkhorn")),
-        label_smoothing=given(case, "label_smoothing"),
+        temperature=GOLDEN.number(case, "tau"),
+        me_max=bool(GOLDEN.number(case, "me_max")),
+        memax_weight=GOLDEN.number(case, "memax_weight"),
+        use_ent=bool(GOLDEN.number(case, "use_entropy")),
+        ent_weight=GOLDEN.number(case, "ent_weight"),
+        use_sinkhorn=bool(GOLDEN.number(case, "use_sinkhorn")),
+        label_smoothing=GOLDEN.number(case, "label_smoothing"),
     )
 
 
@@ -95,10 +86,10 @@ def loss_and_gradients(
     }
 
 
-@pytest.mark.parametrize("case", cases("loss"))
+@pytest.mark.parametrize("case", GOLDEN.families("loss"))
 def test_loss_targets_and_gradients(case):
     arguments = (GOLDEN.tensor(f"{case}/in/{name}") for name in ("anchors", "targets_z", "prototypes"))
-    found = loss_and_gradients(make_loss(case), *arguments, given(case, "T"))
+    found = loss_and_gradients(make_loss(case), *arguments, GOLDEN.number(case, "T"))
     views = GOLDEN.scalar(f"{case}/in/num_views")
     assert len(found["targets"]) == views * len(GOLDEN[f"{case}/in/targets_z"])
     for key in GOLDEN.keys(f"{case}/out/"):
@@ -111,7 +102,7 @@ def of_rank(rank: int, case: str) -> dict[str, Tensor]:
     torch.manual_seed(rank)
     arguments = (GOLDEN.tensor(f"{case}/in/{name}") for name in (f"anchors_r{rank}", f"targets_z_r{rank}"))
     prototypes = GOLDEN.tensor(f"{case}/in/prototypes")
-    return loss_and_gradients(make_loss(case), *arguments, prototypes, given(case, "T"))
+    return loss_and_gradients(make_loss(case), *arguments, prototypes, GOLDEN.number(case, "T"))
 
 
 def sinkhorn_of_rank(rank: int, case: str) -> dict[str, Tensor]:
@@ -120,12 +111,12 @@ def sinkhorn_of_rank(rank: int, case: str) -> dict[str, Tensor]:
 
 def balanced(probabilities: Tensor, case: str) -> Tensor:
     log_p = probabilities.log().clamp_min(-1e4)
-    return sinkhorn_knopp(log_p, epsilon=1.0, num_iters=int(given(case, "num_itr")))
+    return sinkhorn_knopp(log_p, epsilon=1.0, num_iters=GOLDEN.number(case, "num_itr"))
 
 
 def everything_of_rank(rank: int) -> dict[str, dict[str, Tensor]]:
-    found = {case: of_rank(rank, case) for case in cases("loss_dist")}
-    return found | {case: sinkhorn_of_rank(rank, case) for case in cases("sinkhorn_dist")}
+    found = {case: of_rank(rank, case) for case in GOLDEN.families("loss_dist")}
+    return found | {case: sinkhorn_of_rank(rank, case) for case in GOLDEN.families("sinkhorn_dist")}
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +124,7 @@ def two_ranks() -> list[dict[str, dict[str, Tensor]]]:
     return run_processes(everything_of_rank, RANKS)
 
 
-@pytest.mark.parametrize("case", cases("loss_dist") + cases("sinkhorn_dist"))
+@pytest.mark.parametrize("case", GOLDEN.families("loss_dist", "sinkhorn_dist"))
 def test_two_ranks(case, two_ranks):
     for key in GOLDEN.keys(f"{case}/out/"):
         rank, name = key.removeprefix(f"{case}/out/r").split("_", 1)
@@ -144,7 +135,7 @@ def test_two_ranks(case, two_ranks):
         assert GOLDEN[key].size  # the ranks have read them in processes of their own
 
 
-@pytest.mark.parametrize("case", cases("sinkhorn"))
+@pytest.mark.parametrize("case", GOLDEN.families("sinkhorn"))
 def test_sinkhorn_of_probabilities(case):
     assert_close(balanced(GOLDEN.tensor(f"{case}/in/P"), case), GOLDEN.tensor(f"{case}/out/Q"), atol=1e-6)
 
@@ -152,9 +143,9 @@ def test_sinkhorn_of_probabilities(case):
 # --- Network ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", cases("interp"))
+@pytest.mark.parametrize("case", GOLDEN.families("interp"))
 def test_positions_are_interpolated_as_in_the_reference(case):
-    side = round(given(case, "num_patches") ** 0.5)
+    side = round(GOLDEN.number(case, "num_patches") ** 0.5)
     found = interpolate_positions(GOLDEN.tensor(f"{case}/in/pos_embed"), side, side)
     assert_close(found, GOLDEN.tensor(f"{case}/out/pos"))
 
@@ -173,11 +164,11 @@ def masks(monkeypatch) -> list[Tensor]:
     return drawn
 
 
-@pytest.mark.parametrize("case", cases("vit"))
+@pytest.mark.parametrize("case", GOLDEN.families("vit"))
 @torch.no_grad()
 def test_encoder_outputs_and_masks(case, masks):
     encoder = make_vit(case).eval()
-    seed = int(given(case, "seed"))
+    seed = GOLDEN.number(case, "seed")
     x, small = GOLDEN.tensor(f"{case}/in/x"), GOLDEN.tensor(f"{case}/in/x_small")
     close = partial(assert_close, atol=2e-5)
 
@@ -217,14 +208,14 @@ def test_encoder_outputs_and_masks(case, masks):
                 expect(f"train_{norm}_{statistic}", getattr(getattr(encoder.fc, norm), statistic))
 
 
-@pytest.mark.parametrize("case", cases("proc"))
+@pytest.mark.parametrize("case", GOLDEN.families("proc"))
 @torch.no_grad()
 def test_full_size_encoders(case, masks):
-    encoder = vision_transformer.build(["deit_small", "deit_tiny"][int(given(case, "arch_id"))])
-    encoder.fc = ProjectionHead(encoder.embed_dim, int(given(case, "hidden_dim")), int(given(case, "output_dim")))
-    encoder.load_state_dict(seed_filled(encoder.state_dict(), int(given(case, "base_seed"))))
+    encoder = vision_transformer.build(["deit_small", "deit_tiny"][GOLDEN.number(case, "arch_id")])
+    encoder.fc = ProjectionHead(encoder.embed_dim, GOLDEN.number(case, "hidden_dim"), GOLDEN.number(case, "output_dim"))
+    encoder.load_state_dict(seed_filled(encoder.state_dict(), GOLDEN.number(case, "base_seed")))
     encoder.eval()
-    seed = int(given(case, "x_seed"))
+    seed = GOLDEN.number(case, "x_seed")
     large, small = (
         torch.from_numpy(np.random.RandomState(seed + i).standard_normal((2, 3, side, side)).astype(np.float32))
         for i, side in enumerate((224, 96))
@@ -235,8 +226,8 @@ def test_full_size_encoders(case, masks):
         "cls_blocks1_224": encoder.forward_blocks(large),
         "cls224": encoder.class_token(large),
     }
-    torch.manual_seed(int(given(case, "seed")))
-    found["h224_drop"] = encoder(large, given(case, "patch_drop"))
+    torch.manual_seed(GOLDEN.number(case, "seed"))
+    found["h224_drop"] = encoder(large, GOLDEN.number(case, "patch_drop"))
     found["keep"] = masks[-1].float()
     for key in GOLDEN.keys(f"{case}/out/"):
         name = key.removeprefix(f"{case}/out/")
@@ -247,8 +238,8 @@ def test_full_size_encoders(case, masks):
 
 
 def make_schedules(case: str, momentum: tuple[float, float] = (0.996, 1.0)) -> Schedules:
-    value = partial(given, case)
-    length = (int(value("epochs")), int(value("ipe")))
+    value = partial(GOLDEN.number, case)
+    length = (value("epochs"), value("ipe"))
     return Schedules(
         lr=learning_rates(value("start_lr"), value("lr"), value("final_lr"), *length, value("warmup")),
         weight_decay=weight_decays(value("wd"), value("final_wd"), *length),
@@ -257,7 +248,7 @@ def make_schedules(case: str, momentum: tuple[float, float] = (0.996, 1.0)) -> S
     )
 
 
-@pytest.mark.parametrize("case", cases("sched"))
+@pytest.mark.parametrize("case", GOLDEN.families("sched"))
 def test_schedules(case):
     schedules = make_schedules(case)
     close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
@@ -275,23 +266,6 @@ def test_schedules(case):
         close([*(group["lr"] for group in groups), *(group["weight_decay"] for group in groups)], expected)
 
 
-class Recorder:
-    """Stands for the checkpointer: looks at the training after every step."""
-
-    def __init__(self, encoder: nn.Module, target_encoder: nn.Module, prototypes: nn.Parameter):
-        self.networks = {"enc": encoder, "tgt": target_encoder}
-        self.prototypes = prototypes
-        self.states: list[dict[str, Tensor]] = []
-
-    def after_step(self, epoch: int, step_in_epoch: int) -> None:
-        state = {f"grad_clipped/{name}": p.grad.clone() for name, p in self.networks["enc"].named_parameters()}
-        state["grad/prototypes"] = self.prototypes.grad.clone()
-        state["prototypes"] = self.prototypes.detach().clone()
-        for role, network in self.networks.items():
-            state |= {f"{role}/{name}": value.clone() for name, value in network.state_dict().items()}
-        self.states.append(state)
-
-
 def without_noise(name: str, values: Tensor, has_bn: bool) -> tuple[Tensor, Tensor]:
     """The entries on which the loss depends, and the others: rounding noise, which Adam enlarges to whole steps.
 
@@ -307,19 +281,16 @@ def without_noise(name: str, values: Tensor, has_bn: bool) -> tuple[Tensor, Tens
     return values, values[:0]
 
 
-@pytest.mark.parametrize("case", cases("train"))
+@pytest.mark.parametrize("case", GOLDEN.families("train"))
 def test_training_follows_the_reference_step_by_step(case, tmp_path, monkeypatch):
-    value = partial(given, case)
-    epochs, steps, views = int(value("epochs")), int(value("ipe")), int(value("rand_views") + value("focal_views"))
-    torch.manual_seed(int(value("seed")))
+    value = partial(GOLDEN.number, case)
+    epochs, steps, views = value("epochs"), value("ipe"), value("rand_views") + value("focal_views")
+    torch.manual_seed(value("seed"))
     keep = iter(GOLDEN.tensor(f"{case}/out/keep").long())
     monkeypatch.setattr(vision_transformer, "draw_kept_patches", lambda num_patches, patch_drop: next(keep))
     batches = []
     for i in range(steps):
-        first, *others = (GOLDEN.tensor(f"{case}/in/img/s{i}_v{j}") for j in range(1 + views))
-        sides = dict.fromkeys([first.shape[-1], *(view.shape[-1] for view in others)])
-        groups = [torch.cat([v for v in (first, *others) if v.shape[-1] == side]) for side in sides]
-        batches.append((groups, torch.zeros(len(first)), torch.arange(len(first))))
+        batches.append(batch_of([GOLDEN.tensor(f"{case}/in/img/s{i}_v{j}") for j in range(1 + views)]))
 
     encoder, target_encoder = make_vit(case), make_vit(case).requires_grad_(False)
     prototypes = nn.Parameter(GOLDEN.tensor(f"{case}/in/prototypes"))
@@ -338,10 +309,16 @@ def test_training_follows_the_reference_step_by_step(case, tmp_path, monkeypatch
     np.testing.assert_allclose(schedules.weight_decay, GOLDEN[f"{case}/out/wd"], rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(schedules.sharpen, GOLDEN[f"{case}/out/T"], rtol=1e-5, atol=1e-7)
 
-    recorder = Recorder(encoder, target_encoder, prototypes)
+    def look() -> dict[str, Tensor]:
+        state = {f"grad_clipped/{name}": p.grad.clone() for name, p in encoder.named_parameters()}
+        state |= {"grad/prototypes": prototypes.grad.clone(), "prototypes": prototypes.detach().clone()}
+        for role, network in (("enc", encoder), ("tgt", target_encoder)):
+            state |= {f"{role}/{name}": value.clone() for name, value in network.state_dict().items()}
+        return state
+
+    states = []
     for epoch in range(epochs):
-        run = LoopRun(tmp_path, steps, epochs, epoch, encoder=encoder)
-        run.checkpointer = recorder
+        run = LoopRun(tmp_path, steps, epochs, epoch, look=look, encoder=encoder)
         pretrain_one_epoch(
             encoder,
             target_encoder,
@@ -354,16 +331,17 @@ def test_training_follows_the_reference_step_by_step(case, tmp_path, monkeypatch
             patch_drop=value("patch_drop"),
             clip_grad=value("clip_grad"),
         )
+        states += run.seen
 
-    lines = read_log(tmp_path / "metrics.jsonl")
-    losses, expected = np.array([[x["msn"], x["me_max"], x["ent"]] for x in lines]), GOLDEN[f"{case}/out/losses"]
-    np.testing.assert_allclose(losses[0], expected[0], rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(losses, expected, rtol=5e-3, atol=5e-3)
+    written = lines(tmp_path)
+    found, expected = np.array([[x["msn"], x["me_max"], x["ent"]] for x in written]), GOLDEN[f"{case}/out/losses"]
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found, expected, rtol=5e-3, atol=5e-3)
     has_bn = bool(GOLDEN[f"{case}/in/arch"][-1])
     steps_taken = int(GOLDEN[f"{case}/in/snap_steps"].max())
     for key in GOLDEN.keys(f"{case}/out/step"):
         step, name = key.removeprefix(f"{case}/out/step").split("/", 1)
-        found, found_noise = without_noise(name, recorder.states[int(step) - 1][name], has_bn)
+        found, found_noise = without_noise(name, states[int(step) - 1][name], has_bn)
         expected, noise = without_noise(name, GOLDEN.tensor(key), has_bn)
         if name.startswith("grad"):
             assert (found - expected).norm() <= 1e-3 * expected.norm() + 1e-7, key
@@ -377,33 +355,34 @@ def test_training_follows_the_reference_step_by_step(case, tmp_path, monkeypatch
 # --- Evaluations ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", cases("lineval"))
+@pytest.mark.parametrize("case", GOLDEN.families("lineval"))
 def test_linear_classifier_and_its_optimiser(case, tmp_path):
     state = GOLDEN.state_dict(f"{case}/in/sd/")
-    steps, total_steps = int(given(case, "steps")), int(given(case, "total_steps"))
-    classifier = LinearClassifier(len(state["norm.weight"]), int(given(case, "num_classes")), given(case, "normalize"))
+    steps, total_steps = GOLDEN.number(case, "steps"), GOLDEN.number(case, "total_steps")
+    classifier = LinearClassifier(
+        len(state["norm.weight"]), GOLDEN.number(case, "num_classes"), GOLDEN.number(case, "normalize")
+    )
     classifier.load_state_dict(state)
-    optimizer = build_optimizer(classifier, given(case, "lr"), given(case, "wd"))
-    lrs = cosine_schedule(given(case, "lr"), 0.0, 1, total_steps)
+    optimizer = build_optimizer(classifier, GOLDEN.number(case, "lr"), GOLDEN.number(case, "wd"))
+    lrs = cosine_schedule(GOLDEN.number(case, "lr"), 0.0, 1, total_steps)
     np.testing.assert_allclose(lrs[:steps], GOLDEN[f"{case}/out/lr"], rtol=1e-5)
 
     batches = [(GOLDEN.tensor(f"{case}/in/x{i}"), GOLDEN.tensor(f"{case}/in/y{i}").long()) for i in range(steps)]
     assert_close(classifier(batches[0][0]).detach(), GOLDEN.tensor(f"{case}/out/logits0"))
     loader = [([x], labels, None) for x, labels in batches]
     train_one_epoch(classifier, nn.Identity(), loader, optimizer, lrs, LoopRun(tmp_path, steps))
-    losses = [line["loss"] for line in read_log(tmp_path / "metrics.jsonl")]
-    np.testing.assert_allclose(losses, GOLDEN[f"{case}/out/losses"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(losses(tmp_path), GOLDEN[f"{case}/out/losses"], rtol=1e-4, atol=1e-5)
     for name, expected in GOLDEN.state_dict(f"{case}/out/final/").items():
         assert_close(classifier.state_dict()[name], expected)
 
 
-@pytest.mark.parametrize("case", cases("logreg"))
+@pytest.mark.parametrize("case", GOLDEN.families("logreg"))
 def test_logistic_regression_solves_the_published_objective(case):
     train, test = GOLDEN.tensor(f"{case}/in/X"), GOLDEN.tensor(f"{case}/in/X_test")
     labels, test_labels = GOLDEN.tensor(f"{case}/in/y").long(), GOLDEN.tensor(f"{case}/in/y_test").long()
     for found, name in ((train, "X_pre"), (test, "X_test_pre")):
         assert_close(torch.from_numpy(preprocess(found.numpy())), GOLDEN.tensor(f"{case}/out/{name}"), atol=1e-6)
-    classifier = LowShotClassifier(train, labels, given(case, "lambd"))
+    classifier = LowShotClassifier(train, labels, GOLDEN.number(case, "lambd"))
     # the weights of a softmax without intercept are fixed by the regulariser: their mean over classes is 0
     np.testing.assert_allclose(classifier.weights, GOLDEN[f"{case}/out/W_tight"], atol=2e-2)
     logits = GOLDEN[f"{case}/out/X_test_pre"] @ classifier.weights

@@ -3,7 +3,6 @@
 Every size, parameter and case name comes from the file.
 """
 
-import json
 from functools import partial
 
 import numpy as np
@@ -19,23 +18,14 @@ from paws.heads import Encoder
 from paws.optimisation import LARS, lr_schedule, parameter_groups
 from paws.paws_train import train_one_epoch
 from paws.support_sampler import SupportSampler
-from tests.golden.golden_file import GoldenFile
+from tests.golden.golden_file import GoldenFile, batch_of
 from tests.golden.hash_fill import seed_filled
 from tests.loop_run import LoopRun
 from tests.processes import run_processes
+from tests.run_folders import lines
 
 GOLDEN = GoldenFile("paws")
 ARCHITECTURES = {0: "wide_resnet28w2", 1: "resnet50", 2: "resnet101", 3: "resnet50w2", 4: "resnet50w4"}
-
-
-def cases(family: str) -> list[str]:
-    return [f"{family}/{case}" for case in GOLDEN.cases(f"{family}/")]
-
-
-def number(case: str, name: str) -> float | int:
-    """A parameter, which the file stores in float32: the shortest number that rounds to it."""
-    value = float(str(np.float32(GOLDEN[f"{case}/in/{name}"])))
-    return int(value) if value == int(value) else value
 
 
 def close(found: Tensor, case: str, name: str, rtol: float = 1e-4, atol: float = 1e-5) -> None:
@@ -71,11 +61,11 @@ def paws(inputs: dict[str, Tensor], tau: float, sharpening: float, me_max: bool)
 
 
 def paws_parameters(case: str, large_rows: int, rows: int) -> tuple[float, float, bool]:
-    assert rows == (2 + number(case, "multicrop")) * large_rows // 2
-    return number(case, "tau"), number(case, "T"), bool(number(case, "me_max"))
+    assert rows == (2 + GOLDEN.number(case, "multicrop")) * large_rows // 2
+    return GOLDEN.number(case, "tau"), GOLDEN.number(case, "T"), bool(GOLDEN.number(case, "me_max"))
 
 
-@pytest.mark.parametrize("case", cases("paws"))
+@pytest.mark.parametrize("case", GOLDEN.families("paws"))
 def test_paws(case):
     names = ("labels", "anchors", "supports", "target_views", "target_supports")
     inputs = {name: GOLDEN.tensor(f"{case}/in/{name}") for name in names}
@@ -109,12 +99,12 @@ def all_distributed(rank: int, jobs: list[tuple]) -> list[dict[str, Tensor]]:
 
 def test_losses_of_several_processes():
     jobs = []
-    for case in cases("paws_dist") + cases("suncet_dist") + cases("simclr_dist"):
+    for case in GOLDEN.families("paws_dist", "suncet_dist", "simclr_dist"):
         inputs = [of_rank(case, rank) for rank in range(world_of(case))]
         if case.startswith("paws"):
             parameters = paws_parameters(case, len(inputs[0]["target_views"]), len(inputs[0]["anchors"]))
         else:
-            parameters = (number(case, "temperature"), *sizes_of(case))
+            parameters = (GOLDEN.number(case, "temperature"), *sizes_of(case))
         jobs.append((case, case.split("_")[0], inputs, parameters))
     for world in {len(inputs) for _, _, inputs, _ in jobs}:
         mine = [job for job in jobs if len(job[2]) == world]
@@ -125,7 +115,7 @@ def test_losses_of_several_processes():
 
 def sizes_of(case: str) -> tuple[int, ...]:
     """The sizes that the file states besides the arrays."""
-    return tuple(number(case, name) for name in ("num_classes", "batch_size") if f"{case}/in/{name}" in GOLDEN)
+    return tuple(GOLDEN.number(case, name) for name in ("num_classes", "batch_size") if f"{case}/in/{name}" in GOLDEN)
 
 
 def suncet(inputs: dict[str, Tensor], temperature: float, num_classes: int, batch_size: int) -> dict[str, Tensor]:
@@ -147,36 +137,36 @@ def simclr(inputs: dict[str, Tensor], temperature: float, batch_size: int) -> di
 CALLS = {"paws": paws, "suncet": suncet, "simclr": simclr}
 
 
-@pytest.mark.parametrize("case", cases("suncet") + cases("simclr"))
+@pytest.mark.parametrize("case", GOLDEN.families("suncet", "simclr"))
 def test_suncet_and_simclr(case):
     kind = case.split("/")[0]
     inputs = {name: GOLDEN.tensor(f"{case}/in/{name}") for name in ("z", "labels") if f"{case}/in/{name}" in GOLDEN}
-    for name, value in CALLS[kind](inputs, number(case, "temperature"), *sizes_of(case)).items():
+    for name, value in CALLS[kind](inputs, GOLDEN.number(case, "temperature"), *sizes_of(case)).items():
         close(value, case, name)
 
 
-@pytest.mark.parametrize("case", cases("labels"))
+@pytest.mark.parametrize("case", GOLDEN.families("labels"))
 def test_support_labels(case):
     matrix = losses.support_labels(
-        number(case, "s_batch_size"),
-        number(case, "num_classes"),
-        number(case, "world_size"),
-        bool(number(case, "unique_classes")),
-        number(case, "smoothing"),
+        GOLDEN.number(case, "s_batch_size"),
+        GOLDEN.number(case, "num_classes"),
+        GOLDEN.number(case, "world_size"),
+        bool(GOLDEN.number(case, "unique_classes")),
+        GOLDEN.number(case, "smoothing"),
     )
     assert matrix.shape == GOLDEN[f"{case}/out/M"].shape
     close(matrix, case, "M", atol=1e-7)
 
 
-@pytest.mark.parametrize("case", cases("snn"))
+@pytest.mark.parametrize("case", GOLDEN.families("snn"))
 def test_classifier_of_the_evaluation(case):
     labels = GOLDEN.tensor(f"{case}/in/labels").long()
     found = classify(
         GOLDEN.tensor(f"{case}/in/queries"),
         GOLDEN.tensor(f"{case}/in/train_embs"),
         labels,
-        number(case, "num_classes"),
-        number(case, "temp"),
+        GOLDEN.number(case, "num_classes"),
+        GOLDEN.number(case, "temp"),
     )
     close(found, case, "probs", atol=1e-6)
 
@@ -184,21 +174,21 @@ def test_classifier_of_the_evaluation(case):
 # --- Sampler, optimiser, schedule -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", cases("sampler"))
+@pytest.mark.parametrize("case", GOLDEN.families("sampler"))
 def test_supports_of_every_rank_and_epoch(case):
     labels, epochs = GOLDEN[f"{case}/in/targets"].astype(int), GOLDEN[f"{case}/in/outer_epochs"].astype(int)
-    world_size, inner_epochs = number(case, "world_size"), number(case, "inner_epochs")
-    assert labels.max() + 1 == number(case, "num_classes")
+    world_size, inner_epochs = GOLDEN.numbers(case, "world_size", "inner_epochs")
+    assert labels.max() + 1 == GOLDEN.number(case, "num_classes")
     for rank in range(world_size):
         sampler = SupportSampler(
             labels,
-            number(case, "batch_size"),
-            number(case, "classes_per_batch"),
+            GOLDEN.number(case, "batch_size"),
+            GOLDEN.number(case, "classes_per_batch"),
             steps_per_epoch=1,
-            seed=number(case, "seed"),
+            seed=GOLDEN.number(case, "seed"),
             rank=rank,
             world_size=world_size,
-            unique_classes=bool(number(case, "unique_classes")),
+            unique_classes=bool(GOLDEN.number(case, "unique_classes")),
             inner_epochs=inner_epochs,
         )
         assert sampler.batches_per_iteration == GOLDEN.scalar(f"{case}/out/len_r{rank}")
@@ -207,23 +197,23 @@ def test_supports_of_every_rank_and_epoch(case):
             np.testing.assert_array_equal(batches, GOLDEN[f"{case}/out/r{rank}_iter_epoch{epoch}"])
 
 
-@pytest.mark.parametrize("case", cases("lars"))
+@pytest.mark.parametrize("case", GOLDEN.families("lars"))
 def test_lars(case):
-    count, steps = number(case, "n"), number(case, "steps")
+    count, steps = GOLDEN.numbers(case, "n", "steps")
     params = [nn.Parameter(GOLDEN.tensor(f"{case}/in/p{k}")) for k in range(count)]
     excluded = GOLDEN[f"{case}/in/excluded"].astype(bool)
-    weight_decay = number(case, "wd")
-    number(case, "lr")  # the rate before the schedule
+    weight_decay = GOLDEN.number(case, "wd")
+    GOLDEN.number(case, "lr")  # the rate before the schedule
     optimizer = LARS(
         [
             {"params": [p for p, e in zip(params, excluded, strict=True) if not e], "weight_decay": weight_decay},
             {"params": [p for p, e in zip(params, excluded, strict=True) if e], "LARS_exclude": True},
         ],
-        momentum=number(case, "momentum"),
-        nesterov=bool(number(case, "nesterov")),
-        trust_coefficient=number(case, "trust") if number(case, "use_lars") else 0.0,
+        momentum=GOLDEN.number(case, "momentum"),
+        nesterov=bool(GOLDEN.number(case, "nesterov")),
+        trust_coefficient=GOLDEN.number(case, "trust") if GOLDEN.number(case, "use_lars") else 0.0,
     )
-    number(case, "trust")
+    GOLDEN.number(case, "trust")
     for step, lr in enumerate(GOLDEN[f"{case}/in/lrs"].tolist()):
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -235,10 +225,9 @@ def test_lars(case):
     assert steps == step + 1
 
 
-@pytest.mark.parametrize("case", cases("sched"))
+@pytest.mark.parametrize("case", GOLDEN.families("sched"))
 def test_learning_rate_of_every_step(case):
-    names = ("start_lr", "lr", "final_lr", "warmup", "epochs", "ipe")
-    found = lr_schedule(*(number(case, name) for name in names))
+    found = lr_schedule(*GOLDEN.numbers(case, "start_lr", "lr", "final_lr", "warmup", "epochs", "ipe"))
     np.testing.assert_allclose(found, GOLDEN[f"{case}/out/lr"], rtol=1e-5, atol=1e-6)
 
 
@@ -250,7 +239,7 @@ def small_encoder(case: str) -> Encoder:
     assert kind == 0
     encoder = WideResNetEncoder(depth, widen, output_dim=output_dim, use_pred_head=bool(use_pred))
     assert encoder.embed_dim == embed_dim
-    encoder.load_state_dict(seed_filled(encoder.state_dict(), number(case, "sd_base")))
+    encoder.load_state_dict(seed_filled(encoder.state_dict(), GOLDEN.number(case, "sd_base")))
     return encoder
 
 
@@ -263,7 +252,7 @@ def shares_of_files_names(encoder: Encoder, case: str) -> None:
             torch.testing.assert_close(state[name].float(), value, rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize("case", cases("wrn"))
+@pytest.mark.parametrize("case", GOLDEN.families("wrn"))
 def test_wide_resnet(case):
     encoder = small_encoder(case)
     shares_of_files_names(encoder, case)
@@ -282,16 +271,16 @@ def test_wide_resnet(case):
         close(state[name], case, f"train_buf/{name}", atol=1e-4)
 
 
-@pytest.mark.parametrize("case", cases("proc"))
+@pytest.mark.parametrize("case", GOLDEN.families("proc"))
 def test_published_networks(case):
-    name = ARCHITECTURES[number(case, "arch_id")]
-    encoder = build_encoder(name, number(case, "output_dim"), bool(number(case, "use_pred")))
-    encoder.load_state_dict(seed_filled(encoder.state_dict(), number(case, "base_seed")))
+    name = ARCHITECTURES[GOLDEN.number(case, "arch_id")]
+    encoder = build_encoder(name, GOLDEN.number(case, "output_dim"), bool(GOLDEN.number(case, "use_pred")))
+    encoder.load_state_dict(seed_filled(encoder.state_dict(), GOLDEN.number(case, "base_seed")))
     encoder.eval()
-    seed = number(case, "x_seed")
+    seed = GOLDEN.number(case, "x_seed")
     large, small = (
         torch.from_numpy(np.random.RandomState(seed + i).standard_normal((2, 3, side, side)).astype(np.float32))
-        for i, side in enumerate((number(case, "size"), number(case, "small")))
+        for i, side in enumerate(GOLDEN.numbers(case, "size", "small"))
     )
     with torch.no_grad():
         h, z = encoder([large, small])
@@ -302,21 +291,6 @@ def test_published_networks(case):
 
 
 # --- Training ---------------------------------------------------------------------------------------------------------
-
-
-class Recorder:
-    """Stands for the checkpointer: keeps the gradients of the first step and the state after some."""
-
-    def __init__(self, encoder: Encoder, steps_per_epoch: int, snapshots: list[int]):
-        self.encoder, self.steps_per_epoch, self.snapshots = encoder, steps_per_epoch, snapshots
-        self.gradients, self.states = {}, {}
-
-    def after_step(self, epoch: int, step_in_epoch: int) -> None:
-        done = epoch * self.steps_per_epoch + step_in_epoch
-        if done == 1:
-            self.gradients = {name: p.grad.clone() for name, p in self.encoder.named_parameters()}
-        if done in self.snapshots:
-            self.states[done] = {name: value.clone() for name, value in self.encoder.state_dict().items()}
 
 
 def close_in_norm(found: Tensor, key: str, tolerance: float) -> None:
@@ -331,58 +305,61 @@ def close_in_norm(found: Tensor, key: str, tolerance: float) -> None:
     assert (found - expected).norm() <= tolerance * expected.norm() + 1e-6, key
 
 
-@pytest.mark.parametrize("case", cases("train"))
+@pytest.mark.parametrize("case", GOLDEN.families("train"))
 def test_training_follows_the_reference_step_by_step(case, tmp_path):
     encoder = small_encoder(case)
-    epochs, ipe = number(case, "epochs"), number(case, "ipe")
-    small, views = number(case, "multicrop"), number(case, "supervised_views")
+    epochs, ipe = GOLDEN.numbers(case, "epochs", "ipe")
+    small, views = GOLDEN.numbers(case, "multicrop", "supervised_views")
     batches, supports = [], []
     for i in range(ipe):
         u = [GOLDEN.tensor(f"{case}/in/u/s{i}_v{j}") for j in range(2 + small)]
-        batch_size = number(case, "unsupervised_batch_size")
-        assert len(u[0]) == batch_size
-        groups = [torch.cat(u[:2])] + ([torch.cat(u[2:])] if small else [])
-        batches.append((groups, torch.zeros(batch_size), torch.arange(batch_size)))
+        assert len(u[0]) == GOLDEN.number(case, "unsupervised_batch_size")
+        batches.append(batch_of(u))
         s = [GOLDEN.tensor(f"{case}/in/s/s{i}_v{j}") for j in range(views)]
         supports.append(([torch.cat(s)], None, None))
     labels = losses.support_labels(
-        number(case, "supervised_imgs_per_class"),
-        number(case, "classes_per_batch"),
-        unique_classes=bool(number(case, "unique_classes")),
-        smoothing=number(case, "label_smoothing"),
+        GOLDEN.number(case, "supervised_imgs_per_class"),
+        GOLDEN.number(case, "classes_per_batch"),
+        unique_classes=bool(GOLDEN.number(case, "unique_classes")),
+        smoothing=GOLDEN.number(case, "label_smoothing"),
         views=views,
     )
     criterion = partial(
         losses.paws_loss,
         labels=labels,
-        temperature=number(case, "tau"),
-        sharpen_temperature=number(case, "T"),
-        me_max=bool(number(case, "me_max")),
+        temperature=GOLDEN.number(case, "tau"),
+        sharpen_temperature=GOLDEN.number(case, "T"),
+        me_max=bool(GOLDEN.number(case, "me_max")),
     )
-    optimizer = LARS(parameter_groups(encoder, number(case, "wd")), nesterov=bool(number(case, "nesterov")))
-    rates = lr_schedule(*(number(case, name) for name in ("start_lr", "lr", "final_lr", "warmup", "epochs", "ipe")))
+    optimizer = LARS(
+        parameter_groups(encoder, GOLDEN.number(case, "wd")), nesterov=bool(GOLDEN.number(case, "nesterov"))
+    )
+    rates = lr_schedule(*GOLDEN.numbers(case, "start_lr", "lr", "final_lr", "warmup", "epochs", "ipe"))
     np.testing.assert_allclose(rates, GOLDEN[f"{case}/out/lr"], atol=1e-6)
-    snapshots = GOLDEN[f"{case}/in/snap_steps"].astype(int).tolist()
-    recorder = Recorder(encoder, ipe, snapshots)
+
+    def look() -> dict[str, Tensor]:
+        gradients = {f"grad/{name}": p.grad.clone() for name, p in encoder.named_parameters()}
+        return gradients | {name: value.clone() for name, value in encoder.state_dict().items()}
+
+    states = []
     for epoch in range(epochs):
-        run = LoopRun(tmp_path, ipe, epochs, epoch, encoder=encoder)
-        run.checkpointer = recorder
+        run = LoopRun(tmp_path, ipe, epochs, epoch, look=look, encoder=encoder)
         both = zip(batches, supports, strict=True)
         train_one_epoch(encoder, both, criterion, optimizer, rates, choose_recipe("digits", normalize=False), run)
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    found = torch.tensor([[line["ploss"], line["me_max"]] for line in lines])
+        states += run.seen
+    found = torch.tensor([[line["ploss"], line["me_max"]] for line in lines(tmp_path)])
     expected = GOLDEN.tensor(f"{case}/out/losses")
     torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)  # rounding grows from step to step
-    for name, gradient in recorder.gradients.items():
-        key = f"{case}/out/step1/grad/{name}"
+    for name, _ in encoder.named_parameters():
+        gradient, key = states[0][f"grad/{name}"], f"{case}/out/step1/grad/{name}"
         if GOLDEN.tensor(key).norm() < 1e-5:  # a bias before a batch norm: rounding
             assert gradient.norm() < 1e-4
         else:
             close_in_norm(gradient, key, 1e-3)
-    for step in snapshots:
-        for name, value in recorder.states[step].items():
-            close_in_norm(value, f"{case}/out/step{step}/{name}", 5e-3)
+    for step in GOLDEN[f"{case}/in/snap_steps"].astype(int).tolist():
+        for name in encoder.state_dict():
+            close_in_norm(states[step - 1][name], f"{case}/out/step{step}/{name}", 5e-3)
 
 
 def test_every_array_was_compared():

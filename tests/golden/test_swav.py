@@ -5,28 +5,26 @@ which are the same in all cases of the training.
 """
 
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from shared.evaluation.linear import validate
 from shared.images.views import ViewParams, ViewRecipe, apply_fast, apply_pil
 from shared.optimisation.schedules import cosine_schedule
-from shared.run.log import read_log
 from shared.sinkhorn import sinkhorn_knopp
 from swav import losses, main_swav
 from swav.eval_linear import RegLog, pool_windows
 from swav.larc import LARC
 from swav.losses import EmbeddingQueue, PrototypeUsage, SwappedPrediction
 from swav.resnet50 import ResNet, resnet50
-from tests.golden.golden_file import GoldenFile
+from tests import run_folders
+from tests.golden.golden_file import GoldenFile, batch_of
 from tests.golden.hash_fill import hash_filled, hash_input
-from tests.golden.small_resnet import small_resnet
+from tests.golden.small_resnet import StoredEmbeddings, small_resnet
 from tests.loop_run import LoopRun
 from tests.processes import run_processes
 
@@ -40,21 +38,16 @@ assert_close = partial(torch.testing.assert_close, rtol=1e-3, atol=1e-5)
 
 
 STATE = GOLDEN.state_dict("resnet_small/sd/")
-CROPS = [GOLDEN.tensor(key) for key in GOLDEN.keys("resnet_small/in/x")]
+CROPS = GOLDEN.tensors("resnet_small/in/x")
 
 
 def expected(name: str) -> Tensor:
     return GOLDEN.tensor(f"resnet_small/out/{name}")
 
 
-def joined_by_size(crops: list[Tensor]) -> list[Tensor]:
-    sides = dict.fromkeys(crop.shape[-1] for crop in crops)
-    return [torch.cat([crop for crop in crops if crop.shape[-1] == side]) for side in sides]
-
-
-@pytest.mark.parametrize("arrange", [list, joined_by_size])
-def test_embeddings_and_scores_of_all_crops(arrange):
-    embeddings, scores = small_resnet(STATE).eval()(arrange(CROPS))
+@pytest.mark.parametrize("crops", [CROPS, batch_of(CROPS)[0]], ids=["one by one", "joined per size"])
+def test_embeddings_and_scores_of_all_crops(crops):
+    embeddings, scores = small_resnet(STATE).eval()(crops)
     assert_close(embeddings, expected("emb_eval"))
     assert_close(scores, expected("scores_eval"))
 
@@ -129,77 +122,40 @@ def test_blur(case):
 # --- Assignments ------------------------------------------------------------------------------------------------------
 
 
-def parameters(case: str) -> tuple[float, int]:
-    """Epsilon, which the file stores in float32, and the number of iterations."""
-    return round(GOLDEN.scalar(f"{case}/in/epsilon"), 6), GOLDEN.scalar(f"{case}/in/iters")
+def arguments(case: str) -> tuple[float, int]:
+    """Epsilon and the number of iterations."""
+    return GOLDEN.number(case, "epsilon"), GOLDEN.scalar(f"{case}/in/iters")
 
 
 def test_assignments_of_one_process():
     found = [case for case in GOLDEN.cases("", "sinkhorn") if f"{case}/in/scores" in GOLDEN]
     assert found
     for case in found:
-        assignments = sinkhorn_knopp(GOLDEN.tensor(f"{case}/in/scores"), *parameters(case))
+        assignments = sinkhorn_knopp(GOLDEN.tensor(f"{case}/in/scores"), *arguments(case))
         torch.testing.assert_close(assignments, GOLDEN.tensor(f"{case}/out/q"), rtol=1e-4, atol=1e-7)
 
 
-def balance(rank: int, scores_of_ranks: list[list[Tensor]], arguments: list[tuple[float, int]]):
-    return [sinkhorn_knopp(scores[rank], *a) for scores, a in zip(scores_of_ranks, arguments, strict=True)]
-
-
-def of_ranks(case: str, name: str) -> list[Tensor]:
-    return [GOLDEN.tensor(key) for key in sorted(GOLDEN.keys(f"{case}/{name}_rank"))]
+def balance(rank: int, scores_of_ranks: list[list[Tensor]], given: list[tuple[float, int]]):
+    return [sinkhorn_knopp(scores[rank], *a) for scores, a in zip(scores_of_ranks, given, strict=True)]
 
 
 def test_assignments_of_several_processes():
     found = [case for case in GOLDEN.cases("", "sinkhorn") if f"{case}/in/scores_rank0" in GOLDEN]
-    by_ranks = {case: of_ranks(case, "in/scores") for case in found}
+    by_ranks = {case: GOLDEN.tensors(f"{case}/in/scores_rank") for case in found}
     for ranks in {len(scores) for scores in by_ranks.values()}:
         cases = [case for case in found if len(by_ranks[case]) == ranks]
-        results = run_processes(
-            balance, ranks, [by_ranks[case] for case in cases], [parameters(case) for case in cases]
-        )
+        results = run_processes(balance, ranks, [by_ranks[case] for case in cases], [arguments(case) for case in cases])
         for case, *assignments in zip(cases, *results, strict=True):
-            torch.testing.assert_close(assignments, of_ranks(case, "out/q"), rtol=1e-4, atol=1e-7)
+            torch.testing.assert_close(assignments, GOLDEN.tensors(f"{case}/out/q_rank"), rtol=1e-4, atol=1e-7)
 
 
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 
-class Stub(nn.Module):
-    """Gives the stored embeddings, one set per step."""
-
-    def __init__(self, outputs: list[Tensor], prototypes: Tensor):
-        super().__init__()
-        self.outputs = nn.ParameterList(outputs)
-        self.prototypes = nn.Linear(*reversed(prototypes.shape), bias=False)
-        self.prototypes.weight.data.copy_(prototypes)
-        self.step = 0
-
-    def forward(self, views):
-        embeddings = F.normalize(self.outputs[self.step], dim=1)
-        self.step += 1
-        return embeddings, self.prototypes(embeddings)
-
-
-class Recorder:
-    """Stands for the checkpointer: looks at the training after every step."""
-
-    def __init__(self, network: nn.Module, queue: EmbeddingQueue):
-        self.prototypes, self.queue = network.prototypes, queue
-        self.gradients, self.weights, self.queues = [], [], []
-
-    def after_step(self, epoch: int, step_in_epoch: int) -> None:
-        weight = self.prototypes.weight
-        self.gradients.append(torch.zeros_like(weight) if weight.grad is None else weight.grad.clone())
-        self.weights.append(weight.detach().clone())
-        if self.queue.is_used:
-            self.queues.append(self.queue.embeddings.clone())
-
-
 def train(
     case: str, network: nn.Module, optimizer, batches: list[list[Tensor]], tmp_path, monkeypatch
-) -> SimpleNamespace:
-    """The real train_one_epoch on one epoch of ``batches``; what the case's arrays are compared with."""
+) -> dict[str, Tensor]:
+    """The real train_one_epoch on one epoch of ``batches``; what the arrays of the case are compared with, by name."""
     steps, codes_per_step, batch_size, nmb_prototypes = GOLDEN[f"{case}/out/q"].shape
     frozen = [not gradient.any() for gradient in GOLDEN[f"{case}/out/grad_prototypes"]]
     queue = EmbeddingQueue(codes_per_step, 0, 1)  # never used
@@ -217,8 +173,14 @@ def train(
         return codes[-1]
 
     monkeypatch.setattr(losses, "sinkhorn_knopp", recorded)
-    run = LoopRun(tmp_path, steps, network=network)
-    run.checkpointer = recorder = Recorder(network, queue)
+
+    def look() -> dict[str, Tensor]:
+        weight = network.prototypes.weight
+        gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad.clone()
+        seen = {"grad_prototypes": gradient, "prototypes_after": weight.detach().clone()}
+        return seen | ({"queue_after": queue.embeddings.clone()} if queue.is_used else {})
+
+    run = LoopRun(tmp_path, steps, look=look, network=network)
     main_swav.train_one_epoch(
         network,
         SwappedPrediction(range(codes_per_step), TEMPERATURE, EPSILON, SINKHORN_ITERATIONS),
@@ -230,33 +192,23 @@ def train(
         run,
         freeze_prototypes_niters=frozen.index(False) if False in frozen else steps,
     )
-    loss = [line["loss"] for line in read_log(tmp_path / "metrics.jsonl")]
-    return SimpleNamespace(
-        losses=torch.tensor(loss),
-        rows=torch.tensor(rows),
-        codes=torch.stack([q[-batch_size:] for q in codes]).unflatten(0, (steps, codes_per_step)),
-        recorder=recorder,
-    )
+    found = {name: torch.stack([seen[name] for seen in run.seen]) for name in run.seen[0]}
+    found |= {"loss": torch.tensor(run_folders.losses(tmp_path)), "sinkhorn_rows": torch.tensor(rows)}
+    return found | {"q": torch.stack([q[-batch_size:] for q in codes]).unflatten(0, (steps, codes_per_step))}
 
 
-def compare(case: str, found: SimpleNamespace, loss_rtol: float, codes_atol: float, rtol: float, atol: float) -> None:
-    def expected(name: str) -> Tensor:
-        return GOLDEN.tensor(f"{case}/out/{name}")
-
-    close = partial(torch.testing.assert_close, rtol=rtol, atol=atol)
-    torch.testing.assert_close(found.losses, expected("loss"), rtol=loss_rtol, atol=0)
-    torch.testing.assert_close(found.codes, expected("q"), rtol=1e-4, atol=codes_atol)
-    assert torch.equal(found.rows, expected("sinkhorn_rows"))
-    close(torch.stack(found.recorder.gradients), expected("grad_prototypes"))
-    close(torch.stack(found.recorder.weights), expected("prototypes_after"))
-    if found.recorder.queue.is_used:
-        close(torch.stack(found.recorder.queues), expected("queue_after"))
+def compare(case: str, found: dict[str, Tensor], loss_rtol: float, codes_atol: float, rtol: float, atol: float) -> None:
+    tolerances = {"loss": (loss_rtol, 0), "q": (1e-4, codes_atol), "sinkhorn_rows": (0, 0)}
+    for name, value in found.items():
+        of_name = dict(zip(("rtol", "atol"), tolerances.get(name, (rtol, atol)), strict=True))
+        torch.testing.assert_close(value, GOLDEN.tensor(f"{case}/out/{name}"), **of_name)
 
 
 @pytest.mark.parametrize("case", GOLDEN.cases("", "loss_"))
 def test_loss_codes_queue_and_gradients(case, tmp_path, monkeypatch):
-    outputs = [GOLDEN.tensor(key) for key in GOLDEN.keys(f"{case}/in/z")]
-    network = Stub(outputs, GOLDEN.tensor(f"{case}/in/prototypes"))
+    outputs, weight = GOLDEN.tensors(f"{case}/in/z"), GOLDEN.tensor(f"{case}/in/prototypes")
+    network = StoredEmbeddings(outputs, nn.Linear(*reversed(weight.shape), bias=False))
+    network.prototypes.weight.data.copy_(weight)
     optimizer = torch.optim.SGD(network.prototypes.parameters(), lr=0.0, fused=True)
     batches = [[torch.zeros(1)]] * len(outputs)  # the stub looks at nothing
     found = train(case, network, optimizer, batches, tmp_path, monkeypatch)
@@ -271,7 +223,7 @@ def test_training_follows_the_reference_step_by_step(case, tmp_path, monkeypatch
     network = small_resnet(GOLDEN.state_dict("resnet_small/sd/"))
     optimizer = LARC(network.parameters(), lr=0.0, weight_decay=TRAIN_WEIGHT_DECAY)
     steps = len(GOLDEN[f"{case}/in/lr"])
-    batches = [[GOLDEN.tensor(key) for key in GOLDEN.keys(f"{case}/in/x{step}_")] for step in range(steps)]
+    batches = [GOLDEN.tensors(f"{case}/in/x{step}_") for step in range(steps)]
     found = train(case, network, optimizer, batches, tmp_path, monkeypatch)
     compare(case, found, loss_rtol=1e-3, codes_atol=5e-3, rtol=2e-3, atol=1e-4)
     head = network.projection_head

@@ -11,10 +11,10 @@ from dino.main_dino import train_one_epoch as train_dino_epoch
 from dino.vision_transformer import DINOHead
 from shared.multicrop import MultiCropWrapper
 from shared.optimisation.optim import build_optimizer, param_groups_no_decay_on_bias_and_norm
-from shared.run.log import read_log
-from tests.golden.golden_file import GoldenFile
+from tests.golden.golden_file import GoldenFile, batch_of
 from tests.golden.supervised import check_distillation, check_repeated_augmentation, distillation_cases
 from tests.loop_run import LoopRun
+from tests.run_folders import losses
 from xcit.cross_covariance_transformer import (
     LPI,
     XCA,
@@ -211,12 +211,6 @@ def make_wrapped() -> MultiCropWrapper:
     return network
 
 
-def load_views(it: int) -> tuple[list[Tensor], Tensor, Tensor]:
-    crops = [GOLDEN.tensor(f"dino/images/it{it}/{crop}") for crop in GOLDEN.cases(f"dino/images/it{it}/")]
-    groups = [torch.cat(group) for group in (crops[:2], crops[2:]) if group]
-    return groups, torch.zeros(len(crops[0])), torch.arange(len(crops[0]))
-
-
 def test_dino_parameter_groups():
     student = make_wrapped()
     names = {id(p): name for name, p in student.named_parameters()}
@@ -237,7 +231,7 @@ def test_dino_training_follows_the_reference_step_by_step(tmp_path):
             student,
             teacher,
             criterion,
-            [load_views(epoch)],
+            [batch_of(GOLDEN.tensors(f"dino/images/it{epoch}/"))],
             optimizer,
             schedules,
             LoopRun(tmp_path, 1, epochs, epoch, student=student),
@@ -251,8 +245,7 @@ def test_dino_training_follows_the_reference_step_by_step(tmp_path):
             GOLDEN.assert_checksums(f"dino/epoch{epoch}/{role}", tensors, atol=2e-5, loose=loose)
         center = GOLDEN.tensor(f"dino/epoch{epoch}/center")
         torch.testing.assert_close(criterion.center, center, rtol=1e-4, atol=2e-5)
-    losses = [line["loss"] for line in read_log(tmp_path / "metrics.jsonl")]
-    np.testing.assert_allclose(losses, GOLDEN["dino/losses"], rtol=1e-4)
+    np.testing.assert_allclose(losses(tmp_path), GOLDEN["dino/losses"], rtol=1e-4)
 
 
 def test_every_array_was_compared():

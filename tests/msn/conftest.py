@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.msn import tiny
+from tests.pictures import write_images
 
 
 @pytest.fixture(autouse=True)
@@ -16,7 +17,7 @@ def small_networks():
 @pytest.fixture(scope="session")
 def images(tmp_path_factory) -> Path:
     """24 images in three classes: three steps of 8."""
-    return tiny.write_images(tmp_path_factory.mktemp("data") / "images")
+    return write_images(tmp_path_factory.mktemp("data") / "images")
 
 
 @pytest.fixture(scope="session")

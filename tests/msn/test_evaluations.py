@@ -4,21 +4,20 @@ import json
 import os
 import shutil
 import signal
-import sys
 
 import pytest
 import torch
 
-from msn import eval_knn, export, fine_tune, linear_eval, logistic_eval, visualize_attention
+from msn import eval_knn, fine_tune, linear_eval, logistic_eval, visualize_attention
 from msn.fine_tune import layer_of, param_groups
 from msn.flags import load_chosen_encoder
-from msn.hub import CARD, load_pretrained
+from msn.hub import load_pretrained
 from msn.labelled_training import Validation, from_official
 from msn.vision_transformer import VisionTransformer
-from shared.networks.export import timm_arguments
 from shared.pictures.attention import class_attention
 from shared.run.attempt import Interrupted
 from shared.run.checkpoint import Checkpointer, load_latest
+from tests.command_lines import error_of
 from tests.msn.tiny import CHECKPOINT
 from tests.reliability.runs import assert_same
 
@@ -212,12 +211,9 @@ def test_the_embedded_images_take_any_run_and_say_what_does_not_fit(run, tmp_pat
 
 
 @pytest.mark.parametrize("script", [eval_knn, fine_tune, linear_eval, logistic_eval, visualize_attention])
-def test_without_flags_it_is_the_run_on_the_embedded_images_that_is_taken(script, monkeypatch, tmp_path, capsys):
+def test_without_flags_it_is_the_run_on_the_embedded_images_that_is_taken(script, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["script", "--device", "cpu"])
-    with pytest.raises(SystemExit) as end:
-        script.main()
-    assert end.value.code == 2 and ": run python main.py first" in capsys.readouterr().err
+    assert ": run python main.py first" in error_of(script.main, "--device", "cpu")
 
 
 # --- Attention, export ------------------------------------------------------------------------------------------------
@@ -235,17 +231,3 @@ def test_attention_pictures(run, images, tmp_path):
     assert attention.shape == (2, 2, 4, 3) and attention.sum(dim=(2, 3)).max() < 1
     with pytest.raises(SystemExit):
         visualize_attention.parse_args(["--threshold", "2"])
-
-
-def test_timm_knows_the_published_shapes():
-    with torch.device("meta"):
-        encoder = CARD.build("deit_small", img_size=32)
-    options = {"in_chans": 3, **CARD.sizes("deit_small", encoder.state_dict())}
-    expected = {
-        "model_name": "vit_small_patch16_224",
-        "num_classes": 0,
-        "patch_size": 16,
-        "img_size": 32,
-        "in_chans": 3,
-    }
-    assert timm_arguments(export.timm_name("deit_small"), encoder, options) == expected

@@ -1,17 +1,11 @@
 """Official checkpoint layouts, strictly; hub entries and the released files; jobs."""
 
-import pytest
 import torch
 
-import hubconf
 from msn import linear_eval, main_distributed
 from msn import main as main_msn
 from msn.hub import load_pretrained
 from msn.vision_transformer import ProjectionHead, build
-from shared.networks.weights import WeightMismatch
-from tests.msn.tiny import ONE_EPOCH, losses, state_of
-
-ENTRIES = [name for name in dir(hubconf) if name.startswith("msn_")]
 
 
 def official_file(path, model_name: str = "deit_tiny", **sizes):
@@ -37,33 +31,7 @@ def test_released_files_fill_the_encoder_and_sizes_come_from_the_file(tmp_path):
     torch.testing.assert_close(other.norm.bias, source.norm.bias + 1)
 
 
-def test_what_does_not_fit_is_refused_by_name(tmp_path):
-    official_file(tmp_path / "a.pth.tar", patch_size=8, img_size=16)
-    checkpoint = torch.load(tmp_path / "a.pth.tar", weights_only=True)
-    del checkpoint["target_encoder"]["module.norm.bias"]
-    torch.save(checkpoint, tmp_path / "part.pth.tar")
-    with pytest.raises(WeightMismatch, match=r"missing in the file: norm\.bias"):
-        load_pretrained("deit_tiny", tmp_path, "part.pth.tar")
-    load_pretrained("deit_tiny", tmp_path, "part.pth.tar", allow_partial=True)
-    with pytest.raises(WeightMismatch, match="entries of the network matched"):
-        load_pretrained("deit_small", tmp_path, "a.pth.tar")
-    with pytest.raises(WeightMismatch, match="--checkpoint_key teacher"):
-        load_pretrained("deit_tiny", tmp_path, "a.pth.tar", "teacher")
-    with pytest.raises(ValueError, match="no weights are released for --model_name deit_tiny"):
-        load_pretrained("deit_tiny")
-    with pytest.raises(ValueError, match=r"nowhere\.pth is neither a file nor a release"):
-        load_pretrained("deit_tiny", "nowhere.pth")
-
-
 # --- Jobs -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def submitted(monkeypatch):
-    """The arguments that would have been submitted."""
-    calls = []
-    monkeypatch.setattr(main_distributed.slurm, "submit", lambda train, args: calls.append((train, args)))
-    return calls
 
 
 def test_the_official_launch_is_understood(submitted):
@@ -85,10 +53,3 @@ def test_linear_evaluation_is_a_job_too(submitted):
     train, args = submitted[0]
     assert train is linear_eval.linear_eval
     assert (args.ngpus, args.lr, args.job_name) == (8, 6.4, "msn-linear")
-
-
-def test_debug_trains_in_this_process(images, tmp_path):
-    flags = [*ONE_EPOCH, "--data_path", str(images), "--ngpus", "0", "--output_dir", str(tmp_path / "%j")]
-    main_distributed.main([*flags, "--cluster", "debug"])
-    assert len(losses(tmp_path / "debug")) == 3
-    assert state_of(tmp_path / "debug")["epoch"] == 1

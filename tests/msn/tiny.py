@@ -3,11 +3,7 @@
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
-from PIL import Image
-
-from shared.run.checkpoint import load_latest
-from shared.run.log import read_log
+from tests.run_folders import lines
 from tests.tiny_training import Training
 
 TINY_VIT = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -60,29 +56,9 @@ def small_networks():
     return mock.patch.dict(vision_transformer.ARCHITECTURES, deit_tiny=TINY_VIT)
 
 
-def write_images(folder: Path, per_class: int = 8) -> Path:
-    """Three class folders of coarse blocks around a colour of the class."""
-    rng = np.random.default_rng(0)
-    for i in range(3 * per_class):
-        path = folder / f"class{i % 3}" / f"class{i % 3}_{i:02d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        colour = np.array([40, 40, 40]) + 150 * np.eye(3)[i % 3]
-        blocks = np.clip(rng.normal(colour, 40, size=(5, 6, 3)), 0, 255).astype(np.uint8)
-        Image.fromarray(blocks.repeat(8, axis=0).repeat(8, axis=1)).save(path)
-    return folder
-
-
 def train(output_dir: Path, *flags) -> list[dict]:
     """Lines of the log of a run of three steps, if these flags do not make it longer."""
     from msn.main import parse_args, train_msn
 
     train_msn(parse_args([*ONE_EPOCH, "--folder", str(output_dir), *map(str, flags)]))
-    return read_log(Path(output_dir) / "metrics.jsonl")
-
-
-def losses(output_dir: Path) -> list[float]:
-    return [line["loss"] for line in read_log(Path(output_dir) / "metrics.jsonl") if "loss" in line]
-
-
-def state_of(output_dir: Path) -> dict:
-    return load_latest(Path(output_dir) / CHECKPOINT)
+    return lines(output_dir)

@@ -1,13 +1,10 @@
 """The programs that follow a training: classification, both kinds of fine-tuning, pseudo-labels, the demonstration."""
 
-import contextlib
 import csv
-import io
 import json
 import os
 import shutil
 import signal
-import sys
 
 import numpy as np
 import pytest
@@ -21,9 +18,11 @@ from shared.images.decode import ImageError
 from shared.run.attempt import Interrupted
 from shared.run.run import Run
 from shared.supervised.evaluation import evaluate_classifier
+from tests.command_lines import error_of
 from tests.interruption import interrupting
-from tests.paws.tiny import TINY, comparable, lines, state_of, train, write_own_pictures
+from tests.paws.tiny import TINY, comparable, train, write_own_pictures
 from tests.reliability.runs import assert_same, write_images
+from tests.run_folders import lines, state_of
 
 SAME = ("--dataset", "digits", "--image_size", "12", "--model_name", "wide_resnet10w1", "--num_workers", "0")
 RUN = ("--device", "cpu", "--log_freq", "1")
@@ -290,11 +289,8 @@ def test_pictures_of_folders_are_labelled_and_none_is_an_error(run, tmp_path):
 @pytest.mark.parametrize("script", [snn_eval, fine_tune, snn_fine_tune, pseudo_labels])
 def test_without_weights_the_run_on_the_embedded_images_is_taken_for_them_alone(script, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    for flags, message in ((["--data_path", "images"], "--pretrained is missing"), ([], "run python main.py first")):
-        monkeypatch.setattr(sys, "argv", ["script", "--device", "cpu", *flags])
-        with pytest.raises(SystemExit) as end, contextlib.redirect_stderr(io.StringIO()) as printed:
-            script.main()
-        assert end.value.code == 2 and message in printed.getvalue()
+    assert "--pretrained is missing" in error_of(script.main, "--device", "cpu", "--data_path", "images")
+    assert "run python main.py first" in error_of(script.main, "--device", "cpu")
 
 
 # --- The demonstration ------------------------------------------------------------------------------------------------

@@ -12,8 +12,6 @@ from paws.heads import classification_head
 from paws.hub import CARD
 from shared.networks import pretrained
 from shared.networks.weights import WeightMismatch
-from tests.paws.tiny import ROOT
-from tests.standalone import load_alone
 
 # --- Networks ---------------------------------------------------------------------------------------------------------
 
@@ -73,15 +71,6 @@ def test_without_a_prediction_head_anchors_are_what_targets_are():
 def test_unknown_networks_are_an_error(name, message):
     with pytest.raises(ValueError, match=message):
         build_encoder(name, 8)
-
-
-def test_the_network_files_need_torch_alone(tmp_path):
-    resnet, wide_resnet, heads = (
-        load_alone(ROOT / f"paws/{name}.py", tmp_path) for name in ("resnet", "wide_resnet", "heads")
-    )
-    assert wide_resnet.WideResNet(10, 1).eval()(torch.zeros(1, 3, 16, 16)).shape == (1, 64)
-    assert resnet.ResNet((1, 1, 1, 1), base_planes=8).eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 256)
-    assert heads.projection_head(8, 4).eval()(torch.zeros(1, 8)).shape == (1, 4)
 
 
 # --- Files ----------------------------------------------------------------------------------------------------------

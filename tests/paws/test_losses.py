@@ -1,8 +1,10 @@
-"""What the losses promise beyond the values of ``tests/golden/test_paws.py``."""
+"""What losses and groups promise beyond the values of ``tests/golden/test_paws.py``."""
 
 import torch
 
+from paws.encoder import build_encoder
 from paws.losses import paws_loss, sharpen, support_labels
+from paws.optimisation import parameter_groups
 
 K, S, V, D = 4, 3, 2, 8  # classes, supports of each, views, dimensions
 
@@ -33,3 +35,22 @@ def test_labels_of_several_views_are_in_the_order_in_which_processes_gather_them
     found = labels.argmax(dim=1).view(3, V, S, 2)  # rank, view, image, class
     for rank in range(3):
         assert (found[rank] == torch.tensor([2 * rank, 2 * rank + 1])).all()
+
+
+# --- Groups of parameters ---------------------------------------------------------------------------------------------
+
+
+def test_biases_and_batch_norms_are_excluded_but_for_that_of_a_shortcut():
+    with torch.device("meta"):
+        encoder = build_encoder("resnet50", 16, use_pred_head=True)
+    adapted, excluded = parameter_groups(encoder, 1e-6)
+    names = {id(p): name for name, p in encoder.named_parameters()}
+    vectors = {names[id(p)] for p in adapted["params"] if p.ndim == 1}
+    assert vectors == {f"layer{i}.0.downsample.1.weight" for i in range(1, 5)}  # its name has no "bn"
+    assert all(p.ndim == 1 for p in excluded["params"]) and excluded["weight_decay"] == 0
+    assert len(adapted["params"]) + len(excluded["params"]) == len(names)
+
+
+def test_in_networks_of_libraries_all_vectors_are_excluded():
+    adapted, _ = parameter_groups(build_encoder("test_resnet", 16), 1e-6)
+    assert all(p.ndim > 1 for p in adapted["params"])

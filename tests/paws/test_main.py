@@ -11,15 +11,9 @@ import yaml
 
 from paws import main as programs
 from paws import main_distributed, suncet_train
-from tests.paws.tiny import (
-    ROOT,
-    SUNCET,
-    TINY,
-    lines,
-    state_of,
-    train,
-    write_own_pictures,
-)
+from tests.command_lines import error_of
+from tests.paws.tiny import ROOT, SUNCET, TINY, train, write_own_pictures
+from tests.run_folders import lines, state_of
 
 CONFIGS = ROOT / "paws/configs"
 FEW = ("--labels_per_class", 2)
@@ -200,13 +194,9 @@ def test_a_person_with_few_labels_gets_pseudo_labels_with_one_command(tmp_path, 
         (["--color_jitter_strength", "3"], "--color_jitter_strength 3.0 is outside"),
     ],
 )
-def test_bad_input_is_one_clear_message(images, tmp_path, flags, message, monkeypatch, capsys):
-    arguments = [*TINY, *FEW, "--data_path", images, "--output_dir", tmp_path, *flags]
-    monkeypatch.setattr(sys, "argv", ["main.py", *map(str, arguments)])
-    with pytest.raises(SystemExit) as end:
-        programs.main()
-    assert end.value.code == 2
-    assert message in capsys.readouterr().err
+def test_bad_input_is_one_clear_message(images, tmp_path, flags, message):
+    given = (*TINY, *FEW, "--data_path", images, "--output_dir", tmp_path)
+    assert message in error_of(programs.main, *given, *flags)
 
 
 def test_a_labelled_image_that_cannot_be_read_is_named(tmp_path):
@@ -229,14 +219,6 @@ def test_suncet_stops_its_supervised_loss(images, tmp_path):
 
 
 # --- Jobs -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def submitted(monkeypatch):
-    """The arguments that would have been submitted."""
-    calls = []
-    monkeypatch.setattr(main_distributed.slurm, "submit", lambda train, args: calls.append((train, args)))
-    return calls
 
 
 @pytest.mark.parametrize("program", ["paws_train", "suncet_train", "fine_tune", "snn_fine_tune"])

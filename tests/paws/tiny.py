@@ -6,8 +6,7 @@ import numpy as np
 from PIL import Image
 
 from paws import paws_train
-from shared.run.checkpoint import load_latest
-from shared.run.log import read_log
+from tests.run_folders import lines
 from tests.tiny_training import Training
 
 COMMON = (
@@ -65,18 +64,6 @@ def train(output_dir, *flags) -> list[dict]:
     arguments = [*TINY, "--output_dir", str(output_dir), *map(str, flags)]
     paws_train.train_paws(paws_train.parse_args(arguments))
     return lines(output_dir)
-
-
-def lines(output_dir, log: str = "metrics") -> list[dict]:
-    return read_log(Path(output_dir) / f"{log}.jsonl")
-
-
-def losses(output_dir) -> list[float]:
-    return [line["loss"] for line in lines(output_dir) if "loss" in line]
-
-
-def state_of(output_dir, name: str = "paws-latest.pth.tar") -> dict:
-    return load_latest(Path(output_dir) / name)
 
 
 def comparable(state: dict) -> dict:

@@ -79,5 +79,3 @@ def test_weights_of_another_network_are_refused(tmp_path):
     torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "other.pth")
     with pytest.raises(WeightMismatch, match="holds no ResMLP"):
         load_network(tmp_path / "other.pth")
-    with pytest.raises(ValueError, match=r"--pretrained_weights nowhere\.pth is neither a file nor a release"):
-        load_network("nowhere.pth")

@@ -1,16 +1,12 @@
 """The network: the paper's table, timm's network, official layouts, other image sizes."""
 
-from pathlib import Path
-
 import pytest
 import timm
 import torch
 from timm.models import mlp_mixer
 from torch.utils.flop_counter import FlopCounterMode
 
-from resmlp import resmlp_models
 from resmlp.resmlp_models import ARCHITECTURES, CrossPatchLinear, ResMLP, resize_cross_patch_layers, resmlpB_24
-from tests.standalone import load_alone
 
 # Parameters of table 1 (S36's row in the README is that of B24/16), official LayerScale, entries of the state dict
 TABLE = {
@@ -135,8 +131,3 @@ def test_the_classifier_can_be_replaced():
     network.reset_classifier(5)
     assert network(torch.zeros(2, 3, 16, 16)).shape == (2, 5)
     assert network.get_classifier() is network.head
-
-
-def test_the_file_can_be_lifted_out_alone(tmp_path):
-    alone = load_alone(Path(resmlp_models.__file__), tmp_path)
-    assert alone.resmlp_12(img_size=16, embed_dim=8, depth=1, num_classes=3)(torch.zeros(1, 3, 16, 16)).shape == (1, 3)

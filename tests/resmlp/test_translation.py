@@ -24,6 +24,7 @@ from resmlp.translation.corpus import (
 from resmlp.translation.generated_language import SOURCE_PLURAL, TARGET_OBJECT, TARGET_PLURAL, generate_pairs
 from resmlp.translation.sequence_models import BOS, EOS, NETWORKS, PAD, UNK, Attention, CrossTokenLinear, Translator
 from shared.run.checkpoint import load_latest
+from tests.command_lines import error_of
 from tests.processes import run_processes
 from tests.resmlp import tiny
 from tests.run_folders import lines
@@ -375,18 +376,13 @@ def test_two_processes_weigh_every_token_as_one_process_does():
         (["--dropout", "1.5"], "--dropout 1.5 is outside [0, 1)"),
     ],
 )
-def test_mistakes_on_the_command_line_are_named(flags, message, capsys):
-    with pytest.raises(SystemExit):
-        translation.parse_args(flags)
-    assert message in capsys.readouterr().err
+def test_mistakes_on_the_command_line_are_named(flags, message):
+    assert message in error_of(translation.parse_args, *flags)
 
 
 @pytest.mark.parametrize("flag", ["--beam", "--batch_sentences"])
-def test_mistakes_on_the_command_line_of_translate_are_named(flag, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["translate.py", flag, "0"])
-    with pytest.raises(SystemExit):
-        translate.main()
-    assert f"{flag} 0 is less than 1" in capsys.readouterr().err
+def test_mistakes_on_the_command_line_of_translate_are_named(flag):
+    assert f"{flag} 0 is less than 1" in error_of(translate.main, flag, 0)
 
 
 def test_the_vocabulary_of_another_run_is_refused(tmp_path, few_sentences, capsys):

@@ -95,17 +95,6 @@ def test_a_slurm_allocation_of_several_tasks_without_srun_is_not_trained_as_one_
         distributed.init(device="cpu")
 
 
-def test_a_single_process_needs_no_group(launcher):
-    assert distributed.init(device="cpu") == torch.device("cpu")
-    assert not distributed.is_initialized()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU on a machine without one")
-def test_asking_for_a_gpu_where_there_is_none_is_an_error(launcher):
-    with pytest.raises(ValueError, match="--device cuda: no GPU"):
-        distributed.init(device="cuda")
-
-
 def raise_lost_rank(rank):
     try:
         with distributed.naming_lost_ranks():

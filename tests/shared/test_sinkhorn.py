@@ -1,5 +1,4 @@
 import math
-from itertools import pairwise
 
 import pytest
 import torch
@@ -78,25 +77,6 @@ def test_prototypes_that_samples_compete_for_are_shared_at_any_range(limit, num_
 def test_every_sample_has_mass_one_at_any_range_of_scores(scale):
     assignments = sinkhorn_knopp(scale * cosines(40, 10), epsilon=1.0)
     torch.testing.assert_close(assignments.sum(dim=1), torch.ones(40))
-
-
-def test_a_prototype_that_no_sample_is_near_still_gets_its_share():
-    """Its column underflows in exp(scores / epsilon), where the plain iteration divides 0 by 0."""
-    scores = cosines(40, 10)
-    scores[:, 3] = -1000.0
-    assignments = sinkhorn_knopp(scores, num_iters=100)
-    torch.testing.assert_close(assignments.sum(dim=0), torch.full((10,), 4.0), rtol=1e-3, atol=0)
-
-
-def test_assignments_use_every_prototype_equally_when_the_iteration_converges():
-    assignments = sinkhorn_knopp(cosines(64, 8), epsilon=0.5, num_iters=100)
-    torch.testing.assert_close(assignments.sum(dim=0), torch.full((8,), 8.0))
-
-
-def test_prototypes_get_more_equal_with_every_iteration():
-    scores = cosines(64, 8)
-    unevenness = [sinkhorn_knopp(scores, num_iters=n).sum(dim=0).std().item() for n in (1, 2, 4, 8, 16)]
-    assert all(later < earlier for earlier, later in pairwise(unevenness))
 
 
 @pytest.mark.parametrize("epsilon", [0.05, 1e-3])

@@ -15,8 +15,9 @@ from swav.cluster_pictures import mosaic, save_contact_sheet, save_overview, sav
 from swav.clustering import Clustering, assign, describe, merge_prototypes, purity, summarise
 from swav.clusters import take_prototypes
 from swav.hub import CARD
+from tests.pictures import write_class_folders
 from tests.shared.pictures.test_sheets import assert_nothing_is_clipped, read
-from tests.swav.tiny import build_small, finetuned_checkpoint, make_network, pretraining_file, write_class_folders
+from tests.swav.tiny import build_small, finetuned_checkpoint, make_network, pretraining_file
 
 RED = list(ImageColor.getrgb(DIFFER))
 SMALL = ["--image_size", "32", "--workers", "0", "--device", "cpu"]

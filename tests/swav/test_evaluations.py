@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision import transforms
 
-from shared import distributed
 from shared.evaluation import frozen, linear
 from shared.images.labelled import open_labelled
 from shared.images.sources import open_source
@@ -18,6 +17,7 @@ from swav import eval_knn, eval_linear, eval_semisup, evaluation, main_swav, res
 from swav.eval_semisup import drawn_images, labelled_subset
 from swav.hub import CARD
 from tests.interruption import interrupting
+from tests.pictures import write_train_and_val
 from tests.processes import run_processes
 from tests.shared.photographs import photograph
 from tests.swav.tiny import (
@@ -27,7 +27,6 @@ from tests.swav.tiny import (
     make_network,
     small_resnet50,
     training_checkpoint,
-    write_train_and_val,
 )
 
 SMALL = ["--pretrained", "random", "--image_size", "32", "--workers", "0", "--device", "cpu"]
@@ -103,24 +102,6 @@ def test_defaults_for_the_embedded_images_are_those_of_the_training():
 
 
 # --- k-NN -------------------------------------------------------------------------------------------------------------
-
-
-def test_features_are_those_of_the_trunk_before_the_head(data, tmp_path, monkeypatch):
-    source = make_network()
-    torch.save(training_checkpoint(source), tmp_path / "checkpoint.pth.tar")
-    seen = []
-    monkeypatch.setattr(frozen, "knn_accuracies", lambda *a, **_: seen.append(a) or {})
-    classify("--data_path", data, "--pretrained", tmp_path / "checkpoint.pth.tar", "--nb_knn", 1)
-    train_features, train_labels, val_features, _, ks, temperature = seen[0]
-    assert train_features.shape == (18, 256)
-    assert val_features.shape == (9, 256)
-    assert (ks, temperature) == ([1], 0.07)
-    assert train_labels.tolist() == [0] * 6 + [1] * 6 + [2] * 6
-    torch.testing.assert_close(val_features.norm(dim=1), torch.ones(9))
-    _, val = open_labelled(str(data), None)
-    dataset = frozen.EvalDataset(val, frozen.eval_transform(CARD, 32, source))
-    expected = torch.nn.functional.normalize(source.forward_backbone(dataset[0][0][None]), dim=1)
-    torch.testing.assert_close(val_features[:1], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_images_are_prepared_as_in_the_official_code():
@@ -314,7 +295,6 @@ GENTLE = ["--lr", "0.001", "--lr_last_layer", "0.02", "--epochs", "2"]
 
 
 def finetune_on_rank(rank, data, dump_path):
-    distributed.init = lambda *_: torch.device("cpu")  # the processes are joined already
     resnet50.resnet50 = small_resnet50
     return finetune(data, dump_path, *GENTLE, "--batch_size", 3)
 

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -6,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from shared.sinkhorn import sinkhorn_knopp
+from swav.larc import LARC
 from swav.losses import EmbeddingQueue, SwappedPrediction, cluster_classification, normalize_prototypes_
 from tests.processes import run_processes
 
@@ -123,3 +125,38 @@ def test_an_official_queue_file_counts_the_rows_that_were_written():
     assert queue.pushed == [2, 2] and not queue.is_full(0)
     with pytest.raises(ValueError, match=r"\(2, 4, 3\)"):
         EmbeddingQueue(2, 6, 3).load_rows(stored)
+
+
+# --- LARC -------------------------------------------------------------------------------------------------------------
+
+
+def by_loops(p, g, buffer, lr, weight_decay, clip):
+    """The definition with plain numbers for the norms; returns the new tensor and momentum."""
+    p_norm, g_norm = math.sqrt((p**2).sum()), math.sqrt((g**2).sum())
+    if p_norm > 0 and g_norm > 0:
+        rate = 0.001 * p_norm / (g_norm + weight_decay * p_norm + 1e-8)
+        if clip:
+            rate = min(rate / lr, 1)
+        g = rate * (g + weight_decay * p)
+    buffer = 0.9 * buffer + g
+    return p - lr * buffer, buffer
+
+
+def test_the_state_of_plain_sgd_is_taken_over_with_its_gaps():
+    network = nn.Linear(3, 2)
+    sgd = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    network.weight.grad = torch.ones(2, 3)
+    sgd.step()  # the bias, like frozen prototypes, has no momentum yet
+    optimizer = LARC(network.parameters(), lr=0.0)
+    optimizer.load_state_dict(copy.deepcopy(sgd.state_dict()))
+    before = sgd.state[network.weight]["momentum_buffer"].clone()
+    for p in network.parameters():
+        p.grad = torch.ones_like(p)
+    weight, bias = network.weight.detach().double(), network.bias.detach().double()
+    expected = [
+        by_loops(weight, torch.ones(2, 3).double(), before.double(), 0.1, 0.1, clip=False)[0],
+        by_loops(bias, torch.ones(2).double(), torch.zeros(2).double(), 0.1, 0.1, clip=False)[0],
+    ]
+    optimizer.step()
+    for found, p in zip(network.parameters(), expected, strict=True):
+        torch.testing.assert_close(found.detach().double(), p, rtol=1e-5, atol=1e-7)

@@ -2,23 +2,19 @@
 
 import json
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from swav import main_swav
+from swav.augmentations import swav_views
 from swav.main_swav import get_args_parser, parse_args, rows_of_queue
-from tests.command_lines import assert_values_arrive
+from tests.command_lines import assert_values_arrive, error_of
 from tests.processes import run_processes
 from tests.run_folders import lines, losses, state_of
-from tests.standalone import load_alone
 from tests.swav.tiny import SWAV, train_on_rank
 from tests.swav.tiny import train_swav as train
-
-ROOT = Path(__file__).resolve().parents[2]
 
 QUEUE = ("--queue_length", 16, "--epoch_queue_starts", 0)
 
@@ -151,12 +147,6 @@ def test_an_official_checkpoint_with_its_queue_files_is_resumed(images, whole, t
     assert found["state_dict"].keys() == state["state_dict"].keys()
 
 
-def test_the_network_file_needs_torch_alone(tmp_path):
-    resnet50 = load_alone(ROOT / "swav" / "resnet50.py", tmp_path)
-    network = resnet50.ResNet([1, 1, 1, 1], width_per_group=8).eval()
-    assert network(torch.zeros(1, 3, 32, 32)).shape == (1, 256)
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -170,10 +160,35 @@ def test_the_network_file_needs_torch_alone(tmp_path):
         (["--epsilon", "0"], "epsilon must be positive"),
     ],
 )
-def test_bad_input_is_one_clear_message(images, tmp_path, flags, message, monkeypatch, capsys):
-    arguments = [*SWAV, "--data_path", str(images), "--dump_path", str(tmp_path), *flags]
-    monkeypatch.setattr(sys, "argv", ["main_swav.py", *arguments])
-    with pytest.raises(SystemExit) as end:
-        main_swav.main()
-    assert end.value.code == 2
-    assert message in capsys.readouterr().err
+def test_bad_input_is_one_clear_message(images, tmp_path, flags, message):
+    assert message in error_of(main_swav.main, *SWAV, "--data_path", images, "--dump_path", tmp_path, *flags)
+
+
+# --- Views ------------------------------------------------------------------------------------------------------------
+
+
+def test_views_come_resolution_by_resolution():
+    views = swav_views([2, 6], [224, 96], [0.14, 0.05], [1.0, 0.14])
+    assert [view.size_px for view in views] == [224] * 2 + [96] * 6
+    assert [view.scale for view in views] == [(0.14, 1.0)] * 2 + [(0.05, 0.14)] * 6
+
+
+def test_all_views_have_the_same_colours_and_blur():
+    for view in swav_views([1, 2], [32, 16], [0.14, 0.05], [1.0, 0.14]):
+        assert (view.flip_p, view.jitter, view.jitter_p, view.grey_p) == (0.5, (0.8, 0.8, 0.8, 0.2), 0.8, 0.2)
+        assert (view.blur_p, view.blur_radius, view.solarize_p) == (0.5, (0.1, 2.0), 0.0)
+        assert (view.interpolation, view.ratio) == ("bilinear", (3 / 4, 4 / 3))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (([2, 6], [224], [0.14], [1.0]), "--nmb_crops 2 6, --size_crops 224"),
+        (([2], [0], [0.14], [1.0]), "--size_crops 0"),
+        (([1], [32], [0.14], [1.0]), "--nmb_crops 1: at least two"),
+        (([2], [32], [0.9], [0.5]), "scale"),
+    ],
+)
+def test_recipes_that_make_no_sense_are_refused(flags, message):
+    with pytest.raises(ValueError, match=message):
+        swav_views(*flags)

@@ -13,30 +13,6 @@ ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "swav/scripts").glob("*_pretrain.sh"))
 
 
-@pytest.fixture
-def submitted(monkeypatch):
-    """The arguments that would have been submitted."""
-    calls = []
-    monkeypatch.setattr(run_with_submitit.slurm, "submit", lambda train, args: calls.append((train, args)))
-    return calls
-
-
-@pytest.mark.parametrize(
-    ("method", "script", "train"),
-    [
-        ("swav", main_swav, main_swav.train_swav),
-        ("deepclusterv2", main_deepclusterv2, main_deepclusterv2.train_deepclusterv2),
-    ],
-)
-def test_every_training_flag_is_accepted_with_its_default(submitted, method, script, train):
-    run_with_submitit.main(["--method", method, "--data_path", "images", "--nodes", "4"])
-    chosen, args = submitted[0]
-    assert chosen is train
-    assert vars(script.parse_args(["--data_path", "images"])).items() <= vars(args).items()
-    assert (args.nodes, args.job_name) == (4, method)
-    assert not hasattr(args, "method")
-
-
 def started(recipe: Path, launcher: str, folder: Path) -> list[str]:
     """The command that a recipe would start, from a shell where ``python`` and ``torchrun`` only print."""
     for program in ("python", "torchrun"):

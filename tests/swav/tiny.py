@@ -1,14 +1,11 @@
 """The smallest runs of SwAV and DeepCluster-v2."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from shared import distributed
 from swav import hub, resnet50
 from tests.run_folders import lines
 from tests.tiny_training import Training
@@ -82,38 +79,7 @@ def train_deepclusterv2(output_dir, *flags) -> list[dict]:
 
 
 def train_on_rank(rank: int, train: Callable, *flags) -> None:
-    """One of several processes of ``run_processes``, which have joined already."""
-    distributed.init = lambda *_: torch.device("cpu")
     train(*flags)
-
-
-# --- Labelled images --------------------------------------------------------------------------------------------------
-
-COLOURS = {"blue": (30, 60, 200), "green": (40, 180, 60), "red": (200, 50, 40)}
-
-
-def write_picture(path: Path, seed: int, colour: tuple[int, int, int]) -> Path:
-    """Coarse random blocks around a colour, 40 x 48 pixels."""
-    noise = np.random.default_rng(seed).normal(0, 25, size=(5, 6, 3))
-    blocks = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(blocks.repeat(8, axis=0).repeat(8, axis=1)).save(path)
-    return path
-
-
-def write_class_folders(root: Path, images_per_class: int, seed: int = 0) -> Path:
-    """``root/<colour>/<number>.png``."""
-    for c, (name, colour) in enumerate(COLOURS.items()):
-        for i in range(images_per_class):
-            write_picture(root / name / f"{i:03d}.png", 1000 * seed + 100 * c + i, colour)
-    return root
-
-
-def write_train_and_val(root: Path) -> Path:
-    """Six images of each class to learn from, three to classify."""
-    write_class_folders(root / "train", 6)
-    write_class_folders(root / "val", 3, seed=1)
-    return root
 
 
 # --- Small networks, and files of every layout that the official code writes, made from them --------------------------

@@ -1,14 +1,12 @@
 """XCiT's network: equal to timm's, the paper's table, any image size, gradients, parts from their formulas."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.standalone import load_alone
 from xcit import cross_covariance_transformer
 from xcit.cross_covariance_transformer import (
     ARCHITECTURES,
@@ -128,8 +126,3 @@ def test_initial_weights():
     assert network.pos_embeder.token_projection.weight.abs().max().item() == pytest.approx(bound, rel=0.01)
     with torch.device("meta"):
         assert "cls_token" in network.no_weight_decay()
-
-
-def test_the_network_file_needs_torch_alone(tmp_path):
-    network = load_alone(Path(cross_covariance_transformer.__file__), tmp_path)
-    assert network.xcit_nano_12_p16()(torch.zeros(2, 3, 32, 32)).shape == (2, 1000)

@@ -1,8 +1,5 @@
 """The smallest runs of XCiT."""
 
-import torch
-
-from shared import distributed
 from tests.run_folders import lines
 from tests.tiny_training import Training
 
@@ -29,8 +26,6 @@ def train(output_dir, *flags) -> list[dict]:
 
 
 def train_on_rank(rank: int, *flags) -> None:
-    """One of several processes of ``run_processes``, which have joined already."""
-    distributed.init = lambda *_: torch.device("cpu")
     shrink_networks()
     train(*flags)
 

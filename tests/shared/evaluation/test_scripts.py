@@ -18,7 +18,7 @@ from shared.images.decode import ImageError
 from swav import hub as swav_hub
 from tests.interruption import interrupting
 from tests.msn.tiny import small_networks
-from tests.swav.tiny import write_class_folders, write_picture, write_train_and_val
+from tests.pictures import picture, write_class_folders, write_image, write_train_and_val
 
 DEVICE = ["--device", "cpu", "--num_workers", "0"]
 # script: flag of its weights, flags of the run besides, a flag that contradicts it and what the message names
@@ -197,9 +197,9 @@ def test_classes_are_matched_by_name_not_by_place(weights, tmp_path):
     lines = []
     for i, (name, colour) in enumerate(colours.items()):
         for number in range(3):
-            file = write_picture(tmp_path / f"{name}-{number}.png", 10 * i + number, colour)
+            file = write_image(tmp_path / f"{name}-{number}.png", picture(10 * i + number, colour))
             lines.append(f"{file.name}\t{name}\n")
-            write_picture(tmp_path / "val" / name / f"{number}.png", 100 + 10 * i + number, colour)
+            write_image(tmp_path / "val" / name / f"{number}.png", picture(100 + 10 * i + number, colour))
     (tmp_path / "train.txt").write_text("".join(lines))
     found = knn("dino", weights, tmp_path / "train.txt", "--val_path", tmp_path / "val", "--nb_knn", 1)
     assert found[1][0] == 100

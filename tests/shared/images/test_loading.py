@@ -26,7 +26,7 @@ from shared.images.loading import (
     default_num_workers,
     make_loader,
 )
-from shared.images.sources import ArraySource, FileSource
+from shared.images.sources import FileSource
 from tests.processes import SERVER
 from tests.shared.photographs import encoded, photograph
 
@@ -304,12 +304,6 @@ def test_a_script_that_fails_with_workers_ends():
     assert run.returncode == 1 and run.stderr.endswith("KeyError: 'a bug'\n")
 
 
-def test_without_workers_the_loader_runs_in_this_process():
-    loader = make_loader(Keys(), batch_sampler=EpochBatchSampler(4, 2))
-    assert {process for _, process, _ in loader} == {os.getpid()}
-    assert not loader.pin_memory
-
-
 def test_cores_are_shared_out_between_the_ranks_of_a_machine(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
@@ -318,13 +312,6 @@ def test_cores_are_shared_out_between_the_ranks_of_a_machine(monkeypatch):
     assert default_num_workers() == 1
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
     assert default_num_workers() == 0
-
-
-def test_array_sources_serve_grey_and_colour():
-    grey = ArraySource("grey", np.arange(32, dtype=np.uint8).reshape(2, 4, 4)).load(1).decode()
-    assert grey.shape == (4, 4, 3) and (grey == np.arange(16, 32).reshape(4, 4, 1)).all()
-    colour = np.arange(96, dtype=np.uint8).reshape(2, 4, 4, 3)
-    np.testing.assert_array_equal(ArraySource("colour", colour).load(0).decode(), colour[0])
 
 
 def load_after_opencv_has_used_its_threads(batches):

@@ -28,7 +28,7 @@ def parse(*arguments: str) -> argparse.Namespace:
 
 
 @pytest.fixture
-def job_environment(monkeypatch, tmp_path):
+def job_environment(tmp_path):
     """The variables of rank 1 of 2 in the second attempt of job 41."""
     handlers = {number: signal.getsignal(number) for number in slurm.STOP_SIGNALS}
     environment = {**os.environ}
@@ -52,10 +52,26 @@ def job_environment(monkeypatch, tmp_path):
         signal.signal(number, handler)
 
 
-def program(folder: Path, name: str, script: str) -> None:
-    folder.mkdir(exist_ok=True)
-    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
-    (folder / name).chmod(0o755)
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    """Writes a shell script that is called in place of the program of its name."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+    def write(name: str, script: str) -> None:
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o755)
+
+    return write
+
+
+@pytest.fixture
+def pauses(monkeypatch):
+    """Seconds that were waited for the controller, in no time."""
+    pauses = []
+    monkeypatch.setattr(slurm, "time", SimpleNamespace(sleep=pauses.append))
+    return pauses
 
 
 # -- flags
@@ -67,10 +83,9 @@ def test_flags_have_the_official_names_and_defaults():
     assert (args.partition, args.use_volta32, args.comment) == ("", False, "")
 
 
-def test_the_batch_script_asks_for_what_the_flags_say(tmp_path, monkeypatch):
-    program(tmp_path / "bin", "srun", "exit 1")
-    program(tmp_path / "bin", "sbatch", f'cp "$1" {tmp_path}/script; echo Submitted batch job 7')
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+def test_the_batch_script_asks_for_what_the_flags_say(tmp_path, program):
+    program("srun", "exit 1")
+    program("sbatch", f'cp "$1" {tmp_path}/script; echo Submitted batch job 7')
     flags = "--nodes 3 --ngpus 4 --timeout 60 --partition big --use_volta32 --constraint ib --comment deadline"
     options = "--slurm_option account=vision --slurm_option exclusive --slurm_option gres=nvme:1"
     job = slurm.submit(jobs.say_rank, parse("--output_dir", f"{tmp_path}/run-%j", *flags.split(), *options.split()))
@@ -102,21 +117,21 @@ def test_the_batch_script_asks_for_what_the_flags_say(tmp_path, monkeypatch):
     assert job.paths.submitted_pickle == tmp_path / "run-7" / "submitit" / "7_submitted.pkl"
 
 
-def test_a_dry_run_prints_the_batch_file_and_what_sbatch_says_of_it(tmp_path, monkeypatch, capsys):
+def test_a_dry_run_prints_the_batch_file_and_what_sbatch_says_of_it(tmp_path, monkeypatch, capsys, program):
     parsed = parse(
         "--output_dir", f"{tmp_path}/run-%j", "--dry_run", "--partition", "big", "--slurm_option", "account=me"
     )
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     assert slurm.submit(jobs.say_rank, parsed) is None
     assert "Partition and account are not checked: there is no sbatch" in capsys.readouterr().out
-    program(tmp_path / "bin", "sbatch", '[ "$1" = --test-only ] && echo "sbatch: Job 8 to start at noon" >&2')
+    program("sbatch", '[ "$1" = --test-only ] && echo "sbatch: Job 8 to start at noon" >&2')
     slurm.submit(jobs.say_rank, parsed)
     printed = capsys.readouterr().out
     for line in ("#SBATCH --partition=big", "#SBATCH --account=me", "#SBATCH --signal=USR2@120"):
         assert line in printed.splitlines()
     assert f"-u -m submitit.core._submit {tmp_path}/run-%j/submitit" in printed
     assert "Not submitted. sbatch: Job 8 to start at noon" in printed and not list(tmp_path.glob("run*"))
-    program(tmp_path / "bin", "sbatch", 'echo "sbatch: error: invalid partition specified: big" >&2; exit 1')
+    program("sbatch", 'echo "sbatch: error: invalid partition specified: big" >&2; exit 1')
     with pytest.raises(ValueError, match=r"sbatch would refuse the job: .*invalid partition specified: big"):
         slurm.submit(jobs.say_rank, parsed)
 
@@ -136,10 +151,9 @@ def test_a_dry_run_names_paths_that_do_not_fit(names, message, tmp_path):
         slurm.submit(jobs.say_rank, parsed)
 
 
-def test_a_cpu_job_asks_for_no_gpu(tmp_path, monkeypatch):
-    program(tmp_path / "bin", "srun", "exit 1")
-    program(tmp_path / "bin", "sbatch", f'cp "$1" {tmp_path}/script; echo Submitted batch job 7')
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+def test_a_cpu_job_asks_for_no_gpu(tmp_path, program):
+    program("srun", "exit 1")
+    program("sbatch", f'cp "$1" {tmp_path}/script; echo Submitted batch job 7')
     slurm.submit(jobs.say_rank, parse("--output_dir", str(tmp_path), "--ngpus", "0"))
     script = (tmp_path / "script").read_text()
     assert "--ntasks-per-node=1\n" in script
@@ -147,10 +161,9 @@ def test_a_cpu_job_asks_for_no_gpu(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("ngpus", "device"), [("0", "cpu"), ("8", "cuda")])
-def test_the_processes_use_the_device_that_was_asked_for(tmp_path, monkeypatch, ngpus, device):
-    program(tmp_path / "bin", "srun", "exit 1")
-    program(tmp_path / "bin", "sbatch", "echo Submitted batch job 7")
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+def test_the_processes_use_the_device_that_was_asked_for(tmp_path, ngpus, device, program):
+    program("srun", "exit 1")
+    program("sbatch", "echo Submitted batch job 7")
     args = parse("--output_dir", str(tmp_path), "--ngpus", ngpus)
     args.device = "auto"
     job = slurm.submit(jobs.say_rank, args)
@@ -171,9 +184,8 @@ def test_the_processes_use_the_device_that_was_asked_for(tmp_path, monkeypatch, 
         (("--timeout", "1", "--signal_delay_s", "60"), "--signal_delay_s 60"),
     ],
 )
-def test_flags_that_make_no_job_are_refused(tmp_path, monkeypatch, arguments, message):
-    program(tmp_path / "bin", "srun", "exit 1")
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+def test_flags_that_make_no_job_are_refused(tmp_path, arguments, message, program):
+    program("srun", "exit 1")
     with pytest.raises(ValueError, match=message):
         slurm.submit(jobs.say_rank, parse("--output_dir", str(tmp_path), *arguments))
 
@@ -184,10 +196,9 @@ def test_a_machine_without_slurm_is_named_as_such(tmp_path, monkeypatch):
         slurm.submit(jobs.say_rank, parse("--output_dir", str(tmp_path)))
 
 
-def test_a_refusal_by_sbatch_is_passed_on(tmp_path, monkeypatch):
-    program(tmp_path / "bin", "srun", "exit 1")
-    program(tmp_path / "bin", "sbatch", "echo sbatch: error: invalid partition >&2; exit 1")
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+def test_a_refusal_by_sbatch_is_passed_on(tmp_path, program):
+    program("srun", "exit 1")
+    program("sbatch", "echo sbatch: error: invalid partition >&2; exit 1")
     with pytest.raises(ValueError, match=r"sbatch refused the job: .*invalid partition"):
         slurm.submit(jobs.say_rank, parse("--output_dir", str(tmp_path)))
 
@@ -273,9 +284,9 @@ def test_an_error_of_the_current_attempt_is_the_result(job_environment, tmp_path
 
 
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGUSR2"])
-def test_rank_0_requeues_the_job_on_a_warning_signal(job_environment, tmp_path, name):
-    program(tmp_path / "bin", "scontrol", f"echo $@ >> {tmp_path}/calls")
-    os.environ.update(PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}", SLURM_PROCID="0")
+def test_rank_0_requeues_the_job_on_a_warning_signal(job_environment, tmp_path, name, program):
+    program("scontrol", f"echo $@ >> {tmp_path}/calls")
+    os.environ["SLURM_PROCID"] = "0"
     with pytest.raises(SystemExit) as end:
         slurm.Trainer(jobs.kill_self, argparse.Namespace(output_dir=str(tmp_path), number=getattr(signal, name)))()
     assert end.value.code == 0
@@ -288,10 +299,10 @@ def test_the_other_ranks_end_without_an_error_code_on_a_warning_signal(job_envir
     assert end.value.code == 0
 
 
-def ends_on_termination(tmp_path, job_as_scontrol_shows_it: str) -> tuple[SystemExit, str]:
+def ends_on_termination(program, tmp_path, job_as_scontrol_shows_it: str) -> tuple[SystemExit, str]:
     """How rank 0 ends after SIGTERM, and what it told scontrol."""
-    program(tmp_path / "bin", "scontrol", f"echo $@ >> {tmp_path}/calls; echo '{job_as_scontrol_shows_it}'")
-    os.environ.update(PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}", SLURM_PROCID="0")
+    program("scontrol", f"echo $@ >> {tmp_path}/calls; echo '{job_as_scontrol_shows_it}'")
+    os.environ["SLURM_PROCID"] = "0"
     with pytest.raises(SystemExit) as end:
         slurm.Trainer(jobs.kill_self, argparse.Namespace(output_dir=str(tmp_path), number=signal.SIGTERM))()
     return end.value, (tmp_path / "calls").read_text()
@@ -300,15 +311,17 @@ def ends_on_termination(tmp_path, job_as_scontrol_shows_it: str) -> tuple[System
 @pytest.mark.parametrize(
     "state", ["JobState=RUNNING PreemptTime=None", "JobState=CANCELLED PreemptTime=2026-11-22T22:59"]
 )
-def test_a_termination_signal_does_not_requeue(job_environment, tmp_path, state):
-    end, calls = ends_on_termination(tmp_path, state)
+def test_a_termination_signal_does_not_requeue(job_environment, tmp_path, program, state):
+    end, calls = ends_on_termination(program, tmp_path, state)
     assert isinstance(end, Interrupted)
     assert end.code == 128 + signal.SIGTERM
     assert "requeue" not in calls
 
 
-def test_a_termination_signal_of_a_preemption_requeues(job_environment, tmp_path):
-    end, calls = ends_on_termination(tmp_path, "JobId=41 JobState=RUNNING Reason=None PreemptTime=2026-11-22T22:59:17")
+def test_a_termination_signal_of_a_preemption_requeues(job_environment, tmp_path, program):
+    end, calls = ends_on_termination(
+        program, tmp_path, "JobId=41 JobState=RUNNING Reason=None PreemptTime=2026-11-22T22:59:17"
+    )
     assert end.code == 0
     assert calls.splitlines() == ["--oneliner show job 41", "requeue 41"]
 
@@ -320,30 +333,22 @@ def test_a_job_restarted_too_often_stays_stopped_and_says_so(job_environment, tm
         trainer()
 
 
-def test_requeueing_is_tried_again_until_the_controller_agrees(tmp_path, monkeypatch):
-    program(tmp_path / "bin", "scontrol", f"echo $@ >> {tmp_path}/calls; [ $(wc -l < {tmp_path}/calls) -ge 3 ]")
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    pauses = []
-    monkeypatch.setattr(slurm, "time", SimpleNamespace(sleep=pauses.append))
+def test_requeueing_is_tried_again_until_the_controller_agrees(tmp_path, program, pauses):
+    program("scontrol", f"echo $@ >> {tmp_path}/calls; [ $(wc -l < {tmp_path}/calls) -ge 3 ]")
     slurm.requeue("41")
     assert (tmp_path / "calls").read_text() == "requeue 41\n" * 3
     assert pauses == [1, 2]
 
 
-def test_a_request_whose_answer_was_lost_counts_once_the_job_is_pending(tmp_path, monkeypatch):
+def test_a_request_whose_answer_was_lost_counts_once_the_job_is_pending(tmp_path, program, pauses):
     answer = "echo Job is pending execution for job 41 >&2"
-    program(tmp_path / "bin", "scontrol", f"[ -e {tmp_path}/asked ] && {answer}; touch {tmp_path}/asked; exit 1")
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    pauses = []
-    monkeypatch.setattr(slurm, "time", SimpleNamespace(sleep=pauses.append))
+    program("scontrol", f"[ -e {tmp_path}/asked ] && {answer}; touch {tmp_path}/asked; exit 1")
     slurm.requeue("41")
     assert pauses == [1]
 
 
-def test_a_job_that_cannot_be_requeued_fails_with_slurms_reason(tmp_path, monkeypatch):
-    program(tmp_path / "bin", "scontrol", "echo requeue is disabled >&2; exit 1")
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    monkeypatch.setattr(slurm, "time", SimpleNamespace(sleep=lambda seconds: None))
+def test_a_job_that_cannot_be_requeued_fails_with_slurms_reason(program, pauses):
+    program("scontrol", "echo requeue is disabled >&2; exit 1")
     with pytest.raises(RuntimeError, match="could not requeue job 41: requeue is disabled"):
         slurm.requeue("41")
 

@@ -7,7 +7,6 @@ import threading
 from functools import partial
 
 import pytest
-import safetensors.torch
 import timm
 import torch
 import torchvision
@@ -102,19 +101,6 @@ def test_layout_fills_the_whole_network(layout, tmp_path, capsys):
 @pytest.mark.parametrize("layout", ["wrapped", "wrapped and compiled", "classifier", "official, teacher"])
 def test_head_entries_are_counted_apart(layout):
     assert load_backbone_weights(make_backbone(), select_backbone_weights(LAYOUTS[layout])).head_entries == 2
-
-
-def test_safetensors_fill_the_network(tmp_path):
-    safetensors.torch.save_file(WEIGHTS, tmp_path / "weights.safetensors")
-    backbone = make_backbone()
-    load_backbone_weights(backbone, tmp_path / "weights.safetensors")
-    torch.testing.assert_close(backbone.state_dict(), WEIGHTS)
-
-
-def test_checkpoint_key_chooses_the_network():
-    checkpoint = {"student": prefixed("module.backbone.", WEIGHTS), "teacher": prefixed("backbone.", OTHER)}
-    weights = select_backbone_weights(checkpoint, checkpoint_key="student")
-    assert load_backbone_weights(make_backbone(), weights).is_complete()
 
 
 def test_absent_checkpoint_key_is_refused_with_the_present_ones():

@@ -1,11 +1,13 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from paws.optimisation import LARS as PawsLARS
 from shared.optimisation.optim import (
     LARS,
     build_optimizer,
@@ -15,8 +17,10 @@ from shared.optimisation.optim import (
     param_groups_no_decay_on_bias_and_norm,
     step_unless_not_finite,
 )
+from shared.optimisation.schedules import cosine_schedule, teacher_temperature_schedule
+from swav.larc import LARC
 
-OPTIMIZERS = ["adamw", "sgd", "lars"]
+OPTIMIZERS = ["adamw", "sgd", "lars", "LARC of SwAV", "LARS of PAWS", "LARS of PAWS, Nesterov"]
 
 
 def make_network() -> nn.Module:
@@ -34,6 +38,16 @@ def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) 
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.param_groups[0]["weight_decay"] = weight_decay
+
+
+def build(name: str, network: nn.Module) -> torch.optim.Optimizer:
+    """One of ``OPTIMIZERS``."""
+    groups = param_groups_no_decay_on_bias_and_norm(network)
+    if name == "LARC of SwAV":
+        return LARC(network.parameters(), lr=0.0)
+    if name.startswith("LARS of PAWS"):
+        return PawsLARS(groups, nesterov=name.endswith("Nesterov"))
+    return build_optimizer(name, groups)
 
 
 def state_of(network: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
@@ -149,7 +163,7 @@ def test_lars_equals_its_formula():
 @pytest.mark.parametrize("good_steps", [0, 2])
 def test_a_step_with_a_gradient_that_is_not_finite_leaves_everything_as_it_was(name, poison, good_steps):
     network = make_network()
-    optimizer = build_optimizer(name, param_groups_no_decay_on_bias_and_norm(network))
+    optimizer = build(name, network)
     set_rates(optimizer, lr=0.1, weight_decay=0.1)
     for seed in range(good_steps):
         set_gradients(network, seed)
@@ -164,7 +178,7 @@ def test_a_step_with_a_gradient_that_is_not_finite_leaves_everything_as_it_was(n
     assert all(not new.any() for new in after[len(before) :])  # state made by a first step is empty
 
     twin = make_network()
-    twin_optimizer = build_optimizer(name, param_groups_no_decay_on_bias_and_norm(twin))
+    twin_optimizer = build(name, twin)
     set_rates(twin_optimizer, lr=0.1, weight_decay=0.1)
     for seed in [*range(good_steps), 5]:
         set_gradients(twin, seed)
@@ -178,7 +192,7 @@ def test_a_step_with_a_gradient_that_is_not_finite_leaves_everything_as_it_was(n
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_saved_optimiser_goes_on_as_the_original(name):
     networks = make_network(), make_network()
-    optimizers = [build_optimizer(name, param_groups_no_decay_on_bias_and_norm(n)) for n in networks]
+    optimizers = [build(name, n) for n in networks]
     for step in range(4):
         if step == 2:
             networks[1].load_state_dict(networks[0].state_dict())
@@ -247,7 +261,7 @@ class NoReads(TorchDispatchMode):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_nothing_in_the_update_reads_a_value(name):
     network, average = make_network(), make_network()
-    optimizer = build_optimizer(name, param_groups_no_decay_on_bias_and_norm(network))
+    optimizer = build(name, network)
     set_rates(optimizer, lr=0.1, weight_decay=0.1)
     set_gradients(network, seed=0)
     with NoReads():
@@ -256,3 +270,44 @@ def test_nothing_in_the_update_reads_a_value(name):
         ema_update_(average.parameters(), network.parameters(), 0.99)
     with pytest.raises(AssertionError, match="a value was read"), NoReads():
         norms.sum().item()
+
+
+# --- Schedules --------------------------------------------------------------------------------------------------------
+
+
+def test_cosine_schedule_equals_its_formula():
+    values = cosine_schedule(base=2.0, final=0.5, epochs=5, steps_per_epoch=4, warmup_epochs=2, start=0.1)
+    warmup = [0.1 + (2.0 - 0.1) * i / 7 for i in range(8)]  # both ends included
+    cosine = [0.5 + (2.0 - 0.5) / 2 * (1 + math.cos(math.pi * j / 12)) for j in range(12)]
+    assert values.dtype == np.float64
+    np.testing.assert_allclose(values, warmup + cosine, rtol=1e-14)
+
+
+def test_base_appears_twice_after_a_warmup_and_final_is_not_reached():
+    values = cosine_schedule(base=1.0, final=0.0, epochs=10, steps_per_epoch=3, warmup_epochs=1)
+    assert values[0] == 0 and list(values).count(1.0) == 2
+    assert 0 < values[-1] < 0.01
+
+
+@pytest.mark.parametrize("warmup_epochs, epochs", [(0, 0), (3, 3)])
+def test_there_is_one_value_per_step_even_without_a_cosine(warmup_epochs, epochs):
+    assert len(cosine_schedule(1.0, 0.0, epochs, 5, warmup_epochs)) == 5 * epochs
+
+
+def test_a_warmup_may_last_part_of_an_epoch():
+    values = cosine_schedule(1.0, 0.0, epochs=2, steps_per_epoch=10, warmup_epochs=0.5)
+    np.testing.assert_allclose(values[:5], np.linspace(0, 1, 5))
+    assert len(values) == 20 and values[5] == 1.0
+
+
+def test_teacher_temperature_warms_up_including_both_ends():
+    np.testing.assert_allclose(
+        teacher_temperature_schedule(0.04, 0.07, warmup_epochs=4, epochs=6), [0.04, 0.05, 0.06, 0.07, 0.07, 0.07]
+    )
+
+
+def test_a_warmup_longer_than_training_is_refused():
+    with pytest.raises(ValueError, match="warm-up of 4 epochs does not fit into 3 epochs"):
+        cosine_schedule(1.0, 0.0, epochs=3, steps_per_epoch=2, warmup_epochs=4)
+    with pytest.raises(ValueError, match="temperature warm-up of 4 epochs does not fit into 3 epochs"):
+        teacher_temperature_schedule(0.04, 0.07, warmup_epochs=4, epochs=3)

@@ -1,3 +1,6 @@
+"""Mistakes name the nearest flag, the file and the key; YAML files set defaults, and the command line wins."""
+
+import argparse
 import ast
 import importlib
 import re
@@ -6,7 +9,9 @@ from pathlib import Path
 import pytest
 
 import dino.main_dino
-from shared.run.flags import Parser, parse_with_embedded_defaults
+from shared.run.flags import Parser, bool_flag, parse_with_embedded_defaults
+from shared.run.packages import need_packages
+from shared.run.yaml_config import parse_args_with_config, read_config, write_config
 
 ROOT = Path(__file__).resolve().parents[3]
 FOLDERS = [file.parent for file in ROOT.glob("*/__init__.py") if file.parent.name != "tests"]
@@ -90,3 +95,126 @@ def test_a_value_below_its_minimum_is_named(capsys):
     with pytest.raises(SystemExit):
         parse_with_embedded_defaults(parser(), ["--epochs", "0"], {}, {"epochs": 1})
     assert "--epochs 0 is less than 1" in capsys.readouterr().err
+
+
+# --- YAML files -------------------------------------------------------------------------------------------------------
+
+
+def small_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--fname", default=None)
+    add = parser.add_argument_group("optimization").add_argument
+    add("--lr", type=float, default=0.5)
+    add("--epochs", type=int, default=3)
+    add("--scale", type=float, nargs=2, default=(0.1, 1.0))
+    add = parser.add_argument_group("meta").add_argument
+    add("--model_name", default="deit_small", choices=("deit_small", "deit_base"))
+    add("--read_checkpoint", default=None)
+    add("--use_bn", type=bool_flag, default=True)
+    add("--compile", action="store_true")
+    parser.add_argument_group("meta").add_argument("--sizes", type=int, nargs="+", default=[1])  # a second "meta"
+    return parser
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_file(text: str) -> str:
+        path = tmp_path / "config.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write_file
+
+
+def test_the_file_sets_defaults_and_the_command_line_wins(write):
+    path = write("optimization:\n  lr: 1e-6\n  epochs: 7\nmeta:\n  use_bn: false\n  compile: true\n  sizes: [4, 5]\n")
+    args = parse_args_with_config(small_parser(), ["--fname", path, "--epochs", "9"])
+    assert (args.lr, args.epochs, args.use_bn, args.compile, args.sizes) == (1e-6, 9, False, True, [4, 5])
+    assert args.model_name == "deit_small"  # not in the file
+
+
+def test_a_single_value_of_a_flag_that_takes_several_needs_no_brackets(write):
+    assert read_config(write("sizes: 4"), small_parser()) == {"sizes": [4]}
+
+
+def test_a_flag_wins_even_with_the_value_of_the_default(write):
+    args = parse_args_with_config(small_parser(), ["--fname", write("epochs: 7"), "--epochs", "3"])
+    assert args.epochs == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e-6", 1e-6), ("2E5", 2e5), ("-1.5e+3", -1500), ("3", 3.0), ("-2", -2.0)]
+)
+def test_numbers_are_read_as_in_python(write, text, value):
+    lr = read_config(write(f"lr: {text}"), small_parser())["lr"]
+    assert lr == value and type(lr) is float
+
+
+def test_null_is_a_value_of_flags_that_may_have_none(write):
+    assert read_config(write("meta:\n  read_checkpoint: null\n"), small_parser()) == {"read_checkpoint": None}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optimization:\n  epoch: 3\n", "optimization.epoch: no such key; is epochs meant?"),
+        ("optimization:\n  use_bn: true\n", "optimization.use_bn: no such key"),
+        ("optimisation:\n  epochs: 3\n", "unknown section 'optimisation'"),
+        ("momentum: 3\n", "momentum: no such key"),
+        ("help: true\n", "help: no such key"),
+        ("epochs: 3.5\n", "epochs: expected a whole number, got the number 3.5"),
+        ("epochs: '3'\n", "epochs: expected a whole number, got the text '3'"),
+        ("epochs: true\n", "epochs: expected a whole number, got true or false True"),
+        ("lr: fast\n", "lr: expected a number, got the text 'fast'"),
+        ("lr:\n", "lr: has no value, expected a number"),
+        ("lr: [1, 2]\n", "lr: expected a number, got a list"),
+        ("use_bn: 1\n", "use_bn: expected true or false, got the number 1"),
+        ("compile:\n", "compile: has no value, expected true or false"),
+        ("model_name: 3\n", "model_name: expected a text, got the number 3"),
+        ("model_name: vgg\n", "model_name: 'vgg' is none of deit_small, deit_base"),
+        ("scale: 0.5\n", "scale: expected a list of a number, got the number 0.5"),
+        ("scale: [0.5]\n", "scale: expected 2 values, got 1"),
+        ("sizes: []\n", "sizes: expected at least one value, got none"),
+        ("optimization:\n  lr:\n    start: 1\n", "optimization.lr: expected a number, got a section"),
+        ("lr: 1\nlr: 2\n", "'lr' is there twice"),
+        ("lr: 1\noptimization:\n  lr: 2\n", "optimization.lr: is there twice"),
+        ("- lr\n", "expected keys with values, got a list"),
+        ("", "expected keys with values, got nothing"),
+        ("lr: [1\n", "is not a YAML file that can be used"),
+        ("lr: !!python/object/apply:os.getcwd []\n", "is not a YAML file that can be used"),
+    ],
+)
+def test_a_mistake_names_the_file_and_the_key(write, text, message):
+    path = write(text)
+    with pytest.raises(ValueError) as error:
+        read_config(path, small_parser())
+    assert message in str(error.value) and path in str(error.value)
+
+
+def test_a_mistake_stops_the_program_with_one_line(write, tmp_path, capsys):
+    for path, message in ((write("epoch: 3"), "is epochs meant?"), (str(tmp_path / "no.yaml"), "No such file")):
+        with pytest.raises(SystemExit) as stop:
+            parse_args_with_config(small_parser(), ["--fname", path])
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_written_file_gives_the_same_flags_again(tmp_path):
+    path = tmp_path / "params.yaml"
+    args = small_parser().parse_args(["--lr", "1e-7", "--use_bn", "off", "--compile", "--sizes", "2", "3"])
+    write_config(path, args, small_parser())
+    again = vars(parse_args_with_config(small_parser(), ["--fname", str(path)]))
+    assert {**again, "fname": None, "scale": tuple(again["scale"])} == vars(args)
+
+
+# --- Packages ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_missing_package_is_named_as_pip_knows_it():
+    message = "^detection needs packages that are not installed: pip install one-package other$"
+    with pytest.raises(ModuleNotFoundError, match=message):
+        need_packages("detection", no_such_module="one-package", torch="torch", nor_this_one="other")
+
+
+def test_installed_packages_are_fine():
+    assert need_packages("training", torch="torch", numpy="numpy") is None

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from shared.optimisation.optim import build_optimizer, clip_grad_norm_per_tensor_
-from shared.run.attempt import Attempt, NotFinite, Superseded, owner_of
+from shared.run.attempt import Attempt, NotFinite, owner_of
 from shared.run.checkpoint import load_latest
 from shared.run.flags import add_run_flags
 from shared.run.run import Run
@@ -96,15 +96,6 @@ def test_a_run_has_its_seed_and_owns_its_folder(tmp_path):
     assert torch.equal(torch.rand(3), drawn)
     Run(flags(tmp_path / "run", seed=6), "fp32")
     assert not torch.equal(torch.rand(3), drawn)
-
-
-def test_an_attempt_leaves_a_folder_alone_that_a_later_one_owns(tmp_path, monkeypatch):
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
-    Attempt.current().claim(tmp_path)
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    with pytest.raises(Superseded):
-        Run(flags(tmp_path), "fp32")
 
 
 def test_a_checkpoint_of_another_network_is_refused(tmp_path):

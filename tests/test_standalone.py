@@ -8,6 +8,9 @@ from pathlib import Path
 from types import ModuleType
 from unittest import mock
 
+import pytest
+import torch
+
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = "shared/networks/vit_parts.py"
 
@@ -56,3 +59,23 @@ def load_alone(path: Path, folder: Path) -> ModuleType:
         ours = [m.__file__ for name, m in sys.modules.items() if name.startswith("shared.networks.")]
         assert ours in ([], [str(folder / PARTS)]), ours
     return module
+
+
+NETWORKS = {  # file: a network of it, the shape of its input and the length of its output
+    "deepcluster/convnets.py": (lambda file: file.alexnet(out=5, img_size=64), (3, 64, 64), 5),
+    "dino/vision_transformer.py": (lambda file: file.vit_tiny(), (3, 32, 32), 192),
+    "msn/vision_transformer.py": (lambda file: file.build("deit_micro"), (3, 16, 16), 96),
+    "paws/heads.py": (lambda file: file.projection_head(8, 4), (8,), 4),
+    "paws/resnet.py": (lambda file: file.ResNet((1, 1, 1, 1), base_planes=8), (3, 32, 32), 256),
+    "paws/wide_resnet.py": (lambda file: file.WideResNet(10, 1), (3, 16, 16), 64),
+    "resmlp/resmlp_models.py": (lambda file: file.resmlp_12(img_size=16, embed_dim=8, depth=1), (3, 16, 16), 1000),
+    "swav/resnet50.py": (lambda file: file.ResNet([1, 1, 1, 1], width_per_group=8), (3, 32, 32), 256),
+    "xcit/cross_covariance_transformer.py": (lambda file: file.xcit_nano_12_p16(), (3, 32, 32), 1000),
+}
+
+
+@pytest.mark.parametrize("file", NETWORKS)
+def test_the_file_of_a_network_needs_torch_and_the_shared_parts_at_most(file, tmp_path):
+    build, shape, length = NETWORKS[file]
+    network = build(load_alone(ROOT / file, tmp_path)).eval()
+    assert network(torch.zeros(1, *shape)).shape == (1, length)

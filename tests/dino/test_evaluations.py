@@ -1,3 +1,5 @@
+"""Nearest neighbours and linear classifiers: the real scripts on pictures of three colours."""
+
 import json
 
 import pytest
@@ -6,8 +8,7 @@ from torch import nn
 
 from dino import eval_knn, eval_linear
 from dino.eval_linear import FrozenFeatures
-from shared import distributed
-from tests.dino.tiny import write_train_and_val
+from tests.pictures import COLOURS, write_class_folders, write_train_and_val
 from tests.processes import run_processes
 
 SMALL = ["--arch", "vit_tiny", "--pretrained_weights", "random", "--image_size", "32", "--num_workers", "0"]
@@ -23,6 +24,55 @@ def data(tmp_path_factory):
 def run(data, output_dir, *flags):
     arguments = [*LINEAR, "--data_path", data, "--output_dir", output_dir, *flags]
     return eval_linear.eval_linear(eval_linear.parse_args([str(argument) for argument in arguments]))
+
+
+def classify(*flags):
+    return eval_knn.eval_knn(eval_knn.parse_args([*SMALL, *map(str, flags)]))
+
+
+# --- Nearest neighbours -----------------------------------------------------------------------------------------------
+
+
+def test_dumped_features_give_the_same_accuracy_when_loaded(data, tmp_path):
+    extracted = classify("--data_path", data, "--nb_knn", 3, "--dump_features", tmp_path)
+    assert classify("--load_features", tmp_path, "--nb_knn", 3) == extracted
+    features, labels = (torch.load(tmp_path / name, weights_only=True) for name in ("testfeat.pth", "testlabels.pth"))
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(9))
+    assert labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+def test_without_a_data_path_the_embedded_images_are_classified(capsys):
+    accuracies = classify("--nb_knn", 5, "--image_size", 16, "--patch_size", 16)
+    assert "embedded materials (val): 360 images" in capsys.readouterr().out
+    assert 15 < accuracies[5][0] < 100
+
+
+def test_a_list_may_hold_absolute_paths_where_that_is_allowed(data, tmp_path):
+    lists = []
+    for part in ("train", "val"):
+        lists.append(tmp_path / f"{part}.txt")
+        files = sorted((data / part).rglob("*.png"))
+        lists[-1].write_text("".join(f"{file}\t{file.parent.name}\n" for file in files))
+    flags = ["--data_path", lists[0], "--val_path", lists[1], "--nb_knn", 1]
+    with pytest.raises(ValueError, match=r"is absolute; .* unless --allow_absolute_paths is given"):
+        classify(*flags)
+    assert classify(*flags, "--allow_absolute_paths") == {1: (100, 100)}
+
+
+def test_bad_input_of_the_neighbours_is_one_clear_error(data, tmp_path):
+    with pytest.raises(ValueError, match="--nb_knn 19 is more than the 18 images"):
+        classify("--data_path", data, "--nb_knn", 19)
+    with pytest.raises(ValueError, match=r"--data_path .*nowhere: no such file or folder"):
+        classify("--data_path", tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"--load_features .*: no trainfeat.pth"):
+        classify("--load_features", tmp_path)
+
+    write_class_folders(tmp_path / "one", 3, {"blue": COLOURS["blue"]})
+    with pytest.raises(ValueError, match="only one class, 'blue'"):
+        classify("--data_path", tmp_path / "one")
+
+
+# --- Linear classifiers -----------------------------------------------------------------------------------------------
 
 
 def test_other_networks_give_their_output():
@@ -68,17 +118,16 @@ def test_bad_input_is_one_clear_error(data, tmp_path):
 
 
 def evaluate_on_rank(rank, data, output_dir):
-    distributed.init = lambda *_: torch.device("cpu")  # the processes are joined already
     batch = ["--batch_size_per_gpu", "3"]  # half of the batch of one process
     torch.manual_seed(rank)  # the random network is that of --seed on both
-    accuracies = eval_knn.eval_knn(eval_knn.parse_args([*SMALL, "--data_path", data, "--nb_knn", "3"]))
+    accuracies = classify("--data_path", data, "--nb_knn", 3)
     linear = [*LINEAR, "--data_path", data, "--output_dir", output_dir, "--epochs", "2", *batch]
     return accuracies, eval_linear.eval_linear(eval_linear.parse_args(linear))
 
 
 def test_two_processes_give_the_results_of_one(data, tmp_path):
     """Equal batches make equal steps; 9 val images divide unevenly."""
-    knn = eval_knn.eval_knn(eval_knn.parse_args([*SMALL, "--data_path", str(data), "--nb_knn", "3"]))
+    knn = classify("--data_path", data, "--nb_knn", 3)
     linear = run(data, tmp_path / "one", "--epochs", 2)
     first, second = run_processes(evaluate_on_rank, 2, str(data), str(tmp_path / "two"))
     assert first[0] == knn
