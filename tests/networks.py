@@ -8,16 +8,9 @@ from torch import nn
 
 from shared.networks.card import Card
 
-SMALL = {  # architecture and arguments of the card's ``build``
-    "deepcluster": ("test_resnet", {"img_size": 32}),
-    "dino": ("vit_tiny", {"patch_size": 8, "img_size": 16, "in_chans": 1}),
-    "msn": ("deit_tiny", {"patch_size": 8, "img_size": 16}),
-    "paws": ("wide_resnet10w1", {}),
-    "resmlp": ("resmlp_12", {"img_size": 32}),
-    "swav": ("test_resnet", {}),
-    "xcit": ("xcit_nano_12_p16", {}),
-}
 CARDS = [file.parent.name for file in Path(__file__).parents[1].glob("*/hub.py") if "CARD = Card(" in file.read_text()]
+# architecture and arguments of the card's ``build``, as each ``tests/<method>/tiny.py`` states them
+SMALL = {method: importlib.import_module(f"tests.{method}.tiny").SMALL_NETWORK for method in CARDS}
 
 
 def card_of(method: str) -> Card:

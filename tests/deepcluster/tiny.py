@@ -21,6 +21,7 @@ def check_clusters(state: dict) -> None:
     assert state["clustered_epoch"] == 1
 
 
+SMALL_NETWORK = ("test_resnet", {"img_size": 32})
 TRAININGS = {
     "deepcluster": Training(
         "deepcluster.main",

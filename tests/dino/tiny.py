@@ -32,6 +32,7 @@ def shrink_networks() -> None:
     main_dino.DINOHead = functools.partial(DINOHead, hidden_dim=32, bottleneck_dim=16)
 
 
+SMALL_NETWORK = ("vit_tiny", {"patch_size": 8, "img_size": 16, "in_chans": 1})
 TRAININGS = {
     "dino": Training(
         "dino.main_dino",

@@ -34,6 +34,7 @@ def check_names(state: dict) -> None:
     assert state["world_size"] == 2 and all(name.startswith("module.") for name in state["encoder"])
 
 
+SMALL_NETWORK = ("deit_tiny", {"patch_size": 8, "img_size": 16})
 TRAININGS = {
     "msn": Training(
         "msn.main",

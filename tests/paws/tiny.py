@@ -24,6 +24,7 @@ FLAGS = (
 ).split()
 PAIR = ("--unsupervised_batch_size", "2")
 UNIQUE_CLASSES = (*PAIR, "--unique_classes_per_rank", "true", "--classes_per_batch", "1")
+SMALL_NETWORK = ("wide_resnet10w1", {})
 TRAININGS = {
     "paws": Training(
         "paws.paws_train",

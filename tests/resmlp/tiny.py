@@ -29,6 +29,7 @@ def few_sentences() -> None:
     main.GENERATED_PAIRS = {"train": 60, "valid": 4, "test": 2}
 
 
+SMALL_NETWORK = ("resmlp_12", {"img_size": 32})
 TRAININGS = {
     "resmlp": Training(
         "resmlp.main",

@@ -35,6 +35,7 @@ def check_memory(state: dict) -> None:
     assert state["memory"]["embeddings"].shape == (2, 2, 12, 4)
 
 
+SMALL_NETWORK = ("test_resnet", {})
 TRAININGS = {
     "swav": Training(
         "swav.main_swav",

@@ -35,6 +35,7 @@ def train_on_rank(rank: int, *flags) -> None:
     train(*flags)
 
 
+SMALL_NETWORK = ("xcit_nano_12_p16", {})
 TRAININGS = {
     "xcit": Training(
         "xcit.main",

@@ -1,0 +1,98 @@
+"""FlexiViT's networks, their released weights and images."""
+
+import math
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from shared.networks.card import Card, Release
+from shared.networks.weights import WeightMismatch
+
+from .flexible_vit import SIZES, FlexiViT
+
+CLASSES = {"i1k": 1000, "i21k": 21843}
+
+
+def build(arch: str, in_chans: int = 3, img_size: int = 0, **options) -> FlexiViT:
+    """A network of a published size (``flexivit_s``), without a classifier unless ``num_classes`` is among the options.
+
+    Args:
+        img_size: Not used: positions are resized to any image.
+
+    Raises:
+        ValueError: If there is no such size.
+    """
+    size = arch.removeprefix("flexivit_")
+    if size not in SIZES or size == arch:
+        raise ValueError(f"{arch} is none of {', '.join(f'flexivit_{name}' for name in SIZES)}")
+    width, depth, num_heads = SIZES[size]
+    return FlexiViT(width, depth, num_heads, in_chans=in_chans, **options)
+
+
+def sizes(arch: str, tensors: Mapping[str, Tensor]) -> dict:
+    """Arguments of :class:`FlexiViT` that its tensors tell.
+
+    Raises:
+        WeightMismatch: If they are not those of one.
+    """
+    kernel, positions = tensors.get("patch_embed.proj.weight"), tensors.get("pos_embed")
+    if kernel is None or kernel.dim() != 4:
+        raise WeightMismatch(f"{arch}: no patch embedding of a FlexiViT")
+    height, width = kernel.shape[-2:]
+    found = {
+        "patch_size": height if height == width else (height, width),
+        "positions": "sincos2d" if positions is None else "learn",
+    }
+    if positions is not None:
+        side = math.isqrt(positions.shape[1])
+        if side**2 != positions.shape[1]:
+            raise WeightMismatch(f"{arch}: {positions.shape[1]} positions are no square grid")
+        found["grid"] = (side, side)
+    pools = {"cls_token": "tok", "attn_pool.latent": "map"}
+    return found | {"pool": next((pool for name, pool in pools.items() if name in tensors), "gap")}
+
+
+CARD = Card(
+    name="flexivit",
+    build=build,
+    releases={
+        **{
+            f"flexivit_{size}_i1k{epochs}": Release(f"flexivit_{size}", f"flexivit_{size}_i1k{epochs}.npz")
+            for size in "sbl"
+            for epochs in ("", "_600ep", "_300ep", "_90ep")
+        },
+        **{
+            f"flexivit_b_i21k_{epochs}ep": Release("flexivit_b", f"flexivit_b_i21k_{epochs}ep.npz")
+            for epochs in (90, 300, 1000)
+        },
+        **{f"vit_b{p}_i21k_300ep": Release("flexivit_b", f"vit_b{p}_i21k_300ep.npz") for p in (16, 30)},
+    },
+    address="https://storage.googleapis.com/big_vision/flexivit/",
+    embedded_run="runs/materials/checkpoint.pth",
+    main="main.py",
+    interpolation="bilinear",
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
+    checkpoint_key="model",
+    head_names=("head",),
+    sizes=sizes,
+)
+MEAN, STD = CARD.mean, CARD.std
+
+
+def entry(name: str) -> Callable[..., FlexiViT]:
+    release = CARD.releases[name]
+
+    def load(pretrained: bool = True, **options) -> FlexiViT:
+        if pretrained:
+            from .checkpoints import load_flexible  # which needs the card
+
+            return load_flexible(name)
+        return build(release.arch, **{"num_classes": CLASSES["i21k" if "i21k" in name else "i1k"]} | options)
+
+    load.__name__ = load.__qualname__ = name
+    load.__doc__ = f"{release.file}: call it with patch_size= or grid=, on images of 240 pixels in [-1, 1]."
+    return load
+
+
+ENTRIES = {name: entry(name) for name in CARD.releases}
