@@ -30,6 +30,13 @@ class BM25:
             self.index = bm25s.BM25(k1=K1, b=B)
             self.index.index(documents, show_progress=False)
 
+    def scores(self, query: str) -> np.ndarray:
+        """Of all documents, (N,) float32; 0 without a common word."""
+        words = terms(query, single=False)
+        if self.index is None or not words:
+            return np.zeros(len(self.texts), np.float32)
+        return self.index.get_scores(words).astype(np.float32)
+
     def search(self, queries: Sequence[str], k: int) -> Answers:
         """The k documents with the highest scores; fewer where fewer share a word with the query."""
         scores, rows = nothing_found(len(queries), k)

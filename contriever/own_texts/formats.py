@@ -273,19 +273,22 @@ class _Lines:
 def _csv(text: str, stem: str) -> Iterator[Section]:
     """A section for each row, every cell with the name of its column where the first row has no number in it."""
     first = text[: text.find("\n")] if "\n" in text else text
-    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t|", key=first.count))
-    names, line = None, 1
-    for row in rows:
-        begin, line = line, rows.line_num + 1
-        row = [" ".join(cell.split()) for cell in row]
-        if names is None and any(row):
-            names = [] if any(_NUMBER.fullmatch(cell) for cell in row) else row
-            if names:
-                continue
-        named = zip([*(names or []), *[""] * len(row)], row, strict=False)
-        cells = (f"{name}: {cell}" if name else cell for name, cell in named if cell)
-        yield Section([stem], "; ".join(cells), (begin,))
+    limit = csv.field_size_limit(len(text) + 1)  # of the whole process: others want theirs back
+    try:
+        rows = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t|", key=first.count))
+        names, line = None, 1
+        for row in rows:
+            begin, line = line, rows.line_num + 1
+            row = [" ".join(cell.split()) for cell in row]
+            if names is None and any(row):
+                names = [] if any(_NUMBER.fullmatch(cell) for cell in row) else row
+                if names:
+                    continue
+            named = zip([*(names or []), *[""] * len(row)], row, strict=False)
+            cells = (f"{name}: {cell}" if name else cell for name, cell in named if cell)
+            yield Section([stem], "; ".join(cells), (begin,))
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _json_lines(path: Path, text: str) -> tuple[list[Section], list[str]]:

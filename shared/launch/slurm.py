@@ -34,7 +34,7 @@ from types import ModuleType
 import submitit
 
 from shared.run.attempt import Attempt, Interrupted, Superseded, owner_of
-from shared.run.flags import Parser
+from shared.run.command_line import Parser
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -72,7 +72,11 @@ def test_a_byte_order_mark_and_windows_line_ends(tmp_path):
         ("p.jsonl", jsonl({"id": 1, "text": "a"}, {"id": "1", "text": "b"}), "lines 1 and 2 have the same id '1'"),
         ("p.tsv", "1\ta\tb\n2\tc\td\n1\te\tf\n", "lines 1 and 3 have the same id '1'"),
         ("p.tsv", "1\ta\tb\n2\tc\n", "line 2: 2 columns, expected 3"),
-        ("p.tsv", '1\t"a' + "\n1\tb\tc" * 30_000, r"lines 1 to 21847, which are one record: field .*\(131072\)$"),
+        (
+            "p.tsv",
+            '1\ta\tb\n2\t"a' + "\n1\tb\tc" * 30_000,
+            r"lines 2 to 21848, which are one record: field .*\(131072\)$",
+        ),
         ("p.tsv", "1\ta\tb\n2\t" + "c" * 140_000 + "\td\n", r"line 2: field larger than field limit \(131072\)$"),
         ("p.tsv", '1\ta\tb\n2\t"c\nd\te\tf\n', "lines 2 to 3, which are one record: 2 columns, expected 3: id, text,"),
         ("p.tsv", "1\ta\n2\tb\tc\n", "line 2: 3 columns, expected 2: id, text$"),

@@ -771,9 +771,10 @@ def test_it_listens_at_once_and_searches_what_is_indexed_already(notes, monkeypa
         assert status == 503 and json.loads(body)["error"] == "the encoder is being loaded"
         assert get(server, "/?q=wing")[0] == 503 and "the encoder is being loaded" in get(server, "/")[1]
         loaded.set()
-        while not (found := json.loads(get(server, "/search.json?q=bread")[1])).get("results"):
+        state = re.compile(r"indexing: 2 of 3 files, \d\d%, about \d+ s left")
+        while not state.fullmatch((found := json.loads(get(server, "/search.json?q=bread")[1])).get("state") or ""):
+            assert time.monotonic() - began < 25
             time.sleep(0.01)
-        assert re.fullmatch(r"indexing: 2 of 3 files, \d\d%, about \d+ s left", found["state"])
         assert {hit["path"] for hit in found["results"]} == {"a.md", "c.jsonl"}
         assert found["state"] in get(server, "/?q=bread")[1]
         assert time.monotonic() - began < 30  # nobody has waited for the encoder

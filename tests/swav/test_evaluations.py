@@ -149,6 +149,7 @@ def test_windows_with_batch_norms_learn(data, tmp_path):
 
 def test_a_run_of_the_official_code_goes_on(data, tmp_path, monkeypatch):
     """Neither our flags nor our log, and a learning rate that is a numpy number."""
+    monkeypatch.setattr(linear, "SHORT_EPOCH_S", 0)  # every epoch is saved
     result = probe(data, tmp_path / "whole", "--epochs", 2)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(linear, "train_one_epoch", interrupting(linear.train_one_epoch, call=2))

@@ -57,7 +57,8 @@ def test_a_page_that_becomes_too_large_takes_coarser_pictures(page, monkeypatch)
     qualities = []
     monkeypatch.setattr(report_page, "encoded", lambda pixels, quality=80: qualities.append(quality) or "data:,")
     report_page.write_page(
-        page.with_name("checkpoint.pth"), report_page.flags_of_training(torch.load(page.with_name("checkpoint.pth")))
+        page.with_name("checkpoint.pth"),
+        report_page.flags_of_training(torch.load(page.with_name("checkpoint.pth"), weights_only=True)),
     )
     assert {80, 50, 20} <= set(qualities)
 
@@ -171,6 +172,8 @@ def test_copies_are_near_duplicates_and_equal_features_are_none():
 def test_a_page_without_its_images_has_the_rest(page, tmp_path):
     for name in ("checkpoint.pth", "metrics.jsonl", "log.txt", "attempt.json"):
         shutil.copy(page.with_name(name), tmp_path)
-    flags = report_page.flags_of_training(torch.load(tmp_path / "checkpoint.pth")) | {"data_path": "/no/such/folder"}
+    flags = report_page.flags_of_training(torch.load(tmp_path / "checkpoint.pth", weights_only=True)) | {
+        "data_path": "/no/such/folder"
+    }
     html = report_page.write_page(tmp_path / "checkpoint.pth", flags).read_text()
     assert "/no/such/folder: no such file or folder" in html and '"title": "loss"' in html
