@@ -72,7 +72,7 @@ EMBEDDED_DATA_DEFAULTS = {
     "warmup_teacher_temp": 0.03,
     "teacher_temp": 0.03,
     "weight_decay_end": 0.04,
-    "epochs": 10,
+    "epochs": 6,
     "batch_size_per_gpu": 32,
     "lr": 0.012,
     "warmup_epochs": 1,
