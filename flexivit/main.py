@@ -121,14 +121,19 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
     """
     parser = parser or get_args_parser()
     args = parse_with_embedded_defaults(parser, arguments, EMBEDDED_DATA_DEFAULTS, MINIMUM)
-    args.grids = sorted(args.grids)
     if args.test_grids is None:
-        args.test_grids = sorted({args.grids[0], args.grids[len(args.grids) // 2], args.grids[-1]})
+        ordered = sorted(args.grids)
+        args.test_grids = [ordered[0], ordered[len(ordered) // 2], ordered[-1]]
+    args.test_grids = sorted(set(args.test_grids))  # the last one gives test_acc1
     for flag, grids in (("grids", args.grids), ("test_grids", args.test_grids)):
         if min(grids) < 1 or max(grids) > args.input_size:
             parser.error(f"--{flag} {' '.join(map(str, grids))}: an image of {args.input_size} pixels has no such grid")
-    if args.grid_weights is not None and (len(args.grid_weights) != len(args.grids) or min(args.grid_weights) < 0):
-        parser.error(f"--grid_weights: expected a weight for each of the {len(args.grids)} --grids")
+    if (weights := args.grid_weights) is not None and (
+        len(weights) != len(args.grids) or min(weights) < 0 or sum(weights) <= 0
+    ):
+        parser.error(f"--grid_weights: expected a weight for each of the {len(args.grids)} --grids, not all of them 0")
+    if args.lr <= 0:
+        parser.error(f"--lr {args.lr} is not positive")
     return args
 
 

@@ -40,6 +40,13 @@ def test_weights_are_drawn_as_often_as_asked():
     assert 2 not in drawn and abs(drawn.count(4) / 2000 - 0.75) < 0.03
 
 
+def test_weights_stay_with_their_grids_in_whatever_order_they_are_given():
+    args = parse_args("--data_path digits --grids 8 2 4 --grid_weights 1 0 0 --test_grids 4 2".split())
+    assert {draw_grid(step, args.grids, args.grid_weights) for step in range(20)} == {8}
+    assert args.test_grids == [2, 4]
+    assert parse_args("--data_path digits --grids 8 2 4 5".split()).test_grids == [2, 5, 8]
+
+
 def test_mixup_mixes_images_and_labels_alike():
     torch.manual_seed(0)
     images, targets = torch.randn(6, 3, 4, 4), F.one_hot(torch.arange(6)).float()
@@ -96,6 +103,8 @@ def test_operations_are_counted_as_the_formula_says(tmp_path):
     [
         (["--grids", "2", "17", "--input_size", "16"], "--grids 2 17: an image of 16 pixels has no such grid"),
         (["--grids", "2", "3", "--grid_weights", "1"], "--grid_weights: expected a weight for each of the 2"),
+        (["--grids", "2", "3", "--grid_weights", "0", "0"], "not all of them 0"),
+        (["--lr", "0"], "--lr 0.0 is not positive"),
         (["--patchsize", "3"], "did you mean --patch_size"),
     ],
 )
