@@ -42,6 +42,7 @@ from shared.evaluation.knn_monitor import KNNMonitor
 from shared.images.sources import ImageSource
 from shared.multicrop import normalize_views
 from shared.networks.batchnorm import synchronize_batchnorm
+from shared.networks.compiling import compile_network
 from shared.optimisation.optim import clip_grad_norm_per_tensor_
 from shared.optimisation.precision import Precision
 from shared.run.checkpoint import load_latest_or_given
@@ -94,6 +95,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("network").add_argument
     add("--arch", "-a", default="alexnet", help="alexnet, vgg16, or any torchvision or timm model name")
     add("--sobel", action="store_true", help="look at Sobel gradients instead of colours")
+    add("--compile", action="store_true", help="torch.compile the network")
 
     add = parser.add_argument_group("clustering").add_argument
     add("--clustering", default="Kmeans", choices=("Kmeans", "PIC"))
@@ -148,6 +150,8 @@ def train_deepcluster(args: argparse.Namespace) -> None:
     # the network without a top layer, and its optimiser
     network = build_network(args.arch, args.sobel, img_size=args.crop_size)
     network = synchronize_batchnorm(network, device).to(device)
+    if args.compile:
+        compile_network(network)
     body = distributed.wrap(network, device)
     weight_decay = 10**args.wd
     optimizer = build_sgd(network, args.lr, args.momentum, weight_decay)

@@ -34,6 +34,7 @@ from shared.evaluation.knn_monitor import KNNMonitor
 from shared.images.training_data import open_training_data
 from shared.multicrop import MultiCropWrapper, normalize_views
 from shared.networks.batchnorm import synchronize_batchnorm
+from shared.networks.compiling import compile_network
 from shared.optimisation.optim import (
     build_optimizer,
     clip_grad_norm_per_tensor_,
@@ -217,8 +218,8 @@ def train_dino(args: argparse.Namespace) -> None:
     student = synchronize_batchnorm(student, device).to(device)
     teacher = synchronize_batchnorm(teacher, device).to(device)
     if args.compile:
-        student.backbone.compile()
-        teacher.backbone.compile()
+        compile_network(student.backbone)
+        compile_network(teacher.backbone)
     student = distributed.wrap(student, device)
 
     # loss, optimiser, schedules

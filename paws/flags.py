@@ -83,6 +83,7 @@ def pretraining_parser(docstring: str, write_tag: str) -> argparse.ArgumentParse
     add("--model_name", default="resnet50", help=names)
     add("--output_dim", type=int, default=2048, help="dimension of the representations")
     add("--use_pred_head", type=bool_flag, default=False, help="a prediction head for the anchors")
+    add("--compile", action="store_true", help="torch.compile the network without its heads")
     add("--pretrained", default=None, help="start from this file, of any layout, or release; by default random weights")
     add("--allow_partial", action="store_true", help="go on when --pretrained does not fill the backbone")
     add("--read_checkpoint", default=None, help="file in the output folder to go on from while the run has none")

@@ -15,6 +15,7 @@ from shared.images.loading import BadImages, EpochBatchSampler, make_loader, sho
 from shared.images.training_data import write_recipes
 from shared.multicrop import MultiCropDataset
 from shared.networks.batchnorm import synchronize_batchnorm
+from shared.networks.compiling import compile_network
 from shared.run import randomness
 from shared.run.checkpoint import CheckpointError, load_latest
 from shared.run.run import Run
@@ -138,7 +139,10 @@ def new_encoder(args: argparse.Namespace, recipe: Recipe, device: torch.device) 
     encoder = build_encoder(args.model_name, args.output_dim, args.use_pred_head, recipe.large[0], args.in_chans)
     if args.pretrained is not None:
         load_backbone_into(encoder, args.model_name, args.pretrained, args.allow_partial)
-    return distributed.wrap(synchronize_batchnorm(encoder, device).to(device), device)
+    encoder = synchronize_batchnorm(encoder, device).to(device)
+    if args.compile:
+        compile_network(encoder)
+    return distributed.wrap(encoder, device)
 
 
 # --- Checkpoints ------------------------------------------------------------------------------------------------------

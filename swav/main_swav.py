@@ -31,6 +31,7 @@ from shared.evaluation.knn_monitor import KNNMonitor
 from shared.images.training_data import open_training_data
 from shared.multicrop import normalize_views
 from shared.networks.batchnorm import synchronize_batchnorm
+from shared.networks.compiling import compile_network
 from shared.networks.weights import safe_load
 from shared.optimisation.optim import clip_grad_norm_per_tensor_
 from shared.optimisation.schedules import cosine_schedule
@@ -181,7 +182,7 @@ def build_for_training(args: argparse.Namespace, device: torch.device) -> nn.Mod
         network = synchronize_batchnorm(network, device, group_size if args.sync_bn == "apex" else None)
     network.to(device)
     if args.compile:
-        network.forward_backbone = torch.compile(network.forward_backbone)
+        compile_network(network)
     return distributed.wrap(network, device)
 
 

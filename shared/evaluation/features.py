@@ -71,7 +71,8 @@ def extract_features(
     model.eval()
     done = 0
     for images, targets, indices in progress(loader, "features", len(loader), num_samples):
-        batch = _in_dataset_order(model(images.to(device, non_blocking=True)).float())
+        with torch.compiler.set_stance("force_eager"):  # compiling for these sizes takes longer than what it saves
+            batch = _in_dataset_order(model(images.to(device, non_blocking=True)).float())
         targets, indices = (_in_dataset_order(numbers.to(device)) for numbers in (targets, indices))
         if features is None:
             features = batch.new_empty(num_samples, batch.shape[1], device=store_on)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from shared import distributed
 from shared.networks.batchnorm import synchronize_batchnorm
+from shared.networks.compiling import compile_network
 from shared.optimisation.optim import clip_total_grad_norm_
 from shared.run.checkpoint import load_latest_or_given
 from shared.run.run import Run
@@ -93,7 +94,7 @@ def train_classifier(
         tell_settings(slow_average("--model-ema-decay", decays, "moving average"))
         ema = NetworkEMA(network, args.model_ema_decay, "cpu" if args.model_ema_force_cpu else None)
     if args.compile:
-        network.compile()
+        compile_network(network)
     options = (args.weight_decay, args.momentum, args.opt_eps, args.opt_betas)
     optimizer = build_timm_optimizer(network, args.opt, peak_lr, *options)
     scheduler = build_timm_schedule(args, optimizer)
