@@ -1,7 +1,6 @@
 """Attention of the class token to the patches, of a ViT or XCiT (Caron et al. 2021, figure 1)."""
 
 import torch
-from timm.models.xcit import Xcit
 from torch import Tensor, nn
 
 from shared.pictures.attention import vit_class_row
@@ -11,10 +10,10 @@ from .vision_transformer import VisionTransformer
 
 def has_class_attention(model: nn.Module) -> bool:
     """Whether it is a ViT of this folder or timm's XCiT."""
-    return isinstance(model, VisionTransformer | Xcit)
+    return isinstance(model, VisionTransformer) or hasattr(model, "cls_attn_blocks")
 
 
-def class_row(model: VisionTransformer | Xcit, images: Tensor) -> Tensor:
+def class_row(model: nn.Module, images: Tensor) -> Tensor:
     """Attention of the class token to all tokens in the last block, of XCiT in the last class-attention block.
 
     Shape (B, heads, 1 + N).

@@ -20,7 +20,6 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -188,7 +187,9 @@ class EvalTransform:
         top, left = (round((side - self.crop_px) / 2) for side in size)
         image = image[:, top : top + self.crop_px, left : left + self.crop_px]
         if self.in_chans == 1:
-            image = torchvision.transforms.functional.rgb_to_grayscale(image)
+            from torchvision.transforms.functional import rgb_to_grayscale  # here: the import takes a second
+
+            image = rgb_to_grayscale(image)
         if self.mean is None:
             return image.contiguous()
         return (image.float() / 255 - self.mean) / self.std

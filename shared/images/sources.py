@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
 
 from shared import distributed
 
@@ -485,10 +484,12 @@ TORCHVISION = {
 
 
 def _open_torchvision(name: str, split: str, download_root: str | os.PathLike | None, where: str) -> ImageSource:
+    from torchvision import datasets  # here: the import takes a second, and folders need none of it
+
     if split == "all":
         raise ValueError(f"{where}: ask for the train or the val part")
     class_name, train_arguments, val_arguments = TORCHVISION[name]
-    build = getattr(torchvision.datasets, class_name)
+    build = getattr(datasets, class_name)
     arguments = train_arguments if split == "train" else val_arguments
     root = Path(download_root or Path(torch.hub.get_dir()).parent / "datasets")
     root.mkdir(parents=True, exist_ok=True)

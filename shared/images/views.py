@@ -18,8 +18,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter, ImageOps
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as TF
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # torchvision's numbering of the jitter's steps
 
@@ -213,6 +211,10 @@ def apply_pil(pixels: np.ndarray, view: ViewParams, recipe: ViewRecipe, out: np.
         pixels: RGB, uint8, shape (H, W, 3); the full image.
         out: Receives the view: uint8, shape (size_px, size_px, 3), or 1 channel for the luminance.
     """
+    from torchvision.transforms import InterpolationMode  # here: it takes a second, and few runs use this chain
+    from torchvision.transforms import functional as TF
+
+    jitter = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
     image = TF.resized_crop(
         Image.fromarray(pixels),
         view.top,
@@ -225,7 +227,7 @@ def apply_pil(pixels: np.ndarray, view: ViewParams, recipe: ViewRecipe, out: np.
     if view.flip:
         image = TF.hflip(image)
     for step, factor in view.jitter:
-        image = _PIL_JITTER[step](image, factor)
+        image = jitter[step](image, factor)
     if view.grey:
         image = TF.to_grayscale(image, num_output_channels=3)
     if view.blur_radius > 0:
@@ -235,14 +237,6 @@ def apply_pil(pixels: np.ndarray, view: ViewParams, recipe: ViewRecipe, out: np.
     if view.equalize:
         image = ImageOps.equalize(image)
     out[:] = np.asarray(image) if out.shape[-1] == 3 else np.asarray(image.convert("L"))[..., None]
-
-
-_PIL_JITTER = {
-    BRIGHTNESS: TF.adjust_brightness,
-    CONTRAST: TF.adjust_contrast,
-    SATURATION: TF.adjust_saturation,
-    HUE: TF.adjust_hue,
-}
 
 
 # ---------------------------------------------------------------------------------------------------------- fast
