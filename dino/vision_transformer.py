@@ -78,9 +78,9 @@ class DropPath(vit_parts.DropPath):
 
     def forward(self, x: Tensor, layout: Layout | None = None) -> Tensor:
         """Samples along the first dimension, or tokens (T, D) packed as ``layout`` says."""
-        if not (self.training and self.drops):
+        if not self.training or self.drop_prob == 0:
             return x
-        keep_prob = self.keep_prob
+        keep_prob = 1 - self.drop_prob
         num_samples = len(x) if layout is None else sum(B for B, _ in layout)
         keep = (keep_prob + torch.rand(num_samples, dtype=x.dtype, device=x.device)).floor_() / keep_prob
         if layout is not None:

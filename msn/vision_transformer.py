@@ -43,9 +43,9 @@ class DropPath(vit_parts.DropPath):
     """Stochastic depth that draws uniform numbers: a seed gives the same run as ever."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.training and self.drops):
+        if not self.training or self.drop_prob == 0:
             return x
-        keep_prob = self.keep_prob
+        keep_prob = 1 - self.drop_prob
         keep = torch.rand(len(x), *[1] * (x.ndim - 1), dtype=x.dtype, device=x.device) < keep_prob
         return x * keep / keep_prob
 

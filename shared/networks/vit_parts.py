@@ -126,19 +126,12 @@ class DropPath(nn.Module):
         if not 0 <= drop_prob < 1:
             raise ValueError(f"drop_path_rate {drop_prob} is outside [0, 1)")
         self.drop_prob = drop_prob
-        self.drops = drop_prob > 0
-        self.register_buffer("compiled_keep_prob", torch.tensor(1 - drop_prob), persistent=False)
-
-    @property
-    def keep_prob(self) -> float | Tensor:
-        """1 - ``drop_prob``: to the compiler a tensor, as blocks with different numbers could not share their code."""
-        return self.compiled_keep_prob if torch.compiler.is_compiling() else 1 - self.drop_prob
 
     def forward(self, x: Tensor) -> Tensor:
         """Samples along the first dimension."""
-        if not (self.training and self.drops):
+        if not self.training or self.drop_prob == 0:
             return x
-        keep_prob = self.keep_prob
+        keep_prob = 1 - self.drop_prob
         return x * x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(keep_prob).div_(keep_prob)
 
     def extra_repr(self) -> str:
