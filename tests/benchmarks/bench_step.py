@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from dino.hub import build_backbone
@@ -264,6 +265,25 @@ def make_step(kind: str, size: argparse.Namespace, drop_path_rate: float, weight
     return lambda: step(views)
 
 
+def make_launches(kind: str, size: argparse.Namespace, drop_path_rate: float, weights: str):
+    """A step under the profiler; it gives the kernels that were launched and the waits for the device."""
+    step = make_step(kind, size, drop_path_rate, weights)
+
+    def count() -> dict[str, int]:
+        for _ in range(2):
+            step()
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+            step()
+        names = {event.key: event.count for event in profiler.key_averages()}
+        kinds = {"launches": ("LaunchKernel", "GraphLaunch"), "synchronisations": ("Synchronize",)}
+        return {
+            what: sum(n for name, n in names.items() if name.startswith("cu") and any(part in name for part in parts))
+            for what, parts in kinds.items()
+        }
+
+    return count
+
+
 def count_operations(size: argparse.Namespace) -> int:
     """Floating-point operations of the products of a plain step."""
     small = argparse.Namespace(**(vars(size) | {"batch": 1, "device": "cpu"}))
@@ -286,8 +306,14 @@ def take_turns(
         losses = {kind: [] for kind in kinds}
         ways = {kind: lambda kind=kind: losses[kind].append(steps[kind]()) for kind in kinds}
         times = alternate(ways, rounds, warm_up=2)
-    for step in steps.values():
-        step.stop()
+        for step in steps.values():
+            step.stop()
+        if size.launches:
+            for kind in kinds:
+                if not kind.startswith("products"):
+                    counter = InProcess(make_launches, kind, *args, device=size.device)
+                    print(f"{kind}: {counter()}", flush=True)
+                    counter.stop()
     return times, losses, {kind: step.peak_mib / 1024 for kind, step in steps.items()}
 
 
@@ -325,6 +351,7 @@ def compare_steps(size: argparse.Namespace, kinds: list[str]) -> dict:
 def check_equal_losses(size: argparse.Namespace, kinds: list[str]) -> dict:
     """Losses of three steps from the same weights, without stochastic depth and on small inputs."""
     small = argparse.Namespace(**(vars(size) | {"arch": "vit_tiny", "batch": 2, "out_dim": 1024, "local_crops": 2}))
+    small.launches = False
     _, losses, _ = take_turns(kinds, small, 1, drop_path_rate=0.0)
     worst = {kind: max(abs(a / b - 1) for a, b in zip(losses[kind], losses["plain"], strict=True)) for kind in kinds}
     print("largest relative difference from the plain losses:", ", ".join(f"{k} {v:.1e}" for k, v in worst.items()))
@@ -364,6 +391,7 @@ def main() -> None:
     parser.add_argument("--out_dim", type=int, default=65536)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--compile", action="store_true", help="also time ours compiled, which takes minutes first")
+    parser.add_argument("--launches", action="store_true", help="count kernel launches and synchronisations of a step")
     parser.add_argument("--growth", action="store_true", help="measure how the cost grows instead")
     size = parser.parse_args()
     print(", ".join(f"{name} {value}" for name, value in vars(size).items()), flush=True)
