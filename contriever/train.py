@@ -146,7 +146,7 @@ def train_contriever(args: argparse.Namespace) -> None:
     if distributed.is_main_process():
         finish(run, retriever)
         fill_steps = args.queue_size // data.batch_size if args.contrastive_mode == "moco" else None
-        print(summary(run.output_dir, args.norm_query and args.norm_doc, fill_steps))
+        print(summary(run.output_dir, args, fill_steps))
         print(paragraphs({"Page": save_page(run)}))
 
 

@@ -15,7 +15,7 @@ REASONS = {  # why something is left out, and how that is told; files of other t
     "excluded": "by --exclude",
     "linked": "behind links (--follow_links)",
     "documents": "PDF or DOCX (pip install -e '.[documents]')",
-    "problems": "named above",
+    "problems": "could not be read",
 }
 MOST_SUFFIXES = 5  # that are told one by one
 

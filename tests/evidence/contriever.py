@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from contriever import finetuning, mine_negatives, new_encoder, preprocess, train
-from contriever.beir import BeirDataset, evaluate_run, read_beir
+from contriever.beir import BeirDataset, evaluate_queries, means, read_beir
 from contriever.encoder import find_model, load_retriever
 from contriever.eval_beir import TOP_K, as_run, dense_search, document_texts
 from contriever.index.bm25 import BM25, fuse
@@ -57,7 +57,7 @@ FINETUNING = (
 
 def metrics(dataset: BeirDataset, answers) -> dict[str, float]:
     """nDCG@10, recall@100 and MRR@10 in percent."""
-    found = evaluate_run(dataset.qrels, as_run(dataset, answers), (10, 100))
+    found = means(evaluate_queries(dataset.qrels, as_run(dataset, answers), (10, 100)), len(dataset.qrels))
     return {name: found[name] for name in COLUMNS}
 
 
