@@ -25,7 +25,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from contriever import onnx_encoder
-from contriever.flags import add_encoder_flags, check_minimum
+from contriever.flags import add_encoder_flags, check_minimum, with_prefixes
 from contriever.index.bm25 import check_weight
 from contriever.model_files import find_model
 from contriever.own_texts.folder import Limits, place, snippet
@@ -36,8 +36,6 @@ from shared.run.command_line import Parser, plain_exit, printable
 
 if TYPE_CHECKING:
     from contriever.encoder import Retriever
-
-    AnyEncoder = Retriever | onnx_encoder.OnnxEncoder
 
 INDEX_NAME = ".search_index.sqlite"
 SECONDS_BETWEEN_LINES = 10  # of progress, where there is no terminal
@@ -201,16 +199,11 @@ class Encoder:
             retriever = self._load()
             with contextlib.redirect_stdout(sys.stderr):
                 found = onnx_encoder.make(path, retriever)
-            self.torch = self._prefixed(retriever)
+            self.torch = with_prefixes(self.args, retriever)
         if isinstance(found, str):
             print(printable(f"NOTE: each search waits for torch: {found}"), file=sys.stderr, flush=True)
             return None
-        return self._prefixed(found)
-
-    def _prefixed(self, encoder: "AnyEncoder") -> "AnyEncoder":
-        own = ((kind, getattr(self.args, f"{kind}_prefix")) for kind in ("query", "passage"))
-        encoder.prompts = encoder.prompts | {kind: prefix for kind, prefix in own if prefix is not None}
-        return encoder
+        return with_prefixes(self.args, found)
 
     def _load(self) -> "Retriever":
         from contriever.encoder import load_retriever
@@ -222,7 +215,7 @@ class Encoder:
 
     def _torch(self) -> "Retriever":
         if self.torch is None:
-            self.torch = self._prefixed(self._load())
+            self.torch = with_prefixes(self.args, self._load())
         return self.torch
 
     def __call__(self, texts: list[str], kind: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""2,000 small files and one of 10 MB, indexed by processes that are killed ten times; FULL_SIZE=1: ten times as much."""
+"""2,000 small files and one of 10 MB, indexed by processes that are killed ten times; FULL_SIZE=1: both ten times."""
 
 import os
 import random
