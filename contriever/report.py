@@ -17,8 +17,7 @@ from .training.checkpoints import start_retriever
 from .training.evaluation import SentenceRecall
 from .training.pairs import open_datasets
 
-DOCUMENTS = 100  # that are searched for the summary and the page
-MOST_GAINS, MOST_LOSSES = 9, 3  # that the page shows
+DOCUMENTS, HITS = 100, 12  # searched for the summary and the page, and shown there
 
 
 def tell_unsuitable_settings(args: argparse.Namespace, num_chunks: int, batch_size: int) -> None:
@@ -79,9 +78,8 @@ Answer = tuple[int, str]  # rank of the document that a query was taken out of, 
 
 
 def compare_hits(folder: Path, args: argparse.Namespace) -> tuple[int, list[tuple[str, Answer, Answer]]]:
-    """How many sentences that were taken out of training documents were asked for, and those whose document has another
-    rank than with the first encoder: the sentence, the answer before and after; the largest gain first.
-    """
+    """How many sentences of training documents are searched for, and those whose document has another rank than with
+    the first encoder: the sentence and both answers; the largest gain first."""
     datasets = open_datasets(args.train_data, args.loading_mode, args.chunk_length, args.chunks == "document")
     documents = (document for dataset in datasets.values() for document in dataset.documents())
     before, after = start_retriever(args, torch.device("cpu")), load_retriever(folder)
@@ -108,11 +106,8 @@ def page_tables(folder: Path, flags: Mapping) -> list[dict]:
     note = (
         f"Each query is a sentence taken out of one of {asked} documents; the number is the rank of its own document, "
         f"the text the beginning of the first hit. {better} ranks became better and {len(changed) - better} worse; "
-        "shown are the largest changes."
+        "the largest gains are shown first."
     )
-    rows = [
-        [query, *(f"{rank}: {hit[:160]}" for rank, hit in answers)]
-        for query, *answers in changed[:MOST_GAINS] + changed[MOST_GAINS:][-MOST_LOSSES:]
-    ]
+    rows = [[query, *(f"{rank}: {hit[:160]}" for rank, hit in answers)] for query, *answers in changed[:HITS]]
     columns = ["query", "before", "after"]
     return [{"title": "Queries and hits", "short": "Hits", "note": note, "columns": columns, "rows": rows}]

@@ -2,7 +2,7 @@
 
 Izacard et al., "Unsupervised Dense Information Retrieval with Contrastive Learning", TMLR 2022.
 
-    python train.py                                              # documentation of installed packages, minutes on a CPU
+    python train.py                                  # random weights, documentation of packages: minutes on a CPU
     python preprocess.py --datapath my_texts.txt --outdir encoded/my_texts
     python train.py --train_data encoded/my_texts --output_dir run
 
@@ -23,6 +23,7 @@ from torch import nn
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from contriever import new_encoder
 from contriever.augmentations import AUGMENTATIONS, Recipe, SpecialTokens
 from contriever.encoder import Retriever
 from contriever.flags import MINIMUM, check_training_flags, training_parser
@@ -43,11 +44,13 @@ from shared.run.summary import paragraphs
 
 NETWORK_FLAGS = ("pooling", "random_init", "contrastive_mode", "queue_size")
 
-# What replaces the official defaults when no --train_data is given: some thousand docstrings and the packaged encoder,
-# which was trained on vectors of length 1. A queue much longer than the text would hold every document many times.
+# What replaces the official defaults when no --train_data is given: some thousand docstrings and a small encoder with
+# random weights and a vocabulary of its own. So little text would fill a queue with itself: negatives of the batch.
+EMBEDDED_ENCODER = {"vocab_size": 8000, "hidden_size": 128, "layers": 2, "positions": 256}
 EMBEDDED_DATA_DEFAULTS = {
     "embedded_text": True,
     "train_data": ["runs/documentation"],
+    "retriever_model_id": "runs/documentation/encoder",
     "output_dir": "runs/demo",
     "loading_mode": "full",
     "chunks": "document",
@@ -59,13 +62,12 @@ EMBEDDED_DATA_DEFAULTS = {
     "norm_query": True,
     "norm_doc": True,
     "temperature": 0.05,
-    "momentum": 0.99,
-    "queue_size": 1024,
-    "per_gpu_batch_size": 16,
-    "total_steps": 150,
-    "warmup_steps": 15,
-    "lr": 5e-5,
-    "log_freq": 10,
+    "contrastive_mode": "inbatch",
+    "per_gpu_batch_size": 64,
+    "total_steps": 400,
+    "warmup_steps": 40,
+    "lr": 1e-3,
+    "log_freq": 20,
     "eval_documents": 300,
     "num_workers": 0,
 }
@@ -119,6 +121,8 @@ def train_contriever(args: argparse.Namespace) -> None:
     run = Run(args, args.amp, subfolder="checkpoint")
 
     # encoder and text
+    if args.retriever_model_id == EMBEDDED_DATA_DEFAULTS["retriever_model_id"]:
+        make_embedded_encoder(Path(args.retriever_model_id))
     retriever = start_retriever(args, run.device)
     pairs = open_pairs(args, retriever)
     data = open_data(args, pairs, run.device)
@@ -148,6 +152,14 @@ def train_contriever(args: argparse.Namespace) -> None:
         fill_steps = args.queue_size // data.batch_size if args.contrastive_mode == "moco" else None
         print(summary(run.output_dir, args, fill_steps))
         print(paragraphs({"Page": save_page(run)}))
+
+
+def make_embedded_encoder(folder: Path) -> None:
+    """A small encoder with random weights, unless it is there."""
+    if distributed.is_main_process() and not (folder / "config.json").exists():
+        values = {"outdir": str(folder), **EMBEDDED_ENCODER}
+        new_encoder.new_encoder(new_encoder.get_args_parser().parse_args([f"--{k}={v}" for k, v in values.items()]))
+    distributed.barrier()
 
 
 def open_pairs(args: argparse.Namespace, retriever: Retriever) -> PretrainingPairs:
