@@ -54,7 +54,7 @@ def summary(output_dir: Path, args: argparse.Namespace, fill_steps: int | None) 
                 f"{before[f'recall_at_{k}']:.1f} % before, {after[f'recall_at_{k}']:.1f} % after"
             )
     for query, *answers in compare_hits(output_dir, args)[1][:1]:
-        result.append(f"the query that gained most: {query}")
+        result.append(f"a query: {query}")
         for when, (rank, hit) in zip(("before", "after"), answers, strict=True):
             result.append(f"  {when}: its document is hit {rank}, the first one begins: {hit[:80]}")
     encoder = output_dir / "encoder"
@@ -79,7 +79,7 @@ Answer = tuple[int, str]  # rank of the document that a query was taken out of, 
 
 def compare_hits(folder: Path, args: argparse.Namespace) -> tuple[int, list[tuple[str, Answer, Answer]]]:
     """How many sentences of training documents are searched for, and those whose document has another rank than with
-    the first encoder: the sentence and both answers; the largest gain first."""
+    the first encoder: the sentence and both answers; those that are found first now, then the largest gains, lead."""
     datasets = open_datasets(args.train_data, args.loading_mode, args.chunk_length, args.chunks == "document")
     documents = (document for dataset in datasets.values() for document in dataset.documents())
     before, after = start_retriever(args, torch.device("cpu")), load_retriever(folder)
@@ -94,7 +94,7 @@ def compare_hits(folder: Path, args: argparse.Namespace) -> tuple[int, list[tupl
 
     answers = [(decode(query), *(answer(scores, i) for scores in found)) for i, query in enumerate(task.queries)]
     changed = [row for row in answers if row[1][0] != row[2][0]]
-    return len(task.queries), sorted(changed, key=lambda row: row[2][0] - row[1][0])
+    return len(task.queries), sorted(changed, key=lambda row: (row[2][0] > 1, row[2][0] - row[1][0]))
 
 
 def page_tables(folder: Path, flags: Mapping) -> list[dict]:
@@ -106,7 +106,7 @@ def page_tables(folder: Path, flags: Mapping) -> list[dict]:
     note = (
         f"Each query is a sentence taken out of one of {asked} documents; the number is the rank of its own document, "
         f"the text the beginning of the first hit. {better} ranks became better and {len(changed) - better} worse; "
-        "the largest gains are shown first."
+        "shown are those that are first now, and then the largest gains."
     )
     rows = [[query, *(f"{rank}: {hit[:160]}" for rank, hit in answers)] for query, *answers in changed[:HITS]]
     columns = ["query", "before", "after"]
