@@ -118,7 +118,7 @@ def test_torch_goes_on_where_the_file_would_give_other_vectors_or_cannot_be_made
 
 def test_many_texts_are_embedded_by_torch(notes, monkeypatch):
     run(notes)
-    index, _, _ = run(notes)
+    index, _, _ = run(notes, "--no_fp16")
     assert index.encode.torch is None
     monkeypatch.setattr(search, "PASSAGES_PER_TRANSACTION", 2)
     few = index.encode(["heat"], "passage")
