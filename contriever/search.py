@@ -185,9 +185,9 @@ class Encoder:
     """
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.torch = args, None
+        self.args = args
         self.onnx = self._open_onnx() if args.device != "cuda" else None
-        self.model = self.onnx or self._torch()
+        self.model = with_prefixes(args, self.onnx or self.retriever)
 
     def _open_onnx(self) -> onnx_encoder.OnnxEncoder | None:
         path = find_model(self.args.model_name_or_path, self.args.allow_download)
@@ -196,16 +196,16 @@ class Encoder:
         else:
             found = onnx_encoder.read(path)
         if found is None:
-            retriever = self._load()
             with contextlib.redirect_stdout(sys.stderr):
-                found = onnx_encoder.make(path, retriever)
-            self.torch = with_prefixes(self.args, retriever)
+                found = onnx_encoder.make(path, self.retriever)
         if isinstance(found, str):
             print(printable(f"NOTE: each search waits for torch: {found}"), file=sys.stderr, flush=True)
             return None
-        return with_prefixes(self.args, found)
+        return found
 
-    def _load(self) -> "Retriever":
+    @functools.cached_property
+    def retriever(self) -> "Retriever":
+        """The encoder of torch, with the prompts of its folder."""
         from contriever.encoder import load_retriever
         from shared import distributed
 
@@ -213,16 +213,11 @@ class Encoder:
         with contextlib.redirect_stdout(sys.stderr):
             return load_retriever(name, **options, device=distributed.init(device=self.args.device))
 
-    def _torch(self) -> "Retriever":
-        if self.torch is None:
-            self.torch = with_prefixes(self.args, self._load())
-        return self.torch
-
     def __call__(self, texts: list[str], kind: str) -> np.ndarray:
         args, texts = self.args, self.clean(texts)
         if self.onnx is not None and len(texts) < PASSAGES_PER_TRANSACTION:
             return self.onnx.encode(texts, args.per_gpu_batch_size, kind)
-        model = self._torch()
+        model = with_prefixes(args, self.retriever)
         amp = model.amp(args.no_fp16)
         return model.encode(texts, args.per_gpu_batch_size, None, model.normalized, amp, kind)
 

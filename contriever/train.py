@@ -27,13 +27,13 @@ from contriever import new_encoder
 from contriever.augmentations import AUGMENTATIONS, Recipe, SpecialTokens
 from contriever.encoder import Retriever
 from contriever.flags import MINIMUM, check_training_flags, training_parser
-from contriever.losses import InBatch, MoCo, batch_statistics, inbatch_logits, moco_logits
+from contriever.losses import InBatch, MoCo, batch_statistics, moco_logits
 from contriever.report import summary, tell_unsuitable_settings
 from contriever.text.documentation import tokenized_documentation
 from contriever.text.tokens import check_tokenizer, token_files, vocabulary_fingerprint
 from contriever.training.checkpoints import BATCH, TrainingData, finish, keep_numbered, resume, start_retriever
 from contriever.training.evaluation import Evaluation
-from contriever.training.optimisation import Objective, build_optimizer, gradient_norms
+from contriever.training.optimisation import Objective, build_optimizer, contrast, gradient_norms
 from contriever.training.pairs import PretrainingPairs, StepSampler, fingerprint, open_datasets, steps_per_epoch
 from shared import distributed
 from shared.images.loading import make_loader
@@ -46,7 +46,7 @@ NETWORK_FLAGS = ("pooling", "random_init", "contrastive_mode", "queue_size")
 
 # What replaces the official defaults when no --train_data is given: some thousand docstrings and a small encoder with
 # random weights and a vocabulary of its own. So little text would fill a queue with itself: negatives of the batch.
-EMBEDDED_ENCODER = {"vocab_size": 8000, "hidden_size": 128, "layers": 2, "positions": 256}
+EMBEDDED_ENCODER = "--vocab_size 8000 --hidden_size 128 --layers 2 --positions 256"
 EMBEDDED_DATA_DEFAULTS = {
     "embedded_text": True,
     "train_data": ["runs/documentation"],
@@ -157,8 +157,8 @@ def train_contriever(args: argparse.Namespace) -> None:
 def make_embedded_encoder(folder: Path) -> None:
     """A small encoder with random weights, unless it is there."""
     if distributed.is_main_process() and not (folder / "config.json").exists():
-        values = {"outdir": str(folder), **EMBEDDED_ENCODER}
-        new_encoder.new_encoder(new_encoder.get_args_parser().parse_args([f"--{k}={v}" for k, v in values.items()]))
+        flags = ["--outdir", str(folder), *EMBEDDED_ENCODER.split()]
+        new_encoder.new_encoder(new_encoder.get_args_parser().parse_args(flags))
     distributed.barrier()
 
 
@@ -234,25 +234,19 @@ def train_one_epoch(
     for step, batch in run.steps(loader):
         lr = objective.set_learning_rate(optimizer, step)
         optimizer.zero_grad(set_to_none=True)
-        q_ids, q_mask, k_ids, k_mask = (batch[name].to(run.device, non_blocking=True) for name in BATCH)
+        texts = q_ids, q_mask, k_ids, k_mask = [batch[name].to(run.device, non_blocking=True) for name in BATCH]
 
-        with run.precision.autocast():
-            if moco:
+        if moco:
+            with run.precision.autocast():
                 model.update_key_encoder()  # before this step's keys and before its update
                 q = trained(q_ids, q_mask, normalize=objective.norm_query)
                 with torch.no_grad():
                     k = model.encoder_k(k_ids, k_mask, normalize=objective.norm_doc)
-            else:
-                q, k = trained(q_ids, q_mask, k_ids, k_mask, objective.norm_query, objective.norm_doc)
-        if moco:
             # the other documents of the batch are no negatives: all of them come from the queue
             logits, labels = moco_logits(q, k, model.queue, objective.temperature)
+            loss = F.cross_entropy(logits, labels, label_smoothing=objective.label_smoothing)
         else:
-            all_keys = distributed.all_gather_with_grad(k.float())
-            logits, labels = inbatch_logits(
-                q, all_keys, objective.temperature, distributed.get_rank(), distributed.get_world_size()
-            )
-        loss = F.cross_entropy(logits, labels, label_smoothing=objective.label_smoothing)
+            q, k, logits, labels, loss = contrast(trained, texts, objective, run.precision)
 
         run.backward(loss, optimizer)
         run.update(gradient_norms(optimizer), optimizer)
