@@ -101,9 +101,9 @@ def search(args: argparse.Namespace) -> SearchIndex | None:
 
         live = LiveIndex(opened, lambda index, show: update(index, args.drop_missing, out, show))
         if args.mcp:
-            from contriever.own_texts.tool import serve_mcp
+            from contriever.own_texts.tool import make_server
 
-            serve_mcp(live, Path(args.passages), *how)
+            make_server(live, Path(args.passages), *how).run("stdio")  # until the client goes
         else:
             from contriever.own_texts.page import serve
 
