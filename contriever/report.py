@@ -74,12 +74,9 @@ def summary(output_dir: Path, args: argparse.Namespace, fill_steps: int | None) 
     return paragraphs(blocks)
 
 
-Answer = tuple[int, str]  # rank of the document that a query was taken out of, and the first hit
-
-
-def compare_hits(folder: Path, args: argparse.Namespace) -> tuple[int, list[tuple[str, Answer, Answer]]]:
+def compare_hits(folder: Path, args: argparse.Namespace) -> tuple[int, list[tuple[str, tuple, tuple]]]:
     """How many sentences of training documents are searched for, and those whose document has another rank than with
-    the first encoder: the sentence and both answers; those that are found first now, then the largest gains, lead."""
+    the first encoder: the sentence, and its rank and the first hit before and after; first those of rank 1 now."""
     datasets = open_datasets(args.train_data, args.loading_mode, args.chunk_length, args.chunks == "document")
     documents = (document for dataset in datasets.values() for document in dataset.documents())
     before, after = start_retriever(args, torch.device("cpu")), load_retriever(folder)
@@ -89,7 +86,7 @@ def compare_hits(folder: Path, args: argparse.Namespace) -> tuple[int, list[tupl
     found = [task.search(retriever.model, args.norm_query, args.norm_doc) for retriever in (before, after)]
     decode = partial(after.tokenizer.decode, skip_special_tokens=True)
 
-    def answer(scores: np.ndarray, i: int) -> Answer:
+    def answer(scores: np.ndarray, i: int) -> tuple[int, str]:
         return int((scores[i] >= scores[i, i]).sum()), decode(task.documents[scores[i].argmax()])
 
     answers = [(decode(query), *(answer(scores, i) for scores in found)) for i, query in enumerate(task.queries)]
