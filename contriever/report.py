@@ -46,14 +46,12 @@ def summary(output_dir: Path, args: argparse.Namespace, fill_steps: int | None) 
         result.append(
             f"the queue begins with random vectors: the loss rises until keys have filled it, at step {fill_steps}"
         )
-    for k in (1, 10):
-        if len(recalls) > 1:
-            before, after = recalls[0], recalls[-1]
-            result.append(
-                f"a document from one of its own sentences, among the first {k}: "
-                f"{before[f'recall_at_{k}']:.1f} % before, {after[f'recall_at_{k}']:.1f} % after"
-            )
-    for query, *answers in compare_hits(output_dir, args)[1][:1]:
+    for name in ("recall_at_1", "recall_at_10") if len(recalls) > 1 else ():
+        result.append(
+            f"a document from one of its own sentences, among the first {name.removeprefix('recall_at_')}: "
+            f"{recalls[0][name]:.1f} % before, {recalls[-1][name]:.1f} % after"
+        )
+    for query, *answers in compare_hits(output_dir, args)[1][:1] if len(recalls) > 1 else ():
         result.append(f"a query: {query}")
         for when, (rank, hit) in zip(("before", "after"), answers, strict=True):
             result.append(f"  {when}: its document is hit {rank}, the first one begins: {hit[:80]}")
