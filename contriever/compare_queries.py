@@ -23,7 +23,6 @@ from shared import distributed
 from shared.run.flags import Parser
 
 TIE = 1e-9  # percent: differences of rounding are none
-BATCH = 256  # permutations at once
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -62,7 +61,7 @@ def compare(first: np.ndarray, second: np.ndarray, permutations: int = 9999) -> 
     if not wins + losses:
         return found | {"t": 1.0, "permutation": 1.0, "sign": 1.0}
     found["t"] = float(stats.ttest_1samp(differences, 0).pvalue) if len(first) > 1 else float("nan")
-    signs = {"permutation_type": "samples", "n_resamples": permutations, "batch": BATCH, "random_state": 0}
+    signs = {"permutation_type": "samples", "n_resamples": permutations, "batch": 256, "random_state": 0}
     found["permutation"] = float(stats.permutation_test((differences[differences != 0],), np.mean, **signs).pvalue)
     return found | {"sign": float(stats.binomtest(wins, wins + losses).pvalue)}
 
