@@ -202,13 +202,6 @@ def _retrieved(path: Path) -> Iterator[tuple[str, str, str, str | float]]:
 # --- Metrics ----------------------------------------------------------------------------------------------------------
 
 
-def evaluate_run(
-    qrels: Qrels, run: Run, k_values: Iterable[int] = K_VALUES, complete: bool = False
-) -> dict[str, float]:
-    """:func:`means` of :func:`evaluate_queries`: ``{"NDCG@1": ..., "NDCG@3": ..., ...}`` in percent."""
-    return means(evaluate_queries(qrels, run, k_values), len(qrels), complete)
-
-
 def evaluate_queries(qrels: Qrels, run: Run, k_values: Iterable[int] = K_VALUES) -> PerQuery:
     """All metrics, in [0, 1], of every judged query that has results.
 

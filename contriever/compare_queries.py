@@ -23,7 +23,6 @@ from shared import distributed
 from shared.run.flags import Parser
 
 TIE = 1e-9  # percent: differences of rounding are none
-BATCH = 256  # permutations at once
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -62,24 +61,9 @@ def compare(first: np.ndarray, second: np.ndarray, permutations: int = 9999) -> 
     if not wins + losses:
         return found | {"t": 1.0, "permutation": 1.0, "sign": 1.0}
     found["t"] = float(stats.ttest_1samp(differences, 0).pvalue) if len(first) > 1 else float("nan")
-    found["permutation"] = permutation_test(differences[differences != 0], permutations)
+    signs = {"permutation_type": "samples", "n_resamples": permutations, "batch": 256, "random_state": 0}
+    found["permutation"] = float(stats.permutation_test((differences[differences != 0],), np.mean, **signs).pvalue)
     return found | {"sign": float(stats.binomtest(wins, wins + losses).pvalue)}
-
-
-def permutation_test(differences: np.ndarray, permutations: int) -> float:
-    """Share of the random signs that make the mean of the differences (N,) at least as large in absolute value.
-
-    All 2^N are tried if they are no more than ``permutations``.
-    """
-    count, least = len(differences), abs(differences.sum()) - TIE
-    if 2**count <= permutations:
-        signs = (np.arange(2**count)[:, None] >> np.arange(count)) & 1
-        return float((np.abs((2 * signs - 1) @ differences) >= least).mean())
-    rng, hits = np.random.default_rng(0), 1  # the signs that were found are one of them
-    for start in range(0, permutations, BATCH):
-        signs = rng.integers(0, 2, (min(BATCH, permutations - start), count), dtype=np.int8)
-        hits += int((np.abs(2 * (signs @ differences) - differences.sum()) >= least).sum())
-    return hits / (permutations + 1)
 
 
 def compare_queries(args: argparse.Namespace) -> dict[str, dict[str, float]]:

@@ -136,13 +136,9 @@ class Contriever(_Pooled, BertModel):
     """BERT without its pooler; names of the weights as in the published files."""
 
 
-class ContrieverXLMR(_Pooled, XLMRobertaModel):
-    """The same with XLM-RoBERTa, for many languages."""
-
-
-ENCODERS = {"bert": Contriever, "xlm-roberta": ContrieverXLMR} | {
+ENCODERS = {"bert": Contriever} | {
     model.config_class.model_type: type(f"Pooled{model.__name__}", (_Pooled, model), {})
-    for model in (RobertaModel, MPNetModel, ModernBertModel)
+    for model in (XLMRobertaModel, RobertaModel, MPNetModel, ModernBertModel)
 }
 
 

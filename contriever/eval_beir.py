@@ -134,15 +134,17 @@ def search_dataset(dataset: BeirDataset, retriever: Retriever | None, args: argp
     how = args.lower_case, args.normalize_text
     texts, queries = clean(document_texts(dataset), *how), clean(dataset.queries.values(), *how)
     k = TOP_K + 1
-    lexical = BM25(texts).search(queries, k) if args.retriever != "dense" else None
+    bm25 = BM25(texts) if args.retriever != "dense" else None
     if args.retriever == "bm25":
-        return lexical
+        return bm25.search(queries, k)
     cosine = args.score_function == "cos_sim"
     norms = args.norm_query or cosine, args.norm_doc or cosine
     length = retriever.length("--text_maxlength", args.text_maxlength)
     amp = retriever.amp(args.no_fp16)
     dense = dense_search(retriever, texts, queries, k, args.per_gpu_batch_size, length, *norms, amp)
-    return dense if args.retriever == "dense" else fuse(dense, lexical, k, args.dense_weight, unit=all(norms))
+    if args.retriever == "dense":
+        return dense
+    return fuse(dense, bm25.search(queries, k), k, args.dense_weight, all(norms), list(map(bm25.focus, queries)))
 
 
 def document_texts(dataset: BeirDataset) -> list[str]:

@@ -14,22 +14,20 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from contriever.encoder import Retriever
 from contriever.flags import MINIMUM, check_training_flags, training_parser
-from contriever.losses import InBatch, batch_statistics, inbatch_logits
+from contriever.losses import InBatch, batch_statistics
 from contriever.training.checkpoints import BATCH, TrainingData, finish, keep_numbered, resume, start_retriever
 from contriever.training.evaluation import Evaluation
-from contriever.training.optimisation import Objective, SharpnessAware, build_optimizer, gradient_norms
+from contriever.training.optimisation import Objective, SharpnessAware, build_optimizer, contrast, gradient_norms
 from contriever.training.questions import FineTuningPairs, read_examples
 from shared import distributed
 from shared.images.loading import EpochBatchSampler, make_loader
-from shared.optimisation.precision import Precision
 from shared.run.flags import parse_with_embedded_defaults
 from shared.run.run import Run
 
@@ -159,18 +157,6 @@ def train_one_epoch(
         if evaluation.is_due(run.steps_done):
             evaluation.run(distributed.unwrap(trained).encoder, run)
         keep_numbered(run)
-
-
-def contrast(
-    trained: nn.Module, texts: list[Tensor], objective: Objective, precision: Precision
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Vectors of the questions and of the passages, scores, labels, and the loss: one softmax over all processes."""
-    with precision.autocast():
-        q, k = trained(*texts, objective.norm_query, objective.norm_doc)
-    all_keys = distributed.all_gather_with_grad(k.float())
-    rank, world_size = distributed.get_rank(), distributed.get_world_size()
-    logits, labels = inbatch_logits(q, all_keys, objective.temperature, rank, world_size)
-    return q, k, logits, labels, F.cross_entropy(logits, labels, label_smoothing=objective.label_smoothing)
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ No torch before it is needed.
 
 import argparse
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shared.run.command_line import Parser, add_device_flag
 
@@ -114,6 +114,13 @@ def add_encoder_flags(parser: argparse.ArgumentParser, kinds: tuple[str, ...] = 
     return add
 
 
+def with_prefixes(args: argparse.Namespace, encoder: Any) -> Any:
+    """An encoder of either kind with the prompts that the flags give it."""
+    own = ((kind, getattr(args, f"{kind}_prefix", None)) for kind in ("query", "passage"))
+    encoder.prompts = encoder.prompts | {kind: prefix for kind, prefix in own if prefix is not None}
+    return encoder
+
+
 def load_encoder(args: argparse.Namespace, device: "torch.device", normalized: bool) -> "Retriever":
     """The encoder of the flags; says so when it expects normalised vectors and does not get them."""
     from shared import distributed
@@ -121,9 +128,7 @@ def load_encoder(args: argparse.Namespace, device: "torch.device", normalized: b
     from .encoder import load_retriever
 
     retriever = load_retriever(args.model_name_or_path, allow_download=args.allow_download, device=device)
-    for kind in ("query", "passage"):
-        if getattr(args, f"{kind}_prefix", None) is not None:
-            retriever.prompts = {**retriever.prompts, kind: getattr(args, f"{kind}_prefix")}
+    with_prefixes(args, retriever)
     if retriever.normalized and not normalized:
         distributed.print_once(
             f"NOTE: {retriever.origin} was trained on vectors of unit length; without --norm_query --norm_doc it finds "

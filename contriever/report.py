@@ -17,7 +17,7 @@ from .training.checkpoints import start_retriever
 from .training.evaluation import SentenceRecall
 from .training.pairs import open_datasets
 
-DOCUMENTS, HITS = 100, 12  # searched for the page, and shown there
+DOCUMENTS, HITS = 100, 12  # searched for the summary and the page, and shown there
 
 
 def tell_unsuitable_settings(args: argparse.Namespace, num_chunks: int, batch_size: int) -> None:
@@ -32,11 +32,10 @@ def tell_unsuitable_settings(args: argparse.Namespace, num_chunks: int, batch_si
         )
 
 
-def summary(output_dir: Path, normalized: bool, fill_steps: int | None) -> str:
+def summary(output_dir: Path, args: argparse.Namespace, fill_steps: int | None) -> str:
     """What a run has left.
 
     Args:
-        normalized: Whether vectors were divided by their norms.
         fill_steps: After so many steps the queue of MoCo holds keys only; None without a queue.
     """
     lines = read_log(output_dir / "metrics.jsonl")
@@ -47,13 +46,15 @@ def summary(output_dir: Path, normalized: bool, fill_steps: int | None) -> str:
         result.append(
             f"the queue begins with random vectors: the loss rises until keys have filled it, at step {fill_steps}"
         )
-    for k in (1, 10):
-        if len(recalls) > 1:
-            before, after = recalls[0], recalls[-1]
-            result.append(
-                f"a document from one of its own sentences, among the first {k}: "
-                f"{before[f'recall_at_{k}']:.1f} % before, {after[f'recall_at_{k}']:.1f} % after"
-            )
+    for name in ("recall_at_1", "recall_at_10") if len(recalls) > 1 else ():
+        result.append(
+            f"a document from one of its own sentences, among the first {name.removeprefix('recall_at_')}: "
+            f"{recalls[0][name]:.1f} % before, {recalls[-1][name]:.1f} % after"
+        )
+    for query, *answers in compare_hits(output_dir, args)[1][:1] if len(recalls) > 1 else ():
+        result.append(f"a query: {query}")
+        for when, (rank, hit) in zip(("before", "after"), answers, strict=True):
+            result.append(f"  {when}: its document is hit {rank}, the first one begins: {hit[:80]}")
     encoder = output_dir / "encoder"
     collection = {"beir_dir": "YOUR_FOLDER", "dataset": "YOUR_COLLECTION"}
     evaluation = command("contriever/eval_beir.py", model_name_or_path=encoder, **collection)
@@ -66,33 +67,42 @@ def summary(output_dir: Path, normalized: bool, fill_steps: int | None) -> str:
             f"{output_dir / 'checkpoint.pth'} (the same command resumes from it)",
             f"{output_dir / 'metrics.jsonl'} (every few steps)",
         ],
-        "Next": [query, f"{evaluation} --norm_query --norm_doc" if normalized else evaluation],
+        "Next": [query, f"{evaluation} --norm_query --norm_doc" if args.norm_query and args.norm_doc else evaluation],
     }
     return paragraphs(blocks)
 
 
-def page_tables(folder: Path, flags: Mapping) -> list[dict]:
-    """What the first and the trained encoder find for sentences that were taken out of training documents."""
-    args = argparse.Namespace(**flags)
+def compare_hits(folder: Path, args: argparse.Namespace) -> tuple[int, list[tuple[str, tuple, tuple]]]:
+    """How many sentences of training documents are searched for, and those whose document has another rank than with
+    the first encoder: the sentence, and its rank and the first hit before and after; first those of rank 1 now."""
     datasets = open_datasets(args.train_data, args.loading_mode, args.chunk_length, args.chunks == "document")
     documents = (document for dataset in datasets.values() for document in dataset.documents())
     before, after = start_retriever(args, torch.device("cpu")), load_retriever(folder)
     task = SentenceRecall(documents, after.tokenizer, DOCUMENTS, min(256, after.max_length))
     if task.disabled_reason:
-        return []
+        return 0, []
     found = [task.search(retriever.model, args.norm_query, args.norm_doc) for retriever in (before, after)]
-    ranks = [(scores >= scores.diagonal()[:, None]).sum(axis=1) for scores in found]
-    changed = np.flatnonzero(ranks[0] != ranks[1])
     decode = partial(after.tokenizer.decode, skip_special_tokens=True)
-    cells = []
-    for i in changed[:HITS]:
-        first = [decode(task.documents[scores[i].argmax()])[:160] for scores in found]
-        cells.append([decode(task.queries[i]), *(f"{rank[i]}: {hit}" for rank, hit in zip(ranks, first, strict=True))])
-    better = int((ranks[1] < ranks[0]).sum())
+
+    def answer(scores: np.ndarray, i: int) -> tuple[int, str]:
+        return int((scores[i] >= scores[i, i]).sum()), decode(task.documents[scores[i].argmax()])
+
+    answers = [(decode(query), *(answer(scores, i) for scores in found)) for i, query in enumerate(task.queries)]
+    changed = [row for row in answers if row[1][0] != row[2][0]]
+    return len(task.queries), sorted(changed, key=lambda row: (row[2][0] > 1, row[2][0] - row[1][0]))
+
+
+def page_tables(folder: Path, flags: Mapping) -> list[dict]:
+    """Queries and hits before and after the training."""
+    asked, changed = compare_hits(folder, argparse.Namespace(**flags))
+    if not asked:
+        return []
+    better = sum(after < before for _, (before, _), (after, _) in changed)
     note = (
-        f"Each query is a sentence taken out of one of {len(task.queries)} documents; the number is the rank of its "
-        f"own document, the text the beginning of the first hit. {better} ranks became better and "
-        f"{len(changed) - better} worse; the first {len(cells)} of these are shown."
+        f"Each query is a sentence taken out of one of {asked} documents; the number is the rank of its own document, "
+        f"the text the beginning of the first hit. {better} ranks became better and {len(changed) - better} worse; "
+        "shown are those that are first now, and then the largest gains."
     )
+    rows = [[query, *(f"{rank}: {hit[:160]}" for rank, hit in answers)] for query, *answers in changed[:HITS]]
     columns = ["query", "before", "after"]
-    return [{"title": "Queries and hits", "short": "Hits", "note": note, "columns": columns, "rows": cells}]
+    return [{"title": "Queries and hits", "short": "Hits", "note": note, "columns": columns, "rows": rows}]

@@ -25,7 +25,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from contriever import onnx_encoder
-from contriever.flags import add_encoder_flags, check_minimum
+from contriever.flags import add_encoder_flags, check_minimum, with_prefixes
 from contriever.index.bm25 import check_weight
 from contriever.model_files import find_model
 from contriever.own_texts.folder import Limits, place, snippet
@@ -36,8 +36,6 @@ from shared.run.command_line import Parser, plain_exit, printable
 
 if TYPE_CHECKING:
     from contriever.encoder import Retriever
-
-    AnyEncoder = Retriever | onnx_encoder.OnnxEncoder
 
 INDEX_NAME = ".search_index.sqlite"
 SECONDS_BETWEEN_LINES = 10  # of progress, where there is no terminal
@@ -103,9 +101,9 @@ def search(args: argparse.Namespace) -> SearchIndex | None:
 
         live = LiveIndex(opened, lambda index, show: update(index, args.drop_missing, out, show))
         if args.mcp:
-            from contriever.own_texts.tool import serve_mcp
+            from contriever.own_texts.tool import make_server
 
-            serve_mcp(live, Path(args.passages), *how)
+            make_server(live, Path(args.passages), *how).run("stdio")  # until the client goes
         else:
             from contriever.own_texts.page import serve
 
@@ -187,9 +185,9 @@ class Encoder:
     """
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.torch = args, None
+        self.args = args
         self.onnx = self._open_onnx() if args.device != "cuda" else None
-        self.model = self.onnx or self._torch()
+        self.model = with_prefixes(args, self.onnx or self.retriever)
 
     def _open_onnx(self) -> onnx_encoder.OnnxEncoder | None:
         path = find_model(self.args.model_name_or_path, self.args.allow_download)
@@ -198,21 +196,16 @@ class Encoder:
         else:
             found = onnx_encoder.read(path)
         if found is None:
-            retriever = self._load()
             with contextlib.redirect_stdout(sys.stderr):
-                found = onnx_encoder.make(path, retriever)
-            self.torch = self._prefixed(retriever)
+                found = onnx_encoder.make(path, self.retriever)
         if isinstance(found, str):
             print(printable(f"NOTE: each search waits for torch: {found}"), file=sys.stderr, flush=True)
             return None
-        return self._prefixed(found)
+        return found
 
-    def _prefixed(self, encoder: "AnyEncoder") -> "AnyEncoder":
-        own = ((kind, getattr(self.args, f"{kind}_prefix")) for kind in ("query", "passage"))
-        encoder.prompts = encoder.prompts | {kind: prefix for kind, prefix in own if prefix is not None}
-        return encoder
-
-    def _load(self) -> "Retriever":
+    @functools.cached_property
+    def retriever(self) -> "Retriever":
+        """The encoder of torch, with the prompts of its folder."""
         from contriever.encoder import load_retriever
         from shared import distributed
 
@@ -220,16 +213,11 @@ class Encoder:
         with contextlib.redirect_stdout(sys.stderr):
             return load_retriever(name, **options, device=distributed.init(device=self.args.device))
 
-    def _torch(self) -> "Retriever":
-        if self.torch is None:
-            self.torch = self._prefixed(self._load())
-        return self.torch
-
     def __call__(self, texts: list[str], kind: str) -> np.ndarray:
         args, texts = self.args, self.clean(texts)
         if self.onnx is not None and len(texts) < PASSAGES_PER_TRANSACTION:
             return self.onnx.encode(texts, args.per_gpu_batch_size, kind)
-        model = self._torch()
+        model = with_prefixes(args, self.retriever)
         amp = model.amp(args.no_fp16)
         return model.encode(texts, args.per_gpu_batch_size, None, model.normalized, amp, kind)
 

@@ -2,7 +2,7 @@
 
 Izacard et al., "Unsupervised Dense Information Retrieval with Contrastive Learning", TMLR 2022.
 
-    python train.py                                              # documentation of installed packages, minutes on a CPU
+    python train.py                                  # random weights, documentation of packages: minutes on a CPU
     python preprocess.py --datapath my_texts.txt --outdir encoded/my_texts
     python train.py --train_data encoded/my_texts --output_dir run
 
@@ -23,16 +23,17 @@ from torch import nn
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from contriever import new_encoder
 from contriever.augmentations import AUGMENTATIONS, Recipe, SpecialTokens
 from contriever.encoder import Retriever
 from contriever.flags import MINIMUM, check_training_flags, training_parser
-from contriever.losses import InBatch, MoCo, batch_statistics, inbatch_logits, moco_logits
+from contriever.losses import InBatch, MoCo, batch_statistics, moco_logits
 from contriever.report import summary, tell_unsuitable_settings
 from contriever.text.documentation import tokenized_documentation
 from contriever.text.tokens import check_tokenizer, token_files, vocabulary_fingerprint
 from contriever.training.checkpoints import BATCH, TrainingData, finish, keep_numbered, resume, start_retriever
 from contriever.training.evaluation import Evaluation
-from contriever.training.optimisation import Objective, build_optimizer, gradient_norms
+from contriever.training.optimisation import Objective, build_optimizer, contrast, gradient_norms
 from contriever.training.pairs import PretrainingPairs, StepSampler, fingerprint, open_datasets, steps_per_epoch
 from shared import distributed
 from shared.images.loading import make_loader
@@ -43,11 +44,13 @@ from shared.run.summary import paragraphs
 
 NETWORK_FLAGS = ("pooling", "random_init", "contrastive_mode", "queue_size")
 
-# What replaces the official defaults when no --train_data is given: some thousand docstrings and the packaged encoder,
-# which was trained on vectors of length 1. A queue much longer than the text would hold every document many times.
+# What replaces the official defaults when no --train_data is given: some thousand docstrings and a small encoder with
+# random weights and a vocabulary of its own. So little text would fill a queue with itself: negatives of the batch.
+EMBEDDED_ENCODER = "--vocab_size 8000 --hidden_size 128 --layers 2 --positions 256"
 EMBEDDED_DATA_DEFAULTS = {
     "embedded_text": True,
     "train_data": ["runs/documentation"],
+    "retriever_model_id": "runs/documentation/encoder",
     "output_dir": "runs/demo",
     "loading_mode": "full",
     "chunks": "document",
@@ -59,13 +62,12 @@ EMBEDDED_DATA_DEFAULTS = {
     "norm_query": True,
     "norm_doc": True,
     "temperature": 0.05,
-    "momentum": 0.99,
-    "queue_size": 1024,
-    "per_gpu_batch_size": 16,
-    "total_steps": 150,
-    "warmup_steps": 15,
-    "lr": 5e-5,
-    "log_freq": 10,
+    "contrastive_mode": "inbatch",
+    "per_gpu_batch_size": 64,
+    "total_steps": 400,
+    "warmup_steps": 40,
+    "lr": 1e-3,
+    "log_freq": 20,
     "eval_documents": 300,
     "num_workers": 0,
 }
@@ -119,6 +121,8 @@ def train_contriever(args: argparse.Namespace) -> None:
     run = Run(args, args.amp, subfolder="checkpoint")
 
     # encoder and text
+    if args.retriever_model_id == EMBEDDED_DATA_DEFAULTS["retriever_model_id"]:
+        make_embedded_encoder(Path(args.retriever_model_id))
     retriever = start_retriever(args, run.device)
     pairs = open_pairs(args, retriever)
     data = open_data(args, pairs, run.device)
@@ -146,8 +150,16 @@ def train_contriever(args: argparse.Namespace) -> None:
     if distributed.is_main_process():
         finish(run, retriever)
         fill_steps = args.queue_size // data.batch_size if args.contrastive_mode == "moco" else None
-        print(summary(run.output_dir, args.norm_query and args.norm_doc, fill_steps))
+        print(summary(run.output_dir, args, fill_steps))
         print(paragraphs({"Page": save_page(run)}))
+
+
+def make_embedded_encoder(folder: Path) -> None:
+    """A small encoder with random weights, unless it is there."""
+    if distributed.is_main_process() and not (folder / "config.json").exists():
+        flags = ["--outdir", str(folder), *EMBEDDED_ENCODER.split()]
+        new_encoder.new_encoder(new_encoder.get_args_parser().parse_args(flags))
+    distributed.barrier()
 
 
 def open_pairs(args: argparse.Namespace, retriever: Retriever) -> PretrainingPairs:
@@ -222,25 +234,19 @@ def train_one_epoch(
     for step, batch in run.steps(loader):
         lr = objective.set_learning_rate(optimizer, step)
         optimizer.zero_grad(set_to_none=True)
-        q_ids, q_mask, k_ids, k_mask = (batch[name].to(run.device, non_blocking=True) for name in BATCH)
+        texts = q_ids, q_mask, k_ids, k_mask = [batch[name].to(run.device, non_blocking=True) for name in BATCH]
 
-        with run.precision.autocast():
-            if moco:
+        if moco:
+            with run.precision.autocast():
                 model.update_key_encoder()  # before this step's keys and before its update
                 q = trained(q_ids, q_mask, normalize=objective.norm_query)
                 with torch.no_grad():
                     k = model.encoder_k(k_ids, k_mask, normalize=objective.norm_doc)
-            else:
-                q, k = trained(q_ids, q_mask, k_ids, k_mask, objective.norm_query, objective.norm_doc)
-        if moco:
             # the other documents of the batch are no negatives: all of them come from the queue
             logits, labels = moco_logits(q, k, model.queue, objective.temperature)
+            loss = F.cross_entropy(logits, labels, label_smoothing=objective.label_smoothing)
         else:
-            all_keys = distributed.all_gather_with_grad(k.float())
-            logits, labels = inbatch_logits(
-                q, all_keys, objective.temperature, distributed.get_rank(), distributed.get_world_size()
-            )
-        loss = F.cross_entropy(logits, labels, label_smoothing=objective.label_smoothing)
+            q, k, logits, labels, loss = contrast(trained, texts, objective, run.precision)
 
         run.backward(loss, optimizer)
         run.update(gradient_norms(optimizer), optimizer)

@@ -1,6 +1,7 @@
 """BM25, and its combination with dense retrieval: words that must match exactly, and meaning that need not."""
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -9,6 +10,18 @@ from ..text.words import terms
 from .answers import Answers, nothing_found
 
 K1, B = 1.5, 0.75  # of BM25
+DECISIVE = 2 / 3  # share of a word in the weight of a query from which on words count in full
+
+
+def word_weight(found: int, documents: int) -> float:
+    """The weight of a word that so many of the documents hold (idf)."""
+    return float(np.log1p((documents - found + 0.5) / (found + 0.5)))
+
+
+def focus_of(weights: Sequence[float]) -> float:
+    """How much words count beside meaning, in [0, 1]: in full where one word (a name, a number) decides, less in long
+    questions, most of whose words are in the best answer by chance; from the share of the largest weight in all."""
+    return min(1.0, max(weights) / sum(weights) / DECISIVE) if weights else 1.0
 
 
 class BM25:
@@ -25,6 +38,7 @@ class BM25:
 
         self.texts = texts
         documents = [terms(text) for text in texts]
+        self._found = Counter(word for document in documents for word in set(document))
         self.index = None
         if any(documents):  # bm25s cannot index texts without a single word
             self.index = bm25s.BM25(k1=K1, b=B)
@@ -36,6 +50,11 @@ class BM25:
         if self.index is None or not words:
             return np.zeros(len(self.texts), np.float32)
         return self.index.get_scores(words).astype(np.float32)
+
+    def focus(self, query: str) -> float:
+        """See :func:`focus_of`."""
+        words = terms(query, single=False)
+        return focus_of([word_weight(self._found[word], len(self.texts)) for word in words if word in self._found])
 
     def search(self, queries: Sequence[str], k: int) -> Answers:
         """The k documents with the highest scores; fewer where fewer share a word with the query."""
@@ -67,22 +86,22 @@ class JoinedTerms:
         """All terms of a text, each between two blanks of its own."""
         return "".join(f" {term} " for term in terms(text))
 
-    def scores(self, query: str) -> np.ndarray:
-        """Of all documents, (N,) float32; 0 without a common word."""
-        total = np.zeros(len(self.documents))
+    def scores(self, query: str) -> tuple[np.ndarray, float]:
+        """Of all documents, (N,) float32, 0 without a common word; and :func:`focus_of` the query."""
+        total, weights = np.zeros(len(self.documents)), []
         for term in terms(query, single=False):
             counts = np.array([document.count(f" {term} ") for document in self.documents])
-            found = np.count_nonzero(counts)
-            idf = np.log1p((len(counts) - found + 0.5) / (found + 0.5))
-            total += idf * counts / (counts + self._norm)
-        return total.astype(np.float32)
+            if found := np.count_nonzero(counts):
+                weights.append(word_weight(found, len(counts)))
+                total += weights[-1] * counts / (counts + self._norm)
+        return total.astype(np.float32), focus_of(weights)
 
     def with_words(self, words: Iterable[str]) -> np.ndarray:
         """Whether each document has all of these words in any form, (N,); stop words do not count."""
         rows = np.ones(len(self.documents), bool)
         for word in words:
             if terms(word):
-                rows &= self.scores(word) > 0
+                rows &= self.scores(word)[0] > 0
         return rows
 
 
@@ -92,7 +111,7 @@ def stretch(scores: np.ndarray, floor: float) -> np.ndarray:
     return (scores - floor) / (top - floor) if top > floor else np.zeros_like(scores)
 
 
-def combine(dense: np.ndarray, lexical: np.ndarray, dense_weight: float, unit: bool) -> np.ndarray:
+def combine(dense: np.ndarray, lexical: np.ndarray, dense_weight: float, unit: bool, focus: float) -> np.ndarray:
     """Weighted sum of the scores of the same documents by two retrievers, each stretched to [0, 1].
 
     The lowest value is that which a score can have (Bruch et al., "An Analysis of Fusion Functions for Hybrid
@@ -102,13 +121,16 @@ def combine(dense: np.ndarray, lexical: np.ndarray, dense_weight: float, unit: b
     Args:
         dense_weight: In [0, 1].
         unit: Whether vectors had length 1.
+        focus: Of the query, a factor of the lexical part; see :func:`focus_of`.
     """
     check_weight(dense_weight)
     floor = -1.0 if unit or not len(dense) else float(dense.min())
-    return dense_weight * stretch(dense, floor) + (1 - dense_weight) * stretch(lexical, 0.0)
+    return dense_weight * stretch(dense, floor) + (1 - dense_weight) * focus * stretch(lexical, 0.0)
 
 
-def fuse(dense: Answers, lexical: Answers, k: int, dense_weight: float = 0.5, unit: bool = False) -> Answers:
+def fuse(
+    dense: Answers, lexical: Answers, k: int, dense_weight: float, unit: bool, focuses: Sequence[float]
+) -> Answers:
     """:func:`combine` for the best documents of two retrievers.
 
     A document that BM25 has not found counts 0 for it; one that dense retrieval has not found counts as much as the
@@ -126,7 +148,7 @@ def fuse(dense: Answers, lexical: Answers, k: int, dense_weight: float = 0.5, un
             np.array([found.get(row, missing) for row in candidates.tolist()], dtype=np.float32)
             for found, missing in zip(by_row, (worst, 0.0), strict=True)
         )
-        total = combine(*columns, dense_weight, unit)
+        total = combine(*columns, dense_weight, unit, focuses[q])
         order = np.argsort(-total, kind="stable")[:k]
         rows[q, : len(order)], scores[q, : len(order)] = candidates[order], total[order]
     return scores, rows

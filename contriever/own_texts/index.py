@@ -437,12 +437,13 @@ class _Loaded:
             wanted = self.terms.with_words({word for phrase in quoted for word in phrase})
             wanted[wanted] = [self.holds(row, quoted) for row in np.flatnonzero(wanted).tolist()]
         if retriever == "bm25":
-            scores = self.terms.scores(query)
+            scores, _ = self.terms.scores(query)
             wanted &= scores > 0
         else:
             scores = (self.vectors @ vector)[self.vector_of]
             if retriever == "hybrid":
-                scores = combine(scores, self.terms.scores(query), dense_weight, unit)
+                lexical, focus = self.terms.scores(query)
+                scores = combine(scores, lexical, dense_weight, unit, focus)
         rows = np.flatnonzero(wanted)
         best: dict[int, int] = {}  # texts to the best rows of each
         for row in rows[np.argsort(-scores[rows], kind="stable")].tolist():

@@ -53,7 +53,7 @@ nav, .note, h1 { margin: 1.4rem 0 }
 [role=alert] { color: var(--ink) }
 section { padding: .7rem 0; padding-inline-start: .9rem; border-inline-start: 3px solid transparent }
 .hit { border-color: var(--link); background: var(--raised); padding-inline-end: .9rem; scroll-margin-top: 25vh }
-.text { white-space: pre-wrap; tab-size: 4 }
+.text { white-space: pre-wrap; tab-size: 4; unicode-bidi: plaintext }
 .code { font-family: ui-monospace, monospace; font-size: .9rem }
 """
 PAGE = """<!doctype html>
@@ -141,7 +141,7 @@ def render_passage(asked: Asked, passages: Sequence[Hit], number: int, around: i
         kind = "text code" if passage.path.endswith(".py") else "text"
         text = mark(passage.text, asked.query)
         place = f'<p class="place" dir="ltr">{unit_of(passage.path)} {passage.line}</p>'
-        parts.append(f'<section{mine} dir="auto">{title}{place}<div class="{kind}" dir="auto">{text}</div></section>\n')
+        parts.append(f'<section{mine} dir="auto">{title}{place}<div class="{kind}">{text}</div></section>\n')
     if shown[-1] is not passages[-1]:
         parts.append(f'<nav><a href="{wider}">Later passages</a></nav>\n')
     return _page(asked, "".join(parts), count, title=hit.path)

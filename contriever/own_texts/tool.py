@@ -55,8 +55,3 @@ def make_server(index: LiveIndex, root: Path, top_k: int, retriever: str, dense_
         return answer(query, hits, index.left_out, index.state)
 
     return server
-
-
-def serve_mcp(index: LiveIndex, root: Path, top_k: int, retriever: str, dense_weight: float) -> None:
-    """Answer on standard input and output until the client goes."""
-    make_server(index, root, top_k, retriever, dense_weight).run("stdio")

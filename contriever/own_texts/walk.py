@@ -15,14 +15,14 @@ REASONS = {  # why something is left out, and how that is told; files of other t
     "excluded": "by --exclude",
     "linked": "behind links (--follow_links)",
     "documents": "PDF or DOCX (pip install -e '.[documents]')",
-    "problems": "named above",
+    "problems": "could not be read",
 }
 MOST_SUFFIXES = 5  # that are told one by one
 
 
 def text_files(
     root: Path,
-    on_unreadable: Callable[[OSError], object] | None = None,
+    on_unreadable: Callable[[OSError], object] = lambda error: None,
     left_out: Counter[str] | None = None,
     exclude: Iterable[str] = (),
     follow_links: bool = False,
@@ -57,8 +57,7 @@ def text_files(
             rules = [*(_Rules(folder, file.read_text(errors="replace").splitlines(), file) for file in files), *rules]
         except OSError as error:
             error.filename = str(folder)
-            if on_unreadable is not None:
-                on_unreadable(error)
+            on_unreadable(error)
             continue
         if (status.st_dev, status.st_ino) in seen:
             continue

@@ -5,9 +5,14 @@ import math
 from collections.abc import Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shared import distributed
 from shared.optimisation.optim import clip_grad_norm_per_tensor_
+from shared.optimisation.precision import Precision
+
+from ..losses import inbatch_logits
 
 ETA = 0.01  # of ASAM, so that weights of 0 move too
 
@@ -63,6 +68,18 @@ class Objective:
         (group,) = optimizer.param_groups
         group["lr"] = self.peak_lr * self.schedule(step, *self.shape)
         return group["lr"]
+
+
+def contrast(
+    trained: nn.Module, texts: list[Tensor], objective: Objective, precision: Precision
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Vectors of the questions and of the passages, scores, labels, and the loss: one softmax over all processes."""
+    with precision.autocast():
+        q, k = trained(*texts, objective.norm_query, objective.norm_doc)
+    all_keys = distributed.all_gather_with_grad(k.float())
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    logits, labels = inbatch_logits(q, all_keys, objective.temperature, rank, world_size)
+    return q, k, logits, labels, F.cross_entropy(logits, labels, label_smoothing=objective.label_smoothing)
 
 
 class SharpnessAware:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from contriever import eval_beir
-from contriever.beir import evaluate_run, read_beir, read_run
+from contriever.beir import evaluate_queries, means, read_beir, read_run
 from contriever.eval_beir import as_run, dense_search, evaluate_folder, get_args_parser
 from tests.contriever.tiny import tiny_retriever
 from tests.processes import run_processes
@@ -114,7 +114,7 @@ def test_a_folder_of_another_kind_names_what_is_missing(tmp_path):
 
 def test_a_run_without_judged_queries_is_an_error():
     with pytest.raises(ValueError, match="no query has both"):
-        evaluate_run({"q": {"a": 1}}, {"p": {"a": 1.0}, "q": {}})
+        means(evaluate_queries({"q": {"a": 1}}, {"p": {"a": 1.0}, "q": {}}), 1)
 
 
 # --- Search -----------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ def write(root: Path, *names: str, text: str = "wing") -> None:
 def names(root: Path, **choice) -> tuple[set[str], dict[str, int]]:
     """Files that are read, and what is left out."""
     left_out = Counter()
-    found = [path.relative_to(root).as_posix() for path in text_files(root, None, left_out, **choice)]
+    found = [path.relative_to(root).as_posix() for path in text_files(root, left_out=left_out, **choice)]
     assert len(found) == len(set(found))
     return set(found), dict(+left_out)
 

@@ -295,18 +295,6 @@ def test_killed_within_a_large_file_it_embeds_no_text_twice_but_the_last(notes, 
     assert index.database.execute("SELECT count(*) FROM vectors").fetchone() == (20,)
 
 
-def test_a_moved_folder_embeds_nothing(notes):
-    encode = Counting()
-    open_index(notes, encode).update()
-    shutil.move(notes / "sub", notes / "other")
-    (notes / "new").mkdir()
-    shutil.move(notes / "a.md", notes / "new" / "a.md")
-    index = open_index(notes, encode)
-    update = index.update()
-    assert (update.new, update.removed, update.embedded, len(encode.texts)) == (2, 2, 0, 5)
-    assert {hit.path for hit in index.search("wing bread", 10)} == {"c.jsonl", "new/a.md", "other/b.txt"}
-
-
 def test_touched_and_moved_texts_embed_nothing_and_what_is_gone_leaves_nothing_behind(notes):
     encode = Counting()
     open_index(notes, encode).update()

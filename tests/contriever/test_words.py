@@ -68,7 +68,7 @@ def test_bm25_against_its_formula():
     scores, rows = BM25(texts).search(["wing jet", "flow"], k=5)
     for q, query in enumerate(["wing jet", "flow"]):
         expected = plain_bm25([t.split() for t in texts], query.split())
-        np.testing.assert_allclose(joined(texts).scores(query), expected, rtol=1e-5)
+        np.testing.assert_allclose(joined(texts).scores(query)[0], expected, rtol=1e-5)
         found = dict(zip(rows[q].tolist(), scores[q].tolist(), strict=True))
         found.pop(-1, None)
         assert found == pytest.approx({row: s for row, s in enumerate(expected) if s > 0}, rel=1e-5)
@@ -79,13 +79,13 @@ def test_bm25_against_its_formula():
 def test_bm25_over_nothing_finds_nothing(texts):
     scores, rows = BM25(texts).search(["wing"], k=2)
     assert rows.tolist() == [[-1, -1]] and np.isneginf(scores).all()
-    assert joined(texts).scores("wing").tolist() == [0] * len(texts)
+    assert joined(texts).scores("wing")[0].tolist() == [0] * len(texts)
 
 
 def test_bm25_with_a_query_of_unknown_words_finds_nothing():
     texts = ["wing flow", "heat"]
     assert BM25(texts).search(["zebra", "wing", ""], k=2)[1].tolist() == [[-1, -1], [0, -1], [-1, -1]]
-    assert joined(texts).scores("").tolist() == joined(texts).scores("the").tolist() == [0, 0]
+    assert joined(texts).scores("")[0].tolist() == joined(texts).scores("the")[0].tolist() == [0, 0]
 
 
 def test_phrases_are_words_one_after_the_other():
@@ -98,18 +98,28 @@ def test_phrases_are_words_one_after_the_other():
 def test_scores_are_stretched_from_the_lowest_that_can_be():
     dense, lexical = np.array([0.6, -0.2, 0.2], np.float32), np.array([0, 3, 6], np.float32)
     expected = 0.25 * (dense + 1) / 1.6 + 0.75 * lexical / 6
-    np.testing.assert_allclose(combine(dense, lexical, 0.25, unit=True), expected, rtol=1e-6)
-    expected = 0.25 * (dense + 0.2) / 0.8 + 0.75 * lexical / 6
-    np.testing.assert_allclose(combine(dense, lexical, 0.25, unit=False), expected, rtol=1e-6)
-    assert combine(dense, np.zeros(3, np.float32), 0.0, True).tolist() == [0, 0, 0]
+    np.testing.assert_allclose(combine(dense, lexical, 0.25, True, 1.0), expected, rtol=1e-6)
+    expected = 0.25 * (dense + 0.2) / 0.8 + 0.75 * 0.4 * lexical / 6
+    np.testing.assert_allclose(combine(dense, lexical, 0.25, False, 0.4), expected, rtol=1e-6)
+    assert combine(dense, np.zeros(3, np.float32), 0.0, True, 1.0).tolist() == [0, 0, 0]
     with pytest.raises(ValueError, match="--dense_weight must be in"):
-        combine(dense, lexical, 2.0, True)
+        combine(dense, lexical, 2.0, True, 1.0)
 
 
 def test_what_one_retriever_has_not_found_is_no_better_than_its_worst():
     dense = np.array([[10.0, 6.0, 2.0]], np.float32), np.array([[4, 1, 2]])
     lexical = np.array([[3.0, 1.0, -np.inf]], np.float32), np.array([[1, 7, -1]])
-    scores, rows = fuse(dense, lexical, k=5, dense_weight=0.6)
+    scores, rows = fuse(dense, lexical, 5, 0.6, False, [1.0])
     assert rows.tolist() == [[1, 4, 7, 2, -1]]
     np.testing.assert_allclose(scores[0, :4], [0.6 * 0.5 + 0.4, 0.6, 0.4 / 3, 0], atol=1e-6)
-    assert np.array_equal(fuse(dense, lexical, 3, 1.0)[1], dense[1])
+    assert np.array_equal(fuse(dense, lexical, 3, 1.0, False, [1.0])[1], dense[1])
+
+
+def test_words_count_less_the_less_one_of_them_decides():
+    texts = ["wing flow jet", "wing heat", "wing flow", "wing 117", "cone"]
+    weights = [math.log(1 + (5 - n + 0.5) / (n + 0.5)) for n in (1, 4, 2)]  # of 117, wing, flow
+    for query, expected in (("117", 1), ("117 zebra", 1), ("wing 117", 1), ("zebra", 1), ("", 1)):
+        assert BM25(texts).focus(query) == joined(texts).scores(query)[1] == expected
+    expected = max(weights) / sum(weights) * 3 / 2
+    assert BM25(texts).focus("flow 117 of a wing") == pytest.approx(expected) and expected < 0.95
+    assert joined(texts).scores("flow 117 of a wing")[1] == pytest.approx(expected)

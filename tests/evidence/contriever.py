@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from contriever import finetuning, mine_negatives, new_encoder, preprocess, train
-from contriever.beir import BeirDataset, evaluate_run, read_beir
+from contriever.beir import BeirDataset, evaluate_queries, means, read_beir
 from contriever.encoder import find_model, load_retriever
 from contriever.eval_beir import TOP_K, as_run, dense_search, document_texts
 from contriever.index.bm25 import BM25, fuse
@@ -57,7 +57,7 @@ FINETUNING = (
 
 def metrics(dataset: BeirDataset, answers) -> dict[str, float]:
     """nDCG@10, recall@100 and MRR@10 in percent."""
-    found = evaluate_run(dataset.qrels, as_run(dataset, answers), (10, 100))
+    found = means(evaluate_queries(dataset.qrels, as_run(dataset, answers), (10, 100)), len(dataset.qrels))
     return {name: found[name] for name in COLUMNS}
 
 
@@ -69,8 +69,11 @@ def dense(dataset: BeirDataset, encoder: str | Path | None):
     )
 
 
-def lexical(dataset: BeirDataset):
-    return BM25(document_texts(dataset)).search(list(dataset.queries.values()), TOP_K + 1)
+def fused(dataset: BeirDataset, given, weight: float):
+    """Answers of an encoder and of BM25 together."""
+    bm25, queries = BM25(document_texts(dataset)), list(dataset.queries.values())
+    found = bm25.search(queries, TOP_K + 1)
+    return fuse(given, found, TOP_K + 1, weight, True, [bm25.focus(query) for query in queries])
 
 
 def half(dataset: BeirDataset, which: int) -> BeirDataset:
@@ -174,13 +177,13 @@ class Experiment:
         return dense(self.judge, folder / "encoder"), minutes
 
     def untrained(self) -> None:
-        bm25 = functools.cache(lambda: lexical(self.dataset))
         given = functools.cache(lambda: dense(self.dataset, None))
-        self.row("BM25", None, "", lambda: (bm25(), 0))
+        bm25 = BM25(document_texts(self.dataset))
+        self.row("BM25", None, "", lambda: (bm25.search(list(self.dataset.queries.values()), TOP_K + 1), 0))
         self.row("packaged encoder as given", None, "", lambda: (given(), 0))
         for weight in (0.3, 0.5, 0.7, 0.8):
-            fused = functools.partial(lambda weight: (fuse(given(), bm25(), TOP_K + 1, weight, unit=True), 0), weight)
-            self.row(f"hybrid, weight {weight} on the encoder", None, "", fused)
+            both = functools.partial(lambda weight: (fused(self.dataset, given(), weight), 0), weight)
+            self.row(f"hybrid, weight {weight} on the encoder", None, "", both)
         self.row(
             "as given, the half that judges fine-tuning", None, "", lambda: (dense(self.judge, None), 0), self.judge
         )
@@ -200,13 +203,8 @@ class Experiment:
         """The packaged encoder after more unsupervised training, and after fine-tuning on half of the queries."""
         given, folder = find_model(None), self.out / "continued" / str(seed)
         continued = folder / "encoder"
-
-        def fused() -> tuple:
-            return fuse(dense(self.dataset, continued), lexical(self.dataset), TOP_K + 1, 0.5, unit=True), 0
-
         further = functools.partial(self.trained, folder, given, CONTINUED, seed)
         self.row("packaged encoder, continued", seed, CONTINUED, further)
-        self.row("hybrid of the continued one", seed, CONTINUED, fused)
         records = self.out / f"half{seed}" / "hard.jsonl"
         if not records.exists():
             write_half(self.learn, self.source, records.parent)
