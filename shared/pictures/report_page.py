@@ -51,7 +51,7 @@ from shared.run.estimate import duration_text, size_text
 from shared.run.files import atomic_file
 from shared.run.flags import Parser, add_device_flag
 from shared.run.log import read_log
-from shared.run.summary import verdict
+from shared.run.summary import margin, verdict
 
 from .attention import class_attention
 from .sheets import normalised_pixels, thumbnail, to_pixels
@@ -146,20 +146,15 @@ def measures(lines: Sequence[dict], num_images: int, num_classes: int, lr_flag: 
         values = {label: value for label, value in values.items() if value is not None}
         before, sentence = values.get("random weights", chance), ""
         if unit and images and before is not None and "trained" in values:
-            sentence = verdict(before, last[key], images, lr_flag, "random weights")
+            sentence = verdict(before, last, key, images, lr_flag, "random weights")
         measure = {"key": key, "name": name, "unit": unit, "verdict": sentence, "chance": chance if unit else None}
-        measure["values"] = [(*item, two_errors(item[1], images) if unit else 0.0) for item in values.items()]
+        measure["values"] = [(*item, margin(item[1], images) if unit and images else 0.0) for item in values.items()]
         found.append(measure | {"span": 100 if unit else 1.15 * max(values.values())})
     return found
 
 
 def first_value(lines: Sequence[dict], key: str) -> float | None:
     return next((line[key] for line in lines if line.get(key) is not None), None)
-
-
-def two_errors(percent: float, num_images: int) -> float:
-    share = (num_images * percent / 100 + 1) / (num_images + 2)  # never 0 or 1, which would have no error
-    return 200 * math.sqrt(share * (1 - share) / num_images) if num_images else 0.0
 
 
 def charts(lines: Sequence[dict], measured: Sequence[dict]) -> list[dict]:
