@@ -51,6 +51,7 @@ from shared.run.estimate import duration_text, size_text
 from shared.run.files import atomic_file
 from shared.run.flags import Parser, add_device_flag
 from shared.run.log import read_log
+from shared.run.settings import flag_text
 from shared.run.summary import margin, verdict
 
 from .attention import class_attention
@@ -421,7 +422,7 @@ def alike(folder: Path, queries: Gallery, database: Gallery, pictures: Pictures)
         ],
         "map": {
             "images": [pictures.add(queries, i) for i in dots],
-            "names": [names[i] or queries.source.path(queries.rows[i]) for i in dots],
+            "names": [names[i] or Path(queries.source.path(queries.rows[i])).name for i in dots],
             "layouts": layouts(found[dots].numpy()),
             "colours": colours,
         },
@@ -531,7 +532,8 @@ def write_page(
     lr_flag = "--base_lr" if "base_lr" in flags else "--lr"
     measured = measures(lines, page["num_images"], page["num_classes"], lr_flag)
     losses = [line for line in lines if line.get("loss") is not None]
-    changed = {name: (value, defaults.get(name)) for name, value in flags.items() if value != defaults.get(name)}
+    known = sorted(flags.keys() & defaults.keys())
+    shown, usual = ({name: flag_text(values[name]) for name in known} for values in (flags, defaults))
     page |= {
         "title": (ROOT / method / "README.md").read_text().splitlines()[0].strip("# "),
         "folder": str(folder.resolve()),
@@ -539,8 +541,8 @@ def write_page(
         "measures": measured,
         "losses": losses[:1] + losses[1:][-1:],
         "problems": problems,
-        "changed": dict(sorted(changed.items())),
-        "flags": dict(sorted(flags.items())),
+        "changed": {name: (value, usual[name]) for name, value in shown.items() if value != usual[name]},
+        "flags": shown,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "machine": machine(),
         "written": time.strftime("%Y-%m-%d %H:%M"),
