@@ -73,11 +73,12 @@ EMBEDDED_DATA_DEFAULTS = {
     "warmup_teacher_temp": 0.03,
     "teacher_temp": 0.03,
     "weight_decay_end": 0.04,
-    "epochs": 6,
+    "epochs": 8,
     "batch_size_per_gpu": 32,
     "lr": 0.012,
     "warmup_epochs": 1,
     "freeze_last_layer": 0,
+    "saveckp_freq": 0,
     "output_dir": "runs/materials",
 }
 FOR_LARGER_NETWORKS = {"patch_size": 8, "lr": 0.004}  # than vit_micro, on the embedded data
@@ -100,7 +101,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--augmentation", default="fast", choices=("fast", "pil"), help="pil: the slow exact reference chain")
 
     add = parser.add_argument_group("networks").add_argument
-    add("--arch", default="vit_small", help="vit_tiny, vit_small, vit_base, or any torchvision or timm model name")
+    add("--arch", default="vit_small", help="vit_micro, vit_tiny, vit_small, vit_base, or of torchvision or timm")
     add("--patch_size", type=int, default=16, help="side of the ViT's patches in pixels")
     add("--drop_path_rate", type=float, default=0.1, help="stochastic depth of the student")
     add("--out_dim", type=int, default=65536, help="outputs of the head")
