@@ -56,21 +56,21 @@ def start(line: str, project: Path) -> subprocess.Popen:
     )
 
 
-def run(line: str, project: Path) -> str:
+def run(line: str, project: Path, most_s: float = MOST_S) -> str:
     """What a command prints that takes no more than its share of two cores, whoever else is at work on them."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     process = start(line, project)
     printed = process.communicate()[0]
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert process.returncode == 0, printed
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < CORES * MOST_S, line
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < CORES * most_s, line
     return printed
 
 
 @pytest.mark.slow
 def test_the_demonstration_learns_and_ends_with_its_page(project):
     assert command("make demo") == "make demo"
-    printed = run("make -o .venv/installed demo", project)
+    printed = run("make -o .venv/installed demo", project, most_s=240)
     lines = read_log(project / "dino/runs/materials/metrics.jsonl")
     knn = [line["knn_top1"] for line in lines if "knn_top1" in line]
     losses = [line["loss"] for line in lines if "loss" in line]
