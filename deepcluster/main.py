@@ -15,14 +15,15 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+if __name__ == "__main__":  # run as a script: make the repository root importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import shared.run.passive_threads  # noqa: F401
+
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-
-if __name__ == "__main__":  # run as a script: make the repository root importable
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from deepcluster.checkpoints import NETWORK_FLAGS, from_official, to_official
 from deepcluster.clustering import ClusteringState, Clusters, cluster, pca_whiten

@@ -17,12 +17,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+if __name__ == "__main__":  # run as a script: make the repository root importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import shared.run.passive_threads  # noqa: F401
+
 import numpy as np
 import torch
 from torch import Tensor, nn
-
-if __name__ == "__main__":  # run as a script: make the repository root importable
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dino.augmentations import dino_views
 from dino.hub import MEAN, NETWORK_FLAGS, STD, VIT_NAMES, build_backbone, plain_name, to_official
@@ -73,14 +74,15 @@ EMBEDDED_DATA_DEFAULTS = {
     "warmup_teacher_temp": 0.03,
     "teacher_temp": 0.03,
     "weight_decay_end": 0.04,
-    "epochs": 6,
+    "epochs": 8,
     "batch_size_per_gpu": 32,
     "lr": 0.012,
     "warmup_epochs": 1,
     "freeze_last_layer": 0,
+    "saveckp_freq": 0,
     "output_dir": "runs/materials",
 }
-FOR_LARGER_NETWORKS = {"patch_size": 8, "lr": 0.004}  # than vit_micro, on the embedded data
+FOR_LARGER_NETWORKS = {"patch_size": 8, "lr": 0.004, "epochs": 6}  # than vit_micro, on the embedded data
 ONE_SIZE_ONLY = ("resmlp", "mixer", "gmixer", "gmlp")  # networks of timm
 MINIMUM = {"epochs": 1, "batch_size_per_gpu": 1, "out_dim": 2, "log_freq": 1, "patch_size": 1, "local_crops_number": 0}
 
@@ -100,7 +102,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--augmentation", default="fast", choices=("fast", "pil"), help="pil: the slow exact reference chain")
 
     add = parser.add_argument_group("networks").add_argument
-    add("--arch", default="vit_small", help="vit_tiny, vit_small, vit_base, or any torchvision or timm model name")
+    add("--arch", default="vit_small", help="vit_micro, vit_tiny, vit_small, vit_base, or of torchvision or timm")
     add("--patch_size", type=int, default=16, help="side of the ViT's patches in pixels")
     add("--drop_path_rate", type=float, default=0.1, help="stochastic depth of the student")
     add("--out_dim", type=int, default=65536, help="outputs of the head")

@@ -19,11 +19,12 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import shared.run.passive_threads  # noqa: F401
+
+import torch
+from torch import Tensor, nn
 
 from msn.augmentations import msn_views
 from msn.checkpoints import NETWORK_FLAGS, from_official, to_official

@@ -15,11 +15,12 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch.nn.functional as F
-from torch import Tensor, nn
-
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import shared.run.passive_threads  # noqa: F401
+
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from resmlp.augmentations import ThreeAugment
 from resmlp.hub import MEAN, STD, build_network, fill, read_weights

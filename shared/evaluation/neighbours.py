@@ -79,7 +79,7 @@ def save_nearest(queries: Gallery, database: Gallery, path: str | Path) -> Path:
         row = [Tile(thumbnail(queries.source, queries.rows[q]), "" if rows else "query", name)]
         for place, (score, i) in enumerate(zip(scores[itself:], found[itself:], strict=True), start=1):
             tile = Tile(thumbnail(database.source, database.rows[i]), "" if rows else f"neighbour {place}")
-            tile.caption = f"{database.class_name(i)}  {score:.2f}".strip()
+            tile.caption = f"{database.class_name(i)}  {score:.3f}".strip()
             if labelled:
                 tile.frame = AGREE if database.class_name(i) == name else DIFFER
             row.append(tile)

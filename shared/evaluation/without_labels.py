@@ -2,9 +2,10 @@
 
 What lines of ``metrics.jsonl`` say of at most 200 images:
 
-- ``recall_at_1``: percent that are found again from a crop of a tenth of what evaluations see of them: the feature of
-  the crop is compared with those of all images whole, after what all crops, or all wholes, have in common is taken away
-  (each dimension has mean 0 and variance 1). ``recall_chance``: that of a guess, 100 / N.
+- ``recall_at_1``: percent that are found again from a mirrored crop of half of what evaluations see of them: the
+  feature of the crop is compared with those of all images whole, after what all crops, or all wholes, have in common is
+  taken away (each dimension has mean 0 and variance 1). ``recall_chance``: that of a guess, 100 / N. Mirrored, because
+  random weights find a crop by its very pixels. A network that brings the images of a cluster together loses it.
 - ``rankme``: exp of the entropy of the normalised singular values of the features of whole images (RankMe, Garrido et
   al. 2023): an effective rank, at most N.
 - ``pixels_recall_at_1``, ``pixels_rankme``: the same of pixels, averaged to 16 x 16; in the first line only.
@@ -30,7 +31,7 @@ from .knn import nearest_neighbours
 
 MOST_IMAGES = 200  # two standard errors of 7 points at most
 MOST_TIMES = 50  # in a run
-SHARE = 0.1  # of the area
+SHARE = 0.5  # of the area
 PIXELS_SIDE = 16
 
 
@@ -97,7 +98,7 @@ def _standardised(rows: Tensor) -> Tensor:
 
 
 class ImageAndCrop(EvalDataset):
-    """An image as evaluations see it, and a crop of a tenth of that at the same size: (2, C, H, W).
+    """An image as evaluations see it, and a mirrored crop of half of that at the same size: (2, C, H, W).
 
     Where the crop lies depends on the index of the image and on nothing else.
     """
@@ -112,7 +113,7 @@ class ImageAndCrop(EvalDataset):
             round((length - seen) / 2) + derive_seed(index, axis) % max(1, int(seen) - side + 1)
             for axis, length in enumerate(pixels.shape[:2])
         )
-        crop = pixels[top : top + side, left : left + side]
+        crop = np.fliplr(pixels[top : top + side, left : left + side]).copy()
         return torch.stack([self.transform(pixels), near(crop)]), self.source.label(index), index
 
 

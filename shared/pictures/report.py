@@ -50,7 +50,7 @@ def accuracy_plot(title: str, key: str = "knn_top1") -> Plot:
 
 
 RECALL = Plot(
-    "Images found again from a tenth of them",
+    "Images found again from a mirrored half",
     "recall@1 (%)",
     {"recall_at_1": ""},
     ("recall_chance", "chance"),

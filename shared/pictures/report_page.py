@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
+from operator import itemgetter
 from pathlib import Path
 from types import ModuleType
 
@@ -51,7 +52,8 @@ from shared.run.estimate import duration_text, size_text
 from shared.run.files import atomic_file
 from shared.run.flags import Parser, add_device_flag
 from shared.run.log import read_log
-from shared.run.summary import verdict
+from shared.run.settings import flag_text
+from shared.run.summary import margin, verdict
 
 from .attention import class_attention
 from .sheets import normalised_pixels, thumbnail, to_pixels
@@ -89,32 +91,24 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def defaults_of(script: ModuleType) -> dict:
-    """Flags of a training script with their defaults."""
-    return {action.dest: action.default for action in script.get_args_parser()._actions if action.dest != "help"}
+    """Flags of a training script with their defaults; none of another module."""
+    actions = script.get_args_parser()._actions if hasattr(script, "get_args_parser") else ()
+    return {action.dest: action.default for action in actions if action.dest != "help"}
 
 
 def find_script(flags: Mapping) -> ModuleType:
-    """The training script with these flags: one that is loaded, or of the folders that declare most of them."""
+    """The training script with these flags: one that is loaded, or else of all that can be."""
     names = [f"{file.parent.name}.{file.stem}" for file in sorted(ROOT.glob("*/main*.py"))]
-    if best := _likest(flags, [sys.modules[name] for name in ("__main__", *names) if name in sys.modules]):
-        return best
-    declared = Counter()
-    for folder in {name.partition(".")[0] for name in names}:
-        text = "".join(file.read_text() for file in (ROOT / folder).rglob("*.py")).replace("-", "_")
-        declared[folder] = sum(f'"__{flag}"' in text for flag in flags)
-    likely = [folder for folder, _ in declared.most_common(2)]
-    names = [name for name in names if name.partition(".")[0] in likely]
-    return _likest(flags, [importlib.import_module(name) for name in names], least=0)
-
-
-def _likest(flags: Mapping, modules: Sequence[ModuleType], least: float = 0.9) -> ModuleType | None:
-    scored = [(0.0, 0, None)]
-    for place, module in enumerate(modules):
-        if hasattr(module, "get_args_parser"):
-            known = defaults_of(module).keys()
-            scored.append((len(known & flags.keys()) / len(known | flags.keys()), -place, module))
-    score, _, best = max(scored, key=lambda entry: entry[:2])
-    return best if score >= least else None
+    for candidates in ([name for name in ("__main__", *names) if name in sys.modules], names):
+        scored = [(0.0, None)]
+        for name in candidates:
+            with contextlib.suppress(ImportError):  # of packages that only one method needs
+                known = defaults_of(module := importlib.import_module(name)).keys()
+                scored.append((len(known & flags.keys()) / len(known | flags.keys()), module))
+        likeness, best = max(scored, key=itemgetter(0))
+        if likeness >= 0.9:
+            break
+    return best
 
 
 def progress(folder: Path, lines: Sequence[dict], flags: Mapping) -> str:
@@ -146,20 +140,15 @@ def measures(lines: Sequence[dict], num_images: int, num_classes: int, lr_flag: 
         values = {label: value for label, value in values.items() if value is not None}
         before, sentence = values.get("random weights", chance), ""
         if unit and images and before is not None and "trained" in values:
-            sentence = verdict(before, last[key], images, lr_flag, "random weights")
+            sentence = verdict(before, last, key, images, lr_flag, "random weights")
         measure = {"key": key, "name": name, "unit": unit, "verdict": sentence, "chance": chance if unit else None}
-        measure["values"] = [(*item, two_errors(item[1], images) if unit else 0.0) for item in values.items()]
+        measure["values"] = [(*item, margin(item[1], images) if unit and images else 0.0) for item in values.items()]
         found.append(measure | {"span": 100 if unit else 1.15 * max(values.values())})
     return found
 
 
 def first_value(lines: Sequence[dict], key: str) -> float | None:
     return next((line[key] for line in lines if line.get(key) is not None), None)
-
-
-def two_errors(percent: float, num_images: int) -> float:
-    share = (num_images * percent / 100 + 1) / (num_images + 2)  # never 0 or 1, which would have no error
-    return 200 * math.sqrt(share * (1 - share) / num_images) if num_images else 0.0
 
 
 def charts(lines: Sequence[dict], measured: Sequence[dict]) -> list[dict]:
@@ -426,7 +415,7 @@ def alike(folder: Path, queries: Gallery, database: Gallery, pictures: Pictures)
         ],
         "map": {
             "images": [pictures.add(queries, i) for i in dots],
-            "names": [names[i] or queries.source.path(queries.rows[i]) for i in dots],
+            "names": [names[i] or Path(queries.source.path(queries.rows[i])).name for i in dots],
             "layouts": layouts(found[dots].numpy()),
             "colours": colours,
         },
@@ -445,7 +434,8 @@ def alike(folder: Path, queries: Gallery, database: Gallery, pictures: Pictures)
         votes = [Counter(row.tolist()).most_common(1)[0][0] for row in known_names[near]]
         wrong = Counter((name, vote) for name, vote in zip(names.tolist(), votes, strict=True) if name != vote)
         of_class = Counter(names.tolist())
-        shown["confusions"] = [(*pair, number, of_class[pair[0]]) for pair, number in wrong.most_common(ROWS)]
+        confused = [(*pair, f"{count} of {of_class[pair[0]]}") for pair, count in wrong.most_common(ROWS)]
+        shown["confusions"] = confused
     return shown | near_duplicates(database, known, pictures)
 
 
@@ -536,20 +526,25 @@ def write_page(
     lr_flag = "--base_lr" if "base_lr" in flags else "--lr"
     measured = measures(lines, page["num_images"], page["num_classes"], lr_flag)
     losses = [line for line in lines if line.get("loss") is not None]
-    changed = {name: (value, defaults.get(name)) for name, value in flags.items() if value != defaults.get(name)}
+    known = sorted(flags.keys() & defaults.keys())
+    shown, usual = ({name: flag_text(values[name]) for name in known} for values in (flags, defaults))
     page |= {
         "title": (ROOT / method / "README.md").read_text().splitlines()[0].strip("# "),
         "folder": str(folder.resolve()),
         "progress": progress(folder, lines, flags),
+        "facts": {
+            "checkpoints": ", ".join(
+                f"{f.name} ({size_text(f.stat().st_size)})" for f in sorted(folder.glob("*.pth*"))
+            ),
+            "page written": f"{time.strftime('%Y-%m-%d %H:%M')} on {machine()}",
+            "versions": ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+            + f", python {platform.python_version()}",
+        },
         "measures": measured,
         "losses": losses[:1] + losses[1:][-1:],
         "problems": problems,
-        "changed": dict(sorted(changed.items())),
-        "flags": dict(sorted(flags.items())),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
-        "machine": machine(),
-        "written": time.strftime("%Y-%m-%d %H:%M"),
-        "checkpoints": [(file.name, size_text(file.stat().st_size)) for file in sorted(folder.glob("*.pth*"))],
+        "changed": [(f"--{name}", shown[name], usual[name]) for name in known if shown[name] != usual[name]],
+        "flags": [(f"--{name}", shown[name]) for name in known],
     }
     payload = {"charts": charts(lines, measured), "alike": page["alike"], "patches": page["patches"]}
     how = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)

@@ -18,10 +18,10 @@ class Advice:
     take: float | list
 
     def __str__(self) -> str:
-        return f"{self.reason}: take {self.flag} {_text(self.take)}"
+        return f"{self.reason}: take {self.flag} {flag_text(self.take)}"
 
 
-def _text(value) -> str:
+def flag_text(value) -> str:
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
@@ -40,7 +40,7 @@ def tell_settings(args: argparse.Namespace, *advice: Advice | None) -> None:
             distributed.print_once(f"NOTE: {item}{hint}")
     for name, official in unset.items() if unset and args.data_path else ():
         if getattr(args, name) != official:
-            distributed.print_once(f"--small_data: --{name} {_text(official)} -> {_text(getattr(args, name))}")
+            distributed.print_once(f"--small_data: --{name} {flag_text(official)} -> {flag_text(getattr(args, name))}")
 
 
 def long_warmup(flag: str, warmup: float, total: int, unit: str = "epochs") -> Advice | None:
@@ -73,6 +73,6 @@ def more_than_data(
     """More outputs, clusters, rows of a queue or of a batch than images; by default one for ten images is advised."""
     take = max(2, num_images // 10) if take is None else take
     most = max(numbers) if isinstance(numbers, list) else numbers
-    reason = f"{flag} {_text(numbers)} is more than the {num_images} {what}"
+    reason = f"{flag} {flag_text(numbers)} is more than the {num_images} {what}"
     advised = [take] * len(numbers) if isinstance(numbers, list) else take
     return Advice(flag, reason, advised) if most > num_images else None

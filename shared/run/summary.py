@@ -43,19 +43,26 @@ def accuracy(
     if measured[-1]["step"] == 0:
         return [sentence]
     before = measured[0][key] if measured[0]["step"] == 0 else 100 / num_classes
-    return [f"{sentence}: {verdict(before, measured[-1][key], num_images, lr_flag, start)}"]
+    return [f"{sentence}: {verdict(before, measured[-1], key, num_images, lr_flag, start)}"]
 
 
-def verdict(before: float, after: float, num_images: int, lr_flag: str, start: str) -> str:
+def verdict(before: float, line: dict, key: str, num_images: int, lr_flag: str, start: str) -> str:
     """What two accuracies in percent of the same images, before and after training, say about learning.
 
     Differences of less than two standard errors of such an accuracy say nothing.
+
+    Args:
+        line: Of the log, with that after training as ``key``. With a ``rankme``, ``recall_at_1`` is that of images from
+            their parts, which clusters lose as well.
     """
+    after = line[key]
     chance = margin((before + after) / 2, num_images)
     if abs(after - before) <= chance:
         return f"not distinguishable from {start} (differences up to {chance:.1f} are chance)"
     if after > before:
         return "learned"
+    if key == "recall_at_1" and "rankme" in line:
+        return f"less than with {start}: images became alike, in clusters if RankMe has grown, else in a collapse"
     return f"worse than {start}: train longer (--epochs), or with a lower {lr_flag}"
 
 
@@ -69,7 +76,8 @@ def without_labels(
     lines: Sequence[dict], name: str, num_images: int, lr_flag: str = "--lr", start: str = "random weights"
 ) -> list[str]:
     """Sentences about recall and RankMe as :mod:`shared.evaluation.without_labels` logs them for ``name``."""
-    found = accuracy(lines, "recall_at_1", f"found again from a tenth, {name}", num_images, num_images, lr_flag, start)
+    what = f"found again from a mirrored half, {name}"
+    found = accuracy(lines, "recall_at_1", what, num_images, num_images, lr_flag, start)
     measured = [line for line in lines if line.get("rankme") is not None]
     values = [
         f"{line['rankme']:.1f} " + (f"after {line['step']} steps" if line["step"] else f"with {start}")

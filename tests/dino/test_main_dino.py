@@ -191,7 +191,7 @@ def test_a_run_without_labels_is_measured_told_and_resumed_exactly(images, tmp_p
     measured = [line for line in whole if "recall_at_1" in line]
     assert [line["step"] for line in measured] == [0, 3, 6] and all(line["rankme"] >= 1 for line in measured)
     assert f"measures without labels: 24 images of {flat}, which the training sees too" in printed
-    sentence = printed.split("found again from a tenth, 24 images of ")[1]
+    sentence = printed.split("found again from a mirrored half, 24 images of ")[1]
     for part in ("with random weights", "of raw pixels", "after 6 steps (chance 4.2 %): ", "RankMe, effective dimen"):
         assert part in sentence
 

@@ -47,7 +47,7 @@ def test_recall_equals_a_loop_and_is_that_of_a_guess_where_all_features_are_equa
     assert recall_at_1(torch.ones(40, 6), torch.ones(40, 6)) == 100 / 40
 
 
-def test_a_crop_is_a_tenth_of_what_evaluations_see_and_always_the_same():
+def test_a_crop_is_a_mirrored_half_of_what_evaluations_see_and_always_the_same():
     rows, columns = np.mgrid[:120, :200]
     pixels = np.stack([rows, columns, 0 * rows], axis=-1).astype(np.uint8)  # every pixel says where it is
     images = ImageAndCrop(ArraySource("places", pixels[None].repeat(50, axis=0)), TRANSFORM)
@@ -56,8 +56,11 @@ def test_a_crop_is_a_tenth_of_what_evaluations_see_and_always_the_same():
         pair, _, index = images[i]
         whole, crop = (view[:2] * 0.25 + 0.5 for view in pair)
         assert index == i and torch.equal(images[i][0], pair)
+        assert (
+            (crop[0].diff(dim=0) >= 0).all() and (crop[1].diff(dim=1) <= 0).all() and (whole[1].diff(dim=1) >= 0).all()
+        )
         low, high = (crop.flatten(1).aminmax(dim=1)[k] * 255 for k in range(2))
-        assert ((high - low + 1) / (120 * 32 / 36)).prod() == pytest.approx(0.1, abs=0.02)
+        assert ((high - low + 1) / (120 * 32 / 36)).prod() == pytest.approx(0.5, abs=0.04)
         seen = whole.flatten(1).aminmax(dim=1)
         assert (low > seen[0] * 255 - 4).all() and (high < seen[1] * 255 + 4).all()
         corners.append(tuple(low.round().int().tolist()))

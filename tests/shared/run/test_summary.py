@@ -18,7 +18,7 @@ LOG = [{"step": 0, "knn": 30.0}, {"step": 20, "loss": 6.2}, {"step": 30, "knn": 
     ],
 )
 def test_only_numbers_that_differ_by_more_than_chance_are_called_learned(before, after, images, words):
-    assert verdict(before, after, images, "--base_lr", "random weights").startswith(words)
+    assert verdict(before, {"top1": after}, "top1", images, "--base_lr", "random weights").startswith(words)
 
 
 def test_an_accuracy_is_told_with_that_before_and_what_follows():
@@ -34,13 +34,13 @@ def test_measures_without_labels_are_told_beside_those_of_raw_pixels_with_a_verd
     before = {"recall_at_1": 20.0, "rankme": 13.52, "pixels_recall_at_1": 8.0, "pixels_rankme": 115.9}
     log = [{"step": 0, **before}, {"step": 9, "recall_at_1": 21.0}, {"step": 30, "recall_at_1": 36.0, "rankme": 40.0}]
     assert without_labels(log, "200 images of photos", 200) == [
-        "found again from a tenth, 200 images of photos: 20.0 +- 5.7 % with random weights, 8.0 +- 3.9 % of raw "
-        "pixels, 36.0 +- 6.8 % after 30 steps (chance 0.5 %): learned",
+        "found again from a mirrored half, 200 images of photos: 20.0 +- 5.7 % with random weights, 8.0 +- 3.9 % of "
+        "raw pixels, 36.0 +- 6.8 % after 30 steps (chance 0.5 %): learned",
         "RankMe, effective dimensions of these features: 13.5 with random weights, 40.0 after 30 steps, 115.9 of raw "
         "pixels",
     ]
     worse = [log[2] | {"step": 0}, log[0] | {"step": 30}]
-    assert "worse than random weights: train longer" in without_labels(worse, "images", 200)[0]
+    assert "less than with random weights: images became alike" in without_labels(worse, "images", 200)[0]
     assert without_labels([{"step": 30, "knn_top1": 4.0}], "images", 200) == []
 
 

@@ -1,0 +1,113 @@
+"""The first hour of a new user, from an empty folder, by the commands of the README: each takes ten minutes at most."""
+
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from shared.run.log import read_log
+from tests.shared.photographs import photograph
+
+ROOT = Path(__file__).resolve().parents[1]
+CORES, MOST_S = 2, 600
+OWN = "--data_path /path/to/images"
+
+
+def command(words: str) -> str:
+    """The line of the README's shell blocks, or the command within its text, that holds these words."""
+    text = (ROOT / "README.md").read_text()
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    lines += [" ".join(code.split()) for code in re.findall(r"(?<!`)`([^`]+)`(?!`)", text)]
+    return min((line for line in lines if words in line), key=len)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """The repository's files beside 200 photographs without classes, and a home without anything."""
+    folder = tmp_path_factory.mktemp("hour")
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\n")
+    for file in filter(None, files):
+        (folder / "project" / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / file, folder / "project" / file)
+    (folder / "project/.venv").symlink_to(sys.prefix)
+    (folder / "images").mkdir()
+    for i in range(200):
+        Image.fromarray(photograph(i)).save(folder / f"images/{i}.jpg")
+    return folder / "project"
+
+
+def start(line: str, project: Path) -> subprocess.Popen:
+    line = line.replace("/path/to/images", str(project.parent / "images")).replace("python ", f"{sys.executable} ")
+    home = {name: str(project.parent / "home") for name in ("HOME", "TORCH_HOME", "XDG_CACHE_HOME")}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(
+        f"exec {line}" if "&&" not in line else line.replace("&& ", "&& exec "),
+        shell=True,
+        cwd=project,
+        env=os.environ | home,
+        **pipes,
+    )
+
+
+def run(line: str, project: Path, most_s: float = MOST_S) -> str:
+    """What a command prints that takes no more than its share of two cores, whoever else is at work on them."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    process = start(line, project)
+    printed = process.communicate()[0]
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert process.returncode == 0, printed
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < CORES * most_s, line
+    return printed
+
+
+@pytest.mark.slow
+def test_the_demonstration_learns_and_ends_with_its_page(project):
+    assert command("make demo") == "make demo"
+    printed = run("make -o .venv/installed demo", project, most_s=240)
+    lines = read_log(project / "dino/runs/materials/metrics.jsonl")
+    knn = [line["knn_top1"] for line in lines if "knn_top1" in line]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert knn[-1] >= knn[0] + 15 and knn[-1] >= 80 and losses[-1] < 0.7 * losses[0]
+    assert "learned" in printed and printed.split()[-1] == str(project / "dino/runs/materials/report.html")
+    assert Path(printed.split()[-1]).stat().st_size < 8e6
+
+
+@pytest.mark.slow
+def test_200_photographs_without_small_data_are_told_what_it_takes_and_can_be_looked_at(project):
+    process, printed = start(command(f"--arch vit_small {OWN}"), project), ""
+    for line in process.stdout:
+        printed += line
+        if "try --small_data" in line:  # after the first step
+            process.send_signal(signal.SIGINT)
+            break
+    printed += process.stdout.read()
+    assert process.wait() == 128 + signal.SIGINT, printed
+    assert (
+        "3 steps per epoch" in printed and "momentum_teacher 0.996: after 300 steps the teacher still keeps" in printed
+    )
+    page = run(command("report_page RUN").replace("RUN", "dino/run"), project).strip()
+    assert "0 of 100 epochs, not finished" in Path(page).read_text()
+
+
+@pytest.mark.slow
+def test_200_photographs_with_small_data_have_measures_and_a_page(project):
+    printed = run(command(f"{OWN} --small_data"), project)
+    (verdict,) = re.findall("found again .* chance 0.5 %.*", printed)
+    assert "learned" in verdict
+    page = project / "dino/runs/mine/report.html"
+    assert printed.split()[-1] == str(page)
+    page.unlink()
+    assert Path(run(command("report_page RUN").replace("RUN", "dino/runs/mine"), project).strip()) == page
+
+
+@pytest.mark.parametrize("script", sorted(ROOT.glob("*/main.py")), ids=lambda script: script.parent.name)
+def test_idle_threads_are_told_to_sleep_before_torch_is_loaded(script):
+    text = script.read_text()
+    assert text.index("import shared.run.passive_threads") < (text + "import torch").index("import torch")
