@@ -94,15 +94,16 @@ def load_pretrained(
         name = model_name or DEFAULT_MODEL
         return Pretrained(pretrained.load_pretrained(CARD, name, weights), name, None, {})
     path = pretrained.find_file(CARD, model_name or DEFAULT_MODEL, file_in(weights, fname, file_flag))
-    found = pretrained.read_weights(CARD, path, checkpoint_key)
-    trained_as = found.flags.get("model_name")
-    trained_with = found.flags if trained_as in ARCHITECTURES else {}  # else it is no checkpoint of main.py
-    name = model_name or trained_with.get("model_name", DEFAULT_MODEL)
+    found, trained_with = pretrained.read_weights(CARD, path, checkpoint_key), pretrained.flags_of_run(path, CARD)
+    trained_as = trained_with.get("model_name")
+    if trained_as not in ARCHITECTURES:
+        trained_as, trained_with = None, {}
+    name = model_name or trained_as or DEFAULT_MODEL
     encoder = pretrained.build_for(CARD, name, found.tensors)
     try:
         load_backbone_weights(encoder, found, allow_partial=allow_partial)
     except WeightMismatch as error:
-        hint = f"it was trained with --model_name {trained_as}" if trained_with else "is it of another --model_name?"
+        hint = f"it was trained with --model_name {trained_as}" if trained_as else "is it of another --model_name?"
         raise WeightMismatch(f"--model_name {name}: {error}\n{hint}") from error
     return Pretrained(encoder.eval().requires_grad_(False), name, path, trained_with)
 
