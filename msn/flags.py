@@ -32,7 +32,7 @@ def network_parser(docstring: str, file_flag: str = "fname", file_group: str = "
     add("--checkpoint_key", default="target_encoder", help="network to take from a training checkpoint")
     add("--allow_partial", action="store_true", help="load what fits when the weights do not fill the network")
     add = parser.add_argument_group(file_group).add_argument if file_group != "meta" else add
-    add(f"--{file_flag}", default="", help="file in the folder --pretrained; by default its only *-latest.pth.tar")
+    add(f"--{file_flag}", default="", help="file in the folder --pretrained; by default its only checkpoint")
     return parser
 
 

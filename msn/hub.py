@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shared.networks import pretrained
 from shared.networks.card import Card, Release
-from shared.networks.weights import WeightMismatch, load_backbone_weights
+from shared.networks.weights import WeightMismatch, load_backbone_weights, run_file
 
 from .vision_transformer import ARCHITECTURES, VisionTransformer, build
 
@@ -84,7 +84,7 @@ def load_pretrained(
             say.
         weights: Folder of ``fname``, a file of any layout, or the name of a release; ``random`` for no weights;
             without either the released weights.
-        fname: File in the folder ``weights``; by default its only ``*-latest.pth.tar``.
+        fname: File in the folder ``weights``; by default its only checkpoint.
         file_flag: Name of the flag for ``fname``, for messages.
 
     Returns:
@@ -109,7 +109,7 @@ def load_pretrained(
 
 
 def file_in(folder: str | Path, fname: str, file_flag: str = "fname") -> str | Path:
-    """A file in the folder of a run, by default its only ``*-latest.pth.tar``; anything but a folder stays as it is.
+    """A file in the folder of a run, by default its only checkpoint; anything but a folder stays as it is.
 
     Raises:
         ValueError: If the folder holds none or several.
@@ -117,9 +117,8 @@ def file_in(folder: str | Path, fname: str, file_flag: str = "fname") -> str | P
     path = Path(folder, fname)
     if not path.is_dir() or (not folder and not fname):
         return path if fname else folder
-    latest = sorted(path.glob("*-latest.pth.tar"))
-    if len(latest) == 1:
-        return latest[0]
-    found = ", ".join(file.name for file in latest or sorted(path.glob("*.pth*"))) or "no checkpoint"
-    hint = f": run python {CARD.main} first" if str(folder) == CARD.embedded_run else ""
-    raise ValueError(f"--pretrained {folder} is a folder with {found}; name a file as --{file_flag}{hint}")
+    try:
+        return run_file(path)
+    except ValueError as error:
+        hint = f": run python {CARD.main} first" if str(folder) == CARD.embedded_run else ""
+        raise ValueError(f"--pretrained {error} as --{file_flag}{hint}") from error
