@@ -19,6 +19,8 @@ ONE_IMAGE = "with one ImageNet image per class"
 
 def sizes(model_name: str, tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """Image and patch size; nothing about an image size where there are no positions."""
+    if model_name not in ARCHITECTURES:
+        raise WeightMismatch(f"{model_name} is none of {', '.join(ARCHITECTURES)}")
     patches, positions = tensors.get("patch_embed.proj.weight"), tensors.get("pos_embed")
     patch_size = ARCHITECTURES[model_name]["patch_size"] if patches is None else patches.shape[2]
     if positions is None:

@@ -5,7 +5,7 @@
 
 An image's feature is by default the output of the frozen backbone for its centre crop, what k-NN evaluations compare
 before they scale it to unit length: the class token after the last norm of a ViT, the mean over all places of a
-convnet or a ResMLP. ``--layer`` takes what another module of the network gives instead, such as ``blocks.10`` (before
+convnet or an MLP. ``--layer`` takes what another module of the network gives instead, such as ``blocks.10`` (before
 the last norm) or ``layer3``, ``--token`` says what becomes of its tokens, ``--normalize`` scales to unit length.
 
 The file appears at the end, in one step; until then what is done lies beside it in ``<out>.parts``, twice a minute, and

@@ -23,7 +23,7 @@ license: other
 pipeline_tag: image-feature-extraction
 tags: [self-supervised]
 ---
-# {arch}, trained by {name}
+# {arch}, exported by {name}
 
 Licence of these weights: not stated. Whoever publishes them says it here and above; the code that trained and exported
 them is Apache-2.0, and released weights keep the licence of their authors.

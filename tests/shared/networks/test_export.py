@@ -213,6 +213,6 @@ def test_files_of_a_run_state_how_its_images_were_seen(method, tmp_path, monkeyp
         header = {key: json.loads(value) for key, value in opened.metadata().items() if value[0] == "["}
     assert header["image_size"] == [48, 48]
     page = files["card"].read_text()
-    for part in (f"trained by {method}", "license: other", "--image_size 48", "torch 2.", "| knn_top1 | 12.5 | 18 |"):
+    for part in (f"exported by {method}", "license: other", "--image_size 48", "torch 2.", "| knn_top1 | 12.5 | 18 |"):
         assert part in page.replace("size_crops [48, 24]", "image_size 48").replace("input_size", "image_size"), part
     assert stated.items() <= header.items() and {"mean", "std"} <= header.keys()
