@@ -83,7 +83,7 @@ def write_photos(folder: Path) -> None:
 def step(command: str, cwd: Path, code: int = 0) -> str:
     """What a command prints; its script, with as many of its words as are no names of files, stands in the README."""
     words = shlex.split(command)
-    assert " ".join(words[: 2 if words[0] == "-m" else 1]) in README, command
+    assert (" ".join(words[:2]) if words[0] == "-m" else Path(words[0]).name) in README, command
     words[0] = str(ROOT / words[0]) if words[0].endswith(".py") else words[0]
     if words[0] == "-m":  # modules are found from the repository
         words, cwd = [word.replace("HERE", str(cwd)) for word in words], ROOT
