@@ -15,6 +15,7 @@ from torch import nn
 
 from .card import Card, Release
 from .pretrained import (
+    arch_of,
     backbone_of,
     build_for,
     fetch_release,
@@ -65,9 +66,12 @@ def folder_of(run: str | Path) -> str:
         if card.checkpoint_key == key and card.arch_flag.removeprefix("--") in said:
             names.append(name)
     inside = [name for name in names if ROOT / name in path.resolve().parents]
-    if len(inside or names) != 1:
-        raise ValueError(f"{run} can be of {' or '.join(names or folders())}: say the folder")
-    return (inside or names)[0]
+    arch = arch_of(said)
+    released = [name for name in names if arch in {release.arch for release in load_hub(name).CARD.releases.values()}]
+    for found in (inside, released, names):
+        if len(found) == 1:
+            return found[0]
+    raise ValueError(f"{run} can be of {' or '.join(names or folders())}: say the folder")
 
 
 def find_weights(card: Card, run: str | Path) -> tuple[Path, Release | None]:

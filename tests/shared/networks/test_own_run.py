@@ -102,6 +102,8 @@ def test_a_run_fills_the_same_network_of_another_folder(kind, trained_by, taken_
 def test_a_run_says_which_folder_trained_it_unless_two_could_have(tmp_path):
     for kind, method in (("vit", "dino"), ("vit", "msn"), ("resnet", "paws")):
         assert folder_of(write_run(tmp_path / method, method, kind)) == method
+    torch.save({"model": {"x": torch.ones(1)}, "args": {"model": "resmlp_12"}}, tmp_path / "mlp.pth")
+    assert folder_of(tmp_path / "mlp.pth") == "resmlp"  # those with classifiers differ in the names of networks
     assert folder_of("msn_vits16") == "msn" and folder_of("swav_resnet50") == "swav"
     with pytest.raises(ValueError, match="can be of deepcluster or swav: say the folder"):
         folder_of(write_run(tmp_path / "run", "swav", "resnet"))
