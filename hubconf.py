@@ -1,8 +1,9 @@
 """Entry points of ``torch.hub``: those of every folder's ``hub.py``.
 
 torch.hub.load("/path/to/this/repository", "dino_vits16", source="local") returns a backbone that maps normalised
-images (B, 3, H, W) to features (B, D); the entries of ResMLP and XCiT return a classifier. The environment variables
-DINO_WEIGHTS_URL, SWAV_WEIGHTS_URL, ... (the folder's name in capitals) replace the addresses of the weights.
+images (B, 3, H, W) to features (B, D); the entries of ResMLP and XCiT return a classifier. ``pretrained`` may also be a
+run of your own, or a file, and the entry ``run`` takes any folder's. The environment variables DINO_WEIGHTS_URL,
+SWAV_WEIGHTS_URL, ... (the folder's name in capitals) replace the addresses of the weights.
 """
 
 import importlib as _importlib
@@ -46,6 +47,12 @@ if _PACKAGE and _PACKAGE[:-1] not in _sys.modules:
     _sys.modules[_PACKAGE[:-1]] = _ModuleType(_PACKAGE[:-1])
     _sys.modules[_PACKAGE[:-1]].__path__ = [str(_ROOT)]
     _sys.meta_path.insert(0, _Finder)
+
+
+def run(path, **options):
+    """The backbone of a run or a file of your own, whichever folder trained it: shared.networks.own_run.load_run."""
+    return _importlib.import_module(f"{_PACKAGE}shared.networks.own_run").load_run(path, **options)
+
 
 for _file in sorted(_ROOT.glob("*/hub.py")):
     globals().update(_importlib.import_module(f"{_PACKAGE}{_file.parent.name}.hub").ENTRIES)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from shared.networks.backbones import build_library_backbone
 from shared.networks.card import Card, Release
-from shared.networks.pretrained import hub_entries, locate
+from shared.networks.pretrained import arch_of, hub_entries, image_size_of, known_arch, locate
 from shared.networks.weights import WeightMismatch, load_backbone_weights, safe_load, select_backbone_weights
 
 from .convnets import ClusterNetwork, alexnet, vgg16
@@ -76,24 +76,26 @@ def load_network(path: str | Path, keep_top_layer: bool = True) -> ClusterNetwor
     """The network of a checkpoint, filled in full, in evaluation mode; the number of entries is printed.
 
     The architecture is the checkpoint's ``arch``, the Sobel filter is there if its weights are, and the top layer has
-    as many outputs as the file has biases for it. Checkpoints of ``main.py`` also say for which size of images the
-    network was made; official ones are for 224 pixels.
+    as many outputs as the file has biases for it. Checkpoints of runs also say for which size of images the network was
+    made; official ones are for 224 pixels.
 
     Args:
-        path: Checkpoint of ``main.py`` or of the official code, or the name of a release: ``alexnet`` or ``vgg16``.
+        path: Checkpoint of ``main.py``, of another folder's run or of the official code, the folder of a run, or the
+            name of a release: ``alexnet`` or ``vgg16``.
         keep_top_layer: Without it the network gives features.
     """
     checkpoint = safe_load(locate(CARD, path))
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("arch"), str):
-        raise WeightMismatch(f"--model {path}: no checkpoint of DeepCluster (it has no 'arch')")
     weights = select_backbone_weights(checkpoint, CARD.checkpoint_key, str(path), CARD.head_names)
+    arch = arch_of(weights.flags)
+    if arch is None:
+        raise WeightMismatch(f"--model {path}: no checkpoint of DeepCluster (it has no 'arch'), nor of another run")
     if keep_top_layer:
         weights.tensors, weights.head = weights.tensors | weights.head, {}
     network = build_network(
-        checkpoint["arch"],
+        known_arch(CARD, arch, weights.tensors),
         sobel="sobel.0.weight" in weights.tensors,
         out=len(weights.tensors["top_layer.bias"]) if "top_layer.bias" in weights.tensors else None,
-        img_size=weights.flags.get("crop_size", OFFICIAL_CROP_SIZE),
+        img_size=image_size_of(weights.flags) or OFFICIAL_CROP_SIZE,
         bn=any(name.endswith("running_mean") for name in weights.tensors),
     )
     load_backbone_weights(network, weights)

@@ -29,7 +29,7 @@ def export(args: argparse.Namespace) -> dict[str, Path]:
     backbone, _ = load_chosen(args)
     ours = (f"{plain_name(args.arch)}_patch16_224", "ViTModel") if args.arch in VIT_NAMES else ()
     image_size = args.image_size or image_size_of_run(args.pretrained_weights)
-    return export_backbone(CARD, backbone, args.arch, args.output_dir, image_size, *ours)
+    return export_backbone(CARD, backbone, args.arch, args.output_dir, image_size, args.pretrained_weights, *ours)
 
 
 def main() -> None:

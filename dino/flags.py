@@ -5,9 +5,10 @@ from pathlib import Path
 
 from torch import nn
 
-from shared.evaluation.flags import flags_of_run, take_from_run
+from shared.evaluation.flags import take_from_run
 from shared.evaluation.frozen import eval_transform
 from shared.images.loading import EvalTransform
+from shared.networks.pretrained import flags_of_run, size_flag
 from shared.run import randomness
 from shared.run.flags import Parser
 
@@ -34,11 +35,11 @@ def evaluation_parser(docstring: str, arch: str = "vit_small", patch_size: int =
 def choose_network(args: argparse.Namespace) -> None:
     """Fill in the flags that were left to the checkpoint of a run, or to the defaults."""
     args.arch = plain_name(args.arch)
-    names, defaults = NETWORK_OF_RUN, args.network_defaults
+    names, defaults, trained_with = NETWORK_OF_RUN, args.network_defaults, flags_of_run(args.pretrained_weights, CARD)
     if "val_path" in args:  # labelled images, which are seen as in the training
-        names = names | {"image_size": "global_crop_size"}
+        names = names | {"image_size": size_flag(trained_with)}
         defaults = defaults | ({"image_size": 224} if args.data_path else EMBEDDED)
-    take_from_run(args, flags_of_run(args.pretrained_weights), names, defaults)
+    take_from_run(args, trained_with, names, defaults)
 
 
 def load_chosen(args: argparse.Namespace, weights: str | Path | None = None) -> tuple[nn.Module, int]:

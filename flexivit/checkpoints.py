@@ -83,8 +83,7 @@ def read_weights(pretrained: str | Path, flag: str = CARD.weights_flag) -> tuple
     else:
         checkpoint = safe_load(path)
         flags = flags_of_training(checkpoint)
-        key = "teacher" if CARD.checkpoint_key not in checkpoint and "teacher" in checkpoint else CARD.checkpoint_key
-        tensors = select_backbone_weights(checkpoint, key, str(pretrained)).tensors
+        tensors = select_backbone_weights(checkpoint, CARD.checkpoint_key, str(pretrained)).tensors
         gelu = "tanh" if "grids" in flags else "none"
         num_heads = SIZES.get(str(flags.get("arch", "")).removeprefix("flexivit_"), (0, 0, 0))[2]
     tensors = {name: value for name, value in tensors.items() if name.split(".")[0] not in ("head_dist", "fc_norm")}

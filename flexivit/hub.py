@@ -83,11 +83,11 @@ MEAN, STD = CARD.mean, CARD.std
 def entry(name: str) -> Callable[..., FlexiViT]:
     release = CARD.releases[name]
 
-    def load(pretrained: bool = True, **options) -> FlexiViT:
+    def load(pretrained: bool | str = True, **options) -> FlexiViT:
         if pretrained:
             from .checkpoints import load_flexible  # which needs the card
 
-            return load_flexible(name)
+            return load_flexible(name if pretrained is True else pretrained)  # or a run of one's own
         return build(release.arch, **{"num_classes": CLASSES["i21k" if "i21k" in name else "i1k"]} | options)
 
     load.__name__ = load.__qualname__ = name

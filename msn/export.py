@@ -32,8 +32,9 @@ def timm_name(model_name: str) -> str:
 def export(args: argparse.Namespace) -> dict[str, Path]:
     """The files by format."""
     encoder, name = load_chosen_encoder(args), args.model_name
+    origin = Path(args.pretrained, args.fname)
     ours = (timm_name(name), "" if "conv_stem" in ARCHITECTURES[name] else "ViTMSNModel", "name")
-    return export_backbone(CARD, encoder, name, args.output_dir, args.image_size, *ours)
+    return export_backbone(CARD, encoder, name, args.output_dir, args.image_size, origin, *ours)
 
 
 def main() -> None:

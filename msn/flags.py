@@ -7,6 +7,7 @@ from pathlib import Path
 from shared.evaluation.flags import MINIMUM, add_labelled_flags, take_from_run
 from shared.evaluation.frozen import eval_transform
 from shared.images.loading import EvalTransform
+from shared.networks.pretrained import size_flag
 from shared.run.flags import Parser, check_minimum
 
 from .hub import CARD, DEFAULT_MODEL, load_pretrained
@@ -31,7 +32,7 @@ def network_parser(docstring: str, file_flag: str = "fname", file_group: str = "
     add("--checkpoint_key", default="target_encoder", help="network to take from a training checkpoint")
     add("--allow_partial", action="store_true", help="load what fits when the weights do not fill the network")
     add = parser.add_argument_group(file_group).add_argument if file_group != "meta" else add
-    add(f"--{file_flag}", default="", help="file in the folder --pretrained; by default its only *-latest.pth.tar")
+    add(f"--{file_flag}", default="", help="file in the folder --pretrained; by default its only checkpoint")
     return parser
 
 
@@ -90,7 +91,7 @@ def load_chosen_encoder(args: argparse.Namespace, file_flag: str = "fname") -> V
     names = {"model_name": "model_name"}
     defaults = {"model_name": found.model_name}
     if "data_path" in args:  # pictures and files of the export have sizes of their own
-        names["image_size"] = "rand_size"
+        names["image_size"] = size_flag(found.trained_with)
         defaults["image_size"] = 32 if args.data_path is None else 224
     take_from_run(args, found.trained_with, names, defaults)
     if args.pretrained and Path(args.pretrained).is_dir():

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shared.networks import pretrained
 from shared.networks.card import Card, Release
-from shared.networks.weights import WeightMismatch, load_backbone_weights
+from shared.networks.weights import WeightMismatch, load_backbone_weights, run_file
 
 from .vision_transformer import ARCHITECTURES, VisionTransformer, build
 
@@ -19,6 +19,8 @@ ONE_IMAGE = "with one ImageNet image per class"
 
 def sizes(model_name: str, tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """Image and patch size; nothing about an image size where there are no positions."""
+    if model_name not in ARCHITECTURES:
+        raise WeightMismatch(f"{model_name} is none of {', '.join(ARCHITECTURES)}")
     patches, positions = tensors.get("patch_embed.proj.weight"), tensors.get("pos_embed")
     patch_size = ARCHITECTURES[model_name]["patch_size"] if patches is None else patches.shape[2]
     if positions is None:
@@ -84,7 +86,7 @@ def load_pretrained(
             say.
         weights: Folder of ``fname``, a file of any layout, or the name of a release; ``random`` for no weights;
             without either the released weights.
-        fname: File in the folder ``weights``; by default its only ``*-latest.pth.tar``.
+        fname: File in the folder ``weights``; by default its only checkpoint.
         file_flag: Name of the flag for ``fname``, for messages.
 
     Returns:
@@ -94,21 +96,22 @@ def load_pretrained(
         name = model_name or DEFAULT_MODEL
         return Pretrained(pretrained.load_pretrained(CARD, name, weights), name, None, {})
     path = pretrained.find_file(CARD, model_name or DEFAULT_MODEL, file_in(weights, fname, file_flag))
-    found = pretrained.read_weights(CARD, path, checkpoint_key)
-    trained_as = found.flags.get("model_name")
-    trained_with = found.flags if trained_as in ARCHITECTURES else {}  # else it is no checkpoint of main.py
-    name = model_name or trained_with.get("model_name", DEFAULT_MODEL)
+    found, trained_with = pretrained.read_weights(CARD, path, checkpoint_key), pretrained.flags_of_run(path, CARD)
+    trained_as = trained_with.get("model_name")
+    if trained_as not in ARCHITECTURES:
+        trained_as, trained_with = None, {}
+    name = model_name or trained_as or DEFAULT_MODEL
     encoder = pretrained.build_for(CARD, name, found.tensors)
     try:
         load_backbone_weights(encoder, found, allow_partial=allow_partial)
     except WeightMismatch as error:
-        hint = f"it was trained with --model_name {trained_as}" if trained_with else "is it of another --model_name?"
+        hint = f"it was trained with --model_name {trained_as}" if trained_as else "is it of another --model_name?"
         raise WeightMismatch(f"--model_name {name}: {error}\n{hint}") from error
     return Pretrained(encoder.eval().requires_grad_(False), name, path, trained_with)
 
 
 def file_in(folder: str | Path, fname: str, file_flag: str = "fname") -> str | Path:
-    """A file in the folder of a run, by default its only ``*-latest.pth.tar``; anything but a folder stays as it is.
+    """A file in the folder of a run, by default its only checkpoint; anything but a folder stays as it is.
 
     Raises:
         ValueError: If the folder holds none or several.
@@ -116,9 +119,8 @@ def file_in(folder: str | Path, fname: str, file_flag: str = "fname") -> str | P
     path = Path(folder, fname)
     if not path.is_dir() or (not folder and not fname):
         return path if fname else folder
-    latest = sorted(path.glob("*-latest.pth.tar"))
-    if len(latest) == 1:
-        return latest[0]
-    found = ", ".join(file.name for file in latest or sorted(path.glob("*.pth*"))) or "no checkpoint"
-    hint = f": run python {CARD.main} first" if str(folder) == CARD.embedded_run else ""
-    raise ValueError(f"--pretrained {folder} is a folder with {found}; name a file as --{file_flag}{hint}")
+    try:
+        return run_file(path)
+    except ValueError as error:
+        hint = f": run python {CARD.main} first" if str(folder) == CARD.embedded_run else ""
+        raise ValueError(f"--pretrained {error} as --{file_flag}{hint}") from error

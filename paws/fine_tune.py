@@ -202,6 +202,7 @@ def build_classifier(args: argparse.Namespace, num_classes: int, recipe: Recipe)
         encoder.fc = classification_head(encoder.embed_dim, num_classes)
         own = {f"fc.{name}": value.shape for name, value in encoder.fc.state_dict().items()}
         kept = {name: value for name, value in weights.head.items() if own.get(name) == value.shape}
+        kept = kept if "fc.fc1.weight" in kept else {}  # else it is the head of another method
         encoder.load_state_dict(kept, strict=False)
         distributed.print_once(f"{len(kept)} of {len(own)} entries of the classifier come from the projection head")
     if args.zero_init:

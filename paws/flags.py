@@ -7,7 +7,8 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from shared.evaluation.flags import add_shared_classes_flag, flags_of_run, take_from_run
+from shared.evaluation.flags import add_shared_classes_flag, take_from_run
+from shared.networks.pretrained import flags_of_run, image_size_of
 from shared.run import flags as common
 from shared.run.flags import AnyDashParser, bool_flag
 from shared.run.yaml_config import parse_args_with_config, read_config
@@ -137,8 +138,7 @@ def add_evaluation_flags(parser: argparse.ArgumentParser, batch_size: int) -> Ca
     add("--dist_url", default="env://", help="rendezvous of the processes")
     add("--local_rank", type=int, default=0, help="ignored: read from the environment")
     add = add_device_flag(parser)
-    add("--model_name", default="resnet50", help="as for main.py")
-    add("--pretrained", default=None, help="checkpoint of a training, or the name of a release")
+    add_network_flags(parser, "resnet50", "")
     add("--use_pred", action="store_true", help="compare the outputs of the prediction head")
     add("--batch_size", type=int, default=batch_size, help="images per process")
     return add
@@ -150,9 +150,15 @@ def add_fine_tuning_flags(parser: argparse.ArgumentParser, model_name: str, writ
     add_shared_classes_flag(parser.add_argument_group("data").add_argument)
     add = parser.add_argument_group("logging").add_argument
     add("--pretrain_path", default=None, help="official name of --pretrained, relative to --output_dir")
+    return add_network_flags(parser, model_name, ", or random (fine_tune.py)")
+
+
+def add_network_flags(parser: argparse.ArgumentParser, model_name: str, others: str) -> Callable:
+    """The network; :func:`recipe_of_run` fills in what is left to the training."""
+    parser.set_defaults(model_of_others=model_name)
     add = parser.add_argument_group("meta").add_argument
-    add("--model_name", default=model_name, help="as for main.py")
-    add("--pretrained", default=None, help="checkpoint of a training, name of a release, or random (fine_tune.py)")
+    add("--model_name", default=None, help=f"as for main.py; None: that of the training, else {model_name}")
+    add("--pretrained", default=None, help=f"run or checkpoint of a training, or the name of a release{others}")
     return add
 
 
@@ -197,14 +203,18 @@ def parse_with_embedded_defaults(
 def recipe_of_run(args: argparse.Namespace) -> Recipe:
     """The recipe of an evaluation: what the flags leave open is that of the training behind ``--pretrained``.
 
+    That of another folder says how large its images were, and what its network is.
+
     Raises:
-        ValueError: If they name another image size than the training had.
+        ValueError: If they name another network or image size than the training had.
     """
-    trained_with = flags_of_run(args.pretrained)
+    trained_with = flags_of_run(args.pretrained, CARD)
     args.dataset = args.dataset or trained_with.get("dataset") or "imagenet"
+    seen = image_size_of(trained_with)
     if trained_with.get("dataset"):
         seen = choose_recipe(trained_with["dataset"], image_size=trained_with.get("image_size")).large[0]
-        take_from_run(args, {"image_size": seen}, {"image_size": "image_size"}, {})
+    names = {"model_name": "model_name", "image_size": "image_size"}
+    take_from_run(args, {**trained_with, "image_size": seen}, names, {"model_name": args.model_of_others})
     return choose_recipe(args.dataset, args.normalize, args.image_size)
 
 

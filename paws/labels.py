@@ -1,8 +1,6 @@
 """Which of the images have a label: a CSV file, an ``unlabeled/`` folder, the official lists, or a draw."""
 
 import argparse
-import os
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,7 @@ from shared.images.cache import cache_images
 from shared.images.loading import default_num_workers
 from shared.images.sources import FileSource, ImageSource, open_source, reading
 from shared.images.subsets import listed_images
-from shared.images.tables import names_an_image, read_cells
+from shared.images.tables import label_of_each, read_labels
 from shared.run.randomness import derive_seed
 
 UNLABELED_FOLDERS = ("unlabeled", "unlabelled")
@@ -182,29 +180,19 @@ def from_class_folders(source: ImageSource) -> PartlyLabelled:
     return PartlyLabelled(source, new[source.labels], classes, f"class folders beside {folder}/")
 
 
-@dataclass
-class Row:
-    """A line of a table of labels; ``where`` says which, ``confidence`` is None where the table has none."""
-
-    where: str
-    image: str
-    label: str
-    confidence: float | None
-
-
 def from_tables(source: ImageSource, paths: Sequence[str], min_confidence: float | None = None) -> PartlyLabelled:
     """Labels of CSV files: a person's, with two columns, image and label, and pseudo-labels, which have more.
 
-    An image is known by its path relative to the data set's folder, or by its file name where that is unique. Of the
-    pseudo-labels those count that have a confidence of ``min_confidence`` or more; a label without one always counts.
+    Images are named as :func:`shared.images.tables.read_labels` says. Of the pseudo-labels those count that have a
+    confidence of ``min_confidence`` or more; a label without one always counts.
 
     Raises:
         ValueError: If a table does not fit the images, or two labels of an image differ.
     """
     if not isinstance(source, FileSource):
         raise ValueError(f"--labels {' '.join(paths)}: {source.name} has no files that it could name")
-    index_of = names_of(source)
-    rows = [row for path in paths for row in read_table(path, index_of)]
+    names = list(source.names)
+    rows = [row for path in paths for row in read_labels(path, names, "in --data_path")]
     classes = sorted({row.label for row in rows})  # also those of which no label is certain enough: they will be missed
     how = " and ".join(paths)
     if min_confidence is not None:
@@ -213,60 +201,9 @@ def from_tables(source: ImageSource, paths: Sequence[str], min_confidence: float
         rows = [row for row in rows if row.confidence is None or row.confidence >= min_confidence]
         how += f" with --min_confidence {min_confidence}"
     labels = np.full(len(source), -1, dtype=np.int64)
-    for row in rows:
-        index, value = index_of[row.image], classes.index(row.label)
-        if labels[index] not in (-1, value):
-            raise ValueError(f"{row.where}: {row.image} has the label {classes[labels[index]]!r} already")
-        labels[index] = value
+    for row, label in label_of_each(rows).items():
+        labels[row] = classes.index(label)
     return PartlyLabelled(source, labels, classes, how)
-
-
-def read_table(path: str, index_of: dict[str, int]) -> list[Row]:
-    """The rows of one table; a first line that names no image file is a heading.
-
-    Args:
-        index_of: Known images.
-
-    Raises:
-        ValueError: If it cannot be read, has other columns, or names unknown images.
-    """
-    lines = read_cells(path, f"--labels {path}")
-    columns = ["image", "label"]
-    if lines and lines[0][1][0].removeprefix("./") not in index_of and not names_an_image(lines[0][1][0]):
-        heading = [cell.lower() for cell in lines.pop(0)[1]]
-        columns = heading if len(heading) > 2 else columns
-    if not lines:
-        raise ValueError(f"--labels {path} is empty")
-    if columns[:2] != ["image", "label"] or columns[2:3] not in ([], ["confidence"]):
-        raise ValueError(
-            f"--labels {path}: expected two columns, image and label, or those of pseudo_labels.csv, image, label, "
-            f"confidence; got {', '.join(columns)}"
-        )
-    rows = []
-    for number, cells in lines:
-        where = f"--labels {path}, line {number}"
-        if len(cells) != len(columns) or not all(cells):
-            what = "an image and its label" if len(columns) == 2 else ", ".join(columns)
-            raise ValueError(f"{where}: expected {what}, got {cells}")
-        try:
-            confidence = float(cells[2]) if len(columns) > 2 else None
-        except ValueError as error:
-            raise ValueError(f"{where}: the confidence {cells[2]!r} is no number") from error
-        rows.append(Row(where, cells[0].removeprefix("./"), cells[1], confidence))
-    if unknown := [row for row in rows if row.image not in index_of]:
-        raise ValueError(
-            f"{unknown[0].where}: {unknown[0].image!r} is not in --data_path, or several images have that name; so it "
-            f"is with {len(unknown)} of the {len(rows)} images of this table"
-        )
-    return rows
-
-
-def names_of(source: FileSource) -> dict[str, int]:
-    """Index by relative path, and by file name where no other image has it."""
-    paths = {name.replace(os.sep, "/"): index for index, name in enumerate(source.names)}
-    names = [path.rpartition("/")[2] for path in paths]
-    count = Counter(names)
-    return {name: index for index, name in enumerate(names) if count[name] == 1} | paths
 
 
 # --- Labelled data sets of which few labels are used ------------------------------------------------------------------

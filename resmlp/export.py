@@ -36,7 +36,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def export(network: ResMLP, output_dir: str | Path) -> dict[str, Path]:
+def export(network: ResMLP, output_dir: str | Path, origin: str = "") -> dict[str, Path]:
     """:func:`shared.networks.export.export_network` for a network of this folder."""
     shape = sizes("the network", network.state_dict())
     timm_model = TIMM_MODELS.get((shape["embed_dim"], shape["patch_size"], shape["depth"]))
@@ -48,6 +48,7 @@ def export(network: ResMLP, output_dir: str | Path) -> dict[str, Path]:
         shape | options,
         functools.partial(load_network, classifier=network.num_classes > 0),
         [network.img_size] * 2,
+        origin,
         timm_arguments={"model_name": timm_model, "img_size": network.img_size, **options} if timm_model else None,
         to_timm=to_timm,
     )
@@ -60,7 +61,7 @@ def main() -> None:
         if not args.pretrained_weights:
             parser.error("--pretrained_weights is missing: a release (resmlp_24_dist), a file or an address")
         network = load_network(args.pretrained_weights, args.checkpoint_key, args.image_size, args.classifier)
-        export(network, args.output_dir)
+        export(network, args.output_dir, args.pretrained_weights)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from shared.networks import pretrained as networks
 from shared.networks.card import Card, Release
 from shared.networks.classifiers import build_library_classifier, fill_classifier, num_classes_of
 from shared.networks.names import renamed
-from shared.networks.weights import WeightMismatch, safe_load, select_backbone_weights
+from shared.networks.weights import WeightMismatch
 
 from .resmlp_models import ARCHITECTURES, ResMLP, resize_cross_patch_layers
 
@@ -100,14 +100,9 @@ def read_weights(
 ) -> dict[str, Tensor]:
     """Tensors of a release, a file or an address, given as ``flag``, under the published names.
 
-    Files of main.py, of DINO (``teacher`` where no other ``key`` is asked for), of the official code and of timm are
-    understood.
+    Files of main.py, of the runs of other folders, of the official code and of timm are understood.
     """
-    checkpoint = safe_load(networks.locate(CARD, pretrained, flag))
-    if isinstance(checkpoint, Mapping) and "teacher" in checkpoint and key == CARD.checkpoint_key:
-        key = "teacher"
-    required = key != CARD.checkpoint_key
-    return from_timm(select_backbone_weights(checkpoint, key, str(pretrained), required=required).tensors)
+    return from_timm(networks.read_weights(CARD, networks.locate(CARD, pretrained, flag), key).tensors)
 
 
 def from_timm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -174,10 +169,11 @@ DOCS = {
 def entry(arch: str) -> Callable[..., nn.Module]:
     """The function of torch.hub for a published network, with its classifier."""
 
-    def build(pretrained: bool = True, dist: bool = False, dino: bool = False, in_22k: bool = False, **options):
+    def build(pretrained: bool | str = True, dist: bool = False, dino: bool = False, in_22k: bool = False, **options):
         if not pretrained:
             return ARCHITECTURES[arch](**options)
         name = f"{arch}_{'dist' if dist else 'dino' if dino else '22k' if in_22k else 'no_dist'}"
+        name = name if pretrained is True else str(pretrained)  # a run or a file of one's own
         tensors = read_weights(name)
         network = ARCHITECTURES[arch](**{"num_classes": num_classes_of(tensors)} | options)
         fill(network, tensors, name)

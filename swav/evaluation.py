@@ -2,9 +2,10 @@
 
 import argparse
 
-from shared.evaluation.flags import flags_of_run, take_from_run
+from shared.evaluation.flags import take_from_run
 from shared.evaluation.frozen import eval_transform
 from shared.images.loading import EvalTransform
+from shared.networks.pretrained import flags_of_run, size_flag
 from shared.run.flags import Parser
 
 from .hub import CARD, load_backbone
@@ -32,11 +33,11 @@ def evaluation_parser(docstring: str) -> argparse.ArgumentParser:
 
 def choose_network(args: argparse.Namespace) -> None:
     """Fill in the flags that were left to the checkpoint of a run, or to the defaults."""
-    names = {"arch": "arch"}
+    names, trained_with = {"arch": "arch"}, flags_of_run(args.pretrained, CARD)
     if "data_path" in args:  # images, which are seen as in the training
-        names["image_size"] = "size_crops"
+        names["image_size"] = size_flag(trained_with)
     defaults = EMBEDDED if "data_path" in args and not args.data_path else DEFAULTS
-    take_from_run(args, flags_of_run(args.pretrained), names, defaults)
+    take_from_run(args, trained_with, names, defaults)
 
 
 def load_chosen(args: argparse.Namespace) -> PrototypeNetwork:

@@ -27,7 +27,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def export(args: argparse.Namespace) -> dict[str, Path]:
     """The files by format."""
     network, image_size = load_chosen(args), args.image_size or image_size_of_run(args.pretrained)
-    return export_backbone(CARD, network, args.arch, args.output_dir, image_size)
+    return export_backbone(CARD, network, args.arch, args.output_dir, image_size, args.pretrained)
 
 
 def main() -> None:

@@ -92,6 +92,7 @@ CARD = Card(
     std=(0.228, 0.224, 0.225),  # 0.228, not ImageNet's 0.229: the released weights were trained with it
     embedded_run="runs/materials/checkpoint.pth.tar",  # where main_swav.py leaves the network of the embedded data
     main="main_swav.py",
+    checkpoint_key="state_dict",
     head_names=("projection_head", "prototypes"),
     sizes=sizes,
 )

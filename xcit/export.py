@@ -42,6 +42,7 @@ def export(args: Namespace) -> dict[str, Path]:
         {"model": model, **options},
         lambda path: load_network(model, path),
         args.image_size or image_size_of_run(args.pretrained) or [224],
+        args.pretrained,
         timm_arguments={"model_name": f"{model}_224", **options},
         to_timm=to_timm,
     )

@@ -97,7 +97,9 @@ def load_network(model: str, pretrained: str | Path = "", key: str = CARD.checkp
 def entry(name: str) -> Callable[..., nn.Module]:
     """The function of torch.hub for a published network, with its classifier."""
 
-    def build(pretrained: bool = True, variant: str = "224", **kwargs) -> nn.Module:
+    def build(pretrained: bool | str = True, variant: str = "224", **kwargs) -> nn.Module:
+        if not isinstance(pretrained, bool):  # a run or a file of one's own
+            return load_network(name, pretrained)
         network = build_xcit(name, **kwargs)
         if pretrained:
             fill_classifier(network, read_weights(f"{name}_{variant}"), f"{name}_{variant}")

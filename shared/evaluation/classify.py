@@ -13,7 +13,6 @@ undecided between two classes, and they differ from each other.
 
 import argparse
 import math
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from sklearn.model_selection import StratifiedKFold
 
 from shared import distributed
 from shared.images.sources import FileSource
-from shared.images.tables import names_an_image, read_cells, write_table
+from shared.images.tables import label_of_each, read_labels, write_table
 from shared.pictures.sheets import Tile, save_sheet, thumbnail
 from shared.run.flags import Parser
 
@@ -60,49 +59,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     if Path(args.out).suffix != ".csv":
         parser.error(f"--out {args.out} does not end in .csv")
     return args
-
-
-# --- Labels -----------------------------------------------------------------------------------------------------------
-
-
-def read_labels(file: str, paths: list[str]) -> dict[int, str]:
-    """Label of each image that a table names, by the image's row.
-
-    Raises:
-        ValueError: If the table has other columns, names unknown images, or gives an image two labels.
-    """
-    where = f"--labels {file}"
-    ends = Counter(end for path in paths for end in _ends(path))
-    row_of = {end: row for row, path in enumerate(paths) for end in _ends(path) if ends[end] == 1}
-    lines = read_cells(file, where)
-    if lines and lines[0][1][0].removeprefix("./") not in row_of and not names_an_image(lines[0][1][0]):
-        lines.pop(0)  # a heading
-    labels, unknown = {}, []
-    for number, cells in lines:
-        if len(cells) != 2 or not all(cells):
-            raise ValueError(f"{where}, line {number}: expected an image and its label, got {cells}")
-        row = row_of.get(cells[0].removeprefix("./"))
-        if row is None:
-            unknown.append((number, cells[0]))
-        elif labels.setdefault(row, cells[1]) != cells[1]:
-            raise ValueError(f"{where}, line {number}: {cells[0]} has the label {labels[row]!r} already")
-    if unknown:
-        number, name = unknown[0]
-        raise ValueError(
-            f"{where}, line {number}: {name!r} is no image of the features, or several have that name; "
-            f"so it is with {len(unknown)} of {len(lines)} lines"
-        )
-    if len(set(labels.values())) < 2:
-        raise ValueError(
-            f"{where}: {len(labels)} labelled images of {len(set(labels.values()))} classes; two are needed"
-        )
-    return labels
-
-
-def _ends(path: str) -> list[str]:
-    """``/a/b/c.png``: itself, ``a/b/c.png``, ``b/c.png`` and ``c.png``."""
-    parts = path.split("/")
-    return ["/".join(parts[i:]) for i in range(len(parts))]
 
 
 # --- Classifiers: unit vectors (N, D), their classes (N,), the number of classes and unit vectors (M, D) -> (M, C) ----
@@ -181,8 +137,12 @@ def choose_next(vectors: np.ndarray, probabilities: np.ndarray, number: int) -> 
 def classify(args: argparse.Namespace) -> dict[str, float]:
     """Print what the classifiers are worth, label the other images, and return the accuracies in percent."""
     features, out = read_all(args.features), Path(args.out)
-    labels = read_labels(args.labels, features.paths)
+    labels = label_of_each(read_labels(args.labels, features.paths, "among the images of the features"))
     names = sorted(set(labels.values()))
+    if len(names) < 2:
+        raise ValueError(
+            f"--labels {args.labels}: {len(labels)} labelled images of {len(names)} classes; two are needed"
+        )
     rows = np.array(sorted(labels))
     classes = np.array([names.index(labels[row]) for row in rows])
     vectors = features.embeddings[rows]

@@ -1,52 +1,59 @@
 """Features of your own images, with classes or without, from a network of any folder.
 
-    python -m shared.evaluation.extract_features dino dino/runs/mine --data_path IMAGES --out features.parquet
+    python -m shared.evaluation.extract_features dino/runs/mine --data_path IMAGES --out features.parquet
+    python -m shared.evaluation.extract_features msn dino/runs/mine --layer blocks.11 --token cls ...   # as msn has it
 
-An image's feature is the output of the frozen backbone for its centre crop, what k-NN evaluations compare before they
-scale it to unit length. Files are written at the end, in one step: an interrupted command has written nothing and
-starts again. Images that cannot be read are left out and listed beside the output. Works under torchrun.
+An image's feature is by default the output of the frozen backbone for its centre crop, what k-NN evaluations compare
+before they scale it to unit length: the class token after the last norm of a ViT, the mean over all places of a
+convnet or an MLP. ``--layer`` takes what another module of the network gives instead, such as ``blocks.10`` (before
+the last norm) or ``layer3``, ``--token`` says what becomes of its tokens, ``--normalize`` scales to unit length.
+
+The file appears at the end, in one step; until then what is done lies beside it in ``<out>.parts``, twice a minute, and
+the same command goes on from there and writes the same bytes. ``<out>.json`` says which network it was. Images that
+cannot be read are left out and listed beside the output. Works under torchrun.
 """
 
 import argparse
-import importlib
+import math
 import os
-from collections.abc import Mapping
+import shutil
+import time
 from pathlib import Path
-from types import ModuleType
 
+import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from shared import distributed
 from shared.images.loading import LEFT_OUT, BadImages, EvalDataset, EvalTransform
 from shared.images.sources import SPLITS, FileSource, open_source, reading
-from shared.networks.card import Card, Release
-from shared.networks.pretrained import backbone_of, build_for, fetch_release, locate
-from shared.networks.weights import (
-    flags_of_training,
-    load_backbone_weights,
-    safe_load,
-    select_backbone_weights,
-)
+from shared.networks.own_run import find_weights, folder_of, load_hub, load_run
+from shared.networks.pretrained import flags_of_run, load_pretrained, size_flag
+from shared.networks.weights import UnsafeFileError, safe_load, weights_checksum
 from shared.run import randomness
+from shared.run.checkpoint import save
 from shared.run.flags import Parser, add_bad_image_flags, add_reading_flags, bool_flag
 
 from . import frozen
 from .feature_files import Features, check_suffix, write_features
-from .features import extract_features
-from .flags import add_process_flags, parse_evaluation, size_flag, take_from_run
+from .features import check_features, check_replaced, feature_batches
+from .flags import add_process_flags, parse_evaluation, take_from_run
 
-ROOT = Path(__file__).resolve().parents[2]
-CHECKPOINTS = ("checkpoint.pth", "checkpoint.pth.tar", "*-latest.pth.tar")  # what runs leave in their folders
+PART_S = 30  # between two parts
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
-    parser.add_argument("folder", help="method whose network it is: dino, swav, ...")
+    folder = "method as which the network is built: dino, swav, ...; by default the one that trained it"
+    parser.add_argument("folder", nargs="?", default=None, help=folder)
     run = "folder of a run, a file of any layout or its address, the name of a release (dino_vits16), or random"
     parser.add_argument("weights", metavar="run", help=run)
     parser.add_argument("--out", required=True, help="features.parquet, .npz, .npy (beside it .paths.txt) or .csv")
-    parser.add_argument("--normalize", type=bool_flag, default=False, help="scale the features to unit length")
+    add = parser.add_argument_group("feature").add_argument
+    add("--layer", default=None, help="module whose output is taken, such as norm, blocks.10 or layer3; None: the last")
+    token = "of a --layer of tokens: the class token, or the mean of the patches; None: cls where there is one"
+    add("--token", default=None, choices=("cls", "mean"), help=token)
+    add("--normalize", type=bool_flag, default=False, help="scale the features to unit length")
     add = parser.add_argument_group("network").add_argument
     add("--arch", default=None, help="None: that of the run, else that of the folder's first release")
     add("--patch_size", type=int, default=None, help="of a random ViT; that of weights is read from them")
@@ -70,96 +77,166 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 # --- Network ----------------------------------------------------------------------------------------------------------
 
 
-def load_hub(folder: str) -> ModuleType:
-    """The ``hub.py`` with the card of a folder, found by existence.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    folders = [file.parent.name for file in sorted(ROOT.glob("*/hub.py")) if "CARD = " in file.read_text()]
-    name = folder.strip("/")
-    if name not in folders:
-        raise ValueError(f"{folder} is none of {', '.join(folders)}")
-    return importlib.import_module(f"{name}.hub")
-
-
-def find_weights(card: Card, run: str) -> tuple[Path, Release | None]:
-    """The file that ``run`` means, and its release.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    names = {release.entry or name: name for name, release in card.releases.items()} | {n: n for n in card.releases}
-    if run in names:
-        return fetch_release(card, names[run]), card.releases[names[run]]
-    if Path(run).is_dir():
-        found = [file for pattern in CHECKPOINTS for file in sorted(Path(run).glob(pattern))]
-        if len(found) != 1:
-            raise ValueError(f"{run} holds {len(found) or 'no'} checkpoints ({', '.join(CHECKPOINTS)}); name a file")
-        return found[0], None
-    return locate(card, run, "the run"), None
-
-
-def load_frozen(args: argparse.Namespace, hub: ModuleType) -> tuple[nn.Module, EvalTransform]:
+def load_frozen(args: argparse.Namespace) -> tuple[nn.Module, EvalTransform]:
     """The network that the flags choose, and the centre crops that it takes.
 
     What was left open is taken from the run; a folder whose images are not those of its card has an ``eval_transform``
     in its ``hub.py``.
     """
-    card, arch_flag = hub.CARD, hub.CARD.arch_flag.removeprefix("--")
-    checkpoint, trained_with = {}, {}
+    if args.weights == "random" and args.folder is None:
+        raise ValueError("random: say the folder, too")
+    args.folder = args.folder or folder_of(args.weights)
+    hub = load_hub(args.folder)
+    card, arch_flag, trained_with = hub.CARD, hub.CARD.arch_flag.removeprefix("--"), {}
     if args.weights != "random":
         path, release = find_weights(card, args.weights)
-        checkpoint = safe_load(path)
-        trained_with = dict(flags_of_training(checkpoint))
-        known = release.arch if release else checkpoint.get("arch") if isinstance(checkpoint, Mapping) else None
-        trained_with |= {arch_flag: known} if isinstance(known, str) else {}
+        trained_with = {**flags_of_run(path, card), **({arch_flag: release.arch} if release else {})}
     default = next(iter(card.releases.values())).arch
     take_from_run(args, trained_with, {"arch": arch_flag, "image_size": size_flag(trained_with)}, {"arch": default})
-    options = {"img_size": args.image_size or 224}
     if args.weights == "random":
         randomness.seed_everything(args.seed)  # the same network on every process
-        options |= next((dict(r.options) for r in card.releases.values() if r.arch == args.arch), {})
+        options = next((dict(r.options) for r in card.releases.values() if r.arch == args.arch), {})
         options |= {"patch_size": args.patch_size} if args.patch_size else {}
-        network = card.build(args.arch, **options)
+        network = load_pretrained(card, args.arch, "random", **{"img_size": args.image_size or 224} | options)
     else:
-        key = args.checkpoint_key or card.checkpoint_key
-        if args.checkpoint_key is None and key not in checkpoint and "teacher" in checkpoint:
-            key = "teacher"  # of a network that another folder has trained
-        required = key != card.checkpoint_key
-        weights = select_backbone_weights(checkpoint, key, str(path), card.head_names, required)
-        network = build_for(card, args.arch, weights.tensors, **options | card.sizes(args.arch, weights.tensors))
-        load_backbone_weights(backbone_of(network), weights)
-    network.eval().requires_grad_(False)
+        network = load_run(args.weights, args.folder, args.arch, args.checkpoint_key, args.image_size)
     if hasattr(hub, "eval_transform"):
         return network, hub.eval_transform(args.image_size, network, trained_with)
     return network, frozen.eval_transform(card, args.image_size or getattr(network, "img_size", 224), network)
 
 
+class InnerFeatures(nn.Module):
+    """One vector of each image from what a module inside a network gives.
+
+    Args:
+        layer: Name of the module.
+        token: ``cls``, ``mean`` (over the patches), or None: the class token where there is one. Maps (B, D, H, W) are
+            averaged, vectors (B, D) stay as they are.
+
+    Raises:
+        ValueError: If there is no such module.
+    """
+
+    def __init__(self, network: nn.Module, layer: str, token: str | None):
+        super().__init__()
+        modules = dict(network.named_modules())
+        if layer not in modules or not layer:
+            names = [name for name in modules if name and name.count(".") <= name[-1].isdigit()]
+            raise ValueError(f"--layer {layer}: the network has no such module, but {', '.join(names)}")
+        self.network, self.layer, self.token = network, layer, token
+        modules[layer].register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
+        self.output = output[0] if isinstance(output, tuple | list) else output
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, D); H = W."""
+        self.output = None
+        if hasattr(self.network, "prepare_tokens"):  # a ViT that computes no more of its last block than it needs
+            self.network.get_intermediate_layers(images)
+        else:
+            self.network(images)
+        found = self.output
+        if found is None or not 2 <= found.dim() <= 4 or (self.token and found.dim() != 3):
+            shape = None if found is None else tuple(found.shape)
+            raise ValueError(f"--layer {self.layer} --token {self.token}: what it gives has the shape {shape}")
+        if found.dim() != 3:
+            return found.mean(dim=(2, 3)) if found.dim() == 4 else found
+        # the patches of a square image are a square number, and with a class token they are none
+        patches_alone = math.isqrt(found.shape[1]) ** 2 == found.shape[1]
+        others = 0 if patches_alone else getattr(self.network, "num_prefix_tokens", 1)
+        if self.token == "cls" and not others:
+            raise ValueError(f"--token cls: the {found.shape[1]} tokens of --layer {self.layer} are patches alone")
+        return found[:, others:].mean(dim=1) if self.token == "mean" or not others else found[:, 0]
+
+
 # --- Features ---------------------------------------------------------------------------------------------------------
+
+
+class Parts:
+    """What is done of an extraction, in files in a folder, each called by its first row; rank 0 writes them.
+
+    Args:
+        made_with: All that the features depend on: parts of another extraction are replaced, which is said.
+    """
+
+    def __init__(self, folder: Path, made_with: dict):
+        self.folder, self.made_with, self.last = folder, made_with, time.monotonic()
+        self.features, self.labels, self.rows, self.saved = [], [], 0, 0
+        while (file := folder / f"{self.rows:09}.pth").is_file():
+            try:
+                part = safe_load(file)
+            except UnsafeFileError:  # after a power cut
+                break
+            if part["made_with"] != made_with:
+                distributed.print_once(f"{folder} holds parts of another extraction: they are replaced")
+                break
+            self.add(part["features"], part["labels"])
+        self.saved = len(self.features)
+        distributed.check_same_on_all_processes(self.rows, f"rows in {folder}")
+
+    def add(self, features: Tensor, labels: Tensor) -> None:
+        """The next batch (B, D) and its labels (B,)."""
+        self.features.append(features)
+        self.labels.append(labels)
+        self.rows += len(features)
+
+    def save(self) -> None:
+        """Write what has been added since the last file, if that is long ago."""
+        if distributed.is_main_process() and time.monotonic() - self.last >= PART_S:
+            features, labels = (torch.cat(new[self.saved :]) for new in (self.features, self.labels))
+            check_features(features)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = self.folder / f"{self.rows - len(features):09}.pth"
+            save(file, {"features": features, "labels": labels, "made_with": self.made_with})
+            self.saved, self.last = len(self.features), time.monotonic()
 
 
 def extract(args: argparse.Namespace) -> Features:
     """Write the features of all images that can be read, and return them; the file is written by rank 0."""
     out = Path(args.out)
     check_suffix(out, "--out")
-    hub = load_hub(args.folder)
+    if args.token and not args.layer:
+        raise ValueError(f"--token {args.token}: --layer says of which module, such as norm")
     device = distributed.init(args.dist_url, args.device)
     source = open_source(args.data_path, args.split, **reading(args))
     distributed.print_once(source.describe())
-    network, transform = load_frozen(args, hub)
+    network, transform = load_frozen(args)
+    made_by = {"folder": args.folder, "run": args.weights, "arch": args.arch, "image_size": transform.crop_px}
+    made_by |= {"layer": args.layer, "token": args.token, "weights_crc32": weights_checksum(network)}
+    network = network.to(device)
+    if args.layer:
+        network = InnerFeatures(network, args.layer, args.token).eval()
+
+    how = [len(source), source.checksum(), args.batch_size, distributed.get_world_size(), str(vars(transform))]
+    parts = Parts(out.with_name(f"{out.name}.parts"), made_by | {"how": how})
     policy = (out.with_suffix(".bad_images.txt"), args.on_bad_image, args.max_bad_fraction)
-    images = EvalDataset(source, transform, BadImages.with_new_list(len(source), *policy))
-    vectors, labels = extract_features(network.to(device), images, device, args.batch_size, args.num_workers, "cpu")
-    rows = [row for row, label in enumerate(labels.tolist()) if label != LEFT_OUT]
+    if parts.rows:
+        distributed.print_once(f"{parts.rows:,} of {len(source):,} images are done already: going on with the others")
+        bad_images = BadImages(len(source), *policy)
+    else:
+        bad_images = BadImages.with_new_list(len(source), *policy)
+    images = EvalDataset(source, transform, bad_images)
+    if parts.rows < len(source):
+        for _, features, labels, _ in feature_batches(
+            network, images, device, args.batch_size, args.num_workers, parts.rows
+        ):
+            parts.add(features.cpu(), labels.cpu())
+            parts.save()
+    vectors, labels = torch.cat(parts.features), torch.cat(parts.labels)
+    check_replaced(images, (labels == LEFT_OUT).nonzero().flatten().tolist())
+    check_features(vectors)
+
+    rows = (labels != LEFT_OUT).nonzero().flatten().tolist()
     vectors = (F.normalize(vectors, dim=1) if args.normalize else vectors)[rows]
     paths = [source.path(row) for row in rows]
     if isinstance(source, FileSource):
         paths = [os.path.abspath(path) for path in paths]
-    labels = None if source.classes is None else [source.classes[source.label(row)] for row in rows]
-    features = Features(paths, labels, vectors.numpy())
+    names = None if source.classes is None else [source.classes[source.label(row)] for row in rows]
+    features = Features(paths, names, vectors.numpy(), made_by)
     if distributed.is_main_process():
         write_features(out, features)
+        shutil.rmtree(parts.folder, ignore_errors=True)
         print(f"{len(rows):,} features of {vectors.shape[1]} dimensions: {out}", flush=True)
     distributed.barrier()
     return features

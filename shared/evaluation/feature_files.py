@@ -6,10 +6,13 @@
 ``.npy``        the embeddings; ``<name>.paths.txt`` beside it has a line per image, and after a tab its label
 ``.csv``        columns ``path``, ``label``, ``embedding_0``, ``embedding_1``, ...
 ==============  ====================================================================================================
+
+Beside each of them ``<name>.json`` says which network and layer it was, so that features of two are not mixed.
 """
 
 import csv
 import importlib.util
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,11 +25,12 @@ SUFFIXES = (".parquet", ".npz", ".npy", ".csv")
 
 
 class Features(NamedTuple):
-    """Images in one order: paths, the names of their classes (or None), embeddings (N, D) in float32."""
+    """Images in one order: paths, the names of their classes (or None), embeddings (N, D) in float32, their network."""
 
     paths: list[str]
     labels: list[str] | None
     embeddings: np.ndarray
+    made_by: dict | None = None
 
 
 def check_suffix(path: Path, flag: str) -> None:
@@ -42,6 +46,10 @@ def write_features(path: Path, features: Features) -> None:
     columns = {"path": features.paths} | ({} if features.labels is None else {"label": features.labels})
     embeddings = np.ascontiguousarray(features.embeddings, dtype=np.float32)
     text = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+    path.with_name(f"{path.name}.json").unlink(missing_ok=True)  # of the file that is replaced
+    if features.made_by is not None:
+        with atomic_file(path.with_name(f"{path.name}.json")) as temporary:
+            temporary.write_text(json.dumps(features.made_by, indent=1) + "\n")
     if path.suffix == ".npy":
         with atomic_file(path.with_suffix(".paths.txt")) as temporary, open(temporary, "w", **text) as file:
             csv.writer(file, delimiter="\t", lineterminator="\n").writerows(zip(*columns.values(), strict=True))
@@ -86,7 +94,8 @@ def read_features(path: Path) -> Features:
     if not np.isfinite(embeddings).all() or not embeddings.any(axis=1).all():
         raise ValueError(f"{path}: some embeddings are not finite, or all zeros")
     labels = [str(name) for name in columns["label"]] if "label" in columns else None
-    return Features(paths, labels, embeddings)
+    said = path.with_name(f"{path.name}.json")
+    return Features(paths, labels, embeddings, json.loads(said.read_text()) if said.is_file() else None)
 
 
 def read_all(files: Sequence[str]) -> Features:
@@ -97,6 +106,9 @@ def read_all(files: Sequence[str]) -> Features:
     """
     parts = [read_features(Path(file)) for file in files]
     for file, part in zip(files, parts, strict=True):
+        for name in ("weights_crc32", "layer", "token", "image_size") if part.made_by and parts[0].made_by else ():
+            if (this := part.made_by.get(name)) != (other := parts[0].made_by.get(name)):
+                raise ValueError(f"{file} has {name} {this}, {files[0]} {other}: features of different networks")
         if (dim := part.embeddings.shape[1]) != (first := parts[0].embeddings.shape[1]):
             raise ValueError(f"{file} has {dim} dimensions, {files[0]} {first}: features of different networks")
     labels = None if any(part.labels is None for part in parts) else [name for part in parts for name in part.labels]

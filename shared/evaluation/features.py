@@ -1,6 +1,6 @@
 """Features of a whole data set from a frozen network, the same on every process and in the order of the data set."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -14,18 +14,39 @@ from shared.run.estimate import progress
 
 
 class RankSampler(Sampler):
-    """Samples ``rank, rank + W, rank + 2 W, ...``; every rank gets ceil(N / W), the last sample fills up."""
+    """Samples ``rank, rank + W, ...`` from ``first`` on; every rank gets ceil(N / W), the last sample fills up."""
 
-    def __init__(self, num_samples: int):
-        self.num_samples = num_samples
+    def __init__(self, num_samples: int, first: int = 0):
+        self.num_samples, self.first = num_samples, first
         self.rank, self.world_size = distributed.get_rank(), distributed.get_world_size()
 
     def __len__(self) -> int:
-        return -(-self.num_samples // self.world_size)
+        return -(-(self.num_samples - self.first) // self.world_size)
 
     def __iter__(self):
         last = self.num_samples - 1
-        return (min(self.rank + i * self.world_size, last) for i in range(len(self)))
+        return (min(self.first + self.rank + i * self.world_size, last) for i in range(len(self)))
+
+
+@torch.no_grad()
+def feature_batches(
+    model: nn.Module, dataset: Dataset, device: torch.device, batch_size: int, num_workers: int, first: int = 0
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    """Run the images from ``first`` on through the model, shared out over the processes, and tell of the time left.
+
+    Yields:
+        Number of the first sample, features (B, D) in float32, labels (B,) and indices (B,) of the batches of all
+        processes together, in the order of the data set.
+    """
+    sampler, done = RankSampler(len(dataset), first), first
+    loader = make_loader(dataset, batch_size=batch_size, sampler=sampler, num_workers=num_workers, device=device)
+    for images, targets, indices in progress(loader, "features", len(loader), len(dataset) - first):
+        with torch.compiler.set_stance("force_eager"):  # compiling for these sizes takes longer than what it saves
+            features = model(images.to(device, non_blocking=True)).float()
+        batch = (features, targets.to(device), indices.to(device))
+        rows = slice(0, min(len(images) * sampler.world_size, len(dataset) - done))  # the last rows are fill
+        yield done, *(_in_dataset_order(values)[rows] for values in batch)
+        done += rows.stop
 
 
 @torch.no_grad()
@@ -62,25 +83,16 @@ def extract_features(
     num_samples = len(dataset)
     if num_samples == 0:
         raise ValueError("cannot extract features: the data set is empty")
-    loader = make_loader(
-        dataset, batch_size=batch_size, sampler=RankSampler(num_samples), num_workers=num_workers, device=device
-    )
     features = labels = None
     read = torch.empty(num_samples, dtype=torch.long, device=device)  # indices; another one for an unreadable image
     was_training = model.training
     model.eval()
-    done = 0
-    for images, targets, indices in progress(loader, "features", len(loader), num_samples):
-        with torch.compiler.set_stance("force_eager"):  # compiling for these sizes takes longer than what it saves
-            batch = _in_dataset_order(model(images.to(device, non_blocking=True)).float())
-        targets, indices = (_in_dataset_order(numbers.to(device)) for numbers in (targets, indices))
+    for done, batch, targets, indices in feature_batches(model, dataset, device, batch_size, num_workers):
         if features is None:
             features = batch.new_empty(num_samples, batch.shape[1], device=store_on)
             labels = targets.new_empty(num_samples, device=store_on)
-        rows = slice(done, min(done + len(batch), num_samples))  # the last rows are fill
-        new = slice(0, rows.stop - done)
-        features[rows], labels[rows], read[rows] = batch[new], targets[new], indices[new]
-        done = rows.stop
+        rows = slice(done, done + len(batch))
+        features[rows], labels[rows], read[rows] = batch, targets, indices
         if between_batches is not None:
             between_batches()
     model.train(was_training)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from shared import distributed
 from shared.images.loading import default_num_workers
-from shared.networks.weights import flags_of_training, safe_load
+from shared.networks.pretrained import flags_of_run, image_size_of
 from shared.run.flags import (
     add_bad_image_flags,
     add_device_flag,
@@ -98,25 +98,10 @@ def parse_evaluation(
 # --- Flags that the checkpoint answers --------------------------------------------------------------------------------
 
 
-def flags_of_run(weights: str | Path) -> Mapping:
-    """The flags that a training checkpoint was written with; {} for other files, and for what is no file."""
-    return flags_of_training(safe_load(weights)) if Path(weights).is_file() else {}
-
-
-# what trainings call the side of the images that their networks see
-SIZE_FLAGS = ("global_crop_size", "size_crops", "rand_size", "crop_size", "image_size", "input_size")
-
-
-def size_flag(trained_with: Mapping) -> str:
-    """The one of ``SIZE_FLAGS`` that a run has given a value."""
-    return next((flag for flag in SIZE_FLAGS if trained_with.get(flag)), "image_size")
-
-
 def image_size_of_run(weights: str | Path) -> list[int] | None:
     """The side of the images of a training, as the ``--image_size`` of an export; None where the file does not say."""
-    trained_with = flags_of_run(weights)
-    sizes = trained_with.get(size_flag(trained_with))
-    return None if sizes is None else [sizes] if isinstance(sizes, int) else [sizes[0]]
+    size = image_size_of(flags_of_run(weights))
+    return None if size is None else [size]
 
 
 def take_from_run(

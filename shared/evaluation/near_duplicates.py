@@ -25,7 +25,7 @@ from shared.run.flags import Parser
 
 from .feature_files import read_all
 
-THRESHOLDS = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995)  # of the table, besides the one asked for
+THRESHOLDS = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)  # of the table, besides the one asked for
 BLOCK = 1 << 24  # similarities that are held at once
 ROUNDING = 1e-6  # of a cosine in float32
 GROUPS, IMAGES = 20, 8  # of the picture, at most

@@ -1,7 +1,6 @@
 """Trained networks as files for other programs; a file is kept once it has given the torch network's output."""
 
 import argparse
-import copy
 import functools
 import importlib.util
 import json
@@ -20,6 +19,7 @@ from shared.run.files import atomic_file
 
 from .backbones import build_library_backbone, input_channels, timm_model, torchvision_architectures
 from .card import Card
+from .model_card import write_model_card
 from .names import TO_TRANSFORMERS_VIT, renamed, split_qkv
 from .onnx_session import onnx_session
 from .pretrained import backbone_of
@@ -54,16 +54,19 @@ def check_equal(name: str, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
 
 
 @torch.no_grad()
-def check_outputs(name: str, network: Callable[[Tensor], Tensor], backbone: nn.Module, image_size: list[int]) -> None:
+def check_outputs(
+    name: str, network: Callable[[Tensor], Tensor], backbone: nn.Module, *image_sizes: Sequence[int]
+) -> None:
     """:func:`check_equal` for random images, one and several at once.
 
     Args:
         network: Maps images (B, C, H, W) to features (B, D), read back from the file.
         backbone: The torch network.
-        image_size: Height and width in pixels.
+        image_sizes: Heights and widths in pixels.
     """
-    generator = torch.Generator().manual_seed(0)
-    batches = [torch.randn(size, input_channels(backbone), *image_size, generator=generator) for size in (1, 3)]
+    generator, channels = torch.Generator().manual_seed(0), input_channels(backbone)
+    shapes = [(batch, channels, *image_size) for image_size in image_sizes for batch in (1, 3)]
+    batches = [torch.randn(shape, generator=generator) for shape in shapes]
     check_equal(name, ((network(images), backbone(images)) for images in batches))
 
 
@@ -72,7 +75,7 @@ def write_checked(
     write: Callable[[Path], object],
     read: Callable[[Path], Callable[[Tensor], Tensor]],
     network: nn.Module,
-    image_size: Sequence[int],
+    *image_sizes: Sequence[int],
 ) -> Path:
     """Write a file, and keep it if what is read from it computes what the network does.
 
@@ -81,7 +84,7 @@ def write_checked(
     """
     with atomic_file(path) as temporary:
         write(temporary)
-        check_outputs(path.name, read(temporary), network, image_size)
+        check_outputs(path.name, read(temporary), network, *image_sizes)
     return path
 
 
@@ -90,19 +93,37 @@ def as_texts(values: Mapping) -> dict[str, str]:
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
 
 
-def write_onnx(network: nn.Module, image_size: Sequence[int], header: Mapping[str, str], path: Path) -> None:
-    """ONNX file with input ``images`` (batch, C, H, W) and output ``features`` (batch, D); H and W are fixed."""
-    if hasattr(network, "interpolate_pos_encoding"):  # positions for this size become a constant of the file
-        network = copy.deepcopy(network)
-        positions = network.interpolate_pos_encoding(*image_size).detach()
-        network.interpolate_pos_encoding = lambda *_: positions
+def write_onnx(
+    network: nn.Module, image_size: Sequence[int], header: Mapping[str, str], path: Path, any_size: bool = False
+) -> None:
+    """ONNX file with input ``images`` (batch, C, H, W) and output ``features`` (batch, D).
+
+    Args:
+        any_size: H and W are free, too; else they are those of ``image_size``.
+    """
     images = torch.zeros(2, input_channels(network), *image_size)
-    trace_onnx(network, (images,), {"images": {0: "batch"}, "features": {0: "batch"}}, path)
+    axes = {0: "batch"} | ({2: "height", 3: "width"} if any_size else {})
+    trace_onnx(network, (images,), {"images": axes, "features": {0: "batch"}}, path)
     import onnx  # an optional dependency
 
     model = onnx.load(path)
     onnx.helper.set_model_props(model, header)
     onnx.save(model, path)
+
+
+@torch.no_grad()
+def other_size(network: nn.Module, image_size: Sequence[int]) -> list[int] | None:
+    """A second height and width, in whole patches, if the network takes images of any size; None: it does not."""
+    state, shape = network.state_dict(), vit_shape(network.state_dict())
+    if "pos_embed" in state and not hasattr(network, "interpolate_pos_encoding"):
+        return None  # timm's ViTs smooth positions, which ONNX cannot do
+    step = 32 if shape is None else shape.patch_size
+    size = [image_size[0] + 2 * step, image_size[1] + step]
+    try:
+        network(torch.zeros(1, input_channels(network), *size))
+    except (RuntimeError, ValueError, AssertionError):
+        return None
+    return size
 
 
 def trace_onnx(network: nn.Module, inputs: tuple[Tensor, ...], axes: dict[str, dict[int, str]], path: Path) -> None:
@@ -194,6 +215,7 @@ def export_network(
     header: Mapping,
     read: Callable[[Path], nn.Module],
     image_size: Sequence[int],
+    origin: str | Path,
     own_size: Sequence[int] | None = None,
     torchvision: nn.Module | None = None,
     timm_arguments: Mapping | None = None,
@@ -203,20 +225,21 @@ def export_network(
 
     ``<stem>.safetensors`` has timm's names, where it has the network, and in its header how to build and feed it;
     ``<stem>_torchvision.pth`` and ``<stem>_timm.pth`` are state dicts that these libraries load; ``<stem>.onnx`` takes
-    any batch size.
+    any batch size, and any height and width where the network does; ``<stem>_card.md`` is a model card.
 
     Args:
         network: In evaluation mode, on the CPU.
         header: How the network is built.
         read: Builds the network anew from the safetensors file, in evaluation mode.
-        image_size: One side or height and width in pixels of the ONNX input.
+        image_size: One side or height and width in pixels of the ONNX input, where it is not free.
+        origin: Where the weights come from, for the model card.
         own_size: Of the images that the other files are compared with; by default ``image_size``.
         torchvision: That library's network of these names and shapes, if it has one.
         timm_arguments: Of ``timm.create_model``; None: timm has no such network.
         to_timm: Gives a state dict timm's names.
 
     Returns:
-        The files by format: ``safetensors``, ``torchvision``, ``timm``, ``onnx``.
+        The files by format: ``safetensors``, ``torchvision``, ``timm``, ``onnx``, ``card``.
 
     Raises:
         ExportMismatch: If an exported network computes something else; its file is not kept.
@@ -254,9 +277,11 @@ def export_network(
         print(f"  timm.create_model({text}, checkpoint_path={str(path)!r})")
     if absent := [library for library in ("torchvision", "timm") if library not in files]:
         print(f"no file for {' and '.join(absent)}: no network with the names and shapes of this {stem.name}")
-    save = functools.partial(write_onnx, network, image_size, described)
-    write_checked(files["onnx"], save, read_onnx, network, image_size)
-    return files
+    sizes = [size for size in (other_size(network, image_size), image_size) if size is not None]
+    save = functools.partial(write_onnx, network, sizes[0], described, any_size=len(sizes) > 1)
+    write_checked(files["onnx"], save, read_onnx, network, *sizes)
+    print(f"  its height and width are {'free' if len(sizes) > 1 else 'fixed: the network takes no others'}")
+    return files | {"card": write_model_card(Path(f"{stem}_card.md"), card, stem.name, network, header, files, origin)}
 
 
 def export_backbone(
@@ -265,6 +290,7 @@ def export_backbone(
     arch: str,
     output_dir: str | Path,
     image_size: Sequence[int] | None = None,
+    origin: str | Path = "",
     timm_name: str = "",
     transformers_model: str = "",
     arch_key: str = "arch",
@@ -275,13 +301,14 @@ def export_backbone(
         arch: Its name, and that of the files.
         output_dir: Created if missing.
         image_size: Of the ONNX input; by default that of position embeddings, else 224.
+        origin: Where the weights come from, for the model card.
         timm_name: What timm calls the architecture; by default ``arch``.
         transformers_model: For a ViT that transformers has, see :func:`export_transformers`; the folder is
             ``<arch>_transformers``.
         arch_key: Of ``arch`` in the header.
 
     Returns:
-        The files by format: ``safetensors``, ``torchvision``, ``timm``, ``onnx``, and the folder ``transformers``.
+        Those files by format, and the folder ``transformers``.
     """
     network, stem = backbone_of(network), Path(output_dir) / arch
     sizes = card.sizes(arch, network.state_dict())
@@ -300,6 +327,7 @@ def export_backbone(
         {arch_key: arch, **options},
         rebuilt,
         image_size or [sizes.get("img_size", 224)],
+        origin,
         # networks with positions are compared at their own size, where libraries do not interpolate
         [sizes["img_size"]] * 2 if "img_size" in sizes else None,
         torchvision if torchvision is not None and _shapes(torchvision) == _shapes(network) else None,

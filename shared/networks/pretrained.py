@@ -1,5 +1,6 @@
 """Networks filled with released weights or a file of any layout, for every folder that has a card."""
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,13 +13,23 @@ from shared import distributed
 from .backbones import first_convolution
 from .card import Card
 from .weights import (
+    ARCH_FLAGS,
     BackboneWeights,
     download,
+    evaluated_network,
     fetch_file,
+    flags_of_training,
     is_address,
     load_backbone_weights,
     read_backbone_weights,
+    run_file,
+    safe_load,
+    select_backbone_weights,
+    vit_shape,
 )
+
+# what trainings call the side of the images that their networks see
+SIZE_FLAGS = ("global_crop_size", "size_crops", "rand_size", "crop_size", "image_size", "input_size")
 
 
 def fetch(card: Card, file: str, cached_as: str = "") -> Path:
@@ -73,7 +84,7 @@ def find_file(card: Card, arch: str, pretrained: str | Path = "", **options: int
 
 
 def locate(card: Card, pretrained: str | Path, flag: str = "") -> Path:
-    """A file: its path, the name of a release, or an address.
+    """A file: its path, the folder of a run of any method, the name of a release, or an address.
 
     Args:
         flag: Where it was given, for messages.
@@ -86,6 +97,8 @@ def locate(card: Card, pretrained: str | Path, flag: str = "") -> Path:
         return fetch_release(card, name)
     if is_address(name) or Path(name).is_file():
         return fetch_file(name, flag)
+    if Path(name).is_dir():
+        return run_file(name)
     if name == card.embedded_run:
         raise ValueError(f"{flag} {name} is not there: run python {card.main} first")
     known = [*list(card.releases)[:15], "..."][: len(card.releases)]
@@ -100,6 +113,58 @@ def read_weights(card: Card, path: str | Path, checkpoint_key: str | None = None
     """
     key = checkpoint_key or card.checkpoint_key
     return read_backbone_weights(path, key, card.head_names, required=key != card.checkpoint_key)
+
+
+def known_arch(card: Card, arch: str, tensors: Mapping[str, Tensor]) -> str:
+    """What the card calls an architecture to which the run of another method has given this name."""
+    shape = vit_shape(tensors)
+    for name in [arch, *(shape.names() if shape else [])]:
+        with contextlib.suppress(ValueError), torch.device("meta"):
+            found = vit_shape(backbone_of(build_for(card, name, tensors)).state_dict())
+            if found == shape:
+                return name
+    return arch
+
+
+def flags_of_run(weights: str | Path, card: Card | None = None) -> Mapping:
+    """The flags that a training checkpoint, or that in a folder, was written with; {} for what is no such file.
+
+    Args:
+        card: Of the folder that evaluates: of another one's run, the flags say the architecture, and the patch size of
+            a ViT, in its words.
+    """
+    path = run_file(weights) if weights else None
+    if path is None or not path.is_file():
+        return {}
+    checkpoint = safe_load(path)
+    trained_with = flags_of_training(checkpoint)
+    if card is None:
+        return trained_with
+    flag = card.arch_flag.removeprefix("--")
+    arch = arch_of(trained_with, flag)
+    if arch is None or (flag in trained_with and evaluated_network(checkpoint) == card.checkpoint_key):
+        return trained_with  # its own
+    tensors = select_backbone_weights(checkpoint, card.checkpoint_key, head_names=card.head_names).tensors
+    shape = vit_shape(tensors)
+    sizes = {} if shape is None else {"patch_size": shape.patch_size}
+    return {**trained_with, flag: known_arch(card, arch, tensors), **sizes}
+
+
+def arch_of(trained_with: Mapping, *flags: str) -> str | None:
+    """The architecture that a training states under one of ``flags`` or of ``ARCH_FLAGS``."""
+    names = (trained_with.get(flag) for flag in (*flags, *ARCH_FLAGS))
+    return next((name for name in names if isinstance(name, str)), None)
+
+
+def size_flag(trained_with: Mapping) -> str:
+    """The one of ``SIZE_FLAGS`` that a run has given a value."""
+    return next((flag for flag in SIZE_FLAGS if trained_with.get(flag)), "image_size")
+
+
+def image_size_of(trained_with: Mapping) -> int | None:
+    """The side of the images of a training; None where its flags do not say."""
+    size = trained_with.get(size_flag(trained_with))
+    return size[0] if isinstance(size, list | tuple) else size
 
 
 def backbone_of(network: nn.Module) -> nn.Module:
@@ -179,9 +244,11 @@ def hub_entries(card: Card) -> dict[str, Callable[..., nn.Module]]:
 
 
 def _entry(card: Card, name: str) -> Callable[..., nn.Module]:
-    def entry(pretrained: bool = True, **options) -> nn.Module:
-        weights = read_weights(card, fetch_release(card, name)) if pretrained else None
+    def entry(pretrained: bool | str = True, **options) -> nn.Module:
         release = card.releases[name]
+        if isinstance(pretrained, str | os.PathLike):  # a run or a file of one's own
+            return load_pretrained(card, release.arch, pretrained, **options)
+        weights = read_weights(card, fetch_release(card, name)) if pretrained else None
         network = card.build(release.arch, **{**release.options, **options})
         if weights is not None:
             load_backbone_weights(backbone_of(network), weights)

@@ -195,12 +195,30 @@ def interpolate_positions(
         return positions
     before, grid = positions[:, :num_before], positions[:, num_before:]
     grid = grid.unflatten(1, stored).permute(0, 3, 1, 2)
-    if scale_offset:
+    if scale_offset and torch.jit.is_tracing():  # sizes that stay free in ONNX, which no scale factor can be
+        row, column = (bicubic_matrix(*sizes, scale_offset) for sizes in zip((rows, columns), stored, strict=True))
+        resized = torch.einsum("ri,cj,bdij->bdrc", row, column, grid)
+        row, column = (torch.arange(n).clamp(max=most - 1) for n, most in zip((rows, columns), stored, strict=True))
+        is_stored = torch.as_tensor(rows == stored[0]) & torch.as_tensor(columns == stored[1])
+        grid = torch.where(is_stored, grid[:, :, row][..., column], resized)
+    elif scale_offset:
         factors = (rows + scale_offset) / stored[0], (columns + scale_offset) / stored[1]
         grid = F.interpolate(grid, scale_factor=factors, mode="bicubic")
     else:  # a scale factor could miss a row when rounded
         grid = F.interpolate(grid, size=(rows, columns), mode="bicubic")
     return torch.cat([before, grid.flatten(2).transpose(1, 2)], dim=1)
+
+
+def bicubic_matrix(size: int | Tensor, stored: int, scale_offset: float) -> Tensor:
+    """Weights (size, stored) with which torch interpolates ``stored`` values by ``(size + scale_offset) / stored``."""
+    places = (torch.arange(size) + 0.5) * (stored / (size + scale_offset)) - 0.5
+    first, matrix, a = places.floor(), 0.0, -0.75
+    for tap in (-1, 0, 1, 2):
+        d = (places - first - tap).abs()
+        near, far = ((a + 2) * d - (a + 3)) * d * d + 1, ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
+        column = (first + tap).clamp(0, stored - 1)
+        matrix = matrix + torch.where(d <= 1, near, far)[:, None] * (column[:, None] == torch.arange(stored))
+    return matrix
 
 
 def init_linear(module: nn.Module) -> None:

@@ -158,7 +158,11 @@ PARTS_OF_DINOV2 = (
     (".mlp.gate_proj.", "gates in its MLPs (SwiGLU)", "vit_giant_patch14_dinov2"),
     (".ls1.gamma", "LayerScale", "vit_small_patch14_dinov2, vit_base_patch14_dinov2 and vit_large_patch14_dinov2"),
 )
-FOR_TRAINING = (*CLASSIFIERS, "pooler", "mask_token")  # no part of the representation
+HEADS = ("projection_head", "prototypes", "pred", "top_layer")  # of trainings here, beside ``fc`` and ``head``
+FOR_TRAINING = (*CLASSIFIERS, *HEADS, "pooler", "mask_token")  # no part of the representation
+NETWORKS = ("teacher", "target_encoder", "encoder", "state_dict", "model")  # what trainings call the one to evaluate
+ARCH_FLAGS = ("arch", "model_name", "model")  # what they call its architecture
+RUN_FILES = ("checkpoint.pth", "checkpoint.pth.tar", "*-latest.pth.tar")  # what they leave in their folders
 
 
 @dataclass
@@ -195,7 +199,7 @@ def select_backbone_weights(
     """The backbone's weights in a checkpoint of any layout.
 
     Known are training checkpoints (``{"student": ..., "teacher": ..., ...}``, the published ones and ours), plain state
-    dicts, and state dicts under ``state_dict`` or ``model``, of several networks too (``teacher.backbone.``,
+    dicts, and state dicts under one of ``NETWORKS``, of several networks too (``teacher.backbone.``,
     ``student_backbone.``). What wrappers of the network or of its parts add to names (``module.``, ``_orig_mod.``), one
     of ``AROUND`` where all names begin with it, and the prefix ``backbone.`` are removed; where there is a
     ``backbone.``, all else belongs to the projection head, elsewhere the modules of ``head_names`` do. ViTs of
@@ -203,7 +207,8 @@ def select_backbone_weights(
 
     Args:
         checkpoint: What :func:`safe_load` returns.
-        checkpoint_key: The network to take from a training checkpoint.
+        checkpoint_key: The network to take from a training checkpoint; without it, and of those of ``NETWORKS`` that
+            are not ``required``, the first that is there: a target network before the one that follows it.
         origin: Where it comes from, for messages.
         head_names: Modules of the head in files that keep them beside those of the backbone.
         required: Refuse files without ``checkpoint_key``, also those of one network.
@@ -215,12 +220,10 @@ def select_backbone_weights(
         raise WeightMismatch(f"{origin} holds {type(checkpoint).__name__}, not a dictionary of weights")
     networks = [key for key, value in checkpoint.items() if _is_state_dict(value)]
     absent = f"{origin} has no --checkpoint_key {checkpoint_key}; it holds {', '.join(networks) or 'one network'}"
-    if checkpoint_key in networks:
-        state_dict, origin = checkpoint[checkpoint_key], f"{checkpoint_key} of {origin}"
-    elif "student" in networks or "teacher" in networks:
-        raise WeightMismatch(absent)
-    elif "state_dict" in networks or "model" in networks:
-        state_dict = checkpoint["state_dict" if "state_dict" in networks else "model"]
+    first = () if checkpoint_key in NETWORKS and not required else (checkpoint_key,)
+    found = next((key for key in (*first, *NETWORKS) if key in networks), None)
+    if found is not None:
+        state_dict, origin = checkpoint[found], f"{found} of {origin}"
     elif _is_state_dict(checkpoint):
         state_dict = checkpoint
     elif networks:
@@ -244,11 +247,34 @@ def select_backbone_weights(
     return BackboneWeights(backbone, tensors, origin, flags_of_training(checkpoint))
 
 
+def run_file(path: str | Path) -> Path:
+    """The checkpoint in the folder of a run; anything but a folder stays as it is.
+
+    Raises:
+        ValueError: If the folder holds none or several.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    found = [file for pattern in RUN_FILES for file in sorted(path.glob(pattern))]
+    if len(found) != 1:
+        names = ", ".join(file.name for file in found) or f"no checkpoint ({', '.join(RUN_FILES)})"
+        raise ValueError(f"{path} is a folder with {names}; name a file")
+    return found[0]
+
+
+def evaluated_network(checkpoint: Mapping) -> str | None:
+    """The key of the network of a training checkpoint that is evaluated; None for other files."""
+    return next((key for key in NETWORKS if key in checkpoint), None)
+
+
 def flags_of_training(checkpoint) -> Mapping:
     """The flags that a checkpoint was written with; empty where it does not say."""
     flags = checkpoint.get("args") if isinstance(checkpoint, Mapping) else None
     flags = vars(flags) if isinstance(flags, argparse.Namespace) else flags
-    return flags if isinstance(flags, Mapping) else {}
+    flags = flags if isinstance(flags, Mapping) else {}
+    arch = checkpoint.get("arch") if isinstance(checkpoint, Mapping) else None  # of torchvision's reference scripts
+    return {"arch": arch, **flags} if isinstance(arch, str) else flags
 
 
 def _one_network(tensors: dict[str, Tensor], key: str, head_names: Sequence[str]) -> dict[str, Tensor]:
@@ -288,9 +314,18 @@ class VitShape:
     img_size: int
     in_chans: int
 
+    @property
+    def size(self) -> str:
+        sizes = {96: "micro", 192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge"}
+        return sizes.get(self.embed_dim, "")
+
+    def names(self) -> list[str]:
+        """What a network of this shape is called in one place or another."""
+        size, patch = self.size, self.patch_size
+        return [f"vit_{size}", f"deit_{size}", f"deit_{size}_p{patch}", f"vit_{size}_patch{patch}_224"] if size else []
+
     def __str__(self) -> str:
-        names = {192: "vit_tiny", 384: "vit_small", 768: "vit_base", 1024: "vit_large"}
-        name = names.get(self.embed_dim, f"ViT of dimension {self.embed_dim}")
+        name = f"vit_{self.size}" if self.size else f"ViT of dimension {self.embed_dim}"
         return (
             f"{name}/{self.patch_size} of {self.depth} blocks for {self.img_size}-pixel images "
             f"of {self.in_chans} channels"
@@ -402,6 +437,14 @@ def _renamed_for(backbone: nn.Module, target: Mapping[str, Tensor], tensors: dic
         return renamed(tensors, TORCHVISION_VIT)
     if "4.0.conv1.weight" in tensors and "layer1.0.conv1.weight" in target:
         return renamed(tensors, RESNET_CHILDREN)
+    needed = {name for name in target if not name.endswith("num_batches_tracked")}
+    if not needed & tensors.keys():  # one of the two is part of another network, which calls it ``prefix``
+        for prefix in {name.partition(".")[0] + "." for name in needed}:
+            if needed <= {prefix + name for name in tensors}:
+                return {prefix + name: value for name, value in tensors.items()}
+        for prefix in {name.partition(".")[0] + "." for name in tensors}:
+            if needed <= {name.removeprefix(prefix) for name in tensors}:
+                return {name.removeprefix(prefix): value for name, value in tensors.items()}
     # timm's networks know the names in the papers' original files
     convert = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
     if convert is not None and not target.keys() <= tensors.keys():
@@ -413,6 +456,8 @@ def _hint(tensors: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> str:
     found, wanted = vit_shape(tensors), vit_shape(target)
     if found is not None and wanted is not None and found != wanted:
         return f"\n  the file looks like a {found}, the network is a {wanted}"
+    if "sobel.0.weight" in tensors and "sobel.0.weight" not in target:
+        return "\n  the network of the file looks at Sobel gradients, not at colours: this one cannot"
     for part, what, example in PARTS_OF_DINOV2:
         if any(part in name for name in tensors) and not any(part in name for name in target):
             return f"\n  the file is a ViT with {what}, as DINOv2's are: timm has {example}"

@@ -474,7 +474,7 @@ def image_parts(
     hub, pictures = load_hub(method), Pictures()
     train, val = open_images(flags)
     asked = dict.fromkeys(("arch", "image_size", "checkpoint_key", "patch_size"))
-    network, transform = load_frozen(argparse.Namespace(weights=str(checkpoint), **asked), hub)
+    network, transform = load_frozen(argparse.Namespace(folder=method, weights=str(checkpoint), **asked))
     network.to(device)
     if galleries is None:
         database = sample(network, train, transform, device, MOST_IMAGES, SECONDS)

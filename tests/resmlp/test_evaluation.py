@@ -80,7 +80,7 @@ def test_pictures_of_all_layers_are_written(finished, tmp_path, monkeypatch, cap
 def test_a_classifier_of_no_published_size_is_exported_too(tmp_path, capsys):
     network = randomize(ResMLP(16, 8, in_chans=1, embed_dim=8, depth=2, num_classes=5))
     files = export(network, tmp_path)
-    assert set(files) == {"safetensors", "onnx"}
+    assert set(files) == {"safetensors", "onnx", "card"}
     images = torch.randn(3, 1, 16, 16)
     session = onnxruntime.InferenceSession(str(files["onnx"]), providers=["CPUExecutionProvider"])
     (found,) = session.run(["features"], {"images": images.numpy()})

@@ -120,8 +120,14 @@ def normalise(vectors: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([["a/0.png", "x"], ["c/9.png", "y"]], r"labels.csv, line 2: 'c/9.png' is no image of the features.*1 of 2"),
-        ([["0.png", "x"], ["a/1.png", "y"]], "'0.png' is no image of the features, or several have that name"),
+        (
+            [["a/0.png", "x"], ["c/9.png", "y"]],
+            r"labels.csv, line 2: 'c/9.png' is not among the images of the features.*1 of the 2",
+        ),
+        (
+            [["0.png", "x"], ["a/1.png", "y"]],
+            "'0.png' is not among the images of the features, or several images have that name",
+        ),
         ([["a/0.png", "x"], ["a/0.png", "y"]], "a/0.png has the label 'x' already"),
         ([["a/0.png", "x"], ["a/1.png", "x"]], "2 labelled images of 1 classes"),
         ([["a/0.png", "x", "1"]], "line 1: expected an image and its label"),

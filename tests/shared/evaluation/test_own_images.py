@@ -1,7 +1,6 @@
 """Features of a person's own images, in files, and near-duplicates among them."""
 
 import csv
-import importlib
 import os
 import re
 from pathlib import Path
@@ -16,7 +15,7 @@ from shared import distributed
 from shared.evaluation import extract_features, near_duplicates
 from shared.evaluation.feature_files import SUFFIXES, Features, read_features, write_features
 from shared.images.decode import ImageError
-from shared.images.sources import open_source
+from shared.images.sources import FileSource, open_source
 from tests.interruption import interrupting
 from tests.networks import CARDS, SMALL, card_of, small_network
 from tests.processes import free_port, run_processes
@@ -28,8 +27,8 @@ RANDOM = ("dino", "random", "--arch", "vit_tiny", "--image_size", 32)
 
 
 def extract(*flags) -> Features:
-    flags = [*map(str, flags), "--device", "cpu", "--num_workers", "0", "--batch_size", "4"]
-    return extract_features.extract(extract_features.parse_args(flags))
+    defaults = "--device cpu --num_workers 0 --batch_size 4".split()
+    return extract_features.extract(extract_features.parse_args([*defaults, *map(str, flags)]))
 
 
 def search(*flags) -> list[list[int]]:
@@ -55,9 +54,9 @@ def test_features_are_the_outputs_of_the_network_of_a_run_that_its_card_describe
     args = {card.arch_flag.removeprefix("--"): SMALL[method][0], "image_size": side}
     torch.save({card.checkpoint_key: network.state_dict(), "args": args}, run / "checkpoint.pth")
     features = extract(method, run, "--data_path", photos, "--out", tmp_path / "f.npz")
-    hub, source = importlib.import_module(f"{method}.hub"), open_source(photos, "all")
+    source = open_source(photos, "all")
     flags = extract_features.parse_args([method, str(run), "--out", "f.npz"])
-    _, transform = extract_features.load_frozen(flags, hub)
+    _, transform = extract_features.load_frozen(flags)
     assert transform.crop_px == side and features.labels is None
     assert features.paths == [source.path(i) for i in range(6)]
     expected = network(torch.stack([transform(source.load(i).decode()) for i in range(6)]))
@@ -72,6 +71,65 @@ def test_features_are_those_of_the_knn_evaluation(folder, weights, data, tmp_pat
     torch.testing.assert_close(F.normalize(torch.from_numpy(found.embeddings), dim=1), expected)
     labels = torch.load(tmp_path / "trainlabels.pth", weights_only=True).tolist()
     assert found.labels == [sorted(set(found.labels))[label] for label in labels]
+
+
+@pytest.mark.parametrize("call", [2, 3])
+def test_an_interrupted_extraction_goes_on_and_writes_the_same_bytes(call, photos, tmp_path, monkeypatch, capsys):
+    """Batches of 2 of the 6 images, of which one cannot be read; a kill after the first or the second."""
+    (photos / "1.png").write_bytes(b"damaged")
+    flags = (*RANDOM, "--data_path", photos, "--batch_size", 2, "--layer", "norm")
+    extract(*flags, "--out", tmp_path / "whole.npy")
+    monkeypatch.setattr(extract_features, "PART_S", 0)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(extract_features.Parts, "add", interrupting(extract_features.Parts.add, call=call))
+        extract(*flags, "--out", tmp_path / "parts.npy")
+    assert not (tmp_path / "parts.npy").exists()
+    capsys.readouterr()
+    read, load = [], FileSource.load
+    monkeypatch.setattr(FileSource, "load", lambda source, i: read.append(i) or load(source, i))
+    extract(*flags, "--out", tmp_path / "parts.npy")
+    assert f"{2 * (call - 1)} of 6 images are done already" in capsys.readouterr().out
+    assert sorted({*read}) == list(range(2 * (call - 1), 6))
+    for ending in ("npy", "paths.txt", "bad_images.txt", "npy.json"):
+        assert (tmp_path / f"parts.{ending}").read_bytes() == (tmp_path / f"whole.{ending}").read_bytes(), ending
+    assert not (tmp_path / "parts.npy.parts").exists()
+
+
+def test_parts_of_another_extraction_are_replaced(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(extract_features, "PART_S", 0)
+    flags = (*RANDOM, "--data_path", photos, "--out", tmp_path / "f.npz")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(extract_features, "write_features", interrupting(write_features, call=1))
+        extract(*flags)
+    found = extract(*flags, "--seed", 1)
+    assert "holds parts of another extraction: they are replaced" in capsys.readouterr().out
+    np.testing.assert_array_equal(found.embeddings, extract(*flags, "--seed", 1).embeddings)
+
+
+def test_layers_and_tokens_are_those_of_the_network(photos, tmp_path):
+    flags = ("--data_path", photos, "--out", tmp_path / "f.npz")
+    of_output, last, cls, mean = (
+        extract(*RANDOM, *flags, *more).embeddings
+        for more in (
+            (),
+            ("--layer", "norm"),
+            ("--layer", "blocks.11", "--token", "cls"),
+            ("--layer", "norm", "--token", "mean"),
+        )
+    )
+    np.testing.assert_allclose(last, of_output, rtol=1e-5, atol=1e-6)
+    network, transform = extract_features.load_frozen(
+        extract_features.parse_args([*map(str, RANDOM), "--out", "f.npz"])
+    )
+    images = torch.stack([transform(open_source(photos, "all").load(i).decode()) for i in range(6)])
+    tokens = network.get_intermediate_layers(images, 1)[0]
+    np.testing.assert_allclose(mean, tokens[:, 1:].mean(dim=1).numpy(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(network.norm(torch.from_numpy(cls)).numpy(), of_output, rtol=1e-4, atol=1e-5)
+    resnet = ("swav", "random", "--arch", "test_resnet", "--image_size", 32)
+    with pytest.raises(ValueError, match=r"--layer blocks.3.attn.attn_drop --token None: .* shape None"):
+        extract(*RANDOM, *flags, "--layer", "blocks.3.attn.attn_drop")
+    maps = extract(*resnet, *flags, "--layer", "backbone.layer4").embeddings
+    np.testing.assert_allclose(maps, extract(*resnet, *flags).embeddings, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -168,10 +226,14 @@ def test_groups_are_what_links_connect_whatever_the_blocks(monkeypatch):
         (("din", "random"), "din is none of deepcluster, dino, "),
         (("contriever", "random"), "contriever is none of"),
         (("dino", "dino_vit16"), "dino_vit16 is neither a file nor a release .*dino_vits16"),
-        (("dino", "{tmp}"), "holds no checkpoints"),
+        (("dino", "{tmp}"), "is a folder with no checkpoint"),
         (("resmlp", "random", "--arch", "vit"), "vit is none of resmlp_12"),
         (("dino", "random", "--data_path", "{tmp}"), "holds no images|no images"),
         (("dino", "random", "--out", "f.txt"), "--out f.txt: not a file that ends in .parquet"),
+        (("random",), "random: say the folder, too"),
+        ((*RANDOM, "--token", "cls"), "--token cls: --layer says of which module, such as norm"),
+        ((*RANDOM, "--layer", "block.3"), "--layer block.3: the network has no such module, but .*blocks.3.*norm"),
+        (("resmlp", "random", "--layer", "norm", "--token", "cls"), "tokens of --layer norm are patches alone"),
     ],
 )
 def test_what_cannot_be_extracted_is_one_sentence(flags, message, tmp_path):
@@ -184,6 +246,10 @@ def test_files_that_hold_no_features_of_one_network_are_refused(tmp_path):
     write_features(tmp_path / "b.npz", Features(["1", "2"], None, np.ones((2, 4))))
     with pytest.raises(ValueError, match=r"b\.npz has 4 dimensions, .*a\.npz 3"):
         search(tmp_path / "a.npz", tmp_path / "b.npz", "--out", tmp_path / "d.csv")
+    for name, crc in (("i.npz", 1), ("j.csv", 2)):
+        write_features(tmp_path / name, Features(["1", "2"], None, np.ones((2, 3)), {"weights_crc32": crc}))
+    with pytest.raises(ValueError, match=r"j\.csv has weights_crc32 2, .*i\.npz 1: features of different networks"):
+        search(tmp_path / "i.npz", tmp_path / "j.csv", "--out", tmp_path / "d.csv")
     np.savez(tmp_path / "c.npz", x=1)
     (tmp_path / "d.csv").write_text("path,embedding_0,embedding_1\na,1,2\nb,1\n")
     np.save(tmp_path / "e.npy", np.ones((2, 3)))

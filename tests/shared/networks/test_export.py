@@ -72,7 +72,8 @@ def exported(request, tmp_path_factory):
 def test_the_files_are_there_and_follow_the_umask(exported):
     method, _, folder = exported
     _, names = COMMANDS[method]
-    assert {path.name for path in folder.iterdir()} == set(names.split())
+    card = f"{names.split('.')[0]}_card.md"
+    assert {path.name for path in folder.iterdir()} == {*names.split(), card}
     assert all(path.stat().st_mode & 0o777 == 0o640 for path in folder.rglob("*.*") if path.is_file())
 
 
@@ -85,10 +86,11 @@ def test_headers_say_how_the_network_is_built_and_fed(exported):
         header = file.metadata()
     assert header == session.get_modelmeta().custom_metadata_map
     assert (json.loads(header["mean"]), json.loads(header["std"])) == (list(card.mean), list(card.std))
-    size = json.loads(header["image_size"])
-    assert session.get_inputs()[0].shape[1:] == [json.loads(header["in_chans"]), *size]
-    for batch_size in (1, 4):
-        images = torch.randn(batch_size, json.loads(header["in_chans"]), *size)
+    size, in_chans = json.loads(header["image_size"]), json.loads(header["in_chans"])
+    is_free = method != "resmlp"  # whose cross-patch layers are made for one size
+    assert session.get_inputs()[0].shape[1:] == [in_chans, *(["height", "width"] if is_free else size)]
+    for batch_size, *image_size in ((1, *size), (4, *size), *([(2, 64, 32), (2, 16, 48)] if is_free else ())):
+        images = torch.randn(batch_size, in_chans, *image_size)
         (features,) = session.run(["features"], {"images": images.numpy()})
         torch.testing.assert_close(torch.from_numpy(features), network(images), rtol=1e-3, atol=1e-4)
 
@@ -132,7 +134,7 @@ def test_transformers_opens_the_folder_of_a_vit_with_its_image_processor(exporte
 def test_networks_of_torchvision_get_a_file_for_it(tmp_path):
     backbone, _ = build_backbone("squeezenet1_1")
     files = export_backbone(card_of("dino"), backbone.eval(), "squeezenet1_1", tmp_path, [64])
-    assert files.keys() == {"safetensors", "torchvision", "onnx"}  # timm does not have it
+    assert files.keys() == {"safetensors", "torchvision", "onnx", "card"}  # timm does not have it
     plain = torchvision.models.squeezenet1_1()
     missing = plain.load_state_dict(safe_load(files["torchvision"]), strict=False)
     assert (missing.missing_keys, missing.unexpected_keys) == (["classifier.1.weight", "classifier.1.bias"], [])
@@ -203,10 +205,14 @@ def test_files_of_a_run_state_how_its_images_were_seen(method, tmp_path, monkeyp
     flags, trained_with, stated = RUNS[method]
     network, file = small_network(method), tmp_path / "checkpoint.pth"
     torch.save({card_of(method).checkpoint_key: network.state_dict(), "args": trained_with}, file)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 9, "knn_top1": 3.0}\n{"step": 18, "knn_top1": 12.5}\n')
     script = importlib.import_module(f"{method}.export")
     words = [*flags.replace("FILE", str(file)).split(), "--output_dir", str(tmp_path / "out")]
     files = script.export(script.get_args_parser().parse_args(words))
     with safetensors.safe_open(files["safetensors"], "pt") as opened:
         header = {key: json.loads(value) for key, value in opened.metadata().items() if value[0] == "["}
     assert header["image_size"] == [48, 48]
+    page = files["card"].read_text()
+    for part in (f"exported by {method}", "license: other", "--image_size 48", "torch 2.", "| knn_top1 | 12.5 | 18 |"):
+        assert part in page.replace("size_crops [48, 24]", "image_size 48").replace("input_size", "image_size"), part
     assert stated.items() <= header.items() and {"mean", "std"} <= header.keys()
