@@ -203,7 +203,7 @@ def recipe_of_run(args: argparse.Namespace) -> Recipe:
     args.dataset = args.dataset or trained_with.get("dataset") or "imagenet"
     if trained_with.get("dataset"):
         seen = choose_recipe(trained_with["dataset"], image_size=trained_with.get("image_size")).large[0]
-        take_from_run(args, {"image_size": seen}, {"image_size": "image_size"}, {})
+        take_from_run(args, {**trained_with, "image_size": seen}, {"image_size": "image_size"}, {})
     return choose_recipe(args.dataset, args.normalize, args.image_size)
 
 

@@ -145,9 +145,9 @@ def extract(args: argparse.Namespace) -> Features:
     check_suffix(out, "--out")
     hub = load_hub(args.folder)
     device = distributed.init(args.dist_url, args.device)
+    network, transform = load_frozen(args, hub)  # first: the run says how its images are read
     source = open_source(args.data_path, args.split, **reading(args))
     distributed.print_once(source.describe())
-    network, transform = load_frozen(args, hub)
     policy = (out.with_suffix(".bad_images.txt"), args.on_bad_image, args.max_bad_fraction)
     images = EvalDataset(source, transform, BadImages.with_new_list(len(source), *policy))
     vectors, labels = extract_features(network.to(device), images, device, args.batch_size, args.num_workers, "cpu")
