@@ -34,7 +34,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
-import cv2
 import numpy as np
 from PIL import ImageOps
 
@@ -152,6 +151,8 @@ def _read_with_pil(data: bytes, name: str, max_pixels: int) -> np.ndarray:
     if image.mode not in MODES:
         raise ImageError(f"pixels of Pillow's mode {image.mode}; --in_chans takes {', '.join(MODES)}")
     if image.format == "PNG" and data[24] == 16 and len(image.getbands()) > 2:  # of which Pillow keeps 8 bits
+        import cv2  # which every script that has flags would load
+
         values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
         return values[..., [2, 1, 0, 3][: values.shape[2]]]
     values = np.asarray(ImageOps.exif_transpose(image))
