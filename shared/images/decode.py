@@ -267,9 +267,8 @@ def to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.format == "TIFF" and image.mode.startswith("RGB"):
         channels, extra = image.tag_v2.get(_SAMPLES_TAG, 3), image.tag_v2.get(_EXTRA_SAMPLES_TAG, ())
         if channels > 3 and not set(extra) & {1, 2}:  # neither associated alpha nor unassociated
-            raise ImageError(
-                f"{name}: {channels} channels, none of which is said to be transparency; --in_chans {channels}"
-            )
+            none = "and none of them is said to be transparency"
+            raise ImageError(f"{name}: {channels} channels, {none}; --in_chans {channels} reads them")
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode == "F":
