@@ -22,7 +22,7 @@ from deepcluster.flags import IMAGES_HELP, MODEL_HELP
 from deepcluster.hub import CARD, load_network
 from shared import distributed
 from shared.evaluation.features import check_replaced
-from shared.evaluation.flags import add_process_flags
+from shared.evaluation.flags import add_process_flags, flags_of_run
 from shared.images.loading import LEFT_OUT, BadImages, EvalDataset, make_loader
 from shared.images.sources import ImageSource, open_source, reading
 from shared.pictures.sheets import Tile, magnify, save_sheet, to_pixels
@@ -51,11 +51,12 @@ def activ_retrieval(args: argparse.Namespace) -> list[Path]:
     device = distributed.init(device=args.device)
     network = load_network(args.model, keep_top_layer=False).requires_grad_(False).to(device)
     check_conv(network, args.conv)
+    args.channels = flags_of_run(args.model).get("channels")
     source = open_source(args.data_path, "train", flag="--data", **reading(args))
     if not 1 <= args.count <= len(source):
         raise ValueError(f"--count {args.count}: there are {len(source)} images")
     bad_images = BadImages(len(source), None, args.on_bad_image, args.max_bad_fraction)
-    dataset = EvalDataset(source, centre_crop(network.img_size), bad_images)
+    dataset = EvalDataset(source, centre_crop(network.img_size, in_chans=network.in_chans), bad_images)
     loader = make_loader(dataset, batch_size=args.batch_size, num_workers=args.num_workers, device=device)
     responses, labels = zip(
         *[(filter_responses(network, images.to(device), args.conv).cpu(), labels) for images, labels, _ in loader],
@@ -87,7 +88,7 @@ def filter_responses(network: nn.Module, images: Tensor, conv: int) -> Tensor:
 def _row(
     source: ImageSource, network: ClusterNetwork, number: int, images: list[int], values: list[float]
 ) -> list[Tile]:
-    crop = centre_crop(network.img_size, normalized=False)
+    crop = centre_crop(network.img_size, False, network.in_chans)
     tiles = []
     for place, (index, value) in enumerate(zip(images, values, strict=True)):
         pixels = magnify(to_pixels(crop(source.load(index).decode())), 64)

@@ -11,10 +11,10 @@ def resize_for(crop_size: int) -> int:
     return round(crop_size * 256 / 224)
 
 
-def centre_crop(crop_size: int, normalized: bool = True) -> EvalTransform:
-    """RGB pixels (H, W, 3) to (3, crop_size, crop_size), as for :class:`shared.images.loading.EvalTransform`."""
+def centre_crop(crop_size: int, normalized: bool = True, in_chans: int = 3) -> EvalTransform:
+    """RGB pixels (H, W, 3) to (C, crop_size, crop_size), as for :class:`shared.images.loading.EvalTransform`."""
     mean, std = (MEAN, STD) if normalized else (None, None)
-    return EvalTransform(resize_for(crop_size), crop_size, mean, std, interpolation="bilinear")
+    return EvalTransform(resize_for(crop_size), crop_size, mean, std, in_chans, "bilinear")
 
 
 def random_crop(crop_size: int, crop_scale: tuple[float, float]) -> ViewRecipe:

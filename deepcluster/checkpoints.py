@@ -6,7 +6,7 @@ from shared.networks.weights import select_backbone_weights
 
 from .hub import CARD
 
-NETWORK_FLAGS = ("arch", "sobel", "crop_size")  # a run is not resumed with other ones
+NETWORK_FLAGS = ("arch", "sobel", "crop_size", "in_chans")  # a run is not resumed with other ones
 
 
 def official_names(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ class ClusterNetwork(nn.Module):
         sobel: Whether images go through :func:`sobel_filter` first; ``features`` then takes 2 channels.
         out: Outputs of the top layer; None for no top layer.
         img_size: Side in pixels of the images that it was made for.
+        in_chans: Channels C of these images.
     """
 
     def __init__(
@@ -38,17 +39,18 @@ class ClusterNetwork(nn.Module):
         sobel: bool = False,
         out: int | None = None,
         img_size: int = 224,
+        in_chans: int = 3,
     ):
         super().__init__()
-        self.img_size = img_size
+        self.img_size, self.in_chans = img_size, in_chans
         self.features = features
         self.classifier = classifier
         self.dim = dim
         self.top_layer = None if out is None else new_top_layer(dim, out)
-        self.sobel = sobel_filter() if sobel else None
+        self.sobel = sobel_filter(in_chans) if sobel else None
 
     def maps(self, images: Tensor) -> Tensor:
-        """What the convolutional part makes of normalised images (B, 3, H, W)."""
+        """What the convolutional part makes of normalised images (B, C, H, W)."""
         return self.features(images if self.sobel is None else self.sobel(images))
 
     def embed(self, images: Tensor) -> Tensor:
@@ -61,10 +63,10 @@ class ClusterNetwork(nn.Module):
         return hidden if self.top_layer is None else self.top_layer(hidden)
 
 
-def sobel_filter() -> nn.Sequential:
-    """Frozen: the mean of the colours, then horizontal and vertical differences (3 to 2 channels, same size)."""
-    grey = nn.Conv2d(3, 1, kernel_size=1)
-    nn.init.constant_(grey.weight, 1 / 3)
+def sobel_filter(in_chans: int = 3) -> nn.Sequential:
+    """Frozen: the mean of the channels, then horizontal and vertical differences (C to 2 channels, same size)."""
+    grey = nn.Conv2d(in_chans, 1, kernel_size=1)
+    nn.init.constant_(grey.weight, 1 / in_chans)
     edges = nn.Conv2d(1, 2, kernel_size=3, padding=1)
     horizontal = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]])
     with torch.no_grad():
@@ -84,7 +86,9 @@ def new_top_layer(dim: int, num_clusters: int, seed: int | None = None) -> nn.Li
     return layer
 
 
-def alexnet(sobel: bool = False, bn: bool = True, out: int | None = 1000, img_size: int = 224) -> ClusterNetwork:
+def alexnet(
+    sobel: bool = False, bn: bool = True, out: int | None = 1000, img_size: int = 224, in_chans: int = 3
+) -> ClusterNetwork:
     """AlexNet in one tower, with batch normalisation after every convolution (Caron et al. 2018, section 3.2).
 
     Args:
@@ -92,6 +96,7 @@ def alexnet(sobel: bool = False, bn: bool = True, out: int | None = 1000, img_si
         bn: Whether there is batch normalisation.
         out: Outputs of the top layer; None for no top layer.
         img_size: Side of the images in pixels, at least 63; fixes the input of the first linear layer.
+        in_chans: Channels of the images.
 
     Raises:
         ValueError: If the images are too small.
@@ -106,10 +111,13 @@ def alexnet(sobel: bool = False, bn: bool = True, out: int | None = 1000, img_si
         nn.Linear(HIDDEN, HIDDEN),
         nn.ReLU(inplace=True),
     )
-    return _initialized(_convolutions(ALEXNET, pool, 2 if sobel else 3, bn), classifier, sobel, out, img_size)
+    features = _convolutions(ALEXNET, pool, 2 if sobel else in_chans, bn)
+    return _initialized(features, classifier, sobel, out, img_size, in_chans)
 
 
-def vgg16(sobel: bool = False, bn: bool = True, out: int | None = 1000, img_size: int = 224) -> ClusterNetwork:
+def vgg16(
+    sobel: bool = False, bn: bool = True, out: int | None = 1000, img_size: int = 224, in_chans: int = 3
+) -> ClusterNetwork:
     """VGG16 (configuration D); arguments and errors as :func:`alexnet`, images of at least 32 pixels."""
     pool = (2, 2)
     flat = VGG16[-2][0] * _map_side(VGG16, pool, img_size, "vgg16") ** 2
@@ -120,7 +128,8 @@ def vgg16(sobel: bool = False, bn: bool = True, out: int | None = 1000, img_size
         nn.Linear(HIDDEN, HIDDEN),
         nn.ReLU(inplace=True),
     )
-    return _initialized(_convolutions(VGG16, pool, 2 if sobel else 3, bn), classifier, sobel, out, img_size)
+    features = _convolutions(VGG16, pool, 2 if sobel else in_chans, bn)
+    return _initialized(features, classifier, sobel, out, img_size, in_chans)
 
 
 def _convolutions(plan: list, pool: tuple[int, int], in_channels: int, bn: bool) -> nn.Sequential:
@@ -148,7 +157,7 @@ def _map_side(plan: list, pool: tuple[int, int], img_size: int, name: str) -> in
 
 
 def _initialized(
-    features: nn.Sequential, classifier: nn.Sequential, sobel: bool, out: int | None, img_size: int
+    features: nn.Sequential, classifier: nn.Sequential, sobel: bool, out: int | None, img_size: int, in_chans: int
 ) -> ClusterNetwork:
     for module in (*features, *classifier):
         if isinstance(module, nn.Conv2d):
@@ -158,7 +167,7 @@ def _initialized(
         elif isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.01)
             nn.init.zeros_(module.bias)
-    return ClusterNetwork(features, classifier, HIDDEN, sobel, out, img_size)
+    return ClusterNetwork(features, classifier, HIDDEN, sobel, out, img_size, in_chans)
 
 
 # --- Maps of a layer --------------------------------------------------------------------------------------------------
@@ -180,7 +189,7 @@ def conv_maps(network: ClusterNetwork, images: Tensor, conv: int, before_relu: b
     convolution and its four stages.
 
     Args:
-        images: Normalised, (B, 3, H, W).
+        images: Normalised, (B, C, H, W).
         before_relu: In AlexNet and VGG16, leave out the last ReLU.
     """
     check_conv(network, conv)

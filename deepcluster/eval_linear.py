@@ -29,7 +29,7 @@ from deepcluster.flags import MODEL_HELP
 from deepcluster.hub import CARD, MEAN, STD, load_network
 from shared import distributed
 from shared.evaluation import frozen
-from shared.evaluation.flags import add_labelled_flags, add_process_flags, parse_evaluation
+from shared.evaluation.flags import add_labelled_flags, add_process_flags, flags_of_run, parse_evaluation
 from shared.evaluation.linear import EpochTraining, validate
 from shared.images.loading import BadImages, EpochBatchSampler, EvalTransform, make_loader
 from shared.images.sources import ImageSource
@@ -84,21 +84,23 @@ def eval_linear(args: argparse.Namespace) -> dict[str, float]:
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     if args.batch_size % world_size:
         raise ValueError(f"--batch_size {args.batch_size} cannot be shared out over {world_size} processes")
+    args.channels = flags_of_run(args.model).get("channels")
     train, val = frozen.labelled_sources(args, "--data")
 
     # frozen network, and a linear layer with torch's default initialisation
     network = load_network(args.model, keep_top_layer=False).requires_grad_(False).to(device)
     features = LayerFeatures(network, args.conv)
-    example = torch.zeros(1, 3, network.img_size, network.img_size, device=device)
+    side, in_chans = network.img_size, network.in_chans
+    example = torch.zeros(1, in_chans, side, side, device=device)
     probe = nn.Linear(features(example).shape[1], len(train.classes)).to(device)
-    crops = TenCrops(network.img_size) if args.tencrops else centre_crop(network.img_size, False)
+    crops = TenCrops(side, in_chans) if args.tencrops else centre_crop(side, False, in_chans)
     val_set = frozen.val_images(args, val, crops)
     half_batch = max(1, args.batch_size // 2 // world_size)
     validation = partial(validate, probe, features.of_crops, val_set, device, half_batch, args.num_workers, score_crops)
 
     # crops, optimiser, epochs
     bad_images = frozen.bad_images_of(args, train, output_dir / "bad_images.txt")
-    train_set = RandomCrops(train, network.img_size, args.seed, bad_images)
+    train_set = RandomCrops(train, side, args.seed, bad_images, in_chans)
     sampler = EpochBatchSampler(len(train), args.batch_size // world_size, args.seed, rank, world_size, drop_last=False)
     loader = make_loader(train_set, batch_sampler=sampler, num_workers=args.num_workers, device=device)
     optimizer = torch.optim.SGD(probe.parameters(), args.lr, args.momentum, weight_decay=10**args.weight_decay)
@@ -129,7 +131,7 @@ class LayerFeatures:
         return pool_maps(conv_maps(self.network, images, self.conv), self.conv).flatten(1)
 
     def of_crops(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) or crops of them (B, crops, 3, H, W), uint8, to features (B, crops, D)."""
+        """Images (B, C, H, W) or crops of them (B, crops, C, H, W) to features (B, crops, D)."""
         crops = images if images.dim() == 5 else images[:, None]
         (normalised,) = normalize_views([crops.flatten(0, 1)], images.device, MEAN, STD)
         return self(normalised).unflatten(0, crops.shape[:2])
@@ -147,13 +149,13 @@ def pool_maps(maps: Tensor, conv: int) -> Tensor:
 class RandomCrops(Dataset):
     """Crops at random places, perhaps flipped, of the centre of each image; drawn from (seed, epoch, index).
 
-    An item's key is (epoch, index); it is a uint8 image (3, ``size_px``, ``size_px``) and a label.
+    An item's key is (epoch, index); it is an image (C, ``size_px``, ``size_px``) and a label.
     """
 
-    def __init__(self, source: ImageSource, size_px: int, seed: int, bad_images: BadImages):
+    def __init__(self, source: ImageSource, size_px: int, seed: int, bad_images: BadImages, in_chans: int = 3):
         self.source, self.size_px, self.seed, self.bad_images = source, size_px, seed, bad_images
         side = resize_for(size_px)
-        self.centre = EvalTransform(side, side, interpolation="bilinear")
+        self.centre = EvalTransform(side, side, in_chans=in_chans, interpolation="bilinear")
 
     def __len__(self) -> int:
         return len(self.source)
@@ -173,12 +175,12 @@ class RandomCrops(Dataset):
 
 
 class TenCrops:
-    """The four corners, the centre, and the mirror images of the five: RGB pixels to uint8 (10, 3, size, size)."""
+    """The four corners, the centre, and the mirror images of the five: pixels to (10, C, size, size)."""
 
-    def __init__(self, size_px: int):
+    def __init__(self, size_px: int, in_chans: int = 3):
         side = resize_for(size_px)
         self.size_px = size_px
-        self.centre = EvalTransform(side, side, interpolation="bilinear")
+        self.centre = EvalTransform(side, side, in_chans=in_chans, interpolation="bilinear")
 
     def __call__(self, pixels) -> Tensor:
         return torch.stack(ten_crop(self.centre(pixels), [self.size_px, self.size_px]))

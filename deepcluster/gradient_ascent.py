@@ -56,6 +56,8 @@ def draw_filters(args: argparse.Namespace) -> Path:
     device = distributed.init(device=args.device)
     network = load_network(args.model, keep_top_layer=False).requires_grad_(False).to(device)
     check_conv(network, args.conv)
+    if network.in_chans != 3:
+        raise ValueError(f"--model {args.model} takes {network.in_chans} channels: filters are drawn of colours only")
     channels = conv_maps(network, torch.zeros(1, 3, args.idim, args.idim, device=device), args.conv).shape[1]
     filters = list(range(min(args.filters or channels, channels)))
     output_dir = Path(args.output_dir)

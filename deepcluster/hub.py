@@ -17,7 +17,12 @@ OFFICIAL_CROP_SIZE = 224
 
 
 def build_network(
-    arch: str, sobel: bool = False, out: int | None = None, img_size: int = OFFICIAL_CROP_SIZE, bn: bool = True
+    arch: str,
+    sobel: bool = False,
+    out: int | None = None,
+    img_size: int = OFFICIAL_CROP_SIZE,
+    bn: bool = True,
+    in_chans: int = 3,
 ) -> ClusterNetwork:
     """A randomly initialised network with a top layer of ``out`` outputs (None: without).
 
@@ -26,17 +31,21 @@ def build_network(
         sobel: Whether the network looks at Sobel gradients instead of colours.
         img_size: Side of the images in pixels.
         bn: Batch normalisation, in the two networks of the paper.
+        in_chans: Channels of the images.
     """
     if arch in PAPER:
-        return PAPER[arch](sobel, bn, out, img_size)
-    backbone, dim = build_library_backbone(arch, img_size=img_size, in_chans=2 if sobel else 3, own_names=tuple(PAPER))
-    return ClusterNetwork(backbone, nn.Sequential(), dim, sobel, out, img_size)
+        return PAPER[arch](sobel, bn, out, img_size, in_chans)
+    channels = 2 if sobel else in_chans
+    backbone, dim = build_library_backbone(arch, img_size=img_size, in_chans=channels, own_names=tuple(PAPER))
+    return ClusterNetwork(backbone, nn.Sequential(), dim, sobel, out, img_size, in_chans)
 
 
-def sizes(arch: str, tensors: Mapping[str, Tensor]) -> dict[str, bool]:
+def sizes(arch: str, tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """The Sobel filter is there if its weights are, batch normalisation if there are its statistics."""
     bn = {"bn": any(name.endswith("running_mean") for name in tensors)} if arch in PAPER else {}
-    return {"sobel": "sobel.0.weight" in tensors, **bn}
+    sobel = "sobel.0.weight" in tensors
+    images = tensors["sobel.0.weight"] if sobel else next((t for t in tensors.values() if t.dim() == 4), None)
+    return {"sobel": sobel, **({} if images is None else {"in_chans": images.shape[1]}), **bn}
 
 
 CARD = Card(
@@ -91,12 +100,12 @@ def load_network(path: str | Path, keep_top_layer: bool = True) -> ClusterNetwor
         raise WeightMismatch(f"--model {path}: no checkpoint of DeepCluster (it has no 'arch'), nor of another run")
     if keep_top_layer:
         weights.tensors, weights.head = weights.tensors | weights.head, {}
+    arch = known_arch(CARD, arch, weights.tensors)
     network = build_network(
-        known_arch(CARD, arch, weights.tensors),
-        sobel="sobel.0.weight" in weights.tensors,
+        arch,
+        **sizes(arch, weights.tensors),
         out=len(weights.tensors["top_layer.bias"]) if "top_layer.bias" in weights.tensors else None,
         img_size=image_size_of(weights.flags) or OFFICIAL_CROP_SIZE,
-        bn=any(name.endswith("running_mean") for name in weights.tensors),
     )
     load_backbone_weights(network, weights)
     return network.eval()

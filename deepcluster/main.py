@@ -40,6 +40,7 @@ from deepcluster.sampling import (
 from shared import distributed
 from shared.evaluation.features import check_features
 from shared.evaluation.knn_monitor import KNNMonitor
+from shared.images.channels import add_channel_flags
 from shared.images.sources import ImageSource
 from shared.multicrop import normalize_views
 from shared.networks.batchnorm import synchronize_batchnorm
@@ -83,6 +84,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("data_path", metavar="DIR", nargs="?", default=None, help=images)
     add("--val_path", default=None, help="images for the k-NN evaluation; by default those that belong to DIR")
     add_reading_flags(add)
+    add_channel_flags(add)
     add("--cache", default="none", help="decoded images: none, memory, or a folder for a memory-mapped file")
     add_bad_image_flags(add)
     add("--workers", "--num_workers", dest="num_workers", type=int, default=4, help="loader processes per rank")
@@ -95,7 +97,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("network").add_argument
     add("--arch", "-a", default="alexnet", help="alexnet, vgg16, or any torchvision or timm model name")
-    add("--sobel", action="store_true", help="look at Sobel gradients instead of colours")
+    add("--sobel", action="store_true", help="look at Sobel gradients of the channels' mean instead of colours")
     add("--compile", action="store_true", help="torch.compile the network")
 
     add = parser.add_argument_group("clustering").add_argument
@@ -149,7 +151,7 @@ def train_deepcluster(args: argparse.Namespace) -> None:
     tell_embedded_defaults(args.data_path, EMBEDDED_DATA_DEFAULTS, "DIR")
 
     # the network without a top layer, and its optimiser
-    network = build_network(args.arch, args.sobel, img_size=args.crop_size)
+    network = build_network(args.arch, args.sobel, img_size=args.crop_size, in_chans=args.in_chans)
     network = synchronize_batchnorm(network, device).to(device)
     if args.compile:
         compile_network(network)

@@ -155,10 +155,11 @@ def open_training_data(
     )
     check_clustering(len(source), args.clustering, args.nmb_cluster, args.kmeans)
     workers = {"num_workers": args.num_workers, "device": device}
-    views = MultiCropDataset(source, [random_crop(args.crop_size, args.crop_scale)], args.seed, bad_images=bad_images)
+    recipes, in_chans = [random_crop(args.crop_size, args.crop_scale)], args.in_chans
+    views = MultiCropDataset(source, recipes, args.seed, in_chans=in_chans, bad_images=bad_images)
     batches = DrawnBatches(int(args.reassign * len(source)), args.batch)
     train_loader = make_loader(views, batch_sampler=batches, **workers)
-    centres = EvalDataset(source, centre_crop(args.crop_size, normalized=False), bad_images)
+    centres = EvalDataset(source, centre_crop(args.crop_size, False, in_chans), bad_images)
     per_rank = args.batch // distributed.get_world_size()
     feature_loader = make_loader(centres, sampler=RankSampler(len(source)), batch_size=per_rank, **workers)
     distributed.print_once(f"{source.describe()}: {len(batches)} steps per epoch")

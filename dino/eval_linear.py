@@ -57,10 +57,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def eval_linear(args: argparse.Namespace) -> dict[str, float]:
     """Train and validate the classifier; loss and accuracies in percent after the last epoch."""
     device, output_dir = frozen.start(args)
+    backbone, transform = load_frozen(args)
     train, val = frozen.labelled_sources(args, num_labels=args.num_labels)
 
-    # frozen backbone and linear classifier
-    backbone, transform = load_frozen(args)
+    # frozen features and linear classifier
     features = FrozenFeatures(backbone.to(device), args.n_last_blocks, args.avgpool_patchtokens)
     classifier = LinearClassifier(features.dim(backbone.feature_dim), args.num_labels).to(device)
     val_set = frozen.val_images(args, val, transform)

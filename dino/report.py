@@ -108,7 +108,7 @@ def next_commands(args: argparse.Namespace, weights: Path, knn: KNNMonitor) -> l
         linear = {"num_labels": len(knn.sources[1].classes), "output_dir": weights.with_name("linear")}
         commands.append(after("dino/eval_knn.py", nb_knn=knn.k))
         commands.append(after("dino/eval_linear.py", **linear))
-    if args.arch in VIT_NAMES or args.arch.startswith("xcit_"):
+    if (args.arch in VIT_NAMES or args.arch.startswith("xcit_")) and args.in_chans in (1, 3):
         image = {"image_path": "YOUR_IMAGE", "image_size": 2 * args.global_crop_size}
         commands.append(after("dino/visualize_attention.py", **image, output_dir=weights.with_name("attention")))
     return commands

@@ -125,10 +125,10 @@ def fine_tune(args: argparse.Namespace) -> dict[str, float]:
     """Fine-tune and validate; loss and accuracies in percent after the last epoch."""
     run = Run(args, args.amp, "fine-tune.pth.tar", owns_folder=False)
     device = run.device
+    network = load_chosen_encoder(args)
     train, val = frozen.labelled_sources(args, num_classes=args.num_classes)
 
     # network: the encoder, and a new linear layer on its class token
-    network = load_chosen_encoder(args)
     checksum = weights_checksum(network)
     network.requires_grad_(True)
     network.fc = nn.Linear(network.embed_dim, args.num_classes)

@@ -166,10 +166,10 @@ def linear_eval(args: argparse.Namespace) -> dict[str, float]:
     """Train and validate the classifier; loss and accuracies in percent after the last epoch."""
     run = Run(args, args.amp, f"{args.write_tag}-lin-eval.pth.tar", owns_folder=False)
     device = run.device
+    encoder, transform = load_frozen(args, "pretrain_path")
     train, val = frozen.labelled_sources(args, num_classes=args.num_classes)
 
-    # frozen encoder and linear classifier
-    encoder, transform = load_frozen(args, "pretrain_path")
+    # frozen features and linear classifier
     tokens = LastClassToken(encoder.to(device), num_blocks=args.num_blocks)
     classifier = LinearClassifier(encoder.embed_dim * args.num_blocks, args.num_classes, args.normalize).to(device)
 

@@ -78,9 +78,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def logistic_eval(args: argparse.Namespace) -> dict[str, float]:
     """Fit on every split and classify the val images; mean and spread of the top-1 accuracy in percent."""
     device = distributed.init(args.dist_url, args.device)
+    encoder, transform = load_frozen(args)
     train, val = frozen.labelled_sources(args)
     splits = labelled_splits(train, args.subset_path, args.imgs_per_class, args.splits, args.seed)
-    encoder, transform = load_frozen(args)
     check_mask(args.mask, args.image_size, encoder.patch_embed.patch_size)
     encoder.to(device)
     checksum = weights_checksum(encoder)

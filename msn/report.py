@@ -99,8 +99,9 @@ def report(run: Run, dataset: MultiCropDataset, trunk: Trunk, knn: KNNMonitor) -
         fewest = int(np.bincount(knn.sources[0].labels).min())  # images of a class
         commands.append(after("msn/logistic_eval.py", imgs_per_class=min(5, fewest)))
         commands.append(after("msn/eval_knn.py", nb_knn=knn.k))
-    image = {"image_path": "YOUR_IMAGE", "image_size": 2 * run.args.rand_size}
-    commands.append(after("msn/visualize_attention.py", **image, output_dir=run.output_dir / "attention"))
+    if run.args.in_chans in (1, 3):
+        image = {"image_path": "YOUR_IMAGE", "image_size": 2 * run.args.rand_size}
+        commands.append(after("msn/visualize_attention.py", **image, output_dir=run.output_dir / "attention"))
     ending.finish(commands, command("msn/main.py", data_path="YOUR_IMAGES", folder="YOUR_RUN"), knn=knn)
 
 

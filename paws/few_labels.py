@@ -99,6 +99,7 @@ def supervised_accuracy(args: argparse.Namespace, count: int, num_labels: int, r
     batch_size = min(256, num_labels)
     repeat = max(1, round(steps / args.epochs * batch_size / num_labels))
     words += ["--pretrained=random", "--views=strong", "--lr=0.03", "--zero_init=false", "--pictures=false"]
+    words += ["--value_range", *args.value_range] if args.value_range else []
     words += [f"--labels_per_class={count}", f"--batch_size={batch_size}", f"--repeat={repeat}"]
     words += [f"--epochs={args.epochs}", f"--output_dir={run / 'supervised'}"]
     return fine_tune.fine_tune(fine_tune.parse_args(words))["acc1"]

@@ -54,8 +54,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def label_images(args: argparse.Namespace) -> None:
     """Load the encoder, label the images, write and draw."""
     device = distributed.init(args.dist_url, args.device)
-    images = open_images(args)
     recipe = flags.recipe_of_run(args)
+    images = open_images(args)
     encoder = load_encoder(args.model_name, args.pretrained, args.use_pred).to(device)
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)

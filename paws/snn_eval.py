@@ -45,9 +45,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def snn_eval(args: argparse.Namespace) -> tuple[float, float]:
     """Top-1 and top-5 in percent, the same on every process."""
     device = distributed.init(args.dist_url, args.device)
+    recipe = flags.recipe_of_run(args)
     images = open_images(args)
     validation = validation_of(args, images)
-    recipe = flags.recipe_of_run(args)
     encoder = load_encoder(args.model_name, args.pretrained, args.use_pred).to(device)
     classifier = SoftNearestNeighbours(
         images, recipe, args.temperature, device, args.num_workers, args.use_pred, args.batch_size

@@ -45,10 +45,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def eval_linear(args: argparse.Namespace) -> dict[str, float]:
     """Train and validate the classifier; loss and accuracies in percent after the last epoch."""
     device, output_dir = frozen.start(args)
+    network, transform = load_frozen(args)
     train, val = frozen.labelled_sources(args)
 
-    # frozen network, linear classifier
-    network, transform = load_frozen(args)
+    # linear classifier
     network.to(device)
     classifier = LinearClassifier(network.embed_dim, len(train.classes)).to(device)
     val_set = frozen.val_images(args, val, transform)

@@ -27,6 +27,7 @@ from resmlp.hub import MEAN, STD, build_network, fill, read_weights
 from resmlp.report import report
 from resmlp.resmlp_models import ARCHITECTURES
 from shared import distributed
+from shared.images.channels import are_asked_for
 from shared.optimisation.precision import Precision
 from shared.run.flags import AnyDashParser, tell_embedded_defaults
 from shared.run.run import Run
@@ -92,6 +93,8 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
         parser.error(f"--eval-crop-ratio {args.eval_crop_ratio} is not in (0, 1]")
     if args.distillation_type != "none" and args.cosub:
         parser.error(f"--cosub and --distillation-type {args.distillation_type}: only one of the two")
+    if args.ThreeAugment and are_asked_for(args):
+        parser.error("--ThreeAugment changes colours, which images read by --in_chans and --value_range do not have")
     if args.src and not args.ThreeAugment:
         parser.error("--src belongs to --ThreeAugment")
     return args
@@ -140,9 +143,9 @@ def train_resmlp(args: argparse.Namespace) -> None:
 def evaluate_resmlp(args: argparse.Namespace) -> None:
     """Print the accuracy of ``--resume``, ``--finetune`` or the run in ``--output_dir``, which may be going on."""
     device, output_dir = distributed.init(args.dist_url, args.device, args.dist_timeout), Path(args.output_dir)
-    images = open_images(args, output_dir, Precision(args.amp, device), MEAN, STD, args.eval_crop_ratio)
     origin = args.resume or args.finetune or str(output_dir / "checkpoint.pth")
     flags.check_against_run(args, origin, *NETWORK_FLAGS)
+    images = open_images(args, output_dir, Precision(args.amp, device), MEAN, STD, args.eval_crop_ratio)
     network = build_classifier(args, images.num_classes)
     if not fill(network, read_weights(origin, args.checkpoint_key, "--eval: the checkpoint"), origin):
         raise ValueError(

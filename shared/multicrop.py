@@ -9,7 +9,16 @@ from torch.utils.data import Dataset
 
 from .images.loading import BadImages
 from .images.sources import ImageSource
-from .images.views import DrawStreams, ViewParams, ViewRecipe, apply_fast, apply_pil, draw_view
+from .images.views import (
+    DrawStreams,
+    ViewParams,
+    ViewRecipe,
+    apply_channels,
+    apply_fast,
+    apply_pil,
+    draw_view,
+    without_colours,
+)
 from .run.randomness import derive_seed
 
 __all__ = ["MultiCropDataset", "MultiCropWrapper", "ViewRecipe", "normalize_views"]
@@ -22,10 +31,10 @@ class MultiCropDataset(Dataset):
     recipes of equal size share one uint8 tensor, into which their views are written in place.
 
     Args:
-        source: The images.
+        source: The images; the views of those that are no RGB are float32 and normalised.
         recipes: One per view.
         backend: ``fast``, or ``pil`` for torchvision's PIL operations.
-        in_chans: Channels of the views: 3, or 1 for the luminance.
+        in_chans: Channels of the views: 3, or 1 for the luminance; for images that are no RGB the source says it.
         bad_images: Policy for images that cannot be read; by default they are replaced.
     """
 
@@ -40,8 +49,13 @@ class MultiCropDataset(Dataset):
     ):
         if backend not in ("fast", "pil"):
             raise ValueError(f"--augmentation {backend!r} is neither fast nor pil")
-        if in_chans not in (1, 3):
-            raise ValueError(f"--in_chans {in_chans} is neither 1 nor 3")
+        self.channels = source.channels
+        if self.channels is not None:
+            in_chans = self.channels.number
+            if backend == "pil":
+                raise ValueError("--augmentation pil: Pillow knows colours only; images of other channels take fast")
+        elif in_chans not in (1, 3):
+            raise ValueError(f"--in_chans {in_chans} is neither 1 nor 3, as for images in RGB")
         self.source, self.recipes, self.seed = source, list(recipes), seed
         self.backend, self.in_chans = backend, in_chans
         self.bad_images = bad_images or BadImages(len(source))
@@ -62,12 +76,13 @@ class MultiCropDataset(Dataset):
         """Views, labels and indices of a batch.
 
         Returns:
-            One uint8 tensor per group of equal size, (views in the group * B, C, size, size), crop-major (all images
-            of its first view, then of its second, ...) and channels-last in memory; labels (B,), -1 where there are
-            none; indices (B,), those of the replacements for images that cannot be read.
+            One tensor per group of equal size, uint8 for RGB, (views in the group * B, C, size, size), crop-major (all
+            images of its first view, then of its second, ...) and channels-last in memory; labels (B,), -1 where there
+            are none; indices (B,), those of the replacements for images that cannot be read.
         """
+        dtype = np.uint8 if self.channels is None else np.float32
         batches = [
-            np.empty((len(group), len(keys), group[0].size_px, group[0].size_px, self.in_chans), dtype=np.uint8)
+            np.empty((len(group), len(keys), group[0].size_px, group[0].size_px, self.in_chans), dtype)
             for group in self.groups
         ]
         indices = []
@@ -86,7 +101,8 @@ class MultiCropDataset(Dataset):
     def draw(self, height: int, width: int, key: tuple[int, int, int]) -> list[ViewParams]:
         """Parameters of all views of an image of this size for ``key`` = (seed, epoch, index)."""
         streams = DrawStreams(derive_seed(*key, 0), derive_seed(*key, 1))
-        return [draw_view(recipe, height, width, streams) for recipe in self.recipes]
+        views = [draw_view(recipe, height, width, streams) for recipe in self.recipes]
+        return views if self.channels is None else [without_colours(view) for view in views]
 
     def _write(self, index: int, key: tuple[int, int, int], slots: list[np.ndarray]) -> int:
         """Write the views of image ``index`` into ``slots``; the image is decoded once."""
@@ -101,7 +117,10 @@ class MultiCropDataset(Dataset):
         scale = pixels.shape[0] / image.height, pixels.shape[1] / image.width
         with torch.inference_mode():  # spares ten calls to torch a fifth of their overhead
             for view, recipe, slot in zip(views, self.recipes, slots, strict=True):
-                apply_fast(pixels, view, recipe, slot, scale)
+                if self.channels is None:
+                    apply_fast(pixels, view, recipe, slot, scale)
+                else:
+                    apply_channels(pixels, view, recipe, slot, self.channels.limits)
         return index
 
 

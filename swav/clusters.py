@@ -74,9 +74,9 @@ def cluster_images(args: argparse.Namespace) -> dict | None:
     if args.temperature <= 0:
         raise ValueError(f"--temperature {args.temperature} is not positive")
     device = distributed.init(args.dist_url, args.device)
+    evaluation.choose_network(args)
     source = open_source(args.data_path, args.split, **reading(args))
     distributed.print_once(source.describe())
-    evaluation.choose_network(args)
     network = load_network(args.arch, args.pretrained, args.allow_partial).to(device)
     prototypes = take_prototypes(network, args.head)
 

@@ -75,10 +75,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def eval_linear(args: argparse.Namespace) -> dict[str, float]:
     """Train and validate the classifier; loss and accuracies in percent after the last epoch."""
     device, output_dir = frozen.start(args)
+    network, transform = load_frozen(args)
     train, val = frozen.labelled_sources(args, num_labels=args.num_labels)
 
     # frozen trunk and classifier
-    network, transform = load_frozen(args)
     checksum = weights_checksum(network)
     features = FrozenFeatures(network.to(device), args.global_pooling)
     feature = features(torch.zeros(1, transform.in_chans, *[args.image_size] * 2, device=device))

@@ -69,11 +69,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def eval_semisup(args: argparse.Namespace) -> dict[str, float]:
     """Fine-tune and validate; loss and accuracies in percent after the last epoch."""
     device, output_dir = frozen.start(args)
+    choose_network(args)
     train, val = frozen.labelled_sources(args, num_labels=args.num_labels)
 
     # network: the trunk, and a new linear layer; or both of a file
     if args.evaluate:
-        choose_network(args)
         network = load_classifier(args.arch, args.pretrained, args.num_labels).to(device)
     else:
         subset = labelled_subset(train, args.labels_perc, args.subset_list, args.seed)

@@ -107,9 +107,9 @@ def train_xcit(args: argparse.Namespace) -> None:
 def evaluate_xcit(args: argparse.Namespace) -> None:
     """Print the accuracy of ``--pretrained``, or of the run in ``--output_dir``, which may be going on."""
     device, output_dir = distributed.init(args.dist_url, args.device, args.dist_timeout), Path(args.output_dir)
-    images = open_images(args, output_dir, Precision(args.amp, device), MEAN, STD, crop_ratio(args))
     origin = args.pretrained or args.resume or str(output_dir / "checkpoint.pth")
     flags.check_against_run(args, origin, *NETWORK_FLAGS, "input_size")
+    images = open_images(args, output_dir, Precision(args.amp, device), MEAN, STD, crop_ratio(args))
     network = build_classifier(args, images.num_classes)
     if not fill_classifier(network, read_weights(origin, args.checkpoint_key, "--eval: the checkpoint"), origin):
         raise ValueError(

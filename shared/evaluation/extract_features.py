@@ -199,16 +199,23 @@ def extract(args: argparse.Namespace) -> Features:
     if args.token and not args.layer:
         raise ValueError(f"--token {args.token}: --layer says of which module, such as norm")
     device = distributed.init(args.dist_url, args.device)
+    network, transform = load_frozen(args)  # first: the run says how its images are read
     source = open_source(args.data_path, args.split, **reading(args))
     distributed.print_once(source.describe())
-    network, transform = load_frozen(args)
     made_by = {"folder": args.folder, "run": args.weights, "arch": args.arch, "image_size": transform.crop_px}
     made_by |= {"layer": args.layer, "token": args.token, "weights_crc32": weights_checksum(network)}
     network = network.to(device)
     if args.layer:
         network = InnerFeatures(network, args.layer, args.token).eval()
 
-    how = [len(source), source.checksum(), args.batch_size, distributed.get_world_size(), str(vars(transform))]
+    how = [
+        len(source),
+        source.checksum(),
+        args.batch_size,
+        distributed.get_world_size(),
+        str(vars(transform)),
+        args.channels,
+    ]
     parts = Parts(out.with_name(f"{out.name}.parts"), made_by | {"how": how})
     policy = (out.with_suffix(".bad_images.txt"), args.on_bad_image, args.max_bad_fraction)
     if parts.rows:

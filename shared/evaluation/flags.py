@@ -120,6 +120,7 @@ def take_from_run(
     Raises:
         ValueError: If a flag was given and the run had another value.
     """
+    args.channels = trained_with.get("channels")  # how images that are no RGB are read
     taken = []
     for flag, name in names.items():
         given, of_run = getattr(args, flag), trained_with.get(name)

@@ -86,8 +86,8 @@ def eval_knn(
     if args.load_features:
         features = read_features(Path(args.load_features), store_on)
     else:
+        network, transform = load_frozen(args)  # first: the run says how its images are read
         sources = labelled_sources(args, nb_knn=max(args.nb_knn))
-        network, transform = load_frozen(args)
         features = ()
         for source in sources:
             images = EvalDataset(source, transform, bad_images_of(args, source))

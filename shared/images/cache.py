@@ -21,13 +21,13 @@ class CachedSource(ImageSource):
 
     Args:
         source: Where the images come from; still asked for those that could not be decoded.
-        layout: First byte, height and width of every image, int64, shape (N, 3); height 0 where decoding failed.
-        pixels: RGB values of all images, uint8, flat.
+        layout: First value, height and width of every image, int64, shape (N, 3); height 0 where decoding failed.
+        pixels: Values of all images, flat.
     """
 
     def __init__(self, source: ImageSource, layout: np.ndarray, pixels: np.ndarray):
         super().__init__(source.name, source.labels, source.classes)
-        self.source, self.layout, self.pixels = source, layout, pixels
+        self.source, self.layout, self.pixels, self.channels = source, layout, pixels, source.channels
 
     def __len__(self) -> int:
         return len(self.source)
@@ -39,7 +39,8 @@ class CachedSource(ImageSource):
         start, height, width = self.layout[index].tolist()
         if height == 0:
             return self.source.load(index)
-        return DecodedImage(self.pixels[start : start + 3 * height * width].reshape(height, width, 3))
+        depth, _ = _values_of(self.source)
+        return DecodedImage(self.pixels[start : start + depth * height * width].reshape(height, width, depth))
 
     def checksum(self) -> int:
         return self.source.checksum()
@@ -62,8 +63,9 @@ def cache_images(source: ImageSource, cache: str) -> ImageSource:
         return source
     if cache == "memory":
         layout, size = _plan(source)
-        _check_fits(size, _free_memory(), "free memory", f"--cache memory: {source.describe()}")
-        pixels = np.empty(size, dtype=np.uint8)
+        pixels_type = _values_of(source)[1]
+        _check_fits(size * pixels_type().nbytes, _free_memory(), "free memory", f"--cache memory: {source.describe()}")
+        pixels = np.empty(size, pixels_type)
         _decode_all(source, layout, pixels)
         return CachedSource(source, layout, pixels)
     folder = Path(cache)
@@ -74,18 +76,21 @@ def cache_images(source: ImageSource, cache: str) -> ImageSource:
         if not layout_file.exists():
             _fill_files(source, layout_file, pixels_file)
     # "c": a private mapping that may be written to, as torch demands of arrays that it wraps
-    return CachedSource(source, np.load(layout_file), np.asarray(np.memmap(pixels_file, np.uint8, mode="c")))
+    return CachedSource(
+        source, np.load(layout_file), np.asarray(np.memmap(pixels_file, _values_of(source)[1], mode="c"))
+    )
 
 
 def _fill_files(source: ImageSource, layout_file: Path, pixels_file: Path) -> None:
     """Write the pixels, then the layout: where the second file exists, the first is complete."""
     layout, size = _plan(source)
-    folder = pixels_file.parent
+    folder, pixels_type = pixels_file.parent, _values_of(source)[1]
+    size *= pixels_type().nbytes
     _check_fits(size, shutil.disk_usage(folder).free, "free disk space", f"--cache {folder}: {source.describe()}")
     with open(pixels_file, "wb") as file:
         # Without reserved blocks, a disk that fills up would kill the process when it writes to the mapping.
         os.posix_fallocate(file.fileno(), 0, size)
-    pixels = np.memmap(pixels_file, np.uint8, mode="r+")
+    pixels = np.memmap(pixels_file, pixels_type, mode="r+")
     _decode_all(source, layout, pixels)
     pixels.flush()
     temporary = layout_file.with_suffix(".tmp.npy")
@@ -93,8 +98,13 @@ def _fill_files(source: ImageSource, layout_file: Path, pixels_file: Path) -> No
     os.replace(temporary, layout_file)
 
 
+def _values_of(source: ImageSource) -> tuple[int, type]:
+    """Values of a decoded pixel, and their type."""
+    return (3, np.uint8) if source.channels is None else (source.channels.number, np.float32)
+
+
 def _plan(source: ImageSource) -> tuple[np.ndarray, int]:
-    """The layout of all images from their headers, and its size in bytes."""
+    """The layout of all images from their headers, and its size in values."""
     layout = np.zeros((len(source), 3), dtype=np.int64)
 
     def read(index: int) -> None:
@@ -102,7 +112,7 @@ def _plan(source: ImageSource) -> tuple[np.ndarray, int]:
         layout[index, 1:] = image.height, image.width
 
     _for_each(source, read)
-    ends = (3 * layout[:, 1] * layout[:, 2]).cumsum()
+    ends = (_values_of(source)[0] * layout[:, 1] * layout[:, 2]).cumsum()
     layout[1:, 0] = ends[:-1]
     return layout, max(1, int(ends[-1]))
 
@@ -152,7 +162,7 @@ def _free_memory() -> int:
 
 def _fingerprint(source: ImageSource) -> str:
     """Name of the cache file: a hash of the names, sizes and modification times of all images."""
-    digest = hashlib.sha256(b"RGB uint8")
+    digest = hashlib.sha256(b"RGB uint8" if source.channels is None else repr(source.channels).encode())
     for index in range(len(source)):
         path = source.path(index)
         try:

@@ -69,7 +69,7 @@ class EncodedImage:
             height, width = header
             self.orientation = _jpeg_orientation(data)
         else:
-            self._pil = _open_with_pil(data, name)
+            self._pil = open_with_pil(data, name)
             width, height = self._pil.size
             self.orientation = _pil_orientation(self._pil)
         if height * width > max_pixels:
@@ -110,7 +110,7 @@ class EncodedImage:
             raise ImageError(f"{self.name}: {error}") from error
 
     def _decode_pil(self) -> np.ndarray:
-        image = self._pil or _open_with_pil(self.data, self.name)
+        image = self._pil or open_with_pil(self.data, self.name)
         self._pil = None  # loading keeps the pixels alive in the PIL object
         try:
             try:
@@ -118,7 +118,7 @@ class EncodedImage:
             except Exception:
                 if not self.data.startswith(_PNG):
                     raise
-                image = _open_with_pil(_without_png_texts(self.data), self.name)
+                image = open_with_pil(_without_png_texts(self.data), self.name)
                 image.load()
             if self.data.startswith(_PNG) and not all(
                 whole for kind, _, whole in _png_chunks(self.data) if kind == b"IDAT"
@@ -137,6 +137,11 @@ def read_image(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> Encoded
     Raises:
         ImageError: If it is missing, unreadable, no regular file, larger than ``MAX_FILE_BYTES`` or no image.
     """
+    return EncodedImage(read_file(path), str(path), max_pixels)
+
+
+def read_file(path: str | os.PathLike) -> bytes:
+    """Content of a file; raises ``ImageError`` as :func:`read_image` does."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):  # opening a named pipe would wait for ever
@@ -144,10 +149,9 @@ def read_image(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> Encoded
         if status.st_size > MAX_FILE_BYTES:
             raise ImageError(f"{path}: {status.st_size} bytes are more than the limit of {MAX_FILE_BYTES}")
         with open(path, "rb") as file:
-            data = file.read()
+            return file.read()
     except OSError as error:
         raise ImageError(f"{path}: {error.strerror or error}") from error
-    return EncodedImage(data, str(path), max_pixels)
 
 
 def _decode_whole_jpeg(data: bytes, least: dict[str, int]) -> np.ndarray:
@@ -227,17 +231,20 @@ def _turbo_header(data: bytes) -> tuple[int, int] | None:
     return (height, width) if colorspace in ("YCbCr", "Gray", "RGB") else None
 
 
-def _open_with_pil(data: bytes, name: str) -> Image.Image:
+def open_with_pil(data: bytes, name: str) -> Image.Image:
+    """An image of one of ``FORMATS`` whose pixels are not decoded yet; raises ``ImageError``."""
     if not data:
         raise ImageError(f"{name}: empty file")
     try:
         return _open_known_format(data)
     except Image.UnidentifiedImageError as error:
         reason, cause = "not an image of a known format", error
+        if data.startswith((b"\x93NUMPY", b"II*\0", b"MM\0*")):
+            reason = "an array or TIFF file of other channels than RGB; --in_chans N reads it"
     except Exception as error:  # as in _decode_pil
         reason, cause = str(error) or type(error).__name__, error
     if data.startswith(_PNG) and len(bare := _without_png_texts(data)) < len(data):
-        return _open_with_pil(bare, name)
+        return open_with_pil(bare, name)
     raise ImageError(f"{name}: {reason}") from cause
 
 
@@ -260,18 +267,20 @@ def to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.format == "TIFF" and image.mode.startswith("RGB"):
         channels, extra = image.tag_v2.get(_SAMPLES_TAG, 3), image.tag_v2.get(_EXTRA_SAMPLES_TAG, ())
         if channels > 3 and not set(extra) & {1, 2}:  # neither associated alpha nor unassociated
-            raise ImageError(f"{name}: {channels} channels, and none of them is said to be transparency")
+            none = "and none of them is said to be transparency"
+            raise ImageError(f"{name}: {channels} channels, {none}; --in_chans {channels} reads them")
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode == "F":
-        raise ImageError(f"{name}: floating-point pixels have no defined range")
+        raise ImageError(f"{name}: floating-point pixels have no defined range; --in_chans 1 --value_range LOW HIGH")
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise ImageError(f"{name}: pixel values outside the 16-bit range")
         if values.max() < 65535 / 10:
             # the same text for every image: Python shows it once in a process
-            warnings.warn("16-bit images without values above a tenth of the range become nearly black", stacklevel=2)
+            black = "16-bit images without values above a tenth of the range become nearly black"
+            warnings.warn(f"{black}; --in_chans 1 --value_range 0.1% 99.9% keeps their levels", stacklevel=2)
         return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")

@@ -177,7 +177,10 @@ class EvalTransform:
             self.mean, self.std = self.mean.mean(dim=0, keepdim=True), self.std.mean(dim=0, keepdim=True)
 
     def __call__(self, pixels: np.ndarray) -> Tensor:
-        """RGB pixels (H, W, 3), uint8, to (C, crop_px, crop_px): float32 when normalised, else uint8."""
+        """RGB pixels (H, W, 3), uint8, to (C, crop_px, crop_px): float32 when normalised, else uint8.
+
+        Float pixels (H, W, C) are normalised already, see :mod:`shared.images.channels`.
+        """
         pixels = _centre_of_a_strip(pixels)
         height, width = pixels.shape[:2]
         short = min(height, width)
@@ -186,6 +189,8 @@ class EvalTransform:
         image = F.interpolate(image, size=size, mode=self.interpolation, antialias=True)[0]
         top, left = (round((side - self.crop_px) / 2) for side in size)
         image = image[:, top : top + self.crop_px, left : left + self.crop_px]
+        if image.is_floating_point():
+            return image.contiguous()
         if self.in_chans == 1:
             from torchvision.transforms.functional import rgb_to_grayscale  # here: the import takes a second
 

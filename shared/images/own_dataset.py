@@ -3,10 +3,11 @@
     def function(split):                # "train", "val" or "all"
         return MyDataset(split)         # of torch, with a length; an item is an image or begins with one
 
-An image is one of Pillow, or pixels in uint8: a tensor (C, H, W) or an array (H, W) or (H, W, C), C = 1 or 3. Labels
-are the data set's ``targets``, and the names of classes its ``classes``, as in torchvision. A function that has no such
-part raises ``ValueError``. Loader processes get a pickled copy of the data set, and item i must always be the same
-image: a run resumes by numbers of images. Augmentations are the method's own.
+An image is one of Pillow, or pixels in uint8: a tensor (C, H, W) or an array (H, W) or (H, W, C), C = 1 or 3; with
+``--in_chans N`` or ``--value_range`` an array or tensor as :mod:`shared.images.channels` takes them. Labels are the
+data set's ``targets``, and the names of classes its ``classes``, as in torchvision. A function that has no such part
+raises ``ValueError``. Loader processes get a pickled copy of the data set, and item i must always be the same image: a
+run resumes by numbers of images. Augmentations are the method's own.
 """
 
 import importlib
@@ -18,6 +19,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from .channels import Channels, as_channels
 from .decode import DecodedImage, ImageError, to_rgb
 from .sources import HOLDOUT_SHARE, ImageSource
 from .subsets import Subset
@@ -29,12 +31,13 @@ class DatasetSource(ImageSource):
     Args:
         name: ``package.module:function (split)``.
         dataset: Has a length; ``dataset[i]`` is an image, or a sequence that begins with one.
+        channels: How images that are no RGB are read.
 
     Raises:
         ValueError: If it is empty, or has not a label for every image.
     """
 
-    def __init__(self, name: str, dataset):
+    def __init__(self, name: str, dataset, channels: Channels | None = None):
         labels = getattr(dataset, "targets", None)
         classes = getattr(dataset, "classes", None)
         if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
@@ -51,7 +54,7 @@ class DatasetSource(ImageSource):
             if labels.max() >= len(classes):
                 raise ValueError(f"{name}: a target is {labels.max()}, but there are {len(classes)} classes")
         super().__init__(name, labels, None if labels is None else classes)
-        self.dataset = dataset
+        self.dataset, self.channels = dataset, channels
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -62,6 +65,8 @@ class DatasetSource(ImageSource):
     def load(self, index: int) -> DecodedImage:
         item = self.dataset[int(index)]
         image = item[0] if isinstance(item, tuple | list) else item
+        if self.channels is not None:
+            return self.channels.image(as_channels(np.asarray(image), self.channels.number, self.path(index)))
         if isinstance(image, Image.Image):
             return DecodedImage(np.array(to_rgb(image, self.path(index))))
         pixels = image.permute(1, 2, 0).numpy() if isinstance(image, Tensor) and image.ndim == 3 else np.asarray(image)
@@ -80,7 +85,7 @@ class DatasetSource(ImageSource):
         return known
 
 
-def open_dataset(data_path: str, split: str, holdout: bool, flag: str) -> ImageSource:
+def open_dataset(data_path: str, split: str, holdout: bool, flag: str, channels: Channels | None = None) -> ImageSource:
     """Call the function that ``data_path`` names with the split; modules of the current folder are found too.
 
     Args:
@@ -101,7 +106,7 @@ def open_dataset(data_path: str, split: str, holdout: bool, flag: str) -> ImageS
         try:
             build("val")
         except ValueError:
-            train = DatasetSource(data_path, build("train"))
+            train = DatasetSource(data_path, build("train"), channels)
             is_val = np.arange(len(train)) % HOLDOUT_SHARE == HOLDOUT_SHARE - 1
             return Subset(train, np.flatnonzero(is_val == (split == "val")), name)
-    return DatasetSource(name, build(split))
+    return DatasetSource(name, build(split), channels)

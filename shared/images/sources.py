@@ -20,6 +20,7 @@ import torch
 
 from shared import distributed
 
+from .channels import Channels, are_asked_for, measure, read_values
 from .decode import EXTENSIONS, MAX_PIXELS, DecodedImage, EncodedImage, read_image
 from .materials import MATERIALS, load_materials
 from .tables import names_an_image, read_cells
@@ -47,7 +48,10 @@ class ImageSource:
         name: Short description of where the images come from.
         labels: Class indices, int64, shape (N,), or None.
         classes: Names of the classes in the order of their indices, or None.
+        channels: How images that are no RGB are read, or None.
     """
+
+    channels: Channels | None = None
 
     def __init__(self, name: str, labels: np.ndarray | None, classes: Sequence[str] | None):
         self.name = name
@@ -106,6 +110,7 @@ class FileSource(ImageSource):
         names: File names.
         remarks: What the log says besides, such as what was left out.
         max_pixels: Images with more are not read.
+        channels: See above.
     """
 
     def __init__(
@@ -117,8 +122,10 @@ class FileSource(ImageSource):
         classes=None,
         remarks: str = "",
         max_pixels: int = MAX_PIXELS,
+        channels: Channels | None = None,
     ):
         super().__init__(name, labels, classes)
+        self.channels = channels
         self.root = os.fspath(root)
         self.names = PackedStrings(names)
         self.remarks = remarks
@@ -130,7 +137,9 @@ class FileSource(ImageSource):
     def path(self, index: int) -> str:
         return os.path.join(self.root, self.names[index])
 
-    def load(self, index: int) -> EncodedImage:
+    def load(self, index: int) -> EncodedImage | DecodedImage:
+        if self.channels is not None:
+            return self.channels.image(read_values(self.path(index), self.channels.number, self.max_pixels))
         return read_image(self.path(index), self.max_pixels)
 
     def describe(self) -> str:
@@ -176,6 +185,7 @@ def open_source(
     download_root: str | os.PathLike | None = None,
     flag: str = "--data_path",
     no_labels: bool = False,
+    channels: Channels | None = None,
 ) -> ImageSource:
     """Open the images that ``--data_path`` names.
 
@@ -205,32 +215,37 @@ def open_source(
         download_root: Where torchvision data sets are kept; by default ``datasets`` beside torch.hub's folder.
         flag: Name of the option in error messages.
         no_labels: Take the folders, the second column or the targets of a data set for no classes.
+        channels: How to read images that are no RGB, of files, among which are ``.npy`` then, or a Dataset.
 
     Raises:
         ValueError: If the path does not exist, holds no images or lacks the split, or a download fails.
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is none of {', '.join(SPLITS)}")
+    name = str(data_path or "materials").lower()
+    if channels is not None and name in (*EMBEDDED, *TORCHVISION) and not (data_path and Path(data_path).exists()):
+        raise ValueError(f"--in_chans {channels.number}: the images of {name} are RGB; name others as {flag}")
     if not data_path:
         return _materials(split, download_root)
     path = Path(data_path).expanduser()
     where = f"{flag} {data_path}"
     if path.is_dir():
         path, split, holdout = _choose_folder(path, split, holdout, where)
-        names, labels, classes, remarks = _scan_folder(path, where)
+        extensions = EXTENSIONS if channels is None else (*EXTENSIONS, ".npy")
+        names, labels, classes, remarks = _scan_folder(path, where, extensions)
     elif path.is_file() and path.suffix in LISTS:
         names, labels, classes = _read_list(path, allow_absolute_paths, where)
         remarks = ""
     elif path.exists():
         raise ValueError(f"{where}: neither a folder nor a list of images ({', '.join(LISTS)})")
-    elif (name := str(data_path).lower()) in EMBEDDED:
+    elif name in EMBEDDED:
         return EMBEDDED[name](split, download_root)
     elif name in TORCHVISION:
         return _open_torchvision(name, split, download_root, where)
     elif re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", str(data_path)):
         from .own_dataset import open_dataset  # which needs this module
 
-        source = open_dataset(str(data_path), split, holdout, flag)
+        source = open_dataset(str(data_path), split, holdout, flag, channels)
         if no_labels:
             source.labels = source.classes = None
         return source
@@ -249,7 +264,7 @@ def open_source(
             raise ValueError(f"{where}: too few images, none of them falls into the {split} part")
     if no_labels:
         labels = classes = None
-    return FileSource(name, root, names, labels, classes, remarks, max_pixels)
+    return FileSource(name, root, names, labels, classes, remarks, max_pixels, channels)
 
 
 def nearest_path(path: Path, names: Iterable[str] = ()) -> str | None:
@@ -271,12 +286,22 @@ def ask_about_classes(source: ImageSource) -> None:
 
 
 def reading(args: argparse.Namespace) -> dict:
-    """Arguments of :func:`open_source` from the flags of :func:`shared.run.flags.add_reading_flags`."""
-    return {
+    """Arguments of :func:`open_source` from the flags of :func:`shared.run.flags.add_reading_flags`.
+
+    Where :func:`shared.images.channels.add_channel_flags` ask for it, ``args.channels`` says how images are read. It is
+    measured here unless a checkpoint has told it.
+    """
+    options = {
         "no_labels": getattr(args, "no_labels", False),
         "allow_absolute_paths": args.allow_absolute_paths,
         "max_pixels": round(1e6 * args.max_megapixels),
     }
+    if are_asked_for(args):
+        if not getattr(args, "channels", None):  # at the beginning of a run
+            source = open_source(args.data_path, "train", **options, channels=Channels(args.in_chans))
+            args.channels = measure(source, args.value_range)
+        options["channels"] = Channels(**args.channels)
+    return options
 
 
 def check_same_classes(train: ImageSource, val: ImageSource, hint: str = "") -> None:
@@ -385,12 +410,14 @@ def _identity(folder: str) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _scan_folder(root: Path, where: str) -> tuple[list[str], np.ndarray | None, list[str] | None, str]:
+def _scan_folder(
+    root: Path, where: str, extensions: tuple[str, ...]
+) -> tuple[list[str], np.ndarray | None, list[str] | None, str]:
     """Relative names of all images in ImageFolder's order, their labels and the classes, and remarks."""
     folders: list[tuple[str, list[str]]] = []
     other_files, remarks = Counter(), []
     for folder, files, loops in sorted(_walk(str(root))):
-        images = [file for file in files if file.lower().endswith(EXTENSIONS)]
+        images = [file for file in files if file.lower().endswith(extensions)]
         other_files.update(os.path.splitext(file)[1].lower() or file for file in set(files) - set(images))
         folders.append((os.path.relpath(folder, root), images))
         remarks += [f"left out: the link {loop} to a folder above it" for loop in loops]
@@ -399,7 +426,8 @@ def _scan_folder(root: Path, where: str) -> tuple[list[str], np.ndarray | None, 
         remarks.append(f"left out: {kinds}" + (", ..." if len(other_files) > 5 else ""))
     names = [os.path.normpath(os.path.join(folder, file)) for folder, files in folders for file in files]
     if not names:
-        raise ValueError(f"{where}: no images ({' '.join(EXTENSIONS)}) in {root}")
+        hint = "; --in_chans N reads .npy" if other_files[".npy"] else ""
+        raise ValueError(f"{where}: no images ({' '.join(extensions)}) in {root}{hint}")
     loose = [file for folder, files in folders if folder == "." for file in files]
     if loose:
         if len(loose) < len(names):

@@ -14,7 +14,7 @@ class Subset(ImageSource):
 
     def __init__(self, source: ImageSource, indices: np.ndarray, name: str):
         super().__init__(name, None if source.labels is None else source.labels[indices], source.classes)
-        self.source, self.indices = source, indices
+        self.source, self.indices, self.channels = source, indices, source.channels
 
     def __len__(self) -> int:
         return len(self.indices)

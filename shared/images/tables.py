@@ -41,7 +41,7 @@ def read_cells(path: str | os.PathLike, where: str, separator: str | None = None
 
 def names_an_image(cell: str) -> bool:
     """Whether a cell can be a file's name rather than a heading."""
-    return cell.lower().endswith(EXTENSIONS)
+    return cell.lower().endswith((*EXTENSIONS, ".npy"))
 
 
 class Label(NamedTuple):

@@ -239,6 +239,34 @@ def apply_pil(pixels: np.ndarray, view: ViewParams, recipe: ViewRecipe, out: np.
     out[:] = np.asarray(image) if out.shape[-1] == 3 else np.asarray(image.convert("L"))[..., None]
 
 
+# ------------------------------------------------------------------------------------------- channels that are no RGB
+
+
+def without_colours(view: ViewParams) -> ViewParams:
+    """A draw without the steps that :mod:`shared.images.channels` leaves out."""
+    jitter = tuple((step, factor) for step, factor in view.jitter if step in (BRIGHTNESS, CONTRAST))
+    return view._replace(jitter=jitter, grey=False, solarize=False, equalize=False)
+
+
+def apply_channels(
+    pixels: np.ndarray, view: ViewParams, recipe: ViewRecipe, out: np.ndarray, limits: tuple[np.ndarray, np.ndarray]
+) -> None:
+    """Make a view of normalised channels with the steps that :mod:`shared.images.channels` defines.
+
+    Args:
+        pixels: float32, shape (H, W, C); the full image.
+        out: Receives the view: float32, shape (size_px, size_px, C).
+        limits: Lowest and highest pixel of each channel, that is x = 0 and x = 1.
+    """
+    image = np.clip(_resized_crop(pixels, view, recipe, (1.0, 1.0)), *limits)
+    for step, factor in view.jitter:
+        fixed = limits[0] if step == BRIGHTNESS else image.mean(axis=(0, 1))
+        image = np.clip(fixed + np.float32(factor) * (image - fixed), *limits)
+    if view.blur_radius > 0:
+        image = _blur(image, view.blur_radius).reshape(out.shape)  # OpenCV drops the axis of a single channel
+    out[:] = image[:, ::-1] if view.flip else image
+
+
 # ---------------------------------------------------------------------------------------------------------- fast
 
 

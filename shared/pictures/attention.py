@@ -77,7 +77,12 @@ def prepare_image(
     Args:
         image_size: Height and width in pixels, or the short side.
         in_chans: 3, or 1 for the luminance.
+
+    Raises:
+        ValueError: For a network of other channels.
     """
+    if in_chans not in (1, 3):
+        raise ValueError(f"the network takes {in_chans} channels, the image is RGB; see the pictures of the run")
     height, width = pixels.shape[:2]
     if len(image_size) == 1:
         short = min(height, width)

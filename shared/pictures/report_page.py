@@ -262,7 +262,7 @@ def view_sheets(folder: Path, source: ImageSource, flags: Mapping) -> list[dict]
         draws = dataset.draw(image.height, image.width, (flags["seed"], 0, index))
         shrink = max(1, max(pixels.shape) // 360)
         boxes = [_box(*parts, image.height * image.width) for parts in zip(recipes, draws, views, strict=True)]
-        whole = encoded(np.ascontiguousarray(pixels[::shrink, ::shrink]))
+        whole = encoded(to_pixels(pixels[::shrink, ::shrink]))
         sheets.append({"width": image.width, "height": image.height, "source": whole, "boxes": boxes})
     return sheets
 

@@ -1,5 +1,6 @@
 """PNG files that explain themselves: images at fixed places of a sheet, curves of a log, coloured maps."""
 
+import contextlib
 import functools
 import re
 from collections.abc import Sequence
@@ -11,9 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from shared.images.channels import read_values
 from shared.images.decode import ImageError
 from shared.images.loading import EvalTransform
-from shared.images.sources import ImageSource
+from shared.images.sources import FileSource, ImageSource
 
 DPI = 100
 THUMBNAIL_PX = 96
@@ -22,16 +24,28 @@ AGREE, DIFFER = "#2a8f4a", "#c8372d"
 
 
 def to_pixels(image: Tensor | np.ndarray) -> np.ndarray:
-    """RGB pixels (H, W, 3), uint8, of a uint8 tensor (3, H, W) or (1, H, W), or of such an array."""
+    """RGB pixels (H, W, 3), uint8, of a uint8 tensor (3, H, W) or (1, H, W), or of such an array.
+
+    Of floats with any channels the first three, or the first one, each from its 0.5th to its 99.5th percentile.
+    """
     if isinstance(image, Tensor):
         image = image.detach().cpu().permute(1, 2, 0).numpy()
+    if image.dtype.kind == "f" and image.ndim == 3:
+        image = image[..., : 3 if image.shape[2] >= 3 else 1]
+        low, high = np.percentile(image, (0.5, 99.5), axis=(0, 1))
+        image = (255 * ((image - low) / np.maximum(high - low, 1e-6)).clip(0, 1)).round().astype(np.uint8)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3):
         raise ValueError(f"expected a uint8 image with 1 or 3 channels, got {image.dtype} of shape {image.shape}")
     return np.ascontiguousarray(np.broadcast_to(image, (*image.shape[:2], 3)))
 
 
 def normalised_pixels(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """RGB pixels (H, W, 3), uint8, of a normalised image (C, H, W); one channel uses the averages of mean and std."""
+    """RGB pixels (H, W, 3), uint8, of a normalised image (C, H, W); one channel uses the averages of mean and std.
+
+    Those of other numbers of channels are shown as :func:`to_pixels` shows them.
+    """
+    if len(image) not in (1, 3):
+        return to_pixels(image)
     mean, std = torch.tensor(mean), torch.tensor(std)
     if len(image) == 1:
         mean, std = mean.mean(dim=0, keepdim=True), std.mean(dim=0, keepdim=True)
@@ -45,12 +59,24 @@ def thumbnail(source: ImageSource, index: int) -> np.ndarray:
     Pixels of very small images stay visible as squares.
     """
     try:
+        if (values := _values_of_file(source, index)) is not None:
+            return to_pixels(EvalTransform(THUMBNAIL_PX, THUMBNAIL_PX)(magnify(values, THUMBNAIL_PX)))
         image = source.load(index)
         shrink = min(image.height, image.width) // THUMBNAIL_PX
         pixels = image.decode(next(reduction for reduction in (8, 4, 2, 1) if reduction <= max(shrink, 1)))
     except ImageError:
         return np.full((THUMBNAIL_PX, THUMBNAIL_PX, 3), 128, dtype=np.uint8)
     return to_pixels(EvalTransform(THUMBNAIL_PX, THUMBNAIL_PX)(magnify(pixels, THUMBNAIL_PX)))
+
+
+def _values_of_file(source: ImageSource, index: int) -> np.ndarray | None:
+    """Values of a file that is no RGB of 8 bits, of a source that does not know it, as one of a table of features."""
+    if source.channels is None and isinstance(source, FileSource):
+        with contextlib.suppress(ImageError):
+            if source.path(index).lower().endswith((".tif", ".tiff", ".npy")):
+                values = read_values(source.path(index), None)
+                return None if values.dtype == np.uint8 and values.shape[2] in (1, 3) else values.astype(np.float32)
+    return None
 
 
 def write_png(path: str | Path, pixels: np.ndarray) -> Path:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from shared import distributed
+from shared.images.channels import add_channel_flags
 from shared.images.decode import MAX_PIXELS
 
 from .command_line import Parser, add_device_flag
@@ -64,7 +65,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> Callable:
     add_reading_flags(add)
     workers = "loader processes per rank; None: cores per rank less one, at most 10"
     add("--num_workers", "--workers", type=int, default=None, help=workers)
-    add("--in_chans", type=int, default=3, choices=(1, 3), help="channels of the images")
+    add_channel_flags(add)
     add("--cache", default="none", help="decoded images: none, memory, or a folder for a memory-mapped file")
     add_bad_image_flags(add)
     return add

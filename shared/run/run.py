@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from shared import distributed
+from shared.images.channels import are_asked_for, keep_channels
+from shared.networks.weights import flags_of_training
 from shared.optimisation.optim import step_unless_not_finite
 from shared.optimisation.precision import Precision
 
@@ -71,6 +73,8 @@ class Run:
         distributed.barrier()
         self.precision = Precision(amp, self.device)
         self.path = self.output_dir / file
+        if are_asked_for(args):
+            keep_channels(args, flags_of_training(load_latest(self.path)))
         self.health = HealthMonitor()
 
     def resume(

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from shared import distributed
 from shared.images.cache import cache_images
+from shared.images.channels import are_asked_for
 from shared.images.inaturalist import open_inaturalist
 from shared.images.labelled import open_labelled
 from shared.images.loading import BadImages, EpochBatchSampler, EvalDataset, default_num_workers, make_loader
@@ -110,6 +111,10 @@ def open_train_and_val(args: argparse.Namespace) -> tuple[ImageSource, ImageSour
     Raises:
         ValueError: If there are none, they have no classes, or the classes of both parts differ.
     """
+    if are_asked_for(args) and (args.data_set.startswith("CIFAR") or args.data_set in INAT_YEARS):
+        raise ValueError(
+            f"--data-set {args.data_set} is RGB, which --in_chans {args.in_chans} or --value_range are not for"
+        )
     if args.eval and args.val_path is not None and not args.shared_classes_only:
         val = open_source(args.val_path, "all", flag="--val_path", **reading(args))
         check_same_classes(val, val)  # that there are any

@@ -9,6 +9,7 @@ import torch
 import torchvision.transforms as T
 from PIL import Image, ImageOps
 from timm.data import auto_augment, create_transform
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 from shared.images.loading import EvalTransform
@@ -84,7 +85,13 @@ class TrainTransform:
             self.finish = T.Compose(steps)
 
     def __call__(self, pixels: np.ndarray) -> Tensor:
-        """RGB pixels (H, W, 3), uint8, to a view (C, input_size, input_size), float32."""
+        """RGB pixels (H, W, 3), uint8, to a view (C, input_size, input_size), float32.
+
+        Of float pixels (H, W, C), which are normalised already, colours are left as they are.
+        """
+        if pixels.dtype == np.float32:
+            view = self.crop(torch.from_numpy(pixels).permute(2, 0, 1))
+            return T.Compose([step for step in self.finish.transforms if isinstance(step, RandomErasing)])(view)
         image = self.augment(self.crop(Image.fromarray(pixels)))
         return self.finish(image.convert("L") if self.in_chans == 1 else image)
 

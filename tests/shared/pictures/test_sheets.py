@@ -89,10 +89,17 @@ def test_pixels_are_repeated_not_blurred(tmp_path):
     np.testing.assert_array_equal(magnify(large, 10), large)
 
 
-def test_one_channel_becomes_grey_and_floats_are_refused():
+def test_one_channel_becomes_grey_and_floats_of_any_channels_are_stretched():
     assert to_pixels(torch.full((1, 2, 2), 7, dtype=torch.uint8)).tolist() == [[[7] * 3] * 2] * 2
+    ramp = torch.linspace(-3, -2.9, 201).reshape(1, 1, 201)
+    for channels, colours in ((1, 1), (2, 1), (3, 3), (5, 3)):
+        pixels = to_pixels(torch.cat([ramp * (-1) ** c for c in range(channels)]))
+        assert pixels.shape == (1, 201, 3) and len(np.unique(pixels[0], axis=1)) == 201
+        assert pixels[0, [0, 100, 200], 0].tolist() == [0, 128, 255] and len({*pixels[0, 0].tolist()}) == min(
+            colours, 2
+        )
     with pytest.raises(ValueError, match="uint8"):
-        to_pixels(torch.zeros(3, 2, 2))
+        to_pixels(torch.zeros(3, 2, 2, dtype=torch.int32))
 
 
 def test_colours_run_from_smallest_to_largest():
