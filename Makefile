@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-slow lint shape bench evidence clean
+.PHONY: demo test test-slow lint shape bench evidence claims clean
 .DELETE_ON_ERROR:
 
 ## make demo [METHOD=dino]: train, evaluate and draw on the embedded data, in minutes on a CPU
@@ -41,7 +41,11 @@ bench: .venv/installed-test
 evidence: METHOD := $(or $(METHOD),dino)
 evidence: .venv/installed
 	$(if $(call has_extra,$(METHOD)),$(BIN)/pip install --quiet -e '.[$(METHOD)]')
-	$(BIN)/python tests/evidence/$(METHOD).py --out build/evidence/$(METHOD) $(EVIDENCE_FLAGS)
+	$(BIN)/python -m tests.evidence.$(METHOD) --out build/evidence/$(METHOD) $(EVIDENCE_FLAGS)
+
+## make claims: what the stored experiments say about the claims of all papers, also into the READMEs and RESULTS.md
+claims: .venv/installed-test
+	$(BIN)/python -m tests.evidence.claims --write
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

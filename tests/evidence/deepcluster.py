@@ -1,27 +1,25 @@
 """The small experiments behind deepcluster/README.md: the paper's claims on the digits, and CIFAR-10.
 
     make evidence METHOD=deepcluster                                  # the claims, about 25 core-minutes
-    python tests/evidence/deepcluster.py --only cifar10 --cifar10 DIR # DIR holds train/ and test/ with class folders
+    python -m tests.evidence.deepcluster --only cifar10 --cifar10 DIR # DIR holds train/ and test/ with class folders
 
 Every run uses one thread; --parallel of them run at a time. Numbers are those of the last epoch, mean and standard
 deviation over the seeds. "Before" is the partition of the features of random weights.
 """
 
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+from torch import nn
 
-import torch
-
-from deepcluster.hub import MEAN, STD, build_network
+from deepcluster.hub import CARD, load_network
 from shared.run.log import read_log
-from tests.evidence.runs import PixelFeatures, Variant, in_parallel, linear, main, run_all, spread, table, write
+from tests.evidence.claims import Claim
+from tests.evidence.probe import Features, Pixels, baselines, with_linear
+from tests.evidence.runs import Variant, main, run_all, table, write
 
 RUN = f"--workers 0 --pictures off --log_freq 20 --checkpoints 0 --eval_knn_freq {10**9}"
 DIGITS = f"digits {RUN} --arch resnet18 --sobel --crop_size 32 --crop_scale 0.5 1 --pca_dim 64 --batch 32 --epochs 6"
-CLAIMS = [
+VARIANTS = [
     Variant("100 clusters", f"{DIGITS} --k 100"),
     Variant("10 clusters, as many as classes", f"{DIGITS} --k 10"),
     Variant("30 clusters", f"{DIGITS} --k 30"),
@@ -41,7 +39,28 @@ COLUMNS = {
 CIFAR10_SIZE = 32
 CIFAR10 = f"--arch resnet10t --sobel --crop_size {CIFAR10_SIZE} --crop_scale 0.3 1 --pca_dim 128 --batch 64 --epochs 8"
 CIFAR10_VARIANTS = [Variant("100 clusters", f"{RUN} {CIFAR10} --k 100")]
-LINEAR = "--epochs 5 --batch_size 64 --lr 0.01 --wd -4 --workers 0"
+AGREE = {"metric": "nmi_labels_last", "beside": "nmi_labels_before"}
+# fmt: off
+CLAIMS = [
+    Claim("successive partitions agree more and more (4.1)", "digits, NMI of the first and last pair",
+          "deepcluster_digits", "100 clusters", metric="nmi_previous_last", beside="nmi_previous_first"),
+    Claim("partitions and classes agree more and more", "digits, 100 clusters", "deepcluster_digits", "100 clusters",
+          **AGREE),
+    Claim("and so in all variants", "digits", "deepcluster_digits", tuple(v.name for v in VARIANTS), **AGREE),
+    Claim("over-clustering helps (4.1)", "digits, ten times as many clusters as classes beside as many, k-NN",
+          "deepcluster_digits", "100 clusters", "10 clusters, as many as classes", "knn_last"),
+    Claim("drawing clusters uniformly helps", "digits, beside the released sampler, k-NN", "deepcluster_digits",
+          "100 clusters", "100 clusters, the released sampler", "knn_last"),
+    Claim("features beat random weights", "digits, k-NN", "deepcluster_digits", "100 clusters", metric="knn_last",
+          beside="knn_before"),
+    Claim("the same", "CIFAR-10, 8 epochs, k-NN", "deepcluster_cifar10", "100 clusters", "random weights",
+          "knn_last"),
+    Claim("ImageNet and Places, linear, layer by layer"),
+    Claim("transfer to VOC: classification, detection, segmentation"),
+    Claim("uncurated images (YFCC100M)"),
+    Claim("deeper networks gain; instance retrieval"),
+]
+# fmt: on
 
 
 def agreements(run: Path) -> dict[str, float]:
@@ -66,41 +85,22 @@ def run_and_compare(out: Path, variants: list[Variant], parallel: int, seeds: tu
 
 
 def claims(out: Path, parallel: int, seeds: tuple[int, ...]) -> None:
-    results = run_and_compare(out / "digits", CLAIMS, parallel, seeds)
-    pixels = PixelFeatures("digits", None, 32, MEAN, STD)
-    text = f"{table(results, COLUMNS)}\n\nk-NN on raw pixels: {pixels.knn():.1f}"
-    write(out, "deepcluster_digits", results, text)
-
-
-def save_random_weights(path: Path, seed: int) -> Path:
-    """A checkpoint of the network before training."""
-    torch.manual_seed(seed)
-    network = build_network("resnet10t", sobel=True, img_size=CIFAR10_SIZE)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"arch": "resnet10t", "state_dict": network.state_dict(), "args": {"crop_size": CIFAR10_SIZE}}, path)
-    return path
+    results = run_and_compare(out / "digits", VARIANTS, parallel, seeds)
+    results.append({"variant": "raw pixels", "knn_last": Features(CARD, Pixels(), ("digits", None), 32).knn()})
+    write(out, "deepcluster_digits", results, table(results, COLUMNS))
 
 
 def cifar10(out: Path, parallel: int, seeds: tuple[int, ...], train: Path, test: Path) -> None:
-    images = f"{train} --val_path {test}"
-    variants = [Variant(v.name, f"{v.flags} {images}") for v in CIFAR10_VARIANTS]
-    results = run_and_compare(out / "cifar10", variants, parallel, seeds)
+    images, here = (str(train), str(test)), out / "cifar10"
+    variants = [Variant(v.name, f"{v.flags} {train} --val_path {test}") for v in CIFAR10_VARIANTS]
+    results = run_and_compare(here, variants, parallel, seeds)
+    results = with_linear(results, CARD, load, images, CIFAR10_SIZE, parallel)
+    results += baselines(CARD, images, CIFAR10_SIZE, here, seeds, "resnet10t", sobel=True, img_size=CIFAR10_SIZE)
+    write(out, "deepcluster_cifar10", results, table(results, COLUMNS | {"linear": "linear"}))
 
-    def probe(weights: Path) -> float:
-        flags = f"--data {images} --model {weights} {LINEAR}"
-        return linear("deepcluster", flags, weights.parent / "linear", "linear_log.txt")
 
-    trained = in_parallel(probe, [result["run"] / "checkpoint.pth.tar" for result in results], parallel)
-    for result, accuracy in zip(results, trained, strict=True):
-        result["linear"] = accuracy
-    untrained = [save_random_weights(out / "cifar10/random" / str(seed) / "random.pth", seed) for seed in seeds]
-    random = in_parallel(probe, untrained, parallel)
-    pixels = PixelFeatures(str(train), str(test), CIFAR10_SIZE, MEAN, STD)
-    text = (
-        f"{table(results, COLUMNS | {'linear': 'linear'})}\n\nLinear on random weights: {spread(random)}. "
-        f"Raw pixels: k-NN {pixels.knn():.1f}, linear {pixels.linear():.1f}"
-    )
-    write(out, "deepcluster_cifar10", results, text)
+def load(run: Path) -> nn.Module:
+    return load_network(run / "checkpoint.pth.tar", keep_top_layer=False)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,9 @@ with its weights at the start and without. Every run uses one thread; --parallel
 those of the last epoch; verdicts follow from the differences of each seed.
 """
 
-import statistics
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
+from tests.evidence.claims import CONFIRMED, Claim
 from tests.evidence.runs import Variant, in_parallel, last_values, main, run, run_all, table, write
 
 GRIDS = {16: 2, 10: 3, 8: 4, 6: 5, 4: 8}  # by the side of the patches, of images of 32 pixels
@@ -25,22 +21,25 @@ FIXED = (4, 8, 16)
 VARIANTS = [Variant("FlexiViT", FLEXIBLE)]
 VARIANTS += [Variant(f"patches of {size} only", f"{RUN} --grids {GRIDS[size]}") for size in FIXED]
 
+RESULTS, TAUGHT, UNTAUGHT = "flexivit_materials", "distilled, starts as the teacher", "distilled, starts at random"
+# fmt: off
+CLAIMS = [
+    Claim("resizing by the pseudo-inverse loses nothing for larger patches (3.3)", "random patches and kernels",
+          numbers="`tests/golden/test_flexivit.py`", found=CONFIRMED),
+    *(Claim(f"as good as a network trained for patches of {size}", "materials, within a point", RESULTS, "FlexiViT",
+            f"patches of {size} only", f"acc1 {size}", within=1) for size in FIXED),
+    *(Claim(f"far better with patches of {size} than one trained for {own}", "materials", RESULTS, "FlexiViT",
+            f"patches of {own} only", f"acc1 {size}") for own, size in ((4, 16), (16, 4))),
+    *(Claim(f"a teacher's weights are the best start (3.4): patches of {size}", "materials", RESULTS, TAUGHT, UNTAUGHT,
+            f"acc1 {size}") for size in FIXED),
+    Claim("transfer: classification, detection, segmentation, retrieval"),
+]
+# fmt: on
+
 
 def accuracies(output_dir: Path) -> dict:
     last = last_values(output_dir)
     return {f"acc1 {size}": last[f"test_acc1_grid{grid}"] for size, grid in GRIDS.items()} | {"loss": last["loss"]}
-
-
-def compare(results: list[dict], ours: str, theirs: str, size: int) -> str:
-    """The difference of two variants at a patch size for each seed, and what follows: it needs all signs to agree."""
-    of = {name: {r["seed"]: r[f"acc1 {size}"] for r in results if r["variant"] == name} for name in (ours, theirs)}
-    differences = [of[ours][seed] - of[theirs][seed] for seed in sorted(of[ours])]
-    mean = statistics.mean(differences)
-    error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else float("inf")
-    agree = len({difference > 0 for difference in differences}) == 1 and 0 not in differences
-    verdict = ("above" if mean > 0 else "below") if agree and abs(mean) > error else "the test cannot tell"
-    each = ", ".join(f"{difference:+.1f}" for difference in differences)
-    return f"| {ours} - {theirs} | {size} | {each} | {mean:+.1f} ± {error:.1f} | {verdict} |"
 
 
 def claims(out: Path, parallel: int, seeds: tuple[int, ...]) -> None:
@@ -50,17 +49,11 @@ def claims(out: Path, parallel: int, seeds: tuple[int, ...]) -> None:
     def distill(job: tuple[str, int]) -> dict:
         init, seed = job
         flags = f"{FLEXIBLE} --teacher {teachers[seed]} --init {init}"
-        variant = Variant(f"distilled, starts {'as the teacher' if init == 'teacher' else 'at random'}", flags)
+        variant = Variant(TAUGHT if init == "teacher" else UNTAUGHT, flags)
         return run("flexivit", variant, seed, out / f"distilled_{init}" / str(seed), accuracies)
 
     results += in_parallel(distill, [(init, seed) for init in ("teacher", "random") for seed in seeds], parallel)
-    text = [table(results, {f"acc1 {size}": f"top-1, patches of {size}" for size in GRIDS}), ""]
-    text += ["| difference | patches | each seed | mean ± standard error | verdict |", "|---|---|---|---|---|"]
-    text += [compare(results, "FlexiViT", f"patches of {own} only", size) for own in FIXED for size in FIXED]
-    starts = ("distilled, starts as the teacher", "distilled, starts at random")
-    text += [compare(results, *starts, size) for size in GRIDS]
-    text += [compare(results, starts[0], "FlexiViT", size) for size in GRIDS]
-    write(out, "materials", results, "\n".join(text))
+    write(out, RESULTS, results, table(results, {f"acc1 {size}": f"top-1, patches of {size}" for size in GRIDS}))
 
 
 if __name__ == "__main__":

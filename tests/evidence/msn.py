@@ -1,32 +1,28 @@
 """The small experiments behind msn/RESULTS.md: the paper's claims on the digits, and CIFAR-10 at small scale.
 
     make evidence METHOD=msn                                          # the claims, about an hour on one core
-    python tests/evidence/msn.py --only cifar10 --cifar10 DIR         # DIR holds train/ and test/ with class folders
+    python -m tests.evidence.msn --only cifar10 --cifar10 DIR         # DIR holds train/ and test/ with class folders
 
 Every run uses one thread; --parallel of them run at a time. Numbers are those of the last epoch, mean and standard
 deviation over the seeds. Low-shot accuracies are logistic regression on frozen features of 1, 2 and 5 images per class,
 mean over three draws. DINO gets the compute of MSN.
 """
 
-import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
 
 import torch
 
 from dino import hub as dino_hub
-from msn.hub import MEAN, STD, load_pretrained
+from msn.hub import CARD, load_pretrained
 from msn.logistic_eval import LastClassToken, LowShotClassifier, draw_per_class
 from msn.main import build_encoder, parse_args
-from shared.evaluation.features import extract_features
-from shared.evaluation.knn import knn_classify
-from shared.images.labelled import open_labelled
-from shared.images.loading import EvalDataset, EvalTransform
-from tests.evidence.runs import Pixels, Variant, main, once, run_all, spread, table, write
+from tests.evidence.claims import CONFIRMED, Claim
+from tests.evidence.probe import Features, Images, Pixels
+from tests.evidence.runs import Variant, main, once, run_all, table, write
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+EMBEDDED: Images = ("digits", None)
 SHOTS = (1, 2, 5)
 SPLITS = 3
 EPOCHS = 8  # of the runs on the digits
@@ -38,8 +34,9 @@ DIGITS = (
     "--hidden_dim 256 --output_dim 64 --batch_size 32 --warmup 1 --start_lr 0.0001 --ema 0.96 1 --num_workers 0 "
     "--pictures off --checkpoint_freq 0 --log_freq 44"
 )
-CLAIMS = {
-    "MSN, a mask of 0.15": "",
+MSN = "MSN, a mask of 0.15"
+VARIANTS = {
+    MSN: "",
     "no mask": "--patch_drop 0",
     "a mask of 0.3": "--patch_drop 0.3",
     "a mask of 0.5": "--patch_drop 0.5",
@@ -72,37 +69,63 @@ CIFAR10 = (
 )
 
 
-def features_of(backbone: torch.nn.Module, data_path: str | None, val_path: str | None, image_size: int) -> list:
-    """Train source, val features and labels, train features and labels."""
-    train, val = open_labelled(data_path, val_path)
-    transform = EvalTransform(round(image_size * 256 / 224), image_size, MEAN, STD, interpolation="bilinear")
-    backbone = backbone.to(DEVICE)
-    found = [extract_features(backbone, EvalDataset(source, transform), DEVICE) for source in (val, train)]
-    return [train, *(tensor.cpu() for pair in found for tensor in pair)]
+# fmt: off
+CLAIMS = [
+    Claim("features for few labels (table 1)", "digits, 5 images a class; random weights", "msn_digits", MSN,
+          "random weights", "knn_5"),
+    Claim("above DINO with few labels", "the same, DINO, equal compute", "msn_against_dino", "MSN, 8 epochs",
+          "DINO, 4 epochs", "knn_5", flaw="that DINO collapsed"),
+    Claim("a small mask helps a small ViT (table 6)", "5 images, 0.15; none", "msn_digits", MSN,
+          "no mask", "knn_5"),
+    Claim("a large one harms it", "0.15; 0.5, 0.7", "msn_digits", MSN, ("a mask of 0.5", "a mask of 0.7"),
+          "knn_5"),
+    Claim("a mask saves time", "ViT-S/16, [0.7](RESULTS.md#what-a-mask-saves)", numbers="0.35 of the encoder's",
+          found=CONFIRMED),
+    Claim("both kinds of anchors beat random ones", "5 images", "msn_digits", MSN, "random anchors only",
+          "knn_5"),
+    Claim("and focal ones", "the same", "msn_digits", MSN, "focal anchors only", "knn_5"),
+    Claim("without me-max and Sinkhorn it collapses (3)", "information, nats", "msn_digits", MSN,
+          "neither Sinkhorn nor me-max", "information"),
+    Claim("me-max helps beside Sinkhorn", "5 images", "msn_digits", MSN, "Sinkhorn without me-max", "knn_5"),
+    Claim("me-max of weight 5 replaces Sinkhorn", "5 images", "msn_digits", "me-max without Sinkhorn", MSN,
+          "knn_5"),
+    Claim("sharpening is needed", "information, nats", "msn_digits", MSN, "no sharpening", "information"),
+    Claim("the best mask grows with the network"),
+    Claim("ImageNet"),
+    Claim("memory on a GPU"),
+    Claim("transfer"),
+    Claim("robustness"),
+    Claim("PMSN on long tails"),
+]
+# fmt: on
 
 
-def low_shot(backbone: torch.nn.Module, *data) -> dict[str, float]:
+def low_shot(features: Features) -> dict[str, float]:
     """Top-1 by number of labelled images per class, mean over the draws."""
-    train, val_features, val_labels, features, labels = features_of(backbone, *data)
     accuracies = {}
     for shots in SHOTS:
         top1 = []
         for split in range(SPLITS):
-            rows = torch.from_numpy(draw_per_class(train, shots, 0, split))
-            classifier = LowShotClassifier(features[rows], labels[rows], LAMBD)
-            top1.append(classifier.accuracy(val_features, val_labels))
+            rows = torch.from_numpy(draw_per_class(features.source, shots, 0, split))
+            classifier = LowShotClassifier(features.train[rows], features.train_labels[rows], LAMBD)
+            top1.append(classifier.accuracy(features.val, features.val_labels))
         accuracies[f"knn_{shots}"] = sum(top1) / len(top1)  # named so that the table shows per cent
     return accuracies
 
 
-def low_shot_of(result: dict, model_name: str, *data) -> dict[str, float]:
-    """:func:`low_shot` of a training of MSN."""
-    run = result["run"]
-    inputs = [result["command"], *map(str, data)]
-    return once(run.with_suffix(".low_shot.json"), inputs, lambda: low_shot(msn_backbone(run, model_name), *data))
+def with_low_shot(
+    results: list[dict], load: Callable[[Path], torch.nn.Module], images: Images, side: int
+) -> list[dict]:
+    """Results of runs, and :func:`low_shot` of each; ``load`` gives the network of a folder."""
+
+    def measure(result: dict) -> dict:
+        file, inputs = result["run"].with_suffix(".low_shot.json"), [result["command"], *map(str, images)]
+        return once(file, inputs, lambda: low_shot(Features(CARD, load(result["run"]), images, side)))
+
+    return [result | measure(result) for result in results]
 
 
-def msn_backbone(run: Path, model_name: str) -> torch.nn.Module:
+def load(model_name: str, run: Path) -> torch.nn.Module:
     return LastClassToken(load_pretrained(model_name, run).encoder)
 
 
@@ -119,29 +142,23 @@ COLUMNS = {
 }
 
 
-def random_weights(flags: str, seeds: tuple[int, ...], *data) -> str:
-    """Low-shot accuracy before any training."""
-    args, found = parse_args(flags.split()), []
+def baselines(flags: str, seeds: tuple[int, ...], images: Images, side: int) -> list[dict]:
+    """Raw pixels and random weights."""
+    pixels = Features(CARD, Pixels(), images, side)
+    rows = [{"variant": "raw pixels", "knn_last": pixels.knn(), **low_shot(pixels)}]
     for seed in seeds:
         torch.manual_seed(seed)
-        found.append(low_shot(LastClassToken(build_encoder(args)), *data))
-    return "\n\nRandom weights: low-shot " + ", ".join(spread([few[f"knn_{s}"] for few in found]) for s in SHOTS)
-
-
-def pixels_line(*data) -> str:
-    _, val_features, val_labels, features, labels = features_of(Pixels(), *data)
-    few = low_shot(Pixels(), *data)
-    knn = knn_classify(features, labels, val_features, val_labels, k=20)[0]
-    return f"\n\nRaw pixels: k-NN {knn:.1f}, low-shot " + ", ".join(f"{few[f'knn_{s}']:.1f}" for s in SHOTS)
+        random = Features(CARD, LastClassToken(build_encoder(parse_args(flags.split()))), images, side)
+        rows.append({"variant": "random weights", "seed": seed, **low_shot(random)})
+    return rows
 
 
 def claims(out: Path, parallel: int, seeds: tuple[int, ...]) -> None:
-    variants = [Variant(name, f"{DIGITS} --epochs {EPOCHS} {flags}") for name, flags in CLAIMS.items()]
+    variants = [Variant(name, f"{DIGITS} --epochs {EPOCHS} {flags}") for name, flags in VARIANTS.items()]
     results = run_all("msn", variants, out / "digits", parallel, seeds)
-    for result in results:
-        result |= low_shot_of(result, "deit_micro", "digits", None, 16)
-    text = table(results, COLUMNS) + random_weights(DIGITS, seeds, "digits", None, 16) + pixels_line("digits", None, 16)
-    write(out, "msn_digits", results, text)
+    results = with_low_shot(results, partial(load, "deit_micro"), EMBEDDED, 16)
+    results += baselines(DIGITS, seeds, EMBEDDED, 16)
+    write(out, "msn_digits", results, table(results, COLUMNS))
     against_dino(out, parallel, seeds)
 
 
@@ -150,25 +167,22 @@ def against_dino(out: Path, parallel: int, seeds: tuple[int, ...]) -> None:
     folder = out / "against_dino"
     ours = Variant(f"MSN, {EPOCHS} epochs", f"{DIGITS} {AGAINST_DINO} --epochs {EPOCHS}")
     results = run_all("msn", [ours], folder, parallel, seeds)
-    for result in results:
-        result |= low_shot_of(result, "deit_tiny", "digits", None, 16)
+    results = with_low_shot(results, partial(load, "deit_tiny"), EMBEDDED, 16)
     as_many = max(1, round(EPOCHS * MSN_TOKENS / DINO_TOKENS))
     theirs = Variant(f"DINO, {as_many} epochs", f"{DINO} --epochs {as_many}")
-    for result in run_all("dino", [theirs], folder, parallel, seeds):
-        backbone, _ = dino_hub.load_pretrained("vit_tiny", 4, result["run"] / "checkpoint.pth")
-        results.append(result | low_shot(backbone, "digits", None, 16))
+    load_dino = lambda run: dino_hub.load_pretrained("vit_tiny", 4, run / "checkpoint.pth")[0]  # noqa: E731
+    results += with_low_shot(run_all("dino", [theirs], folder, parallel, seeds), load_dino, EMBEDDED, 16)
     columns = {name: COLUMNS[name] for name in ("knn_before", "knn_last", "knn_1", "knn_2", "knn_5", "feature_spread")}
     write(out, "msn_against_dino", results, table(results, columns))
 
 
 def cifar10(out: Path, parallel: int, seeds: tuple[int, ...], train: Path, test: Path) -> None:
     flags = f"{CIFAR10} --data_path {train} --val_path {test}"
+    images = (str(train), str(test))
     results = run_all("msn", [Variant("CIFAR-10", flags)], out, parallel, seeds)
-    for result in results:
-        result |= low_shot_of(result, "deit_tiny", str(train), str(test), 32)
-    data = (str(train), str(test), 32)
-    text = table(results, COLUMNS) + random_weights(flags, seeds, *data) + pixels_line(*data)
-    write(out, "msn_cifar10", results, text)
+    results = with_low_shot(results, partial(load, "deit_tiny"), images, 32)
+    results += baselines(flags, seeds, images, 32)
+    write(out, "msn_cifar10", results, table(results, COLUMNS))
 
 
 if __name__ == "__main__":

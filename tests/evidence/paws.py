@@ -1,36 +1,26 @@
 """The small experiments behind paws/README.md: the paper's claims on the digits, and CIFAR-10 at small scale.
 
     make evidence METHOD=paws                                         # the claims, about 30 core-minutes
-    python tests/evidence/paws.py --only cifar10 --cifar10 DIR        # DIR holds train/ and test/ with class folders
+    python -m tests.evidence.paws --only cifar10 --cifar10 DIR        # DIR holds train/ and test/ with class folders
 
 Every run uses one thread; --parallel of them run at a time. Numbers are those of the last epoch, mean and standard
 deviation over the seeds, which also draw the labels. "Before" is the soft nearest-neighbour accuracy of random weights.
 """
 
-import sys
 from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+from torch import nn
 
 from paws.augmentations import choose_recipe
 from paws.evaluation import open_validation
 from paws.few_labels import pixel_accuracy
 from paws.labels import open_partly_labelled
 from shared.run.log import read_log
-from tests.evidence.runs import (
-    Variant,
-    in_parallel,
-    linear,
-    main,
-    once,
-    run,
-    run_script,
-    spread,
-    table,
-    write,
-)
+from swav.hub import CARD, load_backbone
+from tests.evidence.claims import Claim
+from tests.evidence.probe import Images, with_linear
+from tests.evidence.runs import Variant, in_parallel, machine, main, once, run, run_script, table, write
 
 QUIET = "--num_workers 0 --pictures off --log_freq 44 --checkpoint_freq 0"
 DIGITS = (
@@ -38,8 +28,9 @@ DIGITS = (
     "--supervised_imgs_per_class 4 --supervised_views 4 --unsupervised_batch_size 64 --model_name wide_resnet10w1 "
     "--output_dim 64 --epochs 20 --lr 0.8 --start_lr 0.1 --final_lr 0.008 --warmup 4"
 )
-CLAIMS = [
-    Variant("PAWS, 4 labels of each class", DIGITS),
+PAWS = "PAWS, 4 labels of each class"
+VARIANTS = [
+    Variant(PAWS, DIGITS),
     Variant("without me-max", f"{DIGITS} --me_max false"),
     Variant("without sharpening", f"{DIGITS} --sharpen 1"),
     Variant("without either", f"{DIGITS} --me_max false --sharpen 1"),
@@ -76,10 +67,32 @@ SWAV = (
 )
 
 
+# fmt: off
+CLAIMS = [
+    *(Claim("above the labels alone", f"digits, {n} a class", "paws_digits", f"{n} labels",
+            f"supervised, {n} labels", "knn_last", "top1") for n in NUMBERS_OF_LABELS),
+    Claim("the same", f"CIFAR-10, {', '.join(map(str, CIFAR10_LABELS))} labels", "paws_cifar10",
+          tuple(f"PAWS, {CIFAR10_NETWORK}, {n} labels, 10 epochs" for n in CIFAR10_LABELS),
+          tuple(f"supervised, {n} labels" for n in CIFAR10_LABELS), "knn_last", "top1", flaw="six times the steps"),
+    Claim("fewer epochs than methods without labels", "CIFAR-10, 10 epochs, SwAV, linear", "paws_cifar10",
+          f"PAWS, {BESIDE_SWAV}, 1000 labels, 10 epochs", f"SwAV, {BESIDE_SWAV}, 10 epochs", "knn_last", "linear",
+          flaw="unequal views, labels and probes"),
+    Claim("me-max keeps all classes in use (3)", "digits, 4 labels", "paws_digits", PAWS, "without me-max", "knn_last"),
+    Claim("sharpening prevents the collapse", "the same", "paws_digits", PAWS, "without sharpening", "knn_last"),
+    Claim("small views help", "the same", "paws_digits", PAWS, "without small views", "knn_last"),
+    Claim("more views of the supports help", "4 beside 1", "paws_digits", PAWS, "1 view of every support, not 4",
+          "knn_last"),
+    Claim("ImageNet, wide networks, CIFAR-10 at 96 %"),
+    Claim("fine-tuning after PAWS"),
+    Claim("larger supports"),
+]
+# fmt: on
+
+
 def supervised(
-    out: Path, flags: str, labels_per_class: int, epochs: int, seed: int, repeat: int, batch_size: int
-) -> float:
-    """Accuracy of the same network trained on the labels alone, with the views of the supports."""
+    out: Path, name: str, flags: str, labels_per_class: int, epochs: int, seed: int, repeat: int, batch_size: int
+) -> dict:
+    """The same network trained on the labels alone, with the views of the supports."""
     folder = out / "supervised" / f"{labels_per_class}-{epochs}" / str(seed)
     command = (
         f"fine_tune.py {flags} --pretrained random --views strong --zero_init false --lr 0.03 --epochs {epochs} "
@@ -89,15 +102,18 @@ def supervised(
 
     def train() -> dict:
         run_script("paws", command.split(), folder.with_suffix(".log"))
-        return {"top1": [line["top1"] for line in read_log(folder / "paws-fine-tune.jsonl") if "top1" in line][-1]}
+        top1 = [line["top1"] for line in read_log(folder / "paws-fine-tune.jsonl") if "top1" in line][-1]
+        row = {"variant": f"supervised, {name} labels", "seed": seed, "top1": top1}
+        return row | {"command": f"python {command}", "machine": machine()}
 
-    return once(folder.with_suffix(".json"), command.split(), train)["top1"]
+    return once(folder.with_suffix(".json"), command.split(), train)
 
 
-def pixels(data_path: str | None, val_path: str | None, labels_per_class: int, seed: int, dataset: str) -> float:
+def pixels(images: Images, name: str, labels_per_class: int, seed: int, dataset: str) -> dict:
     """Nearest labelled image by its pixels."""
-    images = open_partly_labelled(data_path, labels_per_class=labels_per_class, data_seed=seed)
-    return pixel_accuracy(images, open_validation(images, data_path, val_path), choose_recipe(dataset))
+    labelled = open_partly_labelled(images[0], labels_per_class=labels_per_class, data_seed=seed)
+    top1 = pixel_accuracy(labelled, open_validation(labelled, *images), choose_recipe(dataset))
+    return {"variant": f"pixels, {name} labels", "seed": seed, "top1": top1}
 
 
 def with_data_seeds(variants: list[Variant], out: Path, parallel: int, seeds: tuple[int, ...]) -> list[dict]:
@@ -112,7 +128,7 @@ def with_data_seeds(variants: list[Variant], out: Path, parallel: int, seeds: tu
 
 
 def claims(out: Path, parallel: int, seeds: tuple[int, ...]) -> None:
-    results = with_data_seeds(CLAIMS, out / "digits", parallel, seeds)
+    results = with_data_seeds(VARIANTS, out / "digits", parallel, seeds)
     text = table(results, COLUMNS)
     numbers = [
         Variant(f"{n} labels", f"{DIGITS} --labels_per_class {n} --supervised_imgs_per_class {min(n, 4)}")
@@ -120,24 +136,17 @@ def claims(out: Path, parallel: int, seeds: tuple[int, ...]) -> None:
     ]
     few = with_data_seeds(numbers, out / "labels", parallel, seeds)
     epochs = 1 + next(r for r in few if r["seed"] == seeds[0])["epoch"]
-    rows = ["| labels of each class | PAWS | same network, labels alone | 1-NN on pixels |", "|---|---|---|---|"]
     digits = "--data_path digits --dataset digits --model_name wide_resnet10w1 --color_jitter_strength 0.5"
     for n in NUMBERS_OF_LABELS:
-        mine = [r["knn_last"] for r in few if r["variant"] == f"{n} labels"]
-        alone = in_parallel(lambda seed, n=n: supervised(out, digits, n, epochs, seed, 22, 10 * n), seeds, parallel)
-        near = [pixels("digits", None, n, seed, "digits") for seed in seeds]
-        rows.append(f"| {n} | {spread(mine)} | {spread(alone)} | {spread(near)} |")
-        few.append({"variant": f"{n} labels", "supervised": alone, "pixels": near})
-    write(out, "paws_digits", results + few, text + "\n\n" + "\n".join(rows))
+        alone = partial(supervised, out, n, digits, n, epochs, repeat=22, batch_size=10 * n)
+        few += in_parallel(lambda seed, alone=alone: alone(seed=seed), seeds, parallel)
+        few += [pixels(("digits", None), n, n, seed, "digits") for seed in seeds]
+    text += "\n\n" + table(few, {"knn_last": "PAWS", "top1": "labels alone, or 1-NN on pixels"})
+    write(out, "paws_digits", results + few, text)
 
 
-def swav_with_linear_head(out: Path, images: str, epochs: int, seed: int) -> dict:
-    """SwAV, and the accuracy of a linear layer that learns from all labels of its images."""
-    variant = Variant(f"SwAV, {BESIDE_SWAV}, {epochs} epochs", f"{SWAV} {images} --epochs {epochs}", "main_swav.py")
-    result = run("swav", variant, seed, out / "swav" / str(epochs) / str(seed))
-    weights = f"--arch {BESIDE_SWAV} --pretrained {result['run']}/checkpoint.pth.tar"
-    flags = f"{weights} {images} --image_size 32 --num_labels 10 --epochs 5 --workers 0 --seed {seed}"
-    return result | {"linear": linear("swav", flags, result["run"] / "linear", "log.txt")}
+def load_swav(run: Path) -> nn.Module:
+    return load_backbone(BESIDE_SWAV, run / "checkpoint.pth.tar")
 
 
 def cifar10(out: Path, parallel: int, seeds: tuple[int, ...], train: Path, test: Path) -> None:
@@ -153,34 +162,27 @@ def cifar10(out: Path, parallel: int, seeds: tuple[int, ...], train: Path, test:
         """Steps of as many images as the unlabelled ones of a step of PAWS."""
         flags = f"--dataset cifar10 --model_name {CIFAR10_NETWORK} --color_jitter_strength 0.5 {images}"
         repeat = round(SUPERVISED_STEPS * BATCH / labels)  # one epoch: it ends with the only validation
-        accuracy = supervised(here, flags, labels // 10, 1, seed, repeat, BATCH)
-        return {"variant": f"supervised, {labels} labels", "seed": seed, "top1": accuracy}
+        return supervised(here, labels, flags, labels // 10, 1, seed, repeat, BATCH)
+
+    def swav(epochs: int, seed: int) -> dict:
+        flags = f"{SWAV} {images} --epochs {epochs}"
+        variant = Variant(f"SwAV, {BESIDE_SWAV}, {epochs} epochs", flags, "main_swav.py")
+        return run("swav", variant, seed, here / "swav" / str(epochs) / str(seed))
 
     # the longest first
     jobs = [partial(paws, CIFAR10_NETWORK, labels, CIFAR10_EPOCHS, s) for labels in CIFAR10_LABELS for s in seeds]
     jobs += [
         partial(paws, BESIDE_SWAV, LABELS_BESIDE_SWAV, epochs, s) for epochs in (CIFAR10_EPOCHS, half) for s in seeds
     ]
-    jobs += [
-        partial(swav_with_linear_head, here, images, epochs, s) for epochs in (CIFAR10_EPOCHS, half) for s in seeds
-    ]
+    jobs += [partial(swav, epochs, s) for epochs in (CIFAR10_EPOCHS, half) for s in seeds]
     jobs += [partial(alone, labels, s) for labels in CIFAR10_LABELS for s in seeds]
-    results = in_parallel(lambda job: job(), jobs, parallel)
-
-    def accuracies(variant: str, key: str) -> str:
-        return spread([result[key] for result in results if result["variant"] == variant])
-
-    rows = ["| labels | PAWS | same network, labels alone | 1-NN on pixels |", "|---|---|---|---|"]
-    for labels in CIFAR10_LABELS:
-        mine = accuracies(f"PAWS, {CIFAR10_NETWORK}, {labels} labels, {CIFAR10_EPOCHS} epochs", "knn_last")
-        near = [pixels(str(train), str(test), labels // 10, seed, "cifar10") for seed in seeds]
-        rows.append(f"| {labels} | {mine} | {accuracies(f'supervised, {labels} labels', 'top1')} | {spread(near)} |")
-        results.append({"variant": f"pixels, {labels} labels", "top1": near})
-    rows += ["", f"| epochs | PAWS, {LABELS_BESIDE_SWAV} labels | SwAV, linear layer on all labels |", "|---|---|---|"]
-    for epochs in (half, CIFAR10_EPOCHS):
-        mine = accuracies(f"PAWS, {BESIDE_SWAV}, {LABELS_BESIDE_SWAV} labels, {epochs} epochs", "knn_last")
-        rows.append(f"| {epochs} | {mine} | {accuracies(f'SwAV, {BESIDE_SWAV}, {epochs} epochs', 'linear')} |")
-    write(out, "paws_cifar10", results, "\n".join(rows))
+    results, data = in_parallel(lambda job: job(), jobs, parallel), (str(train), str(test))
+    others = [result for result in results if "SwAV" in result["variant"]]
+    results = [result for result in results if "SwAV" not in result["variant"]]
+    results += with_linear(others, CARD, load_swav, data, 32, parallel)
+    results += [pixels(data, n, n // 10, seed, "cifar10") for n in CIFAR10_LABELS for seed in seeds]
+    columns = {"knn_last": "soft nearest neighbours, k-NN", "linear": "linear", "top1": "labels alone, or 1-NN"}
+    write(out, "paws_cifar10", results, table(results, columns))
 
 
 if __name__ == "__main__":

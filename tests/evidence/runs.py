@@ -11,21 +11,21 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from shared.evaluation.features import extract_features
-from shared.evaluation.knn import knn_classify
-from shared.evaluation.linear import LinearClassifier, train_one_epoch
-from shared.images.labelled import open_labelled
-from shared.images.loading import EvalDataset, EvalTransform
+from shared.optimisation.precision import Precision
+from shared.pictures import report_page
 from shared.run.log import read_log
+from tests.evidence.claims import decimals
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS = (0, 1, 2)
+DISTILLED = "distilled from the ResNet"
 IMAGES_PER_CLASS = 1600
 
 
@@ -95,7 +95,8 @@ def run(method: str, variant: Variant, seed: int, output_dir: Path, read: Callab
         run_script(method, command, output_dir.with_suffix(".log"))
         minutes = round((time.perf_counter() - start) / 60, 2)
         result = {"variant": variant.name, "seed": seed, "minutes": minutes, **read(output_dir)}
-        return result | {"command": " ".join(["python", *command[:-2]]), "machine": machine()}
+        amp = command[command.index("--amp") + 1] if "--amp" in command else "auto"
+        return result | {"command": " ".join(["python", *command[:-2]]), "machine": machine(amp)}
 
     return once(output_dir.with_suffix(".json"), command, train) | {"run": output_dir}
 
@@ -125,8 +126,10 @@ def beside_others(
     out: Path,
     parallel: int,
     seeds: tuple[int, ...],
-) -> list[dict]:
+) -> None:
     """Classifiers of about equal cost, which is printed; the first is also distilled from the last of the same seed.
+
+    Writes the results, which are named by the method and the folder ``out``.
 
     Args:
         build: Maps flags to the network and the side of its images in pixels.
@@ -142,33 +145,18 @@ def beside_others(
 
     def distill(seed: int) -> dict:
         distilled = f"--distillation-type hard --teacher-model {teacher} --teacher-path {teachers[seed]}"
-        variant = Variant(f"{variants[0].name}, distilled from the ResNet", f"{variants[0].flags} {distilled}")
+        variant = Variant(f"{variants[0].name}, {DISTILLED}", f"{variants[0].flags} {distilled}")
         return run(method, variant, seed, out / "distilled" / str(seed), classifier)
 
-    return results + in_parallel(distill, seeds, parallel)
+    results += in_parallel(distill, seeds, parallel)
+    columns = {"acc1": "top-1", "test_loss": "test loss", "loss": "training loss"}
+    write(out.parent, f"{method}_{out.name}", results, table(results, columns))
 
 
 def in_parallel(function: Callable, jobs: Iterable, parallel: int) -> list:
     """``function`` of every job, in order, ``parallel`` of them at a time."""
     with ThreadPoolExecutor(parallel) as pool:
         return list(pool.map(function, jobs))
-
-
-def linear(method: str, flags: str, out: Path, log_name: str) -> float:
-    """Top-1 of the method's linear classifier after its last epoch.
-
-    Args:
-        flags: Of ``eval_linear.py``, without the output folder.
-        log_name: Of the JSON lines that it writes to its output folder.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    command = ["eval_linear.py", *flags.split(), "--output_dir", str(out)]
-
-    def probe() -> dict:
-        run_script(method, command, out.with_suffix(".log"))
-        return {"test_acc1": json.loads((out / log_name).read_text().splitlines()[-1])["test_acc1"]}
-
-    return once(out.with_suffix(".json"), command, probe)["test_acc1"]
 
 
 def cifar10_images(folder: Path, out: Path) -> tuple[Path, Path]:
@@ -191,81 +179,39 @@ def cifar10_images(folder: Path, out: Path) -> tuple[Path, Path]:
     return train, test
 
 
-class Pixels(nn.Module):
-    """Raw pixels as features."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        return images.flatten(1)
-
-
-class PixelFeatures:
-    """Pixels of the labelled images that a run evaluates on, in place of a network's features.
-
-    Args:
-        data_path, val_path: As for the training scripts; None means the embedded images.
-        image_size: Side in pixels.
-        mean, std: Of the method's images.
-    """
-
-    def __init__(self, data_path: str | None, val_path: str | None, image_size: int, mean: tuple, std: tuple):
-        device = torch.device("cpu")
-        transform = EvalTransform(round(image_size * 256 / 224), image_size, mean, std)
-        train, val = (EvalDataset(source, transform) for source in open_labelled(data_path, val_path))
-        self.train, self.train_labels = extract_features(Pixels(), train, device)
-        self.val, self.val_labels = extract_features(Pixels(), val, device)
-
-    def knn(self) -> float:
-        """Top-1 of k-NN with 20 neighbours, in percent."""
-        return knn_classify(self.train, self.train_labels, self.val, self.val_labels, k=20)[0]
-
-    def linear(self, epochs: int = 10, lr: float = 0.001) -> float:
-        """Top-1 of a linear classifier after its last epoch, in percent."""
-        torch.manual_seed(0)
-        classifier = LinearClassifier(self.train.shape[1], int(self.train_labels.max()) + 1)
-        optimizer = torch.optim.SGD(classifier.parameters(), lr, momentum=0.9)
-        for _ in range(epochs):
-            batches = torch.randperm(len(self.train)).split(64)
-            rows = ((self.train[batch], self.train_labels[batch]) for batch in batches)
-            train_one_epoch(classifier, nn.Identity(), rows, optimizer)
-        with torch.no_grad():
-            hits = classifier(self.val).argmax(dim=1) == self.val_labels
-        return 100 * hits.double().mean().item()
-
-
 def spread(values: list[float], digits: int = 1) -> str:
     """Mean and standard deviation over seeds, as text."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
 def table(results: list[dict], columns: dict[str, str]) -> str:
-    """Markdown: one row per variant, mean and spread over seeds of each column (key -> heading)."""
-    names = list(dict.fromkeys(r["variant"] for r in results))
+    """Markdown: one row per variant, mean and spread over seeds of each column (key -> heading), median minutes."""
     rows = [f"| variant | {' | '.join(columns.values())} | minutes a run |", "|---" * (len(columns) + 2) + "|"]
-    for name in names:
-        mine = [r for r in results if r["variant"] == name]
-        cells = [
-            spread([r[key] for r in mine], 1 if key.startswith(("knn", "linear", "rank_me", "acc1", "bleu")) else 3)
-            for key in columns
-        ]
-        rows.append(f"| {name} | {' | '.join(cells)} | {statistics.mean(r['minutes'] for r in mine):.1f} |")
+    for name in dict.fromkeys(r["variant"] for r in results):
+        found = {key: [r[key] for r in results if r["variant"] == name and key in r] for key in (*columns, "minutes")}
+        minutes = found.pop("minutes")
+        cells = [spread(values, decimals(key)) if values else "" for key, values in found.items()]
+        rows.append(f"| {name} | {' | '.join(cells)} | {f'{statistics.median(minutes):.1f}' if minutes else ''} |")
     return "\n".join(rows)
 
 
-def machine() -> dict:
-    """What the numbers were measured on."""
-    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
-    return {"torch": torch.__version__, "python": platform.python_version(), "cores": os.cpu_count()} | gpu
+def machine(amp: str = "auto") -> dict:
+    """What numbers are measured on: machine, precision, versions."""
+    precision = Precision(amp, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    versions = {name: version(name) for name in ("torch", "torchvision", "timm", "numpy")}
+    found = {"machine": report_page.machine(), "precision": str(precision.dtype or torch.float32).split(".")[1]}
+    return found | versions | {"python": platform.python_version()}
 
 
 def write(out: Path, name: str, results: list[dict], text: str) -> None:
-    """Save every run as ``name.json`` and the table as ``name.md``, and print the table.
+    """Save every row as ``name.json`` and the table as ``name.md``, and print the table.
 
-    Paths below ``out`` are stored relative to it; ``machine`` is that of the summary, a run has its own.
+    Paths below ``out`` are stored relative to it; a row without a machine was measured on this one.
     """
-    results = [{key: value for key, value in result.items() if key != "run"} for result in results]
+    results = [{"machine": machine("fp32")} | {k: v for k, v in result.items() if k != "run"} for result in results]
     out.mkdir(parents=True, exist_ok=True)
-    report = json.dumps({"machine": machine(), "results": results}, indent=1)
+    report = json.dumps({"results": results}, indent=1)
     (out / f"{name}.json").write_text(report.replace(f"{out}/", "") + "\n")
     (out / f"{name}.md").write_text(text + "\n")
     print(text, flush=True)
@@ -294,6 +240,7 @@ def main(
     if args.only == "cifar10" and args.cifar10 is None:
         parser.error("--only cifar10: give the folder of the images as --cifar10")
     out, seeds = args.out.absolute(), tuple(args.seeds)
+    torch.set_num_threads(1)  # of what is measured in this process
     if args.only != "cifar10":
         claims(out, args.parallel, seeds)
     if args.only != "claims" and args.cifar10:

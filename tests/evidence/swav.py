@@ -1,20 +1,20 @@
 """The small experiments behind swav/README.md: the paper's claims on the digits, and CIFAR-10 at small scale.
 
     make evidence METHOD=swav                                         # the claims, about 30 core-minutes
-    python tests/evidence/swav.py --only cifar10 --cifar10 DIR        # DIR holds train/ and test/ with class folders
+    python -m tests.evidence.swav --only cifar10 --cifar10 DIR        # DIR holds train/ and test/ with class folders
 
 Every run uses one thread; --parallel of them run at a time. Numbers are those of the last epoch, mean and standard
 deviation over the seeds.
 """
 
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+from torch import nn
 
-from swav.hub import MEAN, STD
-from tests.evidence.runs import PixelFeatures, Variant, in_parallel, linear, main, run_all, spread, table, write
+from swav.hub import CARD, load_backbone
+from tests.evidence.claims import Claim
+from tests.evidence.probe import Features, Pixels, baselines, with_linear
+from tests.evidence.runs import Variant, main, run_all, table, write
 
 RUN = "--num_workers 0 --pictures off --checkpoint_freq 0"
 BOTH = (
@@ -27,7 +27,7 @@ DIGITS = f"{BOTH} --nmb_prototypes 30 --epsilon 0.02 --freeze_prototypes_niters 
 MULTI_CROP = "--epochs 11 --nmb_crops 2 4 --size_crops 32 16 --min_scale_crops 0.6 0.5 --max_scale_crops 1 0.8"
 # a quarter of the batch: a quarter of the learning rate, and four times as many steps with frozen prototypes
 SMALL_BATCH = "--batch_size 16 --base_lr 0.5 --freeze_prototypes_niters 264 --log_freq 89"
-CLAIMS = [
+VARIANTS = [
     Variant("SwAV", DIGITS),
     Variant("multi-crop, equal compute", f"{DIGITS} {MULTI_CROP}"),
     Variant("batch 16", f"{DIGITS} {SMALL_BATCH}"),
@@ -57,45 +57,46 @@ CIFAR10_VARIANTS = [
     Variant("SwAV", f"{CIFAR10} --nmb_prototypes 100 --epsilon 0.03 --freeze_prototypes_niters 125"),
     Variant("DeepCluster-v2", f"{CIFAR10} --nmb_prototypes 100 100 100", "main_deepclusterv2.py"),
 ]
-LINEAR = (
-    f"--arch resnet10t --image_size {CIFAR10_SIZE} --num_labels 10 --epochs 5 --val_freq 5 --batch_size 64 --lr 0.1 "
-    "--crop_scale 0.5 1 --num_workers 0"
-)
+# fmt: off
+CLAIMS = [
+    Claim("the number of prototypes hardly matters", "digits, 100 beside 30, within a point of k-NN", "swav_digits",
+          "100 prototypes", "SwAV", "knn_last", within=1),
+    Claim("the same", "300 beside 100", "swav_digits", "300 prototypes", "100 prototypes", "knn_last", within=1),
+    Claim("DeepCluster-v2 is within a point at equal epochs", "CIFAR-10, linear", "swav_cifar10", "DeepCluster-v2",
+          "SwAV", "linear", within=1),
+    Claim("multi-crop helps at equal compute", "digits, k-NN", "swav_digits", "multi-crop, equal compute", "SwAV",
+          "knn_last"),
+    Claim("a queue helps small batches", "digits, batch of 16, k-NN", "swav_digits", "batch 16 and a queue", "batch 16",
+          "knn_last"),
+    Claim("features are learned without labels", "CIFAR-10, 5 epochs, linear", "swav_cifar10", "SwAV",
+          "random weights", "linear"),
+    Claim("ImageNet: 75.3 linear, near supervised"),
+    Claim("transfer above supervised features"),
+    Claim("few labels, fine-tuned"),
+    Claim("uncurated images"),
+    Claim("wider networks gain more"),
+]
+# fmt: on
 
 
 def claims(out: Path, parallel: int, seeds: tuple[int, ...]) -> None:
-    results = run_all("swav", CLAIMS, out / "digits", parallel, seeds)
-    pixels = PixelFeatures("digits", None, 32, MEAN, STD)
-    write(out, "swav_digits", results, f"{table(results, COLUMNS)}\n\nk-NN on raw pixels: {pixels.knn():.1f}")
+    results = run_all("swav", VARIANTS, out / "digits", parallel, seeds)
+    results.append({"variant": "raw pixels", "knn_last": Features(CARD, Pixels(), ("digits", None), 32).knn()})
+    write(out, "swav_digits", results, table(results, COLUMNS))
 
 
 def cifar10(out: Path, parallel: int, seeds: tuple[int, ...], train: Path, test: Path) -> None:
-    images = f"--data_path {train} --val_path {test}"
-    variants = [Variant(v.name, f"{v.flags} {images}", v.script) for v in CIFAR10_VARIANTS]
-    results = run_all("swav", variants, out / "cifar10", parallel, seeds)
+    images, here = (str(train), str(test)), out / "cifar10"
+    flags = f"--data_path {train} --val_path {test}"
+    variants = [Variant(v.name, f"{v.flags} {flags}", v.script) for v in CIFAR10_VARIANTS]
+    results = run_all("swav", variants, here, parallel, seeds)
+    results = with_linear(results, CARD, load, images, CIFAR10_SIZE, parallel)
+    results = baselines(CARD, images, CIFAR10_SIZE, here, seeds, "resnet10t") + results
+    write(out, "swav_cifar10", results, table(results, {"knn_last": "k-NN", "linear": "linear", "rank_me": "RankMe"}))
 
-    def probe(weights: str | Path, seed: int, folder: Path) -> float:
-        return linear("swav", f"{LINEAR} {images} --pretrained {weights} --seed {seed}", folder, "log.txt")
 
-    def probe_run(result: dict) -> float:
-        return probe(result["run"] / "checkpoint.pth.tar", result["seed"], result["run"] / "linear")
-
-    trained = in_parallel(probe_run, results, parallel)
-    random = in_parallel(lambda seed: probe("random", seed, out / "cifar10/random" / str(seed)), seeds, parallel)
-    for result, accuracy in zip(results, trained, strict=True):
-        result["linear"] = accuracy
-    pixels = PixelFeatures(str(train), str(test), CIFAR10_SIZE, MEAN, STD)
-    rows = [
-        "| features | k-NN | linear, 5 epochs | minutes a run |",
-        "|---|---|---|---|",
-        f"| raw pixels | {pixels.knn():.1f} | {pixels.linear():.1f} | |",
-        f"| random weights | {spread([r['knn_before'] for r in results[: len(seeds)]])} | {spread(random)} | |",
-    ]
-    for variant in variants:
-        mine = [r for r in results if r["variant"] == variant.name]
-        cells = [spread([r[key] for r in mine]) for key in ("knn_last", "linear", "minutes")]
-        rows.append(f"| {variant.name}, 5 epochs | {' | '.join(cells)} |")
-    write(out, "swav_cifar10", results, "\n".join(rows))
+def load(run: Path) -> nn.Module:
+    return load_backbone("resnet10t", run / "checkpoint.pth.tar")
 
 
 if __name__ == "__main__":

@@ -11,17 +11,21 @@ from tests.evidence.runs import Variant
 VARIANTS = [
     (module.__name__.split(".")[-1], variant)
     for module in (dino, swav, deepcluster, paws, resmlp, xcit)
-    for variant in (*module.CLAIMS, *getattr(module, "CIFAR10_VARIANTS", ()))
+    for variant in (*module.VARIANTS, *getattr(module, "CIFAR10_VARIANTS", ()))
 ]
-VARIANTS += [("msn", Variant(name, f"{msn.DIGITS} {flags}")) for name, flags in msn.CLAIMS.items()]
+VARIANTS += [("msn", Variant(name, f"{msn.DIGITS} {flags}")) for name, flags in msn.VARIANTS.items()]
 VARIANTS += [
     ("msn", Variant("beside DINO", f"{msn.DIGITS} {msn.AGAINST_DINO}")),
     ("dino", Variant("beside MSN", msn.DINO)),
     ("msn", Variant("MSN on CIFAR-10", f"{msn.CIFAR10} --data_path images --val_path images")),
     ("paws", Variant("PAWS on CIFAR-10", f"{paws.CIFAR10} --data_path images --val_path images")),
     ("swav", Variant("beside PAWS", paws.SWAV, "main_swav.py")),
-    ("dino", Variant("ResMLP by DINO", resmlp.DINO, "main_dino.py")),
-    *(("dino", Variant(name, f"{xcit.DINO} {flags}", "main_dino.py")) for name, flags in xcit.SELF_SUPERVISED.items()),
+    ("dino", Variant("ResMLP by DINO", f"{resmlp.DINO} --arch resmlp_12", "main_dino.py")),
+    *(("dino", variant) for variant in dino.MOMENTUM_VARIANTS),
+    *(
+        ("dino", Variant(name, f"{xcit.DINO} --arch {flags}", "main_dino.py"))
+        for name, flags in xcit.SELF_SUPERVISED.items()
+    ),
 ]
 
 
@@ -33,15 +37,7 @@ def test_the_flags_of_a_variant_are_those_of_its_script(method, variant):
     assert (args.seed, args.output_dir, args.num_workers, args.pictures) == (1, "out", 0, False)
 
 
-@pytest.mark.parametrize(("method", "flags"), [("swav", swav.LINEAR), ("deepcluster", deepcluster.LINEAR)])
-def test_the_flags_of_the_linear_classifier_are_those_of_its_script(method, flags):
-    script = importlib.import_module(f"{method}.eval_linear")
-    data = ["--data" if method == "deepcluster" else "--data_path", "images", "--val_path", "images"]
-    weights = ["--model" if method == "deepcluster" else "--pretrained", "file"]
-    script.parse_args([*flags.split(), *data, *weights, "--output_dir", "out"])
-
-
-@pytest.mark.parametrize("flags", [contriever.CONTINUED, *contriever.CLAIMS.values()])
+@pytest.mark.parametrize("flags", [contriever.CONTINUED, *contriever.VARIANTS.values()])
 def test_the_flags_on_cranfield_are_those_of_its_script(flags):
     flags = flags if flags == contriever.CONTINUED else f"{contriever.SCRATCH} {flags}"
     paths = ["--train_data", "tokens", "--retriever_model_id", "model", "--output_dir", "out"]
@@ -55,6 +51,6 @@ def test_the_flags_of_fine_tuning_on_cranfield_are_those_of_its_script():
 
 def test_names_of_variants_are_names_of_folders():
     for module in (dino, swav, deepcluster, resmlp, xcit):
-        for variants in (module.CLAIMS, getattr(module, "CIFAR10_VARIANTS", [])):
+        for variants in (module.VARIANTS, getattr(module, "CIFAR10_VARIANTS", [])):
             folders = {variant.name.replace(" ", "_") for variant in variants}
             assert len(folders) == len(variants) and not any("/" in folder for folder in folders)

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from dino.hub import CARD
 from shared.images.labelled import open_labelled
-from tests.evidence import runs
+from tests.evidence import probe, runs
 from tests.pictures import write_images
 
 
@@ -33,7 +34,8 @@ def test_stored_commands_name_no_folder_of_the_machine(folder, tmp_path, capsys)
     runs.write(out, "cats", [{"command": command, "run": out / "0"}], "a table")
     (result,) = json.loads((out / "cats.json").read_text())["results"]
     images = "--data_path cifar10/train --val_path cifar10/test"
-    assert result == {"command": f"python main_dino.py {images} --pretrained 0/checkpoint.pth"}
+    command = f"python main_dino.py {images} --pretrained 0/checkpoint.pth"
+    assert result == {"command": command, "machine": runs.machine("fp32")}
     assert (out / "cats.md").read_text() == capsys.readouterr().out == "a table\n"
 
 
@@ -45,3 +47,11 @@ def test_a_run_is_stored_with_its_machine_and_not_repeated(tmp_path, monkeypatch
     assert len(started) == 1 and first == again
     assert (first["command"], first["knn_last"]) == ("python main_dino.py --epochs 1 --seed 3", 50.0)
     assert first["machine"] == runs.machine()
+
+
+def test_the_linear_classifier_of_the_tables_learns_what_is_in_the_features(tmp_path):
+    write_images(tmp_path / "train", per_class=20)
+    write_images(tmp_path / "test", per_class=4)
+    features = probe.Features(CARD, probe.Pixels(), (str(tmp_path / "train"), str(tmp_path / "test")), 8)
+    found = features.linear()
+    assert (features.knn(), found["linear"]) == (100, 100) and found == features.linear()
