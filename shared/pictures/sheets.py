@@ -71,7 +71,7 @@ def thumbnail(source: ImageSource, index: int) -> np.ndarray:
 
 def _values_of_file(source: ImageSource, index: int) -> np.ndarray | None:
     """Values of a file that is no RGB of 8 bits, of a source that does not know it, as one of a table of features."""
-    if source.channels is None and isinstance(source, FileSource):
+    if isinstance(source, FileSource) and source.channels is None:
         with contextlib.suppress(ImageError):
             if source.path(index).lower().endswith((".tif", ".tiff", ".npy")):
                 values = read_values(source.path(index), None)

@@ -85,7 +85,7 @@ def write_bad(path, kind):
     elif kind == "huge":
         tifffile.imwrite(path, np.zeros((5, 1100, 1000), np.uint8), compression="zlib")
     else:
-        arrays = {"channels": grey[..., None].repeat(3, 2), "pages": np.stack([grey] * 4), "type": broken + 0j}
+        arrays = {"channels": grey[..., None].repeat(3, 2), "pages": np.stack([grey] * 6), "type": broken + 0j}
         array = arrays.get(kind, broken)
         (np.save if path.suffix == ".npy" else tifffile.imwrite)(path, array)
 
@@ -94,7 +94,7 @@ def write_bad(path, kind):
     ("kind", "suffix", "reason"),
     [
         ("channels", ".npy", r"shape \(6, 7, 3\) is not that of --in_chans 5, \(H, W, 5\) or \(5, H, W\)"),
-        ("pages", ".tif", r"shape \(4, 6, 7\) is not that of --in_chans 5"),
+        ("pages", ".tif", r"shape \(6, 6, 7\) is not that of --in_chans 5"),
         ("type", ".npy", "pixels of complex64; --in_chans takes uint8, uint16, int16, float16, float32"),
         ("palette", ".tif", "a palette, whose numbers are no intensities"),
         ("palette", ".png", "pixels of Pillow's mode P; --in_chans takes"),
@@ -218,8 +218,8 @@ def extract(folder, run, data_path):
 
 def test_dino_learns_from_five_channels_resumes_and_is_evaluated(tmp_path, monkeypatch):
     data_path, whole, parts = write_plates(tmp_path / "plates"), tmp_path / "whole", tmp_path / "parts"
-    more = ("--arch", "vit_micro", "--in_chans", 5, "--eval_knn_freq", 1, "--epochs", 1)
-    train("dino", whole, data_path, *more, "--pictures", "on")
+    more = ("--arch", "vit_micro", "--in_chans", 5, "--epochs", 1)
+    train("dino", whole, data_path, *more, "--eval_knn_freq", 1, "--pictures", "on")
     with stopped_after(4):
         train("dino", parts, data_path, *more)
     with monkeypatch.context() as patched:  # what was measured is in the checkpoint
