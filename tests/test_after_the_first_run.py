@@ -8,7 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors
+import tifffile
 from PIL import Image
 
 from tests.processes import run_script
@@ -131,6 +134,18 @@ def test_an_hour_from_an_empty_folder(tmp_path):
     # one's own Dataset
     (tmp_path / "my_data.py").write_text(MODULE)
     step(f"dino/main_dino.py --data_path my_data:photos {train} {FAST} --epochs 1 --output_dir own", tmp_path)
+
+    # five channels of a 12-bit camera
+    (tmp_path / "tiffs").mkdir()
+    for i in range(24):
+        values = np.random.default_rng(i).integers(0, 4096, (5, SIDE, SIDE)).astype(np.uint16)
+        tifffile.imwrite(tmp_path / "tiffs" / f"{i}.tif", values, photometric="minisblack")
+    step(f"dino/main_dino.py --data_path tiffs --in_chans 5 {train} {FAST} --epochs 1 --output_dir run5", tmp_path)
+    step(f"{extract} HERE/run5 --data_path HERE/tiffs {FAST} --out HERE/five.parquet", tmp_path)
+    step("-m dino.export --pretrained_weights HERE/run5 --output_dir HERE/out5", tmp_path)
+    with safetensors.safe_open(tmp_path / "out5/vit_tiny.safetensors", "pt") as file:
+        fed = {name: json.loads(file.metadata()[name]) for name in ("mean", "std", "low", "high")}
+    assert all(len(values) == 5 for values in fed.values()) and max(fed["high"]) <= 4095
 
     # export, and what reads it in fresh processes
     step("-m dino.export --pretrained_weights HERE/run --output_dir HERE/out", tmp_path)

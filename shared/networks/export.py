@@ -1,6 +1,7 @@
 """Trained networks as files for other programs; a file is kept once it has given the torch network's output."""
 
 import argparse
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -22,7 +23,7 @@ from .card import Card
 from .model_card import write_model_card
 from .names import TO_TRANSFORMERS_VIT, renamed, split_qkv
 from .onnx_session import onnx_session
-from .pretrained import backbone_of
+from .pretrained import backbone_of, flags_of_run
 from .weights import load_backbone_weights, safe_load, vit_shape
 
 ENDINGS = {"safetensors": ".safetensors", "torchvision": "_torchvision.pth", "timm": "_timm.pth", "onnx": ".onnx"}
@@ -208,6 +209,15 @@ def export_transformers(card: Card, network: nn.Module, folder: Path, model: str
     return folder
 
 
+def as_trained(card: Card, origin: str | Path) -> tuple[Card, dict[str, list[float]]]:
+    """The card with the mean and std of a run whose images are no RGB, and the range of values that becomes [0, 1]."""
+    channels = flags_of_run(origin).get("channels")
+    if not channels:
+        return card, {}
+    value_range = {"low": channels["low"], "high": channels["high"]}
+    return dataclasses.replace(card, mean=channels["mean"], std=channels["std"]), value_range
+
+
 def export_network(
     card: Card,
     network: nn.Module,
@@ -249,6 +259,8 @@ def export_network(
     image_size = [image_size[0], image_size[-1]]
     state, own_size = network.state_dict(), own_size or image_size
     timm_state = {name: value.contiguous() for name, value in to_timm(state).items()}
+    card, value_range = as_trained(card, origin)
+    header = {**header, **value_range}
     described = as_texts({**header, "mean": card.mean, "std": card.std, "image_size": image_size})
     files = {name: Path(f"{stem}{ending}") for name, ending in ENDINGS.items()}
 
@@ -335,7 +347,7 @@ def export_backbone(
     )
     if transformers_model:
         folder = stem.with_name(f"{arch}_transformers")
-        files["transformers"] = export_transformers(card, network, folder, transformers_model)
+        files["transformers"] = export_transformers(as_trained(card, origin)[0], network, folder, transformers_model)
     return files
 
 
