@@ -114,7 +114,7 @@ def load_frozen(args: argparse.Namespace, hub: ModuleType) -> tuple[nn.Module, E
         trained_with = dict(flags_of_training(checkpoint))
         known = release.arch if release else checkpoint.get("arch") if isinstance(checkpoint, Mapping) else None
         trained_with |= {arch_flag: known} if isinstance(known, str) else {}
-    default = next(iter(card.releases.values())).arch
+    default = next((release.arch for release in card.releases.values()), None)
     take_from_run(args, trained_with, {"arch": arch_flag, "image_size": size_flag(trained_with)}, {"arch": default})
     options = {"img_size": args.image_size or 224}
     if args.weights == "random":

@@ -1,0 +1,224 @@
+"""Four processes on a mesh of two axes against one process: values, gradients, trainings, checkpoints, memory."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from shared.plan import make_plan
+from shared.run.checkpoint import load_latest
+from shared.run.run import Run
+from tests.processes import run_processes
+from tests.run_folders import losses, state_of
+from tests.vit22b.tiny import add_small_size, train
+from vit22b.mesh import OnMesh, build_on_mesh, clip_gradients_, open_mesh
+from vit22b.ring import cheaper_way, ring_linear
+from vit22b.scaled_vit import Block, ScaledViT, Share, Switches
+
+CPU = torch.device("cpu")
+KINDS = {  # every switch once
+    "parallel": Switches(),
+    "unfused": Switches(fused=False, norm="layernorm_nobias", qkv_bias=True),
+    "sequential": Switches(parallel=False, fused=False, out_bias=False),
+    "plain": Switches(qk_norm=False, mlp_bias=False, qkv_bias=True, norm="layernorm"),
+}
+
+
+def small(switches: Switches, share: Share | None = None) -> ScaledViT:
+    return ScaledViT(16, 2, 24, 4, 4, 16, 5, switches=switches, share=share)
+
+
+def values_and_gradients(images: torch.Tensor, network: ScaledViT, step) -> list[dict[str, torch.Tensor]]:
+    """Parameters after two steps and their last gradients; the classifier starts at 0, so the first step has few."""
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.5)
+    for _ in range(2):
+        optimizer.zero_grad()
+        step(network(images))
+        optimizer.step()
+    return network
+
+
+def loss_of(logits: torch.Tensor) -> None:
+    (logits.softmax(dim=1)[:, 0] - logits.sin().sum(dim=1)).mean().backward()
+
+
+def on_mesh(rank: int, mesh: tuple[int, int], images: torch.Tensor) -> dict:
+    torch.set_default_dtype(torch.double)
+    device_mesh, found = open_mesh(*mesh, CPU), {}
+    for kind, switches in KINDS.items():
+        torch.manual_seed(0)
+        network = build_on_mesh(partial(small, switches), device_mesh, CPU)
+        own = images.chunk(mesh[0])[device_mesh["data"].get_local_rank()]
+        values_and_gradients(own, network, loss_of)
+        held = OnMesh(network)
+        gradients = {name: held.whole(name, p.grad) for name, p in held.named.items()}
+        norm = clip_gradients_(network, 0.1)
+        found[kind] = [held.state_dict(), gradients, norm]
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.zero_()
+        full = small(switches)
+        held.load_state_dict(full.state_dict())
+        found[kind].append(network(own).detach() - full(own).detach())
+        memory = sum(p.to_local().numel() for p in network.parameters())
+        found[kind].append(torch.tensor(memory))
+    return found
+
+
+@pytest.mark.parametrize("mesh", [(2, 2), (1, 4)])
+def test_four_processes_on_a_mesh_are_equal_to_one(mesh):
+    images = torch.randn(4, 3, 16, 16, dtype=torch.double)
+    found = run_processes(on_mesh, 4, mesh, images)
+    torch.set_default_dtype(torch.double)
+    try:
+        for kind, switches in KINDS.items():
+            torch.manual_seed(0)
+            network = small(switches)
+            values_and_gradients(images, network, loss_of)
+            state, gradients, norm, difference, memory = found[0][kind]
+            torch.testing.assert_close(state, dict(network.state_dict()), rtol=1e-9, atol=1e-11)
+            expected = {name: p.grad for name, p in network.named_parameters()}
+            torch.testing.assert_close(gradients, expected, rtol=1e-9, atol=1e-11)
+            total = torch.nn.utils.get_total_norm(expected.values())
+            for result in found:
+                torch.testing.assert_close(result[kind][2], total)
+                assert result[kind][3].abs().max() < 1e-12  # a state dict of one process is taken over
+            assert list(state) == list(network.state_dict())
+
+            def build(parts: int, switches: Switches = switches) -> ScaledViT:
+                return small(switches, Share(0, parts))
+
+            planned = make_plan(build, (3, 16, 16), 4, mesh).weights // 4
+            largest = max(int(result[kind][4]) for result in found)
+            assert largest == planned
+    finally:
+        torch.set_default_dtype(torch.float)
+
+
+def saved_bytes(rank: int, images: torch.Tensor) -> int:
+    """Of what autograd keeps on a process of a mesh of two heads' halves, parameters left out."""
+    network = build_on_mesh(partial(small, Switches()), open_mesh(1, 2, CPU), CPU)
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.setdefault(t.untyped_storage()._cdata, t) is None or t, lambda t: t
+    ):
+        network(images)
+    own = {p.to_local().untyped_storage().nbytes() for p in network.parameters()}
+    return sum(t.untyped_storage().nbytes() for t in kept.values()), own
+
+
+def train_in_processes(rank: int, output_dir: str, flags: tuple, updates: int) -> None:
+    if updates:  # a run that is killed after so many
+        update, calls = Run.update, []
+
+        def stop(*args) -> None:
+            calls.append(args)
+            if len(calls) > updates:
+                raise KeyboardInterrupt
+            update(*args)
+
+        Run.update = stop
+    try:
+        train(output_dir, *flags)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        if updates:
+            Run.update = update
+
+
+def assert_close_runs(found: dict, expected: dict) -> None:
+    torch.testing.assert_close(dict(found["model"]), dict(expected["model"]), rtol=1e-4, atol=2e-5)
+    for i, values in expected["optimizer"]["state"].items():
+        torch.testing.assert_close(found["optimizer"]["state"][i], values, rtol=1e-3, atol=1e-6)
+
+
+def test_a_training_on_a_mesh_is_that_of_one_process_and_goes_on_with_and_without_it(images, tmp_path):
+    data = ("--data_path", str(images), "--batch_size")
+    alone = train(tmp_path / "alone", *data, "8")
+    on_four = (*data, "2", "--mesh", "2", "2")
+    run_processes(train_in_processes, 4, str(tmp_path / "mesh"), on_four, 0)
+    assert losses(tmp_path / "mesh") == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
+    assert_close_runs(state_of(tmp_path / "mesh"), state_of(tmp_path / "alone"))
+    assert list(state_of(tmp_path / "mesh")["model"]) == list(state_of(tmp_path / "alone")["model"])
+    assert alone[-1]["test_acc1"] == pytest.approx(train(tmp_path / "mesh", *data, "8")[-1]["test_acc1"])
+
+    # stopped after four of six steps, and gone on with: on the mesh bit by bit, on another one and alone but for rounding
+    run_processes(train_in_processes, 4, str(tmp_path / "parts"), on_four, 4)
+    stopped = load_latest(tmp_path / "parts" / "checkpoint.pth")
+    assert (stopped["epoch"], stopped["step_in_epoch"]) == (1, 1)
+    for name in ("other", "single"):
+        (tmp_path / name).mkdir()
+        for file in ("checkpoint.pth", "metrics.jsonl", "log.txt"):
+            (tmp_path / name / file).write_bytes((tmp_path / "parts" / file).read_bytes())
+    run_processes(train_in_processes, 4, str(tmp_path / "parts"), on_four, 0)
+    parts, whole = state_of(tmp_path / "parts"), state_of(tmp_path / "mesh")
+    assert all(torch.equal(parts["model"][name], tensor) for name, tensor in whole["model"].items())
+    run_processes(train_in_processes, 2, str(tmp_path / "other"), (*data, "4", "--mesh", "1", "2"), 0)
+    train(tmp_path / "single", *data, "8")
+    for name in ("other", "single"):
+        assert_close_runs(state_of(tmp_path / name), state_of(tmp_path / "alone"))
+
+
+# --- Mistakes ---------------------------------------------------------------------------------------------------------
+
+
+def error_on_mesh(rank: int, mesh: tuple[int, int], sizes: tuple) -> str:
+    try:
+        build_on_mesh(partial(ScaledViT, *sizes), open_mesh(*mesh, CPU), CPU)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("mesh", "sizes", "message"),
+    [
+        ((2, 1), (16, 1, 24, 4, 4, 16), ""),
+        ((3, 1), (16, 1, 24, 4, 4, 16), "--mesh 3 1 is of 3 processes, and there are 2"),
+        ((1, 2), (15, 1, 24, 3, 4, 16), "3 heads cannot be divided among 2 processes, the model axis of the mesh"),
+        ((1, 2), (16, 1, 25, 4, 4, 16), "25 channels of the MLP cannot be divided among 2"),
+        ((1, 2), (16, 1, 24, 4, 4, 12), "9 tokens cannot be divided among 2 processes"),
+        ((2, 1), (15, 1, 24, 3, 4, 16), "a width of 15 cannot be divided among 2, the data axis of the mesh"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_is_named(mesh, sizes, message):
+    for found in run_processes(error_on_mesh, 2, mesh, sizes):
+        assert (message in found) if message else not found
+
+
+# --- Ring -------------------------------------------------------------------------------------------------------------
+
+
+def ring_gradients(rank: int, x: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor]:
+    found = []
+    for by, dim in (("columns", 1), ("rows", 0)):
+        own = [x.chunk(4, dim=-1)[rank].clone(), weight.chunk(4, dim=dim)[rank].clone()]
+        y = ring_linear(*(tensor.requires_grad_() for tensor in own), by)
+        y.sin().sum().backward()
+        found += [y.detach(), *(tensor.grad for tensor in own)]
+    return found
+
+
+def test_the_ring_gives_values_and_gradients_of_the_whole_product():
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 3, 8, dtype=torch.double), torch.randn(12, 8, dtype=torch.double)
+    found = list(zip(*run_processes(ring_gradients, 4, x, weight), strict=True))
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+    y = x @ weight.T
+    y.sin().sum().backward()
+    for values, dim in ((found[:3], 1), (found[3:], 0)):
+        torch.testing.assert_close(torch.cat(values[0], dim=-1), y.detach())
+        torch.testing.assert_close(torch.cat(values[1], dim=-1), x.grad)
+        torch.testing.assert_close(torch.cat(values[2], dim=dim), weight.grad)
+    assert (cheaper_way(8, 32), cheaper_way(32, 8)) == ("rows", "columns")
+
+
+def ring_error(rank: int) -> str:
+    with pytest.raises(ValueError) as error:
+        ring_linear(torch.zeros(1, 2), torch.zeros(3, 2), "columns")
+    return str(error.value)
+
+
+def test_a_product_that_the_ring_cannot_share_is_named():
+    assert run_processes(ring_error, 2)[0] == "3 outputs by 'columns' cannot be shared by 2 processes"
