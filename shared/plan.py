@@ -1,13 +1,14 @@
 """What a training takes before it is started: memory of each device, floating-point operations, utilisation.
 
-    python -m shared.plan dino vit_base --batch_size 1024 --mesh 8 1
-    python -m shared.plan vit22b vit_22b --mesh 64 16 --batch_size 65536 --recompute --images_per_s 4.5 --peak_tflops 275
+    python -m shared.plan FOLDER ARCH --batch_size 1024 --mesh 8 1
+    python -m shared.plan FOLDER ARCH --mesh 64 16 --recompute --images_per_s 4.5 --peak_tflops 275
 
-Any network of a folder's card, of any size: it is built on torch's meta device, which has shapes and no numbers. Weights,
-gradients and optimiser are divided among the devices of a mesh (data, model), as fully sharded training does it; the
-model axis is for networks whose ``build`` takes ``model_parallel``. What a pass keeps for its gradients is measured: all
-tensors that autograd saves, with fused attention. Operations are those of products, convolutions and attention, two for
-a multiplication with its addition, and three forward passes for a training step; repeated ones do not count.
+Any network of a folder's card, of any size: it is built on torch's meta device, which has shapes and no numbers.
+Weights, gradients and optimiser are divided among the devices of a mesh (data, model), as fully sharded training does
+it; the model axis is for networks whose ``build`` takes ``model_parallel``. What a pass keeps for its gradients is
+measured: all tensors that autograd saves, with fused attention. Operations are those of products, convolutions and
+attention, two for a multiplication with its addition, and three forward passes for a training step; repeated ones do
+not count.
 """
 
 import argparse
@@ -40,20 +41,22 @@ def count_parameters(module: nn.Module, matrices_only: bool = False) -> int:
 
 
 def repeated_blocks(network: nn.Module) -> list[nn.Module]:
-    """The modules a network repeats: of the class with most parameters that has several of them; the outermost ones.
+    """The modules a network repeats: of all classes with several of them, the one with most parameters.
 
-    Containers (``nn.Sequential``, ``nn.ModuleList``) are none.
+    Of classes that have them within a hundredth, such as stages and their blocks, the most frequent one. Containers
+    (``nn.Sequential``, ``nn.ModuleList``) are none.
     """
     by_class: dict[type, list[nn.Module]] = defaultdict(list)
     for module in network.modules():
         if next(module.children(), None) is not None and not isinstance(module, nn.Sequential | nn.ModuleList):
             by_class[type(module)].append(module)
-    several = [modules for modules in by_class.values() if len(modules) > 1]
-    return max(several, key=lambda modules: sum(map(count_parameters, modules)), default=[])
+    totals = {kind: sum(map(count_parameters, found)) for kind, found in by_class.items() if len(found) > 1}
+    largest = [kind for kind, total in totals.items() if total >= 0.99 * max(totals.values())]
+    return max((by_class[kind] for kind in largest), key=len, default=[])
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Attention on the meta device as fused kernels do it, which keep no weights of attention; counts its operations."""
+    """Attention on the meta device as fused kernels do it, which keep no weights of it; counts its operations."""
 
     flops = 0
 
@@ -101,10 +104,13 @@ def measure_pass(network: nn.Module, images: Tensor) -> Pass:
         storage = args[0].untyped_storage()
         inputs.setdefault(storage._cdata, (storage, storage._cdata in kept))
 
+    def leave(*_) -> None:
+        current.pop()
+
     hooks = []
     for number, block in enumerate(blocks):
         hooks.append(block.register_forward_pre_hook(lambda module, args, n=number: enter(n, module, args)))
-        hooks.append(block.register_forward_hook(lambda *_: current.pop() and None))
+        hooks.append(block.register_forward_hook(leave))
     attention = _FusedAttention()
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), FlopCounterMode(display=False) as counter:

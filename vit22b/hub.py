@@ -14,12 +14,7 @@ from .scaled_vit import SIZES, ScaledViT, Share, Switches
 def build(arch: str, in_chans: int = 3, img_size: int = 224, model_parallel: int = 1, **options) -> ScaledViT:
     """A network of a published size (``vit_22b``), without a classifier unless ``num_classes`` is among the options.
 
-    Args:
-        model_parallel: Build what one of so many processes has of it, for the meta device.
-        options: Of :class:`ScaledViT`.
-
-    Raises:
-        ValueError: If there is no such size.
+    With ``model_parallel`` it has the shapes of what one of so many processes holds, for the meta device.
     """
     size = str(arch).removeprefix("vit_")
     if size not in SIZES or size == arch:
@@ -30,11 +25,7 @@ def build(arch: str, in_chans: int = 3, img_size: int = 224, model_parallel: int
 
 
 def sizes(arch: str, tensors: Mapping[str, Tensor]) -> dict:
-    """Arguments of :func:`build` that the tensors of a network tell.
-
-    Raises:
-        WeightMismatch: If they are not those of one.
-    """
+    """Arguments of :func:`build` that the tensors of a network tell; ``WeightMismatch`` for those of another one."""
     kernel, positions = tensors.get("patches.weight"), tensors.get("patches.positions")
     if kernel is None or positions is None or "blocks.0.weight_in" not in tensors:
         raise WeightMismatch(f"{arch}: another layout, without the fused matrices of a ViT-22B")

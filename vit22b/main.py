@@ -126,10 +126,6 @@ def sigmoid_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(dim=1)
 
 
-def softmax_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits, targets, reduction="none")
-
-
 def decay_groups(network: nn.Module, body: float, head: float) -> list[dict]:
     """Parameters of the body's matrices, of the classifier's, and all others, which do not decay."""
     groups = [{"params": [], "weight_decay": decay} for decay in (body, head, 0.0)]
@@ -175,14 +171,9 @@ def train_vit22b(args: argparse.Namespace) -> None:
     if args.mesh is not None:
         parts["model"] = held = OnMesh(network)
         parts["optimizer"] = OptimizerOnMesh(optimizer, held, ("lr",))
-    factor = partial(
-        learning_rate_factor,
-        total_steps=total_steps,
-        warmup_steps=args.warmup_steps,
-        cooldown_steps=args.cooldown_steps,
-        timescale=args.timescale,
-    )
-    criterion = sigmoid_cross_entropy if args.loss == "sigmoid" else softmax_cross_entropy
+    schedule = total_steps, args.warmup_steps, args.cooldown_steps, args.timescale
+    softmax = partial(F.cross_entropy, reduction="none")
+    criterion = sigmoid_cross_entropy if args.loss == "sigmoid" else softmax
     monitor = AttentionMonitor(network)
     run.health.rules = health_rules(args.qk_norm)
 
@@ -193,7 +184,7 @@ def train_vit22b(args: argparse.Namespace) -> None:
             evaluate(run, images, network)
         for epoch in run.epochs():
             data.sampler.set_epoch(epoch, run.step_in_epoch)
-            train_one_epoch(run, model, criterion, data.loader, optimizer, factor, monitor, images.num_classes)
+            train_one_epoch(run, model, criterion, data.loader, optimizer, schedule, monitor, images.num_classes)
             tested = {}
             if (epoch + 1) % args.test_freq == 0 or epoch + 1 == args.epochs:
                 tested = evaluate(run, images, network)
@@ -208,7 +199,7 @@ def train_one_epoch(
     criterion: Callable[[Tensor, Tensor], Tensor],
     loader: Iterable,
     optimizer: torch.optim.Optimizer,
-    factor: Callable[[int], float],
+    schedule: tuple[int, ...],
     monitor: AttentionMonitor,
     num_classes: int,
 ) -> None:
@@ -217,11 +208,11 @@ def train_one_epoch(
     Args:
         criterion: Maps logits and labels (B, classes) to losses (B,).
         loader: Yields (views, labels, indices).
-        factor: Of the learning rate, by the step.
+        schedule: Arguments of :func:`learning_rate_factor`.
     """
     network = distributed.unwrap(model)
     for step, (views, labels, _) in run.steps(loader):
-        lr = run.args.lr * factor(step)
+        lr = run.args.lr * learning_rate_factor(step, *schedule)
         for group in optimizer.param_groups:
             group["lr"] = lr
         views, labels = views.to(run.device, non_blocking=True), labels.to(run.device, non_blocking=True)

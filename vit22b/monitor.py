@@ -62,7 +62,9 @@ class AttentionMonitor:
         """
         if not self.found:
             return {}
-        logits, entropies = (torch.stack(values) for values in zip(*(self.found[i] for i in sorted(self.found))))
+        logits, entropies = (
+            torch.stack(values) for values in zip(*(self.found[i] for i in range(len(self.modules))), strict=True)
+        )
         self.found = {}
         if distributed.get_world_size() > 1:
             dist.all_reduce(logits, op=dist.ReduceOp.MAX)

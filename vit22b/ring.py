@@ -9,6 +9,8 @@ last dimension. A is shared too:
   it. A shard of x is what is sent.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -27,16 +29,13 @@ def partial_products(x_shards: Tensor, weight: Tensor) -> Tensor:
 
 
 def ring_linear(x: Tensor, weight: Tensor, by: str, group: dist.ProcessGroup | None = None) -> Tensor:
-    """This process's shard of y = x A^T; gradients of x and of the part of A are exact and travel the same ring.
+    """This process's shard (..., outputs / P) of y = x A^T; gradients of x and A are exact and travel the same ring.
 
     Args:
         x: Shard of this process, (..., inputs / P).
         weight: Its part of A: (outputs, inputs / P) by ``columns``, (outputs / P, inputs) by ``rows``.
         by: How A is shared.
         group: The processes; None: all.
-
-    Returns:
-        (..., outputs / P).
 
     Raises:
         ValueError: If the sizes cannot be shared evenly.
@@ -78,7 +77,7 @@ def _sum_of_products(x: Tensor, parts: tuple[Tensor, ...], ring: _Ring) -> Tenso
     return total
 
 
-def _each_shard(x: Tensor, ring: _Ring, use) -> None:
+def _each_shard(x: Tensor, ring: _Ring, use: Callable[[int, Tensor], object]) -> None:
     """Call ``use(r, shard)`` with the shard of every process r, while the next one is on its way."""
     for hop in range(ring.world):
         if hop + 1 < ring.world:
@@ -86,13 +85,6 @@ def _each_shard(x: Tensor, ring: _Ring, use) -> None:
         use((ring.rank - hop) % ring.world, x)
         if hop + 1 < ring.world:
             x = ring.wait()
-
-
-def _products_of_all(x: Tensor, parts: tuple[Tensor, ...], ring: _Ring) -> Tensor:
-    """The sum over the processes r of their x times ``parts[r]``."""
-    products: list[Tensor] = []
-    _each_shard(x, ring, lambda r, shard: products.append(shard @ parts[r]))
-    return sum(products[1:], products[0])
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:
@@ -110,14 +102,14 @@ class _ByColumns(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
-        rows, x_grads, weight_grads = weight.chunk(ctx.ring.world), [], [None] * ctx.ring.world
+        rows, products, weight_grads = weight.chunk(ctx.ring.world), [], {}
 
         def use(r: int, shard: Tensor) -> None:
-            x_grads.append(shard @ rows[r])
+            products.append(shard @ rows[r])
             weight_grads[r] = _outer(shard, x)
 
         _each_shard(grad, ctx.ring, use)
-        return sum(x_grads[1:], x_grads[0]), torch.cat(weight_grads), None
+        return sum(products[1:], products[0]), torch.cat([weight_grads[r] for r in range(len(rows))]), None
 
 
 class _ByRows(torch.autograd.Function):
@@ -125,16 +117,14 @@ class _ByRows(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, group) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.ring = ring = _Ring(group)
-        return _products_of_all(x, weight.T.chunk(ring.world), ring)
+        parts, products = weight.T.chunk(ring.world), []
+        _each_shard(x, ring, lambda r, shard: products.append(shard @ parts[r]))
+        return sum(products[1:], products[0])
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
         x_grad = _sum_of_products(grad, weight.chunk(ctx.ring.world, dim=1), ctx.ring)
-        weight_grads: list[Tensor | None] = [None] * ctx.ring.world
-
-        def use(r: int, shard: Tensor) -> None:
-            weight_grads[r] = _outer(grad, shard)
-
-        _each_shard(x, ctx.ring, use)
-        return x_grad, torch.cat(weight_grads, dim=1), None
+        weight_grads: dict[int, Tensor] = {}
+        _each_shard(x, ctx.ring, lambda r, shard: weight_grads.update({r: _outer(grad, shard)}))
+        return x_grad, torch.cat([weight_grads[r] for r in range(ctx.ring.world)], dim=1), None

@@ -37,8 +37,8 @@ EPS = 1e-6
 class Share:
     """The heads, MLP channels and tokens of one process among ``count`` that hold a network together.
 
-    This one is the whole network. With more parts it has the shapes of one process and not its values, which is what
-    measuring on the meta device needs; :class:`vit22b.mesh.MeshShare` talks to the other processes.
+    This one is the whole network, or has the shapes of a part, which is what measuring on the meta device needs;
+    :class:`vit22b.mesh.MeshShare` talks to the other processes.
     """
 
     def __init__(self, index: int = 0, count: int = 1):
@@ -53,7 +53,7 @@ class Share:
         return x if self.count == 1 else x[:, : x.shape[1] // self.count]
 
     def all_tokens(self, x: Tensor) -> Tensor:
-        """As :meth:`gather`, for what every process then computes alike."""
+        """The same for what every process then computes alike."""
         return self.gather(x)
 
     def own_tokens(self, x: Tensor) -> Tensor:
@@ -61,10 +61,7 @@ class Share:
         return self.reduce(x)
 
     def rows(self, sizes: tuple[int, ...]) -> Tensor:
-        """Rows of each process, process after process, in a matrix of pieces with ``sizes`` rows, each divided alike.
-
-        Process 0 comes first with the first part of every piece.
-        """
+        """The rows of process 0, then of 1, ...: each has a part of every piece of a matrix, pieces of these sizes."""
         pieces = torch.arange(sum(sizes), device="cpu").split(sizes)
         return torch.cat([piece.chunk(self.count)[i] for i in range(self.count) for piece in pieces])
 
@@ -76,15 +73,14 @@ class Share:
         """Raise ``ValueError`` if one of these cannot be divided evenly among the processes."""
         for name, length in lengths.items():
             if length % self.count:
-                what = f"{length} {name.replace('_', ' ')} cannot be divided among {self.count} processes"
-                raise ValueError(f"{what}, the model axis of the mesh")
+                what = f"{length} {name.replace('_', ' ')} cannot be divided among"
+                raise ValueError(f"{what} {self.count} processes, the model axis of the mesh")
 
 
 def local(parameter: Tensor, summed: bool = False) -> Tensor:
     """What this process holds of a parameter that is distributed over a mesh; any other one as it is.
 
-    Args:
-        summed: The process sees only its own tokens or heads: gradients are those of all processes together.
+    With ``summed`` the process sees its own tokens or heads only: gradients are those of all processes together.
     """
     if not hasattr(parameter, "to_local"):
         return parameter
@@ -97,12 +93,9 @@ def local(parameter: Tensor, summed: bool = False) -> Tensor:
 
 
 class Norm(nn.Module):
-    """Normalises the last dimension, with a learned scale: by the root of the mean square, or centred as well.
+    """Normalises the last dimension by the root of the mean square, or centred as well, with a learned scale.
 
-    The scale is called ``scale``, or ``weight`` where tokens are centred, so that a file of weights tells the kind.
-
-    Args:
-        kind: ``rmsnorm``, ``layernorm_nobias``, or ``layernorm``: with a bias.
+    That is called ``scale``, or ``weight`` where tokens are centred, so that a file of weights tells the kind.
     """
 
     def __init__(self, dim: int, kind: str):
@@ -145,8 +138,7 @@ class Switches:
     Attributes:
         parallel: Attention and MLP see the same tokens, and one sum is added; else one after the other.
         fused: Both share their products, one at the input and one at the output; needs ``parallel``.
-        qk_norm: Queries and keys are normalised over the channels of a head, with a scale that all heads share.
-        norm: One of ``NORMS``, everywhere.
+        qk_norm: Over the channels of a head, with a scale that all heads share.
         qkv_bias, out_bias, mlp_bias: Of queries, keys and values; of the attention's output; of both layers of the MLP.
         gelu: ``tanh`` or ``none``, the exact function.
     """
@@ -168,11 +160,8 @@ class Switches:
 class Block(nn.Module):
     """x + Attention(Norm(x)) + MLP(Norm(x)), or one after the other.
 
-    On several processes, each has some of the heads and of the MLP's channels, and the tokens between blocks are
-    shared out as well: a parallel block gathers them once and adds up what was computed once.
-
-    Raises:
-        ValueError: If heads cannot be divided as wanted.
+    Each process of several has some of the heads and of the MLP's channels, and some of the tokens between blocks: a
+    parallel block gathers them once and adds up what was computed once.
     """
 
     def __init__(self, dim: int, num_heads: int, hidden_dim: int, switches: Switches, share: Share | None = None):
@@ -207,25 +196,21 @@ class Block(nn.Module):
 
     def both(self, y: Tensor) -> Tensor:
         """Attention and MLP in two products: (B, N, D) -> (B, N, D), or this process's part of that sum."""
-        q, k, v, hidden = F.linear(y, local(self.weight_in), self.bias_in()).split(self.sizes, dim=-1)
-        inner = torch.cat([self.heads(q, k, v), self.gelu(hidden)], dim=-1)
+        q, k, v, hidden = F.linear(y, local(self.weight_in), self.bias_in(y)).split(self.sizes, dim=-1)
+        inner = torch.cat([self.heads(q, k, v), F.gelu(hidden, approximate=self.switches.gelu)], dim=-1)
         return F.linear(inner, local(self.weight_out), self.bias_out(self.attention_bias, self.mlp_bias))
 
     def attention(self, y: Tensor) -> Tensor:
         width = sum(self.sizes[:3])
-        bias = None if self.qkv_bias is None else self.bias_in()[:width]
-        q, k, v = F.linear(y, local(self.weight_in)[:width], bias).split(self.sizes[:3], dim=-1)
+        q, k, v = F.linear(y, local(self.weight_in)[:width], self.bias_in(y)[:width]).split(self.sizes[:3], dim=-1)
         weight = local(self.weight_out)[:, : self.sizes[0]]
         return F.linear(self.heads(q, k, v), weight, self.bias_out(self.attention_bias))
 
     def mlp(self, y: Tensor) -> Tensor:
         width = sum(self.sizes[:3])
-        bias = None if self.hidden_bias is None else self.bias_in()[width:]
-        hidden = self.gelu(F.linear(y, local(self.weight_in)[width:], bias))
+        hidden = F.linear(y, local(self.weight_in)[width:], self.bias_in(y)[width:])
+        hidden = F.gelu(hidden, approximate=self.switches.gelu)
         return F.linear(hidden, local(self.weight_out)[:, self.sizes[0] :], self.bias_out(self.mlp_bias))
-
-    def gelu(self, hidden: Tensor) -> Tensor:
-        return F.gelu(hidden, approximate=self.switches.gelu)
 
     def heads(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of queries, keys and values, each (B, N, heads * d), to the same shape."""
@@ -233,16 +218,11 @@ class Block(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         return self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2).flatten(2)
 
-    def bias_in(self) -> Tensor | None:
-        """Of the first product; what has no bias has zeros."""
-        if self.qkv_bias is None and self.hidden_bias is None:
-            return None
-        if self.qkv_bias is None:
-            whole = F.pad(local(self.hidden_bias, True), (sum(self.pieces_in[:3]), 0))
-        elif self.hidden_bias is None:
-            whole = F.pad(local(self.qkv_bias, True), (0, self.pieces_in[3]))
-        else:
-            whole = torch.cat([local(self.qkv_bias, True), local(self.hidden_bias, True)])
+    def bias_in(self, y: Tensor) -> Tensor:
+        """Of the first product of ``y``, zeros where there is none."""
+        lengths = (sum(self.pieces_in[:3]), self.pieces_in[3])
+        biases = zip((self.qkv_bias, self.hidden_bias), lengths, strict=True)
+        whole = torch.cat([y.new_zeros(n) if bias is None else local(bias, True) for bias, n in biases])
         return self.share.own(whole, self.pieces_in)
 
     def bias_out(self, *biases: Tensor | None) -> Tensor | None:
@@ -274,11 +254,7 @@ class AttentionPool(nn.Module):
 
 
 class Patches(nn.Module):
-    """Square patches, each mapped linearly to a token, and a learned position added to each.
-
-    Raises:
-        ValueError: If the image is smaller than a patch.
-    """
+    """Square patches, each mapped linearly to a token, and a learned position added to each."""
 
     def __init__(self, img_size: int, patch_size: int, in_chans: int, dim: int):
         super().__init__()
@@ -311,8 +287,6 @@ class ScaledViT(nn.Module):
         num_classes: Outputs of the classifier; 0: none, the network gives representations.
         pool: ``map`` (:class:`AttentionPool`) or ``gap``, the mean of the tokens.
         head_bias: Initial bias of the classifier.
-        in_chans: C.
-        share: What this process has of the blocks.
 
     Raises:
         ValueError: If sizes do not fit each other, or cannot be divided among the processes.
@@ -365,8 +339,7 @@ class ScaledViT(nn.Module):
 
     def pieces(self, name: str) -> tuple[int, tuple[int, ...]] | None:
         """The dimension in which processes share a parameter, and the lengths of its pieces there; None for others."""
-        block = self.blocks[0] if name.startswith("blocks.") else None
-        fused = {} if block is None else {"weight_in": (0, block.pieces_in), "weight_out": (1, block.pieces_out)}
+        fused = {"weight_in": (0, self.blocks[0].pieces_in), "weight_out": (1, self.blocks[0].pieces_out)}
         return fused.get(name.rpartition(".")[2])
 
     def initial_values(self) -> Iterator[tuple[str, Tensor]]:
@@ -395,10 +368,9 @@ class ScaledViT(nn.Module):
 
 
 def fuse(pieces: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The two matrices of a block from those of attention and MLP, each (outputs, inputs).
+    """The two matrices of a block from ``q``, ``k``, ``v``, ``attention_out``, ``mlp_in`` and ``mlp_out``.
 
-    Args:
-        pieces: ``q``, ``k``, ``v``, ``attention_out``, ``mlp_in``, ``mlp_out``.
+    Each is (outputs, inputs).
     """
     weight_in = torch.cat([pieces[name] for name in ("q", "k", "v", "mlp_in")])
     return {"weight_in": weight_in, "weight_out": torch.cat([pieces["attention_out"], pieces["mlp_out"]], dim=1)}

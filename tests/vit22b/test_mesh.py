@@ -5,15 +5,15 @@ from functools import partial
 import pytest
 import torch
 
-from shared.plan import make_plan
+from shared.plan import make_plan, measure_pass
 from shared.run.checkpoint import load_latest
 from shared.run.run import Run
 from tests.processes import run_processes
 from tests.run_folders import losses, state_of
-from tests.vit22b.tiny import add_small_size, train
+from tests.vit22b.tiny import train
 from vit22b.mesh import OnMesh, build_on_mesh, clip_gradients_, open_mesh
 from vit22b.ring import cheaper_way, ring_linear
-from vit22b.scaled_vit import Block, ScaledViT, Share, Switches
+from vit22b.scaled_vit import ScaledViT, Share, Switches
 
 CPU = torch.device("cpu")
 KINDS = {  # every switch once
@@ -28,18 +28,17 @@ def small(switches: Switches, share: Share | None = None) -> ScaledViT:
     return ScaledViT(16, 2, 24, 4, 4, 16, 5, switches=switches, share=share)
 
 
-def values_and_gradients(images: torch.Tensor, network: ScaledViT, step) -> list[dict[str, torch.Tensor]]:
-    """Parameters after two steps and their last gradients; the classifier starts at 0, so the first step has few."""
+def loss_of(logits: torch.Tensor) -> None:
+    (logits.softmax(dim=1)[:, 0] - logits.sin().sum(dim=1)).mean().backward()
+
+
+def two_steps(images: torch.Tensor, network: ScaledViT) -> None:
+    """The classifier starts at 0: the first step has gradients of nothing else."""
     optimizer = torch.optim.SGD(network.parameters(), lr=0.5)
     for _ in range(2):
         optimizer.zero_grad()
-        step(network(images))
+        loss_of(network(images))
         optimizer.step()
-    return network
-
-
-def loss_of(logits: torch.Tensor) -> None:
-    (logits.softmax(dim=1)[:, 0] - logits.sin().sum(dim=1)).mean().backward()
 
 
 def on_mesh(rank: int, mesh: tuple[int, int], images: torch.Tensor) -> dict:
@@ -49,7 +48,7 @@ def on_mesh(rank: int, mesh: tuple[int, int], images: torch.Tensor) -> dict:
         torch.manual_seed(0)
         network = build_on_mesh(partial(small, switches), device_mesh, CPU)
         own = images.chunk(mesh[0])[device_mesh["data"].get_local_rank()]
-        values_and_gradients(own, network, loss_of)
+        two_steps(own, network)
         held = OnMesh(network)
         gradients = {name: held.whole(name, p.grad) for name, p in held.named.items()}
         norm = clip_gradients_(network, 0.1)
@@ -74,8 +73,8 @@ def test_four_processes_on_a_mesh_are_equal_to_one(mesh):
         for kind, switches in KINDS.items():
             torch.manual_seed(0)
             network = small(switches)
-            values_and_gradients(images, network, loss_of)
-            state, gradients, norm, difference, memory = found[0][kind]
+            two_steps(images, network)
+            state, gradients, *_ = found[0][kind]
             torch.testing.assert_close(state, dict(network.state_dict()), rtol=1e-9, atol=1e-11)
             expected = {name: p.grad for name, p in network.named_parameters()}
             torch.testing.assert_close(gradients, expected, rtol=1e-9, atol=1e-11)
@@ -95,16 +94,28 @@ def test_four_processes_on_a_mesh_are_equal_to_one(mesh):
         torch.set_default_dtype(torch.float)
 
 
-def saved_bytes(rank: int, images: torch.Tensor) -> int:
-    """Of what autograd keeps on a process of a mesh of two heads' halves, parameters left out."""
+def kept_bytes(rank: int, images: torch.Tensor) -> int:
+    """Of all tensors that autograd keeps on a process of two, without parameters and images."""
     network = build_on_mesh(partial(small, Switches()), open_mesh(1, 2, CPU), CPU)
-    kept = {}
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: kept.setdefault(t.untyped_storage()._cdata, t) is None or t, lambda t: t
-    ):
+    kept: dict[int, torch.Tensor] = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(address(t), t) is None or t, lambda t: t):
         network(images)
-    own = {p.to_local().untyped_storage().nbytes() for p in network.parameters()}
-    return sum(t.untyped_storage().nbytes() for t in kept.values()), own
+    own = {address(t) for t in (images, *(p.to_local() for p in network.parameters()))}
+    return sum(t.untyped_storage().nbytes() for where, t in kept.items() if where not in own)
+
+
+def address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def test_what_a_process_of_the_model_axis_keeps_is_what_was_planned():
+    images = torch.randn(8, 3, 16, 16)
+    with torch.device("meta"):
+        planned = measure_pass(small(Switches(), Share(0, 2)), torch.empty_like(images, device="meta"))
+        whole = measure_pass(small(Switches()), torch.empty_like(images, device="meta"))
+    for found in run_processes(kept_bytes, 2, images):
+        assert found == pytest.approx(planned.activations, rel=0.03)
+    assert planned.activations < 0.75 * whole.activations
 
 
 def train_in_processes(rank: int, output_dir: str, flags: tuple, updates: int) -> None:
@@ -143,7 +154,7 @@ def test_a_training_on_a_mesh_is_that_of_one_process_and_goes_on_with_and_withou
     assert list(state_of(tmp_path / "mesh")["model"]) == list(state_of(tmp_path / "alone")["model"])
     assert alone[-1]["test_acc1"] == pytest.approx(train(tmp_path / "mesh", *data, "8")[-1]["test_acc1"])
 
-    # stopped after four of six steps, and gone on with: on the mesh bit by bit, on another one and alone but for rounding
+    # stopped after four of six steps, and gone on with: on the mesh bit by bit; elsewhere but for rounding
     run_processes(train_in_processes, 4, str(tmp_path / "parts"), on_four, 4)
     stopped = load_latest(tmp_path / "parts" / "checkpoint.pth")
     assert (stopped["epoch"], stopped["step_in_epoch"]) == (1, 1)

@@ -25,6 +25,30 @@ def train(output_dir, *flags) -> list[dict]:
     return lines(output_dir)
 
 
+def timm_state(block, fuse_out: bool) -> dict:
+    """A block with biases everywhere, or without those of queries, keys and values, for timm's block of the same sizes.
+
+    timm's first product has the MLP before queries, keys and values.
+    """
+    import torch
+
+    dim = len(block.weight_out)
+    state = {"in_proj.weight": block.weight_in.roll(-3 * dim, 0)}
+    if block.qkv_bias is None:
+        state["mlp_bias"] = block.hidden_bias
+    else:
+        state["in_proj.bias"] = torch.cat([block.hidden_bias, block.qkv_bias])
+    for name, norm in (("in_norm", block.norm), ("q_norm", block.q_norm), ("k_norm", block.k_norm)):
+        state |= {f"{name}.{kind.replace('scale', 'weight')}": value for kind, value in norm.named_parameters()}
+    if fuse_out:
+        state |= {"out_proj.weight": block.weight_out, "out_proj.bias": block.attention_bias + block.mlp_bias}
+    else:
+        attention, mlp = block.weight_out.tensor_split([dim], dim=1)
+        state |= {"attn_out_proj.weight": attention, "attn_out_proj.bias": block.attention_bias}
+        state |= {"mlp_out_proj.weight": mlp, "mlp_out_proj.bias": block.mlp_bias}
+    return {name: value.detach() for name, value in state.items()}
+
+
 SMALL_NETWORK = ("vit_micro", {"patch_size": 8, "img_size": 32})
 TRAININGS = {
     "vit22b": Training(
