@@ -40,9 +40,8 @@ class AttentionMonitor:
     @contextlib.contextmanager
     def watching(self, wanted: bool = True) -> Iterator[None]:
         """Measure the call in here, of the first images; nothing unless ``wanted``."""
-        hooks = [
-            module.register_forward_pre_hook(partial(self._look, i)) for i, module in enumerate(self.modules) if wanted
-        ]
+        modules = enumerate(self.modules if wanted else [])
+        hooks = [module.register_forward_pre_hook(partial(self._look, i)) for i, module in modules]
         try:
             yield
         finally:

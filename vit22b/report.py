@@ -15,20 +15,17 @@ LOGITS = Plot("Attention logits", "largest of all blocks", {"max_logit": ""})
 
 def save_entropy(lines: list[dict], path: Path, heading: str) -> Path:
     """Entropy and largest logit of the attention over the blocks: at the start, a third, two thirds, the end."""
-    measured = [line for line in lines if per_block(line, "entropy")]
+    most = max((len(per_block(line, "entropy")) for line in lines), default=0)
+    measured = [line for line in lines if most and len(per_block(line, "entropy")) == most]  # others were not finite
     if not measured:
         raise ValueError("the log holds no entropies")
     chosen = dict.fromkeys(round(i * (len(measured) - 1) / 3) for i in range(4))
     panels = []
     for name, label in (("entropy", "mean entropy (nats)"), ("logit", "largest |logit|")):
-        curves = [
-            Curve(range(1, 1 + len(per_block(measured[i], name))), per_block(measured[i], name), f"step {step}")
-            for i in chosen
-            for step in [measured[i]["step"]]
-        ]
+        blocks = range(1, 1 + len(per_block(measured[-1], name)))
+        curves = [Curve(blocks, per_block(measured[i], name), f"step {measured[i]['step']}") for i in chosen]
         if name == "entropy":
-            ends = [1, max(2, len(per_block(measured[-1], name)))]
-            curves.append(Curve(ends, [measured[-1]["ln_n"]] * 2, "ln N, uniform attention", "reference"))
+            curves.append(Curve(blocks, [measured[-1]["ln_n"]] * len(blocks), "ln N, uniform attention", "reference"))
         panels.append(Panel(label.split(" (")[0].capitalize(), "block", label, curves, 0.5))
     return save_panels(panels, path, heading)
 
@@ -45,10 +42,8 @@ def report(run: Run, images: LabelledImages) -> None:
         learned.append(
             f"entropy by block: {entropies} (uniform {last['ln_n']:.2f}); largest logit {last['max_logit']:.1f}"
         )
-    extract = "shared/evaluation/extract_features.py"
-    features = command(extract, "vit22b", str(run.output_dir), data_path=args.data_path, out="features.npz")
-    switch = next_command(
-        args, "vit22b/main.py", "vit22b/main.py", qk_norm="false", output_dir=f"{run.output_dir}_plain"
-    )
+    same = ("arch", "patch_size", "input_size", "loss", "epochs", "batch_size", "lr") if args.data_path else ()
+    flags = {"qk_norm": "false", "output_dir": f"{run.output_dir}_plain"} | {name: getattr(args, name) for name in same}
+    plain = next_command(args, "vit22b/main.py", "vit22b/main.py", **flags)
     own_images = command("vit22b/main.py", data_path="YOUR_IMAGES", output_dir="YOUR_RUN")
-    ending.finish([features, switch], own_images, learned)
+    ending.finish([plain], own_images, learned)
