@@ -107,13 +107,17 @@ def build_on_mesh(build: Callable[..., ScaledViT], mesh: DeviceMesh, device: tor
             value = value.index_select(pieces[0], share.rows(pieces[1])).chunk(share.count, pieces[0])[share.index]
         held = DTensor.from_local(value.to(device).clone(), mesh["model"], [placement], run_check=False)
         setattr(network.get_submodule(owner), last, nn.Parameter(held))
-    # along the data axis: not the dimension that the model axis divides
-    other = {Shard(0): Shard(1), Shard(1): Shard(0), Replicate(): Shard(0)}
-    shard = partial(fully_shard, mesh=mesh["data"], shard_placement_fn=lambda p: other[p.placements[0]])
+    shard = partial(fully_shard, mesh=mesh["data"], shard_placement_fn=_along_data_axis)
     for block in network.blocks:
         shard(block)
     shard(network)
     return network
+
+
+def _along_data_axis(parameter: nn.Parameter) -> Shard:
+    """The dimension that the data axis divides, which is not that of the model axis."""
+    last = parameter.placements[0] == Shard(0) or len(parameter) == 1
+    return Shard(parameter.dim() - 1 if last else 0)
 
 
 def clip_gradients_(network: ScaledViT, max_norm: float | None) -> Tensor:

@@ -95,22 +95,23 @@ def local(parameter: Tensor, summed: bool = False) -> Tensor:
 class Norm(nn.Module):
     """Normalises the last dimension by the root of the mean square, or centred as well, with a learned scale.
 
-    That is called ``scale``, or ``weight`` where tokens are centred, so that a file of weights tells the kind.
+    That is called ``scale``, or ``weight`` where tokens are centred, so that a file of weights tells the kind. With
+    ``shared_out`` each process of several normalises some of the tokens or heads.
     """
 
-    def __init__(self, dim: int, kind: str):
+    def __init__(self, dim: int, kind: str, shared_out: bool = True):
         super().__init__()
         if kind not in NORMS:
             raise ValueError(f"norm {kind!r} is none of {', '.join(NORMS)}")
-        self.kind, self.name = kind, "scale" if kind == "rmsnorm" else "weight"
+        self.kind, self.name, self.summed = kind, "scale" if kind == "rmsnorm" else "weight", shared_out
         self.register_parameter(self.name, nn.Parameter(torch.empty(dim)))
         self.bias = nn.Parameter(torch.empty(dim)) if kind == "layernorm" else None
 
     def forward(self, x: Tensor) -> Tensor:
-        scale = local(getattr(self, self.name), summed=True)
+        scale = local(getattr(self, self.name), self.summed)
         if self.kind == "rmsnorm":
             return F.rms_norm(x, scale.shape, scale, EPS)
-        bias = None if self.bias is None else local(self.bias, summed=True)
+        bias = None if self.bias is None else local(self.bias, self.summed)
         return F.layer_norm(x, scale.shape, scale, bias, EPS)
 
 
@@ -241,7 +242,7 @@ class AttentionPool(nn.Module):
         self.q = Linear(dim, dim, bias=switches.qkv_bias)
         self.kv = Linear(dim, 2 * dim, bias=switches.qkv_bias)
         self.proj = Linear(dim, dim, bias=switches.out_bias)
-        self.norm = Norm(dim, switches.norm)
+        self.norm = Norm(dim, switches.norm, shared_out=False)
         self.fc1 = Linear(dim, hidden_dim, bias=switches.mlp_bias)
         self.fc2 = Linear(hidden_dim, dim, bias=switches.mlp_bias)
 

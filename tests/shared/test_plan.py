@@ -39,7 +39,7 @@ def test_activations_are_the_tensors_that_a_pass_really_keeps():
         with torch.device("meta"):
             found = measure_pass(build(), torch.empty_like(images, device="meta"))
         assert found.activations == pytest.approx(really, rel=0.03)  # small buffers of kernels differ
-        assert found.recomputed < 0.7 * found.activations
+        assert found.recomputed < 0.8 * found.activations
 
 
 def test_blocks_that_repeat_are_found():

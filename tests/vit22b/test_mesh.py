@@ -1,19 +1,21 @@
 """Four processes on a mesh of two axes against one process: values, gradients, trainings, checkpoints, memory."""
 
+import contextlib
+import shutil
+from collections.abc import Iterator
 from functools import partial
 
 import pytest
 import torch
 
 from shared.plan import make_plan, measure_pass
-from shared.run.checkpoint import load_latest
-from shared.run.run import Run
 from tests.processes import run_processes
-from tests.run_folders import losses, state_of
+from tests.reliability.runs import write_images
+from tests.run_folders import lines, losses, state_of, stopped_after
 from tests.vit22b.tiny import train
 from vit22b.mesh import OnMesh, build_on_mesh, clip_gradients_, open_mesh
 from vit22b.ring import cheaper_way, ring_linear
-from vit22b.scaled_vit import ScaledViT, Share, Switches
+from vit22b.scaled_vit import Patches, ScaledViT, Share, Switches
 
 CPU = torch.device("cpu")
 KINDS = {  # every switch once
@@ -25,7 +27,7 @@ KINDS = {  # every switch once
 
 
 def small(switches: Switches, share: Share | None = None) -> ScaledViT:
-    return ScaledViT(16, 2, 24, 4, 4, 16, 5, switches=switches, share=share)
+    return ScaledViT(16, 2, 24, 4, 4, 16, 6, switches=switches, share=share)
 
 
 def loss_of(logits: torch.Tensor) -> None:
@@ -50,9 +52,10 @@ def on_mesh(rank: int, mesh: tuple[int, int], images: torch.Tensor) -> dict:
         own = images.chunk(mesh[0])[device_mesh["data"].get_local_rank()]
         two_steps(own, network)
         held = OnMesh(network)
-        gradients = {name: held.whole(name, p.grad) for name, p in held.named.items()}
+        gradients = {name: held.whole(name, p.grad).clone() for name, p in held.named.items()}
         norm = clip_gradients_(network, 0.1)
-        found[kind] = [held.state_dict(), gradients, norm]
+        state = {name: tensor.clone() for name, tensor in held.state_dict().items()}
+        found[kind] = [state, gradients, norm]
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter.zero_()
@@ -89,7 +92,7 @@ def test_four_processes_on_a_mesh_are_equal_to_one(mesh):
 
             planned = make_plan(build, (3, 16, 16), 4, mesh).weights // 4
             largest = max(int(result[kind][4]) for result in found)
-            assert largest == planned
+            assert largest == planned, kind
     finally:
         torch.set_default_dtype(torch.float)
 
@@ -114,61 +117,63 @@ def test_what_a_process_of_the_model_axis_keeps_is_what_was_planned():
         planned = measure_pass(small(Switches(), Share(0, 2)), torch.empty_like(images, device="meta"))
         whole = measure_pass(small(Switches()), torch.empty_like(images, device="meta"))
     for found in run_processes(kept_bytes, 2, images):
-        assert found == pytest.approx(planned.activations, rel=0.03)
+        assert found == pytest.approx(planned.activations, rel=0.05)  # buffers of kernels differ
     assert planned.activations < 0.75 * whole.activations
 
 
-def train_in_processes(rank: int, output_dir: str, flags: tuple, updates: int) -> None:
-    if updates:  # a run that is killed after so many
-        update, calls = Run.update, []
-
-        def stop(*args) -> None:
-            calls.append(args)
-            if len(calls) > updates:
-                raise KeyboardInterrupt
-            update(*args)
-
-        Run.update = stop
+@contextlib.contextmanager
+def in_double() -> Iterator[None]:
+    """Networks in float64: Adam makes large differences of rounding errors where gradients are nearly 0."""
+    forward = Patches.forward
+    torch.set_default_dtype(torch.double)
+    Patches.forward = lambda self, images: forward(self, images.double())
     try:
-        train(output_dir, *flags)
-    except KeyboardInterrupt:
-        pass
+        yield
     finally:
-        if updates:
-            Run.update = update
+        Patches.forward = forward
+        torch.set_default_dtype(torch.float)
 
 
-def assert_close_runs(found: dict, expected: dict) -> None:
-    torch.testing.assert_close(dict(found["model"]), dict(expected["model"]), rtol=1e-4, atol=2e-5)
+def train_as_rank(rank: int, output_dir: str, flags: tuple, updates: int | None = None) -> None:
+    """A training that ends like a killed one after so many updates."""
+    with in_double(), stopped_after(updates) if updates else contextlib.nullcontext():
+        train(output_dir, *flags)
+
+
+def assert_same_weights(found: dict, expected: dict, **error: float) -> None:
+    assert list(found["model"]) == list(expected["model"])
+    torch.testing.assert_close(dict(found["model"]), dict(expected["model"]), **error)
     for i, values in expected["optimizer"]["state"].items():
-        torch.testing.assert_close(found["optimizer"]["state"][i], values, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(found["optimizer"]["state"][i], values, **error)
 
 
-def test_a_training_on_a_mesh_is_that_of_one_process_and_goes_on_with_and_without_it(images, tmp_path):
-    data = ("--data_path", str(images), "--batch_size")
-    alone = train(tmp_path / "alone", *data, "8")
-    on_four = (*data, "2", "--mesh", "2", "2")
-    run_processes(train_in_processes, 4, str(tmp_path / "mesh"), on_four, 0)
-    assert losses(tmp_path / "mesh") == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
-    assert_close_runs(state_of(tmp_path / "mesh"), state_of(tmp_path / "alone"))
-    assert list(state_of(tmp_path / "mesh")["model"]) == list(state_of(tmp_path / "alone")["model"])
-    assert alone[-1]["test_acc1"] == pytest.approx(train(tmp_path / "mesh", *data, "8")[-1]["test_acc1"])
+def test_a_training_on_a_mesh_is_that_of_one_process_and_goes_on_with_and_without_it(tmp_path):
+    write_images(tmp_path / "images/train")
+    write_images(tmp_path / "images/val", count=9)
+    data = ("--data_path", str(tmp_path / "images"), "--batch_size")
+    on_mesh = (*data, "2", "--mesh", "2", "2")
+    close, equal = {"rtol": 1e-6, "atol": 1e-8}, {"rtol": 0, "atol": 0}
+    folders = {name: str(tmp_path / name) for name in ("alone", "mesh", "parts", "other", "single")}
+    train_as_rank(0, folders["alone"], (*data, "8"))
+    run_processes(train_as_rank, 4, folders["mesh"], on_mesh)
+    assert losses(folders["mesh"]) == pytest.approx(losses(folders["alone"]), rel=1e-6)
+    tested = [[line["test_loss"] for line in lines(folders[name]) if "test_loss" in line] for name in ("alone", "mesh")]
+    assert tested[0] == pytest.approx(tested[1], rel=1e-6)
+    alone, whole = state_of(folders["alone"]), state_of(folders["mesh"])
+    assert_same_weights(whole, alone, **close)
 
-    # stopped after four of six steps, and gone on with: on the mesh bit by bit; elsewhere but for rounding
-    run_processes(train_in_processes, 4, str(tmp_path / "parts"), on_four, 4)
-    stopped = load_latest(tmp_path / "parts" / "checkpoint.pth")
+    # stopped after four of six steps: goes on bit by bit on the mesh, and but for rounding on another one and alone
+    run_processes(train_as_rank, 4, folders["parts"], on_mesh, 4)
+    stopped = state_of(folders["parts"])
     assert (stopped["epoch"], stopped["step_in_epoch"]) == (1, 1)
     for name in ("other", "single"):
-        (tmp_path / name).mkdir()
-        for file in ("checkpoint.pth", "metrics.jsonl", "log.txt"):
-            (tmp_path / name / file).write_bytes((tmp_path / "parts" / file).read_bytes())
-    run_processes(train_in_processes, 4, str(tmp_path / "parts"), on_four, 0)
-    parts, whole = state_of(tmp_path / "parts"), state_of(tmp_path / "mesh")
-    assert all(torch.equal(parts["model"][name], tensor) for name, tensor in whole["model"].items())
-    run_processes(train_in_processes, 2, str(tmp_path / "other"), (*data, "4", "--mesh", "1", "2"), 0)
-    train(tmp_path / "single", *data, "8")
+        shutil.copytree(folders["parts"], folders[name])
+    run_processes(train_as_rank, 4, folders["parts"], on_mesh)
+    assert_same_weights(state_of(folders["parts"]), whole, **equal)
+    run_processes(train_as_rank, 2, folders["other"], (*data, "4", "--mesh", "1", "2"))
+    train_as_rank(0, folders["single"], (*data, "8"))
     for name in ("other", "single"):
-        assert_close_runs(state_of(tmp_path / name), state_of(tmp_path / "alone"))
+        assert_same_weights(state_of(folders[name]), alone, **close)
 
 
 # --- Mistakes ---------------------------------------------------------------------------------------------------------
