@@ -28,10 +28,11 @@ def open_mesh(data: int, model: int, device: torch.device) -> DeviceMesh:
     """All processes as a mesh ``data`` x ``model``; every process must call this.
 
     Raises:
-        ValueError: If there are not as many processes.
+        ValueError: If there are not as many processes, or only one.
     """
-    if data * model != (world := distributed.get_world_size()):
-        raise ValueError(f"--mesh {data} {model} is of {data * model} processes, and there are {world}")
+    if data * model != (world := distributed.get_world_size()) or world == 1:
+        alone = "; one needs no --mesh" if world == 1 else ""
+        raise ValueError(f"--mesh {data} {model} is of {data * model} processes, and there are {world}{alone}")
     return init_device_mesh(device.type, (data, model), mesh_dim_names=("data", "model"))
 
 
@@ -86,10 +87,7 @@ class OwnImages(nn.Module):
 def build_on_mesh(build: Callable[..., ScaledViT], mesh: DeviceMesh, device: torch.device) -> ScaledViT:
     """A network on a mesh with the initial values that it would have on one process.
 
-    No process holds more than one whole parameter at a time, and its share of the others.
-
-    Args:
-        build: Takes ``share``.
+    ``build`` takes ``share``. No process holds more than one whole parameter at a time, and its share of the others.
 
     Raises:
         ValueError: If the mesh does not divide heads, channels, tokens or the width.
@@ -158,11 +156,7 @@ class OnMesh:
         return full.cpu()
 
     def part(self, name: str, full: Tensor) -> DTensor:
-        """The way back, of whole tensors on every process.
-
-        Raises:
-            ValueError: If it has another shape.
-        """
+        """The way back, of whole tensors on every process; ``ValueError`` for those of another shape."""
         like = self.named[name]
         if full.shape != like.shape:
             raise ValueError(f"{name} is {tuple(full.shape)}, and {tuple(like.shape)} in this run")

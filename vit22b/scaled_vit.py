@@ -110,7 +110,7 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         scale = local(getattr(self, self.name), self.summed)
         if self.kind == "rmsnorm":
-            return F.rms_norm(x, scale.shape, scale, EPS)
+            return F.rms_norm(x, scale.shape, scale.to(x.dtype), EPS)
         bias = None if self.bias is None else local(self.bias, self.summed)
         return F.layer_norm(x, scale.shape, scale, bias, EPS)
 

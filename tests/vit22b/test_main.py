@@ -17,10 +17,11 @@ FEW = ("--data_path", "digits", "--batch_size", "360")
 
 
 def test_a_network_learns_and_its_log_has_the_attention_of_every_block(tmp_path, drawn):
-    found = train(tmp_path, *FEW, "--loss", "softmax", "--lr", "0.01", "--epochs", "6", "--cooldown_steps", "4")
-    assert found[0]["test_acc1"] < 20 and found[-1]["test_acc1"] > 40
+    flags = "--batch_size 48 --loss softmax --lr 0.004 --epochs 3 --timescale 1000 --crop_scale 0.7 1".split()
+    found = train(tmp_path, *FEW[:2], *flags)
+    assert found[0]["test_acc1"] < 20 and found[-1]["test_acc1"] > 28
     steps = [line for line in found if "loss" in line]
-    assert steps[-1]["loss"] < steps[0]["loss"] and steps[-1]["lr"] < 0.01
+    assert steps[-1]["loss"] < steps[0]["loss"] and steps[-1]["lr"] < 0.004
     for line in steps:
         assert line["ln_n"] == pytest.approx(math.log(16)) and 0 < line["entropy_1"] <= line["ln_n"] + 1e-6
         assert line["max_logit"] == max(line["logit_0"], line["logit_1"])
@@ -43,6 +44,8 @@ def test_an_interrupted_run_goes_on_as_it_would_have(tmp_path):
     assert all(torch.equal(tensor, parts["model"][name]) for name, tensor in whole["model"].items())
     with pytest.raises(ValueError, match="--block sequential does not fit the checkpoint"):
         train(tmp_path / "parts", *FEW, "--block", "sequential")
+    with pytest.raises(ValueError, match="--mesh 1 1 is of 1 processes, and there are 1; one needs no --mesh"):
+        train(tmp_path / "mesh", *FEW, "--mesh", "1", "1")
     torch.save(parts | {"model": {"cls_token": torch.zeros(1)}}, tmp_path / "parts" / "checkpoint.pth")
     with pytest.raises(ValueError, match="the checkpoint's model does not fit this run"):
         train(tmp_path / "parts", *FEW)
@@ -53,7 +56,7 @@ def test_the_monitor_measures_what_a_slow_loop_does():
     network = ScaledViT(16, 2, 24, 2, 4, 8, switches=Switches(qk_norm=False))
     images, monitor, seen = 3 * torch.randn(3, 3, 8, 8), AttentionMonitor(network), []
     hook = network.blocks[1].attend.register_forward_pre_hook(lambda module, args: seen.append(args))
-    with monitor.watching():
+    with monitor.watching(), torch.no_grad():
         network(images)
     found = monitor.values()
     hook.remove()

@@ -49,6 +49,7 @@ def on_mesh(rank: int, mesh: tuple[int, int], images: torch.Tensor) -> dict:
     for kind, switches in KINDS.items():
         torch.manual_seed(0)
         network = build_on_mesh(partial(small, switches), device_mesh, CPU)
+        memory = sum(p.to_local().numel() for p in network.parameters())
         own = images.chunk(mesh[0])[device_mesh["data"].get_local_rank()]
         two_steps(own, network)
         held = OnMesh(network)
@@ -62,12 +63,11 @@ def on_mesh(rank: int, mesh: tuple[int, int], images: torch.Tensor) -> dict:
         full = small(switches)
         held.load_state_dict(full.state_dict())
         found[kind].append(network(own).detach() - full(own).detach())
-        memory = sum(p.to_local().numel() for p in network.parameters())
         found[kind].append(torch.tensor(memory))
     return found
 
 
-@pytest.mark.parametrize("mesh", [(2, 2), (1, 4)])
+@pytest.mark.parametrize("mesh", [(2, 2), pytest.param((1, 4), marks=pytest.mark.slow)])
 def test_four_processes_on_a_mesh_are_equal_to_one(mesh):
     images = torch.randn(4, 3, 16, 16, dtype=torch.double)
     found = run_processes(on_mesh, 4, mesh, images)
