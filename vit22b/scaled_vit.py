@@ -254,17 +254,18 @@ class AttentionPool(nn.Module):
         return found + self.fc2(F.gelu(self.fc1(self.norm(found)), approximate=self.gelu))
 
 
-class Patches(nn.Module):
+class Patches(nn.Conv2d):
     """Square patches, each mapped linearly to a token, and a learned position added to each."""
 
     def __init__(self, img_size: int, patch_size: int, in_chans: int, dim: int):
-        super().__init__()
-        self.patch_size, self.grid = patch_size, (img_size // patch_size,) * 2
         if img_size < patch_size:
             raise ValueError(f"a patch of {patch_size} pixels is larger than an image of {img_size}")
-        self.weight = nn.Parameter(torch.empty(dim, in_chans, patch_size, patch_size))
-        self.bias = nn.Parameter(torch.empty(dim))
+        super().__init__(in_chans, dim, patch_size, stride=patch_size)
+        self.patch_size, self.grid = patch_size, (img_size // patch_size,) * 2
         self.positions = nn.Parameter(torch.empty(1, math.prod(self.grid), dim))
+
+    def reset_parameters(self) -> None:
+        """The network draws all initial values."""
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, N, D), row by row; positions are interpolated for another grid."""
