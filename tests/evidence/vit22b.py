@@ -19,7 +19,7 @@ from tests.evidence.runs import Variant, last_values, main, run_all, table, writ
 
 RUN = "--num_workers 0 --amp fp32 --epochs 6 --cooldown_steps 120 --test_freq 6 --pictures off --max_skipped_steps 0"
 RUN += " --log_freq 5"
-MODERATE, HIGH = "--lr 0.001", "--lr 0.03 --clip_grad 1000000"
+MODERATE, HIGH = "--lr 0.001", "--lr 0.01"
 VARIANTS = [
     Variant("QK norm", f"{RUN} {MODERATE}"),
     Variant("no QK norm", f"{RUN} {MODERATE} --qk_norm false"),
