@@ -91,7 +91,7 @@ def load_frozen(args: argparse.Namespace) -> tuple[nn.Module, EvalTransform]:
     if args.weights != "random":
         path, release = find_weights(card, args.weights)
         trained_with = {**flags_of_run(path, card), **({arch_flag: release.arch} if release else {})}
-    default = next(iter(card.releases.values())).arch
+    default = next((release.arch for release in card.releases.values()), None)
     take_from_run(args, trained_with, {"arch": arch_flag, "image_size": size_flag(trained_with)}, {"arch": default})
     if args.weights == "random":
         randomness.seed_everything(args.seed)  # the same network on every process

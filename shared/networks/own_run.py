@@ -109,7 +109,7 @@ def load_run(
     path, release = find_weights(card, run)
     trained_with = flags_of_run(path, card)
     known = release.arch if release else trained_with.get(card.arch_flag.removeprefix("--"))
-    arch = arch or known or next(iter(card.releases.values())).arch
+    arch = arch or known or next((release.arch for release in card.releases.values()), None)
     weights = read_weights(card, path, checkpoint_key)
     size = image_size or image_size_of(trained_with) or 224
     network = build_for(card, arch, weights.tensors, **{"img_size": size} | card.sizes(arch, weights.tensors))
