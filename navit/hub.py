@@ -44,7 +44,7 @@ def sizes(arch: str, tensors: Mapping[str, Tensor]) -> dict:
         raise WeightMismatch(
             f"{arch} is no NaViT: it lacks patch_embed.weight, choices, or pos_embed.x (.table, .weight)"
         )
-    found = {name: values[int(i)] for (name, values), i in zip(CHOICES.items(), tensors["choices"], strict=True)}
+    found = {name: values[int(i)] for (name, values), i in zip(CHOICES.items(), tensors["choices"], strict=False)}
     kernel = tensors["patch_embed.weight"]
     found |= {"patch_size": kernel.shape[-1]} if kernel.dim() == 4 else {"vocabulary": len(kernel)}
     found |= {"qk_norm": "blocks.0.attn.q_norm.weight" in tensors, "bias": "blocks.0.attn.qkv.bias" in tensors}
@@ -90,8 +90,7 @@ def load_navit(pretrained: str | Path, flag: str = CARD.weights_flag) -> tuple[l
         options, kernel = sizes(origin, tensors), tensors["patch_embed.weight"]
         options |= {"in_chans": kernel.shape[1]} if kernel.dim() == 4 else {}
         depth = 1 + max(int(n.split(".")[1]) for n in tensors if n.startswith("blocks."))
-        width = tensors["norm.weight"].numel()
-        heads = next((heads for of_width, _, heads in SIZES.values() if of_width == width), width // 64)
+        width, heads = tensors["norm.weight"].numel(), int(tensors["choices"][-1])
         classes, hidden = len(tensors.get("head.bias", ())), len(tensors["blocks.0.mlp.fc1.bias"])
         networks.append(NaViT(width, depth, heads, num_classes=classes, hidden_dim=hidden, **options).eval())
         load_completely(networks[-1], tensors, origin)

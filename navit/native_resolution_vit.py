@@ -24,7 +24,7 @@ SIZES = {  # width, blocks, heads
     "b": (768, 12, 12),
     "l": (1024, 24, 16),
 }
-CHOICES = {  # what no tensor shows
+CHOICES = {  # what no tensor shows, as the number of heads
     "positions": ("sum", "product", "stack", "fourier", "table"),
     "coordinates": ("absolute", "fractional", "aspect"),
     "norm": ("layernorm", "rmsnorm"),
@@ -358,7 +358,7 @@ class NaViT(nn.Module):
     ):
         super().__init__()
         chosen = [values.index(v) for v, values in zip((positions, coordinates, norm), CHOICES.values(), strict=True)]
-        self.register_buffer("choices", torch.tensor(chosen))
+        self.register_buffer("choices", torch.tensor([*chosen, num_heads]))
         hidden_dim = hidden_dim or 4 * width
         self.patch_size, self.width, self.num_classes = patch_size, width, num_classes
         patches = nn.Conv2d(in_chans, width, patch_size, stride=patch_size)
@@ -435,5 +435,5 @@ def checkpoint_filter_fn(tensors: Mapping[str, Tensor], network: NaViT | None = 
         side = math.isqrt(kernel.shape[1] // 3)
         found["patch_embed.weight"] = kernel.unflatten(1, (side, side, 3)).permute(0, 3, 1, 2).contiguous()
         found["pos_embed.table"] = found.pop("embeds.pos_embed")[0]
-        found["choices"] = torch.tensor([CHOICES["positions"].index("table"), 0, 0])
+        found["choices"] = torch.tensor([CHOICES["positions"].index("table"), 0, 0, len(kernel) // 64])
     return found
