@@ -17,14 +17,7 @@ from .native_resolution_vit import CHOICES, SIZES, NaViT, checkpoint_filter_fn
 
 
 def build(arch: str, in_chans: int = 3, img_size: int = 0, **options) -> NaViT:
-    """A network of a published size (``navit_b``), without a classifier unless ``num_classes`` is among the options.
-
-    Args:
-        img_size: Not used: any image will do.
-
-    Raises:
-        ValueError: If there is no such size.
-    """
+    """A network of a size like ``navit_b``, with a classifier if ``num_classes`` is given; any ``img_size`` will do."""
     size = arch.removeprefix("navit_")
     if size not in SIZES or size == arch:
         raise ValueError(f"{arch} is none of {', '.join(f'navit_{name}' for name in SIZES)}")
@@ -33,11 +26,7 @@ def build(arch: str, in_chans: int = 3, img_size: int = 0, **options) -> NaViT:
 
 
 def sizes(arch: str, tensors: Mapping[str, Tensor]) -> dict:
-    """Arguments of :class:`NaViT` that its tensors, or those of timm's NaFlexViT, tell.
-
-    Raises:
-        WeightMismatch: If they are of another network.
-    """
+    """Arguments of :class:`NaViT` that its tensors, or those of timm's NaFlexViT, tell."""
     tensors = checkpoint_filter_fn(tensors)
     positions = next((value for name, value in tensors.items() if name.startswith("pos_embed.")), None)
     if positions is None or not {"choices", "patch_embed.weight"} <= tensors.keys():
@@ -78,11 +67,7 @@ ENTRIES = hub_entries(CARD)
 
 
 def load_navit(pretrained: str | Path, flag: str = CARD.weights_flag) -> tuple[list[NaViT], Mapping]:
-    """The network of a run with its classifier, or those of images and texts, in evaluation mode; the run's flags.
-
-    Raises:
-        WeightMismatch: If the file is of another layout.
-    """
+    """The network of a run with its classifier, or those of images and texts, in evaluation mode; the run's flags."""
     checkpoint = safe_load(locate(CARD, pretrained, flag))
     networks, origin = [], f"{flag} {pretrained}"
     for key in ("model", "text")[: 2 if "text" in checkpoint else 1]:

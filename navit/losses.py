@@ -33,13 +33,8 @@ def log_sum_exp(rows: Tensor, columns: Tensor, valid: Tensor, temperature: Tenso
 def contrastive_loss(images: Tensor, texts: Tensor, valid: Tensor, temperature: Tensor, chunks: int = 1) -> Tensor:
     """Symmetric softmax loss of pairs on all processes (section 2.2), without ever holding all their similarities.
 
-    A process has the rows of its own pairs, and the columns of all in so many chunks, each computed anew in the
-    backward pass. The loss does not depend on the number of chunks.
-
-    Args:
-        images, texts: Representations of unit length, (E, D); E is the same on every process.
-        valid: Whether a pair counts, (E,).
-        temperature: Factor of the similarities.
+    A process has the rows of its own pairs (E, D), equally many on every process, and the columns of all in so many
+    chunks, each computed anew in the backward pass; their number changes nothing. Only ``valid`` pairs count.
     """
     counts, losses = distributed.all_gather(valid), -temperature * (images * texts).sum(dim=1)
     for rows, others in ((images, texts), (texts, images)):

@@ -43,22 +43,11 @@ from shared.run.run import Run
 from shared.supervised.data import open_train_and_val
 from shared.supervised.flags import add_data_set_flags
 
-EMBEDDED_DATA_DEFAULTS = {
-    "arch": "navit_micro",
-    "patch_size": 4,
-    "max_side": 16,
-    "resolution": (14.0, 32.0),
-    "sequence_length": 128,
-    "batch_size": 8,
-    "drop": "none",
-    "loss": "softmax",
-    "epochs": 12,
-    "lr": 1e-3,
-    "weight_decay_head": 0.03,
-    "output_dir": "runs/materials",
-}
-MINIMUM = {"epochs": 1, "batch_size": 1, "patch_size": 1, "sequence_length": 1, "log_freq": 1, "max_open": 1}
-MINIMUM |= {"chunks": 1, "text_length": 2, "max_images": 1, "max_side": 1}
+EMBEDDED_DATA_DEFAULTS = {"arch": "navit_micro", "patch_size": 4, "max_side": 16, "resolution": (14.0, 32.0)}
+EMBEDDED_DATA_DEFAULTS |= {"sequence_length": 128, "batch_size": 8, "drop": "none", "loss": "softmax", "epochs": 12}
+EMBEDDED_DATA_DEFAULTS |= {"lr": 1e-3, "weight_decay_head": 0.03, "output_dir": "runs/materials"}
+MINIMUM = dict.fromkeys("epochs batch_size patch_size sequence_length log_freq max_open max_images max_side".split(), 1)
+MINIMUM |= {"chunks": 1, "text_length": 2}
 NETWORK_FLAGS = ("arch", "patch_size", "positions", "coordinates", "max_side", "norm", "qk_norm", "pool", "in_chans")
 NETWORK_FLAGS += ("sequence_length",)  # what lies in open sequences has to fit
 LOSSES = {"sigmoid": sigmoid_cross_entropy, "softmax": softmax_cross_entropy}
@@ -142,8 +131,8 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
         parser.error(f"--resolution {low:g} {high:g}: expected two sides in pixels, the smaller one first")
     if low < args.patch_size:
         parser.error(f"--patch_size {args.patch_size} is larger than an image of --resolution {low:g} pixels a side")
-    least = {"none": 0.0, "constant": args.drop_rate, "beta": 0.0, "resolution": max(args.drop_range[1] - 0.04, 0)}
-    longest = round((high / args.patch_size) ** 2 * (1 - (0 if args.drop_tau else least[args.drop])))
+    least = {"constant": args.drop_rate, "resolution": max(args.drop_range[1] - 0.04, 0)}.get(args.drop, 0.0)
+    longest = round((high / args.patch_size) ** 2 * (1 - (0 if args.drop_tau else least)))
     if longest > args.sequence_length:
         parser.error(
             f"--sequence_length {args.sequence_length}: an image of --resolution {high:g} has {longest} tokens of "
@@ -206,8 +195,8 @@ def train_batches(args: argparse.Namespace, data: SimpleNamespace, train: ImageS
     )
     resolutions = Resolutions(*args.resolution, args.resolution_draw, args.resolution_mean, args.resolution_sample)
     longest = (args.sequence_length, args.max_side) if args.on_long_image == "shrink" else None
-    drawn = resolutions, Dropping(*dropping), args.seed, data.bad_images, longest, args.flip, args.in_chans
-    patches = TrainPatches(train, args.patch_size, *drawn)
+    draws = resolutions, Dropping(*dropping), args.seed
+    patches = TrainPatches(train, args.patch_size, draws, data.bad_images, longest, args.flip, args.in_chans)
     tokens = patches.mean_length()
     a_step = args.sequence_length * args.batch_size * distributed.get_world_size() / tokens
     data.batch_size, data.steps_per_epoch = max(1, round(a_step)), max(1, round(len(train) / a_step))
@@ -215,7 +204,7 @@ def train_batches(args: argparse.Namespace, data: SimpleNamespace, train: ImageS
         f"{train.describe()}: about {tokens:.0f} tokens an image after dropping, {args.sequence_length / tokens:.1f} "
         f"images in a sequence of {args.sequence_length}"
     )
-    options = {"mean": MEAN[: args.in_chans], "std": STD[: args.in_chans], "num_workers": data.num_workers}
+    options = {"statistics": (MEAN[: args.in_chans], STD[: args.in_chans]), "num_workers": data.num_workers}
     options |= {"max_open": args.max_open, "max_images": args.max_images, "steps_per_epoch": data.steps_per_epoch}
     return PackedBatches(patches, args.sequence_length, args.batch_size, **options)
 

@@ -35,11 +35,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries, keys, values (N,
 
 
 def patchify(image: Tensor, patch: int) -> Tensor:
-    """Pixels of the patches of an image (C, height, width), row by row: (n, patch * patch * C), channels last.
-
-    Raises:
-        ValueError: If a patch is larger than the image, or pixels would be left over.
-    """
+    """Pixels of the patches of an image (C, height, width), row by row: (n, patch * patch * C), channels last."""
     height, width = image.shape[1:]
     if min(height, width) < patch or height % patch or width % patch:
         few = "no patch" if min(height, width) < patch else "no whole number of patches"
@@ -55,33 +51,21 @@ def coordinates_of(rows: int, columns: int) -> Tensor:
 
 @dataclass
 class Packed:
-    """A batch of images, or of texts.
+    """A batch of images, or of texts."""
 
-    Attributes:
-        patches: Pixels (N, patch * patch * C), or numbers of words (N,).
-        coords: Of the tokens, (N, 2).
-        grids: Of the whole images, also where tokens were dropped, (E, 2).
-        lengths: Tokens of each image.
-        slots: Place of each token in the sequences, counted through all of them, (N,).
-        shape: Number of sequences and their length.
-    """
-
-    patches: Tensor
-    coords: Tensor
-    grids: Tensor
-    lengths: list[int]
-    slots: Tensor
-    shape: tuple[int, int]
+    patches: Tensor  # pixels (N, patch * patch * C), or numbers of words (N,)
+    coords: Tensor  # of the tokens, (N, 2)
+    grids: Tensor  # of the whole images, also where tokens were dropped, (E, 2)
+    lengths: list[int]  # tokens of each image
+    slots: Tensor  # place of each token in the sequences, counted through all of them, (N,)
+    shape: tuple[int, int]  # number of sequences and their length
 
     @classmethod
-    def of(
-        cls, patches: Sequence[Tensor], coords: Sequence[Tensor], grids: Sequence, slots=None, shape=None
-    ) -> "Packed":
-        """Images given one by one; without slots all of them make one sequence."""
+    def of(cls, patches: Sequence[Tensor], coords: Sequence[Tensor], grids: Sequence, *places) -> "Packed":
+        """Images given one by one, and ``slots`` and ``shape``; without these all of them make one sequence."""
         lengths = [len(p) for p in patches]
-        slots = torch.arange(sum(lengths)) if slots is None else slots
         tensors = torch.cat(list(patches)), torch.cat(list(coords)), torch.tensor(grids)
-        return cls(*tensors, lengths, slots, shape or (1, len(slots)))
+        return cls(*tensors, lengths, *(places or (torch.arange(sum(lengths)), (1, sum(lengths)))))
 
     @classmethod
     def whole(cls, images: Sequence[Tensor], patch: int) -> "Packed":
@@ -113,16 +97,12 @@ def look_up(table: Tensor, places: Tensor) -> Tensor:
 def factorised(
     y: Tensor, x: Tensor, coords: Tensor, grids: Tensor, kind: str, combine: str = "sum", half_pixel: bool = False
 ) -> Tensor:
-    """Position embeddings (N, D) of two tables (T, D), of rows and of columns.
+    """Position embeddings (N, D) of two tables (T, D), of rows and of columns; coordinates and grids of each token.
 
     Args:
-        coords, grids: Of each token, (N, 2).
         kind: ``absolute``: coordinate i is row i of a table; ``fractional`` or ``aspect``: see :func:`fractions`.
         combine: ``sum``, ``product``, or ``stack``: the columns' half of the channels before the rows'.
         half_pixel: Fractions are looked up where a resize of the table to the grid would, else r at r * (T - 1).
-
-    Raises:
-        ValueError: If an image has more patches a side than the tables have rows, and coordinates are absolute.
     """
     last = len(y) - 1
     if kind == "absolute":
@@ -157,13 +137,7 @@ def resized_table(table: Tensor, coords: Sequence[Tensor], grids: Sequence[Seque
 
 
 class Positions(nn.Module):
-    """Embeddings of the tokens' places, in ``dim`` channels.
-
-    Args:
-        kind: ``sum``, ``product`` or ``stack`` of two tables, ``fourier``, or ``table``: one of two dimensions.
-        coordinates: ``absolute``, ``fractional`` or ``aspect``; not of ``table``.
-        length: Rows of the tables.
-    """
+    """Embeddings of the tokens' places: by two tables, Fourier features, or a ``table`` of two dimensions."""
 
     def __init__(self, dim: int, kind: str, coordinates: str, length: int):
         super().__init__()
@@ -219,9 +193,6 @@ def attention_among(
             should be runs; ``varlen``: flash attention of GPUs in half precision (torch 2.10); ``auto``: segments on a
             CPU, on a GPU varlen where it can be had, else mask.
         lengths, slots, shape: Of a :class:`Packed`.
-
-    Raises:
-        ValueError: If there is no such kind.
     """
     if kind == "auto":
         flash = importlib.util.find_spec("torch.nn.attention.varlen") and torch.is_autocast_enabled(device.type)
@@ -287,10 +258,8 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, hidden_dim: int, norm: str, qk_norm: str, bias: bool):
         super().__init__()
-        self.norm1 = norm_layer(norm, dim, bias)
-        self.attn = Attention(dim, num_heads, qk_norm, bias)
-        self.norm2 = norm_layer(norm, dim, bias)
-        self.mlp = GeluMlp(dim, hidden_dim)
+        self.norm1, self.attn = norm_layer(norm, dim, bias), Attention(dim, num_heads, qk_norm, bias)
+        self.norm2, self.mlp = norm_layer(norm, dim, bias), GeluMlp(dim, hidden_dim)
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
         x = x + self.attn(self.norm1(x), attend)
@@ -321,22 +290,16 @@ class NaViT(nn.Module):
 
     Args:
         width, depth, num_heads: D, number of blocks, H.
-        patch_size: Side of a patch in pixels.
         num_classes: Outputs of the classifier; 0: none, the network gives representations.
         hidden_dim: Of the MLPs; by default 4 D.
-        positions, coordinates, max_side: See :class:`Positions`.
+        positions, coordinates, max_side: Kind of the positions, their coordinates, and length of the tables.
         norm: ``layernorm`` or ``rmsnorm``, without a bias.
-        qk_norm: Whether queries and keys are normalised.
         bias: Of queries, keys, values and norms, as the usual ViT has them.
         pool: ``map`` (:class:`AttentionPool`) or ``gap`` (the mean of an image's tokens).
-        in_chans: C.
         vocabulary: For texts instead of images: number of words.
-
-    Attributes:
-        attention: See :func:`attention_among`.
     """
 
-    attention = "auto"
+    attention = "auto"  # see attention_among
 
     def __init__(
         self,

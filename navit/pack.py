@@ -6,8 +6,8 @@ still open is part of the checkpoint: a run that was killed goes on with the sam
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import cv2
@@ -30,31 +30,20 @@ END_OF_TEXT = 256  # after the bytes of a text
 
 
 class Placement(NamedTuple):
-    """Where images lie.
+    """Where images lie."""
 
-    Attributes:
-        sequence, offset: Of each image, (E,).
-        kept: Whether it is among the first ``max_images`` of its sequence, (E,).
-        slots: Place of every token, image by image, counted through all sequences, (N,).
-        shape: Number of sequences and their length.
-    """
-
-    sequence: np.ndarray
-    offset: np.ndarray
-    kept: np.ndarray
-    slots: np.ndarray
-    shape: tuple[int, int]
+    sequence: np.ndarray  # of each image, (E,)
+    offset: np.ndarray  # in it, (E,)
+    kept: np.ndarray  # whether it is among the first ``max_images`` of its sequence, (E,)
+    slots: np.ndarray  # place of every token, image by image, counted through all sequences, (N,)
+    shape: tuple[int, int]  # number of sequences and their length
 
 
 def first_fit(lengths: Sequence[int], sequence_length: int, max_images: int | None = None) -> Placement:
-    """Put each image, in this order, into the first sequence with enough room (appendix A.3).
+    """Put images of these lengths, in this order, each into the first sequence with enough room (appendix A.3).
 
     Args:
-        lengths: Tokens of each image, (E,).
         max_images: Representations of a sequence that count; further images are only encoded.
-
-    Raises:
-        ValueError: If an image is longer than a sequence.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     if len(lengths) and lengths.max() > sequence_length:
@@ -78,31 +67,19 @@ def first_fit(lengths: Sequence[int], sequence_length: int, max_images: int | No
 
 
 class Example(NamedTuple):
-    """An image as the loader's workers give it.
+    """An image as the loader's workers give it."""
 
-    Attributes:
-        number: Of the image in the run.
-        patches: uint8, (n, patch * patch * C), those that were not dropped.
-        coords: (n, 2).
-        grid: Rows and columns of the whole image.
-        shrunk: Whether it was made smaller than drawn, to fit into a sequence.
-    """
-
-    number: int
+    number: int  # of the image in the run
     index: int
     label: int
-    patches: np.ndarray
-    coords: np.ndarray
-    grid: tuple[int, int]
-    shrunk: bool
+    patches: np.ndarray  # uint8, (n, patch * patch * C), those that were not dropped
+    coords: np.ndarray  # (n, 2)
+    grid: tuple[int, int]  # rows and columns of the whole image
+    shrunk: bool  # whether it was made smaller than drawn, to fit into a sequence
 
 
 def choose_grid(
-    size: tuple[int, int],
-    resolution: float,
-    patch: int,
-    kept: Callable[[int], np.ndarray],
-    longest: tuple[int, int] | None,
+    size: tuple[int, int], resolution: float, patch: int, kept: Callable, longest: tuple[int, int] | None
 ) -> tuple[tuple[int, int], np.ndarray, bool]:
     """Grid of an image at an effective resolution, its tokens that are kept, and whether it was shrunk.
 
@@ -138,8 +115,7 @@ class TrainPatches(Dataset):
     """Examples by the numbers of images in the run: number g is image g modulo N of the permutation g // N.
 
     Args:
-        source: N images.
-        bad_images: What becomes of those that cannot be read.
+        draws: Resolutions, dropping, and the seed of all draws.
         longest: See :func:`choose_grid`.
         flip: Whether half of the images are mirrored.
     """
@@ -148,16 +124,14 @@ class TrainPatches(Dataset):
         self,
         source: ImageSource,
         patch: int,
-        resolutions: Resolutions,
-        dropping: Dropping,
-        seed: int,
+        draws: tuple[Resolutions, Dropping, int],
         bad_images: BadImages,
         longest: tuple[int, int] | None = None,
         flip: bool = True,
         in_chans: int = 3,
     ):
-        self.source, self.patch, self.resolutions, self.dropping = source, patch, resolutions, dropping
-        self.seed, self.bad_images, self.longest, self.flip, self.in_chans = seed, bad_images, longest, flip, in_chans
+        self.source, self.patch, self.bad_images, self.longest = source, patch, bad_images, longest
+        (self.resolutions, self.dropping, self.seed), self.flip, self.in_chans = draws, flip, in_chans
         self.order = (-1, np.empty(0))
 
     def index(self, number: int) -> int:
@@ -235,12 +209,7 @@ def pack_texts(texts: Sequence[str], most: int) -> Packed:
 
 
 def collate(
-    sequences: Sequence[Sequence[Example]],
-    length: int,
-    patch: int,
-    max_images: int | None,
-    mean: Sequence[float],
-    std: Sequence[float],
+    sequences: Sequence[Sequence[Example]], length: int, patch: int, max_images: int | None, *statistics
 ) -> dict:
     """A batch of sequences of ``length`` tokens as plain tensors, images of one length next to each other.
 
@@ -266,37 +235,26 @@ def collate(
     }
     labels, indices = (torch.tensor([getattr(e, name) for e in examples]) for name in ("label", "index"))
     batch = {"labels": labels, "indices": indices, "counts": torch.tensor(counts), "packing": packing}
-    return {"images": vars(pack(examples, mean, std, slots, shape)), **batch}
+    return {"images": vars(pack(examples, *statistics, slots, shape)), **batch}
 
 
 # --- The loader -------------------------------------------------------------------------------------------------------
 
 
-class Numbers:
+def numbers(first: int) -> Iterator[list[int]]:
     """Chunks of the numbers of this process's images from ``first`` on, without an end: every W-th of the run's."""
-
-    def __init__(self, first: int):
-        self.first, self.world_size = first, distributed.get_world_size()
-
-    def __iter__(self) -> Iterator[list[int]]:
-        step = CHUNK * self.world_size
-        for start in range(self.first, 1 << 62, step):
-            yield list(range(start, start + step, self.world_size))
+    step = CHUNK * distributed.get_world_size()
+    for start in itertools.count(first, step):
+        yield list(range(start, start + step, distributed.get_world_size()))
 
 
 class PackedBatches:
     """Batches of ``sequences`` sequences, see :func:`collate`, and the images of those that are not full yet.
 
     Args:
-        data: The images.
-        sequence_length: Tokens.
         max_open: Sequences that are open at a time: more of them leave less padding, and delay images.
-        max_images, mean, std: See :func:`collate`.
-
-    Attributes:
-        next: Number of the first image of this process that has not been read.
-        open, closed: Sequences that are no batch yet.
-        shown: The first sequences of the last batch.
+        max_images: See :func:`first_fit`.
+        statistics: Mean and standard deviation of the channels.
     """
 
     def __init__(
@@ -308,17 +266,14 @@ class PackedBatches:
         num_workers: int = 0,
         max_open: int = 16,
         max_images: int | None = None,
-        mean: Sequence[float] = (0.5, 0.5, 0.5),
-        std: Sequence[float] = (0.5, 0.5, 0.5),
+        statistics: tuple[Sequence[float], Sequence[float]] = ((0.5,) * 3, (0.5,) * 3),
     ):
         self.data, self.sequence_length, self.sequences = data, sequence_length, sequences
         self.steps_per_epoch, self.num_workers, self.max_open = steps_per_epoch, num_workers, max_open
-        options = {"length": sequence_length, "patch": data.patch, "max_images": max_images, "mean": mean, "std": std}
-        self.collate = partial(collate, **options)
-        self.next = distributed.get_rank()
-        self.open: list[list[Example]] = []
-        self.closed: list[list[Example]] = []
-        self.shown: list[list[Example]] = []
+        self.how = sequence_length, data.patch, max_images, *statistics
+        self.next = distributed.get_rank()  # number of the first image of this process that has not been read
+        self.open, self.closed = [], []  # sequences that are no batch yet, lists of examples
+        self.shown = []  # the first sequences of the last batch
         self.examples: Iterator[Example] | None = None
 
     def epoch(self, first_step: int) -> Iterator[dict]:
@@ -328,11 +283,11 @@ class PackedBatches:
                 self._add(self._read())
             batch, self.closed = self.closed[: self.sequences], self.closed[self.sequences :]
             self.shown = batch[:4]
-            yield self.collate(batch)
+            yield collate(batch, *self.how)
 
     def _read(self) -> Example:
         if self.examples is None:
-            loader = make_loader(self.data, batch_sampler=Numbers(self.next), num_workers=self.num_workers)
+            loader = make_loader(self.data, batch_sampler=numbers(self.next), num_workers=self.num_workers)
             self.examples = (example for chunk in loader for example in chunk)
         self.next += distributed.get_world_size()
         return next(self.examples)

@@ -53,18 +53,12 @@ def fitting_size(size: tuple[int, int], most: int, patch: int, whole: bool = Tru
 
 @dataclass(frozen=True)
 class Resolutions:
-    """Effective resolutions between ``low`` and ``high``.
-
-    Attributes:
-        distribution: Of u: ``uniform``, ``normal``: with this mean and deviation 1, truncated to [-1, 1], or
-            ``native``: that of the image, in the range.
-        sample: See :func:`effective_resolution`.
-    """
+    """Effective resolutions between ``low`` and ``high``."""
 
     low: float
     high: float
-    distribution: str = "uniform"
-    mean: float = 0.0
+    distribution: str = "uniform"  # of u; or normal, truncated to [-1, 1]; or native: that of the image, in the range
+    mean: float = 0.0  # of normal, whose deviation is 1
     sample: str = "side"
 
     def draw(self, size: tuple[int, int], rng: Generator) -> float:
@@ -100,22 +94,14 @@ def scheduled_rate(seen: np.ndarray, middle: float, tau: float, rates: tuple[flo
 
 @dataclass(frozen=True)
 class Dropping:
-    """Rates of dropped tokens.
+    """Rates of dropped tokens."""
 
-    Attributes:
-        kind: ``none``; ``constant``; ``beta``: per image; ``resolution``: larger images drop more.
-        rate, most: Mean, and largest one of ``beta``.
-        rates: Of the shortest and the longest images (``lengths`` in tokens) of ``resolution``; of the schedule, the
-            lowest and the highest.
-        tau, middle: Of a schedule that replaces ``rate``, in images; ``tau`` 0: none.
-    """
-
-    kind: str = "none"
+    kind: str = "none"  # constant; beta: per image; resolution: larger images drop more
     rate: float = 0.5
-    most: float = 0.9
-    rates: tuple[float, float] = (0.2, 0.8)
-    lengths: tuple[int, int] = (16, 256)
-    tau: float = 0.0
+    most: float = 0.9  # of beta
+    rates: tuple[float, float] = (0.2, 0.8)  # of the shortest and longest images; or the least and most of the schedule
+    lengths: tuple[int, int] = (16, 256)  # tokens of these images
+    tau: float = 0.0  # of a schedule that replaces ``rate``, in images; 0: none
     middle: float = 0.0
 
     def draw(self, length: int, seen: int, rng: Generator) -> np.ndarray:

@@ -4,8 +4,9 @@ from tests.run_folders import lines
 from tests.tiny_training import Training
 
 FLAGS = (
-    "--arch navit_test --patch_size 4 --max_side 16 --resolution 8 16 --sequence_length 24 --batch_size 2 --epochs 2 "
-    "--max_open 2 --drop beta --num_workers 0 --log_freq 1 --pictures off --device cpu --saveckp_steps 1 --loss softmax"
+    "--arch navit_test --patch_size 4 --max_side 16 --resolution 8 14 --sequence_length 12 --batch_size 2 --epochs 2 "
+    "--max_open 2 --drop beta --drop_rate 0.3 --num_workers 0 --log_freq 1 --pictures off "
+    "--device cpu --saveckp_steps 1 --loss softmax"
 )
 
 
