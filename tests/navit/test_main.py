@@ -22,9 +22,7 @@ def test_a_network_learns_from_packed_images(tmp_path):
     flags = ("--drop", "none", "--lr", "0.01", "--weight_decay_head", "0", "--epochs", "6")
     found = train(tmp_path, *FEW, *flags)
     last = found[-1]
-    assert (
-        last["test_acc1"] == last["test_acc1_14"] > 30 and last["test_tokens_8"] == 4 and last["test_tokens_14"] == 16
-    )
+    assert last["test_acc1"] == last["test_acc1_14"] > 30 and last["test_tokens_8"] == 4 and last["test_tokens_14"] > 8
     steps = [line for line in found if "loss" in line]
     assert steps[-1]["loss"] < steps[0]["loss"]
     for line in steps:
@@ -35,12 +33,12 @@ def test_a_network_learns_from_packed_images(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_open_sequences_are_part_of_the_checkpoint(workers, tmp_path):
-    flags = ("--data_path", "digits", "--sequence_length", 64, "--batch_size", 8, "--saveckp_steps", 3, "--epochs", 1)
+    flags = ("--data_path", write_images(tmp_path / "images", 40), "--epochs", 1)
     train(tmp_path / "whole", *flags)
-    with stopped_after(5):
+    with stopped_after(3):
         train(tmp_path / "parts", *flags, "--num_workers", workers)
     waiting = state_of(tmp_path / "parts")["batches"]["processes"][0]
-    assert len(waiting["open"]) == 2 and waiting["next"] > 50
+    assert len(waiting["open"]) == 2 and waiting["next"] > 10
     train(tmp_path / "parts", *flags, "--num_workers", 2 - workers)
     whole, parts = state_of(tmp_path / "whole"), state_of(tmp_path / "parts")
     assert all(torch.equal(tensor, parts["model"][name]) for name, tensor in whole["model"].items())

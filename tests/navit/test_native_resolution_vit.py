@@ -15,7 +15,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from navit.eval_resolutions import giga_operations
 from navit.hub import build, load_navit, sizes
 from navit.losses import contrastive_loss
-from navit.native_resolution_vit import CHOICES, NaViT, Packed, checkpoint_filter_fn, coordinates_of, patchify
+from navit.native_resolution_vit import (
+    CHOICES,
+    NaViT,
+    Packed,
+    checkpoint_filter_fn,
+    coordinates_of,
+    heads_first,
+    patchify,
+)
 from navit.pack import choose_grid, first_fit, resized_patches
 from navit.sampling import Dropping, Resolutions
 from shared.networks.weights import WeightMismatch
@@ -74,6 +82,35 @@ def test_packed_images_have_the_gradients_of_each_image_alone():
     for expected, *others in zip((p.grad for p in network.parameters()), *found.values(), strict=True):
         for gradient in others:
             torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_flash_attention_gets_the_images_as_cumulative_lengths(monkeypatch):
+    """torch's function needs a GPU: here another one takes its arguments."""
+
+    def varlen(q, k, v, ends_q, ends_k, longest_q, longest_k):
+        assert ends_q.dtype == ends_k.dtype == torch.int32 and longest_q == longest_k == 8
+        parts = zip(*(t.tensor_split(ends_q[1:-1].long()) for t in (q, k, v)), strict=True)
+        return torch.cat([heads_first(*(t[None] for t in part))[0] for part in parts])
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
+    network, images = small(), [torch.randn(3, 8, 12), torch.randn(3, 4, 4), torch.randn(3, 16, 8)]
+    expected, network.attention = network(images), "varlen"
+    torch.testing.assert_close(network(images), expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_the_logits_of_a_cpu():
+    network, images = small(), [torch.randn(3, 8, 12), torch.randn(3, 4, 4), torch.randn(3, 16, 8)]
+    expected, images = network(images), [image.cuda() for image in images]
+    network.cuda()
+    for kind in ("mask", "segments"):
+        network.attention = kind
+        torch.testing.assert_close(network(images).cpu(), expected, rtol=1e-3, atol=1e-3)
+    network.attention = "varlen"
+    with torch.autocast("cuda", torch.bfloat16):
+        torch.testing.assert_close(
+            network(images).float().cpu(), expected, rtol=0.1, atol=0.1 * float(expected.abs().max())
+        )
 
 
 def test_nothing_of_one_image_reaches_another():
