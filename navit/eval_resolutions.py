@@ -179,17 +179,15 @@ def eval_resolutions(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
     (network, *texts), trained_with = load_navit(args.pretrained)
     network.attention = args.attention
     network.to(precision.device)
-    if not args.data_path and not args.val_path:
-        val = CutMaterials("val")
-    elif args.data_path:
-        shared_only = args.shared_classes_only
-        val = open_labelled(args.data_path, args.val_path, shared_classes_only=shared_only, **reading(args))[1]
-    else:  # captions to choose from need no training images with the same ones
+    if args.data_path:
+        paths, shared_only = (args.data_path, args.val_path), args.shared_classes_only
+        _, val = open_labelled(*paths, shared_classes_only=shared_only, **reading(args))
+    elif args.val_path:  # captions to choose from need no training images with the same ones
         val = open_source(args.val_path, "all", flag="--val_path", **reading(args))
-    if not texts and network.num_classes != len(val.classes or ()):
-        raise ValueError(
-            f"--pretrained {args.pretrained} has no classifier of the {len(val.classes or ())} classes of {val.name}"
-        )
+    else:
+        val = CutMaterials("val")
+    if not texts and network.num_classes != (classes := len(val.classes or ())):
+        raise ValueError(f"--pretrained {args.pretrained} has no classifier of the {classes} classes of {val.name}")
     classifier = zero_shot(network, texts[0].to(precision.device), val.classes, precision) if texts else network
     low, high = trained_with.get("resolution", (64, 256))
     bad_images = BadImages(len(val), None, args.on_bad_image, args.max_bad_fraction)

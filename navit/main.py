@@ -120,10 +120,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
-    """Parse and check the command line, of ``parser`` if further flags are in it.
-
-    Without ``--data_path`` the defaults are those of the generated images.
-    """
+    """Parse and check the command line; without ``--data_path`` the defaults are those of the generated images."""
     parser = parser or get_args_parser()
     args = parse_with_embedded_defaults(parser, arguments, EMBEDDED_DATA_DEFAULTS, MINIMUM)
     low, high = args.resolution
@@ -169,14 +166,11 @@ def open_images(args: argparse.Namespace, run: Run) -> tuple[SimpleNamespace, Im
         train, val = open_train_and_val(args)
     train = cache_images(train, args.cache)
     data = SimpleNamespace(checksum=train.checksum())
-    distributed.check_same_on_all_processes(
-        (len(train), data.checksum), "the training data (number of images, checksum)"
-    )
-    lists = ((train, "bad_images.txt"), (val or train, "bad_images_val.txt"))
-    data.bad_images, data.bad_val_images = (
-        BadImages(len(source), run.output_dir / name, args.on_bad_image, args.max_bad_fraction)
-        for source, name in lists
-    )
+    known = len(train), data.checksum
+    distributed.check_same_on_all_processes(known, "the training data (number of images, checksum)")
+    policy = args.on_bad_image, args.max_bad_fraction
+    data.bad_images = BadImages(len(train), run.output_dir / "bad_images.txt", *policy)
+    data.bad_val_images = BadImages(len(val or train), run.output_dir / "bad_images_val.txt", *policy)
     data.num_workers = default_num_workers() if args.num_workers is None else args.num_workers
     return data, train, val
 
@@ -184,18 +178,10 @@ def open_images(args: argparse.Namespace, run: Run) -> tuple[SimpleNamespace, Im
 def train_batches(args: argparse.Namespace, data: SimpleNamespace, train: ImageSource) -> PackedBatches:
     """The packed images; ``data`` gets the steps of an epoch, and about how many images each of them takes."""
     lengths = tuple(max(1, round((side / args.patch_size) ** 2)) for side in args.resolution)
-    dropping = (
-        args.drop,
-        args.drop_rate,
-        args.drop_max,
-        tuple(args.drop_range),
-        lengths,
-        args.drop_tau,
-        args.drop_middle,
-    )
+    rates = args.drop_rate, args.drop_max, tuple(args.drop_range)
     resolutions = Resolutions(*args.resolution, args.resolution_draw, args.resolution_mean, args.resolution_sample)
     longest = (args.sequence_length, args.max_side) if args.on_long_image == "shrink" else None
-    draws = resolutions, Dropping(*dropping), args.seed
+    draws = resolutions, Dropping(args.drop, *rates, lengths, args.drop_tau, args.drop_middle), args.seed
     patches = TrainPatches(train, args.patch_size, draws, data.bad_images, longest, args.flip, args.in_chans)
     tokens = patches.mean_length()
     a_step = args.sequence_length * args.batch_size * distributed.get_world_size() / tokens
@@ -227,7 +213,7 @@ def train_navit(args: argparse.Namespace) -> None:
     if args.loss == "contrastive":
         parts["text"] = build(args.arch, vocabulary=257, max_side=args.text_length, **options).to(run.device)
         whole = ImageText(network, parts["text"])
-        criterion = partial(loss_of_pairs, captions=train.classes, text_length=args.text_length, chunks=args.chunks)
+        criterion = partial(loss_of_pairs, captions=train.classes, most=args.text_length, chunks=args.chunks)
     else:
         criterion = partial(loss_of_labels, loss=LOSSES[args.loss])
         if args.loss == "sigmoid":
@@ -296,16 +282,10 @@ def loss_of_labels(model: nn.Module, images: Packed, labels: Tensor, counts: Ten
 
 
 def loss_of_pairs(
-    model: nn.Module,
-    images: Packed,
-    labels: Tensor,
-    counts: Tensor,
-    captions: Sequence[str],
-    text_length: int,
-    chunks: int,
+    model: nn.Module, images: Packed, labels: Tensor, counts: Tensor, captions: Sequence[str], most: int, chunks: int
 ) -> Tensor:
-    """The contrastive loss of images and their captions, of all processes together."""
-    texts = pack_texts([captions[label].replace("_", " ") for label in labels.tolist()], text_length)
+    """The contrastive loss of images and their captions, at most so long, of all processes together."""
+    texts = pack_texts([captions[label].replace("_", " ") for label in labels.tolist()], most)
     image, text, temperature = model(images, texts.to(labels.device))
     missing = distributed.max_over_processes(len(labels)) - len(labels)  # fake pairs, which do not count
     image, text = (F.pad(x, (0, 0, 0, missing)) for x in (image, text))
