@@ -94,11 +94,11 @@ def of_vit_pytorch(width: int, depth: int, heads: int, args: argparse.Namespace,
 
 @torch.no_grad()
 def main() -> None:
-    parser = get_args_parser(__doc__, rounds=3)
+    parser = get_args_parser(__doc__, rounds=3)  # 0: only the padding, and that packed images are those alone
     add = parser.add_argument
     add("--images", default=None, help="folder of photographs, whose shapes are taken; None: common shapes")
     add("--number", type=int, default=200, help="of images")
-    add("--low", type=float, default=64, help="least effective resolution in pixels")
+    add("--low", type=float, default=64, help="least effective resolution in pixels; 0 and 0: the images' own")
     add("--high", type=float, default=256, help="largest effective resolution")
     add("--arch", default="navit_ti", choices=[f"navit_{name}" for name in SIZES])
     add("--classes", type=int, default=1000)
@@ -116,10 +116,22 @@ def main() -> None:
     network = NaViT(width, depth, heads, num_classes=args.classes, **sizes("timm", tensors)).eval()
     network.load_state_dict(tensors | {"choices": network.choices})
 
+    places, mean = first_fit(tokens, args.length), sum(tokens) / len(tokens)
+    padding = {"packed": 1 - sum(tokens) / np.prod(places.shape)}
+    print(f"{len(images)} images of {min(tokens)} to {max(tokens)} tokens, {padding['packed']:.1%} padding", flush=True)
+    expected = ours(network, images, args.length, args.batch)
+    alone = torch.cat([network([image]) for image in images])
+    print(
+        f"largest difference to one image at a time: {(alone - expected).abs().max() / alone.abs().max():.0e}",
+        flush=True,
+    )
+    torch.testing.assert_close(expected, alone, rtol=1e-5, atol=1e-5 * float(alone.abs().max()))
+    if args.rounds == 0:
+        return
     longest = PaddedNaFlex(theirs, images, False, max(1, args.batch * args.length // max(tokens)))
     largest = PaddedNaFlex(theirs, images, True, 1)
     largest.batch = max(1, args.batch * args.length // largest.longest)
-    expected = ours(network, images, args.length, args.batch)
+    padding |= {"longest": 1 - mean / longest.longest, "largest": 1 - mean / largest.longest}
     for padded in (longest, largest):
         torch.testing.assert_close(padded(images), expected, rtol=1e-3, atol=1e-4)
     network.attention = "mask"
@@ -132,17 +144,12 @@ def main() -> None:
     }
     if importlib.util.find_spec("vit_pytorch"):
         other = of_vit_pytorch(width, depth, heads, args, images)
-        groups = [images[i : i + 8] for i in range(0, len(images), 8)]
+        at_once = max(1, int(args.batch * args.length / mean))
+        groups = [images[i : i + at_once] for i in range(0, len(images), at_once)]
         ways["vit-pytorch's NaViT"] = lambda: [
             other(group, group_images=True, group_max_seq_len=args.length) for group in groups
         ]
-    places = first_fit(tokens, args.length)
-    padding = {"packed": 1 - sum(tokens) / np.prod(places.shape)}
-    padding |= {
-        "longest": 1 - sum(tokens) / len(tokens) / longest.longest,
-        "largest": 1 - sum(tokens) / len(tokens) / largest.longest,
-    }
-    print(f"{len(images)} images of {min(tokens)} to {max(tokens)} tokens; padding: {padding}")
+    print(f"padding: {padding}")
     rows = compare(alternate(ways, args.rounds), "packed")
     rates = {name: len(images) / min(row["seconds"]) for name, row in rows.items()}
     print("images/s: " + ", ".join(f"{name} {rate:.1f}" for name, rate in rates.items()))
