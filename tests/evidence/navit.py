@@ -1,6 +1,6 @@
 """The small experiments of navit/README.md: NaViT on generated images of many shapes.
 
-    make evidence METHOD=navit                 # about 50 core-minutes
+    make evidence METHOD=navit                 # more than an hour of one core
 
 Networks of resolutions that are drawn for every image beside those of one resolution, at equal tokens; positions at
 sides larger than any of the training; and token dropping, at equal tokens too. Every run uses one thread; --parallel of

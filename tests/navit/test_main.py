@@ -19,10 +19,11 @@ FEW = ("--data_path", "digits", "--sequence_length", "128", "--batch_size", "16"
 
 
 def test_a_network_learns_from_packed_images(tmp_path):
-    flags = ("--drop", "none", "--lr", "0.01", "--weight_decay_head", "0", "--epochs", "6")
+    flags = ("--drop", "none", "--lr", 0.01, "--weight_decay_head", 0, "--epochs", 4, "--test_resolutions", 8, 12)
     found = train(tmp_path, *FEW, *flags)
     last = found[-1]
-    assert last["test_acc1"] == last["test_acc1_14"] > 30 and last["test_tokens_8"] == 4 and last["test_tokens_14"] > 8
+    assert last["test_acc1"] == last["test_acc1_12"] > 25
+    assert (last["test_tokens_8"], last["test_tokens_12"]) == (4, 9)
     steps = [line for line in found if "loss" in line]
     assert steps[-1]["loss"] < steps[0]["loss"]
     for line in steps:
@@ -105,7 +106,7 @@ def test_images_are_found_by_their_captions(tmp_path):
         rows.append(f"{i}.png\t{caption}")
     (tmp_path / "captions.tsv").write_text("\n".join(rows) + "\n")
     path = tmp_path / "captions.tsv"
-    flags = ("--data_path", path, "--val_path", path, "--loss", "contrastive", "--lr", "0.01", "--epochs", "12")
+    flags = ("--data_path", path, "--val_path", path, "--loss", "contrastive", "--lr", "0.01", "--epochs", "8")
     found = train(tmp_path / "run", *flags, "--drop", "none", "--text_length", 16, "--saveckp_steps", 0)
     assert found[-1]["test_acc1"] > 90
     networks, _ = load_navit(tmp_path / "run" / "checkpoint.pth")

@@ -27,6 +27,7 @@ from navit.native_resolution_vit import (
 from navit.pack import choose_grid, first_fit, resized_patches
 from navit.sampling import Dropping, Resolutions
 from shared.networks.weights import WeightMismatch
+from tests.processes import run_processes
 
 
 def small(**options) -> NaViT:
@@ -246,14 +247,32 @@ def test_pixels_are_resized_as_a_whole_and_cut_into_patches():
     assert resized_patches(pixels, (3, 5), 8, 1).shape == (15, 64)
 
 
-def test_the_contrastive_loss_has_the_same_gradients_in_any_number_of_chunks():
-    torch.manual_seed(0)
-    valid = torch.tensor([True, False, True, True, True, False, True])
-    inputs = [F.normalize(torch.randn(7, 4), dim=1).requires_grad_(True) for _ in range(2)]
-    found = [torch.autograd.grad(contrastive_loss(*inputs, valid, torch.tensor(5.0), n), inputs) for n in (1, 3, 7)]
-    for gradients in found[1:]:
-        torch.testing.assert_close(gradients, found[0])
-    similarities = 5 * inputs[0][valid] @ inputs[1][valid].T
-    pairs = torch.arange(5)
-    expected = (F.cross_entropy(similarities, pairs) + F.cross_entropy(similarities.T, pairs)) / 2
-    torch.testing.assert_close(torch.autograd.grad(expected, inputs), found[0])
+VALID = torch.tensor([True, False, True, True, True, False, True, True])
+
+
+def pairs() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [F.normalize(torch.randn(8, 4, generator=generator), dim=1).requires_grad_(True) for _ in range(2)]
+
+
+def loss_of_half(rank: int) -> list[torch.Tensor]:
+    """The loss of one process and its gradients, as their mean over the processes counts."""
+    mine = slice(4 * rank, 4 * rank + 4)
+    inputs = [x[mine].detach().requires_grad_(True) for x in pairs()]
+    loss = contrastive_loss(*inputs, VALID[mine], torch.tensor(5.0), 3)
+    return [loss.detach() / 2, *(gradient / 2 for gradient in torch.autograd.grad(loss, inputs))]
+
+
+def test_the_contrastive_loss_is_that_of_all_pairs_in_any_chunks_and_on_two_processes():
+    inputs = pairs()
+    similarities = 5 * inputs[0][VALID] @ inputs[1][VALID].T
+    own = torch.arange(int(VALID.sum()))
+    loss = (F.cross_entropy(similarities, own) + F.cross_entropy(similarities.T, own)) / 2
+    expected = torch.autograd.grad(loss, inputs)
+    for chunks in (1, 3, 8):
+        found = contrastive_loss(*inputs, VALID, torch.tensor(5.0), chunks)
+        torch.testing.assert_close((found, *torch.autograd.grad(found, inputs)), (loss, *expected))
+    halves = run_processes(loss_of_half, 2)
+    torch.testing.assert_close(halves[0][0] + halves[1][0], loss.detach())
+    for i, gradient in enumerate(expected, start=1):
+        torch.testing.assert_close(torch.cat([half[i] for half in halves]), gradient)
