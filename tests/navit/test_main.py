@@ -8,19 +8,28 @@ from PIL import Image
 from navit import eval_resolutions
 from navit.hub import CutMaterials, load_navit
 from navit.main import learning_rate_factor, parse_args
-from navit.pack import PackedBatches, TrainPatches
+from navit.pack import Example, PackedBatches, TrainPatches
+from navit.report import draw_sequence
 from navit.sampling import Dropping, Resolutions
 from shared.images.loading import BadImages
 from tests.navit.tiny import train
 from tests.reliability.runs import write_images
-from tests.run_folders import state_of, stopped_after
+from tests.run_folders import lines, state_of, stopped_after
 
 FEW = ("--data_path", "digits", "--sequence_length", "128", "--batch_size", "16", "--saveckp_steps", "0")
 
 
-def test_a_network_learns_from_packed_images(tmp_path):
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Output folder of a run with pictures."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
     flags = ("--drop", "none", "--lr", 0.01, "--weight_decay_head", 0, "--epochs", 4, "--test_resolutions", 8, 12)
-    found = train(tmp_path, *FEW, *flags)
+    train(folder, *FEW, *flags, "--test_freq", 9, "--pictures", "on")
+    return folder
+
+
+def test_a_network_learns_from_packed_images(finished):
+    found = lines(finished)
     last = found[-1]
     assert last["test_acc1"] == last["test_acc1_12"] > 25
     assert (last["test_tokens_8"], last["test_tokens_12"]) == (4, 9)
@@ -113,9 +122,8 @@ def test_images_are_found_by_their_captions(tmp_path):
     assert len(networks) == 2 and not networks[0].num_classes
 
 
-def test_the_evaluation_prints_a_row_per_resolution_and_cascades(tmp_path):
-    train(tmp_path, *FEW, "--epochs", "1")
-    flags = ["--pretrained", str(tmp_path / "checkpoint.pth"), "--data_path", "digits", "--device", "cpu"]
+def test_the_evaluation_prints_a_row_per_resolution_and_cascades(finished, tmp_path):
+    flags = ["--pretrained", str(finished / "checkpoint.pth"), "--data_path", "digits", "--device", "cpu"]
     flags += ["--num_workers", "0", "--output_dir", str(tmp_path / "out")]
     rows, cascades = eval_resolutions.eval_resolutions(
         eval_resolutions.parse_args([*flags, "--resolutions", "8", "0", "16"])
@@ -132,14 +140,20 @@ def test_the_evaluation_prints_a_row_per_resolution_and_cascades(tmp_path):
         eval_resolutions.eval_resolutions(eval_resolutions.parse_args(flags))
 
 
-def test_a_run_on_cut_images_ends_in_a_picture_of_its_sequences(tmp_path, monkeypatch, capsys):
-    shapes = CutMaterials("val").shapes
-    assert shapes.min() >= 14 and shapes.max() <= 32 and len({tuple(s) for s in shapes.T}) > 50
-    monkeypatch.setattr("navit.main.CutMaterials", lambda split: CutMaterials("val"))
-    train(tmp_path, "--epochs", 1, "--pictures", "on", "--test_freq", 9)
-    assert {"packed.png", "cost.png", "curves.png"} <= {path.name for path in (tmp_path / "pictures").iterdir()}
-    printed = capsys.readouterr().out
-    assert "could not be drawn" not in printed and "% padding" in printed
+def test_a_run_ends_in_a_picture_of_its_sequences(finished):
+    pictures = {path.name: Image.open(path).size for path in (finished / "pictures").iterdir()}
+    assert set(pictures) == {"packed.png", "cost.png", "curves.png"} and pictures["packed.png"][0] > 1000
+    sequence = [Example(0, 0, 0, np.zeros((3, 48), np.uint8), None, (1, 3), False)]
+    tiles = draw_sequence(sequence, length=5, patch=4, per_row=4, first=0)
+    assert tiles.shape == (12, 24, 3)  # two rows of tiles of 6 pixels with their frames
+    assert (tiles[0, 0] == (255, 0, 0)).all() and not tiles[1:5, 1:5].any()  # the first colour around black
+    assert (tiles[:6, 18:] == 225).all() and (tiles[6:, 6:] == 255).all()  # padding, and what is no place
+
+
+def test_cut_images_have_many_shapes():
+    source = CutMaterials("val")
+    shapes = {source.load(i).decode().shape for i in range(len(source))}
+    assert len(shapes) > 50 and min(min(shape[:2]) for shape in shapes) == 14 and source.labels.max() == 11
 
 
 def test_the_learning_rate_rises_falls_and_ends_at_zero():
