@@ -23,9 +23,9 @@ from torch import Tensor
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from navit.hub import CARD, MEAN, STD, CutMaterials, load_navit
+from navit.hub import CARD, MEAN, STD, load_navit
 from navit.native_resolution_vit import NaViT, Packed
-from navit.pack import EvalPatches, pack, pack_texts
+from navit.pack import CutMaterials, EvalPatches, pack, pack_texts
 from shared import distributed
 from shared.evaluation.features import RankSampler, check_replaced
 from shared.evaluation.flags import add_labelled_flags, add_process_flags, parse_evaluation

@@ -1,13 +1,10 @@
-"""NaViT's networks, weights of a related network that fill them, and images of many shapes for the run without data."""
+"""NaViT's networks, and weights of a related network that fill them."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 from torch import Tensor
 
-from shared.images.decode import DecodedImage
-from shared.images.sources import ImageSource, open_source
 from shared.networks.card import Card, Release
 from shared.networks.classifiers import load_completely
 from shared.networks.pretrained import hub_entries, locate
@@ -80,29 +77,3 @@ def load_navit(pretrained: str | Path, flag: str = CARD.weights_flag) -> tuple[l
         networks.append(NaViT(width, depth, heads, num_classes=classes, hidden_dim=hidden, **options).eval())
         load_completely(networks[-1], tensors, origin)
     return networks, flags_of_training(checkpoint)
-
-
-class CutMaterials(ImageSource):
-    """The generated images of 32 pixels, each cut to a rectangle of its own: sides of 14 to 32, shapes up to 1 : 2."""
-
-    def __init__(self, split: str):
-        self.squares = open_source(None, split)
-        name = self.squares.name.replace("materials", "materials of many shapes")
-        super().__init__(name, self.squares.labels, self.squares.classes)
-        rng = np.random.default_rng(len(self))
-        longest, turn = rng.integers(20, 33, len(self)), rng.uniform(-1, 1, (1, len(self))) * [[1], [-1]]
-        self.shapes = (longest / 2 ** np.maximum(turn, 0)).round().clip(14).astype(int)  # (height, width) of each
-
-    def __len__(self) -> int:
-        return len(self.squares)
-
-    def path(self, index: int) -> str:
-        return self.squares.path(index)
-
-    def load(self, index: int) -> DecodedImage:
-        pixels = self.squares.load(index).decode()
-        rows, columns = (slice((32 - side) // 2, (32 - side) // 2 + side) for side in self.shapes[:, index])
-        return DecodedImage(np.ascontiguousarray(pixels[rows, columns]))
-
-    def checksum(self) -> int:
-        return self.squares.checksum()

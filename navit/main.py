@@ -26,10 +26,10 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from navit.eval_resolutions import classify, zero_shot
-from navit.hub import MEAN, STD, CutMaterials, build
+from navit.hub import MEAN, STD, build
 from navit.losses import contrastive_loss, mean_over_processes, sigmoid_cross_entropy, softmax_cross_entropy
 from navit.native_resolution_vit import CHOICES, ImageText, Packed
-from navit.pack import EvalPatches, PackedBatches, TrainPatches, pack_texts
+from navit.pack import CutMaterials, EvalPatches, PackedBatches, TrainPatches, pack_texts
 from navit.report import report
 from navit.sampling import DROPS, Dropping, Resolutions
 from shared import distributed

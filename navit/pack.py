@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 from shared import distributed
-from shared.images.decode import ImageError
+from shared.images.decode import DecodedImage, ImageError
 from shared.images.loading import BadImages, EvalDataset, make_loader
-from shared.images.sources import ImageSource
+from shared.images.sources import ImageSource, open_source
 from shared.run.randomness import derive_seed
 
 from .native_resolution_vit import Packed, coordinates_of
@@ -174,6 +174,32 @@ class TrainPatches(Dataset):
                 image = self.source.load(self.index(number))
                 lengths.append(len(self.shape(number, (image.height, image.width))[1]))
         return float(np.mean(lengths or [1]))
+
+
+class CutMaterials(ImageSource):
+    """The generated images of 32 pixels, each cut to a rectangle of its own: sides of 14 to 32, shapes up to 1 : 2."""
+
+    def __init__(self, split: str):
+        self.squares = open_source(None, split)
+        name = self.squares.name.replace("materials", "materials of many shapes")
+        super().__init__(name, self.squares.labels, self.squares.classes)
+        rng = np.random.default_rng(len(self))
+        longest, turn = rng.integers(20, 33, len(self)), rng.uniform(-1, 1, (1, len(self))) * [[1], [-1]]
+        self.shapes = (longest / 2 ** np.maximum(turn, 0)).round().clip(14).astype(int)  # (height, width) of each
+
+    def __len__(self) -> int:
+        return len(self.squares)
+
+    def path(self, index: int) -> str:
+        return self.squares.path(index)
+
+    def load(self, index: int) -> DecodedImage:
+        pixels = self.squares.load(index).decode()
+        rows, columns = (slice((32 - side) // 2, (32 - side) // 2 + side) for side in self.shapes[:, index])
+        return DecodedImage(np.ascontiguousarray(pixels[rows, columns]))
+
+    def checksum(self) -> int:
+        return self.squares.checksum()
 
 
 class EvalPatches(EvalDataset):

@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 
 from navit import eval_resolutions
-from navit.hub import CutMaterials, load_navit
+from navit.hub import load_navit
 from navit.main import learning_rate_factor, parse_args
-from navit.pack import Example, PackedBatches, TrainPatches
+from navit.pack import CutMaterials, Example, PackedBatches, TrainPatches
 from navit.report import draw_sequence
 from navit.sampling import Dropping, Resolutions
 from shared.images.loading import BadImages
