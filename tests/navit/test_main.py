@@ -43,9 +43,9 @@ def test_a_network_learns_from_packed_images(finished):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_open_sequences_are_part_of_the_checkpoint(workers, tmp_path):
-    flags = ("--data_path", write_images(tmp_path / "images", 40), "--epochs", 1)
+    flags = ("--data_path", write_images(tmp_path / "images", 40), "--epochs", 1, "--saveckp_steps", 3)
     train(tmp_path / "whole", *flags)
-    with stopped_after(3):
+    with stopped_after(4):
         train(tmp_path / "parts", *flags, "--num_workers", workers)
     waiting = state_of(tmp_path / "parts")["batches"]["processes"][0]
     assert len(waiting["open"]) == 2 and waiting["next"] > 10
