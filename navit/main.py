@@ -1,0 +1,324 @@
+"""A ViT for images of any size and shape: train it on sequences into which whole images are packed.
+
+Dehghani et al., "Patch n' Pack: NaViT, a Vision Transformer for any Aspect Ratio and Resolution", NeurIPS 2023.
+
+    python main.py                                                        # generated images of many shapes, minutes
+    torchrun --nproc_per_node=8 main.py --arch navit_b --data_path /path/to/imagenet --output_dir /path/to/run
+    python main.py --loss contrastive --data_path captions.tsv --output_dir /path/to/run     # image <tab> caption
+
+Nothing is cropped or squashed: an effective resolution (the side of a square of as many pixels) is drawn for every
+image, tokens are dropped, and what is left is packed (:mod:`navit.pack`). The log states the resolution and the tokens
+of an image. Running the same command again resumes the run.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+if __name__ == "__main__":  # run as a script: make the repository root importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import shared.run.passive_threads  # noqa: F401
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from navit.eval_resolutions import classify, zero_shot
+from navit.hub import MEAN, STD, build
+from navit.losses import contrastive_loss, mean_over_processes, sigmoid_cross_entropy, softmax_cross_entropy
+from navit.native_resolution_vit import CHOICES, ImageText, Packed
+from navit.pack import CutMaterials, EvalPatches, PackedBatches, TrainPatches, pack_texts
+from navit.report import report
+from navit.sampling import DROPS, Dropping, Resolutions
+from shared import distributed
+from shared.images.cache import cache_images
+from shared.images.labelled import open_val
+from shared.images.loading import BadImages, default_num_workers
+from shared.images.sources import ImageSource, open_source, reading
+from shared.optimisation.optim import clip_total_grad_norm_
+from shared.run.flags import Parser, add_run_flags, bool_flag, parse_with_embedded_defaults, tell_embedded_defaults
+from shared.run.run import Run
+from shared.supervised.data import open_train_and_val
+from shared.supervised.flags import add_data_set_flags
+
+EMBEDDED_DATA_DEFAULTS = {"arch": "navit_micro", "patch_size": 4, "max_side": 16, "resolution": (14.0, 32.0)}
+EMBEDDED_DATA_DEFAULTS |= {"sequence_length": 128, "batch_size": 8, "drop": "none", "loss": "softmax", "epochs": 12}
+EMBEDDED_DATA_DEFAULTS |= {"lr": 1e-3, "weight_decay_head": 0.03, "output_dir": "runs/materials"}
+MINIMUM = dict.fromkeys("epochs batch_size patch_size sequence_length log_freq max_open max_images max_side".split(), 1)
+MINIMUM |= {"chunks": 1, "text_length": 2}
+NETWORK_FLAGS = ("arch", "patch_size", "positions", "coordinates", "max_side", "norm", "qk_norm", "pool", "in_chans")
+NETWORK_FLAGS += ("sequence_length",)  # what lies in open sequences has to fit
+LOSSES = {"sigmoid": sigmoid_cross_entropy, "softmax": softmax_cross_entropy}
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = Parser(__doc__)
+    add_data_set_flags(parser)
+    add = parser.add_argument_group("resolution").add_argument
+    add("--resolution", type=float, nargs=2, default=(64.0, 256.0), help="range of effective resolutions in pixels")
+    draws = "uniform; normal: of --resolution_mean and deviation 1 on [-1, 1]; native: the image's own, in the range"
+    add("--resolution_draw", default="uniform", choices=("uniform", "normal", "native"), help=draws)
+    add("--resolution_mean", type=float, default=-0.5, help="of normal, where -1 is the low end of the range")
+    add("--resolution_sample", default="side", choices=("side", "area"), help="what the draw is linear in")
+    long = "an image that does not fit into a sequence, or has more patches a side than --max_side: the log counts them"
+    add("--on_long_image", default="shrink", choices=("shrink", "error"), help=long)
+    add("--flip", type=bool_flag, default=True, help="mirror half of the images")
+
+    add = parser.add_argument_group("packing").add_argument
+    add("--sequence_length", type=int, default=256, help="tokens")
+    add("--batch_size", type=int, default=64, help="sequences per process; about 4,000 in all when published")
+    add("--max_open", type=int, default=16, help="sequences that wait for images at a time: more leave less padding")
+    add("--max_images", type=int, default=None, help="of a sequence that count in the loss; None: all")
+
+    add = parser.add_argument_group("token dropping").add_argument
+    kinds = "constant rate; beta: drawn per image; resolution: larger images drop more"
+    add("--drop", default="resolution", choices=DROPS, help=kinds)
+    add("--drop_rate", type=float, default=0.5, help="constant rate, or mean of beta")
+    add("--drop_max", type=float, default=0.9, help="largest rate of beta")
+    add("--drop_range", type=float, nargs=2, default=(0.2, 0.8), help="rates by resolution, or of the schedule")
+    add("--drop_tau", type=float, default=0.0, help="images in which a sigmoid replaces --drop_rate; < 0: falling")
+    add("--drop_middle", type=float, default=0.0, help="images seen in the middle of the sigmoid")
+
+    add = parser.add_argument_group("network").add_argument
+    add("--arch", default="navit_b", help="navit_ti, navit_s, navit_b, navit_l")
+    add("--patch_size", type=int, default=16, help="side in pixels")
+    positions = "sum, product or stack of two tables, Fourier features, or one table resized to the grid of an image"
+    add("--positions", default="sum", choices=CHOICES["positions"], help=positions)
+    coordinates = "as they are, over the sides of the image, or over its longer side"
+    add("--coordinates", default="absolute", choices=CHOICES["coordinates"], help=coordinates)
+    add("--max_side", type=int, default=64, help="patches a side: length of the tables")
+    add("--norm", default="layernorm", choices=CHOICES["norm"], help="without biases")
+    add("--qk_norm", type=bool_flag, default=True, help="normalise queries and keys")
+    add("--pool", default="map", choices=("map", "gap"), help="attention pooling, or the mean")
+    kinds = ("auto", "mask", "segments", "varlen")
+    add("--attention", default="auto", choices=kinds, help="how tokens find those of their image; all are equal")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--loss", default="sigmoid", choices=(*LOSSES, "contrastive"), help="of labels, or of captions as labels")
+    add("--text_length", type=int, default=64, help="bytes of a caption, with its end")
+    add("--chunks", type=int, default=4, help="in which the similarities of the contrastive loss are computed")
+    add("--epochs", type=int, default=90, help="passes over the images")
+    add("--lr", type=float, default=8e-4, help="peak learning rate")
+    add("--weight_decay", type=float, default=0.03, help="of matrices, times the learning rate")
+    add("--weight_decay_head", type=float, default=3.0, help="of the classifier")
+    add("--warmup_steps", type=int, default=None, help="None: 10,000, or a tenth of the run if that is less")
+    add("--cooldown_steps", type=int, default=None, help="None: a tenth of the run")
+    add("--clip_grad", type=float, default=1.0, help="cap of the norm of all gradients together")
+    add("--amp", default="auto", choices=("auto", "bf16", "fp16", "fp32"), help="auto: bf16 where it is fast")
+
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--test_freq", type=int, default=1, help="epochs between evaluations")
+    add("--test_resolutions", type=float, nargs="+", default=None, help="None: both ends of --resolution; 0: own")
+
+    add = add_run_flags(parser, knn=False)
+    add("--output_dir", default=".", help="checkpoints, logs and pictures")
+    add("--seed", type=int, default=0, help="of the initial weights, the order of the images and all draws")
+    parser.set_defaults(eval=False)
+    return parser
+
+
+def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
+    """Parse and check the command line; without ``--data_path`` the defaults are those of the generated images."""
+    parser = parser or get_args_parser()
+    args = parse_with_embedded_defaults(parser, arguments, EMBEDDED_DATA_DEFAULTS, MINIMUM)
+    low, high = args.resolution
+    if not 0 < low <= high:
+        parser.error(f"--resolution {low:g} {high:g}: expected two sides in pixels, the smaller one first")
+    if low < args.patch_size:
+        parser.error(f"--patch_size {args.patch_size} is larger than an image of --resolution {low:g} pixels a side")
+    least = {"constant": args.drop_rate, "resolution": max(args.drop_range[1] - 0.04, 0)}.get(args.drop, 0.0)
+    longest = round((high / args.patch_size) ** 2 * (1 - (0 if args.drop_tau else least)))
+    if longest > args.sequence_length:
+        parser.error(
+            f"--sequence_length {args.sequence_length}: an image of --resolution {high:g} has {longest} tokens of "
+            f"--patch_size {args.patch_size} that are not dropped"
+        )
+    for flag, rate in (("drop_rate", args.drop_rate), ("drop_max", args.drop_max)):
+        if not 0 <= rate < 1:
+            parser.error(f"--{flag} {rate} is not in [0, 1)")
+    if args.drop == "beta" and args.drop_rate >= args.drop_max:
+        parser.error(f"--drop_rate {args.drop_rate} is the mean of rates up to --drop_max {args.drop_max}: lower it")
+    args.test_resolutions = sorted(set(args.test_resolutions or args.resolution), key=lambda side: side or float("inf"))
+    return args
+
+
+def learning_rate_factor(step: int, total_steps: int, warmup_steps: int, cooldown_steps: int) -> float:
+    """Linear warm-up from 0, reciprocal square root, linear cooldown to 0."""
+    decay = (1 + max(step - warmup_steps, 0) / max(warmup_steps, 1)) ** -0.5
+    return min(1.0, step / max(warmup_steps, 1)) * decay * min(1.0, (total_steps - step) / max(cooldown_steps, 1))
+
+
+# --- Training ---------------------------------------------------------------------------------------------------------
+
+
+def open_images(args: argparse.Namespace, run: Run) -> tuple[SimpleNamespace, ImageSource, ImageSource | None]:
+    """What a checkpoint says about the training images, these, and those to evaluate on."""
+    if not args.data_path:
+        train, val = CutMaterials("train"), CutMaterials("val")
+    elif args.loss == "contrastive":  # captions are classes of few images
+        train = open_source(args.data_path, "train", **reading(args))
+        val = open_val(args.data_path, args.val_path, **reading(args))
+        if train.classes is None:
+            raise ValueError(f"--data_path {args.data_path}: no captions; expected a list of image, tab, caption")
+    else:
+        train, val = open_train_and_val(args)
+    train = cache_images(train, args.cache)
+    data = SimpleNamespace(checksum=train.checksum())
+    known = len(train), data.checksum
+    distributed.check_same_on_all_processes(known, "the training data (number of images, checksum)")
+    policy = args.on_bad_image, args.max_bad_fraction
+    data.bad_images = BadImages(len(train), run.output_dir / "bad_images.txt", *policy)
+    data.bad_val_images = BadImages(len(val or train), run.output_dir / "bad_images_val.txt", *policy)
+    data.num_workers = default_num_workers() if args.num_workers is None else args.num_workers
+    return data, train, val
+
+
+def train_batches(args: argparse.Namespace, data: SimpleNamespace, train: ImageSource) -> PackedBatches:
+    """The packed images; ``data`` gets the steps of an epoch, and about how many images each of them takes."""
+    lengths = tuple(max(1, round((side / args.patch_size) ** 2)) for side in args.resolution)
+    rates = args.drop_rate, args.drop_max, tuple(args.drop_range)
+    resolutions = Resolutions(*args.resolution, args.resolution_draw, args.resolution_mean, args.resolution_sample)
+    longest = (args.sequence_length, args.max_side) if args.on_long_image == "shrink" else None
+    draws = resolutions, Dropping(args.drop, *rates, lengths, args.drop_tau, args.drop_middle), args.seed
+    patches = TrainPatches(train, args.patch_size, draws, data.bad_images, longest, args.flip, args.in_chans)
+    tokens = patches.mean_length()
+    a_step = args.sequence_length * args.batch_size * distributed.get_world_size() / tokens
+    data.batch_size, data.steps_per_epoch = max(1, round(a_step)), max(1, round(len(train) / a_step))
+    distributed.print_once(
+        f"{train.describe()}: about {tokens:.0f} tokens an image after dropping, {args.sequence_length / tokens:.1f} "
+        f"images in a sequence of {args.sequence_length}"
+    )
+    options = {"statistics": (MEAN[: args.in_chans], STD[: args.in_chans]), "num_workers": data.num_workers}
+    options |= {"max_open": args.max_open, "max_images": args.max_images, "steps_per_epoch": data.steps_per_epoch}
+    return PackedBatches(patches, args.sequence_length, args.batch_size, **options)
+
+
+def train_navit(args: argparse.Namespace) -> None:
+    """Train from the newest checkpoint in ``args.output_dir``, or from the start if there is none."""
+    run = Run(args, args.amp)
+    data, train, val = open_images(args, run)
+    batches = train_batches(args, data, train)
+    tell_embedded_defaults(args.data_path, EMBEDDED_DATA_DEFAULTS)
+    total_steps = args.epochs * data.steps_per_epoch
+
+    # network and loss
+    options = {"norm": args.norm, "qk_norm": args.qk_norm, "pool": args.pool}
+    of_images = {"patch_size": args.patch_size, "positions": args.positions, "coordinates": args.coordinates}
+    of_images |= {"max_side": args.max_side, "num_classes": len(train.classes) if args.loss in LOSSES else 0}
+    network = build(args.arch, args.in_chans, **of_images, **options).to(run.device)
+    network.attention = args.attention
+    whole, parts = network, {"model": network}
+    if args.loss == "contrastive":
+        parts["text"] = build(args.arch, vocabulary=257, max_side=args.text_length, **options).to(run.device)
+        whole = ImageText(network, parts["text"])
+        criterion = partial(loss_of_pairs, captions=train.classes, most=args.text_length, chunks=args.chunks)
+    else:
+        criterion = partial(loss_of_labels, loss=LOSSES[args.loss])
+        if args.loss == "sigmoid":
+            nn.init.constant_(network.head.bias, -10.0)
+    model = distributed.wrap(whole, run.device)
+    groups = weight_decay_groups(whole, args.weight_decay, args.weight_decay_head)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
+    warmup = min(10_000, total_steps // 10) if args.warmup_steps is None else args.warmup_steps
+    cooldown = total_steps // 10 if args.cooldown_steps is None else args.cooldown_steps
+    factor = partial(learning_rate_factor, total_steps=total_steps, warmup_steps=warmup, cooldown_steps=cooldown)
+
+    def look(resolution: float) -> dict[str, Tensor]:
+        classifier = zero_shot(network, parts["text"], val.classes, run.precision) if "text" in parts else network
+        images = EvalPatches(val, resolution, args.patch_size, args.in_chans, data.bad_val_images)
+        return classify(classifier, images, run.precision, 32, data.num_workers, run.stop_if_asked)
+
+    resolutions = args.test_resolutions if val is not None else ()
+    run.resume(data, total_steps, NETWORK_FLAGS, **parts, optimizer=optimizer, batches=batches)
+    with run:
+        if run.is_new:
+            evaluate(run, resolutions, look)
+        for epoch in run.epochs():
+            train_one_epoch(run, model, criterion, batches, optimizer, args.lr, factor, args.clip_grad)
+            is_due = (epoch + 1) % args.test_freq == 0 or epoch + 1 == args.epochs
+            run.log_epoch(**evaluate(run, resolutions if is_due else (), look), bad_images=data.bad_images.count())
+            run.end_epoch()
+    report(run, network, val, batches, look)
+
+
+def train_one_epoch(
+    run: Run,
+    model: nn.Module,
+    criterion: Callable[[nn.Module, Packed, Tensor, Tensor], Tensor],
+    batches: PackedBatches,
+    optimizer: torch.optim.Optimizer,
+    peak_lr: float,
+    factor: Callable[[int], float],
+    clip_grad: float,
+) -> None:
+    """One epoch: sequences of packed images, of which those that count have a loss each.
+
+    Args:
+        criterion: Maps the network, packed images, their labels (E,) and whether they count (E,) to the loss.
+        factor: Of the learning rate, by step.
+    """
+    parameters = list(model.parameters())
+    for step, batch in run.steps(batches.epoch(run.step_in_epoch)):
+        lr = peak_lr * factor(step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        images = Packed(**batch["images"]).to(run.device)
+        labels, counts = (batch[name].to(run.device, non_blocking=True) for name in ("labels", "counts"))
+        optimizer.zero_grad(set_to_none=True)
+
+        with run.precision.autocast():
+            loss = criterion(model, images, labels, counts)
+
+        run.backward(loss, optimizer)
+        run.update(clip_total_grad_norm_(parameters, clip_grad), optimizer)
+        run.end_step(len(labels), {"loss": loss, **batch["packing"]}, {"lr": lr})
+
+
+def loss_of_labels(model: nn.Module, images: Packed, labels: Tensor, counts: Tensor, loss: Callable) -> Tensor:
+    """The mean over all images of all processes."""
+    return mean_over_processes(loss(model(images).float(), labels), counts)
+
+
+def loss_of_pairs(
+    model: nn.Module, images: Packed, labels: Tensor, counts: Tensor, captions: Sequence[str], most: int, chunks: int
+) -> Tensor:
+    """The contrastive loss of images and their captions, at most so long, of all processes together."""
+    texts = pack_texts([captions[label].replace("_", " ") for label in labels.tolist()], most)
+    image, text, temperature = model(images, texts.to(labels.device))
+    missing = distributed.max_over_processes(len(labels)) - len(labels)  # fake pairs, which do not count
+    image, text = (F.pad(x, (0, 0, 0, missing)) for x in (image, text))
+    return contrastive_loss(image, text, F.pad(counts, (0, missing)), temperature, chunks)
+
+
+def weight_decay_groups(network: nn.Module, decay: float, decay_head: float) -> list[dict]:
+    """Parameters with the decay of the body, of the classifier, and without: vectors and positions."""
+    groups = {decay: [], decay_head: [], 0.0: []}
+    for name, parameter in network.named_parameters():
+        plain = parameter.dim() < 2 or "pos_embed" in name or name.endswith("latent")
+        groups[0.0 if plain else decay_head if name.startswith("head.") else decay].append(parameter)
+    return [{"params": parameters, "weight_decay": value} for value, parameters in groups.items() if parameters]
+
+
+def evaluate(run: Run, resolutions: Sequence[float], look: Callable[[float], dict[str, Tensor]]) -> dict[str, float]:
+    """Accuracy at each resolution, of the class or of the caption; ``test_acc1`` is that of the largest."""
+    tested = {}
+    for resolution in resolutions:
+        found, side = look(resolution), f"{resolution:g}" if resolution else "own"
+        loss, acc1, tokens = (found[name].mean().item() for name in ("loss", "hit", "tokens"))
+        tested |= {f"test_acc1_{side}": 100 * acc1, f"test_tokens_{side}": tokens}
+        tested |= {"test_acc1": 100 * acc1, "test_loss": loss}
+    if tested:
+        run.log_evaluation(**tested)
+    return tested
+
+
+def main() -> None:
+    with distributed.clean_exit():
+        train_navit(parse_args())
+
+
+if __name__ == "__main__":
+    main()

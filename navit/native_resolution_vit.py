@@ -1,0 +1,402 @@
+"""The Vision Transformer of NaViT: images of any size and shape, side by side, in one pass.
+
+Needs torch and :mod:`shared.networks.vit_parts`. N are the tokens of all images of a batch, one image after the other
+and none of them padding; E images, D channels per token, H heads of d channels, B sequences of L tokens. Grids are
+(rows, columns) in patches, coordinates (row, column) of a patch. A text is an image of one row.
+"""
+
+import importlib.util
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shared.networks.vit_parts import Mlp, scaled_dot_product_attention
+
+SIZES = {  # width, blocks, heads
+    "micro": (128, 4, 4),  # for images of 32 pixels
+    "ti": (192, 12, 3),
+    "s": (384, 12, 6),
+    "b": (768, 12, 12),
+    "l": (1024, 24, 16),
+}
+CHOICES = {  # what no tensor shows, as the number of heads
+    "positions": ("sum", "product", "stack", "fourier", "table"),
+    "coordinates": ("absolute", "fractional", "aspect"),
+    "norm": ("layernorm", "rmsnorm"),
+}
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries, keys, values (N, H, d) -> (N, H, d)
+
+# --- Packed images ----------------------------------------------------------------------------------------------------
+
+
+def patchify(image: Tensor, patch: int) -> Tensor:
+    """Pixels of the patches of an image (C, height, width), row by row: (n, patch * patch * C), channels last."""
+    height, width = image.shape[1:]
+    if min(height, width) < patch or height % patch or width % patch:
+        few = "no patch" if min(height, width) < patch else "no whole number of patches"
+        raise ValueError(f"an image of {height}x{width} pixels holds {few} of {patch}: resize it")
+    rows, columns = height // patch, width // patch
+    return image.reshape(-1, rows, patch, columns, patch).permute(1, 3, 2, 4, 0).reshape(rows * columns, -1)
+
+
+def coordinates_of(rows: int, columns: int) -> Tensor:
+    """Row and column of every patch, row by row: (rows * columns, 2)."""
+    return torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
+
+
+@dataclass
+class Packed:
+    """A batch of images, or of texts."""
+
+    patches: Tensor  # pixels (N, patch * patch * C), or numbers of words (N,)
+    coords: Tensor  # of the tokens, (N, 2)
+    grids: Tensor  # of the whole images, also where tokens were dropped, (E, 2)
+    lengths: list[int]  # tokens of each image
+    slots: Tensor  # place of each token in the sequences, counted through all of them, (N,)
+    shape: tuple[int, int]  # number of sequences and their length
+
+    @classmethod
+    def of(cls, patches: Sequence[Tensor], coords: Sequence[Tensor], grids: Sequence, *places) -> "Packed":
+        """Images given one by one, and ``slots`` and ``shape``; without these all of them make one sequence."""
+        lengths = [len(p) for p in patches]
+        tensors = torch.cat(list(patches)), torch.cat(list(coords)), torch.tensor(grids)
+        return cls(*tensors, lengths, *(places or (torch.arange(sum(lengths)), (1, sum(lengths)))))
+
+    @classmethod
+    def whole(cls, images: Sequence[Tensor], patch: int) -> "Packed":
+        """All patches of images (C, height, width)."""
+        patches = [patchify(image, patch) for image in images]
+        grids = [(image.shape[1] // patch, image.shape[2] // patch) for image in images]
+        return cls.of(patches, [coordinates_of(*grid) for grid in grids], grids).to(images[0].device)
+
+    def to(self, device: torch.device) -> "Packed":
+        tensors = {name: v.to(device, non_blocking=True) for name, v in vars(self).items() if isinstance(v, Tensor)}
+        return Packed(**vars(self) | tensors)
+
+
+# --- Positions (section 2.1) ------------------------------------------------------------------------------------------
+
+
+def fractions(coords: Tensor, grids: Tensor, kind: str) -> Tensor:
+    """Coordinates over the sides of the image (``fractional``), or over its longer side (``aspect``), both (N, 2)."""
+    return coords / (grids if kind == "fractional" else grids.amax(dim=1, keepdim=True))
+
+
+def look_up(table: Tensor, places: Tensor) -> Tensor:
+    """Rows of a table (T, D) at places (N,) between 0 and T - 1, linear between two of them."""
+    low = places.floor().long()
+    high = (low + 1).clamp(max=len(table) - 1)
+    return torch.lerp(table[low], table[high], (places - low)[:, None].to(table.dtype))
+
+
+def factorised(
+    y: Tensor, x: Tensor, coords: Tensor, grids: Tensor, kind: str, combine: str = "sum", half_pixel: bool = False
+) -> Tensor:
+    """Position embeddings (N, D) of two tables (T, D), of rows and of columns; coordinates and grids of each token.
+
+    Args:
+        kind: ``absolute``: coordinate i is row i of a table; ``fractional`` or ``aspect``: see :func:`fractions`.
+        combine: ``sum``, ``product``, or ``stack``: the columns' half of the channels before the rows'.
+        half_pixel: Fractions are looked up where a resize of the table to the grid would, else r at r * (T - 1).
+    """
+    last = len(y) - 1
+    if kind == "absolute":
+        if (largest := int(grids.max())) > len(y):
+            raise ValueError(f"an image of {largest} patches a side is beyond --max_side {len(y)}, the position tables")
+        of_y, of_x = y[coords[:, 0]], x[coords[:, 1]]
+    else:
+        places = fractions(coords, grids, kind) * last
+        if half_pixel:
+            sides = grids if kind == "fractional" else grids.amax(dim=1, keepdim=True)
+            places = ((coords + 0.5) * len(y) / sides - 0.5).clamp(0, last)
+        of_y, of_x = look_up(y, places[:, 0]), look_up(x, places[:, 1])
+    if combine == "stack":
+        return torch.cat([of_x, of_y], dim=1)
+    return of_y + of_x if combine == "sum" else of_y * of_x
+
+
+def fourier(coords: Tensor, weight: Tensor) -> Tensor:
+    """Sine, then cosine, of (column, row) @ weight: (N, 2), (2, D / 2) -> (N, D)."""
+    angles = coords.flip(1).to(weight.dtype) @ weight
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def resized_table(table: Tensor, coords: Sequence[Tensor], grids: Sequence[Sequence[int]]) -> Tensor:
+    """A table (T, T, D) resized to the grid of every image, antialiased bilinear, at the coordinates of its tokens."""
+    resized = {
+        grid: F.interpolate(table.permute(2, 0, 1)[None], grid, mode="bilinear", antialias=True)[0]
+        for grid in set(map(tuple, grids))
+    }
+    places = zip(grids, coords, strict=True)
+    return torch.cat([resized[tuple(grid)][:, own[:, 0], own[:, 1]].T for grid, own in places])
+
+
+class Positions(nn.Module):
+    """Embeddings of the tokens' places: by two tables, Fourier features, or a ``table`` of two dimensions."""
+
+    def __init__(self, dim: int, kind: str, coordinates: str, length: int):
+        super().__init__()
+        self.kind, self.coordinates = kind, coordinates
+        if kind == "fourier":
+            self.weight = nn.Parameter(torch.randn(2, dim // 2))
+        elif kind == "table":
+            self.table = nn.Parameter(0.02 * torch.randn(length, length, dim))
+        else:
+            channels, middle = (dim // 2 if kind == "stack" else dim), float(kind == "product")
+            self.y, self.x = (nn.Parameter(middle + 0.02 * torch.randn(length, channels)) for _ in "yx")
+
+    def forward(self, packed: Packed) -> Tensor:
+        coords, lengths = packed.coords, torch.tensor(packed.lengths, device=packed.coords.device)
+        if self.kind == "table":
+            return resized_table(self.table, coords.split(packed.lengths), packed.grids.tolist())
+        grids = packed.grids.repeat_interleave(lengths, dim=0, output_size=len(coords))
+        if self.kind == "fourier":
+            coords = coords if self.coordinates == "absolute" else fractions(coords, grids, self.coordinates)
+            return fourier(coords, self.weight)
+        return factorised(self.y, self.x, coords, grids, self.coordinates, self.kind)
+
+
+# --- Attention among the tokens of an image ---------------------------------------------------------------------------
+
+
+def block_mask(segment_ids: Tensor) -> Tensor:
+    """Whether token i may look at j: both of one image; (B, L), 0 for padding -> (B, L, L)."""
+    return (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids > 0)[:, :, None]
+
+
+def by_length(function: Callable[..., Tensor], lengths: Sequence[int], *tensors: Tensor) -> Tensor:
+    """``function`` of each run of images of one length, (N, ...) as (images, tokens, ...), its rows in order."""
+    runs = [(n, len(list(run))) for n, run in itertools.groupby(lengths)]
+    parts = zip(*(tensor.split([n * images for n, images in runs]) for tensor in tensors), strict=True)
+    shaped = ([t.unflatten(0, (-1, n)) for t in part] for (n, _), part in zip(runs, parts, strict=True))
+    return torch.cat([function(*part).flatten(0, 1) for part in shaped])
+
+
+def heads_first(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None) -> Tensor:
+    """Attention of (B, L, H, d)."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return scaled_dot_product_attention(q, k, v, allowed=allowed).transpose(1, 2)
+
+
+def attention_among(
+    kind: str, lengths: Sequence[int], slots: Tensor, shape: tuple[int, int], device: torch.device
+) -> Attend:
+    """How tokens look at those of their own image; every kind gives the same numbers.
+
+    Args:
+        kind: ``mask``: whole sequences with a block mask; ``segments``: images of one length at a time, of which there
+            should be runs; ``varlen``: flash attention of GPUs in half precision (torch 2.10); ``auto``: segments on a
+            CPU, on a GPU varlen where it can be had, else mask.
+        lengths, slots, shape: Of a :class:`Packed`.
+    """
+    if kind == "auto":
+        flash = importlib.util.find_spec("torch.nn.attention.varlen") and torch.is_autocast_enabled(device.type)
+        kind = "segments" if device.type == "cpu" else "varlen" if flash else "mask"
+    if kind == "segments":
+        return lambda q, k, v: by_length(heads_first, lengths, q, k, v)
+    ends = torch.tensor([0, *itertools.accumulate(lengths)], device=device, dtype=torch.int32)
+    if kind == "varlen":
+        from torch.nn.attention.varlen import varlen_attn
+
+        return lambda q, k, v: varlen_attn(q, k, v, ends, ends, max(lengths), max(lengths))
+    if kind != "mask":
+        raise ValueError(f"attention {kind!r} is none of auto, mask, segments, varlen")
+    ids = torch.zeros(math.prod(shape), dtype=torch.long, device=device)
+    images = torch.arange(1, len(lengths) + 1, device=device)
+    ids[slots] = images.repeat_interleave(ends.diff(), output_size=len(slots))
+    allowed = block_mask(ids.view(shape)) | torch.eye(shape[1], dtype=torch.bool, device=device)  # padding: itself
+
+    def masked(*tokens: Tensor) -> Tensor:
+        laid_out = (t.new_zeros(len(ids), *t.shape[1:]).index_copy(0, slots, t).unflatten(0, shape) for t in tokens)
+        return heads_first(*laid_out, allowed[:, None]).flatten(0, 1)[slots]
+
+    return masked
+
+
+# --- Network ----------------------------------------------------------------------------------------------------------
+
+
+def norm_layer(kind: str, dim: int, bias: bool = False) -> nn.Module:
+    """``layernorm``, ``rmsnorm`` or ``none``."""
+    if kind == "none":
+        return nn.Identity()
+    return nn.RMSNorm(dim, eps=1e-6) if kind == "rmsnorm" else nn.LayerNorm(dim, eps=1e-6, bias=bias)
+
+
+class Attention(nn.Module):
+    """Attention whose queries and keys are normalised in every head."""
+
+    def __init__(self, dim: int, num_heads: int, qk_norm: str = "layernorm", bias: bool = False):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=bias)
+        self.q_norm, self.k_norm = (norm_layer(qk_norm, dim // num_heads) for _ in "qk")
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        """(N, D) -> (N, D)."""
+        q, k, v = self.qkv(x).unflatten(1, (3, self.num_heads, -1)).unbind(1)
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # autocast leaves norms in float32
+        return self.proj(attend(q, k, v).flatten(1))
+
+
+class GeluMlp(Mlp):
+    """With the usual approximation of the GELU."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__(dim, hidden_dim)
+        self.act = nn.GELU(approximate="tanh")
+
+
+class Block(nn.Module):
+    """Attention and MLP, each on normalised tokens and added to them."""
+
+    def __init__(self, dim: int, num_heads: int, hidden_dim: int, norm: str, qk_norm: str, bias: bool):
+        super().__init__()
+        self.norm1, self.attn = norm_layer(norm, dim, bias), Attention(dim, num_heads, qk_norm, bias)
+        self.norm2, self.mlp = norm_layer(norm, dim, bias), GeluMlp(dim, hidden_dim)
+
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        x = x + self.attn(self.norm1(x), attend)
+        return x + self.mlp(self.norm2(x))
+
+
+class AttentionPool(nn.Module):
+    """One learned query attends to all tokens of an image ("MAP"); an MLP is added to what it finds."""
+
+    def __init__(self, dim: int, num_heads: int, hidden_dim: int, norm: str, bias: bool):
+        super().__init__()
+        self.num_heads = num_heads
+        self.latent = nn.Parameter(torch.randn(1, 1, dim) * dim**-0.5)
+        self.q, self.kv = nn.Linear(dim, dim, bias=bias), nn.Linear(dim, 2 * dim, bias=bias)
+        self.proj = nn.Linear(dim, dim)
+        self.norm, self.mlp = norm_layer(norm, dim, bias), GeluMlp(dim, hidden_dim)
+
+    def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
+        """(N, D) -> (E, D)."""
+        q = self.q(self.latent).unflatten(2, (self.num_heads, -1))
+        k, v = self.kv(x).unflatten(1, (2, self.num_heads, -1)).unbind(1)
+        x = self.proj(by_length(lambda k, v: heads_first(q.expand(len(k), -1, -1, -1), k, v), lengths, k, v).flatten(1))
+        return x + self.mlp(self.norm(x))
+
+
+class NaViT(nn.Module):
+    """A ViT for packed images.
+
+    Args:
+        width, depth, num_heads: D, number of blocks, H.
+        num_classes: Outputs of the classifier; 0: none, the network gives representations.
+        hidden_dim: Of the MLPs; by default 4 D.
+        positions, coordinates, max_side: Kind of the positions, their coordinates, and length of the tables.
+        norm: ``layernorm`` or ``rmsnorm``, without a bias.
+        bias: Of queries, keys, values and norms, as the usual ViT has them.
+        pool: ``map`` (:class:`AttentionPool`) or ``gap`` (the mean of an image's tokens).
+        vocabulary: For texts instead of images: number of words.
+    """
+
+    attention = "auto"  # see attention_among
+
+    def __init__(
+        self,
+        width: int = 384,
+        depth: int = 12,
+        num_heads: int = 6,
+        patch_size: int = 16,
+        num_classes: int = 0,
+        hidden_dim: int | None = None,
+        positions: str = "sum",
+        coordinates: str = "absolute",
+        max_side: int = 64,
+        norm: str = "layernorm",
+        qk_norm: bool = True,
+        bias: bool = False,
+        pool: str = "map",
+        in_chans: int = 3,
+        vocabulary: int = 0,
+    ):
+        super().__init__()
+        chosen = [values.index(v) for v, values in zip((positions, coordinates, norm), CHOICES.values(), strict=True)]
+        self.register_buffer("choices", torch.tensor([*chosen, num_heads]))
+        hidden_dim = hidden_dim or 4 * width
+        self.patch_size, self.width, self.num_classes = patch_size, width, num_classes
+        patches = nn.Conv2d(in_chans, width, patch_size, stride=patch_size)
+        self.patch_embed = nn.Embedding(vocabulary, width) if vocabulary else patches
+        self.pos_embed = Positions(width, positions, coordinates, max_side)
+        options = (norm, norm if qk_norm else "none", bias)
+        self.blocks = nn.ModuleList(Block(width, num_heads, hidden_dim, *options) for _ in range(depth))
+        self.norm = norm_layer(norm, width, bias)
+        self.attn_pool = AttentionPool(width, num_heads, hidden_dim, norm, bias) if pool == "map" else None
+        self.head = nn.Linear(width, num_classes) if num_classes else nn.Identity()
+        if vocabulary:
+            self.log_temperature = nn.Parameter(torch.tensor(math.log(10.0)))  # of similarities with images
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Xavier, queries, keys and values as matrices of their own; biases and the classifier 0."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                for matrix in module.weight.chunk({"qkv": 3, "kv": 2}.get(name.rpartition(".")[2], 1)):
+                    nn.init.xavier_uniform_(matrix)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.patch_embed.weight, std=math.prod(self.patch_embed.weight.shape[1:]) ** -0.5)
+        if self.num_classes:
+            nn.init.zeros_(self.head.weight)
+
+    def embed(self, packed: Packed) -> Tensor:
+        """Tokens with their positions, (N, D)."""
+        kernel = self.patch_embed.weight
+        if kernel.dim() == 4:
+            x = F.linear(packed.patches, kernel.permute(0, 2, 3, 1).flatten(1), self.patch_embed.bias)
+        else:
+            x = self.patch_embed(packed.patches)
+        return x + self.pos_embed(packed)
+
+    def encode(self, packed: Packed) -> Tensor:
+        """Normalised tokens of the last block, (N, D)."""
+        x = self.embed(packed)
+        attend = attention_among(self.attention, packed.lengths, packed.slots, packed.shape, x.device)
+        for block in self.blocks:
+            x = block(x, attend)
+        return self.norm(x)
+
+    def represent(self, images: "Packed | Tensor | Sequence[Tensor]") -> Tensor:
+        """Packed images, images (E, C, height, width) of one size or a list of any sizes -> (E, D)."""
+        packed = images if isinstance(images, Packed) else Packed.whole(images, self.patch_size)
+        x = self.encode(packed)
+        if self.attn_pool is not None:
+            return self.attn_pool(x, packed.lengths)
+        return by_length(lambda tokens: tokens.mean(dim=1, keepdim=True), packed.lengths, x)
+
+    def forward(self, images: "Packed | Tensor | Sequence[Tensor]") -> Tensor:
+        """Logits (E, classes), or representations (E, D) without a classifier; see :meth:`represent`."""
+        return self.head(self.represent(images))
+
+
+class ImageText(nn.Module):
+    """A network of images and one of texts; gives representations of unit length, (E, D) both, and their factor."""
+
+    def __init__(self, image: NaViT, text: NaViT):
+        super().__init__()
+        self.image, self.text = image, text
+
+    def forward(self, images: Packed, texts: Packed) -> tuple[Tensor, Tensor, Tensor]:
+        image, text = (F.normalize(x.float(), dim=1) for x in (self.image(images), self.text(texts)))
+        return image, text, self.text.log_temperature.exp()
+
+
+def checkpoint_filter_fn(tensors: Mapping[str, Tensor], network: NaViT | None = None) -> dict[str, Tensor]:
+    """Tensors of timm's NaFlexViT for RGB images under this network's names; those of this one stay."""
+    found = {name.replace("embeds.proj.", "patch_embed."): value for name, value in tensors.items()}
+    if "embeds.pos_embed" in found:
+        kernel = found["patch_embed.weight"]  # (D, patch * patch * C)
+        side = math.isqrt(kernel.shape[1] // 3)
+        found["patch_embed.weight"] = kernel.unflatten(1, (side, side, 3)).permute(0, 3, 1, 2).contiguous()
+        found["pos_embed.table"] = found.pop("embeds.pos_embed")[0]
+        found["choices"] = torch.tensor([CHOICES["positions"].index("table"), 0, 0, len(kernel) // 64])
+    return found

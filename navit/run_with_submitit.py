@@ -1,0 +1,22 @@
+"""Train NaViT as a job on a SLURM cluster, with the flags of ``main.py`` and those of the job.
+
+    python run_with_submitit.py --nodes 2 --ngpus 8 --partition gpu --arch navit_b \\
+        --data_path /path/to/imagenet --output_dir /path/to/runs/%j
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # run as a script: make the repository root importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from navit import main as training
+from shared.launch import slurm
+
+
+def main(arguments: list[str] | None = None) -> None:
+    slurm.submit_training(training, training.train_navit, __doc__, arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""The training of NaViT, its loader and its evaluation."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from navit import eval_resolutions
+from navit.hub import load_navit
+from navit.main import learning_rate_factor, parse_args
+from navit.pack import CutMaterials, Example, PackedBatches, TrainPatches
+from navit.report import draw_sequence
+from navit.sampling import Dropping, Resolutions
+from shared.images.loading import BadImages
+from tests.navit.tiny import train
+from tests.reliability.runs import write_images
+from tests.run_folders import lines, state_of, stopped_after
+
+FEW = ("--data_path", "digits", "--sequence_length", "128", "--batch_size", "16", "--saveckp_steps", "0")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Output folder of a run with pictures."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    flags = ("--drop", "none", "--lr", 0.01, "--weight_decay_head", 0, "--epochs", 4, "--test_resolutions", 8, 12)
+    train(folder, *FEW, *flags, "--test_freq", 9, "--pictures", "on")
+    return folder
+
+
+def test_a_network_learns_from_packed_images(finished):
+    found = lines(finished)
+    last = found[-1]
+    assert last["test_acc1"] == last["test_acc1_12"] > 25
+    assert (last["test_tokens_8"], last["test_tokens_12"]) == (4, 9)
+    steps = [line for line in found if "loss" in line]
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    for line in steps:
+        tokens = line["images_per_sequence"] * line["tokens"]
+        assert line["padding"] == pytest.approx(1 - tokens / 128, abs=0.02) and line["padding"] < 0.1
+        assert 8 <= line["resolution"] <= 16 and line["shrunk"] == line["left_out"] == 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_open_sequences_are_part_of_the_checkpoint(workers, tmp_path):
+    flags = ("--data_path", write_images(tmp_path / "images", 40), "--epochs", 1, "--saveckp_steps", 3)
+    train(tmp_path / "whole", *flags)
+    with stopped_after(4):
+        train(tmp_path / "parts", *flags, "--num_workers", workers)
+    waiting = state_of(tmp_path / "parts")["batches"]["processes"][0]
+    assert len(waiting["open"]) == 2 and waiting["next"] > 10
+    train(tmp_path / "parts", *flags, "--num_workers", 2 - workers)
+    whole, parts = state_of(tmp_path / "whole"), state_of(tmp_path / "parts")
+    assert all(torch.equal(tensor, parts["model"][name]) for name, tensor in whole["model"].items())
+    assert whole["batches"] == parts["batches"]
+
+
+def test_every_image_comes_once_an_epoch_also_after_a_change_of_the_number_of_processes(monkeypatch):
+    source = CutMaterials("val")
+    monkeypatch.setattr("shared.distributed.all_gather_object", lambda value: [value])
+
+    def batches() -> PackedBatches:
+        draws = Resolutions(8, 24), Dropping("beta", 0.3, 0.6), 0
+        patches = TrainPatches(source, 4, draws, BadImages(len(source)))
+        return PackedBatches(patches, 64, 4, steps_per_epoch=10, max_open=6)
+
+    first = batches()
+    seen = [i for batch in first.epoch(0) for i in batch["indices"].tolist()]
+    assert len(set(seen)) == len(seen) < len(source)
+    state = first.state_dict()
+    waiting = [n for name in ("open", "closed") for s in state["processes"][0][name] for n in s]
+    rest, unread = [first.data.index(n) for n in waiting], range(first.next, len(source))
+    assert sorted([*seen, *rest, *(first.data.index(n) for n in unread)]) == list(range(len(source)))
+    pair = {"processes": [state["processes"][0], {"next": first.next, "open": [], "closed": []}]}
+    changed = batches()
+    changed.load_state_dict(pair)
+    assert sorted(e.number for s in (*changed.open, *changed.closed) for e in s) == sorted(waiting)
+
+
+def test_images_beyond_the_limit_of_a_sequence_do_not_count(tmp_path):
+    found = train(tmp_path, *FEW, "--max_images", 3, "--epochs", 1)
+    line = next(line for line in found if "loss" in line)
+    assert line["left_out"] == pytest.approx(1 - 3 / line["images_per_sequence"], abs=0.01)
+
+
+def test_a_long_image_is_shrunk_and_counted_or_named(tmp_path):
+    for i in range(24):
+        file = tmp_path / "images" / f"class{i % 2}" / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        size = (400, 4) if i == 5 else (30, 20)
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).save(file)
+    flags = (
+        "--data_path",
+        tmp_path / "images",
+        "--val_path",
+        tmp_path / "images",
+        "--drop",
+        "none",
+        "--max_side",
+        "64",
+    )
+    found = train(tmp_path / "run", *flags)
+    assert sum(line.get("shrunk", 0) for line in found) > 0
+    with pytest.raises(ValueError, match=r"5.png has \d+ tokens of 1x\d+ patches, more than --sequence_length 12"):
+        train(tmp_path / "other", *flags, "--on_long_image", "error")
+
+
+def test_images_are_found_by_their_captions(tmp_path):
+    texts = {"a dark one": 20, "a light one": 230}
+    rows = []
+    for i in range(40):
+        caption = list(texts)[i % 2]
+        pixels = np.clip(np.random.default_rng(i).normal(texts[caption], 9, (18, 12 + i % 9, 3)), 0, 255)
+        Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / f"{i}.png")
+        rows.append(f"{i}.png\t{caption}")
+    (tmp_path / "captions.tsv").write_text("\n".join(rows) + "\n")
+    path = tmp_path / "captions.tsv"
+    flags = ("--data_path", path, "--val_path", path, "--loss", "contrastive", "--lr", "0.01", "--epochs", "8")
+    found = train(tmp_path / "run", *flags, "--drop", "none", "--text_length", 16, "--saveckp_steps", 0)
+    assert found[-1]["test_acc1"] > 90
+    networks, _ = load_navit(tmp_path / "run" / "checkpoint.pth")
+    assert len(networks) == 2 and not networks[0].num_classes
+
+
+def test_the_evaluation_prints_a_row_per_resolution_and_cascades(finished, tmp_path):
+    flags = ["--pretrained", str(finished / "checkpoint.pth"), "--data_path", "digits", "--device", "cpu"]
+    flags += ["--num_workers", "0", "--output_dir", str(tmp_path / "out")]
+    rows, cascades = eval_resolutions.eval_resolutions(
+        eval_resolutions.parse_args([*flags, "--resolutions", "8", "0", "16"])
+    )
+    assert [row["resolution"] for row in rows] == [8, 16, 0] and [row["tokens"] for row in rows] == [4, 16, 4]
+    assert rows[1]["gflops"] > rows[0]["gflops"] > 0
+    pair = [c for c in cascades if c["first"] == 8]
+    assert pair[0]["acc1"] == rows[0]["acc1"] and pair[-1]["acc1"] == rows[1]["acc1"]
+    assert pair[-1]["gflops"] == pytest.approx(rows[0]["gflops"] + rows[1]["gflops"])
+    assert (tmp_path / "out" / "cascade.csv").read_text().startswith("first,second,share,gflops,acc1\n")
+    assert (tmp_path / "out" / "resolutions.png").exists() and (tmp_path / "out" / "resolutions.csv").exists()
+    with pytest.raises(ValueError, match="has no classifier of the 3 classes"):
+        flags[flags.index("digits")] = str(write_images(tmp_path / "images"))
+        eval_resolutions.eval_resolutions(eval_resolutions.parse_args(flags))
+
+
+def test_a_run_ends_in_a_picture_of_its_sequences(finished):
+    pictures = {path.name: Image.open(path).size for path in (finished / "pictures").iterdir()}
+    assert set(pictures) == {"packed.png", "cost.png", "curves.png"} and pictures["packed.png"][0] > 1000
+    sequence = [Example(0, 0, 0, np.zeros((3, 48), np.uint8), None, (1, 3), False)]
+    tiles = draw_sequence(sequence, length=5, patch=4, per_row=4, first=0)
+    assert tiles.shape == (12, 24, 3)  # two rows of tiles of 6 pixels with their frames
+    assert (tiles[0, 0] == (255, 0, 0)).all() and not tiles[1:5, 1:5].any()  # the first colour around black
+    assert (tiles[:6, 18:] == 225).all() and (tiles[6:, 6:] == 255).all()  # padding, and what is no place
+
+
+def test_cut_images_have_many_shapes():
+    source = CutMaterials("val")
+    shapes = {source.load(i).decode().shape for i in range(len(source))}
+    assert len(shapes) > 50 and min(min(shape[:2]) for shape in shapes) == 14 and source.labels.max() == 11
+
+
+def test_the_learning_rate_rises_falls_and_ends_at_zero():
+    rates = [learning_rate_factor(step, 1000, 100, 200) for step in range(1001)]
+    assert rates[0] == rates[1000] == 0 and rates[100] == 1 and rates[400] == pytest.approx(0.5)
+    assert np.all(np.diff(rates[100:]) < 0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--resolution", "4", "64", "--patch_size", "8"], "--patch_size 8 is larger than an image of --resolution 4"),
+        (["--resolution", "64", "32"], "--resolution 64 32: expected two sides"),
+        (["--drop", "none"], "--sequence_length 128: an image of --resolution 256 has 256 tokens of --patch_size 16"),
+        (
+            ["--resolution", "16", "64", "--drop", "beta", "--drop_rate", "0.9"],
+            "is the mean of rates up to --drop_max 0.9: lower it",
+        ),
+        (["--drop_rate", "1"], "--drop_rate 1.0 is not in [0, 1)"),
+    ],
+)
+def test_flags_that_make_no_sense_are_named(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--data_path", "digits", "--sequence_length", "128", *flags])
+    assert message in capsys.readouterr().err
