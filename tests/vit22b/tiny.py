@@ -61,6 +61,10 @@ TRAININGS = {
         job=("--epochs", "20"),
     ),
     "vit22b on a mesh": Training(
-        "vit22b.main", tuple(FLAGS.split()), pair=("--batch_size", "2", "--mesh", "1", "2"), prepare=add_small_size
+        "vit22b.main",
+        tuple(FLAGS.split()),
+        pair=("--batch_size", "2", "--mesh", "1", "2"),
+        prepare=add_small_size,
+        whole=("--arch", "vit_micro"),
     ),
 }
