@@ -82,7 +82,7 @@ EMBEDDED_DATA_DEFAULTS = {
     "saveckp_freq": 0,
     "output_dir": "runs/materials",
 }
-FOR_LARGER_NETWORKS = {"patch_size": 8, "lr": 0.004, "epochs": 6}  # than vit_micro, on the embedded data
+FOR_LARGER_NETWORKS = {"patch_size": 8, "lr": 0.0015}  # than vit_micro, on the embedded data
 ONE_SIZE_ONLY = ("resmlp", "mixer", "gmixer", "gmlp")  # networks of timm
 MINIMUM = {"epochs": 1, "batch_size_per_gpu": 1, "out_dim": 2, "log_freq": 1, "patch_size": 1, "local_crops_number": 0}
 
