@@ -35,7 +35,7 @@ from flexivit.losses import DISTANCES, distance, sigmoid_cross_entropy, softmax_
 from flexivit.report import report
 from shared import distributed
 from shared.networks.compiling import compile_network
-from shared.optimisation.optim import clip_total_grad_norm_
+from shared.optimisation.optim import clip_total_grad_norm_, decay_groups
 from shared.run.flags import Parser, add_run_flags, parse_with_embedded_defaults, tell_embedded_defaults
 from shared.run.run import Run
 from shared.supervised.data import LabelledImages, open_images, train_batches
@@ -205,11 +205,7 @@ def train_flexivit(args: argparse.Namespace) -> None:
     model = distributed.wrap(network, run.device)
 
     # torch multiplies the decay by the learning rate; divided by the peak here, only the schedule is left of that
-    decayed = {name for name, p in network.named_parameters() if p.dim() > 1 and name not in NOT_DECAYED}
-    groups = [
-        {"params": [p for name, p in network.named_parameters() if (name in decayed) == decays], "weight_decay": decay}
-        for decays, decay in ((True, args.weight_decay / args.lr), (False, 0.0))
-    ]
+    groups = decay_groups(network, NOT_DECAYED, args.weight_decay / args.lr)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
     warmup_steps = min(10_000, total_steps // 10) if args.warmup_steps is None else args.warmup_steps
 

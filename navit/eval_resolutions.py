@@ -28,7 +28,7 @@ from navit.native_resolution_vit import NaViT, Packed
 from navit.pack import CutMaterials, EvalPatches, pack, pack_texts
 from shared import distributed
 from shared.evaluation.features import RankSampler, check_replaced
-from shared.evaluation.flags import add_labelled_flags, add_process_flags, parse_evaluation
+from shared.evaluation.flags import add_labelled_flags, add_process_flags, parse_evaluation, take_from_run
 from shared.images.labelled import open_labelled
 from shared.images.loading import BadImages, make_loader
 from shared.images.sources import open_source, reading
@@ -177,6 +177,7 @@ def eval_resolutions(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
     """Print the table, write it, the cascades and their picture, and return the rows of both."""
     precision = Precision(args.amp, distributed.init(args.dist_url, args.device))
     (network, *texts), trained_with = load_navit(args.pretrained)
+    take_from_run(args, trained_with, {}, {})  # how images of other channels are read
     network.attention = args.attention
     network.to(precision.device)
     if args.data_path:

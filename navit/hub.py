@@ -1,6 +1,6 @@
 """NaViT's networks, and weights of a related network that fill them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -61,6 +61,14 @@ CARD = Card(
 )
 MEAN, STD = CARD.mean, CARD.std
 ENTRIES = hub_entries(CARD)
+
+
+def eval_transform(image_size: int | None, network: NaViT, trained_with: Mapping) -> Callable:
+    """Centre squares of the largest resolution of the training, in whole patches."""
+    from shared.evaluation import frozen
+
+    side = image_size or max(trained_with.get("resolution", (14 * network.patch_size,)))
+    return frozen.eval_transform(CARD, network.patch_size * max(1, round(side / network.patch_size)), network)
 
 
 def load_navit(pretrained: str | Path, flag: str = CARD.weights_flag) -> tuple[list[NaViT], Mapping]:

@@ -38,19 +38,36 @@ from shared.images.cache import cache_images
 from shared.images.labelled import open_val
 from shared.images.loading import BadImages, default_num_workers
 from shared.images.sources import ImageSource, open_source, reading
-from shared.optimisation.optim import clip_total_grad_norm_
+from shared.optimisation.optim import clip_total_grad_norm_, decay_groups
 from shared.run.flags import Parser, add_run_flags, bool_flag, parse_with_embedded_defaults, tell_embedded_defaults
 from shared.run.run import Run
 from shared.supervised.data import open_train_and_val
 from shared.supervised.flags import add_data_set_flags
 
-EMBEDDED_DATA_DEFAULTS = {"arch": "navit_micro", "patch_size": 4, "max_side": 16, "resolution": (14.0, 32.0)}
-EMBEDDED_DATA_DEFAULTS |= {"sequence_length": 128, "batch_size": 8, "drop": "none", "loss": "softmax", "epochs": 12}
-EMBEDDED_DATA_DEFAULTS |= {"lr": 1e-3, "weight_decay_head": 0.03, "output_dir": "runs/materials"}
-MINIMUM = dict.fromkeys("epochs batch_size patch_size sequence_length log_freq max_open max_images max_side".split(), 1)
-MINIMUM |= {"chunks": 1, "text_length": 2}
-NETWORK_FLAGS = ("arch", "patch_size", "positions", "coordinates", "max_side", "norm", "qk_norm", "pool", "in_chans")
-NETWORK_FLAGS += ("sequence_length",)  # what lies in open sequences has to fit
+EMBEDDED_DATA_DEFAULTS = {
+    "arch": "navit_micro",
+    "patch_size": 4,
+    "max_side": 16,
+    "resolution": (14.0, 32.0),
+    "sequence_length": 128,
+    "batch_size": 8,
+    "drop": "none",
+    "loss": "softmax",
+    "epochs": 12,
+    "lr": 1e-3,
+    "weight_decay_head": 0.03,
+    "output_dir": "runs/materials",
+}
+MINIMUM = {
+    **dict.fromkeys(("epochs", "batch_size", "patch_size", "sequence_length", "log_freq"), 1),
+    **dict.fromkeys(("max_open", "max_images", "max_side", "chunks"), 1),
+    "text_length": 2,
+}
+NETWORK_FLAGS = (
+    *("arch", "patch_size", "positions", "coordinates", "max_side", "norm", "qk_norm", "pool", "in_chans"),
+    "sequence_length",  # what lies in open sequences has to fit
+)
+NOT_DECAYED = ("pos_embed", "latent")  # of what has more than one dimension
 LOSSES = {"sigmoid": sigmoid_cross_entropy, "softmax": softmax_cross_entropy}
 
 
@@ -220,7 +237,7 @@ def train_navit(args: argparse.Namespace) -> None:
         if args.loss == "sigmoid":
             nn.init.constant_(network.head.bias, -10.0)
     model = distributed.wrap(whole, run.device)
-    groups = weight_decay_groups(whole, args.weight_decay, args.weight_decay_head)
+    groups = decay_groups(whole, NOT_DECAYED, args.weight_decay, args.weight_decay_head)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
     warmup = min(10_000, total_steps // 10) if args.warmup_steps is None else args.warmup_steps
     cooldown = total_steps // 10 if args.cooldown_steps is None else args.cooldown_steps
@@ -291,15 +308,6 @@ def loss_of_pairs(
     missing = distributed.max_over_processes(len(labels)) - len(labels)  # fake pairs, which do not count
     image, text = (F.pad(x, (0, 0, 0, missing)) for x in (image, text))
     return contrastive_loss(image, text, F.pad(counts, (0, missing)), temperature, chunks)
-
-
-def weight_decay_groups(network: nn.Module, decay: float, decay_head: float) -> list[dict]:
-    """Parameters with the decay of the body, of the classifier, and without: vectors and positions."""
-    groups = {decay: [], decay_head: [], 0.0: []}
-    for name, parameter in network.named_parameters():
-        plain = parameter.dim() < 2 or "pos_embed" in name or name.endswith("latent")
-        groups[0.0 if plain else decay_head if name.startswith("head.") else decay].append(parameter)
-    return [{"params": parameters, "weight_decay": value} for value, parameters in groups.items() if parameters]
 
 
 def evaluate(run: Run, resolutions: Sequence[float], look: Callable[[float], dict[str, Tensor]]) -> dict[str, float]:

@@ -72,7 +72,7 @@ class Example(NamedTuple):
     number: int  # of the image in the run
     index: int
     label: int
-    patches: np.ndarray  # uint8, (n, patch * patch * C), those that were not dropped
+    patches: np.ndarray  # uint8 or normalised float32, (n, patch * patch * C), those that were not dropped
     coords: np.ndarray  # (n, 2)
     grid: tuple[int, int]  # rows and columns of the whole image
     shrunk: bool  # whether it was made smaller than drawn, to fit into a sequence
@@ -100,13 +100,17 @@ def choose_grid(
 
 
 def resized_patches(pixels: np.ndarray, grid: tuple[int, int], patch: int, in_chans: int) -> np.ndarray:
-    """Patches (rows * columns, patch * patch * C) of RGB pixels (H, W, 3), resized to the grid, antialiased."""
+    """Patches (rows * columns, patch * patch * C) of an image (H, W, C), resized to the grid, antialiased.
+
+    Args:
+        pixels: RGB, uint8, of which ``in_chans`` 1 takes the luminance; or normalised float32 of any channels.
+    """
     size = tuple(side * patch for side in grid)
     if pixels.shape[:2] != size:
         image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
         image = F.interpolate(image, size=size, mode="bilinear", antialias=True)
         pixels = np.ascontiguousarray(image[0].permute(1, 2, 0).numpy())
-    if in_chans == 1:
+    if in_chans == 1 and pixels.shape[2] == 3:
         pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
     return pixels.reshape(grid[0], patch, grid[1], -1).swapaxes(1, 2).reshape(grid[0] * grid[1], -1)
 
@@ -220,11 +224,15 @@ class EvalPatches(EvalDataset):
 
 
 def pack(examples: Sequence[Example], mean: Sequence[float], std: Sequence[float], *places) -> Packed:
-    """Images as the network takes them, normalised by channel; ``places`` are the slots and the shape."""
+    """Images as the network takes them; ``places`` are the slots and the shape.
+
+    Pixels of uint8 are normalised by channel; floats, of images of other channels, are so already.
+    """
     patches, coords = ([torch.from_numpy(getattr(e, name)) for e in examples] for name in ("patches", "coords"))
     packed = Packed.of(patches, coords, [e.grid for e in examples], *places)
-    pixels = packed.patches.unflatten(1, (-1, len(mean))) / 255
-    packed.patches = ((pixels - torch.tensor(mean)) / torch.tensor(std)).flatten(1)
+    if not packed.patches.is_floating_point():
+        pixels = packed.patches.unflatten(1, (-1, len(mean))) / 255
+        packed.patches = ((pixels - torch.tensor(mean)) / torch.tensor(std)).flatten(1)
     return packed
 
 

@@ -9,7 +9,7 @@ from navit.native_resolution_vit import NaViT
 from navit.pack import Example, PackedBatches
 from shared.images.sources import ImageSource
 from shared.pictures.report import SUPERVISED_PLOTS, Report
-from shared.pictures.sheets import Tile, save_sheet
+from shared.pictures.sheets import Tile, save_sheet, to_pixels
 from shared.run.run import Run
 from shared.run.summary import accuracy, command, next_command
 
@@ -31,7 +31,8 @@ def draw_sequence(sequence: Sequence[Example], length: int, patch: int, per_row:
     for number, example in enumerate(sequence, start=first):
         mine = tiles[place : place + len(example.patches)]
         mine[:] = matplotlib.colormaps["hsv"](number * 0.618 % 1, bytes=True)[:3]
-        mine[:, frame:-frame, frame:-frame] = example.patches.reshape(len(mine), patch, patch, -1)
+        pixels = to_pixels(example.patches.reshape(len(mine) * patch, patch, -1))
+        mine[:, frame:-frame, frame:-frame] = pixels.reshape(len(mine), patch, patch, 3)
         place += len(mine)
     return tiles.reshape(-1, per_row, side, side, 3).swapaxes(1, 2).reshape(-1, per_row * side, 3)
 

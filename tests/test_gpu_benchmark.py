@@ -9,7 +9,7 @@ def test_jobs_share_the_time_and_each_tells_how_it_ended(monkeypatch):
         "hangs": "-c __import__('time').sleep(600)",
         "is late": "-c 1",
     }
-    results = gpu.run_jobs(jobs, limit_s=10)
+    results = gpu.run_jobs(jobs, limit_s=5)
     states = {name: result["state"] for name, result in results.items()}
     assert states == {"works": "done", "fails": "failed", "hangs": "stopped", "is late": "no time left"}
     assert results["works"]["output"] == "42\n"

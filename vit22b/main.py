@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared import distributed
+from shared.optimisation.optim import decay_groups
 from shared.run.flags import Parser, add_run_flags, bool_flag, parse_with_embedded_defaults, tell_embedded_defaults
 from shared.run.run import Run
 from shared.supervised.data import LabelledImages, open_images, train_batches
@@ -127,15 +128,6 @@ def sigmoid_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(dim=1)
 
 
-def decay_groups(network: nn.Module, body: float, head: float) -> list[dict]:
-    """Parameters of the body's matrices, of the classifier's, and all others, which do not decay."""
-    groups = [{"params": [], "weight_decay": decay} for decay in (body, head, 0.0)]
-    for name, parameter in network.named_parameters():
-        is_matrix = parameter.dim() > 1 and name not in NOT_DECAYED
-        groups[(1 if name.startswith("head.") else 0) if is_matrix else 2]["params"].append(parameter)
-    return groups
-
-
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 
@@ -166,7 +158,7 @@ def train_vit22b(args: argparse.Namespace) -> None:
     else:
         network = model = build_on_mesh(network_of, open_mesh(*args.mesh, run.device), run.device)
 
-    groups = decay_groups(network, args.weight_decay, args.head_weight_decay)
+    groups = decay_groups(network, NOT_DECAYED, args.weight_decay, args.head_weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
     parts = {"model": model, "optimizer": optimizer}
     if args.mesh is not None:

@@ -5,6 +5,7 @@
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
@@ -13,10 +14,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 from shared.launch import slurm
 from vit22b import main as training
 
-
-def main(arguments: list[str] | None = None) -> None:
-    slurm.submit_training(training, training.train_vit22b, __doc__, arguments)
-
+main = partial(slurm.submit_training, training, training.train_vit22b, __doc__)
 
 if __name__ == "__main__":
     main()

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from shared import distributed
 from shared.images.loading import LEFT_OUT, BadImages, EvalDataset, EvalTransform
 from shared.images.sources import SPLITS, FileSource, open_source, reading
-from shared.networks.own_run import find_weights, folder_of, load_hub, load_run
-from shared.networks.pretrained import flags_of_run, load_pretrained, size_flag
+from shared.networks.own_run import fill_run, folder_of, load_hub, open_run
+from shared.networks.pretrained import load_pretrained, size_flag
 from shared.networks.weights import UnsafeFileError, safe_load, weights_checksum
 from shared.run import randomness
 from shared.run.checkpoint import save
@@ -87,19 +87,17 @@ def load_frozen(args: argparse.Namespace) -> tuple[nn.Module, EvalTransform]:
         raise ValueError("random: say the folder, too")
     args.folder = args.folder or folder_of(args.weights)
     hub = load_hub(args.folder)
-    card, arch_flag, trained_with = hub.CARD, hub.CARD.arch_flag.removeprefix("--"), {}
-    if args.weights != "random":
-        path, release = find_weights(card, args.weights)
-        trained_with = {**flags_of_run(path, card), **({arch_flag: release.arch} if release else {})}
-    default = next((release.arch for release in card.releases.values()), None)
-    take_from_run(args, trained_with, {"arch": arch_flag, "image_size": size_flag(trained_with)}, {"arch": default})
+    card = hub.CARD
+    path, trained_with = (None, {}) if args.weights == "random" else open_run(card, args.weights)
+    names = {"arch": card.arch_flag.removeprefix("--"), "image_size": size_flag(trained_with)}
+    take_from_run(args, trained_with, names, {"arch": card.first_arch})
     if args.weights == "random":
         randomness.seed_everything(args.seed)  # the same network on every process
         options = next((dict(r.options) for r in card.releases.values() if r.arch == args.arch), {})
         options |= {"patch_size": args.patch_size} if args.patch_size else {}
         network = load_pretrained(card, args.arch, "random", **{"img_size": args.image_size or 224} | options)
     else:
-        network = load_run(args.weights, args.folder, args.arch, args.checkpoint_key, args.image_size)
+        network = fill_run(card, path, trained_with, args.arch, args.checkpoint_key, args.image_size)
     if hasattr(hub, "eval_transform"):
         return network, hub.eval_transform(args.image_size, network, trained_with)
     return network, frozen.eval_transform(card, args.image_size or getattr(network, "img_size", 224), network)

@@ -82,3 +82,8 @@ class Card:
     sizes: Callable[[str, Mapping[str, Tensor]], dict[str, int]] = positions_of
     arch_flag: str = "--arch"
     weights_flag: str = "--pretrained"
+
+    @property
+    def first_arch(self) -> str | None:
+        """That of the first release, if there is one."""
+        return next((release.arch for release in self.releases.values()), None)

@@ -8,12 +8,13 @@
 """
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
 from torch import nn
 
-from .card import Card, Release
+from .card import Card
 from .pretrained import (
     arch_of,
     backbone_of,
@@ -74,16 +75,37 @@ def folder_of(run: str | Path) -> str:
     raise ValueError(f"{run} can be of {' or '.join(names or folders())}: say the folder")
 
 
-def find_weights(card: Card, run: str | Path) -> tuple[Path, Release | None]:
-    """The file that a path, an address, or a name of a release or of its entry means, and the release.
+def open_run(card: Card, run: str | Path) -> tuple[Path, Mapping]:
+    """The file that a path, an address, or a name of a release or of its entry means, and the flags of its training.
+
+    Of a release they state the architecture.
 
     Raises:
         ValueError: If there is none.
     """
     names = {release.entry or name: name for name, release in card.releases.items()} | {n: n for n in card.releases}
-    if str(run) in names:
-        return fetch_release(card, names[str(run)]), card.releases[names[str(run)]]
-    return locate(card, run, "the run"), None
+    if str(run) not in names:
+        path = locate(card, run, "the run")
+        return path, flags_of_run(path, card)
+    path, release = fetch_release(card, names[str(run)]), card.releases[names[str(run)]]
+    return path, {**flags_of_run(path, card), card.arch_flag.removeprefix("--"): release.arch}
+
+
+def fill_run(
+    card: Card,
+    path: Path,
+    trained_with: Mapping,
+    arch: str | None = None,
+    checkpoint_key: str | None = None,
+    image_size: int | None = None,
+) -> nn.Module:
+    """The network of what :func:`open_run` found; other arguments as of :func:`load_run`."""
+    arch = arch or trained_with.get(card.arch_flag.removeprefix("--")) or card.first_arch
+    weights = read_weights(card, path, checkpoint_key)
+    size = image_size or image_size_of(trained_with) or 224
+    network = build_for(card, arch, weights.tensors, **{"img_size": size} | card.sizes(arch, weights.tensors))
+    load_backbone_weights(backbone_of(network), weights)
+    return network.eval().requires_grad_(False)
 
 
 def load_run(
@@ -106,12 +128,4 @@ def load_run(
         ValueError: If there is no such run, or its weights do not fill the network.
     """
     card = load_hub(folder or folder_of(run)).CARD
-    path, release = find_weights(card, run)
-    trained_with = flags_of_run(path, card)
-    known = release.arch if release else trained_with.get(card.arch_flag.removeprefix("--"))
-    arch = arch or known or next((release.arch for release in card.releases.values()), None)
-    weights = read_weights(card, path, checkpoint_key)
-    size = image_size or image_size_of(trained_with) or 224
-    network = build_for(card, arch, weights.tensors, **{"img_size": size} | card.sizes(arch, weights.tensors))
-    load_backbone_weights(backbone_of(network), weights)
-    return network.eval().requires_grad_(False)
+    return fill_run(card, *open_run(card, run), arch, checkpoint_key, image_size)

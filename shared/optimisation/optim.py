@@ -1,6 +1,6 @@
 """Parameter groups, optimisers, gradient clipping and moving averages."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,23 @@ def param_groups_no_decay_on_bias_and_norm(module: nn.Module) -> list[dict]:
         if parameter.requires_grad:
             (plain if name.endswith(".bias") or parameter.ndim == 1 else decayed).append(parameter)
     return [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+
+
+def decay_groups(
+    network: nn.Module, not_decayed: Sequence[str], decay: float, head_decay: float | None = None
+) -> list[dict]:
+    """Groups with the decay of the body's matrices, with that of the classifier's, and without; empty ones left out.
+
+    Args:
+        not_decayed: Parts of the names of parameters of more than one dimension that do not decay either.
+        head_decay: Of ``head.*``; by default ``decay``.
+    """
+    groups = [{"params": [], "weight_decay": value} for value in (decay, head_decay, 0.0)]
+    for name, parameter in network.named_parameters():
+        is_plain = parameter.dim() < 2 or any(part in name for part in not_decayed)
+        has_own = head_decay is not None and name.startswith("head.")
+        groups[2 if is_plain else int(has_own)]["params"].append(parameter)
+    return [group for group in groups if group["params"]]
 
 
 def build_optimizer(name: str, groups: list[dict]) -> torch.optim.Optimizer:

@@ -37,7 +37,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from shared import distributed
-from shared.evaluation.extract_features import find_weights, load_frozen, load_hub
+from shared.evaluation.extract_features import load_frozen, load_hub
 from shared.evaluation.knn import nearest_neighbours
 from shared.evaluation.near_duplicates import THRESHOLDS, find_groups
 from shared.evaluation.neighbours import MOST_IMAGES, Gallery
@@ -47,7 +47,7 @@ from shared.images.loading import BadImages, EvalDataset
 from shared.images.sources import ImageSource, open_source, reading
 from shared.images.views import ViewParams, ViewRecipe
 from shared.multicrop import MultiCropDataset
-from shared.networks.weights import flags_of_training, safe_load
+from shared.networks.weights import flags_of_training, run_file, safe_load
 from shared.run.estimate import duration_text, size_text
 from shared.run.files import atomic_file
 from shared.run.flags import Parser, add_device_flag
@@ -569,7 +569,7 @@ def main() -> None:
         args = get_args_parser().parse_args()
         if not Path(args.run).is_dir():
             raise ValueError(f"{args.run} is not the folder of a run")
-        checkpoint, _ = find_weights(argparse.Namespace(releases={}), args.run)
+        checkpoint = run_file(args.run)
         flags = flags_of_training(safe_load(checkpoint))
         print(write_page(checkpoint, flags, device=distributed.init("env://", args.device)))
 

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 
+from shared.optimisation.optim import decay_groups
 from shared.run.health import HealthMonitor
 from tests.run_folders import state_of, stopped_after
 from tests.vit22b.tiny import train
-from vit22b.main import decay_groups, parse_args
+from vit22b.main import NOT_DECAYED, parse_args
 from vit22b.monitor import AttentionMonitor, health_rules
 from vit22b.report import save_entropy
 from vit22b.scaled_vit import ScaledViT, Switches
@@ -92,7 +93,7 @@ def test_logits_that_run_away_are_told_once():
 
 def test_the_classifier_decays_by_itself_and_vectors_do_not():
     network = ScaledViT(16, 1, 24, 2, 4, 8, 5)
-    groups = decay_groups(network, 0.03, 3.0)
+    groups = decay_groups(network, NOT_DECAYED, 0.03, 3.0)
     names = {parameter: name for name, parameter in network.named_parameters()}
     body, head, rest = ({names[p] for p in group["params"]} for group in groups)
     assert [group["weight_decay"] for group in groups] == [0.03, 3.0, 0.0] and head == {"head.weight"}
