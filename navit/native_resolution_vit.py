@@ -88,10 +88,13 @@ def fractions(coords: Tensor, grids: Tensor, kind: str) -> Tensor:
 
 
 def look_up(table: Tensor, places: Tensor) -> Tensor:
-    """Rows of a table (T, D) at places (N,) between 0 and T - 1, linear between two of them."""
+    """Rows of a table (T, D) at places (N,) between 0 and T - 1, linear between two of them.
+
+    By ``F.embedding``, here and below: on a CPU the gradient of an indexed table is summed in an order of chance.
+    """
     low = places.floor().long()
     high = (low + 1).clamp(max=len(table) - 1)
-    return torch.lerp(table[low], table[high], (places - low)[:, None].to(table.dtype))
+    return torch.lerp(F.embedding(low, table), F.embedding(high, table), (places - low)[:, None].to(table.dtype))
 
 
 def factorised(
@@ -108,7 +111,7 @@ def factorised(
     if kind == "absolute":
         if (largest := int(grids.max())) > len(y):
             raise ValueError(f"an image of {largest} patches a side is beyond --max_side {len(y)}, the position tables")
-        of_y, of_x = y[coords[:, 0]], x[coords[:, 1]]
+        of_y, of_x = F.embedding(coords[:, 0], y), F.embedding(coords[:, 1], x)
     else:
         places = fractions(coords, grids, kind) * last
         if half_pixel:
@@ -133,7 +136,9 @@ def resized_table(table: Tensor, coords: Sequence[Tensor], grids: Sequence[Seque
         for grid in set(map(tuple, grids))
     }
     places = zip(grids, coords, strict=True)
-    return torch.cat([resized[tuple(grid)][:, own[:, 0], own[:, 1]].T for grid, own in places])
+    return torch.cat(
+        [F.embedding(own @ own.new_tensor([g[1], 1]), resized[tuple(g)].flatten(1).T) for g, own in places]
+    )
 
 
 class Positions(nn.Module):

@@ -19,6 +19,7 @@ from navit.native_resolution_vit import (
     CHOICES,
     NaViT,
     Packed,
+    Positions,
     checkpoint_filter_fn,
     coordinates_of,
     heads_first,
@@ -143,6 +144,21 @@ def test_fractional_positions_do_not_depend_on_the_size(coordinates):
         g: network.embed(Packed.of([torch.zeros(g[0] * g[1], 48)], [coordinates_of(*g)], [g])) for g in ((2, 4), (4, 8))
     }
     torch.testing.assert_close(tokens[2, 4].view(2, 4, 32), tokens[4, 8].view(4, 8, 32)[::2, ::2])
+
+
+@pytest.mark.parametrize("kind", [("sum", "absolute"), ("sum", "fractional"), ("table", "absolute")])
+def test_gradients_of_position_tables_are_the_same_every_time(kind):
+    torch.manual_seed(0)
+    positions, grids = Positions(64, *kind, 16), [(16, 12)] * 100
+    packed = Packed.of([torch.zeros(192, 48)] * 100, [coordinates_of(16, 12)] * 100, grids)
+    weights, threads = torch.randn(192 * 100, 64), torch.get_num_threads()
+    torch.set_num_threads(2)  # which race each other where a gradient is summed by index
+    try:
+        found = [torch.autograd.grad((positions(packed) * weights).sum(), positions.parameters()) for _ in range(6)]
+    finally:
+        torch.set_num_threads(threads)
+    for gradients in found[1:]:
+        assert all(map(torch.equal, gradients, found[0]))
 
 
 def test_images_of_one_size_as_a_batch_are_those_of_a_list():
