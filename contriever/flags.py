@@ -30,6 +30,7 @@ MINIMUM |= {"save_freq": 0, "eval_freq": 0, "num_workers": 0, "warmup_steps": -1
 
 def training_parser(docstring: str, optimisers: tuple[str, ...] = ("adamw",)) -> argparse.ArgumentParser:
     """A parser with the flags that ``train.py`` and ``finetuning.py`` share."""
+    from shared.optimisation.accumulation import add_accumulation_flag
     from shared.run.flags import add_run_flags
 
     parser = Parser(docstring)
@@ -59,6 +60,7 @@ def training_parser(docstring: str, optimisers: tuple[str, ...] = ("adamw",)) ->
     add("--beta2", type=float, default=0.98, help="of AdamW")
     add("--eps", type=float, default=1e-6, help="of AdamW")
     add("--rho", type=float, default=None, help="radius of --optim sam or asam; 0.05 without it")
+    add_accumulation_flag(add)
     add("--amp", default="auto", choices=("auto", "bf16", "fp16", "fp32"), help="auto: bf16 where it is fast")
 
     add = parser.add_argument_group("evaluation").add_argument

@@ -45,6 +45,7 @@ from shared.images.sources import ImageSource
 from shared.multicrop import normalize_views
 from shared.networks.batchnorm import synchronize_batchnorm
 from shared.networks.compiling import compile_network
+from shared.optimisation.accumulation import accumulate, add_accumulation_flag
 from shared.optimisation.optim import clip_grad_norm_per_tensor_
 from shared.optimisation.precision import Precision
 from shared.run.checkpoint import load_latest_or_given
@@ -99,6 +100,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--arch", "-a", default="alexnet", help="alexnet, vgg16, or any torchvision or timm model name")
     add("--sobel", action="store_true", help="look at Sobel gradients of the channels' mean instead of colours")
     add("--compile", action="store_true", help="torch.compile the network")
+    add_accumulation_flag(add)
 
     add = parser.add_argument_group("clustering").add_argument
     add("--clustering", default="Kmeans", choices=("Kmeans", "PIC"))
@@ -155,6 +157,7 @@ def train_deepcluster(args: argparse.Namespace) -> None:
     network = synchronize_batchnorm(network, device).to(device)
     if args.compile:
         compile_network(network)
+    accumulate(network, args.accumulate)
     body = distributed.wrap(network, device)
     weight_decay = 10**args.wd
     optimizer = build_sgd(network, args.lr, args.momentum, weight_decay)

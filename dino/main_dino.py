@@ -36,6 +36,7 @@ from shared.images.training_data import open_training_data
 from shared.multicrop import MultiCropWrapper, normalize_views
 from shared.networks.batchnorm import synchronize_batchnorm
 from shared.networks.compiling import compile_network
+from shared.optimisation.accumulation import accumulate, add_accumulation_flag
 from shared.optimisation.optim import (
     build_optimizer,
     clip_grad_norm_per_tensor_,
@@ -109,6 +110,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--norm_last_layer", type=bool_flag, default=True, help="freeze the norms of the last layer's rows at 1")
     add("--use_bn_in_head", type=bool_flag, default=False, help="batch normalisation in the head")
     add("--compile", action="store_true", help="torch.compile the backbones; stochastic depth then draws otherwise")
+    add_accumulation_flag(add)
 
     add = parser.add_argument_group("teacher").add_argument
     add("--momentum_teacher", type=float, default=0.996, help="first EMA momentum of the teacher, cosine to the last")
@@ -222,6 +224,7 @@ def train_dino(args: argparse.Namespace) -> None:
     if args.compile:
         compile_network(student.backbone)
         compile_network(teacher.backbone)
+    accumulate(student.backbone, args.accumulate)
     student = distributed.wrap(student, device)
 
     # loss, optimiser, schedules

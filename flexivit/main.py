@@ -35,6 +35,7 @@ from flexivit.losses import DISTANCES, distance, sigmoid_cross_entropy, softmax_
 from flexivit.report import report
 from shared import distributed
 from shared.networks.compiling import compile_network
+from shared.optimisation.accumulation import accumulate, add_accumulation_flag
 from shared.optimisation.optim import clip_total_grad_norm_, decay_groups
 from shared.run.flags import Parser, add_run_flags, parse_with_embedded_defaults, tell_embedded_defaults
 from shared.run.run import Run
@@ -80,6 +81,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--pool", default="tok", choices=("tok", "gap", "map"), help="class token, mean, or attention pooling")
     add("--input_size", type=int, default=240, help="side of the images in pixels")
     add("--compile", action="store_true", help="torch.compile the network, for any patch size")
+    add_accumulation_flag(add)
 
     add = parser.add_argument_group("augmentation").add_argument
     add("--crop_scale", type=float, nargs=2, default=(0.05, 1.0), help="area range of the crops")
@@ -202,6 +204,7 @@ def train_flexivit(args: argparse.Namespace) -> None:
     network = network.to(run.device)
     if args.compile:
         compile_network(network, dynamic=None)  # any patch size
+    accumulate(network, args.accumulate)
     model = distributed.wrap(network, run.device)
 
     # torch multiplies the decay by the learning rate; divided by the peak here, only the schedule is left of that

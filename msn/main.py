@@ -41,6 +41,7 @@ from shared.images.views import ViewRecipe
 from shared.multicrop import normalize_views
 from shared.networks.batchnorm import synchronize_batchnorm
 from shared.networks.compiling import compile_network
+from shared.optimisation.accumulation import accumulate, add_accumulation_flag
 from shared.optimisation.optim import build_optimizer, ema_update_, param_groups_no_decay_on_bias_and_norm
 from shared.run.checkpoint import load_latest
 from shared.run.flags import (
@@ -120,6 +121,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--patch_size", type=int, default=None, help="side of the patches in pixels; None: that of the name")
     add("--drop_path_rate", type=float, default=0.0, help="stochastic depth of the last block, in both encoders")
     add("--compile", action="store_true", help="torch.compile the encoders; stochastic depth then draws otherwise")
+    add_accumulation_flag(add)
     add("--hidden_dim", type=int, default=2048, help="hidden width of the projection head")
     add("--output_dim", type=int, default=256, help="dimension of embeddings and prototypes")
     add("--use_bn", type=bool_flag, default=True, help="batch normalisation in the projection head")
@@ -230,6 +232,7 @@ def train_msn(args: argparse.Namespace) -> None:
     if args.compile:
         compile_network(encoder)
         compile_network(target_encoder)
+    accumulate(encoder, args.accumulate)
     prototypes = nn.Parameter(prototypes.to(device), requires_grad=not args.freeze_proto)
 
     # loss, optimiser, schedules

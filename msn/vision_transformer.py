@@ -186,10 +186,10 @@ class VisionTransformer(nn.Module):
         views = [x] if isinstance(x, Tensor) else x
         outputs = []
         for _, group in groupby(views, key=lambda view: view.shape[-2:]):
-            outputs.append(self.fc(self.class_token(torch.cat(list(group)), patch_drop if not outputs else 0.0)))
+            outputs.append(self.fc(self.forward_backbone(torch.cat(list(group)), patch_drop if not outputs else 0.0)))
         return torch.cat(outputs)
 
-    def class_token(self, x: Tensor, patch_drop: float = 0.0) -> Tensor:
+    def forward_backbone(self, x: Tensor, patch_drop: float = 0.0) -> Tensor:
         """Class token after the last block and the final norm, (B, C, H, W) -> (B, D)."""
         tokens = self.prepare_tokens(x, patch_drop)
         *blocks, last = self.blocks
@@ -260,7 +260,7 @@ class Trunk(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, D)."""
-        return self.encoder.class_token(images)
+        return self.encoder.forward_backbone(images)
 
 
 def init_weights(module: nn.Module) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from shared.evaluation.flags import add_shared_classes_flag, take_from_run
 from shared.networks.pretrained import flags_of_run, image_size_of
+from shared.optimisation.accumulation import add_accumulation_flag
 from shared.run import flags as common
 from shared.run.flags import AnyDashParser, bool_flag
 from shared.run.yaml_config import parse_args_with_config, read_config
@@ -85,6 +86,7 @@ def pretraining_parser(docstring: str, write_tag: str) -> argparse.ArgumentParse
     add("--output_dim", type=int, default=2048, help="dimension of the representations")
     add("--use_pred_head", type=bool_flag, default=False, help="a prediction head for the anchors")
     add("--compile", action="store_true", help="torch.compile the network without its heads")
+    add_accumulation_flag(add)
     add("--pretrained", default=None, help="start from this file, of any layout, or release; by default random weights")
     add("--allow_partial", action="store_true", help="go on when --pretrained does not fill the backbone")
     add("--read_checkpoint", default=None, help="file in the output folder to go on from while the run has none")

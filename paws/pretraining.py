@@ -16,6 +16,7 @@ from shared.images.training_data import write_recipes
 from shared.multicrop import MultiCropDataset
 from shared.networks.batchnorm import synchronize_batchnorm
 from shared.networks.compiling import compile_network
+from shared.optimisation.accumulation import accumulate
 from shared.run import randomness
 from shared.run.checkpoint import CheckpointError, load_latest
 from shared.run.run import Run
@@ -142,6 +143,7 @@ def new_encoder(args: argparse.Namespace, recipe: Recipe, device: torch.device) 
     encoder = synchronize_batchnorm(encoder, device).to(device)
     if args.compile:
         compile_network(encoder)
+    accumulate(encoder, args.accumulate)
     return distributed.wrap(encoder, device)
 
 

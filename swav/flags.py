@@ -6,6 +6,7 @@ Every function adds a group and returns its ``add_argument``, with which a scrip
 import argparse
 from collections.abc import Callable, Sequence
 
+from shared.optimisation.accumulation import add_accumulation_flag
 from shared.run import flags
 
 SYNC_BN = ("pytorch", "apex", "none")
@@ -34,6 +35,7 @@ def add_network_flags(parser: argparse.ArgumentParser) -> Callable:
     add("--sync_bn", default="pytorch", choices=SYNC_BN, help=statistics)
     add("--syncbn_process_group_size", type=int, default=8, help="processes per group with --sync_bn apex")
     add("--compile", action="store_true", help="torch.compile the backbone")
+    add_accumulation_flag(add)
     return add
 
 

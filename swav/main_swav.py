@@ -34,6 +34,7 @@ from shared.multicrop import normalize_views
 from shared.networks.batchnorm import synchronize_batchnorm
 from shared.networks.compiling import compile_network
 from shared.networks.weights import safe_load
+from shared.optimisation.accumulation import accumulate
 from shared.optimisation.optim import clip_grad_norm_per_tensor_
 from shared.optimisation.schedules import cosine_schedule
 from shared.run.flags import Parser, add_data_flags, add_own_images_flags, bool_flag, tell_embedded_defaults
@@ -184,6 +185,7 @@ def build_for_training(args: argparse.Namespace, device: torch.device) -> nn.Mod
     network.to(device)
     if args.compile:
         compile_network(network)
+    accumulate(network, args.accumulate)
     return distributed.wrap(network, device)
 
 

@@ -20,4 +20,4 @@ def compile_network(network: nn.Module, dynamic: bool | None = False) -> None:
     if hasattr(network, "forward_backbone"):
         network.forward_backbone = torch.compile(network.forward_backbone, dynamic=dynamic)
     else:
-        network.compile(dynamic=dynamic)
+        network.forward = torch.compile(network.forward, dynamic=dynamic)

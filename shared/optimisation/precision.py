@@ -49,6 +49,11 @@ def _in_float32(value):
     return value.float() if isinstance(value, Tensor) else value
 
 
+def autocast_again() -> contextlib.AbstractContextManager:
+    """For a forward pass that ``torch.utils.checkpoint`` repeats: what it does not restore of :class:`Precision`."""
+    return _NarrowMapsInFloat32() if torch.is_autocast_enabled("cpu") else contextlib.nullcontext()
+
+
 class Precision:
     """Autocast for the forward pass and, for fp16, the scaling of the loss.
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 from shared.evaluation.flags import add_shared_classes_flag, flags_of_run, take_from_run
 from shared.images.inaturalist import CATEGORIES
+from shared.optimisation.accumulation import add_accumulation_flag
 from shared.run.flags import add_data_flags, add_run_flags, parse_with_embedded_defaults, shorten_unset_warmup
 
 # What replaces the recipe's defaults when no images are named: a run of minutes needs little augmentation, no warm-up
@@ -46,6 +47,7 @@ def add_network_flags(add: Callable) -> None:
     add("--model-ema-decay", type=float, default=0.99996, help="weight of the old average at every step")
     add("--model-ema-force-cpu", action="store_true", help="keep the average in the memory of the host")
     add("--compile", action="store_true", help="torch.compile the network; stochastic depth then draws otherwise")
+    add_accumulation_flag(add)
 
 
 def add_augmentation_flags(parser: argparse.ArgumentParser, color_jitter: float) -> Callable:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from shared import distributed
 from shared.networks.batchnorm import synchronize_batchnorm
 from shared.networks.compiling import compile_network
+from shared.optimisation.accumulation import accumulate
 from shared.optimisation.optim import clip_total_grad_norm_
 from shared.run.checkpoint import load_latest_or_given
 from shared.run.run import Run
@@ -95,6 +96,7 @@ def train_classifier(
         ema = NetworkEMA(network, args.model_ema_decay, "cpu" if args.model_ema_force_cpu else None)
     if args.compile:
         compile_network(network)
+    accumulate(network, args.accumulate)
     options = (args.weight_decay, args.momentum, args.opt_eps, args.opt_betas)
     optimizer = build_timm_optimizer(network, args.opt, peak_lr, *options)
     scheduler = build_timm_schedule(args, optimizer)

@@ -38,6 +38,7 @@ from dino.main_dino import Schedules, train_one_epoch
 from dino.vision_transformer import DINOHead
 from shared.multicrop import MultiCropWrapper
 from shared.networks.compiling import compile_network
+from shared.optimisation.accumulation import accumulate
 from shared.optimisation.optim import build_optimizer, param_groups_no_decay_on_bias_and_norm
 from shared.optimisation.precision import fast_bf16
 from shared.optimisation.schedules import cosine_schedule
@@ -197,6 +198,7 @@ class OurStep:
         if compiled:
             compile_network(self.student.backbone)
             compile_network(self.teacher.backbone)
+        accumulate(self.student.backbone, size.accumulate)
 
     @staticmethod
     def build(size: argparse.Namespace, drop_path_rate: float) -> MultiCropWrapper:
@@ -367,16 +369,19 @@ def growth(size: argparse.Namespace) -> list[dict]:
         "global_px": (160, 224, 288),
         "out_dim": (1024, 16384, 65536),
         "threads": (1, 2),
+        "accumulate": (1, 2, 4, 8),
     }
-    rows = []
-    print(f"{'':18} {'images/s':>9} {'peak GiB':>9}")
+    rows, kind = [], "ours-bf16" if fast_bf16(torch.device(size.device)) else "ours"
+    print(f"{kind:18} {'images/s':>9} {'peak GiB':>9}")
     for name, values in changes.items():
+        if size.growth_of and name not in size.growth_of:
+            continue
         for value in values:
             changed = argparse.Namespace(**(vars(size) | {name: value}))
-            times, _, peaks = take_turns(["ours"], changed, size.rounds, drop_path_rate=0.1)
-            images_per_s = changed.batch / min(times["ours"])
-            rows.append({name: value, "images_per_s": images_per_s, "peak_gib": peaks["ours"]})
-            print(f"{name:11} {value:6} {images_per_s:9.2f} {peaks['ours']:9.2f}", flush=True)
+            times, _, peaks = take_turns([kind], changed, size.rounds, drop_path_rate=0.1)
+            images_per_s = changed.batch / min(times[kind])
+            rows.append({name: value, "images_per_s": images_per_s, "peak_gib": peaks[kind]})
+            print(f"{name:11} {value:6} {images_per_s:9.2f} {peaks[kind]:9.2f}", flush=True)
     return rows
 
 
@@ -390,6 +395,8 @@ def main() -> None:
     parser.add_argument("--local_crops", type=int, default=8)
     parser.add_argument("--out_dim", type=int, default=65536)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--accumulate", type=int, default=1, help="pieces in which ours takes the batch")
+    parser.add_argument("--growth_of", nargs="+", default=None, help="sizes for --growth; default: all")
     parser.add_argument("--compile", action="store_true", help="also time ours compiled, which takes minutes first")
     parser.add_argument("--launches", action="store_true", help="count kernel launches and synchronisations of a step")
     parser.add_argument("--growth", action="store_true", help="measure how the cost grows instead")

@@ -182,8 +182,8 @@ def test_encoder_outputs_and_masks(case, masks):
     expect("eval_h_small", encoder(small))
     expect("blocks1", encoder.forward_blocks(x, 1))
     expect("blocks2", encoder.forward_blocks(x, 2))
-    expect("eval_cls", encoder.class_token(x))
-    expect("eval_cls_small", encoder.class_token(small))
+    expect("eval_cls", encoder.forward_backbone(x))
+    expect("eval_cls_small", encoder.forward_backbone(small))
     expect("attn", encoder.get_last_selfattention(x))
     layers = encoder.get_intermediate_layers(x, 2)
     expect("last2_avgpool", torch.cat([*(layer[:, 0] for layer in layers), layers[-1][:, 1:].mean(dim=1)], dim=1))
@@ -224,7 +224,7 @@ def test_full_size_encoders(case, masks):
         "h224": encoder(large),
         "h96": encoder(small),
         "cls_blocks1_224": encoder.forward_blocks(large),
-        "cls224": encoder.class_token(large),
+        "cls224": encoder.forward_backbone(large),
     }
     torch.manual_seed(GOLDEN.number(case, "seed"))
     found["h224_drop"] = encoder(large, GOLDEN.number(case, "patch_drop"))

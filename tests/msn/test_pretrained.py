@@ -25,7 +25,7 @@ def test_released_files_fill_the_encoder_and_sizes_come_from_the_file(tmp_path):
     source = official_file(tmp_path / "a.pth.tar", patch_size=4, img_size=24, in_chans=1)
     encoder = load_pretrained("deit_tiny", tmp_path, "a.pth.tar").encoder
     images = torch.randn(2, 1, 24, 24)
-    torch.testing.assert_close(encoder(images), source.eval().class_token(images))
+    torch.testing.assert_close(encoder(images), source.eval().forward_backbone(images))
     assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
     other = load_pretrained("deit_tiny", tmp_path / "a.pth.tar", checkpoint_key="encoder").encoder
     torch.testing.assert_close(other.norm.bias, source.norm.bias + 1)
