@@ -31,6 +31,8 @@ def name_batch_flags(error: BaseException | None, args: Namespace) -> None:
     """Raise ``ValueError`` that says which flags to lower if ``error`` is one of memory; let any other one pass."""
     if is_out_of_memory(error):
         what = f"lower {batch_flags(args)}" if batch_flags(args) else "take smaller images, or fewer at once"
+        if (pieces := getattr(args, "accumulate", None)) is not None:
+            what += f" or raise --accumulate, which is {pieces} (the same updates)"
         raise ValueError(f"out of memory: {what} ({str(error).splitlines()[0]})") from error
 
 

@@ -56,5 +56,8 @@ def test_too_little_memory_names_the_flags_of_the_batch(allocate):
             allocate()
         except (MemoryError, RuntimeError) as error:
             name_batch_flags(error, args)
+    args.accumulate = 1
+    with pytest.raises(ValueError, match=r"lower --batch_size_per_gpu or raise --accumulate, which is 1 \("):
+        name_batch_flags(MemoryError("too little"), args)
     name_batch_flags(ValueError("another one"), args)
     name_batch_flags(None, args)
