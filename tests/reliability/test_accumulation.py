@@ -1,10 +1,12 @@
 """``--accumulate`` in whole trainings: a batch in pieces gives the updates of the batch."""
 
+import functools
 import importlib
 
 import pytest
 
-from tests.reliability.runs import Run, log_lines, start_ranks
+from tests.reliability import faults
+from tests.reliability.runs import Run, assert_same_run, log_lines, start_ranks
 from tests.tiny_training import trainings
 
 SCRIPTS = {training.module: training for training in reversed(trainings().values())}
@@ -39,6 +41,17 @@ def test_two_processes_in_pieces_have_the_losses_of_one_in_whole_batches(places,
     for rank in start_ranks(tmp_path / "cut", 2, *flags, *training.pair, "--accumulate", 2, script=training):
         rank.assert_ends()
     assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+
+
+def test_a_killed_run_in_pieces_ends_like_an_undisturbed_one(places, tmp_path):
+    training = SCRIPTS["dino.main_dino"]
+    flags = (*training.data_flags(places), "--accumulate", 2)  # with stochastic depth, drawn anew for every piece
+    Run(tmp_path / "whole", *flags, script=training).assert_ends()
+    run = Run(tmp_path / "run", *flags, fault=functools.partial(faults.slow_steps, 0.05), script=training)
+    run.wait_for_step(3)
+    run.kill()
+    Run(tmp_path / "run", *flags, script=training).assert_ends()
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("name", ["swav.main_swav", "swav.main_deepclusterv2", "deepcluster.main", "xcit.main"])
