@@ -40,14 +40,15 @@ class Panel:
 COLORS = ("#1f5fa8", "#c8702a", "#2a8f4a", "#8a4fa3")
 
 
-def save_panels(panels: Sequence[Panel], path: str | Path, heading: str) -> Path:
-    """Write curves, one panel beside the other."""
+def save_panels(panels: Sequence[Panel], path: str | Path, heading: str, rows: int = 1) -> Path:
+    """Write curves, one panel beside the other, in ``rows`` rows of equally many."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.6 * len(panels), 4.4), dpi=DPI, facecolor="white", layout="constrained")
+    columns = len(panels) // rows
+    figure = Figure(figsize=(4.6 * columns, 4.4 * rows), dpi=DPI, facecolor="white", layout="constrained")
     title = text(heading)
     figure.suptitle(title.pop("s"), fontsize=13, weight="bold", color=INK, **title)
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    for axes, panel in zip(figure.subplots(rows, columns, squeeze=False).flat, panels, strict=True):
         _draw_panel(axes, panel)
     figure.savefig(path)
     return Path(path)

@@ -42,6 +42,7 @@ from shared.optimisation.accumulation import accumulate
 from shared.optimisation.optim import build_optimizer, param_groups_no_decay_on_bias_and_norm
 from shared.optimisation.precision import fast_bf16
 from shared.optimisation.schedules import cosine_schedule
+from shared.pictures.curves import Curve, Panel, save_panels
 from shared.run.memory import keep_freed_memory
 from tests.benchmarks.harness import InProcess, Times, alternate, compare, finish, get_args_parser
 from tests.loop_run import LoopRun
@@ -380,9 +381,30 @@ def growth(size: argparse.Namespace) -> list[dict]:
             changed = argparse.Namespace(**(vars(size) | {name: value}))
             times, _, peaks = take_turns([kind], changed, size.rounds, drop_path_rate=0.1)
             images_per_s = changed.batch / min(times[kind])
-            rows.append({name: value, "images_per_s": images_per_s, "peak_gib": peaks[kind]})
+            rows.append(
+                {
+                    name: value,
+                    "images_per_s": images_per_s,
+                    "seconds": min(times[kind]),
+                    "peak_gib": peaks[kind],
+                }
+            )
             print(f"{name:11} {value:6} {images_per_s:9.2f} {peaks[kind]:9.2f}", flush=True)
     return rows
+
+
+def draw_growth(rows: list[dict], path: Path, what: str) -> None:
+    """Seconds and memory of a step over each size that was changed."""
+    by_size: dict[str, list[dict]] = {}
+    for row in rows:
+        by_size.setdefault(next(iter(row)), []).append(row)
+    units = {"seconds": "seconds for a step", "peak_gib": "peak memory in GiB"}
+    panels = [
+        Panel(name, name, unit, [Curve([row[name] for row in changed], [row[key] for row in changed], style="points")])
+        for key, unit in units.items()
+        for name, changed in by_size.items()
+    ]
+    save_panels(panels, path, f"One DINO step, {what}", rows=2)
 
 
 def main() -> None:
@@ -396,6 +418,7 @@ def main() -> None:
     parser.add_argument("--out_dim", type=int, default=65536)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--accumulate", type=int, default=1, help="pieces in which ours takes the batch")
+    parser.add_argument("--picture", type=Path, default=None, help="of --growth")
     parser.add_argument("--growth_of", nargs="+", default=None, help="sizes for --growth; default: all")
     parser.add_argument("--compile", action="store_true", help="also time ours compiled, which takes minutes first")
     parser.add_argument("--launches", action="store_true", help="count kernel launches and synchronisations of a step")
@@ -403,7 +426,10 @@ def main() -> None:
     size = parser.parse_args()
     print(", ".join(f"{name} {value}" for name, value in vars(size).items()), flush=True)
     if size.growth:
-        finish(size, {"growth": growth(size)})
+        rows = growth(size)
+        finish(size, {"growth": rows})
+        if size.picture:
+            draw_growth(rows, size.picture, f"{size.arch}, patches of {size.patch_size}, one size changed at a time")
         return
     kinds = ["plain", "ours"]
     kinds += ["plain-bf16", "ours-bf16"] if fast_bf16(torch.device(size.device)) else []
