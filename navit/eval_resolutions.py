@@ -30,7 +30,7 @@ from navit.pack import CutMaterials, EvalPatches, pack_texts
 from shared import distributed
 from shared.evaluation.features import extract_features
 from shared.evaluation.flags import add_labelled_flags, add_process_flags, parse_evaluation, take_from_run
-from shared.images.labelled import open_labelled
+from shared.images.labelled import open_labelled, open_val
 from shared.images.loading import LEFT_OUT, BadImages
 from shared.images.sources import ImageSource, open_source, reading
 from shared.optimisation.precision import Precision
@@ -38,7 +38,7 @@ from shared.pictures.curves import Curve, Panel, save_panels
 from shared.run.files import atomic_file
 from shared.run.flags import Parser
 
-COLUMNS = ("resolution", "tokens", "gflops", "images_per_s", "acc1")
+COLUMNS = ("resolution", "tokens", "gflops", "images_per_s", "acc1", "loss")
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # of the images that the second stage of a cascade sees
 
 
@@ -133,8 +133,8 @@ def measure(resolutions: Sequence[float], look: Callable[[float], dict[str, Tens
         start = time.perf_counter()
         found.append(look(resolution))
         rate = len(found[-1]["hit"]) / (time.perf_counter() - start)
-        tokens, cost, hit = (found[-1][name].mean().item() for name in ("tokens", "gflops", "hit"))
-        rows.append(dict(zip(COLUMNS, (resolution, tokens, cost, rate, 100 * hit), strict=True)))
+        tokens, cost, hit, loss = (found[-1][name].mean().item() for name in ("tokens", "gflops", "hit", "loss"))
+        rows.append(dict(zip(COLUMNS, (resolution, tokens, cost, rate, 100 * hit, loss), strict=True)))
     for (low, first), (high, second) in itertools.pairwise(zip(rows, found, strict=True)):
         least_sure_first = first["confidence"].argsort().argsort()
         for share in SHARES:
@@ -167,14 +167,15 @@ def evenly(low: float, high: float) -> list[int]:
     return sorted({round(low + i / 4 * (high - low)) for i in range(5)})
 
 
-def open_val(args: argparse.Namespace) -> ImageSource:
-    """The images to classify; captions to choose from need no training images with the same ones."""
-    if args.data_path:
+def open_images(args: argparse.Namespace, captions: bool) -> tuple[ImageSource | None, ImageSource | None]:
+    """Images to learn from, if they are named, and to classify; captions are classes, and others in each part."""
+    if not args.data_path and not args.val_path:
+        return CutMaterials("train"), CutMaterials("val")
+    if args.data_path and not captions:
         only_shared = args.shared_classes_only
-        return open_labelled(args.data_path, args.val_path, shared_classes_only=only_shared, **reading(args))[1]
-    return (
-        open_source(args.val_path, "all", flag="--val_path", **reading(args)) if args.val_path else CutMaterials("val")
-    )
+        return open_labelled(args.data_path, args.val_path, shared_classes_only=only_shared, **reading(args))
+    train = open_source(args.data_path, "train", **reading(args)) if args.data_path else None
+    return train, open_val(args.data_path, args.val_path, **reading(args))
 
 
 def eval_resolutions(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
@@ -182,9 +183,11 @@ def eval_resolutions(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
     precision = Precision(args.amp, distributed.init(args.dist_url, args.device))
     networks, trained_with = load_navit(args.pretrained)
     take_from_run(args, trained_with, {}, {})  # how images of other channels are read
-    val = open_val(args)
-    if len(networks) == 1 and networks[0].num_classes != (classes := len(val.classes or ())):
-        raise ValueError(f"--pretrained {args.pretrained} has no classifier of the {classes} classes of {val.name}")
+    _, val = open_images(args, captions=len(networks) == 2)
+    classes = len(getattr(val, "classes", None) or ())
+    if not classes or (len(networks) == 1 and networks[0].num_classes != classes):
+        where = args.val_path or args.data_path or val.name
+        raise ValueError(f"--pretrained {args.pretrained} has no classifier of the {classes} classes of {where}")
     image, *texts = (network.to(precision.device) for network in networks)
     bad_images = BadImages(len(val), None, args.on_bad_image, args.max_bad_fraction)
     classifier = Classifier(image, precision, *texts, names=val.classes)

@@ -25,23 +25,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from navit.eval_resolutions import Classifier, classify
+from navit.eval_resolutions import Classifier, classify, measure, open_images
 from navit.hub import build
 from navit.losses import contrastive_loss, mean_over_processes, sigmoid_cross_entropy
 from navit.native_resolution_vit import CHOICES, ImageText, Packed
-from navit.pack import CutMaterials, PackedBatches, TrainPatches, pack_texts
+from navit.pack import PackedBatches, TrainPatches, pack_texts
 from navit.report import report
 from navit.sampling import DROPS, Dropping, Resolutions
 from shared import distributed
+from shared.evaluation.flags import add_shared_classes_flag
 from shared.images.cache import cache_images
-from shared.images.labelled import open_val
 from shared.images.loading import BadImages, default_num_workers
-from shared.images.sources import ImageSource, open_source, reading
+from shared.images.sources import ImageSource
 from shared.optimisation.optim import clip_total_grad_norm_, decay_groups
-from shared.run.flags import Parser, add_run_flags, bool_flag, parse_with_embedded_defaults, tell_embedded_defaults
+from shared.run.flags import (
+    Parser,
+    add_data_flags,
+    add_run_flags,
+    bool_flag,
+    parse_with_embedded_defaults,
+    tell_embedded_defaults,
+)
 from shared.run.run import Run
-from shared.supervised.data import open_train_and_val
-from shared.supervised.flags import add_data_set_flags
 
 EMBEDDED_DATA_DEFAULTS = {
     "arch": "navit_micro",
@@ -67,7 +72,7 @@ LOSSES = {"sigmoid": sigmoid_cross_entropy, "softmax": partial(F.cross_entropy, 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
-    add_data_set_flags(parser)
+    add_shared_classes_flag(add_data_flags(parser))
     add = parser.add_argument_group("resolution").add_argument
     add("--resolution", type=float, nargs=2, default=(64.0, 256.0), help="range of effective resolutions in pixels")
     draws = "uniform; normal: of --resolution_mean and deviation 1 on [-1, 1]"
@@ -123,7 +128,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = add_run_flags(parser, knn=False)
     add("--output_dir", default=".", help="checkpoints, logs and pictures")
     add("--seed", type=int, default=0, help="of the initial weights, the order of the images and all draws")
-    parser.set_defaults(eval=False)
     return parser
 
 
@@ -148,7 +152,7 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
             parser.error(f"--{flag} {rate} is not in [0, 1)")
     if args.drop == "beta" and args.drop_rate >= args.drop_max:
         parser.error(f"--drop_rate {args.drop_rate} is the mean of rates up to --drop_max {args.drop_max}: lower it")
-    args.test_resolutions = sorted(set(args.test_resolutions or args.resolution), key=lambda side: side or float("inf"))
+    args.test_resolutions = sorted(set(args.test_resolutions or args.resolution))
     return args
 
 
@@ -159,18 +163,6 @@ def learning_rate_factor(step: int, total_steps: int, warmup_steps: int, cooldow
 
 
 # --- Training ---------------------------------------------------------------------------------------------------------
-
-
-def open_images(args: argparse.Namespace) -> tuple[ImageSource, ImageSource | None]:
-    """The images to train on, and those to evaluate on."""
-    if not args.data_path:
-        return CutMaterials("train"), CutMaterials("val")
-    if args.loss in LOSSES:
-        return open_train_and_val(args)
-    train = open_source(args.data_path, "train", **reading(args))  # captions are classes of few images
-    if train.classes is None:
-        raise ValueError(f"--data_path {args.data_path}: no captions; expected a list of image, tab, caption")
-    return train, open_val(args.data_path, args.val_path, **reading(args))
 
 
 def train_batches(args: argparse.Namespace, source: ImageSource, bad_images: BadImages) -> PackedBatches:
@@ -199,7 +191,11 @@ def train_navit(args: argparse.Namespace) -> None:
     run = Run(args, args.amp)
 
     # images
-    train, val = open_images(args)
+    train, val = open_images(args, captions=args.loss == "contrastive")
+    if train is None or train.classes is None:
+        raise ValueError(
+            f"--data_path {args.data_path}: no classes or captions; expected a list of image, tab, caption"
+        )
     bad_images, bad_val_images = (
         BadImages(len(source), run.output_dir / listed, args.on_bad_image, args.max_bad_fraction)
         for source, listed in ((train, "bad_images.txt"), (val or train, "bad_images_val.txt"))
@@ -298,12 +294,9 @@ def loss_of_pairs(
 
 def evaluate(run: Run, resolutions: Sequence[float], look: Callable[[float], dict[str, Tensor]]) -> dict[str, float]:
     """Accuracy at each resolution, of the class or of the caption; ``test_acc1`` is that of the largest."""
-    tested = {}
-    for resolution in resolutions:
-        found, side = look(resolution), f"{resolution:g}" if resolution else "own"
-        loss, acc1, tokens = (found[name].mean().item() for name in ("loss", "hit", "tokens"))
-        tested |= {f"test_acc1_{side}": 100 * acc1, f"test_tokens_{side}": tokens}
-        tested |= {"test_acc1": 100 * acc1, "test_loss": loss}
+    rows, _ = measure(resolutions, look)
+    tested = {f"test_{name}_{row['resolution']:g}": row[name] for row in rows for name in ("acc1", "tokens")}
+    tested |= {f"test_{name}": row[name] for row in rows[-1:] for name in ("acc1", "loss")}
     if tested:
         run.log_evaluation(**tested)
     return tested

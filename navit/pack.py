@@ -38,33 +38,25 @@ class Placement(NamedTuple):
 
     sequence: np.ndarray  # of each image, (E,)
     offset: np.ndarray  # in it, (E,)
-    kept: np.ndarray  # whether it is among the first ``max_images`` of its sequence, (E,)
     slots: np.ndarray  # place of every token, image by image, counted through all sequences, (N,)
     shape: tuple[int, int]  # number of sequences and their length
 
 
-def first_fit(lengths: Sequence[int], sequence_length: int, max_images: int | None = None) -> Placement:
-    """Put images of these lengths, in this order, each into the first sequence with enough room (appendix A.3).
-
-    Args:
-        max_images: Representations of a sequence that count; further images are only encoded.
-    """
+def first_fit(lengths: Sequence[int], sequence_length: int) -> Placement:
+    """Put images of these lengths, in this order, each into the first sequence with enough room (appendix A.3)."""
     lengths = np.asarray(lengths, dtype=np.int64)
     if len(lengths) and lengths.max() > sequence_length:
         raise ValueError(f"an image of {lengths.max()} tokens is longer than a sequence of {sequence_length}")
-    room, filled = np.full(len(lengths), sequence_length), np.zeros_like(lengths)
-    sequence, offset, place = (np.zeros_like(lengths) for _ in range(3))
+    sequence, offset, room = np.zeros_like(lengths), np.zeros_like(lengths), np.full(len(lengths), sequence_length)
     opened = 0
     for i, n in enumerate(lengths):
         s = int(np.argmax(room[: opened + 1] >= n))  # the one after the open ones is empty
         opened = max(opened, s + 1)
-        sequence[i], offset[i], place[i] = s, sequence_length - room[s], filled[s]
+        sequence[i], offset[i] = s, sequence_length - room[s]
         room[s] -= n
-        filled[s] += 1
     within = np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
     slots = np.repeat(sequence * sequence_length + offset, lengths) + within
-    kept = np.full(len(lengths), True) if max_images is None else place < max_images
-    return Placement(sequence, offset, kept, slots, (opened, sequence_length))
+    return Placement(sequence, offset, slots, (opened, sequence_length))
 
 
 # --- Images as patches ------------------------------------------------------------------------------------------------

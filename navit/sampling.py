@@ -40,11 +40,10 @@ def fitting_size(
     Sides are rounded up to patches, or with ``whole`` False down to pixels, of at least one.
     """
     low, high, eps = np.float32(1e-6), np.float32(100), np.float32(1e-5)
+    unit, rounded = (patch, math.ceil) if whole else (1, math.floor)
 
     def scaled(scale: np.float32) -> list[int]:
-        if whole:
-            return [max(1, math.ceil(np.float32(side) * scale / np.float32(patch))) * patch for side in size]
-        return [max(1, math.floor(np.float32(side) * scale)) for side in size]
+        return [max(1, rounded(np.float32(side) * scale / np.float32(unit))) * unit for side in size]
 
     while high - low >= eps:
         middle = (low + high) / np.float32(2)
