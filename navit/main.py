@@ -79,6 +79,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--resolution_draw", default="uniform", choices=("uniform", "normal"), help=draws)
     add("--resolution_mean", type=float, default=-0.5, help="of normal, where -1 is the low end of the range")
     add("--resolution_sample", default="side", choices=("side", "area"), help="what the draw is linear in")
+    add("--flip", type=bool_flag, default=True, help="mirror half of the images")
 
     add = parser.add_argument_group("packing").add_argument
     add("--sequence_length", type=int, default=256, help="tokens; an image that does not fit is made smaller")
@@ -172,9 +173,8 @@ def train_batches(args: argparse.Namespace, source: ImageSource, bad_images: Bad
     resolutions = Resolutions(*args.resolution, args.resolution_draw, args.resolution_mean, args.resolution_sample)
     dropping = Dropping(args.drop, *rates, lengths, args.drop_tau, args.drop_middle)
     longest = args.sequence_length, args.max_side
-    patches = TrainPatches(
-        source, args.patch_size, resolutions, dropping, longest, args.seed, bad_images, args.in_chans
-    )
+    options = {"seed": args.seed, "bad_images": bad_images, "in_chans": args.in_chans, "flip": args.flip}
+    patches = TrainPatches(source, args.patch_size, resolutions, dropping, longest, **options)
     workers = default_num_workers() if args.num_workers is None else args.num_workers
     batches = PackedBatches(patches, args.sequence_length, args.batch_size, workers, args.max_open)
     known = len(source), batches.checksum

@@ -150,6 +150,7 @@ class TrainPatches(Dataset):
     seed: int  # of all draws
     bad_images: BadImages
     in_chans: int = 3
+    flip: bool = True  # whether half of the images are mirrored
 
     def index(self, number: int) -> int:
         epoch, place = divmod(number, len(self.source))
@@ -170,6 +171,8 @@ class TrainPatches(Dataset):
     def example(self, number: int) -> Example:
         key = self.seed, number
         pixels, label = self.bad_images.read(self.source, self.index(number), key, self._read)
+        if self.flip and derive_seed(*key, 2) % 2:
+            pixels = pixels[:, ::-1].copy()
         grid, chosen, shrunk = self.draw(number, pixels.shape[:2])
         patches = resized_patches(pixels, grid, self.patch, self.in_chans).numpy()[chosen]
         return Example(number, label, patches, coordinates_of(*grid).numpy()[chosen], grid, shrunk)
