@@ -59,7 +59,6 @@ CARD = Card(
     head_names=("head",),
     sizes=sizes,
 )
-MEAN, STD = CARD.mean, CARD.std
 ENTRIES = hub_entries(CARD)
 
 

@@ -14,15 +14,11 @@ def sigmoid_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(dim=1)
 
 
-def softmax_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """(E, K), (E,) -> (E,)."""
-    return F.cross_entropy(logits, labels, reduction="none")
-
-
-def mean_over_processes(losses: Tensor, counts: Tensor) -> Tensor:
-    """Mean of the losses (E,) that count (E,) on all processes together, if their gradients are averaged afterwards."""
-    total = distributed.all_reduce_sum(counts.sum()).clamp_min(1)
-    return distributed.get_world_size() * torch.where(counts, losses, 0.0).sum() / total
+def mean_over_processes(losses: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Mean of the (valid) losses (E,) of all processes together, if their gradients are averaged afterwards."""
+    valid = torch.ones_like(losses, dtype=torch.bool) if valid is None else valid
+    total = distributed.all_reduce_sum(valid.sum()).clamp_min(1)
+    return distributed.get_world_size() * torch.where(valid, losses, 0.0).sum() / total
 
 
 def log_sum_exp(rows: Tensor, columns: Tensor, valid: Tensor, temperature: Tensor) -> Tensor:

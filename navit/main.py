@@ -16,7 +16,6 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -26,23 +25,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from navit.eval_resolutions import classify, zero_shot
-from navit.hub import MEAN, STD, build
-from navit.losses import contrastive_loss, mean_over_processes, sigmoid_cross_entropy, softmax_cross_entropy
+from navit.eval_resolutions import Classifier, classify, measure, open_images
+from navit.hub import build
+from navit.losses import contrastive_loss, mean_over_processes, sigmoid_cross_entropy
 from navit.native_resolution_vit import CHOICES, ImageText, Packed
-from navit.pack import CutMaterials, EvalPatches, PackedBatches, TrainPatches, pack_texts
+from navit.pack import PackedBatches, TrainPatches, pack_texts
 from navit.report import report
 from navit.sampling import DROPS, Dropping, Resolutions
 from shared import distributed
+from shared.evaluation.flags import add_shared_classes_flag
 from shared.images.cache import cache_images
-from shared.images.labelled import open_val
 from shared.images.loading import BadImages, default_num_workers
-from shared.images.sources import ImageSource, open_source, reading
+from shared.images.sources import ImageSource
 from shared.optimisation.optim import clip_total_grad_norm_, decay_groups
-from shared.run.flags import Parser, add_run_flags, bool_flag, parse_with_embedded_defaults, tell_embedded_defaults
+from shared.run.flags import (
+    Parser,
+    add_data_flags,
+    add_run_flags,
+    bool_flag,
+    parse_with_embedded_defaults,
+    tell_embedded_defaults,
+)
 from shared.run.run import Run
-from shared.supervised.data import open_train_and_val
-from shared.supervised.flags import add_data_set_flags
 
 EMBEDDED_DATA_DEFAULTS = {
     "arch": "navit_micro",
@@ -58,37 +62,29 @@ EMBEDDED_DATA_DEFAULTS = {
     "weight_decay_head": 0.03,
     "output_dir": "runs/materials",
 }
-MINIMUM = {
-    **dict.fromkeys(("epochs", "batch_size", "patch_size", "sequence_length", "log_freq"), 1),
-    **dict.fromkeys(("max_open", "max_images", "max_side", "chunks"), 1),
-    "text_length": 2,
-}
-NETWORK_FLAGS = (
-    *("arch", "patch_size", "positions", "coordinates", "max_side", "norm", "qk_norm", "pool", "in_chans"),
-    "sequence_length",  # what lies in open sequences has to fit
+MINIMUM = dict.fromkeys(
+    "epochs batch_size patch_size sequence_length max_open max_side text_length chunks log_freq".split(), 1
 )
+NETWORK_FLAGS = "arch patch_size positions coordinates max_side norm qk_norm pool in_chans".split()
 NOT_DECAYED = ("pos_embed", "latent")  # of what has more than one dimension
-LOSSES = {"sigmoid": sigmoid_cross_entropy, "softmax": softmax_cross_entropy}
+LOSSES = {"sigmoid": sigmoid_cross_entropy, "softmax": partial(F.cross_entropy, reduction="none")}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
-    add_data_set_flags(parser)
+    add_shared_classes_flag(add_data_flags(parser))
     add = parser.add_argument_group("resolution").add_argument
     add("--resolution", type=float, nargs=2, default=(64.0, 256.0), help="range of effective resolutions in pixels")
-    draws = "uniform; normal: of --resolution_mean and deviation 1 on [-1, 1]; native: the image's own, in the range"
-    add("--resolution_draw", default="uniform", choices=("uniform", "normal", "native"), help=draws)
+    draws = "uniform; normal: of --resolution_mean and deviation 1 on [-1, 1]"
+    add("--resolution_draw", default="uniform", choices=("uniform", "normal"), help=draws)
     add("--resolution_mean", type=float, default=-0.5, help="of normal, where -1 is the low end of the range")
     add("--resolution_sample", default="side", choices=("side", "area"), help="what the draw is linear in")
-    long = "an image that does not fit into a sequence, or has more patches a side than --max_side: the log counts them"
-    add("--on_long_image", default="shrink", choices=("shrink", "error"), help=long)
     add("--flip", type=bool_flag, default=True, help="mirror half of the images")
 
     add = parser.add_argument_group("packing").add_argument
-    add("--sequence_length", type=int, default=256, help="tokens")
+    add("--sequence_length", type=int, default=256, help="tokens; an image that does not fit is made smaller")
     add("--batch_size", type=int, default=64, help="sequences per process; about 4,000 in all when published")
     add("--max_open", type=int, default=16, help="sequences that wait for images at a time: more leave less padding")
-    add("--max_images", type=int, default=None, help="of a sequence that count in the loss; None: all")
 
     add = parser.add_argument_group("token dropping").add_argument
     kinds = "constant rate; beta: drawn per image; resolution: larger images drop more"
@@ -133,7 +129,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = add_run_flags(parser, knn=False)
     add("--output_dir", default=".", help="checkpoints, logs and pictures")
     add("--seed", type=int, default=0, help="of the initial weights, the order of the images and all draws")
-    parser.set_defaults(eval=False)
     return parser
 
 
@@ -158,7 +153,7 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
             parser.error(f"--{flag} {rate} is not in [0, 1)")
     if args.drop == "beta" and args.drop_rate >= args.drop_max:
         parser.error(f"--drop_rate {args.drop_rate} is the mean of rates up to --drop_max {args.drop_max}: lower it")
-    args.test_resolutions = sorted(set(args.test_resolutions or args.resolution), key=lambda side: side or float("inf"))
+    args.test_resolutions = sorted(set(args.test_resolutions or args.resolution))
     return args
 
 
@@ -171,66 +166,54 @@ def learning_rate_factor(step: int, total_steps: int, warmup_steps: int, cooldow
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 
-def open_images(args: argparse.Namespace, run: Run) -> tuple[SimpleNamespace, ImageSource, ImageSource | None]:
-    """What a checkpoint says about the training images, these, and those to evaluate on."""
-    if not args.data_path:
-        train, val = CutMaterials("train"), CutMaterials("val")
-    elif args.loss == "contrastive":  # captions are classes of few images
-        train = open_source(args.data_path, "train", **reading(args))
-        val = open_val(args.data_path, args.val_path, **reading(args))
-        if train.classes is None:
-            raise ValueError(f"--data_path {args.data_path}: no captions; expected a list of image, tab, caption")
-    else:
-        train, val = open_train_and_val(args)
-    train = cache_images(train, args.cache)
-    data = SimpleNamespace(checksum=train.checksum())
-    known = len(train), data.checksum
-    distributed.check_same_on_all_processes(known, "the training data (number of images, checksum)")
-    policy = args.on_bad_image, args.max_bad_fraction
-    data.bad_images = BadImages(len(train), run.output_dir / "bad_images.txt", *policy)
-    data.bad_val_images = BadImages(len(val or train), run.output_dir / "bad_images_val.txt", *policy)
-    data.num_workers = default_num_workers() if args.num_workers is None else args.num_workers
-    return data, train, val
-
-
-def train_batches(args: argparse.Namespace, data: SimpleNamespace, train: ImageSource) -> PackedBatches:
-    """The packed images; ``data`` gets the steps of an epoch, and about how many images each of them takes."""
+def train_batches(args: argparse.Namespace, source: ImageSource, bad_images: BadImages) -> PackedBatches:
+    """The packed images."""
     lengths = tuple(max(1, round((side / args.patch_size) ** 2)) for side in args.resolution)
     rates = args.drop_rate, args.drop_max, tuple(args.drop_range)
     resolutions = Resolutions(*args.resolution, args.resolution_draw, args.resolution_mean, args.resolution_sample)
-    longest = (args.sequence_length, args.max_side) if args.on_long_image == "shrink" else None
-    draws = resolutions, Dropping(args.drop, *rates, lengths, args.drop_tau, args.drop_middle), args.seed
-    patches = TrainPatches(train, args.patch_size, draws, data.bad_images, longest, args.flip, args.in_chans)
-    tokens = patches.mean_length()
-    a_step = args.sequence_length * args.batch_size * distributed.get_world_size() / tokens
-    data.batch_size, data.steps_per_epoch = max(1, round(a_step)), max(1, round(len(train) / a_step))
+    dropping = Dropping(args.drop, *rates, lengths, args.drop_tau, args.drop_middle)
+    longest = args.sequence_length, args.max_side
+    options = {"seed": args.seed, "bad_images": bad_images, "in_chans": args.in_chans, "flip": args.flip}
+    patches = TrainPatches(source, args.patch_size, resolutions, dropping, longest, **options)
+    workers = default_num_workers() if args.num_workers is None else args.num_workers
+    batches = PackedBatches(patches, args.sequence_length, args.batch_size, workers, args.max_open)
+    known = len(source), batches.checksum
+    distributed.check_same_on_all_processes(known, "the training data (number of images, checksum)")
     distributed.print_once(
-        f"{train.describe()}: about {tokens:.0f} tokens an image after dropping, {args.sequence_length / tokens:.1f} "
-        f"images in a sequence of {args.sequence_length}"
+        f"{source.describe()}: about {batches.tokens:.0f} tokens an image after dropping, "
+        f"{args.sequence_length / batches.tokens:.1f} images in a sequence of {args.sequence_length}"
     )
-    options = {"statistics": (MEAN[: args.in_chans], STD[: args.in_chans]), "num_workers": data.num_workers}
-    options |= {"max_open": args.max_open, "max_images": args.max_images, "steps_per_epoch": data.steps_per_epoch}
-    return PackedBatches(patches, args.sequence_length, args.batch_size, **options)
+    return batches
 
 
 def train_navit(args: argparse.Namespace) -> None:
     """Train from the newest checkpoint in ``args.output_dir``, or from the start if there is none."""
     run = Run(args, args.amp)
-    data, train, val = open_images(args, run)
-    batches = train_batches(args, data, train)
+
+    # images
+    train, val = open_images(args, captions=args.loss == "contrastive")
+    if train is None or train.classes is None:
+        raise ValueError(
+            f"--data_path {args.data_path}: no classes or captions; expected a list of image, tab, caption"
+        )
+    bad_images, bad_val_images = (
+        BadImages(len(source), run.output_dir / listed, args.on_bad_image, args.max_bad_fraction)
+        for source, listed in ((train, "bad_images.txt"), (val or train, "bad_images_val.txt"))
+    )
+    batches = train_batches(args, cache_images(train, args.cache), bad_images)
+    total_steps = args.epochs * batches.steps_per_epoch
     tell_embedded_defaults(args.data_path, EMBEDDED_DATA_DEFAULTS)
-    total_steps = args.epochs * data.steps_per_epoch
 
     # network and loss
     options = {"norm": args.norm, "qk_norm": args.qk_norm, "pool": args.pool}
-    of_images = {"patch_size": args.patch_size, "positions": args.positions, "coordinates": args.coordinates}
-    of_images |= {"max_side": args.max_side, "num_classes": len(train.classes) if args.loss in LOSSES else 0}
+    of_images = {name: getattr(args, name) for name in ("patch_size", "positions", "coordinates", "max_side")}
+    of_images["num_classes"] = len(train.classes) if args.loss in LOSSES else 0
     network = build(args.arch, args.in_chans, **of_images, **options).to(run.device)
     network.attention = args.attention
-    whole, parts = network, {"model": network}
+    whole, texts = network, {}
     if args.loss == "contrastive":
-        parts["text"] = build(args.arch, vocabulary=257, max_side=args.text_length, **options).to(run.device)
-        whole = ImageText(network, parts["text"])
+        texts["text"] = build(args.arch, vocabulary=257, max_side=args.text_length, **options).to(run.device)
+        whole = ImageText(network, **texts)
         criterion = partial(loss_of_pairs, captions=train.classes, most=args.text_length, chunks=args.chunks)
     else:
         criterion = partial(loss_of_labels, loss=LOSSES[args.loss])
@@ -244,37 +227,36 @@ def train_navit(args: argparse.Namespace) -> None:
     factor = partial(learning_rate_factor, total_steps=total_steps, warmup_steps=warmup, cooldown_steps=cooldown)
 
     def look(resolution: float) -> dict[str, Tensor]:
-        classifier = zero_shot(network, parts["text"], val.classes, run.precision) if "text" in parts else network
-        images = EvalPatches(val, resolution, args.patch_size, args.in_chans, data.bad_val_images)
-        return classify(classifier, images, run.precision, 32, data.num_workers, run.stop_if_asked)
+        classifier = Classifier(network, run.precision, **texts, names=val.classes)
+        return classify(classifier, val, bad_val_images, resolution, 32, batches.num_workers, None, run.stop_if_asked)
 
     resolutions = args.test_resolutions if val is not None else ()
-    run.resume(data, total_steps, NETWORK_FLAGS, **parts, optimizer=optimizer, batches=batches)
+    run.resume(batches, total_steps, NETWORK_FLAGS, model=network, **texts, optimizer=optimizer, batches=batches)
     with run:
         if run.is_new:
             evaluate(run, resolutions, look)
         for epoch in run.epochs():
             train_one_epoch(run, model, criterion, batches, optimizer, args.lr, factor, args.clip_grad)
             is_due = (epoch + 1) % args.test_freq == 0 or epoch + 1 == args.epochs
-            run.log_epoch(**evaluate(run, resolutions if is_due else (), look), bad_images=data.bad_images.count())
+            run.log_epoch(**evaluate(run, resolutions if is_due else (), look), bad_images=bad_images.count())
             run.end_epoch()
-    report(run, network, val, batches, look)
+    report(run, val, batches, look)
 
 
 def train_one_epoch(
     run: Run,
     model: nn.Module,
-    criterion: Callable[[nn.Module, Packed, Tensor, Tensor], Tensor],
+    criterion: Callable[[nn.Module, Packed, Tensor], Tensor],
     batches: PackedBatches,
     optimizer: torch.optim.Optimizer,
     peak_lr: float,
     factor: Callable[[int], float],
     clip_grad: float,
 ) -> None:
-    """One epoch: sequences of packed images, of which those that count have a loss each.
+    """One epoch of sequences of packed images.
 
     Args:
-        criterion: Maps the network, packed images, their labels (E,) and whether they count (E,) to the loss.
+        criterion: Maps the network, E packed images and their labels (E,) to the loss.
         factor: Of the learning rate, by step.
     """
     parameters = list(model.parameters())
@@ -283,41 +265,38 @@ def train_one_epoch(
         for group in optimizer.param_groups:
             group["lr"] = lr
         images = Packed(**batch["images"]).to(run.device)
-        labels, counts = (batch[name].to(run.device, non_blocking=True) for name in ("labels", "counts"))
+        labels = batch["labels"].to(run.device, non_blocking=True)
         optimizer.zero_grad(set_to_none=True)
 
         with run.precision.autocast():
-            loss = criterion(model, images, labels, counts)
+            loss = criterion(model, images, labels)
 
         run.backward(loss, optimizer)
         run.update(clip_total_grad_norm_(parameters, clip_grad), optimizer)
         run.end_step(len(labels), {"loss": loss, **batch["packing"]}, {"lr": lr})
 
 
-def loss_of_labels(model: nn.Module, images: Packed, labels: Tensor, counts: Tensor, loss: Callable) -> Tensor:
+def loss_of_labels(model: nn.Module, images: Packed, labels: Tensor, loss: Callable) -> Tensor:
     """The mean over all images of all processes."""
-    return mean_over_processes(loss(model(images).float(), labels), counts)
+    return mean_over_processes(loss(model(images).float(), labels))
 
 
 def loss_of_pairs(
-    model: nn.Module, images: Packed, labels: Tensor, counts: Tensor, captions: Sequence[str], most: int, chunks: int
+    model: nn.Module, images: Packed, labels: Tensor, captions: Sequence[str], most: int, chunks: int
 ) -> Tensor:
     """The contrastive loss of images and their captions, at most so long, of all processes together."""
-    texts = pack_texts([captions[label].replace("_", " ") for label in labels.tolist()], most)
+    texts = pack_texts([captions[label] for label in labels.tolist()], most)
     image, text, temperature = model(images, texts.to(labels.device))
     missing = distributed.max_over_processes(len(labels)) - len(labels)  # fake pairs, which do not count
     image, text = (F.pad(x, (0, 0, 0, missing)) for x in (image, text))
-    return contrastive_loss(image, text, F.pad(counts, (0, missing)), temperature, chunks)
+    return contrastive_loss(image, text, torch.arange(len(image)).to(labels) < len(labels), temperature, chunks)
 
 
 def evaluate(run: Run, resolutions: Sequence[float], look: Callable[[float], dict[str, Tensor]]) -> dict[str, float]:
     """Accuracy at each resolution, of the class or of the caption; ``test_acc1`` is that of the largest."""
-    tested = {}
-    for resolution in resolutions:
-        found, side = look(resolution), f"{resolution:g}" if resolution else "own"
-        loss, acc1, tokens = (found[name].mean().item() for name in ("loss", "hit", "tokens"))
-        tested |= {f"test_acc1_{side}": 100 * acc1, f"test_tokens_{side}": tokens}
-        tested |= {"test_acc1": 100 * acc1, "test_loss": loss}
+    rows, _ = measure(resolutions, look)
+    tested = {f"test_{name}_{row['resolution']:g}": row[name] for row in rows for name in ("acc1", "tokens")}
+    tested |= {f"test_{name}": row[name] for row in rows[-1:] for name in ("acc1", "loss")}
     if tested:
         run.log_evaluation(**tested)
     return tested

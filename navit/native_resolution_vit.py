@@ -9,7 +9,7 @@ import importlib.util
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -51,21 +51,31 @@ def coordinates_of(rows: int, columns: int) -> Tensor:
 
 @dataclass
 class Packed:
-    """A batch of images, or of texts."""
+    """A batch of E images, or of texts, those of one length next to each other."""
 
     patches: Tensor  # pixels (N, patch * patch * C), or numbers of words (N,)
     coords: Tensor  # of the tokens, (N, 2)
-    grids: Tensor  # of the whole images, also where tokens were dropped, (E, 2)
-    lengths: list[int]  # tokens of each image
     slots: Tensor  # place of each token in the sequences, counted through all of them, (N,)
     shape: tuple[int, int]  # number of sequences and their length
+    lengths: list[int]  # tokens of each image
+    grids: list[tuple[int, int]]  # of the whole images, also where tokens were dropped
+    order: list[int]  # place of each image among those that were given
 
     @classmethod
-    def of(cls, patches: Sequence[Tensor], coords: Sequence[Tensor], grids: Sequence, *places) -> "Packed":
-        """Images given one by one, and ``slots`` and ``shape``; without these all of them make one sequence."""
-        lengths = [len(p) for p in patches]
-        tensors = torch.cat(list(patches)), torch.cat(list(coords)), torch.tensor(grids)
-        return cls(*tensors, lengths, *(places or (torch.arange(sum(lengths)), (1, sum(lengths)))))
+    def of(
+        cls,
+        patches: Sequence[Tensor],
+        coords: Sequence[Tensor],
+        grids: Sequence[tuple[int, int]],
+        slots: Tensor | None = None,
+        shape: tuple[int, int] | None = None,
+    ) -> "Packed":
+        """Images given one by one in any order; without ``slots`` and ``shape`` all of them make one sequence."""
+        given = [len(p) for p in patches]
+        slots, shape = (torch.arange(sum(given)), (1, sum(given))) if slots is None else (slots, shape)
+        order = sorted(range(len(given)), key=given.__getitem__)
+        tensors = [torch.cat([parts[i] for i in order]) for parts in (patches, coords, slots.split(given))]
+        return cls(*tensors, shape, [given[i] for i in order], [grids[i] for i in order], order)
 
     @classmethod
     def whole(cls, images: Sequence[Tensor], patch: int) -> "Packed":
@@ -74,17 +84,19 @@ class Packed:
         grids = [(image.shape[1] // patch, image.shape[2] // patch) for image in images]
         return cls.of(patches, [coordinates_of(*grid) for grid in grids], grids).to(images[0].device)
 
-    def to(self, device: torch.device) -> "Packed":
-        tensors = {name: v.to(device, non_blocking=True) for name, v in vars(self).items() if isinstance(v, Tensor)}
-        return Packed(**vars(self) | tensors)
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def to(self, device: torch.device, non_blocking: bool = True) -> "Packed":
+        names = ("patches", "coords", "slots")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names})
+
+    def as_given(self, rows: Tensor) -> Tensor:
+        """A row (E, ...) of each image, in the order in which the images were given."""
+        return rows.index_select(0, torch.tensor(self.order).argsort().to(rows.device))
 
 
 # --- Positions (section 2.1) ------------------------------------------------------------------------------------------
-
-
-def fractions(coords: Tensor, grids: Tensor, kind: str) -> Tensor:
-    """Coordinates over the sides of the image (``fractional``), or over its longer side (``aspect``), both (N, 2)."""
-    return coords / (grids if kind == "fractional" else grids.amax(dim=1, keepdim=True))
 
 
 def look_up(table: Tensor, places: Tensor) -> Tensor:
@@ -92,57 +104,33 @@ def look_up(table: Tensor, places: Tensor) -> Tensor:
 
     By ``F.embedding``, here and below: on a CPU the gradient of an indexed table is summed in an order of chance.
     """
+    if not places.is_floating_point():
+        return F.embedding(places, table)
     low = places.floor().long()
     high = (low + 1).clamp(max=len(table) - 1)
     return torch.lerp(F.embedding(low, table), F.embedding(high, table), (places - low)[:, None].to(table.dtype))
 
 
-def factorised(
-    y: Tensor, x: Tensor, coords: Tensor, grids: Tensor, kind: str, combine: str = "sum", half_pixel: bool = False
-) -> Tensor:
-    """Position embeddings (N, D) of two tables (T, D), of rows and of columns; coordinates and grids of each token.
-
-    Args:
-        kind: ``absolute``: coordinate i is row i of a table; ``fractional`` or ``aspect``: see :func:`fractions`.
-        combine: ``sum``, ``product``, or ``stack``: the columns' half of the channels before the rows'.
-        half_pixel: Fractions are looked up where a resize of the table to the grid would, else r at r * (T - 1).
-    """
-    last = len(y) - 1
-    if kind == "absolute":
-        if (largest := int(grids.max())) > len(y):
-            raise ValueError(f"an image of {largest} patches a side is beyond --max_side {len(y)}, the position tables")
-        of_y, of_x = F.embedding(coords[:, 0], y), F.embedding(coords[:, 1], x)
-    else:
-        places = fractions(coords, grids, kind) * last
-        if half_pixel:
-            sides = grids if kind == "fractional" else grids.amax(dim=1, keepdim=True)
-            places = ((coords + 0.5) * len(y) / sides - 0.5).clamp(0, last)
-        of_y, of_x = look_up(y, places[:, 0]), look_up(x, places[:, 1])
-    if combine == "stack":
-        return torch.cat([of_x, of_y], dim=1)
-    return of_y + of_x if combine == "sum" else of_y * of_x
-
-
-def fourier(coords: Tensor, weight: Tensor) -> Tensor:
-    """Sine, then cosine, of (column, row) @ weight: (N, 2), (2, D / 2) -> (N, D)."""
-    angles = coords.flip(1).to(weight.dtype) @ weight
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-
-def resized_table(table: Tensor, coords: Sequence[Tensor], grids: Sequence[Sequence[int]]) -> Tensor:
+def resized_table(table: Tensor, coords: Sequence[Tensor], grids: Sequence[tuple[int, int]]) -> Tensor:
     """A table (T, T, D) resized to the grid of every image, antialiased bilinear, at the coordinates of its tokens."""
-    resized = {
-        grid: F.interpolate(table.permute(2, 0, 1)[None], grid, mode="bilinear", antialias=True)[0]
-        for grid in set(map(tuple, grids))
-    }
-    places = zip(grids, coords, strict=True)
-    return torch.cat(
-        [F.embedding(own @ own.new_tensor([g[1], 1]), resized[tuple(g)].flatten(1).T) for g, own in places]
-    )
+    table = table.permute(2, 0, 1)[None]
+    resized = {g: F.interpolate(table, g, mode="bilinear", antialias=True)[0].flatten(1).T for g in set(grids)}
+    places = zip(coords, grids, strict=True)
+    return torch.cat([F.embedding(own[:, 0] * g[1] + own[:, 1], resized[g]) for own, g in places])
 
 
 class Positions(nn.Module):
-    """Embeddings of the tokens' places: by two tables, Fourier features, or a ``table`` of two dimensions."""
+    """Embeddings (N, D) of the tokens' places.
+
+    Args:
+        kind: ``sum``, ``product`` or ``stack`` (the columns' half of the channels first) of the rows of two tables of
+            ``length`` rows, one for rows and one for columns; ``fourier``: sine, then cosine, of (column, row) @ weight
+            (2, D / 2); ``table``: of two dimensions, resized to the grid of every image.
+        coordinates: ``absolute``: row i of an image is row i of the table; ``fractional``: over the sides of the image;
+            ``aspect``: over its longer side.
+    """
+
+    half_pixel = False  # fractions r are looked up at r * (T - 1); True: where a resize of the table to the grid would
 
     def __init__(self, dim: int, kind: str, coordinates: str, length: int):
         super().__init__()
@@ -155,15 +143,30 @@ class Positions(nn.Module):
             channels, middle = (dim // 2 if kind == "stack" else dim), float(kind == "product")
             self.y, self.x = (nn.Parameter(middle + 0.02 * torch.randn(length, channels)) for _ in "yx")
 
+    def fractions(self, packed: Packed, offset: float = 0.0) -> Tensor:
+        """Coordinates over the sides of the images, (N, 2)."""
+        grids, lengths = (torch.tensor(v, device=packed.coords.device) for v in (packed.grids, packed.lengths))
+        sides = grids if self.coordinates == "fractional" else grids.amax(dim=1, keepdim=True)
+        return (packed.coords + offset) / sides.repeat_interleave(lengths, dim=0, output_size=len(packed.coords))
+
     def forward(self, packed: Packed) -> Tensor:
-        coords, lengths = packed.coords, torch.tensor(packed.lengths, device=packed.coords.device)
         if self.kind == "table":
-            return resized_table(self.table, coords.split(packed.lengths), packed.grids.tolist())
-        grids = packed.grids.repeat_interleave(lengths, dim=0, output_size=len(coords))
+            return resized_table(self.table, packed.coords.split(packed.lengths), packed.grids)
+        places = packed.coords if self.coordinates == "absolute" else self.fractions(packed)
         if self.kind == "fourier":
-            coords = coords if self.coordinates == "absolute" else fractions(coords, grids, self.coordinates)
-            return fourier(coords, self.weight)
-        return factorised(self.y, self.x, coords, grids, self.coordinates, self.kind)
+            angles = places.flip(1).to(self.weight.dtype) @ self.weight
+            return torch.cat([angles.sin(), angles.cos()], dim=1)
+        most, largest = len(self.x), max(map(max, packed.grids))
+        if self.coordinates != "absolute":
+            places = places * (most - 1)
+            if self.half_pixel:
+                places = (self.fractions(packed, 0.5) * most - 0.5).clamp(0, most - 1)
+        elif largest > most:
+            raise ValueError(f"an image of {largest} patches a side is beyond --max_side {most}, the position tables")
+        of_y, of_x = look_up(self.y, places[:, 0]), look_up(self.x, places[:, 1])
+        if self.kind == "stack":
+            return torch.cat([of_x, of_y], dim=1)
+        return of_y + of_x if self.kind == "sum" else of_y * of_x
 
 
 # --- Attention among the tokens of an image ---------------------------------------------------------------------------
@@ -188,17 +191,16 @@ def heads_first(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None) 
     return scaled_dot_product_attention(q, k, v, allowed=allowed).transpose(1, 2)
 
 
-def attention_among(
-    kind: str, lengths: Sequence[int], slots: Tensor, shape: tuple[int, int], device: torch.device
-) -> Attend:
+def attention_among(kind: str, lengths: Sequence[int], slots: Tensor, shape: tuple[int, int]) -> Attend:
     """How tokens look at those of their own image; every kind gives the same numbers.
 
     Args:
-        kind: ``mask``: whole sequences with a block mask; ``segments``: images of one length at a time, of which there
-            should be runs; ``varlen``: flash attention of GPUs in half precision (torch 2.10); ``auto``: segments on a
-            CPU, on a GPU varlen where it can be had, else mask.
+        kind: ``mask``: whole sequences with a block mask; ``segments``: images of one length at a time; ``varlen``:
+            flash attention of GPUs in half precision (torch 2.10); ``auto``: segments on a CPU, on a GPU varlen where
+            it can be had, else mask.
         lengths, slots, shape: Of a :class:`Packed`.
     """
+    device = slots.device
     if kind == "auto":
         flash = importlib.util.find_spec("torch.nn.attention.varlen") and torch.is_autocast_enabled(device.type)
         kind = "segments" if device.type == "cpu" else "varlen" if flash else "mask"
@@ -211,14 +213,13 @@ def attention_among(
         return lambda q, k, v: varlen_attn(q, k, v, ends, ends, max(lengths), max(lengths))
     if kind != "mask":
         raise ValueError(f"attention {kind!r} is none of auto, mask, segments, varlen")
-    ids = torch.zeros(math.prod(shape), dtype=torch.long, device=device)
-    images = torch.arange(1, len(lengths) + 1, device=device)
-    ids[slots] = images.repeat_interleave(ends.diff(), output_size=len(slots))
-    allowed = block_mask(ids.view(shape)) | torch.eye(shape[1], dtype=torch.bool, device=device)  # padding: itself
+    images = torch.arange(1, len(lengths) + 1, device=device).repeat_interleave(ends.diff(), output_size=len(slots))
+    ids = images.new_zeros(math.prod(shape)).index_copy(0, slots, images).view(shape)
+    allowed = block_mask(ids) | torch.eye(shape[1], dtype=torch.bool, device=device)  # padding: itself
 
     def masked(*tokens: Tensor) -> Tensor:
-        laid_out = (t.new_zeros(len(ids), *t.shape[1:]).index_copy(0, slots, t).unflatten(0, shape) for t in tokens)
-        return heads_first(*laid_out, allowed[:, None]).flatten(0, 1)[slots]
+        laid_out = (t.new_zeros(ids.numel(), *t.shape[1:]).index_copy(0, slots, t).unflatten(0, shape) for t in tokens)
+        return heads_first(*laid_out, allowed[:, None]).flatten(0, 1).index_select(0, slots)
 
     return masked
 
@@ -250,21 +251,14 @@ class Attention(nn.Module):
         return self.proj(attend(q, k, v).flatten(1))
 
 
-class GeluMlp(Mlp):
-    """With the usual approximation of the GELU."""
-
-    def __init__(self, dim: int, hidden_dim: int):
-        super().__init__(dim, hidden_dim)
-        self.act = nn.GELU(approximate="tanh")
-
-
 class Block(nn.Module):
     """Attention and MLP, each on normalised tokens and added to them."""
 
     def __init__(self, dim: int, num_heads: int, hidden_dim: int, norm: str, qk_norm: str, bias: bool):
         super().__init__()
         self.norm1, self.attn = norm_layer(norm, dim, bias), Attention(dim, num_heads, qk_norm, bias)
-        self.norm2, self.mlp = norm_layer(norm, dim, bias), GeluMlp(dim, hidden_dim)
+        self.norm2, self.mlp = norm_layer(norm, dim, bias), Mlp(dim, hidden_dim)
+        self.mlp.act = nn.GELU(approximate="tanh")
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
         x = x + self.attn(self.norm1(x), attend)
@@ -280,7 +274,8 @@ class AttentionPool(nn.Module):
         self.latent = nn.Parameter(torch.randn(1, 1, dim) * dim**-0.5)
         self.q, self.kv = nn.Linear(dim, dim, bias=bias), nn.Linear(dim, 2 * dim, bias=bias)
         self.proj = nn.Linear(dim, dim)
-        self.norm, self.mlp = norm_layer(norm, dim, bias), GeluMlp(dim, hidden_dim)
+        self.norm, self.mlp = norm_layer(norm, dim, bias), Mlp(dim, hidden_dim)
+        self.mlp.act = nn.GELU(approximate="tanh")
 
     def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
         """(N, D) -> (E, D)."""
@@ -364,19 +359,18 @@ class NaViT(nn.Module):
 
     def encode(self, packed: Packed) -> Tensor:
         """Normalised tokens of the last block, (N, D)."""
-        x = self.embed(packed)
-        attend = attention_among(self.attention, packed.lengths, packed.slots, packed.shape, x.device)
+        x, attend = self.embed(packed), attention_among(self.attention, packed.lengths, packed.slots, packed.shape)
         for block in self.blocks:
             x = block(x, attend)
         return self.norm(x)
 
     def represent(self, images: "Packed | Tensor | Sequence[Tensor]") -> Tensor:
-        """Packed images, images (E, C, height, width) of one size or a list of any sizes -> (E, D)."""
+        """Packed images, images (E, C, height, width) of one size or a list of any sizes -> (E, D), as given."""
         packed = images if isinstance(images, Packed) else Packed.whole(images, self.patch_size)
         x = self.encode(packed)
         if self.attn_pool is not None:
-            return self.attn_pool(x, packed.lengths)
-        return by_length(lambda tokens: tokens.mean(dim=1, keepdim=True), packed.lengths, x)
+            return packed.as_given(self.attn_pool(x, packed.lengths))
+        return packed.as_given(by_length(lambda tokens: tokens.mean(dim=1, keepdim=True), packed.lengths, x))
 
     def forward(self, images: "Packed | Tensor | Sequence[Tensor]") -> Tensor:
         """Logits (E, classes), or representations (E, D) without a classifier; see :meth:`represent`."""

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 
-from navit.native_resolution_vit import NaViT
 from navit.pack import Example, PackedBatches
 from shared.images.sources import ImageSource
 from shared.pictures.report import SUPERVISED_PLOTS, Report
@@ -16,44 +15,37 @@ from shared.run.summary import accuracy, command, next_command
 from .eval_resolutions import evenly, measure, save_cost
 
 
-def draw_sequence(sequence: Sequence[Example], length: int, patch: int, per_row: int, first: int) -> np.ndarray:
-    """A sequence as tiles: each token a patch, framed in the colour of its image; padding is grey.
-
-    Args:
-        first: Number of the first image, for its colour: hues a golden angle from each other.
-    """
+def draw_sequence(sequence: Sequence[Example], length: int, patch: int, per_row: int) -> np.ndarray:
+    """A sequence as tiles: each token a patch, framed in the colour of its image; padding is grey."""
     import matplotlib
 
-    frame = max(1, patch // 8)
+    frame, place = max(1, patch // 8), 0
     side = patch + 2 * frame
-    tiles = np.full((-(-length // per_row) * per_row, side, side, 3), 225, dtype=np.uint8)
-    tiles[length:], place = 255, 0
-    for number, example in enumerate(sequence, start=first):
-        mine = tiles[place : place + len(example.patches)]
-        mine[:] = matplotlib.colormaps["hsv"](number * 0.618 % 1, bytes=True)[:3]
-        pixels = to_pixels(example.patches.reshape(len(mine) * patch, patch, -1))
-        mine[:, frame:-frame, frame:-frame] = pixels.reshape(len(mine), patch, patch, 3)
-        place += len(mine)
+    tiles = np.full((-(-length // per_row) * per_row, side, side, 3), 255, dtype=np.uint8)
+    tiles[:length] = 225
+    for example in sequence:
+        n = len(example.patches)
+        tiles[place : place + n] = matplotlib.colormaps["hsv"](example.number * 0.618 % 1, bytes=True)[:3]
+        pixels = to_pixels(example.patches.reshape(n * patch, patch, -1)).reshape(n, patch, patch, 3)
+        tiles[place : place + n, frame:-frame, frame:-frame] = pixels
+        place += n
     return tiles.reshape(-1, per_row, side, side, 3).swapaxes(1, 2).reshape(-1, per_row * side, 3)
 
 
 def save_packing(sequences: Sequence[Sequence[Example]], length: int, patch: int, path: Path) -> Path:
     """Some packed sequences, each a block of tiles."""
-    rows, number = [], 0
+    rows = []
     for sequence in sequences:
-        pixels = draw_sequence(sequence, length, patch, min(length, 64), number)
-        number += len(sequence)
+        pixels = draw_sequence(sequence, length, patch, min(length, 64)).repeat(2, axis=0).repeat(2, axis=1)
         free = length - sum(len(example.patches) for example in sequence)
         grids = ", ".join("{}x{}".format(*example.grid) for example in sequence)
         title = f"{len(sequence)} images of {grids} patches; {free} of {length} places are padding"
-        rows.append([Tile(pixels.repeat(2, axis=0).repeat(2, axis=1), title)])
+        rows.append([Tile(pixels, title)])
     heading = "Images packed into sequences\nA tile is a token, a colour is an image, grey is padding"
     return save_sheet(rows, path, heading, [10 * len(row[0].pixels) / row[0].pixels.shape[1] for row in rows])
 
 
-def report(
-    run: Run, network: NaViT, val: ImageSource | None, batches: PackedBatches, look: Callable[[float], dict]
-) -> None:
+def report(run: Run, val: ImageSource | None, batches: PackedBatches, look: Callable[[float], dict]) -> None:
     """Evaluate the network over the range of the training, draw, and print the text.
 
     Args:
@@ -64,7 +56,7 @@ def report(
     length = args.sequence_length
     ending.draw("packed.png", lambda path: save_packing(batches.shown, length, args.patch_size, path))
     if val is not None:
-        rows, cascades = measure(network, evenly(*args.resolution), look)
+        rows, cascades = measure(evenly(*args.resolution), look)
         ending.draw("cost.png", lambda path: save_cost(rows, cascades, path, "Accuracy and cost of one NaViT"))
         by_side = ", ".join(f"{row['resolution']} px ({row['tokens']:.0f} tokens) {row['acc1']:.1f} %" for row in rows)
         learned += accuracy(ending.lines, "test_acc1", f"top-1 on {val.describe()}", len(val), len(val.classes))

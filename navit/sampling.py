@@ -32,22 +32,23 @@ def nearest_grid(size: tuple[int, int], resolution: float, patch: int) -> tuple[
     return tuple(max(1, math.floor(side / patch + 0.5)) for side in target_size(size, resolution))
 
 
-def fitting_size(size: tuple[int, int], most: int, patch: int, whole: bool = True) -> tuple[int, int]:
+def fitting_size(
+    size: tuple[int, int], most: int, patch: int, whole: bool = True, most_a_side: float = math.inf
+) -> tuple[int, int]:
     """The largest size of the same shape with at most so many patches, as NaFlex finds it, in float32.
 
     Sides are rounded up to patches, or with ``whole`` False down to pixels, of at least one.
     """
     low, high, eps = np.float32(1e-6), np.float32(100), np.float32(1e-5)
+    unit, rounded = (patch, math.ceil) if whole else (1, math.floor)
 
     def scaled(scale: np.float32) -> list[int]:
-        if whole:
-            return [max(1, math.ceil(np.float32(side) * scale / np.float32(patch))) * patch for side in size]
-        return [max(1, math.floor(np.float32(side) * scale)) for side in size]
+        return [max(1, rounded(np.float32(side) * scale / np.float32(unit))) * unit for side in size]
 
     while high - low >= eps:
         middle = (low + high) / np.float32(2)
-        fits = math.prod(scaled(middle)) / patch**2 <= most
-        low, high = (middle, high) if fits else (low, middle)
+        sides = [side / patch for side in scaled(middle)]
+        low, high = (middle, high) if math.prod(sides) <= most and max(sides) <= most_a_side else (low, middle)
     return tuple(scaled(low))
 
 
@@ -57,13 +58,11 @@ class Resolutions:
 
     low: float
     high: float
-    distribution: str = "uniform"  # of u; or normal, truncated to [-1, 1]; or native: that of the image, in the range
+    distribution: str = "uniform"  # of u; or normal, truncated to [-1, 1]
     mean: float = 0.0  # of normal, whose deviation is 1
     sample: str = "side"
 
-    def draw(self, size: tuple[int, int], rng: Generator) -> float:
-        if self.distribution == "native":
-            return min(max(math.sqrt(math.prod(size)), self.low), self.high)
+    def draw(self, rng: Generator) -> float:
         u = rng.uniform(-1, 1)
         while self.distribution == "normal" and abs(u := rng.normal(self.mean, 1)) > 1:
             pass

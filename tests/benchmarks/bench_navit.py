@@ -11,6 +11,7 @@ sizes. Padding is to the largest height and width of all images, and, as NaFlexV
 import argparse
 import importlib.util
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -50,10 +51,10 @@ def ours(network: NaViT, images: list[Tensor], length: int, batch: int) -> Tenso
     places = first_fit([rows * columns for rows, columns in grids], length)
     logits = torch.empty(len(images), network.num_classes)
     for first in range(0, places.shape[0], batch):
-        mine = [i for i in np.argsort([r * c for r, c in grids]) if first <= places.sequence[i] < first + batch]
+        mine = np.flatnonzero((places.sequence >= first) & (places.sequence < first + batch))
         patches = [patchify(images[i], 16) for i in mine]
         coords = [coordinates_of(*grids[i]) for i in mine]
-        logits[mine] = network(Packed.of(patches, coords, [grids[i] for i in mine]))
+        logits[mine] = network(Packed.of(patches, coords, [grids[i] for i in mine])).float()
     return logits
 
 
@@ -90,6 +91,11 @@ def of_vit_pytorch(width: int, depth: int, heads: int, args: argparse.Namespace,
     side = max(max(image.shape[1:]) for image in images)
     sizes_of = {"dim": width, "depth": depth, "heads": heads, "mlp_dim": 4 * width, "dim_head": width // heads}
     return Theirs(image_size=side, patch_size=16, num_classes=args.classes, **sizes_of).eval()
+
+
+def by_groups(network: nn.Module, images: list[Tensor], at_once: int, length: int) -> list[Tensor]:
+    groups = (images[i : i + at_once] for i in range(0, len(images), at_once))
+    return [network(group, group_images=True, group_max_seq_len=length) for group in groups]
 
 
 @torch.no_grad()
@@ -144,11 +150,9 @@ def main() -> None:
     }
     if importlib.util.find_spec("vit_pytorch"):
         other = of_vit_pytorch(width, depth, heads, args, images)
-        at_once = max(1, int(args.batch * args.length / mean))
-        groups = [images[i : i + at_once] for i in range(0, len(images), at_once)]
-        ways["vit-pytorch's NaViT"] = lambda: [
-            other(group, group_images=True, group_max_seq_len=args.length) for group in groups
-        ]
+        as_many = max(1, int(args.batch * args.length / mean))
+        for name, at_once in (("vit-pytorch's NaViT", as_many), ("the same, two images at a time", 2)):
+            ways[name] = partial(by_groups, other, images, at_once, args.length)
     print(f"padding: {padding}")
     rows = compare(alternate(ways, args.rounds), "packed")
     rates = {name: len(images) / min(row["seconds"]) for name, row in rows.items()}
