@@ -1,7 +1,7 @@
 """A small stream of uncurated images, and labelled ones to learn what features of it are worth.
 
-What makes images uncurated is here in small: a long tail of what they show, several sources that have nothing to do with
-each other, frames of one video that hardly differ, and duplicates. The files come from the folder that the environment
+What makes images uncurated is here in small: a long tail of what they show, several sources that have nothing to do
+with each other, frames of one video that hardly differ, and duplicates. The files come from the folder that the environment
 variable ``UNCURATED_DATA`` names, with ``tiny_imagenet/train.tar`` and ``val.tar`` (a folder per class),
 ``cifar10/train.tar.gz`` and ``camvid/camvid.tar``.
 """
@@ -11,6 +11,7 @@ import os
 import tarfile
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,9 @@ PROBE_CLASSES = 20
 def uncurated(folder: Path, image_size: int, seed: int) -> Path:
     """Write 6,000 images with sides of ``image_size`` pixels into ``folder``, without classes, and return it.
 
-    3,000 are of Tiny-ImageNet, where class number r (in an order that is drawn) has a share of about 1 / (r + 10); 1,800
-    of CIFAR-10; 600 frames of CamVid; and 600 duplicates of the others, some mirrored, all saved anew with losses.
-    What is there already stays.
+    3,000 are of Tiny-ImageNet, where class number r (in an order that is drawn) has a share of about 1 / (r + 10);
+    1,800 of CIFAR-10; 600 frames of CamVid; and 600 duplicates of the others, some mirrored, all saved anew with
+    losses. What is there already stays.
     """
     if (folder / "done").exists():
         return folder
@@ -35,7 +36,7 @@ def uncurated(folder: Path, image_size: int, seed: int) -> Path:
     frames = sorted(name for name in names("camvid/camvid.tar") if name.split("/")[1] in ("train", "test", "val"))
     chosen = {
         "tiny_imagenet/train.tar": long_tail(photographs, rng),
-        "cifar10/train.tar.gz": rng.permutation(sorted(sum(objects.values(), [])))[:OBJECTS].tolist(),
+        "cifar10/train.tar.gz": rng.permutation(sorted(chain(*objects.values())))[:OBJECTS].tolist(),
         "camvid/camvid.tar": rng.permutation(frames)[:FRAMES].tolist(),
     }
     written = []
