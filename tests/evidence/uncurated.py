@@ -1,8 +1,8 @@
 """A small stream of uncurated images, and labelled ones to learn what features of it are worth.
 
 What makes images uncurated is here in small: a long tail of what they show, several sources that have nothing to do
-with each other, frames of one video that hardly differ, and duplicates. The files come from the folder that the environment
-variable ``UNCURATED_DATA`` names, with ``tiny_imagenet/train.tar`` and ``val.tar`` (a folder per class),
+with each other, frames of one video that hardly differ, and duplicates. The files come from the folder that the
+environment variable ``UNCURATED_DATA`` names, with ``tiny_imagenet/train.tar`` and ``val.tar`` (a folder per class),
 ``cifar10/train.tar.gz`` and ``camvid/camvid.tar``.
 """
 
