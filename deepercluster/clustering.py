@@ -4,18 +4,21 @@ Caron et al., "Unsupervised Pre-Training of Image Features on Non-Curated Data",
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from shared import distributed
 from shared.evaluation.cluster_sums import sum_by_cluster
 from shared.evaluation.covariance import mean_and_covariance
+from shared.images.cluster_draws import cluster_lists, count_repetitions, draw_uniformly
+from shared.optimisation.optim import load_optimizer_state
+from shared.run.randomness import derive_seed
 
 try:
     import faiss
@@ -435,3 +438,161 @@ def exchange_rows(rows: Tensor, wanted: Sequence[Tensor]) -> Tensor:
     in_order = torch.empty_like(received)
     in_order[owners.argsort(stable=True).to(rows.device)] = received
     return in_order
+
+
+# --- From clusters to batches -----------------------------------------------------------------------------------------
+
+
+def epoch_sizes(num_images: int, batch_size: int, layout: Layout, released: bool) -> tuple[int, int]:
+    """How many images are used, and how many of them an epoch shows to each training group.
+
+    An epoch shows a group a quarter of a super-cluster, with rotations and without, in whole batches.
+
+    Args:
+        batch_size: Of each place.
+        released: Both are cut to whole batches of all places together, not only of those of a group.
+
+    Raises:
+        ValueError: If there are not enough for a batch.
+    """
+    step = batch_size * (layout.places if released else layout.training_size)
+    used = num_images // step * step if released else num_images
+    shown = used // layout.super_clusters // 4 // step * step
+    if shown == 0:
+        raise ValueError(
+            f"--batch_size {batch_size}: an epoch shows each of {layout.super_classes} super-classes "
+            f"{used // layout.super_clusters // 4} of {num_images} images, less than a batch"
+        )
+    return used, shown
+
+
+class GroupBatches:
+    """Batches of the places of this process one after another, drawn uniformly over sub-clusters, resumable.
+
+    An item is the key of a :class:`shared.multicrop.MultiCropDataset`: (a number made of the epoch, the super-class and
+    of how often the image has been drawn before, the image).
+
+    Args:
+        shown: Images of an epoch for each training group.
+        batch_size: Of each place.
+    """
+
+    def __init__(self, places: Sequence[Place], training_size: int, shown: int, batch_size: int, seed: int):
+        self.places, self.training_size = places, training_size
+        self.shown, self.batch_size, self.seed = shown, batch_size, seed
+        self.epoch = self.start_step = 0
+        self.clusters: Clusters | None = None
+
+    def __len__(self) -> int:
+        return self.shown // (self.batch_size * self.training_size)
+
+    def set_epoch(self, epoch: int, clusters: Clusters, start_step: int = 0) -> None:
+        """Choose the epoch, its clusters, and how many of its batches were done already; those are not loaded."""
+        self.epoch, self.clusters, self.start_step = epoch, clusters, start_step
+
+    def draw(self, place: Place) -> list[tuple[int, int]]:
+        """Keys of a place's images of the epoch, in order."""
+        members = self.clusters.members(place.super_cluster).numpy()
+        lists = cluster_lists(self.clusters.sub_clusters.numpy()[members], self.clusters.num_sub)
+        seed = derive_seed(self.seed, self.epoch, place.super_class)
+        drawn = draw_uniformly([members[i] for i in lists], self.shown, np.random.RandomState(seed % 2**32))
+        mine = slice(place.training_rank, None, self.training_size)
+        times, images = count_repetitions(drawn)[mine].tolist(), drawn[mine].tolist()
+        first = (self.epoch, place.super_class)
+        return [(derive_seed(*first, time), image) for time, image in zip(times, images, strict=True)]
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        drawn = [self.draw(place) for place in self.places]
+        for step in range(self.start_step, len(self)):
+            batch = slice(step * self.batch_size, (step + 1) * self.batch_size)
+            yield [key for keys in drawn for key in keys[batch]]
+
+
+# --- What is learned of the clusters ----------------------------------------------------------------------------------
+
+
+class Heads(nn.Module):
+    """Scores of super-classes and, for each training group of this process, of its sub-classes.
+
+    The scores of super-classes are the same module on every process; those of sub-classes are a group's own.
+
+    Args:
+        seed: Of the initial weights, which for a super-class do not depend on the process.
+    """
+
+    def __init__(self, dim: int, groups: Groups, num_sub: int, seed: int):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed % 2**63)
+            self.super_class = nn.Linear(dim, groups.layout.super_classes)
+            self.sub_class = nn.ModuleList()
+            for place in groups.places:
+                torch.manual_seed(derive_seed(seed, place.super_class) % 2**63)
+                self.sub_class.append(nn.Linear(dim, num_sub))
+
+
+class ClusteringState:
+    """What a checkpoint holds of the clusters: both levels, their heads with momenta, and when they were found.
+
+    Attributes:
+        epoch: In which they were found; -1: never.
+        optimizers: Of super- and sub-classes.
+    """
+
+    epoch, clusters, heads, evaluated_before = -1, None, None, False
+    optimizers: tuple[torch.optim.Optimizer, ...] = ()
+
+    def __init__(self, dim: int, groups: Groups, images: int, build_sgd: Callable, device: torch.device):
+        self.dim, self.groups, self.images, self.build_sgd, self.device = dim, groups, images, build_sgd, device
+
+    def take(self, clusters: Clusters, epoch: int, seed: int) -> None:
+        """Start with new clusters: new heads, but super-classes that are rotations alone keep theirs."""
+        kept = self.heads and self.heads.super_class, self.optimizers[:1]
+        self.epoch, self.clusters = epoch, clusters
+        self._start(seed)
+        if clusters.num_super == 1 and kept[0] is not None:
+            self.heads.super_class, self.optimizers = kept[0], (*kept[1], self.optimizers[1])
+
+    def _start(self, seed: int = 0) -> None:
+        self.heads = Heads(self.dim, self.groups, self.clusters.num_sub, seed).to(self.device)
+        self.optimizers = tuple(map(self.build_sgd, (self.heads.super_class, self.heads.sub_class)))
+
+    def sub_class_tensors(self) -> list[list[Tensor]]:
+        """Weights, biases and their momenta, each of the groups of this process."""
+        heads, momenta = self.heads.sub_class, self.optimizers[1].state
+        parts = [[getattr(head, name) for head in heads] for name in ("weight", "bias")]
+        return parts + [[momenta[p]["momentum_buffer"] for p in part] for part in parts]
+
+    def state_dict(self) -> dict:
+        """Sub-classes are those of all training groups, in their order, on rank 0; every process must call this."""
+        state = {"images": self.images, "clustered_epoch": self.epoch, "evaluated_before": self.evaluated_before}
+        if self.heads is None:
+            return state | {"clusters": None}
+        gathered = [
+            distributed.gather_on_main(torch.stack([t.detach() for t in part]), self.groups.training_size)
+            for part in self.sub_class_tensors()
+        ]
+        return state | {
+            "clusters": vars(self.clusters),
+            "pred_layer_state_dict": self.heads.super_class.state_dict(),
+            "optimizer_pred_layer": self.optimizers[0].state_dict(),
+            "sub_classes": [None if part is None else part.flatten(0, 1) for part in gathered],
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        """Without clusters (an official file has none) only the scores of rotations go on."""
+        self.evaluated_before = state["evaluated_before"]
+        if state.get("clusters") and state["images"] == self.images:
+            self.epoch, self.clusters = state["clustered_epoch"], Clusters(**state["clusters"])
+            self._start()
+            for here, all_groups in zip(self.sub_class_tensors(), state["sub_classes"], strict=True):
+                for tensor, place in zip(here, self.groups.places, strict=True):
+                    tensor.copy_(all_groups[place.super_class])
+        elif self.groups.layout.super_clusters == 1 and state.get("pred_layer_state_dict"):
+            self.clusters = Clusters(torch.zeros(0), torch.zeros(0), 1, 1)
+            self._start()
+        else:
+            return
+        self.heads.super_class.load_state_dict(state["pred_layer_state_dict"])
+        load_optimizer_state(self.optimizers[0], state["optimizer_pred_layer"])
