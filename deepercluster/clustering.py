@@ -240,7 +240,7 @@ def kmeans(
         counts = distributed.all_reduce_sum(labels.bincount(minlength=len(centroids)), group)
         sums = distributed.all_reduce_sum(sum_by_cluster(visited, labels, len(centroids)), group)
         if iteration < iterations:
-            means = (sums / counts.clamp_min(1)[:, None]).float()
+            means = sums.float() / counts.clamp_min(1)[:, None]
             centroids = torch.where((counts > 0)[:, None], means, centroids)
         if released is None:
             split_largest(visited, labels, centroids, counts, sums, group)
