@@ -28,6 +28,7 @@ from tests.golden.golden_file import GoldenFile
 from tests.golden.hash_fill import hash_filled, hash_input
 from tests.loop_run import LoopRun
 from tests.processes import run_processes
+from tests.run_folders import lines
 
 GOLDEN = GoldenFile("deepercluster")
 YFCC100M = 95_920_149  # images of the published list
@@ -172,8 +173,6 @@ def test_three_steps_of_training(tmp_path):
     train_one_epoch(run, body, State(clusters, pred, sub, 0.1, 1e-2), [place], batches, sgd(body, 0.1, 1e-2))
 
     ours = {f"{kind}_{level}": f"{kind}_{level}_class" for kind in ("loss", "prec") for level in ("super", "sub")}
-    from tests.run_folders import lines
-
     log = lines(tmp_path)
     for theirs, key in (ours | {"loss": "loss", "prec": "prec"}).items():
         found = [line[key] for line in log if "loss" in line]
