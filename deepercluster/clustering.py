@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared import distributed
-from shared.evaluation.cluster_sums import sum_by_cluster
+from shared.evaluation.cluster_sums import sum_by_cluster, sum_by_cluster_on_cpu
 from shared.evaluation.covariance import mean_and_covariance
 from shared.images.cluster_draws import cluster_lists, count_repetitions, draw_uniformly
 from shared.optimisation.optim import load_optimizer_state
@@ -26,6 +26,7 @@ except ImportError:  # k-means without --use_faiss needs none
     faiss = None
 
 LEAST_VARIANCE = 1e-5  # of a principal component, as a share of the largest one
+ROUNDING = 1e-13  # variance of rounding errors, as a share of the squared mean
 BLOCK_DISTANCES = 1 << 26  # of rows to centroids, held in memory together: 256 MiB
 CLOSE = 1e-7  # between the two halves of a cluster, in every coordinate, by the released rule
 NO_CLUSTER = -1
@@ -165,6 +166,8 @@ class Whitening:
         variances, directions = torch.linalg.eigh(covariance)
         variances, directions = variances.flip(0)[:dim], directions.flip(1)[:, :dim]
         scale = variances.clamp_min(LEAST_VARIANCE * variances[0]).rsqrt()
+        if variances[0] <= ROUNDING * mean.double().square().sum():  # all features are equal: no noise is made of them
+            scale = torch.zeros_like(scale)
         return cls(mean, distributed.broadcast((directions * scale).float()))
 
 
@@ -234,11 +237,14 @@ def kmeans(
         Cluster of each row, int64, (n,); centroids, the same on every process of the group.
     """
     visited = rows if batch_size is None else rows[: len(rows) // batch_size * batch_size]
-    centroids = centroids.clone()
+    centroids, on_cpu = centroids.clone(), rows.device.type == "cpu"
+    # the halves of a released split are so close that the last bit of a mean decides what becomes of them
+    add_up = sum_by_cluster_on_cpu if on_cpu and released is None else sum_by_cluster
     for iteration in range(iterations + 1):
         labels = nearest(visited, centroids, use_faiss)
         counts = distributed.all_reduce_sum(labels.bincount(minlength=len(centroids)), group)
-        sums = distributed.all_reduce_sum(sum_by_cluster(visited, labels, len(centroids)), group)
+        sums = distributed.all_reduce_sum(add_up(visited, labels, len(centroids)), group)
+        before = centroids
         if iteration < iterations:
             means = sums.float() / counts.clamp_min(1)[:, None]
             centroids = torch.where((counts > 0)[:, None], means, centroids)
@@ -246,6 +252,8 @@ def kmeans(
             split_largest(visited, labels, centroids, counts, sums, group)
         else:
             split_as_released(labels, centroids, counts, released)
+        if iteration < iterations and torch.equal(centroids, before):
+            break  # all that follows would be the same
     unknown = labels.new_full((len(rows) - len(visited),), NO_CLUSTER)
     return torch.cat([labels, unknown]), centroids
 

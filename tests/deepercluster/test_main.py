@@ -66,7 +66,10 @@ def test_an_interrupted_run_goes_on_as_it_would_have(images, tmp_path):
         train(tmp_path / "parts", *flags, "--image_size", 64)
 
 
-@pytest.mark.parametrize("flags", ["--super_classes 4 --k 1", "--super_classes 1 --k 4 --rotnet 0", "--rules released"])
+@pytest.mark.parametrize(
+    "flags",
+    ["--super_classes 4 --k 1", "--super_classes 1 --k 4 --rotnet 0", "--rules released --super_classes 4 --k 3"],
+)
 def test_variants_train(images, tmp_path, flags):
     found = train(tmp_path, "--data_path", images, *flags.split(), "--niter", 2, "--log_freq", 1)
     assert len(losses(tmp_path)) >= 2 and all(map(np.isfinite, losses(tmp_path)))
