@@ -17,7 +17,7 @@ from shared import distributed
 from shared.evaluation.cluster_sums import sum_by_cluster, sum_by_cluster_on_cpu
 from shared.evaluation.covariance import mean_and_covariance
 from shared.images.cluster_draws import cluster_lists, count_repetitions, draw_uniformly
-from shared.optimisation.optim import load_optimizer_state
+from shared.optimisation.optim import keep_options, load_optimizer_state
 from shared.run.randomness import derive_seed
 
 try:
@@ -603,4 +603,6 @@ class ClusteringState:
         else:
             return
         self.heads.super_class.load_state_dict(state["pred_layer_state_dict"])
+        options = [dict(group) for group in self.optimizers[0].param_groups]
         load_optimizer_state(self.optimizers[0], state["optimizer_pred_layer"])
+        keep_options(self.optimizers[0], options, but=())  # the rate is that of the flags

@@ -58,7 +58,7 @@ def test_sides_of_maps_are_those_of_a_forward_pass(size):
         network = VGG16(sobel=True, width=1, img_size=size)
         assert network(torch.zeros(2, 3, size, size)).shape == (2, 64)
         assert network.maps(torch.zeros(2, 3, size, size)).shape[-1] // 2 == map_side(size) == network.last_side
-        assert pooled(network.maps(torch.zeros(2, 3, size, size), 13), 13).shape[-1] <= 4
+        assert pooled(network.maps(torch.zeros(2, 3, size, size), 13), 13).shape[-1] <= (4 if size == 224 else 7)
     if size < 62:  # else other maps
         with pytest.raises(ValueError, match=f"images of 64 x 64 .* takes {map_side(size)} x {map_side(size)}"):
             network(torch.zeros(2, 3, 64, 64, device="meta"))
