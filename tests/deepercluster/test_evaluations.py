@@ -28,10 +28,19 @@ def labelled(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
+    return write_weights(tmp_path_factory.mktemp("weights"), sobel=True)
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory):
+    return write_weights(tmp_path_factory.mktemp("weights"), sobel=False)
+
+
+def write_weights(folder, sobel: bool):
     """A file of the official layout, of a network for images of 32 pixels."""
     torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "checkpoint.pth.tar"
-    network = VGG16(**{**BODY, "width": 8})
+    path = folder / "checkpoint.pth.tar"
+    network = VGG16(**{**BODY, "width": 8, "sobel": sobel})
     torch.save({"state_dict": {f"module.{n}": v for n, v in network.state_dict().items()}}, path)
     return path
 
@@ -80,35 +89,35 @@ def test_a_folded_network_sees_colours_and_computes_the_same_but_at_the_border()
 @torch.no_grad()
 def test_torchvisions_vgg_computes_the_same(sobel):
     torch.manual_seed(0)
-    network = VGG16(sobel=sobel, width=2, img_size=64).eval()
-    images = torch.randn(2, 3, 64, 64)
+    network = VGG16(sobel=sobel, width=1, img_size=32).eval()
+    images = torch.randn(2, 3, 32, 32)
     for trunk in (network, without_sobel(network)) if sobel else (network,):
         torch.testing.assert_close(torchvision_vgg(trunk)(before(trunk, images)), trunk(images))
     with torch.device("meta"):
-        names = {name for name in vgg16_bn().state_dict() if not name.startswith("classifier.6")}
+        names = {name for name in vgg16_bn(init_weights=False).state_dict() if not name.startswith("classifier.6")}
     assert names == set(torchvision_vgg(network).state_dict())
 
 
 # --- Evaluations ------------------------------------------------------------------------------------------------------
 
 
-def test_a_probe_learns_and_resumes(labelled, weights, tmp_path):
+def test_a_probe_learns_and_resumes(labelled, colours, tmp_path):
     result = eval_linear.eval_linear(
-        eval_linear.parse_args(flags(labelled, weights, tmp_path, "--conv", 4, "--nepochs", 6, "--lr", 0.1))
+        eval_linear.parse_args(flags(labelled, colours, tmp_path, "--conv", 4, "--nepochs", 6, "--lr", 0.02))
     )
     assert result["acc1"] > 60  # three classes
     state = torch.load(tmp_path / "linear_conv4.pth.tar", weights_only=True)
     assert state["epoch"] == 6 and set(state["state_dict"]) == {"linear.weight", "linear.bias"}
     again = eval_linear.eval_linear(
-        eval_linear.parse_args(flags(labelled, weights, tmp_path, "--conv", 4, "--nepochs", 6, "--lr", 0.1))
+        eval_linear.parse_args(flags(labelled, colours, tmp_path, "--conv", 4, "--nepochs", 6, "--lr", 0.02))
     )
     assert again["acc1"] == result["acc1"]
-    folds = flags(labelled, weights, tmp_path / "fold", "--conv", 13, "--kfold", 3, "--cross_valid", 1)
+    folds = flags(labelled, colours, tmp_path / "fold", "--conv", 13, "--kfold", 3, "--cross_valid", 1)
     assert 0 <= eval_linear.eval_linear(eval_linear.parse_args(folds))["acc1"] <= 100
-    with pytest.raises(ValueError, match="--sobel False: the network of --pretrained"):
-        eval_linear.eval_linear(eval_linear.parse_args(flags(labelled, weights, tmp_path, "--sobel", 0)))
+    with pytest.raises(ValueError, match="--sobel True: the network of --pretrained"):
+        eval_linear.eval_linear(eval_linear.parse_args(flags(labelled, colours, tmp_path, "--sobel", 1)))
     with pytest.raises(ValueError, match="--kfold 9: a class has 6 images"):
-        wrong = flags(labelled, weights, tmp_path / "few", "--kfold", 9, "--cross_valid", 1)
+        wrong = flags(labelled, colours, tmp_path / "few", "--kfold", 9, "--cross_valid", 1)
         eval_linear.eval_linear(eval_linear.parse_args(wrong))
 
 
@@ -141,7 +150,7 @@ def test_supervised_training_from_scratch(labelled, tmp_path):
     args = eval_pretrain.parse_args(flags(labelled, "", tmp_path, *small))
     network, _ = eval_pretrain.open_network(args)
     linear = network.body.classifier[3]
-    assert float(linear.bias[0]) == pytest.approx(0.1) and float(linear.weight.std()) == pytest.approx(0.01, rel=0.1)
+    assert linear.bias[0].item() == pytest.approx(0.1) and linear.weight.std().item() == pytest.approx(0.01, rel=0.1)
     assert network.body.classifier[4].inplace and network.sobel is None
     eval_pretrain.eval_pretrain(args)
     with pytest.raises(ValueError, match=r"--lr 0\.5 does not fit"):
