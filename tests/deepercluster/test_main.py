@@ -31,7 +31,7 @@ def gradients_of_rank(rank: int, images: str, folder: str) -> list:
 
     Run.update = keep
     try:
-        train(folder, "--data_path", images, "--batch_size", 2, "--super_classes", 4, "--k", 3)
+        train(folder, "--data_path", images, *"--batch_size 2 --super_classes 4 --k 3 --amp fp32".split())
     except Stop:
         return found
 
