@@ -76,7 +76,7 @@ EMBEDDED_DATA_DEFAULTS = {
     "super_classes": 4,
     "k": 64,
     "dim_pca": 64,
-    "batch_size": 16,
+    "batch_size": 8,
     "epochs": 16,
     "reassignment": 1,
     "lr": 0.05,
