@@ -20,11 +20,6 @@ from shared.images.cluster_draws import cluster_lists, count_repetitions, draw_u
 from shared.optimisation.optim import keep_options, load_optimizer_state
 from shared.run.randomness import derive_seed
 
-try:
-    import faiss
-except ImportError:  # k-means without --use_faiss needs none
-    faiss = None
-
 LEAST_VARIANCE = 1e-5  # of a principal component, as a share of the largest one
 ROUNDING = 1e-13  # variance of rounding errors, as a share of the squared mean
 BLOCK_DISTANCES = 1 << 26  # of rows to centroids, held in memory together: 256 MiB
@@ -201,8 +196,10 @@ def nearest(rows: Tensor, centroids: Tensor, use_faiss: bool) -> Tensor:
         ValueError: If faiss is not there.
     """
     if use_faiss and rows.device.type == "cpu":
-        if faiss is None:
-            raise ValueError("--use_faiss true: faiss is not installed; pip install faiss-cpu, or take false")
+        try:
+            import faiss  # here: it takes a second
+        except ImportError as error:
+            raise ValueError("--use_faiss true: faiss is missing: pip install faiss-cpu, or take false") from error
         index = faiss.IndexFlatL2(rows.shape[1])
         index.add(centroids.numpy())
         return torch.from_numpy(index.search(rows.numpy(), 1)[1][:, 0])

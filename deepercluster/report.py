@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from shared.evaluation.clusters import link_images
 from shared.evaluation.knn_monitor import KNNMonitor
 from shared.images.sources import ImageSource
 from shared.pictures.report import Plot, Report, accuracy_plot
-from shared.pictures.sheets import AGREE, DIFFER, Tile, save_sheet, thumbnail
+from shared.pictures.sheets import AGREE, DIFFER, Tile, link_images, save_sheet, thumbnail
 from shared.run.health import HealthRule
 from shared.run.run import Run
 from shared.run.summary import command, next_command

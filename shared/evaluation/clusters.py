@@ -9,18 +9,16 @@ Writes ``clusters.csv`` (cluster, path, cosine to the cluster's mean), ``overvie
 """
 
 import argparse
-import os
 import shutil
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 from sklearn import cluster, metrics
 
 from shared import distributed
-from shared.images.sources import FileSource, ImageSource
+from shared.images.sources import FileSource
 from shared.images.tables import write_table
-from shared.pictures.sheets import Tile, save_sheet, thumbnail, to_pixels, write_png
+from shared.pictures.sheets import Tile, link_images, save_sheet, thumbnail
 from shared.run.flags import Parser, bool_flag
 
 from .feature_files import read_all
@@ -107,24 +105,6 @@ def clusters(args: argparse.Namespace) -> np.ndarray:
         groups = dict(zip([*names, "no_cluster"], [*members, outside], strict=True))
         print(f"links:    {link_images(FileSource('', '', features.paths), groups, out / 'links')}")
     return found
-
-
-def link_images(source: ImageSource, groups: Mapping[str, Iterable[int]], folder: Path) -> Path:
-    """Write a folder for each group that has images, with links to them, or the images where there are no files.
-
-    Args:
-        groups: Indices of images by the name of the folder, which may have parts.
-    """
-    for name, images in groups.items():
-        for i in images:
-            (folder / name).mkdir(parents=True, exist_ok=True)
-            if isinstance(source, FileSource):
-                os.symlink(
-                    os.path.abspath(source.path(i)), folder / name / f"{i:06}_{os.path.basename(source.path(i))}"
-                )
-            else:
-                write_png(folder / name / f"{i:06}.png", to_pixels(source.load(i).decode()))
-    return folder
 
 
 def _draw(paths: list[str], members: list[np.ndarray], out: Path) -> None:
