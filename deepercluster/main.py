@@ -243,6 +243,7 @@ def open_training_data(
     source, checksum, bad_images = open_images(args, output_dir, args.image_size, "--image_size", source=zips)
     layout, released = groups.layout, args.rules == "released"
     used, shown = epoch_sizes(min(len(source), args.size_dataset), args.batch_size, layout, released)
+    bad_images.num_images = used  # what takes the place of an unreadable image is in a cluster, too
     if args.k > used:
         raise ValueError(
             f"--k {args.k}: there are {used} images; take --k {max(1, used // 20) * layout.super_clusters}"
