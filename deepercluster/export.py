@@ -48,9 +48,11 @@ def torchvision_vgg(network: VGG16) -> nn.Module:
     first = body.features[0]
     border = 1 if network.sobel is not None else network.border + 1
     entrance = nn.Conv2d(first.in_channels, first.out_channels, first.kernel_size, padding=border)
-    twin = VGG(nn.Sequential(entrance, *body.features[1:]), init_weights=False)
+    with torch.device("meta"):  # its own classifier takes seconds to start
+        twin = VGG(nn.Identity(), init_weights=False)
+    twin.features = nn.Sequential(entrance, *body.features[1:])
     twin.avgpool, twin.classifier = nn.Identity(), nn.Sequential(*body.classifier)
-    twin.load_state_dict({name: value for name, value in body.state_dict().items()})
+    twin.load_state_dict(body.state_dict())
     return twin.eval()
 
 

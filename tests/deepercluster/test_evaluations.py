@@ -11,7 +11,7 @@ from torchvision.models import vgg16_bn
 from deepercluster import eval_linear, eval_pretrain, eval_voc_classif
 from deepercluster.clustering import Clusters, Layout
 from deepercluster.eval_linear import pooled
-from deepercluster.export import before, torchvision_vgg
+from deepercluster.export import before, export, get_args_parser, torchvision_vgg
 from deepercluster.hub import load_network
 from deepercluster.report import chance, describe_clusters, members, save_clusters, save_folders, save_sub_clusters
 from deepercluster.vgg16 import VGG16, fold_sobel, map_side, without_sobel
@@ -85,17 +85,29 @@ def test_a_folded_network_sees_colours_and_computes_the_same_but_at_the_border()
     assert folded.sobel is None and folded.maps(images, 1).shape == edges.shape
 
 
-@pytest.mark.parametrize("sobel", [False, True])
+@pytest.mark.parametrize(("sobel", "folds"), [(False, False), (True, False), (True, True)])
 @torch.no_grad()
-def test_torchvisions_vgg_computes_the_same(sobel):
+def test_torchvisions_vgg_computes_the_same(sobel, folds):
     torch.manual_seed(0)
     network = VGG16(sobel=sobel, width=1, img_size=32).eval()
+    network = without_sobel(network) if folds else network
     images = torch.randn(2, 3, 32, 32)
-    for trunk in (network, without_sobel(network)) if sobel else (network,):
-        torch.testing.assert_close(torchvision_vgg(trunk)(before(trunk, images)), trunk(images))
+    torch.testing.assert_close(torchvision_vgg(network)(before(network, images)), network(images))
     with torch.device("meta"):
         names = {name for name in vgg16_bn(init_weights=False).state_dict() if not name.startswith("classifier.6")}
     assert names == set(torchvision_vgg(network).state_dict())
+
+
+@pytest.mark.parametrize("fold", [[], ["--fold"]])
+def test_exported_files_are_those_of_the_network(weights, tmp_path, fold):
+    paths = ["--pretrained", str(weights), "--output_dir", str(tmp_path)]
+    files = export(get_args_parser().parse_args([*paths, *fold]))
+    state = torch.load(files["torchvision"], weights_only=True)
+    expected = load_network(weights)
+    first = fold_sobel(expected.sobel, expected.body.features[0]).weight if fold else expected.body.features[0].weight
+    torch.testing.assert_close(state["features.0.weight"], first.data)
+    assert torch.equal(state["classifier.3.weight"], expected.body.classifier[3].weight)
+    assert {"safetensors", "onnx"} <= files.keys()
 
 
 # --- Evaluations ------------------------------------------------------------------------------------------------------
