@@ -94,7 +94,7 @@ def save_clusters(source: ImageSource, clusters: Clusters, path: Path) -> Path:
 def row_of(source: ImageSource, images: np.ndarray, name: str) -> list[Tile]:
     """Some images of a cluster, evenly spaced; a green frame where one is of the cluster's most frequent class."""
     chosen = images[np.linspace(0, len(images) - 1, min(len(images), IMAGES_SHOWN)).round().astype(int)].tolist()
-    tiles, titles = [Tile(thumbnail(source, i)) for i in chosen], [name, f"{len(images):,} images"]
+    tiles, titles = [Tile(thumbnail(source, i)) for i in chosen], [f"{name} ({len(images):,})", ""]
     if source.labels is not None:
         counts = np.bincount(source.labels[images])
         titles.append(f"{100 * counts.max() / len(images):.0f} % {source.classes[counts.argmax()]}")
@@ -116,7 +116,7 @@ def save_super_clusters(source: ImageSource, clusters: Clusters, path: Path) -> 
     for number in range(min(clusters.num_super, SHEETS)):
         if len(images := clusters.members(number).numpy()):
             rows.append(row_of(source, images, f"super {number}"))
-    return save_rows(source, rows, f"{len(rows)} of {clusters.num_super} super-clusters", path)
+    return save_rows(source, rows, f"{len(rows)} of {clusters.num_super} super-clusters (images)", path)
 
 
 def save_sub_clusters(source: ImageSource, clusters: Clusters, number: int, path: Path) -> Path:
@@ -124,7 +124,9 @@ def save_sub_clusters(source: ImageSource, clusters: Clusters, number: int, path
     found = members(clusters, number)
     chosen = np.linspace(0, len(found) - 1, min(len(found), SUB_SHOWN)).round().astype(int)
     rows = [row_of(source, found[i], f"sub {int(clusters.sub_clusters[found[i][0]])}") for i in chosen]
-    heading = f"Super-cluster {number}: {len(rows)} of {len(found)} sub-clusters, from the largest to the smallest"
+    heading = (
+        f"Super-cluster {number}: {len(rows)} of {len(found)} sub-clusters, from the largest to the smallest (images)"
+    )
     return save_rows(source, rows, heading, path)
 
 
