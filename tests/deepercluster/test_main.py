@@ -49,6 +49,23 @@ def test_one_process_has_the_gradients_of_four_groups(images, tmp_path):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * scale[2])
 
 
+def losses_of_rank(rank: int, images: str, folder: str, batch_size: int) -> list:
+    nn.Dropout.forward = lambda self, x: x
+    flags = f"--super_classes 2 --rotnet 0 --k 4 --reassignment 9 --batch_size {batch_size} --amp fp32 --lr 0.01"
+    train(folder, "--data_path", images, *flags.split(), "--log_freq", 1, "--epochs", 3)
+    return losses(folder)
+
+
+def test_two_processes_of_a_training_group_learn_as_one_with_their_images(images, tmp_path):
+    one = run_processes(losses_of_rank, 2, str(images), str(tmp_path / "2"), 2)[0]
+    two = run_processes(losses_of_rank, 4, str(images), str(tmp_path / "4"), 1)[0]
+    assert len(one) == 3 and two == pytest.approx(one, rel=1e-4)
+    states = [state_of(tmp_path / name)["sub_classes"] for name in "24"]
+    for found, expected in zip(*states, strict=True):
+        assert len(found) == 2
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
 def test_an_interrupted_run_goes_on_as_it_would_have(images, tmp_path):
     flags = ("--data_path", images, "--epochs", 3, "--reassignment", 2)
     found = train(tmp_path / "whole", *flags)
