@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from shared.evaluation.knn_monitor import KNNMonitor
@@ -52,8 +53,6 @@ def nmi(a: Tensor, b: Tensor) -> float:
 
 def describe_clusters(clusters: Clusters, previous: Clusters | None, source: ImageSource) -> dict[str, float]:
     """What the log says about a partition: sizes, and its agreement with the one before and with the true labels."""
-    from torch import from_numpy
-
     assigned = clusters.assignments()
     sizes = assigned[assigned >= 0].bincount(minlength=clusters.num_super * clusters.num_sub)
     line = {
@@ -65,7 +64,7 @@ def describe_clusters(clusters: Clusters, previous: Clusters | None, source: Ima
     if previous is not None and len(previous.super_clusters) == len(assigned):
         line["nmi_previous"] = nmi(assigned, previous.assignments())
     if source.labels is not None:
-        line["nmi_labels"] = nmi(assigned, from_numpy(source.labels[: len(assigned)]))
+        line["nmi_labels"] = nmi(assigned, torch.from_numpy(source.labels[: len(assigned)]))
     return line
 
 
@@ -80,13 +79,13 @@ def members(clusters: Clusters, super_cluster: int) -> list[np.ndarray]:
 
 
 def save_clusters(source: ImageSource, clusters: Clusters, path: Path) -> Path:
-    """Both clusters of every image as CSV and, where there are classes, its class."""
+    """The cluster of every image, as one number and by levels, as CSV and, where there are classes, its class."""
     labelled = source.classes is not None
     with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
-        writer.writerow(["image", "super_cluster", "sub_cluster", *(["class"] if labelled else [])])
-        both = zip(clusters.super_clusters.tolist(), clusters.sub_clusters.tolist(), strict=True)
-        for i, numbers in enumerate(both):
+        writer.writerow(["image", "cluster", "super_cluster", "sub_cluster", *(["class"] if labelled else [])])
+        levels = clusters.assignments(), clusters.super_clusters, clusters.sub_clusters
+        for i, numbers in enumerate(torch.stack(levels, dim=1).tolist()):
             writer.writerow([source.path(i), *numbers, *([source.classes[source.label(i)]] if labelled else [])])
     return path
 
