@@ -169,7 +169,7 @@ def report(run: Run, source: ImageSource, clusters: Clusters, layout: Layout, kn
     commands = [after("deepercluster/export.py", output_dir=run.output_dir / "export")]
     if knn.sources:
         commands.insert(0, after("deepercluster/eval_linear.py", conv=13, output_dir=run.output_dir / "linear"))
-    own_images = command("deepercluster/main.py", data_path="YOUR_IMAGES", sobel=True, k=100, output_dir="YOUR_RUN")
+    own_images = command("deepercluster/main.py", data_path="YOUR_IMAGES", sobel=1, k=100, output_dir="YOUR_RUN")
     ending.finish(commands, own_images, learned, knn)
 
 
