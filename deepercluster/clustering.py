@@ -240,6 +240,8 @@ def kmeans(
     for iteration in range(iterations + 1):
         labels = nearest(visited, centroids, use_faiss)
         counts = distributed.all_reduce_sum(labels.bincount(minlength=len(centroids)), group)
+        if iteration == iterations and counts.all():
+            break
         sums = distributed.all_reduce_sum(add_up(visited, labels, len(centroids)), group)
         before = centroids
         if iteration < iterations:
