@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from shared.images.cluster_draws import cluster_lists
 from shared.images.sources import ImageSource
 from shared.pictures.sheets import AGREE, DIFFER, Tile, save_sheet, thumbnail
 
 from .clustering import Clusters
-from .sampling import cluster_lists
 
 CLUSTERS_SHOWN, IMAGES_SHOWN = 12, 12
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from shared import distributed
 from shared.evaluation.cluster_sums import sum_by_cluster
+from shared.evaluation.covariance import BLOCK_ROWS, mean_and_covariance
 from shared.evaluation.knn import nearest_neighbours
 
 from .convnets import new_top_layer
@@ -24,7 +25,6 @@ except ImportError:  # k-means in torch needs none
 
 ITERATIONS = 20  # of k-means
 NEIGHBOURS = 5  # of an image in power iteration clustering
-BLOCK_ROWS = 1 << 14  # features that are looked at together
 BLOCK_DISTANCES = 1 << 26  # of features to centroids, held in memory together: 256 MiB
 
 
@@ -48,22 +48,12 @@ def pca_whiten(features: Tensor, dim: int, device: torch.device | str = "cpu") -
     Raises:
         ValueError: If ``dim`` is more than D or than the number of rows.
     """
-    rows = int(distributed.all_reduce_sum(torch.tensor(len(features), device=device)))
+    mean, covariance, rows = mean_and_covariance(features, device)
     if not 1 <= dim <= min(features.shape[1], rows):
         raise ValueError(
             f"--pca_dim {dim}: {rows} features of {features.shape[1]} dimensions have between 1 and "
             f"{min(features.shape[1], rows)} principal components"
         )
-    total = torch.zeros(features.shape[1], dtype=torch.double, device=device)
-    for block in features.split(BLOCK_ROWS):
-        total += block.to(device).sum(dim=0, dtype=torch.double)
-    mean = (distributed.all_reduce_sum(total) / rows).float()
-    covariance = torch.zeros(features.shape[1], features.shape[1], dtype=torch.double, device=device)
-    for block in features.split(BLOCK_ROWS):
-        centred = block.to(device) - mean
-        covariance += centred.t() @ centred  # float32 inside a block, float64 over blocks
-    covariance = distributed.all_reduce_sum(covariance) / rows
-
     # one process decomposes for all: another machine's library could choose other signs
     whitening = _whitening_matrix(covariance, dim) if distributed.is_main_process() else None
     matrix, with_variance = distributed.broadcast_object(whitening)

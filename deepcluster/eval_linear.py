@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.functional import ten_crop
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -31,6 +30,7 @@ from shared import distributed
 from shared.evaluation import frozen
 from shared.evaluation.flags import add_labelled_flags, add_process_flags, flags_of_run, parse_evaluation
 from shared.evaluation.linear import EpochTraining, validate
+from shared.evaluation.voc import TenCrops
 from shared.images.loading import BadImages, EpochBatchSampler, EvalTransform, make_loader
 from shared.images.sources import ImageSource
 from shared.multicrop import normalize_views
@@ -172,18 +172,6 @@ class RandomCrops(Dataset):
 
     def _read(self, index: int) -> tuple[Tensor, int]:
         return self.centre(self.source.load(index).decode()), self.source.label(index)
-
-
-class TenCrops:
-    """The four corners, the centre, and the mirror images of the five: pixels to (10, C, size, size)."""
-
-    def __init__(self, size_px: int, in_chans: int = 3):
-        side = resize_for(size_px)
-        self.size_px = size_px
-        self.centre = EvalTransform(side, side, in_chans=in_chans, interpolation="bilinear")
-
-    def __call__(self, pixels) -> Tensor:
-        return torch.stack(ten_crop(self.centre(pixels), [self.size_px, self.size_px]))
 
 
 def learning_rate(start: float, weight_decay: float, step: int) -> float:

@@ -32,7 +32,6 @@ from deepcluster.hub import MEAN, STD, build_network
 from deepcluster.report import HEALTH_RULES, report
 from deepcluster.sampling import (
     SAMPLERS,
-    cluster_lists,
     draw_epoch,
     open_training_data,
     pseudo_labels,
@@ -41,6 +40,7 @@ from shared import distributed
 from shared.evaluation.features import check_features
 from shared.evaluation.knn_monitor import KNNMonitor
 from shared.images.channels import add_channel_flags
+from shared.images.cluster_draws import cluster_lists
 from shared.images.sources import ImageSource
 from shared.multicrop import normalize_views
 from shared.networks.batchnorm import synchronize_batchnorm

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from shared import distributed
 from shared.evaluation.features import RankSampler
+from shared.images.cluster_draws import count_repetitions, draw_uniformly
 from shared.images.loading import EvalDataset, make_loader
 from shared.images.training_data import TrainingData, open_images
 from shared.multicrop import MultiCropDataset
@@ -23,38 +24,10 @@ from .clustering import check_clustering
 SAMPLERS = ("uniform", "official")
 
 
-def cluster_lists(assignments: np.ndarray, num_clusters: int) -> list[np.ndarray]:
-    """The images of each cluster, in ascending order; empty arrays for empty clusters."""
-    order = np.argsort(assignments, kind="stable")
-    ends = np.bincount(assignments, minlength=num_clusters).cumsum()
-    return np.split(order, ends[:-1])
-
-
 def pseudo_labels(assignments: Tensor, num_clusters: int) -> Tensor:
     """Label of each image, (N,): the rank of its cluster among those that are not empty."""
     filled = assignments.bincount(minlength=num_clusters) > 0
     return (filled.cumsum(0) - 1)[assignments]
-
-
-def draw_uniformly(clusters: list[np.ndarray], num_draws: int, rng: np.random.RandomState) -> np.ndarray:
-    """Images such that every cluster that is not empty is drawn equally often, in random order.
-
-    Of each cluster ``floor(num_draws / clusters) + 1`` images are drawn, without repetition where it has more than
-    that; the shuffled list is cut to ``num_draws``.
-
-    Args:
-        clusters: Images of each cluster.
-        num_draws: Length of the result.
-        rng: Source of randomness, with numpy's legacy streams.
-
-    Returns:
-        Images, int64, (``num_draws``,).
-    """
-    filled = [images for images in clusters if len(images)]
-    each = num_draws // len(filled) + 1
-    drawn = np.concatenate([rng.choice(images, each, replace=len(images) <= each) for images in filled])
-    rng.shuffle(drawn)
-    return drawn[:num_draws].astype(np.int64)
 
 
 def draw_epoch(clusters: list[np.ndarray], num_draws: int, seed: int, sampler: str) -> np.ndarray:
@@ -119,20 +92,6 @@ class DrawnBatches:
                 (derive_seed(self.epoch, time), image)
                 for image, time in zip(images[mine].tolist(), times[mine].tolist(), strict=True)
             ]
-
-
-def count_repetitions(images: np.ndarray) -> np.ndarray:
-    """How often each element occurs before its place."""
-    order = np.argsort(images, kind="stable")
-    sorted_images = images[order]
-    firsts = np.flatnonzero(np.diff(sorted_images, prepend=-1))
-    counts = np.diff(firsts, append=len(images))
-    repetitions = np.empty(len(images), dtype=np.int64)
-    repetitions[order] = np.arange(len(images)) - firsts.repeat(counts)
-    return repetitions
-
-
-# --- Images -----------------------------------------------------------------------------------------------------------
 
 
 def open_training_data(

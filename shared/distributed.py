@@ -310,16 +310,21 @@ def all_gather_with_grad(tensor: Tensor) -> Tensor:
     return _AllGather.apply(tensor) if get_world_size() > 1 else tensor
 
 
-def gather_on_main(tensor: Tensor) -> Tensor | None:
-    """Tensors of all ranks (same shape on each) stacked in rank order on rank 0 and its CPU; None on the others."""
+def gather_on_main(tensor: Tensor, every: int = 1) -> Tensor | None:
+    """Tensors of all ranks (same shape on each) stacked in rank order on rank 0 and its CPU; None on the others.
+
+    Args:
+        every: Only those of ranks 0, ``every``, 2 * ``every``, ...
+    """
     tensor = tensor.detach().cpu().contiguous()
     if not is_main_process():
-        dist.send(tensor, 0, group=_control_group)
+        if get_rank() % every == 0:
+            dist.send(tensor, 0, group=_control_group)
         return None
-    gathered = tensor.new_empty(get_world_size(), *tensor.shape)
+    gathered = tensor.new_empty(get_world_size() // every, *tensor.shape)
     gathered[0] = tensor
-    for rank in range(1, get_world_size()):  # one at a time: no other process holds more than its own
-        dist.recv(gathered[rank], rank, group=_control_group)
+    for i in range(1, len(gathered)):  # one at a time: no other process holds more than its own
+        dist.recv(gathered[i], i * every, group=_control_group)
     return gathered
 
 

@@ -63,6 +63,7 @@ def load_alone(path: Path, folder: Path) -> ModuleType:
 
 NETWORKS = {  # file: a network of it, the shape of its input and the length of its output
     "deepcluster/convnets.py": (lambda file: file.alexnet(out=5, img_size=64), (3, 64, 64), 5),
+    "deepercluster/vgg16.py": (lambda file: file.VGG16(sobel=True, width=2, img_size=32), (3, 32, 32), 128),
     "dino/vision_transformer.py": (lambda file: file.vit_tiny(), (3, 32, 32), 192),
     "msn/vision_transformer.py": (lambda file: file.build("deit_micro"), (3, 16, 16), 96),
     "paws/heads.py": (lambda file: file.projection_head(8, 4), (8,), 4),

@@ -2,7 +2,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-MAINS = ("dino.main_dino", "swav.main_swav", "swav.main_deepclusterv2", "msn.main", "paws.paws_train")
+MAINS = (
+    "dino.main_dino",
+    "swav.main_swav",
+    "swav.main_deepclusterv2",
+    "msn.main",
+    "paws.paws_train",
+    "deepercluster.main",
+)
 SLOW_TO_IMPORT = {"torchvision", "timm", "sklearn", "scipy", "matplotlib", "pandas", "faiss", "torch._dynamo"}
 
 

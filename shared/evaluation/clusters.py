@@ -9,7 +9,6 @@ Writes ``clusters.csv`` (cluster, path, cosine to the cluster's mean), ``overvie
 """
 
 import argparse
-import os
 import shutil
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from sklearn import cluster, metrics
 from shared import distributed
 from shared.images.sources import FileSource
 from shared.images.tables import write_table
-from shared.pictures.sheets import Tile, save_sheet, thumbnail
+from shared.pictures.sheets import Tile, link_images, save_sheet, thumbnail
 from shared.run.flags import Parser, bool_flag
 
 from .feature_files import read_all
@@ -102,12 +101,9 @@ def clusters(args: argparse.Namespace) -> np.ndarray:
     if members:
         _draw(features.paths, members, out)
     if args.links:
-        for number, rows in enumerate([*members, outside] if len(outside) else members):
-            folder = out / "links" / (f"cluster_{number:04}" if number < len(members) else "no_cluster")
-            folder.mkdir(parents=True)
-            for i in rows:
-                os.symlink(features.paths[i], folder / f"{i:06}_{os.path.basename(features.paths[i])}")
-        print(f"links:    {out / 'links'}")
+        names = [f"cluster_{number:04}" for number in range(len(members))]
+        groups = dict(zip([*names, "no_cluster"], [*members, outside], strict=True))
+        print(f"links:    {link_images(FileSource('', '', features.paths), groups, out / 'links')}")
     return found
 
 

@@ -71,13 +71,15 @@ def train_one_epoch(
     features: Features,
     batches: Iterable[tuple[Tensor, Tensor]],
     optimizer: torch.optim.Optimizer,
+    criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
 ) -> float:
-    """Cross-entropy on every batch; only the classifier learns.
+    """Cross-entropy, or another loss, on every batch; only the classifier learns.
 
     Args:
         classifier: Maps features (B, ...) to logits; wrapped for several processes if there are any.
         features: The frozen network, images (B, C, H, W) to features (B, ...).
         batches: Images and labels (B,), on the device of the classifier.
+        criterion: Loss of scores and labels.
 
     Returns:
         Mean loss over the images of all processes.
@@ -92,7 +94,7 @@ def train_one_epoch(
             inputs = features(images)
         if total[1] == 0:
             check_features(inputs.flatten(1))
-        loss = F.cross_entropy(classifier(inputs), labels)
+        loss = criterion(classifier(inputs), labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

@@ -43,7 +43,12 @@ class TrainingData:
 
 
 def open_images(
-    args: argparse.Namespace, output_dir: Path, least_px: int, size_flag: str, flag: str = "--data_path"
+    args: argparse.Namespace,
+    output_dir: Path,
+    least_px: int,
+    size_flag: str,
+    flag: str = "--data_path",
+    source: ImageSource | None = None,
 ) -> tuple[ImageSource, int, BadImages]:
     """The images of ``--data_path``, their checksum, and what happens to those that cannot be read.
 
@@ -52,8 +57,9 @@ def open_images(
         output_dir: Unreadable images are listed in it.
         least_px: Smaller images are enlarged, which is said with the name of ``size_flag``.
         flag: Of the images, in messages.
+        source: Instead of what ``--data_path`` alone names.
     """
-    source = open_source(args.data_path, "train", flag=flag, **reading(args))
+    source = source or open_source(args.data_path, "train", flag=flag, **reading(args))
     ask_about_classes(source)
     source = cache_images(source, args.cache)
     checksum = source.checksum()

@@ -250,7 +250,9 @@ def view_sheets(folder: Path, source: ImageSource, flags: Mapping) -> list[dict]
         ViewRecipe(**{name: tuple(value) if isinstance(value, list) else value for name, value in recipe.items()})
         for recipe in json.loads((folder / "views.json").read_text())
     ]
-    dataset = MultiCropDataset(source, recipes, flags["seed"], flags["augmentation"], flags.get("in_chans", 3))
+    dataset = MultiCropDataset(
+        source, recipes, flags["seed"], flags.get("augmentation", "fast"), flags.get("in_chans", 3)
+    )
     sheets = []
     for index in some(len(source), VIEWED):
         try:

@@ -2,8 +2,9 @@
 
 import contextlib
 import functools
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,6 +84,24 @@ def write_png(path: str | Path, pixels: np.ndarray) -> Path:
     """Write RGB pixels (H, W, 3), uint8, and return the path."""
     Image.fromarray(pixels).save(path, format="PNG")
     return Path(path)
+
+
+def link_images(source: ImageSource, groups: Mapping[str, Iterable[int]], folder: Path) -> Path:
+    """Write a folder for each group that has images, with links to them, or the images where there are no files.
+
+    Args:
+        groups: Indices of images by the name of the folder, which may have parts.
+    """
+    for name, images in groups.items():
+        for i in images:
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            if isinstance(source, FileSource):
+                os.symlink(
+                    os.path.abspath(source.path(i)), folder / name / f"{i:06}_{os.path.basename(source.path(i))}"
+                )
+            else:
+                write_png(folder / name / f"{i:06}.png", to_pixels(source.load(i).decode()))
+    return folder
 
 
 @functools.cache

@@ -17,10 +17,7 @@ DeepCluster-v2, 10 iterations on the whitened features:
 Then N and K vary, to see how the steps grow; exponents are slopes in log-log scale (1: linear).
 """
 
-import math
-import statistics
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -29,9 +26,9 @@ import faiss
 import torch
 from torch import Tensor
 
-from deepcluster.clustering import cluster, first_rows, kmeans_faiss, kmeans_torch, pca_whiten
+from deepcluster.clustering import cluster, kmeans_faiss, kmeans_torch, pca_whiten
 from swav.kmeans import spherical_kmeans
-from tests.benchmarks.harness import alternate, clustered_features, compare, finish, get_args_parser
+from tests.benchmarks.harness import alternate, clustered_features, compare, finish, get_args_parser, growth
 
 SEED = 0
 
@@ -52,14 +49,9 @@ def spherical_kmeans_faiss(features: Tensor, centroids: Tensor, iterations: int 
     index.search(features.numpy(), 1)
 
 
-def growth(name: str, sizes: list[int], step: Callable[[int], object], rounds: int) -> dict:
-    """Median seconds of ``step(size)`` for each size, and the exponent between the smallest and the largest."""
-    ways = {size: lambda size=size: step(size) for size in sizes}
-    times = {size: statistics.median(seconds) for size, seconds in alternate(ways, rounds).items()}
-    exponent = math.log(times[sizes[-1]] / times[sizes[0]]) / math.log(sizes[-1] / sizes[0])
-    points = ", ".join(f"{size}: {seconds:.2f} s" for size, seconds in times.items())
-    print(f"growth of {name}: exponent {exponent:.2f} ({points})", flush=True)
-    return {"seconds": times, "exponent": exponent}
+def first_rows(images: int, clusters: int, seed: int) -> Tensor:
+    """Rows that :func:`deepcluster.clustering.cluster` starts from."""
+    return torch.randperm(images, generator=torch.Generator().manual_seed(seed))[:clusters]
 
 
 def main() -> None:

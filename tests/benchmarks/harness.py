@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -60,6 +61,16 @@ def spread(values: Iterable[float]) -> dict[str, float]:
 
 def as_text(values: dict[str, float]) -> str:
     return "{median:.2f} ({min:.2f} .. {max:.2f})".format(**values)
+
+
+def growth(name: str, sizes: list[int], step: Callable[[int], object], rounds: int) -> dict:
+    """Median seconds of ``step(size)`` for each size, and the exponent between the smallest and the largest."""
+    ways = {size: lambda size=size: step(size) for size in sizes}
+    times = {size: statistics.median(seconds) for size, seconds in alternate(ways, rounds).items()}
+    exponent = math.log(times[sizes[-1]] / times[sizes[0]]) / math.log(sizes[-1] / sizes[0])
+    points = ", ".join(f"{size}: {seconds:.2f} s" for size, seconds in times.items())
+    print(f"growth of {name}: exponent {exponent:.2f} ({points})", flush=True)
+    return {"seconds": times, "exponent": exponent}
 
 
 def compare(times: Times, base: str, notes: dict[str, str] | None = None) -> dict[str, dict]:

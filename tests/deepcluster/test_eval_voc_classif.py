@@ -6,16 +6,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from deepcluster.eval_voc_classif import (
-    CLASSES,
-    VOCImages,
-    average_precisions,
-    eval_voc_classif,
-    get_args_parser,
-    multilabel_loss,
-    start_classifier,
-)
+from deepcluster.eval_voc_classif import eval_voc_classif, get_args_parser, start_classifier
 from deepcluster.hub import build_network, load_network
+from shared.evaluation.voc import CLASSES, VOCImages, average_precisions, multilabel_loss
 from shared.images.decode import ImageError
 from tests.deepcluster.tiny import write_checkpoint
 

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from deepcluster.sampling import DrawnBatches, cluster_lists, count_repetitions, draw_epoch, pseudo_labels
+from deepcluster.sampling import DrawnBatches, draw_epoch, pseudo_labels
+from shared.images.cluster_draws import cluster_lists, count_repetitions
 
 ASSIGNMENTS = np.random.default_rng(0).choice(6, size=500, p=[0.6, 0.2, 0.1, 0.05, 0.05, 0])  # cluster 5 is empty
 

@@ -5,12 +5,12 @@ import importlib
 import pytest
 
 from contriever import finetuning, train
-from tests.evidence import contriever, deepcluster, dino, msn, paws, resmlp, swav, xcit
+from tests.evidence import contriever, deepcluster, deepercluster, dino, msn, paws, resmlp, swav, xcit
 from tests.evidence.runs import Variant
 
 VARIANTS = [
     (module.__name__.split(".")[-1], variant)
-    for module in (dino, swav, deepcluster, paws, resmlp, xcit)
+    for module in (dino, swav, deepcluster, deepercluster, paws, resmlp, xcit)
     for variant in (*module.VARIANTS, *getattr(module, "CIFAR10_VARIANTS", ()))
 ]
 VARIANTS += [("msn", Variant(name, f"{msn.DIGITS} {flags}")) for name, flags in msn.VARIANTS.items()]
@@ -50,7 +50,7 @@ def test_the_flags_of_fine_tuning_on_cranfield_are_those_of_its_script():
 
 
 def test_names_of_variants_are_names_of_folders():
-    for module in (dino, swav, deepcluster, resmlp, xcit):
+    for module in (dino, swav, deepcluster, deepercluster, resmlp, xcit):
         for variants in (module.VARIANTS, getattr(module, "CIFAR10_VARIANTS", [])):
             folders = {variant.name.replace(" ", "_") for variant in variants}
             assert len(folders) == len(variants) and not any("/" in folder for folder in folders)

@@ -17,12 +17,13 @@ from deepcluster.clustering import (
 )
 from deepcluster.convnets import sobel_filter
 from deepcluster.eval_linear import LayerFeatures, learning_rate, score_crops
-from deepcluster.eval_voc_classif import average_precisions
 from deepcluster.gradient_ascent import deprocess
 from deepcluster.hub import build_network
 from deepcluster.main import build_sgd, nmi, train_one_epoch
 from deepcluster.rmac import Whitening, region_vectors, rmac, rmac_regions
-from deepcluster.sampling import cluster_lists, draw_uniformly, pseudo_labels
+from deepcluster.sampling import pseudo_labels
+from shared.evaluation.voc import average_precisions
+from shared.images.cluster_draws import cluster_lists, draw_uniformly
 from tests.golden.golden_file import GoldenFile
 from tests.golden.hash_fill import hash_filled, hash_input
 from tests.loop_run import LoopRun

@@ -1,7 +1,7 @@
 import torch
 
 from shared.evaluation import cluster_sums
-from shared.evaluation.cluster_sums import sum_by_cluster
+from shared.evaluation.cluster_sums import sum_by_cluster, sum_by_cluster_on_cpu
 
 
 def test_sums_equal_a_loop_over_rows_whatever_the_blocks(monkeypatch):
@@ -15,6 +15,7 @@ def test_sums_equal_a_loop_over_rows_whatever_the_blocks(monkeypatch):
         monkeypatch.setattr(cluster_sums, "BLOCK_ROWS", block_rows)
         found = sum_by_cluster(rows, numbers, 6)
         torch.testing.assert_close(found, expected, rtol=1e-14, atol=1e-14)
+        torch.testing.assert_close(sum_by_cluster_on_cpu(rows, numbers, 6), expected, rtol=1e-5, atol=1e-5)
         in_float32 = sum_by_cluster(rows, numbers, 6, torch.float32)
         torch.testing.assert_close(in_float32, expected.float(), rtol=1e-5, atol=1e-5)
     assert not found[4].any() and not torch.are_deterministic_algorithms_enabled()

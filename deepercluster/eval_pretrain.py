@@ -1,0 +1,135 @@
+"""Supervised training of the whole network, from pre-trained weights or from scratch (Caron et al. 2019, section 5.4).
+
+    python eval_pretrain.py                                  # embedded materials, weights of the run in runs/materials
+    torchrun --nproc_per_node=4 eval_pretrain.py --data_path /path/to/imagenet --pretrained ours --sobel 1 \\
+        --sobel2RGB 1 --lr 0.1 --wd 1e-4 --batch_size 64 --dump_path /path/to/run      # published: 74.9
+    python eval_pretrain.py --data_path /path/to/imagenet --pretrained "" --dump_path /path/to/scratch
+
+The fully connected layers start afresh; ``--sobel2RGB`` makes the Sobel filter a part of the first convolution, which
+then learns from colours. The result is the accuracy after the last epoch. Running the same command again resumes.
+"""
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+if __name__ == "__main__":  # run as a script: make the repository root importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import nn
+
+from deepercluster.eval_linear import add_network_flags, add_output_flags, load_frozen
+from deepercluster.hub import CARD, build, fill_body
+from deepercluster.vgg16 import OFFICIAL_SIZE, OFFICIAL_WIDTH, VGG16, without_sobel
+from shared import distributed
+from shared.evaluation import frozen
+from shared.evaluation.flags import add_labelled_flags, parse_evaluation
+from shared.evaluation.linear import EpochTraining, tell_accuracy, validate
+from shared.networks.batchnorm import synchronize_batchnorm
+from shared.networks.weights import weights_checksum
+from shared.run.flags import AnyDashParser, bool_flag
+
+BIAS = 0.1  # of the layers that start afresh
+# A run that is resumed must have these as they were.
+RUN_FLAGS = "sobel sobel2RGB image_size width lr wd batch_size seed".split()
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = AnyDashParser(__doc__)
+    add = parser.add_argument_group("network").add_argument
+    add("--pretrained", default="", help='a run, a file or a release; "": from scratch')
+    add_network_flags(add)
+    add("--width", type=int, default=OFFICIAL_WIDTH, help="channels of the first convolution, from scratch")
+    folds = "make the Sobel filter a part of the first convolution"
+    add("--sobel2RGB", type=bool_flag, default=False, help=folds)
+    add("--evaluate", type=bool_flag, default=False, help="only validate the network of --pretrained")
+
+    add = add_labelled_flags(parser)
+    add("--debug", type=bool_flag, default=False, help="train on the val images")
+    add("--batch_size", type=int, default=128, help="images per step on this process")
+    add("--crop_scale", type=float, nargs=2, default=(0.08, 1.0), help="area range of the train crops")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--nepochs", "--epochs", dest="epochs", type=int, default=100)
+    add("--lr", type=float, default=0.05, help="learning rate, a tenth of it after every 30 epochs")
+    add("--wd", type=float, default=1e-5, help="weight decay")
+    add("--seed", type=int, default=35)
+    add_output_flags(parser)
+    kept = "not used: the newest checkpoint is kept"
+    parser.add_argument("--checkpoint_freq", type=int, default=20, help=kept)
+    return parser
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    embedded = {"pretrained": CARD.embedded_run, "output_dir": "runs/materials/supervised", "epochs": 8}
+    embedded |= {"crop_scale": (0.4, 1.0), "batch_size": 64, "image_size": 32, "width": 16}
+    return parse_evaluation(get_args_parser(), arguments, **embedded)
+
+
+def eval_pretrain(args: argparse.Namespace) -> dict[str, float]:
+    """Train and validate; loss and accuracies in percent after the last epoch."""
+    device, output_dir = frozen.start(args)
+    network, checksum = open_network(args)
+    train, val = frozen.labelled_sources(args)
+    if args.evaluate and network.pred_layer.out_features != len(train.classes):
+        found = network.pred_layer.out_features
+        raise ValueError(f"--evaluate: {args.pretrained} tells {found} classes apart, not {len(train.classes)}")
+    if not args.evaluate:
+        network.pred_layer = nn.Linear(network.dim, len(train.classes))
+    network = synchronize_batchnorm(network, device).to(device)
+    transform = frozen.eval_transform(CARD, args.image_size, network)
+    images_as_they_are = nn.Identity()  # the network learns as a whole: nothing is computed before it
+    val_set = frozen.val_images(args, val, transform)
+    validation = partial(validate, network, images_as_they_are, val_set, device, args.batch_size, args.num_workers)
+    if args.evaluate:
+        return tell_accuracy(validation(), len(val))
+
+    crops = frozen.TrainCrops(args, CARD, val if args.debug else train, transform, device, drop_single=True)
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, args.lr, momentum=0.9, weight_decay=args.wd)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate)
+    files = output_dir / "checkpoint.pth.tar", output_dir / "log.txt"
+    flags = {name: getattr(args, name) for name in RUN_FLAGS}
+    training = EpochTraining(*files, network, optimizer, scheduler, checksum, flags=flags)
+    return training.run(crops, images_as_they_are, validation, args.epochs, crops.bad_images)
+
+
+def learning_rate(epoch: int) -> float:
+    """Of an epoch, as a share of that of the first one."""
+    return 0.1 ** (epoch // 30)
+
+
+def open_network(args: argparse.Namespace) -> tuple[VGG16, int]:
+    """The network that the flags choose, its fully connected layers afresh, and a checksum of what it starts from."""
+    if args.evaluate:
+        return load_frozen(args, relu=True, classifier=True), 0
+    options = {"relu": True, "width": args.width, "sobel": bool(args.sobel)}
+    if args.pretrained:
+        frozen_network = load_frozen(args)
+        options |= {"sobel": frozen_network.sobel is not None, "width": frozen_network.dim // 64}
+        options["in_chans"] = frozen_network.in_chans
+    network = build(img_size=args.image_size or OFFICIAL_SIZE, **options)
+    args.image_size, args.sobel, args.width = network.img_size, options["sobel"], options["width"]
+    if args.pretrained:
+        fill_body(network, args.pretrained)
+    checksum = weights_checksum(network.body.features)
+    start_classifier(network)
+    return without_sobel(network) if args.sobel2RGB else network, checksum
+
+
+def start_classifier(network: VGG16) -> None:
+    """Start the fully connected layers of the body afresh."""
+    for layer in network.body.classifier:
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.constant_(layer.bias, BIAS)
+
+
+def main() -> None:
+    distributed.run_script(eval_pretrain, parse_args)
+
+
+if __name__ == "__main__":
+    main()
