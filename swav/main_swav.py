@@ -34,6 +34,7 @@ from shared.multicrop import normalize_views
 from shared.networks.batchnorm import synchronize_batchnorm
 from shared.networks.compiling import compile_network
 from shared.networks.weights import safe_load
+from shared.optimisation.larc import LARC
 from shared.optimisation.optim import clip_grad_norm_per_tensor_
 from shared.optimisation.schedules import cosine_schedule
 from shared.run.flags import Parser, add_data_flags, add_own_images_flags, bool_flag, tell_embedded_defaults
@@ -42,7 +43,6 @@ from shared.run.run import Run
 from swav import flags
 from swav.augmentations import swav_views
 from swav.hub import MEAN, STD, build_network
-from swav.larc import LARC
 from swav.losses import EmbeddingQueue, PrototypeUsage, SwappedPrediction, normalize_prototypes_
 from swav.report import health_rules, report, suit_settings
 from swav.resnet50 import Trunk
