@@ -315,7 +315,7 @@ def train_on_stream(
 
 
 def assignment_health(codes: list[Tensor], embeddings: Tensor) -> dict[str, Tensor | float]:
-    """What shows a collapse: assignments with an entropy of ln K, or to few prototypes, embeddings that are the same."""
+    """What shows a collapse: assignments with an entropy of ln K, or to few prototypes, embeddings that are equal."""
     codes = torch.cat(codes)
     counts = distributed.all_reduce_sum(torch.bincount(codes.nan_to_num().argmax(dim=1), minlength=codes.shape[1]))
     return {
