@@ -136,10 +136,10 @@ def test_two_processes_that_share_a_network_are_equal_to_one(tmp_path, monkeypat
     train_as_rank(0, folders["alone"], data)
     run_processes(train_as_rank, 2, folders["shared"], shared_out)
     alone, shared = state_of(folders["alone"]), state_of(folders["shared"])
-    assert losses(folders["shared"]) == pytest.approx(losses(folders["alone"]), rel=1e-6)
+    assert losses(folders["shared"]) == pytest.approx(losses(folders["alone"]), rel=1e-5)
     assert list(alone["model"]) == list(shared["model"])
     for part in ("model", "optimizer"):
-        torch.testing.assert_close(shared[part], alone[part], rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(shared[part], alone[part], rtol=1e-4, atol=1e-6)
 
     run_processes(train_as_rank, 2, folders["parts"], shared_out, 4)
     assert state_of(folders["parts"])["step_in_epoch"] == 4
@@ -147,7 +147,7 @@ def test_two_processes_that_share_a_network_are_equal_to_one(tmp_path, monkeypat
     run_processes(train_as_rank, 2, folders["parts"], shared_out)
     train_as_rank(0, folders["single"], data)
     torch.testing.assert_close(state_of(folders["parts"])["model"], shared["model"], rtol=0, atol=0)
-    torch.testing.assert_close(state_of(folders["single"])["model"], alone["model"], rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(state_of(folders["single"])["model"], alone["model"], rtol=1e-4, atol=1e-6)
 
 
 def held_by_rank(rank: int) -> list[int]:
