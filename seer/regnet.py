@@ -76,7 +76,10 @@ SIZES = {  # names as in the published configurations
     "regnet128Gf": Sizes(27, 456, 160.83, 2.52, 264),
     "regnet256Gf_1": Sizes(27, 640, 230.83, 2.53, 373),
     "regnet10B": Sizes(27, 1744, 620.83, 2.52, 1010),
-    "regnet_micro": Sizes(6, 24, 24.5, 2.3, 8),  # for the embedded images: 24, 56 and 128 channels
+    # for the embedded images and small experiments, with three stages
+    "regnet_pico": Sizes(6, 16, 12.1, 2.3, 8),
+    "regnet_micro": Sizes(6, 24, 24.5, 2.3, 8),
+    "regnet_mini": Sizes(6, 48, 49.0, 2.3, 16),
 }
 
 
