@@ -81,7 +81,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
     parser.add_argument("--fname", default=None, help="YAML file of defaults, such as one of configs; flags win")
     add = add_data_flags(parser)
-    add("--passes", type=int, default=1, help="how often the stream is read")
+    add("--passes", "--epochs", type=int, default=1, dest="passes", help="how often the stream is read")
     add("--total_images", type=int, default=None, help="length of the run; None: all passes")
     add("--shuffle_window", type=int, default=1 << 16, help="neighbours of the stream that are shuffled together")
     add_own_images_flags(parser, __file__)
