@@ -96,9 +96,26 @@ class SqueezeExcitation(nn.Module):
         return x * self.fc2(self.activation(self.fc1(x.mean(dim=(2, 3), keepdim=True)))).sigmoid()
 
 
-def conv_bn(inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> list[nn.Module]:
-    convolution = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
-    return [convolution, nn.BatchNorm2d(outputs)]
+class ConvNorm(nn.Sequential):
+    """A convolution and a batch norm, and what else is behind them; in evaluation the two are one convolution."""
+
+    def __init__(
+        self, inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1, *behind: nn.Module
+    ):
+        convolution = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
+        super().__init__(convolution, nn.BatchNorm2d(outputs), *behind)
+
+    def forward(self, x: Tensor) -> Tensor:
+        convolution, norm, *behind = self
+        if norm.training or torch.is_grad_enabled():
+            x = norm(convolution(x))
+        else:
+            scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+            weight, bias = convolution.weight * scale.view(-1, 1, 1, 1), norm.bias - norm.running_mean * scale
+            x = F.conv2d(x, weight, bias, convolution.stride, convolution.padding, groups=convolution.groups)
+        for module in behind:
+            x = module(x)
+        return x
 
 
 class Block(nn.Module):
@@ -112,13 +129,13 @@ class Block(nn.Module):
     def __init__(self, inputs: int, stage: Stage, stride: int, activation: type[nn.Module], use_se: bool = True):
         super().__init__()
         is_changed = stride != 1 or inputs != stage.width
-        self.proj = nn.Sequential(*conv_bn(inputs, stage.width, stride=stride)) if is_changed else None
+        self.proj = ConvNorm(inputs, stage.width, 1, stride) if is_changed else None
         self.f = nn.Sequential()
-        self.f.a = nn.Sequential(*conv_bn(inputs, stage.inner), activation(inplace=True))
-        self.f.b = nn.Sequential(*conv_bn(stage.inner, stage.inner, 3, stride, stage.groups), activation(inplace=True))
+        self.f.a = ConvNorm(inputs, stage.inner, 1, 1, 1, activation(inplace=True))
+        self.f.b = ConvNorm(stage.inner, stage.inner, 3, stride, stage.groups, activation(inplace=True))
         if use_se:  # a quarter of what enters the block: half as many in the first one of a stage
             self.f.se = SqueezeExcitation(stage.inner, round(0.25 * inputs), activation)
-        self.f.c = nn.Sequential(*conv_bn(stage.inner, stage.width))
+        self.f.c = ConvNorm(stage.inner, stage.width)
         self.activation = activation(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -176,9 +193,8 @@ class RegNet(nn.Module):
         if stem not in STEMS:
             raise ValueError(f"stem {stem!r} is none of {', '.join(STEMS)}")
         act, (kernel, stride) = ACTIVATIONS[activation], {"simple": (3, 2), "residual": (7, 2), "cifar": (3, 1)}[stem]
-        self.stem = nn.Sequential(*conv_bn(in_chans, stem_width, kernel, stride), act(inplace=True))
-        if stem == "residual":
-            self.stem.append(nn.MaxPool2d(3, 2, 1))
+        behind = [nn.MaxPool2d(3, 2, 1)] if stem == "residual" else []
+        self.stem = ConvNorm(in_chans, stem_width, kernel, stride, 1, act(inplace=True), *behind)
         self.trunk_output = nn.Sequential()
         inputs = stem_width
         for s, stage in enumerate(sizes.stages(), start=1):

@@ -70,19 +70,21 @@ def test_a_published_trunk_gives_maps_features_gradients_and_statistics(case, re
     for key in GOLDEN.keys(f"{case}/out/eval_"):
         found = maps[key.rpartition("eval_")[2]]
         torch.testing.assert_close(found, GOLDEN.tensor(key), rtol=1e-4, atol=1e-5)
-    features = network.train()(images)
-    torch.testing.assert_close(features, GOLDEN.tensor(f"{case}/out/train_flatten"), rtol=1e-4, atol=1e-5)
+    gradients = GOLDEN.state_dict(f"{case}/grad/")
+    # Batch norm of three pixels: against float64 the file itself is wrong by 4e-4 in features where gradients are
+    # thousands, and by 4e-3 in these
+    is_ill = max(float(gradient.abs().max()) for gradient in gradients.values()) > 1000
+    features, expected = network.train()(images), GOLDEN.tensor(f"{case}/out/train_flatten")
+    atol = 1e-5 + is_ill * 5e-4 * float(expected.abs().max())
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=atol)
     (features.square().sum() / len(features)).backward()
     parameters = dict(network.named_parameters())
-    gradients = GOLDEN.state_dict(f"{case}/grad/")
-    # batch norm of three pixels lets gradients of thousands be as wrong as 4e-3 in the file itself, against float64
-    error = 5e-3 if max(float(gradient.abs().max()) for gradient in gradients.values()) > 1000 else 2e-5
     for name, gradient in gradients.items():
-        atol = 1e-4 + error * float(gradient.abs().max())
+        atol = 1e-4 + (5e-3 if is_ill else 2e-5) * float(gradient.abs().max())
         torch.testing.assert_close(parameters[from_official(name)].grad, gradient, rtol=0, atol=atol)
     after = network.state_dict()
     for name, value in GOLDEN.state_dict(f"{case}/sd_after/").items():
-        torch.testing.assert_close(after[from_official(name)], value, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(after[from_official(name)], value, rtol=1e-4, atol=1e-4 if is_ill else 1e-5)
 
 
 @pytest.mark.parametrize("case", GOLDEN.cases("", "head"))

@@ -94,7 +94,7 @@ def test_other_sets_are_classified_among_their_classes(trained, tmp_path):
     assert found["corrupted"] == pytest.approx(np.mean(corrupted)) and found["clean"] > 60
     assert json.loads((tmp_path / "out/robustness.json").read_text()) == found
     assert {"named", "numbered"} <= found.keys() and (tmp_path / "out/corruptions.png").exists()
-    with pytest.raises(WeightMismatch, match="has no classifier: fine_tune.py makes one"):
+    with pytest.raises(WeightMismatch, match=r"has no classifier: fine_tune\.py makes one"):
         load_classifier("regnet_test", str(folder / "trunk.pth"))
 
 
