@@ -66,7 +66,7 @@ EMBEDDED_DATA_DEFAULTS = {
     "epsilon": 0.02,
     "batch_size": 64,
     "passes": 20,
-    "base_lr": 4.0,
+    "base_lr": 16.0,
     "freeze_prototypes_niters": 60,
     "output_dir": "runs/materials",
 }
