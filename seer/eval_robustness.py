@@ -239,14 +239,11 @@ def write(found: dict, val: ImageSource, transform: EvalTransform, args: argpars
     pixels = CorruptedCrop(transform).crop(val.load(0).decode()).permute(1, 2, 0).numpy()
     pixels = np.ascontiguousarray(pixels)
     rows = [
-        [
-            Tile(pixels if severity == 0 else corrupt(pixels, name, severity), f"{name} {severity}")
-            for severity in (0, 1, 3, 5)
-        ]
+        [Tile(pixels, "as it is"), *(Tile(corrupt(pixels, name, s), f"{name} {s}") for s in (1, 3, 5))]
         for name in args.corruptions
     ]
     if rows:
-        save_sheet(rows, output_dir / "corruptions.png", "An image under every corruption", [1.2] * len(rows))
+        save_sheet(rows, output_dir / "corruptions.png", "An image under every corruption")
 
 
 def main() -> None:

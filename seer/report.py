@@ -72,6 +72,7 @@ def report(run: Run, dataset: MultiCropDataset, trunk: nn.Module, knn: KNNMonito
     commands = []
     if knn.sources:
         after = partial(next_command, args, "seer/main_seer.py", pretrained=run.path)
-        commands.append(after("seer/eval_linear.py", output_dir=run.output_dir / "linear"))
+        linear = {"num_labels": len(knn.sources[1].classes), "output_dir": run.output_dir / "linear"}
+        commands.append(after("seer/eval_linear.py", **linear))
     own_images = command("seer/main_seer.py", data_path="YOUR_IMAGES", output_dir="YOUR_RUN", small_data=True)
     ending.finish(commands, own_images, used, knn, lr_flag="--base_lr")

@@ -36,8 +36,8 @@ NETWORKS = {  # sizes, names in torchvision and timm
 VIEWS = [(2, 160), (4, 96)]
 
 
-def build(name: str, device: str) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """Ours, torchvision's and timm's with the same weights, batch norms with statistics."""
+def build(name: str, whose: str, device: str) -> tuple[nn.Module, nn.Module]:
+    """Ours and that of a library with the same weights, batch norms with statistics."""
     sizes, torchvision_name, timm_name = NETWORKS[name]
     torch.manual_seed(0)
     ours = initialise_(RegNet(sizes, num_classes=1000))
@@ -46,12 +46,13 @@ def build(name: str, device: str) -> tuple[nn.Module, nn.Module, nn.Module]:
             module.running_mean.normal_(std=0.1)
             module.running_var.uniform_(0.5, 1.5)
             nn.init.constant_(module.weight, 0.7)  # logits stay in a range in which they can be compared
-    state = ours.state_dict()
-    theirs = torchvision.models.get_model(torchvision_name)
-    theirs.load_state_dict(state)
-    other = timm.create_model(timm_name)
-    other.load_state_dict({to_timm(key): value for key, value in state.items()})
-    return ours.to(device), theirs.to(device), other.to(device)
+    if whose == "torchvision":
+        theirs = torchvision.models.get_model(torchvision_name)
+        theirs.load_state_dict(ours.state_dict())
+    else:
+        theirs = timm.create_model(timm_name)
+        theirs.load_state_dict({to_timm(key): value for key, value in ours.state_dict().items()})
+    return ours.to(device), theirs.to(device)
 
 
 def network_of(recompute: bool) -> PrototypeNetwork:
@@ -130,8 +131,8 @@ def main() -> None:
     results = []
     for name in args.networks:
         images = torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=args.device)
-        ours, *others = build(name, args.device)
-        for whose, theirs in zip(("torchvision", "timm"), others, strict=True):
+        for whose in ("torchvision", "timm"):
+            ours, theirs = build(name, whose, args.device)
             beside = f"{name} beside {whose}'s"
             results += compare(beside, ours, theirs, images, args.dtypes, args.compile, args.rounds)
     print(table(results), flush=True)

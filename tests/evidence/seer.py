@@ -37,7 +37,7 @@ RESULTS = "seer_uncurated"
 CLAIMS = [
     Claim("uncurated images give features as good as curated ones", "6,000 images each, 10 % of the labels of 20 "
           "classes, within two points", RESULTS, UNCURATED, CURATED, "acc1_10", within=2),
-    Claim("the same", "1 % of the labels", RESULTS, UNCURATED, CURATED, "acc1_1", within=2),
+    Claim("the same with very few labels", "1 % of the labels", RESULTS, UNCURATED, CURATED, "acc1_1", within=2),
     Claim("few labels go further than without pre-training", "10 % of the labels", RESULTS, UNCURATED, SUPERVISED,
           "acc1_10"),
     Claim("wider networks are better", "10 % of the labels, each beside the next narrower one", RESULTS,

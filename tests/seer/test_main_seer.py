@@ -23,6 +23,7 @@ from tests.run_folders import losses, state_of, stopped_after
 from tests.seer.tiny import FLAGS, add_small_size, train
 
 CPU = torch.device("cpu")
+CONFIGS = Path(__file__).resolve().parents[2] / "seer" / "configs"
 
 # --- Stream -----------------------------------------------------------------------------------------------------------
 
@@ -219,3 +220,13 @@ def test_a_plan_tells_the_memory_before_a_run(capsys):
     printed = capsys.readouterr().out
     assert "16 images a step on 4 devices (4 x 1)" in printed and "4 x Block" in printed
     assert "it fits on 1 devices" in printed or "it fits on 2 devices" in printed
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("regnet*.yaml")), ids=lambda path: path.stem)
+def test_published_configurations_are_understood(config):
+    args = parse_args(["--fname", str(config), "--data_path", "images"])
+    assert args.arch == config.stem and args.sinkhorn_iterations == 10 and args.nmb_prototypes == [16000]
+    if config.stem == "regnet10B":
+        assert (args.size_crops, args.epsilon, args.fsdp, args.warmup) == ([160, 96], 0.03, True, 0.043648)
+        assert args.base_lr * 496 * args.batch_size / 256 == pytest.approx(9.3)
+    assert parse_args(["--fname", str(config), "--batch_size", "3"]).batch_size == 3  # the command line wins
