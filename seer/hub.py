@@ -33,7 +33,7 @@ def sizes(arch: str, tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 IN1K = "seer_finetuned/seer_{}_finetuned_in1k_model_{}.torch"
-FILES = {  # file, what it is
+FILES = {  # architecture, file, linear top-1
     "seer_32gf": ("regnet32Gf", "seer_regnet32d/seer_regnet32gf_model_iteration244000.torch", "74.0"),
     "seer_64gf": ("regnet64Gf_3", "seer_regnet64/seer_regnet64gf_model_final_checkpoint_phase0.torch", "75.3"),
     "seer_128gf": (
@@ -50,7 +50,7 @@ FILES = {  # file, what it is
     ),
     "seer_10b": ("regnet10B", "seer_regnet10B/model_iteration124500_conso.torch", "79.8"),
 }
-FINETUNED = {
+FINETUNED = {  # the same with the accuracy after fine-tuning
     "seer_32gf_in1k": ("regnet32Gf", IN1K.format("regnet32", "final_checkpoint_phase78"), "83.4"),
     "seer_64gf_in1k": ("regnet64Gf_3", IN1K.format("regnet64", "final_checkpoint_phase78"), "84.0"),
     "seer_128gf_in1k": ("regnet128Gf", IN1K.format("regnet128", "final_checkpoint_phase78"), "84.5"),
