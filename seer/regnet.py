@@ -213,12 +213,13 @@ class RegNet(nn.Module):
 
     def maps(self, images: Tensor) -> dict[str, Tensor]:
         """What the stem and every stage give: ``conv1``, ``res2``, ``res3``, ..., as the papers call them."""
-        found = {"conv1": self.stem(images)}
+        found = {"conv1": self.stem(images.contiguous(memory_format=torch.channels_last))}
         for number, stage in enumerate(self.trunk_output, start=2):
             found[f"res{number}"] = stage(found["conv1" if number == 2 else f"res{number - 1}"])
         return found
 
     def forward(self, images: Tensor) -> Tensor:
+        images = images.contiguous(memory_format=torch.channels_last)  # in which grouped convolutions are faster
         return self.fc(self.trunk_output(self.stem(images)).mean(dim=(2, 3)))
 
 

@@ -80,7 +80,7 @@ def test_a_published_trunk_gives_maps_features_gradients_and_statistics(case, re
     (features.square().sum() / len(features)).backward()
     parameters = dict(network.named_parameters())
     for name, gradient in gradients.items():
-        atol = 1e-4 + (5e-3 if is_ill else 2e-5) * float(gradient.abs().max())
+        atol = 1e-4 + (5e-3 if is_ill else 1e-4) * float(gradient.abs().max())
         torch.testing.assert_close(parameters[from_official(name)].grad, gradient, rtol=0, atol=atol)
     after = network.state_dict()
     for name, value in GOLDEN.state_dict(f"{case}/sd_after/").items():
