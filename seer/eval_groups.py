@@ -48,7 +48,6 @@ from shared.images.sources import ArraySource, FileSource, ImageSource, open_sou
 from shared.images.tables import read_cells
 from shared.networks.own_run import fill_run, folder_of, load_hub, open_run
 from shared.networks.pretrained import image_size_of
-from shared.pictures.curves import Curve, Panel, save_panels
 from shared.run.command_line import Parser, plain_exit
 from shared.run.files import atomic_file
 from shared.run.randomness import seed_everything
@@ -325,7 +324,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--predictions", type=Path, default=None, help="table of labels of another classifier, instead of neighbours")
     add("--nb_knn", type=int, default=20, help="labelled neighbours that vote")
     add("--batch_size", type=int, default=64, help="images in one pass")
-    add("--output_dir", type=Path, default=Path("runs/materials/groups"), help="for groups.csv and groups.png")
+    add("--output_dir", type=Path, default=Path("runs/materials/groups"), help="for groups.csv")
     add("--seed", type=int, default=0, help="of random weights")
     add_process_flags(parser, launcher=False)
     return parser
@@ -383,7 +382,7 @@ def eval_groups(args: argparse.Namespace) -> list[dict]:
 
 
 def write(rows: list[dict], output_dir: Path) -> None:
-    """groups.csv, groups.png and a table with two standard errors."""
+    """groups.csv and a table with two standard errors."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     shown = [name for name in names if name not in ("column", "group", "n") and not name.startswith("n_")]
     with atomic_file(output_dir / "groups.csv") as path, open(path, "w", newline="") as file:
@@ -393,13 +392,6 @@ def write(rows: list[dict], output_dir: Path) -> None:
     for row in rows:
         cells = [f"{n} {row[n]:.1f} +- {margin(row[n], row[f'n_{n}']):.1f}" for n in shown if n in row]
         print(f"{row['column']}: {row['group']}, {row['n']} images: {', '.join(cells)}", flush=True)
-    panels = []
-    for name in shown[:4]:
-        drawn = [row for row in rows if name in row]
-        curve = Curve([row["group"] for row in drawn], [row[name] for row in drawn], "", "points")
-        panels.append(Panel(name, "group", "%", [curve], 10))
-    if panels and sum(len(str(row["group"])) for row in rows) < 90:  # more have no place below an axis
-        save_panels(panels, output_dir / "groups.png", "Groups")
     print(f"{output_dir / 'groups.csv'}", flush=True)
 
 
