@@ -2,6 +2,7 @@
 
     python -m shared.plan FOLDER ARCH --batch_size 1024 --mesh 8 1
     python -m shared.plan FOLDER ARCH --mesh 64 16 --recompute --images_per_s 4.5 --peak_tflops 275
+    python -m shared.plan FOLDER ARCH --views 2 224 4 96 --moments 1 --device_gib 80
 
 Any network of a folder's card, of any size: it is built on torch's meta device, which has shapes and no numbers.
 Weights, gradients and optimiser are divided among the devices of a mesh (data, model), as fully sharded training does
@@ -84,10 +85,10 @@ class Pass:
     recomputed: int
 
 
-def measure_pass(network: nn.Module, images: Tensor) -> Pass:
-    """What a forward pass of a network on the meta device costs."""
-    blocks = repeated_blocks(network)
-    own = {t.untyped_storage()._cdata for t in [images, *network.parameters(), *network.buffers()]}
+def measure_pass(network: nn.Module, images: Tensor | list[Tensor]) -> Pass:
+    """What a forward pass of a network on the meta device costs, or one for each of several batches."""
+    blocks, batches = repeated_blocks(network), [images] if isinstance(images, Tensor) else images
+    own = {t.untyped_storage()._cdata for t in [*batches, *network.parameters(), *network.buffers()]}
     kept: dict[int, torch.UntypedStorage] = {}  # holding them keeps their addresses from being used again
     bytes_of: dict[int, int] = defaultdict(int)  # by number of the block, -1 outside
     current, inputs = [-1], {}
@@ -115,7 +116,8 @@ def measure_pass(network: nn.Module, images: Tensor) -> Pass:
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), FlopCounterMode(display=False) as counter:
             with attention:
-                network(images)
+                for batch in batches:
+                    network(batch)
     finally:
         for hook in hooks:
             hook.remove()
@@ -171,6 +173,7 @@ def make_plan(
     activations_in: torch.dtype = torch.bfloat16,
     moments: int = 2,
     recompute: bool = False,
+    views: Sequence[tuple[int, int]] = (),
 ) -> Plan:
     """Plan a training with weights, gradients and moments in float32, each held once along the data axis.
 
@@ -182,6 +185,7 @@ def make_plan(
         activations_in: Numbers of the passes, and of the weights of one block that are gathered at a time.
         moments: Of the optimiser, numbers per weight; AdamW has 2.
         recompute: Keep the inputs of the repeated blocks only.
+        views: (number, side in pixels) of an image's square views of each size; by default it is seen once, whole.
 
     Raises:
         ValueError: If the data axis does not divide the batch, or the model axis not the network.
@@ -196,8 +200,13 @@ def make_plan(
         blocks, part_blocks = repeated_blocks(whole), repeated_blocks(part)
         sharded = sum(-(-p.numel() // data) for p in part.parameters()) * 4
         gathered = max(map(count_parameters, part_blocks), default=0) * activations_in.itemsize if data > 1 else 0
-        forward = measure_pass(whole.to(activations_in), torch.empty(1, *image, dtype=activations_in)).flops
-        passed = measure_pass(part.to(activations_in), torch.empty(batch_size // data, *image, dtype=activations_in))
+        shapes = [(number, image[0], side, side) for number, side in views] or [(1, *image)]
+
+        def batches(images: int) -> list[Tensor]:
+            return [torch.empty(images * number, *shape, dtype=activations_in) for number, *shape in shapes]
+
+        forward = measure_pass(whole.to(activations_in), batches(2)).flops // 2  # batch norm may need two images
+        passed = measure_pass(part.to(activations_in), batches(batch_size // data))
     parameters = {"all": count_parameters(whole)}
     if blocks:
         parameters[f"{len(blocks)} x {type(blocks[0]).__name__}"] = sum(map(count_parameters, blocks))
@@ -205,6 +214,24 @@ def make_plan(
     activations = passed.recomputed if recompute else passed.activations
     memory = (sharded, sharded, sharded * moments, gathered, activations)
     return Plan(tuple(mesh), batch_size, parameters, 3 * forward, *memory)
+
+
+def fewest_devices(plan_of: Callable[[int], Plan], memory: float, most: int = 1 << 14) -> Plan | None:
+    """The plan with the fewest devices (a power of two) of so many bytes in which a training fits; None if none does.
+
+    Args:
+        plan_of: Makes the plan for a number of devices.
+    """
+    plans = (plan_of(1 << exponent) for exponent in range(most.bit_length()))
+    return next((plan for plan in plans if plan.total <= memory), None)
+
+
+def fitting_text(plan_of: Callable[[int], Plan], device_gib: float) -> str:
+    """A sentence about :func:`fewest_devices`."""
+    found = fewest_devices(plan_of, device_gib * 2**30)
+    if found is None:
+        return f"it does not fit on devices of {device_gib:g} GiB, however many"
+    return f"it fits on {found.mesh[0] * found.mesh[1]} devices of {device_gib:g} GiB: {size_text(found.total)} on each"
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -219,6 +246,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--amp", default="bf16", choices=tuple(NUMBERS), help="numbers of the passes")
     add("--moments", type=int, default=2, help="numbers of the optimiser per weight: 2 for AdamW, 1 for SGD")
     add("--recompute", action="store_true", help="keep the inputs of the blocks only, and compute them again")
+    many = "views of an image instead of it: their number and side in pixels, of each size"
+    add("--views", type=int, nargs="+", default=[], metavar="N", help=many)
+    fits = "memory of a device: tell the fewest of them on which it fits, with the images of a device as they are"
+    add("--device_gib", type=float, default=None, help=fits)
     add("--images_per_s", type=float, default=None, help="of each device, for its utilisation")
     add("--peak_tflops", type=float, default=None, help="of each device, for its utilisation")
     return parser
@@ -237,8 +268,18 @@ def main(arguments: list[str] | None = None) -> Plan:
         return card.build(args.arch, in_chans=args.in_chans, img_size=args.img_size, **options)
 
     image = (args.in_chans, args.img_size, args.img_size)
-    plan = make_plan(build, image, args.batch_size, args.mesh, NUMBERS[args.amp], args.moments, args.recompute)
+    if len(args.views) % 2:
+        raise ValueError(f"--views {' '.join(map(str, args.views))}: expected pairs of a number and a side")
+    views = list(zip(args.views[::2], args.views[1::2], strict=True))
+
+    def plan_of(data: int) -> Plan:
+        batch_size, mesh = args.batch_size // args.mesh[0] * data, (data, args.mesh[1])
+        return make_plan(build, image, batch_size, mesh, NUMBERS[args.amp], args.moments, args.recompute, views)
+
+    plan = make_plan(build, image, args.batch_size, args.mesh, NUMBERS[args.amp], args.moments, args.recompute, views)
     print(plan.text())
+    if args.device_gib:
+        print(fitting_text(plan_of, args.device_gib))
     if args.images_per_s and args.peak_tflops:
         share = plan.utilisation(args.images_per_s, args.peak_tflops * 1e12)
         print(f"{args.images_per_s:g} images/s and device are {share:.1%} of {args.peak_tflops:g} TFLOP/s")

@@ -13,7 +13,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -24,11 +23,9 @@ from shared import distributed
 from shared.evaluation import frozen
 from shared.evaluation.flags import add_data_flags, add_probe_flags, add_process_flags, parse_evaluation
 from shared.evaluation.linear import EpochTraining, tell_accuracy, validate
-from shared.images.sources import ImageSource
-from shared.images.subsets import Subset, listed_images
+from shared.images.subsets import labelled_subset
 from shared.networks.batchnorm import synchronize_batchnorm
 from shared.networks.weights import weights_checksum
-from shared.run import randomness
 from swav.evaluation import choose_network, evaluation_parser, load_chosen
 from swav.hub import CARD, load_network
 from swav.resnet50 import PrototypeNetwork
@@ -117,34 +114,6 @@ def load_classifier(arch: str, pretrained: str, num_labels: int) -> PrototypeNet
     if not isinstance(network.projection_head, nn.Linear) or network.projection_head.out_features != num_labels:
         raise ValueError(f"--evaluate: {pretrained} holds no fine-tuned network with {num_labels} outputs")
     return network
-
-
-# --- Labelled images --------------------------------------------------------------------------------------------------
-
-
-def labelled_subset(train: ImageSource, percent: float, list_path: str | None, seed: int) -> Subset:
-    """The images whose labels may be seen: those of a list, or a share of every class.
-
-    Raises:
-        ValueError: If the list or the percentage does not fit the images.
-    """
-    if list_path is not None:
-        return Subset(train, listed_images(train, list_path), f"labelled images of {list_path}")
-    if not 0 < percent <= 100:
-        raise ValueError(f"--labels_perc {percent:g} is outside (0, 100]")
-    name = f"labelled images: {percent:g} % of every class, drawn with --seed {seed}"
-    return Subset(train, drawn_images(train.labels, percent, seed), name)
-
-
-def drawn_images(labels: np.ndarray, percent: float, seed: int) -> np.ndarray:
-    """Indices of ``percent`` % of the images of every class, at least one of each."""
-    chosen = []
-    for label in np.unique(labels):
-        (members,) = np.nonzero(labels == label)
-        number = max(1, round(len(members) * percent / 100))
-        generator = np.random.default_rng(randomness.derive_seed(seed, int(label)))
-        chosen.append(generator.permutation(members)[:number])
-    return np.sort(np.concatenate(chosen))
 
 
 def main() -> None:

@@ -31,6 +31,7 @@ from shared.evaluation.knn_monitor import KNNMonitor
 from shared.images.training_data import open_training_data
 from shared.multicrop import normalize_views
 from shared.networks.weights import safe_load
+from shared.optimisation.larc import LARC
 from shared.optimisation.optim import clip_grad_norm_per_tensor_
 from shared.optimisation.precision import Precision
 from shared.optimisation.schedules import cosine_schedule
@@ -42,7 +43,6 @@ from swav import flags, main_swav
 from swav.augmentations import swav_views
 from swav.hub import MEAN, STD
 from swav.kmeans import MemoryBank, cluster_memory
-from swav.larc import LARC
 from swav.losses import cluster_classification, usage_of
 from swav.main_swav import CHECKPOINT, NETWORK_FLAGS, build_for_training, numbered_checkpoint
 from swav.report import health_rules, report, suit_settings

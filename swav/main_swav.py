@@ -35,6 +35,7 @@ from shared.networks.batchnorm import synchronize_batchnorm
 from shared.networks.compiling import compile_network
 from shared.networks.weights import safe_load
 from shared.optimisation.accumulation import accumulate
+from shared.optimisation.larc import LARC
 from shared.optimisation.optim import clip_grad_norm_per_tensor_
 from shared.optimisation.schedules import cosine_schedule
 from shared.run.flags import Parser, add_data_flags, add_own_images_flags, bool_flag, tell_embedded_defaults
@@ -43,7 +44,6 @@ from shared.run.run import Run
 from swav import flags
 from swav.augmentations import swav_views
 from swav.hub import MEAN, STD, build_network
-from swav.larc import LARC
 from swav.losses import EmbeddingQueue, PrototypeUsage, SwappedPrediction, normalize_prototypes_
 from swav.report import health_rules, report, suit_settings
 from swav.resnet50 import Trunk

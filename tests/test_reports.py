@@ -92,6 +92,7 @@ def test_healthy_lines_and_those_without_finite_steps_say_nothing(method):
 
 PICTURES = {
     "dino": "views.png neighbours.png curves.png attention",
+    "seer": "views.png neighbours.png curves.png",
     "swav": "views.png neighbours.png curves.png",
     "deepclusterv2": "views.png neighbours.png curves.png",
     "msn": "views.png neighbours.png curves.png attention",
@@ -104,6 +105,7 @@ PICTURES = {
 # scripts that a tiny run offers for images with classes, and for those without
 PRINTED = {
     "dino": ("eval_knn eval_linear visualize_attention", "visualize_attention"),
+    "seer": ("eval_linear", None),
     "swav": ("clusters eval_linear", "clusters"),
     "deepclusterv2": ("clusters eval_linear", "clusters"),
     "msn": ("logistic_eval eval_knn visualize_attention", "visualize_attention"),

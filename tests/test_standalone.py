@@ -70,6 +70,7 @@ NETWORKS = {  # file: a network of it, the shape of its input and the length of 
     "paws/resnet.py": (lambda file: file.ResNet((1, 1, 1, 1), base_planes=8), (3, 32, 32), 256),
     "paws/wide_resnet.py": (lambda file: file.WideResNet(10, 1), (3, 16, 16), 64),
     "resmlp/resmlp_models.py": (lambda file: file.resmlp_12(img_size=16, embed_dim=8, depth=1), (3, 16, 16), 1000),
+    "seer/regnet.py": (lambda file: file.RegNet(file.SIZES["regnet_micro"]), (3, 32, 32), 128),
     "swav/resnet50.py": (lambda file: file.ResNet([1, 1, 1, 1], width_per_group=8), (3, 32, 32), 256),
     "vit22b/scaled_vit.py": (lambda file: file.ScaledViT(32, 1, 64, 2, 8, 32), (3, 32, 32), 32),
     "xcit/cross_covariance_transformer.py": (lambda file: file.xcit_nano_12_p16(), (3, 32, 32), 1000),

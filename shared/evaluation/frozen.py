@@ -1,7 +1,7 @@
 """Evaluations of a frozen network: what k-NN and linear probes of every folder that has a card have in common."""
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -153,6 +153,7 @@ class TrainCrops:
         args: Flags of :mod:`shared.evaluation.flags` for labelled images and probes.
         transform: Of the images to classify, whose size and channels the views have.
         interpolation: Of the resizing of a crop.
+        colours: Further changes of the crops: arguments of :class:`shared.images.views.ViewRecipe`.
         drop_single: Leave out the last batch of an epoch if it is a single image, which batch norms that see one pixel
             cannot normalise.
 
@@ -169,6 +170,7 @@ class TrainCrops:
         device: torch.device,
         interpolation: str = "bilinear",
         drop_single: bool = False,
+        colours: Mapping | None = None,
     ):
         rank, world_size = distributed.get_rank(), distributed.get_world_size()
         per_rank = -(-len(source) // world_size)
@@ -176,7 +178,7 @@ class TrainCrops:
         self.card, self.device = card, device
         self.bad_images = bad_images_of(args, source, Path(args.output_dir, "bad_images.txt"))
         self.sampler = EpochBatchSampler(len(source), args.batch_size, args.seed, rank, world_size, drop_last)
-        recipe = ViewRecipe(transform.crop_px, tuple(args.crop_scale), interpolation=interpolation)
+        recipe = ViewRecipe(transform.crop_px, tuple(args.crop_scale), interpolation=interpolation, **(colours or {}))
         views = MultiCropDataset(source, [recipe], args.seed, in_chans=transform.in_chans, bad_images=self.bad_images)
         self.loader = make_loader(views, batch_sampler=self.sampler, num_workers=args.num_workers, device=device)
 

@@ -1,9 +1,11 @@
-"""Some images of a source: those of a list of names, such as the published lists of labelled ImageNet images."""
+"""Some images of a source: those of a list of names, such as the published lists of labelled images, or a share."""
 
 import zlib
 from pathlib import Path
 
 import numpy as np
+
+from shared.run.randomness import derive_seed
 
 from .decode import DecodedImage, EncodedImage
 from .sources import FileSource, ImageSource
@@ -58,3 +60,28 @@ def listed_images(train: ImageSource, list_path: str, flag: str = "--subset_list
             f"{train.name}, the first is {missing}"
         )
     return np.array(indices)
+
+
+def labelled_subset(train: ImageSource, percent: float, list_path: str | None, seed: int) -> Subset:
+    """The images whose labels may be seen: those of a list, or a share of every class.
+
+    Raises:
+        ValueError: If the list or the percentage does not fit the images.
+    """
+    if list_path is not None:
+        return Subset(train, listed_images(train, list_path), f"labelled images of {list_path}")
+    if not 0 < percent <= 100:
+        raise ValueError(f"--labels_perc {percent:g} is outside (0, 100]")
+    name = f"labelled images: {percent:g} % of every class, drawn with --seed {seed}"
+    return Subset(train, drawn_images(train.labels, percent, seed), name)
+
+
+def drawn_images(labels: np.ndarray, percent: float, seed: int) -> np.ndarray:
+    """Indices of ``percent`` % of the images of every class, at least one of each."""
+    chosen = []
+    for label in np.unique(labels):
+        (members,) = np.nonzero(labels == label)
+        number = max(1, round(len(members) * percent / 100))
+        generator = np.random.default_rng(derive_seed(seed, int(label)))
+        chosen.append(generator.permutation(members)[:number])
+    return np.sort(np.concatenate(chosen))

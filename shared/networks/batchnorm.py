@@ -37,7 +37,8 @@ class CPUSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        dtype, x = x.dtype, x.float()  # statistics in float32, also of what autocast computed in less
+        dtype = x.dtype
+        x = x if dtype == torch.double else x.float()  # statistics of what autocast computed in less are float32 too
         reduced = [d for d in range(x.ndim) if d != 1]
         count = x.new_full((1,), x.numel() / x.shape[1])
         total = _SumOverProcesses.apply(torch.cat([x.sum(reduced), count]), self.process_group)

@@ -14,6 +14,7 @@ Importing ``hub.py`` must stay cheap: torchvision, timm and OpenCV are imported 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -47,6 +48,11 @@ def positions_of(arch: str, tensors: Mapping[str, Tensor]) -> dict[str, int]:
     return {} if shape is None else {"img_size": shape.img_size}
 
 
+def as_it_is(contents: object, path: Path) -> object:
+    """The contents of a file of weights."""
+    return contents
+
+
 @dataclass(frozen=True)
 class Card:
     """The networks of a method: how they are built, found in files and fed.
@@ -65,6 +71,8 @@ class Card:
         head_names: Modules there that are no part of the representation.
         sizes: ``sizes(arch, tensors)`` gives the arguments of ``build`` that a file tells; raises WeightMismatch for
             another architecture's.
+        convert: ``convert(contents, path)`` brings a published layout of this method alone, of which a file was read,
+            into one that :func:`shared.networks.weights.select_backbone_weights` knows.
         arch_flag, weights_flag: How the scripts call them, for messages.
     """
 
@@ -80,6 +88,7 @@ class Card:
     checkpoint_key: str = "teacher"
     head_names: tuple[str, ...] = ()
     sizes: Callable[[str, Mapping[str, Tensor]], dict[str, int]] = positions_of
+    convert: Callable[[object, Path], object] = as_it_is
     arch_flag: str = "--arch"
     weights_flag: str = "--pretrained"
 

@@ -21,7 +21,6 @@ from .weights import (
     flags_of_training,
     is_address,
     load_backbone_weights,
-    read_backbone_weights,
     run_file,
     safe_load,
     select_backbone_weights,
@@ -112,7 +111,8 @@ def read_weights(card: Card, path: str | Path, checkpoint_key: str | None = None
         checkpoint_key: The network to take from a training checkpoint; one that is not the card's has to be there.
     """
     key = checkpoint_key or card.checkpoint_key
-    return read_backbone_weights(path, key, card.head_names, required=key != card.checkpoint_key)
+    contents = card.convert(safe_load(path), Path(path))
+    return select_backbone_weights(contents, key, str(path), card.head_names, required=key != card.checkpoint_key)
 
 
 def known_arch(card: Card, arch: str, tensors: Mapping[str, Tensor]) -> str:

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from shared.optimisation.larc import LARC
 from shared.optimisation.precision import Precision
 from swav import main_deepclusterv2
 from swav.kmeans import MemoryBank, cluster_memory
-from swav.larc import LARC
 from swav.resnet50 import MultiPrototypes
 from tests.golden.golden_file import GoldenFile
 from tests.golden.small_resnet import StoredEmbeddings, small_resnet

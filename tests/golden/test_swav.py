@@ -14,11 +14,11 @@ from torch.utils.data import TensorDataset
 
 from shared.evaluation.linear import validate
 from shared.images.views import ViewParams, ViewRecipe, apply_fast, apply_pil
+from shared.optimisation.larc import LARC
 from shared.optimisation.schedules import cosine_schedule
 from shared.sinkhorn import sinkhorn_knopp
 from swav import losses, main_swav
 from swav.eval_linear import RegLog, pool_windows
-from swav.larc import LARC
 from swav.losses import EmbeddingQueue, PrototypeUsage, SwappedPrediction
 from swav.resnet50 import ResNet, resnet50
 from tests import run_folders

@@ -67,3 +67,32 @@ def test_a_mesh_divides_what_it_can():
     with pytest.raises(ValueError, match="48 heads cannot be divided among 32"):
         main(["vit22b", "vit_22b", "--mesh", "1", "32"])
     assert plan.get_args_parser().parse_args(["dino", "vit_small"]).moments == 2
+
+
+def test_views_of_several_sizes_are_passes_of_their_own():
+    def build(parts: int) -> nn.Module:
+        return timm.create_model("resnet10t", num_classes=0)
+
+    def planned(views=(), side: int = 64) -> plan.Plan:
+        return make_plan(build, (3, side, side), 4, moments=1, views=views)
+
+    both, large, small = planned([(2, 64), (4, 32)]), planned([(2, 64)]), planned([(4, 32)])
+    assert both.activations == large.activations + small.activations
+    assert both.flops_per_image == large.flops_per_image + small.flops_per_image == 3 * large.flops_per_image / 2
+    assert large.flops_per_image == 2 * planned().flops_per_image and large.optimiser == large.weights
+    with pytest.raises(ValueError, match="--views 2 64 4: expected pairs of a number and a side"):
+        main(["dino", "vit_small", "--views", "2", "64", "4"])
+
+
+def test_the_fewest_devices_are_those_whose_memory_suffices(capsys):
+    def plan_of(devices: int) -> plan.Plan:
+        return make_plan(lambda _: timm.create_model("resnet10t"), (3, 64, 64), devices, (devices, 1))
+
+    one, four = plan_of(1), plan_of(4)
+    assert plan.fewest_devices(plan_of, one.total).mesh == (1, 1)
+    assert plan.fewest_devices(plan_of, four.total).mesh == (4, 1)
+    assert plan.fewest_devices(plan_of, four.activations, most=8) is None
+    main(["seer", "regnet_micro", "--views", "2", "32", "--batch_size", "8", "--device_gib", "1", "--moments", "1"])
+    assert "it fits on 1 devices of 1 GiB" in capsys.readouterr().out
+    text = plan.fitting_text(lambda devices: one, 1e-6)
+    assert text == "it does not fit on devices of 1e-06 GiB, however many"

@@ -13,8 +13,8 @@ from torchvision import transforms
 from shared.evaluation import frozen, linear
 from shared.images.labelled import open_labelled
 from shared.images.sources import open_source
+from shared.images.subsets import drawn_images, labelled_subset
 from swav import eval_knn, eval_linear, eval_semisup, evaluation, main_swav, resnet50
-from swav.eval_semisup import drawn_images, labelled_subset
 from swav.hub import CARD
 from tests.interruption import interrupting
 from tests.pictures import write_train_and_val

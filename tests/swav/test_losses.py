@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from shared.optimisation.larc import LARC
 from shared.sinkhorn import sinkhorn_knopp
-from swav.larc import LARC
 from swav.losses import EmbeddingQueue, SwappedPrediction, cluster_classification, normalize_prototypes_
 from tests.processes import run_processes
 

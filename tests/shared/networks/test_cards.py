@@ -37,6 +37,24 @@ ENTRIES = {  # file below <NAME>_WEIGHTS_URL, millions of parameters
     "resmlp_12": ("resmlp_12_no_dist.pth", 15.35),
     "resmlp_24": ("resmlp_24_no_dist.pth", 30.0),
     "resmlp_36": ("resmlp_36_no_dist.pth", 44.7),
+    "seer_10b": ("seer_regnet10B/model_iteration124500_conso.torch", 9323.93),
+    "seer_10b_in1k": ("seer_finetuned/seer_10b_finetuned_in1k_model_phase28_conso.torch", 9323.93),
+    "seer_128gf": (
+        "swav_ig1b_regnet128Gf_cnstant_bs32_node16_sinkhorn10_proto16k_syncBN64_warmup8k/"
+        "model_final_checkpoint_phase0.torch",
+        637.42,
+    ),
+    "seer_128gf_in1k": ("seer_finetuned/seer_regnet128_finetuned_in1k_model_final_checkpoint_phase78.torch", 637.42),
+    "seer_256gf": (
+        "swav_ig1b_cosine_rg256gf_noBNhead_wd1e5_fairstore_bs16_node64_sinkhorn10_proto16k_apex_syncBN64_warmup8k/"
+        "model_final_checkpoint_phase0.torch",
+        1272.16,
+    ),
+    "seer_256gf_in1k": ("seer_finetuned/seer_regnet256_finetuned_in1k_model_final_checkpoint_phase38.torch", 1272.16),
+    "seer_32gf": ("seer_regnet32d/seer_regnet32gf_model_iteration244000.torch", 141.33),
+    "seer_32gf_in1k": ("seer_finetuned/seer_regnet32_finetuned_in1k_model_final_checkpoint_phase78.torch", 141.33),
+    "seer_64gf": ("seer_regnet64/seer_regnet64gf_model_final_checkpoint_phase0.torch", 276.46),
+    "seer_64gf_in1k": ("seer_finetuned/seer_regnet64_finetuned_in1k_model_final_checkpoint_phase78.torch", 276.46),
     "selav2_resnet50": ("selav2_400ep_pretrain.pth.tar", 23.5),
     "swav_resnet50": ("swav_800ep_pretrain.pth.tar", 23.5),
     "swav_resnet50w2": ("swav_RN50w2_400ep_pretrain.pth.tar", 93.9),
@@ -65,6 +83,7 @@ OTHER_RELEASES = {  # stem of the files, those of the entries aside
         paws_imgnt_10percent_300ep_finetuned paws_imgnt_1percent_300ep_finetuned""",
     "resmlp": """resmlp_12_dist resmlp_12_dino resmlp_24_dist resmlp_24_dino resmlp_36_dist resmlpB_24_dist
         resmlpB_24_22k""",
+    "seer": "",
     "swav": """swav_400ep_pretrain swav_200ep_pretrain swav_100ep_pretrain swav_400ep_bs256_pretrain
         swav_200ep_bs256_pretrain swav_400ep_2x224_pretrain deepclusterv2_400ep_pretrain
         deepclusterv2_400ep_2x224_pretrain selav2_400ep_2x224_pretrain""",
@@ -76,6 +95,7 @@ OTHER_RELEASES = {  # stem of the files, those of the entries aside
 ADDRESSES = {name: f"https://dl.fbaipublicfiles.com/{name}/" for name in CARDS} | {
     "paws": "https://dl.fbaipublicfiles.com/suncet/",
     "resmlp": "https://dl.fbaipublicfiles.com/deit/",
+    "seer": "https://dl.fbaipublicfiles.com/vissl/model_zoo/",
     "swav": "https://dl.fbaipublicfiles.com/deepcluster/",
 }
 

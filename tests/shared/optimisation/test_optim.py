@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from paws.optimisation import LARS as PawsLARS
+from shared.optimisation.larc import LARC
 from shared.optimisation.optim import (
     LARS,
     build_optimizer,
@@ -18,7 +19,6 @@ from shared.optimisation.optim import (
     step_unless_not_finite,
 )
 from shared.optimisation.schedules import cosine_schedule, teacher_temperature_schedule
-from swav.larc import LARC
 
 OPTIMIZERS = ["adamw", "sgd", "lars", "LARC of SwAV", "LARS of PAWS", "LARS of PAWS, Nesterov"]
 

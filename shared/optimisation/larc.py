@@ -5,13 +5,29 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from shared import distributed
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor that several share (a ``DTensor``); any other one as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def tensor_norms(tensors: list[Tensor]) -> Tensor:
+    """L2 norms of whole tensors, (n,); of those that all processes share the same numbers on each of them."""
+    norms = torch.stack(torch._foreach_norm([local_part(tensor) for tensor in tensors]))
+    if not hasattr(tensors[0], "to_local"):
+        return norms
+    return distributed.all_reduce_sum(norms.square()).sqrt()
+
 
 class LARC(torch.optim.Optimizer):
     """Layer-wise adaptive rate control (after You et al. 2017) around SGD with momentum.
 
     A tensor p with gradient g is updated with ``r * (g + weight_decay * p)`` instead of g, where
     ``r = trust_coefficient * |p| / (|g| + weight_decay * |p| + eps)``. If either norm is 0 the update is g itself. All
-    tensors decay, biases and norms too. The state is that of ``torch.optim.SGD``, as in the official checkpoints.
+    tensors decay, biases and norms too. The state is that of ``torch.optim.SGD``, as in the official checkpoints. Where
+    processes share parameters (FSDP2), all of them along dimension 0, norms are those of the whole tensors.
 
     Args:
         params: Parameters or groups.
@@ -50,7 +66,8 @@ class LARC(torch.optim.Optimizer):
 
     def _update(self, params: list[Tensor], lr: float, momentum: float, weight_decay: float) -> None:
         updates = self._scaled_gradients(params, lr, weight_decay)
-        buffers = [self._buffer(p) for p in params]
+        buffers = [local_part(self._buffer(p)) for p in params]
+        params = [local_part(p) for p in params]
         found_inf = getattr(self, "found_inf", None)
         if found_inf is None:
             torch._foreach_mul_(buffers, momentum)
@@ -65,8 +82,8 @@ class LARC(torch.optim.Optimizer):
         torch._foreach_add_(params, torch._foreach_mul(buffers, torch.where(skip, 0.0, -lr)))
 
     def _scaled_gradients(self, params: list[Tensor], lr: float, weight_decay: float) -> list[Tensor]:
-        grads = [p.grad for p in params]
-        p_norms, g_norms = (torch.stack(torch._foreach_norm(tensors)) for tensors in (params, grads))
+        p_norms, g_norms = tensor_norms(params), tensor_norms([p.grad for p in params])
+        params, grads = ([local_part(t) for t in tensors] for tensors in (params, [p.grad for p in params]))
         rates = self.trust_coefficient * p_norms / (g_norms + weight_decay * p_norms + self.eps)
         if self.clip:
             rates = (rates / lr).clamp(max=1.0)
