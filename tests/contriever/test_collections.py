@@ -239,5 +239,5 @@ def test_files_of_two_retrievers_are_compared(tmp_path, capsys):
     with pytest.raises(ValueError, match=r"are of different queries: 'q1' is in one of them"):
         run(tmp_path / "a", tmp_path / "c")
     (tmp_path / "twice").write_text(2 * (tmp_path / "c").read_text())
-    with pytest.raises(ValueError, match=r"line 2: query 'q0' is there twice"):
+    with pytest.raises(ValueError, match=r"line 2: the id 'q0' stands in"):
         run(tmp_path / "twice", tmp_path / "c")

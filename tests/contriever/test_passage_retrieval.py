@@ -240,7 +240,6 @@ def test_two_processes_write_what_one_writes(corpus, embeddings, tmp_path):
         (("--projection_size", "768"), "--projection_size 768: vectors have 16 numbers"),
         (("--n_docs", "0"), "--n_docs 0 is less than 1"),
         (("--data", "nothing*"), "--data nothing.*: no such file"),
-        (("--index", "ivf", "--nlist", "30"), "--nlist 30 is more than the 23 passages"),
     ],
 )
 def test_bad_flags_of_the_retrieval(corpus, embeddings, tmp_path, flags, message):
