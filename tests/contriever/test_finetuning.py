@@ -12,12 +12,10 @@ from contriever.mine_negatives import mine
 from contriever.training.evaluation import accuracy_and_mrr
 from contriever.training.optimisation import SharpnessAware
 from contriever.training.questions import FineTuningPairs, read_examples
-from shared import distributed
-from shared.run.run import Run
-from tests.contriever.tiny import lines, state_of, tiny_retriever, write_jsonl
-from tests.interruption import interrupted
+from tests.contriever.tiny import tiny_retriever, write_jsonl
 from tests.processes import run_processes
 from tests.reliability.runs import assert_same_run
+from tests.run_folders import lines, state_of, stopped_after
 
 TINY = (
     "--per_gpu_batch_size 4 --total_steps 5 --lr 0.01 --temperature 0.5 --chunk_length 32 --negative_ctxs 2 "
@@ -53,8 +51,8 @@ def run(data, output_dir, *flags):
 @pytest.mark.parametrize("flags", [(), ("--optim", "asam", "--rho", 0.5)], ids=["adamw", "asam"])
 def test_a_killed_run_ends_like_an_uninterrupted_one(flags, data, tmp_path):
     found = run(data, tmp_path / "whole", *flags)
-    for call in (3, 2):
-        with interrupted(Run, "update", call):
+    for updates in (2, 1):
+        with stopped_after(updates):
             run(data, tmp_path / "run", *flags)
     run(data, tmp_path / "run", *flags)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
@@ -97,7 +95,6 @@ def test_a_radius_needs_an_optimiser_that_reads_it(data, capsys):
 
 
 def finetune_on_rank(rank: int, data, output_dir, *flags) -> None:
-    distributed.init = lambda *_: torch.device("cpu")
     run(data, output_dir, *flags)
 
 

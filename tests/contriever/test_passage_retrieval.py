@@ -15,7 +15,6 @@ from contriever.encoder import load_retriever
 from contriever.generate_passage_embeddings import shard_range
 from contriever.index.embeddings import open_shards
 from contriever.index.passages import PassageFile
-from shared import distributed
 from tests.contriever.tiny import WORDS, tiny_retriever
 from tests.processes import SERVER, run_processes
 
@@ -132,7 +131,6 @@ def test_killed_in_the_middle_of_a_write_it_resumes_to_the_same_bytes(corpus, em
 
 
 def embed_on_rank(rank: int, corpus: Path, output_dir: Path) -> int:
-    distributed.init = lambda **_: torch.device("cpu")  # the processes have joined already
     return len(embed(corpus, output_dir, "--num_shards", "3"))
 
 
@@ -216,7 +214,6 @@ def scores(record: dict) -> list[float]:
 
 
 def retrieve_on_rank(rank: int, corpus: Path, embeddings: Path, output_dir: Path) -> None:
-    distributed.init = lambda **_: torch.device("cpu")  # the processes have joined already
     if rank == 0:
         retrieve(corpus, embeddings, output_dir)
     else:

@@ -10,20 +10,10 @@ import torch
 from contriever.encoder import load_retriever
 from contriever.text.tokens import token_files
 from contriever.train import parse_args
-from shared.run.run import Run
-from tests.contriever.tiny import (
-    VOCABULARY,
-    losses,
-    make_data,
-    run_train,
-    state_of,
-    tiny_retriever,
-    train_on_rank,
-    write_jsonl,
-)
-from tests.interruption import interrupted
+from tests.contriever.tiny import VOCABULARY, make_data, run_train, tiny_retriever, train_on_rank, write_jsonl
 from tests.processes import run_processes
 from tests.reliability.runs import assert_same_run, log_lines
+from tests.run_folders import losses, state_of, stopped_after
 
 PUBLISHED = {
     "contriever": "--retriever_model_id bert-base-uncased --pooling average --augmentation delete "
@@ -67,8 +57,8 @@ def test_published_commands_parse(command):
 
 def test_a_killed_run_in_batch_ends_like_an_uninterrupted_one(data, uninterrupted, tmp_path):
     flags = ("--contrastive_mode", "inbatch")
-    for call in (3, 2):
-        with interrupted(Run, "update", call):
+    for updates in (2, 1):
+        with stopped_after(updates):
             run_train(data, tmp_path / "run", *flags)
     run_train(data, tmp_path / "run", *flags)
     assert_same_run(tmp_path / "run", uninterrupted("inbatch"))

@@ -16,13 +16,11 @@ from paws.evaluation import Representation
 from paws.labels import open_partly_labelled
 from shared.images.decode import ImageError
 from shared.run.attempt import Interrupted
-from shared.run.run import Run
 from shared.supervised.evaluation import evaluate_classifier
 from tests.command_lines import error_of
-from tests.interruption import interrupted
 from tests.paws.tiny import TINY, comparable, train, write_own_pictures
 from tests.reliability.runs import assert_same, write_images
-from tests.run_folders import lines, state_of
+from tests.run_folders import lines, state_of, stopped_after
 
 SAME = ("--dataset", "digits", "--image_size", "12", "--model_name", "wide_resnet10w1", "--num_workers", "0")
 RUN = ("--device", "cpu", "--log_freq", "1")
@@ -185,7 +183,7 @@ def test_fine_tuning_starts_from_the_projection_head_and_resumes(images, run, tm
     assert "7 of 9 entries of the classifier come from the projection head" in printed
     assert f"Top-1 accuracy after the last epoch: {result['acc1']:.2f} %" in printed
 
-    with interrupted(Run, "update", 4):
+    with stopped_after(3):
         tune(fine_tune, parts, *flags)
     assert tune(fine_tune, parts, *flags) == result
     assert_same_checkpoint(name, parts, whole)
@@ -234,7 +232,7 @@ def test_fine_tuning_for_nearest_neighbours_keeps_the_statistics_and_resumes(ima
         assert torch.equal(before[key], after[key]) == statistic or not before[key].any(), key
     assert [line["step"] for line in lines(whole, name) if "snn_top1" in line] == [0, 3]
 
-    with interrupted(Run, "update", 2):
+    with stopped_after(1):
         tune(snn_fine_tune, parts, *flags)
     assert tune(snn_fine_tune, parts, *flags) == result
     assert_same_checkpoint(name, parts, whole)
