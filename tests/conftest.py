@@ -36,6 +36,16 @@ def browser(tmp_path_factory):
 
 
 @pytest.fixture
+def no_network(monkeypatch):
+    """A connection is an error."""
+
+    def refuse(*_):
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+
+
+@pytest.fixture
 def drawn(monkeypatch):
     """Figures as they are saved."""
     from matplotlib.figure import Figure

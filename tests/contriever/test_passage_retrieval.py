@@ -15,6 +15,7 @@ from contriever.encoder import load_retriever
 from contriever.generate_passage_embeddings import shard_range
 from contriever.index.embeddings import open_shards
 from contriever.index.passages import PassageFile
+from shared.run.log import read_log
 from tests.contriever.tiny import WORDS, tiny_retriever
 from tests.processes import SERVER, run_processes
 
@@ -77,7 +78,7 @@ def retrieve(corpus: Path, embeddings: Path | str, output_dir: Path, *flags: str
     command = [str(word) for pair in values.items() for word in pair]
     args = passage_retrieval.get_args_parser().parse_args([*command, *flags])
     passage_retrieval.passage_retrieval(args)
-    return [json.loads(line) for line in (output_dir / "questions.json").read_text().splitlines()]
+    return read_log(output_dir / "questions.json")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -224,8 +225,7 @@ def retrieve_on_rank(rank: int, corpus: Path, embeddings: Path, output_dir: Path
 def test_two_processes_write_what_one_writes(corpus, embeddings, tmp_path):
     alone = retrieve(corpus, embeddings, tmp_path / "alone")
     run_processes(retrieve_on_rank, 2, corpus, embeddings, tmp_path / "two")
-    lines = (tmp_path / "two" / "questions.json").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == alone
+    assert read_log(tmp_path / "two" / "questions.json") == alone
 
 
 @pytest.mark.parametrize(
