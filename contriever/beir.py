@@ -63,8 +63,8 @@ def read_beir(folder: str | Path, split: str = "test") -> BeirDataset:
     """Read one data set; mistakes in it are a ``ValueError`` that names file and line."""
     corpus, queries, judgements = _files(folder, split, CORPUS, QUERIES, QRELS)
     passages = ((f"{corpus}, line {number}", p.id, p) for _, number, p in read_passages(corpus))
-    documents = _by_id(corpus, passages)
-    texts = _by_id(queries, read_queries(queries))
+    documents = by_id(corpus, passages)
+    texts = by_id(queries, read_queries(queries))
     qrels = read_qrels(judgements)
     unknown = next((query for query in qrels if query not in texts), None)
     if unknown is not None:
@@ -85,7 +85,7 @@ def _files(folder: str | Path, split: str, *wanted: tuple[str, ...]) -> list[Pat
     return files
 
 
-def _by_id(path: Path, records: Iterable[tuple[str, str, Record]]) -> dict[str, Record]:
+def by_id(path: str | Path, records: Iterable[tuple[str, str, Record]]) -> dict[str, Record]:
     """Records by their ids, which must differ; each comes with file and line, and id."""
     seen, found = {}, {}
     for where, record_id, record in records:
@@ -125,25 +125,21 @@ def _topics(path: Path) -> Iterator[tuple[str, str, str]]:
 def read_qrels(path: Path) -> Qrels:
     """Judgements: BEIR's, with a header, then query id, document id and grade between tabs; or trec_eval's, without one
     and with another column, which counts for nothing, after the query id."""
-    qrels, of_trec = {}, False
+    qrels, _, first = {}, *next(read_lines(path), (0, ""))
+    of_trec = _is_judgement(first.split(), 4) and not _is_judgement(first.split("\t"), 3)
+    if _is_judgement(first.split("\t"), 3):
+        raise ValueError(f"{path}, line 1: expected a header (query-id, corpus-id, score), got a judgement")
     for number, (_, line) in enumerate(read_lines(path), start=1):
-        columns = line.rstrip("\r\n").split("\t")
-        if number == 1:
-            of_trec = _is_judgement(line.split(), 4) and not _is_judgement(columns, 3)
-        if of_trec:
-            columns = line.split()
-            columns[1:2] = []
-        is_judgement = _is_judgement(columns, 3)
-        if number == 1 and is_judgement and not of_trec:
-            raise ValueError(f"{path}, line 1: expected a header (query-id, corpus-id, score), got a judgement")
         if (number == 1 and not of_trec) or not line.strip():
             continue
-        if not is_judgement:
+        columns = line.split() if of_trec else line.rstrip("\r\n").split("\t")
+        if not _is_judgement(columns, 4 if of_trec else 3):
             raise ValueError(
                 f"{path}, line {number}: expected query id,{' 0,' if of_trec else ''} document id and an integer, got "
                 f"{line.rstrip()[:80]!r}"
             )
-        query, document, grade = columns[0], columns[1], int(columns[2])
+        query, *_, document, grade = columns
+        grade = int(grade)
         # published collections repeat some lines; only a second opinion is a mistake
         before = qrels.setdefault(query, {}).setdefault(document, grade)
         if before != grade:

@@ -17,7 +17,7 @@ from scipy import stats
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from contriever.beir import PerQuery
+from contriever.beir import PerQuery, by_id
 from contriever.text.files import read_json_lines, text_field
 from shared import distributed
 from shared.run.flags import Parser
@@ -34,17 +34,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_queries(path: str) -> PerQuery:
+def read_metrics(path: str) -> PerQuery:
     """Metrics in percent by query id."""
-    found = {}
-    for where, record in read_json_lines(path):
-        query = text_field(record, "query_id", where)
-        if query in found:
-            raise ValueError(f"{where}: query {query!r} is there twice")
-        found[query] = {name: value for name, value in record.items() if name != "query_id"}
-    if not found:
-        raise ValueError(f"{path} is empty")
-    return found
+    records = ((where, text_field(record, "query_id", where), record) for where, record in read_json_lines(path))
+    return by_id(path, records)
 
 
 def compare(first: np.ndarray, second: np.ndarray, permutations: int = 9999) -> dict[str, float]:
@@ -68,7 +61,7 @@ def compare(first: np.ndarray, second: np.ndarray, permutations: int = 9999) -> 
 
 def compare_queries(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Print and return what :func:`compare` finds of each metric."""
-    first, second = read_queries(args.first), read_queries(args.second)
+    first, second = read_metrics(args.first), read_metrics(args.second)
     if other := first.keys() ^ second.keys():
         raise ValueError(f"{args.first} and {args.second} are of different queries: {min(other)!r} is in one of them")
     print(f"{len(first)} queries; first: {args.first}, second: {args.second}")
@@ -77,7 +70,7 @@ def compare_queries(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     for metric in args.metrics:
         lacking = next((query for query in first if metric not in first[query] or metric not in second[query]), None)
         if lacking is not None:
-            names = ", ".join(first[lacking])
+            names = ", ".join(name for name in first[lacking] if name != "query_id")
             raise ValueError(f"--metrics {metric}: query {lacking!r} has no such value, but {names}")
         a, b = (np.array([queries[query][metric] for query in first], float) for queries in (first, second))
         found = results[metric] = compare(a, b, args.permutations)
@@ -88,8 +81,7 @@ def compare_queries(args: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        compare_queries(get_args_parser().parse_args())
+    distributed.run_script(compare_queries, get_args_parser().parse_args)
 
 
 if __name__ == "__main__":

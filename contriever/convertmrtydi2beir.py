@@ -8,14 +8,13 @@ Takes topic.tsv, collection/docs.jsonl and qrels.{train,dev,test}.txt, each perh
 
 import argparse
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-
-from contriever.text.files import find_packed, read_json_lines, read_lines, text_field, write_json_lines
+from contriever.beir import read_qrels, read_queries
+from contriever.text.files import find_packed, read_json_lines, text_field, write_json_lines
 from shared import distributed
 from shared.run.flags import Parser
 
@@ -37,35 +36,21 @@ def convert(data_path: Path, output_path: Path) -> None:
     if missing:
         raise ValueError(f"{data_path} is no folder of Mr. TyDi: there is no {', no '.join(missing)}")
     (output_path / "qrels").mkdir(parents=True, exist_ok=True)
-    write_json_lines(output_path / "queries.jsonl", queries(needed[0]))
-    write_json_lines(output_path / "corpus.jsonl", documents(needed[1]))
-    for split, qrels in splits.items():
-        with open(output_path / "qrels" / f"{split}.tsv", "w", encoding="utf-8") as file:
-            file.write("query-id\tcorpus-id\tscore\n")
-            file.writelines(judgements(qrels))
-
-
-def queries(path: Path) -> Iterable[dict]:
-    """All topics, a tab between id and text."""
-    for number, (_, line) in enumerate(read_lines(path), start=1):
-        query_id, tab, text = line.rstrip("\r\n").partition("\t")
-        if not tab:
-            raise ValueError(f"{path}, line {number}: no tab between id and question")
-        yield {"_id": query_id, "text": text}
-
-
-def documents(path: Path) -> Iterable[dict]:
-    for where, record in read_json_lines(path):
-        yield {"_id": text_field(record, "id", where), "title": "", "text": text_field(record, "contents", where)}
-
-
-def judgements(path: Path) -> Iterable[str]:
-    """Columns 1, 3 and 4 of trec_eval's format."""
-    for number, (_, line) in enumerate(read_lines(path), start=1):
-        columns = line.split()
-        if len(columns) != 4:
-            raise ValueError(f"{path}, line {number}: expected 4 columns, got {len(columns)}")
-        yield f"{columns[0]}\t{columns[2]}\t{columns[3]}\n"
+    queries = ({"_id": query, "text": text} for _, query, text in read_queries(needed[0]))
+    write_json_lines(output_path / "queries.jsonl", queries)
+    documents = (
+        {"_id": text_field(record, "id", where), "title": "", "text": text_field(record, "contents", where)}
+        for where, record in read_json_lines(needed[1])
+    )
+    write_json_lines(output_path / "corpus.jsonl", documents)
+    for split, file in splits.items():
+        lines = [
+            f"{query}\t{document}\t{grade}\n"
+            for query, of in read_qrels(file).items()
+            for document, grade in of.items()
+        ]
+        header = "query-id\tcorpus-id\tscore\n"
+        (output_path / "qrels" / f"{split}.tsv").write_text(header + "".join(lines), encoding="utf-8")
 
 
 def main() -> None:

@@ -126,6 +126,7 @@ def eval_beir(args: argparse.Namespace) -> dict[str, float]:
         write_json_lines(Path(args.output_dir) / f"{name}.queries.jsonl", lines)
         if args.save_results_path:
             save_runs(Path(args.save_results_path), runs)
+    distributed.barrier()
     return metrics
 
 
@@ -270,9 +271,7 @@ def save_runs(path: Path, runs: dict[str, Run]) -> None:
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        eval_beir(get_args_parser().parse_args())
-        distributed.barrier()
+    distributed.run_script(eval_beir, get_args_parser().parse_args)
 
 
 if __name__ == "__main__":

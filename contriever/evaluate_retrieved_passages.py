@@ -66,8 +66,7 @@ def format_accuracies(accuracies: dict[int, float]) -> str:
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        evaluate_retrieved_passages(get_args_parser().parse_args())
+    distributed.run_script(evaluate_retrieved_passages, get_args_parser().parse_args)
 
 
 if __name__ == "__main__":

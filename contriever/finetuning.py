@@ -162,8 +162,7 @@ def train_one_epoch(
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        finetune(parse_args())
+    distributed.run_script(finetune, parse_args)
 
 
 if __name__ == "__main__":

@@ -79,6 +79,7 @@ def generate_passage_embeddings(args: argparse.Namespace) -> list[Path]:
         writer = ShardWriter(folder, end - start, retriever.dim, dtype, settings | {"shard_id": number})
         write_shard(writer, passages, start, retriever, args.chunk_size, args.per_gpu_batch_size, amp)
         folders.append(writer.folder)
+    distributed.barrier()
     return folders
 
 
@@ -134,9 +135,7 @@ def write_shard(
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        generate_passage_embeddings(get_args_parser().parse_args())
-        distributed.barrier()
+    distributed.run_script(generate_passage_embeddings, get_args_parser().parse_args)
 
 
 if __name__ == "__main__":

@@ -119,10 +119,10 @@ def positive_texts(records: Sequence[dict], passages: Sequence[Passage]) -> list
 
 def is_positive(passage: Passage, record: dict) -> bool:
     """Whether a passage is one of the positives, or holds one of the record's ``answers``, where it has any."""
-    for positive in record["positive_ctxs"]:
-        if passage.text == positive["text"] or (positive.get("id") is not None and str(positive["id"]) == passage.id):
-            return True
-    return has_answer(record.get("answers", []), passage.text)
+    positives = record["positive_ctxs"]
+    ids = [str(positive["id"]) for positive in positives if positive.get("id") is not None]
+    is_one = passage.id in ids or any(positive["text"] == passage.text for positive in positives)
+    return is_one or has_answer(record.get("answers", []), passage.text)
 
 
 def with_negatives(
@@ -174,8 +174,7 @@ def mine(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        mine(get_args_parser().parse_args())
+    distributed.run_script(mine, get_args_parser().parse_args)
 
 
 if __name__ == "__main__":

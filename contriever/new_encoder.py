@@ -105,8 +105,7 @@ def new_encoder(args: argparse.Namespace) -> Retriever:
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        new_encoder(get_args_parser().parse_args())
+    distributed.run_script(new_encoder, get_args_parser().parse_args)
 
 
 if __name__ == "__main__":

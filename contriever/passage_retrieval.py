@@ -96,6 +96,7 @@ def passage_retrieval(args: argparse.Namespace) -> dict[str, dict[int, float]]:
             write_json_lines(result_file(file, args.output_dir), results)
             accuracies[file] = accuracy_at([[ctx["hasanswer"] for ctx in result["ctxs"]] for result in results])
             print(f"{file}: {format_accuracies(accuracies[file])}", flush=True)
+    distributed.barrier()
     return accuracies
 
 
@@ -158,9 +159,7 @@ def add_passages(
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        passage_retrieval(get_args_parser().parse_args())
-        distributed.barrier()
+    distributed.run_script(passage_retrieval, get_args_parser().parse_args)
 
 
 if __name__ == "__main__":

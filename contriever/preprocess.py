@@ -137,8 +137,7 @@ def preprocess(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        preprocess(get_args_parser().parse_args())
+    distributed.run_script(preprocess, get_args_parser().parse_args)
 
 
 if __name__ == "__main__":

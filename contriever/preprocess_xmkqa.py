@@ -8,16 +8,14 @@ Questions are left out whose English answers are all unanswerable, yes or no, or
 """
 
 import argparse
-import contextlib
-import json
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-
-from contriever.text.files import read_json_lines
+from contriever.text.files import read_json_lines, write_json_lines
 from shared import distributed
 from shared.run.flags import Parser
 
@@ -33,26 +31,21 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def convert(data_path: Path, output_path: Path) -> dict[str, int]:
     """Write ``<language>.jsonl`` for every language; the numbers of questions."""
-    output_path.mkdir(parents=True, exist_ok=True)
-    counts: dict[str, int] = {}
-    with contextlib.ExitStack() as stack:
-        files = {}
-        for where, record in read_json_lines(data_path):
-            try:
-                answers, example_id = english_answers(record["answers"]["en"]), record["example_id"]
-                questions = dict(record["queries"])
-            except (KeyError, TypeError) as error:
-                raise ValueError(f"{where}: not a record of MKQA ({error!r})") from None
-            for language, question in questions.items() if answers is not None else ():
-                name = language.replace("-", "_").lower()  # zh_cn
-                if name not in files:
-                    files[name] = stack.enter_context(open(output_path / f"{name}.jsonl", "w", encoding="utf-8"))
-                line = {"id": example_id, "lang": name, "question": question, "answers": answers}
-                files[name].write(json.dumps(line, ensure_ascii=False) + "\n")
-                counts[name] = counts.get(name, 0) + 1
-    if not counts:
+    found = defaultdict(list)
+    for where, record in read_json_lines(data_path):
+        try:
+            answers, example_id = english_answers(record["answers"]["en"]), record["example_id"]
+            questions = dict(record["queries"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{where}: not a record of MKQA ({error!r})") from None
+        for language, question in questions.items() if answers is not None else ():
+            name = language.replace("-", "_").lower()  # zh_cn
+            found[name].append({"id": example_id, "lang": name, "question": question, "answers": answers})
+    if not found:
         raise ValueError(f"{data_path} has no question with an answer")
-    return counts
+    for name, records in found.items():
+        write_json_lines(output_path / f"{name}.jsonl", records)
+    return {name: len(records) for name, records in found.items()}
 
 
 def english_answers(answers: list[dict]) -> list[str] | None:

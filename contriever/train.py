@@ -263,8 +263,7 @@ def train_one_epoch(
 
 
 def main() -> None:
-    with distributed.clean_exit():
-        train_contriever(parse_args())
+    distributed.run_script(train_contriever, parse_args)
 
 
 if __name__ == "__main__":

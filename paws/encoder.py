@@ -13,36 +13,28 @@ from .wide_resnet import WideResNet
 NAMES = ("resnet50", "resnet50w2", "resnet50w4", "resnet101", "resnet152", "resnet200", "wide_resnet28w2")
 
 
-class ResNetEncoder(Encoder, ResNet):
-    def __init__(self, *args, output_dim: int = 0, use_pred_head: bool = False, **kwargs):
-        ResNet.__init__(self, *args, **kwargs)
-        self.add_heads(output_dim, use_pred_head)
+class LibraryNetwork(nn.Module):
+    """A backbone of torchvision or timm, whose names begin with ``backbone.``."""
 
-    def forward_backbone(self, images: Tensor) -> Tensor:
-        return ResNet.forward(self, images)
+    def __init__(self, backbone: nn.Module, embed_dim: int):
+        super().__init__()
+        self.backbone, self.embed_dim = backbone, embed_dim
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.backbone(images)
+        return features[0] if isinstance(features, tuple) else features  # XCiT returns a tuple in train mode
+
+
+class ResNetEncoder(Encoder, ResNet):
+    """A ResNet and its heads."""
 
 
 class WideResNetEncoder(Encoder, WideResNet):
-    def __init__(self, *args, output_dim: int = 0, use_pred_head: bool = False, **kwargs):
-        WideResNet.__init__(self, *args, **kwargs)
-        self.add_heads(output_dim, use_pred_head)
-
-    def forward_backbone(self, images: Tensor) -> Tensor:
-        return WideResNet.forward(self, images)
+    """A wide ResNet and its heads."""
 
 
-class LibraryEncoder(Encoder):
-    """A backbone of torchvision or timm, whose names begin with ``backbone.``."""
-
-    def __init__(self, backbone: nn.Module, embed_dim: int, output_dim: int = 0, use_pred_head: bool = False):
-        super().__init__()
-        self.backbone = backbone
-        self.embed_dim = embed_dim
-        self.add_heads(output_dim, use_pred_head)
-
-    def forward_backbone(self, images: Tensor) -> Tensor:
-        features = self.backbone(images)
-        return features[0] if isinstance(features, tuple) else features  # XCiT returns a tuple in train mode
+class LibraryEncoder(Encoder, LibraryNetwork):
+    """A network of a library and its heads."""
 
 
 def own_network(model_name: str) -> tuple[type[Encoder], type[nn.Module], tuple] | None:
@@ -63,7 +55,7 @@ def build_encoder(
     Args:
         model_name: ``resnet50``, ``101``, ``152`` (in the official code ``151``), ``200``, with ``w2`` or ``w4`` for
             wider ones; ``wide_resnet28w2`` or another depth and width; else a model of torchvision or timm.
-        output_dim, use_pred_head: See :meth:`paws.heads.Encoder.add_heads`.
+        output_dim, use_pred_head: See :class:`paws.heads.Encoder`.
         img_size: Side in pixels of the images for which position embeddings are made; convnets have none.
         in_chans: Channels of the images.
 

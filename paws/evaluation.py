@@ -3,7 +3,6 @@
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +15,17 @@ from shared.evaluation.features import extract_features
 from shared.evaluation.frozen import bad_images_of
 from shared.evaluation.knn_monitor import AUTOMATIC_UP_TO, BetweenEpochs
 from shared.evaluation.without_labels import MeasuresWithoutLabels
-from shared.images.labelled import NotLabelled, match_val
+from shared.images.labelled import NotLabelled, match_val, open_val
 from shared.images.loading import LEFT_OUT, BadImages, EvalDataset, EvalTransform
-from shared.images.sources import ImageSource, open_source, reading
+from shared.images.sources import ImageSource, reading
 from shared.networks.backbones import input_channels
 from shared.run.run import Run
 
 from .augmentations import Recipe
+from .flags import recipe_of_run
 from .heads import Encoder
-from .labels import PartlyLabelled
+from .hub import load_encoder
+from .labels import PartlyLabelled, open_images
 from .losses import soft_nearest_neighbours
 
 QUERY_BLOCK = 1024
@@ -84,30 +85,19 @@ def open_validation(
     shared_classes_only: bool | None = None,
     **reading_options,
 ) -> Validation:
-    """Images to classify: ``val_path``; else the val part of ``data_path``; else those whose labels were kept back.
+    """Images to classify: those of :func:`shared.images.labelled.open_val`, else those whose labels were kept back.
 
     Raises:
         NotLabelled: If there are none.
         ValueError: If they cannot be opened or have other classes.
     """
-    open_images = partial(open_source, **reading_options)
-    beside = Path(data_path).with_name("val") if data_path and Path(data_path).name == "train" else None
-    if val_path is not None:
-        val = open_images(val_path, "all", flag="--val_path")
-    elif images.truth is None:
+    if val_path is None and images.truth is None:
         raise NotLabelled("the classes of the unlabelled images are not known; give labelled ones as --val_path")
-    elif beside is not None and beside.is_dir():
-        val = open_images(str(beside), "all")
-    else:
-        try:
-            val = open_images(data_path, "val")
-        except ValueError as error:
-            if "has no val part" not in str(error):
-                raise
-            if len(images.unlabelled) == 0:
-                reason = "all images have a label that is used; give others to classify as --val_path"
-                raise NotLabelled(reason) from error
-            return Validation(images.source, images.unlabelled)
+    val = open_val(data_path, val_path, **reading_options)
+    if val is None and len(images.unlabelled) == 0:
+        raise NotLabelled("all images have a label that is used; give others to classify as --val_path")
+    if val is None:
+        return Validation(images.source, images.unlabelled)
     val, absent = match_val(images, val, shared_classes_only)
     return Validation(val, np.arange(len(val)), absent)
 
@@ -184,6 +174,15 @@ class SoftNearestNeighbours:
         readable, num_classes = found != LEFT_OUT, len(self.images.classes)
         support_labels = torch.from_numpy(self.images.labels[chosen]).to(supports.device)[readable]
         return classify(queries, supports[readable], support_labels, num_classes, self.temperature), labels
+
+
+def open_classifier(args: argparse.Namespace) -> tuple[Encoder, SoftNearestNeighbours]:
+    """The encoder and the classifier that the flags of a program name which trains nothing."""
+    device = distributed.init(args.dist_url, args.device)
+    recipe, images = recipe_of_run(args), open_images(args)
+    encoder = load_encoder(args.model_name, args.pretrained, args.use_pred).to(device)
+    how = args.temperature, device, args.num_workers, args.use_pred, args.batch_size
+    return encoder, SoftNearestNeighbours(images, recipe, *how)
 
 
 # --- Between epochs ---------------------------------------------------------------------------------------------------

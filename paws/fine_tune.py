@@ -9,7 +9,7 @@ All layers learn. The result is the accuracy after the last epoch. Running the s
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from paws import flags
 from paws.augmentations import Recipe, fine_tune_view, support_views
 from paws.encoder import build_encoder
 from paws.evaluation import Representation, Validation, eval_transform, validation_of
-from paws.fine_tuning import labelled_batches, resume
+from paws.fine_tuning import labelled_batches, resume, train_one_epoch
 from paws.heads import Encoder, classification_head
 from paws.hub import build_for, load_classifier, read_weights
 from paws.labels import PartlyLabelled, open_images
@@ -33,12 +33,10 @@ from paws.optimisation import LARS, lr_schedule, parameter_groups
 from shared import distributed
 from shared.images.labelled import NotLabelled
 from shared.images.loading import EpochBatchSampler
-from shared.multicrop import normalize_views
 from shared.networks.backbones import input_channels
 from shared.networks.batchnorm import synchronize_batchnorm
 from shared.networks.pretrained import backbone_of
 from shared.networks.weights import load_backbone_weights
-from shared.optimisation.optim import clip_grad_norm_per_tensor_
 from shared.optimisation.precision import Precision
 from shared.run.flags import bool_flag
 from shared.run.run import Run
@@ -109,6 +107,10 @@ def fine_tune(args: argparse.Namespace) -> dict[str, float]:
     views = [fine_tune_view(recipe)] if args.views == "basic" else strong
     data = labelled_batches(args, images, views, labelled_sampler(args, images), args.batch_size, device)
     labels = torch.from_numpy(images.labels).to(device)
+
+    def cross_entropy(logits: Tensor, indices: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float(), labels[indices.to(device)])
+
     trust = 0.001 if args.use_lars else 0.0
     optimizer = LARS(parameter_groups(encoder, args.weight_decay), nesterov=args.nesterov, trust_coefficient=trust)
     rates = lr_schedule(args.lr, args.lr, 0.0, 0, args.epochs, data.steps_per_epoch)
@@ -118,7 +120,8 @@ def fine_tune(args: argparse.Namespace) -> dict[str, float]:
     with run:
         for epoch in run.epochs():
             data.sampler.set_epoch(epoch, run.step_in_epoch)
-            train_one_epoch(wrapped, data.loader, labels, optimizer, rates, recipe, run)
+            wrapped.train()
+            train_one_epoch(wrapped, data.loader, cross_entropy, optimizer, rates, recipe, run)
             if validation is not None and is_due(args, epoch):
                 result = validate(encoder, run.stop_if_asked)
                 progress.best = max(progress.best, result["acc1"])
@@ -153,34 +156,6 @@ def is_due(args: argparse.Namespace, epoch: int) -> bool:
     """Whether to validate after ``epoch``: at the end, and every ``--eval_knn_freq`` epochs."""
     every = args.eval_knn_freq
     return epoch == args.epochs - 1 or bool(every and (epoch + 1) % every == 0)
-
-
-def train_one_epoch(
-    encoder: nn.Module,
-    batches: Iterable,
-    labels: Tensor,
-    optimizer: torch.optim.Optimizer,
-    rates: np.ndarray,
-    recipe: Recipe,
-    run: Run,
-) -> None:
-    """One epoch of cross-entropy of the classifier ``fc``.
-
-    ``batches`` yields (views, labels, indices); ``labels`` are those of all images, by index.
-    """
-    parameters = list(encoder.parameters())
-    encoder.train()
-    for step, (loaded, _, indices) in run.steps(batches):
-        for group in optimizer.param_groups:
-            group["lr"] = float(rates[step])
-        optimizer.zero_grad(set_to_none=True)
-        views = normalize_views(loaded, run.device, recipe.mean, recipe.std)
-        with run.precision.autocast():
-            logits, _ = encoder(views)
-        loss = F.cross_entropy(logits.float(), labels[indices.to(labels.device)])
-        run.backward(loss, optimizer)
-        run.update(clip_grad_norm_per_tensor_(parameters, max_norm=0), optimizer)
-        run.end_step(len(indices), {"loss": loss, "lr": rates[step]})
 
 
 # --- Network ----------------------------------------------------------------------------------------------------------

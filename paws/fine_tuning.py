@@ -1,19 +1,23 @@
-"""What both kinds of fine-tuning have in common: batches of labelled images, and what their checkpoints hold."""
+"""What both kinds of fine-tuning have in common: batches of labelled images, an epoch, what their checkpoints hold."""
 
 import argparse
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from shared import distributed
 from shared.images.loading import BadImages, EpochBatchSampler, make_loader
 from shared.images.training_data import TrainingData
 from shared.images.views import ViewRecipe
-from shared.multicrop import MultiCropDataset
+from shared.multicrop import MultiCropDataset, normalize_views
 from shared.networks.weights import weights_checksum
+from shared.optimisation.optim import clip_grad_norm_per_tensor_
 from shared.run.run import Run
 
+from .augmentations import Recipe
 from .labels import PartlyLabelled
 from .support_sampler import SupportSampler
 
@@ -32,6 +36,35 @@ def labelled_batches(
     loader = make_loader(dataset, batch_sampler=sampler, num_workers=args.num_workers, device=device)
     batch_size, checksum = batch_size * distributed.get_world_size(), images.source.checksum()
     return TrainingData(dataset, sampler, loader, bad_images, checksum, batch_size, args.num_workers)
+
+
+def train_one_epoch(
+    encoder: nn.Module,
+    batches: Iterable,
+    criterion: Callable[[Tensor, Tensor], Tensor],
+    optimizer: torch.optim.Optimizer,
+    rates: np.ndarray,
+    recipe: Recipe,
+    run: Run,
+) -> None:
+    """One epoch on all views of labelled images, in the mode that the encoder is in.
+
+    Args:
+        batches: Yields (views, labels, indices).
+        criterion: Loss of the outputs of the encoder for the images with these indices.
+    """
+    parameters = list(encoder.parameters())
+    for step, (loaded, _, indices) in run.steps(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = float(rates[step])
+        optimizer.zero_grad(set_to_none=True)
+        views = normalize_views(loaded, run.device, recipe.mean, recipe.std)
+        with run.precision.autocast():
+            _, outputs = encoder(views)
+        loss = criterion(outputs, indices)
+        run.backward(loss, optimizer)
+        run.update(clip_grad_norm_per_tensor_(parameters, max_norm=0), optimizer)
+        run.end_step(len(indices), {"loss": loss, "lr": rates[step]})
 
 
 @dataclass

@@ -51,25 +51,23 @@ def classification_head(embed_dim: int, num_classes: int) -> nn.Sequential:
 class Encoder(nn.Module):
     """A backbone, its projection head ``fc`` and optionally a prediction head ``pred``.
 
-    Subclasses define :meth:`forward_backbone` and call :meth:`add_heads` last in ``__init__``, so that the parameters
-    are in the order of the released optimiser states.
+    The next base class of a subclass is the backbone. The heads come last, so that the parameters are in the order of
+    the released optimiser states.
+
+    Args:
+        backbone: What the backbone is made of; it has an ``embed_dim``.
+        output_dim: Dimension of the representations; 0: no heads, which makes representations of features.
+        use_pred_head: Also make the prediction head.
     """
 
-    embed_dim: int
-
-    def add_heads(self, output_dim: int = 0, use_pred_head: bool = False) -> None:
-        """Make the heads anew.
-
-        Args:
-            output_dim: Dimension of the representations; 0: no heads, which makes representations of features.
-            use_pred_head: Also make the prediction head.
-        """
+    def __init__(self, *backbone, output_dim: int = 0, use_pred_head: bool = False):
+        super().__init__(*backbone)
         self.fc = projection_head(self.embed_dim, output_dim) if output_dim else None
         self.pred = prediction_head(output_dim) if output_dim and use_pred_head else None
 
     def forward_backbone(self, images: Tensor) -> Tensor:
         """Features (B, embed_dim) of images (B, C, H, W)."""
-        raise NotImplementedError
+        return super().forward(images)
 
     def forward(self, views: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Run views through backbone and heads, one pass for each run of views of equal size.

@@ -18,6 +18,7 @@ from shared.run.randomness import derive_seed
 
 UNLABELED_FOLDERS = ("unlabeled", "unlabelled")
 OFFICIAL_CIFAR_FRAC = 0.92
+LABEL_FLAGS = ("labels", "labels_per_class", "unlabeled_frac", "subset_path", "data_seed", "min_confidence")
 
 
 @dataclass
@@ -143,16 +144,8 @@ def open_images(args: argparse.Namespace) -> PartlyLabelled:
 
     Fills in ``--num_workers``, which depends on the machine.
     """
-    images = open_partly_labelled(
-        args.data_path,
-        labels=args.labels,
-        labels_per_class=args.labels_per_class,
-        unlabeled_frac=args.unlabeled_frac,
-        subset_path=args.subset_path,
-        data_seed=args.data_seed,
-        **reading(args),
-        min_confidence=args.min_confidence,
-    )
+    asked = {name: getattr(args, name) for name in LABEL_FLAGS}
+    images = open_partly_labelled(args.data_path, **asked, **reading(args))
     distributed.print_once(images.describe())
     images.source = cache_images(images.source, args.cache)
     if args.num_workers is None:

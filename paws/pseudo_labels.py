@@ -13,7 +13,6 @@ vote of all labelled images; the confidence is its share of the vote. Writes int
 """
 
 import argparse
-import csv
 import sys
 from pathlib import Path
 
@@ -23,14 +22,14 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from paws import flags
-from paws.evaluation import SoftNearestNeighbours, eval_transform
+from paws.evaluation import SoftNearestNeighbours, eval_transform, open_classifier
 from paws.heads import Encoder
-from paws.hub import load_encoder
-from paws.labels import PartlyLabelled, open_images
+from paws.labels import PartlyLabelled
 from shared import distributed
 from shared.evaluation.knn_monitor import AUTOMATIC_UP_TO
 from shared.images.loading import LEFT_OUT, BadImages, EvalDataset
 from shared.images.sources import FileSource
+from shared.images.tables import write_table
 from shared.pictures.sheets import AGREE, DIFFER, Tile, save_sheet, thumbnail
 from shared.run.flags import add_bad_image_flags, bool_flag
 
@@ -53,21 +52,15 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def label_images(args: argparse.Namespace) -> None:
     """Load the encoder, label the images, write and draw."""
-    device = distributed.init(args.dist_url, args.device)
-    recipe = flags.recipe_of_run(args)
-    images = open_images(args)
-    encoder = load_encoder(args.model_name, args.pretrained, args.use_pred).to(device)
+    encoder, classifier = open_classifier(args)
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    classifier = SoftNearestNeighbours(
-        images, recipe, args.temperature, device, args.num_workers, args.use_pred, args.batch_size
-    )
     policy = (args.on_bad_image, args.max_bad_fraction)
     lines, labels = save_pseudo_labels(encoder, classifier, output_dir, None, *policy)
     if labels and args.pictures:
         picture = output_dir / "pictures" / "certainty.png"
         picture.parent.mkdir(exist_ok=True)
-        lines.append(f"picture: {save_certainty(images, *labels, picture)}")
+        lines.append(f"picture: {save_certainty(classifier.images, *labels, picture)}")
     for line in lines:
         distributed.print_once(line)
     distributed.barrier()
@@ -111,7 +104,7 @@ def save_pseudo_labels(
     confidences, found = (tensor.numpy() for tensor in probabilities.cpu()[readable].max(dim=1))
     rows = rows[readable.numpy()]
     path = output_dir / "pseudo_labels.csv"
-    write_table(images, rows, found, confidences, path)
+    write_labels(images, rows, found, confidences, path)
     lines = [f"{path}: {len(rows):,} pseudo-labels, mean confidence {confidences.mean():.3f}"]
     if images.truth is not None:
         lines.append(
@@ -120,21 +113,18 @@ def save_pseudo_labels(
     return lines, (rows, found, confidences)
 
 
-def write_table(
+def write_labels(
     images: PartlyLabelled, rows: np.ndarray, found: np.ndarray, confidences: np.ndarray, path: Path
 ) -> None:
     """One row per image, in the order of the source; the file can be the ``--labels`` of another training.
 
     Images are named by their path below the data set's folder, where there is one.
     """
-    source = images.source
-    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file)
-        writer.writerow(["image", "label", "confidence", *(["class"] if images.truth is not None else [])])
-        for row, label, confidence in zip(rows.tolist(), found.tolist(), confidences.tolist(), strict=True):
-            name = source.names[row] if isinstance(source, FileSource) else source.path(row)
-            line = [name, images.classes[label], f"{confidence:.4f}"]
-            writer.writerow([*line, images.classes[images.truth[row]]] if images.truth is not None else line)
+    source, classes = images.source, np.array(images.classes)
+    names = [source.names[row] if isinstance(source, FileSource) else source.path(row) for row in rows.tolist()]
+    columns = {"image": names, "label": classes[found], "confidence": [f"{value:.4f}" for value in confidences]}
+    columns |= {} if images.truth is None else {"class": classes[images.truth[rows]]}
+    write_table(path, list(columns), zip(*columns.values(), strict=True))
 
 
 def save_certainty(

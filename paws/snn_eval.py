@@ -15,9 +15,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from paws import flags
-from paws.evaluation import SoftNearestNeighbours, eval_transform, validation_of
-from paws.hub import load_encoder
-from paws.labels import open_images
+from paws.evaluation import eval_transform, open_classifier, validation_of
 from shared import distributed
 from shared.evaluation.flags import add_shared_classes_flag
 
@@ -44,15 +42,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def snn_eval(args: argparse.Namespace) -> tuple[float, float]:
     """Top-1 and top-5 in percent, the same on every process."""
-    device = distributed.init(args.dist_url, args.device)
-    recipe = flags.recipe_of_run(args)
-    images = open_images(args)
-    validation = validation_of(args, images)
-    encoder = load_encoder(args.model_name, args.pretrained, args.use_pred).to(device)
-    classifier = SoftNearestNeighbours(
-        images, recipe, args.temperature, device, args.num_workers, args.use_pred, args.batch_size
-    )
-    top1, top5 = validation.top_k(*classifier.classify(encoder, validation.dataset(eval_transform(recipe, encoder))))
+    encoder, classifier = open_classifier(args)
+    validation = validation_of(args, classifier.images)
+    dataset = validation.dataset(eval_transform(classifier.recipe, encoder))
+    top1, top5 = validation.top_k(*classifier.classify(encoder, dataset))
     distributed.print_once(f"{validation.describe()}: top-1 {top1:.2f} %, top-5 {top5:.2f} %")
     return top1, top5
 

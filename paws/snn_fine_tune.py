@@ -10,29 +10,24 @@ epoch. Running the same command again resumes.
 
 import argparse
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from paws import flags
-from paws.augmentations import Recipe, support_views
+from paws.augmentations import support_views
 from paws.evaluation import SoftNearestNeighbours, build_snn_monitor
-from paws.fine_tuning import labelled_batches, resume
+from paws.fine_tuning import labelled_batches, resume, train_one_epoch
 from paws.hub import load_encoder
 from paws.labels import PartlyLabelled, open_images
 from paws.losses import suncet_loss, support_labels
 from paws.optimisation import LARS, lr_schedule, parameter_groups
 from paws.support_sampler import MOST_SUPPORTS, SupportSampler
 from shared import distributed
-from shared.multicrop import normalize_views
 from shared.networks.backbones import input_channels
-from shared.optimisation.optim import clip_grad_norm_per_tensor_
 from shared.run.flags import bool_flag
 from shared.run.run import Run
 
@@ -101,6 +96,9 @@ def snn_fine_tune(args: argparse.Namespace) -> float | None:
         views=args.supervised_views,
     ).to(device)
 
+    def criterion(representations: Tensor, _: Tensor) -> Tensor:
+        return suncet_loss(representations, labels, args.temperature)
+
     progress = resume(run, data, len(rates), RUN_FLAGS, encoder, optimizer)
     top1 = None
     with run:
@@ -108,7 +106,8 @@ def snn_fine_tune(args: argparse.Namespace) -> float | None:
             run.log_evaluation(snn_top1=evaluation.run(encoder, run.stop_if_asked))
         for epoch in run.epochs():
             data.sampler.set_epoch(epoch, run.step_in_epoch)
-            train_one_epoch(wrapped, data.loader, labels, optimizer, rates, recipe, run, args.temperature)
+            train_with_fixed_statistics(wrapped)
+            train_one_epoch(wrapped, data.loader, criterion, optimizer, rates, recipe, run)
             if evaluation.is_due(epoch):
                 top1 = evaluation.run(encoder, run.stop_if_asked)
                 progress.best = max(progress.best, top1)
@@ -141,32 +140,6 @@ def support_sampler(args: argparse.Namespace, images: PartlyLabelled) -> Support
         inner_epochs=rounds,
         class_names=images.classes,
     )
-
-
-def train_one_epoch(
-    encoder: nn.Module,
-    batches: Iterable,
-    labels: Tensor,
-    optimizer: torch.optim.Optimizer,
-    rates: np.ndarray,
-    recipe: Recipe,
-    run: Run,
-    temperature: float,
-) -> None:
-    """One epoch of SuNCEt on all views of labelled images; ``batches`` yields (views, labels, indices)."""
-    parameters = list(encoder.parameters())
-    train_with_fixed_statistics(encoder)
-    for step, (loaded, _, indices) in run.steps(batches):
-        for group in optimizer.param_groups:
-            group["lr"] = float(rates[step])
-        optimizer.zero_grad(set_to_none=True)
-        views = normalize_views(loaded, run.device, recipe.mean, recipe.std)
-        with run.precision.autocast():
-            _, z = encoder(views)
-        loss = suncet_loss(z, labels, temperature)
-        run.backward(loss, optimizer)
-        run.update(clip_grad_norm_per_tensor_(parameters, max_norm=0), optimizer)
-        run.end_step(len(indices), {"loss": loss, "lr": rates[step]})
 
 
 def train_with_fixed_statistics(encoder: nn.Module) -> None:

@@ -24,6 +24,27 @@ def images(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("data") / "images")
 
 
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    from tests.browser import CHROMIUM, Browser
+
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed")
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """A connection is an error."""
+
+    def refuse(*_):
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+
+
 @pytest.fixture
 def drawn(monkeypatch):
     """Figures as they are saved."""

@@ -1,36 +1,19 @@
 """What tests do with a run: stop it, read its log and its newest checkpoint."""
 
-import contextlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-
-import pytest
 
 from shared.run.checkpoint import load_latest
 from shared.run.log import read_log
 from shared.run.run import Run
+from tests.interruption import interrupted
 
 CHECKPOINTS = ("checkpoint.pth", "checkpoint.pth.tar", "msn-latest.pth.tar", "paws-latest.pth.tar")
 
 
-class Stop(Exception):
-    pass
-
-
-@contextlib.contextmanager
-def stopped_after(updates: int) -> Iterator[None]:
+def stopped_after(updates: int) -> AbstractContextManager:
     """In here a training ends like a killed one when it wants to make another update than so many."""
-    update, calls = Run.update, []
-
-    def stop(*args) -> None:
-        calls.append(args)
-        if len(calls) > updates:
-            raise Stop
-        update(*args)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(Run, "update", stop)
-        yield
+    return interrupted(Run, "update", updates + 1)
 
 
 def lines(output_dir, log: str = "metrics") -> list[dict]:

@@ -21,13 +21,12 @@ from typing import BinaryIO
 
 import numpy as np
 
+from shared.networks.weights import NumberType
+
 from ..text.files import first_difference, read_json, write_json
 
 WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what Lustre and some NFS say
 BLOCK_BYTES = 1 << 26  # of a file of ids that are searched for line breaks at once
-# settings in which all shards must agree
-OF_THE_COLLECTION = ("model", "pooling", "normalized", "max_length", "passages", "num_shards")
-OF_THE_COLLECTION += ("prefix", "with_title", "lowercase", "normalize_text")
 
 
 class ShardWriter:
@@ -101,7 +100,7 @@ class ShardWriter:
                 f"the vector of passage {ids[bad[0]]!r} is not finite in {self.description['dtype']}: the largest "
                 f"value is {np.abs(vectors[bad[0]]).max()}; --no_fp16 stores float32"
             )
-        broken = next((i for i in ids if len(i.splitlines()) > 1 or i.endswith("\n")), None)
+        broken = next((i for i in ids if "\n" in i), None)
         if broken is not None:
             raise ValueError(f"the passage id {broken!r} contains a line break")
         lines = "".join(f"{i}\n" for i in ids).encode()
@@ -210,17 +209,16 @@ def open_shards(pattern: str) -> list[Shard]:
     if not paths:
         raise ValueError(f"--passages_embeddings {pattern}: nothing there")
     shards = [open_shard(path) for path in paths]
-    first = shards[0]
-    for shard in shards[1:]:
-        for what in OF_THE_COLLECTION:
-            if shard.settings.get(what) != first.settings.get(what):
-                raise ValueError(
-                    f"{first.path} and {shard.path} do not belong together: {what} is {first.settings.get(what)!r} "
-                    f"and {shard.settings.get(what)!r}"
-                )
-        if shard.vectors.shape[1] != first.vectors.shape[1]:
-            raise ValueError(f"{first.path} and {shard.path} have vectors of different lengths")
     by_number = {}
+    first, *rest = (
+        shard.settings | {"length of vectors": shard.vectors.shape[1], "shard_id": None} for shard in shards
+    )
+    for shard, settings in zip(shards[1:], rest, strict=True):
+        if what := first_difference(first, settings):
+            raise ValueError(
+                f"{shards[0].path} and {shard.path} do not belong together: {what} is {first.get(what)!r} and "
+                f"{settings.get(what)!r}"
+            )
     for shard in shards:
         number = shard.settings.get("shard_id", shard.path)
         if number in by_number:
@@ -239,29 +237,16 @@ def missing_shards(shards: Iterable[Shard]) -> list[int]:
 # --- The reference's files: a pickled pair of ids and array -----------------------------------------------------------
 
 
-class _NumberType:
-    """Stands for ``numpy.dtype`` in a pickle: float16 or float32 and nothing else."""
-
-    def __init__(self, code: str, *_: bool):
-        if code not in ("f2", "f4"):
-            raise pickle.UnpicklingError(f"numbers of type {code!r}")
-        self.dtype = np.dtype(f"<{code}")
-
-    def __setstate__(self, state: tuple):
-        if state[1] != "<":
-            raise pickle.UnpicklingError(f"byte order {state[1]!r}")
-
-
 class _Array:
     """Stands for ``numpy.ndarray`` in a pickle: a matrix from its bytes."""
 
     def __init__(self, *_: object):
-        self.matrix = None
+        pass
 
     def __setstate__(self, state: tuple):
-        _, shape, number_type, fortran_order, data = state
-        order = "F" if fortran_order else "C"
-        self.matrix = np.frombuffer(data, number_type.dtype).reshape(shape, order=order)
+        _, shape, number, fortran_order, data = state
+        vectors = np.frombuffer(data, number.byte_order + number.code)
+        self.matrix = vectors.reshape(shape, order="F" if fortran_order else "C")
 
 
 class _Reader(pickle.Unpickler):
@@ -269,10 +254,8 @@ class _Reader(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> type:
         if (module, name) == ("numpy", "dtype"):
-            return _NumberType
-        if (module, name) == ("numpy", "ndarray"):
-            return _Array
-        if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+            return NumberType
+        if name in ("ndarray", "_reconstruct") and module.split(".")[0] == "numpy":
             return _Array
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
@@ -284,8 +267,9 @@ def read_official_shard(path: Path) -> tuple[np.ndarray, list[str]]:
             ids, array = _Reader(file).load()
             vectors = array.matrix
             valid = vectors.ndim == 2 and len(ids) == len(vectors) and all(isinstance(i, str) for i in ids)
+            valid = valid and vectors.dtype in (np.float16, np.float32)
         except Exception as error:  # a forged pickle can raise anything from inside the reader
             raise ValueError(f"{path} is no file of embeddings: {error}") from None
     if not valid:
-        raise ValueError(f"{path} does not hold a vector for every id")
+        raise ValueError(f"{path} does not hold a vector in 16 or 32 bits for every id")
     return vectors, ids

@@ -13,7 +13,7 @@ import stat
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -33,12 +33,16 @@ MOST_BYTES = 500_000_000  # of a file, for it is read as a whole
 _TABLES = """
 CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER, sha256 BLOB, remark TEXT);
 CREATE TABLE IF NOT EXISTS passages (
-    id INTEGER PRIMARY KEY, path TEXT, number INTEGER, line INTEGER, vector INTEGER, folded INTEGER
+    id INTEGER PRIMARY KEY, path TEXT, number INTEGER, line INTEGER, vector INTEGER NOT NULL, folded INTEGER
 );
 CREATE INDEX IF NOT EXISTS places ON passages (path, number);
 CREATE INDEX IF NOT EXISTS equal_texts ON passages (folded);
 CREATE TABLE IF NOT EXISTS texts (id INTEGER PRIMARY KEY, title TEXT, text TEXT, terms TEXT); -- of the passages
 CREATE TABLE IF NOT EXISTS vectors (id INTEGER PRIMARY KEY, sha256 BLOB UNIQUE, vector BLOB); -- of title and text
+"""
+_NEW_PASSAGE = """
+INSERT INTO passages (path, number, line, vector, folded)
+VALUES (?, ?, ?, (SELECT id FROM vectors WHERE sha256 = ?), ?)
 """
 
 
@@ -313,8 +317,8 @@ class SearchIndex:
             for file, row in zip(files, hashes, strict=True)
             for sha256, piece in zip(row, file[-1], strict=True)
         }
-        known = self._vector_ids(texts)
-        missing = [sha256 for sha256 in texts if sha256 not in known]
+        has_vector = "SELECT EXISTS (SELECT * FROM vectors WHERE sha256 = ?)"
+        missing = [sha256 for sha256 in texts if not self.database.execute(has_vector, (sha256,)).fetchone()[0]]
         done = update.done + sum(size for _, size, *_ in files)
         share = (done - update.done) / max(1, len(missing))
         for start in range(0, len(missing), PASSAGES_PER_TRANSACTION):
@@ -328,32 +332,21 @@ class SearchIndex:
             update.embedded += len(part)
             update.done += share * len(part)
             tell(update)
-        known = self._vector_ids(texts)
         terms = [[JoinedTerms.join(f"{piece.title} {piece.text}") for piece in pieces] for *_, pieces in files]
         with self.database:
-            last = self.database.execute("SELECT coalesce(max(id), 0) FROM passages").fetchone()[0]
             for (name, size, mtime_ns, sha256, remark, pieces), row, joined in zip(files, hashes, terms, strict=True):
                 self._forget(name)
                 self.database.execute(
                     "INSERT INTO files VALUES (?, ?, ?, ?, ?)", (name, size, mtime_ns, sha256, remark)
                 )
                 for number, (piece, of_text, words) in enumerate(zip(pieces, row, joined, strict=True)):
-                    last += 1
-                    place = last, name, number, piece.line, known[of_text], folded(piece.text or piece.title)
-                    self.database.execute("INSERT INTO passages VALUES (?, ?, ?, ?, ?, ?)", place)
-                    content = last, piece.title, piece.text, words
+                    place = name, number, piece.line, of_text, folded(piece.text or piece.title)
+                    passage_id = self.database.execute(_NEW_PASSAGE, place).lastrowid
+                    content = passage_id, piece.title, piece.text, words
                     self.database.execute("INSERT INTO texts VALUES (?, ?, ?, ?)", content)
         update.done = done
         update.files_done += len(files)
         tell(update)
-
-    def _vector_ids(self, hashes: Iterable[bytes]) -> dict[bytes, int]:
-        """Those of the texts that have a vector."""
-        found = (
-            (sha256, self.database.execute("SELECT id FROM vectors WHERE sha256 = ?", (sha256,)).fetchone())
-            for sha256 in hashes
-        )
-        return {sha256: row[0] for sha256, row in found if row is not None}
 
     def _forget(self, name: str) -> None:
         self.database.execute("DELETE FROM files WHERE path = ?", (name,))

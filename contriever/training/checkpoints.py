@@ -150,8 +150,6 @@ def official_checkpoint(path: str | Path) -> Path:
 def link_latest(run: Run) -> None:
     """Make ``checkpoint/latest``, the official name of the newest checkpoint's folder, once there is a checkpoint."""
     latest = run.output_dir / "checkpoint" / "latest"
-    if latest.is_symlink():  # of older runs: it led to the folder it is in, and copies of that had no end
-        latest.unlink()
     link = latest / run.path.name
     if run.path.exists() and not link.is_symlink():
         latest.mkdir(parents=True, exist_ok=True)

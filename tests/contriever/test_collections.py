@@ -12,6 +12,7 @@ from scipy import stats
 from contriever import compare_queries, eval_beir
 from contriever.beir import evaluate_queries, means, read_beir, read_qrels, read_queries, read_run
 from contriever.index.passages import Passage
+from shared.run.log import read_log
 from tests.contriever.test_eval_beir import DOCUMENTS, QRELS, QUERIES, write_dataset
 
 TEXTS = {i: f"{title} {text}".strip() or "empty" for i, (title, text) in DOCUMENTS.items()}
@@ -160,10 +161,6 @@ def evaluate(folder: Path, *flags) -> dict[str, float]:
     return eval_beir.eval_beir(eval_beir.get_args_parser().parse_args(list(map(str, [*command, "--device", "cpu"]))))
 
 
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def test_a_stored_run_is_evaluated_without_texts(tmp_path, capsys):
     folder = write_trec(tmp_path / "trec")
     run = tmp_path / "bm25.trec.gz"
@@ -188,7 +185,7 @@ def test_metrics_of_single_queries_are_written_beside_their_means(tmp_path):
     folder = write_dataset(tmp_path / "toy")
     (tmp_path / "run.trec").write_text("q1 Q0 d2 1 3 x\nq1 Q0 d1 2 2 x\nw1 Q0 d5 1 5.0 x\n")
     metrics = evaluate(folder, "--run", tmp_path / "run.trec", "--complete")
-    found = lines(tmp_path / "out/toy.queries.jsonl")
+    found = read_log(tmp_path / "out/toy.queries.jsonl")
     assert [line.pop("query_id") for line in found] == ["q1", "q2", "w1"]
     assert all(line.keys() == metrics.keys() for line in found) and not any(found[1].values())
     for name, value in metrics.items():
@@ -239,5 +236,5 @@ def test_files_of_two_retrievers_are_compared(tmp_path, capsys):
     with pytest.raises(ValueError, match=r"are of different queries: 'q1' is in one of them"):
         run(tmp_path / "a", tmp_path / "c")
     (tmp_path / "twice").write_text(2 * (tmp_path / "c").read_text())
-    with pytest.raises(ValueError, match=r"line 2: query 'q0' is there twice"):
+    with pytest.raises(ValueError, match=r"line 2: the id 'q0' stands in"):
         run(tmp_path / "twice", tmp_path / "c")

@@ -35,8 +35,8 @@ def test_mrtydi_becomes_a_data_set_of_beir(packed, tmp_path):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("topic.tsv", "1 nani\n", "line 1: no tab"),
-        ("qrels.test.txt", "1 Q0 26#0\n", "line 1: expected 4 columns, got 3"),
+        ("topic.tsv", "1 nani\n", "line 1: 1 columns, expected 2"),
+        ("qrels.test.txt", "1 Q0 26#0 1\n1 Q0 26#0\n", "line 2: expected query id, 0, document id"),
         ("collection/docs.jsonl", '{"id": "1"}\n', 'line 1: no "contents"'),
         ("collection/docs.jsonl", None, r"there is no .*docs\.jsonl"),
     ],

@@ -1,5 +1,4 @@
 import json
-import socket
 
 import numpy as np
 import pytest
@@ -20,20 +19,13 @@ from contriever.new_encoder import get_args_parser, new_encoder, train_tokenizer
 from shared.networks.weights import WeightMismatch
 from tests.contriever.tiny import tiny_retriever
 
+pytestmark = pytest.mark.usefixtures("no_network")
 TEXTS = ["the wing", "", "a heat wave in the thin plate . the jet", "shock " * 200]
 
 
 @pytest.fixture
 def retriever(tmp_path):
     return tiny_retriever(tmp_path / "files")
-
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch):
-    def refuse(*_, **__):
-        raise AssertionError("a connection was opened")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
 def test_padding_and_order_change_nothing(retriever):

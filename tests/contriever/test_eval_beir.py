@@ -34,9 +34,7 @@ def write_dataset(folder: Path, **changes: str) -> Path:
     for name, lines in files.items():
         (folder / name).write_text("\n".join(lines) + "\n")
     for name, content in changes.items():
-        (folder / {"corpus": "corpus.jsonl", "queries": "queries.jsonl", "qrels": "qrels/test.tsv"}[name]).write_bytes(
-            content if isinstance(content, bytes) else content.encode()
-        )
+        (folder / {"corpus": "corpus.jsonl", "qrels": "qrels/test.tsv"}[name]).write_bytes(content.encode())
     return folder
 
 
@@ -83,12 +81,9 @@ def test_a_judgement_may_be_repeated_and_lines_end_as_on_windows(tmp_path):
     ("changes", "message"),
     [
         ({"corpus": '{"_id": "a", "text": "x"}\n{"_id": "a", "text": "y"}'}, "line 2: the id 'a' stands in .*line 1"),
-        ({"corpus": '{"_id": "a"'}, r"corpus\.jsonl, line 1: not JSON"),
         ({"corpus": '{"text": "a"}'}, 'line 1: no "id"'),
-        ({"corpus": b'{"_id": "a", "text": "\xe9"}'}, r"corpus\.jsonl, line 1: byte 23 .* not UTF-8"),
         ({"corpus": "\n"}, r"corpus\.jsonl is empty"),
         ({"qrels": "q1\td1\t1\n"}, "line 1: expected a header"),
-        ({"qrels": "q1\td 1\t1\n"}, "line 1: expected a header"),
         ({"qrels": "query-id\tcorpus-id\tscore\nq1\td1\n"}, "line 2: expected query id, document id and an integer"),
         ({"qrels": "query-id\tcorpus-id\tscore\nq1\td1\t0.5\n"}, "line 2: expected query id"),
         (

@@ -115,11 +115,7 @@ def test_what_is_left_out_is_told_in_one_line():
         (b"Z\xfcrich", "Zürich", LATIN_1),
         ("“12 €”".encode("cp1252"), "“12 €”", LATIN_1),
         (b"\x81 Z\xfcrich", "\x81 Zürich", LATIN_1),  # what Windows has not defined
-        (
-            "Zürich Genève ".encode() + b"\xff",
-            "Zürich Genève \ufffd",
-            "byte 16 is not UTF-8",
-        ),
+        ("Zürich Genève ".encode() + b"\xff", "Zürich Genève \ufffd", "byte 16 is not UTF-8"),
         (codecs.BOM_UTF16_LE + b"a\0b", "a\ufffd", "byte 4 is not UTF-16"),
     ],
 )
@@ -201,7 +197,7 @@ def test_html_is_read_as_text_with_its_headings_and_lines():
     assert last[0] == 11 and last[2].endswith("1 < 2 <b>")
 
 
-UNITS = [
+UNITS = (
     "<",
     "<!--",
     "<a ",
@@ -214,18 +210,14 @@ UNITS = [
     "\n<pre>",
     "<h1>a",
     "<h1>a</h1>",
-]
+)
 
 
 @pytest.mark.parametrize("unit", UNITS)
-def test_twice_the_html_takes_about_twice_the_time(unit):
-    def seconds(n: int) -> float:
-        began = time.process_time()
-        read_pieces(Path("a.html"), (unit * (n // len(unit))).encode(), Limits())
-        return time.process_time() - began
-
-    seconds(1000)
-    assert seconds(100_000) < 30  # a quadratic way takes minutes
+def test_html_of_any_shape_is_read_in_no_time(unit):
+    began = time.process_time()
+    read_pieces(Path("a.html"), (unit * (100_000 // len(unit))).encode(), Limits())
+    assert time.process_time() - began < 30  # a quadratic way takes minutes
 
 
 def test_rows_of_a_table_have_the_names_of_their_columns():

@@ -9,7 +9,8 @@ import torch
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from contriever.index.rerank import CrossEncoder, rerank
-from tests.contriever.test_collections import evaluate, lines
+from shared.run.log import read_log
+from tests.contriever.test_collections import evaluate
 from tests.contriever.test_eval_beir import DOCUMENTS, QUERIES, write_dataset
 from tests.contriever.tiny import VOCABULARY, write_tokenizer
 from tests.processes import run_processes
@@ -74,8 +75,8 @@ def test_the_script_reranks_a_search_and_a_stored_run(folder, tmp_path):
     reranked = evaluate(dataset, *plain, tmp_path / "a.jsonl", "--rerank", folder)
     stored = ["--run", tmp_path / "bm25.trec", "--save_results_path", tmp_path / "b.jsonl"]
     assert evaluate(dataset, *stored, "--rerank", folder) == reranked
-    assert lines(tmp_path / "a.jsonl") == lines(tmp_path / "b.jsonl")
-    for line in lines(tmp_path / "a.jsonl"):
+    assert read_log(tmp_path / "a.jsonl") == read_log(tmp_path / "b.jsonl")
+    for line in read_log(tmp_path / "a.jsonl"):
         for document, score in line["results"].items():
             assert score == pytest.approx(logits(folder, QUERIES[line["query_id"]], TEXTS[document]), abs=1e-5)
 

@@ -433,12 +433,6 @@ def test_texts_of_a_folder_that_cannot_be_listed_stay(notes, monkeypatch):
     assert index.search("stall", 1)[0].path == "sub/b.txt"
 
 
-def test_an_index_of_another_model_is_refused(notes):
-    open_index(notes).update()
-    with pytest.raises(ValueError, match="made by another model or with other settings: its model is 1, now it is 2"):
-        open_index(notes, model=2)
-
-
 @pytest.mark.parametrize("content", [b"no database at all, but a text that is long enough" * 20, None])
 def test_a_damaged_index_is_one_clear_error(notes, content):
     if content is None:  # the end is gone
@@ -449,11 +443,6 @@ def test_a_damaged_index_is_one_clear_error(notes, content):
         index = open_index(notes)
         index.update()
         index.search("wing", 3)
-
-
-def test_a_folder_that_cannot_be_written_to_names_the_flag(notes):
-    with pytest.raises(ValueError, match="--index_path puts it elsewhere"):
-        SearchIndex(notes, notes / "none" / "index", bag_of_words, {})
 
 
 def test_an_empty_folder_finds_nothing(tmp_path):
@@ -709,11 +698,9 @@ def test_json_answers(server):
     ("path", "headers", "status"),
     [
         ("/../etc/passwd", {}, 404),
-        ("/?q=wing&k=0", {}, 400),
         ("/?q=wing&k=101", {}, 400),
         ("/?q=wing&k=0000000019999", {}, 400),
         ("/search.json?q=wing&k=x", {}, 400),
-        (f"/?q={'x' * 2001}", {}, 400),
         ("/?q=wing", {"Host": "evil.example"}, 403),
         ("/?q=wing", {"Host": "localhost:1"}, 200),
         ("/?q=%ff%00", {}, 200),
@@ -776,7 +763,7 @@ def test_it_listens_at_once_and_searches_what_is_indexed_already(notes, monkeypa
 
 def test_serving_ends_where_there_is_no_index_to_serve(notes):
     open_index(notes).update()
-    with pytest.raises(ValueError, match="made by another model"):
+    with pytest.raises(ValueError, match="made by another model or with other settings: its model is 1, now it is 2"):
         serve(LiveIndex(lambda: open_index(notes, model=2)), "127.0.0.1", 0, 3, "dense", 0.5)
 
 

@@ -1,10 +1,10 @@
-"""Export, hub, SLURM and the text that comes with the dependencies."""
+"""Export, hub and the text that comes with the dependencies."""
 
 import numpy as np
 import pytest
 
 import hubconf
-from contriever import export, run_with_submitit, train
+from contriever import export
 from contriever.encoder import load_retriever, pad
 from contriever.text import documentation
 from tests.contriever.tiny import tiny_retriever
@@ -37,15 +37,6 @@ def test_hub_entries_read_local_encoders_and_ask_for_nothing_else(tmp_path):
         assert retriever.encode(TEXTS).shape == (2, 16)
     untrained = hubconf.contriever(pretrained=False, name_or_path=str(tmp_path / "files"))
     assert not np.allclose(untrained.encode(TEXTS), load_retriever(tmp_path / "files").encode(TEXTS))
-
-
-def test_every_training_flag_is_accepted_by_the_launcher(monkeypatch):
-    calls = []
-    monkeypatch.setattr(run_with_submitit.slurm, "submit", lambda *call: calls.append(call))
-    run_with_submitit.main("--nodes 4 --ngpus 8 --partition gpu --train_data wiki --output_dir /runs/%j".split())
-    ((function, args),) = calls
-    assert function is train.train_contriever and args.nodes == 4
-    assert vars(train.parse_args(["--train_data", "wiki"])).keys() <= vars(args).keys()
 
 
 MODULE = '''

@@ -8,8 +8,7 @@ from transformers import BertConfig
 
 from contriever import preprocess, train
 from contriever.encoder import Retriever, build_encoder, read_tokenizer
-from shared import distributed
-from shared.run.checkpoint import load_latest
+from tests.run_folders import lines
 from tests.tiny_training import Training
 
 WORDS = (
@@ -106,18 +105,4 @@ def run_train(data: Path, output_dir: Path, *flags) -> list[dict]:
 
 
 def train_on_rank(rank: int, data: Path, output_dir: Path, *flags) -> None:
-    """One of several processes of ``run_processes``, which have joined already."""
-    distributed.init = lambda *_: torch.device("cpu")
     run_train(data, output_dir, *flags)
-
-
-def lines(output_dir) -> list[dict]:
-    return [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(output_dir) -> list[float]:
-    return [line["loss"] for line in lines(output_dir) if "loss" in line]
-
-
-def state_of(output_dir) -> dict:
-    return load_latest(Path(output_dir) / "checkpoint.pth")

@@ -16,13 +16,11 @@ from paws.evaluation import Representation
 from paws.labels import open_partly_labelled
 from shared.images.decode import ImageError
 from shared.run.attempt import Interrupted
-from shared.run.run import Run
 from shared.supervised.evaluation import evaluate_classifier
 from tests.command_lines import error_of
-from tests.interruption import interrupting
 from tests.paws.tiny import TINY, comparable, train, write_own_pictures
 from tests.reliability.runs import assert_same, write_images
-from tests.run_folders import lines, state_of
+from tests.run_folders import lines, state_of, stopped_after
 
 SAME = ("--dataset", "digits", "--image_size", "12", "--model_name", "wide_resnet10w1", "--num_workers", "0")
 RUN = ("--device", "cpu", "--log_freq", "1")
@@ -167,42 +165,47 @@ def test_a_labelled_image_that_cannot_be_read_has_no_vote(images, run, tmp_path,
 FINE_TUNE = (*RUN, "--epochs", "2", "--batch_size", "3", "--lr", "0.1")
 
 
-def test_fine_tuning_starts_from_the_projection_head_and_resumes(images, run, tmp_path, capsys, monkeypatch):
+def tune(script, folder, *flags):
+    """The result of a fine-tuning."""
+    program, _ = PROGRAMS[script]
+    return program(script.parse_args([*flags, "--output_dir", str(folder)]))
+
+
+def assert_same_checkpoint(name: str, *folders) -> None:
+    assert_same(*(comparable(state_of(folder, f"{name}.pth.tar")) for folder in folders), "checkpoint")
+
+
+def test_fine_tuning_starts_from_the_projection_head_and_resumes(images, run, tmp_path, capsys):
+    parts, whole, name = tmp_path / "parts", tmp_path / "whole", "paws-fine-tune"
     flags = arguments(images, run, *FINE_TUNE, "--saveckp_steps", "1")
-    whole = fine_tune.fine_tune(fine_tune.parse_args([*flags, "--output_dir", str(tmp_path / "whole")]))
+    result = tune(fine_tune, whole, *flags)
     printed = capsys.readouterr().out
     assert "7 of 9 entries of the classifier come from the projection head" in printed
-    assert f"Top-1 accuracy after the last epoch: {whole['acc1']:.2f} %" in printed
+    assert f"Top-1 accuracy after the last epoch: {result['acc1']:.2f} %" in printed
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Run, "update", interrupting(Run.update, 4))
-        fine_tune.fine_tune(fine_tune.parse_args([*flags, "--output_dir", str(tmp_path / "parts")]))
-    parts = fine_tune.fine_tune(fine_tune.parse_args([*flags, "--output_dir", str(tmp_path / "parts")]))
-    assert parts == whole
-    name = "paws-fine-tune.pth.tar"
-    assert_same(*(comparable(state_of(tmp_path / f, name)) for f in ("parts", "whole")), "checkpoint")
-
-    evaluated = [*flags, "--output_dir", str(tmp_path / "eval"), "--training", "false"]
-    evaluated[evaluated.index("--pretrained") + 1] = str(tmp_path / "whole" / name)
-    assert fine_tune.fine_tune(fine_tune.parse_args(evaluated)) == whole
+    with stopped_after(3):
+        tune(fine_tune, parts, *flags)
+    assert tune(fine_tune, parts, *flags) == result
+    assert_same_checkpoint(name, parts, whole)
+    evaluated = ("--training", "false", "--pretrained", str(whole / f"{name}.pth.tar"))
+    assert tune(fine_tune, tmp_path / "eval", *flags, *evaluated) == result
 
 
 def test_a_signal_during_the_validation_saves_and_the_run_goes_on(images, run, tmp_path, monkeypatch):
+    parts, whole, name = tmp_path / "parts", tmp_path / "whole", "paws-fine-tune"
     flags = arguments(images, run, *FINE_TUNE, "--eval_knn_freq", "1")
-    whole = fine_tune.fine_tune(fine_tune.parse_args([*flags, "--output_dir", str(tmp_path / "whole")]))
+    result = tune(fine_tune, whole, *flags)
 
     def signalled(*args):
         os.kill(os.getpid(), signal.SIGTERM)
         return evaluate_classifier(*args)
 
-    parts = fine_tune.parse_args([*flags, "--output_dir", str(tmp_path / "parts")])
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(fine_tune, "evaluate_classifier", signalled)
-        fine_tune.fine_tune(parts)
-    assert not [line for line in lines(tmp_path / "parts", "paws-fine-tune") if "top1" in line]
-    assert fine_tune.fine_tune(fine_tune.parse_args([*flags, "--output_dir", str(tmp_path / "parts")])) == whole
-    name = "paws-fine-tune.pth.tar"
-    assert_same(*(comparable(state_of(tmp_path / f, name)) for f in ("parts", "whole")), "checkpoint")
+        tune(fine_tune, parts, *flags)
+    assert not [line for line in lines(parts, name) if "top1" in line]
+    assert tune(fine_tune, parts, *flags) == result
+    assert_same_checkpoint(name, parts, whole)
 
 
 def test_a_classifier_that_starts_at_zero_knows_nothing_yet(images, run):
@@ -219,23 +222,20 @@ def test_labelled_images_come_again_with_other_views():
     assert sorted(keys) == [(number, index) for number in (12, 13, 14) for index in (5, 7)]
 
 
-def test_fine_tuning_for_nearest_neighbours_keeps_the_statistics_and_resumes(images, run, tmp_path, monkeypatch):
+def test_fine_tuning_for_nearest_neighbours_keeps_the_statistics_and_resumes(images, run, tmp_path):
+    parts, whole, name = tmp_path / "parts", tmp_path / "whole", "paws-fine-tune-SNN"
     flags = [*arguments(images, run, *RUN), "--epochs", "3", "--saveckp_steps", "1", "--color_jitter_strength", "0.5"]
-    whole = snn_fine_tune.snn_fine_tune(snn_fine_tune.parse_args([*flags, "--output_dir", str(tmp_path / "whole")]))
-    name = "paws-fine-tune-SNN.pth.tar"
-    before, after = state_of(run[0])["encoder"], state_of(tmp_path / "whole", name)["encoder"]
+    result = tune(snn_fine_tune, whole, *flags)
+    before, after = state_of(run[0])["encoder"], state_of(whole, f"{name}.pth.tar")["encoder"]
     for key in after:
         statistic = key.endswith(("running_mean", "running_var", "num_batches_tracked"))
         assert torch.equal(before[key], after[key]) == statistic or not before[key].any(), key
-    assert [line["step"] for line in lines(tmp_path / "whole", "paws-fine-tune-SNN") if "snn_top1" in line] == [0, 3]
+    assert [line["step"] for line in lines(whole, name) if "snn_top1" in line] == [0, 3]
 
-    parts = snn_fine_tune.parse_args([*flags, "--output_dir", str(tmp_path / "parts")])
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Run, "update", interrupting(Run.update, 2))
-        snn_fine_tune.snn_fine_tune(parts)
-    parts = snn_fine_tune.parse_args([*flags, "--output_dir", str(tmp_path / "parts")])
-    assert snn_fine_tune.snn_fine_tune(parts) == whole
-    assert_same(*(comparable(state_of(tmp_path / f, name)) for f in ("parts", "whole")), "checkpoint")
+    with stopped_after(1):
+        tune(snn_fine_tune, parts, *flags)
+    assert tune(snn_fine_tune, parts, *flags) == result
+    assert_same_checkpoint(name, parts, whole)
 
 
 def test_the_prediction_head_is_evaluated_where_it_is_fine_tuned(images, run, tmp_path, monkeypatch):
@@ -246,19 +246,17 @@ def test_the_prediction_head_is_evaluated_where_it_is_fine_tuned(images, run, tm
         return Representation(encoder, use_pred)
 
     monkeypatch.setattr(evaluation, "Representation", noting)
-    flags = [*arguments(images, run, *RUN), "--epochs", "1", "--use_pred_head", "true", "--output_dir", str(tmp_path)]
-    snn_fine_tune.snn_fine_tune(snn_fine_tune.parse_args(flags))
+    tune(snn_fine_tune, tmp_path, *arguments(images, run, *RUN), "--epochs", "1", "--use_pred_head", "true")
     assert seen == [True, True]  # before and after
 
 
 def test_fine_tuning_beside_its_training_leaves_the_log_alone_and_refuses_other_weights(images, run, tmp_path):
     folder = shutil.copytree(run[0], tmp_path / "run")
-    flags = [*arguments(images, run, *FINE_TUNE), "--folder", str(folder)]
-    fine_tune.fine_tune(fine_tune.parse_args(flags))
+    flags = arguments(images, run, *FINE_TUNE)
+    tune(fine_tune, folder, *flags)
     assert lines(folder) == lines(run[0]) and lines(folder, "paws-fine-tune")[-1]["step"] == 4
-    flags[flags.index("--pretrained") + 1] = "random"
     with pytest.raises(ValueError, match="started from other weights than those of --pretrained"):
-        fine_tune.fine_tune(fine_tune.parse_args(flags))
+        tune(fine_tune, folder, *flags, "--pretrained", "random")
 
 
 # --- Pseudo-labels ----------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ def small_networks(monkeypatch):
     tiny.shrink_networks()
 
 
-def test_a_call_is_the_command(tmp_path, monkeypatch):
+def test_a_call_is_the_command(tmp_path):
     from dino import main_dino
 
     words = [*tiny.FLAGS.split(), "--data_path", "digits", "--batch_size_per_gpu", "480", "--use_fp16", "false"]

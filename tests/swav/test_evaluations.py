@@ -16,7 +16,7 @@ from shared.images.sources import open_source
 from shared.images.subsets import drawn_images, labelled_subset
 from swav import eval_knn, eval_linear, eval_semisup, evaluation, main_swav, resnet50
 from swav.hub import CARD
-from tests.interruption import interrupting
+from tests.interruption import interrupted
 from tests.pictures import write_train_and_val
 from tests.processes import run_processes
 from tests.shared.photographs import photograph
@@ -151,8 +151,7 @@ def test_a_run_of_the_official_code_goes_on(data, tmp_path, monkeypatch):
     """Neither our flags nor our log, and a learning rate that is a numpy number."""
     monkeypatch.setattr(linear, "SHORT_EPOCH_S", 0)  # every epoch is saved
     result = probe(data, tmp_path / "whole", "--epochs", 2)
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(linear, "train_one_epoch", interrupting(linear.train_one_epoch, call=2))
+    with interrupted(linear, "train_one_epoch", 2):
         probe(data, tmp_path / "resumed", "--epochs", 2)
     checkpoint = checkpoint_of(tmp_path / "resumed")
     (group,) = checkpoint["optimizer"]["param_groups"]

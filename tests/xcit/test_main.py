@@ -15,7 +15,7 @@ from shared.run.checkpoint import Checkpointer
 from tests.command_lines import assert_values_arrive, error_of
 from tests.processes import run_processes
 from tests.reliability.runs import assert_same
-from tests.run_folders import Stop, lines, losses, state_of
+from tests.run_folders import lines, losses, state_of
 from tests.shared.supervised.deit_flags import assert_defaults
 from tests.xcit.tiny import FLAGS, train, train_on_rank
 from xcit import main
@@ -105,9 +105,9 @@ def test_a_checkpoint_of_the_official_code_is_gone_on_with(finished, images, tmp
 
     def stop_after_save(*args):
         after_epoch(*args)
-        raise Stop
+        raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(Stop):  # after the first epoch, with the schedule of two
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # after one epoch of two
         patch.setattr(Checkpointer, "after_epoch", stop_after_save)
         train(tmp_path / "first", "--data_path", images)
     state, official = state_of(tmp_path / "first"), tmp_path / "official.pth"

@@ -16,7 +16,7 @@ from shared.evaluation import extract_features, near_duplicates
 from shared.evaluation.feature_files import SUFFIXES, Features, read_features, write_features
 from shared.images.decode import ImageError
 from shared.images.sources import FileSource, open_source
-from tests.interruption import interrupting
+from tests.interruption import interrupted
 from tests.networks import CARDS, SMALL, card_of, small_network
 from tests.processes import free_port, run_processes
 from tests.shared.photographs import encoded, photograph
@@ -80,8 +80,7 @@ def test_an_interrupted_extraction_goes_on_and_writes_the_same_bytes(call, photo
     flags = (*RANDOM, "--data_path", photos, "--batch_size", 2, "--layer", "norm")
     extract(*flags, "--out", tmp_path / "whole.npy")
     monkeypatch.setattr(extract_features, "PART_S", 0)
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(extract_features.Parts, "add", interrupting(extract_features.Parts.add, call=call))
+    with interrupted(extract_features.Parts, "add", call):
         extract(*flags, "--out", tmp_path / "parts.npy")
     assert not (tmp_path / "parts.npy").exists()
     capsys.readouterr()
@@ -98,8 +97,7 @@ def test_an_interrupted_extraction_goes_on_and_writes_the_same_bytes(call, photo
 def test_parts_of_another_extraction_are_replaced(photos, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(extract_features, "PART_S", 0)
     flags = (*RANDOM, "--data_path", photos, "--out", tmp_path / "f.npz")
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(extract_features, "write_features", interrupting(write_features, call=1))
+    with interrupted(extract_features, "write_features", 1):
         extract(*flags)
     found = extract(*flags, "--seed", 1)
     assert "holds parts of another extraction: they are replaced" in capsys.readouterr().out
@@ -134,7 +132,7 @@ def test_layers_and_tokens_are_those_of_the_network(photos, tmp_path):
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("labels", [None, ["a", "b,\t", "ä"]])
-def test_files_hold_what_was_written_and_appear_when_they_are_complete(suffix, labels, tmp_path, monkeypatch):
+def test_files_hold_what_was_written_and_appear_when_they_are_complete(suffix, labels, tmp_path):
     if suffix == ".parquet":
         pytest.importorskip("pyarrow")
     file = tmp_path / f"features{suffix}"
@@ -144,8 +142,7 @@ def test_files_hold_what_was_written_and_appear_when_they_are_complete(suffix, l
     assert found[:2] == features[:2]
     np.testing.assert_array_equal(found.embeddings, features.embeddings)
     content = file.read_bytes()
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):  # written, but not in its place yet
-        patched.setattr("os.replace", interrupting(os.replace, call=1))
+    with interrupted(os, "replace", 1):  # written, but not in its place yet
         write_features(file, Features(features.paths, labels, 2 * features.embeddings))
     assert file.read_bytes() == content and not list(tmp_path.glob(".*"))
 

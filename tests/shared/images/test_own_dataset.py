@@ -12,7 +12,7 @@ from shared.images.decode import ImageError
 from shared.images.labelled import open_labelled
 from shared.images.sources import open_source
 from tests.dino import tiny
-from tests.interruption import interrupting
+from tests.interruption import interrupted
 
 MODULE = """
 import numpy as np, torch
@@ -113,7 +113,7 @@ def test_what_is_no_data_set_is_one_sentence(name, message):
         open_source(name)
 
 
-def test_dino_trains_on_it_and_resumes(tmp_path, monkeypatch):
+def test_dino_trains_on_it_and_resumes(tmp_path):
     """Interrupted in the second epoch, and resumed with loader processes: the weights of the whole run."""
     shrunk = {name: getattr(main_dino, name) for name in ("build_backbone", "DINOHead")}
     tiny.shrink_networks()
@@ -132,8 +132,7 @@ def test_dino_trains_on_it_and_resumes(tmp_path, monkeypatch):
 
     try:
         whole = train("whole", 0)
-        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr(DINOLoss, "forward", interrupting(DINOLoss.forward, call=8))
+        with interrupted(DINOLoss, "forward", 8):
             train("parts", 0)
         resumed = train("parts", 2)
     finally:

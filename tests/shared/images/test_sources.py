@@ -453,7 +453,7 @@ def test_a_torchvision_data_set_on_disk_is_found_by_its_name(tmp_path, monkeypat
     assert train.label(0) == 3 and train.path(2) == "cifar10 (train)[2]"
 
 
-def test_a_data_set_of_files_keeps_them_encoded(tmp_path, monkeypatch):
+def test_a_data_set_of_files_keeps_them_encoded(tmp_path):
     wnids = [wnid for wnid, _ in zip(torchvision.datasets.Imagenette._WNID_TO_CLASS, range(10), strict=True)]
     for split in ("train", "val"):
         for wnid in wnids:

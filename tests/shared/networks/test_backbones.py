@@ -1,7 +1,5 @@
 """Networks of torchvision and timm by name, with the right feature size, offline, and errors that help."""
 
-import socket
-
 import pytest
 import torch
 import torchvision
@@ -10,13 +8,7 @@ from torch import nn
 from shared.multicrop import MultiCropWrapper
 from shared.networks.backbones import build_library_backbone, library_architectures
 
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch):
-    def refuse(*_):
-        raise AssertionError("the network was used")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
+pytestmark = pytest.mark.usefixtures("no_network")
 
 
 @pytest.mark.parametrize(

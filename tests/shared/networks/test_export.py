@@ -201,7 +201,7 @@ RUNS = {  # flags of <folder>/export.py, and those of the run that tell the size
 
 
 @pytest.mark.parametrize("method", RUNS)
-def test_files_of_a_run_state_how_its_images_were_seen(method, tmp_path, monkeypatch):
+def test_files_of_a_run_state_how_its_images_were_seen(method, tmp_path):
     flags, trained_with, stated = RUNS[method]
     network, file = small_network(method), tmp_path / "checkpoint.pth"
     torch.save({card_of(method).checkpoint_key: network.state_dict(), "args": trained_with}, file)

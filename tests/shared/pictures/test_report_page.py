@@ -15,10 +15,7 @@ from shared.evaluation.neighbours import Gallery
 from shared.images.sources import ArraySource
 from shared.images.training_data import write_recipes
 from shared.pictures import report_page
-from tests.browser import CHROMIUM, Browser
 from tests.tiny_training import trainings
-
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 
 
 @pytest.fixture(scope="module")
@@ -63,17 +60,9 @@ def test_a_page_that_becomes_too_large_takes_coarser_pictures(page, monkeypatch)
     assert {80, 50, 20} <= set(qualities)
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    browser = Browser(tmp_path_factory.mktemp("profile"))
-    yield browser
-    browser.close()
-
-
 OVERLAY = "document.querySelector('#stage canvas').toDataURL()"
 
 
-@needs_chromium
 def test_a_click_changes_the_map_without_an_error_or_a_request(page, browser):
     browser.open(page.as_uri())
     browser.evaluate("document.getElementById('stage').scrollIntoView()")
@@ -99,7 +88,6 @@ def test_a_click_changes_the_map_without_an_error_or_a_request(page, browser):
     assert not problems and [url for url in requests if not url.startswith("data:")] == [page.as_uri()]
 
 
-@needs_chromium
 def test_the_keyboard_reaches_what_the_mouse_does(page, browser):
     browser.open(page.as_uri())
     browser.evaluate("$('others').querySelector('[tabindex=\"0\"]').focus()")
@@ -117,7 +105,6 @@ def test_the_keyboard_reaches_what_the_mouse_does(page, browser):
     assert browser.evaluate("$('card').innerHTML") != card
 
 
-@needs_chromium
 @pytest.mark.parametrize("width", [320, 1280])
 def test_a_link_leads_to_a_state_and_nothing_is_wider_than_the_window(page, browser, width):
     browser.call("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=False)
