@@ -42,6 +42,7 @@ CLAIMS = [
     Claim("token dropping by resolution is better than a constant rate (A.5)", "materials", "navit_dropping",
           "drops half, by resolution", "drops a constant half", "acc1 32"),
     Claim("four times less compute than a ViT"),
+    Claim("other draws of resolutions and of dropping rates; fine-tuning at many resolutions"),
     Claim("detection, segmentation, calibration, fairness, video"),
 ]
 # fmt: on

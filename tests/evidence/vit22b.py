@@ -15,7 +15,7 @@ from shared.run.log import read_log
 from tests.evidence.claims import CANNOT_TELL, CONFIRMED, Claim
 from tests.evidence.runs import Variant, further_materials, last_values, main, run_all, table, write
 
-RUN = "--num_workers 0 --amp fp32 --epochs 6 --cooldown_steps 120 --test_freq 6 --pictures off --max_skipped_steps 0"
+RUN = "--num_workers 0 --amp fp32 --epochs 5 --cooldown_steps 100 --test_freq 5 --pictures off --max_skipped_steps 0"
 RUN += " --log_freq 5"
 MODERATE, HIGH = "--lr 0.001", "--lr 0.01"
 VARIANTS = [
