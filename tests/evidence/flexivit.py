@@ -14,8 +14,8 @@ from tests.evidence.runs import Variant, further_materials, in_parallel, last_va
 
 GRIDS = {16: 2, 10: 3, 8: 4, 6: 5, 4: 8}  # by the side of the patches, of images of 32 pixels
 RUN = "--data_path materials --arch flexivit_micro --patch_size 8 --posemb_grid 4 --input_size 32 --num_workers 0"
-RUN += " --crop_scale 0.4 1 --aa none --mixup 0 --loss softmax --epochs 8 --batch_size 32 --lr 0.001 --pictures off"
-RUN += f" --amp fp32 --test_freq 8 --test_grids {' '.join(map(str, GRIDS.values()))}"
+RUN += " --crop_scale 0.4 1 --aa none --mixup 0 --loss softmax --epochs 5 --batch_size 32 --lr 0.001 --pictures off"
+RUN += f" --amp bf16 --test_freq 5 --test_grids {' '.join(map(str, GRIDS.values()))}"
 FLEXIBLE = f"{RUN} --grids {' '.join(map(str, GRIDS.values()))}"
 FIXED = (4, 8, 16)
 ONLY = {size: f"patches of {size} only" for size in FIXED}

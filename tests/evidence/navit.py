@@ -13,7 +13,7 @@ from tests.evidence.claims import CONFIRMED, Claim
 from tests.evidence.runs import Variant, last_values, main, run_all, table, write
 
 SIDES, FIXED = (14, 20, 26, 32), {14: 25, 32: 5}  # fixed: epochs of as many tokens as 9 of 14 to 32 px have
-RUN = "--num_workers 0 --pictures off --amp fp32 --test_freq 100"
+RUN = "--num_workers 0 --pictures off --amp bf16 --test_freq 100"
 RUN += f" --test_resolutions {' '.join(map(str, SIDES))} --resolution"
 MANY = "14 to 32 px"
 RESOLUTIONS = [Variant(MANY, f"{RUN} 14 32 --epochs 9")]
