@@ -97,13 +97,18 @@ class Claim:
     found: str = NOT_TESTED
 
     def differences(self) -> list[tuple[str, str, str, list[tuple[float, float]]]]:
-        """Both variants, what is measured, and (value of ours, value of theirs) of every seed, for each comparison."""
+        """Both variants, what is measured, and (value of ours, value of theirs) of every seed, for each comparison.
+
+        Nothing if a variant has not been run.
+        """
         if not (self.results and (RESULTS / f"{self.results}.json").exists()):
             return []
         rows = stored(self.results)
         values = {(row["variant"], row.get("seed"), key): value for row in rows for key, value in row.items()}
         found = []
         sides = [as_tuple(names) for names in (self.ours, self.theirs or self.ours, self.metric)]
+        if not {*sides[0], *sides[1]} <= {row["variant"] for row in rows}:
+            return []
         longest = max(len(side) for side in sides)
         for ours, theirs, metric in zip(*(side * (longest // len(side)) for side in sides), strict=True):
             beside = self.beside or metric

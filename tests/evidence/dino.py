@@ -45,7 +45,7 @@ CIFAR10 = (
     "--momentum_teacher_end 0.998 --center_momentum 0.5 --num_workers 0 --pictures off --saveckp_freq 0 --log_freq 25"
 )
 MOMENTUM = f"{CIFAR10} --local_crops_number 0 --epochs 1 --momentum_teacher"
-MOMENTA = {"0": ("0", "0"), "0.5": ("0.5", "0.5"), "0.9": ("0.9", "0.9"), "0.98 to 0.998": ("0.98", "0.998")}
+MOMENTA = {"0": ("0", "0"), "0.98 to 0.998": ("0.98", "0.998"), "0.9": ("0.9", "0.9"), "0.5": ("0.5", "0.5")}
 MOMENTUM_VARIANTS = [
     Variant(f"momentum {name}", f"{MOMENTUM} {first} --momentum_teacher_end {last}", "main_dino.py")
     for name, (first, last) in MOMENTA.items()

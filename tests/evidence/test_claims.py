@@ -49,6 +49,7 @@ def test_a_flaw_of_the_comparison_leaves_no_verdict_but_that_the_test_cannot_tel
     assert claims.Claim("above", **pair, beside="top1").verdict() == claims.CONFIRMED
     assert claims.Claim("above", **pair, beside="top1", flaw="unequal").verdict() == claims.CANNOT_TELL
     assert claims.Claim("above", **pair | {"results": "not_run"}).verdict() == claims.NOT_TESTED
+    assert claims.Claim("above", **pair | {"ours": "not run"}).verdict() == claims.NOT_TESTED
 
 
 @pytest.mark.parametrize("method", claims.METHODS)
