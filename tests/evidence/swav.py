@@ -79,7 +79,7 @@ CLAIMS = [
           "knn_last"),
     Claim("a queue helps small batches", "digits, batch of 16, k-NN", "swav_digits", "batch 16 and a queue", "batch 16",
           "knn_last"),
-    Claim("a queue helps small batches", "CIFAR-10, batch of 16, 300 prototypes, k-NN", "swav_queue",
+    Claim("a queue helps a batch of 16 with 300 prototypes", "CIFAR-10, k-NN", "swav_queue",
           QUEUE_VARIANTS[1].name, QUEUE_VARIANTS[0].name, "knn_last"),
     Claim("features are learned without labels", "CIFAR-10, 5 epochs, linear", "swav_cifar10", "SwAV",
           "random weights", "linear"),
