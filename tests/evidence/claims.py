@@ -5,7 +5,8 @@
 
 A claim is *confirmed* if all seeds agree with it and the mean difference exceeds its standard error, *contradicted* if
 all seeds agree on the opposite; else, with a single seed, or where the comparison itself has a flaw, *the test cannot
-tell*. Claims without results are *not tested*.
+tell*. Where a claim says by how much one is above another, these are the differences less so much. Claims without
+results are *not tested*.
 """
 
 import argparse
@@ -39,12 +40,14 @@ def standard_error(differences: Sequence[float]) -> float:
     return statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else float("inf")
 
 
-def verdict(differences: Sequence[float], within: float | None = None) -> str:
+def verdict(differences: Sequence[float], within: float | None = None, by: float = 0.0) -> str:
     """What the differences of the seeds, ours - theirs, allow to say of the claim that ours is above.
 
     Args:
         within: The claim is that there is no difference beyond this one, in either direction.
+        by: The claim is that ours is above by more than this.
     """
+    differences = [difference - by for difference in differences]
     mean, error = statistics.mean(differences), standard_error(differences)
     least, most = min(differences), max(differences)
     agree = least > 0 or most < 0
@@ -72,8 +75,10 @@ class Claim:
         ours: Variant that the claim says is above another one, or several of which it says the same.
         theirs: What it is compared with, or several: for each of ``ours`` its own, or all for a single one. By default
             the same variant.
-        metric, beside: Keys of the results; ``beside`` is that of ``theirs`` where it is another one.
+        metric, beside: Keys of the results, ``metric`` a single one or that of each comparison; ``beside`` is that of
+            ``theirs`` where it is another one.
         within: The claim is that the two differ by no more than this.
+        by: The claim is that the first is above by more than this.
         flaw: Why the comparison cannot tell, whatever the differences are.
         numbers, found: Numbers and verdict of a test that has no seeds.
     """
@@ -83,64 +88,72 @@ class Claim:
     results: str = ""
     ours: str | tuple[str, ...] = ""
     theirs: str | tuple[str, ...] = ()
-    metric: str = ""
+    metric: str | tuple[str, ...] = ""
     beside: str = ""
     within: float | None = None
+    by: float = 0.0
     flaw: str = ""
     numbers: str = ""
     found: str = NOT_TESTED
 
-    def differences(self) -> list[tuple[str, str, list[tuple[float, float]]]]:
-        """Both variants and (value of ours, value of theirs) of every seed, for each pair of variants."""
+    def differences(self) -> list[tuple[str, str, str, list[tuple[float, float]]]]:
+        """Both variants, what is measured, and (value of ours, value of theirs) of every seed, for each comparison.
+
+        Nothing if a variant has not been run.
+        """
         if not (self.results and (RESULTS / f"{self.results}.json").exists()):
             return []
-        rows, beside = stored(self.results), self.beside or self.metric
+        rows = stored(self.results)
         values = {(row["variant"], row.get("seed"), key): value for row in rows for key, value in row.items()}
         found = []
-        several, others = as_tuple(self.ours), as_tuple(self.theirs or self.ours)
-        longest = max(len(several), len(others))
-        for ours, theirs in zip(several * (longest // len(several)), others * (longest // len(others)), strict=True):
-            seeds = [seed for variant, seed, key in values if (variant, key) == (ours, self.metric)]
+        sides = [as_tuple(names) for names in (self.ours, self.theirs or self.ours, self.metric)]
+        if not {*sides[0], *sides[1]} <= {row["variant"] for row in rows}:
+            return []
+        longest = max(len(side) for side in sides)
+        for ours, theirs, metric in zip(*(side * (longest // len(side)) for side in sides), strict=True):
+            beside = self.beside or metric
+            seeds = [seed for variant, seed, key in values if (variant, key) == (ours, metric)]
             of_theirs = [seed if (theirs, seed, beside) in values else None for seed in seeds]  # None: one for all
             pairs = [
-                (values[ours, seed, self.metric], values[theirs, other, beside])
+                (values[ours, seed, metric], values[theirs, other, beside])
                 for seed, other in zip(seeds, of_theirs, strict=True)
             ]
-            found.append((ours, theirs, pairs))
+            found.append((ours, theirs, metric, pairs))
         return found
 
     def allows(self, differences: list[float]) -> str:
-        return CANNOT_TELL if self.flaw else verdict(differences, self.within)
+        return CANNOT_TELL if self.flaw else verdict(differences, self.within, self.by)
 
     def verdict(self) -> str:
         """Confirmed if every pair of variants confirms it, contradicted if one contradicts it."""
-        verdicts = {self.allows([a - b for a, b in pairs]) for _, _, pairs in self.differences()} or {self.found}
+        verdicts = {self.allows([a - b for a, b in pairs]) for *_, pairs in self.differences()} or {self.found}
         return CONTRADICTED if CONTRADICTED in verdicts else verdicts.pop() if len(verdicts) == 1 else CANNOT_TELL
 
     def row(self) -> str:
         """Of the table of a README: both means (of a single pair), mean and standard error of the differences."""
         compared, text = self.differences(), []
-        for _, _, pairs in compared:
-            means = ", ".join(f"{statistics.mean(side):.{decimals(self.metric)}f}" for side in zip(*pairs, strict=True))
-            spread = self.spread([a - b for a, b in pairs])
-            text.append(f"{means}: {spread}" if len(compared) == 1 else spread)
+        for *_, metric, pairs in compared:
+            means = ", ".join(f"{statistics.mean(side):.{decimals(metric)}f}" for side in zip(*pairs, strict=True))
+            difference = spread([a - b for a, b in pairs], decimals(metric))
+            text.append(f"{means}: {difference}" if len(compared) == 1 else difference)
         flaw = f": {self.flaw}" if self.flaw else ""
         return f"| {self.text} | {self.test} | {'; '.join(text) or self.numbers} | {self.verdict()}{flaw} |"
 
-    def spread(self, differences: list[float]) -> str:
-        digits = decimals(self.metric)
-        error = f" ± {standard_error(differences):.{digits}f}" if len(differences) > 1 else ""
-        return f"{statistics.mean(differences):+.{digits}f}{error}"
-
     def seed_rows(self) -> Iterator[str]:
         """Of the table of RESULTS.md: the difference of every seed."""
-        for ours, theirs, pairs in self.differences():
-            differences = [a - b for a, b in pairs]
+        for ours, theirs, metric, pairs in self.differences():
+            differences, digits = [a - b for a, b in pairs], decimals(metric)
             sides = f"{ours} - {theirs}" if theirs != ours else ours
-            keys = f"`{self.metric}` - `{self.beside}`" if self.beside else f"`{self.metric}`"
-            each = ", ".join(f"{difference:+.{decimals(self.metric)}f}" for difference in differences)
+            keys = f"`{metric}` - `{self.beside}`" if self.beside else f"`{metric}`"
+            each = ", ".join(f"{difference:+.{digits}f}" for difference in differences)
             test = f"{sides} (`{self.results}`) | {keys}"
-            yield f"| {self.text} | {test} | {each} | {self.spread(differences)} | {self.allows(differences)} |"
+            yield f"| {self.text} | {test} | {each} | {spread(differences, digits)} | {self.allows(differences)} |"
+
+
+def spread(differences: list[float], digits: int) -> str:
+    """Their mean and its standard error, as text."""
+    error = f" ± {standard_error(differences):.{digits}f}" if len(differences) > 1 else ""
+    return f"{statistics.mean(differences):+.{digits}f}{error}"
 
 
 def as_tuple(names: str | tuple[str, ...]) -> tuple[str, ...]:

@@ -159,8 +159,20 @@ def in_parallel(function: Callable, jobs: Iterable, parallel: int) -> list:
         return list(pool.map(function, jobs))
 
 
-def cifar10_images(folder: Path, out: Path) -> tuple[Path, Path]:
-    """The first ``IMAGES_PER_CLASS`` training images of every class, and the test images.
+def further_materials(out: Path, number: int = 2400) -> Path:
+    """Folder of generated images that nothing else uses, to evaluate on: the 360 embedded ones are few.
+
+    It is below ``out``, so that no stored command names a folder of the machine.
+    """
+    if not (out / "further/val").exists():
+        write_them = ["-m", "shared.images.materials", str(out / "drawn"), "--train", "12", "--val", str(number)]
+        run_script("", [*write_them, "--seed", "100"], out / "drawn.log")
+        (out / "drawn").rename(out / "further")
+    return out / "further/val"
+
+
+def cifar10_images(folder: Path, out: Path, per_class: int | None = None) -> tuple[Path, Path]:
+    """The first training images of every class, ``IMAGES_PER_CLASS`` of them, and the test images.
 
     Both are links below ``out``, so that no stored command names a folder of the machine.
 
@@ -170,7 +182,7 @@ def cifar10_images(folder: Path, out: Path) -> tuple[Path, Path]:
     train, test = out / "cifar10/train", out / "cifar10/test"
     for images in sorted((folder / "train").iterdir()):
         (train / images.name).mkdir(parents=True, exist_ok=True)
-        for image in sorted(images.iterdir())[:IMAGES_PER_CLASS]:
+        for image in sorted(images.iterdir())[: per_class or IMAGES_PER_CLASS]:
             link = train / images.name / image.name
             if not link.exists():
                 link.symlink_to(image)

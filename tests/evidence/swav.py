@@ -14,7 +14,7 @@ from torch import nn
 from swav.hub import CARD, load_backbone
 from tests.evidence.claims import Claim
 from tests.evidence.probe import Features, Pixels, baselines, with_linear
-from tests.evidence.runs import Variant, main, run_all, table, write
+from tests.evidence.runs import Variant, cifar10_images, main, run_all, table, write
 
 RUN = "--num_workers 0 --pictures off --checkpoint_freq 0"
 BOTH = (
@@ -57,6 +57,17 @@ CIFAR10_VARIANTS = [
     Variant("SwAV", f"{CIFAR10} --nmb_prototypes 100 --epsilon 0.03 --freeze_prototypes_niters 125"),
     Variant("DeepCluster-v2", f"{CIFAR10} --nmb_prototypes 100 100 100", "main_deepclusterv2.py"),
 ]
+# 300 prototypes share 16 embeddings of a view, or 976 with the queue, which the first of three epochs is without.
+QUEUE = (
+    f"{RUN} --log_freq 100 --arch resnet10t --nmb_crops 2 --size_crops {CIFAR10_SIZE} --min_scale_crops 0.3 "
+    "--max_scale_crops 1 --blur_radius 0.1 0.5 --hidden_mlp 512 --feat_dim 64 --batch_size 16 --base_lr 0.25 "
+    "--epochs 3 --warmup_epochs 0.3 --nmb_prototypes 300 --epsilon 0.03 --freeze_prototypes_niters 300"
+)
+QUEUE_VARIANTS = [
+    Variant("batch 16, no queue", QUEUE, "main_swav.py"),
+    Variant("batch 16, a queue of 960", f"{QUEUE} --queue_length 960 --epoch_queue_starts 1", "main_swav.py"),
+]
+QUEUE_IMAGES = 800  # of every class
 # fmt: off
 CLAIMS = [
     Claim("the number of prototypes hardly matters", "digits, 100 beside 30, within a point of k-NN", "swav_digits",
@@ -68,6 +79,8 @@ CLAIMS = [
           "knn_last"),
     Claim("a queue helps small batches", "digits, batch of 16, k-NN", "swav_digits", "batch 16 and a queue", "batch 16",
           "knn_last"),
+    Claim("a queue helps a batch of 16 with 300 prototypes", "CIFAR-10, k-NN", "swav_queue",
+          QUEUE_VARIANTS[1].name, QUEUE_VARIANTS[0].name, "knn_last"),
     Claim("features are learned without labels", "CIFAR-10, 5 epochs, linear", "swav_cifar10", "SwAV",
           "random weights", "linear"),
     Claim("ImageNet: 75.3 linear, near supervised"),
@@ -86,6 +99,7 @@ def claims(out: Path, parallel: int, seeds: tuple[int, ...]) -> None:
 
 
 def cifar10(out: Path, parallel: int, seeds: tuple[int, ...], train: Path, test: Path) -> None:
+    queue(out, parallel, seeds, train.parent)
     images, here = (str(train), str(test)), out / "cifar10"
     flags = f"--data_path {train} --val_path {test}"
     variants = [Variant(v.name, f"{v.flags} {flags}", v.script) for v in CIFAR10_VARIANTS]
@@ -93,6 +107,14 @@ def cifar10(out: Path, parallel: int, seeds: tuple[int, ...], train: Path, test:
     results = with_linear(results, CARD, load, images, CIFAR10_SIZE, parallel)
     results = baselines(CARD, images, CIFAR10_SIZE, here, seeds, "resnet10t") + results
     write(out, "swav_cifar10", results, table(results, {"knn_last": "k-NN", "linear": "linear", "rank_me": "RankMe"}))
+
+
+def queue(out: Path, parallel: int, seeds: tuple[int, ...], folder: Path) -> None:
+    """A small batch with a queue and without, on fewer images (below ``folder``) and more epochs of them."""
+    train, test = cifar10_images(folder, out / "queue", QUEUE_IMAGES)
+    variants = [Variant(v.name, f"{v.flags} --data_path {train} --val_path {test}", v.script) for v in QUEUE_VARIANTS]
+    results = run_all("swav", variants, out / "queue", parallel, seeds)
+    write(out, "swav_queue", results, table(results, COLUMNS))
 
 
 def load(run: Path) -> nn.Module:

@@ -5,7 +5,20 @@ import importlib
 import pytest
 
 from contriever import finetuning, train
-from tests.evidence import contriever, deepcluster, deepercluster, dino, msn, paws, resmlp, swav, xcit
+from tests.evidence import (
+    contriever,
+    deepcluster,
+    deepercluster,
+    dino,
+    flexivit,
+    msn,
+    navit,
+    paws,
+    resmlp,
+    swav,
+    vit22b,
+    xcit,
+)
 from tests.evidence.runs import Variant
 
 VARIANTS = [
@@ -22,6 +35,8 @@ VARIANTS += [
     ("swav", Variant("beside PAWS", paws.SWAV, "main_swav.py")),
     ("dino", Variant("ResMLP by DINO", f"{resmlp.DINO} --arch resmlp_12", "main_dino.py")),
     *(("dino", variant) for variant in dino.MOMENTUM_VARIANTS),
+    *(("swav", variant) for variant in swav.QUEUE_VARIANTS),
+    *((module.__name__.split(".")[-1], variant) for module in (flexivit, navit, vit22b) for variant in module.VARIANTS),
     *(
         ("dino", Variant(name, f"{xcit.DINO} --arch {flags}", "main_dino.py"))
         for name, flags in xcit.SELF_SUPERVISED.items()
@@ -50,7 +65,7 @@ def test_the_flags_of_fine_tuning_on_cranfield_are_those_of_its_script():
 
 
 def test_names_of_variants_are_names_of_folders():
-    for module in (dino, swav, deepcluster, deepercluster, resmlp, xcit):
+    for module in (dino, swav, deepcluster, deepercluster, resmlp, xcit, flexivit, navit, vit22b):
         for variants in (module.VARIANTS, getattr(module, "CIFAR10_VARIANTS", [])):
             folders = {variant.name.replace(" ", "_") for variant in variants}
             assert len(folders) == len(variants) and not any("/" in folder for folder in folders)

@@ -2,10 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from dino.hub import CARD
 from shared.images.labelled import open_labelled
+from shared.images.sources import open_source
 from tests.evidence import probe, runs
 from tests.pictures import write_images
 
@@ -25,6 +27,17 @@ def test_links_to_few_images_of_every_class_are_labelled_images(folder, tmp_path
     train_images, test_images = open_labelled(str(train), str(test))
     assert (len(train_images), len(test_images)) == (3, 3)
     assert sorted(path.name for path in train.rglob("*.png")) == ["class0_00.png", "class1_01.png", "class2_02.png"]
+
+
+def test_further_generated_images_have_the_classes_of_the_embedded_ones_and_no_image_of_them(tmp_path):
+    further, embedded = (
+        open_labelled("materials", str(runs.further_materials(tmp_path, 24)))[1],
+        open_source(None, "val"),
+    )
+    assert (len(further), further.classes) == (24, embedded.classes)
+    assert np.bincount(further.labels).tolist() == [2] * 12
+    seen = {image.load(i).decode().tobytes() for image in (embedded, open_source(None, "train")) for i in range(360)}
+    assert not seen & {further.load(i).decode().tobytes() for i in range(24)}
 
 
 def test_stored_commands_name_no_folder_of_the_machine(folder, tmp_path, capsys):
