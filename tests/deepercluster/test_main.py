@@ -17,7 +17,7 @@ from shared.run.run import Run
 from tests.deepercluster.tiny import BODY, FLAGS, train
 from tests.processes import run_processes
 from tests.reliability.runs import assert_same
-from tests.run_folders import Stop, losses, state_of, stopped_after
+from tests.run_folders import losses, state_of, stopped_after
 
 
 def gradients_of_rank(rank: int, images: str, folder: str) -> list:
@@ -27,12 +27,12 @@ def gradients_of_rank(rank: int, images: str, folder: str) -> list:
 
     def keep(run, norms, *optimizers):
         found.extend([p.grad.clone() for g in o.param_groups for p in g["params"]] for o in optimizers)
-        raise Stop
+        raise KeyboardInterrupt
 
     Run.update = keep
     try:
         train(folder, "--data_path", images, *"--batch_size 2 --super_classes 4 --k 3 --amp fp32".split())
-    except Stop:
+    except KeyboardInterrupt:
         return found
 
 

@@ -220,7 +220,7 @@ def test_groups_are_what_links_connect_whatever_the_blocks(monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("din", "random"), "din is none of deepcluster, dino, "),
+        (("din", "random"), "din is none of deepcluster, deepercluster, dino, "),
         (("contriever", "random"), "contriever is none of"),
         (("dino", "dino_vit16"), "dino_vit16 is neither a file nor a release .*dino_vits16"),
         (("dino", "{tmp}"), "is a folder with no checkpoint"),
