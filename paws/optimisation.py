@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from shared.optimisation.larc import momentum_buffer, scaled_gradients
+
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     """Two groups: decayed and scaled by LARS; biases and batch norms, which are neither.
@@ -28,10 +30,8 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling (You et al. 2017) of the gradients that momentum SGD gets.
 
-    A tensor p with gradient g is updated with ``r * (g + weight_decay * p)``, where
-    ``r = trust_coefficient * |p| / (|g| + weight_decay * |p| + eps)``; if either norm is 0 with g itself, and nothing
-    decays. The learning rate is part of the momentum: ``v = momentum * v - lr * update``, so a lower rate takes effect
-    at once on new gradients only.
+    A tensor is updated with :func:`shared.optimisation.larc.scaled_gradients`. The learning rate is part of the
+    momentum: ``v = momentum * v - lr * update``, so a lower rate takes effect at once on new gradients only.
 
     Args:
         groups: Parameter groups; one with ``LARS_exclude`` gets plain momentum SGD with its own weight decay.
@@ -39,7 +39,7 @@ class LARS(torch.optim.Optimizer):
         momentum: Weight of the old velocity.
         nesterov: Look ahead by one step of momentum.
         trust_coefficient: Size of an update, before ``lr``, relative to that of its tensor; 0: plain SGD everywhere.
-        eps: Keeps r finite.
+        eps: Keeps the scaling finite.
     """
 
     _step_supports_amp_scaling = True  # like torch's fused optimisers: `found_inf` skips the step on the device
@@ -70,11 +70,11 @@ class LARS(torch.optim.Optimizer):
 
     def _update(self, params: list[Tensor], group: dict) -> None:
         if self.trust_coefficient > 0 and not group.get("LARS_exclude", False):
-            updates = self._adapted(params, group["weight_decay"])
+            updates = scaled_gradients(params, group["weight_decay"], self.trust_coefficient, self.eps)
         else:
             updates = torch._foreach_add([p.grad for p in params], params, alpha=group["weight_decay"])
         torch._foreach_mul_(updates, -group["lr"])
-        velocities = [self._velocity(p) for p in params]
+        velocities = [momentum_buffer(self, p) for p in params]
         found_inf = getattr(self, "found_inf", None)
         momentum = group["momentum"]
         if found_inf is not None:  # a step that is left out adds zeros to what it multiplies by 1
@@ -90,22 +90,6 @@ class LARS(torch.optim.Optimizer):
         if found_inf is not None:
             steps = [torch.where(skip, 0.0, step) for step in steps]
         torch._foreach_add_(params, steps)
-
-    def _adapted(self, params: list[Tensor], weight_decay: float) -> list[Tensor]:
-        grads = [p.grad for p in params]
-        p_norms, g_norms = (torch.stack(torch._foreach_norm(tensors)) for tensors in (params, grads))
-        rates = self.trust_coefficient * p_norms / (g_norms + weight_decay * p_norms + self.eps)
-        adapted = (p_norms > 0) & (g_norms > 0)
-        updates = torch._foreach_mul(grads, list(torch.where(adapted, rates, 1.0).unbind()))
-        decays = torch.where(adapted, weight_decay * rates, 0.0)
-        torch._foreach_add_(updates, torch._foreach_mul(params, list(decays.unbind())))
-        return updates
-
-    def _velocity(self, p: Tensor) -> Tensor:
-        state = self.state[p]
-        if state.get("momentum_buffer") is None:  # starting at 0 is the same update as starting with the first one
-            state["momentum_buffer"] = torch.zeros_like(p)
-        return state["momentum_buffer"]
 
 
 def lr_schedule(

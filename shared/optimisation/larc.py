@@ -21,13 +21,47 @@ def tensor_norms(tensors: list[Tensor]) -> Tensor:
     return distributed.all_reduce_sum(norms.square()).sqrt()
 
 
+def scaled_gradients(
+    params: list[Tensor], weight_decay: float, trust_coefficient: float, eps: float, clip_lr: float | None = None
+) -> list[Tensor]:
+    """``r * (g + weight_decay * p)`` with ``r = trust_coefficient * |p| / (|g| + weight_decay * |p| + eps)``.
+
+    Of a tensor p with gradient g of which either norm is 0: g itself, without decay.
+
+    Args:
+        params: All have a gradient.
+        clip_lr: Learning rate; with it ``min(r / clip_lr, 1)`` in place of r: the scaling can only make steps smaller.
+
+    Returns:
+        What this process has of them.
+    """
+    grads = [p.grad for p in params]
+    p_norms, g_norms = tensor_norms(params), tensor_norms(grads)
+    params, grads = ([local_part(tensor) for tensor in tensors] for tensors in (params, grads))
+    rates = trust_coefficient * p_norms / (g_norms + weight_decay * p_norms + eps)
+    if clip_lr is not None:
+        rates = (rates / clip_lr).clamp(max=1.0)
+    adapted = (p_norms > 0) & (g_norms > 0)
+    updates = torch._foreach_mul(grads, list(torch.where(adapted, rates, 1.0).unbind()))
+    decays = torch.where(adapted, weight_decay * rates, 0.0)
+    torch._foreach_add_(updates, torch._foreach_mul(params, list(decays.unbind())))
+    return updates
+
+
+def momentum_buffer(optimizer: torch.optim.Optimizer, p: Tensor) -> Tensor:
+    """That of ``torch.optim.SGD``; starting at 0 is the same update as starting with the first one."""
+    state = optimizer.state[p]
+    if state.get("momentum_buffer") is None:
+        state["momentum_buffer"] = torch.zeros_like(p)
+    return state["momentum_buffer"]
+
+
 class LARC(torch.optim.Optimizer):
     """Layer-wise adaptive rate control (after You et al. 2017) around SGD with momentum.
 
-    A tensor p with gradient g is updated with ``r * (g + weight_decay * p)`` instead of g, where
-    ``r = trust_coefficient * |p| / (|g| + weight_decay * |p| + eps)``. If either norm is 0 the update is g itself. All
-    tensors decay, biases and norms too. The state is that of ``torch.optim.SGD``, as in the official checkpoints. Where
-    processes share parameters (FSDP2), all of them along dimension 0, norms are those of the whole tensors.
+    A tensor is updated with :func:`scaled_gradients` instead of its gradient. All tensors decay, biases and norms
+    too. The state is that of ``torch.optim.SGD``, as in the official checkpoints. Where processes share parameters
+    (FSDP2), all of them along dimension 0, norms are those of the whole tensors.
 
     Args:
         params: Parameters or groups.
@@ -35,8 +69,8 @@ class LARC(torch.optim.Optimizer):
         weight_decay: Part of the gradient before it is scaled.
         momentum: Weight of the old update.
         trust_coefficient: Size of an update, before ``lr``, relative to that of its tensor.
-        clip: Use ``min(r / lr, 1)`` in place of r: the scaling can only make steps smaller.
-        eps: Keeps r finite.
+        clip: See ``clip_lr`` of :func:`scaled_gradients`.
+        eps: Keeps the scaling finite.
     """
 
     _step_supports_amp_scaling = True  # like torch's fused optimisers: `found_inf` skips the step on the device
@@ -65,8 +99,8 @@ class LARC(torch.optim.Optimizer):
                 self._update(params, group["lr"], group["momentum"], group["weight_decay"])
 
     def _update(self, params: list[Tensor], lr: float, momentum: float, weight_decay: float) -> None:
-        updates = self._scaled_gradients(params, lr, weight_decay)
-        buffers = [local_part(self._buffer(p)) for p in params]
+        updates = scaled_gradients(params, weight_decay, self.trust_coefficient, self.eps, lr if self.clip else None)
+        buffers = [local_part(momentum_buffer(self, p)) for p in params]
         params = [local_part(p) for p in params]
         found_inf = getattr(self, "found_inf", None)
         if found_inf is None:
@@ -80,21 +114,3 @@ class LARC(torch.optim.Optimizer):
         torch._foreach_mul_(buffers, torch.where(skip, 1.0, momentum))
         torch._foreach_add_(buffers, updates)
         torch._foreach_add_(params, torch._foreach_mul(buffers, torch.where(skip, 0.0, -lr)))
-
-    def _scaled_gradients(self, params: list[Tensor], lr: float, weight_decay: float) -> list[Tensor]:
-        p_norms, g_norms = tensor_norms(params), tensor_norms([p.grad for p in params])
-        params, grads = ([local_part(t) for t in tensors] for tensors in (params, [p.grad for p in params]))
-        rates = self.trust_coefficient * p_norms / (g_norms + weight_decay * p_norms + self.eps)
-        if self.clip:
-            rates = (rates / lr).clamp(max=1.0)
-        adapted = (p_norms > 0) & (g_norms > 0)
-        updates = torch._foreach_mul(grads, list(torch.where(adapted, rates, 1.0).unbind()))
-        decays = torch.where(adapted, weight_decay * rates, 0.0)
-        torch._foreach_add_(updates, torch._foreach_mul(params, list(decays.unbind())))
-        return updates
-
-    def _buffer(self, p: Tensor) -> Tensor:
-        state = self.state[p]
-        if state.get("momentum_buffer") is None:  # starting at 0 is the same update as starting with the first one
-            state["momentum_buffer"] = torch.zeros_like(p)
-        return state["momentum_buffer"]
