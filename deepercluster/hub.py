@@ -235,7 +235,7 @@ def read_sub_classes(folder: Path, super_classes: int, num_sub: int) -> list[dic
         if set(tensors) != {"weight", "bias"} or len(tensors["weight"]) != num_sub or len(tensors["bias"]) != num_sub:
             shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in tensors.items())
             raise ValueError(
-                f"{file} is not that of --k {num_sub * super_classes}-like {num_sub} sub-classes: {shapes}"
+                f"{file} is not of the {num_sub} sub-classes that --k and --super_classes ask for: {shapes}"
             )
         found.append(tensors)
     return found

@@ -35,10 +35,10 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 import cv2
 import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shared import distributed
 from shared.evaluation.features import extract_features
 from shared.evaluation.flags import add_process_flags
 from shared.evaluation.frozen import eval_transform
@@ -48,7 +48,7 @@ from shared.images.sources import ArraySource, FileSource, ImageSource, open_sou
 from shared.images.tables import read_cells
 from shared.networks.own_run import fill_run, folder_of, load_hub, open_run
 from shared.networks.pretrained import image_size_of
-from shared.run.command_line import Parser, plain_exit
+from shared.run.command_line import Parser
 from shared.run.files import atomic_file
 from shared.run.randomness import seed_everything
 from shared.run.summary import margin
@@ -291,7 +291,10 @@ def read_predictions(path: Path, images: Sequence[Image]) -> list[list[tuple[str
     """A table of ``image``, ``label`` and ``confidence``, in any order, several lines an image."""
     found = defaultdict(list)
     for row in _rows(path, "--predictions", ("image", "label", "confidence")):
-        found[row["image"]].append((row["label"], float(row["confidence"])))
+        try:
+            found[row["image"]].append((row["label"], float(row["confidence"])))
+        except ValueError as error:
+            raise ValueError(f"--predictions {path}, {row['image']}: a confidence is no number: {error}") from error
     if missing := [image.path for image in images if image.path not in found]:
         raise ValueError(f"--predictions {path} lacks {len(missing)} images of --groups, the first is {missing[0]}")
     return [sorted(found[image.path], key=lambda pair: -pair[1]) for image in images]
@@ -352,7 +355,7 @@ def open_groups(args: argparse.Namespace) -> tuple[ImageSource, list[Image]]:
 def eval_groups(args: argparse.Namespace) -> list[dict]:
     """Rows of :func:`measures`, also written to ``--output_dir``."""
     seed_everything(args.seed)
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    device = distributed.init(device=args.device)
     source, images = open_groups(args)
     features = None
     if args.predictions is None or args.attribute is not None:
@@ -396,8 +399,7 @@ def write(rows: list[dict], output_dir: Path) -> None:
 
 
 def main() -> None:
-    with plain_exit():
-        eval_groups(parse_args())
+    distributed.run_script(eval_groups, parse_args)
 
 
 if __name__ == "__main__":

@@ -201,9 +201,18 @@ def test_a_table_of_groups_that_cannot_be_read_is_named(text, message, tmp_path)
     args = eval_groups.parse_args(["--groups", str(tmp_path / "groups.csv"), "--predictions", "x.csv"])
     with pytest.raises(ValueError, match=message):
         eval_groups.eval_groups(args)
+    (tmp_path / "sure.csv").write_text("image,label,confidence\na.png,b,very\n")
+    with pytest.raises(ValueError, match=r"sure\.csv, a\.png: a confidence is no number"):
+        eval_groups.read_predictions(tmp_path / "sure.csv", [Image("a.png")])
     (tmp_path / "cc.json").write_text("[1]")
     with pytest.raises(ValueError, match="another layout than Casual Conversations"):
         eval_groups.read_casual_conversations(tmp_path / "cc.json")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_asked_for_and_not_there_is_an_error():
+    with pytest.raises(ValueError, match="--device cuda: no GPU is visible"):
+        eval_groups.eval_groups(eval_groups.parse_args(["--device", "cuda"]))
 
 
 def test_generated_groups_are_equally_many_changed_images():
