@@ -65,8 +65,9 @@ EMBEDDED_DATA_DEFAULTS = {
     "blur_radius": (0.1, 0.4),
     "epsilon": 0.02,
     "batch_size": 64,
-    "passes": 20,
+    "passes": 16,
     "base_lr": 16.0,
+    "head_bn": True,
     "freeze_prototypes_niters": 60,
     "output_dir": "runs/materials",
 }

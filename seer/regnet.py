@@ -39,6 +39,7 @@ class Sizes:
         w_0, w_a, w_m: Width of the first block, its growth from block to block, ratio of the widths of two stages.
         group_width: Channels of a group of the 3x3 convolutions.
         bottleneck: Inner width over outer width.
+        stem: See :class:`RegNet`.
     """
 
     depth: int
@@ -47,6 +48,7 @@ class Sizes:
     w_m: float
     group_width: int
     bottleneck: float = 1.0
+    stem: str = "simple"
 
     def stages(self) -> list[Stage]:
         """The stages, often four.
@@ -76,10 +78,10 @@ SIZES = {  # names as in the published configurations
     "regnet128Gf": Sizes(27, 456, 160.83, 2.52, 264),
     "regnet256Gf_1": Sizes(27, 640, 230.83, 2.53, 373),
     "regnet10B": Sizes(27, 1744, 620.83, 2.52, 1010),
-    # for the embedded images and small experiments, with three stages
-    "regnet_pico": Sizes(6, 16, 12.1, 2.3, 8),
-    "regnet_micro": Sizes(6, 24, 24.5, 2.3, 8),
-    "regnet_mini": Sizes(6, 48, 49.0, 2.3, 16),
+    # for the embedded images and small experiments: three stages, which leave 4 x 4 places of 32 x 32 pixels
+    "regnet_pico": Sizes(6, 16, 12.1, 2.3, 8, stem="cifar"),
+    "regnet_micro": Sizes(6, 24, 24.5, 2.3, 8, stem="cifar"),
+    "regnet_mini": Sizes(6, 48, 49.0, 2.3, 16, stem="cifar"),
 }
 
 
@@ -174,7 +176,8 @@ class RegNet(nn.Module):
         sizes: Of the stages.
         in_chans: Channels of the images.
         num_classes: 0: no classifier.
-        stem: ``simple`` (3x3 of stride 2), ``residual`` (7x7 of stride 2 and pooling) or ``cifar`` (3x3).
+        stem: ``simple`` (3x3 of stride 2), ``residual`` (7x7 of stride 2 and pooling) or ``cifar`` (3x3); None: that of
+            the sizes.
         recompute: Of all blocks, see :class:`Block`.
     """
 
@@ -183,13 +186,14 @@ class RegNet(nn.Module):
         sizes: Sizes,
         in_chans: int = 3,
         num_classes: int = 0,
-        stem: str = "simple",
+        stem: str | None = None,
         stem_width: int = 32,
         activation: str = "relu",
         use_se: bool = True,
         recompute: bool = False,
     ):
         super().__init__()
+        stem = stem or sizes.stem
         if stem not in STEMS:
             raise ValueError(f"stem {stem!r} is none of {', '.join(STEMS)}")
         act, (kernel, stride) = ACTIVATIONS[activation], {"simple": (3, 2), "residual": (7, 2), "cifar": (3, 1)}[stem]
