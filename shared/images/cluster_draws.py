@@ -40,6 +40,3 @@ def count_repetitions(images: np.ndarray) -> np.ndarray:
     repetitions = np.empty(len(images), dtype=np.int64)
     repetitions[order] = np.arange(len(images)) - firsts.repeat(counts)
     return repetitions
-
-
-# --- Images -----------------------------------------------------------------------------------------------------------

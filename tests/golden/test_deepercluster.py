@@ -35,7 +35,9 @@ YFCC100M = 95_920_149  # images of the published list
 
 
 def read_kmeans(case: str) -> tuple[torch.Tensor, torch.Tensor, int]:
-    get = lambda name: GOLDEN.tensor(f"{case}/in/{name}")  # noqa: E731
+    def get(name):
+        return GOLDEN.tensor(f"{case}/in/{name}")
+
     return get("feats"), get("centroids"), GOLDEN.scalar(f"{case}/in/niter")
 
 
@@ -196,7 +198,9 @@ def test_sobel_filter():
 
 @torch.no_grad()
 def test_sobel_folded_into_the_first_convolution():
-    get = lambda name: GOLDEN.tensor(f"sobel2rgb/{name}")  # noqa: E731
+    def get(name):
+        return GOLDEN.tensor(f"sobel2rgb/{name}")
+
     x, weight, close = get("in/x"), get("in/weight"), {"rtol": 1e-4, "atol": 1e-4}
     convolution = nn.Conv2d(*weight.shape[1::-1], 3, padding=1)
     convolution.load_state_dict({"weight": weight, "bias": get("in/bias")})
@@ -238,7 +242,9 @@ def test_official_network_and_probes(case):
 
 
 def test_names_of_the_body():
-    read = lambda key: bytes(GOLDEN[key]).decode().split("\n")  # noqa: E731
+    def read(key):
+        return bytes(GOLDEN[key]).decode().split("\n")
+
     assert [body_name(name) for name in read("rename_key/in/names")] == read("rename_key/out/names")
 
 
