@@ -39,7 +39,7 @@ from shared.evaluation.knn_monitor import KNNMonitor
 from shared.images.views import ViewRecipe
 from shared.multicrop import MultiCropWrapper, normalize_views
 from shared.optimisation.larc import LARC, tensor_norms
-from shared.plan import NUMBERS, fitting_text, make_plan
+from shared.plan import NUMBERS, make_plan
 from shared.run.flags import (
     Parser,
     add_data_flags,
@@ -202,19 +202,14 @@ def network_of(args: argparse.Namespace) -> PrototypeNetwork:
 
 def tell_plan(args: argparse.Namespace) -> None:
     """Memory of the devices of a run, and the fewest devices that can run it with so many images on each."""
+    data = args.plan if args.fsdp else 1
+    image = (args.in_chans, args.size_crops[0], args.size_crops[0])
     views = list(zip(args.nmb_crops, args.size_crops, strict=True))
     number = NUMBERS.get(args.amp, torch.bfloat16)
-
-    def plan_of(devices: int):
-        data = devices if args.fsdp else 1
-        image = (args.in_chans, args.size_crops[0], args.size_crops[0])
-        options = {"moments": 1, "recompute": args.recompute, "views": views}
-        return make_plan(lambda _: network_of(args), image, args.batch_size * data, (data, 1), number, **options)
-
-    print(plan_of(args.plan).text())
-    print(
-        fitting_text(plan_of, args.device_gib) if args.fsdp else "every device has a whole copy; --fsdp shares it out"
-    )
+    plan = make_plan(lambda _: network_of(args), image, args.batch_size * data, (data, 1), number, 1, views=views)
+    print(plan.text())
+    whole = "every device has a whole copy; --fsdp shares it out"
+    print(plan.fitting_text(args.device_gib) if args.fsdp else whole)
 
 
 # --- Training ---------------------------------------------------------------------------------------------------------

@@ -6,19 +6,22 @@
 
 Any network of a folder's card, of any size: it is built on torch's meta device, which has shapes and no numbers.
 Weights, gradients and optimiser are divided among the devices of a mesh (data, model), as fully sharded training does
-it; the model axis is for networks whose ``build`` takes ``model_parallel``. What a pass keeps for its gradients is
-measured: all tensors that autograd saves, with fused attention. Operations are those of products, convolutions and
-attention, two for a multiplication with its addition, and three forward passes for a training step; repeated ones do
-not count.
+it; the model axis is for networks whose ``build`` takes ``model_parallel``. The memory of a pass is the most that is
+there at a time while it and its backward pass are followed tensor by tensor, with fused attention. Operations are those
+of products, convolutions and attention, two for a multiplication with its addition, and three forward passes for a
+training step; repeated ones do not count.
 """
 
 import argparse
 import importlib
 import inspect
 import sys
+import weakref
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
@@ -28,6 +31,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from shared.run.command_line import Parser, plain_exit
@@ -69,82 +75,155 @@ class _FusedAttention(TorchFunctionMode):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[0]
 
 
-@dataclass(frozen=True)
-class Pass:
-    """A forward pass of some images.
+class _LiveMemory(TorchDispatchMode):
+    """Follows the bytes of all tensors from where they are made to where they are let go.
+
+    Gradients of weights are counted apart, and freed at once, since a mesh divides them.
 
     Attributes:
-        flops: Of the pass.
-        activations: Bytes kept for the gradients, the network's own tensors and its images left out.
-        recomputed: The same if only the inputs of the repeated blocks are kept, and one block at a time is computed
-            again.
+        now: Bytes that are there.
+        weight_gradients: Those of the weights so far.
+        highest: (bytes of gradients of weights, most other bytes while there were so many), in their order.
     """
 
-    flops: int
-    activations: int
-    recomputed: int
+    def __init__(self, own: Iterable[Tensor]):
+        super().__init__()
+        self.now = self.weight_gradients = 0
+        self.highest = [(0, 0)]
+        self.known = weakref.WeakSet(t.untyped_storage() for t in own)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_iter(out):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage() not in self.known:
+                storage = tensor.untyped_storage()
+                self.known.add(storage)
+                self.add(storage.nbytes())
+                weakref.finalize(storage, self.add, -storage.nbytes())
+        return out
+
+    def add(self, nbytes: int) -> None:
+        self.now += nbytes
+        gradients, most = self.highest[-1]
+        self.highest[-1] = (gradients, max(most, self.now))
+
+    def take_gradient(self, weight: Tensor) -> None:
+        """What autograd calls with a weight whose gradient is complete."""
+        weight.grad = None
+        self.weight_gradients += 4 * weight.numel()
+        self.highest.append((self.weight_gradients, self.now))
 
 
-def measure_pass(network: nn.Module, images: Tensor | list[Tensor]) -> Pass:
-    """What a forward pass of a network on the meta device costs, or one for each of several batches."""
-    blocks, batches = repeated_blocks(network), [images] if isinstance(images, Tensor) else images
-    own = {t.untyped_storage()._cdata for t in [*batches, *network.parameters(), *network.buffers()]}
-    kept: dict[int, torch.UntypedStorage] = {}  # holding them keeps their addresses from being used again
-    bytes_of: dict[int, int] = defaultdict(int)  # by number of the block, -1 outside
-    current, inputs = [-1], {}
+@dataclass(frozen=True)
+class Pass:
+    """A forward and backward pass of some images.
 
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own and storage._cdata not in kept:
-            kept[storage._cdata] = storage
-            bytes_of[current[-1]] += storage.nbytes()
-        return tensor
+    Attributes:
+        kept: Bytes that are there after the forward pass, the network's own tensors and its images left out.
+        highest: (bytes of gradients of weights, most other bytes while there were so many), in their order.
+    """
 
-    def enter(number: int, module: nn.Module, args: tuple) -> None:
-        current.append(number)
-        storage = args[0].untyped_storage()
-        inputs.setdefault(storage._cdata, (storage, storage._cdata in kept))
+    kept: int
+    highest: tuple[tuple[int, int], ...]
 
-    def leave(*_) -> None:
-        current.pop()
+    @property
+    def activations(self) -> int:
+        """Most bytes of activations and their gradients."""
+        return max(most for _, most in self.highest)
 
-    hooks = []
-    for number, block in enumerate(blocks):
-        hooks.append(block.register_forward_pre_hook(lambda module, args, n=number: enter(n, module, args)))
-        hooks.append(block.register_forward_hook(leave))
-    attention = _FusedAttention()
+    def peak(self, shards: int = 1) -> int:
+        """Most bytes together with gradients of weights, which so many devices share."""
+        return max(most + gradients // shards for gradients, most in self.highest)
+
+
+def count_operations(network: nn.Module, batches: list[Tensor]) -> int:
+    """Of the forward passes of these batches on the meta device."""
+    with _FusedAttention() as attention, FlopCounterMode(display=False) as counter:
+        for batch in batches:
+            network(batch)
+    return counter.get_total_flops() + attention.flops
+
+
+def measure_pass(network: nn.Module, images: Tensor | list[Tensor], recompute: bool = False) -> Pass:
+    """What a pass of a network on the meta device costs, or one for each of several batches and a common backward pass.
+
+    Args:
+        recompute: Keep the inputs of the repeated blocks only, and compute the rest again.
+    """
+    blocks, batches = repeated_blocks(network) if recompute else [], [images] if isinstance(images, Tensor) else images
+    memory = _LiveMemory([*batches, *network.parameters(), *network.buffers()])
+    for block in blocks:
+        again = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), _FusedAttention())}
+        block.forward = partial(checkpoint, block.forward, **again)
+    hooks = [
+        p.register_post_accumulate_grad_hook(memory.take_gradient) for p in network.parameters() if p.requires_grad
+    ]
     try:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), FlopCounterMode(display=False) as counter:
-            with attention:
-                for batch in batches:
-                    network(batch)
+        with _FusedAttention(), memory:
+            loss = sum(t.sum() for batch in batches for t in tree_iter(network(batch)) if isinstance(t, Tensor))
+            kept = memory.now
+            loss.backward()
     finally:
         for hook in hooks:
             hook.remove()
-    outside = bytes_of.pop(-1, 0)
-    between = sum(storage.nbytes() for storage, counted in inputs.values() if not counted)
-    total = outside + sum(bytes_of.values())
-    recomputed = outside + between + max(bytes_of.values(), default=0)
-    return Pass(counter.get_total_flops() + attention.flops, total, recomputed)
+        for block in blocks:
+            del block.forward
+    return Pass(kept, tuple(memory.highest))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes are those of each device; operations those of one image in a training step of the whole network."""
+    """What each device of a mesh (data, model) holds, in bytes, with weights, gradients and moments in float32.
+
+    Attributes:
+        images: Of a step, on each part of the data axis.
+        parameters: Counts, by what they are of.
+        flops_per_image: Operations of one image in a training step of the whole network.
+        shapes: Number of each weight's elements, of a process of the model axis.
+        cast: Bytes of the weights as the passes take them: of all on one device, of one block that is gathered.
+        moments: Numbers of the optimiser per weight.
+        passed: The passes of the images of one device.
+    """
 
     mesh: tuple[int, int]
-    batch_size: int
+    images: int
     parameters: dict[str, int]
     flops_per_image: int
-    weights: int
-    gradients: int
-    optimiser: int
-    gathered: int
-    activations: int
+    shapes: tuple[int, ...]
+    cast: tuple[int, int]
+    moments: int
+    passed: Pass
 
     @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimiser + self.gathered + self.activations
+    def weights(self) -> int:
+        return 4 * sum(-(-number // self.mesh[0]) for number in self.shapes)
+
+    @property
+    def gradients(self) -> int:
+        return self.weights
+
+    @property
+    def optimiser(self) -> int:
+        return self.moments * self.weights
+
+    @property
+    def copies(self) -> int:
+        """Weights in the numbers of the passes: all at once on one device, gathered block by block on several."""
+        return self.cast[self.mesh[0] > 1]
+
+    @property
+    def activations(self) -> int:
+        return self.passed.activations
+
+    @property
+    def peak(self) -> int:
+        """Less than the sum: gradients of weights come while activations go."""
+        passes = max(self.passed.peak(self.mesh[0]), self.gradients)
+        return self.weights + self.optimiser + self.copies + passes
+
+    def on(self, devices: int) -> "Plan":
+        """The same with another length of the data axis, and as many images on each part of it."""
+        return replace(self, mesh=(devices, self.mesh[1]))
 
     def utilisation(self, images_per_s: float, peak_flops: float) -> float:
         """Share of a device's peak that the model's operations take, at so many images per second and device."""
@@ -153,16 +232,26 @@ class Plan:
     def text(self) -> str:
         devices = self.mesh[0] * self.mesh[1]
         counts = [f"{name} {count:,}" for name, count in self.parameters.items()]
-        memory = ("weights", "gradients", "optimiser", "gathered", "activations", "total")
+        memory = ("weights", "gradients", "optimiser", "copies", "activations", "peak")
         return "\n".join(
             [
                 f"parameters: {', '.join(counts)}",
-                f"{self.batch_size} images a step on {devices} devices ({self.mesh[0]} x {self.mesh[1]}); of each:",
+                f"{self.images * self.mesh[0]} images a step on {devices} devices ({self.mesh[0]} x {self.mesh[1]}); "
+                "of each:",
                 *(f"  {name:<12}{size_text(getattr(self, name)):>12}" for name in memory),
                 f"training: {self.flops_per_image / 1e9:,.1f} GFLOP per image, "
-                f"{self.flops_per_image * self.batch_size / devices / 1e12:,.2f} TFLOP per step and device",
+                f"{self.flops_per_image * self.images / self.mesh[1] / 1e12:,.2f} TFLOP per step and device",
             ]
         )
+
+    def fitting_text(self, device_gib: float, most: int = 1 << 14) -> str:
+        """A sentence about the fewest devices (a power of two, at most ``most``) on which this fits."""
+        for exponent in range(most.bit_length()):
+            found = self.on(1 << exponent)
+            if found.peak <= device_gib * 2**30:
+                number = found.mesh[0] * found.mesh[1]
+                return f"it fits on {number} devices of {device_gib:g} GiB: {size_text(found.peak)} on each"
+        return f"it does not fit on devices of {device_gib:g} GiB, however many"
 
 
 def make_plan(
@@ -175,16 +264,16 @@ def make_plan(
     recompute: bool = False,
     views: Sequence[tuple[int, int]] = (),
 ) -> Plan:
-    """Plan a training with weights, gradients and moments in float32, each held once along the data axis.
+    """Plan a training.
 
     Args:
         build: Makes the network on the meta device, or what one of so many processes of the model axis has of it.
         image: Shape (C, H, W).
         batch_size: Images of a step, on all devices.
         mesh: Lengths of the data axis and the model axis.
-        activations_in: Numbers of the passes, and of the weights of one block that are gathered at a time.
+        activations_in: Numbers of the passes, and of the weights in them.
         moments: Of the optimiser, numbers per weight; AdamW has 2.
-        recompute: Keep the inputs of the repeated blocks only.
+        recompute: Keep the inputs of the repeated blocks only; for networks that do not do so by themselves.
         views: (number, side in pixels) of an image's square views of each size; by default it is seen once, whole.
 
     Raises:
@@ -198,40 +287,29 @@ def make_plan(
     with torch.device("meta"):
         whole, part = build(1), build(model)
         blocks, part_blocks = repeated_blocks(whole), repeated_blocks(part)
-        sharded = sum(-(-p.numel() // data) for p in part.parameters()) * 4
-        gathered = max(map(count_parameters, part_blocks), default=0) * activations_in.itemsize if data > 1 else 0
         shapes = [(number, image[0], side, side) for number, side in views] or [(1, *image)]
 
         def batches(images: int) -> list[Tensor]:
             return [torch.empty(images * number, *shape, dtype=activations_in) for number, *shape in shapes]
 
-        forward = measure_pass(whole.to(activations_in), batches(2)).flops // 2  # batch norm may need two images
-        passed = measure_pass(part.to(activations_in), batches(batch_size // data))
+        forward = count_operations(whole.to(activations_in), batches(2)) // 2  # batch norm may need two images
+        passed = measure_pass(part.to(activations_in), batches(batch_size // data), recompute)
     parameters = {"all": count_parameters(whole)}
     if blocks:
         parameters[f"{len(blocks)} x {type(blocks[0]).__name__}"] = sum(map(count_parameters, blocks))
         parameters["their matrices"] = sum(count_parameters(block, matrices_only=True) for block in blocks)
-    activations = passed.recomputed if recompute else passed.activations
-    memory = (sharded, sharded, sharded * moments, gathered, activations)
-    return Plan(tuple(mesh), batch_size, parameters, 3 * forward, *memory)
-
-
-def fewest_devices(plan_of: Callable[[int], Plan], memory: float, most: int = 1 << 14) -> Plan | None:
-    """The plan with the fewest devices (a power of two) of so many bytes in which a training fits; None if none does.
-
-    Args:
-        plan_of: Makes the plan for a number of devices.
-    """
-    plans = (plan_of(1 << exponent) for exponent in range(most.bit_length()))
-    return next((plan for plan in plans if plan.total <= memory), None)
-
-
-def fitting_text(plan_of: Callable[[int], Plan], device_gib: float) -> str:
-    """A sentence about :func:`fewest_devices`."""
-    found = fewest_devices(plan_of, device_gib * 2**30)
-    if found is None:
-        return f"it does not fit on devices of {device_gib:g} GiB, however many"
-    return f"it fits on {found.mesh[0] * found.mesh[1]} devices of {device_gib:g} GiB: {size_text(found.total)} on each"
+    cast_whole = count_parameters(part, matrices_only=True) if activations_in != torch.float32 else 0
+    cast = (cast_whole, max(map(count_parameters, part_blocks), default=0))
+    return Plan(
+        mesh=tuple(mesh),
+        images=batch_size // data,
+        parameters=parameters,
+        flops_per_image=3 * forward,
+        shapes=tuple(p.numel() for p in part.parameters()),
+        cast=tuple(number * activations_in.itemsize for number in cast),
+        moments=moments,
+        passed=passed,
+    )
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -272,14 +350,10 @@ def main(arguments: list[str] | None = None) -> Plan:
         raise ValueError(f"--views {' '.join(map(str, args.views))}: expected pairs of a number and a side")
     views = list(zip(args.views[::2], args.views[1::2], strict=True))
 
-    def plan_of(data: int) -> Plan:
-        batch_size, mesh = args.batch_size // args.mesh[0] * data, (data, args.mesh[1])
-        return make_plan(build, image, batch_size, mesh, NUMBERS[args.amp], args.moments, args.recompute, views)
-
     plan = make_plan(build, image, args.batch_size, args.mesh, NUMBERS[args.amp], args.moments, args.recompute, views)
     print(plan.text())
     if args.device_gib:
-        print(fitting_text(plan_of, args.device_gib))
+        print(plan.fitting_text(args.device_gib))
     if args.images_per_s and args.peak_tflops:
         share = plan.utilisation(args.images_per_s, args.peak_tflops * 1e12)
         print(f"{args.images_per_s:g} images/s and device are {share:.1%} of {args.peak_tflops:g} TFLOP/s")
