@@ -28,13 +28,14 @@ class Curve:
 
 @dataclass
 class Panel:
-    """One pair of axes; ``least_range`` keeps its y axis from magnifying noise."""
+    """One pair of axes; ``least_range`` keeps its y axis from magnifying noise, ``from_zero`` makes it start there."""
 
     title: str
     xlabel: str
     ylabel: str
     curves: Sequence[Curve]
     least_range: float = 0.0
+    from_zero: bool = False
 
 
 COLORS = ("#1f5fa8", "#c8702a", "#2a8f4a", "#8a4fa3")
@@ -79,6 +80,8 @@ def _draw_panel(axes: "Axes", panel: Panel) -> None:
     if high - low < panel.least_range:
         middle = (low + high) / 2
         axes.set_ylim(middle - panel.least_range / 2, middle + panel.least_range / 2)
+    if panel.from_zero:
+        axes.set_ylim(bottom=0)
     axes.set_title(panel.title, fontsize=11, color=INK)
     axes.set_xlabel(panel.xlabel)
     axes.set_ylabel(panel.ylabel)

@@ -104,14 +104,13 @@ def recomputation(args: argparse.Namespace) -> dict:
             args.batch_size,
             activations_in=torch.float32,
             moments=1,
-            recompute=kinds[name],
             views=VIEWS,
         )
         images = sum(number * side * side for number, side in VIEWS) * 3 * 4 * args.batch_size
         found[name] = {
             "seconds": statistics.median(seconds[name]),
             "measured_mib": step.peak_mib - step.idle_mib,
-            "planned_mib": (planned.total + images) / 2**20,
+            "planned_mib": (planned.peak + images) / 2**20,
             "planned_activations_mib": planned.activations / 2**20,
         }
     return found

@@ -393,18 +393,28 @@ def growth(size: argparse.Namespace) -> list[dict]:
     return rows
 
 
+SIZE_NAMES = {
+    "local_crops": "local crops",
+    "batch": "images",
+    "global_px": "side of the global crops in pixels",
+    "out_dim": "outputs of the head",
+    "threads": "threads",
+    "accumulate": "--accumulate, pieces of the batch",
+}
+
+
 def draw_growth(rows: list[dict], path: Path, what: str) -> None:
     """Seconds and memory of a step over each size that was changed."""
-    by_size: dict[str, list[dict]] = {}
-    for row in rows:
-        by_size.setdefault(next(iter(row)), []).append(row)
-    units = {"seconds": "seconds for a step", "peak_gib": "peak memory in GiB"}
-    panels = [
-        Panel(name, name, unit, [Curve([row[name] for row in changed], [row[key] for row in changed], style="points")])
-        for key, unit in units.items()
-        for name, changed in by_size.items()
-    ]
-    save_panels(panels, path, f"One DINO step, {what}", rows=2)
+    panels = []
+    for size, name in SIZE_NAMES.items():
+        if changed := [row for row in rows if size in row]:
+            values = [row[size] for row in changed]
+            curves = [
+                Curve(values, [row[key] for row in changed], label, "points")
+                for key, label in (("seconds", "seconds for a step"), ("peak_gib", "peak memory in GiB"))
+            ]
+            panels.append(Panel(name, "", "", curves, from_zero=True))
+    save_panels(panels, path, f"One DINO step, {what}", rows=2 if len(panels) % 2 == 0 else 1)
 
 
 def main() -> None:
