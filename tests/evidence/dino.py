@@ -10,12 +10,20 @@ deviation over the seeds.
 from functools import partial
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
 from torch import nn
 
-from dino.hub import CARD, load_pretrained
+from dino.hub import CARD, MEAN, STD, build, load_pretrained
+from shared.images.loading import EpochBatchSampler, make_loader
+from shared.images.materials import load_materials
+from shared.images.sources import open_source
+from shared.images.views import ViewRecipe
+from shared.multicrop import MultiCropDataset, normalize_views
+from shared.pictures.attention import attended_patches, class_attention
 from tests.evidence.claims import Claim
 from tests.evidence.probe import Features, Images, Pixels, baselines, with_linear
-from tests.evidence.runs import Variant, main, run_all, table, write
+from tests.evidence.runs import Variant, in_parallel, machine, main, once, run_all, table, write
 
 # Runs of 220 steps: the teacher follows fast, the centre faster still, and mild views keep what two of them share well
 # above the ratio of the temperatures, below which every difference between images dies out.
@@ -51,6 +59,10 @@ MOMENTUM_VARIANTS = [
     for name, (first, last) in MOMENTA.items()
 ]
 
+DEMONSTRATION = Variant("DINO", "--num_workers 0 --pictures off", "main_dino.py")  # on the generated images
+ARCH, PATCH_SIZE, SIDE, EPOCHS = "vit_micro", 4, 32, 8  # of it
+SUPERVISED = "supervised, as many epochs"
+
 
 # fmt: off
 CLAIMS = [
@@ -64,7 +76,10 @@ CLAIMS = [
     Claim("small crops help", "digits, 220 steps, k-NN", "dino_digits", "DINO", "two global crops only", "knn_last"),
     Claim("smaller patches help", "the same", "dino_digits", "patches of 4 instead of 8", "DINO", "knn_last",
           flaw="random patches of 8 are nearly the pixels"),
-    Claim("attention segments objects"),
+    *(Claim("attention is on objects (figure 1), beside " + other, "materials, share on the object, best head",
+            "dino_attention", "DINO", other, "mass") for other in ("random weights", SUPERVISED)),
+    *(Claim("attention segments objects (5.2), beside " + other, "materials, Jaccard of the patches with 60 % of it, "
+            "best head", "dino_attention", "DINO", other, "jaccard") for other in ("random weights", SUPERVISED)),
     Claim("ImageNet, beside other methods and labels"),
     Claim("multi-crop at equal compute"),
     Claim("retrieval, copy detection, video segmentation"),
@@ -80,6 +95,82 @@ def claims(out: Path, parallel: int, seeds: tuple[int, ...]) -> None:
     pixels = Features(CARD, Pixels(), ("digits", None), 16).knn()
     results.append({"variant": "raw pixels", "knn_last": pixels})
     write(out, "dino_digits", results, table(results, columns))
+    attention(out, parallel, seeds)
+
+
+# --- Attention of the class token beside masks of the objects ---------------------------------------------------------
+
+
+def attention(out: Path, parallel: int, seeds: tuple[int, ...]) -> None:
+    """The last block's heads of networks that were trained with and without labels, and not at all."""
+    results = run_all("dino", [DEMONSTRATION], out / "attention", parallel, seeds)
+    for result in results:
+        result |= on_objects(load_teacher(ARCH, PATCH_SIZE, result["run"]))
+
+    def others(seed: int) -> list[dict]:
+        torch.manual_seed(seed)
+        network, rows = build(ARCH, patch_size=PATCH_SIZE, img_size=SIDE), []
+        for name in ("random weights", SUPERVISED):
+            train = (lambda: {}) if name == "random weights" else partial(train_with_labels, network, seed)
+            settings = [name, ARCH, f"seed {seed}", f"{EPOCHS} epochs"]
+            work = lambda train=train: train() | on_objects(network)  # noqa: E731
+            found = once(out / "attention" / f"{name.replace(' ', '_')}-{seed}.json", settings, work)
+            command = f"tests/evidence/dino.py: {settings}"
+            rows.append({"variant": name, "seed": seed, **found, "command": command, "machine": machine("fp32")})
+        return rows
+
+    results += [row for rows in in_parallel(others, seeds, parallel) for row in rows]
+    columns = {"knn_last": "k-NN", "acc1": "top-1", "mass": "on the object (%)", "jaccard": "Jaccard (%)"}
+    write(out, "dino_attention", results, table(results, columns | {"kept": "patches with 60 % of it (%)"}))
+
+
+@torch.no_grad()
+def on_objects(network: nn.Module) -> dict[str, float]:
+    """Percent of the attention that is on the object, and of the patches that hold 60 % of it.
+
+    ``jaccard`` is that of these patches with the object, by pixels; both are of the best head of every image.
+    """
+    drawn = load_materials("val")
+    pixels, objects = torch.from_numpy(drawn.pixels).permute(0, 3, 1, 2), torch.from_numpy(drawn.masks)[:, None]
+    (images,) = normalize_views([pixels], torch.device("cpu"), MEAN, STD)
+    maps = class_attention(network.eval(), images)
+    patches = attended_patches(maps, 0.6)
+    size = objects.shape[2:]
+    spread, kept = (F.interpolate(value.float(), size=size, mode="nearest") for value in (maps, patches))
+    mass = (spread * objects).sum(dim=(2, 3)) / spread.sum(dim=(2, 3))
+    kept = kept.bool()
+    jaccard = (kept & objects).sum(dim=(2, 3)) / (kept | objects).sum(dim=(2, 3))
+    found = {"mass": mass.amax(dim=1), "jaccard": jaccard.amax(dim=1), "kept": patches.float().mean(dim=(1, 2, 3))}
+    return {name: 100 * values.mean().item() for name, values in found.items()}
+
+
+def train_with_labels(network: nn.Module, seed: int) -> dict[str, float]:
+    """Train it on crops like DINO's global ones, without its colours; top-1 in percent."""
+    torch.manual_seed(seed)
+    source = open_source(None, "train")
+    views = MultiCropDataset(source, [ViewRecipe(SIDE, (0.4, 1.0))], seed)
+    sampler = EpochBatchSampler(len(source), 32, seed)
+    head = nn.Linear(network.embed_dim, len(source.classes))
+    parameters = [*network.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.04)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, EPOCHS * len(sampler))
+    network.train()
+    for epoch in range(EPOCHS):
+        sampler.set_epoch(epoch)
+        for batch, labels, _ in make_loader(views, batch_sampler=sampler, num_workers=0, device=torch.device("cpu")):
+            (images,) = normalize_views(batch, torch.device("cpu"), MEAN, STD)
+            optimizer.zero_grad()
+            F.cross_entropy(head(network(images)), labels).backward()
+            optimizer.step()
+            schedule.step()
+    val = load_materials("val")
+    (images,) = normalize_views([torch.from_numpy(val.pixels).permute(0, 3, 1, 2)], torch.device("cpu"), MEAN, STD)
+    with torch.no_grad():
+        right = head(network.eval()(images)).argmax(dim=1) == torch.from_numpy(val.labels)
+    return {"acc1": 100 * right.double().mean().item()}
+
+
+# --- Linear classifiers, momentum -------------------------------------------------------------------------------------
 
 
 def train(
