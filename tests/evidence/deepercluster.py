@@ -33,7 +33,8 @@ RESULTS = "deepercluster_uncurated"
 # fmt: off
 CLAIMS = [
     *(Claim(f"clusters with rotations are better than {other} alone, convolution {conv} (5.1)", "6,000 uncurated "
-            "images of 32 pixels, linear, 20 classes", RESULTS, BOTH, f"{other} alone", f"linear_conv{conv}")
+            "images of 32 pixels, linear, 20 classes", RESULTS, BOTH, f"{other} alone", f"linear_conv{conv}",
+            flaw="all are near chance")
       for other in ("clusters", "rotations") for conv in CONVS),
     Claim("supervised training starts better from them than from scratch (5.4)", "the same, 12 epochs of 2,000 "
           "labelled images, top-1", RESULTS, TRAINED, SCRATCH, "acc1"),
