@@ -21,7 +21,6 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -39,9 +38,9 @@ from deepcluster.sampling import (
 from shared import distributed
 from shared.evaluation.features import check_features
 from shared.evaluation.knn_monitor import KNNMonitor
+from shared.evaluation.partitions import describe_partition
 from shared.images.channels import add_channel_flags
 from shared.images.cluster_draws import cluster_lists
-from shared.images.sources import ImageSource
 from shared.multicrop import normalize_views
 from shared.networks.batchnorm import synchronize_batchnorm
 from shared.networks.compiling import compile_network
@@ -240,8 +239,9 @@ def cluster_images(
         distributed.print_once(f"the features vary in {with_variance} directions only, fewer than --pca_dim {pca_dim}")
     seed = derive_seed(run.args.seed, run.epoch, CLUSTERING)
     clusters = cluster(whitened, algorithm, num_clusters, seed, backend)
-    line = describe_clusters(clusters, previous, loader.dataset.source)
-    run.log_evaluation(**line)
+    before = None if previous is None else previous.assignments
+    line = describe_partition(clusters.assignments, clusters.num_clusters, before, loader.dataset.source)
+    run.log_evaluation(clustering_loss=clusters.loss, **line)
     run.check_health({"images": len(clusters.assignments), **line})
     return clusters
 
@@ -294,32 +294,6 @@ def compute_features(
         between_batches()
     check_features(features)
     return features[:mine]
-
-
-def describe_clusters(clusters: Clusters, previous: Clusters | None, source: ImageSource) -> dict[str, float]:
-    """What the log says about a partition.
-
-    ``nmi_previous`` is the normalised mutual information with the partition before, ``nmi_labels`` that with the true
-    labels, I(A; B) / sqrt(H(A) H(B)) (section 4.1): 0 for independent partitions, 1 for equal ones.
-    """
-    sizes = clusters.sizes()
-    line = {
-        "clusters": clusters.num_filled,
-        "empty_clusters": len(sizes) - clusters.num_filled,
-        "smallest_cluster": int(sizes[sizes > 0].min()),
-        "largest_cluster": int(sizes.max()),
-        "clustering_loss": clusters.loss,
-    }
-    if previous is not None:
-        line["nmi_previous"] = nmi(clusters.assignments, previous.assignments)
-    if source.labels is not None:
-        line["nmi_labels"] = nmi(clusters.assignments, torch.from_numpy(source.labels))
-    return line
-
-
-def nmi(a: Tensor, b: Tensor) -> float:
-    """Normalised mutual information of two partitions (N,), with the geometric mean as in the paper."""
-    return float(normalized_mutual_info_score(a.numpy(), b.numpy(), average_method="geometric"))
 
 
 def train_one_epoch(

@@ -42,11 +42,12 @@ from deepercluster.clustering import (
     whiten,
 )
 from deepercluster.hub import ARCH, MEAN, NETWORK_FLAGS, STD, build, fill_body, from_official, to_official
-from deepercluster.report import HEALTH_RULES, describe_clusters, report
+from deepercluster.report import HEALTH_RULES, report
 from deepercluster.vgg16 import OFFICIAL_SIZE, OFFICIAL_WIDTH, VGG16
 from shared import distributed
 from shared.evaluation.features import RankSampler, check_features
 from shared.evaluation.knn_monitor import KNNMonitor
+from shared.evaluation.partitions import describe_partition
 from shared.images.channels import add_channel_flags
 from shared.images.loading import EvalDataset, EvalTransform, make_loader
 from shared.images.training_data import TrainingData, open_images, write_recipes
@@ -287,7 +288,8 @@ def cluster_images(run: Run, network: VGG16, loader: DataLoader, groups: Groups,
         args.use_faiss,
         args.batch_size if args.rules == "released" else None,
     )
-    line = describe_clusters(clusters, previous, loader.dataset.source)
+    before = None if previous is None else previous.assignments()
+    line = describe_partition(clusters.assignments(), args.k, before, loader.dataset.source)
     run.log_evaluation(**line)
     run.check_health({"images": num_images, **line})
     return clusters
