@@ -26,12 +26,12 @@ from deepercluster.vgg16 import OFFICIAL_SIZE, OFFICIAL_WIDTH, VGG16, without_so
 from shared import distributed
 from shared.evaluation import frozen
 from shared.evaluation.flags import add_labelled_flags, parse_evaluation
-from shared.evaluation.linear import EpochTraining, tell_accuracy, validate
+from shared.evaluation.linear import EpochTraining, start_afresh, tell_accuracy, validate
 from shared.networks.batchnorm import synchronize_batchnorm
 from shared.networks.weights import weights_checksum
 from shared.run.flags import AnyDashParser, bool_flag
 
-BIAS = 0.1  # of the layers that start afresh
+BIAS = 0.1  # of layers that start afresh
 # A run that is resumed must have these as they were.
 RUN_FLAGS = "sobel sobel2RGB image_size width lr wd batch_size seed".split()
 
@@ -115,16 +115,8 @@ def open_network(args: argparse.Namespace) -> tuple[VGG16, int]:
     if args.pretrained:
         fill_body(network, args.pretrained)
     checksum = weights_checksum(network.body.features)
-    start_classifier(network)
+    start_afresh(network.body.classifier, BIAS)
     return without_sobel(network) if args.sobel2RGB else network, checksum
-
-
-def start_classifier(network: VGG16) -> None:
-    """Start the fully connected layers of the body afresh."""
-    for layer in network.body.classifier:
-        if isinstance(layer, nn.Linear):
-            nn.init.normal_(layer.weight, std=0.01)
-            nn.init.constant_(layer.bias, BIAS)
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ from seer.hub import CARD
 from shared import distributed
 from shared.evaluation import frozen
 from shared.evaluation.flags import add_data_flags, add_probe_flags, add_process_flags, parse_evaluation
-from shared.evaluation.linear import EpochTraining, validate
+from shared.evaluation.linear import EpochTraining, start_afresh, validate
 from shared.images.subsets import labelled_subset
 from shared.networks.batchnorm import synchronize_batchnorm
 from shared.networks.weights import weights_checksum
@@ -75,8 +75,7 @@ def fine_tune(args: argparse.Namespace) -> dict[str, float]:
 
     checksum = weights_checksum(network)
     network.requires_grad_(True).fc = nn.Linear(network.embed_dim, args.num_labels)
-    nn.init.normal_(network.fc.weight, std=0.01)
-    nn.init.zeros_(network.fc.bias)
+    start_afresh(network.fc)
     network = synchronize_batchnorm(network, device).to(device)
     transform = frozen.eval_transform(CARD, args.image_size, network)
     val_set = frozen.val_images(args, val, transform)
