@@ -178,20 +178,19 @@ def train_deepercluster(args: argparse.Namespace) -> None:
     # network, and three optimisers: its own, those of the scores of super- and of sub-classes
     network = build(ARCH, args.in_chans, args.image_size, sobel=args.sobel, width=args.width)
     if args.pretrained:
-        fill_body(network, args.pretrained, "--pretrained")
+        fill_body(network, args.pretrained)
     network = synchronize_batchnorm(network, device).to(device)
     trunk = distributed.wrap(network, device)
     build_sgd = partial(sgd, lr=args.lr, weight_decay=args.wd)
     optimizer = build_sgd(network)
 
     state = ClusteringState(network.dim, groups, data.checksum, build_sgd, device)
-    num_sub = args.k // groups.layout.super_clusters
     run.resume(
         data,
         args.epochs * data.steps_per_epoch,
         NETWORK_FLAGS,
         to_official=to_official,
-        from_official=partial(from_official, folder=run.output_dir, super_classes=args.super_classes, num_sub=num_sub),
+        from_official=from_official,
         scheduled=(),
         network=network,
         optimizer=optimizer,

@@ -237,15 +237,22 @@ def load_pretrained(
     return network.eval().requires_grad_(False)
 
 
-def hub_entries(card: Card) -> dict[str, Callable[..., nn.Module]]:
-    """Functions for torch.hub, one for each release that has a description."""
-    entries = [_entry(card, name) for name, release in card.releases.items() if release.doc]
+def hub_entries(card: Card, load: Callable[..., nn.Module] | None = None) -> dict[str, Callable[..., nn.Module]]:
+    """Functions for torch.hub, one for each release that has a description.
+
+    Args:
+        load: ``load(weights, **options)`` gives the filled network of a release, a run or a file, where the card alone
+            does not do.
+    """
+    entries = [_entry(card, name, load) for name, release in card.releases.items() if release.doc]
     return {entry.__name__: entry for entry in entries}
 
 
-def _entry(card: Card, name: str) -> Callable[..., nn.Module]:
+def _entry(card: Card, name: str, load: Callable[..., nn.Module] | None) -> Callable[..., nn.Module]:
     def entry(pretrained: bool | str = True, **options) -> nn.Module:
         release = card.releases[name]
+        if load is not None and pretrained:
+            return load(name if pretrained is True else pretrained, **options)
         if isinstance(pretrained, str | os.PathLike):  # a run or a file of one's own
             return load_pretrained(card, release.arch, pretrained, **options)
         weights = read_weights(card, fetch_release(card, name)) if pretrained else None
