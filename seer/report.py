@@ -9,7 +9,7 @@ from shared.evaluation.knn_monitor import KNNMonitor
 from shared.images.training_data import TrainingData
 from shared.multicrop import MultiCropDataset
 from shared.pictures.report import Plot, Report, accuracy_plot, save_views
-from shared.run.health import HealthRule, equal_features, shares_of_ln_k, still_at_ln_k
+from shared.run.health import HealthRule, equal_features, few_prototypes, still_at_ln_k, uniform_codes
 from shared.run.run import Run
 from shared.run.settings import long_freeze, more_than_data, tell_settings
 from shared.run.summary import command, next_command
@@ -26,25 +26,11 @@ def health_rules(nmb_prototypes: int, total_steps: int) -> list[HealthRule]:
     """Signs of a collapse in the lines of the log, and the flags to try."""
     first_step = max(50, total_steps // 20)
 
-    def uses_few(line: dict) -> bool:
-        # a random assignment of n images to K prototypes has a perplexity of more than half of the smaller number
-        return line["prototype_perplexity"] < 0.1 * min(nmb_prototypes, line["assigned"])
-
     lower = "lower --base_lr, or lengthen --warmup and --freeze_prototypes_niters"
     uniform = "lower --epsilon, or take more --nmb_prototypes than --feat_dim"
     return [
-        HealthRule(
-            "uniform",
-            shares_of_ln_k(code_entropy=(0.99, 2)),
-            f"COLLAPSE: the assignments are uniform (entropy {{code_entropy:.3f}} of ln K = {{ln_k:.3f}}): {uniform}",
-            first_step,
-        ),
-        HealthRule(
-            "few",
-            uses_few,
-            f"COLLAPSE: few prototypes are used (perplexity {{prototype_perplexity:.1f}} of {nmb_prototypes}): {lower}",
-            first_step,
-        ),
+        uniform_codes(uniform, first_step),
+        few_prototypes(nmb_prototypes, lower, first_step),
         equal_features("embedding", lower, first_step),
         still_at_ln_k("loss", "a network that knows nothing about the other view", lower, first_step),
     ]

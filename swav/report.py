@@ -9,7 +9,7 @@ from shared.evaluation.knn_monitor import KNNMonitor
 from shared.images.training_data import TrainingData
 from shared.multicrop import MultiCropDataset
 from shared.pictures.report import Plot, Report, accuracy_plot, save_views
-from shared.run.health import HealthRule, equal_features, patience, shares_of_ln_k, still_at_ln_k
+from shared.run.health import HealthRule, equal_features, few_prototypes, patience, still_at_ln_k, uniform_codes
 from shared.run.run import Run
 from shared.run.settings import long_freeze, long_warmup, more_than_data, tell_settings
 from shared.run.summary import command, next_command
@@ -46,27 +46,13 @@ def curves(method: str) -> tuple[Plot, ...]:
 def health_rules(method: str, nmb_prototypes: int, epochs: int, steps_per_epoch: int) -> list[HealthRule]:
     """Signs of a collapse in the lines of the log; ``nmb_prototypes`` is K, for several sets that of the smallest."""
     first_step, advice = patience(epochs, steps_per_epoch), ADVICE[method]
-    uniform = "the codes are uniform (entropy {code_entropy:.3f} of ln K = {ln_k:.3f}), every image belongs to every"
-    few = "few prototypes are used (perplexity {prototype_perplexity:.1f}, {prototypes_used:.0f} of"
-
-    def uses_few(line: dict) -> bool:
-        # a random assignment of n images to K prototypes has a perplexity of more than half of the smaller number
-        return line["prototype_perplexity"] < 0.1 * min(nmb_prototypes, line["assigned"])
-
     rules = [
-        HealthRule(
-            "few",
-            uses_few,
-            f"COLLAPSE: {few} {nmb_prototypes} got any of {{assigned:.0f}} images): {advice['few']}",
-            first_step,
-        ),
+        few_prototypes(nmb_prototypes, advice["few"], first_step),
         equal_features("embedding", advice["features"], first_step),
         still_at_ln_k("loss", "a network that knows nothing about the other view's code", advice["flat"], first_step),
     ]
     if method == "SwAV":
-        is_uniform = shares_of_ln_k(code_entropy=(0.99, 2))
-        sentence = f"COLLAPSE: {uniform} prototype: {advice['uniform']}"
-        rules.insert(0, HealthRule("uniform", is_uniform, sentence, first_step))
+        rules.insert(0, uniform_codes(advice["uniform"], first_step))
     return rules
 
 
