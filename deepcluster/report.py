@@ -1,7 +1,6 @@
 """End-of-run report: trivial solutions, the clusters as a list and as a picture, curves, and what to run next."""
 
 import math
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from shared.images.sources import ImageSource
 from shared.pictures.report import Plot, Report, accuracy_plot
 from shared.run.health import HealthRule
 from shared.run.run import Run
-from shared.run.summary import command, next_command
+from shared.run.summary import command
 
 from .clustering import Clusters
 
@@ -46,7 +45,7 @@ PLOTS = (
 
 def report(run: Run, source: ImageSource, clusters: Clusters, knn: KNNMonitor) -> None:
     """List and draw the final clusters, draw the curves, and print the text."""
-    ending = Report(run)
+    ending = Report(run, "deepcluster/main.py")
     ending.files.append(str(save_list(source, {"cluster": clusters.assignments}, run.output_dir / "clusters.csv")))
     ending.draw("clusters.png", lambda path: save_cluster_sheet(source, clusters, path))
     ending.draw_curves("DeepCluster training", PLOTS)
@@ -56,13 +55,13 @@ def report(run: Run, source: ImageSource, clusters: Clusters, knn: KNNMonitor) -
     learned += tell_agreement(ending.lines)
     if source.labels is not None:
         learned[-1] += f"; purity {100 * purity(clusters.assignments, source.labels):.1f} %"
-    after = partial(next_command, run.args, "deepcluster/main.py", model=run.path, conv=3)
-    scripts = ("deepcluster/activ_retrieval.py", "deepcluster/gradient_ascent.py")
-    commands = [after(script, exp=ending.folder) for script in scripts]
+    layer = {"model": run.path, "conv": 3}
     if knn.sources:
-        commands.insert(0, after("deepcluster/eval_linear.py", exp=run.output_dir / "linear"))
+        ending.then("deepcluster/eval_linear.py", **layer, exp=run.output_dir / "linear")
+    for script in ("deepcluster/activ_retrieval.py", "deepcluster/gradient_ascent.py"):
+        ending.then(script, **layer, exp=ending.folder)
     own_images = command("deepcluster/main.py", "YOUR_IMAGES", sobel=True, k=100, exp="YOUR_RUN")
-    ending.finish(commands, own_images, learned, knn)
+    ending.finish(learned, knn, own_images=own_images)
 
 
 def save_cluster_sheet(source: ImageSource, clusters: Clusters, path: Path) -> Path:

@@ -14,7 +14,6 @@ from shared.images.sources import ImageSource
 from shared.pictures.report import Plot, Report, accuracy_plot
 from shared.pictures.sheets import link_images
 from shared.run.run import Run
-from shared.run.summary import command, next_command
 
 from .clustering import Clusters, Layout
 
@@ -81,7 +80,7 @@ def save_folders(source: ImageSource, clusters: Clusters, folder: Path) -> Path:
 
 def report(run: Run, source: ImageSource, clusters: Clusters, layout: Layout, knn: KNNMonitor) -> None:
     """List and draw the final clusters, draw the curves, and print the text."""
-    ending, args = Report(run), run.args
+    ending, args = Report(run, "deepercluster/main.py"), run.args
     ending.files.append(str(save_clusters(source, clusters, run.output_dir / "clusters.csv")))
     learned = [f"{layout.super_classes} super-classes, loss of chance {chance(layout, clusters):.2f}"]
     if args.k > 1:
@@ -100,12 +99,11 @@ def report(run: Run, source: ImageSource, clusters: Clusters, layout: Layout, kn
         for line in precisions
     ]
     ending.draw_curves("DeeperCluster training", PLOTS)
-    after = partial(next_command, args, "deepercluster/main.py", pretrained=run.path)
-    commands = [after("deepercluster/export.py", output_dir=run.output_dir / "export")]
     if knn.sources:
-        commands.insert(0, after("deepercluster/eval_linear.py", conv=13, output_dir=run.output_dir / "linear"))
-    own_images = command("deepercluster/main.py", data_path="YOUR_IMAGES", sobel=1, k=100, output_dir="YOUR_RUN")
-    ending.finish(commands, own_images, learned, knn)
+        linear = {"conv": 13, "output_dir": run.output_dir / "linear"}
+        ending.then("deepercluster/eval_linear.py", pretrained=run.path, **linear)
+    ending.then("deepercluster/export.py", pretrained=run.path, output_dir=run.output_dir / "export")
+    ending.finish(learned, knn, sobel=1, k=100)
 
 
 def chance(layout: Layout, clusters: Clusters) -> float:
