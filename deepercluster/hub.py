@@ -94,7 +94,6 @@ CARD = Card(
     address="https://dl.fbaipublicfiles.com/deepcluster/",
     interpolation="bilinear",
     embedded_run="runs/materials/checkpoint.pth.tar",
-    main="main.py",
     checkpoint_key="state_dict",
     head_names=HEADS,
     sizes=sizes,

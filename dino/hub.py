@@ -107,7 +107,6 @@ CARD = Card(
     },
     address="https://dl.fbaipublicfiles.com/dino/",
     interpolation="bicubic",
-    embedded_run="runs/materials/checkpoint.pth",  # where main_dino.py leaves the network of the embedded data
     main="main_dino.py",
     sizes=sizes,
     weights_flag="--pretrained_weights",

@@ -68,8 +68,6 @@ CARD = Card(
         **{f"vit_b{p}_i21k_300ep": Release("flexivit_b", f"vit_b{p}_i21k_300ep.npz") for p in (16, 30)},
     },
     address="https://storage.googleapis.com/big_vision/flexivit/",
-    embedded_run="runs/materials/checkpoint.pth",
-    main="main.py",
     interpolation="bilinear",
     mean=(0.5, 0.5, 0.5),
     std=(0.5, 0.5, 0.5),

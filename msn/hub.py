@@ -44,7 +44,6 @@ CARD = Card(
     address="https://dl.fbaipublicfiles.com/msn/",
     interpolation="bilinear",
     embedded_run="runs/materials",  # folder of the run that main.py makes without images
-    main="main.py",
     checkpoint_key="target_encoder",
     head_names=("fc",),
     sizes=sizes,

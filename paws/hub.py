@@ -50,7 +50,6 @@ CARD = Card(
     address="https://dl.fbaipublicfiles.com/suncet/",
     interpolation="bilinear",
     embedded_run="runs/materials/paws-latest.pth.tar",  # where main.py leaves the encoder of the embedded materials
-    main="main.py",
     checkpoint_key="encoder",
     head_names=("fc", "pred"),
     sizes=sizes,

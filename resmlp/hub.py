@@ -77,8 +77,6 @@ CARD = Card(
     },
     address="https://dl.fbaipublicfiles.com/deit/",
     interpolation="bicubic",
-    embedded_run="runs/materials/checkpoint.pth",  # where main.py leaves the network of the embedded data
-    main="main.py",
     checkpoint_key="model",
     sizes=sizes,
     arch_flag="--model",

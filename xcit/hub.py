@@ -49,8 +49,6 @@ CARD = Card(
     },
     address="https://dl.fbaipublicfiles.com/xcit/",
     interpolation="bicubic",
-    embedded_run="runs/materials/checkpoint.pth",
-    main="main.py",
     checkpoint_key="model",
     arch_flag="--model",
 )
