@@ -1,7 +1,7 @@
 """RegNetY (Radosavovic et al. 2020) of any size, up to SEER's 10 billion weights, and the head of SwAV.
 
 Tensors have torchvision's names, so that its files fill these networks and the other way round; those of other layouts
-are renamed in :mod:`seer.checkpoints`.
+are renamed in :mod:`seer.convert_checkpoint`.
 """
 
 import contextlib
