@@ -48,7 +48,6 @@ from shared import distributed
 from shared.evaluation.features import RankSampler, check_features
 from shared.evaluation.knn_monitor import KNNMonitor
 from shared.evaluation.partitions import describe_partition
-from shared.images.channels import add_channel_flags
 from shared.images.loading import EvalDataset, EvalTransform, make_loader
 from shared.images.training_data import TrainingData, open_images, write_recipes
 from shared.images.views import ViewRecipe
@@ -58,8 +57,7 @@ from shared.networks.batchnorm import synchronize_batchnorm
 from shared.optimisation.optim import build_optimizer, clip_grad_norm_per_tensor_
 from shared.run.flags import (
     AnyDashParser,
-    add_bad_image_flags,
-    add_reading_flags,
+    add_data_flags,
     add_run_flags,
     bool_flag,
     parse_with_embedded_defaults,
@@ -92,19 +90,11 @@ FINDING, HEADS = range(2)  # what is drawn once per clustering
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = AnyDashParser(__doc__)
-    add = parser.add_argument_group("data").add_argument
-    images = "training images: folder, list, torchvision name, or the root of zips; default: the embedded ones"
-    add("--data_path", default=None, help=images)
+    add = add_data_flags(parser)
     ids = "numbers (.npy) of images in zips below --data_path: ABCDEFGH is FGH.jpg of AB/CDE.zip, as in YFCC100M"
     add("--image_ids", default=None, help=ids)
     add("--size_dataset", type=int, default=10_000_000, help="take at most so many images, the first ones")
-    add("--val_path", default=None, help="images for the k-NN evaluation; by default those that belong to --data_path")
-    add_reading_flags(add)
-    add_channel_flags(add)
-    add("--cache", default="none", help="decoded images: none, memory, or a folder for a memory-mapped file")
-    add_bad_image_flags(add)
     add("--no_labels", action="store_true", help="class folders are no classes")
-    add("--workers", "--num_workers", dest="num_workers", type=int, default=8, help="loader processes per rank")
 
     add = parser.add_argument_group("network and views").add_argument
     add("--sobel", type=bool_flag, default=False, help="look at Sobel gradients of the channels' mean, not at colours")
@@ -144,7 +134,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         add(name, type=int, default=None, help="ignored: read from the environment")
     add("--debug_slurm", type=bool_flag, default=False, help="not needed: outside of srun its variables are not read")
     add("--warm_restart", type=bool_flag, default=False, help="not used, as in the official code")
-    parser.set_defaults(arch=ARCH)
+    parser.set_defaults(arch=ARCH, num_workers=8)
     return parser
 
 
