@@ -13,6 +13,7 @@ command again resumes (but on VOC).
 
 import argparse
 import sys
+from collections import OrderedDict
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -92,11 +93,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def load_frozen(args: argparse.Namespace, **options) -> VGG16:
-    """The network of ``--pretrained``, for images of ``--image_size``; the flag takes the network's where it is open.
-
-    Raises:
-        ValueError: If it is none, or ``--sobel`` does not fit.
-    """
+    """The network of ``--pretrained``, for images of ``--image_size``; what is open is taken from the network."""
     args.channels = flags_of_run(args.pretrained).get("channels")
     network = load_network(args.pretrained, **options)
     if args.sobel not in (None, network.sobel is not None):
@@ -134,9 +131,7 @@ def eval_linear(args: argparse.Namespace) -> dict[str, float]:
 
 def linear_layer(dim: int, classes: int, device: torch.device) -> nn.Sequential:
     """Under the official name, ``linear``."""
-    layer = nn.Sequential()
-    layer.add_module("linear", nn.Linear(dim, classes))
-    return layer.to(device)
+    return nn.Sequential(OrderedDict(linear=nn.Linear(dim, classes))).to(device)
 
 
 def pooled(maps: Tensor, conv: int) -> Tensor:
@@ -184,11 +179,7 @@ def fold(source: ImageSource, parts: int, number: int) -> tuple[Subset, Subset]:
 
 
 def probe_voc(args: argparse.Namespace, features, dim: int, transform, device: torch.device) -> dict[str, float]:
-    """Train on a split of VOC 2007, where an image has several classes, and test; on one process.
-
-    Raises:
-        ValueError: If the flags ask for what VOC has not.
-    """
+    """Train on a split of VOC 2007, where an image has several classes, and test; on one process."""
     from shared.evaluation.voc import CLASSES, TEST_SPLIT, VOCImages, average_precisions, multilabel_loss
 
     if args.kfold is not None or distributed.get_world_size() > 1:

@@ -21,22 +21,14 @@ MODULE = "module."  # before the names of the official files
 
 
 def build(arch: str = ARCH, in_chans: int = 3, img_size: int = OFFICIAL_SIZE, **options) -> VGG16:
-    """A randomly initialised network; ``options`` are those of :class:`VGG16`.
-
-    Raises:
-        ValueError: If there is no such architecture.
-    """
+    """A randomly initialised network; ``options`` are those of :class:`VGG16`."""
     if arch != ARCH:
         raise ValueError(f"--arch {arch} is unknown; known is {ARCH}")
     return VGG16(in_chans=in_chans, img_size=img_size, **options)
 
 
 def sizes(arch: str, tensors: Mapping[str, Tensor]) -> dict:
-    """Arguments of :class:`VGG16` that its tensors tell.
-
-    Raises:
-        WeightMismatch: If they are not those of one.
-    """
+    """Arguments of :class:`VGG16` that its tensors tell; ``WeightMismatch`` for those of another network."""
     first, linear = tensors.get("body.features.0.weight"), tensors.get("body.classifier.0.weight")
     if first is None or linear is None or first.dim() != 4 or linear.dim() != 2:
         missing = "body.features.0 or body.classifier.0 is missing"
@@ -108,9 +100,6 @@ def load_network(path: str | Path, relu: bool = False, classifier: bool = False)
     Args:
         relu: See :class:`VGG16`.
         classifier: With its ``pred_layer``.
-
-    Raises:
-        ValueError: If the file does not fill one.
     """
     file, origin = locate(CARD, path), f"{CARD.weights_flag} {path}"
     weights, size = read_weights(CARD, file), image_size_of(flags_of_run(file))
@@ -125,11 +114,7 @@ def load_network(path: str | Path, relu: bool = False, classifier: bool = False)
 
 
 def fill_body(network: VGG16, path: str | Path) -> None:
-    """Start a network from the weights of a file.
-
-    Raises:
-        ValueError: If they are those of another network; the message names what differs.
-    """
+    """Start a network from the weights of a file; where they are those of another one, the error names the flag."""
     origin, tensors = f"{CARD.weights_flag} {path}", read_weights(CARD, locate(CARD, path)).tensors
     found, own = sizes(origin, tensors), sizes(ARCH, network.state_dict())
     told = {name: f"--{name}: {{}}, not {{}}" for name in ("width", "sobel", "in_chans")}
@@ -161,9 +146,6 @@ def from_official(checkpoint: dict) -> dict:
 
     Official files have neither flags nor clusters. These are in pickled files beside them, which are not read, and so
     are found anew; without them the official files of the sub-classes' scores are of no use.
-
-    Raises:
-        ValueError: If the file is of something else.
     """
     if "state_dict" not in checkpoint:
         raise ValueError("checkpoint.pth.tar in --output_dir is none of DeeperCluster: it has no 'state_dict'")

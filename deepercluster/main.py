@@ -139,10 +139,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
-    """Parse and check the command line, of ``parser`` if further flags are in it.
-
-    Without ``--data_path`` the defaults are those of the embedded data.
-    """
+    """Parse and check the command line; without ``--data_path`` the defaults are those of the embedded data."""
     parser = parser or get_args_parser()
     args = parse_with_embedded_defaults(parser, arguments, EMBEDDED_DATA_DEFAULTS, MINIMUM)
     super_clusters = max(1, args.super_classes // (4 if args.rotnet else 1))
@@ -222,11 +219,7 @@ def sgd(module: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimi
 def open_training_data(
     args: argparse.Namespace, output_dir: Path, device: torch.device, groups: Groups
 ) -> tuple[TrainingData, DataLoader]:
-    """A loader of random crops for training, and one of centre crops of this process's images for clustering.
-
-    Raises:
-        ValueError: If there are fewer images than clusters, or not enough for a batch.
-    """
+    """A loader of random crops for training, and one of centre crops of this process's images for clustering."""
     zips = None
     if args.image_ids:
         zips = ZippedImages(args.data_path, args.image_ids, args.size_dataset, round(1e6 * args.max_megapixels))
@@ -286,11 +279,7 @@ def cluster_images(run: Run, network: VGG16, loader: DataLoader, groups: Groups,
 
 @torch.no_grad()
 def compute_features(run: Run, network: VGG16, loader: Iterable, number: int) -> Iterator[Tensor]:
-    """Features of this process's images in evaluation mode, batch by batch, (B, D), ``number`` in all.
-
-    Raises:
-        ValueError: If one is not finite or all zeros.
-    """
+    """Features of this process's images in evaluation mode, batch by batch, (B, D), ``number`` in all."""
     network.eval()
     for images, *_ in loader:
         (images,) = normalize_views([images], run.device, MEAN, STD)
@@ -340,7 +329,7 @@ def train_one_epoch(
         averages = {name: sum(result[name] for result in results) / len(places) for name in results[0]}
 
         run.backward(averages["loss"], *optimizers)
-        average_gradients(heads, state.groups.training, state.groups.training_size)
+        average_gradients(heads, state.groups)
         norms = clip_grad_norm_per_tensor_(parameters, max_norm=0)
         run.update(distributed.all_reduce_sum(norms.sum()[None]), *optimizers)  # what one leaves out, all leave out
         run.end_step(len(indices), averages)
@@ -376,7 +365,7 @@ def hierarchical_loss(
 
 
 @torch.no_grad()
-def average_gradients(heads: Heads, group: torch.distributed.ProcessGroup | None, training_size: int) -> None:
+def average_gradients(heads: Heads, groups: Groups) -> None:
     """Gradients of the scores of super-classes averaged over all processes, of sub-classes within a training group.
 
     The loss is a mean over the places of a process, of which each has sub-classes of its own.
@@ -385,8 +374,8 @@ def average_gradients(heads: Heads, group: torch.distributed.ProcessGroup | None
         parameter.grad = distributed.all_reduce_mean(parameter.grad)
     for parameter in heads.sub_class.parameters():
         parameter.grad *= len(heads.sub_class)
-        if training_size > 1:
-            parameter.grad = distributed.all_reduce_sum(parameter.grad, group) / training_size
+        if (size := groups.layout.training_size) > 1:
+            parameter.grad = distributed.all_reduce_sum(parameter.grad, groups.training) / size
 
 
 def main() -> None:
