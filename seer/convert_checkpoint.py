@@ -101,11 +101,7 @@ def read_file(path: Path, flag: str) -> object:
 
 
 def parts_of(contents: object, path: Path) -> dict[str, Tensor | str]:
-    """Trunk and heads by our names: tensors, or names of files of slices.
-
-    Raises:
-        WeightMismatch: If it is no published layout.
-    """
+    """Trunk and heads by our names: tensors, or names of files of slices."""
     try:
         model = contents["classy_state_dict"]["base_model"]["model"]
         return {from_official(name): value for part in ("trunk", "heads") for name, value in model[part].items()}
@@ -118,8 +114,7 @@ def parts_of(contents: object, path: Path) -> dict[str, Tensor | str]:
 def open_official(path: Path, flag: str = "--input") -> dict[str, Callable[..., Tensor]]:
     """Functions that read each tensor of a file of any layout, by our names; those of a sharded one need its shape.
 
-    Raises:
-        ValueError: If a slice or a shard is missing or torn; it is named.
+    A slice or a shard that is missing or torn is named.
     """
     contents, parts = read_file(path, flag), []
     for name in (contents.get("shards") or [None]) if is_sharded(contents) else ():

@@ -154,11 +154,7 @@ def load_classifier(arch: str | None, pretrained: str) -> tuple[RegNet, int | No
 
 
 def open_set(path: str, train: ImageSource, **options) -> tuple[ImageSource, list[int]]:
-    """The images of a set with the labels of ``train``, and the classes that it lacks.
-
-    Raises:
-        ValueError: If its folders are neither classes of ``train`` nor numbers of them.
-    """
+    """The images of a set, whose folders are called as classes of ``train`` or by their numbers; classes it lacks."""
     images = open_source(path, "all", flag="--sets", **options)
     if images.classes and all(name.isdigit() for name in images.classes) and not set(images.classes) & {*train.classes}:
         if (largest := max(map(int, images.classes))) >= len(train.classes):
