@@ -10,8 +10,8 @@ from torch import Tensor
 from shared import distributed
 from shared.networks.card import Card, Release
 from shared.networks.classifiers import load_completely
-from shared.networks.pretrained import flags_of_run, hub_entries, image_size_of, locate, read_weights
-from shared.networks.weights import WeightMismatch, select_backbone_weights
+from shared.networks.pretrained import flags_of_run, hub_entries, image_size_of, locate, read_tensors, read_weights
+from shared.networks.weights import WeightMismatch
 
 from .vgg16 import OFFICIAL_SIZE, STAGES, VGG16, sobel_filter
 
@@ -43,22 +43,21 @@ def sizes(arch: str, tensors: Mapping[str, Tensor]) -> dict:
     }
 
 
-def as_published(contents: object, path: Path) -> object:
-    """The tensors of a VGG16 of any layout under the names of :class:`VGG16`, with ``pred_layer`` if there is one.
+def rename(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a VGG16 of any layout under the names of :class:`VGG16`.
 
     Understood are checkpoints of ``main.py`` and ``eval_pretrain.py``, official ones, files of the body alone, and
-    those of DeepCluster, whose ``top_layer`` is left out. The first convolution tells whether there is a Sobel filter.
+    those of DeepCluster. The first convolution tells whether there is a Sobel filter.
     """
-    found = select_backbone_weights(contents, "state_dict", str(path), HEADS)
-    names = {name: body_name(name) for name in found.tensors}
-    tensors = {f"body.{names[n]}": value for n, value in found.tensors.items() if not names[n].startswith("sobel.")}
-    first = tensors.get("body.features.0.weight")
+    names = {name: f"body.{body_name(name)}" for name in tensors}
+    found = {new: tensors[name] for name, new in names.items() if not new.startswith("body.sobel.")}
+    first = found.get("body.features.0.weight")
     if first is None:
-        return contents
+        return dict(tensors)
     if first.shape[1] == 2:
-        in_chans = next((t.shape[1] for name, t in found.tensors.items() if name.endswith("sobel.0.weight")), 3)
-        tensors |= {f"sobel.{name}": value for name, value in sobel_filter(in_chans).state_dict().items()}
-    return tensors | {name: value for name, value in found.head.items() if name.startswith("pred_layer.")}
+        in_chans = next((t.shape[1] for name, t in tensors.items() if name.endswith("sobel.0.weight")), 3)
+        found |= {f"sobel.{name}": value for name, value in sobel_filter(in_chans).state_dict().items()}
+    return found
 
 
 def body_name(name: str) -> str:
@@ -66,7 +65,6 @@ def body_name(name: str) -> str:
     return re.sub(r"(^|\.)module\.", r"\1", name).removeprefix("body.")
 
 
-HEADS = ("pred_layer", "top_layer")
 FILES = {
     "ours": "ours/ours.pth",
     "deepcluster_flickr": "deepcluster/deepcluster_flickr.pth",
@@ -87,9 +85,9 @@ CARD = Card(
     interpolation="bilinear",
     embedded_run="runs/materials/checkpoint.pth.tar",
     checkpoint_key="state_dict",
-    head_names=HEADS,
+    head_names=("pred_layer", "top_layer"),
     sizes=sizes,
-    convert=as_published,
+    rename=rename,
 )
 MEAN, STD = CARD.mean, CARD.std
 
@@ -103,10 +101,11 @@ def load_network(path: str | Path, relu: bool = False, classifier: bool = False)
     """
     file, origin = locate(CARD, path), f"{CARD.weights_flag} {path}"
     weights, size = read_weights(CARD, file), image_size_of(flags_of_run(file))
-    if classifier and not weights.head:
+    layer = {name: value for name, value in weights.head.items() if classifier and name.startswith("pred_layer.")}
+    if classifier and not layer:
         raise WeightMismatch(f"{origin} has no classifier (pred_layer)")
-    shape, tensors = sizes(origin, weights.tensors), weights.tensors | (weights.head if classifier else {})
-    number = len(weights.head["pred_layer.bias"]) if classifier else 0
+    shape, tensors = sizes(origin, weights.tensors), weights.tensors | layer
+    number = len(layer["pred_layer.bias"]) if classifier else 0
     network = VGG16(relu=relu, num_classes=number, img_size=size or 2 ** len(STAGES) * shape["last_side"], **shape)
     load_completely(network, tensors, origin)
     distributed.print_once(f"{origin}: {len(tensors)} entries loaded")
@@ -115,7 +114,7 @@ def load_network(path: str | Path, relu: bool = False, classifier: bool = False)
 
 def fill_body(network: VGG16, path: str | Path) -> None:
     """Start a network from the weights of a file; where they are those of another one, the error names the flag."""
-    origin, tensors = f"{CARD.weights_flag} {path}", read_weights(CARD, locate(CARD, path)).tensors
+    origin, tensors = f"{CARD.weights_flag} {path}", read_tensors(CARD, path)
     found, own = sizes(origin, tensors), sizes(ARCH, network.state_dict())
     told = {name: f"--{name}: {{}}, not {{}}" for name in ("width", "sobel", "in_chans")}
     told["last_side"] = "--image_size: maps of {0} x {0}, not {1} x {1}"

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -62,6 +63,22 @@ def sizes(arch: str, tensors: Mapping[str, Tensor]) -> dict[str, int]:
     return {"img_size": img_size, "patch_size": patch_size, "embed_dim": embed_dim, "depth": len(blocks)}
 
 
+def from_timm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with timm's names for ResMLP in the published ones; any other one stays as it is."""
+    if "stem.proj.weight" not in tensors:
+        return dict(tensors)
+    ours = renamed(tensors, {rf"(^|\.){theirs}": rf"\1{ours}" for ours, theirs in TIMM_NAMES.items()})
+    return {name: value.flatten() if name.endswith((".alpha", ".beta")) else value for name, value in ours.items()}
+
+
+def to_timm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of :func:`from_timm`; timm's affine layers have the shape (1, 1, D)."""
+    theirs = renamed(tensors, {rf"(^|\.){ours}": rf"\1{theirs}" for ours, theirs in TIMM_NAMES.items()})
+    return {
+        name: value.reshape(1, 1, -1) if name.endswith((".alpha", ".beta")) else value for name, value in theirs.items()
+    }
+
+
 CARD = Card(
     name="resmlp",
     build=build_backbone,
@@ -79,10 +96,12 @@ CARD = Card(
     interpolation="bicubic",
     checkpoint_key="model",
     sizes=sizes,
+    rename=from_timm,
     arch_flag="--model",
     weights_flag="--pretrained_weights",
 )
 MEAN, STD = CARD.mean, CARD.std
+read_weights = partial(networks.read_tensors, CARD)  # of a release, a file of any layout or an address
 
 
 def eval_transform(image_size: int | None, network: ResMLP, trained_with: Mapping) -> Callable:
@@ -91,32 +110,6 @@ def eval_transform(image_size: int | None, network: ResMLP, trained_with: Mappin
 
     in_chans = network.patch_embed.proj.in_channels
     return transforms.eval_transform(network.img_size, MEAN, STD, in_chans=in_chans)
-
-
-def read_weights(
-    pretrained: str | Path, key: str = CARD.checkpoint_key, flag: str = CARD.weights_flag
-) -> dict[str, Tensor]:
-    """Tensors of a release, a file or an address, given as ``flag``, under the published names.
-
-    Files of main.py, of the runs of other folders, of the official code and of timm are understood.
-    """
-    return from_timm(networks.read_weights(CARD, networks.locate(CARD, pretrained, flag), key).tensors)
-
-
-def from_timm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict with timm's names for ResMLP in the published ones; any other one stays as it is."""
-    if "stem.proj.weight" not in tensors:
-        return dict(tensors)
-    ours = renamed(tensors, {rf"(^|\.){theirs}": rf"\1{ours}" for ours, theirs in TIMM_NAMES.items()})
-    return {name: value.flatten() if name.endswith((".alpha", ".beta")) else value for name, value in ours.items()}
-
-
-def to_timm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of :func:`from_timm`; timm's affine layers have the shape (1, 1, D)."""
-    theirs = renamed(tensors, {rf"(^|\.){ours}": rf"\1{theirs}" for ours, theirs in TIMM_NAMES.items()})
-    return {
-        name: value.reshape(1, 1, -1) if name.endswith((".alpha", ".beta")) else value for name, value in theirs.items()
-    }
 
 
 def fill(network: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> bool:

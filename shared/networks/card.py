@@ -73,6 +73,8 @@ class Card:
             another architecture's.
         convert: ``convert(contents, path)`` brings a published layout of this method alone, of which a file was read,
             into one that :func:`shared.networks.weights.select_backbone_weights` knows.
+        rename: ``rename(tensors)`` gives the backbone's tensors the names that ``build``'s networks have, where other
+            libraries or files have their own for them.
         arch_flag, weights_flag: How the scripts call them, for messages.
     """
 
@@ -89,6 +91,7 @@ class Card:
     head_names: tuple[str, ...] = ()
     sizes: Callable[[str, Mapping[str, Tensor]], dict[str, int]] = positions_of
     convert: Callable[[object, Path], object] = as_it_is
+    rename: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict
     arch_flag: str = "--arch"
     weights_flag: str = "--pretrained"
 

@@ -111,8 +111,15 @@ def read_weights(card: Card, path: str | Path, checkpoint_key: str | None = None
         checkpoint_key: The network to take from a training checkpoint; one that is not the card's has to be there.
     """
     key = checkpoint_key or card.checkpoint_key
-    contents = card.convert(safe_load(path), Path(path))
-    return select_backbone_weights(contents, key, str(path), card.head_names, required=key != card.checkpoint_key)
+    contents, required = card.convert(safe_load(path), Path(path)), key != card.checkpoint_key
+    weights = select_backbone_weights(contents, key, str(path), card.head_names, required)
+    weights.tensors = card.rename(weights.tensors)
+    return weights
+
+
+def read_tensors(card: Card, pretrained: str | Path, key: str | None = None, flag: str = "") -> dict[str, Tensor]:
+    """Those of the network in what :func:`locate` finds."""
+    return read_weights(card, locate(card, pretrained, flag), key).tensors
 
 
 def known_arch(card: Card, arch: str, tensors: Mapping[str, Tensor]) -> str:
