@@ -80,7 +80,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def eval_linear(args: argparse.Namespace) -> dict[str, float]:
     """Train and validate the probe; loss and accuracies in percent after the last epoch."""
-    device, output_dir = frozen.start(args)
+    device, output_dir = frozen.start(args), Path(args.output_dir)
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     if args.batch_size % world_size:
         raise ValueError(f"--batch_size {args.batch_size} cannot be shared out over {world_size} processes")

@@ -31,7 +31,7 @@ from deepercluster.vgg16 import VGG16, after_relu
 from shared import distributed
 from shared.evaluation import frozen
 from shared.evaluation.flags import add_labelled_flags, add_process_flags, flags_of_run, parse_evaluation
-from shared.evaluation.linear import EpochTraining, train_one_epoch, validate
+from shared.evaluation.linear import train_one_epoch
 from shared.images.sources import ImageSource
 from shared.images.subsets import Subset
 from shared.networks.weights import weights_checksum
@@ -104,7 +104,7 @@ def load_frozen(args: argparse.Namespace, **options) -> VGG16:
 
 def eval_linear(args: argparse.Namespace) -> dict[str, float]:
     """Train and validate the probe; loss and accuracies, or mean average precision, in percent."""
-    device, output_dir = frozen.start(args)
+    device = frozen.start(args)
     network = load_frozen(args).requires_grad_(False).to(device)
     side, in_chans = args.image_size, network.in_chans
 
@@ -119,14 +119,11 @@ def eval_linear(args: argparse.Namespace) -> dict[str, float]:
     if args.kfold is not None:
         train, val = fold(train, args.kfold, args.cross_valid)
     probe = linear_layer(dim, len(train.classes), device)
-    val_set = frozen.val_images(args, val, transform)
-    validation = partial(validate, probe, features, val_set, device, args.batch_size, args.num_workers)
-    crops = frozen.TrainCrops(args, CARD, train, transform, device)
+    training = frozen.LabelledTraining(args, CARD, probe, features, (train, val), transform, device)
     optimizer = torch.optim.SGD(probe.parameters(), args.lr, 0.9, weight_decay=args.wd)
-    batches = partial(decaying, crops, optimizer, args.lr)
-    files = (output_dir / f"linear_conv{args.conv}.pth.tar", output_dir / f"linear_conv{args.conv}_log.txt")
-    training = EpochTraining(*files, probe, optimizer, None, weights_checksum(network), prefix="")
-    return training.run(batches, features, validation, args.epochs, crops.bad_images)
+    batches = partial(decaying, optimizer=optimizer, lr=args.lr)
+    files = f"linear_conv{args.conv}.pth.tar", f"linear_conv{args.conv}_log.txt"
+    return training.train(optimizer, None, weights_checksum(network), *files, batches=batches, prefix="")
 
 
 def linear_layer(dim: int, classes: int, device: torch.device) -> nn.Sequential:
@@ -141,7 +138,7 @@ def pooled(maps: Tensor, conv: int) -> Tensor:
 
 
 def decaying(
-    crops: frozen.TrainCrops, optimizer: torch.optim.Optimizer, lr: float, epoch: int
+    crops: frozen.TrainCrops, epoch: int, optimizer: torch.optim.Optimizer, lr: float
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Images and labels of an epoch, each step with its rate: lr / sqrt(1 + lr * wd * step)."""
     for step, batch in enumerate(crops(epoch), start=epoch * len(crops.loader)):
@@ -191,7 +188,7 @@ def probe_voc(args: argparse.Namespace, features, dim: int, transform, device: t
     crops = frozen.TrainCrops(args, CARD, train.source, transform, device)
     optimizer = torch.optim.SGD(probe.parameters(), args.lr, 0.9, weight_decay=args.wd)
     for epoch in range(args.epochs):
-        batches = decaying(crops, optimizer, args.lr, epoch)
+        batches = decaying(crops, epoch, optimizer, args.lr)
         loss = train_one_epoch(
             probe, features, batches, optimizer, lambda scores, images: multilabel_loss(scores, labels[images])
         )

@@ -11,7 +11,6 @@ then learns from colours. The result is the accuracy after the last epoch. Runni
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
@@ -26,7 +25,7 @@ from deepercluster.vgg16 import OFFICIAL_SIZE, OFFICIAL_WIDTH, VGG16, without_so
 from shared import distributed
 from shared.evaluation import frozen
 from shared.evaluation.flags import add_labelled_flags, parse_evaluation
-from shared.evaluation.linear import EpochTraining, start_afresh, tell_accuracy, validate
+from shared.evaluation.linear import start_afresh, tell_accuracy
 from shared.networks.batchnorm import synchronize_batchnorm
 from shared.networks.weights import weights_checksum
 from shared.run.flags import AnyDashParser, bool_flag
@@ -70,7 +69,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def eval_pretrain(args: argparse.Namespace) -> dict[str, float]:
     """Train and validate; loss and accuracies in percent after the last epoch."""
-    device, output_dir = frozen.start(args)
+    device = frozen.start(args)
     network, checksum = open_network(args)
     train, val = frozen.labelled_sources(args)
     if args.evaluate and network.pred_layer.out_features != len(train.classes):
@@ -80,20 +79,15 @@ def eval_pretrain(args: argparse.Namespace) -> dict[str, float]:
         network.pred_layer = nn.Linear(network.dim, len(train.classes))
     network = synchronize_batchnorm(network, device).to(device)
     transform = frozen.eval_transform(CARD, args.image_size, network)
-    images_as_they_are = nn.Identity()  # the network learns as a whole: nothing is computed before it
-    val_set = frozen.val_images(args, val, transform)
-    validation = partial(validate, network, images_as_they_are, val_set, device, args.batch_size, args.num_workers)
+    sources = (val if args.debug else train), val
+    training = frozen.LabelledTraining(args, CARD, network, None, sources, transform, device, drop_single=True)
     if args.evaluate:
-        return tell_accuracy(validation(), len(val))
+        return tell_accuracy(training.validate(), len(val))
 
-    crops = frozen.TrainCrops(args, CARD, val if args.debug else train, transform, device, drop_single=True)
     parameters = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, args.lr, momentum=0.9, weight_decay=args.wd)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate)
-    files = output_dir / "checkpoint.pth.tar", output_dir / "log.txt"
-    flags = {name: getattr(args, name) for name in RUN_FLAGS}
-    training = EpochTraining(*files, network, optimizer, scheduler, checksum, flags=flags)
-    return training.run(crops, images_as_they_are, validation, args.epochs, crops.bad_images)
+    return training.train(optimizer, scheduler, checksum, flags=RUN_FLAGS)
 
 
 def learning_rate(epoch: int) -> float:

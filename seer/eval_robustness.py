@@ -188,7 +188,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def eval_robustness(args: argparse.Namespace) -> dict[str, float]:
     """Top-1 in percent by name: ``clean``, ``<corruption> <severity>``, ``corrupted`` (their mean), names of sets."""
-    device, output_dir = frozen.start(args)
+    device, output_dir = frozen.start(args), Path(args.output_dir)
     network, trained_px = load_classifier(args.arch, args.pretrained)
     args.image_size = args.image_size or trained_px or 384
     train, val = frozen.labelled_sources(args)

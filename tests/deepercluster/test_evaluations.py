@@ -144,7 +144,7 @@ def test_the_rate_of_a_probe_falls_by_steps():
         def __call__(self, epoch):
             return iter(range(3))
 
-    rates = [optimizer.param_groups[0]["lr"] for _ in eval_linear.decaying(Crops(), optimizer, 0.5, epoch=2)]
+    rates = [optimizer.param_groups[0]["lr"] for _ in eval_linear.decaying(Crops(), 2, optimizer, 0.5)]
     assert rates == pytest.approx([0.5 / (1 + 0.05 * step) ** 0.5 for step in (6, 7, 8)])
 
 
