@@ -42,6 +42,7 @@ from shared.evaluation.partitions import describe_partition
 from shared.images.channels import add_channel_flags
 from shared.images.cluster_draws import cluster_lists
 from shared.multicrop import normalize_views
+from shared.networks.backbones import Through
 from shared.networks.batchnorm import synchronize_batchnorm
 from shared.networks.compiling import compile_network
 from shared.optimisation.accumulation import accumulate, add_accumulation_flag
@@ -177,12 +178,12 @@ def train_deepcluster(args: argparse.Namespace) -> None:
         clustering=state,
     )
     run.health = HealthMonitor(HEALTH_RULES)
-    knn = KNNMonitor(run, args.crop_size, MEAN, STD, args.num_workers)
+    knn, clustered = KNNMonitor(run, args.crop_size, MEAN, STD, args.num_workers), Through(network, "embed")
     how = (args.pca_dim, args.clustering, args.nmb_cluster, args.kmeans)
 
     with run:
         if not state.evaluated_before:
-            knn.evaluate(-1, FeaturesForClustering(network))
+            knn.evaluate(-1, clustered)
         state.evaluated_before = True
         for epoch in run.epochs():
             if state.epoch != epoch:  # else the run goes on inside of it
@@ -212,7 +213,7 @@ def train_deepcluster(args: argparse.Namespace) -> None:
                 run,
                 numbered_every=args.checkpoints,
             )
-            knn.evaluate(epoch, FeaturesForClustering(network))
+            knn.evaluate(epoch, clustered)
             averages = run.log_epoch(bad_images=data.bad_images.count())
             run.check_health({"clusters": clusters.num_filled, **averages})
             run.end_epoch()
@@ -255,17 +256,6 @@ def build_sgd(module: nn.Module, lr: float, momentum: float, weight_decay: float
         for p in parameters:
             optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return optimizer
-
-
-class FeaturesForClustering(nn.Module):
-    """The network as a map from images to the features that are clustered."""
-
-    def __init__(self, network: ClusterNetwork):
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.network.embed(images)
 
 
 @torch.no_grad()

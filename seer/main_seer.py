@@ -37,6 +37,7 @@ from shared import distributed
 from shared.evaluation.knn_monitor import KNNMonitor
 from shared.images.resolutions import add_resolution_flags, check_assigned_crops, recipes_of
 from shared.multicrop import MultiCropWrapper, normalize_views
+from shared.networks.backbones import Through
 from shared.optimisation.larc import LARC, tensor_norms
 from shared.plan import NUMBERS, fitting_text, make_plan
 from shared.run.flags import (
@@ -156,17 +157,6 @@ class PrototypeNetwork(MultiCropWrapper):
         return features if features_only else self.head(features)
 
 
-class Trunk(nn.Module):
-    """The features of a network that computes as a whole only, as one that processes share does."""
-
-    def __init__(self, network: PrototypeNetwork):
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.network(images, features_only=True)
-
-
 def network_of(args: argparse.Namespace) -> PrototypeNetwork:
     trunk = RegNet(SIZES[args.arch], in_chans=args.in_chans, recompute=args.recompute)
     dims = [trunk.embed_dim, *args.hidden_mlp, args.feat_dim]
@@ -234,7 +224,8 @@ def train_seer(args: argparse.Namespace) -> None:
     run.resume(data, total_steps, NETWORK_FLAGS, scheduled=("lr",), **parts)
     run.guard.watch(model=network)
     run.health = HealthMonitor(health_rules(args.nmb_prototypes[0], total_steps))
-    knn, trunk = KNNMonitor(run, args.size_crops[0], MEAN, STD, data.num_workers), Trunk(network)
+    knn = KNNMonitor(run, args.size_crops[0], MEAN, STD, data.num_workers)
+    trunk = Through(network, features_only=True)  # what processes share computes as a whole only
 
     with run:
         if run.is_new:

@@ -31,6 +31,7 @@ from shared.evaluation.knn_monitor import KNNMonitor
 from shared.images.resolutions import recipes_of
 from shared.images.training_data import open_training_data
 from shared.multicrop import normalize_views
+from shared.networks.backbones import Through
 from shared.networks.weights import safe_load
 from shared.optimisation.larc import LARC
 from shared.optimisation.optim import clip_grad_norm_per_tensor_
@@ -47,7 +48,6 @@ from swav.kmeans import MemoryBank, cluster_memory
 from swav.losses import cluster_classification
 from swav.main_swav import CHECKPOINT, NETWORK_FLAGS, build_for_training, numbered_checkpoint
 from swav.report import health_rules, report, suit_settings
-from swav.resnet50 import Trunk
 
 # What replaces the official defaults when no --data_path is given.
 EMBEDDED_DATA_DEFAULTS = main_swav.EMBEDDED_DATA_DEFAULTS | {
@@ -123,7 +123,7 @@ def train_deepclusterv2(args: argparse.Namespace) -> None:
     fewest = min(args.nmb_prototypes)
     run.health = HealthMonitor(health_rules("DeepCluster-v2", fewest, args.epochs, data.steps_per_epoch))
     knn = KNNMonitor(run, args.size_crops[0], MEAN, STD, data.num_workers)
-    trunk = Trunk(distributed.unwrap(network))
+    trunk = Through(distributed.unwrap(network), "forward_backbone")
 
     with run:
         if run.is_new:

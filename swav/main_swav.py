@@ -31,6 +31,7 @@ from shared.evaluation.knn_monitor import KNNMonitor
 from shared.images.resolutions import recipes_of
 from shared.images.training_data import open_training_data
 from shared.multicrop import normalize_views
+from shared.networks.backbones import Through
 from shared.networks.batchnorm import synchronize_batchnorm
 from shared.networks.compiling import compile_network
 from shared.networks.weights import safe_load
@@ -46,7 +47,6 @@ from swav.flags import FLIP_COLOR_AND_BLUR
 from swav.hub import MEAN, STD, build_network
 from swav.losses import EmbeddingQueue, PrototypeUsage, SwappedPrediction, normalize_prototypes_
 from swav.report import health_rules, report, suit_settings
-from swav.resnet50 import Trunk
 
 # What replaces the official defaults when no --data_path is given: images of 32 pixels need no ResNet-50 at 224 pixels,
 # and with few prototypes the usual epsilon makes codes uniform.
@@ -143,7 +143,7 @@ def train_swav(args: argparse.Namespace) -> None:
         queue.load_rows(safe_load(official_queue)["queue"])
     run.health = HealthMonitor(health_rules("SwAV", args.nmb_prototypes, args.epochs, data.steps_per_epoch))
     knn = KNNMonitor(run, args.size_crops[0], MEAN, STD, data.num_workers)
-    trunk = Trunk(distributed.unwrap(network))
+    trunk = Through(distributed.unwrap(network), "forward_backbone")
 
     with run:
         if run.is_new:
