@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from shared import distributed
 from shared.evaluation.cluster_sums import sum_by_cluster, sum_by_cluster_on_cpu
-from shared.evaluation.covariance import mean_and_covariance
+from shared.evaluation.covariance import labels_of_all, mean_and_covariance, rows_of_all
 from shared.images.cluster_draws import cluster_lists, count_repetitions, draw_uniformly
 from shared.optimisation.optim import keep_options, load_optimizer_state
 from shared.run.randomness import derive_seed
@@ -380,22 +380,6 @@ def draw_start(share: Tensor, number: int, groups: Groups, rng: np.random.Random
     start, here = share.new_zeros(number, share.shape[1]), (chosen >= first) & (chosen < first + len(share))
     start[here] = share[chosen[here] - first]
     return distributed.all_reduce_sum(start, groups.clustering)  # the others have zeros there
-
-
-def rows_of_all(rows: Tensor, images: Tensor) -> Tensor:
-    """Rows of these images, of which every process has every W-th one, on every process."""
-    rank, world_size = distributed.get_rank(), distributed.get_world_size()
-    mine = images % world_size == rank
-    found = rows.new_zeros(len(images), rows.shape[1])
-    found[mine.to(rows.device)] = rows[(images[mine] // world_size).to(rows.device)]
-    return distributed.all_reduce_sum(found)
-
-
-def labels_of_all(labels: Tensor, images: Tensor, num_images: int) -> Tensor:
-    """Labels of all images, (N,) on the CPU of every process, from what each knows of some; -1 where none does."""
-    known = torch.zeros(num_images, dtype=torch.long, device=labels.device)
-    known[images.to(labels.device)] = labels + 1
-    return distributed.all_reduce_sum(known).cpu() - 1
 
 
 def exchange_rows(rows: Tensor, wanted: Sequence[Tensor]) -> Tensor:
