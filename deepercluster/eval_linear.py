@@ -14,7 +14,7 @@ command again resumes (but on VOC).
 import argparse
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -43,40 +43,41 @@ POOLING = ((18, 226), (14, 113), (9, 56), (6, 28), (3, 14))
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = AnyDashParser(__doc__)
-    add = parser.add_argument_group("network").add_argument
-    add("--pretrained", default="", help="a run, a file or a release")
+    add = add_network_flags(parser)
     add("--conv", type=int, default=1, help="number of the convolution, 1 to 13, whose maps are looked at")
-    add_network_flags(add)
-
-    add = add_labelled_flags(parser)
+    add = add_training_flags(parser, batch_size=64, seed=31)
     add("--split", default="train", choices=("train", "trainval"), help="of VOC 2007, to learn from")
     add("--kfold", type=int, default=None, help="cut the training images of each class into so many parts")
     add("--cross_valid", type=int, default=None, help="classify this part, from 0, learn from the others")
-    add("--batch_size", type=int, default=64, help="images per step on this process")
-    add("--crop_scale", type=float, nargs=2, default=(0.08, 1.0), help="area range of the train crops")
-
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--nepochs", "--epochs", dest="epochs", type=int, default=100)
-    add("--lr", type=float, default=0.05, help="learning rate of the first step")
-    add("--wd", type=float, default=1e-5, help="weight decay")
-    add("--seed", type=int, default=31)
-    add_output_flags(parser)
     return parser
 
 
-def add_network_flags(add) -> None:
-    """What the three evaluations ask about the network that a file holds."""
+def add_network_flags(parser: argparse.ArgumentParser) -> Callable:
+    """The network of a file, as the three evaluations take it; returns the ``add_argument`` of the group."""
+    add = parser.add_argument_group("network").add_argument
+    add("--pretrained", default="", help="a run, a file or a release")
     add("--sobel", type=bool_flag, default=None, help="None: the file tells; else an error where it is not so")
     add("--image_size", type=int, default=None, help="side of the crops in pixels; None: that of the training")
+    return add
 
 
-def add_output_flags(parser: argparse.ArgumentParser) -> None:
+def add_training_flags(parser: argparse.ArgumentParser, batch_size: int, seed: int) -> Callable:
+    """A training on labelled images; returns the ``add_argument`` of the group of the images."""
+    data = add_labelled_flags(parser)
+    data("--batch_size", type=int, default=batch_size, help="images per step on this process")
+    data("--crop_scale", type=float, nargs=2, default=(0.08, 1.0), help="area range of the train crops")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--nepochs", "--epochs", dest="epochs", type=int, default=100)
+    add("--lr", type=float, default=0.05, help="learning rate at the start")
+    add("--wd", type=float, default=1e-5, help="weight decay")
+    add("--seed", type=int, default=seed)
     add = parser.add_argument_group("run").add_argument
     add("--dump_path", "--output_dir", dest="output_dir", default=".", help="for checkpoint and log")
     for name in ("--epoch", "--start_iter"):
         add(name, type=int, default=0, help="not used, as in the official code: the checkpoint tells")
     add("--debug_slurm", type=bool_flag, default=False, help="not needed: outside of srun its variables are not read")
     add_process_flags(parser, num_workers=8)
+    return data
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:

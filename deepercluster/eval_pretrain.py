@@ -19,12 +19,12 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 import torch
 from torch import nn
 
-from deepercluster.eval_linear import add_network_flags, add_output_flags, load_frozen
+from deepercluster.eval_linear import add_network_flags, add_training_flags, load_frozen
 from deepercluster.hub import CARD, build, fill_body
 from deepercluster.vgg16 import OFFICIAL_SIZE, OFFICIAL_WIDTH, VGG16, without_sobel
 from shared import distributed
 from shared.evaluation import frozen
-from shared.evaluation.flags import add_labelled_flags, parse_evaluation
+from shared.evaluation.flags import parse_evaluation
 from shared.evaluation.linear import start_afresh, tell_accuracy
 from shared.networks.batchnorm import synchronize_batchnorm
 from shared.networks.weights import weights_checksum
@@ -37,27 +37,14 @@ RUN_FLAGS = "sobel sobel2RGB image_size width lr wd batch_size seed".split()
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = AnyDashParser(__doc__)
-    add = parser.add_argument_group("network").add_argument
-    add("--pretrained", default="", help='a run, a file or a release; "": from scratch')
-    add_network_flags(add)
+    add = add_network_flags(parser)  # without --pretrained: from scratch
     add("--width", type=int, default=OFFICIAL_WIDTH, help="channels of the first convolution, from scratch")
     folds = "make the Sobel filter a part of the first convolution"
     add("--sobel2RGB", type=bool_flag, default=False, help=folds)
     add("--evaluate", type=bool_flag, default=False, help="only validate the network of --pretrained")
-
-    add = add_labelled_flags(parser)
+    add = add_training_flags(parser, batch_size=128, seed=35)
     add("--debug", type=bool_flag, default=False, help="train on the val images")
-    add("--batch_size", type=int, default=128, help="images per step on this process")
-    add("--crop_scale", type=float, nargs=2, default=(0.08, 1.0), help="area range of the train crops")
-
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--nepochs", "--epochs", dest="epochs", type=int, default=100)
-    add("--lr", type=float, default=0.05, help="learning rate, a tenth of it after every 30 epochs")
-    add("--wd", type=float, default=1e-5, help="weight decay")
-    add("--seed", type=int, default=35)
-    add_output_flags(parser)
-    kept = "not used: the newest checkpoint is kept"
-    parser.add_argument("--checkpoint_freq", type=int, default=20, help=kept)
+    add("--checkpoint_freq", type=int, default=20, help="not used: the newest checkpoint is kept")
     return parser
 
 

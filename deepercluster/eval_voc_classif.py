@@ -31,8 +31,7 @@ from shared.run.flags import AnyDashParser
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = AnyDashParser(__doc__)
-    parser.add_argument("--pretrained", default="", help="a run, a file or a release")
-    add_network_flags(parser.add_argument)
+    add_network_flags(parser)
     add_voc_flags(parser, "--data_path", nit=150_000, stepsize=10_000, seed=1993)
     return parser
 
