@@ -81,9 +81,6 @@ def load_chosen_encoder(args: argparse.Namespace, file_flag: str = "fname") -> V
     """The encoder that the flags of :func:`network_parser` choose.
 
     Fills in ``model_name``, ``image_size`` and the file where they were left to the checkpoint.
-
-    Raises:
-        ValueError: If there are no such weights, or they do not fill the network.
     """
     path: str | Path = "random"
     if args.pretrained != "random":

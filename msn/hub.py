@@ -56,11 +56,7 @@ ENTRIES = pretrained.hub_entries(CARD)
 
 
 def file_in(folder: str | Path, fname: str, file_flag: str = "fname") -> str | Path:
-    """A file in the folder of a run, by default its only checkpoint; anything but a folder stays as it is.
-
-    Raises:
-        ValueError: If the folder holds none or several.
-    """
+    """A file in the folder of a run, by default its only checkpoint; anything but a folder stays as it is."""
     path = Path(folder, fname)
     if not path.is_dir() or (not folder and not fname):
         return path if fname else folder

@@ -28,9 +28,6 @@ def build_network(name: str, num_classes: int, img_size: int = 224, **options) -
         img_size: Side of the images in pixels, for networks whose weights depend on it.
         options: ``in_chans``, ``drop_rate`` and ``drop_path_rate``; ``patch_size``, ``embed_dim`` and ``depth`` of a
             ResMLP or of a ViT of timm, None: the published one.
-
-    Raises:
-        ValueError: If the name is unknown, or the patches do not fill the image.
     """
     if name not in ARCHITECTURES:
         return build_library_classifier(name, num_classes, own_names=list(ARCHITECTURES), img_size=img_size, **options)
@@ -49,11 +46,7 @@ def build_backbone(arch: str, **options) -> ResMLP:
 
 
 def sizes(arch: str, tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """What :class:`ResMLP` has to be told besides its channels and classes, which a state dict tells.
-
-    Raises:
-        WeightMismatch: If it is that of another network.
-    """
+    """Arguments of :class:`ResMLP` that its tensors tell; ``WeightMismatch`` for those of another network."""
     patches, mixing = tensors.get("patch_embed.proj.weight"), tensors.get("blocks.0.attn.weight")
     if patches is None or mixing is None or patches.dim() != 4 or math.isqrt(len(mixing)) ** 2 != len(mixing):
         raise WeightMismatch(f"{arch} holds no ResMLP")
