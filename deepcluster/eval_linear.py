@@ -28,12 +28,13 @@ from deepcluster.flags import MODEL_HELP
 from deepcluster.hub import CARD, MEAN, STD, load_network
 from shared import distributed
 from shared.evaluation import frozen
-from shared.evaluation.flags import add_labelled_flags, add_process_flags, flags_of_run, parse_evaluation
+from shared.evaluation.flags import add_labelled_flags, add_process_flags, parse_evaluation
 from shared.evaluation.linear import EpochTraining, validate
 from shared.evaluation.voc import TenCrops
 from shared.images.loading import BadImages, EpochBatchSampler, EvalTransform, make_loader
 from shared.images.sources import ImageSource
 from shared.multicrop import normalize_views
+from shared.networks.pretrained import flags_of_run
 from shared.networks.weights import weights_checksum
 from shared.run import randomness
 from shared.run.flags import Parser

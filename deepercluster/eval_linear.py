@@ -30,10 +30,11 @@ from deepercluster.hub import CARD, load_network
 from deepercluster.vgg16 import VGG16, after_relu
 from shared import distributed
 from shared.evaluation import frozen
-from shared.evaluation.flags import add_labelled_flags, add_process_flags, flags_of_run, parse_evaluation
+from shared.evaluation.flags import add_labelled_flags, add_process_flags, parse_evaluation
 from shared.evaluation.linear import train_one_epoch
 from shared.images.sources import ImageSource
 from shared.images.subsets import Subset
+from shared.networks.pretrained import flags_of_run
 from shared.networks.weights import weights_checksum
 from shared.run.flags import AnyDashParser, bool_flag
 

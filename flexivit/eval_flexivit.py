@@ -24,11 +24,12 @@ from flexivit.checkpoints import load_flexible
 from flexivit.flexible_vit import AtPatchSize, FlexiViT
 from flexivit.hub import CARD, MEAN, STD
 from shared import distributed
-from shared.evaluation.flags import add_labelled_flags, add_process_flags, flags_of_run, parse_evaluation, take_from_run
+from shared.evaluation.flags import add_labelled_flags, add_process_flags, parse_evaluation, take_from_run
 from shared.images.labelled import open_labelled
 from shared.images.loading import BadImages, EvalDataset, EvalTransform
 from shared.images.sources import reading
 from shared.images.tables import write_table
+from shared.networks.pretrained import flags_of_run
 from shared.optimisation.precision import Precision
 from shared.pictures.curves import Curve, Panel, save_panels
 from shared.run.flags import Parser
