@@ -9,7 +9,7 @@ from torch import nn
 from shared.evaluation.knn_monitor import KNNMonitor
 from shared.multicrop import MultiCropDataset
 from shared.pictures.attention import save_attention
-from shared.pictures.report import Plot, Report, accuracy_plot, first_image
+from shared.pictures.report import Plot, Report, accuracy_plot, first_image, save_views
 from shared.run.health import HealthRule, equal_features, patience, shares_of_ln_k, still_at_ln_k
 from shared.run.run import Run
 from shared.run.settings import long_warmup, more_than_data, slow_average, tell_settings
@@ -82,21 +82,30 @@ def report(run: Run, dataset: MultiCropDataset, backbone: nn.Module, knn: KNNMon
         save_attention(backbone, image, path.parent, MEAN, STD, class_row=class_row)
 
     ending = Report(run, "dino/main_dino.py")
-    titles = ["global {n}, {px} px"] * 2 + ["local {n}, {px} px"] * (len(dataset.recipes) - 2)
-    heading = "One image as it enters the networks\nThe student sees all views, the teacher the global ones only."
-    ending.draw_views(dataset, titles, heading)
+    ending.draw("views.png", lambda path: save_view_sheet(dataset, path))
     ending.draw_neighbours(backbone, dataset.source, knn)
     ending.draw_curves("DINO training", CURVES)
     # XCiT's patches are part of its name, and may be larger than small images
     if has_class_attention(backbone) and backbone.patch_embed.patch_size <= run.args.global_crop_size:
         ending.draw("attention/attention.png", draw_attention)
-    # evaluations, which take architecture and image size from the checkpoint
-    args, weights = run.args, {"pretrained_weights": run.path}
+    name_evaluations(ending, knn)
+    ending.finish(knn=knn, arch="vit_small")
+
+
+def save_view_sheet(dataset: MultiCropDataset, path: Path) -> Path:
+    """The views of the first image."""
+    titles = ["global {n}, {px} px"] * 2 + ["local {n}, {px} px"] * (len(dataset.recipes) - 2)
+    heading = "One image as it enters the networks\nThe student sees all views, the teacher the global ones only."
+    return save_views(dataset[(0, 0)][0], titles, path, heading)
+
+
+def name_evaluations(ending: Report, knn: KNNMonitor) -> None:
+    """Evaluations of the network that was trained, which take its architecture and image size from the checkpoint."""
+    args, weights, folder = ending.run.args, {"pretrained_weights": ending.run.path}, ending.run.output_dir
     if knn.sources:
-        linear = {"num_labels": len(knn.sources[1].classes), "output_dir": run.output_dir / "linear"}
         ending.then("dino/eval_knn.py", **weights, nb_knn=knn.k)
+        linear = {"num_labels": len(knn.sources[1].classes), "output_dir": folder / "linear"}
         ending.then("dino/eval_linear.py", **weights, **linear)
     if (args.arch in VIT_NAMES or args.arch.startswith("xcit_")) and args.in_chans in (1, 3):
         image = {"image_path": "YOUR_IMAGE", "image_size": 2 * args.global_crop_size}
-        ending.then("dino/visualize_attention.py", **weights, **image, output_dir=run.output_dir / "attention")
-    ending.finish(knn=knn, arch="vit_small")
+        ending.then("dino/visualize_attention.py", **weights, **image, output_dir=folder / "attention")

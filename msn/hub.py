@@ -10,7 +10,7 @@ from shared.networks import pretrained
 from shared.networks.card import Card, Release
 from shared.networks.weights import WeightMismatch, run_file
 
-from .vision_transformer import ARCHITECTURES, build
+from .vision_transformer import ARCHITECTURES, Trunk, build
 
 DEFAULT_MODEL = "deit_small"
 ONE_IMAGE = "with one ImageNet image per class"
@@ -53,6 +53,11 @@ ENTRIES = pretrained.hub_entries(CARD)
 
 
 # --- Files of runs ----------------------------------------------------------------------------------------------------
+
+
+def load_pretrained(model_name: str, weights: str | Path = "", fname: str = "", **options) -> Trunk:
+    """The trunk of a run, a file or a release, whose ``encoder`` is filled, frozen and in evaluation mode."""
+    return Trunk(pretrained.load_pretrained(CARD, model_name, file_in(weights, fname), **options))
 
 
 def file_in(folder: str | Path, fname: str, file_flag: str = "fname") -> str | Path:

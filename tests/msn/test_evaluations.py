@@ -11,10 +11,9 @@ import torch
 from msn import eval_knn, fine_tune, linear_eval, logistic_eval, visualize_attention
 from msn.fine_tune import layer_of, param_groups
 from msn.flags import load_chosen_encoder
-from msn.hub import CARD, file_in
+from msn.hub import load_pretrained
 from msn.labelled_training import Validation, from_official
 from msn.vision_transformer import VisionTransformer
-from shared.networks.pretrained import load_pretrained
 from shared.pictures.attention import class_attention
 from shared.run.attempt import Interrupted
 from shared.run.checkpoint import Checkpointer, load_latest
@@ -230,7 +229,7 @@ def test_attention_pictures(run, images, tmp_path):
     paths = visualize_attention.visualize_attention(args)
     names = {path.name for path in paths}
     assert {"attention.png", "attn-head0.png", "attn-head1.png", "overlay-mean.png", "mask_th0.6_mean.png"} <= names
-    encoder = load_pretrained(CARD, "deit_tiny", file_in(run, CHECKPOINT))
+    encoder = load_pretrained("deit_tiny", run, CHECKPOINT).encoder
     attention = class_attention(encoder, torch.randn(2, 3, 33, 24))
     assert attention.shape == (2, 2, 4, 3) and attention.sum(dim=(2, 3)).max() < 1
     with pytest.raises(SystemExit):

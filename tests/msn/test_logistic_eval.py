@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from msn.hub import CARD, file_in
+from msn.hub import load_pretrained
 from msn.logistic_eval import (
     LastClassToken,
     LowShotClassifier,
@@ -15,7 +15,6 @@ from msn.logistic_eval import (
     preprocess,
 )
 from shared.images.sources import open_source
-from shared.networks.pretrained import load_pretrained
 from tests.msn.tiny import CHECKPOINT
 
 
@@ -142,6 +141,6 @@ def test_one_class_is_refused():
 
 
 def test_features_are_class_tokens_before_the_final_norm(run):
-    encoder = load_pretrained(CARD, "deit_tiny", file_in(run, CHECKPOINT))
+    encoder = load_pretrained("deit_tiny", run, CHECKPOINT).encoder
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(encoder.norm(LastClassToken(encoder)(images)), encoder(images))

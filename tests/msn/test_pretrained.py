@@ -4,9 +4,8 @@ import torch
 
 from msn import linear_eval, main_distributed
 from msn import main as main_msn
-from msn.hub import CARD, file_in
+from msn.hub import load_pretrained
 from msn.vision_transformer import ProjectionHead, build
-from shared.networks.pretrained import load_pretrained
 
 
 def official_file(path, model_name: str = "deit_tiny", **sizes):
@@ -24,11 +23,11 @@ def official_file(path, model_name: str = "deit_tiny", **sizes):
 
 def test_released_files_fill_the_encoder_and_sizes_come_from_the_file(tmp_path):
     source = official_file(tmp_path / "a.pth.tar", patch_size=4, img_size=24, in_chans=1)
-    encoder = load_pretrained(CARD, "deit_tiny", file_in(tmp_path, "a.pth.tar"))
+    encoder = load_pretrained("deit_tiny", tmp_path, "a.pth.tar").encoder
     images = torch.randn(2, 1, 24, 24)
     torch.testing.assert_close(encoder(images), source.eval().forward_backbone(images))
     assert not encoder.training and not any(p.requires_grad for p in encoder.parameters())
-    other = load_pretrained(CARD, "deit_tiny", tmp_path / "a.pth.tar", "encoder")
+    other = load_pretrained("deit_tiny", tmp_path / "a.pth.tar", checkpoint_key="encoder").encoder
     torch.testing.assert_close(other.norm.bias, source.norm.bias + 1)
 
 
