@@ -5,15 +5,16 @@
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from seer.main_seer import train_seer
+from seer import main_seer as training
 from shared.launch import slurm
 
-main = slurm.submitter(train_seer, __doc__)
+main = partial(slurm.submit_training, training, training.train_seer, __doc__)
 
 if __name__ == "__main__":
     main()

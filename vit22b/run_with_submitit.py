@@ -5,15 +5,16 @@
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from shared.launch import slurm
-from vit22b.main import train_vit22b
+from vit22b import main as training
 
-main = slurm.submitter(train_vit22b, __doc__)
+main = partial(slurm.submit_training, training, training.train_vit22b, __doc__)
 
 if __name__ == "__main__":
     main()

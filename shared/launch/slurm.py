@@ -29,6 +29,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import submitit
 
@@ -82,23 +83,23 @@ def with_our_names(words: list[str] | None) -> list[str]:
     return [ours.get(name, name) + equals + value for name, equals, value in parts]
 
 
-def submitter(train: Callable[[argparse.Namespace], object], docstring: str) -> Callable[..., None]:
-    """The ``main`` of a launcher: the flags of a training script and those of the job, then :func:`submit`.
+def submit_training(
+    script: ModuleType,
+    train: Callable[[argparse.Namespace], object],
+    docstring: str,
+    arguments: list[str] | None = None,
+) -> None:
+    """``main`` of a launcher: the flags of a training script and those of the job, then :func:`submit`.
 
     Args:
-        train: Of a script with ``get_args_parser`` and ``parse_args``; the name of its folder is that of the job.
+        script: Has ``get_args_parser`` and ``parse_args``; the name of its folder is that of the job.
         docstring: Of the launcher.
     """
-    script = sys.modules[train.__module__]
+    from shared import distributed  # imports torch
 
-    def main(arguments: list[str] | None = None) -> None:
-        from shared import distributed  # imports torch
-
-        parser = launcher_parser(script.get_args_parser(), docstring, script.__name__.partition(".")[0])
-        with distributed.clean_exit():
-            submit(train, script.parse_args(arguments, parser))
-
-    return main
+    parser = launcher_parser(script.get_args_parser(), docstring, script.__name__.partition(".")[0])
+    with distributed.clean_exit():
+        submit(train, script.parse_args(arguments, parser))
 
 
 def submit(train: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> submitit.Job | None:
