@@ -22,9 +22,10 @@ from deepcluster.flags import IMAGES_HELP, MODEL_HELP
 from deepcluster.hub import CARD, load_network
 from shared import distributed
 from shared.evaluation.features import check_replaced
-from shared.evaluation.flags import add_process_flags, flags_of_run
+from shared.evaluation.flags import add_process_flags
 from shared.images.loading import LEFT_OUT, BadImages, EvalDataset, make_loader
 from shared.images.sources import ImageSource, open_source, reading
+from shared.networks.pretrained import flags_of_run
 from shared.pictures.sheets import Tile, magnify, save_sheet, to_pixels
 from shared.run.flags import Parser, add_bad_image_flags, add_reading_flags
 

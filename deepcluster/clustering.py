@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from shared import distributed
 from shared.evaluation.cluster_sums import sum_by_cluster
-from shared.evaluation.covariance import BLOCK_ROWS, mean_and_covariance
+from shared.evaluation.covariance import BLOCK_ROWS, labels_of_all, mean_and_covariance, rows_of_all
 from shared.evaluation.knn import nearest_neighbours
 
 from .convnets import new_top_layer
@@ -76,21 +76,11 @@ def gather_rows(rows_of_rank: Tensor, num_rows: int) -> Tensor | None:
 
     Row i of rank r is row ``r + i * W`` of the data set, as with ``range(r, num_rows, W)``.
     """
-    if distributed.get_world_size() == 1:
+    if (world_size := distributed.get_world_size()) == 1:
         return rows_of_rank
-    rows = distributed.gather_on_main(_padded(rows_of_rank, num_rows))
-    return None if rows is None else _in_order(rows, num_rows).to(rows_of_rank.device)
-
-
-def _padded(rows_of_rank: Tensor, num_rows: int) -> Tensor:
-    """With as many rows as those of rank 0: all ranks send the same shape."""
-    missing = -(-num_rows // distributed.get_world_size()) - len(rows_of_rank)
-    return torch.cat([rows_of_rank, rows_of_rank.new_zeros(missing, *rows_of_rank.shape[1:])])
-
-
-def _in_order(rows: Tensor, num_rows: int) -> Tensor:
-    """From (W, n, ...) to (``num_rows``, ...) in the order of the data set."""
-    return rows.transpose(0, 1).flatten(0, 1)[:num_rows]
+    missing = -(-num_rows // world_size) - len(rows_of_rank)  # all ranks send the same shape
+    rows = distributed.gather_on_main(F.pad(rows_of_rank, (0, 0, 0, missing)))
+    return None if rows is None else rows.transpose(0, 1).flatten(0, 1)[:num_rows].to(rows_of_rank.device)
 
 
 # --- Clusters ---------------------------------------------------------------------------------------------------------
@@ -197,10 +187,9 @@ def cluster(features: Tensor, algorithm: str, num_clusters: int, seed: int, back
     start = torch.randperm(num_images, generator=generator)[:num_clusters]
     with_faiss = backend == "faiss" or (backend == "auto" and faiss is not None and features.device.type == "cpu")
     if algorithm == "Kmeans" and not with_faiss:
-        result = kmeans_torch(features, _rows_of_all(features, start))
-        world_size = distributed.get_world_size()
-        parts = distributed.all_gather(_padded(result.assignments, num_images)).unflatten(0, (world_size, -1))
-        return Clusters(_in_order(parts, num_images).cpu(), num_clusters, result.objective[-1])
+        result = kmeans_torch(features, rows_of_all(features, start))
+        mine = torch.arange(distributed.get_rank(), num_images, distributed.get_world_size())
+        return Clusters(labels_of_all(result.assignments, mine, num_images), num_clusters, result.objective[-1])
     features = gather_rows(features, num_images)
     found = None
     if distributed.is_main_process():
@@ -213,15 +202,6 @@ def cluster(features: Tensor, algorithm: str, num_clusters: int, seed: int, back
             found = result.assignments.numpy(), num_clusters, result.objective[-1]
     assignments, num_clusters, loss = distributed.broadcast_object(found)
     return Clusters(torch.from_numpy(assignments), num_clusters, loss)
-
-
-def _rows_of_all(features: Tensor, rows: Tensor) -> Tensor:
-    """Rows of the data set, (len(rows), d), of which every process has its share, on every process."""
-    rank, world_size = distributed.get_rank(), distributed.get_world_size()
-    mine = rows % world_size == rank
-    found = features.new_zeros(len(rows), features.shape[1])
-    found[mine.to(features.device)] = features[(rows[mine] // world_size).to(features.device)]
-    return distributed.all_reduce_sum(found)  # the others have zeros there
 
 
 # --- k-means ----------------------------------------------------------------------------------------------------------

@@ -28,12 +28,13 @@ from deepcluster.flags import MODEL_HELP
 from deepcluster.hub import CARD, MEAN, STD, load_network
 from shared import distributed
 from shared.evaluation import frozen
-from shared.evaluation.flags import add_labelled_flags, add_process_flags, flags_of_run, parse_evaluation
+from shared.evaluation.flags import add_labelled_flags, add_process_flags, parse_evaluation
 from shared.evaluation.linear import EpochTraining, validate
 from shared.evaluation.voc import TenCrops
 from shared.images.loading import BadImages, EpochBatchSampler, EvalTransform, make_loader
 from shared.images.sources import ImageSource
 from shared.multicrop import normalize_views
+from shared.networks.pretrained import flags_of_run
 from shared.networks.weights import weights_checksum
 from shared.run import randomness
 from shared.run.flags import Parser
@@ -80,7 +81,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def eval_linear(args: argparse.Namespace) -> dict[str, float]:
     """Train and validate the probe; loss and accuracies in percent after the last epoch."""
-    device, output_dir = frozen.start(args)
+    device, output_dir = frozen.start(args), Path(args.output_dir)
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     if args.batch_size % world_size:
         raise ValueError(f"--batch_size {args.batch_size} cannot be shared out over {world_size} processes")

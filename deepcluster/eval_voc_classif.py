@@ -21,11 +21,11 @@ from deepcluster.convnets import ClusterNetwork
 from deepcluster.flags import MODEL_HELP
 from deepcluster.hub import CARD, load_network
 from shared import distributed
-from shared.evaluation.flags import add_process_flags
-from shared.evaluation.voc import CLASSES, TEST_SPLIT, VOCImages, classify_voc
+from shared.evaluation.linear import start_afresh
+from shared.evaluation.voc import CLASSES, add_voc_flags, classify_voc, open_splits
 from shared.images.views import ViewRecipe
 from shared.run import randomness
-from shared.run.flags import Parser, add_bad_image_flags
+from shared.run.flags import Parser, bool_flag
 
 BIAS = 0.1  # of the layers that start afresh
 
@@ -33,21 +33,11 @@ BIAS = 0.1  # of the layers that start afresh
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--vocdir", default="", help="folder VOC2007, with ImageSets/Main, Annotations and JPEGImages")
-    add("--split", default="train", choices=tuple(TEST_SPLIT), help="images to learn from; tested on val or test")
     add("--model", default="", help=MODEL_HELP)
-    add("--nit", type=int, default=80000, help="training steps")
-    add("--fc6_8", type=int, default=1, choices=(0, 1), help="1: the convolutional part stays as it is")
-    add("--train_batchnorm", type=int, default=0, choices=(0, 1), help="1: but its batch norms learn scale and shift")
-    add("--eval_random_crops", type=int, default=1, choices=(0, 1), help="1: ten random crops; 0: corners and centre")
-    add("--stepsize", type=int, default=5000, help="steps after which the learning rate is halved")
-    add("--lr", type=float, default=0.003, help="learning rate at the start")
-    add("--wd", type=float, default=1e-6, help="weight decay (the value itself)")
+    add("--train_batchnorm", type=bool_flag, default=False, help="with --fc6_8, batch norms learn scale and shift")
     add("--min_scale", type=float, default=0.1, help="least area of the random crops")
     add("--max_scale", type=float, default=0.5, help="largest area of the random crops")
-    add("--seed", type=int, default=31)
-    add_bad_image_flags(add, "error", "skip")
-    add_process_flags(parser, launcher=False, num_workers=4)
+    add_voc_flags(parser, "--vocdir", nit=80_000, stepsize=5000, seed=31)
     return parser
 
 
@@ -55,10 +45,10 @@ def eval_voc_classif(args: argparse.Namespace) -> dict[str, float]:
     """Train the classifier; mean average precision in percent on the training and on the test split."""
     device = distributed.init(device=args.device)
     randomness.seed_everything(args.seed)
-    splits = {split: VOCImages(Path(args.vocdir), split) for split in (args.split, TEST_SPLIT[args.split])}
+    splits = open_splits(args.vocdir, args.split, "--vocdir")
     network = load_network(args.model, keep_top_layer=False).to(device)
     recipe = ViewRecipe(network.img_size, (args.min_scale, args.max_scale), ratio=(1.0, 1.0), interpolation="bilinear")
-    parameters = start_classifier(network, bool(args.fc6_8), bool(args.train_batchnorm))
+    parameters = start_classifier(network, args.fc6_8, args.train_batchnorm)
     return classify_voc(network, network.features, parameters, splits, recipe, args, device, CARD)
 
 
@@ -72,10 +62,7 @@ def start_classifier(network: ClusterNetwork, freeze: bool, train_batchnorm: boo
     device = next(network.features.parameters()).device
     network.top_layer = nn.Linear(network.dim, len(CLASSES), device=device)
     nn.init.constant_(network.top_layer.bias, BIAS)
-    for layer in network.classifier:
-        if isinstance(layer, nn.Linear):
-            nn.init.normal_(layer.weight, std=0.01)
-            nn.init.constant_(layer.bias, BIAS)
+    start_afresh(network.classifier, BIAS)
     network.features.requires_grad_(not freeze)
     if train_batchnorm:
         for layer in network.features.modules():

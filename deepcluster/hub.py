@@ -68,7 +68,6 @@ CARD = Card(
     address="https://dl.fbaipublicfiles.com/deepcluster/",
     interpolation="bilinear",
     embedded_run="runs/materials/checkpoint.pth.tar",  # where main.py leaves the network of the embedded data
-    main="main.py",
     checkpoint_key="state_dict",
     head_names=("top_layer",),
     sizes=sizes,

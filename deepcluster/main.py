@@ -21,7 +21,6 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -39,10 +38,11 @@ from deepcluster.sampling import (
 from shared import distributed
 from shared.evaluation.features import check_features
 from shared.evaluation.knn_monitor import KNNMonitor
+from shared.evaluation.partitions import describe_partition
 from shared.images.channels import add_channel_flags
 from shared.images.cluster_draws import cluster_lists
-from shared.images.sources import ImageSource
 from shared.multicrop import normalize_views
+from shared.networks.backbones import Through
 from shared.networks.batchnorm import synchronize_batchnorm
 from shared.networks.compiling import compile_network
 from shared.optimisation.accumulation import accumulate, add_accumulation_flag
@@ -178,12 +178,12 @@ def train_deepcluster(args: argparse.Namespace) -> None:
         clustering=state,
     )
     run.health = HealthMonitor(HEALTH_RULES)
-    knn = KNNMonitor(run, args.crop_size, MEAN, STD, args.num_workers)
+    knn, clustered = KNNMonitor(run, args.crop_size, MEAN, STD, args.num_workers), Through(network, "embed")
     how = (args.pca_dim, args.clustering, args.nmb_cluster, args.kmeans)
 
     with run:
         if not state.evaluated_before:
-            knn.evaluate(-1, FeaturesForClustering(network))
+            knn.evaluate(-1, clustered)
         state.evaluated_before = True
         for epoch in run.epochs():
             if state.epoch != epoch:  # else the run goes on inside of it
@@ -213,7 +213,7 @@ def train_deepcluster(args: argparse.Namespace) -> None:
                 run,
                 numbered_every=args.checkpoints,
             )
-            knn.evaluate(epoch, FeaturesForClustering(network))
+            knn.evaluate(epoch, clustered)
             averages = run.log_epoch(bad_images=data.bad_images.count())
             run.check_health({"clusters": clusters.num_filled, **averages})
             run.end_epoch()
@@ -240,8 +240,9 @@ def cluster_images(
         distributed.print_once(f"the features vary in {with_variance} directions only, fewer than --pca_dim {pca_dim}")
     seed = derive_seed(run.args.seed, run.epoch, CLUSTERING)
     clusters = cluster(whitened, algorithm, num_clusters, seed, backend)
-    line = describe_clusters(clusters, previous, loader.dataset.source)
-    run.log_evaluation(**line)
+    before = None if previous is None else previous.assignments
+    line = describe_partition(clusters.assignments, clusters.num_clusters, before, loader.dataset.source)
+    run.log_evaluation(clustering_loss=clusters.loss, **line)
     run.check_health({"images": len(clusters.assignments), **line})
     return clusters
 
@@ -255,17 +256,6 @@ def build_sgd(module: nn.Module, lr: float, momentum: float, weight_decay: float
         for p in parameters:
             optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return optimizer
-
-
-class FeaturesForClustering(nn.Module):
-    """The network as a map from images to the features that are clustered."""
-
-    def __init__(self, network: ClusterNetwork):
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.network.embed(images)
 
 
 @torch.no_grad()
@@ -294,32 +284,6 @@ def compute_features(
         between_batches()
     check_features(features)
     return features[:mine]
-
-
-def describe_clusters(clusters: Clusters, previous: Clusters | None, source: ImageSource) -> dict[str, float]:
-    """What the log says about a partition.
-
-    ``nmi_previous`` is the normalised mutual information with the partition before, ``nmi_labels`` that with the true
-    labels, I(A; B) / sqrt(H(A) H(B)) (section 4.1): 0 for independent partitions, 1 for equal ones.
-    """
-    sizes = clusters.sizes()
-    line = {
-        "clusters": clusters.num_filled,
-        "empty_clusters": len(sizes) - clusters.num_filled,
-        "smallest_cluster": int(sizes[sizes > 0].min()),
-        "largest_cluster": int(sizes.max()),
-        "clustering_loss": clusters.loss,
-    }
-    if previous is not None:
-        line["nmi_previous"] = nmi(clusters.assignments, previous.assignments)
-    if source.labels is not None:
-        line["nmi_labels"] = nmi(clusters.assignments, torch.from_numpy(source.labels))
-    return line
-
-
-def nmi(a: Tensor, b: Tensor) -> float:
-    """Normalised mutual information of two partitions (N,), with the geometric mean as in the paper."""
-    return float(normalized_mutual_info_score(a.numpy(), b.numpy(), average_method="geometric"))
 
 
 def train_one_epoch(

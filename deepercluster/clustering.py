@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from shared import distributed
 from shared.evaluation.cluster_sums import sum_by_cluster, sum_by_cluster_on_cpu
-from shared.evaluation.covariance import mean_and_covariance
+from shared.evaluation.covariance import labels_of_all, mean_and_covariance, rows_of_all
 from shared.images.cluster_draws import cluster_lists, count_repetitions, draw_uniformly
 from shared.optimisation.optim import keep_options, load_optimizer_state
 from shared.run.randomness import derive_seed
@@ -55,12 +55,8 @@ class Layout:
     Fewer processes than super-classes, even one, each take the places of several: the recipe always has at least S.
 
     Args:
-        world_size: W.
-        super_classes: S.
+        world_size, super_classes: W and S; ``ValueError`` if they cannot be shared out.
         rotnet: Whether a super-class is a super-cluster with a rotation.
-
-    Raises:
-        ValueError: If they cannot be shared out.
     """
 
     world_size: int
@@ -79,8 +75,7 @@ class Layout:
             )
 
     @property
-    def super_clusters(self) -> int:
-        """C."""
+    def super_clusters(self) -> int:  # C
         return self.super_classes // 4 if self.rotnet else self.super_classes
 
     @property
@@ -122,9 +117,8 @@ class Groups:
 
     def __init__(self, layout: Layout):
         self.layout, self.rank = layout, distributed.get_rank()
-        self.training_size = max(1, layout.world_size // layout.super_classes)
-        self.clustering_size = max(1, layout.world_size // layout.super_clusters)
-        self.training = distributed.neighbours(self.training_size)
+        self.clustering_size = max(1, layout.world_size // layout.super_clusters)  # processes, not places
+        self.training = distributed.neighbours(layout.training_size)
         self.clustering = distributed.neighbours(self.clustering_size)
         self.places = layout.of_rank(self.rank)
 
@@ -148,11 +142,7 @@ class Whitening:
 
     @classmethod
     def fit(cls, rows: Tensor, dim: int) -> "Whitening":
-        """To the rows of all processes, (n, D) on each; the first process decomposes for all.
-
-        Raises:
-            ValueError: If there are fewer dimensions or rows than ``dim``.
-        """
+        """To the rows of all processes, (n, D) on each, at least ``dim`` together; the first one decomposes for all."""
         mean, covariance, number = mean_and_covariance(rows, rows.device)
         most = min(number, rows.shape[1])
         if not 1 <= dim <= most:
@@ -186,15 +176,7 @@ def whiten(batches: Iterable[Tensor], batches_for_pca: int, dim: int) -> Tensor:
 
 
 def nearest(rows: Tensor, centroids: Tensor, use_faiss: bool) -> Tensor:
-    """Nearest centroid of each row, int64, (N,).
-
-    Args:
-        rows: Of unit length, (N, d).
-        use_faiss: With faiss, on a CPU.
-
-    Raises:
-        ValueError: If faiss is not there.
-    """
+    """Nearest centroid of each of the rows of unit length (N, d), int64, (N,); on a CPU with faiss, if asked for."""
     if use_faiss and rows.device.type == "cpu":
         try:
             import faiss  # here: it takes a second
@@ -309,10 +291,8 @@ class Clusters:
     """Super- and sub-classes of the images.
 
     Attributes:
-        super_clusters: Of each image, int64, (N,); -1: in none.
-        sub_clusters: Within it, int64, (N,); -1: in none.
-        num_super: C.
-        num_sub: Sub-clusters of each super-cluster.
+        super_clusters, sub_clusters: Of each image, and within that one, int64, (N,); -1: in none.
+        num_super, num_sub: C, and the sub-clusters of each super-cluster.
     """
 
     super_clusters: Tensor
@@ -388,11 +368,7 @@ def find_clusters(
 
 
 def draw_start(share: Tensor, number: int, groups: Groups, rng: np.random.RandomState) -> Tensor:
-    """Random rows of a clustering group, (number, d); some several times if there are fewer.
-
-    Raises:
-        ValueError: If the group has none.
-    """
+    """Random rows of a clustering group, (number, d); some several times if there are fewer."""
     local, size = groups.rank % groups.clustering_size, groups.clustering_size
     lengths = torch.zeros(size, dtype=torch.long, device=share.device)
     lengths[local] = len(share)
@@ -406,31 +382,10 @@ def draw_start(share: Tensor, number: int, groups: Groups, rng: np.random.Random
     return distributed.all_reduce_sum(start, groups.clustering)  # the others have zeros there
 
 
-def rows_of_all(rows: Tensor, images: Tensor) -> Tensor:
-    """Rows of these images, of which every process has every W-th one, on every process."""
-    rank, world_size = distributed.get_rank(), distributed.get_world_size()
-    mine = images % world_size == rank
-    found = rows.new_zeros(len(images), rows.shape[1])
-    found[mine.to(rows.device)] = rows[(images[mine] // world_size).to(rows.device)]
-    return distributed.all_reduce_sum(found)
-
-
-def labels_of_all(labels: Tensor, images: Tensor, num_images: int) -> Tensor:
-    """Labels of all images, (N,) on the CPU of every process, -1 where none is known.
-
-    Args:
-        labels, images: What this process knows, and of which images.
-    """
-    known = torch.zeros(num_images, dtype=torch.long, device=labels.device)
-    known[images.to(labels.device)] = labels + 1
-    return distributed.all_reduce_sum(known).cpu() - 1
-
-
 def exchange_rows(rows: Tensor, wanted: Sequence[Tensor]) -> Tensor:
-    """The rows that this process wants, in its order.
+    """The rows that this process wants, in its order, of which every process has those (n, d) of every W-th image.
 
     Args:
-        rows: Of every W-th image, (n, d).
         wanted: Images that each process wants.
     """
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
@@ -453,14 +408,11 @@ def exchange_rows(rows: Tensor, wanted: Sequence[Tensor]) -> Tensor:
 def epoch_sizes(num_images: int, batch_size: int, layout: Layout, released: bool) -> tuple[int, int]:
     """How many images are used, and how many of them an epoch shows to each training group.
 
-    An epoch shows a group a quarter of a super-cluster, with rotations and without, in whole batches.
+    An epoch shows a group a quarter of a super-cluster, with rotations and without, in whole batches of at least one.
 
     Args:
         batch_size: Of each place.
         released: Both are cut to whole batches of all places together, not only of those of a group.
-
-    Raises:
-        ValueError: If there are not enough for a batch.
     """
     step = batch_size * (layout.places if released else layout.training_size)
     used = num_images // step * step if released else num_images
@@ -576,7 +528,7 @@ class ClusteringState:
         if self.heads is None:
             return state | {"clusters": None}
         gathered = [
-            distributed.gather_on_main(torch.stack([t.detach() for t in part]), self.groups.training_size)
+            distributed.gather_on_main(torch.stack([t.detach() for t in part]), self.groups.layout.training_size)
             for part in self.sub_class_tensors()
         ]
         return state | {

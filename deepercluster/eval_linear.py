@@ -13,7 +13,8 @@ command again resumes (but on VOC).
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -29,10 +30,11 @@ from deepercluster.hub import CARD, load_network
 from deepercluster.vgg16 import VGG16, after_relu
 from shared import distributed
 from shared.evaluation import frozen
-from shared.evaluation.flags import add_labelled_flags, add_process_flags, flags_of_run, parse_evaluation
-from shared.evaluation.linear import EpochTraining, train_one_epoch, validate
+from shared.evaluation.flags import add_labelled_flags, add_process_flags, parse_evaluation
+from shared.evaluation.linear import train_one_epoch
 from shared.images.sources import ImageSource
 from shared.images.subsets import Subset
+from shared.networks.pretrained import flags_of_run
 from shared.networks.weights import weights_checksum
 from shared.run.flags import AnyDashParser, bool_flag
 
@@ -42,40 +44,41 @@ POOLING = ((18, 226), (14, 113), (9, 56), (6, 28), (3, 14))
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = AnyDashParser(__doc__)
-    add = parser.add_argument_group("network").add_argument
-    add("--pretrained", default="", help="a run, a file or a release")
+    add = add_network_flags(parser)
     add("--conv", type=int, default=1, help="number of the convolution, 1 to 13, whose maps are looked at")
-    add_network_flags(add)
-
-    add = add_labelled_flags(parser)
+    add = add_training_flags(parser, batch_size=64, seed=31)
     add("--split", default="train", choices=("train", "trainval"), help="of VOC 2007, to learn from")
     add("--kfold", type=int, default=None, help="cut the training images of each class into so many parts")
     add("--cross_valid", type=int, default=None, help="classify this part, from 0, learn from the others")
-    add("--batch_size", type=int, default=64, help="images per step on this process")
-    add("--crop_scale", type=float, nargs=2, default=(0.08, 1.0), help="area range of the train crops")
-
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--nepochs", "--epochs", dest="epochs", type=int, default=100)
-    add("--lr", type=float, default=0.05, help="learning rate of the first step")
-    add("--wd", type=float, default=1e-5, help="weight decay")
-    add("--seed", type=int, default=31)
-    add_output_flags(parser)
     return parser
 
 
-def add_network_flags(add) -> None:
-    """What the three evaluations ask about the network that a file holds."""
+def add_network_flags(parser: argparse.ArgumentParser) -> Callable:
+    """The network of a file, as the three evaluations take it; returns the ``add_argument`` of the group."""
+    add = parser.add_argument_group("network").add_argument
+    add("--pretrained", default="", help="a run, a file or a release")
     add("--sobel", type=bool_flag, default=None, help="None: the file tells; else an error where it is not so")
     add("--image_size", type=int, default=None, help="side of the crops in pixels; None: that of the training")
+    return add
 
 
-def add_output_flags(parser: argparse.ArgumentParser) -> None:
+def add_training_flags(parser: argparse.ArgumentParser, batch_size: int, seed: int) -> Callable:
+    """A training on labelled images; returns the ``add_argument`` of the group of the images."""
+    data = add_labelled_flags(parser)
+    data("--batch_size", type=int, default=batch_size, help="images per step on this process")
+    data("--crop_scale", type=float, nargs=2, default=(0.08, 1.0), help="area range of the train crops")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--nepochs", "--epochs", dest="epochs", type=int, default=100)
+    add("--lr", type=float, default=0.05, help="learning rate at the start")
+    add("--wd", type=float, default=1e-5, help="weight decay")
+    add("--seed", type=int, default=seed)
     add = parser.add_argument_group("run").add_argument
     add("--dump_path", "--output_dir", dest="output_dir", default=".", help="for checkpoint and log")
     for name in ("--epoch", "--start_iter"):
         add(name, type=int, default=0, help="not used, as in the official code: the checkpoint tells")
     add("--debug_slurm", type=bool_flag, default=False, help="not needed: outside of srun its variables are not read")
     add_process_flags(parser, num_workers=8)
+    return data
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -92,11 +95,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def load_frozen(args: argparse.Namespace, **options) -> VGG16:
-    """The network of ``--pretrained``, for images of ``--image_size``; the flag takes the network's where it is open.
-
-    Raises:
-        ValueError: If it is none, or ``--sobel`` does not fit.
-    """
+    """The network of ``--pretrained``, for images of ``--image_size``; what is open is taken from the network."""
     args.channels = flags_of_run(args.pretrained).get("channels")
     network = load_network(args.pretrained, **options)
     if args.sobel not in (None, network.sobel is not None):
@@ -107,7 +106,7 @@ def load_frozen(args: argparse.Namespace, **options) -> VGG16:
 
 def eval_linear(args: argparse.Namespace) -> dict[str, float]:
     """Train and validate the probe; loss and accuracies, or mean average precision, in percent."""
-    device, output_dir = frozen.start(args)
+    device = frozen.start(args)
     network = load_frozen(args).requires_grad_(False).to(device)
     side, in_chans = args.image_size, network.in_chans
 
@@ -122,21 +121,16 @@ def eval_linear(args: argparse.Namespace) -> dict[str, float]:
     if args.kfold is not None:
         train, val = fold(train, args.kfold, args.cross_valid)
     probe = linear_layer(dim, len(train.classes), device)
-    val_set = frozen.val_images(args, val, transform)
-    validation = partial(validate, probe, features, val_set, device, args.batch_size, args.num_workers)
-    crops = frozen.TrainCrops(args, CARD, train, transform, device)
+    training = frozen.LabelledTraining(args, CARD, probe, features, (train, val), transform, device)
     optimizer = torch.optim.SGD(probe.parameters(), args.lr, 0.9, weight_decay=args.wd)
-    batches = partial(decaying, crops, optimizer, args.lr)
-    files = (output_dir / f"linear_conv{args.conv}.pth.tar", output_dir / f"linear_conv{args.conv}_log.txt")
-    training = EpochTraining(*files, probe, optimizer, None, weights_checksum(network), prefix="")
-    return training.run(batches, features, validation, args.epochs, crops.bad_images)
+    batches = partial(decaying, optimizer=optimizer, lr=args.lr)
+    files = f"linear_conv{args.conv}.pth.tar", f"linear_conv{args.conv}_log.txt"
+    return training.train(optimizer, None, weights_checksum(network), *files, batches=batches, prefix="")
 
 
 def linear_layer(dim: int, classes: int, device: torch.device) -> nn.Sequential:
     """Under the official name, ``linear``."""
-    layer = nn.Sequential()
-    layer.add_module("linear", nn.Linear(dim, classes))
-    return layer.to(device)
+    return nn.Sequential(OrderedDict(linear=nn.Linear(dim, classes))).to(device)
 
 
 def pooled(maps: Tensor, conv: int) -> Tensor:
@@ -146,7 +140,7 @@ def pooled(maps: Tensor, conv: int) -> Tensor:
 
 
 def decaying(
-    crops: frozen.TrainCrops, optimizer: torch.optim.Optimizer, lr: float, epoch: int
+    crops: frozen.TrainCrops, epoch: int, optimizer: torch.optim.Optimizer, lr: float
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Images and labels of an epoch, each step with its rate: lr / sqrt(1 + lr * wd * step)."""
     for step, batch in enumerate(crops(epoch), start=epoch * len(crops.loader)):
@@ -184,11 +178,7 @@ def fold(source: ImageSource, parts: int, number: int) -> tuple[Subset, Subset]:
 
 
 def probe_voc(args: argparse.Namespace, features, dim: int, transform, device: torch.device) -> dict[str, float]:
-    """Train on a split of VOC 2007, where an image has several classes, and test; on one process.
-
-    Raises:
-        ValueError: If the flags ask for what VOC has not.
-    """
+    """Train on a split of VOC 2007, where an image has several classes, and test; on one process."""
     from shared.evaluation.voc import CLASSES, TEST_SPLIT, VOCImages, average_precisions, multilabel_loss
 
     if args.kfold is not None or distributed.get_world_size() > 1:
@@ -200,7 +190,7 @@ def probe_voc(args: argparse.Namespace, features, dim: int, transform, device: t
     crops = frozen.TrainCrops(args, CARD, train.source, transform, device)
     optimizer = torch.optim.SGD(probe.parameters(), args.lr, 0.9, weight_decay=args.wd)
     for epoch in range(args.epochs):
-        batches = decaying(crops, optimizer, args.lr, epoch)
+        batches = decaying(crops, epoch, optimizer, args.lr)
         loss = train_one_epoch(
             probe, features, batches, optimizer, lambda scores, images: multilabel_loss(scores, labels[images])
         )

@@ -11,7 +11,6 @@ then learns from colours. The result is the accuracy after the last epoch. Runni
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
@@ -20,45 +19,32 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 import torch
 from torch import nn
 
-from deepercluster.eval_linear import add_network_flags, add_output_flags, load_frozen
+from deepercluster.eval_linear import add_network_flags, add_training_flags, load_frozen
 from deepercluster.hub import CARD, build, fill_body
 from deepercluster.vgg16 import OFFICIAL_SIZE, OFFICIAL_WIDTH, VGG16, without_sobel
 from shared import distributed
 from shared.evaluation import frozen
-from shared.evaluation.flags import add_labelled_flags, parse_evaluation
-from shared.evaluation.linear import EpochTraining, tell_accuracy, validate
+from shared.evaluation.flags import parse_evaluation
+from shared.evaluation.linear import start_afresh, tell_accuracy
 from shared.networks.batchnorm import synchronize_batchnorm
 from shared.networks.weights import weights_checksum
 from shared.run.flags import AnyDashParser, bool_flag
 
-BIAS = 0.1  # of the layers that start afresh
+BIAS = 0.1  # of layers that start afresh
 # A run that is resumed must have these as they were.
 RUN_FLAGS = "sobel sobel2RGB image_size width lr wd batch_size seed".split()
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = AnyDashParser(__doc__)
-    add = parser.add_argument_group("network").add_argument
-    add("--pretrained", default="", help='a run, a file or a release; "": from scratch')
-    add_network_flags(add)
+    add = add_network_flags(parser)  # without --pretrained: from scratch
     add("--width", type=int, default=OFFICIAL_WIDTH, help="channels of the first convolution, from scratch")
     folds = "make the Sobel filter a part of the first convolution"
     add("--sobel2RGB", type=bool_flag, default=False, help=folds)
     add("--evaluate", type=bool_flag, default=False, help="only validate the network of --pretrained")
-
-    add = add_labelled_flags(parser)
+    add = add_training_flags(parser, batch_size=128, seed=35)
     add("--debug", type=bool_flag, default=False, help="train on the val images")
-    add("--batch_size", type=int, default=128, help="images per step on this process")
-    add("--crop_scale", type=float, nargs=2, default=(0.08, 1.0), help="area range of the train crops")
-
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--nepochs", "--epochs", dest="epochs", type=int, default=100)
-    add("--lr", type=float, default=0.05, help="learning rate, a tenth of it after every 30 epochs")
-    add("--wd", type=float, default=1e-5, help="weight decay")
-    add("--seed", type=int, default=35)
-    add_output_flags(parser)
-    kept = "not used: the newest checkpoint is kept"
-    parser.add_argument("--checkpoint_freq", type=int, default=20, help=kept)
+    add("--checkpoint_freq", type=int, default=20, help="not used: the newest checkpoint is kept")
     return parser
 
 
@@ -70,7 +56,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def eval_pretrain(args: argparse.Namespace) -> dict[str, float]:
     """Train and validate; loss and accuracies in percent after the last epoch."""
-    device, output_dir = frozen.start(args)
+    device = frozen.start(args)
     network, checksum = open_network(args)
     train, val = frozen.labelled_sources(args)
     if args.evaluate and network.pred_layer.out_features != len(train.classes):
@@ -80,20 +66,15 @@ def eval_pretrain(args: argparse.Namespace) -> dict[str, float]:
         network.pred_layer = nn.Linear(network.dim, len(train.classes))
     network = synchronize_batchnorm(network, device).to(device)
     transform = frozen.eval_transform(CARD, args.image_size, network)
-    images_as_they_are = nn.Identity()  # the network learns as a whole: nothing is computed before it
-    val_set = frozen.val_images(args, val, transform)
-    validation = partial(validate, network, images_as_they_are, val_set, device, args.batch_size, args.num_workers)
+    sources = (val if args.debug else train), val
+    training = frozen.LabelledTraining(args, CARD, network, None, sources, transform, device, drop_single=True)
     if args.evaluate:
-        return tell_accuracy(validation(), len(val))
+        return tell_accuracy(training.validate(), len(val))
 
-    crops = frozen.TrainCrops(args, CARD, val if args.debug else train, transform, device, drop_single=True)
     parameters = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, args.lr, momentum=0.9, weight_decay=args.wd)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate)
-    files = output_dir / "checkpoint.pth.tar", output_dir / "log.txt"
-    flags = {name: getattr(args, name) for name in RUN_FLAGS}
-    training = EpochTraining(*files, network, optimizer, scheduler, checksum, flags=flags)
-    return training.run(crops, images_as_they_are, validation, args.epochs, crops.bad_images)
+    return training.train(optimizer, scheduler, checksum, flags=RUN_FLAGS)
 
 
 def learning_rate(epoch: int) -> float:
@@ -115,16 +96,8 @@ def open_network(args: argparse.Namespace) -> tuple[VGG16, int]:
     if args.pretrained:
         fill_body(network, args.pretrained)
     checksum = weights_checksum(network.body.features)
-    start_classifier(network)
+    start_afresh(network.body.classifier, BIAS)
     return without_sobel(network) if args.sobel2RGB else network, checksum
-
-
-def start_classifier(network: VGG16) -> None:
-    """Start the fully connected layers of the body afresh."""
-    for layer in network.body.classifier:
-        if isinstance(layer, nn.Linear):
-            nn.init.normal_(layer.weight, std=0.01)
-            nn.init.constant_(layer.bias, BIAS)
 
 
 def main() -> None:

@@ -19,32 +19,20 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 from torch import nn
 
 from deepercluster.eval_linear import add_network_flags, load_frozen
-from deepercluster.eval_pretrain import BIAS, start_classifier
+from deepercluster.eval_pretrain import BIAS
 from deepercluster.hub import CARD
 from shared import distributed
-from shared.evaluation.flags import add_process_flags
-from shared.evaluation.voc import CLASSES, TEST_SPLIT, VOCImages, classify_voc
+from shared.evaluation.linear import start_afresh
+from shared.evaluation.voc import CLASSES, add_voc_flags, classify_voc, open_splits
 from shared.images.views import ViewRecipe
 from shared.run import randomness
-from shared.run.flags import AnyDashParser, add_bad_image_flags, bool_flag
+from shared.run.flags import AnyDashParser
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = AnyDashParser(__doc__)
-    add = parser.add_argument
-    add("--data_path", default="", help="folder VOC2007, with ImageSets/Main, Annotations and JPEGImages")
-    add("--split", default="train", choices=tuple(TEST_SPLIT), help="images to learn from; tested on val or test")
-    add("--pretrained", default="", help="a run, a file or a release")
-    add_network_flags(add)
-    add("--fc6_8", type=bool_flag, default=True, help="the convolutional part stays as it is")
-    add("--eval_random_crops", type=bool_flag, default=True, help="ten random crops; false: corners and centre")
-    add("--nit", type=int, default=150_000, help="training steps")
-    add("--stepsize", type=int, default=10_000, help="steps after which the learning rate is halved")
-    add("--lr", type=float, default=0.003, help="learning rate at the start")
-    add("--wd", type=float, default=1e-6, help="weight decay")
-    add("--seed", type=int, default=1993)
-    add_bad_image_flags(add, "error", "skip")
-    add_process_flags(parser, launcher=False, num_workers=4)
+    add_network_flags(parser)
+    add_voc_flags(parser, "--data_path", nit=150_000, stepsize=10_000, seed=1993)
     return parser
 
 
@@ -52,13 +40,11 @@ def eval_voc_classif(args: argparse.Namespace) -> dict[str, float]:
     """Train the classifier; mean average precision in percent on the training and on the test split."""
     device = distributed.init(device=args.device)
     randomness.seed_everything(args.seed)
-    folder, splits = Path(args.data_path), (args.split, TEST_SPLIT[args.split])
-    images = {split: VOCImages(folder, split, "--data_path") for split in splits}
+    images = open_splits(args.data_path, args.split, "--data_path")
     network = load_frozen(args, relu=True)
-    start_classifier(network)
+    start_afresh(network.body.classifier, BIAS)
     network.pred_layer = nn.Linear(network.dim, len(CLASSES))
-    nn.init.normal_(network.pred_layer.weight, std=0.01)
-    nn.init.constant_(network.pred_layer.bias, BIAS)
+    start_afresh(network.pred_layer, BIAS)
     network.body.features.requires_grad_(not args.fc6_8)
     network = network.to(device)
     parameters = [p for p in network.parameters() if p.requires_grad]

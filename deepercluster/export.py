@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from deepercluster.hub import ARCH, CARD, load_network
 from deepercluster.vgg16 import VGG16, without_sobel
 from shared import distributed
-from shared.evaluation.flags import image_size_of_run
 from shared.networks.export import add_export_flags, export_backbone, write_checked
 from shared.networks.weights import safe_load
 from shared.run.flags import Parser
@@ -61,7 +60,7 @@ def export(args: argparse.Namespace) -> dict[str, Path]:
     network = load_network(args.pretrained)
     if args.fold:
         network = without_sobel(network)
-    side = args.image_size or image_size_of_run(args.pretrained) or [network.img_size]
+    side = args.image_size or [network.img_size]
     files = export_backbone(CARD, network, ARCH, args.output_dir, side, args.pretrained)
     path = Path(args.output_dir) / f"{ARCH}_torchvision.pth"
     write = partial(torch.save, torchvision_vgg(network).state_dict())

@@ -42,12 +42,12 @@ from deepercluster.clustering import (
     whiten,
 )
 from deepercluster.hub import ARCH, MEAN, NETWORK_FLAGS, STD, build, fill_body, from_official, to_official
-from deepercluster.report import HEALTH_RULES, describe_clusters, report
+from deepercluster.report import HEALTH_RULES, report
 from deepercluster.vgg16 import OFFICIAL_SIZE, OFFICIAL_WIDTH, VGG16
 from shared import distributed
 from shared.evaluation.features import RankSampler, check_features
 from shared.evaluation.knn_monitor import KNNMonitor
-from shared.images.channels import add_channel_flags
+from shared.evaluation.partitions import describe_partition
 from shared.images.loading import EvalDataset, EvalTransform, make_loader
 from shared.images.training_data import TrainingData, open_images, write_recipes
 from shared.images.views import ViewRecipe
@@ -57,8 +57,7 @@ from shared.networks.batchnorm import synchronize_batchnorm
 from shared.optimisation.optim import build_optimizer, clip_grad_norm_per_tensor_
 from shared.run.flags import (
     AnyDashParser,
-    add_bad_image_flags,
-    add_reading_flags,
+    add_data_flags,
     add_run_flags,
     bool_flag,
     parse_with_embedded_defaults,
@@ -91,19 +90,11 @@ FINDING, HEADS = range(2)  # what is drawn once per clustering
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = AnyDashParser(__doc__)
-    add = parser.add_argument_group("data").add_argument
-    images = "training images: folder, list, torchvision name, or the root of zips; default: the embedded ones"
-    add("--data_path", default=None, help=images)
+    add = add_data_flags(parser)
     ids = "numbers (.npy) of images in zips below --data_path: ABCDEFGH is FGH.jpg of AB/CDE.zip, as in YFCC100M"
     add("--image_ids", default=None, help=ids)
     add("--size_dataset", type=int, default=10_000_000, help="take at most so many images, the first ones")
-    add("--val_path", default=None, help="images for the k-NN evaluation; by default those that belong to --data_path")
-    add_reading_flags(add)
-    add_channel_flags(add)
-    add("--cache", default="none", help="decoded images: none, memory, or a folder for a memory-mapped file")
-    add_bad_image_flags(add)
     add("--no_labels", action="store_true", help="class folders are no classes")
-    add("--workers", "--num_workers", dest="num_workers", type=int, default=8, help="loader processes per rank")
 
     add = parser.add_argument_group("network and views").add_argument
     add("--sobel", type=bool_flag, default=False, help="look at Sobel gradients of the channels' mean, not at colours")
@@ -143,15 +134,12 @@ def get_args_parser() -> argparse.ArgumentParser:
         add(name, type=int, default=None, help="ignored: read from the environment")
     add("--debug_slurm", type=bool_flag, default=False, help="not needed: outside of srun its variables are not read")
     add("--warm_restart", type=bool_flag, default=False, help="not used, as in the official code")
-    parser.set_defaults(arch=ARCH)
+    parser.set_defaults(arch=ARCH, num_workers=8)
     return parser
 
 
 def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
-    """Parse and check the command line, of ``parser`` if further flags are in it.
-
-    Without ``--data_path`` the defaults are those of the embedded data.
-    """
+    """Parse and check the command line; without ``--data_path`` the defaults are those of the embedded data."""
     parser = parser or get_args_parser()
     args = parse_with_embedded_defaults(parser, arguments, EMBEDDED_DATA_DEFAULTS, MINIMUM)
     super_clusters = max(1, args.super_classes // (4 if args.rotnet else 1))
@@ -177,20 +165,19 @@ def train_deepercluster(args: argparse.Namespace) -> None:
     # network, and three optimisers: its own, those of the scores of super- and of sub-classes
     network = build(ARCH, args.in_chans, args.image_size, sobel=args.sobel, width=args.width)
     if args.pretrained:
-        fill_body(network, args.pretrained, "--pretrained")
+        fill_body(network, args.pretrained)
     network = synchronize_batchnorm(network, device).to(device)
     trunk = distributed.wrap(network, device)
     build_sgd = partial(sgd, lr=args.lr, weight_decay=args.wd)
     optimizer = build_sgd(network)
 
     state = ClusteringState(network.dim, groups, data.checksum, build_sgd, device)
-    num_sub = args.k // groups.layout.super_clusters
     run.resume(
         data,
         args.epochs * data.steps_per_epoch,
         NETWORK_FLAGS,
         to_official=to_official,
-        from_official=partial(from_official, folder=run.output_dir, super_classes=args.super_classes, num_sub=num_sub),
+        from_official=from_official,
         scheduled=(),
         network=network,
         optimizer=optimizer,
@@ -232,11 +219,7 @@ def sgd(module: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimi
 def open_training_data(
     args: argparse.Namespace, output_dir: Path, device: torch.device, groups: Groups
 ) -> tuple[TrainingData, DataLoader]:
-    """A loader of random crops for training, and one of centre crops of this process's images for clustering.
-
-    Raises:
-        ValueError: If there are fewer images than clusters, or not enough for a batch.
-    """
+    """A loader of random crops for training, and one of centre crops of this process's images for clustering."""
     zips = None
     if args.image_ids:
         zips = ZippedImages(args.data_path, args.image_ids, args.size_dataset, round(1e6 * args.max_megapixels))
@@ -287,7 +270,8 @@ def cluster_images(run: Run, network: VGG16, loader: DataLoader, groups: Groups,
         args.use_faiss,
         args.batch_size if args.rules == "released" else None,
     )
-    line = describe_clusters(clusters, previous, loader.dataset.source)
+    before = None if previous is None else previous.assignments()
+    line = describe_partition(clusters.assignments(), args.k, before, loader.dataset.source)
     run.log_evaluation(**line)
     run.check_health({"images": num_images, **line})
     return clusters
@@ -295,11 +279,7 @@ def cluster_images(run: Run, network: VGG16, loader: DataLoader, groups: Groups,
 
 @torch.no_grad()
 def compute_features(run: Run, network: VGG16, loader: Iterable, number: int) -> Iterator[Tensor]:
-    """Features of this process's images in evaluation mode, batch by batch, (B, D), ``number`` in all.
-
-    Raises:
-        ValueError: If one is not finite or all zeros.
-    """
+    """Features of this process's images in evaluation mode, batch by batch, (B, D), ``number`` in all."""
     network.eval()
     for images, *_ in loader:
         (images,) = normalize_views([images], run.device, MEAN, STD)
@@ -349,7 +329,7 @@ def train_one_epoch(
         averages = {name: sum(result[name] for result in results) / len(places) for name in results[0]}
 
         run.backward(averages["loss"], *optimizers)
-        average_gradients(heads, state.groups.training, state.groups.training_size)
+        average_gradients(heads, state.groups)
         norms = clip_grad_norm_per_tensor_(parameters, max_norm=0)
         run.update(distributed.all_reduce_sum(norms.sum()[None]), *optimizers)  # what one leaves out, all leave out
         run.end_step(len(indices), averages)
@@ -385,7 +365,7 @@ def hierarchical_loss(
 
 
 @torch.no_grad()
-def average_gradients(heads: Heads, group: torch.distributed.ProcessGroup | None, training_size: int) -> None:
+def average_gradients(heads: Heads, groups: Groups) -> None:
     """Gradients of the scores of super-classes averaged over all processes, of sub-classes within a training group.
 
     The loss is a mean over the places of a process, of which each has sub-classes of its own.
@@ -394,8 +374,8 @@ def average_gradients(heads: Heads, group: torch.distributed.ProcessGroup | None
         parameter.grad = distributed.all_reduce_mean(parameter.grad)
     for parameter in heads.sub_class.parameters():
         parameter.grad *= len(heads.sub_class)
-        if training_size > 1:
-            parameter.grad = distributed.all_reduce_sum(parameter.grad, group) / training_size
+        if (size := groups.layout.training_size) > 1:
+            parameter.grad = distributed.all_reduce_sum(parameter.grad, groups.training) / size
 
 
 def main() -> None:

@@ -31,9 +31,6 @@ class VGG16(nn.Module):
         in_chans: C.
         folded: The Sobel filter is part of the first convolution, see :func:`fold_sobel`.
         last_side: Of the last map, instead of that of ``img_size``.
-
-    Raises:
-        ValueError: If the images are too small.
     """
 
     def __init__(
@@ -95,11 +92,7 @@ def convolutions(in_chans: int, width: int, first_kernel: int = 3) -> nn.Sequent
 
 
 def after_relu(conv: int) -> int:
-    """How many layers of the convolutional part end with the ReLU of convolution number ``conv``.
-
-    Raises:
-        ValueError: If there is no such convolution.
-    """
+    """How many layers of the convolutional part end with the ReLU of convolution number ``conv``, from 1."""
     if not 1 <= conv <= CONVOLUTIONS:
         raise ValueError(f"--conv {conv}: the convolutions of VGG16 are 1 to {CONVOLUTIONS}")
     ends = [sum(number for _, number in STAGES[: stage + 1]) for stage in range(len(STAGES))]

@@ -10,7 +10,6 @@ the mean patch token. The result is the accuracy after the last epoch. Running t
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +24,7 @@ from dino.vision_transformer import VisionTransformer
 from shared import distributed
 from shared.evaluation import frozen
 from shared.evaluation.flags import add_data_flags, add_probe_flags, add_process_flags, parse_evaluation
-from shared.evaluation.linear import EpochTraining, LinearClassifier, load_classifier, tell_accuracy, validate
+from shared.evaluation.linear import LinearClassifier, load_classifier, tell_accuracy
 from shared.networks.weights import weights_checksum
 from shared.run.flags import bool_flag
 
@@ -56,34 +55,24 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def eval_linear(args: argparse.Namespace) -> dict[str, float]:
     """Train and validate the classifier; loss and accuracies in percent after the last epoch."""
-    device, output_dir = frozen.start(args)
+    device = frozen.start(args)
     backbone, transform = load_frozen(args)
-    train, val = frozen.labelled_sources(args, num_labels=args.num_labels)
+    sources = frozen.labelled_sources(args, num_labels=args.num_labels)
 
     # frozen features and linear classifier
     features = FrozenFeatures(backbone.to(device), args.n_last_blocks, args.avgpool_patchtokens)
     classifier = LinearClassifier(features.dim(backbone.feature_dim), args.num_labels).to(device)
-    val_set = frozen.val_images(args, val, transform)
-    validation = partial(validate, classifier, features, val_set, device, args.batch_size, args.num_workers)
+    training = frozen.LabelledTraining(args, CARD, classifier, features, sources, transform, device)
     if args.evaluate:
         load_classifier(classifier, args.linear_weights or fetch_linear_weights(args.arch, args.patch_size))
-        return tell_accuracy(validation(), len(val))
+        return tell_accuracy(training.validate(), len(sources[1]))
 
-    # crops, optimiser, schedule, epochs
-    crops = frozen.TrainCrops(args, CARD, train, transform, device)
+    # optimiser, schedule, epochs
     lr = args.lr * args.batch_size * distributed.get_world_size() / 256
     optimizer = torch.optim.SGD(classifier.parameters(), lr, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
-    training = EpochTraining(
-        output_dir / "checkpoint.pth.tar",
-        output_dir / "linear_log.txt",
-        classifier,
-        optimizer,
-        scheduler,
-        weights_checksum(backbone),
-        origin_key="backbone",
-    )
-    return training.run(crops, features, validation, args.epochs, crops.bad_images, args.val_freq)
+    checksum = weights_checksum(backbone)
+    return training.train(optimizer, scheduler, checksum, log_file="linear_log.txt", origin_key="backbone")
 
 
 class FrozenFeatures:

@@ -16,7 +16,6 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 from dino.flags import evaluation_parser, load_chosen
 from dino.hub import CARD, VIT_NAMES, plain_name
 from shared import distributed
-from shared.evaluation.flags import image_size_of_run
 from shared.networks.export import add_export_flags, export_backbone
 
 
@@ -28,8 +27,8 @@ def export(args: argparse.Namespace) -> dict[str, Path]:
     """The files by format."""
     backbone, _ = load_chosen(args)
     ours = (f"{plain_name(args.arch)}_patch16_224", "ViTModel") if args.arch in VIT_NAMES else ()
-    image_size = args.image_size or image_size_of_run(args.pretrained_weights)
-    return export_backbone(CARD, backbone, args.arch, args.output_dir, image_size, args.pretrained_weights, *ours)
+    origin = args.pretrained_weights
+    return export_backbone(CARD, backbone, args.arch, args.output_dir, args.image_size, origin, *ours)
 
 
 def main() -> None:

@@ -40,9 +40,6 @@ def build_backbone(
 
     Returns:
         The network, whose classifier is ``nn.Identity``, and the embedding dimension D.
-
-    Raises:
-        ValueError: If the name is unknown or a patch is larger than the image.
     """
     side = img_size if isinstance(img_size, int) else img_size[0]
     if arch not in VIT_NAMES:
@@ -107,7 +104,6 @@ CARD = Card(
     },
     address="https://dl.fbaipublicfiles.com/dino/",
     interpolation="bicubic",
-    embedded_run="runs/materials/checkpoint.pth",  # where main_dino.py leaves the network of the embedded data
     main="main_dino.py",
     sizes=sizes,
     weights_flag="--pretrained_weights",

@@ -1,7 +1,6 @@
 """End-of-run report: signs of a collapse, pictures, and what to run next."""
 
 import argparse
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,6 @@ from shared.pictures.report import Plot, Report, accuracy_plot, first_image, sav
 from shared.run.health import HealthRule, equal_features, patience, shares_of_ln_k, still_at_ln_k
 from shared.run.run import Run
 from shared.run.settings import long_warmup, more_than_data, slow_average, tell_settings
-from shared.run.summary import command, next_command
 
 from .attention import class_row, has_class_attention
 from .hub import MEAN, STD, VIT_NAMES
@@ -83,15 +81,15 @@ def report(run: Run, dataset: MultiCropDataset, backbone: nn.Module, knn: KNNMon
         image = first_image(dataset.source, knn).to(run.device)
         save_attention(backbone, image, path.parent, MEAN, STD, class_row=class_row)
 
-    ending = Report(run)
+    ending = Report(run, "dino/main_dino.py")
     ending.draw("views.png", lambda path: save_view_sheet(dataset, path))
     ending.draw_neighbours(backbone, dataset.source, knn)
     ending.draw_curves("DINO training", CURVES)
     # XCiT's patches are part of its name, and may be larger than small images
     if has_class_attention(backbone) and backbone.patch_embed.patch_size <= run.args.global_crop_size:
         ending.draw("attention/attention.png", draw_attention)
-    own_images = command("dino/main_dino.py", arch="vit_small", data_path="YOUR_IMAGES", output_dir="YOUR_RUN")
-    ending.finish(next_commands(run.args, run.path, knn), own_images, knn=knn)
+    name_evaluations(ending, knn)
+    ending.finish(knn=knn, arch="vit_small")
 
 
 def save_view_sheet(dataset: MultiCropDataset, path: Path) -> Path:
@@ -101,14 +99,13 @@ def save_view_sheet(dataset: MultiCropDataset, path: Path) -> Path:
     return save_views(dataset[(0, 0)][0], titles, path, heading)
 
 
-def next_commands(args: argparse.Namespace, weights: Path, knn: KNNMonitor) -> list[str]:
+def name_evaluations(ending: Report, knn: KNNMonitor) -> None:
     """Evaluations of the network that was trained, which take its architecture and image size from the checkpoint."""
-    after, commands = partial(next_command, args, "dino/main_dino.py", pretrained_weights=weights), []
+    args, weights, folder = ending.run.args, {"pretrained_weights": ending.run.path}, ending.run.output_dir
     if knn.sources:
-        linear = {"num_labels": len(knn.sources[1].classes), "output_dir": weights.with_name("linear")}
-        commands.append(after("dino/eval_knn.py", nb_knn=knn.k))
-        commands.append(after("dino/eval_linear.py", **linear))
+        ending.then("dino/eval_knn.py", **weights, nb_knn=knn.k)
+        linear = {"num_labels": len(knn.sources[1].classes), "output_dir": folder / "linear"}
+        ending.then("dino/eval_linear.py", **weights, **linear)
     if (args.arch in VIT_NAMES or args.arch.startswith("xcit_")) and args.in_chans in (1, 3):
         image = {"image_path": "YOUR_IMAGE", "image_size": 2 * args.global_crop_size}
-        commands.append(after("dino/visualize_attention.py", **image, output_dir=weights.with_name("attention")))
-    return commands
+        ending.then("dino/visualize_attention.py", **weights, **image, output_dir=folder / "attention")

@@ -26,12 +26,12 @@ from dino.flags import choose_network, evaluation_parser, load_chosen
 from dino.hub import CARD, MEAN, STD, VITS8_300_EPOCHS, fetch
 from dino.report import CURVES, save_view_sheet
 from shared import distributed
-from shared.evaluation.flags import flags_of_run
 from shared.evaluation.neighbours import sample_gallery, save_nearest
 from shared.images.loading import EvalTransform
 from shared.images.sources import ArraySource, open_source, reading
 from shared.multicrop import MultiCropDataset, ViewRecipe
 from shared.networks.backbones import input_channels
+from shared.networks.pretrained import flags_of_run
 from shared.pictures.attention import add_image_flags, chosen_image, parse_image_flags, prepare_image, save_attention
 from shared.pictures.report import save_curves
 from shared.run.flags import add_reading_flags

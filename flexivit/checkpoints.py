@@ -11,6 +11,7 @@ from torch import Tensor
 
 from shared.networks import pretrained as networks
 from shared.networks.classifiers import load_completely
+from shared.networks.names import new_name
 from shared.networks.weights import WeightMismatch, flags_of_training, safe_load, select_backbone_weights
 
 from .flexible_vit import SIZES, FlexiViT, pi_resize, zoom_positions
@@ -45,8 +46,7 @@ def from_npz(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
         if name.startswith("opt/"):
             continue
         tensor = torch.from_numpy(np.array(array, dtype=np.float32))
-        for theirs, ours in NPZ_NAMES.items():
-            name = re.sub(theirs, ours, name)
+        name = new_name(name, NPZ_NAMES.items())
         if "query" in name or "key" in name or "value" in name:  # (D, heads, d) or (heads, d)
             tensor = tensor.flatten(1).T if name.endswith("weight") else tensor.flatten()
         elif name.endswith("out.weight"):  # (heads, d, D)

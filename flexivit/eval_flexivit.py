@@ -8,7 +8,6 @@ forward pass, images per second on this machine, and the accuracy on the validat
 """
 
 import argparse
-import csv
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -25,13 +24,14 @@ from flexivit.checkpoints import load_flexible
 from flexivit.flexible_vit import AtPatchSize, FlexiViT
 from flexivit.hub import CARD, MEAN, STD
 from shared import distributed
-from shared.evaluation.flags import add_labelled_flags, add_process_flags, flags_of_run, parse_evaluation, take_from_run
+from shared.evaluation.flags import add_labelled_flags, add_process_flags, parse_evaluation, take_from_run
 from shared.images.labelled import open_labelled
 from shared.images.loading import BadImages, EvalDataset, EvalTransform
 from shared.images.sources import reading
+from shared.images.tables import write_table
+from shared.networks.pretrained import flags_of_run
 from shared.optimisation.precision import Precision
 from shared.pictures.curves import Curve, Panel, save_panels
-from shared.run.files import atomic_file
 from shared.run.flags import Parser
 from shared.supervised.evaluation import evaluate_classifier
 
@@ -132,11 +132,8 @@ def eval_flexivit(args: argparse.Namespace) -> list[dict]:
                 "".join(f"{row[name]:14.2f}" if isinstance(row[name], float) else f"{row[name]:14}" for name in COLUMNS)
             )
         out = Path(args.output_dir)
-        with atomic_file(out / "cost.csv") as temporary, open(temporary, "w", newline="") as file:
-            lines = csv.DictWriter(file, COLUMNS)
-            lines.writeheader()
-            lines.writerows(rows)
-        print(f"{out / 'cost.csv'}, {save_cost(rows, out / 'cost.png', 'Accuracy and cost of one FlexiViT')}")
+        table = write_table(out / "cost.csv", COLUMNS, [row.values() for row in rows])
+        print(f"{table}, {save_cost(rows, out / 'cost.png', 'Accuracy and cost of one FlexiViT')}")
     distributed.barrier()
     return rows
 

@@ -16,11 +16,7 @@ CLASSES = {"i1k": 1000, "i21k": 21843}
 def build(arch: str, in_chans: int = 3, img_size: int = 0, **options) -> FlexiViT:
     """A network of a published size (``flexivit_s``), without a classifier unless ``num_classes`` is among the options.
 
-    Args:
-        img_size: Not used: positions are resized to any image.
-
-    Raises:
-        ValueError: If there is no such size.
+    Any ``img_size`` will do: positions are resized to the image.
     """
     size = arch.removeprefix("flexivit_")
     if size not in SIZES or size == arch:
@@ -30,11 +26,7 @@ def build(arch: str, in_chans: int = 3, img_size: int = 0, **options) -> FlexiVi
 
 
 def sizes(arch: str, tensors: Mapping[str, Tensor]) -> dict:
-    """Arguments of :class:`FlexiViT` that its tensors tell.
-
-    Raises:
-        WeightMismatch: If they are not those of one.
-    """
+    """Arguments of :class:`FlexiViT` that its tensors tell; ``WeightMismatch`` for those of another network."""
     kernel, positions = tensors.get("patch_embed.proj.weight"), tensors.get("pos_embed")
     if kernel is None or kernel.dim() != 4:
         raise WeightMismatch(f"{arch}: no patch embedding of a FlexiViT")
@@ -68,8 +60,6 @@ CARD = Card(
         **{f"vit_b{p}_i21k_300ep": Release("flexivit_b", f"vit_b{p}_i21k_300ep.npz") for p in (16, 30)},
     },
     address="https://storage.googleapis.com/big_vision/flexivit/",
-    embedded_run="runs/materials/checkpoint.pth",
-    main="main.py",
     interpolation="bilinear",
     mean=(0.5, 0.5, 0.5),
     std=(0.5, 0.5, 0.5),

@@ -7,10 +7,10 @@ from pathlib import Path
 from shared.evaluation.flags import MINIMUM, add_labelled_flags, take_from_run
 from shared.evaluation.frozen import eval_transform
 from shared.images.loading import EvalTransform
-from shared.networks.pretrained import size_flag
+from shared.networks.pretrained import find_file, flags_of_run, load_pretrained, size_flag
 from shared.run.flags import Parser, check_minimum
 
-from .hub import CARD, DEFAULT_MODEL, load_pretrained
+from .hub import CARD, DEFAULT_MODEL, file_in
 from .vision_transformer import ARCHITECTURES, VisionTransformer
 
 
@@ -81,22 +81,22 @@ def load_chosen_encoder(args: argparse.Namespace, file_flag: str = "fname") -> V
     """The encoder that the flags of :func:`network_parser` choose.
 
     Fills in ``model_name``, ``image_size`` and the file where they were left to the checkpoint.
-
-    Raises:
-        ValueError: If there are no such weights, or they do not fill the network.
     """
-    found = load_pretrained(
-        args.model_name, args.pretrained, getattr(args, file_flag), args.checkpoint_key, args.allow_partial, file_flag
-    )
-    names = {"model_name": "model_name"}
-    defaults = {"model_name": found.model_name}
+    path: str | Path = "random"
+    if args.pretrained != "random":
+        path = file_in(args.pretrained, getattr(args, file_flag), file_flag)
+        path = find_file(CARD, args.model_name or DEFAULT_MODEL, path)
+    trained_with = flags_of_run(path, CARD)
+    if trained_with.get("model_name") not in ARCHITECTURES:
+        trained_with = {}
+    names, defaults = {"model_name": "model_name"}, {"model_name": DEFAULT_MODEL}
     if "data_path" in args:  # pictures and files of the export have sizes of their own
-        names["image_size"] = size_flag(found.trained_with)
+        names["image_size"] = size_flag(trained_with)
         defaults["image_size"] = 32 if args.data_path is None else 224
-    take_from_run(args, found.trained_with, names, defaults)
+    take_from_run(args, trained_with, names, defaults)
     if args.pretrained and Path(args.pretrained).is_dir():
-        setattr(args, file_flag, found.path.name)
-    return found.encoder
+        setattr(args, file_flag, Path(path).name)
+    return load_pretrained(CARD, args.model_name, path, args.checkpoint_key, args.allow_partial)
 
 
 def load_frozen(args: argparse.Namespace, file_flag: str = "fname") -> tuple[VisionTransformer, EvalTransform]:

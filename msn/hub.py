@@ -3,15 +3,14 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 from torch import Tensor
 
 from shared.networks import pretrained
 from shared.networks.card import Card, Release
-from shared.networks.weights import WeightMismatch, load_backbone_weights, run_file
+from shared.networks.weights import WeightMismatch, run_file
 
-from .vision_transformer import ARCHITECTURES, VisionTransformer, build
+from .vision_transformer import ARCHITECTURES, Trunk, build
 
 DEFAULT_MODEL = "deit_small"
 ONE_IMAGE = "with one ImageNet image per class"
@@ -44,7 +43,6 @@ CARD = Card(
     address="https://dl.fbaipublicfiles.com/msn/",
     interpolation="bilinear",
     embedded_run="runs/materials",  # folder of the run that main.py makes without images
-    main="main.py",
     checkpoint_key="target_encoder",
     head_names=("fc",),
     sizes=sizes,
@@ -57,65 +55,13 @@ ENTRIES = pretrained.hub_entries(CARD)
 # --- Files of runs ----------------------------------------------------------------------------------------------------
 
 
-class Pretrained(NamedTuple):
-    """An encoder, and how it came about.
-
-    Attributes:
-        path: Its file; None for random weights.
-        trained_with: Flags of its training; empty where the file does not say.
-    """
-
-    encoder: VisionTransformer
-    model_name: str
-    path: Path | None
-    trained_with: Mapping
-
-
-def load_pretrained(
-    model_name: str | None,
-    weights: str | Path = "",
-    fname: str = "",
-    checkpoint_key: str = CARD.checkpoint_key,
-    allow_partial: bool = False,
-    file_flag: str = "fname",
-) -> Pretrained:
-    """:func:`shared.networks.pretrained.load_pretrained` for an encoder, which a folder of ``main.py`` may hold.
-
-    Args:
-        model_name: A name of ``ARCHITECTURES``; None for that of the training, ``deit_small`` where the file does not
-            say.
-        weights: Folder of ``fname``, a file of any layout, or the name of a release; ``random`` for no weights;
-            without either the released weights.
-        fname: File in the folder ``weights``; by default its only checkpoint.
-        file_flag: Name of the flag for ``fname``, for messages.
-
-    Returns:
-        The encoder without a head; its output is the class token after the final norm.
-    """
-    if weights == "random":
-        name = model_name or DEFAULT_MODEL
-        return Pretrained(pretrained.load_pretrained(CARD, name, weights), name, None, {})
-    path = pretrained.find_file(CARD, model_name or DEFAULT_MODEL, file_in(weights, fname, file_flag))
-    found, trained_with = pretrained.read_weights(CARD, path, checkpoint_key), pretrained.flags_of_run(path, CARD)
-    trained_as = trained_with.get("model_name")
-    if trained_as not in ARCHITECTURES:
-        trained_as, trained_with = None, {}
-    name = model_name or trained_as or DEFAULT_MODEL
-    encoder = pretrained.build_for(CARD, name, found.tensors)
-    try:
-        load_backbone_weights(encoder, found, allow_partial=allow_partial)
-    except WeightMismatch as error:
-        hint = f"it was trained with --model_name {trained_as}" if trained_as else "is it of another --model_name?"
-        raise WeightMismatch(f"--model_name {name}: {error}\n{hint}") from error
-    return Pretrained(encoder.eval().requires_grad_(False), name, path, trained_with)
+def load_pretrained(model_name: str, weights: str | Path = "", fname: str = "", **options) -> Trunk:
+    """The trunk of a run, a file or a release, whose ``encoder`` is filled, frozen and in evaluation mode."""
+    return Trunk(pretrained.load_pretrained(CARD, model_name, file_in(weights, fname), **options))
 
 
 def file_in(folder: str | Path, fname: str, file_flag: str = "fname") -> str | Path:
-    """A file in the folder of a run, by default its only checkpoint; anything but a folder stays as it is.
-
-    Raises:
-        ValueError: If the folder holds none or several.
-    """
+    """A file in the folder of a run, by default its only checkpoint; anything but a folder stays as it is."""
     path = Path(folder, fname)
     if not path.is_dir() or (not folder and not fname):
         return path if fname else folder

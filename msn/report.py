@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,6 @@ from shared.pictures.report import Plot, Report, accuracy_plot, first_image, sav
 from shared.run.health import HealthRule, equal_features, patience, shares_of_ln_k, still_at_ln_k
 from shared.run.run import Run
 from shared.run.settings import long_warmup, more_than_data, slow_average, tell_settings
-from shared.run.summary import command, next_command
 
 from .hub import MEAN, STD
 from .vision_transformer import Trunk, draw_kept_patches
@@ -87,22 +85,21 @@ def report(run: Run, dataset: MultiCropDataset, trunk: Trunk, knn: KNNMonitor) -
     def draw_attention(path: Path) -> None:
         save_attention(trunk.encoder, first_image(dataset.source, knn).to(run.device), path.parent, MEAN, STD)
 
-    ending = Report(run)
+    ending = Report(run, "msn/main.py")
     ending.draw("views.png", draw_views)
     ending.draw_neighbours(trunk, dataset.source, knn)
     ending.draw_curves("MSN training", CURVES)
     ending.draw("attention/attention.png", draw_attention)
 
     network = {"pretrained": run.path.parent, "fname": run.path.name}  # its file states model and image size
-    after, commands = partial(next_command, run.args, "msn/main.py", **network), []
     if knn.sources:
         fewest = int(np.bincount(knn.sources[0].labels).min())  # images of a class
-        commands.append(after("msn/logistic_eval.py", imgs_per_class=min(5, fewest)))
-        commands.append(after("msn/eval_knn.py", nb_knn=knn.k))
+        ending.then("msn/logistic_eval.py", **network, imgs_per_class=min(5, fewest))
+        ending.then("msn/eval_knn.py", **network, nb_knn=knn.k)
     if run.args.in_chans in (1, 3):
         image = {"image_path": "YOUR_IMAGE", "image_size": 2 * run.args.rand_size}
-        commands.append(after("msn/visualize_attention.py", **image, output_dir=run.output_dir / "attention"))
-    ending.finish(commands, command("msn/main.py", data_path="YOUR_IMAGES", folder="YOUR_RUN"), knn=knn)
+        ending.then("msn/visualize_attention.py", **network, **image, output_dir=run.output_dir / "attention")
+    ending.finish(knn=knn)
 
 
 def save_view_sheet(views: Sequence[Tensor], patch_size: int, patch_drop: float, path: Path) -> Path:

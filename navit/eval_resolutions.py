@@ -9,7 +9,6 @@ shapes. A cascade looks at all images at one resolution, and again, at the next 
 """
 
 import argparse
-import csv
 import itertools
 import math
 import sys
@@ -33,9 +32,9 @@ from shared.evaluation.flags import add_labelled_flags, add_process_flags, parse
 from shared.images.labelled import open_labelled, open_val
 from shared.images.loading import LEFT_OUT, BadImages
 from shared.images.sources import ImageSource, open_source, reading
+from shared.images.tables import write_table
 from shared.optimisation.precision import Precision
 from shared.pictures.curves import Curve, Panel, save_panels
-from shared.run.files import atomic_file
 from shared.run.flags import Parser
 
 COLUMNS = ("resolution", "tokens", "gflops", "images_per_s", "acc1", "loss")
@@ -202,10 +201,7 @@ def eval_resolutions(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
             print("".join(f"{row[name]:14.2f}" for name in COLUMNS))
         out = Path(args.output_dir)
         for name, table in (("resolutions", rows), ("cascade", cascades)):
-            with atomic_file(out / f"{name}.csv") as temporary, open(temporary, "w", newline="") as file:
-                lines = csv.DictWriter(file, table[0] if table else ())
-                lines.writeheader()
-                lines.writerows(table)
+            write_table(out / f"{name}.csv", [*table[0]] if table else [], [row.values() for row in table])
         print(save_cost(rows, cascades, out / "resolutions.png", "Accuracy and cost of one NaViT"))
     distributed.barrier()
     return rows, cascades

@@ -50,8 +50,6 @@ CARD = Card(
         )
     },
     address="https://huggingface.co/timm/",
-    embedded_run="runs/materials/checkpoint.pth",
-    main="main.py",
     interpolation="bilinear",
     mean=(0.5, 0.5, 0.5),
     std=(0.5, 0.5, 0.5),

@@ -10,7 +10,6 @@ from shared.images.sources import ImageSource
 from shared.pictures.report import SUPERVISED_PLOTS, Report
 from shared.pictures.sheets import Tile, save_sheet, to_pixels
 from shared.run.run import Run
-from shared.run.summary import accuracy, command, next_command
 
 from .eval_resolutions import evenly, measure, save_cost
 
@@ -51,7 +50,7 @@ def report(run: Run, val: ImageSource | None, batches: PackedBatches, look: Call
     Args:
         look: See :func:`navit.eval_resolutions.measure`.
     """
-    args, ending, learned, commands = run.args, Report(run), [], []
+    args, ending, learned = run.args, Report(run, "navit/main.py"), []
     ending.draw_curves("NaViT", SUPERVISED_PLOTS if val is not None else SUPERVISED_PLOTS[:1])
     length = args.sequence_length
     ending.draw("packed.png", lambda path: save_packing(batches.shown, length, args.patch_size, path))
@@ -59,13 +58,11 @@ def report(run: Run, val: ImageSource | None, batches: PackedBatches, look: Call
         rows, cascades = measure(evenly(*args.resolution), look)
         ending.draw("cost.png", lambda path: save_cost(rows, cascades, path, "Accuracy and cost of one NaViT"))
         by_side = ", ".join(f"{row['resolution']} px ({row['tokens']:.0f} tokens) {row['acc1']:.1f} %" for row in rows)
-        learned += accuracy(ending.lines, "test_acc1", f"top-1 on {val.describe()}", len(val), len(val.classes))
-        learned += [f"top-1 by effective resolution: {by_side}"]
-        options = {"pretrained": run.path, "output_dir": run.output_dir / "resolutions"}
-        commands = [next_command(args, "navit/main.py", "navit/eval_resolutions.py", **options)]
+        learned = [*ending.top1(val), f"top-1 by effective resolution: {by_side}"]
+        ending.then("navit/eval_resolutions.py", pretrained=run.path, output_dir=run.output_dir / "resolutions")
     for last in [line for line in ending.lines if "padding" in line][-1:]:
         learned.append(
             f"in the last steps: {last['tokens']:.0f} tokens an image, {last['images_per_sequence']:.1f} images a "
             f"sequence, {100 * last['padding']:.1f} % padding, {100 * last['shrunk']:.1f} % of the images shrunk to fit"
         )
-    ending.finish(commands, command("navit/main.py", data_path="YOUR_IMAGES", output_dir="YOUR_RUN"), learned)
+    ending.finish(learned)

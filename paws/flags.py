@@ -206,9 +206,6 @@ def recipe_of_run(args: argparse.Namespace) -> Recipe:
     """The recipe of an evaluation: what the flags leave open is that of the training behind ``--pretrained``.
 
     That of another folder says how large its images were, and what its network is.
-
-    Raises:
-        ValueError: If they name another network or image size than the training had.
     """
     trained_with = flags_of_run(args.pretrained, CARD)
     args.dataset = args.dataset or trained_with.get("dataset") or "imagenet"

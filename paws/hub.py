@@ -50,7 +50,6 @@ CARD = Card(
     address="https://dl.fbaipublicfiles.com/suncet/",
     interpolation="bilinear",
     embedded_run="runs/materials/paws-latest.pth.tar",  # where main.py leaves the encoder of the embedded materials
-    main="main.py",
     checkpoint_key="encoder",
     head_names=("fc", "pred"),
     sizes=sizes,
@@ -101,11 +100,7 @@ def load_backbone_into(encoder: Encoder, model_name: str, file: str | Path, allo
 
 
 def load_encoder(model_name: str, file: str | Path, use_pred: bool = False) -> Encoder:
-    """An encoder with the heads of a training, frozen: that for projection and, with ``use_pred``, for prediction.
-
-    Raises:
-        ValueError: If there is no such file, it does not fill the encoder, or lacks a head.
-    """
+    """An encoder with the heads of a training, frozen: that for projection and, with ``use_pred``, for prediction."""
     weights = read_weights(model_name, file)
     if "fc.fc3.weight" not in weights.head:
         raise WeightMismatch(f"{weights.origin} holds no projection head (fc.fc3); a training checkpoint has one")

@@ -2,15 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from functools import partial
 
 import numpy as np
 
 from shared.multicrop import MultiCropDataset
-from shared.pictures.report import Plot, Report, accuracy_plot, save_views
+from shared.pictures.report import Plot, Report, accuracy_plot
 from shared.run.health import HealthRule, equal_features
 from shared.run.run import Run
-from shared.run.summary import accuracy, command, from_here, next_command, without_labels
+from shared.run.summary import accuracy, command, from_here, without_labels
 
 from .evaluation import SNNMonitor
 from .pseudo_labels import save_certainty
@@ -64,16 +63,15 @@ def report(
         lines: About the pseudo-labels.
         pseudo_labels: As :func:`paws.pseudo_labels.save_pseudo_labels` returns them.
     """
-    images, args, ending = evaluation.classifier.images, run.args, Report(run)
+    images, args, ending = evaluation.classifier.images, run.args, Report(run, "paws/paws_train.py")
     if pseudo_labels:
         ending.draw("certainty.png", lambda path: save_certainty(images, *pseudo_labels, path))
     titles = ["large view {n}"] * 2 + ["small view {n}"] * (len(dataset.recipes) - 2)
     heading = "One image as it enters the network\nAll views have to get the same pseudo-label."
-    ending.draw("views.png", lambda path: save_views(dataset[(0, 0)][0], titles, path, heading))
+    ending.draw_views(dataset, titles, heading)
     ending.draw_curves("PAWS training", PLOTS)
 
     network = {"pretrained": run.path, "model_name": args.model_name}
-    after, commands = partial(next_command, args, "paws/paws_train.py", **network), []
     start = "random weights" if args.pretrained is None else "the weights of --pretrained"
     if evaluation.disabled_reason:
         learned = [f"accuracy not known: {evaluation.disabled_reason}"]
@@ -82,9 +80,9 @@ def report(
         what = f"soft nearest neighbours, {len(images.labelled):,} labels, {validation.describe()}"
         sizes = len(validation.rows), len(images.classes)
         learned = accuracy(ending.lines, "snn_top1", what, *sizes, start=start)
-        tuned = run.output_dir / "fine-tune"
-        commands = [after("paws/snn_eval.py"), after("paws/fine_tune.py", output_dir=tuned)]
+        ending.then("paws/snn_eval.py", **network)
+        ending.then("paws/fine_tune.py", **network, output_dir=run.output_dir / "fine-tune")
     if measures := evaluation.without_labels:
         learned += without_labels(ending.lines, measures.name, len(measures.images), start=start)
     own = {"data_path": "YOUR_IMAGES", "labels": "YOUR_LABELS.csv", "fname": from_here(OWN_IMAGES)}
-    ending.finish(commands, command("paws/main.py", **own, output_dir="YOUR_RUN"), [*learned, *lines])
+    ending.finish([*learned, *lines], own_images=command("paws/main.py", **own, output_dir="YOUR_RUN"))

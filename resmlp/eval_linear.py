@@ -10,7 +10,6 @@ epoch. Running the same command again resumes.
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +22,7 @@ from resmlp.hub import CARD
 from shared import distributed
 from shared.evaluation import frozen
 from shared.evaluation.flags import add_probe_flags, add_process_flags
-from shared.evaluation.linear import EpochTraining, LinearClassifier, validate
+from shared.evaluation.linear import LinearClassifier
 from shared.networks.weights import weights_checksum
 
 
@@ -44,33 +43,23 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def eval_linear(args: argparse.Namespace) -> dict[str, float]:
     """Train and validate the classifier; loss and accuracies in percent after the last epoch."""
-    device, output_dir = frozen.start(args)
+    device = frozen.start(args)
     network, transform = load_frozen(args)
-    train, val = frozen.labelled_sources(args)
+    sources = frozen.labelled_sources(args)
 
     # linear classifier
     network.to(device)
-    classifier = LinearClassifier(network.embed_dim, len(train.classes)).to(device)
-    val_set = frozen.val_images(args, val, transform)
-    validation = partial(validate, classifier, network, val_set, device, args.batch_size, args.num_workers)
+    classifier = LinearClassifier(network.embed_dim, len(sources[0].classes)).to(device)
+    crops = {"interpolation": "bicubic"}
+    training = frozen.LabelledTraining(args, CARD, classifier, network, sources, transform, device, **crops)
 
-    # crops, optimiser, schedule, epochs
-    crops = frozen.TrainCrops(args, CARD, train, transform, device, "bicubic")
+    # optimiser, schedule, epochs
     lr = args.lr * args.batch_size * distributed.get_world_size() / 256
     optimizer = torch.optim.SGD(classifier.parameters(), lr, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
-    training = EpochTraining(
-        output_dir / "linear.pth",
-        output_dir / "linear_log.txt",
-        classifier,
-        optimizer,
-        scheduler,
-        weights_checksum(network),
-        weights_key="classifier",
-        prefix="",
-        origin_key="network",
-    )
-    return training.run(crops, network, validation, args.epochs, crops.bad_images, args.val_freq)
+    names = {"weights_key": "classifier", "prefix": "", "origin_key": "network"}
+    checksum = weights_checksum(network)
+    return training.train(optimizer, scheduler, checksum, "linear.pth", "linear_log.txt", **names)
 
 
 def main() -> None:

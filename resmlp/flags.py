@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from shared.evaluation import flags
 from shared.images.loading import EvalTransform
-from shared.networks.pretrained import size_flag
+from shared.networks.pretrained import flags_of_run, size_flag
 from shared.run.flags import Parser
 from shared.supervised.transforms import eval_transform
 
@@ -47,7 +47,7 @@ def parse_evaluation(
 
 def load_frozen(args: argparse.Namespace) -> tuple[ResMLP, EvalTransform]:
     """The network without a classifier, images to features (B, D), and the centre crops that it takes."""
-    trained_with = flags.flags_of_run(args.pretrained_weights)
+    trained_with = flags_of_run(args.pretrained_weights)
     flags.take_from_run(args, trained_with, {"image_size": size_flag(trained_with)}, {})
     network = load_network(args.pretrained_weights, args.checkpoint_key, args.image_size)
     in_chans = network.patch_embed.proj.in_channels

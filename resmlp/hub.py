@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -27,9 +28,6 @@ def build_network(name: str, num_classes: int, img_size: int = 224, **options) -
         img_size: Side of the images in pixels, for networks whose weights depend on it.
         options: ``in_chans``, ``drop_rate`` and ``drop_path_rate``; ``patch_size``, ``embed_dim`` and ``depth`` of a
             ResMLP or of a ViT of timm, None: the published one.
-
-    Raises:
-        ValueError: If the name is unknown, or the patches do not fill the image.
     """
     if name not in ARCHITECTURES:
         return build_library_classifier(name, num_classes, own_names=list(ARCHITECTURES), img_size=img_size, **options)
@@ -48,11 +46,7 @@ def build_backbone(arch: str, **options) -> ResMLP:
 
 
 def sizes(arch: str, tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """What :class:`ResMLP` has to be told besides its channels and classes, which a state dict tells.
-
-    Raises:
-        WeightMismatch: If it is that of another network.
-    """
+    """Arguments of :class:`ResMLP` that its tensors tell; ``WeightMismatch`` for those of another network."""
     patches, mixing = tensors.get("patch_embed.proj.weight"), tensors.get("blocks.0.attn.weight")
     if patches is None or mixing is None or patches.dim() != 4 or math.isqrt(len(mixing)) ** 2 != len(mixing):
         raise WeightMismatch(f"{arch} holds no ResMLP")
@@ -60,6 +54,22 @@ def sizes(arch: str, tensors: Mapping[str, Tensor]) -> dict[str, int]:
     blocks = {int(match[1]) for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name))}
     img_size = math.isqrt(len(mixing)) * patch_size
     return {"img_size": img_size, "patch_size": patch_size, "embed_dim": embed_dim, "depth": len(blocks)}
+
+
+def from_timm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with timm's names for ResMLP in the published ones; any other one stays as it is."""
+    if "stem.proj.weight" not in tensors:
+        return dict(tensors)
+    ours = renamed(tensors, {rf"(^|\.){theirs}": rf"\1{ours}" for ours, theirs in TIMM_NAMES.items()})
+    return {name: value.flatten() if name.endswith((".alpha", ".beta")) else value for name, value in ours.items()}
+
+
+def to_timm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of :func:`from_timm`; timm's affine layers have the shape (1, 1, D)."""
+    theirs = renamed(tensors, {rf"(^|\.){ours}": rf"\1{theirs}" for ours, theirs in TIMM_NAMES.items()})
+    return {
+        name: value.reshape(1, 1, -1) if name.endswith((".alpha", ".beta")) else value for name, value in theirs.items()
+    }
 
 
 CARD = Card(
@@ -77,14 +87,14 @@ CARD = Card(
     },
     address="https://dl.fbaipublicfiles.com/deit/",
     interpolation="bicubic",
-    embedded_run="runs/materials/checkpoint.pth",  # where main.py leaves the network of the embedded data
-    main="main.py",
     checkpoint_key="model",
     sizes=sizes,
+    rename=from_timm,
     arch_flag="--model",
     weights_flag="--pretrained_weights",
 )
 MEAN, STD = CARD.mean, CARD.std
+read_weights = partial(networks.read_tensors, CARD)  # of a release, a file of any layout or an address
 
 
 def eval_transform(image_size: int | None, network: ResMLP, trained_with: Mapping) -> Callable:
@@ -93,32 +103,6 @@ def eval_transform(image_size: int | None, network: ResMLP, trained_with: Mappin
 
     in_chans = network.patch_embed.proj.in_channels
     return transforms.eval_transform(network.img_size, MEAN, STD, in_chans=in_chans)
-
-
-def read_weights(
-    pretrained: str | Path, key: str = CARD.checkpoint_key, flag: str = CARD.weights_flag
-) -> dict[str, Tensor]:
-    """Tensors of a release, a file or an address, given as ``flag``, under the published names.
-
-    Files of main.py, of the runs of other folders, of the official code and of timm are understood.
-    """
-    return from_timm(networks.read_weights(CARD, networks.locate(CARD, pretrained, flag), key).tensors)
-
-
-def from_timm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict with timm's names for ResMLP in the published ones; any other one stays as it is."""
-    if "stem.proj.weight" not in tensors:
-        return dict(tensors)
-    ours = renamed(tensors, {rf"(^|\.){theirs}": rf"\1{ours}" for ours, theirs in TIMM_NAMES.items()})
-    return {name: value.flatten() if name.endswith((".alpha", ".beta")) else value for name, value in ours.items()}
-
-
-def to_timm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of :func:`from_timm`; timm's affine layers have the shape (1, 1, D)."""
-    theirs = renamed(tensors, {rf"(^|\.){ours}": rf"\1{theirs}" for ours, theirs in TIMM_NAMES.items()})
-    return {
-        name: value.reshape(1, 1, -1) if name.endswith((".alpha", ".beta")) else value for name, value in theirs.items()
-    }
 
 
 def fill(network: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> bool:

@@ -16,6 +16,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 from seer.regnet import SIZES, RegNet
 from shared import distributed
+from shared.networks.names import new_name
 from shared.networks.weights import WeightMismatch, safe_load
 from shared.run.command_line import Parser, plain_exit
 from shared.run.files import atomic_file
@@ -47,6 +49,18 @@ OFFICIAL = (  # published names of both of their trunks and of their RegNet pack
     (r"^0\.clf\.0\.", "fc."),
     (r"^0\.(projection_head|prototypes\d+)\.", r"head.\1."),
 )
+TO_OFFICIAL = (  # the way back, to the names of the plain trunk
+    (r"^stem\.", "conv1.stem."),
+    (r"^trunk_output\.block(\d+)\.", lambda m: f"res{int(m[1]) + 1}."),
+    (r"\.f\.se\.fc1\.", ".f.se.excitation.0."),
+    (r"\.f\.se\.fc2\.", ".f.se.excitation.2."),
+    (r"\.f\.c\.0\.", ".f.c."),
+    (r"\.f\.c\.1\.", ".f.final_bn."),
+    (r"\.proj\.0\.", ".proj."),
+    (r"\.proj\.1\.", ".bn."),
+    (r"^", "_feature_blocks."),
+    (r"^_feature_blocks\.fc\.", "0.clf.0."),
+)
 TIMM = (  # torchvision's names to timm's
     (r"^stem\.0\.", "stem.conv."),
     (r"^stem\.1\.", "stem.bn."),
@@ -59,19 +73,18 @@ TIMM = (  # torchvision's names to timm's
 )
 
 
-def renamed(name: str, patterns: tuple) -> str:
-    for pattern, replacement in patterns:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
 def from_official(name: str) -> str:
     """torchvision's name of a tensor of a trunk, ``head.*`` of SwAV's head, ``fc.*`` of a classifier."""
-    return renamed(WRAPPERS.sub("", name), OFFICIAL)
+    return new_name(WRAPPERS.sub("", name), OFFICIAL)
+
+
+def to_official(name: str) -> tuple[str, str]:
+    """Part (trunk or heads) and published name of one of our tensors."""
+    return "heads" if name.startswith("fc.") else "trunk", new_name(name, TO_OFFICIAL)
 
 
 def to_timm(name: str) -> str:
-    return renamed(name, TIMM)
+    return new_name(name, TIMM)
 
 
 # --- Reading ----------------------------------------------------------------------------------------------------------
@@ -87,61 +100,52 @@ def read_file(path: Path, flag: str) -> object:
         return safe_load(path)
 
 
-def parts_of(contents: object, path: Path) -> tuple[str, dict]:
-    """Layout, and trunk and heads by our names: tensors, or names of files of slices.
-
-    Raises:
-        WeightMismatch: If it is no published layout.
-    """
+def parts_of(contents: object, path: Path) -> dict[str, Tensor | str]:
+    """Trunk and heads by our names: tensors, or names of files of slices."""
     try:
         model = contents["classy_state_dict"]["base_model"]["model"]
-        named = {from_official(name): value for part in ("trunk", "heads") for name, value in model[part].items()}
+        return {from_official(name): value for part in ("trunk", "heads") for name, value in model[part].items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise WeightMismatch(
             f"{path} is none of the published layouts: no classy_state_dict with base_model, model, trunk and heads"
         ) from error
-    return str(contents.get("type", "consolidated")), named
 
 
-def open_official(path: Path, flag: str = "--input") -> tuple[dict[str, Callable[[], Tensor]], list[dict]]:
-    """Functions that read each tensor of a file of any layout, by our names, and the shards of a sharded one.
+def open_official(path: Path, flag: str = "--input") -> dict[str, Callable[..., Tensor]]:
+    """Functions that read each tensor of a file of any layout, by our names; those of a sharded one need its shape.
 
-    Raises:
-        ValueError: If a slice or a shard is missing or torn; it is named.
+    A slice or a shard that is missing or torn is named.
     """
-    contents = read_file(path, flag)
-    if isinstance(contents, Mapping) and contents.get("type") == "sharded":
-        shards = []
-        for name in contents.get("shards") or [None]:
-            if name is None or not (path.parent / str(name)).is_file():
-                raise ValueError(f"{flag} {path}: its shard {name} is missing")
-            shard = path.parent / str(name)
-            shards.append(parts_of(read_file(shard, flag), shard)[1])
-            if shards[-1].keys() != shards[0].keys():
-                raise ValueError(f"{flag} {path}: the shard {name} holds other tensors than the first one")
-        return {name: (lambda name=name: [shard[name] for shard in shards]) for name in shards[0]}, shards
-    _, named = parts_of(contents, path)
+    contents, parts = read_file(path, flag), []
+    for name in (contents.get("shards") or [None]) if is_sharded(contents) else ():
+        shard = path.parent / str(name)
+        if name is None or not shard.is_file():
+            raise ValueError(f"{flag} {path}: its shard {name} is missing")
+        parts.append(parts_of(read_file(shard, flag), shard))
+        if parts[-1].keys() != parts[0].keys():
+            raise ValueError(f"{flag} {path}: the shard {name} holds other tensors than the first one")
+    whole = parts[0] if parts else parts_of(contents, path)
 
-    def read(name: str) -> Tensor:
-        value = named[name]
-        if isinstance(value, Tensor):
-            return value
-        if not (file := path.parent / str(value)).is_file():
+    def read(name: str, shape: torch.Size | None = None) -> Tensor:
+        if parts:
+            return joined([part[name] for part in parts], shape)
+        if isinstance(whole[name], Tensor):
+            return whole[name]
+        if not (file := path.parent / str(whole[name])).is_file():
             raise ValueError(f"{flag} {path}: the slice {file} of {name} is missing")
         tensor = safe_load(file)
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{flag} {path}: the slice {file} holds {type(tensor).__name__}, not a tensor")
         return tensor
 
-    return {name: (lambda name=name: read(name)) for name in named}, []
+    return {name: partial(read, name) for name in whole}
 
 
 def joined(pieces: list[Tensor], shape: torch.Size) -> Tensor:
     """A tensor from its pieces: flat ones, of which the last may be padded, or a copy on every process."""
-    if pieces[0].shape == shape and (len(pieces) == 1 or pieces[0].dim() != 1 or shape.numel() == 1):
-        return pieces[0]
-    if len(pieces) > 1 and pieces[0].shape == shape and all(torch.equal(pieces[0], p) for p in pieces[1:]):
-        return pieces[0]
+    first = pieces[0]
+    if first.shape == shape and (first.dim() != 1 or shape.numel() == 1 or all(torch.equal(first, p) for p in pieces)):
+        return first
     flat = torch.cat([piece.flatten() for piece in pieces])
     return flat[: shape.numel()].view(shape) if len(flat) >= shape.numel() else flat
 
@@ -154,13 +158,13 @@ def official_tensors(path: Path, target: Mapping[str, Tensor], flag: str = "--in
     Raises:
         WeightMismatch: If the file does not hold exactly these tensors.
     """
-    readers, shards = open_official(path, flag)
+    readers = open_official(path, flag)
     known = {name for name in readers if name in target or not name.startswith(("head.", "fc."))}
     for what, names in (("lacks", target.keys() - known), ("has beside the network's", known - target.keys())):
         if names:
             raise WeightMismatch(f"{flag} {path} {what} {len(names)} tensors, the first is {min(names)}")
     for name, like in target.items():
-        tensor = joined(readers[name](), like.shape) if shards else readers[name]()
+        tensor = readers[name](like.shape)
         if tensor.shape != like.shape:
             raise WeightMismatch(f"{flag} {path}: {name} is {tuple(tensor.shape)} instead of {tuple(like.shape)}")
         if tensor.is_floating_point() and not tensor.isfinite().all():
@@ -168,21 +172,21 @@ def official_tensors(path: Path, target: Mapping[str, Tensor], flag: str = "--in
         yield name, tensor.to(like.dtype)
 
 
-def is_official(contents: object) -> bool:
-    return isinstance(contents, Mapping) and ("classy_state_dict" in contents or contents.get("type") == "sharded")
+def is_sharded(contents: object) -> bool:
+    return isinstance(contents, Mapping) and contents.get("type") == "sharded"
 
 
 def read_for_card(contents: object, path: Path) -> object:
     """What a card reads of a file: of the published layouts the network under our names, of others what is there."""
-    if path.suffix == ".safetensors" and (safetensors.safe_open(path, "pt").metadata() or {}).get("licence"):
+    is_official = is_sharded(contents) or (isinstance(contents, Mapping) and "classy_state_dict" in contents)
+    is_converted = path.suffix == ".safetensors" and (safetensors.safe_open(path, "pt").metadata() or {}).get("licence")
+    if is_official or is_converted:
         distributed.print_once(f"{path}: {LICENCE}")
-    if not is_official(contents):
+    if not is_official:
         return contents
-    distributed.print_once(f"{path}: {LICENCE}")
-    readers, shards = open_official(path, "--pretrained")
-    if not shards:
-        return {name: read() for name, read in readers.items()}
-    raise ValueError(f"--pretrained {path} is sharded: convert it with convert_checkpoint.py first")
+    if is_sharded(contents):
+        raise ValueError(f"--pretrained {path} is sharded: convert it with convert_checkpoint.py first")
+    return {name: read() for name, read in open_official(path, "--pretrained").items()}
 
 
 # --- Writing ----------------------------------------------------------------------------------------------------------
@@ -215,24 +219,6 @@ def write_slices(path: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
     state = {"classy_state_dict": {"base_model": {"model": names}}, "type": "sliced"}
     with atomic_file(path) as temporary:
         torch.save(state, temporary)
-
-
-def to_official(name: str) -> tuple[str, str]:
-    """Part (trunk or heads) and published name of one of our tensors."""
-    if name.startswith("fc."):
-        return "heads", name.replace("fc.", "0.clf.0.", 1)
-    name = re.sub(r"^stem\.", "conv1.stem.", name)
-    name = re.sub(r"^trunk_output\.block(\d+)\.", lambda m: f"res{int(m[1]) + 1}.", name)
-    for ours, theirs in (
-        (".f.se.fc1.", ".f.se.excitation.0."),
-        (".f.se.fc2.", ".f.se.excitation.2."),
-        (".f.c.0.", ".f.c."),
-        (".f.c.1.", ".f.final_bn."),
-        (".proj.0.", ".proj."),
-        (".proj.1.", ".bn."),
-    ):
-        name = name.replace(ours, theirs)
-    return "trunk", f"_feature_blocks.{name}"
 
 
 # --- Command line -----------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ images and table the groups are generated: a colour cast, a frame, a mark and bl
 """
 
 import argparse
-import csv
+import bisect
 import json
 import math
 import sys
@@ -39,17 +39,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shared import distributed
+from shared.evaluation.extract_features import load_frozen
 from shared.evaluation.features import extract_features
 from shared.evaluation.flags import add_process_flags
-from shared.evaluation.frozen import eval_transform
 from shared.evaluation.knn import count_votes, nearest_neighbours
 from shared.images.loading import EvalDataset
 from shared.images.sources import ArraySource, FileSource, ImageSource, open_source
-from shared.images.tables import read_cells
-from shared.networks.own_run import fill_run, folder_of, load_hub, open_run
-from shared.networks.pretrained import image_size_of
+from shared.images.tables import read_cells, write_table
+from shared.networks.own_run import load_hub
 from shared.run.command_line import Parser
-from shared.run.files import atomic_file
 from shared.run.randomness import seed_everything
 from shared.run.summary import margin
 
@@ -78,15 +76,11 @@ class Image:
 
 def read_csv(path: Path, flag: str = "--groups") -> list[Image]:
     """``image``, ``label`` (several behind semicolons; may be missing) and any other columns, which are groups."""
-    rows = list(_rows(path, flag, ("image",)))
-    return [
-        Image(
-            row["image"],
-            tuple(filter(None, row.get("label", "").split(";"))),
-            {name: value for name, value in row.items() if name not in ("image", "label") and value},
-        )
-        for row in rows
-    ]
+    found = []
+    for row in _rows(path, flag, ("image",)):
+        image, labels = row.pop("image"), row.pop("label", "").split(";")
+        found.append(Image(image, tuple(filter(None, labels)), {name: value for name, value in row.items() if value}))
+    return found
 
 
 def read_dollar_street(path: Path) -> list[Image]:
@@ -116,24 +110,22 @@ def read_casual_conversations(path: Path) -> list[Image]:
     A file stands for the frame beside it, ``<file>.jpg``. Groups are those of the paper: gender x skin type (1 to 3 and
     4 to 6 of Fitzpatrick's), and age.
     """
+    found = []
     try:
-        subjects = json.loads(path.read_text())
-        lines = [(entry["label"], file) for entry in subjects.values() for file in entry["files"]]
-        found = []
-        for label, file in lines:
+        for entry in json.loads(path.read_text()).values():
+            label = entry["label"]
             tone = "lighter" if int(label["skin-type"]) <= 3 else "darker"
-            age = float(label["age"]) if str(label["age"]).replace(".", "").isdigit() else None
             groups = {"gender": label["gender"], "gender x skin type": f"{label['gender']}, {tone}"}
-            found.append(Image(f"{file}.jpg", (), groups | ({} if age is None else {"age": age_group(age)})))
+            if str(label["age"]).replace(".", "").isdigit():
+                groups["age"] = age_group(float(label["age"]))
+            found += [Image(f"{file}.jpg", (), groups) for file in entry["files"]]
     except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
         raise ValueError(f"--groups {path} has another layout than Casual Conversations: {error!r}") from error
     return found
 
 
 def age_group(age: float) -> str:
-    return next(
-        (name for most, name in ((18, "<18"), (30, "18-30"), (45, "30-45"), (70, "45-70")) if age < most), "70+"
-    )
+    return ("<18", "18-30", "30-45", "45-70", "70+")[bisect.bisect((18, 30, 45, 70), age)]
 
 
 LAYOUTS = {"csv": read_csv, "dollar_street": read_dollar_street, "casual_conversations": read_casual_conversations}
@@ -186,13 +178,11 @@ GENERATED: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 def generated_groups(source: ImageSource) -> tuple[ArraySource, list[Image]]:
     """The images of a source, in turn as they are and changed in one of four ways, of equal size all of them."""
-    names, pixels = list(GENERATED), []
-    for index in range(len(source)):
-        pixels.append(GENERATED[names[index % len(names)]](source.load(index).decode()))
-    images = [
-        Image(str(i), (source.classes[source.label(i)],), {"generated": names[i % len(names)]})
-        for i in range(len(source))
-    ]
+    names, pixels, images = list(GENERATED), [], []
+    for i in range(len(source)):
+        name = names[i % len(names)]
+        pixels.append(GENERATED[name](source.load(i).decode()))
+        images.append(Image(str(i), (source.classes[source.label(i)],), {"generated": name}))
     return ArraySource(f"{source.name}, generated groups", np.stack(pixels), source.labels, source.classes), images
 
 
@@ -205,10 +195,7 @@ def groups_of(images: Sequence[Image]) -> dict[tuple[str, str], np.ndarray]:
     for i, image in enumerate(images):
         for column, group in sorted(image.groups.items()):
             found[column, group].append(i)
-    return {
-        key: np.array(indices)
-        for key, indices in sorted(found.items(), key=lambda item: (item[0][0] != "all", item[0]))
-    }
+    return {key: np.array(found[key]) for key in sorted(found, key=lambda key: (key[0] != "all", key))}
 
 
 def measures(
@@ -228,11 +215,9 @@ def measures(
     """
     values: dict[str, np.ndarray] = {}  # NaN where an image has no value
     known = [bool(image.labels) for image in images]
+    pairs = list(zip(images, predicted, strict=True))
     for name, most in (("top1", 1), (f"top{BEST}", BEST)):
-        hits = [
-            any(label in image.labels for label, _ in labels[:most])
-            for image, labels in zip(images, predicted, strict=True)
-        ]
+        hits = [any(label in image.labels for label, _ in labels[:most]) for image, labels in pairs]
         values[name] = np.where(known, hits, np.nan)
     if attribute is not None:
         values |= retrieval(features, [image.groups.get(attribute) for image in images])
@@ -265,10 +250,9 @@ def retrieval(features: Tensor, attributes: Sequence[str | None]) -> dict[str, n
     for i, neighbours in enumerate(found.cpu().numpy()):
         others = neighbours[neighbours != i][:most]
         same.append(values[others] == values[i])
-    precision = {}
-    for k in [k for k in AT if k <= most]:
-        precision[f"precision@{k}"] = np.full(len(attributes), np.nan)
-        precision[f"precision@{k}"][rows] = np.array(same)[:, :k].mean(axis=1)
+    precision = {f"precision@{k}": np.full(len(attributes), np.nan) for k in AT if k <= most}
+    for k, values in zip(AT, precision.values(), strict=False):
+        values[rows] = np.array(same)[:, :k].mean(axis=1)
     return precision
 
 
@@ -276,9 +260,8 @@ def nearest_labels(
     features: Tensor, train: Tensor, labels: Tensor, classes: Sequence[str], k: int
 ) -> list[list[tuple[str, float]]]:
     """The likeliest labels of every image by the votes of its k nearest labelled images, and their shares."""
-    similarities, found = nearest_neighbours(
-        F.normalize(features, dim=1), F.normalize(train, dim=1), min(k, len(train))
-    )
+    queries, bank = F.normalize(features, dim=1), F.normalize(train, dim=1)
+    similarities, found = nearest_neighbours(queries, bank, min(k, len(train)))
     votes = count_votes(similarities, labels[found], len(classes))
     shares, best = (votes / votes.sum(dim=1, keepdim=True)).topk(min(BEST, len(classes)), dim=1)
     return [
@@ -315,7 +298,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser(__doc__)
     add = parser.add_argument
     run = "run of any folder, a file or a release; without it the run in runs/materials"
-    add("run", nargs="?", default="", help=run)
+    add("weights", metavar="run", nargs="?", default="", help=run)
     add("--folder", default=None, help="of the run; None: the one that trained it")
     add("--arch", default=None, help="None: that of the run")
     add("--image_size", type=int, default=None, help="side in pixels; None: that of the training, else 224")
@@ -330,6 +313,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--output_dir", type=Path, default=Path("runs/materials/groups"), help="for groups.csv")
     add("--seed", type=int, default=0, help="of random weights")
     add_process_flags(parser, launcher=False)
+    parser.set_defaults(checkpoint_key=None, patch_size=None)
     return parser
 
 
@@ -359,14 +343,13 @@ def eval_groups(args: argparse.Namespace) -> list[dict]:
     source, images = open_groups(args)
     features = None
     if args.predictions is None or args.attribute is not None:
-        run = args.run or load_hub(args.folder or "seer").CARD.embedded_run
-        card = load_hub(args.folder or ("seer" if not args.run else folder_of(run))).CARD
-        path, trained_with = open_run(card, run)
-        network = fill_run(card, path, trained_with, args.arch, image_size=args.image_size).to(device)
-        transform = eval_transform(card, args.image_size or image_size_of(trained_with) or 224, network)
+        args.folder = args.folder or (None if args.weights else "seer")
+        args.weights = args.weights or load_hub(args.folder).CARD.embedded_run
+        network, transform = load_frozen(args)
 
         def represent(of: ImageSource) -> tuple[Tensor, Tensor]:
-            return extract_features(network, EvalDataset(of, transform), device, args.batch_size, args.num_workers)
+            images = EvalDataset(of, transform)
+            return extract_features(network.to(device), images, device, args.batch_size, args.num_workers)
 
         features, _ = represent(source)
     if args.predictions is not None:
@@ -388,14 +371,11 @@ def write(rows: list[dict], output_dir: Path) -> None:
     """groups.csv and a table with two standard errors."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     shown = [name for name in names if name not in ("column", "group", "n") and not name.startswith("n_")]
-    with atomic_file(output_dir / "groups.csv") as path, open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, names, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
+    path = write_table(output_dir / "groups.csv", names, ([row.get(name, "") for name in names] for row in rows))
     for row in rows:
         cells = [f"{n} {row[n]:.1f} +- {margin(row[n], row[f'n_{n}']):.1f}" for n in shown if n in row]
         print(f"{row['column']}: {row['group']}, {row['n']} images: {', '.join(cells)}", flush=True)
-    print(f"{output_dir / 'groups.csv'}", flush=True)
+    print(path, flush=True)
 
 
 def main() -> None:

@@ -10,7 +10,6 @@ representation itself. The papers report the best layer: run each. Running the s
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
@@ -32,7 +31,7 @@ from shared.evaluation.flags import (
     parse_evaluation,
     take_from_run,
 )
-from shared.evaluation.linear import EpochTraining, LinearClassifier, validate
+from shared.evaluation.linear import LinearClassifier
 from shared.images.loading import EvalTransform
 from shared.networks.batchnorm import synchronize_batchnorm
 from shared.networks.pretrained import flags_of_run, load_pretrained, size_flag
@@ -88,25 +87,19 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def eval_linear(args: argparse.Namespace) -> dict[str, float]:
     """Train and validate the classifier; loss and accuracies in percent after the last epoch."""
-    device, output_dir = frozen.start(args)
+    device = frozen.start(args)
     network, transform = load_chosen(args)
-    train, val = frozen.labelled_sources(args, num_labels=args.num_labels)
+    sources = frozen.labelled_sources(args, num_labels=args.num_labels)
     checksum = weights_checksum(network)
     features = PooledMap(network.to(device), args.layer)
     feature = features(torch.zeros(1, transform.in_chans, *[args.image_size] * 2, device=device))
     classifier = NormalisedClassifier(feature.shape[1:], args.num_labels).to(device)
     classifier = synchronize_batchnorm(classifier, device)
-    val_set = frozen.val_images(args, val, transform)
-    validation = partial(validate, classifier, features, val_set, device, args.batch_size, args.num_workers)
-
-    crops = frozen.TrainCrops(args, CARD, train, transform, device, drop_single=True)
+    training = frozen.LabelledTraining(args, CARD, classifier, features, sources, transform, device, drop_single=True)
     lr = args.lr * args.batch_size * distributed.get_world_size() / 256
     optimizer = torch.optim.SGD(classifier.parameters(), lr, momentum=0.9, weight_decay=args.wd, nesterov=True)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, args.decay_epochs)
-    flags = {name: getattr(args, name) for name in RUN_FLAGS}
-    files = (output_dir / "checkpoint.pth", output_dir / "log.txt")
-    training = EpochTraining(*files, classifier, optimizer, scheduler, checksum, flags=flags)
-    return training.run(crops, features, validation, args.epochs, crops.bad_images, args.val_freq)
+    return training.train(optimizer, scheduler, checksum, "checkpoint.pth", flags=RUN_FLAGS)
 
 
 class PooledMap:

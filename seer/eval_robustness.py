@@ -14,7 +14,6 @@ import argparse
 import json
 import sys
 import zlib
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -37,7 +36,7 @@ from shared.images.labelled import match_val
 from shared.images.loading import EvalDataset, EvalTransform
 from shared.images.sources import ImageSource, open_source, reading
 from shared.networks.classifiers import load_completely
-from shared.networks.pretrained import find_file, read_weights
+from shared.networks.pretrained import locate, read_weights
 from shared.networks.weights import WeightMismatch, safe_load
 from shared.optimisation.precision import Precision
 from shared.pictures.sheets import Tile, save_sheet
@@ -48,68 +47,70 @@ SEVERITIES = (1, 2, 3, 4, 5)
 
 # --- Corruptions ------------------------------------------------------------------------------------------------------
 
-Pixels = np.ndarray  # (H, W, 3), uint8; lengths below are those of an image of 224 pixels
-Corruption = Callable[[Pixels, int, np.random.Generator], np.ndarray]
+Pixels = np.ndarray  # (H, W, 3), uint8
 
 
-def noise(pixels: Pixels, severity: int, rng: np.random.Generator) -> np.ndarray:
-    return pixels + rng.normal(0, (10, 20, 35, 55, 80)[severity - 1], pixels.shape)
+def noise(pixels: Pixels, deviation: float, rng: np.random.Generator) -> np.ndarray:
+    return pixels + rng.normal(0, deviation, pixels.shape)
 
 
-def specks(pixels: Pixels, severity: int, rng: np.random.Generator) -> np.ndarray:
+def specks(pixels: Pixels, share: float, rng: np.random.Generator) -> np.ndarray:
     """Pixels that are black or white."""
     drawn = rng.random(pixels.shape[:2])[..., None]
-    share = (0.02, 0.05, 0.1, 0.17, 0.27)[severity - 1]
     return np.where(drawn < share / 2, 0, np.where(drawn > 1 - share / 2, 255, pixels))
 
 
-def blur(pixels: Pixels, severity: int, rng: np.random.Generator) -> np.ndarray:
-    return cv2.GaussianBlur(pixels, (0, 0), (1.5, 2.5, 4, 6, 9)[severity - 1] * side(pixels))
+def blur(pixels: Pixels, sigma: float, rng: np.random.Generator) -> np.ndarray:
+    """By ``sigma`` pixels of an image of 224."""
+    return cv2.GaussianBlur(pixels, (0, 0), sigma * max(min(pixels.shape[:2]) / 224, 0.25))
 
 
-def contrast(pixels: Pixels, severity: int, rng: np.random.Generator) -> np.ndarray:
+def contrast(pixels: Pixels, factor: float, rng: np.random.Generator) -> np.ndarray:
     mean = pixels.mean(axis=(0, 1))
-    return mean + (pixels - mean) * (0.6, 0.45, 0.3, 0.2, 0.1)[severity - 1]
+    return mean + (pixels - mean) * factor
 
 
-def brightness(pixels: Pixels, severity: int, rng: np.random.Generator) -> np.ndarray:
-    return pixels + 255 * (0.1, 0.2, 0.3, 0.42, 0.55)[severity - 1]
+def brightness(pixels: Pixels, share: float, rng: np.random.Generator) -> np.ndarray:
+    return pixels + 255 * share
 
 
-def fog(pixels: Pixels, severity: int, rng: np.random.Generator) -> np.ndarray:
+def fog(pixels: Pixels, share: float, rng: np.random.Generator) -> np.ndarray:
     """A white layer whose thickness changes smoothly over the image."""
     coarse = rng.random((6, 6)).astype(np.float32)
     smooth = cv2.resize(coarse, pixels.shape[1::-1], interpolation=cv2.INTER_CUBIC).clip(0, 1)[..., None]
-    share = (0.3, 0.42, 0.54, 0.66, 0.78)[severity - 1] * (0.5 + smooth) / 1.5
+    share = share * (0.5 + smooth) / 1.5
     return pixels * (1 - share) + 255 * share
 
 
-def jpeg(pixels: Pixels, severity: int, rng: np.random.Generator) -> np.ndarray:
-    quality = (25, 18, 12, 8, 5)[severity - 1]
+def jpeg(pixels: Pixels, quality: int, rng: np.random.Generator) -> np.ndarray:
     _, encoded = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, quality])
     return cv2.imdecode(encoded, cv2.IMREAD_COLOR)  # channels in the order in which they came
 
 
-def pixelation(pixels: Pixels, severity: int, rng: np.random.Generator) -> np.ndarray:
+def pixelation(pixels: Pixels, share: float, rng: np.random.Generator) -> np.ndarray:
     height, width = pixels.shape[:2]
-    share = (0.6, 0.45, 0.33, 0.25, 0.18)[severity - 1]
-    small = cv2.resize(
-        pixels, (max(1, round(width * share)), max(1, round(height * share))), interpolation=cv2.INTER_AREA
-    )
+    size = max(1, round(width * share)), max(1, round(height * share))
+    small = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
     return cv2.resize(small, (width, height), interpolation=cv2.INTER_NEAREST)
 
 
-def side(pixels: Pixels) -> float:
-    return max(min(pixels.shape[:2]) / 224, 0.25)
-
-
-CORRUPTIONS = {f.__name__: f for f in (noise, specks, blur, contrast, brightness, fog, jpeg, pixelation)}
+CORRUPTIONS = {  # with their strength at each severity
+    "noise": (noise, (10, 20, 35, 55, 80)),
+    "specks": (specks, (0.02, 0.05, 0.1, 0.17, 0.27)),
+    "blur": (blur, (1.5, 2.5, 4, 6, 9)),
+    "contrast": (contrast, (0.6, 0.45, 0.3, 0.2, 0.1)),
+    "brightness": (brightness, (0.1, 0.2, 0.3, 0.42, 0.55)),
+    "fog": (fog, (0.3, 0.42, 0.54, 0.66, 0.78)),
+    "jpeg": (jpeg, (25, 18, 12, 8, 5)),
+    "pixelation": (pixelation, (0.6, 0.45, 0.33, 0.25, 0.18)),
+}
 
 
 def corrupt(pixels: Pixels, name: str, severity: int) -> Pixels:
     """A corrupted image, uint8; what is random depends on the pixels, the corruption and nothing else."""
     rng = np.random.default_rng(zlib.crc32(pixels.tobytes(), zlib.crc32(name.encode())))
-    return np.clip(np.rint(CORRUPTIONS[name](pixels, severity, rng)), 0, 255).astype(np.uint8)
+    change, strengths = CORRUPTIONS[name]
+    return np.clip(np.rint(change(pixels, strengths[severity - 1], rng)), 0, 255).astype(np.uint8)
 
 
 class CorruptedCrop:
@@ -135,8 +136,7 @@ def load_classifier(arch: str | None, pretrained: str) -> tuple[RegNet, int | No
     """A fine-tuned network, and the side in pixels for which it was trained, where its file says it."""
     if pretrained == "":
         raise ValueError("--pretrained: name a run of fine_tune.py, a file or a release such as seer_128gf_in1k")
-    release = CARD.releases.get(pretrained)
-    path = find_file(CARD, arch or (release.arch if release else ""), pretrained)
+    path = locate(CARD, pretrained)
     weights = read_weights(CARD, path)
     tensors = weights.tensors | {name: value for name, value in weights.head.items() if name.startswith("fc.")}
     if "fc.weight" not in tensors:
@@ -144,8 +144,8 @@ def load_classifier(arch: str | None, pretrained: str) -> tuple[RegNet, int | No
     contents = safe_load(path)
     flags = contents.get("flags", {}) if isinstance(contents, dict) else {}
     first = len(tensors["trunk_output.block1.block1-0.f.c.0.weight"])
-    names = [name for name, sizes in SIZES.items() if sizes.stages()[0].width == first]
-    arch = arch or flags.get("arch") or next(iter(names), "")
+    found = next((name for name, sizes in SIZES.items() if sizes.stages()[0].width == first), "")
+    arch = arch or flags.get("arch") or found
     if arch not in SIZES:
         raise WeightMismatch(f"--pretrained {pretrained} is none of {', '.join(SIZES)}")
     network = RegNet(SIZES[arch], tensors["stem.0.weight"].shape[1], len(tensors["fc.weight"]))
@@ -154,11 +154,7 @@ def load_classifier(arch: str | None, pretrained: str) -> tuple[RegNet, int | No
 
 
 def open_set(path: str, train: ImageSource, **options) -> tuple[ImageSource, list[int]]:
-    """The images of a set with the labels of ``train``, and the classes that it lacks.
-
-    Raises:
-        ValueError: If its folders are neither classes of ``train`` nor numbers of them.
-    """
+    """The images of a set, whose folders are called as classes of ``train`` or by their numbers; classes it lacks."""
     images = open_source(path, "all", flag="--sets", **options)
     if images.classes and all(name.isdigit() for name in images.classes) and not set(images.classes) & {*train.classes}:
         if (largest := max(map(int, images.classes))) >= len(train.classes):
@@ -192,7 +188,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def eval_robustness(args: argparse.Namespace) -> dict[str, float]:
     """Top-1 in percent by name: ``clean``, ``<corruption> <severity>``, ``corrupted`` (their mean), names of sets."""
-    device, output_dir = frozen.start(args)
+    device, output_dir = frozen.start(args), Path(args.output_dir)
     network, trained_px = load_classifier(args.arch, args.pretrained)
     args.image_size = args.image_size or trained_px or 384
     train, val = frozen.labelled_sources(args)
@@ -236,8 +232,7 @@ def write(found: dict, val: ImageSource, transform: EvalTransform, args: argpars
             print(f"{name:<11}{value:6.2f}", flush=True)
     with atomic_file(output_dir / "robustness.json") as file:
         file.write_text(json.dumps(found, indent=1) + "\n")
-    pixels = CorruptedCrop(transform).crop(val.load(0).decode()).permute(1, 2, 0).numpy()
-    pixels = np.ascontiguousarray(pixels)
+    pixels = np.ascontiguousarray(CorruptedCrop(transform).crop(val.load(0).decode()).permute(1, 2, 0).numpy())
     rows = [
         [Tile(pixels, "as it is"), *(Tile(corrupt(pixels, name, s), f"{name} {s}") for s in (1, 3, 5))]
         for name in args.corruptions

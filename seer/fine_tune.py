@@ -12,7 +12,6 @@ The network learns as a whole; the result is the accuracy after the last epoch. 
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
@@ -27,7 +26,7 @@ from seer.hub import CARD
 from shared import distributed
 from shared.evaluation import frozen
 from shared.evaluation.flags import add_data_flags, add_probe_flags, add_process_flags, parse_evaluation
-from shared.evaluation.linear import EpochTraining, validate
+from shared.evaluation.linear import start_afresh
 from shared.images.subsets import labelled_subset
 from shared.networks.batchnorm import synchronize_batchnorm
 from shared.networks.weights import weights_checksum
@@ -64,7 +63,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def fine_tune(args: argparse.Namespace) -> dict[str, float]:
     """Fine-tune and validate; loss and accuracies in percent after the last epoch."""
-    device, output_dir = frozen.start(args)
+    device = frozen.start(args)
     image_size, args.image_size = args.image_size, None  # not that of the pre-training
     network, _ = load_chosen(args)
     args.image_size = image_size
@@ -75,34 +74,18 @@ def fine_tune(args: argparse.Namespace) -> dict[str, float]:
 
     checksum = weights_checksum(network)
     network.requires_grad_(True).fc = nn.Linear(network.embed_dim, args.num_labels)
-    nn.init.normal_(network.fc.weight, std=0.01)
-    nn.init.zeros_(network.fc.bias)
+    start_afresh(network.fc)
     network = synchronize_batchnorm(network, device).to(device)
     transform = frozen.eval_transform(CARD, args.image_size, network)
-    val_set = frozen.val_images(args, val, transform)
-    nothing = nn.Identity()  # is computed before the network
-    validation = partial(validate, network, nothing, val_set, device, args.batch_size, args.num_workers)
-
-    colours = COLOURS if args.colours else {}
-    crops = frozen.TrainCrops(args, CARD, train, transform, device, "bicubic", drop_single=True, colours=colours)
+    crops = {"interpolation": "bicubic", "drop_single": True, "colours": COLOURS if args.colours else {}}
+    training = frozen.LabelledTraining(args, CARD, network, None, (train, val), transform, device, **crops)
     lr = args.lr * args.batch_size * distributed.get_world_size() / 256
     trunk = [parameter for name, parameter in network.named_parameters() if not name.startswith("fc.")]
     groups = [{"params": trunk}, {"params": list(network.fc.parameters()), "lr": lr * args.lr_head}]
     optimizer = torch.optim.SGD(groups, lr, momentum=0.9, weight_decay=args.wd, nesterov=True)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, args.decay_epochs)
-    training = EpochTraining(
-        output_dir / "checkpoint.pth",
-        output_dir / "log.txt",
-        network,
-        optimizer,
-        scheduler,
-        checksum,
-        flags={name: getattr(args, name) for name in RUN_FLAGS},
-        weights_key="model",
-        prefix="",
-        rates=("train_lr", "train_lr_head"),
-    )
-    return training.run(crops, nothing, validation, args.epochs, crops.bad_images, args.val_freq)
+    names = {"weights_key": "model", "prefix": "", "rates": ("train_lr", "train_lr_head")}
+    return training.train(optimizer, scheduler, checksum, "checkpoint.pth", flags=RUN_FLAGS, **names)
 
 
 def main() -> None:

@@ -73,7 +73,6 @@ CARD = Card(
     build=build,
     releases=releases(),
     address="https://dl.fbaipublicfiles.com/vissl/model_zoo/",
-    embedded_run="runs/materials/checkpoint.pth",
     main="main_seer.py",
     interpolation="bilinear",
     checkpoint_key="model",

@@ -58,10 +58,9 @@ class SwappedAssignments:
     Attributes:
         crops_for_assign: Indices of the crops that get an assignment.
         temperature: Of the softmax that predicts one.
-        epsilon, iterations: Entropy regularisation and iterations of :func:`balance`.
+        epsilon: Entropy regularisation.
+        iterations, power: Of :func:`balance`, in float64 if ``double``.
         hard_steps: First steps, in which assignments are hard.
-        power: See :func:`balance`.
-        double: Balance in float64.
     """
 
     crops_for_assign: Sequence[int] = (0, 1)

@@ -15,7 +15,6 @@ the run at its step in the stream.
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Iterable
 from functools import partial
@@ -36,8 +35,9 @@ from seer.sharding import WholeNetwork, WholeOptimizer, build_network, shard_net
 from seer.stream import find_shards, open_stream
 from shared import distributed
 from shared.evaluation.knn_monitor import KNNMonitor
-from shared.images.views import ViewRecipe
+from shared.images.resolutions import add_resolution_flags, check_assigned_crops, recipes_of
 from shared.multicrop import MultiCropWrapper, normalize_views
+from shared.networks.backbones import Through
 from shared.optimisation.larc import LARC, tensor_norms
 from shared.plan import NUMBERS, make_plan
 from shared.run.flags import (
@@ -49,7 +49,7 @@ from shared.run.flags import (
     check_minimum,
     tell_embedded_defaults,
 )
-from shared.run.health import HealthMonitor, feature_spread, rank_me
+from shared.run.health import HealthMonitor, assignment_health
 from shared.run.run import Run
 from shared.run.yaml_config import parse_args_with_config
 
@@ -87,13 +87,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--shuffle_window", type=int, default=1 << 16, help="neighbours of the stream that are shuffled together")
     add_own_images_flags(parser, __file__)
 
-    add = parser.add_argument_group("views").add_argument
-    add("--nmb_crops", type=int, nargs="+", default=[2, 4], help="number of crops of each resolution")
-    add("--size_crops", type=int, nargs="+", default=[224, 96], help="their side in pixels")
-    add("--min_scale_crops", type=float, nargs="+", default=[0.14, 0.05], help="least share of the image of a crop")
-    add("--max_scale_crops", type=float, nargs="+", default=[1.0, 0.14], help="largest share of the image of a crop")
-    add("--blur_radius", type=float, nargs=2, default=(0.1, 2.0), help="range of the blur in pixels of the view")
-    add("--augmentation", default="fast", choices=("fast", "pil"), help="pil: the slow exact reference chain")
+    add_resolution_flags(parser, [2, 4], [224, 96], [0.14, 0.05], [1.0, 0.14])
 
     add = parser.add_argument_group("network").add_argument
     add("--arch", default="regnet256Gf_1", help=", ".join(name for name in SIZES if name != "regnet_micro"))
@@ -143,33 +137,13 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
     check_minimum(parser, args, MINIMUM)
     if not 0 <= args.warmup <= 1:
         parser.error(f"--warmup {args.warmup} is not in [0, 1]")
-    crops = range(sum(args.nmb_crops))
-    if len(set(args.crops_for_assign)) < len(args.crops_for_assign) or not set(args.crops_for_assign) <= set(crops):
-        given = " ".join(map(str, args.crops_for_assign))
-        parser.error(f"--crops_for_assign {given}: expected different crops from 0 to {len(crops) - 1}")
+    check_assigned_crops(parser, args)
     if args.fsdp and args.amp == "fp16":
         parser.error("--fsdp needs another --amp than fp16")
     if args.arch not in SIZES:
         parser.error(f"--arch {args.arch} is none of {', '.join(SIZES)}")
-    if min(args.nmb_prototypes) < 2:
-        parser.error(f"--nmb_prototypes {' '.join(map(str, args.nmb_prototypes))}: at least two are needed")
     args.eval_knn_freq = 0 if find_shards(args.data_path) else args.eval_knn_freq  # shards have no classes
     return args
-
-
-def view_recipes(args: argparse.Namespace) -> list[ViewRecipe]:
-    """Multi-crop: recipes of the views of an image, those of the first resolution first."""
-    names = ("nmb_crops", "size_crops", "min_scale_crops", "max_scale_crops")
-    lists = [getattr(args, name) for name in names]
-    if len({len(values) for values in lists}) != 1 or sum(args.nmb_crops) < 2 or min(map(min, lists)) <= 0:
-        given = ", ".join(f"--{name} {' '.join(map(str, getattr(args, name)))}" for name in names)
-        raise ValueError(f"{given}: expected a positive value of each for every resolution, and two crops at least")
-    blur = tuple(args.blur_radius)
-    return [
-        ViewRecipe(size, (low, high), interpolation="bilinear", blur_radius=blur, **COLOURS)
-        for number, size, low, high in zip(*lists, strict=True)
-        for _ in range(number)
-    ]
 
 
 # --- Network ----------------------------------------------------------------------------------------------------------
@@ -181,17 +155,6 @@ class PrototypeNetwork(MultiCropWrapper):
     def forward(self, views: Tensor | list[Tensor], features_only: bool = False):
         features = self.embed(views)
         return features if features_only else self.head(features)
-
-
-class Trunk(nn.Module):
-    """The features of a network that computes as a whole only, as one that processes share does."""
-
-    def __init__(self, network: PrototypeNetwork):
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.network(images, features_only=True)
 
 
 def network_of(args: argparse.Namespace) -> PrototypeNetwork:
@@ -223,7 +186,7 @@ def train_seer(args: argparse.Namespace) -> None:
     run = Run(args, args.amp)
 
     # stream
-    data = open_stream(args, view_recipes(args), run.output_dir, run.device)
+    data = open_stream(args, recipes_of(args, **COLOURS), run.output_dir, run.device)
     total_steps = data.steps_per_epoch
     tell_embedded_defaults(args.data_path or args.fname, EMBEDDED_DATA_DEFAULTS)
     suit_settings(args, data, total_steps)
@@ -256,7 +219,8 @@ def train_seer(args: argparse.Namespace) -> None:
     run.resume(data, total_steps, NETWORK_FLAGS, scheduled=("lr",), **parts)
     run.guard.watch(model=network)
     run.health = HealthMonitor(health_rules(args.nmb_prototypes[0], total_steps))
-    knn, trunk = KNNMonitor(run, args.size_crops[0], MEAN, STD, data.num_workers), Trunk(network)
+    knn = KNNMonitor(run, args.size_crops[0], MEAN, STD, data.num_workers)
+    trunk = Through(network, features_only=True)  # what processes share computes as a whole only
 
     with run:
         if run.is_new:
@@ -306,23 +270,12 @@ def train_on_stream(
                 layer.weight.grad = None  # no update, no weight decay, no momentum
         run.update(tensor_norms([p.grad for p in model.parameters() if p.grad is not None]), optimizer)
 
-        health = partial(assignment_health, codes[0], embeddings[: len(labels)])
-        run.end_step(len(labels), {"loss": loss, "lr": schedule[step]}, health() if run.logs_this_step else None)
-
-
-def assignment_health(codes: list[Tensor], embeddings: Tensor) -> dict[str, Tensor | float]:
-    """What shows a collapse: assignments with an entropy of ln K, or to few prototypes, embeddings that are equal."""
-    codes = torch.cat(codes)
-    counts = distributed.all_reduce_sum(torch.bincount(codes.nan_to_num().argmax(dim=1), minlength=codes.shape[1]))
-    return {
-        "code_entropy": torch.special.entr(codes).sum(dim=1).mean(),
-        "ln_k": math.log(codes.shape[1]),
-        "assigned": counts.sum(),
-        "prototypes_used": (counts > 0).sum(),
-        "prototype_perplexity": torch.special.entr(counts / counts.sum()).sum().exp(),
-        "feature_spread": feature_spread(embeddings),
-        "rank_me": rank_me(embeddings),
-    }
+        health = None
+        if run.logs_this_step:
+            of_set = torch.cat(codes[0])
+            counts = torch.bincount(of_set.nan_to_num().argmax(dim=1), minlength=of_set.shape[1])
+            health = assignment_health(of_set, distributed.all_reduce_sum(counts), embeddings[: len(labels)])
+        run.end_step(len(labels), {"loss": loss, "lr": schedule[step]}, health)
 
 
 def main() -> None:

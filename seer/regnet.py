@@ -1,15 +1,14 @@
 """RegNetY (Radosavovic et al. 2020) of any size, up to SEER's 10 billion weights, and the head of SwAV.
 
 Tensors have torchvision's names, so that its files fill these networks and the other way round; those of other layouts
-are renamed in :mod:`seer.checkpoints`.
+are renamed in :mod:`seer.convert_checkpoint`.
 """
 
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +38,6 @@ class Sizes:
         w_0, w_a, w_m: Width of the first block, its growth from block to block, ratio of the widths of two stages.
         group_width: Channels of a group of the 3x3 convolutions.
         bottleneck: Inner width over outer width.
-        stem: See :class:`RegNet`.
     """
 
     depth: int
@@ -51,11 +49,7 @@ class Sizes:
     stem: str = "simple"
 
     def stages(self) -> list[Stage]:
-        """The stages, often four.
-
-        Raises:
-            ValueError: If the line is none of the design space.
-        """
+        """The stages, often four."""
         if self.w_a < 0 or self.w_0 <= 0 or self.w_m <= 1 or self.w_0 % 8:
             raise ValueError(f"{self}: expected w_a >= 0, w_m > 1 and a positive w_0 that is divisible by 8")
         exponents = [round(math.log(1 + self.w_a * j / self.w_0) / math.log(self.w_m)) for j in range(self.depth)]
@@ -143,7 +137,10 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not (self.recompute and self.training and torch.is_grad_enabled()):
             return self._forward(x)
-        contexts = partial(_twice, self)
+
+        def contexts() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+            return contextlib.nullcontext(), _without_statistics(self)  # of the pass, and of its repetition
+
         return checkpoint(self._forward, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
     def _forward(self, x: Tensor) -> Tensor:
@@ -151,13 +148,9 @@ class Block(nn.Module):
         return self.activation(self.f(x).add_(skip))
 
 
-def _twice(block: nn.Module) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
-    """Contexts of a forward pass and of its repetition, which must not count in the running statistics."""
-    return contextlib.nullcontext(), _without_statistics(block)
-
-
 @contextlib.contextmanager
 def _without_statistics(module: nn.Module) -> Iterator[None]:
+    """Passes do not count in the running statistics."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
@@ -296,10 +289,10 @@ def initial_values(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]
 
 
 @torch.no_grad()
-def initialise_(module: nn.Module) -> nn.Module:
-    """Give all parameters their :func:`initial_values`, and reset running statistics."""
+def initialise_(module: nn.Module, fill: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> nn.Module:
+    """Give all parameters their :func:`initial_values` by ``fill(parameter, value)``, and reset running statistics."""
     for part, name, value in initial_values(module):
-        getattr(part, name).copy_(value)
+        fill(getattr(part, name), value)
     for part in module.modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm):
             part.reset_running_stats()

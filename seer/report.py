@@ -1,18 +1,16 @@
 """End-of-run report: signs of a collapse, pictures, and what to run next."""
 
 import argparse
-from functools import partial
 
 from torch import nn
 
 from shared.evaluation.knn_monitor import KNNMonitor
 from shared.images.training_data import TrainingData
 from shared.multicrop import MultiCropDataset
-from shared.pictures.report import Plot, Report, accuracy_plot, save_views
-from shared.run.health import HealthRule, equal_features, shares_of_ln_k, still_at_ln_k
+from shared.pictures.report import Plot, Report, accuracy_plot
+from shared.run.health import HealthRule, equal_features, few_prototypes, still_at_ln_k, uniform_codes
 from shared.run.run import Run
 from shared.run.settings import long_freeze, more_than_data, tell_settings
-from shared.run.summary import command, next_command
 
 LOSS = {"loss": "loss", "code_entropy": "entropy of the assignments"}
 CURVES = (
@@ -25,26 +23,11 @@ CURVES = (
 def health_rules(nmb_prototypes: int, total_steps: int) -> list[HealthRule]:
     """Signs of a collapse in the lines of the log, and the flags to try."""
     first_step = max(50, total_steps // 20)
-
-    def uses_few(line: dict) -> bool:
-        # a random assignment of n images to K prototypes has a perplexity of more than half of the smaller number
-        return line["prototype_perplexity"] < 0.1 * min(nmb_prototypes, line["assigned"])
-
     lower = "lower --base_lr, or lengthen --warmup and --freeze_prototypes_niters"
     uniform = "lower --epsilon, or take more --nmb_prototypes than --feat_dim"
     return [
-        HealthRule(
-            "uniform",
-            shares_of_ln_k(code_entropy=(0.99, 2)),
-            f"COLLAPSE: the assignments are uniform (entropy {{code_entropy:.3f}} of ln K = {{ln_k:.3f}}): {uniform}",
-            first_step,
-        ),
-        HealthRule(
-            "few",
-            uses_few,
-            f"COLLAPSE: few prototypes are used (perplexity {{prototype_perplexity:.1f}} of {nmb_prototypes}): {lower}",
-            first_step,
-        ),
+        uniform_codes(uniform, first_step),
+        few_prototypes(nmb_prototypes, lower, first_step),
         equal_features("embedding", lower, first_step),
         still_at_ln_k("loss", "a network that knows nothing about the other view", lower, first_step),
     ]
@@ -61,18 +44,15 @@ def suit_settings(args: argparse.Namespace, data: TrainingData, total_steps: int
 
 def report(run: Run, dataset: MultiCropDataset, trunk: nn.Module, knn: KNNMonitor) -> None:
     """Draw the views, neighbours and curves, and print the text; every rank must call this."""
-    ending, args = Report(run), run.args
+    ending = Report(run, "seer/main_seer.py")
     titles = [f"crop {n}, {{px}} px" for n in range(len(dataset.recipes))]
-    caption = "One image as it enters the network\nEvery crop predicts the assignments of the others."
-    ending.draw("views.png", lambda path: save_views(dataset[(0, 0)][0], titles, path, caption))
+    heading = "One image as it enters the network\nEvery crop predicts the assignments of the others."
+    ending.draw_views(dataset, titles, heading)
     ending.draw_neighbours(trunk, dataset.source, knn)
     ending.draw_curves("SEER's training on a stream", CURVES)
     last = [line for line in ending.lines if "prototypes_used" in line][-1:]
     used = [f"{line['prototypes_used']:.0f} prototypes used by {line['assigned']:.0f} assignments" for line in last]
-    commands = []
     if knn.sources:
-        after = partial(next_command, args, "seer/main_seer.py", pretrained=run.path)
         linear = {"num_labels": len(knn.sources[1].classes), "output_dir": run.output_dir / "linear"}
-        commands.append(after("seer/eval_linear.py", **linear))
-    own_images = command("seer/main_seer.py", data_path="YOUR_IMAGES", output_dir="YOUR_RUN", small_data=True)
-    ending.finish(commands, own_images, used, knn, lr_flag="--base_lr")
+        ending.then("seer/eval_linear.py", pretrained=run.path, **linear)
+    ending.finish(used, knn, lr_flag="--base_lr", small_data=True)

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from shared import distributed
 from shared.networks.batchnorm import synchronize_batchnorm
 
-from .regnet import initial_values, initialise_
+from .regnet import initialise_
 
 
 def shard_network(network: nn.Module, parts: list[nn.Module], device: torch.device) -> nn.Module:
@@ -31,14 +31,7 @@ def shard_network(network: nn.Module, parts: list[nn.Module], device: torch.devi
         fully_shard(part, mesh=mesh)
     fully_shard(network, mesh=mesh)
     network.to_empty(device=device)
-    with torch.no_grad():
-        for owner, name, value in initial_values(network):
-            held = getattr(owner, name)
-            held.to_local().copy_(part_of(value, held).to_local())
-    for module in network.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.reset_running_stats()
-    return network
+    return initialise_(network, fill)
 
 
 def build_network(build: Callable[[], nn.Module], device: torch.device) -> nn.Module:
@@ -50,17 +43,21 @@ def build_network(build: Callable[[], nn.Module], device: torch.device) -> nn.Mo
 
 
 def part_of(whole: Tensor, like: Tensor) -> Tensor:
-    """What this process holds of a tensor that every process has whole, shared out as ``like`` is.
-
-    Raises:
-        ValueError: If it has another shape.
-    """
+    """What this process holds of a tensor that every process has whole, shared out as ``like`` is."""
     if whole.shape != like.shape:
         raise ValueError(f"a tensor is {tuple(whole.shape)}, and {tuple(like.shape)} in this run")
     if not isinstance(like, DTensor):
         return whole
     whole = whole.to(like.device, like.dtype)
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def fill(held: Tensor, whole: Tensor) -> None:
+    """Put the values of a whole tensor where this process holds its part, or all, of them."""
+    part = part_of(whole, held)
+    if isinstance(held, DTensor):
+        held, part = held.to_local(), part.to_local()
+    held.copy_(part)
 
 
 def whole_of(tensor: Tensor) -> Tensor:
@@ -86,10 +83,7 @@ class WholeNetwork:
         if different := sorted(state.keys() ^ own.keys()):
             raise ValueError(f"another layout: {', '.join(different[:4])} is not in both")
         for name, held in own.items():
-            if isinstance(held, DTensor):
-                held.to_local().copy_(part_of(state[name], held).to_local())
-            else:
-                held.copy_(state[name])
+            fill(held, state[name])
 
 
 class WholeOptimizer:

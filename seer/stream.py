@@ -26,9 +26,6 @@ class TarShards(ImageSource):
     """The images in tar files, in the order in which they lie there.
 
     Only headers are read at the start; an image is read from its place in the file.
-
-    Raises:
-        ValueError: If a shard is torn, or there are no images.
     """
 
     def __init__(self, shards: Sequence[Path], max_pixels: int):
@@ -90,9 +87,6 @@ class StreamSampler:
         total_images: Of the run; the last ones that fill no step are left out.
         batch_size: Images per process.
         window: Images that are shuffled together.
-
-    Raises:
-        ValueError: If the stream is shorter than the run, or the run than a step.
     """
 
     def __init__(

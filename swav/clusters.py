@@ -13,7 +13,6 @@ Every image goes to the prototype that is nearest to its embedding; no labels ar
 """
 
 import argparse
-import csv
 import json
 import sys
 from pathlib import Path
@@ -30,6 +29,7 @@ from shared.evaluation.flags import add_process_flags, parse_evaluation
 from shared.evaluation.frozen import eval_transform
 from shared.images.loading import LEFT_OUT, BadImages, EvalDataset
 from shared.images.sources import ImageSource, open_source, reading
+from shared.images.tables import write_table
 from shared.run.flags import add_bad_image_flags, add_reading_flags
 from swav import evaluation
 from swav.cluster_pictures import save_overview, save_sheets, save_usage
@@ -127,28 +127,24 @@ def take_prototypes(network: PrototypeNetwork, head: int) -> Tensor:
 
 def write_assignments(source: ImageSource, clustering: Clustering, path: Path) -> None:
     """One row per image, in the order of the source."""
-    labelled = clustering.labels is not None
-    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", "cluster", "confidence", *(["class"] if labelled else [])])
-        for position, index in enumerate(clustering.indices.tolist()):
-            row = [source.path(index), clustering.clusters[position], f"{clustering.confidences[position]:.4f}"]
-            writer.writerow([*row, source.classes[clustering.labels[position]]] if labelled else row)
+    confidences = [f"{confidence:.4f}" for confidence in clustering.confidences]
+    columns = [map(source.path, clustering.indices.tolist()), clustering.clusters.tolist(), confidences]
+    heading = ["path", "cluster", "confidence"]
+    if clustering.labels is not None:
+        columns.append([source.classes[label] for label in clustering.labels])
+        heading.append("class")
+    write_table(path, heading, zip(*columns, strict=True))
 
 
 def write_clusters(source: ImageSource, clustering: Clustering, path: Path) -> None:
     """One row per cluster that has images, the largest first."""
-    labelled = clustering.labels is not None
-    sizes = clustering.sizes()
-    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file)
-        writer.writerow(["cluster", "images", "mean_confidence", *(["class", "share_of_class"] if labelled else [])])
-        for cluster in clustering.largest_first():
-            row = [cluster, sizes[cluster], f"{clustering.confidences[clustering.clusters == cluster].mean():.4f}"]
-            if labelled:
-                label, share = clustering.majority(cluster)
-                row += [source.classes[label], f"{share:.4f}"]
-            writer.writerow(row)
+    sizes, heading, rows = clustering.sizes(), ["cluster", "images", "mean_confidence"], []
+    for cluster in clustering.largest_first():
+        rows.append([cluster, sizes[cluster], f"{clustering.confidences[clustering.clusters == cluster].mean():.4f}"])
+        if clustering.labels is not None:
+            label, share = clustering.majority(cluster)
+            rows[-1] += [source.classes[label], f"{share:.4f}"]
+    write_table(path, [*heading, *(["class", "share_of_class"] if clustering.labels is not None else [])], rows)
 
 
 def main() -> None:

@@ -10,7 +10,6 @@ the last epoch. Running the same command again resumes.
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +22,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 from shared import distributed
 from shared.evaluation import frozen
 from shared.evaluation.flags import add_data_flags, add_probe_flags, add_process_flags, parse_evaluation
-from shared.evaluation.linear import EpochTraining, LinearClassifier, load_classifier, tell_accuracy, validate
+from shared.evaluation.linear import LinearClassifier, load_classifier, tell_accuracy
 from shared.networks.batchnorm import synchronize_batchnorm
 from shared.networks.weights import weights_checksum
 from shared.run.flags import bool_flag
@@ -74,9 +73,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def eval_linear(args: argparse.Namespace) -> dict[str, float]:
     """Train and validate the classifier; loss and accuracies in percent after the last epoch."""
-    device, output_dir = frozen.start(args)
+    device = frozen.start(args)
     network, transform = load_frozen(args)
-    train, val = frozen.labelled_sources(args, num_labels=args.num_labels)
+    sources = frozen.labelled_sources(args, num_labels=args.num_labels)
 
     # frozen trunk and classifier
     checksum = weights_checksum(network)
@@ -84,14 +83,12 @@ def eval_linear(args: argparse.Namespace) -> dict[str, float]:
     feature = features(torch.zeros(1, transform.in_chans, *[args.image_size] * 2, device=device))
     classifier = RegLog(feature.shape[1:], args.num_labels, args.use_bn).to(device)
     classifier = synchronize_batchnorm(classifier, device)
-    val_set = frozen.val_images(args, val, transform)
-    validation = partial(validate, classifier, features, val_set, device, args.batch_size, args.num_workers)
+    training = frozen.LabelledTraining(args, CARD, classifier, features, sources, transform, device)
     if args.evaluate:
         load_classifier(classifier, args.linear_weights or fetch_linear_weights(args.pretrained))
-        return tell_accuracy(validation(), len(val))
+        return tell_accuracy(training.validate(), len(sources[1]))
 
-    # crops, optimiser, schedule, epochs
-    crops = frozen.TrainCrops(args, CARD, train, transform, device)
+    # optimiser, schedule, epochs
     optimizer = torch.optim.SGD(
         classifier.parameters(), args.lr, momentum=0.9, weight_decay=args.wd, nesterov=args.nesterov
     )
@@ -99,10 +96,7 @@ def eval_linear(args: argparse.Namespace) -> dict[str, float]:
         scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, args.decay_epochs, args.gamma)
     else:
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs, eta_min=args.final_lr)
-    flags = {name: getattr(args, name) for name in RUN_FLAGS}
-    files = (output_dir / "checkpoint.pth.tar", output_dir / "log.txt")
-    training = EpochTraining(*files, classifier, optimizer, scheduler, checksum, flags=flags)
-    return training.run(crops, features, validation, args.epochs, crops.bad_images, args.val_freq)
+    return training.train(optimizer, scheduler, checksum, flags=RUN_FLAGS)
 
 
 class FrozenFeatures:

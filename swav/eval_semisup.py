@@ -10,7 +10,6 @@ after the last epoch. Running the same command again resumes.
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +21,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 from shared import distributed
 from shared.evaluation import frozen
 from shared.evaluation.flags import add_data_flags, add_probe_flags, add_process_flags, parse_evaluation
-from shared.evaluation.linear import EpochTraining, tell_accuracy, validate
+from shared.evaluation.linear import tell_accuracy
 from shared.images.subsets import labelled_subset
 from shared.networks.batchnorm import synchronize_batchnorm
 from shared.networks.weights import weights_checksum
@@ -65,7 +64,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def eval_semisup(args: argparse.Namespace) -> dict[str, float]:
     """Fine-tune and validate; loss and accuracies in percent after the last epoch."""
-    device, output_dir = frozen.start(args)
+    device = frozen.start(args)
     choose_network(args)
     train, val = frozen.labelled_sources(args, num_labels=args.num_labels)
 
@@ -73,39 +72,26 @@ def eval_semisup(args: argparse.Namespace) -> dict[str, float]:
     if args.evaluate:
         network = load_classifier(args.arch, args.pretrained, args.num_labels).to(device)
     else:
-        subset = labelled_subset(train, args.labels_perc, args.subset_list, args.seed)
-        distributed.print_once(subset.describe())
+        train = labelled_subset(train, args.labels_perc, args.subset_list, args.seed)
+        distributed.print_once(train.describe())
         network = load_chosen(args).requires_grad_(True)
         checksum = weights_checksum(network)
         network.add_heads(network.embed_dim, output_dim=args.num_labels)
         network = synchronize_batchnorm(network, device).to(device)
     transform = frozen.eval_transform(CARD, args.image_size, network)
-    val_set = frozen.val_images(args, val, transform)
-    images_as_they_are = nn.Identity()  # the network learns as a whole: nothing is computed before it
-    validation = partial(validate, network, images_as_they_are, val_set, device, args.batch_size, args.num_workers)
+    training = frozen.LabelledTraining(args, CARD, network, None, (train, val), transform, device, drop_single=True)
     if args.evaluate:
-        return tell_accuracy(validation(), len(val))
+        return tell_accuracy(training.validate(), len(val))
 
-    # crops, optimiser, schedule, epochs
-    crops = frozen.TrainCrops(args, CARD, subset, transform, device, drop_single=True)
+    # optimiser, schedule, epochs
     last_layer = list(network.projection_head.parameters())
     trunk = [parameter for name, parameter in network.named_parameters() if not name.startswith("projection_head.")]
     optimizer = torch.optim.SGD(
         [{"params": trunk}, {"params": last_layer, "lr": args.lr_last_layer}], args.lr, momentum=0.9
     )
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, args.decay_epochs, args.gamma)
-    training = EpochTraining(
-        output_dir / "checkpoint.pth.tar",
-        output_dir / "log.txt",
-        network,
-        optimizer,
-        scheduler,
-        checksum,
-        flags={name: getattr(args, name) for name in RUN_FLAGS},
-        rates=("train_lr", "train_lr_last_layer"),
-        best_of=("acc1", "acc5"),
-    )
-    return training.run(crops, images_as_they_are, validation, args.epochs, crops.bad_images, args.val_freq)
+    names = {"rates": ("train_lr", "train_lr_last_layer"), "best_of": ("acc1", "acc5")}
+    return training.train(optimizer, scheduler, checksum, flags=RUN_FLAGS, **names)
 
 
 def load_classifier(arch: str, pretrained: str, num_labels: int) -> PrototypeNetwork:

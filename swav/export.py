@@ -14,7 +14,6 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from shared import distributed
-from shared.evaluation.flags import image_size_of_run
 from shared.networks.export import add_export_flags, export_backbone
 from swav.evaluation import evaluation_parser, load_chosen
 from swav.hub import CARD
@@ -26,8 +25,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def export(args: argparse.Namespace) -> dict[str, Path]:
     """The files by format."""
-    network, image_size = load_chosen(args), args.image_size or image_size_of_run(args.pretrained)
-    return export_backbone(CARD, network, args.arch, args.output_dir, image_size, args.pretrained)
+    network = load_chosen(args)
+    return export_backbone(CARD, network, args.arch, args.output_dir, args.image_size, args.pretrained)
 
 
 def main() -> None:

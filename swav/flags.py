@@ -6,23 +6,19 @@ Every function adds a group and returns its ``add_argument``, with which a scrip
 import argparse
 from collections.abc import Callable, Sequence
 
+from shared.images.resolutions import add_resolution_flags, check_assigned_crops
 from shared.optimisation.accumulation import add_accumulation_flag
 from shared.run import flags
 
+# of all crops (multi-crop, section 3.2)
+FLIP_COLOR_AND_BLUR = {"flip_p": 0.5, "jitter": (0.8, 0.8, 0.8, 0.2), "jitter_p": 0.8, "grey_p": 0.2, "blur_p": 0.5}
 SYNC_BN = ("pytorch", "apex", "none")
 MINIMUM = {"epochs": 1, "batch_size": 1, "feat_dim": 1, "hidden_mlp": 0, "log_freq": 1, "syncbn_process_group_size": 1}
 
 
 def add_view_flags(parser: argparse.ArgumentParser) -> Callable:
     """Multi-crop."""
-    add = parser.add_argument_group("views").add_argument
-    add("--nmb_crops", type=int, nargs="+", default=[2], help="number of crops of each resolution")
-    add("--size_crops", type=int, nargs="+", default=[224], help="their side in pixels")
-    add("--min_scale_crops", type=float, nargs="+", default=[0.14], help="least share of the image area of a crop")
-    add("--max_scale_crops", type=float, nargs="+", default=[1.0], help="largest share of the image area of a crop")
-    add("--blur_radius", type=float, nargs=2, default=(0.1, 2.0), help="range of the blur in pixels of the view")
-    add("--augmentation", default="fast", choices=("fast", "pil"), help="pil: the slow exact reference chain")
-    return add
+    return add_resolution_flags(parser, [2], [224], [0.14], [1.0])
 
 
 def add_network_flags(parser: argparse.ArgumentParser) -> Callable:
@@ -72,11 +68,5 @@ def parse_and_check(
     flags.shorten_unset_warmup(parser, args, arguments)
     if args.epochs < args.warmup_epochs:
         parser.error(f"--epochs {args.epochs} is less than --warmup_epochs {args.warmup_epochs}")
-    numbers = args.nmb_prototypes if isinstance(args.nmb_prototypes, list) else [args.nmb_prototypes]
-    if min(numbers) < 2:
-        parser.error(f"--nmb_prototypes {' '.join(map(str, numbers))}: at least two are needed")
-    crops = range(sum(args.nmb_crops))
-    if len(set(args.crops_for_assign)) < len(args.crops_for_assign) or not set(args.crops_for_assign) <= set(crops):
-        given = " ".join(map(str, args.crops_for_assign))
-        parser.error(f"--crops_for_assign {given}: expected different crops from 0 to {len(crops) - 1}")
+    check_assigned_crops(parser, args)
     return args

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared import distributed
+from shared.run.health import usage_of
 from shared.sinkhorn import sinkhorn_knopp
 
 
@@ -158,20 +159,6 @@ class EmbeddingQueue:
 
 
 # --- Use of the prototypes --------------------------------------------------------------------------------------------
-
-
-def usage_of(counts: Tensor) -> dict[str, Tensor]:
-    """Statistics of the number of images that each of K prototypes got; 0-d tensors.
-
-    ``assigned``: images; ``prototypes_used``: prototypes that got any; ``prototype_perplexity``: the number of equally
-    used prototypes with the same entropy.
-    """
-    shares = counts / counts.sum().clamp_min(1)
-    return {
-        "assigned": counts.sum(),
-        "prototypes_used": (counts > 0).sum(),
-        "prototype_perplexity": torch.special.entr(shares).sum().exp(),
-    }
 
 
 class PrototypeUsage:

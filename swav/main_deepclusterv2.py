@@ -28,8 +28,10 @@ from torch import Tensor, nn
 
 from shared import distributed
 from shared.evaluation.knn_monitor import KNNMonitor
+from shared.images.resolutions import recipes_of
 from shared.images.training_data import open_training_data
 from shared.multicrop import normalize_views
+from shared.networks.backbones import Through
 from shared.networks.weights import safe_load
 from shared.optimisation.larc import LARC
 from shared.optimisation.optim import clip_grad_norm_per_tensor_
@@ -37,16 +39,15 @@ from shared.optimisation.precision import Precision
 from shared.optimisation.schedules import cosine_schedule
 from shared.run import randomness
 from shared.run.flags import Parser, add_data_flags, add_own_images_flags, tell_embedded_defaults
-from shared.run.health import HealthMonitor, feature_spread, rank_me
+from shared.run.health import HealthMonitor, feature_spread, rank_me, usage_of
 from shared.run.run import Run
 from swav import flags, main_swav
-from swav.augmentations import swav_views
+from swav.flags import FLIP_COLOR_AND_BLUR
 from swav.hub import MEAN, STD
 from swav.kmeans import MemoryBank, cluster_memory
-from swav.losses import cluster_classification, usage_of
+from swav.losses import cluster_classification
 from swav.main_swav import CHECKPOINT, NETWORK_FLAGS, build_for_training, numbered_checkpoint
 from swav.report import health_rules, report, suit_settings
-from swav.resnet50 import Trunk
 
 # What replaces the official defaults when no --data_path is given.
 EMBEDDED_DATA_DEFAULTS = main_swav.EMBEDDED_DATA_DEFAULTS | {
@@ -86,7 +87,7 @@ def train_deepclusterv2(args: argparse.Namespace) -> None:
     device = run.device
 
     # data
-    recipes = swav_views(args.nmb_crops, args.size_crops, args.min_scale_crops, args.max_scale_crops, args.blur_radius)
+    recipes = recipes_of(args, **FLIP_COLOR_AND_BLUR)
     data = open_training_data(args, recipes, args.batch_size, run.output_dir, device, "--size_crops")
     tell_embedded_defaults(args.data_path, EMBEDDED_DATA_DEFAULTS)
     suit_settings(args, data, args.epochs * data.steps_per_epoch)
@@ -122,7 +123,7 @@ def train_deepclusterv2(args: argparse.Namespace) -> None:
     fewest = min(args.nmb_prototypes)
     run.health = HealthMonitor(health_rules("DeepCluster-v2", fewest, args.epochs, data.steps_per_epoch))
     knn = KNNMonitor(run, args.size_crops[0], MEAN, STD, data.num_workers)
-    trunk = Trunk(distributed.unwrap(network))
+    trunk = Through(distributed.unwrap(network), "forward_backbone")
 
     with run:
         if run.is_new:

@@ -14,7 +14,6 @@ resumes the run.
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,12 +24,14 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from shared import distributed
 from shared.evaluation.knn_monitor import KNNMonitor
+from shared.images.resolutions import recipes_of
 from shared.images.training_data import open_training_data
 from shared.multicrop import normalize_views
+from shared.networks.backbones import Through
 from shared.networks.batchnorm import synchronize_batchnorm
 from shared.networks.compiling import compile_network
 from shared.networks.weights import safe_load
@@ -39,14 +40,13 @@ from shared.optimisation.larc import LARC
 from shared.optimisation.optim import clip_grad_norm_per_tensor_
 from shared.optimisation.schedules import cosine_schedule
 from shared.run.flags import Parser, add_data_flags, add_own_images_flags, bool_flag, tell_embedded_defaults
-from shared.run.health import HealthMonitor, feature_spread, rank_me
+from shared.run.health import HealthMonitor, assignment_health
 from shared.run.run import Run
 from swav import flags
-from swav.augmentations import swav_views
+from swav.flags import FLIP_COLOR_AND_BLUR
 from swav.hub import MEAN, STD, build_network
 from swav.losses import EmbeddingQueue, PrototypeUsage, SwappedPrediction, normalize_prototypes_
 from swav.report import health_rules, report, suit_settings
-from swav.resnet50 import Trunk
 
 # What replaces the official defaults when no --data_path is given: images of 32 pixels need no ResNet-50 at 224 pixels,
 # and with few prototypes the usual epsilon makes codes uniform.
@@ -107,7 +107,7 @@ def train_swav(args: argparse.Namespace) -> None:
     device = run.device
 
     # data
-    recipes = swav_views(args.nmb_crops, args.size_crops, args.min_scale_crops, args.max_scale_crops, args.blur_radius)
+    recipes = recipes_of(args, **FLIP_COLOR_AND_BLUR)
     data = open_training_data(args, recipes, args.batch_size, run.output_dir, device, "--size_crops")
     tell_embedded_defaults(args.data_path, EMBEDDED_DATA_DEFAULTS)
     suit_settings(args, data, args.epochs * data.steps_per_epoch)
@@ -143,7 +143,7 @@ def train_swav(args: argparse.Namespace) -> None:
         queue.load_rows(safe_load(official_queue)["queue"])
     run.health = HealthMonitor(health_rules("SwAV", args.nmb_prototypes, args.epochs, data.steps_per_epoch))
     knn = KNNMonitor(run, args.size_crops[0], MEAN, STD, data.num_workers)
-    trunk = Trunk(distributed.unwrap(network))
+    trunk = Through(distributed.unwrap(network), "forward_backbone")
 
     with run:
         if run.is_new:
@@ -266,22 +266,11 @@ def train_one_epoch(
             prototypes.weight.grad = None  # no update, no weight decay, no momentum
         run.update(clip_grad_norm_per_tensor_(parameters, max_norm=0), optimizer)
 
-        run.end_step(
-            len(labels),
-            {"loss": loss, "lr": lr_schedule[step]},
-            assignment_health(codes, embeddings[0], usage) if run.logs_this_step else None,
-        )
-
-
-def assignment_health(codes: list[Tensor], embeddings: Tensor, usage: PrototypeUsage) -> dict[str, Tensor | float]:
-    """What shows a collapse: codes with an entropy of ln K, few prototypes in use, embeddings that are all the same."""
-    return {
-        "code_entropy": torch.special.entr(torch.cat(codes)).sum(dim=1).mean(),
-        "ln_k": math.log(codes[0].shape[1]),
-        **usage.summary(),
-        "feature_spread": feature_spread(embeddings),
-        "rank_me": rank_me(embeddings),
-    }
+        health = None
+        if run.logs_this_step:
+            counts = distributed.all_reduce_sum(usage.counts)
+            health = assignment_health(torch.cat(codes), counts, embeddings[0])
+        run.end_step(len(labels), {"loss": loss, "lr": lr_schedule[step]}, health)
 
 
 def main() -> None:

@@ -1,18 +1,16 @@
 """End-of-run report of SwAV and DeepCluster-v2: signs of a collapse, pictures, and what to run next."""
 
 import argparse
-from functools import partial
 
 from torch import nn
 
 from shared.evaluation.knn_monitor import KNNMonitor
 from shared.images.training_data import TrainingData
 from shared.multicrop import MultiCropDataset
-from shared.pictures.report import Plot, Report, accuracy_plot, save_views
-from shared.run.health import HealthRule, equal_features, patience, shares_of_ln_k, still_at_ln_k
+from shared.pictures.report import Plot, Report, accuracy_plot
+from shared.run.health import HealthRule, equal_features, few_prototypes, patience, still_at_ln_k, uniform_codes
 from shared.run.run import Run
 from shared.run.settings import long_freeze, long_warmup, more_than_data, tell_settings
-from shared.run.summary import command, next_command
 
 SCRIPTS = {"SwAV": "swav/main_swav.py", "DeepCluster-v2": "swav/main_deepclusterv2.py"}
 ADVICE = {  # flags to try, by kind of failure
@@ -46,27 +44,13 @@ def curves(method: str) -> tuple[Plot, ...]:
 def health_rules(method: str, nmb_prototypes: int, epochs: int, steps_per_epoch: int) -> list[HealthRule]:
     """Signs of a collapse in the lines of the log; ``nmb_prototypes`` is K, for several sets that of the smallest."""
     first_step, advice = patience(epochs, steps_per_epoch), ADVICE[method]
-    uniform = "the codes are uniform (entropy {code_entropy:.3f} of ln K = {ln_k:.3f}), every image belongs to every"
-    few = "few prototypes are used (perplexity {prototype_perplexity:.1f}, {prototypes_used:.0f} of"
-
-    def uses_few(line: dict) -> bool:
-        # a random assignment of n images to K prototypes has a perplexity of more than half of the smaller number
-        return line["prototype_perplexity"] < 0.1 * min(nmb_prototypes, line["assigned"])
-
     rules = [
-        HealthRule(
-            "few",
-            uses_few,
-            f"COLLAPSE: {few} {nmb_prototypes} got any of {{assigned:.0f}} images): {advice['few']}",
-            first_step,
-        ),
+        few_prototypes(nmb_prototypes, advice["few"], first_step),
         equal_features("embedding", advice["features"], first_step),
         still_at_ln_k("loss", "a network that knows nothing about the other view's code", advice["flat"], first_step),
     ]
     if method == "SwAV":
-        is_uniform = shares_of_ln_k(code_entropy=(0.99, 2))
-        sentence = f"COLLAPSE: {uniform} prototype: {advice['uniform']}"
-        rules.insert(0, HealthRule("uniform", is_uniform, sentence, first_step))
+        rules.insert(0, uniform_codes(advice["uniform"], first_step))
     return rules
 
 
@@ -88,10 +72,10 @@ def suit_settings(args: argparse.Namespace, data: TrainingData, total_steps: int
 
 def report(method: str, run: Run, dataset: MultiCropDataset, trunk: nn.Module, knn: KNNMonitor) -> None:
     """Draw the training set's views, neighbours and curves, and print the text; every rank must call this."""
-    ending = Report(run)
+    ending = Report(run, SCRIPTS[method])
     titles = [f"crop {n}, {{px}} px" for n in range(len(dataset.recipes))]
-    caption = "One image as it enters the network\nEvery crop predicts the codes of the others."
-    ending.draw("views.png", lambda path: save_views(dataset[(0, 0)][0], titles, path, caption))
+    heading = "One image as it enters the network\nEvery crop predicts the codes of the others."
+    ending.draw_views(dataset, titles, heading)
     ending.draw_neighbours(trunk, dataset.source, knn)
     ending.draw_curves(f"{method} training", curves(method))
 
@@ -102,11 +86,9 @@ def report(method: str, run: Run, dataset: MultiCropDataset, trunk: nn.Module, k
         if "loss" in line
     ]
     # the checkpoint states architecture and image size
-    after = partial(next_command, run.args, SCRIPTS[method], pretrained=run.path)
-    part = "train" if run.args.data_path else None
-    commands = [after("swav/clusters.py", split=part, output_dir=run.output_dir / "clusters")]
+    clusters = {"split": "train" if run.args.data_path else None, "output_dir": run.output_dir / "clusters"}
+    ending.then("swav/clusters.py", pretrained=run.path, **clusters)
     if knn.sources:
         linear = {"num_labels": len(knn.sources[1].classes), "dump_path": run.output_dir / "linear"}
-        commands.append(after("swav/eval_linear.py", **linear))
-    own_images = command(SCRIPTS[method], data_path="YOUR_IMAGES", dump_path="YOUR_RUN")
-    ending.finish(commands, own_images, used[-1:], knn, lr_flag="--base_lr")
+        ending.then("swav/eval_linear.py", pretrained=run.path, **linear)
+    ending.finish(used[-1:], knn, lr_flag="--base_lr")

@@ -140,17 +140,6 @@ class LibraryNetwork(PrototypeNetwork):
         return features[0] if isinstance(features, tuple) else features  # XCiT returns a tuple in train mode
 
 
-class Trunk(nn.Module):
-    """The features of a network without its heads, for evaluations; shares the network's weights."""
-
-    def __init__(self, network: PrototypeNetwork):
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.network.forward_backbone(images)
-
-
 class Bottleneck(nn.Module):
     """Three convolutions beside a shortcut; the 3x3 one has the stride.
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from shared.pictures.curves import Curve, Panel, save_panels
 from shared.pictures.report import SUPERVISED_PLOTS, Plot, Report
 from shared.run.run import Run
-from shared.run.summary import accuracy, command, next_command
 from shared.supervised.data import LabelledImages
 
 from .monitor import per_block
@@ -32,10 +31,10 @@ def save_entropy(lines: list[dict], path: Path, heading: str) -> Path:
 
 def report(run: Run, images: LabelledImages) -> None:
     """Draw, and print the text."""
-    args, val, ending = run.args, images.val, Report(run)
+    args, ending = run.args, Report(run, "vit22b/main.py")
     ending.draw_curves("ViT-22B's network, supervised training", [*SUPERVISED_PLOTS, LOGITS])
     ending.draw("entropy.png", lambda path: save_entropy(ending.lines, path, "Entropy of the attention by block"))
-    learned = accuracy(ending.lines, "test_acc1", f"top-1 on {val.describe()}", len(val), len(val.classes))
+    learned = ending.top1(images.val)
     last = next((line for line in reversed(ending.lines) if line.get("max_logit") is not None), None)
     if last is not None:
         entropies = ", ".join(f"{value:.2f}" for value in per_block(last, "entropy"))
@@ -44,6 +43,5 @@ def report(run: Run, images: LabelledImages) -> None:
         )
     same = ("arch", "patch_size", "input_size", "loss", "epochs", "batch_size", "lr") if args.data_path else ()
     flags = {"qk_norm": "false", "output_dir": f"{run.output_dir}_plain"} | {name: getattr(args, name) for name in same}
-    plain = next_command(args, "vit22b/main.py", "vit22b/main.py", **flags)
-    own_images = command("vit22b/main.py", data_path="YOUR_IMAGES", output_dir="YOUR_RUN")
-    ending.finish([plain], own_images, learned)
+    ending.then("vit22b/main.py", **flags)
+    ending.finish(learned)

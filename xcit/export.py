@@ -14,7 +14,6 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from shared import distributed
-from shared.evaluation.flags import image_size_of_run
 from shared.networks.backbones import input_channels
 from shared.networks.export import add_export_flags, export_network
 from shared.run.flags import Parser
@@ -41,7 +40,7 @@ def export(args: Namespace) -> dict[str, Path]:
         Path(args.output_dir) / model,
         {"model": model, **options},
         lambda path: load_network(model, path),
-        args.image_size or image_size_of_run(args.pretrained) or [224],
+        args.image_size,
         args.pretrained,
         timm_arguments={"model_name": f"{model}_224", **options},
         to_timm=to_timm,

@@ -1,6 +1,7 @@
 """XCiT's networks (the published ones, then timm's and torchvision's), their released weights and images."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -36,33 +37,6 @@ def build_backbone(arch: str, **options) -> XCiT:
 
 # --- Weights ----------------------------------------------------------------------------------------------------------
 
-CARD = Card(
-    name="xcit",
-    build=build_backbone,
-    releases={
-        f"{arch}_{variant}": Release(arch, f"{arch}_{variant}.pth") for arch in ARCHITECTURES for variant in VARIANTS
-    }
-    | {  # backbones without a head, trained with DINO
-        f"xcit_{size}_p{patch_size}_dino": Release(f"xcit_{size}_p{patch_size}", f"xcit_{size}_cp{patch_size}_dino.pth")
-        for size in ("small_12", "medium_24")
-        for patch_size in (16, 8)
-    },
-    address="https://dl.fbaipublicfiles.com/xcit/",
-    interpolation="bicubic",
-    embedded_run="runs/materials/checkpoint.pth",
-    main="main.py",
-    checkpoint_key="model",
-    arch_flag="--model",
-)
-MEAN, STD = CARD.mean, CARD.std
-
-
-def read_weights(
-    pretrained: str | Path, key: str = CARD.checkpoint_key, flag: str = CARD.weights_flag
-) -> dict[str, Tensor]:
-    """Tensors of a release, a file or an address, given as ``flag``, under the published names."""
-    return from_timm(networks.read_weights(CARD, networks.locate(CARD, pretrained, flag), key).tensors)
-
 
 def from_timm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict with timm's names for XCiT in the published ones; any other one stays as it is.
@@ -77,6 +51,27 @@ def from_timm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def to_timm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of :func:`from_timm`."""
     return split_qkv(renamed(tensors, {r"^pos_embeder\.": "pos_embed."}), within="cls_attn_blocks")
+
+
+CARD = Card(
+    name="xcit",
+    build=build_backbone,
+    releases={
+        f"{arch}_{variant}": Release(arch, f"{arch}_{variant}.pth") for arch in ARCHITECTURES for variant in VARIANTS
+    }
+    | {  # backbones without a head, trained with DINO
+        f"xcit_{size}_p{patch_size}_dino": Release(f"xcit_{size}_p{patch_size}", f"xcit_{size}_cp{patch_size}_dino.pth")
+        for size in ("small_12", "medium_24")
+        for patch_size in (16, 8)
+    },
+    address="https://dl.fbaipublicfiles.com/xcit/",
+    interpolation="bicubic",
+    checkpoint_key="model",
+    rename=from_timm,
+    arch_flag="--model",
+)
+MEAN, STD = CARD.mean, CARD.std
+read_weights = partial(networks.read_tensors, CARD)  # of a release, a file or an address
 
 
 def load_network(model: str, pretrained: str | Path = "", key: str = CARD.checkpoint_key) -> XCiT:

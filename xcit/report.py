@@ -12,7 +12,6 @@ from shared.pictures.report import SUPERVISED_PLOTS, Report
 from shared.pictures.sheets import Tile, magnify, normalised_pixels, save_sheet
 from shared.run.randomness import seed_step
 from shared.run.run import Run
-from shared.run.summary import accuracy, command, next_command
 from shared.supervised.data import LabelledViews
 
 from .cross_covariance_transformer import ARCHITECTURES
@@ -45,16 +44,14 @@ def _mixed_label(target: Tensor, classes: Sequence[str]) -> str:
 
 def report(run: Run, views: LabelledViews, mixup: Mixup | None, val: ImageSource, best_acc1: float) -> None:
     """Draw views and curves, and print the text; ``best_acc1`` is the best top-1, that of ``best_model.pth``."""
-    args, ending = run.args, Report(run)
+    args, ending = run.args, Report(run, "xcit/main.py")
     ending.draw("views.png", lambda path: save_views(views, mixup, path))
     ending.draw_curves("XCiT, supervised training", SUPERVISED_PLOTS)
 
     network = {"model": args.model, "pretrained": run.path}
     seen = {"input_size": args.input_size, "full_crop": args.full_crop}
-    commands = [next_command(args, "xcit/main.py", "xcit/main.py", **network, **seen, eval=True)]
+    ending.then("xcit/main.py", **network, **seen, eval=True)
     if args.model in ARCHITECTURES:
         size, folder = [args.input_size] * 2, run.output_dir / "export"
-        commands.append(command("xcit/export.py", **network, image_size=size, output_dir=folder))
-    own_images = command("xcit/main.py", data_path="YOUR_IMAGES", output_dir="YOUR_RUN")
-    learned = accuracy(ending.lines, "test_acc1", f"top-1 on {val.describe()}", len(val), len(val.classes))
-    ending.finish(commands, own_images, [*learned, f"best top-1 {best_acc1:.1f} %"])
+        ending.then("xcit/export.py", **network, image_size=size, output_dir=folder)
+    ending.finish([*ending.top1(val), f"best top-1 {best_acc1:.1f} %"])

@@ -1,4 +1,4 @@
-"""Mean and covariance of features that are spread over the processes."""
+"""Features that are spread over the processes: their mean and covariance, some rows of them, labels of them."""
 
 import torch
 from torch import Tensor
@@ -28,3 +28,19 @@ def mean_and_covariance(features: Tensor, device: torch.device | str) -> tuple[T
         centred = block.to(device) - mean
         covariance += centred.t() @ centred  # float32 inside a block, float64 over blocks
     return mean, distributed.all_reduce_sum(covariance) / rows, rows
+
+
+def rows_of_all(features: Tensor, rows: Tensor) -> Tensor:
+    """Rows of the data set, (len(rows), D), of which every process has every W-th one, on every process."""
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    mine = rows % world_size == rank
+    found = features.new_zeros(len(rows), features.shape[1])
+    found[mine.to(features.device)] = features[(rows[mine] // world_size).to(features.device)]
+    return distributed.all_reduce_sum(found)  # the others have zeros there
+
+
+def labels_of_all(labels: Tensor, images: Tensor, num_images: int) -> Tensor:
+    """Labels of all images, (N,) on the CPU of every process, from what each knows of some; -1 where none does."""
+    known = torch.zeros(num_images, dtype=torch.long, device=labels.device)
+    known[images.to(labels.device)] = labels + 1
+    return distributed.all_reduce_sum(known).cpu() - 1

@@ -2,11 +2,9 @@
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 from shared import distributed
 from shared.images.loading import default_num_workers
-from shared.networks.pretrained import flags_of_run, image_size_of
 from shared.run.flags import (
     add_bad_image_flags,
     add_device_flag,
@@ -96,12 +94,6 @@ def parse_evaluation(
 
 
 # --- Flags that the checkpoint answers --------------------------------------------------------------------------------
-
-
-def image_size_of_run(weights: str | Path) -> list[int] | None:
-    """The side of the images of a training, as the ``--image_size`` of an export; None where the file does not say."""
-    size = image_size_of(flags_of_run(weights))
-    return None if size is None else [size]
 
 
 def take_from_run(

@@ -1,12 +1,14 @@
 """Evaluations of a frozen network: what k-NN and linear probes of every folder that has a card have in common."""
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from shared import distributed
 from shared.images.labelled import open_labelled
@@ -20,6 +22,7 @@ from shared.networks.weights import safe_load
 from shared.run import randomness
 from shared.run.estimate import progress
 
+from . import linear
 from .features import extract_features
 from .knn import knn_accuracies
 
@@ -130,15 +133,14 @@ def read_features(folder: Path, device: torch.device | str) -> tuple[Tensor, ...
 # --- Linear probe -----------------------------------------------------------------------------------------------------
 
 
-def start(args: argparse.Namespace) -> tuple[torch.device, Path]:
-    """Join the processes, seed, and make ``--output_dir``; the device and the folder."""
+def start(args: argparse.Namespace) -> torch.device:
+    """Join the processes, seed, and make ``--output_dir``."""
     device = distributed.init(args.dist_url, args.device)
     randomness.seed_everything(args.seed)
-    output_dir = Path(args.output_dir)
     if distributed.is_main_process():
-        output_dir.mkdir(parents=True, exist_ok=True)
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     distributed.barrier()
-    return device, output_dir
+    return device
 
 
 def val_images(args: argparse.Namespace, source: ImageSource, transform: Callable) -> EvalDataset:
@@ -189,3 +191,57 @@ class TrainCrops:
         for views, labels, _ in progress(self.loader, f"epoch {epoch}", len(self.loader), images):
             images = normalize_views(views, self.device, self.card.mean, self.card.std)[0]
             yield images, labels.to(self.device, non_blocking=True)
+
+
+class LabelledTraining:
+    """What learns from labelled images by epochs and is validated: a classifier of features, or a whole network.
+
+    Args:
+        args: Flags of :mod:`shared.evaluation.flags` for labelled images and probes.
+        module: What learns, on the device.
+        features: The frozen network before it; None: it sees the images.
+        sources: Images to learn from, and to classify.
+        transform: Of the images to classify.
+        crops: Options of :class:`TrainCrops`.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        card: Card,
+        module: nn.Module,
+        features: Callable[[Tensor], Tensor] | None,
+        sources: Sequence[ImageSource],
+        transform: EvalTransform,
+        device: torch.device,
+        **crops,
+    ):
+        self.args, self.module, self.features = args, module, features or nn.Identity()
+        self.open_crops = partial(TrainCrops, args, card, sources[0], transform, device, **crops)
+        images, batches = val_images(args, sources[1], transform), (args.batch_size, args.num_workers)
+        self.validate = partial(linear.validate, module, self.features, images, device, *batches)
+
+    def train(
+        self,
+        optimizer: torch.optim.Optimizer,
+        scheduler: LRScheduler | None,
+        origin: int,
+        file: str = "checkpoint.pth.tar",
+        log_file: str = "log.txt",
+        flags: Sequence[str] = (),
+        batches: Callable[..., Iterator] | None = None,
+        **names,
+    ) -> dict[str, float]:
+        """Go on from the checkpoint in ``--output_dir``; loss and accuracies in percent after the last epoch.
+
+        Args:
+            scheduler, origin, names: See :class:`shared.evaluation.linear.EpochTraining`.
+            flags: That a run which is resumed must have as they were.
+            batches: Of the crops and an epoch, instead of the crops alone.
+        """
+        args, crops, folder = self.args, self.open_crops(), Path(self.args.output_dir)
+        values = {name: getattr(args, name) for name in flags} or None
+        files = folder / file, folder / log_file
+        training = linear.EpochTraining(*files, self.module, optimizer, scheduler, origin, flags=values, **names)
+        batches, every = partial(batches, crops) if batches else crops, getattr(args, "val_freq", 1)
+        return training.run(batches, self.features, self.validate, args.epochs, crops.bad_images, every)

@@ -24,6 +24,14 @@ Features = Callable[[Tensor], Tensor]
 # --- Classifier -------------------------------------------------------------------------------------------------------
 
 
+def start_afresh(layers: nn.Module, bias: float = 0.0) -> None:
+    """Give all linear layers weights from N(0, 0.01^2)."""
+    for layer in layers.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.constant_(layer.bias, bias)
+
+
 class LinearClassifier(nn.Module):
     """One linear layer, weights from N(0, 0.01^2), biases 0.
 
@@ -35,8 +43,7 @@ class LinearClassifier(nn.Module):
     def __init__(self, dim: int, num_labels: int):
         super().__init__()
         self.linear = nn.Linear(dim, num_labels)
-        nn.init.normal_(self.linear.weight, std=0.01)
-        nn.init.zeros_(self.linear.bias)
+        start_afresh(self)
 
     def forward(self, features: Tensor) -> Tensor:
         """Features (B, ...) to logits (B, num_labels)."""

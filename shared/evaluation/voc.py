@@ -20,7 +20,9 @@ from shared.images.views import ViewRecipe
 from shared.multicrop import MultiCropDataset, normalize_views
 from shared.networks.card import Card
 from shared.run import randomness
+from shared.run.flags import add_bad_image_flags, bool_flag
 
+from .flags import add_process_flags
 from .frozen import bad_images_of
 
 CLASSES = tuple(
@@ -32,6 +34,27 @@ IGNORED = 255
 BATCH_SIZE, MOMENTUM, LARGEST_GRADIENT_NORM = 16, 0.9, 10
 CROPS = 10
 LOG_EVERY = 100  # steps
+
+
+def add_voc_flags(parser: argparse.ArgumentParser, folder_flag: str, nit: int, stepsize: int, seed: int) -> None:
+    """The folder, and what :func:`classify_voc` looks at."""
+    add = parser.add_argument
+    add(folder_flag, default="", help="folder VOC2007, with ImageSets/Main, Annotations and JPEGImages")
+    add("--split", default="train", choices=tuple(TEST_SPLIT), help="images to learn from; tested on val or test")
+    add("--fc6_8", type=bool_flag, default=True, help="the convolutional part stays as it is")
+    add("--eval_random_crops", type=bool_flag, default=True, help="ten random crops; false: corners and centre")
+    add("--nit", type=int, default=nit, help="training steps")
+    add("--stepsize", type=int, default=stepsize, help="steps after which the learning rate is halved")
+    add("--lr", type=float, default=0.003, help="learning rate at the start")
+    add("--wd", type=float, default=1e-6, help="weight decay (the value itself)")
+    add("--seed", type=int, default=seed)
+    add_bad_image_flags(add, "error", "skip")
+    add_process_flags(parser, launcher=False, num_workers=4)
+
+
+def open_splits(folder: str, split: str, flag: str) -> dict[str, "VOCImages"]:
+    """The split to learn from, and the one to test on."""
+    return {name: VOCImages(Path(folder), name, flag) for name in (split, TEST_SPLIT[split])}
 
 
 def classify_voc(

@@ -8,7 +8,18 @@ import re
 import warnings
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
+
+
+class Through(nn.Module):
+    """A network as the map of images that one of its methods, with some options, is; it shares the weights."""
+
+    def __init__(self, network: nn.Module, method: str = "__call__", **options):
+        super().__init__()
+        self.network, self.method, self.options = network, method, options
+
+    def forward(self, images: Tensor) -> Tensor:
+        return getattr(self.network, self.method)(images, **self.options)
 
 
 def library_architectures() -> set[str]:

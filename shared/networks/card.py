@@ -1,6 +1,6 @@
 """What a folder says about its networks: the ``CARD`` and the ``ENTRIES`` of its ``hub.py``.
 
-    CARD = Card("paper", build, RELEASES, address, embedded_run, "main_paper.py", "bicubic", ...)
+    CARD = Card("paper", build, RELEASES, address, "bicubic", ...)
     ENTRIES = hub_entries(CARD)
 
 A card is data and two functions; what reads it is in :mod:`shared.networks.pretrained`,
@@ -63,9 +63,9 @@ class Card:
             (B, C, H, W) to the representation (B, D), with random weights and the published names.
         releases: By name; the first one of an architecture is taken where no file is given.
         address: Where the files are; the environment variable ``<NAME>_WEIGHTS_URL`` replaces it.
+        interpolation: Of the resizing before a centre crop.
         embedded_run: What ``main`` leaves without images: the checkpoint, or its folder.
         main: The script that trains.
-        interpolation: Of the resizing before a centre crop.
         mean, std: Of the images, per channel, for pixels in [0, 1]; by default those of ImageNet.
         checkpoint_key: The network to take from a training checkpoint.
         head_names: Modules there that are no part of the representation.
@@ -73,6 +73,8 @@ class Card:
             another architecture's.
         convert: ``convert(contents, path)`` brings a published layout of this method alone, of which a file was read,
             into one that :func:`shared.networks.weights.select_backbone_weights` knows.
+        rename: ``rename(tensors)`` gives the backbone's tensors the names that ``build``'s networks have, where other
+            libraries or files have their own for them.
         arch_flag, weights_flag: How the scripts call them, for messages.
     """
 
@@ -80,15 +82,16 @@ class Card:
     build: Callable[..., nn.Module]
     releases: Mapping[str, Release]
     address: str
-    embedded_run: str
-    main: str
     interpolation: str
+    embedded_run: str = "runs/materials/checkpoint.pth"
+    main: str = "main.py"
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     checkpoint_key: str = "teacher"
     head_names: tuple[str, ...] = ()
     sizes: Callable[[str, Mapping[str, Tensor]], dict[str, int]] = positions_of
     convert: Callable[[object, Path], object] = as_it_is
+    rename: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict
     arch_flag: str = "--arch"
     weights_flag: str = "--pretrained"
 

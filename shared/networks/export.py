@@ -23,7 +23,7 @@ from .card import Card
 from .model_card import write_model_card
 from .names import TO_TRANSFORMERS_VIT, renamed, split_qkv
 from .onnx_session import onnx_session
-from .pretrained import backbone_of, flags_of_run
+from .pretrained import backbone_of, flags_of_run, image_size_of
 from .weights import load_backbone_weights, safe_load, vit_shape
 
 ENDINGS = {"safetensors": ".safetensors", "torchvision": "_torchvision.pth", "timm": "_timm.pth", "onnx": ".onnx"}
@@ -218,13 +218,19 @@ def as_trained(card: Card, origin: str | Path) -> tuple[Card, dict[str, list[flo
     return dataclasses.replace(card, mean=channels["mean"], std=channels["std"]), value_range
 
 
+def size_of_run(origin: str | Path) -> list[int] | None:
+    """The side of the images of a training; None where the file does not say."""
+    size = image_size_of(flags_of_run(origin))
+    return None if size is None else [size]
+
+
 def export_network(
     card: Card,
     network: nn.Module,
     stem: Path,
     header: Mapping,
     read: Callable[[Path], nn.Module],
-    image_size: Sequence[int],
+    image_size: Sequence[int] | None,
     origin: str | Path,
     own_size: Sequence[int] | None = None,
     torchvision: nn.Module | None = None,
@@ -241,7 +247,8 @@ def export_network(
         network: In evaluation mode, on the CPU.
         header: How the network is built.
         read: Builds the network anew from the safetensors file, in evaluation mode.
-        image_size: One side or height and width in pixels of the ONNX input, where it is not free.
+        image_size: One side or height and width in pixels of the ONNX input, where it is not free; by default that of
+            the training, else 224.
         origin: Where the weights come from, for the model card.
         own_size: Of the images that the other files are compared with; by default ``image_size``.
         torchvision: That library's network of these names and shapes, if it has one.
@@ -254,6 +261,7 @@ def export_network(
     Raises:
         ExportMismatch: If an exported network computes something else; its file is not kept.
     """
+    image_size = image_size or size_of_run(origin) or [224]
     if len(image_size) > 2:
         raise ValueError(f"--image_size {' '.join(map(str, image_size))}: one side, or height and width")
     image_size = [image_size[0], image_size[-1]]
@@ -312,7 +320,7 @@ def export_backbone(
     Args:
         arch: Its name, and that of the files.
         output_dir: Created if missing.
-        image_size: Of the ONNX input; by default that of position embeddings, else 224.
+        image_size: Of the ONNX input; by default that of the training, else of position embeddings, else 224.
         origin: Where the weights come from, for the model card.
         timm_name: What timm calls the architecture; by default ``arch``.
         transformers_model: For a ViT that transformers has, see :func:`export_transformers`; the folder is
@@ -338,7 +346,7 @@ def export_backbone(
         stem,
         {arch_key: arch, **options},
         rebuilt,
-        image_size or [sizes.get("img_size", 224)],
+        image_size or size_of_run(origin) or [sizes.get("img_size", 224)],
         origin,
         # networks with positions are compared at their own size, where libraries do not interpolate
         [sizes["img_size"]] * 2 if "img_size" in sizes else None,

@@ -1,7 +1,7 @@
 """Names that other libraries give the tensors of the same networks. Ours are those of timm and of the papers' files."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -52,14 +52,16 @@ TO_TRANSFORMERS_VIT = {  # of a network that split_qkv has been through
 }
 
 
+def new_name(name: str, patterns: Iterable[tuple[str, str | Callable]]) -> str:
+    """A name in which every pattern, in turn, is replaced."""
+    for pattern, replacement in patterns:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
 def renamed(tensors: Mapping[str, Tensor], patterns: Mapping[str, str]) -> dict[str, Tensor]:
-    """The tensors under names in which every pattern, in turn, is replaced."""
-    found = {}
-    for name, value in tensors.items():
-        for pattern, replacement in patterns.items():
-            name = re.sub(pattern, replacement, name)
-        found[name] = value
-    return found
+    """The tensors under their :func:`new_name`."""
+    return {new_name(name, patterns.items()): value for name, value in tensors.items()}
 
 
 def join_qkv(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

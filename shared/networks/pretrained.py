@@ -111,8 +111,15 @@ def read_weights(card: Card, path: str | Path, checkpoint_key: str | None = None
         checkpoint_key: The network to take from a training checkpoint; one that is not the card's has to be there.
     """
     key = checkpoint_key or card.checkpoint_key
-    contents = card.convert(safe_load(path), Path(path))
-    return select_backbone_weights(contents, key, str(path), card.head_names, required=key != card.checkpoint_key)
+    contents, required = card.convert(safe_load(path), Path(path)), key != card.checkpoint_key
+    weights = select_backbone_weights(contents, key, str(path), card.head_names, required)
+    weights.tensors = card.rename(weights.tensors)
+    return weights
+
+
+def read_tensors(card: Card, pretrained: str | Path, key: str | None = None, flag: str = "") -> dict[str, Tensor]:
+    """Those of the network in what :func:`locate` finds."""
+    return read_weights(card, locate(card, pretrained, flag), key).tensors
 
 
 def known_arch(card: Card, arch: str, tensors: Mapping[str, Tensor]) -> str:
@@ -237,15 +244,22 @@ def load_pretrained(
     return network.eval().requires_grad_(False)
 
 
-def hub_entries(card: Card) -> dict[str, Callable[..., nn.Module]]:
-    """Functions for torch.hub, one for each release that has a description."""
-    entries = [_entry(card, name) for name, release in card.releases.items() if release.doc]
+def hub_entries(card: Card, load: Callable[..., nn.Module] | None = None) -> dict[str, Callable[..., nn.Module]]:
+    """Functions for torch.hub, one for each release that has a description.
+
+    Args:
+        load: ``load(weights, **options)`` gives the filled network of a release, a run or a file, where the card alone
+            does not do.
+    """
+    entries = [_entry(card, name, load) for name, release in card.releases.items() if release.doc]
     return {entry.__name__: entry for entry in entries}
 
 
-def _entry(card: Card, name: str) -> Callable[..., nn.Module]:
+def _entry(card: Card, name: str, load: Callable[..., nn.Module] | None) -> Callable[..., nn.Module]:
     def entry(pretrained: bool | str = True, **options) -> nn.Module:
         release = card.releases[name]
+        if load is not None and pretrained:
+            return load(name if pretrained is True else pretrained, **options)
         if isinstance(pretrained, str | os.PathLike):  # a run or a file of one's own
             return load_pretrained(card, release.arch, pretrained, **options)
         weights = read_weights(card, fetch_release(card, name)) if pretrained else None

@@ -14,9 +14,10 @@ from shared.evaluation.knn_monitor import KNNMonitor
 from shared.evaluation.neighbours import Gallery, galleries, save_nearest
 from shared.images.loading import BadImages, EvalDataset
 from shared.images.sources import ImageSource
+from shared.multicrop import MultiCropDataset
 from shared.run.log import read_log
 from shared.run.run import Run
-from shared.run.summary import accuracy, paragraphs, without_labels
+from shared.run.summary import accuracy, command, next_command, paragraphs, without_labels
 
 from .curves import Curve, Panel, save_panels
 from .sheets import Tile, save_sheet, to_pixels
@@ -133,14 +134,17 @@ class Report:
 
     Args:
         run: After its last epoch; its flag ``pictures`` says whether there are any.
+        script: That trained, a path below the root of the repository.
 
     Attributes:
         lines: Of ``metrics.jsonl``.
         files: Sentences about files that the text names besides those of every run.
+        commands: What to run next.
     """
 
-    def __init__(self, run: Run):
-        self.run, self.files, self.pictures, self.galleries = run, [], [], None
+    def __init__(self, run: Run, script: str = ""):
+        self.run, self.script, self.galleries = run, script, None
+        self.files, self.pictures, self.commands = [], [], []
         self.folder = run.output_dir / "pictures"
         self.log = run.output_dir / "metrics.jsonl"
         self.lines = read_log(self.log) if distributed.is_main_process() else []
@@ -160,6 +164,10 @@ class Report:
     def _failed(self, path: Path, error: Exception) -> None:
         self.pictures.append(_failure(path, error))
 
+    def draw_views(self, dataset: MultiCropDataset, titles: Sequence[str], heading: str) -> None:
+        """The views of the first image, see :func:`save_views`."""
+        self.draw("views.png", lambda path: save_views(dataset[(0, 0)][0], titles, path, heading))
+
     def draw_curves(self, heading: str, plots: Sequence[Plot]) -> None:
         self.draw("curves.png", lambda path: save_curves(self.log, path, heading, [*plots, RECALL]))
 
@@ -175,23 +183,33 @@ class Report:
             self.galleries = found
             self.draw("neighbours.png", lambda path: save_nearest(*found, path))
 
+    def top1(self, val: ImageSource) -> list[str]:
+        """The accuracies of a supervised training as one sentence; none where the log has none."""
+        return accuracy(self.lines, "test_acc1", f"top-1 on {val.describe()}", len(val), len(val.classes))
+
+    def then(self, script: str, *arguments: str, **flags) -> None:
+        """Name a command that evaluates the trained network, see :func:`shared.run.summary.next_command`."""
+        self.commands.append(next_command(self.run.args, self.script, script, *arguments, **flags))
+
     def finish(
         self,
-        commands: Sequence[str],
-        own_images: str,
         learned: Sequence[str] = (),
         knn: KNNMonitor | None = None,
         lr_flag: str = "--lr",
+        own_images: str = "",
+        **own_flags,
     ) -> None:
         """Print what came out, what went wrong, where the files are, what to run next.
 
         Args:
-            commands: Evaluations of the trained network.
-            own_images: The command for other images, of no use to those who have just given theirs.
             learned: Lines of the method's own about what came out.
             knn: The run's evaluations; None for a method without them.
             lr_flag: The flag for the learning rate, to advise on it.
+            own_images: The command for other images, of no use to those who have just given theirs; by default that of
+                ``script`` with ``own_flags``.
         """
+        own_flags = {"data_path": "YOUR_IMAGES", "output_dir": "YOUR_RUN"} | own_flags
+        own_images = own_images or command(self.script, **own_flags)
         losses = [line for line in self.lines if line.get("loss") is not None]
         values = [f"loss {line['loss']:.3f} at step {line['step']}" for line in (losses[:1] + losses[1:][-1:])]
         result = [", ".join(values), *learned]
@@ -215,7 +233,7 @@ class Report:
             "Problems": list(self.run.health.warnings.values()),
             "Files": files + self.files,
             "Pictures": self.pictures,
-            "Next": [*commands, *([] if self.run.args.data_path else [own_images])],
+            "Next": [*self.commands, *([] if self.run.args.data_path else [own_images])],
             "Page": save_page(self.run, self.galleries) if self.run.args.pictures else [],
         }
         distributed.print_once(paragraphs(blocks))

@@ -1,5 +1,6 @@
 """Collapse diagnostics: what a log line says about the health of a training, as rules of the method."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -51,6 +52,29 @@ def still_at_ln_k(what: str, who: str, advice: str, first_step: int, key: str = 
     condition = twice_in_a_row(shares_of_ln_k(**{key: (0.995, 1.005)}))
     sentence = f"the {what} is still at ln K = {{ln_k:.3f}}, the value of {who}: {advice}"
     return HealthRule("flat", condition, sentence, first_step)
+
+
+def uniform_codes(advice: str, first_step: int) -> HealthRule:
+    """Assignments say nothing about their images, as ``code_entropy`` shows."""
+    sentence = (
+        "COLLAPSE: the codes are uniform (entropy {code_entropy:.3f} of ln K = {ln_k:.3f}), every image belongs to "
+        f"every prototype: {advice}"
+    )
+    return HealthRule("uniform", shares_of_ln_k(code_entropy=(0.99, 2)), sentence, first_step)
+
+
+def few_prototypes(number: int, advice: str, first_step: int) -> HealthRule:
+    """Of ``number`` prototypes few are used, as what :func:`usage_of` says shows."""
+
+    def uses_few(line: dict) -> bool:
+        # a random assignment of n images to K prototypes has a perplexity of more than half of the smaller number
+        return line["prototype_perplexity"] < 0.1 * min(number, line["assigned"])
+
+    sentence = (
+        "COLLAPSE: few prototypes are used (perplexity {prototype_perplexity:.1f}, {prototypes_used:.0f} of "
+        f"{number} got any of {{assigned:.0f}} images): {advice}"
+    )
+    return HealthRule("few", uses_few, sentence, first_step)
 
 
 def twice_in_a_row(condition: Callable[[dict], bool]) -> Callable[[dict], bool]:
@@ -109,3 +133,28 @@ def rank_me(features: Tensor) -> Tensor:
     singular_values = torch.linalg.svdvals(features.nan_to_num(0, 0, 0))  # refuses what is not finite
     p = singular_values / singular_values.sum().clamp_min(1e-12) + 1e-7
     return torch.where(features.isfinite().all(), torch.exp(-(p * p.log()).sum()), torch.nan)
+
+
+def usage_of(counts: Tensor) -> dict[str, Tensor]:
+    """Statistics of the number of images that each of K prototypes got; 0-d tensors.
+
+    ``assigned``: images; ``prototypes_used``: prototypes that got any; ``prototype_perplexity``: the number of equally
+    used prototypes with the same entropy.
+    """
+    shares = counts / counts.sum().clamp_min(1)
+    return {
+        "assigned": counts.sum(),
+        "prototypes_used": (counts > 0).sum(),
+        "prototype_perplexity": torch.special.entr(shares).sum().exp(),
+    }
+
+
+def assignment_health(codes: Tensor, counts: Tensor, embeddings: Tensor) -> dict[str, Tensor | float]:
+    """What shows a collapse: codes (B, K) with an entropy of ln K, few prototypes in use, embeddings that are equal."""
+    return {
+        "code_entropy": torch.special.entr(codes).sum(dim=1).mean(),
+        "ln_k": math.log(codes.shape[1]),
+        **usage_of(counts),
+        "feature_spread": feature_spread(embeddings),
+        "rank_me": rank_me(embeddings),
+    }

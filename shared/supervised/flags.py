@@ -3,8 +3,9 @@
 import argparse
 from collections.abc import Callable, Sequence
 
-from shared.evaluation.flags import add_shared_classes_flag, flags_of_run, take_from_run
+from shared.evaluation.flags import add_shared_classes_flag, take_from_run
 from shared.images.inaturalist import CATEGORIES
+from shared.networks.pretrained import flags_of_run
 from shared.optimisation.accumulation import add_accumulation_flag
 from shared.run.flags import add_data_flags, add_run_flags, parse_with_embedded_defaults, shorten_unset_warmup
 

@@ -88,11 +88,11 @@ def train_classifier(
 
     # network, moving average, optimiser, schedule
     network = synchronize_batchnorm(network, run.device).to(run.device)
-    tell_settings(long_warmup("--warmup-epochs", args.warmup_epochs, args.epochs))
+    tell_settings(args, long_warmup("--warmup-epochs", args.warmup_epochs, args.epochs))
     ema = None
     if args.model_ema:
         decays = np.full(args.epochs * data.steps_per_epoch, args.model_ema_decay)
-        tell_settings(slow_average("--model-ema-decay", decays, "moving average"))
+        tell_settings(args, slow_average("--model-ema-decay", decays, "moving average"))
         ema = NetworkEMA(network, args.model_ema_decay, "cpu" if args.model_ema_force_cpu else None)
     if args.compile:
         compile_network(network)

@@ -5,11 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from deepcluster import cluster_pictures
-from deepcluster.cluster_pictures import purity, save_cluster_sheet, save_clusters
 from deepcluster.clustering import Clusters
-from deepcluster.main import describe_clusters
-from deepcluster.report import HEALTH_RULES
+from deepcluster.report import HEALTH_RULES, purity, save_cluster_sheet
+from shared.evaluation import partitions
+from shared.evaluation.partitions import describe_partition, save_list
 from shared.images.sources import ArraySource, open_source
 from shared.pictures.sheets import AGREE, DIFFER
 from shared.run.health import HealthMonitor
@@ -21,7 +20,7 @@ def source_of(labels, classes=("cat", "dog")):
 
 
 def test_every_image_is_listed_with_its_cluster_and_class(tmp_path):
-    path = save_clusters(source_of([0, 1, 1]), torch.tensor([2, 0, 2]), tmp_path / "clusters.csv")
+    path = save_list(source_of([0, 1, 1]), {"cluster": torch.tensor([2, 0, 2])}, tmp_path / "clusters.csv")
     with open(path, newline="") as file:
         rows = list(csv.reader(file))
     assert rows.pop(0) == ["image", "cluster", "class"]
@@ -34,14 +33,14 @@ def test_names_with_commas_and_odd_bytes_are_listed(tmp_path):
     for name in ("a,b.png", 'quote".png', b"caf\xe9.png".decode("utf-8", "surrogateescape")):
         Image.new("RGB", (4, 4)).save(folder / name, format="PNG")
     source = open_source(str(folder))
-    path = save_clusters(source, torch.tensor([0, 1, 0]), tmp_path / "clusters.csv")
+    path = save_list(source, {"cluster": torch.tensor([0, 1, 0])}, tmp_path / "clusters.csv")
     with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
         assert [row["image"] for row in csv.DictReader(file)] == [source.path(i) for i in range(3)]
 
 
 def test_the_sheet_shows_clusters_from_large_to_small_and_who_belongs_together(tmp_path, monkeypatch):
     rows = []
-    monkeypatch.setattr(cluster_pictures, "save_sheet", lambda tiles, path, *_: rows.extend(tiles) or path)
+    monkeypatch.setattr(partitions, "save_sheet", lambda tiles, path, *_: rows.extend(tiles) or path)
     labels = [0, 0, 0, 1, 1, 1, 0]
     clusters = Clusters(torch.tensor([5, 5, 5, 5, 1, 1, 3]), 8)
     save_cluster_sheet(source_of(labels), clusters, tmp_path / "clusters.png")
@@ -75,7 +74,7 @@ def test_purity_is_the_share_of_the_most_frequent_classes():
 )
 def test_trivial_clusters_are_told_in_one_sentence_with_a_flag(sizes, sentence):
     clusters = Clusters(torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)), len(sizes))
-    line = describe_clusters(clusters, None, source_of([0] * sum(sizes)))
+    line = describe_partition(clusters.assignments, len(sizes), None, source_of([0] * sum(sizes)))
     found = HealthMonitor(HEALTH_RULES).check({"step": 0, "images": sum(sizes), **line})
     if sentence is None:
         assert found is None

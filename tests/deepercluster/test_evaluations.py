@@ -13,8 +13,9 @@ from deepercluster.clustering import Clusters, Layout
 from deepercluster.eval_linear import pooled
 from deepercluster.export import before, export, get_args_parser, torchvision_vgg
 from deepercluster.hub import load_network
-from deepercluster.report import chance, describe_clusters, members, save_clusters, save_folders, save_sub_clusters
+from deepercluster.report import chance, members, save_clusters, save_folders, save_sub_clusters
 from deepercluster.vgg16 import VGG16, fold_sobel, map_side, without_sobel
+from shared.evaluation.partitions import describe_partition
 from shared.images.sources import open_source
 from tests.deepcluster.test_eval_voc_classif import write_voc
 from tests.deepercluster.tiny import BODY
@@ -143,7 +144,7 @@ def test_the_rate_of_a_probe_falls_by_steps():
         def __call__(self, epoch):
             return iter(range(3))
 
-    rates = [optimizer.param_groups[0]["lr"] for _ in eval_linear.decaying(Crops(), optimizer, 0.5, epoch=2)]
+    rates = [optimizer.param_groups[0]["lr"] for _ in eval_linear.decaying(Crops(), 2, optimizer, 0.5)]
     assert rates == pytest.approx([0.5 / (1 + 0.05 * step) ** 0.5 for step in (6, 7, 8)])
 
 
@@ -197,6 +198,6 @@ def test_clusters_as_a_list_folders_and_sheets(images, tmp_path, drawn):
         assert (folder / name).exists() == (i != 3)
     save_sub_clusters(source, clusters, 1, tmp_path / "sheet.png")
     assert len(drawn[-1].axes[0].images) == 11 and [len(m) for m in members(clusters, 1)] == [4, 4, 3]
-    line = describe_clusters(clusters, clusters, source)
+    line = describe_partition(clusters.assignments(), 8, clusters.assignments(), source)
     assert line["clusters"] == 6 and line["empty_clusters"] == 2 and line["nmi_previous"] == pytest.approx(1)
     assert chance(Layout(1, 8, True), clusters) == pytest.approx(np.log(8) + np.log(4))

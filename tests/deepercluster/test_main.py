@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from deepercluster.clustering import Clusters, Layout
-from deepercluster.hub import from_official, load_network, read_sub_classes
+from deepercluster.hub import from_official, load_network
 from deepercluster.main import hierarchical_loss, parse_args
 from deepercluster.vgg16 import VGG16
 from shared.images.decode import read_image
@@ -111,8 +111,8 @@ def test_the_loss_of_both_levels_is_that_of_a_slow_loop():
 # --- Official files ---------------------------------------------------------------------------------------------------
 
 
-def official_files(folder, super_classes: int = 4, num_sub: int = 3):
-    """A checkpoint and the files of sub-classes, random, of a run that is to go on with its third epoch."""
+def official_files(folder, super_classes: int = 4):
+    """A random checkpoint of a run that is to go on with its third epoch."""
     torch.manual_seed(0)
     network, scores = VGG16(**BODY), nn.Linear(128, super_classes)
     optimizers = []
@@ -126,42 +126,19 @@ def official_files(folder, super_classes: int = 4, num_sub: int = 3):
     state["pred_layer_state_dict"] = {f"module.{name}": value for name, value in scores.state_dict().items()}
     folder.mkdir(exist_ok=True)
     torch.save(state | {"optimizer_pred_layer": optimizers[1].state_dict()}, folder / "checkpoint.pth.tar")
-    for number in range(super_classes):
-        head = nn.Linear(128, num_sub).state_dict()
-        torch.save({"epoch": 2, "state_dict": head, "optimizer": {}}, folder / f"{number}-pred_layer.pth.tar")
     return network.eval(), scores, state
 
 
 def test_a_run_of_the_official_code_goes_on(images, tmp_path, capsys):
     _, scores, state = official_files(tmp_path / "run")
-    official = from_official(state, tmp_path / "run", 4, 3)
+    official = from_official(state)
     assert torch.equal(official["clustering"]["pred_layer_state_dict"]["weight"], scores.weight)
     assert official["epoch"] == 2 and official["step_in_epoch"] == 0
     found = train(tmp_path / "run", "--data_path", images, *"--super_classes 4 --k 3 --epochs 3 --lr 0.001".split())
-    assert "an official checkpoint with 4 files of sub-classes" in capsys.readouterr().out
+    assert "an official checkpoint: clusters are found anew" in capsys.readouterr().out
     assert {line["epoch"] for line in found if "loss" in line} == {2}
     kept = state_of(tmp_path / "run")["pred_layer_state_dict"]["weight"]
     assert 0 < (kept - scores.weight).abs().max() < 0.02  # they went on from there
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda folder: (folder / "2-pred_layer.pth.tar").unlink(), "2-pred_layer.pth.tar is missing"),
-        (
-            lambda folder: torch.save({"state_dict": nn.Linear(128, 5).state_dict()}, folder / "1-pred_layer.pth.tar"),
-            "5",
-        ),
-        (lambda folder: torch.save({"epoch": 1}, folder / "0-pred_layer.pth.tar"), "has no state_dict"),
-        (lambda folder: (folder / "3-pred_layer.pth.tar").write_bytes(b"PK\x03\x04torn"), "3-pred_layer.pth.tar"),
-    ],
-)
-def test_files_of_sub_classes_are_checked(tmp_path, spoil, message):
-    official_files(tmp_path / "run")
-    assert len(read_sub_classes(tmp_path / "run", 4, 3)) == 4 and read_sub_classes(tmp_path, 4, 3) == []
-    spoil(tmp_path / "run")
-    with pytest.raises(ValueError, match=message):
-        read_sub_classes(tmp_path / "run", 4, 3)
 
 
 def test_networks_of_every_layout_load(tmp_path):

@@ -13,9 +13,10 @@ from torch import nn
 
 from dino.losses import DINOLoss
 from dino.main_dino import output_health, parse_args
-from dino.report import health_rules, next_commands
+from dino.report import health_rules, name_evaluations
 from dino.vision_transformer import DINOHead
 from shared.optimisation.optim import ema_update_
+from shared.pictures.report import Report
 from shared.run.health import HealthMonitor
 
 K = 64
@@ -102,9 +103,12 @@ def test_a_uniform_output_names_the_flag_that_is_out_of_the_ordinary(flags, name
 def test_next_commands_are_understood_and_fit_the_run(arch, labelled, tmp_path):
     sources = (None, SimpleNamespace(classes=[*"abc"])) if labelled else None
     flags = ("--global_crop_size", "32", "--max_megapixels", "200", "--allow_absolute_paths")
-    run = parse_args(["--arch", arch, "--data_path", "/my images", *flags])
-    found = {}
-    for line in next_commands(run, tmp_path / "checkpoint.pth", SimpleNamespace(sources=sources, k=20)):
+    args = parse_args(["--arch", arch, "--data_path", "/my images", *flags])
+    (tmp_path / "metrics.jsonl").touch()
+    run = SimpleNamespace(args=args, path=tmp_path / "checkpoint.pth", output_dir=tmp_path)
+    ending, found = Report(run, "dino/main_dino.py"), {}
+    name_evaluations(ending, SimpleNamespace(sources=sources, k=20))
+    for line in ending.commands:
         _, script, *arguments = shlex.split(line)
         script = Path(script).stem
         found[script] = importlib.import_module(f"dino.{script}").parse_args(arguments)

@@ -19,9 +19,10 @@ from deepcluster.convnets import sobel_filter
 from deepcluster.eval_linear import LayerFeatures, learning_rate, score_crops
 from deepcluster.gradient_ascent import deprocess
 from deepcluster.hub import build_network
-from deepcluster.main import build_sgd, nmi, train_one_epoch
+from deepcluster.main import build_sgd, train_one_epoch
 from deepcluster.rmac import Whitening, region_vectors, rmac, rmac_regions
 from deepcluster.sampling import pseudo_labels
+from shared.evaluation.partitions import nmi
 from shared.evaluation.voc import average_precisions
 from shared.images.cluster_draws import cluster_lists, draw_uniformly
 from tests.golden.golden_file import GoldenFile

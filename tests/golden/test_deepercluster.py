@@ -158,7 +158,7 @@ class State:
         self.clusters, self.heads = clusters, nn.Module()
         self.heads.super_class, self.heads.sub_class = super_class, nn.ModuleList([sub_class])
         self.optimizers = tuple(sgd(module, lr, decay) for module in (super_class, self.heads.sub_class))
-        self.groups = type("Groups", (), {"training": None, "training_size": 1})
+        self.groups = type("Groups", (), {"training": None, "layout": Layout(1, 1, False)})
 
 
 def test_three_steps_of_training(tmp_path):

@@ -95,7 +95,7 @@ def test_bad_flags_are_refused(run, images, tmp_path):
         (("--mask", 0.99), "--mask 0.99"),
         (("--subset_path", tmp_path / "no.txt"), "no.txt cannot be read"),
         (("--pretrained", tmp_path / "no"), "neither a file nor a release"),
-        (("--model-name", "deit_small", "--checkpoint_key", "encoder"), "entries of the network matched"),
+        (("--model-name", "deit_small", "--checkpoint_key", "encoder"), "deit_small contradicts the checkpoint"),
         (("--checkpoint_key", "teacher"), "--checkpoint_key teacher"),
     ):
         with pytest.raises(ValueError, match=message):

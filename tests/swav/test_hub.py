@@ -7,10 +7,11 @@ import torchvision
 from torch import nn
 
 from shared.networks import pretrained
+from shared.networks.backbones import Through
 from shared.networks.weights import WeightMismatch
 from swav import hub
 from swav.hub import build_network
-from swav.resnet50 import LibraryNetwork, Trunk
+from swav.resnet50 import LibraryNetwork
 from tests.swav.tiny import (
     build_small,
     finetuned_checkpoint,
@@ -93,7 +94,7 @@ def test_networks_of_libraries_get_the_same_heads(arch):
     features = torch.cat([network.forward_backbone(large), network.forward_backbone(small_views)])
     assert features.shape == (6, network.embed_dim)
     torch.testing.assert_close(embeddings, F.normalize(network.projection_head(features), dim=1))
-    torch.testing.assert_close(Trunk(network)(large), features[:4])
+    torch.testing.assert_close(Through(network, "forward_backbone")(large), features[:4])
 
 
 def test_scores_are_cosines_in_float32_also_under_autocast():

@@ -1,5 +1,6 @@
 """The real script: flags, training, the queue, resuming, several processes, copied folders."""
 
+import argparse
 import json
 import math
 
@@ -7,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from shared.images.resolutions import recipes_of
+from shared.images.views import ViewRecipe
 from swav import main_swav
-from swav.augmentations import swav_views
+from swav.flags import FLIP_COLOR_AND_BLUR
 from swav.main_swav import get_args_parser, parse_args, rows_of_queue
 from tests.command_lines import assert_values_arrive, error_of
 from tests.processes import run_processes
@@ -165,6 +168,13 @@ def test_bad_input_is_one_clear_message(images, tmp_path, flags, message):
 
 
 # --- Views ------------------------------------------------------------------------------------------------------------
+
+
+def swav_views(*values) -> list[ViewRecipe]:
+    """Recipes by numbers, sides, least and largest scales of crops."""
+    names = ("nmb_crops", "size_crops", "min_scale_crops", "max_scale_crops")
+    args = argparse.Namespace(blur_radius=(0.1, 2.0), **dict(zip(names, values, strict=True)))
+    return recipes_of(args, **FLIP_COLOR_AND_BLUR)
 
 
 def test_views_come_resolution_by_resolution():

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import torch
 
-from shared.run.health import HealthMonitor
-from swav.losses import PrototypeUsage, usage_of
+from shared.run.health import HealthMonitor, usage_of
+from swav.losses import PrototypeUsage
 from swav.main_deepclusterv2 import cluster_usage
 from swav.report import health_rules
 from tests.processes import run_processes

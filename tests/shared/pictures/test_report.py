@@ -116,7 +116,8 @@ def knn_monitor(labelled: bool) -> SimpleNamespace:
 def test_the_text_states_result_problems_files_and_commands(tmp_path, capsys):
     report = report_of(tmp_path, *LINES, problems=["step 30: COLLAPSE"])
     report.draw("views.png", lambda path: path.write_bytes(b""))
-    report.finish(["python next.py"], "python own.py", ["as much"], knn_monitor(labelled=True))
+    report.commands.append("python next.py")
+    report.finish(["as much"], knn_monitor(labelled=True), own_images="python own.py")
     random, chance = "30.0 +- 27.1 % with random weights", "(chance 33.3 %): not distinguishable from random weights"
     accuracy = f"{random}, 42.5 +- 28.6 % after 30 steps {chance}"
     assert capsys.readouterr().out.splitlines() == [
@@ -137,7 +138,7 @@ def test_a_run_without_labels_or_finite_steps(tmp_path, capsys):
     report = report_of(tmp_path, {"step": 10, "loss": None}, pictures=False, data_path="/my/images")
     report.draw("views.png", lambda path: pytest.fail("no pictures were asked for"))
     report.draw_neighbours(None, None, knn_monitor(labelled=False))
-    report.finish([], "python own.py", knn=knn_monitor(labelled=False))
+    report.finish(knn=knn_monitor(labelled=False))
     printed = capsys.readouterr().out
     assert "no k-NN evaluation: the images have no classes" in printed
     assert not any(title in printed for title in ("Problems", "Pictures", "Next", "Page"))
@@ -151,7 +152,7 @@ def test_a_picture_that_fails_is_named_and_the_run_ends_as_it_would(tmp_path, ca
     report.draw_curves("Training", [LOSS])
     broken = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Threshold(torch.inf, torch.nan))
     report.draw_neighbours(broken, ArraySource("images", np.zeros((2, 8, 8), dtype=np.uint8)), knn)
-    report.finish([], "python own.py")
+    report.finish()
     printed = capsys.readouterr().out
     folder = tmp_path / "pictures"
     assert f"Pictures  {folder / 'views.png'} could not be drawn: IndexError: pop from empty list" in printed
