@@ -109,13 +109,13 @@ class Run:
         if checkpoint is None:
             checkpoint = load_latest(self.path)
         checkpoint = from_official(checkpoint) if checkpoint else {}
+        if checkpoint and ("args" in checkpoint or "epoch" not in checkpoint):  # some official files have no args
+            check_flags(checkpoint, args, network_flags)
         self.is_new = is_at_start(checkpoint or None)
         name = None if self.owns_folder else self.path.name.removesuffix(".tar").removesuffix(".pth")
         resumed, loggers = "log" in checkpoint, [*args.loggers, *["tensorboard"] * args.tensorboard]
         self.log = RunLog(self.output_dir, total_steps, args.log_freq, loggers, resumed, name, vars(args))
         if checkpoint:
-            if "args" in checkpoint:  # some official files have none
-                check_flags(checkpoint, args, network_flags)
             restore(checkpoint, scheduled, **self.parts)
             if checkpoint.get("fp16_scaler"):
                 self.precision.scaler.load_state_dict(checkpoint["fp16_scaler"])
