@@ -4,6 +4,7 @@ import math
 from functools import partial
 
 from shared.evaluation.knn_monitor import KNNMonitor
+from shared.images.loading import BadImages
 from shared.images.sources import ImageSource
 from shared.pictures.report import Plot, Report, accuracy_plot
 from shared.run.health import HealthRule
@@ -50,8 +51,9 @@ PLOTS = (
 
 def report(run: Run, source: ImageSource, clusters: Clusters, knn: KNNMonitor) -> None:
     """List and draw the final clusters, draw the curves, and print the text."""
-    ending = Report(run)
-    ending.files.append(str(save_clusters(source, clusters.assignments, run.output_dir / "clusters.csv")))
+    ending, assignments = Report(run), clusters.assignments.clone()
+    assignments[BadImages(len(source), run.output_dir / "bad_images.txt").rows(source)] = -1
+    ending.files.append(str(save_clusters(source, assignments, run.output_dir / "clusters.csv")))
     ending.draw("clusters.png", lambda path: save_cluster_sheet(source, clusters, path))
     ending.draw_curves("DeepCluster training", PLOTS)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from shared.evaluation.knn_monitor import KNNMonitor
+from shared.images.loading import BadImages
 from shared.images.sources import ImageSource
 from shared.pictures.report import Plot, Report, accuracy_plot
 from shared.pictures.sheets import AGREE, DIFFER, Tile, link_images, save_sheet, thumbnail
@@ -145,6 +146,9 @@ def save_folders(source: ImageSource, clusters: Clusters, folder: Path) -> Path:
 def report(run: Run, source: ImageSource, clusters: Clusters, layout: Layout, knn: KNNMonitor) -> None:
     """List and draw the final clusters, draw the curves, and print the text."""
     ending, args = Report(run), run.args
+    listed = BadImages(len(source), run.output_dir / "bad_images.txt").rows(source)
+    unreadable = [i for i in listed if i < len(clusters.sub_clusters)]
+    clusters.super_clusters[unreadable] = clusters.sub_clusters[unreadable] = -1  # of the images in their places
     ending.files.append(str(save_clusters(source, clusters, run.output_dir / "clusters.csv")))
     learned = [f"{layout.super_classes} super-classes, loss of chance {chance(layout, clusters):.2f}"]
     if args.k > 1:

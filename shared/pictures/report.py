@@ -210,9 +210,13 @@ class Report:
             f"{self.run.path} (the same command resumes from it)",
             f"{self.log} (every few steps), {self.log.with_name('log.txt')} (every epoch)",
         ]
+        problems = list(self.run.health.warnings.values())
+        for listed in (self.run.output_dir / name for name in ("bad_images.txt", "bad_images_val.txt")):
+            if count := BadImages(0, listed).count():
+                problems.append(f"unreadable images, in whose places others were read: {count}, see {listed}")
         blocks = {
             "Result": result,
-            "Problems": list(self.run.health.warnings.values()),
+            "Problems": problems,
             "Files": files + self.files,
             "Pictures": self.pictures,
             "Next": [*commands, *([] if self.run.args.data_path else [own_images])],
