@@ -115,6 +115,15 @@ def test_a_file_of_weights_under_the_name_of_a_checkpoint_is_refused_and_the_log
     assert (tmp_path / "metrics.jsonl").read_text() == log
 
 
+def test_a_folder_with_a_run_of_another_script_is_refused(tmp_path):
+    train(tmp_path, epochs=1)
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=r"--output_dir .* holds checkpoint.pth of another run"):
+        Run(flags(tmp_path), "fp32", "checkpoint.pth.tar", subfolder="checkpoints")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+    Run(flags(tmp_path), "fp32", "probe.pth.tar", owns_folder=False)
+
+
 def test_layouts_are_functions_between_dictionaries(tmp_path):
     layout = {
         "to_official": lambda state: {("model" if k == "network" else k): v for k, v in state.items()},
