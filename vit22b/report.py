@@ -42,8 +42,9 @@ def report(run: Run, images: LabelledImages) -> None:
         learned.append(
             f"entropy by block: {entropies} (uniform {last['ln_n']:.2f}); largest logit {last['max_logit']:.1f}"
         )
-    same = ("arch", "patch_size", "input_size", "loss", "epochs", "batch_size", "lr") if args.data_path else ()
-    flags = {"qk_norm": "false", "output_dir": f"{run.output_dir}_plain"} | {name: getattr(args, name) for name in same}
+    same = "arch patch_size input_size loss epochs batch_size lr warmup_steps cooldown_steps timescale seed".split()
+    flags = {name: getattr(args, name) for name in same if args.data_path}
+    flags |= {"qk_norm": "false", "output_dir": f"{run.output_dir}_plain"}
     plain = next_command(args, "vit22b/main.py", "vit22b/main.py", **flags)
     own_images = command("vit22b/main.py", data_path="YOUR_IMAGES", output_dir="YOUR_RUN")
     ending.finish([plain], own_images, learned)
