@@ -13,7 +13,6 @@ not count.
 """
 
 import argparse
-import importlib
 import inspect
 import sys
 from collections import defaultdict
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from shared.networks.own_run import load_hub
 from shared.run.command_line import Parser, plain_exit
 from shared.run.estimate import size_text
 
@@ -257,7 +257,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> Plan:
     args = get_args_parser().parse_args(arguments)
-    card = importlib.import_module(f"{args.folder}.hub").CARD
+    card = load_hub(args.folder).CARD
 
     def build(model_parallel: int) -> nn.Module:
         options = {}
