@@ -17,7 +17,9 @@ def report(run: Run, network: FlexiViT, images: LabelledImages) -> None:
     rows = measure(network, args.input_size, sizes, images.evaluate, len(val))
     ending.draw("cost.png", lambda path: save_cost(rows, path, "Accuracy and cost of one FlexiViT"))
     by_size = ", ".join(f"{row['patch_size']} px {row['acc1']:.1f} %" for row in rows)
-    learned = accuracy(ending.lines, "test_acc1", f"top-1 on {val.describe()}", len(val), len(val.classes))
+    start = "the weights of --teacher" if args.teacher and args.init == "teacher" else "random weights"
+    what = f"top-1 on {val.describe()}"
+    learned = accuracy(ending.lines, "test_acc1", what, len(val), len(val.classes), start=start)
     folder = run.output_dir / "cost"
     cost = next_command(args, "flexivit/main.py", "flexivit/eval_flexivit.py", pretrained=run.path, output_dir=folder)
     smaller = command("flexivit/resize_patch.py", str(run.path), str(run.output_dir / "patch.pth"), patch=sizes[-1])

@@ -27,5 +27,7 @@ def report(run: Run, network: nn.Module, images: LabelledImages, best_acc1: floa
             commands.append(next_command(args, "resmlp/main.py", "resmlp/eval_knn.py", **weights, nb_knn=neighbours))
         commands.append(command("resmlp/export.py", **weights, output_dir=folder))
     own_images = command("resmlp/main.py", data_path="YOUR_IMAGES", output_dir="YOUR_RUN")
-    learned = accuracy(ending.lines, "test_acc1", f"top-1 on {val.describe()}", len(val), len(val.classes))
+    start = "the weights of --finetune" if args.finetune else "random weights"
+    what = f"top-1 on {val.describe()}"
+    learned = accuracy(ending.lines, "test_acc1", what, len(val), len(val.classes), start=start)
     ending.finish(commands, own_images, [*learned, f"best top-1 {best_acc1:.1f} %"])

@@ -56,5 +56,7 @@ def report(run: Run, views: LabelledViews, mixup: Mixup | None, val: ImageSource
         size, folder = [args.input_size] * 2, run.output_dir / "export"
         commands.append(command("xcit/export.py", **network, image_size=size, output_dir=folder))
     own_images = command("xcit/main.py", data_path="YOUR_IMAGES", output_dir="YOUR_RUN")
-    learned = accuracy(ending.lines, "test_acc1", f"top-1 on {val.describe()}", len(val), len(val.classes))
+    start = "the weights of --pretrained" if args.pretrained else "random weights"
+    what = f"top-1 on {val.describe()}"
+    learned = accuracy(ending.lines, "test_acc1", what, len(val), len(val.classes), start=start)
     ending.finish(commands, own_images, [*learned, f"best top-1 {best_acc1:.1f} %"])

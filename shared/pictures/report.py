@@ -182,6 +182,7 @@ class Report:
         learned: Sequence[str] = (),
         knn: KNNMonitor | None = None,
         lr_flag: str = "--lr",
+        start: str = "random weights",
     ) -> None:
         """Print what came out, what went wrong, where the files are, what to run next.
 
@@ -191,6 +192,7 @@ class Report:
             learned: Lines of the method's own about what came out.
             knn: The run's evaluations; None for a method without them.
             lr_flag: The flag for the learning rate, to advise on it.
+            start: What the training began with.
         """
         losses = [line for line in self.lines if line.get("loss") is not None]
         values = [f"loss {line['loss']:.3f} at step {line['step']}" for line in (losses[:1] + losses[1:][-1:])]
@@ -202,10 +204,10 @@ class Report:
         elif knn is not None:
             val = knn.val.source
             sizes = len(val), len(val.classes)
-            result += accuracy(self.lines, "knn_top1", f"k-NN on {val.describe()}", *sizes, lr_flag)
+            result += accuracy(self.lines, "knn_top1", f"k-NN on {val.describe()}", *sizes, lr_flag, start)
         if knn is not None and knn.without_labels:
             images = knn.without_labels
-            result += without_labels(self.lines, images.name, len(images.images), lr_flag)
+            result += without_labels(self.lines, images.name, len(images.images), lr_flag, start)
         files = [
             f"{self.run.path} (the same command resumes from it)",
             f"{self.log} (every few steps), {self.log.with_name('log.txt')} (every epoch)",

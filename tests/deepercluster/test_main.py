@@ -221,6 +221,14 @@ def test_weights_of_another_network_are_refused_by_name(images, tmp_path, flags,
         train(tmp_path / "new", "--data_path", images, "--pretrained", weights, *flags.split())
 
 
+def test_a_run_from_weights_is_compared_with_them(images, tmp_path, capsys):
+    official_files(tmp_path / "run")
+    weights = ("--pretrained", tmp_path / "run/checkpoint.pth.tar", "--super_classes", 4, "--k", 3)
+    train(tmp_path / "new", "--data_path", images, *weights, "--epochs", 1, "--eval_knn_freq", 1)
+    printed = capsys.readouterr().out
+    assert printed.count("with the weights of --pretrained") >= 3 and "random weights" not in printed
+
+
 # --- Zips -------------------------------------------------------------------------------------------------------------
 
 
