@@ -10,6 +10,7 @@ import numpy as np
 from shared.evaluation import partitions
 from shared.evaluation.knn_monitor import KNNMonitor
 from shared.evaluation.partitions import evenly, row_of, save_list, save_rows, tell_agreement, trivial_solutions
+from shared.images.loading import BadImages
 from shared.images.sources import ImageSource
 from shared.pictures.report import Plot, Report, accuracy_plot
 from shared.pictures.sheets import link_images
@@ -81,6 +82,9 @@ def save_folders(source: ImageSource, clusters: Clusters, folder: Path) -> Path:
 def report(run: Run, source: ImageSource, clusters: Clusters, layout: Layout, knn: KNNMonitor) -> None:
     """List and draw the final clusters, draw the curves, and print the text."""
     ending, args = Report(run, "deepercluster/main.py"), run.args
+    listed = BadImages(len(source), run.output_dir / "bad_images.txt").rows(source)
+    unreadable = [i for i in listed if i < len(clusters.sub_clusters)]
+    clusters.super_clusters[unreadable] = clusters.sub_clusters[unreadable] = -1  # of the images in their places
     ending.files.append(str(save_clusters(source, clusters, run.output_dir / "clusters.csv")))
     learned = [f"{layout.super_classes} super-classes, loss of chance {chance(layout, clusters):.2f}"]
     if args.k > 1:
@@ -103,7 +107,8 @@ def report(run: Run, source: ImageSource, clusters: Clusters, layout: Layout, kn
         linear = {"conv": 13, "output_dir": run.output_dir / "linear"}
         ending.then("deepercluster/eval_linear.py", pretrained=run.path, **linear)
     ending.then("deepercluster/export.py", pretrained=run.path, output_dir=run.output_dir / "export")
-    ending.finish(learned, knn, sobel=1, k=100)
+    start = "the weights of --pretrained" if args.pretrained else "random weights"
+    ending.finish(learned, knn, start=start, sobel=1, k=100)
 
 
 def chance(layout: Layout, clusters: Clusters) -> float:

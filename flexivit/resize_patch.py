@@ -26,6 +26,7 @@ from flexivit.hub import CARD
 from shared import distributed
 from shared.images.loading import EvalDataset, EvalTransform
 from shared.images.sources import open_source, reading
+from shared.networks.weights import run_file
 from shared.run.files import atomic_file
 from shared.run.flags import Parser, add_reading_flags
 
@@ -49,8 +50,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if Path(args.out).suffix not in (".pth", ".safetensors"):
         parser.error(f"{args.out} ends neither in .pth nor in .safetensors")
+    if Path(args.out).resolve() == run_file(args.weights).resolve():
+        parser.error(f"{args.out} is the file that is read: name another one to write")
     if args.patch < 1 or (args.image_size or args.patch) < args.patch:
-        parser.error(f"--patch {args.patch}: no such patch fits into --image_size {args.image_size}")
+        parser.error(f"--patch {args.patch} is less than 1 or more than --image_size")
     return args
 
 
@@ -83,8 +86,13 @@ def resize_patch(args: argparse.Namespace) -> float:
     dataset = EvalDataset(source, transform, rows=range(min(IMAGES, len(source))))
     images = torch.stack([dataset[i][0] for i in range(len(dataset))])
     resized = F.interpolate(images, scale_factor=args.patch / old, mode="bilinear", antialias=args.patch < old)
-    cosine = F.cosine_similarity(network.represent(images), network.represent(resized, args.patch), dim=1)
-    print(f"features of {len(images)} images, resized as their patches are: mean cosine {cosine.mean():.4f}")
+    before = network.represent(images)
+    cosine = F.cosine_similarity(before, network.represent(resized, args.patch), dim=1)
+    others = F.cosine_similarity(before, before.roll(1, dims=0), dim=1)
+    print(
+        f"features of {len(images)} images, resized as their patches are: mean cosine {cosine.mean():.4f}, "
+        f"of different images {others.mean():.4f}"
+    )
     return float(cosine.mean())
 
 

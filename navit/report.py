@@ -53,7 +53,8 @@ def report(run: Run, val: ImageSource | None, batches: PackedBatches, look: Call
     args, ending, learned = run.args, Report(run, "navit/main.py"), []
     ending.draw_curves("NaViT", SUPERVISED_PLOTS if val is not None else SUPERVISED_PLOTS[:1])
     length = args.sequence_length
-    ending.draw("packed.png", lambda path: save_packing(batches.shown, length, args.patch_size, path))
+    if batches.shown:  # else the run was finished before, and the picture is there
+        ending.draw("packed.png", lambda path: save_packing(batches.shown, length, args.patch_size, path))
     if val is not None:
         rows, cascades = measure(evenly(*args.resolution), look)
         ending.draw("cost.png", lambda path: save_cost(rows, cascades, path, "Accuracy and cost of one NaViT"))

@@ -237,6 +237,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def convert(args: argparse.Namespace) -> None:
+    if args.output.resolve() == args.input.resolve():
+        raise ValueError(f"--output {args.output} is the file of --input: name another one")
     with torch.device("meta"):
         target = RegNet(SIZES[args.arch], num_classes=args.num_classes).state_dict()
     print(f"{args.input}: {LICENCE}", flush=True)

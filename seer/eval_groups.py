@@ -332,7 +332,9 @@ def open_groups(args: argparse.Namespace) -> tuple[ImageSource, list[Image]]:
     images = LAYOUTS[args.layout](args.groups)
     root = args.groups.resolve().parent
     if missing := [image.path for image in images if not (root / image.path).is_file()]:
-        raise ValueError(f"--groups {args.groups}: {len(missing)} images are not there, the first is {missing[0]}")
+        raise ValueError(
+            f"--groups {args.groups}: {len(missing)} images are not there, the first is {root / missing[0]}"
+        )
     return FileSource(str(args.groups), root, [image.path for image in images]), images
 
 

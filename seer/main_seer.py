@@ -32,7 +32,7 @@ from seer.losses import SwappedAssignments, learning_rate, normalize_prototypes_
 from seer.regnet import SIZES, Head, RegNet
 from seer.report import health_rules, report, suit_settings
 from seer.sharding import WholeNetwork, WholeOptimizer, build_network, shard_network
-from seer.stream import find_shards, open_stream
+from seer.stream import StreamSampler, find_shards, open_stream
 from shared import distributed
 from shared.evaluation.knn_monitor import KNNMonitor
 from shared.images.resolutions import add_resolution_flags, check_assigned_crops, recipes_of
@@ -216,7 +216,8 @@ def train_seer(args: argparse.Namespace) -> None:
     parts = {"model": model, "optimizer": optimizer}
     if network is model and distributed.get_world_size() > 1:
         parts = {"model": WholeNetwork(network), "optimizer": WholeOptimizer(optimizer)}
-    run.resume(data, total_steps, NETWORK_FLAGS, scheduled=("lr",), **parts)
+    lengthened = partial(in_a_longer_run, sampler=data.sampler)
+    run.resume(data, total_steps, NETWORK_FLAGS, from_official=lengthened, scheduled=("lr",), **parts)
     run.guard.watch(model=network)
     run.health = HealthMonitor(health_rules(args.nmb_prototypes[0], total_steps))
     knn = KNNMonitor(run, args.size_crops[0], MEAN, STD, data.num_workers)
@@ -232,6 +233,16 @@ def train_seer(args: argparse.Namespace) -> None:
             run.log_epoch(bad_images=data.bad_images.count())
             run.end_epoch()
     report(run, data.dataset, trunk, knn)
+
+
+def in_a_longer_run(checkpoint: dict, sampler: StreamSampler) -> dict:
+    """The checkpoint of a finished run as that of a longer one, which goes on where the stream was left."""
+    flags = checkpoint.get("args", {})
+    if checkpoint.get("epoch") and "passes" in flags:
+        seen = (flags["total_images"] or sampler.stream_length * flags["passes"]) // checkpoint["batch_size"]
+        if seen * checkpoint["batch_size"] < len(sampler) * sampler.batch_size * sampler.world_size:
+            return checkpoint | {"epoch": 0, "step_in_epoch": seen}
+    return checkpoint
 
 
 def train_on_stream(

@@ -13,7 +13,6 @@ training step; repeated ones do not count.
 """
 
 import argparse
-import importlib
 import inspect
 import sys
 import weakref
@@ -36,6 +35,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from shared.networks.own_run import load_hub
 from shared.run.command_line import Parser, plain_exit
 from shared.run.estimate import size_text
 
@@ -335,7 +335,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> Plan:
     args = get_args_parser().parse_args(arguments)
-    card = importlib.import_module(f"{args.folder}.hub").CARD
+    card = load_hub(args.folder).CARD
 
     def build(model_parallel: int) -> nn.Module:
         options = {}

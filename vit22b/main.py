@@ -102,8 +102,9 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
     """Parse and check the command line; without ``--data_path`` the defaults are those of the embedded data."""
     parser = parser or get_args_parser()
     args = parse_with_embedded_defaults(parser, arguments, EMBEDDED_DATA_DEFAULTS, MINIMUM)
-    if args.patch_size > args.input_size:
-        parser.error(f"--patch_size {args.patch_size} is larger than an image of --input_size {args.input_size}")
+    if rest := args.input_size % args.patch_size:
+        given = f"--patch_size {args.patch_size}: --input_size {args.input_size}"
+        parser.error(f"{given} is no multiple, the last {rest} pixels of every side would not be seen")
     if args.lr <= 0:
         parser.error(f"--lr {args.lr} is not positive")
     if args.mesh is not None and (min(args.mesh) < 1 or args.amp == "fp16"):

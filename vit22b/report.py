@@ -41,7 +41,7 @@ def report(run: Run, images: LabelledImages) -> None:
         learned.append(
             f"entropy by block: {entropies} (uniform {last['ln_n']:.2f}); largest logit {last['max_logit']:.1f}"
         )
-    same = ("arch", "patch_size", "input_size", "loss", "epochs", "batch_size", "lr") if args.data_path else ()
-    flags = {"qk_norm": "false", "output_dir": f"{run.output_dir}_plain"} | {name: getattr(args, name) for name in same}
-    ending.then("vit22b/main.py", **flags)
+    same = "arch patch_size input_size loss epochs batch_size lr warmup_steps cooldown_steps timescale seed".split()
+    flags = {"qk_norm": "false", "output_dir": f"{run.output_dir}_plain"}
+    ending.then("vit22b/main.py", **flags, **{name: getattr(args, name) for name in same if args.data_path})
     ending.finish(learned)

@@ -75,9 +75,12 @@ class BadImages:
 
     def count(self) -> int:
         """Number of bad images met so far (by all processes, with a ``list_path``)."""
-        if self.list_path is None:
-            return len(self._known)
-        return len(self._listed()) if self.list_path.exists() else 0
+        return len(self._known if self.list_path is None else self._listed())
+
+    def rows(self, source: ImageSource) -> list[int]:
+        """Indices of those images of ``source`` that are on the list."""
+        listed = self._listed()
+        return [i for i in range(len(source)) if _on_one_line(source.path(i)) in listed] if listed else []
 
     def read(self, source: ImageSource, index: int, key: Sequence[int], process: Callable[[int], T]) -> T:
         """``process(index)``, or ``process`` of the first readable replacement.
@@ -122,6 +125,8 @@ class BadImages:
                     file.write(line + "\n")
 
     def _listed(self) -> set[str]:
+        if not self.list_path.exists():
+            return set()
         with open(self.list_path, encoding="utf-8", errors="surrogateescape", newline="\n") as lines:
             return {line.partition("\t")[0] for line in lines}
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
+import torch
 from torch import nn
 
 from .card import Card
@@ -69,10 +70,20 @@ def folder_of(run: str | Path) -> str:
     inside = [name for name in names if ROOT / name in path.resolve().parents]
     arch = arch_of(said)
     released = [name for name in names if arch in {release.arch for release in load_hub(name).CARD.releases.values()}]
-    for found in (inside, released, names):
+    built = [name for name in names if arch and _knows(load_hub(name).CARD, arch)]
+    for found in (inside, released, names, built):
         if len(found) == 1:
             return found[0]
-    raise ValueError(f"{run} can be of {' or '.join(names or folders())}: say the folder")
+    raise ValueError(f"{run} can be of {' or '.join(built or names or folders())}: say the folder")
+
+
+def _knows(card: Card, arch: str) -> bool:
+    try:
+        with torch.device("meta"):
+            card.build(arch)
+    except ValueError:
+        return False
+    return True
 
 
 def open_run(card: Card, run: str | Path) -> tuple[Path, Mapping]:

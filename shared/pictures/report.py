@@ -183,9 +183,10 @@ class Report:
             self.galleries = found
             self.draw("neighbours.png", lambda path: save_nearest(*found, path))
 
-    def top1(self, val: ImageSource) -> list[str]:
-        """The accuracies of a supervised training as one sentence; none where the log has none."""
-        return accuracy(self.lines, "test_acc1", f"top-1 on {val.describe()}", len(val), len(val.classes))
+    def top1(self, val: ImageSource, start: str = "random weights") -> list[str]:
+        """The accuracies of a supervised training that began with ``start`` as one sentence; none if it has none."""
+        what = f"top-1 on {val.describe()}"
+        return accuracy(self.lines, "test_acc1", what, len(val), len(val.classes), start=start)
 
     def then(self, script: str, *arguments: str, **flags) -> None:
         """Name a command that evaluates the trained network, see :func:`shared.run.summary.next_command`."""
@@ -196,6 +197,7 @@ class Report:
         learned: Sequence[str] = (),
         knn: KNNMonitor | None = None,
         lr_flag: str = "--lr",
+        start: str = "random weights",
         own_images: str = "",
         **own_flags,
     ) -> None:
@@ -205,6 +207,7 @@ class Report:
             learned: Lines of the method's own about what came out.
             knn: The run's evaluations; None for a method without them.
             lr_flag: The flag for the learning rate, to advise on it.
+            start: What the training began with.
             own_images: The command for other images, of no use to those who have just given theirs; by default that of
                 ``script`` with ``own_flags``.
         """
@@ -220,17 +223,21 @@ class Report:
         elif knn is not None:
             val = knn.val.source
             sizes = len(val), len(val.classes)
-            result += accuracy(self.lines, "knn_top1", f"k-NN on {val.describe()}", *sizes, lr_flag)
+            result += accuracy(self.lines, "knn_top1", f"k-NN on {val.describe()}", *sizes, lr_flag, start)
         if knn is not None and knn.without_labels:
             images = knn.without_labels
-            result += without_labels(self.lines, images.name, len(images.images), lr_flag)
+            result += without_labels(self.lines, images.name, len(images.images), lr_flag, start)
         files = [
             f"{self.run.path} (the same command resumes from it)",
             f"{self.log} (every few steps), {self.log.with_name('log.txt')} (every epoch)",
         ]
+        problems = list(self.run.health.warnings.values())
+        for listed in (self.run.output_dir / name for name in ("bad_images.txt", "bad_images_val.txt")):
+            if count := BadImages(0, listed).count():
+                problems.append(f"unreadable images, in whose places others were read: {count}, see {listed}")
         blocks = {
             "Result": result,
-            "Problems": list(self.run.health.warnings.values()),
+            "Problems": problems,
             "Files": files + self.files,
             "Pictures": self.pictures,
             "Next": [*self.commands, *([] if self.run.args.data_path else [own_images])],

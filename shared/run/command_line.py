@@ -88,7 +88,8 @@ class Parser(argparse.ArgumentParser):
             message += f"; unrecognized arguments: {' '.join(unknown)}" if unknown else ""
         _, _, unknown = message.partition("unrecognized arguments: ")
         unknown = re.findall(r"--[^\s=]+", unknown)
-        close = [match for name in unknown for match in difflib.get_close_matches(name, self._option_string_actions, 1)]
+        flags = self._option_string_actions
+        close = [match for name in unknown for match in difflib.get_close_matches(name, flags, n=1, cutoff=0.7)]
         hint = f"; did you mean {' and '.join(close)}?" if close else ""
         self.exit(2, f"error: {printable(message)}{hint} (--help lists all flags)\n")
 

@@ -18,6 +18,7 @@ The loop stays in the method's script and reads like its paper; a run calls noth
 
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from shared import distributed
 from shared.images.channels import are_asked_for, keep_channels
-from shared.networks.weights import flags_of_training
+from shared.networks.weights import RUN_FILES, flags_of_training
 from shared.optimisation.optim import step_unless_not_finite
 from shared.optimisation.precision import Precision
 
@@ -66,13 +67,16 @@ class Run:
         keep_freed_memory()
         randomness.seed_everything(args.seed)
         self.output_dir = Path(args.output_dir)
+        self.path = self.output_dir / file
+        others = [path for name in RUN_FILES if not fnmatch(file, name) for path in self.output_dir.glob(name)]
+        if owns_folder and others and not self.path.exists():
+            raise ValueError(f"--output_dir {self.output_dir} holds {others[0].name} of another run: name another one")
         if distributed.is_main_process():
             (self.output_dir / subfolder).mkdir(parents=True, exist_ok=True)
             if owns_folder:
                 Attempt.current().claim(self.output_dir)
         distributed.barrier()
         self.precision = Precision(amp, self.device)
-        self.path = self.output_dir / file
         if are_asked_for(args):
             keep_channels(args, flags_of_training(load_latest(self.path)))
         self.health = HealthMonitor()
@@ -109,13 +113,13 @@ class Run:
         if checkpoint is None:
             checkpoint = load_latest(self.path)
         checkpoint = from_official(checkpoint) if checkpoint else {}
+        if checkpoint and ("args" in checkpoint or "epoch" not in checkpoint):  # some official files have no args
+            check_flags(checkpoint, args, network_flags)
         self.is_new = is_at_start(checkpoint or None)
         name = None if self.owns_folder else self.path.name.removesuffix(".tar").removesuffix(".pth")
         resumed, loggers = "log" in checkpoint, [*args.loggers, *["tensorboard"] * args.tensorboard]
         self.log = RunLog(self.output_dir, total_steps, args.log_freq, loggers, resumed, name, vars(args))
         if checkpoint:
-            if "args" in checkpoint:  # some official files have none
-                check_flags(checkpoint, args, network_flags)
             restore(checkpoint, scheduled, **self.parts)
             if checkpoint.get("fp16_scaler"):
                 self.precision.scaler.load_state_dict(checkpoint["fp16_scaler"])

@@ -1,5 +1,7 @@
 """The training: one process for all groups, resuming, official files, zips, flags."""
 
+import csv
+import shutil
 import zipfile
 
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import deepcluster.main
 from deepercluster.clustering import Clusters, Layout
 from deepercluster.hub import from_official, load_network
 from deepercluster.main import hierarchical_loss, parse_args
@@ -14,6 +17,7 @@ from deepercluster.vgg16 import VGG16
 from shared.images.decode import read_image
 from shared.images.zipped import ZippedImages
 from shared.run.run import Run
+from tests.deepcluster import tiny as deepcluster_tiny
 from tests.deepercluster.tiny import BODY, FLAGS, train
 from tests.processes import run_processes
 from tests.reliability.runs import assert_same
@@ -81,6 +85,23 @@ def test_an_interrupted_run_goes_on_as_it_would_have(images, tmp_path):
     assert (tmp_path / "whole/checkpoints/checkpoint2.pth.tar").exists()
     with pytest.raises(ValueError, match="--image_size 64 does not fit the checkpoint"):
         train(tmp_path / "parts", *flags, "--image_size", 64)
+
+
+@pytest.mark.parametrize("script", ["deepercluster", "deepcluster"])
+def test_an_unreadable_image_is_told_and_in_no_cluster(images, tmp_path, script, capsys):
+    data = shutil.copytree(images, tmp_path / "images")
+    torn = next(data.rglob("*.png"))
+    torn.write_bytes(torn.read_bytes()[:40])
+    if script == "deepercluster":
+        train(tmp_path / "run", "--data_path", data, "--epochs", 1)
+    else:
+        flags = [*deepcluster_tiny.FLAGS.split(), "--exp", str(tmp_path / "run"), "--epochs", "1", str(data)]
+        deepcluster.main.train_deepcluster(deepcluster.main.parse_args(flags))
+    listed = tmp_path / "run/bad_images.txt"
+    assert f"in whose places others were read: 1, see {listed}" in capsys.readouterr().out
+    with open(tmp_path / "run/clusters.csv") as file:
+        clusters = {row["image"]: int(row["cluster"]) for row in csv.DictReader(file)}
+    assert [image for image, number in clusters.items() if number < 0] == [str(torn)]
 
 
 @pytest.mark.parametrize(
@@ -175,6 +196,14 @@ def test_weights_of_another_network_are_refused_by_name(images, tmp_path, flags,
     weights = tmp_path / "run/checkpoint.pth.tar"
     with pytest.raises(ValueError, match=message):
         train(tmp_path / "new", "--data_path", images, "--pretrained", weights, *flags.split())
+
+
+def test_a_run_from_weights_is_compared_with_them(images, tmp_path, capsys):
+    official_files(tmp_path / "run")
+    weights = ("--pretrained", tmp_path / "run/checkpoint.pth.tar", "--super_classes", 4, "--k", 3)
+    train(tmp_path / "new", "--data_path", images, *weights, "--epochs", 1, "--eval_knn_freq", 1)
+    printed = capsys.readouterr().out
+    assert printed.count("with the weights of --pretrained") >= 3 and "random weights" not in printed
 
 
 # --- Zips -------------------------------------------------------------------------------------------------------------

@@ -175,9 +175,13 @@ def test_any_vit_gets_larger_patches_without_loss(suffix, tmp_path, capsys):
     arguments = [str(tmp_path / "dino.pth"), str(out), "--patch", "8"]
     assert resize_patch(parse_args(arguments)) > 0.999
     printed = capsys.readouterr().out
+    assert "of different images 0." in printed  # beside which the cosine of an image with itself says something
     assert "patches of 4 pixels, 8x8 positions" in printed and "patches of 8 pixels, 8x8 positions" in printed
     found, images = load_flexible(out), torch.randn(2, 3, 32, 32)
     larger = with_patches_resized(images, 4, 8)
     torch.testing.assert_close(found.represent(larger), network.eval()(images), rtol=1e-3, atol=1e-4)
     assert resize_patch(parse_args([*arguments[:3], "2", "--image_size", "32"])) < 1
     assert load_flexible(out).grid == (16, 16)
+    with pytest.raises(SystemExit):
+        parse_args([str(out), str(out), "--patch", "4"])
+    assert "is the file that is read" in capsys.readouterr().err

@@ -58,12 +58,14 @@ def test_mixup_mixes_images_and_labels_alike():
     assert mix(images, targets, 0.0) == (images, targets)
 
 
-def test_a_student_learns_from_a_teacher_of_another_image_size(tmp_path):
+def test_a_student_learns_from_a_teacher_of_another_image_size(tmp_path, capsys):
     train(tmp_path / "teacher", *FEW, "--input_size", "24", "--loss", "softmax", "--lr", "0.003")
     teacher = str(tmp_path / "teacher" / "checkpoint.pth")
     flags = ("--teacher", teacher, "--teacher_input_size", "24", "--lr", "0.0003", "--mixup", "0")
     found = train(tmp_path / "student", *FEW, *flags, "--patch_size", "8")
     start = next(line for line in found if "loss" in line)
+    printed = capsys.readouterr().out
+    assert "% with random weights" in printed and "% with the weights of --teacher" in printed  # teacher and student
     assert start["loss"] < 0.5 and math.isfinite(found[-1]["test_loss"])  # it starts from the teacher's weights
     random = train(tmp_path / "random", *FEW, *flags, "--init", "random")
     assert next(line for line in random if "loss" in line)["loss"] > 2 * start["loss"]

@@ -24,7 +24,8 @@ def finished(tmp_path_factory):
     """Output folder of a run with pictures."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     flags = ("--drop", "none", "--lr", 0.01, "--weight_decay_head", 0, "--epochs", 4, "--test_resolutions", 8, 12)
-    train(folder, *FEW, *flags, "--test_freq", 9, "--pictures", "on")
+    for _ in range(2):  # a finished run that is started again ends in the same pictures
+        train(folder, *FEW, *flags, "--test_freq", 9, "--pictures", "on")
     return folder
 
 

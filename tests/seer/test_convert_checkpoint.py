@@ -112,6 +112,12 @@ def test_a_file_that_is_not_whole_is_named(kind, tmp_path):
     assert not list(tmp_path.glob("*.safetensors"))
 
 
+def test_a_published_file_is_not_replaced_by_its_conversion(tmp_path):
+    write(tmp_path / "seer.torch", "consolidated", grouped=False)
+    with pytest.raises(ValueError, match=r"--output .*seer.torch is the file of --input"):
+        run(tmp_path / "seer.torch", tmp_path / "seer.torch")
+
+
 def test_code_in_a_file_is_not_run(tmp_path):
     class Evil:
         def __reduce__(self):

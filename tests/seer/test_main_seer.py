@@ -85,6 +85,14 @@ def test_a_run_on_shards_that_is_stopped_goes_on_as_it_would_have(tmp_path):
         train(tmp_path / "parts", *data, "--feat_dim", 5)
 
 
+def test_a_finished_run_goes_on_where_its_stream_was_left_when_it_gets_more_passes(tmp_path):
+    flags = ("--data_path", write_images(tmp_path / "images"))  # 24 of them
+    train(tmp_path / "run", *flags, "--total_images", 22)  # 5 steps of 4
+    found = train(tmp_path / "run", *flags)
+    assert [line["step"] for line in found if "loss" in line] == [2, 4, 5, 6, 8, 10, 12]
+    assert len(train(tmp_path / "run", *flags)) == len(found)  # now there is nothing left
+
+
 def test_prototypes_are_frozen_and_then_learn(tmp_path):
     data = ("--data_path", write_images(tmp_path / "images"), "--total_images", 12, "--wd", 0.1)
     train(tmp_path / "frozen", *data, "--freeze_prototypes_niters", 3)

@@ -102,6 +102,8 @@ def test_views_of_several_sizes_are_passes_of_their_own():
     assert large.flops_per_image == 2 * planned().flops_per_image and large.optimiser == large.weights
     with pytest.raises(ValueError, match="--views 2 64 4: expected pairs of a number and a side"):
         main(["dino", "vit_small", "--views", "2", "64", "4"])
+    with pytest.raises(ValueError, match=r"sear is none of deepcluster, .*seer"):
+        main(["sear", "regnet_micro"])
 
 
 def test_the_fewest_devices_are_those_whose_memory_suffices(capsys):

@@ -17,9 +17,11 @@ from vit22b.scaled_vit import ScaledViT, Switches
 FEW = ("--data_path", "digits", "--batch_size", "360")
 
 
-def test_a_network_learns_and_its_log_has_the_attention_of_every_block(tmp_path, drawn):
+def test_a_network_learns_and_its_log_has_the_attention_of_every_block(tmp_path, drawn, capsys):
     flags = "--batch_size 48 --loss softmax --lr 0.004 --epochs 3 --timescale 1000 --crop_scale 0.7 1".split()
     found = train(tmp_path, *FEW[:2], *flags)
+    following = capsys.readouterr().out.partition("Next ")[2]
+    assert "--warmup_steps 2 --cooldown_steps 2 --timescale 1000 --seed 0 --qk_norm false" in following  # as it was
     assert found[0]["test_acc1"] < 20 and found[-1]["test_acc1"] > 28
     steps = [line for line in found if "loss" in line]
     assert steps[-1]["loss"] < steps[0]["loss"] and steps[-1]["lr"] < 0.004
@@ -105,7 +107,8 @@ def test_the_classifier_decays_by_itself_and_vectors_do_not():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--patch_size", "17", "--input_size", "16"], "--patch_size 17 is larger than an image of --input_size 16"),
+        (["--patch_size", "17", "--input_size", "16"], "--input_size 16 is no multiple"),
+        (["--patch_size", "14", "--input_size", "48"], "the last 6 pixels of every side would not be seen"),
         (["--mesh", "0", "2"], "--mesh 0 2 needs at least 1 process on each axis"),
         (["--mesh", "1", "2", "--amp", "fp16"], "and not --amp fp16"),
         (["--lr", "0"], "--lr 0.0 is not positive"),

@@ -105,7 +105,15 @@ def test_a_run_says_which_folder_trained_it_unless_two_could_have(tmp_path):
     torch.save({"model": {"x": torch.ones(1)}, "args": {"model": "resmlp_12"}}, tmp_path / "mlp.pth")
     assert folder_of(tmp_path / "mlp.pth") == "resmlp"  # those with classifiers differ in the names of networks
     assert folder_of("msn_vits16") == "msn" and folder_of("swav_resnet50") == "swav"
-    with pytest.raises(ValueError, match="can be of deepcluster or deepercluster or swav: say the folder"):
+    for arch, method in (
+        ("flexivit_micro", "flexivit"),
+        ("navit_micro", "navit"),
+        ("regnet_mini", "seer"),
+        ("vit_micro", "vit22b"),
+    ):
+        torch.save({"model": {"x": torch.ones(1)}, "args": {"arch": arch}}, tmp_path / "run.pth")
+        assert folder_of(tmp_path / "run.pth") == method
+    with pytest.raises(ValueError, match="can be of deepcluster or swav: say the folder"):
         folder_of(write_run(tmp_path / "run", "swav", "resnet"))
     with pytest.raises(ValueError, match="neither a run or a file, nor the name of a release"):
         folder_of(tmp_path / "nowhere")

@@ -33,6 +33,7 @@ def parser() -> Parser:
         (["--epoch_s", "3"], "unrecognized arguments: --epoch_s 3; did you mean --epochs? (--help lists all flags)"),
         (["--batchsize_per_gpu=3"], "did you mean --batch_size_per_gpu?"),
         (["--nothing-like-it", "3"], "unrecognized arguments: --nothing-like-it 3 (--help"),
+        (["--small_data"], "unrecognized arguments: --small_data (--help"),  # of other scripts, and no --val_path
         (["--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
     ],
 )

@@ -105,6 +105,25 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path):
         run.resume(DATA, STEPS, ("width",), network=build())
 
 
+def test_a_file_of_weights_under_the_name_of_a_checkpoint_is_refused_and_the_log_stays(tmp_path):
+    train(tmp_path, epochs=1)
+    log = (tmp_path / "metrics.jsonl").read_text()
+    for file in ("checkpoint.pth", "checkpoint.pth.previous"):
+        torch.save(build().state_dict(), tmp_path / file)
+    with pytest.raises(ValueError, match=r"the checkpoint in --output_dir .* is not that of a training run"):
+        train(tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == log
+
+
+def test_a_folder_with_a_run_of_another_script_is_refused(tmp_path):
+    train(tmp_path, epochs=1)
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=r"--output_dir .* holds checkpoint.pth of another run"):
+        Run(flags(tmp_path), "fp32", "checkpoint.pth.tar", subfolder="checkpoints")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+    Run(flags(tmp_path), "fp32", "probe.pth.tar", owns_folder=False)
+
+
 def test_layouts_are_functions_between_dictionaries(tmp_path):
     layout = {
         "to_official": lambda state: {("model" if k == "network" else k): v for k, v in state.items()},
