@@ -68,17 +68,3 @@ def test_documentation_of_packages_is_prose(tmp_path, monkeypatch):
     assert (first["id"], second["id"], second["title"]) == ("planes.__init__.Model", "planes.sub.Model", "Model")
     assert second["text"].startswith("Fits a plane. Parameters x : array Points of sub.")
     assert "\n" not in second["text"] and ">>>" not in second["text"]
-
-
-def test_documentation_becomes_a_data_set_once(tmp_path, monkeypatch):
-    text = [{"id": str(i), "title": "", "text": f"the wing of w{i} . a flow ."} for i in range(4)]
-    monkeypatch.setattr(documentation, "documentation", lambda: text)
-    tokenizer = tiny_retriever(tmp_path / "files").tokenizer
-    documentation.tokenized_documentation(tmp_path / "docs", tokenizer)
-    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "docs").iterdir()}
-    assert set(before) == {
-        "documentation.jsonl",
-        *(f"documentation-00000.{e}" for e in ("json", "tokens.npy", "borders.npy")),
-    }
-    documentation.tokenized_documentation(tmp_path / "docs", tokenizer)
-    assert before == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "docs").iterdir()}
