@@ -9,7 +9,6 @@ import torch
 from contriever.index import dense
 from contriever.index.dense import DenseIndex, IndexSettings
 from contriever.index.embeddings import Shard, ShardWriter, open_shard
-from contriever.passage_retrieval import get_args_parser
 from tests.processes import run_processes
 
 D, K = 16, 5
@@ -70,13 +69,6 @@ def test_approximate_kinds_find_most_of_it(kind):
     assert (np.diff(scores) <= 0).all()
     true = np.take_along_axis(QUERIES @ VECTORS.astype(np.float32).T, rows, axis=1)
     assert np.corrcoef(scores.ravel(), true.ravel())[0, 1] > 0.7
-
-
-@pytest.mark.parametrize("kind", ["flat", "scan", "hnsw"])
-def test_fewer_vectors_than_asked_for_are_not_filled_up(kind):
-    scores, rows = DenseIndex(in_memory(2, 1), IndexSettings(kind)).search(QUERIES, K)
-    assert (rows[:, 3:] == -1).all() and np.isneginf(scores[:, 3:]).all()
-    assert (np.sort(rows[:, :3]) == [0, 1, 2]).all()
 
 
 def test_cells_that_hold_too_few_are_told(capsys):
@@ -152,19 +144,6 @@ def test_queries_of_another_length_are_an_error():
 def test_settings_that_do_not_fit_name_their_flag(settings, count, message):
     with pytest.raises(ValueError, match=message):
         DenseIndex(in_memory(count), settings)
-
-
-def settings_of(*flags: str) -> IndexSettings:
-    required = "--data d --passages p --passages_embeddings e --output_dir o".split()
-    return IndexSettings.from_args(get_args_parser().parse_args([*required, *flags]))
-
-
-def test_flags():
-    assert settings_of() == IndexSettings("flat")
-    assert settings_of("--n_subquantizers", "8") == IndexSettings("pq", n_subquantizers=8)  # as in the reference
-    assert settings_of("--index", "hnsw", "--ef_search", "9") == IndexSettings("hnsw", ef_search=9)
-    with pytest.raises(ValueError, match="--n_subquantizers 8 has no effect on --index flat"):
-        settings_of("--index", "flat", "--n_subquantizers", "8")
 
 
 def search_on_rank(rank: int, folder: str, kind: str) -> tuple:

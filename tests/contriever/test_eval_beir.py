@@ -99,11 +99,6 @@ def test_a_bad_data_set_is_one_clear_error(changes, message, tmp_path):
         read_beir(write_dataset(tmp_path, **changes))
 
 
-def test_a_folder_of_another_kind_names_what_is_missing(tmp_path):
-    with pytest.raises(ValueError, match=r"not in the layout of BEIR: there is no .*corpus\.jsonl, no .*dev\.tsv"):
-        read_beir(tmp_path, "dev")
-
-
 # --- Metrics ----------------------------------------------------------------------------------------------------------
 
 
@@ -214,11 +209,3 @@ def test_results_in_other_formats_hold_the_same(beir, tmp_path):
 def test_bad_flags(beir, tmp_path, flags, message):
     with pytest.raises(ValueError, match=message):
         run(beir, tmp_path, *flags)
-
-
-def test_official_commands_parse():
-    command = "--model_name_or_path facebook/contriever-msmarco --dataset scifact --beir_dir /data --lower_case"
-    args = get_args_parser().parse_args(
-        [*command.split(), "--local_rank", "-1", "--main_port", "-1", "--score_function", "dot"]
-    )
-    assert args.text_maxlength == 512 and args.per_gpu_batch_size == 128

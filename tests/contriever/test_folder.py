@@ -13,7 +13,7 @@ import pytest
 from contriever.own_texts import walk as walk_module
 from contriever.own_texts.folder import Limits, place, read_pieces
 from contriever.own_texts.formats import LATIN_1, SUFFIXES, decode
-from contriever.own_texts.walk import describe_left_out, text_files
+from contriever.own_texts.walk import text_files
 
 
 def write(root: Path, *names: str, text: str = "wing") -> None:
@@ -92,15 +92,6 @@ def test_links_to_folders_are_followed_by_a_flag_and_never_in_a_circle(tmp_path)
     os.symlink(tmp_path / "outside" / "d.md", root / "file.md")
     assert names(root) == ({"b/c.md", "file.md"}, {"linked": 3})
     assert names(root, follow_links=True) == ({"b/c.md", "file.md", "a/d.md", "a/deep/e.md"}, {})
-
-
-def test_what_is_left_out_is_told_in_one_line():
-    left_out = Counter({"hidden": 2, "documents": 3, ".png": 4, "linked": 0, **{f".{i}": 1 for i in range(9)}})
-    assert describe_left_out(left_out) == (
-        "left out: 2 hidden, 3 PDF or DOCX (pip install -e '.[documents]'), 4 .png, 1 .0, 1 .1, 1 .2, 1 .3, "
-        "5 of other types"
-    )
-    assert describe_left_out(Counter(hidden=0)) == ""
 
 
 # --- Types ------------------------------------------------------------------------------------------------------------
@@ -280,13 +271,6 @@ def test_paragraphs_and_tables_of_a_docx(tmp_path):
     for content in (b"", b"PK", stream.getvalue()[:999], b"wing" * 99):
         with pytest.raises(ValueError, match="the document cannot be read"):
             read_pieces(Path("a.docx"), content, Limits())
-
-
-def test_a_file_whose_library_is_missing_names_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setattr("contriever.own_texts.formats.find_spec", lambda name: None)
-    write(tmp_path, "a.pdf")
-    with pytest.raises(ValueError, match=re.escape("a.pdf needs pypdf: pip install -e '.[documents]'")):
-        list(text_files(tmp_path / "a.pdf"))
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

@@ -102,6 +102,11 @@ def test_passages_are_those_of_a_slow_way(shape):
         assert pieces == slow_pieces("my notes", text, limits)
 
 
+def test_paragraphs_that_fill_a_passage_exactly_are_one():
+    pieces, _ = read_pieces(Path("notes.txt"), b"a b c\n\nd e f g\n\nh\n", Limits(7))
+    assert [piece.text for piece in pieces] == ["a b c\n\nd e f g", "h"]
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_snippets_are_those_of_a_slow_way(shape):
     text = " ".join((SHAPES[shape](1500) + "heat " * 200 + SHAPES[shape](1500)).split())

@@ -1,6 +1,5 @@
 """From a passage file to result files: the embedding of a corpus, killed and resumed, and the retrieval."""
 
-import gzip
 import json
 import os
 import signal
@@ -12,7 +11,6 @@ import torch
 
 from contriever import generate_passage_embeddings, passage_retrieval
 from contriever.encoder import load_retriever
-from contriever.generate_passage_embeddings import shard_range
 from contriever.index.embeddings import open_shards
 from contriever.index.passages import PassageFile
 from shared.run.log import read_log
@@ -20,17 +18,6 @@ from tests.contriever.tiny import WORDS, tiny_retriever
 from tests.processes import SERVER, run_processes
 
 N = 23
-PUBLISHED = (  # of the official README
-    "--model_name_or_path facebook/contriever --output_dir contriever_embeddings --passages psgs_w100.tsv "
-    "--shard_id 0 --num_shards 1",
-    "--model_name_or_path facebook/contriever --passages psgs_w100.tsv --passages_embeddings contriever_embeddings/* "
-    "--data nq_dir/test.json --output_dir contriever_nq",
-)
-
-
-def test_published_commands_parse():
-    assert generate_passage_embeddings.get_args_parser().parse_args(PUBLISHED[0].split()).num_shards == 1
-    assert passage_retrieval.get_args_parser().parse_args(PUBLISHED[1].split()).n_docs == 100
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +73,6 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 # --- Embedding --------------------------------------------------------------------------------------------------------
-
-
-def test_shards_are_contiguous_and_the_last_takes_the_rest():
-    assert [shard_range(23, i, 3) for i in range(3)] == [(0, 7), (7, 14), (14, 23)]
 
 
 def test_every_passage_gets_the_vector_of_its_title_and_text(corpus, embeddings):
@@ -196,14 +179,6 @@ def test_a_stored_index_is_used_again_and_is_no_shard(corpus, embeddings, tmp_pa
     assert [ranking(record) for record in scanned] == [ranking(record) for record in first]
     for of_scan, of_flat in zip(scanned, first, strict=True):  # torch and faiss round in their own ways
         np.testing.assert_allclose(scores(of_scan), scores(of_flat), rtol=1e-5)
-
-
-def test_compressed_files_give_the_same_results(corpus, embeddings, tmp_path):
-    expected = retrieve(corpus, embeddings, tmp_path / "plain")
-    for name in ("passages.tsv", "questions.json"):
-        (tmp_path / f"{name}.gz").write_bytes(gzip.compress((corpus / name).read_bytes()))
-    packed = ["--passages", str(tmp_path / "passages.tsv.gz"), "--data", str(tmp_path / "questions.json.gz")]
-    assert retrieve(corpus, embeddings, tmp_path / "packed", *packed) == expected
 
 
 def ranking(record: dict) -> list[str]:

@@ -1,6 +1,5 @@
 """The order of a cross-encoder of sentence-transformers, for the best documents of a run."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -90,10 +89,3 @@ def test_what_cannot_rerank_is_named(folder, tmp_path):
         ValueError, match=r"--rerank no/where is neither .* cache; --allow_download asks the hub for it"
     ):
         CrossEncoder("no/where")
-
-
-def test_without_the_library_its_extra_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    monkeypatch.setattr("shared.run.packages.find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=r"--rerank needs .* not installed: pip install -e '\.\[rerank\]'"):
-        CrossEncoder("any")

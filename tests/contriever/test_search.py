@@ -23,11 +23,10 @@ from contriever import search as search_script
 from contriever.own_texts import background
 from contriever.own_texts import index as index_module
 from contriever.own_texts.background import LiveIndex
-from contriever.own_texts.folder import Limits, Piece, read_pieces, snippet, split
+from contriever.own_texts.folder import Limits, Piece, read_pieces
 from contriever.own_texts.index import SearchIndex
 from contriever.own_texts.page import SearchServer, serve
 from contriever.own_texts.rendering import SCRIPT, Asked, mark, render_results
-from contriever.own_texts.walk import text_files
 from contriever.search import get_args_parser, search
 from tests.contriever.tiny import tiny_retriever
 
@@ -77,14 +76,6 @@ def rows(index: SearchIndex) -> list[tuple]:
 
 
 # --- Texts to passages ------------------------------------------------------------------------------------------------
-
-
-def test_visible_text_files_in_order(notes):
-    assert [p.relative_to(notes).as_posix() for p in text_files(notes)] == ["a.md", "c.jsonl", "sub/b.txt"]
-    assert list(text_files(notes / "a.md")) == [notes / "a.md"]
-    for path, message in ((notes / "e.png", "expected a folder or a file"), (notes / "none", "no such file or folder")):
-        with pytest.raises(ValueError, match=message):
-            list(text_files(path))
 
 
 MARKDOWN = """---
@@ -140,20 +131,6 @@ def test_passages_of_markdown_know_their_headings():
     assert only.title.split() == ["Zeus", ">", "Zeus", "and", "Hera"]
 
 
-def test_pieces_hold_every_word_once_and_no_more_than_allowed():
-    rng = np.random.default_rng(0)
-    for _ in range(30):
-        words = [f"w{i}{rng.choice([' ', chr(10), chr(10) * 2])}" for i in range(rng.integers(1, 60))]
-        text = "".join(words)
-        pieces = list(split(text, "", 100, Limits(7)))
-        assert [w for piece in pieces for w in piece.text.split()] == text.split()
-        assert all(len(piece.text.split()) <= 7 for piece in pieces)
-        for piece in pieces:
-            assert piece.text.split()[0] in text.split("\n")[piece.line - 1].split()
-    short = "a b\n\nc d\n\ne f g h i j"
-    assert [p.text for p in split(short, "", 100, Limits(7))] == ["a b\n\nc d", "e f g h i j"]
-
-
 LONG = {
     "words": "the wing of a thin plate , the heat " * 40,
     "table": "\n".join(f"{i};wing;plate;{i * i};heat,jet;cone" for i in range(60)),
@@ -179,15 +156,6 @@ def test_an_encoder_reads_the_whole_of_every_passage(what, tmp_path):
         assert len(pieces) < 3 * sum(lengths) / retriever.max_length + 3
         found = "".join("".join(piece.text.split()) for piece in pieces)
         assert found == "".join(LONG[what].split())  # nothing is lost, and nothing twice
-
-
-def test_snippets_show_where_the_words_are():
-    text = " ".join(f"w{i}" for i in range(300))
-    assert snippet("short\n text", "x") == "short text"
-    part = snippet(text, "w200 w201 zebra", 100)
-    assert "w200 w201" in part and part.startswith("… ") and part.endswith(" …") and len(part) < 110
-    assert snippet(text, "zebra", 100).startswith("w0 ")
-    assert "chains" in snippet(f"{text} chains", "chain", 100)
 
 
 def test_words_are_marked_whatever_their_form():
@@ -392,15 +360,6 @@ def test_problems_are_told_and_the_rest_is_indexed(notes):
     assert [path for hit in hits for path, *_ in hit.others] == ["c.jsonl"]
 
 
-def test_equal_problems_are_told_on_one_line(notes):
-    for n in range(5):
-        (notes / f"latin{n}.txt").write_bytes(b"wing in Z\xfcrich")
-    assert open_index(notes).update().remarks() == [
-        "latin0.txt, latin1.txt, latin2.txt and 2 others: it is not UTF-8, and was read as Latin-1",
-        "left out: 2 hidden, 1 .png",
-    ]
-
-
 def test_documents_without_their_library_are_counted_and_stay_as_they_were(notes, monkeypatch):
     pytest.importorskip("docx").Document().save(notes / "old.docx")
     index = open_index(notes)
@@ -443,12 +402,6 @@ def test_a_damaged_index_is_one_clear_error(notes, content):
         index = open_index(notes)
         index.update()
         index.search("wing", 3)
-
-
-def test_an_empty_folder_finds_nothing(tmp_path):
-    index = SearchIndex(tmp_path, tmp_path / ".index", bag_of_words, {})
-    index.update()
-    assert index.search("wing", 3) == index.search("wing", 3, "hybrid") == []
 
 
 def test_equal_texts_are_one_hit_that_names_its_places(notes):
@@ -538,14 +491,6 @@ def test_neither_the_index_nor_its_journal_is_readable_by_others(notes):
         os.umask(before)
 
 
-def test_progress_is_told_in_lines_where_there_is_no_terminal(notes, model, monkeypatch, capsys):
-    monkeypatch.setattr(search_script, "SECONDS_BETWEEN_LINES", 0)
-    monkeypatch.setattr(index_module, "PASSAGES_PER_TRANSACTION", 3)
-    run(model, "--passages", str(notes))
-    err = capsys.readouterr().err
-    assert "\r" not in err and re.fullmatch(r"(\d of 3 files, \d+%(, about \d+ s left)?\n){3,}left out: .*\n", err)
-
-
 def test_a_single_file_and_an_index_elsewhere(notes, model, tmp_path, capsys):
     index_path = tmp_path / "elsewhere.sqlite"
     run(model, "--passages", str(notes / "sub" / "b.txt"), "--index_path", str(index_path), "--query", "wing")
@@ -565,6 +510,7 @@ def test_rebuild_replaces_a_damaged_index(notes, model, capsys):
 def test_bad_flags_of_the_script(notes, model):
     for flags, message in (
         (["--passages", str(notes / "none")], "no such file or folder"),
+        (["--passages", str(notes / "e.png")], "expected a folder or a file"),
         (["--passages", str(notes), "--top_k", "0"], "--top_k 0"),
         (["--passages", str(notes), "--port", "65536"], "--port 65536"),
         (["--passages", str(notes), "--rebuild", "--index_path", str(notes / "sub" / "b.txt")], "is no index"),
@@ -623,17 +569,6 @@ def test_a_browser_that_goes_away_is_no_error_of_the_server(server, monkeypatch,
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_the_page_shows_results(server):
-    status, page, headers = get(server, "/")
-    assert status == 200 and "<ol>" not in page and 'placeholder="Search 6 passages"' in page
-    assert "left out: 2 hidden, 1 .png" in page
-    assert headers["Content-Type"] == "text/html; charset=utf-8"
-    status, page, _ = get(server, "/?q=bike+chain")
-    assert status == 200 and page.count("<li") == 3
-    assert "Oil the <mark>chain</mark> of the <mark>bike</mark>." in page and "a.md</bdi>, line 7" in page
-    assert 'value="bike chain"' in page
-
-
 def test_nothing_of_the_texts_or_the_query_becomes_markup(server):
     query = quote("script " + ATTACK)
     address = html.unescape(re.search(r'href="(/passage[^"#]*i%3Ex.md[^"#]*)', get(server, f"/?q={query}")[1])[1])
@@ -683,15 +618,6 @@ def test_the_retriever_is_chosen_on_the_page_and_the_query_is_kept(server):
     for wrong in ("q=kept&retriever=none", "q=kept&k=0", f"q=kept{'+' * 9}{'x' * 2000}"):
         status, page, _ = get(server, f"/?{wrong}")
         assert status == 400 and re.search('name="q" value="kept', page) and 'role="alert"' in page
-
-
-def test_json_answers(server):
-    status, body, headers = get(server, "/search.json?q=stall&k=1")
-    answer = json.loads(body)
-    (result,) = answer["results"]
-    assert status == 200 and (result["path"], result["line"]) == ("sub/b.txt", 1)
-    assert answer.keys() == {"query", "results", "left_out", "state"} and answer["left_out"] == {"hidden": 2, ".png": 1}
-    assert headers["Content-Type"] == "application/json; charset=utf-8"
 
 
 @pytest.mark.parametrize(
@@ -765,17 +691,3 @@ def test_serving_ends_where_there_is_no_index_to_serve(notes):
     open_index(notes).update()
     with pytest.raises(ValueError, match="made by another model or with other settings: its model is 1, now it is 2"):
         serve(LiveIndex(lambda: open_index(notes, model=2)), "127.0.0.1", 0, 3, "dense", 0.5)
-
-
-def test_queries_at_the_same_time_all_get_their_answers(server):
-    answers = {}
-
-    def ask(word: str) -> None:
-        answers[word] = json.loads(get(server, f"/search.json?q={word}&k=1")[1])["query"]
-
-    threads = [threading.Thread(target=ask, args=(word,)) for word in WORDS]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert answers == {word: word for word in WORDS}

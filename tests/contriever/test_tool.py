@@ -56,12 +56,6 @@ def test_a_language_model_finds_passages(notes):
     assert empty.is_error and "the query is empty" in empty.content[0].text
 
 
-def test_without_the_library_the_error_names_the_extra(notes, monkeypatch):
-    monkeypatch.setattr("contriever.own_texts.tool.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"--mcp needs mcp: pip install -e '.\[mcp\]'"):
-        make_server(None, notes, 1, "dense", 0.5)
-
-
 @pytest.mark.slow
 def test_the_script_speaks_the_protocol_on_its_standard_streams(notes, tmp_path):
     if importlib.util.find_spec("mcp") is None:

@@ -1,4 +1,4 @@
-"""Export, hub and the text that comes with the dependencies."""
+"""Export and hub."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,6 @@ import pytest
 import hubconf
 from contriever import export
 from contriever.encoder import load_retriever, pad
-from contriever.text import documentation
 from tests.contriever.tiny import tiny_retriever
 
 TEXTS = ["the wing of a thin plate", "heat"]
@@ -37,48 +36,3 @@ def test_hub_entries_read_local_encoders_and_ask_for_nothing_else(tmp_path):
         assert retriever.encode(TEXTS).shape == (2, 16)
     untrained = hubconf.contriever(pretrained=False, name_or_path=str(tmp_path / "files"))
     assert not np.allclose(untrained.encode(TEXTS), load_retriever(tmp_path / "files").encode(TEXTS))
-
-
-MODULE = '''
-class Model:
-    """Fits a plane.
-
-    Parameters
-    ----------
-    x : array
-        {long}
-
-    Examples
-    --------
-    >>> Model()
-    """
-
-    def fit(self):
-        """Short."""
-'''
-
-
-def test_documentation_of_packages_is_prose(tmp_path, monkeypatch):
-    (tmp_path / "planes/tests").mkdir(parents=True)
-    for name in ("__init__", "sub", "tests/test_sub"):
-        (tmp_path / f"planes/{name}.py").write_text(MODULE.format(long=f"Points of `{name}`. " * 30))
-    (tmp_path / "planes/template.py").write_text("class {name}:")
-    monkeypatch.syspath_prepend(tmp_path)
-    first, second = documentation.documentation(("planes",))
-    assert (first["id"], second["id"], second["title"]) == ("planes.__init__.Model", "planes.sub.Model", "Model")
-    assert second["text"].startswith("Fits a plane. Parameters x : array Points of sub.")
-    assert "\n" not in second["text"] and ">>>" not in second["text"]
-
-
-def test_documentation_becomes_a_data_set_once(tmp_path, monkeypatch):
-    text = [{"id": str(i), "title": "", "text": f"the wing of w{i} . a flow ."} for i in range(4)]
-    monkeypatch.setattr(documentation, "documentation", lambda: text)
-    tokenizer = tiny_retriever(tmp_path / "files").tokenizer
-    documentation.tokenized_documentation(tmp_path / "docs", tokenizer)
-    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "docs").iterdir()}
-    assert set(before) == {
-        "documentation.jsonl",
-        *(f"documentation-00000.{e}" for e in ("json", "tokens.npy", "borders.npy")),
-    }
-    documentation.tokenized_documentation(tmp_path / "docs", tokenizer)
-    assert before == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "docs").iterdir()}

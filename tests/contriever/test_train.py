@@ -1,7 +1,6 @@
 """The real script: flags, training, resuming, several processes."""
 
 import argparse
-import re
 import shutil
 
 import pytest
@@ -9,24 +8,10 @@ import torch
 
 from contriever.encoder import load_retriever
 from contriever.text.tokens import token_files
-from contriever.train import parse_args
 from tests.contriever.tiny import VOCABULARY, make_data, run_train, tiny_retriever, train_on_rank, write_jsonl
 from tests.processes import run_processes
 from tests.reliability.runs import assert_same_run, log_lines
 from tests.run_folders import losses, state_of, stopped_after
-
-PUBLISHED = {
-    "contriever": "--retriever_model_id bert-base-uncased --pooling average --augmentation delete "
-    "--prob_augmentation 0.1 --train_data encoded-data/bert-base-uncased/wiki encoded-data/bert-base-uncased/cc-net "
-    "--loading_mode split --ratio_min 0.05 --ratio_max 0.5 --chunk_length 256 --momentum 0.9995 --queue_size 131072 "
-    "--temperature 0.05 --warmup_steps 20000 --total_steps 500000 --lr 0.00005 --scheduler linear --optim adamw "
-    "--per_gpu_batch_size 64 --output_dir /checkpoint/contriever --projection_size 768 --main_port 10002",
-    "readme": "--retriever_model_id bert-base-uncased --moco_queue 131072 --momentum 0.9995 --temperature 0.05 "
-    "--augmentation delete --prob_augmentation 0.1 --train_data wiki --warmup_steps 20000 --total_steps 500000",
-    "mcontriever": "--retriever_model_id bert-base-multilingual-cased --pooling average --train_data af ar az be bg "
-    "--loading_mode split --ratio_min 0.1 --ratio_max 0.5 --chunk_length 256 --momentum 0.999 --queue_size 32768 "
-    "--temperature 0.05 --warmup_steps 20000 --total_steps 500000 --lr 0.00005 --sampling_coefficient 0.0",
-}
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +31,6 @@ def uninterrupted(data, tmp_path_factory):
         return runs[mode]
 
     return get
-
-
-@pytest.mark.parametrize("command", PUBLISHED.values(), ids=PUBLISHED)
-def test_published_commands_parse(command):
-    args = parse_args(command.split())
-    assert args.momentum > 0.99 and args.temperature == 0.05
-    assert args.queue_size in (131072, 32768)
 
 
 def test_a_killed_run_in_batch_ends_like_an_uninterrupted_one(data, uninterrupted, tmp_path):
@@ -77,20 +55,6 @@ def test_a_run_leaves_an_encoder_that_every_script_reads(data, uninterrupted):
         assert (vectors[0] == other).all()
     assert abs(vectors[0] - start).max() > 0.01
     assert (run / "checkpoint/step-4/checkpoint.pth").is_file()
-
-
-def test_a_run_ends_with_a_page_of_hits_before_and_after(uninterrupted):
-    page = (uninterrupted("moco") / "report.html").read_text()
-    assert re.search(r"Queries and hits.* \d+ ranks became better and \d+ worse", page, re.DOTALL)
-
-
-def test_a_run_folder_can_be_copied(data, uninterrupted, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(uninterrupted("moco"), run)
-    files = sorted(str(path.relative_to(run)) for path in run.rglob("*.pth"))
-    assert files == ["checkpoint.pth", "checkpoint/latest/checkpoint.pth", "checkpoint/step-4/checkpoint.pth"]
-    run_train(data, run, "--total_steps", 7)
-    assert state_of(run / "checkpoint/latest")["step"] == 7
 
 
 def test_two_processes_equal_one_with_twice_the_batch(data, tmp_path):

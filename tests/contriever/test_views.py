@@ -1,44 +1,12 @@
-import random
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from contriever.augmentations import Draws, Recipe, SpecialTokens, augment, inverse_cloze, two_views
 from contriever.losses import MoCo
-from contriever.training.evaluation import SentenceRecall, sentences
+from contriever.training.evaluation import SentenceRecall
 from contriever.training.pairs import StepSampler
 from tests.contriever.tiny import tiny_retriever
-
-SPECIAL = SpecialTokens(bos=2, eos=3, mask=4, first_ordinary=5, vocab_size=50)
-
-
-def draws(seed: int = 0) -> Draws:
-    return Draws(random.Random(seed), np.random.RandomState(seed))
-
-
-def test_a_mask_needs_a_mask_token():
-    with pytest.raises(ValueError, match="no mask token"):
-        augment(np.arange(9), "mask", 0.5, draws(), SpecialTokens(2, 3, None, 5, 50))
-
-
-def test_inverse_cloze_takes_the_span_out_of_nine_chunks_of_ten():
-    chunk, generator, kept = np.arange(100), draws(), 0
-    for _ in range(500):
-        span, rest = inverse_cloze(chunk, Recipe(0.1, 0.5, "none", 0.0), generator)
-        if len(rest) == 100:
-            kept += 1
-        else:
-            assert sorted([*span, *rest]) == list(range(100))
-    assert 30 < kept < 70
-
-
-def test_views_lie_between_the_special_tokens(tmp_path):
-    special = SpecialTokens.of(tiny_retriever(tmp_path).tokenizer)
-    assert (special.bos, special.eos, special.mask, special.first_ordinary) == (2, 3, 4, 5)
-    for view in two_views(np.arange(5, 45), Recipe(0.1, 0.5, "delete", 1.0), draws(), special):
-        assert view.tolist() == [2, 3]  # nothing is left of a view, and it can be encoded all the same
 
 
 def test_processes_share_the_pairs_of_a_step():
@@ -63,11 +31,6 @@ def test_the_queue_is_a_ring_that_refuses_what_is_not_finite(tmp_path):
 
 
 # --- Recall of a document from its own sentence -----------------------------------------------------------------------
-
-
-def test_sentences_end_at_their_marks_and_have_a_length():
-    document = np.array([9] * 6 + [1] + [9] * 2 + [1] + [9] * 70 + [1] + [9] * 8)
-    assert sentences(document, ends=[1]) == [(0, 7)]
 
 
 def test_recall_tells_an_encoder_that_matches_words_from_one_that_does_not(tmp_path):

@@ -82,12 +82,6 @@ def test_bm25_over_nothing_finds_nothing(texts):
     assert joined(texts).scores("wing")[0].tolist() == [0] * len(texts)
 
 
-def test_bm25_with_a_query_of_unknown_words_finds_nothing():
-    texts = ["wing flow", "heat"]
-    assert BM25(texts).search(["zebra", "wing", ""], k=2)[1].tolist() == [[-1, -1], [0, -1], [-1, -1]]
-    assert joined(texts).scores("")[0].tolist() == joined(texts).scores("the")[0].tolist() == [0, 0]
-
-
 def test_phrases_are_words_one_after_the_other():
     assert phrases('find "Oil of the Bike" and „Käse“ or “C++” ""') == [["oil", "of", "the", "bike"], ["kase"], ["c++"]]
     index = joined(["oil of the bike", "the bike of oil", "oils of the bike", "bikes"])

@@ -1,14 +1,12 @@
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from dino import eval_copy_detection
-from dino.eval_copy_detection import Whitening, mean_average_precision
+from dino.eval_copy_detection import Whitening
 from shared.images.decode import ImageError
-from tests.dino.tiny import write_checkpoint
 from tests.pictures import COLOURS, picture, write_image
 
 NAMES = [f"20{i:02d}00.jpg" for i in range(6)]
@@ -56,23 +54,6 @@ def test_copies_find_their_originals(data, capsys):
     assert "eval on original mAP=1.000" in output
     assert "not in" in output
     assert "jpegqual/50" in output
-
-
-def test_whitening_and_distractors_change_the_search(data):
-    torch.manual_seed(0)
-    result = run(data, "--whitening_path", data / "whitening", "--distractors_path", data / "distractors")
-    assert result["original"] == 1
-
-
-def test_networks_for_one_channel_see_the_luminance(data, tmp_path):
-    weights = write_checkpoint(tmp_path / "checkpoint.pth", in_chans=1)
-    assert run(data, "--pretrained_weights", weights, "--patch_size", 8)["original"] == 1
-
-
-def test_a_neighbour_beyond_the_twentieth_does_not_count():
-    neighbours = np.array([[3, 0, 1], [2, 1, 0]])
-    assert mean_average_precision(neighbours, [[3], [0]]) == pytest.approx((1 + (0 + 1 / 3) / 2) / 2)
-    assert mean_average_precision(neighbours, [[9], [2, 9]]) == pytest.approx((0 + 0.5) / 2)
 
 
 def test_whitening_does_not_blow_up_directions_without_variance():

@@ -13,7 +13,6 @@ from dino.eval_image_retrieval import score_ranks, shrink_and_normalize
 from dino.ground_truth import GroundTruth, read_ground_truth
 from shared.images.decode import ImageError
 from shared.networks.weights import UnsafeFileError
-from tests.dino.tiny import write_checkpoint
 from tests.pictures import COLOURS, picture, write_image
 
 IMAGES = [f"{colour}_{i:06d}" for colour in COLOURS for i in range(4)]  # 4 images of each of 3 buildings
@@ -64,20 +63,6 @@ def test_buildings_of_one_colour_are_found(data, multiscale, capsys):
     assert ">> roxford5k: mP@k[1, 5, 10] M: [" in output
 
 
-def test_networks_for_one_channel_see_the_luminance(data, tmp_path):
-    weights = write_checkpoint(tmp_path / "checkpoint.pth", in_chans=1)
-    assert run(data, "--pretrained_weights", weights, "--patch_size", 8)["medium"].mean_precision[0] == 1
-
-
-def test_without_weights_vit_small_takes_those_of_google_landmarks(data, monkeypatch):
-    def fetch(name):
-        raise ValueError(name)
-
-    monkeypatch.setattr(eval_image_retrieval, "fetch", fetch)
-    with pytest.raises(ValueError, match="googlelandmark"):
-        run(data, "--arch", "vit_small", "--pretrained_weights", "")
-
-
 def test_queries_without_positives_are_left_out_of_the_mean():
     relevance = [{"easy": [0], "hard": [], "junk": []}, {"easy": [1], "hard": [2], "junk": []}]
     truth, ranks = GroundTruth([""] * 3, [""] * 2, relevance), np.array([[0, 1, 2], [2, 1, 0]])
@@ -110,11 +95,6 @@ def test_ground_truth_of_python_2_is_read(tmp_path):
     (tmp_path / "gnd_roxford5k.pkl").write_bytes(content)
     truth = read_ground_truth(tmp_path, "roxford5k")
     assert truth == GroundTruth(["a", "b"], ["q"], [{"easy": [1, 0], "hard": [], "junk": []}])
-
-
-def test_ground_truth_is_read_from_json(tmp_path):
-    (tmp_path / "gnd_roxford5k.json").write_text(json.dumps(ground_truth()))
-    assert read_ground_truth(tmp_path, "roxford5k").relevance[2]["hard"] == [10]
 
 
 class Runs:

@@ -7,16 +7,13 @@ from PIL import Image
 
 from dino import eval_video_segmentation
 from dino.eval_video_segmentation import (
-    davis_palette,
     hard_mask,
     neighborhood_window,
     propagate_masks,
-    read_frame,
     write_mask,
 )
 from shared.images.decode import ImageError
-from tests.dino.tiny import write_checkpoint
-from tests.pictures import picture, write_image
+from tests.pictures import picture
 
 
 def write_video(root, name, height, width, num_frames=4, size=32):
@@ -77,13 +74,6 @@ def test_moving_objects_are_followed(davis, tmp_path):
             assert min(overlap) > (0.5 if t else 0.999), (name, t, overlap)
 
 
-def test_networks_for_one_channel_see_the_luminance(davis, tmp_path):
-    weights = write_checkpoint(tmp_path / "checkpoint.pth", in_chans=1)
-    run(davis[0], tmp_path, "--pretrained_weights", weights, "--n_last_frames", 1)
-    with Image.open(tmp_path / "wide" / "00003.png") as mask:
-        assert set(np.unique(np.array(mask))) == {0, 1, 2}
-
-
 def test_fewer_context_patches_than_matches_are_all_used():
     features, masks = torch.randn(1, 3), torch.tensor([[[[0.25]], [[0.75]]]])
     propagated = propagate_masks(features, features[None], masks, neighborhood_window(1, 1, 0), topk=5)
@@ -96,28 +86,6 @@ def test_a_constant_channel_does_not_win_everywhere():
     mask = hard_mask(soft_mask, patch_size=2)
     assert mask.shape == (8, 8)
     assert set(mask.unique().tolist()) == {0, 2}
-
-
-@pytest.mark.parametrize(
-    ("height", "width", "expected"), [(480, 854, (480, 832)), (854, 480, (832, 480)), (1080, 1920, (480, 832))]
-)
-def test_frames_keep_their_shape_up_to_multiples_of_64(tmp_path, height, width, expected):
-    path = write_image(tmp_path / "frame.jpg", picture(0, height=height // 8 * 8, width=width // 8 * 8))
-    assert read_frame(path, 480).shape == (3, *expected)
-
-
-def test_palette_spreads_the_bits_of_an_index_over_the_colours():
-    palette = np.array(davis_palette()).reshape(256, 3)
-    assert palette[[1, 2, 4, 7, 9, 21, 22, 255]].tolist() == [
-        [128, 0, 0],
-        [0, 128, 0],
-        [0, 0, 128],
-        [128, 128, 128],
-        [191, 0, 0],
-        [128, 64, 128],
-        [22, 22, 22],
-        [255, 255, 255],
-    ]
 
 
 def test_an_object_that_is_too_small_for_the_grid_does_not_stop_the_run(tmp_path):

@@ -4,10 +4,8 @@ import json
 
 import pytest
 import torch
-from torch import nn
 
 from dino import eval_knn, eval_linear
-from dino.eval_linear import FrozenFeatures
 from tests.pictures import COLOURS, write_class_folders, write_train_and_val
 from tests.processes import run_processes
 
@@ -41,24 +39,6 @@ def test_dumped_features_give_the_same_accuracy_when_loaded(data, tmp_path):
     assert labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
-def test_without_a_data_path_the_embedded_images_are_classified(capsys):
-    accuracies = classify("--nb_knn", 5, "--image_size", 16, "--patch_size", 16)
-    assert "embedded materials (val): 360 images" in capsys.readouterr().out
-    assert 15 < accuracies[5][0] < 100
-
-
-def test_a_list_may_hold_absolute_paths_where_that_is_allowed(data, tmp_path):
-    lists = []
-    for part in ("train", "val"):
-        lists.append(tmp_path / f"{part}.txt")
-        files = sorted((data / part).rglob("*.png"))
-        lists[-1].write_text("".join(f"{file}\t{file.parent.name}\n" for file in files))
-    flags = ["--data_path", lists[0], "--val_path", lists[1], "--nb_knn", 1]
-    with pytest.raises(ValueError, match=r"is absolute; .* unless --allow_absolute_paths is given"):
-        classify(*flags)
-    assert classify(*flags, "--allow_absolute_paths") == {1: (100, 100)}
-
-
 def test_bad_input_of_the_neighbours_is_one_clear_error(data, tmp_path):
     with pytest.raises(ValueError, match="--nb_knn 19 is more than the 18 images"):
         classify("--data_path", data, "--nb_knn", 19)
@@ -73,13 +53,6 @@ def test_bad_input_of_the_neighbours_is_one_clear_error(data, tmp_path):
 
 
 # --- Linear classifiers -----------------------------------------------------------------------------------------------
-
-
-def test_other_networks_give_their_output():
-    backbone = nn.Flatten()
-    features = FrozenFeatures(backbone, n_last_blocks=4, avgpool_patchtokens=True)
-    assert features.dim(12) == 12
-    assert features(torch.ones(2, 3, 2, 2)).shape == (2, 12)
 
 
 def test_the_learning_rate_is_scaled_and_falls_as_a_cosine(data, tmp_path):

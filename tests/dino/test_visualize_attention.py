@@ -15,9 +15,7 @@ from dino.visualize_attention import parse_args, training_views, visualize_atten
 from shared.evaluation import neighbours
 from shared.networks.classifiers import fill_classifier
 from shared.networks.weights import WeightMismatch
-from shared.pictures.attention import class_attention, prepare_image, save_attention
-from shared.pictures.sheets import normalised_pixels
-from tests.command_lines import error_of
+from shared.pictures.attention import class_attention, save_attention
 from tests.dino.tiny import write_checkpoint
 from xcit.cross_covariance_transformer import XCiT
 from xcit.hub import from_timm
@@ -44,28 +42,6 @@ def test_attention_and_class_token_share_sum_to_one():
     torch.testing.assert_close(attention.sum(dim=(2, 3)) + own, torch.ones(2, HEADS))
 
 
-def test_image_smaller_than_a_patch_is_refused():
-    with pytest.raises(ValueError, match="less than a patch of 4"):
-        class_attention(make_vit(), torch.zeros(1, 3, 3, 8))
-
-
-def test_picture_is_the_image_before_normalisation():
-    pixels = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
-    np.testing.assert_array_equal(normalised_pixels(prepare_image(pixels, [6, 5], MEAN, STD), MEAN, STD), pixels)
-
-
-def test_one_channel_is_the_luminance():
-    pixels = np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)
-    picture = normalised_pixels(prepare_image(pixels, [6, 5], MEAN, STD, in_chans=1), MEAN, STD)
-    luminance = np.array(Image.fromarray(pixels).convert("L"))
-    np.testing.assert_array_equal(picture, np.repeat(luminance[..., None], 3, axis=2))
-
-
-@pytest.mark.parametrize(("size", "expected"), [([7, 9], (7, 9)), ([10], (10, 20))])
-def test_image_size_is_height_and_width_or_the_short_side(size, expected):
-    assert prepare_image(np.zeros((30, 60, 3), dtype=np.uint8), size, MEAN, STD).shape == (3, *expected)
-
-
 def test_every_file_is_written_and_shows_its_map(tmp_path):
     model = make_vit()
     image = torch.randn(3, 18, 23, generator=torch.Generator().manual_seed(0))
@@ -84,35 +60,12 @@ def test_every_file_is_written_and_shows_its_map(tmp_path):
         assert (brightest[0] // 60, brightest[1] // 60) == divmod(int(attention[j].argmax()), 5)
 
 
-def test_without_threshold_there_are_no_masks(tmp_path):
-    paths = save_attention(make_vit(in_chans=1), torch.randn(1, 16, 16), tmp_path, MEAN, STD)
-    assert not any("mask" in path.name for path in paths)
-
-
 # --- The script -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("weights") / "checkpoint.pth", patch_size=4)
-
-
-def test_official_flags_and_defaults():
-    args = parse_args(["--image_path", "x.jpg"])
-    assert vars(args) | {
-        "arch": None,
-        "patch_size": None,
-        "pretrained_weights": "",
-        "checkpoint_key": "teacher",
-        "image_size": [480, 480],
-        "output_dir": ".",
-        "threshold": None,
-    } == vars(args)
-
-
-@pytest.mark.parametrize("flags", [["--threshold", "0"], ["--threshold", "1.5"], ["--image_size", "1", "2", "3"]])
-def test_wrong_flags_are_refused(flags):
-    assert flags[0] in error_of(parse_args, *flags, "--image_path", "x.jpg")
 
 
 def test_any_image_and_checkpoint(checkpoint, tmp_path):
@@ -122,14 +75,6 @@ def test_any_image_and_checkpoint(checkpoint, tmp_path):
     paths = visualize_attention(parse_args(flags.split()))
     assert read(tmp_path / "out" / "img.png").shape[:2] == (256, 352)  # 32 x 44 pixels, magnified 8 times
     assert all(path.exists() for path in paths)
-
-
-def test_without_image_given_weights_look_at_a_photograph(checkpoint, tmp_path):
-    flags = (
-        f"--arch vit_tiny --patch_size 4 --pretrained_weights {checkpoint} --image_size 24 24 --output_dir {tmp_path}"
-    )
-    visualize_attention(parse_args(flags.split()))
-    assert read(tmp_path / "img.png").std() > 20
 
 
 def test_without_anything_it_is_an_embedded_image_and_its_run(checkpoint, tmp_path, monkeypatch):
@@ -181,15 +126,3 @@ def test_class_attention_is_that_of_the_xcit_folder_with_the_same_weights():
     network = XCiT(patch_size=8, embed_dim=32, depth=1, num_heads=2, num_classes=0)
     fill_classifier(network, from_timm(model.state_dict()), "timm")
     torch.testing.assert_close(class_attention(model, images, class_row), network.eval().class_attention(images))
-
-
-def test_pictures_of_class_attention(tmp_path):
-    paths = save_attention(make_xcit(), torch.randn(3, 19, 30), tmp_path, MEAN, STD, 0.5, class_row)
-    assert {"attn-head0.png", "attn-head1.png", "attn-mean.png", "mask_th0.5_head1.png"} <= {p.name for p in paths}
-    assert read(tmp_path / "img.png").shape[:2] == (240, 360)  # 16 x 24 pixels, magnified 15 times
-
-
-def test_xcit_is_accepted_by_name(tmp_path):
-    flags = f"--arch xcit_nano_12_p16 --pretrained_weights random --image_size 32 --output_dir {tmp_path}"
-    visualize_attention(parse_args(flags.split()))
-    assert (tmp_path / "attention.png").exists()

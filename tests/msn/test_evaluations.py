@@ -10,11 +10,8 @@ import torch
 
 from msn import eval_knn, fine_tune, linear_eval, logistic_eval, visualize_attention
 from msn.fine_tune import layer_of, param_groups
-from msn.flags import load_chosen_encoder
-from msn.hub import load_pretrained
 from msn.labelled_training import Validation, from_official
 from msn.vision_transformer import VisionTransformer
-from shared.pictures.attention import class_attention
 from shared.run.attempt import Interrupted
 from shared.run.checkpoint import Checkpointer, load_latest
 from tests.command_lines import error_of
@@ -113,13 +110,6 @@ def test_an_earlier_layout_goes_on_after_the_lines_of_its_log():
     assert (state["args"], state["batch_size"], state["best_top1_acc"]) == ({"lr": 0.1}, 8, {"best": 50.0})
 
 
-def test_the_published_linear_config_is_understood():
-    config = linear_eval.Path(linear_eval.__file__).parent / "configs/eval/lineval_msn_vits16.yaml"
-    args = linear_eval.parse_args(["--fname", str(config), "--data_path", "/imagenet", "--folder", "/run"])
-    assert (args.lr, args.epochs, args.num_blocks, args.normalize, args.device) == (6.4, 100, 1, True, "cuda")
-    assert (args.pretrained, args.pretrain_path) == ("/run", "msn-vits16-latest.pth.tar")
-
-
 # --- Fine-tuning ------------------------------------------------------------------------------------------------------
 
 
@@ -180,20 +170,6 @@ def knn_of(run, *flags) -> dict[int, tuple[float, float]]:
     return eval_knn.eval_knn(eval_knn.parse_args(flags))
 
 
-def test_network_and_image_size_are_those_of_the_training(run, images, capsys):
-    data = ("--data_path", images, "--val_path", images)
-    said = knn_of(run, *data, "--model_name", "deit_tiny", "--fname", CHECKPOINT, "--image_size", 32)
-    assert "--image_size" not in capsys.readouterr().out
-    assert knn_of(run, *data) == knn_of(run / CHECKPOINT, *data) == said
-    printed = capsys.readouterr().out
-    assert "--model_name deit_tiny --image_size 32, as in the training" in printed
-    args = eval_knn.parse_args(["--pretrained", str(run), *map(str, data)])
-    load_chosen_encoder(args)
-    assert (args.model_name, args.image_size, args.fname) == ("deit_tiny", 32, CHECKPOINT)
-    with pytest.raises(ValueError, match=r"--image_size 24 contradicts the checkpoint, .*--rand_size 32"):
-        knn_of(run, *data, "--image_size", 24)
-
-
 def test_the_embedded_images_take_any_run_and_say_what_does_not_fit(run, tmp_path):
     assert knn_of(run)[1][0] > 20  # chance is 8
     with pytest.raises(
@@ -217,20 +193,3 @@ def test_the_embedded_images_take_any_run_and_say_what_does_not_fit(run, tmp_pat
 def test_without_flags_it_is_the_run_on_the_embedded_images_that_is_taken(script, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert ": run python main.py first" in error_of(script.main, "--device", "cpu")
-
-
-# --- Attention, export ------------------------------------------------------------------------------------------------
-
-
-def test_attention_pictures(run, images, tmp_path):
-    image = next(images.rglob("*.png"))
-    flags = f"--model_name deit_tiny --pretrained {run} --fname {CHECKPOINT} --image_path {image} --image_size 40 "
-    args = visualize_attention.parse_args([*flags.split(), "--output_dir", str(tmp_path), "--threshold", "0.6"])
-    paths = visualize_attention.visualize_attention(args)
-    names = {path.name for path in paths}
-    assert {"attention.png", "attn-head0.png", "attn-head1.png", "overlay-mean.png", "mask_th0.6_mean.png"} <= names
-    encoder = load_pretrained("deit_tiny", run, CHECKPOINT).encoder
-    attention = class_attention(encoder, torch.randn(2, 3, 33, 24))
-    assert attention.shape == (2, 2, 4, 3) and attention.sum(dim=(2, 3)).max() < 1
-    with pytest.raises(SystemExit):
-        visualize_attention.parse_args(["--threshold", "2"])

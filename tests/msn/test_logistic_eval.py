@@ -106,15 +106,6 @@ def test_bad_flags_are_refused(run, images, tmp_path):
         parse_args(["--root-path", "/datasets"])
 
 
-def test_the_official_command_line_is_understood():
-    args = parse_args(
-        "--lambd 0.0025 --penalty l2 --mask 0.0 --preload --fname vits16_800ep.pth.tar --model-name deit_small "
-        "--pretrained msn_os/ --device cuda:0 --normalize True --root-path /datasets --image-folder imagenet "
-        "--subset-path imagenet_subsets1/5imgs_class.txt".split()
-    )
-    assert (args.data_path, args.device, args.normalize) == ("/datasets/imagenet", "cuda", True)
-
-
 @pytest.mark.parametrize("penalty", ["l2", "elastic-net"])
 @pytest.mark.parametrize("num_classes", [2, 10])
 def test_the_classifier_ends_where_no_derivative_points_down(num_classes, penalty):
@@ -133,11 +124,6 @@ def test_the_classifier_ends_where_no_derivative_points_down(num_classes, penalt
     assert 0.1 < zero.mean() < 0.9
     assert np.abs(gradient[zero]).max() <= 1.001 * lambd
     np.testing.assert_allclose(gradient[~zero], -lambd * np.sign(weights[~zero]), rtol=1e-3)
-
-
-def test_one_class_is_refused():
-    with pytest.raises(ValueError, match="a single class"):
-        LowShotClassifier(torch.randn(4, 3), torch.zeros(4, dtype=torch.long), 0.1)
 
 
 def test_features_are_class_tokens_before_the_final_norm(run):

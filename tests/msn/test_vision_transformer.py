@@ -9,30 +9,11 @@ from msn.vision_transformer import (
     ProjectionHead,
     Trunk,
     VisionTransformer,
-    build,
     draw_kept_patches,
     num_kept_patches,
 )
 
 # Parameters of the encoder, and with a head of 2048 and 256 with batch norms.
-PARAMETERS = {
-    "deit_small": (21_665_664, 27_183_232),
-    "deit_small_p8": (21_670_272, 27_187_840),
-    "deit_small_p7": (21_745_152, 27_262_720),
-    "deit_base": (85_798_656, 92_102_656),
-    "deit_base_p8": (85_807_872, 92_111_872),
-    "deit_base_p7": (85_957_632, 92_261_632),
-    "deit_base_p4": (87_503_616, 93_807_616),
-    "deit_large": (303_301_632, 310_129_920),
-    "deit_large_p8": (303_313_920, 310_142_208),
-    "deit_large_p7": (303_513_600, 310_341_888),
-    "deit_huge": (630_918_400, 638_270_976),
-    "deit_huge_p8": (630_933_760, 638_286_336),
-    "deit_huge_p7": (631_183_360, 638_535_936),
-    "deit_huge_p10": (630_688_000, 638_040_576),
-    "vitc_4gf": (17_369_136, 17_369_136 + 5_517_568),
-    "deit_small_convstem": (27_113_904, 32_631_472),
-}
 
 
 def small_vit(**kwargs) -> VisionTransformer:
@@ -40,20 +21,6 @@ def small_vit(**kwargs) -> VisionTransformer:
     return VisionTransformer(
         **({"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3} | kwargs)
     )
-
-
-@pytest.mark.parametrize(("name", "sizes"), PARAMETERS.items(), ids=PARAMETERS)
-def test_published_networks_have_their_sizes(name, sizes):
-    with torch.device("meta"):
-        encoder = build(name)
-        assert sum(p.numel() for p in encoder.parameters()) == sizes[0]
-        encoder.fc = ProjectionHead(encoder.embed_dim)
-        assert sum(p.numel() for p in encoder.parameters()) == sizes[1]
-
-
-def test_every_architecture_is_checked_against_its_size():
-    ours = {"deit_micro", "deit_tiny"}  # the latter is smaller in these tests
-    assert {*PARAMETERS, *ours} == set(vision_transformer.ARCHITECTURES)
 
 
 @pytest.mark.parametrize(
@@ -64,12 +31,6 @@ def test_kept_patches_are_rounded_down(num_patches, patch_drop, kept):
     assert num_kept_patches(num_patches, patch_drop) == kept
     drawn = draw_kept_patches(num_patches, patch_drop)
     assert len(set(drawn.tolist())) == kept and drawn.min() >= 0 and drawn.max() < num_patches
-
-
-@pytest.mark.parametrize("patch_drop", [1.0, 0.95, -0.1, 2.0])
-def test_a_mask_that_leaves_no_patch_is_refused(patch_drop):
-    with pytest.raises(ValueError, match=f"a patch_drop of {patch_drop} leaves none of the 16 patches"):
-        small_vit()(torch.zeros(1, 3, 32, 32), patch_drop)
 
 
 def test_a_masked_image_gives_what_attention_over_the_kept_patches_alone_gives(monkeypatch):
@@ -130,13 +91,6 @@ def test_what_backward_keeps_falls_with_the_share_of_kept_patches():
     assert kept_elements(0.7) < 0.45 * kept_elements(0.0)
 
 
-def test_stochastic_depth_draws_for_each_sample():
-    encoder = small_vit(drop_path_rate=0.5).train()
-    image = torch.randn(1, 3, 32, 32).expand(16, -1, -1, -1)
-    assert len(encoder(image).round(decimals=4).unique(dim=0)) > 1
-    assert len(encoder.eval()(image).round(decimals=4).unique(dim=0)) == 1
-
-
 def test_the_trunk_is_the_encoder_without_its_head():
     encoder, images = small_vit().eval(), torch.randn(2, 3, 32, 32)
     expected = encoder(images)
@@ -151,16 +105,3 @@ def test_convolutional_stem_and_grey_images():
     assert encoder(torch.zeros(2, 1, 40, 33)).shape == (2, 24)  # pixels that fill no patch are cut off
     with pytest.raises(ValueError, match="a convolutional stem makes patches of 16"):
         small_vit(conv_stem=True)
-
-
-def test_bad_sizes_are_refused():
-    with pytest.raises(ValueError, match="7x32 pixels holds no patch of 8"):
-        small_vit()(torch.zeros(1, 3, 7, 32))
-    with pytest.raises(ValueError, match="the last 3 blocks of a ViT with 2 blocks"):
-        small_vit().forward_blocks(torch.zeros(1, 3, 32, 32), 3)
-    with pytest.raises(ValueError, match="unknown model 'vit_giant': choose deit_tiny"):
-        build("vit_giant")
-    with pytest.raises(ValueError, match="cannot be split into 5 heads"):
-        small_vit(num_heads=5)
-    with pytest.raises(ValueError, match="patch_size 64 must be between 1 and the image side of 32"):
-        small_vit(patch_size=64)

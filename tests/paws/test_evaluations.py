@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from paws import evaluation, few_labels, fine_tune, pseudo_labels, snn_eval, snn_fine_tune
-from paws.augmentations import choose_recipe
 from paws.evaluation import Representation
 from paws.labels import open_partly_labelled
 from shared.images.decode import ImageError
@@ -71,17 +70,6 @@ def test_what_is_left_open_is_that_of_the_training(images, run, capsys):
     assert "--image_size 12, as in the training" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"--image_size 16 contradicts the checkpoint, .* --image_size 12"):
         snn_eval.snn_eval(snn_eval.parse_args([*given, "--image_size", "16"]))
-
-
-def test_the_official_command_line_is_understood():
-    args = snn_eval.parse_args(
-        "--model-name wide_resnet28w2 --pretrained x.pth.tar --normalize True --use-pred --root-path /data "
-        "--image-folder imagenet --dataset-name imagenet_fine_tune --subset-path imagenet_subsets --device cuda:0 "
-        "--unlabeled-frac 0.99 --split-seed 152.0".split()
-    )
-    found = (args.data_path, args.dataset, args.data_seed, args.use_pred)
-    assert found == ("/data/imagenet", "imagenet_fine_tune", 152, True)
-    assert (args.unlabeled_frac, args.subset_path, args.device) == (0.99, "imagenet_subsets", "cuda")
 
 
 def test_validation_images_are_those_that_belong_to_the_labels(images):
@@ -206,13 +194,6 @@ def test_a_signal_during_the_validation_saves_and_the_run_goes_on(images, run, t
     assert not [line for line in lines(parts, name) if "top1" in line]
     assert tune(fine_tune, parts, *flags) == result
     assert_same_checkpoint(name, parts, whole)
-
-
-def test_a_classifier_that_starts_at_zero_knows_nothing_yet(images, run):
-    args = fine_tune.parse_args(arguments(images, run, *FINE_TUNE))
-    encoder = fine_tune.build_classifier(args, 3, choose_recipe("digits", image_size=12))
-    logits, _ = encoder.eval()(torch.randn(2, 3, 12, 12))
-    assert logits.shape == (2, 3) and not logits.any()
 
 
 def test_labelled_images_come_again_with_other_views():

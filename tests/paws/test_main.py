@@ -54,21 +54,6 @@ def test_configurations_are_read_and_the_command_line_wins(file):
                 assert getattr(args, key) == value, key
 
 
-def test_published_values():
-    paws, cifar, suncet = (
-        programs.parse_args(["--sel", PROGRAM_OF[file], "--fname", str(CONFIGS / file), "--data_path", "x"])
-        for file in ("paws/imgnt_train.yaml", "paws/cifar10_train.yaml", "suncet/imgnt_train.yaml")
-    )
-    names = "classes_per_batch supervised_imgs_per_class supervised_views unsupervised_batch_size lr start_lr final_lr "
-    names += "warmup epochs label_smoothing temperature output_dim use_pred_head unique_classes_per_rank"
-    for args, values in (
-        (paws, [15, 7, 1, 64, 6.4, 0.3, 0.064, 10, 100, 0.1, 0.1, 2048, True, True]),
-        (cifar, [10, 64, 2, 256, 3.2, 0.8, 0.032, 10, 600, 0.1, 0.1, 128, False, False]),
-        (suncet, [20, 2, 1, 44, 4.8, 0.6, 0.048, 10, 100, 0.0, 0.1, 2048, False, False]),
-    ):
-        assert [getattr(args, name) for name in names.split()] == values
-
-
 def test_an_official_configuration_is_read_as_it_stands(tmp_path):
     """All keys of the released file, with its device and its folders."""
     tree = yaml.safe_load((CONFIGS / "paws/imgnt_train.yaml").read_text())
@@ -192,6 +177,8 @@ def test_a_person_with_few_labels_gets_pseudo_labels_with_one_command(tmp_path, 
         (["--devices", "cuda:1"], "set CUDA_VISIBLE_DEVICES=1"),
         (["--devices", "gpu"], "--devices gpu: expected cuda:0 or cpu"),
         (["--color_jitter_strength", "3"], "--color_jitter_strength 3.0 is outside"),
+        (["--multicrop", "-1"], "--multicrop -1"),
+        (["--supervised_views", "0"], "--supervised_views 0"),
     ],
 )
 def test_bad_input_is_one_clear_message(images, tmp_path, flags, message):

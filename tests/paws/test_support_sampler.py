@@ -17,20 +17,6 @@ def epoch_of(sampler: SupportSampler, epoch: int, start: int = 0) -> list[list[t
     return list(sampler)
 
 
-def test_a_batch_has_the_same_class_in_every_slot_and_no_image_twice():
-    for batch in epoch_of(sampler(), 0):
-        labels = LABELS[[index for _, index in batch]].reshape(3, 2)  # image slots, classes
-        assert (labels == labels[0]).all() and len(set(labels[0])) == 2 and (labels >= 0).all()
-        assert len({index for _, index in batch}) == 6
-
-
-def test_a_round_shows_every_class_once():
-    batches = epoch_of(sampler(steps_per_epoch=9), 1)
-    for start in range(0, 9, 3):  # 6 classes, 2 in a batch
-        seen = [LABELS[index] for batch in batches[start : start + 3] for _, index in batch[:2]]
-        assert sorted(seen) == list(range(6))
-
-
 def test_keys_are_steps_so_views_of_an_image_differ_between_rounds():
     steps = [{step for step, _ in batch} for epoch in (0, 1) for batch in epoch_of(sampler(), epoch)]
     assert steps == [{step} for step in range(20)]
@@ -86,9 +72,3 @@ def test_what_cannot_be_sampled_is_one_clear_error(options, message):
     arguments = {"imgs_per_class": 2, "classes_per_batch": 2, "steps_per_epoch": 5} | options
     with pytest.raises(ValueError, match=message):
         SupportSampler(LABELS, **arguments)
-
-
-def test_a_class_with_a_single_image_is_a_class_like_others():
-    only = SupportSampler(np.array([0, 1, 1, -1]), 1, 2, steps_per_epoch=4)
-    batches = [[index for _, index in batch] for batch in epoch_of(only, 0)]
-    assert all(sorted(min(index, 1) for index in batch) == [0, 1] for batch in batches)

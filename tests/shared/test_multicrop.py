@@ -71,17 +71,6 @@ def test_equal_sizes_share_a_tensor_only_when_they_are_neighbours():
     assert [tuple(view.shape) for view in views] == [(2, 3, 16, 16), (2, 3, 8, 8), (2, 3, 16, 16)]
 
 
-def test_sources_without_classes_give_the_label_minus_one():
-    dataset = MultiCropDataset(ArraySource("grey", np.zeros((2, 9, 9), np.uint8)), [SMALL])
-    assert dataset[(0, 1)][1].tolist() == [-1]
-
-
-@pytest.mark.parametrize("wrong, flag", [({"backend": "gpu"}, "--augmentation"), ({"in_chans": 2}, "--in_chans")])
-def test_unknown_choices_are_refused(wrong, flag):
-    with pytest.raises(ValueError, match=flag):
-        MultiCropDataset(small_source(), RECIPES, **wrong)
-
-
 def write_photographs(folder, count=6, height=30, width=40):
     for i in range(count):
         Image.fromarray(photograph(i, height, width)).save(folder / f"{i}.png")
@@ -115,11 +104,6 @@ def test_large_jpegs_are_decoded_smaller_as_far_as_every_crop_allows(tmp_path, m
     monkeypatch.setattr("shared.multicrop._allowed_reduction", lambda views, recipes: 1)
     for small, full in zip(reduced, dataset.__getitems__(keys)[0], strict=True):
         assert 0 < (small.float() - full.float()).abs().mean() < 4
-
-
-def test_crops_smaller_than_their_views_need_the_full_image():
-    view = MultiCropDataset(small_source(), RECIPES).draw(30, 40, (0, 0, 0))[0]
-    assert _allowed_reduction([view], [LARGE]) == 1
 
 
 def test_normalisation_equals_torchvision():
@@ -175,14 +159,6 @@ def test_the_wrapper_gives_the_outputs_and_gradients_of_a_loop_over_views(backbo
     one_by_one.square().sum().backward()
     torch.testing.assert_close(outputs, one_by_one)
     torch.testing.assert_close(gradient, wrapper.backbone.linear.weight.grad)
-
-
-def test_the_wrapper_takes_joined_views_as_the_loader_gives_them():
-    torch.manual_seed(0)
-    views = [torch.randn(2, 3, size, size) for size in (8, 8, 4, 4, 4)]
-    wrapper = MultiCropWrapper(CountingBackbone(), nn.Identity())
-    torch.testing.assert_close(wrapper([torch.cat(views[:2]), torch.cat(views[2:])]), wrapper(views))
-    torch.testing.assert_close(wrapper(views[0]), wrapper(views)[:2])
 
 
 def test_the_wrapper_takes_the_first_output_and_returns_float32_features():

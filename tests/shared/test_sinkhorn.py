@@ -73,31 +73,12 @@ def test_prototypes_that_samples_compete_for_are_shared_at_any_range(limit, num_
         torch.testing.assert_close(sinkhorn_knopp(scores, 1.0, num_iters), expected, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e2, 1e4, 1e30])
-def test_every_sample_has_mass_one_at_any_range_of_scores(scale):
-    assignments = sinkhorn_knopp(scale * cosines(40, 10), epsilon=1.0)
-    torch.testing.assert_close(assignments.sum(dim=1), torch.ones(40))
-
-
-@pytest.mark.parametrize("epsilon", [0.05, 1e-3])
-def test_a_constant_added_to_all_scores_changes_nothing(epsilon):
-    scores = (cosines(30, 10) * 1024).round() / 1024  # exact when shifted
-    torch.testing.assert_close(sinkhorn_knopp(scores + 64, epsilon), sinkhorn_knopp(scores, epsilon))
-
-
 def test_scores_of_half_precision_and_autocast_are_balanced_in_float32():
     scores = cosines(30, 10).half()  # exp(1 / 0.05) is beyond the range of float16
     expected = sinkhorn_knopp(scores.float())
     torch.testing.assert_close(sinkhorn_knopp(scores), expected, rtol=0, atol=0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.testing.assert_close(sinkhorn_knopp(scores), expected, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("num_iters", [0, 3])
-def test_a_known_bound_on_the_scores_changes_nothing(num_iters):
-    for epsilon in (0.05, 0.01):
-        bounded = sinkhorn_knopp(cosines(30, 10), epsilon, num_iters, max_abs_score=1.0)
-        torch.testing.assert_close(bounded, sinkhorn_knopp(cosines(30, 10), epsilon, num_iters), rtol=1e-4, atol=1e-7)
 
 
 def test_no_gradient_flows_and_the_scores_stay_as_they_are():

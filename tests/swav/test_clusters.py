@@ -5,21 +5,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
-from PIL import ImageColor
 
 from shared.images.decode import ImageError
-from shared.pictures.sheets import DIFFER
-from swav import cluster_pictures, clusters
-from swav.cluster_pictures import mosaic, save_contact_sheet, save_overview, save_usage
-from swav.clustering import Clustering, assign, describe, merge_prototypes, purity, summarise
+from swav import clusters
+from swav.clustering import Clustering, assign, merge_prototypes, summarise
 from swav.clusters import take_prototypes
 from swav.hub import CARD
 from tests.pictures import write_class_folders
-from tests.shared.pictures.test_sheets import assert_nothing_is_clipped, read
+from tests.shared.pictures.test_sheets import read
 from tests.swav.tiny import build_small, finetuned_checkpoint, make_network, pretraining_file
 
-RED = list(ImageColor.getrgb(DIFFER))
 SMALL = ["--image_size", "32", "--workers", "0", "--device", "cpu"]
 
 
@@ -54,13 +49,6 @@ def test_image_goes_to_the_prototype_with_the_highest_score():
         assert clustering.clusters[i] == clustering.prototypes[i] == int(np.argmax(exponentials))
         assert clustering.confidences[i] == pytest.approx(max(exponentials) / sum(exponentials), rel=1e-4)
     assert clustering.num_clusters == clustering.num_prototypes == 7
-
-
-def test_scores_that_say_nothing_have_an_entropy_of_one():
-    prototypes = F.normalize(torch.ones(5, 8), dim=1)
-    assert assign(unit(10), prototypes).entropy == pytest.approx(1, abs=1e-5)
-    assert assign(prototypes, torch.eye(8), temperature=0.001).entropy == pytest.approx(1, abs=1e-5)
-    assert assign(torch.eye(8), torch.eye(8), temperature=0.001).entropy == pytest.approx(0, abs=1e-5)
 
 
 def test_prototypes_are_normalised_and_chosen_by_head():
@@ -119,11 +107,6 @@ def test_unused_prototypes_join_the_group_next_to_them():
 # --- Numbers ----------------------------------------------------------------------------------------------------------
 
 
-def test_purity_is_the_share_of_the_majority():
-    assert purity(np.array([0, 0, 1, 1, 2, 2]), np.array([5, 5, 5, 9, 9, 9])) == pytest.approx((2 + 2) / 6)
-    assert purity(np.array([0, 1, 2]), np.array([0, 1, 2])) == 1
-
-
 def test_summary_counts_prototypes_and_compares_with_the_classes():
     summary = summarise(make_clustering([3, 3, 0, 0], 5, labels=[1, 1, 0, 0]))
     assert (summary["prototypes_used"], summary["dead_prototypes"]) == (2, [1, 2, 4])
@@ -133,71 +116,6 @@ def test_summary_counts_prototypes_and_compares_with_the_classes():
     independent = summarise(make_clustering([0, 0, 1, 1], 2, labels=[0, 1, 0, 1]))
     assert independent["nmi"] == pytest.approx(0, abs=1e-9)
     assert independent["purity"] == 0.5
-
-
-def test_collapse_is_said_in_a_sentence_that_names_a_flag():
-    healthy = make_clustering(np.arange(100) % 50, 50)
-    assert "WARNING" not in describe(summarise(healthy))
-    one = describe(summarise(make_clustering(np.zeros(100, dtype=int), 50)))
-    assert "1 of 50 prototypes are used, as if 1.0 of them were used equally; 49 are dead" in one
-    assert "WARNING: few prototypes are used" in one
-    assert "--epsilon" in one
-    uniform = make_clustering(np.arange(100) % 50, 50, entropy=0.999)
-    assert "WARNING: every prototype fits every image equally well" in describe(summarise(uniform))
-
-
-# --- Pictures ---------------------------------------------------------------------------------------------------------
-
-
-def texts(figure: Figure) -> list[str]:
-    return [t.get_text() for t in figure.texts] + [axes.get_title() for axes in figure.axes]
-
-
-def test_mosaic_keeps_pixels_and_frames_the_chosen_ones():
-    images = [np.full((32, 32, 3), 10 * i, dtype=np.uint8) for i in range(5)]
-    canvas = mosaic(images, columns=3, framed=[4])
-    assert canvas.shape == (2 * 32 + 4, 3 * 32 + 2 * 4, 3)
-    assert (canvas[:32, 36:68] == 10).all()
-    assert (canvas[36:, 72:] == 255).all()  # the sixth place is empty
-    assert canvas[36, 36].tolist() == RED
-    assert (canvas[40:60, 40:60] == 40).all()
-
-
-class Colours:
-    """A source of flat images, the brighter the higher their number."""
-
-    classes = ("dark", "a class with a name that is far too long for a line of text")
-
-    def load(self, index):
-        from shared.images.decode import DecodedImage
-
-        return DecodedImage(np.full((20, 30, 3), 10 + index, dtype=np.uint8))
-
-
-def test_contact_sheet_shows_the_most_and_the_least_confident(tmp_path, drawn):
-    clustering = make_clustering([0] * 40 + [1] * 5, 2, labels=[0] * 39 + [1] * 6)
-    path = save_contact_sheet(Colours(), clustering, 0, tmp_path / "sheet.png", most_images=30)
-    shown = texts(drawn[0])
-    assert "Cluster 0" in shown
-    assert "40 images, confidence 0.72, 98 % class dark" in shown
-    assert any(text.startswith("the 20 most confident, 0.90 to 0.73") for text in shown)
-    assert any(text.startswith("the 10 least confident, 0.63 to 0.55") for text in shown)
-    assert_nothing_is_clipped(drawn[0])
-    assert (read(path) == RED).all(axis=2).any()  # the fortieth image is of the other class
-    save_contact_sheet(Colours(), clustering, 1, tmp_path / "small.png", most_images=30)
-    assert any(text.startswith("all of them, confidence 0.54 to 0.50") for text in texts(drawn[1]))
-    assert_nothing_is_clipped(drawn[1])
-
-
-def test_overview_and_usage_fit_their_sheets(tmp_path, drawn, monkeypatch):
-    monkeypatch.setattr(cluster_pictures, "OVERVIEW_CLUSTERS", 5)
-    clustering = make_clustering(np.arange(90) % 45, 50, labels=np.arange(90) % 2)
-    save_overview(Colours(), clustering, tmp_path / "overview.png")
-    assert_nothing_is_clipped(drawn[0])
-    assert any(text.startswith("The 5 largest of 45 clusters") for text in texts(drawn[0]))
-    save_usage(clustering, tmp_path / "usage.png")
-    assert "45 of 50 prototypes are used, 5 are dead" in texts(drawn[1])
-    assert_nothing_is_clipped(drawn[1])
 
 
 # --- The command ------------------------------------------------------------------------------------------------------

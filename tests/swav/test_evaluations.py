@@ -7,19 +7,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from torchvision import transforms
 
 from shared.evaluation import frozen, linear
 from shared.images.labelled import open_labelled
 from shared.images.sources import open_source
 from shared.images.subsets import drawn_images, labelled_subset
-from swav import eval_knn, eval_linear, eval_semisup, evaluation, main_swav, resnet50
+from swav import eval_linear, eval_semisup, evaluation, resnet50
 from swav.hub import CARD
 from tests.interruption import interrupted
 from tests.pictures import write_train_and_val
 from tests.processes import run_processes
-from tests.shared.photographs import photograph
 from tests.swav.tiny import (
     build_small,
     finetuned_checkpoint,
@@ -54,70 +51,12 @@ def finetune(data, folder, *flags):
     return eval_semisup.eval_semisup(eval_semisup.parse_args(list(map(str, arguments))))
 
 
-def classify(*flags):
-    return eval_knn.eval_knn(eval_knn.parse_args([*SMALL, *map(str, flags)]))
-
-
 def checkpoint_of(folder: Path) -> dict:
     return torch.load(folder / "checkpoint.pth.tar", weights_only=True)
 
 
 def log_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
-
-
-@pytest.mark.parametrize(
-    ("script", "published", "defaults"),
-    [
-        (
-            eval_linear,
-            "--pretrained swav_800ep_pretrain.pth.tar --dump_path out --workers 10 --arch resnet50w2 --use_bn True "
-            "--global_pooling false --nesterov 0 --scheduler_type step --decay_epochs 96 96 --gamma 0.2 "
-            "--dist_url env:// --world_size -1 --rank 0 --local_rank 0",
-            "--global_pooling true --use_bn false --seed 31 --epochs 100 --batch_size 32 --lr 0.3 "
-            "--wd 1e-6 --scheduler_type cosine --decay_epochs 60 80 --gamma 0.1 --final_lr 0 --nesterov false",
-        ),
-        (
-            eval_semisup,
-            "--pretrained swav_800ep_pretrain.pth.tar --labels_perc 1 --lr 0.02 --lr_last_layer 5 --dump_path out",
-            "--labels_perc 10 --lr 0.01 --lr_last_layer 0.2 --seed 31 --epochs 20 --batch_size 32 "
-            "--decay_epochs 12 16 --gamma 0.2",
-        ),
-    ],
-)
-def test_published_command_lines_parse_and_defaults_are_the_official_ones(script, published, defaults):
-    args = ["--data_path", "/imagenet"]
-    assert script.parse_args([*args, *published.split()]).output_dir == "out"
-    assert script.parse_args([*args, *defaults.split()]) == script.parse_args(args)
-
-
-def test_defaults_for_the_embedded_images_are_those_of_the_training():
-    random, training = eval_knn.parse_args(["--pretrained", "random"]), main_swav.EMBEDDED_DATA_DEFAULTS
-    evaluation.choose_network(random)
-    assert (random.arch, random.image_size) == (training["arch"], training["size_crops"][0])
-    assert eval_knn.parse_args([]).pretrained == training["output_dir"] + "/checkpoint.pth.tar"
-    images = eval_knn.parse_args(["--data_path", "images"])
-    evaluation.choose_network(images)
-    assert (images.pretrained, images.arch, images.image_size) == ("", "resnet50", 224)
-
-
-# --- k-NN -------------------------------------------------------------------------------------------------------------
-
-
-def test_images_are_prepared_as_in_the_official_code():
-    chain = transforms.Compose(
-        [
-            transforms.Resize(256),  # bilinear
-            transforms.CenterCrop(224),
-            transforms.ToTensor(),
-            transforms.Normalize((0.485, 0.456, 0.406), (0.228, 0.224, 0.225)),
-        ]
-    )
-    pixels = photograph(0, 300, 400)
-    ours = frozen.eval_transform(CARD, 224, make_network())(pixels)
-    difference = (ours - chain(Image.fromarray(pixels))).abs()
-    assert difference.mean() < 0.05 / (255 * 0.228)
-    assert difference.max() < 2.5 / (255 * 0.224)  # rounding of the two passes
 
 
 # --- Linear classification --------------------------------------------------------------------------------------------

@@ -40,11 +40,6 @@ def test_heads_take_banks_in_turn_and_become_the_centroids():
         assert torch.equal(head.weight, centroids) and head.weight.requires_grad
 
 
-def test_more_prototypes_than_rows_are_refused():
-    with pytest.raises(ValueError, match="--nmb_prototypes 7 is more than the 6 images"):
-        cluster_memory(filled(6), [nn.Linear(5, 7, bias=False)], [torch.arange(6)])
-
-
 def test_rows_that_are_not_finite_do_not_enter_the_memory():
     memory = filled(4)
     before = memory.embeddings.clone()

@@ -8,7 +8,7 @@ from torch import nn
 
 from shared.optimisation.larc import LARC
 from shared.sinkhorn import sinkhorn_knopp
-from swav.losses import EmbeddingQueue, SwappedPrediction, cluster_classification, normalize_prototypes_
+from swav.losses import EmbeddingQueue, SwappedPrediction, cluster_classification
 from tests.processes import run_processes
 
 
@@ -43,15 +43,6 @@ def test_loss_and_gradient_equal_those_of_a_loop_over_pairs(crops_for_assign, te
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
     (found,), (gradient,) = (torch.autograd.grad(value, scores) for value in (loss, expected))
     torch.testing.assert_close(found, gradient, rtol=1e-5, atol=1e-7)
-
-
-def test_prototypes_get_unit_rows_and_keep_their_directions():
-    prototypes = nn.Linear(4, 6, bias=False)
-    before = prototypes.weight.detach().clone()
-    normalize_prototypes_(prototypes)
-    torch.testing.assert_close(prototypes.weight.norm(dim=1), torch.ones(6))
-    torch.testing.assert_close(F.cosine_similarity(prototypes.weight, before), torch.ones(6))
-    assert prototypes.weight.requires_grad and prototypes.weight.is_leaf
 
 
 def test_classification_is_the_mean_over_heads_and_ignores_images_without_a_cluster():

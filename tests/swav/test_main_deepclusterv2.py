@@ -7,8 +7,7 @@ import shutil
 import pytest
 import torch
 
-from swav.main_deepclusterv2 import first_centroids, get_args_parser, parse_args
-from tests.command_lines import assert_values_arrive
+from swav.main_deepclusterv2 import first_centroids
 from tests.reliability.runs import write_images
 from tests.run_folders import lines, losses, state_of
 from tests.swav.tiny import train_deepclusterv2 as train
@@ -17,26 +16,6 @@ from tests.swav.tiny import train_deepclusterv2 as train
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("images") / "noise", count=26)  # the last two fill no batch
-
-
-PUBLISHED = (
-    "--data_path /imagenet/train --nmb_crops 2 4 --size_crops 160 96 --min_scale_crops 0.08 0.05 --max_scale_crops 1. "
-    "0.14 --crops_for_assign 0 1 --temperature 0.1 --feat_dim 128 --nmb_prototypes 3000 3000 3000 --epochs 400 "
-    "--batch_size 64 --base_lr 4.8 --final_lr 0.0048 --freeze_prototypes_niters 300000 --wd 0.000001 --warmup_epochs "
-    "10 --start_warmup 0.3 --dist_url tcp://host:40000 --arch resnet50 --sync_bn apex --dump_path /run"
-)
-
-
-def test_the_published_command_line_parses():
-    assert_values_arrive(get_args_parser(), PUBLISHED.split(), parse_args(PUBLISHED.split()))
-
-
-def test_defaults_are_the_official_ones():
-    official = "--nmb_prototypes 3000 3000 3000 --freeze_prototypes_niters 10000000000 --base_lr 4.8 --seed 31"
-    defaults = parse_args(["--data_path", "images"])
-    assert parse_args(["--data_path", "images", *official.split()]) == defaults
-    of_swav = {"epsilon", "sinkhorn_iterations", "queue_length", "epoch_queue_starts", "use_fp16"}
-    assert not of_swav & vars(defaults).keys()
 
 
 @pytest.fixture(scope="module")

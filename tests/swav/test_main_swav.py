@@ -12,45 +12,14 @@ from shared.images.resolutions import recipes_of
 from shared.images.views import ViewRecipe
 from swav import main_swav
 from swav.flags import FLIP_COLOR_AND_BLUR
-from swav.main_swav import get_args_parser, parse_args, rows_of_queue
-from tests.command_lines import assert_values_arrive, error_of
+from swav.main_swav import rows_of_queue
+from tests.command_lines import error_of
 from tests.processes import run_processes
 from tests.run_folders import lines, losses, state_of
 from tests.swav.tiny import SWAV, train_on_rank
 from tests.swav.tiny import train_swav as train
 
 QUEUE = ("--queue_length", 16, "--epoch_queue_starts", 0)
-
-
-# command lines of the official README and recipes, flag by flag as published
-PUBLISHED = [
-    "--data_path /imagenet/train --epochs 400 --base_lr 0.6 --final_lr 0.0006 --warmup_epochs 0 --batch_size 32 "
-    "--size_crops 224 96 --nmb_crops 2 6 --min_scale_crops 0.14 0.05 --max_scale_crops 1. 0.14 --use_fp16 true "
-    "--freeze_prototypes_niters 5005 --queue_length 3840 --epoch_queue_starts 15",
-    "--data_path /imagenet/train --nmb_crops 2 6 --size_crops 224 96 --min_scale_crops 0.14 0.05 --max_scale_crops 1. "
-    "0.14 --crops_for_assign 0 1 --temperature 0.1 --epsilon 0.05 --sinkhorn_iterations 3 --feat_dim 128 "
-    "--nmb_prototypes 3000 --queue_length 0 --epochs 800 --batch_size 64 --base_lr 4.8 --final_lr 0.0048 "
-    "--freeze_prototypes_niters 313 --wd 0.000001 --warmup_epochs 10 --start_warmup 0.3 --dist_url tcp://host:40000 "
-    "--arch resnet50 --use_fp16 true --sync_bn apex --dump_path /run --world_size 64 --rank 0 --local_rank 3 "
-    "--workers 10",
-]
-
-
-@pytest.mark.parametrize("command", PUBLISHED)
-def test_published_command_lines_parse(command):
-    assert_values_arrive(get_args_parser(), command.split(), parse_args(command.split()))
-
-
-def test_defaults_are_the_official_ones():
-    official = (
-        "--nmb_crops 2 --size_crops 224 --min_scale_crops 0.14 --max_scale_crops 1 --crops_for_assign 0 1 "
-        "--temperature 0.1 --epsilon 0.05 --sinkhorn_iterations 3 --feat_dim 128 --nmb_prototypes 3000 "
-        "--queue_length 0 --epoch_queue_starts 15 --epochs 100 --batch_size 64 --base_lr 4.8 --final_lr 0 "
-        "--freeze_prototypes_niters 313 --wd 1e-6 --warmup_epochs 10 --start_warmup 0 --dist_url env:// --local_rank 0 "
-        "--arch resnet50 --hidden_mlp 2048 --checkpoint_freq 25 --use_fp16 true --sync_bn pytorch "
-        "--syncbn_process_group_size 8 --dump_path . --seed 31"
-    )
-    assert parse_args(["--data_path", "images", *official.split()]) == parse_args(["--data_path", "images"])
 
 
 @pytest.fixture(scope="module")
@@ -175,19 +144,6 @@ def swav_views(*values) -> list[ViewRecipe]:
     names = ("nmb_crops", "size_crops", "min_scale_crops", "max_scale_crops")
     args = argparse.Namespace(blur_radius=(0.1, 2.0), **dict(zip(names, values, strict=True)))
     return recipes_of(args, **FLIP_COLOR_AND_BLUR)
-
-
-def test_views_come_resolution_by_resolution():
-    views = swav_views([2, 6], [224, 96], [0.14, 0.05], [1.0, 0.14])
-    assert [view.size_px for view in views] == [224] * 2 + [96] * 6
-    assert [view.scale for view in views] == [(0.14, 1.0)] * 2 + [(0.05, 0.14)] * 6
-
-
-def test_all_views_have_the_same_colours_and_blur():
-    for view in swav_views([1, 2], [32, 16], [0.14, 0.05], [1.0, 0.14]):
-        assert (view.flip_p, view.jitter, view.jitter_p, view.grey_p) == (0.5, (0.8, 0.8, 0.8, 0.2), 0.8, 0.2)
-        assert (view.blur_p, view.blur_radius, view.solarize_p) == (0.5, (0.1, 2.0), 0.0)
-        assert (view.interpolation, view.ratio) == ("bilinear", (3 / 4, 4 / 3))
 
 
 @pytest.mark.parametrize(

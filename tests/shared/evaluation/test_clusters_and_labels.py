@@ -137,15 +137,3 @@ def normalise(vectors: np.ndarray) -> np.ndarray:
 def test_labels_that_do_not_fit_are_one_sentence(rows, message, pool, tmp_path):
     with pytest.raises(ValueError, match=message):
         label_images(tmp_path, rows)
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (("--clusters", 61), "--clusters 61: there are 60 images"),
-        (("--method", "hdbscan", "--min_cluster_size", 61), "--min_cluster_size 61: there are 60"),
-    ],
-)
-def test_more_clusters_than_images_are_refused(flags, message, pool, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        find_clusters(tmp_path, *flags)

@@ -76,10 +76,3 @@ def test_useless_features_are_an_error_that_names_the_sample(value, message):
     features[2] = value
     with pytest.raises(ValueError, match=rf"1 of 6 .* {message}, .* sample 2"):
         check_features(features)
-
-
-def test_extraction_refuses_an_empty_data_set_and_features_without_meaning():
-    with pytest.raises(ValueError, match="empty"):
-        extract_features(PixelSums(), CountingImages(0), CPU)
-    with pytest.raises(ValueError, match="5 of 5 feature vectors are all zeros"):
-        extract_features(nn.Sequential(nn.Flatten(), nn.Threshold(99, 0)), CountingImages(5), CPU)

@@ -44,11 +44,6 @@ def test_several_k_from_one_search_equal_separate_calls():
     assert together == {k: knn_classify(*train, *test, k) for k in (20, 3, 7)}
 
 
-def test_a_single_test_image_is_enough():
-    features, labels = clustered(20)
-    assert knn_classify(features, labels, features[:1], labels[:1], k=1) == (100, 100)
-
-
 def test_classes_without_a_vote_never_count_as_a_hit():
     features = torch.eye(2).repeat_interleave(3, dim=0)
     labels = torch.tensor([0, 0, 0, 1, 1, 1])
@@ -56,21 +51,9 @@ def test_classes_without_a_vote_never_count_as_a_hit():
     assert knn_classify(features, labels, features[-1:], torch.tensor([0]), k=2) == (0, 0)
 
 
-def test_more_declared_classes_do_not_change_the_accuracy():
-    train, test = clustered(60, noise=1.5), clustered(40, noise=1.5, seed=1)
-    assert knn_classify(*train, *test, 10) == knn_classify(*train, *test, 10, num_classes=1000)
-
-
 def test_a_small_temperature_does_not_overflow():
     train, test = clustered(60), clustered(40, seed=1)
     assert knn_classify(*train, *test, 10, temperature=1e-3) == knn_classify(*train, *test, 1)
-
-
-def test_accuracy_does_not_depend_on_the_scale_of_the_features():
-    (train, labels), (test, test_labels) = clustered(60, noise=1.5), clustered(40, noise=1.5, seed=1)
-    scales = torch.rand(60, 1) * 100 + 0.01
-    expected = knn_classify(train, labels, test, test_labels, 10)
-    assert knn_classify(train * scales, labels, test * 7, test_labels, 10) == expected
 
 
 @pytest.mark.parametrize("k", [1, 5, 33, 400])
@@ -84,13 +67,6 @@ def test_neighbours_equal_those_of_the_full_sorted_product(k, size, monkeypatch)
     expected = (queries @ database.t()).sort(dim=1, descending=True)
     torch.testing.assert_close(similarities, expected.values[:, :k])
     assert torch.equal(indices, expected.indices[:, :k])
-
-
-def test_equal_rows_are_returned_once_each():
-    database = torch.ones(50, 4)
-    similarities, indices = nearest_neighbours(torch.ones(1, 4), database, k=50)
-    assert torch.equal(similarities, torch.full((1, 50), 4.0))
-    assert sorted(indices[0].tolist()) == list(range(50))
 
 
 @pytest.mark.parametrize("spread", [1.0, 1e-2, 0.0])

@@ -1,9 +1,6 @@
 """Features of a person's own images, in files, and near-duplicates among them."""
 
-import csv
 import os
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +16,7 @@ from shared.images.sources import FileSource, open_source
 from tests.interruption import interrupted
 from tests.networks import CARDS, SMALL, card_of, small_network
 from tests.processes import free_port, run_processes
-from tests.shared.photographs import encoded, photograph
+from tests.shared.photographs import photograph
 
 from .test_scripts import KNN, data, knn, small_vits, weights  # noqa: F401 (fixtures)
 
@@ -61,16 +58,6 @@ def test_features_are_the_outputs_of_the_network_of_a_run_that_its_card_describe
     assert features.paths == [source.path(i) for i in range(6)]
     expected = network(torch.stack([transform(source.load(i).decode()) for i in range(6)]))
     torch.testing.assert_close(torch.from_numpy(features.embeddings), expected)
-
-
-@pytest.mark.parametrize("folder", KNN)
-def test_features_are_those_of_the_knn_evaluation(folder, weights, data, tmp_path):  # noqa: F811
-    knn(folder, weights, data, "--dump_features", tmp_path)
-    expected = torch.load(tmp_path / "trainfeat.pth", weights_only=True)
-    found = extract(folder, weights / folder, "--data_path", data, "--split", "train", "--out", tmp_path / "f.csv")
-    torch.testing.assert_close(F.normalize(torch.from_numpy(found.embeddings), dim=1), expected)
-    labels = torch.load(tmp_path / "trainlabels.pth", weights_only=True).tolist()
-    assert found.labels == [sorted(set(found.labels))[label] for label in labels]
 
 
 @pytest.mark.parametrize("call", [2, 3])
@@ -177,33 +164,6 @@ def test_two_processes_write_the_file_of_one(photos, tmp_path):
     for features in run_processes(_extract, 2, str(photos), str(tmp_path / "two.npz"), free_port()):
         torch.testing.assert_close(features, torch.from_numpy(alone.embeddings))
     assert read_features(tmp_path / "two.npz").paths == alone.paths
-
-
-@pytest.mark.slow
-def test_planted_copies_among_photographs_are_found(tmp_path, capsys):
-    """160 photographs and 40 copies: JPEG, smaller by an eighth, or cropped by 2 % of the side.
-
-    The random VGG gives them a cosine of 0.993 or more, and other pairs 0.987 or less, for each of three seeds.
-    """
-    folder, side = tmp_path / "photos", 64
-    folder.mkdir()
-    for i in range(160):
-        image = Image.fromarray(photograph(1000 + i, side, side))
-        (folder / f"{i:03}a.png").write_bytes(encoded(image, "PNG"))
-        changed = (image, image.resize((56, 56), Image.Resampling.BICUBIC), image.crop((1, 1, side, side)))[i % 3]
-        if i < 40:
-            (folder / f"{i:03}b.jpg").write_bytes(encoded(changed, "JPEG", quality=75 if i % 3 == 0 else 95))
-    flags = ("--arch", "vgg11", "--image_size", side, "--data_path", folder)
-    features = extract("dino", "random", *flags, "--out", tmp_path / "f.npz")
-    groups = search(tmp_path / "f.npz", "--threshold", 0.99, "--out", tmp_path / "d.csv")
-    numbers = [[Path(features.paths[i]).name[:3] for i in group] for group in groups]
-    assert all(first == second for first, second in numbers) and len(numbers) >= 38
-    assert re.search(r"0.99 +(3[89]|40) +\d+ +2  <- --threshold", capsys.readouterr().out)
-    with open(tmp_path / "d.csv") as file:
-        first, second, *_ = csv.DictReader(file)
-    assert first["group"] == second["group"] == "1" and first["similarity"] == "1.0000" > second["similarity"]
-    assert second["path"] == features.paths[groups[0][1]]
-    assert Image.open(tmp_path / "d.png").width > 200
 
 
 def test_groups_are_what_links_connect_whatever_the_blocks(monkeypatch):

@@ -153,14 +153,6 @@ def test_the_neighbours_of_readable_images_are_counted(folder, damaged, weights,
         knn(folder, weights, root, "--on_bad_image", "error")
 
 
-def test_too_many_unreadable_images_stop_an_evaluation(damaged, weights):
-    root, train, _ = damaged
-    (train.parent / "003.png").write_bytes(b"")
-    with pytest.raises(ImageError, match=r"2 of 18 images .*--max_bad_fraction allows"):
-        knn("dino", weights, root)
-    assert knn("dino", weights, root, "--max_bad_fraction", 0.2)[3][0] > 50
-
-
 @pytest.mark.parametrize("name", PROBES)
 def test_unreadable_images_of_probes_are_replaced_and_listed(name, damaged, weights, tmp_path):
     root, train, val = damaged

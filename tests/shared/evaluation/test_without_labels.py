@@ -85,18 +85,6 @@ def test_measures_are_those_of_the_features_and_of_pixels_and_draw_no_random_num
     assert BesidePixels(network)(whole[:3]).shape == (3, 12 + 3 * 256)
 
 
-def test_long_runs_are_measured_fifty_times_and_at_both_ends(tmp_path):
-    measured = measures(tmp_path, photographs(3), epochs=202)
-    measured.images = photographs(3)
-    due = []
-    for epoch in range(-1, 202):
-        try:
-            measured.run(epoch, Colours())
-        except (AttributeError, TypeError):  # there is something to do
-            due.append(epoch)
-    assert due[:3] == [-1, 4, 9] and due[-1] == 201 and len(due) == 42
-
-
 def test_images_are_held_out_where_there_are_others_than_those_of_the_training(tmp_path, capsys):
     for name in ("train/a", "val/a", "flat", "more"):
         (tmp_path / name).mkdir(parents=True)

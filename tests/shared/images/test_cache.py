@@ -8,7 +8,7 @@ from PIL import Image
 import shared.images.cache
 from shared.images.cache import CachedSource, cache_images
 from shared.images.decode import ImageError
-from shared.images.sources import ArraySource, FileSource, open_source
+from shared.images.sources import FileSource, open_source
 from shared.multicrop import MultiCropDataset, ViewRecipe
 from tests.shared.photographs import encoded, photograph
 
@@ -110,10 +110,3 @@ def test_memory_is_shared_out_between_the_processes_of_a_machine(monkeypatch):
     alone = shared.images.cache._free_memory()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert 0 < shared.images.cache._free_memory() < alone / 2
-
-
-def test_no_cache_and_decoded_sources_stay_as_they_are(folder):
-    source = open_source(folder)
-    assert cache_images(source, "none") is source
-    digits = ArraySource("grey", np.zeros((2, 4, 4), np.uint8))
-    assert cache_images(digits, "memory") is digits

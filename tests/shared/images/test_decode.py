@@ -124,12 +124,6 @@ def test_truncated_files_are_detected_never_half_a_picture(file_format):
             decode(data[:kept])
 
 
-def test_a_jpeg_with_a_hole_in_its_pixels_is_detected():
-    data = encoded(photograph(1, 60, 80), "JPEG")
-    with pytest.raises(ImageError, match=r"picture: .*premature end"):
-        decode(data[: len(data) // 2] + b"\xff\xd9")
-
-
 def test_bytes_before_the_end_marker_of_a_jpeg_do_no_harm():
     data = encoded(PHOTOGRAPH, "JPEG")
     np.testing.assert_array_equal(decode(data[:-2] + b"\0\0\0" + data[-2:]), decode(data))
@@ -208,12 +202,6 @@ def test_a_png_is_read_whatever_its_texts_and_profiles_are(chunk):
         decode(bytes(damaged[:after_header]) + chunk + bytes(damaged[after_header:]))
 
 
-def test_dark_16_bit_images_are_told_of():
-    values = np.linspace(0, 4095, 30 * 40).reshape(30, 40).astype(np.uint16)
-    with pytest.warns(UserWarning, match="become nearly black"):
-        decode(encoded(Image.fromarray(values), "PNG"))
-
-
 def test_other_files_are_refused_with_their_name(tmp_path):
     (tmp_path / "text.jpg").write_text("no image at all")
     (tmp_path / "empty.png").write_bytes(b"")
@@ -240,17 +228,6 @@ def test_formats_that_nobody_trains_on_are_refused_whatever_the_name(file_format
 @pytest.mark.parametrize("file_format", ["GIF", "MPO", "JPEG2000"])
 def test_further_formats_are_read_whatever_the_name(file_format):
     assert np.abs(decode(encoded(PHOTOGRAPH, file_format)).astype(int) - PHOTOGRAPH).mean() < 20
-
-
-def test_unreadable_files_are_refused(tmp_path, monkeypatch):
-    (tmp_path / "secret.jpg").write_bytes(encoded(PHOTOGRAPH, "JPEG"))
-
-    def refuse(*args, **kwargs):
-        raise PermissionError(13, "Permission denied")  # root, who runs many containers, may read everything
-
-    monkeypatch.setattr("builtins.open", refuse)
-    with pytest.raises(ImageError, match=r"secret\.jpg: Permission denied"):
-        read_image(tmp_path / "secret.jpg")
 
 
 def png_header(width: int, height: int) -> bytes:

@@ -23,7 +23,6 @@ from shared.images.loading import (
     EpochBatchSampler,
     EvalDataset,
     EvalTransform,
-    default_num_workers,
     make_loader,
 )
 from shared.images.sources import FileSource
@@ -63,16 +62,6 @@ def test_a_bad_image_is_replaced_listed_once_and_counted(tmp_path):
     assert bad_images.count() == 2
 
 
-def test_replacements_are_a_function_of_the_key(tmp_path):
-    source = photographs(tmp_path, 10, bad=(3,))
-
-    def replacement(*key):
-        return BadImages(10).read(source, 3, key, lambda index: load_pixels(source)(index)[0])
-
-    assert replacement(0, 1, 3) == replacement(0, 1, 3)
-    assert len({replacement(0, epoch, 3) for epoch in range(30)}) > 4
-
-
 def test_a_resumed_run_goes_on_with_the_list(tmp_path):
     source = photographs(tmp_path, 40, bad=(3, 7))
     for index in (3, 7, 3):
@@ -89,28 +78,6 @@ def test_too_many_bad_images_stop_the_run(tmp_path):
     ):
         for index in range(20):
             bad_images.read(source, index, (0, index), load_pixels(source))
-
-
-def test_one_bad_image_is_forgiven_in_the_smallest_set_but_not_two(tmp_path):
-    source = photographs(tmp_path, 3, bad=(0,))
-    assert BadImages(3).read(source, 0, (0,), load_pixels(source))[0] in (1, 2)
-    source = photographs(tmp_path, 3, bad=(0, 1, 2))
-    with pytest.raises(ImageError, match="2 of 3 images cannot be read"):
-        BadImages(3).read(source, 0, (0,), load_pixels(source))
-
-
-def test_error_stops_at_the_first_bad_image_with_file_and_reason(tmp_path):
-    source = photographs(tmp_path, 4, bad=(2,))
-    with pytest.raises(ImageError, match=r"2\.jpg: .*[Pp]remature end"):
-        BadImages(4, on_bad_image="error").read(source, 2, (0,), load_pixels(source))
-
-
-def test_a_file_that_vanished_is_a_bad_image(tmp_path):
-    source = photographs(tmp_path, 10)
-    (tmp_path / "5.jpg").unlink()
-    bad_images = BadImages(10, tmp_path / "bad_images.txt")
-    assert bad_images.read(source, 5, (0,), load_pixels(source))[0] != 5
-    assert (tmp_path / "bad_images.txt").read_text() == f"{tmp_path / '5.jpg'}\tNo such file or directory\n"
 
 
 def test_errors_of_other_kinds_are_not_swallowed(tmp_path):
@@ -150,15 +117,6 @@ def test_an_image_that_is_left_out_is_another_one_without_its_label(tmp_path):
     assert torch.equal(items[2][0], items[items[2][2]][0]) and items[2][2] != 2
 
 
-@pytest.mark.parametrize(
-    "wrong, flag",
-    [({"on_bad_image": "drop"}, "--on_bad_image 'drop'"), ({"max_fraction": 2}, "--max_bad_fraction 2")],
-)
-def test_wrong_policies_are_refused(wrong, flag):
-    with pytest.raises(ValueError, match=flag):
-        BadImages(4, **wrong)
-
-
 # -------------------------------------------------------------------------------------------------------- evaluation
 
 
@@ -186,11 +144,6 @@ def test_the_eval_transform_normalises():
     grey = EvalTransform(32, 32, MEAN, STD, in_chans=1)(pixels)
     luminance = transforms.functional.rgb_to_grayscale(raw.float())
     torch.testing.assert_close(grey, (luminance / 255 - 0.449) / 0.226, atol=0.02, rtol=0)
-
-
-def test_a_crop_larger_than_the_resized_image_is_refused():
-    with pytest.raises(ValueError, match="256"):
-        EvalTransform(224, 256)
 
 
 def test_eval_items_keep_order_labels_and_indices(tmp_path):
@@ -302,16 +255,6 @@ def test_a_script_that_fails_with_workers_ends():
     code = "from tests.shared.images.test_loading import fail_while_loading; fail_while_loading()"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert run.returncode == 1 and run.stderr.endswith("KeyError: 'a bug'\n")
-
-
-def test_cores_are_shared_out_between_the_ranks_of_a_machine(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    assert default_num_workers() == 7 and default_num_workers(most=4) == 4
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert default_num_workers() == 1
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
-    assert default_num_workers() == 0
 
 
 def load_after_opencv_has_used_its_threads(batches):

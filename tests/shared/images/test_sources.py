@@ -25,9 +25,7 @@ from shared.images.sources import (
     TORCHVISION,
     ArraySource,
     FileSource,
-    PackedStrings,
     _lock_file,
-    ask_about_classes,
     check_same_classes,
     locked,
     open_source,
@@ -85,13 +83,6 @@ def test_class_folders_are_read_as_image_folder_reads_them(tmp_path):
     assert source.describe() == f"{tmp_path}: 7 images, 3 classes (left out: 1 .txt)"
 
 
-def test_links_to_folders_are_followed(tmp_path):
-    write(tmp_path / "elsewhere" / "a" / "1.png")
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "linked").symlink_to(tmp_path / "elsewhere" / "a")
-    assert names(open_source(tmp_path / "data")) == ["linked/1.png"]
-
-
 def test_images_directly_inside_mean_no_classes_at_any_depth(tmp_path):
     write(tmp_path / "b.png", tmp_path / "a.png", tmp_path / "sub" / "deeper" / "c.png")
     source = open_source(str(tmp_path))
@@ -101,15 +92,7 @@ def test_images_directly_inside_mean_no_classes_at_any_depth(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("train", "val"),
-    [
-        ("train", "val"),
-        ("train", "test"),
-        ("train", "valid"),
-        ("train", "validation"),
-        ("Train", "Val"),
-        ("training", "Test"),
-    ],
+    ("train", "val"), [("train", "test"), ("train", "validation"), ("Train", "Val"), ("training", "Test")]
 )
 def test_a_parent_folder_stands_for_its_parts_which_have_their_usual_names_in_any_case(tmp_path, train, val):
     write(*(tmp_path / split / c / "1.png" for split in (train, val) for c in "ab"), tmp_path / train / "a/2.png")
@@ -353,45 +336,6 @@ def test_missing_and_empty_inputs_are_named(tmp_path):
         open_source(tmp_path / "hollow", "valid")
 
 
-def test_a_wrong_path_names_the_nearest_one_that_exists(tmp_path):
-    write(tmp_path / "holiday" / "images" / "1.png")
-    for wrong, meant in {
-        tmp_path / "holidays": tmp_path / "holiday",
-        tmp_path / "Holiday" / "images" / "deeper": tmp_path / "holiday",
-        tmp_path / "holiday" / "image": tmp_path / "holiday" / "images",
-        "cifar-10": "cifar10",
-    }.items():
-        with pytest.raises(ValueError, match=rf"no such file or folder.*; is {re.escape(str(meant))} meant\?"):
-            open_source(wrong)
-    with pytest.raises(ValueError, match=r"imagenette\)$"):
-        open_source(tmp_path / "zzz")
-
-
-@pytest.mark.parametrize(
-    ("folders", "are_asked_about"),
-    [
-        ("plate0 plate1", True),
-        ("Patient_012 Patient_7", True),
-        ("2023-01-31 2023-02-01", True),
-        ("20230131 20230201", True),
-        ("day-1 day-2", True),
-        ("cat dog", False),
-        ("plate0 healthy", False),
-        ("n01443537 n01530575", False),
-        ("0 1 2", False),
-        ("subway dayflower", False),
-    ],
-)
-def test_folders_that_look_like_plates_patients_or_days_are_asked_about(folders, are_asked_about, tmp_path, capsys):
-    write(*(tmp_path / name / "1.png" for name in folders.split()))
-    ask_about_classes(open_source(tmp_path))
-    printed = capsys.readouterr().out
-    assert printed.startswith("NOTE: are ") == are_asked_about and ("take --no_labels" in printed) == are_asked_about
-    without = open_source(tmp_path, no_labels=True)
-    ask_about_classes(without)
-    assert without.classes is None and without.labels is None and capsys.readouterr().out == ""
-
-
 def test_different_classes_in_train_and_val_are_an_error():
     def source(name, classes):
         return ArraySource(name, np.zeros((2, 4, 4), np.uint8), [0, 1], classes)
@@ -403,13 +347,6 @@ def test_different_classes_in_train_and_val_are_an_error():
         check_same_classes(source("train", ["a", "b"]), source("val", ["b", "a"]))
     with pytest.raises(ValueError, match="flat has no classes to evaluate"):
         check_same_classes(source("train", ["a", "b"]), ArraySource("flat", np.zeros((1, 4, 4), np.uint8)))
-
-
-def test_names_are_packed_whatever_their_bytes():
-    strings = ["", "a", "schön/ü.jpg", "odd\udcff.png", "x" * 300, ""]
-    packed = PackedStrings(strings)
-    assert list(packed) == strings and len(packed) == 6
-    assert packed._bytes.nbytes + packed._ends.nbytes < 400
 
 
 def test_file_names_that_are_no_utf8_can_be_read(tmp_path):
@@ -473,12 +410,6 @@ def no_network(monkeypatch):
     monkeypatch.setattr("urllib.request.urlopen", fail)
 
 
-def test_without_a_network_the_error_says_what_to_do(tmp_path, no_network):
-    for name in ("cifar10", "stl10", "flowers102", "imagenette"):
-        with pytest.raises(ValueError, match=f"--data_path {name}: could not be downloaded.*Name or service not known"):
-            open_source(name, download_root=tmp_path / name)
-
-
 def test_a_forged_archive_of_a_data_set_is_not_unpacked(tmp_path, no_network):
     for name, archive in (("cifar10", "cifar-10-python.tar.gz"), ("imagenette", "imagenette2.tgz")):
         root = tmp_path / name
@@ -494,7 +425,7 @@ def test_a_forged_archive_of_a_data_set_is_not_unpacked(tmp_path, no_network):
 def test_every_torchvision_name_exists_and_takes_its_arguments(tmp_path, no_network):
     for name in TORCHVISION:
         for split in ("train", "val"):
-            with pytest.raises(ValueError, match="could not be downloaded"):
+            with pytest.raises(ValueError, match=rf"(?s){name}: could not be downloaded.*Name or service not known"):
                 open_source(name, split, download_root=tmp_path / name)
     with pytest.raises(ValueError, match="ask for the train or the val part"):
         open_source("cifar10", "all", download_root=tmp_path)

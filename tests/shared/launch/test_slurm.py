@@ -77,12 +77,6 @@ def pauses(monkeypatch):
 # -- flags
 
 
-def test_flags_have_the_official_names_and_defaults():
-    args = parse()
-    assert (args.ngpus, args.nodes, args.timeout) == (8, 2, 2800)
-    assert (args.partition, args.use_volta32, args.comment) == ("", False, "")
-
-
 def test_the_batch_script_asks_for_what_the_flags_say(tmp_path, program):
     program("srun", "exit 1")
     program("sbatch", f'cp "$1" {tmp_path}/script; echo Submitted batch job 7')

@@ -5,7 +5,6 @@ import torch
 import torchvision
 from torch import nn
 
-from shared.multicrop import MultiCropWrapper
 from shared.networks.backbones import build_library_backbone, library_architectures
 
 pytestmark = pytest.mark.usefixtures("no_network")
@@ -37,16 +36,6 @@ def test_features_have_the_stated_dimension(arch, in_chans):
     assert features.shape == (2, embed_dim)
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "convnext_atto", "test_vit", "xcit_nano_12_p16"])
-def test_views_of_two_sizes_go_through_the_wrapper(arch):
-    backbone, embed_dim = build_library_backbone(arch)
-    wrapper = MultiCropWrapper(backbone.eval(), nn.Linear(embed_dim, 5))
-    large, small = torch.randn(2, 3, 64, 64), torch.randn(6, 3, 32, 32)
-    features = wrapper.embed([large, small])
-    torch.testing.assert_close(features, torch.cat([backbone(large), backbone(small)]))
-    assert wrapper([large, small]).shape == (8, 5)
-
-
 def test_name_known_to_both_libraries_is_torchvision():
     with torch.device("meta"):
         backbone, embed_dim = build_library_backbone("resnet50")
@@ -72,12 +61,6 @@ def test_dropout_of_the_classifier_is_off():
     backbone, _ = build_library_backbone("squeezenet1_1")
     images = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(backbone(images), backbone(images))
-
-
-def test_unused_drop_path_is_stated(monkeypatch):
-    monkeypatch.setattr("shared.networks.backbones.torchvision_architectures", lambda: [])  # timm's network
-    with torch.device("meta"), pytest.warns(UserWarning, match="vgg11_bn has no stochastic depth"):
-        build_library_backbone("vgg11_bn", drop_path_rate=0.1)
 
 
 @pytest.mark.parametrize(("typo", "meant"), [("resnt50", "resnet50"), ("my_vi", "my_vit"), ("xcit", "xcit")])

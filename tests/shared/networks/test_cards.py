@@ -75,34 +75,7 @@ ENTRIES = {  # file below <NAME>_WEIGHTS_URL, millions of parameters
     "xcit_tiny_24_p16": ("xcit_tiny_24_p16_224.pth", 12.1),
     "xcit_tiny_24_p8": ("xcit_tiny_24_p8_224.pth", 12.1),
 }
-OTHER_RELEASES = {  # stem of the files, those of the entries aside
-    "dino": "",
-    "deepcluster": "",
-    "msn": "",
-    "paws": """paws_imgnt_10percent_200ep paws_imgnt_10percent_100ep paws_imgnt_1percent_200ep paws_imgnt_1percent_100ep
-        paws_imgnt_10percent_300ep_finetuned paws_imgnt_1percent_300ep_finetuned""",
-    "resmlp": """resmlp_12_dist resmlp_12_dino resmlp_24_dist resmlp_24_dino resmlp_36_dist resmlpB_24_dist
-        resmlpB_24_22k""",
-    "seer": "",
-    "swav": """swav_400ep_pretrain swav_200ep_pretrain swav_100ep_pretrain swav_400ep_bs256_pretrain
-        swav_200ep_bs256_pretrain swav_400ep_2x224_pretrain deepclusterv2_400ep_pretrain
-        deepclusterv2_400ep_2x224_pretrain selav2_400ep_2x224_pretrain""",
-    "xcit": " ".join(
-        [f"{name}_{variant}" for name in ENTRIES if name[:5] == "xcit_" for variant in ("224_dist", "384_dist")]
-        + [f"xcit_{name}_dino" for name in ("small_12_cp16", "small_12_cp8", "medium_24_cp16", "medium_24_cp8")]
-    ),
-}
-ADDRESSES = {name: f"https://dl.fbaipublicfiles.com/{name}/" for name in CARDS} | {
-    "paws": "https://dl.fbaipublicfiles.com/suncet/",
-    "resmlp": "https://dl.fbaipublicfiles.com/deit/",
-    "seer": "https://dl.fbaipublicfiles.com/vissl/model_zoo/",
-    "swav": "https://dl.fbaipublicfiles.com/deepcluster/",
-}
-
-
-def folder_of(entry: str) -> str:
-    name = entry.partition("_")[0]
-    return {"deepclusterv2": "swav", "selav2": "swav", "resmlpB": "resmlp"}.get(name, name)
+RELEASED = ("deepcluster", "dino", "msn", "paws", "resmlp", "seer", "swav", "xcit")  # folders with entries of torch.hub
 
 
 @pytest.fixture
@@ -114,26 +87,11 @@ def published(tmp_path, monkeypatch):
     return tmp_path / "published"
 
 
-def publish(published, file: str, contents) -> None:
-    (published / file).parent.mkdir(parents=True, exist_ok=True)
-    torch.save(contents, published / file)
-
-
 # --- Releases and entries ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", OTHER_RELEASES)
-def test_released_files_have_the_published_names(method):
-    card = card_of(method)
-    files = [file for entry, (file, _) in ENTRIES.items() if folder_of(entry) == method]
-    ending = ".pth.tar" if files[0].endswith(".tar") else ".pth"
-    files += [stem + ending for stem in OTHER_RELEASES[method].split()]
-    assert sorted(release.file for release in card.releases.values()) == sorted(files)
-    assert card.address == ADDRESSES[method]
-
-
 def test_every_entry_is_known_here():
-    names = {name for method in OTHER_RELEASES for name in importlib.import_module(f"{method}.hub").ENTRIES}
+    names = {name for method in RELEASED for name in importlib.import_module(f"{method}.hub").ENTRIES}
     assert names == set(ENTRIES) and names <= set(dir(hubconf))
 
 
@@ -149,42 +107,6 @@ def test_entry_builds_offline_and_asks_for_its_file(entry, published):
 
 def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {prefix + name: value for name, value in tensors.items()}
-
-
-OFFICIAL = {  # an entry of each folder, options, and what its published file holds
-    "deepcluster_alexnet": (
-        {"img_size": 63},
-        lambda state: {
-            "arch": "alexnet",
-            "state_dict": {name.replace("features.", "features.module."): value for name, value in state.items()}
-            | {"top_layer.bias": torch.zeros(5)},
-        },
-    ),
-    "dino_vits16": ({"img_size": [32]}, lambda state: state),
-    "msn_vits16": (
-        {"img_size": 32},
-        lambda state: {
-            "encoder": prefixed("module.", {name: value + 1 for name, value in state.items()}),
-            "target_encoder": prefixed("module.", state | {"fc.fc1.weight": torch.zeros(2, 3)}),
-            "prototypes": torch.zeros(4, 8),
-        },
-    ),
-    "paws_resnet50": (
-        {},
-        lambda state: {"encoder": prefixed("module.", state | {"fc.fc1.weight": torch.zeros(2, 3)}), "epoch": 300},
-    ),
-    "resmlp_12": ({"img_size": 32, "num_classes": 5}, lambda state: state),
-    "swav_resnet50": ({}, lambda state: prefixed("module.", state | {"prototypes.weight": torch.zeros(3, 2)})),
-    "xcit_nano_12_p16": ({}, lambda state: {"model": state, "epoch": 3}),
-}
-
-
-@pytest.mark.parametrize("entry", OFFICIAL)
-def test_entry_is_filled_from_the_published_layout(entry, published):
-    options, layout = OFFICIAL[entry]
-    source = getattr(hubconf, entry)(pretrained=False, **options)
-    publish(published, ENTRIES[entry][0], layout(source.state_dict()))
-    torch.testing.assert_close(getattr(hubconf, entry)(**options).state_dict(), source.state_dict())
 
 
 # --- Files of any layout ----------------------------------------------------------------------------------------------

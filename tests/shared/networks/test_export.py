@@ -20,7 +20,6 @@ from shared.networks.export import (
     export_backbone,
     timm_arguments,
     write_checked,
-    write_onnx,
 )
 from shared.networks.pretrained import backbone_of
 from shared.networks.weights import safe_load
@@ -172,17 +171,6 @@ def test_file_that_computes_something_else_is_not_kept(backbone, tmp_path):
         write_checked(path, lambda file: file.touch(), lambda file: Shifted(backbone, 0.01), backbone, [32, 32])
     assert [p.name for p in tmp_path.iterdir()] == ["network.file"]
     assert path.read_bytes() == b"old"
-
-
-def test_three_sides_of_an_image_are_an_error(backbone, tmp_path):
-    with pytest.raises(ValueError, match="--image_size 3 32 32: one side, or height and width"):
-        export_backbone(card_of("dino"), backbone, "resnet18", tmp_path, [3, 32, 32])
-
-
-def test_missing_packages_are_named(backbone, tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"ONNX files need the packages of `pip install -e '.\[export\]'`"):
-        write_onnx(backbone, [32, 32], {}, tmp_path / "network.onnx")
 
 
 def test_network_of_another_shape_is_not_taken_for_that_of_timm(backbone):

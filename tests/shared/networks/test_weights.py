@@ -238,43 +238,16 @@ def test_nothing_in_common_is_refused_even_if_partial_is_allowed():
         load_backbone_weights(make_backbone(), unknown)
 
 
-def test_other_architecture_is_named():
-    weights = select_backbone_weights(make_backbone(patch_size=4, depth=3).state_dict())
-    with pytest.raises(
-        WeightMismatch, match=r"looks like a ViT of dimension 64/4 of 3 blocks .* is a ViT .* 64/8 of 2"
-    ):
-        load_backbone_weights(make_backbone(), weights)
-
-
 def test_other_resolution_of_position_embeddings_is_named():
     weights = select_backbone_weights(make_backbone(img_size=48).state_dict())
     with pytest.raises(WeightMismatch, match=r"for 48-pixel images of 3 channels, .* for 32-pixel images"):
         load_backbone_weights(make_backbone(), weights)
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ("mlp.fc1", "mlp.w12", r"gates in its MLPs \(SwiGLU\), .* timm has vit_giant_patch14_dinov2"),
-        ("norm1.bias", "ls1.gamma", "LayerScale, .* timm has vit_small_patch14_dinov2"),
-    ],
-)
-def test_what_dinov2_adds_to_a_vit_is_named(old, new, message):
-    tensors = {name.replace(old, new): value for name, value in WEIGHTS.items()}
-    with pytest.raises(WeightMismatch, match=message):
-        load_backbone_weights(make_backbone(), select_backbone_weights(tensors))
-
-
 def test_weights_that_are_not_finite_are_refused():
     broken = WEIGHTS | {"norm.bias": torch.full((64,), float("nan"))}
     with pytest.raises(WeightMismatch, match=r"norm\.bias holds values that are not finite"):
         load_backbone_weights(make_backbone(), select_backbone_weights(broken))
-
-
-def test_shape_of_a_vit_is_read_off_its_weights():
-    shape = vit_shape(make_backbone(in_chans=1).state_dict())
-    assert (shape.embed_dim, shape.depth, shape.patch_size, shape.img_size, shape.in_chans) == (64, 2, 8, 32, 1)
-    assert vit_shape(torchvision.models.resnet18().state_dict()) is None
 
 
 # --- Downloads --------------------------------------------------------------------------------------------------------

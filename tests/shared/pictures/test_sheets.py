@@ -3,25 +3,20 @@
 import numpy as np
 import pytest
 import torch
-from matplotlib import font_manager
 from matplotlib.figure import Figure
 from PIL import Image
 
 from shared.evaluation.neighbours import Gallery, save_nearest
 from shared.images.sources import ArraySource, open_source
-from shared.pictures.attention import attended_patches, overlay_mask
+from shared.pictures.attention import attended_patches
 from shared.pictures.curves import Curve, Panel, save_panels
 from shared.pictures.sheets import (
     AGREE,
     DIFFER,
     Tile,
-    colorize,
-    magnify,
     save_sheet,
-    text,
     thumbnail,
     to_pixels,
-    write_png,
 )
 
 
@@ -61,32 +56,7 @@ def test_names_are_drawn_as_they_are(name, tmp_path, drawn):
     assert drawn[1].get_suptitle() == NAMES[name]
 
 
-@pytest.mark.filterwarnings("error")
-def test_another_font_of_the_machine_draws_what_the_usual_one_lacks(tmp_path):
-    fonts = {font.fname: font.name for font in font_manager.fontManager.ttflist if font.name != "DejaVu Sans"}
-    usual = font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap()
-    code = next(c for file in sorted(fonts) for c in font_manager.get_font(file).get_charmap() if 255 < c not in usual)
-    found = text(f"a{chr(code)}")
-    assert found["s"] == f"a{chr(code)}" and found["family"][0] == "DejaVu Sans" and len(found["family"]) == 2
-
-
 # --- Pixels -----------------------------------------------------------------------------------------------------------
-
-
-def test_long_heading_fits(tmp_path, drawn):
-    save_sheet(
-        [[Tile(np.zeros((12, 12, 3), dtype=np.uint8))]], tmp_path / "sheet.png", "word " * 20 + "\n" + "more " * 30
-    )
-    assert_nothing_is_clipped(drawn[0])
-
-
-def test_pixels_are_repeated_not_blurred(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (3, 5, 3), dtype=np.uint8)
-    large = magnify(pixels, 10)
-    assert large.shape == (12, 20, 3)
-    np.testing.assert_array_equal(large[::4, ::4], pixels)
-    np.testing.assert_array_equal(read(write_png(tmp_path / "a.png", large)), large)
-    np.testing.assert_array_equal(magnify(large, 10), large)
 
 
 def test_one_channel_becomes_grey_and_floats_of_any_channels_are_stretched():
@@ -102,12 +72,6 @@ def test_one_channel_becomes_grey_and_floats_of_any_channels_are_stretched():
         to_pixels(torch.zeros(3, 2, 2, dtype=torch.int32))
 
 
-def test_colours_run_from_smallest_to_largest():
-    colours = colorize(np.array([[2.0, 3.0], [4.0, 2.0]]), "gray")
-    assert colours[..., 0].tolist() == [[0, 128], [255, 0]]
-    assert (colorize(np.ones((2, 2))) == colorize(np.zeros((2, 2)))).all()
-
-
 # --- Attention --------------------------------------------------------------------------------------------------------
 
 
@@ -121,15 +85,6 @@ def test_attended_patches_are_the_fewest_that_hold_the_share(threshold):
             least = values[mask].min()
             assert (values[mask].sum() - least) / total < threshold
         assert not (~mask).any() or values[~mask].max() <= values[mask].min()
-
-
-def test_mask_is_coloured_and_outlined():
-    mask = np.zeros((20, 20), dtype=bool)
-    mask[5:15, 5:15] = True
-    picture = overlay_mask(np.zeros((20, 20, 3), dtype=np.uint8), mask)
-    assert (picture[0, 0] == 0).all()
-    assert (picture[5, 5:15] == 255).all()
-    assert picture[10, 10, 0] > 100 > picture[10, 10, 1]
 
 
 # --- Nearest neighbours -----------------------------------------------------------------------------------------------

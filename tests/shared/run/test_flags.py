@@ -63,14 +63,6 @@ def test_no_script_has_a_parser_of_its_own():
         assert not [call for call in calls if ast.unparse(call.func).endswith("ArgumentParser")], file
 
 
-def test_help_shows_the_defaults_and_the_first_paragraph(capsys):
-    with pytest.raises(SystemExit):
-        parser().parse_args(["--help"])
-    printed = capsys.readouterr().out
-    assert "passes over the images (default: 100)" in printed
-    assert "Train a network." in printed and "More about it" not in printed
-
-
 def test_help_begins_with_the_flags_that_people_use_and_shows_each_once(capsys):
     script = dino.main_dino.get_args_parser()
     script.print_help()
@@ -132,15 +124,6 @@ def test_the_file_sets_defaults_and_the_command_line_wins(write):
     args = parse_args_with_config(small_parser(), ["--fname", path, "--epochs", "9"])
     assert (args.lr, args.epochs, args.use_bn, args.compile, args.sizes) == (1e-6, 9, False, True, [4, 5])
     assert args.model_name == "deit_small"  # not in the file
-
-
-def test_a_single_value_of_a_flag_that_takes_several_needs_no_brackets(write):
-    assert read_config(write("sizes: 4"), small_parser()) == {"sizes": [4]}
-
-
-def test_a_flag_wins_even_with_the_value_of_the_default(write):
-    args = parse_args_with_config(small_parser(), ["--fname", write("epochs: 7"), "--epochs", "3"])
-    assert args.epochs == 3
 
 
 @pytest.mark.parametrize(
@@ -215,7 +198,3 @@ def test_every_missing_package_is_named_as_pip_knows_it():
     message = "^detection needs packages that are not installed: pip install one-package other$"
     with pytest.raises(ModuleNotFoundError, match=message):
         need_packages("detection", no_such_module="one-package", torch="torch", nor_this_one="other")
-
-
-def test_installed_packages_are_fine():
-    assert need_packages("training", torch="torch", numpy="numpy") is None

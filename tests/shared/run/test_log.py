@@ -12,7 +12,6 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from shared.run.attempt import Attempt, Superseded
-from shared.run.estimate import duration_text, final_bytes, size_text
 from shared.run.log import RunLog, read_log
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -218,27 +217,3 @@ def test_the_first_steps_tell_how_long_the_run_takes_and_how_large_its_folder_be
     assert [sorted(line) for line in lines(tmp_path / "metrics.jsonl")] == [
         ["data_wait", "epoch", "images_per_s", "step"]
     ] * 2
-
-
-@pytest.mark.parametrize(
-    ("flags", "checkpoints"),
-    [
-        ({}, 2),
-        ({"checkpoint_freq": 25}, 2),
-        ({"saveckp_freq": 25}, 3),
-        ({"save_freq": 20}, 3),
-        ({"checkpoints": 10}, 5),
-    ],
-)
-def test_numbered_checkpoints_count_for_the_size_of_a_run(flags, checkpoints):
-    parts = {"network": torch.nn.Linear(3, 2), "counter": SimpleNamespace(state_dict=lambda: {"steps": 7})}
-    assert final_bytes(parts, Namespace(**flags), steps_per_epoch=3, total_steps=30) == checkpoints * 8 * 4
-    parts["best"] = parts["counter"]
-    assert final_bytes(parts, Namespace(**flags), steps_per_epoch=3, total_steps=30) == (checkpoints + 1) * 8 * 4
-
-
-def test_durations_and_sizes_have_the_unit_that_people_would_say():
-    assert [duration_text(s) for s in (7, 99, 100, 5700, 6100, 172799, 400000)] == [
-        *("7 s", "99 s", "2 min", "95 min", "2 h", "48 h", "5 days")
-    ]
-    assert [size_text(n) for n in (2.4e6, 9e7, 7e8)] == ["2.4 MB", "90.0 MB", "0.7 GB"]

@@ -24,10 +24,8 @@ from shared.supervised.evaluation import evaluate_classifier
 from shared.supervised.losses import build_teacher
 from shared.supervised.optimizer import (
     build_timm_optimizer,
-    build_timm_schedule,
-    set_learning_rate,
 )
-from shared.supervised.transforms import TrainTransform, eval_transform, posterize
+from shared.supervised.transforms import TrainTransform, posterize
 from tests.processes import run_processes
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
@@ -66,19 +64,6 @@ def test_without_augmentation_small_images_are_shifted_and_mirrored_only():
         assert min(np.abs(view - crop).max() for crop in crops) < 1e-5
 
 
-def test_one_channel_is_the_luminance():
-    transform = TrainTransform(40, MEAN, STD, auto_augment="rand-m9-mstd0.5-inc1", erase_p=1.0, in_chans=1)
-    assert transform(source().pixels[0]).shape == (1, 40, 40)
-
-
-@pytest.mark.parametrize(
-    ("size", "ratio", "short"), [(224, 0.875, 256), (224, 0.9, 248), (384, 1.0, 384), (32, 0.875, 32)]
-)
-def test_short_side_before_the_centre_crop(size, ratio, short):
-    transform = eval_transform(size, MEAN, STD, ratio)
-    assert (transform.resize_px, transform.crop_px) == (short, size)
-
-
 # --- Repeated augmentation --------------------------------------------------------------------------------------------
 
 
@@ -92,19 +77,6 @@ def test_an_epoch_can_be_entered_anywhere_and_few_images_are_not_lost():
 
 
 # --- Optimiser and schedule -------------------------------------------------------------------------------------------
-
-
-def schedule_flags(**flags) -> argparse.Namespace:
-    defaults = dict(sched="cosine", epochs=10, warmup_epochs=3, warmup_lr=1e-6, min_lr=1e-5, decay_rate=0.1)
-    return argparse.Namespace(**defaults | dict(decay_epochs=30, lr_noise=None, seed=0) | flags)
-
-
-@pytest.mark.parametrize("name", ["cosine", "tanh", "step", "poly"])
-def test_other_schedules_and_noise(name):
-    optimizer = build_timm_optimizer(nn.Linear(2, 2), "adamw", 0.1, 0.05)
-    scheduler = build_timm_schedule(schedule_flags(sched=name, lr_noise=[0.5], warmup_epochs=1), optimizer)
-    rates = [set_learning_rate(scheduler, optimizer, epoch) for epoch in (9, 4, 9)]
-    assert rates[0] == rates[2] and all(math.isfinite(rate) for rate in rates)
 
 
 class WithToken(nn.Module):
