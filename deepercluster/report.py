@@ -174,8 +174,7 @@ def report(run: Run, source: ImageSource, clusters: Clusters, layout: Layout, kn
     if knn.sources:
         commands.insert(0, after("deepercluster/eval_linear.py", conv=13, output_dir=run.output_dir / "linear"))
     own_images = command("deepercluster/main.py", data_path="YOUR_IMAGES", sobel=1, k=100, output_dir="YOUR_RUN")
-    start = "the weights of --pretrained" if args.pretrained else "random weights"
-    ending.finish(commands, own_images, learned, knn, start=start)
+    ending.finish(commands, own_images, learned, knn)
 
 
 def chance(layout: Layout, clusters: Clusters) -> float:

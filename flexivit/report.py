@@ -3,7 +3,7 @@
 from flexivit.flexible_vit import FlexiViT
 from shared.pictures.report import SUPERVISED_PLOTS, Report
 from shared.run.run import Run
-from shared.run.summary import accuracy, command, next_command
+from shared.run.summary import accuracy, command, next_command, start_of
 from shared.supervised.data import LabelledImages
 
 from .eval_flexivit import measure, save_cost
@@ -17,7 +17,7 @@ def report(run: Run, network: FlexiViT, images: LabelledImages) -> None:
     rows = measure(network, args.input_size, sizes, images.evaluate, len(val))
     ending.draw("cost.png", lambda path: save_cost(rows, path, "Accuracy and cost of one FlexiViT"))
     by_size = ", ".join(f"{row['patch_size']} px {row['acc1']:.1f} %" for row in rows)
-    start = "the weights of --teacher" if args.teacher and args.init == "teacher" else "random weights"
+    start = start_of(vars(args))
     what = f"top-1 on {val.describe()}"
     learned = accuracy(ending.lines, "test_acc1", what, len(val), len(val.classes), start=start)
     folder = run.output_dir / "cost"

@@ -10,7 +10,7 @@ from shared.multicrop import MultiCropDataset
 from shared.pictures.report import Plot, Report, accuracy_plot, save_views
 from shared.run.health import HealthRule, equal_features
 from shared.run.run import Run
-from shared.run.summary import accuracy, command, from_here, next_command, without_labels
+from shared.run.summary import accuracy, command, from_here, next_command, start_of, without_labels
 
 from .evaluation import SNNMonitor
 from .pseudo_labels import save_certainty
@@ -74,7 +74,7 @@ def report(
 
     network = {"pretrained": run.path, "model_name": args.model_name}
     after, commands = partial(next_command, args, "paws/paws_train.py", **network), []
-    start = "random weights" if args.pretrained is None else "the weights of --pretrained"
+    start = start_of(vars(args))
     if evaluation.disabled_reason:
         learned = [f"accuracy not known: {evaluation.disabled_reason}"]
     else:

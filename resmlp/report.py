@@ -4,7 +4,7 @@ from torch import nn
 
 from shared.pictures.report import SUPERVISED_PLOTS, Report
 from shared.run.run import Run
-from shared.run.summary import accuracy, command, next_command
+from shared.run.summary import accuracy, command, next_command, start_of
 from shared.supervised.data import LabelledImages
 
 from .resmlp_models import ARCHITECTURES, ResMLP
@@ -27,7 +27,7 @@ def report(run: Run, network: nn.Module, images: LabelledImages, best_acc1: floa
             commands.append(next_command(args, "resmlp/main.py", "resmlp/eval_knn.py", **weights, nb_knn=neighbours))
         commands.append(command("resmlp/export.py", **weights, output_dir=folder))
     own_images = command("resmlp/main.py", data_path="YOUR_IMAGES", output_dir="YOUR_RUN")
-    start = "the weights of --finetune" if args.finetune else "random weights"
+    start = start_of(vars(args))
     what = f"top-1 on {val.describe()}"
     learned = accuracy(ending.lines, "test_acc1", what, len(val), len(val.classes), start=start)
     ending.finish(commands, own_images, [*learned, f"best top-1 {best_acc1:.1f} %"])

@@ -12,7 +12,7 @@ from shared.pictures.report import SUPERVISED_PLOTS, Report
 from shared.pictures.sheets import Tile, magnify, normalised_pixels, save_sheet
 from shared.run.randomness import seed_step
 from shared.run.run import Run
-from shared.run.summary import accuracy, command, next_command
+from shared.run.summary import accuracy, command, next_command, start_of
 from shared.supervised.data import LabelledViews
 
 from .cross_covariance_transformer import ARCHITECTURES
@@ -56,7 +56,7 @@ def report(run: Run, views: LabelledViews, mixup: Mixup | None, val: ImageSource
         size, folder = [args.input_size] * 2, run.output_dir / "export"
         commands.append(command("xcit/export.py", **network, image_size=size, output_dir=folder))
     own_images = command("xcit/main.py", data_path="YOUR_IMAGES", output_dir="YOUR_RUN")
-    start = "the weights of --pretrained" if args.pretrained else "random weights"
+    start = start_of(vars(args))
     what = f"top-1 on {val.describe()}"
     learned = accuracy(ending.lines, "test_acc1", what, len(val), len(val.classes), start=start)
     ending.finish(commands, own_images, [*learned, f"best top-1 {best_acc1:.1f} %"])

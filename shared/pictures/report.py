@@ -16,7 +16,7 @@ from shared.images.loading import BadImages, EvalDataset
 from shared.images.sources import ImageSource
 from shared.run.log import read_log
 from shared.run.run import Run
-from shared.run.summary import accuracy, paragraphs, without_labels
+from shared.run.summary import accuracy, paragraphs, start_of, without_labels
 
 from .curves import Curve, Panel, save_panels
 from .sheets import Tile, save_sheet, to_pixels
@@ -182,7 +182,6 @@ class Report:
         learned: Sequence[str] = (),
         knn: KNNMonitor | None = None,
         lr_flag: str = "--lr",
-        start: str = "random weights",
     ) -> None:
         """Print what came out, what went wrong, where the files are, what to run next.
 
@@ -192,8 +191,8 @@ class Report:
             learned: Lines of the method's own about what came out.
             knn: The run's evaluations; None for a method without them.
             lr_flag: The flag for the learning rate, to advise on it.
-            start: What the training began with.
         """
+        start = start_of(vars(self.run.args))
         losses = [line for line in self.lines if line.get("loss") is not None]
         values = [f"loss {line['loss']:.3f} at step {line['step']}" for line in (losses[:1] + losses[1:][-1:])]
         result = [", ".join(values), *learned]

@@ -141,6 +141,8 @@ def test_measures_have_two_standard_errors_and_a_verdict():
         ("trained", 80, pytest.approx(8.1, abs=0.05)),
     ]
     assert (knn["verdict"], knn["chance"]) == ("learned", 25)
+    (from_weights, *_) = report_page.measures(lines, 100, 4, "--lr", report_page.start_of({"finetune": "a.pth"}))
+    assert from_weights["values"][0][0] == "the weights of --finetune"
     assert recall["values"] == [("trained", 30, pytest.approx(9.2, abs=0.05))] and recall["chance"] == 1
     assert rank["values"] == [("trained", 7, 0)] and rank["chance"] is None and rank["verdict"] == ""
 
