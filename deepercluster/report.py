@@ -107,8 +107,7 @@ def report(run: Run, source: ImageSource, clusters: Clusters, layout: Layout, kn
         linear = {"conv": 13, "output_dir": run.output_dir / "linear"}
         ending.then("deepercluster/eval_linear.py", pretrained=run.path, **linear)
     ending.then("deepercluster/export.py", pretrained=run.path, output_dir=run.output_dir / "export")
-    start = "the weights of --pretrained" if args.pretrained else "random weights"
-    ending.finish(learned, knn, start=start, sobel=1, k=100)
+    ending.finish(learned, knn, sobel=1, k=100)
 
 
 def chance(layout: Layout, clusters: Clusters) -> float:

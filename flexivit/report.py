@@ -18,5 +18,4 @@ def report(run: Run, network: FlexiViT, images: LabelledImages) -> None:
     by_size = ", ".join(f"{row['patch_size']} px {row['acc1']:.1f} %" for row in rows)
     ending.then("flexivit/eval_flexivit.py", pretrained=run.path, output_dir=run.output_dir / "cost")
     ending.then("flexivit/resize_patch.py", str(run.path), str(run.output_dir / "patch.pth"), patch=sizes[-1])
-    start = "the weights of --teacher" if args.teacher and args.init == "teacher" else "random weights"
-    ending.finish([*ending.top1(val, start), f"top-1 by patch size: {by_size}"])
+    ending.finish([*ending.top1(val), f"top-1 by patch size: {by_size}"])

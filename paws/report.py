@@ -9,7 +9,7 @@ from shared.multicrop import MultiCropDataset
 from shared.pictures.report import Plot, Report, accuracy_plot
 from shared.run.health import HealthRule, equal_features
 from shared.run.run import Run
-from shared.run.summary import accuracy, command, from_here, without_labels
+from shared.run.summary import accuracy, command, from_here, start_of, without_labels
 
 from .evaluation import SNNMonitor
 from .pseudo_labels import save_certainty
@@ -72,7 +72,7 @@ def report(
     ending.draw_curves("PAWS training", PLOTS)
 
     network = {"pretrained": run.path, "model_name": args.model_name}
-    start = "random weights" if args.pretrained is None else "the weights of --pretrained"
+    start = start_of(vars(args))
     if evaluation.disabled_reason:
         learned = [f"accuracy not known: {evaluation.disabled_reason}"]
     else:

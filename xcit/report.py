@@ -54,5 +54,4 @@ def report(run: Run, views: LabelledViews, mixup: Mixup | None, val: ImageSource
     if args.model in ARCHITECTURES:
         size, folder = [args.input_size] * 2, run.output_dir / "export"
         ending.then("xcit/export.py", **network, image_size=size, output_dir=folder)
-    start = "the weights of --pretrained" if args.pretrained else "random weights"
-    ending.finish([*ending.top1(val, start), f"best top-1 {best_acc1:.1f} %"])
+    ending.finish([*ending.top1(val), f"best top-1 {best_acc1:.1f} %"])

@@ -17,7 +17,7 @@ from shared.images.sources import ImageSource
 from shared.multicrop import MultiCropDataset
 from shared.run.log import read_log
 from shared.run.run import Run
-from shared.run.summary import accuracy, command, next_command, paragraphs, without_labels
+from shared.run.summary import accuracy, command, next_command, paragraphs, start_of, without_labels
 
 from .curves import Curve, Panel, save_panels
 from .sheets import Tile, save_sheet, to_pixels
@@ -183,9 +183,9 @@ class Report:
             self.galleries = found
             self.draw("neighbours.png", lambda path: save_nearest(*found, path))
 
-    def top1(self, val: ImageSource, start: str = "random weights") -> list[str]:
-        """The accuracies of a supervised training that began with ``start`` as one sentence; none if it has none."""
-        what = f"top-1 on {val.describe()}"
+    def top1(self, val: ImageSource) -> list[str]:
+        """The accuracies of a supervised training as one sentence; none where the log has none."""
+        what, start = f"top-1 on {val.describe()}", start_of(vars(self.run.args))
         return accuracy(self.lines, "test_acc1", what, len(val), len(val.classes), start=start)
 
     def then(self, script: str, *arguments: str, **flags) -> None:
@@ -197,7 +197,6 @@ class Report:
         learned: Sequence[str] = (),
         knn: KNNMonitor | None = None,
         lr_flag: str = "--lr",
-        start: str = "random weights",
         own_images: str = "",
         **own_flags,
     ) -> None:
@@ -207,12 +206,12 @@ class Report:
             learned: Lines of the method's own about what came out.
             knn: The run's evaluations; None for a method without them.
             lr_flag: The flag for the learning rate, to advise on it.
-            start: What the training began with.
             own_images: The command for other images, of no use to those who have just given theirs; by default that of
                 ``script`` with ``own_flags``.
         """
         own_flags = {"data_path": "YOUR_IMAGES", "output_dir": "YOUR_RUN"} | own_flags
         own_images = own_images or command(self.script, **own_flags)
+        start = start_of(vars(self.run.args))
         losses = [line for line in self.lines if line.get("loss") is not None]
         values = [f"loss {line['loss']:.3f} at step {line['step']}" for line in (losses[:1] + losses[1:][-1:])]
         result = [", ".join(values), *learned]

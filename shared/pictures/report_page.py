@@ -53,7 +53,7 @@ from shared.run.files import atomic_file
 from shared.run.flags import Parser, add_device_flag
 from shared.run.log import read_log
 from shared.run.settings import flag_text
-from shared.run.summary import margin, verdict
+from shared.run.summary import margin, start_of, verdict
 
 from .attention import class_attention
 from .sheets import normalised_pixels, thumbnail, to_pixels
@@ -121,8 +121,10 @@ def progress(folder: Path, lines: Sequence[dict], flags: Mapping) -> str:
     return f"{steps:,} steps, {done}" + (f", {duration_text(seconds)}" if seconds > 1 else "")
 
 
-def measures(lines: Sequence[dict], num_images: int, num_classes: int, lr_flag: str) -> list[dict]:
-    """What was measured before and after training, with two standard errors where the number of images is known."""
+def measures(
+    lines: Sequence[dict], num_images: int, num_classes: int, lr_flag: str, start: str = "random weights"
+) -> list[dict]:
+    """What was measured before and after training from ``start``, with two standard errors where images are counted."""
     found = []
     recall_chance = first_value(lines, "recall_chance")
     for key, (name, unit) in MEASURES.items():
@@ -133,14 +135,14 @@ def measures(lines: Sequence[dict], num_images: int, num_classes: int, lr_flag: 
         chance = recall_chance if "recall" in key else 100 / num_classes if num_classes else None
         images = num_images if "recall" not in key else round(100 / chance) if chance else 0
         values = {
-            "random weights": first[key] if first["step"] == 0 else None,
+            start: first[key] if first["step"] == 0 else None,
             "raw pixels": first_value(lines, f"pixels_{key}"),
             "trained": last[key] if last["step"] else None,
         }
         values = {label: value for label, value in values.items() if value is not None}
-        before, sentence = values.get("random weights", chance), ""
+        before, sentence = values.get(start, chance), ""
         if unit and images and before is not None and "trained" in values:
-            sentence = verdict(before, last, key, images, lr_flag, "random weights")
+            sentence = verdict(before, last, key, images, lr_flag, start)
         measure = {"key": key, "name": name, "unit": unit, "verdict": sentence, "chance": chance if unit else None}
         measure["values"] = [(*item, margin(item[1], images) if unit and images else 0.0) for item in values.items()]
         found.append(measure | {"span": 100 if unit else 1.15 * max(values.values())})
@@ -526,7 +528,7 @@ def write_page(
     except (OSError, ValueError) as error:  # such as data that are no longer where they were
         page["missing"] = str(error)
     lr_flag = "--base_lr" if "base_lr" in flags else "--lr"
-    measured = measures(lines, page["num_images"], page["num_classes"], lr_flag)
+    measured = measures(lines, page["num_images"], page["num_classes"], lr_flag, start_of(flags))
     losses = [line for line in lines if line.get("loss") is not None]
     known = sorted(flags.keys() & defaults.keys())
     shown, usual = ({name: flag_text(values[name]) for name in known} for values in (flags, defaults))

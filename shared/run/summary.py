@@ -5,10 +5,17 @@ import importlib
 import itertools
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def start_of(flags: Mapping) -> str:
+    """What a training with these flags began with."""
+    given = [name for name in ("pretrained", "finetune") if flags.get(name)]
+    given += ["teacher"] if flags.get("teacher") and flags.get("init") == "teacher" else []
+    return f"the weights of --{given[0]}" if given else "random weights"
 
 
 def accuracy(

@@ -131,6 +131,22 @@ def test_maps_and_tokens_of_square_grids_are_patches():
         assert report_page.as_grid(coarse, 2) is None
 
 
+def test_measures_have_two_standard_errors_and_a_verdict():
+    lines = [{"step": 0, "knn_top1": 50.0, "pixels_knn_top1": 40.0}, {"step": 9, "knn_top1": 80.0}]
+    lines += [{"step": 9, "recall_at_1": 30.0, "recall_chance": 1.0, "rankme": 7.0}]
+    knn, recall, rank = report_page.measures(lines, 100, 4, "--lr")
+    assert knn["values"] == [
+        ("random weights", 50, pytest.approx(10)),
+        ("raw pixels", 40, pytest.approx(9.8, abs=0.05)),
+        ("trained", 80, pytest.approx(8.1, abs=0.05)),
+    ]
+    assert (knn["verdict"], knn["chance"]) == ("learned", 25)
+    (from_weights, *_) = report_page.measures(lines, 100, 4, "--lr", report_page.start_of({"finetune": "a.pth"}))
+    assert from_weights["values"][0][0] == "the weights of --finetune"
+    assert recall["values"] == [("trained", 30, pytest.approx(9.2, abs=0.05))] and recall["chance"] == 1
+    assert rank["values"] == [("trained", 7, 0)] and rank["chance"] is None and rank["verdict"] == ""
+
+
 def test_copies_are_near_duplicates_and_equal_features_are_none():
     vectors = torch.nn.functional.normalize(torch.randn(60, 16, generator=torch.Generator().manual_seed(0)), dim=1)
     vectors[7] = vectors[3]
