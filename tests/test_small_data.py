@@ -184,13 +184,6 @@ def test_a_warmup_longer_than_the_run_is_shortened_where_nobody_set_it(script, f
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize(("script", "flag", "epochs", "_"), SHORTENED[:6])
-def test_a_warmup_that_was_set_and_is_longer_than_the_run_is_an_error(script, flag, epochs, _, capsys):
-    with pytest.raises(SystemExit):
-        script.parse_args([*OWN, "--epochs", str(epochs), f"--{flag}", "10"])
-    assert f"--epochs {epochs} is less than --{flag} 10" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("script", [msn.main, paws.paws_train])
 def test_a_warmup_that_a_file_sets_counts_as_set(script, tmp_path, capsys):
     file = tmp_path / "flags.yaml"

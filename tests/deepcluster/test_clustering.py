@@ -52,12 +52,6 @@ def test_directions_without_variance_do_not_become_features():
     assert pca_whiten(torch.ones(30, 8), 3)[1] == 0
 
 
-@pytest.mark.parametrize("dim", [0, 21, 50])
-def test_more_components_than_dimensions_are_refused(dim):
-    with pytest.raises(ValueError, match=f"--pca_dim {dim}: 300 features of 20 dimensions"):
-        pca_whiten(features_of_some_rank(), dim)
-
-
 def whiten_share(rank, features, dim):
     whitened, _ = pca_whiten(features[rank::2], dim)
     rows = gather_rows(whitened, len(features))
@@ -110,12 +104,6 @@ def test_memory_is_bounded_without_changing_the_result(monkeypatch):
     whole = cluster(features, "Kmeans", 6, seed=1, backend="torch")
     monkeypatch.setattr(clustering, "BLOCK_DISTANCES", 60)
     assert torch.equal(cluster(features, "Kmeans", 6, seed=1, backend="torch").assignments, whole.assignments)
-
-
-@pytest.mark.parametrize("num_clusters", [0, 241])
-def test_a_number_of_clusters_that_cannot_be_is_refused(num_clusters):
-    with pytest.raises(ValueError, match=f"--nmb_cluster {num_clusters}: 240 images"):
-        cluster(blobs()[0], "Kmeans", num_clusters, seed=0)
 
 
 def test_without_faiss_torch_is_taken_and_faiss_is_an_error(monkeypatch):
@@ -194,15 +182,6 @@ def test_clusters_of_far_apart_vectors_are_not_decided_by_rounding(dim):
     assert np.array_equal(found.numpy(), exact_pic(features, 5, 0.2, 0.001))
 
 
-def test_pic_finds_the_number_of_clusters_itself():
-    features, labels = blobs(noise=0.02)
-    found = cluster(features, "PIC", num_clusters=10_000, seed=0)
-    assert 6 <= found.num_clusters < 100 and found.loss == 0
-    assert (found.sizes() > 0).all()
-    for number in range(found.num_clusters):
-        assert labels[found.assignments == number].unique().numel() == 1
-
-
 def test_an_image_alone_joins_its_nearest_neighbours_cluster():
     neighbours = np.array([[1, 2], [0, 2], [0, 1], [4, 0], [3, 0]])
     merged = clustering._merge_singletons(np.array([0, 0, 0, 1, 2]), neighbours)
@@ -215,11 +194,6 @@ def test_an_image_is_not_its_own_neighbour_even_among_duplicates():
     features = F.normalize(torch.randn(5, 4, generator=torch.Generator().manual_seed(0)), dim=1)
     neighbours, _ = neighbour_graph(features.repeat(4, 1), 2)
     assert not (neighbours == np.arange(20)[:, None]).any()
-
-
-def test_pic_needs_more_images_than_neighbours():
-    with pytest.raises(ValueError, match="--clustering PIC: 5 neighbours need more images than 4"):
-        cluster(torch.randn(4, 3), "PIC", 2, seed=0)
 
 
 def test_the_advised_number_of_clusters_is_one_that_the_flag_takes():

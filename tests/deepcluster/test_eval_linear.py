@@ -8,7 +8,6 @@ from torchvision.transforms import functional as TF
 from deepcluster.checkpoints import official_names
 from deepcluster.convnets import conv_maps
 from deepcluster.eval_linear import (
-    LayerFeatures,
     RandomCrops,
     TenCrops,
     eval_linear,
@@ -22,13 +21,6 @@ from shared.networks.weights import safe_load
 from tests.processes import run_processes
 
 FAST = "--workers 0 --epochs 2 --batch_size 8 --device cpu".split()
-
-
-def test_the_published_command_parses():
-    args = parse_args(
-        "--model m --data /imagenet --conv 3 --lr 0.01 --wd -7 --tencrops --verbose --exp /run --workers 12".split()
-    )
-    assert (args.weight_decay, args.epochs, args.batch_size, args.momentum, args.seed) == (-7, 90, 256, 0.9, 31)
 
 
 def test_other_maps_are_averaged_to_the_largest_square_that_fits():
@@ -45,19 +37,6 @@ def test_layers_end_with_their_relu(small_layers):
         assert maps.shape[1] == channels
         torch.testing.assert_close(maps, before.relu())
     torch.testing.assert_close(network.features[17](conv_maps(network, images, 5)), network.maps(images))
-
-
-def test_layers_of_a_resnet_are_its_stages():
-    network = build_network("resnet18", img_size=32).eval()
-    images = torch.randn(1, 3, 32, 32)
-    assert [conv_maps(network, images, n).shape[1] for n in range(1, 6)] == [64, 64, 128, 256, 512]
-    torch.testing.assert_close(conv_maps(network, images, 5).mean(dim=(2, 3)), network.embed(images))
-
-
-@pytest.mark.parametrize(("arch", "conv"), [("alexnet", 6), ("alexnet", 0), ("resnet18", 6)])
-def test_a_layer_that_does_not_exist_is_refused(arch, conv, small_layers):
-    with pytest.raises(ValueError, match=f"--conv {conv}: the network has the layers 1 to 5"):
-        LayerFeatures(build_network(arch, img_size=64), conv)
 
 
 def test_random_crops_are_parts_of_the_centre_and_functions_of_their_key(images):

@@ -16,7 +16,6 @@ from deepcluster.eval_retrieval import (
     score,
 )
 from deepcluster.hub import build_network, load_network
-from deepcluster.rmac import Whitening
 from shared.images.decode import ImageError
 from tests.deepcluster.tiny import write_checkpoint
 
@@ -164,12 +163,3 @@ def test_maps_keep_the_resolution_before_the_last_pooling(checkpoint):
     torch.testing.assert_close(network.features[-1](maps), network.maps(images))
     with pytest.raises(ValueError, match="retrieval needs alexnet or vgg16"):
         MapsWithoutLastPooling(build_network("resnet18"))
-
-
-def test_whitened_vectors_have_unit_scatter():
-    vectors = torch.randn(300, 8, generator=torch.Generator().manual_seed(0)) @ torch.diag(torch.arange(1.0, 9))
-    whitening = Whitening.fit(vectors, 5)
-    projected = whitening(vectors)
-    torch.testing.assert_close(projected.t() @ projected, torch.eye(5), atol=1e-4, rtol=0)
-    with pytest.raises(ValueError, match="--n_pca 9: 300 region vectors of 8 dimensions"):
-        Whitening.fit(vectors, 9)

@@ -120,12 +120,6 @@ def test_the_classifier_learns_its_training_images(voc, tmp_path, small_layers, 
     assert load_network(model).top_layer.out_features == 7  # the file is left alone
 
 
-def test_published_commands_parse():
-    args = get_args_parser().parse_args("--vocdir /v --split trainval --model m --fc6_8 1 --train_batchnorm 0".split())
-    expected = {"nit": 80000, "stepsize": 5000, "lr": 0.003, "wd": 1e-6, "min_scale": 0.1, "max_scale": 0.5}
-    assert vars(args).items() >= (expected | {"eval_random_crops": 1}).items()
-
-
 @pytest.mark.parametrize("random_crops", ["0", "1"])
 def test_an_unreadable_image_is_an_error_or_has_no_score(random_crops, tmp_path, small_layers, capsys):
     folder, model = write_voc(tmp_path), write_checkpoint(tmp_path / "checkpoint.pth.tar")

@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 
 from deepcluster import activ_retrieval, gradient_ascent
-from deepcluster.activ_retrieval import filter_responses
 from deepcluster.convnets import conv_maps
 from deepcluster.gradient_ascent import ascend, starting_noise
 from deepcluster.hub import load_network
@@ -43,19 +42,6 @@ def test_images_that_cannot_be_read_are_left_out(checkpoint, images, tmp_path, m
         activ_retrieval.activ_retrieval(arguments)
 
 
-def test_the_response_is_the_mean_of_a_map(checkpoint):
-    network = load_network(checkpoint)
-    batch = torch.randn(2, 3, 64, 64)
-    responses = filter_responses(network, batch, 2)
-    torch.testing.assert_close(responses[1, 7], conv_maps(network, batch, 2)[1, 7].mean())
-
-
-def test_more_images_per_filter_than_there_are_is_refused(checkpoint, images):
-    flags = f"--data {images} --model {checkpoint} --count 25 --device cpu"
-    with pytest.raises(ValueError, match="--count 25: there are 24 images"):
-        activ_retrieval.activ_retrieval(activ_retrieval.get_args_parser().parse_args(flags.split()))
-
-
 def test_ascent_makes_each_filter_respond_more(checkpoint):
     network = load_network(checkpoint).requires_grad_(False)
     filters = [3, 0, 9]
@@ -71,14 +57,6 @@ def test_ascent_makes_each_filter_respond_more(checkpoint):
     torch.testing.assert_close(alone[0], found[1], atol=1e-3, rtol=1e-3)  # images do not see each other
 
 
-def test_a_blur_takes_high_frequencies_out(checkpoint):
-    network = load_network(checkpoint).requires_grad_(False)
-    noise = starting_noise(31, 0, 64)[None]
-    sharp, smooth = (ascend(network, 1, noise, [0], 1e-9, 0, sig, 1, 1) for sig in (0, 2.0))
-    torch.testing.assert_close(sharp, noise, atol=1e-6, rtol=0)
-    assert smooth.std() < 0.3 * noise.std()
-
-
 def test_pictures_of_filters_are_written(checkpoint, tmp_path):
     flags = f"--model {checkpoint} --conv 1 --exp {tmp_path} --niter 2 --idim 64 --filters 5 --batch 2 --device cpu"
     path = gradient_ascent.draw_filters(gradient_ascent.get_args_parser().parse_args(flags.split()))
@@ -87,13 +65,6 @@ def test_pictures_of_filters_are_written(checkpoint, tmp_path):
     with Image.open(tmp_path / "layer1-channel4.png") as picture:
         assert picture.size == (64, 64) and np.asarray(picture).std() > 5
     assert path.name == "layer1.png"
-
-
-def test_published_commands_parse():
-    args = gradient_ascent.get_args_parser().parse_args("--model m --exp /e --conv 6 --arch vgg16".split())
-    assert (args.lr, args.wd, args.sig, args.step, args.niter, args.idim) == (3, 1e-5, 0.3, 5, 1000, 224)
-    args = activ_retrieval.get_args_parser().parse_args("--model m --exp /e --conv 1 --data /imagenet".split())
-    assert (args.count, args.num_workers) == (9, 4)
 
 
 def test_a_layer_that_does_not_exist_is_refused(checkpoint):

@@ -6,11 +6,9 @@ import torch
 from PIL import Image
 
 from deepcluster.clustering import Clusters
-from deepcluster.report import HEALTH_RULES, purity, save_cluster_sheet
-from shared.evaluation import partitions
+from deepcluster.report import HEALTH_RULES, purity
 from shared.evaluation.partitions import describe_partition, save_list
 from shared.images.sources import ArraySource, open_source
-from shared.pictures.sheets import AGREE, DIFFER
 from shared.run.health import HealthMonitor
 
 
@@ -36,26 +34,6 @@ def test_names_with_commas_and_odd_bytes_are_listed(tmp_path):
     path = save_list(source, {"cluster": torch.tensor([0, 1, 0])}, tmp_path / "clusters.csv")
     with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
         assert [row["image"] for row in csv.DictReader(file)] == [source.path(i) for i in range(3)]
-
-
-def test_the_sheet_shows_clusters_from_large_to_small_and_who_belongs_together(tmp_path, monkeypatch):
-    rows = []
-    monkeypatch.setattr(partitions, "save_sheet", lambda tiles, path, *_: rows.extend(tiles) or path)
-    labels = [0, 0, 0, 1, 1, 1, 0]
-    clusters = Clusters(torch.tensor([5, 5, 5, 5, 1, 1, 3]), 8)
-    save_cluster_sheet(source_of(labels), clusters, tmp_path / "clusters.png")
-    assert [row[0].title for row in rows] == ["cluster 5", "cluster 1", "cluster 3"]
-    assert [tile.title for tile in rows[0]] == ["cluster 5", "4 images", "75 % cat", ""]
-    assert [tile.frame for tile in rows[0]] == [AGREE, AGREE, AGREE, DIFFER]
-    assert [len(row) for row in rows] == [4, 2, 1]
-
-
-def test_many_clusters_and_images_fit_on_one_sheet(tmp_path):
-    source = source_of([i % 2 for i in range(600)])
-    clusters = Clusters(torch.arange(600) % 40, 40)
-    path = save_cluster_sheet(source, clusters, tmp_path / "clusters.png")
-    with Image.open(path) as picture:
-        assert 500 < picture.width < 2000 and 500 < picture.height < 2000
 
 
 def test_purity_is_the_share_of_the_most_frequent_classes():

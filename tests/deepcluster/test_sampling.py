@@ -1,9 +1,7 @@
 import numpy as np
-import pytest
-import torch
 
-from deepcluster.sampling import DrawnBatches, draw_epoch, pseudo_labels
-from shared.images.cluster_draws import cluster_lists, count_repetitions
+from deepcluster.sampling import DrawnBatches, draw_epoch
+from shared.images.cluster_draws import cluster_lists
 
 ASSIGNMENTS = np.random.default_rng(0).choice(6, size=500, p=[0.6, 0.2, 0.1, 0.05, 0.05, 0])  # cluster 5 is empty
 
@@ -23,26 +21,10 @@ def test_the_released_sampler_draws_large_clusters_more_often():
     assert len(drawn) == 500
 
 
-def test_images_of_large_clusters_are_not_repeated_and_those_of_small_ones_are():
-    drawn = draw_epoch(cluster_lists(ASSIGNMENTS, 6), 500, seed=1, sampler="uniform")
-    times = np.bincount(drawn, minlength=500)
-    assert times[ASSIGNMENTS == 0].max() == 1
-    assert times[ASSIGNMENTS == 4].max() > 1
-
-
 def test_a_draw_is_a_function_of_its_seed():
     lists = cluster_lists(ASSIGNMENTS, 6)
     one, same, other = (draw_epoch(lists, 100, seed, "uniform") for seed in (2**70 + 3, 2**70 + 3, 4))
     assert np.array_equal(one, same) and not np.array_equal(one, other)
-
-
-def test_an_unknown_sampler_is_refused():
-    with pytest.raises(ValueError, match="--sampler 'best' is none of uniform, official"):
-        draw_epoch(cluster_lists(ASSIGNMENTS, 6), 10, 0, "best")
-
-
-def test_repetitions_are_counted_in_order():
-    assert count_repetitions(np.array([3, 1, 3, 3, 1, 0])).tolist() == [0, 0, 1, 2, 1, 0]
 
 
 def batches_of(images, batch_size, rank=0, world_size=1, start_step=0, epoch=0):
@@ -79,13 +61,3 @@ def test_an_image_drawn_twice_has_two_keys_and_another_epoch_has_others():
     assert [image for _, image in keys] == images.tolist()
     assert len(set(keys)) == 4
     assert not set(keys) & {key for batch in batches_of(images, 2, epoch=1) for key in batch}
-
-
-@pytest.mark.parametrize(("num_draws", "batch_size", "message"), [(10, 0, "--batch 0"), (0, 4, "--reassign")])
-def test_an_epoch_without_steps_is_refused(num_draws, batch_size, message):
-    with pytest.raises(ValueError, match=message):
-        DrawnBatches(num_draws, batch_size)
-
-
-def test_pseudo_labels_leave_out_empty_clusters():
-    assert pseudo_labels(torch.tensor([4, 0, 4, 2]), 6).tolist() == [2, 0, 2, 1]

@@ -275,7 +275,6 @@ def test_published_commands_are_understood():
     [
         ("--k 7 --super_classes 8", "--k 7 is not divisible by the 2 super-clusters of --super_classes"),
         ("--image_size 20", "--image_size 20 is less than 30"),
-        ("--rotnett 1", "did you mean --rotnet"),
     ],
 )
 def test_flags_that_make_no_sense_are_named(flags, message, capsys):

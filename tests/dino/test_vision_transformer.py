@@ -9,7 +9,9 @@ from dino import vision_transformer
 from dino.vision_transformer import (
     Block,
     DINOHead,
+    DropPath,
     VisionTransformer,
+    trunc_normal_,
 )
 
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "qkv_bias": True}
@@ -37,6 +39,22 @@ def assert_same_gradients(found, expected):
     for name in expected:
         scale = expected[name].abs().max().item()
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5 * scale + 1e-6, msg=name)
+
+
+def test_a_seed_draws_weights_in_the_official_order():
+    torch.manual_seed(5)
+    model = VisionTransformer(**(SIZES | {"depth": 2}))
+    torch.manual_seed(5)
+    conv = nn.Conv2d(3, 48, 8, 8)
+    for _ in range(2):  # torch's own initialisation of every layer comes first
+        nn.Linear(48, 144), nn.Linear(48, 48), nn.Linear(48, 192), nn.Linear(192, 48)
+    positions, cls = (trunc_normal_(torch.empty(1, n, 48), std=0.02) for n in (17, 1))
+    qkv = trunc_normal_(torch.empty(144, 48), std=0.02)
+    torch.testing.assert_close(model.patch_embed.proj.weight, conv.weight)
+    torch.testing.assert_close(model.pos_embed.detach(), positions)
+    torch.testing.assert_close(model.cls_token.detach(), cls)
+    torch.testing.assert_close(model.blocks[0].attn.qkv.weight.detach(), qkv)
+    assert not model.blocks[1].mlp.fc2.bias.any()
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -78,6 +96,20 @@ def test_a_block_keeps_ten_widths_per_token():
     elements = sum(t.untyped_storage().nbytes() / 4 for pointer, t in kept.items() if pointer not in parameters)
     # input, queries with keys and values, attention's output, its residual sum, the MLP's hidden layer
     assert elements / (4 * 50 * 64) == pytest.approx(1 + 3 + 1 + 1 + 4, rel=0.02)
+
+
+def test_drop_path_drops_whole_samples_and_keeps_the_mean():
+    torch.manual_seed(0)
+    drop = DropPath(0.25)
+    layout = [(300, 5), (200, 3)]
+    kept = drop(torch.ones(300 * 5 + 200 * 3, 4), layout)
+    samples = [kept[:1500].view(300, -1), kept[1500:].view(200, -1)]
+    for sample in torch.cat([s[:, :1] for s in samples]).unique():
+        assert sample == 0 or sample == pytest.approx(1 / 0.75)
+    assert all((s == s[:, :1]).all() for s in samples)
+    assert abs(torch.cat([s[:, 0] for s in samples]).mean().item() - 1) < 0.08
+    x = torch.randn(4, 5)
+    assert drop.eval()(x) is x
 
 
 def test_bfloat16_autocast_stays_close_and_leaves_float32_gradients():

@@ -107,7 +107,6 @@ def test_operations_are_counted_as_the_formula_says(tmp_path):
         (["--grids", "2", "3", "--grid_weights", "1"], "--grid_weights: expected a weight for each of the 2"),
         (["--grids", "2", "3", "--grid_weights", "0", "0"], "not all of them 0"),
         (["--lr", "0"], "--lr 0.0 is not positive"),
-        (["--patchsize", "3"], "did you mean --patch_size"),
     ],
 )
 def test_flags_that_make_no_sense_are_named(flags, message, capsys):

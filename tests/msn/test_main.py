@@ -97,7 +97,7 @@ def test_bad_configs_are_one_clear_message(tmp_path, sections, message):
         (["--batch_size", "1"], "--batch_size 1: one image has no statistics"),
         (["--rand_views", "0", "--focal_views", "0"], "there has to be an anchor"),
         (["--rand_scale", "0.9", "0.1"], "--rand_scale 0.9 0.1"),
-        (["--focal_views", "-1"], "--focal_views -1"),
+        (["--rand_views", "3", "--focal_views", "-1"], "--rand_views 3 --focal_views -1"),
         (["--color_jitter_strength", "3"], "--color_jitter_strength 3"),
         (["--power_law_exponent", "0.25"], "--use_sinkhorn true balances the targets evenly"),
         (["--prior", "prior.txt", "--power_law_exponent", "0.25"], "--prior prior.txt and --power_law_exponent 0.25"),

@@ -9,11 +9,30 @@ from msn.vision_transformer import (
     ProjectionHead,
     Trunk,
     VisionTransformer,
+    build,
     draw_kept_patches,
     num_kept_patches,
 )
 
 # Parameters of the encoder, and with a head of 2048 and 256 with batch norms.
+PARAMETERS = {
+    "deit_small": (21_665_664, 27_183_232),
+    "deit_small_p8": (21_670_272, 27_187_840),
+    "deit_small_p7": (21_745_152, 27_262_720),
+    "deit_base": (85_798_656, 92_102_656),
+    "deit_base_p8": (85_807_872, 92_111_872),
+    "deit_base_p7": (85_957_632, 92_261_632),
+    "deit_base_p4": (87_503_616, 93_807_616),
+    "deit_large": (303_301_632, 310_129_920),
+    "deit_large_p8": (303_313_920, 310_142_208),
+    "deit_large_p7": (303_513_600, 310_341_888),
+    "deit_huge": (630_918_400, 638_270_976),
+    "deit_huge_p8": (630_933_760, 638_286_336),
+    "deit_huge_p7": (631_183_360, 638_535_936),
+    "deit_huge_p10": (630_688_000, 638_040_576),
+    "vitc_4gf": (17_369_136, 17_369_136 + 5_517_568),
+    "deit_small_convstem": (27_113_904, 32_631_472),
+}
 
 
 def small_vit(**kwargs) -> VisionTransformer:
@@ -21,6 +40,20 @@ def small_vit(**kwargs) -> VisionTransformer:
     return VisionTransformer(
         **({"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3} | kwargs)
     )
+
+
+@pytest.mark.parametrize(("name", "sizes"), PARAMETERS.items(), ids=PARAMETERS)
+def test_published_networks_have_their_sizes(name, sizes):
+    with torch.device("meta"):
+        encoder = build(name)
+        assert sum(p.numel() for p in encoder.parameters()) == sizes[0]
+        encoder.fc = ProjectionHead(encoder.embed_dim)
+        assert sum(p.numel() for p in encoder.parameters()) == sizes[1]
+
+
+def test_every_architecture_is_checked_against_its_size():
+    ours = {"deit_micro", "deit_tiny"}  # the latter is smaller in these tests
+    assert {*PARAMETERS, *ours} == set(vision_transformer.ARCHITECTURES)
 
 
 @pytest.mark.parametrize(

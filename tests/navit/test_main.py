@@ -8,8 +8,7 @@ from PIL import Image
 from navit import eval_resolutions
 from navit.hub import load_navit
 from navit.main import learning_rate_factor, parse_args
-from navit.pack import CutMaterials, Example, PackedBatches, TrainPatches
-from navit.report import draw_sequence
+from navit.pack import CutMaterials, PackedBatches, TrainPatches
 from navit.sampling import Dropping, Resolutions
 from shared.images.loading import BadImages
 from tests.navit.tiny import train
@@ -34,6 +33,8 @@ def test_a_network_learns_from_packed_images(finished):
     last = found[-1]
     assert last["test_acc1"] == last["test_acc1_12"] > 25
     assert (last["test_tokens_8"], last["test_tokens_12"]) == (4, 9)
+    pictures = {path.name for path in (finished / "pictures").iterdir()}
+    assert pictures == {"packed.png", "cost.png", "curves.png"}
     steps = [line for line in found if "loss" in line]
     assert steps[-1]["loss"] < steps[0]["loss"]
     for line in steps:
@@ -97,7 +98,8 @@ def test_images_are_found_by_their_captions(tmp_path):
     (tmp_path / "captions.tsv").write_text("\n".join(rows) + "\n")
     path = tmp_path / "captions.tsv"
     flags = ("--data_path", path, "--val_path", path, "--loss", "contrastive", "--lr", "0.01", "--epochs", "8")
-    found = train(tmp_path / "run", *flags, "--drop", "none", "--text_length", 16, "--saveckp_steps", 0)
+    few_steps = ("--sequence_length", 48, "--batch_size", 2, "--test_freq", 9, "--test_resolutions", 14)
+    found = train(tmp_path / "run", *flags, *few_steps, "--drop", "none", "--text_length", 16, "--saveckp_steps", 0)
     assert found[-1]["test_acc1"] > 90
     networks, _ = load_navit(tmp_path / "run" / "checkpoint.pth")
     assert len(networks) == 2 and not networks[0].num_classes
@@ -119,22 +121,6 @@ def test_the_evaluation_prints_a_row_per_resolution_and_cascades(finished, tmp_p
     with pytest.raises(ValueError, match="has no classifier of the 3 classes"):
         flags[flags.index("digits")] = str(write_images(tmp_path / "images"))
         eval_resolutions.eval_resolutions(eval_resolutions.parse_args(flags))
-
-
-def test_a_run_ends_in_a_picture_of_its_sequences(finished):
-    pictures = {path.name: Image.open(path).size for path in (finished / "pictures").iterdir()}
-    assert set(pictures) == {"packed.png", "cost.png", "curves.png"} and pictures["packed.png"][0] > 1000
-    sequence = [Example(0, 0, np.zeros((3, 48), np.uint8), None, (1, 3), False)]
-    tiles = draw_sequence(sequence, length=5, patch=4, per_row=4)
-    assert tiles.shape == (12, 24, 3)  # two rows of tiles of 6 pixels with their frames
-    assert (tiles[0, 0] == (255, 0, 0)).all() and not tiles[1:5, 1:5].any()  # the first colour around black
-    assert (tiles[:6, 18:] == 225).all() and (tiles[6:, 6:] == 255).all()  # padding, and what is no place
-
-
-def test_cut_images_have_many_shapes():
-    source = CutMaterials("val")
-    shapes = {source.load(i).decode().shape for i in range(len(source))}
-    assert len(shapes) > 50 and min(min(shape[:2]) for shape in shapes) == 14 and source.labels.max() == 11
 
 
 def test_the_learning_rate_rises_falls_and_ends_at_zero():

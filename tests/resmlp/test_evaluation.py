@@ -1,20 +1,13 @@
 """Pictures and export; self-supervised training by DINO."""
 
-import numpy as np
-import onnxruntime
 import pytest
 import timm
 import torch
-from PIL import Image
 
 from dino import main_dino
-from resmlp import visualize_cross_patch
-from resmlp.export import export
 from resmlp.hub import load_network
-from resmlp.resmlp_models import ResMLP
-from resmlp.visualize_cross_patch import locality, rows_as_maps, to_colors
+from resmlp.visualize_cross_patch import locality
 from shared.networks.weights import safe_load
-from tests.resmlp.test_resmlp_models import randomize
 
 
 @pytest.mark.slow
@@ -40,20 +33,6 @@ def test_dino_trains_resmlp_and_the_checkpoint_is_evaluated_here(images, tmp_pat
 # --- Pictures ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_row_of_the_matrix_is_shown_at_the_place_of_its_patch():
-    weight = torch.zeros(9, 9)
-    weight[5, 7] = -2.0  # patch (1, 2) takes from patch (2, 1)
-    weight[5, 0] = 1.0
-    maps = rows_as_maps(weight)
-    assert maps.shape == (11, 11)
-    shown = np.argwhere(np.nan_to_num(maps) != 0)
-    assert shown.tolist() == [[1 * 4 + 0, 2 * 4 + 0], [1 * 4 + 2, 2 * 4 + 1]]
-    assert maps[6, 9] == -1 and maps[4, 8] == 0.5
-    assert np.isnan(maps[3]).all() and np.isnan(maps[:, 7]).all()
-    colors = to_colors(maps)
-    assert colors[6, 9].tolist() == [0, 0, 255] and colors[0, 0].min() >= 254 and colors[3, 3].tolist() == [200] * 3
-
-
 def test_locality_tells_neighbours_from_everything():
     places = torch.cartesian_prod(torch.arange(6), torch.arange(6)).float()
     neighbours = (torch.cdist(places, places) == 1).float()
@@ -61,30 +40,3 @@ def test_locality_tells_neighbours_from_everything():
     assert distance == 1 and abs(sparse - (1 - neighbours.mean().item())) < 1e-6
     sparse, distance = locality(torch.ones(36, 36))
     assert sparse == 0 and abs(distance - torch.cdist(places, places).mean().item()) < 1e-5
-
-
-def test_pictures_of_all_layers_are_written(finished, tmp_path, monkeypatch, capsys):
-    written = {path.name for path in (finished / "pictures").iterdir()}
-    assert written == {"curves.png", "layers.png", "layer01.png", "layer02.png", "locality.png"}
-    flags = ["--pretrained_weights", str(finished / "checkpoint.pth"), "--output_dir", str(tmp_path / "out")]
-    monkeypatch.setattr("sys.argv", ["visualize_cross_patch.py", *flags])
-    visualize_cross_patch.main()
-    assert {path.name for path in (tmp_path / "out").iterdir()} == written - {"curves.png"}
-    assert str(tmp_path / "out" / "layers.png") in capsys.readouterr().out
-    assert Image.open(tmp_path / "out" / "layer01.png").size[0] > 600
-
-
-# --- Export ----------------------------------------------------------------------------------------
-
-
-def test_a_classifier_of_no_published_size_is_exported_too(tmp_path, capsys):
-    network = randomize(ResMLP(16, 8, in_chans=1, embed_dim=8, depth=2, num_classes=5))
-    files = export(network, tmp_path)
-    assert set(files) == {"safetensors", "onnx", "card"}
-    images = torch.randn(3, 1, 16, 16)
-    session = onnxruntime.InferenceSession(str(files["onnx"]), providers=["CPUExecutionProvider"])
-    (found,) = session.run(["features"], {"images": images.numpy()})
-    np.testing.assert_allclose(found, network(images).numpy(), rtol=1e-3, atol=1e-4)
-    again = load_network(files["safetensors"], classifier=True)
-    torch.testing.assert_close(again(images), network(images))
-    assert "no file for torchvision and timm" in capsys.readouterr().out

@@ -13,42 +13,11 @@ from PIL import Image
 from resmlp import main
 from resmlp.augmentations import ThreeAugment
 from resmlp.hub import MEAN, STD, build_network
-from resmlp.main import SubmodelLoss, get_args_parser, parse_args
+from resmlp.main import SubmodelLoss
 from shared.supervised.losses import ClassificationLoss
-from tests.command_lines import assert_values_arrive, error_of
+from tests.command_lines import error_of
 from tests.resmlp.tiny import FLAGS, train
 from tests.run_folders import lines, losses, state_of
-from tests.shared.supervised.deit_flags import assert_defaults
-
-# command lines with every flag of the official trainer
-PUBLISHED = [
-    "--model resmlp_24 --batch-size 256 --data-path /imagenet --output_dir /run",
-    "--eval --resume weights.pth --model resmlp_36 --eval-crop-ratio 0.9 --data-path /imagenet --data-set IMNET",
-    "--model resmlp_12 --batch-size 64 --bce-loss --unscale-lr --drop 0.1 --drop-path 0.05 --no-model-ema "
-    "--model-ema-decay 0.9 --model-ema-force-cpu --opt lamb --opt-eps 1e-7 --opt-betas 0.9 0.99 --clip-grad 1 "
-    "--momentum 0.8 --weight-decay 0.2 --sched step --lr 5e-3 --lr-noise 0.4 0.9 --lr-noise-pct 0.5 --lr-noise-std 2 "
-    "--warmup-lr 1e-5 --min-lr 1e-6 --decay-epochs 10 --warmup-epochs 3 --cooldown-epochs 1 --patience-epochs 2 "
-    "--dr 0.2",
-    "--color-jitter 0.2 --aa original --smoothing 0 --train-interpolation bilinear --no-repeated-aug --no-train-mode "
-    "--ThreeAugment --src --reprob 0 --remode rand --recount 2 --resplit --mixup 0 --cutmix 0 --cutmix-minmax 0.2 0.8 "
-    "--mixup-prob 0.5 --mixup-switch-prob 0.1 --mixup-mode elem --cosub --finetune f.pth --attn-only",
-    "--teacher-model regnety_160 --teacher-path t.pth --distillation-type hard --distillation-alpha 0.1 "
-    "--distillation-tau 3 --data-set INAT19 --inat-category genus --device cpu --seed 1 --start_epoch 2 --dist-eval "
-    "--num_workers 3 --no-pin-mem --distributed --world_size 8 --dist_url env:// --input-size 384 --epochs 400",
-]
-
-
-@pytest.mark.parametrize("command", PUBLISHED)
-def test_official_command_lines_parse(command):
-    words = [*command.split(), "--data_path", "/imagenet"]
-    assert_values_arrive(get_args_parser(), words, parse_args(words))
-
-
-def test_defaults_are_the_official_ones():
-    own = "--epochs 300 --color-jitter 0.3 --train-mode --eval-crop-ratio 0.875"
-    absent = ("bce_loss", "unscale_lr", "ThreeAugment", "src", "cosub", "finetune", "attn_only", "distributed")
-    assert_defaults(get_args_parser(), parse_args(["--data_path", "/imagenet"]), own, absent)
-    assert parse_args(["--data_path", "x", "--data-set", "CIFAR"]).data_set == "CIFAR100"
 
 
 @pytest.mark.parametrize(
@@ -189,9 +158,3 @@ def test_three_augment_takes_one_of_three():
 def test_other_recipes_train(flags, images, tmp_path):
     train(tmp_path, "--data_path", images, "--epochs", 1, *flags)
     assert len(losses(tmp_path)) >= 2 and all(map(math.isfinite, losses(tmp_path)))
-
-
-def test_embedded_data_have_defaults_of_their_own():
-    assert vars(parse_args([])).items() >= main.EMBEDDED_DATA_DEFAULTS.items()
-    assert parse_args(["--epochs", "2"]).epochs == 2
-    assert parse_args(["--model", "resnet18"]).depth is None  # that of a network of another library is in its name

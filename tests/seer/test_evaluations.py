@@ -213,13 +213,3 @@ def test_a_table_of_groups_that_cannot_be_read_is_named(text, message, tmp_path)
 def test_a_gpu_that_is_asked_for_and_not_there_is_an_error():
     with pytest.raises(ValueError, match="--device cuda: no GPU is visible"):
         eval_groups.eval_groups(eval_groups.parse_args(["--device", "cuda"]))
-
-
-def test_generated_groups_are_equally_many_changed_images():
-    source = open_source(None, "val")
-    changed, images = eval_groups.generated_groups(source)
-    sizes = {key: len(indices) for key, indices in groups_of(images).items()}
-    assert sizes == {("all", "all"): 360} | {("generated", name): 72 for name in sorted(eval_groups.GENERATED)}
-    for i in range(5):
-        same = (changed.load(i).decode() == source.load(i).decode()).all()
-        assert same == (images[i].groups["generated"] == "as it is")

@@ -7,7 +7,7 @@ import hubconf
 from shared.networks.classifiers import fill_classifier
 from shared.networks.weights import WeightMismatch
 from xcit.cross_covariance_transformer import build_xcit
-from xcit.hub import from_timm, load_network, read_weights, to_timm
+from xcit.hub import load_network, read_weights, to_timm
 
 NAME = "xcit_nano_12_p8"
 
@@ -45,13 +45,6 @@ def test_backbones_of_dino_have_no_classifier(network, tmp_path, capsys):
     classifier = build_xcit(NAME, num_classes=5)
     assert not fill_classifier(classifier, read_weights(tmp_path / "checkpoint.pth", "teacher"), "the backbone")
     assert "ours stays random" in capsys.readouterr().out
-
-
-def test_timm_names_and_back(network):
-    state = network.state_dict()
-    there = to_timm(state)
-    assert "pos_embed.token_projection.weight" in there and "cls_attn_blocks.1.attn.k.bias" in there
-    torch.testing.assert_close(from_timm(there), dict(state))
 
 
 def test_other_networks_and_bad_weights_are_refused(network, tmp_path):

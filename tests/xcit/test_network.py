@@ -16,6 +16,16 @@ from xcit.cross_covariance_transformer import (
     build_xcit,
 )
 
+PARAMETERS = {  # of the released files, with 1000 classes, patches of 16 and of 8
+    "nano_12": (3_053_224, 3_049_016),
+    "tiny_12": (6_716_272, 6_706_504),
+    "tiny_24": (12_116_896, 12_107_128),
+    "small_12": (26_253_304, 26_213_032),
+    "small_24": (47_671_384, 47_631_112),
+    "medium_24": (84_395_752, 84_323_624),
+    "large_24": (189_096_136, 188_932_648),
+}
+
 
 def randomized(network: nn.Module, seed: int = 0) -> nn.Module:
     """Every tensor non-trivial, so that a forgotten term shows up."""
@@ -35,17 +45,6 @@ def tiny(**options) -> XCiT:
     torch.manual_seed(0)
     options = dict(patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5) | options
     return randomized(XCiT(**options))
-
-
-PARAMETERS = {  # of the released files, with 1000 classes, patches of 16 and of 8
-    "nano_12": (3_053_224, 3_049_016),
-    "tiny_12": (6_716_272, 6_706_504),
-    "tiny_24": (12_116_896, 12_107_128),
-    "small_12": (26_253_304, 26_213_032),
-    "small_24": (47_671_384, 47_631_112),
-    "medium_24": (84_395_752, 84_323_624),
-    "large_24": (189_096_136, 188_932_648),
-}
 
 
 @pytest.mark.parametrize("patch_size", [16, 8])

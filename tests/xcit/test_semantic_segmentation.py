@@ -14,7 +14,6 @@ from tests.processes import run_processes
 from tests.reliability.runs import assert_same_run
 from tests.run_folders import lines, losses, stopped_after
 from tests.xcit.tiny import shrink_networks
-from xcit import dense_training
 from xcit.semantic_segmentation import main
 from xcit.semantic_segmentation.ade20k import UNLABELLED, ADE20KDataset, augment
 from xcit.shapes import write_ade20k
@@ -93,12 +92,6 @@ def test_label_maps_may_have_a_palette_and_damaged_ones_follow_the_policy(tmp_pa
     assert torch.equal(dataset[0][1]["labels"], expected[0])
     path.write_bytes(path.read_bytes()[:100])
     assert torch.equal(dataset[0][1]["labels"], expected[1]) and dataset.bad_images.count() == 1
-
-
-def test_stochastic_depth_is_that_of_the_published_segmenters():
-    for model, rate in (("tiny_24", 0.0), ("small_12", 0.05), ("small_24", 0.1), ("medium_24", 0.2)):
-        args = main.parse_args(["--data-path", "/ade", "--model", f"xcit_{model}_p8"])
-        assert dense_training.drop_path_rate(args, dense_training.SEGMENTATION_DROP_PATH) == rate
 
 
 def test_pixels_and_labels_stay_together():
