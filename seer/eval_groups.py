@@ -33,6 +33,8 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     import shared.run.passive_threads  # noqa: F401
 
+import os
+
 import cv2
 import numpy as np
 import torch.nn.functional as F
@@ -360,6 +362,11 @@ def eval_groups(args: argparse.Namespace) -> list[dict]:
         train = open_source(args.data_path, "train")
         if train.classes is None:
             raise ValueError(f"--data_path {args.data_path} has no classes to predict")
+        paths = [{os.path.abspath(of.path(i)) for i in range(len(of))} for of in (source, train)]
+        if args.groups is not None and (both := len(paths[0] & paths[1])):
+            raise ValueError(
+                f"--groups {args.groups}: {both} images are in --data_path too and would be their own neighbours"
+            )
         predicted = nearest_labels(features, *represent(train), train.classes, args.nb_knn)
     if args.attribute is not None and not any(args.attribute in image.groups for image in images):
         raise ValueError(f"--attribute {args.attribute} is no column of the groups")

@@ -157,6 +157,9 @@ def test_groups_of_a_table_are_evaluated_with_any_network(trained, tmp_path, cap
     with open(tmp_path / "out/groups.csv", newline="") as file:
         assert float(next(csv.DictReader(file))["top1"]) == pytest.approx(found[0]["top1"])
     assert "kind: a, 5 images: top1" in capsys.readouterr().out
+    flags[flags.index("--data_path") + 1] = str(tmp_path / "val")  # an image that finds itself is always right
+    with pytest.raises(ValueError, match=r"images are in --data_path too and would be their own neighbours"):
+        eval_groups.eval_groups(eval_groups.parse_args(flags))
     predictions = "\n".join(["image,label,confidence", *(f"{file},red,0.9" for file in files)])
     (tmp_path / "predictions.csv").write_text(predictions)
     flags = ["--groups", str(tmp_path / "groups.csv"), "--predictions", str(tmp_path / "predictions.csv")]
