@@ -132,8 +132,8 @@ def test_maps_and_tokens_of_square_grids_are_patches():
 
 
 def test_measures_have_two_standard_errors_and_a_verdict():
-    lines = [{"step": 0, "knn_top1": 50.0, "pixels_knn_top1": 40.0}, {"step": 9, "knn_top1": 80.0}]
-    lines += [{"step": 9, "recall_at_1": 30.0, "recall_chance": 1.0, "rankme": 7.0}]
+    lines = [{"step": 0, "knn_top1": 50.0, "pixels_knn_top1": 40.0}, {"step": 99, "knn_top1": 80.0}]
+    lines += [{"step": 99, "recall_at_1": 30.0, "recall_chance": 1.0, "rankme": 7.0}]
     knn, recall, rank = report_page.measures(lines, 100, 4, "--lr")
     assert knn["values"] == [
         ("random weights", 50, pytest.approx(10)),
