@@ -32,6 +32,7 @@ SEEDS_HEADER = (
 def decimals(metric: str) -> int:
     """One for per cent and what is as large, three for the rest."""
     per_cent = ("knn", "linear", "rank_me", "acc1", "bleu", "top1", "NDCG", "Recall", "MRR")
+    per_cent += ("mass", "jaccard", "kept")
     return 1 if metric.startswith(per_cent) else 3
 
 
