@@ -93,8 +93,10 @@ def _scale_with_absorption(scores: Tensor, epsilon: float, num_iters: int) -> Te
     kernel, log_samples = _matrix(scores, epsilon, log_prototypes)
     samples, prototypes = 1 / kernel.sum(dim=1), kernel.new_ones(num_prototypes)
     for _ in range(num_iters - 1):
-        if max(samples.log().abs().max(), prototypes.log().abs().max()) > ABSORPTION_LIMIT:
-            log_prototypes = log_prototypes + prototypes.log()
+        # the sums over processes need equal scalings of prototypes, which are known to all; samples are each one's own
+        has_grown = prototypes.log().abs().max() > ABSORPTION_LIMIT
+        if has_grown or samples.log().abs().max() > ABSORPTION_LIMIT:
+            log_prototypes = log_prototypes + prototypes.log() if has_grown else log_prototypes
             kernel, log_samples = _matrix(scores, epsilon, log_prototypes, log_samples + samples.log())
             samples = torch.ones_like(samples)
         prototypes = (num_samples / num_prototypes) / distributed.all_reduce_sum(samples @ kernel)

@@ -131,3 +131,19 @@ def test_two_processes_give_the_assignments_of_one_with_one_collective_per_itera
         alone = sinkhorn_knopp(cosines(24, 7), epsilon, num_iters)
         torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-7)
         assert [calls for _, calls in shares] == [max(num_iters, 1) + (bound is None)] * 2
+
+
+def balance_unequal_share(rank, scores):
+    """Assignments of this rank's half of the rows, and whether its scalings were ever absorbed after the first one."""
+    sinkhorn.ABSORPTION_LIMIT, made, matrix = 0.95, [], sinkhorn._matrix
+    sinkhorn._matrix = lambda *args: made.append(len(args)) or matrix(*args)
+    return sinkhorn._scale_with_absorption(scores[8 * rank :][:8], 0.05, 3), len(made) > 1
+
+
+def test_processes_whose_samples_need_absorbing_at_different_times_agree():
+    scores = cosines(16, 7)
+    scores[8:] *= 0.01  # the rows of the second process are nearly uniform
+    ranks = run_processes(balance_unequal_share, 2, scores)
+    assert [absorbed for _, absorbed in ranks] == [True, False]
+    together = torch.cat([assignments for assignments, _ in ranks])
+    torch.testing.assert_close(together, slow_sinkhorn(scores, 0.05, 3).float(), rtol=1e-4, atol=1e-6)
