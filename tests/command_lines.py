@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
+from shared.run.flags import bool_flag
+
 
 def assert_values_arrive(
     parser: argparse.ArgumentParser, command: list[str], args: argparse.Namespace, changed: tuple[str, ...] = ()
@@ -28,6 +30,8 @@ def assert_values_arrive(
         found = getattr(args, action.dest)
         if words:
             found = found if isinstance(found, list | tuple) else [found]
+            if action.type is bool_flag:  # 1 for true
+                words = [str(bool_flag(word)) for word in words]
             assert [_plain(word) for word in words] == [_plain(str(word)) for word in found], flag
         elif isinstance(action, argparse.BooleanOptionalAction):
             assert found is not flag.startswith("--no-"), flag
