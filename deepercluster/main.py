@@ -332,6 +332,7 @@ def train_one_epoch(
         average_gradients(heads, state.groups)
         norms = clip_grad_norm_per_tensor_(parameters, max_norm=0)
         run.update(distributed.all_reduce_sum(norms.sum()[None]), *optimizers)  # what one leaves out, all leave out
+        run.precision.share_scale()
         run.end_step(len(indices), averages)
 
 

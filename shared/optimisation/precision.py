@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from shared import distributed
+
 
 def fast_bf16(device: torch.device) -> bool:
     """Whether the device computes faster in bfloat16 than in float32.
@@ -101,3 +103,9 @@ class Precision:
         """Adapt the scale of the loss after the optimiser's step (fp16 only)."""
         if self.scaler.is_enabled():
             self.scaler.update()
+
+    def share_scale(self) -> None:
+        """Give all processes the least scale of the loss: weights that only some have overflow there alone (fp16)."""
+        if self.scaler.is_enabled():
+            scale = torch.tensor([self.scaler.get_scale()], device=self.device)
+            self.scaler.update(distributed.all_gather(scale).min().item())

@@ -1,9 +1,12 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from shared.optimisation.precision import Precision, fast_bf16
+from tests.processes import run_processes
 
 CPU = torch.device("cpu")
 
@@ -61,3 +64,20 @@ def test_bf16_is_chosen_where_a_cpu_is_faster_in_it(monkeypatch, cpu, amx, avx51
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_fp16": avx512_fp16}, raising=False)
     assert fast_bf16(CPU) is fast
     assert Precision("auto", CPU).name == ("bf16" if fast else "fp32")
+
+
+def scales_after_an_overflow(rank: int) -> list[float]:
+    """Scales of the loss after a step that overflows on the second process alone, before and after they are shared."""
+    precision = Precision("fp32", CPU)
+    precision.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    weight = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    precision.backward((weight * (math.inf if rank else 1.0)).sum(), optimizer)
+    precision.update()
+    own = precision.scaler.get_scale()
+    precision.share_scale()
+    return [own, precision.scaler.get_scale()]
+
+
+def test_processes_with_weights_of_their_own_keep_one_scale_of_the_loss():
+    assert run_processes(scales_after_an_overflow, 2) == [[1024.0, 512.0], [512.0, 512.0]]
