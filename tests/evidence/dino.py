@@ -61,7 +61,7 @@ MOMENTUM_VARIANTS = [
 
 DEMONSTRATION = Variant("DINO", "--num_workers 0 --pictures off", "main_dino.py")  # on the generated images
 ARCH, PATCH_SIZE, SIDE, EPOCHS = "vit_micro", 4, 32, 8  # of it
-SUPERVISED = "supervised, as many epochs"
+SUPERVISED = "supervised"
 
 
 # fmt: off
@@ -76,10 +76,10 @@ CLAIMS = [
     Claim("small crops help", "digits, 220 steps, k-NN", "dino_digits", "DINO", "two global crops only", "knn_last"),
     Claim("smaller patches help", "the same", "dino_digits", "patches of 4 instead of 8", "DINO", "knn_last",
           flaw="random patches of 8 are nearly the pixels"),
-    *(Claim("attention is on objects (figure 1), beside " + other, "materials, share on the object, best head",
-            "dino_attention", "DINO", other, "mass") for other in ("random weights", SUPERVISED)),
-    *(Claim("attention segments objects (5.2), beside " + other, "materials, Jaccard of the patches with 60 % of it, "
-            "best head", "dino_attention", "DINO", other, "jaccard") for other in ("random weights", SUPERVISED)),
+    *(Claim(f"attention is on objects (figure 1), beside {other}", "materials, share, best head", "dino_attention",
+            "DINO", other, "mass") for other in ("random weights", SUPERVISED)),
+    *(Claim(f"attention segments them (5.2), beside {other}", "the same, Jaccard of 60 %", "dino_attention", "DINO",
+            other, "jaccard") for other in ("random weights", SUPERVISED)),
     Claim("ImageNet, beside other methods and labels"),
     Claim("multi-crop at equal compute"),
     Claim("retrieval, copy detection, video segmentation"),
