@@ -227,10 +227,10 @@ def open_training_data(
     layout, released = groups.layout, args.rules == "released"
     used, shown = epoch_sizes(min(len(source), args.size_dataset), args.batch_size, layout, released)
     bad_images.num_images = used  # what takes the place of an unreadable image is in a cluster, too
-    if args.k > used:
-        raise ValueError(
-            f"--k {args.k}: there are {used} images; take --k {max(1, used // 20) * layout.super_clusters}"
-        )
+    most = {"k": max(1, used // 20) * layout.super_clusters, "dim_pca": min(64, used)} if args.k > 1 else {}
+    if large := [name for name in most if getattr(args, name) > used]:
+        given, taken = (", ".join(f"--{n} {v[n]}" for n in large) for v in (vars(args), most))
+        raise ValueError(f"{given}: there are {used} images; take {taken}")
     size, in_chans = args.image_size, args.in_chans
     recipe = ViewRecipe(size, tuple(args.crop_scale), interpolation="bilinear")
     write_recipes(output_dir, [recipe])

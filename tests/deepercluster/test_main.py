@@ -286,8 +286,8 @@ def test_flags_that_make_no_sense_are_named(flags, message, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--dim_pca 25", "--dim_pca 25: 24 features of 128 dimensions have between 1 and 24"),
-        ("--k 50", "--k 50: there are 24 images"),
+        ("--dim_pca 25", "--dim_pca 25: there are 24 images; take --dim_pca 24"),
+        ("--k 50 --dim_pca 25", "--k 50, --dim_pca 25: there are 24 images; take --k 2, --dim_pca 24"),
         ("--batch_size 9", "--batch_size 9: an epoch shows each of 8 super-classes 3 of 24 images"),
         ("--super_classes 6", "--super_classes 6: with --rotnet it is four times"),
         ("--size_dataset 10 --batch_size 3", "--batch_size 3: an epoch shows"),
