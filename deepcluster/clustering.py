@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from shared import distributed
 from shared.evaluation.cluster_sums import sum_by_cluster
-from shared.evaluation.covariance import BLOCK_ROWS, labels_of_all, mean_and_covariance, rows_of_all
 from shared.evaluation.knn import nearest_neighbours
+from shared.evaluation.sharded_features import BLOCK_ROWS, labels_of_all, mean_and_covariance, rows_of_all
 
 from .convnets import new_top_layer
 

@@ -10,7 +10,6 @@ from shared.evaluation import partitions
 from shared.evaluation.knn_monitor import KNNMonitor
 from shared.evaluation.partitions import evenly, row_of, save_list, save_rows, tell_agreement, trivial_solutions
 from shared.images.cluster_draws import cluster_lists
-from shared.images.loading import BadImages
 from shared.images.sources import ImageSource
 from shared.pictures.report import Plot, Report, accuracy_plot
 from shared.run.health import HealthRule
@@ -47,7 +46,7 @@ PLOTS = (
 def report(run: Run, source: ImageSource, clusters: Clusters, knn: KNNMonitor) -> None:
     """List and draw the final clusters, draw the curves, and print the text."""
     ending, assignments = Report(run, "deepcluster/main.py"), clusters.assignments.clone()
-    assignments[BadImages(len(source), run.output_dir / "bad_images.txt").rows(source)] = -1
+    assignments[partitions.unreadable(run.output_dir, source, len(assignments))] = -1
     ending.files.append(str(save_list(source, {"cluster": assignments}, run.output_dir / "clusters.csv")))
     ending.draw("clusters.png", lambda path: save_cluster_sheet(source, clusters, path))
     ending.draw_curves("DeepCluster training", PLOTS)

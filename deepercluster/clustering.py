@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from shared import distributed
 from shared.evaluation.cluster_sums import sum_by_cluster, sum_by_cluster_on_cpu
-from shared.evaluation.covariance import labels_of_all, mean_and_covariance, rows_of_all
+from shared.evaluation.sharded_features import labels_of_all, mean_and_covariance, rows_of_all
 from shared.images.cluster_draws import cluster_lists, count_repetitions, draw_uniformly
 from shared.optimisation.optim import keep_options, load_optimizer_state
 from shared.run.randomness import derive_seed

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +11,6 @@ import numpy as np
 from shared.evaluation import partitions
 from shared.evaluation.knn_monitor import KNNMonitor
 from shared.evaluation.partitions import evenly, row_of, save_list, save_rows, tell_agreement, trivial_solutions
-from shared.images.loading import BadImages
 from shared.images.sources import ImageSource
 from shared.pictures.report import Plot, Report, accuracy_plot
 from shared.pictures.sheets import link_images
@@ -82,8 +82,8 @@ def save_folders(source: ImageSource, clusters: Clusters, folder: Path) -> Path:
 def report(run: Run, source: ImageSource, clusters: Clusters, layout: Layout, knn: KNNMonitor) -> None:
     """List and draw the final clusters, draw the curves, and print the text."""
     ending, args = Report(run, "deepercluster/main.py"), run.args
-    listed = BadImages(len(source), run.output_dir / "bad_images.txt").rows(source)
-    unreadable = [i for i in listed if i < len(clusters.sub_clusters)]
+    unreadable = partitions.unreadable(run.output_dir, source, len(clusters.sub_clusters))
+    clusters = deepcopy(clusters)
     clusters.super_clusters[unreadable] = clusters.sub_clusters[unreadable] = -1  # of the images in their places
     ending.files.append(str(save_clusters(source, clusters, run.output_dir / "clusters.csv")))
     learned = [f"{layout.super_classes} super-classes, loss of chance {chance(layout, clusters):.2f}"]

@@ -23,6 +23,7 @@ import argparse
 import bisect
 import json
 import math
+import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -32,8 +33,6 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     import shared.run.passive_threads  # noqa: F401
-
-import os
 
 import cv2
 import numpy as np

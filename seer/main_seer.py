@@ -40,6 +40,7 @@ from shared.multicrop import MultiCropWrapper, normalize_views
 from shared.networks.backbones import Through
 from shared.optimisation.larc import LARC, tensor_norms
 from shared.plan import NUMBERS, make_plan
+from shared.run.checkpoint import load_latest
 from shared.run.flags import (
     Parser,
     add_data_flags,
@@ -216,8 +217,8 @@ def train_seer(args: argparse.Namespace) -> None:
     parts = {"model": model, "optimizer": optimizer}
     if network is model and distributed.get_world_size() > 1:
         parts = {"model": WholeNetwork(network), "optimizer": WholeOptimizer(optimizer)}
-    lengthened = partial(in_a_longer_run, sampler=data.sampler)
-    run.resume(data, total_steps, NETWORK_FLAGS, from_official=lengthened, scheduled=("lr",), **parts)
+    newest = in_a_longer_run(load_latest(run.path) or {}, data.sampler)
+    run.resume(data, total_steps, NETWORK_FLAGS, checkpoint=newest, scheduled=("lr",), **parts)
     run.guard.watch(model=network)
     run.health = HealthMonitor(health_rules(args.nmb_prototypes[0], total_steps))
     knn = KNNMonitor(run, args.size_crops[0], MEAN, STD, data.num_workers)

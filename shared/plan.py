@@ -179,7 +179,7 @@ class Plan:
         images: Of a step, on each part of the data axis.
         parameters: Counts, by what they are of.
         flops_per_image: Operations of one image in a training step of the whole network.
-        shapes: Number of each weight's elements, of a process of the model axis.
+        elements: Numbers in each weight, of a process of the model axis.
         cast: Bytes of the weights as the passes take them: of all on one device, of one block that is gathered.
         moments: Numbers of the optimiser per weight.
         passed: The passes of the images of one device.
@@ -189,14 +189,14 @@ class Plan:
     images: int
     parameters: dict[str, int]
     flops_per_image: int
-    shapes: tuple[int, ...]
+    elements: tuple[int, ...]
     cast: tuple[int, int]
     moments: int
     passed: Pass
 
     @property
     def weights(self) -> int:
-        return 4 * sum(-(-number // self.mesh[0]) for number in self.shapes)
+        return 4 * sum(-(-number // self.mesh[0]) for number in self.elements)
 
     @property
     def gradients(self) -> int:
@@ -305,7 +305,7 @@ def make_plan(
         images=batch_size // data,
         parameters=parameters,
         flops_per_image=3 * forward,
-        shapes=tuple(p.numel() for p in part.parameters()),
+        elements=tuple(p.numel() for p in part.parameters()),
         cast=tuple(number * activations_in.itemsize for number in cast),
         moments=moments,
         passed=passed,

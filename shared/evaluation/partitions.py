@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shared.images.loading import BadImages
 from shared.images.sources import ImageSource
 from shared.images.tables import write_table
 from shared.pictures.report import Plot
@@ -93,6 +94,11 @@ def save_list(source: ImageSource, columns: Mapping[str, Tensor], path: Path) ->
         heading.append("class")
         rows = [[*row, source.classes[source.label(i)]] for i, row in enumerate(rows)]
     return write_table(path, heading, rows)
+
+
+def unreadable(folder: Path, source: ImageSource, number: int) -> list[int]:
+    """Those of the first ``number`` images in whose places the run in ``folder`` has read others."""
+    return [i for i in BadImages(len(source), folder / "bad_images.txt").rows(source) if i < number]
 
 
 def evenly(values: Sequence, most: int) -> list:

@@ -106,6 +106,6 @@ class Precision:
 
     def share_scale(self) -> None:
         """Give all processes the least scale of the loss: weights that only some have overflow there alone (fp16)."""
-        if self.scaler.is_enabled():
+        if self.scaler.is_enabled() and distributed.get_world_size() > 1:
             scale = torch.tensor([self.scaler.get_scale()], device=self.device)
             self.scaler.update(distributed.all_gather(scale).min().item())

@@ -6,7 +6,6 @@ Both, alternated in one process, after their outputs were found equal; the media
 counts. Ours holds kernels of 32 x 32 and positions of a grid of 7 x 7, and resizes both at every call.
 """
 
-import argparse
 import sys
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import nn
 from flexivit.flexible_vit import AtPatchSize
 from flexivit.hub import build
 from flexivit.resize_patch import with_patches_of
-from tests.benchmarks.beside_timm import compare, table
+from tests.benchmarks.beside_timm import add_flags, compare, table
 from tests.benchmarks.harness import finish, get_args_parser
 
 PATCH_SIZE = 16
@@ -49,10 +48,7 @@ def main() -> None:
     add = parser.add_argument
     add("--archs", nargs="+", default=["flexivit_s"])
     add("--image_size", type=int, default=224)
-    add("--batch_size", type=int, default=8)
-    add("--device", default="cpu", choices=("cpu", "cuda"))
-    add("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=("float32", "bfloat16"))
-    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="also compare both compiled")
+    add_flags(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     images = torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=args.device)

@@ -6,7 +6,6 @@
 Both networks, alternated in one process; the median of the ratios of neighbouring rounds counts.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from torch import nn
 from resmlp.export import TIMM_MODELS
 from resmlp.hub import to_timm
 from resmlp.resmlp_models import ARCHITECTURES
-from tests.benchmarks.beside_timm import compare, table
+from tests.benchmarks.beside_timm import add_flags, compare, table
 from tests.benchmarks.harness import finish, get_args_parser
 
 
@@ -37,10 +36,7 @@ def main() -> None:
     add = parser.add_argument
     add("--archs", nargs="+", default=["resmlp_12"], choices=tuple(ARCHITECTURES))
     add("--side", type=int, default=224, help="of the square images in pixels")
-    add("--batch_size", type=int, default=8)
-    add("--device", default="cpu", choices=("cpu", "cuda"))
-    add("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=("float32", "bfloat16"))
-    add("--compile", action=argparse.BooleanOptionalAction, default=True, help="also compare both networks compiled")
+    add_flags(parser, compiled=True)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     results = []

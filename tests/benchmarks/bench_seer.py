@@ -26,7 +26,7 @@ from seer.main_seer import PrototypeNetwork
 from seer.regnet import SIZES, Head, RegNet, Sizes, initialise_
 from shared.optimisation.larc import LARC
 from shared.plan import make_plan
-from tests.benchmarks.beside_timm import compare, table
+from tests.benchmarks.beside_timm import add_flags, compare, table
 from tests.benchmarks.harness import InProcess, finish, get_args_parser
 
 NETWORKS = {  # sizes, names in torchvision and timm
@@ -121,10 +121,7 @@ def main() -> None:
     add = parser.add_argument
     add("--networks", nargs="+", default=["400MF"], choices=tuple(NETWORKS))
     add("--image_size", type=int, default=160)
-    add("--batch_size", type=int, default=8)
-    add("--device", default="cpu", choices=("cpu", "cuda"))
-    add("--dtypes", nargs="+", default=["float32"], choices=("float32", "bfloat16"))
-    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="also compare both compiled")
+    add_flags(parser, bf16=False)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     results = []

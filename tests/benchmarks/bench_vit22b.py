@@ -6,7 +6,6 @@ Both, alternated in one process, after their outputs were found equal; the media
 counts. timm's block adds its output products by default, and has one product with ``fuse_out_proj``.
 """
 
-import argparse
 import sys
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from timm.layers import RmsNorm
 from timm.models.vision_transformer import ParallelScalingBlock
 from torch import nn
 
-from tests.benchmarks.beside_timm import compare, table
+from tests.benchmarks.beside_timm import add_flags, compare, table
 from tests.benchmarks.harness import finish, get_args_parser
 from tests.vit22b.tiny import timm_state
 from vit22b.scaled_vit import Block, Switches
@@ -45,10 +44,7 @@ def main() -> None:
     add = parser.add_argument
     add("--sizes", nargs="+", default=["s", "b"], choices=tuple(SIZES))
     add("--tokens", type=int, default=256)
-    add("--batch_size", type=int, default=8)
-    add("--device", default="cpu", choices=("cpu", "cuda"))
-    add("--dtypes", nargs="+", default=["float32"], choices=("float32", "bfloat16"))
-    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="also compare both blocks compiled")
+    add_flags(parser, bf16=False)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     results = []

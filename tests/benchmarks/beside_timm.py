@@ -1,5 +1,6 @@
 """Our network beside timm's implementation of it, eager and compiled: images per second of both, taking turns."""
 
+import argparse
 import statistics
 from collections.abc import Iterable
 from functools import partial
@@ -10,6 +11,15 @@ from torch import Tensor, nn
 from tests.benchmarks.harness import alternate, spread
 
 WORK = ("forward", "training step")
+
+
+def add_flags(parser: argparse.ArgumentParser, *, bf16: bool = True, compiled: bool = False) -> None:
+    """Flags of every comparison; whether it also takes bfloat16 and compiled networks where nothing is said."""
+    add, dtypes = parser.add_argument, ("float32", "bfloat16")
+    add("--batch_size", type=int, default=8)
+    add("--device", default="cpu", choices=("cpu", "cuda"))
+    add("--dtypes", nargs="+", default=dtypes[: 1 + bf16], choices=dtypes)
+    add("--compile", action=argparse.BooleanOptionalAction, default=compiled, help="also compare both compiled")
 
 
 def do(work: str, network: nn.Module, images: Tensor, dtype: str) -> None:
