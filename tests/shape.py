@@ -157,6 +157,7 @@ def figures() -> Iterator[tuple[str, float, float, bool]]:
     yield "pairs of files that share ten lines", len(duplicates()), 20, False
     roles = [file for file in folders if file.stem in ROLES]
     yield "lines of the folders that are boilerplate roles", count_lines(roles), 3000 + 150 * FURTHER, False
+    yield "lines of run.py", count_lines([ROOT / "shared/run/run.py"]), 250, False
     yield "lines of hubconf.py", count_lines([ROOT / "hubconf.py"]), 60, False
     yield "seconds of import hubconf over torch", round(seconds_over_torch("hubconf"), 2), 0.3, False
     yield "lines of the product", count_lines(product), 33_000 + 1200 * FURTHER, False

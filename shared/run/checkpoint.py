@@ -15,13 +15,14 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from shared import distributed
-from shared.networks.weights import safe_load
+from shared.networks.weights import RUN_FILES, safe_load
 from shared.optimisation.optim import keep_options, load_optimizer_state
 
 from .attempt import Attempt, Interrupted, NotFinite
@@ -321,6 +322,17 @@ class Checkpointer:
         if error is not None:
             raise error
         self.last_save = time.monotonic()
+
+
+def check_folder(path: Path) -> None:
+    """Refuse to begin the run of checkpoint ``path`` in a folder that holds another run's.
+
+    Raises:
+        ValueError: If it does; the message names that checkpoint.
+    """
+    others = [file for name in RUN_FILES if not fnmatch(path.name, name) for file in path.parent.glob(name)]
+    if others and not path.exists():
+        raise ValueError(f"--output_dir {path.parent} holds {others[0].name} of another run: name another one")
 
 
 def check_flags(checkpoint: dict, args: argparse.Namespace, must_match: tuple[str, ...]) -> None:

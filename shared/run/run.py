@@ -18,7 +18,6 @@ The loop stays in the method's script and reads like its paper; a run calls noth
 
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
-from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -26,13 +25,13 @@ from torch import Tensor, nn
 
 from shared import distributed
 from shared.images.channels import are_asked_for, keep_channels
-from shared.networks.weights import RUN_FILES, flags_of_training
+from shared.networks.weights import flags_of_training
 from shared.optimisation.optim import step_unless_not_finite
 from shared.optimisation.precision import Precision
 
 from . import randomness
 from .attempt import Attempt
-from .checkpoint import Checkpointer, check_flags, is_at_start, load_latest, restore, resume_position
+from .checkpoint import Checkpointer, check_flags, check_folder, is_at_start, load_latest, restore, resume_position
 from .health import HealthMonitor
 from .log import RunLog
 from .memory import keep_freed_memory, name_batch_flags
@@ -45,15 +44,12 @@ class Run:
     Args:
         args: Flags of ``add_run_flags``, ``output_dir`` and ``seed``.
         amp: Precision of the forward passes, see :class:`shared.optimisation.precision.Precision`.
-        file: Newest checkpoint, in the output folder.
-        subfolder: Made in the output folder.
+        file, subfolder: Newest checkpoint, and a folder that is made; both in the output folder.
         owns_folder: False beside another run, which may go on: the log has the name of the checkpoint.
 
     Attributes:
-        device, output_dir, precision: Of this process.
-        path: Of the newest checkpoint.
-        health: Looks at every line of the log; a script gives it the rules of its method.
-        log: Of the run, from :meth:`resume` on.
+        device, output_dir, precision, path: Of this process; ``path`` is that of the newest checkpoint.
+        health, log: What looks at every line, by rules of the method, and what writes them (from :meth:`resume` on).
         is_new: Whether no step had been done when the run was resumed.
         epoch, step_in_epoch: Where a run goes on that is saved now; in the body of a step, the step after it.
     """
@@ -68,9 +64,8 @@ class Run:
         randomness.seed_everything(args.seed)
         self.output_dir = Path(args.output_dir)
         self.path = self.output_dir / file
-        others = [path for name in RUN_FILES if not fnmatch(file, name) for path in self.output_dir.glob(name)]
-        if owns_folder and others and not self.path.exists():
-            raise ValueError(f"--output_dir {self.output_dir} holds {others[0].name} of another run: name another one")
+        if owns_folder:
+            check_folder(self.path)
         if distributed.is_main_process():
             (self.output_dir / subfolder).mkdir(parents=True, exist_ok=True)
             if owns_folder:
@@ -110,8 +105,7 @@ class Run:
         """
         args, self.data, self.total_steps, self.to_official = self.args, data, total_steps, to_official
         self.parts = {name: distributed.unwrap(part) for name, part in parts.items()}
-        if checkpoint is None:
-            checkpoint = load_latest(self.path)
+        checkpoint = load_latest(self.path) if checkpoint is None else checkpoint
         checkpoint = from_official(checkpoint) if checkpoint else {}
         if checkpoint and ("args" in checkpoint or "epoch" not in checkpoint):  # some official files have no args
             check_flags(checkpoint, args, network_flags)
@@ -129,8 +123,7 @@ class Run:
             self.epoch, self.step_in_epoch = position
             distributed.print_once("resuming at epoch {}, step {}".format(*position))
         networks = {name: part for name, part in self.parts.items() if isinstance(part, nn.Module)}
-        in_a_row = checkpoint.get("skipped_steps", 0)
-        self.guard = FiniteGuard(networks, args.max_skipped_steps, self.device, in_a_row)
+        self.guard = FiniteGuard(networks, args.max_skipped_steps, self.device, checkpoint.get("skipped_steps", 0))
 
     def state(self, epoch: int, step_in_epoch: int) -> dict:
         """What a checkpoint holds of a run that goes on at this step; every process calls this."""
