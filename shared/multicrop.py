@@ -142,13 +142,15 @@ def normalize_views(
 ) -> list[Tensor]:
     """Move uint8 views to the device and normalise them there: (x / 255 - mean) / std.
 
+    They are laid out channels-last, in which convolutions, and what follows them, are faster.
+
     Args:
         views: Each (V * B, C, H, W): uint8, or float when they are normalised already.
         mean, std: Per channel, for pixels in [0, 1]; views of one channel take the averages over the channels.
         dtype: Of the result; computed in float32.
     """
     if views[0].is_floating_point():
-        return [view.to(device, dtype, non_blocking=True) for view in views]
+        return [channels_last(view.to(device, dtype, non_blocking=True)) for view in views]
     mean, std = torch.tensor(mean), torch.tensor(std)
     if views[0].shape[1] == 1:
         mean, std = mean.mean(dim=0, keepdim=True), std.mean(dim=0, keepdim=True)
@@ -156,10 +158,15 @@ def normalize_views(
     scale = (1 / (255 * std)).view(1, -1, 1, 1).to(device)
     normalized = []
     for view in views:
-        pixels = view.to(device, non_blocking=True).float()
+        pixels = view.to(device, non_blocking=True).to(torch.float32, memory_format=torch.channels_last)
         torch.addcmul(shift, pixels, scale, out=pixels)  # one pass, in place: new memory costs more than arithmetic
         normalized.append(pixels.to(dtype))
     return normalized
+
+
+def channels_last(images: Tensor) -> Tensor:
+    """The same images (B, C, H, W), the channels of a pixel next to each other in memory; other tensors as they are."""
+    return images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
 
 
 class MultiCropWrapper(nn.Module):

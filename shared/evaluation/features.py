@@ -10,6 +10,7 @@ from torch.utils.data import Dataset, Sampler
 from shared import distributed
 from shared.images.decode import ImageError
 from shared.images.loading import EvalDataset, make_loader
+from shared.multicrop import channels_last
 from shared.run.estimate import progress
 
 
@@ -42,7 +43,7 @@ def feature_batches(
     loader = make_loader(dataset, batch_size=batch_size, sampler=sampler, num_workers=num_workers, device=device)
     for images, targets, indices in progress(loader, "features", len(loader), len(dataset) - first):
         with torch.compiler.set_stance("force_eager"):  # compiling for these sizes takes longer than what it saves
-            features = model(images.to(device, non_blocking=True)).float()
+            features = model(channels_last(images.to(device, non_blocking=True))).float()
         batch = (features, targets.to(device), indices.to(device))
         rows = slice(0, min(len(images) * sampler.world_size, len(dataset) - done))  # the last rows are fill
         yield done, *(_in_dataset_order(values)[rows] for values in batch)

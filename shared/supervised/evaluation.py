@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 from shared import distributed
 from shared.evaluation.features import RankSampler, check_replaced
 from shared.images.loading import EvalDataset, make_loader
+from shared.multicrop import channels_last
 from shared.optimisation.precision import Precision
 
 
@@ -51,7 +52,7 @@ def evaluate_classifier(
         rows = slice(0, max(0, own - done))
         labels = labels[rows].to(precision.device, non_blocking=True)
         with precision.autocast():
-            logits = network(images.to(precision.device, non_blocking=True))[rows].float()
+            logits = network(channels_last(images.to(precision.device, non_blocking=True)))[rows].float()
         logits[:, list(absent)] = -torch.inf
         read += indices[rows].tolist()
         hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]

@@ -15,6 +15,7 @@ from timm.data import Mixup
 from torch import Tensor, nn
 
 from shared import distributed
+from shared.multicrop import channels_last
 from shared.networks.batchnorm import synchronize_batchnorm
 from shared.networks.compiling import compile_network
 from shared.optimisation.accumulation import accumulate
@@ -153,7 +154,7 @@ def train_one_epoch(
     """
     parameters = list(network.parameters())
     for _, (views, labels, _) in run.steps(loader):
-        images = views.to(run.device, non_blocking=True)
+        images = channels_last(views.to(run.device, non_blocking=True))
         targets = labels.to(run.device, non_blocking=True)
         if mixup is not None:
             images, targets = mixup(images, targets)

@@ -121,7 +121,8 @@ def test_memory_is_filled_in_train_mode_and_crop_by_crop():
     main_deepclusterv2.fill_memory(network, loader, memory, list(range(len(crops[0]))), precision)
 
     def close(found: Tensor, name: str) -> None:
-        torch.testing.assert_close(found, GOLDEN.tensor(f"{case}/out/{name}"), rtol=1e-3, atol=1e-5)
+        # batch norms of a few images magnify the rounding of convolutions, which depends on the layout of the images
+        torch.testing.assert_close(found, GOLDEN.tensor(f"{case}/out/{name}"), rtol=1e-3, atol=2e-4)
 
     assert torch.equal(memory.indices, GOLDEN.tensor(f"{case}/out/mem_index"))
     close(memory.embeddings, "mem_emb")

@@ -120,6 +120,15 @@ def test_normalisation_equals_torchvision():
     torch.testing.assert_close(grey, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_normalised_views_are_channels_last(dtype, layout):
+    view = torch.arange(2 * 3 * 4 * 5, dtype=dtype).view(2, 3, 4, 5).contiguous(memory_format=layout)
+    (found,) = normalize_views([view], "cpu", (0, 0, 0), (1 / 255, 1 / 255, 1 / 255))
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(found, view.float(), atol=1e-5, rtol=1e-5)
+
+
 class CountingBackbone(nn.Module):
     """Mean colour to features, at any resolution; counts its passes."""
 

@@ -11,7 +11,9 @@ from tests.processes import run_processes
 CPU = torch.device("cpu")
 
 
-def weight_gradient(precision: Precision, size: tuple[int, int], kernel: int, stride: int) -> torch.Tensor:
+def weight_gradient(
+    precision: Precision, size: tuple[int, int], kernel: int, stride: int, layout: torch.memory_format
+) -> torch.Tensor:
     """Of a convolution, after memory that it might read has been filled with NaN."""
     random = torch.Generator().manual_seed(0)
     conv = nn.Conv2d(64, 64, kernel, stride, kernel // 2, bias=False)
@@ -20,19 +22,20 @@ def weight_gradient(precision: Precision, size: tuple[int, int], kernel: int, st
     garbage = [torch.full((2**n,), torch.nan, dtype=torch.bfloat16) for n in range(8, 22)]
     del garbage
     with precision.autocast():
-        maps = conv(images)
+        maps = conv(images.contiguous(memory_format=layout))
     (maps.float() * torch.randn(maps.shape, generator=random)).sum().backward()
     return conv.weight.grad
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("kernel", [1, 2, 3, 7])
 @pytest.mark.parametrize(
     ("size", "stride"), [((1, 1), 2), ((2, 1), 2), ((8, 1), 2), ((3, 3), 4), ((1, 1), 1), ((4, 4), 2)]
 )
-def test_bf16_convolutions_on_a_cpu_have_the_gradients_of_float32(size, stride, kernel):
+def test_bf16_convolutions_on_a_cpu_have_the_gradients_of_float32(size, stride, kernel, layout):
     """On processors with bfloat16 units, those with a stride longer than the map would not."""
-    expected = weight_gradient(Precision("fp32", CPU), size, kernel, stride)
-    found = [weight_gradient(Precision("bf16", CPU), size, kernel, stride) for _ in range(3)]
+    expected = weight_gradient(Precision("fp32", CPU), size, kernel, stride, layout)
+    found = [weight_gradient(Precision("bf16", CPU), size, kernel, stride, layout) for _ in range(3)]
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
     torch.testing.assert_close(found[0], expected, rtol=0, atol=0.02 * expected.abs().max().item())
 
