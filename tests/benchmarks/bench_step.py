@@ -4,16 +4,9 @@
     python tests/benchmarks/bench_step.py --growth             # cost against crops, batch, image side and outputs
     python tests/benchmarks/bench_step.py --device cuda --batch 64
 
-Steps, alternated, each in a process of its own so that peak memory is told apart:
-
-- ``plain``: the step as a textbook writes it (this file): one pass per resolution, explicit attention matrices,
-  ``nn.utils.weight_norm``, a loop over pairs of crops, loops over parameters for clipping, AdamW and the teacher;
-- ``ours``: ``train_one_epoch`` of ``dino/main_dino.py``;
-- ``plain-bf16``, ``ours-bf16``: the same under bfloat16 autocast, where the device has units for it;
-- ``ours-bf16-compiled``, with --compile: with compiled backbones.
-
-Steps are compared with the plain one of the same precision, and their products per second (those of the plain step,
-counted) with what the device reaches in products of matrices of 2,048 rows in the same run.
+The kinds of step are those of ``steps.py``. ``plain`` is the step as a textbook writes it (this file): one pass per
+resolution, explicit attention matrices, ``nn.utils.weight_norm``, a loop over pairs of crops, loops over parameters for
+clipping, AdamW and the teacher. ``ours`` is ``train_one_epoch`` of ``dino/main_dino.py``.
 """
 
 import argparse
@@ -21,6 +14,7 @@ import math
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from dino.hub import build_backbone
@@ -44,14 +37,22 @@ from shared.optimisation.precision import fast_bf16
 from shared.optimisation.schedules import cosine_schedule
 from shared.pictures.curves import Curve, Panel, save_panels
 from shared.run.memory import keep_freed_memory
-from tests.benchmarks.harness import InProcess, Times, alternate, compare, finish, get_args_parser
+from tests.benchmarks.harness import finish, get_args_parser
+from tests.benchmarks.steps import (
+    Turns,
+    add_flags,
+    compare_steps,
+    differences_of_losses,
+    kinds_of,
+    precision_of,
+    products_of,
+    take_turns,
+    targets,
+)
 from tests.loop_run import LoopRun
 
 LR, WEIGHT_DECAY, MOMENTUM, CLIP = 1e-4, 0.04, 0.996, 3.0
 STEPS = 10_000  # of the schedules
-TARGETS = {"ours": 1.2, "ours-bf16": 1.5, "ours-bf16-compiled": 1.7}  # speed over plain of the same precision
-MOST_MEMORY = 0.7  # of plain's
-PRODUCTS = 2048  # rows and columns of the matrices whose product says what the device can
 
 
 class PlainAttention(nn.Module):
@@ -243,21 +244,9 @@ def make_views(size: argparse.Namespace) -> list[Tensor]:
     return [torch.randn(n, 3, side, side, generator=generator).to(size.device) for n, side in shapes if n]
 
 
-def precision_of(kind: str) -> str:
-    return "bf16" if "bf16" in kind else "fp32"
-
-
-def make_step(kind: str, size: argparse.Namespace, drop_path_rate: float, weights: str):
-    """A step on the same views again and again, from the stored weights; it gives the loss: the device has finished.
-
-    ``products`` is the product of two square matrices instead.
-    """
-    torch.set_num_threads(size.threads)
+def make_step(kind: str, size: argparse.Namespace, drop_path_rate: float, weights: str) -> Callable[[], float]:
+    """A step on the same views again and again, from the stored weights; it gives the loss: the device has finished."""
     amp = precision_of(kind)
-    if kind.startswith("products"):
-        dtype = torch.bfloat16 if amp == "bf16" else torch.float32
-        a, b = torch.randn(2, PRODUCTS, PRODUCTS, device=size.device).to(dtype)
-        return lambda: (a @ b)[0, 0].item()
     if kind.startswith("plain"):
         step = PlainStep(size, drop_path_rate, amp)
     else:
@@ -266,25 +255,6 @@ def make_step(kind: str, size: argparse.Namespace, drop_path_rate: float, weight
     step.start(torch.load(weights, weights_only=True, mmap=True))
     views = make_views(size)
     return lambda: step(views)
-
-
-def make_launches(kind: str, size: argparse.Namespace, drop_path_rate: float, weights: str):
-    """A step under the profiler; it gives the kernels that were launched and the waits for the device."""
-    step = make_step(kind, size, drop_path_rate, weights)
-
-    def count() -> dict[str, int]:
-        for _ in range(2):
-            step()
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-            step()
-        names = {event.key: event.count for event in profiler.key_averages()}
-        kinds = {"launches": ("LaunchKernel", "GraphLaunch"), "synchronisations": ("Synchronize",)}
-        return {
-            what: sum(n for name, n in names.items() if name.startswith("cu") and any(part in name for part in parts))
-            for what, parts in kinds.items()
-        }
-
-    return count
 
 
 def count_operations(size: argparse.Namespace) -> int:
@@ -297,69 +267,19 @@ def count_operations(size: argparse.Namespace) -> int:
     return size.batch * counter.get_total_flops()
 
 
-def take_turns(
-    kinds: list[str], size: argparse.Namespace, rounds: int, drop_path_rate: float
-) -> tuple[Times, dict[str, list[float]], dict[str, float]]:
-    """Seconds of ``rounds`` steps of every kind, after two that do not count; all losses; peaks of memory in GiB."""
+def turns(kinds: list[str], size: argparse.Namespace, rounds: int, drop_path_rate: float) -> Turns:
+    """Steps of every kind in turns, from the same weights."""
     with tempfile.NamedTemporaryFile(suffix=".pth") as file:
         torch.manual_seed(0)
         torch.save(OurStep.build(size, 0.0).state_dict(), file.name)
-        args = (size, drop_path_rate, file.name)
-        steps = {kind: InProcess(make_step, kind, *args, device=size.device) for kind in kinds}
-        losses = {kind: [] for kind in kinds}
-        ways = {kind: lambda kind=kind: losses[kind].append(steps[kind]()) for kind in kinds}
-        times = alternate(ways, rounds, warm_up=2)
-        for step in steps.values():
-            step.stop()
-        if size.launches:
-            for kind in kinds:
-                if not kind.startswith("products"):
-                    counter = InProcess(make_launches, kind, *args, device=size.device)
-                    print(f"{kind}: {counter()}", flush=True)
-                    counter.stop()
-    return times, losses, {kind: step.peak_mib / 1024 for kind, step in steps.items()}
-
-
-def compare_steps(size: argparse.Namespace, kinds: list[str]) -> dict:
-    """Rows of :func:`compare` for the steps of each precision, with memory and the share of the product rate."""
-    kinds = [*kinds, "ours-bf16-compiled"] if size.compile and "ours-bf16" in kinds else kinds
-    products = [kind.replace("plain", "products") for kind in kinds if kind.startswith("plain")]
-    times, _, peaks = take_turns([*kinds, *products], size, size.rounds, drop_path_rate=0.1)
-    operations, rows = count_operations(size), {}
-    for amp in ("fp32", "bf16"):
-        of_amp = {kind: seconds for kind, seconds in times.items() if precision_of(kind) == amp}
-        if not of_amp:
-            print("bfloat16: not timed, the device has no units for it", flush=True)
-            continue
-        (product,), (plain,) = ([kind for kind in of_amp if kind.startswith(name)] for name in ("products", "plain"))
-        rate = 2 * PRODUCTS**3 / min(of_amp.pop(product))
-        print(f"{product}: {rate / 1e9:.0f} GF/s at best; a step takes {operations / 1e9:.0f} GF")
-        further = {
-            kind: {
-                "peak_gib": peaks[kind],
-                "memory_ratio": peaks[kind] / peaks[plain],
-                "share_of_products": operations / min(seconds) / rate,
-            }
-            for kind, seconds in of_amp.items()
-        }
-        notes = {
-            kind: "{:.2f} images/s at best, {share_of_products:.0%} of the product rate; {peak_gib:.2f} GiB: "
-            "{memory_ratio:.2f} of plain".format(size.batch / min(of_amp[kind]), **numbers)
-            for kind, numbers in further.items()
-        }
-        rows |= {kind: row | further[kind] for kind, row in compare(of_amp, plain, notes).items()}
-    return rows
+        return take_turns(make_step, kinds, size, rounds, drop_path_rate, file.name)
 
 
 def check_equal_losses(size: argparse.Namespace, kinds: list[str]) -> dict:
     """Losses of three steps from the same weights, without stochastic depth and on small inputs."""
     small = argparse.Namespace(**(vars(size) | {"arch": "vit_tiny", "batch": 2, "out_dim": 1024, "local_crops": 2}))
     small.launches = False
-    _, losses, _ = take_turns(kinds, small, 1, drop_path_rate=0.0)
-    worst = {kind: max(abs(a / b - 1) for a, b in zip(losses[kind], losses["plain"], strict=True)) for kind in kinds}
-    print("largest relative difference from the plain losses:", ", ".join(f"{k} {v:.1e}" for k, v in worst.items()))
-    assert worst["ours"] < 1e-4, losses
-    return worst
+    return differences_of_losses(turns(kinds, small, 1, drop_path_rate=0.0).losses)
 
 
 def growth(size: argparse.Namespace) -> list[dict]:
@@ -379,17 +299,17 @@ def growth(size: argparse.Namespace) -> list[dict]:
             continue
         for value in values:
             changed = argparse.Namespace(**(vars(size) | {name: value}))
-            times, _, peaks = take_turns([kind], changed, size.rounds, drop_path_rate=0.1)
-            images_per_s = changed.batch / min(times[kind])
+            found = turns([kind], changed, size.rounds, drop_path_rate=0.1)
+            images_per_s = changed.batch / min(found.times[kind])
             rows.append(
                 {
                     name: value,
                     "images_per_s": images_per_s,
-                    "seconds": min(times[kind]),
-                    "peak_gib": peaks[kind],
+                    "seconds": min(found.times[kind]),
+                    "peak_gib": found.peaks[kind],
                 }
             )
-            print(f"{name:11} {value:6} {images_per_s:9.2f} {peaks[kind]:9.2f}", flush=True)
+            print(f"{name:11} {value:6} {images_per_s:9.2f} {found.peaks[kind]:9.2f}", flush=True)
     return rows
 
 
@@ -426,12 +346,10 @@ def main() -> None:
     parser.add_argument("--local_px", type=int, default=96)
     parser.add_argument("--local_crops", type=int, default=8)
     parser.add_argument("--out_dim", type=int, default=65536)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    add_flags(parser)
     parser.add_argument("--accumulate", type=int, default=1, help="pieces in which ours takes the batch")
     parser.add_argument("--picture", type=Path, default=None, help="of --growth")
     parser.add_argument("--growth_of", nargs="+", default=None, help="sizes for --growth; default: all")
-    parser.add_argument("--compile", action="store_true", help="also time ours compiled, which takes minutes first")
-    parser.add_argument("--launches", action="store_true", help="count kernel launches and synchronisations of a step")
     parser.add_argument("--growth", action="store_true", help="measure how the cost grows instead")
     size = parser.parse_args()
     print(", ".join(f"{name} {value}" for name, value in vars(size).items()), flush=True)
@@ -441,16 +359,11 @@ def main() -> None:
         if size.picture:
             draw_growth(rows, size.picture, f"{size.arch}, patches of {size.patch_size}, one size changed at a time")
         return
-    kinds = ["plain", "ours"]
-    kinds += ["plain-bf16", "ours-bf16"] if fast_bf16(torch.device(size.device)) else []
-    rows = compare_steps(size, kinds)
-    result = {"relative_difference_of_losses": check_equal_losses(size, kinds), "steps": rows}
-    targets = {}
-    for kind, least in TARGETS.items():
-        if kind in rows:
-            targets[f"{kind} {least} times as fast as plain"] = rows[kind]["speedup"]["median"] >= least
-            targets[f"{kind} in {MOST_MEMORY} of the memory"] = rows[kind]["memory_ratio"] <= MOST_MEMORY
-    finish(size, result, targets)
+    kinds = kinds_of(size)
+    found = turns([*kinds, *products_of(kinds)], size, size.rounds, drop_path_rate=0.1)
+    rows = compare_steps(found, count_operations(size), size.batch)
+    losses = check_equal_losses(size, [kind for kind in kinds if not kind.endswith("compiled")])
+    finish(size, {"relative_difference_of_losses": losses, "steps": rows}, targets(rows))
 
 
 if __name__ == "__main__":
