@@ -1,4 +1,4 @@
-"""The small experiments of navit/README.md, which have not been run: NaViT on generated images of many shapes.
+"""The small experiments of navit/RESULTS.md: NaViT on generated images of many shapes.
 
     make evidence METHOD=navit                 # more than an hour of one core
 
