@@ -45,7 +45,9 @@ POOLING = ((18, 226), (14, 113), (9, 56), (6, 28), (3, 14))
 def get_args_parser() -> argparse.ArgumentParser:
     parser = AnyDashParser(__doc__)
     add = add_network_flags(parser)
-    add("--conv", type=int, default=1, help="number of the convolution, 1 to 13, whose maps are looked at")
+    rates = "0.005, 0.01, four times 0.03, 0.02, three times 0.03, three times 0.02"
+    conv = f"number of the convolution, 1 to 13, whose maps are looked at; published --lr at batches of 256: {rates}"
+    add("--conv", type=int, default=1, help=conv)
     add = add_training_flags(parser, batch_size=64, seed=31)
     add("--split", default="train", choices=("train", "trainval"), help="of VOC 2007, to learn from")
     add("--kfold", type=int, default=None, help="cut the training images of each class into so many parts")

@@ -89,19 +89,22 @@ def train_one_epoch(
         criterion: Loss of scores and labels.
 
     Returns:
-        Mean loss over the images of all processes.
+        Mean loss over the images of all processes. A loss that is far above that of equal scores is told.
 
     Raises:
         ValueError: If the features are not finite or zero, or the loss is not finite.
     """
     classifier.train()
     total = torch.zeros(2, dtype=torch.double, device=next(classifier.parameters()).device)  # loss, images
+    of_equal_scores = None
     for images, labels in batches:
         with torch.no_grad():
             inputs = features(images)
-        if total[1] == 0:
+        scores = classifier(inputs)
+        if of_equal_scores is None:
             check_features(inputs.flatten(1))
-        loss = criterion(classifier(inputs), labels)
+            of_equal_scores = criterion(torch.zeros_like(scores), labels).item()
+        loss = criterion(scores, labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -109,6 +112,11 @@ def train_one_epoch(
     loss, images = distributed.all_reduce_sum(total).tolist()
     if not torch.isfinite(torch.tensor(loss)):
         raise ValueError(f"the loss is {loss}; try a smaller --lr")
+    if loss / images > 2 * of_equal_scores:
+        distributed.print_once(
+            f"WARNING: the loss, {loss / images:.4g}, is far above that of guessing, {of_equal_scores:.4g}: --lr is too "
+            "large for these features, and accuracies say little; start again, in another folder, with a tenth of it"
+        )
     return loss / images
 
 

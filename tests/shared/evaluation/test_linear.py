@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -55,6 +57,18 @@ def test_validation_equals_one_pass_over_everything(batch_size):
     for name, top in (("acc1", 1), ("acc5", 5)):
         hits = sum(label in row[:top] for row, label in zip(order.tolist(), points.labels.tolist(), strict=True))
         assert result[name] == pytest.approx(100 * hits / 23)
+
+
+@pytest.mark.parametrize(("lr", "told"), [(0.1, False), (100.0, True)])
+def test_a_finite_loss_far_above_that_of_guessing_is_told(capsys, lr, told):
+    """Before, 1e4 stood in the log as any other number."""
+    torch.manual_seed(0)
+    classifier, points = LinearClassifier(3, 3), Points(60, noise=3.0)
+    optimizer = torch.optim.SGD(classifier.parameters(), lr, momentum=0.9)
+    for _ in range(3):
+        loss = train_one_epoch(classifier, nn.Identity(), points.batches(10), optimizer)
+    assert (loss > 2 * math.log(3)) is told
+    assert ("far above that of guessing, 1.099: --lr is too large" in capsys.readouterr().out) is told
 
 
 def test_a_loss_that_diverges_is_an_error():
