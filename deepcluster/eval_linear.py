@@ -108,7 +108,7 @@ def eval_linear(args: argparse.Namespace) -> dict[str, float]:
     batches = partial(scheduled_batches, loader, optimizer, args.lr, device)
     name = "linear" if args.conv is None else f"linear_conv{args.conv}"
     files = (output_dir / f"{name}.pth.tar", output_dir / f"{name}_log.txt")
-    training = EpochTraining(*files, probe, optimizer, None, weights_checksum(network), prefix="")
+    training = EpochTraining(*files, probe, optimizer, None, weights_checksum(network), train, prefix="")
     return training.run(batches, features, validation, args.epochs, bad_images)
 
 

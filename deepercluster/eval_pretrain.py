@@ -58,7 +58,7 @@ def eval_pretrain(args: argparse.Namespace) -> dict[str, float]:
     """Train and validate; loss and accuracies in percent after the last epoch."""
     device = frozen.start(args)
     network, checksum = open_network(args)
-    train, val = frozen.labelled_sources(args)
+    train, val = frozen.labelled_sources(args, classifier=args.pretrained if args.evaluate else "")
     if args.evaluate and network.pred_layer.out_features != len(train.classes):
         found = network.pred_layer.out_features
         raise ValueError(f"--evaluate: {args.pretrained} tells {found} classes apart, not {len(train.classes)}")

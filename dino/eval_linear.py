@@ -57,7 +57,7 @@ def eval_linear(args: argparse.Namespace) -> dict[str, float]:
     """Train and validate the classifier; loss and accuracies in percent after the last epoch."""
     device = frozen.start(args)
     backbone, transform = load_frozen(args)
-    sources = frozen.labelled_sources(args, num_labels=args.num_labels)
+    sources = frozen.labelled_sources(args, classifier=args.linear_weights, num_labels=args.num_labels)
 
     # frozen features and linear classifier
     features = FrozenFeatures(backbone.to(device), args.n_last_blocks, args.avgpool_patchtokens)

@@ -25,7 +25,7 @@ from flexivit.flexible_vit import AtPatchSize, FlexiViT
 from flexivit.hub import CARD, MEAN, STD
 from shared import distributed
 from shared.evaluation.flags import add_labelled_flags, add_process_flags, parse_evaluation, take_from_run
-from shared.images.labelled import open_labelled
+from shared.images.labelled import match_classifier, open_labelled
 from shared.images.loading import BadImages, EvalDataset, EvalTransform
 from shared.images.sources import reading
 from shared.images.tables import write_table
@@ -110,6 +110,7 @@ def eval_flexivit(args: argparse.Namespace) -> list[dict]:
     grids = trained_with.get("grids", (5, 6, 8, 10, 12, 15, 16, 20, 24, 30))
     sizes = args.sizes or sorted({args.image_size // grid for grid in grids})
     _, val = open_labelled(args.data_path, args.val_path, shared_classes_only=args.shared_classes_only, **reading(args))
+    val = match_classifier(val, args.classes, args.shared_classes_only)
     network = load_flexible(args.pretrained).to(device)
     if getattr(network.head, "out_features", 0) != len(val.classes):
         raise ValueError(

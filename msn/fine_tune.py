@@ -127,6 +127,7 @@ def fine_tune(args: argparse.Namespace) -> dict[str, float]:
     device = run.device
     network = load_chosen_encoder(args)
     train, val = frozen.labelled_sources(args, num_classes=args.num_classes)
+    run.classes = train.classes
 
     # network: the encoder, and a new linear layer on its class token
     checksum = weights_checksum(network)

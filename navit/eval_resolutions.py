@@ -29,7 +29,7 @@ from navit.pack import CutMaterials, EvalPatches, pack_texts
 from shared import distributed
 from shared.evaluation.features import extract_features
 from shared.evaluation.flags import add_labelled_flags, add_process_flags, parse_evaluation, take_from_run
-from shared.images.labelled import open_labelled, open_val
+from shared.images.labelled import match_classifier, open_labelled, open_val
 from shared.images.loading import LEFT_OUT, BadImages
 from shared.images.sources import ImageSource, open_source, reading
 from shared.images.tables import write_table
@@ -183,6 +183,7 @@ def eval_resolutions(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
     networks, trained_with = load_navit(args.pretrained)
     take_from_run(args, trained_with, {}, {})  # how images of other channels are read
     _, val = open_images(args, captions=len(networks) == 2)
+    val = match_classifier(val, args.classes, args.shared_classes_only)
     classes = len(getattr(val, "classes", None) or ())
     if not classes or (len(networks) == 1 and networks[0].num_classes != classes):
         where = args.val_path or args.data_path or val.name

@@ -207,7 +207,8 @@ def train_navit(args: argparse.Namespace) -> None:
     # network and loss
     options = {"norm": args.norm, "qk_norm": args.qk_norm, "pool": args.pool}
     of_images = {name: getattr(args, name) for name in ("patch_size", "positions", "coordinates", "max_side")}
-    of_images["num_classes"] = len(train.classes) if args.loss in LOSSES else 0
+    run.classes = train.classes if args.loss in LOSSES else None  # captions are none
+    of_images["num_classes"] = len(run.classes or ())
     network = build(args.arch, args.in_chans, **of_images, **options).to(run.device)
     network.attention = args.attention
     whole, texts = network, {}

@@ -191,7 +191,7 @@ def eval_robustness(args: argparse.Namespace) -> dict[str, float]:
     device, output_dir = frozen.start(args), Path(args.output_dir)
     network, trained_px = load_classifier(args.arch, args.pretrained)
     args.image_size = args.image_size or trained_px or 384
-    train, val = frozen.labelled_sources(args)
+    train, val = frozen.labelled_sources(args, classifier=args.pretrained)
     if network.fc.out_features != len(train.classes):
         raise ValueError(
             f"--pretrained {args.pretrained} has {network.fc.out_features} outputs, and --data_path "

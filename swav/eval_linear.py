@@ -75,7 +75,7 @@ def eval_linear(args: argparse.Namespace) -> dict[str, float]:
     """Train and validate the classifier; loss and accuracies in percent after the last epoch."""
     device = frozen.start(args)
     network, transform = load_frozen(args)
-    sources = frozen.labelled_sources(args, num_labels=args.num_labels)
+    sources = frozen.labelled_sources(args, classifier=args.linear_weights, num_labels=args.num_labels)
 
     # frozen trunk and classifier
     checksum = weights_checksum(network)

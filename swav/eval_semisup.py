@@ -66,7 +66,8 @@ def eval_semisup(args: argparse.Namespace) -> dict[str, float]:
     """Fine-tune and validate; loss and accuracies in percent after the last epoch."""
     device = frozen.start(args)
     choose_network(args)
-    train, val = frozen.labelled_sources(args, num_labels=args.num_labels)
+    classifier = args.pretrained if args.evaluate else ""
+    train, val = frozen.labelled_sources(args, classifier=classifier, num_labels=args.num_labels)
 
     # network: the trunk, and a new linear layer; or both of a file
     if args.evaluate:

@@ -113,6 +113,7 @@ def take_from_run(
         ValueError: If a flag was given and the run had another value.
     """
     args.channels = trained_with.get("channels")  # how images that are no RGB are read
+    args.classes = trained_with.get("classes")  # of a classifier
     taken = []
     for flag, name in names.items():
         given, of_run = getattr(args, flag), trained_with.get(name)

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from shared import distributed
-from shared.images.labelled import open_labelled
+from shared.images.labelled import match_classifier, open_labelled
 from shared.images.loading import BadImages, EpochBatchSampler, EvalDataset, EvalTransform, make_loader
 from shared.images.sources import ImageSource, reading
 from shared.images.views import ViewRecipe
 from shared.multicrop import MultiCropDataset, normalize_views
 from shared.networks.backbones import input_channels
 from shared.networks.card import Card
+from shared.networks.pretrained import flags_of_run
 from shared.networks.weights import safe_load
 from shared.run import randomness
 from shared.run.estimate import progress
@@ -31,12 +32,15 @@ FEATURE_FILES = ("trainfeat.pth", "testfeat.pth", "trainlabels.pth", "testlabels
 # --- Images -----------------------------------------------------------------------------------------------------------
 
 
-def labelled_sources(args: argparse.Namespace, flag="--data_path", **asked) -> tuple[ImageSource, ImageSource]:
+def labelled_sources(
+    args: argparse.Namespace, flag: str = "--data_path", classifier: str | Path = "", **asked
+) -> tuple[ImageSource, ImageSource]:
     """Train and val images with classes.
 
     Args:
         args: Flags of :func:`shared.evaluation.flags.add_labelled_flags`.
         flag: Of the images, for messages.
+        classifier: File or run of one that is evaluated: its classes, where it names them, are those of the images.
         asked: By the flag's name, what the train images must suffice for: ``nb_knn``, the most neighbours; any other
             one, the outputs of a classifier (``num_labels``, ``num_classes``).
 
@@ -44,7 +48,8 @@ def labelled_sources(args: argparse.Namespace, flag="--data_path", **asked) -> t
         ValueError: If there are none, or too few for that.
     """
     sources = open_labelled(args.data_path, args.val_path, flag, args.shared_classes_only, **reading(args))
-    train = sources[0]
+    names = flags_of_run(classifier).get("classes")
+    train, _ = sources = tuple(match_classifier(source, names, args.shared_classes_only) for source in sources)
     for name, number in asked.items():
         if name == "nb_knn" and number > len(train):
             raise ValueError(f"--nb_knn {number} is more than the {len(train)} images of {train.name}")
@@ -217,7 +222,8 @@ class LabelledTraining:
         **crops,
     ):
         self.args, self.module, self.features = args, module, features or nn.Identity()
-        self.open_crops = partial(TrainCrops, args, card, sources[0], transform, device, **crops)
+        self.source = sources[0]
+        self.open_crops = partial(TrainCrops, args, card, self.source, transform, device, **crops)
         images, batches = val_images(args, sources[1], transform), (args.batch_size, args.num_workers)
         self.validate = partial(linear.validate, module, self.features, images, device, *batches)
 
@@ -242,6 +248,7 @@ class LabelledTraining:
         args, crops, folder = self.args, self.open_crops(), Path(self.args.output_dir)
         values = {name: getattr(args, name) for name in flags} or None
         files = folder / file, folder / log_file
-        training = linear.EpochTraining(*files, self.module, optimizer, scheduler, origin, flags=values, **names)
+        run = self.module, optimizer, scheduler, origin, self.source
+        training = linear.EpochTraining(*files, *run, flags=values, **names)
         batches, every = partial(batches, crops) if batches else crops, getattr(args, "val_freq", 1)
         return training.run(batches, self.features, self.validate, args.epochs, crops.bad_images, every)

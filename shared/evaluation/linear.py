@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from shared import distributed
 from shared.images.loading import BadImages, make_loader
+from shared.images.sources import ImageSource
 from shared.networks.classifiers import load_completely
 from shared.networks.weights import safe_load
 from shared.run.checkpoint import SHORT_EPOCH_S, load_latest, save, without_prefix
@@ -114,8 +115,8 @@ def train_one_epoch(
         raise ValueError(f"the loss is {loss}; try a smaller --lr")
     if loss / images > 2 * of_equal_scores:
         distributed.print_once(
-            f"WARNING: the loss, {loss / images:.4g}, is far above that of guessing, {of_equal_scores:.4g}: --lr is too "
-            "large for these features, and accuracies say little; start again, in another folder, with a tenth of it"
+            f"WARNING: the loss, {loss / images:.4g}, is far above that of guessing, {of_equal_scores:.4g}: --lr is "
+            "too large for these features, and accuracies say little; try a tenth of it, in another output folder"
         )
     return loss / images
 
@@ -181,6 +182,7 @@ class EpochTraining:
         module: What learns.
         scheduler: Of the learning rates, by epochs; None where the batches set them.
         origin: Checksum of the weights that the training started from, or whose features it sees.
+        source: The labelled images.
         flags: Values that a run which is resumed must have as they were.
         rates: What the log calls the learning rate of each parameter group.
         best_of: Accuracies of the best epoch that the checkpoint names.
@@ -198,6 +200,7 @@ class EpochTraining:
         optimizer: torch.optim.Optimizer,
         scheduler: LRScheduler | None,
         origin: int,
+        source: ImageSource,
         *,
         flags: dict | None = None,
         rates: tuple[str, ...] = ("train_lr",),
@@ -209,6 +212,7 @@ class EpochTraining:
         self.file, self.log_file, self.module, self.optimizer = file, log_file, module, optimizer
         self.scheduler, self.origin, self.flags, self.rates, self.best_of = scheduler, origin, flags, rates, best_of
         self.weights_key, self.prefix, self.origin_key = weights_key, prefix, origin_key
+        self.source = source
         self.first_epoch, self.log, self.best, self.last_save = 0, [], (0.0,) * len(best_of), time.monotonic()
         checkpoint = load_latest(file)
         if checkpoint is not None:
@@ -221,6 +225,8 @@ class EpochTraining:
             raise ValueError(f"{self.file} is a checkpoint of another script; choose another --output_dir")
         if checkpoint.get(self.origin_key, self.origin) != self.origin:
             raise ValueError(f"{self.file} started from other weights, or their features; use another --output_dir")
+        if checkpoint.get("images", self.source.checksum()) != self.source.checksum():
+            raise ValueError(f"{self.file} has learned from other images than these; use another --output_dir")
         for flag, value in (self.flags or {}).items():
             if (before := checkpoint.get("flags", {}).get(flag, value)) != value:
                 raise ValueError(
@@ -297,6 +303,8 @@ class EpochTraining:
             "optimizer": self.optimizer.state_dict(),
             "best_acc": self.best if len(self.best) > 1 else self.best[0],
             self.origin_key: self.origin,
+            "images": self.source.checksum(),
+            "classes": self.source.classes,
             "log": self.log,
         }
         if self.scheduler is not None:

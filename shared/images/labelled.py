@@ -1,5 +1,6 @@
 """Labelled images, to learn from and to classify."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -69,6 +70,32 @@ def open_val(data_path: str | None, val_path: str | None, **reading_options) -> 
         return open_source(data_path, "val", **reading_options)
     except ValueError:
         return None
+
+
+def match_classifier(
+    images: ImageSource, names: Sequence[str] | None, shared_classes_only: bool | None = None
+) -> ImageSource:
+    """Images to classify with the classes that a classifier was trained on, in their order, matched by name.
+
+    Args:
+        names: Of these classes; None, as in files that do not say: the images stay as they are.
+
+    Raises:
+        ValueError: If the images have none, or other ones.
+    """
+    if names is None:
+        return images
+    trained = ImageSource("those that the classifier was trained on", None, names)
+    return match_val(trained, images, shared_classes_only)[0]
+
+
+def check_classifier(weights_flag: str, names: Sequence[str] | None, classes: Sequence[str]) -> None:
+    """Raise ``ValueError`` if a classifier that does not say nothing was trained on others than these classes, or in
+    another order.
+    """
+    if names is not None:
+        trained = ImageSource(f"those that {weights_flag} was trained on", None, names)
+        check_same_classes(trained, ImageSource("the images", None, classes))
 
 
 def match_classes(

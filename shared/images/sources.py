@@ -320,6 +320,7 @@ def check_same_classes(train: ImageSource, val: ImageSource, hint: str = "") -> 
             f"{val.name} has other classes than {train.name}: {len(val.classes)} against {len(train.classes)}"
             + (f", missing {', '.join(missing)}" if missing else "")
             + (f", additional {', '.join(extra)}" if extra else "")
+            + ("" if missing or extra else ", the same in another order")
             + hint
         )
 

@@ -74,7 +74,8 @@ def write_model_card(
     """
     weights = run_file(origin) if origin else Path("")
     checkpoint = safe_load(weights) if weights.is_file() else {}
-    flags, log = flags_of_training(checkpoint), weights.parent / "metrics.jsonl"
+    flags, log = dict(flags_of_training(checkpoint)), weights.parent / "metrics.jsonl"
+    flags.pop("classes", None)
     measures = {}
     for line in read_log(log) if flags and log.is_file() else ():  # the last value of each, and of the loss
         names = [name for name in line if name == "loss" or any(part in name for part in MEASURES)]

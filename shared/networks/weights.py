@@ -269,12 +269,16 @@ def evaluated_network(checkpoint: Mapping) -> str | None:
 
 
 def flags_of_training(checkpoint) -> Mapping:
-    """The flags that a checkpoint was written with; empty where it does not say."""
-    flags = checkpoint.get("args") if isinstance(checkpoint, Mapping) else None
+    """The flags that a checkpoint was written with, and the names of a classifier's ``classes``; empty where it does
+    not say.
+    """
+    if not isinstance(checkpoint, Mapping):
+        return {}
+    flags = checkpoint.get("args")
     flags = vars(flags) if isinstance(flags, argparse.Namespace) else flags
-    flags = flags if isinstance(flags, Mapping) else {}
-    arch = checkpoint.get("arch") if isinstance(checkpoint, Mapping) else None  # of torchvision's reference scripts
-    return {"arch": arch, **flags} if isinstance(arch, str) else flags
+    stated = {"arch": str, "classes": list}  # beside the flags; arch by torchvision's reference scripts
+    beside = {name: checkpoint[name] for name, kind in stated.items() if isinstance(checkpoint.get(name), kind)}
+    return {**beside, **(flags if isinstance(flags, Mapping) else {})}
 
 
 def _one_network(tensors: dict[str, Tensor], key: str, head_names: Sequence[str]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ The loop stays in the method's script and reads like its paper; a run calls noth
 """
 
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -51,11 +51,13 @@ class Run:
         device, output_dir, precision, path: Of this process; ``path`` is that of the newest checkpoint.
         health, log: What looks at every line, by rules of the method, and what writes them (from :meth:`resume` on).
         is_new: Whether no step had been done when the run was resumed.
+        classes: Names of what a classifier tells apart, for those who evaluate it on other images.
         epoch, step_in_epoch: Where a run goes on that is saved now; in the body of a step, the step after it.
     """
 
     epoch = step_in_epoch = 0
     search: NonFiniteSearch | None = None
+    classes: Sequence[str] | None = None
 
     def __init__(self, args: Namespace, amp: str, file="checkpoint.pth", subfolder="", owns_folder: bool = True):
         self.args, self.owns_folder = args, owns_folder
@@ -138,6 +140,7 @@ class Run:
             "world_size": distributed.get_world_size(),
             "images": self.data.checksum,
             "log": self.log.state_dict(),
+            **({} if self.classes is None else {"classes": self.classes}),
         }
         return self.to_official(state)
 

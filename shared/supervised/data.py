@@ -16,7 +16,7 @@ from shared import distributed
 from shared.images.cache import cache_images
 from shared.images.channels import are_asked_for
 from shared.images.inaturalist import open_inaturalist
-from shared.images.labelled import open_labelled
+from shared.images.labelled import match_classifier, open_labelled
 from shared.images.loading import BadImages, EpochBatchSampler, EvalDataset, default_num_workers, make_loader
 from shared.images.sources import ImageSource, check_same_classes, open_source, reading
 from shared.images.training_data import TrainingData
@@ -106,7 +106,7 @@ def open_train_and_val(args: argparse.Namespace) -> tuple[ImageSource, ImageSour
     """The labelled images that ``--data-set``, ``--data_path`` and ``--val_path`` name.
 
     With ``--eval`` and ``--val_path`` both are the images to evaluate on: those of the training are not needed, but for
-    ``--shared_classes_only``, as no file of weights knows the names of the classes.
+    ``--shared_classes_only`` with files of weights that do not name their classes.
 
     Raises:
         ValueError: If there are none, they have no classes, or the classes of both parts differ.
@@ -115,7 +115,7 @@ def open_train_and_val(args: argparse.Namespace) -> tuple[ImageSource, ImageSour
         raise ValueError(
             f"--data-set {args.data_set} is RGB, which --in_chans {args.in_chans} or --value_range are not for"
         )
-    if args.eval and args.val_path is not None and not args.shared_classes_only:
+    if args.eval and args.val_path is not None and (args.classes or not args.shared_classes_only):
         val = open_source(args.val_path, "all", flag="--val_path", **reading(args))
         check_same_classes(val, val)  # that there are any
         return val, val
@@ -175,6 +175,8 @@ def open_images(
         crop_ratio: Side of the centre crop that is evaluated, over the short side of the image.
     """
     train, val = open_train_and_val(args)
+    if args.eval and args.classes:
+        train = val = match_classifier(val, args.classes, args.shared_classes_only)
     train = cache_images(train, args.cache)
     checksum = train.checksum()
     distributed.check_same_on_all_processes((len(train), checksum), "the training data (number of images, checksum)")
