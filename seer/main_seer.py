@@ -73,6 +73,7 @@ EMBEDDED_DATA_DEFAULTS = {
     "output_dir": "runs/materials",
 }
 COLOURS = {"flip_p": 0.5, "jitter": (0.8, 0.8, 0.8, 0.2), "jitter_p": 0.8, "grey_p": 0.2, "blur_p": 0.5}
+NO_CLASSES = "the images of tar files have no classes"
 NETWORK_FLAGS = ("arch", "in_chans", "hidden_mlp", "feat_dim", "nmb_prototypes", "head_bn", "crops_for_assign")
 MINIMUM = dict.fromkeys(
     "passes batch_size shuffle_window log_freq feat_dim sinkhorn_iterations total_images".split(), 1
@@ -143,7 +144,10 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
         parser.error("--fsdp needs another --amp than fp16")
     if args.arch not in SIZES:
         parser.error(f"--arch {args.arch} is none of {', '.join(SIZES)}")
-    args.eval_knn_freq = 0 if find_shards(args.data_path) else args.eval_knn_freq  # shards have no classes
+    if find_shards(args.data_path):
+        if args.eval_knn_freq:
+            parser.error(f"--eval_knn_freq {args.eval_knn_freq}: {NO_CLASSES}")
+        args.eval_knn_freq = 0
     return args
 
 
@@ -221,7 +225,8 @@ def train_seer(args: argparse.Namespace) -> None:
     run.resume(data, total_steps, NETWORK_FLAGS, checkpoint=newest, scheduled=("lr",), **parts)
     run.guard.watch(model=network)
     run.health = HealthMonitor(health_rules(args.nmb_prototypes[0], total_steps))
-    knn = KNNMonitor(run, args.size_crops[0], MEAN, STD, data.num_workers)
+    off_because = {"off_because": NO_CLASSES} if find_shards(args.data_path) else {}
+    knn = KNNMonitor(run, args.size_crops[0], MEAN, STD, data.num_workers, **off_because)
     trunk = Through(network, features_only=True)  # what processes share computes as a whole only
 
     with run:

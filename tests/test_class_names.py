@@ -13,8 +13,8 @@ from flexivit import main as flexivit
 from navit import eval_resolutions
 from shared.images.labelled import check_classifier
 from tests.flexivit import tiny as tiny_flexivit
-from tests.navit import tiny as tiny_navit
 from tests.msn.tiny import small_networks
+from tests.navit import tiny as tiny_navit
 from tests.pictures import write_image
 from tests.xcit import tiny as tiny_xcit
 from xcit import main as xcit

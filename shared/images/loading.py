@@ -136,14 +136,16 @@ def _on_one_line(text: str) -> str:
     return text.translate({ord("\t"): "\\t", ord("\n"): "\\n", ord("\r"): "\\r"})
 
 
-def short_side(source: ImageSource, sample: int = 16) -> int:
-    """Median of the shorter sides, in pixels, of a few images spaced evenly over the source; 0 if none can be read."""
+def short_side(source: ImageSource, sample: int = 16) -> float:
+    """Median of the shorter sides, in pixels, of a few images spaced evenly over the source; infinite if none of them
+    can be read, which is for others to say.
+    """
     sides = []
     for index in np.linspace(0, len(source) - 1, min(sample, len(source))).astype(int).tolist():
         with contextlib.suppress(ImageError):
             image = source.load(index)
             sides.append(min(image.height, image.width))
-    return int(np.median(sides)) if sides else 0
+    return int(np.median(sides)) if sides else math.inf
 
 
 # --------------------------------------------------------------------------------------------- evaluation and loading

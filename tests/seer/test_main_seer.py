@@ -190,13 +190,19 @@ def test_each_process_holds_half_of_every_tensor():
 # --- Mistakes, plan ---------------------------------------------------------------------------------------------------
 
 
-def test_a_stream_that_cannot_be_read_is_named(tmp_path):
+def test_a_stream_that_cannot_be_read_is_named(tmp_path, capsys):
     images = write_images(tmp_path / "images")
     with pytest.raises(ValueError, match="--total_images 100 is more than the 48 images of the stream"):
         train(tmp_path / "run", "--data_path", images, "--total_images", 100)
     with pytest.raises(ValueError, match="48 images of the run do not fill one step of --batch_size 64"):
         train(tmp_path / "run", "--data_path", images, "--batch_size", 64)
     shards = write_shards(tmp_path / "shards", images)
+    with pytest.raises(SystemExit):
+        train(tmp_path / "run", "--data_path", shards, "--eval_knn_freq", 1)
+    train(tmp_path / "streamed", "--data_path", shards)
+    told = capsys.readouterr()
+    assert "error: --eval_knn_freq 1: the images of tar files have no classes" in told.err
+    assert "no k-NN evaluation: the images of tar files have no classes" in told.out
     whole = (shards / "0001.tar").read_bytes()
     for length in (len(whole) // 2, 700):
         (shards / "0001.tar").write_bytes(whole[:length])

@@ -24,8 +24,10 @@ from shared.images.loading import (
     EvalDataset,
     EvalTransform,
     make_loader,
+    short_side,
 )
-from shared.images.sources import FileSource
+from shared.images.sources import FileSource, open_source
+from tests.pictures import write_image
 from tests.processes import SERVER
 from tests.shared.photographs import encoded, photograph
 
@@ -338,3 +340,11 @@ def test_names_with_tabs_and_line_ends_take_one_line_of_the_list_each(tmp_path):
     assert bad.count() == 3
     lines = (tmp_path / "bad_images.txt").read_text().split("\n")
     assert [line.partition("\t")[0].rpartition("/")[2] for line in lines[:3]] == [r"a\tb.png", r"c\nd.png", r"e\rf.png"]
+
+
+def test_the_side_of_images_of_which_none_can_be_read_is_not_called_zero(tmp_path):
+    """Before the error about them a run said that images of 0 pixels are smaller than its views."""
+    write_image(tmp_path / "small.png", np.zeros((9, 7, 3), np.uint8))
+    assert short_side(open_source(tmp_path)) == 7
+    (tmp_path / "small.png").write_bytes(b"")
+    assert short_side(open_source(tmp_path)) > 1e9
