@@ -39,7 +39,7 @@ from shared.images.resolutions import add_resolution_flags, check_assigned_crops
 from shared.multicrop import MultiCropWrapper, normalize_views
 from shared.networks.backbones import Through
 from shared.optimisation.larc import LARC, tensor_norms
-from shared.plan import NUMBERS, make_plan
+from shared.plan import NUMBERS, make_plan, tell_large
 from shared.run.checkpoint import load_latest
 from shared.run.flags import (
     Parser,
@@ -197,6 +197,8 @@ def train_seer(args: argparse.Namespace) -> None:
     suit_settings(args, data, total_steps)
 
     # network, loss, optimiser, schedule
+    devices = distributed.get_world_size() if args.fsdp else 1
+    tell_large(partial(network_of, args), run.device, devices, 1, "--fsdp")
     if args.fsdp and distributed.get_world_size() > 1:
         with torch.device("meta"):
             network = network_of(args)

@@ -35,9 +35,11 @@ from torch.utils._pytree import tree_iter
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from shared import distributed
 from shared.networks.own_run import load_hub
 from shared.run.command_line import Parser, plain_exit
 from shared.run.estimate import size_text
+from shared.run.memory import memory_of
 
 NUMBERS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -310,6 +312,30 @@ def make_plan(
         moments=moments,
         passed=passed,
     )
+
+
+def tell_large(build: Callable[[], nn.Module], device: torch.device, devices: int, moments: int, flag: str) -> None:
+    """Say what a network takes that is about to be built for a training, if that is a gigabyte or more.
+
+    Args:
+        devices: That share weights, gradients and moments.
+        moments: Of the optimiser, numbers per weight.
+        flag: That shares them out.
+
+    Raises:
+        ValueError: If these alone are more than the memory of a device.
+    """
+    with torch.device("meta"):
+        number = count_parameters(build())
+    needed, memory = (2 + moments) * 4 * number // devices, memory_of(device)
+    parts = f"{number:,} weights with their gradients and moments: {size_text(needed)}"
+    if needed > memory:
+        raise ValueError(
+            f"{parts} on each of {devices} device(s) of {size_text(memory)}, without activations; take a smaller "
+            f"--arch, or {flag} with more devices; python -m shared.plan tells how many"
+        )
+    if needed > 1e9:
+        distributed.print_once(f"{parts} of {size_text(memory)}, before activations; building it takes a while")
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -11,6 +11,7 @@ Running the same command again resumes the run, with any mesh.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from shared import distributed
 from shared.optimisation.optim import decay_groups
+from shared.plan import tell_large
 from shared.run.flags import Parser, add_run_flags, bool_flag, parse_with_embedded_defaults, tell_embedded_defaults
 from shared.run.run import Run
 from shared.supervised.data import LabelledImages, open_images, train_batches
@@ -153,6 +155,7 @@ def train_vit22b(args: argparse.Namespace) -> None:
     head_bias = args.head_bias if args.loss == "sigmoid" else 0.0
     options = sizes | {"switches": switches, "pool": args.pool, "head_bias": head_bias}
     network_of = partial(build, args.arch, args.in_chans, **options)
+    tell_large(network_of, run.device, math.prod(args.mesh or (1,)), 2, "--mesh")
     if args.mesh is None:
         network = network_of().to(run.device)
         model = distributed.wrap(network, run.device)

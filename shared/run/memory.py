@@ -1,9 +1,11 @@
 """Memory of a training process."""
 
 import ctypes
+import os
 import platform
 import sys
 from argparse import Namespace
+from pathlib import Path
 
 NO_SHARED_MEMORY = 77  # exit code of a loader process that cannot hand over its batch
 
@@ -20,6 +22,18 @@ def is_out_of_shared_memory(error: BaseException) -> bool:
     """Whether a loader process could not hand over its batch; torch may raise that anywhere in the main process."""
     signs = "shared memory", f"exit code {NO_SHARED_MEMORY}", "SIGBUS"
     return "DataLoader worker" in str(error) and any(sign in str(error) for sign in signs)
+
+
+def memory_of(device) -> int:
+    """Bytes of a GPU, or this process's share of those of the host, of which a container may have less."""
+    if device.type == "cuda":
+        import torch  # here: see is_out_of_memory
+
+        return torch.cuda.get_device_properties(device).total_memory
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.exists() else "max"
+    return min(host, int(text) if text.isdigit() else host) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def batch_flags(args: Namespace) -> str:

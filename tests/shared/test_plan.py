@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from shared import plan
 from shared.plan import count_parameters, main, make_plan, measure_pass, repeated_blocks
+from shared.run.memory import memory_of
 from vit22b.scaled_vit import ScaledViT
 
 
@@ -117,3 +118,20 @@ def test_the_fewest_devices_are_those_whose_memory_suffices(capsys):
     assert one.fitting_text(four.activations / 2**30, most=8).endswith("GiB, however many")
     main(["seer", "regnet_micro", "--views", "2", "32", "--batch_size", "8", "--device_gib", "1", "--moments", "1"])
     assert "it fits on 1 devices of 1 GiB" in capsys.readouterr().out
+
+
+def test_a_network_that_cannot_fit_is_told_before_it_is_built(capsys, monkeypatch):
+    """400 million weights with AdamW's moments are 6.4 GB, on four devices 1.6."""
+    cpu = torch.device("cpu")
+
+    def build() -> nn.Module:
+        return nn.Linear(20_000, 20_000, bias=False)
+
+    monkeypatch.setattr(plan, "memory_of", lambda device: 6_000_000_000)
+    with pytest.raises(ValueError, match=r"400,000,000 weights .*: 6.4 GB on each of 1 device\(s\) of 6.0 GB.* --mesh"):
+        plan.tell_large(build, cpu, 1, 2, "--mesh")
+    plan.tell_large(build, cpu, 4, 2, "--mesh")
+    assert "400,000,000 weights with their gradients and moments: 1.6 GB of 6.0 GB" in capsys.readouterr().out
+    plan.tell_large(lambda: nn.Linear(20, 20), cpu, 1, 2, "--mesh")
+    assert not capsys.readouterr().out
+    assert 1e8 < memory_of(cpu) < 1e15
