@@ -107,7 +107,8 @@ def parts_of(contents: object, path: Path) -> dict[str, Tensor | str]:
         return {from_official(name): value for part in ("trunk", "heads") for name, value in model[part].items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise WeightMismatch(
-            f"{path} is none of the published layouts: no classy_state_dict with base_model, model, trunk and heads"
+            f"{path} is none of the published layouts: no classy_state_dict with base_model, model, trunk and heads; "
+            "runs of main_seer.py are read everywhere as they are"
         ) from error
 
 
@@ -125,6 +126,7 @@ def open_official(path: Path, flag: str = "--input") -> dict[str, Callable[..., 
         if parts[-1].keys() != parts[0].keys():
             raise ValueError(f"{flag} {path}: the shard {name} holds other tensors than the first one")
     whole = parts[0] if parts else parts_of(contents, path)
+    distributed.print_once(f"{path}: {LICENCE}")
 
     def read(name: str, shape: torch.Size | None = None) -> Tensor:
         if parts:
@@ -179,8 +181,7 @@ def is_sharded(contents: object) -> bool:
 def read_for_card(contents: object, path: Path) -> object:
     """What a card reads of a file: of the published layouts the network under our names, of others what is there."""
     is_official = is_sharded(contents) or (isinstance(contents, Mapping) and "classy_state_dict" in contents)
-    is_converted = path.suffix == ".safetensors" and (safetensors.safe_open(path, "pt").metadata() or {}).get("licence")
-    if is_official or is_converted:
+    if path.suffix == ".safetensors" and (safetensors.safe_open(path, "pt").metadata() or {}).get("licence"):
         distributed.print_once(f"{path}: {LICENCE}")
     if not is_official:
         return contents
@@ -241,7 +242,6 @@ def convert(args: argparse.Namespace) -> None:
         raise ValueError(f"--output {args.output} is the file of --input: name another one")
     with torch.device("meta"):
         target = RegNet(SIZES[args.arch], num_classes=args.num_classes).state_dict()
-    print(f"{args.input}: {LICENCE}", flush=True)
     tensors = official_tensors(args.input, target)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     if args.output_type == "sliced":

@@ -304,7 +304,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--arch", default=None, help="None: that of the run")
     add("--image_size", type=int, default=None, help="side in pixels; None: that of the training, else 224")
     add("--data_path", default=None, help="labelled images, whose labels are predicted; None: the embedded ones")
-    add("--groups", type=Path, default=None, help="table of images and their groups, beside the images")
+    add("--groups", type=Path, default=None, help="table of images, named from its folder on, and their groups")
     add("--layout", default="csv", choices=tuple(LAYOUTS), help="of the table")
     add("--attribute", default=None, help="column of the table: tell how well its groups are retrieved")
     add("--associations", type=Path, default=None, help="table of labels and the set of each")
@@ -334,7 +334,8 @@ def open_groups(args: argparse.Namespace) -> tuple[ImageSource, list[Image]]:
     root = args.groups.resolve().parent
     if missing := [image.path for image in images if not (root / image.path).is_file()]:
         raise ValueError(
-            f"--groups {args.groups}: {len(missing)} images are not there, the first is {root / missing[0]}"
+            f"--groups {args.groups}: {len(missing)} images are not there, the first is {root / missing[0]}; names are "
+            "those below the folder of the table"
         )
     return FileSource(str(args.groups), root, [image.path for image in images]), images
 
