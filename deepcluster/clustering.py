@@ -49,17 +49,21 @@ def pca_whiten(features: Tensor, dim: int, device: torch.device | str = "cpu") -
         ValueError: If ``dim`` is more than D or than the number of rows.
     """
     mean, covariance, rows = mean_and_covariance(features, device)
-    if not 1 <= dim <= min(features.shape[1], rows):
-        raise ValueError(
-            f"--pca_dim {dim}: {rows} features of {features.shape[1]} dimensions have between 1 and "
-            f"{min(features.shape[1], rows)} principal components"
-        )
+    check_components(dim, features.shape[1], rows)
     # one process decomposes for all: another machine's library could choose other signs
     whitening = _whitening_matrix(covariance, dim) if distributed.is_main_process() else None
     matrix, with_variance = distributed.broadcast_object(whitening)
     matrix = matrix.to(device)
     whitened = [F.normalize((block.to(device) - mean) @ matrix, dim=1) for block in features.split(BLOCK_ROWS)]
     return torch.cat(whitened), with_variance
+
+
+def check_components(dim: int, features: int, rows: int) -> None:
+    """Raise ``ValueError`` if so many rows of features have fewer than ``dim`` principal components."""
+    if not 1 <= dim <= (most := min(features, rows)):
+        raise ValueError(
+            f"--pca_dim {dim}: {rows} features of {features} dimensions have between 1 and {most} principal components"
+        )
 
 
 def _whitening_matrix(covariance: Tensor, dim: int) -> tuple[Tensor, int]:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from deepcluster.checkpoints import NETWORK_FLAGS, from_official, to_official
-from deepcluster.clustering import ClusteringState, Clusters, cluster, pca_whiten
+from deepcluster.clustering import ClusteringState, Clusters, check_components, cluster, pca_whiten
 from deepcluster.convnets import ClusterNetwork, new_top_layer
 from deepcluster.hub import MEAN, STD, build_network
 from deepcluster.report import HEALTH_RULES, report
@@ -154,6 +154,7 @@ def train_deepcluster(args: argparse.Namespace) -> None:
 
     # the network without a top layer, and its optimiser
     network = build_network(args.arch, args.sobel, img_size=args.crop_size, in_chans=args.in_chans)
+    check_components(args.pca_dim, network.dim, len(source))
     network = synchronize_batchnorm(network, device).to(device)
     if args.compile:
         compile_network(network)

@@ -110,6 +110,13 @@ def test_a_flat_folder_without_classes_is_clustered(images, tmp_path):
     assert (tmp_path / "run/clusters.csv").read_text().splitlines()[0] == "image,cluster"
 
 
+def test_too_many_components_are_an_error_before_anything_is_computed(images, tmp_path, monkeypatch):
+    """They were one after the first evaluation and the features of all images."""
+    monkeypatch.setattr(script, "KNNMonitor", None)
+    with pytest.raises(ValueError, match="--pca_dim 25: 24 features of 96 dimensions have between 1 and 24 principal"):
+        train(tmp_path, images, "--pca_dim", 25)
+
+
 def test_clusters_that_teach_nothing_are_said(images, tmp_path, capsys, monkeypatch):
     embed = script.ClusterNetwork.embed
     monkeypatch.setattr(script.ClusterNetwork, "embed", lambda self, x: 0 * embed(self, x) + 1)
