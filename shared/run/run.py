@@ -50,8 +50,7 @@ class Run:
     Attributes:
         device, output_dir, precision, path: Of this process; ``path`` is that of the newest checkpoint.
         health, log: What looks at every line, by rules of the method, and what writes them (from :meth:`resume` on).
-        is_new: Whether no step had been done when the run was resumed.
-        classes: Names of what a classifier tells apart, for those who evaluate it on other images.
+        is_new, classes: Whether no step had been done before; names of a classifier's classes, for evaluations of it.
         epoch, step_in_epoch: Where a run goes on that is saved now; in the body of a step, the step after it.
     """
 
@@ -172,16 +171,14 @@ class Run:
                 return
             self.step = step
             self.step_in_epoch += 1
-            self._seed()
+            seed = self.args.seed, step, distributed.get_rank()
+            randomness.seed_step(*seed)
             yield step, batch
             if self.search is not None:
-                self._seed()
+                randomness.seed_step(*seed)
                 with self.search.of({"step": step, "epoch": self.epoch}, batch):
                     yield step, batch
             self.save_if_due()
-
-    def _seed(self) -> None:
-        randomness.seed_step(self.args.seed, self.step, distributed.get_rank())
 
     def backward(self, loss: Tensor, *optimizers: torch.optim.Optimizer) -> None:
         """Gradients in float32 and at their true scale."""
