@@ -5,10 +5,16 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import safetensors
+
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary file beside ``path`` that takes its name if the block succeeds, and disappears if it does not."""
+    """A temporary file beside ``path`` that takes its name if the block succeeds, and disappears if it does not.
+
+    Raises:
+        OSError: If the block cannot write it, also where torch or safetensors raise another error.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:
@@ -16,5 +22,10 @@ def atomic_file(path: Path) -> Iterator[Path]:
         os.umask(umask := os.umask(0))
         temporary.chmod(0o666 & ~umask)  # safetensors makes files for their owner alone
         os.replace(temporary, path)
+    except (RuntimeError, safetensors.SafetensorError) as error:  # torch and safetensors hide a full disk in these
+        if "I/O error" not in str(error) and "inline_container" not in str(error):
+            raise
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise OSError(f"could not write {path}: {reason}") from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from argparse import Namespace
@@ -209,7 +210,11 @@ class RunLog:
         """Say how long the run takes and how large it becomes: by its first step, and once more by some seconds."""
         now, left_s = time.perf_counter(), self._left_s(done)
         if self.first is None:
-            self.first, self.size = (done, now), size_text(self.final_bytes())
+            self.first, needed = (done, now), self.final_bytes()
+            self.size, folder = size_text(needed), self.files["log.txt"].parent
+            taken = sum(file.stat().st_size for file in folder.glob("*.pth*"))  # by what is replaced
+            if needed > (room := shutil.disk_usage(folder).free + taken):
+                self.say(f"WARNING: checkpoints will take {self.size}, and {folder} has room for {size_text(room)}")
             if any(pair.is_cuda for pair in self.window.values()):
                 return  # the GPU may not have begun yet
             left_s = (now - self.step_start) * (self.total_steps - done)

@@ -217,3 +217,17 @@ def test_the_first_steps_tell_how_long_the_run_takes_and_how_large_its_folder_be
     assert [sorted(line) for line in lines(tmp_path / "metrics.jsonl")] == [
         ["data_wait", "epoch", "images_per_s", "step"]
     ] * 2
+
+
+def test_a_disk_that_is_too_small_for_the_checkpoints_is_told_after_the_first_step(tmp_path, monkeypatch, capsys):
+    """It was told by the first checkpoint, after an epoch of work."""
+    part = SimpleNamespace(state_dict=lambda: {"weight": torch.zeros(1000, 1000)})  # 4 MB, twice
+    (tmp_path / "checkpoint.pth").write_bytes(bytes(2_000_000))
+    for free, is_told in ((5_000_000, True), (6_500_000, False)):
+        monkeypatch.setattr("shared.run.log.shutil.disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        log = RunLog(tmp_path, 100, log_freq=4)
+        log.start(SimpleNamespace(steps_per_epoch=10, batch_size=8), {"network": part}, Namespace(small_data=False))
+        for step, _ in enumerate(log.batches(range(1))):
+            log.step(step, 0, images=8, averages={})
+        warning = f"WARNING: checkpoints will take 8.0 MB, and {tmp_path} has room for 7.0 MB"
+        assert (warning in capsys.readouterr().out) is is_told
