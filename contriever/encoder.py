@@ -128,7 +128,11 @@ class _Pooled:
         return nn.functional.normalize(vectors, dim=-1) if normalize else vectors
 
     def _vectors(self, input_ids: Tensor, attention_mask: Tensor, **segments: Tensor) -> Tensor:
-        states = super().forward(input_ids=input_ids, attention_mask=attention_mask, **segments)
+        shown = attention_mask
+        if self.training and shown.is_cuda and self.config.model_type in ("bert", "xlm-roberta"):
+            # the mask that transformers makes of it, which waits for the GPU to see whether it hides anything
+            shown = shown.bool()[:, None, None].expand(-1, 1, shown.shape[1], -1)
+        states = super().forward(input_ids=input_ids, attention_mask=shown, **segments)
         return self.projections(pool(states.last_hidden_state, attention_mask, self.config.pooling))
 
 

@@ -36,13 +36,14 @@ class MoCo(nn.Module):
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
         """Overwrite the oldest keys with those of all processes (B, D); keys that are not finite change nothing."""
-        start, size = int(self.queue_ptr), self.queue.shape[1]
+        size = self.queue.shape[1]
         if size % len(keys):
             raise ValueError(f"--queue_size {size} is not a multiple of the {len(keys)} texts of one step")
-        old = self.queue[:, start : start + len(keys)]
-        keys = keys.detach().to(old.dtype).T
-        self.queue[:, start : start + keys.shape[1]] = torch.where(keys.isfinite().all(), keys, old)
-        self.queue_ptr[0] = (start + keys.shape[1]) % size
+        places = self.queue_ptr + torch.arange(len(keys), device=keys.device)  # to read the number waits for a GPU
+        keys = keys.detach().to(self.queue.dtype).T
+        new = torch.where(keys.isfinite().all(), keys, self.queue.index_select(1, places))
+        self.queue.index_copy_(1, places, new)
+        self.queue_ptr.add_(len(places)).remainder_(size)
 
 
 class InBatch(nn.Module):

@@ -124,12 +124,13 @@ def preprocess(args: argparse.Namespace) -> None:
     if not missing:
         return
     totals = np.zeros(3, dtype=np.int64)
-    # not a plain fork: threads of the tokenizers library do not survive it
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["contriever.preprocess"])  # imported once, not by every process
     workers = min(args.num_workers, len(missing))
     with contextlib.ExitStack() as stack:
-        each = stack.enter_context(context.Pool(workers)).imap_unordered if workers > 1 else map
+        each = map
+        if workers > 1:
+            context = multiprocessing.get_context("forkserver")  # a tokenizer's threads do not survive a plain fork
+            context.set_forkserver_preload(["contriever.preprocess"])  # imported once, not by every process
+            each = stack.enter_context(context.Pool(workers)).imap_unordered
         results = each(make_shard, missing)
         for counts in tqdm(results, total=len(missing), unit="shard", disable=not sys.stderr.isatty()):
             totals += counts

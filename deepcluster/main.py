@@ -310,7 +310,7 @@ def train_one_epoch(
     body.train()
     for step, (views, _, indices) in run.steps(loader):
         (images,) = normalize_views(views, run.device, MEAN, STD)
-        targets = labels[indices].to(run.device)
+        targets = labels[indices].to(run.device, non_blocking=True)
 
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)

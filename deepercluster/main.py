@@ -356,7 +356,7 @@ def hierarchical_loss(
         ``loss``, the same of both parts, and ``prec``, for which both predictions have to be right; 0-d.
     """
     belongs = clusters.super_clusters[indices] == place.super_cluster
-    sub = clusters.sub_clusters[indices].where(belongs, -1).to(of_sub.device)
+    sub = clusters.sub_clusters[indices].where(belongs, -1).to(of_sub.device, non_blocking=True)
     super_class = torch.full_like(sub, place.super_class)
     losses = F.cross_entropy(of_super, super_class), F.cross_entropy(of_sub, sub, ignore_index=-1)
     hits = of_super.argmax(dim=1) == super_class, of_sub.argmax(dim=1) == sub

@@ -207,7 +207,7 @@ def train_one_epoch(
     for step, (images, labels, _) in run.steps(loader):
         for group in optimizer.param_groups:
             group["lr"] = float(lrs[step]) * group["lr_scale"]
-        images, labels = images.to(run.device), labels.to(run.device)
+        images, labels = (batch.to(run.device, non_blocking=True) for batch in (images, labels))
         if mix is not None:
             images, labels = mix(images, labels)
         with run.precision.autocast():

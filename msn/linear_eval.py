@@ -242,7 +242,8 @@ def train_one_epoch(
     for step, (views, labels, _) in run.steps(loader):
         for group in optimizer.param_groups:
             group["lr"] = float(lrs[step])
-        (images,), labels = normalize_views(views, run.device, CARD.mean, CARD.std), labels.to(run.device)
+        (images,) = normalize_views(views, run.device, CARD.mean, CARD.std)
+        labels = labels.to(run.device, non_blocking=True)
         with torch.no_grad():
             inputs = features(images)
         if run.logs_this_step:

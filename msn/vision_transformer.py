@@ -232,7 +232,8 @@ class VisionTransformer(nn.Module):
         positions = self.interpolate_pos_encoding(*x.shape[-2:])
         patches = patches + positions[:, 1:]
         if patch_drop:
-            patches = patches.index_select(1, draw_kept_patches(patches.shape[1], patch_drop).to(x.device))
+            kept = draw_kept_patches(patches.shape[1], patch_drop)
+            patches = patches.index_select(1, kept.to(x.device, non_blocking=True))
         cls_token = self.cls_token + positions[:, :1]
         return torch.cat([cls_token.expand(x.shape[0], -1, -1), patches], dim=1)
 

@@ -257,7 +257,7 @@ def train_one_epoch(
     """One epoch of sequences of packed images.
 
     Args:
-        criterion: Maps the network, E packed images and their labels (E,) to the loss.
+        criterion: Maps the network, E packed images and their labels (E,), on the CPU, to the loss.
         factor: Of the learning rate, by step.
     """
     parameters = list(model.parameters())
@@ -266,7 +266,7 @@ def train_one_epoch(
         for group in optimizer.param_groups:
             group["lr"] = lr
         images = Packed(**batch["images"]).to(run.device)
-        labels = batch["labels"].to(run.device, non_blocking=True)
+        labels = batch["labels"]
         optimizer.zero_grad(set_to_none=True)
 
         with run.precision.autocast():
@@ -279,7 +279,8 @@ def train_one_epoch(
 
 def loss_of_labels(model: nn.Module, images: Packed, labels: Tensor, loss: Callable) -> Tensor:
     """The mean over all images of all processes."""
-    return mean_over_processes(loss(model(images).float(), labels))
+    logits = model(images).float()
+    return mean_over_processes(loss(logits, labels.to(logits.device, non_blocking=True)))
 
 
 def loss_of_pairs(
@@ -287,10 +288,12 @@ def loss_of_pairs(
 ) -> Tensor:
     """The contrastive loss of images and their captions, at most so long, of all processes together."""
     texts = pack_texts([captions[label] for label in labels.tolist()], most)
-    image, text, temperature = model(images, texts.to(labels.device))
+    image, text, temperature = model(images, texts.to(images.patches.device))
     missing = distributed.max_over_processes(len(labels)) - len(labels)  # fake pairs, which do not count
     image, text = (F.pad(x, (0, 0, 0, missing)) for x in (image, text))
-    return contrastive_loss(image, text, torch.arange(len(image)).to(labels) < len(labels), temperature, chunks)
+    return contrastive_loss(
+        image, text, torch.arange(len(image), device=image.device) < len(labels), temperature, chunks
+    )
 
 
 def evaluate(run: Run, resolutions: Sequence[float], look: Callable[[float], dict[str, Tensor]]) -> dict[str, float]:

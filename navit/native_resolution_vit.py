@@ -49,6 +49,11 @@ def coordinates_of(rows: int, columns: int) -> Tensor:
     return torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
 
 
+def _upload(numbers: Tensor, device: torch.device) -> Tensor:
+    """What ``torch.tensor(..., device=device)`` gives, which would wait until a GPU has done all it was given."""
+    return numbers.to(device, non_blocking=True)
+
+
 @dataclass
 class Packed:
     """A batch of E images, or of texts, those of one length next to each other."""
@@ -93,7 +98,7 @@ class Packed:
 
     def as_given(self, rows: Tensor) -> Tensor:
         """A row (E, ...) of each image, in the order in which the images were given."""
-        return rows.index_select(0, torch.tensor(self.order).argsort().to(rows.device))
+        return rows.index_select(0, _upload(torch.tensor(self.order).argsort(), rows.device))
 
 
 # --- Positions (section 2.1) ------------------------------------------------------------------------------------------
@@ -145,7 +150,7 @@ class Positions(nn.Module):
 
     def fractions(self, packed: Packed, offset: float = 0.0) -> Tensor:
         """Coordinates over the sides of the images, (N, 2)."""
-        grids, lengths = (torch.tensor(v, device=packed.coords.device) for v in (packed.grids, packed.lengths))
+        grids, lengths = (_upload(torch.tensor(v), packed.coords.device) for v in (packed.grids, packed.lengths))
         sides = grids if self.coordinates == "fractional" else grids.amax(dim=1, keepdim=True)
         return (packed.coords + offset) / sides.repeat_interleave(lengths, dim=0, output_size=len(packed.coords))
 
@@ -206,7 +211,7 @@ def attention_among(kind: str, lengths: Sequence[int], slots: Tensor, shape: tup
         kind = "segments" if device.type == "cpu" else "varlen" if flash else "mask"
     if kind == "segments":
         return lambda q, k, v: by_length(heads_first, lengths, q, k, v)
-    ends = torch.tensor([0, *itertools.accumulate(lengths)], device=device, dtype=torch.int32)
+    ends = _upload(torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32), device)
     if kind == "varlen":
         from torch.nn.attention.varlen import varlen_attn
 

@@ -111,7 +111,7 @@ def fine_tune(args: argparse.Namespace) -> dict[str, float]:
     labels = torch.from_numpy(images.labels).to(device)
 
     def cross_entropy(logits: Tensor, indices: Tensor) -> Tensor:
-        return F.cross_entropy(logits.float(), labels[indices.to(device)])
+        return F.cross_entropy(logits.float(), labels[indices.to(device, non_blocking=True)])
 
     trust = 0.001 if args.use_lars else 0.0
     optimizer = LARS(parameter_groups(encoder, args.weight_decay), nesterov=args.nesterov, trust_coefficient=trust)

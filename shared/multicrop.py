@@ -154,8 +154,8 @@ def normalize_views(
     mean, std = torch.tensor(mean), torch.tensor(std)
     if views[0].shape[1] == 1:
         mean, std = mean.mean(dim=0, keepdim=True), std.mean(dim=0, keepdim=True)
-    shift = (-mean / std).view(1, -1, 1, 1).to(device)
-    scale = (1 / (255 * std)).view(1, -1, 1, 1).to(device)
+    shift = (-mean / std).view(1, -1, 1, 1).to(device, non_blocking=True)
+    scale = (1 / (255 * std)).view(1, -1, 1, 1).to(device, non_blocking=True)
     normalized = []
     for view in views:
         pixels = view.to(device, non_blocking=True).to(torch.float32, memory_format=torch.channels_last)

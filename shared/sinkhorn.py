@@ -92,9 +92,11 @@ def _scale_with_absorption(scores: Tensor, epsilon: float, num_iters: int) -> Te
     log_prototypes = math.log(num_samples / num_prototypes) - log_mass
     kernel, log_samples = _matrix(scores, epsilon, log_prototypes)
     samples, prototypes = 1 / kernel.sum(dim=1), kernel.new_ones(num_prototypes)
+    on_cpu = scores.device.type == "cpu"
     for _ in range(num_iters - 1):
         # the sums over processes need equal scalings of prototypes, which are known to all; samples are each one's own
-        has_grown = prototypes.log().abs().max() > ABSORPTION_LIMIT
+        # a GPU always absorbs: to ask it would make the host wait
+        has_grown = not on_cpu or prototypes.log().abs().max() > ABSORPTION_LIMIT
         if has_grown or samples.log().abs().max() > ABSORPTION_LIMIT:
             log_prototypes = log_prototypes + prototypes.log() if has_grown else log_prototypes
             kernel, log_samples = _matrix(scores, epsilon, log_prototypes, log_samples + samples.log())

@@ -50,7 +50,7 @@ class MemoryBank:
         """
         rows = slice(start, start + len(indices))
         good = embeddings.isfinite().all(dim=2).all(dim=0)
-        self.indices[rows] = torch.where(good, indices.to(self.indices.device), self.indices[rows])
+        self.indices[rows] = torch.where(good, indices.to(good.device, non_blocking=True), self.indices[rows])
         self.embeddings[:, rows] = torch.where(good[:, None], embeddings.float(), self.embeddings[:, rows])
 
     def state_dict(self) -> dict:

@@ -221,7 +221,8 @@ def train_one_epoch(
             embeddings, scores = network(views)
         loss = cluster_classification(scores, clusters, temperature)
         embeddings = embeddings.detach().unflatten(0, (-1, len(labels)))  # (V, B, D)
-        memory.write(step % run.data.steps_per_epoch * len(labels), indices, embeddings[crops_for_assign])
+        of_crops = torch.stack([embeddings[crop] for crop in crops_for_assign])
+        memory.write(step % run.data.steps_per_epoch * len(labels), indices, of_crops)
 
         run.backward(loss, optimizer)
         if step < freeze_prototypes_niters:

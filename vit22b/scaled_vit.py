@@ -67,7 +67,9 @@ class Share:
 
     def own(self, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
         """This process's rows."""
-        return x if self.count == 1 else x[self.rows(sizes).chunk(self.count)[self.index].to(x.device)]
+        if self.count == 1:
+            return x
+        return x[self.rows(sizes).chunk(self.count)[self.index].to(x.device, non_blocking=True)]
 
     def check(self, **lengths: int) -> None:
         """Raise ``ValueError`` if one of these cannot be divided evenly among the processes."""

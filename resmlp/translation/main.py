@@ -267,7 +267,7 @@ def train_one_epoch(
         for group in optimizer.param_groups:
             group["lr"] = lr(step)
         optimizer.zero_grad(set_to_none=True)
-        source, target_in, target_out = (ids.to(run.device) for ids in pairs.batch(indices))
+        source, target_in, target_out = (ids.to(run.device, non_blocking=True) for ids in pairs.batch(indices))
         # every token of the step counts the same, on whichever process it is
         tokens = distributed.all_reduce_mean((target_out != PAD).sum().float())
         with run.precision.autocast():
@@ -286,7 +286,8 @@ def validation_loss(network: Translator, pairs: EncodedPairs, max_tokens: int, p
     cuts = TokenBatchSampler(pairs.lengths, max(max_tokens, int(pairs.lengths.max()))).cuts
     totals = torch.zeros(2, dtype=torch.double, device=precision.device)  # loss, tokens
     for cut in cuts[distributed.get_rank() :: distributed.get_world_size()]:
-        source, target_in, target_out = (ids.to(precision.device) for ids in pairs.batch(order[cut].tolist()))
+        batch = pairs.batch(order[cut].tolist())
+        source, target_in, target_out = (ids.to(precision.device, non_blocking=True) for ids in batch)
         with precision.autocast():
             loss = token_loss(network((source, target_in)), target_out, label_smoothing=0.0)
         totals += torch.stack([loss, (target_out != PAD).sum()])

@@ -44,7 +44,7 @@ def feature_batches(
     for images, targets, indices in progress(loader, "features", len(loader), len(dataset) - first):
         with torch.compiler.set_stance("force_eager"):  # compiling for these sizes takes longer than what it saves
             features = model(channels_last(images.to(device, non_blocking=True))).float()
-        batch = (features, targets.to(device), indices.to(device))
+        batch = (features, *(numbers.to(device, non_blocking=True) for numbers in (targets, indices)))
         rows = slice(0, min(len(images) * sampler.world_size, len(dataset) - done))  # the last rows are fill
         yield done, *(_in_dataset_order(values)[rows] for values in batch)
         done += rows.stop

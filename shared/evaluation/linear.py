@@ -160,7 +160,7 @@ def validate(
         inputs = features(images.to(device, non_blocking=True))
         check_features(inputs.flatten(1))
         logits = distributed.unwrap(classifier)(inputs)  # shares may differ by a batch: no collective in here
-        totals += torch.stack([total.double() for total in score(logits, labels.to(device))])
+        totals += torch.stack([total.double() for total in score(logits, labels.to(device, non_blocking=True))])
     loss, top1, top5 = (distributed.all_reduce_sum(totals) / len(dataset)).tolist()
     return {"loss": loss, "acc1": 100 * top1, "acc5": 100 * top5}
 

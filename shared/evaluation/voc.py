@@ -154,7 +154,7 @@ def train(
         randomness.seed_step(args.seed, step)  # dropout
         network.train()
         convolutional.eval()
-        loss = multilabel_loss(network(views), labels[indices].to(device))
+        loss = multilabel_loss(network(views), labels[indices].to(device, non_blocking=True))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT_NORM, error_if_nonfinite=True)

@@ -180,7 +180,7 @@ class RunLog:
             # (sum, count) stay on the device: reading them would wait for it
             pair = torch.stack([torch.where(finite, value, 0.0), finite.double()])
             for sums in (self.window, self.epoch):
-                sums[name] = sums[name].to(pair.device) + pair if name in sums else pair
+                sums[name] = sums[name].to(pair.device, non_blocking=pair.is_cuda) + pair if name in sums else pair
         self.images += images
         if self.bar is not None:
             self.bar.update(step + 1 - self.bar.n)
