@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import PIL
 import torch
 import torch.multiprocessing as mp
 
@@ -17,7 +18,9 @@ from shared import distributed
 
 ROOT = Path(__file__).resolve().parents[1]
 SERVER = multiprocessing.get_context("forkserver")  # its processes start in no time: it has imported torch already
-SERVER.set_forkserver_preload([*(f"{file.parent.name}.{file.stem}" for file in ROOT.glob("*/main*.py")), __name__])
+SCRIPTS = [f"{file.parent.name}.{file.stem}" for file in ROOT.glob("*/main*.py")]
+SLOW_TO_IMPORT = ["timm", "sklearn.cluster", *(f"PIL.{name}" for name in PIL._plugins)]  # seconds, as soon as needed
+SERVER.set_forkserver_preload([*SCRIPTS, *SLOW_TO_IMPORT, __name__])
 os.fsync = lambda descriptor: None  # a kill loses nothing that was written; a power cut would (test_outside_judge.py)
 
 
