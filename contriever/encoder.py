@@ -119,15 +119,15 @@ class _Pooled:
         """
         groups = rows_of_similar_length(attention_mask) if self.training and token_type_ids is None else []
         if len(groups) > 1:
-            parts = [self._vectors(input_ids[rows, :end], attention_mask[rows, :end]) for rows, end in groups]
+            parts = [self.vectors(input_ids[rows, :end], attention_mask[rows, :end]) for rows, end in groups]
             back = torch.cat([rows for rows, _ in groups]).argsort()
             vectors = torch.cat(parts)[back]
         else:
             segments = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-            vectors = self._vectors(input_ids, attention_mask, **segments)
+            vectors = self.vectors(input_ids, attention_mask, **segments)
         return nn.functional.normalize(vectors, dim=-1) if normalize else vectors
 
-    def _vectors(self, input_ids: Tensor, attention_mask: Tensor, **segments: Tensor) -> Tensor:
+    def vectors(self, input_ids: Tensor, attention_mask: Tensor, **segments: Tensor) -> Tensor:
         shown = attention_mask
         if self.training and shown.is_cuda and self.config.model_type in ("bert", "xlm-roberta"):
             # the mask that transformers makes of it, which waits for the GPU to see whether it hides anything

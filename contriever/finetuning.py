@@ -28,6 +28,7 @@ from contriever.training.optimisation import Objective, SharpnessAware, build_op
 from contriever.training.questions import FineTuningPairs, read_examples
 from shared import distributed
 from shared.images.loading import EpochBatchSampler, make_loader
+from shared.networks.compiling import compile_network
 from shared.optimisation.accumulation import accumulate
 from shared.run.flags import parse_with_embedded_defaults
 from shared.run.run import Run
@@ -68,6 +69,8 @@ def finetune(args: argparse.Namespace) -> None:
 
     # network, loss, optimiser
     encoder = retriever.model
+    if args.compile:
+        compile_network(encoder, "vectors", dynamic=True)
     accumulate(encoder, args.accumulate)
     trained = distributed.wrap(InBatch(encoder), run.device)
     optimizer = build_optimizer(encoder, args)

@@ -61,6 +61,7 @@ def training_parser(docstring: str, optimisers: tuple[str, ...] = ("adamw",)) ->
     add("--eps", type=float, default=1e-6, help="of AdamW")
     add("--rho", type=float, default=None, help="radius of --optim sam or asam; 0.05 without it")
     add_accumulation_flag(add)
+    add("--compile", action="store_true", help="torch.compile the encoder; dropout then draws otherwise")
     add("--amp", default="auto", choices=("auto", "bf16", "fp16", "fp32"), help="auto: bf16 where it is fast")
 
     add = parser.add_argument_group("evaluation").add_argument

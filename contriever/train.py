@@ -38,6 +38,7 @@ from contriever.training.optimisation import Objective, build_optimizer, contras
 from contriever.training.pairs import PretrainingPairs, StepSampler, fingerprint, open_datasets, steps_per_epoch
 from shared import distributed
 from shared.images.loading import make_loader
+from shared.networks.compiling import compile_network
 from shared.optimisation.accumulation import accumulate
 from shared.pictures.report import save_page
 from shared.run.flags import bool_flag, parse_with_embedded_defaults, shorten_unset_warmup
@@ -132,6 +133,9 @@ def train_contriever(args: argparse.Namespace) -> None:
 
     # networks, loss, optimiser
     model, trained = build_model(args, retriever)
+    if args.compile:
+        for encoder in model.children():
+            compile_network(encoder, "vectors", dynamic=True)
     accumulate(retriever.model, args.accumulate)
     optimizer = build_optimizer(model, args)
     objective = Objective(args)

@@ -54,6 +54,7 @@ from shared.images.views import ViewRecipe
 from shared.images.zipped import ZippedImages
 from shared.multicrop import MultiCropDataset, normalize_views
 from shared.networks.batchnorm import synchronize_batchnorm
+from shared.networks.compiling import compile_network
 from shared.optimisation.optim import build_optimizer, clip_grad_norm_per_tensor_
 from shared.run.flags import (
     AnyDashParser,
@@ -102,6 +103,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--image_size", type=int, default=OFFICIAL_SIZE, help="side in pixels of what the network sees")
     add("--crop_scale", type=float, nargs=2, default=(0.08, 1.0), help="area range of the random crops")
     add("--pretrained", default="", help="weights of the body to start from: file, run or release")
+    add("--compile", action="store_true", help="torch.compile the network")
 
     add = parser.add_argument_group("clustering").add_argument
     add("--reassignment", type=int, default=3, help="epochs between clusterings")
@@ -167,6 +169,8 @@ def train_deepercluster(args: argparse.Namespace) -> None:
     if args.pretrained:
         fill_body(network, args.pretrained)
     network = synchronize_batchnorm(network, device).to(device)
+    if args.compile:
+        compile_network(network)
     trunk = distributed.wrap(network, device)
     build_sgd = partial(sgd, lr=args.lr, weight_decay=args.wd)
     optimizer = build_sgd(network)

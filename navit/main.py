@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from navit.eval_resolutions import Classifier, classify, measure, open_images
 from navit.hub import build
 from navit.losses import contrastive_loss, mean_over_processes, sigmoid_cross_entropy
-from navit.native_resolution_vit import CHOICES, ImageText, Packed
+from navit.native_resolution_vit import CHOICES, Block, ImageText, Packed
 from navit.pack import PackedBatches, TrainPatches, pack_texts
 from navit.report import report
 from navit.sampling import DROPS, Dropping, Resolutions
@@ -37,6 +37,7 @@ from shared.evaluation.flags import add_shared_classes_flag
 from shared.images.cache import cache_images
 from shared.images.loading import BadImages, default_num_workers
 from shared.images.sources import ImageSource
+from shared.networks.compiling import compile_network
 from shared.optimisation.optim import clip_total_grad_norm_, decay_groups
 from shared.run.flags import (
     Parser,
@@ -108,6 +109,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--pool", default="map", choices=("map", "gap"), help="attention pooling, or the mean")
     kinds = ("auto", "mask", "segments", "varlen")
     add("--attention", default="auto", choices=kinds, help="how tokens find those of their image; all are equal")
+    add("--compile", action="store_true", help="torch.compile all of a block but its attention, for any length")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--loss", default="sigmoid", choices=(*LOSSES, "contrastive"), help="of labels, or of captions as labels")
@@ -220,6 +222,9 @@ def train_navit(args: argparse.Namespace) -> None:
         criterion = partial(loss_of_labels, loss=LOSSES[args.loss])
         if args.loss == "sigmoid":
             nn.init.constant_(network.head.bias, -10.0)
+    if args.compile:
+        for block in (module for module in whole.modules() if isinstance(module, Block)):
+            compile_network(block, "before", "after", dynamic=True)
     model = distributed.wrap(whole, run.device)
     groups = decay_groups(whole, NOT_DECAYED, args.weight_decay, args.weight_decay_head)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)

@@ -249,15 +249,17 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = (norm_layer(qk_norm, dim // num_heads) for _ in "qk")
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        """(N, D) -> (N, D)."""
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (N, H, d) of tokens (N, D)."""
         q, k, v = self.qkv(x).unflatten(1, (3, self.num_heads, -1)).unbind(1)
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # autocast leaves norms in float32
-        return self.proj(attend(q, k, v).flatten(1))
+        return self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v  # autocast leaves norms in float32
 
 
 class Block(nn.Module):
-    """Attention and MLP, each on normalised tokens and added to them."""
+    """Attention and MLP, each on normalised tokens and added to them.
+
+    What is computed token by token, before and after they look at each other, is compiled for any number of them.
+    """
 
     def __init__(self, dim: int, num_heads: int, hidden_dim: int, norm: str, qk_norm: str, bias: bool):
         super().__init__()
@@ -266,7 +268,14 @@ class Block(nn.Module):
         self.mlp.act = nn.GELU(approximate="tanh")
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        x = x + self.attn(self.norm1(x), attend)
+        """(N, D) -> (N, D)."""
+        return self.after(x, attend(*self.before(x)))
+
+    def before(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.attn.heads(self.norm1(x))
+
+    def after(self, x: Tensor, seen: Tensor) -> Tensor:
+        x = x + self.attn.proj(seen.flatten(1))
         return x + self.mlp(self.norm2(x))
 
 

@@ -38,6 +38,7 @@ from shared.evaluation.knn_monitor import KNNMonitor
 from shared.images.resolutions import add_resolution_flags, check_assigned_crops, recipes_of
 from shared.multicrop import MultiCropWrapper, normalize_views
 from shared.networks.backbones import Through
+from shared.networks.compiling import compile_network
 from shared.optimisation.larc import LARC, tensor_norms
 from shared.plan import NUMBERS, make_plan, tell_large
 from shared.run.checkpoint import load_latest
@@ -99,6 +100,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--head_bn", type=bool_flag, default=False, help="batch norm in the projection head")
     add("--fsdp", action="store_true", help="share weights, gradients and momentum out over the processes")
     add("--recompute", action="store_true", help="keep the inputs of blocks only, and compute the rest again")
+    add("--compile", action="store_true", help="torch.compile the blocks")
 
     add = parser.add_argument_group("assignments and their prediction").add_argument
     add("--crops_for_assign", type=int, nargs="+", default=[0, 1], help="indices of the crops that get assignments")
@@ -206,6 +208,9 @@ def train_seer(args: argparse.Namespace) -> None:
     else:
         model = build_network(partial(network_of, args), run.device)
         network = distributed.unwrap(model)
+    if args.compile:
+        for block in network.backbone.blocks():
+            compile_network(block, "compute")
     criterion = SwappedAssignments(
         args.crops_for_assign,
         args.temperature,

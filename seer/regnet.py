@@ -136,30 +136,30 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not (self.recompute and self.training and torch.is_grad_enabled()):
-            return self._forward(x)
+            return self.compute(x)
 
         def contexts() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
             return contextlib.nullcontext(), _without_statistics(self)  # of the pass, and of its repetition
 
-        return checkpoint(self._forward, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+        return checkpoint(self.compute, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
-    def _forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         skip = x if self.proj is None else self.proj(x)
         return self.activation(self.f(x).add_(skip))
 
 
 @contextlib.contextmanager
 def _without_statistics(module: nn.Module) -> Iterator[None]:
-    """Passes do not count in the running statistics."""
+    """Passes do not count in the running statistics; other tensors take their places, for which no code is compiled."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, norm.num_batches_tracked.clone()
+    kept = [dict(norm._buffers) for norm in norms]
+    for norm, buffers in zip(norms, kept, strict=True):
+        norm._buffers.update({name: torch.empty_like(buffer) for name, buffer in buffers.items()})
     try:
         yield
     finally:
-        for norm, (momentum, count) in zip(norms, kept, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, count
+        for norm, buffers in zip(norms, kept, strict=True):
+            norm._buffers.update(buffers)
 
 
 class RegNet(nn.Module):

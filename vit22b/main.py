@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared import distributed
+from shared.networks.compiling import compile_network
 from shared.optimisation.optim import decay_groups
 from shared.plan import tell_large
 from shared.run.flags import Parser, add_run_flags, bool_flag, parse_with_embedded_defaults, tell_embedded_defaults
@@ -74,6 +75,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--out_bias", type=bool_flag, default=True, help="bias of the attention's output")
     add("--mlp_bias", type=bool_flag, default=True, help="biases of the MLPs")
     add("--pool", default="map", choices=("map", "gap"), help="attention pooling, or the mean of the tokens")
+    add("--compile", action="store_true", help="torch.compile the blocks; the steps that are logged are not compiled")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--crop_scale", type=float, nargs=2, default=(0.05, 1.0), help="area range of the training crops")
@@ -161,6 +163,9 @@ def train_vit22b(args: argparse.Namespace) -> None:
         model = distributed.wrap(network, run.device)
     else:
         network = model = build_on_mesh(network_of, open_mesh(*args.mesh, run.device), run.device)
+    if args.compile:
+        for block in network.blocks:
+            compile_network(block)
 
     groups = decay_groups(network, NOT_DECAYED, args.weight_decay, args.head_weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)

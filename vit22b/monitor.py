@@ -42,8 +42,10 @@ class AttentionMonitor:
         """Measure the call in here, of the first images; nothing unless ``wanted``."""
         modules = enumerate(self.modules if wanted else [])
         hooks = [module.register_forward_pre_hook(partial(self._look, i)) for i, module in modules]
+        eager = torch.compiler.set_stance("force_eager") if wanted else contextlib.nullcontext()
         try:
-            yield
+            with eager:  # compiled code has no modules
+                yield
         finally:
             for hook in hooks:
                 hook.remove()

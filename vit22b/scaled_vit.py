@@ -84,7 +84,7 @@ def local(parameter: Tensor, summed: bool = False) -> Tensor:
 
     With ``summed`` the process sees its own tokens or heads only: gradients are those of all processes together.
     """
-    if not hasattr(parameter, "to_local"):
+    if not hasattr(type(parameter), "to_local"):  # of the type, which compiled code asks for as well
         return parameter
     from torch.distributed.tensor import Partial
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import nn
 
 from shared.run.run import Run
@@ -61,6 +62,12 @@ class Evaluation:
 
     def run(self, encoder: nn.Module, run: Run) -> None:
         """Measure, and write a line of the run's log."""
+        with torch.compiler.set_stance("force_eager"):  # compiling for these sizes takes longer than what it saves
+            values = self.measure(encoder)
+        if values:
+            run.log.evaluation(run.steps_done, run.epoch, **values)
+
+    def measure(self, encoder: nn.Module) -> dict[str, float]:
         values, batch_size = {}, self.args.per_gpu_eval_batch_size
         if self.recall is not None and not self.disabled_reason:
             values |= self.recall.run(encoder, *self.norms, min(64, batch_size))
@@ -69,8 +76,7 @@ class Evaluation:
             values |= {f"{name}/{metric}": metrics[metric] for metric in ("NDCG@10", "Recall@10", "Recall@100")}
         if self.examples is not None:
             values |= accuracy_and_mrr(encoder, self.examples, *self.norms, batch_size)
-        if values:
-            run.log.evaluation(run.steps_done, run.epoch, **values)
+        return values
 
     def _retrieve(self, dataset: BeirDataset) -> dict[str, dict[str, float]]:
         how = self.args.lower_case, self.args.eval_normalize_text

@@ -1,12 +1,20 @@
+import copy
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from transformers import BertConfig
 
+from contriever.encoder import build_encoder
 from dino.vision_transformer import vit_micro
+from navit.native_resolution_vit import NaViT
+from seer.regnet import SIZES, RegNet, initialise_
 from shared.evaluation.features import extract_features
 from shared.networks.compiling import compile_network
 from shared.optimisation.precision import Precision
 from swav.resnet50 import resnet50
+from vit22b.monitor import AttentionMonitor
+from vit22b.scaled_vit import ScaledViT
 
 
 @pytest.fixture
@@ -57,3 +65,52 @@ def test_networks_with_heads_compile_what_comes_before_them(compiler):
     compile_network(network)
     network([torch.randn(2, 3, 32, 32)])
     assert compiler.frame_count >= 1 and list(network.state_dict()) == names
+
+
+def test_equal_blocks_share_their_code_and_need_no_other_to_be_computed_again(compiler):
+    network = initialise_(RegNet(SIZES["regnet_pico"], recompute=True))
+    plain, images = copy.deepcopy(network), torch.randn(4, 3, 32, 32)
+    for block in network.blocks():
+        compile_network(block, "compute")
+    for each in (network, plain):
+        for _ in range(2):
+            each(images).square().sum().backward()
+    sizes = {str(block) for block in network.blocks()}
+    assert compiler.frame_count == len(sizes) < len(network.blocks())
+    for compiled, expected in zip(network.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(compiled.grad, expected.grad)
+    torch.testing.assert_close(dict(network.named_buffers()), dict(plain.named_buffers()))
+
+
+def test_texts_of_any_number_and_length_share_their_code(compiler):
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    encoder = build_encoder(BertConfig(vocab_size=20, **sizes))
+    names = list(encoder.state_dict())
+    compile_network(encoder, "vectors", dynamic=True)
+    for texts, length in ((4, 9), (7, 8), (2, 30)):
+        ids = torch.randint(20, (texts, length))
+        encoder(ids, torch.ones_like(ids)).sum().backward()
+    assert compiler.frame_count == 1 and list(encoder.state_dict()) == names
+
+
+def test_images_of_any_size_share_the_code_of_their_tokens(compiler):
+    network = NaViT(32, 2, 2, patch_size=4, max_side=8)
+    for block in network.blocks:
+        compile_network(block, "before", "after", dynamic=True)
+    for sides in ((8, 20, 8), (12, 16), (24,)):
+        network([torch.randn(3, side, 8) for side in sides]).sum().backward()
+    assert compiler.frame_count == 2
+
+
+def test_attention_is_looked_at_in_compiled_blocks(compiler):
+    network, images = ScaledViT(16, 2, 24, 4, 4, 16, 6), torch.randn(2, 3, 16, 16)
+    monitor = AttentionMonitor(network)
+    with monitor.watching():
+        network(images)
+    expected = monitor.values()
+    for block in network.blocks:
+        compile_network(block)
+    for wanted in (False, True, False):
+        with monitor.watching(wanted):
+            network(images)
+    assert compiler.frame_count == 1 and monitor.values() == expected and "entropy_1" in expected
