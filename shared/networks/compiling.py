@@ -10,8 +10,8 @@ def compile_network(network: nn.Module, *methods: str, dynamic: bool | None = Fa
     """Compile methods of a network in place; parameters keep their names.
 
     Compiling block by block takes half of the minutes, as equal blocks share their code, but the steps are then 7 %
-    slower (ViT-S/16 in bfloat16 on a CPU): a training long enough to be compiled is better off with the whole network,
-    but for blocks that processes share out or that are computed again, which FSDP2 and checkpoints do around their code.
+    slower (ViT-S/16 in bfloat16 on a CPU): a training long enough to be compiled is better off with the whole network.
+    Blocks that processes share out or compute again are compiled by themselves: FSDP2 and recomputation go around them.
 
     Args:
         methods: By default ``forward_backbone``, or ``forward`` of a network without it.
