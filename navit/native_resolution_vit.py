@@ -249,10 +249,18 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = (norm_layer(qk_norm, dim // num_heads) for _ in "qk")
         self.proj = nn.Linear(dim, dim)
 
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        """(N, D) -> (N, D)."""
+        return self.merge(attend(*self.heads(x)))
+
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (N, H, d) of tokens (N, D)."""
         q, k, v = self.qkv(x).unflatten(1, (3, self.num_heads, -1)).unbind(1)
         return self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v  # autocast leaves norms in float32
+
+    def merge(self, seen: Tensor) -> Tensor:
+        """What the heads have seen (N, H, d) -> (N, D)."""
+        return self.proj(seen.flatten(1))
 
 
 class Block(nn.Module):
@@ -275,7 +283,7 @@ class Block(nn.Module):
         return self.attn.heads(self.norm1(x))
 
     def after(self, x: Tensor, seen: Tensor) -> Tensor:
-        x = x + self.attn.proj(seen.flatten(1))
+        x = x + self.attn.merge(seen)
         return x + self.mlp(self.norm2(x))
 
 

@@ -165,8 +165,10 @@ def normalize_views(
 
 
 def channels_last(images: Tensor) -> Tensor:
-    """The same images (B, C, H, W), the channels of a pixel next to each other in memory; other tensors as they are."""
-    return images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
+    """The same images (B, C, H, W), the channels of a pixel next to each other in memory; all else as it is."""
+    if not (isinstance(images, Tensor) and images.dim() == 4):
+        return images
+    return images.contiguous(memory_format=torch.channels_last)
 
 
 class MultiCropWrapper(nn.Module):

@@ -95,7 +95,7 @@ def check_classifier(weights_flag: str, names: Sequence[str] | None, classes: Se
     """
     if names is not None:
         trained = ImageSource(f"those that {weights_flag} was trained on", None, names)
-        check_same_classes(trained, ImageSource("the images", None, classes))
+        check_same_classes(trained, ImageSource("the data set", None, classes))
 
 
 def match_classes(

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -388,7 +389,8 @@ def pretended_gpu(file: Path | None = None) -> Iterator[Watch]:
         replace(torch.cuda, "synchronize", lambda *args: watch.note("torch.cuda.synchronize"))
         for name in ("__enter__", "__exit__"):  # inference mode hides from modes what operations are made of
             replace(torch.inference_mode, name, getattr(torch.no_grad, name))
-        replace(torch, "load", functools.partial(_load, torch.load))
+        for name in ("load",):  # weights only: what calls it says so
+            replace(torch, name, functools.partial(_load, getattr(torch, name)))
         replace(Tensor, "pin_memory", lambda tensor, *args: tensor)
         replace(Run, "steps", lambda run, loader: watch.steps(steps, run, loader))
         stack.enter_context(mock.patch.object(Watch, "current", watch, create=True))
@@ -413,6 +415,7 @@ ANSWERS = {
     "device_count": 1,
     "current_device": DEVICE.index,
     "get_device_name": "no GPU",
+    "get_device_properties": SimpleNamespace(total_memory=80 * 2**30),
     "is_bf16_supported": True,
     **dict.fromkeys(("_lazy_init", "_lazy_call", "set_device", "empty_cache", "reset_peak_memory_stats")),
     **dict.fromkeys(("max_memory_allocated", "memory_allocated"), 0),

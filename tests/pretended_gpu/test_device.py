@@ -115,10 +115,13 @@ def test_files_say_that_their_tensors_come_from_a_gpu(tmp_path):
     file, plain = tmp_path / "file.pth", torch.Tensor
     with pretended_gpu():
         torch.save({"a": on_gpu(3), "b": torch.ones(3)}, file)
-        kinds = [[type(tensor) for tensor in torch.load(file, where).values()] for where in (None, "cuda", "cpu")]
+        kinds = [
+            [type(tensor) for tensor in torch.load(file, where, weights_only=True).values()]
+            for where in (None, "cuda", "cpu")
+        ]
     assert kinds == [[OnGPU, plain], [OnGPU, OnGPU], [plain, plain]]
     with pytest.raises(RuntimeError, match="CUDA"):
-        torch.load(file)
+        torch.load(file, weights_only=True)
 
 
 def test_autocast_computes_products_in_half_precision(watch):
