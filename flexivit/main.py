@@ -34,9 +34,8 @@ from flexivit.hub import MEAN, STD, build
 from flexivit.losses import DISTANCES, distance, sigmoid_cross_entropy, softmax_cross_entropy
 from flexivit.report import report
 from shared import distributed
-from shared.images.labelled import check_classifier
+from shared.images.labelled import check_classes
 from shared.networks.compiling import compile_network
-from shared.networks.pretrained import flags_of_run
 from shared.optimisation.accumulation import accumulate, add_accumulation_flag
 from shared.optimisation.optim import clip_total_grad_norm_, decay_groups
 from shared.run.flags import Parser, add_run_flags, parse_with_embedded_defaults, tell_embedded_defaults
@@ -200,7 +199,7 @@ def train_flexivit(args: argparse.Namespace) -> None:
         teacher = load_flexible(args.teacher, "--teacher").requires_grad_(False)
         if args.init == "teacher":
             start_from(network, teacher)
-        check_classifier("--teacher", flags_of_run(args.teacher).get("classes"), images.train.classes)
+        check_classes("--teacher", args.teacher, images.train.classes)
         criterion = Distillation(teacher.to(run.device), args, images.num_classes)
     else:
         criterion = Labels(LOSSES[args.loss], args.input_size)

@@ -109,7 +109,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--pool", default="map", choices=("map", "gap"), help="attention pooling, or the mean")
     kinds = ("auto", "mask", "segments", "varlen")
     add("--attention", default="auto", choices=kinds, help="how tokens find those of their image; all are equal")
-    add("--compile", action="store_true", help="torch.compile all of a block but its attention, for any length")
+    add("--compile", action="store_true", help="torch.compile MLPs and heads, not how they attend, for any length")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--loss", default="sigmoid", choices=(*LOSSES, "contrastive"), help="of labels, or of captions as labels")
@@ -224,7 +224,8 @@ def train_navit(args: argparse.Namespace) -> None:
             nn.init.constant_(network.head.bias, -10.0)
     if args.compile:
         for block in (module for module in whole.modules() if isinstance(module, Block)):
-            compile_network(block, "before", "after", dynamic=True)
+            compile_network(block.attn, "heads", dynamic=True)
+            compile_network(block.mlp, dynamic=True)
     model = distributed.wrap(whole, run.device)
     groups = decay_groups(whole, NOT_DECAYED, args.weight_decay, args.weight_decay_head)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)

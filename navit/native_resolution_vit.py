@@ -251,23 +251,16 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
         """(N, D) -> (N, D)."""
-        return self.merge(attend(*self.heads(x)))
+        return self.proj(attend(*self.heads(x)).flatten(1))
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (N, H, d) of tokens (N, D)."""
         q, k, v = self.qkv(x).unflatten(1, (3, self.num_heads, -1)).unbind(1)
         return self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v  # autocast leaves norms in float32
 
-    def merge(self, seen: Tensor) -> Tensor:
-        """What the heads have seen (N, H, d) -> (N, D)."""
-        return self.proj(seen.flatten(1))
-
 
 class Block(nn.Module):
-    """Attention and MLP, each on normalised tokens and added to them.
-
-    What is computed token by token, before and after they look at each other, is compiled for any number of them.
-    """
+    """Attention and MLP, each on normalised tokens and added to them."""
 
     def __init__(self, dim: int, num_heads: int, hidden_dim: int, norm: str, qk_norm: str, bias: bool):
         super().__init__()
@@ -276,14 +269,7 @@ class Block(nn.Module):
         self.mlp.act = nn.GELU(approximate="tanh")
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        """(N, D) -> (N, D)."""
-        return self.after(x, attend(*self.before(x)))
-
-    def before(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.attn.heads(self.norm1(x))
-
-    def after(self, x: Tensor, seen: Tensor) -> Tensor:
-        x = x + self.attn.merge(seen)
+        x = x + self.attn(self.norm1(x), attend)
         return x + self.mlp(self.norm2(x))
 
 

@@ -31,11 +31,11 @@ from paws.hub import build_for, load_classifier, read_weights
 from paws.labels import PartlyLabelled, open_images
 from paws.optimisation import LARS, lr_schedule, parameter_groups
 from shared import distributed
-from shared.images.labelled import NotLabelled, check_classifier
+from shared.images.labelled import NotLabelled, check_classes
 from shared.images.loading import EpochBatchSampler
 from shared.networks.backbones import input_channels
 from shared.networks.batchnorm import synchronize_batchnorm
-from shared.networks.pretrained import backbone_of, flags_of_run
+from shared.networks.pretrained import backbone_of
 from shared.networks.weights import load_backbone_weights
 from shared.optimisation.precision import Precision
 from shared.run.flags import bool_flag
@@ -97,7 +97,7 @@ def fine_tune(args: argparse.Namespace) -> dict[str, float]:
     # encoder
     run.classes = images.classes
     if not args.training:
-        check_classifier("--pretrained", flags_of_run(args.pretrained).get("classes"), images.classes)
+        check_classes("--pretrained", args.pretrained, images.classes)
         return validate(load_classifier(args.model_name, args.pretrained).to(device))
     encoder = build_classifier(args, num_classes, recipe)
     args.in_chans = input_channels(encoder)

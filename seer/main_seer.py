@@ -232,8 +232,8 @@ def train_seer(args: argparse.Namespace) -> None:
     run.resume(data, total_steps, NETWORK_FLAGS, checkpoint=newest, scheduled=("lr",), **parts)
     run.guard.watch(model=network)
     run.health = HealthMonitor(health_rules(args.nmb_prototypes[0], total_steps))
-    off_because = {"off_because": NO_CLASSES} if find_shards(args.data_path) else {}
-    knn = KNNMonitor(run, args.size_crops[0], MEAN, STD, data.num_workers, **off_because)
+    reason = {"disabled_reason": NO_CLASSES} if find_shards(args.data_path) else {}
+    knn = KNNMonitor(run, args.size_crops[0], MEAN, STD, data.num_workers, **reason)
     trunk = Through(network, features_only=True)  # what processes share computes as a whole only
 
     with run:

@@ -11,7 +11,7 @@ from dino import eval_linear
 from flexivit import eval_flexivit
 from flexivit import main as flexivit
 from navit import eval_resolutions
-from shared.images.labelled import check_classifier
+from shared.images.labelled import check_classes
 from tests.flexivit import tiny as tiny_flexivit
 from tests.msn.tiny import small_networks
 from tests.navit import tiny as tiny_navit
@@ -115,7 +115,7 @@ def test_a_teacher_of_other_classes_or_in_another_order_is_refused(data, tmp_pat
     listed = ["--data_path", str(data / "train.csv"), "--val_path", str(data / "val.csv")]
     with pytest.raises(ValueError, match="than those that --teacher was trained on: 2 against 2, the same in another"):
         flexivit.train_flexivit(flexivit.parse_args([*flags, *listed]))
-    check_classifier("--teacher", None, NAMES)  # one that does not say
+    check_classes("--teacher", "", NAMES)  # one that does not say
 
 
 def test_a_probe_does_not_go_on_with_other_images(data, tmp_path):

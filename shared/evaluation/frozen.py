@@ -49,15 +49,15 @@ def labelled_sources(
     """
     sources = open_labelled(args.data_path, args.val_path, flag, args.shared_classes_only, **reading(args))
     names = flags_of_run(classifier).get("classes")
-    train, _ = sources = tuple(match_classifier(source, names, args.shared_classes_only) for source in sources)
+    train, val = (match_classifier(source, names, args.shared_classes_only) for source in sources)
     for name, number in asked.items():
         if name == "nb_knn" and number > len(train):
             raise ValueError(f"--nb_knn {number} is more than the {len(train)} images of {train.name}")
         if name != "nb_knn" and number is not None and number < len(train.classes):
             raise ValueError(f"--{name} {number} is less than the {len(train.classes)} classes of {train.name}")
-    for source in sources:
+    for source in (train, val):
         distributed.print_once(source.describe())
-    return sources
+    return train, val
 
 
 def eval_transform(card: Card, image_size: int, network: nn.Module) -> EvalTransform:
@@ -248,7 +248,8 @@ class LabelledTraining:
         args, crops, folder = self.args, self.open_crops(), Path(self.args.output_dir)
         values = {name: getattr(args, name) for name in flags} or None
         files = folder / file, folder / log_file
-        run = self.module, optimizer, scheduler, origin, self.source
-        training = linear.EpochTraining(*files, *run, flags=values, **names)
+        training = linear.EpochTraining(
+            *files, self.module, optimizer, scheduler, origin, self.source, flags=values, **names
+        )
         batches, every = partial(batches, crops) if batches else crops, getattr(args, "val_freq", 1)
         return training.run(batches, self.features, self.validate, args.epochs, crops.bad_images, every)

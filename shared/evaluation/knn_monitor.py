@@ -46,7 +46,7 @@ class KNNMonitor(BetweenEpochs):
             ``bad_images_val.txt``.
         image_size: Side in pixels of the centre crops.
         mean, std: For pixels in [0, 1].
-        off_because: Why ``--eval_knn_freq`` is 0, if that was not asked for.
+        disabled_reason: Why ``--eval_knn_freq`` is 0, if that was not asked for.
 
     Attributes:
         transform: What the network sees of an image.
@@ -67,7 +67,7 @@ class KNNMonitor(BetweenEpochs):
         mean: Sequence[float],
         std: Sequence[float],
         num_workers: int = 0,
-        off_because: str = "--eval_knn_freq 0",
+        disabled_reason: str = "--eval_knn_freq 0",
     ):
         args = run.args
         self.every_epochs, self.epochs = args.eval_knn_freq, args.epochs
@@ -76,7 +76,7 @@ class KNNMonitor(BetweenEpochs):
         self.latest_features: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         resize_px = round(image_size * 256 / 224)  # the usual ratio of short side and crop
         self.transform = EvalTransform(resize_px, image_size, mean, std, getattr(args, "in_chans", 3))
-        self.sources, self.k, self.disabled_reason = None, NEIGHBOURS, off_because
+        self.sources, self.k, self.disabled_reason = None, NEIGHBOURS, disabled_reason
         self.without_labels = None
         if self.every_epochs != 0:
             self.without_labels = MeasuresWithoutLabels(run, self.transform, num_workers)

@@ -212,7 +212,7 @@ class EpochTraining:
         self.file, self.log_file, self.module, self.optimizer = file, log_file, module, optimizer
         self.scheduler, self.origin, self.flags, self.rates, self.best_of = scheduler, origin, flags, rates, best_of
         self.weights_key, self.prefix, self.origin_key = weights_key, prefix, origin_key
-        self.source = source
+        self.images, self.classes = source.checksum(), source.classes
         self.first_epoch, self.log, self.best, self.last_save = 0, [], (0.0,) * len(best_of), time.monotonic()
         checkpoint = load_latest(file)
         if checkpoint is not None:
@@ -225,7 +225,7 @@ class EpochTraining:
             raise ValueError(f"{self.file} is a checkpoint of another script; choose another --output_dir")
         if checkpoint.get(self.origin_key, self.origin) != self.origin:
             raise ValueError(f"{self.file} started from other weights, or their features; use another --output_dir")
-        if checkpoint.get("images", self.source.checksum()) != self.source.checksum():
+        if checkpoint.get("images", self.images) != self.images:
             raise ValueError(f"{self.file} has learned from other images than these; use another --output_dir")
         for flag, value in (self.flags or {}).items():
             if (before := checkpoint.get("flags", {}).get(flag, value)) != value:
@@ -303,8 +303,8 @@ class EpochTraining:
             "optimizer": self.optimizer.state_dict(),
             "best_acc": self.best if len(self.best) > 1 else self.best[0],
             self.origin_key: self.origin,
-            "images": self.source.checksum(),
-            "classes": self.source.classes,
+            "images": self.images,
+            "classes": self.classes,
             "log": self.log,
         }
         if self.scheduler is not None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -9,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+
+from shared.run.memory import container_limit
 
 from .decode import DecodedImage, EncodedImage, ImageError
 from .sources import ArraySource, ImageSource, locked
@@ -154,9 +157,8 @@ def _free_memory() -> int:
     """Bytes that this process may take: its share of what is free, within the limit of its control group."""
     with open("/proc/meminfo") as lines:
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and (text := limit.read_text().strip()) != "max":
-        free = min(free, int(text) - int(used.read_text()))
+    if math.isfinite(limit := container_limit()):
+        free = min(free, limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
     return int(MEMORY_SHARE * free / int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 

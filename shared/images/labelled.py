@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from shared import distributed
+from shared.networks.pretrained import flags_of_run
 
 from .sources import ImageSource, check_same_classes, open_source
 from .subsets import Subset
@@ -89,11 +90,13 @@ def match_classifier(
     return match_val(trained, images, shared_classes_only)[0]
 
 
-def check_classifier(weights_flag: str, names: Sequence[str] | None, classes: Sequence[str]) -> None:
-    """Raise ``ValueError`` if a classifier that does not say nothing was trained on others than these classes, or in
-    another order.
+def check_classes(weights_flag: str, weights: str | Path, classes: Sequence[str]) -> None:
+    """Refuse a classifier that names its classes, if these are others or in another order.
+
+    Raises:
+        ValueError: With both, and the flag of the weights.
     """
-    if names is not None:
+    if names := flags_of_run(weights).get("classes"):
         trained = ImageSource(f"those that {weights_flag} was trained on", None, names)
         check_same_classes(trained, ImageSource("the data set", None, classes))
 

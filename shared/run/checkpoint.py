@@ -26,6 +26,7 @@ from shared.networks.weights import RUN_FILES, safe_load
 from shared.optimisation.optim import keep_options, load_optimizer_state
 
 from .attempt import Attempt, Interrupted, NotFinite
+from .files import reason_of
 
 SHORT_EPOCH_S = 60  # shorter epochs do not all end with a save
 
@@ -67,10 +68,8 @@ def save(path: str | Path, state: dict, keep_as: str | None = None) -> None:
         os.replace(temporary, path)
         _fsync_folder(path.parent)
     except (OSError, RuntimeError) as error:
-        # torch wraps a failed write into an error that does not tell the reason
-        reason = error.__context__ if isinstance(error.__context__, OSError) else error
         kept = "; the checkpoint before it is intact" if path.exists() else ""
-        raise CheckpointError(f"could not write {path}: {reason}{kept}") from error
+        raise CheckpointError(f"could not write {path}: {reason_of(error)}{kept}") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -8,6 +8,11 @@ from pathlib import Path
 import safetensors
 
 
+def reason_of(error: Exception) -> BaseException:
+    """Why a write failed: torch wraps that into an error which does not tell."""
+    return error.__context__ if isinstance(error.__context__, OSError) else error
+
+
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary file beside ``path`` that takes its name if the block succeeds, and disappears if it does not.
@@ -25,7 +30,6 @@ def atomic_file(path: Path) -> Iterator[Path]:
     except (RuntimeError, safetensors.SafetensorError) as error:  # torch and safetensors hide a full disk in these
         if "I/O error" not in str(error) and "inline_container" not in str(error):
             raise
-        reason = error.__context__ if isinstance(error.__context__, OSError) else error
-        raise OSError(f"could not write {path}: {reason}") from error
+        raise OSError(f"could not write {path}: {reason_of(error)}") from error
     finally:
         temporary.unlink(missing_ok=True)

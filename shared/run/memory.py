@@ -1,6 +1,7 @@
 """Memory of a training process."""
 
 import ctypes
+import math
 import os
 import platform
 import sys
@@ -31,9 +32,13 @@ def memory_of(device) -> int:
 
         return torch.cuda.get_device_properties(device).total_memory
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(min(host, container_limit()) / int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def container_limit() -> float:
+    """Bytes of memory that the control group of this process may take; infinite without a limit."""
     limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.exists() else "max"
-    return min(host, int(text) if text.isdigit() else host) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return float(limit.read_text().replace("max", "inf")) if limit.exists() else math.inf
 
 
 def batch_flags(args: Namespace) -> str:

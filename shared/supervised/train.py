@@ -15,11 +15,10 @@ from timm.data import Mixup
 from torch import Tensor, nn
 
 from shared import distributed
-from shared.images.labelled import check_classifier
+from shared.images.labelled import check_classes
 from shared.multicrop import channels_last
 from shared.networks.batchnorm import synchronize_batchnorm
 from shared.networks.compiling import compile_network
-from shared.networks.pretrained import flags_of_run
 from shared.optimisation.accumulation import accumulate
 from shared.optimisation.optim import clip_total_grad_norm_
 from shared.run.checkpoint import load_latest_or_given
@@ -84,7 +83,7 @@ def train_classifier(
     # views, mixed labels
     data = train_batches(args, images, transform, run.device)
     mixup = build_mixup(args, images.num_classes)
-    check_classifier("--teacher-path", flags_of_run(args.teacher_path).get("classes"), images.train.classes)
+    check_classes("--teacher-path", args.teacher_path, images.train.classes)
     num_parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
     distributed.print_once(
         f"{images.train.describe()}: {data.steps_per_epoch} steps per epoch; {num_parameters:,} parameters"

@@ -55,7 +55,8 @@ def navit() -> tuple[nn.Module, list, Callable]:
 
     def compile_parts(network: nn.Module) -> None:
         for block in network.blocks:
-            compile_network(block, "before", "after", dynamic=True)
+            compile_network(block.attn, "heads", dynamic=True)
+            compile_network(block.mlp, dynamic=True)
 
     return NaViT(*NAVIT_SIZES["ti"]), [(Packed.whole(images, 16),) for images in batches], compile_parts
 

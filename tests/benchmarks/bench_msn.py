@@ -19,7 +19,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -36,22 +35,11 @@ from msn.vision_transformer import ProjectionHead, VisionTransformer, build, num
 from shared.networks.compiling import compile_network
 from shared.optimisation.optim import build_optimizer
 from shared.run.memory import keep_freed_memory
+from tests.benchmarks import steps
 from tests.benchmarks.bench_step import PlainViT
 from tests.benchmarks.harness import InProcess, alternate, as_text, finish, get_args_parser, spread
-from tests.benchmarks.steps import (
-    Turns,
-    add_flags,
-    compare_steps,
-    differences_of_losses,
-    kinds_of,
-    precision_of,
-    products_of,
-    take_turns,
-)
-from tests.loop_run import LoopRun
 
 RATIOS = (0.0, 0.3, 0.5, 0.7)
-STEPS = 1_000  # of the schedules
 PROTOTYPES, DIM = 1024, 256
 LR, WEIGHT_DECAY, MOMENTUM, SHARPEN, CLIP = 1e-4, 0.04, 0.996, 0.25, 3.0
 
@@ -137,16 +125,9 @@ class Step:
         self.prototypes = nn.Parameter(new_prototypes(PROTOTYPES, DIM).to(self.device))
         self.criterion = MSNLoss(PROTOTYPES).to(self.device)
         self.optimizer = build_optimizer("adamw", param_groups(self.encoder, self.prototypes))
-        self.schedules = Schedules(*(np.full(STEPS, value) for value in (LR, WEIGHT_DECAY, MOMENTUM, SHARPEN)))
+        self.schedules = Schedules(*(np.full(steps.STEPS, value) for value in (LR, WEIGHT_DECAY, MOMENTUM, SHARPEN)))
         self.batch = ([random_images(size)], torch.zeros(size.batch_size), torch.arange(size.batch_size))
-        self.folder = tempfile.TemporaryDirectory()
-        self.run = LoopRun(Path(self.folder.name), STEPS, amp=amp, device=size.device, max_skipped_steps=0)
-        self.run.log = SimpleNamespace(
-            batches=lambda loader: loader, is_due=lambda step: False, step=self.remember_loss, total_steps=STEPS
-        )
-
-    def remember_loss(self, step: int, epoch: int, images: int, averages: dict) -> None:
-        self.last_loss = averages["loss"].item()
+        self.run = steps.StepRun(amp, size.device)
 
     def start(self, state: dict) -> None:
         self.encoder.load_state_dict(state["encoder"])
@@ -171,7 +152,7 @@ class Step:
             patch_drop=self.ratio,
             clip_grad=CLIP,
         )
-        return self.last_loss
+        return self.run.last_loss
 
     def anchor(self) -> None:
         images = self.batch[0][0][self.size.batch_size :].to(self.device)
@@ -188,7 +169,7 @@ def random_images(size: argparse.Namespace) -> Tensor:
 
 def make_step(kind: str, size: argparse.Namespace, ratio: float, weights: str) -> Callable[[], float]:
     """A step on the same views again and again, from the stored weights; it gives the loss: the device has finished."""
-    amp, state = precision_of(kind), torch.load(weights, weights_only=True)
+    amp, state = steps.precision_of(kind), torch.load(weights, weights_only=True)
     if kind.startswith("plain"):
         step = PlainStep(size, ratio, amp)
         step.start(state, size)
@@ -202,27 +183,30 @@ def make_step(kind: str, size: argparse.Namespace, ratio: float, weights: str) -
     return ours.step
 
 
-def turns(kinds: list[str], size: argparse.Namespace, rounds: int, ratio: float) -> Turns:
+def turns(kinds: list[str], size: argparse.Namespace, rounds: int, ratio: float) -> steps.Turns:
     """Steps of every kind in turns, from the same weights."""
     with tempfile.NamedTemporaryFile(suffix=".pth") as file:
         ours = Step(argparse.Namespace(**(vars(size) | {"device": "cpu"})), ratio, "fp32")
         torch.save({"encoder": ours.encoder.state_dict(), "prototypes": ours.prototypes.detach()}, file.name)
-        return take_turns(make_step, kinds, size, rounds, ratio, file.name)
+        return steps.take_turns(make_step, kinds, size, rounds, ratio, file.name)
 
 
 def beside_plain(size: argparse.Namespace) -> dict:
     """Our step and the textbook's with a mask, and how far losses without one are apart."""
-    kinds, ratio = kinds_of(size), RATIOS[-1]
-    found = turns([*kinds, *products_of(kinds)], size, size.rounds, ratio)
+    kinds, ratio = steps.kinds_of(size), RATIOS[-1]
+    found = turns([*kinds, *steps.products_of(kinds)], size, size.rounds, ratio)
     with FlopCounterMode(display=False) as counter:
         one = argparse.Namespace(**(vars(size) | {"batch_size": 2, "device": "cpu"}))
         plain = PlainStep(one, ratio, "fp32")
         plain.start({"encoder": plain.encoder.state_dict(), "prototypes": new_prototypes(PROTOTYPES, DIM)}, one)
         plain()
-    rows = compare_steps(found, size.batch_size * counter.get_total_flops() // 2, size.batch_size)
+    rows = steps.compare_steps(found, size.batch_size * counter.get_total_flops() // 2, size.batch_size)
     small = argparse.Namespace(**(vars(size) | {"batch_size": 4, "rand_size": 64, "launches": False}))
     uncompiled = [kind for kind in kinds if not kind.endswith("compiled")]
-    return {"steps": rows, "differences_of_losses": differences_of_losses(turns(uncompiled, small, 1, 0.0).losses)}
+    return {
+        "steps": rows,
+        "differences_of_losses": steps.differences_of_losses(turns(uncompiled, small, 1, 0.0).losses),
+    }
 
 
 def make_work(size: argparse.Namespace, ratio: float, what: str) -> Callable[[], None]:
@@ -262,7 +246,7 @@ def measure(size: argparse.Namespace) -> list[dict]:
 
 def main() -> None:
     parser = get_args_parser(__doc__, rounds=5)
-    add_flags(parser)
+    steps.add_flags(parser)
     parser.add_argument("--model_name", default="deit_small")
     parser.add_argument("--rand_size", type=int, default=224)
     parser.add_argument("--batch_size", type=int, default=8)

@@ -16,7 +16,6 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -37,22 +36,10 @@ from shared.optimisation.precision import fast_bf16
 from shared.optimisation.schedules import cosine_schedule
 from shared.pictures.curves import Curve, Panel, save_panels
 from shared.run.memory import keep_freed_memory
+from tests.benchmarks import steps
 from tests.benchmarks.harness import finish, get_args_parser
-from tests.benchmarks.steps import (
-    Turns,
-    add_flags,
-    compare_steps,
-    differences_of_losses,
-    kinds_of,
-    precision_of,
-    products_of,
-    take_turns,
-    targets,
-)
-from tests.loop_run import LoopRun
 
 LR, WEIGHT_DECAY, MOMENTUM, CLIP = 1e-4, 0.04, 0.996, 3.0
-STEPS = 10_000  # of the schedules
 
 
 class PlainAttention(nn.Module):
@@ -212,15 +199,10 @@ class OurStep:
         self.teacher.load_state_dict(state)
         self.teacher.requires_grad_(False)
         self.optimizer = build_optimizer("adamw", param_groups_no_decay_on_bias_and_norm(self.student))
-        self.schedules = Schedules(*(cosine_schedule(value, value, 1, STEPS) for value in (LR, WEIGHT_DECAY, MOMENTUM)))
-        self.folder = tempfile.TemporaryDirectory()
-        self.run = LoopRun(Path(self.folder.name), STEPS, amp=self.amp, device=self.device, max_skipped_steps=0)
-        self.run.log = SimpleNamespace(
-            batches=lambda loader: loader, is_due=lambda step: False, step=self.remember_loss, total_steps=STEPS
+        self.schedules = Schedules(
+            *(cosine_schedule(value, value, 1, steps.STEPS) for value in (LR, WEIGHT_DECAY, MOMENTUM))
         )
-
-    def remember_loss(self, step: int, epoch: int, images: int, averages: dict) -> None:
-        self.last_loss = averages["loss"].item()
+        self.run = steps.StepRun(self.amp, self.device)
 
     def __call__(self, views: list[Tensor]) -> float:
         batch = len(views[0]) // 2
@@ -235,7 +217,7 @@ class OurStep:
             clip_grad=CLIP,
             freeze_last_layer=0,
         )
-        return self.last_loss
+        return self.run.last_loss
 
 
 def make_views(size: argparse.Namespace) -> list[Tensor]:
@@ -246,7 +228,7 @@ def make_views(size: argparse.Namespace) -> list[Tensor]:
 
 def make_step(kind: str, size: argparse.Namespace, drop_path_rate: float, weights: str) -> Callable[[], float]:
     """A step on the same views again and again, from the stored weights; it gives the loss: the device has finished."""
-    amp = precision_of(kind)
+    amp = steps.precision_of(kind)
     if kind.startswith("plain"):
         step = PlainStep(size, drop_path_rate, amp)
     else:
@@ -267,19 +249,19 @@ def count_operations(size: argparse.Namespace) -> int:
     return size.batch * counter.get_total_flops()
 
 
-def turns(kinds: list[str], size: argparse.Namespace, rounds: int, drop_path_rate: float) -> Turns:
+def turns(kinds: list[str], size: argparse.Namespace, rounds: int, drop_path_rate: float) -> steps.Turns:
     """Steps of every kind in turns, from the same weights."""
     with tempfile.NamedTemporaryFile(suffix=".pth") as file:
         torch.manual_seed(0)
         torch.save(OurStep.build(size, 0.0).state_dict(), file.name)
-        return take_turns(make_step, kinds, size, rounds, drop_path_rate, file.name)
+        return steps.take_turns(make_step, kinds, size, rounds, drop_path_rate, file.name)
 
 
 def check_equal_losses(size: argparse.Namespace, kinds: list[str]) -> dict:
     """Losses of three steps from the same weights, without stochastic depth and on small inputs."""
     small = argparse.Namespace(**(vars(size) | {"arch": "vit_tiny", "batch": 2, "out_dim": 1024, "local_crops": 2}))
     small.launches = False
-    return differences_of_losses(turns(kinds, small, 1, drop_path_rate=0.0).losses)
+    return steps.differences_of_losses(turns(kinds, small, 1, drop_path_rate=0.0).losses)
 
 
 def growth(size: argparse.Namespace) -> list[dict]:
@@ -346,7 +328,7 @@ def main() -> None:
     parser.add_argument("--local_px", type=int, default=96)
     parser.add_argument("--local_crops", type=int, default=8)
     parser.add_argument("--out_dim", type=int, default=65536)
-    add_flags(parser)
+    steps.add_flags(parser)
     parser.add_argument("--accumulate", type=int, default=1, help="pieces in which ours takes the batch")
     parser.add_argument("--picture", type=Path, default=None, help="of --growth")
     parser.add_argument("--growth_of", nargs="+", default=None, help="sizes for --growth; default: all")
@@ -359,11 +341,11 @@ def main() -> None:
         if size.picture:
             draw_growth(rows, size.picture, f"{size.arch}, patches of {size.patch_size}, one size changed at a time")
         return
-    kinds = kinds_of(size)
-    found = turns([*kinds, *products_of(kinds)], size, size.rounds, drop_path_rate=0.1)
-    rows = compare_steps(found, count_operations(size), size.batch)
+    kinds = steps.kinds_of(size)
+    found = turns([*kinds, *steps.products_of(kinds)], size, size.rounds, drop_path_rate=0.1)
+    rows = steps.compare_steps(found, count_operations(size), size.batch)
     losses = check_equal_losses(size, [kind for kind in kinds if not kind.endswith("compiled")])
-    finish(size, {"relative_difference_of_losses": losses, "steps": rows}, targets(rows))
+    finish(size, {"relative_difference_of_losses": losses, "steps": rows}, steps.targets(rows))
 
 
 if __name__ == "__main__":

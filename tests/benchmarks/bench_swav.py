@@ -13,7 +13,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -30,21 +29,10 @@ from shared.run.memory import keep_freed_memory
 from swav.hub import build_network
 from swav.losses import EmbeddingQueue, PrototypeUsage, SwappedPrediction
 from swav.main_swav import train_one_epoch
+from tests.benchmarks import steps
 from tests.benchmarks.harness import finish, get_args_parser
-from tests.benchmarks.steps import (
-    Turns,
-    add_flags,
-    compare_steps,
-    differences_of_losses,
-    kinds_of,
-    precision_of,
-    products_of,
-    take_turns,
-)
-from tests.loop_run import LoopRun
 
 LR, WEIGHT_DECAY, TRUST, TEMPERATURE, EPSILON, ITERATIONS, HIDDEN, DIM = 0.1, 1e-6, 0.001, 0.1, 0.05, 3, 2048, 128
-STEPS = 10_000  # of the schedule
 
 
 class PlainNetwork(nn.Module):
@@ -122,14 +110,7 @@ class OurStep:
     def start(self, state: dict[str, Tensor]) -> None:
         self.network.load_state_dict(state)
         self.optimizer = LARC(self.network.parameters(), lr=LR, weight_decay=WEIGHT_DECAY, trust_coefficient=TRUST)
-        self.folder = tempfile.TemporaryDirectory()
-        self.run = LoopRun(Path(self.folder.name), STEPS, amp=self.amp, device=self.device, max_skipped_steps=0)
-        self.run.log = SimpleNamespace(
-            batches=lambda loader: loader, is_due=lambda step: False, step=self.remember_loss, total_steps=STEPS
-        )
-
-    def remember_loss(self, step: int, epoch: int, images: int, averages: dict) -> None:
-        self.last_loss = averages["loss"].item()
+        self.run = steps.StepRun(self.amp, self.device)
 
     def __call__(self, views: list[Tensor]) -> float:
         loader = [(views, torch.zeros(self.size.batch), torch.arange(self.size.batch))]
@@ -140,11 +121,11 @@ class OurStep:
             self.usage,
             loader,
             self.optimizer,
-            np.full(STEPS, LR),
+            np.full(steps.STEPS, LR),
             self.run,
             freeze_prototypes_niters=0,
         )
-        return self.last_loss
+        return self.run.last_loss
 
 
 def make_views(size: argparse.Namespace) -> list[Tensor]:
@@ -155,7 +136,7 @@ def make_views(size: argparse.Namespace) -> list[Tensor]:
 
 def make_step(kind: str, size: argparse.Namespace, weights: str) -> Callable[[], float]:
     """A step on the same views again and again, from the stored weights; it gives the loss: the device has finished."""
-    amp = precision_of(kind)
+    amp = steps.precision_of(kind)
     if kind.startswith("plain"):
         step = PlainStep(size, amp)
     else:
@@ -176,24 +157,27 @@ def count_operations(size: argparse.Namespace) -> int:
     return size.batch * counter.get_total_flops() // 2
 
 
-def turns(kinds: list[str], size: argparse.Namespace, rounds: int) -> Turns:
+def turns(kinds: list[str], size: argparse.Namespace, rounds: int) -> steps.Turns:
     """Steps of every kind in turns, from the same weights."""
     with tempfile.NamedTemporaryFile(suffix=".pth") as file:
         torch.manual_seed(0)
         torch.save(OurStep.build(size).state_dict(), file.name)
-        return take_turns(make_step, kinds, size, rounds, file.name)
+        return steps.take_turns(make_step, kinds, size, rounds, file.name)
 
 
 def check_equal_losses(size: argparse.Namespace, kinds: list[str]) -> dict:
-    """Losses of three steps from the same weights, on small inputs."""
+    """Losses of three steps from the same weights, on small inputs.
+
+    In float32 the gradients of a random ResNet-50 are 1 to 3 % off those of float64, in either layout of the images.
+    """
     small = {"batch": 4, "large_px": 64, "small_px": 32, "small_crops": 2, "prototypes": 300, "launches": False}
     found = turns(kinds, argparse.Namespace(**(vars(size) | small)), 1)
-    return differences_of_losses(found.losses)
+    return steps.differences_of_losses(found.losses, tolerance=5e-3)
 
 
 def main() -> None:
     parser = get_args_parser(__doc__, rounds=5)
-    add_flags(parser)
+    steps.add_flags(parser)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--large_px", type=int, default=224)
     parser.add_argument("--small_px", type=int, default=96)
@@ -201,9 +185,9 @@ def main() -> None:
     parser.add_argument("--prototypes", type=int, default=3000)
     size = parser.parse_args()
     print(", ".join(f"{name} {value}" for name, value in vars(size).items()), flush=True)
-    kinds = kinds_of(size)
-    found = turns([*kinds, *products_of(kinds)], size, size.rounds)
-    rows = compare_steps(found, count_operations(size), size.batch)
+    kinds = steps.kinds_of(size)
+    found = turns([*kinds, *steps.products_of(kinds)], size, size.rounds)
+    rows = steps.compare_steps(found, count_operations(size), size.batch)
     losses = check_equal_losses(size, [kind for kind in kinds if not kind.endswith("compiled")])
     finish(size, {"relative_difference_of_losses": losses, "steps": rows}, packages=(torch, torchvision))
 

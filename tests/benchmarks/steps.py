@@ -12,17 +12,22 @@ counted) with what the device reaches in ``products`` in the same run.
 """
 
 import argparse
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from shared.optimisation.precision import fast_bf16
 from tests.benchmarks.harness import InProcess, Times, alternate, compare
+from tests.loop_run import LoopRun
 
 TARGETS = {"ours": 1.2, "ours-bf16": 1.5, "ours-bf16-compiled": 1.7}  # speed over plain of the same precision
 MOST_MEMORY = 0.7  # of plain's
+STEPS = 10_000  # of a run's schedules
 PRODUCTS = 2048  # rows and columns of the matrices whose product says what the device can
 
 # makes a step of a kind, which returns its loss: (kind, size, ...)
@@ -78,6 +83,20 @@ def make_launches(make_step: MakeStep, kind: str, size: argparse.Namespace, *arg
         }
 
     return count
+
+
+class StepRun(LoopRun):
+    """The run of one of our steps, done again and again, which remembers the last loss."""
+
+    def __init__(self, amp: str, device: str):
+        self.folder = tempfile.TemporaryDirectory()
+        super().__init__(Path(self.folder.name), STEPS, amp=amp, device=device, max_skipped_steps=0)
+        self.log = SimpleNamespace(
+            batches=lambda loader: loader, is_due=lambda step: False, step=self._remember, total_steps=STEPS
+        )
+
+    def _remember(self, step: int, epoch: int, images: int, averages: dict) -> None:
+        self.last_loss = averages["loss"].item()
 
 
 @dataclass

@@ -389,8 +389,7 @@ def pretended_gpu(file: Path | None = None) -> Iterator[Watch]:
         replace(torch.cuda, "synchronize", lambda *args: watch.note("torch.cuda.synchronize"))
         for name in ("__enter__", "__exit__"):  # inference mode hides from modes what operations are made of
             replace(torch.inference_mode, name, getattr(torch.no_grad, name))
-        for name in ("load",):  # weights only: what calls it says so
-            replace(torch, name, functools.partial(_load, getattr(torch, name)))
+        replace(torch, "load", _load)
         replace(Tensor, "pin_memory", lambda tensor, *args: tensor)
         replace(Run, "steps", lambda run, loader: watch.steps(steps, run, loader))
         stack.enter_context(mock.patch.object(Watch, "current", watch, create=True))
@@ -428,16 +427,17 @@ def pretend(file: Path | None = None) -> None:
     _FOR_GOOD.enter_context(pretended_gpu(file))
 
 
-def _load(load, file, map_location=None, **options):
+def _load(file, map_location=None, *, weights_only: bool, **options):
     """``torch.load``, onto the GPU too: where ``map_location`` names it, or else what comes from there."""
+    assert weights_only
     if map_location is not None and torch.device(map_location).type == "cpu":
-        return load(file, map_location, **options)
+        return torch.serialization.load(file, map_location, weights_only=True, **options)
 
     def locate(storage, location: str):
         storage.pretended = map_location is not None or location.startswith("cuda")
         return storage
 
-    state = load(file, locate, **options)
+    state = torch.serialization.load(file, locate, weights_only=True, **options)
     return tree_map_only(Tensor, lambda t: t.to(DEVICE) if t.untyped_storage().pretended else t, state)
 
 

@@ -96,7 +96,8 @@ def test_texts_of_any_number_and_length_share_their_code(compiler):
 def test_images_of_any_size_share_the_code_of_their_tokens(compiler):
     network = NaViT(32, 2, 2, patch_size=4, max_side=8)
     for block in network.blocks:
-        compile_network(block, "before", "after", dynamic=True)
+        compile_network(block.attn, "heads", dynamic=True)
+        compile_network(block.mlp, dynamic=True)
     for sides in ((8, 20, 8), (12, 16), (24,)):
         network([torch.randn(3, side, 8) for side in sides]).sum().backward()
     assert compiler.frame_count == 2
