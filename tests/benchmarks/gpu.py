@@ -2,9 +2,9 @@
 
     python tests/benchmarks/gpu.py --out build/gpu.json [--limit_s 570] [--images FOLDER_OF_JPEGS]
 
-In this order, as far as the time reaches: DINO's step at equal precision, compiled too, with the share of the GPU's
-product rate, peak memory, launches and synchronisations, and SwAV's; MSN's; XCiT and ResMLP beside timm; the rate of
-DINO's loader; the GPU tests. What did not fit into the time is named in the file.
+In this order, as far as the time reaches: steps of DINO, SwAV, MSN, XCiT and ResMLP at equal precision, compiled too,
+with the share of the GPU's product rate, peak memory, launches and synchronisations; the rate of DINO's loader; the GPU
+tests. What did not fit into the time is named in the file.
 """
 
 import argparse
@@ -20,13 +20,14 @@ LEAST_S = 20  # with less time left nothing is begun
 STEP = "tests/benchmarks/bench_step.py --device cuda --compile --launches --rounds 5"
 MSN = STEP.replace("bench_step", "bench_msn") + " --amp bf16"
 SWAV = STEP.replace("bench_step", "bench_swav")
+SUPERVISED = STEP.replace("bench_step", "bench_supervised")
 JOBS = {
     "DINO ViT-S/16, 64 images": f"{STEP} --batch 64",
     "DINO ViT-B/16, 64 images": f"{STEP} --batch 64 --arch vit_base",
     "SwAV ResNet-50, 64 images": f"{SWAV} --batch 64",
     "MSN ViT-S/16": f"{MSN} --batch_size 64",
-    "XCiT-S12/16": "tests/benchmarks/bench_xcit.py --device cuda --sides 224 --timm_batch_size 64 --dtypes bfloat16",
-    "ResMLP-S12": "tests/benchmarks/bench_resmlp.py --device cuda --batch_size 128 --dtypes bfloat16",
+    "XCiT-S12/16, 128 images": f"{SUPERVISED} --batch 128",
+    "ResMLP-S12, 128 images": f"{SUPERVISED} --batch 128 --network resmlp_12",
     "loader": "tests/benchmarks/bench_multicrop.py --loader",
     "GPU tests": "-m pytest tests/gpu -q",
     "DINO ViT-S/16, 256 images": f"{STEP} --batch 256",
