@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared import distributed
+from shared.optimisation.larc import local_part
 
 
 @torch.no_grad()
 def normalize_prototypes_(layers: Sequence[nn.Linear]) -> None:
     """Put every prototype back on the unit sphere, in place: scores are cosines."""
-    for layer in layers:
-        layer.weight.copy_(F.normalize(layer.weight, dim=1))
+    for weight in (local_part(layer.weight) for layer in layers):  # processes share rows, each of them whole
+        weight.copy_(F.normalize(weight, dim=1))
 
 
 @torch.no_grad()

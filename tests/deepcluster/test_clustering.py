@@ -140,7 +140,7 @@ def test_two_processes_cluster_like_one(algorithm, num_clusters, backend):
 
 def exact_pic(features, num_neighbours, sigma, alpha):
     """The algorithm with loops and 60 digits, without the treatment of singletons."""
-    with decimal.localcontext(prec=60):
+    with decimal.localcontext(decimal.Context(prec=60)):
         x = features.double().numpy()
         n, sigma, alpha = len(x), Decimal(sigma), Decimal(alpha)
         weights = [collections.Counter() for _ in range(n)]

@@ -49,7 +49,11 @@ def test_the_same_weights_give_the_same_logits_and_gradients_elsewhere(build_the
 def test_timm_has_networks_of_these_shapes(arch, name):
     timm = pytest.importorskip("timm")
     with torch.device("meta"):
-        theirs, ours = timm.create_model(name, num_classes=10).state_dict(), build(arch, num_classes=10).state_dict()
+        ours = build(arch, num_classes=10).state_dict()
+        try:
+            theirs = timm.create_model(name, num_classes=10).state_dict()
+        except NotImplementedError as error:
+            pytest.skip(f"timm does not build it without memory: {error}")
     assert {to_timm(key): value.shape for key, value in ours.items()} == {k: v.shape for k, v in theirs.items()}
 
 
