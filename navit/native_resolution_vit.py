@@ -196,19 +196,23 @@ def heads_first(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None) 
     return scaled_dot_product_attention(q, k, v, allowed=allowed).transpose(1, 2)
 
 
+def _has_flash_attention(device: torch.device) -> bool:
+    known = importlib.util.find_spec("torch.nn.attention.varlen") and torch.is_autocast_enabled(device.type)
+    return bool(known) and torch.cuda.get_device_capability(device) >= (8, 0)  # a T4 and a V100 lack it
+
+
 def attention_among(kind: str, lengths: Sequence[int], slots: Tensor, shape: tuple[int, int]) -> Attend:
     """How tokens look at those of their own image; every kind gives the same numbers.
 
     Args:
         kind: ``mask``: whole sequences with a block mask; ``segments``: images of one length at a time; ``varlen``:
-            flash attention of GPUs in half precision (torch 2.10); ``auto``: segments on a CPU, on a GPU varlen where
-            it can be had, else mask.
+            flash attention of GPUs in half precision (torch 2.10, compute capability 8); ``auto``: segments on a CPU,
+            on a GPU varlen where it can be had, else mask.
         lengths, slots, shape: Of a :class:`Packed`.
     """
     device = slots.device
     if kind == "auto":
-        flash = importlib.util.find_spec("torch.nn.attention.varlen") and torch.is_autocast_enabled(device.type)
-        kind = "segments" if device.type == "cpu" else "varlen" if flash else "mask"
+        kind = "segments" if device.type == "cpu" else "varlen" if _has_flash_attention(device) else "mask"
     if kind == "segments":
         return lambda q, k, v: by_length(heads_first, lengths, q, k, v)
     ends = _upload(torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32), device)

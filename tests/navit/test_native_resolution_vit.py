@@ -1,7 +1,9 @@
 """The network of NaViT, its packing and its draws; arrays of the reference: tests/golden."""
 
+import importlib.util
 import itertools
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -28,6 +30,7 @@ from navit.native_resolution_vit import (
 from navit.pack import choose_grid, first_fit
 from navit.sampling import Dropping, Resolutions, nearest_grid
 from shared.networks.weights import WeightMismatch
+from tests.pretended_gpu.device import pretended_gpu
 from tests.processes import run_processes
 
 
@@ -98,6 +101,22 @@ def test_flash_attention_gets_the_images_as_cumulative_lengths(monkeypatch):
     network, images = small(), [torch.randn(3, 8, 12), torch.randn(3, 4, 4), torch.randn(3, 16, 8)]
     expected, network.attention = network(images), "varlen"
     torch.testing.assert_close(network(images), expected)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch.nn.attention.varlen") is None, reason="torch has no such function")
+@pytest.mark.parametrize(("capability", "has_it"), [((9, 0), True), ((7, 5), False)])
+def test_a_gpu_without_flash_attention_takes_a_mask(capability, has_it, monkeypatch):
+    """A T4, of compute capability 7.5, or a V100: training in half precision ended there with torch's error."""
+    network, images = small(), [torch.randn(3, 8, 12), torch.randn(3, 4, 4)]
+    expected = network(images)
+    with pretended_gpu(), monkeypatch.context() as patch, torch.autocast("cuda", torch.float16):
+        used, varlen = [], sys.modules["torch.nn.attention.varlen"]
+        attend = varlen.varlen_attn
+        patch.setattr(varlen, "varlen_attn", lambda *args: used.append(0) or attend(*args))
+        patch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        found = network.cuda()([image.cuda() for image in images]).float().cpu()
+    assert bool(used) == has_it
+    torch.testing.assert_close(found, expected, rtol=0.1, atol=0.1 * float(expected.abs().max()))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

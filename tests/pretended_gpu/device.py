@@ -13,6 +13,7 @@ Autocast follows the operations that networks here call, by name; inference mode
 
 import contextlib
 import functools
+import importlib.util
 import json
 import linecache
 import sys
@@ -24,6 +25,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._mode_utils import no_dispatch
@@ -386,10 +388,20 @@ def pretended_gpu(file: Path | None = None) -> Iterator[Watch]:
         for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
             if hasattr(torch.optim.Optimizer, name):  # depends on the version of torch
                 replace(torch.optim.Optimizer, name, lambda self: None)
+        for name, value in (("_accelerator_getDeviceIndex", DEVICE.index), ("_accelerator_setDeviceIndex", None)):
+            if hasattr(torch._C, name):  # what pins batches of loader processes asks; depends on the version of torch
+                replace(torch._C, name, lambda *args, value=value: value)
         replace(torch.cuda, "synchronize", lambda *args: watch.note("torch.cuda.synchronize"))
         for name in ("__enter__", "__exit__"):  # inference mode hides from modes what operations are made of
             replace(torch.inference_mode, name, getattr(torch.no_grad, name))
         replace(torch, "load", _load)
+        if (
+            spec := importlib.util.find_spec("torch.nn.attention.varlen")
+        ) is not None:  # depends on the version of torch
+            known = sys.modules.get(spec.name)  # seldom: its import takes seconds
+            sys.modules[spec.name] = SimpleNamespace(__spec__=spec, varlen_attn=_attend)
+            put_back = sys.modules.__setitem__ if known else sys.modules.pop
+            stack.callback(put_back, spec.name, known)
         replace(Tensor, "pin_memory", lambda tensor, *args: tensor)
         replace(Run, "steps", lambda run, loader: watch.steps(steps, run, loader))
         stack.enter_context(mock.patch.object(Watch, "current", watch, create=True))
@@ -416,6 +428,7 @@ ANSWERS = {
     "get_device_name": "no GPU",
     "get_device_properties": SimpleNamespace(total_memory=80 * 2**30),
     "is_bf16_supported": True,
+    "get_device_capability": (9, 0),
     **dict.fromkeys(("_lazy_init", "_lazy_call", "set_device", "empty_cache", "reset_peak_memory_stats")),
     **dict.fromkeys(("max_memory_allocated", "memory_allocated"), 0),
 }
@@ -425,6 +438,16 @@ _FOR_GOOD = contextlib.ExitStack()
 def pretend(file: Path | None = None) -> None:
     """From here on this process has a GPU."""
     _FOR_GOOD.enter_context(pretended_gpu(file))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, ends_k: Tensor, longest: int, longest_k: int) -> Tensor:
+    """Attention of packed sequences, one after the other; the kernel of a GPU takes half precision alone."""
+    assert q.dtype in (torch.float16, torch.bfloat16) and ends.held.equal(ends_k.held)
+    cuts = ends.held[1:-1].tolist()  # the kernel knows them without a wait
+    parts = zip(*(tensor.tensor_split(cuts) for tensor in (q, k, v)), strict=True)
+    return torch.cat(
+        [F.scaled_dot_product_attention(*(t.transpose(0, 1) for t in part)).transpose(0, 1) for part in parts]
+    )
 
 
 def _load(file, map_location=None, *, weights_only: bool, **options):

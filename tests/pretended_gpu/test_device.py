@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader
 
 from tests.loop_run import LoopRun
 from tests.pretended_gpu.device import OnGPU, pretended_gpu
@@ -122,6 +123,11 @@ def test_files_say_that_their_tensors_come_from_a_gpu(tmp_path):
     assert kinds == [[OnGPU, plain], [OnGPU, OnGPU], [plain, plain]]
     with pytest.raises(RuntimeError, match="CUDA"):
         torch.load(file, weights_only=True)
+
+
+def test_batches_of_loader_processes_are_pinned(watch):
+    batches = DataLoader(range(4), batch_size=2, num_workers=1, pin_memory=True, multiprocessing_context="fork")
+    assert [batch.cuda(non_blocking=True).tolist() for batch in batches] == [[0, 1], [2, 3]]
 
 
 def test_autocast_computes_products_in_half_precision(watch):

@@ -5,14 +5,13 @@ no pretended tensors.
 """
 
 import functools
-import importlib.util
+import importlib
 import math
 import signal
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from shared.run.checkpoint import load_latest, tensors_in
 from tests.pretended_gpu.device import Wait, pretend, read_waits
@@ -36,7 +35,7 @@ MAY_WAIT = {  # functions within steps
 
 def start(output_dir: Path, training: Training, places, *flags, steps: int | None = None, gpu: bool = True) -> Run:
     """A run on the pretended GPU, or on the CPU, that is asked to stop in its step of this number."""
-    disturbances = [attend_without_flash, functools.partial(pretend, waits_file(output_dir))] if gpu else []
+    disturbances = [functools.partial(pretend, waits_file(output_dir))] if gpu else []
     if steps is not None:
         disturbances.append(functools.partial(faults.in_step, steps, functools.partial(faults.send, signal.SIGTERM)))
     return Run(
@@ -47,22 +46,6 @@ def start(output_dir: Path, training: Training, places, *flags, steps: int | Non
         script=training,
         fault=functools.partial(faults.together, *disturbances),
     )
-
-
-def attend_without_flash() -> None:
-    """Attention of packed sequences as the kernel of a GPU computes it, one after the other."""
-    if importlib.util.find_spec("torch.nn.attention.varlen") is None:  # depends on the version of torch
-        return
-    from torch.nn.attention import varlen
-
-    def attend(q, k, v, ends_q, ends_k, longest_q, longest_k):
-        ends = ends_q.held[1:-1].tolist()  # the kernel knows them without a wait
-        parts = (tensor.transpose(0, 1).tensor_split(ends, dim=1) for tensor in (q, k, v))
-        return torch.cat([F.scaled_dot_product_attention(*part) for part in zip(*parts, strict=True)], dim=1).transpose(
-            0, 1
-        )
-
-    varlen.varlen_attn = attend
 
 
 def waits_file(output_dir: Path) -> Path:
