@@ -212,7 +212,7 @@ def test_a_table_of_groups_that_cannot_be_read_is_named(text, message, tmp_path)
         eval_groups.read_casual_conversations(tmp_path / "cc.json")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_asked_for_and_not_there_is_an_error():
+def test_a_gpu_that_is_asked_for_and_not_there_is_an_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="--device cuda: no GPU is visible"):
         eval_groups.eval_groups(eval_groups.parse_args(["--device", "cuda"]))

@@ -52,7 +52,7 @@ def finetune(data, folder, *flags):
 
 
 def checkpoint_of(folder: Path) -> dict:
-    return torch.load(folder / "checkpoint.pth.tar", weights_only=True)
+    return torch.load(folder / "checkpoint.pth.tar", "cpu", weights_only=True)
 
 
 def log_of(folder: Path) -> list[dict]:
