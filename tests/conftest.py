@@ -9,11 +9,29 @@ import pytest
 
 def pytest_addoption(parser):
     parser.addoption("--reverse", action="store_true", help="run the tests in reverse order: none may need another one")
+    parser.addoption("--pretended_gpu", action="store_true", help="scripts compute on that of tests/pretended_gpu")
 
 
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--reverse"):
         items.reverse()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    if not item.config.getoption("pretended_gpu"):
+        return (yield)
+    from tests.pretended_gpu.device import scripts_on_pretended_gpu
+
+    with scripts_on_pretended_gpu():  # its fixtures, too
+        return (yield)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.getoption("pretended_gpu"):
+        from tests.pretended_gpu import device
+
+        terminalreporter.write_line(f"{device.chosen} scripts on the pretended GPU")
 
 
 @pytest.fixture(scope="session")

@@ -29,9 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._mode_utils import no_dispatch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
+from shared import distributed
 from shared.run.run import Run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -395,9 +396,10 @@ def pretended_gpu(file: Path | None = None) -> Iterator[Watch]:
         for name in ("__enter__", "__exit__"):  # inference mode hides from modes what operations are made of
             replace(torch.inference_mode, name, getattr(torch.no_grad, name))
         replace(torch, "load", _load)
-        if (
-            spec := importlib.util.find_spec("torch.nn.attention.varlen")
-        ) is not None:  # depends on the version of torch
+        # tracers, which work on the CPU, see nothing of what modes handle
+        replace(torch.onnx, "export", _disable_current_modes()(torch.onnx.export))
+        spec = importlib.util.find_spec("torch.nn.attention.varlen")
+        if spec is not None:  # depends on the version of torch
             known = sys.modules.get(spec.name)  # seldom: its import takes seconds
             sys.modules[spec.name] = SimpleNamespace(__spec__=spec, varlen_attn=_attend)
             put_back = sys.modules.__setitem__ if known else sys.modules.pop
@@ -433,11 +435,27 @@ ANSWERS = {
     **dict.fromkeys(("max_memory_allocated", "memory_allocated"), 0),
 }
 _FOR_GOOD = contextlib.ExitStack()
+chosen = 0  # times that a script was given this GPU instead of what it asked for
 
 
 def pretend(file: Path | None = None) -> None:
     """From here on this process has a GPU."""
     _FOR_GOOD.enter_context(pretended_gpu(file))
+
+
+@contextlib.contextmanager
+def scripts_on_pretended_gpu() -> Iterator[None]:
+    """In here scripts compute on it, whatever their ``--device``."""
+    choose = distributed._choose_device
+
+    def choose_it(*asked) -> torch.device:
+        choose(*asked)  # or its error
+        global chosen
+        chosen += 1
+        return DEVICE
+
+    with pretended_gpu(), mock.patch.object(distributed, "_choose_device", choose_it):
+        yield
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, ends_k: Tensor, longest: int, longest_k: int) -> Tensor:
