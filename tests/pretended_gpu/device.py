@@ -16,6 +16,7 @@ import functools
 import importlib.util
 import json
 import linecache
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -44,6 +45,11 @@ INDEX_PUT = {aten.index_put.default, aten.index_put_.default, aten._unsafe_index
 JOINS = {aten.stack.default, aten.cat.default}  # take no number of the CPU either
 EMPTY = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided}
 CONVOLUTIONS = {aten.convolution.default, aten.convolution_backward.default}  # oneDNN's in bfloat16 read strange memory
+NO_INTEGERS = {  # a GPU has no kernels of integers for products and smooth resizing
+    getattr(aten, name).default
+    for name in """mm addmm bmm baddbmm mv addmv dot upsample_bilinear2d upsample_bicubic2d _upsample_bilinear2d_aa
+    _upsample_bicubic2d_aa""".split()
+}
 READ = {  # a host that calls these needs a number or a shape of the device
     aten._local_scalar_dense.default,
     aten.bincount.default,
@@ -112,6 +118,9 @@ class OnGPU(Tensor):
     def numpy(self, **options):
         raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
 
+    def pin_memory(self, *device):
+        raise RuntimeError("cannot pin 'torch.cuda.FloatTensor': only dense CPU tensors can be pinned")
+
     def tolist(self) -> list:
         return self.cpu().tolist()
 
@@ -162,6 +171,10 @@ def compute(function, args: tuple, kwargs: dict):
         _check_devices(function, args, tensors, given)
     if there and (generator := kwargs.get("generator")) is not None and generator.device.type != "cuda":
         raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
+    if here and function in NO_INTEGERS and not (tensors[0].is_floating_point() or tensors[0].is_complex()):
+        raise NotImplementedError(f"{function} is not implemented for {tensors[0].dtype} on cuda")
+    if os.getpid() != Watch.current.process:
+        raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
     if _waits(function, args, kwargs, here, there):
         Watch.current.note(function)
 
@@ -341,7 +354,7 @@ class Watch:
     current: "Watch"
 
     def __init__(self, file: Path | None = None):
-        self.file, self.waits, self.run = file, [], None
+        self.file, self.waits, self.run, self.process = file, [], None, os.getpid()
 
     def note(self, operation) -> None:
         if self.run is None:

@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader
 from tests.loop_run import LoopRun
 from tests.pretended_gpu.device import OnGPU, pretended_gpu
 
+FORKED = {"num_workers": 1, "multiprocessing_context": "fork"}
+
 
 @pytest.fixture
 def watch():
@@ -51,6 +53,20 @@ def test_numpy_takes_no_tensor_of_a_gpu(watch):
     with pytest.raises(TypeError, match="cuda:0"):
         on_gpu(3).numpy()
     assert on_gpu(3).cpu().numpy().tolist() == [1, 1, 1]
+
+
+MISSING = {
+    "product of integers": lambda: on_gpu(2, 3).long() @ on_gpu(3, 2).long(),
+    "resized bytes": lambda: F.interpolate(on_gpu(1, 3, 4, 4).byte(), size=(6, 6), mode="bilinear"),
+    "pinned": lambda: on_gpu(3).pin_memory(),
+    "loader process": lambda: next(iter(DataLoader([0], collate_fn=lambda _: on_gpu(3), **FORKED))),
+}
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_what_a_cpu_can_and_a_gpu_cannot_is_an_error(name, watch):
+    with pytest.raises(RuntimeError, match=r"not implemented|cannot pin|forked"):
+        MISSING[name]()
 
 
 FINE = {
@@ -126,7 +142,7 @@ def test_files_say_that_their_tensors_come_from_a_gpu(tmp_path):
 
 
 def test_batches_of_loader_processes_are_pinned(watch):
-    batches = DataLoader(range(4), batch_size=2, num_workers=1, pin_memory=True, multiprocessing_context="fork")
+    batches = DataLoader(range(4), batch_size=2, pin_memory=True, **FORKED)
     assert [batch.cuda(non_blocking=True).tolist() for batch in batches] == [[0, 1], [2, 3]]
 
 
