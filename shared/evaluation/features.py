@@ -140,10 +140,14 @@ def check_features(features: Tensor) -> None:
     Raises:
         ValueError: If a row is all zeros or holds NaN or infinity; the message names the first such row.
     """
-    norms = features.norm(dim=1)
+    check_norms(features.norm(dim=1))
+
+
+def check_norms(norms: Tensor) -> None:
+    """The same by the norms (N,) of the features, for loops that do not wait for each batch."""
     for bad, what in ((~norms.isfinite(), "not finite"), (norms == 0, "all zeros")):
         if bad.any():
             raise ValueError(
-                f"{int(bad.sum())} of {len(features)} feature vectors are {what}, "
+                f"{int(bad.sum())} of {len(norms)} feature vectors are {what}, "
                 f"the first is that of sample {int(bad.nonzero()[0])}"
             )

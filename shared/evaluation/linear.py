@@ -18,7 +18,7 @@ from shared.networks.classifiers import load_completely
 from shared.networks.weights import safe_load
 from shared.run.checkpoint import SHORT_EPOCH_S, load_latest, save, without_prefix
 
-from .features import check_features
+from .features import check_features, check_norms
 
 Features = Callable[[Tensor], Tensor]
 
@@ -155,12 +155,14 @@ def validate(
     classifier.eval()
     share = range(distributed.get_rank(), len(dataset), distributed.get_world_size())
     loader = make_loader(dataset, batch_size=batch_size, sampler=share, num_workers=num_workers, device=device)
-    totals = torch.zeros(3, dtype=torch.double, device=device)
+    totals, norms = torch.zeros(3, dtype=torch.double, device=device), []
     for images, labels, *_ in loader:
         inputs = features(images.to(device, non_blocking=True))
-        check_features(inputs.flatten(1))
+        norms.append(inputs.flatten(1).norm(dim=1))
         logits = distributed.unwrap(classifier)(inputs)  # shares may differ by a batch: no collective in here
         totals += torch.stack([total.double() for total in score(logits, labels.to(device, non_blocking=True))])
+    if norms:  # none where there are fewer images than processes
+        check_norms(torch.cat(norms))
     loss, top1, top5 = (distributed.all_reduce_sum(totals) / len(dataset)).tolist()
     return {"loss": loss, "acc1": 100 * top1, "acc5": 100 * top5}
 

@@ -1,6 +1,7 @@
 """Multi-label classification on Pascal VOC 2007: its images, the training of a classifier on crops, its test."""
 
 import argparse
+import math
 from collections.abc import Iterator
 from itertools import count, islice
 from pathlib import Path
@@ -142,10 +143,13 @@ def train(
     Args:
         convolutional: The part of the network whose batch norms keep the statistics of the pre-training.
         parameters: What learns.
+
+    Raises:
+        ValueError: If the loss or its gradient is not finite; seen when a line is printed.
     """
     optimizer = torch.optim.SGD(parameters, args.lr, MOMENTUM, weight_decay=args.wd)
     labels = torch.from_numpy(images.labels)
-    total = torch.zeros((), device=device)
+    totals = torch.zeros(2, device=device)  # loss, norm of its gradient
     batches = endless_batches(images, recipe, args, device, card)
     for step, (views, indices) in enumerate(islice(batches, args.nit)):
         if step > 0 and step % args.stepsize == 0:
@@ -157,13 +161,15 @@ def train(
         loss = multilabel_loss(network(views), labels[indices].to(device, non_blocking=True))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT_NORM, error_if_nonfinite=True)
+        norm = nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT_NORM)
         optimizer.step()
-        total += loss.detach()
+        totals += torch.stack([loss.detach(), norm])
         if (step + 1) % LOG_EVERY == 0 or step + 1 == args.nit:
-            done = (step % LOG_EVERY) + 1
-            print(f"step {step + 1} of {args.nit}: loss {total.item() / done:.4f}", flush=True)
-            total.zero_()
+            mean, length = (totals / (step % LOG_EVERY + 1)).tolist()
+            if not math.isfinite(mean + length):
+                raise ValueError(f"up to step {step + 1} the loss is {mean}, its gradient {length}; try a smaller --lr")
+            print(f"step {step + 1} of {args.nit}: loss {mean:.4f}", flush=True)
+            totals.zero_()
 
 
 def endless_batches(

@@ -45,6 +45,7 @@ def evaluate_classifier(
         dataset, batch_size=batch_size, sampler=share, num_workers=num_workers, device=precision.device
     )
     sums = torch.zeros(3, dtype=torch.double, device=precision.device)
+    absent = torch.tensor(list(absent), dtype=torch.long, device=precision.device)
     modes = {module: module.training for module in network.modules()}
     network.eval()
     done, read = 0, []
@@ -53,7 +54,7 @@ def evaluate_classifier(
         labels = labels[rows].to(precision.device, non_blocking=True)
         with precision.autocast():
             logits = network(channels_last(images.to(precision.device, non_blocking=True)))[rows].float()
-        logits[:, list(absent)] = -torch.inf
+        logits.index_fill_(1, absent, -torch.inf)
         read += indices[rows].tolist()
         hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum")

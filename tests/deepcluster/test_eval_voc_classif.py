@@ -120,6 +120,13 @@ def test_the_classifier_learns_its_training_images(voc, tmp_path, small_layers, 
     assert load_network(model).top_layer.out_features == 7  # the file is left alone
 
 
+def test_a_training_that_diverges_is_an_error(voc, tmp_path, small_layers):
+    model = write_checkpoint(tmp_path / "checkpoint.pth.tar")
+    command = f"--vocdir {voc} --split trainval --model {model} --nit 2 --lr inf --workers 0 --device cpu"
+    with pytest.raises(ValueError, match="up to step 2 the loss is nan, its gradient nan; try a smaller --lr"):
+        eval_voc_classif(get_args_parser().parse_args(command.split()))
+
+
 @pytest.mark.parametrize("random_crops", ["0", "1"])
 def test_an_unreadable_image_is_an_error_or_has_no_score(random_crops, tmp_path, small_layers, capsys):
     folder, model = write_voc(tmp_path), write_checkpoint(tmp_path / "checkpoint.pth.tar")
