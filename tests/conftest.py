@@ -34,6 +34,13 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(f"{device.chosen} scripts on the pretended GPU")
 
 
+@pytest.fixture
+def on_a_cpu(request):
+    """For bits of this process that another one, which pretends nothing, has to give."""
+    if request.config.getoption("pretended_gpu"):
+        pytest.skip("another process is on the CPU")
+
+
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
     """A folder of small noise images in three classes."""

@@ -103,6 +103,7 @@ def killed_in_a_write(corpus: Path, output_dir: Path) -> None:
     embed(corpus, output_dir, "--num_shards", "3")
 
 
+@pytest.mark.usefixtures("on_a_cpu")
 def test_killed_in_the_middle_of_a_write_it_resumes_to_the_same_bytes(corpus, embeddings, tmp_path):
     process = SERVER.Process(target=killed_in_a_write, args=(corpus, tmp_path))
     process.start()
@@ -118,6 +119,7 @@ def embed_on_rank(rank: int, corpus: Path, output_dir: Path) -> int:
     return len(embed(corpus, output_dir, "--num_shards", "3"))
 
 
+@pytest.mark.usefixtures("on_a_cpu")
 def test_two_processes_share_the_shards(corpus, embeddings, tmp_path):
     assert run_processes(embed_on_rank, 2, corpus, tmp_path) == [2, 1]
     assert contents(tmp_path) == contents(embeddings)
@@ -197,6 +199,7 @@ def retrieve_on_rank(rank: int, corpus: Path, embeddings: Path, output_dir: Path
             retrieve(corpus, embeddings, output_dir / "rank1")
 
 
+@pytest.mark.usefixtures("on_a_cpu")
 def test_two_processes_write_what_one_writes(corpus, embeddings, tmp_path):
     alone = retrieve(corpus, embeddings, tmp_path / "alone")
     run_processes(retrieve_on_rank, 2, corpus, embeddings, tmp_path / "two")
