@@ -97,7 +97,7 @@ def test_flash_attention_gets_the_images_as_cumulative_lengths(monkeypatch):
         parts = zip(*(t.tensor_split(ends_q[1:-1].long()) for t in (q, k, v)), strict=True)
         return torch.cat([heads_first(*(t[None] for t in part))[0] for part in parts])
 
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
+    monkeypatch.setattr(importlib.import_module("torch.nn.attention.varlen"), "varlen_attn", varlen)
     network, images = small(), [torch.randn(3, 8, 12), torch.randn(3, 4, 4), torch.randn(3, 16, 8)]
     expected, network.attention = network(images), "varlen"
     torch.testing.assert_close(network(images), expected)
