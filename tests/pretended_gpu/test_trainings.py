@@ -79,6 +79,7 @@ def is_allowed(wait: Wait) -> bool:
 @EVERY_TRAINING
 def test_first_steps_are_those_of_a_cpu_and_wait_for_nothing(training, places, tmp_path):
     flags = ("--amp", "fp32", "--log_freq", 3, "--saveckp_steps", 0)
+    flags += ("--num_workers", 1) if training.has_workers else ()
     for device in ("cpu", "gpu"):
         run = start(tmp_path / device, training, places, *flags, steps=4, gpu=device == "gpu")
         run.assert_ends(128 + signal.SIGTERM)
