@@ -33,6 +33,10 @@ from shared.networks.weights import WeightMismatch
 from tests.pretended_gpu.device import pretended_gpu
 from tests.processes import run_processes
 
+NEEDS_VARLEN = pytest.mark.skipif(
+    importlib.util.find_spec("torch.nn.attention.varlen") is None, reason="this torch has no such function"
+)
+
 
 def small(**options) -> NaViT:
     torch.manual_seed(0)
@@ -89,6 +93,7 @@ def test_packed_images_have_the_gradients_of_each_image_alone():
             torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
 
 
+@NEEDS_VARLEN
 def test_flash_attention_gets_the_images_as_cumulative_lengths(monkeypatch):
     """torch's function needs a GPU: here another one takes its arguments."""
 
@@ -103,7 +108,7 @@ def test_flash_attention_gets_the_images_as_cumulative_lengths(monkeypatch):
     torch.testing.assert_close(network(images), expected)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torch.nn.attention.varlen") is None, reason="torch has no such function")
+@NEEDS_VARLEN
 @pytest.mark.parametrize(("capability", "has_it"), [((9, 0), True), ((7, 5), False)])
 def test_a_gpu_without_flash_attention_takes_a_mask(capability, has_it, monkeypatch):
     """A T4, of compute capability 7.5, or a V100: training in half precision ended there with torch's error."""
