@@ -37,7 +37,7 @@ def unpack(tokens: Tensor, layout: Layout | None) -> list[Tensor]:
     """Inverse of :func:`pack`; the batches are views of the matrix."""
     if layout is None:
         return [tokens]
-    parts = tokens.split([B * N for B, N in layout])
+    parts = tokens.split_with_sizes([B * N for B, N in layout])
     return [part.view(B, N, -1) for part, (B, N) in zip(parts, layout, strict=True)]
 
 
@@ -84,7 +84,7 @@ class DropPath(vit_parts.DropPath):
         num_samples = len(x) if layout is None else sum(B for B, _ in layout)
         keep = (keep_prob + torch.rand(num_samples, dtype=x.dtype, device=x.device)).floor_() / keep_prob
         if layout is not None:
-            samples = keep.split([B for B, _ in layout])
+            samples = keep.split_with_sizes([B for B, _ in layout])
             keep = torch.cat([k.repeat_interleave(N) for k, (_, N) in zip(samples, layout, strict=True)])
         return x * keep.view(-1, *[1] * (x.ndim - 1))
 
