@@ -17,16 +17,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-LONG_TAIL, OBJECTS, FRAMES, DUPLICATES = 3000, 1800, 600, 600  # images of each kind
+LONG_TAIL, FRAMES, DUPLICATES = 0.5, 0.1, 0.1  # shares of the images of each kind, as far as there are so many
+ROUNDED = 50  # images that a long tail may lack by rounding alone
 PROBE_CLASSES = 20
 
 
-def uncurated(folder: Path, image_size: int, seed: int) -> Path:
-    """Write 6,000 images with sides of ``image_size`` pixels into ``folder``, without classes, and return it.
+def uncurated(folder: Path, image_size: int, seed: int, images: int = 6000) -> Path:
+    """Write ``images`` images with sides of ``image_size`` pixels into ``folder``, without classes, and return it.
 
-    3,000 are of Tiny-ImageNet, where class number r (in an order that is drawn) has a share of about 1 / (r + 10);
-    1,800 of CIFAR-10; 600 frames of CamVid; and 600 duplicates of the others, some mirrored, all saved anew with
-    losses. What is there already stays.
+    Half are of Tiny-ImageNet, where class number r (in an order that is drawn) has a share of about 1 / (r + 10), or
+    what it has; a tenth are frames of CamVid; a tenth duplicates of the others, some mirrored, all saved anew with
+    losses; the rest is of CIFAR-10. What is there already stays.
     """
     if (folder / "done").exists():
         return folder
@@ -34,17 +35,21 @@ def uncurated(folder: Path, image_size: int, seed: int) -> Path:
     rng = np.random.default_rng(seed)
     photographs, objects = (by_class(archive) for archive in ("tiny_imagenet/train.tar", "cifar10/train.tar.gz"))
     frames = sorted(name for name in names("camvid/camvid.tar") if name.split("/")[1] in ("train", "test", "val"))
+    tail = long_tail(photographs, round(LONG_TAIL * images), rng)
+    wanted = {name: round(share * images) for name, share in (("frames", FRAMES), ("duplicates", DUPLICATES))}
+    missing = max(0, wanted["frames"] - len(frames)) + max(0, round(LONG_TAIL * images) - len(tail) - ROUNDED)
+    others = images - round(LONG_TAIL * images) - sum(wanted.values()) + missing
     chosen = {
-        "tiny_imagenet/train.tar": long_tail(photographs, rng),
-        "cifar10/train.tar.gz": rng.permutation(sorted(chain(*objects.values())))[:OBJECTS].tolist(),
-        "camvid/camvid.tar": rng.permutation(frames)[:FRAMES].tolist(),
+        "tiny_imagenet/train.tar": tail,
+        "cifar10/train.tar.gz": rng.permutation(sorted(chain(*objects.values())))[:others].tolist(),
+        "camvid/camvid.tar": rng.permutation(frames)[: wanted["frames"]].tolist(),
     }
     written = []
     for archive, members in chosen.items():
         for name, image in read(archive, set(members)):
             written.append(folder / f"{archive.split('/')[0]}_{name.replace('/', '_').rsplit('.', 1)[0]}.png")
             square(image, image_size).save(written[-1])
-    for number, i in enumerate(rng.permutation(len(written))[:DUPLICATES]):
+    for number, i in enumerate(rng.permutation(len(written))[: wanted["duplicates"]]):
         image = Image.open(written[i])
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if number % 3 == 0 else image
         image.save(folder / f"duplicate_{number:04}.jpg", quality=int(rng.integers(50, 90)))
@@ -67,11 +72,11 @@ def probe_images(folder: Path, image_size: int) -> Path:
     return folder
 
 
-def long_tail(classes: dict[str, list[str]], rng: np.random.Generator) -> list[str]:
-    """About ``LONG_TAIL`` images, most of them of few classes, at least one of each."""
+def long_tail(classes: dict[str, list[str]], images: int, rng: np.random.Generator) -> list[str]:
+    """About so many images, most of them of few classes, at least one of each."""
     order = rng.permutation(sorted(classes))
     shares = 1 / (np.arange(len(order)) + 10.0)
-    wanted = np.maximum(1, np.round(LONG_TAIL * shares / shares.sum()).astype(int))
+    wanted = np.maximum(1, np.round(images * shares / shares.sum()).astype(int))
     return [
         name for label, n in zip(order, wanted, strict=True) for name in rng.permutation(sorted(classes[label]))[:n]
     ]
