@@ -54,14 +54,12 @@ CIFAR10 = (
     "--max_scale_crops 1 0.3 --blur_radius 0.1 0.5 --hidden_mlp 512 --feat_dim 64 --batch_size 64 --base_lr 1 "
     "--epochs 5 --warmup_epochs 0.3"
 )
+SWAV = f"{CIFAR10} --nmb_prototypes 100 --epsilon 0.03 --freeze_prototypes_niters 125"
 CIFAR10_VARIANTS = [
-    Variant("SwAV", f"{CIFAR10} --nmb_prototypes 100 --epsilon 0.03 --freeze_prototypes_niters 125"),
+    Variant("SwAV", SWAV),
     Variant("DeepCluster-v2", f"{CIFAR10} --nmb_prototypes 100 100 100", "main_deepclusterv2.py"),
+    Variant("two crops, 7 epochs", f"{SWAV} {TWO_CROPS} --epochs 7", "main_swav.py"),  # in about the time of SwAV
 ]
-# SwAV without small crops, in about the time of SwAV with them
-CIFAR10_VARIANTS.append(
-    Variant("two crops, 7 epochs", f"{CIFAR10_VARIANTS[0].flags} {TWO_CROPS} --epochs 7", "main_swav.py")
-)
 # 300 prototypes share 16 embeddings of a view, or 976 with the queue, which the first of three epochs is without.
 QUEUE = (
     f"{RUN} --log_freq 100 --arch resnet10t {TWO_CROPS} --blur_radius 0.1 0.5 --hidden_mlp 512 --feat_dim 64 "
