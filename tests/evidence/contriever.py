@@ -47,6 +47,8 @@ FINETUNING = (
     f"{NORMS} --temperature 0.05 --per_gpu_batch_size 16 --chunk_length 256 --total_steps 60 --warmup_steps 6 "
     "--lr 0.00002 --negative_ctxs 1 --num_workers 0 --log_freq 10 --eval_freq 0 --save_freq 0"
 )
+FINETUNING_SCRATCH = f"{FINETUNING} --total_steps 200 --warmup_steps 20 --lr 0.0005"  # of small networks
+FROM_SCRATCH = ("fine-tuned: random weights, 3 layers", "fine-tuned: from scratch, crops")
 
 
 RESULTS = "contriever_cranfield"
@@ -65,6 +67,7 @@ CLAIMS = [
           "fine-tuned: given", "NDCG@10"),
     Claim("training without labels first helps it (4.4)", "150 steps; none", RESULTS,
           "fine-tuned: continued, hard negatives", "fine-tuned: given, hard negatives", "NDCG@10"),
+    Claim("the same", "400 steps of a new encoder; none", RESULTS, FROM_SCRATCH[1], FROM_SCRATCH[0], "NDCG@10"),
     Claim("lexical and dense search complement each other", "both; encoder",
           numbers="43.4, 39.5: 121 questions won, 60 lost, p = 0.0002", found=CONFIRMED),
     Claim("above BM25 without labels (BEIR, questions)"),
@@ -177,6 +180,15 @@ class Experiment:
         minutes = self.run(finetuning, finetuning.finetune, flags, seed, *paths)
         return dense(self.judge, folder / "encoder"), minutes
 
+    def records(self, seed: int) -> Path:
+        """Half of the queries with their documents and ten negatives of the packaged encoder."""
+        path = self.out / f"half{seed}" / "hard.jsonl"
+        if not path.exists():
+            write_half(self.learn, self.source, path.parent)
+            mining = f"--beir {path.parent} --split train --hard_negatives 10 --skip_top 0"
+            call(mine_negatives, mine_negatives.mine, mining, "--output_path", path)
+        return path
+
     def untrained(self) -> None:
         given = functools.cache(lambda: dense(self.dataset, None))
         bm25 = BM25(document_texts(self.dataset))
@@ -199,6 +211,10 @@ class Experiment:
         for name, flags in VARIANTS.items():
             job = (self.out / slug(name) / str(seed), encoder, f"{SCRATCH} {flags}", seed)
             self.row(f"from scratch: {name}", seed, job[2], functools.partial(self.trained, *job))
+        starts = encoder, self.out / slug(next(iter(VARIANTS))) / str(seed) / "encoder"
+        for name, start in zip(FROM_SCRATCH, starts, strict=True):
+            job = (self.out / slug(name) / str(seed), start, self.records(seed), FINETUNING_SCRATCH, seed)
+            self.row(name, seed, FINETUNING_SCRATCH, functools.partial(self.finetuned, *job), self.judge)
 
     def pretrained(self, seed: int) -> None:
         """The packaged encoder after more unsupervised training, and after fine-tuning on half of the queries."""
@@ -206,11 +222,7 @@ class Experiment:
         continued = folder / "encoder"
         further = functools.partial(self.trained, folder, given, CONTINUED, seed)
         self.row("packaged encoder, continued", seed, CONTINUED, further)
-        records = self.out / f"half{seed}" / "hard.jsonl"
-        if not records.exists():
-            write_half(self.learn, self.source, records.parent)
-            mining = f"--beir {records.parent} --split train --hard_negatives 10 --skip_top 0"
-            call(mine_negatives, mine_negatives.mine, mining, "--output_path", records)
+        records = self.records(seed)
         for name, start, ratio in (
             ("given", given, 0.0),
             ("given, hard negatives", given, 1.0),

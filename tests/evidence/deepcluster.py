@@ -7,6 +7,7 @@ Every run uses one thread; --parallel of them run at a time. Numbers are those o
 deviation over the seeds. "Before" is the partition of the features of random weights.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -15,7 +16,7 @@ from deepcluster.hub import CARD, load_network
 from shared.run.log import read_log
 from tests.evidence.claims import Claim
 from tests.evidence.probe import Features, Pixels, baselines, with_linear
-from tests.evidence.runs import Variant, main, run_all, table, write
+from tests.evidence.runs import Variant, cifar10_images, main, run_all, table, write
 
 RUN = f"--workers 0 --pictures off --log_freq 20 --checkpoints 0 --eval_knn_freq {10**9}"
 DIGITS = f"digits {RUN} --arch resnet18 --sobel --crop_size 32 --crop_scale 0.5 1 --pca_dim 64 --batch 32 --epochs 6"
@@ -38,7 +39,12 @@ COLUMNS = {
 
 CIFAR10_SIZE = 32
 CIFAR10 = f"--arch resnet10t --sobel --crop_size {CIFAR10_SIZE} --crop_scale 0.3 1 --pca_dim 128 --batch 64 --epochs 8"
-CIFAR10_VARIANTS = [Variant("100 clusters", f"{RUN} {CIFAR10} --k 100")]
+CIFAR10_VARIANTS = [Variant(f"{k} clusters", f"{RUN} {CIFAR10} --k {k}") for k in (100, 10, 1000)]
+LONG_TAIL = [round(1600 * 0.01 ** (number / 9)) for number in range(10)]  # images of the classes: 1,600 to 16
+TAIL_VARIANTS = [
+    Variant(f"long tail, {name}", f"{RUN} {CIFAR10} --epochs 20 --k 100 --sampler {sampler}")
+    for name, sampler in (("uniform over the clusters", "uniform"), ("the released sampler", "official"))
+]
 AGREE = {"metric": "nmi_labels_last", "beside": "nmi_labels_before"}
 # fmt: off
 CLAIMS = [
@@ -51,6 +57,10 @@ CLAIMS = [
           "deepcluster_digits", "100 clusters", "10 clusters, as many as classes", "knn_last"),
     Claim("drawing clusters uniformly helps", "digits, beside the released sampler, k-NN", "deepcluster_digits",
           "100 clusters", "100 clusters, the released sampler", "knn_last"),
+    Claim("over-clustering helps", "CIFAR-10, 100 and 1,000 clusters beside 10, linear", "deepcluster_cifar10",
+          ("100 clusters", "1000 clusters"), "10 clusters", "linear"),
+    Claim("drawing clusters uniformly helps", "CIFAR-10 with a long tail, k-NN", "deepcluster_long_tail",
+          TAIL_VARIANTS[0].name, TAIL_VARIANTS[1].name, "knn_last"),
     Claim("features beat random weights", "digits, k-NN", "deepcluster_digits", "100 clusters", metric="knn_last",
           beside="knn_before"),
     Claim("the same", "CIFAR-10, 8 epochs, k-NN", "deepcluster_cifar10", "100 clusters", "random weights",
@@ -92,11 +102,18 @@ def claims(out: Path, parallel: int, seeds: tuple[int, ...]) -> None:
 
 def cifar10(out: Path, parallel: int, seeds: tuple[int, ...], train: Path, test: Path) -> None:
     images, here = (str(train), str(test)), out / "cifar10"
-    variants = [Variant(v.name, f"{v.flags} {train} --val_path {test}") for v in CIFAR10_VARIANTS]
-    results = run_and_compare(here, variants, parallel, seeds)
+    results = run_and_compare(here, on_images(CIFAR10_VARIANTS, *images), parallel, seeds)
     results = with_linear(results, CARD, load, images, CIFAR10_SIZE, parallel)
     results += baselines(CARD, images, CIFAR10_SIZE, here, seeds, "resnet10t", sobel=True, img_size=CIFAR10_SIZE)
     write(out, "deepcluster_cifar10", results, table(results, COLUMNS | {"linear": "linear"}))
+    tail = cifar10_images(train.parent, out / "long_tail", LONG_TAIL)
+    results = run_and_compare(out / "long_tail", on_images(TAIL_VARIANTS, *tail), parallel, seeds)
+    write(out, "deepcluster_long_tail", results, table(results, COLUMNS))
+
+
+def on_images(variants: list[Variant], train: str | Path, test: str | Path) -> list[Variant]:
+    """The variants on images to train and to evaluate on."""
+    return [replace(variant, flags=f"{variant.flags} {train} --val_path {test}") for variant in variants]
 
 
 def load(run: Path) -> nn.Module:

@@ -7,20 +7,27 @@ Every run uses one thread; --parallel of them run at a time. Numbers are those o
 deviation over the seeds, which also draw the labels. "Before" is the soft nearest-neighbour accuracy of random weights.
 """
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from torch import nn
+import numpy as np
+import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV
 
-from paws.augmentations import choose_recipe
+from paws.augmentations import RECIPES, choose_recipe
 from paws.evaluation import open_validation
 from paws.few_labels import pixel_accuracy
+from paws.hub import CARD
 from paws.labels import open_partly_labelled
+from shared.networks.pretrained import load_pretrained
 from shared.run.log import read_log
-from swav.hub import CARD, load_backbone
+from swav.hub import CARD as SWAV_CARD
 from tests.evidence.claims import Claim
-from tests.evidence.probe import Images, with_linear
-from tests.evidence.runs import Variant, in_parallel, machine, main, once, run, run_script, table, write
+from tests.evidence.probe import Features, Images
+from tests.evidence.runs import Variant, in_parallel, machine, main, once, run, run_all, run_script, table, write
+from tests.evidence.swav import SWAV
 
 QUIET = "--num_workers 0 --pictures off --log_freq 44 --checkpoint_freq 0"
 DIGITS = (
@@ -58,13 +65,10 @@ CIFAR10 = (
 CIFAR10_NETWORK = "wide_resnet28w2"
 CIFAR10_LABELS = (4000, 1000, 250)
 SUPERVISED_STEPS = 400
-BESIDE_SWAV = "resnet10t"  # the network of both
-LABELS_BESIDE_SWAV = 1000
-SWAV = (
-    f"--arch {BESIDE_SWAV} --nmb_crops 2 --size_crops 32 --min_scale_crops 0.3 --max_scale_crops 1 "
-    "--blur_radius 0.1 0.5 --hidden_mlp 512 --nmb_prototypes 100 --batch_size 64 --base_lr 1.2 --warmup_epochs 0 "
-    "--freeze_prototypes_niters 100 --workers 0 --pictures off --checkpoint_freq 0 --log_freq 25"
-)
+# Network, images, epochs, number and sizes of the views are those of SwAV's run.
+BESIDE_SWAV, LABELS_BESIDE_SWAV, STEPS_BESIDE_SWAV = "resnet10t", 250, 1250
+BESIDE_SWAV_RUN = f"{CIFAR10} --model_name {BESIDE_SWAV} --multicrop 4 --small_image_size 16 --epochs 5"
+INVERSE_REGULARISATIONS = tuple(10.0**power for power in range(-3, 4))
 
 
 # fmt: off
@@ -74,9 +78,10 @@ CLAIMS = [
     Claim("the same", f"CIFAR-10, {', '.join(map(str, CIFAR10_LABELS))} labels", "paws_cifar10",
           tuple(f"PAWS, {CIFAR10_NETWORK}, {n} labels, 10 epochs" for n in CIFAR10_LABELS),
           tuple(f"supervised, {n} labels" for n in CIFAR10_LABELS), "knn_last", "top1", flaw="six times the steps"),
-    Claim("fewer epochs than methods without labels", "CIFAR-10, 10 epochs, SwAV, linear", "paws_cifar10",
-          f"PAWS, {BESIDE_SWAV}, 1000 labels, 10 epochs", f"SwAV, {BESIDE_SWAV}, 10 epochs", "knn_last", "linear",
-          flaw="unequal views, labels and probes"),
+    Claim("fewer epochs than methods without labels", "CIFAR-10, 5 epochs, 250 labels, SwAV", "paws_beside_swav",
+          "PAWS", "SwAV", "linear"),
+    Claim("above the labels alone", "the same, as many steps", "paws_beside_swav", "PAWS",
+          "supervised, 250 labels", "knn_last", "top1"),
     Claim("me-max keeps all classes in use (3)", "digits, 4 labels", "paws_digits", PAWS, "without me-max", "knn_last"),
     Claim("sharpening prevents the collapse", "the same", "paws_digits", PAWS, "without sharpening", "knn_last"),
     Claim("small views help", "the same", "paws_digits", PAWS, "without small views", "knn_last"),
@@ -145,44 +150,68 @@ def claims(out: Path, parallel: int, seeds: tuple[int, ...]) -> None:
     write(out, "paws_digits", results + few, text)
 
 
-def load_swav(run: Path) -> nn.Module:
-    return load_backbone(BESIDE_SWAV, run / "checkpoint.pth.tar")
-
-
 def cifar10(out: Path, parallel: int, seeds: tuple[int, ...], train: Path, test: Path) -> None:
     images = f"--data_path {train} --val_path {test}"
-    here, half = out / "cifar10", CIFAR10_EPOCHS // 2
+    beside_swav(out, parallel, seeds, (str(train), str(test)))
+    here = out / "cifar10"
 
-    def paws(network: str, labels: int, epochs: int, seed: int) -> dict:
-        flags = f"--model_name {network} --labels_per_class {labels // 10} --data_seed {seed} --epochs {epochs}"
-        variant = Variant(f"PAWS, {network}, {labels} labels, {epochs} epochs", f"{CIFAR10} {images} {flags}")
-        return run("paws", variant, seed, here / f"{network}-{labels}-{epochs}" / str(seed))
+    def paws(labels: int, seed: int) -> dict:
+        flags = f"{CIFAR10} {images} --labels_per_class {labels // 10} --data_seed {seed} --epochs {CIFAR10_EPOCHS}"
+        variant = Variant(f"PAWS, {CIFAR10_NETWORK}, {labels} labels, {CIFAR10_EPOCHS} epochs", flags)
+        return run("paws", variant, seed, here / f"{CIFAR10_NETWORK}-{labels}-{CIFAR10_EPOCHS}" / str(seed))
 
     def alone(labels: int, seed: int) -> dict:
-        """Steps of as many images as the unlabelled ones of a step of PAWS."""
-        flags = f"--dataset cifar10 --model_name {CIFAR10_NETWORK} --color_jitter_strength 0.5 {images}"
-        repeat = round(SUPERVISED_STEPS * BATCH / labels)  # one epoch: it ends with the only validation
-        return supervised(here, labels, flags, labels // 10, 1, seed, repeat, BATCH)
-
-    def swav(epochs: int, seed: int) -> dict:
-        flags = f"{SWAV} {images} --epochs {epochs}"
-        variant = Variant(f"SwAV, {BESIDE_SWAV}, {epochs} epochs", flags, "main_swav.py")
-        return run("swav", variant, seed, here / "swav" / str(epochs) / str(seed))
+        return labels_alone(here, CIFAR10_NETWORK, labels, SUPERVISED_STEPS, seed, images)
 
     # the longest first
-    jobs = [partial(paws, CIFAR10_NETWORK, labels, CIFAR10_EPOCHS, s) for labels in CIFAR10_LABELS for s in seeds]
-    jobs += [
-        partial(paws, BESIDE_SWAV, LABELS_BESIDE_SWAV, epochs, s) for epochs in (CIFAR10_EPOCHS, half) for s in seeds
-    ]
-    jobs += [partial(swav, epochs, s) for epochs in (CIFAR10_EPOCHS, half) for s in seeds]
-    jobs += [partial(alone, labels, s) for labels in CIFAR10_LABELS for s in seeds]
+    jobs = [partial(train, labels, seed) for train in (paws, alone) for labels in CIFAR10_LABELS for seed in seeds]
     results, data = in_parallel(lambda job: job(), jobs, parallel), (str(train), str(test))
-    others = [result for result in results if "SwAV" in result["variant"]]
-    results = [result for result in results if "SwAV" not in result["variant"]]
-    results += with_linear(others, CARD, load_swav, data, 32, parallel)
     results += [pixels(data, n, n // 10, seed, "cifar10") for n in CIFAR10_LABELS for seed in seeds]
-    columns = {"knn_last": "soft nearest neighbours, k-NN", "linear": "linear", "top1": "labels alone, or 1-NN"}
+    columns = {"knn_last": "soft nearest neighbours", "top1": "labels alone, or 1-NN on pixels"}
     write(out, "paws_cifar10", results, table(results, columns))
+
+
+def labels_alone(out: Path, network: str, labels: int, steps: int, seed: int, images: str) -> dict:
+    """Steps of as many images as the unlabelled ones of a step of PAWS."""
+    flags = f"--dataset cifar10 --model_name {network} --color_jitter_strength 0.5 {images}"
+    repeat = round(steps * BATCH / labels)  # one epoch: it ends with the only validation
+    return supervised(out, labels, flags, labels // 10, 1, seed, repeat, BATCH)
+
+
+def beside_swav(out: Path, parallel: int, seeds: tuple[int, ...], images: Images) -> None:
+    """PAWS, SwAV with a classifier on the same labels, and those labels alone: one network, equal epochs."""
+    here, flags = out / "beside_swav", f"--data_path {images[0]} --val_path {images[1]}"
+    paws = f"{BESIDE_SWAV_RUN} {flags} --labels_per_class {LABELS_BESIDE_SWAV // 10}"
+    results = with_data_seeds([Variant("PAWS", paws)], here, parallel, seeds)
+    results += run_all("swav", [Variant("SwAV", f"{SWAV} {flags}", "main_swav.py")], here, parallel, seeds)
+
+    def classify(result: dict) -> dict:
+        """With the accuracy of a classifier on the features of the labelled images."""
+        method, file = result["variant"].lower(), result["run"].with_suffix(".linear.json")
+        card = (
+            replace(CARD, mean=RECIPES["cifar10"].mean, std=RECIPES["cifar10"].std) if method == "paws" else SWAV_CARD
+        )
+        weights = result["run"] / ("paws-latest.pth.tar" if method == "paws" else "checkpoint.pth.tar")
+
+        def work() -> dict:
+            features = Features(card, load_pretrained(card, BESIDE_SWAV, weights), images, 32)
+            drawn = {"labels_per_class": LABELS_BESIDE_SWAV // 10, "data_seed": result["seed"]}
+            return {"linear": few_labels(features, open_partly_labelled(images[0], **drawn).labelled)}
+
+        return result | once(file, [result["command"], *map(str, INVERSE_REGULARISATIONS)], work)
+
+    results = in_parallel(classify, results, parallel)
+    alone = partial(labels_alone, here, BESIDE_SWAV, LABELS_BESIDE_SWAV, STEPS_BESIDE_SWAV, images=flags)
+    results += in_parallel(lambda seed: alone(seed=seed), seeds, parallel)
+    columns = {"knn_last": "soft nearest neighbours, k-NN", "linear": "linear, the same labels", "top1": "labels alone"}
+    write(out, "paws_beside_swav", results, table(results, columns))
+
+
+def few_labels(features: Features, rows: np.ndarray) -> float:
+    """Top-1 in percent of logistic regression on some training images, its regularisation by cross-validation."""
+    train, test = (F.normalize(values, dim=1).numpy() for values in (features.train[rows], features.val))
+    chosen = GridSearchCV(LogisticRegression(max_iter=5000), {"C": INVERSE_REGULARISATIONS}, cv=5)
+    return 100 * chosen.fit(train, features.train_labels[rows].numpy()).score(test, features.val_labels.numpy())
 
 
 if __name__ == "__main__":

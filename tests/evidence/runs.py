@@ -8,9 +8,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from tests.evidence.claims import decimals
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS = (0, 1, 2)
+TUNING_SEED = 7
 DISTILLED = "distilled from the ResNet"
 IMAGES_PER_CLASS = 1600
 
@@ -36,6 +37,12 @@ class Variant:
     name: str
     flags: str
     script: str = "main.py"
+
+
+def with_images(variants: Iterable[Variant], images: tuple[str | None, str | None]) -> list[Variant]:
+    """The variants on images to train (None: the embedded ones) and to evaluate on."""
+    data = f"--data_path {images[0]} --val_path {images[1]}" if images[0] else f"--val_path {images[1]}"
+    return [replace(variant, flags=f"{variant.flags} {data}") for variant in variants]
 
 
 def run_script(method: str, command: list[str], log: Path) -> None:
@@ -153,6 +160,42 @@ def beside_others(
     write(out.parent, f"{method}_{out.name}", results, table(results, columns))
 
 
+def tuned(
+    method: str,
+    variant: Variant,
+    rates: Iterable[float],
+    folder: Path,
+    parallel: int,
+    metric: str,
+    measure: Callable[[list[dict]], list[dict]] = list,
+    read: Callable[[Path], dict] = features,
+) -> tuple[Variant, list[dict]]:
+    """The variant with the rate (``--lr``) that is best with a seed of its own, and the results of all rates.
+
+    Args:
+        measure: Maps results of :func:`run_all` to results that hold ``metric``, if they do not yet.
+    """
+    variants = [
+        Variant(f"{variant.name}, rate {rate}", f"{variant.flags} --lr {rate}", variant.script) for rate in rates
+    ]
+    results = measure(run_all(method, variants, folder, parallel, (TUNING_SEED,), read))
+    best = max(range(len(variants)), key=lambda i: results[i][metric])
+    return replace(variants[best], name=variant.name), results
+
+
+def beside_vit(
+    method: str, variants: list[Variant], rates: Iterable[float], out: Path, parallel: int, seeds: tuple[int, ...]
+) -> None:
+    """Classifiers with a warm-up, each with the best of three rates; writes the results as ``<method>_tuned``."""
+    results = []
+    for variant in variants:
+        warm = replace(variant, flags=f"{variant.flags} --warmup-epochs 1")
+        best, found = tuned(method, warm, rates, out / "tuned", parallel, "acc1", read=classifier)
+        results += run_all(method, [best], out / "tuned", parallel, seeds, classifier) + found
+    columns = {"acc1": "top-1", "test_loss": "test loss", "loss": "training loss"}
+    write(out, f"{method}_tuned", results, table(results, columns))
+
+
 def in_parallel(function: Callable, jobs: Iterable, parallel: int) -> list:
     """``function`` of every job, in order, ``parallel`` of them at a time."""
     with ThreadPoolExecutor(parallel) as pool:
@@ -171,18 +214,21 @@ def further_materials(out: Path, number: int = 2400) -> Path:
     return out / "further/val"
 
 
-def cifar10_images(folder: Path, out: Path, per_class: int | None = None) -> tuple[Path, Path]:
-    """The first training images of every class, ``IMAGES_PER_CLASS`` of them, and the test images.
+def cifar10_images(folder: Path, out: Path, per_class: int | Sequence[int] = IMAGES_PER_CLASS) -> tuple[Path, Path]:
+    """The first training images of every class and the test images.
 
     Both are links below ``out``, so that no stored command names a folder of the machine.
 
     Args:
         folder: Has train/ and test/ with a folder per class.
+        per_class: Training images of every class, or of each.
     """
     train, test = out / "cifar10/train", out / "cifar10/test"
-    for images in sorted((folder / "train").iterdir()):
+    classes = sorted((folder / "train").iterdir())
+    numbers = [per_class] * len(classes) if isinstance(per_class, int) else per_class
+    for images, number in zip(classes, numbers, strict=True):
         (train / images.name).mkdir(parents=True, exist_ok=True)
-        for image in sorted(images.iterdir())[: per_class or IMAGES_PER_CLASS]:
+        for image in sorted(images.iterdir())[:number]:
             link = train / images.name / image.name
             if not link.exists():
                 link.symlink_to(image)

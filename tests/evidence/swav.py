@@ -14,7 +14,7 @@ from torch import nn
 from swav.hub import CARD, load_backbone
 from tests.evidence.claims import Claim
 from tests.evidence.probe import Features, Pixels, baselines, with_linear
-from tests.evidence.runs import Variant, cifar10_images, main, run_all, table, write
+from tests.evidence.runs import Variant, cifar10_images, main, run_all, table, with_images, write
 
 RUN = "--num_workers 0 --pictures off --checkpoint_freq 0"
 BOTH = (
@@ -106,9 +106,7 @@ def claims(out: Path, parallel: int, seeds: tuple[int, ...]) -> None:
 def cifar10(out: Path, parallel: int, seeds: tuple[int, ...], train: Path, test: Path) -> None:
     queue(out, parallel, seeds, train.parent)
     images, here = (str(train), str(test)), out / "cifar10"
-    flags = f"--data_path {train} --val_path {test}"
-    variants = [Variant(v.name, f"{v.flags} {flags}", v.script) for v in CIFAR10_VARIANTS]
-    results = run_all("swav", variants, here, parallel, seeds)
+    results = run_all("swav", with_images(CIFAR10_VARIANTS, images), here, parallel, seeds)
     results = with_linear(results, CARD, load, images, CIFAR10_SIZE, parallel)
     results = baselines(CARD, images, CIFAR10_SIZE, here, seeds, "resnet10t") + results
     write(out, "swav_cifar10", results, table(results, {"knn_last": "k-NN", "linear": "linear", "rank_me": "RankMe"}))
@@ -116,9 +114,8 @@ def cifar10(out: Path, parallel: int, seeds: tuple[int, ...], train: Path, test:
 
 def queue(out: Path, parallel: int, seeds: tuple[int, ...], folder: Path) -> None:
     """A small batch with a queue and without, on fewer images (below ``folder``) and more epochs of them."""
-    train, test = cifar10_images(folder, out / "queue", QUEUE_IMAGES)
-    variants = [Variant(v.name, f"{v.flags} --data_path {train} --val_path {test}", v.script) for v in QUEUE_VARIANTS]
-    results = run_all("swav", variants, out / "queue", parallel, seeds)
+    images = tuple(map(str, cifar10_images(folder, out / "queue", QUEUE_IMAGES)))
+    results = run_all("swav", with_images(QUEUE_VARIANTS, images), out / "queue", parallel, seeds)
     write(out, "swav_queue", results, table(results, COLUMNS))
 
 

@@ -28,19 +28,15 @@ VARIANTS = [
 ]
 VARIANTS += [("msn", Variant(name, f"{msn.DIGITS} {flags}")) for name, flags in msn.VARIANTS.items()]
 VARIANTS += [
-    ("msn", Variant("beside DINO", f"{msn.DIGITS} {msn.AGAINST_DINO}")),
-    ("dino", Variant("beside MSN", msn.DINO)),
+    *((method.lower(), Variant(f"{method} beside the other", flags)) for method, flags in msn.BOTH.items()),
     ("msn", Variant("MSN on CIFAR-10", f"{msn.CIFAR10} --data_path images --val_path images")),
     ("paws", Variant("PAWS on CIFAR-10", f"{paws.CIFAR10} --data_path images --val_path images")),
-    ("swav", Variant("beside PAWS", paws.SWAV, "main_swav.py")),
-    ("dino", Variant("ResMLP by DINO", f"{resmlp.DINO} --arch resmlp_12", "main_dino.py")),
-    *(("dino", variant) for variant in dino.MOMENTUM_VARIANTS),
+    ("paws", Variant("beside SwAV", f"{paws.BESIDE_SWAV_RUN} --data_path images --val_path images")),
+    ("dino", Variant("ResMLP by DINO", resmlp.DINO, "main_dino.py")),
+    *(("dino", variant) for variant in (*dino.MOMENTUM_VARIANTS, *dino.PATCHES, *xcit.SELF_SUPERVISED)),
     *(("swav", variant) for variant in swav.QUEUE_VARIANTS),
+    *(("deepcluster", variant) for variant in deepcluster.TAIL_VARIANTS),
     *((module.__name__.split(".")[-1], variant) for module in (flexivit, navit, vit22b) for variant in module.VARIANTS),
-    *(
-        ("dino", Variant(name, f"{xcit.DINO} --arch {flags}", "main_dino.py"))
-        for name, flags in xcit.SELF_SUPERVISED.items()
-    ),
 ]
 
 
@@ -59,9 +55,10 @@ def test_the_flags_on_cranfield_are_those_of_its_script(flags):
     assert train.parse_args([*flags.split(), *paths]).num_workers == 0
 
 
-def test_the_flags_of_fine_tuning_on_cranfield_are_those_of_its_script():
+@pytest.mark.parametrize("flags", [contriever.FINETUNING, contriever.FINETUNING_SCRATCH])
+def test_the_flags_of_fine_tuning_on_cranfield_are_those_of_its_script(flags):
     paths = ["--train_data", "records", "--output_dir", "out"]
-    assert finetuning.parse_args([*contriever.FINETUNING.split(), *paths]).num_workers == 0
+    assert finetuning.parse_args([*flags.split(), *paths]).num_workers == 0
 
 
 def test_names_of_variants_are_names_of_folders():

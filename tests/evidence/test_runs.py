@@ -20,10 +20,10 @@ def folder(tmp_path):
     return tmp_path / "images"
 
 
-def test_links_to_few_images_of_every_class_are_labelled_images(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "IMAGES_PER_CLASS", 1)
+@pytest.mark.parametrize("number", [1, (1, 1, 1)])
+def test_links_to_few_images_of_every_class_are_labelled_images(folder, tmp_path, number):
     for _ in range(2):  # experiments are started again
-        train, test = runs.cifar10_images(folder, tmp_path / "out")
+        train, test = runs.cifar10_images(folder, tmp_path / "out", number)
     train_images, test_images = open_labelled(str(train), str(test))
     assert (len(train_images), len(test_images)) == (3, 3)
     assert sorted(path.name for path in train.rglob("*.png")) == ["class0_00.png", "class1_01.png", "class2_02.png"]
