@@ -13,11 +13,12 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-from torch import nn
-
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import shared.run.passive_threads  # noqa: F401
+
+import torch
+from torch import nn
 
 from contriever.encoder import Retriever
 from contriever.flags import MINIMUM, check_training_flags, training_parser

@@ -17,6 +17,7 @@ from pathlib import Path
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import shared.run.passive_threads  # noqa: F401
 
 from contriever.encoder import Retriever
 from contriever.flags import add_encoder_flags, check_minimum, load_encoder

@@ -13,10 +13,11 @@ import glob
 import sys
 from pathlib import Path
 
-import numpy as np
-
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import shared.run.passive_threads  # noqa: F401
+
+import numpy as np
 
 from contriever.encoder import Retriever
 from contriever.evaluate_retrieved_passages import accuracy_at, format_accuracies

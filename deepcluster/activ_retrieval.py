@@ -10,11 +10,12 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import shared.run.passive_threads  # noqa: F401
+
+import torch
+from torch import Tensor, nn
 
 from deepcluster.augmentations import centre_crop
 from deepcluster.convnets import ClusterNetwork, check_conv, conv_maps

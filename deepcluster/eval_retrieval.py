@@ -18,6 +18,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+if __name__ == "__main__":  # run as a script: make the repository root importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import shared.run.passive_threads  # noqa: F401
+
 import numpy as np
 import torch
 import torchvision
@@ -25,9 +29,6 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.functional import normalize, to_tensor
 from tqdm import tqdm
-
-if __name__ == "__main__":  # run as a script: make the repository root importable
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from deepcluster.convnets import ClusterNetwork
 from deepcluster.hub import MEAN, STD, load_network

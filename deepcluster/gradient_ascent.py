@@ -11,14 +11,15 @@ import math
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":  # run as a script: make the repository root importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import shared.run.passive_threads  # noqa: F401
+
 import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 from tqdm import tqdm
-
-if __name__ == "__main__":  # run as a script: make the repository root importable
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from deepcluster.convnets import ClusterNetwork, check_conv, conv_maps
 from deepcluster.flags import MODEL_HELP

@@ -13,14 +13,15 @@ import sys
 from functools import partial
 from pathlib import Path
 
+if __name__ == "__main__":  # run as a script: make the repository root importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import shared.run.passive_threads  # noqa: F401
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-
-if __name__ == "__main__":  # run as a script: make the repository root importable
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dino.augmentations import to_input
 from dino.flags import evaluation_parser, load_chosen

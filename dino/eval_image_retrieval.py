@@ -15,13 +15,14 @@ import sys
 from functools import partial
 from pathlib import Path
 
+if __name__ == "__main__":  # run as a script: make the repository root importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import shared.run.passive_threads  # noqa: F401
+
 import numpy as np
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-
-if __name__ == "__main__":  # run as a script: make the repository root importable
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dino.augmentations import to_input
 from dino.flags import choose_network, evaluation_parser, load_chosen

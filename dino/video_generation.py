@@ -13,14 +13,15 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+if __name__ == "__main__":  # run as a script: make the repository root importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import shared.run.passive_threads  # noqa: F401
+
 import cv2
 import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
-
-if __name__ == "__main__":  # run as a script: make the repository root importable
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dino.attention import class_row
 from dino.flags import evaluation_parser

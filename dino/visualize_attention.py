@@ -14,11 +14,12 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-from torch import nn
-
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import shared.run.passive_threads  # noqa: F401
+
+import torch
+from torch import nn
 
 from dino.attention import class_row, has_class_attention
 from dino.augmentations import dino_views

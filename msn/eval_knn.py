@@ -11,6 +11,7 @@ from pathlib import Path
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import shared.run.passive_threads  # noqa: F401
 
 from msn.flags import add_data_flags, finish, load_frozen, network_parser
 from shared import distributed

@@ -16,13 +16,14 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
+if __name__ == "__main__":  # run as a script: make the repository root importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import shared.run.passive_threads  # noqa: F401
+
 import numpy as np
 import torch
 from timm.data import Mixup
 from torch import nn
-
-if __name__ == "__main__":  # run as a script: make the repository root importable
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from msn.flags import add_data_flags, finish, load_chosen_encoder, network_parser
 from msn.hub import MEAN, STD

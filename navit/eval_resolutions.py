@@ -16,12 +16,13 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+if __name__ == "__main__":  # run as a script: make the repository root importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import shared.run.passive_threads  # noqa: F401
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-if __name__ == "__main__":  # run as a script: make the repository root importable
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from navit.hub import CARD, load_navit
 from navit.native_resolution_vit import NaViT, Packed

@@ -13,11 +13,12 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-from torch import nn
-
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import shared.run.passive_threads  # noqa: F401
+
+import torch
+from torch import nn
 
 from paws import fine_tune, flags, paws_train
 from paws.augmentations import Recipe, choose_recipe

@@ -12,10 +12,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from torch import Tensor, nn
-
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import shared.run.passive_threads  # noqa: F401
+
+from torch import Tensor, nn
 
 from paws import flags
 from paws.augmentations import support_views

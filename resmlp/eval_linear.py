@@ -12,10 +12,11 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import shared.run.passive_threads  # noqa: F401
+
+import torch
 
 from resmlp.flags import add_data_flags, evaluation_parser, load_frozen, parse_evaluation
 from resmlp.hub import CARD

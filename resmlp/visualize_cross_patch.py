@@ -12,13 +12,14 @@ import argparse
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":  # run as a script: make the repository root importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import shared.run.passive_threads  # noqa: F401
+
 import matplotlib
 import numpy as np
 import torch
 from torch import Tensor
-
-if __name__ == "__main__":  # run as a script: make the repository root importable
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from resmlp.hub import CARD, load_network
 from resmlp.resmlp_models import ResMLP

@@ -17,11 +17,12 @@ import json
 import sys
 from pathlib import Path
 
-import torch.nn.functional as F
-from torch import Tensor
-
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import shared.run.passive_threads  # noqa: F401
+
+import torch.nn.functional as F
+from torch import Tensor
 
 from shared import distributed
 from shared.evaluation.features import extract_features

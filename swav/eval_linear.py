@@ -12,12 +12,13 @@ import argparse
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":  # run as a script: make the repository root importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import shared.run.passive_threads  # noqa: F401
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-if __name__ == "__main__":  # run as a script: make the repository root importable
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from shared import distributed
 from shared.evaluation import frozen

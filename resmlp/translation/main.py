@@ -19,13 +19,14 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+if __name__ == "__main__":  # run as a script: make the repository root importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    import shared.run.passive_threads  # noqa: F401
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-if __name__ == "__main__":  # run as a script: make the repository root importable
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from resmlp.translation.corpus import (
     EncodedPairs,

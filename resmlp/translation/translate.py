@@ -11,12 +11,13 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+if __name__ == "__main__":  # run as a script: make the repository root importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    import shared.run.passive_threads  # noqa: F401
+
 import torch
 from sacrebleu.metrics import BLEU
 from sentencepiece import SentencePieceProcessor
-
-if __name__ == "__main__":  # run as a script: make the repository root importable
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from resmlp.translation.beam_search import beam_search
 from resmlp.translation.corpus import open_vocabulary, pad, read_lines

@@ -16,6 +16,9 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+if __name__ == "__main__":
+    import shared.run.passive_threads  # noqa: F401
+
 import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression

@@ -12,6 +12,9 @@ import argparse
 import shutil
 from pathlib import Path
 
+if __name__ == "__main__":
+    import shared.run.passive_threads  # noqa: F401
+
 import numpy as np
 from sklearn import cluster, metrics
 

@@ -20,6 +20,9 @@ import shutil
 import time
 from pathlib import Path
 
+if __name__ == "__main__":
+    import shared.run.passive_threads  # noqa: F401
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

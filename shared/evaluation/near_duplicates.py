@@ -12,6 +12,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+if __name__ == "__main__":
+    import shared.run.passive_threads  # noqa: F401
+
 import numpy as np
 import torch
 from scipy import sparse

@@ -25,9 +25,9 @@ from pathlib import Path
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import torch
 
+import shared.run.passive_threads  # noqa: F401
 from dino.hub import build_backbone
 from dino.losses import DINOLoss
 from dino.vision_transformer import DINOHead

@@ -21,11 +21,11 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import faiss
 import torch
 from torch import Tensor
 
+import shared.run.passive_threads  # noqa: F401
 from deepcluster.clustering import cluster, kmeans_faiss, kmeans_torch, pca_whiten
 from swav.kmeans import spherical_kmeans
 from tests.benchmarks.harness import alternate, clustered_features, compare, finish, get_args_parser, growth

@@ -14,11 +14,11 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import torch
 from torch import Tensor, nn
 from transformers import BertConfig
 
+import shared.run.passive_threads  # noqa: F401
 from contriever.encoder import build_encoder
 from deepercluster.vgg16 import VGG16
 from navit.native_resolution_vit import SIZES as NAVIT_SIZES

@@ -21,10 +21,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+import shared.run.passive_threads  # noqa: F401
 
 try:
     from sentence_transformers import SentenceTransformer

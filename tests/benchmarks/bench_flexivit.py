@@ -11,12 +11,12 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+import shared.run.passive_threads  # noqa: F401
 from flexivit.flexible_vit import AtPatchSize
 from flexivit.hub import build
 from flexivit.resize_patch import with_patches_of

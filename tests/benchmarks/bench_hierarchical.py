@@ -16,12 +16,12 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import faiss
 import numpy as np
 import torch
 from torch import Tensor
 
+import shared.run.passive_threads  # noqa: F401
 from deepercluster.clustering import Clusters, Groups, Layout, Whitening, find_clusters
 from tests.benchmarks.harness import alternate, clustered_features, compare, finish, get_args_parser, growth
 

@@ -18,11 +18,11 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import faiss
 import torch
 import torch.nn.functional as F
 
+import shared.run.passive_threads  # noqa: F401
 from shared.evaluation import knn
 from shared.evaluation.knn import nearest_neighbours
 from shared.networks.weights import safe_load

@@ -11,12 +11,12 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import timm
 import torch
 import torchvision
 from torch import Tensor, nn
 
+import shared.run.passive_threads  # noqa: F401
 from dino.hub import build_backbone
 from shared.multicrop import channels_last
 from shared.optimisation.precision import fast_bf16

@@ -21,13 +21,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import shared.run.passive_threads  # noqa: F401
 from msn.losses import MSNLoss, new_prototypes
 from msn.main import param_groups, train_one_epoch
 from msn.schedules import Schedules

@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import cv2
 import numpy as np
 import PIL
@@ -28,6 +27,7 @@ import torchvision
 from PIL import Image
 from torchvision import transforms
 
+import shared.run.passive_threads  # noqa: F401
 from dino.augmentations import MEAN, STD, dino_views
 from shared.images.loading import EpochBatchSampler, make_loader
 from shared.images.sources import open_source

@@ -15,12 +15,12 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import numpy as np
 import timm
 import torch
 from torch import Tensor, nn
 
+import shared.run.passive_threads  # noqa: F401
 from navit.hub import sizes
 from navit.native_resolution_vit import SIZES, NaViT, Packed, checkpoint_filter_fn, coordinates_of, patchify
 from navit.pack import first_fit

@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import tokenizers
 
+import shared.run.passive_threads  # noqa: F401
 from contriever.encoder import Retriever, find_model, read_tokenizer
 from contriever.own_texts.folder import Limits, read_pieces, snippet
 from contriever.own_texts.rendering import mark

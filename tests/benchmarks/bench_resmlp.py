@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import timm
 import torch
 from torch import nn
 
+import shared.run.passive_threads  # noqa: F401
 from resmlp.export import TIMM_MODELS
 from resmlp.hub import to_timm
 from resmlp.resmlp_models import ARCHITECTURES

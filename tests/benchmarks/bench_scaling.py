@@ -15,8 +15,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-
+import shared.run.passive_threads  # noqa: F401
 from shared.run.log import read_log
 from tests.benchmarks.harness import compare, finish, get_args_parser
 

@@ -14,12 +14,12 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import timm
 import torch
 import torchvision
 from torch import nn
 
+import shared.run.passive_threads  # noqa: F401
 from seer.convert_checkpoint import to_timm
 from seer.losses import SwappedAssignments, normalize_prototypes_
 from seer.main_seer import PrototypeNetwork

@@ -15,11 +15,11 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import shared.run.passive_threads  # noqa: F401
 from shared.sinkhorn import sinkhorn_knopp
 from tests.benchmarks.harness import alternate, compare, finish, get_args_parser
 

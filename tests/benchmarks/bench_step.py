@@ -18,12 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import shared.run.passive_threads  # noqa: F401
 from dino.hub import build_backbone
 from dino.losses import DINOLoss
 from dino.main_dino import Schedules, train_one_epoch

@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import numpy as np
 import timm
 import torch
@@ -26,6 +25,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import resmlp.hub
+import shared.run.passive_threads  # noqa: F401
 import xcit.hub
 from resmlp.resmlp_models import ARCHITECTURES
 from shared.networks.compiling import compile_network

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -23,6 +22,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import shared.run.passive_threads  # noqa: F401
 from shared.networks.compiling import compile_network
 from shared.optimisation.larc import LARC
 from shared.run.memory import keep_freed_memory

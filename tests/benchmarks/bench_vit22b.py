@@ -11,13 +11,13 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import timm
 import torch
 from timm.layers import RmsNorm
 from timm.models.vision_transformer import ParallelScalingBlock
 from torch import nn
 
+import shared.run.passive_threads  # noqa: F401
 from tests.benchmarks.beside_timm import add_flags, compare, table
 from tests.benchmarks.harness import finish, get_args_parser
 from tests.vit22b.tiny import timm_state

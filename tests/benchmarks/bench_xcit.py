@@ -17,11 +17,11 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import timm
 import torch
 from torch import nn
 
+import shared.run.passive_threads  # noqa: F401
 from shared.pictures.curves import Curve, Panel, save_panels
 from tests.benchmarks import beside_timm, harness
 from tests.benchmarks.beside_timm import WORK, do

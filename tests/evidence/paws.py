@@ -183,7 +183,7 @@ def beside_swav(out: Path, parallel: int, seeds: tuple[int, ...], images: Images
     here, flags = out / "beside_swav", f"--data_path {images[0]} --val_path {images[1]}"
     paws = f"{BESIDE_SWAV_RUN} {flags} --labels_per_class {LABELS_BESIDE_SWAV // 10}"
     results = with_data_seeds([Variant("PAWS", paws)], here, parallel, seeds)
-    results += run_all("swav", [Variant("SwAV", f"{SWAV} {flags}", "main_swav.py")], here, parallel, seeds)
+    results += run_all("swav", [Variant("SwAV", f"{SWAV} {flags}")], here, parallel, seeds)
 
     def classify(result: dict) -> dict:
         """With the accuracy of a classifier on the features of the labelled images."""

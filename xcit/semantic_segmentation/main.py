@@ -13,15 +13,16 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+if __name__ == "__main__":  # run as a script: make the repository root importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    import shared.run.passive_threads  # noqa: F401
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 from torchvision.ops import FeaturePyramidNetwork
-
-if __name__ == "__main__":  # run as a script: make the repository root importable
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from shared import distributed
 from shared.run.flags import AnyDashParser, parse_with_embedded_defaults
