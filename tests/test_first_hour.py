@@ -107,12 +107,7 @@ def test_200_photographs_with_small_data_have_measures_and_a_page(project):
 
 
 def test_idle_threads_are_told_to_sleep_before_torch_is_loaded():
-    scripts = [
-        *ROOT.glob("*/main.py"),
-        *ROOT.glob("*/main_[!d]*.py"),
-        *ROOT.glob("*/eval_*.py"),
-        *ROOT.glob("*/*tun*.py"),
-    ]
+    scripts = [path for name in ("main", "main_[!d]*", "eval_*", "*tun*") for path in ROOT.glob(f"*/{name}.py")]
     scripts += [ROOT / f"shared/evaluation/{name}.py" for name in ("extract_features", "near_duplicates", "clusters")]
     starts = {script: text for script in scripts if 'if __name__ == "__main__":' in (text := script.read_text())}
     assert len(starts) > 30
