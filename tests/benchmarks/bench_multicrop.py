@@ -1,7 +1,7 @@
 """Images per second of multi-crop augmentation (2 x 224 + 8 x 96 pixels) on one core, from JPEG files.
 
     python tests/benchmarks/bench_multicrop.py --images FOLDER [--out FILE.json]
-    python tests/benchmarks/bench_multicrop.py --loader            # through the loader, with 0, 1 and 2 workers
+    python tests/benchmarks/bench_multicrop.py --loader            # through the loader, by workers
 
 Augmentation chains, alternated on the same files in one process with one thread:
 
@@ -10,6 +10,7 @@ Augmentation chains, alternated on the same files in one process with one thread
 - ``lightly``: the DINO transform of that package, where it is installed.
 """
 
+import os
 import statistics
 import sys
 import tempfile
@@ -120,17 +121,20 @@ def main() -> None:
     cv2.setNumThreads(args.threads)
 
     result, targets = {}, {}
+    workers = [number for number in (0, 1, 2, 4, 8, 15) if number <= max(2, os.cpu_count() - 1)] if args.loader else [1]
+    generated = 40 * max(workers)
     with tempfile.TemporaryDirectory() as folder:
         if not args.images:
-            for i in range(40):
+            for i in range(generated):
                 path = Path(folder) / f"{i:03}.jpg"
                 path.write_bytes(encoded(photograph(i, 375, 500), "JPEG", quality=90))
         source = open_source(args.images or folder, "all", flag="--images")
-        print(source.describe() if args.images else "40 generated JPEG files, 500 x 375 pixels")
+        print(source.describe() if args.images else f"{generated} generated JPEG files, 500 x 375 pixels")
         if args.loader:
-            rates = {workers: time_loader(source, workers, batch_size=20, epochs=3) for workers in (0, 1, 2)}
-            result["loader_images_per_s"] = rates
-            print("\n".join(f"{workers} workers: {rate:.0f} images/s" for workers, rate in rates.items()))
+            result["loader_images_per_s"] = rates = {}
+            for number in workers:
+                rates[number] = time_loader(source, number, batch_size=20, epochs=3 if number else 1)
+                print(f"{number} workers: {rates[number]:.0f} images/s", flush=True)
         else:
             times = time_chains(source, args.rounds, args.images_per_round)
             rates = {name: args.images_per_round / statistics.median(seconds) for name, seconds in times.items()}

@@ -21,6 +21,7 @@ def main() -> None:
     for script in sorted(HERE.glob("bench_*.py")):
         print(f"\n== {script.stem}", flush=True)
         command = [sys.executable, str(script), "--out", str(args.out / f"{script.stem}.json")]
+        command += ["--compile"] * (script.stem == "bench_step")
         if args.images and script.stem == "bench_multicrop":
             command += ["--images", args.images]
         if subprocess.run(command).returncode:
