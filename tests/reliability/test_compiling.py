@@ -1,6 +1,7 @@
 """``--compile`` in whole trainings: the updates are those of the code as it stands, whoever goes on with a run.
 
-These are the folders that compile parts of their networks; those that compile all of one have a test of their own.
+Code is compiled here for the folders that compile parts of their networks, for others by tests of their own; the code
+of all is captured.
 """
 
 import functools
@@ -43,10 +44,25 @@ def has_begun(folder) -> bool:
     return len(losses(folder)) > 2
 
 
+def captured_only() -> None:
+    """Code is captured as for a compiler, with its guards and versions, and run as it was captured."""
+    torch.compile = functools.partial(torch.compile, backend="eager")
+
+
 def test_every_other_script_has_the_flag():
     for name in SCRIPTS:
         parser = importlib.import_module(name).get_args_parser()
         assert ("--compile" in parser._option_string_actions) == (name not in WITHOUT), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", [name for name in SCRIPTS if name not in WITHOUT])
+def test_captured_code_trains_alike(module, places, tmp_path):
+    training = SCRIPTS[module]
+    flags = (*training.data_flags(places), *training.exact, *LOG)
+    for folder, fault, compiled in (("eager", None, ()), ("captured", captured_only, ("--compile",))):
+        Run(tmp_path / folder, *flags, *compiled, fault=fault, script=training).assert_ends(timeout_s=300)
+    assert losses(tmp_path / "captured") == pytest.approx(losses(tmp_path / "eager"), rel=1e-4)
 
 
 @pytest.mark.slow

@@ -1,7 +1,6 @@
 """Plans of memory and operations against formulas, published numbers and tensors that are really kept."""
 
 from functools import partial
-from itertools import accumulate
 
 import pytest
 import timm
@@ -12,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from shared import plan
 from shared.plan import count_parameters, main, make_plan, measure_pass, repeated_blocks
 from shared.run.memory import memory_of
+from tests.benchmarks.harness import allocated_bytes
 from vit22b.scaled_vit import ScaledViT
 
 
@@ -34,10 +34,7 @@ def really_at_most(network: nn.Module, images: torch.Tensor) -> int:
     """Most bytes that a pass and its backward pass take at a time, as the profiler sees them allocated."""
     network(images).sum().backward()
     network.zero_grad(set_to_none=True)
-    with torch.profiler.profile(profile_memory=True) as profiler:
-        network(images).sum().backward()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda event: event.start_ns())))
+    return allocated_bytes(lambda: network(images).sum().backward())
 
 
 @pytest.mark.parametrize("recompute", [False, True])
