@@ -11,7 +11,7 @@ import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -33,6 +33,8 @@ TRAIN_NAMES = ("train", "training")
 VAL_NAMES = ("val", "valid", "validation", "test", "testing")  # the first one that is there
 SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 SYSTEM_FILES = ("Thumbs.db", "desktop.ini")
+SCANNED = {}  # by folder and endings: the state of each folder in it, and its images
+SETTLED_NS = 2 * 10**9  # after a change another one may leave the same time: clocks of file systems are coarse
 # names of folders that group images by how they were made
 NO_CLASS = re.compile(
     r"(plate|well|slide|batch|patient|pat|subject|subj|sub|donor|case|session|visit|scan|day|week|date|run|site|camera)"
@@ -55,7 +57,7 @@ class ImageSource:
 
     def __init__(self, name: str, labels: np.ndarray | None, classes: Sequence[str] | None):
         self.name = name
-        self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
+        self.labels = None if labels is None else np.array(labels, dtype=np.int64)
         self.classes = None if classes is None else list(classes)
 
     def __len__(self) -> int:
@@ -127,7 +129,7 @@ class FileSource(ImageSource):
         super().__init__(name, labels, classes)
         self.channels = channels
         self.root = os.fspath(root)
-        self.names = PackedStrings(names)
+        self.names = names if isinstance(names, PackedStrings) else PackedStrings(names)
         self.remarks = remarks
         self.max_pixels = max_pixels
 
@@ -380,44 +382,71 @@ def _is_of_the_system(name: str) -> bool:
     return name.startswith(".") or name in SYSTEM_FOLDERS or name in SYSTEM_FILES
 
 
-def _walk(root: str) -> Iterator[tuple[str, list[str], list[str]]]:
-    """(folder, its files, links in it that lead to a folder above) for all folders below ``root``, links followed.
+def _walk(root: str) -> Iterator[tuple[str, tuple[int, ...], list[str], list[str]]]:
+    """(folder, its state, its files, links that lead to a folder above) for all folders below ``root``, links followed.
 
     Left out are what belongs to the system and the folders of runs, which hold ``RUN``; of a root that is one itself,
     its pictures.
     """
-    pending = [(root, frozenset([_identity(root)]))]
+    pending = [(root, _state(root), frozenset([_state(root)[:2]]))]
     while pending:
-        folder, ancestors = pending.pop()
+        folder, state, ancestors = pending.pop()
         with os.scandir(folder) as entries:
             entries = sorted((e for e in entries if not _is_of_the_system(e.name)), key=lambda entry: entry.name)
         files, loops, folders = [], [], []
         for entry in entries:
             if not entry.is_dir():
                 files.append(entry.name)
-            elif (identity := _identity(entry.path)) in ancestors:
+            elif (below := _state(entry.path))[:2] in ancestors:
                 loops.append(entry.path)
             else:
-                folders.append((entry.path, ancestors | {identity}))
+                folders.append((entry.path, below, ancestors | {below[:2]}))
         is_run = RUN in files
         if is_run and folder != root:
             continue
-        pending += [(path, above) for path, above in folders if not (is_run and os.path.basename(path) == "pictures")]
-        yield folder, files, loops
+        pending += [some for some in folders if not (is_run and os.path.basename(some[0]) == "pictures")]
+        yield folder, state, files, loops
 
 
-def _identity(folder: str) -> tuple[int, int]:
+def _state(folder: str) -> tuple[int, int, int]:
+    """Which folder it is (the first two), and when its entries changed."""
     status = os.stat(folder)
-    return status.st_dev, status.st_ino
+    return status.st_dev, status.st_ino, status.st_mtime_ns
+
+
+def _is_as_it_was(states: Mapping[str, tuple[int, ...]]) -> bool:
+    with suppress(OSError):
+        return all(_state(folder) == state for folder, state in states.items())
+    return False
 
 
 def _scan_folder(
     root: Path, where: str, extensions: tuple[str, ...]
+) -> tuple[PackedStrings, np.ndarray | None, list[str] | None, str]:
+    """Relative names of all images in ImageFolder's order, their labels and the classes, and remarks.
+
+    The training and each evaluation of a run ask for them: files are listed again only after a folder has changed.
+    """
+    key, began_ns = (os.path.abspath(root), extensions), time.time_ns()
+    states, found = SCANNED.get(key, ({}, None))
+    if states and _is_as_it_was(states):
+        return found
+    walked = sorted(_walk(str(root)))
+    names, *rest = _images_of(walked, root, where, extensions)
+    found = PackedStrings(names), *rest
+    states = {os.path.abspath(folder): state for folder, state, *_ in walked}
+    SCANNED.pop(key, None)
+    if began_ns - max(changed for *_, changed in states.values()) > SETTLED_NS:
+        SCANNED[key] = states, found
+    return found
+
+
+def _images_of(
+    walked: Sequence[tuple], root: Path, where: str, extensions: tuple[str, ...]
 ) -> tuple[list[str], np.ndarray | None, list[str] | None, str]:
-    """Relative names of all images in ImageFolder's order, their labels and the classes, and remarks."""
     folders: list[tuple[str, list[str]]] = []
     other_files, remarks = Counter(), []
-    for folder, files, loops in sorted(_walk(str(root))):
+    for folder, _, files, loops in walked:
         images = [file for file in files if file.lower().endswith(extensions)]
         other_files.update(os.path.splitext(file)[1].lower() or file for file in set(files) - set(images))
         folders.append((os.path.relpath(folder, root), images))
@@ -490,7 +519,7 @@ def _read_list(path: Path, allow_absolute_paths: bool, where: str):
     return names, np.array([index_of[text] for text in texts]), classes
 
 
-def _hold_out(names: list[str], labels: np.ndarray | None, split: str) -> tuple[list[str], np.ndarray | None]:
+def _hold_out(names: Sequence[str], labels: np.ndarray | None, split: str) -> tuple[list[str], np.ndarray | None]:
     checksums = np.array([zlib.crc32(os.fsencode(name.replace(os.sep, "/"))) for name in names])
     (keep,) = np.nonzero((checksums % HOLDOUT_SHARE == 0) == (split == "val"))
     return [names[i] for i in keep], None if labels is None else labels[keep]

@@ -3,7 +3,11 @@
 import argparse
 import json
 import math
+import os
 import shutil
+import time
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,6 +61,17 @@ def test_training_writes_the_official_checkpoint_layout(images, tmp_path, monkey
     assert all(name.startswith("module.") for name in state["student"])
     assert {name.split(".")[0] for name in state["teacher"]} == {"backbone", "head"}
     assert load_latest(tmp_path / "checkpoint0000.pth")["epoch"] == 1
+
+
+def test_class_folders_are_listed_once_for_the_training_and_its_evaluations(images, tmp_path, monkeypatch):
+    folders = [shutil.copytree(images, tmp_path / "images"), *(tmp_path / "images").iterdir()]
+    for folder in folders:
+        os.utime(folder, (0, time.time() - 60))
+    listed, scandir = Counter(), os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: [listed.update([Path(path)]), scandir(path)][1])
+    flags = ("--eval_knn_freq", 1, "--value_range", 0, 255)
+    assert {"knn_top1", "recall_at_1"} <= train(tmp_path / "run", "--data_path", folders[0], *flags)[0].keys()
+    assert {folder.name: listed[folder] for folder in folders[1:]} == {"class0": 1, "class1": 1, "class2": 1}
 
 
 @pytest.mark.parametrize("arch", ["shufflenet_v2_x0_5", "test_vit"])

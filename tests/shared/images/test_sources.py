@@ -158,6 +158,20 @@ def test_links_to_a_folder_above_are_left_out(tmp_path):
     assert f"the link {tmp_path}/cat/up" in source.describe()
 
 
+@pytest.mark.parametrize("age_s", [0, 60])
+def test_a_folder_that_has_changed_since_it_was_read_is_read_again(tmp_path, age_s):
+    write(tmp_path / "cat/1.png", tmp_path / "dog/2.png")
+    for folder in (tmp_path, tmp_path / "cat", tmp_path / "dog"):
+        os.utime(folder, (0, time.time() - age_s))
+    open_source(tmp_path).labels[:] = 9
+    assert open_source(tmp_path).labels.tolist() == [0, 1]
+    write(tmp_path / "dog/3.png")
+    assert names(open_source(tmp_path)) == ["cat/1.png", "dog/2.png", "dog/3.png"]
+    (tmp_path / "cat/1.png").rename(tmp_path / "cat/4.png")
+    shutil.rmtree(tmp_path / "dog")
+    assert names(open_source(tmp_path)) == ["cat/4.png"]
+
+
 def test_names_of_jpegs_and_first_frames_are_read_and_the_rest_is_counted(tmp_path):
     frames = [Image.new("RGB", (8, 6), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
