@@ -36,7 +36,7 @@ from shared import distributed
 from shared.evaluation.flags import add_shared_classes_flag
 from shared.images.cache import cache_images
 from shared.images.loading import BadImages, default_num_workers
-from shared.images.sources import ImageSource
+from shared.images.sources import ImageSource, ask_about_classes
 from shared.networks.compiling import compile_network
 from shared.optimisation.optim import clip_total_grad_norm_, decay_groups
 from shared.run.flags import (
@@ -198,6 +198,7 @@ def train_navit(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--data_path {args.data_path}: no classes or captions; expected a list of image, tab, caption"
         )
+    ask_about_classes(train.classes)
     bad_images, bad_val_images = (
         BadImages(len(source), run.output_dir / listed, args.on_bad_image, args.max_bad_fraction)
         for source, listed in ((train, "bad_images.txt"), (val or train, "bad_images_val.txt"))

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from shared import distributed
 from shared.images.loading import BadImages, EpochBatchSampler, make_loader, short_side
+from shared.images.sources import ask_about_classes
 from shared.images.training_data import write_recipes
 from shared.multicrop import MultiCropDataset
 from shared.networks.batchnorm import synchronize_batchnorm
@@ -72,6 +73,7 @@ def open_training_data(
     """Open the images and labels, and make the loaders of both kinds of batches."""
     images = open_images(args)
     source = images.source
+    ask_about_classes(images.classes)
     checksum = zlib.crc32(images.labels, source.checksum())
     distributed.check_same_on_all_processes((len(source), checksum), "the training data (number of images, checksum)")
     rank, world_size = distributed.get_rank(), distributed.get_world_size()

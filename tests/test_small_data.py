@@ -1,5 +1,7 @@
 """Of every method: settings that 240 images make senseless are named, those for the embedded images are not."""
 
+import importlib
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,6 +23,7 @@ import swav.report
 import xcit.main
 from shared.images.materials import NUMBERS
 from shared.run.settings import tell_settings
+from tests.tiny_training import trainings
 
 OWN = ["--data_path", "pictures"]
 
@@ -102,6 +105,64 @@ def test_settings_that_make_no_sense_for_240_images_are_named(tell, flags, expec
 def test_nothing_is_said_of_the_settings_for_the_embedded_data(tell, capsys):
     tell([], NUMBERS["train"])
     assert capsys.readouterr().out == ""
+
+
+AVERAGE = "--model-ema-decay 0.99996: after 10 steps the moving average still keeps 100% of its initial weights: take "
+LONG = [
+    "--warmup-epochs 4 is a warm-up longer than all 2 epochs: take --warmup-epochs 0",
+    f"{AVERAGE}--model-ema-decay 0.5",
+]
+# of scripts whose advice needs images or text: the flags, and all that is said of 24 images in three folders
+SAID = {
+    "deepcluster": ("--batch 40", ["--batch 40 is more than the 24 images: take --batch 6, or take --small_data"]),
+    "deepercluster": ("", []),
+    "paws": ("--warmup 2", ["--warmup 2 is a warm-up for 100% of the 2 epochs: take --warmup 0, or take --small_data"]),
+    "suncet": ("--warmup 2", ["--warmup 2 is a warm-up for 100% of the 2 epochs: take --warmup 0"]),
+    "xcit": ("--warmup-epochs 4", LONG),
+    "resmlp": ("--warmup-epochs 4", LONG),
+    "flexivit": ("", []),
+    "navit": ("", []),
+    "vit22b": (
+        "--warmup_steps 10000 --cooldown_steps 4",
+        [
+            "--warmup_steps 10000 is a warm-up longer than all 10 steps: take --warmup_steps 1",
+            "--cooldown_steps 4 is a cooldown for 40% of the 10 steps: take --cooldown_steps 1",
+        ],
+    ),
+    "translation": (
+        "--warmup_steps 32000",
+        ["--warmup_steps 32000 is a warm-up longer than all 12 steps: take --warmup_steps 1"],
+    ),
+}
+
+
+class Stop(Exception):
+    """Instead of the training."""
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_scripts_say_before_the_first_step_what_few_images_in_folders_of_plates_make_senseless(
+    name, images, tmp_path, monkeypatch, capsys
+):
+    def stop(*args, **kwargs):
+        raise Stop
+
+    monkeypatch.setattr("shared.run.run.Run.resume", stop)
+    monkeypatch.setattr("resmlp.translation.main.GENERATED_PAIRS", {"train": 60, "valid": 4, "test": 2})
+    shutil.copytree(images, tmp_path / "images")
+    for i in range(3):
+        (tmp_path / f"images/class{i}").rename(tmp_path / f"images/plate{i}")
+    training, (flags, sentences) = trainings()[name], SAID[name]
+    data = [flag.format(images=tmp_path / "images", tokens="", encoder="") for flag in training.data]
+    script = importlib.import_module(training.module)
+    arguments = [*data, *training.flags, *training.whole, "--output_dir", str(tmp_path / "run"), *flags.split()]
+    (train,) = (f for key, f in vars(script).items() if key.startswith("train_") and f.__code__.co_argcount == 1)
+    with pytest.raises(Stop):
+        train(script.parse_args(arguments))
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("NOTE: ")]
+    asked = [line for line in told if line.startswith("NOTE: are plate0, plate1, plate2, ... classes?")]
+    assert ["--no_labels" in line for line in asked] == ([] if name == "translation" else ["deep" in name])
+    assert [line for line in told if line not in asked] == [f"NOTE: {sentence}" for sentence in sentences]
 
 
 # --- With --small_data ------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from shared.optimisation.optim import decay_groups
 from shared.plan import tell_large
 from shared.run.flags import Parser, add_run_flags, bool_flag, parse_with_embedded_defaults, tell_embedded_defaults
 from shared.run.run import Run
+from shared.run.settings import long_warmup, tell_settings
 from shared.supervised.data import LabelledImages, open_images, train_batches
 from shared.supervised.flags import add_data_set_flags
 from shared.supervised.transforms import TrainTransform
@@ -148,6 +149,11 @@ def train_vit22b(args: argparse.Namespace) -> None:
     )
     total_steps = args.epochs * data.steps_per_epoch
     distributed.print_once(f"{images.train.describe()}: {data.steps_per_epoch} steps per epoch")
+    tell_settings(
+        args,
+        long_warmup("--warmup_steps", args.warmup_steps, total_steps, "steps"),
+        long_warmup("--cooldown_steps", args.cooldown_steps, total_steps, "steps", "cooldown"),
+    )
     tell_embedded_defaults(args.data_path, EMBEDDED_DATA_DEFAULTS)
 
     # network: its blocks, and who holds them

@@ -44,6 +44,7 @@ from shared.optimisation.precision import Precision
 from shared.run.checkpoint import load_latest
 from shared.run.flags import Parser, add_run_flags, parse_with_embedded_defaults
 from shared.run.run import Run
+from shared.run.settings import long_warmup, tell_settings
 
 # What replaces the defaults when no files are given: 2,000 sentences of five to eight subwords
 GENERATED_DATA_DEFAULTS = {
@@ -141,6 +142,8 @@ def train_translation(args: argparse.Namespace) -> dict[str, float]:
     for part, pairs in (("train", train), ("valid", valid)):
         distributed.print_once(f"{part}: {pairs.describe()}")
     distributed.print_once(f"{len(vocabulary)} subwords, {data.steps_per_epoch} steps per epoch")
+    total_steps = args.epochs * data.steps_per_epoch
+    tell_settings(args, long_warmup("--warmup_steps", args.warmup_steps, total_steps, "steps"))
 
     # network and optimiser
     options = {flag: getattr(args, flag) for flag in NETWORK_FLAGS}
@@ -152,7 +155,7 @@ def train_translation(args: argparse.Namespace) -> dict[str, float]:
 
     run.resume(
         data,
-        args.epochs * data.steps_per_epoch,
+        total_steps,
         ("vocabulary_size", "optimizer", *NETWORK_FLAGS),
         checkpoint=checkpoint,
         to_official=partial(add_vocabulary, subword_model=subword_model),

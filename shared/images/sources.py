@@ -277,13 +277,18 @@ def nearest_path(path: Path, names: Iterable[str] = ()) -> str | None:
     return next(iter(near or difflib.get_close_matches(str(path).lower(), names, 1)), None)
 
 
-def ask_about_classes(source: ImageSource) -> None:
-    """Print a question if the folders that are taken for classes have names of plates, patients or days."""
-    if source.classes and all(map(NO_CLASS.fullmatch, source.classes)):
-        some = ", ".join(source.classes[:3])
+def ask_about_classes(classes: Sequence[str] | None, learns_them: bool = True) -> None:
+    """Print a question if what is taken for classes has the names of plates, patients or days.
+
+    Args:
+        learns_them: Whether the training does, or only evaluations use them.
+    """
+    if classes and all(map(NO_CLASS.fullmatch, classes)):
+        without = "take --no_labels: there is no k-NN then, and pictures show no classes"
+        others = "the network learns just that: name what they show in a table (.csv) of files and labels"
         distributed.print_once(
-            f"NOTE: are {some}, ... classes? If they say how images were made, not what they show, take --no_labels: "
-            "there is no k-NN then, and pictures show no classes"
+            f"NOTE: are {', '.join(classes[:3])}, ... classes? If they say how images were made, not what they show, "
+            + (others if learns_them else without)
         )
 
 

@@ -60,7 +60,7 @@ def open_images(
         source: Instead of what ``--data_path`` alone names.
     """
     source = source or open_source(args.data_path, "train", flag=flag, **reading(args))
-    ask_about_classes(source)
+    ask_about_classes(source.classes, learns_them=False)
     source = cache_images(source, args.cache)
     checksum = source.checksum()
     distributed.check_same_on_all_processes((len(source), checksum), "the training data (number of images, checksum)")

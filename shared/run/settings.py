@@ -43,9 +43,10 @@ def tell_settings(args: argparse.Namespace, *advice: Advice | None) -> None:
             distributed.print_once(f"--small_data: --{name} {flag_text(official)} -> {flag_text(getattr(args, name))}")
 
 
-def long_warmup(flag: str, warmup: float, total: int, unit: str = "epochs") -> Advice | None:
-    """A warm-up of more than a third of the run; a tenth is usual."""
-    reason = f"{flag} {warmup:g} is a warm-up for {warmup / total:.0%} of the {total} {unit}"
+def long_warmup(flag: str, warmup: float, total: int, unit: str = "epochs", what: str = "warm-up") -> Advice | None:
+    """A warm-up, or a cooldown, of more than a third of the run; a tenth is usual."""
+    share = f"for {warmup / total:.0%} of the {total} {unit}" if warmup <= total else f"longer than all {total} {unit}"
+    reason = f"{flag} {warmup:g} is a {what} {share}"
     return Advice(flag, reason, max(round(total / 10), int(total >= 3))) if warmup > total / 3 else None
 
 

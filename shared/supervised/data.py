@@ -18,7 +18,7 @@ from shared.images.channels import are_asked_for
 from shared.images.inaturalist import open_inaturalist
 from shared.images.labelled import match_classifier, open_labelled
 from shared.images.loading import BadImages, EpochBatchSampler, EvalDataset, default_num_workers, make_loader
-from shared.images.sources import ImageSource, check_same_classes, open_source, reading
+from shared.images.sources import ImageSource, ask_about_classes, check_same_classes, open_source, reading
 from shared.images.training_data import TrainingData
 from shared.optimisation.precision import Precision
 from shared.run.randomness import derive_seed
@@ -177,6 +177,8 @@ def open_images(
     train, val = open_train_and_val(args)
     if args.eval and args.classes:
         train = val = match_classifier(val, args.classes, args.shared_classes_only)
+    if not args.eval:
+        ask_about_classes(train.classes)
     train = cache_images(train, args.cache)
     checksum = train.checksum()
     distributed.check_same_on_all_processes((len(train), checksum), "the training data (number of images, checksum)")
