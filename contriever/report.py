@@ -10,7 +10,7 @@ import torch
 
 from shared.run.log import read_log
 from shared.run.settings import long_warmup, more_than_data, slow_average, tell_settings
-from shared.run.summary import command, paragraphs
+from shared.run.summary import accuracy, command, paragraphs
 
 from .encoder import load_retriever
 from .training.checkpoints import start_retriever
@@ -40,17 +40,17 @@ def summary(output_dir: Path, args: argparse.Namespace, fill_steps: int | None) 
     """
     lines = read_log(output_dir / "metrics.jsonl")
     losses = [line for line in lines if line.get("loss") is not None]
-    recalls = [line for line in lines if "recall_at_1" in line]
+    recalls = [line for line in lines if "recall_chance" in line]  # logs of earlier versions lack it
     result = [", ".join(f"loss {line['loss']:.3f} at step {line['step']}" for line in (*losses[:1], *losses[1:][-1:]))]
     if fill_steps is not None:
         result.append(
             f"the queue begins with random vectors: the loss rises until keys have filled it, at step {fill_steps}"
         )
-    for name in ("recall_at_1", "recall_at_10") if len(recalls) > 1 else ():
-        result.append(
-            f"a document from one of its own sentences, among the first {name.removeprefix('recall_at_')}: "
-            f"{recalls[0][name]:.1f} % before, {recalls[-1][name]:.1f} % after"
-        )
+    for first in (1, 10) if len(recalls) > 1 else ():
+        what = f"a document from one of its own sentences, among the first {first}"
+        asked = round(100 / recalls[0]["recall_chance"])
+        options = {"num_images": asked, "num_classes": max(1, asked / first), "start": "the first weights"}
+        result += accuracy(recalls, f"recall_at_{first}", what, **options)
     for query, *answers in compare_hits(output_dir, args)[1][:1] if len(recalls) > 1 else ():
         result.append(f"a query: {query}")
         for when, (rank, hit) in zip(("before", "after"), answers, strict=True):

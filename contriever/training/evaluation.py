@@ -117,10 +117,12 @@ class SentenceRecall:
         self.disabled_reason = None if len(self.queries) > 1 else "no two documents of three sentences"
 
     def run(self, encoder: nn.Module, norm_query: bool, norm_doc: bool, batch_size: int = 64) -> dict[str, float]:
-        """Share of the documents that are first, and among the first ten, in percent."""
+        """Share of the documents that are first, among the first ten, and first by a guess, in percent."""
         scores = self.search(encoder, norm_query, norm_doc, batch_size)
         ranks = (scores >= scores.diagonal()[:, None]).sum(axis=1)  # ties count against it: equal vectors find nothing
-        return {f"recall_at_{k}": 100 * float((ranks <= k).mean()) for k in (1, 10)}
+        return {f"recall_at_{k}": 100 * float((ranks <= k).mean()) for k in (1, 10)} | {
+            "recall_chance": 100 / len(ranks)
+        }
 
     def search(self, encoder: nn.Module, norm_query: bool, norm_doc: bool, batch_size: int = 64) -> np.ndarray:
         """Scores of all documents (columns) for all queries."""

@@ -132,8 +132,10 @@ def measures(
         if not measured:
             continue
         first, last = measured[0], measured[-1]
-        chance = recall_chance if "recall" in key else 100 / num_classes if num_classes else None
-        images = num_images if "recall" not in key else round(100 / chance) if chance else 0
+        chance, images = 100 / num_classes if num_classes else None, num_images
+        if first_among := re.fullmatch(r"recall_at_(\d+)", key):
+            chance = min(100, int(first_among[1]) * recall_chance) if recall_chance else None
+            images = round(100 / recall_chance) if recall_chance else 0
         values = {
             start: first[key] if first["step"] == 0 else None,
             "raw pixels": first_value(lines, f"pixels_{key}"),

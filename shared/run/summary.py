@@ -25,7 +25,7 @@ def accuracy(
     key: str,
     what: str,
     num_images: int,
-    num_classes: int,
+    num_classes: float,
     lr_flag: str = "--lr",
     start: str = "random weights",
 ) -> list[str]:
@@ -37,6 +37,7 @@ def accuracy(
         key: Of the accuracy, in percent.
         what: Was measured.
         num_images: That were classified.
+        num_classes: One over the share that a guess gets right.
         lr_flag: The flag for the learning rate, to advise on it.
         start: What the training began with.
     """
@@ -74,7 +75,7 @@ def verdict(before: float, line: dict, key: str, num_images: int, lr_flag: str, 
         return "learned"
     if key == "recall_at_1" and "rankme" in line:
         return f"less than with {start}: images became alike, in clusters if RankMe has grown, else in a collapse"
-    return f"worse than {start}: train longer (--epochs), or with a lower {lr_flag}"
+    return f"worse than {start}: train longer, or with a lower {lr_flag}"
 
 
 def margin(percent: float, num_images: int) -> float:

@@ -1,12 +1,14 @@
 """The real script: flags, training, resuming, several processes."""
 
 import argparse
+import json
 import shutil
 
 import pytest
 import torch
 
 from contriever.encoder import load_retriever
+from contriever.report import summary
 from contriever.text.tokens import token_files
 from tests.contriever.tiny import VOCABULARY, make_data, run_train, tiny_retriever, train_on_rank, write_jsonl
 from tests.processes import run_processes
@@ -55,6 +57,21 @@ def test_a_run_leaves_an_encoder_that_every_script_reads(data, uninterrupted):
         assert (vectors[0] == other).all()
     assert abs(vectors[0] - start).max() > 0.01
     assert (run / "checkpoint/step-4/checkpoint.pth").is_file()
+
+
+@pytest.mark.parametrize(
+    ("after", "verdict"),
+    [(14.0, "learned"), (6.0, "not distinguishable from the first weights"), (0.3, "worse than the first weights")],
+)
+def test_the_summary_says_whether_documents_are_found_better_than_by_chance(after, verdict, uninterrupted, tmp_path):
+    run = shutil.copytree(uninterrupted("moco"), tmp_path / "run")
+    measured = [
+        {"step": step, "recall_at_1": r, "recall_at_10": r, "recall_chance": 1 / 3} for step, r in ((0, 8), (99, after))
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in measured))
+    first, tenth = summary(run, argparse.Namespace(**state_of(run)["args"]), None).splitlines()[1:3]
+    assert f"the first 1: 8.0 +- 3.2 % with the first weights, {after:.1f} +- " in first
+    assert f"after 99 steps (chance 0.3 %): {verdict}" in first and "(chance 3.3 %)" in tenth
 
 
 def test_two_processes_equal_one_with_twice_the_batch(data, tmp_path):

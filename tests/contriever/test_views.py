@@ -42,9 +42,9 @@ def test_recall_tells_an_encoder_that_matches_words_from_one_that_does_not(tmp_p
     assert all(len(rest) == 3 * 8 + 2 for rest in recall.documents)  # without the sentence that is asked for
 
     found = recall.run(BagOfWords(len(retriever.tokenizer)), True, True)
-    assert found == {"recall_at_1": 100.0, "recall_at_10": 100.0}
+    assert found == {"recall_at_1": 100.0, "recall_at_10": 100.0, "recall_chance": 100 / 15}
     nothing = recall.run(BagOfWords(len(retriever.tokenizer), scale=0.0), False, False)
-    assert nothing == {"recall_at_1": 0.0, "recall_at_10": 0.0}  # equal vectors find nothing
+    assert nothing == {"recall_at_1": 0.0, "recall_at_10": 0.0, "recall_chance": 100 / 15}  # equal vectors find nothing
     assert SentenceRecall([np.arange(9)], retriever.tokenizer, 5, 64).disabled_reason
 
 

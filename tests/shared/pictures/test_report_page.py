@@ -133,8 +133,8 @@ def test_maps_and_tokens_of_square_grids_are_patches():
 
 def test_measures_have_two_standard_errors_and_a_verdict():
     lines = [{"step": 0, "knn_top1": 50.0, "pixels_knn_top1": 40.0}, {"step": 99, "knn_top1": 80.0}]
-    lines += [{"step": 99, "recall_at_1": 30.0, "recall_chance": 1.0, "rankme": 7.0}]
-    knn, recall, rank = report_page.measures(lines, 100, 4, "--lr")
+    lines += [{"step": 99, "recall_at_1": 30.0, "recall_at_10": 40.0, "recall_chance": 1.0, "rankme": 7.0}]
+    knn, recall, recall_at_10, rank = report_page.measures(lines, 100, 4, "--lr")
     assert knn["values"] == [
         ("random weights", 50, pytest.approx(10)),
         ("raw pixels", 40, pytest.approx(9.8, abs=0.05)),
@@ -144,6 +144,7 @@ def test_measures_have_two_standard_errors_and_a_verdict():
     (from_weights, *_) = report_page.measures(lines, 100, 4, "--lr", report_page.start_of({"finetune": "a.pth"}))
     assert from_weights["values"][0][0] == "the weights of --finetune"
     assert recall["values"] == [("trained", 30, pytest.approx(9.2, abs=0.05))] and recall["chance"] == 1
+    assert recall_at_10["values"] == [("trained", 40, pytest.approx(9.8, abs=0.05))] and recall_at_10["chance"] == 10
     assert rank["values"] == [("trained", 7, 0)] and rank["chance"] is None and rank["verdict"] == ""
 
 

@@ -13,7 +13,7 @@ from shared.run.summary import ROOT, command, verdict
         (30.0, 42.5, 40, 50, "not distinguishable from random weights"),  # two standard errors: 15.2
         (90.0, 90.0, 1000, 50, "not distinguishable from random weights"),
         (0.0, 100.0, 12, 50, "learned"),
-        (25.8, 16.1, 359, 50, "worse than random weights: train longer (--epochs), or with a lower --base_lr"),
+        (25.8, 16.1, 359, 50, "worse than random weights: train longer, or with a lower --base_lr"),
     ],
 )
 def test_only_numbers_that_differ_by_more_than_chance_are_called_learned(before, after, images, steps, words):
