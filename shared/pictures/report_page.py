@@ -69,6 +69,8 @@ MOST_SEARCHED = 10_000  # images, for neighbours, clusters and near-duplicates
 PACKAGES = ("torch", "torchvision", "timm", "numpy")
 LARGE_CHARTS = 4
 DULL = r"lr|wd|weight_decay|skipped|data_wait|.*_per_s"  # numbers of the log that are set or timed
+NATS = r".*(loss|entropy).*|kl"
+LEAST_NATS, LEAST_PERCENT = 1, 10  # of an axis, which magnifies no noise: as in curves.png
 # name and unit of what the log calls a measure; ``pixels_<measure>`` is that of raw pixels
 MEASURES = {
     "knn_top1": ("k-NN accuracy", "%"),
@@ -167,9 +169,11 @@ def charts(lines: Sequence[dict], measured: Sequence[dict]) -> list[dict]:
             continue
         measure = of_measure.get(key)
         chart = {"title": measure["name"] if measure else key, "large": len(drawn) < LARGE_CHARTS}
+        chart["least"] = LEAST_NATS if re.fullmatch(NATS, key) else 0
         chart["points"] = points[: -1 : -(-len(points) // 400)] + points[-1:]
         if measure:
             chart |= {"unit": measure["unit"], "error": measure["values"][-1][2], "chance": measure["chance"]}
+            chart["least"] = LEAST_PERCENT if measure["unit"] == "%" else 0
         elif key == "loss" or "entropy" in key:
             chart["ln K"] = ln_k
         drawn.append(chart)

@@ -31,6 +31,8 @@ def page(images, tmp_path_factory):
     teacher = {f"backbone.{name}": value for name, value in vit_micro(4, img_size=16).state_dict().items()}
     torch.save({"teacher": teacher, "args": vars(args), "epoch": 2}, folder / "checkpoint.pth")
     lines = [{"step": step, "epoch": 0, "loss": 5 - step / 10, "ln_k": 5.5, "lr": 0.1} for step in (10, 20)]
+    for line in lines:
+        line |= {"part_loss": 2 - line["step"] / 125, "share": line["step"] / 125}  # two that differ by 0.08
     lines = [{"step": 0, "epoch": 0, "knn_top1": 30.0}, *lines, {"step": 20, "epoch": 1, "knn_top1": 90.0}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "log.txt").write_text('{"epoch": 0}\n')
@@ -103,6 +105,22 @@ def test_the_keyboard_reaches_what_the_mouse_does(page, browser):
     for name in ("ArrowLeft", "ArrowUp", "ArrowRight"):
         browser.key(name)
     assert browser.evaluate("$('card').innerHTML") != card
+
+
+def test_a_chart_makes_no_difference_of_a_loss_look_larger_than_it_is(page, browser):
+    browser.open(page.as_uri())
+    paths = {
+        name: [float(place.split()[1]) for place in path[1:].split("L")]
+        for name, path in browser.evaluate(
+            "[...document.querySelectorAll('.chart')].map((chart) => "
+            "[chart.querySelector('b').textContent, chart.querySelector('path').getAttribute('d')])"
+        )
+    }
+    height = paths["share"][0] - paths["share"][1]  # all but the margins of 6 percent
+    assert paths["part_loss"][1] - paths["part_loss"][0] == pytest.approx(0.08 * 1.12 * height, abs=0.2)
+    lines = [{"step": step, "knn_top1": 50.0 + step / 100, "rankme": 7.0 + step / 100} for step in (0, 100)]
+    knn, rank = report_page.charts(lines, report_page.measures(lines, 100, 4, "--lr"))
+    assert (knn["least"], rank["least"]) == (10, 0)
 
 
 @pytest.mark.parametrize("width", [320, 1280])
