@@ -135,6 +135,8 @@ def trace_onnx(network: nn.Module, inputs: tuple[Tensor, ...], axes: dict[str, d
     """
     if not all(importlib.util.find_spec(package) for package in ("onnx", "onnxruntime")):
         raise ValueError("ONNX files need the packages of `pip install -e '.[export]'`")
+    size = sum(parameter.numel() for parameter in network.parameters())
+    print(f"ONNX: {size:,} parameters are traced, and compared with the torch network: the longest part", flush=True)
     *names, output = axes
     options = {"input_names": names, "output_names": [output], "dynamic_axes": axes, "opset_version": 17}
     with torch.no_grad(), warnings.catch_warnings():

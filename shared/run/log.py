@@ -20,7 +20,7 @@ from tqdm import tqdm
 from shared import distributed
 
 from .attempt import Attempt
-from .estimate import duration_text, final_bytes, size_text
+from .estimate import NEXT_S, duration_text, final_bytes, size_text
 from .loggers import IDENTITIES, LOGGERS, check_installed
 
 SETTLED_S = 10  # of steps, after which it is known how long the run takes
@@ -121,6 +121,7 @@ class RunLog:
         self.line_start = time.perf_counter()
         self.step_start = self.line_start  # when the batch of the step had come
         self.first: tuple[int, float] | None = None  # steps done after the first one of this process, and when
+        self.said = self.line_start  # when a line was printed
         self.final_bytes: Callable[[], int] | None = None
         self.is_settled = False
         self.bar = None
@@ -187,6 +188,9 @@ class RunLog:
         if self.final_bytes is not None:
             self._estimate(step + 1)
         if not self.is_due(step):
+            left_s = self._left_s(step + 1)
+            if self.bar is None and left_s is not None and time.perf_counter() - self.said >= NEXT_S:
+                self.say(f"step {step + 1}  {duration_text(left_s)} left")
             return None
         line = {"step": step + 1, "epoch": epoch}
         one = torch.ones((), dtype=torch.double)
@@ -288,6 +292,7 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """Print a line on rank 0, above the progress bar."""
+        self.said = time.perf_counter()
         if not distributed.is_main_process():
             return
         if self.bar is not None:

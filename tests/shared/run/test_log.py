@@ -219,6 +219,22 @@ def test_the_first_steps_tell_how_long_the_run_takes_and_how_large_its_folder_be
     ] * 2
 
 
+def test_long_steps_say_each_minute_how_much_time_is_left(tmp_path, monkeypatch, capsys):
+    now = 0.0
+    monkeypatch.setattr("shared.run.log.time.perf_counter", lambda: now)
+    log = RunLog(tmp_path, 20, log_freq=10)
+    log.start(SimpleNamespace(steps_per_epoch=10, batch_size=8), {}, Namespace())
+    for step, _ in enumerate(log.batches(range(12))):
+        now += 31
+        log.step(step, 0, images=8, averages={})
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.endswith(" left")]
+    assert printed[:3] == [
+        f"step {step}  {(20 - step) * 31 / 60:.0f} min left" for step in (4, 6, 8)
+    ]  # step 2: estimate
+    assert printed[3].startswith("step 10  epoch 0  images_per_s") and printed[4:] == ["step 12  4 min left"]
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [10]
+
+
 def test_a_disk_that_is_too_small_for_the_checkpoints_is_told_after_the_first_step(tmp_path, monkeypatch, capsys):
     """It was told by the first checkpoint, after an epoch of work."""
     part = SimpleNamespace(state_dict=lambda: {"weight": torch.zeros(1000, 1000)})  # 4 MB, twice
