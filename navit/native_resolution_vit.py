@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared.networks.vit_parts import Mlp, scaled_dot_product_attention
+from shared.networks.vit_parts import Mlp, heads_of, scaled_dot_product_attention
 
 SIZES = {  # width, blocks, heads
     "micro": (128, 4, 4),  # for images of 32 pixels
@@ -409,5 +409,6 @@ def checkpoint_filter_fn(tensors: Mapping[str, Tensor], network: NaViT | None = 
         side = math.isqrt(kernel.shape[1] // 3)
         found["patch_embed.weight"] = kernel.unflatten(1, (side, side, 3)).permute(0, 3, 1, 2).contiguous()
         found["pos_embed.table"] = found.pop("embeds.pos_embed")[0]
-        found["choices"] = torch.tensor([CHOICES["positions"].index("table"), 0, 0, len(kernel) // 64])
+        depth = len({name.split(".")[1] for name in found if name.startswith("blocks.")})
+        found["choices"] = torch.tensor([CHOICES["positions"].index("table"), 0, 0, heads_of(len(kernel), depth)])
     return found

@@ -10,6 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+HEADS = {(96, 4): 3, (1152, 27): 16, (1280, 32): 16, (1408, 40): 16, (1664, 48): 16}  # by width and blocks
+
+
+def heads_of(width: int, depth: int, origin: str = "the weights") -> int:
+    """Attention heads of a ViT of D = ``width`` and so many blocks, of which only the tensors are known.
+
+    Published networks have one for every 64 channels up to a width of 1024, or what ``HEADS`` says.
+
+    Raises:
+        ValueError: With ``origin``, for any other one.
+    """
+    if (width, depth) not in HEADS and (width % 64 or width > 1024):
+        raise ValueError(f"{origin}: how many heads a ViT of width {width} and {depth} blocks has is not known here")
+    return HEADS.get((width, depth), width // 64)
+
 
 def scaled_dot_product_attention(
     q: Tensor,

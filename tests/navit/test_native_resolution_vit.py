@@ -229,6 +229,13 @@ def test_weights_of_the_related_network_of_timm_give_its_features():
         torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-5)
 
 
+def test_weights_of_the_related_network_have_the_heads_of_their_size():
+    with torch.device("meta"):
+        theirs = timm.create_model("naflexvit_so400m_patch16_siglip", num_classes=0)
+    tensors = checkpoint_filter_fn(theirs.state_dict())
+    assert int(tensors["choices"][-1]) == theirs.blocks[0].attn.num_heads == 16
+
+
 def test_operations_are_counted_as_torch_counts_them():
     network, images = small(), torch.zeros(1, 3, 16, 24)
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
