@@ -1,17 +1,22 @@
 """Files that fill a FlexiViT: published ones, those of ``main.py``, and other ViTs'."""
 
+import json
 import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import safetensors
 import torch
 from torch import Tensor
 
+from shared import distributed
 from shared.networks import pretrained as networks
+from shared.networks.card import Card
 from shared.networks.classifiers import load_completely
 from shared.networks.names import new_name
+from shared.networks.vit_parts import heads_of
 from shared.networks.weights import WeightMismatch, flags_of_training, safe_load, select_backbone_weights
 
 from .flexible_vit import SIZES, FlexiViT, pi_resize, zoom_positions
@@ -36,6 +41,12 @@ NPZ_NAMES = {
     r"^head/": "head.",
     r"(kernel|scale)$": "weight",
     r"/": ".",
+}
+SAID = ("num_heads", "gelu", "mean", "std", "low")  # in files of resize_patch.py and of exports
+SCALED = {"1": "attn.proj", "2": "mlp.fc2"}  # by LayerScale
+NORMALISATIONS = {
+    "imagenet": {"mean": Card.mean, "std": Card.std},
+    "half": {"mean": CARD.mean, "std": CARD.std},  # in [-1, 1]
 }
 
 
@@ -66,52 +77,109 @@ def from_npz(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
     return tensors
 
 
+def header_of(path: Path) -> dict:
+    """What the header of a safetensors file says of its network; {} for other files."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+    except safetensors.SafetensorError:
+        return {}
+    return {name: value if name == "gelu" else json.loads(value) for name, value in header.items() if name in SAID}
+
+
 def read_weights(pretrained: str | Path, flag: str = CARD.weights_flag) -> tuple[dict[str, Tensor], dict]:
-    """Tensors of a release or a file, and arguments of :class:`FlexiViT` that go with it.
+    """Tensors of a release or a file, and what it says of its network beside them: of ``SAID``, and ``grid``.
 
-    Understood are the published ``.npz`` files, checkpoints of ``main.py``, and ViTs under timm's names, such as DINO's
-    and MSN's, whose class token has a position: it is added to the token.
-
-    Raises:
-        WeightMismatch: If it holds no ViT, or one with parts that FlexiViT has not.
+    Understood are the published ``.npz`` files, checkpoints of ``main.py``, what ``resize_patch.py`` and ``export.py``
+    write, and ViTs under timm's names, such as DeiT's, DINO's and MSN's.
     """
     path = networks.locate(CARD, pretrained, flag)
+    ours = {"gelu": "tanh", "mean": CARD.mean, "std": CARD.std}
     if path.suffix == ".npz":
         with np.load(path, allow_pickle=False) as arrays:
-            tensors, gelu = from_npz(arrays), "tanh"
-        num_heads = tensors["norm.weight"].numel() // 64
-    else:
-        checkpoint = safe_load(path)
-        flags = flags_of_training(checkpoint)
-        tensors = select_backbone_weights(checkpoint, CARD.checkpoint_key, str(pretrained)).tensors
-        gelu = "tanh" if "grids" in flags else "none"
-        num_heads = SIZES.get(str(flags.get("arch", "")).removeprefix("flexivit_"), (0, 0, 0))[2]
-    tensors = {name: value for name, value in tensors.items() if name.split(".")[0] not in ("head_dist", "fc_norm")}
-    return class_token_without_position(tensors, str(pretrained)), {"gelu": gelu, "num_heads": num_heads}
+            return from_npz(arrays), ours
+    checkpoint = safe_load(path)
+    flags = header_of(path) or flags_of_training(checkpoint)
+    said = {name: flags[name] for name in SAID if name in flags}
+    if "posemb_grid" in flags:  # a run of main.py
+        said |= ours | {"grid": (flags["posemb_grid"],) * 2}
+    if flags.get("channels") or "low" in said:  # images that are no RGB are normalised where they are read
+        said |= {"mean": CARD.mean, "std": CARD.std}
+    return select_backbone_weights(checkpoint, CARD.checkpoint_key, str(pretrained)).tensors, said
 
 
-def class_token_without_position(tensors: dict[str, Tensor], origin: str) -> dict[str, Tensor]:
-    """The same network with the position of its class token added to the token."""
-    positions, token = tensors.get("pos_embed"), tensors.get("cls_token")
-    if unknown := [name for name in tensors if re.search(r"\.ls\d|register|reg_token|q_norm", name)]:
+def as_plain_vit(tensors: dict[str, Tensor], origin: str) -> dict[str, Tensor]:
+    """The same network with LayerScale in the layers that it scales, and its class token's position in the token.
+
+    Raises:
+        WeightMismatch: If it has parts that FlexiViT has not.
+    """
+    if "fc_norm.weight" in tensors:
+        raise WeightMismatch(f"{origin} normalises the mean of its tokens (fc_norm), a FlexiViT the tokens")
+    if unknown := [name for name in tensors if re.search(r"register|reg_token|q_norm", name)]:
         raise WeightMismatch(f"{origin}: {unknown[0]} belongs to a ViT of another kind")
+    tensors = {name: value for name, value in tensors.items() if not name.startswith("head_dist.")}
+    for name in list(tensors):
+        if scale := re.fullmatch(r"(blocks\.\d+\.)(?:ls(\d)\.gamma|gamma_(\d))", name):  # timm's and DeiT-III's names
+            layer, gamma = scale[1] + SCALED[scale[2] or scale[3]], tensors.pop(name)
+            tensors[f"{layer}.weight"] = gamma[:, None] * tensors[f"{layer}.weight"]
+            tensors[f"{layer}.bias"] = gamma * tensors[f"{layer}.bias"]
+    positions, token = tensors.get("pos_embed"), tensors.get("cls_token")
     if positions is None or token is None or math.isqrt(positions.shape[1]) ** 2 == positions.shape[1]:
         return tensors
     return tensors | {"cls_token": token + positions[:, :1], "pos_embed": positions[:, 1:]}
 
 
-def load_flexible(pretrained: str | Path, flag: str = CARD.weights_flag) -> FlexiViT:
-    """A filled network of the size that its file tells, with the classifier if there is one, in evaluation mode."""
-    tensors, options = read_weights(pretrained, flag)
-    found = sizes(str(pretrained), tensors)
+def network_of(tensors: dict[str, Tensor], said: Mapping, origin: str) -> FlexiViT:
+    """What :func:`read_weights` gives as a network, with the classifier if there is one, in evaluation mode."""
+    tensors = as_plain_vit(tensors, origin)
+    found = {name: said[name] for name in ("gelu", "grid") if name in said} | sizes(origin, tensors)
     width = tensors["norm.weight"].numel()
     depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
-    classes = len(tensors["head.bias"]) if "head.bias" in tensors else 0
-    options["num_heads"] = options["num_heads"] or max(width // 64, 1)
-    hidden_dim, in_chans = len(tensors["blocks.0.mlp.fc1.bias"]), tensors["patch_embed.proj.weight"].shape[1]
-    network = FlexiViT(width, depth, num_classes=classes, hidden_dim=hidden_dim, in_chans=in_chans, **found, **options)
-    load_completely(network, tensors, f"{flag} {pretrained}")
+    known = {(width, depth): num_heads for width, depth, num_heads in SIZES.values()}
+    num_heads = said.get("num_heads") or known.get((width, depth)) or heads_of(width, depth, origin)
+    classes, in_chans = len(tensors.get("head.bias", ())), tensors["patch_embed.proj.weight"].shape[1]
+    options = {"gelu": "none", "hidden_dim": len(tensors["blocks.0.mlp.fc1.bias"]), "in_chans": in_chans, **found}
+    network = FlexiViT(width, depth, num_heads, num_classes=classes, **options)
+    load_completely(network, tensors, origin)
     return network.eval()
+
+
+def described(network: FlexiViT) -> dict:
+    """What no tensor of a network shows."""
+    block = network.blocks[0]
+    return {"num_heads": block.attn.num_heads, "gelu": block.mlp.act.approximate}
+
+
+def load_as_trained(pretrained: str | Path, flag: str = CARD.weights_flag) -> tuple[FlexiViT, dict]:
+    """The network of a file in evaluation mode, and ``mean`` and ``std`` of its images: ImageNet's if it names none."""
+    tensors, said = read_weights(pretrained, flag)
+    network = network_of(tensors, said, f"{flag} {pretrained}")
+    guess = "imagenet" if network.patch_embed.proj.in_channels in (1, 3) else "half"
+    return network, {name: tuple(said.get(name, value)) for name, value in NORMALISATIONS[guess].items()}
+
+
+@torch.no_grad()
+def load_flexible(pretrained: str | Path, flag: str = CARD.weights_flag, normalisation: str | None = None) -> FlexiViT:
+    """The network of a file for images in [-1, 1]: another mean and std become part of its patch embedding, exactly.
+
+    Args:
+        normalisation: Of the images that it was trained with, of ``NORMALISATIONS``; None: what the file says, else
+            ImageNet's.
+    """
+    network, images = load_as_trained(pretrained, flag)
+    images, ours = NORMALISATIONS.get(normalisation, images), NORMALISATIONS["half"]
+    if images == ours:
+        return network
+    kernel, bias = network.patch_embed.proj.parameters()
+    mean, std, our_mean, our_std = (torch.tensor(v) for v in (*images.values(), *ours.values()))
+    if kernel.shape[1] == 1:  # the luminance has the averages
+        mean, std, our_mean, our_std = (values.mean(dim=0, keepdim=True) for values in (mean, std, our_mean, our_std))
+    bias += torch.einsum("dcij,c->d", kernel, (our_mean - mean) / std)
+    kernel *= (our_std / std)[:, None, None]
+    taken = ", ".join(f"{name} {' '.join(f'{v:.3f}' for v in values)}" for name, values in images.items())
+    distributed.print_once(f"{flag} {pretrained}: for images of {taken}, which its patch embedding does from here on")
+    return network
 
 
 def start_from(student: FlexiViT, teacher: FlexiViT) -> None:

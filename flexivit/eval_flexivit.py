@@ -27,7 +27,7 @@ from flexivit.hub import CARD, MEAN, STD
 from shared import distributed
 from shared.evaluation.flags import add_labelled_flags, add_process_flags, parse_evaluation, take_from_run
 from shared.images.labelled import match_classifier, open_labelled
-from shared.images.loading import BadImages, EvalDataset, EvalTransform
+from shared.images.loading import BadImages, EvalDataset
 from shared.images.sources import reading
 from shared.images.tables import write_table
 from shared.networks.pretrained import flags_of_run
@@ -35,6 +35,7 @@ from shared.optimisation.precision import Precision
 from shared.pictures.curves import Curve, Panel, save_panels
 from shared.run.flags import Parser
 from shared.supervised.evaluation import evaluate_classifier
+from shared.supervised.transforms import eval_transform
 
 COLUMNS = ("patch_size", "tokens", "gflops", "images_per_s", "acc1")
 
@@ -47,7 +48,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--image_size", type=int, default=None, help="side of the images in pixels; None: that of the run, else 240")
     sizes = "sides of the patches in pixels; None: those that the run was trained with, else the published ten"
     add("--sizes", type=int, nargs="+", default=None, help=sizes)
-    add("--crop_ratio", type=float, default=240 / 272, help="side of the centre crop over the resized short side")
+    add("--crop_ratio", type=float, default=240 / 272, help="of the resized short side; small images are seen whole")
     add("--batch_size", type=int, default=64, help="images per process")
     add("--amp", default="fp32", choices=("auto", "bf16", "fp16", "fp32"), help="of the forward passes")
     add("--output_dir", default="cost", help="for cost.csv and cost.png")
@@ -118,9 +119,7 @@ def eval_flexivit(args: argparse.Namespace) -> list[dict]:
             f"--pretrained {args.pretrained} has no classifier of the {len(val.classes)} classes of {val.name}"
         )
     in_chans = network.patch_embed.proj.in_channels
-    transform = EvalTransform(
-        round(args.image_size / args.crop_ratio), args.image_size, MEAN, STD, in_chans, CARD.interpolation
-    )
+    transform = eval_transform(args.image_size, MEAN, STD, args.crop_ratio, in_chans, CARD.interpolation)
     dataset = EvalDataset(val, transform, BadImages(len(val), None, args.on_bad_image, args.max_bad_fraction))
 
     def evaluate(classifier: torch.nn.Module) -> dict:

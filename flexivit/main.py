@@ -28,9 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flexivit.checkpoints import load_flexible, start_from
+from flexivit.checkpoints import NORMALISATIONS, load_flexible, start_from
 from flexivit.flexible_vit import AtPatchSize, FlexiViT
-from flexivit.hub import MEAN, STD, build
+from flexivit.hub import CARD, MEAN, STD, build
 from flexivit.losses import DISTANCES, distance, sigmoid_cross_entropy, softmax_cross_entropy
 from flexivit.report import report
 from shared import distributed
@@ -92,6 +92,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("distillation").add_argument
     teacher = "a ViT to learn from instead of the labels: file or release; it sees the same crops and mixtures"
     add("--teacher", default="", help=teacher)
+    images = "of the teacher's images, imagenet's or 0.5 (half); None: what its file says, else imagenet"
+    add("--teacher_normalisation", default=None, choices=tuple(NORMALISATIONS), help=images)
     add("--teacher_input_size", type=int, default=None, help="side of its images in pixels; None: --input_size")
     add("--distance", default="kl", choices=[kind for kind in DISTANCES if kind != "agree"], help="what is minimised")
     add("--temperature", type=float, default=1.0, help="of --distance kl")
@@ -180,7 +182,7 @@ def train_flexivit(args: argparse.Namespace) -> None:
     run = Run(args, args.amp)
 
     # images: one crop for student and teacher, at the size of the larger one
-    images = open_images(args, run.output_dir, run.precision, MEAN, STD, CROP_RATIO)
+    images = open_images(args, run.output_dir, run.precision, MEAN, STD, CROP_RATIO, CARD.interpolation)
     side = max(args.input_size, (args.teacher and args.teacher_input_size) or 0)
     options = {"auto_augment": None if args.aa == "none" else args.aa, "color_jitter": None, "erase_p": 0.0}
     transform = TrainTransform(side, MEAN, STD, in_chans=args.in_chans, crop_scale=tuple(args.crop_scale), **options)
@@ -196,7 +198,7 @@ def train_flexivit(args: argparse.Namespace) -> None:
     if args.loss == "sigmoid":
         nn.init.constant_(network.head.bias, -10.0)
     if args.teacher:
-        teacher = load_flexible(args.teacher, "--teacher").requires_grad_(False)
+        teacher = load_flexible(args.teacher, "--teacher", args.teacher_normalisation).requires_grad_(False)
         if args.init == "teacher":
             start_from(network, teacher)
         check_classes("--teacher", args.teacher, images.train.classes)

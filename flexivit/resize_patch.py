@@ -5,8 +5,9 @@
 
 Takes files of DINO, MSN, timm and this folder. The patch embedding is resized by the pseudo-inverse of FlexiViT, which
 is exact for larger patches; positions are resized to the grid of the new patches. The new file has the names and the
-class token of a ViT of timm. Prints the old size and the new one, and how far the features of images move: only
-training, or a network that was trained for it, makes another patch size as good as the old one.
+class token of a ViT of timm, and beside them what its tensors do not show: heads, GELU, mean and std of the images.
+Prints the old size and the new one, and how far the features of images move: only training, or a network that was
+trained for it, makes another patch size as good as the old one.
 """
 
 import argparse
@@ -20,12 +21,12 @@ from safetensors.torch import save_file
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from flexivit.checkpoints import load_flexible
+from flexivit.checkpoints import described, load_as_trained
 from flexivit.flexible_vit import FlexiViT, pi_resize, resize_positions
-from flexivit.hub import CARD
 from shared import distributed
 from shared.images.loading import EvalDataset, EvalTransform
 from shared.images.sources import open_source, reading
+from shared.networks.export import as_texts
 from shared.networks.weights import run_file
 from shared.run.files import atomic_file
 from shared.run.flags import Parser, add_reading_flags
@@ -61,28 +62,30 @@ def with_patches_of(network: FlexiViT, patch_size: int, grid: tuple[int, int]) -
     """The state dict of the same ViT for another size of patches and another grid of them."""
     tensors = dict(network.state_dict())
     tensors["patch_embed.proj.weight"] = pi_resize(network.patch_embed.proj.weight, (patch_size, patch_size))
-    if "pos_embed" in tensors:
-        tensors["pos_embed"] = resize_positions(network.pos_embed, network.grid, grid)
-        if network.pool == "tok":  # timm's class token has a position
-            tensors["pos_embed"] = torch.cat([torch.zeros_like(network.cls_token), tensors["pos_embed"]], dim=1)
+    tensors["pos_embed"] = resize_positions(network.pos_embed, network.grid, grid)
+    if network.pool == "tok":  # timm's class token has a position
+        tensors["pos_embed"] = torch.cat([torch.zeros_like(network.cls_token), tensors["pos_embed"]], dim=1)
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 
 @torch.no_grad()
 def resize_patch(args: argparse.Namespace) -> float:
     """Write the file; the mean cosine of the images' features before and after, each image at as many patches."""
-    network = load_flexible(args.weights, "weights")
+    network, normalisation = load_as_trained(args.weights, "weights")
     old, side = network.patch_size[0], args.image_size
     grid = network.grid if side is None else (side // args.patch,) * 2
     with atomic_file(Path(args.out)) as temporary:
-        tensors = with_patches_of(network, args.patch, grid)
-        save_file(tensors, temporary) if args.out.endswith(".safetensors") else torch.save(tensors, temporary)
+        tensors, said = with_patches_of(network, args.patch, grid), described(network) | normalisation
+        if args.out.endswith(".safetensors"):
+            save_file(tensors, temporary, as_texts(said))
+        else:
+            torch.save({"model": tensors, "args": said}, temporary)
     print(f"patches of {old} pixels, {network.grid[0]}x{network.grid[1]} positions: {args.weights}")
     print(f"patches of {args.patch} pixels, {grid[0]}x{grid[1]} positions: {args.out}")
 
     source = open_source(args.data_path, "val" if args.data_path is None else "all", **reading(args))
     pixels = old * network.grid[0]
-    transform = EvalTransform(pixels, pixels, CARD.mean, CARD.std, network.patch_embed.proj.in_channels)
+    transform = EvalTransform(pixels, pixels, **normalisation, in_chans=network.patch_embed.proj.in_channels)
     dataset = EvalDataset(source, transform, rows=range(min(IMAGES, len(source))))
     images = torch.stack([dataset[i][0] for i in range(len(dataset))])
     resized = F.interpolate(images, scale_factor=args.patch / old, mode="bilinear", antialias=args.patch < old)

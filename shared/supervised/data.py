@@ -165,6 +165,7 @@ def open_images(
     mean: Sequence[float],
     std: Sequence[float],
     crop_ratio: float,
+    interpolation: str = "bicubic",
 ) -> LabelledImages:
     """Open what ``--data-set``, ``--data_path`` and ``--val_path`` name.
 
@@ -173,6 +174,7 @@ def open_images(
         output_dir: Unreadable images are listed in it, but with ``--eval``.
         mean, std: Of the images, per channel.
         crop_ratio: Side of the centre crop that is evaluated, over the short side of the image.
+        interpolation: Of its resizing.
     """
     train, val = open_train_and_val(args)
     if args.eval and args.classes:
@@ -187,9 +189,10 @@ def open_images(
         for source, listed in ((train, "bad_images.txt"), (val, "bad_images_val.txt"))
     )
     num_workers = default_num_workers() if args.num_workers is None else args.num_workers
+    transform = eval_transform(args.input_size, mean, std, crop_ratio, args.in_chans, interpolation)
     evaluate = partial(
         evaluate_classifier,
-        dataset=EvalDataset(val, eval_transform(args.input_size, mean, std, crop_ratio, args.in_chans), bad_val_images),
+        dataset=EvalDataset(val, transform, bad_val_images),
         precision=precision,
         batch_size=int(1.5 * args.batch_size),
         num_workers=num_workers,

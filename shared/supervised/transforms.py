@@ -127,11 +127,16 @@ def train_transform(args: argparse.Namespace, mean: Sequence[float], std: Sequen
 
 
 def eval_transform(
-    input_size: int, mean: Sequence[float], std: Sequence[float], crop_ratio: float = 0.875, in_chans: int = 3
+    input_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    crop_ratio: float = 0.875,
+    in_chans: int = 3,
+    interpolation: str = "bicubic",
 ) -> EvalTransform:
     """The centre of the image, its short side resized to ``input_size / crop_ratio``; small images as a whole."""
     short_px = input_size if input_size <= SMALL_PX else int(input_size / crop_ratio)
-    return EvalTransform(short_px, input_size, mean, std, in_chans)
+    return EvalTransform(short_px, input_size, mean, std, in_chans, interpolation)
 
 
 def seed_transforms(seed: int) -> None:

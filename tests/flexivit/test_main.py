@@ -76,11 +76,13 @@ def test_a_student_learns_from_a_teacher_of_another_image_size(tmp_path, capsys)
 
 
 def test_the_evaluation_prints_a_row_per_patch_size(tmp_path, capsys):
-    train(tmp_path, *FEW)
+    last = train(tmp_path, *FEW, "--loss", "softmax", "--lr", "0.01", "--epochs", "3", "--amp", "fp32")[-1]
     flags = ["--pretrained", str(tmp_path / "checkpoint.pth"), "--data_path", "digits", "--device", "cpu"]
     flags += ["--num_workers", "0", "--output_dir", str(tmp_path / "cost")]
     rows = eval_flexivit.eval_flexivit(eval_flexivit.parse_args(flags))
     assert [row["patch_size"] for row in rows] == [4, 5, 8] and [row["tokens"] for row in rows] == [16, 9, 4]
+    expected = [last[f"test_acc1_grid{grid}"] for grid in (4, 3, 2)]  # of the training's own evaluation
+    assert [row["acc1"] for row in rows] == pytest.approx(expected) and len(set(expected)) == 3
     assert rows[0]["gflops"] > rows[1]["gflops"] > rows[2]["gflops"] > 0
     assert (tmp_path / "cost" / "cost.csv").read_text().startswith("patch_size,tokens,gflops,images_per_s,acc1\n4,16,")
     assert (
