@@ -178,7 +178,7 @@ def load_flexible(pretrained: str | Path, flag: str = CARD.weights_flag, normali
     bias += torch.einsum("dcij,c->d", kernel, (our_mean - mean) / std)
     kernel *= (our_std / std)[:, None, None]
     taken = ", ".join(f"{name} {' '.join(f'{v:.3f}' for v in values)}" for name, values in images.items())
-    distributed.print_once(f"{flag} {pretrained}: for images of {taken}, which its patch embedding does from here on")
+    distributed.print_once(f"{flag} {pretrained}: made for images of {taken}, now part of its patch embedding")
     return network
 
 

@@ -127,7 +127,7 @@ class AttentionPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, D)."""
-        q = self.q(self.latent.expand(len(x), -1, -1)).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        q = self.q(self.latent.expand(x.shape[0], -1, -1)).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
         k, v = self.kv(x).unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         x = self.proj(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return (x + self.mlp(self.norm(x)))[:, 0]
@@ -251,7 +251,7 @@ class FlexiViT(nn.Module):
         x, new = self.embed(images, self.patches_for(images.shape[-2:], patch_size, grid))
         x = x + resize_positions(self.pos_embed, self.grid, new)
         if self.pool == "tok":
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
         return self.norm(self.blocks(x))
 
     def represent(

@@ -1,16 +1,15 @@
 """FlexiViT's networks, their released weights and images."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from torch import Tensor
 
 from shared.networks.card import Card, Release
+from shared.networks.pretrained import hub_entries
 from shared.networks.weights import WeightMismatch
 
 from .flexible_vit import SIZES, FlexiViT
-
-CLASSES = {"i1k": 1000, "i21k": 21843}
 
 
 def build(arch: str, in_chans: int = 3, img_size: int = 0, **options) -> FlexiViT:
@@ -44,20 +43,19 @@ def sizes(arch: str, tensors: Mapping[str, Tensor]) -> dict:
     return found | {"pool": next((pool for name, pool in pools.items() if name in tensors), "gap")}
 
 
+def release(arch: str, name: str, num_classes: int) -> Release:
+    doc = f"{name}.npz: call it with patch_size= or grid=, on images of 240 pixels in [-1, 1]."
+    return Release(arch, f"{name}.npz", doc, options={"num_classes": num_classes})
+
+
+I1K = [(size, f"flexivit_{size}_i1k{epochs}") for size in "sbl" for epochs in ("", "_600ep", "_300ep", "_90ep")]
+I21K = [*(f"flexivit_b_i21k_{epochs}ep" for epochs in (90, 300, 1000)), "vit_b16_i21k_300ep", "vit_b30_i21k_300ep"]
 CARD = Card(
     name="flexivit",
     build=build,
     releases={
-        **{
-            f"flexivit_{size}_i1k{epochs}": Release(f"flexivit_{size}", f"flexivit_{size}_i1k{epochs}.npz")
-            for size in "sbl"
-            for epochs in ("", "_600ep", "_300ep", "_90ep")
-        },
-        **{
-            f"flexivit_b_i21k_{epochs}ep": Release("flexivit_b", f"flexivit_b_i21k_{epochs}ep.npz")
-            for epochs in (90, 300, 1000)
-        },
-        **{f"vit_b{p}_i21k_300ep": Release("flexivit_b", f"vit_b{p}_i21k_300ep.npz") for p in (16, 30)},
+        **{name: release(f"flexivit_{size}", name, 1000) for size, name in I1K},
+        **{name: release("flexivit_b", name, 21843) for name in I21K},
     },
     address="https://storage.googleapis.com/big_vision/flexivit/",
     interpolation="bilinear",
@@ -70,19 +68,11 @@ CARD = Card(
 MEAN, STD = CARD.mean, CARD.std
 
 
-def entry(name: str) -> Callable[..., FlexiViT]:
-    release = CARD.releases[name]
+def load(pretrained: str, **options) -> FlexiViT:
+    """The filled network of a release, a run or a file."""
+    from .checkpoints import load_flexible  # which needs the card
 
-    def load(pretrained: bool | str = True, **options) -> FlexiViT:
-        if pretrained:
-            from .checkpoints import load_flexible  # which needs the card
-
-            return load_flexible(name if pretrained is True else pretrained)  # or a run of one's own
-        return build(release.arch, **{"num_classes": CLASSES["i21k" if "i21k" in name else "i1k"]} | options)
-
-    load.__name__ = load.__qualname__ = name
-    load.__doc__ = f"{release.file}: call it with patch_size= or grid=, on images of 240 pixels in [-1, 1]."
-    return load
+    return load_flexible(pretrained)
 
 
-ENTRIES = {name: entry(name) for name in CARD.releases}
+ENTRIES = hub_entries(CARD, load)

@@ -361,11 +361,11 @@ def export_backbone(
     return files
 
 
-def add_export_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+def add_export_flags(parser: argparse.ArgumentParser, otherwise: int = 224) -> argparse.ArgumentParser:
     """Where the files go, and the size of the ONNX file's images; returns the parser."""
     add = parser.add_argument_group("export").add_argument
     add("--output_dir", default=".", help="where the files go")
-    sizes = "side, or height and width, in pixels that the ONNX file takes; None: as in the training, else 224"
+    sizes = f"side, or height and width, in pixels that the ONNX file takes; None: as in the training, else {otherwise}"
     add("--image_size", type=int, nargs="+", default=None, help=sizes)
     return parser
 

@@ -3,13 +3,14 @@
 import re
 
 import numpy as np
+import onnxruntime
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 
 from dino.vision_transformer import vit_tiny
-from flexivit import checkpoints
+from flexivit import checkpoints, export
 from flexivit.checkpoints import load_flexible, start_from
 from flexivit.flexible_vit import AtPatchSize, FlexiViT, pi_resize, resize_positions
 from flexivit.hub import build
@@ -195,7 +196,7 @@ def test_a_deit_iii_is_a_teacher_of_images_in_minus_1_to_1(names, tmp_path, caps
     images = 2 * torch.rand(2, 3, 32, 32) - 1
     found = load_flexible(tmp_path / "deit3.pth", "--teacher")
     torch.testing.assert_close(found(images), theirs(as_of_imagenet(images)), rtol=1e-4, atol=1e-4)
-    assert "deit3.pth: for images of mean 0.485 0.456 0.406, std 0.229" in capsys.readouterr().out
+    assert "deit3.pth: made for images of mean 0.485 0.456 0.406, std 0.229" in capsys.readouterr().out
     found = load_flexible(tmp_path / "deit3.pth", "--teacher", "half")
     torch.testing.assert_close(found(images), theirs(images), rtol=1e-4, atol=1e-4)
 
@@ -291,3 +292,25 @@ def test_any_vit_gets_larger_patches_without_loss(suffix, tmp_path, capsys, monk
     with pytest.raises(SystemExit):
         parse_args([str(out), str(out), "--patch", "4"])
     assert "is the file that is read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pool", ["tok", "gap", "map"])
+def test_exports_are_the_network_at_one_patch_size(pool, tmp_path):
+    torch.manual_seed(0)
+    network = build("flexivit_micro", patch_size=8, grid=(3, 3), num_classes=5, pool=pool).eval()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    flags = {"arch": "flexivit_micro", "posemb_grid": 3, "input_size": 32}
+    torch.save({"model": network.state_dict(), "args": flags}, tmp_path / "run.pth")
+    words = ["--pretrained", str(tmp_path / "run.pth"), "--output_dir", str(tmp_path)]
+    files = export.export(export.get_args_parser().parse_args([*words, "--patch_size", "6"]))
+    images = torch.randn(3, 3, 32, 32)
+    expected = AtPatchSize(network, patch_size=6)(images)
+    session = onnxruntime.InferenceSession(str(files["onnx"]), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"images": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(load_flexible(files["safetensors"])(images), expected, rtol=1e-4, atol=1e-5)
+    assert files["timm"].name == "flexivit_patch6_timm.pth"  # which the export compares
+    for flags, message in (("--patch_size 33", "cannot have patches of 33x33"), ("--image_size 16 24", "a square")):
+        with pytest.raises(ValueError, match=message):
+            export.export(export.get_args_parser().parse_args([*words, *flags.split()]))
