@@ -9,11 +9,10 @@ shapes. A cascade looks at all images at one resolution, and again, at the next 
 """
 
 import argparse
-import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
@@ -38,7 +37,7 @@ from shared.optimisation.precision import Precision
 from shared.pictures.curves import Curve, Panel, save_panels
 from shared.run.flags import Parser
 
-COLUMNS = ("resolution", "tokens", "gflops", "images_per_s", "acc1", "loss")
+COLUMNS = ("resolution", "tokens", "gflops", "images_per_s", "acc1", "loss", "shrunk")
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # of the images that the second stage of a cascade sees
 
 
@@ -75,7 +74,7 @@ def giga_operations(network: NaViT, tokens: Tensor) -> Tensor:
 
 
 class Classifier(nn.Module):
-    """Log-probabilities of K classes, or of K texts that stand for them, and the tokens of an image: (E, K + 1).
+    """Log-probabilities of K classes, or of K texts that stand for them, tokens, whether shrunk: (E, K + 2).
 
     Args:
         text: The network of the texts.
@@ -97,7 +96,8 @@ class Classifier(nn.Module):
         if self.texts is not None:
             logits = F.normalize(logits, dim=1) @ self.texts.T
         tokens = images.as_given(torch.tensor(images.lengths, device=logits.device))
-        return torch.cat([logits.log_softmax(dim=1), tokens[:, None]], dim=1)
+        shrunk = torch.tensor(images.shrunk, device=logits.device)
+        return torch.cat([logits.log_softmax(dim=1), tokens[:, None], shrunk[:, None]], dim=1)
 
 
 def classify(
@@ -110,40 +110,50 @@ def classify(
 
     Returns:
         Of each image that can be read, in order, on every process: ``loss``, ``hit`` (0 or 1), ``confidence`` (the
-        largest probability), ``tokens`` and ``gflops``.
+        largest probability), ``tokens``, ``gflops`` and ``shrunk`` (1: to fit into the position tables).
     """
-    network = classifier.image
-    images = EvalPatches(val, resolution, network.patch_size, network.patch_embed.in_channels, bad_images)
+    network, most = classifier.image, classifier.image.pos_embed.most_a_side
+    images = EvalPatches(val, resolution, network.patch_size, network.patch_embed.in_channels, bad_images, most)
     rows, labels = extract_features(classifier, images, classifier.precision.device, *how)
     rows, labels = (x[labels != LEFT_OUT].cpu() for x in (rows, labels))
-    scores, tokens = rows[:, :-1], rows[:, -1]
+    scores, (tokens, shrunk) = rows[:, :-2], rows[:, -2:].T
+    if shrunk.any():
+        side = f"{resolution:g} px" if resolution else "their own size"
+        distributed.print_once(
+            f"{int(shrunk.sum())} of {len(rows)} images have more than {most} patches a side (--max_side) at {side}: "
+            "they were made smaller"
+        )
     confidence, guess = scores.exp().max(dim=1)
     found = {"loss": F.nll_loss(scores, labels, reduction="none"), "hit": (guess == labels).float()}
-    return found | {"confidence": confidence, "tokens": tokens, "gflops": giga_operations(network, tokens)}
+    found |= {"confidence": confidence, "tokens": tokens, "shrunk": shrunk}
+    return found | {"gflops": giga_operations(network, tokens)}
 
 
-def measure(resolutions: Sequence[float], look: Callable[[float], dict[str, Tensor]]) -> tuple[list[dict], list[dict]]:
-    """Rows of ``COLUMNS`` for each resolution, and of the cascades of each with the next.
+def measure(
+    resolutions: Sequence[float], look: Callable[[float], dict[str, Tensor]]
+) -> Iterator[tuple[dict, list[dict]]]:
+    """A row of ``COLUMNS`` for each resolution, as soon as it is there, and those of its cascades after the one before.
 
     Args:
         look: Maps a resolution to what :func:`classify` returns.
     """
-    rows, cascades, found = [], [], []
+    low, first = {}, None
     for resolution in sorted(resolutions, key=lambda side: side or math.inf):
         start = time.perf_counter()
-        found.append(look(resolution))
-        rate = len(found[-1]["hit"]) / (time.perf_counter() - start)
-        tokens, cost, hit, loss = (found[-1][name].mean().item() for name in ("tokens", "gflops", "hit", "loss"))
-        rows.append(dict(zip(COLUMNS, (resolution, tokens, cost, rate, 100 * hit, loss), strict=True)))
-    for (low, first), (high, second) in itertools.pairwise(zip(rows, found, strict=True)):
-        least_sure_first = first["confidence"].argsort().argsort()
-        for share in SHARES:
+        found = look(resolution)
+        rate = len(found["hit"]) / (time.perf_counter() - start)
+        tokens, cost, hit, loss = (found[name].mean().item() for name in ("tokens", "gflops", "hit", "loss"))
+        values = (resolution, tokens, cost, rate, 100 * hit, loss, int(found["shrunk"].sum()))
+        row, cascades = dict(zip(COLUMNS, values, strict=True)), []
+        for share in SHARES if first else ():
+            least_sure_first = first["confidence"].argsort().argsort()
             again = least_sure_first < round(share * len(least_sure_first))
-            acc1 = 100 * torch.where(again, second["hit"], first["hit"]).mean().item()
-            cost = (first["gflops"] + again * second["gflops"]).mean().item()
-            pair = {"first": low["resolution"], "second": high["resolution"]}
+            acc1 = 100 * torch.where(again, found["hit"], first["hit"]).mean().item()
+            cost = (first["gflops"] + again * found["gflops"]).mean().item()
+            pair = {"first": low["resolution"], "second": resolution}
             cascades.append(pair | {"share": share, "gflops": cost, "acc1": acc1})
-    return rows, cascades
+        yield row, cascades
+        low, first = row, found
 
 
 def save_cost(rows: Sequence[dict], cascades: Sequence[dict], path: Path, heading: str) -> Path:
@@ -196,14 +206,15 @@ def eval_resolutions(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
     def look(resolution: float) -> dict[str, Tensor]:
         return classify(classifier, val, bad_images, resolution, args.batch_size, args.num_workers)
 
-    rows, cascades = measure(args.resolutions or evenly(*trained_with.get("resolution", (64, 256))), look)
+    distributed.print_once(f"{val.describe()}\n" + "".join(f"{name:>14}" for name in COLUMNS))
+    rows, cascades, out = [], [], Path(args.output_dir)
+    for row, pairs in measure(args.resolutions or evenly(*trained_with.get("resolution", (64, 256))), look):
+        rows, cascades = [*rows, row], [*cascades, *pairs]
+        distributed.print_once("".join(f"{row[name]:14.2f}" for name in COLUMNS))
+        if distributed.is_main_process():  # as far as it has come: a later resolution may take hours, or fail
+            for name, table in (("resolutions", rows), ("cascade", cascades)):
+                write_table(out / f"{name}.csv", [*table[0]] if table else [], [line.values() for line in table])
     if distributed.is_main_process():
-        print(f"{val.describe()}\n" + "".join(f"{name:>14}" for name in COLUMNS))
-        for row in rows:
-            print("".join(f"{row[name]:14.2f}" for name in COLUMNS))
-        out = Path(args.output_dir)
-        for name, table in (("resolutions", rows), ("cascade", cascades)):
-            write_table(out / f"{name}.csv", [*table[0]] if table else [], [row.values() for row in table])
         print(save_cost(rows, cascades, out / "resolutions.png", "Accuracy and cost of one NaViT"))
     distributed.barrier()
     return rows, cascades

@@ -305,7 +305,7 @@ def loss_of_pairs(
 
 def evaluate(run: Run, resolutions: Sequence[float], look: Callable[[float], dict[str, Tensor]]) -> dict[str, float]:
     """Accuracy at each resolution, of the class or of the caption; ``test_acc1`` is that of the largest."""
-    rows, _ = measure(resolutions, look)
+    rows = [row for row, _ in measure(resolutions, look)]
     tested = {f"test_{name}_{row['resolution']:g}": row[name] for row in rows for name in ("acc1", "tokens")}
     tested |= {f"test_{name}": row[name] for row in rows[-1:] for name in ("acc1", "loss")}
     if tested:

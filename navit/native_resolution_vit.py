@@ -65,6 +65,7 @@ class Packed:
     lengths: list[int]  # tokens of each image
     grids: list[tuple[int, int]]  # of the whole images, also where tokens were dropped
     order: list[int]  # place of each image among those that were given
+    shrunk: Sequence[bool] = ()  # of images to evaluate on, as given: whether they were made smaller to fit
 
     @classmethod
     def of(
@@ -148,6 +149,11 @@ class Positions(nn.Module):
             channels, middle = (dim // 2 if kind == "stack" else dim), float(kind == "product")
             self.y, self.x = (nn.Parameter(middle + 0.02 * torch.randn(length, channels)) for _ in "yx")
 
+    @property
+    def most_a_side(self) -> float:
+        """Patches a side beyond which an image has no positions."""
+        return len(self.x) if hasattr(self, "x") and self.coordinates == "absolute" else math.inf
+
     def fractions(self, packed: Packed, offset: float = 0.0) -> Tensor:
         """Coordinates over the sides of the images, (N, 2)."""
         grids, lengths = (_upload(torch.tensor(v), packed.coords.device) for v in (packed.grids, packed.lengths))
@@ -166,7 +172,7 @@ class Positions(nn.Module):
             places = places * (most - 1)
             if self.half_pixel:
                 places = (self.fractions(packed, 0.5) * most - 0.5).clamp(0, most - 1)
-        elif largest > most:
+        elif largest > self.most_a_side:
             raise ValueError(f"an image of {largest} patches a side is beyond --max_side {most}, the position tables")
         of_y, of_x = look_up(self.y, places[:, 0]), look_up(self.x, places[:, 1])
         if self.kind == "stack":

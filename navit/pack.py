@@ -7,6 +7,7 @@ part of the checkpoint: a run that was killed goes on with the same batches, wit
 
 import itertools
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -182,17 +183,34 @@ class TrainPatches(Dataset):
 
 
 class EvalPatches(EvalDataset):
-    """(packed images, labels, indices) of images to evaluate on, whole, at one effective resolution (0: their own)."""
+    """(packed images, labels, indices) of images to evaluate on, whole, at one effective resolution (0: their own).
 
-    def __init__(self, source: ImageSource, resolution: float, patch: int, in_chans: int, bad_images: BadImages):
+    Args:
+        most_a_side: Patches a side beyond which an image is shrunk.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        resolution: float,
+        patch: int,
+        in_chans: int,
+        bad_images: BadImages,
+        most_a_side: float,
+    ):
         super().__init__(source, np.asarray, bad_images)
         self.resolution, self.patch, self.in_chans = resolution, patch, in_chans
+        self.longest = sys.maxsize, most_a_side
 
     def __getitems__(self, positions: Sequence[int]) -> tuple[Packed, Tensor, Tensor]:
         pixels, *numbers = zip(*(self[position] for position in positions), strict=True)
-        grids = [nearest_grid(image.shape[:2], self.resolution, self.patch) for image in pixels]
+        sizes = (image.shape[:2] for image in pixels)
+        chosen = (choose_grid(size, self.resolution, self.patch, np.arange, self.longest) for size in sizes)
+        grids, _, shrunk = zip(*chosen, strict=True)
         patches = [resized_patches(image, g, self.patch, self.in_chans) for image, g in zip(pixels, grids, strict=True)]
-        return pack(patches, [coordinates_of(*g) for g in grids], grids), *map(torch.tensor, numbers)
+        packed = pack(patches, [coordinates_of(*g) for g in grids], grids)
+        packed.shrunk = shrunk
+        return packed, *map(torch.tensor, numbers)
 
 
 # --- The loader -------------------------------------------------------------------------------------------------------

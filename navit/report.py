@@ -56,7 +56,8 @@ def report(run: Run, val: ImageSource | None, batches: PackedBatches, look: Call
     if batches.shown:  # else the run was finished before, and the picture is there
         ending.draw("packed.png", lambda path: save_packing(batches.shown, length, args.patch_size, path))
     if val is not None:
-        rows, cascades = measure(evenly(*args.resolution), look)
+        rows, cascades = zip(*measure(evenly(*args.resolution), look), strict=True)
+        cascades = [row for pairs in cascades for row in pairs]
         ending.draw("cost.png", lambda path: save_cost(rows, cascades, path, "Accuracy and cost of one NaViT"))
         by_side = ", ".join(f"{row['resolution']} px ({row['tokens']:.0f} tokens) {row['acc1']:.1f} %" for row in rows)
         learned = [*ending.top1(val), f"top-1 by effective resolution: {by_side}"]

@@ -75,16 +75,43 @@ def test_every_image_comes_once_an_epoch_also_after_a_change_of_the_number_of_pr
     assert [e.number for e in changed.waiting] == state["waiting"] and changed.next == first.next
 
 
-def test_a_long_image_is_shrunk_and_counted(tmp_path):
+def test_a_long_image_is_shrunk_and_counted_in_training_and_evaluation(tmp_path, capsys):
     for i in range(24):
         file = tmp_path / "images" / f"class{i % 2}" / f"{i}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         size = (4, 400) if i == 5 else (20, 30)
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (*size, 3), dtype=np.uint8)).save(file)
-    images = tmp_path / "images"
-    flags = ("--data_path", images, "--val_path", images, "--drop", "none", "--max_side", 64, "--saveckp_steps", 0)
-    found = train(tmp_path / "run", *flags, "--epochs", 1)
-    assert sum(line.get("shrunk", 0) for line in found) > 0
+    images = ["--data_path", str(tmp_path / "images"), "--val_path", str(tmp_path / "images")]
+    flags = ("--drop", "none", "--max_side", 64, "--saveckp_steps", 0, "--epochs", 1, "--test_resolutions", 14, 0)
+    found = train(tmp_path / "run", *images, *flags)
+    assert sum(line.get("shrunk", 0) for line in found) > 0 and "test_acc1_0" in found[-1]
+    said = "1 of 24 images have more than 64 patches a side (--max_side) at their own size: they were made smaller"
+    assert capsys.readouterr().out.count(said) == 2  # before the first epoch and after the last one
+    args = ["--pretrained", str(tmp_path / "run/checkpoint.pth"), "--device", "cpu", "--output_dir", str(tmp_path)]
+    few = ["--num_workers", "0", "--amp", "auto", "--resolutions", "14", "0"]  # the precision of the training
+    rows, _ = eval_resolutions.eval_resolutions(eval_resolutions.parse_args([*images, *args, *few]))
+    assert [row["shrunk"] for row in rows] == [0, 1] and said in capsys.readouterr().out
+    assert rows[1]["tokens"] == pytest.approx((23 * 5 * 8 + 64) / 24)
+    assert rows[1]["acc1"] == pytest.approx(found[-1]["test_acc1"])
+
+
+def test_a_table_holds_the_resolutions_that_were_finished_when_a_later_one_fails(finished, tmp_path, monkeypatch):
+    def classify(classifier, val, bad_images, resolution, *how):
+        if resolution > 12:
+            raise MemoryError
+        return look(classifier, val, bad_images, resolution, *how)
+
+    look = eval_resolutions.classify
+    monkeypatch.setattr(eval_resolutions, "classify", classify)
+    flags = ["--pretrained", str(finished / "checkpoint.pth"), "--data_path", "digits", "--device", "cpu"]
+    flags += ["--num_workers", "0", "--output_dir", str(tmp_path), "--resolutions", "8", "12", "16", "--amp", "auto"]
+    with pytest.raises(MemoryError):
+        eval_resolutions.eval_resolutions(eval_resolutions.parse_args(flags))
+    table = [line.split(",") for line in (tmp_path / "resolutions.csv").read_text().splitlines()]
+    assert [row[0] for row in table] == ["resolution", "8.0", "12.0"]
+    for row in table[1:]:
+        assert float(row[4]) == pytest.approx(lines(finished)[-1][f"test_acc1_{float(row[0]):g}"])
+    assert len((tmp_path / "cascade.csv").read_text().splitlines()) == 1 + len(eval_resolutions.SHARES)
 
 
 def test_images_are_found_by_their_captions(tmp_path):
