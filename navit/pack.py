@@ -288,11 +288,15 @@ class PackedBatches:
         return {"processes": distributed.all_gather_object(own)}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on there; with another number of processes, images of open sequences are dealt out anew."""
+        """Go on there; with another number of processes, images are dealt out anew: those of open sequences, and those
+        that a process had not reached while the one furthest ahead was beyond them.
+        """
         processes, rank, world_size = state["processes"], distributed.get_rank(), distributed.get_world_size()
         if len(processes) == world_size:
             self.next, waiting = processes[rank]["next"], processes[rank]["waiting"]
         else:
-            self.next = max(process["next"] for process in processes) + rank
-            waiting = sorted(number for process in processes for number in process["waiting"])[rank::world_size]
+            furthest = max(process["next"] for process in processes)
+            passed = (range(process["next"], furthest, len(processes)) for process in processes)
+            waiting = sorted(itertools.chain(*passed, *(process["waiting"] for process in processes)))[rank::world_size]
+            self.next = furthest + rank
         self.waiting = self.data.__getitems__(waiting)

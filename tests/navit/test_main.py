@@ -56,23 +56,36 @@ def test_open_sequences_are_part_of_the_checkpoint(tmp_path):
     assert whole["batches"] == parts["batches"]
 
 
-def test_every_image_comes_once_an_epoch_also_after_a_change_of_the_number_of_processes(monkeypatch):
-    source = CutMaterials("val")
+@pytest.mark.parametrize("processes", [1, 3])
+def test_every_image_comes_once_an_epoch_also_after_a_change_of_the_number_of_processes(processes, monkeypatch):
+    source, taken = CutMaterials("val"), []
     monkeypatch.setattr("shared.distributed.all_gather_object", lambda value: [value])
 
-    def batches() -> PackedBatches:
+    def batches(rank: int, world_size: int) -> PackedBatches:
+        monkeypatch.setattr("shared.distributed.get_rank", lambda: rank)
+        monkeypatch.setattr("shared.distributed.get_world_size", lambda: world_size)
         draws = Resolutions(8, 24), Dropping("beta", 0.3, 0.6), (64, 16), 0
-        return PackedBatches(TrainPatches(source, 4, *draws, BadImages(len(source))), 64, 4, ahead=6)
+        found = PackedBatches(TrainPatches(source, 4, *draws, BadImages(len(source))), 64, 4, ahead=6)
+        found._batch = lambda examples, slots: taken.extend(example.number for example in examples)
+        return found
 
-    first = batches()
+    def train(loader: PackedBatches, steps: int) -> dict:
+        list(loader.epoch(loader.steps_per_epoch - steps))
+        return loader.state_dict()["processes"][0]
+
+    first = batches(0, 2)
     assert sorted(map(first.data.index, range(len(source)))) == list(range(len(source)))
-    first._batch = lambda examples, slots: [example.number for example in examples]
-    seen = [number for batch in first.epoch(first.steps_per_epoch - 10) for number in batch]
-    (state,) = first.state_dict()["processes"]
-    assert sorted(seen + state["waiting"]) == list(range(first.next)) and len(seen) > 10 * 4
-    changed = batches()
-    changed.load_state_dict({"processes": [state, {"next": first.next, "waiting": []}]})
-    assert [e.number for e in changed.waiting] == state["waiting"] and changed.next == first.next
+    slow, fast = (train(batches(rank, 2), steps) for rank, steps in enumerate((2, 7)))
+    assert fast["next"] - slow["next"] > 40 and len(taken) > 8 * 4  # as of images that are larger on one of them
+    then = []
+    for rank in range(processes):
+        loader = batches(rank, processes)
+        loader.load_state_dict({"processes": [slow, fast]})
+        assert loader.next == fast["next"] + rank
+        then.append(train(loader, 6))
+    read = taken + [number for state in then for number in state["waiting"]]
+    assert len(read) == len(set(read))
+    assert set(read) >= set(range(min(state["next"] for state in then)))
 
 
 def test_a_long_image_is_shrunk_and_counted_in_training_and_evaluation(tmp_path, capsys):
