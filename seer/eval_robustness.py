@@ -188,6 +188,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def eval_robustness(args: argparse.Namespace) -> dict[str, float]:
     """Top-1 in percent by name: ``clean``, ``<corruption> <severity>``, ``corrupted`` (their mean), names of sets."""
+    names = ["clean", "corrupted", *(f"{name} {s}" for name in {*args.corruptions} for s in {*args.severities})]
+    names += [Path(path).absolute().name for path in args.sets]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"--sets: results are told by the names of the folders; there would be two of {twice[0]!r}")
     device, output_dir = frozen.start(args), Path(args.output_dir)
     network, trained_px = load_classifier(args.arch, args.pretrained)
     args.image_size = args.image_size or trained_px or 384
@@ -216,7 +220,7 @@ def eval_robustness(args: argparse.Namespace) -> dict[str, float]:
         found["corrupted"] = sum(corrupted.values()) / len(corrupted)
     for path in args.sets:
         images, absent = open_set(path, train, **reading(args))
-        found[Path(path).name] = top1(images, CorruptedCrop(transform), absent)
+        found[Path(path).absolute().name] = top1(images, CorruptedCrop(transform), absent)
     if distributed.is_main_process():
         write(found, val, transform, args, output_dir)
     return found

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from seer.eval_robustness import CORRUPTIONS, corrupt, load_classifier, open_set
 from seer.hub import build
 from shared.images.sources import open_source
 from shared.networks.weights import WeightMismatch
-from tests.pictures import picture, write_image, write_train_and_val
+from tests.pictures import COLOURS, picture, write_image, write_train_and_val
 from tests.seer.tiny import add_small_size
 
 QUICK = ["--image_size", "32", "--num_workers", "0", "--device", "cpu"]
@@ -35,16 +36,23 @@ def trained(tmp_path_factory):
     return folder, data, flags, fine_tune.fine_tune(args)
 
 
-def test_fine_tuning_learns_resumes_and_takes_a_share_of_the_labels(trained, capsys):
+def test_fine_tuning_learns_and_takes_a_share_of_the_labels(trained, monkeypatch):
     folder, _, flags, result = trained
     assert result["acc1"] > 60
+    learnt_from, training = [], fine_tune.frozen.LabelledTraining
+
+    def record(args, card, network, features, sources, *more, **options):
+        learnt_from.append(["/".join(Path(sources[0].path(i)).parts[-2:]) for i in range(len(sources[0]))])
+        return training(args, card, network, features, sources, *more, **options)
+
+    monkeypatch.setattr(fine_tune.frozen, "LabelledTraining", record)
     few = ["--num_labels", "3", "--batch_size", "3", "--epochs", "1", "--decay_epochs", "9", "--labels_perc", "34"]
     fine_tune.fine_tune(fine_tune.parse_args([*flags, *few, "--output_dir", str(folder / "few")]))
-    assert "34 % of every class" in capsys.readouterr().out
+    assert [name.split("/")[0] for name in learnt_from[0]] == ["blue", "blue", "green", "green", "red", "red"]
     (folder / "list.txt").write_text("blue/000.png\nred/001.png\n")
     listed = ["--subset_list", str(folder / "list.txt"), "--output_dir", str(folder / "listed")]
     fine_tune.fine_tune(fine_tune.parse_args([*flags, *few, *listed]))
-    assert "labelled images of" in capsys.readouterr().out
+    assert learnt_from[1] == ["blue/000.png", "red/001.png"]
 
 
 @pytest.mark.parametrize("layer", ["res4", "avgpool"])
@@ -77,8 +85,8 @@ def test_other_sets_are_classified_among_their_classes(trained, tmp_path):
     folder, data, _, _ = trained
     train = open_source(str(data), "train")
     for name, classes in {"named": ("red", "blue"), "numbered": ("2", "0"), "wrong": ("7", "0")}.items():
-        for i, label in enumerate(classes):
-            write_image(tmp_path / name / label / "a.png", picture(i))
+        for label in classes:  # green in truth: were it predicted, none would be right
+            write_image(tmp_path / name / label / "a.png", picture(7, COLOURS["green"]))
     named, absent = open_set(str(tmp_path / "named"), train)
     assert sorted(named.labels) == [0, 2] and absent == [1]
     numbered, _ = open_set(str(tmp_path / "numbered"), train)
@@ -93,7 +101,10 @@ def test_other_sets_are_classified_among_their_classes(trained, tmp_path):
     corrupted = [found[f"{name} {severity}"] for name in ("blur", "contrast") for severity in (1, 5)]
     assert found["corrupted"] == pytest.approx(np.mean(corrupted)) and found["clean"] > 60
     assert json.loads((tmp_path / "out/robustness.json").read_text()) == found
-    assert {"named", "numbered"} <= found.keys() and (tmp_path / "out/corruptions.png").exists()
+    assert found["named"] == found["numbered"] == 50 and (tmp_path / "out/corruptions.png").exists()
+    for twice in ([*sets, str(tmp_path / "other" / "named")], [str(tmp_path / "clean")]):
+        with pytest.raises(ValueError, match=f"there would be two of '{Path(twice[-1]).name}'"):
+            eval_robustness.eval_robustness(eval_robustness.parse_args([*flags, "--sets", *twice]))
     with pytest.raises(WeightMismatch, match=r"has no classifier: fine_tune\.py makes one"):
         load_classifier("regnet_test", str(folder / "trunk.pth"))
 
