@@ -43,15 +43,18 @@ DIGITS = (
 )
 RATES = (0.004, 0.008, 0.016)
 CIFAR10 = f"{RUN} --epochs 5 --batch-size 64 --lr 0.004 --warmup-epochs 0 --aa none --reprob 0 --mixup 0.2 --cutmix 1"
+SCRIPT = "translation/main.py"
 TRANSLATION = "--epochs 12 --log_freq 31 --bleu_freq 1"
 GOOD_BLEU = 90
 VARIANTS = [Variant(name, f"{flags} {DIGITS}") for name, flags in NETWORKS.items()]
 CIFAR10_VARIANTS = [Variant(name, f"{flags} {CIFAR10}") for name, flags in NETWORKS.items()]
-TRANSLATION_RATES = {"": "", ", rate 0.002": " --lr 0.002", ", rate 0.008": " --lr 0.008"}  # 0.004 is the default
+TRANSLATION_RATES = {"resmlp": (0.002, 0.008), "transformer": (0.001, 0.002)}  # beside the default, 0.004
 TRANSLATORS = [
-    Variant(f"{name}{rate}", f"--network {network} {TRANSLATION}{flag}", "translation/main.py")
+    Variant(
+        f"{name}{rate and f', rate {rate}'}", f"--network {network} {TRANSLATION}{rate and f' --lr {rate}'}", SCRIPT
+    )
     for network, name in (("resmlp", "ResMLP translator"), ("transformer", "Transformer of equal size"))
-    for rate, flag in TRANSLATION_RATES.items()
+    for rate in ("", *TRANSLATION_RATES[network])
 ]
 DINO = (
     "--arch resmlp_12 --global_crop_size 32 --local_crop_size 32 --local_crops_number 2 --out_dim 1024 "
