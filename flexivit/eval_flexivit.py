@@ -115,9 +115,8 @@ def eval_flexivit(args: argparse.Namespace) -> list[dict]:
     val = match_classifier(val, args.classes, args.shared_classes_only)
     network = load_flexible(args.pretrained).to(device)
     if getattr(network.head, "out_features", 0) != len(val.classes):
-        raise ValueError(
-            f"--pretrained {args.pretrained} has no classifier of the {len(val.classes)} classes of {val.name}"
-        )
+        classes = f"{len(val.classes)} classes of {val.name}"
+        raise ValueError(f"--pretrained {args.pretrained} has no classifier of the {classes}")
     in_chans = network.patch_embed.proj.in_channels
     transform = eval_transform(args.image_size, MEAN, STD, args.crop_ratio, in_chans, CARD.interpolation)
     dataset = EvalDataset(val, transform, BadImages(len(val), None, args.on_bad_image, args.max_bad_fraction))

@@ -43,19 +43,15 @@ def sizes(arch: str, tensors: Mapping[str, Tensor]) -> dict:
     return found | {"pool": next((pool for name, pool in pools.items() if name in tensors), "gap")}
 
 
-def release(arch: str, name: str, num_classes: int) -> Release:
-    doc = f"{name}.npz: call it with patch_size= or grid=, on images of 240 pixels in [-1, 1]."
-    return Release(arch, f"{name}.npz", doc, options={"num_classes": num_classes})
-
-
-I1K = [(size, f"flexivit_{size}_i1k{epochs}") for size in "sbl" for epochs in ("", "_600ep", "_300ep", "_90ep")]
+I1K = [f"flexivit_{size}_i1k{epochs}" for size in "sbl" for epochs in ("", "_600ep", "_300ep", "_90ep")]
 I21K = [*(f"flexivit_b_i21k_{epochs}ep" for epochs in (90, 300, 1000)), "vit_b16_i21k_300ep", "vit_b30_i21k_300ep"]
+DOC = "Call it with patch_size= or grid=, on images of 240 pixels in [-1, 1]."
 CARD = Card(
     name="flexivit",
     build=build,
     releases={
-        **{name: release(f"flexivit_{size}", name, 1000) for size, name in I1K},
-        **{name: release("flexivit_b", name, 21843) for name in I21K},
+        **{name: Release(name[:10], f"{name}.npz", DOC, options={"num_classes": 1000}) for name in I1K},
+        **{name: Release("flexivit_b", f"{name}.npz", DOC, options={"num_classes": 21843}) for name in I21K},
     },
     address="https://storage.googleapis.com/big_vision/flexivit/",
     interpolation="bilinear",
