@@ -15,11 +15,15 @@ from .evaluation import SNNMonitor
 from .pseudo_labels import save_certainty
 
 LOSS = {"ploss": "cross-entropy of two views", "mean_entropy": "entropy of the mean prediction"}
-PLOTS = (
-    Plot("Pseudo-labels", "nats", LOSS, reference=("ln_k", "ln K: all classes alike")),
-    Plot("Certainty", "largest probability", {"certainty": "mean, sharpened"}, least_range=0.2),
-    accuracy_plot("Soft nearest neighbours", "snn_top1"),
-)
+SNN = accuracy_plot("Soft nearest neighbours", "snn_top1")
+PLOTS = {
+    "PAWS": (
+        Plot("Pseudo-labels", "nats", LOSS, reference=("ln_k", "ln K: all classes alike")),
+        Plot("Certainty", "largest probability", {"certainty": "mean, sharpened"}, least_range=0.2),
+        SNN,
+    ),
+    "SuNCEt": (Plot("Losses", "nats", {"simclr": "of two views", "suncet": "of labelled images"}), SNN),
+}
 OWN_IMAGES = "paws/configs/paws/own_images.yaml"
 
 
@@ -53,8 +57,9 @@ def report(
     run: Run,
     dataset: MultiCropDataset,
     evaluation: SNNMonitor,
-    lines: Sequence[str],
-    pseudo_labels: tuple[np.ndarray, np.ndarray, np.ndarray] | None,
+    lines: Sequence[str] = (),
+    pseudo_labels: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
+    method: str = "PAWS",
 ) -> None:
     """Draw the pseudo-labels, views and curves, and print the text.
 
@@ -63,13 +68,15 @@ def report(
         lines: About the pseudo-labels.
         pseudo_labels: As :func:`paws.pseudo_labels.save_pseudo_labels` returns them.
     """
-    images, args, ending = evaluation.classifier.images, run.args, Report(run, "paws/paws_train.py")
+    images, args, script = evaluation.classifier.images, run.args, f"paws/{method.lower()}_train.py"
+    ending = Report(run, script)
     if pseudo_labels:
         ending.draw("certainty.png", lambda path: save_certainty(images, *pseudo_labels, path))
     titles = ["large view {n}"] * 2 + ["small view {n}"] * (len(dataset.recipes) - 2)
-    heading = "One image as it enters the network\nAll views have to get the same pseudo-label."
+    alike = "get the same pseudo-label" if method == "PAWS" else "be alike, and those of a class with labels"
+    heading = f"One image as it enters the network\nAll views have to {alike}."
     ending.draw_views(dataset, titles, heading)
-    ending.draw_curves("PAWS training", PLOTS)
+    ending.draw_curves(f"{method} training", PLOTS[method])
 
     network = {"pretrained": run.path, "model_name": args.model_name}
     start = start_of(vars(args))
@@ -84,5 +91,7 @@ def report(
         ending.then("paws/fine_tune.py", **network, output_dir=run.output_dir / "fine-tune")
     if measures := evaluation.without_labels:
         learned += without_labels(ending.lines, measures.name, len(measures.images), start=start)
-    own = {"data_path": "YOUR_IMAGES", "labels": "YOUR_LABELS.csv", "fname": from_here(OWN_IMAGES)}
-    ending.finish([*learned, *lines], own_images=command("paws/main.py", **own, output_dir="YOUR_RUN"))
+    own = {"data_path": "YOUR_IMAGES", "labels": "YOUR_LABELS.csv"}
+    if method == "PAWS":
+        script, own = "paws/main.py", own | {"fname": from_here(OWN_IMAGES)}
+    ending.finish([*learned, *lines], own_images=command(script, **own, output_dir="YOUR_RUN"))

@@ -30,6 +30,7 @@ from paws.evaluation import SoftNearestNeighbours, build_snn_monitor
 from paws.losses import simclr_loss, suncet_loss
 from paws.optimisation import LARS, lr_schedule, parameter_groups
 from paws.pretraining import new_encoder, numbered_checkpoint, open_training_data, resume
+from paws.report import report
 from shared import distributed
 from shared.multicrop import normalize_views
 from shared.optimisation.optim import clip_grad_norm_per_tensor_
@@ -93,6 +94,7 @@ def train_suncet(args: argparse.Namespace) -> None:
             evaluation.evaluate(epoch, encoder, run)
             run.log_epoch(bad_images=data.dataset.bad_images.count())
             run.end_epoch(keep_as=numbered_checkpoint(args, epoch))
+    report(run, data.dataset, evaluation, method="SuNCEt")
 
 
 def train_one_epoch(
