@@ -62,7 +62,7 @@ from shared.run.yaml_config import parse_args_with_config, read_config, write_co
 # batches need sharper targets, and a run of a minute a target encoder that follows fast.
 EMBEDDED_DATA_DEFAULTS = {
     "model_name": "deit_micro",
-    "patch_size": 8,
+    "patch_size": 4,
     "rand_size": 32,
     "focal_size": 16,
     "rand_views": 1,
@@ -77,7 +77,7 @@ EMBEDDED_DATA_DEFAULTS = {
     "hidden_dim": 512,
     "output_dim": 64,
     "batch_size": 32,
-    "epochs": 20,
+    "epochs": 16,
     "warmup": 1,
     "start_lr": 0.0002,
     "lr": 0.0015,
