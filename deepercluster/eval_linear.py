@@ -12,6 +12,7 @@ command again resumes (but on VOC).
 """
 
 import argparse
+import os
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -118,7 +119,7 @@ def eval_linear(args: argparse.Namespace) -> dict[str, float]:
 
     dim = features(torch.zeros(1, in_chans, side, side, device=device)).shape[1]
     transform = frozen.eval_transform(CARD, side, network)
-    if Path(args.data_path or "").parts[-2:] == ("VOCdevkit", "VOC2007"):
+    if args.data_path and Path(os.path.abspath(args.data_path)).parts[-2:] == ("VOCdevkit", "VOC2007"):
         return probe_voc(args, features, dim, transform, device)
     train, val = frozen.labelled_sources(args)
     if args.kfold is not None:

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 from collections.abc import Iterator
 from itertools import count, islice
 from pathlib import Path
@@ -106,7 +107,7 @@ class VOCImages:
     """
 
     def __init__(self, vocdir: Path, split: str, flag: str = "--vocdir"):
-        folder = vocdir.absolute()
+        folder = Path(os.path.abspath(vocdir))
         if folder.parts[-2:] != ("VOCdevkit", "VOC2007") or not folder.is_dir():
             raise ValueError(f"{flag} {vocdir}: expected a folder that ends in VOCdevkit/VOC2007")
         if not (folder / "ImageSets" / "Main" / f"{split}.txt").is_file():

@@ -64,8 +64,8 @@ def open_val(data_path: str | None, val_path: str | None, **reading_options) -> 
     """
     if val_path is not None:
         return open_source(val_path, "all", flag="--val_path", **reading_options)
-    beside = Path(data_path).with_name("val") if data_path and Path(data_path).name == "train" else None
-    if beside is not None and beside.is_dir():
+    folder = Path(data_path or "").absolute()  # "." too has a name
+    if data_path and folder.name == "train" and (beside := folder.with_name("val")).is_dir():
         return open_source(str(beside), "all", **reading_options)
     try:
         return open_source(data_path, "val", **reading_options)

@@ -21,6 +21,7 @@ from sklearn.datasets import load_digits
 
 from shared.images import materials
 from shared.images.decode import ImageError
+from shared.images.labelled import open_labelled
 from shared.images.sources import (
     TORCHVISION,
     ArraySource,
@@ -200,9 +201,12 @@ def test_a_missing_val_part_is_an_error_unless_a_holdout_is_asked_for(tmp_path):
         assert len(open_source(folder, "train")) == 80
 
 
-def test_a_holdout_never_splits_what_has_a_val_part(tmp_path):
-    write(*(tmp_path / split / "a" / f"{i}.png" for split in ("train", "val") for i in range(20)))
+@pytest.mark.parametrize(("inside", "path"), [(".", "."), (".", "train"), ("train", ".")])
+def test_a_holdout_never_splits_what_has_a_val_part(inside, path, tmp_path, monkeypatch):
+    write(*(tmp_path / split / c / f"{i}.png" for split in ("train", "val") for c in "ab" for i in range(10)))
     assert [len(open_source(tmp_path, split, holdout=True)) for split in ("train", "val")] == [20, 20]
+    monkeypatch.chdir(tmp_path / inside)
+    assert [len(source) for source in open_labelled(path, None)] == [20, 20]
 
 
 def test_a_text_list_names_files_and_labels(tmp_path):
