@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from navit.eval_resolutions import giga_operations
 from navit.hub import build, load_navit, sizes
 from navit.losses import contrastive_loss
+from navit.main import loss_of_pairs
 from navit.native_resolution_vit import (
     CHOICES,
     NaViT,
@@ -283,15 +284,17 @@ def pairs() -> list[torch.Tensor]:
     return [F.normalize(torch.randn(8, 4, generator=generator), dim=1).requires_grad_(True) for _ in range(2)]
 
 
-def loss_of_half(rank: int) -> list[torch.Tensor]:
-    """The loss of one process and its gradients, as their mean over the processes counts."""
-    mine = slice(4 * rank, 4 * rank + 4)
+def loss_of_part(rank: int) -> list[torch.Tensor]:
+    """The loss of a process with four or with two pairs and its gradients, as their mean over the processes counts."""
+    mine = VALID.nonzero()[:, 0].split([4, 2])[rank]
     inputs = [x[mine].detach().requires_grad_(True) for x in pairs()]
-    loss = contrastive_loss(*inputs, VALID[mine], torch.tensor(5.0), 3)
+    images = Packed.whole([torch.zeros(3, 4, 4)] * len(mine), 4)
+    model = lambda images, texts: (*inputs, torch.tensor(5.0))  # noqa: E731
+    loss = loss_of_pairs(model, images, torch.arange(len(mine)), ["a caption"] * len(mine), most=4, chunks=3)
     return [loss.detach() / 2, *(gradient / 2 for gradient in torch.autograd.grad(loss, inputs))]
 
 
-def test_the_contrastive_loss_is_that_of_all_pairs_in_any_chunks_and_on_two_processes():
+def test_the_contrastive_loss_is_that_of_all_pairs_in_any_chunks_and_on_processes_with_unequal_numbers_of_them():
     inputs = pairs()
     similarities = 5 * inputs[0][VALID] @ inputs[1][VALID].T
     own = torch.arange(int(VALID.sum()))
@@ -300,7 +303,7 @@ def test_the_contrastive_loss_is_that_of_all_pairs_in_any_chunks_and_on_two_proc
     for chunks in (1, 3, 8):
         found = contrastive_loss(*inputs, VALID, torch.tensor(5.0), chunks)
         torch.testing.assert_close((found, *torch.autograd.grad(found, inputs)), (loss, *expected))
-    halves = run_processes(loss_of_half, 2)
-    torch.testing.assert_close(halves[0][0] + halves[1][0], loss.detach())
+    parts = run_processes(loss_of_part, 2)
+    torch.testing.assert_close(parts[0][0] + parts[1][0], loss.detach())
     for i, gradient in enumerate(expected, start=1):
-        torch.testing.assert_close(torch.cat([half[i] for half in halves]), gradient)
+        torch.testing.assert_close(torch.cat([part[i] for part in parts]), gradient[VALID])
