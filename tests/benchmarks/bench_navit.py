@@ -153,6 +153,8 @@ def main() -> None:
         as_many = max(1, int(args.batch * args.length / mean))
         for name, at_once in (("vit-pytorch's NaViT", as_many), ("the same, two images at a time", 2)):
             ways[name] = partial(by_groups, other, images, at_once, args.length)
+    else:
+        print("vit-pytorch is not installed: its NaViT, and the target beside it, are left out")
     print(f"padding: {padding}")
     rows = compare(alternate(ways, args.rounds), "packed")
     rates = {name: len(images) / min(row["seconds"]) for name, row in rows.items()}

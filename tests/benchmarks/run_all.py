@@ -9,12 +9,13 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
+OF_PHOTOGRAPHS = ("bench_multicrop", "bench_navit")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=Path("build/bench"))
-    parser.add_argument("--images", help="photographs for the multi-crop benchmark; generated ones without it")
+    parser.add_argument("--images", help="photographs for multi-crop and NaViT; without it generated ones")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     failed = []
@@ -22,7 +23,7 @@ def main() -> None:
         print(f"\n== {script.stem}", flush=True)
         command = [sys.executable, str(script), "--out", str(args.out / f"{script.stem}.json")]
         command += ["--compile"] * (script.stem == "bench_step")
-        if args.images and script.stem == "bench_multicrop":
+        if args.images and script.stem in OF_PHOTOGRAPHS:
             command += ["--images", args.images]
         if subprocess.run(command).returncode:
             failed.append(script.stem)

@@ -1,5 +1,8 @@
 """The training of NaViT, its loader and its evaluation."""
 
+from pathlib import Path
+from subprocess import CompletedProcess
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +14,7 @@ from navit.main import learning_rate_factor, parse_args
 from navit.pack import CutMaterials, PackedBatches, TrainPatches
 from navit.sampling import Dropping, Resolutions
 from shared.images.loading import BadImages
+from tests.benchmarks import run_all
 from tests.navit.tiny import train
 from tests.reliability.runs import write_images
 from tests.run_folders import lines, state_of, stopped_after
@@ -186,3 +190,12 @@ def test_flags_that_make_no_sense_are_named(flags, message, capsys):
     with pytest.raises(SystemExit):
         parse_args(["--data_path", "digits", "--sequence_length", "128", *flags])
     assert message in capsys.readouterr().err
+
+
+def test_photographs_reach_the_benchmarks_that_look_at_them(tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(run_all.subprocess, "run", lambda c: commands.append(c) or CompletedProcess(c, 0))
+    monkeypatch.setattr("sys.argv", ["run_all.py", "--out", str(tmp_path), "--images", "photographs"])
+    run_all.main()
+    given = {Path(command[1]).stem for command in commands if command[-2:] == ["--images", "photographs"]}
+    assert given == {"bench_multicrop", "bench_navit"} and len(commands) > 20
