@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from seer.hub import FILES
 from seer.main_seer import network_of, parse_args, train_seer
 from seer.regnet import RegNet
 from seer.sharding import WholeNetwork, shard_network
@@ -254,3 +255,7 @@ def test_published_configurations_are_understood(config):
         assert (args.size_crops, args.epsilon, args.fsdp, args.warmup) == ([160, 96], 0.03, True, 0.043648)
         assert args.base_lr * 496 * args.batch_size / 256 == pytest.approx(9.3)
     assert parse_args(["--fname", str(config), "--batch_size", "3"]).batch_size == 3  # the command line wins
+
+
+def test_every_network_whose_weights_are_released_has_a_configuration():
+    assert {config.stem for config in CONFIGS.glob("regnet*.yaml")} == {arch for arch, *_ in FILES.values()}
