@@ -41,7 +41,7 @@ CLAIMS = [
           (UNCURATED, MIDDLE), (MIDDLE, NARROW), "acc1_10"),
     Claim("less is lost under corruption than by a supervised network", "accuracy left", RESULTS, UNCURATED,
           SUPERVISED, "acc1_left"),
-    Claim("the worst group is better off than with a supervised network", "generated groups, top-1",
+    Claim("the worst group is better off than with a supervised network", "generated groups, top-1 of neighbours",
           RESULTS, UNCURATED, SUPERVISED, "acc1_worst"),
     Claim("sharded networks train as whole ones", "2 processes beside 1", numbers="`tests/seer/test_main_seer.py`",
           found=CONFIRMED),
