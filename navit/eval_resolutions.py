@@ -112,21 +112,20 @@ def classify(
         Of each image that can be read, in order, on every process: ``loss``, ``hit`` (0 or 1), ``confidence`` (the
         largest probability), ``tokens``, ``gflops`` and ``shrunk`` (1: to fit into the position tables).
     """
-    network, most = classifier.image, classifier.image.pos_embed.most_a_side
-    images = EvalPatches(val, resolution, network.patch_size, network.patch_embed.in_channels, bad_images, most)
+    images = EvalPatches(val, resolution, classifier.image, bad_images)
     rows, labels = extract_features(classifier, images, classifier.precision.device, *how)
     rows, labels = (x[labels != LEFT_OUT].cpu() for x in (rows, labels))
     scores, (tokens, shrunk) = rows[:, :-2], rows[:, -2:].T
     if shrunk.any():
         side = f"{resolution:g} px" if resolution else "their own size"
         distributed.print_once(
-            f"{int(shrunk.sum())} of {len(rows)} images have more than {most} patches a side (--max_side) at {side}: "
-            "they were made smaller"
+            f"{int(shrunk.sum())} of {len(rows)} images have more than {images.longest[1]} patches a side (--max_side) "
+            f"at {side}: they were made smaller"
         )
     confidence, guess = scores.exp().max(dim=1)
     found = {"loss": F.nll_loss(scores, labels, reduction="none"), "hit": (guess == labels).float()}
     found |= {"confidence": confidence, "tokens": tokens, "shrunk": shrunk}
-    return found | {"gflops": giga_operations(network, tokens)}
+    return found | {"gflops": giga_operations(classifier.image, tokens)}
 
 
 def measure(

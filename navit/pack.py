@@ -27,7 +27,7 @@ from shared.images.sources import ImageSource, open_source
 from shared.images.subsets import Subset
 from shared.run.randomness import derive_seed
 
-from .native_resolution_vit import Packed, coordinates_of, patchify
+from .native_resolution_vit import NaViT, Packed, coordinates_of, patchify
 from .sampling import Dropping, Resolutions, fitting_size, nearest_grid
 
 CHUNK = 8  # images that a worker reads at a time
@@ -185,22 +185,13 @@ class TrainPatches(Dataset):
 class EvalPatches(EvalDataset):
     """(packed images, labels, indices) of images to evaluate on, whole, at one effective resolution (0: their own).
 
-    Args:
-        most_a_side: Patches a side beyond which an image is shrunk.
+    Those of more patches a side than the network has positions for are shrunk.
     """
 
-    def __init__(
-        self,
-        source: ImageSource,
-        resolution: float,
-        patch: int,
-        in_chans: int,
-        bad_images: BadImages,
-        most_a_side: float,
-    ):
+    def __init__(self, source: ImageSource, resolution: float, network: NaViT, bad_images: BadImages):
         super().__init__(source, np.asarray, bad_images)
-        self.resolution, self.patch, self.in_chans = resolution, patch, in_chans
-        self.longest = sys.maxsize, most_a_side
+        self.resolution, self.patch, self.in_chans = resolution, network.patch_size, network.patch_embed.in_channels
+        self.longest = sys.maxsize, network.pos_embed.most_a_side
 
     def __getitems__(self, positions: Sequence[int]) -> tuple[Packed, Tensor, Tensor]:
         pixels, *numbers = zip(*(self[position] for position in positions), strict=True)
