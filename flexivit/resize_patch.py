@@ -24,6 +24,7 @@ if __name__ == "__main__":  # run as a script: make the repository root importab
 from flexivit.checkpoints import described, load_as_trained
 from flexivit.flexible_vit import FlexiViT, pi_resize, resize_positions
 from shared import distributed
+from shared.images.labelled import open_val
 from shared.images.loading import EvalDataset, EvalTransform
 from shared.images.sources import open_source, reading
 from shared.networks.export import as_texts
@@ -83,7 +84,8 @@ def resize_patch(args: argparse.Namespace) -> float:
     print(f"patches of {old} pixels, {network.grid[0]}x{network.grid[1]} positions: {args.weights}")
     print(f"patches of {args.patch} pixels, {grid[0]}x{grid[1]} positions: {args.out}")
 
-    source = open_source(args.data_path, "val" if args.data_path is None else "all", **reading(args))
+    how = reading(args)
+    source = open_val(args.data_path, None, **how) or open_source(args.data_path, "all", **how)
     pixels = old * network.grid[0]
     transform = EvalTransform(pixels, pixels, **normalisation, in_chans=network.patch_embed.proj.in_channels)
     dataset = EvalDataset(source, transform, rows=range(min(IMAGES, len(source))))

@@ -129,10 +129,8 @@ SHORTER = {  # flags that make a printed command a matter of seconds
     "fine_tune": "--epochs 1",
     "gradient_ascent": "--niter 1 --filters 2 --idim 32",
 }
-UNTESTED = [("small", "flexivit")]  # whose resize_patch.py takes no folder of train/ and val/
 KINDS = ("labelled", "flat", "small", "embedded")
 CASES = [(kind, name) for kind in KINDS for name in PRINTED if kind != "flat" or PRINTED[name][1]]
-CASES = [case for case in CASES if case not in UNTESTED]
 FAST = [("small", "swav"), ("labelled", "msn"), ("small", "suncet"), ("small", "navit")]
 CARRIED = {"max_megapixels": "80.0", "max_bad_fraction": "0.02"}  # flags of the runs that the commands repeat
 
