@@ -83,7 +83,15 @@ EMBEDDED_DATA_DEFAULTS = {
     "saveckp_freq": 0,
     "output_dir": "runs/materials",
 }
-FOR_LARGER_NETWORKS = {"patch_size": 8, "lr": 0.0015}  # than vit_micro, on the embedded data
+# Than vit_micro: patches are what materials take, and smaller views pay for them.
+FOR_LARGER_VITS = {
+    "global_crop_size": 16,
+    "local_crop_size": 8,
+    "batch_size_per_gpu": 16,
+    "lr": 0.003,
+    "warmup_epochs": 2,
+}
+FOR_OTHER_NETWORKS = {"lr": 0.0015}
 ONE_SIZE_ONLY = ("resmlp", "mixer", "gmixer", "gmlp")  # networks of timm
 MINIMUM = {"epochs": 1, "batch_size_per_gpu": 1, "out_dim": 2, "log_freq": 1, "patch_size": 1, "local_crops_number": 0}
 
@@ -149,7 +157,8 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
     parser = parser or get_args_parser()
     args = parse_with_embedded_defaults(parser, arguments, EMBEDDED_DATA_DEFAULTS, MINIMUM)
     if args.arch != EMBEDDED_DATA_DEFAULTS["arch"]:
-        args = parse_with_embedded_defaults(parser, arguments, EMBEDDED_DATA_DEFAULTS | FOR_LARGER_NETWORKS, MINIMUM)
+        suited = FOR_LARGER_VITS if args.arch in VIT_NAMES else FOR_OTHER_NETWORKS
+        args = parse_with_embedded_defaults(parser, arguments, EMBEDDED_DATA_DEFAULTS | suited, MINIMUM)
     shorten_unset_warmup(parser, args, arguments)
     if args.epochs < max(args.warmup_epochs, args.warmup_teacher_temp_epochs):
         parser.error(

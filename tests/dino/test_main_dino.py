@@ -117,6 +117,19 @@ def test_bad_input_is_one_clear_message(tmp_path, flags, message, monkeypatch):
     assert message in error_of(main_dino.main, *TINY, "--output_dir", tmp_path, *flags)
 
 
+@pytest.mark.parametrize(
+    ("arch", "patch", "side"), [("vit_micro", 4, 32), ("deit_small", 4, 16), ("resnet18", None, 32)]
+)
+def test_without_images_views_are_as_large_as_a_network_can_learn_from_in_minutes(arch, patch, side, monkeypatch):
+    monkeypatch.undo()
+    args = main_dino.parse_args(["--arch", arch])
+    assert (args.global_crop_size, args.local_crop_size) == (side, side // 2)
+    assert patch is None or args.patch_size == patch
+    args = main_dino.parse_args(["--arch", arch, "--data_path", "images"])
+    assert (args.patch_size, args.global_crop_size, args.lr) == (16, 224, 0.0005)
+    assert main_dino.parse_args(["--arch", arch, "--global_crop_size", "24"]).global_crop_size == 24
+
+
 def as_the_official_code_saves(state: dict) -> dict:
     """Flags in a Namespace, an optimiser that is not fused, nothing of ours."""
     groups = [
