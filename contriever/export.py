@@ -15,11 +15,12 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import shared.run.passive_threads  # noqa: F401
+
+import torch
+from torch import Tensor, nn
 
 from contriever.encoder import Retriever, load_retriever, pad
 from contriever.onnx_encoder import NETWORK, TOKENIZER, WEIGHTS, OnnxEncoder

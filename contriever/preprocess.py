@@ -18,11 +18,12 @@ import os
 import sys
 from pathlib import Path
 
-import numpy as np
-from tqdm import tqdm
-
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import shared.run.passive_threads  # noqa: F401
+
+import numpy as np
+from tqdm import tqdm
 
 from contriever.encoder import find_model, read_tokenizer
 from contriever.flags import check_minimum

@@ -14,12 +14,13 @@ import argparse
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":  # run as a script: make the repository root importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import shared.run.passive_threads  # noqa: F401
+
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-
-if __name__ == "__main__":  # run as a script: make the repository root importable
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from flexivit.checkpoints import described, load_as_trained
 from flexivit.flexible_vit import FlexiViT, pi_resize, resize_positions

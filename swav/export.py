@@ -12,6 +12,7 @@ from pathlib import Path
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import shared.run.passive_threads  # noqa: F401
 
 from shared import distributed
 from shared.networks.export import add_export_flags, export_backbone

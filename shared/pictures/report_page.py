@@ -30,6 +30,9 @@ from operator import itemgetter
 from pathlib import Path
 from types import ModuleType
 
+if __name__ == "__main__":
+    import shared.run.passive_threads  # noqa: F401
+
 import numpy as np
 import torch
 import torch.nn.functional as F
