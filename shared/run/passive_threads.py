@@ -1,10 +1,8 @@
 """Lets idle OpenMP threads sleep soon, if it is imported before torch: for scripts alone, since it sets variables.
 
-Threads that spin while they wait keep the core from whoever has the rest of the work: beside two other processes on
-two cores a step of DINO's demonstration took 2.2 s, with threads that sleep 0.8 s, with one thread 0.8 s. Threads that
-sleep at once are woken for each of the many small operations of such a step, which costs a free machine more than a
-quarter of its speed; so they spin for tens of microseconds first (libgomp's ``GOMP_SPINCOUNT``, its unit a turn of its
-waiting loop).
+Threads that spin while they wait keep the core from whoever has the rest of the work; those that sleep at once have to
+be woken for each of the many small operations of a step. So they spin for 3,000 turns of libgomp's waiting loop first
+(docs/demos.md has what each costs on a busy and on a free machine).
 """
 
 import os
