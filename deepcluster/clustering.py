@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared import distributed
-from shared.evaluation.cluster_sums import sum_by_cluster
+from shared.evaluation.cluster_sums import nearest, sum_by_cluster
 from shared.evaluation.knn import nearest_neighbours
 from shared.evaluation.sharded_features import BLOCK_ROWS, labels_of_all, mean_and_covariance, rows_of_all
 
@@ -25,7 +25,6 @@ except ImportError:  # k-means in torch needs none
 
 ITERATIONS = 20  # of k-means
 NEIGHBOURS = 5  # of an image in power iteration clustering
-BLOCK_DISTANCES = 1 << 26  # of features to centroids, held in memory together: 256 MiB
 
 
 # --- PCA --------------------------------------------------------------------------------------------------------------
@@ -272,13 +271,8 @@ def kmeans_torch(features: Tensor, centroids: Tensor, iterations: int = ITERATIO
 
 def assign(features: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """Nearest centroid of each row, int64, (N,), and the sum of the squared distances, float64, 0-d."""
-    half_norms = centroids.square().sum(dim=1) / 2
-    nearest, total = [], torch.zeros((), dtype=torch.double, device=features.device)
-    for block in features.split(max(1, BLOCK_DISTANCES // len(centroids))):
-        best, index = torch.addmm(-half_norms, block, centroids.t()).max(dim=1)  # |x - c|^2 = |x|^2 - 2 (x c - |c|^2/2)
-        total += (block.square().sum(dim=1) - 2 * best).sum(dtype=torch.double)
-        nearest.append(index)
-    return torch.cat(nearest), total
+    found, scores = nearest(features, centroids, centroids.square().sum(dim=1) / -2)
+    return found, (features.square().sum(dim=1) - 2 * scores).sum(dtype=torch.double)
 
 
 def split_empty_clusters(centroids: Tensor, counts: Tensor, num_rows: int) -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared import distributed
-from shared.evaluation.cluster_sums import sum_by_cluster, sum_by_cluster_on_cpu
+from shared.evaluation.cluster_sums import BLOCK_SCORES, nearest, sum_by_cluster, sum_by_cluster_on_cpu
 from shared.evaluation.sharded_features import labels_of_all, mean_and_covariance, rows_of_all
 from shared.images.cluster_draws import cluster_lists, count_repetitions, draw_uniformly
 from shared.optimisation.optim import keep_options, load_optimizer_state
@@ -22,7 +22,6 @@ from shared.run.randomness import derive_seed
 
 LEAST_VARIANCE = 1e-5  # of a principal component, as a share of the largest one
 ROUNDING = 1e-13  # variance of rounding errors, as a share of the squared mean
-BLOCK_DISTANCES = 1 << 26  # of rows to centroids, held in memory together: 256 MiB
 CLOSE = 1e-7  # between the two halves of a cluster, in every coordinate, by the released rule
 NO_CLUSTER = -1
 
@@ -175,20 +174,10 @@ def whiten(batches: Iterable[Tensor], batches_for_pca: int, dim: int) -> Tensor:
 # --- k-means ----------------------------------------------------------------------------------------------------------
 
 
-def nearest(rows: Tensor, centroids: Tensor, use_faiss: bool) -> Tensor:
-    """Nearest centroid of each of the rows of unit length (N, d), int64, (N,); on a CPU with faiss, if asked for."""
-    if use_faiss and rows.device.type == "cpu":
-        try:
-            import faiss  # here: it takes a second
-        except ImportError as error:
-            raise ValueError("--use_faiss true: faiss is missing: pip install faiss-cpu, or take false") from error
-        index = faiss.IndexFlatL2(rows.shape[1])
-        index.add(centroids.numpy())
-        return torch.from_numpy(index.search(rows.numpy(), 1)[1][:, 0])
-    norms = centroids.square().sum(dim=1)
-    blocks = rows.split(max(1, BLOCK_DISTANCES // len(centroids)))
-    found = [(1 - 2 * block @ centroids.t() + norms).argmin(dim=1) for block in blocks]
-    return torch.cat(found) if found else torch.zeros(0, dtype=torch.long, device=rows.device)
+def nearest_as_released(rows: Tensor, centroids: Tensor) -> Tensor:
+    """Nearest centroid of each of the rows of unit length, by the released formula of the distances."""
+    norms, blocks = centroids.square().sum(dim=1), rows.split(max(1, BLOCK_SCORES // len(centroids)))
+    return torch.cat([(1 - 2 * block @ centroids.t() + norms).argmin(dim=1) for block in blocks])
 
 
 def kmeans(
@@ -196,7 +185,6 @@ def kmeans(
     centroids: Tensor,
     iterations: int,
     group: dist.ProcessGroup | None = None,
-    use_faiss: bool = False,
     released: int | None = None,
     batch_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -217,10 +205,13 @@ def kmeans(
     """
     visited = rows if batch_size is None else rows[: len(rows) // batch_size * batch_size]
     centroids, on_cpu = centroids.clone(), rows.device.type == "cpu"
-    # the halves of a released split are so close that the last bit of a mean decides what becomes of them
+    # the last bit of a mean or of a distance decides what becomes of the halves of a released split
     add_up = sum_by_cluster_on_cpu if on_cpu and released is None else sum_by_cluster
     for iteration in range(iterations + 1):
-        labels = nearest(visited, centroids, use_faiss)
+        if released is None:
+            labels, _ = nearest(visited, centroids, centroids.square().sum(dim=1) / -2)
+        else:
+            labels = nearest_as_released(visited, centroids)
         counts = distributed.all_reduce_sum(labels.bincount(minlength=len(centroids)), group)
         if iteration == iterations and counts.all():
             break
@@ -317,7 +308,6 @@ def find_clusters(
     iterations: int,
     seed: int,
     start_images: int,
-    use_faiss: bool = False,
     released_batch: int | None = None,
 ) -> Clusters:
     """k-means into super-clusters over all processes, then of each one into sub-clusters in its clustering group.
@@ -341,7 +331,7 @@ def find_clusters(
                 f"--super_classes {layout.super_classes}: {start_images} images are less than {c} clusters"
             )
         start = torch.from_numpy(rng.choice(start_images, c, replace=False))
-        labels, _ = kmeans(rows, rows_of_all(rows, start), iterations, None, use_faiss, released(0))
+        labels, _ = kmeans(rows, rows_of_all(rows, start), iterations, None, released(0))
         super_clusters = labels_of_all(labels, torch.arange(groups.rank, num_images, layout.world_size), num_images)
 
     # who gets which images; every process knows that of all others
@@ -362,7 +352,7 @@ def find_clusters(
     for s, share in zip(layout.clusters_of_rank(groups.rank), received, strict=True):
         drawn = np.random.RandomState((seed + 1 + s) % 2**32)
         start = draw_start(share, num_sub, groups, drawn)
-        found.append(kmeans(share, start, iterations, groups.clustering, use_faiss, released(s))[0])
+        found.append(kmeans(share, start, iterations, groups.clustering, released(s))[0])
     sub_clusters = labels_of_all(torch.cat(found), wanted[groups.rank], num_images)
     return Clusters(super_clusters, sub_clusters, c, num_sub)
 

@@ -112,7 +112,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--super_classes", type=int, default=4, help="super-clusters, times four rotations with --rotnet")
     add("--rotnet", type=bool_flag, default=True, help="predict rotations as well")
     add("--niter", type=int, default=10, help="updates of the centroids")
-    add("--use_faiss", type=bool_flag, default=True, help="find nearest centroids with faiss, on a CPU")
+    add("--use_faiss", type=bool_flag, default=True, help="not used: the search here takes no longer")
     rules = "released: sizes, empty clusters and leftover images as in the released code, with its faults"
     add("--rules", default="fixed", choices=("fixed", "released"), help=rules)
 
@@ -271,7 +271,6 @@ def cluster_images(run: Run, network: VGG16, loader: DataLoader, groups: Groups,
         args.niter,
         derive_seed(args.seed, run.epoch, FINDING),
         fitted,
-        args.use_faiss,
         args.batch_size if args.rules == "released" else None,
     )
     before = None if previous is None else previous.assignments()

@@ -11,6 +11,8 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from sklearn.metrics.cluster import contingency_matrix
 from torch import Tensor
 
+from shared.evaluation.cluster_sums import nearest
+
 
 @dataclass
 class Clustering:
@@ -70,11 +72,11 @@ def assign(embeddings: Tensor, prototypes: Tensor, temperature: float = 0.1, mer
         merge_into: Number of clusters to merge the prototypes in use into; 0 for one cluster per prototype.
     """
     k, num_clusters = len(prototypes), merge_into or len(prototypes)
-    nearest = torch.cat([(rows @ prototypes.T).argmax(dim=1) for rows in embeddings.split(4096)])
-    clusters = nearest
+    closest, _ = nearest(embeddings, prototypes)
+    clusters = closest
     if merge_into:
-        groups = merge_prototypes(prototypes, torch.bincount(nearest, minlength=k), merge_into)
-        clusters = groups[nearest]
+        groups = merge_prototypes(prototypes, torch.bincount(closest, minlength=k), merge_into)
+        clusters = groups[closest]
     confidences, entropies = [], []
     for rows, mine in zip(embeddings.split(4096), clusters.split(4096), strict=True):
         scores = rows @ prototypes.T / temperature
@@ -89,7 +91,7 @@ def assign(embeddings: Tensor, prototypes: Tensor, temperature: float = 0.1, mer
     return Clustering(
         clusters,
         torch.cat(confidences).cpu().numpy(),
-        nearest.cpu().numpy(),
+        closest.cpu().numpy(),
         torch.cat(entropies).mean().item() / math.log(max(k, 2)),
         k,
         num_clusters,

@@ -7,10 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared import distributed
-from shared.evaluation.cluster_sums import sum_by_cluster
+from shared.evaluation.cluster_sums import nearest, sum_by_cluster
 
 NOT_SEEN = -100  # label of images without an assignment; the cross-entropy ignores it
-ROWS_AT_A_TIME = 16384  # similarities of so many embeddings are in memory at once
 
 
 class MemoryBank:
@@ -87,12 +86,6 @@ class MemoryBank:
 
 
 @torch.no_grad()
-def nearest_centroids(embeddings: Tensor, centroids: Tensor) -> Tensor:
-    """Index of the centroid (K, D) with the largest dot product for each row of (M, D); the lowest one in a tie."""
-    return torch.cat([(rows @ centroids.T).argmax(dim=1) for rows in embeddings.split(ROWS_AT_A_TIME)])
-
-
-@torch.no_grad()
 def spherical_kmeans(embeddings: Tensor, centroids: Tensor, num_iters: int = 10) -> tuple[Tensor, Tensor]:
     """Cluster unit vectors that are spread over the processes.
 
@@ -107,13 +100,13 @@ def spherical_kmeans(embeddings: Tensor, centroids: Tensor, num_iters: int = 10)
         The cluster of each row, (M,), and the unit centroids (K, D), the same on every process.
     """
     for _ in range(num_iters):
-        assignments = nearest_centroids(embeddings, centroids)
+        assignments, _ = nearest(embeddings, centroids)
         sums = sum_by_cluster(embeddings, assignments, len(centroids), centroids.dtype)
         counts = torch.bincount(assignments, minlength=len(centroids))
         sums, counts = distributed.all_reduce_sum(sums), distributed.all_reduce_sum(counts)[:, None]
         centroids = torch.where(counts > 0, sums / counts.clamp_min(1), centroids)
         centroids = F.normalize(centroids, dim=1)
-    return nearest_centroids(embeddings, centroids), centroids
+    return nearest(embeddings, centroids)[0], centroids
 
 
 @torch.no_grad()

@@ -5,8 +5,7 @@
 Implementations, alternated on the same whitened features in one process, from the same rows, as many iterations:
 
 - ``faiss``: k-means of faiss into super-clusters, then k-means of faiss of the rows of each of them;
-- ``ours``: :func:`deepercluster.clustering.find_clusters`, nearest centroids by faiss;
-- ``ours, torch``: the same with nearest centroids in torch, as on a GPU;
+- ``ours``: :func:`deepercluster.clustering.find_clusters`;
 - ``flat faiss``: k-means of faiss into all clusters at once.
 
 Then N and K vary; exponents are slopes in log-log scale (1: linear).
@@ -50,9 +49,9 @@ def two_levels_of_faiss(rows: Tensor, super_clusters: int, clusters: int) -> Non
         faiss_kmeans(part, part[torch.from_numpy(start)])
 
 
-def ours(rows: Tensor, super_clusters: int, clusters: int, use_faiss: bool = True) -> Clusters:
+def ours(rows: Tensor, super_clusters: int, clusters: int) -> Clusters:
     groups = Groups(Layout(1, super_clusters, rotnet=False))
-    return find_clusters(rows, len(rows), groups, clusters, ITERATIONS, SEED, len(rows), use_faiss)
+    return find_clusters(rows, len(rows), groups, clusters, ITERATIONS, SEED, len(rows))
 
 
 def main() -> None:
@@ -72,7 +71,6 @@ def main() -> None:
     ways = {
         "faiss": lambda: two_levels_of_faiss(rows, c, k),
         "ours": lambda: ours(rows, c, k),
-        "ours, torch": lambda: ours(rows, c, k, use_faiss=False),
         "flat faiss": lambda: faiss_kmeans(rows, flat),
     }
     result = {"ways": compare(alternate(ways, args.rounds), "faiss"), "growth": {}}

@@ -99,13 +99,6 @@ def test_as_many_clusters_as_images_and_equal_images_come_to_an_end():
         assert equal.assignments.shape == (12,) and equal.loss == pytest.approx(0, abs=1e-5)
 
 
-def test_memory_is_bounded_without_changing_the_result(monkeypatch):
-    features, _ = blobs()
-    whole = cluster(features, "Kmeans", 6, seed=1, backend="torch")
-    monkeypatch.setattr(clustering, "BLOCK_DISTANCES", 60)
-    assert torch.equal(cluster(features, "Kmeans", 6, seed=1, backend="torch").assignments, whole.assignments)
-
-
 def test_without_faiss_torch_is_taken_and_faiss_is_an_error(monkeypatch):
     features, _ = blobs()
     expected = cluster(features, "Kmeans", 6, seed=1, backend="torch")

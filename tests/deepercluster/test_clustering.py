@@ -48,11 +48,10 @@ def test_processes_that_cannot_share_are_refused(world_size, super_classes, mess
         Layout(world_size, super_classes, True)
 
 
-@pytest.mark.parametrize("use_faiss", [False, True])
-def test_kmeans_is_lloyds_loop(use_faiss):
+def test_kmeans_is_lloyds_loop():
     rows = blobs(80, 5, 4)
     start = rows[torch.arange(6)]
-    labels, centroids = kmeans(rows, start, 5, use_faiss=use_faiss)
+    labels, centroids = kmeans(rows, start, 5)
     slow = start.double()
     for iteration in range(6):
         nearest = [min(range(6), key=lambda k: float((row - slow[k]).square().sum())) for row in rows.double()]
@@ -89,7 +88,7 @@ def test_whitened_components_are_uncorrelated_and_too_many_are_refused():
 
 def clusters_of_rank(rank: int, world_size: int, rows: torch.Tensor, k: int, released: int | None) -> list:
     groups = Groups(Layout(world_size, 8, True))
-    found = find_clusters(rows[rank::world_size], len(rows), groups, k, 4, 0, len(rows), False, released)
+    found = find_clusters(rows[rank::world_size], len(rows), groups, k, 4, 0, len(rows), released)
     return [found.super_clusters, found.sub_clusters]
 
 

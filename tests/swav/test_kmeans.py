@@ -5,20 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from swav import kmeans
-from swav.kmeans import NOT_SEEN, MemoryBank, cluster_memory, nearest_centroids, spherical_kmeans
+from swav.kmeans import NOT_SEEN, MemoryBank, cluster_memory, spherical_kmeans
 from tests.processes import run_processes
 
 
 def unit_rows(rows: int, dim: int = 5, seed: int = 0) -> torch.Tensor:
     return F.normalize(torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed)), dim=1)
-
-
-def test_rows_are_compared_a_portion_at_a_time(monkeypatch):
-    embeddings, centroids = unit_rows(50), unit_rows(4, seed=1)
-    whole = nearest_centroids(embeddings, centroids)
-    monkeypatch.setattr(kmeans, "ROWS_AT_A_TIME", 7)
-    assert torch.equal(nearest_centroids(embeddings, centroids), whole)
 
 
 def filled(rows: int, num_banks: int = 2) -> MemoryBank:

@@ -1,7 +1,26 @@
+import pytest
 import torch
 
 from shared.evaluation import cluster_sums
-from shared.evaluation.cluster_sums import sum_by_cluster, sum_by_cluster_on_cpu
+from shared.evaluation.cluster_sums import nearest, sum_by_cluster, sum_by_cluster_on_cpu
+
+
+@pytest.mark.parametrize("block", [1, 7, 1 << 18])
+def test_the_nearest_centroid_is_that_of_a_loop_whatever_the_blocks(monkeypatch, block):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(-3, 4, (50, 3), generator=generator).double()  # products without rounding
+    centroids = torch.randint(-3, 4, (6, 3), generator=generator).double()
+    centroids[5] = centroids[2]  # a tie of all rows
+    monkeypatch.setattr(cluster_sums, "BLOCK_SCORES_ON_CPU", block)
+    by_product, score = nearest(rows, centroids)
+    by_distance, _ = nearest(rows, centroids, centroids.square().sum(dim=1) / -2)
+    for i, row in enumerate(rows):
+        products = [float(row @ centroid) for centroid in centroids]
+        distances = [float((row - centroid).square().sum()) for centroid in centroids]
+        assert (by_product[i], score[i]) == (products.index(max(products)), max(products))
+        assert by_distance[i] == distances.index(min(distances))
+    empty, of_none = nearest(rows[:0], centroids)
+    assert empty.dtype == torch.long and empty.shape == of_none.shape == (0,)
 
 
 def test_sums_equal_a_loop_over_rows_whatever_the_blocks(monkeypatch):
