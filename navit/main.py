@@ -248,7 +248,7 @@ def train_navit(args: argparse.Namespace) -> None:
             is_due = (epoch + 1) % args.test_freq == 0 or epoch + 1 == args.epochs
             run.log_epoch(**evaluate(run, resolutions if is_due else (), look), bad_images=bad_images.count())
             run.end_epoch()
-    report(run, val, batches, look)
+    report(run, train, val, batches, look)
 
 
 def train_one_epoch(

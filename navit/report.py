@@ -44,7 +44,9 @@ def save_packing(sequences: Sequence[Sequence[Example]], length: int, patch: int
     return save_sheet(rows, path, heading, [10 * len(row[0].pixels) / row[0].pixels.shape[1] for row in rows])
 
 
-def report(run: Run, val: ImageSource | None, batches: PackedBatches, look: Callable[[float], dict]) -> None:
+def report(
+    run: Run, train: ImageSource, val: ImageSource | None, batches: PackedBatches, look: Callable[[float], dict]
+) -> None:
     """Evaluate the network over the range of the training, draw, and print the text.
 
     Args:
@@ -60,7 +62,7 @@ def report(run: Run, val: ImageSource | None, batches: PackedBatches, look: Call
         cascades = [row for pairs in cascades for row in pairs]
         ending.draw("cost.png", lambda path: save_cost(rows, cascades, path, "Accuracy and cost of one NaViT"))
         by_side = ", ".join(f"{row['resolution']} px ({row['tokens']:.0f} tokens) {row['acc1']:.1f} %" for row in rows)
-        learned = [*ending.top1(val), f"top-1 by effective resolution: {by_side}"]
+        learned = [*ending.top1(train, val), f"top-1 by effective resolution: {by_side}"]
         ending.then("navit/eval_resolutions.py", pretrained=run.path, output_dir=run.output_dir / "resolutions")
     for last in [line for line in ending.lines if "padding" in line][-1:]:
         learned.append(

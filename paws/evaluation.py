@@ -14,7 +14,7 @@ from shared import distributed
 from shared.evaluation.features import extract_features
 from shared.evaluation.frozen import bad_images_of
 from shared.evaluation.knn_monitor import AUTOMATIC_UP_TO, BetweenEpochs
-from shared.evaluation.without_labels import MeasuresWithoutLabels
+from shared.evaluation.without_labels import MeasuresWithoutLabels, Pixels
 from shared.images.labelled import NotLabelled, match_val, open_val
 from shared.images.loading import LEFT_OUT, BadImages, EvalDataset, EvalTransform
 from shared.images.sources import ImageSource, reading
@@ -151,7 +151,11 @@ class SoftNearestNeighbours:
     batch_size: int = 128
 
     def classify(
-        self, encoder: Encoder, dataset: EvalDataset, between_batches: Callable[[], None] | None = None
+        self,
+        encoder: Encoder,
+        dataset: EvalDataset,
+        between_batches: Callable[[], None] | None = None,
+        of_pixels: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Class probabilities (N, C) of a data set, and its labels (N,); every process must call this.
 
@@ -159,8 +163,9 @@ class SoftNearestNeighbours:
 
         Args:
             between_batches: Called after every batch, equally often on every process; may raise to stop.
+            of_pixels: Raw pixels vote instead of representations.
         """
-        network = Representation(encoder, self.use_pred).train(encoder.training)
+        network = Pixels() if of_pixels else Representation(encoder, self.use_pred).train(encoder.training)
         chosen = self.images.labelled
         policy = "error" if dataset.bad_images.on_bad_image == "error" else "skip"
         policy = BadImages(len(self.images.source), None, policy, dataset.bad_images.max_fraction)
@@ -222,14 +227,18 @@ class SNNMonitor(BetweenEpochs):
             values = self.without_labels.run(epoch, Representation(plain).train(plain.training))
         if self.is_due(epoch):
             values["snn_top1"] = self.run(encoder, run.stop_if_asked)
+            if epoch == -1 and len(self.validation.rows) <= AUTOMATIC_UP_TO:
+                values["pixels_snn_top1"] = self.run(encoder, run.stop_if_asked, of_pixels=True)
         if values:
             run.log_evaluation(**values)
 
-    def run(self, encoder: Encoder, between_batches: Callable[[], None] | None = None) -> float:
+    def run(
+        self, encoder: Encoder, between_batches: Callable[[], None] | None = None, of_pixels: bool = False
+    ) -> float:
         """Top-1 in percent; see :meth:`SoftNearestNeighbours.classify`."""
         encoder = distributed.unwrap(encoder)
         dataset = self.validation.dataset(eval_transform(self.classifier.recipe, encoder))
-        return self.validation.top_k(*self.classifier.classify(encoder, dataset, between_batches))[0]
+        return self.validation.top_k(*self.classifier.classify(encoder, dataset, between_batches, of_pixels))[0]
 
 
 def build_snn_monitor(args: argparse.Namespace, classifier: SoftNearestNeighbours) -> SNNMonitor:

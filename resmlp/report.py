@@ -23,4 +23,4 @@ def report(run: Run, network: nn.Module, images: LabelledImages, best_acc1: floa
         if not args.data_set.startswith(("CIFAR", "INAT")):  # of which k-NN reads class folders only
             ending.then("resmlp/eval_knn.py", **weights, nb_knn=min(20, len(images.train)))
         ending.then("resmlp/export.py", **weights, output_dir=folder)
-    ending.finish([*ending.top1(images.val), f"best top-1 {best_acc1:.1f} %"])
+    ending.finish([*ending.top1(images.train, images.val), f"best top-1 {best_acc1:.1f} %"])

@@ -34,7 +34,7 @@ def report(run: Run, images: LabelledImages) -> None:
     args, ending = run.args, Report(run, "vit22b/main.py")
     ending.draw_curves("ViT-22B's network, supervised training", [*SUPERVISED_PLOTS, LOGITS])
     ending.draw("entropy.png", lambda path: save_entropy(ending.lines, path, "Entropy of the attention by block"))
-    learned = ending.top1(images.val)
+    learned = ending.top1(images.train, images.val)
     last = next((line for line in reversed(ending.lines) if line.get("max_logit") is not None), None)
     if last is not None:
         entropies = ", ".join(f"{value:.2f}" for value in per_block(last, "entropy"))

@@ -101,7 +101,7 @@ def train_xcit(args: argparse.Namespace) -> None:
         weights_flag="--pretrained",
     )
     views = LabelledViews(images.train, transform, args.seed, images.bad_images)
-    report(run, views, build_mixup(args, images.num_classes), images.val, best.acc1)
+    report(run, views, build_mixup(args, images.num_classes), images, best.acc1)
 
 
 def evaluate_xcit(args: argparse.Namespace) -> None:

@@ -7,12 +7,11 @@ import torch
 from timm.data import Mixup
 from torch import Tensor
 
-from shared.images.sources import ImageSource
 from shared.pictures.report import SUPERVISED_PLOTS, Report
 from shared.pictures.sheets import Tile, magnify, normalised_pixels, save_sheet
 from shared.run.randomness import seed_step
 from shared.run.run import Run
-from shared.supervised.data import LabelledViews
+from shared.supervised.data import LabelledImages, LabelledViews
 
 from .cross_covariance_transformer import ARCHITECTURES
 from .hub import MEAN, STD
@@ -42,7 +41,7 @@ def _mixed_label(target: Tensor, classes: Sequence[str]) -> str:
     return ", ".join(f"{share:.2f} {classes[i]}" for share, i in zip(shares.tolist(), indices.tolist(), strict=True))
 
 
-def report(run: Run, views: LabelledViews, mixup: Mixup | None, val: ImageSource, best_acc1: float) -> None:
+def report(run: Run, views: LabelledViews, mixup: Mixup | None, images: LabelledImages, best_acc1: float) -> None:
     """Draw views and curves, and print the text; ``best_acc1`` is the best top-1, that of ``best_model.pth``."""
     args, ending = run.args, Report(run, "xcit/main.py")
     ending.draw("views.png", lambda path: save_views(views, mixup, path))
@@ -54,4 +53,4 @@ def report(run: Run, views: LabelledViews, mixup: Mixup | None, val: ImageSource
     if args.model in ARCHITECTURES:
         size, folder = [args.input_size] * 2, run.output_dir / "export"
         ending.then("xcit/export.py", **network, image_size=size, output_dir=folder)
-    ending.finish([*ending.top1(val), f"best top-1 {best_acc1:.1f} %"])
+    ending.finish([*ending.top1(images.train, images.val), f"best top-1 {best_acc1:.1f} %"])

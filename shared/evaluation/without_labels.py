@@ -117,18 +117,24 @@ class ImageAndCrop(EvalDataset):
         return torch.stack([self.transform(pixels), near(crop)]), self.source.label(index), index
 
 
+class Pixels(nn.Module):
+    """Raw pixels of images (B, C, H, W), averaged to 16 x 16: (B, C x 256), float32."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.adaptive_avg_pool2d(images.float(), PIXELS_SIDE).flatten(1)
+
+
 class BesidePixels(nn.Module):
     """Features, and behind them raw pixels, of images (B, C, H, W), or of groups of them: (B, G, C, H, W)."""
 
     def __init__(self, backbone: nn.Module):
         super().__init__()
-        self.backbone = backbone
+        self.backbone, self.pixels = backbone, Pixels()
         self.train(backbone.training)
 
     def forward(self, images: Tensor) -> Tensor:
         flat = images.flatten(0, -4)
-        pixels = F.adaptive_avg_pool2d(flat, PIXELS_SIDE).flatten(1)
-        return torch.cat([self.backbone(flat).float(), pixels], dim=1).reshape(len(images), -1)
+        return torch.cat([self.backbone(flat).float(), self.pixels(flat)], dim=1).reshape(len(images), -1)
 
     @staticmethod
     def parts(columns: int, channels: int) -> dict[str, slice]:

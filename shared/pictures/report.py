@@ -10,17 +10,20 @@ import numpy as np
 from torch import Tensor, nn
 
 from shared import distributed
-from shared.evaluation.knn_monitor import KNNMonitor
+from shared.evaluation.knn_monitor import KNNMonitor, classify_pixels
 from shared.evaluation.neighbours import Gallery, galleries, save_nearest
 from shared.images.loading import BadImages, EvalDataset
 from shared.images.sources import ImageSource
 from shared.multicrop import MultiCropDataset
 from shared.run.log import read_log
 from shared.run.run import Run
-from shared.run.summary import accuracy, command, next_command, paragraphs, start_of, without_labels
+from shared.run.summary import accuracy, command, margin, next_command, paragraphs, start_of, without_labels
 
 from .curves import Curve, Panel, save_panels
 from .sheets import Tile, save_sheet, to_pixels
+
+PIXELS_UP_TO = 10_000  # training images that a report reads once more to classify raw pixels
+
 
 # --- Curves -----------------------------------------------------------------------------------------------------------
 
@@ -183,10 +186,14 @@ class Report:
             self.galleries = found
             self.draw("neighbours.png", lambda path: save_nearest(*found, path))
 
-    def top1(self, val: ImageSource) -> list[str]:
-        """The accuracies of a supervised training as one sentence; none where the log has none."""
+    def top1(self, train: ImageSource, val: ImageSource) -> list[str]:
+        """The accuracies of a supervised training, and for few images that of raw pixels; on every process."""
         what, start = f"top-1 on {val.describe()}", start_of(vars(self.run.args))
-        return accuracy(self.lines, "test_acc1", what, len(val), len(val.classes), start=start)
+        found = accuracy(self.lines, "test_acc1", what, len(val), len(val.classes), start=start)
+        if len(train) > PIXELS_UP_TO:
+            return found
+        pixels = classify_pixels(train, val)
+        return [*found, f"k-NN of raw pixels: {pixels:.1f} +- {margin(pixels, len(val)):.1f} %"]
 
     def then(self, script: str, *arguments: str, **flags) -> None:
         """Name a command that evaluates the trained network, see :func:`shared.run.summary.next_command`."""

@@ -76,6 +76,8 @@ def test_training_writes_the_official_files(whole):
         assert line["mean_entropy"] <= line["ln_k"] + 1e-4 and line["ln_k"] == pytest.approx(math.log(3))
         assert line["skipped"] == 0
     assert [line["step"] for line in lines(whole) if "snn_top1" in line] == [0, 3, 6]
+    (pixels,) = [line["pixels_snn_top1"] for line in lines(whole) if "pixels_snn_top1" in line]
+    assert 0 <= pixels <= 100
     state = state_of(whole)
     official = "encoder opt epoch unlabel_prob s_batch_size u_batch_size world_size lr temperature amp".split()
     assert state.keys() >= set(official) and state["epoch"] == 2

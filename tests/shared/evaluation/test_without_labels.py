@@ -6,11 +6,13 @@ import torch
 from PIL import Image
 from torch import nn
 
+from shared.evaluation.knn_monitor import classify_pixels
 from shared.evaluation.without_labels import BesidePixels, ImageAndCrop, MeasuresWithoutLabels, recall_at_1
 from shared.images.loading import EvalTransform
 from shared.images.sources import ArraySource
 from shared.run.health import rank_me
 
+PARTS = {"train": slice(30), "val": slice(30, 50)}
 TRANSFORM = EvalTransform(36, 32, (0.5,) * 3, (0.25,) * 3)
 
 
@@ -31,6 +33,23 @@ class Colours(nn.Module):
 
     def forward(self, images):
         return nn.functional.adaptive_avg_pool2d(images, 2).flatten(1)
+
+
+def test_raw_pixels_are_classified_as_a_loop_over_centred_thumbnails_does():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 50)
+    pixels = (40 * labels[:, None, None, None] + rng.integers(0, 130, (50, 32, 32, 3))).astype(np.uint8)
+    train, val = (ArraySource(n, pixels[part], labels[part], list("abc")) for n, part in PARTS.items())
+    thumbnails = pixels.reshape(50, 16, 2, 16, 2, 3).mean(axis=(2, 4)).reshape(50, -1)
+    thumbnails -= thumbnails[PARTS["train"]].mean(axis=0)
+    thumbnails /= np.linalg.norm(thumbnails, axis=1, keepdims=True)
+    hits = 0
+    for row, label in zip(thumbnails[PARTS["val"]], labels[PARTS["val"]], strict=True):
+        votes, similar = np.zeros(3), thumbnails[PARTS["train"]] @ row
+        for i in np.argsort(-similar)[:20]:
+            votes[labels[PARTS["train"]][i]] += np.exp(similar[i] / 0.07)
+        hits += votes.argmax() == label
+    assert 0 < hits < 20 and classify_pixels(train, val) == pytest.approx(100 * hits / 20)
 
 
 def test_recall_equals_a_loop_and_is_that_of_a_guess_where_all_features_are_equal():
