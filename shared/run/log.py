@@ -22,6 +22,7 @@ from shared import distributed
 from .attempt import Attempt
 from .estimate import NEXT_S, duration_text, final_bytes, size_text
 from .loggers import IDENTITIES, LOGGERS, check_installed
+from .memory import peak_memory
 
 SETTLED_S = 10  # of steps, after which it is known how long the run takes
 LONG_S = 1800
@@ -211,7 +212,7 @@ class RunLog:
         return (time.perf_counter() - start) / (done - first) * (self.total_steps - done) if done > first else None
 
     def _estimate(self, done: int) -> None:
-        """Say how long the run takes and how large it becomes: by its first step, and once more by some seconds."""
+        """Say how long the run takes, its size and memory: by its first step, and once more by some seconds."""
         now, left_s = time.perf_counter(), self._left_s(done)
         if self.first is None:
             self.first, needed = (done, now), self.final_bytes()
@@ -227,8 +228,9 @@ class RunLog:
         else:
             self.is_settled = True
         hint = self.hint if left_s > LONG_S else ""
-        folder = self.files["log.txt"].parent
-        self.say(f"about {duration_text(left_s)} to go, and {self.size} in {folder} in the end{hint}")
+        folder, (held, memory) = self.files["log.txt"].parent, peak_memory()
+        so_far = f"memory so far {size_text(held)} of {size_text(memory)}"
+        self.say(f"about {duration_text(left_s)} to go, and {self.size} in {folder} in the end; {so_far}{hint}")
 
     def evaluation(self, step: int, epoch: int, **values: float) -> None:
         """Write the result of an evaluation after ``step`` steps."""

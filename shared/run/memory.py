@@ -4,6 +4,7 @@ import ctypes
 import math
 import os
 import platform
+import resource
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -39,6 +40,15 @@ def container_limit() -> float:
     """Bytes of memory that the control group of this process may take; infinite without a limit."""
     limit = Path("/sys/fs/cgroup/memory.max")
     return float(limit.read_text().replace("max", "inf")) if limit.exists() else math.inf
+
+
+def peak_memory() -> tuple[int, int]:
+    """The most bytes that this process has held of its GPU, or of the host without one, and how many there are."""
+    torch = sys.modules["torch"]
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_reserved(), memory_of(torch.device("cuda", torch.cuda.current_device()))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, memory_of(torch.device("cpu"))
 
 
 def batch_flags(args: Namespace) -> str:

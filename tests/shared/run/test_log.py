@@ -199,6 +199,7 @@ def test_the_first_steps_tell_how_long_the_run_takes_and_how_large_its_folder_be
     monkeypatch.setattr("shared.run.log.time.perf_counter", lambda: now)
     part = SimpleNamespace(state_dict=lambda: {"weight": torch.zeros(1000, 1000)})  # 4 MB
     monkeypatch.setattr("shared.run.log.LONG_S", 400)
+    monkeypatch.setattr("shared.run.log.peak_memory", lambda: (512_340_000, 25_200_000_000))
     args = Namespace(
         checkpoint_freq=2, small_data=False
     )  # 10 epochs: 5 numbered ones, beside the newest and the one before it
@@ -208,7 +209,7 @@ def test_the_first_steps_tell_how_long_the_run_takes_and_how_large_its_folder_be
         now += 5 if step == 0 else 3
         log.step(step, 0, images=8, averages={})
     printed = capsys.readouterr().out.splitlines()
-    end = f"and 28.0 MB in {tmp_path} in the end"
+    end = f"and 28.0 MB in {tmp_path} in the end; memory so far 0.5 GB of 25.2 GB"
     first = f"about 8 min to go, {end}; try --small_data"  # 99 of 5 s
     assert printed[:2] == ["100 steps in all, 10 per epoch, of 8 images", first]
     assert printed[2].startswith("step 4") and printed[2].endswith("  5 min left")  # 96 of 3 s

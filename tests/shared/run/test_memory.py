@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from shared.run.memory import keep_freed_memory, name_batch_flags
+from shared.run.memory import keep_freed_memory, name_batch_flags, peak_memory
 from tests.processes import run_processes
 
 
@@ -61,3 +61,16 @@ def test_too_little_memory_names_the_flags_of_the_batch(allocate):
         name_batch_flags(MemoryError("too little"), args)
     name_batch_flags(ValueError("another one"), args)
     name_batch_flags(None, args)
+
+
+def measure_peaks(rank: int) -> tuple[int, int, int, int, int]:
+    before, there = peak_memory()
+    held = bytearray(b"1") * (before + 50_000_000)
+    after, size = peak_memory()[0], len(held)
+    del held
+    return before, after, peak_memory()[0], size, there
+
+
+def test_peak_memory_grows_by_what_is_held_and_stays():
+    ((before, after, freed, size, there),) = run_processes(measure_peaks, 1)
+    assert after - before > 50_000_000 and size < after <= freed < there
