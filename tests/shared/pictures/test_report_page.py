@@ -123,7 +123,50 @@ def test_a_chart_makes_no_difference_of_a_loss_look_larger_than_it_is(page, brow
     assert (knn["least"], rank["least"]) == (10, 0)
 
 
-@pytest.mark.parametrize("width", [320, 1280])
+# of the text that can be seen, what has less contrast with its ground than WCAG 2.2 asks for, 4.5
+POOR_CONTRAST = """
+(() => {
+  const pen = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+  const parts = (colour) => {
+    pen.clearRect(0, 0, 1, 1);
+    pen.fillStyle = colour;
+    pen.fillRect(0, 0, 1, 1);
+    return [...pen.getImageData(0, 0, 1, 1).data];
+  };
+  const linear = (v) => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+  const luminance = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
+  const poor = [];
+  for (const node of document.querySelectorAll("body *")) {
+    const style = getComputedStyle(node);
+    const has_text = [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim());
+    if (!has_text || !node.getClientRects().length || style.visibility === "hidden") continue;
+    let up = node;
+    while (up && parts(getComputedStyle(up).backgroundColor)[3] < 255) up = up.parentElement;
+    const ground = up ? parts(getComputedStyle(up).backgroundColor) : parts("Canvas");
+    const ink = parts(node instanceof SVGElement ? style.fill : style.color);
+    const front = ink.map((v, i) => (v * ink[3] + ground[i] * (255 - ink[3])) / 255);
+    const [low, high] = [luminance(front), luminance(ground)].sort((a, b) => a - b);
+    if ((high + 0.05) / (low + 0.05) < 4.5) poor.push(node.textContent.trim().slice(0, 40));
+  }
+  return poor;
+})()
+"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_all_text_can_be_read_on_its_ground(page, browser, scheme):
+    media = {"name": "prefers-color-scheme", "value": scheme}
+    browser.call("Emulation.setEmulatedMedia", features=[media])
+    browser.call("Emulation.setDeviceMetricsOverride", width=390, height=800, deviceScaleFactor=1, mobile=False)
+    browser.open(page.as_uri())
+    is_dark = browser.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(21, 21, 20)"
+    assert is_dark == (scheme == "dark") and browser.evaluate(POOR_CONTRAST) == []
+    browser.evaluate("document.querySelector('h1').style.color = '#888'")
+    assert len(browser.evaluate(POOR_CONTRAST)) == (scheme == "light")  # 3.5 on paper, 5.2 on black
+    browser.call("Emulation.setEmulatedMedia", features=[])
+
+
+@pytest.mark.parametrize("width", [320, 390, 1280])
 def test_a_link_leads_to_a_state_and_nothing_is_wider_than_the_window(page, browser, width):
     browser.call("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=False)
     browser.open(page.as_uri() + "#patch=1,5")
