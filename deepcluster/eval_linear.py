@@ -40,6 +40,7 @@ from shared.networks.weights import weights_checksum
 from shared.run import randomness
 from shared.run.flags import Parser
 
+RUN_FLAGS = "batch_size lr momentum weight_decay seed".split()
 # average pooling (kernel, stride, padding) of AlexNet's maps of 224-pixel images, layer by layer
 ALEXNET_POOLING = {1: (6, 6, 3), 2: (4, 4, 0), 3: (3, 3, 1), 4: (3, 3, 1), 5: (2, 2, 0)}
 ALEXNET_SHAPES = {1: (96, 55), 2: (256, 27), 3: (384, 13), 4: (384, 13), 5: (256, 13)}
@@ -109,7 +110,8 @@ def eval_linear(args: argparse.Namespace) -> dict[str, float]:
     batches = partial(scheduled_batches, loader, optimizer, args.lr, device)
     name = "linear" if args.conv is None else f"linear_conv{args.conv}"
     files = (output_dir / f"{name}.pth.tar", output_dir / f"{name}_log.txt")
-    training = EpochTraining(*files, probe, optimizer, None, weights_checksum(network), train, prefix="")
+    options = {"flags": {name: getattr(args, name) for name in RUN_FLAGS}, "prefix": ""}
+    training = EpochTraining(*files, probe, optimizer, None, weights_checksum(network), train, **options)
     return training.run(batches, features, validation, args.epochs, bad_images)
 
 

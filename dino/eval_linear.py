@@ -29,6 +29,8 @@ from shared.evaluation.linear import LinearClassifier, load_classifier, tell_acc
 from shared.networks.weights import weights_checksum
 from shared.run.flags import bool_flag
 
+RUN_FLAGS = "arch n_last_blocks avgpool_patchtokens epochs batch_size lr seed".split()
+
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = evaluation_parser(__doc__)
@@ -73,7 +75,8 @@ def eval_linear(args: argparse.Namespace) -> dict[str, float]:
     optimizer = torch.optim.SGD(classifier.parameters(), lr, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
     checksum = weights_checksum(backbone)
-    return training.train(optimizer, scheduler, checksum, log_file="linear_log.txt", origin_key="backbone")
+    files = "checkpoint.pth.tar", "linear_log.txt"
+    return training.train(optimizer, scheduler, checksum, *files, RUN_FLAGS, origin_key="backbone")
 
 
 class FrozenFeatures:

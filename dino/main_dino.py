@@ -50,6 +50,7 @@ from shared.run.flags import (
     add_own_images_flags,
     add_run_flags,
     bool_flag,
+    check_positive,
     parse_with_embedded_defaults,
     shorten_unset_warmup,
     tell_embedded_defaults,
@@ -160,6 +161,10 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
         suited = FOR_LARGER_VITS if args.arch in VIT_NAMES else FOR_OTHER_NETWORKS
         args = parse_with_embedded_defaults(parser, arguments, EMBEDDED_DATA_DEFAULTS | suited, MINIMUM)
     shorten_unset_warmup(parser, args, arguments)
+    check_positive(parser, args, "teacher_temp", "warmup_teacher_temp")
+    for flag in ("momentum_teacher", "momentum_teacher_end", "center_momentum"):
+        if not 0 <= getattr(args, flag) <= 1:
+            parser.error(f"--{flag} {getattr(args, flag)} is not in [0, 1]")
     if args.epochs < max(args.warmup_epochs, args.warmup_teacher_temp_epochs):
         parser.error(
             f"--epochs {args.epochs} is less than --warmup_epochs {args.warmup_epochs} or "
@@ -251,7 +256,9 @@ def train_dino(args: argparse.Namespace) -> None:
 
     # checkpoints under the names of the official ones, monitoring
     parts = {"student": student, "teacher": teacher, "optimizer": optimizer, "dino_loss": criterion}
-    run.resume(data, len(schedules.lr), NETWORK_FLAGS, to_official=to_official, **parts)
+    run.resume(
+        data, len(schedules.lr), NETWORK_FLAGS, to_official=to_official, scheduled=("lr", "weight_decay"), **parts
+    )
     run.health = HealthMonitor(health_rules(args, data.steps_per_epoch))
     knn = KNNMonitor(run, args.global_crop_size, MEAN, STD, data.num_workers)
 

@@ -59,7 +59,8 @@ EMBEDDED_DATA_DEFAULTS = {
     "lr": 1e-3,
     "output_dir": "runs/materials",
 }
-MINIMUM = {"epochs": 1, "batch_size": 1, "input_size": 1, "patch_size": 1, "posemb_grid": 1, "log_freq": 1}
+MINIMUM = dict.fromkeys("epochs batch_size input_size patch_size posemb_grid log_freq test_freq".split(), 1)
+MINIMUM |= {"weight_decay": 0}
 NOT_DECAYED = ("pos_embed", "cls_token", "attn_pool.latent")  # of what has more than one dimension
 NETWORK_FLAGS = ("arch", "patch_size", "posemb_grid", "positions", "pool", "in_chans")
 LOSSES = {"sigmoid": sigmoid_cross_entropy, "softmax": softmax_cross_entropy}
@@ -81,7 +82,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--positions", default="learn", choices=("learn", "sincos2d"), help="position embeddings")
     add("--pool", default="tok", choices=("tok", "gap", "map"), help="class token, mean, or attention pooling")
     add("--input_size", type=int, default=240, help="side of the images in pixels")
-    add("--compile", action="store_true", help="torch.compile the network, for any patch size")
+    add("--compile", action="store_true", help="torch.compile the blocks, for any number of patches")
     add_accumulation_flag(add)
 
     add = parser.add_argument_group("augmentation").add_argument
@@ -207,7 +208,8 @@ def train_flexivit(args: argparse.Namespace) -> None:
         criterion = Labels(LOSSES[args.loss], args.input_size)
     network = network.to(run.device)
     if args.compile:
-        compile_network(network, dynamic=None)  # any patch size
+        for block in network.blocks:  # not what resizes weights and positions: these are products once made
+            compile_network(block, dynamic=True)
     accumulate(network, args.accumulate)
     model = distributed.wrap(network, run.device)
 

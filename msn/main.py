@@ -250,6 +250,7 @@ def train_msn(args: argparse.Namespace) -> None:
         checkpoint=find_checkpoint(run.path, args.read_checkpoint, args.load_checkpoint),
         to_official=to_official,
         from_official=from_official,
+        scheduled=("lr", "weight_decay"),
         encoder=encoder,
         opt=optimizer,
         prototypes=nn.ParameterList([prototypes]),

@@ -64,8 +64,8 @@ EMBEDDED_DATA_DEFAULTS = {
     "output_dir": "runs/materials",
 }
 MINIMUM = dict.fromkeys(
-    "epochs batch_size patch_size sequence_length max_open max_side text_length chunks log_freq".split(), 1
-)
+    "epochs batch_size patch_size sequence_length max_open max_side text_length chunks log_freq test_freq".split(), 1
+) | {"weight_decay": 0, "weight_decay_head": 0}
 NETWORK_FLAGS = "arch patch_size positions coordinates max_side norm qk_norm pool in_chans".split()
 NOT_DECAYED = ("pos_embed", "latent")  # of what has more than one dimension
 LOSSES = {"sigmoid": sigmoid_cross_entropy, "softmax": partial(F.cross_entropy, reduction="none")}
@@ -150,11 +150,13 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
             f"--sequence_length {args.sequence_length}: an image of --resolution {high:g} has {longest} tokens of "
             f"--patch_size {args.patch_size} that are not dropped"
         )
+    if args.drop_tau and args.drop not in ("constant", "beta"):
+        parser.error(f"--drop_tau is a schedule of --drop_rate, and --drop {args.drop} has none: take constant or beta")
     for flag, rate in (("drop_rate", args.drop_rate), ("drop_max", args.drop_max)):
         if not 0 <= rate < 1:
             parser.error(f"--{flag} {rate} is not in [0, 1)")
-    if args.drop == "beta" and args.drop_rate >= args.drop_max:
-        parser.error(f"--drop_rate {args.drop_rate} is the mean of rates up to --drop_max {args.drop_max}: lower it")
+    if args.drop == "beta" and not 0 < args.drop_rate < args.drop_max:
+        parser.error(f"--drop_rate {args.drop_rate} is no mean of rates between 0 and --drop_max {args.drop_max}")
     args.test_resolutions = sorted(set(args.test_resolutions or args.resolution))
     return args
 
@@ -178,7 +180,8 @@ def train_batches(args: argparse.Namespace, source: ImageSource, bad_images: Bad
     options = {"seed": args.seed, "bad_images": bad_images, "in_chans": args.in_chans, "flip": args.flip}
     patches = TrainPatches(source, args.patch_size, resolutions, dropping, longest, **options)
     workers = default_num_workers() if args.num_workers is None else args.num_workers
-    batches = PackedBatches(patches, args.sequence_length, args.batch_size, workers, args.max_open)
+    seen = args.epochs * len(source) if args.drop_tau else None
+    batches = PackedBatches(patches, args.sequence_length, args.batch_size, workers, args.max_open, seen)
     known = len(source), batches.checksum
     distributed.check_same_on_all_processes(known, "the training data (number of images, checksum)")
     distributed.print_once(

@@ -218,10 +218,12 @@ def attention_among(kind: str, lengths: Sequence[int], slots: Tensor, shape: tup
     """
     device = slots.device
     if kind == "auto":
-        kind = "segments" if device.type == "cpu" else "varlen" if _has_flash_attention(device) else "mask"
+        kind = "segments" if device.type in ("cpu", "meta") else "varlen" if _has_flash_attention(device) else "mask"
     if kind == "segments":
         return lambda q, k, v: by_length(heads_first, lengths, q, k, v)
     ends = _upload(torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32), device)
+    if kind == "varlen" and device.type != "cuda":
+        raise ValueError("--attention varlen is one of GPUs: take auto, mask or segments")
     if kind == "varlen":
         from torch.nn.attention.varlen import varlen_attn
 

@@ -219,6 +219,7 @@ class PackedBatches:
 
     Args:
         ahead: Further sequences that are open at a time: more of them leave less padding, and delay images.
+        images_of_run: Over which ``tokens`` are averaged, where a schedule changes them; None: the first ones.
 
     Attributes:
         tokens: About how many an image has, after dropping.
@@ -226,10 +227,19 @@ class PackedBatches:
         shown: Some sequences of the last batch.
     """
 
-    def __init__(self, data: TrainPatches, sequence_length: int, sequences: int, num_workers: int = 0, ahead: int = 16):
+    def __init__(
+        self,
+        data: TrainPatches,
+        sequence_length: int,
+        sequences: int,
+        num_workers: int = 0,
+        ahead: int = 16,
+        images_of_run: int | None = None,
+    ):
         self.data, self.sequence_length, self.sequences = data, sequence_length, sequences
         self.num_workers, self.ahead = num_workers, ahead
-        self.tokens = float(np.mean([len(data.draw(number, (1000, 1000))[1]) for number in range(256)]))
+        drawn = np.linspace(0, images_of_run or 256, 256, endpoint=False).astype(int).tolist()
+        self.tokens = float(np.mean([len(data.draw(number, (1000, 1000))[1]) for number in drawn]))
         images = sequence_length * sequences * distributed.get_world_size() / self.tokens
         self.checksum = data.source.checksum()
         self.batch_size, self.steps_per_epoch = max(1, round(images)), max(1, round(len(data.source) / images))

@@ -33,9 +33,7 @@ from shared.pictures.curves import Curve, Panel, save_panels
 from shared.run.log import read_log
 
 EMBEDDED_DATA_DEFAULTS = {
-    name: value
-    for name, value in paws_train.EMBEDDED_DATA_DEFAULTS.items()
-    if name not in ("labels_per_class", "supervised_imgs_per_class")
+    name: value for name, value in paws_train.EMBEDDED_DATA_DEFAULTS.items() if name != "labels_per_class"
 } | {"output_dir": "runs/materials-few-labels"}
 METHODS = {"paws": "PAWS", "supervised": "the same network, labels alone", "pixels": "1-NN on pixels"}
 

@@ -103,7 +103,7 @@ def resume(
     """
     progress = Progress(weights_checksum(encoder))
     parts = {"progress": progress, "encoder": encoder, "opt": optimizer}
-    layout = {"to_official": to_official, "from_official": from_official, "scheduled": ("lr",)}
+    layout = {"to_official": to_official, "from_official": from_official}
     run.resume(data, total_steps, run_flags, **layout, **parts)
     return progress
 

@@ -51,7 +51,6 @@ EMBEDDED_DATA_DEFAULTS = {
     "dataset": "cifar10",  # images of the same size
     "color_jitter_strength": 0.5,
     "multicrop": 2,
-    "supervised_imgs_per_class": 4,
     "supervised_views": 4,
     "unsupervised_batch_size": 64,
     "model_name": "wide_resnet10w1",

@@ -170,7 +170,7 @@ def resume(
         checkpoint = load_latest(run.output_dir / read_checkpoint)
         if checkpoint is None:
             raise CheckpointError(f"--read_checkpoint {read_checkpoint}: there is no such file in {run.output_dir}")
-    layout = {"to_official": to_official, "from_official": from_official, "scheduled": ("lr",)}
+    layout = {"to_official": to_official, "from_official": from_official}
     checkpoint = checkpoint or {}
     run.resume(data, total_steps, NETWORK_FLAGS, checkpoint=checkpoint, **layout, encoder=encoder, opt=optimizer)
 

@@ -40,7 +40,6 @@ EMBEDDED_DATA_DEFAULTS = {
     "labels_per_class": 4,
     "dataset": "cifar10",  # images of the same size
     "color_jitter_strength": 0.5,
-    "supervised_imgs_per_class": 4,
     "unsupervised_batch_size": 64,
     "model_name": "wide_resnet10w1",
     "output_dim": 64,

@@ -26,6 +26,8 @@ from shared.evaluation.flags import add_probe_flags, add_process_flags
 from shared.evaluation.linear import LinearClassifier
 from shared.networks.weights import weights_checksum
 
+RUN_FLAGS = "epochs batch_size lr seed".split()
+
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = evaluation_parser(__doc__)
@@ -60,7 +62,7 @@ def eval_linear(args: argparse.Namespace) -> dict[str, float]:
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
     names = {"weights_key": "classifier", "prefix": "", "origin_key": "network"}
     checksum = weights_checksum(network)
-    return training.train(optimizer, scheduler, checksum, "linear.pth", "linear_log.txt", **names)
+    return training.train(optimizer, scheduler, checksum, "linear.pth", "linear_log.txt", RUN_FLAGS, **names)
 
 
 def main() -> None:

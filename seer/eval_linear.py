@@ -41,7 +41,7 @@ from shared.run.flags import Parser
 PLACES = {"res4": (3, 1), "res5": (2, 1), "avgpool": (1, 1)}  # rows and columns to which a map is averaged
 DEFAULTS = {"arch": "regnet256Gf_1", "image_size": 224}
 EMBEDDED = {"pretrained": CARD.embedded_run}
-RUN_FLAGS = "arch layer epochs lr wd decay_epochs seed".split()
+RUN_FLAGS = "arch layer epochs batch_size lr wd decay_epochs seed".split()
 
 
 def network_parser(docstring: str) -> argparse.ArgumentParser:

@@ -49,6 +49,7 @@ from shared.run.flags import (
     add_run_flags,
     bool_flag,
     check_minimum,
+    check_positive,
     tell_embedded_defaults,
 )
 from shared.run.health import HealthMonitor, assignment_health
@@ -141,6 +142,7 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
     check_minimum(parser, args, MINIMUM)
     if not 0 <= args.warmup <= 1:
         parser.error(f"--warmup {args.warmup} is not in [0, 1]")
+    check_positive(parser, args, "temperature", "epsilon")
     check_assigned_crops(parser, args)
     if args.fsdp and args.amp == "fp16":
         parser.error("--fsdp needs another --amp than fp16")
@@ -229,7 +231,7 @@ def train_seer(args: argparse.Namespace) -> None:
     if network is model and distributed.get_world_size() > 1:
         parts = {"model": WholeNetwork(network), "optimizer": WholeOptimizer(optimizer)}
     newest = in_a_longer_run(load_latest(run.path) or {}, data.sampler)
-    run.resume(data, total_steps, NETWORK_FLAGS, checkpoint=newest, scheduled=("lr",), **parts)
+    run.resume(data, total_steps, NETWORK_FLAGS, checkpoint=newest, **parts)
     run.guard.watch(model=network)
     run.health = HealthMonitor(health_rules(args.nmb_prototypes[0], total_steps))
     reason = {"disabled_reason": NO_CLASSES} if find_shards(args.data_path) else {}

@@ -19,7 +19,7 @@ from shared.images.views import ViewRecipe
 from shared.multicrop import MultiCropDataset
 from shared.run.randomness import derive_seed
 
-END = 1024  # bytes of zeros behind the last member of a shard
+RECORD = tarfile.RECORDSIZE  # what zeros behind the last member fill up, at least 512 bytes of them
 
 
 class TarShards(ImageSource):
@@ -61,8 +61,14 @@ def members(shard: Path) -> Iterator[tarfile.TarInfo]:
     try:
         with tarfile.open(shard, "r:") as archive:
             yield from archive
-            if shard.stat().st_size < archive.offset + END // 2:
+            with open(shard, "rb") as file:  # tarfile stops without a word at what it cannot read
+                file.seek(archive.offset)
+                rest = file.read(2 * RECORD)
+            if len(rest) < tarfile.BLOCKSIZE:
                 raise tarfile.ReadError("its end is missing")
+            if any(rest) or len(rest) > RECORD + tarfile.BLOCKSIZE:
+                left = shard.stat().st_size - archive.offset
+                raise tarfile.ReadError(f"{left:,} bytes lie behind the last image that can be read")
     except (tarfile.TarError, OSError) as error:
         raise ValueError(f"--data_path: the shard {shard} is torn or no tar file: {error}") from error
 

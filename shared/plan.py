@@ -183,7 +183,9 @@ class Plan:
         parameters: Counts, by what they are of.
         flops_per_image: Operations of one image in a training step of the whole network.
         elements: Numbers in each weight, of a process of the model axis.
-        cast: Bytes of the weights as the passes take them: of all on one device, of one block that is gathered.
+        gathered: Numbers of a repeated block, and of the weights outside of these, which several devices gather.
+        cast: Bytes of the weights that autograd keeps in the numbers of the passes, on one device and on several, where
+            it is those of a block if they are computed again.
         moments: Numbers of the optimiser per weight.
         passed: The passes of the images of one device.
     """
@@ -193,6 +195,7 @@ class Plan:
     parameters: dict[str, int]
     flops_per_image: int
     elements: tuple[int, ...]
+    gathered: tuple[int, int]
     cast: tuple[int, int]
     moments: int
     passed: Pass
@@ -211,8 +214,11 @@ class Plan:
 
     @property
     def copies(self) -> int:
-        """Weights in the numbers of the passes: all at once on one device, gathered block by block on several."""
-        return self.cast[self.mesh[0] > 1]
+        """Weights in the numbers of the passes, and on several devices the whole ones in float32: a block, the next one
+        that is gathered meanwhile, and all that is in no block.
+        """
+        block, rest = self.gathered if self.mesh[0] > 1 else (0, 0)
+        return self.cast[self.mesh[0] > 1] + 4 * (2 * block + rest)
 
     @property
     def activations(self) -> int:
@@ -220,8 +226,9 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """Less than the sum: gradients of weights come while activations go."""
+        """Not the sum: gradients of weights come while activations go, on several devices those of a whole block."""
         passes = max(self.passed.peak(self.mesh[0]), self.gradients)
+        passes += 4 * max(self.gathered) if self.mesh[0] > 1 else 0
         return self.weights + self.optimiser + self.copies + passes
 
     def on(self, devices: int) -> "Plan":
@@ -301,15 +308,18 @@ def make_plan(
     if blocks:
         parameters[f"{len(blocks)} x {type(blocks[0]).__name__}"] = sum(map(count_parameters, blocks))
         parameters["their matrices"] = sum(count_parameters(block, matrices_only=True) for block in blocks)
-    cast_whole = count_parameters(part, matrices_only=True) if activations_in != torch.float32 else 0
-    cast = (cast_whole, max(map(count_parameters, part_blocks), default=0))
+    block = max(map(count_parameters, part_blocks), default=0)
+    recompute = recompute or any(getattr(module, "recompute", False) for module in part.modules())
+    matrices = count_parameters(part, matrices_only=True)
+    cast_bytes = 0 if activations_in == torch.float32 else activations_in.itemsize
     return Plan(
         mesh=tuple(mesh),
         images=batch_size // data,
         parameters=parameters,
         flops_per_image=3 * forward,
         elements=tuple(p.numel() for p in part.parameters()),
-        cast=tuple(number * activations_in.itemsize for number in cast),
+        gathered=(block, count_parameters(part) - sum(map(count_parameters, part_blocks))),
+        cast=(matrices * cast_bytes, (block if recompute else matrices) * cast_bytes),
         moments=moments,
         passed=passed,
     )

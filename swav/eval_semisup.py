@@ -31,7 +31,7 @@ from swav.hub import CARD, load_network
 from swav.resnet50 import PrototypeNetwork
 
 # A run that is resumed must have these as they were.
-RUN_FLAGS = "labels_perc subset_list arch epochs lr lr_last_layer decay_epochs gamma seed".split()
+RUN_FLAGS = "labels_perc subset_list arch epochs batch_size lr lr_last_layer decay_epochs gamma seed".split()
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -14,6 +14,7 @@ from shared.run import flags
 FLIP_COLOR_AND_BLUR = {"flip_p": 0.5, "jitter": (0.8, 0.8, 0.8, 0.2), "jitter_p": 0.8, "grey_p": 0.2, "blur_p": 0.5}
 SYNC_BN = ("pytorch", "apex", "none")
 MINIMUM = {"epochs": 1, "batch_size": 1, "feat_dim": 1, "hidden_mlp": 0, "log_freq": 1, "syncbn_process_group_size": 1}
+MINIMUM |= {"queue_length": 0, "wd": 0}
 
 
 def add_view_flags(parser: argparse.ArgumentParser) -> Callable:
@@ -68,5 +69,6 @@ def parse_and_check(
     flags.shorten_unset_warmup(parser, args, arguments)
     if args.epochs < args.warmup_epochs:
         parser.error(f"--epochs {args.epochs} is less than --warmup_epochs {args.warmup_epochs}")
+    flags.check_positive(parser, args, "temperature", "epsilon")
     check_assigned_crops(parser, args)
     return args

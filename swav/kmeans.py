@@ -109,6 +109,12 @@ def spherical_kmeans(embeddings: Tensor, centroids: Tensor, num_iters: int = 10)
     return nearest(embeddings, centroids)[0], centroids
 
 
+def check_prototypes(number: int, rows: int) -> None:
+    """``ValueError`` if a head has more prototypes than a process sees images in an epoch."""
+    if number > rows:
+        raise ValueError(f"--nmb_prototypes {number} is more than the {rows} images that a process sees in an epoch")
+
+
 @torch.no_grad()
 def cluster_memory(memory: MemoryBank, heads: Sequence[nn.Linear], orders: Sequence[Tensor]) -> Tensor:
     """Cluster the memory once for each head, and put the centroids into the heads as prototypes.
@@ -131,11 +137,7 @@ def cluster_memory(memory: MemoryBank, heads: Sequence[nn.Linear], orders: Seque
     indices = distributed.all_gather(memory.indices).cpu().numpy()
     for h, (head, order) in enumerate(zip(heads, orders, strict=True)):
         embeddings = memory.embeddings[h % len(memory.embeddings)]
-        if len(head.weight) > len(embeddings):
-            raise ValueError(
-                f"--nmb_prototypes {len(head.weight)} is more than the {len(embeddings)} images that a process sees in "
-                "an epoch"
-            )
+        check_prototypes(len(head.weight), len(embeddings))
         first = embeddings[order[: len(head.weight)].to(embeddings.device)]
         clusters, centroids = spherical_kmeans(embeddings, distributed.broadcast(first))
         head.weight.copy_(centroids)

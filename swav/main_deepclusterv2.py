@@ -15,7 +15,7 @@ command again resumes the run.
 import argparse
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 if __name__ == "__main__":  # run as a script: make the repository root importable
@@ -44,7 +44,7 @@ from shared.run.run import Run
 from swav import flags, main_swav
 from swav.flags import FLIP_COLOR_AND_BLUR
 from swav.hub import MEAN, STD
-from swav.kmeans import MemoryBank, cluster_memory
+from swav.kmeans import MemoryBank, check_prototypes, cluster_memory
 from swav.losses import cluster_classification
 from swav.main_swav import CHECKPOINT, NETWORK_FLAGS, build_for_training, numbered_checkpoint
 from swav.report import health_rules, report, suit_settings
@@ -102,6 +102,7 @@ def train_deepclusterv2(args: argparse.Namespace) -> None:
 
     # the embeddings that are clustered, and the clusters of all images
     rows = data.steps_per_epoch * args.batch_size
+    check_prototypes(max(args.nmb_prototypes), rows)
     memory = MemoryBank(len(data.dataset), len(args.crops_for_assign), rows, args.feat_dim, device)
 
     # checkpoints under the names of the official ones, monitoring
@@ -111,7 +112,6 @@ def train_deepclusterv2(args: argparse.Namespace) -> None:
         NETWORK_FLAGS,
         to_official=to_official,
         from_official=from_official,
-        scheduled=("lr",),
         network=network,
         optimizer=optimizer,
         memory=memory,
@@ -131,7 +131,8 @@ def train_deepclusterv2(args: argparse.Namespace) -> None:
         if not memory.is_filled and run.epoch < args.epochs:
             distributed.print_once("filling the memory: one pass over the images")
             data.sampler.set_epoch(run.epoch - 1)
-            fill_memory(distributed.unwrap(network), data.loader, memory, args.crops_for_assign, run.precision)
+            how = args.crops_for_assign, run.precision, run.stop_if_asked
+            fill_memory(distributed.unwrap(network), data.loader, memory, *how)
         for epoch in run.epochs():
             if run.step_in_epoch == 0 or memory.assignments is None:
                 orders = first_centroids(args.seed, epoch, len(heads), rows)
@@ -174,11 +175,20 @@ def first_centroids(seed: int, epoch: int, num_heads: int, rows: int) -> list[Te
 
 @torch.no_grad()
 def fill_memory(
-    network: nn.Module, loader: Iterable, memory: MemoryBank, crops_for_assign: Sequence[int], precision: Precision
+    network: nn.Module,
+    loader: Iterable,
+    memory: MemoryBank,
+    crops_for_assign: Sequence[int],
+    precision: Precision,
+    stop_if_asked: Callable[[], None] = lambda: None,
 ) -> None:
-    """One pass over the images before training, in train mode and crop by crop as in the official code."""
+    """One pass over the images before training, in train mode and crop by crop as in the official code.
+
+    A run that is asked to stop is saved with the statistics that it had before, and starts the pass again.
+    """
     network.train()
-    start = 0
+    start, buffers = 0, list(network.buffers())
+    before = [buffer.clone() for buffer in buffers]
     for loaded_views, labels, indices in loader:
         views = normalize_views(loaded_views, precision.device, MEAN, STD)
         crops = [crop for group in views for crop in group.split(len(labels))]
@@ -186,6 +196,10 @@ def fill_memory(
             embeddings = [network(crops[crop])[0] for crop in crops_for_assign]
         memory.write(start, indices, torch.stack(embeddings))
         start += len(labels)
+        now = [buffer.clone() for buffer in buffers]
+        torch._foreach_copy_(buffers, before)
+        stop_if_asked()
+        torch._foreach_copy_(buffers, now)
     memory.is_filled = True
 
 

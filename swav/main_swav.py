@@ -132,7 +132,6 @@ def train_swav(args: argparse.Namespace) -> None:
         NETWORK_FLAGS,
         to_official=to_official,
         from_official=from_official,
-        scheduled=("lr",),
         network=network,
         optimizer=optimizer,
         queue=queue,

@@ -186,7 +186,7 @@ def train_vit22b(args: argparse.Namespace) -> None:
     run.health.rules = health_rules(args.qk_norm)
 
     run.classes = images.train.classes
-    run.resume(data, total_steps, NETWORK_FLAGS, scheduled=("lr",), **parts)
+    run.resume(data, total_steps, NETWORK_FLAGS, **parts)
     run.guard.watch(model=network)
     with run:
         if run.is_new:

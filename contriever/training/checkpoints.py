@@ -119,7 +119,6 @@ def resume(
         network_flags,
         to_official=partial(to_official, **facts),
         from_official=partial(from_official, args=args, data=data),
-        scheduled=("lr",),
         model=model,
         optimizer=optimizer,
     )

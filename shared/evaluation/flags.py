@@ -14,6 +14,7 @@ from shared.run.flags import (
 )
 
 MINIMUM = dict.fromkeys("epochs batch_size image_size val_freq num_blocks images_per_sheet max_sheets".split(), 1)
+MINIMUM |= {"nb_knn": 1}
 
 
 def add_labelled_flags(parser: argparse.ArgumentParser, data_flag: str = "--data_path") -> Callable:

@@ -73,6 +73,8 @@ def knn_accuracies(
         raise ValueError("k-NN needs at least two classes, the train set has one")
     if max(train_labels.max(), test_labels.max()) >= num_classes or min(train_labels.min(), test_labels.min()) < 0:
         raise ValueError(f"labels must lie in 0 .. {num_classes - 1} for num_classes={num_classes}")
+    if min(ks) < 1:
+        raise ValueError(f"k={min(ks)} is no number of neighbours")
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     check_features(train_features)

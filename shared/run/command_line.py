@@ -43,6 +43,7 @@ class Parser(argparse.ArgumentParser):
         options = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter} | options
         super().__init__(**{"description": docstring.split("\n\n")[0]} | options)
         self.most_used = most_used
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$", re.I)  # argparse's lacks -1e6
         self.official: dict | None = None  # defaults, once those for few images have taken their place
 
     def format_help(self) -> str:

@@ -13,6 +13,8 @@ from shared.images.decode import MAX_PIXELS
 from .command_line import Parser, add_device_flag
 from .loggers import LOGGERS
 
+NOT_NEGATIVE = dict.fromkeys("lr base_lr warmup_steps cooldown_steps warmup_epochs mixup".split(), 0)
+
 
 class AnyDashParser(Parser):
     """A parser to which ``--batch-size`` and ``--batch_size`` are the same flag, whichever of them was declared."""
@@ -134,11 +136,25 @@ def parse_with_embedded_defaults(
 
 
 def check_minimum(parser: argparse.ArgumentParser, args: argparse.Namespace, minimum: Mapping[str, float]) -> None:
-    """End the program with a message if a flag is less than it may be; flags without a value are left out."""
-    for flag, least in minimum.items():
+    """End the program with a message if a flag is less than it may be; flags without a value are left out.
+
+    Rates and lengths of warm-ups are not negative, and ``--crop_scale`` is a range of areas, everywhere.
+    """
+    for flag, least in (NOT_NEGATIVE | minimum).items():
         value = getattr(args, flag, None)
+        value = min(value, default=None) if isinstance(value, list | tuple) else value
         if value is not None and value < least:
             parser.error(f"--{flag} {value} is less than {least}")
+    low, high = getattr(args, "crop_scale", None) or (1, 1)
+    if not 0 < low <= high:
+        parser.error(f"--crop_scale {low} {high}: expected a range of areas, 0 < low <= high")
+
+
+def check_positive(parser: argparse.ArgumentParser, args: argparse.Namespace, *flags: str) -> None:
+    """End the program with a message if one of these flags, where there is such a one, is not above 0."""
+    for flag in flags:
+        if getattr(args, flag, 1) <= 0:
+            parser.error(f"--{flag} {getattr(args, flag)} is not positive")
 
 
 def shorten_unset_warmup(

@@ -86,7 +86,7 @@ class Run:
         checkpoint: dict | None = None,
         to_official: Callable[[dict], dict] = dict,
         from_official: Callable[[dict], dict] = dict,
-        scheduled: tuple[str, ...] = ("lr", "weight_decay"),
+        scheduled: tuple[str, ...] = ("lr",),
         **parts,
     ) -> None:
         """Go on where the newest checkpoint was written, or start where there is none.

@@ -27,6 +27,7 @@ EMBEDDED_RECIPE = {
 DATA_SETS = ("CIFAR10", "CIFAR100", "IMNET", "INAT", "INAT19", "CARS", "FLOWERS", "IMNET22k")
 INAT_YEARS = {"INAT": 2018, "INAT19": 2019}
 MINIMUM = {"epochs": 1, "batch_size": 1, "log_freq": 1, "input_size": 1, "test_freq": 1, "start_epoch": 0}
+MINIMUM |= {"weight_decay": 0}
 SHARES = ("smoothing", "reprob", "mixup_prob", "mixup_switch_prob", "distillation_alpha", "model_ema_decay")
 
 

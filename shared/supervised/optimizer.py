@@ -8,6 +8,7 @@ from timm.scheduler import create_scheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
+SET_BY_FLAGS = {"weight_decay", "momentum", "eps", "betas"}
 FUSED = ("adam", "adamw")  # torch's fused kernels can leave a step out without waiting for it
 
 
@@ -33,6 +34,11 @@ def build_timm_optimizer(
         return create_optimizer_v2(network, name, lr=lr, weight_decay=weight_decay, momentum=momentum, **options)
     except (ValueError, LookupError, TypeError, AssertionError) as error:
         raise ValueError(f"--opt {name}: {error}") from error
+
+
+def counters_of(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """Options of the groups that a checkpoint restores: the rate, and all that no flag sets, as timm counts there."""
+    return tuple({name for group in optimizer.param_groups for name in group} - SET_BY_FLAGS)
 
 
 def build_timm_schedule(args: argparse.Namespace, optimizer: torch.optim.Optimizer) -> Scheduler:

@@ -27,7 +27,7 @@ from shared.run.settings import long_warmup, slow_average, tell_settings
 
 from .data import LabelledImages, build_mixup, train_batches
 from .ema import NetworkEMA
-from .optimizer import build_timm_optimizer, build_timm_schedule, set_learning_rate
+from .optimizer import build_timm_optimizer, build_timm_schedule, counters_of, set_learning_rate
 
 
 @dataclass
@@ -113,7 +113,7 @@ def train_classifier(
         checkpoint=load_latest_or_given(run.path, args.resume, weights_flag),
         to_official=to_official,
         from_official=from_official,
-        scheduled=tuple({name for group in optimizer.param_groups for name in group}),  # timm keeps counters there
+        scheduled=counters_of(optimizer),
         model=network,
         optimizer=optimizer,
         best=best,

@@ -93,6 +93,13 @@ def test_a_probe_learns_and_is_logged(images, small_checkpoint, tmp_path, flags)
     assert len(lines) == 12 and lines[-1]["train_loss"] < lines[0]["train_loss"]
 
 
+def test_a_probe_is_not_gone_on_with_as_another_one(images, small_checkpoint, tmp_path):
+    evaluate(images, small_checkpoint, "--exp", tmp_path, "--epochs", 1)
+    with pytest.raises(ValueError, match=r"--weight_decay -1.0 does not fit .* written with --weight_decay -4"):
+        evaluate(images, small_checkpoint, "--exp", tmp_path, "--epochs", 2, "--wd", -1)
+    evaluate(images, small_checkpoint, "--exp", tmp_path, "--epochs", 2)  # the rate knows no end
+
+
 def evaluate_on_rank(rank, *arguments):
     return evaluate(*arguments)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dino import eval_knn, eval_linear
+from shared.networks.weights import run_file
 from tests.pictures import COLOURS, write_class_folders, write_train_and_val
 from tests.processes import run_processes
 
@@ -88,6 +89,16 @@ def test_bad_input_is_one_clear_error(data, tmp_path):
         run(data, tmp_path, "--n_last_blocks", 13)
     with pytest.raises(ValueError, match=r"--data_path .* no such file or folder"):
         run(tmp_path / "nowhere", tmp_path)
+
+
+def test_a_probe_is_not_gone_on_with_as_another_one_and_does_not_hide_the_run(data, tmp_path):
+    torch.save({"teacher": {}, "args": {"arch": "vit_tiny"}}, tmp_path / "checkpoint.pth")
+    run(data, tmp_path, "--epochs", 1)
+    assert (tmp_path / "checkpoint.pth.tar").exists() and run_file(tmp_path) == tmp_path / "checkpoint.pth"
+    for changed in (("--epochs", 2), ("--epochs", 1, "--lr", 7), ("--epochs", 1, "--seed", 5)):
+        message = f"{changed[-2]} {changed[-1]}.* does not fit .* was written with {changed[-2]}"
+        with pytest.raises(ValueError, match=message):
+            run(data, tmp_path, *changed)
 
 
 def evaluate_on_rank(rank, data, output_dir):

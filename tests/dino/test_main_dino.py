@@ -100,6 +100,8 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_batch(images, tmp_p
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--teacher_temp", "0"], "--teacher_temp 0.0 is not positive"),
+        (["--momentum_teacher", "1.5"], "--momentum_teacher 1.5 is not in [0, 1]"),
         (["--patch_size", "32"], "--global_crop_size 16 is less than --patch_size 32"),
         (["--local_crop_size", "4"], "--local_crop_size 4 is less than --patch_size 8"),
         (["--eval_knn_freq", "1", "--val_path", "/no/such/folder"], "--val_path /no/such/folder"),

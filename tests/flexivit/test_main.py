@@ -35,6 +35,21 @@ def test_an_interrupted_run_goes_on_as_it_would_have(tmp_path):
     assert all(torch.equal(tensor, parts["model"][name]) for name, tensor in whole["model"].items())
 
 
+def test_a_resumed_run_takes_the_options_of_its_flags(tmp_path):
+    with stopped_after(2):
+        train(tmp_path, *FEW, "--lr", "0.01", "--weight_decay", "0.001")
+    train(tmp_path, *FEW, "--lr", "0.02", "--weight_decay", "0.5", "--on_changed_run", "continue")
+    decays = {group["weight_decay"] for group in state_of(tmp_path)["optimizer"]["param_groups"]}
+    assert decays == {0.0, 25.0}  # 0.5 / 0.02
+
+
+def test_compiled_blocks_give_the_same_at_every_grid(tmp_path, monkeypatch):
+    compiled, compile_function = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **how: compiled.append(how) or compile_function(f, backend="eager"))
+    plain, fast = (train(tmp_path / str(flags), *FEW, *flags)[-1] for flags in ((), ("--compile",)))
+    assert compiled == [{"dynamic": True}] * 2 and fast["test_acc1"] == plain["test_acc1"]
+
+
 def test_weights_are_drawn_as_often_as_asked():
     drawn = [draw_grid(step, (2, 3, 4), (0, 1, 3)) for step in range(2000)]
     assert 2 not in drawn and abs(drawn.count(4) / 2000 - 0.75) < 0.03
@@ -111,6 +126,9 @@ def test_operations_are_counted_as_the_formula_says(tmp_path):
         (["--grids", "2", "3", "--grid_weights", "1"], "--grid_weights: expected a weight for each of the 2"),
         (["--grids", "2", "3", "--grid_weights", "0", "0"], "not all of them 0"),
         (["--lr", "0"], "--lr 0.0 is not positive"),
+        (["--test_freq", "0"], "--test_freq 0 is less than 1"),
+        (["--mixup", "-1"], "--mixup -1.0 is less than 0"),
+        (["--crop_scale", "1", "0.5"], "--crop_scale 1.0 0.5: expected a range of areas"),
     ],
 )
 def test_flags_that_make_no_sense_are_named(flags, message, capsys):

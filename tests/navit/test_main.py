@@ -60,6 +60,17 @@ def test_open_sequences_are_part_of_the_checkpoint(tmp_path):
     assert whole["batches"] == parts["batches"]
 
 
+def test_an_epoch_has_the_steps_that_its_images_take_under_a_schedule_of_dropping():
+    source, images = CutMaterials("val"), 10 * 360  # of ten epochs, in which ever fewer tokens are dropped
+    draws = Resolutions(24, 24), Dropping("constant", rates=(0.1, 0.8), tau=-300.0, middle=1800.0), (36, 36), 0
+    data = TrainPatches(source, 4, *draws, BadImages(len(source)))
+    batches = PackedBatches(data, 64, 4, images_of_run=images)
+    tokens = sum(len(data.draw(number, (32, 32))[1]) for number in range(images))
+    assert 10 * batches.steps_per_epoch == pytest.approx(tokens / 256, rel=0.03)
+    first = PackedBatches(data, 64, 4)
+    assert first.steps_per_epoch < 0.6 * batches.steps_per_epoch  # by the first images alone
+
+
 @pytest.mark.parametrize("processes", [1, 3])
 def test_every_image_comes_once_an_epoch_also_after_a_change_of_the_number_of_processes(processes, monkeypatch):
     source, taken = CutMaterials("val"), []
@@ -181,8 +192,12 @@ def test_the_learning_rate_rises_falls_and_ends_at_zero():
         (["--drop", "none"], "--sequence_length 128: an image of --resolution 256 has 256 tokens of --patch_size 16"),
         (
             ["--resolution", "16", "64", "--drop", "beta", "--drop_rate", "0.9"],
-            "is the mean of rates up to --drop_max 0.9: lower it",
+            "--drop_rate 0.9 is no mean of rates between 0 and --drop_max 0.9",
         ),
+        (["--resolution", "16", "64", "--drop", "beta", "--drop_rate", "0"], "--drop_rate 0.0 is no mean of rates"),
+        (["--resolution", "16", "64", "--drop_tau", "-1e6"], "--drop_tau is a schedule of --drop_rate, and --drop res"),
+        (["--test_freq", "0"], "--test_freq 0 is less than 1"),
+        (["--weight_decay", "-1"], "--weight_decay -1.0 is less than 0"),
         (["--drop_rate", "1"], "--drop_rate 1.0 is not in [0, 1)"),
     ],
 )

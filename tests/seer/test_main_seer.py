@@ -209,6 +209,14 @@ def test_a_stream_that_cannot_be_read_is_named(tmp_path, capsys):
         (shards / "0001.tar").write_bytes(whole[:length])
         with pytest.raises(ValueError, match=r"the shard .*0001.tar is torn or no tar file"):
             train(tmp_path / "run", "--data_path", shards)
+    with tarfile.open(shards / "0002.tar") as archive:
+        middle = archive.getmembers()[2].offset
+    whole = (shards / "0002.tar").read_bytes()
+    damaged = whole[: middle + 150] + b"?" + whole[middle + 151 :]
+    for found in (damaged, whole[:middle] + bytes(len(whole)), whole + whole):
+        (shards / "0001.tar").write_bytes(found)  # tarfile leaves out what follows, without an error
+        with pytest.raises(ValueError, match=r"0001.tar is torn .*: [\d,]+ bytes lie behind the last image"):
+            train(tmp_path / "run", "--data_path", shards)
     torn = images / "class1" / "1.png"
     torn.write_bytes(torn.read_bytes()[:200])
     with pytest.raises(ImageError, match=r"class1/1.png"):

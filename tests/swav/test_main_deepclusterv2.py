@@ -2,11 +2,15 @@
 
 import json
 import math
+import os
 import shutil
+import signal
 
 import pytest
 import torch
 
+from shared.run.checkpoint import Interrupted
+from swav.kmeans import MemoryBank
 from swav.main_deepclusterv2 import first_centroids
 from tests.reliability.runs import write_images
 from tests.run_folders import lines, losses, state_of
@@ -63,6 +67,26 @@ def test_the_memory_of_a_checkpoint_or_of_the_official_files_is_used(images, who
     assert losses(tmp_path / "official") == losses(tmp_path / "ours")[6:]
     train(tmp_path / "ours", "--data_path", images, "--epochs", 4, "--batch_size", 7)  # other rows: a new memory
     assert "filling the memory" in capsys.readouterr().out
+
+
+def test_a_signal_while_the_memory_is_filled_stops_at_once_and_changes_nothing(images, whole, tmp_path, monkeypatch):
+    flags = "--data_path", images, "--epochs", 2, "--freeze_prototypes_niters", 2
+    with monkeypatch.context() as patched:
+        write, calls = MemoryBank.write, []
+
+        def write_and_signal(memory, start, *batch):
+            calls.append(start)
+            write(memory, start, *batch)
+            if len(calls) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        patched.setattr(MemoryBank, "write", write_and_signal)
+        with pytest.raises(Interrupted):
+            train(tmp_path, *flags)
+    assert len(calls) == 2 and state_of(tmp_path)["epoch"] == 0
+    train(tmp_path, *flags)
+    expected, found = state_of(whole)["state_dict"], state_of(tmp_path)["state_dict"]
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
 
 
 def test_more_clusters_than_images_of_an_epoch_are_refused(images, tmp_path):

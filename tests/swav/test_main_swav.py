@@ -129,7 +129,9 @@ def test_an_official_checkpoint_with_its_queue_files_is_resumed(images, whole, t
         (["--sync_bn", "pytorhc"], "pytorhc"),
         (["--arch", "resnt50"], "resnet50"),
         (["--batch_size", "5000"], "24 images on 1 process"),
-        (["--epsilon", "0"], "epsilon must be positive"),
+        (["--epsilon", "0"], "--epsilon 0.0 is not positive"),
+        (["--temperature", "0"], "--temperature 0.0 is not positive"),
+        (["--queue_length", "-5"], "--queue_length -5 is less than 0"),
     ],
 )
 def test_bad_input_is_one_clear_message(images, tmp_path, flags, message):

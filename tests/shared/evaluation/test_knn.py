@@ -109,6 +109,7 @@ def test_bfloat16_mode_agrees_with_float32_on_most_neighbours():
     [
         ({"k": 61}, "k=61 neighbours asked of a database of 60"),
         ({"k": 0}, "k=0"),
+        ({"k": -5}, "k=-5 is no number of neighbours"),
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"num_classes": 3}, "labels must lie in 0 .. 2"),
         ({"train_labels": torch.zeros(60, dtype=torch.long)}, "at least two classes"),

@@ -17,6 +17,7 @@ from shared.images.loading import EvalDataset, EvalTransform
 from shared.images.sources import ArraySource
 from shared.optimisation.optim import clip_total_grad_norm_, step_unless_not_finite
 from shared.optimisation.precision import Precision
+from shared.run.checkpoint import restore
 from shared.run.flags import AnyDashParser
 from shared.supervised.data import LabelledViews, RepeatedAugmentationSampler, open_train_and_val
 from shared.supervised.ema import NetworkEMA
@@ -24,6 +25,7 @@ from shared.supervised.evaluation import evaluate_classifier
 from shared.supervised.losses import build_teacher
 from shared.supervised.optimizer import (
     build_timm_optimizer,
+    counters_of,
 )
 from shared.supervised.transforms import TrainTransform, posterize
 from tests.processes import run_processes
@@ -97,6 +99,27 @@ def test_biases_vectors_and_named_tensors_are_not_decayed():
     decay = {group["weight_decay"]: {names[id(p)] for p in group["params"]} for group in optimizer.param_groups}
     assert decay == {0.0: {"cls_token", "linear.bias"}, 0.05: {"temperature", "linear.weight"}}
     assert (optimizer.defaults["eps"], tuple(optimizer.defaults["betas"])) == (1e-7, (0.8, 0.9))
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb", "sgd"])
+def test_a_checkpoint_gives_back_counters_and_no_option_that_a_flag_sets(name):
+    network = nn.Linear(4, 2)
+
+    def build(decay: float, momentum: float) -> torch.optim.Optimizer:
+        return build_timm_optimizer(network, name, 0.1, decay, momentum)
+
+    saved = build(0.05, 0.9)
+    network(torch.ones(1, 4)).sum().backward()
+    saved.step()
+    saved.param_groups[0]["lr"] = 0.01  # of its epoch
+    resumed = build(0.5, 0.8)
+    wanted = [dict(group) for group in resumed.param_groups]
+    restore({"optimizer": saved.state_dict()}, counters_of(resumed), optimizer=resumed)
+    for group, own, old in zip(resumed.param_groups, wanted, saved.param_groups, strict=True):
+        for option in {"weight_decay", "momentum", "eps", "betas"} & set(group):
+            assert group[option] == own[option], option
+        for option in {"lr", "step"} & set(old):
+            assert group[option] == old[option], option
 
 
 @pytest.mark.parametrize("name", ["adamw", "lamb", "sgd"])
