@@ -65,3 +65,7 @@ def command_line(parser: argparse.ArgumentParser, flags: dict) -> list[str]:
             values = value if isinstance(value, list | tuple) else [value]
             words += option + [str(value).lower() if isinstance(value, bool) else str(value) for value in values]
     return words
+
+
+if __name__ == "__main__":
+    sys.exit("error: this is for calls from Python; a command is that of the script, such as python dino/main.py")

@@ -113,8 +113,8 @@ class BadImages:
         if (count := self.count()) > self.limit:
             listed = "" if self.list_path is None else f", see {self.list_path}"
             raise ImageError(
-                f"{count} of {self.num_images} images cannot be read, more than --max_bad_fraction allows "
-                f"({self.limit}){listed}; the last one: {error}"
+                f"{count} of {self.num_images} images cannot be read, and --max_bad_fraction {self.max_fraction:g} "
+                f"allows {self.limit}: remove them or raise it{listed}; the last one: {error}"
             )
 
     def _append(self, path: str, line: str) -> None:

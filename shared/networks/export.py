@@ -207,7 +207,8 @@ def export_transformers(card: Card, network: nn.Module, folder: Path, model: str
         folder.mkdir(exist_ok=True)
         for file in Path(temporary).iterdir():
             os.replace(file, folder / file.name)
-    print(f"  transformers.{model}.from_pretrained({str(folder)!r})")
+    without_pooler = ", add_pooling_layer=False" if model == "ViTModel" else ""
+    print(f"  transformers.{model}.from_pretrained({str(folder)!r}{without_pooler})")
     return folder
 
 

@@ -60,7 +60,7 @@ def folder_of(run: str | Path) -> str:
             return name
     path, names = run_file(run), []
     if not path.is_file():
-        raise ValueError(f"{run} is neither a run or a file, nor the name of a release")
+        raise ValueError(f"{run} is no run or file below {Path.cwd()}, nor the name of a release")
     checkpoint = safe_load(path)
     said, key = flags_of_training(checkpoint), evaluated_network(checkpoint)
     for name in folders():

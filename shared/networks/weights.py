@@ -258,7 +258,7 @@ def run_file(path: str | Path) -> Path:
         return path
     found = [file for pattern in RUN_FILES for file in sorted(path.glob(pattern))]
     if len(found) > 1:  # linear probes may write theirs beside it, which do not hold the flags
-        found = [file for file in found if flags_of_training(safe_load(file))] or found
+        found = [file for file in found if flags_of_training(safe_load(file)).keys() - {"classes"}] or found
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or f"no checkpoint ({', '.join(RUN_FILES)})"
         raise ValueError(f"{path} is a folder with {names}; name a file")

@@ -4,6 +4,8 @@ import argparse
 import contextlib
 import difflib
 import io
+import itertools
+import os
 import re
 import signal
 import sys
@@ -107,6 +109,17 @@ def say(error: Exception | str, where: str = "") -> None:
     print(f"error{where}: {lines}", file=sys.stderr, flush=True)
 
 
+def file_error(error: OSError) -> str:
+    """What the system says of a file, and the flag of the command line whose value it is or lies in."""
+    if error.filename is None or error.strerror is None:
+        return str(error)
+    path = Path(os.fsdecode(error.filename)).absolute()
+    words = [(flag, Path(value)) for flag, value in itertools.pairwise(sys.argv[1:]) if flag.startswith("--")]
+    words += [(flag, Path(value)) for flag, _, value in (word.partition("=") for word in sys.argv[1:]) if value]
+    found = [f"{flag} {value}: " for flag, value in words if path.is_relative_to(value.absolute())]
+    return f"{found[-1] if found else ''}{error.strerror}: {printable(os.fsdecode(error.filename))}"
+
+
 @contextlib.contextmanager
 def plain_exit(say: Callable[[Exception | str], object] = say) -> Iterator[None]:
     """For scripts of one process: an error of the user, too little memory and Ctrl-C are one line and an exit code.
@@ -125,7 +138,7 @@ def plain_exit(say: Callable[[Exception | str], object] = say) -> Iterator[None]
         say(f"out of memory, a smaller batch needs less: {reason}")
         raise SystemExit(2) from error
     except (ValueError, OSError) as error:
-        say(error)
+        say(file_error(error) if isinstance(error, OSError) else error)
         raise SystemExit(2) from error
     except KeyboardInterrupt as error:
         say("stopped by Ctrl-C")

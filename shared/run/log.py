@@ -129,10 +129,12 @@ class RunLog:
         self.logger_arguments = Path(output_dir), name or "", flags or {}
         self.loggers, self.open_loggers = dict.fromkeys(loggers), []
         check_installed(self.loggers)
+        self.kept: list[str] = []  # names under which the lines of an earlier attempt stay
         if distributed.is_main_process():
             for path in self.files.values():
                 if path.exists() and path.stat().st_size and not resumed:
-                    os.replace(path, _free_name(path))  # lines of another run are kept, not mixed with ours
+                    os.replace(path, kept := _free_name(path))  # lines of another run are not mixed with ours
+                    self.kept.append(kept.name)
                 path.touch()
             if name is None and not resumed:
                 (Path(output_dir) / IDENTITIES).unlink(missing_ok=True)
@@ -142,6 +144,8 @@ class RunLog:
     def start(self, data, parts: dict, args: Namespace) -> None:
         """Say how many steps there are; the first ones tell how long the run takes and how large it becomes."""
         self.final_bytes = partial(final_bytes, parts, args, data.steps_per_epoch, self.total_steps)
+        if self.kept:
+            self.say(f"no checkpoint here: from the beginning; the log before is kept as {', '.join(self.kept)}")
         few = data.steps_per_epoch * data.batch_size <= 5000
         self.hint = "; try --small_data" if few and getattr(args, "small_data", True) is False else ""
         self.say(f"{self.total_steps} steps in all, {data.steps_per_epoch} per epoch, of {data.batch_size} {self.unit}")

@@ -63,8 +63,7 @@ class Run:
         self.device = distributed.init(args.dist_url, args.device, args.dist_timeout)
         keep_freed_memory()
         randomness.seed_everything(args.seed)
-        self.output_dir = Path(args.output_dir)
-        self.path = self.output_dir / file
+        self.output_dir, self.path = Path(args.output_dir), Path(args.output_dir, file)
         if owns_folder:
             check_folder(self.path)
         if distributed.is_main_process():
@@ -106,8 +105,8 @@ class Run:
         """
         args, self.data, self.total_steps, self.to_official = self.args, data, total_steps, to_official
         self.parts = {name: distributed.unwrap(part) for name, part in parts.items()}
-        checkpoint = load_latest(self.path) if checkpoint is None else checkpoint
-        checkpoint = from_official(checkpoint) if checkpoint else {}
+        found = load_latest(self.path) if checkpoint is None else checkpoint
+        checkpoint = from_official(found) if found else {}
         if checkpoint and ("args" in checkpoint or "epoch" not in checkpoint):  # some official files have no args
             check_flags(checkpoint, args, network_flags)
         self.is_new = is_at_start(checkpoint or None)
@@ -118,11 +117,12 @@ class Run:
             restore(checkpoint, scheduled, **self.parts)
             if checkpoint.get("fp16_scaler"):
                 self.precision.scaler.load_state_dict(checkpoint["fp16_scaler"])
-            if "log" in checkpoint:  # the official ones have none
+            if resumed:
                 self.log.load_state_dict(checkpoint["log"])
             position = resume_position(checkpoint, data.batch_size, data.checksum, args.on_changed_run)
             self.epoch, self.step_in_epoch = position
-            distributed.print_once("resuming at epoch {}, step {}".format(*position))
+            where = "resuming at epoch {}, step {}".format(*position)
+            distributed.print_once(where if self.steps_done < total_steps else f"{where}: the run is finished")
         networks = {name: part for name, part in self.parts.items() if isinstance(part, nn.Module)}
         self.guard = FiniteGuard(networks, args.max_skipped_steps, self.device, checkpoint.get("skipped_steps", 0))
 

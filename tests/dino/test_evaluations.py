@@ -95,7 +95,7 @@ def test_a_probe_is_not_gone_on_with_as_another_one_and_does_not_hide_the_run(da
     torch.save({"teacher": {}, "args": {"arch": "vit_tiny"}}, tmp_path / "checkpoint.pth")
     run(data, tmp_path, "--epochs", 1)
     assert (tmp_path / "checkpoint.pth.tar").exists() and run_file(tmp_path) == tmp_path / "checkpoint.pth"
-    for changed in (("--epochs", 2), ("--epochs", 1, "--lr", 7), ("--epochs", 1, "--seed", 5)):
+    for changed in (("--epochs", 2), ("--epochs", 1, "--lr", 7)):
         message = f"{changed[-2]} {changed[-1]}.* does not fit .* was written with {changed[-2]}"
         with pytest.raises(ValueError, match=message):
             run(data, tmp_path, *changed)

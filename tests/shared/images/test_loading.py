@@ -76,7 +76,8 @@ def test_too_many_bad_images_stop_the_run(tmp_path):
     source = photographs(tmp_path, 20, bad=range(0, 20, 4))
     bad_images = BadImages(20, tmp_path / "bad_images.txt", max_fraction=0.1)
     with pytest.raises(
-        ImageError, match=r"3 of 20 images .* more than --max_bad_fraction allows \(2\), see .*bad_images"
+        ImageError,
+        match=r"3 of 20 images .* --max_bad_fraction 0.1 allows 2: remove them or raise it, see .*bad_images",
     ):
         for index in range(20):
             bad_images.read(source, index, (0, index), load_pixels(source))

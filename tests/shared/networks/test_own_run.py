@@ -115,7 +115,7 @@ def test_a_run_says_which_folder_trained_it_unless_two_could_have(tmp_path):
         assert folder_of(tmp_path / "run.pth") == method
     with pytest.raises(ValueError, match="can be of deepcluster or swav: say the folder"):
         folder_of(write_run(tmp_path / "run", "swav", "resnet"))
-    with pytest.raises(ValueError, match="neither a run or a file, nor the name of a release"):
+    with pytest.raises(ValueError, match=r"is no run or file below .*, nor the name of a release"):
         folder_of(tmp_path / "nowhere")
 
 
