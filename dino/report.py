@@ -12,11 +12,12 @@ from shared.pictures.attention import save_attention
 from shared.pictures.report import Plot, Report, accuracy_plot, first_image, save_views
 from shared.run.health import HealthRule, equal_features, patience, shares_of_ln_k, still_at_ln_k
 from shared.run.run import Run
-from shared.run.settings import long_warmup, more_than_data, slow_average, tell_settings
+from shared.run.settings import Advice, long_warmup, more_than_data, slow_average, tell_settings
 
 from .attention import class_row, has_class_attention
 from .hub import MEAN, STD, VIT_NAMES
 
+FEW_STEPS = 5000
 OUTPUT = {"teacher_entropy": "entropy of the teacher's output", "kl": "KL from teacher to student"}
 CURVES = (
     Plot("Loss of the student", "cross-entropy", {"loss": ""}),
@@ -71,7 +72,18 @@ def suit_settings(args: argparse.Namespace, num_images: int, momenta: np.ndarray
         long_warmup("--warmup_teacher_temp_epochs", args.warmup_teacher_temp_epochs, args.epochs),
         slow_average("--momentum_teacher", momenta),
         more_than_data("--out_dim", args.out_dim, num_images, take=num_images),
+        soft_teacher("--warmup_teacher_temp", args.warmup_teacher_temp, len(momenta)),
+        soft_teacher("--teacher_temp", args.teacher_temp, len(momenta)),
     )
+
+
+def soft_teacher(flag: str, temperature: float, steps: int) -> Advice | None:
+    """A teacher that sharpens too little for a short run, in which its outputs stay nearly equal.
+
+    On the embedded images, 480 steps, k-NN is 61 % with 0.07, 82 % with 0.04 and 90 % with 0.03.
+    """
+    reason = f"{flag} {temperature:g}: in {steps} steps a teacher above 0.04 hardly tells images apart"
+    return Advice(flag, reason, 0.03) if temperature > 0.04 and steps < FEW_STEPS else None
 
 
 def report(run: Run, dataset: MultiCropDataset, backbone: nn.Module, knn: KNNMonitor) -> None:

@@ -52,7 +52,7 @@ CLAIMS = [
     Claim("so does memory, which self-attention's does not", "the same, fused attention",
           numbers="both linear; training takes 1.8 times as much", found=CONTRADICTED),
     Claim("as good as self-attention", "digits, beside a ViT, the best of three rates each", "xcit_tuned", "XCiT",
-          "ViT", "acc1"),
+          "ViT", "acc1", flaw="the ViT hardly trains at any of them"),
     Claim("the same", "CIFAR-10, 5 epochs, one rate", "xcit_cifar10", "XCiT", "ViT", "acc1", flaw=UNTUNED),
     *(Claim("as good as convolutions", f"{data}, ResNet, within a point", f"xcit_{name}", "XCiT", "ResNet", "acc1",
             within=1) for name, data in SETS.items()),
