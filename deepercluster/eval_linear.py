@@ -200,9 +200,12 @@ def probe_voc(args: argparse.Namespace, features, dim: int, transform, device: t
         )
         print(f"epoch {epoch}: loss {loss:.4f}", flush=True)
     images = frozen.val_images(args, test.source, transform)
+    scores = torch.full((len(test.source), len(CLASSES)), torch.nan)  # of images that cannot be read
     with torch.no_grad():
-        scores = [probe(features(image[None].to(device)))[0].cpu().numpy() for image, *_ in images]
-    precision = 100 * float(np.nanmean(average_precisions(np.stack(scores), test.labels)))
+        for i, (image, _, read) in enumerate(images):
+            if read == i:
+                scores[i] = probe(features(image[None].to(device)))[0].cpu()
+    precision = 100 * float(np.nanmean(average_precisions(scores.numpy(), test.labels)))
     print(f"{TEST_SPLIT[args.split]} mAP: {precision:.2f} %", flush=True)
     return {"mAP": precision}
 

@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import shutil
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from deepercluster.export import before, export, get_args_parser, torchvision_vg
 from deepercluster.hub import load_network
 from deepercluster.report import chance, members, save_clusters, save_folders, save_sub_clusters
 from deepercluster.vgg16 import VGG16, fold_sobel, map_side, without_sobel
+from shared.evaluation import voc as voc_evaluation
 from shared.evaluation.partitions import describe_partition
 from shared.images.sources import open_source
 from tests.deepcluster.test_eval_voc_classif import write_voc
@@ -199,6 +201,23 @@ def test_voc_by_a_probe_and_by_training(voc, colours, tmp_path, monkeypatch):
     args = parser.parse_args(["--data_path", "VOC2007", "--pretrained", str(colours), *few])
     result = eval_voc_classif.eval_voc_classif(args)
     assert result.keys() == {"train", "val"} and result["val"] > 65
+
+
+def test_a_test_image_that_cannot_be_read_has_no_scores_instead_of_those_of_another(
+    voc, colours, tmp_path, monkeypatch
+):
+    folder = shutil.copytree(voc, tmp_path / "VOCdevkit" / "VOC2007")
+    (folder / "JPEGImages" / "000002.jpg").write_bytes(b"broken")
+    seen, precisions = [], voc_evaluation.average_precisions
+
+    def see(scores, labels):
+        seen.append(scores)
+        return precisions(scores, labels)
+
+    monkeypatch.setattr(voc_evaluation, "average_precisions", see)
+    probe = ("--split", "trainval", "--conv", 4, "--nepochs", 1, "--max_bad_fraction", 0.5)
+    eval_linear.eval_linear(eval_linear.parse_args(flags(folder, colours, tmp_path / "out", *probe)))
+    assert np.isnan(seen[0]).all(axis=1).nonzero()[0].tolist() == [2] and np.isnan(seen[0]).any(axis=1).sum() == 1
 
 
 # --- Report -----------------------------------------------------------------------------------------------------------
