@@ -149,7 +149,7 @@ def measures(
         values = {label: value for label, value in values.items() if value is not None}
         before, sentence = values.get(start, chance), ""
         if unit and images and before is not None and "trained" in values:
-            sentence = verdict(before, last, key, images, lr_flag, start)
+            sentence = verdict(before, last, key, images, lr_flag, start, first.get("rankme"))
         measure = {"key": key, "name": name, "unit": unit, "verdict": sentence, "chance": chance if unit else None}
         measure["values"] = [(*item, margin(item[1], images) if unit and images else 0.0) for item in values.items()]
         found.append(measure | {"span": 100 if unit else 1.15 * max(values.values())})

@@ -53,17 +53,20 @@ def accuracy(
     if measured[-1]["step"] == 0:
         return [sentence]
     before = measured[0][key] if measured[0]["step"] == 0 else 100 / num_classes
-    return [f"{sentence}: {verdict(before, measured[-1], key, num_images, lr_flag, start)}"]
+    return [f"{sentence}: {verdict(before, measured[-1], key, num_images, lr_flag, start, measured[0].get('rankme'))}"]
 
 
-def verdict(before: float, line: dict, key: str, num_images: int, lr_flag: str, start: str) -> str:
+def verdict(
+    before: float, line: dict, key: str, num_images: int, lr_flag: str, start: str, rankme_before: float | None = None
+) -> str:
     """What two accuracies in percent of the same images, before and after training, say about learning.
 
     Differences of less than two standard errors of such an accuracy say nothing.
 
     Args:
-        line: Of the log, with that after training as ``key``. With a ``rankme``, ``recall_at_1`` is that of images from
-            their parts, which clusters lose as well.
+        line: Of the log, with that after training as ``key``.
+        rankme_before: With it and a ``rankme`` in the line, ``recall_at_1`` is that of images from their parts, which
+            clusters lose as well.
     """
     after = line[key]
     chance = margin((before + after) / 2, num_images)
@@ -73,8 +76,11 @@ def verdict(before: float, line: dict, key: str, num_images: int, lr_flag: str, 
         return f"more than with {start}; so few steps do not tell learning from batch norms that settle"
     if after > before:
         return "learned"
-    if key == "recall_at_1" and "rankme" in line:
-        return f"less than with {start}: images became alike, in clusters if RankMe has grown, else in a collapse"
+    if key == "recall_at_1" and "rankme" in line and rankme_before is not None:
+        few = "; so few steps say little" if line["step"] < FEW_STEPS else ""
+        grew = line["rankme"] > rankme_before
+        how = "in clusters, as RankMe has grown" if grew else "in a collapse, as RankMe has not grown"
+        return f"less than with {start}: images became alike, {how}{few}"
     return f"worse than {start}: train longer, or with a lower {lr_flag}"
 
 

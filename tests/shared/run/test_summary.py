@@ -21,6 +21,14 @@ def test_only_numbers_that_differ_by_more_than_chance_are_called_learned(before,
     assert verdict(before, line, "top1", images, "--base_lr", "random weights").startswith(words)
 
 
+@pytest.mark.parametrize(("rankme", "steps", "words"), [(88, 50, "in clusters, as"), (20, 20, "in a collapse, as")])
+def test_what_became_alike_is_told_by_the_rank(rankme, steps, words):
+    line = {"step": steps, "recall_at_1": 8.7, "rankme": rankme}
+    found = verdict(30.0, line, "recall_at_1", 149, "--lr", "random weights", 39.0)
+    assert found.startswith(f"less than with random weights: images became alike, {words} RankMe has ")
+    assert found.endswith("so few steps say little") == (steps < 50)
+
+
 def test_commands_can_be_pasted_where_the_run_was_started(monkeypatch, tmp_path):
     flags = {"arch": "vit", "image_size": None, "data_path": Path("/my images"), "size": [1, 2], "eval": True}
     expected = "--arch vit --data_path '/my images' --size 1 2 --eval"
