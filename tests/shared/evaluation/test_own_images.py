@@ -177,6 +177,19 @@ def test_groups_are_what_links_connect_whatever_the_blocks(monkeypatch):
         assert {tuple(group) for group in found} == groups and len(groups) > 1
 
 
+@pytest.mark.parametrize("alike", [False, True])
+def test_features_that_are_too_alike_for_a_search_for_copies_are_told(alike, tmp_path, capsys):
+    vectors = torch.randn(60, 16, generator=torch.Generator().manual_seed(0)) + 9.0 * alike
+    vectors[1] = vectors[0]
+    paths = [f"{i}.png" for i in range(60)]
+    for path in paths:
+        Image.fromarray(photograph(1, 16, 16)).save(tmp_path / path)
+    names = [str(tmp_path / path) for path in paths]
+    write_features(tmp_path / "features.npz", Features(names, None, F.normalize(vectors, dim=1).numpy()))
+    search(tmp_path / "features.npz", "--threshold", 0.9, "--out", tmp_path / "groups.csv")
+    assert ("WARNING: most images are in groups" in capsys.readouterr().out) == alike
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
