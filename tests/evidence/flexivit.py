@@ -1,10 +1,12 @@
-"""The small experiments of flexivit/RESULTS.md: one network for all patch sizes, on generated images.
+"""The small experiments of flexivit/RESULTS.md: one network for all patch sizes, on generated images and on CIFAR-10.
 
     make evidence METHOD=flexivit                 # about 25 minutes of a core
+    make evidence METHOD=flexivit EVIDENCE_FLAGS="--cifar10 /path/to/cifar10"     # about an hour more
 
 One FlexiViT beside networks that were trained with one patch size each, and FlexiViTs that learn from one of these,
-with its weights at the start and without. Top-1 is that of 1,200 further images. Every run uses one thread; --parallel
-of them run at a time. Numbers are those of the last epoch; verdicts follow from the differences of each seed.
+with its weights at the start and without. Top-1 is that of 1,200 further images, or of the test images of CIFAR-10.
+Every run uses one thread; --parallel of them run at a time. Numbers are those of the last epoch; verdicts follow from
+the differences of each seed.
 """
 
 from pathlib import Path
@@ -24,8 +26,11 @@ LONGER = [Variant(v.name, f"{v.flags} --epochs 12 --test_freq 12") for v in VARI
 OWN = tuple(f"acc1 {size}" for size in FIXED)
 ELSEWHERE = [(own, at) for own in FIXED for at in FIXED if own != at]
 
+ON_CIFAR10 = "--epochs 6 --test_freq 6 --batch_size 64"  # 1,500 steps of 16,000 images
 LONG = "flexivit_materials_12_epochs"
+CIFAR10 = "flexivit_cifar10"
 RESULTS, TAUGHT, UNTAUGHT = "flexivit_materials", "distilled, starts as the teacher", "distilled, starts at random"
+COLUMNS = {f"acc1 {size}": f"top-1, patches of {size}" for size in GRIDS}
 # fmt: off
 CLAIMS = [
     Claim("resizing by the pseudo-inverse loses nothing for larger patches (3.3)", "random patches and kernels",
@@ -37,6 +42,10 @@ CLAIMS = [
     Claim("more than ten points above them elsewhere", "materials, trained for 4 at 16; for 16 at 4",
           RESULTS, "FlexiViT", tuple(ONLY[own] for own, _ in ELSEWHERE), tuple(f"acc1 {at}" for _, at in ELSEWHERE),
           by=10),
+    Claim("as good as networks of one patch size at their own (3.2)", "CIFAR-10, patches of 4, 16, within 2 points",
+          CIFAR10, "FlexiViT", tuple(ONLY.values()), OWN, within=2),
+    Claim("more than ten points above them elsewhere", "CIFAR-10, trained for 4 at 16; for 16 at 4", CIFAR10,
+          "FlexiViT", tuple(ONLY[own] for own, _ in ELSEWHERE), tuple(f"acc1 {at}" for _, at in ELSEWHERE), by=10),
     Claim("a teacher's weights are the best start (3.4)", "materials, patches of " + ", ".join(map(str, sorted(GRIDS))),
           RESULTS, TAUGHT, UNTAUGHT, tuple(f"acc1 {size}" for size in sorted(GRIDS))),
     Claim("distillation from a network of small patches helps (3.4)", "the same, beside FlexiViT with labels", RESULTS,
@@ -56,8 +65,7 @@ def claims(out: Path, parallel: int, seeds: tuple[int, ...]) -> None:
     images = f"--val_path {further_materials(out, 1200)}"
     variants = [Variant(v.name, f"{v.flags} {images}") for v in VARIANTS]
     results = run_all("flexivit", variants, out, parallel, seeds, accuracies)
-    columns = {f"acc1 {size}": f"top-1, patches of {size}" for size in GRIDS}
-    longer(out, parallel, seeds, images, columns)
+    longer(out, parallel, seeds, images)
     teachers = {r["seed"]: r["run"] / "checkpoint.pth" for r in results if r["variant"] == "patches of 4 only"}
 
     def distill(job: tuple[str, int]) -> dict:
@@ -67,15 +75,23 @@ def claims(out: Path, parallel: int, seeds: tuple[int, ...]) -> None:
         return run("flexivit", variant, seed, out / f"distilled_{init}" / str(seed), accuracies)
 
     results += in_parallel(distill, [(init, seed) for init in ("teacher", "random") for seed in seeds], parallel)
-    write(out, RESULTS, results, table(results, columns))
+    write(out, RESULTS, results, table(results, COLUMNS))
 
 
-def longer(out: Path, parallel: int, seeds: tuple[int, ...], images: str, columns: dict[str, str]) -> None:
+def longer(out: Path, parallel: int, seeds: tuple[int, ...], images: str) -> None:
     """Of what takes long to learn: every patch size, beside the smallest alone."""
     variants = [Variant(v.name, f"{v.flags} {images}") for v in LONGER]
     results = run_all("flexivit", variants, out / "longer", parallel, seeds, accuracies)
-    write(out, LONG, results, table(results, columns))
+    write(out, LONG, results, table(results, COLUMNS))
+
+
+def cifar10(out: Path, parallel: int, seeds: tuple[int, ...], train: Path, test: Path) -> None:
+    """Every patch size and one alone, on photographs."""
+    flags = f"{ON_CIFAR10} --data_path {train} --val_path {test}"
+    variants = [Variant(v.name, f"{v.flags} {flags}") for v in VARIANTS]
+    results = run_all("flexivit", variants, out / "cifar10_runs", parallel, seeds, accuracies)
+    write(out, CIFAR10, results, table(results, COLUMNS))
 
 
 if __name__ == "__main__":
-    main(__doc__, "flexivit", claims, lambda *_: None)
+    main(__doc__, "flexivit", claims, cifar10)
