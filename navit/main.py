@@ -216,6 +216,8 @@ def train_navit(args: argparse.Namespace) -> None:
     run.classes = train.classes if args.loss in LOSSES else None  # captions are none
     of_images["num_classes"] = len(run.classes or ())
     network = build(args.arch, args.in_chans, **of_images, **options).to(run.device)
+    if args.attention == "varlen" and run.device.type != "cuda":
+        raise ValueError("--attention varlen is one of GPUs: take auto, mask or segments")
     network.attention = args.attention
     whole, texts = network, {}
     if args.loss == "contrastive":

@@ -68,4 +68,6 @@ def command_line(parser: argparse.ArgumentParser, flags: dict) -> list[str]:
 
 
 if __name__ == "__main__":
+    import shared.run.passive_threads  # noqa: F401
+
     sys.exit("error: this is for calls from Python; a command is that of the script, such as python dino/main.py")

@@ -207,6 +207,11 @@ def test_flags_that_make_no_sense_are_named(flags, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_attention_of_gpus_is_refused_before_the_first_step(tmp_path):
+    with pytest.raises(ValueError, match="--attention varlen is one of GPUs"):
+        train(tmp_path, "--attention", "varlen")
+
+
 def test_photographs_reach_the_benchmarks_that_look_at_them(tmp_path, monkeypatch):
     commands = []
     monkeypatch.setattr(run_all.subprocess, "run", lambda c: commands.append(c) or CompletedProcess(c, 0))

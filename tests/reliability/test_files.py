@@ -62,7 +62,7 @@ def test_a_full_disk_under_the_log_is_one_message_that_names_the_file(images, tm
     folder.mkdir()
     os.symlink("/dev/full", folder / "metrics.jsonl")
     printed = Run(folder, "--data_path", images, "--saveckp_steps", 0).assert_ends(2)
-    assert f"error: [Errno 28] No space left on device: '{folder}/metrics.jsonl'" in printed
+    assert f"error: --output_dir {folder}: No space left on device: {folder}/metrics.jsonl" in printed
     assert "Traceback" not in printed
 
 
@@ -70,7 +70,10 @@ def test_an_output_folder_that_cannot_be_made_is_one_message_that_names_it(image
     (tmp_path / "file").write_text("")
     run = Run(tmp_path / "file", "--data_path", images, "--output_dir", tmp_path / "file" / "run")
     printed = run.assert_ends(2)
-    assert f"Not a directory: '{tmp_path}/file/run'" in printed and "Traceback" not in printed
+    assert (
+        f"error: --output_dir {tmp_path}/file/run: Not a directory: {tmp_path}/file/run" in printed
+        and "Traceback" not in printed
+    )
 
 
 def test_an_image_that_vanishes_after_listing_is_replaced_and_listed(tmp_path):

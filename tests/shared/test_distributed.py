@@ -113,7 +113,7 @@ def test_a_processs_own_error_is_not_taken_for_a_lost_rank():
     ("error", "code", "message"),
     [
         (ValueError("--flag 3 is wrong"), 2, "error: --flag 3 is wrong\n"),
-        (OSError(28, "No space left on device", "/run/x"), 2, "error: [Errno 28] No space left on device: '/run/x'\n"),
+        (OSError(28, "No space left on device", "/run/x"), 2, "error: No space left on device: /run/x\n"),
         (NotFinite("10 steps in a row"), 3, "error: 10 steps in a row\n"),
         (
             RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
