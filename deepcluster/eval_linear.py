@@ -40,6 +40,7 @@ from shared.networks.weights import weights_checksum
 from shared.run import randomness
 from shared.run.flags import Parser
 
+# A run that is resumed must have these as they were.
 RUN_FLAGS = "batch_size lr momentum weight_decay seed".split()
 # average pooling (kernel, stride, padding) of AlexNet's maps of 224-pixel images, layer by layer
 ALEXNET_POOLING = {1: (6, 6, 3), 2: (4, 4, 0), 3: (3, 3, 1), 4: (3, 3, 1), 5: (2, 2, 0)}

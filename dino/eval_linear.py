@@ -29,6 +29,7 @@ from shared.evaluation.linear import LinearClassifier, load_classifier, tell_acc
 from shared.networks.weights import weights_checksum
 from shared.run.flags import bool_flag
 
+# A run that is resumed must have these as they were.
 RUN_FLAGS = "arch n_last_blocks avgpool_patchtokens epochs batch_size lr seed".split()
 
 

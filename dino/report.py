@@ -17,7 +17,7 @@ from shared.run.settings import Advice, long_warmup, more_than_data, slow_averag
 from .attention import class_row, has_class_attention
 from .hub import MEAN, STD, VIT_NAMES
 
-FEW_STEPS = 5000
+FEW_STEPS = 5000  # seen at 480; the paper's trainings have a hundred thousand and more
 OUTPUT = {"teacher_entropy": "entropy of the teacher's output", "kl": "KL from teacher to student"}
 CURVES = (
     Plot("Loss of the student", "cross-entropy", {"loss": ""}),

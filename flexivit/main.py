@@ -208,7 +208,7 @@ def train_flexivit(args: argparse.Namespace) -> None:
         criterion = Labels(LOSSES[args.loss], args.input_size)
     network = network.to(run.device)
     if args.compile:
-        for block in network.blocks:  # not what resizes weights and positions: these are products once made
+        for block in network.blocks:  # what resizes weights and positions caches its matrices, and stays as it is
             compile_network(block, dynamic=True)
     accumulate(network, args.accumulate)
     model = distributed.wrap(network, run.device)

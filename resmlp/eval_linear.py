@@ -26,6 +26,7 @@ from shared.evaluation.flags import add_probe_flags, add_process_flags
 from shared.evaluation.linear import LinearClassifier
 from shared.networks.weights import weights_checksum
 
+# A run that is resumed must have these as they were.
 RUN_FLAGS = "epochs batch_size lr seed".split()
 
 

@@ -32,8 +32,8 @@ from swav.hub import CARD, LINEAR_CLASSIFIER, fetch
 from swav.resnet50 import PrototypeNetwork, ResNet
 
 # A run that is resumed must have these as they were.
-RUN_FLAGS = "arch global_pooling use_bn epochs batch_size lr wd nesterov scheduler_type decay_epochs gamma".split()
-RUN_FLAGS += ["final_lr", "seed"]
+RUN_FLAGS = """arch global_pooling use_bn epochs batch_size lr wd nesterov scheduler_type decay_epochs gamma final_lr
+    seed""".split()
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -19,7 +19,7 @@ NEIGHBOURS = 20
 AUTOMATIC_UP_TO = 100_000  # images; beyond, an evaluation is worth asking for by flag
 
 
-def classify_pixels(train: ImageSource, val: ImageSource) -> float:
+def classify_pixels(train: ImageSource, val: ImageSource, device: torch.device) -> float:
     """Top-1 in percent of the k-NN of raw pixels (centre crops of 32, averaged to 16 x 16); every process must call it.
 
     Images that cannot be read are left out.
@@ -27,7 +27,7 @@ def classify_pixels(train: ImageSource, val: ImageSource) -> float:
     transform, found = EvalTransform(2 * PIXELS_SIDE, 2 * PIXELS_SIDE), []
     for source in (train, val):
         images = EvalDataset(source, transform, BadImages(len(source), on_bad_image="skip", max_fraction=1))
-        rows, labels = extract_features(Pixels(), images, torch.device("cpu"))
+        rows, labels = extract_features(Pixels(), images, device)
         found.append((rows[labels != LEFT_OUT], labels[labels != LEFT_OUT]))
     (known, labels), (asked, truth) = found
     mean = known.mean(dim=0)

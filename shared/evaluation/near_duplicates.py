@@ -95,8 +95,8 @@ def near_duplicates(args: argparse.Namespace) -> list[list[int]]:
     ]
     write_table(out, ["group", "path", "similarity"], rows)
     print(f"{len(groups):,} groups: {out}")
-    if 2 * sum(map(len, groups)) > len(paths) > 2 * GROUPS:
-        print(f"WARNING: most images are in groups: these features are too alike to tell copies at {args.threshold:g}")
+    if 2 * sum(map(len, groups)) > len(paths):
+        print(f"WARNING: most images are in groups: copies, or features that are too alike at {args.threshold:g}")
     if groups:
         source = FileSource("", "", paths)
         rows = [

@@ -192,7 +192,7 @@ class Report:
         found = accuracy(self.lines, "test_acc1", what, len(val), len(val.classes), start=start)
         if len(train) > PIXELS_UP_TO:
             return found
-        pixels = classify_pixels(train, val)
+        pixels = classify_pixels(train, val, self.run.device)
         return [*found, f"k-NN of raw pixels: {pixels:.1f} +- {margin(pixels, len(val)):.1f} %"]
 
     def then(self, script: str, *arguments: str, **flags) -> None:

@@ -111,7 +111,7 @@ def say(error: Exception | str, where: str = "") -> None:
 
 def file_error(error: OSError) -> str:
     """What the system says of a file, and the flag of the command line whose value it is or lies in."""
-    if error.filename is None or error.strerror is None:
+    if not isinstance(error.filename, str | bytes) or error.strerror is None:  # none, or a number of an open file
         return str(error)
     path = Path(os.fsdecode(error.filename)).absolute()
     words = [(flag, Path(value)) for flag, value in itertools.pairwise(sys.argv[1:]) if flag.startswith("--")]

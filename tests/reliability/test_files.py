@@ -70,10 +70,8 @@ def test_an_output_folder_that_cannot_be_made_is_one_message_that_names_it(image
     (tmp_path / "file").write_text("")
     run = Run(tmp_path / "file", "--data_path", images, "--output_dir", tmp_path / "file" / "run")
     printed = run.assert_ends(2)
-    assert (
-        f"error: --output_dir {tmp_path}/file/run: Not a directory: {tmp_path}/file/run" in printed
-        and "Traceback" not in printed
-    )
+    assert f"error: --output_dir {tmp_path}/file/run: Not a directory: {tmp_path}/file/run" in printed
+    assert "Traceback" not in printed
 
 
 def test_an_image_that_vanishes_after_listing_is_replaced_and_listed(tmp_path):

@@ -49,7 +49,8 @@ def test_raw_pixels_are_classified_as_a_loop_over_centred_thumbnails_does():
         for i in np.argsort(-similar)[:20]:
             votes[labels[PARTS["train"]][i]] += np.exp(similar[i] / 0.07)
         hits += votes.argmax() == label
-    assert 0 < hits < 20 and classify_pixels(train, val) == pytest.approx(100 * hits / 20)
+    found = classify_pixels(train, val, torch.device("cpu"))
+    assert 0 < hits < 20 and found == pytest.approx(100 * hits / 20)
 
 
 def test_recall_equals_a_loop_and_is_that_of_a_guess_where_all_features_are_equal():

@@ -12,6 +12,7 @@ def test_an_error_of_the_system_names_the_flag_and_the_file(tmp_path, monkeypatc
     inside = OSError(errno.EACCES, "Permission denied", str(file))
     assert file_error(inside) == f"--output_dir {tmp_path}: Permission denied: {file}"
     assert file_error(OSError(errno.ENOENT, "No such file", "/elsewhere")) == "No such file: /elsewhere"
+    assert file_error(OSError(errno.EBADF, "Bad file descriptor", 7)) == "[Errno 9] Bad file descriptor: 7"
     assert file_error(OSError("a sentence of ours")) == "a sentence of ours"
 
 
