@@ -13,10 +13,12 @@ undecided between two classes, and they differ from each other.
 
 import argparse
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # run as a script: make the repository root importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     import shared.run.passive_threads  # noqa: F401
 
 import numpy as np
@@ -25,13 +27,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 
 from shared import distributed
+from shared.evaluation.feature_files import read_all
+from shared.evaluation.knn import count_votes, nearest_neighbours
 from shared.images.sources import FileSource
 from shared.images.tables import label_of_each, read_labels, write_table
 from shared.pictures.sheets import Tile, save_sheet, thumbnail
 from shared.run.flags import Parser
-
-from .feature_files import read_all
-from .knn import count_votes, nearest_neighbours
 
 INVERSE_REGULARISATION = (
     300.0  # of the logistic regression on unit vectors: probabilities that are about as often right

@@ -10,21 +10,22 @@ Writes ``clusters.csv`` (cluster, path, cosine to the cluster's mean), ``overvie
 
 import argparse
 import shutil
+import sys
 from pathlib import Path
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # run as a script: make the repository root importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     import shared.run.passive_threads  # noqa: F401
 
 import numpy as np
 from sklearn import cluster, metrics
 
 from shared import distributed
+from shared.evaluation.feature_files import read_all
 from shared.images.sources import FileSource
 from shared.images.tables import write_table
 from shared.pictures.sheets import Tile, link_images, save_sheet, thumbnail
 from shared.run.flags import Parser, bool_flag
-
-from .feature_files import read_all
 
 COLUMNS = 10  # of a sheet
 ROWS = 6

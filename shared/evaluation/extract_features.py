@@ -17,10 +17,12 @@ import argparse
 import math
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # run as a script: make the repository root importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     import shared.run.passive_threads  # noqa: F401
 
 import torch
@@ -28,6 +30,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared import distributed
+from shared.evaluation import frozen
+from shared.evaluation.feature_files import Features, check_suffix, write_features
+from shared.evaluation.features import check_features, check_replaced, feature_batches
+from shared.evaluation.flags import add_process_flags, parse_evaluation, take_from_run
 from shared.images.loading import LEFT_OUT, BadImages, EvalDataset, EvalTransform
 from shared.images.sources import SPLITS, FileSource, open_source, reading
 from shared.networks.own_run import fill_run, folder_of, load_hub, open_run
@@ -36,11 +42,6 @@ from shared.networks.weights import UnsafeFileError, safe_load, weights_checksum
 from shared.run import randomness
 from shared.run.checkpoint import save
 from shared.run.flags import Parser, add_bad_image_flags, add_reading_flags, bool_flag
-
-from . import frozen
-from .feature_files import Features, check_suffix, write_features
-from .features import check_features, check_replaced, feature_batches
-from .flags import add_process_flags, parse_evaluation, take_from_run
 
 PART_S = 30  # between two parts
 

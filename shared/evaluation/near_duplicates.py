@@ -9,10 +9,12 @@ Several files are searched together, such as train and test images. ``duplicates
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # run as a script: make the repository root importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     import shared.run.passive_threads  # noqa: F401
 
 import numpy as np
@@ -21,12 +23,11 @@ from scipy import sparse
 from torch import Tensor
 
 from shared import distributed
+from shared.evaluation.feature_files import read_all
 from shared.images.sources import FileSource
 from shared.images.tables import write_table
 from shared.pictures.sheets import Tile, save_sheet, thumbnail
 from shared.run.flags import Parser
-
-from .feature_files import read_all
 
 THRESHOLDS = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)  # of the table, besides the one asked for
 BLOCK = 1 << 24  # similarities that are held at once

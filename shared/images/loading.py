@@ -131,6 +131,13 @@ class BadImages:
             return {line.partition("\t")[0] for line in lines}
 
 
+def tell_unreadable(folder: Path) -> list[str]:
+    """Sentences about the images of a run that could not be read, by the lists in its folder."""
+    lists = [folder / name for name in ("bad_images.txt", "bad_images_val.txt")]
+    counts = [(BadImages(0, file).count(), file) for file in lists]
+    return [f"unreadable images, in whose places others were read: {n}, see {file}" for n, file in counts if n]
+
+
 def _on_one_line(text: str) -> str:
     """The text with its tabs and line ends written out, for a list with one line an image."""
     return text.translate({ord("\t"): "\\t", ord("\n"): "\\n", ord("\r"): "\\r"})

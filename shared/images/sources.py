@@ -269,6 +269,14 @@ def open_source(
     return FileSource(name, root, names, labels, classes, remarks, max_pixels, channels)
 
 
+def has_parts(data_path: str | os.PathLike) -> bool:
+    """Whether these images come only as a train and a val part, never as a whole."""
+    path = Path(data_path).expanduser()
+    if path.is_dir():
+        return _choose_folder(path, "train", False, str(path))[0] != path
+    return not path.exists() and str(data_path).lower() in TORCHVISION
+
+
 def nearest_path(path: Path, names: Iterable[str] = ()) -> str | None:
     """What lies beside the first missing part of a path under the nearest name, or the nearest of ``names``."""
     missing = next(part for part in (*reversed(path.parents), path) if not part.exists())

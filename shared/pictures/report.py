@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from shared import distributed
 from shared.evaluation.knn_monitor import KNNMonitor, classify_pixels
 from shared.evaluation.neighbours import Gallery, galleries, save_nearest
-from shared.images.loading import BadImages, EvalDataset
-from shared.images.sources import ImageSource
+from shared.images.loading import BadImages, EvalDataset, tell_unreadable
+from shared.images.sources import ImageSource, has_parts
 from shared.multicrop import MultiCropDataset
 from shared.run.log import read_log
 from shared.run.run import Run
@@ -237,16 +237,18 @@ class Report:
             f"{self.run.path} (the same command resumes from it)",
             f"{self.log} (every few steps), {self.log.with_name('log.txt')} (every epoch)",
         ]
-        problems = list(self.run.health.warnings.values())
-        for listed in (self.run.output_dir / name for name in ("bad_images.txt", "bad_images_val.txt")):
-            if count := BadImages(0, listed).count():
-                problems.append(f"unreadable images, in whose places others were read: {count}, see {listed}")
+        if path := self.run.args.data_path:
+            features = {"out": self.run.output_dir / "features.npz", "split": "train" if has_parts(path) else None}
+            method = self.script.split("/")[0]
+            self.then("shared/evaluation/extract_features.py", method, str(self.run.path), **features)
+        else:
+            self.commands.append(own_images)
         blocks = {
             "Result": result,
-            "Problems": problems,
+            "Problems": [*self.run.health.warnings.values(), *tell_unreadable(self.run.output_dir)],
             "Files": files + self.files,
             "Pictures": self.pictures,
-            "Next": [*self.commands, *([] if self.run.args.data_path else [own_images])],
+            "Next": self.commands,
             "Page": save_page(self.run, self.galleries) if self.run.args.pictures else [],
         }
         distributed.print_once(paragraphs(blocks))

@@ -30,7 +30,8 @@ from operator import itemgetter
 from pathlib import Path
 from types import ModuleType
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # run as a script: make the repository root importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     import shared.run.passive_threads  # noqa: F401
 
 import numpy as np
@@ -46,20 +47,19 @@ from shared.evaluation.near_duplicates import THRESHOLDS, find_groups
 from shared.evaluation.neighbours import MOST_IMAGES, Gallery
 from shared.images.decode import ImageError
 from shared.images.labelled import NotLabelled, open_labelled
-from shared.images.loading import BadImages, EvalDataset
+from shared.images.loading import BadImages, EvalDataset, tell_unreadable
 from shared.images.sources import ImageSource, open_source, reading
 from shared.images.views import ViewParams, ViewRecipe
 from shared.multicrop import MultiCropDataset
 from shared.networks.weights import flags_of_training, run_file, safe_load
+from shared.pictures.attention import class_attention
+from shared.pictures.sheets import normalised_pixels, thumbnail, to_pixels
 from shared.run.estimate import duration_text, size_text
 from shared.run.files import atomic_file
 from shared.run.flags import Parser, add_device_flag
 from shared.run.log import read_log
 from shared.run.settings import flag_text
 from shared.run.summary import margin, start_of, verdict
-
-from .attention import class_attention
-from .sheets import normalised_pixels, thumbnail, to_pixels
 
 ROOT = Path(__file__).resolve().parents[2]
 QUERIES, NEIGHBOURS, POINTS = 36, 8, 240  # images with neighbours and patches, neighbours of each, dots of the map
@@ -555,7 +555,7 @@ def write_page(
         },
         "measures": measured,
         "losses": losses[:1] + losses[1:][-1:],
-        "problems": problems,
+        "problems": [*problems, *tell_unreadable(folder)],
         "changed": [(f"--{name}", shown[name], usual[name]) for name in known if shown[name] != usual[name]],
         "flags": [(f"--{name}", shown[name]) for name in known],
     }

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from dino.main_dino import parse_args as parse_dino
 from shared.images.loading import EvalTransform
 from shared.images.sources import ArraySource
 from shared.pictures.report import RECALL, Plot, Report, accuracy_plot, save_curves
@@ -65,7 +66,7 @@ def report_of(folder: Path, **flags) -> Report:
     write_log(folder / "metrics.jsonl", {"step": 10, "loss": None})
     args = SimpleNamespace(**{"pictures": True, "data_path": None} | flags)
     run = {"output_dir": folder, "path": folder / "checkpoint.pth", "args": args, "device": "cpu"}
-    return Report(SimpleNamespace(**run, health=SimpleNamespace(warnings={})))
+    return Report(SimpleNamespace(**run, health=SimpleNamespace(warnings={})), "dino/main_dino.py")
 
 
 def monitor_without_labels() -> SimpleNamespace:
@@ -80,13 +81,18 @@ def monitor_without_labels() -> SimpleNamespace:
 
 
 def test_a_run_without_labels_or_finite_steps(tmp_path, capsys):
-    report = report_of(tmp_path, pictures=False, data_path="/my/images")
+    (tmp_path / "bad_images.txt").write_text("a.png\tempty file\n")
+    args = parse_dino(["--data_path", "/my/images", "--max_bad_fraction", "0.3", "--pictures", "off"])
+    report = report_of(tmp_path, **vars(args))
     report.draw("views.png", lambda path: pytest.fail("no pictures were asked for"))
     report.draw_neighbours(None, None, monitor_without_labels())
     report.finish(knn=monitor_without_labels())
     printed = capsys.readouterr().out
     assert "no k-NN evaluation: the images have no classes" in printed
-    assert not any(title in printed for title in ("Problems", "Pictures", "Next", "Page"))
+    assert "Problems  unreadable images, in whose places others were read: 1, see " in printed
+    features = f"dino {tmp_path / 'checkpoint.pth'} --data_path /my/images --max_bad_fraction 0.3"
+    assert f"extract_features.py {features} --out {tmp_path / 'features.npz'}" in printed
+    assert not any(title in printed for title in ("Pictures", "Page"))
 
 
 def test_a_picture_that_fails_is_named_and_the_run_ends_as_it_would(tmp_path, capsys, monkeypatch):
