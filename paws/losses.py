@@ -28,7 +28,8 @@ def soft_nearest_neighbours(queries: Tensor, supports: Tensor, labels: Tensor, t
 
 def sharpen(probabilities: Tensor, temperature: float) -> Tensor:
     """Raise to the power of 1 / T and normalise (section 3.2); T below 1 makes distributions more certain."""
-    powers = probabilities ** (1 / temperature)
+    largest = probabilities.detach().amax(dim=1, keepdim=True)  # its power is 1: of a low T all others may become 0
+    powers = (probabilities / largest) ** (1 / temperature)
     return powers / powers.sum(dim=1, keepdim=True)
 
 

@@ -272,7 +272,8 @@ def export_network(
     timm_state = {name: value.contiguous() for name, value in to_timm(state).items()}
     card, value_range = as_trained(card, origin)
     header = {**header, **value_range}
-    described = as_texts({**header, "mean": card.mean, "std": card.std, "image_size": image_size})
+    header |= {"mean": card.mean, "std": card.std, "image_size": image_size}
+    described = as_texts(header)
     files = {name: Path(f"{stem}{ending}") for name, ending in ENDINGS.items()}
 
     save = functools.partial(safetensors.torch.save_file, timm_state, metadata=described)

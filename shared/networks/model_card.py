@@ -36,6 +36,10 @@ them is Apache-2.0, and released weights keep the licence of their authors.
 
 {files}
 
+## Use
+
+{use}
+
 ## Data
 
 {data}
@@ -54,6 +58,37 @@ them is Apache-2.0, and released weights keep the licence of their authors.
 
 Exported on {day} with Python {python}, {versions}.
 """
+
+
+RGB = """```python
+import onnxruntime
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+prepare = v2.Compose([
+    v2.Resize({resized}, v2.InterpolationMode.{interpolation}),
+    v2.CenterCrop({image_size}),
+    v2.ToImage(),
+    v2.ToDtype(torch.float32, scale=True),
+    v2.Normalize({mean}, {std}),
+])
+images = prepare(Image.open("photo.jpg").convert("RGB")).unsqueeze(0)
+(features,) = onnxruntime.InferenceSession("{file}").run(None, {{"images": images.numpy()}})
+```"""
+OTHER = (
+    "A value x of a channel enters as (clip((x - low) / (high - low), 0, 1) - mean) / std, with low, high, mean and "
+    "std as above (where low and high are not stated: 0 and 255)."
+)
+
+
+def how_to_use(card: Card, header: Mapping, file: Path) -> str:
+    """Code from an image file to features; of images that are no RGB, what becomes of their values."""
+    if header.get("in_chans", 3) != 3 or "low" in header:
+        return OTHER
+    options = {name: list(header[name]) for name in ("image_size", "mean", "std")}
+    resized, interpolation = round(max(header["image_size"]) * 256 / 224), card.interpolation.upper()
+    return RGB.format(resized=resized, interpolation=interpolation, file=file.name, **options)
 
 
 def write_model_card(
@@ -92,6 +127,7 @@ def write_model_card(
         name=card.name,
         network="\n".join([f"- {millions:.2f} million parameters, maps images (B, C, H, W) to features", *facts]),
         files="\n".join(f"- `{file.name}`: {what}" for what, file in files.items()),
+        use=how_to_use(card, header, files["onnx"]),
         data=data,
         measures="\n".join(["| measure | last value | step |", "|---|---|---|", *measures.values()])
         if measures

@@ -352,7 +352,7 @@ def check_flags(checkpoint: dict, args: argparse.Namespace, must_match: tuple[st
         if (
             flag not in old
             or _as_list(old[flag]) == _as_list(value)
-            or flag in ("output_dir", "local_rank", "num_workers", "device")
+            or flag in ("output_dir", "local_rank", "num_workers", "device", "unset")
         ):
             continue
         if flag in must_match:

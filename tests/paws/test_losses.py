@@ -3,7 +3,7 @@
 import torch
 
 from paws.encoder import build_encoder
-from paws.losses import paws_loss, support_labels
+from paws.losses import paws_loss, sharpen, support_labels
 from paws.optimisation import parameter_groups
 
 K, S, V, D = 4, 3, 2, 8  # classes, supports of each, views, dimensions
@@ -21,6 +21,14 @@ def test_targets_get_no_gradient_and_a_prediction_of_zero_gives_no_nan():
 
 
 # --- Groups of parameters ---------------------------------------------------------------------------------------------
+
+
+def test_a_low_temperature_gives_the_most_likely_class_and_finite_gradients():
+    probabilities = torch.tensor([[0.5, 0.3, 0.2], [0.2, 0.4, 0.4]], requires_grad=True)
+    sharpened = sharpen(probabilities, 0.001)
+    torch.testing.assert_close(sharpened, torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.5, 0.5]]))
+    sharpened[:, 0].sum().backward()
+    assert probabilities.grad.isfinite().all()
 
 
 def test_biases_and_batch_norms_are_excluded_but_for_that_of_a_shortcut():

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
@@ -11,9 +12,12 @@ import safetensors
 import timm
 import torch
 import torchvision
+from PIL import Image
 from torch import nn
 
 from dino.hub import build_backbone
+from shared.images.decode import read_image
+from shared.images.loading import EvalTransform
 from shared.networks.export import (
     ExportMismatch,
     check_outputs,
@@ -73,6 +77,7 @@ def test_the_files_are_there_and_follow_the_umask(exported):
     _, names = COMMANDS[method]
     card = f"{names.split('.')[0]}_card.md"
     assert {path.name for path in folder.iterdir()} == {*names.split(), card}
+    assert ("v2.Normalize" in (folder / card).read_text()) == (method != "dino")  # which has one channel here
     assert all(path.stat().st_mode & 0o777 == 0o640 for path in folder.rglob("*.*") if path.is_file())
 
 
@@ -189,7 +194,7 @@ RUNS = {  # flags of <folder>/export.py, and those of the run that tell the size
 
 
 @pytest.mark.parametrize("method", RUNS)
-def test_files_of_a_run_state_how_its_images_were_seen(method, tmp_path):
+def test_files_of_a_run_state_how_its_images_were_seen(method, tmp_path, monkeypatch):
     flags, trained_with, stated = RUNS[method]
     network, file = small_network(method), tmp_path / "checkpoint.pth"
     torch.save({card_of(method).checkpoint_key: network.state_dict(), "args": trained_with}, file)
@@ -204,3 +209,10 @@ def test_files_of_a_run_state_how_its_images_were_seen(method, tmp_path):
     for part in (f"exported by {method}", "license: other", "--image_size 48", "torch 2.", "| knn_top1 | 12.5 | 18 |"):
         assert part in page.replace("size_crops [48, 24]", "image_size 48").replace("input_size", "image_size"), part
     assert stated.items() <= header.items() and {"mean", "std"} <= header.keys()
+    monkeypatch.chdir(tmp_path / "out")
+    photo = np.random.default_rng(0).integers(256, size=(90, 70, 3), dtype=np.uint8)
+    Image.fromarray(photo).save("photo.jpg", quality=95)
+    exec(page.partition("```python")[2].partition("```")[0], used := {})
+    centre = EvalTransform(55, 48, header["mean"], header["std"], interpolation=card_of(method).interpolation)
+    torch.testing.assert_close(used["images"][0], centre(read_image("photo.jpg").decode()), rtol=0, atol=0.1)
+    torch.testing.assert_close(torch.from_numpy(used["features"]), network(used["images"]), rtol=1e-3, atol=1e-4)

@@ -362,6 +362,12 @@ def test_a_file_of_weights_is_not_taken_for_a_run():
         checkpoint.check_flags(network().state_dict(), argparse.Namespace(output_dir="run"), ())
 
 
+def test_only_flags_are_told_of_a_changed_command(capsys):
+    saved = {"epoch": 0, "args": {"lr": 0.1, "unset": {"epochs": 100}}}
+    checkpoint.check_flags(saved, argparse.Namespace(output_dir="run", lr=0.2, unset={}), ())
+    assert capsys.readouterr().out == "resuming with --lr 0.2, the checkpoint was written with 0.1\n"
+
+
 @pytest.mark.parametrize(("old_world", "old_batch"), [(2, 8), (1, 4)])
 def test_a_changed_world_or_batch_is_refused_or_stated_with_what_differs(old_world, old_batch, capsys):
     saved = {"epoch": 3, "step_in_epoch": 4, "batch_size": old_batch, "world_size": old_world, "images": 7}
