@@ -99,7 +99,7 @@ def logistic_eval(args: argparse.Namespace) -> dict[str, float]:
         tokens = LastClassToken(encoder, patch_drop)
         found = extract_features(tokens, images, device, args.batch_size, args.num_workers, "cpu")
         if args.preload and distributed.is_main_process():
-            save(path, {"embs": found[0], "labs": found[1], "made_with": made_with})
+            save(path, {"embs": found[0], "labs": found[1], "images": source.checksum(), "made_with": made_with})
         return found
 
     val_features, val_labels = embed(val, 0.0, f"val-features-{args.fname}")
@@ -194,7 +194,9 @@ def read_features(path: Path, source: ImageSource, made_with: dict | None = None
     """
     saved = safe_load(path)
     features, labels = (torch.as_tensor(saved.get(name, torch.empty(0))) for name in ("embs", "labs"))
-    if len(features) != len(source) or not np.array_equal(labels.numpy(), source.labels):
+    # where an image could not be read, the label is that of the one in its place
+    is_same = saved["images"] == source.checksum() if "images" in saved else np.array_equal(labels, source.labels)
+    if len(features) != len(source) or not is_same:
         raise ValueError(f"--preload: {path} holds the features of other images than {source.name}; remove it")
     if made_with is not None and saved.get("made_with", made_with) != made_with:
         changed = ", ".join(name for name, value in made_with.items() if saved["made_with"].get(name) != value)

@@ -121,7 +121,7 @@ def write_labels(
 
     Images are named by their path below the data set's folder, where there is one.
     """
-    source, classes = images.source, np.array(images.classes)
+    source, classes = getattr(images.source, "source", images.source), np.array(images.classes)  # of a cache
     names = [source.names[row] if isinstance(source, FileSource) else source.path(row) for row in rows.tolist()]
     columns = {"image": names, "label": classes[found], "confidence": [f"{value:.4f}" for value in confidences]}
     columns |= {} if images.truth is None else {"class": classes[images.truth[rows]]}

@@ -147,6 +147,9 @@ def open_stream(
     """The images of ``--data_path`` as batches of views: tar shards, or anything that the other methods take."""
     largest_px = max(recipe.size_px for recipe in recipes)
     if shards := find_shards(args.data_path):
+        for flag, value in (("cache", args.cache), ("value_range", args.value_range)):
+            if value not in (None, "none"):
+                raise ValueError(f"--{flag} {value}: --data_path {args.data_path} holds tar shards, read as they come")
         source = TarShards(shards, round(1e6 * args.max_megapixels))
         checksum = source.checksum()
         distributed.check_same_on_all_processes((len(source), checksum), "the stream (number of images, checksum)")

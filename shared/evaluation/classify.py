@@ -97,9 +97,9 @@ def cross_validate(vectors: np.ndarray, classes: np.ndarray, num_classes: int, s
 
     Classes of a single image count as wrong: no other image can name them.
     """
-    folds = int(np.clip(np.bincount(classes).min(), 2, FOLDS))
     right = {name: np.zeros(len(classes), dtype=bool) for name in CLASSIFIERS}
     counts = np.bincount(classes)[classes]
+    folds = int(np.clip(counts[counts > 1].min(initial=FOLDS), 2, FOLDS))
     splits = StratifiedKFold(folds, shuffle=True, random_state=seed)
     several = np.flatnonzero(counts > 1)
     for train, test in splits.split(several, classes[several]) if len(several) else ():

@@ -9,7 +9,7 @@ Writes ``clusters.csv`` (cluster, path, cosine to the cluster's mean), ``overvie
 """
 
 import argparse
-import shutil
+import contextlib
 import sys
 from pathlib import Path
 
@@ -97,8 +97,7 @@ def clusters(args: argparse.Namespace) -> np.ndarray:
     if features.labels is not None:
         print(f"agreement with the labels: NMI {metrics.normalized_mutual_info_score(features.labels, found):.3f}")
 
-    for name in ("sheets", "links"):
-        shutil.rmtree(out / name, ignore_errors=True)
+    _remove_earlier(out)
     order = np.concatenate([*members, outside])
     rows = [(found[i], features.paths[i], "" if found[i] == NO_CLUSTER else f"{cosines[i]:.4f}") for i in order]
     print(f"clusters: {write_table(out / 'clusters.csv', ['cluster', 'path', 'similarity'], rows)}")
@@ -109,6 +108,19 @@ def clusters(args: argparse.Namespace) -> np.ndarray:
         groups = dict(zip([*names, "no_cluster"], [*members, outside], strict=True))
         print(f"links:    {link_images(FileSource('', '', features.paths), groups, out / 'links')}")
     return found
+
+
+def _remove_earlier(out: Path) -> None:
+    """Sheets and links that an earlier call has written; whatever else is there stays."""
+    for sheet in (out / "sheets").glob("cluster_*.png"):
+        sheet.unlink()
+    links = out / "links"
+    for folder in (*links.glob("cluster_*"), links / "no_cluster", links):
+        for link in folder.glob("*"):
+            if link.is_symlink():
+                link.unlink()
+        with contextlib.suppress(OSError):  # what is not empty, or not there
+            folder.rmdir()
 
 
 def _draw(paths: list[str], members: list[np.ndarray], out: Path) -> None:
@@ -122,7 +134,7 @@ def _draw(paths: list[str], members: list[np.ndarray], out: Path) -> None:
         row[0].title = f"{number}: {len(members[number]):,} images"
     heading = f"The {len(shown)} largest of {len(members):,} clusters\nThe most typical images of each cluster first."
     print(f"pictures: {save_sheet(shown, out / 'overview.png', heading)}, {out / 'sheets'}")
-    (out / "sheets").mkdir()
+    (out / "sheets").mkdir(exist_ok=True)
     for number, rows in enumerate(members):
         few = rows[: COLUMNS * ROWS]
         heading = f"Cluster {number}: {len(rows):,} images\nThe most typical ones first" + (

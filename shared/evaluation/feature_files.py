@@ -13,6 +13,7 @@ Beside each of them ``<name>.json`` says which network and layer it was, so that
 import csv
 import importlib.util
 import json
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -52,7 +53,8 @@ def write_features(path: Path, features: Features) -> None:
             temporary.write_text(json.dumps(features.made_by, indent=1) + "\n")
     if path.suffix == ".npy":
         with atomic_file(path.with_suffix(".paths.txt")) as temporary, open(temporary, "w", **text) as file:
-            csv.writer(file, delimiter="\t", lineterminator="\n").writerows(zip(*columns.values(), strict=True))
+            lines = csv.writer(file, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_ALL)
+            lines.writerows(zip(*columns.values(), strict=True))
     with atomic_file(path) as temporary:
         if path.suffix == ".parquet":
             import pyarrow as pa
@@ -87,7 +89,7 @@ def read_features(path: Path) -> Features:
         columns, embeddings = _READERS[path.suffix](path)
         embeddings = np.asarray(embeddings, dtype=np.float32)
         paths = [str(name) for name in columns["path"]]
-    except (KeyError, ValueError, OSError, EOFError) as error:  # pyarrow's errors are ValueError
+    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile, csv.Error) as error:  # pyarrow's: ValueError
         raise ValueError(f"{path} holds no features (path, label, embedding; all of one dimension): {error}") from error
     if embeddings.ndim != 2 or len(embeddings) != len(paths) or not embeddings.size:
         raise ValueError(f"{path}: {len(paths)} paths and embeddings of shape {embeddings.shape}, expected (N, D)")
@@ -95,7 +97,13 @@ def read_features(path: Path) -> Features:
         raise ValueError(f"{path}: some embeddings are not finite, or all zeros")
     labels = [str(name) for name in columns["label"]] if "label" in columns else None
     said = path.with_name(f"{path.name}.json")
-    return Features(paths, labels, embeddings, json.loads(said.read_text()) if said.is_file() else None)
+    try:
+        made_by = json.loads(said.read_text()) if said.is_file() else None
+    except ValueError as error:
+        raise ValueError(f"{said}: {error}; remove it, and nothing is known of the network") from error
+    if not isinstance(made_by, dict | None):
+        raise ValueError(f"{said} says nothing about a network; remove it")
+    return Features(paths, labels, embeddings, made_by)
 
 
 def read_all(files: Sequence[str]) -> Features:

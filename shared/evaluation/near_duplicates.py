@@ -63,6 +63,8 @@ def find_groups(vectors: Tensor, thresholds: Sequence[float]) -> dict[float, lis
         block = vectors[start : start + max(1, BLOCK // (len(vectors) - start))]
         cosines = (block @ vectors[start:].T).numpy()
         for threshold, label in labels.items():
+            if not label.any():
+                continue  # all images are in one group
             first, second = start + np.array(np.nonzero(np.triu(cosines >= threshold - ROUNDING, k=1)))
             edges = np.ones(len(first), dtype=bool), (label[first], label[second])
             graph = sparse.coo_array(edges, shape=(len(vectors), len(vectors)))

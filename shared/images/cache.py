@@ -163,14 +163,27 @@ def _free_memory() -> int:
 
 
 def _fingerprint(source: ImageSource) -> str:
-    """Name of the cache file: a hash of the names, sizes and modification times of all images."""
+    """Name of the cache file: a hash of the names, sizes and modification times of all images.
+
+    Those of a zip file stand for the images in it.
+
+    Raises:
+        ValueError: If there are no files that could tell whether images have changed.
+    """
     digest = hashlib.sha256(b"RGB uint8" if source.channels is None else repr(source.channels).encode())
+    stamps = set()
     for index in range(len(source)):
         path = source.path(index)
         try:
-            status = os.stat(path)
+            status = os.stat(path if (end := path.rfind(".zip/")) < 0 else path[: end + 4])
             stamp = f"{status.st_size} {status.st_mtime_ns}"
         except OSError:
             stamp = "unreadable"
+        stamps.add(stamp)
         digest.update(os.fsencode(f"{path}\0{stamp}\n"))
+    if stamps == {"unreadable"}:
+        raise ValueError(
+            f"--cache FOLDER: images of {source.name} are no files, so that their changes would go unseen; take "
+            "--cache memory"
+        )
     return digest.hexdigest()[:16]

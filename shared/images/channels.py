@@ -39,7 +39,7 @@ from PIL import ImageOps
 
 from shared import distributed
 
-from .decode import MAX_PIXELS, DecodedImage, ImageError, open_with_pil, read_file
+from .decode import MAX_PIXELS, WHITE_IS_ZERO, DecodedImage, ImageError, open_with_pil, read_file, upright
 
 MOST = 16  # channels
 DTYPES = ("uint8", "uint16", "int16", "float16", "float32", "float64")
@@ -97,12 +97,12 @@ def read_values(path: str | os.PathLike, number: int | None, max_pixels: int = M
         ImageError: If the file cannot be read, or holds something else.
     """
     data, name = read_file(path), str(path)
-    most = (number or MOST) * max_pixels
+    most, orientation = (number or MOST) * max_pixels, 1
     try:
         if data[:6] == b"\x93NUMPY":
             values = np.load(io.BytesIO(data), allow_pickle=False)
         elif data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-            values = _read_tiff(data, most)
+            values, orientation = _read_tiff(data, most)
         else:
             values = _read_with_pil(data, name, max_pixels)
     except ImageError as error:
@@ -110,7 +110,7 @@ def read_values(path: str | os.PathLike, number: int | None, max_pixels: int = M
     except Exception as error:  # as Pillow, tifffile raises nearly anything for a broken file
         raise ImageError(f"{name}: {error or type(error).__name__}") from error
     _check_size(values.shape, most)
-    return as_channels(values, number, name)
+    return upright(as_channels(values, number, name), orientation)
 
 
 def as_channels(values: np.ndarray, number: int | None, name: str) -> np.ndarray:
@@ -131,7 +131,8 @@ def as_channels(values: np.ndarray, number: int | None, name: str) -> np.ndarray
     return found
 
 
-def _read_tiff(data: bytes, most: int) -> np.ndarray:
+def _read_tiff(data: bytes, most: int) -> tuple[np.ndarray, int]:
+    """Values, and how they have to be turned."""
     try:
         import tifffile
     except ImportError as error:
@@ -142,7 +143,12 @@ def _read_tiff(data: bytes, most: int) -> np.ndarray:
         if file.pages[0].photometric == PALETTE:
             raise ImageError("a palette, whose numbers are no intensities; save its colours, or one channel")
         _check_size(file.series[0].shape, most)
-        return file.series[0].asarray()
+        values, orientation = file.series[0].asarray(), file.pages[0].tags.get("Orientation")
+        if file.pages[0].photometric == WHITE_IS_ZERO:
+            if values.dtype.kind != "u":
+                raise ImageError(f"0 is white, which is not defined for {values.dtype}")
+            values = np.iinfo(values.dtype).max - values
+        return values, 1 if orientation is None else orientation.value
 
 
 def _read_with_pil(data: bytes, name: str, max_pixels: int) -> np.ndarray:

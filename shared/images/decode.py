@@ -21,7 +21,10 @@ EXTENSIONS += (".jfif", ".jpe", ".mpo", ".gif", ".avif")
 # What a file may be, whatever its name says. Pillow knows more: an EPS file is a program, which it has Ghostscript run.
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 _ORIENTATION_TAG = 0x0112
-_SAMPLES_TAG, _EXTRA_SAMPLES_TAG = 277, 338  # of a TIFF file: channels, and what those beyond RGB are
+# of a TIFF file: sides, bits, whether 0 is white, channels, whether these lie apart, what those beyond RGB are
+_WIDTH_TAG, _HEIGHT_TAG, _BITS_TAG, _PHOTOMETRIC_TAG, _SAMPLES_TAG, _PLANES_TAG = 256, 257, 258, 262, 277, 284
+_EXTRA_SAMPLES_TAG = 338
+WHITE_IS_ZERO, APART = 0, 2
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -71,6 +74,8 @@ class EncodedImage:
         else:
             self._pil = open_with_pil(data, name)
             width, height = self._pil.size
+            if self._pil.format == "TIFF":  # whose size Pillow states turned already
+                width, height = self._pil.tag_v2[_WIDTH_TAG], self._pil.tag_v2[_HEIGHT_TAG]
             self.orientation = _pil_orientation(self._pil)
         if height * width > max_pixels:
             raise ImageError(
@@ -89,8 +94,9 @@ class EncodedImage:
         Raises:
             ImageError: If the file is truncated or broken.
         """
-        pixels = self._decode_turbo(reduction) if self._turbo else self._decode_pil()
-        return pixels if self.orientation == 1 else np.ascontiguousarray(_rotate(pixels, self.orientation))
+        if not self._turbo:
+            return self._decode_pil()
+        return upright(self._decode_turbo(reduction), self.orientation)
 
     def _decode_turbo(self, reduction: int) -> np.ndarray:
         least = {}
@@ -124,7 +130,9 @@ class EncodedImage:
                 whole for kind, _, whole in _png_chunks(self.data) if kind == b"IDAT"
             ):
                 raise ImageError(f"{self.name}: wrong checksum of pixels")  # which Pillow does not look at
-            return np.array(to_rgb(image, self.name))  # a copy: PIL's own memory is read-only
+            # Pillow turns TIFF files itself when it loads them, and no others
+            orientation = _pil_orientation(image) if image.format == "TIFF" else self.orientation
+            return upright(np.array(to_rgb(image, self.name)), orientation)  # a copy: PIL's own memory is read-only
         except ImageError:
             raise
         except Exception as error:  # a broken file makes Pillow raise nearly anything; it goes on as one type
@@ -264,11 +272,16 @@ def _known_formats() -> list[str]:
 
 def to_rgb(image: Image.Image, name: str) -> Image.Image:
     """An image of any mode as 8-bit RGB; ``ImageError`` with its name where that is not defined."""
-    if image.format == "TIFF" and image.mode.startswith("RGB"):
-        channels, extra = image.tag_v2.get(_SAMPLES_TAG, 3), image.tag_v2.get(_EXTRA_SAMPLES_TAG, ())
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    if tags and image.mode.startswith("RGB"):
+        channels, extra = tags.get(_SAMPLES_TAG, 3), tags.get(_EXTRA_SAMPLES_TAG, ())
         if channels > 3 and not set(extra) & {1, 2}:  # neither associated alpha nor unassociated
             none = "and none of them is said to be transparency"
             raise ImageError(f"{name}: {channels} channels, {none}; --in_chans {channels} reads them")
+        if tags.get(_PLANES_TAG) == APART and max(tags.get(_BITS_TAG, (8,))) > 8:  # Pillow mixes up their bytes
+            raise ImageError(
+                f"{name}: 16-bit colours in planes; --in_chans {channels} --value_range 0 65535 reads them"
+            )
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode == "F":
@@ -277,6 +290,8 @@ def to_rgb(image: Image.Image, name: str) -> Image.Image:
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise ImageError(f"{name}: pixel values outside the 16-bit range")
+        if tags.get(_PHOTOMETRIC_TAG) == WHITE_IS_ZERO and image.mode.startswith("I;16"):
+            values = 65535 - values
         if values.max() < 65535 / 10:
             # the same text for every image: Python shows it once in a process
             black = "16-bit images without values above a tenth of the range become nearly black"
@@ -312,12 +327,15 @@ def _jpeg_orientation(data: bytes) -> int:
     return 1
 
 
-def _rotate(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Undo the camera's orientation: 5 to 8 swap the axes, then rows and columns may run backwards."""
+def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Undo the camera's orientation of pixels (H, W, C), which stay C-contiguous.
+
+    5 to 8 swap the axes, then rows and columns may run backwards.
+    """
     if orientation >= 5:
         pixels = pixels.transpose(1, 0, 2)
     if orientation in (3, 4, 7, 8):
         pixels = pixels[::-1]
     if orientation in (2, 3, 6, 7):
         pixels = pixels[:, ::-1]
-    return pixels
+    return np.ascontiguousarray(pixels)

@@ -195,7 +195,7 @@ class EvalTransform:
 
         Float pixels (H, W, C) are normalised already, see :mod:`shared.images.channels`.
         """
-        pixels = _centre_of_a_strip(pixels)
+        pixels = centre_of_a_strip(pixels)
         height, width = pixels.shape[:2]
         short = min(height, width)
         size = (int(self.resize_px * height / short), int(self.resize_px * width / short))
@@ -214,7 +214,7 @@ class EvalTransform:
         return (image.float() / 255 - self.mean) / self.std
 
 
-def _centre_of_a_strip(pixels: np.ndarray) -> np.ndarray:
+def centre_of_a_strip(pixels: np.ndarray) -> np.ndarray:
     """The middle of an extremely long image, of which a crop is made: resized as a whole it would take gigabytes."""
     sides = pixels.shape[:2]
     short, long = min(sides), max(sides)

@@ -63,7 +63,10 @@ class DatasetSource(ImageSource):
         return f"{self.name}[{index}]"
 
     def load(self, index: int) -> DecodedImage:
-        item = self.dataset[int(index)]
+        try:
+            item = self.dataset[int(index)]
+        except (OSError, ValueError) as error:  # such as a file that Pillow cannot read
+            raise ImageError(f"{self.path(index)}: {error}") from error
         image = item[0] if isinstance(item, tuple | list) else item
         if self.channels is not None:
             return self.channels.image(as_channels(np.asarray(image), self.channels.number, self.path(index)))

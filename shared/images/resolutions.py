@@ -1,6 +1,7 @@
 """Views by resolutions: so many crops of one side and of some share of the image, then so many of another."""
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 
 from .views import ViewRecipe
@@ -48,6 +49,11 @@ def recipes_of(args: argparse.Namespace, **colours) -> list[ViewRecipe]:
     for flag, values in zip(given, lists, strict=True):
         if min(values) <= 0:
             raise ValueError(f"{flag}: every value must be positive")
+    for low, high in zip(*lists[2:], strict=True):
+        if not low <= high <= 1:
+            raise ValueError(f"{given[2]}, {given[3]}: expected shares of the image, the least one first")
+    if not 0 <= args.blur_radius[0] <= args.blur_radius[1] < math.inf:
+        raise ValueError(f"--blur_radius {' '.join(map(str, args.blur_radius))}: expected 0 <= least <= largest")
     if sum(args.nmb_crops) < 2:
         raise ValueError(f"{given[0]}: at least two crops are needed")
     return [

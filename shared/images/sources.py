@@ -371,7 +371,7 @@ EMBEDDED = {"materials": _materials, "digits": _digits}
 def _choose_folder(folder: Path, split: str, holdout: bool, where: str) -> tuple[Path, str, bool]:
     """Step into ``train/`` or ``val/`` where ``folder`` is the parent of both; they may have other usual names."""
     with os.scandir(folder) as entries:
-        subfolders = {entry.name for entry in entries if entry.is_dir() and not _is_of_the_system(entry.name)}
+        subfolders = {entry.name for entry in entries if _is_dir(entry) and not _is_of_the_system(entry.name)}
     by_name = {name.lower(): name for name in sorted(subfolders)}
     train = next((by_name[name] for name in TRAIN_NAMES if name in by_name), None)
     val = next((by_name[name] for name in VAL_NAMES if name in by_name), None)
@@ -408,7 +408,7 @@ def _walk(root: str) -> Iterator[tuple[str, tuple[int, ...], list[str], list[str
             entries = sorted((e for e in entries if not _is_of_the_system(e.name)), key=lambda entry: entry.name)
         files, loops, folders = [], [], []
         for entry in entries:
-            if not entry.is_dir():
+            if not _is_dir(entry):
                 files.append(entry.name)
             elif (below := _state(entry.path))[:2] in ancestors:
                 loops.append(entry.path)
@@ -419,6 +419,12 @@ def _walk(root: str) -> Iterator[tuple[str, tuple[int, ...], list[str], list[str
             continue
         pending += [some for some in folders if not (is_run and os.path.basename(some[0]) == "pictures")]
         yield folder, state, files, loops
+
+
+def _is_dir(entry: os.DirEntry) -> bool:
+    with suppress(OSError):  # a link to itself
+        return entry.is_dir()
+    return False
 
 
 def _state(folder: str) -> tuple[int, int, int]:

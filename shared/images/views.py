@@ -283,7 +283,8 @@ def apply_fast(
     image = _resized_crop(pixels, view, recipe, scale)
     for step, factor in view.jitter:
         image = _FAST_JITTER[step](image, factor)
-    if view.grey or out.shape[-1] == 1:  # the flip and the channels can wait: blur one plane instead of three
+    # the flip and the channels can wait: blur one plane instead of three, but solarise and equalise colours
+    if view.grey or (out.shape[-1] == 1 and not (view.solarize or view.equalize)):
         image = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     if view.blur_radius > 0:
         image = _blur(image, view.blur_radius)
@@ -398,13 +399,15 @@ def _equalize_table(histogram: np.ndarray) -> np.ndarray:
 
 
 def _finish(image: np.ndarray, view: ViewParams, recipe: ViewRecipe, out: np.ndarray) -> None:
-    """Solarise, equalise, flip, and write to ``out``, repeating a grey plane where ``out`` has three channels."""
+    """Solarise, equalise, flip, and write to ``out``, in as many channels as it has."""
     if view.solarize:
         image = cv2.LUT(image, _solarize_table(_threshold(view, recipe)))
     if view.equalize:
         image = _equalize(image)
     if image.ndim == 2 and out.shape[-1] == 3:
         image = cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
+    elif image.ndim == 3 and out.shape[-1] == 1:
+        image = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     if view.flip:
         cv2.flip(image, 1, dst=out)
     else:

@@ -212,9 +212,12 @@ def export_transformers(card: Card, network: nn.Module, folder: Path, model: str
     return folder
 
 
-def as_trained(card: Card, origin: str | Path) -> tuple[Card, dict[str, list[float]]]:
+def as_trained(card: Card, origin: str | Path, in_chans: int) -> tuple[Card, dict[str, list[float]]]:
     """The card with the mean and std of a run whose images are no RGB, and the range of values that becomes [0, 1]."""
     channels = flags_of_run(origin).get("channels")
+    if not channels and in_chans == 1:  # the luminance, which takes the averages over the colours
+        mean, std = ([sum(values) / len(values)] for values in (card.mean, card.std))
+        return dataclasses.replace(card, mean=mean, std=std), {}
     if not channels:
         return card, {}
     value_range = {"low": channels["low"], "high": channels["high"]}
@@ -270,7 +273,7 @@ def export_network(
     image_size = [image_size[0], image_size[-1]]
     state, own_size = network.state_dict(), own_size or image_size
     timm_state = {name: value.contiguous() for name, value in to_timm(state).items()}
-    card, value_range = as_trained(card, origin)
+    card, value_range = as_trained(card, origin, input_channels(network))
     header = {**header, **value_range}
     header |= {"mean": card.mean, "std": card.std, "image_size": image_size}
     described = as_texts(header)
@@ -359,7 +362,9 @@ def export_backbone(
     )
     if transformers_model:
         folder = stem.with_name(f"{arch}_transformers")
-        files["transformers"] = export_transformers(as_trained(card, origin)[0], network, folder, transformers_model)
+        files["transformers"] = export_transformers(
+            as_trained(card, origin, input_channels(network))[0], network, folder, transformers_model
+        )
     return files
 
 

@@ -138,5 +138,5 @@ def write_model_card(
         versions=", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES),
     )
     with atomic_file(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     return path

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from shared.images.channels import read_values
 from shared.images.decode import ImageError
-from shared.images.loading import EvalTransform
+from shared.images.loading import EvalTransform, centre_of_a_strip
 from shared.images.sources import FileSource, ImageSource
 
 DPI = 100
 THUMBNAIL_PX = 96
+LONGEST_NAME = 255  # of a file, in bytes
 INK, FAINT = "#222222", "#9a9a9a"
 AGREE, DIFFER = "#2a8f4a", "#c8372d"
 
@@ -61,13 +62,18 @@ def thumbnail(source: ImageSource, index: int) -> np.ndarray:
     """
     try:
         if (values := _values_of_file(source, index)) is not None:
-            return to_pixels(EvalTransform(THUMBNAIL_PX, THUMBNAIL_PX)(magnify(values, THUMBNAIL_PX)))
+            return _centre_square(values)
         image = source.load(index)
         shrink = min(image.height, image.width) // THUMBNAIL_PX
         pixels = image.decode(next(reduction for reduction in (8, 4, 2, 1) if reduction <= max(shrink, 1)))
     except ImageError:
         return np.full((THUMBNAIL_PX, THUMBNAIL_PX, 3), 128, dtype=np.uint8)
-    return to_pixels(EvalTransform(THUMBNAIL_PX, THUMBNAIL_PX)(magnify(pixels, THUMBNAIL_PX)))
+    return _centre_square(pixels)
+
+
+def _centre_square(pixels: np.ndarray) -> np.ndarray:
+    magnified = magnify(centre_of_a_strip(pixels), THUMBNAIL_PX)
+    return to_pixels(EvalTransform(THUMBNAIL_PX, THUMBNAIL_PX)(magnified))
 
 
 def _values_of_file(source: ImageSource, index: int) -> np.ndarray | None:
@@ -76,7 +82,11 @@ def _values_of_file(source: ImageSource, index: int) -> np.ndarray | None:
         with contextlib.suppress(ImageError):
             if source.path(index).lower().endswith((".tif", ".tiff", ".npy")):
                 values = read_values(source.path(index), None)
-                return None if values.dtype == np.uint8 and values.shape[2] in (1, 3) else values.astype(np.float32)
+                if values.dtype == np.uint8:
+                    with contextlib.suppress(ImageError):
+                        source.load(index).decode()
+                        return None  # RGB, with transparency, CMYK
+                return values.astype(np.float32)
     return None
 
 
@@ -96,9 +106,10 @@ def link_images(source: ImageSource, groups: Mapping[str, Iterable[int]], folder
         for i in images:
             (folder / name).mkdir(parents=True, exist_ok=True)
             if isinstance(source, FileSource):
-                os.symlink(
-                    os.path.abspath(source.path(i)), folder / name / f"{i:06}_{os.path.basename(source.path(i))}"
-                )
+                target = os.path.abspath(source.path(i))
+                stem, suffix = os.path.splitext(os.path.basename(target))
+                short = os.fsdecode(os.fsencode(stem)[: LONGEST_NAME - len(f"{i:06}_") - len(os.fsencode(suffix))])
+                os.symlink(target, folder / name / f"{i:06}_{short}{suffix}")
             else:
                 write_png(folder / name / f"{i:06}.png", to_pixels(source.load(i).decode()))
     return folder

@@ -60,7 +60,7 @@ def test_features_are_kept_and_used_again(run, images, tmp_path, capsys):
     files = sorted(path.name for path in tmp_path.glob("*-features-*"))
     assert files[1] == f"val-features-{CHECKPOINT}" and files[0].startswith("train-features-")
     checkpoint_features = torch.load(tmp_path / files[1], weights_only=True)
-    assert checkpoint_features.keys() == {"embs", "labs", "made_with"}
+    assert checkpoint_features.keys() == {"embs", "labs", "images", "made_with"}
     assert evaluate(tmp_path, images, "--preload", "--subset_path", listed) == first
     assert "features from" in capsys.readouterr().out
     with pytest.raises(ValueError, match="made with other values of mask; remove it"):

@@ -256,9 +256,12 @@ def test_pictures_of_folders_are_labelled_and_none_is_an_error(run, tmp_path):
     weights = ("--pretrained", run[0] / "paws-latest.pth.tar", "--device", "cpu", "--pictures", "off")
     flags = ["--data_path", pictures, "--labels", labels, *SAME, *weights, "--output_dir", tmp_path / "out"]
     flags = [str(flag) for flag in flags]
-    pseudo_labels.label_images(pseudo_labels.parse_args(flags))
-    with open(tmp_path / "out/pseudo_labels.csv", newline="") as file:
-        assert [row["label"] in ("dark", "bright") for row in csv.DictReader(file)] == [True, True]
+    for cache in ("none", "memory"):
+        pseudo_labels.label_images(pseudo_labels.parse_args([*flags, "--cache", cache]))
+        with open(tmp_path / "out/pseudo_labels.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [row["label"] in ("dark", "bright") for row in rows] == [True, True]
+        assert [str(pictures) in row["image"] for row in rows] == [False, False]
     for i in (4, 5):
         (pictures / f"{i}.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"none of the 2 images of .* can be read"):

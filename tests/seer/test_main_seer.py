@@ -200,6 +200,8 @@ def test_a_stream_that_cannot_be_read_is_named(tmp_path, capsys):
     shards = write_shards(tmp_path / "shards", images)
     with pytest.raises(SystemExit):
         train(tmp_path / "run", "--data_path", shards, "--eval_knn_freq", 1)
+    with pytest.raises(ValueError, match=r"--cache memory: --data_path .* holds tar shards, read as they come"):
+        train(tmp_path / "run", "--data_path", shards, "--cache", "memory")
     train(tmp_path / "streamed", "--data_path", shards)
     told = capsys.readouterr()
     assert "error: --eval_knn_freq 1: the images of tar files have no classes" in told.err

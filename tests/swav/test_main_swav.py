@@ -154,7 +154,8 @@ def swav_views(*values) -> list[ViewRecipe]:
         (([2, 6], [224], [0.14], [1.0]), "--nmb_crops 2 6, --size_crops 224"),
         (([2], [0], [0.14], [1.0]), "--size_crops 0"),
         (([1], [32], [0.14], [1.0]), "--nmb_crops 1: at least two"),
-        (([2], [32], [0.9], [0.5]), "scale"),
+        (([2], [32], [0.9], [0.5]), "--min_scale_crops 0.9, --max_scale_crops 0.5: expected shares"),
+        (([2], [32], [0.9], [5.0]), "--max_scale_crops 5.0: expected shares"),
     ],
 )
 def test_recipes_that_make_no_sense_are_refused(flags, message):

@@ -67,8 +67,11 @@ def test_clusters_are_numbered_from_the_largest_and_drawn(flags, pool, tmp_path,
     assert len(sheets) == 3 and Image.open(sheets[0]).height > Image.open(sheets[2]).height
     links = sorted((tmp_path / "out" / "links" / "cluster_0001").iterdir())
     assert len(links) == np.sum(found == 1) and os.path.realpath(links[0]) in pool.paths
+    own = [tmp_path / "out" / "sheets" / "mine.txt", tmp_path / "out" / "links" / "mine.txt"]
+    for file in own:
+        file.write_text("stays")
     find_clusters(tmp_path, "--clusters", 2)
-    assert len(list((tmp_path / "out" / "sheets").iterdir())) == 2 and not (tmp_path / "out" / "links").exists()
+    assert len(list(own[0].parent.iterdir())) == 3 and list(own[1].parent.iterdir()) == [own[1]]
 
 
 def test_few_labels_name_the_other_images(pool, tmp_path, capsys):
@@ -102,6 +105,15 @@ def test_a_class_of_one_image_counts_as_wrong(pool, tmp_path, capsys):
     assert label_images(tmp_path, rows, "--next", 0)["nearest_mean"] == 80
     assert "a single labelled image count as wrong in the accuracies: eel" in capsys.readouterr().out
     assert not (tmp_path / "label_next.csv").exists()
+
+
+def test_a_class_of_one_image_leaves_the_others_their_folds():
+    """Of two classes of ten images a fifth is left out at a time, never a half."""
+    sizes = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classify, "CLASSIFIERS", {"size": lambda train, *_: sizes.append(len(train)) or np.zeros((4, 3))})
+        classify.cross_validate(np.eye(21), np.repeat([0, 1, 2], [10, 10, 1]), 3, seed=0)
+    assert sizes == [17] * 5
 
 
 def test_images_to_label_next_are_undecided_and_differ():

@@ -123,7 +123,7 @@ def test_files_hold_what_was_written_and_appear_when_they_are_complete(suffix, l
     if suffix == ".parquet":
         pytest.importorskip("pyarrow")
     file = tmp_path / f"features{suffix}"
-    features = Features(["1.png", 'x, "2"\n.png', "ü.png"], labels, np.random.randn(3, 5).astype(np.float32))
+    features = Features(["1.png", 'x, "2"\n.png', "ü\r.png"], labels, np.random.randn(3, 5).astype(np.float32))
     write_features(file, features)
     found = read_features(file)
     assert found[:2] == features[:2]
@@ -224,7 +224,12 @@ def test_files_that_hold_no_features_of_one_network_are_refused(tmp_path):
     (tmp_path / "d.csv").write_text("path,embedding_0,embedding_1\na,1,2\nb,1\n")
     np.save(tmp_path / "e.npy", np.ones((2, 3)))
     write_features(tmp_path / "f.npz", Features(["1"], None, np.zeros((1, 3))))
-    messages = {"c.npz": "no features", "d.csv": "no features", "e.npy": "paths.txt", "f.npz": "all zeros"}
+    (tmp_path / "k.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:300])
+    for name, said in (("l.npz", "{"), ("m.npz", "[1]")):
+        write_features(tmp_path / name, Features(["1"], None, np.ones((1, 3))))
+        (tmp_path / f"{name}.json").write_text(said)
+    messages = {"k.npz": "k.npz holds no features", "l.npz": "l.npz.json: ", "m.npz": "m.npz.json says nothing"}
+    messages |= {"c.npz": "no features", "d.csv": "no features", "e.npy": "paths.txt", "f.npz": "all zeros"}
     for name, message in (messages | {"g.npz": "not a file", "h.txt": "ends in .parquet"}).items():
         with pytest.raises(ValueError, match=message):
             search(tmp_path / name, "--out", tmp_path / "out.csv")

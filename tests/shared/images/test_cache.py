@@ -68,6 +68,18 @@ def test_the_file_is_made_once_and_again_when_an_image_changes(folder, tmp_path,
     assert len(fills) == 2
 
 
+def test_a_file_is_kept_only_for_images_whose_changes_show(tmp_path, monkeypatch):
+    source = FileSource("zip", "", [str(tmp_path / "a.zip/1.jpg"), str(tmp_path / "a.zip/2.jpg")])
+    keys = []
+    for content in (b"one", b"another"):
+        (tmp_path / "a.zip").write_bytes(content)
+        keys.append(shared.images.cache._fingerprint(source))
+    assert keys[0] != keys[1]
+    monkeypatch.setattr(source, "path", lambda i: f"module:function[{i}]")
+    with pytest.raises(ValueError, match=r"--cache FOLDER: images of zip are no files.*take --cache memory"):
+        cache_images(source, str(tmp_path / "cache"))
+
+
 def test_an_interrupted_file_is_made_anew(folder, tmp_path, monkeypatch):
     source = open_source(folder)
     with monkeypatch.context() as patch:

@@ -73,6 +73,16 @@ def test_values_are_those_that_were_written(tmp_path):
         np.testing.assert_array_equal(read_values(tmp_path / "a.png", number), values[..., :number])
 
 
+def test_tiff_files_stand_upright_and_are_no_negatives(tmp_path):
+    values = np.random.default_rng(0).integers(0, LEVELS, (6, 7)).astype(np.uint16)
+    turned = [(274, "H", 1, 6, True)]  # 90 degrees clockwise make it upright
+    tifffile.imwrite(tmp_path / "a.tif", 65535 - values, photometric="miniswhite", extratags=turned)
+    np.testing.assert_array_equal(read_values(tmp_path / "a.tif", 1)[..., 0], np.rot90(values, -1))
+    tifffile.imwrite(tmp_path / "b.tif", values.astype(np.float32), photometric="miniswhite")
+    with pytest.raises(ImageError, match=r"b\.tif: 0 is white, which is not defined for float32"):
+        read_values(tmp_path / "b.tif", 1)
+
+
 def write_bad(path, kind):
     grey = np.arange(42, dtype=np.uint8).reshape(6, 7)
     broken = np.ones((6, 7, 5), np.float32)

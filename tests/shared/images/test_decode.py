@@ -6,6 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
+import tifffile
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
@@ -57,11 +58,13 @@ def test_reduced_jpegs_have_sides_rounded_up(reduction, orientation):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("file_format", ["JPEG", "PNG"])
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "TIFF"])
 def test_rotated_photographs_stand_upright(orientation, file_format):
     data = rotated(PHOTOGRAPH, orientation, file_format)
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-    assert np.abs(decode(data).astype(int) - np.asarray(upright)).max() <= 2
+    image = EncodedImage(data)
+    assert (image.width, image.height) == upright.size == ((53, 37) if orientation < 5 else (37, 53))
+    assert np.abs(image.decode().astype(int) - np.asarray(upright)).max() <= 2
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
@@ -82,6 +85,18 @@ def test_16_bit_grey_uses_the_whole_range():
     for file_format in ("PNG", "TIFF"):
         image = decode(encoded(Image.fromarray(levels), file_format))
         assert image[..., 0].tolist() == [[0, 1, 128], [255, 255, 200]]
+
+
+def test_16_bit_tiff_files_are_right_or_an_error(tmp_path):
+    levels = np.random.default_rng(0).integers(0, 65536, (20, 30), dtype=np.uint16)
+    tifffile.imwrite(tmp_path / "white.tif", 65535 - levels, photometric="miniswhite")
+    tifffile.imwrite(tmp_path / "black.tif", levels, photometric="minisblack")
+    white, black = (decode((tmp_path / f"{name}.tif").read_bytes()) for name in ("white", "black"))
+    np.testing.assert_array_equal(white, black)
+    planes = levels.repeat(3).reshape(20, 30, 3).transpose(2, 0, 1)
+    tifffile.imwrite(tmp_path / "planes.tif", planes, photometric="rgb", planarconfig="separate")
+    with pytest.raises(ImageError, match="16-bit colours in planes; --in_chans 3 --value_range 0 65535 reads them"):
+        decode((tmp_path / "planes.tif").read_bytes())
 
 
 def test_palettes_bilevel_and_cmyk_become_rgb():

@@ -48,6 +48,12 @@ def kinds(split):
     tensor = torch.from_numpy(grey)[None].repeat(3, 1, 1)
     return Bare([grey, grey[..., None], tensor, tensor[:1], Image.fromarray(grey), (grey, 3), grey / 255])
 
+def torn(split):
+    class Torn(Plates):
+        def __getitem__(self, i):
+            return Image.open("torn.jpg") if i == 1 else super().__getitem__(i)
+    return Torn(split)
+
 def stream(split):
     return (i for i in range(3))
 
@@ -89,6 +95,14 @@ def test_every_usual_kind_of_image_gives_the_same_pixels():
         np.testing.assert_array_equal(source.load(i).decode(), expected)
     with pytest.raises(ImageError, match=r"kinds \(train\)\[6\]: expected an image of Pillow, or uint8 .*float64"):
         source.load(6)
+
+
+def test_a_file_that_the_data_set_cannot_read_is_an_unreadable_image(tmp_path):
+    (tmp_path / "torn.jpg").write_bytes(b"no image")
+    source = open_source("my_plates:torn")
+    assert source.load(0)
+    with pytest.raises(ImageError, match=r"my_plates:torn \(train\)\[1\]: cannot identify image file .*torn.jpg"):
+        source.load(1)
 
 
 def test_every_tenth_image_is_held_out_where_there_is_no_val_part():

@@ -152,6 +152,7 @@ def test_links_to_a_folder_above_are_left_out(tmp_path):
     write(tmp_path / "cat/1.png", tmp_path / "dog/2.png")
     (tmp_path / "cat" / "up").symlink_to("..")
     (tmp_path / "latest").symlink_to(".")
+    (tmp_path / "self").symlink_to("self")
     (tmp_path / "dog" / "again").symlink_to("../cat")
     source = open_source(tmp_path)
     assert names(source) == ["cat/1.png", "dog/2.png", "dog/again/1.png"] and source.classes == ["cat", "dog"]

@@ -150,6 +150,13 @@ def test_fast_and_pil_agree_on_whole_recipes_image_by_image():
     assert np.max(differences) < 8  # solarise turns one level at the threshold into many
 
 
+@pytest.mark.parametrize("step", [{"solarize": True}, {"equalize": True}])
+def test_colours_are_solarised_and_equalised_before_they_become_a_luminance(step):
+    pixels, recipe = photograph(1, 128, 128), ViewRecipe(size_px=128, scale=(0.1, 1.0))
+    fast, pil = (apply(f, pixels, WHOLE._replace(**step), recipe, channels=1) for f in (apply_fast, apply_pil))
+    assert np.abs(fast.astype(int) - pil).max() <= 1
+
+
 @pytest.mark.parametrize("function", [apply_fast, apply_pil])
 def test_one_channel_is_the_luminance_of_the_colour_view(function):
     pixels = photograph(0)

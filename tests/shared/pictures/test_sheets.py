@@ -14,6 +14,7 @@ from shared.pictures.sheets import (
     AGREE,
     DIFFER,
     Tile,
+    link_images,
     save_sheet,
     thumbnail,
     to_pixels,
@@ -119,5 +120,25 @@ def test_a_thumbnail_shows_small_pixels_as_squares_and_grey_where_there_is_no_im
     pixels = np.random.default_rng(0).integers(0, 256, (1, 8, 12, 3), dtype=np.uint8)
     shown = thumbnail(ArraySource("images", pixels), 0)
     np.testing.assert_array_equal(shown[6::12, 6::12], pixels[0, :, 2:10])  # the centre square
+    strip = np.broadcast_to(np.uint8(7), (1, 1, 10**7, 3))  # magnified as a whole it would take 276 GB
+    assert (thumbnail(ArraySource("strip", strip), 0) == 7).all()
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n")
     assert (thumbnail(open_source(str(tmp_path)), 0) == 128).all()
+
+
+def test_thumbnails_of_tiff_files_have_the_colours_of_their_images(tmp_path):
+    pixels = np.zeros((100, 100, 3), dtype=np.uint8)
+    pixels[:, :50], pixels[:, 50:] = (30, 200, 30), (200, 30, 30)
+    for mode in ("RGB", "RGBA", "CMYK"):
+        Image.fromarray(pixels).convert(mode).save(tmp_path / f"{mode}.tif")
+    source = open_source(str(tmp_path))
+    for i in range(len(source)):
+        assert np.abs(thumbnail(source, i)[48, [10, 80]].astype(int) - pixels[0, [10, 80]]).max() <= 2, source.path(i)
+
+
+def test_links_of_long_names_are_shortened(tmp_path):
+    name = "\u00e4" * 125 + ".png"  # 254 bytes
+    Image.fromarray(np.zeros((4, 4, 3), dtype=np.uint8)).save(tmp_path / name)
+    link_images(open_source(str(tmp_path)), {"group": [0]}, tmp_path / "links")
+    (link,) = (tmp_path / "links/group").iterdir()
+    assert link.name.startswith("000000_\u00e4") and link.suffix == ".png" and link.resolve().name == name
