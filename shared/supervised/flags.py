@@ -1,7 +1,7 @@
 """The flags of DeiT's training script, which later supervised recipes took over with their defaults."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from shared.evaluation.flags import add_shared_classes_flag, take_from_run
 from shared.images.inaturalist import CATEGORIES
@@ -177,9 +177,11 @@ def parse_recipe(
     return args
 
 
-def check_against_run(args: argparse.Namespace, weights: str, *names: str) -> None:
-    """Raise ``ValueError`` if one of these flags contradicts the run whose checkpoint ``--eval`` looks at."""
-    take_from_run(args, flags_of_run(weights), {name: name for name in names}, {})
+def check_against_run(args: argparse.Namespace, weights: str, *names: str) -> Mapping:
+    """The flags of the run whose checkpoint ``--eval`` looks at; ``ValueError`` if it contradicts one of ``names``."""
+    trained_with = flags_of_run(weights)
+    take_from_run(args, trained_with, {name: name for name in names}, {})
+    return trained_with
 
 
 def mixes_labels(args: argparse.Namespace) -> bool:
