@@ -38,7 +38,13 @@ from shared.images.labelled import check_classes
 from shared.networks.compiling import compile_network
 from shared.optimisation.accumulation import accumulate, add_accumulation_flag
 from shared.optimisation.optim import clip_total_grad_norm_, decay_groups
-from shared.run.flags import Parser, add_run_flags, parse_with_embedded_defaults, tell_embedded_defaults
+from shared.run.flags import (
+    Parser,
+    add_run_flags,
+    check_positive,
+    parse_with_embedded_defaults,
+    tell_embedded_defaults,
+)
 from shared.run.run import Run
 from shared.supervised.data import LabelledImages, open_images, train_batches
 from shared.supervised.flags import add_data_set_flags
@@ -140,8 +146,7 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
         len(weights) != len(args.grids) or min(weights) < 0 or sum(weights) <= 0
     ):
         parser.error(f"--grid_weights: expected a weight for each of the {len(args.grids)} --grids, not all of them 0")
-    if args.lr <= 0:
-        parser.error(f"--lr {args.lr} is not positive")
+    check_positive(parser, args, "lr", "clip_grad")
     return args
 
 

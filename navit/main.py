@@ -44,6 +44,7 @@ from shared.run.flags import (
     add_data_flags,
     add_run_flags,
     bool_flag,
+    check_positive,
     parse_with_embedded_defaults,
     tell_embedded_defaults,
 )
@@ -138,6 +139,7 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
     """Parse and check the command line; without ``--data_path`` the defaults are those of the generated images."""
     parser = parser or get_args_parser()
     args = parse_with_embedded_defaults(parser, arguments, EMBEDDED_DATA_DEFAULTS, MINIMUM)
+    check_positive(parser, args, "clip_grad")
     low, high = args.resolution
     if not 0 < low <= high:
         parser.error(f"--resolution {low:g} {high:g}: expected two sides in pixels, the smaller one first")

@@ -48,7 +48,8 @@ def parse_evaluation(
 def load_frozen(args: argparse.Namespace) -> tuple[ResMLP, EvalTransform]:
     """The network without a classifier, images to features (B, D), and the centre crops that it takes."""
     trained_with = flags_of_run(args.pretrained_weights)
-    flags.take_from_run(args, trained_with, {"image_size": size_flag(trained_with)}, {})
+    left_open = {} if args.image_size else {"image_size": size_flag(trained_with)}
+    flags.take_from_run(args, trained_with, left_open, {})
     network = load_network(args.pretrained_weights, args.checkpoint_key, args.image_size)
     in_chans = network.patch_embed.proj.in_channels
     return network, eval_transform(network.img_size, CARD.mean, CARD.std, CROP_RATIO, in_chans)

@@ -159,7 +159,10 @@ def entry(arch: str) -> Callable[..., nn.Module]:
         name = f"{arch}_{'dist' if dist else 'dino' if dino else '22k' if in_22k else 'no_dist'}"
         name = name if pretrained is True else str(pretrained)  # a run or a file of one's own
         tensors = read_weights(name)
-        network = ARCHITECTURES[arch](**{"num_classes": num_classes_of(tensors)} | options)
+        shape = {"num_classes": num_classes_of(tensors)}
+        if name not in CARD.releases:
+            shape |= sizes(name, tensors) | {"in_chans": tensors["patch_embed.proj.weight"].shape[1]}
+        network = ARCHITECTURES[arch](**shape | options)
         fill(network, tensors, name)
         return network
 

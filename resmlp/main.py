@@ -64,7 +64,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = flags.add_augmentation_flags(parser, color_jitter=0.3)
     add("--ThreeAugment", action="store_true", help="one of grey, solarised and blurred instead of --aa and erasing")
     add("--src", action="store_true", help="with --ThreeAugment: crops of the resized image, not of random size")
-    add("--bce-loss", action="store_true", help="binary cross-entropy: every class of a mixed image is right")
+    add("--bce-loss", action="store_true", help="binary cross-entropy: every mixed class is right; no smoothing")
     add("--cosub", action="store_true", help="co-training of submodels: two draws of stochastic depth teach each other")
     flags.add_distillation_flags(parser)
     add = flags.add_optimisation_flags(parser, epochs=300)
@@ -93,6 +93,11 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
         parser.error(f"--eval-crop-ratio {args.eval_crop_ratio} is not in (0, 1]")
     if args.distillation_type != "none" and args.cosub:
         parser.error(f"--cosub and --distillation-type {args.distillation_type}: only one of the two")
+    if args.bce_loss:
+        given = parser.parse_args(arguments, argparse.Namespace(smoothing=0.0)).smoothing
+        if given:
+            parser.error(f"--smoothing {given} would make every class right with --bce-loss: leave it out")
+        args.smoothing = 0.0
     if args.ThreeAugment and are_asked_for(args):
         parser.error("--ThreeAugment changes colours, which images read by --in_chans and --value_range do not have")
     if args.src and not args.ThreeAugment:
@@ -120,7 +125,7 @@ def train_resmlp(args: argparse.Namespace) -> None:
     else:
         transform = train_transform(args, MEAN, STD)
     if args.cosub:
-        criterion = SubmodelLoss(args.bce_loss)
+        criterion = SubmodelLoss(args.bce_loss, args.smoothing)
     else:
         criterion = build_loss(args, images.num_classes, run.device, args.bce_loss)
     peak_lr = args.lr if args.unscale_lr else args.lr * args.batch_size * distributed.get_world_size() / 512
@@ -164,7 +169,7 @@ def keep_cross_patch_layers_trainable(network: nn.Module) -> None:
     """Freeze all but the layers named ``attn`` and the classifier (``--attn-only``; Touvron et al. 2022)."""
     for name, parameter in network.named_parameters():
         parameter.requires_grad = ".attn." in name or name.startswith("head.")
-    if not any(parameter.requires_grad for parameter in network.parameters()):
+    if not any(".attn." in name for name, _ in network.named_parameters()):
         raise ValueError("--attn-only: the network has no layer of that name")
 
 
@@ -175,14 +180,15 @@ class SubmodelLoss:
 
     Args:
         binary: Every class with a positive target is right.
+        smoothing: Of labels that are not mixed.
     """
 
-    def __init__(self, binary: bool = False):
-        self.binary = binary
+    def __init__(self, binary: bool = False, smoothing: float = 0.0):
+        self.binary, self.smoothing = binary, smoothing
 
     def __call__(self, network: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
         one, other = network(images.repeat(2, 1, 1, 1)).float().chunk(2)
-        targets = class_probabilities(targets, one.shape[1])
+        targets = class_probabilities(targets, one.shape[1], self.smoothing)
         if self.binary:
             targets = targets.gt(0).float()
         pairs = ((one, targets), (other, targets), (one, other.detach().sigmoid()), (other, one.detach().sigmoid()))

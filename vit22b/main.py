@@ -29,7 +29,14 @@ from shared import distributed
 from shared.networks.compiling import compile_network
 from shared.optimisation.optim import decay_groups
 from shared.plan import tell_large
-from shared.run.flags import Parser, add_run_flags, bool_flag, parse_with_embedded_defaults, tell_embedded_defaults
+from shared.run.flags import (
+    Parser,
+    add_run_flags,
+    bool_flag,
+    check_positive,
+    parse_with_embedded_defaults,
+    tell_embedded_defaults,
+)
 from shared.run.run import Run
 from shared.run.settings import long_warmup, tell_settings
 from shared.supervised.data import LabelledImages, open_images, train_batches
@@ -110,8 +117,7 @@ def parse_args(arguments: list[str] | None = None, parser: argparse.ArgumentPars
     if rest := args.input_size % args.patch_size:
         given = f"--patch_size {args.patch_size}: --input_size {args.input_size}"
         parser.error(f"{given} is no multiple, the last {rest} pixels of every side would not be seen")
-    if args.lr <= 0:
-        parser.error(f"--lr {args.lr} is not positive")
+    check_positive(parser, args, "lr", "clip_grad")
     if args.mesh is not None and (min(args.mesh) < 1 or args.amp == "fp16"):
         parser.error(f"--mesh {args.mesh[0]} {args.mesh[1]} needs at least 1 process on each axis, and not --amp fp16")
     return args

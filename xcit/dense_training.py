@@ -3,6 +3,7 @@
 import argparse
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from shared.images.sources import FileSource
 from shared.images.training_data import TrainingData
 from shared.networks.batchnorm import synchronize_batchnorm
 from shared.networks.classifiers import load_completely
-from shared.networks.weights import safe_load
+from shared.networks.weights import flags_of_training, safe_load
 from shared.optimisation.optim import build_optimizer, clip_total_grad_norm_
 from shared.run import randomness
 from shared.run.checkpoint import load_latest_or_given
@@ -30,6 +31,8 @@ from .cross_covariance_transformer import ARCHITECTURES
 # Stochastic depth of the published runs; else 0
 DETECTION_DROP_PATH = {"xcit_small_12": 0.05, "xcit_small_24": 0.1, "xcit_medium_24": 0.15}
 SEGMENTATION_DROP_PATH = DETECTION_DROP_PATH | {"xcit_medium_24": 0.2}
+MINIMUM = dict.fromkeys(("batch_size", "test_freq", "log_freq"), 1) | {"weight_decay": 0, "warmup_iters": 0}
+SIZES = ("min_size", "max_size", "crop_size")  # of the images; the last one of several is that of evaluation
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -89,6 +92,10 @@ class DenseDataset(Dataset):
         """
         raise NotImplementedError
 
+    def annotations_checksum(self) -> int:
+        """Changes with the annotations."""
+        raise NotImplementedError
+
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, dict, int]:
         epoch, index = (0, key) if isinstance(key, int) else key
         key = (self.seed, epoch, index)
@@ -139,7 +146,7 @@ def print_result(result: dict[str, float]) -> None:
 
 
 def fill(network: nn.Module, args: argparse.Namespace) -> None:
-    """Fill a network completely from the checkpoint that ``--eval`` is about.
+    """Fill a network completely from the checkpoint that ``--eval`` is about; say where sizes of images differ.
 
     Raises:
         ValueError: If there is none, or it is that of another network.
@@ -151,6 +158,12 @@ def fill(network: nn.Module, args: argparse.Namespace) -> None:
     if not isinstance(checkpoint, dict) or "model" not in checkpoint:
         raise ValueError(f"--eval: {path} is not the checkpoint of a training run")
     load_completely(network, checkpoint["model"], str(path), f"--model {args.model}")
+    trained_with = flags_of_training(checkpoint)
+    for size in SIZES:
+        values = getattr(args, size, None), trained_with.get(size)
+        given, of_run = (value[-1] if isinstance(value, list | tuple) else value for value in values)
+        if of_run not in (None, given):
+            distributed.print_once(f"--eval with --{size} {given}, the training had {of_run}")
 
 
 def own_share(
@@ -200,7 +213,8 @@ def batches(args: argparse.Namespace, dataset: DenseDataset, output_dir: Path, d
     policy = (output_dir / "bad_images.txt", args.on_bad_image, args.max_bad_fraction)
     dataset.bad_images = BadImages(len(dataset), *policy)
     images = dataset.source.checksum()
-    distributed.check_same_on_all_processes((len(dataset), images), "the training data (number of images, checksum)")
+    checksums = (len(dataset), images, dataset.annotations_checksum())
+    distributed.check_same_on_all_processes(checksums, "the training data (number of images, checksums)")
     world_size = distributed.get_world_size()
     sampler = EpochBatchSampler(len(dataset), args.batch_size, args.seed, distributed.get_rank(), world_size)
     num_workers = default_num_workers() if args.num_workers is None else args.num_workers
@@ -226,7 +240,9 @@ def train(
     wrapped = distributed.wrap(synchronize_batchnorm(network, run.device).to(run.device), run.device)
     optimizer = build_optimizer("adamw", decay_groups(network, args.weight_decay))
     checkpoint = load_latest_or_given(run.path, args.resume, "--pretrained")
-    layout = {"to_official": to_official, "from_official": from_official}
+    annotations = data.dataset.annotations_checksum()
+    check_annotations(checkpoint, annotations, args.on_changed_run)
+    layout = {"to_official": partial(to_official, annotations=annotations), "from_official": from_official}
     run.resume(data, len(lr), ("model",), checkpoint=checkpoint, **layout, model=network, optimizer=optimizer)
     tested: dict[str, float] = {}
     with run:
@@ -242,9 +258,22 @@ def train(
     print_result(tested or evaluate())  # a run that was finished before is evaluated again
 
 
-def to_official(state: dict) -> dict:
+def check_annotations(checkpoint: dict, annotations: int, on_changed_run: str) -> None:
+    """Raise ``ValueError`` if a checkpoint that says so was written with annotations of another checksum."""
+    if checkpoint.get("annotations", annotations) == annotations:
+        return
+    if on_changed_run != "continue":
+        raise ValueError(
+            "the checkpoint to go on with was written with other annotations: name another output folder, or go on all "
+            "the same with --on_changed_run continue"
+        )
+    distributed.print_once("resuming with other annotations")
+
+
+def to_official(state: dict, annotations: int) -> dict:
     """The state of a run under the names of the classifiers' checkpoints."""
-    return {"scaler" if name == "fp16_scaler" else name: value for name, value in state.items()}
+    state = {"scaler" if name == "fp16_scaler" else name: value for name, value in state.items()}
+    return state | {"annotations": annotations}
 
 
 def from_official(checkpoint: dict) -> dict:

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from shared import distributed
-from shared.networks.weights import WeightMismatch
+from shared.networks.weights import CLASSIFIERS, WeightMismatch
 
 from .cross_covariance_transformer import Trunk, architecture
 from .hub import read_weights
+
+NOT_OF_THE_TRUNK = ("cls_token", "cls_attn_blocks", "norm", *CLASSIFIERS)
 
 
 class FeaturePyramid(Trunk):
@@ -71,12 +73,15 @@ def fill_trunk(pyramid: FeaturePyramid, pretrained: str) -> None:
         pretrained: See :func:`xcit.hub.read_weights`.
 
     Raises:
-        WeightMismatch: If the file does not fill the trunk.
+        WeightMismatch: If the file does not fill the trunk, has further blocks or holds values that are not finite.
     """
     tensors, target = read_weights(pretrained), pyramid.state_dict()
     trunk = {name for name in target if not name.startswith("fpn")}
     wrong = [n for n in sorted(trunk) if n not in tensors or tensors[n].shape != target[n].shape]
+    wrong += [n for n in tensors if n not in trunk and n.split(".")[0] not in NOT_OF_THE_TRUNK]
     if wrong:
         raise WeightMismatch(f"--pretrained {pretrained} does not fill the trunk: {', '.join(wrong[:5])}")
+    if (bad := next((n for n in sorted(trunk) if not tensors[n].isfinite().all()), None)) is not None:
+        raise WeightMismatch(f"--pretrained {pretrained}: {bad} holds values that are not finite")
     pyramid.load_state_dict(target | {name: tensors[name] for name in trunk})
     distributed.print_once(f"{pretrained}: {len(trunk)}/{len(trunk)} entries of the trunk loaded")

@@ -74,17 +74,18 @@ MEAN, STD = CARD.mean, CARD.std
 read_weights = partial(networks.read_tensors, CARD)  # of a release, a file or an address
 
 
-def load_network(model: str, pretrained: str | Path = "", key: str = CARD.checkpoint_key) -> XCiT:
+def load_network(model: str, pretrained: str | Path = "", key: str = CARD.checkpoint_key, **options) -> XCiT:
     """A published network with the classes and channels of the file, filled, in evaluation mode.
 
     A file without a classifier gives a network without one, which maps images to features.
 
     Args:
         pretrained: A release, a file or an address; ``""``: the release at 224 pixels without distillation.
+        options: Arguments of :class:`XCiT`, which win over the file.
     """
     pretrained = pretrained or f"{model}_224"
     tensors = read_weights(pretrained, key)
-    network = networks.build_for(CARD, model, tensors, num_classes=num_classes_of(tensors))
+    network = networks.build_for(CARD, model, tensors, **{"num_classes": num_classes_of(tensors)} | options)
     fill_classifier(network, tensors, str(pretrained))
     return network.eval()
 
@@ -94,7 +95,7 @@ def entry(name: str) -> Callable[..., nn.Module]:
 
     def build(pretrained: bool | str = True, variant: str = "224", **kwargs) -> nn.Module:
         if not isinstance(pretrained, bool):  # a run or a file of one's own
-            return load_network(name, pretrained)
+            return load_network(name, pretrained, **kwargs)
         network = build_xcit(name, **kwargs)
         if pretrained:
             fill_classifier(network, read_weights(f"{name}_{variant}"), f"{name}_{variant}")

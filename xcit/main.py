@@ -108,7 +108,9 @@ def evaluate_xcit(args: argparse.Namespace) -> None:
     """Print the accuracy of ``--pretrained``, or of the run in ``--output_dir``, which may be going on."""
     device, output_dir = distributed.init(args.dist_url, args.device, args.dist_timeout), Path(args.output_dir)
     origin = args.pretrained or args.resume or str(output_dir / "checkpoint.pth")
-    flags.check_against_run(args, origin, *NETWORK_FLAGS, "input_size")
+    trained_at = flags.check_against_run(args, origin, *NETWORK_FLAGS).get("input_size")
+    if trained_at not in (None, args.input_size):
+        distributed.print_once(f"--eval with --input-size {args.input_size}, the training had {trained_at}")
     images = open_images(args, output_dir, Precision(args.amp, device), MEAN, STD, crop_ratio(args))
     network = build_classifier(args, images.num_classes)
     if not fill_classifier(network, read_weights(origin, args.checkpoint_key, "--eval: the checkpoint"), origin):

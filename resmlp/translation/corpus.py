@@ -29,14 +29,20 @@ def read_lines(file: str) -> list[str]:
     """Lines of a UTF-8 file."""
     if not Path(file).is_file():
         raise ValueError(f"{file} is not a file")
-    try:
-        # not splitlines(): it also splits at characters that sentences may hold, such as U+2028
-        lines = Path(file).read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is no UTF-8 text: {error}") from error
+    lines = split_lines(Path(file).read_bytes(), file)
     if not any(line.strip() for line in lines):
         raise ValueError(f"{file} holds no sentence")
     return lines
+
+
+def split_lines(text: bytes, origin: str) -> list[str]:
+    """Lines of UTF-8, with or without a byte order mark, that end in ``\\n`` or ``\\r\\n``."""
+    try:
+        # not splitlines(): it also splits at characters that sentences may hold, such as U+2028 or a lone \r
+        lines = text.decode("utf-8-sig").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{origin} is no UTF-8 text: {error}") from error
+    return [line.removesuffix("\r") for line in lines]
 
 
 def train_vocabulary(sentences: Sequence[str], size: int) -> bytes:

@@ -45,6 +45,7 @@ from shared.run.checkpoint import load_latest
 from shared.run.flags import Parser, add_run_flags, parse_with_embedded_defaults
 from shared.run.run import Run
 from shared.run.settings import long_warmup, tell_settings
+from shared.run.summary import command
 
 # What replaces the defaults when no files are given: 2,000 sentences of five to eight subwords
 GENERATED_DATA_DEFAULTS = {
@@ -178,7 +179,8 @@ def train_translation(args: argparse.Namespace) -> dict[str, float]:
     for part in (part for part in ("valid", "test") if part in text):
         results[part], line = score(args, network, vocabulary, text[part], run.device)
         distributed.print_once(f"{args.network}, {part}: {line}")
-    distributed.print_once(f"next: python translation/translate.py --weights {run.path} --input YOUR_TEXT")
+    translation = command("resmlp/translation/translate.py", weights=run.path, input="YOUR_TEXT")
+    distributed.print_once(f"next: {translation}")
     return results
 
 

@@ -20,7 +20,7 @@ from sacrebleu.metrics import BLEU
 from sentencepiece import SentencePieceProcessor
 
 from resmlp.translation.beam_search import beam_search
-from resmlp.translation.corpus import open_vocabulary, pad, read_lines
+from resmlp.translation.corpus import open_vocabulary, pad, read_lines, split_lines
 from resmlp.translation.sequence_models import EOS, Translator
 from shared import distributed
 from shared.networks.weights import safe_load
@@ -117,9 +117,11 @@ def bleu(translations: Sequence[str], references: Sequence[str]) -> tuple[float,
 
 def translate(args: argparse.Namespace) -> None:
     """Translate the sentences of a file or of standard input."""
+    if args.output and not Path(args.output).parent.is_dir():
+        raise ValueError(f"--output {args.output}: there is no folder {Path(args.output).parent}")
     device = distributed.init(device=args.device)
     network, vocabulary = load_translator(args.weights)
-    sentences = read_lines(args.input) if args.input else sys.stdin.read().removesuffix("\n").split("\n")
+    sentences = read_lines(args.input) if args.input else split_lines(sys.stdin.buffer.read(), "standard input")
     references = read_lines(args.reference) if args.reference else None
     if references is not None and len(references) != len(sentences):
         raise ValueError(f"--reference {args.reference} has {len(references)} lines, the text has {len(sentences)}")

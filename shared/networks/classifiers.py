@@ -19,7 +19,8 @@ def build_library_classifier(
         own_names: Names that the caller knows besides, for the message.
         flag: Where the name was given, for messages.
         options: Arguments of timm's networks: ``img_size``, which is left out where there is none; rates of dropout
-            and stochastic depth; sizes, which are errors where there are none. Networks of torchvision take none.
+            and stochastic depth, left out with a message; sizes, which are errors where there are none. Networks of
+            torchvision take none.
 
     Raises:
         ValueError: If the name is unknown, or the network has no such sizes or channels.
@@ -33,24 +34,34 @@ def build_library_classifier(
     of_its_name = f"{given}: the sizes of {flag} {name} are part of its name"
     if timm.is_model(name):
         options |= {"num_classes": num_classes, "in_chans": in_chans}
-        try:
-            return timm.create_model(name, **options)
-        except TypeError as error:  # convolutional networks have no image size, and none of the other sizes
-            if sizes:
-                raise ValueError(of_its_name) from error
-            options.pop("img_size", None)
-            return timm.create_model(name, **options)
+        for unknown in ("img_size", "drop_path_rate"):  # convolutional networks have none of the sizes
+            try:
+                return timm.create_model(name, **options)
+            except TypeError as error:
+                if sizes:
+                    raise ValueError(of_its_name) from error
+                tell_unused_rates(f"{flag} {name}", {unknown: options.pop(unknown, None)})
+        return timm.create_model(name, **options)
     if name in torchvision.models.list_models(module=torchvision.models):
         if sizes:
             raise ValueError(of_its_name)
         if in_chans != 3:
             raise ValueError(f"--in_chans {in_chans}: torchvision's {flag} {name} takes 3 channels")
-        return torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+        tell_unused_rates(f"{flag} {name}", options)
+        auxiliary = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
+        return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **auxiliary)
     close = difflib.get_close_matches(name, [*own_names, *timm.list_models()], n=3)
     raise ValueError(
         f"{flag} {name} is unknown{'; did you mean ' + ', '.join(close) + '?' if close else '.'} "
         f"Known are {', '.join([*own_names, 'the models of timm and torchvision'])}."
     )
+
+
+def tell_unused_rates(network: str, options: Mapping[str, float | None]) -> None:
+    """Print which rates of dropout and stochastic depth above 0 the network does not take."""
+    for option, rate_flag in (("drop_rate", "--drop"), ("drop_path_rate", "--drop-path")):
+        if options.get(option):
+            distributed.print_once(f"{rate_flag} {options[option]} has no effect on {network}")
 
 
 def num_classes_of(tensors: Mapping[str, Tensor]) -> int:

@@ -151,10 +151,11 @@ def check_minimum(parser: argparse.ArgumentParser, args: argparse.Namespace, min
 
 
 def check_positive(parser: argparse.ArgumentParser, args: argparse.Namespace, *flags: str) -> None:
-    """End the program with a message if one of these flags, where there is such a one, is not above 0."""
+    """End the program with a message if one of these flags, where it has a value, is not above 0."""
     for flag in flags:
-        if getattr(args, flag, 1) <= 0:
-            parser.error(f"--{flag} {getattr(args, flag)} is not positive")
+        value = getattr(args, flag, None)
+        if value is not None and value <= 0:
+            parser.error(f"--{flag} {value} is not positive")
 
 
 def shorten_unset_warmup(

@@ -115,10 +115,17 @@ def open_train_and_val(args: argparse.Namespace) -> tuple[ImageSource, ImageSour
         raise ValueError(
             f"--data-set {args.data_set} is RGB, which --in_chans {args.in_chans} or --value_range are not for"
         )
+    if args.data_path is None and args.data_set != "IMNET" and not (args.eval and args.val_path):
+        raise ValueError(f"--data-set {args.data_set} needs --data_path")
     if args.eval and args.val_path is not None and (args.classes or not args.shared_classes_only):
         val = open_source(args.val_path, "all", flag="--val_path", **reading(args))
         check_same_classes(val, val)  # that there are any
         return val, val
+    if args.data_set.startswith("CIFAR") or args.data_set in INAT_YEARS:
+        if args.val_path is not None:
+            raise ValueError(f"--val_path {args.val_path}: --data-set {args.data_set} has a val part of its own")
+        if args.shared_classes_only and not args.eval:
+            raise ValueError(f"--shared_classes_only is not for --data-set {args.data_set}")
     if args.data_path is not None and args.data_set.startswith("CIFAR"):
         name = args.data_set.lower()
         root = None if args.data_path.lower() == name else args.data_path

@@ -1,13 +1,19 @@
 """The flags of DeiT's training script, which later supervised recipes took over with their defaults."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from shared.evaluation.flags import add_shared_classes_flag, take_from_run
 from shared.images.inaturalist import CATEGORIES
 from shared.networks.pretrained import flags_of_run
 from shared.optimisation.accumulation import add_accumulation_flag
-from shared.run.flags import add_data_flags, add_run_flags, parse_with_embedded_defaults, shorten_unset_warmup
+from shared.run.flags import (
+    add_data_flags,
+    add_run_flags,
+    check_positive,
+    parse_with_embedded_defaults,
+    shorten_unset_warmup,
+)
 
 # What replaces the recipe's defaults when no images are named: a run of minutes needs little augmentation, no warm-up
 # (its first two epochs would hardly learn) and a shorter moving average.
@@ -27,7 +33,7 @@ EMBEDDED_RECIPE = {
 DATA_SETS = ("CIFAR10", "CIFAR100", "IMNET", "INAT", "INAT19", "CARS", "FLOWERS", "IMNET22k")
 INAT_YEARS = {"INAT": 2018, "INAT19": 2019}
 MINIMUM = {"epochs": 1, "batch_size": 1, "log_freq": 1, "input_size": 1, "test_freq": 1, "start_epoch": 0}
-MINIMUM |= {"weight_decay": 0}
+MINIMUM |= {"weight_decay": 0, "cutmix": 0}
 SHARES = ("smoothing", "reprob", "mixup_prob", "mixup_switch_prob", "distillation_alpha", "model_ema_decay")
 
 
@@ -151,6 +157,19 @@ def parse_recipe(
     for flag in SHARES:
         if not 0 <= getattr(args, flag) <= 1:
             parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)} is not in [0, 1]")
+    for flag in ("drop", "drop_path"):
+        if not 0 <= getattr(args, flag) < 1:
+            parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)} is not in [0, 1)")
+    low, high = args.cutmix_minmax or (0, 1)
+    if not 0 <= low < high <= 1:
+        parser.error(f"--cutmix-minmax {low} {high}: expected a range of shares of a side, 0 <= low < high <= 1")
+    check_positive(parser, args, "clip_grad", "distillation_tau")
+    if args.eval_ema and not args.model_ema:
+        parser.error("--eval-ema: there is no moving average with --no-model-ema")
+    if args.eval:
+        return args
+    if args.start_epoch >= args.epochs:
+        parser.error(f"--start_epoch {args.start_epoch} leaves nothing of --epochs {args.epochs} to train")
     if mixes_labels(args) and args.batch_size % 2:
         parser.error(f"--batch-size {args.batch_size}: Mixup and CutMix take pairs of images, so it must be even")
     if args.distillation_type != "none" and not args.teacher_path:
@@ -158,9 +177,11 @@ def parse_recipe(
     return args
 
 
-def check_against_run(args: argparse.Namespace, weights: str, *names: str) -> None:
-    """Raise ``ValueError`` if one of these flags contradicts the run whose checkpoint ``--eval`` looks at."""
-    take_from_run(args, flags_of_run(weights), {name: name for name in names}, {})
+def check_against_run(args: argparse.Namespace, weights: str, *names: str) -> Mapping:
+    """The flags of the run whose checkpoint ``--eval`` looks at; ``ValueError`` if it contradicts one of ``names``."""
+    trained_with = flags_of_run(weights)
+    take_from_run(args, trained_with, {name: name for name in names}, {})
+    return trained_with
 
 
 def mixes_labels(args: argparse.Namespace) -> bool:

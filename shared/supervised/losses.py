@@ -20,7 +20,8 @@ class ClassificationLoss:
 
     Attributes:
         smoothing: Of hard labels.
-        binary: Binary cross-entropy instead, in which every class with a positive target is right.
+        binary: Binary cross-entropy instead, in which every class with a positive target is right: of labels that are
+            not smoothed.
         teacher: Maps the student's images to logits.
         distillation, alpha, tau: See :func:`distillation_loss`.
     """
@@ -53,14 +54,17 @@ def build_loss(
     """The loss that the flags ask for; Mixup smooths the labels itself."""
     teacher = None
     if args.distillation_type != "none":
-        teacher = build_teacher(args.teacher_model, args.teacher_path, num_classes, args.in_chans).to(device)
+        teacher = build_teacher(args.teacher_model, args.teacher_path, num_classes, args.in_chans, args.input_size)
+        teacher.to(device)
     distillation = (args.distillation_type, args.distillation_alpha, args.distillation_tau)
     return ClassificationLoss(0.0 if mixes_labels(args) else args.smoothing, binary, teacher, *distillation)
 
 
-def class_probabilities(targets: Tensor, num_classes: int) -> Tensor:
-    """Class numbers (B,) as (B, classes); mixed labels as they are."""
-    return F.one_hot(targets, num_classes).float() if targets.dim() == 1 else targets
+def class_probabilities(targets: Tensor, num_classes: int, smoothing: float = 0.0) -> Tensor:
+    """Class numbers (B,) as (B, classes), smoothed; mixed labels as they are."""
+    if targets.dim() > 1:
+        return targets
+    return F.one_hot(targets, num_classes) * (1 - smoothing) + smoothing / num_classes
 
 
 def distillation_loss(
@@ -89,7 +93,9 @@ def distillation_loss(
     return (1 - alpha) * base_loss + alpha * distillation
 
 
-def build_teacher(name: str, path: str, num_classes: int, in_chans: int = 3) -> nn.Module:
+def build_teacher(
+    name: str, path: str, num_classes: int, in_chans: int = 3, input_size: int | None = None
+) -> nn.Module:
     """A network of timm or torchvision, filled from a file, frozen and in evaluation mode.
 
     Args:
@@ -97,11 +103,13 @@ def build_teacher(name: str, path: str, num_classes: int, in_chans: int = 3) -> 
         path: File or address of its weights, of any layout.
         num_classes: Outputs; those of the file must be as many.
         in_chans: Channels of the images, which are the student's; networks of torchvision take 3.
+        input_size: Side of the images in pixels, for networks whose weights depend on it; None: the teacher's own.
 
     Raises:
         ValueError: If there is no such network or file, or the file does not fill the network.
     """
-    teacher = build_library_classifier(name, num_classes, in_chans, flag="--teacher-model")
+    teacher = build_library_classifier(name, num_classes, in_chans, flag="--teacher-model", img_size=input_size)
     weights = select_backbone_weights(safe_load(fetch_file(path, "--teacher-path")), "model", path)
-    load_completely(teacher, weights.tensors, f"--teacher-path {path}", f"--teacher-model {name}")
+    target = f"--teacher-model {name}" + (f" at --input-size {input_size}" if input_size else "")
+    load_completely(teacher, weights.tensors, f"--teacher-path {path}", target)
     return teacher.eval().requires_grad_(False)

@@ -109,7 +109,7 @@ def train_classifier(
     run.resume(
         data,
         args.epochs * data.steps_per_epoch,
-        network_flags,
+        (*network_flags, "opt"),  # the state of one optimiser is none of another
         checkpoint=load_latest_or_given(run.path, args.resume, weights_flag),
         to_official=to_official,
         from_official=from_official,

@@ -126,6 +126,7 @@ def test_operations_are_counted_as_the_formula_says(tmp_path):
         (["--grids", "2", "3", "--grid_weights", "1"], "--grid_weights: expected a weight for each of the 2"),
         (["--grids", "2", "3", "--grid_weights", "0", "0"], "not all of them 0"),
         (["--lr", "0"], "--lr 0.0 is not positive"),
+        (["--clip_grad", "-1"], "--clip_grad -1.0 is not positive"),
         (["--test_freq", "0"], "--test_freq 0 is less than 1"),
         (["--mixup", "-1"], "--mixup -1.0 is less than 0"),
         (["--crop_scale", "1", "0.5"], "--crop_scale 1.0 0.5: expected a range of areas"),

@@ -188,6 +188,7 @@ def test_the_learning_rate_rises_falls_and_ends_at_zero():
     ("flags", "message"),
     [
         (["--resolution", "4", "64", "--patch_size", "8"], "--patch_size 8 is larger than an image of --resolution 4"),
+        (["--clip_grad", "0"], "--clip_grad 0.0 is not positive"),
         (["--resolution", "64", "32"], "--resolution 64 32: expected two sides"),
         (["--drop", "none"], "--sequence_length 128: an image of --resolution 256 has 256 tokens of --patch_size 16"),
         (

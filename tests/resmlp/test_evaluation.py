@@ -5,6 +5,8 @@ import timm
 import torch
 
 from dino import main_dino
+from resmlp import eval_knn
+from resmlp.flags import load_frozen
 from resmlp.hub import load_network
 from resmlp.visualize_cross_patch import locality
 from shared.networks.weights import safe_load
@@ -28,6 +30,14 @@ def test_dino_trains_resmlp_and_the_checkpoint_is_evaluated_here(images, tmp_pat
     with pytest.raises(SystemExit):
         main_dino.parse_args(["--arch", "resmlp_12", "--data_path", "x"])
     assert "--local_crop_size 96 differs from --global_crop_size 224" in capsys.readouterr().err
+
+
+def test_own_runs_are_evaluated_at_another_resolution(finished, capsys):
+    weights = ["--pretrained_weights", str(finished / "checkpoint.pth"), "--data_path", "x"]
+    for size, grid in (([], 4), (["--image_size", "24"], 6)):
+        network, _ = load_frozen(eval_knn.parse_args([*weights, *size]))
+        assert network.grid == grid
+    assert "cross-patch layers for 4x4 patches, interpolated to 6x6" in capsys.readouterr().out
 
 
 # --- Pictures ---------------------------------------------------------------------------------------------------------

@@ -59,6 +59,9 @@ def test_files_of_any_layout_give_the_network_that_they_hold(wrap, tmp_path):
     images = torch.randn(2, 1, 24, 24)
     expected = source.forward_features(images) if wrap == "teacher" else source(images)
     torch.testing.assert_close(network(images), expected)
+    if wrap != "teacher":
+        own = hubconf.resmlp_12(tmp_path / "file.pth", drop_path_rate=0.1).eval()
+        torch.testing.assert_close(own(images), expected)
     assert load_network(tmp_path / "file.pth")(images).shape == (2, 8)
     assert load_network(tmp_path / "file.pth", img_size=16)(images[..., :16, :16]).shape == (2, 8)
     if wrap == "model":

@@ -14,7 +14,8 @@ from resmlp import main
 from resmlp.augmentations import ThreeAugment
 from resmlp.hub import MEAN, STD, build_network
 from resmlp.main import SubmodelLoss
-from shared.supervised.losses import ClassificationLoss
+from shared.supervised.data import build_mixup
+from shared.supervised.losses import ClassificationLoss, class_probabilities
 from tests.command_lines import error_of
 from tests.resmlp.tiny import FLAGS, train
 from tests.run_folders import lines, losses, state_of
@@ -27,7 +28,8 @@ from tests.run_folders import lines, losses, state_of
         ("--eval-crop-ratio 1.5", "--eval-crop-ratio 1.5"),
         ("--src", "--src belongs to --ThreeAugment"),
         ("--model resmlp_13", "did you mean resmlp_"),
-        ("--drop-path 1", "drop_path_rate 1.0 is outside"),
+        ("--drop-path 1", "--drop-path 1.0 is not in [0, 1)"),
+        ("--bce-loss --smoothing 0.1", "--smoothing 0.1 would make every class right"),
         ("--patch-size 3", "patches of 3 pixels do not fill an image of 16 pixels"),
         ("--model test_resnet", "--patch-size 4 --embed-dim 16 --depth 2: the sizes of --model test_resnet"),
         ("--eval", "checkpoint.pth is neither a file nor a release"),
@@ -78,6 +80,11 @@ def test_attn_only_trains_the_cross_patch_layers_and_the_classifier(finished, im
     assert moved == expected | {"head.weight", "head.bias"}
 
 
+def test_attn_only_needs_attention():
+    with pytest.raises(ValueError, match="--attn-only: the network has no layer of that name"):
+        main.keep_cross_patch_layers_trainable(build_network("convnext_atto", 3))
+
+
 @pytest.mark.parametrize("kind", ["soft", "hard"])
 def test_a_student_learns_what_its_teacher_says(kind, images, tmp_path):
     """The teacher calls every image class 2; with alpha 1 the labels have no say."""
@@ -110,6 +117,14 @@ def test_in_the_binary_loss_every_class_of_a_mixed_image_is_right():
     for target, right in ((targets, targets > 0), (torch.tensor([0, 2]), F.one_hot(torch.tensor([0, 2])) > 0)):
         loss = ClassificationLoss(binary=True)(as_it_is, logits, target)
         torch.testing.assert_close(loss, -torch.where(right, p, 1 - p).log().mean())
+
+
+def test_labels_of_the_binary_loss_are_not_smoothed_and_others_are():
+    args = main.parse_args(["--bce-loss", "--mixup", "0.8"])
+    _, targets = build_mixup(args, 5)(torch.zeros(2, 3, 8, 8), torch.tensor([0, 2]))
+    assert set((targets > 0).sum(dim=1).tolist()) <= {1, 2} and args.smoothing == 0
+    smoothed = ClassificationLoss(smoothing=0.1)(as_it_is, torch.eye(3), torch.arange(3))
+    torch.testing.assert_close(F.cross_entropy(torch.eye(3), class_probabilities(torch.arange(3), 3, 0.1)), smoothed)
 
 
 def test_cotraining_of_submodels():

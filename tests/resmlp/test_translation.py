@@ -1,8 +1,10 @@
 """Translation: text, networks, beam search, and trainings on a generated language pair."""
 
+import io
 import itertools
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -69,6 +71,11 @@ def test_files_that_are_not_parallel_text_are_refused_by_name(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             read_parallel_text(tmp_path / "two", tmp_path / other)
+
+
+def test_lines_end_where_an_editor_ends_them_and_nowhere_else(tmp_path):
+    (tmp_path / "text").write_bytes(b"\xef\xbb\xbfa\rb\r\nc\n")
+    assert read_parallel_text(tmp_path / "text", tmp_path / "text")[0] == ["a\rb", "c"]
 
 
 def test_the_vocabulary_is_joint_and_of_the_size_that_was_asked_for(vocabulary):
@@ -396,11 +403,19 @@ def test_empty_lines_are_left_out_of_the_training_and_translated_by_empty_ones(t
     assert len(found) == 4 and found[1] == ""
 
 
-def test_another_network_than_the_checkpoints_is_refused(tmp_path, few_sentences):
+def test_another_network_than_the_checkpoints_is_refused(tmp_path, few_sentences, monkeypatch, capsys):
     train(tmp_path, "--epochs", 1)
+    hint = capsys.readouterr().out.splitlines()[-1].split()
+    assert hint[:2] == ["next:", "python"] and Path(hint[2]).is_file()
     with pytest.raises(ValueError, match=r"--network transformer does not fit .*--network resmlp"):
         train(tmp_path, "--epochs", 2, "--network", "transformer")
     (tmp_path / "other.pth").write_bytes((tmp_path / "checkpoint.pth").read_bytes())
+    given = ["--weights", str(tmp_path / "other.pth"), "--device", "cpu"]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n")))
+    with pytest.raises(ValueError, match="standard input is no UTF-8 text"):
+        translate.translate(translate.parse_args(given))
+    with pytest.raises(ValueError, match=r"--output .*out\.txt: there is no folder .*nowhere"):
+        translate.translate(translate.parse_args([*given, "--output", str(tmp_path / "nowhere/out.txt")]))
     _, vocabulary = translate.load_translator(tmp_path / "other.pth")
     assert len(vocabulary) == 100
     torch.save({"model": torch.zeros(1)}, tmp_path / "other.pth")

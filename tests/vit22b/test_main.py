@@ -113,6 +113,7 @@ def test_the_classifier_decays_by_itself_and_vectors_do_not():
         (["--mesh", "0", "2"], "--mesh 0 2 needs at least 1 process on each axis"),
         (["--mesh", "1", "2", "--amp", "fp16"], "and not --amp fp16"),
         (["--lr", "0"], "--lr 0.0 is not positive"),
+        (["--clip_grad", "-1"], "--clip_grad -1.0 is not positive"),
     ],
 )
 def test_flags_that_make_no_sense_are_named(flags, message, capsys):

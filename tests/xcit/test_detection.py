@@ -17,6 +17,7 @@ from pycocotools import mask as run_lengths
 
 from shared import distributed
 from shared.images.decode import ImageError
+from tests.command_lines import error_of
 from tests.processes import run_processes
 from tests.run_folders import lines, losses
 from tests.xcit.tiny import shrink_networks
@@ -277,6 +278,18 @@ def test_annotations_that_are_damaged_are_refused_by_name(damage, message, tmp_p
     assert str(path) in str(error.value)
 
 
+def test_changed_annotations_are_noticed_where_a_run_goes_on(tmp_path, capsys):
+    root = write_coco(tmp_path, {"train": 1})
+    before = CocoDataset(root, "train").annotations_checksum()
+    rewrite(root, lambda annotations: annotations[0].update(bbox=[1, 1, 20, 20]))
+    now = CocoDataset(root, "train").annotations_checksum()
+    dense_training.check_annotations({"epoch": 1}, now, "same_data")  # of an older version
+    with pytest.raises(ValueError, match=r"other annotations: .*--on_changed_run continue"):
+        dense_training.check_annotations({"annotations": before}, now, "same_data")
+    dense_training.check_annotations({"annotations": before}, now, "continue")
+    assert "resuming with other annotations" in capsys.readouterr().out
+
+
 # --- Trunk ------------------------------------------------------------------------------------------------------------
 
 
@@ -292,6 +305,27 @@ def test_a_classifier_fills_the_trunk(name, tmp_path, small_networks):
     assert [tuple(f.shape[2:]) for f in features.values()] == [(16, 24), (8, 12), (4, 6), (2, 3)]
     with pytest.raises(ValueError, match="does not fill the trunk"):
         fill_trunk(build_pyramid("xcit_tiny_12_p16"), str(tmp_path / "weights.pth"))
+    state = classifier.state_dict()
+    for other, message in (
+        ({"blocks.2.gamma1": torch.ones(32)}, r"does not fill the trunk: blocks\.2\.gamma1"),
+        ({"blocks.0.gamma1": torch.full((32,), torch.nan)}, r"blocks\.0\.gamma1 holds values that are not finite"),
+    ):
+        torch.save({"model": state | other}, tmp_path / "weights.pth")
+        with pytest.raises(ValueError, match=message):
+            fill_trunk(pyramid, str(tmp_path / "weights.pth"))
+
+
+@pytest.mark.parametrize(
+    "flags", ["--min-size 0", "--max-size 0", "--rois-per-image 0", "--weight-decay -1", "--warmup-iters -1"]
+)
+def test_sizes_and_rates_that_make_no_sense_are_refused(flags):
+    flag, value = flags.replace("-", "_").replace("__", "--", 1).replace(" _", " -").split()
+    assert f"{flag} {value}" in error_of(main.parse_args, *flags.split())
+
+
+def test_the_rate_falls_after_every_step_in_whichever_order_they_are_given():
+    args = main.parse_args([*TINY, "--steps", "3", "1", "--epochs", "4"])
+    assert main.learning_rates(args, 1) == pytest.approx([1e-3, 1e-4, 1e-4, 1e-5])
 
 
 # --- Training ---------------------------------------------------------------------------------------------------------
@@ -317,7 +351,8 @@ def test_training_and_evaluation(data, tmp_path, small_networks, small_heads, ca
 
     capsys.readouterr()
     train(data, tmp_path / "whole", "--eval")
-    assert f"box_ap {written[-1]['box_ap']:.2f}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"box_ap {written[-1]['box_ap']:.2f}" in printed and "the training had" not in printed
     with pytest.raises(ValueError, match=r"--eval: .*checkpoint\.pth is not a file"):
         train(data, tmp_path / "empty", "--eval")
     before = (tmp_path / "whole/metrics.jsonl").read_text()

@@ -63,6 +63,8 @@ def test_hub_entries_are_classifiers_of_a_variant(tmp_path, monkeypatch, network
     torch.save({"model": network.state_dict()}, tmp_path / "xcit_nano_12_p8_384_dist.pth")
     loaded = hubconf.xcit_nano_12_p8(num_classes=3, variant="384_dist")
     torch.testing.assert_close(loaded.state_dict(), network.state_dict())
+    own = hubconf.xcit_nano_12_p8(tmp_path / "xcit_nano_12_p8_384_dist.pth", num_classes=5, drop_rate=0.2)
+    assert own.head.out_features == 5 and own.pos_drop.p == 0.2
 
 
 def test_files_without_positions_have_their_two_unused_tensors(small_networks):

@@ -1,6 +1,7 @@
 """Segmentation: ADE20K's layout, mIoU, training, resuming."""
 
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 from shared import distributed
 from shared.images.decode import ImageError
 from shared.images.loading import BadImages
+from tests.command_lines import error_of
 from tests.processes import run_processes
 from tests.reliability.runs import assert_same_run
 from tests.run_folders import lines, losses, stopped_after
@@ -127,16 +129,32 @@ def test_training_evaluation_and_an_exact_resume(data, tmp_path, monkeypatch, sm
     assert {"miou", "pixel_acc"} <= written[-1].keys()
     assert Image.open(tmp_path / "whole/pictures/predictions.png").size[0] > 400
 
+    data = shutil.copytree(data, tmp_path / "data")
     with stopped_after(2):
         train(data, tmp_path / "stopped")
+    label_map = data / "annotations/training/000000.png"
+    written_before = label_map.read_bytes()
+    Image.new("L", (64, 64), 1).save(label_map)
+    with pytest.raises(ValueError, match="was written with other annotations"):
+        train(data, tmp_path / "stopped")
+    label_map.write_bytes(written_before)
     train(data, tmp_path / "stopped")
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
     capsys.readouterr()
     train(data, tmp_path / "whole", "--eval")
     assert f"miou {written[-1]['miou']:.2f}" in capsys.readouterr().out
+    train(data, tmp_path / "whole", "--eval", "--crop-size", 64)
+    assert "--eval with --crop_size 64, the training had 32" in capsys.readouterr().out
     train(data, tmp_path / "whole")  # is finished
     assert f"miou {written[-1]['miou']:.2f}" in capsys.readouterr().out
+
+
+def test_the_neck_has_the_published_width_and_crops_reach_the_coarsest_map():
+    with torch.device("meta"):
+        necks = [main.SemanticFPN(f"xcit_{name}_24_p16", 4).neck for name in ("small", "medium")]
+    assert [neck.layer_blocks[0][0].out_channels for neck in necks] == [256, 512]
+    assert "--crop_size 24 is less than 32" in error_of(main.parse_args, "--crop-size", "24")
 
 
 def test_any_image_size_is_segmented(small_networks):

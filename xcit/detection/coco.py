@@ -2,6 +2,7 @@
 
 import json
 import random
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,8 @@ class CocoDataset(DenseDataset):
         path = root / "annotations" / f"instances_{part}2017.json"
         if not path.is_file():
             raise ValueError(f"--data-path {root}: {path} is missing")
-        self.annotations = content = read_annotations(path)
+        self.path, self.annotations = path, read_annotations(path)
+        content = self.annotations
         categories = sorted(content["categories"], key=lambda category: category["id"])
         self.classes = [category["name"] for category in categories]
         self.category_ids = [category["id"] for category in categories]
@@ -72,6 +74,10 @@ class CocoDataset(DenseDataset):
         source = FileSource(str(root / f"{part}2017"), root / f"{part}2017", files)
         super().__init__(source, seed, augment)
         self.crop = crop
+
+    def annotations_checksum(self) -> int:
+        """CRC-32 of the JSON file."""
+        return zlib.crc32(self.path.read_bytes())
 
     def sample(self, index: int, rng: random.Random) -> tuple[Tensor, dict]:
         pixels = self.source.load(index).decode()

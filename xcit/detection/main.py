@@ -47,7 +47,7 @@ SHAPES_DEFAULTS = {
     "rois_per_image": 32,
     "output_dir": "runs/shapes",
 }
-MINIMUM = {"epochs": 1, "batch_size": 1, "test_freq": 1, "log_freq": 1}
+MINIMUM = dense_training.MINIMUM | dict.fromkeys(("epochs", "min_size", "max_size", "rois_per_image"), 1)
 NECK_CHANNELS = 256
 
 
@@ -69,7 +69,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    return parse_with_embedded_defaults(get_args_parser(), arguments, SHAPES_DEFAULTS, MINIMUM)
+    args = parse_with_embedded_defaults(get_args_parser(), arguments, SHAPES_DEFAULTS, MINIMUM)
+    args.steps = sorted(args.steps)
+    return args
 
 
 class DetectionBackbone(nn.Module):

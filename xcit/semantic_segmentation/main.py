@@ -43,7 +43,7 @@ SHAPES_DEFAULTS = {
     "crop_size": 64,
     "output_dir": "runs/shapes",
 }
-MINIMUM = {"iterations": 1, "batch_size": 1, "num_classes": 1, "crop_size": 1, "test_freq": 1, "log_freq": 1}
+MINIMUM = dense_training.MINIMUM | {"iterations": 1, "num_classes": 1, "crop_size": 32}  # a map of stride 32
 NECK_CHANNELS, HEAD_CHANNELS = 256, 128
 
 
@@ -81,9 +81,11 @@ class SemanticFPN(nn.Module):
     def __init__(self, model: str, num_classes: int, drop_path_rate: float = 0.0):
         super().__init__()
         self.backbone = build_pyramid(model, drop_path_rate)
-        self.neck = FeaturePyramidNetwork([self.backbone.embed_dim] * 4, NECK_CHANNELS)
+        dim = self.backbone.embed_dim
+        channels = dim if model.startswith("xcit_medium") else NECK_CHANNELS  # as published
+        self.neck = FeaturePyramidNetwork([dim] * 4, channels)
         self.scale_heads = nn.ModuleList(
-            nn.ModuleList(convolution(NECK_CHANNELS if i == 0 else HEAD_CHANNELS) for i in range(max(1, level)))
+            nn.ModuleList(convolution(channels if i == 0 else HEAD_CHANNELS) for i in range(max(1, level)))
             for level in range(4)
         )
         self.dropout = nn.Dropout2d(0.1)

@@ -15,6 +15,7 @@ from torch import nn
 from shared.images.inaturalist import open_inaturalist
 from shared.images.loading import EvalDataset, EvalTransform
 from shared.images.sources import ArraySource
+from shared.networks.classifiers import build_library_classifier
 from shared.optimisation.optim import clip_total_grad_norm_, step_unless_not_finite
 from shared.optimisation.precision import Precision
 from shared.run.checkpoint import restore
@@ -230,7 +231,15 @@ def test_data_set_names_choose_how_a_path_is_read(tmp_path, monkeypatch):
     write_inaturalist(tmp_path)
     flags.data_set = "INAT19"
     assert len(open_train_and_val(flags)[0]) == 4
-    flags.data_set, flags.data_path = "IMNET", None
+    for data_set in ("CIFAR10", "INAT"):
+        flags.data_set = data_set
+        for name, value in (("val_path", "v"), ("shared_classes_only", True)):
+            with pytest.raises(ValueError, match=f"--{name} .*--data-set {data_set}"):
+                open_train_and_val(argparse.Namespace(**vars(flags) | {name: value}))
+    flags.data_path = None
+    with pytest.raises(ValueError, match="--data-set INAT needs --data_path"):
+        open_train_and_val(flags)
+    flags.data_set = "IMNET"
     monkeypatch.undo()
     assert [len(part) for part in open_train_and_val(flags)] == [1920, 360]
 
@@ -255,6 +264,22 @@ def test_a_teacher_sees_images_of_one_channel_if_the_student_does(tmp_path):
         build_teacher("test_resnet", str(tmp_path / "teacher.pth"), 3)
     with pytest.raises(ValueError, match="--in_chans 1: torchvision's --teacher-model squeezenet1_0 takes 3 channels"):
         build_teacher("squeezenet1_0", str(tmp_path / "teacher.pth"), 3, in_chans=1)
+
+
+def test_a_teacher_is_one_for_images_of_the_students_size(tmp_path):
+    network = timm.create_model("test_vit", num_classes=3, img_size=32).eval()
+    torch.save(network.state_dict(), path := tmp_path / "teacher.pth")
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(build_teacher("test_vit", str(path), 3, input_size=32)(images), network(images))
+    with pytest.raises(ValueError, match="does not fill --teacher-model test_vit at --input-size 48"):
+        build_teacher("test_vit", str(path), 3, input_size=48)
+
+
+@pytest.mark.parametrize("name", ["googlenet", "vgg11", "alexnet"])
+def test_networks_without_stochastic_depth_say_so_and_give_logits_alone(name, capsys):
+    network = build_library_classifier(name, 3, img_size=64, drop_rate=0.0, drop_path_rate=0.1)
+    assert network(torch.rand(2, 3, 64, 64)).shape == (2, 3)
+    assert f"--drop-path 0.1 has no effect on --model {name}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("policy", ["rand-m10-inc1", "rand-m1", "original", "v0", "augmix-m10"])
