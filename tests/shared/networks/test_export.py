@@ -3,6 +3,8 @@
 import importlib
 import json
 import os
+import runpy
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -217,7 +219,8 @@ def test_files_of_a_run_state_how_its_images_were_seen(method, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path / "out")
     photo = np.random.default_rng(0).integers(256, size=(90, 70, 3), dtype=np.uint8)
     Image.fromarray(photo).save("photo.jpg", quality=95)
-    exec(page.partition("```python")[2].partition("```")[0], used := {})
+    Path("use.py").write_text(page.partition("```python")[2].partition("```")[0])
+    used = runpy.run_path("use.py")
     centre = EvalTransform(55, 48, header["mean"], header["std"], interpolation=card_of(method).interpolation)
     torch.testing.assert_close(used["images"][0], centre(read_image("photo.jpg").decode()), rtol=0, atol=0.1)
     torch.testing.assert_close(torch.from_numpy(used["features"]), network(used["images"]), rtol=1e-3, atol=1e-4)
