@@ -422,6 +422,20 @@ def test_a_preemption_is_asked_for_until_the_controller_answers(program, tmp_pat
     assert pauses == [1, 1, 2, 4, 8, 16]
 
 
+def test_the_batch_script_of_torchrun_asks_a_busy_controller_again(tmp_path, program):
+    program("sleep", "exit 0")
+    program("srun", f"env > {tmp_path}/environment; exit 143")
+    answer = "show|requeue) ;; --oneliner) [ -e asked ] || ! touch asked || exit 1; echo A=1 PreemptTime=2026"
+    program("scontrol", f"echo $@ >> {tmp_path}/calls; case $1 in {answer};; esac")
+    variables = {"JOB_ID": "41", "JOB_NODELIST": "n1", "JOB_NUM_NODES": "1", "CPUS_PER_TASK": "2"}
+    variables |= {"MEM_PER_NODE": "100", "MEM_PER_CPU": "7"}  # the latter of a job from which this one was submitted
+    environment = os.environ | {f"SLURM_{name}": value for name, value in variables.items()}
+    done = subprocess.run(["bash", ROOT / "shared/torchrun.sbatch", "main.py"], cwd=tmp_path, env=environment)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls[1:] == ["--oneliner show job 41"] * 2 + ["requeue 41"] and done.returncode == 143
+    assert "SLURM_MEM_PER_CPU" not in (tmp_path / "environment").read_text()
+
+
 def test_a_job_restarted_too_often_stays_stopped_and_says_so(job_environment, tmp_path):
     os.environ["SLURM_PROCID"] = "0"
     trainer = slurm.Trainer(jobs.kill_self, argparse.Namespace(output_dir=str(tmp_path), number=signal.SIGUSR2), 1)
