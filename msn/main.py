@@ -461,7 +461,8 @@ def start_on_devices(devices: list[str], arguments: list[str]) -> str:
     if not on_gpus and set(devices) != {"cpu"}:
         raise ValueError(f"--devices {' '.join(devices)}: expected cuda:0 cuda:1 ..., or cpu once per process")
     device = "cuda" if on_gpus else "cpu"
-    if "RANK" in os.environ or "SLURM_STEP_ID" in os.environ:
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1"))
+    if "RANK" in os.environ or ("SLURM_STEP_ID" in os.environ and tasks != "1"):  # a shell of srun is a step of one
         return device
     if on_gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(numbers)

@@ -35,6 +35,8 @@ def main(arguments: list[str] | None = None) -> None:
     script, train = (linear_eval, linear_eval.linear_eval) if linear else (pretraining, pretraining.train_msn)
     with distributed.clean_exit():
         args = script.parse_args(arguments, get_args_parser(linear))
+        if args.linear_eval != linear:
+            raise ValueError("--linear-eval cannot be abbreviated")
         del args.linear_eval  # a flag of this script, not of the training
         slurm.submit(train, args)
 

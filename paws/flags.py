@@ -21,7 +21,7 @@ WEIGHTS = "a checkpoint of main.py, or the name of a release"
 RANGES = (  # what is expected of flags
     ("at least 1", lambda value: value >= 1, "epochs unsupervised_batch_size supervised_views supervised_batch_size"),
     ("at least 1", lambda value: value >= 1, "batch_size log_freq repeat"),
-    ("at least 0", lambda value: value >= 0, "output_dim warmup"),
+    ("at least 0", lambda value: value >= 0, "output_dim warmup saveckp_steps saveckp_minutes max_skipped_steps"),
     ("a positive number", lambda value: value > 0, "temperature sharpen lr"),
     ("a share of at least 0 and less than 1", lambda value: 0 <= value < 1, "label_smoothing"),
     ("a share of less than 1", lambda value: value < 1, "unlabeled_frac"),

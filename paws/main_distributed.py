@@ -38,6 +38,8 @@ def main(arguments: list[str] | None = None) -> None:
     with distributed.clean_exit():
         for command in configurations(words):
             args = programs.parse_args(command, get_args_parser(program))
+            if args.batch_launch:
+                raise ValueError("--batch-launch cannot be abbreviated")
             del args.batch_launch
             slurm.submit(programs.program_function(program), args)
 

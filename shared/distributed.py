@@ -7,9 +7,12 @@ import contextlib
 import datetime
 import os
 import subprocess
+import threading
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,23 +44,28 @@ def init(dist_url: str = "env://", device: str = "auto", timeout_s: float = 1800
         WorldNotFormed: If the requested processes do not come up.
         ValueError: If ``device`` asks for a GPU that this process cannot have.
     """
+    if not 0 < timeout_s < threading.TIMEOUT_MAX:
+        raise ValueError(f"--dist_timeout {timeout_s}: expected a number of seconds above 0")
     rank, world_size, local_rank = _launched_as()
     chosen = _choose_device(device, rank, local_rank)
     if world_size == 1:
         return chosen
     if dist_url == "env://" and "MASTER_ADDR" not in os.environ:
-        if "SLURM_JOB_ID" not in os.environ:
+        if "SLURM_STEP_NODELIST" not in os.environ:
             raise WorldNotFormed(
-                f"rank {rank} of {world_size}: MASTER_ADDR is not set; start the run with torchrun or srun"
+                f"rank {rank} of {world_size}: MASTER_ADDR is not set, nor are srun's variables, such as "
+                "SLURM_STEP_NODELIST; start the run with torchrun or srun"
             )
         os.environ["MASTER_ADDR"] = _first_slurm_host()
-        os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000))
+        # steps of one job, which may run side by side, have ports of their own
+        number = 97 * _number("SLURM_JOB_ID") + _number("SLURM_STEP_ID")
+        os.environ.setdefault("MASTER_PORT", str(20000 + number % 20000))
     where = dist_url
     if dist_url == "env://":
         where = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
     timeout = datetime.timedelta(seconds=timeout_s)
     try:
-        store, _, _ = next(dist.rendezvous(dist_url, rank, world_size, timeout=timeout))
+        store, _, _ = _hearing_signals(lambda: next(dist.rendezvous(dist_url, rank, world_size, timeout=timeout)))
         # torchrun may keep its store when it restarts the workers: addresses of dead ones must not be found there
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         dist.init_process_group(
@@ -82,15 +90,41 @@ def _launched_as() -> tuple[int, int, int]:
     """(rank, world size, local rank) as the launcher's environment variables state them."""
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
-        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
+        return _number("RANK"), _number("WORLD_SIZE"), _number("LOCAL_RANK", "0")
+    tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
     if "SLURM_STEP_ID" in env:  # set by srun for each task, not in the batch script itself
-        return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"])
-    if int(env.get("SLURM_NTASKS", 1)) > 1:
+        per_node = env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_NTASKS_PER_NODE", "1"))  # such as 4(x3),2
+        largest = max(int(count.partition("(")[0]) for count in per_node.split(","))
+        env.setdefault("LOCAL_WORLD_SIZE", str(largest))  # as torchrun says how many share memory and cores
+        return _number("SLURM_PROCID"), _number(tasks), _number("SLURM_LOCALID")
+    if _number("SLURM_NTASKS", "1") > 1:
         raise WorldNotFormed(
             f"this job has SLURM_NTASKS={env['SLURM_NTASKS']} but was not started by srun or torchrun: "
             "it would train as a single process"
         )
     return 0, 1, 0
+
+
+def _number(variable: str, default: str | None = None) -> int:
+    """The value of a launcher's variable."""
+    text = os.environ.get(variable, default)
+    if text is None or not text.isdecimal():
+        raise WorldNotFormed(f"the launcher's variable {variable} should be a number, but is {text!r}")
+    return int(text)
+
+
+def _hearing_signals(call: Callable[[], Any]) -> Any:
+    """What ``call`` returns, made in a thread: while it waits in C++, Python could handle no signal."""
+    answer = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(call())
+        except Exception as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return answer.result()
 
 
 def _choose_device(device: str, rank: int, local_rank: int) -> torch.device:
@@ -112,7 +146,8 @@ def _choose_device(device: str, rank: int, local_rank: int) -> torch.device:
 
 def _shares_gpu() -> bool:
     """Whether several local processes would land on the one visible GPU (torchrun shows all GPUs to each)."""
-    return "LOCAL_WORLD_SIZE" in os.environ and int(os.environ["LOCAL_WORLD_SIZE"]) > 1
+    by_srun_alone = "SLURM_STEP_ID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
+    return not by_srun_alone and _number("LOCAL_WORLD_SIZE", "1") > 1
 
 
 def _first_slurm_host() -> str:

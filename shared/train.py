@@ -6,6 +6,7 @@
     train("swav/main_deepclusterv2.py", data_path="my_package.data:plates", size_crops=(64, 32))
 
 Keywords are the script's flags. The run is that of the command: the same files, and the same call again resumes it.
+Signals save and stop it in the main thread only; in another one it goes on to the end.
 """
 
 import argparse

@@ -36,6 +36,8 @@ def main(arguments: list[str] | None = None) -> None:
     script, train = METHODS[method]
     with distributed.clean_exit():
         args = script.parse_args(arguments, slurm.launcher_parser(get_args_parser(method), __doc__, method))
+        if args.method != method:
+            raise ValueError("--method cannot be abbreviated")
         del args.method  # a flag of this script, not of the training
         slurm.submit(train, args)
 

@@ -121,7 +121,7 @@ def submit(train: Callable[[argparse.Namespace], object], args: argparse.Namespa
     job_flags, training = _split(args)
     _check(job_flags)
     training.output_dir = str(Path(training.output_dir).absolute())
-    if job_flags.cluster == "debug":
+    if job_flags.cluster == "debug" and not job_flags.dry_run:
         train(_with_job_id(training, "debug"))
         return None
     folder = Path(job_flags.job_dir or Path(training.output_dir) / "submitit").absolute()
@@ -130,7 +130,8 @@ def submit(train: Callable[[argparse.Namespace], object], args: argparse.Namespa
         if training.device == "cpu" and job_flags.ngpus:
             raise ValueError(f"--device cpu and --ngpus {job_flags.ngpus}: give --ngpus 0 --tasks_per_node {tasks}")
         training.device = "cuda" if job_flags.ngpus else "cpu"
-    trainer = Trainer(train, training, job_flags.max_restarts)
+    num_tasks = tasks * (1 if job_flags.cluster == "local" else job_flags.nodes)
+    trainer = Trainer(train, training, job_flags.max_restarts, num_tasks)
     python = f"{_DEAF_START} {shlex.quote(sys.executable)}"
     if job_flags.dry_run:
         _check_paths(training)
@@ -144,7 +145,8 @@ def submit(train: Callable[[argparse.Namespace], object], args: argparse.Namespa
     executor = submitit.SlurmExecutor(folder, python=python)
     executor.update_parameters(**_sbatch_parameters(job_flags, tasks))
     try:
-        job = executor.submit(trainer)
+        with _environment(_without_enclosing_job()):
+            job = executor.submit(trainer)
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
         raise ValueError(f"sbatch refused the job: {error}") from error
     output_dir = _with_job_id(training, job.job_id).output_dir
@@ -164,11 +166,23 @@ def _split(args: argparse.Namespace) -> tuple[argparse.Namespace, argparse.Names
     return argparse.Namespace(**job_flags), argparse.Namespace(**copy.deepcopy(training))
 
 
+_LEAST = {
+    "nodes": 1,
+    "ngpus": 0,
+    "tasks_per_node": 1,
+    "timeout": 1,
+    "cpus_per_task": 1,
+    "mem_gb_per_gpu": 1 / 1024,  # sbatch takes 0 MB for all memory of a node
+    "signal_delay_s": 0,
+    "max_restarts": 0,
+}
+
+
 def _check(flags: argparse.Namespace) -> None:
-    if flags.nodes < 1 or flags.ngpus < 0 or flags.timeout < 1:
-        raise ValueError(
-            f"--nodes {flags.nodes}, --ngpus {flags.ngpus}, --timeout {flags.timeout}: need at least 1, 0 and 1"
-        )
+    for name, least in _LEAST.items():
+        value = getattr(flags, name)
+        if value is not None and not least <= value < float("inf"):
+            raise ValueError(f"--{name} {value}: expected a number from {least} on")
     if flags.tasks_per_node is not None and flags.ngpus not in (0, flags.tasks_per_node):
         raise ValueError(
             f"--tasks_per_node {flags.tasks_per_node}: with --ngpus {flags.ngpus} there is one process per GPU"
@@ -194,7 +208,8 @@ def _dry_run(batch_file: str) -> None:
     if shutil.which("sbatch") is None:
         print("Not submitted. Partition and account are not checked: there is no sbatch on this machine")
         return
-    answer = subprocess.run(["sbatch", "--test-only"], input=batch_file, capture_output=True, text=True)
+    check = ["sbatch", "--test-only"]
+    answer = subprocess.run(check, input=batch_file, capture_output=True, text=True, env=_without_enclosing_job())
     said = " ".join((answer.stdout + answer.stderr).split())
     if answer.returncode:
         raise ValueError(f"sbatch would refuse the job: {said}")
@@ -209,6 +224,10 @@ def _sbatch_parameters(flags: argparse.Namespace, tasks: int) -> dict:
         key = key.replace("-", "_")
         if key in _OPTIONS_WITH_A_FLAG:
             raise ValueError(f"--slurm_option {option}: use --{_OPTIONS_WITH_A_FLAG[key]}")
+        if key == "gres" and "gpu" in value:
+            raise ValueError(f"--slurm_option {option}: use --ngpus")
+        if key in _REFUSED_OPTIONS:
+            raise ValueError(f"--slurm_option {option}: {_REFUSED_OPTIONS[key]}")
         extra[key] = value or True
     constraint = "&".join(filter(None, ("volta32gb" if flags.use_volta32 else "", flags.constraint)))
     optional = {"partition": flags.partition, "comment": flags.comment, "constraint": constraint}
@@ -246,26 +265,64 @@ _OPTIONS_WITH_A_FLAG = {
     "cpus_per_task": "cpus_per_task",
     "mem": "mem_gb_per_gpu",
     "signal": "signal_delay_s",
+    "ntasks": "tasks_per_node",
+    "gpus": "ngpus",
+    "gpus_per_task": "ngpus",
+}
+
+_REFUSED_OPTIONS = {
+    "array": "a job is one training; submit once per training",
+    "no_requeue": "the job requeues itself; --max_restarts 0 keeps it from that",
 }
 
 
 def _run_locally(trainer: "Trainer", folder: Path, tasks: int, flags: argparse.Namespace) -> submitit.Job:
     if "%j" in str(folder):  # which a local process does not know before it has read its files; their names hold the id
         folder = Path(*itertools.takewhile(lambda part: "%j" not in part, folder.parts), "submitit")
-    executor = submitit.LocalExecutor(folder)
-    executor.update_parameters(
-        tasks_per_node=tasks,
-        gpus_per_node=flags.ngpus,
-        timeout_min=flags.timeout,
-        signal_delay_s=flags.signal_delay_s,
-    )
-    with _repository_on_python_path():
-        job = executor.submit(trainer)
-    print(f"Started job {job.job_id}: {tasks} processes; their output: {job.paths.folder}", flush=True)
-    job.wait()
+    job = submitit.LocalJob(folder, f"{os.getpid()}_{int(time.time())}", tasks=list(range(tasks)))
+    job.paths.folder.mkdir(parents=True, exist_ok=True)
+    call = submitit.core.utils.DelayedSubmission(trainer)
+    call.set_timeout(flags.timeout, flags.max_restarts)
+    call.dump(job.paths.submitted_pickle)
+    variables = {
+        "PYTHONPATH": ":".join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH")))),
+        "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(flags.ngpus))),
+        "SUBMITIT_EXECUTOR": "local",
+        "SUBMITIT_LOCAL_COMMAND": shlex.join([sys.executable, "-u", "-m", "submitit.core._submit", str(folder)]),
+        "SUBMITIT_LOCAL_NTASKS": str(tasks),
+        "SUBMITIT_LOCAL_JOB_NUM_NODES": "1",
+        "SUBMITIT_LOCAL_NODEID": "0",
+        "SUBMITIT_LOCAL_TIMEOUT_S": str(60 * flags.timeout),
+        "SUBMITIT_LOCAL_SIGNAL_DELAY_S": str(flags.signal_delay_s),
+        "SUBMITIT_LOCAL_WITH_SHELL": "",
+        "SUBMITIT_STDERR_TO_STDOUT": "",
+    }
+    stops = []
+
+    def pass_on(number: int, frame) -> None:
+        if number in (signal.SIGINT, signal.SIGTERM):
+            stops.append(number)
+            number = signal.SIGTERM  # a terminal sends SIGINT to all: a second one would stop them without saving
+        controller._forward_signal(number)
+
+    print(f"Starting job {job.job_id}: {tasks} processes; their output: {job.paths.folder}", flush=True)
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    with _environment(os.environ | variables):
+        controller = submitit.local.local.Controller(folder)
+        controller.pid = job.job_id
+        for number in STOP_SIGNALS:
+            signal.signal(number, pass_on)
+        try:
+            controller.run(max_retry=flags.max_restarts + 1)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     for rank in range(tasks):
-        if not job.task(rank).paths.result_pickle.exists():  # submitit would wait for it
-            raise RuntimeError(f"process {rank} of the local job was stopped: see {job.task(rank).paths.stderr}")
+        if not (paths := job.task(rank).paths).result_pickle.exists():  # submitit would wait for it
+            if stops:
+                raise Interrupted(stops[0])
+            again = f"or asked for a restart after --max_restarts {flags.max_restarts}"
+            raise RuntimeError(f"process {rank} of the local job was stopped, {again}: see {paths.stderr}")
     error = job.exception()
     if error is not None:
         raise RuntimeError(str(error))
@@ -273,16 +330,21 @@ def _run_locally(trainer: "Trainer", folder: Path, tasks: int, flags: argparse.N
 
 
 @contextlib.contextmanager
-def _repository_on_python_path() -> Iterator[None]:
-    old = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = str(REPOSITORY) + (f":{old}" if old else "")
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    old = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(variables)
     try:
         yield
     finally:
-        if old is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = old
+        os.environ.clear()
+        os.environ.update(old)
+
+
+def _without_enclosing_job() -> dict[str, str]:
+    """The environment as it would be outside of a job: a new one would take its restarts and memory for its own."""
+    of_jobs, of_clients = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_"), ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
+    return {name: text for name, text in os.environ.items() if name in of_clients or not name.startswith(of_jobs)}
 
 
 def _with_job_id(training: argparse.Namespace, job_id: str) -> argparse.Namespace:
@@ -298,25 +360,37 @@ class Trainer:
     busy file system can take longer than a scheduler waits.
     """
 
-    def __init__(self, train: Callable, args: argparse.Namespace, max_restarts: int = 100):
+    def __init__(
+        self, train: Callable, args: argparse.Namespace, max_restarts: int = 100, num_tasks: int | None = None
+    ):
         if train.__module__ == "__main__":
             raise ValueError(f"{train.__qualname__} is defined in the script itself; jobs cannot import it from there")
         self.train = (train.__module__, train.__qualname__)
         self.args = args
         self.max_restarts = max_restarts
+        self.num_tasks = num_tasks
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """For a signal in the instant before ``__call__``: submitit requeues the same call, nothing is lost yet."""
         return submitit.helpers.DelayedSubmission(self)
 
     def __call__(self):
+        received: list[int] = []
+
+        def interrupt(number: int, frame) -> None:
+            received.append(number)
+            if len(received) == 1:  # a second one would end the first one's way out
+                raise Interrupted(number)
+
         for number in STOP_SIGNALS:  # from here on ours instead of submitit's; the training loop sets its own
-            signal.signal(number, _interrupt)
+            signal.signal(number, interrupt)
         job = submitit.JobEnvironment()
         attempt = Attempt.current()
         args = _with_job_id(self.args, job.job_id)
         try:
             _forget_results_of_earlier_attempts(job)
+            if self.num_tasks not in (None, job.num_tasks):
+                raise ValueError(f"job {job.job_id} has {job.num_tasks} processes instead of {self.num_tasks}")
             _export_rendezvous(job, attempt)
             print(
                 f"job {job.job_id}, attempt {attempt.number}: rank {job.global_rank} of {job.num_tasks} on "
@@ -330,7 +404,9 @@ class Trainer:
             module, name = self.train
             result = getattr(importlib.import_module(module), name)(args)
         except Interrupted as stop:
-            self._leave(job, attempt, stop)
+            _ignore_signals()  # inherited by scontrol, which a TERM that follows USR2 would kill
+            before = getattr(stop.__context__, "signal_number", None)  # of a training loop on its way out
+            self._leave(job, attempt, stop, {stop.signal_number, before, *received})
         except Exception:
             _end_if_superseded(attempt, args.output_dir)
             raise
@@ -339,13 +415,12 @@ class Trainer:
         _end_if_superseded(attempt, args.output_dir)
         return result
 
-    def _leave(self, job: submitit.JobEnvironment, attempt: Attempt, stop: Interrupted) -> None:
+    def _leave(self, job: submitit.JobEnvironment, attempt: Attempt, stop: Interrupted, received: set) -> None:
         """End this process after a save; rank 0 puts the job back into the queue where nobody else does."""
-        _ignore_signals()  # inherited by scontrol, which a TERM that follows USR2 would kill
         if job.global_rank != 0:
             raise SystemExit(0)  # an exit code would make srun end rank 0 before it has requeued the job
         local = isinstance(job, submitit.local.local.LocalJobEnvironment)
-        warned = stop.signal_number in (signal.SIGUSR1, signal.SIGUSR2)
+        warned = not received.isdisjoint((signal.SIGUSR1, signal.SIGUSR2))
         if not warned and (local or not is_preempted(job.job_id)):
             raise stop
         if attempt.number >= self.max_restarts:
@@ -363,38 +438,47 @@ def is_preempted(job_id: str) -> bool:
     """Whether SLURM is taking the nodes of a running job away.
 
     A job that ends by itself in the grace time counts as failed or completed, and SLURM does not restart it.
+
+    Raises:
+        RuntimeError: If the controller never answered.
     """
-    answer = subprocess.run(["scontrol", "--oneliner", "show", "job", job_id], capture_output=True, text=True)
-    fields = dict(field.split("=", 1) for field in answer.stdout.split() if "=" in field)
+    shown = _scontrol("--oneliner", "show", "job", job_id)
+    fields = dict(field.split("=", 1) for field in shown.split() if "=" in field)
     # the other states: cancelled or requeued already
     return fields.get("JobState") in ("RUNNING", "SIGNALING") and fields.get("PreemptTime", "")[:1].isdigit()
 
 
-def requeue(job_id: str, tries: int = 6) -> None:
-    """Put a running job back into the queue; a busy controller is asked again after 1, 2, 4, ... seconds.
+def requeue(job_id: str) -> None:
+    """Put a running job back into the queue.
 
     Raises:
-        RuntimeError: If it never agreed, with its last answer.
+        RuntimeError: If the controller never agreed, with its last answer.
     """
+    # pending: an earlier request was carried out, but its answer was lost
+    _scontrol("requeue", job_id, accepts="Job is pending")
+    print(f"requeued job {job_id}", flush=True)
+
+
+def _scontrol(*words: str, accepts: str | None = None, tries: int = 6) -> str:
+    """What ``scontrol`` says; a busy controller is asked again after 1, 2, 4, ... seconds.
+
+    Args:
+        accepts: An error that is none.
+    """
+    command = " ".join(("scontrol", *words))
     for i in range(tries):
         try:
-            answer = subprocess.run(["scontrol", "requeue", job_id], capture_output=True, text=True, timeout=30)
+            answer = subprocess.run(["scontrol", *words], capture_output=True, text=True, timeout=30)
         except subprocess.TimeoutExpired as error:
             reason = str(error)
         else:
-            # pending: an earlier request was carried out, but its answer was lost
-            if answer.returncode == 0 or "Job is pending" in answer.stderr:
-                print(f"requeued job {job_id}", flush=True)
-                return
+            if answer.returncode == 0 or (accepts is not None and accepts in answer.stderr):
+                return answer.stdout
             reason = answer.stderr.strip()
-        print(f"scontrol requeue {job_id} failed: {reason}", flush=True)
+        print(f"{command} failed: {reason}", flush=True)
         if i + 1 < tries:
             time.sleep(2**i)
-    raise RuntimeError(f"could not requeue job {job_id}: {reason}; its state is saved: submit it again to continue")
-
-
-def _interrupt(number: int, frame) -> None:
-    raise Interrupted(number)
+    raise RuntimeError(f"{command} failed: {reason}; the state is saved: submit the job again to continue")
 
 
 def _ignore_signals() -> None:
@@ -418,6 +502,7 @@ def _export_rendezvous(job: submitit.JobEnvironment, attempt: Attempt) -> None:
         RANK=str(job.global_rank),
         WORLD_SIZE=str(job.num_tasks),
         LOCAL_RANK=str(job.local_rank),
+        LOCAL_WORLD_SIZE=str(job.num_tasks // job.num_nodes),  # the memory and cores of a node are shared
     )
     # as torchrun does; else every process starts a thread per core of the node
     os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))

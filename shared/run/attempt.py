@@ -6,8 +6,10 @@ it looks whether the folder still carries its name.
 """
 
 import contextlib
+import functools
 import json
 import os
+import secrets
 import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,7 +35,7 @@ class Superseded(SystemExit):
 class Attempt:
     """The job that is running, and how often SLURM has started it again.
 
-    Outside SLURM a job is a process of a host, and its number is always 0.
+    A run that no launcher has submitted is a job of its own, and its number is always 0.
     """
 
     job: str
@@ -41,9 +43,10 @@ class Attempt:
 
     @classmethod
     def current(cls) -> "Attempt":
-        if "SLURM_JOB_ID" in os.environ:
+        if os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
             return cls(os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", 0)))
-        return cls(f"{socket.gethostname()}:{os.getpid()}", 0)
+        # an interactive job can start several runs, and containers can have the same host name and process ids
+        return cls(f"{socket.gethostname()}:{os.getpid()}:{_digits_of_this_process()}", 0)
 
     def claim(self, folder: str | Path) -> None:
         """Put this attempt's name on ``folder``; the last one to do so owns it.
@@ -81,10 +84,22 @@ class Attempt:
 
 
 def owner_of(folder: str | Path) -> Attempt | None:
-    """The attempt that claimed ``folder`` last, None if there is none."""
+    """The attempt that claimed ``folder`` last, None if there is none.
+
+    Raises:
+        ValueError: If the file is not one of an attempt.
+    """
     with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):  # a power cut can leave an empty file
-        return Attempt(**json.loads(_file(folder).read_text()))
+        try:
+            return Attempt(**json.loads(_file(folder).read_text()))
+        except TypeError as error:
+            raise ValueError(f"{_file(folder)} is of no run of this project: {error}") from error
     return None
+
+
+@functools.cache
+def _digits_of_this_process() -> str:
+    return secrets.token_hex(4)
 
 
 def _file(folder: str | Path) -> Path:

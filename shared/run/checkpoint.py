@@ -7,10 +7,12 @@ instant at least one complete checkpoint is on the disk, and none ever holds a N
 
 import argparse
 import contextlib
+import errno
 import os
 import shutil
 import signal
 import socket
+import threading
 import time
 import zipfile
 import zlib
@@ -27,6 +29,7 @@ from shared.optimisation.optim import keep_options, load_optimizer_state
 
 from .attempt import Attempt, Interrupted, NotFinite
 from .files import reason_of
+from .memory import is_out_of_memory
 
 SHORT_EPOCH_S = 60  # shorter epochs do not all end with a save
 
@@ -133,6 +136,7 @@ def verify(path: Path) -> int:
 
     Raises:
         CheckpointError: If the file is torn, damaged or no checkpoint.
+        OSError: If the file system does not let it be read.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -140,8 +144,10 @@ def verify(path: Path) -> int:
             if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
                 raise zipfile.BadZipFile("a compressed record")
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path} is torn or not a checkpoint: {error}") from error
+    except (zipfile.BadZipFile, EOFError, ValueError, RuntimeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # a place that no file has
+            raise
+        raise CheckpointError(f"{path} is torn or not a checkpoint: {error}") from None
     if damaged is not None:
         raise CheckpointError(f"{path} is damaged: record {damaged} does not match its checksum")
     return zlib.crc32(repr(records).encode())
@@ -150,11 +156,12 @@ def verify(path: Path) -> int:
 def load_latest(path: str | Path) -> dict | None:
     """The newest intact checkpoint among ``path`` and its ``.previous``, or None if neither exists.
 
-    Every process must call this. A damaged newest file is reported on standard output and put aside as ``*.damaged``,
-    and the previous one is used; so it is, and reported, when the newest file has been removed.
+    Every process must call this. A newest file with damaged content is reported on standard output and put aside as
+    ``*.damaged``, and the previous one is used; so it is, and reported, when the newest file has been removed.
 
     Raises:
         CheckpointError: If files exist and none of them is intact.
+        OSError: If one cannot be read now, which says nothing of its content.
         ValueError: If processes find different checkpoints, as with an output folder that not all nodes share.
     """
     path = Path(path)
@@ -167,9 +174,14 @@ def load_latest(path: str | Path) -> dict | None:
             break
         except FileNotFoundError:
             continue
-        except (OSError, ValueError, RuntimeError) as error:
+        except (CheckpointError, ValueError, RuntimeError) as error:
+            reason = error.__context__  # of safe_load; the content has been found intact by then
+            if not isinstance(error, CheckpointError) and (isinstance(reason, OSError) or is_out_of_memory(reason)):
+                raise OSError(f"{candidate} cannot be read: {reason}") from error
             problems[candidate] = str(error)
             distributed.print_once(f"WARNING: {error}")
+        except OSError as error:  # of the file system, which may soon be well again
+            raise OSError(error.errno, error.strerror, str(candidate)) from error
     distributed.check_same_on_all_processes(checksum, f"the newest checkpoint in {path.parent} (a checksum)")
     if problems and state is None:
         raise CheckpointError("no intact checkpoint: " + "; ".join(problems.values()))
@@ -213,8 +225,9 @@ class Checkpointer:
     """Saves a run every so many steps or minutes, and once more when it is asked to stop.
 
     Use as a context manager around training: inside it SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 finish the current step,
-    save and raise :class:`Interrupted`; a SIGINT after another signal stops at once, and only the steps since the last
-    save have to be repeated. A repeated SIGTERM does not: schedulers and launchers send it twice.
+    save and raise :class:`Interrupted`, also where the run is complete by then; a SIGINT after another signal stops at
+    once, and only the steps since the last save have to be repeated. A repeated SIGTERM does not: schedulers and
+    launchers send it twice.
 
     Args:
         path: The file that holds the newest state, e.g. ``<output_dir>/checkpoint.pth``.
@@ -251,13 +264,21 @@ class Checkpointer:
             remove_leftovers(self.path)
 
     def __enter__(self):
+        if threading.current_thread() is not threading.main_thread():
+            distributed.print_once("WARNING: a run in a thread hears no signals, such as those that ask for a save")
+            return self
         for number in self.SIGNALS:
             self._old_handlers[number] = signal.signal(number, self._on_signal)
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, kind, error, traceback):
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
+        if kind is None:
+            # one that came during the last save: all is saved, but what follows, a report, could outlast the warning
+            request = distributed.max_over_processes(self._stop_request())
+            if request > 1:
+                raise Interrupted(self.SIGNALS[request - 2])
 
     def _on_signal(self, number: int, frame) -> None:
         name = signal.Signals(number).name

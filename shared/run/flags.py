@@ -14,6 +14,7 @@ from .command_line import Parser, add_device_flag
 from .loggers import LOGGERS
 
 NOT_NEGATIVE = dict.fromkeys("lr base_lr warmup_steps cooldown_steps warmup_epochs mixup".split(), 0)
+NOT_NEGATIVE |= dict.fromkeys(("saveckp_steps", "saveckp_minutes", "max_skipped_steps"), 0)
 
 
 class AnyDashParser(Parser):
@@ -138,13 +139,13 @@ def parse_with_embedded_defaults(
 def check_minimum(parser: argparse.ArgumentParser, args: argparse.Namespace, minimum: Mapping[str, float]) -> None:
     """End the program with a message if a flag is less than it may be; flags without a value are left out.
 
-    Rates and lengths of warm-ups are not negative, and ``--crop_scale`` is a range of areas, everywhere.
+    Rates, warm-ups and times between saves are not negative, and ``--crop_scale`` is a range of areas, everywhere.
     """
     for flag, least in (NOT_NEGATIVE | minimum).items():
         value = getattr(args, flag, None)
         value = min(value, default=None) if isinstance(value, list | tuple) else value
-        if value is not None and value < least:
-            parser.error(f"--{flag} {value} is less than {least}")
+        if value is not None and not value >= least:  # nor NaN
+            parser.error(f"--{flag} {value} is {f'less than {least}' if value < least else 'no number'}")
     low, high = getattr(args, "crop_scale", None) or (1, 1)
     if not 0 < low <= high:
         parser.error(f"--crop_scale {low} {high}: expected a range of areas, 0 < low <= high")

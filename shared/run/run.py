@@ -151,8 +151,8 @@ class Run:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        self.checkpointer.__exit__(kind, error, traceback)
         self.log.close()
+        self.checkpointer.__exit__(kind, error, traceback)
         name_batch_flags(error, self.args)
 
     def epochs(self) -> Iterator[int]:

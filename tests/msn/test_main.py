@@ -251,6 +251,13 @@ def test_devices_start_a_process_each(monkeypatch):
     assert start_on_devices(["cpu"], []) == "cpu" and len(started) == 1
     with pytest.raises(ValueError, match="--devices cpu cuda:0"):
         start_on_devices(["cpu", "cuda:0"], [])
-    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     start_on_devices(["cuda:1", "cuda:3"], [])
     assert len(started) == 1
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # a shell on a node
+    start_on_devices(["cuda:1", "cuda:3"], [])
+    assert len(started) == 2
+    monkeypatch.setenv("RANK", "0")
+    start_on_devices(["cuda:1", "cuda:3"], [])
+    assert len(started) == 2

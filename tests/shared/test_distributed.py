@@ -1,7 +1,13 @@
+import math
+import os
+import signal
+import time
 from argparse import Namespace
+from unittest.mock import Mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from shared import distributed
 from shared.run.attempt import NotFinite
@@ -68,8 +74,11 @@ def test_processes_that_see_different_data_sets_say_so():
 
 @pytest.fixture
 def launcher(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_ID", "SLURM_NTASKS", "MASTER_ADDR", "SLURM_JOB_ID"):
-        monkeypatch.delenv(name, raising=False)
+    for name in list(os.environ):
+        if name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE") or name.startswith(("SLURM_", "MASTER_")):
+            monkeypatch.delenv(name)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)  # and again after the test
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
     return monkeypatch
 
 
@@ -93,6 +102,77 @@ def test_a_slurm_allocation_of_several_tasks_without_srun_is_not_trained_as_one_
     launcher.setenv("SLURM_NTASKS", "8")
     with pytest.raises(distributed.WorldNotFormed, match="SLURM_NTASKS=8 but was not started by srun"):
         distributed.init(device="cpu")
+
+
+def set_step(launcher, **others):
+    """The variables of task 1 of step 3, of 2 + 2 + 1 tasks, in an allocation of 8."""
+    step = {"JOB_ID": 41, "STEP_ID": 3, "NTASKS": 8, "PROCID": 1, "LOCALID": 1, "STEP_NUM_TASKS": 5}
+    for name, value in (step | {"STEP_TASKS_PER_NODE": "2(x2),1", "STEP_NODELIST": "n1"} | others).items():
+        launcher.setenv(f"SLURM_{name}", str(value))
+
+
+def test_the_processes_of_a_step_are_those_that_srun_started(launcher):
+    set_step(launcher)
+    assert distributed._launched_as() == (1, 5, 1)
+    assert os.environ["LOCAL_WORLD_SIZE"] == "2" and not distributed._shares_gpu()
+    set_step(launcher, STEP_NUM_TASKS=1, PROCID=0, LOCALID=0)  # the shell of an interactive job
+    assert distributed.init(device="cpu").type == "cpu" and distributed.get_world_size() == 1
+
+
+def test_steps_that_run_side_by_side_have_ports_of_their_own(launcher):
+    launcher.setattr(distributed, "_first_slurm_host", lambda: "127.0.0.1")
+    launcher.setattr(dist, "rendezvous", Mock(side_effect=ValueError))
+    ports = set()
+    for step in (0, 1):
+        set_step(launcher, STEP_ID=step)
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            launcher.delenv(name, raising=False)
+        with pytest.raises(distributed.WorldNotFormed):
+            distributed.init(device="cpu")
+        ports.add(os.environ["MASTER_PORT"])
+    assert len(ports) == 2
+
+
+@pytest.mark.parametrize(("name", "value"), [("RANK", "a"), ("WORLD_SIZE", "-2"), ("LOCAL_RANK", "")])
+def test_a_variable_that_is_no_number_is_named(launcher, name, value):
+    for variable, number in (rank_environment(0, 2, 1) | {name: value}).items():
+        launcher.setenv(variable, number)
+    with pytest.raises(distributed.WorldNotFormed, match=f"variable {name} should be a number, but is '{value}'"):
+        distributed.init(device="cpu")
+
+
+def test_a_step_without_srun_s_variables_is_an_error(launcher):
+    set_step(launcher)
+    launcher.delenv("SLURM_STEP_NODELIST")
+    with pytest.raises(distributed.WorldNotFormed, match="SLURM_STEP_NODELIST"):
+        distributed.init(device="cpu")
+
+
+@pytest.mark.parametrize("timeout_s", [math.nan, math.inf, 0, -1])
+def test_a_timeout_that_is_none_is_refused(timeout_s):
+    with pytest.raises(ValueError, match=f"--dist_timeout {timeout_s}: expected"):
+        distributed.init(device="cpu", timeout_s=timeout_s)
+
+
+class Heard(Exception):
+    """A signal has been handled."""
+
+
+def test_a_process_that_waits_for_the_others_hears_signals(launcher):
+    def hear(*_):
+        raise Heard
+
+    for name, value in rank_environment(0, 2, free_port()).items():
+        launcher.setenv(name, value)
+    handler = signal.signal(signal.SIGALRM, hear)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    start = time.monotonic()
+    try:
+        with pytest.raises(Heard):
+            distributed.init(device="cpu", timeout_s=10)
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+    assert time.monotonic() - start < 5
 
 
 def raise_lost_rank(rank):

@@ -1,12 +1,13 @@
 """Training functions for jobs under test; each process imports them by name."""
 
 import os
+import signal
 import time
 from pathlib import Path
 
 
 def say_rank(args):
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     return {name: os.environ[name] for name in names}
 
 
@@ -86,4 +87,14 @@ def count(args):
 
 def kill_self(args):
     os.kill(os.getpid(), args.number)
+    time.sleep(5)
+
+
+def be_warned_and_terminated(args):
+    """Both signals are there when Python comes to look."""
+    signals = {signal.SIGUSR2, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    for number in signals:
+        os.kill(os.getpid(), number)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
     time.sleep(5)

@@ -14,6 +14,7 @@ import submitit
 
 from shared.launch import slurm
 from shared.run.attempt import Attempt, Interrupted, Superseded
+from shared.run.checkpoint import load_latest
 from tests.slurm import jobs
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -168,11 +169,43 @@ def test_the_processes_use_the_device_that_was_asked_for(tmp_path, ngpus, device
         slurm.submit(jobs.say_rank, args)
 
 
+@pytest.mark.parametrize("dry", [True, False])
+def test_a_job_submitted_from_inside_another_one_inherits_nothing_of_it(tmp_path, monkeypatch, program, dry):
+    program("srun", "exit 1")
+    program("sbatch", f"env > {tmp_path}/environment; echo Submitted batch job 7")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    for name in ("SLURM_RESTART_COUNT", "SLURM_MEM_PER_CPU", "SLURMD_NODENAME", "SRUN_DEBUG", "SUBMITIT_EXECUTOR"):
+        monkeypatch.setenv(name, "2")
+    slurm.submit(jobs.say_rank, parse("--output_dir", str(tmp_path), *["--dry_run"] * dry))
+    inherited = (tmp_path / "environment").read_text().splitlines()
+    names = ("SLURM", "SRUN", "SUBMITIT")
+    assert [line for line in inherited if line.startswith(names)] == ["SLURM_CONF=/etc/slurm.conf"]
+    assert os.environ["SLURM_RESTART_COUNT"] == "2"
+
+
+def test_a_dry_run_comes_before_debug(tmp_path, capsys, program):
+    program("sbatch", "true")
+    slurm.submit(jobs.write_flags, parse("--output_dir", f"{tmp_path}/run", "--cluster", "debug", "--dry_run"))
+    assert "Not submitted" in capsys.readouterr().out and not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--slurm_option", "nodes=4"), "use --nodes"),
         (("--slurm_option", "mem=1G"), "use --mem_gb_per_gpu"),
+        (("--slurm_option", "ntasks=1"), "use --tasks_per_node"),
+        (("--slurm_option", "gpus=1"), "use --ngpus"),
+        (("--slurm_option", "gpus-per-task=1"), "use --ngpus"),
+        (("--slurm_option", "gres=nvme:1,gpu:2"), "use --ngpus"),
+        (("--slurm_option", "array=0-1"), "array=0-1: a job is one training"),
+        (("--slurm_option", "no-requeue"), "no-requeue: the job requeues itself"),
+        (("--ngpus", "0", "--tasks_per_node", "-1"), "--tasks_per_node -1: expected a number from 1 on"),
+        (("--cpus_per_task", "0"), "--cpus_per_task 0"),
+        (("--mem_gb_per_gpu", "0"), "--mem_gb_per_gpu 0"),
+        (("--mem_gb_per_gpu", "nan"), "--mem_gb_per_gpu nan"),
+        (("--signal_delay_s", "-1"), "--signal_delay_s -1"),
+        (("--max_restarts", "-1"), "--max_restarts -1"),
         (("--nodes", "0"), "--nodes 0"),
         (("--ngpus", "4", "--tasks_per_node", "2"), "--tasks_per_node 2"),
         (("--timeout", "1", "--signal_delay_s", "60"), "--signal_delay_s 60"),
@@ -235,13 +268,48 @@ def test_local_processes_start_again_after_the_warning_signal(tmp_path):
     assert output.splitlines()[-1] == "['resumed', 'resumed']"
 
 
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_to_the_launcher_of_local_processes_saves_and_stops_them(tmp_path, name):
+    """SIGINT as from a terminal, to the launcher and its processes."""
+    script = (
+        "import sys; from shared.launch import slurm; from tests.shared.launch.test_slurm import counting, jobs;"
+        "slurm.submit(jobs.count, counting(sys.argv[1]))"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, start_new_session=True) as launcher:
+        lines, deadline = tmp_path / "metrics.jsonl", time.monotonic() + 60
+        while not (lines.exists() and lines.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        (os.killpg if name == "SIGINT" else os.kill)(launcher.pid, getattr(signal, name))
+        assert launcher.wait(timeout=60) == 128 + getattr(signal, name)
+        with pytest.raises(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
+    assert load_latest(tmp_path / "checkpoint.pth")["step"] == len(lines.read_text().splitlines())
+
+
+def counting(output_dir: str) -> argparse.Namespace:
+    args = parse("--output_dir", output_dir, "--cluster", "local", "--ngpus", "0", "--tasks_per_node", "1")
+    args.steps, args.step_s, args.save_every = 100, 1.5, 0
+    return args
+
+
+def test_local_processes_are_restarted_no_more_often_than_allowed(tmp_path):
+    args = parse("--output_dir", str(tmp_path), "--cluster", "local", "--ngpus", "0", "--max_restarts", "1")
+    args.number = signal.SIGUSR2
+    with pytest.raises(RuntimeError, match="asked for a restart after --max_restarts 1"):
+        slurm.submit(jobs.kill_self, args)
+    (output,) = tmp_path.glob("submitit/*_0_log.out")
+    assert output.read_text().count("attempt 0: rank 0") == 2
+
+
 # -- one process of a job
 
 
 def test_a_process_finds_its_group_by_slurms_variables(job_environment, tmp_path):
     variables = slurm.Trainer(jobs.say_rank, argparse.Namespace(output_dir=str(tmp_path)))()
     port = variables.pop("MASTER_PORT")
-    assert variables == {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "node07"}
+    expected = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "node07"}
+    assert variables == expected
     assert 10000 <= int(port) < 30000
     os.environ["SLURM_RESTART_COUNT"] = "2"
     again = slurm.Trainer(jobs.say_rank, argparse.Namespace(output_dir=str(tmp_path)))()
@@ -293,6 +361,30 @@ def test_the_other_ranks_end_without_an_error_code_on_a_warning_signal(job_envir
     assert end.value.code == 0
 
 
+def after_a_training_loop(args):
+    """SIGUSR2 has stopped the training loop; SIGTERM comes while it is on its way out."""
+    try:
+        raise Interrupted(signal.SIGUSR2)
+    finally:
+        jobs.kill_self(args)
+
+
+@pytest.mark.parametrize("function", [jobs.be_warned_and_terminated, after_a_training_loop])
+def test_a_warning_that_comes_with_a_termination_requeues(job_environment, tmp_path, program, function):
+    program("scontrol", f"echo $@ >> {tmp_path}/calls")
+    os.environ["SLURM_PROCID"] = "0"
+    args = argparse.Namespace(output_dir=str(tmp_path), number=signal.SIGTERM)
+    with pytest.raises(SystemExit) as end:
+        slurm.Trainer(function, args)()
+    assert end.value.code == 0
+    assert (tmp_path / "calls").read_text() == "requeue 41\n"
+
+
+def test_a_job_with_another_number_of_processes_is_an_error(job_environment, tmp_path):
+    with pytest.raises(ValueError, match="job 41 has 2 processes instead of 8"):
+        slurm.Trainer(jobs.say_rank, argparse.Namespace(output_dir=str(tmp_path)), num_tasks=8)()
+
+
 def ends_on_termination(program, tmp_path, job_as_scontrol_shows_it: str) -> tuple[SystemExit, str]:
     """How rank 0 ends after SIGTERM, and what it told scontrol."""
     program("scontrol", f"echo $@ >> {tmp_path}/calls; echo '{job_as_scontrol_shows_it}'")
@@ -320,6 +412,30 @@ def test_a_termination_signal_of_a_preemption_requeues(job_environment, tmp_path
     assert calls.splitlines() == ["--oneliner show job 41", "requeue 41"]
 
 
+def test_a_preemption_is_asked_for_until_the_controller_answers(program, tmp_path, pauses):
+    answer = "echo JobState=RUNNING PreemptTime=2026"
+    program("scontrol", f"[ -e {tmp_path}/asked ] && {answer} || ! touch {tmp_path}/asked")
+    assert slurm.is_preempted("41")
+    program("scontrol", "echo connect failure >&2; exit 1")
+    with pytest.raises(RuntimeError, match="show job 41 failed: connect failure; the state is saved"):
+        slurm.is_preempted("41")
+    assert pauses == [1, 1, 2, 4, 8, 16]
+
+
+def test_the_batch_script_of_torchrun_asks_a_busy_controller_again(tmp_path, program):
+    program("sleep", "exit 0")
+    program("srun", f"env > {tmp_path}/environment; exit 143")
+    answer = "show|requeue) ;; --oneliner) [ -e asked ] || ! touch asked || exit 1; echo A=1 PreemptTime=2026"
+    program("scontrol", f"echo $@ >> {tmp_path}/calls; case $1 in {answer};; esac")
+    variables = {"JOB_ID": "41", "JOB_NODELIST": "n1", "JOB_NUM_NODES": "1", "CPUS_PER_TASK": "2"}
+    variables |= {"MEM_PER_NODE": "100", "MEM_PER_CPU": "7"}  # the latter of a job from which this one was submitted
+    environment = os.environ | {f"SLURM_{name}": value for name, value in variables.items()}
+    done = subprocess.run(["bash", ROOT / "shared/torchrun.sbatch", "main.py"], cwd=tmp_path, env=environment)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls[1:] == ["--oneliner show job 41"] * 2 + ["requeue 41"] and done.returncode == 143
+    assert "SLURM_MEM_PER_CPU" not in (tmp_path / "environment").read_text()
+
+
 def test_a_job_restarted_too_often_stays_stopped_and_says_so(job_environment, tmp_path):
     os.environ["SLURM_PROCID"] = "0"
     trainer = slurm.Trainer(jobs.kill_self, argparse.Namespace(output_dir=str(tmp_path), number=signal.SIGUSR2), 1)
@@ -343,7 +459,7 @@ def test_a_request_whose_answer_was_lost_counts_once_the_job_is_pending(tmp_path
 
 def test_a_job_that_cannot_be_requeued_fails_with_slurms_reason(program, pauses):
     program("scontrol", "echo requeue is disabled >&2; exit 1")
-    with pytest.raises(RuntimeError, match="could not requeue job 41: requeue is disabled"):
+    with pytest.raises(RuntimeError, match="scontrol requeue 41 failed: requeue is disabled"):
         slurm.requeue("41")
 
 

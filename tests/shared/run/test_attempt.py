@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from shared.run import attempt
 from shared.run.attempt import Attempt, Superseded, owner_of
 
 
@@ -63,12 +64,30 @@ def test_a_full_disk_is_an_error_that_names_the_file_and_leaves_the_old_owner(tm
     assert [path.name for path in tmp_path.iterdir()] == ["attempt.json"]
 
 
-def test_an_attempt_is_known_by_slurms_variables_or_by_its_process(monkeypatch):
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    assert Attempt.current() == Attempt.current()
-    assert Attempt.current().number == 0
+def test_a_job_of_the_launcher_is_known_by_slurms_variables(monkeypatch):
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)  # absent in the first attempt
     assert Attempt.current() == Attempt("12", 0)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
     assert Attempt.current() == Attempt("12", 3)
+
+
+@pytest.mark.parametrize("place", ["an interactive job", "containers with the same names"])
+def test_any_other_run_has_a_name_of_its_own(monkeypatch, place):
+    monkeypatch.delenv("SUBMITIT_EXECUTOR", raising=False)
+    monkeypatch.setattr("socket.gethostname", lambda: "box")
+    monkeypatch.setattr("os.getpid", lambda: 1)
+    if place == "an interactive job":
+        monkeypatch.setenv("SLURM_JOB_ID", "12")
+    first = Attempt.current()
+    assert first == Attempt.current()
+    attempt._digits_of_this_process.cache_clear()  # as in another process
+    assert first != Attempt.current() and first.number == Attempt.current().number == 0
+
+
+@pytest.mark.parametrize("text", ["[]", '{"a": 1}', "3"])
+def test_another_attempt_json_is_an_error_that_names_it(tmp_path, text):
+    (tmp_path / "attempt.json").write_text(text)
+    with pytest.raises(ValueError, match=r"attempt\.json is of no run"):
+        owner_of(tmp_path)

@@ -1,14 +1,18 @@
 import argparse
+import errno
 import math
 import os
 import random
 import signal
+import threading
 import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from shared import distributed
 from shared.run import checkpoint
 from shared.run.attempt import NotFinite
 from shared.run.checkpoint import Checkpointer, CheckpointError, Interrupted
@@ -104,6 +108,41 @@ def test_a_newest_file_that_was_removed_is_reported_too(tmp_path, capsys):
     path.unlink()
     assert value_of(checkpoint.load_latest(path)) == 1
     assert f"WARNING: {path} is missing, falling back to the previous checkpoint" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("function", ["verify", "safe_load"])
+def test_a_file_that_cannot_be_read_now_is_not_taken_for_damaged(tmp_path, monkeypatch, function):
+    path = tmp_path / "checkpoint.pth"
+    for value in (1, 2):
+        write(path, value)
+
+    def fail(*_, **__):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    if function == "verify":
+        monkeypatch.setattr(zipfile.ZipFile, "testzip", fail)
+    else:
+        monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(OSError, match=r"Stale file handle") as refusal:
+        checkpoint.load_latest(path)
+    assert str(path) in str(refusal.value) and not isinstance(refusal.value, CheckpointError)
+    monkeypatch.undo()
+    assert value_of(checkpoint.load_latest(path)) == 2
+
+
+def test_a_table_that_leads_beyond_every_file_is_damage(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pth"
+    write(path, 1)
+    write(path, 2)
+    testzip = zipfile.ZipFile.testzip
+
+    def seek_too_far(archive):
+        if archive.filename == str(path):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return testzip(archive)
+
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", seek_too_far)
+    assert value_of(checkpoint.load_latest(path)) == 1
 
 
 def test_two_damaged_files_are_an_error_that_names_both(tmp_path):
@@ -235,6 +274,39 @@ def test_a_signal_saves_the_state_of_the_finished_step_and_stops(tmp_path):
     assert stop.value.code == 128 + signal.SIGUSR1
     assert checkpoint.load_latest(path) == {"epoch": 0, "step": 4}
     assert signal.getsignal(signal.SIGUSR1) is handler
+
+
+def end_with_a_signal_in_the_last_save(rank, folder):
+    def state(epoch, step):
+        if distributed.get_rank() == distributed.get_world_size() - 1:
+            os.kill(os.getpid(), signal.SIGUSR2)  # the request of this save has been read
+        return {"epoch": epoch}
+
+    try:
+        with Checkpointer(Path(folder) / "checkpoint.pth", state) as checkpointer:
+            checkpointer.after_epoch(0)
+    except Interrupted as stop:
+        return int(stop.signal_number)
+
+
+def test_a_signal_during_the_last_save_is_not_lost(tmp_path):
+    assert end_with_a_signal_in_the_last_save(0, tmp_path) == signal.SIGUSR2
+    assert checkpoint.load_latest(tmp_path / "checkpoint.pth") == {"epoch": 1}
+    assert run_processes(end_with_a_signal_in_the_last_save, 2, tmp_path) == [signal.SIGUSR2] * 2
+
+
+def test_a_run_in_a_thread_goes_without_signals_and_says_so(tmp_path, capsys):
+    path = tmp_path / "checkpoint.pth"
+
+    def train():
+        with Checkpointer(path, lambda epoch, step: {"epoch": epoch}) as checkpointer:
+            checkpointer.after_epoch(0)
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    thread.join()
+    assert checkpoint.load_latest(path) == {"epoch": 1}
+    assert "WARNING: a run in a thread hears no signals" in capsys.readouterr().out
 
 
 def test_a_second_interrupt_stops_at_once(tmp_path):

@@ -24,6 +24,7 @@ def parser() -> Parser:
     parser.add_argument("--data_path", default=None)
     parser.add_argument("--epochs", type=int, default=100, help="passes over the images")
     parser.add_argument("--batch_size_per_gpu", type=int, default=64, help="images per process")
+    parser.add_argument("--saveckp_minutes", type=float, default=15)
     return parser
 
 
@@ -88,6 +89,10 @@ def test_a_value_below_its_minimum_is_named(capsys):
     with pytest.raises(SystemExit):
         parse_with_embedded_defaults(parser(), ["--epochs", "0"], {}, {"epochs": 1})
     assert "--epochs 0 is less than 1" in capsys.readouterr().err
+    for minutes, message in (("-1", "-1.0 is less than 0"), ("nan", "nan is no number")):
+        with pytest.raises(SystemExit):
+            parse_with_embedded_defaults(parser(), ["--saveckp_minutes", minutes], {}, {})
+        assert f"--saveckp_minutes {message}" in capsys.readouterr().err
 
 
 # --- YAML files -------------------------------------------------------------------------------------------------------
