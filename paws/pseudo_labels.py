@@ -28,6 +28,7 @@ from paws.heads import Encoder
 from paws.labels import PartlyLabelled
 from shared import distributed
 from shared.evaluation.knn_monitor import AUTOMATIC_UP_TO
+from shared.images.cache import CachedSource
 from shared.images.loading import LEFT_OUT, BadImages, EvalDataset
 from shared.images.sources import FileSource
 from shared.images.tables import write_table
@@ -121,7 +122,8 @@ def write_labels(
 
     Images are named by their path below the data set's folder, where there is one.
     """
-    source, classes = getattr(images.source, "source", images.source), np.array(images.classes)  # of a cache
+    source, classes = images.source, np.array(images.classes)
+    source = source.source if isinstance(source, CachedSource) else source
     names = [source.names[row] if isinstance(source, FileSource) else source.path(row) for row in rows.tolist()]
     columns = {"image": names, "label": classes[found], "confidence": [f"{value:.4f}" for value in confidences]}
     columns |= {} if images.truth is None else {"class": classes[images.truth[rows]]}

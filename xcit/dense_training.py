@@ -71,13 +71,15 @@ class DenseDataset(Dataset):
     Args:
         source: The image files.
         augment: False for evaluation, whose keys are indices.
+        annotations_checksum: Changes with the annotations.
 
     Attributes:
         bad_images: Policy for images that cannot be read; the first one is an error where a training sets no other.
     """
 
-    def __init__(self, source: FileSource, seed: int = 0, augment: bool = True):
+    def __init__(self, source: FileSource, seed: int, augment: bool, annotations_checksum: int):
         self.source, self.seed, self.augment = source, seed, augment
+        self.annotations_checksum = annotations_checksum
         self.bad_images = BadImages(len(source), on_bad_image="error")
 
     def __len__(self) -> int:
@@ -90,10 +92,6 @@ class DenseDataset(Dataset):
             ImageError: If a file cannot be read; ``bad_images`` decides what follows.
             ValueError: If the annotations do not fit the image, which always ends the run.
         """
-        raise NotImplementedError
-
-    def annotations_checksum(self) -> int:
-        """Changes with the annotations."""
         raise NotImplementedError
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, dict, int]:
@@ -213,7 +211,7 @@ def batches(args: argparse.Namespace, dataset: DenseDataset, output_dir: Path, d
     policy = (output_dir / "bad_images.txt", args.on_bad_image, args.max_bad_fraction)
     dataset.bad_images = BadImages(len(dataset), *policy)
     images = dataset.source.checksum()
-    checksums = (len(dataset), images, dataset.annotations_checksum())
+    checksums = (len(dataset), images, dataset.annotations_checksum)
     distributed.check_same_on_all_processes(checksums, "the training data (number of images, checksums)")
     world_size = distributed.get_world_size()
     sampler = EpochBatchSampler(len(dataset), args.batch_size, args.seed, distributed.get_rank(), world_size)
@@ -240,7 +238,7 @@ def train(
     wrapped = distributed.wrap(synchronize_batchnorm(network, run.device).to(run.device), run.device)
     optimizer = build_optimizer("adamw", decay_groups(network, args.weight_decay))
     checkpoint = load_latest_or_given(run.path, args.resume, "--pretrained")
-    annotations = data.dataset.annotations_checksum()
+    annotations = data.dataset.annotations_checksum
     check_annotations(checkpoint, annotations, args.on_changed_run)
     layout = {"to_official": partial(to_official, annotations=annotations), "from_official": from_official}
     run.resume(data, len(lr), ("model",), checkpoint=checkpoint, **layout, model=network, optimizer=optimizer)

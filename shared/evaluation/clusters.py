@@ -116,7 +116,7 @@ def _remove_earlier(out: Path) -> None:
         sheet.unlink()
     links = out / "links"
     for folder in (*links.glob("cluster_*"), links / "no_cluster", links):
-        for link in folder.glob("*"):
+        for link in folder.glob("*") if folder != links else ():
             if link.is_symlink():
                 link.unlink()
         with contextlib.suppress(OSError):  # what is not empty, or not there

@@ -274,8 +274,7 @@ def export_network(
     state, own_size = network.state_dict(), own_size or image_size
     timm_state = {name: value.contiguous() for name, value in to_timm(state).items()}
     card, value_range = as_trained(card, origin, input_channels(network))
-    header = {**header, **value_range}
-    header |= {"mean": card.mean, "std": card.std, "image_size": image_size}
+    header = {**header, **value_range, "mean": card.mean, "std": card.std, "image_size": image_size}
     described = as_texts(header)
     files = {name: Path(f"{stem}{ending}") for name, ending in ENDINGS.items()}
 
@@ -362,9 +361,8 @@ def export_backbone(
     )
     if transformers_model:
         folder = stem.with_name(f"{arch}_transformers")
-        files["transformers"] = export_transformers(
-            as_trained(card, origin, input_channels(network))[0], network, folder, transformers_model
-        )
+        card, _ = as_trained(card, origin, input_channels(network))
+        files["transformers"] = export_transformers(card, network, folder, transformers_model)
     return files
 
 

@@ -77,16 +77,20 @@ def _centre_square(pixels: np.ndarray) -> np.ndarray:
 
 
 def _values_of_file(source: ImageSource, index: int) -> np.ndarray | None:
-    """Values of a file that is no RGB of 8 bits, of a source that does not know it, as one of a table of features."""
+    """Values of a file that is no RGB of 8 bits, of a source that does not know it, as one of a table of features.
+
+    Where Pillow has colours for them, those.
+    """
     if isinstance(source, FileSource) and source.channels is None:
         with contextlib.suppress(ImageError):
             if source.path(index).lower().endswith((".tif", ".tiff", ".npy")):
                 values = read_values(source.path(index), None)
-                if values.dtype == np.uint8:
-                    with contextlib.suppress(ImageError):
-                        source.load(index).decode()
-                        return None  # RGB, with transparency, CMYK
-                return values.astype(np.float32)
+                if values.dtype != np.uint8:
+                    return values.astype(np.float32)
+                if values.shape[2] not in (1, 3):
+                    with contextlib.suppress(ImageError):  # transparency, CMYK
+                        return source.load(index).decode()
+                    return values.astype(np.float32)
     return None
 
 

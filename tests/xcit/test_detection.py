@@ -280,9 +280,9 @@ def test_annotations_that_are_damaged_are_refused_by_name(damage, message, tmp_p
 
 def test_changed_annotations_are_noticed_where_a_run_goes_on(tmp_path, capsys):
     root = write_coco(tmp_path, {"train": 1})
-    before = CocoDataset(root, "train").annotations_checksum()
+    before = CocoDataset(root, "train").annotations_checksum
     rewrite(root, lambda annotations: annotations[0].update(bbox=[1, 1, 20, 20]))
-    now = CocoDataset(root, "train").annotations_checksum()
+    now = CocoDataset(root, "train").annotations_checksum
     dense_training.check_annotations({"epoch": 1}, now, "same_data")  # of an older version
     with pytest.raises(ValueError, match=r"other annotations: .*--on_changed_run continue"):
         dense_training.check_annotations({"annotations": before}, now, "same_data")

@@ -49,8 +49,7 @@ class CocoDataset(DenseDataset):
         path = root / "annotations" / f"instances_{part}2017.json"
         if not path.is_file():
             raise ValueError(f"--data-path {root}: {path} is missing")
-        self.path, self.annotations = path, read_annotations(path)
-        content = self.annotations
+        self.annotations = content = read_annotations(path)
         categories = sorted(content["categories"], key=lambda category: category["id"])
         self.classes = [category["name"] for category in categories]
         self.category_ids = [category["id"] for category in categories]
@@ -72,12 +71,8 @@ class CocoDataset(DenseDataset):
         self.instances = [instances.get(image["id"], []) for image in images]
         files = [image["file_name"] for image in images]
         source = FileSource(str(root / f"{part}2017"), root / f"{part}2017", files)
-        super().__init__(source, seed, augment)
+        super().__init__(source, seed, augment, zlib.crc32(path.read_bytes()))
         self.crop = crop
-
-    def annotations_checksum(self) -> int:
-        """CRC-32 of the JSON file."""
-        return zlib.crc32(self.path.read_bytes())
 
     def sample(self, index: int, rng: random.Random) -> tuple[Tensor, dict]:
         pixels = self.source.load(index).decode()

@@ -50,12 +50,9 @@ class ADE20KDataset(DenseDataset):
         missing = next((path for path in self.label_maps if not path.is_file()), None)
         if missing is not None:
             raise ValueError(f"--data-path {root}: {missing} is missing")
-        super().__init__(FileSource(str(folder), folder, files), seed, augment)
+        sizes = np.array([path.stat().st_size for path in self.label_maps])  # reading them all would take long
+        super().__init__(FileSource(str(folder), folder, files), seed, augment, zlib.crc32(sizes))
         self.crop_px = crop_px
-
-    def annotations_checksum(self) -> int:
-        """CRC-32 of the sizes of the label maps, in bytes: reading them all would take long."""
-        return zlib.crc32(np.array([path.stat().st_size for path in self.label_maps]))
 
     def sample(self, index: int, rng: random.Random) -> tuple[Tensor, dict]:
         pixels = self.source.load(index).decode()

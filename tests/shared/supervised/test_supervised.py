@@ -216,6 +216,14 @@ def test_inaturalist_is_read_at_every_level(category, classes, tmp_path):
         assert part.load(0).decode().shape == (4, 4, 3)
     with pytest.raises(ValueError, match=r"train2018\.json"):
         open_inaturalist(tmp_path, 2018)
+    content = json.loads((tmp_path / "val2019.json").read_text())
+    lost = content["annotations"].pop()["image_id"]
+    (tmp_path / "val2019.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"val2019\.json: {lost!r} belongs to an image without an annotation"):
+        open_inaturalist(tmp_path, 2019, category)
+    (tmp_path / "categories.json").write_text("[")
+    with pytest.raises(ValueError, match="a JSON file of iNaturalist 2019 is damaged"):
+        open_inaturalist(tmp_path, 2019, category)
 
 
 def test_data_set_names_choose_how_a_path_is_read(tmp_path, monkeypatch):
