@@ -189,9 +189,9 @@ def against_dino(out: Path, parallel: int, seeds: tuple[int, ...]) -> None:
     for seed in seeds:
         torch.manual_seed(seed)
         network = dino_hub.build("vit_tiny", patch_size=4, img_size=24)
-        results.append(
-            {"variant": "random weights", "seed": seed, **low_shot(Features(CARD, network, (None, further), 24))}
-        )
+        found = low_shot(Features(CARD, network, (None, further), 24))
+        command = f"tests/evidence/msn.py: random weights, seed {seed}"
+        results.append({"variant": "random weights", "seed": seed, **found, "command": command})
     columns = {name: COLUMNS[name] for name in ("knn_before", "knn_last", "knn_1", "knn_2", "knn_5", "feature_spread")}
     write(out, "msn_against_dino", results, table(results, columns))
 
